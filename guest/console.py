@@ -1,0 +1,280 @@
+"""A client of the tiny guest: asks it what it sees, over the socket of its second serial port.
+
+One line is one shell command, evaluated in the guest; its answer ends with `__END <status>`. See
+guest/init for the functions it knows. From a terminal: `python guest/console.py SOCKET disks`.
+"""
+
+import argparse
+import base64
+import re
+import secrets
+import shlex
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, cast
+
+BOOT_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 20.0
+
+LINE_BYTES_MAX = 32 << 10
+"""Half of what the guest's tty buffers while the shell is busy; beyond it would drop bytes.
+
+Source: Linux drivers/tty/tty_buffer.c, TTYB_DEFAULT_MEM_LIMIT.
+"""
+
+WRITE_CHUNK_BYTES = 16 << 10
+"""Bytes per write, so that in base64 they fit into one line."""
+
+MARKER_END = re.compile(rb"[.\0]")
+PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:([0-9a-f]{2})\.([0-7])")
+SCSI_ADDRESS = re.compile(r"[0-9]+:[0-9]+:([0-9]+):([0-9]+)")
+
+FLAT_LUN = 0x4000
+"""Added to a LUN of 256 and above by the flat addressing of SAM-4, section 4.7.7.3."""
+
+STATUS_TIMED_OUT = 110
+"""What the guest's `wait_for_disks` fails with: ETIMEDOUT."""
+
+WriteCache = Literal["write back", "write through"]
+
+
+class GuestError(Exception):
+    """A line failed in the guest with this status (`rc`) and output."""
+
+    def __init__(self, line: str, rc: int, output: str) -> None:
+        super().__init__(f"guest: {line!r} ended with status {rc}: {output}")
+        self.line = line
+        self.rc = rc
+        self.output = output
+
+
+class GuestTimeoutError(TimeoutError):
+    """The guest did not answer, or did not see what was waited for, within the deadline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestDisk:
+    """One whole disk as the guest sees it.
+
+    `serial` is empty when the disk has none. `marker` is the text at its start, up to the first
+    dot or NUL, at most 32 bytes. `pci_path` has the slots from the root bus to the disk, or to its
+    SCSI controller. `scsi_address` is `ID:LUN`; None for a disk that is not a SCSI disk.
+    """
+
+    name: str
+    size_bytes: int
+    read_only: bool
+    serial: str
+    write_cache: WriteCache
+    discard_max_bytes: int
+    marker: str
+    pci_path: str
+    scsi_address: str | None
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """A disk from one line of the guest's `disks`: `key=value` words, bytes as hex digits."""
+        words = dict(word.split("=", 1) for word in line.split(" "))
+        serial = bytes.fromhex(words["serial"]).rstrip(b"\0")
+        marker = MARKER_END.split(bytes.fromhex(words["marker"]), maxsplit=1)[0]
+        return cls(
+            name=words["name"],
+            size_bytes=int(words["size_bytes"]),
+            read_only=words["ro"] == "1",
+            serial=serial.decode(errors="replace"),
+            write_cache=cast("WriteCache", f"write {words['write_cache']}"),
+            discard_max_bytes=int(words["discard_max_bytes"]),
+            marker=marker.decode(errors="replace"),
+            pci_path=_pci_path(words["sysfs"]),
+            scsi_address=_scsi_address(words["sysfs"]),
+        )
+
+
+def _pci_path(sysfs_path: str) -> str:
+    """`01/00` for `/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/virtio0`."""
+    matches = map(PCI_ADDRESS.fullmatch, sysfs_path.split("/"))
+    slots = [match.groups() for match in matches if match]
+    return "/".join(slot if function == "0" else f"{slot}.{function}" for slot, function in slots)
+
+
+def _scsi_address(sysfs_path: str) -> str | None:
+    """`0:3` for a path that ends in `2:0:0:3` (host, channel, id, LUN)."""
+    match = SCSI_ADDRESS.fullmatch(sysfs_path.rsplit("/", 1)[1])
+    if match is None:
+        return None
+    lun = int(match[2])
+    return f"{match[1]}:{lun - FLAT_LUN if lun >= FLAT_LUN else lun}"
+
+
+class GuestConsole:
+    """A conversation with the guest; made by `connect`, a context manager.
+
+    After a GuestTimeoutError it stays usable: the next line first waits for the late answer.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._received = bytearray()
+        self._in_step = False
+
+    @classmethod
+    def connect(cls, path: Path | str, timeout_s: float = BOOT_TIMEOUT_S) -> Self:
+        """Connects to the serial port's socket and waits until the guest has booted.
+
+        Raises OSError when nobody listens, ConnectionError when QEMU ends, GuestTimeoutError.
+        """
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.settimeout(timeout_s)
+            connection.connect(str(path))
+            console = cls(connection)
+            console._synchronise(time.monotonic() + timeout_s)
+        except BaseException:
+            connection.close()
+            raise
+        return console
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hangs up; the guest runs on and waits for the next who connects."""
+        self._socket.close()
+
+    def run(self, line: str, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
+        """What a shell line prints in the guest, without the newline at its end.
+
+        Raises GuestError when its status is not 0, GuestTimeoutError, ConnectionError when QEMU
+        ends, ValueError for a line the guest could not take.
+        """
+        if "\n" in line or len(line.encode()) > LINE_BYTES_MAX:
+            raise ValueError(f"not one line of at most {LINE_BYTES_MAX} bytes: {line[:60]!r}...")
+        deadline = time.monotonic() + timeout_s
+        if not self._in_step:
+            self._synchronise(deadline)
+        self._in_step = False
+        self._send(line, deadline)
+        rc, output = self._read_answer(deadline)
+        self._in_step = True
+        if rc != 0:
+            raise GuestError(line, rc, output)
+        return output
+
+    def disks(self) -> list[GuestDisk]:
+        """Every whole disk (vd*, sd*) that is there now."""
+        return _parse_disks(self.run("disks"))
+
+    def wait_for_disks(self, count: int, timeout_s: float = ANSWER_TIMEOUT_S) -> list[GuestDisk]:
+        """The disks, as soon as there are exactly so many; the guest does the waiting.
+
+        Raises GuestTimeoutError, whose text has the names of those that are there.
+        """
+        line = f"wait_for_disks {count} {round(timeout_s * 100)}"
+        try:
+            return _parse_disks(self.run(line, timeout_s=timeout_s + ANSWER_TIMEOUT_S))
+        except GuestError as error:
+            if error.rc != STATUS_TIMED_OUT:
+                raise
+            seen = error.output.split() or "none"
+            text = f"no {count} disks in the guest after {timeout_s} s: {seen}"
+            raise GuestTimeoutError(text) from error
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Bytes of a disk, read from the device and not from the guest's cache."""
+        line = f"read_disk {shlex.quote(name)} {offset} {length}"
+        data = base64.b64decode(self.run(line))
+        if len(data) != length:
+            raise GuestError(line, 0, f"only {len(data)} of {length} bytes")
+        return data
+
+    def write(self, name: str, offset: int, data: bytes) -> None:
+        """Writes bytes to a disk; they have reached the device when this returns."""
+        for start in range(0, len(data), WRITE_CHUNK_BYTES):
+            chunk = base64.b64encode(data[start : start + WRITE_CHUNK_BYTES]).decode()
+            self.run(f"write_disk {shlex.quote(name)} {offset + start} {chunk}")
+
+    def _synchronise(self, deadline: float) -> None:
+        """Sends a token and drops everything up to its answer.
+
+        That covers a guest that boots (what it was sent may be lost: it is sent again when the
+        guest says it is ready), one that has been up for long, and a late answer to somebody else.
+        """
+        token = self._send_token(deadline)
+        while (line := self._read_line(deadline)) != token:
+            if line.startswith("__READY "):
+                token = self._send_token(deadline)
+        self._read_answer(deadline)
+        self._in_step = True
+
+    def _send_token(self, deadline: float) -> str:
+        token = secrets.token_hex(8)
+        self._send(f"\necho {token}", deadline)  # the newline ends what was half-sent before
+        return token
+
+    def _send(self, line: str, deadline: float) -> None:
+        self._socket.settimeout(_remaining(deadline))
+        try:
+            self._socket.sendall(line.encode() + b"\n")
+        except TimeoutError as error:
+            raise GuestTimeoutError("the guest does not take a line") from error
+
+    def _read_answer(self, deadline: float) -> tuple[int, str]:
+        lines: list[str] = []
+        while not (line := self._read_line(deadline)).startswith("__END "):
+            lines.append(line)
+        return int(line.removeprefix("__END ")), "\n".join(lines)
+
+    def _read_line(self, deadline: float) -> str:
+        while b"\n" not in self._received:
+            self._socket.settimeout(_remaining(deadline))
+            try:
+                data = self._socket.recv(1 << 16)
+            except TimeoutError as error:
+                raise GuestTimeoutError("the guest does not answer") from error
+            if not data:
+                raise ConnectionError("the guest's serial port was closed")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        return line.decode(errors="replace").rstrip("\r")
+
+
+def _remaining(deadline: float) -> float:
+    """Seconds left, as a socket's timeout; raises when there are none (0 would mean "no wait")."""
+    remaining_s = deadline - time.monotonic()
+    if remaining_s <= 0:
+        raise GuestTimeoutError("the guest does not answer")
+    return remaining_s
+
+
+def _parse_disks(output: str) -> list[GuestDisk]:
+    return [GuestDisk.parse(line) for line in output.splitlines()]
+
+
+def main() -> int:
+    """Runs one line in the guest, prints the answer and returns the line's status."""
+    parser = argparse.ArgumentParser(description="Run one shell line in the tiny guest.")
+    parser.add_argument("socket", type=Path, help="the socket of the guest's second serial port")
+    parser.add_argument("line", nargs="+", help="what to run, e.g. disks")
+    parser.add_argument("--timeout", type=float, default=BOOT_TIMEOUT_S, metavar="SECONDS")
+    arguments = parser.parse_args()
+    try:
+        with GuestConsole.connect(arguments.socket, arguments.timeout) as console:
+            output = console.run(" ".join(arguments.line), timeout_s=arguments.timeout)
+    except GuestError as error:
+        print(error.output)
+        return error.rc
+    except OSError as error:
+        print(f"console: {arguments.socket}: {error}", file=sys.stderr)
+        return 1
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

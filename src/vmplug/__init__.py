@@ -1,0 +1,1 @@
+"""vmplug: hand host devices to containers that run inside virtual machines."""

@@ -1,0 +1,173 @@
+"""Addresses, each checked once where it enters and then carried as a value.
+
+DevNum (major:minor), PciSlot and PciPath (where a PCI device sits in the guest), ScsiAddress
+(id:lun), and the makers of QEMU ids. `parse` reads what `str()` writes.
+"""
+
+import secrets
+from dataclasses import dataclass
+from typing import Self
+
+MAJOR_MAX = (1 << 12) - 1
+MINOR_MAX = (1 << 20) - 1
+"""The kernel keeps 12 bits of major and 20 of minor. Source: include/linux/kdev_t.h."""
+
+NODE_NAME_MAX = 31
+"""Longest node-name of the block graph. Source: QEMU include/block/block_int-common.h."""
+
+QEMU_ID_PREFIX = "vmplug-"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class DevNum:
+    """A device number, `major:minor`; which of char and block stands always beside it.
+
+    Raises ValueError when the kernel could not hold it.
+    """
+
+    major: int
+    minor: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.major <= MAJOR_MAX:
+            raise ValueError(f"major {self.major} is not in 0..{MAJOR_MAX}")
+        if not 0 <= self.minor <= MINOR_MAX:
+            raise ValueError(f"minor {self.minor} is not in 0..{MINOR_MAX}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`8:0` as the kernel writes it in `dev` files; ValueError for anything else."""
+        major, colon, minor = text.partition(":")
+        if not (colon and _is_decimal(major) and _is_decimal(minor)):
+            raise ValueError(f"{text!r} is not MAJOR:MINOR")
+        return cls(int(major), int(minor))
+
+    def __str__(self) -> str:
+        return f"{self.major}:{self.minor}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PciSlot:
+    """A device's place on one PCI bus: slot 0..31, function 0..7.
+
+    Written `1f`, or `1f.7` for a function other than 0, as Kata's agent reads it.
+    """
+
+    slot: int
+    function: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.slot <= 0x1F:
+            raise ValueError(f"PCI slot {self.slot:#x} is not in 0..0x1f")
+        if not 0 <= self.function <= 7:
+            raise ValueError(f"PCI function {self.function} is not in 0..7")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`2`, `02` or `02.1`, hexadecimal; ValueError for anything else."""
+        slot, dot, function = text.partition(".")
+        if not (_is_hex(slot) and len(slot) <= 2 and (not dot or _is_decimal(function))):
+            raise ValueError(f"{text!r} is not a PCI slot")
+        return cls(int(slot, 16), int(function) if dot else 0)
+
+    @classmethod
+    def from_devfn(cls, devfn: int) -> Self:
+        """The kernel's and QEMU's packed form, `slot << 3 | function`."""
+        return cls(devfn >> 3, devfn & 7)
+
+    def __str__(self) -> str:
+        return f"{self.slot:02x}" + (f".{self.function}" if self.function else "")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PciPath:
+    """Slots from the guest's root bus down to a device, `02/00`.
+
+    Slots are stable; bus numbers are the guest's to choose, so no path holds one.
+    """
+
+    slots: tuple[PciSlot, ...]
+
+    def __post_init__(self) -> None:
+        if not self.slots:
+            raise ValueError("a PCI path has at least one slot")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`02/00`; ValueError for an empty path or component."""
+        return cls(tuple(PciSlot.parse(part) for part in text.split("/")))
+
+    def child(self, slot: PciSlot) -> "PciPath":
+        """The path of the device in `slot` behind this bridge."""
+        return PciPath((*self.slots, slot))
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self.slots))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ScsiAddress:
+    """`id:lun` on a virtio-scsi controller, each 0..255.
+
+    QEMU takes luns up to 16383, but the guest shows a lun of 256 and more as lun + 16384.
+    """
+
+    scsi_id: int
+    lun: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scsi_id <= 0xFF:
+            raise ValueError(f"SCSI id {self.scsi_id} is not in 0..255")
+        if not 0 <= self.lun <= 0xFF:
+            raise ValueError(f"SCSI lun {self.lun} is not in 0..255")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`0:3`; ValueError for anything else."""
+        scsi_id, colon, lun = text.partition(":")
+        if not (colon and _is_decimal(scsi_id) and _is_decimal(lun)):
+            raise ValueError(f"{text!r} is not ID:LUN")
+        return cls(int(scsi_id), int(lun))
+
+    @classmethod
+    def from_index(cls, index: int) -> Self:
+        """The index-th address of a controller, 0..65535, luns first."""
+        if not 0 <= index <= 0xFFFF:
+            raise ValueError(f"SCSI index {index} is not in 0..65535")
+        return cls(index >> 8, index & 0xFF)
+
+    def __str__(self) -> str:
+        return f"{self.scsi_id}:{self.lun}"
+
+
+def new_id() -> str:
+    """A fresh device id: 16 hexadecimal digits, as Kata's."""
+    return secrets.token_hex(8)
+
+
+def qemu_id(device_id: str, part: str = "") -> str:
+    """The name in QEMU of one part of a device: `vmplug-0123456789abcdef`, `...-limit`.
+
+    One rule for ids and node names: everything in QEMU that belongs to a device is found again
+    from its id, and the prefix tells vmplug's things from everybody else's. ValueError when it is
+    too long for QEMU; a name is never cut, two devices would become one.
+    """
+    name = f"{QEMU_ID_PREFIX}{device_id}" + (f"-{part}" if part else "")
+    if not device_id or len(name) > NODE_NAME_MAX:
+        raise ValueError(f"{name!r} cannot name a part of a device in QEMU")
+    return name
+
+
+def device_id_of(name: str) -> str | None:
+    """The device id in a name that `qemu_id` made; None for anybody else's name."""
+    if not name.startswith(QEMU_ID_PREFIX):
+        return None
+    return name.removeprefix(QEMU_ID_PREFIX).partition("-")[0]
+
+
+def _is_decimal(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _is_hex(text: str) -> bool:
+    return bool(text) and set(text) <= set("0123456789abcdefABCDEF")

@@ -1,0 +1,225 @@
+"""Every error of vmplug, by whose fault it is.
+
+DeviceError
+ ├ SpecError          the request is malformed; the host was not asked
+ ├ HostError          the host cannot give it
+ │  ├ NoSuchDevice        no device of that type and number, or no such file
+ │  ├ AttributeReadError  a file below /sys, /proc or /dev could not be read or made no sense
+ │  └ InUse               something on the host still uses it
+ ├ PolicyError        the operator's rules do not allow it
+ ├ HypervisorError    the VM cannot take it or does not answer
+ │  ├ ConnectError        no QMP conversation could be had
+ │  ├ ProtocolError       the conversation broke off or overran its deadline
+ │  ├ CommandError        QEMU refused a command
+ │  ├ NoFreePort          no free place of the wanted kind
+ │  ├ UnplugRefused       the guest refused to let go
+ │  └ UnplugTimeout       the guest did not answer in time; the device stays "detaching"
+ ├ StateError         the wrong moment for this verb
+ │  ├ NotAttached
+ │  └ StillAttached
+ └ StoreError         saved state unreadable, or from a newer version
+
+The message is one sentence; `hint` is the remedy where there is one; every other public attribute
+is a fact, and `facts` gives them all.
+"""
+
+import os
+from typing import ClassVar
+
+__all__ = [
+    "AttributeReadError",
+    "CommandError",
+    "ConnectError",
+    "DeviceError",
+    "HostError",
+    "HypervisorError",
+    "InUse",
+    "NoFreePort",
+    "NoSuchDevice",
+    "NotAttached",
+    "PolicyError",
+    "ProtocolError",
+    "SpecError",
+    "StateError",
+    "StillAttached",
+    "StoreError",
+    "UnplugRefused",
+    "UnplugTimeout",
+]
+
+
+class DeviceError(Exception):
+    """What every error of vmplug is; `code` is a stable word for programs."""
+
+    code: ClassVar[str] = "device-error"
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """The attributes of this error beside its message and hint."""
+        return {k: v for k, v in vars(self).items() if k not in {"message", "hint"}}
+
+
+class SpecError(DeviceError):
+    """The request is malformed: `where` is a JSON path (`$.mounts[0].source`) or an option."""
+
+    code = "bad-request"
+
+    def __init__(self, where: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{where}: {message}", hint=hint)
+        self.where = where
+
+
+class HostError(DeviceError):
+    """The host cannot give the device."""
+
+    code = "host-error"
+
+
+class NoSuchDevice(HostError):
+    """No device of that type and number; `found` says what is in its place, None for nothing."""
+
+    code = "no-such-device"
+
+    def __init__(
+        self, wanted: str, message: str, *, found: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.wanted = wanted
+        self.found = found
+
+
+class AttributeReadError(HostError):
+    """A host file could not be read (`errno` says why) or held nonsense (`errno` is None)."""
+
+    code = "unreadable"
+
+    def __init__(self, path: str, errno: int | None = None, *, why: str | None = None) -> None:
+        reason = why or (os.strerror(errno) if errno is not None else "malformed")
+        super().__init__(f"cannot read {path}: {reason}")
+        self.path = path
+        self.errno = errno
+
+
+class InUse(HostError):
+    """The device may not be handed over; `codes` are the findings of `check` that say so."""
+
+    code = "in-use"
+
+    def __init__(
+        self, host_path: str, message: str, *, codes: tuple[str, ...], hint: str | None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.host_path = host_path
+        self.codes = codes
+
+
+class PolicyError(DeviceError):
+    """The operator's rules, or vmplug's own, do not allow it."""
+
+    code = "not-allowed"
+
+
+class HypervisorError(DeviceError):
+    """The VM cannot take the device or does not answer."""
+
+    code = "hypervisor-error"
+
+
+class ConnectError(HypervisorError):
+    """No QMP conversation could be had on `socket`."""
+
+    code = "cannot-connect"
+
+    def __init__(self, socket: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.socket = socket
+
+
+class ProtocolError(HypervisorError):
+    """The QMP conversation broke off or overran its deadline; QEMU may have run the command."""
+
+    code = "connection-lost"
+
+
+class CommandError(HypervisorError):
+    """QEMU refused `command`; `error_class` and `desc` are QEMU's own words."""
+
+    code = "command-failed"
+
+    def __init__(self, command: str, error_class: str, desc: str) -> None:
+        super().__init__(f"QEMU refused {command}: {desc}")
+        self.command = command
+        self.error_class = error_class
+        self.desc = desc
+
+
+class NoFreePort(HypervisorError):
+    """The VM has no free place of the wanted kind."""
+
+    code = "no-free-port"
+
+
+class UnplugRefused(HypervisorError):
+    """The guest refused to release the device at `qom_path`."""
+
+    code = "unplug-refused"
+
+    def __init__(self, qom_path: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.qom_path = qom_path
+
+
+class UnplugTimeout(HypervisorError):
+    """The guest did not release these devices in time; they stay "detaching"."""
+
+    code = "unplug-timeout"
+
+    def __init__(self, ids: tuple[str, ...], message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.ids = ids
+
+
+class StateError(DeviceError):
+    """The wrong moment: the thing is in `state`, the verb needs `required`."""
+
+    code = "wrong-state"
+
+    def __init__(
+        self, message: str, *, state: str, required: str, hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.state = state
+        self.required = required
+
+
+class NotAttached(StateError):
+    """Nothing of that name is attached."""
+
+    code = "not-attached"
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, state="absent", required="attached", hint=hint)
+
+
+class StillAttached(StateError):
+    """Devices are still attached."""
+
+    code = "still-attached"
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, state="attached", required="no attachments", hint=hint)
+
+
+class StoreError(DeviceError):
+    """The saved state at `path` is unreadable, locked, or from a newer version."""
+
+    code = "bad-state"
+
+    def __init__(self, path: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.path = path

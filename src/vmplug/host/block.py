@@ -1,0 +1,78 @@
+"""Block devices: what sysfs says of one.
+
+Source: Documentation/ABI/stable/sysfs-block, Documentation/ABI/testing/sysfs-block.
+"""
+
+import os
+
+from vmplug.address import DevNum
+from vmplug.host.device import BlockDevice, DiskFile, DiskPart, FoundBy
+from vmplug.host.image import read_qcow2_header
+from vmplug.host.loop import read_backing_file
+from vmplug.host.root import HostRoot
+
+SIZE_UNIT_BYTES = 512
+"""The unit of a sysfs `size`, whatever the device's own block size."""
+
+
+def read_block_device(
+    devnum: DevNum, device_node: str, found_by: FoundBy, root: HostRoot
+) -> BlockDevice:
+    """The facts of one block device; AttributeReadError when one cannot be read."""
+    link = f"{root.sys_dev}/block/{devnum}"
+    sectors = root.read_int(f"{link}/size")
+    if sectors is None:
+        return BlockDevice(devnum=devnum, device_node=device_node, found_by=found_by)
+    sysfs_path = root.real_path(link)
+    disk_path = _disk_path(sysfs_path, root)
+    return BlockDevice(
+        devnum=devnum,
+        device_node=device_node,
+        found_by=found_by,
+        sysfs_path=sysfs_path,
+        size_bytes=sectors * SIZE_UNIT_BYTES,
+        sector_bytes=root.read_int(f"{disk_path}/queue/logical_block_size") or 512,
+        read_only=bool(root.read_int(f"{sysfs_path}/ro")),
+        removable=bool(root.read_int(f"{disk_path}/removable")),
+        holders=tuple(root.names(f"{sysfs_path}/holders")),
+        relatives=_relatives(sysfs_path, disk_path, root),
+        backing=read_backing_file(sysfs_path, root),
+    )
+
+
+def read_disk_file(path: str, root: HostRoot) -> DiskFile:
+    """The facts of a regular file that is to be a disk, by its canonical path."""
+    canonical = root.real_path(path)
+    status = root.stat(canonical)
+    return DiskFile(
+        host_path=canonical,
+        size_bytes=status.st_size if status else 0,
+        read_only=not root.is_writable(canonical),
+        direct_io=root.probe_open(canonical, os.O_DIRECT) is None,
+        qcow2=read_qcow2_header(canonical, root),
+    )
+
+
+def _disk_path(sysfs_path: str, root: HostRoot) -> str:
+    """The directory of the whole disk: the parent of a partition's."""
+    if root.stat(f"{sysfs_path}/partition"):
+        return sysfs_path.rpartition("/")[0]
+    return sysfs_path
+
+
+def _relatives(sysfs_path: str, disk_path: str, root: HostRoot) -> tuple[DiskPart, ...]:
+    if disk_path != sysfs_path:
+        return (_part(disk_path, root),)
+    names = root.names(sysfs_path)
+    paths = (f"{sysfs_path}/{name}" for name in names)
+    return tuple(_part(path, root) for path in paths if root.try_stat(f"{path}/partition"))
+
+
+def _part(sysfs_path: str, root: HostRoot) -> DiskPart:
+    number = root.read_attribute(f"{sysfs_path}/dev") or b""
+    name = sysfs_path.rpartition("/")[2]
+    return DiskPart(
+        devnum=DevNum.parse(number.decode().strip()),
+        device_node=f"/dev/{name.replace('!', '/')}",
+        holders=tuple(root.names(f"{sysfs_path}/holders")),
+    )

@@ -1,0 +1,44 @@
+"""Loop devices: what is behind them.
+
+Source: Documentation/ABI/testing/sysfs-block-loop.
+"""
+
+import os
+from dataclasses import dataclass
+
+from vmplug.host.root import HostRoot
+
+_DELETED = " (deleted)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopBacking:
+    """The part of a file that a loop device shows.
+
+    `size_limit_bytes` is None when the device reaches to the end of the file. `deleted` says that
+    the file has lost the name it was opened by: the device works, but no path leads to its data.
+    """
+
+    backing_file: str
+    offset_bytes: int = 0
+    size_limit_bytes: int | None = None
+    deleted: bool = False
+
+
+def read_backing_file(sysfs_path: str, root: HostRoot) -> LoopBacking | None:
+    """What the block device at `sysfs_path` loops to; None when it is no configured loop device.
+
+    Raises AttributeReadError when the kernel's answer cannot be read.
+    """
+    name = root.read_attribute(f"{sysfs_path}/loop/backing_file")
+    if not name:
+        return None
+    path = os.fsdecode(name.removesuffix(b"\n"))
+    # The kernel marks a deleted file in the text itself; a file may really be called that.
+    deleted = path.endswith(_DELETED) and root.stat(path) is None
+    return LoopBacking(
+        backing_file=path.removesuffix(_DELETED) if deleted else path,
+        offset_bytes=root.read_int(f"{sysfs_path}/loop/offset") or 0,
+        size_limit_bytes=root.read_int(f"{sysfs_path}/loop/sizelimit") or None,
+        deleted=deleted,
+    )

@@ -1,0 +1,124 @@
+"""Who on the host uses block devices: mounts, swap areas and loop devices, read once for many.
+
+Source: proc(5), proc_pid_mountinfo(5), Documentation/ABI/testing/sysfs-block-loop.
+"""
+
+import errno
+import os
+import re
+import stat
+from dataclasses import dataclass
+
+from vmplug.address import DevNum
+from vmplug.errors import AttributeReadError
+from vmplug.host.loop import LoopBacking, read_backing_file
+from vmplug.host.root import HostRoot, node_number
+
+
+@dataclass(frozen=True, slots=True)
+class MountedDevice:
+    """One device mounted somewhere; `read_only` speaks of the file system, not of one mount."""
+
+    devnum: DevNum
+    mount_point: str
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """One configured loop device."""
+
+    devnum: DevNum
+    device_node: str
+    backing: LoopBacking
+
+
+@dataclass(frozen=True, slots=True)
+class HostUsage:
+    """A moment's picture of everything that uses block devices or disk images."""
+
+    mounts: tuple[MountedDevice, ...]
+    swaps: tuple[str, ...]
+    loops: tuple[Loop, ...]
+
+
+def read_usage(root: HostRoot) -> HostUsage:
+    """What uses block devices on the host now."""
+    return HostUsage(
+        mounts=tuple(_read_mounts(root)),
+        swaps=tuple(_read_swaps(root)),
+        loops=tuple(_read_loops(root)),
+    )
+
+
+def _read_mounts(root: HostRoot) -> set[MountedDevice]:
+    """The mounts of every mount namespace that can be seen, each namespace read once."""
+    found: set[MountedDevice] = set()
+    seen: set[str] = set()
+    for pid in root.names("/proc"):
+        if not pid.isdigit():
+            continue
+        try:
+            namespace = root.link(f"/proc/{pid}/ns/mnt") or pid
+            if namespace in seen:
+                continue
+            table = root.read_text(f"/proc/{pid}/mountinfo")
+        except AttributeReadError as error:
+            if error.errno not in {errno.EACCES, errno.EPERM, errno.EINVAL}:
+                raise
+            continue  # somebody else's process, or one that is ending
+        if table:
+            seen.add(namespace)
+            found.update(_parse_mountinfo(table, root))
+    return found
+
+
+def _parse_mountinfo(table: str, root: HostRoot) -> list[MountedDevice]:
+    mounts = []
+    for line in table.splitlines():
+        mount, _, file_system = line.partition(" - ")
+        fields, (_, source, super_options) = mount.split(" "), file_system.split(" ")[:3]
+        devnum = DevNum.parse(fields[2])
+        if devnum.major == 0:  # btrfs and others show a number of their own
+            status = root.stat(_unescape(source)) if source.startswith("/") else None
+            if status is None or not stat.S_ISBLK(status.st_mode):
+                continue
+            devnum = node_number(status)
+        read_only = "ro" in super_options.split(",")
+        mounts.append(MountedDevice(devnum, _unescape(fields[4]), read_only))
+    return mounts
+
+
+def _read_swaps(root: HostRoot) -> list[str]:
+    lines = (root.read_text("/proc/swaps") or "").splitlines()[1:]
+    return [_unescape(line.split()[0]) for line in lines if line.strip()]
+
+
+def _read_loops(root: HostRoot) -> list[Loop]:
+    loops = []
+    for name in root.names("/sys/block"):
+        if not name.startswith("loop"):
+            continue
+        sysfs_path = f"/sys/block/{name}"
+        backing = read_backing_file(sysfs_path, root)
+        number = root.read_attribute(f"{sysfs_path}/dev")
+        if backing and number:
+            loops.append(Loop(DevNum.parse(number.decode().strip()), f"/dev/{name}", backing))
+    return loops
+
+
+def _unescape(text: str) -> str:
+    """Undo the kernel's octal escapes of blank, tab, newline and backslash."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def same_file(path: str, other: str, root: HostRoot) -> bool:
+    """Whether two paths lead to one file or to nodes of one device."""
+    if path == other:
+        return True
+    a, b = root.stat(path), root.stat(other)
+    if a is None or b is None:
+        return False
+    if stat.S_ISBLK(a.st_mode) and stat.S_ISBLK(b.st_mode):
+        return a.st_rdev == b.st_rdev
+    return os.path.samestat(a, b)

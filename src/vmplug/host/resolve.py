@@ -1,0 +1,242 @@
+"""DeviceInfo -> HostDevice: find each device on the host and say what kind it is."""
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Self
+
+from vmplug.address import DevNum
+from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
+from vmplug.host.block import read_block_device, read_disk_file
+from vmplug.host.device import CharDevice, DeviceType, FoundBy, HostDevice, VhostUserSocket
+from vmplug.host.root import HostRoot, describe, node_number
+from vmplug.host.vhost_user import VhostUserStore
+from vmplug.oci.info import DeviceInfo, DevType
+
+_SYSFS_DIRECTORY = {
+    DevType.BLOCK: "/sys/dev/block/",
+    DevType.CHAR: "/sys/dev/char/",
+    DevType.CHAR_UNBUFFERED: "/sys/dev/char/",
+}
+"""A FIFO has no entry in sysfs, so none is ever looked for."""
+
+_VFIO_NODE = re.compile(r"/dev/vfio/([0-9]+|devices/vfio[0-9]+)\Z")
+"""A group or a device of VFIO. `/dev/vfio/vfio` is the container, `noiommu-N` protects nobody."""
+
+
+def get_host_path(info: DeviceInfo, root: HostRoot, store: VhostUserStore | None = None) -> str:
+    """The path of a device on the host: a node, a socket of the store, or a disk image.
+
+    A number in sysfs is answered by the kernel's DEVNAME in three system calls. Raises
+    NoSuchDevice when the host has no such device, AttributeReadError when it does not say.
+    """
+    if info.dev_type is DevType.BLOCK and store and info.devnum and store.owns(info.devnum):
+        return store.find_socket(info.devnum)
+    if info.host_path is not None:
+        return _regular_file(info.host_path, root)
+    return find_sysfs_node(info, root) or _container_node(info, root)
+
+
+def find_sysfs_node(info: DeviceInfo, root: HostRoot) -> str | None:
+    """The node that the kernel names for this type and number; None when sysfs has no entry."""
+    directory = _SYSFS_DIRECTORY.get(info.dev_type)
+    if directory is None:
+        return None
+    path = f"{directory}{info.devnum}/uevent"
+    uevent = root.read_attribute(path)
+    return None if uevent is None else _device_node(uevent, path)
+
+
+def _device_node(uevent: bytes, path: str) -> str:
+    """`/dev/` + DEVNAME, which may hold directories but never leaves /dev.
+
+    The file is the kernel's environment for udev, one KEY=VALUE a line, nothing else.
+    Source: Documentation/ABI/testing/sysfs-uevent.
+    """
+    _, found, rest = (b"\n" + uevent).rpartition(b"\nDEVNAME=")
+    if not found:
+        raise AttributeReadError(path, why="it has no DEVNAME")
+    name = os.fsdecode(rest.partition(b"\n")[0])
+    if not name.isprintable() or name[:1] in {"", "/"} or ".." in name.split("/"):
+        raise AttributeReadError(path, why=f"its DEVNAME {name!r} is no name below /dev")
+    return "/dev/" + name
+
+
+def _container_node(info: DeviceInfo, root: HostRoot) -> str:
+    """The container path, for devices that sysfs does not list, such as /dev/cuse on old kernels.
+
+    Used only when it is a node of the type and number that were asked for.
+    """
+    status = root.stat(info.container_path)
+    if status and _is_node_of(info, status):
+        return info.container_path
+    found = describe(status)
+    raise NoSuchDevice(
+        info.wanted,
+        f"no {info.wanted} on this host: sysfs has no entry for it, and {info.container_path} "
+        f"is {found}",
+        found=found,
+        hint="compare with the numbers in `ls -l /dev` on the host; "
+        "is the driver loaded, the disk plugged in?",
+    )
+
+
+def _is_node_of(info: DeviceInfo, status: os.stat_result) -> bool:
+    match info.dev_type:
+        case DevType.FIFO:
+            return stat.S_ISFIFO(status.st_mode)
+        case DevType.BLOCK:
+            is_type = stat.S_ISBLK(status.st_mode)
+        case DevType.CHAR | DevType.CHAR_UNBUFFERED:
+            is_type = stat.S_ISCHR(status.st_mode)
+    return is_type and node_number(status) == info.devnum
+
+
+def _regular_file(path: str, root: HostRoot) -> str:
+    status = root.stat(path) if path.startswith("/") else None
+    if status is None or not stat.S_ISREG(status.st_mode):
+        found = describe(status)
+        raise NoSuchDevice(
+            f"file {path}",
+            f"{path} cannot be a disk: found {found}, expected a regular file",
+            found=found,
+            hint="ask for a device by its number, for a file by its absolute path",
+        )
+    return root.real_path(path)
+
+
+def resolve(info: DeviceInfo, root: HostRoot, store: VhostUserStore | None = None) -> HostDevice:
+    """What the requested device is on this host, with its facts.
+
+    Raises NoSuchDevice or AttributeReadError.
+    """
+    return _describe_device(info, get_host_path(info, root, store), root, store)
+
+
+def resolve_all(
+    infos: Sequence[DeviceInfo], root: HostRoot, store: VhostUserStore | None = None
+) -> list[HostDevice | HostError]:
+    """`resolve` for many: each is answered, with its device or its error, in the order asked."""
+    sockets = _find_sockets(infos, store)
+    answers: list[HostDevice | HostError] = []
+    for info in infos:
+        try:
+            is_block = info.dev_type is DevType.BLOCK
+            socket = sockets.get(info.devnum) if is_block and info.devnum else None
+            if isinstance(socket, HostError):
+                raise socket
+            host_path = socket or get_host_path(info, root)
+            answers.append(_describe_device(info, host_path, root, store))
+        except HostError as error:
+            answers.append(error)
+    return answers
+
+
+def _find_sockets(
+    infos: Iterable[DeviceInfo], store: VhostUserStore | None
+) -> dict[DevNum, str | HostError]:
+    if store is None:
+        return {}
+    owned = [
+        info.devnum
+        for info in infos
+        if info.dev_type is DevType.BLOCK and info.devnum and store.owns(info.devnum)
+    ]
+    if not owned:
+        return {}
+    try:
+        return store.find_sockets(owned)
+    except HostError as error:
+        return dict.fromkeys(owned, error)
+
+
+def _describe_device(
+    info: DeviceInfo, host_path: str, root: HostRoot, store: VhostUserStore | None
+) -> HostDevice:
+    if info.host_path is not None:
+        return read_disk_file(host_path, root)
+    kind = classify(info, host_path, store)
+    if info.devnum and kind in {DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI}:
+        return VhostUserSocket(kind=kind, devnum=info.devnum, socket_path=host_path)
+    in_sysfs = info.devnum and root.stat(f"{_SYSFS_DIRECTORY[info.dev_type]}{info.devnum}")
+    found_by = FoundBy.SYSFS if in_sysfs else FoundBy.CONTAINER_PATH
+    if info.devnum and kind is DeviceType.BLOCK:
+        return read_block_device(info.devnum, host_path, found_by, root)
+    return CharDevice(kind=kind, device_node=host_path, devnum=info.devnum, found_by=found_by)
+
+
+def classify(info: DeviceInfo, host_path: str, store: VhostUserStore | None = None) -> DeviceType:
+    """The kind of a device, by the first row that fits."""
+    is_block = info.dev_type is DevType.BLOCK
+    is_stored = is_block and store is not None and info.devnum and store.owns(info.devnum)
+    is_blk = is_stored and store is not None and info.major == store.blk_major
+    rows = (
+        (is_blk, DeviceType.VHOST_USER_BLK),
+        (is_stored, DeviceType.VHOST_USER_SCSI),
+        (is_block, DeviceType.BLOCK),
+        (info.devnum and _VFIO_NODE.match(host_path), DeviceType.VFIO),
+        (True, DeviceType.GENERIC),
+    )
+    return next(kind for fits, kind in rows if fits)
+
+
+class HostPathCache:
+    """Host paths looked up again and again, each answer validated by the kernel.
+
+    A descriptor on a device's uevent file stays open. While the device lives, one `pread` gives
+    its DEVNAME again; once it is gone the kernel answers ENODEV for ever, even when another device
+    takes the number. Only files of the running kernel's sysfs behave so: below another root every
+    lookup is live. Holds at most `limit` descriptors; a context manager, not thread-safe.
+    """
+
+    def __init__(self, root: HostRoot, *, limit: int = 256) -> None:
+        self._root = root
+        self._limit = limit
+        self._open: dict[tuple[DevType, DevNum | None], _Kept] = {}
+
+    def get_host_path(self, info: DeviceInfo) -> str:
+        """As the function `get_host_path`, for devices outside a vhost-user store."""
+        key = (info.dev_type, info.devnum)
+        kept = self._open.get(key)
+        if kept is not None:
+            uevent = self._root.reread_attribute(kept.descriptor)
+            if uevent == kept.uevent:
+                return kept.host_path
+            self._forget(key)
+        host_path = get_host_path(info, self._root)
+        self._keep(key, host_path)
+        return host_path
+
+    def close(self) -> None:
+        """Close every descriptor; the cache may be used again."""
+        while self._open:
+            self._forget(next(iter(self._open)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _keep(self, key: tuple[DevType, DevNum | None], host_path: str) -> None:
+        directory = _SYSFS_DIRECTORY.get(key[0])
+        descriptor = self._root.open_kernel_attribute(f"{directory}{key[1]}/uevent")
+        if directory is None or descriptor is None:
+            return
+        # Read again: only text that came through this descriptor may stand for it later.
+        uevent = self._root.reread_attribute(descriptor) or b""
+        self._open[key] = _Kept(descriptor, uevent, host_path)
+        if _device_node(uevent, directory) != host_path:
+            self._forget(key)
+        elif len(self._open) > self._limit:
+            self._forget(next(iter(self._open)))
+
+    def _forget(self, key: tuple[DevType, DevNum | None]) -> None:
+        self._root.close_attribute(self._open.pop(key).descriptor)
+
+
+class _Kept(NamedTuple):
+    descriptor: int
+    uevent: bytes
+    host_path: str

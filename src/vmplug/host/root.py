@@ -1,0 +1,216 @@
+"""HostRoot: the one door to /sys, /proc and /dev below any root directory.
+
+Three answers are kept apart: absent is None (or an empty list), forbidden and broken are
+AttributeReadError.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+
+from vmplug.address import DevNum
+from vmplug.errors import AttributeReadError
+
+_READ = os.O_RDONLY | os.O_CLOEXEC
+_ABSENT = frozenset({errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ESRCH})
+"""ENODEV and ENXIO: the device went between open and read; ESRCH: the process did."""
+
+PAGE_SIZE = 4096
+"""A sysfs attribute is at most one page. Source: Documentation/filesystems/sysfs.rst."""
+
+_F_OFD_GETLK = 36
+_LOCK_LAYOUT = "hhqqi4x"
+"""struct flock on 64-bit Linux. Source: include/uapi/asm-generic/fcntl.h."""
+
+
+class HostRoot:
+    """The host's files below `root`; `/` is the running host.
+
+    Paths given and returned are the host's own (`/dev/sdb`), without the root in front.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] = "/") -> None:
+        base = os.path.realpath(os.fspath(root))
+        self._base = "" if base == "/" else base
+
+    @property
+    def path(self) -> str:
+        """The root directory itself."""
+        return self._base or "/"
+
+    @property
+    def is_live(self) -> bool:
+        """Whether this is the running host: only then does opening a node reach its device."""
+        return not self._base
+
+    @property
+    def sys_dev(self) -> str:
+        """Devices by number; Kata's SysDevPrefix."""
+        return "/sys/dev"
+
+    def outside(self, path: str) -> str:
+        """`path` with the root in front, for programs that see the whole tree."""
+        return self._base + path
+
+    def read_attribute(self, path: str) -> bytes | None:
+        """A sysfs attribute in exactly three system calls; None when absent."""
+        try:
+            fd = os.open(self._base + path, _READ)
+        except OSError as error:
+            return self._absent(path, error)
+        try:
+            return os.read(fd, PAGE_SIZE)
+        except OSError as error:
+            return self._absent(path, error)
+        finally:
+            os.close(fd)
+
+    def open_kernel_attribute(self, path: str) -> int | None:
+        """A descriptor on an attribute of the running kernel's sysfs, for `reread_attribute`.
+
+        None when absent, or when the file is an ordinary one that only looks like sysfs.
+        """
+        try:
+            fd = os.open(self._base + path, _READ)
+        except OSError as error:
+            return self._absent(path, error)
+        device = os.fstat(fd).st_dev
+        if os.stat("/sys").st_dev == device != os.stat("/").st_dev:
+            return fd
+        os.close(fd)
+        return None
+
+    def reread_attribute(self, descriptor: int) -> bytes | None:
+        """The attribute's text now, in one system call; None once its device is gone."""
+        try:
+            return os.pread(descriptor, PAGE_SIZE, 0)
+        except OSError as error:
+            return self._absent("a kept sysfs attribute", error)
+
+    def close_attribute(self, descriptor: int) -> None:
+        """Give back what `open_kernel_attribute` gave."""
+        os.close(descriptor)
+
+    def read_text(self, path: str) -> str | None:
+        """A whole file of any length, undecodable bytes kept as surrogates; None when absent."""
+        try:
+            with open(self._base + path, "rb") as file:
+                return os.fsdecode(file.read())
+        except OSError as error:
+            return self._absent(path, error)
+
+    def read_int(self, path: str) -> int | None:
+        """A decimal attribute; None when absent, AttributeReadError when it is no number."""
+        data = self.read_attribute(path)
+        if data is None:
+            return None
+        try:
+            return int(data)
+        except ValueError:
+            raise AttributeReadError(path, why=f"{data[:40]!r} is not a number") from None
+
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        """Up to `length` bytes of a regular file from `offset`; empty when absent."""
+        try:
+            fd = os.open(self._base + path, _READ | os.O_NONBLOCK)
+        except OSError as error:
+            self._absent(path, error)
+            return b""
+        try:
+            return os.pread(fd, length, offset)
+        finally:
+            os.close(fd)
+
+    def stat(self, path: str) -> os.stat_result | None:
+        """What is at `path`, through symlinks; None when absent."""
+        try:
+            return os.stat(self._base + path)
+        except OSError as error:
+            return self._absent(path, error)
+
+    def try_stat(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
+        """What is at `path`; None for any reason, where a broken neighbour must not matter."""
+        try:
+            return os.stat(self._base + path, follow_symlinks=follow_symlinks)
+        except OSError:
+            return None
+
+    def link(self, path: str) -> str | None:
+        """The text of a symlink; None when absent."""
+        try:
+            return os.readlink(self._base + path)
+        except OSError as error:
+            return self._absent(path, error)
+
+    def names(self, path: str) -> list[str]:
+        """The sorted names in a directory; empty when absent."""
+        try:
+            return sorted(os.listdir(self._base + path))
+        except OSError as error:
+            self._absent(path, error)
+            return []
+
+    def real_path(self, path: str) -> str:
+        """`path` with all symlinks resolved, seen from inside the root."""
+        real = os.path.realpath(self._base + path)
+        return real[len(self._base) :] or "/" if real.startswith(self._base) else real
+
+    def probe_open(self, path: str, flags: int) -> int | None:
+        """The errno with which the kernel refuses to open `path` for reading; None if it allows.
+
+        `flags` such as O_EXCL or O_DIRECT are what is probed. Nothing is read.
+        """
+        try:
+            os.close(os.open(self._base + path, _READ | os.O_NONBLOCK | flags))
+        except OSError as error:
+            return error.errno
+        return None
+
+    def is_writable(self, path: str) -> bool:
+        """Whether this process could write to `path`; nothing is opened."""
+        return os.access(self._base + path, os.W_OK)
+
+    def is_range_locked(self, path: str, start: int, length: int) -> bool:
+        """Whether another open file holds an OFD lock in that range; False when absent."""
+        try:
+            fd = os.open(self._base + path, _READ | os.O_NONBLOCK)
+        except OSError as error:
+            self._absent(path, error)
+            return False
+        try:
+            wanted = struct.pack(_LOCK_LAYOUT, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+            answer = fcntl.fcntl(fd, _F_OFD_GETLK, wanted)
+        finally:
+            os.close(fd)
+        return bool(struct.unpack(_LOCK_LAYOUT, answer)[0] != fcntl.F_UNLCK)
+
+    @staticmethod
+    def _absent(path: str, error: OSError) -> None:
+        if error.errno not in _ABSENT:
+            raise AttributeReadError(path, error.errno) from error
+
+
+def node_number(status: os.stat_result) -> DevNum:
+    """The number of a device node."""
+    return DevNum(os.major(status.st_rdev), os.minor(status.st_rdev))
+
+
+def describe(status: os.stat_result | None) -> str:
+    """What a path holds, in the words of find(1): `block device 8:0`, `directory`, `nothing`."""
+    if status is None:
+        return "nothing"
+    kind = _FILE_KINDS[stat.S_IFMT(status.st_mode)]
+    return f"{kind} {node_number(status)}" if status.st_rdev else f"a {kind}"
+
+
+_FILE_KINDS = {
+    stat.S_IFBLK: "block device",
+    stat.S_IFCHR: "char device",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFDIR: "directory",
+    stat.S_IFREG: "regular file",
+    stat.S_IFLNK: "symlink",
+}

@@ -1,0 +1,322 @@
+"""May it be handed over? Every reason against it, each with its remedy; nothing is touched.
+
+A finding of severity `error` stops `attach`. An operator may allow single findings by code.
+"""
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import assert_never
+
+from vmplug.address import DevNum
+from vmplug.host.device import BlockDevice, CharDevice, DiskFile, HostDevice, VhostUserSocket
+from vmplug.host.mounts import HostUsage, same_file
+from vmplug.host.root import HostRoot
+
+_QEMU_LOCK_BASE, _QEMU_LOCK_LENGTH = 100, 200
+"""QEMU locks one byte a permission from 100 and 200. Source: QEMU block/file-posix.c."""
+
+
+class Code(StrEnum):
+    """Findings, as stable words for programs and for `--allow`."""
+
+    MOUNTED_ON_HOST = "mounted-on-host"
+    HAS_HOLDERS = "has-holders"
+    IS_SWAP = "is-swap"
+    OPEN_EXCLUSIVELY = "open-exclusively"
+    IMAGE_LOCKED = "image-locked"
+    IN_USE_BY_VM = "in-use-by-vm"
+    READ_ONLY_DEVICE = "read-only-device"
+    NO_MEDIUM = "no-medium"
+    SIZE_ZERO = "size-zero"
+    NOT_IN_SYSFS = "not-in-sysfs"
+    HAS_BACKING_FILE = "has-backing-file"
+    FORMAT_NOT_STATED = "format-not-stated"
+    NOT_THAT_FORMAT = "not-that-format"
+    NO_DIRECT_IO = "no-direct-io"
+    NO_DRIVER = "no-driver"
+    NO_SUCH_DEVICE = "no-such-device"
+    UNREADABLE = "unreadable"
+
+
+NEVER_ALLOWED = frozenset(
+    {
+        Code.NO_DRIVER,
+        Code.NO_SUCH_DEVICE,
+        Code.NOT_THAT_FORMAT,
+        Code.SIZE_ZERO,
+        Code.UNREADABLE,
+    }
+)
+"""Findings that no permission mends."""
+
+
+class Severity(StrEnum):
+    """Whether a finding stops `attach`."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One reason not to hand a device over, and the remedy."""
+
+    code: Code
+    message: str
+    hint: str
+    severity: Severity = Severity.ERROR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A device that a VM holds, as the journal knows it."""
+
+    vm: str
+    identity: str
+    read_only: bool
+    share_rw: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """How a device is wanted: only for reading; shared with others who write to it."""
+
+    read_only: bool
+    share_rw: bool = False
+
+
+def check(
+    device: HostDevice,
+    wish: Wish,
+    *,
+    usage: HostUsage,
+    claims: Sequence[Claim] = (),
+    root: HostRoot,
+) -> list[Finding]:
+    """Everything that speaks against handing `device` over; empty when nothing does.
+
+    `claims` are what VMs hold of this device and its relatives. Nodes are opened (for reading,
+    O_EXCL) only on the running host.
+    """
+    match device:
+        case BlockDevice():
+            return list(_check_block(device, wish, usage, claims, root))
+        case DiskFile():
+            return list(_check_file(device, wish, usage, claims, root))
+        case VhostUserSocket():
+            return list(_claimed(claims, wish))
+        case CharDevice():
+            return []
+        case _:
+            assert_never(device)
+
+
+def allow(findings: Iterable[Finding], codes: frozenset[Code]) -> list[Finding]:
+    """The findings with those that the operator allows turned into warnings."""
+    return [
+        replace(finding, severity=Severity.WARNING)
+        if finding.code in codes - NEVER_ALLOWED
+        else finding
+        for finding in findings
+    ]
+
+
+def _check_block(
+    device: BlockDevice, wish: Wish, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+) -> Iterator[Finding]:
+    if device.size_bytes is None:
+        yield Finding(
+            Code.NOT_IN_SYSFS,
+            f"{device.device_node} has no entry in sysfs, so nothing is known of its users",
+            "use a device that the kernel lists below /sys/dev/block",
+        )
+        return
+    used = [
+        *_mounted(device, wish, usage),
+        *_held(device, wish, root),
+        *_looped(device.device_node, wish, usage, root),
+        *_other_loops(device, wish, usage, root),
+        *_swap(device.device_node, _nodes(device), usage, root),
+    ]
+    yield from used
+    yield from _claimed(claims, wish)
+    yield from _opened(device, root, explained=bool(used))
+    if not used and not claims:
+        yield from _locked(device.device_node, root)
+    yield from _read_only(device, wish, "make it writable (blockdev --setrw)")
+    if device.size_bytes == 0:
+        yield _empty(device)
+
+
+def _check_file(
+    device: DiskFile, wish: Wish, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+) -> Iterator[Finding]:
+    used = [
+        *_looped(device.host_path, wish, usage, root),
+        *_swap(device.host_path, (device.host_path,), usage, root),
+    ]
+    yield from used
+    yield from _claimed(claims, wish)
+    if not used and not claims:
+        yield from _locked(device.host_path, root)
+    yield from _read_only(device, wish, "remount its file system for writing")
+    if device.size_bytes == 0:
+        yield Finding(
+            Code.SIZE_ZERO,
+            f"{device.host_path} is empty",
+            "give it a size, for example with truncate --size=1G",
+        )
+
+
+def _nodes(device: BlockDevice) -> tuple[str, ...]:
+    return (device.device_node, *(part.device_node for part in device.relatives))
+
+
+def _mounted(device: BlockDevice, wish: Wish, usage: HostUsage) -> Iterator[Finding]:
+    """Mounts of the device, its partitions or its disk; a read-only file system may be shared."""
+    names = {part.devnum: part.device_node for part in device.relatives}
+    names[device.devnum] = device.device_node
+    places: dict[DevNum, list[str]] = {}
+    for mount in usage.mounts:
+        if mount.devnum in names and not (mount.read_only and wish.read_only):
+            places.setdefault(mount.devnum, []).append(mount.mount_point)
+    for devnum, points in places.items():
+        yield Finding(
+            Code.MOUNTED_ON_HOST,
+            f"{names[devnum]} is mounted on the host at {_few(sorted(set(points)))}",
+            f"umount {min(points)}",
+        )
+
+
+def _held(device: BlockDevice, wish: Wish, root: HostRoot) -> Iterator[Finding]:
+    """What the kernel built on it: device-mapper, md, bcache."""
+    held = [(device.device_node, device.holders)]
+    held += [(part.device_node, part.holders) for part in device.relatives]
+    for node, holders in held:
+        writers = [
+            name
+            for name in holders
+            if not (wish.read_only and root.read_int(f"/sys/class/block/{name}/ro"))
+        ]
+        if writers:
+            yield Finding(
+                Code.HAS_HOLDERS,
+                f"{node} is part of {_few(writers)}",
+                f"hand over {_few([f'/dev/{name}' for name in writers])} itself, "
+                "or take it apart first (dmsetup, lvm, mdadm)",
+            )
+
+
+def _looped(path: str, wish: Wish, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
+    """Loop devices on top of a node or file."""
+    for loop in usage.loops:
+        if loop.backing.deleted or not same_file(loop.backing.backing_file, path, root):
+            continue
+        if wish.read_only and root.read_int(f"/sys/dev/block/{loop.devnum}/ro"):
+            continue
+        yield Finding(
+            Code.HAS_HOLDERS,
+            f"{path} is behind the loop device {loop.device_node}",
+            f"hand over {loop.device_node} itself, or losetup --detach {loop.device_node}",
+        )
+
+
+def _other_loops(
+    device: BlockDevice, wish: Wish, usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """Other loop devices on the file that this one loops to."""
+    if device.backing is None or device.backing.deleted:
+        return
+    others = [loop for loop in usage.loops if loop.devnum != device.devnum]
+    remaining = HostUsage(mounts=(), swaps=(), loops=tuple(others))
+    yield from _looped(device.backing.backing_file, wish, remaining, root)
+
+
+def _swap(
+    name: str, paths: tuple[str, ...], usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    for area in usage.swaps:
+        if any(same_file(area, path, root) for path in paths):
+            yield Finding(
+                Code.IS_SWAP,
+                f"{name} holds swap space that the host is using"
+                + ("" if area == name else f" ({area})"),
+                f"swapoff {area}",
+            )
+
+
+def _claimed(claims: Sequence[Claim], wish: Wish) -> Iterator[Finding]:
+    """What VMs hold; readers may share, and writers that all said share-rw."""
+    for claim in claims:
+        readers = wish.read_only and claim.read_only
+        sharers = wish.share_rw and claim.share_rw
+        if not (readers or sharers):
+            yield Finding(
+                Code.IN_USE_BY_VM,
+                f"{claim.identity} is already handed to VM {claim.vm!r}"
+                + (" for reading" if claim.read_only else ""),
+                f"vmplug detach it from VM {claim.vm!r} first; share it read-only; or say "
+                "share-rw=on on both sides if its file system can be written by several",
+            )
+
+
+def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator[Finding]:
+    """An exclusive open says what no file in sysfs does: btrfs, zfs, a database, a daemon."""
+    if not root.is_live:
+        return
+    match root.probe_open(device.device_node, os.O_EXCL):
+        case None:
+            pass
+        case errno.EBUSY:
+            if not explained:
+                yield Finding(
+                    Code.OPEN_EXCLUSIVELY,
+                    f"{device.device_node} is held exclusively by something on the host",
+                    f"fuser --verbose {device.device_node} may name it; stop it first",
+                )
+        case errno.ENOMEDIUM:
+            yield _empty(device)
+        case number:
+            yield Finding(
+                Code.UNREADABLE,
+                f"{device.device_node} cannot be opened: {os.strerror(number)}",
+                "vmplug needs root and a node in /dev for every device it hands over",
+            )
+
+
+def _locked(path: str, root: HostRoot) -> Iterator[Finding]:
+    if root.is_range_locked(path, _QEMU_LOCK_BASE, _QEMU_LOCK_LENGTH):
+        yield Finding(
+            Code.IMAGE_LOCKED,
+            f"{path} is open in another QEMU or storage daemon",
+            f"fuser --verbose {path} names it; stop it first",
+        )
+
+
+def _read_only(device: BlockDevice | DiskFile, wish: Wish, remedy: str) -> Iterator[Finding]:
+    if device.read_only and not wish.read_only:
+        yield Finding(
+            Code.READ_ONLY_DEVICE,
+            f"{device.host_path} is read-only and is wanted for writing",
+            f"ask for it read-only, or {remedy}",
+        )
+
+
+def _empty(device: BlockDevice) -> Finding:
+    if device.removable:
+        return Finding(
+            Code.NO_MEDIUM, f"{device.device_node} has no medium in it", "insert the medium"
+        )
+    return Finding(
+        Code.SIZE_ZERO,
+        f"{device.device_node} has size zero",
+        "set it up first (a loop device needs a file: losetup)",
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,156 @@
+"""The vhost-user store: block device numbers that stand for sockets of storage daemons.
+
+A node `STORE/block/devices/NAME` of major 241 (vhost-user-blk) or 242 (vhost-user-scsi) means the
+socket `STORE/block/sockets/NAME`. Both majors are a convention of Kata Containers and may be
+changed per host.
+
+The index by number is trusted only as far as the file system lets it be: a hit is checked against
+its node, and an index or a miss only counts while the directory is unchanged *and* was already
+older than `_RACY_NS` when it was scanned. tmpfs stamps directories from a clock that ticks every
+4 to 10 ms, so that two changes within one tick look like one (measured: 1 of 300 immediate
+changes was visible). Git treats its index the same way.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vmplug.address import DevNum
+from vmplug.errors import HostError, NoSuchDevice
+from vmplug.host.root import HostRoot, describe
+
+VHOST_USER_BLK_MAJOR = 241
+VHOST_USER_SCSI_MAJOR = 242
+
+_RACY_NS = 20_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """Names of the store's block nodes by number, as of one scan.
+
+    `settled` says that nothing can have changed unseen since. `loose` says that some entry is a
+    symlink or could not be read, so that the directory's time does not tell of every change.
+    """
+
+    names: dict[int, str]
+    mtime_ns: int
+    settled: bool
+    loose: bool
+
+
+class VhostUserStore:
+    """The sockets of one vhost-user store, found by device number.
+
+    Long-lived and cheap to ask again: a warm lookup is three `stat` calls however many nodes the
+    store holds. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        blk_major: int = VHOST_USER_BLK_MAJOR,
+        scsi_major: int = VHOST_USER_SCSI_MAJOR,
+        root: HostRoot | None = None,
+    ) -> None:
+        self.path = path
+        self.blk_major = blk_major
+        self.scsi_major = scsi_major
+        self._root = root or HostRoot()
+        self._devices = f"{path}/block/devices"
+        self._sockets = f"{path}/block/sockets"
+        self._index: _Index | None = None
+
+    def owns(self, devnum: DevNum) -> bool:
+        """Whether block devices of this number are the store's."""
+        return devnum.major in (self.blk_major, self.scsi_major)
+
+    def find_socket(self, devnum: DevNum) -> str:
+        """The socket of a device number.
+
+        Raises NoSuchDevice when the store, the node or the socket is not there or is something
+        else, AttributeReadError when it cannot be looked at.
+        """
+        rdev = os.makedev(devnum.major, devnum.minor)
+        name = self._indexed_name(rdev)
+        if name is None:
+            raise self._missing(devnum)
+        return self._socket(devnum, name)
+
+    def find_sockets(self, devnums: Iterable[DevNum]) -> dict[DevNum, str | HostError]:
+        """The sockets of many device numbers, answered from one scan made now."""
+        index = self._index = self._scan()
+        found: dict[DevNum, str | HostError] = {}
+        for devnum in devnums:
+            name = index.names.get(os.makedev(devnum.major, devnum.minor))
+            try:
+                found[devnum] = self._socket(devnum, name) if name else self._missing(devnum)
+            except HostError as error:
+                found[devnum] = error
+        return found
+
+    def _indexed_name(self, rdev: int) -> str | None:
+        index = self._index
+        mtime_ns = self._directory_mtime_ns()
+        if index is not None and index.mtime_ns == mtime_ns:
+            name = index.names.get(rdev)
+            if name is not None and self._is_node(name, rdev):
+                return name
+            if name is None and index.settled and not index.loose:
+                return None
+        index = self._index = self._scan()
+        return index.names.get(rdev)
+
+    def _directory_mtime_ns(self) -> int:
+        status = self._root.stat(self._devices)
+        if status is None:
+            raise NoSuchDevice(
+                self.path,
+                f"the vhost-user store {self.path} is not there: no directory {self._devices}",
+                hint="name the store of this host with --vhost-user-store, "
+                "or start the storage daemon that fills it",
+            )
+        return status.st_mtime_ns
+
+    def _scan(self) -> _Index:
+        """Look at every node. The first in name order wins, as in Kata; broken ones are passed."""
+        started_ns = time.time_ns()
+        mtime_ns = self._directory_mtime_ns()
+        names: dict[int, str] = {}
+        loose = False
+        for name in self._root.names(self._devices):
+            path = f"{self._devices}/{name}"
+            status = self._root.try_stat(path, follow_symlinks=False)
+            if status is None or stat.S_ISLNK(status.st_mode):
+                loose = True
+                status = self._root.try_stat(path)
+            if status and stat.S_ISBLK(status.st_mode):
+                names.setdefault(status.st_rdev, name)
+        return _Index(names, mtime_ns, started_ns - mtime_ns > _RACY_NS, loose)
+
+    def _is_node(self, name: str, rdev: int) -> bool:
+        status = self._root.try_stat(f"{self._devices}/{name}")
+        return status is not None and status.st_rdev == rdev and stat.S_ISBLK(status.st_mode)
+
+    def _socket(self, devnum: DevNum, name: str) -> str:
+        path = f"{self._sockets}/{name}"
+        status = self._root.stat(path)
+        if status is None or not stat.S_ISSOCK(status.st_mode):
+            found = describe(status)
+            raise NoSuchDevice(
+                f"vhost-user device {devnum}",
+                f"vhost-user device {devnum} has no socket at {path}: found {found}",
+                found=found,
+                hint="start the storage daemon that serves it",
+            )
+        return path
+
+    def _missing(self, devnum: DevNum) -> NoSuchDevice:
+        return NoSuchDevice(
+            f"vhost-user device {devnum}",
+            f"the vhost-user store {self.path} has no block device node {devnum}",
+            hint=f"create it below {self._devices} with mknod, under the name of its socket",
+        )

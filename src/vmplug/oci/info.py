@@ -1,0 +1,90 @@
+"""DeviceInfo: one device as a container asks for it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from vmplug.address import DevNum
+from vmplug.errors import SpecError
+
+
+class DevType(StrEnum):
+    """Device types of the OCI specification. Source: runtime-spec config-linux.md, Devices."""
+
+    BLOCK = "b"
+    CHAR = "c"
+    CHAR_UNBUFFERED = "u"
+    FIFO = "p"
+
+
+NUMBERED = frozenset({DevType.BLOCK, DevType.CHAR, DevType.CHAR_UNBUFFERED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """One device as a container asks for it.
+
+    `devnum` is None for a FIFO, which has no number, and for a regular file that is to be a disk;
+    the latter has its `host_path` instead, which is None for everything else. `file_mode` holds
+    permission bits only. `driver_options` are the words of `vmplug.drivers.block`.
+
+    Raises SpecError when the parts do not fit each other.
+    """
+
+    container_path: str
+    dev_type: DevType
+    devnum: DevNum | None = None
+    host_path: str | None = None
+    read_only: bool = False
+    file_mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    driver_options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_container_path(self.container_path)
+        if self.host_path is not None and (self.devnum or self.dev_type is not DevType.BLOCK):
+            raise SpecError(self.container_path, "a regular file is type b and has no number")
+        if self.devnum is None and self.host_path is None and self.dev_type in NUMBERED:
+            raise SpecError(
+                self.container_path, f"a device of type {self.dev_type} needs major and minor"
+            )
+        object.__setattr__(self, "driver_options", MappingProxyType(dict(self.driver_options)))
+
+    @property
+    def major(self) -> int | None:
+        """Major number; None where there is none."""
+        return self.devnum.major if self.devnum else None
+
+    @property
+    def minor(self) -> int | None:
+        """Minor number; None where there is none."""
+        return self.devnum.minor if self.devnum else None
+
+    @property
+    def wanted(self) -> str:
+        """The device in a few words, for messages: `block device 7:0`."""
+        if self.host_path is not None:
+            return f"file {self.host_path}"
+        if self.devnum is None:
+            return f"FIFO {self.container_path}"
+        kind = "block" if self.dev_type is DevType.BLOCK else "char"
+        return f"{kind} device {self.devnum}"
+
+
+def check_container_path(path: str, where: str | None = None) -> None:
+    """SpecError unless `path` is absolute and normal: no `..`, no NUL, more than `/`."""
+    where = where or "container path"
+    if not path:
+        raise SpecError(where, "path is empty", hint="give the device's path in the container")
+    if not path.startswith("/") or path.strip("/") == "":
+        raise SpecError(where, f"{path!r} is not an absolute path of a device")
+    if "\0" in path:
+        raise SpecError(where, f"{path!r} contains a NUL character")
+    if ".." in path.split("/"):
+        raise SpecError(
+            where,
+            f"{path!r} contains '..'",
+            hint="give the path that the device shall have, without detours",
+        )

@@ -1,0 +1,247 @@
+"""What an OCI runtime configuration says about devices, as typed values.
+
+Only the parts that concern devices are read: `linux.devices`, `linux.resources.devices` and
+`mounts`. Everything else may be there and is not looked at.
+Source: opencontainers/runtime-spec config.md and config-linux.md.
+"""
+
+import json
+import os
+import re
+import stat
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from vmplug.address import DevNum
+from vmplug.errors import SpecError
+from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, check_container_path
+
+Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+
+
+class _Device(msgspec.Struct, rename="camel"):
+    path: str
+    type: str
+    major: int | None = None
+    minor: int | None = None
+    file_mode: int | None = None
+    uid: Id | None = None
+    gid: Id | None = None
+
+
+class _Rule(msgspec.Struct):
+    allow: bool = False
+    type: str | None = None
+    major: int | None = None
+    minor: int | None = None
+    access: str | None = None
+
+
+class _Mount(msgspec.Struct):
+    destination: str
+    type: str | None = None
+    source: str | None = None
+    options: list[str] | None = None
+
+
+class _Resources(msgspec.Struct):
+    devices: list[_Rule] | None = None
+
+
+class _Linux(msgspec.Struct):
+    devices: list[_Device] | None = None
+    resources: _Resources | None = None
+
+
+class _Config(msgspec.Struct):
+    mounts: list[_Mount] | None = None
+    linux: _Linux | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """One mount that has a source on the host; `type` is None where the bundle leaves it out."""
+
+    destination: str
+    source: str
+    type: str | None
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """What one container asks for; `name` is the bundle directory's, None for standard input."""
+
+    name: str | None
+    devices: tuple[DeviceInfo, ...]
+    mounts: tuple[Mount, ...] = ()
+
+
+def read_bundle(source: str | os.PathLike[str]) -> Bundle:
+    """The devices that the bundle directory, config.json or `-` (standard input) asks for.
+
+    Raises SpecError when it cannot be read and for everything wrong inside it.
+    """
+    if source == "-":
+        return parse_config(sys.stdin.buffer.read(), name=None)
+    path = Path(source)
+    if path.is_dir():
+        path /= "config.json"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SpecError(
+            str(path),
+            f"cannot be read: {os.strerror(error.errno or 0)}",
+            hint="a bundle is a directory with a config.json, that file itself, or -",
+        ) from error
+    return parse_config(data, name=path.resolve().parent.name)
+
+
+def parse_config(data: bytes, *, name: str | None) -> Bundle:
+    """What the configuration in `data` asks for, in its order; exact repeats count once.
+
+    Raises SpecError with the JSON path, what stands there and what was expected.
+    """
+    config = _decode(data)
+    return Bundle(
+        name=name,
+        devices=_devices(config.linux or _Linux()),
+        mounts=tuple(_mount(mount) for mount in config.mounts or [] if mount.source),
+    )
+
+
+def _mount(mount: _Mount) -> Mount:
+    return Mount(
+        destination=mount.destination,
+        source=mount.source or "",
+        type=mount.type,
+        read_only="ro" in (mount.options or []),
+    )
+
+
+def _devices(linux: _Linux) -> tuple[DeviceInfo, ...]:
+    rules = (linux.resources and linux.resources.devices) or []
+    devices: dict[str, DeviceInfo] = {}
+    for index, device in enumerate(linux.devices or []):
+        where = f"$.linux.devices[{index}]"
+        info = _device_info(device, where)
+        if info.dev_type is DevType.BLOCK and info.devnum and _is_read_only(info.devnum, rules):
+            info = replace(info, read_only=True)
+        if (known := devices.setdefault(info.container_path, info)) != info:
+            raise SpecError(
+                f"{where}.path",
+                f"{info.container_path} is asked for twice, as {known.wanted} and {info.wanted}",
+            )
+    return tuple(devices.values())
+
+
+def _decode(data: bytes) -> _Config:
+    if not data.strip():
+        raise SpecError("$", "the configuration is empty; expected an OCI config.json")
+    try:
+        return msgspec.json.decode(data, type=_Config)
+    except msgspec.ValidationError as error:
+        raise _spec_error(error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SpecError("$", f"not JSON: {_json_position(data) or error}") from error
+
+
+def _spec_error(error: msgspec.ValidationError) -> SpecError:
+    """Put first what msgspec puts last: `Expected `str`, got `int` - at `$.linux`."""
+    what, _, where = str(error).partition(" - at ")
+    what = what.replace("`", "")
+    return SpecError(where.strip("`") or "$", what[:1].lower() + what[1:])
+
+
+def _json_position(data: bytes) -> str | None:
+    """Line and column of the mistake, which msgspec gives only as a byte offset."""
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return None
+
+
+def _device_info(device: _Device, where: str) -> DeviceInfo:
+    check_container_path(device.path, f"{where}.path")
+    try:
+        dev_type = DevType(device.type)
+    except ValueError:
+        raise SpecError(
+            f"{where}.type", f"{device.type!r} is not a device type; expected b, c, u or p"
+        ) from None
+    return DeviceInfo(
+        container_path=device.path,
+        dev_type=dev_type,
+        devnum=_devnum(device, where) if dev_type in NUMBERED else None,
+        file_mode=_file_mode(device, dev_type, where),
+        uid=device.uid,
+        gid=device.gid,
+    )
+
+
+def _devnum(device: _Device, where: str) -> DevNum:
+    if device.major is None or device.minor is None:
+        missing = "major" if device.major is None else "minor"
+        raise SpecError(
+            f"{where}.{missing}",
+            f"missing; a device of type {device.type} needs major and minor",
+        )
+    try:
+        return DevNum(device.major, device.minor)
+    except ValueError as error:
+        field = "major" if str(error).startswith("major") else "minor"
+        raise SpecError(f"{where}.{field}", str(error)) from error
+
+
+_FILE_TYPES = {
+    DevType.BLOCK: stat.S_IFBLK,
+    DevType.CHAR: stat.S_IFCHR,
+    DevType.CHAR_UNBUFFERED: stat.S_IFCHR,
+    DevType.FIFO: stat.S_IFIFO,
+}
+
+
+def _file_mode(device: _Device, dev_type: DevType, where: str) -> int | None:
+    """Permission bits; engines also write the whole st_mode, whose type must then agree."""
+    mode = device.file_mode
+    if mode is None:
+        return None
+    if not 0 <= mode <= 0o177777:
+        raise SpecError(f"{where}.fileMode", f"{mode} is not a file mode")
+    if stat.S_IFMT(mode) not in {0, _FILE_TYPES[dev_type]}:
+        raise SpecError(
+            f"{where}.fileMode", f"{mode:#o} is not the mode of a device of type {dev_type}"
+        )
+    return stat.S_IMODE(mode)
+
+
+_ACCESS = re.compile(r"[rwm]*\Z")
+
+
+def _is_read_only(devnum: DevNum, rules: list[_Rule]) -> bool:
+    """Whether rules for exactly this block device allow it, but not to write.
+
+    Rules apply in order, as the kernel's device cgroup applies them. A rule with a wildcard says
+    nothing about one device: engines write `a *:* rwm` and `b *:* m` for every container.
+    """
+    named, access = False, set[str]()
+    for index, rule in enumerate(rules):
+        if not _ACCESS.match(rule.access or ""):
+            raise SpecError(
+                f"$.linux.resources.devices[{index}].access",
+                f"{rule.access!r} is not made of the letters r, w and m",
+            )
+        if rule.type not in {None, "", "a", "b"}:
+            continue
+        if (rule.major, rule.minor) != (devnum.major, devnum.minor):
+            continue
+        letters = set(rule.access or "rwm")
+        named |= rule.allow
+        access = access | letters if rule.allow else access - letters
+    return named and "w" not in access

@@ -1,0 +1,225 @@
+"""A QEMU of the test's own, with the tiny guest in it, and ready-made sets of devices for it."""
+
+import json
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from guest.console import GuestConsole
+from tests.support.raw_qmp import RawQmp
+
+Device = Mapping[str, str | int | bool]
+"""Properties of one `-device`, by QEMU's names and in its JSON types."""
+
+QEMU = "qemu-system-x86_64"
+BUILT_GUEST = Path(__file__).parents[2] / "build" / "guest"
+START_TIMEOUT_S = 20.0
+BOOT_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 5.0
+
+FIRST_PORT_SLOT = 0x10
+PORT_SLOTS = 15
+"""Slots 0x10..0x1e of a q35's root bus are free; 0x1f has the chipset."""
+
+
+class GuestVm:
+    """A running QEMU; made by `start_vm`.
+
+    `qmp_path` is for the product, `oracle` the tests' own session on a second monitor, connected
+    from the start so that it has every event. `console_path` is the socket `console` connects to.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], logs: Path, sockets: Path, *, guest: bool
+    ) -> None:
+        self._process = process
+        self._logs = logs
+        self._guest = guest
+        self._console: GuestConsole | None = None
+        self._resources = ExitStack()
+        self.pid = process.pid
+        self.qmp_path = sockets / "qmp.sock"
+        self.console_path = sockets / "console.sock"
+        self.oracle = self._connect_oracle(sockets / "oracle.sock")
+
+    def _connect_oracle(self, path: Path) -> RawQmp:
+        try:
+            oracle = RawQmp.connect(path, START_TIMEOUT_S)
+        except OSError as error:
+            raise RuntimeError(f"QEMU did not start: {self.stderr or error}") from error
+        return self._resources.enter_context(oracle)
+
+    @property
+    def console(self) -> GuestConsole:
+        """The guest's console; the first use waits until the guest has booted."""
+        if not self._guest:
+            raise RuntimeError("this VM was started without a guest")
+        if self._console is None:
+            console = GuestConsole.connect(self.console_path, BOOT_TIMEOUT_S)
+            self._console = self._resources.enter_context(console)
+        return self._console
+
+    @property
+    def stderr(self) -> str:
+        """What QEMU has complained about so far."""
+        return _stderr_file(self._logs).read_text(errors="replace").strip()
+
+    @property
+    def kernel_log(self) -> str:
+        """What the guest's kernel has printed so far."""
+        return _kernel_log(self._logs).read_text(errors="replace")
+
+    def kill(self) -> None:
+        """Ends QEMU as a crash would."""
+        self._process.kill()
+        self._process.wait(END_TIMEOUT_S)
+
+    def wait_ended(self, timeout_s: float = END_TIMEOUT_S) -> int:
+        """Waits until QEMU has ended by itself; its exit status, minus the signal's number."""
+        return self._process.wait(timeout_s)
+
+    def disconnect(self) -> None:
+        """Closes the tests' own connections."""
+        self._resources.close()
+
+
+@contextmanager
+def start_vm(
+    directory: Path,
+    *,
+    machine: str = "q35",
+    devices: Iterable[Device] = (),
+    extra: Sequence[str] = (),
+    guest: bool = True,
+    paused: bool = False,
+    memory: str = "256M",
+    smp: int = 1,
+) -> Iterator[GuestVm]:
+    """Starts QEMU without KVM, and ends and reaps it whatever happens; logs go to `directory`.
+
+    The sockets have a short directory of their own, as their paths may have 107 bytes only. They
+    listen before QEMU starts: connecting needs no second try. Raises RuntimeError with QEMU's
+    words when it does not start, FileNotFoundError when the guest has not been built.
+    """
+    arguments = [QEMU, "-accel", "tcg", "-machine", machine, "-cpu", "max"]
+    arguments += ["-m", memory, "-smp", str(smp), "-nodefaults", "-no-user-config"]
+    arguments += ["-display", "none", "-no-reboot"]
+    if guest:
+        arguments += _guest_arguments()
+    if paused:
+        arguments.append("-S")
+    for device in devices:
+        arguments += ["-device", json.dumps(device)]
+    with ExitStack() as stack:
+        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory("", "vmplug-", "/tmp")))
+        process = stack.enter_context(_running([*arguments, *extra], directory, sockets))
+        vm = GuestVm(process, directory, sockets, guest=guest)
+        stack.callback(vm.disconnect)
+        yield vm
+
+
+def _guest_arguments() -> list[str]:
+    kernel, initrd = BUILT_GUEST / "vmlinuz", BUILT_GUEST / "initrd.img"
+    if not (kernel.exists() and initrd.exists()):
+        raise FileNotFoundError(f"{BUILT_GUEST} has no guest; build it with: guest/build.sh")
+    append = "console=ttyS0 quiet panic=-1"
+    return ["-kernel", str(kernel), "-initrd", str(initrd), "-append", append]
+
+
+@contextmanager
+def _running(
+    arguments: list[str], logs: Path, sockets: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """QEMU with two monitors and two serial ports; terminated, then killed, then reaped."""
+    with ExitStack() as started:
+        fds = {
+            name: started.enter_context(_listening(sockets / f"{name}.sock")).fileno()
+            for name in ("qmp", "oracle", "console")
+        }
+        stderr = started.enter_context(_stderr_file(logs).open("wb"))
+        process = subprocess.Popen(
+            [*arguments, *_channel_arguments(fds, _kernel_log(logs))],
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+            pass_fds=tuple(fds.values()),
+        )
+    try:
+        yield process
+    finally:
+        _end(process)
+
+
+def _channel_arguments(fds: Mapping[str, int], kernel_log: Path) -> list[str]:
+    arguments = ["-chardev", f"file,id=kernel,path={str(kernel_log).replace(',', ',,')}"]
+    for name, fd in fds.items():
+        arguments += ["-chardev", f"socket,id={name},fd={fd},server=on,wait=off"]
+    for name in ("qmp", "oracle"):
+        arguments += ["-mon", f"chardev={name},mode=control"]
+    return [*arguments, "-serial", "chardev:kernel", "-serial", "chardev:console"]
+
+
+def _listening(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for ending in (signal.SIGTERM, signal.SIGKILL):
+        process.send_signal(ending)  # does nothing once it has been reaped
+        try:
+            process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+    raise RuntimeError(f"QEMU (pid {process.pid}) does not even end when killed")
+
+
+def _stderr_file(logs: Path) -> Path:
+    return logs / "qemu-stderr.log"
+
+
+def _kernel_log(logs: Path) -> Path:
+    return logs / "guest-kernel.log"
+
+
+def root_ports(count: int) -> list[Device]:
+    """Empty PCIe root ports rp0, rp1, ... for a q35, each taking one device at slot 0.
+
+    Up to 15 have a slot each, from 0x10; more are functions, eight to a slot: 0x10.0, 0x10.1, ...
+    """
+    functions = 1 if count <= PORT_SLOTS else 8
+    if count > PORT_SLOTS * functions:
+        raise ValueError(f"no room for {count} root ports on one bus")
+    return [
+        {
+            "driver": "pcie-root-port",
+            "id": f"rp{index}",
+            "bus": "pcie.0",
+            "chassis": index + 1,
+            "slot": index + 1,
+            "addr": f"{FIRST_PORT_SLOT + index // functions:x}.{index % functions}",
+            "multifunction": functions > 1,
+        }
+        for index in range(count)
+    ]
+
+
+def pci_bridge() -> list[Device]:
+    """One PCI bridge br0 for machine pc, at slot 0x10, taking devices at its slots 1..0x1f."""
+    bridge = {"driver": "pci-bridge", "id": "br0", "bus": "pci.0", "addr": "0x10"}
+    return [{**bridge, "chassis_nr": 1, "shpc": True}]
+
+
+def scsi_controller(bus: str = "pcie.0") -> list[Device]:
+    """One virtio SCSI controller scsi0, whose bus is scsi0.0, at slot 8 of the root bus.
+
+    `bus` is `pcie.0` for a q35, `pci.0` for machine pc.
+    """
+    return [{"driver": "virtio-scsi-pci", "id": "scsi0", "bus": bus, "addr": "0x8"}]
