@@ -215,11 +215,11 @@ class Hypervisor(Protocol):
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Tell the guest a disk's new size."""
 
-    def find_devices(self) -> frozenset[str]:
-        """The ids of all devices of which the VM holds any part."""
+    def find_devices(self) -> dict[str, bool]:
+        """The ids of all devices of which the VM holds any part; True where the guest sees it."""
 
-    def find_complete_devices(self) -> frozenset[str]:
-        """The ids of those devices that are plugged and not being unplugged."""
+    def status(self) -> str:
+        """QEMU's run state: `running`, `paused`, `prelaunch`, ..."""
 
     def close(self) -> None:
         """End the conversation; the VM goes on."""

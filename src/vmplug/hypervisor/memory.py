@@ -1,0 +1,240 @@
+"""An in-memory hypervisor for tests: Qemu on a monitor that needs no QEMU.
+
+What it answers is held to real QEMU 7.2 by the contract tests. It knows the commands that vmplug
+sends to plug disks, and no others.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from vmplug.drivers.base import Command
+from vmplug.hypervisor.monitor import EventReceiver, command_error
+from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.topology import PERIPHERAL
+
+_ROOT_BUS = "/machine/q35/pcie.0"
+_FIRST_PORT_SLOT = 0x10
+
+
+class Guest(StrEnum):
+    """What the guest does when it is asked to release a device."""
+
+    ANSWERS = "answers"
+    SILENT = "silent"
+    REFUSES = "refuses"
+
+
+class MemoryHypervisor(Qemu):
+    """A q35 machine in memory with `root_ports` ports and, if wanted, a virtio-scsi controller.
+
+    `monitor` may be told to fail (`fail_at`) and how the guest behaves (`guest`).
+    """
+
+    def __init__(self, *, root_ports: int = 4, scsi: bool = True) -> None:
+        self.monitor = MemoryMonitor(root_ports=root_ports, scsi=scsi)
+        super().__init__(self.monitor)
+
+
+class _Refused(Exception):
+    def __init__(self, desc: str, error_class: str = "GenericError") -> None:
+        super().__init__(desc)
+        self.error_class = error_class
+
+
+@dataclass(slots=True)
+class _Device:
+    driver: str
+    bus: str
+    properties: Mapping[str, Any]
+    unplugging: bool = False
+
+
+@dataclass(slots=True)
+class MemoryMonitor:
+    """The answers of a small QEMU. `fail_at` names a command that is refused once."""
+
+    root_ports: int = 4
+    scsi: bool = True
+    guest: Guest = Guest.ANSWERS
+    fail_at: str | None = None
+    sent: list[Command] = field(default_factory=list)
+    devices: dict[str, _Device] = field(default_factory=dict)
+    nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    objects: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    _receivers: list[EventReceiver] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for index in range(self.root_ports):
+            self._add_cold(f"rp{index}", "pcie-root-port", _FIRST_PORT_SLOT + index)
+        if self.scsi:
+            self._add_cold("scsi0", "virtio-scsi-pci", 0x5)
+
+    def _add_cold(self, name: str, driver: str, slot: int) -> None:
+        self.devices[name] = _Device(driver, _ROOT_BUS, {"addr": slot << 3, "hotplug": True})
+
+    def execute(self, command: Command) -> Any:
+        """See Monitor."""
+        self.sent.append(command)
+        answer = getattr(self, "_" + command.execute.replace("-", "_"), None)
+        try:
+            if answer is None:
+                raise _Refused(
+                    f"The command {command.execute} has not been found", "CommandNotFound"
+                )
+            if self.fail_at == command.execute:
+                self.fail_at = None
+                raise _Refused(f"{command.execute} was told to fail")
+            return answer(self, **{k.replace("-", "_"): v for k, v in command.arguments.items()})
+        except _Refused as error:
+            raise command_error(command, error.error_class, str(error)) from None
+
+    def execute_all(self, commands: Iterable[Command]) -> list[Any]:
+        """See Monitor."""
+        return [self.execute(command) for command in commands]
+
+    def listen(self, receive: EventReceiver) -> None:
+        """See Monitor."""
+        self._receivers.append(receive)
+
+    def close(self) -> None:
+        """See Monitor."""
+
+    def wake_guest(self) -> None:
+        """Let a silent guest answer everything that it was asked."""
+        self.guest = Guest.ANSWERS
+        for name in [name for name, device in self.devices.items() if device.unplugging]:
+            self._delete(name)
+
+    def _emit(self, event: str, **data: str) -> None:
+        for receive in self._receivers:
+            receive(event, data)
+
+    def _delete(self, name: str) -> None:
+        del self.devices[name]
+        path = f"{PERIPHERAL}/{name}"
+        self._emit("DEVICE_DELETED", path=f"{path}/virtio-backend")
+        self._emit("DEVICE_DELETED", path=path, device=name)
+
+    # what each command answers
+
+    def _qom_list(self, path: str) -> list[dict[str, str]]:
+        if path == PERIPHERAL:
+            return [_entry(name, f"child<{d.driver}>") for name, d in self.devices.items()]
+        if path == "/machine/peripheral-anon":
+            return []
+        if path == "/objects":
+            return [_entry(name, f"child<{kind}>") for name, kind in self.objects.items()]
+        name, _, rest = path.removeprefix(PERIPHERAL + "/").partition("/")
+        if name not in self.devices:
+            raise _Refused(f"Device '{path}' not found", "DeviceNotFound")
+        if not rest:
+            return [_entry(name, "bool") for name in self.devices[name].properties]
+        links = [_entry(link, "link<device>") for link, _ in self._occupants(path)]
+        return [_entry("hotplug-handler", "link<hotplug-handler>"), *links]
+
+    def _occupants(self, bus_path: str) -> Iterator[tuple[str, str]]:
+        on_bus = (name for name, device in self.devices.items() if device.bus == bus_path)
+        for index, name in enumerate(on_bus):
+            yield f"child[{index}]", name
+
+    def _qom_get(self, path: str, property: str) -> Any:'s own word
+        if path == "/machine":
+            return "pc-q35-7.2-machine"
+        if property.startswith("child["):
+            return f"{PERIPHERAL}/{dict(self._occupants(path))[property]}"
+        device = self.devices.get(path.removeprefix(PERIPHERAL + "/"))
+        if device is None:
+            raise _Refused(f"Device '{path}' not found", "DeviceNotFound")
+        return device.bus if property == "parent_bus" else device.properties[property]
+
+    def _query_memdev(self) -> list[dict[str, Any]]:
+        return [{"id": "mem", "share": True}]
+
+    def _query_status(self) -> dict[str, Any]:
+        running = self.guest is not Guest.SILENT
+        return {"status": "running" if running else "paused", "running": running}
+
+    def _query_named_block_nodes(self, *, flat: bool) -> list[dict[str, str]]:
+        return [{"node-name": name} for name in self.nodes]
+
+    def _blockdev_add(self, node_name: str, **options: Any) -> dict[str, Any]:
+        if node_name in self.nodes:
+            raise _Refused(f"Duplicate nodes with node-name='{node_name}'")
+        self.nodes[node_name] = options
+        return {}
+
+    def _blockdev_del(self, node_name: str) -> dict[str, Any]:
+        if node_name not in self.nodes:
+            raise _Refused(f"Failed to find node with node-name='{node_name}'")
+        users = [device.properties.get("drive") for device in self.devices.values()]
+        users += [node.get("file") for node in self.nodes.values()]
+        if node_name in users:
+            raise _Refused(f"Node {node_name} is in use")
+        del self.nodes[node_name]
+        return {}
+
+    def _object_add(self, qom_type: str, id: str, **properties: Any) -> dict[str, Any]:
+        if id in self.objects:
+            raise _Refused(
+                f"attempt to add duplicate property '{id}' to object (type 'container')"
+            )
+        self.objects[id] = qom_type
+        return {}
+
+    def _object_del(self, id: str) -> dict[str, Any]:
+        if id not in self.objects:
+            raise _Refused(f"object '{id}' not found")
+        del self.objects[id]
+        return {}
+
+    def _device_add(
+        self, driver: str, id: str, bus: str, drive: str, **rest: Any
+    ) -> dict[str, Any]:
+        owner = bus.removesuffix(".0")
+        if id in self.devices:
+            raise _Refused(f"Duplicate device ID '{id}'")
+        if owner not in self.devices:
+            raise _Refused(f"Bus '{bus}' not found")
+        if drive not in self.nodes:
+            inner = driver.replace("-pci", "-device")
+            raise _Refused(f"Property '{inner}.drive' can't find value '{drive}'")
+        is_scsi = driver == "scsi-hd"
+        place = f"virtio-backend/{bus}" if is_scsi else bus
+        bus_path = f"{PERIPHERAL}/{owner}/{place}"
+        for _, other in self._occupants(bus_path):
+            found = self.devices[other].properties
+            if not is_scsi:
+                raise _Refused(
+                    f"PCI: slot 0 function 0 not available for {driver}, "
+                    f"in use by {self.devices[other].driver},id={other}"
+                )
+            if (found["scsi-id"], found["lun"]) == (rest["scsi_id"], rest["lun"]):
+                raise _Refused(f"lun already used by '{other}'")
+        properties = {key.replace("_", "-"): value for key, value in rest.items()}
+        self.devices[id] = _Device(driver, bus_path, {**properties, "drive": drive, "addr": 0})
+        return {}
+
+    def _device_del(self, id: str) -> dict[str, Any]:
+        device = self.devices.get(id)
+        if device is None:
+            raise _Refused(f"Device '{id}' not found", "DeviceNotFound")
+        if device.driver == "scsi-hd" or self.guest is Guest.ANSWERS:
+            self._delete(id)
+        elif self.guest is Guest.REFUSES:
+            self._emit("DEVICE_UNPLUG_GUEST_ERROR", path=f"{PERIPHERAL}/{id}", device=id)
+        else:
+            device.unplugging = True
+        return {}
+
+    def _block_resize(self, node_name: str, size: int) -> dict[str, Any]:
+        if node_name not in self.nodes:
+            raise _Refused(f"Cannot find device='' nor node-name='{node_name}'")
+        self.sizes[node_name] = size
+        return {}
+
+
+def _entry(name: str, kind: str) -> dict[str, str]:
+    return {"name": name, "type": kind}

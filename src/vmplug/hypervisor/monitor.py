@@ -1,0 +1,46 @@
+"""Monitor: a QMP conversation, whoever holds the other end."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from vmplug.drivers.base import Command
+from vmplug.errors import CommandError
+
+EventReceiver = Callable[[str, Mapping[str, Any]], None]
+
+
+class Monitor(Protocol):
+    """Commands go in, answers and events come out.
+
+    Raises CommandError when QEMU refuses, ProtocolError when the conversation breaks.
+    """
+
+    def execute(self, command: Command) -> Any:
+        """The answer to one command."""
+
+    def execute_all(self, commands: Iterable[Command]) -> list[Any]:
+        """The answers to many, in order; the first refusal is raised."""
+
+    def listen(self, receive: EventReceiver) -> None:
+        """Hand every event's name and data to `receive`, on whatever thread it comes in."""
+
+    def close(self) -> None:
+        """End the conversation."""
+
+
+_HINTS = (
+    ("lock", "another process has the disk open: stop it, or share it (read-only or share-rw=on)"),
+    ("in use by vmplug-", "vmplug reconcile removes what an interrupted attach left in the VM"),
+    ("Duplicate", "vmplug reconcile removes what an interrupted attach left in the VM"),
+    ("not available for", "something else was plugged there meanwhile; try again"),
+    ("Permission denied", "QEMU's own user must be allowed to open the disk"),
+    ("does not support hotplugging", "start the VM with root ports (vmplug vm start)"),
+)
+"""What to do about QEMU's words, by a piece of them. Source: measured on QEMU 7.2."""
+
+
+def command_error(command: Command, error_class: str, desc: str) -> CommandError:
+    """QEMU's refusal, with the remedy where one is known."""
+    error = CommandError(command.execute, error_class, desc)
+    error.hint = next((hint for words, hint in _HINTS if words in desc), None)
+    return error

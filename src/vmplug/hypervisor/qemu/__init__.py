@@ -1,0 +1,167 @@
+"""Qemu: the Hypervisor port on a QMP conversation."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+from vmplug.address import device_id_of, qemu_id
+from vmplug.drivers.base import BlockDrive, Command, Offer, Place, Step
+from vmplug.errors import CommandError, HypervisorError
+from vmplug.hypervisor.monitor import Monitor
+from vmplug.hypervisor.qemu.block import plug_steps
+from vmplug.hypervisor.topology import (
+    PERIPHERAL,
+    Peripherals,
+    qom_get,
+    qom_list,
+    read_offer,
+    read_peripherals,
+)
+
+log = logging.getLogger(__name__)
+
+_UNPLUGGING = "in the process of unplug"
+"""QEMU's word when device_del is repeated; the request stands."""
+
+
+class Qemu:
+    """A running QEMU to plug into. Thread-safe; see `vmplug.drivers.base.Hypervisor`."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._lock = threading.Lock()
+        self._offer: tuple[Peripherals, Offer] | None = None
+        self._plugged_here: set[str] = set()
+        self._outcome = threading.Condition()
+        self._outcomes: dict[str, str] = {}
+        monitor.listen(self._on_event)
+
+    @classmethod
+    def connect(cls, socket: str, *, timeout_s: float = 10.0) -> Self:
+        """Talk to the QEMU behind the QMP socket at path `socket`.
+
+        Raises ConnectError when nobody answers there within `timeout_s`.
+        """
+        from vmplug.hypervisor.qmp import QmpMonitor  # noqa: PLC0415  asyncio costs 40 ms
+
+        return cls(QmpMonitor.connect(socket, timeout_s=timeout_s))
+
+    def offer(self) -> Offer:
+        """What the VM has to plug into; read again only when devices came or went elsewhere."""
+        with self._lock:
+            seen = read_peripherals(self._monitor)
+            others = Peripherals(
+                {k: v for k, v in seen.types.items() if k not in self._plugged_here},
+                seen.anonymous,
+            )
+            if self._offer is None or self._offer[0] != others:
+                self._plugged_here.clear()
+                self._offer = (seen, read_offer(self._monitor, seen))
+            return self._offer[1]
+
+    def steps(self, drive: BlockDrive, place: Place) -> tuple[Step, ...]:
+        """Exactly what `plug` would do; sends nothing."""
+        return plug_steps(drive, place)
+
+    def plug(self, drive: BlockDrive, place: Place) -> None:
+        """Plug all of it or none: whatever was done before a failure is undone."""
+        with ExitStack() as undo:
+            for step in self.steps(drive, place):
+                self._monitor.execute(step.do)
+                undo.callback(self._take_back, step.undo)
+            undo.pop_all()
+        self._plugged_here.add(qemu_id(drive.id))
+
+    def request_unplug(self, device_id: str) -> None:
+        """Ask the guest to let go; comes back at once, also when it was asked before."""
+        name = qemu_id(device_id)
+        with self._outcome:
+            self._outcomes.pop(name, None)
+        try:
+            self._monitor.execute(Command("device_del", {"id": name}))
+        except CommandError as error:
+            if error.error_class != "DeviceNotFound" and _UNPLUGGING not in error.desc:
+                raise
+
+    def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
+        """Wait for the guest, then take the devices' remains away.
+
+        Gives the reason for each device that is still there. Events are waited for, and the
+        object tree is asked before and after, as QEMU repeats no event to a new connection.
+        """
+        deadline = time.monotonic() + timeout_s
+        pending = self._present(device_ids)
+        with self._outcome:
+            while pending - self._outcomes.keys():
+                if not self._outcome.wait(max(0.0, deadline - time.monotonic())):
+                    break
+            names = map(qemu_id, device_ids)
+            refused = {name for name in names if self._outcomes.pop(name, None) == "refused"}
+        if pending:
+            pending = self._present(device_ids)
+        left = {
+            device_id: "refused" if qemu_id(device_id) in refused else "timeout"
+            for device_id in device_ids
+            if qemu_id(device_id) in pending
+        }
+        self._remove_remains(set(device_ids) - left.keys())
+        return left
+
+    def resize(self, device_id: str, size_bytes: int) -> None:
+        """Tell the guest a disk's new size; a regular file is made to have it."""
+        node = self._monitor.execute(qom_get(f"{PERIPHERAL}/{qemu_id(device_id)}", "drive"))
+        self._monitor.execute(Command("block_resize", {"node-name": node, "size": size_bytes}))
+
+    def find_devices(self) -> dict[str, bool]:
+        """The ids of all devices of which the VM holds any part; True where the guest sees it."""
+        devices = {name for name in self._names_in(PERIPHERAL) if device_id_of(name)}
+        parts = [device_id_of(name) for name in (*self._nodes(), *self._names_in("/objects"))]
+        found = {device_id: False for device_id in parts if device_id}
+        return found | {name_id: True for name in devices if (name_id := device_id_of(name))}
+
+    def status(self) -> str:
+        """QEMU's run state: `running`, `paused`, `prelaunch`, ..."""
+        return str(self._monitor.execute(Command("query-status", {}))["status"])
+
+    def close(self) -> None:
+        """End the conversation; the VM goes on."""
+        self._monitor.close()
+
+    def _on_event(self, event: str, data: Mapping[str, Any]) -> None:
+        """Note what became of a device; virtio's inner half sends an event that names none."""
+        outcome = {"DEVICE_DELETED": "deleted", "DEVICE_UNPLUG_GUEST_ERROR": "refused"}.get(event)
+        if outcome and "device" in data:
+            with self._outcome:
+                self._outcomes[data["device"]] = outcome
+                self._outcome.notify_all()
+
+    def _take_back(self, command: Command) -> None:
+        try:
+            self._monitor.execute(command)
+        except HypervisorError as error:
+            log.warning("cannot undo %s: %s, ignoring", command.arguments, error)
+
+    def _names_in(self, path: str) -> list[str]:
+        return [entry["name"] for entry in self._monitor.execute(qom_list(path))]
+
+    def _nodes(self) -> list[str]:
+        nodes = self._monitor.execute(Command("query-named-block-nodes", {"flat": True}))
+        return [node["node-name"] for node in nodes]
+
+    def _present(self, device_ids: Sequence[str]) -> set[str]:
+        return set(self._names_in(PERIPHERAL)) & {qemu_id(device_id) for device_id in device_ids}
+
+    def _remove_remains(self, device_ids: set[str]) -> None:
+        """Delete nodes, filters before what they filter, then objects."""
+        if not device_ids:
+            return
+        nodes = [name for name in self._nodes() if device_id_of(name) in device_ids]
+        for name in sorted(nodes, key=len, reverse=True):
+            self._monitor.execute(Command("blockdev-del", {"node-name": name}))
+        for name in self._names_in("/objects"):
+            if device_id_of(name) in device_ids:
+                self._monitor.execute(Command("object-del", {"id": name}))
+        self._plugged_here -= {qemu_id(device_id) for device_id in device_ids}

@@ -1,0 +1,149 @@
+"""QmpMonitor: the qemu.qmp library behind deadlines and a reconnect.
+
+The library is asynchronous; its event loop runs on a thread of its own and never shows outside.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Coroutine, Iterable, Mapping
+from typing import Any, Self, TypeVar, cast
+
+from qemu.qmp import ConnectError as QmpConnectError
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
+
+from vmplug.drivers.base import Command
+from vmplug.errors import ConnectError, ProtocolError
+from vmplug.hypervisor.monitor import EventReceiver, command_error
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+COMMAND_TIMEOUT_S = 30.0
+"""QEMU answers in milliseconds; only a vhost-user backend or a dead disk can make it think."""
+
+
+class QmpMonitor:
+    """One conversation on a QMP socket; lost ones are taken up again at the next command.
+
+    QEMU serves one client a socket, so that connecting waits for others to finish.
+    """
+
+    def __init__(self, socket: str, *, timeout_s: float) -> None:
+        self._socket = socket
+        self._connect_timeout_s = timeout_s
+        self._receivers: list[EventReceiver] = []
+        self._client: QMPClient | None = None
+        self._relay: asyncio.Task[None] | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="vmplug-qmp", daemon=True
+        )
+
+    @classmethod
+    def connect(cls, socket: str, *, timeout_s: float = 10.0) -> Self:
+        """A conversation on the QMP socket at path `socket`; ConnectError says why not."""
+        monitor = cls(socket, timeout_s=timeout_s)
+        monitor._thread.start()
+        try:
+            monitor._run(monitor._connect())
+        except BaseException:
+            monitor._stop()
+            raise
+        return monitor
+
+    def execute(self, command: Command) -> Any:
+        """See Monitor."""
+        return self._run(self._execute(command))
+
+    def execute_all(self, commands: Iterable[Command]) -> list[Any]:
+        """See Monitor."""
+        return self._run(self._execute_all(list(commands)))
+
+    def listen(self, receive: EventReceiver) -> None:
+        """See Monitor."""
+        self._receivers.append(receive)
+
+    def close(self) -> None:
+        """See Monitor."""
+        if self._thread.is_alive():
+            self._run(self._disconnect())
+            self._stop()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _connect(self) -> None:
+        client, events = QMPClient("vmplug"), EventListener()
+        client.register_listener(events)
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await client.connect(self._socket)
+        except TimeoutError as error:
+            raise ConnectError(
+                self._socket,
+                f"{self._socket} gives no QMP greeting within {self._connect_timeout_s:g} s: "
+                "it is busy with another client, or QEMU hangs",
+                hint="a QMP socket serves one client; give vmplug a -qmp socket of its own",
+            ) from error
+        except QmpConnectError as error:
+            raise ConnectError(
+                self._socket,
+                f"cannot talk QMP on {self._socket}: {_reason(error)}",
+                hint="is the VM running, and is this its QMP socket? (vmplug vm list)",
+            ) from error
+        self._client = client
+        self._relay = asyncio.create_task(self._relay_events(events))
+
+    async def _relay_events(self, events: EventListener) -> None:
+        async for event in events:
+            for receive in self._receivers:
+                receive(str(event["event"]), cast(Mapping[str, Any], event.get("data", {})))
+
+    async def _disconnect(self) -> None:
+        if self._relay:
+            self._relay.cancel()
+        if self._client:
+            with contextlib.suppress(QMPError, OSError, EOFError):
+                await self._client.disconnect()
+        self._client = self._relay = None
+
+    async def _execute_all(self, commands: list[Command]) -> list[Any]:
+        return [await self._execute(command) for command in commands]
+
+    async def _execute(self, command: Command) -> Any:
+        if self._client is None or self._client.runstate is not Runstate.RUNNING:
+            await self._disconnect()
+            await self._connect()
+        assert self._client
+        log.debug("%s %s", command.execute, command.arguments)
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT_S):
+                return await self._client.execute(command.execute, dict(command.arguments))
+        except ExecuteError as error:
+            refusal = error.error.error
+            raise command_error(command, refusal.class_, refusal.desc) from error
+        except TimeoutError as error:
+            raise ProtocolError(
+                f"QEMU did not answer {command.execute} within {COMMAND_TIMEOUT_S:g} s",
+                hint="vmplug reconcile finds out what it did, once it answers again",
+            ) from error
+        except (QMPError, OSError, EOFError) as error:
+            raise ProtocolError(
+                f"the QMP conversation on {self._socket} broke off during {command.execute}",
+                hint="if the VM died, vmplug reconcile frees what it held",
+            ) from error
+
+
+def _reason(error: QmpConnectError) -> str:
+    cause: BaseException | None = error.__cause__ or error
+    while cause and cause.__cause__:
+        cause = cause.__cause__
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

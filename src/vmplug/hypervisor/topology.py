@@ -1,0 +1,142 @@
+"""What a VM has to plug into, read from QEMU's object tree.
+
+The object tree is true in every state of the VM. `query-pci` is not: it walks bridges by the bus
+numbers that firmware gives them, so that before boot everything behind a port is missing.
+Source: `qom-list` and `qom-get` on QEMU 7.2; a bus lists its devices as `child[N]` links.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vmplug.address import PciPath, PciSlot, ScsiAddress
+from vmplug.drivers.base import Command, Offer, PciPort, ScsiController
+from vmplug.hypervisor.monitor import Monitor
+
+PERIPHERAL = "/machine/peripheral"
+_ANONYMOUS = "/machine/peripheral-anon"
+
+_PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
+"""They hold one device, in slot 0. On any other slot the guest never sees it."""
+_BRIDGES = frozenset({"pci-bridge", "pcie-pci-bridge"})
+_BRIDGE_SLOTS = tuple(PciSlot(slot) for slot in range(1, 32))
+_ROOT_BUS = re.compile(r"/machine/(unattached/)?[^/]+/(pcie|pci)\.0\Z")
+_MAX_DEPTH = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Peripherals:
+    """Devices by id, with their QEMU type: what `-device` and `device_add` made."""
+
+    types: Mapping[str, str]
+    anonymous: int
+
+
+def qom_list(path: str) -> Command:
+    """The properties of an object."""
+    return Command("qom-list", {"path": path})
+
+
+def qom_get(path: str, name: str) -> Command:
+    """One property of an object."""
+    return Command("qom-get", {"path": path, "property": name})
+
+
+def read_peripherals(monitor: Monitor) -> Peripherals:
+    """The devices now in the VM, in two commands."""
+    named, anonymous = monitor.execute_all([qom_list(PERIPHERAL), qom_list(_ANONYMOUS)])
+    return Peripherals(
+        types=dict(_children(named)),
+        anonymous=sum(1 for _ in _children(anonymous)),
+    )
+
+
+def read_offer(monitor: Monitor, peripherals: Peripherals) -> Offer:
+    """All ports, bridges and SCSI controllers with what is free on them."""
+    machine, memory = monitor.execute_all(
+        [qom_get("/machine", "type"), Command("query-memdev", {})]
+    )
+    ports = [
+        port
+        for name, kind in peripherals.types.items()
+        if kind in _PORTS | _BRIDGES and (port := _read_port(monitor, name, kind))
+    ]
+    controllers = [
+        _read_controller(monitor, name)
+        for name, kind in peripherals.types.items()
+        if kind == "virtio-scsi-pci"
+    ]
+    return Offer(
+        machine=str(machine).removesuffix("-machine"),
+        ports=tuple(sorted(ports, key=lambda port: port.path)),
+        controllers=tuple(sorted(controllers, key=lambda controller: controller.bus)),
+        shared_memory=bool(memory) and all(backend["share"] for backend in memory),
+    )
+
+
+def _read_port(monitor: Monitor, name: str, kind: str) -> PciPort | None:
+    """The port, or None when nothing can be hot-plugged behind it."""
+    qom_path = f"{PERIPHERAL}/{name}"
+    properties, bus = monitor.execute_all([qom_list(qom_path), qom_list(f"{qom_path}/{name}")])
+    names = {entry["name"] for entry in properties}
+    # A bridge with shpc=off has no windows for what comes later: the guest cannot map it.
+    for switch in {"hotplug", "shpc"} & names:
+        if not monitor.execute(qom_get(qom_path, switch)):
+            return None
+    path = _read_pci_path(monitor, qom_path)
+    if path is None or "hotplug-handler" not in {entry["name"] for entry in bus}:
+        return None
+    occupants = [entry["name"] for entry in bus if _is_occupant(entry)]
+    if kind in _PORTS:
+        free = () if occupants else (PciSlot(0),)
+        return PciPort(bus=name, path=path, free=free)
+    used = {_slot_of(monitor, f"{qom_path}/{name}", link).slot for link in occupants}
+    return PciPort(
+        bus=name, path=path, free=tuple(slot for slot in _BRIDGE_SLOTS if slot.slot not in used)
+    )
+
+
+def _slot_of(monitor: Monitor, bus_path: str, link: str) -> PciSlot:
+    occupant = monitor.execute(qom_get(bus_path, link))
+    return PciSlot.from_devfn(monitor.execute(qom_get(occupant, "addr")))
+
+
+def _read_pci_path(monitor: Monitor, qom_path: str) -> PciPath | None:
+    """Slots from the root bus down; None behind an expander bus, whose number the guest picks."""
+    slots: list[PciSlot] = []
+    for _ in range(_MAX_DEPTH):
+        devfn, bus = monitor.execute_all(
+            [qom_get(qom_path, "addr"), qom_get(qom_path, "parent_bus")]
+        )
+        slots.insert(0, PciSlot.from_devfn(devfn))
+        if _ROOT_BUS.match(bus):
+            return PciPath(tuple(slots))
+        qom_path = bus.rpartition("/")[0]
+        if not qom_path.startswith(PERIPHERAL + "/"):
+            return None
+    return None
+
+
+def _read_controller(monitor: Monitor, name: str) -> ScsiController:
+    qom_path = f"{PERIPHERAL}/{name}"
+    bus = f"{name}.0"
+    bus_path = f"{qom_path}/virtio-backend/{bus}"
+    used = set()
+    for entry in monitor.execute(qom_list(bus_path)):
+        if _is_occupant(entry):
+            disk = monitor.execute(qom_get(bus_path, entry["name"]))
+            scsi_id, lun = monitor.execute_all([qom_get(disk, "scsi-id"), qom_get(disk, "lun")])
+            if scsi_id <= 0xFF and lun <= 0xFF:
+                used.add(ScsiAddress(scsi_id, lun))
+    return ScsiController(bus=bus, path=_read_pci_path(monitor, qom_path), used=frozenset(used))
+
+
+def _children(entries: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    for entry in entries:
+        if entry["type"].startswith("child<"):
+            yield entry["name"], entry["type"][len("child<") : -1]
+
+
+def _is_occupant(entry: Mapping[str, Any]) -> bool:
+    return str(entry["name"]).startswith("child[") and str(entry["type"]).startswith("link<")
