@@ -1,1 +1,53 @@
-"""vmplug: hand host devices to containers that run inside virtual machines."""
+"""vmplug: hand host devices to containers that run inside virtual machines.
+
+    config.json -> oci -> DeviceInfo -> host -> HostDevice + findings -> drivers -> BlockDrive
+                -> hypervisor -> GuestAddress;  manager counts and journals;  cli wires
+
+Names are imported when they are first used, so that `import vmplug` costs next to nothing.
+"""
+
+from importlib import import_module
+
+_NAMES = {
+    "vmplug.manager.manager": "DeviceManager",
+    "vmplug.manager.store": "Attachment",
+    "vmplug.manager.reconcile": "Repair",
+    "vmplug.oci.spec": "Bundle parse_config read_bundle",
+    "vmplug.oci.info": "DeviceInfo DevType",
+    "vmplug.host.root": "HostRoot",
+    "vmplug.host.resolve": "HostPathCache get_host_path resolve resolve_all",
+    "vmplug.host.vhost_user": "VhostUserStore",
+    "vmplug.host.device": "BlockDevice CharDevice DeviceType DiskFile VhostUserSocket",
+    "vmplug.host.safety": "Code Finding Severity",
+    "vmplug.drivers.base": (
+        "Aio BlockDrive BlockDriver Cache GuestAddress Hypervisor Step Throttle"
+    ),
+    "vmplug.hypervisor.qemu": "Qemu",
+    "vmplug.hypervisor.memory": "MemoryHypervisor",
+    "vmplug.address": "DevNum PciPath PciSlot ScsiAddress",
+    "vmplug.errors": (
+        "AttributeReadError CommandError ConnectError DeviceError HostError "
+        "HypervisorError InUse NoFreePort NoSuchDevice NotAttached PolicyError "
+        "ProtocolError SpecError StateError StillAttached StoreError UnplugRefused "
+        "UnplugTimeout"
+    ),
+}
+"""Where each public name lives, in order of importance."""
+
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__version__ = "0.1.0"
+__all__ = ("__version__", *_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used. Source: PEP 562."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'vmplug' has no attribute {name!r}")
+    value: object = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -61,7 +61,9 @@ class DeviceError(Exception):
     @property
     def facts(self) -> dict[str, object]:
         """The attributes of this error beside its message and hint."""
-        return {k: v for k, v in vars(self).items() if k not in {"message", "hint"}}
+        attributes = {k: v for k, v in vars(self).items() if k not in {"message", "hint"}}
+        attributes.pop("__notes__", None)
+        return attributes
 
 
 class SpecError(DeviceError):

@@ -50,18 +50,20 @@ class BlockOptions:
     throttle: Throttle | None = None
 
     def __post_init__(self) -> None:
+        if self.driver not in {None, *HOT_PLUGGED}:
+            raise SpecError(
+                "option block-driver",
+                f"{self.driver} cannot be hot-plugged",
+                hint="say " + " or ".join(HOT_PLUGGED),
+            )
         if self.aio is Aio.NATIVE and self.cache and not self.cache.direct:
             raise SpecError(
                 "option aio",
                 f"native does not work with cache={self.cache}",
                 hint="say cache=none or cache=directsync, or aio=io_uring",
             )
-        if self.iothread and self.driver is BlockDriver.VIRTIO_SCSI:
-            raise SpecError(
-                "option iothread",
-                "a SCSI disk runs in the iothread of its controller",
-                hint="say block-driver=virtio-blk, or leave iothread out",
-            )
+        _check_iothread(self, self.driver)
+        _check_limits(self.throttle or Throttle())
 
     @classmethod
     def parse(cls, options: Mapping[str, str]) -> Self:
@@ -79,6 +81,23 @@ class BlockOptions:
             except ValueError as error:
                 raise SpecError(f"option {key}", f"{text!r} is not {error}") from None
         return cls(**values, throttle=Throttle(**limits) if limits else None)
+
+
+def _check_iothread(options: BlockOptions, driver: BlockDriver | None) -> None:
+    if options.iothread and driver is BlockDriver.VIRTIO_SCSI:
+        raise SpecError(
+            "option iothread",
+            "a SCSI disk runs in the iothread of its controller",
+            hint="say block-driver=virtio-blk, or leave iothread out",
+        )
+
+
+def _check_limits(limits: Throttle) -> None:
+    """A total does not go beside its parts. Source: QEMU util/throttle.c, throttle_is_valid."""
+    if limits.bps_total and (limits.bps_read or limits.bps_write):
+        raise SpecError("option bps-total", "does not go with bps-read or bps-write")
+    if limits.iops_total and (limits.iops_read or limits.iops_write):
+        raise SpecError("option iops-total", "does not go with iops-read or iops-write")
 
 
 class _Option(NamedTuple):
@@ -107,13 +126,16 @@ def _switch(on: str, off: str) -> Callable[[str], bool]:
 
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LIMIT_MAX = 10**15
+"""Source: QEMU include/qemu/throttle.h, THROTTLE_VALUE_MAX."""
 
 
 def _limit(text: str) -> int:
-    match = re.fullmatch(r"([1-9][0-9]{0,14})([KMG]?)", text)
-    if not match:
-        raise ValueError("a positive number, with K, M or G if need be")
-    return int(match[1]) * _UNITS[match[2]]
+    match = re.fullmatch(r"([1-9][0-9]{0,15})([KMG]?)", text)
+    limit = int(match[1]) * _UNITS[match[2]] if match else 0
+    if not 0 < limit <= _LIMIT_MAX:
+        raise ValueError("a number from 1 to 10^15, with K, M or G if need be")
+    return limit
 
 
 def _serial(text: str) -> str:
@@ -184,11 +206,13 @@ def check_disk(device: BlockDevice | DiskFile, options: BlockOptions) -> Iterato
             + (header.backing_file or "its external data file"),
             "flatten it (qemu-img rebase -b ''), or allow it if you made the image yourself",
         )
-    if options.cache and options.cache.direct and not device.direct_io:
+    cache = options.cache or (Cache.NONE if options.aio is Aio.NATIVE else Cache.WRITEBACK)
+    if cache.direct and not device.direct_io:
         yield Finding(
             Code.NO_DIRECT_IO,
-            f"the file system of {device.host_path} cannot do cache={options.cache}",
-            "leave cache out, or say cache=writeback",
+            f"the file system of {device.host_path} cannot do cache={cache}"
+            + ("" if options.cache else ", which aio=native needs"),
+            "leave cache and aio out, or say cache=writeback",
         )
 
 
@@ -206,7 +230,11 @@ def plan_drive(
     read_only: bool,
     driver: BlockDriver,
 ) -> BlockDrive:
-    """The drive to plug. SpecError when the serial is too long for the driver."""
+    """The drive to plug.
+
+    SpecError when the serial is too long for the driver, or there can be no iothread.
+    """
+    _check_iothread(options, driver)
     cache = options.cache
     if cache is None:
         wants_direct = device.direct_io or options.aio is Aio.NATIVE

@@ -61,18 +61,21 @@ def _disk_path(sysfs_path: str, root: HostRoot) -> str:
 
 
 def _relatives(sysfs_path: str, disk_path: str, root: HostRoot) -> tuple[DiskPart, ...]:
-    if disk_path != sysfs_path:
-        return (_part(disk_path, root),)
-    names = root.names(sysfs_path)
-    paths = (f"{sysfs_path}/{name}" for name in names)
-    return tuple(_part(path, root) for path in paths if root.try_stat(f"{path}/partition"))
+    paths = [disk_path]
+    if disk_path == sysfs_path:
+        names = (f"{sysfs_path}/{name}" for name in root.names(sysfs_path))
+        paths = [path for path in names if root.try_stat(f"{path}/partition")]
+    return tuple(part for path in paths if (part := _part(path, root)))
 
 
-def _part(sysfs_path: str, root: HostRoot) -> DiskPart:
-    number = root.read_attribute(f"{sysfs_path}/dev") or b""
+def _part(sysfs_path: str, root: HostRoot) -> DiskPart | None:
+    """None when it goes away while it is being read."""
+    devnum = root.read_devnum(f"{sysfs_path}/dev")
+    if devnum is None:
+        return None
     name = sysfs_path.rpartition("/")[2]
     return DiskPart(
-        devnum=DevNum.parse(number.decode().strip()),
+        devnum=devnum,
         device_node=f"/dev/{name.replace('!', '/')}",
         holders=tuple(root.names(f"{sysfs_path}/holders")),
     )

@@ -79,7 +79,8 @@ class BlockDevice:
     @property
     def related_identities(self) -> tuple[str, ...]:
         """Other devices that show the same bytes."""
-        files = (f"file:{self.backing.backing_file}",) if self.backing else ()
+        backing = self.backing
+        files = (f"file:{backing.backing_file}",) if backing and not backing.deleted else ()
         return (*(f"block:{part.devnum}" for part in self.relatives), *files)
 
 

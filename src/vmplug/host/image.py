@@ -15,6 +15,8 @@ _HEADER = ">4sIQIIQ"
 """Magic, version, backing file offset and length, cluster bits, virtual size in bytes."""
 _INCOMPATIBLE_OFFSET = 72
 _EXTERNAL_DATA = 1 << 2
+_CLUSTER_MAX = 2 << 20
+"""The backing file's name lies in the first cluster, 2 MiB at most; QEMU refuses others."""
 
 
 class ImageFormat(StrEnum):
@@ -40,7 +42,8 @@ class Qcow2Header:
 def read_qcow2_header(path: str, root: HostRoot) -> Qcow2Header | None:
     """The qcow2 header of the file at `path`; None when it is not a qcow2 image.
 
-    Raises AttributeReadError when the header is cut short or the file cannot be read.
+    Raises AttributeReadError when the header is cut short or the file cannot be read. Nothing in
+    it is believed: a guest may have written it into its raw disk.
     """
     head = root.read_at(path, 0, 104)
     if not head.startswith(_MAGIC):
@@ -51,7 +54,11 @@ def read_qcow2_header(path: str, root: HostRoot) -> Qcow2Header | None:
     features = 0
     if version >= 3 and len(head) >= _INCOMPATIBLE_OFFSET + 8:
         (features,) = struct.unpack_from(">Q", head, _INCOMPATIBLE_OFFSET)
-    backing = root.read_at(path, name_offset, min(name_length, 1023)) if name_offset else b""
+    backing = b""
+    if name_offset > _CLUSTER_MAX:
+        backing = b"(a name outside the header)"
+    elif name_offset:
+        backing = root.read_at(path, name_offset, min(name_length, 1023))
     return Qcow2Header(
         virtual_size_bytes=size,
         backing_file=backing.decode(errors="replace") or None,

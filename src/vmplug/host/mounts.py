@@ -69,18 +69,23 @@ def _read_mounts(root: HostRoot) -> set[MountedDevice]:
             continue  # somebody else's process, or one that is ending
         if table:
             seen.add(namespace)
-            found.update(_parse_mountinfo(table, root))
+            try:
+                found.update(_parse_mountinfo(table, root))
+            except (ValueError, IndexError) as error:
+                raise AttributeReadError(f"/proc/{pid}/mountinfo", why=str(error)) from error
     return found
 
 
 def _parse_mountinfo(table: str, root: HostRoot) -> list[MountedDevice]:
     mounts = []
-    for line in table.splitlines():
+    # Only "\n" ends a line: the kernel leaves "\r" and U+2028 in names as they are.
+    for line in table.removesuffix("\n").split("\n"):
         mount, _, file_system = line.partition(" - ")
         fields, (_, source, super_options) = mount.split(" "), file_system.split(" ")[:3]
         devnum = DevNum.parse(fields[2])
         if devnum.major == 0:  # btrfs and others show a number of their own
-            status = root.stat(_unescape(source)) if source.startswith("/") else None
+            # The mounter chose this text: it may lead anywhere.
+            status = root.try_stat(_unescape(source)) if source.startswith("/") else None
             if status is None or not stat.S_ISBLK(status.st_mode):
                 continue
             devnum = node_number(status)
@@ -90,8 +95,8 @@ def _parse_mountinfo(table: str, root: HostRoot) -> list[MountedDevice]:
 
 
 def _read_swaps(root: HostRoot) -> list[str]:
-    lines = (root.read_text("/proc/swaps") or "").splitlines()[1:]
-    return [_unescape(line.split()[0]) for line in lines if line.strip()]
+    lines = (root.read_text("/proc/swaps") or "").split("\n")[1:]
+    return [_unescape(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines if line]
 
 
 def _read_loops(root: HostRoot) -> list[Loop]:
@@ -101,9 +106,9 @@ def _read_loops(root: HostRoot) -> list[Loop]:
             continue
         sysfs_path = f"/sys/block/{name}"
         backing = read_backing_file(sysfs_path, root)
-        number = root.read_attribute(f"{sysfs_path}/dev")
-        if backing and number:
-            loops.append(Loop(DevNum.parse(number.decode().strip()), f"/dev/{name}", backing))
+        devnum = root.read_devnum(f"{sysfs_path}/dev")
+        if backing and devnum:
+            loops.append(Loop(devnum, f"/dev/{name}", backing))
     return loops
 
 
@@ -113,10 +118,10 @@ def _unescape(text: str) -> str:
 
 
 def same_file(path: str, other: str, root: HostRoot) -> bool:
-    """Whether two paths lead to one file or to nodes of one device."""
+    """Whether two paths lead to one file or to nodes of one device; False if one leads nowhere."""
     if path == other:
         return True
-    a, b = root.stat(path), root.stat(other)
+    a, b = root.try_stat(path), root.try_stat(other)
     if a is None or b is None:
         return False
     if stat.S_ISBLK(a.st_mode) and stat.S_ISBLK(b.st_mode):

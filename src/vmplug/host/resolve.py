@@ -68,7 +68,7 @@ def _container_node(info: DeviceInfo, root: HostRoot) -> str:
 
     Used only when it is a node of the type and number that were asked for.
     """
-    status = root.stat(info.container_path)
+    status = root.stat(root.real_path(info.container_path))
     if status and _is_node_of(info, status):
         return info.container_path
     found = describe(status)
@@ -94,7 +94,8 @@ def _is_node_of(info: DeviceInfo, status: os.stat_result) -> bool:
 
 
 def _regular_file(path: str, root: HostRoot) -> str:
-    status = root.stat(path) if path.startswith("/") else None
+    real = root.real_path(path)
+    status = root.stat(real) if path.startswith("/") else None
     if status is None or not stat.S_ISREG(status.st_mode):
         found = describe(status)
         raise NoSuchDevice(
@@ -103,7 +104,7 @@ def _regular_file(path: str, root: HostRoot) -> str:
             found=found,
             hint="ask for a device by its number, for a file by its absolute path",
         )
-    return root.real_path(path)
+    return real
 
 
 def resolve(info: DeviceInfo, root: HostRoot, store: VhostUserStore | None = None) -> HostDevice:
@@ -220,14 +221,18 @@ class HostPathCache:
         self.close()
 
     def _keep(self, key: tuple[DevType, DevNum | None], host_path: str) -> None:
-        directory = _SYSFS_DIRECTORY.get(key[0])
-        descriptor = self._root.open_kernel_attribute(f"{directory}{key[1]}/uevent")
-        if directory is None or descriptor is None:
+        dev_type, devnum = key
+        directory = _SYSFS_DIRECTORY.get(dev_type)
+        if directory is None or devnum is None:
+            return
+        path = f"{directory}{devnum}/uevent"
+        descriptor = self._root.open_kernel_attribute(path)
+        if descriptor is None:
             return
         # Read again: only text that came through this descriptor may stand for it later.
-        uevent = self._root.reread_attribute(descriptor) or b""
-        self._open[key] = _Kept(descriptor, uevent, host_path)
-        if _device_node(uevent, directory) != host_path:
+        uevent = self._root.reread_attribute(descriptor)
+        self._open[key] = _Kept(descriptor, uevent or b"", host_path)
+        if uevent is None or _device_node(uevent, path) != host_path:
             self._forget(key)
         elif len(self._open) > self._limit:
             self._forget(next(iter(self._open)))

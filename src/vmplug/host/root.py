@@ -20,6 +20,9 @@ _ABSENT = frozenset({errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ESRCH})
 PAGE_SIZE = 4096
 """A sysfs attribute is at most one page. Source: Documentation/filesystems/sysfs.rst."""
 
+_LINKS_MAX = 40
+"""As the kernel's own MAXSYMLINKS. Source: include/linux/namei.h."""
+
 _F_OFD_GETLK = 36
 _LOCK_LAYOUT = "hhqqi4x"
 """struct flock on 64-bit Linux. Source: include/uapi/asm-generic/fcntl.h."""
@@ -111,6 +114,16 @@ class HostRoot:
         except ValueError:
             raise AttributeReadError(path, why=f"{data[:40]!r} is not a number") from None
 
+    def read_devnum(self, path: str) -> DevNum | None:
+        """A `dev` attribute; None when absent, AttributeReadError when it is no number."""
+        data = self.read_attribute(path)
+        if data is None:
+            return None
+        try:
+            return DevNum.parse(data.decode().strip())
+        except ValueError:
+            raise AttributeReadError(path, why=f"{data[:40]!r} is not MAJOR:MINOR") from None
+
     def read_at(self, path: str, offset: int, length: int) -> bytes:
         """Up to `length` bytes of a regular file from `offset`; empty when absent."""
         try:
@@ -120,6 +133,8 @@ class HostRoot:
             return b""
         try:
             return os.pread(fd, length, offset)
+        except OSError as error:
+            raise AttributeReadError(path, error.errno) from error
         finally:
             os.close(fd)
 
@@ -154,8 +169,32 @@ class HostRoot:
 
     def real_path(self, path: str) -> str:
         """`path` with all symlinks resolved, seen from inside the root."""
-        real = os.path.realpath(self._base + path)
-        return real[len(self._base) :] or "/" if real.startswith(self._base) else real
+        if self.is_live:
+            return os.path.realpath(path)
+        real, rest, links = "", path.split("/")[::-1], 0
+        while rest:
+            match rest.pop():
+                case "" | ".":
+                    continue
+                case "..":
+                    real = real.rpartition("/")[0]
+                    continue
+                case name:
+                    real = f"{real}/{name}"
+            target = self._link_target(real)
+            if target is not None:
+                links += 1
+                if links > _LINKS_MAX:
+                    raise AttributeReadError(path, errno.ELOOP)
+                real = "" if target.startswith("/") else real.rpartition("/")[0]
+                rest += target.split("/")[::-1]
+        return real or "/"
+
+    def _link_target(self, path: str) -> str | None:
+        try:
+            return os.readlink(self._base + path)
+        except OSError:  # no link, or nothing that can be looked at: as realpath(3) -m
+            return None
 
     def probe_open(self, path: str, flags: int) -> int | None:
         """The errno with which the kernel refuses to open `path` for reading; None if it allows.
@@ -182,6 +221,8 @@ class HostRoot:
         try:
             wanted = struct.pack(_LOCK_LAYOUT, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
             answer = fcntl.fcntl(fd, _F_OFD_GETLK, wanted)
+        except OSError as error:  # ENOLCK: a network file system without its lock daemon
+            raise AttributeReadError(path, error.errno) from error
         finally:
             os.close(fd)
         return bool(struct.unpack(_LOCK_LAYOUT, answer)[0] != fcntl.F_UNLCK)

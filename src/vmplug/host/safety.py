@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import chain
 from typing import assert_never
 
 from vmplug.address import DevNum
@@ -130,22 +131,19 @@ def _check_block(
     if device.size_bytes is None:
         yield Finding(
             Code.NOT_IN_SYSFS,
-            f"{device.device_node} has no entry in sysfs, so nothing is known of its users",
+            f"{device.device_node} has no entry in sysfs, so little is known of its users",
             "use a device that the kernel lists below /sys/dev/block",
         )
-        return
-    used = [
-        *_mounted(device, wish, usage),
-        *_held(device, wish, root),
-        *_looped(device.device_node, wish, usage, root),
-        *_other_loops(device, wish, usage, root),
-        *_swap(device.device_node, _nodes(device), usage, root),
-    ]
+    used = _users(device, wish, usage, root)
     yield from used
     yield from _claimed(claims, wish)
-    yield from _opened(device, root, explained=bool(used))
-    if not used and not claims:
-        yield from _locked(device.device_node, root)
+    if root.is_live:
+        # Whoever may be shared with a reader holds the device exclusively all the same.
+        explained = used or _users(device, replace(wish, read_only=False), usage, root)
+        closed = list(_opened(device, root, explained=bool(explained)))
+        yield from closed
+        if not (used or claims or closed):
+            yield from _locked(device.device_node, root)
     yield from _read_only(device, wish, "make it writable (blockdev --setrw)")
     if device.size_bytes == 0:
         yield _empty(device)
@@ -169,6 +167,18 @@ def _check_file(
             f"{device.host_path} is empty",
             "give it a size, for example with truncate --size=1G",
         )
+
+
+def _users(device: BlockDevice, wish: Wish, usage: HostUsage, root: HostRoot) -> list[Finding]:
+    """Everything on the host that is known to use the device and cannot share it so."""
+    loops = (_looped(node, wish, usage, root) for node in _nodes(device))
+    return [
+        *_mounted(device, wish, usage),
+        *_held(device, wish, root),
+        *chain.from_iterable(loops),
+        *_other_loops(device, wish, usage, root),
+        *_swap(device.device_node, _nodes(device), usage, root),
+    ]
 
 
 def _nodes(device: BlockDevice) -> tuple[str, ...]:
@@ -265,8 +275,6 @@ def _claimed(claims: Sequence[Claim], wish: Wish) -> Iterator[Finding]:
 
 def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator[Finding]:
     """An exclusive open says what no file in sysfs does: btrfs, zfs, a database, a daemon."""
-    if not root.is_live:
-        return
     match root.probe_open(device.device_node, os.O_EXCL):
         case None:
             pass

@@ -4,9 +4,10 @@ A node `STORE/block/devices/NAME` of major 241 (vhost-user-blk) or 242 (vhost-us
 socket `STORE/block/sockets/NAME`. Both majors are a convention of Kata Containers and may be
 changed per host.
 
-The index by number is trusted only as far as the file system lets it be: a hit is checked against
-its node, and an index or a miss only counts while the directory is unchanged *and* was already
-older than `_RACY_NS` when it was scanned. tmpfs stamps directories from a clock that ticks every
+The index by number is trusted only as far as the file system lets it be: it counts while the
+directory is unchanged *and* its last change was already older than `_RACY_NS` when it was scanned,
+and even then a hit is checked against its node. The change time is looked at, as a modification
+time can be set back (rsync, tar). tmpfs stamps directories from a clock that ticks every
 4 to 10 ms, so that two changes within one tick look like one (measured: 1 of 300 immediate
 changes was visible). Git treats its index the same way.
 """
@@ -16,6 +17,7 @@ import stat
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmplug.address import DevNum
 from vmplug.errors import HostError, NoSuchDevice
@@ -27,6 +29,14 @@ VHOST_USER_SCSI_MAJOR = 242
 _RACY_NS = 20_000_000
 
 
+class _Stamp(NamedTuple):
+    """Which directory, and when it last changed."""
+
+    device: int
+    inode: int
+    changed_ns: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Index:
     """Names of the store's block nodes by number, as of one scan.
@@ -36,7 +46,7 @@ class _Index:
     """
 
     names: dict[int, str]
-    mtime_ns: int
+    stamp: _Stamp
     settled: bool
     loose: bool
 
@@ -94,17 +104,16 @@ class VhostUserStore:
 
     def _indexed_name(self, rdev: int) -> str | None:
         index = self._index
-        mtime_ns = self._directory_mtime_ns()
-        if index is not None and index.mtime_ns == mtime_ns:
+        if index is not None and index.settled and index.stamp == self._directory_stamp():
             name = index.names.get(rdev)
             if name is not None and self._is_node(name, rdev):
                 return name
-            if name is None and index.settled and not index.loose:
+            if name is None and not index.loose:
                 return None
         index = self._index = self._scan()
         return index.names.get(rdev)
 
-    def _directory_mtime_ns(self) -> int:
+    def _directory_stamp(self) -> _Stamp:
         status = self._root.stat(self._devices)
         if status is None:
             raise NoSuchDevice(
@@ -113,12 +122,12 @@ class VhostUserStore:
                 hint="name the store of this host with --vhost-user-store, "
                 "or start the storage daemon that fills it",
             )
-        return status.st_mtime_ns
+        return _Stamp(status.st_dev, status.st_ino, status.st_ctime_ns)
 
     def _scan(self) -> _Index:
         """Look at every node. The first in name order wins, as in Kata; broken ones are passed."""
         started_ns = time.time_ns()
-        mtime_ns = self._directory_mtime_ns()
+        stamp = self._directory_stamp()
         names: dict[int, str] = {}
         loose = False
         for name in self._root.names(self._devices):
@@ -129,7 +138,7 @@ class VhostUserStore:
                 status = self._root.try_stat(path)
             if status and stat.S_ISBLK(status.st_mode):
                 names.setdefault(status.st_rdev, name)
-        return _Index(names, mtime_ns, started_ns - mtime_ns > _RACY_NS, loose)
+        return _Index(names, stamp, started_ns - stamp.changed_ns > _RACY_NS, loose)
 
     def _is_node(self, name: str, rdev: int) -> bool:
         status = self._root.try_stat(f"{self._devices}/{name}")

@@ -140,7 +140,7 @@ class MemoryMonitor:
         for index, name in enumerate(on_bus):
             yield f"child[{index}]", name
 
-    def _qom_get(self, path: str, property: str) -> Any:'s own word
+    def _qom_get(self, path: str, property: str) -> Any:
         if path == "/machine":
             return "pc-q35-7.2-machine"
         if property.startswith("child["):

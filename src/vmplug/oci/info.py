@@ -46,6 +46,10 @@ class DeviceInfo:
         check_container_path(self.container_path)
         if self.host_path is not None and (self.devnum or self.dev_type is not DevType.BLOCK):
             raise SpecError(self.container_path, "a regular file is type b and has no number")
+        if self.devnum is not None and self.dev_type not in NUMBERED:
+            raise SpecError(self.container_path, f"type {self.dev_type} has no number")
+        if "\0" in (self.host_path or ""):
+            raise SpecError(self.container_path, f"{self.host_path!r} contains a NUL character")
         if self.devnum is None and self.host_path is None and self.dev_type in NUMBERED:
             raise SpecError(
                 self.container_path, f"a device of type {self.dev_type} needs major and minor"

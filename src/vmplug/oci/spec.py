@@ -89,17 +89,18 @@ def read_bundle(source: str | os.PathLike[str]) -> Bundle:
     if source == "-":
         return parse_config(sys.stdin.buffer.read(), name=None)
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name too long to be one
         path /= "config.json"
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
         raise SpecError(
             str(path),
-            f"cannot be read: {os.strerror(error.errno or 0)}",
+            f"cannot be read: {reason}",
             hint="a bundle is a directory with a config.json, that file itself, or -",
         ) from error
-    return parse_config(data, name=path.resolve().parent.name)
+    return parse_config(data, name=path.parent.resolve().name)
 
 
 def parse_config(data: bytes, *, name: str | None) -> Bundle:
@@ -147,6 +148,8 @@ def _decode(data: bytes) -> _Config:
         return msgspec.json.decode(data, type=_Config)
     except msgspec.ValidationError as error:
         raise _spec_error(error) from error
+    except RecursionError as error:
+        raise SpecError("$", "nested too deeply for an OCI config.json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SpecError("$", f"not JSON: {_json_position(data) or error}") from error
 

@@ -1,0 +1,431 @@
+"""DeviceManager: attach and detach, counted by owner and remembered."""
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from vmplug.address import DevNum, new_id
+from vmplug.drivers.base import BlockDrive, BlockDriver, GuestAddress, Hypervisor, Place, Step
+from vmplug.drivers.block import choose_place, plan_drive
+from vmplug.errors import (
+    CommandError,
+    DeviceError,
+    HypervisorError,
+    NotAttached,
+    PolicyError,
+    ProtocolError,
+    StateError,
+    UnplugRefused,
+    UnplugTimeout,
+)
+from vmplug.host.device import BlockDevice, DiskFile, HostDevice
+from vmplug.host.resolve import resolve
+from vmplug.host.root import HostRoot
+from vmplug.host.safety import Claim, Code
+from vmplug.host.vhost_user import VhostUserStore
+from vmplug.manager.examine import Examined, examine, refuse
+from vmplug.manager.reconcile import Repair, reconcile
+from vmplug.manager.state import State
+from vmplug.manager.store import DEFAULT_STATE_DIR, Attachment, DeviceRecord, Store
+from vmplug.oci.info import DeviceInfo, DevType
+
+log = logging.getLogger(__name__)
+
+UNPLUG_TIMEOUT_S = 15.0
+"""A Linux guest lets go of a disk within 0.1 s; one that is busy booting within a few seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """A device to be plugged; `drive` and `place` are None for one that is only counted."""
+
+    record: DeviceRecord
+    drive: BlockDrive | None
+    place: Place | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What an attach will do: new devices, and holds on new and on known ones by device id."""
+
+    new: tuple[_New, ...]
+    holds: tuple[Attachment, ...]
+
+    def holds_on(self, *, new: bool) -> list[Attachment]:
+        ids = {device.record.id for device in self.new}
+        return [hold for hold in self.holds if (hold.device_id in ids) is new]
+
+
+class DeviceManager:
+    """The devices of one VM. Thread-safe: no thread waits for another's guest.
+
+    Several managers may serve one VM, also in several processes: they share the journal below
+    `state_dir`.
+    """
+
+    def __init__(
+        self,
+        *,
+        vm: str,
+        host: HostRoot,
+        hypervisor: Hypervisor,
+        journal: Store,
+        store: VhostUserStore | None = None,
+    ) -> None:
+        self._vm = vm
+        self._host = host
+        self._hypervisor = hypervisor
+        self._journal = journal
+        self._store = store
+        self._lock = threading.RLock()
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        vm: str,
+        host: HostRoot,
+        hypervisor: Hypervisor,
+        state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR,
+        store: VhostUserStore | None = None,
+    ) -> Self:
+        """The manager of VM `vm`, with everything that is journalled of it below `state_dir`.
+
+        `store` is the vhost-user store of the host, None when it has none. The manager closes the
+        hypervisor's conversation when it is closed. Raises StoreError.
+        """
+        journal = Store.open(state_dir)
+        return cls(vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store)
+
+    def close(self) -> None:
+        """End the conversation with the VM and close the journal; devices stay attached."""
+        self._hypervisor.close()
+        self._journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def attachments(self) -> list[Attachment]:
+        """Every hold on a device of this VM, in the order they came."""
+        return self._journal.attachments(self._vm)
+
+    def check(self, infos: Sequence[DeviceInfo], *, allow: Iterable[Code] = ()) -> list[Examined]:
+        """What each request is on the host, and everything that `attach` would refuse it for."""
+        return examine(
+            infos,
+            self._host,
+            store=self._store,
+            find_claims=self._find_claims,
+            allowed=allow,
+        )
+
+    def plan(
+        self, infos: Sequence[DeviceInfo], *, owner: str | None = None, allow: Iterable[Code] = ()
+    ) -> list[Step]:
+        """Exactly what `attach_all` would send now, step and undo; nothing is changed.
+
+        Ids are drawn anew each time. Raises as `attach_all` does.
+        """
+        with self._lock:
+            plan = self._plan(infos, owner or self._vm, allow)
+            return [
+                step
+                for new in plan.new
+                if new.drive and new.place
+                for step in self._hypervisor.steps(new.drive, new.place)
+            ]
+
+    def attach(
+        self, info: DeviceInfo, *, owner: str | None = None, allow: Iterable[Code] = ()
+    ) -> Attachment:
+        """Plug one device, or only count it when the VM has it already; see `attach_all`."""
+        return self.attach_all([info], owner=owner, allow=allow)[0]
+
+    def attach_all(
+        self, infos: Sequence[DeviceInfo], *, owner: str | None = None, allow: Iterable[Code] = ()
+    ) -> list[Attachment]:
+        """Plug all of the devices or none, and hold them for `owner` (default: the VM's name).
+
+        A device that the VM has already is only counted. The guest is not waited for. Findings in
+        `allow` do not stop it. Raises SpecError, HostError (InUse for what `check` finds),
+        HypervisorError, and StateError when a device is still on its way out or in.
+        """
+        with self._lock:
+            plan = self._plan(infos, owner or self._vm, allow)
+            self._journal.add_devices([new.record for new in plan.new], plan.holds_on(new=True))
+            self._plug(plan.new)
+            new_ids = [new.record.id for new in plan.new]
+            self._journal.set_state(new_ids, State.ATTACHED, plan.holds_on(new=False))
+            wanted = [(hold.device_id, hold.owner, hold.container_path) for hold in plan.holds]
+            held = {
+                (hold.device_id, hold.owner, hold.container_path): hold
+                for hold in self.attachments()
+            }
+        attachments = [held[key] for key in wanted]
+        for attachment in attachments:
+            log.info("attached %s to VM %s", attachment.host_path, self._vm)
+        return attachments
+
+    def detach(
+        self, attachment_id: str, *, timeout_s: float = UNPLUG_TIMEOUT_S, whole: bool = False
+    ) -> None:
+        """Take one count of an attachment back, or the `whole` of it; the last one unplugs.
+
+        Raises NotAttached; UnplugTimeout or UnplugRefused when the guest does not let go within
+        `timeout_s`: the device stays "detaching" and the call may be repeated.
+        """
+        if attachment_id not in {hold.id for hold in self.attachments()}:
+            raise NotAttached(
+                f"no attachment {attachment_id} in VM {self._vm}",
+                hint=f"vmplug list --vm {self._vm} shows what there is",
+            )
+        self._release([attachment_id], timeout_s, whole=whole)
+
+    def detach_owner(self, owner: str, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Attachment]:
+        """Take back everything that `owner` holds, however often; see `detach`.
+
+        Gives what it held. Raises NotAttached when that is nothing.
+        """
+        held = [hold for hold in self.attachments() if hold.owner == owner]
+        if not held:
+            raise NotAttached(
+                f"{owner} holds no device of VM {self._vm}",
+                hint=f"vmplug list --vm {self._vm} shows who holds what",
+            )
+        self._release([hold.id for hold in held], timeout_s, whole=True)
+        return held
+
+    def resize(self, attachment_id: str, size_bytes: int | None = None) -> int:
+        """Give the guest a disk's new size, and return it in bytes.
+
+        None takes the size the host's device has now; for a regular file a number makes it grow.
+        Raises PolicyError for what would cut data off, NotAttached, HypervisorError.
+        """
+        hold = next((hold for hold in self.attachments() if hold.id == attachment_id), None)
+        if hold is None or hold.guest is None:
+            raise NotAttached(f"no disk is attached as {attachment_id} in VM {self._vm}")
+        device = resolve(_info_of(self._identity(hold.device_id), hold), self._host)
+        now = device.size_bytes if isinstance(device, BlockDevice | DiskFile) else None
+        wanted = now if size_bytes is None else size_bytes
+        if now is None or wanted is None or wanted < now:
+            raise PolicyError(
+                f"{hold.host_path} has {now} bytes; making it smaller would lose data",
+                hint="detach it first and cut it with the tool of its file system",
+            )
+        if isinstance(device, BlockDevice) and wanted != now:
+            raise PolicyError(
+                f"{hold.host_path} has {now} bytes and only the host can make it grow",
+                hint="grow the device on the host first, then resize without a size",
+            )
+        self._hypervisor.resize(hold.device_id, wanted)
+        return wanted
+
+    def reconcile(self, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Repair]:
+        """Make the journal and the VM agree; tells what was done, nothing when they agreed."""
+        with self._lock:
+            return reconcile(self._vm, self._journal, self._hypervisor, timeout_s=timeout_s)
+
+    # planning
+
+    def _find_claims(self, device: HostDevice) -> list[Claim]:
+        return self._journal.find_claims(self._vm, device.identity, device.related_identities)
+
+    def _plan(self, infos: Sequence[DeviceInfo], owner: str, allow: Iterable[Code]) -> _Plan:
+        known = {record.identity: record for record in self._journal.devices(self._vm)}
+        new: dict[str, _New] = {}
+        holds = []
+        todo, examined = [], []
+        for request in self.check(infos, allow=allow):
+            record = known.get(request.device.identity) if request.device else None
+            examined.append(request)
+            if record is None:
+                todo.append(request)
+            else:
+                _check_same(record, request)
+        refuse(todo)
+        for request in examined:
+            assert request.device
+            identity = request.device.identity
+            if identity not in known and identity not in new:
+                same = [r for r in todo if r.device and r.device.identity == identity]
+                taken = [*known.values(), *(other.record for other in new.values())]
+                new[identity] = self._place(same, taken)
+            record = known[identity] if identity in known else new[identity].record
+            holds.append(_hold(record, request.info, owner))
+        return _Plan(tuple(new.values()), tuple(holds))
+
+    def _place(self, requests: Sequence[Examined], taken: Iterable[DeviceRecord]) -> _New:
+        """A record, drive and place for one device that one or more requests name."""
+        request = requests[0]
+        device, options = request.device, request.options
+        assert device
+        record = DeviceRecord(
+            id=new_id(),
+            vm=self._vm,
+            identity=device.identity,
+            kind=device.kind,
+            host_path=device.host_path,
+            state=State.PLUGGING,
+            read_only=all(other.info.read_only for other in requests),
+            share_rw=options.share_rw,
+            options=request.info.driver_options,
+            place=None,
+            guest=None,
+        )
+        for other in requests:
+            _check_same(record, other)
+        if not isinstance(device, BlockDevice | DiskFile):
+            return _New(record, None, None)
+        driver, place = choose_place(
+            self._hypervisor.offer(),
+            options.driver or (BlockDriver.VIRTIO_BLOCK if options.iothread else None),
+            {other.place for other in taken if other.place},
+        )
+        drive = plan_drive(record.id, device, options, read_only=record.read_only, driver=driver)
+        return _New(replace(record, place=str(place), guest=GuestAddress.of(place)), drive, place)
+
+    # acting
+
+    def _plug(self, devices: Sequence[_New]) -> None:
+        """Plug in turn; on failure take back what was done, and forget what is really gone."""
+        done: list[str] = []
+        try:
+            for new in devices:
+                if new.drive and new.place:
+                    self._hypervisor.plug(new.drive, new.place)
+                done.append(new.record.id)
+        except ProtocolError:
+            raise  # nobody knows what QEMU did; the journal keeps it for reconcile
+        except DeviceError:
+            self._unplug_again([new.record for new in devices], set(done))
+            raise
+
+    def _unplug_again(self, records: Sequence[DeviceRecord], done: set[str]) -> None:
+        self._journal.forget_devices([r.id for r in records if r.id not in done])
+        plugged = [r.id for r in records if r.id in done]
+        self._journal.set_state(plugged, State.DETACHING)
+        try:
+            self._unplug([r for r in records if r.id in done], UNPLUG_TIMEOUT_S)
+        except HypervisorError as error:
+            log.warning("%s; vmplug reconcile tries again, ignoring", error)
+
+    def _release(self, ids: Sequence[str], timeout_s: float, *, whole: bool) -> None:
+        with self._lock:
+            last = set(self._journal.release(ids, whole=whole))
+            records = [r for r in self._journal.devices(self._vm) if r.id in last]
+            for record in records:
+                if record.state is State.PLUGGING:
+                    raise _on_its_way(record)
+            self._journal.set_state([record.id for record in records], State.DETACHING)
+        self._unplug(records, timeout_s)
+
+    def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
+        """Ask for all first and wait for all together; what is gone is forgotten."""
+        plugged = [record.id for record in records if record.place]
+        asked: list[str] = []
+        failed: CommandError | None = None
+        for device_id in plugged:
+            try:
+                self._hypervisor.request_unplug(device_id)
+                asked.append(device_id)
+            except CommandError as error:
+                self._journal.set_state([device_id], State.ATTACHED)
+                failed = error
+        left = self._hypervisor.wait_unplugged(asked, timeout_s) if asked else {}
+        stay = {*left, *(set(plugged) - set(asked))}
+        self._journal.forget_devices([record.id for record in records if record.id not in stay])
+        if failed:
+            raise failed
+        if left:
+            raise self._unplug_error(left, timeout_s)
+        for record in records:
+            log.info("detached %s from VM %s", record.host_path, self._vm)
+
+    def _unplug_error(self, left: Mapping[str, str], timeout_s: float) -> HypervisorError:
+        paths = {r.id: r.host_path for r in self._journal.devices(self._vm)}
+        names = ", ".join(paths.get(device_id, device_id) for device_id in left)
+        if "refused" in left.values():
+            return UnplugRefused(
+                next(iter(left)),
+                f"the guest refuses to release {names}",
+                hint="unmount it in the guest, then detach again",
+            )
+        status = self._hypervisor.status()
+        hint = "it stays detaching; detach again when the guest is up and has unmounted it"
+        if status != "running":
+            hint = f"the VM is {status}: the guest answers when it runs; then detach again"
+        return UnplugTimeout(
+            tuple(left),
+            f"the guest did not release {names} within {timeout_s:g} s",
+            hint=hint,
+        )
+
+    def _identity(self, device_id: str) -> str:
+        return next(r.identity for r in self._journal.devices(self._vm) if r.id == device_id)
+
+
+def _hold(record: DeviceRecord, info: DeviceInfo, owner: str) -> Attachment:
+    return Attachment(
+        id=new_id(),
+        vm=record.vm,
+        owner=owner,
+        container_path=info.container_path,
+        host_path=record.host_path,
+        kind=record.kind,
+        read_only=info.read_only,
+        count=1,
+        state=record.state,
+        guest=record.guest,
+        device_id=record.id,
+    )
+
+
+def _check_same(record: DeviceRecord, request: Examined) -> None:
+    """StateError unless the device, as it is plugged, serves this request too."""
+    if record.state is State.DETACHING:
+        raise _on_its_way(record)
+    if record.read_only and not request.info.read_only:
+        raise StateError(
+            f"{record.host_path} is plugged read-only and is now wanted for writing",
+            state="read-only",
+            required="writable",
+            hint="detach it from every owner first, or ask for it read-only",
+        )
+    wanted = dict(request.info.driver_options)
+    if wanted and wanted != dict(record.options):
+        raise StateError(
+            f"{record.host_path} is plugged with other options",
+            state=_words(record.options),
+            required=_words(wanted),
+            hint="detach it from every owner first, or leave the options out",
+        )
+
+
+def _words(options: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items()) or "none"
+
+
+def _on_its_way(record: DeviceRecord) -> StateError:
+    return StateError(
+        f"{record.host_path} is {record.state}",
+        state=record.state,
+        required=State.ATTACHED,
+        hint=f"vmplug reconcile --vm {record.vm} finishes what was begun",
+    )
+
+
+def _info_of(identity: str, hold: Attachment) -> DeviceInfo:
+    """A request that finds the device of an attachment again."""
+    kind, _, what = identity.partition(":")
+    return DeviceInfo(
+        container_path=hold.container_path,
+        dev_type=DevType.BLOCK,
+        devnum=DevNum.parse(what) if kind == "block" else None,
+        host_path=what if kind == "file" else None,
+    )

@@ -1,0 +1,33 @@
+"""What may follow what in the life of a device."""
+
+from enum import StrEnum
+
+from vmplug.errors import StateError
+
+
+class State(StrEnum):
+    """Where a device is in its life; what has no state is not in the journal."""
+
+    PLUGGING = "plugging"
+    ATTACHED = "attached"
+    DETACHING = "detaching"
+
+
+FOLLOWS: dict[State | None, frozenset[State | None]] = {
+    None: frozenset({State.PLUGGING}),
+    State.PLUGGING: frozenset({State.ATTACHED, State.DETACHING, None}),
+    State.ATTACHED: frozenset({State.DETACHING, None}),
+    State.DETACHING: frozenset({State.DETACHING, State.ATTACHED, None}),
+}
+"""None is "not in the journal". An attached device is forgotten at once only when the VM turns out
+not to hold it; a detaching one is attached again only when QEMU refused to be asked."""
+
+
+def check_step(device: str, state: State | None, wanted: State | None) -> None:
+    """StateError unless `wanted` may follow `state`."""
+    if wanted not in FOLLOWS[state]:
+        raise StateError(
+            f"{device} is {state or 'absent'} and cannot become {wanted or 'absent'}",
+            state=str(state or "absent"),
+            required=" or ".join(str(s) for s, nexts in FOLLOWS.items() if wanted in nexts),
+        )

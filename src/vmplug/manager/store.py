@@ -1,0 +1,403 @@
+"""Store: the journal, and the list of VMs, in one SQLite file.
+
+Everything that is allocated is written here before the act. WAL with synchronous=FULL: a
+committed transaction survives a crash of the process and of the machine, and readers never wait.
+The tables are this version's own; `user_version` says which.
+Source: sqlite.org/wal.html, sqlite.org/pragma.html#pragma_synchronous.
+"""
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from vmplug.address import PciPath, ScsiAddress
+from vmplug.drivers.base import GuestAddress
+from vmplug.errors import StoreError
+from vmplug.host.device import DeviceType
+from vmplug.host.safety import Claim
+from vmplug.manager.state import State, check_step
+
+DEFAULT_STATE_DIR = "/run/vmplug"
+_VERSION = 1
+_BUSY_TIMEOUT_S = 10.0
+
+_SCHEMA = """
+CREATE TABLE vm (
+    name TEXT PRIMARY KEY,
+    qmp_socket TEXT NOT NULL,
+    pid INTEGER,
+    started_at INTEGER,
+    is_ours INTEGER NOT NULL
+) STRICT;
+CREATE TABLE device (
+    id TEXT PRIMARY KEY,
+    vm TEXT NOT NULL,
+    identity TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    host_path TEXT NOT NULL,
+    state TEXT NOT NULL,
+    read_only INTEGER NOT NULL,
+    share_rw INTEGER NOT NULL,
+    options TEXT NOT NULL,
+    place TEXT,
+    pci_path TEXT,
+    scsi_address TEXT,
+    UNIQUE (vm, identity),
+    UNIQUE (vm, place)
+) STRICT;
+CREATE TABLE attachment (
+    id TEXT PRIMARY KEY,
+    device TEXT NOT NULL REFERENCES device (id) ON DELETE CASCADE,
+    owner TEXT NOT NULL,
+    container_path TEXT NOT NULL,
+    read_only INTEGER NOT NULL,
+    count INTEGER NOT NULL CHECK (count > 0),
+    UNIQUE (device, owner, container_path)
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmRecord:
+    """A VM that vmplug knows; `is_ours` says that `vm start` made it.
+
+    `pid` and `started_at` (clock ticks after boot) tell the process from a later one with its
+    number; both are None where the process could not be found out.
+    """
+
+    name: str
+    qmp_socket: str
+    pid: int | None
+    started_at: int | None
+    is_ours: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRecord:
+    """A device as the journal knows it; `place` and `guest` are None if it is only counted."""
+
+    id: str
+    vm: str
+    identity: str
+    kind: DeviceType
+    host_path: str
+    state: State
+    read_only: bool
+    share_rw: bool
+    options: Mapping[str, str]
+    place: str | None
+    guest: GuestAddress | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """One owner's hold on a device; `count` is how often it attached it.
+
+    `guest` is where the guest sees it, None for a device that is only counted.
+    """
+
+    id: str
+    vm: str
+    owner: str
+    container_path: str
+    host_path: str
+    kind: DeviceType
+    read_only: bool
+    count: int
+    state: State
+    guest: GuestAddress | None
+    device_id: str
+
+
+class Store:
+    """The journal of one host, open in this process.
+
+    Every method is one transaction. Raises StoreError for a file that is not a journal, comes
+    from a newer version, or stays locked for 10 seconds.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: str) -> None:
+        self._db = connection
+        self.path = path
+
+    @classmethod
+    def open(cls, state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR) -> Self:
+        """The journal below `state_dir`, made when it is not there."""
+        directory = Path(state_dir)
+        path = str(directory / "journal.db")
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            connection = sqlite3.connect(
+                path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+        except (OSError, sqlite3.Error) as error:
+            raise _store_error(path, error) from error
+        store = cls(connection, path)
+        try:
+            store._prepare()
+        except BaseException:
+            connection.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def _prepare(self) -> None:
+        with self._errors():
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            if self._version() == 0:
+                with self._transaction():
+                    if self._version() == 0:  # nobody was quicker
+                        for statement in _SCHEMA.split(";\n"):
+                            self._db.execute(statement)
+                        self._db.execute(f"PRAGMA user_version = {_VERSION}")
+        if (version := self._version()) != _VERSION:
+            raise StoreError(
+                self.path,
+                f"{self.path} is of version {version}; this vmplug knows {_VERSION}",
+                hint="use the vmplug that wrote it, or name another --state-dir",
+            )
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise _store_error(self.path, error) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+        with self._errors():
+            return self._db.execute(query, values).fetchall()
+
+    # VMs
+
+    def add_vm(self, vm: VmRecord) -> None:
+        """Remember a VM, in place of an older record of its name."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO vm VALUES (?, ?, ?, ?, ?)",
+                (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours),
+            )
+
+    def forget_vm(self, name: str) -> None:
+        """Forget a VM and every device it held."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM device WHERE vm = ?", (name,))
+            db.execute("DELETE FROM vm WHERE name = ?", (name,))
+
+    def vms(self) -> list[VmRecord]:
+        """Every known VM, by name."""
+        return [
+            VmRecord(
+                name=row["name"],
+                qmp_socket=row["qmp_socket"],
+                pid=row["pid"],
+                started_at=row["started_at"],
+                is_ours=bool(row["is_ours"]),
+            )
+            for row in self._rows("SELECT * FROM vm ORDER BY name")
+        ]
+
+    def find_vm(self, name: str) -> VmRecord | None:
+        """The VM of that name; None when it is not known."""
+        return next((vm for vm in self.vms() if vm.name == name), None)
+
+    # devices
+
+    def add_devices(self, devices: Iterable[DeviceRecord], holds: Iterable[Attachment]) -> None:
+        """Write down devices that are about to be plugged, and who wants them."""
+        with self._transaction() as db:
+            for device in devices:
+                check_step(device.host_path, None, device.state)
+                guest = device.guest or GuestAddress()
+                db.execute(
+                    "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        device.id,
+                        device.vm,
+                        device.identity,
+                        device.kind,
+                        device.host_path,
+                        device.state,
+                        device.read_only,
+                        device.share_rw,
+                        json.dumps(dict(device.options)),
+                        device.place,
+                        str(guest.pci_path) if guest.pci_path else None,
+                        str(guest.scsi_address) if guest.scsi_address else None,
+                    ),
+                )
+            _add_holds(db, holds)
+
+    def set_state(
+        self, device_ids: Sequence[str], state: State, holds: Iterable[Attachment] = ()
+    ) -> None:
+        """Move devices on to `state`, and add holds on any device with it.
+
+        Raises StateError when the table does not let one of them; then none moves.
+        """
+        with self._transaction() as db:
+            for device_id in device_ids:
+                check_step(device_id, _state(db, device_id), state)
+                db.execute("UPDATE device SET state = ? WHERE id = ?", (state, device_id))
+            _add_holds(db, holds)
+
+    def forget_devices(self, device_ids: Sequence[str]) -> None:
+        """Forget devices that the VM no longer holds, their places and their holds."""
+        with self._transaction() as db:
+            for device_id in device_ids:
+                if state := _state(db, device_id):  # another thread may have been quicker
+                    check_step(device_id, state, None)
+                    db.execute("DELETE FROM device WHERE id = ?", (device_id,))
+
+    def release(self, attachment_ids: Sequence[str], *, whole: bool) -> list[str]:
+        """Take holds back: one count of each, or the `whole` of it.
+
+        A device's last hold stays until the device is gone, so that it can be seen and tried
+        again. Gives the ids of the devices for which that is so: they are to be unplugged.
+        """
+        last = []
+        with self._transaction() as db:
+            for attachment_id in attachment_ids:
+                row = db.execute(
+                    "SELECT device, count, (SELECT count(*) FROM attachment b"
+                    " WHERE b.device = a.device) AS holds FROM attachment a WHERE id = ?",
+                    (attachment_id,),
+                ).fetchone()
+                if row is None:
+                    continue
+                if row["count"] > 1 and not whole:
+                    db.execute(
+                        "UPDATE attachment SET count = count - 1 WHERE id = ?", (attachment_id,)
+                    )
+                elif row["holds"] > 1:
+                    db.execute("DELETE FROM attachment WHERE id = ?", (attachment_id,))
+                else:
+                    last.append(row["device"])
+        return last
+
+    def devices(self, vm: str) -> list[DeviceRecord]:
+        """Every device of a VM, in the order they came."""
+        rows = self._rows("SELECT * FROM device WHERE vm = ? ORDER BY rowid", vm)
+        return [_device(row) for row in rows]
+
+    def find_claims(self, vm: str | None, own: str, identities: Iterable[str]) -> list[Claim]:
+        """What VMs hold of `identities`, and other VMs than `vm` of `own`."""
+        wanted = [own, *identities]
+        marks = ", ".join("?" * len(wanted))
+        rows = self._rows(
+            f"SELECT * FROM device WHERE identity IN ({marks})"  # noqa: S608  only marks
+            " AND NOT (identity = ? AND vm IS ?) ORDER BY rowid",
+            *wanted,
+            own,
+            vm,
+        )
+        return [
+            Claim(
+                vm=row["vm"],
+                identity=row["identity"],
+                read_only=bool(row["read_only"]),
+                share_rw=bool(row["share_rw"]),
+            )
+            for row in rows
+        ]
+
+    def attachments(self, vm: str | None = None) -> list[Attachment]:
+        """Every hold on a device of `vm`, or of all VMs."""
+        rows = self._rows(
+            "SELECT a.*, d.vm, d.host_path, d.kind, d.state, d.place, d.pci_path, d.scsi_address"
+            " FROM attachment a JOIN device d ON a.device = d.id"
+            " WHERE ?1 IS NULL OR d.vm = ?1 ORDER BY a.rowid",
+            vm,
+        )
+        return [
+            Attachment(
+                id=row["id"],
+                vm=row["vm"],
+                owner=row["owner"],
+                container_path=row["container_path"],
+                host_path=row["host_path"],
+                kind=DeviceType(row["kind"]),
+                read_only=bool(row["read_only"]),
+                count=row["count"],
+                state=State(row["state"]),
+                guest=_guest(row),
+                device_id=row["device"],
+            )
+            for row in rows
+        ]
+
+
+def _state(db: sqlite3.Connection, device_id: str) -> State | None:
+    row = db.execute("SELECT state FROM device WHERE id = ?", (device_id,)).fetchone()
+    return State(row[0]) if row else None
+
+
+def _add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> None:
+    for hold in holds:
+        db.execute(
+            "INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (device, owner, container_path) DO UPDATE SET count = count + 1",
+            (hold.id, hold.device_id, hold.owner, hold.container_path, hold.read_only, hold.count),
+        )
+
+
+def _device(row: sqlite3.Row) -> DeviceRecord:
+    return DeviceRecord(
+        id=row["id"],
+        vm=row["vm"],
+        identity=row["identity"],
+        kind=DeviceType(row["kind"]),
+        host_path=row["host_path"],
+        state=State(row["state"]),
+        read_only=bool(row["read_only"]),
+        share_rw=bool(row["share_rw"]),
+        options=json.loads(row["options"]),
+        place=row["place"],
+        guest=_guest(row),
+    )
+
+
+def _guest(row: sqlite3.Row) -> GuestAddress | None:
+    if row["place"] is None:
+        return None
+    return GuestAddress(
+        pci_path=PciPath.parse(row["pci_path"]) if row["pci_path"] else None,
+        scsi_address=ScsiAddress.parse(row["scsi_address"]) if row["scsi_address"] else None,
+    )
+
+
+def _store_error(path: str, error: Exception) -> StoreError:
+    if isinstance(error, OSError):
+        why, hint = os.strerror(error.errno or 0), "name a writable --state-dir, or become root"
+    elif "unable to open" in str(error) or "readonly" in str(error):
+        why, hint = str(error), "name a writable --state-dir, or become root"
+    elif "locked" in str(error):
+        why, hint = "another process keeps it locked", "try again when it has finished"
+    else:
+        why, hint = str(error), "it may be damaged: move it away and run vmplug reconcile"
+    return StoreError(path, f"cannot use the journal {path}: {why}", hint=hint)
