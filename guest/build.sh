@@ -1,5 +1,5 @@
 #!/bin/bash
-# Builds the tiny guest that tests and the demo boot: build/guest/vmlinuz and build/guest/initrd.img.
+# Builds the tiny guest that tests and the demo boot: vmlinuz and initrd.img in build/guest/.
 #
 # The kernel and busybox come out of Debian packages, downloaded and unpacked but never installed.
 # Returns at once when both files are newer than guest/init and this script. Everything is built in
@@ -48,17 +48,18 @@ download() {
     apt-get -qq -o APT::Sandbox::User=root download "$(kernel_package)" busybox-static 2>apt.log
 }
 
-# The package lists may be empty, or name a version that has left the mirror: then they are renewed.
+# The package lists are renewed when they are empty or name a version that has left the mirror.
 fetch_packages() {
     [[ -n $(kernel_package) ]] && download && return
     say 'renewing the package lists'
     apt-get -qq update >apt.log 2>&1 || fail "apt-get update: $(first_error)"
-    [[ -n $(kernel_package) ]] || fail "apt knows no package $KERNEL_METAPACKAGE"
+    # Without a network, apt-get update only warns.
+    [[ -n $(kernel_package) ]] || fail "apt knows no $KERNEL_METAPACKAGE: $(first_error)"
     download || fail "apt-get download: $(first_error)"
 }
 
 first_error() {
-    grep -m 1 '^[EW]:' apt.log || echo 'failed without a message'
+    grep -m 1 '^[EW]:' apt.log || echo 'no message of apt says why'
 }
 
 # Prints module files below lib/modules/VERSION, each after the ones it depends on. A module.dep

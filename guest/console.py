@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, cast
+from urllib.parse import unquote
 
 BOOT_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 20.0
@@ -28,7 +29,6 @@ Source: Linux drivers/tty/tty_buffer.c, TTYB_DEFAULT_MEM_LIMIT.
 WRITE_CHUNK_BYTES = 16 << 10
 """Bytes per write, so that in base64 they fit into one line."""
 
-MARKER_END = re.compile(rb"[.\0]")
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:([0-9a-f]{2})\.([0-7])")
 SCSI_ADDRESS = re.compile(r"[0-9]+:[0-9]+:([0-9]+):([0-9]+)")
 
@@ -59,9 +59,10 @@ class GuestTimeoutError(TimeoutError):
 class GuestDisk:
     """One whole disk as the guest sees it.
 
-    `serial` is empty when the disk has none. `marker` is the text at its start, up to the first
-    dot or NUL, at most 32 bytes. `pci_path` has the slots from the root bus to the disk, or to its
-    SCSI controller. `scsi_address` is `ID:LUN`; None for a disk that is not a SCSI disk.
+    `serial` is empty when the disk has none. `marker` is the text at its start: up to the first
+    dot or byte that is not printable ASCII, at most 32 bytes. `pci_path` has the slots from the
+    root bus down to the disk, or to its SCSI controller: two hexadecimal digits each, and `.F` for
+    a function other than 0. `scsi_address` is `ID:LUN`; None for a disk that is not a SCSI disk.
     """
 
     name: str
@@ -76,18 +77,16 @@ class GuestDisk:
 
     @classmethod
     def parse(cls, line: str) -> Self:
-        """A disk from one line of the guest's `disks`: `key=value` words, bytes as hex digits."""
+        """A disk from one line of the guest's `disks`: words `key=value`, percent-encoded."""
         words = dict(word.split("=", 1) for word in line.split(" "))
-        serial = bytes.fromhex(words["serial"]).rstrip(b"\0")
-        marker = MARKER_END.split(bytes.fromhex(words["marker"]), maxsplit=1)[0]
         return cls(
             name=words["name"],
             size_bytes=int(words["size_bytes"]),
             read_only=words["ro"] == "1",
-            serial=serial.decode(errors="replace"),
+            serial=unquote(words["serial"]),
             write_cache=cast("WriteCache", f"write {words['write_cache']}"),
             discard_max_bytes=int(words["discard_max_bytes"]),
-            marker=marker.decode(errors="replace"),
+            marker=unquote(words["marker"]),
             pci_path=_pci_path(words["sysfs"]),
             scsi_address=_scsi_address(words["sysfs"]),
         )
@@ -266,14 +265,15 @@ def main() -> int:
     try:
         with GuestConsole.connect(arguments.socket, arguments.timeout) as console:
             output = console.run(" ".join(arguments.line), timeout_s=arguments.timeout)
+            status = 0
     except GuestError as error:
-        print(error.output)
-        return error.rc
+        output, status = error.output, error.rc
     except OSError as error:
         print(f"console: {arguments.socket}: {error}", file=sys.stderr)
         return 1
-    print(output)
-    return 0
+    if output:
+        print(output)
+    return status
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __version__ = "0.1.0"
-__all__ = ("__version__", *_MODULE_OF)
+__all__ = ("__version__", *_MODULE_OF)  # noqa: PLE0604  strings, all of them
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,3 @@
-"""The public names of vmplug, for type checkers; `__init__.py` finds the same at run time."""
-
 from vmplug.address import DevNum as DevNum
 from vmplug.address import PciPath as PciPath
 from vmplug.address import PciSlot as PciSlot

@@ -70,7 +70,9 @@ class RawQmp:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
         return self._read_answer(command, time.monotonic() + self._timeout_s)
 
-    def wait_event(self, name: str, timeout_s: float = TIMEOUT_S, **data: object) -> dict[str, Any]:
+    def wait_event(
+        self, name: str, timeout_s: float = TIMEOUT_S, **data: object
+    ) -> dict[str, Any]:
         """The data of the first event of this name that has these members, past or to come.
 
         It is taken out of `events`. Raises TimeoutError.

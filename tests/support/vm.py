@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from guest.console import GuestConsole
+
 from tests.support.raw_qmp import RawQmp
 
 Device = Mapping[str, str | int | bool]
@@ -18,7 +19,6 @@ Device = Mapping[str, str | int | bool]
 QEMU = "qemu-system-x86_64"
 BUILT_GUEST = Path(__file__).parents[2] / "build" / "guest"
 START_TIMEOUT_S = 20.0
-BOOT_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
 
 FIRST_PORT_SLOT = 0x10
@@ -40,7 +40,6 @@ class GuestVm:
         self._logs = logs
         self._guest = guest
         self._console: GuestConsole | None = None
-        self._resources = ExitStack()
         self.pid = process.pid
         self.qmp_path = sockets / "qmp.sock"
         self.console_path = sockets / "console.sock"
@@ -48,10 +47,9 @@ class GuestVm:
 
     def _connect_oracle(self, path: Path) -> RawQmp:
         try:
-            oracle = RawQmp.connect(path, START_TIMEOUT_S)
+            return RawQmp.connect(path, START_TIMEOUT_S)
         except OSError as error:
             raise RuntimeError(f"QEMU did not start: {self.stderr or error}") from error
-        return self._resources.enter_context(oracle)
 
     @property
     def console(self) -> GuestConsole:
@@ -59,9 +57,14 @@ class GuestVm:
         if not self._guest:
             raise RuntimeError("this VM was started without a guest")
         if self._console is None:
-            console = GuestConsole.connect(self.console_path, BOOT_TIMEOUT_S)
-            self._console = self._resources.enter_context(console)
+            self._console = GuestConsole.connect(self.console_path)
         return self._console
+
+    def release_console(self) -> None:
+        """Leaves the console to somebody else; `console` connects again when it is next used."""
+        if self._console is not None:
+            self._console.close()
+            self._console = None
 
     @property
     def stderr(self) -> str:
@@ -84,7 +87,8 @@ class GuestVm:
 
     def disconnect(self) -> None:
         """Closes the tests' own connections."""
-        self._resources.close()
+        self.release_console()
+        self.oracle.close()
 
 
 @contextmanager
@@ -131,9 +135,7 @@ def _guest_arguments() -> list[str]:
 
 
 @contextmanager
-def _running(
-    arguments: list[str], logs: Path, sockets: Path
-) -> Iterator[subprocess.Popen[bytes]]:
+def _running(arguments: list[str], logs: Path, sockets: Path) -> Iterator[subprocess.Popen[bytes]]:
     """QEMU with two monitors and two serial ports; terminated, then killed, then reaped."""
     with ExitStack() as started:
         fds = {

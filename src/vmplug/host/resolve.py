@@ -12,7 +12,7 @@ from vmplug.host.block import read_block_device, read_disk_file
 from vmplug.host.device import CharDevice, DeviceType, FoundBy, HostDevice, VhostUserSocket
 from vmplug.host.root import HostRoot, describe, node_number
 from vmplug.host.vhost_user import VhostUserStore
-from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.info import DeviceInfo, DevType, Mount
 
 _SYSFS_DIRECTORY = {
     DevType.BLOCK: "/sys/dev/block/",
@@ -74,8 +74,8 @@ def _container_node(info: DeviceInfo, root: HostRoot) -> str:
     found = describe(status)
     raise NoSuchDevice(
         info.wanted,
-        f"no {info.wanted} on this host: sysfs has no entry for it, and {info.container_path} "
-        f"is {found}",
+        f"no {info.wanted} on this host: sysfs has no entry for it, and at "
+        f"{info.container_path} there is {found}",
         found=found,
         hint="compare with the numbers in `ls -l /dev` on the host; "
         "is the driver loaded, the disk plugged in?",
@@ -180,6 +180,24 @@ def classify(info: DeviceInfo, host_path: str, store: VhostUserStore | None = No
         (True, DeviceType.GENERIC),
     )
     return next(kind for fits, kind in rows if fits)
+
+
+def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
+    """The bind mounts whose source is a block device: the volume itself is asked for."""
+    volumes = []
+    for mount in mounts:
+        is_bind = mount.type in {None, "", "none", "bind"} and mount.source.startswith("/")
+        status = root.try_stat(mount.source) if is_bind else None
+        if status and stat.S_ISBLK(status.st_mode):
+            volumes.append(
+                DeviceInfo(
+                    container_path=mount.destination,
+                    dev_type=DevType.BLOCK,
+                    devnum=node_number(status),
+                    read_only=mount.read_only,
+                )
+            )
+    return volumes
 
 
 class HostPathCache:

@@ -87,7 +87,7 @@ class MemoryMonitor:
             if self.fail_at == command.execute:
                 self.fail_at = None
                 raise _Refused(f"{command.execute} was told to fail")
-            return answer(self, **{k.replace("-", "_"): v for k, v in command.arguments.items()})
+            return answer(**{k.replace("-", "_"): v for k, v in command.arguments.items()})
         except _Refused as error:
             raise command_error(command, error.error_class, str(error)) from None
 

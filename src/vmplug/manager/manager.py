@@ -180,12 +180,24 @@ class DeviceManager:
         Raises NotAttached; UnplugTimeout or UnplugRefused when the guest does not let go within
         `timeout_s`: the device stays "detaching" and the call may be repeated.
         """
-        if attachment_id not in {hold.id for hold in self.attachments()}:
-            raise NotAttached(
-                f"no attachment {attachment_id} in VM {self._vm}",
-                hint=f"vmplug list --vm {self._vm} shows what there is",
-            )
-        self._release([attachment_id], timeout_s, whole=whole)
+        self.detach_all([attachment_id], timeout_s=timeout_s, whole=whole)
+
+    def detach_all(
+        self,
+        attachment_ids: Sequence[str],
+        *,
+        timeout_s: float = UNPLUG_TIMEOUT_S,
+        whole: bool = False,
+    ) -> None:
+        """`detach` for many: the guest is asked for all of them first and waited for once."""
+        known = {hold.id for hold in self.attachments()}
+        for attachment_id in attachment_ids:
+            if attachment_id not in known:
+                raise NotAttached(
+                    f"no attachment {attachment_id} in VM {self._vm}",
+                    hint=f"vmplug list --vm {self._vm} shows what there is",
+                )
+        self._release(attachment_ids, timeout_s, whole=whole)
 
     def detach_owner(self, owner: str, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Attachment]:
         """Take back everything that `owner` holds, however often; see `detach`.
@@ -198,7 +210,7 @@ class DeviceManager:
                 f"{owner} holds no device of VM {self._vm}",
                 hint=f"vmplug list --vm {self._vm} shows who holds what",
             )
-        self._release([hold.id for hold in held], timeout_s, whole=True)
+        self.detach_all([hold.id for hold in held], timeout_s=timeout_s, whole=True)
         return held
 
     def resize(self, attachment_id: str, size_bytes: int | None = None) -> int:

@@ -149,6 +149,12 @@ class Store:
         """Close the file."""
         self._db.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _prepare(self) -> None:
         with self._errors():
             self._db.row_factory = sqlite3.Row

@@ -1,4 +1,4 @@
-"""DeviceInfo: one device as a container asks for it."""
+"""DeviceInfo and Mount: what a container asks for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -75,6 +75,16 @@ class DeviceInfo:
             return f"FIFO {self.container_path}"
         kind = "block" if self.dev_type is DevType.BLOCK else "char"
         return f"{kind} device {self.devnum}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """One mount that has a source on the host; `type` is None where the bundle leaves it out."""
+
+    destination: str
+    source: str
+    type: str | None
+    read_only: bool
 
 
 def check_container_path(path: str, where: str | None = None) -> None:

@@ -18,7 +18,7 @@ import msgspec
 
 from vmplug.address import DevNum
 from vmplug.errors import SpecError
-from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, check_container_path
+from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, Mount, check_container_path
 
 Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 
@@ -60,16 +60,6 @@ class _Linux(msgspec.Struct):
 class _Config(msgspec.Struct):
     mounts: list[_Mount] | None = None
     linux: _Linux | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mount:
-    """One mount that has a source on the host; `type` is None where the bundle leaves it out."""
-
-    destination: str
-    source: str
-    type: str | None
-    read_only: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

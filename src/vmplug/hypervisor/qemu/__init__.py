@@ -126,6 +126,14 @@ class Qemu:
         """QEMU's run state: `running`, `paused`, `prelaunch`, ..."""
         return str(self._monitor.execute(Command("query-status", {}))["status"])
 
+    def power_down(self) -> None:
+        """Press the power button; the guest may heed it."""
+        self._monitor.execute(Command("system_powerdown", {}))
+
+    def quit(self) -> None:
+        """End QEMU at once."""
+        self._monitor.execute(Command("quit", {}))
+
     def close(self) -> None:
         """End the conversation; the VM goes on."""
         self._monitor.close()

@@ -1,0 +1,1 @@
+"""The command line: one verb per arrow of the flow, and the only place that wires all of it."""

@@ -1,0 +1,64 @@
+"""`vmplug attach`."""
+
+import click
+
+from vmplug.cli.options import (
+    allow_option,
+    json_option,
+    open_manager,
+    parse_allow,
+    read_request,
+    request_options,
+    state_dir_option,
+    vm_option,
+)
+from vmplug.cli.output import attachment_json, print_attachments, print_json
+from vmplug.drivers.block import OPTIONS
+
+_OPTIONS_HELP = "\n".join(f"  {key:12} {option.help}" for key, option in OPTIONS.items())
+
+
+@click.command(
+    "attach",
+    epilog=f"\b\nOptions of a disk (-o KEY=VALUE):\n{_OPTIONS_HELP}",
+)
+@request_options
+@vm_option
+@click.option(
+    "--owner", metavar="ID", help="Who holds the devices; default: the bundle directory's name."
+)
+@allow_option
+@state_dir_option
+@json_option
+def command(
+    as_json: bool,
+    state_dir: str,
+    allow: tuple[str, ...],
+    owner: str | None,
+    vm: str,
+    **request: object,
+) -> None:
+    """Plug the devices into a VM, all of them or none, and tell where the guest sees them.
+
+    A device that the VM has already is only counted: it stays until its last owner lets go.
+    Character devices are counted and never given to the VM.
+
+    \b
+    vmplug attach bundle/ --vm sb1
+    vmplug attach --device b:7:0:/dev/xvda --vm sb1 --owner ctr1 -o cache=none -o discard=unmap
+    vmplug attach --device file:/images/a.qcow2 -o format=qcow2 --vm sb1 --owner ctr1
+    """
+    asked = read_request(**request)  # type: ignore[arg-type]
+    owner = owner or asked.name
+    if owner is None:
+        raise click.UsageError("say --owner: there is no bundle directory to take a name from")
+    allowed = parse_allow(allow)
+    with open_manager(vm, state_dir, host=asked.host, store=asked.store) as devices:
+        attachments = devices.attach_all(asked.infos, owner=owner, allow=allowed)
+    if as_json:
+        listed = [attachment_json(attachment) for attachment in attachments]
+        print_json({"vm": vm, "attachments": listed})
+        return
+    print_attachments(attachments, with_vm=False)
+    if not attachments:
+        click.echo("no devices are asked for")

@@ -1,0 +1,99 @@
+"""`vmplug check`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from vmplug.cli.options import (
+    allow_option,
+    json_option,
+    open_journal,
+    parse_allow,
+    read_request,
+    request_options,
+    state_dir_option,
+)
+from vmplug.cli.output import print_json
+from vmplug.host.device import HostDevice
+from vmplug.host.safety import Claim
+from vmplug.manager.examine import Examined, FindClaims, examine
+
+_HOST_ERROR = 4
+
+
+@click.command("check")
+@request_options
+@allow_option
+@state_dir_option
+@json_option
+def command(as_json: bool, state_dir: str, allow: tuple[str, ...], **request: object) -> None:
+    """May it be handed over?
+
+    Every problem is told at once with its remedy, and nothing is changed. `vmplug attach` refuses
+    exactly what this refuses; the exit status is then 4.
+
+    \b
+    vmplug check bundle/
+    vmplug check --device b:8:16 --read-only
+    vmplug check bundle/ --allow mounted-on-host
+    """
+    asked = read_request(**request)  # type: ignore[arg-type]
+    allowed = parse_allow(allow)
+    with _claims(state_dir) as find_claims:
+        examined = examine(
+            asked.infos,
+            asked.host,
+            store=asked.store,
+            find_claims=find_claims,
+            allowed=allowed,
+        )
+    is_ok = not any(request.is_refused for request in examined)
+    if as_json:
+        print_json({"ok": is_ok, "problems": _problems(examined)})
+    else:
+        _print(examined)
+    if not is_ok:
+        raise click.exceptions.Exit(_HOST_ERROR)
+
+
+@contextmanager
+def _claims(state_dir: str) -> Iterator[FindClaims]:
+    """What VMs hold; a host where vmplug never ran has no journal, and none is made."""
+    if not (Path(state_dir) / "journal.db").exists():
+        yield lambda _: ()
+        return
+    with open_journal(state_dir) as journal:
+
+        def find_claims(device: HostDevice) -> Sequence[Claim]:
+            return journal.find_claims(None, device.identity, device.related_identities)
+
+        yield find_claims
+
+
+def _problems(examined: Sequence[Examined]) -> list[dict[str, str]]:
+    return [
+        {
+            "container_path": request.info.container_path,
+            "code": str(finding.code),
+            "message": finding.message,
+            "hint": finding.hint,
+            "severity": str(finding.severity),
+        }
+        for request in examined
+        for finding in request.findings
+    ]
+
+
+def _print(examined: Sequence[Examined]) -> None:
+    for request in examined:
+        path = request.info.container_path
+        for finding in request.findings:
+            click.echo(f"{path}: {finding.severity} {finding.code}: {finding.message}")
+            click.echo(f"{' ' * len(path)}  {finding.hint}")
+        if not request.findings:
+            host_path = request.device.host_path if request.device else "-"
+            click.echo(f"{path}: ok, {host_path} may be handed over")
+    if not examined:
+        click.echo("no devices are asked for")

@@ -1,0 +1,80 @@
+"""`vmplug detach`."""
+
+from collections.abc import Sequence
+
+import click
+
+from vmplug.cli.options import (
+    complete_vm,
+    json_option,
+    open_journal,
+    open_manager,
+    state_dir_option,
+    timeout_option,
+)
+from vmplug.cli.output import attachment_json, print_json
+from vmplug.errors import NotAttached
+from vmplug.host.root import HostRoot
+from vmplug.manager.store import Attachment
+
+
+@click.command("detach")
+@click.argument("attachments", nargs=-1, metavar="[ATTACHMENT]...")
+@click.option("--owner", metavar="ID", help="Everything that this owner holds.")
+@click.option(
+    "--vm", metavar="NAME", shell_complete=complete_vm, help="Only in this VM, with --owner."
+)
+@timeout_option
+@state_dir_option
+@json_option
+def command(
+    as_json: bool,
+    state_dir: str,
+    timeout_s: float,
+    vm: str | None,
+    owner: str | None,
+    attachments: tuple[str, ...],
+) -> None:
+    """Take devices out of a VM again.
+
+    An ATTACHMENT that was attached several times loses one count. A device is unplugged when its
+    last owner lets go; a guest that does not answer in time leaves it "detaching", and the same
+    command tries again.
+
+    \b
+    vmplug detach 0123456789abcdef
+    vmplug detach --owner ctr1
+    """
+    if bool(attachments) == bool(owner):
+        raise click.UsageError("name the attachments, or an --owner")
+    with open_journal(state_dir) as journal:
+        held = journal.attachments(vm)
+    chosen = [hold for hold in held if hold.owner == owner] if owner else _find(held, attachments)
+    if not chosen:
+        raise NotAttached(
+            f"{owner} holds no device" + (f" of VM {vm}" if vm else ""),
+            hint="vmplug list shows who holds what",
+        )
+    for name in dict.fromkeys(hold.vm for hold in chosen):
+        with open_manager(name, state_dir, host=HostRoot()) as devices:
+            ids = [hold.id for hold in chosen if hold.vm == name]
+            devices.detach_all(ids, timeout_s=timeout_s, whole=bool(owner))
+    if as_json:
+        print_json({"detached": [attachment_json(hold) for hold in chosen]})
+        return
+    with open_journal(state_dir) as journal:
+        left = {hold.id for hold in journal.attachments()}
+    for hold in chosen:
+        verb = "still held" if hold.id in left else "detached"
+        click.echo(f"{verb} {hold.id}  {hold.host_path}  from VM {hold.vm}")
+
+
+def _find(held: Sequence[Attachment], ids: Sequence[str]) -> list[Attachment]:
+    known = {hold.id: hold for hold in held}
+    for attachment_id in ids:
+        if attachment_id not in known:
+            raise NotAttached(
+                f"there is no attachment {attachment_id}",
+                hint="vmplug list shows what there is",
+            )
+    return [known[attachment_id] for attachment_id in ids]

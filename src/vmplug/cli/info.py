@@ -1,0 +1,57 @@
+"""`vmplug info`."""
+
+import click
+
+from vmplug.cli.options import json_option, read_request, request_options
+from vmplug.cli.output import access, info_json, print_json, print_table
+from vmplug.oci.info import DeviceInfo
+
+
+@click.command("info")
+@request_options
+@json_option
+def command(as_json: bool, **request: object) -> None:
+    """What does the container ask for?
+
+    BUNDLE is an OCI bundle directory, a config.json, or - for standard input. The host's devices
+    are not looked at, but for mounts whose source is a block device.
+
+    \b
+    vmplug info bundle/
+    crictl inspect ID | jq .info.runtimeSpec | vmplug info - --json
+    """
+    asked = read_request(**request)  # type: ignore[arg-type]
+    if as_json:
+        print_json({"name": asked.name, "devices": [_json(info) for info in asked.infos]})
+        return
+    if not asked.infos:
+        click.echo("no devices are asked for")
+    print_table(
+        ("CONTAINER PATH", "TYPE", "NUMBER", "RO/RW", "MODE", "UID", "GID"),
+        [_row(info) for info in asked.infos],
+    )
+
+
+def _json(info: DeviceInfo) -> dict[str, object]:
+    return {
+        **info_json(info),
+        "host_path": info.host_path,
+        "file_mode": info.file_mode,
+        "uid": info.uid,
+        "gid": info.gid,
+        "options": dict(info.driver_options),
+    }
+
+
+def _row(info: DeviceInfo) -> tuple[str, ...]:
+    mode = "-" if info.file_mode is None else f"{info.file_mode:04o}"
+    owners = ("-" if number is None else str(number) for number in (info.uid, info.gid))
+    what = str(info.devnum or info.host_path or "-")
+    return (
+        info.container_path,
+        info.dev_type,
+        what,
+        access(read_only=info.read_only),
+        mode,
+        *owners,
+    )

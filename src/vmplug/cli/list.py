@@ -1,0 +1,29 @@
+"""`vmplug list`."""
+
+import click
+
+from vmplug.cli.options import complete_vm, json_option, open_journal, state_dir_option
+from vmplug.cli.output import attachment_json, print_attachments, print_json
+
+
+@click.command("list")
+@click.option("--vm", metavar="NAME", shell_complete=complete_vm, help="Only of this VM.")
+@state_dir_option
+@json_option
+def command(as_json: bool, state_dir: str, vm: str | None) -> None:
+    """What is plugged where?
+
+    The journal is asked, no VM; `vmplug reconcile` makes the two agree.
+
+    \b
+    vmplug list
+    vmplug list --vm sb1 --json
+    """
+    with open_journal(state_dir) as journal:
+        held = journal.attachments(vm)
+    if as_json:
+        print_json({"attachments": [attachment_json(hold) for hold in held]})
+        return
+    print_attachments(held, with_vm=True)
+    if not held:
+        click.echo("nothing is attached")

@@ -1,0 +1,116 @@
+"""`vmplug`: the group of verbs, loaded when asked for, and how errors reach people."""
+
+import json
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from vmplug import errors
+
+_VERBS = {
+    "info": "what does the container ask for?",
+    "resolve": "what is that on this host?",
+    "check": "may it be handed over? every problem with its remedy",
+    "plan": "exactly what would be done, step and undo",
+    "attach": "plug the devices into a VM",
+    "detach": "take them out again",
+    "list": "what is plugged where?",
+    "resize": "give the guest a disk's new size",
+    "reconcile": "make the journal and the VMs agree",
+    "vm": "start, adopt, stop and list VMs",
+    "completion": "shell completion for bash, zsh or fish",
+}
+
+_EXIT_STATUS = (
+    (errors.SpecError, 3),
+    (errors.PolicyError, 3),
+    (errors.HostError, 4),
+    (errors.HypervisorError, 5),
+    (errors.StateError, 6),
+    (errors.StoreError, 6),
+)
+_USAGE, _BUG = 2, 1
+
+
+class _Verbs(click.Group):
+    """Imports a verb's module only when that verb is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _VERBS:
+            return None
+        module = import_module(f"vmplug.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(_VERBS.items()))
+
+
+@click.command(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 99},
+    epilog="Exit status: 0 done, 1 a bug of vmplug, 2 usage, 3 bad request or not allowed, "
+    "4 host, 5 hypervisor, 6 wrong state.",
+)
+@click.version_option(package_name="vmplug", message="%(prog)s %(version)s")
+def main() -> None:
+    """Hand host devices to containers that run inside virtual machines.
+
+    \b
+    vmplug vm start sb1 --kernel vmlinuz --initrd initrd.img
+    vmplug check bundle/
+    vmplug attach bundle/ --vm sb1
+    vmplug detach --owner bundle
+    """
+
+
+def run() -> None:
+    """Entry point: errors become one sentence, a hint and an exit status."""
+    wants_json = "--json" in sys.argv[1:]
+    try:
+        status = main.main(prog_name="vmplug", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(status)  # None, or what a verb gave to Exit
+    except errors.DeviceError as error:
+        status = next(s for kind, s in _EXIT_STATUS if isinstance(error, kind))
+        _tell(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
+        sys.exit(status)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(_USAGE)
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "vmplug"
+        hint = f"{verb} --help"
+        _tell("usage", error.format_message(), hint, {}, wants_json=wants_json)
+        sys.exit(_USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if "VMPLUG_DEBUG" in os.environ:
+            raise
+        message = f"a bug of vmplug: {type(error).__name__}: {error}"
+        hint = "set VMPLUG_DEBUG=1 and report what it prints"
+        _tell("bug", message, hint, {}, wants_json=wants_json)
+        sys.exit(_BUG)
+
+
+def _tell(
+    code: str, message: str, hint: str | None, facts: dict[str, object], *, wants_json: bool
+) -> None:
+    """One error on stderr; a message never begins with a capital but for names."""
+    if wants_json:
+        error = {"code": code, "message": message, "hint": hint, "facts": facts}
+        click.echo(json.dumps({"version": 1, "error": error}, default=str), err=True)
+        return
+    click.echo(f"vmplug: {message.rstrip('.')}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)

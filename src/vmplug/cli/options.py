@@ -1,0 +1,230 @@
+"""Arguments that several verbs share, and what they mean."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from vmplug.address import DevNum
+from vmplug.errors import SpecError, StateError
+from vmplug.host.root import HostRoot
+from vmplug.host.vhost_user import VhostUserStore
+from vmplug.oci.info import DeviceInfo, DevType
+
+if TYPE_CHECKING:
+    from vmplug.host.safety import Code
+    from vmplug.manager.manager import DeviceManager
+    from vmplug.manager.store import Store
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Answer with one JSON document."
+)
+root_option = click.option(
+    "--root",
+    type=click.Path(exists=True, file_okay=False),
+    default="/",
+    help="Read /sys, /proc and /dev below this directory instead of this host's.",
+)
+state_dir_option = click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False),
+    default="/run/vmplug",
+    envvar="VMPLUG_STATE_DIR",
+    show_default=True,
+    show_envvar=True,
+    help="Where the journal is.",
+)
+timeout_option = click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0),
+    default=15.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for the guest.",
+)
+store_option = click.option(
+    "--vhost-user-store",
+    type=click.Path(),
+    metavar="DIR",
+    help="The host's vhost-user store; block majors 241 and 242 are looked up there.",
+)
+
+
+def complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001  click's
+    """Names of known VMs."""
+    with open_journal(ctx.params.get("state_dir") or "/run/vmplug") as journal:
+        return [vm.name for vm in journal.vms() if vm.name.startswith(incomplete)]
+
+
+vm_option = click.option(
+    "--vm", "vm", required=True, metavar="NAME", shell_complete=complete_vm, help="The VM's name."
+)
+
+
+def request_options(command: F) -> F:
+    """BUNDLE, --device and how the devices are wanted."""
+    for decorate in (
+        store_option,
+        root_option,
+        click.option(
+            "-o",
+            "--option",
+            "driver_options",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="An option of every disk asked for; `vmplug attach --help` lists them.",
+        ),
+        click.option("--read-only", is_flag=True, help="Ask for every device read-only."),
+        click.option(
+            "-d",
+            "--device",
+            "devices",
+            multiple=True,
+            metavar="DEVICE",
+            help="Ask for b:MAJOR:MINOR[:PATH], c:MAJOR:MINOR[:PATH] or file:IMAGE[:PATH]; "
+            "PATH is the one in the container.",
+        ),
+        click.argument("bundle", required=False, type=click.Path()),
+    ):
+        command = decorate(command)
+    return command
+
+
+allow_option = click.option(
+    "--allow",
+    "allow",
+    multiple=True,
+    metavar="CODE",
+    help="Hand over in spite of this finding of `check`; one code each.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the arguments ask for: the devices, on whose behalf, and where to look."""
+
+    infos: tuple[DeviceInfo, ...]
+    name: str | None
+    host: HostRoot
+    store: VhostUserStore | None
+
+
+def read_request(
+    *,
+    bundle: str | None,
+    devices: Sequence[str],
+    read_only: bool,
+    driver_options: Sequence[str],
+    root: str,
+    vhost_user_store: str | None,
+) -> Request:
+    """The request that `request_options` describe. Raises UsageError or SpecError."""
+    host = HostRoot(root)
+    infos = [parse_device(text) for text in devices]
+    name = None
+    if bundle is not None:
+        from vmplug.host.resolve import find_volumes  # noqa: PLC0415  msgspec costs 25 ms
+        from vmplug.oci.spec import read_bundle  # noqa: PLC0415
+
+        asked = read_bundle(bundle)
+        infos = [*asked.devices, *find_volumes(asked.mounts, host), *infos]
+        name = asked.name
+    elif not infos:
+        raise click.UsageError("name a BUNDLE, or a device with --device")
+    options = _parse_options(driver_options)
+    wanted = tuple(
+        replace(
+            info,
+            read_only=info.read_only or read_only,
+            driver_options=options if info.dev_type is DevType.BLOCK else {},
+        )
+        for info in infos
+    )
+    store = VhostUserStore(vhost_user_store, root=host) if vhost_user_store else None
+    return Request(wanted, name, host, store)
+
+
+def parse_device(text: str) -> DeviceInfo:
+    """`b:7:0:/dev/xvda`, `b:7:0` (then /dev/block/7:0), `file:/a.img:/dev/xvda`."""
+    kind, _, rest = text.partition(":")
+    if kind == "file":
+        image, colon, path = rest.rpartition(":/")
+        if not image:
+            image, colon, path = rest, ":/", f"dev/{os.path.basename(rest)}"
+        return DeviceInfo(container_path=colon[1:] + path, dev_type=DevType.BLOCK, host_path=image)
+    major, _, minor_path = rest.partition(":")
+    minor, _, path = minor_path.partition(":")
+    try:
+        dev_type, devnum = DevType(kind), DevNum.parse(f"{major}:{minor}")
+    except ValueError as error:
+        why = str(error) if kind in set(DevType) else f"{kind!r} is not b, c or file"
+        raise SpecError(
+            f"--device {text}", why, hint="write b:7:0, b:7:0:/dev/xvda or file:/images/a.img"
+        ) from None
+    directory = "/dev/block" if dev_type is DevType.BLOCK else "/dev/char"
+    return DeviceInfo(
+        container_path=path or f"{directory}/{devnum}", dev_type=dev_type, devnum=devnum
+    )
+
+
+def _parse_options(texts: Sequence[str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SpecError(f"--option {text}", "write it as KEY=VALUE")
+        if options.setdefault(key, value) != value:
+            raise SpecError(f"--option {key}", "said twice, and differently")
+    return options
+
+
+def parse_allow(words: Sequence[str]) -> "frozenset[Code]":
+    """The codes of `--allow`; SpecError for a word that is none, PolicyError's kin for `all`."""
+    from vmplug.host.safety import NEVER_ALLOWED, Code  # noqa: PLC0415
+
+    known = {str(code): code for code in Code if code not in NEVER_ALLOWED}
+    for word in words:
+        if word not in known:
+            raise SpecError(
+                f"--allow {word}",
+                "not a finding that can be allowed",
+                hint="one of " + ", ".join(known),
+            )
+    return frozenset(known[word] for word in words)
+
+
+def open_journal(state_dir: str) -> "Store":
+    """The journal below `state_dir`, a context manager."""
+    from vmplug.manager.store import Store  # noqa: PLC0415  sqlite3 costs 5 ms
+
+    return Store.open(state_dir)
+
+
+def open_manager(
+    vm: str, state_dir: str, *, host: HostRoot, store: VhostUserStore | None = None
+) -> "DeviceManager":
+    """The manager of a known VM, connected. StateError when the VM is not known."""
+    from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
+    from vmplug.manager.manager import DeviceManager  # noqa: PLC0415
+
+    with open_journal(state_dir) as journal:
+        record = journal.find_vm(vm)
+    if record is None:
+        raise StateError(
+            f"no VM {vm!r} is known",
+            state="unknown",
+            required="started or adopted",
+            hint=f"vmplug vm list shows the known ones; vmplug vm adopt {vm} --qmp SOCKET",
+        )
+    return DeviceManager.open(
+        vm=vm,
+        host=host,
+        hypervisor=Qemu.connect(record.qmp_socket),
+        state_dir=state_dir,
+        store=store,
+    )

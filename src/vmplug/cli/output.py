@@ -1,0 +1,145 @@
+"""What stands on stdout: one JSON document, or a table."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vmplug.host.device import BlockDevice, DiskFile, HostDevice
+from vmplug.oci.info import DeviceInfo
+
+if TYPE_CHECKING:
+    from vmplug.drivers.base import GuestAddress
+    from vmplug.manager.store import Attachment
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One document, version first."""
+    click.echo(json.dumps({"version": 1, **document}, indent=2))
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns; colour only at a terminal, by rich, which respects NO_COLOR."""
+    if not rows:
+        return
+    if sys.stdout.isatty():
+        from rich.console import Console  # noqa: PLC0415  40 ms that a pipe need not pay
+        from rich.table import Table  # noqa: PLC0415
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in headings:
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False, markup=False).print(table)
+        return
+    lines = [headings, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def size(size_bytes: int) -> str:
+    """`16 MiB`, exact to one decimal."""
+    amount, unit = float(size_bytes), 0
+    while amount >= 1024 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1024, unit + 1
+    return f"{amount:.1f}".removesuffix(".0") + f" {_UNITS[unit]}"
+
+
+def access(*, read_only: bool) -> str:
+    """`ro` or `rw`."""
+    return "ro" if read_only else "rw"
+
+
+def info_json(info: DeviceInfo) -> dict[str, Any]:
+    """What is asked for."""
+    return {
+        "container_path": info.container_path,
+        "device_type": str(info.dev_type),
+        "major": info.major,
+        "minor": info.minor,
+        "read_only": info.read_only,
+    }
+
+
+def device_json(device: HostDevice) -> dict[str, Any]:
+    """What it is on the host."""
+    facts: dict[str, Any] = {
+        "host_path": device.host_path,
+        "kind": str(device.kind),
+        "found_by": str(device.found_by),
+    }
+    if isinstance(device, BlockDevice | DiskFile):
+        facts["size_bytes"] = device.size_bytes
+        facts["host_read_only"] = device.read_only
+    if isinstance(device, BlockDevice):
+        facts["sysfs_path"] = device.sysfs_path
+        if device.backing:
+            facts["backing_file"] = device.backing.backing_file
+            facts["backing_offset_bytes"] = device.backing.offset_bytes
+            facts["backing_size_limit_bytes"] = device.backing.size_limit_bytes
+            facts["backing_deleted"] = device.backing.deleted
+    return facts
+
+
+def attachment_json(attachment: "Attachment") -> dict[str, Any]:
+    """One hold on a device; `guest` is null for a device that is only counted."""
+    return {
+        "id": attachment.id,
+        "vm": attachment.vm,
+        "owner": attachment.owner,
+        "container_path": attachment.container_path,
+        "host_path": attachment.host_path,
+        "kind": str(attachment.kind),
+        "read_only": attachment.read_only,
+        "count": attachment.count,
+        "state": str(attachment.state),
+        "guest": guest_json(attachment.guest, read_only=attachment.read_only),
+    }
+
+
+def guest_json(guest: "GuestAddress | None", *, read_only: bool) -> dict[str, Any] | None:
+    """Where the guest sees it, also in the words of Kata's agent (its `Device` message)."""
+    if guest is None:
+        return None
+    scsi = guest.scsi_address
+    return {
+        "pci_path": str(guest.pci_path) if guest.pci_path else None,
+        "scsi_address": str(scsi) if scsi else None,
+        "agent": {
+            "type": "scsi" if scsi else "blk",
+            "id": str(scsi or guest.pci_path),
+            "vm_path": "",
+            "options": ["ro"] if read_only else [],
+        },
+    }
+
+
+def guest_text(guest: "GuestAddress | None") -> str:
+    """`PCI 04/00`, `SCSI 0:1`, or that there is none."""
+    return str(guest) if guest else "- (counted, not given to the VM)"
+
+
+def print_attachments(attachments: "Sequence[Attachment]", *, with_vm: bool) -> None:
+    """A table of holds."""
+    rows = [
+        (
+            *((hold.vm,) if with_vm else ()),
+            hold.id,
+            hold.owner,
+            hold.container_path,
+            hold.host_path,
+            access(read_only=hold.read_only),
+            str(hold.state) + (f" x{hold.count}" if hold.count > 1 else ""),
+            guest_text(hold.guest),
+        )
+        for hold in attachments
+    ]
+    headings = ("ATTACHMENT", "OWNER", "CONTAINER PATH", "HOST PATH", "RO/RW", "STATE", "GUEST")
+    print_table((*(("VM",) if with_vm else ()), *headings), rows)

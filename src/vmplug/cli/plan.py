@@ -1,0 +1,58 @@
+"""`vmplug plan`."""
+
+import json
+
+import click
+
+from vmplug.cli.options import (
+    allow_option,
+    json_option,
+    open_manager,
+    parse_allow,
+    read_request,
+    request_options,
+    state_dir_option,
+    vm_option,
+)
+from vmplug.cli.output import print_json
+from vmplug.drivers.base import Command
+
+
+@click.command("plan")
+@request_options
+@vm_option
+@allow_option
+@state_dir_option
+@json_option
+def command(
+    as_json: bool, state_dir: str, allow: tuple[str, ...], vm: str, **request: object
+) -> None:
+    """Exactly what would be done: every QMP command with the one that takes it back.
+
+    The VM is asked what it offers; nothing is changed. Device ids are drawn anew each time.
+
+    \b
+    vmplug plan bundle/ --vm sb1
+    vmplug plan --device b:7:0 --vm sb1 --json
+    """
+    asked = read_request(**request)  # type: ignore[arg-type]
+    allowed = parse_allow(allow)
+    with open_manager(vm, state_dir, host=asked.host, store=asked.store) as devices:
+        steps = devices.plan(asked.infos, owner=asked.name, allow=allowed)
+    if as_json:
+        listed = [{"do": _json(step.do), "undo": _json(step.undo)} for step in steps]
+        print_json({"vm": vm, "steps": listed})
+        return
+    for number, step in enumerate(steps, 1):
+        click.echo(f"{number:2}  {_text(step.do)}")
+        click.echo(f"    undo: {_text(step.undo)}")
+    if not steps:
+        click.echo("nothing to plug: every device is there already, or only counted")
+
+
+def _json(command: Command) -> dict[str, object]:
+    return {"execute": command.execute, "arguments": dict(command.arguments)}
+
+
+def _text(command: Command) -> str:
+    return f"{command.execute} {json.dumps(dict(command.arguments))}"

@@ -1,0 +1,78 @@
+"""`vmplug reconcile`."""
+
+import click
+
+from vmplug.cli.options import (
+    complete_vm,
+    json_option,
+    open_journal,
+    open_manager,
+    state_dir_option,
+    timeout_option,
+)
+from vmplug.cli.output import print_json, print_table
+from vmplug.errors import StateError
+from vmplug.host.process import is_running
+from vmplug.host.root import HostRoot
+from vmplug.manager.reconcile import Outcome, Repair
+from vmplug.manager.store import Store, VmRecord
+
+
+@click.command("reconcile")
+@click.option("--vm", metavar="NAME", shell_complete=complete_vm, help="Only this VM.")
+@timeout_option
+@state_dir_option
+@json_option
+def command(as_json: bool, state_dir: str, timeout_s: float, vm: str | None) -> None:
+    """Make the journal and the VMs agree, after a crash of anybody.
+
+    What an interrupted attach left is taken back, what was detaching is finished, and what a dead
+    VM held is free again.
+
+    \b
+    vmplug reconcile
+    vmplug reconcile --vm sb1 --json
+    """
+    with open_journal(state_dir) as journal:
+        vms = [record for record in journal.vms() if vm in {None, record.name}]
+        if vm and not vms:
+            raise StateError(
+                f"no VM {vm!r} is known",
+                state="unknown",
+                required="started or adopted",
+                hint="vmplug vm list shows the known ones",
+            )
+        repairs = [
+            (record.name, repair)
+            for record in vms
+            for repair in _repair(record, journal, state_dir, timeout_s)
+        ]
+    if as_json:
+        print_json({"repairs": [_json(name, repair) for name, repair in repairs]})
+        return
+    print_table(
+        ("VM", "DEVICE", "HOST PATH", "DONE", "WHY"),
+        [(name, r.device_id, r.host_path or "-", r.outcome, r.reason) for name, r in repairs],
+    )
+    if not repairs:
+        click.echo("the journal and the VMs agree")
+
+
+def _repair(record: VmRecord, journal: Store, state_dir: str, timeout_s: float) -> list[Repair]:
+    if record.pid is None or is_running(record.pid, record.started_at, HostRoot()):
+        with open_manager(record.name, state_dir, host=HostRoot()) as devices:
+            return devices.reconcile(timeout_s=timeout_s)
+    held = journal.devices(record.name)
+    journal.forget_vm(record.name)
+    reason = "the VM is not running any more"
+    return [Repair(device.id, device.host_path, Outcome.FORGOTTEN, reason) for device in held]
+
+
+def _json(vm: str, repair: Repair) -> dict[str, str | None]:
+    return {
+        "vm": vm,
+        "device": repair.device_id,
+        "host_path": repair.host_path,
+        "outcome": str(repair.outcome),
+        "reason": repair.reason,
+    }

@@ -1,0 +1,62 @@
+"""`vmplug resolve`."""
+
+import click
+
+from vmplug.cli.options import json_option, read_request, request_options
+from vmplug.cli.output import device_json, info_json, print_json, print_table, size
+from vmplug.errors import HostError
+from vmplug.host.device import BlockDevice, DiskFile, HostDevice
+from vmplug.host.resolve import resolve_all
+from vmplug.oci.info import DeviceInfo
+
+_HOST_ERROR = 4
+
+
+@click.command("resolve")
+@request_options
+@json_option
+def command(as_json: bool, **request: object) -> None:
+    """What is that on this host?
+
+    Every device is answered; the exit status is 4 when one of them is not there.
+
+    \b
+    vmplug resolve bundle/
+    vmplug resolve --device b:8:16 --device c:10:229:/dev/fuse
+    vmplug resolve --device b:241:0 --vhost-user-store /run/vhost-user --json
+    """
+    asked = read_request(**request)  # type: ignore[arg-type]
+    answers = resolve_all(asked.infos, asked.host, asked.store)
+    pairs = list(zip(asked.infos, answers, strict=True))
+    if as_json:
+        print_json({"devices": [_json(info, answer) for info, answer in pairs]})
+    else:
+        print_table(
+            ("CONTAINER PATH", "HOST PATH", "KIND", "SIZE", "FOUND BY"),
+            [_row(info, answer) for info, answer in pairs if not isinstance(answer, HostError)],
+        )
+    errors = [answer for answer in answers if isinstance(answer, HostError)]
+    if not as_json:
+        for error in errors:
+            click.echo(f"vmplug: {error.message}", err=True)
+            click.echo(f"hint: {error.hint}" if error.hint else "", err=True, nl=bool(error.hint))
+    if errors:
+        raise click.exceptions.Exit(_HOST_ERROR)
+
+
+def _json(info: DeviceInfo, answer: HostDevice | HostError) -> dict[str, object]:
+    if isinstance(answer, HostError):
+        error = {"code": answer.code, "message": answer.message, "hint": answer.hint}
+        return {**info_json(info), "error": error}
+    return {**info_json(info), **device_json(answer)}
+
+
+def _row(info: DeviceInfo, device: HostDevice) -> tuple[str, ...]:
+    size_bytes = device.size_bytes if isinstance(device, BlockDevice | DiskFile) else None
+    return (
+        info.container_path,
+        device.host_path,
+        device.kind,
+        "-" if size_bytes is None else size(size_bytes),
+        device.found_by,
+    )

@@ -1,0 +1,267 @@
+"""`vmplug vm`: start, adopt, stop, list."""
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vmplug.cli.options import complete_vm, json_option, open_journal, state_dir_option
+from vmplug.cli.output import print_json, print_table
+from vmplug.errors import HypervisorError, SpecError, StateError, StillAttached
+from vmplug.host.process import is_running, read_start_time, wait_for_end
+from vmplug.host.root import HostRoot
+from vmplug.manager.store import Store, VmRecord
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+_LIST_TIMEOUT_S = 2.0
+_START_TIMEOUT_S = 20.0
+_QUIT_TIMEOUT_S = 10.0
+
+
+@click.group("vm")
+def command() -> None:
+    """Start, adopt, stop and list VMs."""
+
+
+@command.command("start", context_settings={"ignore_unknown_options": False})
+@click.argument("name")
+@click.option("--kernel", type=click.Path(exists=True, dir_okay=False), help="Boot this kernel.")
+@click.option("--initrd", type=click.Path(exists=True, dir_okay=False), help="And this initrd.")
+@click.option("--append", metavar="TEXT", help="The kernel's command line.")
+@click.option(
+    "--disk", type=click.Path(exists=True, dir_okay=False), help="Boot from this raw image."
+)
+@click.option("--memory", "memory_mib", type=click.IntRange(min=64), default=512, metavar="MIB")
+@click.option("--cpus", type=click.IntRange(min=1), default=1)
+@click.option(
+    "--ports", type=click.IntRange(0, 27), default=8, help="Root ports to plug into (default 8)."
+)
+@click.option(
+    "--accel",
+    type=click.Choice(["kvm", "tcg"]),
+    default="kvm",
+    show_default=True,
+    help="tcg needs no KVM and is slow.",
+)
+@click.argument("qemu_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU_ARGS...]")
+@state_dir_option
+@json_option
+def start(
+    as_json: bool, state_dir: str, name: str, qemu_args: tuple[str, ...], **options: Any
+) -> None:
+    """Start a QEMU that others can plug into.
+
+    A q35 machine with root ports, a virtio-scsi controller and shared memory. Its console goes to
+    STATE_DIR/vm/NAME/console.log. Arguments after -- go to QEMU as they are.
+
+    \b
+    vmplug vm start sb1 --kernel vmlinuz --initrd initrd.img --append "console=ttyS0"
+    vmplug vm start sb2 --disk debian.raw --memory 2048 --ports 16
+    """
+    from vmplug.hypervisor.qemu.launch import VmSpec, launch  # noqa: PLC0415
+
+    if not _NAME.match(name):
+        raise SpecError(
+            f"VM name {name!r}",
+            "it is made of letters, digits, '.', '_' and '-', 63 at most",
+        )
+    for key in ("kernel", "initrd", "disk"):
+        options[key] = str(Path(options[key]).resolve()) if options[key] else None
+    with open_journal(state_dir) as journal:
+        _check_free(journal, name)
+        directory = Path(state_dir).resolve() / "vm" / name
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(mode=0o700, parents=True)
+        socket = str(directory / "qmp.sock")
+        record = VmRecord(name=name, qmp_socket=socket, pid=None, started_at=None, is_ours=True)
+        journal.add_vm(record)
+        try:
+            pid, _ = launch(
+                VmSpec(name=name, extra=qemu_args, **options),
+                directory,
+                timeout_s=_START_TIMEOUT_S,
+            )
+        except BaseException:
+            journal.forget_vm(name)
+            raise
+        journal.add_vm(_with_pid(record, pid))
+    if as_json:
+        print_json({"vm": {"name": name, "qmp": socket, "pid": pid, "directory": str(directory)}})
+    else:
+        click.echo(f"VM {name} runs as process {pid}; its files are in {directory}")
+
+
+@command.command("adopt")
+@click.argument("name")
+@click.option("--qmp", "socket", required=True, metavar="SOCKET", help="Its QMP socket.")
+@state_dir_option
+@json_option
+def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
+    """Plug into a QEMU that somebody else started.
+
+    Give it a QMP socket for vmplug alone: -qmp unix:SOCKET,server=on,wait=off
+
+    \b
+    vmplug vm adopt sb3 --qmp /run/sb3/qmp.sock
+    """
+    from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
+    from vmplug.hypervisor.qemu.launch import peer_pid  # noqa: PLC0415
+
+    if not _NAME.match(name):
+        raise SpecError(f"VM name {name!r}", "it is made of letters, digits, '.', '_' and '-'")
+    path = str(Path(socket).resolve())
+    with open_journal(state_dir) as journal:
+        _check_free(journal, name)
+        pid = peer_pid(path)
+        qemu = Qemu.connect(path)
+        offer = qemu.offer()
+        qemu.close()
+        record = VmRecord(name=name, qmp_socket=path, pid=None, started_at=None, is_ours=False)
+        journal.add_vm(_with_pid(record, pid))
+    ports = sum(len(port.free) for port in offer.ports)
+    if as_json:
+        print_json({"vm": {"name": name, "qmp": path, "pid": pid, "machine": offer.machine}})
+    else:
+        click.echo(
+            f"VM {name} is adopted: {offer.machine} with {ports} free PCI places and "
+            f"{len(offer.controllers)} SCSI controllers"
+        )
+
+
+@command.command("stop")
+@click.argument("name", shell_complete=complete_vm)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the guest may take to power down; then it is ended.",
+)
+@state_dir_option
+@json_option
+def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
+    """End a VM that `vm start` started, or forget one that was adopted.
+
+    An adopted VM is left running, and only forgotten when nothing is attached to it.
+
+    \b
+    vmplug vm stop sb1
+    """
+    with open_journal(state_dir) as journal:
+        record = journal.find_vm(name)
+        if record is None:
+            raise StateError(
+                f"no VM {name!r} is known",
+                state="unknown",
+                required="started or adopted",
+                hint="vmplug vm list shows the known ones",
+            )
+        held = journal.attachments(name)
+        is_alive = _is_alive(record)
+        if is_alive and not record.is_ours and held:
+            raise StillAttached(
+                f"{len(held)} attachments are left in the adopted VM {name}",
+                hint="vmplug detach them first",
+            )
+        if is_alive and record.is_ours:
+            _end(record, timeout_s)
+        journal.forget_vm(name)
+    if record.is_ours:
+        shutil.rmtree(Path(record.qmp_socket).parent, ignore_errors=True)
+    what = "stopped" if record.is_ours else "forgotten"
+    if as_json:
+        print_json({"vm": {"name": name}, "released": [hold.id for hold in held]})
+    else:
+        released = f", {len(held)} attachments released" if held else ""
+        click.echo(f"VM {name} is {what}{released}")
+
+
+@command.command("list")
+@state_dir_option
+@json_option
+def list_vms(as_json: bool, state_dir: str) -> None:
+    """Known VMs and what they offer.
+
+    \b
+    vmplug vm list
+    """
+    with open_journal(state_dir) as journal:
+        vms = [_describe(record, journal) for record in journal.vms()]
+    if as_json:
+        print_json({"vms": vms})
+        return
+    print_table(
+        ("VM", "STATE", "MACHINE", "FREE PORTS", "SCSI", "SHARED MEMORY", "ATTACHED", "QMP"),
+        [tuple("-" if value is None else str(value) for value in vm.values()) for vm in vms],
+    )
+    if not vms:
+        click.echo("no VM is known")
+
+
+def _describe(record: VmRecord, journal: Store) -> dict[str, Any]:
+    """A VM's state; `busy` when another client holds its QMP socket."""
+    from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
+
+    state, offer = "gone", None
+    if _is_alive(record):
+        state = "busy"
+        with contextlib.suppress(HypervisorError):
+            qemu = Qemu.connect(record.qmp_socket, timeout_s=_LIST_TIMEOUT_S)
+            state, offer = qemu.status(), qemu.offer()
+            qemu.close()
+    return {
+        "name": record.name,
+        "state": state,
+        "machine": offer.machine if offer else None,
+        "free_ports": sum(len(port.free) for port in offer.ports) if offer else None,
+        "scsi_controllers": len(offer.controllers) if offer else None,
+        "shared_memory": offer.shared_memory if offer else None,
+        "attachments": len(journal.attachments(record.name)),
+        "qmp": record.qmp_socket,
+    }
+
+
+def _check_free(journal: Store, name: str) -> None:
+    record = journal.find_vm(name)
+    if record and (_is_alive(record) or journal.devices(name)):
+        raise StateError(
+            f"a VM {name} is known already",
+            state="running" if _is_alive(record) else "gone",
+            required="unknown",
+            hint=f"choose another name, or vmplug vm stop {name}",
+        )
+
+
+def _is_alive(record: VmRecord) -> bool:
+    return record.pid is None or is_running(record.pid, record.started_at, HostRoot())
+
+
+def _with_pid(record: VmRecord, pid: int | None) -> VmRecord:
+    started_at = read_start_time(pid, HostRoot()) if pid else None
+    return VmRecord(
+        name=record.name,
+        qmp_socket=record.qmp_socket,
+        pid=pid,
+        started_at=started_at,
+        is_ours=record.is_ours,
+    )
+
+
+def _end(record: VmRecord, timeout_s: float) -> None:
+    from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
+
+    qemu = Qemu.connect(record.qmp_socket)
+    if qemu.status() == "running" and timeout_s and record.pid:
+        qemu.power_down()
+        if wait_for_end(record.pid, timeout_s):
+            qemu.close()
+            return
+    qemu.quit()
+    qemu.close()
+    if record.pid and not wait_for_end(record.pid, _QUIT_TIMEOUT_S):
+        raise HypervisorError(f"process {record.pid} of VM {record.name} does not end")

@@ -1,0 +1,132 @@
+"""HostTree: another host's /sys, /proc and /dev, with only the files that a test is about.
+
+The shapes are the kernel's: /sys/dev/block/8:0 is a relative link into /sys/devices, a partition's
+directory lies in its disk's, `size` counts sectors of 512 bytes, mountinfo is written as it is
+read, escapes and all.
+"""
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from vmplug.host.root import HostRoot
+
+GIB = 1 << 30
+INIT_NAMESPACE = "mnt:[4026531840]"
+_KINDS = {"b": stat.S_IFBLK, "c": stat.S_IFCHR, "p": stat.S_IFIFO, "s": stat.S_IFSOCK}
+
+
+class HostTree:
+    """Builds the files below `path`; every method may be chained."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.root = HostRoot(path)
+
+    def file(self, path: str, content: str | bytes = b"") -> Self:
+        """A file with its directories; text keeps undecodable bytes."""
+        target = self._below(path)
+        target.write_bytes(os.fsencode(content) if isinstance(content, str) else content)
+        return self
+
+    def link(self, path: str, target: str) -> Self:
+        """A symlink."""
+        self._below(path).symlink_to(target)
+        return self
+
+    def node(self, path: str, kind: str, number: str = "0:0") -> Self:
+        """A node as mknod(1) makes it; types b and c need root, p and s (a socket) do not."""
+        major, minor = map(int, number.split(":"))
+        os.mknod(self._below(path), _KINDS[kind] | 0o600, os.makedev(major, minor))
+        return self
+
+    def block_device(
+        self,
+        number: str,
+        name: str,
+        *,
+        size_bytes: int = GIB,
+        ro: bool = False,
+        removable: bool = False,
+        sector_bytes: int = 512,
+        holders: Sequence[str] = (),
+        partitions: Mapping[str, str] | None = None,
+        loop: Mapping[str, str | bytes] | None = None,
+    ) -> Self:
+        """A whole disk; `partitions` are numbers with their names, `loop` the files of loop/."""
+        disk = f"/sys/devices/virtual/block/{name}"
+        self._block_directory(disk, number, size_bytes, holders, ro=ro)
+        self.file(f"{disk}/removable", f"{int(removable)}\n")
+        self.file(f"{disk}/queue/logical_block_size", f"{sector_bytes}\n")
+        self.link(f"/sys/block/{name}", f"../devices/virtual/block/{name}")
+        for index, (part_number, part) in enumerate((partitions or {}).items(), start=1):
+            self._block_directory(f"{disk}/{part}", part_number, size_bytes // 2, (), ro=ro)
+            self.file(f"{disk}/{part}/partition", f"{index}\n")
+        for attribute, content in (loop or {}).items():
+            self.file(f"{disk}/loop/{attribute}", content)
+        return self
+
+    def char_device(self, number: str, name: str) -> Self:
+        """A character device; `name` is its DEVNAME and may hold directories."""
+        directory = f"/sys/devices/virtual/misc/{name.replace('/', '!')}"
+        self.link(f"/sys/dev/char/{number}", f"../..{directory.removeprefix('/sys')}")
+        return self._device_files(directory, number, name)
+
+    def hold(self, name: str, holder: str) -> Self:
+        """Lets `holder` be built on the block device `name`, a disk or a partition."""
+        directory = os.path.realpath(self.path / f"sys/class/block/{name}")
+        os.symlink(f"../../{holder}", f"{directory}/holders/{holder}")
+        return self
+
+    def mount(
+        self,
+        source: str,
+        mount_point: str,
+        number: str,
+        *,
+        fs_options: str = "rw",
+        mount_options: str = "rw,relatime",
+        pid: int = 1,
+        namespace: str = INIT_NAMESPACE,
+    ) -> Self:
+        """One more line of a process's mountinfo; names are written as they are given."""
+        fields = f"36 1 {number} / {mount_point} {mount_options} shared:1 - ext4 {source}"
+        line = f"{fields} {fs_options}\n"
+        table = self._below(f"/proc/{pid}/mountinfo")
+        with table.open("ab") as file:
+            file.write(os.fsencode(line))
+        link = self._below(f"/proc/{pid}/ns/mnt")
+        if not link.is_symlink():
+            link.symlink_to(namespace)
+        return self
+
+    def swap(self, *paths: str) -> Self:
+        """The whole of /proc/swaps."""
+        lines = "".join(f"{path:<40}partition\t1048572\t0\t-2\n" for path in paths)
+        return self.file("/proc/swaps", "Filename\t\t\t\tType\t\tSize\tUsed\tPriority\n" + lines)
+
+    def _block_directory(
+        self, path: str, number: str, size_bytes: int, holders: Sequence[str], *, ro: bool
+    ) -> None:
+        name = path.rpartition("/")[2]
+        self._device_files(path, number, name.replace("!", "/"))
+        self.file(f"{path}/size", f"{size_bytes // 512}\n").file(f"{path}/ro", f"{int(ro)}\n")
+        (self.path / path.lstrip("/") / "holders").mkdir()
+        below_sys = path.removeprefix("/sys/")
+        self.link(f"/sys/dev/block/{number}", f"../../{below_sys}")
+        self.link(f"/sys/class/block/{name}", f"../../{below_sys}")
+        for holder in holders:
+            self.hold(name, holder)
+
+    def _device_files(self, directory: str, number: str, devname: str) -> Self:
+        major, minor = number.split(":")
+        self.file(f"{directory}/dev", f"{number}\n")
+        uevent = f"MAJOR={major}\nMINOR={minor}\nDEVNAME={devname}\n"
+        return self.file(f"{directory}/uevent", uevent)
+
+    def _below(self, path: str) -> Path:
+        target = self.path / path.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target

@@ -1,0 +1,435 @@
+"""Disks as drives: their options, what speaks against them, and the place they get."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmplug.address import DevNum, PciPath, PciSlot, ScsiAddress
+from vmplug.drivers.base import (
+    Aio,
+    BlockDrive,
+    BlockDriver,
+    Cache,
+    GuestAddress,
+    Offer,
+    PciPlace,
+    PciPort,
+    Place,
+    ScsiController,
+    ScsiPlace,
+    Throttle,
+)
+from vmplug.drivers.block import OPTIONS, BlockOptions, check_disk, choose_place, plan_drive
+from vmplug.errors import NoFreePort, SpecError
+from vmplug.host.device import BlockDevice, DiskFile, FoundBy
+from vmplug.host.image import ImageFormat, Qcow2Header
+from vmplug.host.safety import Code
+
+SDB = BlockDevice(
+    devnum=DevNum(8, 16),
+    device_node="/dev/sdb",
+    found_by=FoundBy.SYSFS,
+    size_bytes=1 << 30,
+    sector_bytes=4096,
+)
+IMAGE = DiskFile(host_path="/srv/a.img", size_bytes=1 << 30, direct_io=True)
+PAGE_CACHED = DiskFile(host_path="/srv/b.img", size_bytes=1 << 30, direct_io=False)
+
+
+def qcow2(*, backing_file: str | None = None, external_data: bool = False) -> DiskFile:
+    header = Qcow2Header(1 << 30, backing_file, external_data)
+    return DiskFile(host_path="/srv/q.img", size_bytes=1 << 20, direct_io=True, qcow2=header)
+
+
+# Options
+
+
+def test_nothing_said_leaves_every_choice_open() -> None:
+    assert BlockOptions.parse({}) == BlockOptions()
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "field", "value"),
+    [
+        ("block-driver", "virtio-blk", "driver", BlockDriver.VIRTIO_BLOCK),
+        ("block-driver", "virtio-scsi", "driver", BlockDriver.VIRTIO_SCSI),
+        *[("format", str(word), "format", word) for word in ImageFormat],
+        *[("cache", str(word), "cache", word) for word in Cache],
+        *[("aio", str(word), "aio", word) for word in Aio],
+        ("discard", "unmap", "discard", True),
+        ("discard", "ignore", "discard", False),
+        ("share-rw", "on", "share_rw", True),
+        ("share-rw", "off", "share_rw", False),
+        ("serial", "disk 1,x=é", "serial", "disk 1,x=é"),
+        ("iothread", "on", "iothread", True),
+        ("iothread", "off", "iothread", False),
+        ("bps-total", "1", "throttle", Throttle(bps_total=1)),
+        ("bps-read", "10K", "throttle", Throttle(bps_read=10 << 10)),
+        ("bps-write", "10M", "throttle", Throttle(bps_write=10 << 20)),
+        ("iops-total", "10G", "throttle", Throttle(iops_total=10 << 30)),
+        ("iops-read", "1000000000000000", "throttle", Throttle(iops_read=10**15)),
+        ("iops-write", "931322G", "throttle", Throttle(iops_write=931322 << 30)),
+    ],
+)
+def test_every_word_of_an_option_means_what_it_says(
+    key: str, text: str, field: str, value: object
+) -> None:
+    parsed = BlockOptions.parse({key: text})
+    assert parsed == BlockOptions(**{field: value})
+    assert getattr(parsed, field) == value
+
+
+def test_the_options_above_are_all_there_are() -> None:
+    assert set(OPTIONS) == {
+        *("block-driver", "format", "cache", "aio", "discard", "share-rw", "serial", "iothread"),
+        *("bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write"),
+    }
+    assert all(option.help for option in OPTIONS.values())
+
+
+def test_limits_of_bytes_and_operations_go_together() -> None:
+    options = BlockOptions.parse({"bps-read": "1M", "bps-write": "2M", "iops-total": "100"})
+    assert options.throttle == Throttle(bps_read=1 << 20, bps_write=2 << 20, iops_total=100)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("block-driver", "nvdimm", "'nvdimm' is not one of virtio-blk, virtio-scsi"),
+        ("block-driver", "virtio-mmio", "is not one of virtio-blk, virtio-scsi"),
+        ("block-driver", "", "'' is not one of"),
+        ("format", "vmdk", "'vmdk' is not one of raw, qcow2"),
+        ("format", "QCOW2", "is not one of raw, qcow2"),
+        ("cache", "writeBack", "is not one of none, writeback"),
+        ("aio", "uring", "is not one of threads, native, io_uring"),
+        ("discard", "on", "'on' is not unmap or ignore"),
+        ("share-rw", "true", "'true' is not on or off"),
+        ("iothread", "", "'' is not on or off"),
+        ("serial", "", "'' is not printable text"),
+        ("serial", "a\nb", "is not printable text"),
+        ("serial", "a\0b", "is not printable text"),
+        *[
+            ("bps-total", text, "is not a number from 1 to 10\\^15")
+            for text in ("", "0", "-1", "1.5", "1k", "1KB", "K", "0x10", " 1", "1\n", "٣")
+        ],
+        ("iops-read", "1000000000000001", "is not a number from 1 to"),
+        ("iops-read", "931323G", "is not a number from 1 to"),
+        ("iops-read", "9" * 5000, "is not a number from 1 to"),
+        ("cached", "none", "unknown for a disk"),
+        ("", "", "unknown for a disk"),
+    ],
+)
+def test_a_wrong_word_is_refused_with_its_option(key: str, text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        BlockOptions.parse({"share-rw": "on", key: text})
+    assert caught.value.where == f"option {key}"
+
+
+def test_an_unknown_option_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(SpecError) as caught:
+        BlockOptions.parse({"readonly": "on"})
+    assert caught.value.hint == "known are " + ", ".join(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"aio": "native", "cache": "writeback"}, "option aio"),
+        ({"aio": "native", "cache": "writethrough"}, "option aio"),
+        ({"aio": "native", "cache": "unsafe"}, "option aio"),
+        ({"iothread": "on", "block-driver": "virtio-scsi"}, "option iothread"),
+        ({"bps-total": "5", "bps-read": "5"}, "option bps-total"),
+        ({"bps-total": "5", "bps-write": "5"}, "option bps-total"),
+        ({"iops-total": "5", "iops-read": "5"}, "option iops-total"),
+        ({"iops-total": "5", "iops-write": "5"}, "option iops-total"),
+    ],
+)
+def test_options_that_qemu_would_refuse_together_are_refused_here(
+    options: dict[str, str], where: str
+) -> None:
+    for key, text in options.items():
+        BlockOptions.parse({key: text})
+    with pytest.raises(SpecError) as caught:
+        BlockOptions.parse(options)
+    assert caught.value.where == where
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"aio": "native", "cache": "none"},
+        {"aio": "native", "cache": "directsync"},
+        {"aio": "native"},
+        {"aio": "threads", "cache": "unsafe"},
+        {"iothread": "on", "block-driver": "virtio-blk"},
+        {"bps-total": "5", "iops-read": "5", "iops-write": "5"},
+    ],
+)
+def test_options_that_fit_each_other_are_taken(options: dict[str, str]) -> None:
+    BlockOptions.parse(options)
+
+
+@pytest.mark.parametrize(
+    "driver", [BlockDriver.NVDIMM, BlockDriver.VIRTIO_MMIO, BlockDriver.VIRTIO_BLOCK_CCW]
+)
+def test_a_driver_that_cannot_be_hot_plugged_is_never_taken_for_another(
+    driver: BlockDriver,
+) -> None:
+    with pytest.raises(SpecError, match=f"{driver} cannot be hot-plugged"):
+        BlockOptions(driver=driver)
+
+
+@given(st.dictionaries(st.sampled_from(list(OPTIONS)) | st.text(), st.text(), max_size=3))
+def test_any_options_are_taken_or_refused(options: dict[str, str]) -> None:
+    try:
+        BlockOptions.parse(options)
+    except SpecError as error:
+        assert error.where.removeprefix("option ") in options
+
+
+# What speaks against a disk
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "codes"),
+    [
+        (SDB, {}, []),
+        (SDB, {"format": "raw", "cache": "none"}, []),
+        (SDB, {"format": "qcow2"}, [Code.NOT_THAT_FORMAT]),
+        (IMAGE, {}, []),
+        (IMAGE, {"format": "raw", "cache": "none", "aio": "native"}, []),
+        (IMAGE, {"format": "qcow2"}, [Code.NOT_THAT_FORMAT]),
+        (qcow2(), {}, [Code.FORMAT_NOT_STATED]),
+        (qcow2(), {"format": "raw"}, []),
+        (qcow2(), {"format": "qcow2"}, []),
+        (qcow2(backing_file="/etc/shadow"), {"format": "qcow2"}, [Code.HAS_BACKING_FILE]),
+        (qcow2(backing_file="/etc/shadow"), {"format": "raw"}, []),
+        (qcow2(external_data=True), {"format": "qcow2"}, [Code.HAS_BACKING_FILE]),
+        (PAGE_CACHED, {}, []),
+        (PAGE_CACHED, {"cache": "writeback"}, []),
+        (PAGE_CACHED, {"cache": "none"}, [Code.NO_DIRECT_IO]),
+        (PAGE_CACHED, {"cache": "directsync"}, [Code.NO_DIRECT_IO]),
+        (PAGE_CACHED, {"aio": "native"}, [Code.NO_DIRECT_IO]),
+        (PAGE_CACHED, {"aio": "io_uring"}, []),
+        (PAGE_CACHED, {"cache": "none", "format": "qcow2"}, ["not-that-format", "no-direct-io"]),
+    ],
+)
+def test_a_disk_is_checked_against_its_options(
+    device: BlockDevice | DiskFile, options: dict[str, str], codes: list[str]
+) -> None:
+    findings = list(check_disk(device, BlockOptions.parse(options)))
+    assert [finding.code for finding in findings] == codes
+    assert all(finding.message.count(device.host_path) == 1 for finding in findings)
+    assert all(finding.hint for finding in findings)
+
+
+def test_the_file_that_qemu_would_open_besides_is_named() -> None:
+    options = BlockOptions(format=ImageFormat.QCOW2)
+    (backing,) = check_disk(qcow2(backing_file="/etc/shadow"), options)
+    (external,) = check_disk(qcow2(external_data=True), options)
+    assert "another file: /etc/shadow" in backing.message
+    assert "another file: its external data file" in external.message
+
+
+# The drive
+
+
+def drive(
+    device: BlockDevice | DiskFile,
+    driver: BlockDriver = BlockDriver.VIRTIO_BLOCK,
+    *,
+    read_only: bool = False,
+    **options: str,
+) -> BlockDrive:
+    parsed = BlockOptions.parse({key.replace("_", "-"): text for key, text in options.items()})
+    return plan_drive("0123456789abcdef", device, parsed, read_only=read_only, driver=driver)
+
+
+def test_a_block_device_passes_the_page_cache_by_in_its_own_sectors() -> None:
+    assert drive(SDB, read_only=True) == BlockDrive(
+        id="0123456789abcdef",
+        file="/dev/sdb",
+        is_device=True,
+        driver=BlockDriver.VIRTIO_BLOCK,
+        format=ImageFormat.RAW,
+        read_only=True,
+        cache=Cache.NONE,
+        aio=Aio.NATIVE,
+        serial="0123456789abcdef",
+        sector_bytes=4096,
+    )
+
+
+def test_an_image_is_raw_unless_the_format_is_stated() -> None:
+    assert drive(qcow2()).format is ImageFormat.RAW
+    assert drive(qcow2(), format="qcow2").format is ImageFormat.QCOW2
+    assert not drive(IMAGE).is_device
+    assert drive(IMAGE).sector_bytes == 512
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "cache", "aio"),
+    [
+        (IMAGE, {}, Cache.NONE, Aio.NATIVE),
+        (PAGE_CACHED, {}, Cache.WRITEBACK, Aio.THREADS),
+        (PAGE_CACHED, {"aio": "io_uring"}, Cache.WRITEBACK, Aio.IO_URING),
+        (PAGE_CACHED, {"aio": "native"}, Cache.NONE, Aio.NATIVE),
+        (SDB, {"cache": "writeback"}, Cache.WRITEBACK, Aio.THREADS),
+        (SDB, {"cache": "directsync"}, Cache.DIRECTSYNC, Aio.NATIVE),
+        (SDB, {"cache": "unsafe"}, Cache.UNSAFE, Aio.THREADS),
+        (SDB, {"aio": "threads"}, Cache.NONE, Aio.THREADS),
+        (SDB, {"cache": "none", "aio": "io_uring"}, Cache.NONE, Aio.IO_URING),
+    ],
+)
+def test_cache_and_aio_are_chosen_to_fit_each_other_and_the_file(
+    device: BlockDevice | DiskFile, options: dict[str, str], cache: Cache, aio: Aio
+) -> None:
+    planned = drive(device, **options)
+    assert (planned.cache, planned.aio) == (cache, aio)
+
+
+@pytest.mark.parametrize(
+    ("cache", "direct", "no_flush", "write_cache"),
+    [
+        (Cache.NONE, True, False, True),
+        (Cache.WRITEBACK, False, False, True),
+        (Cache.WRITETHROUGH, False, False, False),
+        (Cache.DIRECTSYNC, True, False, False),
+        (Cache.UNSAFE, False, True, True),
+    ],
+)
+def test_a_cache_mode_is_the_three_switches_of_qemus_manual(
+    cache: Cache,
+    direct: bool,  # noqa: FBT001 - a column of a table
+    no_flush: bool,  # noqa: FBT001
+    write_cache: bool,  # noqa: FBT001
+) -> None:
+    assert (cache.direct, cache.no_flush, cache.write_cache) == (direct, no_flush, write_cache)
+
+
+def test_the_switches_reach_the_drive() -> None:
+    planned = drive(SDB, share_rw="on", discard="unmap", iothread="on", iops_total="9")
+    assert (planned.share_rw, planned.discard, planned.iothread) == (True, True, True)
+    assert planned.throttle == Throttle(iops_total=9)
+
+
+@pytest.mark.parametrize(
+    ("device", "allowed"),
+    [
+        (SDB, False),
+        (IMAGE, False),
+        (qcow2(), False),
+        (qcow2(backing_file="base.img"), True),
+        (qcow2(external_data=True), True),
+    ],
+)
+def test_only_an_image_that_names_other_files_may_open_them(
+    device: BlockDevice | DiskFile, *, allowed: bool
+) -> None:
+    assert drive(device).backing_allowed is allowed
+
+
+@pytest.mark.parametrize(
+    ("driver", "limit"), [(BlockDriver.VIRTIO_BLOCK, 20), (BlockDriver.VIRTIO_SCSI, 36)]
+)
+def test_a_serial_is_never_cut(driver: BlockDriver, limit: int) -> None:
+    assert drive(SDB, driver, serial="x" * limit).serial == "x" * limit
+    assert drive(SDB, driver, serial="é" * (limit // 2)).serial == "é" * (limit // 2)
+    for serial in ("x" * (limit + 1), "é" * (limit // 2 + 1)):
+        with pytest.raises(SpecError, match=f"is longer than {limit} bytes") as caught:
+            drive(SDB, driver, serial=serial)
+        assert caught.value.where == "option serial"
+
+
+def test_an_iothread_is_refused_also_when_the_vm_offers_only_scsi() -> None:
+    with pytest.raises(SpecError, match="runs in the iothread of its controller"):
+        drive(SDB, BlockDriver.VIRTIO_SCSI, iothread="on")
+
+
+# The place
+
+
+def port(bus: str, *free: int) -> PciPort:
+    slot = PciSlot(int(bus.removeprefix("rp")))
+    return PciPort(bus=bus, path=PciPath((slot,)), free=tuple(map(PciSlot, free)))
+
+
+def controller(bus: str, used: int = 0) -> ScsiController:
+    addresses = frozenset(map(ScsiAddress.from_index, range(used)))
+    return ScsiController(bus=f"{bus}.0", path=PciPath((PciSlot(9),)), used=addresses)
+
+
+def offer(*parts: PciPort | ScsiController) -> Offer:
+    return Offer(
+        machine="pc-q35-7.2",
+        ports=tuple(part for part in parts if isinstance(part, PciPort)),
+        controllers=tuple(part for part in parts if isinstance(part, ScsiController)),
+        shared_memory=False,
+    )
+
+
+BLK, SCSI = BlockDriver.VIRTIO_BLOCK, BlockDriver.VIRTIO_SCSI
+FULL = offer(port("rp1", 0), port("rp2", 3, 4), controller("scsi0", 2), controller("scsi1"))
+
+
+@pytest.mark.parametrize(
+    ("driver", "taken", "chosen", "place"),
+    [
+        (None, (), BLK, "rp1/00"),
+        (BLK, (), BLK, "rp1/00"),
+        (None, ("rp1/00",), BLK, "rp2/03"),
+        (None, ("rp1/00", "rp2/03"), BLK, "rp2/04"),
+        (None, ("rp2/03",), BLK, "rp1/00"),
+        (None, ("rp1/00", "rp2/03", "rp2/04"), SCSI, "scsi0.0/0:2"),
+        (SCSI, (), SCSI, "scsi0.0/0:2"),
+        (SCSI, ("scsi0.0/0:2", "scsi0.0/0:4"), SCSI, "scsi0.0/0:3"),
+    ],
+)
+def test_a_disk_gets_the_lowest_free_place_of_the_wanted_kind(
+    driver: BlockDriver | None, taken: tuple[str, ...], chosen: BlockDriver, place: str
+) -> None:
+    answer, found = choose_place(FULL, driver, taken)
+    assert (answer, str(found)) == (chosen, place)
+
+
+def test_a_full_controller_leads_to_the_next() -> None:
+    full = offer(controller("scsi0", 1 << 16), controller("scsi1", 256))
+    assert str(choose_place(full, None, ())[1]) == "scsi1.0/1:0"
+
+
+def test_a_place_says_where_the_guest_will_see_it() -> None:
+    _, pci = choose_place(FULL, BLK, ("rp1/00",))
+    _, scsi = choose_place(FULL, SCSI, ())
+    assert pci == PciPlace(bus="rp2", slot=PciSlot(3), path=PciPath.parse("02/03"))
+    assert guest(pci) == "PCI 02/03"
+    assert isinstance(scsi, ScsiPlace)
+    assert guest(scsi) == "SCSI 0:2"
+    assert GuestAddress.of(scsi).pci_path == PciPath.parse("09")
+
+
+def guest(place: Place) -> str:
+    return str(GuestAddress.of(place))
+
+
+@pytest.mark.parametrize(
+    ("parts", "driver", "taken", "message"),
+    [
+        ((), None, (), "the VM (pc-q35-7.2) has no port to plug into"),
+        ((), BLK, (), "the VM (pc-q35-7.2) has no port to plug into"),
+        ((), SCSI, (), "the VM has no virtio-scsi controller with a free address"),
+        ((port("rp1", 0),), SCSI, (), "the VM has no virtio-scsi controller with a free address"),
+        ((port("rp1"),), None, (), "the VM (pc-q35-7.2) has no free port left"),
+        ((port("rp1", 0),), None, ("rp1/00",), "the VM (pc-q35-7.2) has no free port left"),
+        ((controller("s", 1 << 16),), None, (), "the VM (pc-q35-7.2) has no free port left"),
+        ((port("rp1"), controller("s")), BLK, (), "the VM (pc-q35-7.2) has no free port left"),
+    ],
+)
+def test_no_place_left_is_said_with_a_remedy(
+    parts: tuple[Any, ...], driver: BlockDriver | None, taken: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(NoFreePort) as caught:
+        choose_place(offer(*parts), driver, taken)
+    assert caught.value.message == message
+    assert caught.value.hint

@@ -1,0 +1,31 @@
+"""Errors carry their facts as values, for programs."""
+
+from vmplug.errors import AttributeReadError, DeviceError, NoSuchDevice, SpecError
+
+
+def test_the_facts_are_everything_beside_message_and_hint() -> None:
+    error = NoSuchDevice("block device 8:0", "none", found="nothing", hint="plug it in")
+    assert error.facts == {"wanted": "block device 8:0", "found": "nothing"}
+    assert (str(error), error.hint) == ("none", "plug it in")
+
+
+def test_a_note_of_python_is_no_fact() -> None:
+    error = SpecError("$", "wrong")
+    error.add_note("seen while reading a bundle")
+    assert error.facts == {"where": "$"}
+
+
+def test_an_unreadable_file_says_why() -> None:
+    assert str(AttributeReadError("/sys/x", 13)) == "cannot read /sys/x: Permission denied"
+    assert str(AttributeReadError("/sys/x", why="odd")) == "cannot read /sys/x: odd"
+    assert AttributeReadError("/sys/x", 13).facts == {"path": "/sys/x", "errno": 13}
+
+
+def test_every_error_has_a_stable_word_of_its_own() -> None:
+    kinds = _below(DeviceError)
+    assert NoSuchDevice in kinds
+    assert len({kind.code for kind in kinds}) == len(kinds)
+
+
+def _below(kind: type[DeviceError]) -> list[type[DeviceError]]:
+    return [kind, *(deeper for child in kind.__subclasses__() for deeper in _below(child))]
