@@ -4,7 +4,7 @@ DevNum (major:minor), PciSlot and PciPath (where a PCI device sits in the guest)
 (id:lun), and the makers of QEMU ids. `parse` reads what `str()` writes.
 """
 
-import secrets
+import os
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +18,7 @@ NODE_NAME_MAX = 31
 QEMU_ID_PREFIX = "vmplug-"
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class DevNum:
     """A device number, `major:minor`; which of char and block stands always beside it.
 
@@ -46,7 +46,7 @@ class DevNum:
         return f"{self.major}:{self.minor}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class PciSlot:
     """A device's place on one PCI bus: slot 0..31, function 0..7.
 
@@ -79,7 +79,7 @@ class PciSlot:
         return f"{self.slot:02x}" + (f".{self.function}" if self.function else "")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class PciPath:
     """Slots from the guest's root bus down to a device, `02/00`.
 
@@ -105,7 +105,7 @@ class PciPath:
         return "/".join(map(str, self.slots))
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class ScsiAddress:
     """`id:lun` on a virtio-scsi controller, each 0..255.
 
@@ -142,7 +142,7 @@ class ScsiAddress:
 
 def new_id() -> str:
     """A fresh device id: 16 hexadecimal digits, as Kata's."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def qemu_id(device_id: str, part: str = "") -> str:

@@ -2,19 +2,19 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
 from vmplug.address import DevNum
 from vmplug.errors import SpecError, StateError
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
     from vmplug.host.safety import Code
+    from vmplug.host.vhost_user import VhostUserStore
     from vmplug.manager.manager import DeviceManager
     from vmplug.manager.store import Store
 
@@ -104,14 +104,13 @@ allow_option = click.option(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What the arguments ask for: the devices, on whose behalf, and where to look."""
 
     infos: tuple[DeviceInfo, ...]
     name: str | None
     host: HostRoot
-    store: VhostUserStore | None
+    store: "VhostUserStore | None"
 
 
 def read_request(
@@ -145,8 +144,14 @@ def read_request(
         )
         for info in infos
     )
-    store = VhostUserStore(vhost_user_store, root=host) if vhost_user_store else None
+    store = _open_store(vhost_user_store, host) if vhost_user_store else None
     return Request(wanted, name, host, store)
+
+
+def _open_store(path: str, host: HostRoot) -> "VhostUserStore":
+    from vmplug.host.vhost_user import VhostUserStore  # noqa: PLC0415
+
+    return VhostUserStore(path, root=host)
 
 
 def parse_device(text: str) -> DeviceInfo:
@@ -206,7 +211,7 @@ def open_journal(state_dir: str) -> "Store":
 
 
 def open_manager(
-    vm: str, state_dir: str, *, host: HostRoot, store: VhostUserStore | None = None
+    vm: str, state_dir: str, *, host: HostRoot, store: "VhostUserStore | None" = None
 ) -> "DeviceManager":
     """The manager of a known VM, connected. StateError when the VM is not known."""
     from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415

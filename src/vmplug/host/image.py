@@ -4,8 +4,8 @@ Source: QEMU docs/interop/qcow2.txt.
 """
 
 import struct
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
@@ -26,8 +26,7 @@ class ImageFormat(StrEnum):
     QCOW2 = "qcow2"
 
 
-@dataclass(frozen=True, slots=True)
-class Qcow2Header:
+class Qcow2Header(NamedTuple):
     """The facts of a qcow2 header.
 
     `backing_file` is the text in the header, None when the image stands alone; `external_data`

@@ -4,15 +4,14 @@ Source: Documentation/ABI/testing/sysfs-block-loop.
 """
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmplug.host.root import HostRoot
 
 _DELETED = " (deleted)"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopBacking:
+class LoopBacking(NamedTuple):
     """The part of a file that a loop device shows.
 
     `size_limit_bytes` is None when the device reaches to the end of the file. `deleted` says that

@@ -1,18 +1,22 @@
 """DeviceInfo -> HostDevice: find each device on the host and say what kind it is."""
 
+from __future__ import annotations
+
 import os
 import re
 import stat
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vmplug.address import DevNum
 from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
 from vmplug.host.block import read_block_device, read_disk_file
 from vmplug.host.device import CharDevice, DeviceType, FoundBy, HostDevice, VhostUserSocket
 from vmplug.host.root import HostRoot, describe, node_number
-from vmplug.host.vhost_user import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType, Mount
+
+if TYPE_CHECKING:
+    from vmplug.host.vhost_user import VhostUserStore
 
 _SYSFS_DIRECTORY = {
     DevType.BLOCK: "/sys/dev/block/",

@@ -69,7 +69,7 @@ def read_offer(monitor: Monitor, peripherals: Peripherals) -> Offer:
     ]
     return Offer(
         machine=str(machine).removesuffix("-machine"),
-        ports=tuple(sorted(ports, key=lambda port: port.path)),
+        ports=tuple(sorted(ports, key=lambda port: str(port.path))),
         controllers=tuple(sorted(controllers, key=lambda controller: controller.bus)),
         shared_memory=bool(memory) and all(backend["share"] for backend in memory),
     )

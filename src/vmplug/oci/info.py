@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import NamedTuple
 
 from vmplug.address import DevNum
 from vmplug.errors import SpecError
@@ -77,8 +78,7 @@ class DeviceInfo:
         return f"{kind} device {self.devnum}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mount:
+class Mount(NamedTuple):
     """One mount that has a source on the host; `type` is None where the bundle leaves it out."""
 
     destination: str
