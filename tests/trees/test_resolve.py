@@ -19,10 +19,10 @@ from vmplug.host.device import (
     HostDevice,
     VhostUserSocket,
 )
-from vmplug.host.resolve import classify, get_host_path, resolve, resolve_all
+from vmplug.host.resolve import classify, find_volumes, get_host_path, resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
-from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.info import DeviceInfo, DevType, Mount
 
 
 def want(dev_type: str, number: str | None, path: str = "/dev/wanted") -> DeviceInfo:
@@ -141,7 +141,7 @@ def test_nothing_at_all_is_said_with_what_was_looked_for(tree: HostTree) -> None
         get_host_path(want("c", "10:7"), tree.root)
     assert (caught.value.wanted, caught.value.found) == ("char device 10:7", "nothing")
     assert caught.value.hint
-    assert "/dev/wanted is nothing" in caught.value.message
+    assert "at /dev/wanted there is nothing" in caught.value.message
 
 
 def test_something_else_at_the_container_path_is_named_and_not_used(tree: HostTree) -> None:
@@ -361,7 +361,12 @@ def test_a_vfio_group_is_told_by_its_host_path_and_not_by_the_containers(tree: H
 def test_a_regular_file_goes_by_its_canonical_path(tree: HostTree) -> None:
     tree.file("/srv/images/a.img", b"x" * 1000)
     tree.link("/srv/absolute", "/srv/images/a.img").link("/srv/relative", "images/../images/a.img")
-    for spelling in ("/srv/images/a.img", "/srv//images/./a.img", "/srv/absolute", "/srv/relative"):
+    for spelling in (
+        "/srv/images/a.img",
+        "/srv//images/./a.img",
+        "/srv/absolute",
+        "/srv/relative",
+    ):
         device = resolve(want_file(spelling), tree.root)
         assert isinstance(device, DiskFile)
         assert (device.host_path, device.size_bytes) == ("/srv/images/a.img", 1000)
@@ -482,9 +487,7 @@ def test_a_batch_answers_as_one_by_one_would(tree: HostTree) -> None:
     assert summary(batch[2]) == "/store/block/sockets/scsi"
 
 
-def answer_one(
-    info: DeviceInfo, root: HostRoot, store: VhostUserStore
-) -> HostDevice | HostError:
+def answer_one(info: DeviceInfo, root: HostRoot, store: VhostUserStore) -> HostDevice | HostError:
     try:
         return resolve(info, root, store)
     except HostError as error:
@@ -493,6 +496,42 @@ def answer_one(
 
 def summary(answer: HostDevice | HostError) -> str:
     return type(answer).__name__ if isinstance(answer, HostError) else answer.host_path
+
+
+# Volumes
+
+
+def bind(source: str, *, kind: str | None = "bind", read_only: bool = False) -> Mount:
+    return Mount(destination="/dev/xvda", source=source, type=kind, read_only=read_only)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["bind", "none", "", None])
+def test_a_block_device_that_is_bound_into_a_container_is_asked_for(
+    tree: HostTree, kind: str | None
+) -> None:
+    tree.node("/dev/sda", "b", "8:0").link("/pods/volume", "/dev/sda")
+    wanted = DeviceInfo(
+        container_path="/dev/xvda", dev_type=DevType.BLOCK, devnum=DevNum(8, 0), read_only=True
+    )
+    for source in ("/dev/sda", "/pods/volume"):
+        assert find_volumes([bind(source, kind=kind, read_only=True)], tree.root) == [wanted]
+    (writable,) = find_volumes([bind("/dev/sda", kind=kind)], tree.root)
+    assert not writable.read_only
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["ext4", "tmpfs", "overlay", "proc"])
+def test_a_file_system_of_its_own_is_no_volume(tree: HostTree, kind: str) -> None:
+    tree.node("/dev/sda", "b", "8:0")
+    assert find_volumes([bind("/dev/sda", kind=kind)], tree.root) == []
+
+
+@pytest.mark.root
+def test_whatever_is_bound_but_no_block_device_is_no_volume(tree: HostTree) -> None:
+    tree.node("/dev/null", "c", "1:3").file("/srv/file").node("/pipe", "p")
+    for source in ("/dev/null", "/srv", "/srv/file", "/pipe", "/absent", "/srv/file/x", "srv"):
+        assert find_volumes([bind(source)], tree.root) == []
 
 
 # This host

@@ -88,7 +88,22 @@ def test_a_number_the_kernel_cannot_hold_is_refused(major: int, minor: int, mess
 
 @pytest.mark.parametrize(
     "text",
-    ["", ":", "8", "8:", ":0", "-1:0", "8:-1", "+8:0", "8: 0", "8:0:0", "8:0\n", "a:0", "²:0", "8:٣"],
+    [
+        "",
+        ":",
+        "8",
+        "8:",
+        ":0",
+        "-1:0",
+        "8:-1",
+        "+8:0",
+        "8: 0",
+        "8:0:0",
+        "8:0\n",
+        "a:0",
+        "²:0",
+        "8:٣",
+    ],
 )
 def test_anything_but_two_decimal_numbers_is_no_device_number(text: str) -> None:
     with pytest.raises(ValueError, match="is not MAJOR:MINOR"):

@@ -191,7 +191,7 @@ def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
     volumes = []
     for mount in mounts:
         is_bind = mount.type in {None, "", "none", "bind"} and mount.source.startswith("/")
-        status = root.try_stat(mount.source) if is_bind else None
+        status = root.try_stat(root.real_path(mount.source)) if is_bind else None
         if status and stat.S_ISBLK(status.st_mode):
             volumes.append(
                 DeviceInfo(

@@ -113,9 +113,10 @@ class MemoryMonitor:
             receive(event, data)
 
     def _delete(self, name: str) -> None:
-        del self.devices[name]
+        device = self.devices.pop(name)
         path = f"{PERIPHERAL}/{name}"
-        self._emit("DEVICE_DELETED", path=f"{path}/virtio-backend")
+        if device.driver != "scsi-hd":
+            self._emit("DEVICE_DELETED", path=f"{path}/virtio-backend")
         self._emit("DEVICE_DELETED", path=path, device=name)
 
     # what each command answers
@@ -148,7 +149,10 @@ class MemoryMonitor:
         device = self.devices.get(path.removeprefix(PERIPHERAL + "/"))
         if device is None:
             raise _Refused(f"Device '{path}' not found", "DeviceNotFound")
-        return device.bus if property == "parent_bus" else device.properties[property]
+        found = {"parent_bus": device.bus, **device.properties}
+        if property not in found:
+            raise _Refused(f"Property '{device.driver}.{property}' not found")
+        return found[property]
 
     def _query_memdev(self) -> list[dict[str, Any]]:
         return [{"id": "mem", "share": True}]
@@ -161,6 +165,11 @@ class MemoryMonitor:
         return [{"node-name": name} for name in self.nodes]
 
     def _blockdev_add(self, node_name: str, **options: Any) -> dict[str, Any]:
+        group, file = options.get("throttle_group"), options.get("file")
+        if group and group not in self.objects:
+            raise _Refused(f"Throttle group '{group}' does not exist")
+        if isinstance(file, str) and file not in self.nodes:
+            raise _Refused(f"Cannot find device='{file}' nor node-name='{file}'")
         if node_name in self.nodes:
             raise _Refused(f"Duplicate nodes with node-name='{node_name}'")
         self.nodes[node_name] = options
@@ -169,10 +178,10 @@ class MemoryMonitor:
     def _blockdev_del(self, node_name: str) -> dict[str, Any]:
         if node_name not in self.nodes:
             raise _Refused(f"Failed to find node with node-name='{node_name}'")
-        users = [device.properties.get("drive") for device in self.devices.values()]
-        users += [node.get("file") for node in self.nodes.values()]
-        if node_name in users:
+        if node_name in [device.properties.get("drive") for device in self.devices.values()]:
             raise _Refused(f"Node {node_name} is in use")
+        if node_name in [node.get("file") for node in self.nodes.values()]:
+            raise _Refused(f"Block device {node_name} is in use")
         del self.nodes[node_name]
         return {}
 
@@ -187,6 +196,8 @@ class MemoryMonitor:
     def _object_del(self, id: str) -> dict[str, Any]:
         if id not in self.objects:
             raise _Refused(f"object '{id}' not found")
+        if id in [node.get("throttle_group") for node in self.nodes.values()]:
+            raise _Refused(f"object '{id}' is in use, can not be deleted")
         del self.objects[id]
         return {}
 
@@ -194,13 +205,15 @@ class MemoryMonitor:
         self, driver: str, id: str, bus: str, drive: str, **rest: Any
     ) -> dict[str, Any]:
         owner = bus.removesuffix(".0")
-        if id in self.devices:
-            raise _Refused(f"Duplicate device ID '{id}'")
         if owner not in self.devices:
             raise _Refused(f"Bus '{bus}' not found")
+        if id in self.devices:
+            raise _Refused(f"Duplicate device ID '{id}'")
         if drive not in self.nodes:
             inner = driver.replace("-pci", "-device")
             raise _Refused(f"Property '{inner}.drive' can't find value '{drive}'")
+        if (thread := rest.get("iothread")) not in {None, *self.objects}:
+            raise _Refused(f"Device '{thread}' not found", "DeviceNotFound")
         is_scsi = driver == "scsi-hd"
         place = f"virtio-backend/{bus}" if is_scsi else bus
         bus_path = f"{PERIPHERAL}/{owner}/{place}"

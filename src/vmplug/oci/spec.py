@@ -102,11 +102,17 @@ def parse_config(data: bytes, *, name: str | None) -> Bundle:
     return Bundle(
         name=name,
         devices=_devices(config.linux or _Linux()),
-        mounts=tuple(_mount(mount) for mount in config.mounts or [] if mount.source),
+        mounts=tuple(
+            _mount(mount, f"$.mounts[{index}]")
+            for index, mount in enumerate(config.mounts or [])
+            if mount.source
+        ),
     )
 
 
-def _mount(mount: _Mount) -> Mount:
+def _mount(mount: _Mount, where: str) -> Mount:
+    if "\0" in (mount.source or ""):
+        raise SpecError(f"{where}.source", f"{mount.source!r} contains a NUL character")
     return Mount(
         destination=mount.destination,
         source=mount.source or "",

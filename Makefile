@@ -1,0 +1,53 @@
+# `make demo` and `make test` set up everything that they need on a Debian machine, as root.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-fast lint format bench packages clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+GUEST := build/guest/initrd.img
+
+help:
+	@echo "make demo       boot a guest, plug a disk into it, let it read, take the disk out again"
+	@echo "make test       every test (root, QEMU)"
+	@echo "make test-fast  the tests that need neither root nor QEMU, in under a minute"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      the speed table of docs/performance.md"
+	@echo "make clean      remove what the above have built"
+
+demo: packages $(BIN)/vmplug $(GUEST)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
+
+test: packages $(BIN)/vmplug $(GUEST)
+	$(BIN)/pytest
+
+test-fast: $(BIN)/vmplug
+	$(BIN)/pytest -m "not qemu and not root"
+
+lint: $(BIN)/vmplug
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(BIN)/vmplug
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: packages $(BIN)/vmplug $(GUEST)
+	$(BIN)/python -m compileall -q src
+	$(BIN)/python -m bench
+
+packages:
+	@tools/install-packages
+
+$(BIN)/vmplug: requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || tools/install-packages
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+
+$(GUEST): guest/build.sh guest/init
+	guest/build.sh
+
+clean:
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis

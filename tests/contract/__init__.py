@@ -1,0 +1,1 @@
+"""One behaviour, held by the hypervisor in memory and by real QEMU."""

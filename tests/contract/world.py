@@ -1,0 +1,242 @@
+"""VMs in memory and in QEMU behind one face, and a second reader of everything they hold.
+
+A `Side` is a VM as the tests see it: it can be connected to, asked by the tests themselves, made
+silent and woken. What it holds is read beside the product: from the attributes of the machine in
+memory, and from QEMU on its second monitor.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from vmplug.drivers.base import Command
+from vmplug.errors import CommandError
+from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor
+from vmplug.hypervisor.monitor import EventReceiver, Monitor
+from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qmp import QmpMonitor
+
+from tests.support.raw_qmp import QmpError
+from tests.support.vm import Device, GuestVm, root_ports
+
+SHARED_MACHINE = "q35,memory-backend=mem"
+SHARED_MEMORY = (
+    "-object",
+    json.dumps(
+        {"qom-type": "memory-backend-memfd", "id": "mem", "size": 256 << 20, "share": True}
+    ),
+)
+MEMORY_SIDE_DEVICES: list[Device] = [
+    *root_ports(4),
+    {"driver": "virtio-scsi-pci", "id": "scsi0", "bus": "pcie.0", "addr": "0x5"},
+]
+"""The devices that MemoryHypervisor has from the start, for a QEMU."""
+
+Rows = Mapping[str, list[tuple[object, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a VM holds by name: devices with their types, block nodes, objects with their types."""
+
+    devices: Mapping[str, str]
+    nodes: frozenset[str]
+    objects: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """QEMU's no to a command."""
+
+    error_class: str
+    desc: str
+
+
+class Side(Protocol):
+    """A VM as the tests see it."""
+
+    def monitor(self) -> Monitor:
+        """A new conversation, for the product."""
+
+    def ask(self, command: Command) -> object:
+        """The tests' own command: its answer, or the Refusal."""
+
+    def parts(self) -> Parts:
+        """What the VM holds, read beside the product."""
+
+    def size_of(self, node_name: str) -> int:
+        """The size in bytes that a block node was given."""
+
+    def wait_gone(self, name: str) -> None:
+        """Wait until a device that was asked to go has gone."""
+
+    def silence(self) -> None:
+        """From now on the guest answers nothing."""
+
+    def wake(self) -> None:
+        """The guest answers again, also what it was asked meanwhile."""
+
+
+class MemorySide:
+    """MemoryHypervisor's machine."""
+
+    def __init__(self, *, root_ports: int = 4, scsi: bool = True) -> None:
+        self.machine: MemoryMonitor = MemoryHypervisor(root_ports=root_ports, scsi=scsi).monitor
+
+    def monitor(self) -> Monitor:
+        """See Side."""
+        return self.machine
+
+    def ask(self, command: Command) -> object:
+        """See Side."""
+        try:
+            return self.machine.execute(command)
+        except CommandError as error:
+            return Refusal(error.error_class, error.desc)
+
+    def parts(self) -> Parts:
+        """See Side."""
+        devices = {name: device.driver for name, device in self.machine.devices.items()}
+        return Parts(devices, frozenset(self.machine.nodes), dict(self.machine.objects))
+
+    def size_of(self, node_name: str) -> int:
+        """See Side."""
+        return self.machine.sizes[node_name]
+
+    def wait_gone(self, name: str) -> None:
+        """See Side; nothing takes time in memory."""
+        assert name not in self.machine.devices
+
+    def silence(self) -> None:
+        """See Side."""
+        self.machine.guest = Guest.SILENT
+
+    def wake(self) -> None:
+        """See Side."""
+        self.machine.wake_guest()
+
+
+class QemuSide:
+    """A real QEMU; whatever was plugged goes away with `clean`."""
+
+    def __init__(self, vm: GuestVm) -> None:
+        self._vm = vm
+        self._vm.oracle.events.clear()
+        self._first = self.parts()
+
+    def monitor(self) -> Monitor:
+        """See Side."""
+        return QmpMonitor.connect(str(self._vm.qmp_path))
+
+    def ask(self, command: Command) -> object:
+        """See Side."""
+        try:
+            return self._vm.oracle.execute(command.execute, command.arguments)
+        except QmpError as error:
+            return Refusal(error.error_class, error.desc)
+
+    def parts(self) -> Parts:
+        """See Side."""
+        return qemu_parts(self._vm)
+
+    def size_of(self, node_name: str) -> int:
+        """See Side."""
+        nodes = self._vm.oracle.execute("query-named-block-nodes", flat=True)
+        (image,) = [node["image"] for node in nodes if node["node-name"] == node_name]
+        return int(image["virtual-size"])
+
+    def wait_gone(self, name: str) -> None:
+        """See Side. The tree forgets a device before its node is free; the event comes after."""
+        self._vm.oracle.wait_event("DEVICE_DELETED", device=name)
+        assert name not in self.parts().devices
+
+    def silence(self) -> None:
+        """See Side."""
+        if self._vm.oracle.execute("query-status")["running"]:
+            self._vm.oracle.execute("stop")
+
+    def wake(self) -> None:
+        """See Side."""
+        self._vm.oracle.execute("cont")
+
+    def clean(self) -> None:
+        """Make the VM what it was, whatever a test left there; needs the guest."""
+        oracle = self._vm.oracle
+        is_running = oracle.execute("query-status")["running"]
+        oracle.events.clear()
+        left = self.parts().devices.keys() - self._first.devices.keys()
+        for name in left:
+            self.ask(Command("device_del", {"id": name}))
+        if not is_running:
+            oracle.execute("cont")
+        for name in left:
+            self.wait_gone(name)
+        for name in sorted(self.parts().nodes - self._first.nodes, key=len, reverse=True):
+            self.ask(Command("blockdev-del", {"node-name": name}))
+        for name in self.parts().objects.keys() - self._first.objects.keys():
+            self.ask(Command("object-del", {"id": name}))
+        assert self.parts() == self._first
+
+
+def qemu_parts(vm: GuestVm) -> Parts:
+    """What a QEMU holds, as it says on its second monitor."""
+    nodes = vm.oracle.execute("query-named-block-nodes", flat=True)
+    return Parts(
+        devices=_children(vm, "/machine/peripheral"),
+        nodes=frozenset(node["node-name"] for node in nodes),
+        objects=_children(vm, "/objects"),
+    )
+
+
+def _children(vm: GuestVm, path: str) -> dict[str, str]:
+    entries = vm.oracle.execute("qom-list", path=path)
+    children = [entry for entry in entries if entry["type"].startswith("child<")]
+    return {entry["name"]: entry["type"][len("child<") : -1] for entry in children}
+
+
+@dataclass(slots=True)
+class Recorder:
+    """A monitor that writes down what passes."""
+
+    inner: Monitor
+    sent: list[Command] = field(default_factory=list)
+
+    def execute(self, command: Command) -> Any:
+        """See Monitor."""
+        self.sent.append(command)
+        return self.inner.execute(command)
+
+    def execute_all(self, commands: Iterable[Command]) -> list[Any]:
+        """See Monitor."""
+        listed = list(commands)
+        self.sent += listed
+        return self.inner.execute_all(listed)
+
+    def listen(self, receive: EventReceiver) -> None:
+        """See Monitor."""
+        self.inner.listen(receive)
+
+    def close(self) -> None:
+        """See Monitor."""
+        self.inner.close()
+
+
+def recorded(side: Side) -> tuple[Qemu, Recorder]:
+    """A hypervisor on a new conversation, and what it sends."""
+    recorder = Recorder(side.monitor())
+    return Qemu(recorder), recorder
+
+
+def journal_rows(state_dir: Path) -> Rows:
+    """Every row of every table of the journal, read with plain SQLite."""
+    path = state_dir / "journal.db"
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+        return {
+            name: db.execute(f'SELECT * FROM "{name}" ORDER BY rowid').fetchall()
+            for (name,) in tables.fetchall()
+        }

@@ -1,0 +1,188 @@
+"""Disk image files: the header of qcow2, which a guest may have written, and what the file can."""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.tree import GIB, HostTree
+from vmplug.errors import AttributeReadError
+from vmplug.host.block import read_disk_file
+from vmplug.host.image import Qcow2Header, read_qcow2_header
+from vmplug.host.root import HostRoot
+
+MAGIC = b"QFI\xfb"
+
+
+def header(
+    *,
+    version: int = 3,
+    name: bytes = b"",
+    name_offset: int = 104,
+    size: int = GIB,
+    incompatible: int = 0,
+) -> bytes:
+    offset, length = (name_offset, len(name)) if name else (0, 0)
+    fixed = struct.pack(">4sIQIIQ", MAGIC, version, offset, length, 16, size)
+    rest = fixed.ljust(72, b"\0") + struct.pack(">Q", incompatible)
+    return rest.ljust(104, b"\0").ljust(min(offset, 1 << 16), b"\0") + name
+
+
+def read(tree: HostTree, content: bytes) -> Qcow2Header | None:
+    tree.file("/a.img", content)
+    return read_qcow2_header("/a.img", tree.root)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"Q", MAGIC[:3], b"\0" * 4096, b"X" + MAGIC, b"KDMV" * 100]
+)
+def test_whatever_does_not_begin_like_one_is_no_qcow2(tree: HostTree, content: bytes) -> None:
+    assert read(tree, content) is None
+
+
+def test_an_absent_file_is_no_qcow2(tree: HostTree) -> None:
+    assert read_qcow2_header("/absent", tree.root) is None
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_image_alone_names_no_other_file(tree: HostTree, version: int) -> None:
+    found = read(tree, header(version=version, size=5 * GIB))
+    assert found == Qcow2Header(5 * GIB, None, external_data=False)
+
+
+@pytest.mark.parametrize("name", ["base.img", "/etc/shadow", "json:{}", "nbd://host", "ä b"])
+def test_the_backing_file_is_the_headers_own_text(tree: HostTree, name: str) -> None:
+    found = read(tree, header(name=name.encode()))
+    assert found == Qcow2Header(GIB, name, external_data=False)
+
+
+def test_a_name_that_is_no_text_is_still_a_name(tree: HostTree) -> None:
+    found = read(tree, header(name=b"\xff\xfe"))
+    assert found is not None
+    assert found.backing_file
+
+
+def test_external_data_is_a_feature_of_version_3(tree: HostTree) -> None:
+    for version, external in ((3, True), (2, False)):
+        found = read(tree, header(version=version, incompatible=0b100))
+        assert found == Qcow2Header(GIB, None, external_data=external)
+
+
+def test_other_features_are_none_of_our_business(tree: HostTree) -> None:
+    assert read(tree, header(incompatible=0b11011)) == Qcow2Header(GIB, None, external_data=False)
+
+
+@pytest.mark.parametrize("length", [4, 8, 31])
+def test_a_header_cut_short_is_refused(tree: HostTree, length: int) -> None:
+    with pytest.raises(AttributeReadError, match="cut short") as caught:
+        read(tree, header()[:length])
+    assert caught.value.path == "/a.img"
+
+
+def test_a_header_of_version_2_may_end_the_file(tree: HostTree) -> None:
+    assert read(tree, header(version=2)[:72]) == Qcow2Header(GIB, None, external_data=False)
+
+
+@pytest.mark.parametrize("offset", [(2 << 20) + 1, 1 << 62, 1 << 63, (1 << 64) - 1])
+def test_a_name_outside_the_header_is_a_name_that_cannot_be_read(
+    tree: HostTree, offset: int
+) -> None:
+    found = read(tree, header(name=b"x", name_offset=offset))
+    assert found == Qcow2Header(GIB, "(a name outside the header)", external_data=False)
+
+
+def test_a_name_is_never_longer_than_qemu_reads(tree: HostTree) -> None:
+    found = read(tree, header(name=b"x" * 5000))
+    assert found is not None
+    assert found.backing_file == "x" * 1023
+
+
+@given(content=st.binary(max_size=120).map(lambda rest: MAGIC + rest))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_no_header_brings_anything_but_facts_or_an_error_of_the_host(
+    tree: HostTree, content: bytes
+) -> None:
+    try:
+        found = read(tree, content)
+    except AttributeReadError:
+        assert len(content) < 32
+    else:
+        assert isinstance(found, Qcow2Header)
+
+
+def test_a_disk_file_comes_with_its_facts(tree: HostTree) -> None:
+    tree.file("/srv/a.img", header(name=b"base")).link("/link", "/srv/a.img")
+    disk = read_disk_file("/link", tree.root)
+    assert disk.host_path == "/srv/a.img"
+    assert disk.size_bytes == 108
+    assert disk.qcow2 == Qcow2Header(GIB, "base", external_data=False)
+    assert not disk.read_only
+
+
+def test_direct_io_is_what_the_file_system_allows(tmp_path: Path) -> None:
+    path = tmp_path / "a.img"
+    path.touch()
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+        allowed = True
+    except OSError:
+        allowed = False
+    assert read_disk_file(str(path), HostRoot()).direct_io is allowed
+
+
+def test_a_file_of_proc_takes_neither_direct_io_nor_writes() -> None:
+    disk = read_disk_file("/proc/version", HostRoot())
+    assert not disk.direct_io
+
+
+@pytest.mark.root
+def test_a_file_on_a_read_only_file_system_is_read_only(tmp_path: Path) -> None:
+    (tmp_path / "a.img").touch()
+    program = (
+        "from vmplug.host.block import read_disk_file; from vmplug.host.root import HostRoot;"
+        "print(read_disk_file('a.img', HostRoot('.')).read_only)"
+    )
+    answer = subprocess.run(
+        [
+            *("unshare", "--mount", "sh", "-e", "-c"),
+            'mount --bind . . && cd "$PWD" && mount -o remount,ro,bind . && exec "$0" "$@"',
+            *(sys.executable, "-c", program),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout == "True\n"
+
+
+@pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img (qemu-utils)")
+@pytest.mark.parametrize("backing", [None, "base.raw"])
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_images_that_qemu_made_are_read_as_qemu_meant_them(
+    tmp_path: Path, compat: str, backing: str | None
+) -> None:
+    (tmp_path / "base.raw").write_bytes(bytes(1 << 20))
+    options = ["-b", backing, "-F", "raw"] if backing else []
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"compat={compat}", *options, "a", "3M"],
+        cwd=tmp_path,
+        check=True,
+    )
+    found = read_qcow2_header(str(tmp_path / "a"), HostRoot())
+    assert found == Qcow2Header(3 << 20, backing, external_data=False)
+
+
+@pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img (qemu-utils)")
+def test_an_image_with_its_data_elsewhere_is_known(tmp_path: Path) -> None:
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=data", "a", "1M"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    found = read_qcow2_header(str(tmp_path / "a"), HostRoot())
+    assert found == Qcow2Header(1 << 20, None, external_data=True)

@@ -1,0 +1,745 @@
+"""Every reason not to hand a device over, one by one, together, and on a real kernel."""
+
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.disks import disk_image, loop_device
+from tests.support.tree import HostTree
+from vmplug.address import DevNum
+from vmplug.errors import AttributeReadError
+from vmplug.host.device import BlockDevice, DiskPart, FoundBy, HostDevice
+from vmplug.host.mounts import MountedDevice, read_usage
+from vmplug.host.resolve import resolve
+from vmplug.host.root import HostRoot
+from vmplug.host.safety import (
+    NEVER_ALLOWED,
+    Claim,
+    Code,
+    Finding,
+    Severity,
+    Wish,
+    allow,
+    check,
+)
+from vmplug.host.vhost_user import VhostUserStore
+from vmplug.oci.info import DeviceInfo, DevType
+
+READING, WRITING = Wish(read_only=True), Wish(read_only=False)
+SHARING = Wish(read_only=False, share_rw=True)
+
+
+def want(number: str) -> DeviceInfo:
+    return DeviceInfo(
+        container_path="/dev/wanted", dev_type=DevType.BLOCK, devnum=DevNum.parse(number)
+    )
+
+
+def want_file(path: str) -> DeviceInfo:
+    return DeviceInfo(container_path="/dev/vda", dev_type=DevType.BLOCK, host_path=path)
+
+
+def findings(
+    tree: HostTree,
+    wanted: str = "8:0",
+    wish: Wish = WRITING,
+    claims: tuple[Claim, ...] = (),
+) -> list[Finding]:
+    """What `check` says of a number, or of a file when it is a path."""
+    info = want_file(wanted) if wanted.startswith("/") else want(wanted)
+    device = resolve(info, tree.root)
+    return check(device, wish, usage=read_usage(tree.root), claims=claims, root=tree.root)
+
+
+def codes(found: list[Finding]) -> list[str]:
+    assert all(finding.hint and finding.severity is Severity.ERROR for finding in found)
+    return [finding.code for finding in found]
+
+
+def claim(*, read_only: bool = False, share_rw: bool = False) -> Claim:
+    return Claim(vm="sb1", identity="block:8:0", read_only=read_only, share_rw=share_rw)
+
+
+@pytest.fixture
+def disk(tree: HostTree) -> HostTree:
+    """A disk 8:0 with two partitions, and nothing against it."""
+    return tree.block_device("8:0", "sda", partitions={"8:1": "sda1", "8:2": "sda2"})
+
+
+@pytest.mark.parametrize("number", ["8:0", "8:1", "8:2"])
+@pytest.mark.parametrize("wish", [READING, WRITING, SHARING])
+def test_nothing_speaks_against_an_idle_disk(disk: HostTree, number: str, wish: Wish) -> None:
+    assert findings(disk, number, wish) == []
+
+
+# Mounts
+
+
+def test_a_mounted_disk_is_in_use(disk: HostTree) -> None:
+    disk.mount("/dev/sda", "/mnt", "8:0")
+    assert findings(disk) == [
+        Finding(Code.MOUNTED_ON_HOST, "/dev/sda is mounted on the host at /mnt", "umount /mnt")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mounted", "wanted", "named"),
+    [
+        ("8:1", "8:0", "/dev/sda1"),
+        ("8:0", "8:1", "/dev/sda"),
+        ("8:1", "8:1", "/dev/sda1"),
+        ("8:2", "8:1", None),
+        ("8:16", "8:0", None),
+        ("259:0", "8:0", None),
+    ],
+)
+def test_a_mount_concerns_the_device_its_disk_and_its_partitions(
+    disk: HostTree, mounted: str, wanted: str, named: str | None
+) -> None:
+    disk.mount("/dev/x", "/mnt", mounted)
+    found = findings(disk, wanted)
+    assert codes(found) == (["mounted-on-host"] if named else [])
+    assert all(f"{named} is mounted" in finding.message for finding in found)
+
+
+def test_each_mounted_part_is_one_finding_with_all_its_places(disk: HostTree) -> None:
+    for point in ("/d", "/c", "/b", "/a", "/c"):
+        disk.mount("/dev/sda1", point, "8:1")
+    disk.mount("/dev/sda2", "/other", "8:2")
+    messages = [finding.message for finding in findings(disk)]
+    assert sorted(messages) == [
+        "/dev/sda1 is mounted on the host at /a, /b, /c and 1 more",
+        "/dev/sda2 is mounted on the host at /other",
+    ]
+
+
+def test_a_mount_in_another_namespace_is_seen(disk: HostTree) -> None:
+    disk.mount("/dev/sdb", "/", "8:16")
+    disk.mount("/dev/sda1", "/data", "8:1", pid=4711, namespace="mnt:[4026532999]")
+    assert codes(findings(disk)) == ["mounted-on-host"]
+
+
+def test_a_namespace_is_read_once_however_many_processes_are_in_it(disk: HostTree) -> None:
+    disk.mount("/dev/sdb", "/", "8:16", pid=1).mount("/dev/sda", "/lies", "8:0", pid=2)
+    assert read_usage(disk.root).mounts == (MountedDevice(DevNum(8, 16), "/", read_only=False),)
+
+
+def test_processes_that_are_ending_and_other_files_of_proc_are_passed_over(
+    disk: HostTree,
+) -> None:
+    (disk.path / "proc/30").mkdir(parents=True)
+    disk.file("/proc/31/mountinfo", "").file("/proc/self/mountinfo", "nonsense")
+    disk.file("/proc/uptime", "1 1\n").mount("/dev/sda", "/mnt", "8:0", pid=32)
+    disk.file("/proc/33/mountinfo", "40 1 8:1 / /later rw - ext4 /dev/sda1 rw\n")
+    assert {mount.mount_point for mount in read_usage(disk.root).mounts} == {"/mnt", "/later"}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("/a\\040b", "/a b"),
+        ("/a\\011b", "/a\tb"),
+        ("/a\\012b", "/a\nb"),
+        ("/a\\134040b", "/a\\040b"),
+        ("/a\\043b", "/a#b"),
+        ("/a-b", "/a-b"),
+        ("/a\rb", "/a\rb"),
+        ("/a\x0bb\x1cc", "/a\x0bb\x1cc"),
+        ("/a\u2028b", "/a\u2028b"),
+        ("/a\udcffb", "/a\udcffb"),
+    ],
+)
+def test_mount_points_are_read_as_the_kernel_escapes_them(
+    disk: HostTree, written: str, meant: str
+) -> None:
+    disk.mount("/dev/sdb", written, "8:16").mount("/dev/sda", "/mnt", "8:0")
+    points = {mount.mount_point for mount in read_usage(disk.root).mounts}
+    assert points == {meant, "/mnt"}
+
+
+def test_a_mount_table_without_optional_fields_or_source_is_read(disk: HostTree) -> None:
+    table = (
+        "40 1 0:50 / /a rw - tmpfs  rw,size=4k\n"
+        "41 1 8:0 /sub /b rw master:1 propagate_from:2 - ext4 none rw\n"
+        "42 1 8:1 / /c rw - fuseblk /dev/sda1 rw,user_id=0 - odd\n"
+    )
+    disk.file("/proc/1/mountinfo", table)
+    assert {str(mount.devnum) for mount in read_usage(disk.root).mounts} == {"8:0", "8:1"}
+
+
+@pytest.mark.parametrize("table", ["nonsense\n", "36 1 8:0 /\n", "36 1 x / /a rw - ext4 b rw\n"])
+def test_a_mount_table_that_makes_no_sense_is_refused_with_its_file(
+    disk: HostTree, table: str
+) -> None:
+    disk.file("/proc/1/mountinfo", table)
+    with pytest.raises(AttributeReadError) as caught:
+        read_usage(disk.root)
+    assert caught.value.path == "/proc/1/mountinfo"
+
+
+@pytest.mark.parametrize(
+    "source", ["overlay", "none", "/srv/x", "/dev/gone", "/file/x", "/circle", "/" + "x" * 300]
+)
+def test_a_source_that_is_no_node_concerns_nobody(disk: HostTree, source: str) -> None:
+    disk.file("/srv/x").file("/file").link("/circle", "circle")
+    disk.mount(source, "/mnt", "0:50").mount("/dev/sda1", "/a", "8:1")
+    assert [mount.mount_point for mount in read_usage(disk.root).mounts] == ["/a"]
+
+
+@pytest.mark.root
+def test_btrfs_shows_a_number_of_its_own_and_is_known_by_its_source(disk: HostTree) -> None:
+    disk.node("/dev/mapper/a b", "b", "8:1")
+    disk.mount("/dev/mapper/a\\040b", "/mnt", "0:45")
+    assert codes(findings(disk)) == ["mounted-on-host"]
+
+
+@pytest.mark.parametrize(
+    ("fs_options", "mount_options", "wish", "shared"),
+    [
+        ("ro,relatime", "ro", READING, True),
+        ("ro", "rw", READING, True),
+        ("ro", "ro", WRITING, False),
+        ("rw", "ro,relatime", READING, False),
+        ("rw", "rw", READING, False),
+        ("rw,errors=remount-ro", "ro", READING, False),
+    ],
+)
+def test_only_a_read_only_file_system_is_shared_and_only_for_reading(
+    disk: HostTree, fs_options: str, mount_options: str, wish: Wish, *, shared: bool
+) -> None:
+    disk.mount("/dev/sda1", "/mnt", "8:1", fs_options=fs_options, mount_options=mount_options)
+    assert codes(findings(disk, "8:0", wish)) == ([] if shared else ["mounted-on-host"])
+
+
+# Holders
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "part"),
+    [
+        ("sda", "8:0", "/dev/sda is part of dm-0"),
+        ("sda1", "8:0", "/dev/sda1 is part of dm-0"),
+        ("sda", "8:1", "/dev/sda is part of dm-0"),
+        ("sda2", "8:1", None),
+    ],
+)
+def test_what_the_kernel_built_on_a_disk_holds_it(
+    disk: HostTree, held: str, wanted: str, part: str | None
+) -> None:
+    disk.hold(held, "dm-0")
+    found = findings(disk, wanted)
+    assert codes(found) == (["has-holders"] if part else [])
+    assert [finding.message for finding in found] == ([part] if part else [])
+
+
+def test_many_holders_are_counted(disk: HostTree) -> None:
+    for number in range(5):
+        disk.hold("sda", f"dm-{number}")
+    (finding,) = findings(disk)
+    assert finding.message == "/dev/sda is part of dm-0, dm-1, dm-2 and 2 more"
+    assert "hand over /dev/dm-0, /dev/dm-1, /dev/dm-2 and 2 more itself" in finding.hint
+
+
+@pytest.mark.parametrize(
+    ("ro", "wish", "shared"),
+    [(True, READING, True), (True, WRITING, False), (False, READING, False)],
+)
+def test_a_holder_that_only_reads_is_shared_with_readers(
+    disk: HostTree, wish: Wish, *, ro: bool, shared: bool
+) -> None:
+    disk.block_device("253:0", "dm-0", ro=ro).hold("sda", "dm-0")
+    assert codes(findings(disk, "8:0", wish)) == ([] if shared else ["has-holders"])
+
+
+# Loop devices
+
+
+def loop(tree: HostTree, backing_file: str, *, number: int = 0, ro: bool = False) -> HostTree:
+    files = {"backing_file": f"{backing_file}\n", "offset": "0\n", "sizelimit": "0\n"}
+    return tree.block_device(f"7:{number}", f"loop{number}", ro=ro, loop=files)
+
+
+def test_a_file_behind_a_loop_device_is_in_use(tree: HostTree) -> None:
+    loop(tree.file("/a.img", b"x"), "/a.img")
+    assert findings(tree, "/a.img") == [
+        Finding(
+            Code.HAS_HOLDERS,
+            "/a.img is behind the loop device /dev/loop0",
+            "hand over /dev/loop0 itself, or losetup --detach /dev/loop0",
+        )
+    ]
+    assert findings(tree, "7:0") == []
+
+
+def test_a_file_is_known_behind_a_loop_device_by_any_of_its_names(tree: HostTree) -> None:
+    tree.file("/a.img", b"x")
+    os.link(tree.path / "a.img", tree.path / "b.img")
+    loop(tree, "/b.img")
+    assert codes(findings(tree, "/a.img")) == ["has-holders"]
+
+
+@pytest.mark.parametrize("backing_file", ["/a.img (deleted)", "/b.img", "/circle", "/a.img/x"])
+def test_other_loop_devices_do_not_matter(tree: HostTree, backing_file: str) -> None:
+    tree.file("/a.img", b"x").file("/b.img", b"x").link("/circle", "circle")
+    loop(tree, backing_file)
+    assert findings(tree, "/a.img") == []
+
+
+@pytest.mark.parametrize(
+    ("ro", "wish", "shared"),
+    [(True, READING, True), (True, WRITING, False), (False, READING, False)],
+)
+def test_a_loop_device_that_only_reads_is_shared_with_readers(
+    tree: HostTree, wish: Wish, *, ro: bool, shared: bool
+) -> None:
+    loop(tree.file("/a.img", b"x"), "/a.img", ro=ro)
+    assert codes(findings(tree, "/a.img", wish)) == ([] if shared else ["has-holders"])
+
+
+def test_two_loop_devices_on_one_file_show_the_same_bytes(tree: HostTree) -> None:
+    tree.file("/a.img", b"x")
+    loop(loop(tree, "/a.img"), "/a.img", number=1)
+    (finding,) = findings(tree, "7:0")
+    assert finding.message == "/a.img is behind the loop device /dev/loop1"
+
+
+@pytest.mark.parametrize("wanted", ["8:0", "8:1"])
+def test_a_loop_device_on_a_disk_or_its_partition_concerns_both(
+    disk: HostTree, wanted: str
+) -> None:
+    loop(disk, "/dev/sda1")
+    (finding,) = findings(disk, wanted)
+    assert (finding.code, "/dev/sda1 is behind" in finding.message) == (Code.HAS_HOLDERS, True)
+
+
+# Swap
+
+
+@pytest.mark.parametrize(
+    ("area", "wanted", "named"),
+    [
+        ("/dev/sda", "8:0", "/dev/sda"),
+        ("/dev/sda2", "8:0", "/dev/sda"),
+        ("/dev/sda", "8:1", "/dev/sda1"),
+        ("/dev/sda2", "8:1", None),
+        ("/dev/zram0", "8:0", None),
+        ("/swap\\040file", "/swap file", "/swap file"),
+        ("/swap\u00a0file", "/swap\u00a0file", "/swap\u00a0file"),
+        ("/dir/../swap\\040file", "/swap file", "/swap file"),
+    ],
+)
+def test_swap_space_in_use_is_found_by_any_name(
+    disk: HostTree, area: str, wanted: str, named: str | None
+) -> None:
+    disk.file("/swap file", b"x").file("/swap\u00a0file", b"x").file("/dir/x")
+    disk.swap("/dev/sdz", area)
+    found = findings(disk, wanted)
+    assert codes(found) == (["is-swap"] if named else [])
+    for finding in found:
+        name = area.replace("\\040", " ")
+        assert finding.message.startswith(f"{named} holds swap space that the host is using")
+        assert finding.message.endswith("using" if name == named else f"using ({name})")
+        assert finding.hint == f"swapoff {name}"
+
+
+@pytest.mark.parametrize("table", ["", "Filename\t\t\t\tType\t\tSize\tUsed\tPriority\n"])
+def test_a_host_without_swap_has_none(disk: HostTree, table: str) -> None:
+    assert read_usage(disk.file("/proc/swaps", table).root).swaps == ()
+
+
+@pytest.mark.root
+def test_swap_on_another_node_of_the_same_disk_is_the_disks(disk: HostTree) -> None:
+    disk.node("/dev/sda", "b", "8:0").node("/dev/alias", "b", "8:0").swap("/dev/alias")
+    (finding,) = findings(disk)
+    assert (finding.code, finding.hint) == (Code.IS_SWAP, "swapoff /dev/alias")
+
+
+# Virtual machines
+
+
+@pytest.mark.parametrize(
+    ("held", "wish", "shared"),
+    [
+        (claim(), WRITING, False),
+        (claim(), READING, False),
+        (claim(read_only=True), WRITING, False),
+        (claim(read_only=True), READING, True),
+        (claim(share_rw=True), SHARING, True),
+        (claim(share_rw=True), WRITING, False),
+        (claim(), SHARING, False),
+        (claim(read_only=True, share_rw=True), SHARING, True),
+        (claim(share_rw=True), READING, False),
+    ],
+)
+def test_vms_share_among_readers_or_when_both_said_so(
+    disk: HostTree, held: Claim, wish: Wish, *, shared: bool
+) -> None:
+    found = findings(disk, wish=wish, claims=(held,))
+    assert codes(found) == ([] if shared else ["in-use-by-vm"])
+    assert all("block:8:0 is already handed to VM 'sb1'" in f.message for f in found)
+
+
+def test_every_vm_is_named(disk: HostTree) -> None:
+    other = Claim(vm="sb2", identity="block:8:1", read_only=True, share_rw=False)
+    messages = [finding.message for finding in findings(disk, claims=(claim(), other))]
+    assert messages == [
+        "block:8:0 is already handed to VM 'sb1'",
+        "block:8:1 is already handed to VM 'sb2' for reading",
+    ]
+
+
+def test_files_are_claimed_like_devices(tree: HostTree) -> None:
+    tree.file("/a.img", b"x")
+    assert codes(findings(tree, "/a.img", claims=(claim(),))) == ["in-use-by-vm"]
+
+
+@pytest.mark.root
+def test_a_vhost_user_disk_has_no_facts_but_its_claims(tree: HostTree) -> None:
+    tree.node("/store/block/devices/d", "b", "241:0").node("/store/block/sockets/d", "s")
+    device = resolve(want("241:0"), tree.root, VhostUserStore("/store", root=tree.root))
+    usage = read_usage(tree.root)
+    assert check(device, WRITING, usage=usage, root=tree.root) == []
+    found = check(device, WRITING, usage=usage, claims=(claim(),), root=tree.root)
+    assert codes(found) == ["in-use-by-vm"]
+
+
+def test_nothing_is_said_of_character_devices(tree: HostTree) -> None:
+    tree.char_device("10:229", "fuse")
+    info = DeviceInfo(container_path="/dev/fuse", dev_type=DevType.CHAR, devnum=DevNum(10, 229))
+    device: HostDevice = resolve(info, tree.root)
+    assert check(device, WRITING, usage=read_usage(tree.root), root=tree.root) == []
+
+
+# The device itself
+
+
+@pytest.mark.parametrize(("wish", "found"), [(WRITING, ["read-only-device"]), (READING, [])])
+def test_a_read_only_disk_is_for_reading(tree: HostTree, wish: Wish, found: list[str]) -> None:
+    tree.block_device("8:0", "sda", ro=True)
+    assert codes(findings(tree, wish=wish)) == found
+
+
+@pytest.mark.parametrize(("removable", "code"), [(False, "size-zero"), (True, "no-medium")])
+def test_a_disk_of_size_zero_is_empty_or_has_no_medium(
+    tree: HostTree, code: str, *, removable: bool
+) -> None:
+    tree.block_device("8:0", "sda", size_bytes=0, removable=removable)
+    assert codes(findings(tree, wish=READING)) == [code]
+
+
+def test_an_empty_file_is_no_disk(tree: HostTree) -> None:
+    assert codes(findings(tree.file("/a.img"), "/a.img")) == ["size-zero"]
+
+
+@pytest.mark.root
+def test_a_disk_without_sysfs_is_refused_and_everything_else_is_still_said(
+    tree: HostTree,
+) -> None:
+    tree.node("/dev/wanted", "b", "8:0").mount("/dev/sda", "/mnt", "8:0").swap("/dev/wanted")
+    found = codes(findings(tree, claims=(claim(),)))
+    assert found == ["not-in-sysfs", "mounted-on-host", "is-swap", "in-use-by-vm"]
+
+
+def test_all_reasons_are_said_at_once(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda", size_bytes=0, ro=True, holders=("md0",))
+    loop(tree.mount("/dev/sda", "/mnt", "8:0").swap("/dev/sda"), "/dev/sda")
+    found = codes(findings(tree, claims=(claim(), claim())))
+    assert found == [
+        "mounted-on-host",
+        "has-holders",
+        "has-holders",
+        "is-swap",
+        "in-use-by-vm",
+        "in-use-by-vm",
+        "read-only-device",
+        "size-zero",
+    ]
+
+
+def test_all_reasons_against_a_file_are_said_at_once(tree: HostTree) -> None:
+    loop(tree.file("/a.img").swap("/a.img"), "/a.img")
+    found = codes(findings(tree, "/a.img", claims=(claim(),)))
+    assert found == ["has-holders", "is-swap", "in-use-by-vm", "size-zero"]
+
+
+# What the operator allows
+
+
+def test_an_allowed_finding_becomes_a_warning_and_stays_visible(disk: HostTree) -> None:
+    disk.mount("/dev/sda", "/mnt", "8:0").hold("sda", "dm-0")
+    found = allow(findings(disk), frozenset({Code.MOUNTED_ON_HOST}))
+    assert [(finding.code, finding.severity) for finding in found] == [
+        (Code.MOUNTED_ON_HOST, Severity.WARNING),
+        (Code.HAS_HOLDERS, Severity.ERROR),
+    ]
+
+
+@pytest.mark.parametrize("code", sorted(NEVER_ALLOWED))
+def test_what_no_permission_mends_is_never_allowed(code: Code) -> None:
+    finding = Finding(code, "message", "hint")
+    assert allow([finding], frozenset(Code)) == [finding]
+
+
+# Locks, as QEMU takes them
+
+F_OFD_SETLK = 37
+
+
+@contextmanager
+def locked(path: Path, *, kind: int = fcntl.F_RDLCK, start: int = 100) -> Iterator[None]:
+    """An open file description that holds one byte of a file."""
+    with path.open("r+b" if kind == fcntl.F_WRLCK else "rb") as file:
+        lock = struct.pack("hhqqi4x", kind, os.SEEK_SET, start, 1, 0)
+        fcntl.fcntl(file, F_OFD_SETLK, lock)
+        yield
+
+
+@pytest.mark.parametrize("kind", [fcntl.F_RDLCK, fcntl.F_WRLCK])
+@pytest.mark.parametrize("start", [100, 104, 200, 204])
+def test_an_image_that_another_qemu_has_locked_is_in_use(
+    tree: HostTree, kind: int, start: int
+) -> None:
+    tree.file("/a.img", b"x")
+    with locked(tree.path / "a.img", kind=kind, start=start):
+        assert codes(findings(tree, "/a.img")) == ["image-locked"]
+    assert findings(tree, "/a.img") == []
+
+
+@pytest.mark.parametrize("start", [0, 99, 300])
+def test_locks_of_other_programs_are_not_qemus(tree: HostTree, start: int) -> None:
+    tree.file("/a.img", b"x")
+    with locked(tree.path / "a.img", start=start):
+        assert findings(tree, "/a.img") == []
+
+
+def test_a_lock_is_explained_by_a_known_vm_and_not_said_twice(tree: HostTree) -> None:
+    tree.file("/a.img", b"x")
+    with locked(tree.path / "a.img"):
+        assert codes(findings(tree, "/a.img", claims=(claim(),))) == ["in-use-by-vm"]
+
+
+@pytest.mark.skipif(not shutil.which("qemu-io"), reason="needs qemu-io (qemu-utils)")
+@pytest.mark.parametrize("mode", ["-r", "-n"])
+def test_a_real_qemu_locks_its_images_so(tmp_path: Path, mode: str) -> None:
+    image = disk_image(tmp_path / "a.img", 1, "x")
+    command = ["qemu-io", mode, "-f", "raw", str(image)]
+    with waiting(command, begin=b"read 0 512\n", ready=b"read 512/512 bytes"):
+        assert codes(findings(HostTree(Path("/")), str(image))) == ["image-locked"]
+
+
+# A real kernel
+
+
+@contextmanager
+def waiting(command: list[str], *, ready: bytes, begin: bytes = b"") -> Iterator[None]:
+    """A process that has said it is ready, and lives until its standard input is closed."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(begin)
+        process.stdin.flush()
+        line = process.stdout.readline()
+        assert ready in line, line
+        try:
+            yield
+        finally:
+            process.stdin.close()
+            process.stdout.read()
+
+
+def mounted_elsewhere(node: Path, directory: Path, options: str) -> list[str]:
+    """A shell that has mounted the node in a namespace of its own."""
+    script = 'mount -o "$1" "$2" "$3" && echo ready && exec cat'
+    return ["unshare", "--mount", "sh", "-c", script, "sh", options, str(node), str(directory)]
+
+
+HOLD_EXCLUSIVELY = """
+import os, sys
+os.open(sys.argv[1], os.O_RDWR | os.O_EXCL)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def live() -> HostTree:
+    """This host, for reading."""
+    return HostTree(Path("/"))
+
+
+def number(node: Path) -> str:
+    status = node.stat()
+    return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Path]:
+    """A loop device of this host with an empty file system on it."""
+    image = disk_image(tmp_path / "disk.img", 8, "x")
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    with loop_device(image) as path:
+        yield path
+
+
+@pytest.mark.root
+def test_nothing_speaks_against_an_idle_device_and_asking_leaves_it_idle(
+    live: HostTree, node: Path
+) -> None:
+    for wish in (WRITING, READING, WRITING):
+        assert findings(live, number(node), wish) == []
+
+
+@pytest.mark.root
+def test_a_mount_in_a_private_namespace_is_seen_where_our_own_table_shows_nothing(
+    live: HostTree, node: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mnt").mkdir()
+    with waiting(mounted_elsewhere(node, tmp_path / "mnt", "rw"), ready=b"ready"):
+        assert str(node) not in Path("/proc/self/mountinfo").read_text()
+        for wish in (WRITING, READING):
+            (finding,) = findings(live, number(node), wish)
+            assert finding.code is Code.MOUNTED_ON_HOST
+            assert finding.message == f"{node} is mounted on the host at {tmp_path}/mnt"
+    assert findings(live, number(node)) == []
+
+
+@pytest.mark.root
+def test_a_file_system_mounted_for_reading_is_shared_with_readers(
+    live: HostTree, node: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mnt").mkdir()
+    with waiting(mounted_elsewhere(node, tmp_path / "mnt", "ro"), ready=b"ready"):
+        assert codes(findings(live, number(node), WRITING)) == ["mounted-on-host"]
+        assert codes(findings(live, number(node), READING)) == []
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("point", ["a b", "a\tb", "a\nb", "a\\b", "a#b", "a\rb", "a\u2028b"])
+def test_the_kernel_escapes_mount_points_so(
+    live: HostTree, node: Path, tmp_path: Path, point: str
+) -> None:
+    (tmp_path / point).mkdir()
+    with waiting(mounted_elsewhere(node, tmp_path / point, "ro"), ready=b"ready"):
+        (finding,) = findings(live, number(node))
+        assert finding.message.endswith(f" at {tmp_path}/{point}")
+
+
+@pytest.mark.root
+def test_a_device_opened_exclusively_by_anybody_is_found(live: HostTree, node: Path) -> None:
+    command = [sys.executable, "-c", HOLD_EXCLUSIVELY, str(node)]
+    with waiting(command, ready=b"ready"):
+        for wish in (WRITING, READING):
+            (finding,) = findings(live, number(node), wish)
+            assert finding.code is Code.OPEN_EXCLUSIVELY
+            assert str(node) in finding.hint
+    assert findings(live, number(node)) == []
+
+
+@pytest.mark.root
+def test_a_device_locked_by_another_qemu_is_found(live: HostTree, node: Path) -> None:
+    with locked(node):
+        assert codes(findings(live, number(node))) == ["image-locked"]
+        assert codes(findings(live, number(node), claims=(claim(),))) == ["in-use-by-vm"]
+    assert findings(live, number(node)) == []
+
+
+@pytest.mark.root
+def test_below_another_root_no_node_is_opened(tree: HostTree, node: Path) -> None:
+    tree.block_device(number(node), node.name).node(str(node), "b", number(node))
+    command = [sys.executable, "-c", HOLD_EXCLUSIVELY, str(node)]
+    with locked(node), waiting(command, ready=b"ready"):
+        assert findings(tree, number(node)) == []
+
+
+@pytest.mark.root
+def test_the_file_and_the_second_device_on_it_are_found_in_use(
+    live: HostTree, tmp_path: Path
+) -> None:
+    image = disk_image(tmp_path / "a b.img", 1, "x")
+    with loop_device(image) as first, loop_device(image, read_only=True) as second:
+        assert codes(findings(live, str(image))) == ["has-holders", "has-holders"]
+        (of_first,) = findings(live, number(first))
+        assert of_first.message == f"{image} is behind the loop device {second}"
+        assert findings(live, number(first), READING) == []
+        assert codes(findings(live, number(second), READING)) == ["has-holders"]
+    assert findings(live, str(image)) == []
+
+
+@pytest.mark.root
+def test_a_device_below_another_loop_device_is_found_in_use(live: HostTree, node: Path) -> None:
+    with loop_device(node) as upper:
+        (finding,) = findings(live, number(node))
+        assert finding.message == f"{node} is behind the loop device {upper}"
+
+
+@contextmanager
+def loop_with_partition(image: Path) -> Iterator[tuple[Path, Path]]:
+    """A loop device and its partition, added by hand: not every kernel reads the tables."""
+    losetup = ["losetup", "--find", "--show", "--partscan", str(image)]
+    done = subprocess.run(losetup, capture_output=True, check=True, text=True)
+    disk = done.stdout.strip()
+    try:
+        subprocess.run(["addpart", disk, "1", "2048", "8192"], check=True)
+        yield Path(disk), Path(f"{disk}p1")
+    finally:
+        subprocess.run(["losetup", "--detach", disk], check=True)
+
+
+@pytest.mark.root
+def test_a_partition_in_use_keeps_its_disk(live: HostTree, tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "disk.img", 8, "x")
+    with loop_with_partition(image) as (disk, part):
+        assert findings(live, number(disk)) == findings(live, number(part)) == []
+        with loop_device(part):
+            (finding,) = findings(live, number(disk))
+            assert finding.message.startswith(f"{part} is behind the loop device")
+        with waiting([sys.executable, "-c", HOLD_EXCLUSIVELY, str(part)], ready=b"ready"):
+            assert codes(findings(live, number(disk))) == ["open-exclusively"]
+            assert codes(findings(live, number(part))) == ["open-exclusively"]
+        assert findings(live, number(disk)) == []
+
+
+@pytest.mark.root
+def test_the_kernels_partitions_and_disks_know_of_each_other(
+    live: HostTree, tmp_path: Path
+) -> None:
+    image = disk_image(tmp_path / "disk.img", 8, "x")
+    with loop_with_partition(image) as (disk, part):
+        whole, piece = (resolve(want(number(node)), live.root) for node in (disk, part))
+        assert isinstance(whole, BlockDevice)
+        assert isinstance(piece, BlockDevice)
+        assert whole.relatives == (DiskPart(DevNum.parse(number(part)), str(part)),)
+        assert piece.relatives == (DiskPart(DevNum.parse(number(disk)), str(disk)),)
+        assert (whole.host_path, piece.host_path) == (str(disk), str(part))
+        assert (whole.size_bytes, piece.size_bytes) == (8 << 20, 8192 * 512)
+        assert whole.backing
+        assert piece.backing is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("absent", "No such file or directory"), ("circle", "Too many levels of symbolic links")],
+)
+def test_a_device_whose_node_cannot_be_opened_is_a_finding_and_no_failure(
+    tmp_path: Path, kind: str, reason: str
+) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    device = BlockDevice(
+        devnum=DevNum(4095, 0),
+        device_node=str(tmp_path / kind),
+        found_by=FoundBy.SYSFS,
+        size_bytes=512,
+        relatives=(DiskPart(DevNum(4095, 1), str(tmp_path / "circle")),),
+    )
+    root = HostRoot()
+    found = check(device, WRITING, usage=read_usage(root), root=root)
+    assert codes(found) == ["unreadable"]
+    assert reason in found[0].message
