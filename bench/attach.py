@@ -1,11 +1,13 @@
 """Attaching disks to a paused QEMU, against the same commands sent raw."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.support.vm import GuestVm, root_ports, start_vm
+
 from bench.timing import Ratio, of_pairs, timed
-from tests.support.vm import root_ports, start_vm
 from vmplug import DeviceInfo, DeviceManager, DevType, HostRoot, Qemu, Step
 
 _ROUNDS = 9
@@ -42,20 +44,26 @@ def _round(directory: Path, infos: list[DeviceInfo]) -> tuple[float, float]:
     The manager is connected and has read the topology, as a service is; its time holds finding
     the disks, the safety checks, two journal transactions and the QMP commands.
     """
-    with start_vm(directory, devices=root_ports(_PORTS), guest=False, paused=True) as vm:
-        with TemporaryDirectory(prefix="vmplug-bench-", dir="/dev/shm") as state_dir:
-            with DeviceManager.open(
-                vm="bench",
-                host=HostRoot("/"),
-                hypervisor=Qemu.connect(str(vm.qmp_path)),
-                state_dir=state_dir,
-            ) as devices:
-                steps = devices.plan(infos)
-                ours = timed(lambda: devices.attach_all(infos))
-    with start_vm(directory, devices=root_ports(_PORTS), guest=False, paused=True) as vm:
+    with (
+        _paused_vm(directory) as vm,
+        TemporaryDirectory(prefix="vmplug-bench-", dir="/dev/shm") as state_dir,
+        DeviceManager.open(
+            vm="bench",
+            host=HostRoot("/"),
+            hypervisor=Qemu.connect(str(vm.qmp_path)),
+            state_dir=state_dir,
+        ) as devices,
+    ):
+        steps = devices.plan(infos)
+        ours = timed(lambda: devices.attach_all(infos))
+    with _paused_vm(directory) as vm:
+        return ours, timed(lambda: _send(vm, steps))
 
-        def raw(steps: list[Step] = steps) -> None:
-            for step in steps:
-                vm.oracle.execute(step.do.execute, step.do.arguments)
 
-        return ours, timed(raw)
+def _paused_vm(directory: Path) -> AbstractContextManager[GuestVm]:
+    return start_vm(directory, devices=root_ports(_PORTS), guest=False, paused=True)
+
+
+def _send(vm: GuestVm, steps: list[Step]) -> None:
+    for step in steps:
+        vm.oracle.execute(step.do.execute, step.do.arguments)

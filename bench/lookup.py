@@ -31,7 +31,7 @@ def rows() -> Iterator[Ratio]:
 
 def _sysfs() -> Iterator[Ratio]:
     root = HostRoot("/")
-    number = sorted(os.listdir("/sys/dev/block"))[0]
+    number = min(os.listdir("/sys/dev/block"))
     path = f"/sys/dev/block/{number}/uevent"
     info = DeviceInfo(
         container_path="/dev/xvda", dev_type=DevType.BLOCK, devnum=DevNum.parse(number)

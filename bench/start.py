@@ -13,7 +13,7 @@ _ROUNDS = 25
 
 def rows() -> Iterator[Ratio]:
     """Start-up ratios, with byte-compiled modules as pip installs them."""
-    number = sorted(os.listdir("/sys/dev/block"))[0]
+    number = min(os.listdir("/sys/dev/block"))
     vmplug = str(Path(sys.executable).with_name("vmplug"))
     yield _compare(
         "vmplug resolve --device, whole process / python -c 'import click'",

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,18 +14,14 @@ from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.spec import parse_config
 
 
-def build_host(case: Case) -> HostTree:
-    """The tree that `setup.fs` describes.
-
-    On a mended host what Kata took for sockets is sockets, and the container path is a node of the
-    type and number that are asked for.
-    """
+def build_host(case: Case, *, with_sockets: bool = False) -> HostTree:
+    """The tree that `setup.fs` describes; what Kata took for sockets are files, or sockets."""
     tree = HostTree(case.path)
     files: Mapping[str, Any] = case.setup.get("fs", {})
     for path in files.get("dirs", ()):
         os.makedirs(case.path / path)
     for path, text in files.get("files", {}).items():
-        if case.mended and "/sockets/" in path:
+        if with_sockets and "/sockets/" in path:
             tree.node(path, "s")
         else:
             tree.file(path, text)
@@ -62,10 +58,12 @@ def open_store(case: Case, tree: HostTree, facts: Facts) -> VhostUserStore | Non
     return VhostUserStore(path, root=tree.root) if facts["vhost_user_store_enabled"] else None
 
 
-def request(device: Mapping[str, Any], **more: Any) -> DeviceInfo:
-    """What a container asks for, through the very words of the OCI specification if it has any.
+def request(
+    device: Mapping[str, Any], *, rules: Iterable[Mapping[str, Any]] = (), **more: Any
+) -> DeviceInfo:
+    """What a container asks for, read from a configuration of the OCI specification.
 
-    Kata marks a regular file with major -1 and keeps its path beside it.
+    A regular file has no words there: Kata marks it with major -1 and keeps its path beside it.
     """
     numbers = (device["Major"], device["Minor"])
     if device["Major"] == -1 or device.get("HostPath"):
@@ -82,6 +80,6 @@ def request(device: Mapping[str, Any], **more: Any) -> DeviceInfo:
         "major": numbers[0],
         "minor": numbers[1],
     }
-    config = {"linux": {"devices": [asked]}}
+    config = {"linux": {"devices": [asked], "resources": {"devices": list(rules)}}}
     (info,) = parse_config(json.dumps(config).encode(), name=None).devices
     return replace(info, **more)

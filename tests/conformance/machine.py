@@ -11,6 +11,7 @@ from vmplug.address import QEMU_ID_PREFIX, ScsiAddress
 from vmplug.cli.output import attachment_json
 from vmplug.drivers.base import Command, Offer
 from vmplug.host.safety import Code
+from vmplug.host.vhost_user import VhostUserStore
 from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.topology import PERIPHERAL
@@ -50,10 +51,12 @@ class Machine:
         used_ports: int = 0,
         used_scsi: int = 0,
         scsi: bool = True,
+        store: VhostUserStore | None = None,
     ) -> None:
         self.tree = tree
         self.monitor = memory_monitor(ports=ports, used_ports=used_ports, scsi=scsi)
         self._used_scsi = used_scsi
+        self._store = store
         self._restored = case.restored
         self._state_dir = case.path / "state"
         self._manager = self._open()
@@ -65,6 +68,7 @@ class Machine:
             host=self.tree.root,
             hypervisor=_Vm(self.monitor, used_scsi=self._used_scsi),
             state_dir=self._state_dir,
+            store=self._store,
         )
 
     @property

@@ -121,8 +121,12 @@ class Refusal:
     @classmethod
     def of(cls, error: Exception) -> "Refusal":
         facts = error.facts if isinstance(error, DeviceError) else {"message": str(error)}
-        text = ", ".join(f"{key}={value}" for key, value in facts.items())
+        text = ", ".join(f"{key}={_words(value)}" for key, value in facts.items())
         return cls(type(error).__name__, re.sub(r"\b[0-9a-f]{16}\b", "ID", text))
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def attempt(act: Callable[[], R]) -> R | Refusal:
@@ -153,7 +157,7 @@ def _map_refusals(answer: Any, show: Callable[[Refusal], str]) -> Any:
     match answer:
         case Refusal():
             return show(answer)
-        case dict():
+        case Mapping():
             return {key: _map_refusals(value, show) for key, value in answer.items()}
         case list():
             return [_map_refusals(value, show) for value in answer]
@@ -188,3 +192,9 @@ def kind_of(katas_error: str | None) -> str | None:
 def kinds_of(katas_errors: Sequence[str | None]) -> list[str | None]:
     """`kind_of` for many."""
     return [kind_of(error) for error in katas_errors]
+
+
+def katas_result(expected: Facts, key: str = "result") -> Any:
+    """Kata's result, or the kind of its error."""
+    result, error = expected[key], kind_of(expected["error"])
+    return result if error is None else error

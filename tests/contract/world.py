@@ -7,21 +7,20 @@ memory, and from QEMU on its second monitor.
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from tests.support.raw_qmp import QmpError
+from tests.support.vm import Device, GuestVm, root_ports
 from vmplug.drivers.base import Command
 from vmplug.errors import CommandError
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor
 from vmplug.hypervisor.monitor import EventReceiver, Monitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qmp import QmpMonitor
-
-from tests.support.raw_qmp import QmpError
-from tests.support.vm import Device, GuestVm, root_ports
 
 SHARED_MACHINE = "q35,memory-backend=mem"
 SHARED_MEMORY = (
@@ -199,22 +198,17 @@ def _children(vm: GuestVm, path: str) -> dict[str, str]:
 
 
 @dataclass(slots=True)
-class Recorder:
+class Recorder(Monitor):
     """A monitor that writes down what passes."""
 
     inner: Monitor
     sent: list[Command] = field(default_factory=list)
 
-    def execute(self, command: Command) -> Any:
+    def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
         """See Monitor."""
-        self.sent.append(command)
-        return self.inner.execute(command)
-
-    def execute_all(self, commands: Iterable[Command]) -> list[Any]:
-        """See Monitor."""
-        listed = list(commands)
-        self.sent += listed
-        return self.inner.execute_all(listed)
+        answers, refusal = self.inner.attempt(commands)
+        self.sent += commands[: len(answers) + bool(refusal)]
+        return answers, refusal
 
     def listen(self, receive: EventReceiver) -> None:
         """See Monitor."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vmplug.address import DevNum
@@ -127,12 +127,10 @@ def resolve_all(
     answers: list[HostDevice | HostError] = []
     for info in infos:
         try:
-            is_block = info.dev_type is DevType.BLOCK
-            socket = sockets.get(info.devnum) if is_block and info.devnum else None
-            if isinstance(socket, HostError):
-                raise socket
-            host_path = socket or get_host_path(info, root)
-            answers.append(_describe_device(info, host_path, root, store))
+            if info.devnum in sockets and info.dev_type is DevType.BLOCK:
+                answers.append(sockets[info.devnum])
+            else:
+                answers.append(resolve(info, root))
         except HostError as error:
             answers.append(error)
     return answers
@@ -140,7 +138,8 @@ def resolve_all(
 
 def _find_sockets(
     infos: Iterable[DeviceInfo], store: VhostUserStore | None
-) -> dict[DevNum, str | HostError]:
+) -> Mapping[DevNum | None, HostDevice | HostError]:
+    """What stands behind the numbers that are the store's, from one scan of it."""
     if store is None:
         return {}
     owned = [
@@ -151,9 +150,18 @@ def _find_sockets(
     if not owned:
         return {}
     try:
-        return store.find_sockets(owned)
+        return {
+            devnum: _socket(devnum, path, store) if isinstance(path, str) else path
+            for devnum, path in store.find_sockets(owned).items()
+        }
     except HostError as error:
         return dict.fromkeys(owned, error)
+
+
+def _socket(devnum: DevNum, path: str, store: VhostUserStore) -> VhostUserSocket:
+    is_blk = devnum.major == store.blk_major
+    kind = DeviceType.VHOST_USER_BLK if is_blk else DeviceType.VHOST_USER_SCSI
+    return VhostUserSocket(kind=kind, devnum=devnum, socket_path=path)
 
 
 def _describe_device(
@@ -162,8 +170,8 @@ def _describe_device(
     if info.host_path is not None:
         return read_disk_file(host_path, root)
     kind = classify(info, host_path, store)
-    if info.devnum and kind in {DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI}:
-        return VhostUserSocket(kind=kind, devnum=info.devnum, socket_path=host_path)
+    if store and info.devnum and kind in {DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI}:
+        return _socket(info.devnum, host_path, store)
     in_sysfs = info.devnum and root.stat(f"{_SYSFS_DIRECTORY[info.dev_type]}{info.devnum}")
     found_by = FoundBy.SYSFS if in_sysfs else FoundBy.CONTAINER_PATH
     if info.devnum and kind is DeviceType.BLOCK:

@@ -4,13 +4,14 @@ What it answers is held to real QEMU 7.2 by the contract tests. It knows the com
 sends to plug disks, and no others.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from vmplug.drivers.base import Command
-from vmplug.hypervisor.monitor import EventReceiver, command_error
+from vmplug.errors import CommandError
+from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.topology import PERIPHERAL
 
@@ -52,7 +53,7 @@ class _Device:
 
 
 @dataclass(slots=True)
-class MemoryMonitor:
+class MemoryMonitor(Monitor):
     """The answers of a small QEMU. `fail_at` names a command that is refused once."""
 
     root_ports: int = 4
@@ -75,8 +76,17 @@ class MemoryMonitor:
     def _add_cold(self, name: str, driver: str, slot: int) -> None:
         self.devices[name] = _Device(driver, _ROOT_BUS, {"addr": slot << 3, "hotplug": True})
 
-    def execute(self, command: Command) -> Any:
+    def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
         """See Monitor."""
+        answers: list[Any] = []
+        for command in commands:
+            try:
+                answers.append(self._answer(command))
+            except CommandError as refusal:
+                return answers, refusal
+        return answers, None
+
+    def _answer(self, command: Command) -> Any:
         self.sent.append(command)
         answer = getattr(self, "_" + command.execute.replace("-", "_"), None)
         try:
@@ -90,10 +100,6 @@ class MemoryMonitor:
             return answer(**{k.replace("-", "_"): v for k, v in command.arguments.items()})
         except _Refused as error:
             raise command_error(command, error.error_class, str(error)) from None
-
-    def execute_all(self, commands: Iterable[Command]) -> list[Any]:
-        """See Monitor."""
-        return [self.execute(command) for command in commands]
 
     def listen(self, receive: EventReceiver) -> None:
         """See Monitor."""

@@ -1,6 +1,7 @@
 """Monitor: a QMP conversation, whoever holds the other end."""
 
-from collections.abc import Callable, Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from vmplug.drivers.base import Command
@@ -12,20 +13,31 @@ EventReceiver = Callable[[str, Mapping[str, Any]], None]
 class Monitor(Protocol):
     """Commands go in, answers and events come out.
 
-    Raises CommandError when QEMU refuses, ProtocolError when the conversation breaks.
+    Raises ProtocolError when the conversation breaks.
     """
 
-    def execute(self, command: Command) -> Any:
-        """The answer to one command."""
+    @abstractmethod
+    def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
+        """Run commands in order until one is refused: the answers so far, and the refusal."""
 
-    def execute_all(self, commands: Iterable[Command]) -> list[Any]:
-        """The answers to many, in order; the first refusal is raised."""
-
+    @abstractmethod
     def listen(self, receive: EventReceiver) -> None:
         """Hand every event's name and data to `receive`, on whatever thread it comes in."""
 
+    @abstractmethod
     def close(self) -> None:
         """End the conversation."""
+
+    def execute_all(self, commands: Sequence[Command]) -> list[Any]:
+        """The answers to many commands; raises CommandError at the first that is refused."""
+        answers, refusal = self.attempt(commands)
+        if refusal:
+            raise refusal
+        return answers
+
+    def execute(self, command: Command) -> Any:
+        """The answer to one command; raises CommandError when QEMU refuses it."""
+        return self.execute_all([command])[0]
 
 
 _HINTS = (

@@ -7,15 +7,15 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Self, TypeVar, cast
 
 from qemu.qmp import ConnectError as QmpConnectError
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 
 from vmplug.drivers.base import Command
-from vmplug.errors import ConnectError, ProtocolError
-from vmplug.hypervisor.monitor import EventReceiver, command_error
+from vmplug.errors import CommandError, ConnectError, ProtocolError
+from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ COMMAND_TIMEOUT_S = 30.0
 """QEMU answers in milliseconds; only a vhost-user backend or a dead disk can make it think."""
 
 
-class QmpMonitor:
+class QmpMonitor(Monitor):
     """One conversation on a QMP socket; lost ones are taken up again at the next command.
 
     QEMU serves one client a socket, so that connecting waits for others to finish.
@@ -54,13 +54,9 @@ class QmpMonitor:
             raise
         return monitor
 
-    def execute(self, command: Command) -> Any:
+    def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
         """See Monitor."""
-        return self._run(self._execute(command))
-
-    def execute_all(self, commands: Iterable[Command]) -> list[Any]:
-        """See Monitor."""
-        return self._run(self._execute_all(list(commands)))
+        return self._run(self._attempt(commands))
 
     def listen(self, receive: EventReceiver) -> None:
         """See Monitor."""
@@ -115,8 +111,15 @@ class QmpMonitor:
                 await self._client.disconnect()
         self._client = self._relay = None
 
-    async def _execute_all(self, commands: list[Command]) -> list[Any]:
-        return [await self._execute(command) for command in commands]
+    async def _attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
+        answers: list[Any] = []
+        try:
+            for command in commands:
+                answer = await self._execute(command)
+                answers.append(answer)
+        except CommandError as refusal:
+            return answers, refusal
+        return answers, None
 
     async def _execute(self, command: Command) -> Any:
         if self._client is None or self._client.runstate is not Runstate.RUNNING:

@@ -7,7 +7,6 @@ Source: `qom-list` and `qom-get` on QEMU 7.2; a bus lists its devices as `child[
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from vmplug.address import PciPath, PciSlot, ScsiAddress
@@ -15,7 +14,6 @@ from vmplug.drivers.base import Command, Offer, PciPort, ScsiController
 from vmplug.hypervisor.monitor import Monitor
 
 PERIPHERAL = "/machine/peripheral"
-_ANONYMOUS = "/machine/peripheral-anon"
 
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
 """They hold one device, in slot 0. On any other slot the guest never sees it."""
@@ -23,14 +21,6 @@ _BRIDGES = frozenset({"pci-bridge", "pcie-pci-bridge"})
 _BRIDGE_SLOTS = tuple(PciSlot(slot) for slot in range(1, 32))
 _ROOT_BUS = re.compile(r"/machine/(unattached/)?[^/]+/(pcie|pci)\.0\Z")
 _MAX_DEPTH = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Peripherals:
-    """Devices by id, with their QEMU type: what `-device` and `device_add` made."""
-
-    types: Mapping[str, str]
-    anonymous: int
 
 
 def qom_list(path: str) -> Command:
@@ -43,28 +33,20 @@ def qom_get(path: str, name: str) -> Command:
     return Command("qom-get", {"path": path, "property": name})
 
 
-def read_peripherals(monitor: Monitor) -> Peripherals:
-    """The devices now in the VM, in two commands."""
-    named, anonymous = monitor.execute_all([qom_list(PERIPHERAL), qom_list(_ANONYMOUS)])
-    return Peripherals(
-        types=dict(_children(named)),
-        anonymous=sum(1 for _ in _children(anonymous)),
-    )
-
-
-def read_offer(monitor: Monitor, peripherals: Peripherals) -> Offer:
+def read_offer(monitor: Monitor) -> Offer:
     """All ports, bridges and SCSI controllers with what is free on them."""
-    machine, memory = monitor.execute_all(
-        [qom_get("/machine", "type"), Command("query-memdev", {})]
+    machine, memory, peripherals = monitor.execute_all(
+        [qom_get("/machine", "type"), Command("query-memdev", {}), qom_list(PERIPHERAL)]
     )
+    types = dict(_children(peripherals))
     ports = [
         port
-        for name, kind in peripherals.types.items()
+        for name, kind in types.items()
         if kind in _PORTS | _BRIDGES and (port := _read_port(monitor, name, kind))
     ]
     controllers = [
         _read_controller(monitor, name)
-        for name, kind in peripherals.types.items()
+        for name, kind in types.items()
         if kind == "virtio-scsi-pci"
     ]
     return Offer(

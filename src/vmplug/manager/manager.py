@@ -4,16 +4,26 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Self
 
 from vmplug.address import DevNum, new_id
-from vmplug.drivers.base import BlockDrive, BlockDriver, GuestAddress, Hypervisor, Place, Step
+from vmplug.drivers.base import (
+    BlockDrive,
+    BlockDriver,
+    GuestAddress,
+    Hypervisor,
+    Offer,
+    Place,
+    Step,
+)
 from vmplug.drivers.block import choose_place, plan_drive
 from vmplug.errors import (
     CommandError,
     DeviceError,
     HypervisorError,
+    NoFreePort,
     NotAttached,
     PolicyError,
     ProtocolError,
@@ -81,6 +91,7 @@ class DeviceManager:
         self._journal = journal
         self._store = store
         self._lock = threading.RLock()
+        self._offer: Offer | None = None
 
     @classmethod
     def open(
@@ -241,6 +252,7 @@ class DeviceManager:
     def reconcile(self, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Repair]:
         """Make the journal and the VM agree; tells what was done, nothing when they agreed."""
         with self._lock:
+            self._offer = None
             return reconcile(self._vm, self._journal, self._hypervisor, timeout_s=timeout_s)
 
     # planning
@@ -294,13 +306,21 @@ class DeviceManager:
             _check_same(record, other)
         if not isinstance(device, BlockDevice | DiskFile):
             return _New(record, None, None)
-        driver, place = choose_place(
-            self._hypervisor.offer(),
-            options.driver or (BlockDriver.VIRTIO_BLOCK if options.iothread else None),
-            {other.place for other in taken if other.place},
-        )
+        wanted = options.driver or (BlockDriver.VIRTIO_BLOCK if options.iothread else None)
+        driver, place = self._choose(wanted, {other.place for other in taken if other.place})
         drive = plan_drive(record.id, device, options, read_only=record.read_only, driver=driver)
         return _New(replace(record, place=str(place), guest=GuestAddress.of(place)), drive, place)
+
+    def _choose(self, driver: BlockDriver | None, taken: set[str]) -> tuple[BlockDriver, Place]:
+        """A place in what the VM offered when it was last asked, or, if that is full, offers now.
+
+        What it offers is asked again after a refusal and after each unplug.
+        """
+        if self._offer:
+            with suppress(NoFreePort):
+                return choose_place(self._offer, driver, taken)
+        self._offer = self._hypervisor.offer()
+        return choose_place(self._offer, driver, taken)
 
     # acting
 
@@ -313,8 +333,10 @@ class DeviceManager:
                     self._hypervisor.plug(new.drive, new.place)
                 done.append(new.record.id)
         except ProtocolError:
+            self._offer = None
             raise  # nobody knows what QEMU did; the journal keeps it for reconcile
         except DeviceError:
+            self._offer = None
             self._unplug_again([new.record for new in devices], set(done))
             raise
 
@@ -350,6 +372,7 @@ class DeviceManager:
                 self._journal.set_state([device_id], State.ATTACHED)
                 failed = error
         left = self._hypervisor.wait_unplugged(asked, timeout_s) if asked else {}
+        self._offer = None
         stay = {*left, *(set(plugged) - set(asked))}
         self._journal.forget_devices([record.id for record in records if record.id not in stay])
         if failed:

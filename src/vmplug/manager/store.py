@@ -20,7 +20,7 @@ from vmplug.drivers.base import GuestAddress
 from vmplug.errors import StoreError
 from vmplug.host.device import DeviceType
 from vmplug.host.safety import Claim
-from vmplug.manager.state import State, check_step
+from vmplug.manager.state import FOLLOWS, State, check_step
 
 DEFAULT_STATE_DIR = "/run/vmplug"
 _VERSION = 1
@@ -162,7 +162,7 @@ class Store:
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
             if self._version() == 0:
-                with self._transaction():
+                with _Transaction(self._db, self.path):
                     if self._version() == 0:  # nobody was quicker
                         for statement in _SCHEMA.split(";\n"):
                             self._db.execute(statement)
@@ -184,17 +184,6 @@ class Store:
         except sqlite3.Error as error:
             raise _store_error(self.path, error) from error
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._errors():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-
     def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
         with self._errors():
             return self._db.execute(query, values).fetchall()
@@ -203,7 +192,7 @@ class Store:
 
     def add_vm(self, vm: VmRecord) -> None:
         """Remember a VM, in place of an older record of its name."""
-        with self._transaction() as db:
+        with _Transaction(self._db, self.path) as db:
             db.execute(
                 "INSERT OR REPLACE INTO vm VALUES (?, ?, ?, ?, ?)",
                 (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours),
@@ -211,7 +200,7 @@ class Store:
 
     def forget_vm(self, name: str) -> None:
         """Forget a VM and every device it held."""
-        with self._transaction() as db:
+        with _Transaction(self._db, self.path) as db:
             db.execute("DELETE FROM device WHERE vm = ?", (name,))
             db.execute("DELETE FROM vm WHERE name = ?", (name,))
 
@@ -236,7 +225,7 @@ class Store:
 
     def add_devices(self, devices: Iterable[DeviceRecord], holds: Iterable[Attachment]) -> None:
         """Write down devices that are about to be plugged, and who wants them."""
-        with self._transaction() as db:
+        with _Transaction(self._db, self.path) as db:
             for device in devices:
                 check_step(device.host_path, None, device.state)
                 guest = device.guest or GuestAddress()
@@ -266,15 +255,16 @@ class Store:
 
         Raises StateError when the table does not let one of them; then none moves.
         """
-        with self._transaction() as db:
+        with _Transaction(self._db, self.path) as db:
             for device_id in device_ids:
-                check_step(device_id, _state(db, device_id), state)
-                db.execute("UPDATE device SET state = ? WHERE id = ?", (state, device_id))
+                done = db.execute(_SET_STATE[state], (device_id,))
+                if done.rowcount == 0:
+                    check_step(device_id, _state(db, device_id), state)
             _add_holds(db, holds)
 
     def forget_devices(self, device_ids: Sequence[str]) -> None:
         """Forget devices that the VM no longer holds, their places and their holds."""
-        with self._transaction() as db:
+        with _Transaction(self._db, self.path) as db:
             for device_id in device_ids:
                 if state := _state(db, device_id):  # another thread may have been quicker
                     check_step(device_id, state, None)
@@ -287,7 +277,7 @@ class Store:
         again. Gives the ids of the devices for which that is so: they are to be unplugged.
         """
         last = []
-        with self._transaction() as db:
+        with _Transaction(self._db, self.path) as db:
             for attachment_id in attachment_ids:
                 row = db.execute(
                     "SELECT device, count, (SELECT count(*) FROM attachment b"
@@ -356,6 +346,42 @@ class Store:
             )
             for row in rows
         ]
+
+
+class _Transaction:
+    """BEGIN IMMEDIATE to COMMIT, or ROLLBACK; a class because a generator takes twice the time."""
+
+    __slots__ = ("_db", "_path")
+
+    def __init__(self, db: sqlite3.Connection, path: str) -> None:
+        self._db = db
+        self._path = path
+
+    def __enter__(self) -> sqlite3.Connection:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            raise _store_error(self._path, error) from error
+        return self._db
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        try:
+            self._db.execute("ROLLBACK" if kind else "COMMIT")
+        except sqlite3.Error as failure:
+            raise _store_error(self._path, failure) from failure
+        if isinstance(error, sqlite3.Error):
+            raise _store_error(self._path, error) from error
+
+
+def _step_statement(state: State) -> str:
+    """SQL that moves one device to `state` if the table lets it."""
+    before = ", ".join(f"'{s}'" for s, nexts in FOLLOWS.items() if s and state in nexts)
+    return f"UPDATE device SET state = '{state}' WHERE id = ? AND state IN ({before})"  # noqa: S608
+
+
+_SET_STATE = {state: _step_statement(state) for state in State}
 
 
 def _state(db: sqlite3.Connection, device_id: str) -> State | None:

@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, Self
 
 from vmplug.address import device_id_of, qemu_id
@@ -12,14 +11,7 @@ from vmplug.drivers.base import BlockDrive, Command, Offer, Place, Step
 from vmplug.errors import CommandError, HypervisorError
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu.block import plug_steps
-from vmplug.hypervisor.topology import (
-    PERIPHERAL,
-    Peripherals,
-    qom_get,
-    qom_list,
-    read_offer,
-    read_peripherals,
-)
+from vmplug.hypervisor.topology import PERIPHERAL, qom_get, qom_list, read_offer
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +24,6 @@ class Qemu:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._lock = threading.Lock()
-        self._offer: tuple[Peripherals, Offer] | None = None
-        self._plugged_here: set[str] = set()
         self._outcome = threading.Condition()
         self._outcomes: dict[str, str] = {}
         monitor.listen(self._on_event)
@@ -50,17 +39,8 @@ class Qemu:
         return cls(QmpMonitor.connect(socket, timeout_s=timeout_s))
 
     def offer(self) -> Offer:
-        """What the VM has to plug into; read again only when devices came or went elsewhere."""
-        with self._lock:
-            seen = read_peripherals(self._monitor)
-            others = Peripherals(
-                {k: v for k, v in seen.types.items() if k not in self._plugged_here},
-                seen.anonymous,
-            )
-            if self._offer is None or self._offer[0] != others:
-                self._plugged_here.clear()
-                self._offer = (seen, read_offer(self._monitor, seen))
-            return self._offer[1]
+        """What the VM has to plug into now."""
+        return read_offer(self._monitor)
 
     def steps(self, drive: BlockDrive, place: Place) -> tuple[Step, ...]:
         """Exactly what `plug` would do; sends nothing."""
@@ -68,12 +48,12 @@ class Qemu:
 
     def plug(self, drive: BlockDrive, place: Place) -> None:
         """Plug all of it or none: whatever was done before a failure is undone."""
-        with ExitStack() as undo:
-            for step in self.steps(drive, place):
-                self._monitor.execute(step.do)
-                undo.callback(self._take_back, step.undo)
-            undo.pop_all()
-        self._plugged_here.add(qemu_id(drive.id))
+        steps = self.steps(drive, place)
+        done, refusal = self._monitor.attempt([step.do for step in steps])
+        if refusal:
+            for step in reversed(steps[: len(done)]):
+                self._take_back(step.undo)
+            raise refusal
 
     def request_unplug(self, device_id: str) -> None:
         """Ask the guest to let go; comes back at once, also when it was asked before."""
@@ -172,4 +152,3 @@ class Qemu:
         for name in self._names_in("/objects"):
             if device_id_of(name) in device_ids:
                 self._monitor.execute(Command("object-del", {"id": name}))
-        self._plugged_here -= {qemu_id(device_id) for device_id in device_ids}

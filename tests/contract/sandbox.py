@@ -1,0 +1,227 @@
+"""Sandbox: one VM with its manager and journal, live or restored before every step.
+
+A restored sandbox closes its manager and opens another on the same state directory whenever it is
+used: what a test sees then was in the journal or in the VM, and never in a live object.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmplug.drivers.base import Command
+from vmplug.errors import ProtocolError
+from vmplug.host.root import HostRoot
+from vmplug.hypervisor.memory import MemoryMonitor
+from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
+from vmplug.hypervisor.qemu import Qemu
+from vmplug.manager.manager import DeviceManager
+from vmplug.oci.info import DeviceInfo, DevType
+
+from tests.contract.world import MemorySide, Parts, Rows, Side, journal_rows
+
+SIZE_BYTES = 1 << 20
+CHANGING = frozenset(
+    {"blockdev-add", "blockdev-del", "object-add", "object-del", "device_add", "device_del"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Everything that an unhappy request must leave as it was."""
+
+    rows: Rows
+    parts: Parts
+
+
+class Sandbox:
+    """A VM below a manager; `devices` is the manager, for one step."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        side: Side | None = None,
+        vm: str = "sandbox-1",
+        is_restored: bool = False,
+        root: HostRoot | None = None,
+    ) -> None:
+        self.memory = MemorySide()
+        self.side: Side = side or self.memory
+        self.vm = vm
+        self.directory = directory
+        self.state_dir = directory / "state"
+        self.root = root or HostRoot("/")
+        self._is_restored = is_restored
+        self._wrap: Callable[[Monitor], Monitor] = lambda monitor: monitor
+        self._manager: DeviceManager | None = None
+
+    @property
+    def machine(self) -> MemoryMonitor:
+        """The VM in memory."""
+        return self.memory.machine
+
+    @property
+    def devices(self) -> DeviceManager:
+        """The manager; a new one each time when the sandbox is to be restored."""
+        if self._is_restored:
+            self.close()
+        if self._manager is None:
+            self._manager = DeviceManager.open(
+                vm=self.vm,
+                host=self.root,
+                hypervisor=Qemu(self._wrap(self.side.monitor())),
+                state_dir=self.state_dir,
+            )
+        return self._manager
+
+    def close(self) -> None:
+        """End the manager; the next step opens another."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def talk_through(self, wrap: Callable[[Monitor], Monitor]) -> None:
+        """From the next step on the manager talks through what `wrap` gives."""
+        self.close()
+        self._wrap = wrap
+
+    def talk_plainly(self) -> None:
+        """Nothing is between the manager and the VM any more."""
+        self.talk_through(lambda monitor: monitor)
+
+    def picture(self) -> Picture:
+        """The journal and the VM now, read beside the product."""
+        return Picture(journal_rows(self.state_dir), self.side.parts())
+
+    def file(self, name: str, *, size_bytes: int = SIZE_BYTES) -> Path:
+        """A sparse file, made when it is not there."""
+        path = self.directory / name
+        if not path.exists():
+            with path.open("wb") as file:
+                file.truncate(size_bytes)
+        return path
+
+    def disk(
+        self,
+        name: str = "a.img",
+        *,
+        at: str | None = None,
+        ro: bool = False,
+        options: Mapping[str, str] | None = None,
+    ) -> DeviceInfo:
+        """A request for an image file."""
+        return DeviceInfo(
+            container_path=at or f"/dev/{name}",
+            dev_type=DevType.BLOCK,
+            host_path=str(self.file(name)),
+            read_only=ro,
+            driver_options=options or {},
+        )
+
+    def changes_sent(self) -> list[Command]:
+        """Every command since the start that could change the VM in memory."""
+        return [command for command in self.machine.sent if command.execute in CHANGING]
+
+    def vmplugs(self) -> set[str]:
+        """The names in the VM that vmplug gave."""
+        parts = self.side.parts()
+        names = {*parts.devices, *parts.nodes, *parts.objects}
+        return {name for name in names if name.startswith("vmplug-")}
+
+
+class Killed(BaseException):
+    """The process died here: nothing of it runs any more, not even what undoes."""
+
+
+class Through:
+    """A monitor that passes everything on."""
+
+    def __init__(self, inner: Monitor) -> None:
+        self.inner = inner
+
+    def execute(self, command: Command) -> Any:
+        """See Monitor."""
+        return self.inner.execute(command)
+
+    def execute_all(self, commands: Iterable[Command]) -> list[Any]:
+        """See Monitor."""
+        return [self.execute(command) for command in commands]
+
+    def listen(self, receive: EventReceiver) -> None:
+        """See Monitor."""
+        self.inner.listen(receive)
+
+    def close(self) -> None:
+        """See Monitor."""
+        self.inner.close()
+
+
+class Dying(Through):
+    """The process is killed at its `count`-th command: before it is sent, or before its answer.
+
+    `count` runs over all that talk through one list of commands sent.
+    """
+
+    def __init__(self, inner: Monitor, count: int, *, is_sent: bool) -> None:
+        super().__init__(inner)
+        self._left = count
+        self._is_sent = is_sent
+
+    def execute(self, command: Command) -> Any:
+        """See Monitor."""
+        self._left -= 1
+        if self._left > 0:
+            return super().execute(command)
+        if self._left == 0 and self._is_sent:
+            super().execute(command)
+        raise Killed
+
+
+class Refusing(Through):
+    """QEMU refuses the `count`-th command that would change it, and no other."""
+
+    def __init__(self, inner: Monitor, count: int) -> None:
+        super().__init__(inner)
+        self._left = count
+
+    def execute(self, command: Command) -> Any:
+        """See Monitor."""
+        self._left -= command.execute in CHANGING
+        if self._left == 0 and command.execute in CHANGING:
+            raise command_error(command, "GenericError", "refused by the test")
+        return super().execute(command)
+
+
+class Breaking(Through):
+    """The conversation breaks at the `count`-th changing command and is whole again after it.
+
+    QEMU has done the command or not: the product cannot know.
+    """
+
+    def __init__(self, inner: Monitor, count: int, *, is_sent: bool) -> None:
+        super().__init__(inner)
+        self._left = count
+        self._is_sent = is_sent
+
+    def execute(self, command: Command) -> Any:
+        """See Monitor."""
+        self._left -= command.execute in CHANGING
+        if self._left != 0 or command.execute not in CHANGING:
+            return super().execute(command)
+        if self._is_sent:
+            super().execute(command)
+        raise ProtocolError("the conversation broke off")
+
+
+class Hooked(Through):
+    """Calls `before` with every command before it is sent."""
+
+    def __init__(self, inner: Monitor, before: Callable[[Command], None]) -> None:
+        super().__init__(inner)
+        self._before = before
+
+    def execute(self, command: Command) -> Any:
+        """See Monitor."""
+        self._before(command)
+        return super().execute(command)
