@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.conformance.vector import Case, Facts
 from tests.support.tree import HostTree
-from vmplug.address import QEMU_ID_PREFIX, ScsiAddress
+from vmplug.address import ScsiAddress, qemu_id
 from vmplug.cli.output import attachment_json
 from vmplug.drivers.base import Command, Offer
 from vmplug.host.safety import Code
@@ -60,7 +60,6 @@ class Machine:
         self._restored = case.restored
         self._state_dir = case.path / "state"
         self._manager = self._open()
-        self._index_of: dict[str, int] = {}
 
     def _open(self) -> DeviceManager:
         return DeviceManager.open(
@@ -103,38 +102,39 @@ class Machine:
         """How often all devices together are attached."""
         return sum(hold.count for hold in self.manager.attachments())
 
-    def sent(self) -> list[Command]:
-        """The commands that change the VM, since it was last asked."""
-        commands = [command for command in self.monitor.sent if command.execute in _LETTERS]
-        self.monitor.sent.clear()
-        return commands
+    @property
+    def changes(self) -> list[Command]:
+        """The commands so far that change the VM."""
+        return [command for command in self.monitor.sent if command.execute in _LETTERS]
 
     def calls(self) -> list[str]:
         """The same as plugs and unplugs, each whole, with the index of the place."""
-        commands = self.sent()
+        commands = self.changes
         letters = "".join(_LETTERS[command.execute] for command in commands)
-        words = []
+        words, index_of_id = [], {}
         for match in re.finditer("BAR|BA|DR|D|.", letters):
             command = commands[match.start() + match[0].startswith("B")]
+            qdev_id = command.arguments["id"]
             if command.execute == "device_add":
-                self._index_of[command.arguments["id"]] = index_of(command)
-            index = self._index_of[command.arguments["id"]]
-            words.append(f"{_CALLS[match[0]]} {index}")
+                index_of_id[qdev_id] = index_of(command)
+            words.append(f"{_CALLS[match[0]]} {index_of_id[qdev_id]}")
         return words
 
     def drive(self, attachment: Attachment) -> dict[str, Any]:
-        """The drive of the plug just done, in the fields of Kata's BlockDrive."""
-        node, front = (command.arguments for command in self.sent())
-        is_scsi = front["driver"] == "scsi-hd"
+        """The drive of a disk as it was plugged, in the fields of Kata's BlockDrive."""
+        name = qemu_id(attachment.device_id)
+        (node,) = (c.arguments for c in self.changes if c.arguments.get("node-name") == name)
+        (front,) = (c for c in self.changes if c.execute == "device_add" and c.arguments["id"] == name)
+        is_scsi = front.arguments["driver"] == "scsi-hd"
         return {
             "File": node["file"]["filename"],
             "Format": node["driver"],
-            "ID": _own_id(node["node-name"], QEMU_ID_PREFIX, attachment.device_id),
-            "Index": index_of(Command("device_add", front)),
+            "ID": "its own" if front.arguments["drive"] == name else front.arguments["drive"],
+            "Index": index_of(front),
             "ReadOnly": node["read-only"],
-            "ShareRW": front["share-rw"],
+            "ShareRW": front.arguments["share-rw"],
             "DiscardUnmap": node["discard"] == "unmap",
-            "SCSIAddr": f"{front['scsi-id']}:{front['lun']}" if is_scsi else "",
+            "SCSIAddr": "{scsi-id}:{lun}".format(**front.arguments) if is_scsi else "",
             "VirtPath": agent_record(attachment)["vm_path"],
         }
 
@@ -186,7 +186,8 @@ def katas_drive(drive: Facts | None, device_id: str) -> dict[str, Any] | None:
         return None
     drive.skip("pmem and swap are no disks of this stage", "Pmem", "Swap")
     fields = {key: drive[key] for key in drive if key not in {"Pmem", "Swap"}}
-    return {**fields, "ID": _own_id(drive["ID"], "drive-", device_id)}
+    own = device_id and drive["ID"] == f"drive-{device_id}"
+    return {**fields, "ID": "its own" if own else drive["ID"]}
 
 
 def katas_calls(calls: Sequence[str]) -> list[str]:
@@ -217,8 +218,3 @@ def katas_calls(calls: Sequence[str]) -> list[str]:
             case [other]:
                 words.append(other)
     return words
-
-
-def _own_id(name: str, prefix: str, device_id: str) -> str:
-    """Whether a name in QEMU is made of the device's own id."""
-    return "its own" if name == f"{prefix}{device_id}" else name

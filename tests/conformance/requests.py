@@ -190,7 +190,7 @@ def _block_driver(case: Case) -> Answer:
     answer = attempt(lambda: machine.attach(request(_BLOCK, driver_options=options)))
     ours: object = answer
     if isinstance(answer, Attachment):
-        _, front_end = machine.sent()
+        _, front_end = machine.changes
         ours = _DRIVERS[front_end.arguments["driver"]]
     return Answer(ours, case.expected["effective_block_driver"])
 
@@ -208,7 +208,7 @@ def _other_kinds(case: Case) -> Answer:
     scsi = {"ContainerPath": "/dev/vu", "DevType": "b", "Major": 242, "Minor": 0}
     errors = [refusal(lambda d=device: machine.attach(request(d))) for device in (generic, scsi)]
     return Answer(
-        {"hypervisor_calls": machine.sent(), "generic": errors[0], "vhost-user-scsi": errors[1]},
+        {"hypervisor_calls": machine.changes, "generic": errors[0], "vhost-user-scsi": errors[1]},
         {
             "hypervisor_calls": case.expected["hypervisor_calls"],
             **dict.fromkeys(("generic", "vhost-user-scsi"), kind_of(case.expected["error"])),

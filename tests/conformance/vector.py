@@ -148,9 +148,13 @@ def plain(answer: Any) -> Any:
     return _map_refusals(answer, lambda error: error.kind)
 
 
-def full(answer: Any) -> Any:
-    """An answer with the facts of its errors."""
-    return _map_refusals(answer, lambda error: f"{error.kind}({error.facts})")
+def full(answer: Any, root: Path) -> Any:
+    """An answer with the facts of its errors; what lies below `root` begins with `$ROOT`."""
+
+    def show(error: Refusal) -> str:
+        return f"{error.kind}({error.facts.replace(str(root), '$ROOT')})"
+
+    return _map_refusals(answer, show)
 
 
 def _map_refusals(answer: Any, show: Callable[[Refusal], str]) -> Any:

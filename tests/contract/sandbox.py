@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.contract.world import MemorySide, Parts, Rows, Side, journal_rows
 from vmplug.drivers.base import Command
 from vmplug.errors import ProtocolError
 from vmplug.host.root import HostRoot
@@ -16,9 +17,8 @@ from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.manager.manager import DeviceManager
+from vmplug.manager.store import Store
 from vmplug.oci.info import DeviceInfo, DevType
-
-from tests.contract.world import MemorySide, Parts, Rows, Side, journal_rows
 
 SIZE_BYTES = 1 << 20
 CHANGING = frozenset(
@@ -53,6 +53,7 @@ class Sandbox:
         self.state_dir = directory / "state"
         self.root = root or HostRoot("/")
         self._is_restored = is_restored
+        Store.open(self.state_dir).close()
         self._wrap: Callable[[Monitor], Monitor] = lambda monitor: monitor
         self._manager: DeviceManager | None = None
 

@@ -6,19 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmplug.address import PciPath, PciSlot, ScsiAddress, qemu_id
-from vmplug.drivers.base import (
-    BlockDrive,
-    BlockDriver,
-    Command,
-    PciPlace,
-    Place,
-    ScsiPlace,
-    Throttle,
-)
-from vmplug.errors import CommandError
-from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor
-from vmplug.hypervisor.qemu import Qemu
 
 from tests.contract.world import (
     MEMORY_SIDE_DEVICES,
@@ -33,6 +20,19 @@ from tests.contract.world import (
 )
 from tests.support.disks import disk_image
 from tests.support.vm import GuestVm, start_vm
+from vmplug.address import PciPath, PciSlot, ScsiAddress, qemu_id
+from vmplug.drivers.base import (
+    BlockDrive,
+    BlockDriver,
+    Command,
+    PciPlace,
+    Place,
+    ScsiPlace,
+    Throttle,
+)
+from vmplug.errors import CommandError
+from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor
+from vmplug.hypervisor.qemu import Qemu
 
 MIB = 1 << 20
 UNPLUG_S = 20.0
@@ -276,9 +276,7 @@ def test_every_part_bears_the_name_of_its_device(side: Side, laden: BlockDrive) 
     assert parts.objects[f"{NAME}-limits"] == "throttle-group"
     assert parts.objects[f"{NAME}-thread"] == "iothread"
     assert {NAME, f"{NAME}-limit"} <= parts.nodes
-    assert (
-        ask(side, "qom-get", path=f"{PERIPHERAL}/{NAME}", property="drive") == f"{NAME}-limit"
-    )
+    assert ask(side, "qom-get", path=f"{PERIPHERAL}/{NAME}", property="drive") == f"{NAME}-limit"
 
 
 @pytest.mark.parametrize("place", [RP0, LUN4], ids=str)
@@ -344,9 +342,7 @@ def test_an_id_that_is_taken_is_refused(side: Side, drive: BlockDrive) -> None:
 @pytest.mark.parametrize(
     "place", [replace(RP0, bus="rp99"), replace(LUN3, bus="scsi99.0")], ids=str
 )
-def test_a_bus_that_does_not_exist_is_refused(
-    side: Side, drive: BlockDrive, place: Place
-) -> None:
+def test_a_bus_that_does_not_exist_is_refused(side: Side, drive: BlockDrive, place: Place) -> None:
     before = side.parts()
     with Connected(side) as vm, pytest.raises(CommandError) as caught:
         vm.plug(drive, place)

@@ -169,16 +169,17 @@ class DeviceManager:
         """
         with self._lock:
             plan = self._plan(infos, owner or self._vm, allow)
-            self._journal.add_devices([new.record for new in plan.new], plan.holds_on(new=True))
+            added = self._journal.add_devices(
+                [new.record for new in plan.new], plan.holds_on(new=True)
+            )
             self._plug(plan.new)
             new_ids = [new.record.id for new in plan.new]
-            self._journal.set_state(new_ids, State.ATTACHED, plan.holds_on(new=False))
-            wanted = [(hold.device_id, hold.owner, hold.container_path) for hold in plan.holds]
-            held = {
-                (hold.device_id, hold.owner, hold.container_path): hold
-                for hold in self.attachments()
-            }
-        attachments = [held[key] for key in wanted]
+            added += self._journal.set_state(new_ids, State.ATTACHED, plan.holds_on(new=False))
+        held = {(hold.device_id, hold.container_path): hold for hold in added}
+        attachments = [
+            replace(held[hold.device_id, hold.container_path], state=State.ATTACHED)
+            for hold in plan.holds
+        ]
         for attachment in attachments:
             log.info("attached %s to VM %s", attachment.host_path, self._vm)
         return attachments

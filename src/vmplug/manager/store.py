@@ -11,7 +11,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -223,7 +223,9 @@ class Store:
 
     # devices
 
-    def add_devices(self, devices: Iterable[DeviceRecord], holds: Iterable[Attachment]) -> None:
+    def add_devices(
+        self, devices: Iterable[DeviceRecord], holds: Iterable[Attachment]
+    ) -> list[Attachment]:
         """Write down devices that are about to be plugged, and who wants them."""
         with _Transaction(self._db, self.path) as db:
             for device in devices:
@@ -246,11 +248,11 @@ class Store:
                         str(guest.scsi_address) if guest.scsi_address else None,
                     ),
                 )
-            _add_holds(db, holds)
+            return _add_holds(db, holds)
 
     def set_state(
         self, device_ids: Sequence[str], state: State, holds: Iterable[Attachment] = ()
-    ) -> None:
+    ) -> list[Attachment]:
         """Move devices on to `state`, and add holds on any device with it.
 
         Raises StateError when the table does not let one of them; then none moves.
@@ -260,7 +262,7 @@ class Store:
                 done = db.execute(_SET_STATE[state], (device_id,))
                 if done.rowcount == 0:
                     check_step(device_id, _state(db, device_id), state)
-            _add_holds(db, holds)
+            return _add_holds(db, holds)
 
     def forget_devices(self, device_ids: Sequence[str]) -> None:
         """Forget devices that the VM no longer holds, their places and their holds."""
@@ -377,8 +379,8 @@ class _Transaction:
 
 def _step_statement(state: State) -> str:
     """SQL that moves one device to `state` if the table lets it."""
-    before = ", ".join(f"'{s}'" for s, nexts in FOLLOWS.items() if s and state in nexts)
-    return f"UPDATE device SET state = '{state}' WHERE id = ? AND state IN ({before})"  # noqa: S608
+    before = " OR ".join(f"state = '{s}'" for s, nexts in FOLLOWS.items() if s and state in nexts)
+    return f"UPDATE device SET state = '{state}' WHERE id = ? AND ({before})"  # noqa: S608
 
 
 _SET_STATE = {state: _step_statement(state) for state in State}
@@ -389,13 +391,18 @@ def _state(db: sqlite3.Connection, device_id: str) -> State | None:
     return State(row[0]) if row else None
 
 
-def _add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> None:
+def _add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> list[Attachment]:
+    """The holds as they stand now: an owner that holds a device already has the older id."""
+    added = []
     for hold in holds:
-        db.execute(
+        row = db.execute(
             "INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (device, owner, container_path) DO UPDATE SET count = count + 1",
+            " ON CONFLICT (device, owner, container_path) DO UPDATE SET count = count + 1"
+            " RETURNING id, count",
             (hold.id, hold.device_id, hold.owner, hold.container_path, hold.read_only, hold.count),
-        )
+        ).fetchone()
+        added.append(replace(hold, id=row["id"], count=row["count"]))
+    return added
 
 
 def _device(row: sqlite3.Row) -> DeviceRecord:
