@@ -7,8 +7,9 @@ from tempfile import TemporaryDirectory
 
 from bench.timing import Ratio, compare
 from vmplug.host.device import DeviceType
+from vmplug.manager.records import DeviceRecord
 from vmplug.manager.state import State
-from vmplug.manager.store import DeviceRecord, Store
+from vmplug.manager.store import Store
 
 
 def rows() -> Iterator[Ratio]:
@@ -25,7 +26,7 @@ def rows() -> Iterator[Ratio]:
             share_rw=False,
             options={},
             place="rp0/00",
-            guest=None,
+            guest_address=None,
         )
         store.add_devices([record], [])
         store.set_state([record.id], State.DETACHING)

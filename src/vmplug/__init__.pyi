@@ -46,7 +46,7 @@ from vmplug.hypervisor.memory import MemoryHypervisor as MemoryHypervisor
 from vmplug.hypervisor.qemu import Qemu as Qemu
 from vmplug.manager.manager import DeviceManager as DeviceManager
 from vmplug.manager.reconcile import Repair as Repair
-from vmplug.manager.store import Attachment as Attachment
+from vmplug.manager.records import Attachment as Attachment
 from vmplug.oci.info import DeviceInfo as DeviceInfo
 from vmplug.oci.info import DevType as DevType
 from vmplug.oci.spec import Bundle as Bundle

@@ -1,16 +1,14 @@
 """Addresses: PCI slots, paths and bridges, SCSI addresses, names in QEMU."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-from tests.conformance.machine import memory_monitor
-from tests.conformance.vector import Adapter, Answer, Case, Deviation, attempt, kind_of, katas_result
+from tests.conformance.machine import add_bridge, add_port, memory_monitor
+from tests.conformance.vector import Adapter, Answer, Case, Deviation, attempt, katas_result, kind_of
 from vmplug.address import NODE_NAME_MAX, PciPath, PciSlot, ScsiAddress, qemu_id
-from vmplug.drivers.base import Offer, PciPlace
+from vmplug.drivers.base import PciPlace
 from vmplug.drivers.block import choose_place
 from vmplug.hypervisor.qemu import Qemu
-from vmplug.hypervisor.topology import PERIPHERAL
 
 
 def _pci_slot(make: Callable[[Any], PciSlot]) -> Adapter:
@@ -49,36 +47,24 @@ def _name_in_qemu(case: Case) -> Answer:
     return Answer(name, case.expected["result"])
 
 
-def _bridge_offer(*, addr: int, parent: tuple[str, int] | None = None) -> Offer:
-    """What a VM offers that has one PCI bridge, in slot `addr` of the root bus or of a port."""
-    monitor = memory_monitor(ports=1, scsi=False)
-    port = monitor.devices.pop("rp0")
-    bus = port.bus
-    if parent:
-        name, slot = parent
-        monitor.devices[name] = replace(port, properties={"addr": slot << 3})
-        bus = f"{PERIPHERAL}/{name}/{name}"
-    monitor.devices["bridge"] = replace(
-        port, driver="pci-bridge", bus=bus, properties={"addr": addr << 3}
-    )
-    return Qemu(monitor).offer()
-
-
 def _bridge_path(case: Case) -> Answer:
-    name = case.input["parent"]
-    parent = (name, case.input["parent_addr"]) if name else None
-    case.input.skip("meaningless without a parent", "parent_addr")
-    offer = _bridge_offer(addr=case.input["bridge_addr"], parent=parent)
-    (bridge,) = (port for port in offer.ports if port.bus == "bridge")
+    monitor = memory_monitor(ports=0, scsi=False)
+    parent, parent_slot = case.input["parent"] or None, case.input["parent_addr"]
+    if parent:
+        add_port(monitor, parent, parent_slot << 3)
+    add_bridge(monitor, case.input["bridge_addr"], name="bridge", parent=parent)
+    (bridge,) = (port for port in Qemu(monitor).offer().ports if port.bus == "bridge")
     path = attempt(lambda: str(bridge.path.child(PciSlot.parse(case.input["slot"]))))
     return Answer(path, katas_result(case.expected, "path"))
 
 
 def _full_bridge(case: Case) -> Answer:
+    """How far the slots of a bridge go after those that are taken."""
     case.input.skip("places are not given by name", "id")
-    offer = _bridge_offer(addr=2)
-    taken = [str(place) for place in _bridge_places(offer)][: case.setup["devices"]]
-    assert len(taken) == case.setup["devices"]
+    monitor = memory_monitor(ports=0, scsi=False)
+    add_bridge(monitor, 2)
+    offer = Qemu(monitor).offer()
+    taken: list[str] = []
 
     def take() -> int:
         _, place = choose_place(offer, None, taken)
@@ -86,19 +72,11 @@ def _full_bridge(case: Case) -> Answer:
         taken.append(str(place))
         return place.slot.slot
 
-    katas = kind_of(case.expected["error"])
-    return Answer(
-        {"next": attempt(take), "after": attempt(take)},
-        {"next": katas, "after": katas} if case.expected["addr"] == 0 else None,
-    )
-
-
-def _bridge_places(offer: Offer) -> list[PciPlace]:
-    return [
-        PciPlace(bus=port.bus, slot=slot, path=port.path.child(slot))
-        for port in offer.ports
-        for slot in port.free
-    ]
+    for _ in range(case.setup["devices"]):
+        take()
+    ours = {"addr": attempt(take), "next": attempt(take)}
+    refused = katas_result(case.expected, "addr")
+    return Answer(ours, {"addr": refused, "next": refused})
 
 
 ADAPTERS: dict[str, Adapter] = {

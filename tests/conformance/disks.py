@@ -22,7 +22,7 @@ from tests.conformance.vector import (
 )
 from tests.support.tree import HostTree
 from vmplug.hypervisor.memory import Guest
-from vmplug.manager.store import Attachment
+from vmplug.manager.records import Attachment
 
 _UNKNOWN = "0123456789abcdef"
 _COUNT_MAX = (1 << 63) - 1

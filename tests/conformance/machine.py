@@ -16,7 +16,8 @@ from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.topology import PERIPHERAL
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.store import Attachment, DeviceRecord, Store
+from vmplug.manager.records import Attachment, DeviceRecord
+from vmplug.manager.store import Store
 from vmplug.oci.info import DeviceInfo
 
 VM = "sandbox"
@@ -157,19 +158,35 @@ def index_of(device_add: Command) -> int:
 
 def memory_monitor(*, ports: int, used_ports: int = 0, scsi: bool = True) -> MemoryMonitor:
     """A VM in memory with any number of ports."""
-    monitor = MemoryMonitor(root_ports=1, scsi=scsi)
-    port = monitor.devices.pop("rp0")
+    monitor = MemoryMonitor(root_ports=0, scsi=scsi)
     for index in range(ports):
-        properties = {**port.properties, "addr": _FIRST_PORT_DEVFN + index}
-        monitor.devices[f"rp{index}"] = replace(port, properties=properties)
+        add_port(monitor, f"rp{index}", _FIRST_PORT_DEVFN + index)
     for index in range(used_ports):
         monitor.devices[f"other{index}"] = replace(
-            port,
+            _PORT,
             driver="virtio-rng-pci",
             bus=f"{PERIPHERAL}/rp{index}/rp{index}",
             properties={"addr": 0},
         )
     return monitor
+
+
+def add_port(monitor: MemoryMonitor, name: str, devfn: int) -> None:
+    """A root port at any place of the root bus."""
+    properties = {**_PORT.properties, "addr": devfn}
+    monitor.devices[name] = replace(_PORT, properties=properties)
+
+
+def add_bridge(
+    monitor: MemoryMonitor, slot: int, *, name: str = "pci-bridge-0", parent: str | None = None
+) -> None:
+    """A PCI bridge on the root bus or behind a port; a VM in memory lets one device on it."""
+    bus = f"{PERIPHERAL}/{parent}/{parent}" if parent else _PORT.bus
+    properties = {"addr": slot << 3}
+    monitor.devices[name] = replace(_PORT, driver="pci-bridge", bus=bus, properties=properties)
+
+
+_PORT = MemoryMonitor(root_ports=1).devices["rp0"]
 
 
 def agent_record(attachment: Attachment) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tests.support.tree import HostTree
 from vmplug.host.device import BlockDevice
 from vmplug.host.safety import Code
 from vmplug.host.vhost_user import VhostUserStore
-from vmplug.manager.store import Attachment
+from vmplug.manager.records import Attachment
 from vmplug.oci.info import DeviceInfo
 
 _BLOCK = {"ContainerPath": "/dev/sda", "DevType": "b", "Major": 8, "Minor": 0}

@@ -4,14 +4,14 @@ A restored sandbox closes its manager and opens another on the same state direct
 used: what a test sees then was in the journal or in the VM, and never in a live object.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.contract.world import MemorySide, Parts, Rows, Side, journal_rows
 from vmplug.drivers.base import Command
-from vmplug.errors import ProtocolError
+from vmplug.errors import CommandError, ProtocolError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
@@ -135,47 +135,50 @@ class Killed(BaseException):
     """The process died here: nothing of it runs any more, not even what undoes."""
 
 
-class Through:
-    """A monitor that passes everything on."""
+class Through(Monitor):
+    """A monitor that passes everything on, command by command."""
 
     def __init__(self, inner: Monitor) -> None:
-        self.inner = inner
+        self._inner = inner
 
-    def execute(self, command: Command) -> Any:
+    def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
         """See Monitor."""
-        return self.inner.execute(command)
+        answers: list[Any] = []
+        for command in commands:
+            try:
+                answers.append(self.answer(command))
+            except CommandError as refusal:
+                return answers, refusal
+        return answers, None
 
-    def execute_all(self, commands: Iterable[Command]) -> list[Any]:
-        """See Monitor."""
-        return [self.execute(command) for command in commands]
+    def answer(self, command: Command) -> Any:
+        """The answer to one command."""
+        return self._inner.execute(command)
 
     def listen(self, receive: EventReceiver) -> None:
         """See Monitor."""
-        self.inner.listen(receive)
+        self._inner.listen(receive)
 
     def close(self) -> None:
         """See Monitor."""
-        self.inner.close()
+        self._inner.close()
 
 
 class Dying(Through):
-    """The process is killed at its `count`-th command: before it is sent, or before its answer.
-
-    `count` runs over all that talk through one list of commands sent.
-    """
+    """The process is killed at its `count`-th command: before it is sent, or before its answer."""
 
     def __init__(self, inner: Monitor, count: int, *, is_sent: bool) -> None:
         super().__init__(inner)
         self._left = count
         self._is_sent = is_sent
 
-    def execute(self, command: Command) -> Any:
-        """See Monitor."""
+    def answer(self, command: Command) -> Any:
+        """See Through."""
         self._left -= 1
         if self._left > 0:
-            return super().execute(command)
+            return super().answer(command)
         if self._left == 0 and self._is_sent:
-            super().execute(command)
+            super().answer(command)
         raise Killed
 
 
@@ -186,12 +189,12 @@ class Refusing(Through):
         super().__init__(inner)
         self._left = count
 
-    def execute(self, command: Command) -> Any:
-        """See Monitor."""
+    def answer(self, command: Command) -> Any:
+        """See Through."""
         self._left -= command.execute in CHANGING
         if self._left == 0 and command.execute in CHANGING:
             raise command_error(command, "GenericError", "refused by the test")
-        return super().execute(command)
+        return super().answer(command)
 
 
 class Breaking(Through):
@@ -205,13 +208,13 @@ class Breaking(Through):
         self._left = count
         self._is_sent = is_sent
 
-    def execute(self, command: Command) -> Any:
-        """See Monitor."""
+    def answer(self, command: Command) -> Any:
+        """See Through."""
         self._left -= command.execute in CHANGING
         if self._left != 0 or command.execute not in CHANGING:
-            return super().execute(command)
+            return super().answer(command)
         if self._is_sent:
-            super().execute(command)
+            super().answer(command)
         raise ProtocolError("the conversation broke off")
 
 
@@ -222,7 +225,7 @@ class Hooked(Through):
         super().__init__(inner)
         self._before = before
 
-    def execute(self, command: Command) -> Any:
-        """See Monitor."""
+    def answer(self, command: Command) -> Any:
+        """See Through."""
         self._before(command)
-        return super().execute(command)
+        return super().answer(command)

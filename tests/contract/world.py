@@ -9,7 +9,7 @@ import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -197,26 +197,26 @@ def _children(vm: GuestVm, path: str) -> dict[str, str]:
     return {entry["name"]: entry["type"][len("child<") : -1] for entry in children}
 
 
-@dataclass(slots=True)
 class Recorder(Monitor):
     """A monitor that writes down what passes."""
 
-    inner: Monitor
-    sent: list[Command] = field(default_factory=list)
+    def __init__(self, inner: Monitor) -> None:
+        self._inner = inner
+        self.sent: list[Command] = []
 
     def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
         """See Monitor."""
-        answers, refusal = self.inner.attempt(commands)
+        answers, refusal = self._inner.attempt(commands)
         self.sent += commands[: len(answers) + bool(refusal)]
         return answers, refusal
 
     def listen(self, receive: EventReceiver) -> None:
         """See Monitor."""
-        self.inner.listen(receive)
+        self._inner.listen(receive)
 
     def close(self) -> None:
         """See Monitor."""
-        self.inner.close()
+        self._inner.close()
 
 
 def recorded(side: Side) -> tuple[Qemu, Recorder]:

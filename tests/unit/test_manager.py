@@ -15,7 +15,7 @@ from tests.contract.world import MemorySide
 from tests.support.disks import qcow2_image
 from tests.support.tree import HostTree
 from vmplug.address import DevNum
-from vmplug.drivers.base import Command
+from vmplug.drivers.base import Command, Offer
 from vmplug.errors import (
     CommandError,
     DeviceError,
@@ -33,9 +33,11 @@ from vmplug.errors import (
 from vmplug.host.device import DeviceType
 from vmplug.host.safety import Code
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor
+from vmplug.hypervisor.monitor import Monitor
+from vmplug.hypervisor.qemu import Qemu
 from vmplug.manager.manager import DeviceManager
+from vmplug.manager.records import Attachment
 from vmplug.manager.state import State
-from vmplug.manager.store import Attachment
 from vmplug.oci.info import DeviceInfo, DevType
 
 AT_ONCE_S = 0.1
@@ -71,8 +73,8 @@ def make(tmp_path: Path, *, is_restored: bool) -> Iterator[Callable[..., Sandbox
 
 
 def pci(attachment: Attachment) -> str:
-    assert attachment.guest
-    return str(attachment.guest.pci_path)
+    assert attachment.guest_address
+    return str(attachment.guest_address.pci_path)
 
 
 def null_device(at: str = "/dev/null") -> DeviceInfo:
@@ -125,7 +127,7 @@ def test_another_owner_holds_the_same_device_apart(sandbox: Sandbox) -> None:
     second = sandbox.devices.attach(sandbox.disk(), owner="c2")
 
     assert first.device_id == second.device_id
-    assert first.guest == second.guest
+    assert first.guest_address == second.guest_address
     assert first.id != second.id
     assert sandbox.side.parts() == parts
     assert held(sandbox) == [
@@ -410,7 +412,7 @@ def test_the_lowest_free_place_is_given(sandbox: Sandbox) -> None:
 
 def test_when_the_ports_are_full_a_disk_goes_to_scsi(sandbox: Sandbox) -> None:
     attachments = sandbox.devices.attach_all([sandbox.disk(f"{i}.img") for i in range(6)])
-    addresses = [a.guest.scsi_address for a in attachments if a.guest]
+    addresses = [a.guest_address.scsi_address for a in attachments if a.guest_address]
     assert addresses[:4] == [None] * 4
     assert [str(address) for address in addresses[4:]] == ["0:0", "0:1"]
     assert [pci(a) for a in attachments[4:]] == ["05", "05"]
@@ -419,8 +421,8 @@ def test_when_the_ports_are_full_a_disk_goes_to_scsi(sandbox: Sandbox) -> None:
 def test_a_disk_goes_where_its_driver_says(sandbox: Sandbox) -> None:
     scsi = sandbox.devices.attach(sandbox.disk("a.img", options={"block-driver": "virtio-scsi"}))
     virtio = sandbox.devices.attach(sandbox.disk("b.img", options={"block-driver": "virtio-blk"}))
-    assert scsi.guest
-    assert str(scsi.guest.scsi_address) == "0:0"
+    assert scsi.guest_address
+    assert str(scsi.guest_address.scsi_address) == "0:0"
     assert pci(virtio) == "10/00"
 
 
@@ -436,12 +438,30 @@ def test_a_full_vm_is_told_and_nothing_changes(sandbox: Sandbox, options: dict[s
     assert sandbox.picture() == before
 
 
-def test_a_place_that_somebody_else_took_is_left_out(sandbox: Sandbox) -> None:
-    assert pci(sandbox.devices.attach(sandbox.disk("a.img"))) == "10/00"
+def add_stranger(sandbox: Sandbox, bus: str) -> None:
     sandbox.side.ask(Command("blockdev-add", {"node-name": "n", "driver": "null-co"}))
-    stranger = {"driver": "virtio-blk-pci", "id": "s", "drive": "n", "bus": "rp1", "addr": "0x0"}
+    stranger = {"driver": "virtio-blk-pci", "id": "s", "drive": "n", "bus": bus, "addr": "0x0"}
     sandbox.side.ask(Command("device_add", stranger))
-    assert pci(sandbox.devices.attach(sandbox.disk("b.img"))) == "12/00"
+
+
+def test_a_place_that_somebody_else_has_is_left_out(sandbox: Sandbox) -> None:
+    add_stranger(sandbox, "rp1")
+    attachments = [sandbox.devices.attach(sandbox.disk(f"{i}.img")) for i in range(3)]
+    assert [pci(a) for a in attachments] == ["10/00", "12/00", "13/00"]
+
+
+def test_a_place_taken_behind_the_managers_back_is_refused_at_most_once(sandbox: Sandbox) -> None:
+    sandbox.devices.attach(sandbox.disk("a.img"))
+    add_stranger(sandbox, "rp1")
+    before = sandbox.picture()
+    try:
+        attachment = sandbox.devices.attach(sandbox.disk("b.img"))
+    except CommandError as error:
+        assert error.hint
+        assert "try again" in error.hint
+        assert sandbox.picture() == before
+        attachment = sandbox.devices.attach(sandbox.disk("b.img"))
+    assert pci(attachment) == "12/00"
 
 
 def test_the_place_of_a_detaching_device_is_not_given_away(sandbox: Sandbox) -> None:
@@ -564,6 +584,18 @@ def test_a_failed_detach_loses_no_count(sandbox: Sandbox) -> None:
         with pytest.raises(UnplugTimeout):
             sandbox.devices.detach(attachment.id, timeout_s=AT_ONCE_S)
         assert held(sandbox) == [("c1", "/dev/a.img", 1, State.DETACHING)]
+
+
+def test_a_whole_detach_that_failed_is_finished_by_the_next_detach(sandbox: Sandbox) -> None:
+    for _ in range(3):
+        attachment = sandbox.devices.attach(sandbox.disk(), owner="c1")
+    sandbox.machine.guest = Guest.SILENT
+    with pytest.raises(UnplugTimeout):
+        sandbox.devices.detach(attachment.id, timeout_s=AT_ONCE_S, whole=True)
+    sandbox.machine.wake_guest()
+    sandbox.devices.detach(attachment.id)
+    assert held(sandbox) == []
+    assert not sandbox.vmplugs()
 
 
 # several at once, all or none
@@ -736,7 +768,11 @@ def test_a_broken_detach_can_be_repeated(sandbox: Sandbox, count: int, *, is_sen
 
 def test_a_char_device_is_counted_and_nothing_is_sent(sandbox: Sandbox) -> None:
     first = sandbox.devices.attach(null_device("/dev/zero-like"), owner="c1")
-    assert (first.kind, first.host_path, first.guest) == (DeviceType.GENERIC, "/dev/null", None)
+    assert (first.kind, first.host_path, first.guest_address) == (
+        DeviceType.GENERIC,
+        "/dev/null",
+        None,
+    )
     second = sandbox.devices.attach(null_device("/dev/zero-like"), owner="c2")
     assert first.device_id == second.device_id
 
@@ -753,7 +789,7 @@ def test_a_fifo_is_counted(sandbox: Sandbox) -> None:
     attachment = sandbox.devices.attach(
         DeviceInfo(container_path=str(fifo), dev_type=DevType.FIFO)
     )
-    assert (attachment.kind, attachment.guest) == (DeviceType.GENERIC, None)
+    assert (attachment.kind, attachment.guest_address) == (DeviceType.GENERIC, None)
     assert sandbox.machine.sent == []
 
 
@@ -888,7 +924,7 @@ def test_a_plan_is_what_attach_sends_but_for_the_ids(sandbox: Sandbox) -> None:
 
     planned, sent = [step.do for step in plan], sandbox.changes_sent()
     drawn = [str(step.do.arguments["id"]) for step in plan if step.do.execute == "device_add"]
-    given = [f"vmplug-{a.device_id}" for a in attachments if a.guest]
+    given = [f"vmplug-{a.device_id}" for a in attachments if a.guest_address]
     renamed = str(planned)
     for name, other in zip(drawn, given, strict=True):
         renamed = renamed.replace(name.removeprefix("vmplug-"), other.removeprefix("vmplug-"))
@@ -1047,7 +1083,7 @@ def test_threads_get_places_of_their_own(sandbox: Sandbox) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         attachments = list(pool.map(attach, infos))
-    places = [str(a.guest) for a in attachments]
+    places = [str(a.guest_address) for a in attachments]
     assert len(set(places)) == 8
     assert len(sandbox.vmplugs()) == 8
 
@@ -1098,28 +1134,41 @@ def test_two_threads_may_detach_one_device(sandbox: Sandbox) -> None:
     assert not sandbox.vmplugs()
 
 
-@pytest.mark.parametrize("same", [False, True], ids=["two disks", "one disk"])
-def test_two_managers_of_one_vm_do_not_get_in_each_others_way(
-    make: Callable[..., Sandbox], *, same: bool
-) -> None:
-    """The second one attaches between the first one's look and its act."""
-    machine = MemorySide()
-    one, two = make("vm-1", machine), make("vm-1", machine)
-    second: list[Attachment] = []
+class Intruded(Qemu):
+    """A VM to which somebody else comes between a manager's look and its act."""
 
-    def intrude(command: Command) -> None:
-        if command.execute == "query-memdev" and not second:
-            second.append(two.devices.attach(two.disk("a.img" if same else "b.img"), owner="c2"))
+    def __init__(self, monitor: Monitor, intrude: Callable[[], object]) -> None:
+        super().__init__(monitor)
+        self._intrude = intrude
 
-    one.talk_through(lambda monitor: Hooked(monitor, intrude))
-    first = one.devices.attach(one.disk("a.img"), owner="c1")
+    def offer(self) -> Offer:
+        """The offer as it was before the intrusion."""
+        offer = super().offer()
+        self._intrude()
+        return offer
 
-    assert second
-    if same:
-        assert first.device_id == second[0].device_id
+
+@pytest.mark.parametrize("name", ["a.img", "b.img"], ids=["one disk", "two disks"])
+def test_two_managers_of_one_vm_do_not_get_in_each_others_way(sandbox: Sandbox, name: str) -> None:
+    intruders: list[Attachment] = []
+
+    def intrude() -> None:
+        if not intruders:
+            intruders.append(sandbox.devices.attach(sandbox.disk(name), owner="c2"))
+
+    hypervisor = Intruded(sandbox.side.monitor(), intrude)
+    with DeviceManager.open(
+        vm=sandbox.vm, host=sandbox.root, hypervisor=hypervisor, state_dir=sandbox.state_dir
+    ) as manager:
+        mine = manager.attach(sandbox.disk("a.img"), owner="c1")
+
+    (other,) = intruders
+    if name == "a.img":
+        assert mine.device_id == other.device_id
     else:
-        assert {pci(first), pci(second[0])} == {"10/00", "11/00"}
-    assert len(one.devices.attachments()) == 2
+        assert [pci(other), pci(mine)] == ["10/00", "11/00"]
+    assert {a.owner for a in sandbox.devices.attachments()} == {"c1", "c2"}
+    assert sandbox.vmplugs() == {f"vmplug-{mine.device_id}", f"vmplug-{other.device_id}"}
 
 
 # the end

@@ -15,7 +15,7 @@ from vmplug.cli.options import (
 from vmplug.cli.output import attachment_json, print_json
 from vmplug.errors import NotAttached
 from vmplug.host.root import HostRoot
-from vmplug.manager.store import Attachment
+from vmplug.manager.records import Attachment
 
 
 @click.command("detach")

@@ -11,7 +11,7 @@ from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:
     from vmplug.drivers.base import GuestAddress
-    from vmplug.manager.store import Attachment
+    from vmplug.manager.records import Attachment
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -101,7 +101,7 @@ def attachment_json(attachment: "Attachment") -> dict[str, Any]:
         "read_only": attachment.read_only,
         "count": attachment.count,
         "state": str(attachment.state),
-        "guest": guest_json(attachment.guest, read_only=attachment.read_only),
+        "guest": guest_json(attachment.guest_address, read_only=attachment.read_only),
     }
 
 
@@ -138,7 +138,7 @@ def print_attachments(attachments: "Sequence[Attachment]", *, with_vm: bool) -> 
             hold.host_path,
             access(read_only=hold.read_only),
             str(hold.state) + (f" x{hold.count}" if hold.count > 1 else ""),
-            guest_text(hold.guest),
+            guest_text(hold.guest_address),
         )
         for hold in attachments
     ]

@@ -15,7 +15,8 @@ from vmplug.errors import StateError
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
 from vmplug.manager.reconcile import Outcome, Repair
-from vmplug.manager.store import Store, VmRecord
+from vmplug.manager.records import VmRecord
+from vmplug.manager.store import Store
 
 
 @click.command("reconcile")

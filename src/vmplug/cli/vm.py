@@ -13,7 +13,8 @@ from vmplug.cli.output import print_json, print_table
 from vmplug.errors import HypervisorError, SpecError, StateError, StillAttached
 from vmplug.host.process import is_running, read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
-from vmplug.manager.store import Store, VmRecord
+from vmplug.manager.records import VmRecord
+from vmplug.manager.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _LIST_TIMEOUT_S = 2.0

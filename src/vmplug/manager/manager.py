@@ -5,20 +5,18 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self
 
-from vmplug.address import DevNum, new_id
+from vmplug.address import DevNum
 from vmplug.drivers.base import (
-    BlockDrive,
     BlockDriver,
-    GuestAddress,
     Hypervisor,
     Offer,
     Place,
     Step,
 )
-from vmplug.drivers.block import choose_place, plan_drive
+from vmplug.drivers.block import choose_place
 from vmplug.errors import (
     CommandError,
     DeviceError,
@@ -27,7 +25,6 @@ from vmplug.errors import (
     NotAttached,
     PolicyError,
     ProtocolError,
-    StateError,
     UnplugRefused,
     UnplugTimeout,
 )
@@ -36,37 +33,18 @@ from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.host.safety import Claim, Code
 from vmplug.host.vhost_user import VhostUserStore
-from vmplug.manager.examine import Examined, examine, refuse
+from vmplug.manager.examine import Examined, examine
+from vmplug.manager.plan import NewDevice, Plan, make_plan, on_its_way
 from vmplug.manager.reconcile import Repair, reconcile
+from vmplug.manager.records import Attachment, DeviceRecord
 from vmplug.manager.state import State
-from vmplug.manager.store import DEFAULT_STATE_DIR, Attachment, DeviceRecord, Store
+from vmplug.manager.store import DEFAULT_STATE_DIR, Store
 from vmplug.oci.info import DeviceInfo, DevType
 
 log = logging.getLogger(__name__)
 
 UNPLUG_TIMEOUT_S = 15.0
 """A Linux guest lets go of a disk within 0.1 s; one that is busy booting within a few seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class _New:
-    """A device to be plugged; `drive` and `place` are None for one that is only counted."""
-
-    record: DeviceRecord
-    drive: BlockDrive | None
-    place: Place | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What an attach will do: new devices, and holds on new and on known ones by device id."""
-
-    new: tuple[_New, ...]
-    holds: tuple[Attachment, ...]
-
-    def holds_on(self, *, new: bool) -> list[Attachment]:
-        ids = {device.record.id for device in self.new}
-        return [hold for hold in self.holds if (hold.device_id in ids) is new]
 
 
 class DeviceManager:
@@ -144,7 +122,7 @@ class DeviceManager:
         Ids are drawn anew each time. Raises as `attach_all` does.
         """
         with self._lock:
-            plan = self._plan(infos, owner or self._vm, allow)
+            plan = self._plan(infos, owner, allow)
             return [
                 step
                 for new in plan.new
@@ -168,13 +146,23 @@ class DeviceManager:
         HypervisorError, and StateError when a device is still on its way out or in.
         """
         with self._lock:
-            plan = self._plan(infos, owner or self._vm, allow)
-            added = self._journal.add_devices(
-                [new.record for new in plan.new], plan.holds_on(new=True)
-            )
-            self._plug(plan.new)
-            new_ids = [new.record.id for new in plan.new]
-            added += self._journal.set_state(new_ids, State.ATTACHED, plan.holds_on(new=False))
+            plan = self._plan(infos, owner, allow)
+            records = [new.record for new in plan.new]
+            added = self._journal.add_devices(records, plan.holds_on(new=True))
+            done, failure = self._plug(plan.new)
+            if failure is None:
+                ids = [record.id for record in records]
+                added += self._journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
+            elif not isinstance(failure, ProtocolError):
+                self._give_up(plan.new, done)
+        if isinstance(failure, ProtocolError):
+            raise failure  # nobody knows what QEMU did: the journal keeps it for reconcile
+        if failure:
+            try:
+                self._unplug(done, UNPLUG_TIMEOUT_S)
+            except HypervisorError as error:
+                log.warning("%s; vmplug reconcile tries again, ignoring", error)
+            raise failure
         held = {(hold.device_id, hold.container_path): hold for hold in added}
         attachments = [
             replace(held[hold.device_id, hold.container_path], state=State.ATTACHED)
@@ -232,12 +220,13 @@ class DeviceManager:
         Raises PolicyError for what would cut data off, NotAttached, HypervisorError.
         """
         hold = next((hold for hold in self.attachments() if hold.id == attachment_id), None)
-        if hold is None or hold.guest is None:
+        if hold is None or hold.guest_address is None:
             raise NotAttached(f"no disk is attached as {attachment_id} in VM {self._vm}")
-        device = resolve(_info_of(self._identity(hold.device_id), hold), self._host)
-        now = device.size_bytes if isinstance(device, BlockDevice | DiskFile) else None
+        record = next(r for r in self._journal.devices(self._vm) if r.id == hold.device_id)
+        device = resolve(_request_for(record, hold), self._host)
+        now = _size_bytes(device, record)
         wanted = now if size_bytes is None else size_bytes
-        if now is None or wanted is None or wanted < now:
+        if wanted < now:
             raise PolicyError(
                 f"{hold.host_path} has {now} bytes; making it smaller would lose data",
                 hint="detach it first and cut it with the tool of its file system",
@@ -261,58 +250,16 @@ class DeviceManager:
     def _find_claims(self, device: HostDevice) -> list[Claim]:
         return self._journal.find_claims(self._vm, device.identity, device.related_identities)
 
-    def _plan(self, infos: Sequence[DeviceInfo], owner: str, allow: Iterable[Code]) -> _Plan:
-        known = {record.identity: record for record in self._journal.devices(self._vm)}
-        new: dict[str, _New] = {}
-        holds = []
-        todo, examined = [], []
-        for request in self.check(infos, allow=allow):
-            record = known.get(request.device.identity) if request.device else None
-            examined.append(request)
-            if record is None:
-                todo.append(request)
-            else:
-                _check_same(record, request)
-        refuse(todo)
-        for request in examined:
-            assert request.device
-            identity = request.device.identity
-            if identity not in known and identity not in new:
-                same = [r for r in todo if r.device and r.device.identity == identity]
-                taken = [*known.values(), *(other.record for other in new.values())]
-                new[identity] = self._place(same, taken)
-            record = known[identity] if identity in known else new[identity].record
-            holds.append(_hold(record, request.info, owner))
-        return _Plan(tuple(new.values()), tuple(holds))
-
-    def _place(self, requests: Sequence[Examined], taken: Iterable[DeviceRecord]) -> _New:
-        """A record, drive and place for one device that one or more requests name."""
-        request = requests[0]
-        device, options = request.device, request.options
-        assert device
-        record = DeviceRecord(
-            id=new_id(),
+    def _plan(self, infos: Sequence[DeviceInfo], owner: str | None, allow: Iterable[Code]) -> Plan:
+        return make_plan(
+            self.check(infos, allow=allow),
             vm=self._vm,
-            identity=device.identity,
-            kind=device.kind,
-            host_path=device.host_path,
-            state=State.PLUGGING,
-            read_only=all(other.info.read_only for other in requests),
-            share_rw=options.share_rw,
-            options=request.info.driver_options,
-            place=None,
-            guest=None,
+            owner=owner or self._vm,
+            known=self._journal.devices(self._vm),
+            choose=self._choose,
         )
-        for other in requests:
-            _check_same(record, other)
-        if not isinstance(device, BlockDevice | DiskFile):
-            return _New(record, None, None)
-        wanted = options.driver or (BlockDriver.VIRTIO_BLOCK if options.iothread else None)
-        driver, place = self._choose(wanted, {other.place for other in taken if other.place})
-        drive = plan_drive(record.id, device, options, read_only=record.read_only, driver=driver)
-        return _New(replace(record, place=str(place), guest=GuestAddress.of(place)), drive, place)
 
-    def _choose(self, driver: BlockDriver | None, taken: set[str]) -> tuple[BlockDriver, Place]:
+    def _choose(self, taken: set[str], driver: BlockDriver | None) -> tuple[BlockDriver, Place]:
         """A place in what the VM offered when it was last asked, or, if that is full, offers now.
 
         What it offers is asked again after a refusal and after each unplug.
@@ -325,30 +272,25 @@ class DeviceManager:
 
     # acting
 
-    def _plug(self, devices: Sequence[_New]) -> None:
-        """Plug in turn; on failure take back what was done, and forget what is really gone."""
-        done: list[str] = []
-        try:
-            for new in devices:
-                if new.drive and new.place:
-                    self._hypervisor.plug(new.drive, new.place)
-                done.append(new.record.id)
-        except ProtocolError:
-            self._offer = None
-            raise  # nobody knows what QEMU did; the journal keeps it for reconcile
-        except DeviceError:
-            self._offer = None
-            self._unplug_again([new.record for new in devices], set(done))
-            raise
+    def _plug(self, devices: Sequence[NewDevice]) -> tuple[list[DeviceRecord], DeviceError | None]:
+        """Plug in turn, up to the first that fails: what is done, and the failure."""
+        done: list[DeviceRecord] = []
+        for device in devices:
+            try:
+                if device.drive and device.place:
+                    self._hypervisor.plug(device.drive, device.place)
+            except DeviceError as error:
+                self._offer = None
+                return done, error
+            done.append(device.record)
+        return done, None
 
-    def _unplug_again(self, records: Sequence[DeviceRecord], done: set[str]) -> None:
-        self._journal.forget_devices([r.id for r in records if r.id not in done])
-        plugged = [r.id for r in records if r.id in done]
-        self._journal.set_state(plugged, State.DETACHING)
-        try:
-            self._unplug([r for r in records if r.id in done], UNPLUG_TIMEOUT_S)
-        except HypervisorError as error:
-            log.warning("%s; vmplug reconcile tries again, ignoring", error)
+    def _give_up(self, devices: Sequence[NewDevice], done: Sequence[DeviceRecord]) -> None:
+        """Forget what was never plugged; what was is on its way out."""
+        done_ids = [record.id for record in done]
+        undone = [new.record.id for new in devices if new.record.id not in done_ids]
+        self._journal.forget_devices(undone)
+        self._journal.set_state(done_ids, State.DETACHING)
 
     def _release(self, ids: Sequence[str], timeout_s: float, *, whole: bool) -> None:
         with self._lock:
@@ -356,7 +298,7 @@ class DeviceManager:
             records = [r for r in self._journal.devices(self._vm) if r.id in last]
             for record in records:
                 if record.state is State.PLUGGING:
-                    raise _on_its_way(record)
+                    raise on_its_way(record)
             self._journal.set_state([record.id for record in records], State.DETACHING)
         self._unplug(records, timeout_s)
 
@@ -402,63 +344,18 @@ class DeviceManager:
             hint=hint,
         )
 
-    def _identity(self, device_id: str) -> str:
-        return next(r.identity for r in self._journal.devices(self._vm) if r.id == device_id)
+
+def _size_bytes(device: HostDevice, record: DeviceRecord) -> int:
+    """What the guest may see: a qcow2 image has a size of its own inside."""
+    if isinstance(device, DiskFile) and device.qcow2 and record.options.get("format") == "qcow2":
+        return device.qcow2.virtual_size_bytes
+    size_bytes = device.size_bytes if isinstance(device, BlockDevice | DiskFile) else None
+    return size_bytes or 0
 
 
-def _hold(record: DeviceRecord, info: DeviceInfo, owner: str) -> Attachment:
-    return Attachment(
-        id=new_id(),
-        vm=record.vm,
-        owner=owner,
-        container_path=info.container_path,
-        host_path=record.host_path,
-        kind=record.kind,
-        read_only=info.read_only,
-        count=1,
-        state=record.state,
-        guest=record.guest,
-        device_id=record.id,
-    )
-
-
-def _check_same(record: DeviceRecord, request: Examined) -> None:
-    """StateError unless the device, as it is plugged, serves this request too."""
-    if record.state is State.DETACHING:
-        raise _on_its_way(record)
-    if record.read_only and not request.info.read_only:
-        raise StateError(
-            f"{record.host_path} is plugged read-only and is now wanted for writing",
-            state="read-only",
-            required="writable",
-            hint="detach it from every owner first, or ask for it read-only",
-        )
-    wanted = dict(request.info.driver_options)
-    if wanted and wanted != dict(record.options):
-        raise StateError(
-            f"{record.host_path} is plugged with other options",
-            state=_words(record.options),
-            required=_words(wanted),
-            hint="detach it from every owner first, or leave the options out",
-        )
-
-
-def _words(options: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in options.items()) or "none"
-
-
-def _on_its_way(record: DeviceRecord) -> StateError:
-    return StateError(
-        f"{record.host_path} is {record.state}",
-        state=record.state,
-        required=State.ATTACHED,
-        hint=f"vmplug reconcile --vm {record.vm} finishes what was begun",
-    )
-
-
-def _info_of(identity: str, hold: Attachment) -> DeviceInfo:
+def _request_for(record: DeviceRecord, hold: Attachment) -> DeviceInfo:
     """A request that finds the device of an attachment again."""
-    kind, _, what = identity.partition(":")
+    kind, _, what = record.identity.partition(":")
     return DeviceInfo(
         container_path=hold.container_path,
         dev_type=DevType.BLOCK,

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vmplug.drivers.base import Hypervisor
+from vmplug.manager.records import DeviceRecord
 from vmplug.manager.state import State
-from vmplug.manager.store import DeviceRecord, Store
+from vmplug.manager.store import Store
 
 
 class Outcome(StrEnum):

@@ -9,17 +9,24 @@ Source: sqlite.org/wal.html, sqlite.org/pragma.html#pragma_synchronous.
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from vmplug.address import PciPath, ScsiAddress
 from vmplug.drivers.base import GuestAddress
 from vmplug.errors import StoreError
-from vmplug.host.device import DeviceType
 from vmplug.host.safety import Claim
+from vmplug.manager.records import (
+    Attachment,
+    DeviceRecord,
+    VmRecord,
+    read_attachment,
+    read_device,
+    read_vm,
+)
 from vmplug.manager.state import FOLLOWS, State, check_step
 
 DEFAULT_STATE_DIR = "/run/vmplug"
@@ -62,58 +69,6 @@ CREATE TABLE attachment (
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmRecord:
-    """A VM that vmplug knows; `is_ours` says that `vm start` made it.
-
-    `pid` and `started_at` (clock ticks after boot) tell the process from a later one with its
-    number; both are None where the process could not be found out.
-    """
-
-    name: str
-    qmp_socket: str
-    pid: int | None
-    started_at: int | None
-    is_ours: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceRecord:
-    """A device as the journal knows it; `place` and `guest` are None if it is only counted."""
-
-    id: str
-    vm: str
-    identity: str
-    kind: DeviceType
-    host_path: str
-    state: State
-    read_only: bool
-    share_rw: bool
-    options: Mapping[str, str]
-    place: str | None
-    guest: GuestAddress | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attachment:
-    """One owner's hold on a device; `count` is how often it attached it.
-
-    `guest` is where the guest sees it, None for a device that is only counted.
-    """
-
-    id: str
-    vm: str
-    owner: str
-    container_path: str
-    host_path: str
-    kind: DeviceType
-    read_only: bool
-    count: int
-    state: State
-    guest: GuestAddress | None
-    device_id: str
-
-
 class Store:
     """The journal of one host, open in this process.
 
@@ -123,6 +78,7 @@ class Store:
 
     def __init__(self, connection: sqlite3.Connection, path: str) -> None:
         self._db = connection
+        self._lock = threading.RLock()
         self.path = path
 
     @classmethod
@@ -162,7 +118,7 @@ class Store:
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
             if self._version() == 0:
-                with _Transaction(self._db, self.path):
+                with _Transaction(self._db, self._lock, self.path):
                     if self._version() == 0:  # nobody was quicker
                         for statement in _SCHEMA.split(";\n"):
                             self._db.execute(statement)
@@ -185,14 +141,14 @@ class Store:
             raise _store_error(self.path, error) from error
 
     def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
-        with self._errors():
+        with self._lock, self._errors():
             return self._db.execute(query, values).fetchall()
 
     # VMs
 
     def add_vm(self, vm: VmRecord) -> None:
         """Remember a VM, in place of an older record of its name."""
-        with _Transaction(self._db, self.path) as db:
+        with _Transaction(self._db, self._lock, self.path) as db:
             db.execute(
                 "INSERT OR REPLACE INTO vm VALUES (?, ?, ?, ?, ?)",
                 (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours),
@@ -200,22 +156,13 @@ class Store:
 
     def forget_vm(self, name: str) -> None:
         """Forget a VM and every device it held."""
-        with _Transaction(self._db, self.path) as db:
+        with _Transaction(self._db, self._lock, self.path) as db:
             db.execute("DELETE FROM device WHERE vm = ?", (name,))
             db.execute("DELETE FROM vm WHERE name = ?", (name,))
 
     def vms(self) -> list[VmRecord]:
         """Every known VM, by name."""
-        return [
-            VmRecord(
-                name=row["name"],
-                qmp_socket=row["qmp_socket"],
-                pid=row["pid"],
-                started_at=row["started_at"],
-                is_ours=bool(row["is_ours"]),
-            )
-            for row in self._rows("SELECT * FROM vm ORDER BY name")
-        ]
+        return [read_vm(row) for row in self._rows("SELECT * FROM vm ORDER BY name")]
 
     def find_vm(self, name: str) -> VmRecord | None:
         """The VM of that name; None when it is not known."""
@@ -227,10 +174,10 @@ class Store:
         self, devices: Iterable[DeviceRecord], holds: Iterable[Attachment]
     ) -> list[Attachment]:
         """Write down devices that are about to be plugged, and who wants them."""
-        with _Transaction(self._db, self.path) as db:
+        with _Transaction(self._db, self._lock, self.path) as db:
             for device in devices:
                 check_step(device.host_path, None, device.state)
-                guest = device.guest or GuestAddress()
+                guest = device.guest_address or GuestAddress()
                 db.execute(
                     "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
@@ -257,7 +204,7 @@ class Store:
 
         Raises StateError when the table does not let one of them; then none moves.
         """
-        with _Transaction(self._db, self.path) as db:
+        with _Transaction(self._db, self._lock, self.path) as db:
             for device_id in device_ids:
                 done = db.execute(_SET_STATE[state], (device_id,))
                 if done.rowcount == 0:
@@ -266,7 +213,7 @@ class Store:
 
     def forget_devices(self, device_ids: Sequence[str]) -> None:
         """Forget devices that the VM no longer holds, their places and their holds."""
-        with _Transaction(self._db, self.path) as db:
+        with _Transaction(self._db, self._lock, self.path) as db:
             for device_id in device_ids:
                 if state := _state(db, device_id):  # another thread may have been quicker
                     check_step(device_id, state, None)
@@ -279,7 +226,7 @@ class Store:
         again. Gives the ids of the devices for which that is so: they are to be unplugged.
         """
         last = []
-        with _Transaction(self._db, self.path) as db:
+        with _Transaction(self._db, self._lock, self.path) as db:
             for attachment_id in attachment_ids:
                 row = db.execute(
                     "SELECT device, count, (SELECT count(*) FROM attachment b"
@@ -301,7 +248,7 @@ class Store:
     def devices(self, vm: str) -> list[DeviceRecord]:
         """Every device of a VM, in the order they came."""
         rows = self._rows("SELECT * FROM device WHERE vm = ? ORDER BY rowid", vm)
-        return [_device(row) for row in rows]
+        return [read_device(row) for row in rows]
 
     def find_claims(self, vm: str | None, own: str, identities: Iterable[str]) -> list[Claim]:
         """What VMs hold of `identities`, and other VMs than `vm` of `own`."""
@@ -332,38 +279,28 @@ class Store:
             " WHERE ?1 IS NULL OR d.vm = ?1 ORDER BY a.rowid",
             vm,
         )
-        return [
-            Attachment(
-                id=row["id"],
-                vm=row["vm"],
-                owner=row["owner"],
-                container_path=row["container_path"],
-                host_path=row["host_path"],
-                kind=DeviceType(row["kind"]),
-                read_only=bool(row["read_only"]),
-                count=row["count"],
-                state=State(row["state"]),
-                guest=_guest(row),
-                device_id=row["device"],
-            )
-            for row in rows
-        ]
+        return [read_attachment(row) for row in rows]
 
 
 class _Transaction:
     """BEGIN IMMEDIATE to COMMIT, or ROLLBACK; a class because a generator takes twice the time."""
 
-    __slots__ = ("_db", "_path")
+    __slots__ = ("_db", "_lock", "_path")
 
-    def __init__(self, db: sqlite3.Connection, path: str) -> None:
+    def __init__(self, db: sqlite3.Connection, lock: threading.RLock, path: str) -> None:
         self._db = db
+        self._lock = lock
         self._path = path
 
     def __enter__(self) -> sqlite3.Connection:
+        self._lock.acquire()
         try:
             self._db.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
-            raise _store_error(self._path, error) from error
+        except BaseException as error:
+            self._lock.release()
+            if isinstance(error, sqlite3.Error):
+                raise _store_error(self._path, error) from error
+            raise
         return self._db
 
     def __exit__(
@@ -373,6 +310,8 @@ class _Transaction:
             self._db.execute("ROLLBACK" if kind else "COMMIT")
         except sqlite3.Error as failure:
             raise _store_error(self._path, failure) from failure
+        finally:
+            self._lock.release()
         if isinstance(error, sqlite3.Error):
             raise _store_error(self._path, error) from error
 
@@ -403,31 +342,6 @@ def _add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> list[Atta
         ).fetchone()
         added.append(replace(hold, id=row["id"], count=row["count"]))
     return added
-
-
-def _device(row: sqlite3.Row) -> DeviceRecord:
-    return DeviceRecord(
-        id=row["id"],
-        vm=row["vm"],
-        identity=row["identity"],
-        kind=DeviceType(row["kind"]),
-        host_path=row["host_path"],
-        state=State(row["state"]),
-        read_only=bool(row["read_only"]),
-        share_rw=bool(row["share_rw"]),
-        options=json.loads(row["options"]),
-        place=row["place"],
-        guest=_guest(row),
-    )
-
-
-def _guest(row: sqlite3.Row) -> GuestAddress | None:
-    if row["place"] is None:
-        return None
-    return GuestAddress(
-        pci_path=PciPath.parse(row["pci_path"]) if row["pci_path"] else None,
-        scsi_address=ScsiAddress.parse(row["scsi_address"]) if row["scsi_address"] else None,
-    )
 
 
 def _store_error(path: str, error: Exception) -> StoreError:

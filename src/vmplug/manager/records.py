@@ -1,0 +1,117 @@
+"""What the journal holds, as values: VMs, devices, and owners' holds on devices."""
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vmplug.address import PciPath, ScsiAddress
+from vmplug.drivers.base import GuestAddress
+from vmplug.host.device import DeviceType
+from vmplug.manager.state import State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmRecord:
+    """A VM that vmplug knows; `is_ours` says that `vm start` made it.
+
+    `pid` and `started_at` (clock ticks after boot) tell the process from a later one with its
+    number; both are None where the process could not be found out.
+    """
+
+    name: str
+    qmp_socket: str
+    pid: int | None
+    started_at: int | None
+    is_ours: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRecord:
+    """A device as the journal knows it; without `place` and `guest_address` it is only counted."""
+
+    id: str
+    vm: str
+    identity: str
+    kind: DeviceType
+    host_path: str
+    state: State
+    read_only: bool
+    share_rw: bool
+    options: Mapping[str, str]
+    place: str | None
+    guest_address: GuestAddress | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """One owner's hold on a device; `count` is how often it attached it.
+
+    `guest_address` is where the guest sees it, None for a device that is only counted.
+    """
+
+    id: str
+    vm: str
+    owner: str
+    container_path: str
+    host_path: str
+    kind: DeviceType
+    read_only: bool
+    count: int
+    state: State
+    guest_address: GuestAddress | None
+    device_id: str
+
+
+def read_vm(row: sqlite3.Row) -> VmRecord:
+    """A row of the table `vm`."""
+    return VmRecord(
+        name=row["name"],
+        qmp_socket=row["qmp_socket"],
+        pid=row["pid"],
+        started_at=row["started_at"],
+        is_ours=bool(row["is_ours"]),
+    )
+
+
+def read_device(row: sqlite3.Row) -> DeviceRecord:
+    """A row of the table `device`."""
+    return DeviceRecord(
+        id=row["id"],
+        vm=row["vm"],
+        identity=row["identity"],
+        kind=DeviceType(row["kind"]),
+        host_path=row["host_path"],
+        state=State(row["state"]),
+        read_only=bool(row["read_only"]),
+        share_rw=bool(row["share_rw"]),
+        options=json.loads(row["options"]),
+        place=row["place"],
+        guest_address=_guest_address(row),
+    )
+
+
+def _guest_address(row: sqlite3.Row) -> GuestAddress | None:
+    if row["place"] is None:
+        return None
+    return GuestAddress(
+        pci_path=PciPath.parse(row["pci_path"]) if row["pci_path"] else None,
+        scsi_address=ScsiAddress.parse(row["scsi_address"]) if row["scsi_address"] else None,
+    )
+
+
+def read_attachment(row: sqlite3.Row) -> Attachment:
+    """A row of the table `attachment` joined to its device."""
+    return Attachment(
+        id=row["id"],
+        vm=row["vm"],
+        owner=row["owner"],
+        container_path=row["container_path"],
+        host_path=row["host_path"],
+        kind=DeviceType(row["kind"]),
+        read_only=bool(row["read_only"]),
+        count=row["count"],
+        state=State(row["state"]),
+        guest_address=_guest_address(row),
+        device_id=row["device"],
+    )
