@@ -451,17 +451,21 @@ def test_a_place_that_somebody_else_has_is_left_out(sandbox: Sandbox) -> None:
 
 
 def test_a_place_taken_behind_the_managers_back_is_refused_at_most_once(sandbox: Sandbox) -> None:
+    """The manager does not ask for all places before each attach; it asks again when refused."""
     sandbox.devices.attach(sandbox.disk("a.img"))
     add_stranger(sandbox, "rp1")
     before = sandbox.picture()
-    try:
-        attachment = sandbox.devices.attach(sandbox.disk("b.img"))
-    except CommandError as error:
-        assert error.hint
-        assert "try again" in error.hint
-        assert sandbox.picture() == before
-        attachment = sandbox.devices.attach(sandbox.disk("b.img"))
+    refusals = []
+    for _ in range(2):
+        try:
+            attachment = sandbox.devices.attach(sandbox.disk("b.img"))
+        except CommandError as error:
+            refusals.append(error)
+            assert sandbox.picture() == before
+        else:
+            break
     assert pci(attachment) == "12/00"
+    assert all("try again" in (error.hint or "") for error in refusals)
 
 
 def test_the_place_of_a_detaching_device_is_not_given_away(sandbox: Sandbox) -> None:
@@ -768,11 +772,8 @@ def test_a_broken_detach_can_be_repeated(sandbox: Sandbox, count: int, *, is_sen
 
 def test_a_char_device_is_counted_and_nothing_is_sent(sandbox: Sandbox) -> None:
     first = sandbox.devices.attach(null_device("/dev/zero-like"), owner="c1")
-    assert (first.kind, first.host_path, first.guest_address) == (
-        DeviceType.GENERIC,
-        "/dev/null",
-        None,
-    )
+    assert (first.kind, first.host_path) == (DeviceType.GENERIC, "/dev/null")
+    assert first.guest_address is None
     second = sandbox.devices.attach(null_device("/dev/zero-like"), owner="c2")
     assert first.device_id == second.device_id
 
@@ -1057,11 +1058,11 @@ def test_a_device_that_has_left_the_host_can_still_be_detached(sandbox: Sandbox)
 
 
 def test_threads_that_attach_one_device_plug_it_once(sandbox: Sandbox) -> None:
-    manager, start = sandbox.devices, threading.Barrier(8)
+    manager, disk, start = sandbox.devices, sandbox.disk(), threading.Barrier(8)
 
     def attach(index: int) -> Attachment:
         start.wait()
-        return manager.attach(sandbox.disk(), owner=f"c{index % 2}")
+        return manager.attach(disk, owner=f"c{index % 2}")
 
     with ThreadPoolExecutor(8) as pool:
         attachments = list(pool.map(attach, range(8)))
