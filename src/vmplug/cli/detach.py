@@ -12,7 +12,7 @@ from vmplug.cli.options import (
     state_dir_option,
     timeout_option,
 )
-from vmplug.cli.output import attachment_json, print_json
+from vmplug.cli.output import attachment_json, print_json, progress
 from vmplug.errors import NotAttached
 from vmplug.host.root import HostRoot
 from vmplug.manager.records import Attachment
@@ -56,7 +56,10 @@ def command(
             hint="vmplug list shows who holds what",
         )
     for name in dict.fromkeys(hold.vm for hold in chosen):
-        with open_manager(name, state_dir, host=HostRoot()) as devices:
+        with (
+            open_manager(name, state_dir, host=HostRoot()) as devices,
+            progress(f"waiting for the guest of VM {name} to let go"),
+        ):
             ids = [hold.id for hold in chosen if hold.vm == name]
             devices.detach_all(ids, timeout_s=timeout_s, whole=bool(owner))
     if as_json:

@@ -1,6 +1,7 @@
 """Arguments that several verbs share, and what they mean."""
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from vmplug.host.safety import Code
     from vmplug.host.vhost_user import VhostUserStore
     from vmplug.manager.manager import DeviceManager
+    from vmplug.manager.records import VmRecord
     from vmplug.manager.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -167,7 +169,7 @@ def parse_device(text: str) -> DeviceInfo:
     try:
         dev_type, devnum = DevType(kind), DevNum.parse(f"{major}:{minor}")
     except ValueError as error:
-        why = str(error) if kind in set(DevType) else f"{kind!r} is not b, c or file"
+        why = str(error) if kind in {"b", "c", "u"} else f"{kind!r} is not b, c or file"
         raise SpecError(
             f"--device {text}", why, hint="write b:7:0, b:7:0:/dev/xvda or file:/images/a.img"
         ) from None
@@ -189,7 +191,7 @@ def _parse_options(texts: Sequence[str]) -> dict[str, str]:
 
 
 def parse_allow(words: Sequence[str]) -> "frozenset[Code]":
-    """The codes of `--allow`; SpecError for a word that is none, PolicyError's kin for `all`."""
+    """The codes of `--allow`; SpecError for a word that is none, such as `all`."""
     from vmplug.host.safety import NEVER_ALLOWED, Code  # noqa: PLC0415
 
     known = {str(code): code for code in Code if code not in NEVER_ALLOWED}
@@ -210,6 +212,26 @@ def open_journal(state_dir: str) -> "Store":
     return Store.open(state_dir)
 
 
+def find_vm(journal: "Store", name: str) -> "VmRecord":
+    """The VM of that name; StateError when it is not known."""
+    record = journal.find_vm(name)
+    if record is None:
+        raise StateError(
+            f"no VM {name!r} is known",
+            state="unknown",
+            required="started or adopted",
+            hint=f"vmplug vm list shows the known ones; vmplug vm adopt {name} --qmp SOCKET",
+        )
+    return record
+
+
+def forget_vm(journal: "Store", record: "VmRecord") -> None:
+    """Forget a VM that has ended or is no longer ours to serve, and remove its files."""
+    journal.forget_vm(record.name)
+    if record.is_ours:
+        shutil.rmtree(os.path.dirname(record.qmp_socket), ignore_errors=True)
+
+
 def open_manager(
     vm: str, state_dir: str, *, host: HostRoot, store: "VhostUserStore | None" = None
 ) -> "DeviceManager":
@@ -218,14 +240,7 @@ def open_manager(
     from vmplug.manager.manager import DeviceManager  # noqa: PLC0415
 
     with open_journal(state_dir) as journal:
-        record = journal.find_vm(vm)
-    if record is None:
-        raise StateError(
-            f"no VM {vm!r} is known",
-            state="unknown",
-            required="started or adopted",
-            hint=f"vmplug vm list shows the known ones; vmplug vm adopt {vm} --qmp SOCKET",
-        )
+        record = find_vm(journal, vm)
     return DeviceManager.open(
         vm=vm,
         host=host,

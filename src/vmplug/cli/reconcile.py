@@ -4,14 +4,15 @@ import click
 
 from vmplug.cli.options import (
     complete_vm,
+    find_vm,
+    forget_vm,
     json_option,
     open_journal,
     open_manager,
     state_dir_option,
     timeout_option,
 )
-from vmplug.cli.output import print_json, print_table
-from vmplug.errors import StateError
+from vmplug.cli.output import print_json, print_table, progress
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
 from vmplug.manager.reconcile import Outcome, Repair
@@ -35,14 +36,7 @@ def command(as_json: bool, state_dir: str, timeout_s: float, vm: str | None) -> 
     vmplug reconcile --vm sb1 --json
     """
     with open_journal(state_dir) as journal:
-        vms = [record for record in journal.vms() if vm in {None, record.name}]
-        if vm and not vms:
-            raise StateError(
-                f"no VM {vm!r} is known",
-                state="unknown",
-                required="started or adopted",
-                hint="vmplug vm list shows the known ones",
-            )
+        vms = [find_vm(journal, vm)] if vm else journal.vms()
         repairs = [
             (record.name, repair)
             for record in vms
@@ -61,10 +55,13 @@ def command(as_json: bool, state_dir: str, timeout_s: float, vm: str | None) -> 
 
 def _repair(record: VmRecord, journal: Store, state_dir: str, timeout_s: float) -> list[Repair]:
     if record.pid is None or is_running(record.pid, record.started_at, HostRoot()):
-        with open_manager(record.name, state_dir, host=HostRoot()) as devices:
+        with (
+            open_manager(record.name, state_dir, host=HostRoot()) as devices,
+            progress(f"making the journal agree with VM {record.name}"),
+        ):
             return devices.reconcile(timeout_s=timeout_s)
     held = journal.devices(record.name)
-    journal.forget_vm(record.name)
+    forget_vm(journal, record)
     reason = "the VM is not running any more"
     return [Repair(device.id, device.host_path, Outcome.FORGOTTEN, reason) for device in held]
 

@@ -8,8 +8,15 @@ from typing import Any
 
 import click
 
-from vmplug.cli.options import complete_vm, json_option, open_journal, state_dir_option
-from vmplug.cli.output import print_json, print_table
+from vmplug.cli.options import (
+    complete_vm,
+    find_vm,
+    forget_vm,
+    json_option,
+    open_journal,
+    state_dir_option,
+)
+from vmplug.cli.output import print_json, print_table, progress
 from vmplug.errors import HypervisorError, SpecError, StateError, StillAttached
 from vmplug.host.process import is_running, read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
@@ -86,7 +93,7 @@ def start(
                 timeout_s=_START_TIMEOUT_S,
             )
         except BaseException:
-            journal.forget_vm(name)
+            forget_vm(journal, record)
             raise
         journal.add_vm(_with_pid(record, pid))
     if as_json:
@@ -154,14 +161,7 @@ def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
     vmplug vm stop sb1
     """
     with open_journal(state_dir) as journal:
-        record = journal.find_vm(name)
-        if record is None:
-            raise StateError(
-                f"no VM {name!r} is known",
-                state="unknown",
-                required="started or adopted",
-                hint="vmplug vm list shows the known ones",
-            )
+        record = find_vm(journal, name)
         held = journal.attachments(name)
         is_alive = _is_alive(record)
         if is_alive and not record.is_ours and held:
@@ -170,10 +170,9 @@ def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
                 hint="vmplug detach them first",
             )
         if is_alive and record.is_ours:
-            _end(record, timeout_s)
-        journal.forget_vm(name)
-    if record.is_ours:
-        shutil.rmtree(Path(record.qmp_socket).parent, ignore_errors=True)
+            with progress(f"waiting for VM {name} to power down"):
+                _end(record, timeout_s)
+        forget_vm(journal, record)
     what = "stopped" if record.is_ours else "forgotten"
     if as_json:
         print_json({"vm": {"name": name}, "released": [hold.id for hold in held]})

@@ -5,6 +5,7 @@ A finding of severity `error` stops `attach`. An operator may allow single findi
 
 import errno
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -16,8 +17,13 @@ from vmplug.host.device import BlockDevice, CharDevice, DiskFile, HostDevice, Vh
 from vmplug.host.mounts import HostUsage, same_file
 from vmplug.host.root import HostRoot
 
-_QEMU_LOCK_BASE, _QEMU_LOCK_LENGTH = 100, 200
-"""QEMU locks one byte a permission from 100 and 200. Source: QEMU block/file-posix.c."""
+_LOCKS_AGAINST_WRITING = ((100, 200),)
+_LOCKS_AGAINST_READING = ((101, 1), (103, 1), (200, 1))
+"""QEMU locks byte 100 + n for a permission it has and 200 + n for one it denies others; 0 is to
+read, 1 to write, 3 to resize. Source: QEMU block/file-posix.c, include/block/block-common.h."""
+
+_PROBE_S = 0.05
+"""How long an exclusive open is taken for a mere probe, such as another vmplug's own."""
 
 
 class Code(StrEnum):
@@ -143,7 +149,7 @@ def _check_block(
         closed = list(_opened(device, root, explained=bool(explained)))
         yield from closed
         if not (used or claims or closed):
-            yield from _locked(device.device_node, root)
+            yield from _locked(device.device_node, wish, root)
     yield from _read_only(device, wish, "make it writable (blockdev --setrw)")
     if device.size_bytes == 0:
         yield _empty(device)
@@ -159,7 +165,7 @@ def _check_file(
     yield from used
     yield from _claimed(claims, wish)
     if not used and not claims:
-        yield from _locked(device.host_path, root)
+        yield from _locked(device.host_path, wish, root)
     yield from _read_only(device, wish, "remount its file system for writing")
     if device.size_bytes == 0:
         yield Finding(
@@ -275,7 +281,7 @@ def _claimed(claims: Sequence[Claim], wish: Wish) -> Iterator[Finding]:
 
 def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator[Finding]:
     """An exclusive open says what no file in sysfs does: btrfs, zfs, a database, a daemon."""
-    match root.probe_open(device.device_node, os.O_EXCL):
+    match _exclusive_errno(device.device_node, root, patience_s=0 if explained else _PROBE_S):
         case None:
             pass
         case errno.EBUSY:
@@ -295,8 +301,18 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
             )
 
 
-def _locked(path: str, root: HostRoot) -> Iterator[Finding]:
-    if root.is_range_locked(path, _QEMU_LOCK_BASE, _QEMU_LOCK_LENGTH):
+def _exclusive_errno(path: str, root: HostRoot, *, patience_s: float) -> int | None:
+    deadline = time.monotonic() + patience_s
+    while (number := root.probe_open(path, os.O_EXCL)) == errno.EBUSY:
+        if time.monotonic() >= deadline:
+            break
+        os.sched_yield()
+    return number
+
+
+def _locked(path: str, wish: Wish, root: HostRoot) -> Iterator[Finding]:
+    locks = _LOCKS_AGAINST_READING if wish.read_only else _LOCKS_AGAINST_WRITING
+    if any(root.is_range_locked(path, start, length) for start, length in locks):
         yield Finding(
             Code.IMAGE_LOCKED,
             f"{path} is open in another QEMU or storage daemon",

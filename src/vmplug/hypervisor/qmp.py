@@ -93,7 +93,8 @@ class QmpMonitor(Monitor):
             raise ConnectError(
                 self._socket,
                 f"cannot talk QMP on {self._socket}: {_reason(error)}",
-                hint="is the VM running, and is this its QMP socket? (vmplug vm list)",
+                hint="is the VM running (vmplug vm list)? if it is gone, vmplug reconcile frees "
+                "what it held",
             ) from error
         self._client = client
         self._relay = asyncio.create_task(self._relay_events(events))
