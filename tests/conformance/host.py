@@ -13,6 +13,22 @@ from vmplug.host.vhost_user import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.spec import parse_config
 
+DISK = {"ContainerPath": "/dev/sda", "DevType": "b", "Major": 8, "Minor": 0}
+TTY = {"ContainerPath": "/dev/tty2", "DevType": "c", "Major": 4, "Minor": 2}
+
+
+def disk(name: str, minor: int = 0) -> dict[str, Any]:
+    """A request for a disk, in Kata's words."""
+    return {**DISK, "ContainerPath": f"/dev/{name}", "Minor": minor}
+
+
+def add_disks(tree: HostTree, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Disks that the host has, and the requests for them."""
+    disks = {name: disk(name, 16 * index) for index, name in enumerate(names)}
+    for asked in disks.values():
+        add_device(tree, asked)
+    return disks
+
 
 def build_host(case: Case, *, with_sockets: bool = False) -> HostTree:
     """The tree that `setup.fs` describes; what Kata took for sockets are files, or sockets."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tests.conformance.vector import Case, Facts
+from tests.conformance.vector import Case, Facts, Refusal, attempt, error_of
 from tests.support.tree import HostTree
 from vmplug.address import ScsiAddress, qemu_id
 from vmplug.cli.output import attachment_json
@@ -21,14 +21,24 @@ from vmplug.manager.store import Store
 from vmplug.oci.info import DeviceInfo
 
 VM = "sandbox"
+UNKNOWN = "0123456789abcdef"
+"""An id of nothing; ids are drawn, and this one is not."""
+_TIMEOUT_S = 0.01
 _FIRST_PORT_DEVFN = 0x80
 """Ports go on slots 10, 10.1, ... of the root bus, where there is room for 128."""
-_LETTERS = {"blockdev-add": "B", "device_add": "A", "device_del": "D", "blockdev-del": "R"}
+_LETTERS = {
+    "object-add": "O",
+    "blockdev-add": "B",
+    "device_add": "A",
+    "device_del": "D",
+    "blockdev-del": "R",
+    "object-del": "P",
+}
 """The commands that change a VM; every other is a question."""
 
 
 class _Vm(Qemu):
-    """A VM whose SCSI controller has its first addresses in use."""
+    """As MemoryHypervisor, on a monitor that outlives it, with SCSI addresses in use."""
 
     def __init__(self, monitor: MemoryMonitor, *, used_scsi: int) -> None:
         super().__init__(monitor)
@@ -61,6 +71,7 @@ class Machine:
         self._restored = case.restored
         self._state_dir = case.path / "state"
         self._manager = self._open()
+        case.at_end.callback(self.close)
 
     def _open(self) -> DeviceManager:
         return DeviceManager.open(
@@ -78,18 +89,30 @@ class Machine:
             self.restart()
         return self._manager
 
+    def close(self) -> None:
+        """The journal and the VM stay."""
+        self._manager.close()
+
     def restart(self) -> None:
         """Nothing stays but the journal, the host and the VM."""
-        self._manager.close()
+        self.close()
         self._manager = self._open()
 
-    def attach(
-        self, info: DeviceInfo, *, owner: str | None = None, allow: Iterable[Code] = ()
-    ) -> Attachment:
-        return self.manager.attach(info, owner=owner, allow=allow)
+    def attach(self, info: DeviceInfo, *, owner: str | None = None) -> Attachment:
+        return self.manager.attach(info, owner=owner)
 
-    def detach(self, attachment: Attachment, *, timeout_s: float = 0.01) -> None:
-        self.manager.detach(attachment.id, timeout_s=timeout_s)
+    def try_attach(self, info: DeviceInfo, *, allow: Iterable[Code] = ()) -> Attachment | Refusal:
+        return attempt(lambda: self.manager.attach(info, allow=allow))
+
+    def try_detach(self, hold: Attachment | str, *, whole: bool = False) -> Refusal | None:
+        """Let go of a hold, or of what is held at a container path: of nothing if nothing is."""
+        if isinstance(hold, str):
+            held = {hold.container_path: hold.id for hold in self.manager.attachments()}
+            hold_id = held.get(hold, UNKNOWN)
+        else:
+            hold_id = hold.id
+        answer = attempt(lambda: self.manager.detach(hold_id, timeout_s=_TIMEOUT_S, whole=whole))
+        return error_of(answer)
 
     def records(self) -> list[DeviceRecord]:
         """The devices of the VM as they are saved."""
@@ -125,7 +148,8 @@ class Machine:
         """The drive of a disk as it was plugged, in the fields of Kata's BlockDrive."""
         name = qemu_id(attachment.device_id)
         (node,) = (c.arguments for c in self.changes if c.arguments.get("node-name") == name)
-        (front,) = (c for c in self.changes if c.execute == "device_add" and c.arguments["id"] == name)
+        plugs = [command for command in self.changes if command.execute == "device_add"]
+        (front,) = (command for command in plugs if command.arguments["id"] == name)
         is_scsi = front.arguments["driver"] == "scsi-hd"
         return {
             "File": node["file"]["filename"],
@@ -197,6 +221,22 @@ def agent_record(attachment: Attachment) -> dict[str, Any]:
     return record
 
 
+def our_drive(file: str, index: int, **changes: object) -> dict[str, Any]:
+    """What `Machine.drive` is to give of an ordinary disk."""
+    return {
+        "File": file,
+        "Format": "raw",
+        "ID": "its own",
+        "Index": index,
+        "ReadOnly": False,
+        "ShareRW": False,
+        "DiscardUnmap": False,
+        "SCSIAddr": "",
+        "VirtPath": "",
+        **changes,
+    }
+
+
 def katas_drive(drive: Facts | None, device_id: str) -> dict[str, Any] | None:
     """Kata's BlockDrive in the fields of `Machine.drive`."""
     if drive is None:
@@ -232,6 +272,6 @@ def katas_calls(calls: Sequence[str]) -> list[str]:
                 words.append(f"unplug from {freed[1]}")
             case ["HotplugRemoveDevice(block)", "boom"]:
                 words.append(f"stays at {index}")
-            case [other]:
-                words.append(other)
+            case _:
+                words.append(call)
     return words

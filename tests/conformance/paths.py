@@ -3,7 +3,17 @@
 from contextlib import chdir
 
 from tests.conformance.host import add_node, build_host, open_store, request
-from tests.conformance.vector import Adapter, Answer, Case, Deviation, Facts, attempt, kind_of, katas_result
+from tests.conformance.vector import (
+    Adapter,
+    Answer,
+    Case,
+    Deviation,
+    Facts,
+    attempt,
+    error_of,
+    katas_result,
+    kind_of,
+)
 from tests.support.tree import HostTree
 from vmplug.address import DevNum
 from vmplug.host.device import DeviceType
@@ -22,8 +32,10 @@ def _sysfs_directory(case: Case) -> Answer:
         tree.file(f"{directory}/uevent", f"DEVNAME={node.removeprefix('/dev/')}\n")
     tree.file("uevent", "DEVNAME=relative\n")
     with chdir(case.path):
-        node = attempt(lambda: find_sysfs_node(request({"ContainerPath": "/dev/x", **case.input}), tree.root))
-    ours = directories[node] if isinstance(node, str) else node
+        answer = attempt(
+            lambda: find_sysfs_node(request({"ContainerPath": "/dev/x", **case.input}), tree.root)
+        )
+    ours = directories[answer] if isinstance(answer, str) else answer
     return Answer(ours, case.expected["result"])
 
 
@@ -35,6 +47,7 @@ def _host_path(case: Case) -> Answer:
     tree = build_host(case, with_sockets=case.mended or refused)
     device: Facts = case.input["device"]
     if case.mended and katas == device["ContainerPath"]:
+        assert _refusal_of_another_node(tree, device) == "NoSuchDevice"
         add_node(tree, device)
     cwd = case.path / case.setup.get("cwd", "$ROOT").removeprefix("$ROOT").lstrip("/")
     cwd.mkdir(exist_ok=True)
@@ -42,6 +55,18 @@ def _host_path(case: Case) -> Answer:
     with chdir(cwd):
         ours = attempt(lambda: get_host_path(request(device), tree.root, store))
     return Answer(ours, katas)
+
+
+def _refusal_of_another_node(tree: HostTree, device: Facts) -> str | None:
+    """What a container path gives that is a node of the next number, or a file for a FIFO."""
+    node = tree.path / device["ContainerPath"].lstrip("/")
+    if device["DevType"] == "p":
+        tree.file(device["ContainerPath"])
+    else:
+        add_node(tree, {**device, "Minor": device["Minor"] + 1})
+    error = error_of(attempt(lambda: get_host_path(request(device), tree.root)))
+    node.unlink()
+    return error.kind if error else None
 
 
 def _backing_file(case: Case) -> Answer:
@@ -121,4 +146,102 @@ ADAPTERS: dict[str, Adapter] = {
     "manager.IsVhostUserBlk / manager.isVhostUserSCSI": _vhost_user_kind,
 }
 
-DEVIATIONS: dict[str, Deviation] = {}
+
+def _nothing(wanted: str, found: str = "nothing") -> str:
+    return f"NoSuchDevice(wanted={wanted}, found={found})"
+
+
+_NO_TYPE = Deviation(
+    1, "an unknown type is refused and never looked up", "SpecError(where=$.linux.devices[0].type)"
+)
+_UNREADABLE = "AttributeReadError(path=/sys/dev/char/252:3/uevent, errno=None)"
+_UNVERIFIED = "a container path is used only if it is a node of the type and number asked for"
+_NO_SOCKET = "what stands in the socket's place must be a socket"
+_LITERAL = "a uevent file is lines KEY=VALUE, read to the letter"
+
+DEVIATIONS: dict[str, Deviation] = {
+    'sysdev path type="" 127:0': _NO_TYPE,
+    'sysdev path type=" b" 8:0': _NO_TYPE,
+    "is block ": _NO_TYPE,
+    "is block B": _NO_TYPE,
+    "empty type reads ./uevent from the current directory (quirk)": _NO_TYPE,
+    "fifo type p reads ./uevent from the current directory (quirk)": Deviation(
+        1, "a FIFO has no entry in sysfs, so none is looked for", _nothing("FIFO /dev/fifo")
+    ),
+    "major -1 with empty HostPath returns empty string without error": Deviation(
+        None, "an empty path leads to no file", _nothing("file ")
+    ),
+    "no sysfs entry falls back to container path": Deviation(
+        3, _UNVERIFIED, _nothing("char device 252:3")
+    ),
+    "fuse-like char device without sysfs entry": Deviation(
+        3, _UNVERIFIED, _nothing("char device 10:229")
+    ),
+    "type b does not look in char": Deviation(3, _UNVERIFIED, _nothing("block device 8:0")),
+    "dangling sysfs symlink counts as missing": Deviation(
+        3, _UNVERIFIED, _nothing("block device 8:16")
+    ),
+    "fifo type p: unsupported, relative uevent absent, falls back": Deviation(
+        3, _UNVERIFIED, _nothing("FIFO /dev/fifo")
+    ),
+    "241 with store disabled uses sysfs, then the container path": Deviation(
+        3, _UNVERIFIED, _nothing("block device 241:0")
+    ),
+    "241 as char device is not vhost-user": Deviation(
+        3, _UNVERIFIED, _nothing("char device 241:0")
+    ),
+    "240 is an ordinary block device": Deviation(3, _UNVERIFIED, _nothing("block device 240:0")),
+    "DEVNAME with semicolon is cut (INI quirk)": Deviation(2, _LITERAL, "/dev/foo;bar"),
+    "colon works as delimiter (INI quirk)": Deviation(2, _LITERAL, _UNREADABLE),
+    "DEVNAME after a [section] is not found (INI quirk)": Deviation(2, _LITERAL, "/dev/vfio/2"),
+    "percent interpolation is expanded (INI quirk)": Deviation(2, _LITERAL, "/dev/x%(MINOR)s"),
+    "CRLF line ends": Deviation(2, _LITERAL, _UNREADABLE),
+    "UTF-8 BOM is skipped": Deviation(2, _LITERAL, _UNREADABLE),
+    "bad line after DEVNAME aborts too": Deviation(
+        2, "lines that are not asked for do not matter", "/dev/vfio/2"
+    ),
+    "dangling symlink sorted before the match aborts the lookup": Deviation(
+        4, "a broken neighbour is passed over", "/vu/block/sockets/vhostblk0"
+    ),
+    "minor is truncated to 32 bits (quirk)": Deviation(
+        4, "the kernel has 20 bits of minor", "SpecError(where=$.linux.devices[0].minor)"
+    ),
+    "several nodes: exact major:minor chosen": Deviation(
+        5, _NO_SOCKET, _nothing("vhost-user device 241:1", "a regular file")
+    ),
+    "minor above 255 is decoded fully": Deviation(
+        5, _NO_SOCKET, _nothing("vhost-user device 241:300", "a regular file")
+    ),
+    "symlink to a device node matches, socket takes the link name": Deviation(
+        5, _NO_SOCKET, _nothing("vhost-user device 241:0", "a regular file")
+    ),
+    "socket path is a directory: accepted (not checked)": Deviation(
+        5, _NO_SOCKET, _nothing("vhost-user device 241:0", "a directory")
+    ),
+    "socket is a symlink loop (ELOOP): accepted (quirk)": Deviation(
+        5,
+        "a socket that cannot be looked at is an error",
+        "AttributeReadError(path=/vu/block/sockets/vhostblk0, errno=40)",
+    ),
+    "is vfio /dev/vfio/noiommu-0": Deviation(
+        23, "a group without an IOMMU protects nobody and is not taken for VFIO", ours=False
+    ),
+    "is vfio /dev/vfio//5": Deviation(
+        23, "a group's node is /dev/vfio/NUMBER to the letter, as the kernel names it", ours=False
+    ),
+}
+
+MENDED: dict[str, Deviation | None] = {
+    "no sysfs entry falls back to container path": None,
+    "fuse-like char device without sysfs entry": None,
+    "type b does not look in char": None,
+    "dangling sysfs symlink counts as missing": None,
+    "fifo type p: unsupported, relative uevent absent, falls back": None,
+    "241 with store disabled uses sysfs, then the container path": None,
+    "241 as char device is not vhost-user": None,
+    "240 is an ordinary block device": None,
+    "several nodes: exact major:minor chosen": None,
+    "minor above 255 is decoded fully": None,
+    "symlink to a device node matches, socket takes the link name": None,
+}
+"""On a host that has the node or the socket, ours is Kata's answer."""

@@ -1,9 +1,8 @@
-"""Requests: what a manager makes of one, of two for one device, and of its options."""
+"""Requests: what a manager makes of one, of its options, and of kinds it cannot plug."""
 
-from dataclasses import replace
 from typing import Any
 
-from tests.conformance.host import add_device, add_node, build_host, open_store, request
+from tests.conformance.host import DISK, TTY, add_device, add_node, build_host, open_store, request
 from tests.conformance.machine import Machine
 from tests.conformance.vector import (
     Adapter,
@@ -12,9 +11,8 @@ from tests.conformance.vector import (
     Deviation,
     Refusal,
     attempt,
+    error_of,
     kind_of,
-    kinds_of,
-    refusal,
 )
 from tests.support.tree import HostTree
 from vmplug.host.device import BlockDevice
@@ -22,8 +20,6 @@ from vmplug.host.safety import Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.manager.records import Attachment
 from vmplug.oci.info import DeviceInfo
-
-_BLOCK = {"ContainerPath": "/dev/sda", "DevType": "b", "Major": 8, "Minor": 0}
 
 
 def _new_device(case: Case) -> Answer:
@@ -57,14 +53,14 @@ def _new_device(case: Case) -> Answer:
 def _examined_and_attached(machine: Machine, info: DeviceInfo) -> dict[str, Any]:
     allow = [Code.NOT_IN_SYSFS]
     (examined,) = machine.manager.check([info], allow=allow)
-    answer = attempt(lambda: machine.attach(info, allow=allow))
+    answer = machine.try_attach(info, allow=allow)
     facts: dict[str, Any] = {}
     if examined.device:
         facts |= {"kind": str(examined.device.kind), "host_path": examined.device.host_path}
     if isinstance(answer, Refusal):
         return {**facts, "error": answer}
     (record,) = machine.records()
-    assert (record.kind, record.host_path) == (examined.device.kind, examined.device.host_path)
+    assert (str(record.kind), record.host_path) == (facts["kind"], facts["host_path"])
     return {
         **facts,
         "driver_options": dict(record.options) or None,
@@ -76,70 +72,16 @@ def _examined_and_attached(machine: Machine, info: DeviceInfo) -> dict[str, Any]
 def _callers_options(case: Case) -> Answer:
     """Also with options of ours, which are not refused."""
     tree = HostTree(case.path)
-    add_device(tree, _BLOCK)
+    add_device(tree, DISK)
     machine = Machine(case, tree)
     katas_map = dict(case.input["DriverOptions"])
     our_map = {"block-driver": case.setup["block_driver"], "discard": "unmap"}
-    error = refusal(lambda: machine.attach(request(_BLOCK, driver_options=katas_map)))
-    machine.attach(request(_BLOCK, driver_options=our_map))
+    error = error_of(machine.try_attach(request(DISK, driver_options=katas_map)))
+    machine.attach(request(DISK, driver_options=our_map))
     return Answer(
         {"callers_map_after": katas_map, "error": error, "our_map_after": our_map},
         {"callers_map_after": dict(case.expected["callers_map_after"])},
     )
-
-
-def _second_request(case: Case) -> Answer:
-    first, second = dict(case.input["first"]), dict(case.input["second"])
-    tree = HostTree(case.path)
-    _add_both(tree, first, second, are_related=not case.mended)
-    machine = Machine(case, tree)
-    is_about_flag = "read-only flag" in case.name
-    one = attempt(lambda: machine.attach(request(first), owner="first"))
-    two = attempt(
-        lambda: machine.attach(request(second, read_only=is_about_flag), owner="second")
-    )
-    ours: dict[str, Any] = {"devices": len(machine.records()), "errors": _errors(one, two)}
-    if isinstance(one, Attachment) and isinstance(two, Attachment):
-        holds = [h for h in machine.manager.attachments() if h.device_id == two.device_id]
-        ours["ref_count"] = sum(hold.count for hold in holds)
-        ours["same_device"] = one.device_id == two.device_id
-        ours["second_kind"] = str(two.kind)
-    katas = {**case.expected, "errors": kinds_of(case.expected["errors"])}
-    if is_about_flag:
-        ours |= {"read_only": _flags(one, two), "after_a_reader": _after_a_reader(case, tree)}
-    return Answer(ours, katas)
-
-
-def _errors(*answers: Attachment | Refusal) -> list[Refusal | None]:
-    return [answer if isinstance(answer, Refusal) else None for answer in answers]
-
-
-def _flags(*answers: Attachment | Refusal) -> list[bool]:
-    return [answer.read_only for answer in answers if isinstance(answer, Attachment)]
-
-
-def _add_both(
-    tree: HostTree, first: dict[str, Any], second: dict[str, Any], *, are_related: bool
-) -> None:
-    """Both devices; `sda1` is a partition of `sda` unless the two are not related."""
-    if are_related and (first["ContainerPath"], second["ContainerPath"]) == _DISK_AND_PART:
-        tree.block_device("8:0", "sda", partitions={"8:1": "sda1"})
-        return
-    add_device(tree, first)
-    if second != first:
-        add_device(tree, second)
-
-
-_DISK_AND_PART = ("/dev/sda", "/dev/sda1")
-
-
-def _after_a_reader(case: Case, tree: HostTree) -> Refusal | None:
-    """What a writer gets of a disk that a reader has, in a VM of their own."""
-    machine = Machine(replace(case, path=case.path / "other"), tree)
-    machine.attach(request(_BLOCK, read_only=True), owner="reader")
-    error = refusal(lambda: machine.attach(request(_BLOCK), owner="writer"))
-    assert machine.count() == 1
-    return error
 
 
 def _filtered(case: Case) -> Answer:
@@ -150,8 +92,13 @@ def _filtered(case: Case) -> Answer:
     machine = Machine(case, tree)
     ours = {}
     for kind in ("b", "c"):
-        device = {"ContainerPath": f"/dev/{kind}", "DevType": kind, "Major": number, "Minor": minor}
-        answer = attempt(lambda asked=device: machine.attach(request(asked)))
+        device = {
+            "ContainerPath": f"/dev/{kind}",
+            "DevType": kind,
+            "Major": number,
+            "Minor": minor,
+        }
+        answer = machine.try_attach(request(device))
         ours[kind] = answer if isinstance(answer, Refusal) else True
     return Answer(ours, dict.fromkeys("bc", case.expected["kept"]))
 
@@ -161,12 +108,12 @@ def _mount_source(case: Case) -> Answer:
     machine = Machine(case, tree)
     if case.input["source"] == "missing":
         file = {"ContainerPath": "/data", "DevType": "b", "Major": -1, "HostPath": "/missing"}
-        error = refusal(lambda: machine.attach(request({**file, "Minor": 0})))
+        error = error_of(machine.try_attach(request({**file, "Minor": 0})))
         return Answer({"error": error}, {"error": kind_of(case.expected["error"])})
     assert case.input["source"] == "block 8:16"
     device = {"ContainerPath": "/data", "DevType": "b", "Major": 8, "Minor": 16}
     wish = case.input["readonly"]
-    error = refusal(lambda: machine.attach(request(device, read_only=wish)))
+    error = error_of(machine.try_attach(request(device, read_only=wish)))
     (examined,) = machine.manager.check([request(device, read_only=wish)])
     disk = examined.device
     assert isinstance(disk, BlockDevice)
@@ -184,10 +131,10 @@ def _mount_source(case: Case) -> Answer:
 
 def _block_driver(case: Case) -> Answer:
     tree = HostTree(case.path)
-    add_device(tree, _BLOCK)
+    add_device(tree, DISK)
     machine = Machine(case, tree)
     options = {"block-driver": case.input["block_driver"]}
-    answer = attempt(lambda: machine.attach(request(_BLOCK, driver_options=options)))
+    answer = machine.try_attach(request(DISK, driver_options=options))
     ours: object = answer
     if isinstance(answer, Attachment):
         _, front_end = machine.changes
@@ -204,9 +151,8 @@ def _other_kinds(case: Case) -> Answer:
     tree = HostTree(case.path).char_device("4:2", "tty2")
     tree.node("/vu/block/devices/s", "b", "242:0").node("/vu/block/sockets/s", "s")
     machine = Machine(case, tree, store=VhostUserStore("/vu", root=tree.root))
-    generic = {"ContainerPath": "/dev/tty2", "DevType": "c", "Major": 4, "Minor": 2}
     scsi = {"ContainerPath": "/dev/vu", "DevType": "b", "Major": 242, "Minor": 0}
-    errors = [refusal(lambda d=device: machine.attach(request(d))) for device in (generic, scsi)]
+    errors = [error_of(machine.try_attach(request(device))) for device in (TTY, scsi)]
     return Answer(
         {"hypervisor_calls": machine.changes, "generic": errors[0], "vhost-user-scsi": errors[1]},
         {
@@ -216,13 +162,118 @@ def _other_kinds(case: Case) -> Answer:
     )
 
 
+_UNDER_VFIO = (
+    "new device: block device with container path under /dev/vfio and no sysfs entry "
+    "is taken for VFIO (quirk)"
+)
+
 ADAPTERS: dict[str, Adapter] = {
     "manager.NewDevice": _new_device,
-    "manager.NewDevice / FindDevice": _second_request,
     "manager.NewDeviceManager": _block_driver,
     "Container.filterDevices": _filtered,
     "Container.createDeviceInfo": _mount_source,
     "Sandbox.HotplugAddDevice": _other_kinds,
 }
 
-DEVIATIONS: dict[str, Deviation] = {}
+
+def _refused(error: str, **facts: object) -> dict[str, Any]:
+    return {"error": error, "kind": "", "devices_in_manager": 0, **facts}
+
+
+def _absent(wanted: str) -> Deviation:
+    return Deviation(
+        3,
+        "a container path is used only if it is a node of the type and number asked for",
+        _refused(f"NoSuchDevice(wanted={wanted}, found=nothing)"),
+    )
+
+
+_NO_SUCH_OPTION = "SpecError(where=option block-driver)"
+_ANY_NUMBER = Deviation(
+    32,
+    "what a disk is, the kernel says, not its number; and a char device is no disk",
+    {"b": True, "c": True},
+)
+
+DEVIATIONS: dict[str, Deviation] = {
+    **{
+        f"manager block driver {driver}": Deviation(
+            defect, "a driver that cannot be had is refused, not replaced", _NO_SUCH_OPTION
+        )
+        for driver, defect in (
+            ("virtio-blk-ccw", None),
+            ("nvdimm", None),
+            ("", 27),
+            ("bogus", 27),
+            ("VIRTIO-BLK", 27),
+        )
+    },
+    "new device: renamed VFIO device (container path /dev/foo) is still VFIO by host path": (
+        Deviation(
+            None,
+            "a group is found for what it is, and refused for as long as nothing can plug it",
+            _refused(
+                "InUse(host_path=/dev/vfio/2, codes=no-driver)",
+                kind="vfio",
+                host_path="/dev/vfio/2",
+            ),
+        )
+    ),
+    _UNDER_VFIO: _absent("block device 8:0"),
+    "new device: /dev/vfio/vfio is generic": _absent("char device 10:196"),
+    "new device: tty is generic": _absent("char device 4:2"),
+    "new device: plain block device": _absent("block device 3:0"),
+    "caller's option map is modified in place (quirk)": Deviation(
+        29,
+        "the caller's map is read only; a file system is no option of a disk",
+        {
+            "callers_map_after": {"fstype": "xfs"},
+            "error": "SpecError(where=option fstype)",
+            "our_map_after": {"block-driver": "virtio-blk", "discard": "unmap"},
+        },
+    ),
+    "mount source: block device flagged read-only on the host": Deviation(
+        None,
+        "who wants to write is told that he cannot, and may ask for it read-only",
+        {
+            "error": "InUse(host_path=/dev/sdb, codes=read-only-device)",
+            "DevType": "b",
+            "Major": 8,
+            "Minor": 16,
+            "ReadOnly": True,
+            "asked_read_only": True,
+        },
+    ),
+    "container device filter: major 2 (floppy)": _ANY_NUMBER,
+    "container device filter: major 25 (CD-ROM)": _ANY_NUMBER,
+    "container device filter: major 29 (CD-ROM)": _ANY_NUMBER,
+    "hot plug of generic or unknown kinds does nothing and succeeds": Deviation(
+        20,
+        "a kind that nothing can plug is refused",
+        {
+            "hypervisor_calls": [],
+            "generic": None,
+            "vhost-user-scsi": "InUse(host_path=/vu/block/sockets/s, codes=no-driver)",
+        },
+    ),
+}
+
+MENDED: dict[str, Deviation | None] = {
+    "new device: /dev/vfio/vfio is generic": None,
+    "new device: tty is generic": None,
+    "new device: plain block device": None,
+    _UNDER_VFIO: Deviation(
+        22,
+        "only a char device can be VFIO's",
+        {
+            "error": None,
+            "kind": "block",
+            "host_path": "/dev/vfio/9",
+            "driver_options": {"block-driver": "virtio-blk"},
+            "id_length": 16,
+            "saved_ref_count": 1,
+            "devices_in_manager": 1,
+        },
+    ),
+}
+"""On a host that has the node."""

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -70,7 +71,7 @@ def load_vectors() -> list[Vector]:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One vector being run below `path`.
+    """One vector being run below `path`, with what is to be closed at its end.
 
     `restored`: every step of a life runs on a new manager, which knows only what was saved.
     `mended`: the host has what Kata took for granted.
@@ -81,6 +82,7 @@ class Case:
     input: Facts
     expected: Facts
     path: Path
+    at_end: ExitStack
     restored: bool = False
     mended: bool = False
 
@@ -137,9 +139,8 @@ def attempt(act: Callable[[], R]) -> R | Refusal:
         return Refusal.of(error)
 
 
-def refusal(act: Callable[[], object]) -> Refusal | None:
-    """The error of `act`; None when it has none."""
-    answer = attempt(act)
+def error_of(answer: object) -> Refusal | None:
+    """The error that `attempt` gave; None when it gave something else."""
     return answer if isinstance(answer, Refusal) else None
 
 
@@ -165,7 +166,8 @@ def _map_refusals(answer: Any, show: Callable[[Refusal], str]) -> Any:
             return {key: _map_refusals(value, show) for key, value in answer.items()}
         case list():
             return [_map_refusals(value, show) for value in answer]
-    return answer
+        case _:
+            return answer
 
 
 _KINDS = (

@@ -53,6 +53,7 @@ class Sandbox:
         self.state_dir = directory / "state"
         self.root = root or HostRoot("/")
         self._is_restored = is_restored
+        directory.mkdir(exist_ok=True)
         Store.open(self.state_dir).close()
         self._wrap: Callable[[Monitor], Monitor] = lambda monitor: monitor
         self._manager: DeviceManager | None = None

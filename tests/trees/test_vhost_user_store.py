@@ -174,7 +174,10 @@ def test_a_link_to_a_node_counts_and_is_followed_anew_each_time(store: StoreDire
     # Turned outside the directory, whose time says nothing of it.
     (store.path / "other").symlink_to("y")
     (store.path / "other").rename(store.path / "current")
-    assert (ask(opened, "241:1"), ask(opened, "241:2")) == (None, "disk")
+    assert ask(opened, "241:2") == "disk"
+    (store.path / "third").symlink_to("x")
+    (store.path / "third").rename(store.path / "current")
+    assert (ask(opened, "241:2"), ask(opened, "241:1")) == (None, "disk")
 
 
 # The socket
@@ -361,6 +364,28 @@ def test_another_directory_of_the_same_time_in_its_place_is_seen(store: StoreDir
     store.devices.rename(store.path / "old")
     other.devices.rename(store.devices)
     assert (ask(opened, "241:1"), ask(opened, "241:2")) == (None, "b")
+
+
+@pytest.mark.root
+def test_a_link_that_is_turned_to_a_directory_of_the_same_age_is_seen(
+    store: StoreDirectory,
+) -> None:
+    other = StoreDirectory(store.path.with_name("other"))
+    store.serve("b")
+    store.devices.rename(store.path / "first")
+    store.devices.symlink_to("../first")
+    # One right after the other: on tmpfs, both directories then bear the same time.
+    os.mknod(store.path / "a", stat.S_IFBLK | 0o600, os.makedev(241, 1))
+    os.mknod(store.path / "b", stat.S_IFBLK | 0o600, os.makedev(241, 2))
+    (store.path / "a").rename(store.path / "first/a")
+    (store.path / "b").rename(other.devices / "b")
+    store.serve("a")
+    store.settle()
+    opened = store.open()
+    assert (ask(opened, "241:1"), ask(opened, "241:2")) == ("a", None)
+    store.devices.unlink()
+    store.devices.symlink_to(other.devices)
+    assert (ask(opened, "241:2"), ask(opened, "241:1")) == ("b", None)
 
 
 # The cost

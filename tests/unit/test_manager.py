@@ -212,6 +212,26 @@ def test_the_callers_options_are_not_written_to(sandbox: Sandbox) -> None:
     assert options == {"cache": "writeback"}
 
 
+@pytest.mark.parametrize(
+    "name", ["a,b=c.img", "json:{}.img", "%41 'q\" .img", "Grüße \u2028.img", "#1"]
+)
+def test_no_character_of_a_file_name_means_anything(sandbox: Sandbox, name: str) -> None:
+    attachment = sandbox.devices.attach(sandbox.disk(name, at="/dev/x"))
+    (node,) = sandbox.machine.nodes.values()
+    assert attachment.host_path == str(sandbox.file(name)) == node["file"]["filename"]
+    sandbox.devices.detach(attachment.id)
+    assert not sandbox.vmplugs()
+
+
+def test_a_file_name_that_is_no_text_is_refused(sandbox: Sandbox) -> None:
+    """QMP and the journal are UTF-8: such a name could not be said."""
+    disk = sandbox.disk(os.fsdecode(b"\xff.img"), at="/dev/x")
+    before = sandbox.picture()
+    with pytest.raises(DeviceError):
+        sandbox.devices.attach(disk)
+    assert sandbox.picture() == before
+
+
 # detaching
 
 

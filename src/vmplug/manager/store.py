@@ -276,7 +276,7 @@ class Store:
         rows = self._rows(
             "SELECT a.*, d.vm, d.host_path, d.kind, d.state, d.place, d.pci_path, d.scsi_address"
             " FROM attachment a JOIN device d ON a.device = d.id"
-            " WHERE ?1 IS NULL OR d.vm = ?1 ORDER BY a.rowid",
+            " WHERE d.vm = coalesce(?, d.vm) ORDER BY a.rowid",
             vm,
         )
         return [read_attachment(row) for row in rows]

@@ -1,0 +1,160 @@
+"""The installed `vmplug` as a process: arguments in; stdout, stderr and exit status out."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Mapping
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VMPLUG = Path(sys.executable).with_name("vmplug")
+TIMEOUT_S = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a process said and how it ended; `status` is minus the signal's number if it was one."""
+
+    stdout: str
+    stderr: str
+    status: int
+
+    def json(self) -> Any:
+        """The one document of version 1 that stdout holds; nothing may be on stderr."""
+        assert self.stderr == "", self
+        document = json.loads(self.stdout)
+        assert document.pop("version") == 1, self
+        return document
+
+    def answer(self) -> str:
+        """The text of a verb that went well."""
+        assert (self.stderr, self.status) == ("", 0), self
+        return self.stdout
+
+    def error(self) -> dict[str, Any]:
+        """The one error object of version 1 that stderr holds; nothing may be on stdout."""
+        assert self.stdout == "", self
+        document = json.loads(self.stderr)
+        assert document.keys() == {"version", "error"}, self
+        assert document["version"] == 1, self
+        error: dict[str, Any] = document["error"]
+        assert error.keys() == {"code", "message", "hint", "facts"}, self
+        return error
+
+
+@dataclass(frozen=True, slots=True)
+class Vmplug:
+    """`vmplug` with a journal of its own below `state_dir`."""
+
+    state_dir: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The caller's, without anything that changes how output looks."""
+        unwanted = {"NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM", "VMPLUG_DEBUG"}
+        kept = {key: value for key, value in os.environ.items() if key not in unwanted}
+        path = f"{VMPLUG.parent}:{os.environ['PATH']}"
+        return {**kept, "PATH": path, "VMPLUG_STATE_DIR": str(self.state_dir)}
+
+    def __call__(
+        self, *arguments: str | Path, stdin: str = "", env: Mapping[str, str] | None = None
+    ) -> Result:
+        """Run to the end."""
+        done = subprocess.run(
+            [VMPLUG, *arguments],
+            input=stdin.encode(),
+            capture_output=True,
+            env={**self.environment, **(env or {})},
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        return Result(done.stdout.decode(), done.stderr.decode(), done.returncode)
+
+    def begin(self, *arguments: str | Path) -> subprocess.Popen[bytes]:
+        """Start a run that the test watches, or kills."""
+        return subprocess.Popen(
+            [VMPLUG, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self.environment,
+        )
+
+    def at_terminal(
+        self, *arguments: str | Path, columns: int = 100, env: Mapping[str, str] | None = None
+    ) -> Result:
+        """Run with stdout at a terminal of that width; its line ends are given back as "\\n"."""
+        main, terminal = pty.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        with open(main, "rb", buffering=0) as reader:
+            process = subprocess.Popen(
+                [VMPLUG, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=terminal,
+                stderr=subprocess.PIPE,
+                env={**self.environment, "TERM": "xterm-256color", **(env or {})},
+            )
+            os.close(terminal)
+            shown = _read_terminal(reader.fileno())
+            _, stderr = process.communicate(timeout=TIMEOUT_S)
+        text = shown.decode().replace("\r\n", "\n")
+        return Result(text, stderr.decode(), process.returncode)
+
+
+def _read_terminal(descriptor: int) -> bytes:
+    """Everything until the last writer has gone, which Linux tells as EIO. Source: pty(7)."""
+    shown = b""
+    while True:
+        try:
+            piece = os.read(descriptor, 1 << 16)
+        except OSError:
+            return shown
+        if not piece:
+            return shown
+        shown += piece
+
+
+def ended(process: subprocess.Popen[bytes]) -> Result:
+    """Wait for a process that `begin` started."""
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    return Result(stdout.decode(), stderr.decode(), process.returncode)
+
+
+def device(path: str, number: str, kind: str = "b", **more: object) -> dict[str, object]:
+    """One entry of `linux.devices`."""
+    major, minor = map(int, number.split(":"))
+    return {"path": path, "type": kind, "major": major, "minor": minor, **more}
+
+
+def config(
+    *devices: Mapping[str, object],
+    mounts: list[Mapping[str, object]] | None = None,
+    rules: list[Mapping[str, object]] | None = None,
+) -> str:
+    """A config.json that asks for these devices."""
+    linux = {"devices": list(devices), "resources": {"devices": rules or []}}
+    return json.dumps({"ociVersion": "1.0.2", "mounts": mounts or [], "linux": linux})
+
+
+def write_bundle(
+    directory: Path,
+    *devices: Mapping[str, object],
+    mounts: list[Mapping[str, object]] | None = None,
+    rules: list[Mapping[str, object]] | None = None,
+) -> Path:
+    """A bundle directory with that config.json."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(config(*devices, mounts=mounts, rules=rules))
+    return directory
+
+
+def number_of(node: Path) -> str:
+    """`7:0` for /dev/loop0, as sysfs says."""
+    return Path(f"/sys/class/block/{node.name}/dev").read_text().strip()

@@ -1,0 +1,28 @@
+"""Fixtures for the command line."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import Vmplug
+from tests.support.tree import HostTree
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("root") and os.geteuid() != 0:
+        pytest.skip("needs root: mknod, loop devices, mounts")
+
+
+@pytest.fixture
+def vmplug() -> Iterator[Vmplug]:
+    """A command line whose journal is not there yet; sockets below it need a short path."""
+    with tempfile.TemporaryDirectory(prefix="vmplug-", dir="/tmp") as directory:
+        yield Vmplug(Path(directory) / "state")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> HostTree:
+    return HostTree(tmp_path / "host")

@@ -1,0 +1,195 @@
+"""QMP sockets for processes under test: a VM in memory, and a gate in front of a real QEMU."""
+
+import json
+import select
+import socket
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from vmplug.drivers.base import Command
+from vmplug.hypervisor.memory import MemoryHypervisor
+
+CHANGING = frozenset(
+    {"blockdev-add", "blockdev-del", "object-add", "object-del", "device_add", "device_del"}
+)
+"""Commands that change what a VM holds."""
+
+TIMEOUT_S = 30.0
+
+_GREETING = {
+    "QMP": {
+        "version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""},
+        "capabilities": [],
+    }
+}
+
+
+class QmpServer(ABC):
+    """A thread that serves one client at a time on a unix socket, as QEMU does."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self.socket_path = socket_path
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._thread = threading.Thread(target=self._serve, name=str(socket_path))
+
+    def __enter__(self) -> Self:
+        self._listener.bind(str(self.socket_path))
+        self._listener.listen()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Nobody listens any more; waits until the last client has gone."""
+        if self._thread.is_alive():
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._thread.join(TIMEOUT_S)
+            assert not self._thread.is_alive(), f"a client stays on {self.socket_path}"
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # `end`
+                return
+            with client:
+                try:
+                    self._converse(client)
+                except ConnectionError:
+                    continue  # the client was killed
+
+    @abstractmethod
+    def _converse(self, client: socket.socket) -> None:
+        """Serve one client until it goes."""
+
+
+class Messages:
+    """The JSON objects in a stream; a client of QMP need not end them with a newline."""
+
+    def __init__(self) -> None:
+        self._received = b""
+
+    def take(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """The messages that are complete now."""
+        self._received = (self._received + data).lstrip()
+        while self._received:
+            try:
+                message, end = json.JSONDecoder().raw_decode(self._received.decode())
+            except ValueError:  # not all of it, or of a character, is there yet
+                return
+            self._received = self._received.decode()[end:].lstrip().encode()
+            yield message
+
+
+class MemoryVm(QmpServer):
+    """MemoryHypervisor's machine: a VM that needs neither QEMU nor root.
+
+    `machine` may be looked at and told what to do, as in the unit tests.
+    """
+
+    def __init__(self, socket_path: Path, *, root_ports: int = 4, scsi: bool = True) -> None:
+        super().__init__(socket_path)
+        self.machine = MemoryHypervisor(root_ports=root_ports, scsi=scsi).monitor
+        self.machine.listen(self._tell)
+        self._client: socket.socket | None = None
+
+    def names(self) -> frozenset[str]:
+        """Everything in the VM that has a name."""
+        return frozenset([*self.machine.devices, *self.machine.nodes, *self.machine.objects])
+
+    def _converse(self, client: socket.socket) -> None:
+        self._client, messages = client, Messages()
+        self._send(_GREETING)
+        while data := client.recv(1 << 16):
+            for request in messages.take(data):
+                id_of = {key: request[key] for key in request.keys() & {"id"}}
+                self._send({**self._answer(request), **id_of})
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if request["execute"] == "qmp_capabilities":
+            return {"return": {}}
+        command = Command(request["execute"], request.get("arguments", {}))
+        answers, refusal = self.machine.attempt([command])
+        if refusal:
+            return {"error": {"class": refusal.error_class, "desc": refusal.desc}}
+        return {"return": answers[0]}
+
+    def _tell(self, event: str, data: Mapping[str, Any]) -> None:
+        timestamp = {"seconds": 0, "microseconds": 0}
+        self._send({"event": event, "data": dict(data), "timestamp": timestamp})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        assert self._client
+        self._client.sendall(json.dumps(message).encode() + b"\r\n")
+
+
+class Gate(QmpServer):
+    """Passes conversations on to QEMU, until the command at which it is told to shut.
+
+    Then the client gets no answer any more, whatever it does, until it goes. `sent` has the
+    commands that reached QEMU.
+    """
+
+    def __init__(self, socket_path: Path, qemu: Path) -> None:
+        super().__init__(socket_path)
+        self._qemu = qemu
+        self._shut_at: int | None = None
+        self._is_sent = False
+        self._shut = threading.Event()
+        self._changes = 0
+        self.sent: list[str] = []
+
+    def shut_at(self, count: int, *, is_sent: bool) -> None:
+        """Shut at the count-th changing command from now on, 1 being the next, 0 at once.
+
+        `is_sent` lets QEMU carry it out and keeps the answer back.
+        """
+        self._shut.clear()
+        self._shut_at, self._is_sent, self._changes = count, is_sent, 0
+
+    def wait_shut(self) -> None:
+        """Wait until QEMU has carried out all that it will."""
+        assert self._shut.wait(TIMEOUT_S), f"the gate was never reached: {self.sent}"
+
+    def open(self) -> None:
+        """Pass everything on from the next client on."""
+        self._shut_at = None
+
+    def _converse(self, client: socket.socket) -> None:
+        requests, answers = Messages(), Messages()
+        keeps_answer = False
+        with socket.socket(socket.AF_UNIX) as qemu:
+            qemu.connect(str(self._qemu))
+            while True:
+                for ready in select.select([client, qemu], [], [])[0]:
+                    data = ready.recv(1 << 16)
+                    if not data:
+                        return
+                    if ready is client:
+                        for request in requests.take(data):
+                            keeps_answer |= self._pass_on(request, qemu)
+                    elif keeps_answer:
+                        if any("event" not in message for message in answers.take(data)):
+                            self._shut.set()
+                    elif not self._shut.is_set():
+                        client.sendall(data)
+
+    def _pass_on(self, request: Mapping[str, Any], qemu: socket.socket) -> bool:
+        """Whether the answer is to be kept back."""
+        if self._shut.is_set():
+            return False
+        name = request["execute"]
+        self._changes += name in CHANGING
+        is_last = self._shut_at == 0 or (name in CHANGING and self._changes == self._shut_at)
+        if is_last and not self._is_sent:
+            self._shut.set()
+            return False
+        qemu.sendall(json.dumps(request).encode() + b"\n")
+        self.sent.append(name)
+        return is_last

@@ -1,0 +1,110 @@
+"""The layout is the flow: imports go one way, the world is touched in few places, modules stay small."""
+
+import ast
+import builtins
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vmplug
+
+PACKAGE = Path(vmplug.__file__).parent
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+MAY_IMPORT = {
+    "errors": set[str](),
+    "address": set[str](),
+    "oci": {"errors", "address"},
+    "host": {"errors", "address", "oci"},
+    "drivers": {"errors", "address", "oci", "host"},
+    "hypervisor": {"errors", "address", "oci", "host", "drivers"},
+    "manager": {"errors", "address", "oci", "host", "drivers"},
+    "cli": {"errors", "address", "oci", "host", "drivers", "hypervisor", "manager"},
+}
+"""Each part with the parts to its left: `hypervisor` and `manager` do not know each other."""
+
+CATCHES_OSERROR = {
+    "cli/main.py",  # BrokenPipeError: the reader of the answer has gone
+    "host/process.py",
+    "host/root.py",
+    "hypervisor/qemu/launch.py",
+    "hypervisor/qmp.py",
+    "manager/store.py",
+    "oci/spec.py",
+}
+
+OSERRORS = {
+    name
+    for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, OSError)
+}
+"""OSError, its other names and its kinds: FileNotFoundError, BrokenPipeError, TimeoutError, ..."""
+
+SAYS_NOTHING = {"utils", "util", "common", "helpers", "helper", "types", "misc"}
+LINES_MAX = 400
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / module).read_bytes(), module)
+
+
+def part_of(module: str) -> str:
+    """`host` for host/root.py and for vmplug.host.root, `errors` for errors.py."""
+    return module.removeprefix("vmplug.").replace("/", ".").removesuffix(".py").split(".")[0]
+
+
+def imported(module: str) -> Iterator[str]:
+    """Every module of the package that a module imports, wherever in it, also only for types."""
+    for node in ast.walk(parse(module)):
+        match node:
+            case ast.Import(names=names):
+                yield from (name.name for name in names if name.name.startswith("vmplug"))
+            case ast.ImportFrom(module="vmplug", names=names):
+                yield from (f"vmplug.{name.name}" for name in names)
+            case ast.ImportFrom(module=str(name)) if name.startswith("vmplug."):
+                yield name
+            case ast.ImportFrom(level=level) if level:
+                pytest.fail(f"{module}:{node.lineno}: a relative import hides where it leads")
+            case _:
+                pass
+
+
+def forgiven(module: str) -> set[str]:
+    """Names of OSError and its kinds that a module catches or suppresses."""
+    names = set[str]()
+    for node in ast.walk(parse(module)):
+        match node:
+            case ast.ExceptHandler(type=ast.expr() as caught):
+                names |= {name.id for name in ast.walk(caught) if isinstance(name, ast.Name)}
+            case ast.Call(func=ast.Name(id="suppress") | ast.Attribute(attr="suppress")):
+                names |= {name.id for name in node.args if isinstance(name, ast.Name)}
+            case _:
+                pass
+    return names & OSERRORS
+
+
+def test_the_parts_of_the_package_are_the_ones_with_rules() -> None:
+    assert {part_of(module) for module in MODULES} - {"__init__"} == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__.py"])
+def test_imports_go_leftwards_only(module: str) -> None:
+    part = part_of(module)
+    parts = {part_of(name) for name in imported(module)}
+    assert parts <= MAY_IMPORT[part] | {part}
+
+
+def test_oserror_is_caught_only_at_the_doors_to_the_world() -> None:
+    found = {module: forgiven(module) for module in MODULES}
+    assert {module for module, names in found.items() if names} == CATCHES_OSERROR, found
+    assert found["cli/main.py"] == {"BrokenPipeError"}
+
+
+def test_every_module_has_a_name_that_says_what_is_in_it() -> None:
+    assert not {Path(module).stem for module in MODULES} & SAYS_NOTHING
+
+
+def test_no_module_is_too_long_to_read() -> None:
+    lines = {module: (PACKAGE / module).read_bytes().count(b"\n") for module in MODULES}
+    assert {module: count for module, count in lines.items() if count > LINES_MAX} == {}

@@ -1,0 +1,179 @@
+"""`import vmplug`: what it offers, what that costs, and that the first example works as written."""
+
+import ast
+import json
+import subprocess
+import sys
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import vmplug
+from tests.support.disks import disk_image, loop_device
+from tests.support.vm import root_ports, start_vm
+
+VMPLUG = Path(sys.executable).with_name("vmplug")
+HEAVY = {"asyncio", "click", "msgspec", "sqlite3"}
+"""What `import vmplug` leaves alone; each of them costs more than the rest of it together."""
+
+EXAMPLE = """\
+from vmplug import DeviceManager, HostRoot, Qemu, read_bundle
+
+host = HostRoot("/")
+with DeviceManager.open(vm="sandbox-1", host=host, hypervisor=Qemu.connect("/run/sb1/qmp.sock")) as devices:
+    for info in read_bundle("bundle/").devices:
+        attachment = devices.attach(info)          # counted: the second attach of one device only counts
+        print(attachment.container_path, attachment.guest_address)
+    devices.detach(attachment.id)
+"""  # noqa: E501  as the README has it
+
+
+def names_in_stub() -> dict[str, str]:
+    """Public name -> module, as `__init__.pyi` tells type checkers."""
+    stub = ast.parse(Path(vmplug.__file__).with_suffix(".pyi").read_text())
+    return {
+        alias.asname or alias.name: node.module
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a new interpreter has loaded after running `code`."""
+    report = "import sys; print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    return set(done.stderr.split())
+
+
+def modules_of_process(*arguments: str) -> set[str]:
+    """The modules that `vmplug` itself imports in a process of its own, as the interpreter logs."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(VMPLUG), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+@pytest.mark.parametrize("name", vmplug.__all__)
+def test_every_public_name_can_be_imported(name: str) -> None:
+    assert getattr(vmplug, name) is not None
+    assert name in dir(vmplug)
+
+
+def test_an_unknown_name_is_an_attribute_error_as_of_any_module() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = vmplug.Nonsense  # type: ignore[attr-defined]
+
+
+def test_the_stub_has_the_names_that_there_are_at_run_time() -> None:
+    assert {*names_in_stub(), "__version__"} == set(vmplug.__all__)
+
+
+@pytest.mark.parametrize(("name", "module"), sorted(names_in_stub().items()))
+def test_the_stub_leads_to_the_same_thing_as_the_run_time_table(name: str, module: str) -> None:
+    assert getattr(import_module(module), name) is getattr(vmplug, name)
+
+
+def test_every_error_is_public() -> None:
+    assert set(import_module("vmplug.errors").__all__) <= set(vmplug.__all__)
+
+
+def test_importing_vmplug_alone_imports_nothing_heavy() -> None:
+    loaded = modules_after("import vmplug")
+    assert "vmplug" in loaded
+    assert not loaded & HEAVY
+    assert {name for name in loaded if name.startswith("vmplug.")} == set()
+
+
+def test_a_name_brings_only_what_it_needs() -> None:
+    loaded = modules_after("from vmplug import DeviceInfo, HostRoot, get_host_path")
+    assert "vmplug.host.resolve" in loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_resolving_one_device_imports_nothing_heavy(more: tuple[str, ...]) -> None:
+    loaded = modules_of_process("resolve", "--device", "c:1:3:/dev/null", *more)
+    assert {"click", "vmplug.host.resolve"} <= loaded
+    assert not loaded & {"asyncio", "msgspec", "qemu.qmp", "rich", "sqlite3"}
+
+
+def test_info_on_a_bundle_imports_no_hypervisor_and_no_journal(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    loaded = modules_of_process("info", str(tmp_path))
+    assert "msgspec" in loaded
+    assert not loaded & {"asyncio", "qemu.qmp", "rich", "sqlite3"}
+
+
+def test_the_version_is_the_one_that_is_installed() -> None:
+    done = subprocess.run([VMPLUG, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"vmplug {vmplug.__version__}\n"
+
+
+def test_the_first_example_is_the_one_of_the_readme() -> None:
+    assert EXAMPLE in (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.root
+@pytest.mark.qemu
+def test_the_first_example_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With this test's socket and journal in place of the host's, and nothing else changed."""
+    image = disk_image(tmp_path / "disk.img", 1, "of the example")
+    with ExitStack() as stack:
+        vm = stack.enter_context(start_vm(tmp_path, devices=root_ports(1)))
+        node = stack.enter_context(loop_device(image))
+        number = Path(f"/sys/block/{node.name}/dev").read_text().strip()
+        write_bundle(tmp_path / "bundle", number)
+        vm.console.run("true")
+        state = f', state_dir="{tmp_path}/state") as devices:'
+        code = EXAMPLE.replace("/run/sb1/qmp.sock", str(vm.qmp_path))
+        code = code.replace(") as devices:", state)
+        monkeypatch.chdir(tmp_path)
+        exec(compile(code, "README.md", "exec"), {})
+        assert capsys.readouterr().out == "/dev/xvda PCI 10/00\n"
+        assert vm.console.wait_for_disks(0) == []
+        nodes = vm.oracle.execute("query-named-block-nodes", flat=True)
+        assert nodes == []
+
+
+def write_bundle(directory: Path, number: str) -> None:
+    major, minor = map(int, number.split(":"))
+    device = {"path": "/dev/xvda", "type": "b", "major": major, "minor": minor}
+    directory.mkdir()
+    config = {"ociVersion": "1.0.2", "linux": {"devices": [device]}}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def test_the_first_example_runs_on_a_vm_in_memory(tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "disk.img", 1, "of the example")
+    info = vmplug.DeviceInfo(
+        container_path="/dev/xvda", dev_type=vmplug.DevType.BLOCK, host_path=str(image)
+    )
+    machine = vmplug.MemoryHypervisor()
+    host = vmplug.HostRoot("/")
+    with vmplug.DeviceManager.open(
+        vm="sandbox-1", host=host, hypervisor=machine, state_dir=tmp_path / "state"
+    ) as devices:
+        first = devices.attach(info)
+        again = devices.attach(info)
+        assert (first.id, first.count, again.count) == (again.id, 1, 2)
+        assert str(first.guest_address) == "PCI 10/00"
+        assert first.container_path == "/dev/xvda"
+        devices.detach(first.id)
+        devices.detach(first.id)
+        assert devices.attachments() == []
+    assert not machine.monitor.nodes

@@ -1,0 +1,42 @@
+"""What `check` says of a request: the words that tests of safety share."""
+
+from tests.support.tree import HostTree
+from vmplug.address import DevNum
+from vmplug.host.mounts import read_usage
+from vmplug.host.resolve import resolve
+from vmplug.host.safety import Claim, Finding, Severity, Wish, check
+from vmplug.oci.info import DeviceInfo, DevType
+
+READING, WRITING = Wish(read_only=True), Wish(read_only=False)
+SHARING = Wish(read_only=False, share_rw=True)
+
+
+def want(number: str) -> DeviceInfo:
+    return DeviceInfo(
+        container_path="/dev/wanted", dev_type=DevType.BLOCK, devnum=DevNum.parse(number)
+    )
+
+
+def want_file(path: str) -> DeviceInfo:
+    return DeviceInfo(container_path="/dev/vda", dev_type=DevType.BLOCK, host_path=path)
+
+
+def findings(
+    tree: HostTree,
+    wanted: str = "8:0",
+    wish: Wish = WRITING,
+    claims: tuple[Claim, ...] = (),
+) -> list[Finding]:
+    """What `check` says of a number, or of a file when it is a path."""
+    info = want_file(wanted) if wanted.startswith("/") else want(wanted)
+    device = resolve(info, tree.root)
+    return check(device, wish, usage=read_usage(tree.root), claims=claims, root=tree.root)
+
+
+def codes(found: list[Finding]) -> list[str]:
+    assert all(finding.hint and finding.severity is Severity.ERROR for finding in found)
+    return [finding.code for finding in found]
+
+
+def claim(*, read_only: bool = False, share_rw: bool = False) -> Claim:
+    return Claim(vm="sb1", identity="block:8:0", read_only=read_only, share_rw=share_rw)

@@ -1,0 +1,364 @@
+"""Journal and VM agree again, whatever died in between: on a VM in memory."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.contract.sandbox import CHANGING, Breaking, Dying, Killed, Picture, Refusing, Sandbox
+from tests.contract.world import MemorySide
+from vmplug.address import DevNum
+from vmplug.drivers.base import Command
+from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
+from vmplug.hypervisor.memory import Guest
+from vmplug.manager.reconcile import Outcome
+from vmplug.manager.records import Attachment
+from vmplug.manager.state import State
+from vmplug.oci.info import DeviceInfo, DevType
+
+AT_ONCE_S = 0.1
+"""For a guest that will not answer anyway."""
+LIMITED = {"bps-total": "10M", "iothread": "on"}
+
+
+@pytest.fixture(params=["live", "restored"])
+def sandbox(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sandbox]:
+    made = Sandbox(tmp_path, is_restored=request.param == "restored")
+    yield made
+    made.close()
+
+
+def batch(sandbox: Sandbox) -> list[DeviceInfo]:
+    """A batch that needs every kind of command, and a device that needs none."""
+    return [
+        sandbox.disk("a.img", options=LIMITED),
+        DeviceInfo(container_path="/dev/null", dev_type=DevType.CHAR, devnum=DevNum(1, 3)),
+        sandbox.disk("b.img", options={"block-driver": "virtio-scsi"}),
+    ]
+
+
+def take_away(sandbox: Sandbox, attachment: Attachment, *, remains: bool) -> None:
+    """Somebody unplugs behind the manager's back, with all that belongs to it or without."""
+    name = f"vmplug-{attachment.device_id}"
+    requests = [Command("device_del", {"id": name})]
+    if not remains:
+        requests.append(Command("blockdev-del", {"node-name": name}))
+    for request in requests:
+        assert sandbox.side.ask(request) == {}
+
+
+def changes(sandbox: Sandbox) -> int:
+    return len(sandbox.changes_sent())
+
+
+# the table
+
+
+def test_nothing_is_done_when_both_agree(sandbox: Sandbox) -> None:
+    assert sandbox.devices.reconcile() == []
+    sandbox.devices.attach_all(batch(sandbox))
+    before, sent = sandbox.picture(), changes(sandbox)
+    assert sandbox.devices.reconcile() == []
+    assert sandbox.picture() == before
+    assert changes(sandbox) == sent
+
+
+@pytest.mark.parametrize("is_sent", [False, True], ids=["nothing came", "all came"])
+def test_an_interrupted_attach_is_undone(sandbox: Sandbox, *, is_sent: bool) -> None:
+    before = sandbox.picture()
+    last = 2 if is_sent else 1
+    sandbox.talk_through(lambda monitor: Breaking(monitor, last, is_sent=is_sent))
+    with pytest.raises(ProtocolError):
+        sandbox.devices.attach(sandbox.disk())
+    sandbox.talk_plainly()
+    (interrupted,) = sandbox.devices.attachments()
+    assert interrupted.state is State.PLUGGING
+    assert bool(sandbox.vmplugs()) is is_sent
+
+    (repair,) = sandbox.devices.reconcile()
+
+    assert repair.device_id == interrupted.device_id
+    assert repair.host_path == interrupted.host_path
+    assert repair.outcome is Outcome.UNDONE
+    assert repair.reason
+    assert sandbox.picture() == before
+
+
+@pytest.mark.parametrize("remains", [False, True], ids=["none", "remains"])
+def test_an_attached_device_that_is_gone_is_forgotten(sandbox: Sandbox, *, remains: bool) -> None:
+    before = sandbox.picture()
+    attachment = sandbox.devices.attach(sandbox.disk())
+    sandbox.devices.attach(sandbox.disk(), owner="another")
+    take_away(sandbox, attachment, remains=remains)
+
+    (repair,) = sandbox.devices.reconcile()
+
+    assert (repair.device_id, repair.outcome) == (attachment.device_id, Outcome.FORGOTTEN)
+    assert sandbox.picture() == before
+
+
+def test_its_place_is_free_again(sandbox: Sandbox) -> None:
+    attachment = sandbox.devices.attach(sandbox.disk("a.img"))
+    take_away(sandbox, attachment, remains=False)
+    sandbox.devices.reconcile()
+    assert sandbox.devices.attach(sandbox.disk("b.img")).guest_address == attachment.guest_address
+
+
+def test_a_detach_that_was_interrupted_is_finished(sandbox: Sandbox) -> None:
+    before = sandbox.picture()
+    attachment = sandbox.devices.attach(sandbox.disk(options=LIMITED))
+    sandbox.talk_through(lambda monitor: Breaking(monitor, 1, is_sent=False))
+    with pytest.raises(ProtocolError):
+        sandbox.devices.detach(attachment.id)
+    sandbox.talk_plainly()
+
+    (repair,) = sandbox.devices.reconcile()
+
+    assert (repair.device_id, repair.outcome) == (attachment.device_id, Outcome.FINISHED)
+    assert sandbox.picture() == before
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a node", "a device"])
+def test_what_the_journal_does_not_know_is_removed(sandbox: Sandbox, *, whole: bool) -> None:
+    before = sandbox.picture()
+    name = "vmplug-0123456789abcdef"
+    sandbox.side.ask(Command("blockdev-add", {"node-name": name, "driver": "null-co"}))
+    if whole:
+        front_end = {"driver": "virtio-blk-pci", "bus": "rp2", "addr": "0x0"}
+        sandbox.side.ask(Command("device_add", {"id": name, "drive": name, **front_end}))
+
+    (repair,) = sandbox.devices.reconcile()
+
+    assert (repair.device_id, repair.host_path) == ("0123456789abcdef", None)
+    assert repair.outcome is Outcome.REMOVED
+    assert sandbox.picture() == before
+
+
+def test_what_belongs_to_others_stays(sandbox: Sandbox) -> None:
+    for name in ("node0", "vmplugin", "notvmplug-0123456789abcdef"):
+        sandbox.side.ask(Command("blockdev-add", {"node-name": name, "driver": "null-co"}))
+    sandbox.side.ask(Command("object-add", {"qom-type": "iothread", "id": "thread0"}))
+    before = sandbox.picture()
+    assert sandbox.devices.reconcile() == []
+    assert sandbox.picture() == before
+
+
+def test_devices_that_are_only_counted_stay(sandbox: Sandbox) -> None:
+    null = DeviceInfo(container_path="/dev/null", dev_type=DevType.CHAR, devnum=DevNum(1, 3))
+    sandbox.devices.attach(null)
+    before = sandbox.picture()
+    assert sandbox.devices.reconcile() == []
+    assert sandbox.picture() == before
+
+
+def test_several_disagreements_are_repaired_at_once(sandbox: Sandbox) -> None:
+    healthy = sandbox.devices.attach(sandbox.disk("healthy.img"))
+    before = sandbox.picture()
+    gone = sandbox.devices.attach(sandbox.disk("gone.img"))
+    take_away(sandbox, gone, remains=True)
+    unknown = {"node-name": "vmplug-0123456789abcdef", "driver": "null-co"}
+    sandbox.side.ask(Command("blockdev-add", unknown))
+    sandbox.talk_through(lambda monitor: Breaking(monitor, 2, is_sent=True))
+    with pytest.raises(ProtocolError):
+        sandbox.devices.attach(sandbox.disk("broken.img"))
+    sandbox.talk_plainly()
+
+    outcomes = {repair.outcome for repair in sandbox.devices.reconcile()}
+
+    assert outcomes == {Outcome.FORGOTTEN, Outcome.REMOVED, Outcome.UNDONE}
+    assert sandbox.devices.attachments() == [healthy]
+    assert sandbox.picture() == before
+
+
+# guests that do not let go
+
+
+def test_what_a_silent_guest_keeps_stays_detaching(sandbox: Sandbox) -> None:
+    before = sandbox.picture()
+    attachment = sandbox.devices.attach(sandbox.disk())
+    sandbox.machine.guest = Guest.SILENT
+    with pytest.raises(UnplugTimeout):
+        sandbox.devices.detach(attachment.id, timeout_s=AT_ONCE_S)
+    for _ in range(2):
+        (repair,) = sandbox.devices.reconcile(timeout_s=AT_ONCE_S)
+        assert (repair.outcome, repair.reason) == (Outcome.STILL_DETACHING, "timeout")
+        assert [a.state for a in sandbox.devices.attachments()] == [State.DETACHING]
+        assert sandbox.vmplugs() == {f"vmplug-{attachment.device_id}"}
+
+    sandbox.machine.wake_guest()
+    (repair,) = sandbox.devices.reconcile()
+    assert repair.outcome is Outcome.FINISHED
+    assert sandbox.picture() == before
+
+
+def test_what_a_guest_refuses_to_release_stays_detaching(sandbox: Sandbox) -> None:
+    before = sandbox.picture()
+    sandbox.talk_through(lambda monitor: Breaking(monitor, 2, is_sent=True))
+    with pytest.raises(ProtocolError):
+        sandbox.devices.attach(sandbox.disk())
+    sandbox.talk_plainly()
+    sandbox.machine.guest = Guest.REFUSES
+    (repair,) = sandbox.devices.reconcile()
+    assert (repair.outcome, repair.reason) == (Outcome.STILL_DETACHING, "refused")
+    assert [a.state for a in sandbox.devices.attachments()] == [State.DETACHING]
+
+    sandbox.machine.guest = Guest.ANSWERS
+    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [Outcome.FINISHED]
+    assert sandbox.picture() == before
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_refused_repair_can_be_tried_again(sandbox: Sandbox, count: int) -> None:
+    before = sandbox.picture()
+    sandbox.talk_through(lambda monitor: Breaking(monitor, 2, is_sent=True))
+    with pytest.raises(ProtocolError):
+        sandbox.devices.attach(sandbox.disk())
+
+    sandbox.talk_through(lambda monitor: Refusing(monitor, count))
+    with pytest.raises(CommandError, match="refused by the test"):
+        sandbox.devices.reconcile()
+    sandbox.talk_plainly()
+    assert [a.state for a in sandbox.devices.attachments()] == [State.DETACHING]
+
+    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [Outcome.FINISHED]
+    assert sandbox.picture() == before
+
+
+# other VMs
+
+
+def test_a_vm_that_was_started_anew_holds_nothing(sandbox: Sandbox) -> None:
+    attachments = sandbox.devices.attach_all(batch(sandbox))
+    plugged = {a.device_id for a in attachments if a.guest_address}
+    sandbox.close()
+    sandbox.side = sandbox.memory = MemorySide()
+
+    repairs = sandbox.devices.reconcile()
+
+    assert {repair.device_id for repair in repairs} == plugged
+    assert {repair.outcome for repair in repairs} == {Outcome.FORGOTTEN}
+    assert [a.container_path for a in sandbox.devices.attachments()] == ["/dev/null"]
+    assert changes(sandbox) == 0
+
+
+def test_the_records_of_other_vms_stay(sandbox: Sandbox, tmp_path: Path) -> None:
+    other = Sandbox(tmp_path, vm="sandbox-2")
+    try:
+        theirs = other.devices.attach(other.disk("theirs.img"))
+        assert sandbox.devices.reconcile() == []
+        assert other.devices.attachments() == [theirs]
+    finally:
+        other.close()
+
+
+# killed anywhere
+
+Verb = Callable[[Sandbox], object]
+
+
+def attach(sandbox: Sandbox) -> object:
+    return sandbox.devices.attach_all(batch(sandbox), owner="c1")
+
+
+def detach(sandbox: Sandbox) -> object:
+    return sandbox.devices.detach_owner("c1", timeout_s=AT_ONCE_S / 10)
+
+
+def reconcile(sandbox: Sandbox) -> object:
+    return sandbox.devices.reconcile(timeout_s=AT_ONCE_S / 10)
+
+
+def nothing(sandbox: Sandbox) -> None:
+    pass
+
+
+def attach_and_break(sandbox: Sandbox) -> None:
+    sandbox.talk_through(lambda monitor: Breaking(monitor, 6, is_sent=True))
+    with pytest.raises(ProtocolError):
+        attach(sandbox)
+    sandbox.talk_plainly()
+
+
+LIVES: dict[str, tuple[Verb, Verb]] = {
+    "attach": (nothing, attach),
+    "detach": (attach, detach),
+    "reconcile": (attach_and_break, reconcile),
+}
+"""What is done first, and the verb in which the process is killed."""
+
+
+def deaths(
+    directory: Path, life: str, guest: Guest, *, is_sent: bool
+) -> Iterator[tuple[Sandbox, Picture]]:
+    """A sandbox for every command of a verb, killed there, with the picture before it all."""
+    prepare, verb = LIVES[life]
+    for count in itertools.count(1):
+        sandbox = Sandbox(directory / str(count))
+        before = sandbox.picture()
+        prepare(sandbox)
+        sandbox.machine.guest = guest
+        sandbox.talk_through(partial(Dying, count=count, is_sent=is_sent))
+        killed = was_killed(sandbox, verb)
+        sandbox.talk_plainly()
+        if killed:
+            yield sandbox, before
+        sandbox.close()
+        if not killed:
+            assert count > 8
+            return
+
+
+def was_killed(sandbox: Sandbox, verb: Verb) -> bool:
+    try:
+        verb(sandbox)
+    except Killed:
+        return True
+    except UnplugTimeout:
+        return False
+    return False
+
+
+@pytest.mark.parametrize("is_sent", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("life", LIVES)
+def test_killed_at_any_command_reconcile_leaves_nothing(
+    tmp_path: Path, life: str, *, is_sent: bool
+) -> None:
+    for sandbox, before in deaths(tmp_path, life, Guest.ANSWERS, is_sent=is_sent):
+        sandbox.devices.reconcile()
+        assert sandbox.picture() == before
+        assert sandbox.devices.reconcile() == []
+
+
+def virtio_disks(sandbox: Sandbox) -> set[str]:
+    devices = sandbox.side.parts().devices
+    return {name for name, driver in devices.items() if driver == "virtio-blk-pci"}
+
+
+@pytest.mark.parametrize("is_sent", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("life", LIVES)
+def test_killed_before_a_silent_guest_it_is_finished_when_the_guest_wakes(
+    tmp_path: Path, life: str, *, is_sent: bool
+) -> None:
+    for sandbox, before in deaths(tmp_path, life, Guest.SILENT, is_sent=is_sent):
+        reconcile(sandbox)
+        virtio = {
+            n for n, kind in sandbox.side.parts().devices.items() if kind == "virtio-blk-pci"
+        }
+        left = sandbox.devices.attachments()
+        assert {f"vmplug-{a.device_id}" for a in left} == virtio
+        assert {a.state for a in left} <= {State.DETACHING}
+        assert {a.container_path for a in left} <= {"/dev/a.img"}
+
+        sandbox.machine.wake_guest()
+        sandbox.devices.reconcile()
+        assert sandbox.picture() == before
+
+
+def test_the_verbs_that_are_killed_send_every_kind_of_command(tmp_path: Path) -> None:
+    sandbox = Sandbox(tmp_path)
+    attach(sandbox)
+    detach(sandbox)
+    sandbox.close()
+    assert {command.execute for command in sandbox.machine.sent} >= CHANGING
