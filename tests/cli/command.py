@@ -7,6 +7,7 @@ import pty
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 from collections.abc import Mapping
 
@@ -77,15 +78,18 @@ class Vmplug:
         )
         return Result(done.stdout.decode(), done.stderr.decode(), done.returncode)
 
-    def begin(self, *arguments: str | Path) -> subprocess.Popen[bytes]:
-        """Start a run that the test watches, or kills."""
-        return subprocess.Popen(
-            [VMPLUG, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=self.environment,
-        )
+    def begin(self, *arguments: str | Path, stdin: str = "") -> subprocess.Popen[bytes]:
+        """Start a run that `ended` waits for, or that the test kills."""
+        with tempfile.TemporaryFile() as file:
+            file.write(stdin.encode())
+            file.seek(0)
+            return subprocess.Popen(
+                [VMPLUG, *arguments],
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=self.environment,
+            )
 
     def at_terminal(
         self, *arguments: str | Path, columns: int = 100, env: Mapping[str, str] | None = None

@@ -129,11 +129,24 @@ class MemoryVm(QmpServer):
         self._client.sendall(json.dumps(message).encode() + b"\r\n")
 
 
+class Talker(QmpServer):
+    """Something else than QMP: says `words` to who connects, and hangs up unless it `stays`."""
+
+    def __init__(self, socket_path: Path, words: bytes, *, stays: bool = True) -> None:
+        super().__init__(socket_path)
+        self._words = words
+        self._stays = stays
+
+    def _converse(self, client: socket.socket) -> None:
+        client.sendall(self._words)
+        while self._stays and client.recv(1 << 16):
+            pass
+
+
 class Gate(QmpServer):
     """Passes conversations on to QEMU, until the command at which it is told to shut.
 
-    Then the client gets no answer any more, whatever it does, until it goes. `sent` has the
-    commands that reached QEMU.
+    Then the client gets no answer any more, whatever it does, until it goes.
     """
 
     def __init__(self, socket_path: Path, qemu: Path) -> None:
@@ -141,55 +154,55 @@ class Gate(QmpServer):
         self._qemu = qemu
         self._shut_at: int | None = None
         self._is_sent = False
-        self._shut = threading.Event()
-        self._changes = 0
-        self.sent: list[str] = []
+        self._is_shut = threading.Event()
 
     def shut_at(self, count: int, *, is_sent: bool) -> None:
-        """Shut at the count-th changing command from now on, 1 being the next, 0 at once.
+        """Shut at the count-th changing command from now on, 1 being the next.
 
         `is_sent` lets QEMU carry it out and keeps the answer back.
         """
-        self._shut.clear()
-        self._shut_at, self._is_sent, self._changes = count, is_sent, 0
+        self._is_shut.clear()
+        self._shut_at, self._is_sent = count, is_sent
 
     def wait_shut(self) -> None:
         """Wait until QEMU has carried out all that it will."""
-        assert self._shut.wait(TIMEOUT_S), f"the gate was never reached: {self.sent}"
-
-    def open(self) -> None:
-        """Pass everything on from the next client on."""
-        self._shut_at = None
+        assert self._is_shut.wait(TIMEOUT_S), "no such command came"
 
     def _converse(self, client: socket.socket) -> None:
-        requests, answers = Messages(), Messages()
-        keeps_answer = False
         with socket.socket(socket.AF_UNIX) as qemu:
             qemu.connect(str(self._qemu))
-            while True:
-                for ready in select.select([client, qemu], [], [])[0]:
-                    data = ready.recv(1 << 16)
-                    if not data:
-                        return
-                    if ready is client:
-                        for request in requests.take(data):
-                            keeps_answer |= self._pass_on(request, qemu)
-                    elif keeps_answer:
-                        if any("event" not in message for message in answers.take(data)):
-                            self._shut.set()
-                    elif not self._shut.is_set():
-                        client.sendall(data)
+            if self._pass_on(client, qemu):
+                while client.recv(1 << 16):
+                    pass
 
-    def _pass_on(self, request: Mapping[str, Any], qemu: socket.socket) -> bool:
-        """Whether the answer is to be kept back."""
-        if self._shut.is_set():
+    def _pass_on(self, client: socket.socket, qemu: socket.socket) -> bool:
+        """Whether the gate has shut; else one of the two has gone."""
+        requests = Messages()
+        while True:
+            for ready in select.select([client, qemu], [], [])[0]:
+                data = ready.recv(1 << 16)
+                if not data:
+                    return False
+                if ready is qemu:
+                    client.sendall(data)
+                    continue
+                for request in requests.take(data):
+                    if self._is_last(request):
+                        self._shut(request, qemu)
+                        return True
+                    qemu.sendall(json.dumps(request).encode() + b"\n")
+
+    def _is_last(self, request: Mapping[str, Any]) -> bool:
+        if self._shut_at is None or request["execute"] not in CHANGING:
             return False
-        name = request["execute"]
-        self._changes += name in CHANGING
-        is_last = self._shut_at == 0 or (name in CHANGING and self._changes == self._shut_at)
-        if is_last and not self._is_sent:
-            self._shut.set()
-            return False
-        qemu.sendall(json.dumps(request).encode() + b"\n")
-        self.sent.append(name)
-        return is_last
+        self._shut_at -= 1
+        return self._shut_at == 0
+
+    def _shut(self, request: Mapping[str, Any], qemu: socket.socket) -> None:
+        self._shut_at = None
+        if self._is_sent:
+            qemu.sendall(json.dumps(request).encode() + b"\n")
+            answers = Messages()
+            while not any("event" not in answer for answer in answers.take(qemu.recv(1 << 16))):
+                pass
+        self._is_shut.set()

@@ -169,7 +169,7 @@ DEVIATIONS: dict[str, Deviation] = {
         1, "a FIFO has no entry in sysfs, so none is looked for", _nothing("FIFO /dev/fifo")
     ),
     "major -1 with empty HostPath returns empty string without error": Deviation(
-        None, "an empty path leads to no file", _nothing("file ")
+        None, "an empty path is a malformed request", "SpecError(where=/mnt)"
     ),
     "no sysfs entry falls back to container path": Deviation(
         3, _UNVERIFIED, _nothing("char device 252:3")

@@ -98,16 +98,6 @@ LIVES = {function for part in LIVED_TWICE for function in part.ADAPTERS}
 MAKE_NODES = {"Sandbox.HotplugAddDevice"}
 """Functions whose adapter makes block nodes itself."""
 
-KNOWN_BUGS = {
-    "dedup: read-only flag of the second request is ignored": (
-        "who holds a disk read-only and asks again to write is told yes, and no is saved"
-    ),
-    "load: unknown types (and vhost-user-fs) are skipped with a warning": (
-        "a kind of device that no version writes ends in ValueError, not in StoreError"
-    ),
-}
-"""Vectors that vmplug does not answer as it should; the reason goes when the bug does."""
-
 
 class Run(NamedTuple):
     """One vector in one life."""
@@ -122,8 +112,6 @@ def _runs(names: Iterable[str], *, mended: bool = False) -> Iterator[object]:
         vector = VECTORS[name]
         needs_root = mended or vector.node_types or vector.function in MAKE_NODES
         marks = [pytest.mark.root] if needs_root else []
-        if name in KNOWN_BUGS:
-            marks.append(pytest.mark.xfail(strict=True, reason=KNOWN_BUGS[name]))
         lives = (False, True) if vector.function in LIVES else (False,)
         for restored in lives:
             label = name + (" [restored]" if restored else "")
@@ -172,7 +160,7 @@ def test_no_function_is_answered_by_two_adapters_and_no_deviation_told_twice() -
         assert [name for name, count in names.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("table", [DEVIATIONS, MENDED, KNOWN_BUGS], ids=["ours", "mended", "bug"])
+@pytest.mark.parametrize("table", [DEVIATIONS, MENDED], ids=["ours", "mended"])
 def test_no_entry_of_a_table_is_stale(table: dict[str, object]) -> None:
     """That none is in fact Kata's answer, the vector's own test says."""
     assert sorted(set(table) - set(VECTORS)) == []

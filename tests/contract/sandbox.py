@@ -230,3 +230,17 @@ class Hooked(Through):
         """See Through."""
         self._before(command)
         return super().answer(command)
+
+
+class Noticed(Through):
+    """Calls `after` with every command after it was answered."""
+
+    def __init__(self, inner: Monitor, after: Callable[[Command], None]) -> None:
+        super().__init__(inner)
+        self._after = after
+
+    def answer(self, command: Command) -> Any:
+        """See Through."""
+        answer = super().answer(command)
+        self._after(command)
+        return answer

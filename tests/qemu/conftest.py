@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,19 @@ def losetup(*arguments: str) -> str:
     """What losetup(8) prints."""
     done = subprocess.run(["losetup", *arguments], check=True, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+@contextmanager
+def opened_by_another_qemu(image: Path, directory: Path) -> Iterator[None]:
+    """A QEMU of its own has the image open for writing, and with it QEMU's lock."""
+    logs = directory / "another-qemu"
+    logs.mkdir()
+    with start_vm(logs, devices=root_ports(1), guest=False, paused=True) as vm:
+        file = {"driver": "file", "filename": str(image)}
+        vm.oracle.execute("blockdev-add", {"node-name": "n", "driver": "raw", "file": file})
+        place = {"bus": "rp0", "addr": "0x0"}
+        vm.oracle.execute("device_add", driver="virtio-blk-pci", id="d", drive="n", **place)
+        yield
 
 
 @pytest.fixture(scope="session")

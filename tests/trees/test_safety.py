@@ -332,15 +332,15 @@ def test_vms_share_among_readers_or_when_both_said_so(
 ) -> None:
     found = findings(disk, wish=wish, claims=(held,))
     assert codes(found) == ([] if shared else ["in-use-by-vm"])
-    assert all("block:8:0 is already handed to VM 'sb1'" in f.message for f in found)
+    assert all("block device 8:0 is already handed to VM 'sb1'" in f.message for f in found)
 
 
 def test_every_vm_is_named(disk: HostTree) -> None:
     other = Claim(vm="sb2", identity="block:8:1", read_only=True, share_rw=False)
     messages = [finding.message for finding in findings(disk, claims=(claim(), other))]
     assert messages == [
-        "block:8:0 is already handed to VM 'sb1'",
-        "block:8:1 is already handed to VM 'sb2' for reading",
+        "block device 8:0 is already handed to VM 'sb1'",
+        "block device 8:1 is already handed to VM 'sb2' for reading",
     ]
 
 
@@ -434,3 +434,42 @@ def test_an_allowed_finding_becomes_a_warning_and_stays_visible(disk: HostTree) 
 def test_what_no_permission_mends_is_never_allowed(code: Code) -> None:
     finding = Finding(code, "message", "hint")
     assert allow([finding], frozenset(Code)) == [finding]
+
+
+@pytest.mark.root
+def test_a_node_that_is_another_device_is_never_handed_over(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda").node("/dev/sda", "b", "8:16")
+    (finding,) = findings(tree)
+    assert finding.code == "wrong-node"
+    assert finding.message == (
+        "the kernel calls block device 8:0 /dev/sda, but that is block device 8:16"
+    )
+    assert allow([finding], frozenset(Code))[0].severity is Severity.ERROR
+
+
+@pytest.mark.root
+def test_a_char_node_in_place_of_a_disk_is_never_handed_over(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda").node("/dev/sda", "c", "8:0")
+    assert codes(findings(tree)) == ["wrong-node"]
+
+
+@pytest.mark.root
+def test_the_right_node_is_no_finding(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda").node("/dev/sda", "b", "8:0")
+    assert findings(tree) == []
+
+
+def test_what_a_mapped_device_is_built_on_is_related_all_the_way_down(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda", partitions={"8:1": "sda1"})
+    tree.block_device("253:0", "dm-0").block_device("253:1", "dm-1")
+    tree.link("/sys/devices/virtual/block/dm-0/slaves/sda1", "../../sda/sda1")
+    tree.link("/sys/devices/virtual/block/dm-1/slaves/dm-0", "../../dm-0")
+    device = resolve(want("253:1"), tree.root)
+    assert set(device.related_identities) == {"block:253:0", "block:8:1", "block:8:0"}
+
+
+@pytest.mark.root
+def test_the_block_device_behind_a_loop_device_is_related(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda").node("/dev/sda", "b", "8:0")
+    tree.block_device("7:0", "loop0", loop={"backing_file": "/dev/sda\n"})
+    assert "block:8:0" in resolve(want("7:0"), tree.root).related_identities

@@ -259,9 +259,9 @@ def test_an_empty_store_has_no_nodes(store: StoreDirectory) -> None:
     assert ask(store.open(), "241:0") is None
 
 
-def test_a_file_in_place_of_the_store_is_an_error_of_the_host(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_store_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "store").touch()
-    with pytest.raises(HostError, match="Not a directory"):
+    with pytest.raises(NoSuchDevice, match="is not there"):
         VhostUserStore(str(tmp_path / "store")).find_socket(DevNum(241, 0))
 
 

@@ -417,14 +417,19 @@ def guest(place: Place) -> str:
 @pytest.mark.parametrize(
     ("parts", "driver", "taken", "message"),
     [
-        ((), None, (), "the VM (pc-q35-7.2) has no port to plug into"),
-        ((), BLK, (), "the VM (pc-q35-7.2) has no port to plug into"),
+        ((), None, (), "the VM (pc-q35-7.2) has no PCI port to plug into"),
+        ((), BLK, (), "the VM (pc-q35-7.2) has no PCI port to plug into"),
         ((), SCSI, (), "the VM has no virtio-scsi controller with a free address"),
         ((port("rp1", 0),), SCSI, (), "the VM has no virtio-scsi controller with a free address"),
-        ((port("rp1"),), None, (), "the VM (pc-q35-7.2) has no free port left"),
-        ((port("rp1", 0),), None, ("rp1/00",), "the VM (pc-q35-7.2) has no free port left"),
-        ((controller("s", 1 << 16),), None, (), "the VM (pc-q35-7.2) has no free port left"),
-        ((port("rp1"), controller("s")), BLK, (), "the VM (pc-q35-7.2) has no free port left"),
+        ((port("rp1"),), None, (), "the VM (pc-q35-7.2) has no free PCI port left"),
+        ((port("rp1", 0),), None, ("rp1/00",), "the VM (pc-q35-7.2) has no free PCI port left"),
+        (
+            (controller("s", 1 << 16),),
+            None,
+            (),
+            "the VM (pc-q35-7.2) has no PCI port to plug into and no free SCSI address",
+        ),
+        ((port("rp1"), controller("s")), BLK, (), "the VM (pc-q35-7.2) has no free PCI port left"),
     ],
 )
 def test_no_place_left_is_said_with_a_remedy(

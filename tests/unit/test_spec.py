@@ -454,3 +454,44 @@ def test_any_bytes_are_parsed_or_refused(data: bytes) -> None:
 @given(json_values | configs)
 def test_any_json_is_parsed_or_refused(value: object) -> None:
     parse_or_refuse(json.dumps(value).encode())
+
+
+# One spelling, one name
+
+
+@pytest.mark.parametrize("path", ["/dev/sda", "/dev//sda", "/dev/sda/", "/dev/./sda", "//dev/sda"])
+def test_a_container_path_has_one_spelling(path: str) -> None:
+    assert one(path=path) == one()
+
+
+def test_two_spellings_of_one_path_are_one_request() -> None:
+    assert len(parse(config(SDA, {**SDA, "path": "/dev//sda"})).devices) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [("ro", "ro"), ("rw", "rw"), ("ro,rw", "rw"), ("rw,bind,ro", "ro"), ("bind", "rw")],
+)
+def test_the_last_of_contradicting_mount_options_counts(options: str, answer: str) -> None:
+    mount = {"destination": "/data", "source": "/dev/sda", "options": options.split(",")}
+    assert parse(config(mounts=[mount])).mounts[0].read_only is (answer == "ro")
+
+
+def test_a_bundle_in_userdata_is_named_after_the_container(tmp_path: Path) -> None:
+    directory = tmp_path / "ctr1" / "userdata"
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_bytes(config(SDA))
+    assert read_bundle(directory).name == read_bundle(directory / "config.json").name == "ctr1"
+
+
+def test_a_request_can_be_hashed_and_does_not_share_the_callers_options() -> None:
+    options = {"cache": "none"}
+    info = DeviceInfo(
+        container_path="/dev/sda",
+        dev_type=DevType.BLOCK,
+        devnum=DevNum(8, 0),
+        driver_options=options,
+    )
+    options["cache"] = "unsafe"
+    assert info.driver_options == {"cache": "none"}
+    assert len({info, info}) == 1

@@ -301,9 +301,9 @@ def _no_free_port(offer: Offer, driver: BlockDriver | None) -> NoFreePort:
             "the VM has no virtio-scsi controller with a free address",
             hint="start QEMU with a virtio-scsi-pci device, or say block-driver=virtio-blk",
         )
-    what = "has no port to plug into"
-    if offer.ports or offer.controllers:
-        what = "has no free port left"
+    what = "has no free PCI port left" if offer.ports else "has no PCI port to plug into"
+    if driver is None and offer.controllers:
+        what += " and no free SCSI address"
     return NoFreePort(
         f"the VM ({offer.machine}) {what}",
         hint="detach something, say block-driver=virtio-scsi if it has a controller, "

@@ -4,12 +4,14 @@ Source: Documentation/ABI/stable/sysfs-block, Documentation/ABI/testing/sysfs-bl
 """
 
 import os
+import stat
+from collections.abc import Iterator
 
 from vmplug.address import DevNum
 from vmplug.host.device import BlockDevice, DiskFile, DiskPart, FoundBy
 from vmplug.host.image import read_qcow2_header
-from vmplug.host.loop import read_backing_file
-from vmplug.host.root import HostRoot
+from vmplug.host.loop import LoopBacking, read_backing_file
+from vmplug.host.root import HostRoot, node_number
 
 SIZE_UNIT_BYTES = 512
 """The unit of a sysfs `size`, whatever the device's own block size."""
@@ -25,6 +27,7 @@ def read_block_device(
         return BlockDevice(devnum=devnum, device_node=device_node, found_by=found_by)
     sysfs_path = root.real_path(link)
     disk_path = _disk_path(sysfs_path, root)
+    backing = read_backing_file(sysfs_path, root)
     return BlockDevice(
         devnum=devnum,
         device_node=device_node,
@@ -36,7 +39,8 @@ def read_block_device(
         removable=bool(root.read_int(f"{disk_path}/removable")),
         holders=tuple(root.names(f"{sysfs_path}/holders")),
         relatives=_relatives(sysfs_path, disk_path, root),
-        backing=read_backing_file(sysfs_path, root),
+        below=(*_below(disk_path, root), *_behind(backing, root)),
+        backing=backing,
     )
 
 
@@ -66,6 +70,23 @@ def _relatives(sysfs_path: str, disk_path: str, root: HostRoot) -> tuple[DiskPar
         names = (f"{sysfs_path}/{name}" for name in root.names(sysfs_path))
         paths = [path for path in names if root.try_stat(f"{path}/partition")]
     return tuple(part for path in paths if (part := _part(path, root)))
+
+
+def _below(sysfs_path: str, root: HostRoot) -> Iterator[DevNum]:
+    """The block devices that device-mapper or md made this one of, all the way down."""
+    for name in root.names(f"{sysfs_path}/slaves"):
+        slave = root.real_path(f"{sysfs_path}/slaves/{name}")
+        for path in {slave, _disk_path(slave, root)}:
+            if devnum := root.read_devnum(f"{path}/dev"):
+                yield devnum
+            yield from _below(path, root)
+
+
+def _behind(backing: LoopBacking | None, root: HostRoot) -> Iterator[DevNum]:
+    """The block device that a loop device loops to, where it is none of the usual files."""
+    status = root.try_stat(backing.backing_file) if backing and not backing.deleted else None
+    if status and stat.S_ISBLK(status.st_mode):
+        yield node_number(status)
 
 
 def _part(sysfs_path: str, root: HostRoot) -> DiskPart | None:

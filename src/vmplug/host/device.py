@@ -47,9 +47,10 @@ class BlockDevice:
     """A block device of the host.
 
     `holders` are kernel names (`dm-0`, `md0`) of what the kernel built on it. `relatives` are its
-    partitions, or the disk it is a partition of. `size_bytes` is None only when sysfs has no entry
-    for the device, and then nothing else is known of it either. `sector_bytes` is the logical
-    block size, in which the guest must see the disk too for its partition table to make sense.
+    partitions, or the disk it is a partition of; `below` are block devices that it is built on.
+    `size_bytes` is None only when sysfs has no entry for the device, and then nothing else is
+    known of it either. `sector_bytes` is the logical block size, in which the guest must see the
+    disk too for its partition table to make sense.
     """
 
     kind: DeviceType = field(default=DeviceType.BLOCK, init=False)
@@ -63,6 +64,7 @@ class BlockDevice:
     removable: bool = False
     holders: tuple[str, ...] = ()
     relatives: tuple[DiskPart, ...] = ()
+    below: tuple[DevNum, ...] = ()
     backing: LoopBacking | None = None
 
     @property
@@ -85,7 +87,8 @@ class BlockDevice:
         """Other devices that show the same bytes."""
         backing = self.backing
         files = (f"file:{backing.backing_file}",) if backing and not backing.deleted else ()
-        return (*(f"block:{part.devnum}" for part in self.relatives), *files)
+        devnums = [*(part.devnum for part in self.relatives), *self.below]
+        return (*(f"block:{devnum}" for devnum in devnums), *files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

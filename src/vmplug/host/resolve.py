@@ -76,6 +76,13 @@ def _container_node(info: DeviceInfo, root: HostRoot) -> str:
     if status and _is_node_of(info, status):
         return info.container_path
     found = describe(status)
+    if info.devnum is None:
+        raise NoSuchDevice(
+            info.wanted,
+            f"no FIFO at {info.container_path} on this host: there is {found}",
+            found=found,
+            hint="make it with mkfifo, or leave it to the container's runtime",
+        )
     raise NoSuchDevice(
         info.wanted,
         f"no {info.wanted} on this host: sysfs has no entry for it, and at "

@@ -14,7 +14,7 @@ from vmplug.address import DevNum
 from vmplug.errors import AttributeReadError
 
 _READ = os.O_RDONLY | os.O_CLOEXEC
-_ABSENT = frozenset({errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ESRCH})
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESRCH})
 """ENODEV and ENXIO: the device went between open and read; ESRCH: the process did."""
 
 PAGE_SIZE = 4096

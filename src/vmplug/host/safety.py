@@ -5,6 +5,7 @@ A finding of severity `error` stops `attach`. An operator may allow single findi
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import assert_never
 from vmplug.address import DevNum
 from vmplug.host.device import BlockDevice, CharDevice, DiskFile, HostDevice, VhostUserSocket
 from vmplug.host.mounts import HostUsage, same_file
-from vmplug.host.root import HostRoot
+from vmplug.host.root import HostRoot, describe, node_number
 
 _LOCKS_AGAINST_WRITING = ((100, 200),)
 _LOCKS_AGAINST_READING = ((101, 1), (103, 1), (200, 1))
@@ -39,6 +40,7 @@ class Code(StrEnum):
     NO_MEDIUM = "no-medium"
     SIZE_ZERO = "size-zero"
     NOT_IN_SYSFS = "not-in-sysfs"
+    WRONG_NODE = "wrong-node"
     HAS_BACKING_FILE = "has-backing-file"
     FORMAT_NOT_STATED = "format-not-stated"
     NOT_THAT_FORMAT = "not-that-format"
@@ -55,6 +57,7 @@ NEVER_ALLOWED = frozenset(
         Code.NOT_THAT_FORMAT,
         Code.SIZE_ZERO,
         Code.UNREADABLE,
+        Code.WRONG_NODE,
     }
 )
 """Findings that no permission mends."""
@@ -140,6 +143,7 @@ def _check_block(
             f"{device.device_node} has no entry in sysfs, so little is known of its users",
             "use a device that the kernel lists below /sys/dev/block",
         )
+    yield from _wrong_node(device, root)
     used = _users(device, wish, usage, root)
     yield from used
     yield from _claimed(claims, wish)
@@ -153,6 +157,18 @@ def _check_block(
     yield from _read_only(device, wish, "make it writable (blockdev --setrw)")
     if device.size_bytes == 0:
         yield _empty(device)
+
+
+def _wrong_node(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
+    """QEMU opens the node by its name: it must be the device that was asked for."""
+    status = root.try_stat(device.device_node)
+    if status and not (stat.S_ISBLK(status.st_mode) and node_number(status) == device.devnum):
+        yield Finding(
+            Code.WRONG_NODE,
+            f"the kernel calls block device {device.devnum} {device.device_node}, but that is "
+            + describe(status),
+            "make the nodes anew (udevadm trigger), or remove the wrong one",
+        )
 
 
 def _check_file(
@@ -272,11 +288,17 @@ def _claimed(claims: Sequence[Claim], wish: Wish) -> Iterator[Finding]:
         if not (readers or sharers):
             yield Finding(
                 Code.IN_USE_BY_VM,
-                f"{claim.identity} is already handed to VM {claim.vm!r}"
+                f"{_spoken(claim.identity)} is already handed to VM {claim.vm!r}"
                 + (" for reading" if claim.read_only else ""),
                 f"vmplug detach it from VM {claim.vm!r} first; share it read-only; or say "
                 "share-rw=on on both sides if its file system can be written by several",
             )
+
+
+def _spoken(identity: str) -> str:
+    """`block device 7:0`, or the path of a file."""
+    kind, _, what = identity.partition(":")
+    return what if kind == "file" else f"{kind} device {what}"
 
 
 def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator[Finding]:
@@ -292,7 +314,8 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
                     f"fuser --verbose {device.device_node} may name it; stop it first",
                 )
         case errno.ENOMEDIUM:
-            yield _empty(device)
+            if device.size_bytes != 0:
+                yield _empty(device)
         case number:
             yield Finding(
                 Code.UNREADABLE,

@@ -17,6 +17,7 @@ from vmplug.hypervisor.topology import PERIPHERAL
 
 _ROOT_BUS = "/machine/q35/pcie.0"
 _FIRST_PORT_SLOT = 0x10
+_MAX_PORTS = 15
 
 
 class Guest(StrEnum):
@@ -28,7 +29,7 @@ class Guest(StrEnum):
 
 
 class MemoryHypervisor(Qemu):
-    """A q35 machine in memory with `root_ports` ports and, if wanted, a virtio-scsi controller.
+    """A q35 machine in memory with up to 15 root ports and, if wanted, a virtio-scsi controller.
 
     `monitor` may be told to fail (`fail_at`) and how the guest behaves (`guest`).
     """
@@ -68,6 +69,8 @@ class MemoryMonitor(Monitor):
     _receivers: list[EventReceiver] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.root_ports > _MAX_PORTS:
+            raise ValueError(f"{self.root_ports} root ports are more than {_MAX_PORTS}")
         for index in range(self.root_ports):
             self._add_cold(f"rp{index}", "pcie-root-port", _FIRST_PORT_SLOT + index)
         if self.scsi:

@@ -10,7 +10,7 @@ from vmplug.drivers.block import BlockOptions, check_disk
 from vmplug.errors import HostError, InUse, NoSuchDevice
 from vmplug.host import safety
 from vmplug.host.device import BlockDevice, CharDevice, DeviceType, DiskFile, HostDevice
-from vmplug.host.mounts import read_usage
+from vmplug.host.mounts import HostUsage, read_usage
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.safety import Claim, Code, Finding, Severity, Wish
@@ -50,19 +50,16 @@ def examine(
     """
     options = [BlockOptions.parse(info.driver_options) for info in infos]
     found = resolve_all(infos, host, store)
-    usage = read_usage(host)
+    usage = _try_read_usage(host)
     examined: list[Examined] = []
     for info, option, answer in zip(infos, options, found, strict=True):
-        if isinstance(answer, HostError):
-            device, error, findings = None, answer, [_unresolved(answer)]
-        else:
-            device, error = answer, None
-            wish = Wish(read_only=info.read_only, share_rw=option.share_rw)
+        device = None if isinstance(answer, HostError) else answer
+        error = answer if isinstance(answer, HostError) else None
+        if device:
             claims = [*find_claims(device), *_overlaps(device, examined)]
-            findings = safety.check(device, wish, usage=usage, claims=claims, root=host)
-            findings += _no_driver(device)
-            if isinstance(device, BlockDevice | DiskFile):
-                findings += check_disk(device, option)
+            findings = _check(info, option, device, usage, claims, host)
+        else:
+            findings = [_unresolved(error)] if error else []
         findings = safety.allow(findings, frozenset(allowed))
         examined.append(
             Examined(
@@ -70,6 +67,35 @@ def examine(
             )
         )
     return examined
+
+
+def _try_read_usage(host: HostRoot) -> HostUsage | HostError:
+    try:
+        return read_usage(host)
+    except HostError as error:
+        return error
+
+
+def _check(
+    info: DeviceInfo,
+    options: BlockOptions,
+    device: HostDevice,
+    usage: HostUsage | HostError,
+    claims: Sequence[Claim],
+    host: HostRoot,
+) -> list[Finding]:
+    """All findings about one device; what cannot be found out is one too."""
+    if isinstance(usage, HostError):
+        return [_unresolved(usage)]
+    wish = Wish(read_only=info.read_only, share_rw=options.share_rw)
+    try:
+        findings = safety.check(device, wish, usage=usage, claims=claims, root=host)
+    except HostError as error:
+        return [_unresolved(error)]
+    findings += _no_driver(device)
+    if isinstance(device, BlockDevice | DiskFile):
+        findings += check_disk(device, options)
+    return findings
 
 
 def refuse(examined: Sequence[Examined]) -> None:

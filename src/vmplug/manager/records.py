@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vmplug.address import PciPath, ScsiAddress
 from vmplug.drivers.base import GuestAddress
 from vmplug.host.device import DeviceType
+from vmplug.host.safety import Claim
 from vmplug.manager.state import State
 
 
@@ -114,4 +115,14 @@ def read_attachment(row: sqlite3.Row) -> Attachment:
         state=State(row["state"]),
         guest_address=_guest_address(row),
         device_id=row["device"],
+    )
+
+
+def read_claim(row: sqlite3.Row) -> Claim:
+    """A row of the table `device`, as what a VM holds."""
+    return Claim(
+        vm=row["vm"],
+        identity=row["identity"],
+        read_only=bool(row["read_only"]),
+        share_rw=bool(row["share_rw"]),
     )

@@ -10,11 +10,11 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from vmplug.drivers.base import GuestAddress
 from vmplug.errors import StoreError
@@ -24,10 +24,13 @@ from vmplug.manager.records import (
     DeviceRecord,
     VmRecord,
     read_attachment,
+    read_claim,
     read_device,
     read_vm,
 )
 from vmplug.manager.state import FOLLOWS, State, check_step
+
+T = TypeVar("T")
 
 DEFAULT_STATE_DIR = "/run/vmplug"
 _VERSION = 1
@@ -137,12 +140,13 @@ class Store:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError) as error:
             raise _store_error(self.path, error) from error
 
-    def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+    def _read(self, parse: Callable[[sqlite3.Row], T], query: str, *values: object) -> list[T]:
+        """Every row as a value; StoreError for one that makes no sense."""
         with self._lock, self._errors():
-            return self._db.execute(query, values).fetchall()
+            return [parse(row) for row in self._db.execute(query, values)]
 
     # VMs
 
@@ -162,7 +166,7 @@ class Store:
 
     def vms(self) -> list[VmRecord]:
         """Every known VM, by name."""
-        return [read_vm(row) for row in self._rows("SELECT * FROM vm ORDER BY name")]
+        return self._read(read_vm, "SELECT * FROM vm ORDER BY name")
 
     def find_vm(self, name: str) -> VmRecord | None:
         """The VM of that name; None when it is not known."""
@@ -247,39 +251,30 @@ class Store:
 
     def devices(self, vm: str) -> list[DeviceRecord]:
         """Every device of a VM, in the order they came."""
-        rows = self._rows("SELECT * FROM device WHERE vm = ? ORDER BY rowid", vm)
-        return [read_device(row) for row in rows]
+        return self._read(read_device, "SELECT * FROM device WHERE vm = ? ORDER BY rowid", vm)
 
     def find_claims(self, vm: str | None, own: str, identities: Iterable[str]) -> list[Claim]:
         """What VMs hold of `identities`, and other VMs than `vm` of `own`."""
         wanted = [own, *identities]
         marks = ", ".join("?" * len(wanted))
-        rows = self._rows(
+        return self._read(
+            read_claim,
             f"SELECT * FROM device WHERE identity IN ({marks})"  # noqa: S608  only marks
             " AND NOT (identity = ? AND vm IS ?) ORDER BY rowid",
             *wanted,
             own,
             vm,
         )
-        return [
-            Claim(
-                vm=row["vm"],
-                identity=row["identity"],
-                read_only=bool(row["read_only"]),
-                share_rw=bool(row["share_rw"]),
-            )
-            for row in rows
-        ]
 
     def attachments(self, vm: str | None = None) -> list[Attachment]:
         """Every hold on a device of `vm`, or of all VMs."""
-        rows = self._rows(
+        return self._read(
+            read_attachment,
             "SELECT a.*, d.vm, d.host_path, d.kind, d.state, d.place, d.pci_path, d.scsi_address"
             " FROM attachment a JOIN device d ON a.device = d.id"
             " WHERE d.vm = coalesce(?, d.vm) ORDER BY a.rowid",
             vm,
         )
-        return [read_attachment(row) for row in rows]
 
 
 class _Transaction:
@@ -319,6 +314,7 @@ class _Transaction:
 def _step_statement(state: State) -> str:
     """SQL that moves one device to `state` if the table lets it."""
     before = " OR ".join(f"state = '{s}'" for s, nexts in FOLLOWS.items() if s and state in nexts)
+    before = before or "FALSE"
     return f"UPDATE device SET state = '{state}' WHERE id = ? AND ({before})"  # noqa: S608
 
 
@@ -336,11 +332,13 @@ def _add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> list[Atta
     for hold in holds:
         row = db.execute(
             "INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (device, owner, container_path) DO UPDATE SET count = count + 1"
-            " RETURNING id, count",
+            " ON CONFLICT (device, owner, container_path) DO UPDATE"
+            " SET count = count + 1, read_only = read_only AND excluded.read_only"
+            " RETURNING id, count, read_only",
             (hold.id, hold.device_id, hold.owner, hold.container_path, hold.read_only, hold.count),
         ).fetchone()
-        added.append(replace(hold, id=row["id"], count=row["count"]))
+        read_only = bool(row["read_only"])
+        added.append(replace(hold, id=row["id"], count=row["count"], read_only=read_only))
     return added
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 from typing import NamedTuple
 
 from vmplug.address import DevNum
@@ -41,10 +40,13 @@ class DeviceInfo:
     file_mode: int | None = None
     uid: int | None = None
     gid: int | None = None
-    driver_options: Mapping[str, str] = field(default_factory=dict)
+    driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        check_container_path(self.container_path)
+        path = normal_container_path(self.container_path)
+        object.__setattr__(self, "container_path", path)
+        if self.host_path == "":
+            raise SpecError(self.container_path, "the path of the file is empty")
         if self.host_path is not None and (self.devnum or self.dev_type is not DevType.BLOCK):
             raise SpecError(self.container_path, "a regular file is type b and has no number")
         if self.devnum is not None and self.dev_type not in NUMBERED:
@@ -55,7 +57,7 @@ class DeviceInfo:
             raise SpecError(
                 self.container_path, f"a device of type {self.dev_type} needs major and minor"
             )
-        object.__setattr__(self, "driver_options", MappingProxyType(dict(self.driver_options)))
+        object.__setattr__(self, "driver_options", dict(self.driver_options))
 
     @property
     def major(self) -> int | None:
@@ -87,9 +89,11 @@ class Mount(NamedTuple):
     read_only: bool
 
 
-def check_container_path(path: str, where: str | None = None) -> None:
-    """SpecError unless `path` is absolute and normal: no `..`, no NUL, more than `/`."""
-    where = where or "container path"
+def normal_container_path(path: str, where: str = "container path") -> str:
+    """`path` in its one spelling, without `//` and `/.`; SpecError unless it is absolute.
+
+    Nor may it hold `..` or NUL, or be `/` itself.
+    """
     if not path:
         raise SpecError(where, "path is empty", hint="give the device's path in the container")
     if not path.startswith("/") or path.strip("/") == "":
@@ -102,3 +106,4 @@ def check_container_path(path: str, where: str | None = None) -> None:
             f"{path!r} contains '..'",
             hint="give the path that the device shall have, without detours",
         )
+    return "/" + "/".join(part for part in path.split("/") if part not in {"", "."})

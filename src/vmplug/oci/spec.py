@@ -18,7 +18,7 @@ import msgspec
 
 from vmplug.address import DevNum
 from vmplug.errors import SpecError
-from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, Mount, check_container_path
+from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, Mount, normal_container_path
 
 Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 
@@ -90,7 +90,12 @@ def read_bundle(source: str | os.PathLike[str]) -> Bundle:
             f"cannot be read: {reason}",
             hint="a bundle is a directory with a config.json, that file itself, or -",
         ) from error
-    return parse_config(data, name=path.parent.resolve().name)
+    return parse_config(data, name=_container_name(path.parent.resolve()))
+
+
+def _container_name(directory: Path) -> str:
+    """The bundle directory's name; podman and CRI-O keep a container's bundle in ID/userdata."""
+    return (directory.parent if directory.name == "userdata" else directory).name
 
 
 def parse_config(data: bytes, *, name: str | None) -> Bundle:
@@ -117,8 +122,13 @@ def _mount(mount: _Mount, where: str) -> Mount:
         destination=mount.destination,
         source=mount.source or "",
         type=mount.type,
-        read_only="ro" in (mount.options or []),
+        read_only=_last_of(mount.options or [], "ro", "rw") == "ro",
     )
+
+
+def _last_of(options: list[str], *words: str) -> str | None:
+    """Of options that contradict each other the last one counts, as with mount(8)."""
+    return next((option for option in reversed(options) if option in words), None)
 
 
 def _devices(linux: _Linux) -> tuple[DeviceInfo, ...]:
@@ -132,7 +142,9 @@ def _devices(linux: _Linux) -> tuple[DeviceInfo, ...]:
         if (known := devices.setdefault(info.container_path, info)) != info:
             raise SpecError(
                 f"{where}.path",
-                f"{info.container_path} is asked for twice, as {known.wanted} and {info.wanted}",
+                f"{info.container_path} is asked for twice and differently: as {known.wanted} "
+                f"and as {info.wanted}"
+                + ("" if known.wanted != info.wanted else " with another mode or owner"),
             )
     return tuple(devices.values())
 
@@ -167,7 +179,7 @@ def _json_position(data: bytes) -> str | None:
 
 
 def _device_info(device: _Device, where: str) -> DeviceInfo:
-    check_container_path(device.path, f"{where}.path")
+    path = normal_container_path(device.path, f"{where}.path")
     try:
         dev_type = DevType(device.type)
     except ValueError:
@@ -175,7 +187,7 @@ def _device_info(device: _Device, where: str) -> DeviceInfo:
             f"{where}.type", f"{device.type!r} is not a device type; expected b, c, u or p"
         ) from None
     return DeviceInfo(
-        container_path=device.path,
+        container_path=path,
         dev_type=dev_type,
         devnum=_devnum(device, where) if dev_type in NUMBERED else None,
         file_mode=_file_mode(device, dev_type, where),
