@@ -54,4 +54,3 @@ from vmplug.oci.spec import parse_config as parse_config
 from vmplug.oci.spec import read_bundle as read_bundle
 
 __version__: str
-__all__: tuple[str, ...]
