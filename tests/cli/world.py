@@ -1,6 +1,7 @@
 """A second reader of everything that a refused command must leave as it was."""
 
 import json
+import os
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,3 +44,16 @@ def loops_below(directory: Path) -> frozenset[tuple[str, ...]]:
     loops = json.loads(listed)["loopdevices"] if listed else []
     found = [tuple(str(value) for value in loop.values()) for loop in loops]
     return frozenset(loop for loop in found if loop[1].startswith(f"{directory}/"))
+
+
+def processes_below(directory: Path) -> list[int]:
+    """The processes that work in a directory below `directory`."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            working_directory = os.readlink(f"/proc/{pid}/cwd")
+        except OSError:  # it has ended, or is somebody else's
+            continue
+        if working_directory.startswith(f"{directory}/"):
+            found.append(int(pid))
+    return found

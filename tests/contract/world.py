@@ -35,6 +35,8 @@ MEMORY_SIDE_DEVICES: list[Device] = [
 ]
 """The devices that MemoryHypervisor has from the start, for a QEMU."""
 
+END_TIMEOUT_S = 5.0
+
 Rows = Mapping[str, list[tuple[object, ...]]]
 
 
@@ -174,11 +176,16 @@ class QemuSide:
             oracle.execute("cont")
         for name in left:
             self.wait_gone(name)
-        for name in sorted(self.parts().nodes - self._first.nodes, key=len, reverse=True):
-            self.ask(Command("blockdev-del", {"node-name": name}))
+        for name in sorted(self._nodes_left(), key=len, reverse=True):
+            while isinstance(self.ask(Command("blockdev-del", {"node-name": name})), Refusal):
+                oracle.wait_event("DEVICE_DELETED", END_TIMEOUT_S)  # its device is on its way out
         for name in self.parts().objects.keys() - self._first.objects.keys():
             self.ask(Command("object-del", {"id": name}))
         assert self.parts() == self._first
+
+    def _nodes_left(self) -> set[str]:
+        """Nodes with a name of somebody's; those without go with them."""
+        return {n for n in self.parts().nodes - self._first.nodes if not n.startswith("#")}
 
 
 def qemu_parts(vm: GuestVm) -> Parts:

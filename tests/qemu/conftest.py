@@ -12,7 +12,7 @@ from guest.console import GuestDisk
 
 from tests.contract.sandbox import Sandbox
 from tests.contract.world import QemuSide
-from tests.support.vm import GuestVm, pci_bridge, root_ports, scsi_controller, start_vm
+from tests.support.vm import Device, GuestVm, pci_bridge, root_ports, scsi_controller, start_vm
 from vmplug.address import DevNum
 from vmplug.host.safety import Code
 from vmplug.manager.records import Attachment
@@ -126,22 +126,30 @@ def opened_by_another_qemu(image: Path, directory: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def booted_vm(directory: Path, devices: list[Device], machine: str = "q35") -> Iterator[GuestVm]:
+    """A VM whose guest has booted: plugging into one that boots is a test of the firmware."""
+    with start_vm(directory, machine=machine, devices=devices) as vm:
+        vm.console.run("true")
+        yield vm
+
+
 @pytest.fixture(scope="session")
 def q35_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
     devices = [*root_ports(PORTS), *scsi_controller()]
-    with start_vm(tmp_path_factory.mktemp("q35"), devices=devices) as vm:
+    with booted_vm(tmp_path_factory.mktemp("q35"), devices) as vm:
         yield vm
 
 
 @pytest.fixture(scope="session")
 def second_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
-    with start_vm(tmp_path_factory.mktemp("second"), devices=root_ports(2)) as vm:
+    with booted_vm(tmp_path_factory.mktemp("second"), root_ports(2)) as vm:
         yield vm
 
 
 @pytest.fixture(scope="session")
 def pc_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
-    with start_vm(tmp_path_factory.mktemp("pc"), machine="pc", devices=pci_bridge()) as vm:
+    with booted_vm(tmp_path_factory.mktemp("pc"), pci_bridge(), "pc") as vm:
         yield vm
 
 

@@ -16,7 +16,7 @@ from tests.contract.world import QemuSide, qemu_parts
 from tests.qemu.conftest import Lab, opened_by_another_qemu, request
 from tests.support.disks import disk_image
 from tests.support.vm import Device, GuestVm, pci_bridge, root_ports, scsi_controller, start_vm
-from vmplug.address import DevNum
+from vmplug.address import DevNum, device_id_of
 from vmplug.drivers.base import Command, Offer
 from vmplug.errors import (
     CommandError,
@@ -24,12 +24,15 @@ from vmplug.errors import (
     HypervisorError,
     NoFreePort,
     NoSuchDevice,
+    ProtocolError,
     StateError,
     UnplugTimeout,
 )
 from vmplug.host.safety import Code
+from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome
 from vmplug.manager.state import State
 from vmplug.oci.info import DeviceInfo, DevType
@@ -410,13 +413,13 @@ def doomed(tmp_path: Path) -> Iterator[tuple[Doomed, GuestVm]]:
             lab.close()
 
 
-def expect_reborn(lab: Doomed, directory: Path, outcomes: set[Outcome]) -> None:
-    """The same VM started anew is empty, and its journal with it."""
+def expect_reborn(lab: Doomed, directory: Path, *, outcomes: set[Outcome]) -> None:
+    """The same VM started anew is empty, and so becomes its journal."""
     with sleeping_vm(directory, [*root_ports(2), *scsi_controller()]) as vm:
         lab.close()
         lab.side = QemuSide(vm)
         parts = qemu_parts(vm)
-        assert {repair.outcome for repair in lab.devices.reconcile()} == outcomes
+        assert {repair.outcome for repair in lab.devices.reconcile()} <= outcomes
         assert lab.devices.attachments() == []
         assert lab.side.parts() == parts
         assert lab.devices.reconcile() == []
@@ -435,11 +438,13 @@ def test_a_qemu_that_dies_during_an_attach_is_told_and_reconciled(
         lab.devices.attach_all([lab.disk("b.img"), info] if execute == "object-add" else [info])
     assert caught.value.code in {"connection-lost", "cannot-connect"}
     assert caught.value.hint
-    assert {a.state for a in lab.devices.attachments()} == {State.PLUGGING}
+    states = {a.state for a in lab.devices.attachments()}
+    assert State.ATTACHED not in states
 
     with pytest.raises(ConnectError):
         lab.devices.reconcile()
-    expect_reborn(lab, tmp_path / "reborn", {Outcome.UNDONE})
+    assert {a.state for a in lab.devices.attachments()} == states
+    expect_reborn(lab, tmp_path / "reborn", outcomes={Outcome.UNDONE, Outcome.FINISHED})
 
 
 @pytest.mark.parametrize("execute", ["device_del", "qom-list"])
@@ -454,7 +459,7 @@ def test_a_qemu_that_dies_during_a_detach_is_told_and_reconciled(
     assert caught.value.code in {"connection-lost", "cannot-connect"}
     assert caught.value.hint
     assert [a.state for a in lab.devices.attachments()] == [State.DETACHING]
-    expect_reborn(lab, tmp_path / "reborn", {Outcome.FINISHED})
+    expect_reborn(lab, tmp_path / "reborn", outcomes={Outcome.FINISHED})
 
 
 def test_a_qemu_that_dies_while_its_guest_is_waited_for_is_told(
@@ -478,7 +483,7 @@ def test_a_qemu_that_dies_while_its_guest_is_waited_for_is_told(
             detached.result(20)
     assert caught.value.code in {"connection-lost", "cannot-connect"}
     assert [a.state for a in lab.devices.attachments()] == [State.DETACHING]
-    expect_reborn(lab, tmp_path / "reborn", {Outcome.FINISHED})
+    expect_reborn(lab, tmp_path / "reborn", outcomes={Outcome.FINISHED})
 
 
 def test_a_qemu_that_died_between_two_commands_is_told(
@@ -496,7 +501,7 @@ def test_a_qemu_that_died_between_two_commands_is_told(
         with pytest.raises(HypervisorError) as caught:
             verb()
         assert caught.value.code in {"connection-lost", "cannot-connect"}
-    expect_reborn(lab, tmp_path / "reborn", {Outcome.FORGOTTEN, Outcome.UNDONE})
+    expect_reborn(lab, tmp_path / "reborn", outcomes={Outcome.FORGOTTEN, Outcome.UNDONE})
 
 
 # conversations
@@ -518,19 +523,31 @@ def test_a_socket_that_is_busy_is_told_within_the_deadline(tmp_path: Path) -> No
         second.close()
 
 
+def nothing(path: Path) -> None:
+    pass
+
+
+def bind_only(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
 @pytest.mark.parametrize(
-    "what", ["missing", "a file", "a directory", "nobody listens", "too long"]
+    ("name", "make"),
+    [
+        ("missing", nothing),
+        ("file", Path.touch),
+        ("directory", Path.mkdir),
+        ("abandoned", bind_only),
+        ("long" * 30, nothing),
+    ],
+    ids=["missing", "a file", "a directory", "abandoned", "too long"],
 )
-def test_a_socket_that_is_none_is_told(tmp_path: Path, what: str) -> None:
-    path = tmp_path / ("x" * 120 if what == "too long" else "qmp.sock")
-    match what:
-        case "a file":
-            path.touch()
-        case "a directory":
-            path.mkdir()
-        case "nobody listens":
-            with socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(str(path))
+def test_a_socket_that_is_none_is_told(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    path = tmp_path / name
+    make(path)
     with pytest.raises(ConnectError) as caught:
         Qemu.connect(str(path), timeout_s=5)
     assert str(path) in caught.value.message
@@ -628,6 +645,7 @@ class Proxy:
         self._listener.bind(str(path))
         self._listener.listen()
         self.connections = 0
+        self._refuses = threading.Event()
         self._threads = ThreadPoolExecutor(16)
         self._threads.submit(self._accept)
 
@@ -647,11 +665,23 @@ class Proxy:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
 
+    def refuse(self) -> None:
+        """Hang up, and from now on at once on everybody who comes."""
+        self._refuses.set()
+        self.cut()
+
+    def take(self) -> None:
+        """Take clients again."""
+        self._refuses.clear()
+
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
                 self.connections += 1
+                if self._refuses.is_set():
+                    client.close()
+                    continue
                 qemu = socket.socket(socket.AF_UNIX)
                 qemu.connect(str(self._target))
                 self._sockets += [client, qemu]
@@ -693,31 +723,44 @@ def cuttable(lab: Lab, proxy: Proxy) -> Iterator[Lab]:
     lab.close()
 
 
+def lose(hypervisor: Qemu, proxy: Proxy) -> None:
+    """Cut the conversation, until a command has noticed it."""
+    for _ in range(100):
+        proxy.cut()
+        try:
+            hypervisor.status()
+        except ProtocolError:
+            return
+    pytest.fail("no command noticed that the conversation was cut")
+
+
 def test_a_conversation_lost_between_commands_is_taken_up_again(
-    cuttable: Lab, proxy: Proxy, image: Path
+    lab: Lab, proxy: Proxy, image: Path
 ) -> None:
-    lab = cuttable
-    manager = lab.devices
-    attachment = manager.attach(request(image))
-    proxy.cut()
-    assert manager.attach(request(image)).count == 2  # needs no VM
-    second = manager.attach(request(disk_image(image.with_name("b.img"), 1, "second")))
-    assert lab.seen(second, of=2).marker == "second"
-    proxy.cut()
-    manager.detach(attachment.id, whole=True)
-    proxy.cut()
-    assert manager.reconcile() == []
-    manager.detach(second.id)
-    assert proxy.connections == 4
+    hypervisor = Qemu.connect(str(proxy.path))
+    with DeviceManager.open(
+        vm=lab.vm, host=lab.root, hypervisor=hypervisor, state_dir=lab.state_dir
+    ) as manager:
+        first = manager.attach(request(image))
+        lose(hypervisor, proxy)
+        second = manager.attach(request(disk_image(image.with_name("b.img"), 1, "second")))
+        assert lab.seen(second, of=2).marker == "second"
+        lose(hypervisor, proxy)
+        manager.detach(first.id)
+        lose(hypervisor, proxy)
+        assert manager.reconcile() == []
+        assert manager.attachments() == [second]
+        lose(hypervisor, proxy)
+        manager.detach(second.id)
+        assert proxy.connections >= 5
     assert lab.vmplugs() == set()
 
 
-def test_several_threads_take_a_lost_conversation_up_once(cuttable: Lab, proxy: Proxy) -> None:
+def test_several_threads_take_a_lost_conversation_up_together(proxy: Proxy) -> None:
     hypervisor = Qemu.connect(str(proxy.path), timeout_s=3)
     try:
-        assert hypervisor.status() == "running"
         for _ in range(3):
-            proxy.cut()
+            lose(hypervisor, proxy)
             start = threading.Barrier(4)
 
             def ask(_: int, start: threading.Barrier = start) -> str:
@@ -728,6 +771,38 @@ def test_several_threads_take_a_lost_conversation_up_once(cuttable: Lab, proxy: 
                 assert list(pool.map(ask, range(4))) == ["running"] * 4
     finally:
         hypervisor.close()
+
+
+@pytest.mark.parametrize("execute", ["blockdev-add", "device_add"])
+def test_what_a_broken_attach_left_in_the_vm_is_in_the_journal(
+    cuttable: Lab, proxy: Proxy, execute: str
+) -> None:
+    """The conversation breaks in the middle of a disk and cannot be taken up again."""
+    lab = cuttable
+    before = lab.picture()
+
+    def wrap(monitor: Monitor) -> Monitor:
+        def break_off(command: Command) -> None:
+            if command.execute == execute:
+                proxy.refuse()
+                with pytest.raises(HypervisorError):
+                    monitor.execute_all([Command("query-status", {})] * 1000)
+
+        return Hooked(monitor, break_off)
+
+    lab.talk_through(wrap)
+    with pytest.raises(HypervisorError) as caught:
+        lab.devices.attach(lab.disk("a.img", options={"bps-total": "10M"}))
+    assert caught.value.code in {"connection-lost", "cannot-connect"}
+    left = {device_id_of(name) for name in lab.vmplugs()}
+    assert left
+    assert left == {a.device_id for a in lab.devices.attachments()}
+
+    proxy.take()
+    lab.talk_plainly()
+    assert [repair.outcome for repair in lab.devices.reconcile()] == [Outcome.UNDONE]
+    lab.close()
+    assert lab.picture() == before
 
 
 def test_an_event_that_was_lost_is_made_up_for(cuttable: Lab, proxy: Proxy, image: Path) -> None:

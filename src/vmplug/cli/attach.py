@@ -5,7 +5,6 @@ import click
 from vmplug.cli.options import (
     allow_option,
     json_option,
-    open_manager,
     parse_allow,
     read_request,
     request_options,
@@ -13,6 +12,7 @@ from vmplug.cli.options import (
     vm_option,
 )
 from vmplug.cli.output import attachment_json, print_attachments, print_json
+from vmplug.cli.wiring import open_manager
 from vmplug.drivers.block import OPTIONS
 
 _OPTIONS_HELP = "\n".join(f"  {key:12} {option.help}" for key, option in OPTIONS.items())

@@ -9,13 +9,13 @@ import click
 from vmplug.cli.options import (
     allow_option,
     json_option,
-    open_journal,
     parse_allow,
     read_request,
     request_options,
     state_dir_option,
 )
 from vmplug.cli.output import print_json
+from vmplug.cli.wiring import open_journal
 from vmplug.host.device import HostDevice
 from vmplug.host.safety import Claim
 from vmplug.manager.examine import Examined, FindClaims, examine

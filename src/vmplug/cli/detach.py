@@ -4,15 +4,9 @@ from collections.abc import Sequence
 
 import click
 
-from vmplug.cli.options import (
-    complete_vm,
-    json_option,
-    open_journal,
-    open_manager,
-    state_dir_option,
-    timeout_option,
-)
+from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
 from vmplug.cli.output import attachment_json, print_json, progress
+from vmplug.cli.wiring import open_journal, open_manager
 from vmplug.errors import NotAttached
 from vmplug.host.root import HostRoot
 from vmplug.manager.records import Attachment

@@ -2,8 +2,9 @@
 
 import click
 
-from vmplug.cli.options import complete_vm, json_option, open_journal, state_dir_option
+from vmplug.cli.options import complete_vm, json_option, state_dir_option
 from vmplug.cli.output import attachment_json, print_attachments, print_json
+from vmplug.cli.wiring import open_journal
 
 
 @click.command("list")

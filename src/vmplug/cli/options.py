@@ -1,7 +1,6 @@
 """Arguments that several verbs share, and what they mean."""
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -9,16 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from vmplug.address import DevNum
-from vmplug.errors import SpecError, StateError
+from vmplug.cli.wiring import open_journal
+from vmplug.errors import SpecError
 from vmplug.host.root import HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
     from vmplug.host.safety import Code
     from vmplug.host.vhost_user import VhostUserStore
-    from vmplug.manager.manager import DeviceManager
-    from vmplug.manager.records import VmRecord
-    from vmplug.manager.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -203,48 +200,3 @@ def parse_allow(words: Sequence[str]) -> "frozenset[Code]":
                 hint="one of " + ", ".join(known),
             )
     return frozenset(known[word] for word in words)
-
-
-def open_journal(state_dir: str) -> "Store":
-    """The journal below `state_dir`, a context manager."""
-    from vmplug.manager.store import Store  # noqa: PLC0415  sqlite3 costs 5 ms
-
-    return Store.open(state_dir)
-
-
-def find_vm(journal: "Store", name: str) -> "VmRecord":
-    """The VM of that name; StateError when it is not known."""
-    record = journal.find_vm(name)
-    if record is None:
-        raise StateError(
-            f"no VM {name!r} is known",
-            state="unknown",
-            required="started or adopted",
-            hint=f"vmplug vm list shows the known ones; vmplug vm adopt {name} --qmp SOCKET",
-        )
-    return record
-
-
-def forget_vm(journal: "Store", record: "VmRecord") -> None:
-    """Forget a VM that has ended or is no longer ours to serve, and remove its files."""
-    journal.forget_vm(record.name)
-    if record.is_ours:
-        shutil.rmtree(os.path.dirname(record.qmp_socket), ignore_errors=True)
-
-
-def open_manager(
-    vm: str, state_dir: str, *, host: HostRoot, store: "VhostUserStore | None" = None
-) -> "DeviceManager":
-    """The manager of a known VM, connected. StateError when the VM is not known."""
-    from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
-    from vmplug.manager.manager import DeviceManager  # noqa: PLC0415
-
-    with open_journal(state_dir) as journal:
-        record = find_vm(journal, vm)
-    return DeviceManager.open(
-        vm=vm,
-        host=host,
-        hypervisor=Qemu.connect(record.qmp_socket),
-        state_dir=state_dir,
-        store=store,
-    )

@@ -7,7 +7,6 @@ import click
 from vmplug.cli.options import (
     allow_option,
     json_option,
-    open_manager,
     parse_allow,
     read_request,
     request_options,
@@ -15,6 +14,7 @@ from vmplug.cli.options import (
     vm_option,
 )
 from vmplug.cli.output import print_json
+from vmplug.cli.wiring import open_manager
 from vmplug.drivers.base import Command
 
 

@@ -2,18 +2,9 @@
 
 import click
 
-from vmplug.cli.options import (
-    complete_vm,
-    find_vm,
-    forget_vm,
-    json_option,
-    open_journal,
-    open_manager,
-    state_dir_option,
-    timeout_option,
-)
+from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
 from vmplug.cli.output import print_json, print_table, progress
-from vmplug.host.process import is_running
+from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal, open_manager
 from vmplug.host.root import HostRoot
 from vmplug.manager.reconcile import Outcome, Repair
 from vmplug.manager.records import VmRecord
@@ -54,7 +45,7 @@ def command(as_json: bool, state_dir: str, timeout_s: float, vm: str | None) -> 
 
 
 def _repair(record: VmRecord, journal: Store, state_dir: str, timeout_s: float) -> list[Repair]:
-    if record.pid is None or is_running(record.pid, record.started_at, HostRoot()):
+    if not is_gone(record):
         with (
             open_manager(record.name, state_dir, host=HostRoot()) as devices,
             progress(f"making the journal agree with VM {record.name}"),

@@ -2,8 +2,9 @@
 
 import click
 
-from vmplug.cli.options import json_option, open_journal, open_manager, state_dir_option
+from vmplug.cli.options import json_option, state_dir_option
 from vmplug.cli.output import print_json, size
+from vmplug.cli.wiring import open_journal, open_manager
 from vmplug.errors import NotAttached
 from vmplug.host.root import HostRoot
 

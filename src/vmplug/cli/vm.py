@@ -3,24 +3,19 @@
 import contextlib
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vmplug.cli.options import (
-    complete_vm,
-    find_vm,
-    forget_vm,
-    json_option,
-    open_journal,
-    state_dir_option,
-)
+from vmplug.cli.options import complete_vm, json_option, state_dir_option
 from vmplug.cli.output import print_json, print_table, progress
+from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal
 from vmplug.errors import HypervisorError, SpecError, StateError, StillAttached
-from vmplug.host.process import is_running, read_start_time, wait_for_end
+from vmplug.host.process import read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
-from vmplug.manager.records import VmRecord
+from vmplug.manager.records import VmRecord, record_vm
 from vmplug.manager.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
@@ -95,7 +90,8 @@ def start(
         except BaseException:
             forget_vm(journal, record)
             raise
-        journal.add_vm(_with_pid(record, pid))
+        started_at = read_start_time(pid, HostRoot())
+        journal.add_vm(replace(record, pid=pid, started_at=started_at))
     if as_json:
         print_json({"vm": {"name": name, "qmp": socket, "pid": pid, "directory": str(directory)}})
     else:
@@ -116,22 +112,20 @@ def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
     vmplug vm adopt sb3 --qmp /run/sb3/qmp.sock
     """
     from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
-    from vmplug.hypervisor.qemu.launch import peer_pid  # noqa: PLC0415
 
     if not _NAME.match(name):
         raise SpecError(f"VM name {name!r}", "it is made of letters, digits, '.', '_' and '-'")
-    path = str(Path(socket).resolve())
     with open_journal(state_dir) as journal:
         _check_free(journal, name)
-        pid = peer_pid(path)
-        qemu = Qemu.connect(path)
-        offer = qemu.offer()
+        qemu = Qemu.connect(socket)
+        endpoint, offer = qemu.endpoint, qemu.offer()
         qemu.close()
-        record = VmRecord(name=name, qmp_socket=path, pid=None, started_at=None, is_ours=False)
-        journal.add_vm(_with_pid(record, pid))
+        assert endpoint
+        journal.add_vm(record_vm(name, endpoint, HostRoot()))
     ports = sum(len(port.free) for port in offer.ports)
     if as_json:
-        print_json({"vm": {"name": name, "qmp": path, "pid": pid, "machine": offer.machine}})
+        qmp = {"qmp": endpoint.qmp_socket, "pid": endpoint.pid}
+        print_json({"vm": {"name": name, **qmp, "machine": offer.machine}})
     else:
         click.echo(
             f"VM {name} is adopted: {offer.machine} with {ports} free PCI places and "
@@ -163,7 +157,7 @@ def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
     with open_journal(state_dir) as journal:
         record = find_vm(journal, name)
         held = journal.attachments(name)
-        is_alive = _is_alive(record)
+        is_alive = not is_gone(record)
         if is_alive and not record.is_ours and held:
             raise StillAttached(
                 f"{len(held)} attachments are left in the adopted VM {name}",
@@ -208,7 +202,7 @@ def _describe(record: VmRecord, journal: Store) -> dict[str, Any]:
     from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
 
     state, offer = "gone", None
-    if _is_alive(record):
+    if not is_gone(record):
         state = "busy"
         with contextlib.suppress(HypervisorError):
             qemu = Qemu.connect(record.qmp_socket, timeout_s=_LIST_TIMEOUT_S)
@@ -228,28 +222,13 @@ def _describe(record: VmRecord, journal: Store) -> dict[str, Any]:
 
 def _check_free(journal: Store, name: str) -> None:
     record = journal.find_vm(name)
-    if record and (_is_alive(record) or journal.devices(name)):
+    if record and not (is_gone(record) and not journal.devices(name)):
         raise StateError(
             f"a VM {name} is known already",
-            state="running" if _is_alive(record) else "gone",
+            state="gone" if is_gone(record) else "running",
             required="unknown",
             hint=f"choose another name, or vmplug vm stop {name}",
         )
-
-
-def _is_alive(record: VmRecord) -> bool:
-    return record.pid is None or is_running(record.pid, record.started_at, HostRoot())
-
-
-def _with_pid(record: VmRecord, pid: int | None) -> VmRecord:
-    started_at = read_start_time(pid, HostRoot()) if pid else None
-    return VmRecord(
-        name=record.name,
-        qmp_socket=record.qmp_socket,
-        pid=pid,
-        started_at=started_at,
-        is_ours=record.is_ours,
-    )
 
 
 def _end(record: VmRecord, timeout_s: float) -> None:

@@ -188,11 +188,24 @@ class Step:
     undo: Command
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a VM is reached: its QMP socket, and the process that made it, None if unknown."""
+
+    qmp_socket: str
+    pid: int | None
+
+
 class Hypervisor(Protocol):
     """What the manager needs of a VM. Every wait has a deadline.
 
-    Raises HypervisorError and its kinds.
+    `endpoint` is None for a VM that no other process can reach. Raises HypervisorError and its
+    kinds.
     """
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where another process finds this VM."""
 
     def offer(self) -> Offer:
         """What the VM has to plug into now."""

@@ -291,7 +291,8 @@ def _claimed(claims: Sequence[Claim], wish: Wish) -> Iterator[Finding]:
                 f"{_spoken(claim.identity)} is already handed to VM {claim.vm!r}"
                 + (" for reading" if claim.read_only else ""),
                 f"vmplug detach it from VM {claim.vm!r} first; share it read-only; or say "
-                "share-rw=on on both sides if its file system can be written by several",
+                "share-rw=on on both sides if its file system can be written by several; "
+                "if that VM is gone, vmplug reconcile",
             )
 
 

@@ -6,6 +6,8 @@ The library is asynchronous; its event loop runs on a thread of its own and neve
 import asyncio
 import contextlib
 import logging
+import socket
+import struct
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Self, TypeVar, cast
@@ -28,12 +30,15 @@ COMMAND_TIMEOUT_S = 30.0
 class QmpMonitor(Monitor):
     """One conversation on a QMP socket; lost ones are taken up again at the next command.
 
-    QEMU serves one client a socket, so that connecting waits for others to finish.
+    QEMU serves one client a socket, so that connecting waits for others to finish. `peer_pid` is
+    the process that made the socket: QEMU, or who started it and passed the socket on; None if
+    the kernel does not say.
     """
 
-    def __init__(self, socket: str, *, timeout_s: float) -> None:
-        self._socket = socket
+    def __init__(self, path: str, *, timeout_s: float) -> None:
+        self._socket = path
         self._connect_timeout_s = timeout_s
+        self.peer_pid: int | None = None
         self._receivers: list[EventReceiver] = []
         self._client: QMPClient | None = None
         self._relay: asyncio.Task[None] | None = None
@@ -43,9 +48,9 @@ class QmpMonitor(Monitor):
         )
 
     @classmethod
-    def connect(cls, socket: str, *, timeout_s: float = 10.0) -> Self:
-        """A conversation on the QMP socket at path `socket`; ConnectError says why not."""
-        monitor = cls(socket, timeout_s=timeout_s)
+    def connect(cls, path: str, *, timeout_s: float = 10.0) -> Self:
+        """A conversation on the QMP socket at `path`; ConnectError says why there is none."""
+        monitor = cls(path, timeout_s=timeout_s)
         monitor._thread.start()
         try:
             monitor._run(monitor._connect())
@@ -81,7 +86,7 @@ class QmpMonitor(Monitor):
         client.register_listener(events)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                await client.connect(self._socket)
+                await client.connect(self._open_socket())
         except TimeoutError as error:
             raise ConnectError(
                 self._socket,
@@ -90,14 +95,36 @@ class QmpMonitor(Monitor):
                 hint="a QMP socket serves one client; give vmplug a -qmp socket of its own",
             ) from error
         except QmpConnectError as error:
-            raise ConnectError(
-                self._socket,
-                f"cannot talk QMP on {self._socket}: {_reason(error)}",
-                hint="is the VM running (vmplug vm list)? if it is gone, vmplug reconcile frees "
-                "what it held",
-            ) from error
+            raise self._no_conversation(error) from error
         self._client = client
         self._relay = asyncio.create_task(self._relay_events(events))
+
+    def _open_socket(self) -> socket.socket:
+        """A connected socket; the kernel lets it wait for its turn. Source: unix(7)."""
+        connection = socket.socket(socket.AF_UNIX)
+        whole_s = int(self._connect_timeout_s)
+        deadline = struct.pack("ll", whole_s, int((self._connect_timeout_s - whole_s) * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
+        try:
+            connection.connect(self._socket)
+        except BlockingIOError as error:
+            connection.close()
+            raise TimeoutError from error
+        except OSError as error:
+            connection.close()
+            raise self._no_conversation(error) from error
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        self.peer_pid = struct.unpack("iII", credentials)[0] or None
+        connection.settimeout(0)  # as asyncio wants it
+        return connection
+
+    def _no_conversation(self, error: Exception) -> ConnectError:
+        return ConnectError(
+            self._socket,
+            f"cannot talk QMP on {self._socket}: {_reason(error)}",
+            hint="is the VM running (vmplug vm list)? if it is gone, vmplug reconcile frees "
+            "what it held",
+        )
 
     async def _relay_events(self, events: EventListener) -> None:
         async for event in events:
@@ -146,7 +173,7 @@ class QmpMonitor(Monitor):
             ) from error
 
 
-def _reason(error: QmpConnectError) -> str:
+def _reason(error: Exception) -> str:
     cause: BaseException | None = error.__cause__ or error
     while cause and cause.__cause__:
         cause = cause.__cause__

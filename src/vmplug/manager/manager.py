@@ -25,6 +25,7 @@ from vmplug.errors import (
     NotAttached,
     PolicyError,
     ProtocolError,
+    StoreError,
     UnplugRefused,
     UnplugTimeout,
 )
@@ -36,12 +37,14 @@ from vmplug.host.vhost_user import VhostUserStore
 from vmplug.manager.examine import Examined, examine
 from vmplug.manager.plan import NewDevice, Plan, make_plan, on_its_way
 from vmplug.manager.reconcile import Repair, reconcile
-from vmplug.manager.records import Attachment, DeviceRecord
+from vmplug.manager.records import Attachment, DeviceRecord, record_vm
 from vmplug.manager.state import State
 from vmplug.manager.store import DEFAULT_STATE_DIR, Store
 from vmplug.oci.info import DeviceInfo, DevType
 
 log = logging.getLogger(__name__)
+
+_PLAN_ATTEMPTS = 20
 
 UNPLUG_TIMEOUT_S = 15.0
 """A Linux guest lets go of a disk within 0.1 s; one that is busy booting within a few seconds."""
@@ -83,10 +86,13 @@ class DeviceManager:
     ) -> Self:
         """The manager of VM `vm`, with everything that is journalled of it below `state_dir`.
 
-        `store` is the vhost-user store of the host, None when it has none. The manager closes the
+        `store` is the vhost-user store of the host, None when it has none. A VM that the journal
+        does not know is written into it, for other processes to find. The manager closes the
         hypervisor's conversation when it is closed. Raises StoreError.
         """
         journal = Store.open(state_dir)
+        if hypervisor.endpoint and journal.find_vm(vm) is None:
+            journal.add_vm(record_vm(vm, hypervisor.endpoint, host))
         return cls(vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store)
 
     def close(self) -> None:
@@ -146,9 +152,8 @@ class DeviceManager:
         HypervisorError, and StateError when a device is still on its way out or in.
         """
         with self._lock:
-            plan = self._plan(infos, owner, allow)
+            plan, added = self._plan_and_journal(infos, owner, allow)
             records = [new.record for new in plan.new]
-            added = self._journal.add_devices(records, plan.holds_on(new=True))
             done, failure = self._plug(plan.new)
             if failure is None:
                 ids = [record.id for record in records]
@@ -257,6 +262,23 @@ class DeviceManager:
             owner=owner or self._vm,
             known=self._journal.devices(self._vm),
             choose=self._choose,
+        )
+
+    def _plan_and_journal(
+        self, infos: Sequence[DeviceInfo], owner: str | None, allow: Iterable[Code]
+    ) -> tuple[Plan, list[Attachment]]:
+        """Decide and write it down, on a journal that nobody else wrote to in between."""
+        for _ in range(_PLAN_ATTEMPTS):
+            version = self._journal.version()
+            plan = self._plan(infos, owner, allow)
+            records = [new.record for new in plan.new]
+            added = self._journal.add_devices(records, plan.holds_on(new=True), version=version)
+            if added is not None:
+                return plan, added
+        raise StoreError(
+            self._journal.path,
+            f"others write to the journal {self._journal.path} faster than it can be decided on",
+            hint="try again",
         )
 
     def _choose(self, taken: set[str], driver: BlockDriver | None) -> tuple[BlockDriver, Place]:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vmplug.address import PciPath, ScsiAddress
-from vmplug.drivers.base import GuestAddress
+from vmplug.drivers.base import Endpoint, GuestAddress
 from vmplug.host.device import DeviceType
+from vmplug.host.process import read_start_time
+from vmplug.host.root import HostRoot
 from vmplug.host.safety import Claim
 from vmplug.manager.state import State
 
@@ -125,4 +127,16 @@ def read_claim(row: sqlite3.Row) -> Claim:
         identity=row["identity"],
         read_only=bool(row["read_only"]),
         share_rw=bool(row["share_rw"]),
+    )
+
+
+def record_vm(name: str, endpoint: Endpoint, host: HostRoot) -> VmRecord:
+    """A VM that somebody else started, as it is now."""
+    started_at = read_start_time(endpoint.pid, host) if endpoint.pid else None
+    return VmRecord(
+        name=name,
+        qmp_socket=endpoint.qmp_socket,
+        pid=endpoint.pid,
+        started_at=started_at,
+        is_ours=False,
     )

@@ -174,11 +174,26 @@ class Store:
 
     # devices
 
+    def version(self) -> int:
+        """A number that changes when another process or manager has written to the journal."""
+        with self._lock, self._errors():
+            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
     def add_devices(
-        self, devices: Iterable[DeviceRecord], holds: Iterable[Attachment]
-    ) -> list[Attachment]:
-        """Write down devices that are about to be plugged, and who wants them."""
+        self,
+        devices: Iterable[DeviceRecord],
+        holds: Iterable[Attachment],
+        *,
+        version: int | None = None,
+    ) -> list[Attachment] | None:
+        """Write down devices that are about to be plugged, and who wants them.
+
+        None, and nothing written, when the journal is no longer of that `version`: what was
+        decided on it, such as that no VM holds the device, may be wrong by now.
+        """
         with _Transaction(self._db, self._lock, self.path) as db:
+            if version not in {None, self.version()}:
+                return None
             for device in devices:
                 check_step(device.host_path, None, device.state)
                 guest = device.guest_address or GuestAddress()

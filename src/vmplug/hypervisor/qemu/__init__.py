@@ -1,13 +1,14 @@
 """Qemu: the Hypervisor port on a QMP conversation."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from vmplug.address import device_id_of, qemu_id
-from vmplug.drivers.base import BlockDrive, Command, Offer, Place, Step
+from vmplug.drivers.base import BlockDrive, Command, Endpoint, Offer, Place, Step
 from vmplug.errors import CommandError, HypervisorError
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu.block import plug_steps
@@ -22,8 +23,9 @@ _UNPLUGGING = "in the process of unplug"
 class Qemu:
     """A running QEMU to plug into. Thread-safe; see `vmplug.drivers.base.Hypervisor`."""
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self, monitor: Monitor, endpoint: Endpoint | None = None) -> None:
         self._monitor = monitor
+        self.endpoint = endpoint
         self._outcome = threading.Condition()
         self._outcomes: dict[str, str] = {}
         monitor.listen(self._on_event)
@@ -36,7 +38,8 @@ class Qemu:
         """
         from vmplug.hypervisor.qmp import QmpMonitor  # noqa: PLC0415  asyncio costs 40 ms
 
-        return cls(QmpMonitor.connect(socket, timeout_s=timeout_s))
+        monitor = QmpMonitor.connect(socket, timeout_s=timeout_s)
+        return cls(monitor, Endpoint(os.path.abspath(socket), monitor.peer_pid))
 
     def offer(self) -> Offer:
         """What the VM has to plug into now."""

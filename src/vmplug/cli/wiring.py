@@ -1,0 +1,73 @@
+"""What the verbs are wired to: the journal, the VMs in it, and a connected manager."""
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+from vmplug.errors import StateError
+from vmplug.host.root import HostRoot
+
+if TYPE_CHECKING:
+    from vmplug.host.vhost_user import VhostUserStore
+    from vmplug.manager.manager import DeviceManager
+    from vmplug.manager.records import VmRecord
+    from vmplug.manager.store import Store
+
+
+def open_journal(state_dir: str) -> "Store":
+    """The journal below `state_dir`, a context manager."""
+    from vmplug.manager.store import Store  # noqa: PLC0415  sqlite3 costs 5 ms
+
+    return Store.open(state_dir)
+
+
+def find_vm(journal: "Store", name: str) -> "VmRecord":
+    """The VM of that name; StateError when it is not known."""
+    record = journal.find_vm(name)
+    if record is None:
+        raise StateError(
+            f"no VM {name!r} is known",
+            state="unknown",
+            required="started or adopted",
+            hint=f"vmplug vm list shows the known ones; vmplug vm adopt {name} --qmp SOCKET",
+        )
+    return record
+
+
+def forget_vm(journal: "Store", record: "VmRecord") -> None:
+    """Forget a VM that has ended or is no longer ours to serve, and remove its files."""
+    journal.forget_vm(record.name)
+    if record.is_ours:
+        shutil.rmtree(os.path.dirname(record.qmp_socket), ignore_errors=True)
+
+
+def is_gone(record: "VmRecord") -> bool:
+    """Whether the VM has surely ended: nobody listens on its QMP socket any more.
+
+    A socket file that is missing proves nothing as long as the process that made it runs.
+    """
+    from vmplug.host.process import is_running  # noqa: PLC0415
+    from vmplug.hypervisor.qemu.launch import is_listening  # noqa: PLC0415
+
+    listening = is_listening(record.qmp_socket)
+    if listening is not None:
+        return not listening
+    return bool(record.pid) and not is_running(record.pid or 0, record.started_at, HostRoot())
+
+
+def open_manager(
+    vm: str, state_dir: str, *, host: HostRoot, store: "VhostUserStore | None" = None
+) -> "DeviceManager":
+    """The manager of a known VM, connected. StateError when the VM is not known."""
+    from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
+    from vmplug.manager.manager import DeviceManager  # noqa: PLC0415
+
+    with open_journal(state_dir) as journal:
+        record = find_vm(journal, vm)
+    return DeviceManager.open(
+        vm=vm,
+        host=host,
+        hypervisor=Qemu.connect(record.qmp_socket),
+        state_dir=state_dir,
+        store=store,
+    )
