@@ -17,6 +17,9 @@ NODE_NAME_MAX = 31
 
 QEMU_ID_PREFIX = "vmplug-"
 
+PERIPHERAL = "/machine/peripheral"
+"""Where QEMU keeps devices that have an id. Source: QEMU docs/devel/qom.rst."""
+
 
 @dataclass(frozen=True, slots=True)
 class DevNum:
@@ -156,6 +159,11 @@ def qemu_id(device_id: str, part: str = "") -> str:
     if not device_id or len(name) > NODE_NAME_MAX:
         raise ValueError(f"{name!r} cannot name a part of a device in QEMU")
     return name
+
+
+def qom_path(device_id: str) -> str:
+    """Where QEMU's object tree has the device; its events are matched on it."""
+    return f"{PERIPHERAL}/{qemu_id(device_id)}"
 
 
 def device_id_of(name: str) -> str | None:

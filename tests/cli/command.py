@@ -78,7 +78,9 @@ class Vmplug:
         )
         return Result(done.stdout.decode(), done.stderr.decode(), done.returncode)
 
-    def begin(self, *arguments: str | Path, stdin: str = "") -> subprocess.Popen[bytes]:
+    def begin(
+        self, *arguments: str | Path, stdin: str = "", env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start a run that `ended` waits for, or that the test kills."""
         with tempfile.TemporaryFile() as file:
             file.write(stdin.encode())
@@ -88,7 +90,7 @@ class Vmplug:
                 stdin=file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=self.environment,
+                env={**self.environment, **(env or {})},
             )
 
     def at_terminal(

@@ -16,7 +16,7 @@ import pytest
 
 from tests.cli.command import Result, Vmplug, config, device, ended, number_of, write_bundle
 from tests.cli.monitors import MemoryVm, Talker
-from tests.cli.world import Picture, names_in_qemu, take_picture
+from tests.cli.world import Picture, processes_below, take_picture
 from tests.contract.world import journal_rows
 from tests.support.disks import disk_image, loop_device
 from tests.support.raw_qmp import RawQmp
@@ -162,8 +162,6 @@ WORDS = [
     usage("list --state-dir {free}", "{free}", "list "),
     usage("resize", "ATTACHMENT", "resize "),
     usage("resize {held_id} --size 0", "--size", "resize "),
-    usage("completion", "bash.*zsh.*fish", "completion "),
-    usage("completion tcsh", "tcsh", "completion "),
     usage("vm start", "NAME", "vm start "),
     usage("vm start new --kernel {nowhere}", "{nowhere}", "vm start "),
     usage("vm start new --ports 28", "28", "vm start "),
@@ -311,9 +309,9 @@ IN_THE_VM = [
     connect("vm adopt new --qmp {nowhere}", "{nowhere}: No such file", "-qmp unix:"),
     connect("vm adopt new --qmp {free}", "{free}: Connection refused", "-qmp unix:"),
     connect("vm adopt new --qmp {long}", "{long}: .*too long", "-qmp unix:"),
-    connect("vm adopt new --qmp {garbage}", "{garbage}: .*(greet|QMP)", "is this its QMP socket"),
-    connect("vm adopt new --qmp {other_json}", "{other_json}: .*greet", "its QMP socket"),
-    connect("vm adopt new --qmp {closing}", "{closing}: .*(hung up|closed)", "its QMP socket"),
+    connect("vm adopt new --qmp {garbage}", "{garbage}.*(greeting|speak QMP)", "QMP socket"),
+    connect("vm adopt new --qmp {other_json}", "{other_json}.*(greeting|speak QMP)", "QMP socket"),
+    connect("vm adopt new --qmp {closing}", "{closing}.*(greeting|hung up|closed)", "QMP socket"),
     *(
         connect(f"{command} --device file:{{free}} --vm dead", "{dead_socket}", "vmplug reconcile")
         for command in ("plan", "attach --owner c1")
@@ -547,6 +545,13 @@ def test_a_sentence_begins_with_a_small_letter(vmplug: Vmplug) -> None:
     for words in (("frobnicate",), ("check", "--frobnicate"), ("resize",)):
         message, _ = sentence(vmplug(*words))
         assert message[0].islower(), message
+
+
+def test_completion_knows_three_shells(vmplug: Vmplug) -> None:
+    for words in (("completion",), ("completion", "tcsh")):
+        message, hint = sentence(vmplug(*words))
+        assert all(shell in message for shell in ("bash", "zsh", "fish"))
+        assert hint == "vmplug completion --help"
 
 
 def test_a_newline_in_what_was_asked_makes_no_second_line(vmplug: Vmplug) -> None:
@@ -785,33 +790,19 @@ def test_on_qemu_it_is_refused_in_one_sentence_and_nothing_has_changed(
 
 START = [
     Bad(
-        command="vm start new --accel tcg -- -frobnicate",
+        command=f"vm start new --accel tcg {more}",
         status=HYPERVISOR,
         code="hypervisor-error",
-        says="QEMU did not come up: .*-frobnicate: invalid option",
+        says=f"QEMU did not come up: .*{says}",
         hint="vmplug vm start --help",
-    ),
-    Bad(
-        command="vm start new --accel tcg -- -cpu max,+frobnicate",
-        status=HYPERVISOR,
-        code="hypervisor-error",
-        says="QEMU did not come up: .*frobnicate",
-        hint="vmplug vm start --help",
-    ),
-    Bad(
-        command="vm start new --accel tcg --kernel {kernel}",
-        status=HYPERVISOR,
-        code="hypervisor-error",
-        says="QEMU did not come up: .*{kernel}",
-        hint="vmplug vm start --help",
-    ),
-    Bad(
-        command="vm start new --accel tcg -- -chardev null,id=a -chardev null,id=a",
-        status=HYPERVISOR,
-        code="hypervisor-error",
-        says="QEMU did not come up: .*a",
-        hint="vmplug vm start --help",
-    ),
+    )
+    for more, says in (
+        ("-- -frobnicate", "-frobnicate: invalid option"),
+        ("-- -cpu max,+frobnicate", "frobnicate"),
+        ("-- -chardev null,id=a -chardev null,id=a", "Duplicate ID 'a'"),
+        ("--kernel {kernel}", "invalid kernel header"),
+        ("--kernel {kernel} -- -cpu qemu64,+vmx", "invalid kernel header"),  # warns first
+    )
 ]
 
 

@@ -452,7 +452,7 @@ def test_a_disk_goes_where_its_driver_says(sandbox: Sandbox) -> None:
 def test_a_full_vm_is_told_and_nothing_changes(sandbox: Sandbox, options: dict[str, str]) -> None:
     sandbox.devices.attach_all([sandbox.disk(f"{i}.img") for i in range(4)])
     before = sandbox.picture()
-    with pytest.raises(NoFreePort, match="no free port left") as caught:
+    with pytest.raises(NoFreePort, match="no free PCI port left") as caught:
         sandbox.devices.attach(sandbox.disk("more.img", options=options))
     assert caught.value.hint
     assert sandbox.picture() == before

@@ -422,11 +422,11 @@ def read_all(state_dir: Path) -> None:
         store.devices("vm-1")
 
 
-def test_an_empty_file_becomes_a_journal(tmp_path: Path) -> None:
+def test_an_empty_file_is_no_journal_and_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "journal.db").touch()
-    with Store.open(tmp_path) as store:
-        store.add_devices([DISK], [])
-        assert store.devices("vm-1") == [DISK]
+    with pytest.raises(StoreError, match="is not a journal of vmplug"):
+        Store.open(tmp_path)
+    assert (tmp_path / "journal.db").stat().st_size == 0
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from vmplug.address import PERIPHERAL
 from vmplug.drivers.base import Command
 from vmplug.errors import CommandError
 from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
-from vmplug.hypervisor.topology import PERIPHERAL
 
 _ROOT_BUS = "/machine/q35/pcie.0"
 _FIRST_PORT_SLOT = 0x10

@@ -9,11 +9,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vmplug.address import PciPath, PciSlot, ScsiAddress
+from vmplug.address import PERIPHERAL, PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.base import Command, Offer, PciPort, ScsiController
 from vmplug.hypervisor.monitor import Monitor
-
-PERIPHERAL = "/machine/peripheral"
 
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
 """They hold one device, in slot 0. On any other slot the guest never sees it."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Self
 
-from vmplug.address import DevNum
+from vmplug.address import DevNum, qom_path
 from vmplug.drivers.base import (
     BlockDriver,
     Hypervisor,
@@ -35,7 +35,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.safety import Claim, Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.manager.examine import Examined, examine
-from vmplug.manager.plan import NewDevice, Plan, make_plan, on_its_way
+from vmplug.manager.plan import NewDevice, Plan, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.records import Attachment, DeviceRecord, record_vm
 from vmplug.manager.state import State
@@ -318,9 +318,6 @@ class DeviceManager:
         with self._lock:
             last = set(self._journal.release(ids, whole=whole))
             records = [r for r in self._journal.devices(self._vm) if r.id in last]
-            for record in records:
-                if record.state is State.PLUGGING:
-                    raise on_its_way(record)
             self._journal.set_state([record.id for record in records], State.DETACHING)
         self._unplug(records, timeout_s)
 
@@ -352,7 +349,7 @@ class DeviceManager:
         names = ", ".join(paths.get(device_id, device_id) for device_id in left)
         if "refused" in left.values():
             return UnplugRefused(
-                next(iter(left)),
+                qom_path(next(name for name, why in left.items() if why == "refused")),
                 f"the guest refuses to release {names}",
                 hint="unmount it in the guest, then detach again",
             )

@@ -11,7 +11,7 @@ from vmplug.errors import StateError
 from vmplug.host.device import BlockDevice, DiskFile
 from vmplug.manager.examine import Examined, refuse
 from vmplug.manager.records import Attachment, DeviceRecord
-from vmplug.manager.state import State
+from vmplug.manager.state import State, on_its_way
 from vmplug.oci.info import DeviceInfo
 
 Choose = Callable[[set[str], BlockDriver | None], tuple[BlockDriver, Place]]
@@ -61,7 +61,8 @@ def make_plan(
         wanted.setdefault(_identity(request), []).append(request)
     for identity in wanted.keys() & records.keys():
         if records[identity].state is not State.ATTACHED:
-            raise on_its_way(records[identity])
+            record = records[identity]
+            raise on_its_way(record.vm, record.host_path, record.state)
     new: dict[str, NewDevice] = {}
     for identity, requests in wanted.items():
         if identity not in records:
@@ -146,13 +147,3 @@ def _check_serves(record: DeviceRecord, request: Examined) -> None:
 
 def _words(options: Mapping[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in options.items()) or "none"
-
-
-def on_its_way(record: DeviceRecord) -> StateError:
-    """The error for a device that is still on its way in or out."""
-    return StateError(
-        f"{record.host_path} is {record.state}",
-        state=record.state,
-        required=State.ATTACHED,
-        hint=f"vmplug reconcile --vm {record.vm} finishes what was begun",
-    )

@@ -29,5 +29,22 @@ def check_step(device: str, state: State | None, wanted: State | None) -> None:
         raise StateError(
             f"{device} is {state or 'absent'} and cannot become {wanted or 'absent'}",
             state=str(state or "absent"),
-            required=" or ".join(str(s) for s, nexts in FOLLOWS.items() if wanted in nexts),
+            required=" or ".join(
+                str(s or "absent") for s, nexts in FOLLOWS.items() if wanted in nexts
+            ),
         )
+
+
+def on_its_way(vm: str, host_path: str, state: State) -> StateError:
+    """The error for a device that is still on its way in or out."""
+    return StateError(
+        f"{host_path} is {state}",
+        state=state,
+        required=State.ATTACHED,
+        hint=f"vmplug reconcile --vm {vm} finishes what was begun",
+    )
+
+
+def not_in_journal(device_id: str) -> StateError:
+    """The error for a device that the journal does not know."""
+    return StateError(f"no device {device_id} is known", state="absent", required="in the journal")

@@ -11,11 +11,11 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Self, TypeVar
 
+from vmplug.address import new_id
 from vmplug.drivers.base import GuestAddress
 from vmplug.errors import StoreError
 from vmplug.host.safety import Claim
@@ -28,7 +28,7 @@ from vmplug.manager.records import (
     read_device,
     read_vm,
 )
-from vmplug.manager.state import FOLLOWS, State, check_step
+from vmplug.manager.state import FOLLOWS, State, check_step, not_in_journal, on_its_way
 
 T = TypeVar("T")
 
@@ -72,6 +72,14 @@ CREATE TABLE attachment (
 """
 
 
+_HOLD = """
+SELECT a.device, a.count, d.vm, d.host_path, d.state,
+       (SELECT count(*) FROM attachment b WHERE b.device = a.device) AS holds
+FROM attachment a JOIN device d ON a.device = d.id WHERE a.id = ?
+"""
+_RELEASE_ONE = "UPDATE attachment SET count = count - 1 WHERE id = ?"
+
+
 class Store:
     """The journal of one host, open in this process.
 
@@ -87,20 +95,18 @@ class Store:
     @classmethod
     def open(cls, state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR) -> Self:
         """The journal below `state_dir`, made when it is not there."""
-        directory = Path(state_dir)
-        path = str(directory / "journal.db")
+        path = os.path.join(state_dir, "journal.db")
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            connection = sqlite3.connect(
-                path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
+            os.makedirs(state_dir, mode=0o700, exist_ok=True)
+            if not os.path.exists(path):
+                _create(path)
+            store = cls(_connect(path), path)
         except (OSError, sqlite3.Error) as error:
             raise _store_error(path, error) from error
-        store = cls(connection, path)
         try:
-            store._prepare()
+            store._check_version()
         except BaseException:
-            connection.close()
+            store.close()
             raise
         return store
 
@@ -114,27 +120,21 @@ class Store:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _prepare(self) -> None:
+    def _check_version(self) -> None:
         with self._errors():
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            if self._version() == 0:
-                with _Transaction(self._db, self._lock, self.path):
-                    if self._version() == 0:  # nobody was quicker
-                        for statement in _SCHEMA.split(";\n"):
-                            self._db.execute(statement)
-                        self._db.execute(f"PRAGMA user_version = {_VERSION}")
-        if (version := self._version()) != _VERSION:
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            raise StoreError(
+                self.path,
+                f"{self.path} is not a journal of vmplug",
+                hint="move it away, or name another --state-dir",
+            )
+        if version != _VERSION:
             raise StoreError(
                 self.path,
                 f"{self.path} is of version {version}; this vmplug knows {_VERSION}",
                 hint="use the vmplug that wrote it, or name another --state-dir",
             )
-
-    def _version(self) -> int:
-        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -228,6 +228,7 @@ class Store:
                 done = db.execute(_SET_STATE[state], (device_id,))
                 if done.rowcount == 0:
                     check_step(device_id, _state(db, device_id), state)
+                    raise not_in_journal(device_id)
             return _add_holds(db, holds)
 
     def forget_devices(self, device_ids: Sequence[str]) -> None:
@@ -243,25 +244,24 @@ class Store:
 
         A device's last hold stays until the device is gone, so that it can be seen and tried
         again. Gives the ids of the devices for which that is so: they are to be unplugged.
+        Raises StateError, and takes nothing back, for a device whose attach broke off.
         """
         last = []
         with _Transaction(self._db, self._lock, self.path) as db:
             for attachment_id in attachment_ids:
-                row = db.execute(
-                    "SELECT device, count, (SELECT count(*) FROM attachment b"
-                    " WHERE b.device = a.device) AS holds FROM attachment a WHERE id = ?",
-                    (attachment_id,),
-                ).fetchone()
+                row = db.execute(_HOLD, (attachment_id,)).fetchone()
                 if row is None:
                     continue
-                if row["count"] > 1 and not whole:
-                    db.execute(
-                        "UPDATE attachment SET count = count - 1 WHERE id = ?", (attachment_id,)
-                    )
-                elif row["holds"] > 1:
-                    db.execute("DELETE FROM attachment WHERE id = ?", (attachment_id,))
-                else:
+                if row["state"] == State.PLUGGING:
+                    raise on_its_way(row["vm"], row["host_path"], State.PLUGGING)
+                if row["state"] == State.DETACHING or (
+                    row["holds"] == 1 and (whole or row["count"] == 1)
+                ):
                     last.append(row["device"])
+                elif row["count"] > 1 and not whole:
+                    db.execute(_RELEASE_ONE, (attachment_id,))
+                else:
+                    db.execute("DELETE FROM attachment WHERE id = ?", (attachment_id,))
         return last
 
     def devices(self, vm: str) -> list[DeviceRecord]:
@@ -290,6 +290,37 @@ class Store:
             " WHERE d.vm = coalesce(?, d.vm) ORDER BY a.rowid",
             vm,
         )
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
+    connection.row_factory = sqlite3.Row
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _create(path: str) -> None:
+    """Make an empty journal whole and then give it its name; who is quicker wins."""
+    draft = f"{path}.{new_id()}"
+    connection = _connect(draft)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(_SCHEMA)
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
+    finally:
+        connection.close()
+    try:
+        with suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        os.unlink(draft)
 
 
 class _Transaction:

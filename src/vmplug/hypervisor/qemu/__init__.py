@@ -4,18 +4,19 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from vmplug.address import device_id_of, qemu_id
+from vmplug.address import PERIPHERAL, device_id_of, qemu_id, qom_path
 from vmplug.drivers.base import BlockDrive, Command, Endpoint, Offer, Place, Step
 from vmplug.errors import CommandError, HypervisorError
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu.block import plug_steps
-from vmplug.hypervisor.topology import PERIPHERAL, qom_get, qom_list, read_offer
+from vmplug.hypervisor.topology import qom_get, qom_list, read_offer
 
 log = logging.getLogger(__name__)
 
+_NOT_THERE = ("Failed to find node", "not found")
 _UNPLUGGING = "in the process of unplug"
 """QEMU's word when device_del is repeated; the request stands."""
 
@@ -26,7 +27,8 @@ class Qemu:
     def __init__(self, monitor: Monitor, endpoint: Endpoint | None = None) -> None:
         self._monitor = monitor
         self.endpoint = endpoint
-        self._outcome = threading.Condition()
+        self._changed = threading.Condition()
+        self._asked: set[str] = set()
         self._outcomes: dict[str, str] = {}
         monitor.listen(self._on_event)
 
@@ -61,41 +63,43 @@ class Qemu:
     def request_unplug(self, device_id: str) -> None:
         """Ask the guest to let go; comes back at once, also when it was asked before."""
         name = qemu_id(device_id)
-        with self._outcome:
+        with self._changed:
             self._outcomes.pop(name, None)
         try:
             self._monitor.execute(Command("device_del", {"id": name}))
         except CommandError as error:
-            if error.error_class != "DeviceNotFound" and _UNPLUGGING not in error.desc:
+            if error.error_class == "DeviceNotFound":
+                return
+            if _UNPLUGGING not in error.desc:
                 raise
+        with self._changed:
+            self._asked.add(name)
 
     def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
         """Wait for the guest, then take the devices' remains away.
 
-        Gives the reason for each device that is still there. Events are waited for, and the
-        object tree is asked before and after, as QEMU repeats no event to a new connection.
+        Gives the reason for each device that is still there. The event is what counts: a SCSI disk
+        leaves the object tree at once, and a moment before QEMU lets go of its node. The tree is
+        asked for devices whose event this conversation will not see.
         """
         deadline = time.monotonic() + timeout_s
-        pending = self._present(device_ids)
-        with self._outcome:
+        names = {qemu_id(device_id): device_id for device_id in device_ids}
+        pending = self._present(names)
+        with self._changed:
+            pending |= self._asked & names.keys()
             while pending - self._outcomes.keys():
-                if not self._outcome.wait(max(0.0, deadline - time.monotonic())):
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                     break
-            names = map(qemu_id, device_ids)
-            refused = {name for name in names if self._outcomes.pop(name, None) == "refused"}
-        if pending:
-            pending = self._present(device_ids)
-        left = {
-            device_id: "refused" if qemu_id(device_id) in refused else "timeout"
-            for device_id in device_ids
-            if qemu_id(device_id) in pending
-        }
+            self._asked -= names.keys()
+            outcomes = {name: self._outcomes.pop(name, "timeout") for name in pending}
+        still_there = self._present(names) if pending else set()
+        left = {names[name]: outcomes[name] for name in pending & still_there}
         self._remove_remains(set(device_ids) - left.keys())
         return left
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Tell the guest a disk's new size; a regular file is made to have it."""
-        node = self._monitor.execute(qom_get(f"{PERIPHERAL}/{qemu_id(device_id)}", "drive"))
+        node = self._monitor.execute(qom_get(qom_path(device_id), "drive"))
         self._monitor.execute(Command("block_resize", {"node-name": node, "size": size_bytes}))
 
     def find_devices(self) -> dict[str, bool]:
@@ -125,9 +129,9 @@ class Qemu:
         """Note what became of a device; virtio's inner half sends an event that names none."""
         outcome = {"DEVICE_DELETED": "deleted", "DEVICE_UNPLUG_GUEST_ERROR": "refused"}.get(event)
         if outcome and "device" in data:
-            with self._outcome:
+            with self._changed:
                 self._outcomes[data["device"]] = outcome
-                self._outcome.notify_all()
+                self._changed.notify_all()
 
     def _take_back(self, command: Command) -> None:
         try:
@@ -142,8 +146,8 @@ class Qemu:
         nodes = self._monitor.execute(Command("query-named-block-nodes", {"flat": True}))
         return [node["node-name"] for node in nodes]
 
-    def _present(self, device_ids: Sequence[str]) -> set[str]:
-        return set(self._names_in(PERIPHERAL)) & {qemu_id(device_id) for device_id in device_ids}
+    def _present(self, names: Iterable[str]) -> set[str]:
+        return set(self._names_in(PERIPHERAL)).intersection(names)
 
     def _remove_remains(self, device_ids: set[str]) -> None:
         """Delete nodes, filters before what they filter, then objects."""
@@ -151,7 +155,15 @@ class Qemu:
             return
         nodes = [name for name in self._nodes() if device_id_of(name) in device_ids]
         for name in sorted(nodes, key=len, reverse=True):
-            self._monitor.execute(Command("blockdev-del", {"node-name": name}))
+            self._remove(Command("blockdev-del", {"node-name": name}))
         for name in self._names_in("/objects"):
             if device_id_of(name) in device_ids:
-                self._monitor.execute(Command("object-del", {"id": name}))
+                self._remove(Command("object-del", {"id": name}))
+
+    def _remove(self, command: Command) -> None:
+        """Delete what another thread may have deleted meanwhile."""
+        try:
+            self._monitor.execute(command)
+        except CommandError as error:
+            if not any(words in error.desc for words in _NOT_THERE):
+                raise

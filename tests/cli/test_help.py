@@ -1,0 +1,196 @@
+"""What the tool says of itself: help, examples, usage errors, completion, version."""
+
+import re
+import subprocess
+from importlib.metadata import version
+
+import pytest
+
+from tests.cli.command import Result, Vmplug
+from tests.cli.monitors import MemoryVm
+
+VERBS = (
+    "info",
+    "resolve",
+    "check",
+    "plan",
+    "attach",
+    "detach",
+    "list",
+    "resize",
+    "reconcile",
+    "vm start",
+    "vm adopt",
+    "vm stop",
+    "vm list",
+    "completion",
+)
+JSON_VERBS = [verb for verb in VERBS if verb != "completion"]
+READING_VERBS = ("info", "resolve", "check", "plan", "attach")
+VM_OPTION_VERBS = ("plan", "attach", "detach", "list", "reconcile")
+
+
+def help_of(vmplug: Vmplug, verb: str) -> str:
+    return vmplug(*verb.split(), "--help").answer()
+
+
+def complete(vmplug: Vmplug, line: str, shell: str = "bash", **env: str) -> Result:
+    """What <Tab> asks at the end of a line. Source: click, Shell Completion; its scripts."""
+    words = line.split(" ")
+    at = words[-1] if shell == "fish" else str(len(words) - 1)
+    asked = {"_VMPLUG_COMPLETE": f"{shell}_complete", "COMP_WORDS": line, "COMP_CWORD": at}
+    return vmplug(env={**asked, **env})
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_an_example_in_its_help(vmplug: Vmplug, verb: str) -> None:
+    lines = [line.strip() for line in help_of(vmplug, verb).splitlines()]
+    assert [line for line in lines if line.startswith(f"vmplug {verb}")]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_a_terminal_but_for_examples(vmplug: Vmplug, verb: str) -> None:
+    lines = help_of(vmplug, verb).splitlines()
+    assert [line for line in lines if len(line) > 99] == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_says_what_it_is_for(vmplug: Vmplug, verb: str) -> None:
+    text = help_of(vmplug, verb)
+    options = text.partition("\nOptions:\n")[2].partition("\n\n")[0]
+    entries = re.split(r"\n(?=  -)", "\n" + options)[1:]
+    assert entries
+    for entry in entries:
+        described = re.split(r"\s{2,}", entry.strip(), maxsplit=1)[1:]
+        words = re.sub(r"\[[^\]]*\]", "", " ".join(described)).strip()
+        assert len(words) > 3, entry
+
+
+@pytest.mark.parametrize("verb", JSON_VERBS)
+def test_every_verb_that_answers_takes_json(vmplug: Vmplug, verb: str) -> None:
+    assert "--json " in help_of(vmplug, verb)
+
+
+@pytest.mark.parametrize("verb", READING_VERBS)
+def test_every_verb_that_reads_the_host_takes_a_root(vmplug: Vmplug, verb: str) -> None:
+    assert "--root " in help_of(vmplug, verb)
+
+
+def test_the_options_of_a_disk_are_all_in_the_help_of_attach(vmplug: Vmplug) -> None:
+    text = help_of(vmplug, "attach")
+    hint = vmplug("check", "-d", "b:0:0", "-o", "x=y", "--json").error()["hint"]
+    known = hint.removeprefix("known are ").split(", ")
+    assert len(known) > 10
+    assert [word for word in known if not re.search(rf"^    {word} +\S", text, re.MULTILINE)] == []
+
+
+def test_the_help_names_every_verb_and_exit_status(vmplug: Vmplug) -> None:
+    text = vmplug("--help").answer()
+    assert text == vmplug("-h").answer()
+    for verb in {verb.split()[0] for verb in VERBS}:
+        assert re.search(rf"^  {verb} +\S", text, re.MULTILINE)
+    assert [number for number in range(7) if f"{number} " not in text] == []
+
+
+@pytest.mark.parametrize("words", [(), ("vm",)])
+def test_no_verb_at_all_shows_the_verbs_as_a_usage_error(
+    vmplug: Vmplug, words: tuple[str, ...]
+) -> None:
+    shown = vmplug(*words)
+    assert (shown.stdout, shown.status) == ("", 2)
+    assert shown.stderr.startswith("Usage: vmplug ")
+    assert "list" in shown.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_usage_error_names_the_mistake_and_not_the_whole_help(
+    vmplug: Vmplug, verb: str
+) -> None:
+    refused = vmplug(*verb.split(), "--frobnicate")
+    assert (refused.stdout, refused.status) == ("", 2)
+    told, hint = refused.stderr.splitlines()
+    assert told.startswith("vmplug: ")
+    assert "--frobnicate" in told
+    assert hint == f"hint: vmplug {verb} --help"
+
+
+def test_a_missing_value_is_remedied_by_the_help_of_the_verb(vmplug: Vmplug) -> None:
+    for words in (("check", "--device"), ("vm", "adopt", "sb1", "--qmp")):
+        refused = vmplug(*words)
+        verb = " ".join(words).partition(" sb1")[0].partition(" --")[0]
+        assert refused.stderr.splitlines()[1] == f"hint: vmplug {verb} --help"
+
+
+def test_a_misspelt_option_is_guessed(vmplug: Vmplug) -> None:
+    assert "--read-only" in vmplug("check", "--readonly").stderr
+
+
+def test_the_version_is_the_installed_one(vmplug: Vmplug) -> None:
+    assert vmplug("--version").answer() == f"vmplug {version('vmplug')}\n"
+
+
+# completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_that_asks_vmplug(vmplug: Vmplug, shell: str) -> None:
+    script = vmplug("completion", shell).answer()
+    assert f"_VMPLUG_COMPLETE={shell}_complete" in script
+    assert "vmplug" in script
+
+
+def test_bash_takes_the_script(vmplug: Vmplug) -> None:
+    script = vmplug("completion", "bash").answer()
+    command = f"{script}\ncomplete -p vmplug"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert "_vmplug_completion" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("vmplug re", {"resolve", "resize", "reconcile"}),
+        ("vmplug vm st", {"start", "stop"}),
+        ("vmplug completion ", {"bash", "zsh", "fish"}),
+    ],
+)
+def test_verbs_are_completed(vmplug: Vmplug, line: str, words: set[str]) -> None:
+    done = complete(vmplug, line)
+    assert {entry.partition(",")[2] for entry in done.answer().split()} == words
+
+
+def adopt(vmplug: Vmplug, *names: str) -> None:
+    """VMs in memory that vmplug knows from then on; they are gone already."""
+    for name in names:
+        with MemoryVm(vmplug.state_dir.with_name(f"{name}.sock")) as vm:
+            vmplug("vm", "adopt", name, "--qmp", vm.socket_path).answer()
+
+
+def test_names_of_vms_are_completed(vmplug: Vmplug) -> None:
+    adopt(vmplug, "sb1", "sb2", "other")
+    for verb in VM_OPTION_VERBS:
+        assert complete(vmplug, f"vmplug {verb} --vm s").answer() == "plain,sb1\nplain,sb2\n"
+    assert complete(vmplug, "vmplug vm stop o").answer() == "plain,other\n"
+    assert complete(vmplug, "vmplug list --vm sb2").answer() == "plain,sb2\n"
+    assert complete(vmplug, "vmplug list --vm s", "fish").answer() == "plain,sb1\nplain,sb2\n"
+    assert "sb1" in complete(vmplug, "vmplug list --vm s", "zsh").answer()
+
+
+def test_names_are_completed_out_of_the_state_directory_on_the_line(vmplug: Vmplug) -> None:
+    adopt(vmplug, "sb1")
+    line = f"vmplug list --state-dir {vmplug.state_dir} --vm s"
+    elsewhere = str(vmplug.state_dir.with_name("empty"))
+    assert complete(vmplug, line, VMPLUG_STATE_DIR=elsewhere).answer() == "plain,sb1\n"
+
+
+def test_completing_makes_no_journal(vmplug: Vmplug) -> None:
+    assert complete(vmplug, "vmplug list --vm ").answer().strip() == ""
+    assert not vmplug.state_dir.exists()
+
+
+def test_completing_on_a_damaged_journal_says_nothing(vmplug: Vmplug) -> None:
+    vmplug.state_dir.mkdir()
+    (vmplug.state_dir / "journal.db").write_bytes(b"scribble" * 4096)
+    done = complete(vmplug, "vmplug list --vm ")
+    assert (done.stdout.strip(), done.stderr) == ("", "")
