@@ -1,4 +1,4 @@
-"""The layout is the flow: imports go one way, the world is touched in few places, modules stay small."""
+"""The layout is the flow: imports go one way, few modules touch the world, none is long."""
 
 import ast
 import builtins
@@ -25,7 +25,7 @@ MAY_IMPORT = {
 """Each part with the parts to its left: `hypervisor` and `manager` do not know each other."""
 
 CATCHES_OSERROR = {
-    "cli/main.py",  # BrokenPipeError: the reader of the answer has gone
+    "cli/main.py",  # the answer cannot be written: its reader has gone, the disk is full
     "host/process.py",
     "host/root.py",
     "hypervisor/qemu/launch.py",
@@ -98,7 +98,6 @@ def test_imports_go_leftwards_only(module: str) -> None:
 def test_oserror_is_caught_only_at_the_doors_to_the_world() -> None:
     found = {module: forgiven(module) for module in MODULES}
     assert {module for module, names in found.items() if names} == CATCHES_OSERROR, found
-    assert found["cli/main.py"] == {"BrokenPipeError"}
 
 
 def test_every_module_has_a_name_that_says_what_is_in_it() -> None:

@@ -1,4 +1,4 @@
-"""`import vmplug`: what it offers, what that costs, and that the first example works as written."""
+"""`import vmplug`: what it offers, what that costs, and that its first example works."""
 
 import ast
 import json
@@ -15,6 +15,7 @@ from tests.support.disks import disk_image, loop_device
 from tests.support.vm import root_ports, start_vm
 
 VMPLUG = Path(sys.executable).with_name("vmplug")
+PUBLIC: tuple[str, ...] = vars(vmplug)["__all__"]
 HEAVY = {"asyncio", "click", "msgspec", "sqlite3"}
 """What `import vmplug` leaves alone; each of them costs more than the rest of it together."""
 
@@ -55,7 +56,7 @@ def modules_after(code: str) -> set[str]:
 
 
 def modules_of_process(*arguments: str) -> set[str]:
-    """The modules that `vmplug` itself imports in a process of its own, as the interpreter logs."""
+    """The modules that `vmplug` imports in a process of its own, as the interpreter logs them."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", str(VMPLUG), *arguments],
         capture_output=True,
@@ -66,7 +67,7 @@ def modules_of_process(*arguments: str) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
 
-@pytest.mark.parametrize("name", vmplug.__all__)
+@pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_can_be_imported(name: str) -> None:
     assert getattr(vmplug, name) is not None
     assert name in dir(vmplug)
@@ -78,7 +79,7 @@ def test_an_unknown_name_is_an_attribute_error_as_of_any_module() -> None:
 
 
 def test_the_stub_has_the_names_that_there_are_at_run_time() -> None:
-    assert {*names_in_stub(), "__version__"} == set(vmplug.__all__)
+    assert {*names_in_stub(), "__version__"} == set(PUBLIC)
 
 
 @pytest.mark.parametrize(("name", "module"), sorted(names_in_stub().items()))
@@ -87,7 +88,7 @@ def test_the_stub_leads_to_the_same_thing_as_the_run_time_table(name: str, modul
 
 
 def test_every_error_is_public() -> None:
-    assert set(import_module("vmplug.errors").__all__) <= set(vmplug.__all__)
+    assert set(import_module("vmplug.errors").__all__) <= set(PUBLIC)
 
 
 def test_importing_vmplug_alone_imports_nothing_heavy() -> None:

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import termios
 from collections.abc import Mapping
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ TIMEOUT_S = 90.0
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a process said and how it ended; `status` is minus the signal's number if it was one."""
+    """What a process said, and its exit status or minus the number of the signal that ended it."""
 
     stdout: str
     stderr: str

@@ -1,4 +1,4 @@
-"""What a wrong request is told: one sentence, a remedy, an exit status, and nothing has changed."""
+"""What a wrong request is told: one sentence, a remedy, a status; and nothing has changed."""
 
 import json
 import os
@@ -8,19 +8,19 @@ import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Result, Vmplug, config, device, ended, number_of, write_bundle
+from tests.cli.command import Result, Vmplug, config, device, ended, number_of
 from tests.cli.monitors import MemoryVm, Talker
 from tests.cli.world import Picture, processes_below, take_picture
 from tests.contract.world import journal_rows
 from tests.support.disks import disk_image, loop_device
 from tests.support.raw_qmp import RawQmp
-from tests.support.vm import BUILT_GUEST, GuestVm, root_ports, start_vm
+from tests.support.vm import GuestVm, root_ports, start_vm
 
 USAGE, REQUEST, HOST, HYPERVISOR, STATE = 2, 3, 4, 5, 6
 
@@ -115,7 +115,7 @@ def bundle(stdin: str, says: str, hint: str | None = None) -> Bad:
     )
 
 
-def one(path: str = "/dev/xvda", **fields: object) -> str:
+def one(path: str = "/dev/xvda", /, **fields: object) -> str:
     """A config.json that asks for one device with these fields."""
     return config({"path": path, "type": "b", **fields})
 
@@ -141,90 +141,68 @@ def connect(command: str, says: str, hint: str) -> Bad:
     return Bad(command=command, status=HYPERVISOR, code="cannot-connect", says=says, hint=hint)
 
 
-NUMBERED = {"major": 8, "minor": 99}
+NUMBERED: Mapping[str, object] = {"major": 8, "minor": 99}
 
 WORDS = [
     usage("frobnicate", "frobnicate"),
     usage("vm frobnicate", "frobnicate", "vm "),
     usage("--frobnicate", "--frobnicate"),
-    usage("check --frobnicate", "--frobnicate", "check "),
     usage("info", "BUNDLE.*--device", "info "),
-    usage("resolve", "BUNDLE.*--device", "resolve "),
     usage("check a b", r"\bb\b", "check "),
     usage("check --device", "argument"),
     usage("resolve --root {nowhere} --device b:8:99", "{nowhere}", "resolve "),
     usage("attach --device b:8:99", "--vm", "attach "),
     usage("attach --device b:8:99 --vm roomy", "--owner", "attach "),
-    usage("plan --device b:8:99", "--vm", "plan "),
     usage("detach", "--owner", "detach "),
     usage("detach {held_id} --owner ctr0", "--owner", "detach "),
     usage("detach {held_id} --timeout soon", "soon", "detach "),
-    usage("list --state-dir {free}", "{free}", "list "),
     usage("resize", "ATTACHMENT", "resize "),
     usage("resize {held_id} --size 0", "--size", "resize "),
     usage("vm start", "NAME", "vm start "),
-    usage("vm start new --kernel {nowhere}", "{nowhere}", "vm start "),
     usage("vm start new --ports 28", "28", "vm start "),
     usage("vm start new --accel xen", "xen.*kvm.*tcg", "vm start "),
-    usage("vm start new -machine pc", "-m", "vm start "),
     usage("vm adopt new", "--qmp", "vm adopt "),
-    usage("vm stop", "NAME", "vm stop "),
 ]
 
 REQUESTS = [
     *(
         request(f"{verb} {{empty}}", "{empty}/config.json: .*No such file", "a bundle is a dir")
-        for verb in ("info", "resolve", "check", "plan --vm roomy", "attach --vm roomy")
+        for verb in ("info", "check", "attach --vm roomy")
     ),
     request("info {nowhere}", "{nowhere}: .*No such file", "a bundle is a directory"),
     request("info {odd}", "{odd}/config.json: .*[Ii]s a directory", "a bundle is a directory"),
-    request("attach {blank} --vm roomy", "the configuration is empty.*config.json"),
     bundle("", "the configuration is empty.*config.json"),
     bundle("{", "not JSON: .*line 1"),
-    bundle('{"linux": {"devices": [}', "not JSON: .*column"),
     bundle('{"linux": {"devices": {}}}', r"\$\.linux\.devices: .*array.*object"),
     bundle(one(), r"\$\.linux\.devices\[0\]\.major: missing.*needs major and minor"),
-    bundle(one(major=8), r"\$\.linux\.devices\[0\]\.minor: missing"),
     bundle(one(**NUMBERED, type="x"), r"devices\[0\]\.type: 'x' .*expected b, c, u or p"),
     bundle(one(major=-1, minor=0), r"devices\[0\]\.major: .*-1 .*0\.\.4095"),
-    bundle(one(major=8, minor=1 << 20), r"devices\[0\]\.minor: .*1048576 .*0\.\.1048575"),
     bundle(one(major="8", minor=0), r"devices\[0\]\.major: .*int.*str"),
     bundle(one("/dev/../etc/passwd", **NUMBERED), r"\[0\]\.path: .*'\.\.'", "without detours"),
-    bundle(one("dev/xvda", **NUMBERED), r"\[0\]\.path: .*not an absolute path"),
-    bundle(one("", **NUMBERED), r"\[0\]\.path: .*empty", "path in the container"),
-    bundle(one(**NUMBERED, fileMode=0o20660), r"\[0\]\.fileMode: .*type b"),
-    bundle(one(**NUMBERED, uid=-1), r"\[0\]\.uid: .*>= 0"),
     bundle(
         config(device("/dev/xvda", "8:1"), device("/dev/xvda", "8:2")),
         r"devices\[1\]\.path: /dev/xvda .*twice.*8:1.*8:2",
     ),
     request("check --device b:8", "--device b:8: .*MAJOR:MINOR", "write b:7:0"),
-    request("check --device b:4096:0", "--device b:4096:0: .*4096 .*0..4095", "write b:7:0"),
     request("check --device x:8:0", "--device x:8:0: 'x'", "write b:7:0"),
-    request("check --device ''", "--device", "write b:7:0"),
     request("check --device p:0:0", "type p has no number"),
-    request("check --device b:8:0:xvda", "'xvda' is not an absolute path"),
     request("check --device b:8:0:/dev/../x", "'..'", "without detours"),
     request("check --device file:", "empty"),
     request("check --device b:8:99 -o cache", "--option cache: .*KEY=VALUE"),
     request("check --device b:8:99 -o cash=none", "option cash: unknown", "cache, aio"),
     request("check --device b:8:99 -o cache=nine", "option cache: 'nine' .*writeback"),
-    request("check --device b:8:99 -o aio=native -o aio=threads", "aio: said twice"),
     request(
         "check --device b:8:99 -o cache=writeback -o aio=native",
         "option aio: native .*cache=writeback",
         "cache=none",
     ),
-    request("check --device b:8:99 -o block-driver=nvdimm", "'nvdimm' .*virtio-scsi"),
     request("check --device b:8:99 --allow mounted", "--allow mounted: ", "mounted-on-host"),
     request("check --device b:8:99 --allow all", "--allow all: ", "mounted-on-host"),
-    request("check --device b:8:99 --allow size-zero", "--allow size-zero: ", "mounted-on-host"),
     request(
         "attach --device file:{free} --vm roomy --owner c1 -o serial=0123456789abcdef01234",
         "serial: .*20 bytes",
     ),
     request("vm adopt ../sb1 --qmp {nowhere}", "'../sb1'.*letters, digits"),
-    request("vm start ''", "''.*letters, digits"),
     request("vm start new --state-dir {long}", "{long}.*107 bytes", "shorter"),
     Bad(
         command="resize {held_id} --size 512",
@@ -306,12 +284,12 @@ ON_THE_HOST = [
 ]
 
 IN_THE_VM = [
-    connect("vm adopt new --qmp {nowhere}", "{nowhere}: No such file", "-qmp unix:"),
-    connect("vm adopt new --qmp {free}", "{free}: Connection refused", "-qmp unix:"),
-    connect("vm adopt new --qmp {long}", "{long}: .*too long", "-qmp unix:"),
-    connect("vm adopt new --qmp {garbage}", "{garbage}.*(greeting|speak QMP)", "QMP socket"),
-    connect("vm adopt new --qmp {other_json}", "{other_json}.*(greeting|speak QMP)", "QMP socket"),
-    connect("vm adopt new --qmp {closing}", "{closing}.*(greeting|hung up|closed)", "QMP socket"),
+    connect("vm adopt new --qmp {nowhere}", "{nowhere}: No such file", "-qmp"),
+    connect("vm adopt new --qmp {free}", "{free}: Connection refused", "-qmp"),
+    connect("vm adopt new --qmp {long}", "{long}: .*too long", "-qmp"),
+    connect("vm adopt new --qmp {garbage}", "{garbage}.*(greeting|speak QMP)", "-qmp"),
+    connect("vm adopt new --qmp {other_json}", "{other_json}.*(greeting|speak QMP)", "-qmp"),
+    connect("vm adopt new --qmp {closing}", "{closing}.*(greeting|hung up|closed)", "-qmp"),
     *(
         connect(f"{command} --device file:{{free}} --vm dead", "{dead_socket}", "vmplug reconcile")
         for command in ("plan", "attach --owner c1")
@@ -345,7 +323,6 @@ IN_THE_JOURNAL = [
         state(command, "no VM 'unheard' is known", "vmplug vm list")
         for command in (
             "attach --device file:{free} --vm unheard --owner c1",
-            "plan --device file:{free} --vm unheard",
             "reconcile --vm unheard",
             "vm stop unheard",
         )
@@ -381,33 +358,26 @@ IN_THE_JOURNAL = [
             "writable",
             "bad-state",
         )
-        for command in (
-            "list",
-            "attach --device file:{free} --vm roomy --owner c1",
-            "vm start new",
-        )
+        for command in ("list", "attach --device file:{free} --vm roomy --owner c1")
     ),
     *(
         state(
-            f"{command} --state-dir {{{broken}}}",
-            f"{{{broken}}}/journal.db.*: {why}",
-            hint,
-            "bad-state",
+            f"list --state-dir {{{broken}}}", f"{{{broken}}}/journal.db.*{why}", hint, "bad-state"
         )
         for broken, why, hint in (
             ("scribbled", "file is not a database", "move it away"),
-            ("cut", ".*malformed", "move it away"),
+            ("cut", "malformed", "move it away"),
             ("folder", "", "writable"),
+            ("newer", "version 99", "vmplug that wrote it"),
+            ("senseless", "", "damaged"),
         )
-        for command in ("list", "attach --device file:{free} --vm roomy --owner c1")
     ),
     state(
-        "list --state-dir {newer}",
-        "{newer}/journal.db .*version 99",
-        "vmplug that wrote it",
+        "attach --device file:{free} --vm roomy --owner c1 --state-dir {scribbled}",
+        "{scribbled}/journal.db: file is not a database",
+        "move it away",
         "bad-state",
     ),
-    state("list --state-dir {senseless}", "{senseless}/journal.db", "damaged", "bad-state"),
 ]
 
 
@@ -436,13 +406,10 @@ def world() -> Iterator[MemoryWorld]:
         )
         vmplug = Vmplug(directory / "state")
         vms = {
-            name: stack.enter_context(MemoryVm(directory / f"{name}.sock", **size))
-            for name, size in {
-                "full": {"root_ports": 1, "scsi": False},
-                "spare": {"root_ports": 1, "scsi": False},
-                "roomy": {"root_ports": 4},
-                "dead": {"root_ports": 4},
-            }.items()
+            name: stack.enter_context(
+                MemoryVm(directory / f"{name}.sock", root_ports=ports, scsi=ports > 1)
+            )
+            for name, ports in {"full": 1, "spare": 1, "roomy": 4, "dead": 4}.items()
         }
         for name, vm in vms.items():
             vmplug("vm", "adopt", name, "--qmp", vm.socket_path).answer()
@@ -505,8 +472,8 @@ def make_journals(vmplug: Vmplug, directory: Path) -> dict[str, str]:
     os.truncate(names["cut"] / "journal.db", 5000)
     statements = {
         "newer": "PRAGMA user_version = 99",
-        "senseless": "INSERT INTO device VALUES"
-        " ('d', 'full', 'block:8:0', 'nonsense', '/dev/sda', 'flying', 0, 0, '{', '-', NULL, NULL)",
+        "senseless": "INSERT INTO device VALUES ('d', 'full', 'block:8:0', 'nonsense', '/dev/sda',"
+        " 'flying', 0, 0, '{', '-', NULL, NULL)",
     }
     for name, statement in statements.items():
         with sqlite3.connect(names[name] / "journal.db") as db:
@@ -750,7 +717,7 @@ def make_loops(stack: ExitStack, directory: Path) -> dict[str, str]:
     mount_point = directory / "mnt"
     mount_point.mkdir()
     subprocess.run(["mount", places["mounted"], mount_point], check=True)
-    stack.callback(subprocess.run, ["umount", mount_point], check=True)
+    stack.callback(lambda: subprocess.run(["umount", mount_point], check=True))
     return places | {"mount_point": str(mount_point)}
 
 

@@ -2,7 +2,9 @@
 
 import re
 import subprocess
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -30,8 +32,10 @@ READING_VERBS = ("info", "resolve", "check", "plan", "attach")
 VM_OPTION_VERBS = ("plan", "attach", "detach", "list", "reconcile")
 
 
-def help_of(vmplug: Vmplug, verb: str) -> str:
-    return vmplug(*verb.split(), "--help").answer()
+@cache
+def help_of(verb: str) -> str:
+    """The help, asked for once; it depends on no journal."""
+    return Vmplug(Path("/nowhere"))(*verb.split(), "--help").answer()
 
 
 def complete(vmplug: Vmplug, line: str, shell: str = "bash", **env: str) -> Result:
@@ -43,20 +47,20 @@ def complete(vmplug: Vmplug, line: str, shell: str = "bash", **env: str) -> Resu
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_an_example_in_its_help(vmplug: Vmplug, verb: str) -> None:
-    lines = [line.strip() for line in help_of(vmplug, verb).splitlines()]
+def test_every_verb_has_an_example_in_its_help(verb: str) -> None:
+    lines = [line.strip() for line in help_of(verb).splitlines()]
     assert [line for line in lines if line.startswith(f"vmplug {verb}")]
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_fits_a_terminal_but_for_examples(vmplug: Vmplug, verb: str) -> None:
-    lines = help_of(vmplug, verb).splitlines()
+def test_help_fits_a_terminal_but_for_examples(verb: str) -> None:
+    lines = help_of(verb).splitlines()
     assert [line for line in lines if len(line) > 99] == []
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_option_says_what_it_is_for(vmplug: Vmplug, verb: str) -> None:
-    text = help_of(vmplug, verb)
+def test_every_option_says_what_it_is_for(verb: str) -> None:
+    text = help_of(verb)
     options = text.partition("\nOptions:\n")[2].partition("\n\n")[0]
     entries = re.split(r"\n(?=  -)", "\n" + options)[1:]
     assert entries
@@ -67,17 +71,17 @@ def test_every_option_says_what_it_is_for(vmplug: Vmplug, verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", JSON_VERBS)
-def test_every_verb_that_answers_takes_json(vmplug: Vmplug, verb: str) -> None:
-    assert "--json " in help_of(vmplug, verb)
+def test_every_verb_that_answers_takes_json(verb: str) -> None:
+    assert "--json " in help_of(verb)
 
 
 @pytest.mark.parametrize("verb", READING_VERBS)
-def test_every_verb_that_reads_the_host_takes_a_root(vmplug: Vmplug, verb: str) -> None:
-    assert "--root " in help_of(vmplug, verb)
+def test_every_verb_that_reads_the_host_takes_a_root(verb: str) -> None:
+    assert "--root " in help_of(verb)
 
 
 def test_the_options_of_a_disk_are_all_in_the_help_of_attach(vmplug: Vmplug) -> None:
-    text = help_of(vmplug, "attach")
+    text = help_of("attach")
     hint = vmplug("check", "-d", "b:0:0", "-o", "x=y", "--json").error()["hint"]
     known = hint.removeprefix("known are ").split(", ")
     assert len(known) > 10
@@ -103,9 +107,7 @@ def test_no_verb_at_all_shows_the_verbs_as_a_usage_error(
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_usage_error_names_the_mistake_and_not_the_whole_help(
-    vmplug: Vmplug, verb: str
-) -> None:
+def test_a_usage_error_names_the_mistake_and_not_the_whole_help(vmplug: Vmplug, verb: str) -> None:
     refused = vmplug(*verb.split(), "--frobnicate")
     assert (refused.stdout, refused.status) == ("", 2)
     told, hint = refused.stderr.splitlines()

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +102,7 @@ def test_info_as_json_has_every_field(vmplug: Vmplug, tmp_path: Path) -> None:
     )
     image = ("--device", "file:/images/b.img:/dev/xvdc")
     answer = vmplug("info", bundle, *image, "--read-only", "-o", "cache=none", "--json")
-    nothing = {"major": None, "minor": None, "host_path": None, "options": {}}
+    nothing: dict[str, object] = {"major": None, "minor": None, "host_path": None, "options": {}}
     nobody = {"file_mode": None, "uid": None, "gid": None}
     disk = {"device_type": "b", "read_only": True, "options": {"cache": "none"}}
     assert answer.json() == {

@@ -13,7 +13,7 @@ from tests.support.raw_qmp import RawQmp
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """The journal's rows, the names in each VM, and the loop devices on files below a directory."""
+    """The journal's rows, the names in each VM, the loop devices on files below a directory."""
 
     rows: Rows
     names: tuple[frozenset[str], ...]
@@ -37,7 +37,7 @@ def names_in_qemu(oracle: RawQmp) -> frozenset[str]:
 
 
 def loops_below(directory: Path) -> frozenset[tuple[str, ...]]:
-    """Each loop device on a file below `directory`: its node, file, offset and whether read-only."""
+    """Each loop device on a file below `directory`: its node, file, offset, whether read-only."""
     columns = "NAME,BACK-FILE,OFFSET,RO"
     command = ["losetup", "--list", "--json", "--output", columns]
     listed = subprocess.run(command, capture_output=True, check=True).stdout

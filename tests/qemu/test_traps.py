@@ -1,5 +1,6 @@
 """Rules of QEMU that were learned the hard way: each test is a trap that must not snap."""
 
+import json
 import os
 import socket
 import threading
@@ -16,7 +17,7 @@ from tests.contract.world import QemuSide, qemu_parts
 from tests.qemu.conftest import Lab, opened_by_another_qemu, request
 from tests.support.disks import disk_image
 from tests.support.vm import Device, GuestVm, pci_bridge, root_ports, scsi_controller, start_vm
-from vmplug.address import DevNum, device_id_of
+from vmplug.address import DevNum, ScsiAddress, device_id_of
 from vmplug.drivers.base import Command, Offer
 from vmplug.errors import (
     CommandError,
@@ -223,6 +224,61 @@ def test_a_vm_without_a_port_is_told(
             lab.close()
         assert caught.value.hint
         assert lab.picture() == before
+
+
+def test_slots_of_a_bridge_that_somebody_has_are_left_out(tmp_path: Path) -> None:
+    occupants: list[Device] = [
+        {"driver": "virtio-rng-pci", "id": "first", "bus": "br0", "addr": "0x1"},
+        {"driver": "virtio-rng-pci", "bus": "br0", "addr": "0x3.1"},
+        {"driver": "pci-bridge", "id": "br1", "bus": "br0", "addr": "0x1f", "chassis_nr": 2},
+    ]
+    with sleeping_vm(tmp_path, [*pci_bridge(), *occupants], machine="pc") as vm:
+        outer, inner = offer_of(vm).ports
+    assert (outer.bus, str(outer.path)) == ("br0", "10")
+    assert {place.slot for place in outer.free} == set(range(1, 32)) - {1, 3, 0x1F}
+    assert (inner.bus, str(inner.path)) == ("br1", "10/1f")
+    assert len(inner.free) == 31
+
+
+CONTROLLER: Device = {"driver": "virtio-scsi-pci", "id": "scsi1"}
+
+
+def test_every_scsi_controller_is_offered_with_its_path(tmp_path: Path) -> None:
+    devices: list[Device] = [
+        *scsi_controller(),
+        *root_ports(1),
+        {**CONTROLLER, "bus": "rp0", "addr": "0x0"},
+        {"driver": "pxb-pcie", "id": "pxb", "bus": "pcie.0", "addr": "0x9", "bus_nr": 64},
+        {**root_ports(2)[1], "bus": "pxb", "addr": "0x0"},
+        {**CONTROLLER, "id": "scsi2", "bus": "rp1", "addr": "0x0"},
+        {"driver": "scsi-cd", "bus": "scsi1.0", "channel": 0, "scsi-id": 2, "lun": 7},
+        {"driver": "scsi-cd", "bus": "scsi1.0", "channel": 0, "scsi-id": 2, "lun": 300},
+    ]
+    with sleeping_vm(tmp_path, devices) as vm:
+        offer = offer_of(vm)
+    assert [(c.bus, str(c.path), c.used) for c in offer.controllers] == [
+        ("scsi0.0", "08", frozenset()),
+        ("scsi1.0", "10/00", {ScsiAddress(2, 7)}),
+        ("scsi2.0", "None", frozenset()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backends", "is_shared"),
+    [([], False), ([True], True), ([False], False), ([True, False], False)],
+    ids=["unsaid", "shared", "private", "half"],
+)
+def test_memory_is_shared_only_if_all_of_it_is(
+    tmp_path: Path, backends: list[bool], *, is_shared: bool
+) -> None:
+    extra = []
+    for index, share in enumerate(backends):
+        backend = {"qom-type": "memory-backend-memfd", "id": f"m{index}", "size": 128 << 20}
+        extra += ["-object", json.dumps({**backend, "share": share})]
+        extra += ["-numa", f"node,memdev=m{index}"]
+    memory = f"{128 * max(len(backends), 1)}M"
+    with start_vm(tmp_path, extra=extra, guest=False, paused=True, memory=memory) as vm:
+        assert offer_of(vm).shared_memory is is_shared
 
 
 # guests that do not answer

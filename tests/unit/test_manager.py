@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.sandbox import SIZE_BYTES, Breaking, Hooked, Refusing, Sandbox
+from tests.contract.sandbox import SIZE_BYTES, Breaking, Hooked, Noticed, Refusing, Sandbox
 from tests.contract.world import MemorySide
 from tests.support.disks import qcow2_image
 from tests.support.tree import HostTree
@@ -1151,6 +1151,27 @@ def test_two_threads_may_detach_one_device(sandbox: Sandbox) -> None:
         answers = [pool.submit(manager.detach, attachment.id, timeout_s=10) for _ in range(2)]
         for answer in answers:
             answer.result(20)
+    assert held(sandbox) == []
+    assert not sandbox.vmplugs()
+
+
+def test_all_who_wait_for_one_device_hear_that_it_went(sandbox: Sandbox) -> None:
+    waiting = threading.Semaphore(0)
+
+    def notice(command: Command) -> None:
+        if command.execute == "qom-list":
+            waiting.release()
+
+    attachment = sandbox.devices.attach(sandbox.disk())
+    sandbox.machine.guest = Guest.SILENT
+    sandbox.talk_through(lambda monitor: Noticed(monitor, notice))
+    manager = sandbox.devices
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(manager.detach, attachment.id, timeout_s=20) for _ in range(2)]
+        assert all(waiting.acquire(timeout=10) for _ in answers)
+        sandbox.machine.wake_guest()
+        for answer in answers:
+            answer.result(10)
     assert held(sandbox) == []
     assert not sandbox.vmplugs()
 

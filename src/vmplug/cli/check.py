@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import click
 
@@ -15,7 +14,8 @@ from vmplug.cli.options import (
     state_dir_option,
 )
 from vmplug.cli.output import print_json
-from vmplug.cli.wiring import open_journal
+from vmplug.cli.text import one_line
+from vmplug.cli.wiring import has_journal, open_journal
 from vmplug.host.device import HostDevice
 from vmplug.host.safety import Claim
 from vmplug.manager.examine import Examined, FindClaims, examine
@@ -61,7 +61,7 @@ def command(as_json: bool, state_dir: str, allow: tuple[str, ...], **request: ob
 @contextmanager
 def _claims(state_dir: str) -> Iterator[FindClaims]:
     """What VMs hold; a host where vmplug never ran has no journal, and none is made."""
-    if not (Path(state_dir) / "journal.db").exists():
+    if not has_journal(state_dir):
         yield lambda _: ()
         return
     with open_journal(state_dir) as journal:
@@ -88,12 +88,13 @@ def _problems(examined: Sequence[Examined]) -> list[dict[str, str]]:
 
 def _print(examined: Sequence[Examined]) -> None:
     for request in examined:
-        path = request.info.container_path
+        path = one_line(request.info.container_path)
         for finding in request.findings:
-            click.echo(f"{path}: {finding.severity} {finding.code}: {finding.message}")
-            click.echo(f"{' ' * len(path)}  {finding.hint}")
+            message = one_line(finding.message)
+            click.echo(f"{path}: {finding.severity} {finding.code}: {message}")
+            click.echo(f"{' ' * len(path)}  {one_line(finding.hint)}")
         if not request.findings:
-            host_path = request.device.host_path if request.device else "-"
+            host_path = one_line(request.device.host_path if request.device else "-")
             click.echo(f"{path}: ok, {host_path} may be handed over")
     if not examined:
         click.echo("no devices are asked for")

@@ -6,6 +6,7 @@ import click
 
 from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
 from vmplug.cli.output import attachment_json, print_json, progress
+from vmplug.cli.text import one_line
 from vmplug.cli.wiring import open_journal, open_manager
 from vmplug.errors import NotAttached
 from vmplug.host.root import HostRoot
@@ -63,7 +64,7 @@ def command(
         left = {hold.id for hold in journal.attachments()}
     for hold in chosen:
         verb = "still held" if hold.id in left else "detached"
-        click.echo(f"{verb} {hold.id}  {hold.host_path}  from VM {hold.vm}")
+        click.echo(f"{verb} {hold.id}  {one_line(hold.host_path)}  from VM {hold.vm}")
 
 
 def _find(held: Sequence[Attachment], ids: Sequence[str]) -> list[Attachment]:

@@ -1,13 +1,16 @@
 """`vmplug`: the group of verbs, loaded when asked for, and how errors reach people."""
 
+import errno
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 import click
 
 from vmplug import errors
+from vmplug.cli.text import one_line
 
 _VERBS = {
     "info": "what does the container ask for?",
@@ -23,16 +26,16 @@ _VERBS = {
     "completion": "shell completion for bash, zsh or fish",
 }
 
+_BUG, _USAGE, _HOST = 1, 2, 4
+_SIGINT, _SIGPIPE = 130, 141
 _EXIT_STATUS = (
     (errors.SpecError, 3),
     (errors.PolicyError, 3),
-    (errors.HostError, 4),
+    (errors.HostError, _HOST),
     (errors.HypervisorError, 5),
     (errors.StateError, 6),
     (errors.StoreError, 6),
 )
-_USAGE, _BUG = 2, 1
-_SIGINT, _SIGPIPE = 130, 141
 
 
 class _Verbs(click.Group):
@@ -77,40 +80,66 @@ def run() -> NoReturn:
     Everything that must be closed is closed by then. Taking the interpreter down in good order
     would cost 10 ms, as much as all that `vmplug resolve` does.
     """
-    status = _run(wants_json="--json" in sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        status = _SIGPIPE
-    os._exit(status)
+    os._exit(_run(wants_json="--json" in sys.argv[1:]))
 
 
-def _run(*, wants_json: bool) -> int:  # noqa: PLR0911  one for each way to end
+def _run(*, wants_json: bool) -> int:
     """Run the verb; errors become one sentence, a hint and an exit status."""
     try:
-        return int(main.main(prog_name="vmplug", standalone_mode=False) or 0)
-    except errors.DeviceError as error:
-        _tell(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
-        return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        return _USAGE
-    except click.UsageError as error:
-        verb = error.ctx.command_path if error.ctx else "vmplug"
-        hint = f"{verb} --help"
-        _tell("usage", error.format_message(), hint, {}, wants_json=wants_json)
-        return _USAGE
+        status = main.main(prog_name="vmplug", standalone_mode=False)
+        if sys.stdout:
+            sys.stdout.flush()
+        return int(status or 0)
+    except SystemExit as end:  # click ends shell completion so, and a broken pipe
+        return _SIGPIPE if sys.stdout is not sys.__stdout__ else int(end.code or 0)
     except (click.Abort, KeyboardInterrupt):
         return _SIGINT
     except BrokenPipeError:
         return _SIGPIPE
-    except Exception as error:  # noqa: BLE001  what no verb foresaw
-        if "VMPLUG_DEBUG" in os.environ:
-            sys.excepthook(type(error), error, error.__traceback__)
-        message = f"a bug of vmplug: {type(error).__name__}: {error}"
-        hint = "set VMPLUG_DEBUG=1 and report what it prints"
-        _tell("bug", message, hint, {}, wants_json=wants_json)
-        return _BUG
+    except Exception as error:  # noqa: BLE001  what no verb foresaw is told too
+        return _report(error, wants_json=wants_json)
+
+
+def _report(error: Exception, *, wants_json: bool) -> int:
+    """Tell an error, and give its exit status."""
+    match error:
+        case errors.DeviceError():
+            _tell(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
+            return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
+        case click.exceptions.NoArgsIsHelpError():
+            click.echo(error.format_message(), err=True)
+            return _USAGE
+        case click.UsageError():
+            message = " ".join(error.format_message().split())
+            hint = f"{_verb(sys.argv[1:])} --help"
+            _tell("usage", message[:1].lower() + message[1:], hint, {}, wants_json=wants_json)
+            return _USAGE
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG | errno.EIO, filename=None):
+            message = f"the answer cannot be written: {error.strerror}"
+            _tell("cannot-write", message, None, {}, wants_json=wants_json)
+            return _HOST
+        case _:
+            if "VMPLUG_DEBUG" in os.environ:
+                sys.excepthook(type(error), error, error.__traceback__)
+            message = f"a bug of vmplug: {type(error).__name__}: {error}"
+            hint = "set VMPLUG_DEBUG=1 and report what it prints"
+            _tell("bug", message, hint, {}, wants_json=wants_json)
+            return _BUG
+
+
+def _verb(words: Sequence[str]) -> str:
+    """The verb on the command line, as far as there is one: `vmplug vm adopt`."""
+    command: click.Command = main
+    path = ["vmplug"]
+    for word in words:
+        if not isinstance(command, click.Group):
+            break
+        found = command.get_command(click.Context(command), word)
+        if found is None:
+            break
+        command = found
+        path.append(word)
+    return " ".join(path)
 
 
 def _tell(
@@ -123,6 +152,6 @@ def _tell(
         error = {"code": code, "message": message, "hint": hint, "facts": facts}
         click.echo(json.dumps({"version": 1, "error": error}, default=str), err=True)
         return
-    click.echo(f"vmplug: {message.rstrip('.')}", err=True)
+    click.echo(f"vmplug: {one_line(message.rstrip('.'))}", err=True)
     if hint:
-        click.echo(f"hint: {hint}", err=True)
+        click.echo(f"hint: {one_line(hint)}", err=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from vmplug.address import DevNum
-from vmplug.cli.wiring import open_journal
-from vmplug.errors import SpecError
+from vmplug.cli.wiring import DEFAULT_STATE_DIR, has_journal, open_journal
+from vmplug.errors import SpecError, StoreError
 from vmplug.host.root import HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
 
@@ -31,7 +31,7 @@ root_option = click.option(
 state_dir_option = click.option(
     "--state-dir",
     type=click.Path(file_okay=False),
-    default="/run/vmplug",
+    default=DEFAULT_STATE_DIR,
     envvar="VMPLUG_STATE_DIR",
     show_default=True,
     show_envvar=True,
@@ -55,9 +55,15 @@ store_option = click.option(
 
 
 def complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001  click's
-    """Names of known VMs."""
-    with open_journal(ctx.params.get("state_dir") or "/run/vmplug") as journal:
-        return [vm.name for vm in journal.vms() if vm.name.startswith(incomplete)]
+    """Names of known VMs; none where there is no journal to be read."""
+    state_dir = ctx.params.get("state_dir") or DEFAULT_STATE_DIR
+    if not has_journal(state_dir):
+        return []
+    try:
+        with open_journal(state_dir) as journal:
+            return [vm.name for vm in journal.vms() if vm.name.startswith(incomplete)]
+    except StoreError:
+        return []
 
 
 vm_option = click.option(

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vmplug.cli.text import one_line
 from vmplug.host.device import BlockDevice, DiskFile, HostDevice
 from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:
     from vmplug.drivers.base import GuestAddress
     from vmplug.manager.records import Attachment
+
+_OTHER_KINDS = ("ccw_devno", "virt_path", "nvdimm_id", "mount_tag", "mac_address")
+"""How devices that are no PCI or SCSI disks are found in the guest; always null so far."""
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -28,7 +32,8 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns; colour only at a terminal, by rich, which respects NO_COLOR."""
     if not rows:
         return
-    if sys.stdout.isatty():
+    rows = [[one_line(cell) for cell in row] for row in rows]
+    if sys.stdout and sys.stdout.isatty():
         from rich.console import Console  # noqa: PLC0415  40 ms that a pipe need not pay
         from rich.table import Table  # noqa: PLC0415
 
@@ -48,7 +53,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def progress(what: str) -> AbstractContextManager[object]:
     """Show at a terminal, on stderr, that something takes its time."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr and sys.stderr.isatty()):
         return nullcontext()
     from rich.console import Console  # noqa: PLC0415  40 ms that a pipe need not pay
 
@@ -123,6 +128,7 @@ def guest_json(guest: "GuestAddress | None", *, read_only: bool) -> dict[str, An
     return {
         "pci_path": str(guest.pci_path) if guest.pci_path else None,
         "scsi_address": str(scsi) if scsi else None,
+        **dict.fromkeys(_OTHER_KINDS),
         "agent": {
             "type": "scsi" if scsi else "blk",
             "id": str(scsi or guest.pci_path),

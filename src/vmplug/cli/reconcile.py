@@ -1,10 +1,13 @@
 """`vmplug reconcile`."""
 
+from collections.abc import Sequence
+
 import click
 
 from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
 from vmplug.cli.output import print_json, print_table, progress
 from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal, open_manager
+from vmplug.errors import HypervisorError
 from vmplug.host.root import HostRoot
 from vmplug.manager.reconcile import Outcome, Repair
 from vmplug.manager.records import VmRecord
@@ -28,20 +31,37 @@ def command(as_json: bool, state_dir: str, timeout_s: float, vm: str | None) -> 
     """
     with open_journal(state_dir) as journal:
         vms = [find_vm(journal, vm)] if vm else journal.vms()
-        repairs = [
-            (record.name, repair)
-            for record in vms
-            for repair in _repair(record, journal, state_dir, timeout_s)
-        ]
+        repairs, failures = _repair_all(vms, journal, state_dir, timeout_s)
     if as_json:
-        print_json({"repairs": [_json(name, repair) for name, repair in repairs]})
-        return
-    print_table(
-        ("VM", "DEVICE", "HOST PATH", "DONE", "WHY"),
-        [(name, r.device_id, r.host_path or "-", r.outcome, r.reason) for name, r in repairs],
-    )
-    if not repairs:
-        click.echo("the journal and the VMs agree")
+        errors = [
+            {"vm": name, "code": error.code, "message": error.message, "hint": error.hint}
+            for name, error in failures
+        ]
+        print_json({"repairs": [_json(name, r) for name, r in repairs], "errors": errors})
+    else:
+        print_table(
+            ("VM", "DEVICE", "HOST PATH", "DONE", "WHY"),
+            [(name, r.device_id, r.host_path or "-", r.outcome, r.reason) for name, r in repairs],
+        )
+        if not repairs and not failures:
+            click.echo("the journal and the VMs agree")
+    if failures:
+        raise failures[0][1]
+
+
+def _repair_all(
+    vms: Sequence[VmRecord], journal: Store, state_dir: str, timeout_s: float
+) -> tuple[list[tuple[str, Repair]], list[tuple[str, HypervisorError]]]:
+    """What was done in each VM; one that does not answer keeps no other from it."""
+    repairs, failures = [], []
+    for record in vms:
+        try:
+            found = _repair(record, journal, state_dir, timeout_s)
+        except HypervisorError as error:
+            failures.append((record.name, error))
+        else:
+            repairs += [(record.name, repair) for repair in found]
+    return repairs, failures
 
 
 def _repair(record: VmRecord, journal: Store, state_dir: str, timeout_s: float) -> list[Repair]:

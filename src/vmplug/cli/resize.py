@@ -4,6 +4,7 @@ import click
 
 from vmplug.cli.options import json_option, state_dir_option
 from vmplug.cli.output import print_json, size
+from vmplug.cli.text import one_line
 from vmplug.cli.wiring import open_journal, open_manager
 from vmplug.errors import NotAttached
 from vmplug.host.root import HostRoot
@@ -36,4 +37,4 @@ def command(as_json: bool, state_dir: str, size_bytes: int | None, attachment: s
     if as_json:
         print_json({"id": attachment, "size_bytes": now})
     else:
-        click.echo(f"{hold.host_path} has {size(now)} in VM {hold.vm}")
+        click.echo(f"{one_line(hold.host_path)} has {size(now)} in VM {hold.vm}")

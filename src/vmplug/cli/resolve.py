@@ -4,6 +4,7 @@ import click
 
 from vmplug.cli.options import json_option, read_request, request_options
 from vmplug.cli.output import device_json, info_json, print_json, print_table, size
+from vmplug.cli.text import one_line
 from vmplug.errors import HostError
 from vmplug.host.device import BlockDevice, DiskFile, HostDevice
 from vmplug.host.resolve import resolve_all
@@ -35,11 +36,14 @@ def command(as_json: bool, **request: object) -> None:
             ("CONTAINER PATH", "HOST PATH", "KIND", "SIZE", "FOUND BY"),
             [_row(info, answer) for info, answer in pairs if not isinstance(answer, HostError)],
         )
+        if not pairs:
+            click.echo("no devices are asked for")
     errors = [answer for answer in answers if isinstance(answer, HostError)]
     if not as_json:
         for error in errors:
-            click.echo(f"vmplug: {error.message}", err=True)
-            click.echo(f"hint: {error.hint}" if error.hint else "", err=True, nl=bool(error.hint))
+            click.echo(f"vmplug: {one_line(error.message)}", err=True)
+            if error.hint:
+                click.echo(f"hint: {one_line(error.hint)}", err=True)
     if errors:
         raise click.exceptions.Exit(_HOST_ERROR)
 

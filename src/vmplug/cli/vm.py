@@ -2,8 +2,6 @@
 
 import contextlib
 import re
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import click
 from vmplug.cli.options import complete_vm, json_option, state_dir_option
 from vmplug.cli.output import print_json, print_table, progress
 from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal
-from vmplug.errors import HypervisorError, SpecError, StateError, StillAttached
+from vmplug.errors import HypervisorError, SpecError, StillAttached
 from vmplug.host.process import read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
 from vmplug.manager.records import VmRecord, record_vm
@@ -37,8 +35,18 @@ def command() -> None:
 @click.option(
     "--disk", type=click.Path(exists=True, dir_okay=False), help="Boot from this raw image."
 )
-@click.option("--memory", "memory_mib", type=click.IntRange(min=64), default=512, metavar="MIB")
-@click.option("--cpus", type=click.IntRange(min=1), default=1)
+@click.option(
+    "--memory",
+    "memory_mib",
+    type=click.IntRange(min=64),
+    default=512,
+    show_default=True,
+    metavar="MIB",
+    help="Guest memory in MiB.",
+)
+@click.option(
+    "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="Virtual CPUs."
+)
 @click.option(
     "--ports", type=click.IntRange(0, 27), default=8, help="Root ports to plug into (default 8)."
 )
@@ -74,14 +82,13 @@ def start(
     for key in ("kernel", "initrd", "disk"):
         options[key] = str(Path(options[key]).resolve()) if options[key] else None
     with open_journal(state_dir) as journal:
-        _check_free(journal, name)
+        _forget_if_gone(journal, name)
         directory = Path(state_dir).resolve() / "vm" / name
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(mode=0o700, parents=True)
         socket = str(directory / "qmp.sock")
         record = VmRecord(name=name, qmp_socket=socket, pid=None, started_at=None, is_ours=True)
         journal.add_vm(record)
         try:
+            directory.mkdir(mode=0o700, parents=True)
             pid, _ = launch(
                 VmSpec(name=name, extra=qemu_args, **options),
                 directory,
@@ -90,8 +97,7 @@ def start(
         except BaseException:
             forget_vm(journal, record)
             raise
-        started_at = read_start_time(pid, HostRoot())
-        journal.add_vm(replace(record, pid=pid, started_at=started_at))
+        journal.set_process(name, pid, read_start_time(pid, HostRoot()))
     if as_json:
         print_json({"vm": {"name": name, "qmp": socket, "pid": pid, "directory": str(directory)}})
     else:
@@ -116,7 +122,7 @@ def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
     if not _NAME.match(name):
         raise SpecError(f"VM name {name!r}", "it is made of letters, digits, '.', '_' and '-'")
     with open_journal(state_dir) as journal:
-        _check_free(journal, name)
+        _forget_if_gone(journal, name)
         qemu = Qemu.connect(socket)
         endpoint, offer = qemu.endpoint, qemu.offer()
         qemu.close()
@@ -157,7 +163,7 @@ def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
     with open_journal(state_dir) as journal:
         record = find_vm(journal, name)
         held = journal.attachments(name)
-        is_alive = not is_gone(record)
+        is_alive = not is_gone(record) and (record.pid is not None or not record.is_ours)
         if is_alive and not record.is_ours and held:
             raise StillAttached(
                 f"{len(held)} attachments are left in the adopted VM {name}",
@@ -220,15 +226,11 @@ def _describe(record: VmRecord, journal: Store) -> dict[str, Any]:
     }
 
 
-def _check_free(journal: Store, name: str) -> None:
+def _forget_if_gone(journal: Store, name: str) -> None:
+    """Make room for a VM of a name whose last one has ended and left nothing attached."""
     record = journal.find_vm(name)
-    if record and not (is_gone(record) and not journal.devices(name)):
-        raise StateError(
-            f"a VM {name} is known already",
-            state="gone" if is_gone(record) else "running",
-            required="unknown",
-            hint=f"choose another name, or vmplug vm stop {name}",
-        )
+    if record and is_gone(record) and not journal.devices(name):
+        forget_vm(journal, record)
 
 
 def _end(record: VmRecord, timeout_s: float) -> None:

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from vmplug.manager.store import Store
 
 
+DEFAULT_STATE_DIR = "/run/vmplug"
+
+
+def has_journal(state_dir: str) -> bool:
+    """Whether vmplug ever wrote there."""
+    return os.path.exists(os.path.join(state_dir, "journal.db"))
+
+
 def open_journal(state_dir: str) -> "Store":
     """The journal below `state_dir`, a context manager."""
     from vmplug.manager.store import Store  # noqa: PLC0415  sqlite3 costs 5 ms

@@ -164,7 +164,7 @@ OPTIONS: Mapping[str, _Option] = {
     "cache": _Option(
         "cache",
         _word(*Cache),
-        "none, writeback, writethrough, directsync or unsafe; default: none where the file can",
+        "none (default if possible), writeback, writethrough, directsync or unsafe",
     ),
     "aio": _Option("aio", _word(*Aio), "native, io_uring or threads; default: by the cache"),
     "discard": _Option("discard", _switch("unmap", "ignore"), "unmap or ignore (default)"),

@@ -122,8 +122,8 @@ class QmpMonitor(Monitor):
         return ConnectError(
             self._socket,
             f"cannot talk QMP on {self._socket}: {_reason(error)}",
-            hint="is the VM running (vmplug vm list)? if it is gone, vmplug reconcile frees "
-            "what it held",
+            hint="QEMU needs a QMP socket for vmplug, -qmp unix:PATH,server=on,wait=off; "
+            "if the VM is gone, vmplug reconcile frees what it held",
         )
 
     async def _relay_events(self, events: EventListener) -> None:
@@ -174,7 +174,14 @@ class QmpMonitor(Monitor):
 
 
 def _reason(error: Exception) -> str:
-    cause: BaseException | None = error.__cause__ or error
-    while cause and cause.__cause__:
+    """Why there is no conversation, from the innermost cause."""
+    cause: BaseException = error
+    while cause.__cause__:
         cause = cause.__cause__
-    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    match cause:
+        case OSError():
+            return cause.strerror or str(cause)
+        case EOFError():
+            return "it closed the connection before its greeting"
+        case _:
+            return "what listens there does not speak QMP"

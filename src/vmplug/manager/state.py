@@ -48,3 +48,14 @@ def on_its_way(vm: str, host_path: str, state: State) -> StateError:
 def not_in_journal(device_id: str) -> StateError:
     """The error for a device that the journal does not know."""
     return StateError(f"no device {device_id} is known", state="absent", required="in the journal")
+
+
+def known_already(name: str, qmp_socket: str | None = None) -> StateError:
+    """The error for a VM whose name, or whose QMP socket under that name, is in the journal."""
+    what = f"{qmp_socket} is the VM {name}, which" if qmp_socket else f"a VM {name}"
+    return StateError(
+        f"{what} is known already",
+        state="known",
+        required="unknown",
+        hint=f"vmplug vm list shows it; vmplug vm stop {name} ends or forgets it",
+    )

@@ -28,7 +28,14 @@ from vmplug.manager.records import (
     read_device,
     read_vm,
 )
-from vmplug.manager.state import FOLLOWS, State, check_step, not_in_journal, on_its_way
+from vmplug.manager.state import (
+    FOLLOWS,
+    State,
+    check_step,
+    known_already,
+    not_in_journal,
+    on_its_way,
+)
 
 T = TypeVar("T")
 
@@ -151,11 +158,25 @@ class Store:
     # VMs
 
     def add_vm(self, vm: VmRecord) -> None:
-        """Remember a VM, in place of an older record of its name."""
+        """Remember a VM. StateError when its name or its QMP socket is known already."""
+        with _Transaction(self._db, self._lock, self.path) as db:
+            known = db.execute(
+                "SELECT name FROM vm WHERE name = ? OR qmp_socket = ?", (vm.name, vm.qmp_socket)
+            ).fetchone()
+            if known:
+                raise known_already(
+                    known["name"], vm.qmp_socket if known["name"] != vm.name else None
+                )
+            db.execute(
+                "INSERT INTO vm VALUES (?, ?, ?, ?, ?)",
+                (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours),
+            )
+
+    def set_process(self, name: str, pid: int, started_at: int | None) -> None:
+        """Remember the process of a known VM."""
         with _Transaction(self._db, self._lock, self.path) as db:
             db.execute(
-                "INSERT OR REPLACE INTO vm VALUES (?, ?, ?, ?, ?)",
-                (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours),
+                "UPDATE vm SET pid = ?, started_at = ? WHERE name = ?", (pid, started_at, name)
             )
 
     def forget_vm(self, name: str) -> None:

@@ -77,6 +77,8 @@ def read_bundle(source: str | os.PathLike[str]) -> Bundle:
     Raises SpecError when it cannot be read and for everything wrong inside it.
     """
     if source == "-":
+        if sys.stdin is None:
+            raise SpecError("standard input", "is closed; expected a config.json")
         return parse_config(sys.stdin.buffer.read(), name=None)
     path = Path(source)
     if os.path.isdir(path):  # Path.is_dir raises for a name too long to be one

@@ -123,7 +123,7 @@ def launch(spec: VmSpec, directory: Path, *, timeout_s: float) -> tuple[int, str
     except ConnectError as error:
         process.kill()
         process.wait()
-        words = log_path.read_text(errors="replace").strip()
+        words = "; ".join(log_path.read_text(errors="replace").splitlines())
         raise HypervisorError(
             f"QEMU did not come up: {words or error.message}",
             hint="vmplug vm start --help shows what can be chosen; --accel tcg needs no KVM",
