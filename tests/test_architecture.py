@@ -30,7 +30,7 @@ CATCHES_OSERROR = {
     "host/root.py",
     "hypervisor/qemu/launch.py",
     "hypervisor/qmp.py",
-    "manager/store.py",
+    "manager/database.py",
     "oci/spec.py",
 }
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -129,6 +130,7 @@ def test_the_first_example_is_the_one_of_the_readme() -> None:
 
 @pytest.mark.root
 @pytest.mark.qemu
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: loop devices")
 def test_the_first_example_runs_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

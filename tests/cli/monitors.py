@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vmplug.drivers.base import Command
-from vmplug.hypervisor.memory import MemoryHypervisor
+from vmplug.hypervisor.memory import MemoryMonitor
 
 CHANGING = frozenset(
     {"blockdev-add", "blockdev-del", "object-add", "object-del", "device_add", "device_del"}
@@ -90,12 +90,20 @@ class Messages:
 class MemoryVm(QmpServer):
     """MemoryHypervisor's machine: a VM that needs neither QEMU nor root.
 
-    `machine` may be looked at and told what to do, as in the unit tests.
+    `machine` may be looked at and told what to do, as in the unit tests; a second socket of the
+    same VM is given the machine of the first.
     """
 
-    def __init__(self, socket_path: Path, *, root_ports: int = 4, scsi: bool = True) -> None:
+    def __init__(
+        self,
+        socket_path: Path,
+        *,
+        root_ports: int = 4,
+        scsi: bool = True,
+        machine: MemoryMonitor | None = None,
+    ) -> None:
         super().__init__(socket_path)
-        self.machine = MemoryHypervisor(root_ports=root_ports, scsi=scsi).monitor
+        self.machine = machine or MemoryMonitor(root_ports=root_ports, scsi=scsi)
         self.machine.listen(self._tell)
         self._client: socket.socket | None = None
 
@@ -105,11 +113,14 @@ class MemoryVm(QmpServer):
 
     def _converse(self, client: socket.socket) -> None:
         self._client, messages = client, Messages()
-        self._send(_GREETING)
-        while data := client.recv(1 << 16):
-            for request in messages.take(data):
-                id_of = {key: request[key] for key in request.keys() & {"id"}}
-                self._send({**self._answer(request), **id_of})
+        try:
+            self._send(_GREETING)
+            while data := client.recv(1 << 16):
+                for request in messages.take(data):
+                    id_of = {key: request[key] for key in request.keys() & {"id"}}
+                    self._send({**self._answer(request), **id_of})
+        finally:
+            self._client = None
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request["execute"] == "qmp_capabilities":
@@ -125,8 +136,8 @@ class MemoryVm(QmpServer):
         self._send({"event": event, "data": dict(data), "timestamp": timestamp})
 
     def _send(self, message: Mapping[str, Any]) -> None:
-        assert self._client
-        self._client.sendall(json.dumps(message).encode() + b"\r\n")
+        if self._client:
+            self._client.sendall(json.dumps(message).encode() + b"\r\n")
 
 
 class Talker(QmpServer):

@@ -330,6 +330,7 @@ IN_THE_JOURNAL = [
     state("vm adopt full --qmp {full_socket}", "VM full is known already", "vm stop full"),
     state("vm start full --accel tcg", "VM full is known already", "vm stop full"),
     state("vm adopt again --qmp {full_socket}", "full", "full"),
+    state("vm adopt again --qmp {full_link}", "full", "full"),
     state("vm stop full", "1 attachment.* VM full", "vmplug detach", "still-attached"),
     state("detach 0123456789abcdef", "no attachment 0123456789abcdef", "list", "not-attached"),
     state("detach {held_id} 0123456789abcdef", "0123456789abcdef", "list", "not-attached"),
@@ -413,11 +414,13 @@ def world() -> Iterator[MemoryWorld]:
         }
         for name, vm in vms.items():
             vmplug("vm", "adopt", name, "--qmp", vm.socket_path).answer()
+        (directory / "link.sock").symlink_to(vms["full"].socket_path)
         places = {
             **make_files(directory),
             **make_journals(vmplug, directory),
             **{name: str(path) for name, path in talkers(stack, directory).items()},
             "full_socket": str(vms["full"].socket_path),
+            "full_link": str(directory / "link.sock"),
             "dead_socket": str(vms["dead"].socket_path),
             "held_id": attach(vmplug, directory / "held", "full", "ctr0"),
             "read_id": attach(vmplug, directory / "read", "roomy", "ctr0", "--read-only"),
@@ -554,7 +557,7 @@ def test_a_bug_is_told_as_one_and_shows_its_trace_when_asked(
 ) -> None:
     """A standard library module that fails at import is a failure that no verb foresees."""
     (tmp_path / "sqlite3.py").write_text("raise RuntimeError('not this one')")
-    env = {"PYTHONPATH": str(tmp_path)}
+    env = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     done = vmplug("list", env=env)
     assert (done.stdout, done.status) == ("", 1)
     assert done.stderr == (
@@ -563,6 +566,36 @@ def test_a_bug_is_told_as_one_and_shows_its_trace_when_asked(
     )
     assert vmplug("list", "--json", env=env).error()["code"] == "bug"
     assert "Traceback" in vmplug("list", env={**env, "VMPLUG_DEBUG": "1"}).stderr
+
+
+def test_a_vm_known_by_two_sockets_keeps_its_disks(vmplug: Vmplug, tmp_path: Path) -> None:
+    """Whether the second adoption is refused or not: what the first holds is not its remains."""
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    sockets = [vmplug.state_dir.with_name(f"{name}.sock") for name in ("first", "second")]
+    with MemoryVm(sockets[0]) as vm, MemoryVm(sockets[1], machine=vm.machine):
+        vmplug("vm", "adopt", "first", "--qmp", sockets[0]).answer()
+        attach(vmplug, image, "first", "ctr0")
+        held = vm.names()
+        vmplug("vm", "adopt", "second", "--qmp", sockets[1])
+        assert vmplug("reconcile").status == 0
+        assert vm.names() == held
+        (hold,) = vmplug("list", "--json").json()["attachments"]
+        assert (hold["vm"], hold["state"]) == ("first", "attached")
+
+
+def test_one_vm_that_is_gone_keeps_no_other_from_detaching(vmplug: Vmplug, tmp_path: Path) -> None:
+    sockets = {name: vmplug.state_dir.with_name(f"{name}.sock") for name in ("gone", "there")}
+    with MemoryVm(sockets["gone"]) as gone, MemoryVm(sockets["there"]) as there:
+        nothing = there.names()
+        for name, socket in sockets.items():
+            vmplug("vm", "adopt", name, "--qmp", socket).answer()
+            attach(vmplug, disk_image(tmp_path / name, 1, name), name, "ctr1")
+        gone.end()
+        told = vmplug("detach", "--owner", "ctr1")
+        assert there.names() == nothing
+        assert [hold["vm"] for hold in vmplug("list", "--json").json()["attachments"]] == ["gone"]
+        assert told.status == HYPERVISOR
+        assert str(sockets["gone"]) in told.stderr
 
 
 # on real QEMU, with real disks

@@ -340,19 +340,28 @@ def test_the_running_hosts_character_device_is_found(vmplug: Vmplug) -> None:
     assert wanted.items() <= found.items()
 
 
-def test_every_disk_of_the_running_host_is_what_lsblk_says(vmplug: Vmplug) -> None:
+def read_lsblk() -> dict[str, dict[str, object]]:
+    """Every disk that lsblk lists, by number."""
     columns = "MAJ:MIN,PATH,SIZE,RO"
     command = ["lsblk", "--all", "--list", "--bytes", "--json", "--output", columns]
     done = subprocess.run(command, capture_output=True, check=True)
-    disks = {disk["maj:min"]: disk for disk in json.loads(done.stdout)["blockdevices"]}
+    return {disk["maj:min"]: disk for disk in json.loads(done.stdout)["blockdevices"]}
+
+
+def test_every_disk_of_the_running_host_is_what_lsblk_says(vmplug: Vmplug) -> None:
+    """Other tests may set up loop devices meanwhile: only what stays the same is compared."""
+    disks = read_lsblk()
     asked = [word for number in disks for word in ("--device", f"b:{number}")]
     if not asked:
         pytest.skip("this host has no block device")
-    for found in vmplug("resolve", *asked, "--json").json()["devices"]:
-        disk = disks[f"{found['major']}:{found['minor']}"]
-        assert found["host_path"] == disk["path"]
-        assert found["size_bytes"] == int(disk["size"] or 0)
-        assert found["host_read_only"] == disk["ro"]
+    told = vmplug("resolve", *asked, "--json")
+    still = read_lsblk()
+    for found in told.json()["devices"]:
+        number = f"{found['major']}:{found['minor']}"
+        if still.get(number) == (disk := disks[number]):
+            assert found["host_path"] == disk["path"]
+            assert found["size_bytes"] == int(str(disk["size"] or 0))
+            assert found["host_read_only"] == disk["ro"]
 
 
 @pytest.mark.root

@@ -812,12 +812,16 @@ def test_one_vm_that_does_not_answer_keeps_no_other_from_repair(
         vmplug("attach", *asked, "--vm", "b-dead", "--owner", "ctr1").answer()
         kill(pid)
         told = vmplug("reconcile")
+        again = vmplug("reconcile", "--json")
         assert vmplug("list").answer() == "nothing is attached\n"
         assert vmplug("check", *asked).status == 0
         assert str(node) in told.stdout
         assert told.status == 5
         assert told.stderr.startswith("vmplug: ")
         assert str(socket) in told.stderr
+        (error,) = json.loads(again.stdout)["errors"]
+        assert error.keys() == {"vm", "code", "message", "hint"}
+        assert (again.status, error["vm"], error["code"]) == (5, "a-odd", "cannot-connect")
         (known,) = vmplug("vm", "list", "--json").json()["vms"]
         assert known["name"] == "a-odd"
 

@@ -126,17 +126,28 @@ def test_vms_are_apart(store: Store) -> None:
     assert store.attachments("vm-3") == []
 
 
-def test_a_vm_comes_back_and_is_replaced_by_its_name(tmp_path: Path) -> None:
-    old = VmRecord(name="b", qmp_socket="/old", pid=1, started_at=2, is_ours=True)
-    new = VmRecord(name="b", qmp_socket="/new", pid=None, started_at=None, is_ours=False)
+def test_vms_come_back_by_name(tmp_path: Path) -> None:
+    one = VmRecord(name="b", qmp_socket="/b", pid=None, started_at=None, is_ours=False)
     other = VmRecord(name="a", qmp_socket="/ä b", pid=2**22, started_at=2**40, is_ours=True)
     with Store.open(tmp_path) as store:
-        for vm in (old, other, new):
+        for vm in (one, other):
             store.add_vm(vm)
+        store.set_process("b", 7, 9)
     with Store.open(tmp_path) as store:
-        assert store.vms() == [other, new]
-        assert store.find_vm("b") == new
+        assert store.vms() == [other, replace(one, pid=7, started_at=9)]
+        assert store.find_vm("a") == other
         assert store.find_vm("c") is None
+
+
+@pytest.mark.parametrize(("name", "qmp_socket"), [("b", "/new"), ("c", "/b"), ("b", "/b")])
+def test_a_vm_is_known_once_by_its_name_and_by_its_socket(
+    store: Store, name: str, qmp_socket: str
+) -> None:
+    known = VmRecord(name="b", qmp_socket="/b", pid=1, started_at=2, is_ours=True)
+    store.add_vm(known)
+    with pytest.raises(StateError, match="known already"):
+        store.add_vm(replace(known, name=name, qmp_socket=qmp_socket))
+    assert store.vms() == [known]
 
 
 def test_a_forgotten_vm_takes_its_devices_and_holds_with_it(store: Store, tmp_path: Path) -> None:
@@ -148,14 +159,6 @@ def test_a_forgotten_vm_takes_its_devices_and_holds_with_it(store: Store, tmp_pa
     assert store.devices("vm-1") == []
     assert store.attachments() == [hold(theirs)]
     assert len(journal_rows(tmp_path)["attachment"]) == 1
-
-
-def test_a_replaced_vm_keeps_its_devices(store: Store) -> None:
-    vm = VmRecord(name="vm-1", qmp_socket="/s", pid=1, started_at=2, is_ours=True)
-    store.add_vm(vm)
-    store.add_devices([DISK], [hold(DISK)])
-    store.add_vm(replace(vm, pid=3))
-    assert store.devices("vm-1") == [DISK]
 
 
 # holds

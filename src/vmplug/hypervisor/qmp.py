@@ -42,6 +42,7 @@ class QmpMonitor(Monitor):
         self._receivers: list[EventReceiver] = []
         self._client: QMPClient | None = None
         self._relay: asyncio.Task[None] | None = None
+        self._connecting = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="vmplug-qmp", daemon=True
@@ -149,15 +150,21 @@ class QmpMonitor(Monitor):
             return answers, refusal
         return answers, None
 
+    async def _connected(self) -> QMPClient:
+        """The client of this conversation, or of a new one when it broke off."""
+        async with self._connecting:
+            if self._client is None or self._client.runstate is not Runstate.RUNNING:
+                await self._disconnect()
+                await self._connect()
+            assert self._client
+            return self._client
+
     async def _execute(self, command: Command) -> Any:
-        if self._client is None or self._client.runstate is not Runstate.RUNNING:
-            await self._disconnect()
-            await self._connect()
-        assert self._client
+        client = await self._connected()
         log.debug("%s %s", command.execute, command.arguments)
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT_S):
-                return await self._client.execute(command.execute, dict(command.arguments))
+                return await client.execute(command.execute, dict(command.arguments))
         except ExecuteError as error:
             refusal = error.error.error
             raise command_error(command, refusal.class_, refusal.desc) from error

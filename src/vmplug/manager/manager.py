@@ -24,7 +24,6 @@ from vmplug.errors import (
     NoFreePort,
     NotAttached,
     PolicyError,
-    ProtocolError,
     StoreError,
     UnplugRefused,
     UnplugTimeout,
@@ -158,9 +157,9 @@ class DeviceManager:
             if failure is None:
                 ids = [record.id for record in records]
                 added += self._journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
-            elif not isinstance(failure, ProtocolError):
+            elif isinstance(failure, CommandError):
                 self._give_up(plan.new, done)
-        if isinstance(failure, ProtocolError):
+        if failure and not isinstance(failure, CommandError):
             raise failure  # nobody knows what QEMU did: the journal keeps it for reconcile
         if failure:
             try:

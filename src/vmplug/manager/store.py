@@ -1,9 +1,6 @@
 """Store: the journal, and the list of VMs, in one SQLite file.
 
-Everything that is allocated is written here before the act. WAL with synchronous=FULL: a
-committed transaction survives a crash of the process and of the machine, and readers never wait.
-The tables are this version's own; `user_version` says which.
-Source: sqlite.org/wal.html, sqlite.org/pragma.html#pragma_synchronous.
+Everything that is allocated is written here before the act.
 """
 
 import json
@@ -11,14 +8,14 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self, TypeVar
 
-from vmplug.address import new_id
 from vmplug.drivers.base import GuestAddress
 from vmplug.errors import StoreError
 from vmplug.host.safety import Claim
+from vmplug.manager.database import VERSION, Transaction, connect, create, store_error
 from vmplug.manager.records import (
     Attachment,
     DeviceRecord,
@@ -40,44 +37,6 @@ from vmplug.manager.state import (
 T = TypeVar("T")
 
 DEFAULT_STATE_DIR = "/run/vmplug"
-_VERSION = 1
-_BUSY_TIMEOUT_S = 10.0
-
-_SCHEMA = """
-CREATE TABLE vm (
-    name TEXT PRIMARY KEY,
-    qmp_socket TEXT NOT NULL,
-    pid INTEGER,
-    started_at INTEGER,
-    is_ours INTEGER NOT NULL
-) STRICT;
-CREATE TABLE device (
-    id TEXT PRIMARY KEY,
-    vm TEXT NOT NULL,
-    identity TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    host_path TEXT NOT NULL,
-    state TEXT NOT NULL,
-    read_only INTEGER NOT NULL,
-    share_rw INTEGER NOT NULL,
-    options TEXT NOT NULL,
-    place TEXT,
-    pci_path TEXT,
-    scsi_address TEXT,
-    UNIQUE (vm, identity),
-    UNIQUE (vm, place)
-) STRICT;
-CREATE TABLE attachment (
-    id TEXT PRIMARY KEY,
-    device TEXT NOT NULL REFERENCES device (id) ON DELETE CASCADE,
-    owner TEXT NOT NULL,
-    container_path TEXT NOT NULL,
-    read_only INTEGER NOT NULL,
-    count INTEGER NOT NULL CHECK (count > 0),
-    UNIQUE (device, owner, container_path)
-) STRICT;
-"""
-
 
 _HOLD = """
 SELECT a.device, a.count, d.vm, d.host_path, d.state,
@@ -106,10 +65,10 @@ class Store:
         try:
             os.makedirs(state_dir, mode=0o700, exist_ok=True)
             if not os.path.exists(path):
-                _create(path)
-            store = cls(_connect(path), path)
+                create(path)
+            store = cls(connect(path), path)
         except (OSError, sqlite3.Error) as error:
-            raise _store_error(path, error) from error
+            raise store_error(path, error) from error
         try:
             store._check_version()
         except BaseException:
@@ -136,10 +95,10 @@ class Store:
                 f"{self.path} is not a journal of vmplug",
                 hint="move it away, or name another --state-dir",
             )
-        if version != _VERSION:
+        if version != VERSION:
             raise StoreError(
                 self.path,
-                f"{self.path} is of version {version}; this vmplug knows {_VERSION}",
+                f"{self.path} is of version {version}; this vmplug knows {VERSION}",
                 hint="use the vmplug that wrote it, or name another --state-dir",
             )
 
@@ -148,7 +107,7 @@ class Store:
         try:
             yield
         except (sqlite3.Error, ValueError) as error:
-            raise _store_error(self.path, error) from error
+            raise store_error(self.path, error) from error
 
     def _read(self, parse: Callable[[sqlite3.Row], T], query: str, *values: object) -> list[T]:
         """Every row as a value; StoreError for one that makes no sense."""
@@ -159,7 +118,7 @@ class Store:
 
     def add_vm(self, vm: VmRecord) -> None:
         """Remember a VM. StateError when its name or its QMP socket is known already."""
-        with _Transaction(self._db, self._lock, self.path) as db:
+        with Transaction(self._db, self._lock, self.path) as db:
             known = db.execute(
                 "SELECT name FROM vm WHERE name = ? OR qmp_socket = ?", (vm.name, vm.qmp_socket)
             ).fetchone()
@@ -174,14 +133,14 @@ class Store:
 
     def set_process(self, name: str, pid: int, started_at: int | None) -> None:
         """Remember the process of a known VM."""
-        with _Transaction(self._db, self._lock, self.path) as db:
+        with Transaction(self._db, self._lock, self.path) as db:
             db.execute(
                 "UPDATE vm SET pid = ?, started_at = ? WHERE name = ?", (pid, started_at, name)
             )
 
     def forget_vm(self, name: str) -> None:
         """Forget a VM and every device it held."""
-        with _Transaction(self._db, self._lock, self.path) as db:
+        with Transaction(self._db, self._lock, self.path) as db:
             db.execute("DELETE FROM device WHERE vm = ?", (name,))
             db.execute("DELETE FROM vm WHERE name = ?", (name,))
 
@@ -212,7 +171,7 @@ class Store:
         None, and nothing written, when the journal is no longer of that `version`: what was
         decided on it, such as that no VM holds the device, may be wrong by now.
         """
-        with _Transaction(self._db, self._lock, self.path) as db:
+        with Transaction(self._db, self._lock, self.path) as db:
             if version not in {None, self.version()}:
                 return None
             for device in devices:
@@ -244,7 +203,7 @@ class Store:
 
         Raises StateError when the table does not let one of them; then none moves.
         """
-        with _Transaction(self._db, self._lock, self.path) as db:
+        with Transaction(self._db, self._lock, self.path) as db:
             for device_id in device_ids:
                 done = db.execute(_SET_STATE[state], (device_id,))
                 if done.rowcount == 0:
@@ -254,7 +213,7 @@ class Store:
 
     def forget_devices(self, device_ids: Sequence[str]) -> None:
         """Forget devices that the VM no longer holds, their places and their holds."""
-        with _Transaction(self._db, self._lock, self.path) as db:
+        with Transaction(self._db, self._lock, self.path) as db:
             for device_id in device_ids:
                 if state := _state(db, device_id):  # another thread may have been quicker
                     check_step(device_id, state, None)
@@ -268,7 +227,7 @@ class Store:
         Raises StateError, and takes nothing back, for a device whose attach broke off.
         """
         last = []
-        with _Transaction(self._db, self._lock, self.path) as db:
+        with Transaction(self._db, self._lock, self.path) as db:
             for attachment_id in attachment_ids:
                 row = db.execute(_HOLD, (attachment_id,)).fetchone()
                 if row is None:
@@ -313,71 +272,6 @@ class Store:
         )
 
 
-def _connect(path: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-    )
-    connection.row_factory = sqlite3.Row
-    try:
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _create(path: str) -> None:
-    """Make an empty journal whole and then give it its name; who is quicker wins."""
-    draft = f"{path}.{new_id()}"
-    connection = _connect(draft)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(_SCHEMA)
-        connection.execute(f"PRAGMA user_version = {_VERSION}")
-    finally:
-        connection.close()
-    try:
-        with suppress(FileExistsError):
-            os.link(draft, path)
-    finally:
-        os.unlink(draft)
-
-
-class _Transaction:
-    """BEGIN IMMEDIATE to COMMIT, or ROLLBACK; a class because a generator takes twice the time."""
-
-    __slots__ = ("_db", "_lock", "_path")
-
-    def __init__(self, db: sqlite3.Connection, lock: threading.RLock, path: str) -> None:
-        self._db = db
-        self._lock = lock
-        self._path = path
-
-    def __enter__(self) -> sqlite3.Connection:
-        self._lock.acquire()
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-        except BaseException as error:
-            self._lock.release()
-            if isinstance(error, sqlite3.Error):
-                raise _store_error(self._path, error) from error
-            raise
-        return self._db
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: object
-    ) -> None:
-        try:
-            self._db.execute("ROLLBACK" if kind else "COMMIT")
-        except sqlite3.Error as failure:
-            raise _store_error(self._path, failure) from failure
-        finally:
-            self._lock.release()
-        if isinstance(error, sqlite3.Error):
-            raise _store_error(self._path, error) from error
-
-
 def _step_statement(state: State) -> str:
     """SQL that moves one device to `state` if the table lets it."""
     before = " OR ".join(f"state = '{s}'" for s, nexts in FOLLOWS.items() if s and state in nexts)
@@ -407,15 +301,3 @@ def _add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> list[Atta
         read_only = bool(row["read_only"])
         added.append(replace(hold, id=row["id"], count=row["count"], read_only=read_only))
     return added
-
-
-def _store_error(path: str, error: Exception) -> StoreError:
-    if isinstance(error, OSError):
-        why, hint = os.strerror(error.errno or 0), "name a writable --state-dir, or become root"
-    elif "unable to open" in str(error) or "readonly" in str(error):
-        why, hint = str(error), "name a writable --state-dir, or become root"
-    elif "locked" in str(error):
-        why, hint = "another process keeps it locked", "try again when it has finished"
-    else:
-        why, hint = str(error), "it may be damaged: move it away and run vmplug reconcile"
-    return StoreError(path, f"cannot use the journal {path}: {why}", hint=hint)

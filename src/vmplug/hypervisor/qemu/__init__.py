@@ -4,12 +4,13 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id, qom_path
 from vmplug.drivers.base import BlockDrive, Command, Endpoint, Offer, Place, Step
-from vmplug.errors import CommandError, HypervisorError
+from vmplug.errors import CommandError
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu.block import plug_steps
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer
@@ -29,6 +30,7 @@ class Qemu:
         self.endpoint = endpoint
         self._changed = threading.Condition()
         self._asked: set[str] = set()
+        self._waiting: Counter[str] = Counter()
         self._outcomes: dict[str, str] = {}
         monitor.listen(self._on_event)
 
@@ -87,11 +89,16 @@ class Qemu:
         pending = self._present(names)
         with self._changed:
             pending |= self._asked & names.keys()
+            self._waiting.update(pending)
             while pending - self._outcomes.keys():
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                     break
-            self._asked -= names.keys()
-            outcomes = {name: self._outcomes.pop(name, "timeout") for name in pending}
+            outcomes = {name: self._outcomes.get(name, "timeout") for name in pending}
+            self._waiting.subtract(pending)
+            self._waiting = +self._waiting
+            for name in names.keys() - self._waiting.keys():
+                self._asked.discard(name)
+                self._outcomes.pop(name, None)
         still_there = self._present(names) if pending else set()
         left = {names[name]: outcomes[name] for name in pending & still_there}
         self._remove_remains(set(device_ids) - left.keys())
@@ -136,7 +143,7 @@ class Qemu:
     def _take_back(self, command: Command) -> None:
         try:
             self._monitor.execute(command)
-        except HypervisorError as error:
+        except CommandError as error:
             log.warning("cannot undo %s: %s, ignoring", command.arguments, error)
 
     def _names_in(self, path: str) -> list[str]:
