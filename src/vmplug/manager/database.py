@@ -53,8 +53,22 @@ CREATE TABLE attachment (
 """
 
 
-def connect(path: str) -> sqlite3.Connection:
-    """A connection to the file at `path`; sqlite3.Error when it is none of SQLite's."""
+def open_database(state_dir: str | os.PathLike[str]) -> tuple[sqlite3.Connection, str]:
+    """A connection to the journal below `state_dir`, made when it is not there, and its path.
+
+    Raises StoreError when it cannot be opened or made.
+    """
+    path = os.path.join(state_dir, "journal.db")
+    try:
+        os.makedirs(state_dir, mode=0o700, exist_ok=True)
+        if not os.path.exists(path):
+            _create(path)
+        return _connect(path), path
+    except (OSError, sqlite3.Error) as error:
+        raise store_error(path, error) from error
+
+
+def _connect(path: str) -> sqlite3.Connection:
     connection = sqlite3.connect(
         path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
     )
@@ -68,10 +82,10 @@ def connect(path: str) -> sqlite3.Connection:
     return connection
 
 
-def create(path: str) -> None:
+def _create(path: str) -> None:
     """Make an empty journal whole and then give it its name; who is quicker wins."""
     draft = f"{path}.{new_id()}"
-    connection = connect(draft)
+    connection = _connect(draft)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.executescript(_SCHEMA)

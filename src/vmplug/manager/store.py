@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 from vmplug.drivers.base import GuestAddress
 from vmplug.errors import StoreError
 from vmplug.host.safety import Claim
-from vmplug.manager.database import VERSION, Transaction, connect, create, store_error
+from vmplug.manager.database import VERSION, Transaction, open_database, store_error
 from vmplug.manager.records import (
     Attachment,
     DeviceRecord,
@@ -61,14 +61,8 @@ class Store:
     @classmethod
     def open(cls, state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR) -> Self:
         """The journal below `state_dir`, made when it is not there."""
-        path = os.path.join(state_dir, "journal.db")
-        try:
-            os.makedirs(state_dir, mode=0o700, exist_ok=True)
-            if not os.path.exists(path):
-                create(path)
-            store = cls(connect(path), path)
-        except (OSError, sqlite3.Error) as error:
-            raise store_error(path, error) from error
+        connection, path = open_database(state_dir)
+        store = cls(connection, path)
         try:
             store._check_version()
         except BaseException:
