@@ -7,14 +7,13 @@ from typing import Any
 
 from tests.conformance.vector import Case, Facts, Refusal, attempt, error_of
 from tests.support.tree import HostTree
-from vmplug.address import ScsiAddress, qemu_id
+from vmplug.address import PERIPHERAL, ScsiAddress, qemu_id
 from vmplug.cli.output import attachment_json
 from vmplug.drivers.base import Command, Offer
 from vmplug.host.safety import Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
-from vmplug.hypervisor.topology import PERIPHERAL
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.records import Attachment, DeviceRecord
 from vmplug.manager.store import Store
