@@ -8,7 +8,7 @@ from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeo
 from vmplug.cli.output import attachment_json, print_json, progress
 from vmplug.cli.text import one_line
 from vmplug.cli.wiring import open_journal, open_manager
-from vmplug.errors import NotAttached
+from vmplug.errors import HypervisorError, NotAttached
 from vmplug.host.root import HostRoot
 from vmplug.manager.records import Attachment
 
@@ -50,13 +50,19 @@ def command(
             f"{owner} holds no device" + (f" of VM {vm}" if vm else ""),
             hint="vmplug list shows who holds what",
         )
+    failures = []
     for name in dict.fromkeys(hold.vm for hold in chosen):
-        with (
-            open_manager(name, state_dir, host=HostRoot()) as devices,
-            progress(f"waiting for the guest of VM {name} to let go"),
-        ):
-            ids = [hold.id for hold in chosen if hold.vm == name]
-            devices.detach_all(ids, timeout_s=timeout_s, whole=bool(owner))
+        ids = [hold.id for hold in chosen if hold.vm == name]
+        try:
+            with (
+                open_manager(name, state_dir, host=HostRoot()) as devices,
+                progress(f"waiting for the guest of VM {name} to let go"),
+            ):
+                devices.detach_all(ids, timeout_s=timeout_s, whole=bool(owner))
+        except HypervisorError as error:  # one VM that is gone keeps no other from it
+            failures.append(error)
+    if failures:
+        raise failures[0]
     if as_json:
         print_json({"detached": [attachment_json(hold) for hold in chosen]})
         return

@@ -6,7 +6,7 @@
 | attached | the device | nothing |
 | attached | remains, or none | remains removed, forgotten |
 | detaching | any part, or none | unplugged |
-| nothing | a part named by vmplug | unplugged |
+| nothing, for no VM | a part named by vmplug | unplugged |
 
 A device that the guest does not release stays "detaching".
 """
@@ -50,7 +50,7 @@ def reconcile(
     repairs = {
         record.id: repair for record in records.values() if (repair := _judge(record, held))
     }
-    for device_id in held.keys() - records.keys():
+    for device_id in held.keys() - journal.device_ids():
         reason = "the VM holds it and the journal does not know it"
         repairs[device_id] = Repair(device_id, None, Outcome.REMOVED, reason)
     unfinished = [

@@ -242,6 +242,10 @@ class Store:
         """Every device of a VM, in the order they came."""
         return self._read(read_device, "SELECT * FROM device WHERE vm = ? ORDER BY rowid", vm)
 
+    def device_ids(self) -> set[str]:
+        """The ids of the devices of all VMs."""
+        return set(self._read(lambda row: str(row["id"]), "SELECT id FROM device"))
+
     def find_claims(self, vm: str | None, own: str, identities: Iterable[str]) -> list[Claim]:
         """What VMs hold of `identities`, and other VMs than `vm` of `own`."""
         wanted = [own, *identities]

@@ -43,7 +43,7 @@ class Qemu:
         from vmplug.hypervisor.qmp import QmpMonitor  # noqa: PLC0415  asyncio costs 40 ms
 
         monitor = QmpMonitor.connect(socket, timeout_s=timeout_s)
-        return cls(monitor, Endpoint(os.path.abspath(socket), monitor.peer_pid))
+        return cls(monitor, Endpoint(os.path.realpath(socket), monitor.peer_pid))
 
     def offer(self) -> Offer:
         """What the VM has to plug into now."""
