@@ -206,7 +206,7 @@ class GuestConsole:
         """
         token = self._send_token(deadline)
         while (line := self._read_line(deadline)) != token:
-            if line.startswith("__READY "):
+            if "__READY " in line:  # behind what the terminal still echoed, it may be
                 token = self._send_token(deadline)
         self._read_answer(deadline)
         self._in_step = True

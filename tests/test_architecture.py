@@ -14,13 +14,14 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 MAY_IMPORT = {
     "errors": set[str](),
-    "address": set[str](),
-    "oci": {"errors", "address"},
-    "host": {"errors", "address", "oci"},
-    "drivers": {"errors", "address", "oci", "host"},
-    "hypervisor": {"errors", "address", "oci", "host", "drivers"},
-    "manager": {"errors", "address", "oci", "host", "drivers"},
-    "cli": {"errors", "address", "oci", "host", "drivers", "hypervisor", "manager"},
+    "devnum": set[str](),
+    "address": {"devnum"},
+    "oci": {"errors", "devnum", "address"},
+    "host": {"errors", "devnum", "address", "oci"},
+    "drivers": {"errors", "devnum", "address", "oci", "host"},
+    "hypervisor": {"errors", "devnum", "address", "oci", "host", "drivers"},
+    "manager": {"errors", "devnum", "address", "oci", "host", "drivers"},
+    "cli": {"errors", "devnum", "address", "oci", "host", "drivers", "hypervisor", "manager"},
 }
 """Each part with the parts to its left: `hypervisor` and `manager` do not know each other."""
 

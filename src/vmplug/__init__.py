@@ -24,7 +24,8 @@ _NAMES = {
     ),
     "vmplug.hypervisor.qemu": "Qemu",
     "vmplug.hypervisor.memory": "MemoryHypervisor",
-    "vmplug.address": "DevNum PciPath PciSlot ScsiAddress",
+    "vmplug.devnum": "DevNum",
+    "vmplug.address": "PciPath PciSlot ScsiAddress",
     "vmplug.errors": (
         "AttributeReadError CommandError ConnectError DeviceError HostError "
         "HypervisorError InUse NoFreePort NoSuchDevice NotAttached PolicyError "

@@ -1,7 +1,7 @@
-from vmplug.address import DevNum as DevNum
 from vmplug.address import PciPath as PciPath
 from vmplug.address import PciSlot as PciSlot
 from vmplug.address import ScsiAddress as ScsiAddress
+from vmplug.devnum import DevNum as DevNum
 from vmplug.drivers.base import Aio as Aio
 from vmplug.drivers.base import BlockDrive as BlockDrive
 from vmplug.drivers.base import BlockDriver as BlockDriver

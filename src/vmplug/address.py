@@ -1,16 +1,14 @@
-"""Addresses, each checked once where it enters and then carried as a value.
+"""Addresses in the guest, and the names in QEMU, each checked once and then carried as a value.
 
-DevNum (major:minor), PciSlot and PciPath (where a PCI device sits in the guest), ScsiAddress
-(id:lun), and the makers of QEMU ids. `parse` reads what `str()` writes.
+PciSlot and PciPath say where a PCI device sits in the guest, ScsiAddress is `id:lun`. `parse`
+reads what `str()` writes.
 """
 
 import os
 from dataclasses import dataclass
 from typing import Self
 
-MAJOR_MAX = (1 << 12) - 1
-MINOR_MAX = (1 << 20) - 1
-"""The kernel keeps 12 bits of major and 20 of minor. Source: include/linux/kdev_t.h."""
+from vmplug.devnum import is_decimal
 
 NODE_NAME_MAX = 31
 """Longest node-name of the block graph. Source: QEMU include/block/block_int-common.h."""
@@ -19,34 +17,6 @@ QEMU_ID_PREFIX = "vmplug-"
 
 PERIPHERAL = "/machine/peripheral"
 """Where QEMU keeps devices that have an id. Source: QEMU docs/devel/qom.rst."""
-
-
-@dataclass(frozen=True, slots=True)
-class DevNum:
-    """A device number, `major:minor`; which of char and block stands always beside it.
-
-    Raises ValueError when the kernel could not hold it.
-    """
-
-    major: int
-    minor: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.major <= MAJOR_MAX:
-            raise ValueError(f"major {self.major} is not in 0..{MAJOR_MAX}")
-        if not 0 <= self.minor <= MINOR_MAX:
-            raise ValueError(f"minor {self.minor} is not in 0..{MINOR_MAX}")
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """`8:0` as the kernel writes it in `dev` files; ValueError for anything else."""
-        major, colon, minor = text.partition(":")
-        if not (colon and _is_decimal(major) and _is_decimal(minor)):
-            raise ValueError(f"{text!r} is not MAJOR:MINOR")
-        return cls(int(major), int(minor))
-
-    def __str__(self) -> str:
-        return f"{self.major}:{self.minor}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +39,7 @@ class PciSlot:
     def parse(cls, text: str) -> Self:
         """`2`, `02` or `02.1`, hexadecimal; ValueError for anything else."""
         slot, dot, function = text.partition(".")
-        if not (_is_hex(slot) and len(slot) <= 2 and (not dot or _is_decimal(function))):
+        if not (_is_hex(slot) and len(slot) <= 2 and (not dot or is_decimal(function))):
             raise ValueError(f"{text!r} is not a PCI slot")
         return cls(int(slot, 16), int(function) if dot else 0)
 
@@ -128,7 +98,7 @@ class ScsiAddress:
     def parse(cls, text: str) -> Self:
         """`0:3`; ValueError for anything else."""
         scsi_id, colon, lun = text.partition(":")
-        if not (colon and _is_decimal(scsi_id) and _is_decimal(lun)):
+        if not (colon and is_decimal(scsi_id) and is_decimal(lun)):
             raise ValueError(f"{text!r} is not ID:LUN")
         return cls(int(scsi_id), int(lun))
 
@@ -171,10 +141,6 @@ def device_id_of(name: str) -> str | None:
     if not name.startswith(QEMU_ID_PREFIX):
         return None
     return name.removeprefix(QEMU_ID_PREFIX).partition("-")[0]
-
-
-def _is_decimal(text: str) -> bool:
-    return text.isascii() and text.isdigit()
 
 
 def _is_hex(text: str) -> bool:

@@ -179,7 +179,7 @@ REQUESTS = [
     request("check --device b:8", "--device b:8: .*MAJOR:MINOR", "write b:7:0"),
     request("check --device x:8:0", "--device x:8:0: 'x'", "write b:7:0"),
     request("check --device b:8:0:/dev/../x", "'..'", "without detours"),
-    request("check --device file:", "empty"),
+    request("check --device file:", "no image is named", "write file:"),
     request("check --device b:8:99 -o cache", "--option cache: .*KEY=VALUE"),
     request("check --device b:8:99 -o cash=none", "option cash: unknown", "cache, aio"),
     request("check --device b:8:99 -o cache=nine", "option cache: 'nine' .*writeback"),

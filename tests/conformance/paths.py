@@ -15,7 +15,7 @@ from tests.conformance.vector import (
     kind_of,
 )
 from tests.support.tree import HostTree
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.host.device import DeviceType
 from vmplug.host.loop import LoopBacking, read_backing_file
 from vmplug.host.resolve import classify, find_sysfs_node, get_host_path

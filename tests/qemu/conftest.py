@@ -13,7 +13,7 @@ from guest.console import GuestDisk
 from tests.contract.sandbox import Sandbox
 from tests.contract.world import QemuSide
 from tests.support.vm import Device, GuestVm, pci_bridge, root_ports, scsi_controller, start_vm
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.host.safety import Code
 from vmplug.manager.records import Attachment
 from vmplug.oci.info import DeviceInfo, DevType

@@ -17,7 +17,8 @@ from tests.contract.world import QemuSide, qemu_parts
 from tests.qemu.conftest import Lab, opened_by_another_qemu, request
 from tests.support.disks import disk_image
 from tests.support.vm import Device, GuestVm, pci_bridge, root_ports, scsi_controller, start_vm
-from vmplug.address import DevNum, ScsiAddress, device_id_of
+from vmplug.address import ScsiAddress, device_id_of
+from vmplug.devnum import DevNum
 from vmplug.drivers.base import Command, Offer
 from vmplug.errors import (
     CommandError,

@@ -1,7 +1,7 @@
 """What `check` says of a request: the words that tests of safety share."""
 
 from tests.support.tree import HostTree
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.host.mounts import read_usage
 from vmplug.host.resolve import resolve
 from vmplug.host.safety import Claim, Finding, Severity, Wish, check

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.tree import HostTree
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.resolve import HostPathCache, get_host_path
 from vmplug.host.root import HostRoot

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.disks import disk_image, loop_device
 from tests.support.tree import HostTree
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.device import BlockDevice
 from vmplug.host.loop import LoopBacking, read_backing_file

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.tree import GIB, HostTree
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
 from vmplug.host.device import (
     BlockDevice,

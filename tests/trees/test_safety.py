@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.tree import HostTree
 from tests.trees.checking import READING, SHARING, WRITING, claim, codes, findings, want
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.device import HostDevice
 from vmplug.host.mounts import MountedDevice, read_usage

@@ -15,7 +15,7 @@ import pytest
 from tests.support.disks import disk_image, loop_device
 from tests.support.tree import HostTree
 from tests.trees.checking import READING, WRITING, claim, codes, findings, want
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.host.device import BlockDevice, DiskPart, FoundBy
 from vmplug.host.mounts import read_usage
 from vmplug.host.resolve import resolve

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore

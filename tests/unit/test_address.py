@@ -5,10 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmplug.address import (
-    MAJOR_MAX,
-    MINOR_MAX,
     NODE_NAME_MAX,
-    DevNum,
     PciPath,
     PciSlot,
     ScsiAddress,
@@ -16,6 +13,7 @@ from vmplug.address import (
     new_id,
     qemu_id,
 )
+from vmplug.devnum import MAJOR_MAX, MINOR_MAX, DevNum
 
 devnums = st.builds(DevNum, st.integers(0, MAJOR_MAX), st.integers(0, MINOR_MAX))
 slots = st.builds(PciSlot, st.integers(0, 0x1F), st.integers(0, 7))

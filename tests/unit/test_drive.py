@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmplug.address import DevNum, PciPath, PciSlot, ScsiAddress
+from vmplug.address import PciPath, PciSlot, ScsiAddress
+from vmplug.devnum import DevNum
 from vmplug.drivers.base import (
     Aio,
     BlockDrive,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.tree import HostTree
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, InUse, NoSuchDevice
 from vmplug.manager.examine import Examined, examine, refuse
 from vmplug.oci.info import DeviceInfo, DevType

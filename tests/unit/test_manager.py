@@ -14,7 +14,7 @@ from tests.contract.sandbox import SIZE_BYTES, Breaking, Hooked, Noticed, Refusi
 from tests.contract.world import MemorySide
 from tests.support.disks import qcow2_image
 from tests.support.tree import HostTree
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.drivers.base import Command, Offer
 from vmplug.errors import (
     CommandError,

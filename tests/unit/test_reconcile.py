@@ -9,7 +9,7 @@ import pytest
 
 from tests.contract.sandbox import CHANGING, Breaking, Dying, Killed, Picture, Refusing, Sandbox
 from tests.contract.world import MemorySide
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.drivers.base import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
 from vmplug.hypervisor.memory import Guest
@@ -183,7 +183,10 @@ def test_what_a_silent_guest_keeps_stays_detaching(sandbox: Sandbox) -> None:
         sandbox.devices.detach(attachment.id, timeout_s=AT_ONCE_S)
     for _ in range(2):
         (repair,) = sandbox.devices.reconcile(timeout_s=AT_ONCE_S)
-        assert (repair.outcome, repair.reason) == (Outcome.STILL_DETACHING, "timeout")
+        assert (repair.outcome, repair.reason) == (
+            Outcome.STILL_DETACHING,
+            "the guest does not answer",
+        )
         assert [a.state for a in sandbox.devices.attachments()] == [State.DETACHING]
         assert sandbox.vmplugs() == {f"vmplug-{attachment.device_id}"}
 
@@ -201,7 +204,7 @@ def test_what_a_guest_refuses_to_release_stays_detaching(sandbox: Sandbox) -> No
     sandbox.talk_plainly()
     sandbox.machine.guest = Guest.REFUSES
     (repair,) = sandbox.devices.reconcile()
-    assert (repair.outcome, repair.reason) == (Outcome.STILL_DETACHING, "refused")
+    assert (repair.outcome, repair.reason) == (Outcome.STILL_DETACHING, "the guest refuses")
     assert [a.state for a in sandbox.devices.attachments()] == [State.DETACHING]
 
     sandbox.machine.guest = Guest.ANSWERS

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 from vmplug.oci.spec import Bundle, parse_config, read_bundle

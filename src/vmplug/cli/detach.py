@@ -7,7 +7,7 @@ import click
 from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
 from vmplug.cli.output import attachment_json, print_json, progress
 from vmplug.cli.text import one_line
-from vmplug.cli.wiring import open_journal, open_manager
+from vmplug.cli.wiring import find_vm, open_journal, open_manager
 from vmplug.errors import HypervisorError, NotAttached
 from vmplug.host.root import HostRoot
 from vmplug.manager.records import Attachment
@@ -44,6 +44,8 @@ def command(
         raise click.UsageError("name the attachments, or an --owner")
     with open_journal(state_dir) as journal:
         held = journal.attachments(vm)
+        if vm and not held:
+            find_vm(journal, vm)
     chosen = [hold for hold in held if hold.owner == owner] if owner else _find(held, attachments)
     if not chosen:
         raise NotAttached(
@@ -63,11 +65,12 @@ def command(
             failures.append(error)
     if failures:
         raise failures[0]
-    if as_json:
-        print_json({"detached": [attachment_json(hold) for hold in chosen]})
-        return
     with open_journal(state_dir) as journal:
         left = {hold.id for hold in journal.attachments()}
+    if as_json:
+        listed = [{**attachment_json(hold), "still_held": hold.id in left} for hold in chosen]
+        print_json({"detached": listed})
+        return
     for hold in chosen:
         verb = "still held" if hold.id in left else "detached"
         click.echo(f"{verb} {hold.id}  {one_line(hold.host_path)}  from VM {hold.vm}")

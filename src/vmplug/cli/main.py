@@ -1,6 +1,7 @@
 """`vmplug`: the group of verbs, loaded when asked for, and how errors reach people."""
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -80,6 +81,7 @@ def run() -> NoReturn:
     Everything that must be closed is closed by then. Taking the interpreter down in good order
     would cost 10 ms, as much as all that `vmplug resolve` does.
     """
+    gc.disable()  # a verb is over before there is garbage
     os._exit(_run(wants_json="--json" in sys.argv[1:]))
 
 

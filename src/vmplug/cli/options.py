@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from vmplug.address import DevNum
-from vmplug.cli.wiring import DEFAULT_STATE_DIR, has_journal, open_journal
+from vmplug.devnum import DevNum
 from vmplug.errors import SpecError, StoreError
 from vmplug.host.root import HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
@@ -16,6 +15,8 @@ from vmplug.oci.info import DeviceInfo, DevType
 if TYPE_CHECKING:
     from vmplug.host.safety import Code
     from vmplug.host.vhost_user import VhostUserStore
+
+DEFAULT_STATE_DIR = "/run/vmplug"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,6 +57,8 @@ store_option = click.option(
 
 def complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001  click's
     """Names of known VMs; none where there is no journal to be read."""
+    from vmplug.cli.wiring import has_journal, open_journal  # noqa: PLC0415
+
     state_dir = ctx.params.get("state_dir") or DEFAULT_STATE_DIR
     if not has_journal(state_dir):
         return []
@@ -163,10 +166,7 @@ def parse_device(text: str) -> DeviceInfo:
     """`b:7:0:/dev/xvda`, `b:7:0` (then /dev/block/7:0), `file:/a.img:/dev/xvda`."""
     kind, _, rest = text.partition(":")
     if kind == "file":
-        image, colon, path = rest.rpartition(":/")
-        if not image:
-            image, colon, path = rest, ":/", f"dev/{os.path.basename(rest)}"
-        return DeviceInfo(container_path=colon[1:] + path, dev_type=DevType.BLOCK, host_path=image)
+        return _parse_image(text, rest)
     major, _, minor_path = rest.partition(":")
     minor, _, path = minor_path.partition(":")
     try:
@@ -179,6 +179,18 @@ def parse_device(text: str) -> DeviceInfo:
     directory = "/dev/block" if dev_type is DevType.BLOCK else "/dev/char"
     return DeviceInfo(
         container_path=path or f"{directory}/{devnum}", dev_type=dev_type, devnum=devnum
+    )
+
+
+def _parse_image(text: str, rest: str) -> DeviceInfo:
+    """`/a.img:/dev/xvda`; without a path it is the image's name below /dev."""
+    image, colon, path = rest.rpartition(":/")
+    if not colon:
+        image, path = rest, f"dev/{os.path.basename(rest)}"
+    if not image:
+        raise SpecError(f"--device {text}", "no image is named", hint="write file:/images/a.img")
+    return DeviceInfo(
+        container_path=f"/{path}", dev_type=DevType.BLOCK, host_path=os.path.abspath(image)
     )
 
 

@@ -135,7 +135,7 @@ def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
     else:
         click.echo(
             f"VM {name} is adopted: {offer.machine} with {ports} free PCI places and "
-            f"{len(offer.controllers)} SCSI controllers"
+            f"{len(offer.controllers)} SCSI controller{'s' * (len(offer.controllers) != 1)}"
         )
 
 
@@ -197,10 +197,21 @@ def list_vms(as_json: bool, state_dir: str) -> None:
         return
     print_table(
         ("VM", "STATE", "MACHINE", "FREE PORTS", "SCSI", "SHARED MEMORY", "ATTACHED", "QMP"),
-        [tuple("-" if value is None else str(value) for value in vm.values()) for vm in vms],
+        [tuple(_word(value) for value in vm.values()) for vm in vms],
     )
     if not vms:
         click.echo("no VM is known")
+
+
+def _word(value: object) -> str:
+    """A cell of the table."""
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case _:
+            return str(value)
 
 
 def _describe(record: VmRecord, journal: Store) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from vmplug.errors import StateError
+from vmplug.errors import ConnectError, StateError
 from vmplug.host.root import HostRoot
 
 if TYPE_CHECKING:
@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from vmplug.manager.manager import DeviceManager
     from vmplug.manager.records import VmRecord
     from vmplug.manager.store import Store
-
-
-DEFAULT_STATE_DIR = "/run/vmplug"
 
 
 def has_journal(state_dir: str) -> bool:
@@ -72,10 +69,18 @@ def open_manager(
 
     with open_journal(state_dir) as journal:
         record = find_vm(journal, vm)
+    try:
+        hypervisor = Qemu.connect(record.qmp_socket)
+    except ConnectError as error:
+        if is_gone(record):
+            message = f"VM {vm} is not running any more: {error.message}"
+            hint = "vmplug reconcile frees what it held"
+            raise ConnectError(error.socket, message, hint=hint) from error
+        raise
     return DeviceManager.open(
         vm=vm,
         host=host,
-        hypervisor=Qemu.connect(record.qmp_socket),
+        hypervisor=hypervisor,
         state_dir=state_dir,
         store=store,
     )

@@ -306,6 +306,6 @@ def _no_free_port(offer: Offer, driver: BlockDriver | None) -> NoFreePort:
         what += " and no free SCSI address"
     return NoFreePort(
         f"the VM ({offer.machine}) {what}",
-        hint="detach something, say block-driver=virtio-scsi if it has a controller, "
-        "or start it with more ports (vmplug vm start --ports N)",
+        hint=("say block-driver=virtio-scsi, " if driver and offer.controllers else "")
+        + "detach something, or start it with more ports (vmplug vm start --ports N)",
     )

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.host.device import BlockDevice, DiskFile, DiskPart, FoundBy
 from vmplug.host.image import read_qcow2_header
 from vmplug.host.loop import LoopBacking, read_backing_file

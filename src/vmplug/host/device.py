@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.host.image import Qcow2Header
 from vmplug.host.loop import LoopBacking
 

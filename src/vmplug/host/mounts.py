@@ -9,7 +9,7 @@ import re
 import stat
 from dataclasses import dataclass
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.loop import LoopBacking, read_backing_file
 from vmplug.host.root import HostRoot, node_number
@@ -42,10 +42,13 @@ class HostUsage:
     loops: tuple[Loop, ...]
 
 
-def read_usage(root: HostRoot) -> HostUsage:
-    """What uses block devices on the host now."""
+def read_usage(root: HostRoot, *, with_mounts: bool = True) -> HostUsage:
+    """What uses block devices on the host now.
+
+    Without mounts it is enough for disk images: no file is mounted but through a loop device.
+    """
     return HostUsage(
-        mounts=tuple(_read_mounts(root)),
+        mounts=tuple(_read_mounts(root)) if with_mounts else (),
         swaps=tuple(_read_swaps(root)),
         loops=tuple(_read_loops(root)),
     )
@@ -106,8 +109,7 @@ def _read_loops(root: HostRoot) -> list[Loop]:
             continue
         sysfs_path = f"/sys/block/{name}"
         backing = read_backing_file(sysfs_path, root)
-        devnum = root.read_devnum(f"{sysfs_path}/dev")
-        if backing and devnum:
+        if backing and (devnum := root.read_devnum(f"{sysfs_path}/dev")):
             loops.append(Loop(devnum, f"/dev/{name}", backing))
     return loops
 

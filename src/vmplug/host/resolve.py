@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
 from vmplug.host.block import read_block_device, read_disk_file
 from vmplug.host.device import CharDevice, DeviceType, FoundBy, HostDevice, VhostUserSocket

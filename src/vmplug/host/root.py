@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 
 _READ = os.O_RDONLY | os.O_CLOEXEC

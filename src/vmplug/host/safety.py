@@ -13,7 +13,7 @@ from enum import StrEnum
 from itertools import chain
 from typing import assert_never
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.host.device import BlockDevice, CharDevice, DiskFile, HostDevice, VhostUserSocket
 from vmplug.host.mounts import HostUsage, same_file
 from vmplug.host.root import HostRoot, describe, node_number
@@ -219,7 +219,9 @@ def _mounted(device: BlockDevice, wish: Wish, usage: HostUsage) -> Iterator[Find
         yield Finding(
             Code.MOUNTED_ON_HOST,
             f"{names[devnum]} is mounted on the host at {_few(sorted(set(points)))}",
-            f"umount {min(points)}",
+            "it holds the host's own root: hand over another disk"
+            if "/" in points
+            else f"umount {min(points)}",
         )
 
 

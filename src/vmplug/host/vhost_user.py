@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import HostError, NoSuchDevice
 from vmplug.host.root import HostRoot, describe
 

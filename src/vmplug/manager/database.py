@@ -142,5 +142,8 @@ def store_error(path: str, error: Exception) -> StoreError:
     elif "locked" in str(error):
         why, hint = "another process keeps it locked", "try again when it has finished"
     else:
-        why, hint = str(error), "it may be damaged: move it away and run vmplug reconcile"
+        why, hint = (
+            str(error),
+            "it may be damaged: move it away, adopt each VM again (vmplug vm adopt) and reconcile",
+        )
     return StoreError(path, f"cannot use the journal {path}: {why}", hint=hint)

@@ -50,7 +50,7 @@ def examine(
     """
     options = [BlockOptions.parse(info.driver_options) for info in infos]
     found = resolve_all(infos, host, store)
-    usage = _try_read_usage(host)
+    usage = _try_read_usage(host, found)
     examined: list[Examined] = []
     for info, option, answer in zip(infos, options, found, strict=True):
         device = None if isinstance(answer, HostError) else answer
@@ -69,9 +69,12 @@ def examine(
     return examined
 
 
-def _try_read_usage(host: HostRoot) -> HostUsage | HostError:
+def _try_read_usage(
+    host: HostRoot, found: Iterable[HostDevice | HostError]
+) -> HostUsage | HostError:
+    has_nodes = any(isinstance(device, BlockDevice) for device in found)
     try:
-        return read_usage(host)
+        return read_usage(host, with_mounts=has_nodes)
     except HostError as error:
         return error
 

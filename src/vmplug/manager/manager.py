@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Self
 
-from vmplug.address import DevNum, qom_path
+from vmplug.address import qom_path
+from vmplug.devnum import DevNum
 from vmplug.drivers.base import (
     BlockDriver,
     Hypervisor,

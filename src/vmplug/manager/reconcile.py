@@ -31,6 +31,9 @@ class Outcome(StrEnum):
     STILL_DETACHING = "still detaching"
 
 
+_LEFT = {"timeout": "the guest does not answer", "refused": "the guest refuses"}
+
+
 @dataclass(frozen=True, slots=True)
 class Repair:
     """One thing that did not agree; `host_path` is None for what the journal did not know."""
@@ -62,7 +65,7 @@ def reconcile(
     left = _unplug(hypervisor, list(repairs), held, timeout_s)
     journal.forget_devices([i for i in repairs if i in records and i not in left])
     return [
-        Repair(repair.device_id, repair.host_path, Outcome.STILL_DETACHING, left[device_id])
+        Repair(repair.device_id, repair.host_path, Outcome.STILL_DETACHING, _LEFT[left[device_id]])
         if device_id in left
         else repair
         for device_id, repair in repairs.items()

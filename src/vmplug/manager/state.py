@@ -52,7 +52,7 @@ def not_in_journal(device_id: str) -> StateError:
 
 def known_already(name: str, qmp_socket: str | None = None) -> StateError:
     """The error for a VM whose name, or whose QMP socket under that name, is in the journal."""
-    what = f"{qmp_socket} is the VM {name}, which" if qmp_socket else f"a VM {name}"
+    what = f"{qmp_socket} is the VM {name}, which" if qmp_socket else f"VM {name}"
     return StateError(
         f"{what} is known already",
         state="known",

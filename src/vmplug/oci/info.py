@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
 
 

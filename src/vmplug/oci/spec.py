@@ -16,7 +16,7 @@ from typing import Annotated
 
 import msgspec
 
-from vmplug.address import DevNum
+from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
 from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, Mount, normal_container_path
 

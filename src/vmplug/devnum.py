@@ -1,0 +1,44 @@
+"""DevNum: what names a device on the host.
+
+Apart from the guest's addresses, which looking a device up does not need.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+MAJOR_MAX = (1 << 12) - 1
+MINOR_MAX = (1 << 20) - 1
+"""The kernel keeps 12 bits of major and 20 of minor. Source: include/linux/kdev_t.h."""
+
+
+@dataclass(frozen=True, slots=True)
+class DevNum:
+    """A device number, `major:minor`; which of char and block stands always beside it.
+
+    Raises ValueError when the kernel could not hold it.
+    """
+
+    major: int
+    minor: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.major <= MAJOR_MAX:
+            raise ValueError(f"major {self.major} is not in 0..{MAJOR_MAX}")
+        if not 0 <= self.minor <= MINOR_MAX:
+            raise ValueError(f"minor {self.minor} is not in 0..{MINOR_MAX}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`8:0` as the kernel writes it in `dev` files; ValueError for anything else."""
+        major, colon, minor = text.partition(":")
+        if not (colon and is_decimal(major) and is_decimal(minor)):
+            raise ValueError(f"{text!r} is not MAJOR:MINOR")
+        return cls(int(major), int(minor))
+
+    def __str__(self) -> str:
+        return f"{self.major}:{self.minor}"
+
+
+def is_decimal(text: str) -> bool:
+    """Whether `text` is a number as the kernel writes it: ASCII digits, no sign."""
+    return text.isascii() and text.isdigit()
