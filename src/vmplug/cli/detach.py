@@ -7,7 +7,7 @@ import click
 from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
 from vmplug.cli.output import attachment_json, print_json, progress
 from vmplug.cli.text import one_line
-from vmplug.cli.wiring import find_vm, open_journal, open_manager
+from vmplug.cli.wiring import open_journal, open_manager, read_attachments
 from vmplug.errors import HypervisorError, NotAttached
 from vmplug.host.root import HostRoot
 from vmplug.manager.records import Attachment
@@ -43,9 +43,7 @@ def command(
     if bool(attachments) == bool(owner):
         raise click.UsageError("name the attachments, or an --owner")
     with open_journal(state_dir) as journal:
-        held = journal.attachments(vm)
-        if vm and not held:
-            find_vm(journal, vm)
+        held = read_attachments(journal, vm)
     chosen = [hold for hold in held if hold.owner == owner] if owner else _find(held, attachments)
     if not chosen:
         raise NotAttached(

@@ -4,7 +4,7 @@ import click
 
 from vmplug.cli.options import complete_vm, json_option, state_dir_option
 from vmplug.cli.output import attachment_json, print_attachments, print_json
-from vmplug.cli.wiring import find_vm, open_journal
+from vmplug.cli.wiring import open_journal, read_attachments
 
 
 @click.command("list")
@@ -21,9 +21,7 @@ def command(as_json: bool, state_dir: str, vm: str | None) -> None:
     vmplug list --vm sb1 --json
     """
     with open_journal(state_dir) as journal:
-        held = journal.attachments(vm)
-        if vm and not held:
-            find_vm(journal, vm)
+        held = read_attachments(journal, vm)
     if as_json:
         print_json({"attachments": [attachment_json(hold) for hold in held]})
         return

@@ -10,13 +10,12 @@ import click
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError, StoreError
 from vmplug.host.root import HostRoot
+from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
     from vmplug.host.safety import Code
     from vmplug.host.vhost_user import VhostUserStore
-
-DEFAULT_STATE_DIR = "/run/vmplug"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,7 +41,7 @@ timeout_option = click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(min=0),
-    default=15.0,
+    default=UNPLUG_TIMEOUT_S,
     show_default=True,
     metavar="SECONDS",
     help="How long to wait for the guest.",

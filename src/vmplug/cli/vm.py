@@ -1,7 +1,7 @@
 """`vmplug vm`: start, adopt, stop, list."""
 
-import contextlib
 import re
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal
 from vmplug.errors import HypervisorError, SpecError, StillAttached
 from vmplug.host.process import read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
+from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.launch import MAX_PORTS, VmSpec, launch
 from vmplug.manager.records import VmRecord, record_vm
 from vmplug.manager.store import Store
 
@@ -48,7 +50,10 @@ def command() -> None:
     "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="Virtual CPUs."
 )
 @click.option(
-    "--ports", type=click.IntRange(0, 27), default=8, help="Root ports to plug into (default 8)."
+    "--ports",
+    type=click.IntRange(0, MAX_PORTS),
+    default=8,
+    help="Root ports to plug into (default 8).",
 )
 @click.option(
     "--accel",
@@ -72,13 +77,7 @@ def start(
     vmplug vm start sb1 --kernel vmlinuz --initrd initrd.img --append "console=ttyS0"
     vmplug vm start sb2 --disk debian.raw --memory 2048 --ports 16
     """
-    from vmplug.hypervisor.qemu.launch import VmSpec, launch  # noqa: PLC0415
-
-    if not _NAME.match(name):
-        raise SpecError(
-            f"VM name {name!r}",
-            "it is made of letters, digits, '.', '_' and '-', 63 at most",
-        )
+    _check_name(name)
     for key in ("kernel", "initrd", "disk"):
         options[key] = str(Path(options[key]).resolve()) if options[key] else None
     with open_journal(state_dir) as journal:
@@ -117,15 +116,11 @@ def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
     \b
     vmplug vm adopt sb3 --qmp /run/sb3/qmp.sock
     """
-    from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
-
-    if not _NAME.match(name):
-        raise SpecError(f"VM name {name!r}", "it is made of letters, digits, '.', '_' and '-'")
+    _check_name(name)
     with open_journal(state_dir) as journal:
         _forget_if_gone(journal, name)
-        qemu = Qemu.connect(socket)
-        endpoint, offer = qemu.endpoint, qemu.offer()
-        qemu.close()
+        with closing(Qemu.connect(socket)) as qemu:
+            endpoint, offer = qemu.endpoint, qemu.offer()
         assert endpoint
         journal.add_vm(record_vm(name, endpoint, HostRoot()))
     ports = sum(len(port.free) for port in offer.ports)
@@ -163,7 +158,8 @@ def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
     with open_journal(state_dir) as journal:
         record = find_vm(journal, name)
         held = journal.attachments(name)
-        is_alive = not is_gone(record) and (record.pid is not None or not record.is_ours)
+        never_came_up = record.is_ours and not record.pid and not Path(record.qmp_socket).exists()
+        is_alive = not (never_came_up or is_gone(record))
         if is_alive and not record.is_ours and held:
             raise StillAttached(
                 f"{len(held)} attachments are left in the adopted VM {name}",
@@ -216,15 +212,14 @@ def _word(value: object) -> str:
 
 def _describe(record: VmRecord, journal: Store) -> dict[str, Any]:
     """A VM's state; `busy` when another client holds its QMP socket."""
-    from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
-
     state, offer = "gone", None
     if not is_gone(record):
         state = "busy"
-        with contextlib.suppress(HypervisorError):
-            qemu = Qemu.connect(record.qmp_socket, timeout_s=_LIST_TIMEOUT_S)
+        with (
+            suppress(HypervisorError),
+            closing(Qemu.connect(record.qmp_socket, timeout_s=_LIST_TIMEOUT_S)) as qemu,
+        ):
             state, offer = qemu.status(), qemu.offer()
-            qemu.close()
     return {
         "name": record.name,
         "state": state,
@@ -237,6 +232,13 @@ def _describe(record: VmRecord, journal: Store) -> dict[str, Any]:
     }
 
 
+def _check_name(name: str) -> None:
+    if not _NAME.match(name):
+        raise SpecError(
+            f"VM name {name!r}", "it is made of letters, digits, '.', '_' and '-', 63 at most"
+        )
+
+
 def _forget_if_gone(journal: Store, name: str) -> None:
     """Make room for a VM of a name whose last one has ended and left nothing attached."""
     record = journal.find_vm(name)
@@ -245,15 +247,11 @@ def _forget_if_gone(journal: Store, name: str) -> None:
 
 
 def _end(record: VmRecord, timeout_s: float) -> None:
-    from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
-
-    qemu = Qemu.connect(record.qmp_socket)
-    if qemu.status() == "running" and timeout_s and record.pid:
-        qemu.power_down()
-        if wait_for_end(record.pid, timeout_s):
-            qemu.close()
-            return
-    qemu.quit()
-    qemu.close()
+    with closing(Qemu.connect(record.qmp_socket)) as qemu:
+        if qemu.status() == "running" and timeout_s and record.pid:
+            qemu.power_down()
+            if wait_for_end(record.pid, timeout_s):
+                return
+        qemu.quit()
     if record.pid and not wait_for_end(record.pid, _QUIT_TIMEOUT_S):
         raise HypervisorError(f"process {record.pid} of VM {record.name} does not end")

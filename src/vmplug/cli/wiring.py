@@ -10,7 +10,7 @@ from vmplug.host.root import HostRoot
 if TYPE_CHECKING:
     from vmplug.host.vhost_user import VhostUserStore
     from vmplug.manager.manager import DeviceManager
-    from vmplug.manager.records import VmRecord
+    from vmplug.manager.records import Attachment, VmRecord
     from vmplug.manager.store import Store
 
 
@@ -37,6 +37,14 @@ def find_vm(journal: "Store", name: str) -> "VmRecord":
             hint=f"vmplug vm list shows the known ones; vmplug vm adopt {name} --qmp SOCKET",
         )
     return record
+
+
+def read_attachments(journal: "Store", vm: str | None) -> "list[Attachment]":
+    """What is attached, to all VMs or to one; StateError when that one is not known."""
+    held = journal.attachments(vm)
+    if vm and not held:
+        find_vm(journal, vm)
+    return held
 
 
 def forget_vm(journal: "Store", record: "VmRecord") -> None:

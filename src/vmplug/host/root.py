@@ -53,10 +53,6 @@ class HostRoot:
         """Devices by number; Kata's SysDevPrefix."""
         return "/sys/dev"
 
-    def outside(self, path: str) -> str:
-        """`path` with the root in front, for programs that see the whole tree."""
-        return self._base + path
-
     def read_attribute(self, path: str) -> bytes | None:
         """A sysfs attribute in exactly three system calls; None when absent."""
         try:

@@ -2,3 +2,8 @@
 
 In: requests and a `Hypervisor`. Out: `Attachment` values and a journal that survives any crash.
 """
+
+DEFAULT_STATE_DIR = "/run/vmplug"
+
+UNPLUG_TIMEOUT_S = 15.0
+"""A Linux guest lets go of a disk within 0.1 s; one that is busy booting within a few seconds."""

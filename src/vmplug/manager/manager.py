@@ -34,20 +34,18 @@ from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.host.safety import Claim, Code
 from vmplug.host.vhost_user import VhostUserStore
+from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.manager.examine import Examined, examine
 from vmplug.manager.plan import NewDevice, Plan, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.records import Attachment, DeviceRecord, record_vm
 from vmplug.manager.state import State
-from vmplug.manager.store import DEFAULT_STATE_DIR, Store
+from vmplug.manager.store import Store
 from vmplug.oci.info import DeviceInfo, DevType
 
 log = logging.getLogger(__name__)
 
 _PLAN_ATTEMPTS = 20
-
-UNPLUG_TIMEOUT_S = 15.0
-"""A Linux guest lets go of a disk within 0.1 s; one that is busy booting within a few seconds."""
 
 
 class DeviceManager:

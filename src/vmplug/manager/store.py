@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 from vmplug.drivers.base import GuestAddress
 from vmplug.errors import StoreError
 from vmplug.host.safety import Claim
+from vmplug.manager import DEFAULT_STATE_DIR
 from vmplug.manager.database import VERSION, Transaction, open_database, store_error
 from vmplug.manager.records import (
     Attachment,
@@ -35,8 +36,6 @@ from vmplug.manager.state import (
 )
 
 T = TypeVar("T")
-
-DEFAULT_STATE_DIR = "/run/vmplug"
 
 _HOLD = """
 SELECT a.device, a.count, d.vm, d.host_path, d.state,
