@@ -1,11 +1,13 @@
 # `make demo` and `make test` set up everything that they need on a Debian machine, as root.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format bench packages clean
+.PHONY: help demo test test-fast lint format bench packages test-packages clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 GUEST := build/guest/initrd.img
+FULL_GUEST := build/guest/full/initrd.img
+KIND ?= disk
 
 help:
 	@echo "make demo       boot a guest, plug a disk into it, let it read, take the disk out again"
@@ -15,10 +17,10 @@ help:
 	@echo "make bench      the speed table of docs/performance.md"
 	@echo "make clean      remove what the above have built"
 
-demo: packages $(BIN)/vmplug $(GUEST)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
+demo: packages $(BIN)/vmplug $(if $(filter virtio-9p,$(KIND)),$(FULL_GUEST),$(GUEST))
+	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh "$(KIND)"
 
-test: packages $(BIN)/vmplug $(GUEST)
+test: test-packages $(BIN)/vmplug $(GUEST) $(FULL_GUEST)
 	$(BIN)/pytest
 
 test-fast: $(BIN)/vmplug
@@ -40,6 +42,9 @@ bench: packages $(BIN)/vmplug $(GUEST)
 packages:
 	@tools/install-packages
 
+test-packages:
+	@tools/install-packages test
+
 $(BIN)/vmplug: requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || tools/install-packages
 	$(PYTHON) -m venv --clear .venv
@@ -47,7 +52,10 @@ $(BIN)/vmplug: requirements-dev.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 
 $(GUEST): guest/build.sh guest/init
-	guest/build.sh
+	guest/build.sh cloud
+
+$(FULL_GUEST): guest/build.sh guest/init
+	guest/build.sh full
 
 clean:
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis

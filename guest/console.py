@@ -1,4 +1,4 @@
-"""A client of the tiny guest: asks it what it sees, over the socket of its second serial port.
+"""A client of the tiny guest: asks it what it sees, over the socket of its control serial port.
 
 One line is one shell command, evaluated in the guest; its answer ends with `__END <status>`. See
 guest/init for the functions it knows. From a terminal: `python guest/console.py SOCKET disks`.
@@ -36,7 +36,7 @@ FLAT_LUN = 0x4000
 """Added to a LUN of 256 and above by the flat addressing of SAM-4, section 4.7.7.3."""
 
 STATUS_TIMED_OUT = 110
-"""What the guest's `wait_for_disks` fails with: ETIMEDOUT."""
+"""What the guest's functions that wait fail with: ETIMEDOUT."""
 
 WriteCache = Literal["write back", "write through"]
 
@@ -62,7 +62,8 @@ class GuestDisk:
     `serial` is empty when the disk has none. `marker` is the text at its start: up to the first
     dot or byte that is not printable ASCII, at most 32 bytes. `pci_path` has the slots from the
     root bus down to the disk, or to its SCSI controller: two hexadecimal digits each, and `.F` for
-    a function other than 0. `scsi_address` is `ID:LUN`; None for a disk that is not a SCSI disk.
+    a function other than 0; it is empty on a machine without PCI. `scsi_address` is `ID:LUN`; None
+    for a disk that is not a SCSI disk.
     """
 
     name: str
@@ -77,8 +78,8 @@ class GuestDisk:
 
     @classmethod
     def parse(cls, line: str) -> Self:
-        """A disk from one line of the guest's `disks`: words `key=value`, percent-encoded."""
-        words = dict(word.split("=", 1) for word in line.split(" "))
+        """A disk from one line of the guest's `disks`."""
+        words = _words(line)
         return cls(
             name=words["name"],
             size_bytes=int(words["size_bytes"]),
@@ -90,6 +91,63 @@ class GuestDisk:
             pci_path=_pci_path(words["sysfs"]),
             scsi_address=_scsi_address(words["sysfs"]),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestPmem:
+    """One persistent memory as the guest sees it, an NVDIMM for example.
+
+    `dax` tells whether a file system on it can be mounted with `-o dax`. `marker` is as a disk's.
+    """
+
+    name: str
+    size_bytes: int
+    read_only: bool
+    dax: bool
+    marker: str
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """One from one line of the guest's `pmems`."""
+        words = _words(line)
+        return cls(
+            name=words["name"],
+            size_bytes=int(words["size_bytes"]),
+            read_only=words["ro"] == "1",
+            dax=words["dax"] == "1",
+            marker=unquote(words["marker"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestNic:
+    """One network card as the guest sees it.
+
+    `has_carrier` tells whether it is up and connected. `pci_path` is as a disk's.
+    """
+
+    name: str
+    mac: str
+    mtu: int
+    has_carrier: bool
+    pci_path: str
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """A network card from one line of the guest's `nics`."""
+        words = _words(line)
+        return cls(
+            name=words["name"],
+            mac=words["mac"],
+            mtu=int(words["mtu"]),
+            has_carrier=words["carrier"] == "1",
+            pci_path=_pci_path(words["sysfs"]),
+        )
+
+
+def _words(line: str) -> dict[str, str]:
+    """The words `key=value` of a line that describes a device."""
+    return dict(word.split("=", 1) for word in line.split(" "))
 
 
 def _pci_path(sysfs_path: str) -> str:
@@ -165,24 +223,69 @@ class GuestConsole:
             raise GuestError(line, rc, output)
         return output
 
+    def load_modules(self, *names: str) -> None:
+        """Loads kernel modules: a device whose driver was not loaded at boot needs that."""
+        self.run(f"modprobe -a {shlex.join(names)}")
+
     def disks(self) -> list[GuestDisk]:
         """Every whole disk (vd*, sd*) that is there now."""
-        return _parse_disks(self.run("disks"))
+        return [GuestDisk.parse(line) for line in self.run("disks").splitlines()]
 
     def wait_for_disks(self, count: int, timeout_s: float = ANSWER_TIMEOUT_S) -> list[GuestDisk]:
         """The disks, as soon as there are exactly so many; the guest does the waiting.
 
         Raises GuestTimeoutError, whose text has the names of those that are there.
         """
-        line = f"wait_for_disks {count} {round(timeout_s * 100)}"
-        try:
-            return _parse_disks(self.run(line, timeout_s=timeout_s + ANSWER_TIMEOUT_S))
-        except GuestError as error:
-            if error.rc != STATUS_TIMED_OUT:
-                raise
-            seen = error.output.split() or "none"
-            text = f"no {count} disks in the guest after {timeout_s} s: {seen}"
-            raise GuestTimeoutError(text) from error
+        output = self._wait(f"wait_for_disks {count}", f"{count} disks", timeout_s)
+        return [GuestDisk.parse(line) for line in output.splitlines()]
+
+    def wait_for_pmems(self, count: int, timeout_s: float = ANSWER_TIMEOUT_S) -> list[GuestPmem]:
+        """Every persistent memory, as soon as there are exactly so many.
+
+        Needs the modules nfit and nd_pmem. Raises GuestTimeoutError, whose text has those that
+        are there.
+        """
+        output = self._wait(f"wait_for_lines pmems {count}", f"{count} pmems", timeout_s)
+        return [GuestPmem.parse(line) for line in output.splitlines()]
+
+    def wait_for_nics(self, count: int, timeout_s: float = ANSWER_TIMEOUT_S) -> list[GuestNic]:
+        """Every network card, as soon as there are exactly so many.
+
+        Needs the module virtio_net. Raises GuestTimeoutError, whose text has those that are there.
+        """
+        output = self._wait(f"wait_for_lines nics {count}", f"{count} network cards", timeout_s)
+        return [GuestNic.parse(line) for line in output.splitlines()]
+
+    def wait_until(self, condition: str, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        """Returns as soon as a shell line has status 0. Raises GuestTimeoutError."""
+        self._wait(f"wait_until {shlex.quote(condition)}", f"success of {condition!r}", timeout_s)
+
+    def mount(self, filesystem: str, source: str, options: str = "") -> str:
+        """Mounts what a device or tag has (`ext4`, `virtiofs`, `9p`); the directory it is at.
+
+        `options` are those of mount -o.
+        """
+        directory = f"/mnt/{source.rsplit('/', 1)[-1]}"
+        words = ["mount", "-t", filesystem, *(["-o", options] if options else [])]
+        self.run(f"mkdir -p {shlex.quote(directory)} && {shlex.join([*words, source, directory])}")
+        return directory
+
+    def unmount(self, directory: str) -> None:
+        """Takes away what `mount` has made."""
+        self.run(f"umount {shlex.quote(directory)} && rmdir {shlex.quote(directory)}")
+
+    def read_file(self, path: str) -> bytes:
+        """The bytes of a file."""
+        return base64.b64decode(self.run(f"base64 -w 0 {shlex.quote(path)}"))
+
+    def write_file(self, path: str, data: bytes) -> None:
+        """Makes a file of these bytes; they have reached the device when this returns."""
+        file = shlex.quote(path)
+        self.run(f": >{file}")
+        append = f"base64 -d | dd of={file} oflag=append conv=notrunc,fsync status=none"
+        for start in range(0, len(data), WRITE_CHUNK_BYTES):
+            chunk = base64.b64encode(data[start : start + WRITE_CHUNK_BYTES]).decode()
+            self.run(f"printf %s {chunk} | {append}")
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of a disk, read from the device and not from the guest's cache."""
@@ -197,6 +300,18 @@ class GuestConsole:
         for start in range(0, len(data), WRITE_CHUNK_BYTES):
             chunk = base64.b64encode(data[start : start + WRITE_CHUNK_BYTES]).decode()
             self.run(f"write_disk {shlex.quote(name)} {offset + start} {chunk}")
+
+    def _wait(self, function: str, wanted: str, timeout_s: float) -> str:
+        """The answer of a function that waits in the guest: its last argument is the time."""
+        line = f"{function} {round(timeout_s * 100)}"
+        try:
+            return self.run(line, timeout_s=timeout_s + ANSWER_TIMEOUT_S)
+        except GuestError as error:
+            if error.rc != STATUS_TIMED_OUT:
+                raise
+            seen = error.output.split() or "none"
+            text = f"no {wanted} in the guest after {timeout_s} s: {seen}"
+            raise GuestTimeoutError(text) from error
 
     def _synchronise(self, deadline: float) -> None:
         """Sends a token and drops everything up to its answer.
@@ -251,14 +366,10 @@ def _remaining(deadline: float) -> float:
     return remaining_s
 
 
-def _parse_disks(output: str) -> list[GuestDisk]:
-    return [GuestDisk.parse(line) for line in output.splitlines()]
-
-
 def main() -> int:
     """Runs one line in the guest, prints the answer and returns the line's status."""
     parser = argparse.ArgumentParser(description="Run one shell line in the tiny guest.")
-    parser.add_argument("socket", type=Path, help="the socket of the guest's second serial port")
+    parser.add_argument("socket", type=Path, help="the socket of the guest's control serial port")
     parser.add_argument("line", nargs="+", help="what to run, e.g. disks")
     parser.add_argument("--timeout", type=float, default=BOOT_TIMEOUT_S, metavar="SECONDS")
     arguments = parser.parse_args()

@@ -3,10 +3,14 @@
 Everything here is plugged by hand, with no part of the product.
 """
 
+import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,20 +18,41 @@ from typing import Any
 
 import pytest
 from guest import console as console_module
-from guest.console import GuestConsole, GuestDisk, GuestError, GuestTimeoutError
+from guest.console import (
+    GuestConsole,
+    GuestDisk,
+    GuestError,
+    GuestNic,
+    GuestPmem,
+    GuestTimeoutError,
+)
 
+from tests.support.daemons import virtiofsd
 from tests.support.disks import disk_image, loop_device, qcow2_image
-from tests.support.vm import GuestVm, pci_bridge, root_ports, scsi_controller, start_vm
+from tests.support.vm import (
+    GuestVm,
+    pci_bridge,
+    root_ports,
+    scsi_controller,
+    shared_memory,
+    start_vm,
+)
 
 pytestmark = pytest.mark.qemu
 
 MIB = 1 << 20
+PFN_DATA_OFFSET = 2 * MIB
 
 
 @pytest.fixture(scope="module")
 def q35(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
-    devices = [*root_ports(2), *scsi_controller()]
-    with start_vm(tmp_path_factory.mktemp("q35"), devices=devices) as vm:
+    with start_vm(
+        tmp_path_factory.mktemp("q35"),
+        machine="q35,nvdimm=on",
+        memory="256M,slots=2,maxmem=1G",
+        devices=[*root_ports(2), *scsi_controller()],
+        extra=shared_memory(256),
+    ) as vm:
         yield vm
 
 
@@ -37,21 +62,95 @@ def pc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
         yield vm
 
 
+@pytest.fixture(scope="module")
+def shared_by_9p(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory, shared_by_9p: Path) -> Iterator[GuestVm]:
+    share = f"local,id=share,path={shared_by_9p},security_model=none,multidevs=remap"
+    device = {"driver": "virtio-9p-pci", "bus": "pcie.0", "fsdev": "share", "mount_tag": "tag"}
+    with start_vm(
+        tmp_path_factory.mktemp("full"),
+        flavour="full",
+        devices=[device, *root_ports(2)],
+        extra=["-fsdev", share],
+    ) as vm:
+        yield vm
+
+
 @contextmanager
 def plugged(
     vm: GuestVm, blockdev: Mapping[str, object], device: Mapping[str, object]
 ) -> Iterator[GuestDisk]:
     """A disk `disk0` on a block node `node0`, as the guest sees it; gone again at the end."""
-    qmp = vm.oracle
     with ExitStack() as undo:
-        qmp.execute("blockdev-add", {"node-name": "node0", **blockdev})
-        undo.callback(qmp.execute, "blockdev-del", {"node-name": "node0"})
-        qmp.execute("device_add", {"id": "disk0", "drive": "node0", **device})
+        vm.oracle.execute("blockdev-add", {"node-name": "node0", **blockdev})
+        undo.callback(vm.oracle.execute, "blockdev-del", {"node-name": "node0"})
         undo.callback(vm.console.wait_for_disks, 0)
-        undo.callback(qmp.wait_event, "DEVICE_DELETED", device="disk0")
-        undo.callback(qmp.execute, "device_del", id="disk0")
+        undo.enter_context(plugged_device(vm, {"id": "disk0", "drive": "node0", **device}))
         (disk,) = vm.console.wait_for_disks(1)
         yield disk
+
+
+@contextmanager
+def plugged_device(vm: GuestVm, device: Mapping[str, object]) -> Iterator[None]:
+    vm.oracle.execute("device_add", device)
+    try:
+        yield
+    finally:
+        vm.oracle.execute("device_del", id=device["id"])
+        vm.oracle.wait_event("DEVICE_DELETED", device=device["id"])
+
+
+def plug_nvdimm(vm: GuestVm, qdev_id: str, image: Path, *, read_only: bool = False) -> None:
+    """Stays until the VM ends: QEMU cannot unplug it."""
+    memory_id = f"{qdev_id}-memory"
+    memory = {"mem-path": str(image), "size": image.stat().st_size, "share": True}
+    backend = {"qom-type": "memory-backend-file", "id": memory_id, "readonly": read_only}
+    vm.oracle.execute("object-add", {**backend, **memory})
+    vm.oracle.execute(
+        "device_add", driver="nvdimm", id=qdev_id, memdev=memory_id, unarmed=read_only
+    )
+
+
+def dax_image(path: Path, size_mib: int) -> Path:
+    """An ext4 in an image whose header says that the pages' structures are in ordinary memory.
+
+    Source: Linux drivers/nvdimm/pfn.h, struct nd_pfn_sb; nd_fletcher64 in core.c.
+    """
+    size = size_mib * MIB
+    header = struct.pack(
+        "<16s16s16sIHHQQIIIIIH",
+        b"NVDIMM_PFN_INFO\0",
+        uuid.uuid4().bytes,
+        bytes(16),  # parent_uuid: a namespace without labels has none
+        0,  # flags
+        1,  # version_major
+        4,  # version_minor
+        PFN_DATA_OFFSET,
+        (size - PFN_DATA_OFFSET) // 4096,  # npfns
+        1,  # mode: PFN_MODE_RAM
+        0,  # start_pad
+        0,  # end_trunc
+        2 * MIB,  # align
+        4096,  # page_size
+        64,  # page_struct_size
+    ).ljust(4096 - 8, b"\0")
+    low = high = 0
+    for (word,) in struct.iter_unpack("<I", header + bytes(8)):
+        low = (low + word) & 0xFFFFFFFF
+        high = (high + low) & 0xFFFFFFFF
+    with path.open("wb") as image:
+        image.truncate(size)
+        image.seek(4096)
+        image.write(header + struct.pack("<II", low, high))
+    offset = f"offset={PFN_DATA_OFFSET}"
+    blocks = str((size - PFN_DATA_OFFSET) // 4096)
+    command = ["mkfs.ext4", "-q", "-F", "-b", "4096", "-E", offset, str(path), blocks]
+    subprocess.run(command, check=True)
+    return path
 
 
 def on_root_port(**properties: object) -> dict[str, object]:
@@ -255,6 +354,165 @@ def test_waiting_sees_a_disk_that_comes_later(q35: GuestVm, tmp_path: Path) -> N
         assert "name=vda" in q35.console.run(
             "until cat /tmp/seen 2>/dev/null; do usleep 10000; done"
         )
+
+
+def test_waiting_for_a_condition(q35: GuestVm) -> None:
+    q35.console.run("(usleep 300000; echo >/tmp/flag) >/dev/null 2>&1 &")
+    q35.console.wait_until("[ -e /tmp/flag ]")
+    with pytest.raises(GuestTimeoutError, match=r"no success of 'echo \$x; false'.* 0\.1 s: none"):
+        q35.console.wait_until("echo $x; false", timeout_s=0.1)
+
+
+def test_persistent_memory(q35: GuestVm, tmp_path: Path) -> None:
+    plain = disk_image(tmp_path / "plain.img", 16, "plain memory")
+    with_header = dax_image(tmp_path / "dax.img", 16)
+    text = b"written past the page cache " * 1000
+    console = q35.console
+
+    console.load_modules("nfit", "nd_pmem")
+    plug_nvdimm(q35, "nvdimm0", plain, read_only=True)
+    expected = GuestPmem(
+        name="pmem0", size_bytes=16 * MIB, read_only=True, dax=False, marker="plain memory"
+    )
+    assert console.wait_for_pmems(1) == [expected]
+    plug_nvdimm(q35, "nvdimm1", with_header)
+    first, second = console.wait_for_pmems(2)
+    assert first == expected
+    size = 16 * MIB - PFN_DATA_OFFSET
+    assert second == GuestPmem(name="pmem1", size_bytes=size, read_only=False, dax=True, marker="")
+    assert [memory["data"]["id"] for memory in q35.oracle.execute("query-memory-devices")] == [
+        "nvdimm0",
+        "nvdimm1",
+    ]
+
+    directory = console.mount("ext4", "/dev/pmem1", "dax")
+    assert "dax=always" in console.run(f"grep {directory} /proc/mounts")
+    console.write_file(f"{directory}/file", text)
+    assert console.read_file(f"{directory}/file") == text
+    console.unmount(directory)
+    reader = ["debugfs", "-R", "cat file", f"{with_header}?offset={PFN_DATA_OFFSET}"]
+    assert subprocess.check_output(reader, stderr=subprocess.DEVNULL) == text
+
+
+def test_random_numbers(q35: GuestVm) -> None:
+    console = q35.console
+    device = {"driver": "virtio-rng-pci", "id": "rng0", "rng": "urandom", "bus": "rp0"}
+    console.load_modules("virtio-rng")
+    source = {"qom-type": "rng-random", "id": "urandom", "filename": "/dev/urandom"}
+    q35.oracle.execute("object-add", source)
+    with plugged_device(q35, {**device, "addr": "0x0"}):
+        console.wait_until("grep virtio_rng /sys/class/misc/hw_random/rng_available")
+        numbers = console.run("head -c 32 /dev/hwrng | base64")
+        assert numbers != console.run("head -c 32 /dev/hwrng | base64")
+    console.wait_until("! grep virtio_rng /sys/class/misc/hw_random/rng_available")
+    q35.oracle.execute("object-del", id="urandom")
+
+
+def test_network_card(q35: GuestVm) -> None:
+    console, qmp = q35.console, q35.oracle
+    mac = "52:54:00:12:34:56"
+    console.load_modules("virtio_net")
+    assert console.wait_for_nics(0) == []
+    qmp.execute("netdev_add", type="user", id="net0")
+    device = {"driver": "virtio-net-pci", "id": "nic0", "netdev": "net0", "mac": mac}
+    with plugged_device(q35, {**device, "bus": "rp0", "addr": "0x0"}):
+        (down,) = console.wait_for_nics(1)
+        assert down == GuestNic(
+            name="eth0", mac=mac, mtu=1500, has_carrier=False, pci_path="10/00"
+        )
+        assert down.pci_path == path_in_qemu(q35, "nic0")
+        console.run("ip addr add 10.0.2.15/24 dev eth0 && ip link set eth0 up")
+        (up,) = console.wait_for_nics(1)
+        assert up.has_carrier
+        assert "1 packets received" in console.run("ping -c 1 -W 5 10.0.2.2")
+        qmp.execute("set_link", name="nic0", up=False)
+        console.wait_until("nics | grep carrier=0")
+    assert console.wait_for_nics(0) == []
+    qmp.execute("netdev_del", id="net0")
+
+
+def test_waiting_for_network_cards_that_do_not_come(q35: GuestVm) -> None:
+    with pytest.raises(GuestTimeoutError, match=r"no 1 network cards .* after 0\.1 s: none"):
+        q35.console.wait_for_nics(1, timeout_s=0.1)
+
+
+@pytest.mark.root
+def test_shared_directory(q35: GuestVm, tmp_path: Path) -> None:
+    console, qmp = q35.console, q35.oracle
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "from-host").write_bytes(b"host")
+    device = {"driver": "vhost-user-fs-pci", "id": "fs0", "chardev": "fs", "tag": "a tag"}
+    with virtiofsd(shared) as daemon:
+        address = {"type": "unix", "data": {"path": str(daemon.socket_path)}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        qmp.execute("chardev-add", id="fs", backend=backend)
+        with plugged_device(q35, {**device, "bus": "rp0", "addr": "0x0"}):
+            console.load_modules("virtiofs")
+            console.wait_until("ls /sys/bus/virtio/drivers/virtiofs/virtio*")
+            directory = console.mount("virtiofs", "a tag")
+            assert console.read_file(f"{directory}/from-host") == b"host"
+            console.write_file(f"{directory}/from-guest", b"guest")
+            console.unmount(directory)
+        qmp.execute("chardev-remove", id="fs")
+    assert (shared / "from-guest").read_bytes() == b"guest"
+
+
+def test_9p_in_the_full_guest(full: GuestVm, shared_by_9p: Path) -> None:
+    (shared_by_9p / "from-host").write_bytes(b"host")
+    directory = full.console.mount("9p", "tag", "trans=virtio,version=9p2000.L")
+    assert full.console.read_file(f"{directory}/from-host") == b"host"
+    full.console.write_file(f"{directory}/from-guest", b"guest")
+    full.console.unmount(directory)
+    assert (shared_by_9p / "from-guest").read_bytes() == b"guest"
+
+
+def test_file_system_in_the_full_guest(full: GuestVm, tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 4, "")
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    with plugged(full, raw_file(image), on_root_port()):
+        directory = full.console.mount("ext4", "/dev/vda")
+        full.console.write_file(f"{directory}/file", b"text")
+        full.console.unmount(directory)
+    assert subprocess.check_output(["debugfs", "-R", "cat file", str(image)]) == b"text"
+
+
+def test_unknown_file_system(q35: GuestVm) -> None:
+    with pytest.raises(GuestError, match="mount:"):
+        q35.console.mount("9p", "tag", "trans=virtio")
+
+
+def test_microvm(tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 2, "on-mmio")
+    node = {"node-name": "node0", **raw_file(image)}
+    with start_vm(
+        tmp_path,
+        machine="microvm,acpi=on",
+        devices=[{"driver": "virtio-blk-device", "id": "disk0", "drive": "node0"}],
+        extra=["-blockdev", json.dumps(node)],
+    ) as vm:
+        (disk,) = vm.console.wait_for_disks(1)
+        assert (disk.name, disk.marker, disk.size_bytes) == ("vda", "on-mmio", 2 * MIB)
+        assert disk.pci_path == ""
+        bus = property_in_qemu(vm, "parent_bus")
+        assert "virtio-mmio-bus" in str(bus)
+        vm.console.write("vda", 512, b"from the guest")
+    assert image.read_bytes()[512:526] == b"from the guest"
+
+
+@pytest.mark.skipif(
+    shutil.which("qemu-system-s390x") is None,
+    reason="no qemu-system-s390x: install qemu-system-misc",
+)
+def test_machine_of_another_architecture(tmp_path: Path) -> None:
+    with start_vm(
+        tmp_path,
+        qemu="qemu-system-s390x",
+        machine="s390-ccw-virtio",
+        guest=False,
+        paused=True,
+    ) as vm:
+        assert vm.oracle.execute("query-target") == {"arch": "s390x"}
 
 
 def test_who_connects_later_is_answered(pc: GuestVm) -> None:

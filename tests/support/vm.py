@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 from guest.console import GuestConsole
 
@@ -16,10 +17,21 @@ from tests.support.raw_qmp import RawQmp
 Device = Mapping[str, str | int | bool]
 """Properties of one `-device`, by QEMU's names and in its JSON types."""
 
+Flavour = Literal["cloud", "full"]
+"""Of the guest, as guest/build.sh makes them: the fast one, and the one that has 9p."""
+
 QEMU = "qemu-system-x86_64"
 BUILT_GUEST = Path(__file__).parents[2] / "build" / "guest"
+BUILT_GUESTS: Mapping[Flavour, Path] = {"cloud": BUILT_GUEST, "full": BUILT_GUEST / "full"}
 START_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 5.0
+
+MICROVM_TSC_KHZ = 2_500_000
+"""About what the host's counter does, so that the guest need not find out.
+
+A microvm has no other clock to compare it with but one that fails on a busy host without KVM: the
+kernel says "Unable to calibrate against PIT" and hangs. Measured with QEMU 7.2 and Linux 6.1.
+"""
 
 FIRST_PORT_SLOT = 0x10
 PORT_SLOTS = 15
@@ -99,21 +111,25 @@ def start_vm(
     devices: Iterable[Device] = (),
     extra: Sequence[str] = (),
     guest: bool = True,
+    flavour: Flavour = "cloud",
     paused: bool = False,
     memory: str = "256M",
     smp: int = 1,
+    qemu: str = QEMU,
 ) -> Iterator[GuestVm]:
     """Starts QEMU without KVM, and ends and reaps it whatever happens; logs go to `directory`.
 
     The sockets have a short directory of their own, as their paths may have 107 bytes only. They
-    listen before QEMU starts: connecting needs no second try. Raises RuntimeError with QEMU's
-    words when it does not start, FileNotFoundError when the guest has not been built.
+    listen before QEMU starts: connecting needs no second try. `memory` is QEMU's -m, and may go on
+    as in `256M,slots=2,maxmem=1G`. A microvm has one serial port only: its guest's kernel is not
+    heard. Raises RuntimeError with QEMU's words when it does not start, FileNotFoundError when the
+    guest has not been built.
     """
-    arguments = [QEMU, "-accel", "tcg", "-machine", machine, "-cpu", "max"]
+    arguments = [qemu, "-accel", "tcg", "-machine", machine, "-cpu", "max"]
     arguments += ["-m", memory, "-smp", str(smp), "-nodefaults", "-no-user-config"]
     arguments += ["-display", "none", "-no-reboot"]
     if guest:
-        arguments += _guest_arguments()
+        arguments += _guest_arguments(machine, flavour)
     if paused:
         arguments.append("-S")
     for device in devices:
@@ -126,17 +142,25 @@ def start_vm(
         yield vm
 
 
-def _guest_arguments() -> list[str]:
-    kernel, initrd = BUILT_GUEST / "vmlinuz", BUILT_GUEST / "initrd.img"
+def _guest_arguments(machine: str, flavour: Flavour) -> list[str]:
+    """The guest, with the chardevs `kernel` and `console` as its serial ports."""
+    built = BUILT_GUESTS[flavour]
+    kernel, initrd = built / "vmlinuz", built / "initrd.img"
     if not (kernel.exists() and initrd.exists()):
-        raise FileNotFoundError(f"{BUILT_GUEST} has no guest; build it with: guest/build.sh")
-    append = "console=ttyS0 quiet panic=-1"
-    return ["-kernel", str(kernel), "-initrd", str(initrd), "-append", append]
+        raise FileNotFoundError(f"{built} has no guest; build it with: guest/build.sh")
+    if machine.partition(",")[0] == "microvm":
+        serial = ["-serial", "chardev:console"]  # it has one port only
+        append = "ctl=ttyS0 modules=virtio_mmio quiet loglevel=0 panic=-1"
+        append += f" tsc_early_khz={MICROVM_TSC_KHZ}"
+    else:
+        serial = ["-serial", "chardev:kernel", "-serial", "chardev:console"]
+        append = "console=ttyS0 quiet panic=-1"
+    return ["-kernel", str(kernel), "-initrd", str(initrd), "-append", append, *serial]
 
 
 @contextmanager
 def _running(arguments: list[str], logs: Path, sockets: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """QEMU with two monitors and two serial ports; terminated, then killed, then reaped."""
+    """QEMU with two monitors, and a chardev for each serial port; ended and reaped at the end."""
     with ExitStack() as started:
         fds = {
             name: started.enter_context(_listening(sockets / f"{name}.sock")).fileno()
@@ -162,7 +186,7 @@ def _channel_arguments(fds: Mapping[str, int], kernel_log: Path) -> list[str]:
         arguments += ["-chardev", f"socket,id={name},fd={fd},server=on,wait=off"]
     for name in ("qmp", "oracle"):
         arguments += ["-mon", f"chardev={name},mode=control"]
-    return [*arguments, "-serial", "chardev:kernel", "-serial", "chardev:console"]
+    return arguments
 
 
 def _listening(path: Path) -> socket.socket:
@@ -189,6 +213,16 @@ def _stderr_file(logs: Path) -> Path:
 
 def _kernel_log(logs: Path) -> Path:
     return logs / "guest-kernel.log"
+
+
+def shared_memory(size_mib: int = 256) -> list[str]:
+    """For `extra`: the guest's memory is a file that vhost-user backends map. `memory` is as much.
+
+    Source: QEMU docs/system/devices/vhost-user.rst, "Shared memory object".
+    """
+    memory = {"qom-type": "memory-backend-memfd", "id": "mem", "share": True}
+    backend = json.dumps({**memory, "size": size_mib << 20})
+    return ["-object", backend, "-machine", "memory-backend=mem"]
 
 
 def root_ports(count: int) -> list[Device]:
