@@ -1,6 +1,6 @@
 """vmplug: hand host devices to containers that run inside virtual machines.
 
-    config.json -> oci -> DeviceInfo -> host -> HostDevice + findings -> drivers -> BlockDrive
+    config.json -> oci -> DeviceInfo -> host -> HostDevice + findings -> drivers -> Plug
                 -> hypervisor -> GuestAddress;  manager counts and journals;  cli wires
 
 Names are imported when they are first used, so that `import vmplug` costs next to nothing.
@@ -14,20 +14,28 @@ _NAMES = {
     "vmplug.manager.reconcile": "Repair",
     "vmplug.oci.spec": "Bundle parse_config read_bundle",
     "vmplug.oci.info": "DeviceInfo DevType",
+    "vmplug.oci.annotated": "NetInfo Request RngInfo ShareInfo",
     "vmplug.host.root": "HostRoot",
     "vmplug.host.resolve": "HostPathCache get_host_path resolve resolve_all",
     "vmplug.host.vhost_user": "VhostUserStore",
-    "vmplug.host.device": "BlockDevice CharDevice DeviceType DiskFile VhostUserSocket",
+    "vmplug.host.volume": "find_requests",
+    "vmplug.host.device": (
+        "BlockDevice CharDevice DeviceType DiskFile EntropySource SharedDirectory "
+        "SharedFilesystem VhostUserSocket"
+    ),
     "vmplug.host.safety": "Code Finding Severity",
     "vmplug.drivers.base": (
-        "Aio BlockDrive BlockDriver Cache GuestAddress Hypervisor Step Throttle"
+        "Aio BlockDrive BlockDriver Cache Hypervisor RNGDevice SharedFS Step Throttle "
+        "VhostUserDevice"
     ),
+    "vmplug.drivers.place": "GuestAddress PlugMode",
     "vmplug.hypervisor.qemu": "Qemu",
     "vmplug.hypervisor.memory": "MemoryHypervisor",
     "vmplug.devnum": "DevNum",
-    "vmplug.address": "PciPath PciSlot ScsiAddress",
+    "vmplug.address": "CcwDevNo PciPath PciSlot ScsiAddress",
     "vmplug.errors": (
-        "AttributeReadError CommandError ConnectError DeviceError HostError "
+        "AttributeReadError BackendError BackendTimeout CannotPlug CommandError ConnectError "
+        "DeviceError HostError "
         "HypervisorError InUse NoFreePort NoSuchDevice NotAttached PolicyError "
         "ProtocolError SpecError StateError StillAttached StoreError UnplugRefused "
         "UnplugTimeout"

@@ -1,7 +1,7 @@
 """Addresses in the guest, and the names in QEMU, each checked once and then carried as a value.
 
-PciSlot and PciPath say where a PCI device sits in the guest, ScsiAddress is `id:lun`. `parse`
-reads what `str()` writes.
+PciSlot and PciPath say where a PCI device sits in the guest, ScsiAddress is `id:lun`, CcwDevNo a
+device number of the s390 channel subsystem. `parse` reads what `str()` writes.
 """
 
 import os
@@ -111,6 +111,56 @@ class ScsiAddress:
 
     def __str__(self) -> str:
         return f"{self.scsi_id}:{self.lun}"
+
+
+@dataclass(frozen=True, slots=True)
+class CcwDevNo:
+    """A device of the channel subsystem as the guest names it, `0.2.0005`: ssid 0..3, number.
+
+    QEMU puts virtual devices into css 0xfe, which the guest sees as its css 0; other numbers abort
+    it. Source: QEMU hw/s390x/css.c, docs/system/s390x/css.rst.
+    """
+
+    ssid: int
+    devno: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ssid <= 3:
+            raise ValueError(f"subchannel set {self.ssid} is not in 0..3")
+        if not 0 <= self.devno <= 0xFFFF:
+            raise ValueError(f"device number {self.devno:#x} is not in 0..0xffff")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`0.2.0005`, or `fe.2.0005` as QEMU writes it; ValueError for anything else."""
+        css, _, rest = text.partition(".")
+        ssid, dot, devno = rest.partition(".")
+        if not (css in {"0", "fe"} and dot and is_decimal(ssid) and _is_hex(devno)):
+            raise ValueError(f"{text!r} is not a device number 0.SSID.DEVNO")
+        return cls(int(ssid), int(devno, 16))
+
+    @property
+    def qemu(self) -> str:
+        """The value of QEMU's property `devno`."""
+        return f"fe.{self.ssid}.{self.devno:04x}"
+
+    def __str__(self) -> str:
+        return f"0.{self.ssid}.{self.devno:04x}"
+
+
+def virtio_disk_path(index: int) -> str:
+    """The index-th virtio disk that Linux finds: /dev/vda, ..., /dev/vdz, /dev/vdaa.
+
+    Source: Linux drivers/block/virtio_blk.c, virtblk_name_format.
+    """
+    if index < 0:
+        raise ValueError(f"disk index {index} is negative")
+    letters = ""
+    while index >= 0:
+        index, letter = divmod(index, 26)
+        letters = chr(ord("a") + letter) + letters
+        index -= 1
+    return f"/dev/vd{letters}"
 
 
 def new_id() -> str:

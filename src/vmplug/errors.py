@@ -11,6 +11,9 @@ DeviceError
  │  ├ ConnectError        no QMP conversation could be had
  │  ├ ProtocolError       the conversation broke off or overran its deadline
  │  ├ CommandError        QEMU refused a command
+ │  ├ BackendError        the process behind a vhost-user socket failed; QEMU is as it was
+ │  ├ BackendTimeout      it made QEMU overrun the deadline; nobody knows what QEMU did
+ │  ├ CannotPlug          not into this VM, or not while it runs; nothing was sent
  │  ├ NoFreePort          no free place of the wanted kind
  │  ├ UnplugRefused       the guest refused to let go
  │  └ UnplugTimeout       the guest did not answer in time; the device stays "detaching"
@@ -28,6 +31,9 @@ from typing import ClassVar
 
 __all__ = [
     "AttributeReadError",
+    "BackendError",
+    "BackendTimeout",
+    "CannotPlug",
     "CommandError",
     "ConnectError",
     "DeviceError",
@@ -146,6 +152,39 @@ class ProtocolError(HypervisorError):
     """The QMP conversation broke off or overran its deadline; QEMU may have run the command."""
 
     code = "connection-lost"
+
+
+class BackendError(HypervisorError):
+    """The process behind the vhost-user socket `socket` failed; QEMU is as it was."""
+
+    code = "backend-failed"
+
+    def __init__(self, socket: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.socket = socket
+
+
+class BackendTimeout(ProtocolError):
+    """The process behind `socket` kept QEMU waiting past the deadline.
+
+    QEMU does nothing else until that process answers or ends.
+    """
+
+    code = "backend-silent"
+
+    def __init__(self, socket: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.socket = socket
+
+
+class CannotPlug(HypervisorError):
+    """This VM cannot take it, whatever is free; `reason` is a stable word. Nothing was sent."""
+
+    code = "cannot-plug"
+
+    def __init__(self, reason: str, message: str, *, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
 
 
 class CommandError(HypervisorError):

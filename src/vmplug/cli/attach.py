@@ -5,6 +5,7 @@ import click
 from vmplug.cli.options import (
     allow_option,
     json_option,
+    owner_option,
     parse_allow,
     read_request,
     request_options,
@@ -13,20 +14,30 @@ from vmplug.cli.options import (
 )
 from vmplug.cli.output import attachment_json, print_attachments, print_json
 from vmplug.cli.wiring import open_manager
-from vmplug.drivers.block import OPTIONS
+from vmplug.drivers import block, rng, share, vhost_user
 
-_OPTIONS_HELP = "\n".join(f"  {key:12} {option.help}" for key, option in OPTIONS.items())
+_KINDS = {
+    "a disk": block.OPTIONS,
+    "a vhost-user-blk device": vhost_user.BLK_OPTIONS,
+    "a vhost-user-scsi device": vhost_user.SCSI_OPTIONS,
+    "a vhost-user network": vhost_user.NET_OPTIONS,
+    "a shared directory": share.OPTIONS,
+    "random numbers": rng.OPTIONS,
+}
+_OPTIONS_HELP = "\n\n".join(
+    f"\b\nOptions of {kind} (-o KEY=VALUE):\n"
+    + "\n".join(f"  {key:12} {option.help}" for key, option in options.items())
+    for kind, options in _KINDS.items()
+)
 
 
 @click.command(
     "attach",
-    epilog=f"\b\nOptions of a disk (-o KEY=VALUE):\n{_OPTIONS_HELP}",
+    epilog=_OPTIONS_HELP,
 )
 @request_options
 @vm_option
-@click.option(
-    "--owner", metavar="ID", help="Who holds the devices; default: the bundle directory's name."
-)
+@owner_option
 @allow_option
 @state_dir_option
 @json_option
@@ -47,6 +58,7 @@ def command(
     vmplug attach bundle/ --vm sb1
     vmplug attach --device b:7:0:/dev/xvda --vm sb1 --owner ctr1 -o cache=none -o discard=unmap
     vmplug attach --device file:/images/a.qcow2 -o format=qcow2 --vm sb1 --owner ctr1
+    vmplug attach --device share:/srv/work:work --read-only --vm sb1 --owner ctr1
     """
     asked = read_request(**request)  # type: ignore[arg-type]
     owner = owner or asked.name

@@ -13,7 +13,7 @@ from vmplug.cli.options import (
     request_options,
     state_dir_option,
 )
-from vmplug.cli.output import print_json
+from vmplug.cli.output import container_path, print_json
 from vmplug.cli.text import one_line
 from vmplug.cli.wiring import has_journal, open_journal
 from vmplug.host.device import HostDevice
@@ -72,10 +72,11 @@ def _claims(state_dir: str) -> Iterator[FindClaims]:
         yield find_claims
 
 
-def _problems(examined: Sequence[Examined]) -> list[dict[str, str]]:
+def _problems(examined: Sequence[Examined]) -> list[dict[str, str | None]]:
     return [
         {
-            "container_path": request.info.container_path,
+            "container_path": container_path(request.info),
+            "name": request.info.name,
             "code": str(finding.code),
             "message": finding.message,
             "hint": finding.hint,
@@ -88,7 +89,7 @@ def _problems(examined: Sequence[Examined]) -> list[dict[str, str]]:
 
 def _print(examined: Sequence[Examined]) -> None:
     for request in examined:
-        path = one_line(request.info.container_path)
+        path = one_line(request.info.name)
         for finding in request.findings:
             message = one_line(finding.message)
             click.echo(f"{path}: {finding.severity} {finding.code}: {message}")

@@ -11,6 +11,7 @@ from vmplug.cli.wiring import open_journal, open_manager, read_attachments
 from vmplug.errors import HypervisorError, NotAttached
 from vmplug.host.root import HostRoot
 from vmplug.manager.records import Attachment
+from vmplug.manager.state import State
 
 
 @click.command("detach")
@@ -44,6 +45,7 @@ def command(
         raise click.UsageError("name the attachments, or an --owner")
     with open_journal(state_dir) as journal:
         held = read_attachments(journal, vm)
+    held = [hold for hold in held if hold.state is not State.RETAINED]
     chosen = [hold for hold in held if hold.owner == owner] if owner else _find(held, attachments)
     if not chosen:
         raise NotAttached(
@@ -64,14 +66,26 @@ def command(
     if failures:
         raise failures[0]
     with open_journal(state_dir) as journal:
-        left = {hold.id for hold in journal.attachments()}
+        left = {hold.id: hold.state for hold in journal.attachments()}
+    retained = {i for i, state in left.items() if state is State.RETAINED}
     if as_json:
-        listed = [{**attachment_json(hold), "still_held": hold.id in left} for hold in chosen]
+        listed = [
+            {
+                **attachment_json(hold),
+                "still_held": hold.id in left.keys() - retained,
+                "retained": hold.id in retained,
+            }
+            for hold in chosen
+        ]
         print_json({"detached": listed})
         return
     for hold in chosen:
-        verb = "still held" if hold.id in left else "detached"
-        click.echo(f"{verb} {hold.id}  {one_line(hold.host_path)}  from VM {hold.vm}")
+        what = f"{hold.id}  {one_line(hold.host_path)}"
+        if hold.id in retained:
+            click.echo(f"released {what}  stays in VM {hold.vm} until that ends")
+        else:
+            verb = "still held" if hold.id in left else "detached"
+            click.echo(f"{verb} {what}  from VM {hold.vm}")
 
 
 def _find(held: Sequence[Attachment], ids: Sequence[str]) -> list[Attachment]:

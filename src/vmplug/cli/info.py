@@ -1,10 +1,15 @@
 """`vmplug info`."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from vmplug.cli.options import json_option, read_request, request_options
 from vmplug.cli.output import access, info_json, print_json, print_table
 from vmplug.oci.info import DeviceInfo
+
+if TYPE_CHECKING:
+    from vmplug.oci.annotated import Request
 
 
 @click.command("info")
@@ -32,26 +37,33 @@ def command(as_json: bool, **request: object) -> None:
     )
 
 
-def _json(info: DeviceInfo) -> dict[str, object]:
+def _json(info: "Request") -> dict[str, object]:
+    device = info if isinstance(info, DeviceInfo) else None
     return {
         **info_json(info),
-        "host_path": info.host_path,
-        "file_mode": info.file_mode,
-        "uid": info.uid,
-        "gid": info.gid,
+        "host_path": device.host_path if device else _source(info),
+        "pmem": device.pmem if device else False,
+        "file_mode": device.file_mode if device else None,
+        "uid": device.uid if device else None,
+        "gid": device.gid if device else None,
         "options": dict(info.driver_options),
     }
 
 
-def _row(info: DeviceInfo) -> tuple[str, ...]:
+def _row(info: "Request") -> tuple[str, ...]:
+    if not isinstance(info, DeviceInfo):
+        kind = info.name.partition(":")[0]
+        return (info.name, kind, _source(info), access(read_only=info.read_only), "-", "-", "-")
     mode = "-" if info.file_mode is None else f"{info.file_mode:04o}"
     owners = ("-" if number is None else str(number) for number in (info.uid, info.gid))
     what = str(info.devnum or info.host_path or "-")
-    return (
-        info.container_path,
-        info.dev_type,
-        what,
-        access(read_only=info.read_only),
-        mode,
-        *owners,
-    )
+    return (info.name, info.dev_type, what, access(read_only=info.read_only), mode, *owners)
+
+
+def _source(info: "Request") -> str:
+    """The other end that the request names."""
+    match info:
+        case DeviceInfo():
+            return info.host_path or ""
+        case _:
+            return str(getattr(info, "socket_path", None) or getattr(info, "source", ""))

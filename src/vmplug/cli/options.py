@@ -1,7 +1,7 @@
 """Arguments that several verbs share, and what they mean."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ from vmplug.oci.info import DeviceInfo, DevType
 if TYPE_CHECKING:
     from vmplug.host.safety import Code
     from vmplug.host.vhost_user import VhostUserStore
+    from vmplug.oci.annotated import Request as AnyRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -75,6 +76,11 @@ vm_option = click.option(
 
 def request_options(command: F) -> F:
     """BUNDLE, --device and how the devices are wanted."""
+    return click.argument("bundle", required=False, type=click.Path())(device_options(command))
+
+
+def device_options(command: F) -> F:
+    """--device and how the devices are wanted."""
     for decorate in (
         store_option,
         root_option,
@@ -84,7 +90,7 @@ def request_options(command: F) -> F:
             "driver_options",
             multiple=True,
             metavar="KEY=VALUE",
-            help="An option of every disk asked for; `vmplug attach --help` lists them.",
+            help="An option of every disk and --device; `vmplug attach --help` lists them.",
         ),
         click.option("--read-only", is_flag=True, help="Ask for every device read-only."),
         click.option(
@@ -93,15 +99,18 @@ def request_options(command: F) -> F:
             "devices",
             multiple=True,
             metavar="DEVICE",
-            help="Ask for b:MAJOR:MINOR[:PATH], c:MAJOR:MINOR[:PATH] or file:IMAGE[:PATH]; "
+            help="Ask for b:MAJOR:MINOR[:PATH], c:MAJOR:MINOR[:PATH], file:IMAGE[:PATH], "
+            "net:SOCKET, share:DIRECTORY:TAG (also: a virtiofsd's socket, fd:N) or rng[:SOURCE]; "
             "PATH is the one in the container.",
         ),
-        click.argument("bundle", required=False, type=click.Path()),
     ):
         command = decorate(command)
     return command
 
 
+owner_option = click.option(
+    "--owner", metavar="ID", help="Who holds the devices; default: the bundle directory's name."
+)
 allow_option = click.option(
     "--allow",
     "allow",
@@ -114,7 +123,7 @@ allow_option = click.option(
 class Request(NamedTuple):
     """What the arguments ask for: the devices, on whose behalf, and where to look."""
 
-    infos: tuple[DeviceInfo, ...]
+    infos: "tuple[AnyRequest, ...]"
     name: str | None
     host: HostRoot
     store: "VhostUserStore | None"
@@ -131,28 +140,46 @@ def read_request(
 ) -> Request:
     """The request that `request_options` describe. Raises UsageError or SpecError."""
     host = HostRoot(root)
-    infos = [parse_device(text) for text in devices]
+    infos: list[AnyRequest] = [parse_device(text) for text in devices]
+    options = _parse_options(driver_options)
+    annotated: Sequence[AnyRequest] = ()
     name = None
     if bundle is not None:
-        from vmplug.host.resolve import find_volumes  # noqa: PLC0415  msgspec costs 25 ms
+        from vmplug.host.volume import find_requests  # noqa: PLC0415  msgspec costs 25 ms
         from vmplug.oci.spec import read_bundle  # noqa: PLC0415
 
         asked = read_bundle(bundle)
-        infos = [*asked.devices, *find_volumes(asked.mounts, host), *infos]
-        name = asked.name
+        infos = [*find_requests(asked, host), *infos]
+        name, annotated = asked.name, asked.annotated
     elif not infos:
         raise click.UsageError("name a BUNDLE, or a device with --device")
-    options = _parse_options(driver_options)
     wanted = tuple(
-        replace(
-            info,
-            read_only=info.read_only or read_only,
-            driver_options=options if info.dev_type is DevType.BLOCK else {},
-        )
-        for info in infos
+        _wanted(info, {} if info in annotated else options, read_only=read_only) for info in infos
     )
+    _check_names(wanted)
     store = _open_store(vhost_user_store, host) if vhost_user_store else None
     return Request(wanted, name, host, store)
+
+
+def _wanted(info: "AnyRequest", options: Mapping[str, str], *, read_only: bool) -> "AnyRequest":
+    """The request with what was said for all of them; what is only counted has no options."""
+    if isinstance(info, DeviceInfo) and info.dev_type is not DevType.BLOCK:
+        return replace(info, read_only=info.read_only or read_only)
+    wanted = replace(info, driver_options={**info.driver_options, **options})
+    can_be_read_only = isinstance(info, DeviceInfo) or info.name.startswith("share:")
+    if read_only and can_be_read_only:
+        wanted = replace(wanted, read_only=True)
+    return wanted
+
+
+def _check_names(infos: "Iterable[AnyRequest]") -> None:
+    """SpecError when one name is asked for as two things."""
+    known: dict[str, AnyRequest] = {}
+    for info in infos:
+        if known.setdefault(info.name, info) != info:
+            raise SpecError(
+                info.name, f"is asked for twice: {known[info.name].wanted} and {info.wanted}"
+            )
 
 
 def _open_store(path: str, host: HostRoot) -> "VhostUserStore":
@@ -161,17 +188,23 @@ def _open_store(path: str, host: HostRoot) -> "VhostUserStore":
     return VhostUserStore(path, root=host)
 
 
-def parse_device(text: str) -> DeviceInfo:
-    """`b:7:0:/dev/xvda`, `b:7:0` (then /dev/block/7:0), `file:/a.img:/dev/xvda`."""
+def parse_device(text: str) -> "AnyRequest":
+    """`b:7:0:/dev/xvda`, `b:7:0` (then /dev/block/7:0), `file:/a.img:/dev/xvda`, `net:/s.sock`."""
     kind, _, rest = text.partition(":")
     if kind == "file":
         return _parse_image(text, rest)
+    if kind in {"net", "share", "rng"}:
+        return _parse_named(text, kind, rest)
     major, _, minor_path = rest.partition(":")
     minor, _, path = minor_path.partition(":")
     try:
         dev_type, devnum = DevType(kind), DevNum.parse(f"{major}:{minor}")
     except ValueError as error:
-        why = str(error) if kind in {"b", "c", "u"} else f"{kind!r} is not b, c or file"
+        why = (
+            str(error)
+            if kind in {"b", "c", "u"}
+            else f"{kind!r} is not b, c, file, net, share or rng"
+        )
         raise SpecError(
             f"--device {text}", why, hint="write b:7:0, b:7:0:/dev/xvda or file:/images/a.img"
         ) from None
@@ -191,6 +224,29 @@ def _parse_image(text: str, rest: str) -> DeviceInfo:
     return DeviceInfo(
         container_path=f"/{path}", dev_type=DevType.BLOCK, host_path=os.path.abspath(image)
     )
+
+
+def _parse_named(text: str, kind: str, rest: str) -> "AnyRequest":
+    """What OCI has no word for: `net:/s.sock`, `share:/srv/work:work`, `rng`."""
+    from vmplug.oci.annotated import (  # noqa: PLC0415  most requests are numbers
+        DEFAULT_SOURCE,
+        DESCRIPTOR_PREFIX,
+        NetInfo,
+        RngInfo,
+        ShareInfo,
+    )
+
+    if kind == "rng":
+        return RngInfo(source=os.path.abspath(rest or DEFAULT_SOURCE))
+    if kind == "net" and rest:
+        label = os.path.basename(rest).removesuffix(".sock").lstrip(".") or "net0"
+        return NetInfo(label=label, socket_path=os.path.abspath(rest))
+    source, colon, tag = rest.rpartition(":")
+    if not (kind == "share" and colon and source and tag):
+        hint = "write net:/run/vpp/eth0.sock" if kind == "net" else "write share:/srv/work:work"
+        raise SpecError(f"--device {text}", "says too little", hint=hint)
+    is_descriptor = source.startswith(DESCRIPTOR_PREFIX)
+    return ShareInfo(tag=tag, source=source if is_descriptor else os.path.abspath(source))
 
 
 def _parse_options(texts: Sequence[str]) -> dict[str, str]:

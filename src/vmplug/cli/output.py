@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vmplug.cli.agent import agent_json
 from vmplug.cli.text import one_line
 from vmplug.host.device import BlockDevice, DiskFile, HostDevice
 from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:
-    from vmplug.drivers.base import GuestAddress
+    from vmplug.drivers.place import GuestAddress
     from vmplug.manager.records import Attachment
-
-_OTHER_KINDS = ("ccw_devno", "virt_path", "nvdimm_id", "mount_tag", "mac_address")
-"""How devices that are no PCI or SCSI disks are found in the guest; always null so far."""
+    from vmplug.oci.annotated import Request
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -73,13 +72,20 @@ def access(*, read_only: bool) -> str:
     return "ro" if read_only else "rw"
 
 
-def info_json(info: DeviceInfo) -> dict[str, Any]:
-    """What is asked for."""
+def container_path(info: "Request") -> str | None:
+    """The path in the container; None for what has none there."""
+    return info.container_path if isinstance(info, DeviceInfo) else None
+
+
+def info_json(info: "Request") -> dict[str, Any]:
+    """What is asked for; what OCI has no word for has neither path, type nor number."""
+    device = info if isinstance(info, DeviceInfo) else None
     return {
-        "container_path": info.container_path,
-        "device_type": str(info.dev_type),
-        "major": info.major,
-        "minor": info.minor,
+        "name": info.name,
+        "container_path": container_path(info),
+        "device_type": str(device.dev_type) if device else None,
+        "major": device.major if device else None,
+        "minor": device.minor if device else None,
         "read_only": info.read_only,
     }
 
@@ -101,6 +107,8 @@ def device_json(device: HostDevice) -> dict[str, Any]:
             facts["backing_offset_bytes"] = device.backing.offset_bytes
             facts["backing_size_limit_bytes"] = device.backing.size_limit_bytes
             facts["backing_deleted"] = device.backing.deleted
+    if isinstance(device, DiskFile):
+        facts["pmem"] = device.pfn is not None
     return facts
 
 
@@ -110,37 +118,38 @@ def attachment_json(attachment: "Attachment") -> dict[str, Any]:
         "id": attachment.id,
         "vm": attachment.vm,
         "owner": attachment.owner,
+        "name": attachment.name,
         "container_path": attachment.container_path,
         "host_path": attachment.host_path,
         "kind": str(attachment.kind),
         "read_only": attachment.read_only,
         "count": attachment.count,
         "state": str(attachment.state),
-        "guest": guest_json(attachment.guest_address, read_only=attachment.read_only),
+        "guest": guest_json(attachment),
     }
 
 
-def guest_json(guest: "GuestAddress | None", *, read_only: bool) -> dict[str, Any] | None:
-    """Where the guest sees it, also in the words of Kata's agent (its `Device` message)."""
+def guest_json(attachment: "Attachment") -> dict[str, Any] | None:
+    """Where the guest sees it; null for a device that is only counted."""
+    guest = attachment.guest_address
     if guest is None:
         return None
-    scsi = guest.scsi_address
     return {
         "pci_path": str(guest.pci_path) if guest.pci_path else None,
-        "scsi_address": str(scsi) if scsi else None,
-        **dict.fromkeys(_OTHER_KINDS),
-        "agent": {
-            "type": "scsi" if scsi else "blk",
-            "id": str(scsi or guest.pci_path),
-            "vm_path": "",
-            "options": ["ro"] if read_only else [],
-        },
+        "scsi_address": str(guest.scsi_address) if guest.scsi_address else None,
+        "ccw_devno": str(guest.ccw_devno) if guest.ccw_devno else None,
+        "virt_path": guest.virt_path,
+        "nvdimm_id": None if guest.nvdimm_id is None else str(guest.nvdimm_id),
+        "nvdimm_handle": guest.nvdimm_handle,
+        "mount_tag": guest.mount_tag,
+        "mac_address": guest.mac_address,
+        "agent": agent_json(attachment),
     }
 
 
 def guest_text(guest: "GuestAddress | None") -> str:
-    """`PCI 04/00`, `SCSI 0:1`, or that there is none."""
-    return str(guest) if guest else "- (counted, not given to the VM)"
+    """`PCI 04/00`, `SCSI 0:1`, `/dev/pmem0`, or that there is none."""
+    return str(guest) or "-" if guest else "- (counted, not given to the VM)"
 
 
 def print_attachments(attachments: "Sequence[Attachment]", *, with_vm: bool) -> None:
@@ -150,7 +159,7 @@ def print_attachments(attachments: "Sequence[Attachment]", *, with_vm: bool) -> 
             *((hold.vm,) if with_vm else ()),
             hold.id,
             hold.owner,
-            hold.container_path,
+            hold.name,
             hold.host_path,
             access(read_only=hold.read_only),
             str(hold.state) + (f" x{hold.count}" if hold.count > 1 else ""),

@@ -27,7 +27,7 @@ from vmplug.drivers.base import Command
 def command(
     as_json: bool, state_dir: str, allow: tuple[str, ...], vm: str, **request: object
 ) -> None:
-    """Exactly what would be done: every QMP command with the one that takes it back.
+    """Exactly what would be done: every step with the one that takes it back.
 
     The VM is asked what it offers; nothing is changed. Device ids are drawn anew each time.
 
@@ -50,9 +50,13 @@ def command(
         click.echo("nothing to plug: every device is there already, or only counted")
 
 
-def _json(command: Command) -> dict[str, object]:
+def _json(command: Command | None) -> dict[str, object] | None:
+    if command is None:
+        return None
     return {"execute": command.execute, "arguments": dict(command.arguments)}
 
 
-def _text(command: Command) -> str:
+def _text(command: Command | None) -> str:
+    if command is None:
+        return "none, QEMU cannot take it back"
     return f"{command.execute} {json.dumps(dict(command.arguments))}"

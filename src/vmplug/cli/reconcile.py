@@ -8,7 +8,9 @@ from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeo
 from vmplug.cli.output import print_json, print_table, progress
 from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal, open_manager
 from vmplug.errors import HypervisorError
+from vmplug.host.device import DeviceType
 from vmplug.host.root import HostRoot
+from vmplug.hypervisor.daemon import HostDaemons
 from vmplug.manager.reconcile import Outcome, Repair
 from vmplug.manager.records import VmRecord
 from vmplug.manager.store import Store
@@ -72,6 +74,8 @@ def _repair(record: VmRecord, journal: Store, state_dir: str, timeout_s: float) 
         ):
             return devices.reconcile(timeout_s=timeout_s)
     held = journal.devices(record.name)
+    shares = [device.id for device in held if device.kind is DeviceType.VHOST_USER_FS]
+    HostDaemons(record.qmp_socket).end(shares)
     forget_vm(journal, record)
     reason = "the VM is not running any more"
     return [Repair(device.id, device.host_path, Outcome.FORGOTTEN, reason) for device in held]

@@ -1,5 +1,7 @@
 """`vmplug resolve`."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from vmplug.cli.options import json_option, read_request, request_options
@@ -8,7 +10,9 @@ from vmplug.cli.text import one_line
 from vmplug.errors import HostError
 from vmplug.host.device import BlockDevice, DiskFile, HostDevice
 from vmplug.host.resolve import resolve_all
-from vmplug.oci.info import DeviceInfo
+
+if TYPE_CHECKING:
+    from vmplug.oci.annotated import Request
 
 _HOST_ERROR = 4
 
@@ -48,17 +52,17 @@ def command(as_json: bool, **request: object) -> None:
         raise click.exceptions.Exit(_HOST_ERROR)
 
 
-def _json(info: DeviceInfo, answer: HostDevice | HostError) -> dict[str, object]:
+def _json(info: "Request", answer: HostDevice | HostError) -> dict[str, object]:
     if isinstance(answer, HostError):
         error = {"code": answer.code, "message": answer.message, "hint": answer.hint}
         return {**info_json(info), "error": error}
     return {**info_json(info), **device_json(answer)}
 
 
-def _row(info: DeviceInfo, device: HostDevice) -> tuple[str, ...]:
+def _row(info: "Request", device: HostDevice) -> tuple[str, ...]:
     size_bytes = device.size_bytes if isinstance(device, BlockDevice | DiskFile) else None
     return (
-        info.container_path,
+        info.name,
         device.host_path,
         device.kind,
         "-" if size_bytes is None else size(size_bytes),

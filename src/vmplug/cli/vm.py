@@ -7,15 +7,33 @@ from typing import Any
 
 import click
 
-from vmplug.cli.options import complete_vm, json_option, state_dir_option
-from vmplug.cli.output import print_json, print_table, progress
-from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal
-from vmplug.errors import HypervisorError, SpecError, StillAttached
+from vmplug.cli.options import (
+    Request,
+    allow_option,
+    complete_vm,
+    device_options,
+    json_option,
+    owner_option,
+    parse_allow,
+    read_request,
+    state_dir_option,
+)
+from vmplug.cli.output import (
+    attachment_json,
+    print_attachments,
+    print_json,
+    print_table,
+    progress,
+)
+from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_cold_manager, open_journal
+from vmplug.errors import HypervisorError, SpecError, StateError, StillAttached
 from vmplug.host.process import read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu import Qemu
-from vmplug.hypervisor.qemu.launch import MAX_PORTS, VmSpec, launch
-from vmplug.manager.records import VmRecord, record_vm
+from vmplug.hypervisor.qemu.coldplug import ColdQemu
+from vmplug.hypervisor.qemu.launch import launch
+from vmplug.hypervisor.qemu.machine import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec
+from vmplug.manager.records import Attachment, VmRecord, record_vm
 from vmplug.manager.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
@@ -50,10 +68,23 @@ def command() -> None:
     "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="Virtual CPUs."
 )
 @click.option(
+    "--machine",
+    type=click.Choice([str(machine) for machine in Machine]),
+    default=str(Machine.Q35),
+    show_default=True,
+    help="microvm takes devices only before it starts; s390-ccw-virtio is for s390x guests.",
+)
+@click.option(
     "--ports",
     type=click.IntRange(0, MAX_PORTS),
     default=8,
-    help="Root ports to plug into (default 8).",
+    help="Root ports of a q35 to plug into (default 8).",
+)
+@click.option(
+    "--memory-slots",
+    type=click.IntRange(0, MAX_MEMORY_SLOTS),
+    default=4,
+    help="NVDIMMs that a q35 can take (default 4).",
 )
 @click.option(
     "--accel",
@@ -62,45 +93,95 @@ def command() -> None:
     show_default=True,
     help="tcg needs no KVM and is slow.",
 )
+@click.option("--bundle", metavar="BUNDLE", help="Plug its devices before the VM starts.")
+@device_options
+@owner_option
+@allow_option
 @click.argument("qemu_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU_ARGS...]")
 @state_dir_option
 @json_option
 def start(
-    as_json: bool, state_dir: str, name: str, qemu_args: tuple[str, ...], **options: Any
+    as_json: bool,
+    state_dir: str,
+    allow: tuple[str, ...],
+    owner: str | None,
+    name: str,
+    qemu_args: tuple[str, ...],
+    **options: Any,
 ) -> None:
-    """Start a QEMU that others can plug into.
+    """Start a QEMU that others can plug into, and plug devices into it from the start.
 
-    A q35 machine with root ports, a virtio-scsi controller and shared memory. Its console goes to
-    STATE_DIR/vm/NAME/console.log. Arguments after -- go to QEMU as they are.
+    A q35 machine has root ports, a virtio-scsi controller, slots for NVDIMMs and shared memory.
+    The console goes to STATE_DIR/vm/NAME/console.log. Arguments after -- go to QEMU as they are.
 
     \b
     vmplug vm start sb1 --kernel vmlinuz --initrd initrd.img --append "console=ttyS0"
     vmplug vm start sb2 --disk debian.raw --memory 2048 --ports 16
+    vmplug vm start sb3 --machine microvm --kernel vmlinuz --bundle bundle/
+    vmplug vm start sb4 --kernel vmlinuz --device share:/srv/work:work -o filesystem=virtio-9p \\
+        --owner ctr1
     """
     _check_name(name)
+    asked = _read_devices(options)
+    if asked and not (owner or asked.name):
+        raise click.UsageError("say --owner: there is no bundle directory to take a name from")
+    allowed = parse_allow(allow)
     for key in ("kernel", "initrd", "disk"):
         options[key] = str(Path(options[key]).resolve()) if options[key] else None
-    with open_journal(state_dir) as journal:
+    options["machine"] = Machine(options["machine"])
+    spec = VmSpec(name=name, extra=qemu_args, **options)
+    attachments: list[Attachment] = []
+    directory = Path(state_dir).resolve() / "vm" / name
+    with open_journal(state_dir) as journal, ColdQemu(spec, directory) as cold:
         _forget_if_gone(journal, name)
-        directory = Path(state_dir).resolve() / "vm" / name
-        socket = str(directory / "qmp.sock")
+        socket = str(cold.qmp_socket)
         record = VmRecord(name=name, qmp_socket=socket, pid=None, started_at=None, is_ours=True)
+        if journal.find_vm(name) is None:
+            _check_directory(directory, record)
         journal.add_vm(record)
         try:
             directory.mkdir(mode=0o700, parents=True)
-            pid, _ = launch(
-                VmSpec(name=name, extra=qemu_args, **options),
-                directory,
-                timeout_s=_START_TIMEOUT_S,
-            )
+            if asked:
+                with open_cold_manager(
+                    cold, state_dir, host=asked.host, store=asked.store
+                ) as devices:
+                    attachments = devices.attach_all(
+                        asked.infos, owner=owner or asked.name, allow=allowed
+                    )
+            pid = launch(cold, timeout_s=_START_TIMEOUT_S)
         except BaseException:
             forget_vm(journal, record)
             raise
+        cold.started()
         journal.set_process(name, pid, read_start_time(pid, HostRoot()))
     if as_json:
-        print_json({"vm": {"name": name, "qmp": socket, "pid": pid, "directory": str(directory)}})
-    else:
-        click.echo(f"VM {name} runs as process {pid}; its files are in {directory}")
+        vm = {"name": name, "qmp": socket, "pid": pid, "directory": str(directory)}
+        listed = [attachment_json(attachment) for attachment in attachments]
+        print_json({"vm": vm, "attachments": listed})
+        return
+    click.echo(f"VM {name} runs as process {pid}; its files are in {directory}")
+    print_attachments(attachments, with_vm=False)
+
+
+def _check_directory(directory: Path, record: VmRecord) -> None:
+    """StateError when a VM that the journal does not know has its files there."""
+    if directory.exists():
+        raise StateError(
+            f"{directory} is there already, and the journal knows no VM in it",
+            state="there",
+            required="absent",
+            hint=f"if its QEMU runs, vmplug vm adopt {record.name} --qmp {record.qmp_socket}; "
+            "else remove the directory",
+        )
+
+
+def _read_devices(options: dict[str, Any]) -> Request | None:
+    """What is to be plugged from the start, taken out of the verb's options; None for nothing."""
+    keys = ("bundle", "devices", "read_only", "driver_options", "root", "vhost_user_store")
+    request = {key: options.pop(key) for key in keys}
+    if request["bundle"] is None and not request["devices"]:
+        return None
+    return read_request(**request)
 
 
 @command.command("adopt")

@@ -9,6 +9,7 @@ from vmplug.host.root import HostRoot
 
 if TYPE_CHECKING:
     from vmplug.host.vhost_user import VhostUserStore
+    from vmplug.hypervisor.qemu.coldplug import ColdQemu
     from vmplug.manager.manager import DeviceManager
     from vmplug.manager.records import Attachment, VmRecord
     from vmplug.manager.store import Store
@@ -91,4 +92,16 @@ def open_manager(
         hypervisor=hypervisor,
         state_dir=state_dir,
         store=store,
+    )
+
+
+def open_cold_manager(
+    cold: "ColdQemu", state_dir: str, *, host: HostRoot, store: "VhostUserStore | None"
+) -> "DeviceManager":
+    """The manager of a VM that is in the journal and about to be started."""
+    from vmplug.manager.manager import DeviceManager  # noqa: PLC0415
+
+    name = cold.spec.name
+    return DeviceManager.open(
+        vm=name, host=host, hypervisor=cold, state_dir=state_dir, store=store
     )

@@ -1,12 +1,24 @@
-"""The values and the port between host devices and hypervisors."""
+"""The values and the ports between host devices and hypervisors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, assert_never
 
-from vmplug.address import PciPath, PciSlot, ScsiAddress
+from vmplug.address import virtio_disk_path
+from vmplug.drivers.place import (
+    CcwPlace,
+    GuestAddress,
+    MemorySlot,
+    MmioPlace,
+    Offer,
+    PciPlace,
+    Place,
+    ScsiPlace,
+)
+from vmplug.host.device import DeviceType, HostDevice
 from vmplug.host.image import ImageFormat
+from vmplug.host.safety import Finding
 
 
 class BlockDriver(StrEnum):
@@ -66,7 +78,7 @@ class Throttle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockDrive:
-    """A disk to be plugged.
+    """A disk to be plugged, or with the driver `nvdimm` persistent memory of `size_bytes`.
 
     `file` is a block device node when `is_device`, a regular file otherwise. `backing_allowed`
     lets a qcow2 image open the files that its header names. `throttle` is None for no limits.
@@ -87,105 +99,116 @@ class BlockDrive:
     sector_bytes: int = 512
     iothread: bool = False
     throttle: Throttle | None = None
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PciPlace:
-    """A slot behind a port or bridge: `bus` is QEMU's name for it, `path` the guest's."""
+class Daemon:
+    """A virtiofsd that vmplug itself runs for one share of `directory`.
 
-    bus: str
-    slot: PciSlot
-    path: PciPath
-
-    def __str__(self) -> str:
-        return f"{self.bus}/{self.slot}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScsiPlace:
-    """An address on a virtio-scsi controller; `path` is the controller's, None if unknown."""
-
-    bus: str
-    address: ScsiAddress
-    path: PciPath | None
-
-    def __str__(self) -> str:
-        return f"{self.bus}/{self.address}"
-
-
-Place = PciPlace | ScsiPlace
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PciPort:
-    """A port or bridge that takes hot-plugged devices, and its free slots in order."""
-
-    bus: str
-    path: PciPath
-    free: tuple[PciSlot, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScsiController:
-    """A virtio-scsi controller and the addresses in use on it."""
-
-    bus: str
-    path: PciPath | None
-    used: frozenset[ScsiAddress]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """What a VM has to plug into, as it said itself.
-
-    `shared_memory` says that all guest memory can be mapped by another process, as every
-    vhost-user device needs.
+    It begins before the share is plugged and ends after it is unplugged.
     """
 
-    machine: str
-    ports: tuple[PciPort, ...]
-    controllers: tuple[ScsiController, ...]
-    shared_memory: bool
+    program: str
+    directory: str
+    cache: str
+    read_only: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GuestAddress:
-    """Where the guest finds a device.
+class VhostUserDevice:
+    """A device whose other end is a process that speaks vhost-user.
 
-    A virtio-blk disk is at `pci_path`; a SCSI disk at `scsi_address` behind the controller at
-    `pci_path`. Names such as /dev/vda are the guest's to choose and are not predicted.
+    QEMU connects to it at `socket_path`; or `descriptor` is a connection to it that this process
+    holds open; or it is a `daemon` of vmplug's own. The others are None. `queues` are request
+    queues, for a network pairs. `reconnect_s` is how often QEMU tries again when the backend is
+    lost, 0 never; `msix` is whether the device may use message interrupts. Shares have `tag`,
+    `queue_size` and `cache_size_mib`, networks `mac_address`.
     """
 
-    pci_path: PciPath | None = None
-    scsi_address: ScsiAddress | None = None
+    id: str
+    type: DeviceType
+    socket_path: str | None = None
+    descriptor: int | None = None
+    daemon: Daemon | None = None
+    queues: int = 1
+    reconnect_s: int = 0
+    msix: bool = True
+    mac_address: str | None = None
+    tag: str | None = None
+    queue_size: int | None = None
+    cache_size_mib: int = 0
 
-    @classmethod
-    def of(cls, place: Place) -> Self:
-        """The guest's view of a place."""
-        match place:
-            case PciPlace():
-                return cls(pci_path=place.path)
-            case ScsiPlace():
-                return cls(pci_path=place.path, scsi_address=place.address)
 
-    def __str__(self) -> str:
-        return f"SCSI {self.scsi_address}" if self.scsi_address else f"PCI {self.pci_path}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedFS:
+    """A directory shared by QEMU itself, as virtio-9p."""
+
+    id: str
+    directory: str
+    tag: str
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RNGDevice:
+    """Random numbers from `filename`; the guest may take `max_bytes` in each period."""
+
+    id: str
+    filename: str
+    max_bytes: int | None = None
+    period_ms: int | None = None
+
+
+Plug = BlockDrive | VhostUserDevice | SharedFS | RNGDevice
+"""What can be plugged; hot and cold plug take the same values."""
+
+
+def guest_address(plug: Plug, place: Place) -> GuestAddress:
+    """Where the guest will find it."""
+    is_blk = isinstance(plug, VhostUserDevice) and plug.type is DeviceType.VHOST_USER_BLK
+    is_disk = is_blk or isinstance(plug, BlockDrive)
+    tag = plug.tag if isinstance(plug, VhostUserDevice | SharedFS) else None
+    mac = plug.mac_address if isinstance(plug, VhostUserDevice) else None
+    match place:
+        case PciPlace():
+            return GuestAddress(pci_path=place.path, mount_tag=tag, mac_address=mac)
+        case ScsiPlace():
+            return GuestAddress(pci_path=place.path, scsi_address=place.address)
+        case CcwPlace():
+            return GuestAddress(ccw_devno=place.devno, mount_tag=tag, mac_address=mac)
+        case MmioPlace():
+            virt_path = virtio_disk_path(place.index) if is_disk else None
+            return GuestAddress(virt_path=virt_path, mount_tag=tag, mac_address=mac)
+        case MemorySlot():
+            return GuestAddress(nvdimm_id=place.index, nvdimm_handle=place.slot + 1)
+        case _:
+            assert_never(place)
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One QMP command; `arguments` are its JSON object."""
+    """One QMP command; `arguments` are its JSON object.
+
+    `descriptor` goes along with it. `backend` is the process that QEMU waits for in it, with a
+    deadline of its own. START_DAEMON and END_DAEMON are done by vmplug and not sent.
+    """
 
     execute: str
     arguments: Mapping[str, Any]
+    descriptor: int | None = None
+    backend: str | None = None
+
+
+START_DAEMON, END_DAEMON = "start-daemon", "end-daemon"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command, and the one that takes it back."""
+    """A command, and the one that takes it back; None when nothing does."""
 
     do: Command
-    undo: Command
+    undo: Command | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +217,38 @@ class Endpoint:
 
     qmp_socket: str
     pid: int | None
+
+
+class Driver(Protocol):
+    """How one device is to be plugged: its options, checked.
+
+    `share_rw` says that others may write to it at the same time.
+    """
+
+    @property
+    def share_rw(self) -> bool:
+        """Whether others may write to it too."""
+
+    def check(self, device: HostDevice, *, read_only: bool) -> Iterator[Finding]:
+        """What speaks against plugging this device so."""
+
+    def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
+        """A free place that is not among the taken ones, which are places as text.
+
+        Raises NoFreePort, and CannotPlug when the VM never has one.
+        """
+
+    def plan(self, new: "NewPlug", place: Place, offer: Offer) -> Plug:
+        """What to plug there. Raises SpecError when the options do not fit the place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewPlug:
+    """A device that is to be plugged, under the id that it has from now on."""
+
+    id: str
+    device: HostDevice
+    read_only: bool
 
 
 class Hypervisor(Protocol):
@@ -210,11 +265,14 @@ class Hypervisor(Protocol):
     def offer(self) -> Offer:
         """What the VM has to plug into now."""
 
-    def steps(self, drive: BlockDrive, place: Place) -> tuple[Step, ...]:
+    def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
         """Exactly what `plug` would do; sends nothing."""
 
-    def plug(self, drive: BlockDrive, place: Place) -> None:
-        """Plug all of it or none: whatever was done before a failure is undone."""
+    def plug(self, plug: Plug, place: Place) -> None:
+        """Plug all of it or none: whatever was done before a failure is undone.
+
+        Only after a ProtocolError or ConnectError does nobody know what was done.
+        """
 
     def request_unplug(self, device_id: str) -> None:
         """Ask the guest to let go; comes back at once, also when it was asked before."""
@@ -222,7 +280,8 @@ class Hypervisor(Protocol):
     def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
         """Wait for the guest, then take the devices' remains away.
 
-        Gives the reason for each device that is still there: `timeout`, or the guest's refusal.
+        Gives the reason for each device that is still there: `timeout`, `refused` by the guest,
+        or `lost` when its vhost-user backend is gone.
         """
 
     def resize(self, device_id: str, size_bytes: int) -> None:
@@ -230,6 +289,9 @@ class Hypervisor(Protocol):
 
     def find_devices(self) -> dict[str, bool]:
         """The ids of all devices of which the VM holds any part; True where the guest sees it."""
+
+    def find_lost(self) -> set[str]:
+        """The ids of devices whose vhost-user backend is gone: the guest waits for its I/O."""
 
     def status(self) -> str:
         """QEMU's run state: `running`, `paused`, `prelaunch`, ..."""

@@ -1,31 +1,37 @@
 """Block devices and disk images as disks: their options, their drive, their place."""
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, NamedTuple, Self
+from typing import Self
 
-from vmplug.address import ScsiAddress
-from vmplug.drivers.base import (
-    Aio,
-    BlockDrive,
-    BlockDriver,
-    Cache,
+from vmplug.drivers.base import Aio, BlockDrive, BlockDriver, Cache, NewPlug, Throttle
+from vmplug.drivers.choose import (
+    ccw_places,
+    cold_plug_only,
+    memory_slot,
+    mmio_places,
+    pci_places,
+    scsi_places,
+)
+from vmplug.drivers.options import Option, number, parse_options, switch, text, word
+from vmplug.drivers.place import (
+    CcwPlace,
+    MemorySlot,
+    MmioPlace,
     Offer,
     PciPlace,
     Place,
+    PlugMode,
     ScsiPlace,
-    Throttle,
 )
-from vmplug.errors import NoFreePort, SpecError
-from vmplug.host.device import BlockDevice, DiskFile
+from vmplug.drivers.pmem import NVDIMM_OPTIONS, check_nvdimm, is_pmem
+from vmplug.errors import CannotPlug, NoFreePort, SpecError
+from vmplug.host.device import BlockDevice, DiskFile, HostDevice
 from vmplug.host.image import ImageFormat
 from vmplug.host.safety import Code, Finding
 
-HOT_PLUGGED = (BlockDriver.VIRTIO_BLOCK, BlockDriver.VIRTIO_SCSI)
-
-_SERIAL_BYTES = {BlockDriver.VIRTIO_BLOCK: 20, BlockDriver.VIRTIO_SCSI: 36}
+_SERIAL_BYTES_MAX = 20
+_SCSI_SERIAL_BYTES_MAX = 36
 """virtio-blk cuts a serial at 20 bytes without a word. Source: virtio specification, 5.2.6;
 QEMU hw/scsi/scsi-disk.c."""
 
@@ -48,48 +54,87 @@ class BlockOptions:
     serial: str | None = None
     iothread: bool = False
     throttle: Throttle | None = None
+    fs_type: str | None = None
 
     def __post_init__(self) -> None:
-        if self.driver not in {None, *HOT_PLUGGED}:
-            raise SpecError(
-                "option block-driver",
-                f"{self.driver} cannot be hot-plugged",
-                hint="say " + " or ".join(HOT_PLUGGED),
-            )
         if self.aio is Aio.NATIVE and self.cache and not self.cache.direct:
             raise SpecError(
                 "option aio",
                 f"native does not work with cache={self.cache}",
                 hint="say cache=none or cache=directsync, or aio=io_uring",
             )
-        _check_iothread(self, self.driver)
+        _check_fits(self, self.driver)
         _check_limits(self.throttle or Throttle())
 
     @classmethod
     def parse(cls, options: Mapping[str, str]) -> Self:
         """The options by their names in `OPTIONS`; SpecError names the one that is wrong."""
-        values: dict[str, Any] = {}
-        limits: dict[str, Any] = {}
-        for key, text in options.items():
-            option = OPTIONS.get(key)
-            if option is None:
-                hint = "known are " + ", ".join(OPTIONS)
-                raise SpecError(f"option {key}", "unknown for a disk", hint=hint)
-            target = limits if key in _LIMITS else values
-            try:
-                target[option.field] = option.parse(text)
-            except ValueError as error:
-                raise SpecError(f"option {key}", f"{text!r} is not {error}") from None
+        values = parse_options(options, OPTIONS, "a disk")
+        limits = {key: values.pop(key) for key in list(values) if key in Throttle.__slots__}
         return cls(**values, throttle=Throttle(**limits) if limits else None)
 
+    def check(
+        self,
+        device: HostDevice,
+        *,
+        read_only: bool,  # noqa: ARG002  a disk always can be
+    ) -> Iterator[Finding]:
+        """See Driver."""
+        assert isinstance(device, BlockDevice | DiskFile)
+        if self.driver_of(device) is BlockDriver.NVDIMM:
+            return check_nvdimm(device, self.format)
+        return check_disk(device, self)
 
-def _check_iothread(options: BlockOptions, driver: BlockDriver | None) -> None:
+    def driver_of(self, device: BlockDevice | DiskFile) -> BlockDriver | None:
+        """The driver that was said, or that the device or another option means."""
+        if self.driver is None and isinstance(device, DiskFile) and is_pmem(device):
+            return BlockDriver.NVDIMM
+        if self.driver is None and self.iothread:
+            return BlockDriver.VIRTIO_BLOCK
+        return self.driver
+
+    def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
+        """See Driver."""
+        assert isinstance(device, BlockDevice | DiskFile)
+        return choose_place(offer, self.driver_of(device), taken)[1]
+
+    def plan(self, new: NewPlug, place: Place, offer: Offer) -> BlockDrive:  # noqa: ARG002
+        """See Driver."""
+        assert isinstance(new.device, BlockDevice | DiskFile)
+        driver = _DRIVER_AT[type(place)]
+        return plan_drive(new.id, new.device, self, read_only=new.read_only, driver=driver)
+
+
+_DRIVER_AT = {
+    PciPlace: BlockDriver.VIRTIO_BLOCK,
+    ScsiPlace: BlockDriver.VIRTIO_SCSI,
+    CcwPlace: BlockDriver.VIRTIO_BLOCK_CCW,
+    MmioPlace: BlockDriver.VIRTIO_MMIO,
+    MemorySlot: BlockDriver.NVDIMM,
+}
+
+
+def _check_fits(options: BlockOptions, driver: BlockDriver | None) -> None:
     if options.iothread and driver is BlockDriver.VIRTIO_SCSI:
         raise SpecError(
             "option iothread",
             "a SCSI disk runs in the iothread of its controller",
             hint="say block-driver=virtio-blk, or leave iothread out",
         )
+    if driver is BlockDriver.NVDIMM:
+        said = [key for key, option in OPTIONS.items() if _is_said(options, option.field)]
+        for key in said:
+            if key not in NVDIMM_OPTIONS:
+                raise SpecError(
+                    f"option {key}",
+                    "does not apply to an NVDIMM, which the guest maps",
+                    hint="leave it out, or say block-driver=virtio-blk",
+                )
+
+
+def _is_said(options: BlockOptions, field: str) -> bool:
+    owner = options.throttle if field in Throttle.__slots__ else options
+    return owner is not None and bool(getattr(owner, field))
 
 
 def _check_limits(limits: Throttle) -> None:
@@ -100,52 +145,12 @@ def _check_limits(limits: Throttle) -> None:
         raise SpecError("option iops-total", "does not go with iops-read or iops-write")
 
 
-class _Option(NamedTuple):
-    field: str
-    parse: Callable[[str], object]
-    help: str
-
-
-def _word(*words: StrEnum) -> Callable[[str], StrEnum]:
-    def parse(text: str) -> StrEnum:
-        for word in words:
-            if word == text:
-                return word
-        raise ValueError(f"one of {', '.join(words)}")
-
-    return parse
-
-
-def _switch(on: str, off: str) -> Callable[[str], bool]:
-    def parse(text: str) -> bool:
-        if text not in {on, off}:
-            raise ValueError(f"{on} or {off}")
-        return text == on
-
-    return parse
-
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _LIMIT_MAX = 10**15
 """Source: QEMU include/qemu/throttle.h, THROTTLE_VALUE_MAX."""
 
 
-def _limit(text: str) -> int:
-    match = re.fullmatch(r"([1-9][0-9]{0,15})([KMG]?)", text)
-    limit = int(match[1]) * _UNITS[match[2]] if match else 0
-    if not 0 < limit <= _LIMIT_MAX:
-        raise ValueError("a number from 1 to 10^15, with K, M or G if need be")
-    return limit
-
-
-def _serial(text: str) -> str:
-    if not text or not text.isprintable():
-        raise ValueError("printable text")
-    return text
-
-
 _LIMITS = {
-    name: _Option(name.replace("-", "_"), _limit, f"limit of {what} a second")
+    name: Option(name.replace("-", "_"), number(1, _LIMIT_MAX), f"limit of {what} a second")
     for name, what in (
         ("bps-total", "bytes"),
         ("bps-read", "bytes read"),
@@ -156,21 +161,22 @@ _LIMITS = {
     )
 }
 
-OPTIONS: Mapping[str, _Option] = {
-    "block-driver": _Option(
-        "driver", _word(*HOT_PLUGGED), "virtio-blk or virtio-scsi; default: what the VM offers"
+OPTIONS: Mapping[str, Option] = {
+    "block-driver": Option(
+        "driver", word(*BlockDriver), f"{', '.join(BlockDriver)}; default: by the VM"
     ),
-    "format": _Option("format", _word(*ImageFormat), "raw (default) or qcow2"),
-    "cache": _Option(
+    "format": Option("format", word(*ImageFormat), "raw (default) or qcow2"),
+    "cache": Option(
         "cache",
-        _word(*Cache),
+        word(*Cache),
         "none (default if possible), writeback, writethrough, directsync or unsafe",
     ),
-    "aio": _Option("aio", _word(*Aio), "native, io_uring or threads; default: by the cache"),
-    "discard": _Option("discard", _switch("unmap", "ignore"), "unmap or ignore (default)"),
-    "share-rw": _Option("share_rw", _switch("on", "off"), "others write to it too: on or off"),
-    "serial": _Option("serial", _serial, "what the guest sees; default: the device id"),
-    "iothread": _Option("iothread", _switch("on", "off"), "a thread of its own: on or off"),
+    "aio": Option("aio", word(*Aio), "native, io_uring or threads; default: by the cache"),
+    "discard": Option("discard", switch("unmap", "ignore"), "unmap or ignore (default)"),
+    "share-rw": Option("share_rw", switch("on", "off"), "others write to it too: on or off"),
+    "serial": Option("serial", text, "what the guest sees; default: the device id"),
+    "iothread": Option("iothread", switch("on", "off"), "a thread of its own: on or off"),
+    "fstype": Option("fs_type", text, "the file system on it, which the agent is told"),
     **_LIMITS,
 }
 """Every option of a disk, with one line of help."""
@@ -234,14 +240,16 @@ def plan_drive(
 
     SpecError when the serial is too long for the driver, or there can be no iothread.
     """
-    _check_iothread(options, driver)
+    _check_fits(options, driver)
     cache = options.cache
     if cache is None:
         wants_direct = device.direct_io or options.aio is Aio.NATIVE
         cache = Cache.NONE if wants_direct else Cache.WRITEBACK
     serial = device_id if options.serial is None else options.serial
-    if len(serial.encode()) > _SERIAL_BYTES[driver]:
-        limit = _SERIAL_BYTES[driver]
+    limit = _SERIAL_BYTES_MAX
+    if driver is BlockDriver.VIRTIO_SCSI:
+        limit = _SCSI_SERIAL_BYTES_MAX
+    if len(serial.encode()) > limit:
         raise SpecError("option serial", f"{serial!r} is longer than {limit} bytes")
     return BlockDrive(
         id=device_id,
@@ -259,6 +267,7 @@ def plan_drive(
         sector_bytes=device.sector_bytes,
         iothread=options.iothread,
         throttle=options.throttle,
+        size_bytes=device.size_bytes,
     )
 
 
@@ -267,32 +276,53 @@ def choose_place(
 ) -> tuple[BlockDriver, Place]:
     """The lowest free place for a disk, and the driver that it means.
 
-    `taken` are places, as text, that the journal has given away. Without a wish, a PCI port comes
-    first and SCSI second. Raises NoFreePort.
+    `taken` are places, as text, that the journal has given away. Without a wish, a place of its
+    own (PCI, CCW, virtio-mmio) comes first and SCSI second. Raises NoFreePort and CannotPlug.
     """
-    if driver is not BlockDriver.VIRTIO_SCSI:
-        for pci in _pci_places(offer):
-            if str(pci) not in taken:
-                return BlockDriver.VIRTIO_BLOCK, pci
-    if driver is not BlockDriver.VIRTIO_BLOCK:
-        for scsi in _scsi_places(offer):
-            if str(scsi) not in taken:
-                return BlockDriver.VIRTIO_SCSI, scsi
+    if driver is BlockDriver.NVDIMM:
+        return driver, memory_slot(offer, taken)
+    _check_machine(offer, driver)
+    for place in _places(offer, driver):
+        if str(place) not in taken:
+            return _DRIVER_AT[type(place)], place
     raise _no_free_port(offer, driver)
 
 
-def _pci_places(offer: Offer) -> Iterator[PciPlace]:
-    for port in offer.ports:
-        for slot in port.free:
-            yield PciPlace(bus=port.bus, slot=slot, path=port.path.child(slot))
+def _places(offer: Offer, driver: BlockDriver | None) -> Iterator[Place]:
+    for kind, places in (
+        (BlockDriver.VIRTIO_BLOCK, pci_places),
+        (BlockDriver.VIRTIO_BLOCK_CCW, ccw_places),
+        (BlockDriver.VIRTIO_MMIO, mmio_places),
+        (BlockDriver.VIRTIO_SCSI, scsi_places),
+    ):
+        if driver in {None, kind}:
+            yield from places(offer)
 
 
-def _scsi_places(offer: Offer) -> Iterator[ScsiPlace]:
-    for controller in offer.controllers:
-        for index in range(1 << 16):
-            address = ScsiAddress.from_index(index)
-            if address not in controller.used:
-                yield ScsiPlace(bus=controller.bus, address=address, path=controller.path)
+def _check_machine(offer: Offer, driver: BlockDriver | None) -> None:
+    """CannotPlug when this VM never has a place for the driver."""
+    is_microvm = offer.machine == "microvm"
+    if driver is BlockDriver.VIRTIO_MMIO and not is_microvm:
+        raise CannotPlug(
+            "no-virtio-mmio",
+            f"the VM ({offer.machine}) has no virtio-mmio transports",
+            hint="start it with --machine microvm, or leave block-driver out",
+        )
+    if driver is BlockDriver.VIRTIO_BLOCK_CCW and offer.ccw_used is None:
+        raise CannotPlug(
+            "no-channel-subsystem",
+            f"the VM ({offer.machine}) has no channel subsystem, which s390 machines have",
+            hint="leave block-driver out",
+        )
+    has_no_pci = is_microvm or (offer.ccw_used is not None and not offer.ports)
+    if driver is BlockDriver.VIRTIO_BLOCK and has_no_pci:
+        raise CannotPlug(
+            "no-pci",
+            f"the VM ({offer.machine}) has no PCI port, and never will",
+            hint="leave block-driver out",
+        )
+    if is_microvm and driver in {None, BlockDriver.VIRTIO_MMIO} and offer.mode is PlugMode.HOT:
+        raise cold_plug_only("a virtio-mmio disk")
 
 
 def _no_free_port(offer: Offer, driver: BlockDriver | None) -> NoFreePort:

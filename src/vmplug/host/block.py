@@ -11,6 +11,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.device import BlockDevice, DiskFile, DiskPart, FoundBy
 from vmplug.host.image import read_qcow2_header
 from vmplug.host.loop import LoopBacking, read_backing_file
+from vmplug.host.pmem import read_pfn_info
 from vmplug.host.root import HostRoot, node_number
 
 SIZE_UNIT_BYTES = 512
@@ -44,16 +45,18 @@ def read_block_device(
     )
 
 
-def read_disk_file(path: str, root: HostRoot) -> DiskFile:
-    """The facts of a regular file that is to be a disk, by its canonical path."""
+def read_disk_file(path: str, root: HostRoot, found_by: FoundBy = FoundBy.FILE) -> DiskFile:
+    """The facts of a regular file that is to be a disk or an NVDIMM, by its canonical path."""
     canonical = root.real_path(path)
     status = root.stat(canonical)
     return DiskFile(
         host_path=canonical,
+        found_by=found_by,
         size_bytes=status.st_size if status else 0,
         read_only=not root.is_writable(canonical),
         direct_io=root.probe_open(canonical, os.O_DIRECT) is None,
         qcow2=read_qcow2_header(canonical, root),
+        pfn=read_pfn_info(canonical, root),
     )
 
 

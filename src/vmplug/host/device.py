@@ -6,15 +6,18 @@ this is on the way of every `vmplug resolve`.
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.host.image import Qcow2Header
 from vmplug.host.loop import LoopBacking
 
+if TYPE_CHECKING:
+    from vmplug.host.pmem import PfnInfo
+
 
 class DeviceType(StrEnum):
-    """Kinds of device, in the words of Kata's config.go."""
+    """Kinds of device: the words of Kata's config.go, and two that it has no type for."""
 
     VFIO = "vfio"
     BLOCK = "block"
@@ -23,6 +26,15 @@ class DeviceType(StrEnum):
     VHOST_USER_NET = "virtio-net-pci"
     VHOST_USER_BLK = "vhost-user-blk-pci"
     VHOST_USER_FS = "vhost-user-fs-pci"
+    VIRTIO_9P = "virtio-9p-pci"
+    VIRTIO_RNG = "virtio-rng-pci"
+
+
+class SharedFilesystem(StrEnum):
+    """How a directory is shared, in the words of Kata's config.go."""
+
+    VIRTIO_9P = "virtio-9p"
+    VIRTIO_FS = "virtio-fs"
 
 
 class FoundBy(StrEnum):
@@ -31,6 +43,7 @@ class FoundBy(StrEnum):
     SYSFS = "sysfs"
     VHOST_USER_STORE = "vhost-user-store"
     CONTAINER_PATH = "container-path"
+    BACKING_FILE = "backing-file"
     FILE = "file"
 
 
@@ -93,18 +106,20 @@ class BlockDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskFile:
-    """A regular file that is to be a disk; `host_path` is its canonical path.
+    """A regular file that is to be a disk or an NVDIMM; `host_path` is its canonical path.
 
     `read_only` says that its file system takes no writes, `direct_io` that it can be read past the
-    page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image.
+    page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image; `pfn` is the
+    information block of persistent memory, None without one.
     """
 
     kind: DeviceType = field(default=DeviceType.BLOCK, init=False)
-    found_by: FoundBy = field(default=FoundBy.FILE, init=False)
+    found_by: FoundBy = FoundBy.FILE
     host_path: str
     size_bytes: int
     read_only: bool = False
     qcow2: Qcow2Header | None = None
+    pfn: "PfnInfo | None" = None
     direct_io: bool = False
 
     @property
@@ -123,14 +138,45 @@ class DiskFile:
         return ()
 
 
+_BLK_F_RO = 5
+_SCSI_FEATURES = 0b1111
+_DEVICE_FEATURES = (1 << 24) - 1
+"""Bits 0 to 23 are the device type's own. Source: virtio specification, 2.2."""
+
+
+class Backend(NamedTuple):
+    """What a vhost-user backend says of itself; `queues` is how many request queues it serves."""
+
+    features: int
+    queues: int
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether a vhost-user-blk backend takes no writes."""
+        return bool(self.features >> _BLK_F_RO & 1)
+
+    def can_be(self, kind: DeviceType) -> bool:
+        """Whether a device of that kind could have these features.
+
+        QEMU ends itself when a vhost-user-scsi device has another kind's backend.
+        """
+        own = self.features & _DEVICE_FEATURES
+        return kind is not DeviceType.VHOST_USER_SCSI or not own & ~_SCSI_FEATURES
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VhostUserSocket:
-    """The socket of a storage daemon that stands behind a vhost-user number."""
+    """The socket of a process that serves a device: a disk, a network, a directory.
+
+    `devnum` is the number that stands for it in the vhost-user store; None when the request named
+    the socket itself. `backend` is what the process said when it was asked, None before that.
+    """
 
     kind: DeviceType
-    found_by: FoundBy = field(default=FoundBy.VHOST_USER_STORE, init=False)
-    devnum: DevNum
+    found_by: FoundBy = FoundBy.VHOST_USER_STORE
+    devnum: DevNum | None = None
     socket_path: str
+    backend: Backend | None = None
 
     @property
     def host_path(self) -> str:
@@ -139,12 +185,99 @@ class VhostUserSocket:
 
     @property
     def identity(self) -> str:
-        """Kind and number."""
-        return f"block:{self.devnum}"
+        """Kind and number, or the socket's canonical path."""
+        return f"block:{self.devnum}" if self.devnum else f"socket:{self.socket_path}"
 
     @property
     def related_identities(self) -> tuple[str, ...]:
-        """None are known: the daemon's disk cannot be seen from here."""
+        """None are known: what the process serves cannot be seen from here."""
+        return ()
+
+
+class SharedDirectory(NamedTuple):
+    """A directory to be shared under `tag`; `host_path` is its canonical path.
+
+    `read_only` says that its file system takes no writes. `virtiofsd` is the host's program that
+    can share it as virtio-fs, None when it has none.
+    """
+
+    kind: DeviceType
+    host_path: str
+    tag: str
+    read_only: bool = False
+    virtiofsd: str | None = None
+
+    @property
+    def found_by(self) -> FoundBy:
+        """The path itself."""
+        return FoundBy.FILE
+
+    @property
+    def identity(self) -> str:
+        """The tag and the canonical path: under another tag it is another device."""
+        return f"share:{self.tag}:{self.host_path}"
+
+    @property
+    def related_identities(self) -> tuple[str, ...]:
+        """None: directories may be shared as often as one likes."""
+        return ()
+
+
+class OpenConnection(NamedTuple):
+    """A connection to a virtiofsd that this process holds open; `inode` is the socket's."""
+
+    descriptor: int
+    inode: int
+
+    @property
+    def kind(self) -> DeviceType:
+        """A shared directory."""
+        return DeviceType.VHOST_USER_FS
+
+    @property
+    def found_by(self) -> FoundBy:
+        """The descriptor itself."""
+        return FoundBy.FILE
+
+    @property
+    def host_path(self) -> str:
+        """The socket as /proc names it."""
+        return f"socket:[{self.inode}]"
+
+    @property
+    def identity(self) -> str:
+        """The socket as /proc names it."""
+        return self.host_path
+
+    @property
+    def related_identities(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+
+class EntropySource(NamedTuple):
+    """A character device that gives random numbers; `host_path` is its node."""
+
+    host_path: str
+
+    @property
+    def kind(self) -> DeviceType:
+        """Random numbers."""
+        return DeviceType.VIRTIO_RNG
+
+    @property
+    def found_by(self) -> FoundBy:
+        """The path itself."""
+        return FoundBy.FILE
+
+    @property
+    def identity(self) -> str:
+        """The path: every VM may have the same source."""
+        return f"rng:{self.host_path}"
+
+    @property
+    def related_identities(self) -> tuple[str, ...]:
+        """None."""
         return ()
 
 
@@ -173,4 +306,12 @@ class CharDevice:
         return ()
 
 
-HostDevice = BlockDevice | DiskFile | VhostUserSocket | CharDevice
+HostDevice = (
+    BlockDevice
+    | DiskFile
+    | VhostUserSocket
+    | SharedDirectory
+    | OpenConnection
+    | EntropySource
+    | CharDevice
+)

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
@@ -79,21 +80,61 @@ def _read_mounts(root: HostRoot) -> set[MountedDevice]:
     return found
 
 
-def _parse_mountinfo(table: str, root: HostRoot) -> list[MountedDevice]:
+class MountPoint(NamedTuple):
+    """One line of mountinfo; `shown` is the directory of the file system that it shows.
+
+    `read_only` speaks of the file system, `shown_read_only` of this mount of it.
+    """
+
+    devnum: DevNum
+    shown: str
+    path: str
+    fs_type: str
+    source: str
+    read_only: bool
+    shown_read_only: bool
+
+
+def read_mount_points(root: HostRoot) -> list[MountPoint]:
+    """The mounts that this process sees; in another root, that its first process saw."""
+    path = "/proc/self/mountinfo" if root.is_live else "/proc/1/mountinfo"
+    try:
+        return _parse_lines(root.read_text(path) or "")
+    except (ValueError, IndexError) as error:
+        raise AttributeReadError(path, why=str(error)) from error
+
+
+def _parse_lines(table: str) -> list[MountPoint]:
     mounts = []
     # Only "\n" ends a line: the kernel leaves "\r" and U+2028 in names as they are.
-    for line in table.removesuffix("\n").split("\n"):
+    for line in table.removesuffix("\n").split("\n") if table else ():
         mount, _, file_system = line.partition(" - ")
-        fields, (_, source, super_options) = mount.split(" "), file_system.split(" ")[:3]
-        devnum = DevNum.parse(fields[2])
+        fields, (fs_type, source, super_options) = mount.split(" "), file_system.split(" ")[:3]
+        mounts.append(
+            MountPoint(
+                devnum=DevNum.parse(fields[2]),
+                shown=_unescape(fields[3]),
+                path=_unescape(fields[4]),
+                fs_type=fs_type,
+                source=_unescape(source),
+                read_only="ro" in super_options.split(","),
+                shown_read_only="ro" in fields[5].split(","),
+            )
+        )
+    return mounts
+
+
+def _parse_mountinfo(table: str, root: HostRoot) -> list[MountedDevice]:
+    mounts = []
+    for mount in _parse_lines(table):
+        devnum = mount.devnum
         if devnum.major == 0:  # btrfs and others show a number of their own
             # The mounter chose this text: it may lead anywhere.
-            status = root.try_stat(_unescape(source)) if source.startswith("/") else None
+            status = root.try_stat(mount.source) if mount.source.startswith("/") else None
             if status is None or not stat.S_ISBLK(status.st_mode):
                 continue
             devnum = node_number(status)
-        read_only = "ro" in super_options.split(",")
-        mounts.append(MountedDevice(devnum, _unescape(fields[4]), read_only))
+        mounts.append(MountedDevice(devnum, mount.path, mount.read_only))
     return mounts
 
 

@@ -5,7 +5,9 @@ Source: proc_pid_stat(5), field 22, starttime in clock ticks after boot.
 
 import os
 import select
+from contextlib import suppress
 
+from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
 
 
@@ -22,6 +24,21 @@ def is_running(pid: int, started_at: int | None, root: HostRoot) -> bool:
     """Whether the process of that number is there and, if known, the one that began then."""
     now = read_start_time(pid, root)
     return now is not None and started_at in {None, now}
+
+
+def find_marked(variable: str) -> dict[int, str]:
+    """The value of an environment variable in every process of this host that was given it.
+
+    Processes of other users are passed over. Source: proc_pid_environ(5).
+    """
+    root, found = HostRoot(), dict[int, str]()
+    for pid in root.names("/proc"):
+        with suppress(AttributeReadError):
+            text = (root.read_text(f"/proc/{pid}/environ") or "") if pid.isdigit() else ""
+            _, is_marked, value = ("\0" + text).partition(f"\0{variable}=")
+            if is_marked:
+                found[int(pid)] = value.partition("\0")[0]
+    return found
 
 
 def wait_for_end(pid: int, timeout_s: float) -> bool:

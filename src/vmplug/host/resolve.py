@@ -13,10 +13,11 @@ from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
 from vmplug.host.block import read_block_device, read_disk_file
 from vmplug.host.device import CharDevice, DeviceType, FoundBy, HostDevice, VhostUserSocket
 from vmplug.host.root import HostRoot, describe, node_number
-from vmplug.oci.info import DeviceInfo, DevType, Mount
+from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
     from vmplug.host.vhost_user import VhostUserStore
+    from vmplug.oci.annotated import Request
 
 _SYSFS_DIRECTORY = {
     DevType.BLOCK: "/sys/dev/block/",
@@ -35,11 +36,17 @@ def get_host_path(info: DeviceInfo, root: HostRoot, store: VhostUserStore | None
     A number in sysfs is answered by the kernel's DEVNAME in three system calls. Raises
     NoSuchDevice when the host has no such device, AttributeReadError when it does not say.
     """
-    if info.dev_type is DevType.BLOCK and store and info.devnum and store.owns(info.devnum):
+    if store and info.devnum and _is_stored(info, store):
         return store.find_socket(info.devnum)
     if info.host_path is not None:
         return _regular_file(info.host_path, root)
     return find_sysfs_node(info, root) or _container_node(info, root)
+
+
+def _is_stored(info: DeviceInfo, store: VhostUserStore | None) -> bool:
+    """Whether the number stands for a socket of the store: only block devices' numbers do."""
+    owned = store is not None and info.devnum is not None and store.owns(info.devnum)
+    return owned and info.dev_type is DevType.BLOCK
 
 
 def find_sysfs_node(info: DeviceInfo, root: HostRoot) -> str | None:
@@ -118,23 +125,27 @@ def _regular_file(path: str, root: HostRoot) -> str:
     return real
 
 
-def resolve(info: DeviceInfo, root: HostRoot, store: VhostUserStore | None = None) -> HostDevice:
+def resolve(info: Request, root: HostRoot, store: VhostUserStore | None = None) -> HostDevice:
     """What the requested device is on this host, with its facts.
 
     Raises NoSuchDevice or AttributeReadError.
     """
+    if not isinstance(info, DeviceInfo):
+        from vmplug.host.named import resolve_named  # noqa: PLC0415  most requests are numbers
+
+        return resolve_named(info, root)
     return _describe_device(info, get_host_path(info, root, store), root, store)
 
 
 def resolve_all(
-    infos: Sequence[DeviceInfo], root: HostRoot, store: VhostUserStore | None = None
+    infos: Sequence[Request], root: HostRoot, store: VhostUserStore | None = None
 ) -> list[HostDevice | HostError]:
     """`resolve` for many: each is answered, with its device or its error, in the order asked."""
     sockets = _find_sockets(infos, store)
     answers: list[HostDevice | HostError] = []
     for info in infos:
         try:
-            if info.devnum in sockets and info.dev_type is DevType.BLOCK:
+            if isinstance(info, DeviceInfo) and _is_stored(info, store):
                 answers.append(sockets[info.devnum])
             else:
                 answers.append(resolve(info, root))
@@ -144,17 +155,12 @@ def resolve_all(
 
 
 def _find_sockets(
-    infos: Iterable[DeviceInfo], store: VhostUserStore | None
+    infos: Iterable[Request], store: VhostUserStore | None
 ) -> Mapping[DevNum | None, HostDevice | HostError]:
     """What stands behind the numbers that are the store's, from one scan of it."""
-    if store is None:
-        return {}
-    owned = [
-        info.devnum
-        for info in infos
-        if info.dev_type is DevType.BLOCK and info.devnum and store.owns(info.devnum)
-    ]
-    if not owned:
+    stored = (i.devnum for i in infos if isinstance(i, DeviceInfo) and _is_stored(i, store))
+    owned = [devnum for devnum in stored if devnum]
+    if store is None or not owned:
         return {}
     try:
         return {
@@ -175,7 +181,8 @@ def _describe_device(
     info: DeviceInfo, host_path: str, root: HostRoot, store: VhostUserStore | None
 ) -> HostDevice:
     if info.host_path is not None:
-        return read_disk_file(host_path, root)
+        found_by = FoundBy.BACKING_FILE if info.pmem else FoundBy.FILE
+        return read_disk_file(host_path, root, found_by)
     kind = classify(info, host_path, store)
     if store and info.devnum and kind in {DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI}:
         return _socket(info.devnum, host_path, store)
@@ -189,7 +196,7 @@ def _describe_device(
 def classify(info: DeviceInfo, host_path: str, store: VhostUserStore | None = None) -> DeviceType:
     """The kind of a device, by the first row that fits."""
     is_block = info.dev_type is DevType.BLOCK
-    is_stored = is_block and store is not None and info.devnum and store.owns(info.devnum)
+    is_stored = _is_stored(info, store)
     is_blk = is_stored and store is not None and info.major == store.blk_major
     rows = (
         (is_blk, DeviceType.VHOST_USER_BLK),
@@ -199,24 +206,6 @@ def classify(info: DeviceInfo, host_path: str, store: VhostUserStore | None = No
         (True, DeviceType.GENERIC),
     )
     return next(kind for fits, kind in rows if fits)
-
-
-def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
-    """The bind mounts whose source is a block device: the volume itself is asked for."""
-    volumes = []
-    for mount in mounts:
-        is_bind = mount.type in {None, "", "none", "bind"} and mount.source.startswith("/")
-        status = root.try_stat(root.real_path(mount.source)) if is_bind else None
-        if status and stat.S_ISBLK(status.st_mode):
-            volumes.append(
-                DeviceInfo(
-                    container_path=mount.destination,
-                    dev_type=DevType.BLOCK,
-                    devnum=node_number(status),
-                    read_only=mount.read_only,
-                )
-            )
-    return volumes
 
 
 class HostPathCache:

@@ -148,6 +148,16 @@ class HostRoot:
         except OSError:
             return None
 
+    @staticmethod
+    def stat_descriptor(descriptor: int) -> os.stat_result | None:
+        """What a descriptor of this process is open on; None when it is not open."""
+        try:
+            return os.fstat(descriptor)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise AttributeReadError(f"/proc/self/fd/{descriptor}", error.errno) from error
+            return None
+
     def link(self, path: str) -> str | None:
         """The text of a symlink; None when absent."""
         try:
@@ -166,7 +176,10 @@ class HostRoot:
     def real_path(self, path: str) -> str:
         """`path` with all symlinks resolved, seen from inside the root."""
         if self.is_live:
-            return os.path.realpath(path)
+            try:
+                return os.path.realpath(path)
+            except OSError as error:  # a link of /proc that may not be read
+                raise AttributeReadError(path, error.errno) from error
         real, rest, links = "", path.split("/")[::-1], 0
         while rest:
             match rest.pop():
@@ -206,6 +219,14 @@ class HostRoot:
     def is_writable(self, path: str) -> bool:
         """Whether this process could write to `path`; nothing is opened."""
         return os.access(self._base + path, os.W_OK)
+
+    def is_mounted_read_only(self, path: str) -> bool:
+        """Whether the file system at `path` takes no writes; False when absent."""
+        try:
+            return bool(os.statvfs(self._base + path).f_flag & os.ST_RDONLY)
+        except OSError as error:
+            self._absent(path, error)
+            return False
 
     def is_range_locked(self, path: str, start: int, length: int) -> bool:
         """Whether another open file holds an OFD lock in that range; False when absent."""

@@ -14,7 +14,16 @@ from itertools import chain
 from typing import assert_never
 
 from vmplug.devnum import DevNum
-from vmplug.host.device import BlockDevice, CharDevice, DiskFile, HostDevice, VhostUserSocket
+from vmplug.host.device import (
+    BlockDevice,
+    CharDevice,
+    DiskFile,
+    EntropySource,
+    HostDevice,
+    OpenConnection,
+    SharedDirectory,
+    VhostUserSocket,
+)
 from vmplug.host.mounts import HostUsage, same_file
 from vmplug.host.root import HostRoot, describe, node_number
 
@@ -45,6 +54,14 @@ class Code(StrEnum):
     FORMAT_NOT_STATED = "format-not-stated"
     NOT_THAT_FORMAT = "not-that-format"
     NO_DIRECT_IO = "no-direct-io"
+    NO_PFN_SIGNATURE = "no-pfn-signature"
+    NVDIMM_SIZE = "nvdimm-size"
+    NO_BACKEND = "no-backend"
+    BACKEND_BUSY = "backend-busy"
+    BACKEND_SILENT = "backend-silent"
+    WRONG_BACKEND = "wrong-backend"
+    TOO_MANY_QUEUES = "too-many-queues"
+    CANNOT_BE_READ_ONLY = "cannot-be-read-only"
     NO_DRIVER = "no-driver"
     NO_SUCH_DEVICE = "no-such-device"
     UNREADABLE = "unreadable"
@@ -52,11 +69,15 @@ class Code(StrEnum):
 
 NEVER_ALLOWED = frozenset(
     {
+        Code.BACKEND_SILENT,
+        Code.NO_BACKEND,
         Code.NO_DRIVER,
         Code.NO_SUCH_DEVICE,
         Code.NOT_THAT_FORMAT,
         Code.SIZE_ZERO,
+        Code.TOO_MANY_QUEUES,
         Code.UNREADABLE,
+        Code.WRONG_BACKEND,
         Code.WRONG_NODE,
     }
 )
@@ -116,9 +137,9 @@ def check(
             return list(_check_block(device, wish, usage, claims, root))
         case DiskFile():
             return list(_check_file(device, wish, usage, claims, root))
-        case VhostUserSocket():
+        case VhostUserSocket() | OpenConnection() | SharedDirectory():
             return list(_claimed(claims, wish))
-        case CharDevice():
+        case CharDevice() | EntropySource():
             return []
         case _:
             assert_never(device)
@@ -299,9 +320,11 @@ def _claimed(claims: Sequence[Claim], wish: Wish) -> Iterator[Finding]:
 
 
 def _spoken(identity: str) -> str:
-    """`block device 7:0`, or the path of a file."""
+    """`block device 7:0`, or the path of anything else."""
     kind, _, what = identity.partition(":")
-    return what if kind == "file" else f"{kind} device {what}"
+    if kind in {"block", "char"}:
+        return f"{kind} device {what}"
+    return what.partition(":")[2] if kind == "share" else what
 
 
 def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator[Finding]:

@@ -4,14 +4,17 @@ What it answers is held to real QEMU 7.2 by the contract tests. It knows the com
 sends to plug disks, and no others.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import io
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from vmplug.address import PERIPHERAL
-from vmplug.drivers.base import Command
+from vmplug.drivers.base import Command, Daemon
 from vmplug.errors import CommandError
+from vmplug.hypervisor.daemon import Daemons, Started
 from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
 
@@ -31,12 +34,33 @@ class Guest(StrEnum):
 class MemoryHypervisor(Qemu):
     """A q35 machine in memory with up to 15 root ports and, if wanted, a virtio-scsi controller.
 
-    `monitor` may be told to fail (`fail_at`) and how the guest behaves (`guest`).
+    It takes `memory_slots` NVDIMMs. No process is started for a shared directory. `monitor` may be
+    told to fail (`fail_at`) and how the guest behaves (`guest`).
     """
 
-    def __init__(self, *, root_ports: int = 4, scsi: bool = True) -> None:
-        self.monitor = MemoryMonitor(root_ports=root_ports, scsi=scsi)
-        super().__init__(self.monitor)
+    def __init__(self, *, root_ports: int = 4, scsi: bool = True, memory_slots: int = 4) -> None:
+        self.monitor = MemoryMonitor(root_ports=root_ports, scsi=scsi, memory_slots=memory_slots)
+        super().__init__(self.monitor, daemons=_NoDaemons())
+
+
+class _NoDaemons(Daemons):
+    """Connections that lead nowhere."""
+
+    def start(self, daemon: Daemon, device_id: str) -> Started:
+        """See Daemons."""
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        return Started(ours, io.BytesIO())
+
+    def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
+        """See Daemons: none ever runs."""
+        return {}
+
+    def end(self, device_ids: Iterable[str]) -> None:
+        """See Daemons."""
+
+
+_IN_USE = {"chardev": ": Device '{}' is in use", "netdev": ", it's in use"}
 
 
 class _Refused(Exception):
@@ -59,12 +83,16 @@ class MemoryMonitor(Monitor):
 
     root_ports: int = 4
     scsi: bool = True
+    memory_slots: int = 4
     guest: Guest = Guest.ANSWERS
     fail_at: str | None = None
     sent: list[Command] = field(default_factory=list)
     devices: dict[str, _Device] = field(default_factory=dict)
     nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     objects: dict[str, str] = field(default_factory=dict)
+    chardevs: dict[str, str] = field(default_factory=dict)
+    netdevs: dict[str, str] = field(default_factory=dict)
+    descriptors: set[str] = field(default_factory=set)
     sizes: dict[str, int] = field(default_factory=dict)
     _receivers: list[EventReceiver] = field(default_factory=list)
 
@@ -124,13 +152,15 @@ class MemoryMonitor(Monitor):
     def _delete(self, name: str) -> None:
         device = self.devices.pop(name)
         path = f"{PERIPHERAL}/{name}"
-        if device.driver != "scsi-hd":
+        if device.driver.endswith("-pci"):
             self._emit("DEVICE_DELETED", path=f"{path}/virtio-backend")
         self._emit("DEVICE_DELETED", path=path, device=name)
 
     # what each command answers
 
     def _qom_list(self, path: str) -> list[dict[str, str]]:
+        if path == "/machine":
+            return [_entry(name, "property") for name in ("type", "memory", "nvdimm")]
         if path == PERIPHERAL:
             return [_entry(name, f"child<{d.driver}>") for name, d in self.devices.items()]
         if path == "/machine/peripheral-anon":
@@ -152,7 +182,9 @@ class MemoryMonitor(Monitor):
 
     def _qom_get(self, path: str, property: str) -> Any:
         if path == "/machine":
-            return "pc-q35-7.2-machine"
+            memory = {"size": 256 << 20, "slots": self.memory_slots, "max-size": 1 << 33}
+            machine = {"type": "pc-q35-7.2-machine", "nvdimm": True, "memory": memory}
+            return machine[property]
         if property.startswith("child["):
             return f"{PERIPHERAL}/{dict(self._occupants(path))[property]}"
         device = self.devices.get(path.removeprefix(PERIPHERAL + "/"))
@@ -165,6 +197,32 @@ class MemoryMonitor(Monitor):
 
     def _query_memdev(self) -> list[dict[str, Any]]:
         return [{"id": "mem", "share": True}]
+
+    def _query_memory_devices(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "type": "nvdimm",
+                "data": {
+                    "id": name,
+                    "memdev": f"/objects/{device.properties['memdev']}",
+                    "slot": device.properties["slot"],
+                },
+            }
+            for name, device in self.devices.items()
+            if device.driver == "nvdimm"
+        ]
+
+    def _query_kvm(self) -> dict[str, Any]:
+        return {"enabled": False, "present": True}
+
+    def _query_cpus_fast(self) -> list[dict[str, Any]]:
+        return [{"cpu-index": 0}]
+
+    def _query_chardev(self) -> list[dict[str, Any]]:
+        return [
+            {"label": name, "filename": connection, "frontend-open": True}
+            for name, connection in self.chardevs.items()
+        ]
 
     def _query_status(self) -> dict[str, Any]:
         running = self.guest is not Guest.SILENT
@@ -187,7 +245,7 @@ class MemoryMonitor(Monitor):
     def _blockdev_del(self, node_name: str) -> dict[str, Any]:
         if node_name not in self.nodes:
             raise _Refused(f"Failed to find node with node-name='{node_name}'")
-        if node_name in [device.properties.get("drive") for device in self.devices.values()]:
+        if node_name in self._used("drive"):
             raise _Refused(f"Node {node_name} is in use")
         if node_name in [node.get("file") for node in self.nodes.values()]:
             raise _Refused(f"Block device {node_name} is in use")
@@ -205,44 +263,123 @@ class MemoryMonitor(Monitor):
     def _object_del(self, id: str) -> dict[str, Any]:
         if id not in self.objects:
             raise _Refused(f"object '{id}' not found")
-        if id in [node.get("throttle_group") for node in self.nodes.values()]:
+        groups = [node.get("throttle_group") for node in self.nodes.values()]
+        if id in [*groups, *self._used("memdev")]:
             raise _Refused(f"object '{id}' is in use, can not be deleted")
         del self.objects[id]
         return {}
 
-    def _device_add(
-        self, driver: str, id: str, bus: str, drive: str, **rest: Any
-    ) -> dict[str, Any]:
+    def _getfd(self, fdname: str) -> dict[str, Any]:
+        self.descriptors.add(fdname)
+        return {}
+
+    def _closefd(self, fdname: str) -> dict[str, Any]:
+        if fdname not in self.descriptors:
+            raise _Refused(f"File descriptor named '{fdname}' not found")
+        self.descriptors.remove(fdname)
+        return {}
+
+    def _chardev_add(self, id: str, backend: Mapping[str, Any]) -> dict[str, Any]:
+        if id in self.chardevs:
+            raise _Refused(f"Chardev with id '{id}' already exists")
+        name = backend["data"]["addr"]["data"].get("str")
+        if name not in {None, *self.descriptors}:
+            why = f"File descriptor named '{name}' has not been found"
+            raise _Refused(f"Failed to add chardev '{id}': {why}")
+        self.descriptors.discard(name)
+        self.chardevs[id] = "unix:"
+        return {}
+
+    def _chardev_remove(self, id: str) -> dict[str, Any]:
+        if id not in self.chardevs:
+            raise _Refused(f"Chardev '{id}' not found")
+        if id in self._used("chardev"):
+            raise _Refused(f"Chardev '{id}' is busy")
+        del self.chardevs[id]
+        return {}
+
+    def _netdev_add(self, type: str, id: str, chardev: str, queues: int = 1) -> dict[str, Any]:
+        if id in self.netdevs:
+            raise _Refused(f"Duplicate ID '{id}'")
+        if chardev not in self.chardevs:
+            raise _Refused(f'chardev "{chardev}" not found')
+        self.netdevs[id] = chardev
+        return {}
+
+    def _netdev_del(self, id: str) -> dict[str, Any]:
+        if id not in self.netdevs:
+            raise _Refused(f"Device '{id}' not found", "DeviceNotFound")
+        self.chardevs.pop(self.netdevs.pop(id), None)
+        return {}
+
+    def _device_add(self, driver: str, id: str, **rest: Any) -> dict[str, Any]:
+        bus_path = "" if driver == "nvdimm" else self._bus_path(driver, rest["bus"])
+        if id in self.devices:
+            raise _Refused(f"Duplicate device ID '{id}'")
+        self._check_parts(driver, rest)
+        if driver == "nvdimm" and rest["slot"] >= self.memory_slots:
+            valid = f"[0-{self.memory_slots - 1}]"
+            raise _Refused(f"invalid slot number {rest['slot']}, valid range is {valid}")
+        for _, other in self._occupants(bus_path):
+            self._check_place(driver, other, rest)
+        if driver == "nvdimm" and rest["memdev"] in self._used("memdev"):
+            raise _Refused(f"can't use already busy memdev: {rest['memdev']}")
+        properties = {key.replace("_", "-"): value for key, value in rest.items()}
+        self.devices[id] = _Device(driver, bus_path, {**properties, "addr": 0})
+        return {}
+
+    def _used(self, key: str) -> set[Any]:
+        """What devices, and for a chardev networks, have as that property."""
+        used = {device.properties.get(key) for device in self.devices.values()} - {None}
+        return used | set(self.netdevs.values()) if key == "chardev" else used
+
+    def _bus_path(self, driver: str, bus: str) -> str:
         owner = bus.removesuffix(".0")
         if owner not in self.devices:
             raise _Refused(f"Bus '{bus}' not found")
-        if id in self.devices:
-            raise _Refused(f"Duplicate device ID '{id}'")
-        if drive not in self.nodes:
-            inner = driver.replace("-pci", "-device")
-            raise _Refused(f"Property '{inner}.drive' can't find value '{drive}'")
-        if (thread := rest.get("iothread")) not in {None, *self.objects}:
-            raise _Refused(f"Device '{thread}' not found", "DeviceNotFound")
-        is_scsi = driver == "scsi-hd"
-        place = f"virtio-backend/{bus}" if is_scsi else bus
-        bus_path = f"{PERIPHERAL}/{owner}/{place}"
-        for _, other in self._occupants(bus_path):
-            found = self.devices[other].properties
-            if not is_scsi:
-                raise _Refused(
-                    f"PCI: slot 0 function 0 not available for {driver}, "
-                    f"in use by {self.devices[other].driver},id={other}"
-                )
-            if (found["scsi-id"], found["lun"]) == (rest["scsi_id"], rest["lun"]):
+        place = f"virtio-backend/{bus}" if driver == "scsi-hd" else bus
+        return f"{PERIPHERAL}/{owner}/{place}"
+
+    def _check_parts(self, driver: str, properties: Mapping[str, Any]) -> None:
+        """What the device is made of must be there, by QEMU's words for each."""
+        inner = driver.removesuffix("-pci")
+        if driver.endswith("-pci") and inner not in {"vhost-user-blk", "vhost-user-scsi"}:
+            inner += "-device"
+        for key, known in (
+            ("drive", self.nodes),
+            ("chardev", self.chardevs),
+            ("netdev", self.netdevs),
+        ):
+            if (name := properties.get(key)) not in {None, *known}:
+                raise _Refused(f"Property '{inner}.{key}' can't find value '{name}'")
+            if name in self._used(key) and key in _IN_USE:
+                why = _IN_USE[key].format(name)
+                raise _Refused(f"Property '{inner}.{key}' can't take value '{name}'{why}")
+        for key in ("iothread", "memdev", "rng"):
+            if (name := properties.get(key)) not in {None, *self.objects}:
+                raise _Refused(f"Device '{name}' not found", "DeviceNotFound")
+
+    def _check_place(self, driver: str, other: str, properties: Mapping[str, Any]) -> None:
+        found = self.devices[other]
+        if driver == "nvdimm":
+            if found.driver == driver and found.properties["slot"] == properties["slot"]:
+                raise _Refused(f"slot {properties['slot']} is busy")
+        elif driver == "scsi-hd":
+            where = (properties["scsi_id"], properties["lun"])
+            if (found.properties["scsi-id"], found.properties["lun"]) == where:
                 raise _Refused(f"lun already used by '{other}'")
-        properties = {key.replace("_", "-"): value for key, value in rest.items()}
-        self.devices[id] = _Device(driver, bus_path, {**properties, "drive": drive, "addr": 0})
-        return {}
+        else:
+            raise _Refused(
+                f"PCI: slot 0 function 0 not available for {driver}, "
+                f"in use by {found.driver},id={other}"
+            )
 
     def _device_del(self, id: str) -> dict[str, Any]:
         device = self.devices.get(id)
         if device is None:
             raise _Refused(f"Device '{id}' not found", "DeviceNotFound")
+        if device.driver == "nvdimm":
+            raise _Refused("nvdimm device hot unplug is not supported yet.")
         if device.driver == "scsi-hd" or self.guest is Guest.ANSWERS:
             self._delete(id)
         elif self.guest is Guest.REFUSES:

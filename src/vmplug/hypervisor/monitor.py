@@ -46,6 +46,9 @@ _HINTS = (
     ("Duplicate", "vmplug reconcile removes what an interrupted attach left in the VM"),
     ("not available for", "something else was plugged there meanwhile; try again"),
     ("Permission denied", "QEMU's own user must be allowed to open the disk"),
+    ("Failed to connect to", "start the backend that listens there"),
+    ("cache-size' not found", "this QEMU has no DAX window for virtio-fs: leave cache-size out"),
+    ("not enough space, currently", "start the VM with more room for memory: a larger maxmem"),
     ("does not support hotplugging", "start the VM with root ports (vmplug vm start)"),
 )
 """What to do about QEMU's words, by a piece of them. Source: measured on QEMU 7.2."""

@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vmplug.address import PERIPHERAL, PciPath, PciSlot, ScsiAddress
-from vmplug.drivers.base import Command, Offer, PciPort, ScsiController
+from vmplug.address import PERIPHERAL, CcwDevNo, PciPath, PciSlot, ScsiAddress
+from vmplug.drivers.base import Command
+from vmplug.drivers.place import Offer, PciPort, ScsiController
 from vmplug.hypervisor.monitor import Monitor
 
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
@@ -19,6 +20,9 @@ _BRIDGES = frozenset({"pci-bridge", "pcie-pci-bridge"})
 _BRIDGE_SLOTS = tuple(PciSlot(slot) for slot in range(1, 32))
 _ROOT_BUS = re.compile(r"/machine/(unattached/)?[^/]+/(pcie|pci)\.0\Z")
 _MAX_DEPTH = 10
+_SCSI_CONTROLLERS = frozenset({"virtio-scsi-pci", "virtio-scsi-ccw"})
+_CSS_BRIDGE = "virtual-css-bridge"
+_CSS_BUS = f"/machine/{_CSS_BRIDGE}/virtual-css"
 
 
 def qom_list(path: str) -> Command:
@@ -32,9 +36,17 @@ def qom_get(path: str, name: str) -> Command:
 
 
 def read_offer(monitor: Monitor) -> Offer:
-    """All ports, bridges and SCSI controllers with what is free on them."""
-    machine, memory, peripherals = monitor.execute_all(
-        [qom_get("/machine", "type"), Command("query-memdev", {}), qom_list(PERIPHERAL)]
+    """All ports, bridges, SCSI controllers and memory slots with what is free on them."""
+    machine, memory, peripherals, properties, devices, kvm, cpus = monitor.execute_all(
+        [
+            qom_get("/machine", "type"),
+            Command("query-memdev", {}),
+            qom_list(PERIPHERAL),
+            qom_list("/machine"),
+            Command("query-memory-devices", {}),
+            Command("query-kvm", {}),
+            Command("query-cpus-fast", {}),
+        ]
     )
     types = dict(_children(peripherals))
     ports = [
@@ -43,16 +55,40 @@ def read_offer(monitor: Monitor) -> Offer:
         if kind in _PORTS | _BRIDGES and (port := _read_port(monitor, name, kind))
     ]
     controllers = [
-        _read_controller(monitor, name)
+        _read_controller(monitor, name, has_pci_path=kind.endswith("-pci"))
         for name, kind in types.items()
-        if kind == "virtio-scsi-pci"
+        if kind in _SCSI_CONTROLLERS
     ]
+    names = {entry["name"] for entry in properties}
+    nvdimms = [device for device in devices if device["type"] == "nvdimm"]
     return Offer(
         machine=str(machine).removesuffix("-machine"),
         ports=tuple(sorted(ports, key=lambda port: str(port.path))),
         controllers=tuple(sorted(controllers, key=lambda controller: controller.bus)),
-        shared_memory=bool(memory) and all(backend["share"] for backend in memory),
+        shared_memory=_is_shared(memory, nvdimms),
+        kvm=bool(kvm["enabled"]),
+        cpus=len(cpus),
+        ccw_used=_read_ccw(monitor) if _CSS_BRIDGE in names else None,
+        nvdimm="nvdimm" in names and bool(monitor.execute(qom_get("/machine", "nvdimm"))),
+        memory_slots=_read_memory_slots(monitor) if "memory" in names else 0,
+        memory_slots_used=frozenset(
+            device["data"]["slot"] for device in devices if "slot" in device["data"]
+        ),
+        nvdimms=len(nvdimms),
     )
+
+
+def _is_shared(
+    backends: Iterable[Mapping[str, Any]], nvdimms: Iterable[Mapping[str, Any]]
+) -> bool:
+    """Whether all of the guest's own memory is shared; that of NVDIMMs counts for nothing."""
+    others = {str(device["data"]["memdev"]).rpartition("/")[2] for device in nvdimms}
+    own = [backend["share"] for backend in backends if backend.get("id") not in others]
+    return bool(own) and all(own)
+
+
+def _read_memory_slots(monitor: Monitor) -> int:
+    return int(monitor.execute(qom_get("/machine", "memory")).get("slots", 0))
 
 
 def _read_port(monitor: Monitor, name: str, kind: str) -> PciPort | None:
@@ -98,7 +134,15 @@ def _read_pci_path(monitor: Monitor, qom_path: str) -> PciPath | None:
     return None
 
 
-def _read_controller(monitor: Monitor, name: str) -> ScsiController:
+def _read_ccw(monitor: Monitor) -> frozenset[CcwDevNo]:
+    """The device numbers in use, of cold devices without an id too."""
+    links = [e["name"] for e in monitor.execute(qom_list(_CSS_BUS)) if _is_occupant(e)]
+    paths = monitor.execute_all([qom_get(_CSS_BUS, link) for link in links])
+    numbers = monitor.execute_all([qom_get(path, "dev_id") for path in paths])
+    return frozenset(CcwDevNo.parse(number) for number in numbers)
+
+
+def _read_controller(monitor: Monitor, name: str, *, has_pci_path: bool) -> ScsiController:
     qom_path = f"{PERIPHERAL}/{name}"
     bus = f"{name}.0"
     bus_path = f"{qom_path}/virtio-backend/{bus}"
@@ -109,7 +153,8 @@ def _read_controller(monitor: Monitor, name: str) -> ScsiController:
             scsi_id, lun = monitor.execute_all([qom_get(disk, "scsi-id"), qom_get(disk, "lun")])
             if scsi_id <= 0xFF and lun <= 0xFF:
                 used.add(ScsiAddress(scsi_id, lun))
-    return ScsiController(bus=bus, path=_read_pci_path(monitor, qom_path), used=frozenset(used))
+    path = _read_pci_path(monitor, qom_path) if has_pci_path else None
+    return ScsiController(bus=bus, path=path, used=frozenset(used))
 
 
 def _children(entries: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from vmplug.address import new_id
 from vmplug.errors import StoreError
 
-VERSION = 1
+VERSION = 2
 """Of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -36,8 +36,7 @@ CREATE TABLE device (
     share_rw INTEGER NOT NULL,
     options TEXT NOT NULL,
     place TEXT,
-    pci_path TEXT,
-    scsi_address TEXT,
+    guest TEXT,
     UNIQUE (vm, identity),
     UNIQUE (vm, place)
 ) STRICT;
@@ -45,12 +44,42 @@ CREATE TABLE attachment (
     id TEXT PRIMARY KEY,
     device TEXT NOT NULL REFERENCES device (id) ON DELETE CASCADE,
     owner TEXT NOT NULL,
-    container_path TEXT NOT NULL,
+    name TEXT NOT NULL,
     read_only INTEGER NOT NULL,
     count INTEGER NOT NULL CHECK (count > 0),
-    UNIQUE (device, owner, container_path)
+    UNIQUE (device, owner, name)
 ) STRICT;
 """
+
+
+_MIGRATIONS = {
+    1: """
+ALTER TABLE device ADD COLUMN guest TEXT;
+UPDATE device SET guest = json_patch('{}', json_object(
+    'pci_path', pci_path, 'scsi_address', scsi_address)) WHERE place IS NOT NULL;
+ALTER TABLE device DROP COLUMN pci_path;
+ALTER TABLE device DROP COLUMN scsi_address;
+ALTER TABLE attachment RENAME COLUMN container_path TO name;
+""",
+}
+"""What turns a journal of that version into one of the next."""
+
+
+def migrate(connection: sqlite3.Connection, path: str) -> int:
+    """Bring the tables up to VERSION if they are older; their version then.
+
+    0 is no journal of vmplug. Raises StoreError.
+    """
+    while True:
+        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in _MIGRATIONS:
+            return version
+        with Transaction(connection, threading.RLock(), path) as db:
+            # Another process may have been quicker.
+            if db.execute("PRAGMA user_version").fetchone()[0] == version:
+                for statement in _MIGRATIONS[version].split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {version + 1}")
 
 
 def open_database(state_dir: str | os.PathLike[str]) -> tuple[sqlite3.Connection, str]:

@@ -6,26 +6,33 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from vmplug.drivers.block import BlockOptions, check_disk
-from vmplug.errors import HostError, InUse, NoSuchDevice
+from vmplug.drivers.base import Driver
+from vmplug.drivers.generic import check_generic
+from vmplug.drivers.select import select_driver
+from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice
 from vmplug.host import safety
-from vmplug.host.device import BlockDevice, CharDevice, DeviceType, DiskFile, HostDevice
+from vmplug.host.backend import ask_backend
+from vmplug.host.device import BlockDevice, CharDevice, HostDevice, VhostUserSocket
 from vmplug.host.mounts import HostUsage, read_usage
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.safety import Claim, Code, Finding, Severity, Wish
 from vmplug.host.vhost_user import VhostUserStore
-from vmplug.oci.info import DeviceInfo
+from vmplug.oci.annotated import Request
 
 FindClaims = Callable[[HostDevice], Sequence[Claim]]
+IsHeld = Callable[[HostDevice], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examined:
-    """One request with what came of it; `device` is None when `error` says why there is none."""
+    """One request with what came of it; `device` is None when `error` says why there is none.
 
-    info: DeviceInfo
-    options: BlockOptions
+    `driver` is None for a device that is only counted.
+    """
+
+    info: Request
+    driver: Driver | None
     device: HostDevice | None
     error: HostError | None
     findings: tuple[Finding, ...]
@@ -37,36 +44,50 @@ class Examined:
 
 
 def examine(
-    infos: Sequence[DeviceInfo],
+    infos: Sequence[Request],
     host: HostRoot,
     *,
     store: VhostUserStore | None = None,
     find_claims: FindClaims = lambda _: (),
+    is_held: IsHeld = lambda _: False,
     allowed: Iterable[Code] = (),
 ) -> list[Examined]:
     """Find every device and everything against handing it over, in the order asked.
 
-    `allowed` findings become warnings. Raises SpecError for malformed options only.
+    `allowed` findings become warnings. The backend of a device that the VM has already (`is_held`)
+    is not asked: it serves that VM. Raises SpecError for malformed options only.
     """
-    options = [BlockOptions.parse(info.driver_options) for info in infos]
     found = resolve_all(infos, host, store)
     usage = _try_read_usage(host, found)
     examined: list[Examined] = []
-    for info, option, answer in zip(infos, options, found, strict=True):
+    for info, answer in zip(infos, found, strict=True):
         device = None if isinstance(answer, HostError) else answer
         error = answer if isinstance(answer, HostError) else None
+        if device and not _is_text(device.host_path):
+            error, device = AttributeReadError(device.host_path, why="its name is no UTF-8"), None
+        driver = select_driver(info, device) if device else None
+        findings = [_unresolved(error)] if error else []
         if device:
             claims = [*find_claims(device), *_overlaps(device, examined)]
-            findings = _check(info, option, device, usage, claims, host)
-        else:
-            findings = [_unresolved(error)] if error else []
+            if isinstance(device, VhostUserSocket) and not (claims or is_held(device)):
+                device, findings = ask_backend(device, host)
+            findings += _check(info, driver, device, usage, claims, host)
         findings = safety.allow(findings, frozenset(allowed))
         examined.append(
             Examined(
-                info=info, options=option, device=device, error=error, findings=tuple(findings)
+                info=info, driver=driver, device=device, error=error, findings=tuple(findings)
             )
         )
     return examined
+
+
+def _is_text(path: str) -> bool:
+    """Whether QMP and the journal, which speak UTF-8, can name it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _try_read_usage(
@@ -80,8 +101,8 @@ def _try_read_usage(
 
 
 def _check(
-    info: DeviceInfo,
-    options: BlockOptions,
+    info: Request,
+    driver: Driver | None,
     device: HostDevice,
     usage: HostUsage | HostError,
     claims: Sequence[Claim],
@@ -90,14 +111,15 @@ def _check(
     """All findings about one device; what cannot be found out is one too."""
     if isinstance(usage, HostError):
         return [_unresolved(usage)]
-    wish = Wish(read_only=info.read_only, share_rw=options.share_rw)
+    wish = Wish(read_only=info.read_only, share_rw=driver is not None and driver.share_rw)
     try:
         findings = safety.check(device, wish, usage=usage, claims=claims, root=host)
     except HostError as error:
         return [_unresolved(error)]
-    findings += _no_driver(device)
-    if isinstance(device, BlockDevice | DiskFile):
-        findings += check_disk(device, options)
+    if driver:
+        findings += driver.check(device, read_only=info.read_only)
+    elif isinstance(device, CharDevice):
+        findings += check_generic(device)
     return findings
 
 
@@ -121,8 +143,8 @@ def refuse(examined: Sequence[Examined]) -> None:
     elif first.code not in safety.NEVER_ALLOWED:
         hint += f"; or take the risk with --allow {first.code}"
     raise InUse(
-        request.device.host_path if request.device else request.info.container_path,
-        "; ".join(f"{r.info.container_path}: {finding.message}" for r, finding in problems),
+        request.device.host_path if request.device else request.info.name,
+        "; ".join(f"{r.info.name}: {finding.message}" for r, finding in problems),
         codes=tuple(finding.code for _, finding in problems),
         hint=hint,
     )
@@ -140,22 +162,8 @@ def _overlaps(device: HostDevice, earlier: Iterable[Examined]) -> list[Claim]:
             vm="of this very request",
             identity=other.device.identity,
             read_only=other.info.read_only,
-            share_rw=other.options.share_rw,
+            share_rw=other.driver is not None and other.driver.share_rw,
         )
         for other in earlier
         if other.device and other.device.identity in device.related_identities
-    ]
-
-
-def _no_driver(device: HostDevice) -> list[Finding]:
-    if isinstance(device, BlockDevice | DiskFile):
-        return []
-    if isinstance(device, CharDevice) and device.kind is DeviceType.GENERIC:
-        return []
-    return [
-        Finding(
-            Code.NO_DRIVER,
-            f"{device.host_path} is a {device.kind} device, which this vmplug cannot plug",
-            "leave it out of the bundle; vmplug plugs block devices and disk images",
-        )
     ]

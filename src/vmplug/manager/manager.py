@@ -9,28 +9,21 @@ from dataclasses import replace
 from typing import Self
 
 from vmplug.address import qom_path
-from vmplug.devnum import DevNum
-from vmplug.drivers.base import (
-    BlockDriver,
-    Hypervisor,
-    Offer,
-    Place,
-    Step,
-)
-from vmplug.drivers.block import choose_place
+from vmplug.drivers.base import Driver, Hypervisor, Step
+from vmplug.drivers.place import Offer, Place
 from vmplug.errors import (
     CommandError,
+    ConnectError,
     DeviceError,
     HypervisorError,
     NoFreePort,
     NotAttached,
-    PolicyError,
+    ProtocolError,
     StoreError,
     UnplugRefused,
     UnplugTimeout,
 )
-from vmplug.host.device import BlockDevice, DiskFile, HostDevice
-from vmplug.host.resolve import resolve
+from vmplug.host.device import HostDevice
 from vmplug.host.root import HostRoot
 from vmplug.host.safety import Claim, Code
 from vmplug.host.vhost_user import VhostUserStore
@@ -39,13 +32,17 @@ from vmplug.manager.examine import Examined, examine
 from vmplug.manager.plan import NewDevice, Plan, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.records import Attachment, DeviceRecord, record_vm
+from vmplug.manager.resize import is_disk, new_size
 from vmplug.manager.state import State
 from vmplug.manager.store import Store
-from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.annotated import Request
 
 log = logging.getLogger(__name__)
 
 _PLAN_ATTEMPTS = 20
+
+_UNKNOWN = (ProtocolError, ConnectError)
+"""After these nobody knows what QEMU did; after every other error it is as it was."""
 
 
 class DeviceManager:
@@ -108,18 +105,19 @@ class DeviceManager:
         """Every hold on a device of this VM, in the order they came."""
         return self._journal.attachments(self._vm)
 
-    def check(self, infos: Sequence[DeviceInfo], *, allow: Iterable[Code] = ()) -> list[Examined]:
+    def check(self, infos: Sequence[Request], *, allow: Iterable[Code] = ()) -> list[Examined]:
         """What each request is on the host, and everything that `attach` would refuse it for."""
         return examine(
             infos,
             self._host,
             store=self._store,
             find_claims=self._find_claims,
+            is_held=self._is_held,
             allowed=allow,
         )
 
     def plan(
-        self, infos: Sequence[DeviceInfo], *, owner: str | None = None, allow: Iterable[Code] = ()
+        self, infos: Sequence[Request], *, owner: str | None = None, allow: Iterable[Code] = ()
     ) -> list[Step]:
         """Exactly what `attach_all` would send now, step and undo; nothing is changed.
 
@@ -130,18 +128,18 @@ class DeviceManager:
             return [
                 step
                 for new in plan.new
-                if new.drive and new.place
-                for step in self._hypervisor.steps(new.drive, new.place)
+                if new.plug and new.place
+                for step in self._hypervisor.steps(new.plug, new.place)
             ]
 
     def attach(
-        self, info: DeviceInfo, *, owner: str | None = None, allow: Iterable[Code] = ()
+        self, info: Request, *, owner: str | None = None, allow: Iterable[Code] = ()
     ) -> Attachment:
         """Plug one device, or only count it when the VM has it already; see `attach_all`."""
         return self.attach_all([info], owner=owner, allow=allow)[0]
 
     def attach_all(
-        self, infos: Sequence[DeviceInfo], *, owner: str | None = None, allow: Iterable[Code] = ()
+        self, infos: Sequence[Request], *, owner: str | None = None, allow: Iterable[Code] = ()
     ) -> list[Attachment]:
         """Plug all of the devices or none, and hold them for `owner` (default: the VM's name).
 
@@ -154,22 +152,21 @@ class DeviceManager:
             records = [new.record for new in plan.new]
             done, failure = self._plug(plan.new)
             if failure is None:
-                ids = [record.id for record in records]
+                ids = [*(record.id for record in records), *plan.revived]
                 added += self._journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
-            elif isinstance(failure, CommandError):
+            elif not isinstance(failure, _UNKNOWN):
                 self._give_up(plan.new, done)
-        if failure and not isinstance(failure, CommandError):
-            raise failure  # nobody knows what QEMU did: the journal keeps it for reconcile
+        if isinstance(failure, _UNKNOWN):
+            raise failure  # the journal keeps it for reconcile
         if failure:
             try:
-                self._unplug(done, UNPLUG_TIMEOUT_S)
+                self._unplug([r for r in done if r.can_be_unplugged], UNPLUG_TIMEOUT_S)
             except HypervisorError as error:
                 log.warning("%s; vmplug reconcile tries again, ignoring", error)
             raise failure
-        held = {(hold.device_id, hold.container_path): hold for hold in added}
+        held = {(hold.device_id, hold.name): hold for hold in added}
         attachments = [
-            replace(held[hold.device_id, hold.container_path], state=State.ATTACHED)
-            for hold in plan.holds
+            replace(held[hold.device_id, hold.name], state=State.ATTACHED) for hold in plan.holds
         ]
         for attachment in attachments:
             log.info("attached %s to VM %s", attachment.host_path, self._vm)
@@ -223,22 +220,10 @@ class DeviceManager:
         Raises PolicyError for what would cut data off, NotAttached, HypervisorError.
         """
         hold = next((hold for hold in self.attachments() if hold.id == attachment_id), None)
-        if hold is None or hold.guest_address is None:
+        record = next((r for r in self._journal.devices(self._vm) if r.id == _device(hold)), None)
+        if hold is None or record is None or not is_disk(record):
             raise NotAttached(f"no disk is attached as {attachment_id} in VM {self._vm}")
-        record = next(r for r in self._journal.devices(self._vm) if r.id == hold.device_id)
-        device = resolve(_request_for(record, hold), self._host)
-        now = _size_bytes(device, record)
-        wanted = now if size_bytes is None else size_bytes
-        if wanted < now:
-            raise PolicyError(
-                f"{hold.host_path} has {now} bytes; making it smaller would lose data",
-                hint="detach it first and cut it with the tool of its file system",
-            )
-        if isinstance(device, BlockDevice) and wanted != now:
-            raise PolicyError(
-                f"{hold.host_path} has {now} bytes and only the host can make it grow",
-                hint="grow the device on the host first, then resize without a size",
-            )
+        wanted = new_size(record, hold, self._host, size_bytes)
         self._hypervisor.resize(hold.device_id, wanted)
         return wanted
 
@@ -253,7 +238,10 @@ class DeviceManager:
     def _find_claims(self, device: HostDevice) -> list[Claim]:
         return self._journal.find_claims(self._vm, device.identity, device.related_identities)
 
-    def _plan(self, infos: Sequence[DeviceInfo], owner: str | None, allow: Iterable[Code]) -> Plan:
+    def _is_held(self, device: HostDevice) -> bool:
+        return any(r.identity == device.identity for r in self._journal.devices(self._vm))
+
+    def _plan(self, infos: Sequence[Request], owner: str | None, allow: Iterable[Code]) -> Plan:
         return make_plan(
             self.check(infos, allow=allow),
             vm=self._vm,
@@ -263,7 +251,7 @@ class DeviceManager:
         )
 
     def _plan_and_journal(
-        self, infos: Sequence[DeviceInfo], owner: str | None, allow: Iterable[Code]
+        self, infos: Sequence[Request], owner: str | None, allow: Iterable[Code]
     ) -> tuple[Plan, list[Attachment]]:
         """Decide and write it down, on a journal that nobody else wrote to in between."""
         for _ in range(_PLAN_ATTEMPTS):
@@ -279,16 +267,16 @@ class DeviceManager:
             hint="try again",
         )
 
-    def _choose(self, taken: set[str], driver: BlockDriver | None) -> tuple[BlockDriver, Place]:
+    def _choose(self, driver: Driver, device: HostDevice, taken: set[str]) -> tuple[Place, Offer]:
         """A place in what the VM offered when it was last asked, or, if that is full, offers now.
 
         What it offers is asked again after a refusal and after each unplug.
         """
         if self._offer:
             with suppress(NoFreePort):
-                return choose_place(self._offer, driver, taken)
+                return driver.choose_place(device, self._offer, taken), self._offer
         self._offer = self._hypervisor.offer()
-        return choose_place(self._offer, driver, taken)
+        return driver.choose_place(device, self._offer, taken), self._offer
 
     # acting
 
@@ -297,8 +285,8 @@ class DeviceManager:
         done: list[DeviceRecord] = []
         for device in devices:
             try:
-                if device.drive and device.place:
-                    self._hypervisor.plug(device.drive, device.place)
+                if device.plug and device.place:
+                    self._hypervisor.plug(device.plug, device.place)
             except DeviceError as error:
                 self._offer = None
                 return done, error
@@ -310,14 +298,25 @@ class DeviceManager:
         done_ids = [record.id for record in done]
         undone = [new.record.id for new in devices if new.record.id not in done_ids]
         self._journal.forget_devices(undone)
-        self._journal.set_state(done_ids, State.DETACHING)
+        self._let_go(done)
+
+    def _let_go(self, records: Sequence[DeviceRecord]) -> list[DeviceRecord]:
+        """Write down that nobody holds the devices any more; gives those that are to be unplugged.
+
+        The others stay in the VM until it ends.
+        """
+        leaving = [record for record in records if record.can_be_unplugged]
+        staying = [record.id for record in records if not record.can_be_unplugged]
+        self._journal.set_state([record.id for record in leaving], State.DETACHING)
+        self._journal.set_state(staying, State.RETAINED)
+        return leaving
 
     def _release(self, ids: Sequence[str], timeout_s: float, *, whole: bool) -> None:
         with self._lock:
             last = set(self._journal.release(ids, whole=whole))
             records = [r for r in self._journal.devices(self._vm) if r.id in last]
-            self._journal.set_state([record.id for record in records], State.DETACHING)
-        self._unplug(records, timeout_s)
+            leaving = self._let_go(records)
+        self._unplug(leaving, timeout_s)
 
     def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
         """Ask for all first and wait for all together; what is gone is forgotten."""
@@ -351,6 +350,15 @@ class DeviceManager:
                 f"the guest refuses to release {names}",
                 hint="unmount it in the guest, then detach again",
             )
+        lost = [paths.get(name, name) for name, why in left.items() if why == "lost"]
+        if lost:
+            return UnplugTimeout(
+                tuple(left),
+                f"the guest did not release {names} within {timeout_s:g} s: the backend of "
+                f"{', '.join(lost)} is gone",
+                hint="start that backend again, then detach again; without it the guest waits "
+                "for its I/O for ever",
+            )
         status = self._hypervisor.status()
         hint = "it stays detaching; detach again when the guest is up and has unmounted it"
         if status != "running":
@@ -362,20 +370,5 @@ class DeviceManager:
         )
 
 
-def _size_bytes(device: HostDevice, record: DeviceRecord) -> int:
-    """What the guest may see: a qcow2 image has a size of its own inside."""
-    if isinstance(device, DiskFile) and device.qcow2 and record.options.get("format") == "qcow2":
-        return device.qcow2.virtual_size_bytes
-    size_bytes = device.size_bytes if isinstance(device, BlockDevice | DiskFile) else None
-    return size_bytes or 0
-
-
-def _request_for(record: DeviceRecord, hold: Attachment) -> DeviceInfo:
-    """A request that finds the device of an attachment again."""
-    kind, _, what = record.identity.partition(":")
-    return DeviceInfo(
-        container_path=hold.container_path,
-        dev_type=DevType.BLOCK,
-        devnum=DevNum.parse(what) if kind == "block" else None,
-        host_path=what if kind == "file" else None,
-    )
+def _device(hold: Attachment | None) -> str | None:
+    return hold.device_id if hold else None

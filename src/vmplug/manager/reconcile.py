@@ -3,12 +3,14 @@
 | journal | VM | done |
 | --- | --- | --- |
 | plugging | any part, or none | unplugged: nobody was told that it is there |
-| attached | the device | nothing |
+| attached | the device | nothing; told when its vhost-user backend is gone |
 | attached | remains, or none | remains removed, forgotten |
 | detaching | any part, or none | unplugged |
+| retained | the device, or none | nothing, or forgotten |
 | nothing, for no VM | a part named by vmplug | unplugged |
 
-A device that the guest does not release stays "detaching".
+A device that the guest does not release stays "detaching". What QEMU cannot unplug, NVDIMMs and
+virtio-mmio devices, stays in the journal as "retained".
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vmplug.drivers.base import Hypervisor
+from vmplug.errors import CommandError
 from vmplug.manager.records import DeviceRecord
 from vmplug.manager.state import State
 from vmplug.manager.store import Store
@@ -28,10 +31,18 @@ class Outcome(StrEnum):
     FINISHED = "detached"
     FORGOTTEN = "forgotten"
     REMOVED = "removed"
+    RETAINED = "retained"
+    BACKEND_LOST = "backend lost"
     STILL_DETACHING = "still detaching"
 
 
-_LEFT = {"timeout": "the guest does not answer", "refused": "the guest refuses"}
+_STAYING = {Outcome.RETAINED, Outcome.BACKEND_LOST}
+
+_LEFT = {
+    "timeout": "the guest does not answer",
+    "refused": "the guest refuses",
+    "lost": "its vhost-user backend is gone, and the guest waits for it",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +67,20 @@ def reconcile(
     for device_id in held.keys() - journal.device_ids():
         reason = "the VM holds it and the journal does not know it"
         repairs[device_id] = Repair(device_id, None, Outcome.REMOVED, reason)
+    for device_id in hypervisor.find_lost() & records.keys() - repairs.keys():
+        path, reason = records[device_id].host_path, "start its backend again, or detach it"
+        repairs[device_id] = Repair(device_id, path, Outcome.BACKEND_LOST, reason)
+    stuck = [i for i, repair in repairs.items() if repair.outcome is Outcome.RETAINED]
     unfinished = [
-        device_id
-        for device_id in repairs
-        if device_id in records and records[device_id].state is State.PLUGGING
+        device_id for device_id, repair in repairs.items() if repair.outcome is Outcome.UNDONE
     ]
+    journal.set_state(stuck, State.RETAINED)
     journal.set_state(unfinished, State.DETACHING)
-    left = _unplug(hypervisor, list(repairs), held, timeout_s)
-    journal.forget_devices([i for i in repairs if i in records and i not in left])
+    leaving = [i for i, repair in repairs.items() if repair.outcome not in _STAYING]
+    left = _unplug(hypervisor, leaving, held, timeout_s)
+    journal.forget_devices([i for i in leaving if i in records and i not in left])
     return [
-        Repair(repair.device_id, repair.host_path, Outcome.STILL_DETACHING, _LEFT[left[device_id]])
+        Repair(repair.device_id, repair.host_path, Outcome.STILL_DETACHING, left[device_id])
         if device_id in left
         else repair
         for device_id, repair in repairs.items()
@@ -73,6 +88,10 @@ def reconcile(
 
 
 def _judge(record: DeviceRecord, held: Mapping[str, bool]) -> Repair | None:
+    is_unfinished = record.state in {State.PLUGGING, State.DETACHING}
+    if is_unfinished and held.get(record.id) and not record.can_be_unplugged:
+        reason = "QEMU cannot take it out again"
+        return Repair(record.id, record.host_path, Outcome.RETAINED, reason)
     match record.state:
         case State.PLUGGING:
             return Repair(
@@ -80,7 +99,7 @@ def _judge(record: DeviceRecord, held: Mapping[str, bool]) -> Repair | None:
             )
         case State.DETACHING:
             return Repair(record.id, record.host_path, Outcome.FINISHED, "it was detaching")
-        case State.ATTACHED:
+        case State.ATTACHED | State.RETAINED:
             if held.get(record.id) or record.place is None:
                 return None
             return Repair(
@@ -91,8 +110,14 @@ def _judge(record: DeviceRecord, held: Mapping[str, bool]) -> Repair | None:
 def _unplug(
     hypervisor: Hypervisor, device_ids: Sequence[str], held: Mapping[str, bool], timeout_s: float
 ) -> dict[str, str]:
+    """Why each device that is still there is."""
+    refused = {}
     for device_id in device_ids:
         if held.get(device_id):
-            hypervisor.request_unplug(device_id)
-    parts = [device_id for device_id in device_ids if device_id in held]
-    return hypervisor.wait_unplugged(parts, timeout_s) if parts else {}
+            try:
+                hypervisor.request_unplug(device_id)
+            except CommandError as error:
+                refused[device_id] = error.message
+    parts = [i for i in device_ids if i in held and i not in refused]
+    left = hypervisor.wait_unplugged(parts, timeout_s) if parts else {}
+    return refused | {device_id: _LEFT[why] for device_id, why in left.items()}

@@ -2,11 +2,13 @@
 
 import json
 import sqlite3
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
-from vmplug.address import PciPath, ScsiAddress
-from vmplug.drivers.base import Endpoint, GuestAddress
+from vmplug.address import CcwDevNo, PciPath, ScsiAddress
+from vmplug.drivers.base import Endpoint
+from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress
 from vmplug.host.device import DeviceType
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
@@ -45,18 +47,25 @@ class DeviceRecord:
     place: str | None
     guest_address: GuestAddress | None
 
+    @property
+    def can_be_unplugged(self) -> bool:
+        """Whether the VM can let go of it: QEMU never does of NVDIMMs and virtio-mmio devices."""
+        return not (self.place or "").startswith(UNPLUGGED_NEVER)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attachment:
     """One owner's hold on a device; `count` is how often it attached it.
 
+    `name` is what the request went by: a path in the container, or `net:eth0`, `share:work`.
     `guest_address` is where the guest sees it, None for a device that is only counted.
+    `options` are those that it is plugged with.
     """
 
     id: str
     vm: str
     owner: str
-    container_path: str
+    name: str
     host_path: str
     kind: DeviceType
     read_only: bool
@@ -64,6 +73,12 @@ class Attachment:
     state: State
     guest_address: GuestAddress | None
     device_id: str
+    options: Mapping[str, str]
+
+    @property
+    def container_path(self) -> str | None:
+        """The path in the container; None for what has none there."""
+        return self.name if self.name.startswith("/") else None
 
 
 def read_vm(row: sqlite3.Row) -> VmRecord:
@@ -94,13 +109,33 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
     )
 
 
-def _guest_address(row: sqlite3.Row) -> GuestAddress | None:
-    if row["place"] is None:
+def guest_text(address: GuestAddress | None) -> str | None:
+    """A guest address as it is saved: a JSON object of what is known of it."""
+    if address is None:
         return None
-    return GuestAddress(
-        pci_path=PciPath.parse(row["pci_path"]) if row["pci_path"] else None,
-        scsi_address=ScsiAddress.parse(row["scsi_address"]) if row["scsi_address"] else None,
-    )
+    known = {field.name: getattr(address, field.name) for field in fields(address)}
+    saved = {
+        name: value if isinstance(value, int) else str(value)
+        for name, value in known.items()
+        if value is not None
+    }
+    return json.dumps(saved)
+
+
+_PARSE: Mapping[str, Callable[[Any], Any]] = {
+    "pci_path": PciPath.parse,
+    "scsi_address": ScsiAddress.parse,
+    "ccw_devno": CcwDevNo.parse,
+    "nvdimm_id": int,
+    "nvdimm_handle": int,
+}
+
+
+def _guest_address(row: sqlite3.Row) -> GuestAddress | None:
+    if row["guest"] is None:
+        return None
+    saved = json.loads(row["guest"])
+    return GuestAddress(**{name: _PARSE.get(name, str)(value) for name, value in saved.items()})
 
 
 def read_attachment(row: sqlite3.Row) -> Attachment:
@@ -109,7 +144,7 @@ def read_attachment(row: sqlite3.Row) -> Attachment:
         id=row["id"],
         vm=row["vm"],
         owner=row["owner"],
-        container_path=row["container_path"],
+        name=row["name"],
         host_path=row["host_path"],
         kind=DeviceType(row["kind"]),
         read_only=bool(row["read_only"]),
@@ -117,6 +152,7 @@ def read_attachment(row: sqlite3.Row) -> Attachment:
         state=State(row["state"]),
         guest_address=_guest_address(row),
         device_id=row["device"],
+        options=json.loads(row["options"]),
     )
 
 

@@ -11,16 +11,19 @@ class State(StrEnum):
     PLUGGING = "plugging"
     ATTACHED = "attached"
     DETACHING = "detaching"
+    RETAINED = "retained"
 
 
 FOLLOWS: dict[State | None, frozenset[State | None]] = {
     None: frozenset({State.PLUGGING}),
-    State.PLUGGING: frozenset({State.ATTACHED, State.DETACHING, None}),
-    State.ATTACHED: frozenset({State.DETACHING, None}),
+    State.PLUGGING: frozenset({State.ATTACHED, State.DETACHING, State.RETAINED, None}),
+    State.ATTACHED: frozenset({State.DETACHING, State.RETAINED, None}),
     State.DETACHING: frozenset({State.DETACHING, State.ATTACHED, None}),
+    State.RETAINED: frozenset({State.ATTACHED, None}),
 }
 """None is "not in the journal". An attached device is forgotten at once only when the VM turns out
-not to hold it; a detaching one is attached again only when QEMU refused to be asked."""
+not to hold it; a detaching one is attached again only when QEMU refused to be asked. A retained
+one has no owner any more and stays until its VM ends, as QEMU cannot take it out."""
 
 
 def check_step(device: str, state: State | None, wanted: State | None) -> None:

@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self, TypeVar
 
-from vmplug.drivers.base import GuestAddress
 from vmplug.errors import StoreError
 from vmplug.host.safety import Claim
 from vmplug.manager import DEFAULT_STATE_DIR
-from vmplug.manager.database import VERSION, Transaction, open_database, store_error
+from vmplug.manager.database import VERSION, Transaction, migrate, open_database, store_error
 from vmplug.manager.records import (
     Attachment,
     DeviceRecord,
     VmRecord,
+    guest_text,
     read_attachment,
     read_claim,
     read_device,
@@ -42,6 +42,11 @@ SELECT a.device, a.count, d.vm, d.host_path, d.state,
        (SELECT count(*) FROM attachment b WHERE b.device = a.device) AS holds
 FROM attachment a JOIN device d ON a.device = d.id WHERE a.id = ?
 """
+_DROP_FORMER = """
+DELETE FROM attachment
+WHERE device = (SELECT id FROM device WHERE id = ? AND state = 'retained')
+"""
+"""A retained device keeps its last hold to be seen by; whoever holds it next takes its place."""
 _RELEASE_ONE = "UPDATE attachment SET count = count - 1 WHERE id = ?"
 
 
@@ -81,7 +86,7 @@ class Store:
 
     def _check_version(self) -> None:
         with self._errors():
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            version = migrate(self._db, self.path)
         if version == 0:
             raise StoreError(
                 self.path,
@@ -169,9 +174,8 @@ class Store:
                 return None
             for device in devices:
                 check_step(device.host_path, None, device.state)
-                guest = device.guest_address or GuestAddress()
                 db.execute(
-                    "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         device.id,
                         device.vm,
@@ -183,20 +187,21 @@ class Store:
                         device.share_rw,
                         json.dumps(dict(device.options)),
                         device.place,
-                        str(guest.pci_path) if guest.pci_path else None,
-                        str(guest.scsi_address) if guest.scsi_address else None,
+                        guest_text(device.guest_address),
                     ),
                 )
             return _add_holds(db, holds)
 
     def set_state(
-        self, device_ids: Sequence[str], state: State, holds: Iterable[Attachment] = ()
+        self, device_ids: Sequence[str], state: State, holds: Sequence[Attachment] = ()
     ) -> list[Attachment]:
         """Move devices on to `state`, and add holds on any device with it.
 
         Raises StateError when the table does not let one of them; then none moves.
         """
         with Transaction(self._db, self._lock, self.path) as db:
+            if state is State.ATTACHED:
+                db.executemany(_DROP_FORMER, [(hold.device_id,) for hold in holds])
             for device_id in device_ids:
                 done = db.execute(_SET_STATE[state], (device_id,))
                 if done.rowcount == 0:
@@ -227,6 +232,8 @@ class Store:
                     continue
                 if row["state"] == State.PLUGGING:
                     raise on_its_way(row["vm"], row["host_path"], State.PLUGGING)
+                if row["state"] == State.RETAINED:
+                    continue  # nobody holds it
                 if row["state"] == State.DETACHING or (
                     row["holds"] == 1 and (whole or row["count"] == 1)
                 ):
@@ -262,7 +269,7 @@ class Store:
         """Every hold on a device of `vm`, or of all VMs."""
         return self._read(
             read_attachment,
-            "SELECT a.*, d.vm, d.host_path, d.kind, d.state, d.place, d.pci_path, d.scsi_address"
+            "SELECT a.*, d.vm, d.host_path, d.kind, d.state, d.guest, d.options"
             " FROM attachment a JOIN device d ON a.device = d.id"
             " WHERE d.vm = coalesce(?, d.vm) ORDER BY a.rowid",
             vm,
@@ -290,10 +297,10 @@ def _add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> list[Atta
     for hold in holds:
         row = db.execute(
             "INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (device, owner, container_path) DO UPDATE"
+            " ON CONFLICT (device, owner, name) DO UPDATE"
             " SET count = count + 1, read_only = read_only AND excluded.read_only"
             " RETURNING id, count, read_only",
-            (hold.id, hold.device_id, hold.owner, hold.container_path, hold.read_only, hold.count),
+            (hold.id, hold.device_id, hold.owner, hold.name, hold.read_only, hold.count),
         ).fetchone()
         read_only = bool(row["read_only"])
         added.append(replace(hold, id=row["id"], count=row["count"], read_only=read_only))

@@ -1,8 +1,9 @@
-"""DeviceInfo and Mount: what a container asks for."""
+"""DeviceInfo and Mount: what a container asks for in OCI's own words."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import NamedTuple
 
 from vmplug.devnum import DevNum
@@ -26,8 +27,9 @@ class DeviceInfo:
     """One device as a container asks for it.
 
     `devnum` is None for a FIFO, which has no number, and for a regular file that is to be a disk;
-    the latter has its `host_path` instead, which is None for everything else. `file_mode` holds
-    permission bits only. `driver_options` are the words of `vmplug.drivers.block`.
+    the latter has its `host_path` instead, which is None for everything else. `pmem` asks for that
+    file as persistent memory (an NVDIMM). `file_mode` holds permission bits only.
+    `driver_options` are the words of the driver in `vmplug.drivers` that will plug it.
 
     Raises SpecError when the parts do not fit each other.
     """
@@ -36,6 +38,7 @@ class DeviceInfo:
     dev_type: DevType
     devnum: DevNum | None = None
     host_path: str | None = None
+    pmem: bool = False
     read_only: bool = False
     file_mode: int | None = None
     uid: int | None = None
@@ -49,6 +52,8 @@ class DeviceInfo:
             raise SpecError(self.container_path, "the path of the file is empty")
         if self.host_path is not None and (self.devnum or self.dev_type is not DevType.BLOCK):
             raise SpecError(self.container_path, "a regular file is type b and has no number")
+        if self.pmem and self.host_path is None:
+            raise SpecError(self.container_path, "persistent memory needs the path of its file")
         if self.devnum is not None and self.dev_type not in NUMBERED:
             raise SpecError(self.container_path, f"type {self.dev_type} has no number")
         if "\0" in (self.host_path or ""):
@@ -58,6 +63,11 @@ class DeviceInfo:
                 self.container_path, f"a device of type {self.dev_type} needs major and minor"
             )
         object.__setattr__(self, "driver_options", dict(self.driver_options))
+
+    @property
+    def name(self) -> str:
+        """What the request goes by: the path in the container."""
+        return self.container_path
 
     @property
     def major(self) -> int | None:
@@ -81,12 +91,16 @@ class DeviceInfo:
 
 
 class Mount(NamedTuple):
-    """One mount that has a source on the host; `type` is None where the bundle leaves it out."""
+    """One mount that has a source on the host; `type` is None where the bundle leaves it out.
+
+    `driver_options` are for the device that the source may turn out to be.
+    """
 
     destination: str
     source: str
     type: str | None
     read_only: bool
+    driver_options: Mapping[str, str] = MappingProxyType({})
 
 
 def normal_container_path(path: str, where: str = "container path") -> str:

@@ -1,7 +1,8 @@
 """What an OCI runtime configuration says about devices, as typed values.
 
-Only the parts that concern devices are read: `linux.devices`, `linux.resources.devices` and
-`mounts`. Everything else may be there and is not looked at.
+Only the parts that concern devices are read: `linux.devices`, `linux.resources.devices`,
+`mounts` and the `annotations` of `vmplug.oci.annotations`. Everything else may be there and is not
+looked at.
 Source: opencontainers/runtime-spec config.md and config-linux.md.
 """
 
@@ -10,6 +11,7 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +20,8 @@ import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
+from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
+from vmplug.oci.annotations import PREFIX, annotation_path, read_annotations
 from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, Mount, normal_container_path
 
 Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
@@ -58,17 +62,22 @@ class _Linux(msgspec.Struct):
 
 
 class _Config(msgspec.Struct):
+    annotations: dict[str, str] | None = None
     mounts: list[_Mount] | None = None
     linux: _Linux | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """What one container asks for; `name` is the bundle directory's, None for standard input."""
+    """What one container asks for; `name` is the bundle directory's, None for standard input.
+
+    `annotated` is what OCI has no word for and annotations ask for.
+    """
 
     name: str | None
     devices: tuple[DeviceInfo, ...]
     mounts: tuple[Mount, ...] = ()
+    annotated: tuple[NetInfo | ShareInfo | RngInfo, ...] = ()
 
 
 def read_bundle(source: str | os.PathLike[str]) -> Bundle:
@@ -106,25 +115,43 @@ def parse_config(data: bytes, *, name: str | None) -> Bundle:
     Raises SpecError with the JSON path, what stands there and what was expected.
     """
     config = _decode(data)
-    return Bundle(
+    annotated = read_annotations(config.annotations or {})
+    bundle = Bundle(
         name=name,
-        devices=_devices(config.linux or _Linux()),
+        devices=_devices(config.linux or _Linux(), annotated.options),
         mounts=tuple(
-            _mount(mount, f"$.mounts[{index}]")
+            _mount(mount, f"$.mounts[{index}]", annotated.options)
             for index, mount in enumerate(config.mounts or [])
             if mount.source
         ),
+        annotated=annotated.requests,
     )
+    _check_paths(annotated.options, bundle)
+    return bundle
 
 
-def _mount(mount: _Mount, where: str) -> Mount:
+def _check_paths(options: Iterable[str], bundle: Bundle) -> None:
+    """SpecError for options of a device that the bundle does not ask for."""
+    known = {device.container_path for device in bundle.devices}
+    known |= {mount.destination.rstrip("/") for mount in bundle.mounts}
+    for path in options:
+        if path not in known:
+            raise SpecError(
+                annotation_path(f"{PREFIX}options.{path}"),
+                f"the bundle asks for no device at {path}",
+                hint="name the path of an entry of linux.devices, or the destination of a mount",
+            )
+
+
+def _mount(mount: _Mount, at: str, options: Mapping[str, Mapping[str, str]]) -> Mount:
     if "\0" in (mount.source or ""):
-        raise SpecError(f"{where}.source", f"{mount.source!r} contains a NUL character")
+        raise SpecError(f"{at}.source", f"{mount.source!r} contains a NUL character")
     return Mount(
         destination=mount.destination,
         source=mount.source or "",
         type=mount.type,
         read_only=_last_of(mount.options or [], "ro", "rw") == "ro",
+        driver_options=options.get(mount.destination.rstrip("/"), {}),
     )
 
 
@@ -133,7 +160,7 @@ def _last_of(options: list[str], *words: str) -> str | None:
     return next((option for option in reversed(options) if option in words), None)
 
 
-def _devices(linux: _Linux) -> tuple[DeviceInfo, ...]:
+def _devices(linux: _Linux, options: Mapping[str, Mapping[str, str]]) -> tuple[DeviceInfo, ...]:
     rules = (linux.resources and linux.resources.devices) or []
     devices: dict[str, DeviceInfo] = {}
     for index, device in enumerate(linux.devices or []):
@@ -141,6 +168,8 @@ def _devices(linux: _Linux) -> tuple[DeviceInfo, ...]:
         info = _device_info(device, where)
         if info.dev_type is DevType.BLOCK and info.devnum and _is_read_only(info.devnum, rules):
             info = replace(info, read_only=True)
+        if info.container_path in options:
+            info = replace(info, driver_options=options[info.container_path])
         if (known := devices.setdefault(info.container_path, info)) != info:
             raise SpecError(
                 f"{where}.path",

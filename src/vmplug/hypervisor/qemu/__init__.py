@@ -6,13 +6,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id, qom_path
-from vmplug.drivers.base import BlockDrive, Command, Endpoint, Offer, Place, Step
-from vmplug.errors import CommandError
+from vmplug.drivers.base import Command, Daemon, Endpoint, Plug, Step, VhostUserDevice
+from vmplug.drivers.place import Offer, Place
+from vmplug.errors import BackendError, BackendTimeout, CommandError, HypervisorError
+from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import Monitor
-from vmplug.hypervisor.qemu.block import plug_steps
+from vmplug.hypervisor.qemu.plug import check_hot, plug_steps
+from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer
 
 log = logging.getLogger(__name__)
@@ -25,9 +29,17 @@ _UNPLUGGING = "in the process of unplug"
 class Qemu:
     """A running QEMU to plug into. Thread-safe; see `vmplug.drivers.base.Hypervisor`."""
 
-    def __init__(self, monitor: Monitor, endpoint: Endpoint | None = None) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        endpoint: Endpoint | None = None,
+        daemons: Daemons | None = None,
+    ) -> None:
         self._monitor = monitor
         self.endpoint = endpoint
+        vm = endpoint.qmp_socket if endpoint else f"process {os.getpid()}"
+        self._daemons = daemons or HostDaemons(vm)
+        self._with_daemon: set[str] = set()
         self._changed = threading.Condition()
         self._asked: set[str] = set()
         self._waiting: Counter[str] = Counter()
@@ -49,13 +61,32 @@ class Qemu:
         """What the VM has to plug into now."""
         return read_offer(self._monitor)
 
-    def steps(self, drive: BlockDrive, place: Place) -> tuple[Step, ...]:
+    def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
         """Exactly what `plug` would do; sends nothing."""
-        return plug_steps(drive, place)
+        return plug_steps(plug, place)
 
-    def plug(self, drive: BlockDrive, place: Place) -> None:
-        """Plug all of it or none: whatever was done before a failure is undone."""
-        steps = self.steps(drive, place)
+    def plug(self, plug: Plug, place: Place) -> None:
+        """Plug all of it or none: whatever was done before a failure is undone.
+
+        Only after a ProtocolError or ConnectError does nobody know what was done.
+        """
+        check_hot(plug, place)
+        if not (isinstance(plug, VhostUserDevice) and plug.daemon):
+            self._do(self.steps(plug, place))
+            return
+        with self._daemons.start(plug.daemon, plug.id) as started:
+            connected = replace(plug, daemon=None, descriptor=started.descriptor)
+            try:
+                self._do(self.steps(connected, place))
+            except CommandError as error:
+                self._daemons.end([plug.id])
+                raise _daemon_failed(plug.daemon, error, started.said()) from error
+            except BackendTimeout as error:
+                self._daemons.end([plug.id])  # which lets QEMU go on
+                self._remove_remains({plug.id})
+                raise _daemon_failed(plug.daemon, error, started.said()) from error
+
+    def _do(self, steps: Sequence[Step]) -> None:
         done, refusal = self._monitor.attempt([step.do for step in steps])
         if refusal:
             for step in reversed(steps[: len(done)]):
@@ -102,7 +133,7 @@ class Qemu:
         still_there = self._present(names) if pending else set()
         left = {names[name]: outcomes[name] for name in pending & still_there}
         self._remove_remains(set(device_ids) - left.keys())
-        return left
+        return left | dict.fromkeys(self._lost(left), "lost")
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Tell the guest a disk's new size; a regular file is made to have it."""
@@ -112,9 +143,16 @@ class Qemu:
     def find_devices(self) -> dict[str, bool]:
         """The ids of all devices of which the VM holds any part; True where the guest sees it."""
         devices = {name for name in self._names_in(PERIPHERAL) if device_id_of(name)}
-        parts = [device_id_of(name) for name in (*self._nodes(), *self._names_in("/objects"))]
-        found = {device_id: False for device_id in parts if device_id}
+        parts = (*self._nodes(), *self._names_in("/objects"), *self._chardevs())
+        ids = [device_id_of(name) for name in parts]
+        self._with_daemon = set(self._daemons.find())
+        found = {device_id: False for device_id in (*ids, *self._with_daemon) if device_id}
         return found | {name_id: True for name in devices if (name_id := device_id_of(name))}
+
+    def find_lost(self) -> set[str]:
+        """The ids of devices whose vhost-user backend is gone: the guest waits for its I/O."""
+        names = {i for name in self._names_in(PERIPHERAL) if (i := device_id_of(name))}
+        return self._lost(names)
 
     def status(self) -> str:
         """QEMU's run state: `running`, `paused`, `prelaunch`, ..."""
@@ -140,11 +178,15 @@ class Qemu:
                 self._outcomes[data["device"]] = outcome
                 self._changed.notify_all()
 
-    def _take_back(self, command: Command) -> None:
+    def _take_back(self, command: Command | None) -> None:
+        """What is not there any more needs no taking back: a netdev takes its chardev along."""
+        if command is None:
+            return
         try:
             self._monitor.execute(command)
         except CommandError as error:
-            log.warning("cannot undo %s: %s, ignoring", command.arguments, error)
+            if not any(words in error.desc for words in _NOT_THERE):
+                log.warning("cannot undo %s: %s, ignoring", command.arguments, error)
 
     def _names_in(self, path: str) -> list[str]:
         return [entry["name"] for entry in self._monitor.execute(qom_list(path))]
@@ -153,19 +195,44 @@ class Qemu:
         nodes = self._monitor.execute(Command("query-named-block-nodes", {"flat": True}))
         return [node["node-name"] for node in nodes]
 
+    def _chardevs(self) -> dict[str, str]:
+        """The chardevs with what they are connected to, in QEMU's words."""
+        found = self._monitor.execute(Command("query-chardev", {}))
+        return {chardev["label"]: chardev["filename"] for chardev in found}
+
+    def _lost(self, device_ids: Iterable[str]) -> set[str]:
+        """Those of the devices whose backend has hung up. Source: `query-chardev` on QEMU 7.2."""
+        links = {qemu_id(device_id, LINK): device_id for device_id in device_ids}
+        chardevs = self._chardevs() if links else {}
+        return {
+            links[label]
+            for label, connection in chardevs.items()
+            if label in links and connection.startswith("disconnected:")
+        }
+
     def _present(self, names: Iterable[str]) -> set[str]:
         return set(self._names_in(PERIPHERAL)).intersection(names)
 
     def _remove_remains(self, device_ids: set[str]) -> None:
-        """Delete nodes, filters before what they filter, then objects."""
+        """Delete what devices that are gone leave: filters before what they filter, daemons last.
+
+        Never of a device that is there: QEMU lets a netdev go from under it, and aborts.
+        """
         if not device_ids:
             return
         nodes = [name for name in self._nodes() if device_id_of(name) in device_ids]
         for name in sorted(nodes, key=len, reverse=True):
             self._remove(Command("blockdev-del", {"node-name": name}))
+        linked = [name for name in self._chardevs() if device_id_of(name) in device_ids]
+        for name in linked:
+            device_id = device_id_of(name) or ""
+            self._remove(Command("netdev_del", {"id": qemu_id(device_id, NETDEV)}))
+            self._remove(Command("chardev-remove", {"id": name}))
         for name in self._names_in("/objects"):
             if device_id_of(name) in device_ids:
                 self._remove(Command("object-del", {"id": name}))
+        if linked or device_ids & self._with_daemon:  # looking for one reads all of /proc
+            self._daemons.end(device_ids)
 
     def _remove(self, command: Command) -> None:
         """Delete what another thread may have deleted meanwhile."""
@@ -174,3 +241,14 @@ class Qemu:
         except CommandError as error:
             if not any(words in error.desc for words in _NOT_THERE):
                 raise
+
+
+def _daemon_failed(daemon: Daemon, error: HypervisorError, said: str) -> BackendError:
+    words = f"; {daemon.program} says: {said}" if said else ""
+    hint = error.hint if isinstance(error, CommandError) else None
+    return BackendError(
+        daemon.program,
+        f"{daemon.directory} cannot be shared: {error}{words}",
+        hint=hint
+        or "nothing is left of it in the VM; try again, or share it as virtio-9p at the start",
+    )

@@ -4,11 +4,13 @@ Source: QEMU qapi/block-core.json, qapi/qom.json; sequences and traps measured o
 """
 
 from dataclasses import fields
-from typing import Any, assert_never
+from typing import Any
 
 from vmplug.address import qemu_id
-from vmplug.drivers.base import BlockDrive, Command, PciPlace, Place, ScsiPlace, Step, Throttle
+from vmplug.drivers.base import BlockDrive, Command, Step, Throttle
+from vmplug.drivers.place import Place, ScsiPlace
 from vmplug.host.image import ImageFormat
+from vmplug.hypervisor.qemu.front import device_step, object_step, virtio_step
 
 
 def plug_steps(drive: BlockDrive, place: Place) -> tuple[Step, ...]:
@@ -17,29 +19,17 @@ def plug_steps(drive: BlockDrive, place: Place) -> tuple[Step, ...]:
     steps = []
     if drive.throttle:
         limits = {"limits": _limits(drive.throttle)}
-        steps.append(_object("throttle-group", qemu_id(drive.id, "limits"), limits))
+        steps.append(object_step("throttle-group", qemu_id(drive.id, "limits"), limits))
     if drive.iothread:
-        steps.append(_object("iothread", qemu_id(drive.id, "thread"), {}))
+        steps.append(object_step("iothread", qemu_id(drive.id, "thread"), {}))
     steps.append(_node(node, _disk_node(drive)))
     if drive.throttle:
         top = qemu_id(drive.id, "limit")
         group = qemu_id(drive.id, "limits")
         steps.append(_node(top, {"driver": "throttle", "throttle-group": group, "file": node}))
         node = top
-    steps.append(
-        Step(
-            do=Command("device_add", _front_end(drive, place, node)),
-            undo=Command("device_del", {"id": qemu_id(drive.id)}),
-        )
-    )
+    steps.append(_front_end(drive, place, node))
     return tuple(steps)
-
-
-def _object(qom_type: str, name: str, properties: dict[str, Any]) -> Step:
-    return Step(
-        do=Command("object-add", {"qom-type": qom_type, "id": name, **properties}),
-        undo=Command("object-del", {"id": name}),
-    )
 
 
 def _node(name: str, options: dict[str, Any]) -> Step:
@@ -72,10 +62,8 @@ def _disk_node(drive: BlockDrive) -> dict[str, Any]:
     return options
 
 
-def _front_end(drive: BlockDrive, place: Place, node: str) -> dict[str, Any]:
-    """The device. `addr` is always said: QEMU would put it where the guest never looks."""
+def _front_end(drive: BlockDrive, place: Place, node: str) -> Step:
     common: dict[str, Any] = {
-        "id": qemu_id(drive.id),
         "drive": node,
         "serial": drive.serial,
         "share-rw": drive.share_rw,
@@ -83,28 +71,13 @@ def _front_end(drive: BlockDrive, place: Place, node: str) -> dict[str, Any]:
         "logical_block_size": drive.sector_bytes,
         "physical_block_size": drive.sector_bytes,
     }
-    match place:
-        case PciPlace():
-            thread = {"iothread": qemu_id(drive.id, "thread")} if drive.iothread else {}
-            return {
-                "driver": "virtio-blk-pci",
-                "bus": place.bus,
-                "addr": hex(place.slot.slot),
-                **common,
-                "discard": drive.discard,
-                **thread,
-            }
-        case ScsiPlace():
-            return {
-                "driver": "scsi-hd",
-                "bus": place.bus,
-                "channel": 0,
-                "scsi-id": place.address.scsi_id,
-                "lun": place.address.lun,
-                **common,
-            }
-        case _:
-            assert_never(place)
+    if isinstance(place, ScsiPlace):
+        address = {"scsi-id": place.address.scsi_id, "lun": place.address.lun}
+        where = {"bus": place.bus, "channel": 0, **address}
+        return device_step("scsi-hd", drive.id, where | common)
+    thread = {"iothread": qemu_id(drive.id, "thread")} if drive.iothread else {}
+    own = {"discard": drive.discard, **thread}
+    return virtio_step("virtio-blk", drive.id, place, common | own)
 
 
 def _limits(throttle: Throttle) -> dict[str, int]:

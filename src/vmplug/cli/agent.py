@@ -1,0 +1,52 @@
+"""A device in the words of Kata's agent: its `Device` message, or `Storage` for a shared one.
+
+Source: Kata Containers, src/libs/protocols/protos/agent.proto and src/agent/src/device.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vmplug.host.device import DeviceType
+
+if TYPE_CHECKING:
+    from vmplug.manager.records import Attachment
+
+_NO_WORD = {DeviceType.VHOST_USER_SCSI, DeviceType.VHOST_USER_NET, DeviceType.VIRTIO_RNG}
+"""The agent is not told of these: the guest's kernel finds them."""
+
+
+def agent_json(attachment: "Attachment") -> dict[str, Any] | None:
+    """`type`, `id`, `vm_path` and `options`; None for what the agent has no word for."""
+    guest = attachment.guest_address
+    is_unnamed = guest is not None and guest.nvdimm_handle and guest.nvdimm_id is None
+    if guest is None or is_unnamed or attachment.kind in _NO_WORD:
+        return None
+    if guest.mount_tag:
+        is_9p = attachment.kind is DeviceType.VIRTIO_9P
+        return {
+            "type": "9p" if is_9p else "virtio-fs",
+            "id": guest.mount_tag,
+            "vm_path": "",
+            "fstype": "9p" if is_9p else "virtiofs",
+            "options": [
+                *(["trans=virtio,version=9p2000.L"] if is_9p else []),
+                *(["ro"] if attachment.read_only else []),
+            ],
+        }
+    kind, device_id, vm_path = "blk", str(guest.pci_path), ""
+    if guest.nvdimm_id is not None:
+        kind, device_id, vm_path = "nvdimm", "", f"/dev/pmem{guest.nvdimm_id}"
+    elif guest.scsi_address:
+        kind, device_id = "scsi", str(guest.scsi_address)
+    elif guest.ccw_devno:
+        kind, device_id = "blk-ccw", str(guest.ccw_devno)
+    elif guest.virt_path:
+        kind, device_id, vm_path = "mmioblk", guest.virt_path, guest.virt_path
+    fs_type = attachment.options.get("fstype")
+    is_dax = kind == "nvdimm" and fs_type is not None
+    return {
+        "type": kind,
+        "id": device_id,
+        "vm_path": vm_path,
+        **({"fstype": fs_type} if fs_type else {}),
+        "options": [*(["dax"] if is_dax else []), *(["ro"] if attachment.read_only else [])],
+    }

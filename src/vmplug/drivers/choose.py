@@ -1,0 +1,119 @@
+"""Which places a VM has for a device, lowest first, and why it may have none."""
+
+from collections.abc import Collection, Iterator
+
+from vmplug.address import CcwDevNo, ScsiAddress
+from vmplug.drivers.place import (
+    CcwPlace,
+    MemorySlot,
+    MmioPlace,
+    Offer,
+    PciPlace,
+    Place,
+    PlugMode,
+    ScsiPlace,
+)
+from vmplug.errors import CannotPlug, NoFreePort
+
+
+def pci_places(offer: Offer) -> Iterator[PciPlace]:
+    """Free slots of ports and bridges."""
+    for port in offer.ports:
+        for slot in port.free:
+            yield PciPlace(bus=port.bus, slot=slot, path=port.path.child(slot))
+
+
+def scsi_places(offer: Offer) -> Iterator[ScsiPlace]:
+    """Free addresses of virtio-scsi controllers."""
+    for controller in offer.controllers:
+        for index in range(1 << 16):
+            address = ScsiAddress.from_index(index)
+            if address not in controller.used:
+                yield ScsiPlace(bus=controller.bus, address=address, path=controller.path)
+
+
+def ccw_places(offer: Offer) -> Iterator[CcwPlace]:
+    """Free numbers of the channel subsystem, in its first set; 0 is left to the machine."""
+    if offer.ccw_used is not None:
+        for number in range(1, 1 << 16):
+            devno = CcwDevNo(0, number)
+            if devno not in offer.ccw_used:
+                yield CcwPlace(devno=devno)
+
+
+def mmio_places(offer: Offer) -> Iterator[MmioPlace]:
+    """Free virtio-mmio transports, for disks: the guest names those in this order."""
+    yield from offer.mmio
+
+
+def _mmio_places_for_others(offer: Offer) -> Iterator[MmioPlace]:
+    yield from reversed(offer.mmio)
+
+
+def virtio_place(
+    offer: Offer, taken: Collection[str], what: str, *, is_disk: bool = False
+) -> Place:
+    """The first free place for a virtio device, spoken of as `what`.
+
+    Raises NoFreePort, and CannotPlug when no device can be plugged while the VM runs.
+    """
+    if offer.machine == "microvm" and offer.mode is PlugMode.HOT:
+        raise cold_plug_only(what)
+    transports = mmio_places if is_disk else _mmio_places_for_others
+    for places in (pci_places, ccw_places, transports):
+        for place in places(offer):
+            if str(place) not in taken:
+                return place
+    raise NoFreePort(
+        f"the VM ({offer.machine}) has no free PCI port for {what}",
+        hint="detach something, or start it with more ports (vmplug vm start --ports N)",
+    )
+
+
+def memory_slot(offer: Offer, taken: Collection[str]) -> MemorySlot:
+    """The lowest free memory slot, for an NVDIMM.
+
+    The guest numbers NVDIMMs in the order they come; none ever goes.
+    """
+    if not (offer.nvdimm and offer.memory_slots):
+        raise CannotPlug(
+            "no-nvdimm",
+            f"the VM ({offer.machine}) takes no NVDIMMs",
+            hint="hand it over as a disk (leave block-driver out)"
+            if offer.machine == "microvm" or offer.ccw_used is not None
+            else "start QEMU with -machine nvdimm=on and -m SIZE,slots=N,maxmem=MAX, as "
+            "vmplug vm start does; or say block-driver=virtio-blk",
+        )
+    given = [slot for slot in range(offer.memory_slots) if f"memory/{slot}" in taken]
+    ahead = len([slot for slot in given if slot not in offer.memory_slots_used])
+    for slot in range(offer.memory_slots):
+        if slot not in offer.memory_slots_used and slot not in given:
+            return MemorySlot(slot=slot, index=offer.nvdimms + ahead)
+    raise NoFreePort(
+        f"all {offer.memory_slots} memory slots of the VM are in use",
+        hint="start it with more (vmplug vm start --memory-slots N): "
+        "QEMU cannot take an NVDIMM out again",
+    )
+
+
+def check_shared_memory(offer: Offer, what: str) -> None:
+    """CannotPlug unless a vhost-user backend can map the guest's memory.
+
+    Without that QEMU plugs the device all the same, and all its I/O hangs for ever.
+    """
+    if not offer.shared_memory:
+        raise CannotPlug(
+            "memory-not-shared",
+            f"the VM's memory is not shared, as {what} needs",
+            hint="start QEMU with -object memory-backend-memfd,id=mem,share=on,size=SIZE and "
+            "-machine memory-backend=mem, as vmplug vm start does",
+        )
+
+
+def cold_plug_only(what: str) -> CannotPlug:
+    """The error for what QEMU takes only at its start."""
+    return CannotPlug(
+        "cold-plug-only",
+        f"{what} can only be plugged before the VM starts",
+        hint="ask for it when the VM is started: vmplug vm start NAME --bundle BUNDLE",
+    )

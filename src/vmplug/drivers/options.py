@@ -1,0 +1,94 @@
+"""Options as text, `KEY=VALUE`: each driver has a table of those that it knows."""
+
+import re
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from vmplug.errors import SpecError
+
+
+class Option(NamedTuple):
+    """One option: the field that it sets, how its text is read, and one line of help.
+
+    `parse` raises ValueError with what was expected.
+    """
+
+    field: str
+    parse: Callable[[str], object]
+    help: str
+
+
+def parse_options(
+    options: Mapping[str, str], known: Mapping[str, Option], what: str
+) -> dict[str, Any]:
+    """The values by field; SpecError names the option that is wrong or unknown for `what`."""
+    values: dict[str, Any] = {}
+    for key, said in options.items():
+        option = known.get(key)
+        if option is None:
+            hint = "known are " + ", ".join(known) if known else "it has no options"
+            raise SpecError(f"option {key}", f"unknown for {what}", hint=hint)
+        try:
+            values[option.field] = option.parse(said)
+        except ValueError as error:
+            raise SpecError(f"option {key}", f"{said!r} is not {error}") from None
+    return values
+
+
+def word(*words: StrEnum) -> Callable[[str], StrEnum]:
+    """One of the words."""
+
+    def parse(said: str) -> StrEnum:
+        for known in words:
+            if known == said:
+                return known
+        raise ValueError(f"one of {', '.join(words)}")
+
+    return parse
+
+
+def switch(on: str, off: str) -> Callable[[str], bool]:
+    """True for the one word, False for the other."""
+
+    def parse(said: str) -> bool:
+        if said not in {on, off}:
+            raise ValueError(f"{on} or {off}")
+        return said == on
+
+    return parse
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def number(least: int, most: int) -> Callable[[str], int]:
+    """A whole number, with K, M or G for powers of 1024."""
+
+    def parse(said: str) -> int:
+        match = re.fullmatch(r"([0-9]{1,16})([KMG]?)", said, re.ASCII)
+        value = int(match[1]) * _UNITS[match[2]] if match else -1
+        if not least <= value <= most:
+            raise ValueError(f"a number from {least} to {most}, with K, M or G if need be")
+        return value
+
+    return parse
+
+
+def power_of_two(least: int, most: int) -> Callable[[str], int]:
+    """A power of two."""
+
+    def parse(said: str) -> int:
+        value = int(said) if re.fullmatch(r"[0-9]{1,9}", said, re.ASCII) else 0
+        if not least <= value <= most or value & (value - 1):
+            raise ValueError(f"a power of two from {least} to {most}")
+        return value
+
+    return parse
+
+
+def text(said: str) -> str:
+    """Printable text."""
+    if not said or not said.isprintable():
+        raise ValueError("printable text")
+    return said

@@ -1,0 +1,54 @@
+"""Persistent memory: a file or block device that the guest maps as an NVDIMM."""
+
+from collections.abc import Iterator
+
+from vmplug.host.device import BlockDevice, DiskFile, FoundBy
+from vmplug.host.safety import Code, Finding, Severity
+
+NVDIMM_OPTIONS = frozenset({"block-driver", "format", "fstype"})
+"""The options of a disk that mean something for an NVDIMM."""
+
+
+PAGE_BYTES = 4096
+
+NVDIMM_ALIGN_BYTES = 2 << 20
+"""QEMU puts NVDIMMs one behind the other, and Linux needs them at such addresses to map them.
+
+Source: measured on QEMU 7.2 and Linux 6.1: behind one of 3 MiB the next has no /dev/pmem.
+"""
+
+
+def is_pmem(device: DiskFile) -> bool:
+    """Whether a file is to be an NVDIMM when nothing else is said."""
+    return device.pfn is not None or device.found_by is FoundBy.BACKING_FILE
+
+
+def check_nvdimm(device: BlockDevice | DiskFile, format_: str | None) -> Iterator[Finding]:
+    """What speaks against plugging this as an NVDIMM."""
+    if format_ not in {None, "raw"}:
+        yield Finding(
+            Code.NOT_THAT_FORMAT,
+            f"an NVDIMM shows the very bytes of {device.host_path}, and format={format_} was said",
+            "leave format out, or say block-driver=virtio-blk",
+        )
+    if device.size_bytes and device.size_bytes < PAGE_BYTES:
+        yield Finding(
+            Code.SIZE_ZERO,
+            f"{device.host_path} has {device.size_bytes} bytes, which fill no page of memory",
+            "give it a size of whole 2 MiB",
+        )
+    elif device.size_bytes and device.size_bytes % NVDIMM_ALIGN_BYTES:
+        yield Finding(
+            Code.NVDIMM_SIZE,
+            f"{device.host_path} has {device.size_bytes} bytes, no multiple of 2 MiB: the guest "
+            "could use no NVDIMM behind it",
+            "give it such a size, or hand it over as a disk (block-driver=virtio-blk)",
+        )
+    if isinstance(device, DiskFile) and device.pfn is None:
+        yield Finding(
+            Code.NO_PFN_SIGNATURE,
+            f"{device.host_path} has no NVDIMM_PFN_INFO block, so the guest cannot mount it with "
+            "-o dax",
+            "that is all right for a plain disk in memory; ndctl or pmem-csi write the block",
+            Severity.WARNING,
+        )

@@ -1,0 +1,65 @@
+"""Random numbers for the guest, from a source of the host."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from vmplug.drivers.base import NewPlug, RNGDevice
+from vmplug.drivers.choose import virtio_place
+from vmplug.drivers.options import Option, number, parse_options
+from vmplug.drivers.place import Offer, Place
+from vmplug.errors import SpecError
+from vmplug.host.device import HostDevice
+from vmplug.host.safety import Finding
+
+OPTIONS: Mapping[str, Option] = {
+    "max-bytes": Option(
+        "max_bytes", number(1, 1 << 40), "bytes in each period; default: no limit"
+    ),
+    "period": Option("period_ms", number(1, 1 << 31), "milliseconds; default 1000"),
+}
+PERIOD_MS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RngOptions:
+    """Options of a random number device, checked; without `max_bytes` there is no limit."""
+
+    max_bytes: int | None = None
+    period_ms: int | None = None
+
+    @property
+    def share_rw(self) -> bool:
+        """Always: everybody may read a source."""
+        return True
+
+    @classmethod
+    def parse(cls, options: Mapping[str, str]) -> Self:
+        """The options by their names in `OPTIONS`; SpecError names the one that is wrong."""
+        parsed = cls(**parse_options(options, OPTIONS, "a random number device"))
+        if parsed.period_ms and not parsed.max_bytes:
+            raise SpecError("option period", "means nothing without max-bytes")
+        return parsed
+
+    def check(self, device: HostDevice, *, read_only: bool) -> Iterator[Finding]:  # noqa: ARG002
+        """See Driver: nothing does."""
+        return iter(())
+
+    def choose_place(
+        self,
+        device: HostDevice,  # noqa: ARG002  one is as good as another
+        offer: Offer,
+        taken: Collection[str],
+    ) -> Place:
+        """See Driver."""
+        return virtio_place(offer, taken, "a random number device")
+
+    def plan(self, new: NewPlug, place: Place, offer: Offer) -> RNGDevice:  # noqa: ARG002
+        """See Driver."""
+        limit = self.max_bytes
+        return RNGDevice(
+            id=new.id,
+            filename=new.device.host_path,
+            max_bytes=limit,
+            period_ms=(self.period_ms or PERIOD_MS) if limit else None,
+        )

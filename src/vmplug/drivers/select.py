@@ -1,0 +1,56 @@
+"""Which driver plugs a device: one table from what it is to who knows how."""
+
+from typing import assert_never
+
+from vmplug.drivers.base import Driver
+from vmplug.drivers.block import BlockOptions
+from vmplug.drivers.generic import check_options
+from vmplug.drivers.rng import RngOptions
+from vmplug.drivers.share import ShareOptions
+from vmplug.drivers.vhost_user import VhostUserOptions
+from vmplug.host.device import (
+    BlockDevice,
+    CharDevice,
+    DeviceType,
+    DiskFile,
+    EntropySource,
+    HostDevice,
+    OpenConnection,
+    SharedDirectory,
+    VhostUserSocket,
+)
+from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
+from vmplug.oci.info import DeviceInfo
+
+
+def select_driver(request: Request, device: HostDevice) -> Driver | None:
+    """The driver for a request and what it turned out to be, with the request's options.
+
+    None for a device that is only counted. Raises SpecError for options that are wrong.
+    """
+    match request:
+        case ShareInfo():
+            return ShareOptions.parse(request.tag, device, request.driver_options)
+        case RngInfo():
+            return RngOptions.parse(request.driver_options)
+        case NetInfo():
+            return VhostUserOptions.parse(DeviceType.VHOST_USER_NET, request.driver_options)
+        case DeviceInfo():
+            return _select_by_device(request, device)
+        case _:
+            assert_never(request)
+
+
+def _select_by_device(request: DeviceInfo, device: HostDevice) -> Driver | None:
+    match device:
+        case BlockDevice() | DiskFile():
+            return BlockOptions.parse(request.driver_options)
+        case VhostUserSocket():
+            return VhostUserOptions.parse(device.kind, request.driver_options)
+        case CharDevice():
+            check_options(request.driver_options)
+            return None
+        case SharedDirectory() | OpenConnection() | EntropySource():
+            raise AssertionError(f"{request.name} is no {device.kind}")
+        case _:
+            assert_never(device)

@@ -1,0 +1,161 @@
+"""Directories shared with the guest: virtio-fs, which a virtiofsd serves, and virtio-9p."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+from vmplug.drivers.base import Daemon, NewPlug, SharedFS, VhostUserDevice
+from vmplug.drivers.choose import check_shared_memory, cold_plug_only, virtio_place
+from vmplug.drivers.options import Option, number, parse_options, power_of_two, word
+from vmplug.drivers.place import Offer, Place, PlugMode
+from vmplug.errors import SpecError
+from vmplug.host.device import (
+    DeviceType,
+    HostDevice,
+    OpenConnection,
+    SharedDirectory,
+    SharedFilesystem,
+    VhostUserSocket,
+)
+from vmplug.host.safety import Code, Finding
+
+
+class ShareCache(StrEnum):
+    """How much the guest may keep of what it has read. Source: virtiofsd(1), -o cache."""
+
+    NONE = "none"
+    NEVER = "never"
+    AUTO = "auto"
+    ALWAYS = "always"
+
+
+QUEUE_SIZE = 1024
+_QUEUE_SIZE_MAX = 1024
+"""Source: virtio specification, 2.6; QEMU hw/virtio/vhost-user-fs.c, VIRTQUEUE_MAX_SIZE."""
+_CACHE_SIZE_MAX_MIB = 1 << 20
+_TAG_9P_BYTES_MAX = 31
+"""Source: QEMU hw/9pfs/9p.h, MAX_TAG_LEN."""
+
+OPTIONS: Mapping[str, Option] = {
+    "filesystem": Option(
+        "filesystem", word(*SharedFilesystem), "virtio-fs (default), or virtio-9p: cold plug only"
+    ),
+    "cache": Option(
+        "cache", word(*ShareCache), "virtio-fs: auto (default), always, or never (also: none)"
+    ),
+    "cache-size": Option(
+        "cache_size_mib",
+        number(0, _CACHE_SIZE_MAX_MIB),
+        "virtio-fs: MiB of a DAX window, for a QEMU that has it; default 0: none",
+    ),
+    "queue-size": Option(
+        "queue_size", power_of_two(1, _QUEUE_SIZE_MAX), f"virtio-fs: default {QUEUE_SIZE}"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareOptions:
+    """Options of a shared directory, checked; None leaves the choice to vmplug."""
+
+    tag: str
+    filesystem: SharedFilesystem = SharedFilesystem.VIRTIO_FS
+    cache: ShareCache | None = None
+    cache_size_mib: int = 0
+    queue_size: int | None = None
+
+    @property
+    def share_rw(self) -> bool:
+        """Always: a file system's server sees to its writers."""
+        return True
+
+    @classmethod
+    def parse(cls, tag: str, device: HostDevice | None, options: Mapping[str, str]) -> Self:
+        """The options by their names in `OPTIONS`; SpecError names the one that is wrong."""
+        parsed = cls(tag=tag, **parse_options(options, OPTIONS, "a shared directory"))
+        is_9p = parsed.filesystem is SharedFilesystem.VIRTIO_9P
+        if is_9p and (parsed.cache or parsed.cache_size_mib or parsed.queue_size):
+            raise SpecError(
+                "option filesystem",
+                "virtio-9p has no cache, cache-size or queue-size",
+                hint="leave them out, or say filesystem=virtio-fs",
+            )
+        if is_9p and len(tag.encode()) > _TAG_9P_BYTES_MAX:
+            raise SpecError(
+                "option filesystem",
+                f"the tag {tag!r} has more than the {_TAG_9P_BYTES_MAX} bytes of virtio-9p",
+            )
+        if isinstance(device, VhostUserSocket | OpenConnection):
+            if is_9p:
+                raise SpecError("option filesystem", "virtio-9p shares a directory, not a socket")
+            if parsed.cache:
+                raise SpecError(
+                    "option cache",
+                    f"belongs to the virtiofsd behind {device.host_path}, which runs already",
+                    hint="start that virtiofsd with it, or share the directory itself",
+                )
+        return parsed
+
+    def check(self, device: HostDevice, *, read_only: bool) -> Iterator[Finding]:
+        """See Driver."""
+        if isinstance(device, VhostUserSocket | OpenConnection):
+            if read_only:
+                yield Finding(
+                    Code.CANNOT_BE_READ_ONLY,
+                    f"{device.host_path} is wanted read-only, and only its virtiofsd could see to "
+                    "that",
+                    "start that virtiofsd on a read-only mount, or share the directory itself",
+                )
+            return
+        assert isinstance(device, SharedDirectory)
+        if device.read_only and not read_only:
+            yield Finding(
+                Code.READ_ONLY_DEVICE,
+                f"the file system of {device.host_path} takes no writes, which are wanted",
+                "ask for it read-only, or remount it for writing",
+            )
+        if device.kind is DeviceType.VHOST_USER_FS and device.virtiofsd is None:
+            yield Finding(
+                Code.NO_BACKEND,
+                f"no virtiofsd is installed to share {device.host_path}",
+                "on Debian 12: apt install qemu-system-common, later: apt install virtiofsd",
+            )
+
+    def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
+        """See Driver."""
+        if device.kind is DeviceType.VIRTIO_9P:
+            if offer.mode is PlugMode.HOT:
+                raise cold_plug_only("a virtio-9p share")
+            return virtio_place(offer, taken, "a virtio-9p share")
+        check_shared_memory(offer, "a virtio-fs share")
+        return virtio_place(offer, taken, "a virtio-fs share")
+
+    def plan(self, new: NewPlug, place: Place, offer: Offer) -> VhostUserDevice | SharedFS:  # noqa: ARG002
+        """See Driver."""
+        device = new.device
+        if device.kind is DeviceType.VIRTIO_9P:
+            return SharedFS(
+                id=new.id, directory=device.host_path, tag=self.tag, read_only=new.read_only
+            )
+        return VhostUserDevice(
+            id=new.id,
+            type=DeviceType.VHOST_USER_FS,
+            socket_path=device.host_path if isinstance(device, VhostUserSocket) else None,
+            descriptor=device.descriptor if isinstance(device, OpenConnection) else None,
+            daemon=self._daemon(device, read_only=new.read_only),
+            tag=self.tag,
+            queue_size=self.queue_size or QUEUE_SIZE,
+            cache_size_mib=self.cache_size_mib,
+        )
+
+    def _daemon(self, device: HostDevice, *, read_only: bool) -> Daemon | None:
+        if not isinstance(device, SharedDirectory) or device.virtiofsd is None:
+            return None
+        cache = self.cache or ShareCache.AUTO
+        return Daemon(
+            program=device.virtiofsd,
+            directory=device.host_path,
+            cache=ShareCache.NONE if cache is ShareCache.NEVER else cache,
+            read_only=read_only,
+        )

@@ -1,0 +1,116 @@
+"""Requests that name their other end themselves: a socket, a directory, a source, a descriptor."""
+
+import stat
+from collections.abc import Collection
+from typing import assert_never
+
+from vmplug.errors import NoSuchDevice, SpecError
+from vmplug.host.device import (
+    DeviceType,
+    EntropySource,
+    FoundBy,
+    HostDevice,
+    OpenConnection,
+    SharedDirectory,
+    SharedFilesystem,
+    VhostUserSocket,
+)
+from vmplug.host.root import HostRoot, describe
+from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
+
+VIRTIOFSD_PROGRAMS = (
+    "/usr/libexec/virtiofsd",
+    "/usr/lib/qemu/virtiofsd",
+    "/usr/lib/virtiofsd",
+)
+"""Where distributions put it: Debian 13 and Fedora, Debian 12, Arch."""
+
+
+def resolve_named(request: NetInfo | ShareInfo | RngInfo, root: HostRoot) -> HostDevice:
+    """What is there; NoSuchDevice says what was found in its place."""
+    match request:
+        case NetInfo():
+            return _network(request, root)
+        case ShareInfo():
+            return _share(request, root)
+        case RngInfo():
+            return _source(request, root)
+        case _:
+            assert_never(request)
+
+
+def _share(request: ShareInfo, root: HostRoot) -> HostDevice:
+    if request.descriptor is not None:
+        return _connection(request, request.descriptor, root)
+    path, mode = _look(
+        request,
+        request.source,
+        root,
+        kinds=(stat.S_IFDIR, stat.S_IFSOCK),
+        wrong="cannot be shared",
+        hint="name a directory, or the socket of a virtiofsd",
+    )
+    if stat.S_ISSOCK(mode):
+        return VhostUserSocket(
+            kind=DeviceType.VHOST_USER_FS, found_by=FoundBy.FILE, socket_path=path
+        )
+    is_9p = request.driver_options.get("filesystem") == SharedFilesystem.VIRTIO_9P
+    programs = (name for name in VIRTIOFSD_PROGRAMS if root.stat(name))
+    return SharedDirectory(
+        DeviceType.VIRTIO_9P if is_9p else DeviceType.VHOST_USER_FS,
+        path,
+        request.tag,
+        read_only=root.is_mounted_read_only(path),
+        virtiofsd=next(programs, None),
+    )
+
+
+def _connection(request: ShareInfo, descriptor: int, root: HostRoot) -> OpenConnection:
+    status = root.stat_descriptor(descriptor)
+    if status is None or not stat.S_ISSOCK(status.st_mode):
+        found = describe(status)
+        raise SpecError(request.name, f"descriptor {descriptor} is no open socket: found {found}")
+    return OpenConnection(descriptor, status.st_ino)
+
+
+def _network(request: NetInfo, root: HostRoot) -> VhostUserSocket:
+    path, _ = _look(
+        request,
+        request.socket_path,
+        root,
+        kinds=(stat.S_IFSOCK,),
+        wrong="is no socket of a vhost-user backend",
+        hint="start the backend that serves it, or name its socket",
+    )
+    return VhostUserSocket(kind=DeviceType.VHOST_USER_NET, found_by=FoundBy.FILE, socket_path=path)
+
+
+def _source(request: RngInfo, root: HostRoot) -> EntropySource:
+    path, _ = _look(
+        request,
+        request.source,
+        root,
+        kinds=(stat.S_IFCHR,),
+        wrong="gives no random numbers",
+        hint="name a character device such as /dev/urandom or /dev/hwrng",
+    )
+    return EntropySource(path)
+
+
+def _look(
+    request: NetInfo | ShareInfo | RngInfo,
+    path: str,
+    root: HostRoot,
+    *,
+    kinds: Collection[int],
+    wrong: str,
+    hint: str,
+) -> tuple[str, int]:
+    """The canonical path and the mode of what is there, if it is one of these kinds."""
+    real = root.real_path(path)
+    status = root.stat(real)
+    if status is None or stat.S_IFMT(status.st_mode) not in kinds:
+        found = describe(status)
+        message = f"{path} {wrong}: found {found}"
+        raise NoSuchDevice(request.wanted, message, found=found, hint=hint)
+    return real, status.st_mode

@@ -1,0 +1,78 @@
+"""Everything that a bundle asks for, its volumes too: mounts whose source is a device."""
+
+import stat
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+from vmplug.host.loop import read_backing_file
+from vmplug.host.mounts import MountPoint, read_mount_points
+from vmplug.host.pmem import read_pfn_info
+from vmplug.host.root import HostRoot, node_number
+from vmplug.oci.annotated import Request
+from vmplug.oci.info import DeviceInfo, DevType, Mount
+from vmplug.oci.spec import Bundle
+
+
+def find_requests(bundle: Bundle, root: HostRoot) -> list[Request]:
+    """Devices, then volumes, then what annotations ask for."""
+    return [*bundle.devices, *find_volumes(bundle.mounts, root), *bundle.annotated]
+
+
+def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
+    """The bind mounts whose source is a device, which is then asked for itself.
+
+    That is a block device, or a file system on persistent memory: it is mounted from a loop device
+    whose backing file the guest can map as an NVDIMM.
+    """
+    mount_points = cache(lambda: read_mount_points(root))  # only directories need them
+    volumes = []
+    for mount in mounts:
+        if mount.type not in {None, "", "none", "bind"} or not mount.source.startswith("/"):
+            continue
+        source = root.real_path(mount.source)
+        status = root.try_stat(source)
+        if status and stat.S_ISBLK(status.st_mode):
+            volumes.append(
+                DeviceInfo(
+                    container_path=mount.destination,
+                    dev_type=DevType.BLOCK,
+                    devnum=node_number(status),
+                    read_only=mount.read_only,
+                    driver_options=mount.driver_options,
+                )
+            )
+        elif status and stat.S_ISDIR(status.st_mode):
+            volumes += _find_pmem(mount, source, mount_points(), root)
+    return volumes
+
+
+def _find_pmem(
+    mount: Mount, source: str, mount_points: Sequence[MountPoint], root: HostRoot
+) -> list[DeviceInfo]:
+    """The file behind a directory, if the guest would see in it just what the directory shows.
+
+    So the directory must be the whole file system, not a part of it, and the loop device must
+    begin where the guest's kernel lets the data begin, or show the whole file, to its end.
+    """
+    shown = next((m for m in reversed(mount_points) if m.path == source), None)
+    if shown is None or shown.shown != "/":
+        return []
+    sysfs_path = f"{root.sys_dev}/block/{shown.devnum}"
+    backing = read_backing_file(sysfs_path, root)
+    pfn = read_pfn_info(backing.backing_file, root) if backing else None
+    if not backing or not pfn or backing.deleted or backing.size_limit_bytes:
+        return []
+    if backing.offset_bytes not in {0, pfn.data_offset_bytes}:
+        return []
+    is_mounted_read_only = shown.read_only or shown.shown_read_only
+    is_read_only = is_mounted_read_only or bool(root.read_int(f"{sysfs_path}/ro"))
+    return [
+        DeviceInfo(
+            container_path=mount.destination,
+            dev_type=DevType.BLOCK,
+            host_path=backing.backing_file,
+            pmem=True,
+            read_only=mount.read_only or is_read_only,
+            driver_options={"fstype": shown.fs_type, **mount.driver_options},
+        )
+    ]

@@ -1,0 +1,145 @@
+"""The virtiofsd processes that vmplug runs: one for each shared directory of a VM.
+
+A daemon inherits a listening socket that has no name any more, and serves the one connection that
+was made before it started; nobody else can reach it, and it ends when QEMU hangs up. It carries
+its device's id and its VM in its environment, so that it is found again whoever started it.
+Source: virtiofsd(1); `--fd` and `-o source`, `cache`, `sandbox` measured on that of QEMU 7.2.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import IO, Protocol, Self
+
+from vmplug.drivers.base import Daemon
+from vmplug.errors import BackendError
+from vmplug.host.process import find_marked, wait_for_end
+
+_MARK = "VMPLUG_DEVICE"
+_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_END_TIMEOUT_S = 2.0
+_READ_ONLY = 'mount -o bind,ro -- "$0" "$0" && exec "$@"'
+"""In a mount namespace of its own: virtiofsd has no option for it. The directory is `$0`."""
+
+
+def command_line(daemon: Daemon, descriptor: int | str) -> list[str]:
+    """The daemon's arguments."""
+    # A backslash takes a comma out of its meaning. Source: libfuse lib/fuse_opt.c.
+    source = daemon.directory.replace("\\", "\\\\").replace(",", "\\,")
+    arguments = [daemon.program, f"--fd={descriptor}", "-o", f"source={source}"]
+    arguments += ["-o", f"cache={daemon.cache}", "-o", "sandbox=namespace"]
+    if daemon.read_only:
+        return ["unshare", "--mount", "sh", "-c", _READ_ONLY, daemon.directory, *arguments]
+    return arguments
+
+
+@dataclass(slots=True)
+class Started:
+    """A daemon that runs, and the connection to it for QEMU; a context manager closes ours."""
+
+    connection: socket.socket
+    _words: IO[bytes]
+
+    @property
+    def descriptor(self) -> int:
+        """The connection's."""
+        return self.connection.fileno()
+
+    def said(self) -> str:
+        """What it has complained about so far."""
+        self._words.seek(0)
+        return "; ".join(self._words.read().decode(errors="replace").splitlines()[-3:])
+
+    def close(self) -> None:
+        """Close our end of it; the daemon goes on for QEMU."""
+        self.connection.close()
+        self._words.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Daemons(Protocol):
+    """Who runs the daemons."""
+
+    def start(self, daemon: Daemon, device_id: str) -> Started:
+        """Start one; BackendError when it cannot be."""
+
+    def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
+        """Pids by device id: of these devices, or of all."""
+
+    def end(self, device_ids: Iterable[str]) -> None:
+        """End those that still run."""
+
+
+class HostDaemons(Daemons):
+    """Daemons of one VM as processes of this host; `vm` is its QMP socket."""
+
+    def __init__(self, vm: str) -> None:
+        self._vm = vm
+
+    def start(self, daemon: Daemon, device_id: str) -> Started:
+        """See Daemons. It outlives this process, and is not its child."""
+        words = tempfile.TemporaryFile()  # noqa: SIM115  Started closes it
+        with _nameless_listener() as (listener, connection):
+            started = Started(connection, words)
+            try:
+                subprocess.run(
+                    ["setsid", "--fork", *command_line(daemon, listener.fileno())],
+                    check=True,
+                    cwd="/",
+                    env={"PATH": _PATH, _MARK: f"{device_id} {self._vm}"},
+                    stdin=subprocess.DEVNULL,
+                    stdout=words,
+                    stderr=words,
+                    pass_fds=[listener.fileno()],
+                )
+            except (OSError, subprocess.CalledProcessError) as error:
+                with started:
+                    why = started.said() or error
+                raise BackendError(
+                    daemon.program,
+                    f"{daemon.program} cannot be started on {daemon.directory}: {why}",
+                    hint="is the directory still there, and may this user enter it?",
+                ) from error
+        return started
+
+    def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
+        """See Daemons."""
+        wanted = None if device_ids is None else set(device_ids)
+        found = {}
+        for pid, mark in find_marked(_MARK).items():
+            device_id, _, vm = mark.partition(" ")
+            if vm == self._vm and (wanted is None or device_id in wanted):
+                found[device_id] = pid
+        return found
+
+    def end(self, device_ids: Iterable[str]) -> None:
+        """See Daemons: QEMU has hung up, and most have ended by themselves."""
+        for pid in self.find(device_ids).values():
+            for ending in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError):
+                    os.killpg(os.getpgid(pid), ending)
+                if wait_for_end(pid, _END_TIMEOUT_S):
+                    break
+
+
+@contextmanager
+def _nameless_listener() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A listening socket, and a connection to it; its name was never anybody else's to see."""
+    connection = socket.socket(socket.AF_UNIX)
+    with socket.socket(socket.AF_UNIX) as listener:
+        with tempfile.TemporaryDirectory(prefix="vmplug-") as directory:
+            path = f"{directory}/s"
+            listener.bind(path)
+            listener.listen(1)
+            connection.connect(path)
+        yield listener, connection

@@ -1,0 +1,175 @@
+"""Cold plug: the same steps as hot plug, as arguments of a QEMU that is to be started.
+
+JSON where QEMU takes it. For -chardev and -fsdev it does not: their paths go by -set, which takes
+the rest of its argument as it is, so that no name needs quoting.
+Source: QEMU softmmu/vl.c, qemu_set_option; measured on QEMU 7.2.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from vmplug.address import qemu_id
+from vmplug.drivers.base import START_DAEMON, Command, Plug, Step, VhostUserDevice
+from vmplug.drivers.place import Offer, Place
+from vmplug.errors import StateError
+from vmplug.hypervisor.daemon import Daemons, HostDaemons, Started
+from vmplug.hypervisor.qemu.machine import VmSpec, cold_offer
+from vmplug.hypervisor.qemu.plug import check_file, plug_steps
+from vmplug.hypervisor.qemu.vhost_user import LINK
+
+_JSON_OPTIONS = {
+    "blockdev-add": "-blockdev",
+    "object-add": "-object",
+    "netdev_add": "-netdev",
+    "device_add": "-device",
+}
+_NOT_WRITTEN = frozenset({START_DAEMON, "getfd"})
+"""A daemon runs before QEMU does, and QEMU inherits the connection to it."""
+
+
+class ColdQemu:
+    """A QEMU that is to be started: what is plugged into it goes on its command line.
+
+    It will run in `directory`. See `vmplug.drivers.base.Hypervisor`. A context manager: daemons of
+    shares run from `plug` on, and end with it unless QEMU was started meanwhile (`started`).
+    """
+
+    endpoint = None
+
+    def __init__(self, spec: VmSpec, directory: Path, daemons: Daemons | None = None) -> None:
+        self.spec = spec
+        self.directory = directory
+        self._daemons = daemons or HostDaemons(str(self.qmp_socket))
+        self._steps: dict[str, tuple[Step, ...]] = {}
+        self._connections: dict[str, int] = {}
+        self._running: dict[str, Started] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for started in self._running.values():
+            started.close()
+        if self._running:
+            self._daemons.end(self._running)
+
+    @property
+    def qmp_socket(self) -> Path:
+        """Where it will answer QMP."""
+        return self.directory / "qmp.sock"
+
+    def started(self) -> None:
+        """QEMU has the connections now: the daemons end when it does."""
+        for started in self._running.values():
+            started.close()
+        self._running.clear()
+
+    def offer(self) -> Offer:
+        """What the VM will have to plug into."""
+        return cold_offer(self.spec)
+
+    def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
+        """What `plug` would put on the command line."""
+        return plug_steps(plug, place)
+
+    def plug(self, plug: Plug, place: Place) -> None:
+        """Put it on the command line; its daemon is started."""
+        check_file(plug, place)
+        if isinstance(plug, VhostUserDevice) and plug.socket_path is None:
+            if plug.daemon:
+                started = self._daemons.start(plug.daemon, plug.id)
+                self._running[plug.id] = started
+                plug = replace(plug, daemon=None, descriptor=started.descriptor)
+            assert plug.descriptor is not None
+            self._connections[qemu_id(plug.id, LINK)] = plug.descriptor
+        self._steps[plug.id] = self.steps(plug, place)
+
+    def arguments(self) -> list[str]:
+        """Everything that was plugged, for the command line."""
+        steps = [step for steps in self._steps.values() for step in steps]
+        return arguments(steps, self._connections)
+
+    def descriptors(self) -> list[int]:
+        """What QEMU inherits."""
+        return list(self._connections.values())
+
+    def request_unplug(self, device_id: str) -> None:
+        """Leave it out after all."""
+        self._steps.pop(device_id, None)
+        self._connections.pop(qemu_id(device_id, LINK), None)
+        if started := self._running.pop(device_id, None):
+            started.close()
+            self._daemons.end([device_id])
+
+    def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:  # noqa: ARG002
+        """Nothing that is left out stays."""
+        return {}
+
+    def resize(self, device_id: str, size_bytes: int) -> None:  # noqa: ARG002
+        """StateError: there is no guest yet."""
+        raise StateError(
+            f"VM {self.spec.name} is not started yet", state="cold", required="running"
+        )
+
+    def find_devices(self) -> dict[str, bool]:
+        """What was plugged."""
+        return dict.fromkeys(self._steps, True)
+
+    def find_lost(self) -> set[str]:
+        """None yet."""
+        return set()
+
+    def status(self) -> str:
+        """That it is still to be started."""
+        return "cold"
+
+    def close(self) -> None:
+        """Nothing is open towards a VM."""
+
+
+def arguments(steps: Iterable[Step], descriptors: Mapping[str, int]) -> list[str]:
+    """The steps on the command line; `descriptors` are what QEMU inherits, by `getfd`'s names."""
+    written = []
+    for step in steps:
+        written += _arguments(step.do, descriptors)
+    return written
+
+
+def _arguments(command: Command, descriptors: Mapping[str, int]) -> list[str]:
+    if command.execute in _NOT_WRITTEN:
+        return []
+    if command.execute in _JSON_OPTIONS:
+        return [_JSON_OPTIONS[command.execute], json.dumps(dict(command.arguments))]
+    name = command.arguments["id"]
+    match command.execute:
+        case "chardev-add":
+            data = command.arguments["backend"]["data"]
+            address = data["addr"]
+            options = {"id": name}
+            if "reconnect" in data:
+                options["reconnect"] = data["reconnect"]
+            if address["type"] == "fd":
+                return ["-chardev", _joined("socket", options | {"fd": descriptors[name]})]
+            path = address["data"]["path"]
+            return ["-chardev", _joined("socket", options), "-set", f"chardev.{name}.path={path}"]
+        case "fsdev":
+            options = {key: value for key, value in command.arguments.items() if key != "path"}
+            path = command.arguments["path"]
+            return ["-fsdev", _joined("local", options), "-set", f"fsdev.{name}.path={path}"]
+        case _:
+            raise AssertionError(f"{command.execute} is not for the command line")
+
+
+def _joined(what: str, options: Mapping[str, Any]) -> str:
+    """An option string of vmplug's own words and numbers only."""
+    said = {key: _word(value) for key, value in options.items()}
+    return ",".join([what, *(f"{key}={value}" for key, value in said.items())])
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)

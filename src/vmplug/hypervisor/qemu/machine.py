@@ -1,0 +1,199 @@
+"""Machines that vmplug starts: their command line, and what they will have to plug into.
+
+User text goes to QEMU as JSON or as an argument of its own, never inside an option string.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, assert_never
+
+from vmplug.address import CcwDevNo, PciPath, PciSlot
+from vmplug.drivers.place import MmioPlace, Offer, PciPort, PlugMode, ScsiController
+
+MAX_PORTS = 27
+MAX_MEMORY_SLOTS = 256
+_FIRST_PORT_SLOT = 0x4
+_SCSI_SLOT, _DISK_SLOT = 0x2, 0x3
+_SCSI_DEVNO, _DISK_DEVNO = CcwDevNo(0, 0xFFFE), CcwDevNo(0, 0xFFFF)
+_MEMORY_ROOM_MIB = 64 << 10
+"""How much memory all NVDIMMs together may have."""
+
+
+class Machine(StrEnum):
+    """Machines that `vm start` makes, by QEMU's names."""
+
+    Q35 = "q35"
+    MICROVM = "microvm"
+    S390 = "s390-ccw-virtio"
+
+
+BINARY = {
+    Machine.Q35: "qemu-system-x86_64",
+    Machine.MICROVM: "qemu-system-x86_64",
+    Machine.S390: "qemu-system-s390x",
+}
+_MACHINE_OPTIONS = {Machine.Q35: ",nvdimm=on", Machine.MICROVM: ",acpi=on", Machine.S390: ""}
+PACKAGE = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-system-s390x": "qemu-system-misc",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmSpec:
+    """A machine to start.
+
+    `ports` and `memory_slots` are for a q35. `disk` is a raw image to boot from and `kernel`,
+    `initrd`, `append` a direct kernel boot; each may be None. `extra` goes to QEMU as it is.
+    """
+
+    name: str
+    machine: Machine = Machine.Q35
+    memory_mib: int = 512
+    cpus: int = 1
+    ports: int = 8
+    memory_slots: int = 4
+    accel: str = "kvm"
+    kernel: str | None = None
+    initrd: str | None = None
+    append: str | None = None
+    disk: str | None = None
+    extra: tuple[str, ...] = ()
+
+
+def cold_offer(spec: VmSpec) -> Offer:
+    """What the machine will have to plug into, before anything else is on it."""
+    is_q35, is_s390 = spec.machine is Machine.Q35, spec.machine is Machine.S390
+    ports = range(spec.ports if is_q35 else 0)
+    mmio = range(0 if spec.disk is None else 1, _MMIO_TRANSPORTS)
+    scsi_path = PciPath((PciSlot(_SCSI_SLOT),)) if is_q35 else None
+    return Offer(
+        machine=spec.machine,
+        ports=tuple(
+            PciPort(
+                bus=f"rp{index}",
+                path=PciPath((PciSlot(_FIRST_PORT_SLOT + index),)),
+                free=(PciSlot(0),),
+            )
+            for index in ports
+        ),
+        controllers=(ScsiController(bus="scsi0.0", path=scsi_path, used=frozenset()),)
+        if is_q35 or is_s390
+        else (),
+        shared_memory=True,
+        mode=PlugMode.COLD,
+        kvm=spec.accel == "kvm",
+        cpus=spec.cpus,
+        ccw_used=frozenset({_SCSI_DEVNO, _DISK_DEVNO}) if is_s390 else None,
+        mmio=tuple(
+            MmioPlace(bus=_mmio_bus(index), index=index)
+            for index in (mmio if spec.machine is Machine.MICROVM else ())
+        ),
+        nvdimm=is_q35,
+        memory_slots=spec.memory_slots if is_q35 else 0,
+    )
+
+
+_MMIO_TRANSPORTS = 23
+"""A microvm with ACPI has 24; the interrupt of number 0 silences the serial port.
+
+Source: QEMU hw/i386/microvm.c; measured on QEMU 7.2.
+"""
+
+
+def _mmio_bus(index: int) -> str:
+    """The guest finds the highest number first: its ACPI table lists them so."""
+    return f"virtio-mmio-bus.{_MMIO_TRANSPORTS - index}"
+
+
+def command_line(spec: VmSpec, qmp_descriptor: int) -> list[str]:
+    """QEMU's arguments: places to plug into, shared memory, a QMP socket."""
+    arguments = [BINARY[spec.machine], "-name", spec.name]
+    machine = f"{spec.machine}{_MACHINE_OPTIONS[spec.machine]},memory-backend=mem"
+    arguments += ["-machine", machine, "-accel", spec.accel]
+    arguments += ["-cpu", "host" if spec.accel == "kvm" else "max", "-smp", str(spec.cpus)]
+    arguments += ["-m", _memory(spec), "-nodefaults", "-no-user-config", "-display", "none"]
+    size = spec.memory_mib << 20
+    arguments += _json("-object", qom_type="memory-backend-memfd", id="mem", size=size, share=True)
+    arguments += ["-chardev", f"socket,id=qmp,fd={qmp_descriptor},server=on,wait=off"]
+    arguments += ["-mon", "chardev=qmp,mode=control"]
+    arguments += _console(spec)
+    for index in range(spec.ports if spec.machine is Machine.Q35 else 0):
+        slot = hex(_FIRST_PORT_SLOT + index)
+        number = index + 1
+        port = {"id": f"rp{index}", "bus": "pcie.0", "addr": slot}
+        arguments += _device("pcie-root-port", **port, chassis=number, slot=number)
+    match spec.machine:
+        case Machine.Q35:
+            scsi = {"id": "scsi0", "bus": "pcie.0", "addr": hex(_SCSI_SLOT)}
+            arguments += _device("virtio-scsi-pci", **scsi)
+        case Machine.S390:
+            scsi = {"id": "scsi0", "devno": _SCSI_DEVNO.qemu}
+            arguments += _device("virtio-scsi-ccw", **scsi)
+        case Machine.MICROVM:
+            # The legacy transport is the default, and vhost-user backends cannot serve it.
+            arguments += ["-global", "virtio-mmio.force-legacy=false"]
+        case _:
+            assert_never(spec.machine)
+    return [*arguments, *_boot(spec)]
+
+
+def _memory(spec: VmSpec) -> str:
+    if spec.machine is not Machine.Q35 or not spec.memory_slots:
+        return f"{spec.memory_mib}M"
+    most = spec.memory_mib + _MEMORY_ROOM_MIB
+    return f"{spec.memory_mib}M,slots={spec.memory_slots},maxmem={most}M"
+
+
+def _console(spec: VmSpec) -> list[str]:
+    """The guest's console goes to a file; a microvm's only serial port may be wanted else."""
+    if spec.machine is Machine.MICROVM and "-serial" in spec.extra:
+        return []
+    arguments = ["-chardev", "file,id=console,path=console.log"]
+    if spec.machine is Machine.S390:
+        return [*arguments, "-device", "sclpconsole,chardev=console"]
+    return [*arguments, "-serial", "chardev:console"]
+
+
+def _boot(spec: VmSpec) -> list[str]:
+    arguments = []
+    for option, value in (
+        ("-kernel", spec.kernel),
+        ("-initrd", spec.initrd),
+        ("-append", spec.append),
+    ):
+        arguments += [option, value] if value is not None else []
+    if spec.disk is not None:
+        file = {"driver": "file", "filename": spec.disk}
+        arguments += _json("-blockdev", driver="raw", node_name="boot", file=file)
+        arguments += _device(**_BOOT_DISK[spec.machine], id="boot", drive="boot")
+    return arguments
+
+
+_BOOT_DISK: Mapping[Machine, Mapping[str, Any]] = {
+    Machine.Q35: {
+        "driver": "virtio-blk-pci",
+        "bus": "pcie.0",
+        "addr": hex(_DISK_SLOT),
+        "bootindex": 0,
+    },
+    Machine.MICROVM: {"driver": "virtio-blk-device", "bus": _mmio_bus(0)},
+    Machine.S390: {"driver": "virtio-blk-ccw", "devno": _DISK_DEVNO.qemu, "bootindex": 0},
+}
+
+
+def _device(driver: str, **properties: str | int) -> list[str]:
+    """A device of the machine's own, in words of ours only.
+
+    Not as JSON: QEMU 7.2 makes all JSON devices last, and those of `extra` would be first.
+    """
+    return [
+        "-device",
+        ",".join([driver, *(f"{key}={value}" for key, value in properties.items())]),
+    ]
+
+
+def _json(option: str, **properties: Any) -> list[str]:
+    return [option, json.dumps({key.replace("_", "-"): v for key, v in properties.items()})]

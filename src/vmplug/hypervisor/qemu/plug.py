@@ -1,0 +1,49 @@
+"""Every kind of plug as steps; hot plug sends them, cold plug writes them on the command line."""
+
+import os
+from typing import assert_never
+
+from vmplug.drivers.base import BlockDrive, Plug, RNGDevice, SharedFS, Step, VhostUserDevice
+from vmplug.drivers.choose import cold_plug_only
+from vmplug.drivers.place import MemorySlot, MmioPlace, Place
+from vmplug.errors import CannotPlug
+from vmplug.hypervisor.qemu import block, nvdimm, rng, share, vhost_user
+
+
+def plug_steps(plug: Plug, place: Place) -> tuple[Step, ...]:
+    """The commands that plug it there, each with the one that takes it back."""
+    match plug:
+        case BlockDrive():
+            if isinstance(place, MemorySlot):
+                return nvdimm.plug_steps(plug, place)
+            return block.plug_steps(plug, place)
+        case VhostUserDevice():
+            return vhost_user.plug_steps(plug, place)
+        case SharedFS():
+            return share.plug_steps(plug, place)
+        case RNGDevice():
+            return rng.plug_steps(plug, place)
+        case _:
+            assert_never(plug)
+
+
+def check_hot(plug: Plug, place: Place) -> None:
+    """CannotPlug for what a running QEMU does not take, before anything is sent."""
+    if isinstance(plug, SharedFS):
+        raise cold_plug_only("a virtio-9p share")
+    if isinstance(place, MmioPlace):
+        raise cold_plug_only("a virtio-mmio device")
+    check_file(plug, place)
+
+
+def check_file(plug: Plug, place: Place) -> None:
+    """CannotPlug when the file of an NVDIMM has gone: QEMU would make an empty one."""
+    match plug, place:
+        case BlockDrive(file=path), MemorySlot() if not os.path.exists(path):
+            raise CannotPlug(
+                "no-such-file",
+                f"{path} is not there any more",
+                hint="nothing was changed; bring it back, or leave the device out",
+            )
+        case _:
+            pass

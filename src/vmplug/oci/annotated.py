@@ -1,0 +1,130 @@
+"""What OCI has no word for: network devices, shared directories, random numbers.
+
+Apart from DeviceInfo, which is all that most requests need. They come from annotations of the
+bundle (`vmplug.oci.annotations`), from the command line, or from a program.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vmplug.devnum import is_decimal
+from vmplug.errors import SpecError
+from vmplug.oci.info import DeviceInfo
+
+DESCRIPTOR_PREFIX = "fd:"
+
+DEFAULT_SOURCE = "/dev/urandom"
+
+_DESCRIPTOR_DIGITS = 9
+"""A descriptor is a C int; nobody has so many."""
+
+TAG_BYTES_MAX = 36
+"""Longest mount tag of virtio-fs. Source: virtio specification, 5.11.4."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetInfo:
+    """A network device whose other end is a vhost-user backend listening on `socket_path`.
+
+    `driver_options` are the words of `vmplug.drivers.vhost_user`.
+    """
+
+    label: str
+    socket_path: str
+    driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
+    read_only: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        _check_label("net", self.label)
+        _check_source(self.name, self.socket_path)
+
+    @property
+    def name(self) -> str:
+        """What the request goes by: `net:eth0`."""
+        return f"net:{self.label}"
+
+    @property
+    def wanted(self) -> str:
+        """The device in a few words, for messages."""
+        return f"vhost-user network {self.socket_path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareInfo:
+    """A directory of the host to be shared with the guest, which mounts it by its `tag`.
+
+    `source` is the directory, the socket of a virtiofsd that somebody else runs, or `fd:N`, a
+    connection to one that this process holds open. `driver_options` are the words of
+    `vmplug.drivers.share`.
+    """
+
+    tag: str
+    source: str
+    read_only: bool = False
+    driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _check_label("share", self.tag)
+        if len(self.tag.encode()) > TAG_BYTES_MAX:
+            raise SpecError(self.name, f"a mount tag has at most {TAG_BYTES_MAX} bytes")
+        if self.descriptor is None:
+            _check_source(self.name, self.source)
+
+    @property
+    def descriptor(self) -> int | None:
+        """The descriptor of `fd:N`; None for a path."""
+        number = self.source.removeprefix(DESCRIPTOR_PREFIX)
+        if number == self.source or not is_decimal(number) or len(number) > _DESCRIPTOR_DIGITS:
+            return None
+        return int(number)
+
+    @property
+    def name(self) -> str:
+        """What the request goes by: `share:work`."""
+        return f"share:{self.tag}"
+
+    @property
+    def wanted(self) -> str:
+        """The share in a few words, for messages."""
+        return f"shared directory {self.source}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RngInfo:
+    """A source of random numbers: a character device of the host such as /dev/urandom.
+
+    `driver_options` are the words of `vmplug.drivers.rng`.
+    """
+
+    label: str = "rng0"
+    source: str = DEFAULT_SOURCE
+    driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
+    read_only: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        _check_label("rng", self.label)
+        _check_source(self.name, self.source)
+
+    @property
+    def name(self) -> str:
+        """What the request goes by: `rng:rng0`."""
+        return f"rng:{self.label}"
+
+    @property
+    def wanted(self) -> str:
+        """The source in a few words, for messages."""
+        return f"random numbers from {self.source}"
+
+
+Request = DeviceInfo | NetInfo | ShareInfo | RngInfo
+"""One thing that a container asks for."""
+
+
+def _check_label(kind: str, label: str) -> None:
+    if not label or not label.isprintable() or "/" in label:
+        raise SpecError(f"{kind} {label!r}", "a name is printable text without '/'")
+
+
+def _check_source(name: str, path: str) -> None:
+    if not path.startswith("/") or "\0" in path:
+        raise SpecError(name, f"{path!r} is not an absolute path")

@@ -1,0 +1,141 @@
+"""Annotations of a bundle that ask for what OCI has no word for, and options of single devices.
+
+    org.vmplug.net.NAME       {"socket": "/run/vpp/eth0.sock", "mac": "52:54:00:aa:bb:cc"}
+    org.vmplug.share.TAG      {"source": "/srv/work", "read-only": true, "cache": "auto"}
+    org.vmplug.rng.NAME       {"source": "/dev/hwrng", "max-bytes": 1024, "period": 1000}
+    org.vmplug.options.PATH   {"block-driver": "virtio-scsi", "cache": "none"}
+
+Annotations, not a file of our own: they travel with config.json through every container engine,
+and through standard input. Each value is one JSON object; what is not known is an error. Kata's
+sandbox annotations are read where they mean the same, as defaults.
+Source: opencontainers/runtime-spec config.md, Annotations; Kata Containers
+docs/how-to/how-to-set-sandbox-config-kata.md.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from vmplug.errors import SpecError
+from vmplug.oci.annotated import DEFAULT_SOURCE, NetInfo, RngInfo, ShareInfo
+from vmplug.oci.info import normal_container_path
+
+PREFIX = "org.vmplug."
+_KATA = "io.katacontainers.config.hypervisor."
+
+_SHARE_DEFAULTS = {
+    "shared_fs": "filesystem",
+    "virtio_fs_cache": "cache",
+    "virtio_fs_cache_size": "cache-size",
+    "virtio_fs_queue_size": "queue-size",
+}
+"""Kata's words for every share of a sandbox, and our option that means the same."""
+
+Option = str | int | bool
+
+
+class Annotated(NamedTuple):
+    """What the annotations of one bundle say.
+
+    `options` are those of single devices and mounts, by path in the container.
+    """
+
+    requests: tuple[NetInfo | ShareInfo | RngInfo, ...]
+    options: Mapping[str, Mapping[str, str]]
+
+
+def read_annotations(annotations: Mapping[str, str]) -> Annotated:
+    """The requests and options among them; SpecError names the annotation that is wrong."""
+    requests: list[NetInfo | ShareInfo | RngInfo] = []
+    options: dict[str, Mapping[str, str]] = {}
+    for key, value in annotations.items():
+        if not key.startswith(PREFIX):
+            continue
+        kind, _, name = key.removeprefix(PREFIX).partition(".")
+        fields = _Fields(key, value)
+        match kind:
+            case "net":
+                requests.append(_net(name, fields))
+            case "share":
+                requests.append(_share(name, fields, _katas(annotations)))
+            case "rng":
+                requests.append(_rng(name, fields, _katas(annotations)))
+            case "options":
+                options[normal_container_path(name, annotation_path(key))] = fields.options()
+            case _:
+                raise SpecError(
+                    annotation_path(key),
+                    f"{kind!r} is no kind of annotation",
+                    hint=f"{PREFIX} is followed by net, share, rng or options, and a name",
+                )
+    return Annotated(tuple(requests), options)
+
+
+def annotation_path(key: str) -> str:
+    """The JSON path of an annotation."""
+    return f"$.annotations[{key!r}]"
+
+
+def _katas(annotations: Mapping[str, str]) -> dict[str, str]:
+    """Kata's settings of the sandbox, by their words."""
+    return {
+        key.removeprefix(_KATA): value
+        for key, value in annotations.items()
+        if key.startswith(_KATA)
+    }
+
+
+def _net(name: str, fields: "_Fields") -> NetInfo:
+    socket = fields.take_path("socket")
+    return NetInfo(label=name, socket_path=socket, driver_options=fields.options())
+
+
+def _share(tag: str, fields: "_Fields", katas: Mapping[str, str]) -> ShareInfo:
+    source, read_only = fields.take_path("source"), fields.take_flag("read-only")
+    defaults = {ours: katas[k] for k, ours in _SHARE_DEFAULTS.items() if k in katas}
+    options = defaults | fields.options()
+    return ShareInfo(tag=tag, source=source, read_only=read_only, driver_options=options)
+
+
+def _rng(name: str, fields: "_Fields", katas: Mapping[str, str]) -> RngInfo:
+    source = fields.take_path("source", katas.get("entropy_source", DEFAULT_SOURCE))
+    return RngInfo(label=name, source=source, driver_options=fields.options())
+
+
+class _Fields:
+    """The members of one annotation's object; what is not taken is an option."""
+
+    def __init__(self, key: str, value: str) -> None:
+        self._key = key
+        try:
+            self._members: dict[str, Any] = msgspec.json.decode(value, type=dict[str, Option])
+        except (msgspec.DecodeError, UnicodeEncodeError) as error:
+            hint = 'the value is one JSON object, such as {"source": "/srv/work"}'
+            raise SpecError(annotation_path(key), f"{value[:60]!r}: {error}", hint=hint) from error
+
+    def take_path(self, member: str, default: str | None = None) -> str:
+        """A path; a bundle names no descriptors, which are another process's."""
+        value = self._members.pop(member, default)
+        if not (isinstance(value, str) and value.startswith("/")):
+            what = "is missing" if value is None else f"is {value!r}, expected an absolute path"
+            raise SpecError(annotation_path(self._key), f"the member {member!r} {what}")
+        return value
+
+    def take_flag(self, member: str) -> bool:
+        """True or false; false when it is not there."""
+        value = self._members.pop(member, False)
+        if not isinstance(value, bool):
+            what = f"the member {member!r} is {value!r}, expected true or false"
+            raise SpecError(annotation_path(self._key), what)
+        return value
+
+    def options(self) -> dict[str, str]:
+        """What is left, as the text that the command line takes too."""
+        return {key: _text(value) for key, value in self._members.items()}
+
+
+def _text(value: Option) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
