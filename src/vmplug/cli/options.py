@@ -238,7 +238,7 @@ def _parse_named(text: str, kind: str, rest: str) -> "AnyRequest":
 
     if kind == "rng":
         return RngInfo(source=os.path.abspath(rest or DEFAULT_SOURCE))
-    if kind == "net" and rest:
+    if kind == "net" and os.path.basename(rest):
         label = os.path.basename(rest).removesuffix(".sock").lstrip(".") or "net0"
         return NetInfo(label=label, socket_path=os.path.abspath(rest))
     source, colon, tag = rest.rpartition(":")
