@@ -14,8 +14,8 @@ from tests.conformance.vector import (
     kind_of,
 )
 from vmplug.address import NODE_NAME_MAX, PciPath, PciSlot, ScsiAddress, qemu_id
-from vmplug.drivers.base import PciPlace
 from vmplug.drivers.block import choose_place
+from vmplug.drivers.place import PciPlace
 from vmplug.hypervisor.qemu import Qemu
 
 

@@ -9,7 +9,8 @@ from tests.conformance.vector import Case, Facts, Refusal, attempt, error_of
 from tests.support.tree import HostTree
 from vmplug.address import PERIPHERAL, ScsiAddress, qemu_id
 from vmplug.cli.output import attachment_json
-from vmplug.drivers.base import Command, Offer
+from vmplug.drivers.base import Command
+from vmplug.drivers.place import Offer
 from vmplug.host.safety import Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.hypervisor.memory import MemoryMonitor
@@ -17,7 +18,7 @@ from vmplug.hypervisor.qemu import Qemu
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.records import Attachment, DeviceRecord
 from vmplug.manager.store import Store
-from vmplug.oci.info import DeviceInfo
+from vmplug.oci.annotated import Request
 
 VM = "sandbox"
 UNKNOWN = "0123456789abcdef"
@@ -32,6 +33,10 @@ _LETTERS = {
     "device_del": "D",
     "blockdev-del": "R",
     "object-del": "P",
+    "chardev-add": "C",
+    "chardev-remove": "K",
+    "netdev_add": "N",
+    "netdev_del": "E",
 }
 """The commands that change a VM; every other is a question."""
 
@@ -97,10 +102,10 @@ class Machine:
         self.close()
         self._manager = self._open()
 
-    def attach(self, info: DeviceInfo, *, owner: str | None = None) -> Attachment:
+    def attach(self, info: Request, *, owner: str | None = None) -> Attachment:
         return self.manager.attach(info, owner=owner)
 
-    def try_attach(self, info: DeviceInfo, *, allow: Iterable[Code] = ()) -> Attachment | Refusal:
+    def try_attach(self, info: Request, *, allow: Iterable[Code] = ()) -> Attachment | Refusal:
         return attempt(lambda: self.manager.attach(info, allow=allow))
 
     def try_detach(self, hold: Attachment | str, *, whole: bool = False) -> Refusal | None:
@@ -240,7 +245,7 @@ def katas_drive(drive: Facts | None, device_id: str) -> dict[str, Any] | None:
     """Kata's BlockDrive in the fields of `Machine.drive`."""
     if drive is None:
         return None
-    drive.skip("pmem and swap are no disks of this stage", "Pmem", "Swap")
+    drive.skip("whether it is memory says its driver; swap is the guest's", "Pmem", "Swap")
     fields = {key: drive[key] for key in drive if key not in {"Pmem", "Swap"}}
     own = device_id and drive["ID"] == f"drive-{device_id}"
     return {**fields, "ID": "its own" if own else drive["ID"]}

@@ -183,7 +183,10 @@ _KINDS = (
     (r"hasn't been created|isn't attached|wasn't attached", "NotAttached"),
     (r"not present on bridge", "NotAttached"),
     (r"can't remove attached device", "StillAttached"),
-    (r"boom", "CommandError"),
+    (r"inappropriate ioctl for device", "NoSuchDevice"),
+    (r"Empty File, ID or Format for drive|invalid SCSI driver provided", "SpecError"),
+    (r"Incorrect vhost-user device type found", "CannotPlug"),
+    (r"boom|QMP command failed", "CommandError"),
 )
 """Kata's errors are texts; these are the kinds of ours that mean the same."""
 
