@@ -27,8 +27,10 @@ MAY_IMPORT = {
 
 CATCHES_OSERROR = {
     "cli/main.py",  # the answer cannot be written: its reader has gone, the disk is full
+    "host/backend.py",
     "host/process.py",
     "host/root.py",
+    "hypervisor/daemon.py",
     "hypervisor/qemu/launch.py",
     "hypervisor/qmp.py",
     "manager/database.py",

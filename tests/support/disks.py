@@ -1,11 +1,17 @@
 """Disks of the host that tests hand over: image files that say who they are, and loop devices."""
 
+import struct
 import subprocess
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MIB = 1 << 20
 SECTOR_BYTES = 512
+PFN_DATA_OFFSET = 2 * MIB
+"""Where the data of `dax_image` begins."""
+
 TIMEOUT_S = 30.0
 
 
@@ -25,6 +31,46 @@ def qcow2_image(path: Path, size_mib: int, marker: str) -> Path:
     raw = disk_image(path.with_name(path.name + ".raw"), size_mib, marker)
     _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path))
     raw.unlink()
+    return path
+
+
+def dax_image(path: Path, size_mib: int, content: Path | None = None) -> Path:
+    """Makes an image whose header says that the pages' structures are in ordinary memory.
+
+    Behind the header is an ext4, with the files of the directory `content` in it.
+
+    Source: Linux drivers/nvdimm/pfn.h, struct nd_pfn_sb; nd_fletcher64 in core.c.
+    """
+    size = size_mib * MIB
+    header = struct.pack(
+        "<16s16s16sIHHQQIIIIIH",
+        b"NVDIMM_PFN_INFO\0",
+        uuid.uuid4().bytes,
+        bytes(16),  # parent_uuid: a namespace without labels has none
+        0,  # flags
+        1,  # version_major
+        4,  # version_minor
+        PFN_DATA_OFFSET,
+        (size - PFN_DATA_OFFSET) // 4096,  # npfns
+        1,  # mode: PFN_MODE_RAM
+        0,  # start_pad
+        0,  # end_trunc
+        2 * MIB,  # align
+        4096,  # page_size
+        64,  # page_struct_size
+    ).ljust(4096 - 8, b"\0")
+    low = high = 0
+    for (word,) in struct.iter_unpack("<I", header + bytes(8)):
+        low = (low + word) & 0xFFFFFFFF
+        high = (high + low) & 0xFFFFFFFF
+    with path.open("wb") as image:
+        image.truncate(size)
+        image.seek(4096)
+        image.write(header + struct.pack("<II", low, high))
+    offset = f"offset={PFN_DATA_OFFSET}"
+    blocks = str((size - PFN_DATA_OFFSET) // 4096)
+    files = ["-d", str(content)] if content else []
+    _run("mkfs.ext4", "-q", "-F", "-b", "4096", "-E", offset, *files, str(path), blocks)
     return path
 
 

@@ -7,13 +7,14 @@ read, escapes and all.
 
 import os
 import stat
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 from vmplug.host.root import HostRoot
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 INIT_NAMESPACE = "mnt:[4026531840]"
 _KINDS = {"b": stat.S_IFBLK, "c": stat.S_IFCHR, "p": stat.S_IFIFO, "s": stat.S_IFSOCK}
 
@@ -88,18 +89,56 @@ class HostTree:
         *,
         fs_options: str = "rw",
         mount_options: str = "rw,relatime",
+        shown: str = "/",
+        fs_type: str = "ext4",
         pid: int = 1,
         namespace: str = INIT_NAMESPACE,
     ) -> Self:
-        """One more line of a process's mountinfo; names are written as they are given."""
-        fields = f"36 1 {number} / {mount_point} {mount_options} shared:1 - ext4 {source}"
-        line = f"{fields} {fs_options}\n"
+        """One more line of a process's mountinfo; names are written as they are given.
+
+        `shown` is the directory of the file system that is mounted.
+        """
+        mount = f"36 1 {number} {shown} {mount_point} {mount_options} shared:1"
+        line = f"{mount} - {fs_type} {source} {fs_options}\n"
         table = self._below(f"/proc/{pid}/mountinfo")
         with table.open("ab") as file:
             file.write(os.fsencode(line))
         link = self._below(f"/proc/{pid}/ns/mnt")
         if not link.is_symlink():
             link.symlink_to(namespace)
+        return self
+
+    def pmem_file(
+        self, path: str, *, data_offset: int = 2 * MIB, size_bytes: int = 8 * MIB
+    ) -> Self:
+        """A file with the information block of a namespace in mode fsdax.
+
+        Source: Linux drivers/nvdimm/pfn.h, struct nd_pfn_sb.
+        """
+        block = b"NVDIMM_PFN_INFO\0" + bytes(32 + 4) + struct.pack("<HHQ", 1, 4, data_offset)
+        target = self._below(path)
+        with target.open("wb") as file:
+            file.seek(4096)
+            file.write(block)
+            file.truncate(size_bytes)
+        return self
+
+    def unix_socket(self, path: str, inode: int, *, listens: bool = True) -> Self:
+        """One more line of /proc/net/unix: a listener, or a connection that one has accepted."""
+        table = self._below("/proc/net/unix")
+        flags, state = ("00010000", "01") if listens else ("00000000", "03")
+        with table.open("ab") as file:
+            if not file.tell():
+                file.write(b"Num       RefCount Protocol Flags    Type St Inode Path\n")
+            line = f"00000000deadbeef: 00000002 00000000 {flags} 0001 {state} {inode:5} {path}\n"
+            file.write(os.fsencode(line))
+        return self
+
+    def process(self, pid: int, name: str, *open_files: str) -> Self:
+        """A process of that name, and what its descriptors from 3 on are open on."""
+        self.file(f"/proc/{pid}/comm", f"{name}\n")
+        for number, target in enumerate(open_files, start=3):
+            self.link(f"/proc/{pid}/fd/{number}", target)
         return self
 
     def swap(self, *paths: str) -> Self:

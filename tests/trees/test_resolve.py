@@ -19,9 +19,10 @@ from vmplug.host.device import (
     HostDevice,
     VhostUserSocket,
 )
-from vmplug.host.resolve import classify, find_volumes, get_host_path, resolve, resolve_all
+from vmplug.host.resolve import classify, get_host_path, resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.volume import find_volumes
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
 

@@ -1,30 +1,42 @@
 """Disks as drives: their options, what speaks against them, and the place they get."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmplug.address import PciPath, PciSlot, ScsiAddress
+from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.devnum import DevNum
 from vmplug.drivers.base import (
     Aio,
     BlockDrive,
     BlockDriver,
     Cache,
+    Plug,
+    RNGDevice,
+    SharedFS,
+    Throttle,
+    VhostUserDevice,
+    guest_address,
+)
+from vmplug.drivers.block import OPTIONS, BlockOptions, check_disk, choose_place, plan_drive
+from vmplug.drivers.place import (
+    CcwPlace,
     GuestAddress,
+    MemorySlot,
+    MmioPlace,
     Offer,
     PciPlace,
     PciPort,
     Place,
+    PlugMode,
     ScsiController,
     ScsiPlace,
-    Throttle,
 )
-from vmplug.drivers.block import OPTIONS, BlockOptions, check_disk, choose_place, plan_drive
-from vmplug.errors import NoFreePort, SpecError
-from vmplug.host.device import BlockDevice, DiskFile, FoundBy
+from vmplug.errors import CannotPlug, NoFreePort, SpecError
+from vmplug.host.device import BlockDevice, DeviceType, DiskFile, FoundBy
 from vmplug.host.image import ImageFormat, Qcow2Header
 from vmplug.host.safety import Code
 
@@ -54,8 +66,7 @@ def test_nothing_said_leaves_every_choice_open() -> None:
 @pytest.mark.parametrize(
     ("key", "text", "expected"),
     [
-        ("block-driver", "virtio-blk", BlockOptions(driver=BlockDriver.VIRTIO_BLOCK)),
-        ("block-driver", "virtio-scsi", BlockOptions(driver=BlockDriver.VIRTIO_SCSI)),
+        *[("block-driver", str(word), BlockOptions(driver=word)) for word in BlockDriver],
         *[("format", str(word), BlockOptions(format=word)) for word in ImageFormat],
         *[("cache", str(word), BlockOptions(cache=word)) for word in Cache],
         *[("aio", str(word), BlockOptions(aio=word)) for word in Aio],
@@ -66,6 +77,7 @@ def test_nothing_said_leaves_every_choice_open() -> None:
         ("serial", "disk 1,x=é", BlockOptions(serial="disk 1,x=é")),
         ("iothread", "on", BlockOptions(iothread=True)),
         ("iothread", "off", BlockOptions(iothread=False)),
+        ("fstype", "ext4", BlockOptions(fs_type="ext4")),
         ("bps-total", "1", BlockOptions(throttle=Throttle(bps_total=1))),
         ("bps-read", "10K", BlockOptions(throttle=Throttle(bps_read=10 << 10))),
         ("bps-write", "10M", BlockOptions(throttle=Throttle(bps_write=10 << 20))),
@@ -83,6 +95,7 @@ def test_every_word_of_an_option_means_what_it_says(
 def test_the_options_above_are_all_there_are() -> None:
     assert set(OPTIONS) == {
         *("block-driver", "format", "cache", "aio", "discard", "share-rw", "serial", "iothread"),
+        "fstype",
         *("bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write"),
     }
     assert all(option.help for option in OPTIONS.values())
@@ -96,9 +109,15 @@ def test_limits_of_bytes_and_operations_go_together() -> None:
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
-        ("block-driver", "nvdimm", "'nvdimm' is not one of virtio-blk, virtio-scsi"),
-        ("block-driver", "virtio-mmio", "is not one of virtio-blk, virtio-scsi"),
+        (
+            "block-driver",
+            "virtio-nvme",
+            f"'virtio-nvme' is not one of {', '.join(BlockDriver)}$",
+        ),
+        ("block-driver", "NVDIMM", "'NVDIMM' is not one of virtio-mmio"),
         ("block-driver", "", "'' is not one of"),
+        ("fstype", "", "'' is not printable text"),
+        ("fstype", "a\nb", "is not printable text"),
         ("format", "vmdk", "'vmdk' is not one of raw, qcow2"),
         ("format", "QCOW2", "is not one of raw, qcow2"),
         ("cache", "writeBack", "is not one of none, writeback"),
@@ -110,7 +129,7 @@ def test_limits_of_bytes_and_operations_go_together() -> None:
         ("serial", "a\nb", "is not printable text"),
         ("serial", "a\0b", "is not printable text"),
         *[
-            ("bps-total", text, "is not a number from 1 to 10\\^15")
+            ("bps-total", text, f"is not a number from 1 to {10**15}, with K, M or G")
             for text in ("", "0", "-1", "1.5", "1k", "1KB", "K", "0x10", " 1", "1\n", "٣")
         ],
         ("iops-read", "1000000000000001", "is not a number from 1 to"),
@@ -143,6 +162,19 @@ def test_an_unknown_option_is_answered_with_the_known_ones() -> None:
         ({"bps-total": "5", "bps-write": "5"}, "option bps-total"),
         ({"iops-total": "5", "iops-read": "5"}, "option iops-total"),
         ({"iops-total": "5", "iops-write": "5"}, "option iops-total"),
+        *[
+            ({"block-driver": "nvdimm", key: text}, f"option {key}")
+            for key, text in (
+                ("cache", "none"),
+                ("aio", "threads"),
+                ("discard", "unmap"),
+                ("share-rw", "on"),
+                ("serial", "x"),
+                ("iothread", "on"),
+                ("bps-total", "5"),
+                ("iops-write", "5"),
+            )
+        ],
     ],
 )
 def test_options_that_qemu_would_refuse_together_are_refused_here(
@@ -164,20 +196,12 @@ def test_options_that_qemu_would_refuse_together_are_refused_here(
         {"aio": "threads", "cache": "unsafe"},
         {"iothread": "on", "block-driver": "virtio-blk"},
         {"bps-total": "5", "iops-read": "5", "iops-write": "5"},
+        {"block-driver": "nvdimm", "format": "raw", "fstype": "ext4"},
+        {"block-driver": "nvdimm", "share-rw": "off", "discard": "ignore", "iothread": "off"},
     ],
 )
 def test_options_that_fit_each_other_are_taken(options: dict[str, str]) -> None:
     BlockOptions.parse(options)
-
-
-@pytest.mark.parametrize(
-    "driver", [BlockDriver.NVDIMM, BlockDriver.VIRTIO_MMIO, BlockDriver.VIRTIO_BLOCK_CCW]
-)
-def test_a_driver_that_cannot_be_hot_plugged_is_never_taken_for_another(
-    driver: BlockDriver,
-) -> None:
-    with pytest.raises(SpecError, match=f"{driver} cannot be hot-plugged"):
-        BlockOptions(driver=driver)
 
 
 @given(st.dictionaries(st.sampled_from(list(OPTIONS)) | st.text(), st.text(), max_size=3))
@@ -261,6 +285,7 @@ def test_a_block_device_passes_the_page_cache_by_in_its_own_sectors() -> None:
         aio=Aio.NATIVE,
         serial="0123456789abcdef",
         sector_bytes=4096,
+        size_bytes=1 << 30,
     )
 
 
@@ -405,14 +430,61 @@ def test_a_place_says_where_the_guest_will_see_it() -> None:
     _, pci = choose_place(FULL, BLK, ("rp1/00",))
     _, scsi = choose_place(FULL, SCSI, ())
     assert pci == PciPlace(bus="rp2", slot=PciSlot(3), path=PciPath.parse("02/03"))
-    assert guest(pci) == "PCI 02/03"
+    assert guest_address(drive(SDB), pci) == GuestAddress(pci_path=PciPath.parse("02/03"))
     assert isinstance(scsi, ScsiPlace)
-    assert guest(scsi) == "SCSI 0:2"
-    assert GuestAddress.of(scsi).pci_path == PciPath.parse("09")
+    assert guest_address(drive(SDB, SCSI), scsi) == GuestAddress(
+        pci_path=PciPath.parse("09"), scsi_address=ScsiAddress(0, 2)
+    )
 
 
-def guest(place: Place) -> str:
-    return str(GuestAddress.of(place))
+MAC = "52:54:00:12:34:56"
+BEHIND_PORT = PciPlace(bus="rp2", slot=PciSlot(3), path=PciPath.parse("02/03"))
+ON_CCW = CcwPlace(devno=CcwDevNo(0, 5))
+ON_MMIO = MmioPlace(bus="virtio-mmio-bus.2", index=2)
+NET = VhostUserDevice(id="a", type=DeviceType.VHOST_USER_NET, socket_path="/s", mac_address=MAC)
+SHARE = SharedFS(id="a", directory="/srv", tag="work", read_only=False)
+RNG = RNGDevice(id="a", filename="/dev/urandom")
+
+
+@pytest.mark.parametrize(
+    ("plug", "place", "address", "text"),
+    [
+        (drive(SDB), ON_CCW, GuestAddress(ccw_devno=CcwDevNo(0, 5)), "CCW 0.0.0005"),
+        (drive(SDB), ON_MMIO, GuestAddress(virt_path="/dev/vdc"), "/dev/vdc"),
+        (
+            drive(SDB),
+            MemorySlot(slot=3, index=1),
+            GuestAddress(nvdimm_id=1, nvdimm_handle=4),
+            "/dev/pmem1",
+        ),
+        (
+            NET,
+            BEHIND_PORT,
+            GuestAddress(pci_path=PciPath.parse("02/03"), mac_address=MAC),
+            f"PCI 02/03 {MAC}",
+        ),
+        (
+            SHARE,
+            BEHIND_PORT,
+            GuestAddress(pci_path=PciPath.parse("02/03"), mount_tag="work"),
+            "PCI 02/03 tag work",
+        ),
+        (SHARE, ON_MMIO, GuestAddress(mount_tag="work"), "tag work"),
+        (
+            SHARE,
+            ON_CCW,
+            GuestAddress(ccw_devno=CcwDevNo(0, 5), mount_tag="work"),
+            "CCW 0.0.0005 tag work",
+        ),
+        (RNG, BEHIND_PORT, GuestAddress(pci_path=PciPath.parse("02/03")), "PCI 02/03"),
+        (RNG, ON_MMIO, GuestAddress(), ""),
+    ],
+)
+def test_the_guest_sees_each_kind_by_what_it_can_look_for(
+    plug: Plug, place: Place, address: GuestAddress, text: str
+) -> None:
+    assert guest_address(plug, place) == address
+    assert str(address) == text
 
 
 @pytest.mark.parametrize(
@@ -440,3 +512,111 @@ def test_no_place_left_is_said_with_a_remedy(
         choose_place(offer(*parts), driver, taken)
     assert caught.value.message == message
     assert caught.value.hint
+
+
+MICROVM = replace(offer(), machine="microvm")
+S390 = replace(offer(controller("scsi0")), machine="s390-ccw-virtio", ccw_used=frozenset())
+WITH_MEMORY = replace(offer(port("rp1", 0)), nvdimm=True, memory_slots=2)
+
+
+@pytest.mark.parametrize(
+    ("machine", "driver", "reason"),
+    [
+        (FULL, BlockDriver.VIRTIO_MMIO, "no-virtio-mmio"),
+        (FULL, BlockDriver.VIRTIO_BLOCK_CCW, "no-channel-subsystem"),
+        (FULL, BlockDriver.NVDIMM, "no-nvdimm"),
+        (replace(FULL, nvdimm=True), BlockDriver.NVDIMM, "no-nvdimm"),
+        (replace(FULL, memory_slots=2), BlockDriver.NVDIMM, "no-nvdimm"),
+        (replace(FULL, mode=PlugMode.COLD), BlockDriver.VIRTIO_MMIO, "no-virtio-mmio"),
+        (MICROVM, BlockDriver.VIRTIO_MMIO, "cold-plug-only"),
+        (MICROVM, None, "cold-plug-only"),
+        (MICROVM, BlockDriver.NVDIMM, "no-nvdimm"),
+        (MICROVM, BlockDriver.VIRTIO_BLOCK, "no-pci"),
+        (S390, BlockDriver.VIRTIO_BLOCK, "no-pci"),
+        (S390, BlockDriver.VIRTIO_MMIO, "no-virtio-mmio"),
+        (S390, BlockDriver.NVDIMM, "no-nvdimm"),
+    ],
+)
+def test_what_a_vm_never_takes_is_refused_and_never_replaced(
+    machine: Offer, driver: BlockDriver | None, reason: str
+) -> None:
+    with pytest.raises(CannotPlug) as caught:
+        choose_place(machine, driver, ())
+    assert caught.value.reason == reason
+    assert caught.value.hint
+
+
+TRANSPORTS = (ON_MMIO, MmioPlace(bus="virtio-mmio-bus.3", index=3))
+
+
+@pytest.mark.parametrize(
+    ("machine", "driver", "taken", "chosen", "place"),
+    [
+        (S390, None, (), BlockDriver.VIRTIO_BLOCK_CCW, "ccw/0.0.0001"),
+        (S390, BlockDriver.VIRTIO_BLOCK_CCW, (), BlockDriver.VIRTIO_BLOCK_CCW, "ccw/0.0.0001"),
+        (
+            replace(S390, ccw_used=frozenset({CcwDevNo(0, 1), CcwDevNo(1, 3)})),
+            None,
+            ("ccw/0.0.0002",),
+            BlockDriver.VIRTIO_BLOCK_CCW,
+            "ccw/0.0.0003",
+        ),
+        (S390, SCSI, (), SCSI, "scsi0.0/0:0"),
+        (
+            replace(MICROVM, mode=PlugMode.COLD, mmio=TRANSPORTS),
+            None,
+            ("virtio-mmio-bus.2",),
+            BlockDriver.VIRTIO_MMIO,
+            "virtio-mmio-bus.3",
+        ),
+        (WITH_MEMORY, None, (), BLK, "rp1/00"),
+        (WITH_MEMORY, BlockDriver.NVDIMM, (), BlockDriver.NVDIMM, "memory/0"),
+        (WITH_MEMORY, BlockDriver.NVDIMM, ("memory/0",), BlockDriver.NVDIMM, "memory/1"),
+        (
+            replace(WITH_MEMORY, memory_slots_used=frozenset({0})),
+            BlockDriver.NVDIMM,
+            ("memory/0",),
+            BlockDriver.NVDIMM,
+            "memory/1",
+        ),
+    ],
+)
+def test_every_machine_gives_a_disk_its_lowest_place(
+    machine: Offer,
+    driver: BlockDriver | None,
+    taken: tuple[str, ...],
+    chosen: BlockDriver,
+    place: str,
+) -> None:
+    answer, found = choose_place(machine, driver, taken)
+    assert (answer, str(found)) == (chosen, place)
+
+
+@pytest.mark.parametrize(
+    ("used", "nvdimms", "taken", "index"),
+    [
+        ((), 0, (), 0),
+        ((0,), 1, (), 1),
+        ((0,), 0, (), 0),  # a memory device of another kind
+        ((), 0, ("memory/0",), 1),  # journalled, not yet plugged
+        ((0,), 1, ("memory/0",), 1),
+        ((0, 2), 1, ("memory/0", "memory/1"), 2),
+    ],
+)
+def test_an_nvdimm_is_numbered_by_those_that_come_before(
+    used: tuple[int, ...], nvdimms: int, taken: tuple[str, ...], index: int
+) -> None:
+    machine = replace(
+        WITH_MEMORY, memory_slots=4, memory_slots_used=frozenset(used), nvdimms=nvdimms
+    )
+    _, place = choose_place(machine, BlockDriver.NVDIMM, taken)
+    assert isinstance(place, MemorySlot)
+    assert place.index == index
+
+
+def test_full_memory_slots_are_said_with_a_remedy() -> None:
+    machine = replace(WITH_MEMORY, memory_slots_used=frozenset({1}))
+    with pytest.raises(NoFreePort, match="all 2 memory slots") as caught:
+        choose_place(machine, BlockDriver.NVDIMM, ("memory/0",))
+    assert caught.value.hint
+    assert "--memory-slots" in caught.value.hint

@@ -15,7 +15,8 @@ from tests.contract.world import MemorySide
 from tests.support.disks import qcow2_image
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import Command, Offer
+from vmplug.drivers.base import Command
+from vmplug.drivers.place import Offer
 from vmplug.errors import (
     CommandError,
     DeviceError,
@@ -83,7 +84,7 @@ def null_device(at: str = "/dev/null") -> DeviceInfo:
 
 def held(sandbox: Sandbox) -> list[tuple[str, str, int, State]]:
     """Who holds what, how often, in which state."""
-    return [(a.owner, a.container_path, a.count, a.state) for a in sandbox.devices.attachments()]
+    return [(a.owner, a.name, a.count, a.state) for a in sandbox.devices.attachments()]
 
 
 # attaching and counting
@@ -94,7 +95,7 @@ def test_the_attachment_says_everything_about_the_hold(sandbox: Sandbox) -> None
 
     assert attachment.vm == "sandbox-1"
     assert attachment.owner == "c1"
-    assert attachment.container_path == "/dev/xvda"
+    assert (attachment.name, attachment.container_path) == ("/dev/xvda", "/dev/xvda")
     assert attachment.host_path == str(sandbox.file("a.img"))
     assert attachment.kind is DeviceType.BLOCK
     assert not attachment.read_only

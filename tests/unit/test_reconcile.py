@@ -1,6 +1,7 @@
 """Journal and VM agree again, whatever died in between: on a VM in memory."""
 
 import itertools
+import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from tests.contract.sandbox import CHANGING, Breaking, Dying, Killed, Picture, Refusing, Sandbox
 from tests.contract.world import MemorySide
+from tests.support.daemons import vhost_user_backend
 from vmplug.devnum import DevNum
 from vmplug.drivers.base import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
@@ -16,6 +18,7 @@ from vmplug.hypervisor.memory import Guest
 from vmplug.manager.reconcile import Outcome
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import State
+from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
 
 AT_ONCE_S = 0.1
@@ -23,19 +26,34 @@ AT_ONCE_S = 0.1
 LIMITED = {"bps-total": "10M", "iothread": "on"}
 
 
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Request, ...]]:
+    """A network and a share at whose other ends is somebody, and random numbers."""
+    ours, theirs = socket.socketpair()
+    with vhost_user_backend("net") as backend, ours, theirs:
+        yield (
+            NetInfo(label="eth0", socket_path=str(backend.socket_path)),
+            ShareInfo(tag="work", source=f"fd:{ours.fileno()}"),
+            RngInfo(),
+        )
+
+
 @pytest.fixture(params=["live", "restored"])
-def sandbox(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sandbox]:
-    made = Sandbox(tmp_path, is_restored=request.param == "restored")
+def sandbox(
+    request: pytest.FixtureRequest, tmp_path: Path, served: tuple[Request, ...]
+) -> Iterator[Sandbox]:
+    made = Sandbox(tmp_path, is_restored=request.param == "restored", served=served)
     yield made
     made.close()
 
 
-def batch(sandbox: Sandbox) -> list[DeviceInfo]:
+def batch(sandbox: Sandbox) -> list[Request]:
     """A batch that needs every kind of command, and a device that needs none."""
     return [
         sandbox.disk("a.img", options=LIMITED),
         DeviceInfo(container_path="/dev/null", dev_type=DevType.CHAR, devnum=DevNum(1, 3)),
         sandbox.disk("b.img", options={"block-driver": "virtio-scsi"}),
+        *sandbox.served,
     ]
 
 
@@ -212,14 +230,37 @@ def test_what_a_guest_refuses_to_release_stays_detaching(sandbox: Sandbox) -> No
     assert sandbox.picture() == before
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_refused_repair_can_be_tried_again(sandbox: Sandbox, count: int) -> None:
+def test_a_device_that_qemu_does_not_ask_for_is_told_and_can_be_tried_again(
+    sandbox: Sandbox,
+) -> None:
+    before = sandbox.picture()
+    sandbox.talk_through(lambda monitor: Breaking(monitor, 4, is_sent=True))
+    with pytest.raises(ProtocolError):
+        sandbox.devices.attach_all([sandbox.disk("a.img"), sandbox.disk("b.img")])
+    plugged = sandbox.side.parts()
+
+    sandbox.talk_through(lambda monitor: Refusing(monitor, 1))
+    first, second = sandbox.devices.reconcile()
+    sandbox.talk_plainly()
+    assert first.outcome is Outcome.STILL_DETACHING
+    assert first.reason == "QEMU refused device_del: refused by the test"
+    assert (second.outcome, second.host_path) == (Outcome.UNDONE, str(sandbox.file("b.img")))
+    assert [a.state for a in sandbox.devices.attachments()] == [State.DETACHING]
+    kept = f"vmplug-{first.device_id}"
+    assert sandbox.vmplugs() == {name for name in sandbox.vmplugs() if name.startswith(kept)}
+    assert kept in sandbox.side.parts().devices.keys() & plugged.devices.keys()
+
+    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [Outcome.FINISHED]
+    assert sandbox.picture() == before
+
+
+def test_a_refused_repair_can_be_tried_again(sandbox: Sandbox) -> None:
     before = sandbox.picture()
     sandbox.talk_through(lambda monitor: Breaking(monitor, 2, is_sent=True))
     with pytest.raises(ProtocolError):
         sandbox.devices.attach(sandbox.disk())
 
-    sandbox.talk_through(lambda monitor: Refusing(monitor, count))
+    sandbox.talk_through(lambda monitor: Refusing(monitor, 2))
     with pytest.raises(CommandError, match="refused by the test"):
         sandbox.devices.reconcile()
     sandbox.talk_plainly()
@@ -293,12 +334,12 @@ LIVES: dict[str, tuple[Verb, Verb]] = {
 
 
 def deaths(
-    directory: Path, life: str, guest: Guest, *, is_sent: bool
+    directory: Path, life: str, guest: Guest, served: tuple[Request, ...], *, is_sent: bool
 ) -> Iterator[tuple[Sandbox, Picture]]:
     """A sandbox for every command of a verb, killed there, with the picture before it all."""
     prepare, verb = LIVES[life]
     for count in itertools.count(1):
-        sandbox = Sandbox(directory / str(count))
+        sandbox = Sandbox(directory / str(count), served=served)
         before = sandbox.picture()
         prepare(sandbox)
         sandbox.machine.guest = guest
@@ -326,42 +367,44 @@ def was_killed(sandbox: Sandbox, verb: Verb) -> bool:
 @pytest.mark.parametrize("is_sent", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("life", LIVES)
 def test_killed_at_any_command_reconcile_leaves_nothing(
-    tmp_path: Path, life: str, *, is_sent: bool
+    tmp_path: Path, life: str, served: tuple[Request, ...], *, is_sent: bool
 ) -> None:
-    for sandbox, before in deaths(tmp_path, life, Guest.ANSWERS, is_sent=is_sent):
+    for sandbox, before in deaths(tmp_path, life, Guest.ANSWERS, served, is_sent=is_sent):
         sandbox.devices.reconcile()
         assert sandbox.picture() == before
         assert sandbox.devices.reconcile() == []
 
 
-def virtio_disks(sandbox: Sandbox) -> set[str]:
+def on_ports(sandbox: Sandbox) -> set[str]:
+    """What vmplug put behind ports, where a silent guest keeps it."""
     devices = sandbox.side.parts().devices
-    return {name for name, driver in devices.items() if driver == "virtio-blk-pci"}
+    names = {name for name, driver in devices.items() if driver.endswith("-pci")}
+    return names & sandbox.vmplugs()
 
 
 @pytest.mark.parametrize("is_sent", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("life", LIVES)
 def test_killed_before_a_silent_guest_it_is_finished_when_the_guest_wakes(
-    tmp_path: Path, life: str, *, is_sent: bool
+    tmp_path: Path, life: str, served: tuple[Request, ...], *, is_sent: bool
 ) -> None:
-    for sandbox, before in deaths(tmp_path, life, Guest.SILENT, is_sent=is_sent):
+    for sandbox, before in deaths(tmp_path, life, Guest.SILENT, served, is_sent=is_sent):
         reconcile(sandbox)
-        virtio = {
-            n for n, kind in sandbox.side.parts().devices.items() if kind == "virtio-blk-pci"
-        }
         left = sandbox.devices.attachments()
-        assert {f"vmplug-{a.device_id}" for a in left} == virtio
+        assert {f"vmplug-{a.device_id}" for a in left} == on_ports(sandbox)
         assert {a.state for a in left} <= {State.DETACHING}
-        assert {a.container_path for a in left} <= {"/dev/a.img"}
+        assert {a.name for a in left} <= {"/dev/a.img", *(request.name for request in served)}
 
         sandbox.machine.wake_guest()
         sandbox.devices.reconcile()
         assert sandbox.picture() == before
 
 
-def test_the_verbs_that_are_killed_send_every_kind_of_command(tmp_path: Path) -> None:
-    sandbox = Sandbox(tmp_path)
+def test_the_verbs_that_are_killed_send_every_kind_of_command(
+    tmp_path: Path, served: tuple[Request, ...]
+) -> None:
+    """But for the one that only takes a step back that was the last."""
+    sandbox = Sandbox(tmp_path, served=served)
     attach(sandbox)
     detach(sandbox)
     sandbox.close()
-    assert {command.execute for command in sandbox.machine.sent} >= CHANGING
+    assert {command.execute for command in sandbox.machine.sent} >= CHANGING - {"closefd"}

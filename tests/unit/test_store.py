@@ -19,10 +19,11 @@ import pytest
 
 from tests.contract.world import journal_rows
 from vmplug.address import PciPath, ScsiAddress
-from vmplug.drivers.base import GuestAddress
+from vmplug.drivers.place import GuestAddress
 from vmplug.errors import StateError, StoreError
 from vmplug.host.device import DeviceType
 from vmplug.host.safety import Claim
+from vmplug.manager.database import VERSION
 from vmplug.manager.records import Attachment, DeviceRecord, VmRecord
 from vmplug.manager.state import FOLLOWS, State, check_step
 from vmplug.manager.store import Store
@@ -81,7 +82,7 @@ def hold(device: DeviceRecord, owner: str = "c1", path: str = "/dev/x") -> Attac
         id=f"{device.id}-{owner}-{path}",
         vm=device.vm,
         owner=owner,
-        container_path=path,
+        name=path,
         host_path=device.host_path,
         kind=device.kind,
         read_only=device.read_only,
@@ -89,6 +90,7 @@ def hold(device: DeviceRecord, owner: str = "c1", path: str = "/dev/x") -> Attac
         state=device.state,
         guest_address=device.guest_address,
         device_id=device.id,
+        options=device.options,
     )
 
 
@@ -294,12 +296,16 @@ ALLOWED = {
     (None, State.PLUGGING),
     (State.PLUGGING, State.ATTACHED),
     (State.PLUGGING, State.DETACHING),
+    (State.PLUGGING, State.RETAINED),
     (State.PLUGGING, None),
     (State.ATTACHED, State.DETACHING),
+    (State.ATTACHED, State.RETAINED),
     (State.ATTACHED, None),
     (State.DETACHING, State.DETACHING),
     (State.DETACHING, State.ATTACHED),
     (State.DETACHING, None),
+    (State.RETAINED, State.ATTACHED),
+    (State.RETAINED, None),
 }
 
 
@@ -327,7 +333,7 @@ def test_only_steps_of_the_table_are_taken(state: State | None, wanted: State | 
 def device_in(store: Store, state: State | None) -> None:
     if state is not None:
         store.add_devices([DISK], [hold(DISK)])
-    if state in {State.ATTACHED, State.DETACHING}:
+    if state not in {None, State.PLUGGING}:
         store.set_state([DISK.id], state)
 
 
@@ -350,7 +356,7 @@ def test_the_store_takes_only_steps_of_the_table(
     assert journal_rows(tmp_path) == before
 
 
-@pytest.mark.parametrize("state", [State.ATTACHED, State.DETACHING])
+@pytest.mark.parametrize("state", [State.ATTACHED, State.DETACHING, State.RETAINED])
 def test_a_new_device_can_only_be_plugging(store: Store, tmp_path: Path, state: State) -> None:
     before = journal_rows(tmp_path)
     with pytest.raises(StateError):
@@ -374,21 +380,23 @@ def test_a_journal_survives_a_crash_of_the_machine_by_its_settings(tmp_path: Pat
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_a_journal_of_a_newer_version_is_refused_and_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("newer", [VERSION + 1, 99])
+def test_a_journal_of_a_newer_version_is_refused_and_kept(tmp_path: Path, newer: int) -> None:
     with Store.open(tmp_path) as store:
         store.add_devices([DISK], [hold(DISK)])
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
-        db.execute("PRAGMA user_version = 99")
+        db.execute(f"PRAGMA user_version = {newer}")
         db.execute("ALTER TABLE device ADD COLUMN novelty TEXT")
         db.commit()
     before = journal_rows(tmp_path)
-    with pytest.raises(StoreError, match="is of version 99; this vmplug knows") as caught:
+    message = f"is of version {newer}; this vmplug knows {VERSION}$"
+    with pytest.raises(StoreError, match=message) as caught:
         Store.open(tmp_path)
     assert caught.value.path == str(tmp_path / "journal.db")
     assert caught.value.hint
     assert journal_rows(tmp_path) == before
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (99,)
+        assert db.execute("PRAGMA user_version").fetchone() == (newer,)
 
 
 @pytest.mark.parametrize(
