@@ -18,11 +18,15 @@ from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.store import Store
+from vmplug.oci.annotated import Request
 from vmplug.oci.info import DeviceInfo, DevType
 
 SIZE_BYTES = 1 << 20
 CHANGING = frozenset(
-    {"blockdev-add", "blockdev-del", "object-add", "object-del", "device_add", "device_del"}
+    {
+        *("blockdev-add", "blockdev-del", "object-add", "object-del", "device_add", "device_del"),
+        *("chardev-add", "chardev-remove", "netdev_add", "netdev_del", "getfd", "closefd"),
+    }
 )
 
 
@@ -35,7 +39,10 @@ class Picture:
 
 
 class Sandbox:
-    """A VM below a manager; `devices` is the manager, for one step."""
+    """A VM below a manager; `devices` is the manager, for one step.
+
+    `served` are requests whose other end is somebody that lives longer than the sandbox.
+    """
 
     def __init__(
         self,
@@ -45,6 +52,7 @@ class Sandbox:
         vm: str = "sandbox-1",
         is_restored: bool = False,
         root: HostRoot | None = None,
+        served: Sequence[Request] = (),
     ) -> None:
         self.memory = MemorySide()
         self.side: Side = side or self.memory
@@ -52,6 +60,7 @@ class Sandbox:
         self.directory = directory
         self.state_dir = directory / "state"
         self.root = root or HostRoot("/")
+        self.served = served
         self._is_restored = is_restored
         directory.mkdir(exist_ok=True)
         Store.open(self.state_dir).close()
@@ -127,9 +136,7 @@ class Sandbox:
 
     def vmplugs(self) -> set[str]:
         """The names in the VM that vmplug gave."""
-        parts = self.side.parts()
-        names = {*parts.devices, *parts.nodes, *parts.objects}
-        return {name for name in names if name.startswith("vmplug-")}
+        return self.side.parts().vmplugs()
 
 
 class Killed(BaseException):

@@ -1,35 +1,17 @@
 """One suite for the hypervisor in memory and for real QEMU: with a guest, and before its boot."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.contract.world import (
-    MEMORY_SIDE_DEVICES,
-    SHARED_MACHINE,
-    SHARED_MEMORY,
-    MemorySide,
-    Parts,
-    QemuSide,
-    Refusal,
-    Side,
-    recorded,
-)
+from tests.contract.world import MemorySide, QemuSide, Refusal, Side, recorded
 from tests.support.disks import disk_image
-from tests.support.vm import GuestVm, start_vm
 from vmplug.address import PciPath, PciSlot, ScsiAddress, qemu_id
-from vmplug.drivers.base import (
-    BlockDrive,
-    BlockDriver,
-    Command,
-    PciPlace,
-    Place,
-    ScsiPlace,
-    Throttle,
-)
+from vmplug.drivers.base import BlockDrive, BlockDriver, Command, Throttle
+from vmplug.drivers.place import PciPlace, ScsiPlace
 from vmplug.errors import CommandError
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
@@ -49,52 +31,9 @@ RP1 = PciPlace(bus="rp1", slot=PciSlot(0), path=PciPath.parse("11/00"))
 LUN3 = ScsiPlace(bus="scsi0.0", address=ScsiAddress(0, 3), path=PciPath.parse("05"))
 LUN4 = ScsiPlace(bus="scsi0.0", address=ScsiAddress(1, 4), path=PciPath.parse("05"))
 
+DiskPlace = PciPlace | ScsiPlace
+
 real = pytest.mark.qemu
-
-
-@pytest.fixture(scope="module")
-def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
-    logs = tmp_path_factory.mktemp("booted")
-    devices, extra = MEMORY_SIDE_DEVICES, SHARED_MEMORY
-    with start_vm(logs, machine=SHARED_MACHINE, devices=devices, extra=extra) as vm:
-        vm.console.run("true")
-        yield vm
-
-
-@pytest.fixture
-def memory_side() -> MemorySide:
-    return MemorySide()
-
-
-@pytest.fixture
-def guest_side(booted: GuestVm) -> Iterator[QemuSide]:
-    side = QemuSide(booted)
-    yield side
-    side.clean()
-
-
-@pytest.fixture
-def prelaunch_side(tmp_path: Path) -> Iterator[QemuSide]:
-    devices, extra = MEMORY_SIDE_DEVICES, SHARED_MEMORY
-    with start_vm(
-        tmp_path, machine=SHARED_MACHINE, devices=devices, extra=extra, guest=False, paused=True
-    ) as vm:
-        yield QemuSide(vm)
-
-
-@pytest.fixture(
-    params=["memory", pytest.param("guest", marks=real), pytest.param("prelaunch", marks=real)]
-)
-def side(request: pytest.FixtureRequest) -> Side:
-    chosen: Side = request.getfixturevalue(f"{request.param}_side")
-    return chosen
-
-
-@pytest.fixture(params=["memory", pytest.param("guest", marks=real)])
-def awake(request: pytest.FixtureRequest) -> Side:
-    """A side whose guest answers until it is told not to."""
-    chosen: Side = request.getfixturevalue(f"{request.param}_side")
-    return chosen
 
 
 @pytest.fixture
@@ -155,25 +94,19 @@ def add_node(side: Side, name: str) -> None:
     ask(side, "blockdev-add", node_name=name, driver="null-co")
 
 
-def add_stranger(side: Side, place: Place, name: str = "stranger") -> None:
+def add_stranger(side: Side, place: DiskPlace, name: str = "stranger") -> None:
     """A disk of somebody else's."""
     add_node(side, f"{name}-node")
     ask(side, "device_add", id=name, drive=f"{name}-node", **front_end(place))
 
 
-def front_end(place: Place) -> dict[str, object]:
+def front_end(place: DiskPlace) -> dict[str, object]:
     match place:
         case PciPlace():
             return {"driver": "virtio-blk-pci", "bus": place.bus, "addr": "0x0"}
         case ScsiPlace():
             address = {"scsi-id": place.address.scsi_id, "lun": place.address.lun}
             return {"driver": "scsi-hd", "bus": place.bus, "channel": 0, **address}
-
-
-def vmplugs(parts: Parts) -> set[str]:
-    """Everything that bears vmplug's name."""
-    names = {*parts.devices, *parts.nodes, *parts.objects}
-    return {name for name in names if name.startswith("vmplug-")}
 
 
 # what the VM offers
@@ -251,7 +184,7 @@ def test_a_prelaunch_vm_tells_what_is_occupied_too(side: Side) -> None:
 
 @pytest.mark.parametrize("place", [RP1, LUN3], ids=str)
 def test_what_is_plugged_is_found_and_nothing_else_came(
-    side: Side, drive: BlockDrive, place: Place
+    side: Side, drive: BlockDrive, place: DiskPlace
 ) -> None:
     before = side.parts()
     with Connected(side) as vm:
@@ -260,7 +193,7 @@ def test_what_is_plugged_is_found_and_nothing_else_came(
         assert vm.find_devices() == {ID: True}
 
     after = side.parts()
-    assert vmplugs(after) == {NAME}
+    assert after.vmplugs() == {NAME}
     assert after.devices == {**before.devices, NAME: front_end(place)["driver"]}
     assert after.objects == before.objects
     assert ask(side, "qom-get", path=f"{PERIPHERAL}/{NAME}", property="drive") == NAME
@@ -280,7 +213,9 @@ def test_every_part_bears_the_name_of_its_device(side: Side, laden: BlockDrive) 
 
 
 @pytest.mark.parametrize("place", [RP0, LUN4], ids=str)
-def test_steps_are_exactly_what_plug_sends(side: Side, laden: BlockDrive, place: Place) -> None:
+def test_steps_are_exactly_what_plug_sends(
+    side: Side, laden: BlockDrive, place: DiskPlace
+) -> None:
     drive = laden if place is RP0 else replace(laden, iothread=False)
     vm, recorder = recorded(side)
     try:
@@ -307,6 +242,7 @@ def test_undoing_the_steps_backwards_leaves_nothing(awake: Side, laden: BlockDri
     for step in steps:
         send(awake, step.do)
     for step in reversed(steps):
+        assert step.undo
         send(awake, step.undo)
         if step.undo.execute == "device_del":
             awake.wait_gone(NAME)
@@ -342,7 +278,9 @@ def test_an_id_that_is_taken_is_refused(side: Side, drive: BlockDrive) -> None:
 @pytest.mark.parametrize(
     "place", [replace(RP0, bus="rp99"), replace(LUN3, bus="scsi99.0")], ids=str
 )
-def test_a_bus_that_does_not_exist_is_refused(side: Side, drive: BlockDrive, place: Place) -> None:
+def test_a_bus_that_does_not_exist_is_refused(
+    side: Side, drive: BlockDrive, place: DiskPlace
+) -> None:
     before = side.parts()
     with Connected(side) as vm, pytest.raises(CommandError) as caught:
         vm.plug(drive, place)
@@ -440,7 +378,7 @@ def test_once_the_obstacle_is_gone_the_same_plug_succeeds(
 
 
 @pytest.mark.parametrize("place", [RP0, LUN3], ids=str)
-def test_unplugging_leaves_nothing(awake: Side, drive: BlockDrive, place: Place) -> None:
+def test_unplugging_leaves_nothing(awake: Side, drive: BlockDrive, place: DiskPlace) -> None:
     before = awake.parts()
     with Connected(awake) as vm:
         vm.plug(drive, place)
@@ -548,7 +486,7 @@ def test_only_those_are_left_that_the_guest_keeps(
         vm.request_unplug(OTHER_ID)
         assert vm.wait_unplugged([ID, OTHER_ID], AT_ONCE_S) == {ID: "timeout"}
         assert vm.find_devices() == {ID: True}
-    assert vmplugs(side.parts()) == {NAME}
+    assert side.parts().vmplugs() == {NAME}
 
 
 def test_a_device_that_is_not_there_is_unplugged_already(side: Side) -> None:

@@ -2,21 +2,27 @@
 
 A `Side` is a VM as the tests see it: it can be connected to, asked by the tests themselves, made
 silent and woken. What it holds is read beside the product: from the attributes of the machine in
-memory, and from QEMU on its second monitor.
+memory, and from QEMU on its second monitor. The backends of vhost-user devices are real processes
+for QEMU; the machine in memory never connects to one.
 """
 
 import json
+import re
+import socket
 import sqlite3
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tests.support.daemons import storage_daemon, vhost_user_backend, virtiofsd
+from tests.support.disks import disk_image
 from tests.support.raw_qmp import QmpError
-from tests.support.vm import Device, GuestVm, root_ports
+from tests.support.vm import Device, GuestVm, root_ports, start_vm
 from vmplug.drivers.base import Command
 from vmplug.errors import CommandError
+from vmplug.host.device import DeviceType
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor
 from vmplug.hypervisor.monitor import EventReceiver, Monitor
 from vmplug.hypervisor.qemu import Qemu
@@ -35,6 +41,9 @@ MEMORY_SIDE_DEVICES: list[Device] = [
 ]
 """The devices that MemoryHypervisor has from the start, for a QEMU."""
 
+MEMORY_SIDE_MACHINE = "q35,nvdimm=on,memory-backend=mem"
+MEMORY_SIDE_MEMORY = "256M,slots=4,maxmem=8G"
+
 END_TIMEOUT_S = 5.0
 
 Rows = Mapping[str, list[tuple[object, ...]]]
@@ -42,11 +51,18 @@ Rows = Mapping[str, list[tuple[object, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a VM holds by name: devices with their types, block nodes, objects with their types."""
+    """What a VM holds by name; devices and objects with their types."""
 
     devices: Mapping[str, str]
     nodes: frozenset[str]
     objects: Mapping[str, str]
+    chardevs: Collection[str]
+    netdevs: frozenset[str]
+
+    def vmplugs(self) -> set[str]:
+        """Everything that bears vmplug's name."""
+        names = {*self.devices, *self.nodes, *self.objects, *self.chardevs, *self.netdevs}
+        return {name for name in names if name.startswith("vmplug-")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,20 @@ class Refusal:
 
     error_class: str
     desc: str
+
+
+class Backend(Protocol):
+    """The process at the other end of a vhost-user device."""
+
+    @property
+    def socket_path(self) -> Path:
+        """Where it listens."""
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+
+    def restart(self) -> None:
+        """Start it again at the same place."""
 
 
 class Side(Protocol):
@@ -75,11 +105,38 @@ class Side(Protocol):
     def wait_gone(self, name: str) -> None:
         """Wait until a device that was asked to go has gone."""
 
+    def wait_disk(self) -> None:
+        """Wait until the guest has its only disk in use, and nothing more to ask of it."""
+
     def silence(self) -> None:
         """From now on the guest answers nothing."""
 
     def wake(self) -> None:
         """The guest answers again, also what it was asked meanwhile."""
+
+    def backend(self, kind: DeviceType, directory: Path) -> AbstractContextManager[Backend]:
+        """A backend for that kind of device; its files are below `directory`."""
+
+    def connection(self, backend: Backend) -> socket.socket:
+        """A connection to it."""
+
+
+class MemoryBackend:
+    """Nobody, at a path that a machine in memory takes for a backend's."""
+
+    def __init__(self, machine: MemoryMonitor, socket_path: Path) -> None:
+        self.socket_path = socket_path
+        self._machine = machine
+
+    def kill(self) -> None:
+        """See Backend. Every connection of the machine breaks off."""
+        for name in self._machine.chardevs:
+            self._machine.chardevs[name] = f"disconnected:unix:{self.socket_path}"
+
+    def restart(self) -> None:
+        """See Backend."""
+        for name in self._machine.chardevs:
+            self._machine.chardevs[name] = "unix:"
 
 
 class MemorySide:
@@ -101,8 +158,13 @@ class MemorySide:
 
     def parts(self) -> Parts:
         """See Side."""
-        devices = {name: device.driver for name, device in self.machine.devices.items()}
-        return Parts(devices, frozenset(self.machine.nodes), dict(self.machine.objects))
+        return Parts(
+            devices={name: device.driver for name, device in self.machine.devices.items()},
+            nodes=frozenset(self.machine.nodes),
+            objects=dict(self.machine.objects),
+            chardevs=frozenset(self.machine.chardevs),
+            netdevs=frozenset(self.machine.netdevs),
+        )
 
     def size_of(self, node_name: str) -> int:
         """See Side."""
@@ -112,6 +174,9 @@ class MemorySide:
         """See Side; nothing takes time in memory."""
         assert name not in self.machine.devices
 
+    def wait_disk(self) -> None:
+        """See Side; nothing takes time in memory."""
+
     def silence(self) -> None:
         """See Side."""
         self.machine.guest = Guest.SILENT
@@ -119,6 +184,17 @@ class MemorySide:
     def wake(self) -> None:
         """See Side."""
         self.machine.wake_guest()
+
+    @contextmanager
+    def backend(self, kind: DeviceType, directory: Path) -> Iterator[Backend]:
+        """See Side."""
+        yield MemoryBackend(self.machine, directory / f"{kind}.sock")
+
+    def connection(self, backend: Backend) -> socket.socket:  # noqa: ARG002
+        """See Side; it leads nowhere."""
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        return ours
 
 
 class QemuSide:
@@ -155,6 +231,11 @@ class QemuSide:
         self._vm.oracle.wait_event("DEVICE_DELETED", device=name)
         assert name not in self.parts().devices
 
+    def wait_disk(self) -> None:
+        """See Side."""
+        (disk,) = self._vm.console.wait_for_disks(1)
+        self._vm.console.read(disk.name, 0, 512)
+
     def silence(self) -> None:
         """See Side."""
         if self._vm.oracle.execute("query-status")["running"]:
@@ -163,6 +244,29 @@ class QemuSide:
     def wake(self) -> None:
         """See Side."""
         self._vm.oracle.execute("cont")
+
+    @contextmanager
+    def backend(self, kind: DeviceType, directory: Path) -> Iterator[Backend]:
+        """See Side. One for a shared directory serves a single connection and needs root."""
+        image = disk_image(directory / f"{kind}.img", 2, "served")
+        with ExitStack() as stack:
+            match kind:
+                case DeviceType.VHOST_USER_BLK:
+                    yield stack.enter_context(storage_daemon(image))
+                case DeviceType.VHOST_USER_SCSI:
+                    yield stack.enter_context(vhost_user_backend("scsi", image))
+                case DeviceType.VHOST_USER_NET:
+                    yield stack.enter_context(vhost_user_backend("net"))
+                case DeviceType.VHOST_USER_FS:
+                    yield stack.enter_context(virtiofsd(directory))
+                case _:
+                    raise AssertionError(f"nothing serves {kind}")
+
+    def connection(self, backend: Backend) -> socket.socket:
+        """See Side."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(backend.socket_path))
+        return connection
 
     def clean(self) -> None:
         """Make the VM what it was, whatever a test left there; needs the guest."""
@@ -179,6 +283,10 @@ class QemuSide:
         for name in sorted(self._nodes_left(), key=len, reverse=True):
             while isinstance(self.ask(Command("blockdev-del", {"node-name": name})), Refusal):
                 oracle.wait_event("DEVICE_DELETED", END_TIMEOUT_S)  # its device is on its way out
+        for name in self.parts().netdevs - self._first.netdevs:
+            self.ask(Command("netdev_del", {"id": name}))
+        for name in set(self.parts().chardevs).difference(self._first.chardevs):
+            self.ask(Command("chardev-remove", {"id": name}))
         for name in self.parts().objects.keys() - self._first.objects.keys():
             self.ask(Command("object-del", {"id": name}))
         assert self.parts() == self._first
@@ -195,7 +303,36 @@ def qemu_parts(vm: GuestVm) -> Parts:
         devices=_children(vm, "/machine/peripheral"),
         nodes=frozenset(node["node-name"] for node in nodes),
         objects=_children(vm, "/objects"),
+        chardevs=frozenset(found["label"] for found in vm.oracle.execute("query-chardev")),
+        netdevs=_netdevs(vm),
     )
+
+
+_NETDEV = re.compile(r"^(?: \\ )?([^ :]+): index=[0-9]+,type=(?!nic)", re.MULTILINE)
+"""Source: QEMU net/net.c, print_net_client and hmp_info_network."""
+
+
+def _netdevs(vm: GuestVm) -> frozenset[str]:
+    """The halves of networks that are not the guest's; QMP has no question for them."""
+    text = vm.oracle.execute("human-monitor-command", {"command-line": "info network"})
+    return frozenset(_NETDEV.findall(text))
+
+
+@contextmanager
+def memory_side_vm(
+    directory: Path, *, guest: bool = True, paused: bool = False
+) -> Iterator[GuestVm]:
+    """A real QEMU that offers what MemoryHypervisor does."""
+    with start_vm(
+        directory,
+        machine=MEMORY_SIDE_MACHINE,
+        memory=MEMORY_SIDE_MEMORY,
+        devices=MEMORY_SIDE_DEVICES,
+        extra=SHARED_MEMORY,
+        guest=guest,
+        paused=paused,
+    ) as vm:
+        yield vm
 
 
 def _children(vm: GuestVm, path: str) -> dict[str, str]:
