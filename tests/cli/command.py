@@ -142,10 +142,12 @@ def config(
     *devices: Mapping[str, object],
     mounts: list[Mapping[str, object]] | None = None,
     rules: list[Mapping[str, object]] | None = None,
+    annotations: Mapping[str, str] | None = None,
 ) -> str:
     """A config.json that asks for these devices."""
     linux = {"devices": list(devices), "resources": {"devices": rules or []}}
-    return json.dumps({"ociVersion": "1.0.2", "mounts": mounts or [], "linux": linux})
+    parts = {"mounts": mounts or [], "linux": linux, "annotations": annotations or {}}
+    return json.dumps({"ociVersion": "1.0.2", **parts})
 
 
 def write_bundle(

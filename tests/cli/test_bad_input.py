@@ -177,17 +177,36 @@ REQUESTS = [
         r"devices\[1\]\.path: /dev/xvda .*twice.*8:1.*8:2",
     ),
     request("check --device b:8", "--device b:8: .*MAJOR:MINOR", "write b:7:0"),
-    request("check --device x:8:0", "--device x:8:0: 'x'", "write b:7:0"),
+    request(
+        "check --device x:8:0",
+        "--device x:8:0: 'x' is not b, c, file, net, share or rng",
+        "write b:7:0",
+    ),
     request("check --device b:8:0:/dev/../x", "'..'", "without detours"),
     request("check --device file:", "no image is named", "write file:"),
     request("check --device b:8:99 -o cache", "--option cache: .*KEY=VALUE"),
-    request("check --device b:8:99 -o cash=none", "option cash: unknown", "cache, aio"),
-    request("check --device b:8:99 -o cache=nine", "option cache: 'nine' .*writeback"),
+    request("check --device file:{free} -o cash=none", "option cash: unknown", "cache, aio"),
+    request("check --device file:{free} -o cache=nine", "option cache: 'nine' .*writeback"),
     request(
-        "check --device b:8:99 -o cache=writeback -o aio=native",
+        "check --device file:{free} -o cache=writeback -o aio=native",
         "option aio: native .*cache=writeback",
         "cache=none",
     ),
+    request("check --device net:", "says too little", "write net:/"),
+    *(
+        request(f"check --device {words}", "says too little", "write share:/srv/work:work")
+        for words in ("share:", "share:/srv", "share:/srv:", "share::work")
+    ),
+    request("check --device share:fd:9999:work", "descriptor 9999 is no open socket"),
+    request("check --device rng:/dev/null -o cache=none", "option cache: unknown .*random", "max"),
+    request("check --device rng:/dev/null -o period=5", "option period: .*max-bytes"),
+    request("check --device share:{empty}:work -o cache=x", "option cache: 'x' .*auto"),
+    request(
+        "check --device share:{empty}:work -o filesystem=virtio-9p -o cache=auto",
+        "virtio-9p has no cache",
+        "filesystem=virtio-fs",
+    ),
+    request("info --device share:/a:work --device share:/b:work", "share:work: .*twice"),
     request("check --device b:8:99 --allow mounted", "--allow mounted: ", "mounted-on-host"),
     request("check --device b:8:99 --allow all", "--allow all: ", "mounted-on-host"),
     request(
@@ -223,6 +242,21 @@ ON_THE_HOST = [
         "attach --device file:{empty} --vm roomy --owner c1",
         "{empty} .*a directory.*regular file",
         "absolute path",
+    ),
+    absent(
+        "attach --device net:{nowhere} --vm roomy --owner c1",
+        "{nowhere} is no socket of a vhost-user backend: found nothing",
+        "start the backend",
+    ),
+    absent(
+        "attach --device share:{free}:work --vm roomy --owner c1",
+        "{free} cannot be shared: found a regular file",
+        "name a directory",
+    ),
+    absent(
+        "attach --device rng:{free} --vm roomy --owner c1",
+        "{free} gives no random numbers: found a regular file",
+        "/dev/urandom",
     ),
     absent(
         "attach --device b:241:0 --vhost-user-store {nowhere} --vm roomy --owner c1",
@@ -433,7 +467,7 @@ def make_journals(vmplug: Vmplug, directory: Path) -> dict[str, str]:
     statements = {
         "newer": "PRAGMA user_version = 99",
         "senseless": "INSERT INTO device VALUES ('d', 'full', 'block:8:0', 'nonsense', '/dev/sda',"
-        " 'flying', 0, 0, '{', '-', NULL, NULL)",
+        " 'flying', 0, 0, '{', '-', NULL)",
     }
     for name, statement in statements.items():
         with sqlite3.connect(names[name] / "journal.db") as db:
@@ -481,8 +515,10 @@ def test_completion_knows_three_shells(vmplug: Vmplug) -> None:
         assert hint == "vmplug completion --help"
 
 
-def test_a_newline_in_what_was_asked_makes_no_second_line(vmplug: Vmplug) -> None:
-    for words in (("info", "no\nbundle"), ("check", "-d", "b:8:99:/dev/a\nb", "-o", "a\nb=c")):
+def test_a_newline_in_what_was_asked_makes_no_second_line(vmplug: Vmplug, tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    asked = ("check", "-d", f"file:{image}:/dev/a\nb", "-o", "a\nb=c")
+    for words in (("info", "no\nbundle"), asked):
         message, _ = sentence(vmplug(*words))
         assert "\n" not in message
 

@@ -1,6 +1,7 @@
 """What the tool says of itself: help, examples, usage errors, completion, version."""
 
 import re
+import socket
 import subprocess
 from functools import cache
 from importlib.metadata import version
@@ -10,6 +11,7 @@ import pytest
 
 from tests.cli.command import Result, Vmplug
 from tests.cli.monitors import MemoryVm
+from tests.support.disks import disk_image
 
 VERBS = (
     "info",
@@ -80,12 +82,27 @@ def test_every_verb_that_reads_the_host_takes_a_root(verb: str) -> None:
     assert "--root " in help_of(verb)
 
 
-def test_the_options_of_a_disk_are_all_in_the_help_of_attach(vmplug: Vmplug) -> None:
-    text = help_of("attach")
-    hint = vmplug("check", "-d", "b:0:0", "-o", "x=y", "--json").error()["hint"]
+@pytest.mark.parametrize(
+    ("device", "kind", "least"),
+    [
+        ("file:{image}", "a disk", 11),
+        ("share:{directory}:work", "a shared directory", 4),
+        ("rng:/dev/null", "random numbers", 2),
+        ("net:{socket}", "a vhost-user network", 3),
+    ],
+)
+def test_the_options_of_every_kind_are_all_in_the_help_of_attach(
+    vmplug: Vmplug, tmp_path: Path, device: str, kind: str, least: int
+) -> None:
+    image, path = disk_image(tmp_path / "a.img", 1, "a"), tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as backend:
+        backend.bind(str(path))
+        asked = device.format(image=image, directory=tmp_path, socket=path)
+        hint = vmplug("check", "-d", asked, "-o", "x=y", "--json").error()["hint"]
     known = hint.removeprefix("known are ").split(", ")
-    assert len(known) > 10
-    assert [word for word in known if not re.search(rf"^    {word} +\S", text, re.MULTILINE)] == []
+    assert len(known) >= least
+    lines = help_of("attach").partition(f"Options of {kind} (")[2].partition("\n\n")[0]
+    assert re.findall(r"^    (\S+) +\S", lines, re.MULTILINE) == known
 
 
 def test_the_help_names_every_verb_and_exit_status(vmplug: Vmplug) -> None:

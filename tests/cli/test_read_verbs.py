@@ -104,13 +104,13 @@ def test_info_as_json_has_every_field(vmplug: Vmplug, tmp_path: Path) -> None:
     answer = vmplug("info", bundle, *image, "--read-only", "-o", "cache=none", "--json")
     nothing: dict[str, object] = {"major": None, "minor": None, "host_path": None, "options": {}}
     nobody = {"file_mode": None, "uid": None, "gid": None}
-    disk = {"device_type": "b", "read_only": True, "options": {"cache": "none"}}
+    disk = {"device_type": "b", "read_only": True, "options": {"cache": "none"}, "pmem": False}
     assert answer.json() == {
         "name": "ctr1",
         "devices": [
             {
                 **disk,
-                "container_path": "/dev/xvda",
+                **named("/dev/xvda"),
                 "major": 8,
                 "minor": 16,
                 "host_path": None,
@@ -121,18 +121,79 @@ def test_info_as_json_has_every_field(vmplug: Vmplug, tmp_path: Path) -> None:
             {
                 **nothing,
                 **nobody,
-                "container_path": "/dev/pipe",
+                **named("/dev/pipe"),
                 "device_type": "p",
                 "read_only": True,
+                "pmem": False,
             },
             {
                 **nothing,
                 **nobody,
                 **disk,
-                "container_path": "/dev/xvdc",
+                **named("/dev/xvdc"),
                 "host_path": "/images/b.img",
             },
         ],
+    }
+
+
+def named(path: str) -> dict[str, str]:
+    """What a device with a path in the container goes by."""
+    return {"name": path, "container_path": path}
+
+
+ANNOTATIONS = {
+    "org.vmplug.net.eth0": json.dumps({"socket": "/run/eth0.sock", "mac": "52:54:00:aa:bb:cc"}),
+    "org.vmplug.share.work": json.dumps({"source": "/srv/work", "read-only": True}),
+    "org.vmplug.rng.rng0": "{}",
+    "org.vmplug.options./dev/xvda": json.dumps({"cache": "none"}),
+    "io.kubernetes.pod": "somebody else's",
+}
+
+
+def test_info_tells_what_annotations_and_the_command_line_ask_for(vmplug: Vmplug) -> None:
+    text = config(device("/dev/xvda", "8:16"), annotations=ANNOTATIONS)
+    more = ("-d", "net:/run/eth1.sock", "-d", "share:fd:7:other", "-d", "rng:/dev/hwrng")
+    refused = vmplug("info", "-", *more, stdin=text)
+    assert (refused.status, refused.stdout) == (3, "")
+    assert "rng:rng0: is asked for twice" in refused.stderr
+    assert table(vmplug("info", "-", *more[:-2], stdin=text).answer()) == [
+        ["CONTAINER PATH", "TYPE", "NUMBER", "RO/RW", "MODE", "UID", "GID"],
+        ["/dev/xvda", "b", "8:16", "rw", "-", "-", "-"],
+        ["net:eth0", "net", "/run/eth0.sock", "rw", "-", "-", "-"],
+        ["share:work", "share", "/srv/work", "ro", "-", "-", "-"],
+        ["rng:rng0", "rng", "/dev/urandom", "ro", "-", "-", "-"],
+        ["net:eth1", "net", "/run/eth1.sock", "rw", "-", "-", "-"],
+        ["share:other", "share", "fd:7", "rw", "-", "-", "-"],
+    ]
+
+
+def test_info_as_json_names_what_has_no_path_in_the_container(vmplug: Vmplug) -> None:
+    text = config(device("/dev/xvda", "8:16"), annotations=ANNOTATIONS)
+    disk, net, share, rng = vmplug("info", "-", "--json", stdin=text).json()["devices"]
+    keys = ("container_path", "device_type", "major", "minor", "file_mode", "uid", "gid")
+    nothing = {**dict.fromkeys(keys), "pmem": False}
+    assert disk["options"] == {"cache": "none"}
+    assert net == {
+        **nothing,
+        "name": "net:eth0",
+        "host_path": "/run/eth0.sock",
+        "read_only": False,
+        "options": {"mac": "52:54:00:aa:bb:cc"},
+    }
+    assert share == {
+        **nothing,
+        "name": "share:work",
+        "host_path": "/srv/work",
+        "read_only": True,
+        "options": {},
+    }
+    assert rng == {
+        **nothing,
+        "name": "rng:rng0",
+        "host_path": "/dev/urandom",
+        "read_only": True,
+        "options": {},
     }
 
 
@@ -219,7 +280,7 @@ def test_resolve_as_json_has_every_key_of_the_contract(vmplug: Vmplug, host: Hos
         "devices": [
             {
                 **disk,
-                "container_path": "/dev/xvda",
+                **named("/dev/xvda"),
                 "major": 8,
                 "minor": 16,
                 "host_path": "/dev/sdb",
@@ -230,7 +291,7 @@ def test_resolve_as_json_has_every_key_of_the_contract(vmplug: Vmplug, host: Hos
             },
             {
                 **disk,
-                "container_path": "/dev/block/7:0",
+                **named("/dev/block/7:0"),
                 "major": 7,
                 "minor": 0,
                 "host_path": "/dev/loop0",
@@ -244,7 +305,7 @@ def test_resolve_as_json_has_every_key_of_the_contract(vmplug: Vmplug, host: Hos
                 "backing_deleted": False,
             },
             {
-                "container_path": "/dev/fuse",
+                **named("/dev/fuse"),
                 "device_type": "c",
                 "major": 10,
                 "minor": 229,
@@ -255,16 +316,62 @@ def test_resolve_as_json_has_every_key_of_the_contract(vmplug: Vmplug, host: Hos
             },
             {
                 **disk,
-                "container_path": "/dev/b.img",
+                **named("/dev/b.img"),
                 "major": None,
                 "minor": None,
                 "host_path": "/images/b.img",
                 "found_by": "file",
                 "size_bytes": MIB,
                 "host_read_only": False,
+                "pmem": False,
             },
         ]
     }
+
+
+@pytest.mark.root
+def test_resolve_answers_what_annotations_ask_for_too(vmplug: Vmplug, host: HostTree) -> None:
+    host.node("/run/eth0.sock", "s").node("/dev/urandom", "c", "1:9").file("/srv/work/a", "")
+    text = config(device("/dev/xvda", "8:16"), annotations=ANNOTATIONS)
+    document = vmplug("resolve", "-", *at(host), "--json", stdin=text).json()
+    _, net, share, rng = document["devices"]
+    keys = ("container_path", "device_type", "major", "minor")
+    nothing = {**dict.fromkeys(keys), "found_by": "file"}
+    assert net == {
+        **nothing,
+        "name": "net:eth0",
+        "host_path": "/run/eth0.sock",
+        "kind": "virtio-net-pci",
+        "read_only": False,
+    }
+    assert share == {
+        **nothing,
+        "name": "share:work",
+        "host_path": "/srv/work",
+        "kind": "vhost-user-fs-pci",
+        "read_only": True,
+    }
+    assert rng == {
+        **nothing,
+        "name": "rng:rng0",
+        "host_path": "/dev/urandom",
+        "kind": "virtio-rng-pci",
+        "read_only": True,
+    }
+
+
+@pytest.mark.parametrize("word", ["net:/nope", "share:/nope:work", "rng:/nope"])
+def test_another_end_that_is_not_there_is_told_under_its_name(
+    vmplug: Vmplug, host: HostTree, word: str
+) -> None:
+    told = vmplug("resolve", "-d", word, *at(host), "--json")
+    assert told.status == 4
+    (missing,) = told.json()["devices"]
+    assert missing["name"].partition(":")[0] == word.partition(":")[0]
+    assert missing["container_path"] is None
+    assert missing["error"]["code"] == "no-such-device"
+    assert missing["error"]["hint"]
+    assert "host_path" not in missing
 
 
 def test_a_device_that_is_not_there_fails_and_the_others_are_answered(
@@ -281,7 +388,7 @@ def test_a_device_that_is_not_there_fails_and_the_others_are_answered(
     first, missing, last = told.json()["devices"]
     assert (first["host_path"], last["host_path"]) == ("/dev/sdb", "/dev/loop0")
     assert missing == {
-        "container_path": "/dev/xvdz",
+        **named("/dev/xvdz"),
         "device_type": "b",
         "major": 8,
         "minor": 99,
@@ -400,8 +507,9 @@ def test_check_tells_every_problem_of_every_device_with_its_remedy(
     document = told.json()
     assert document["ok"] is False
     problems = document["problems"]
-    keys = {"container_path", "code", "message", "hint", "severity"}
+    keys = {"name", "container_path", "code", "message", "hint", "severity"}
     assert {frozenset(problem) for problem in problems} == {frozenset(keys)}
+    assert [problem["name"] for problem in problems] == [p["container_path"] for p in problems]
     assert [(problem["container_path"], problem["code"]) for problem in problems] == [
         ("/dev/xvda", "mounted-on-host"),
         ("/dev/xvda", "has-holders"),

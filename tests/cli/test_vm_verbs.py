@@ -34,6 +34,7 @@ ATTACHMENT_KEYS = {
     "id",
     "vm",
     "owner",
+    "name",
     "container_path",
     "host_path",
     "kind",
@@ -50,6 +51,7 @@ GUEST_KEYS = {
     "ccw_devno",
     "virt_path",
     "nvdimm_id",
+    "nvdimm_handle",
     "mount_tag",
     "mac_address",
     "agent",
@@ -339,6 +341,7 @@ def test_a_bundles_disk_goes_into_the_guest_and_comes_back(
     wanted = {
         "vm": "sb1",
         "owner": "ctr1",
+        "name": "/dev/xvda",
         "container_path": "/dev/xvda",
         "host_path": str(node),
         "kind": "block",
@@ -850,4 +853,4 @@ def test_the_demo_runs_and_leaves_nothing() -> None:
     assert processes_below(directory) == []
     assert not [loop for loop in loops_below(Path("/tmp")) - before if str(directory) in loop[1]]
     words = done.stdout.splitlines()
-    assert words[-1] == "Nothing is left: no VM, no loop device, no journal."
+    assert words[-1] == "Nothing is left: no VM, no process, no loop device, no journal."

@@ -1,33 +1,59 @@
 """VMs with a guest, started once for all tests, and what a test may do with one."""
 
 import os
+import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from guest.console import GuestDisk
+from guest.console import PCI_ADDRESS, GuestDisk
 
 from tests.contract.sandbox import Sandbox
-from tests.contract.world import QemuSide
-from tests.support.vm import Device, GuestVm, pci_bridge, root_ports, scsi_controller, start_vm
+from tests.contract.world import Parts, QemuSide, Refusal, Rows, journal_rows
+from tests.support.vm import (
+    Device,
+    GuestVm,
+    pci_bridge,
+    root_ports,
+    scsi_controller,
+    shared_memory,
+    start_vm,
+)
+from vmplug.address import device_id_of, qemu_id
 from vmplug.devnum import DevNum
+from vmplug.drivers.base import Command, Endpoint
 from vmplug.host.safety import Code
+from vmplug.host.vhost_user import VHOST_USER_BLK_MAJOR, VhostUserStore
+from vmplug.hypervisor.qemu import Qemu
+from vmplug.manager.manager import DeviceManager
 from vmplug.manager.records import Attachment
+from vmplug.manager.state import State
 from vmplug.oci.info import DeviceInfo, DevType
 
 PORTS = 9
+MEMORY_SLOTS = 48
 
 
 class Lab(Sandbox):
     """A VM with a guest below a manager, and whatever reads beside the product."""
 
-    def __init__(self, vm: GuestVm, directory: Path, *, name: str = "lab-1") -> None:
+    def __init__(
+        self,
+        vm: GuestVm,
+        directory: Path,
+        *,
+        name: str = "lab-1",
+        side: QemuSide | None = None,
+        is_restored: bool = False,
+    ) -> None:
         self.guest_vm = vm
-        self.qemu_side = QemuSide(vm)
-        super().__init__(directory, side=self.qemu_side, vm=name)
+        self.qemu_side = side or QemuSide(vm)
+        super().__init__(directory, side=self.qemu_side, vm=name, is_restored=is_restored)
 
     def attach(
         self,
@@ -91,6 +117,166 @@ class Lab(Sandbox):
         self.guest_vm.console.wait_for_disks(0)
 
 
+@dataclass(frozen=True, slots=True)
+class AllParts(Parts):
+    """What a VM holds, and the processes that vmplug started for it."""
+
+    daemons: frozenset[int]
+
+
+class OpenSide(QemuSide):
+    """A QEMU that other processes serve; `directory` is above whatever those share with it."""
+
+    def __init__(self, vm: GuestVm, directory: Path) -> None:
+        self.vm = vm
+        self.directory = directory
+        super().__init__(vm)
+
+    def parts(self) -> AllParts:
+        """See Side."""
+        parts = super().parts()
+        return AllParts(
+            devices=parts.devices,
+            nodes=parts.nodes,
+            objects=parts.objects,
+            chardevs=parts.chardevs,
+            netdevs=parts.netdevs,
+            daemons=frozenset(daemons_below(self.directory)),
+        )
+
+    def clean(self) -> None:
+        """See QemuSide; NVDIMMs stay, as nothing takes them out."""
+        self.vm.oracle.events.clear()
+        for name in self.parts().devices.keys() - self._first.devices.keys():
+            if not isinstance(self.ask(Command("device_del", {"id": name})), Refusal):
+                self.wait_gone(name)
+        parts = self.parts()
+        kept = {n for n, driver in parts.devices.items() if driver == "nvdimm"}
+        memories = {qemu_id(device_id_of(name) or "", "memory") for name in kept}
+        self._first = replace(
+            self._first,
+            devices={**self._first.devices, **dict.fromkeys(kept, "nvdimm")},
+            objects={
+                **self._first.objects,
+                **{n: kind for n, kind in parts.objects.items() if n in memories},
+            },
+        )
+        super().clean()
+
+
+def daemons_below(directory: Path) -> list[int]:
+    """Processes that were started on something in the directory, but not by the tests."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = process.joinpath("cmdline").read_bytes()
+            parent = int(process.joinpath("stat").read_text().rpartition(") ")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if str(directory).encode() in words and parent != os.getpid():
+            found.append(int(process.name))
+    return found
+
+
+class OpenLab(Lab):
+    """A VM that other processes may serve: its memory is shared, it takes NVDIMMs.
+
+    NVDIMMs stay in the VM from test to test, and so does the journal. `sockets` is a directory
+    with a short path, as paths of sockets may have 107 bytes only; the host's vhost-user store is
+    in it.
+    """
+
+    def __init__(
+        self,
+        vm: GuestVm,
+        directory: Path,
+        journal: Path,
+        sockets: Path,
+        *,
+        is_restored: bool = False,
+    ) -> None:
+        self.sockets = sockets
+        self._minor = 0
+        side = OpenSide(vm, directory)
+        super().__init__(vm, directory, name="open", side=side, is_restored=is_restored)
+        self.state_dir = journal
+        for name in ("devices", "sockets"):
+            sockets.joinpath("store/block", name).mkdir(parents=True)
+
+    @property
+    def devices(self) -> DeviceManager:
+        """See Sandbox; the manager knows the store, and where the VM is found."""
+        if self._is_restored:
+            self.close()
+        if self._manager is None:
+            endpoint = Endpoint(os.path.realpath(self.guest_vm.qmp_path), self.guest_vm.pid)
+            self._manager = DeviceManager.open(
+                vm=self.vm,
+                host=self.root,
+                hypervisor=Qemu(self._wrap(self.side.monitor()), endpoint),
+                state_dir=self.state_dir,
+                store=VhostUserStore(str(self.sockets / "store")),
+            )
+        return self._manager
+
+    def stored(
+        self,
+        backend: Path,
+        options: Mapping[str, str] | None = None,
+        *,
+        major: int = VHOST_USER_BLK_MAJOR,
+        name: str | None = None,
+        ro: bool = False,
+    ) -> DeviceInfo:
+        """A request for a node that is put into the store for a backend's socket."""
+        self._minor += 1
+        name = name or f"disk{self._minor}"
+        store = self.sockets / "store" / "block"
+        os.mknod(store / "devices" / name, 0o600 | stat.S_IFBLK, os.makedev(major, self._minor))
+        if backend != store / "sockets" / name:
+            (store / "sockets" / name).symlink_to(backend)
+        return DeviceInfo(
+            container_path=f"/dev/{name}",
+            dev_type=DevType.BLOCK,
+            devnum=DevNum(major, self._minor),
+            read_only=ro,
+            driver_options=options or {},
+        )
+
+    def parts(self) -> AllParts:
+        """What the VM holds, and which processes serve it."""
+        assert isinstance(self.qemu_side, OpenSide)
+        return self.qemu_side.parts()
+
+    def holds(self) -> list[Attachment]:
+        """The attachments, without those that only stay until the VM ends."""
+        return [a for a in self.devices.attachments() if a.state is not State.RETAINED]
+
+    def guest(self, line: str) -> str:
+        """What a line prints in the guest."""
+        return self.guest_vm.console.run(line)
+
+    def pci_path_of_driver(self, driver: str) -> str:
+        """Slots down to the only device of a virtio driver, as the guest says."""
+        line = f"cd -P /sys/bus/virtio/drivers/{driver}/virtio* && echo $PWD"
+        self.guest_vm.console.wait_until(line)
+        matches = map(PCI_ADDRESS.fullmatch, self.guest(line).split("/"))
+        return "/".join(match[1] for match in matches if match)
+
+    def rows(self) -> Rows:
+        """The journal."""
+        return journal_rows(self.state_dir)
+
+    def clean(self) -> None:
+        """See Lab; whatever a failed test left in the journal is forgotten too."""
+        self.close()
+        self.qemu_side.clean()
+        self.devices.reconcile()
+        left = [hold.id for hold in self.holds()]
+        self.devices.detach_all(left, whole=True)
+        self.close()
+
+
 def request(
     disk: Path, options: Mapping[str, str] | None = None, *, ro: bool = False, at: str = "/dev/x"
 ) -> DeviceInfo:
@@ -111,6 +297,10 @@ def losetup(*arguments: str) -> str:
     """What losetup(8) prints."""
     done = subprocess.run(["losetup", *arguments], check=True, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def leave_missing(path: Path) -> None:
+    """What makes nothing at a path, beside mkdir and touch."""
 
 
 @contextmanager
@@ -151,6 +341,62 @@ def second_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
 def pc_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
     with booted_vm(tmp_path_factory.mktemp("pc"), pci_bridge(), "pc") as vm:
         yield vm
+
+
+@contextmanager
+def started_open_vm(directory: Path) -> Iterator[GuestVm]:
+    """Two CPUs, eight root ports, memory slots, and memory that other processes may map."""
+    with start_vm(
+        directory,
+        machine="q35,nvdimm=on",
+        memory=f"256M,slots={MEMORY_SLOTS},maxmem=16G",
+        devices=root_ports(8),
+        extra=shared_memory(256),
+        smp=2,
+    ) as vm:
+        vm.console.load_modules("nfit", "nd_pmem", "virtio_net", "virtiofs", "virtio-rng")
+        yield vm
+
+
+@contextmanager
+def opened(vm: GuestVm, directory: Path, journal: Path, *, restored: bool) -> Iterator[OpenLab]:
+    """A lab of its own directories on a VM, whose journal knows the VM."""
+    with tempfile.TemporaryDirectory("", "vmplug-", "/tmp") as sockets:
+        made = OpenLab(vm, directory, journal, Path(sockets), is_restored=restored)
+        try:
+            made.devices.attachments()
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.fixture(scope="session")
+def open_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
+    with started_open_vm(tmp_path_factory.mktemp("open")) as vm:
+        yield vm
+
+
+@pytest.fixture(scope="session")
+def open_journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("open-journal")
+
+
+@pytest.fixture
+def open_lab(open_vm: GuestVm, tmp_path: Path, open_journal: Path) -> Iterator[OpenLab]:
+    """A VM that other processes may serve."""
+    with opened(open_vm, tmp_path, open_journal, restored=False) as made:
+        yield made
+        made.clean()
+
+
+@pytest.fixture(params=[False, True], ids=["live", "restored"])
+def life(
+    request: pytest.FixtureRequest, open_vm: GuestVm, tmp_path: Path, open_journal: Path
+) -> Iterator[OpenLab]:
+    """The same, twice: with one manager, and with another one for every step."""
+    with opened(open_vm, tmp_path, open_journal, restored=request.param) as made:
+        yield made
+        made.clean()
 
 
 @pytest.fixture

@@ -6,11 +6,9 @@ Everything here is plugged by hand, with no part of the product.
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,7 +26,7 @@ from guest.console import (
 )
 
 from tests.support.daemons import virtiofsd
-from tests.support.disks import disk_image, loop_device, qcow2_image
+from tests.support.disks import PFN_DATA_OFFSET, dax_image, disk_image, loop_device, qcow2_image
 from tests.support.vm import (
     GuestVm,
     pci_bridge,
@@ -41,7 +39,6 @@ from tests.support.vm import (
 pytestmark = pytest.mark.qemu
 
 MIB = 1 << 20
-PFN_DATA_OFFSET = 2 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -113,44 +110,6 @@ def plug_nvdimm(vm: GuestVm, qdev_id: str, image: Path, *, read_only: bool = Fal
     vm.oracle.execute(
         "device_add", driver="nvdimm", id=qdev_id, memdev=memory_id, unarmed=read_only
     )
-
-
-def dax_image(path: Path, size_mib: int) -> Path:
-    """An ext4 in an image whose header says that the pages' structures are in ordinary memory.
-
-    Source: Linux drivers/nvdimm/pfn.h, struct nd_pfn_sb; nd_fletcher64 in core.c.
-    """
-    size = size_mib * MIB
-    header = struct.pack(
-        "<16s16s16sIHHQQIIIIIH",
-        b"NVDIMM_PFN_INFO\0",
-        uuid.uuid4().bytes,
-        bytes(16),  # parent_uuid: a namespace without labels has none
-        0,  # flags
-        1,  # version_major
-        4,  # version_minor
-        PFN_DATA_OFFSET,
-        (size - PFN_DATA_OFFSET) // 4096,  # npfns
-        1,  # mode: PFN_MODE_RAM
-        0,  # start_pad
-        0,  # end_trunc
-        2 * MIB,  # align
-        4096,  # page_size
-        64,  # page_struct_size
-    ).ljust(4096 - 8, b"\0")
-    low = high = 0
-    for (word,) in struct.iter_unpack("<I", header + bytes(8)):
-        low = (low + word) & 0xFFFFFFFF
-        high = (high + low) & 0xFFFFFFFF
-    with path.open("wb") as image:
-        image.truncate(size)
-        image.seek(4096)
-        image.write(header + struct.pack("<II", low, high))
-    offset = f"offset={PFN_DATA_OFFSET}"
-    blocks = str((size - PFN_DATA_OFFSET) // 4096)
-    command = ["mkfs.ext4", "-q", "-F", "-b", "4096", "-E", offset, str(path), blocks]
-    subprocess.run(command, check=True)
-    return path
 
 
 def on_root_port(**properties: object) -> dict[str, object]:

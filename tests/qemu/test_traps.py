@@ -19,7 +19,8 @@ from tests.support.disks import disk_image
 from tests.support.vm import Device, GuestVm, pci_bridge, root_ports, scsi_controller, start_vm
 from vmplug.address import ScsiAddress, device_id_of
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import Command, Offer
+from vmplug.drivers.base import Command
+from vmplug.drivers.place import Offer
 from vmplug.errors import (
     CommandError,
     ConnectError,
