@@ -142,7 +142,7 @@ def device(kind: DeviceType, path: Path | str) -> VhostUserSocket:
             (1 << 64) - 1,
             (1 << 64) - 1,
             256,
-            Backend(features=(1 << 64) - 1, queues=256, has_config=True),
+            Backend((1 << 64) - 1, 256, has_config=True, has_memory_slots=True),
         ),
     ],
 )

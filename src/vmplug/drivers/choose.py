@@ -110,6 +110,29 @@ def check_shared_memory(offer: Offer, what: str) -> None:
         )
 
 
+_REGIONS_MAX, _RAM_REGIONS = 8, 2
+"""What a backend can map that does not ask for more, and as what the guest's own memory counts.
+
+Source: QEMU hw/virtio/vhost-user.c, VHOST_MEMORY_BASELINE_NREGIONS; hw/i386/pc.c.
+"""
+
+
+def check_memory_regions(offer: Offer, taken: Collection[str], what: str) -> None:
+    """CannotPlug when the guest's memory has more pieces than a backend without that feature maps.
+
+    QEMU 7.2 would try for ever to plug a network all the same, and do nothing else. Measured.
+    """
+    given = {slot for slot in range(offer.memory_slots) if f"memory/{slot}" in taken}
+    pieces = len(offer.memory_slots_used | given) + _RAM_REGIONS
+    if pieces > _REGIONS_MAX:
+        raise CannotPlug(
+            "too-many-memory-regions",
+            f"the VM's memory has {pieces} pieces with its NVDIMMs, "
+            f"and the backend of {what} maps at most {_REGIONS_MAX}",
+            hint="plug it before the NVDIMMs, or take a backend with CONFIGURE_MEM_SLOTS",
+        )
+
+
 def cold_plug_only(what: str) -> CannotPlug:
     """The error for what QEMU takes only at its start."""
     return CannotPlug(

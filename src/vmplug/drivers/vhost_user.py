@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from vmplug.drivers.base import NewPlug, VhostUserDevice
-from vmplug.drivers.choose import check_shared_memory, virtio_place
+from vmplug.drivers.choose import check_memory_regions, check_shared_memory, virtio_place
 from vmplug.drivers.options import Option, number, parse_options, text
 from vmplug.drivers.place import CcwPlace, Offer, Place
 from vmplug.errors import CannotPlug
@@ -113,6 +113,9 @@ class VhostUserOptions:
         """See Driver."""
         what = f"a {device.kind} device"
         check_shared_memory(offer, what)
+        assert isinstance(device, VhostUserSocket)
+        if device.backend and not device.backend.has_memory_slots:
+            check_memory_regions(offer, taken, what)
         is_disk = self.type is DeviceType.VHOST_USER_BLK
         place = virtio_place(offer, taken, what, is_disk=is_disk)
         if isinstance(place, CcwPlace) and self.type is not DeviceType.VHOST_USER_NET:

@@ -31,7 +31,7 @@ _HEADER, _NUMBER = struct.Struct("<III"), struct.Struct("<Q")
 _VERSION = 0x1
 _GET_FEATURES, _GET_PROTOCOL_FEATURES, _GET_QUEUE_NUM = 1, 15, 17
 _F_PROTOCOL_FEATURES = 30
-_PROTOCOL_F_MQ, _PROTOCOL_F_CONFIG = 0, 9
+_PROTOCOL_F_MQ, _PROTOCOL_F_CONFIG, _PROTOCOL_F_MEMORY_SLOTS = 0, 9, 15
 
 _SCSI_QUEUES_FIXED = 2
 """Of control and events, which a backend counts too. Source: virtio specification, 5.6.2."""
@@ -76,7 +76,12 @@ def probe(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Backend | Failure
         except (OSError, EOFError):
             return Failure.CLOSED
     has_config = bool(protocol >> _PROTOCOL_F_CONFIG & 1)
-    return Backend(features=features, queues=max(queues, 1), has_config=has_config)
+    return Backend(
+        features=features,
+        queues=max(queues, 1),
+        has_config=has_config,
+        has_memory_slots=bool(protocol >> _PROTOCOL_F_MEMORY_SLOTS & 1),
+    )
 
 
 def _ask(connection: socket.socket, request: int, deadline: float) -> int:

@@ -147,12 +147,14 @@ _DEVICE_FEATURES = (1 << 24) - 1
 class Backend(NamedTuple):
     """What a vhost-user backend says of itself; `queues` is how many request queues it serves.
 
-    `has_config` says that it answers for the device's configuration space.
+    `has_config` says that it answers for the device's configuration space, `has_memory_slots`
+    that it maps guest memory in more than a few pieces.
     """
 
     features: int
     queues: int
     has_config: bool = False
+    has_memory_slots: bool = False
 
     @property
     def is_read_only(self) -> bool:

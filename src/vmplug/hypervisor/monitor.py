@@ -48,6 +48,10 @@ _HINTS = (
     ("Permission denied", "QEMU's own user must be allowed to open the disk"),
     ("Failed to connect to", "start the backend that listens there"),
     ("cache-size' not found", "this QEMU has no DAX window for virtio-fs: leave cache-size out"),
+    (
+        "no free memory slots left",
+        "a vhost-user backend of the VM maps no more pieces of memory: detach its device first",
+    ),
     ("not enough space, currently", "start the VM with more room for memory: a larger maxmem"),
     ("does not support hotplugging", "start the VM with root ports (vmplug vm start)"),
 )
