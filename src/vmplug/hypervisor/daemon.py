@@ -101,6 +101,7 @@ class HostDaemons(Daemons):
                     stdout=words,
                     stderr=words,
                     pass_fds=[listener.fileno()],
+                    start_new_session=True,  # setsid leaves ours a moment after it has returned
                 )
             except (OSError, subprocess.CalledProcessError) as error:
                 with started:
