@@ -303,6 +303,7 @@ ALLOWED = {
     (State.ATTACHED, None),
     (State.DETACHING, State.DETACHING),
     (State.DETACHING, State.ATTACHED),
+    (State.DETACHING, State.RETAINED),
     (State.DETACHING, None),
     (State.RETAINED, State.ATTACHED),
     (State.RETAINED, None),

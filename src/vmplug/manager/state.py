@@ -18,7 +18,7 @@ FOLLOWS: dict[State | None, frozenset[State | None]] = {
     None: frozenset({State.PLUGGING}),
     State.PLUGGING: frozenset({State.ATTACHED, State.DETACHING, State.RETAINED, None}),
     State.ATTACHED: frozenset({State.DETACHING, State.RETAINED, None}),
-    State.DETACHING: frozenset({State.DETACHING, State.ATTACHED, None}),
+    State.DETACHING: frozenset({State.DETACHING, State.ATTACHED, State.RETAINED, None}),
     State.RETAINED: frozenset({State.ATTACHED, None}),
 }
 """None is "not in the journal". An attached device is forgotten at once only when the VM turns out
