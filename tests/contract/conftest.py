@@ -11,7 +11,7 @@ from tests.support.vm import GuestVm
 real = pytest.mark.qemu
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
     with memory_side_vm(tmp_path_factory.mktemp("booted")) as vm:
         vm.console.run("true")

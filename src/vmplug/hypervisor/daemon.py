@@ -115,22 +115,26 @@ class HostDaemons(Daemons):
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
         """See Daemons."""
-        wanted = None if device_ids is None else set(device_ids)
-        found = {}
-        for pid, mark in find_marked(_MARK).items():
-            device_id, _, vm = mark.partition(" ")
-            if vm == self._vm and (wanted is None or device_id in wanted):
-                found[device_id] = pid
-        return found
+        return {device_id: pids[0] for device_id, pids in self._processes(device_ids).items()}
 
     def end(self, device_ids: Iterable[str]) -> None:
         """See Daemons: QEMU has hung up, and most have ended by themselves."""
-        for pid in self.find(device_ids).values():
+        for pids in self._processes(device_ids).values():
             for ending in (signal.SIGTERM, signal.SIGKILL):
                 with suppress(ProcessLookupError):
-                    os.killpg(os.getpgid(pid), ending)
-                if wait_for_end(pid, _END_TIMEOUT_S):
+                    os.killpg(os.getpgid(pids[0]), ending)
+                if all(wait_for_end(pid, _END_TIMEOUT_S) for pid in pids):
                     break
+
+    def _processes(self, device_ids: Iterable[str] | None) -> dict[str, list[int]]:
+        """A daemon's processes: its sandbox is a child of the first."""
+        wanted = None if device_ids is None else set(device_ids)
+        found: dict[str, list[int]] = {}
+        for pid, mark in sorted(find_marked(_MARK).items()):
+            device_id, _, vm = mark.partition(" ")
+            if vm == self._vm and (wanted is None or device_id in wanted):
+                found.setdefault(device_id, []).append(pid)
+        return found
 
 
 @contextmanager

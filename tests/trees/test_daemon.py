@@ -1,0 +1,379 @@
+"""The virtiofsd processes of vmplug: how they are called, and their whole life on this host."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.daemons import VIRTIOFSD
+from tests.support.vhost_user.messages import HEADER, U64, VERSION, Request
+from vmplug.drivers.base import Daemon
+from vmplug.errors import BackendError
+from vmplug.host.process import find_marked, wait_for_end
+from vmplug.host.root import HostRoot
+from vmplug.hypervisor.daemon import HostDaemons, Started, command_line
+
+ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"
+TIMEOUT_S = 10.0
+
+
+def daemon(
+    directory: Path | str = "/srv/work",
+    *,
+    program: str = "/usr/libexec/virtiofsd",
+    cache: str = "auto",
+    read_only: bool = False,
+) -> Daemon:
+    return Daemon(program=program, directory=str(directory), cache=cache, read_only=read_only)
+
+
+# The command line
+
+
+def test_a_daemon_is_given_its_listener_and_its_directory() -> None:
+    assert command_line(daemon(), 7) == [
+        "/usr/libexec/virtiofsd",
+        "--fd=7",
+        *("-o", "source=/srv/work"),
+        *("-o", "cache=auto"),
+        *("-o", "sandbox=namespace"),
+    ]
+
+
+@pytest.mark.parametrize("cache", ["none", "auto", "always"])
+def test_the_cache_is_handed_on(cache: str) -> None:
+    assert f"cache={cache}" in command_line(daemon(cache=cache), 7)
+
+
+def test_one_that_must_not_write_gets_a_read_only_mount_first() -> None:
+    plain = command_line(daemon("/srv/a b"), 7)
+    unshare, mount, shell, dash_c, script, directory, *rest = command_line(
+        daemon("/srv/a b", read_only=True), 7
+    )
+    assert (unshare, mount, shell, dash_c) == ("unshare", "--mount", "sh", "-c")
+    assert (directory, rest) == ("/srv/a b", plain)
+    assert "bind,ro" in script
+    assert "/srv" not in script  # it is an argument, never text of the script
+
+
+@pytest.mark.parametrize(
+    ("directory", "source"),
+    [
+        ("/srv/a,b", "source=/srv/a\\,b"),
+        ("/srv/a\\b", "source=/srv/a\\\\b"),
+        ("/srv/a\\,b", "source=/srv/a\\\\\\,b"),
+        ("/srv/x,cache=always", "source=/srv/x\\,cache=always"),
+        ("/srv/a b'\"$(x)", "source=/srv/a b'\"$(x)"),
+    ],
+)
+def test_no_name_of_a_directory_is_an_option(directory: str, source: str) -> None:
+    assert command_line(daemon(directory), 7)[3] == source
+
+
+@given(st.text(st.characters(exclude_characters="\0"), min_size=1).map(lambda name: f"/{name}"))
+def test_the_source_is_read_back_as_the_directory(directory: str) -> None:
+    """As libfuse reads it: a backslash takes the next character out of its meaning."""
+    arguments = command_line(daemon(directory), 7)
+    assert [a for a in arguments if a.startswith("source=")] == arguments[3:4]
+    read, rest = "", iter(arguments[3].removeprefix("source="))
+    for character in rest:
+        assert character != ","
+        read += next(rest) if character == "\\" else character
+    assert read == directory
+
+
+# What is marked
+
+
+def test_processes_are_found_by_what_they_were_given() -> None:
+    variable = f"VMPLUG_TEST_{os.getpid()}"
+    assert find_marked(variable) == {}
+    environment = {variable: f"{ID} /run/a b", f"X{variable}": "no"}
+    command = [sys.executable, "-S", "-c", "print(flush=True); input()"]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin
+        assert child.stdout
+        child.stdout.readline()
+        assert find_marked(variable) == {child.pid: f"{ID} /run/a b"}
+        child.stdin.write(b"\n")
+        child.stdin.close()
+        assert wait_for_end(child.pid, TIMEOUT_S)
+    assert find_marked(variable) == {}
+
+
+# A life, with a program that stands in for virtiofsd
+
+_STAND_IN = """#!{python} -S
+import os, signal, socket, sys
+descriptor = int(sys.argv[1].removeprefix("--fd="))
+source = sys.argv[3].removeprefix("source=")
+if source.endswith("deaf"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with socket.socket(fileno=descriptor) as listener:
+    connection, _ = listener.accept()
+    with connection:
+        print("serving", source, file=sys.stderr, flush=True)
+        connection.sendall(source.encode() + b"\\n")
+        while connection.recv(64) or source.endswith("deaf"):
+            signal.pause() if source.endswith("deaf") else None
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    path = tmp_path / "virtiofsd"
+    path.write_text(_STAND_IN.format(python=sys.executable))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> Iterator[str]:
+    """A VM's name, of which no daemon is left."""
+    name = f"{tmp_path}/a b/qmp.sock"
+    yield name
+    HostDaemons(name).end([ID, OTHER_ID])
+    assert HostDaemons(name).find() == {}
+
+
+def first_words(started: Started) -> str:
+    """What the stand-in says first; it has its listener by then."""
+    started.connection.settimeout(TIMEOUT_S)
+    with started.connection.makefile() as words:
+        return words.readline().rstrip("\n")
+
+
+@contextmanager
+def running(vm: str, made: Daemon, device_id: str = ID) -> Iterator[Started]:
+    with HostDaemons(vm).start(made, device_id) as started:
+        assert first_words(started) == made.directory
+        yield started
+
+
+def test_a_daemon_serves_the_one_connection_and_is_found_by_its_device(
+    program: str, vm: str
+) -> None:
+    with running(vm, daemon(program=program)) as started:
+        assert started.descriptor == started.connection.fileno()
+        assert started.said() == "serving /srv/work"
+        daemons = HostDaemons(vm)
+        (pid,) = daemons.find().values()
+        assert daemons.find() == daemons.find([ID]) == daemons.find([ID, OTHER_ID]) == {ID: pid}
+        assert daemons.find([OTHER_ID]) == daemons.find([]) == {}
+        assert HostDaemons(f"{vm}x").find() == {}
+
+
+def test_nobody_else_can_reach_it(program: str, vm: str) -> None:
+    with running(vm, daemon(program=program)) as started:
+        name = os.fsdecode(started.connection.getpeername())
+        assert not Path(name).parent.exists()
+
+
+def test_it_knows_nothing_of_this_process_but_what_it_needs(program: str, vm: str) -> None:
+    with ExitStack() as stack:
+        ours = stack.enter_context(tempfile.TemporaryFile())
+        os.set_inheritable(ours.fileno(), True)  # noqa: FBT003  its own word
+        stack.enter_context(running(vm, daemon(program=program)))
+        (pid,) = HostDaemons(vm).find().values()
+        variables = Path(f"/proc/{pid}/environ").read_bytes().rstrip(b"\0").split(b"\0")
+        assert {v.partition(b"=")[0] for v in variables} == {b"PATH", b"VMPLUG_DEVICE"}
+        assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
+        opened = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+        assert not any(f"/#{os.fstat(ours.fileno()).st_ino}" in name for name in opened)
+
+
+def test_it_is_no_child_and_in_no_group_of_this_process(program: str, vm: str) -> None:
+    """It outlives vmplug, and a signal to its group never reaches vmplug's own."""
+    with running(vm, daemon(program=program)):
+        (pid,) = HostDaemons(vm).find().values()
+        assert os.getpgid(pid) == os.getsid(pid) != os.getpgrp()
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def test_it_ends_by_itself_when_its_client_hangs_up(program: str, vm: str) -> None:
+    with running(vm, daemon(program=program)):
+        (pid,) = HostDaemons(vm).find().values()
+    assert wait_for_end(pid, TIMEOUT_S)
+    assert HostDaemons(vm).find() == {}
+
+
+def test_only_the_daemons_of_the_devices_that_were_named_are_ended(program: str, vm: str) -> None:
+    with (
+        running(vm, daemon(program=program), ID),
+        running(vm, daemon("/srv/b", program=program), OTHER_ID),
+    ):
+        daemons = HostDaemons(vm)
+        pids = daemons.find()
+        HostDaemons(f"{vm}x").end([ID, OTHER_ID])
+        daemons.end([])
+        assert daemons.find() == pids
+        daemons.end([ID])
+        assert daemons.find() == {OTHER_ID: pids[OTHER_ID]}
+        daemons.end([ID, OTHER_ID])
+        assert daemons.find() == {}
+        daemons.end([ID, OTHER_ID])
+
+
+def test_a_daemon_that_does_not_heed_is_killed(program: str, vm: str) -> None:
+    with running(vm, daemon("/srv/deaf", program=program)):
+        (pid,) = HostDaemons(vm).find().values()
+        began = time.monotonic()
+        HostDaemons(vm).end([ID])
+        assert time.monotonic() - began < TIMEOUT_S
+        assert wait_for_end(pid, 0)
+
+
+_BEGIN_AND_END = """
+import os, signal, sys
+from vmplug.drivers.base import Daemon
+from vmplug.hypervisor.daemon import HostDaemons
+daemons = HostDaemons(sys.argv[1])
+daemon = Daemon(program=sys.argv[2], directory="/", cache="auto", read_only=False)
+for _ in range(50):
+    with daemons.start(daemon, "0123456789abcdef"):
+        assert os.getpgrp() not in map(os.getpgid, daemons.find().values())
+        daemons.end(["0123456789abcdef"])
+print("done")
+"""
+
+
+def test_ending_a_daemon_that_has_just_begun_ends_nobody_else(program: str, vm: str) -> None:
+    """It is in a group of its own from its first moment; else it would take vmplug's along."""
+    command = [sys.executable, "-c", _BEGIN_AND_END, vm, program]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, start_new_session=True
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_a_program_that_cannot_be_run_is_told_with_its_words(tmp_path: Path, vm: str) -> None:
+    """What runs it is no child of ours, so its words come after it was started."""
+    with HostDaemons(vm).start(daemon(program=str(tmp_path / "none")), ID) as started:
+        started.connection.settimeout(TIMEOUT_S)
+        assert hung_up(started.connection)
+        assert "none" in started.said()
+    assert HostDaemons(vm).find() == {}
+
+
+def hung_up(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:  # it never took the connection
+        return True
+
+
+def test_when_none_can_be_started_nothing_is_left(vm: str) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    directory = "/" + "x" * (1 << 20)  # more than an argument may have
+    with pytest.raises(BackendError, match="Argument list too long") as caught:
+        HostDaemons(vm).start(daemon(directory), ID)
+    assert caught.value.socket == "/usr/libexec/virtiofsd"
+    assert "/usr/libexec/virtiofsd cannot be started on /x" in caught.value.message
+    assert caught.value.hint
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert HostDaemons(vm).find() == {}
+
+
+def test_closing_gives_back_what_was_opened(program: str, vm: str) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with running(vm, daemon(program=program)):
+        assert len(os.listdir("/proc/self/fd")) > descriptors
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+# A life, with the real one
+
+
+def ask_features(connection: socket.socket) -> int:
+    """The first word of vhost-user; virtiofsd must have begun to answer it."""
+    connection.settimeout(TIMEOUT_S)
+    connection.sendall(HEADER.pack(Request.GET_FEATURES, VERSION, 0))
+    answer = b""
+    while len(answer) < HEADER.size + U64.size:
+        more = connection.recv(64)
+        assert more
+        answer += more
+    number, _, size = HEADER.unpack_from(answer)
+    assert (number, size) == (Request.GET_FEATURES, U64.size)
+    return int(U64.unpack_from(answer, HEADER.size)[0])
+
+
+needs_virtiofsd = pytest.mark.skipif(
+    not VIRTIOFSD.exists(), reason="needs /usr/lib/qemu/virtiofsd (qemu-system-common)"
+)
+
+
+@pytest.mark.root
+@needs_virtiofsd
+@pytest.mark.parametrize("read_only", [False, True], ids=["rw", "ro"])
+@pytest.mark.parametrize("name", ["plain", "a b", "a,b", "back\\slash", "x,cache=always"])
+def test_a_real_virtiofsd_is_started_found_and_ended(
+    tmp_path: Path, vm: str, name: str, *, read_only: bool
+) -> None:
+    directory = tmp_path / name
+    directory.mkdir()
+    made = daemon(directory, program=str(VIRTIOFSD), read_only=read_only)
+    daemons = HostDaemons(vm)
+    with daemons.start(made, ID) as started:
+        assert ask_features(started.connection), started.said()
+        (pid,) = daemons.find([ID]).values()
+        assert HostRoot().read_text(f"/proc/{pid}/comm") == "virtiofsd\n"
+        daemons.end([ID])
+        assert wait_for_end(pid, 0)
+    assert daemons.find() == {}
+    assert not os.path.ismount(directory)  # the read-only mount was in a namespace of its own
+
+
+@pytest.mark.root
+@needs_virtiofsd
+def test_a_real_virtiofsd_ends_when_its_client_hangs_up(tmp_path: Path, vm: str) -> None:
+    with HostDaemons(vm).start(daemon(tmp_path, program=str(VIRTIOFSD)), ID) as started:
+        assert ask_features(started.connection), started.said()
+        pids = [p for p, mark in find_marked("VMPLUG_DEVICE").items() if mark == f"{ID} {vm}"]
+        assert pids
+    assert all(wait_for_end(pid, TIMEOUT_S) for pid in pids)
+    assert HostDaemons(vm).find() == {}
+
+
+@pytest.mark.root
+@needs_virtiofsd
+@pytest.mark.parametrize("read_only", [False, True], ids=["rw", "ro"])
+def test_a_directory_that_has_gone_is_told_in_its_words(
+    tmp_path: Path, vm: str, *, read_only: bool
+) -> None:
+    made = daemon(tmp_path / "none", program=str(VIRTIOFSD), read_only=read_only)
+    with HostDaemons(vm).start(made, ID) as started:
+        started.connection.settimeout(TIMEOUT_S)
+        assert hung_up(started.connection)
+        assert started.said()
+    assert HostDaemons(vm).find() == {}
+
+
+@pytest.mark.root
+@needs_virtiofsd
+@pytest.mark.parametrize("read_only", [False, True], ids=["rw", "ro"])
+def test_the_mount_of_a_real_virtiofsd_takes_writes_only_when_it_may(
+    tmp_path: Path, vm: str, *, read_only: bool
+) -> None:
+    (tmp_path / "file").write_text("x")
+    made = daemon(tmp_path, program=str(VIRTIOFSD), read_only=read_only)
+    with HostDaemons(vm).start(made, ID) as started:
+        assert ask_features(started.connection), started.said()
+        pids = [p for p, mark in find_marked("VMPLUG_DEVICE").items() if mark == f"{ID} {vm}"]
+        shown = [path for pid in pids if (path := Path(f"/proc/{pid}/root/file")).exists()]
+        assert shown
+        for path in shown:
+            assert bool(os.statvfs(path).f_flag & os.ST_RDONLY) is read_only
+    assert (tmp_path / "file").read_text() == "x"
