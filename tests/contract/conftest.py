@@ -69,3 +69,9 @@ def awake(request: pytest.FixtureRequest) -> Side:
 def throwaway(request: pytest.FixtureRequest) -> Side:
     """A side that no other test uses."""
     return chosen(request)
+
+
+@pytest.fixture(params=["memory", pytest.param("lost", marks=real)])
+def awake_throwaway(request: pytest.FixtureRequest) -> Side:
+    """One whose guest answers until it is told not to."""
+    return chosen(request)
