@@ -12,7 +12,7 @@ KIND ?= disk
 help:
 	@echo "make demo       boot a guest, plug a disk into it, let it read, take the disk out again"
 	@echo "make test       every test (root, QEMU)"
-	@echo "make test-fast  the tests that need neither root nor QEMU, in under a minute"
+	@echo "make test-fast  the tests that need neither root nor QEMU, in a minute or two"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed table of docs/performance.md"
 	@echo "make clean      remove what the above have built"
