@@ -9,7 +9,7 @@ from vmplug.cli.output import access, info_json, print_json, print_table
 from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:
-    from vmplug.oci.annotated import Request
+    from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
 
 
 @click.command("info")
@@ -41,7 +41,7 @@ def _json(info: "Request") -> dict[str, object]:
     device = info if isinstance(info, DeviceInfo) else None
     return {
         **info_json(info),
-        "host_path": device.host_path if device else _source(info),
+        "host_path": info.host_path if isinstance(info, DeviceInfo) else _source(info),
         "pmem": device.pmem if device else False,
         "file_mode": device.file_mode if device else None,
         "uid": device.uid if device else None,
@@ -60,10 +60,8 @@ def _row(info: "Request") -> tuple[str, ...]:
     return (info.name, info.dev_type, what, access(read_only=info.read_only), mode, *owners)
 
 
-def _source(info: "Request") -> str:
+def _source(info: "NetInfo | ShareInfo | RngInfo") -> str:
     """The other end that the request names."""
-    match info:
-        case DeviceInfo():
-            return info.host_path or ""
-        case _:
-            return str(getattr(info, "socket_path", None) or getattr(info, "source", ""))
+    from vmplug.oci.annotated import NetInfo  # noqa: PLC0415  it is there when there is one
+
+    return info.socket_path if isinstance(info, NetInfo) else info.source

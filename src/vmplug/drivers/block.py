@@ -301,8 +301,7 @@ def _places(offer: Offer, driver: BlockDriver | None) -> Iterator[Place]:
 
 def _check_machine(offer: Offer, driver: BlockDriver | None) -> None:
     """CannotPlug when this VM never has a place for the driver."""
-    is_microvm = offer.machine == "microvm"
-    if driver is BlockDriver.VIRTIO_MMIO and not is_microvm:
+    if driver is BlockDriver.VIRTIO_MMIO and not offer.is_microvm:
         raise CannotPlug(
             "no-virtio-mmio",
             f"the VM ({offer.machine}) has no virtio-mmio transports",
@@ -314,14 +313,15 @@ def _check_machine(offer: Offer, driver: BlockDriver | None) -> None:
             f"the VM ({offer.machine}) has no channel subsystem, which s390 machines have",
             hint="leave block-driver out",
         )
-    has_no_pci = is_microvm or (offer.ccw_used is not None and not offer.ports)
+    has_no_pci = offer.is_microvm or (offer.ccw_used is not None and not offer.ports)
     if driver is BlockDriver.VIRTIO_BLOCK and has_no_pci:
         raise CannotPlug(
             "no-pci",
             f"the VM ({offer.machine}) has no PCI port, and never will",
             hint="leave block-driver out",
         )
-    if is_microvm and driver in {None, BlockDriver.VIRTIO_MMIO} and offer.mode is PlugMode.HOT:
+    wants_mmio = offer.is_microvm and driver in {None, BlockDriver.VIRTIO_MMIO}
+    if wants_mmio and offer.mode is PlugMode.HOT:
         raise cold_plug_only("a virtio-mmio disk")
 
 

@@ -57,7 +57,7 @@ def virtio_place(
 
     Raises NoFreePort, and CannotPlug when no device can be plugged while the VM runs.
     """
-    if offer.machine == "microvm" and offer.mode is PlugMode.HOT:
+    if offer.is_microvm and offer.mode is PlugMode.HOT:
         raise cold_plug_only(what)
     transports = mmio_places if is_disk else _mmio_places_for_others
     for places in (pci_places, ccw_places, transports):
@@ -80,7 +80,7 @@ def memory_slot(offer: Offer, taken: Collection[str]) -> MemorySlot:
             "no-nvdimm",
             f"the VM ({offer.machine}) takes no NVDIMMs",
             hint="hand it over as a disk (leave block-driver out)"
-            if offer.machine == "microvm" or offer.ccw_used is not None
+            if offer.is_microvm or offer.ccw_used is not None
             else "start QEMU with -machine nvdimm=on and -m SIZE,slots=N,maxmem=MAX, as "
             "vmplug vm start does; or say block-driver=virtio-blk",
         )

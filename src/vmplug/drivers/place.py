@@ -121,6 +121,11 @@ class Offer:
     memory_slots_used: frozenset[int] = frozenset()
     nvdimms: int = 0
 
+    @property
+    def is_microvm(self) -> bool:
+        """Whether the machine has virtio-mmio transports and nothing else, and those only cold."""
+        return self.machine == "microvm"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestAddress:

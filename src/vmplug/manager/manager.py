@@ -220,7 +220,8 @@ class DeviceManager:
         Raises PolicyError for what would cut data off, NotAttached, HypervisorError.
         """
         hold = next((hold for hold in self.attachments() if hold.id == attachment_id), None)
-        record = next((r for r in self._journal.devices(self._vm) if r.id == _device(hold)), None)
+        devices = {record.id: record for record in self._journal.devices(self._vm)}
+        record = devices.get(hold.device_id) if hold else None
         if hold is None or record is None or not is_disk(record):
             raise NotAttached(f"no disk is attached as {attachment_id} in VM {self._vm}")
         wanted = new_size(record, hold, self._host, size_bytes)
@@ -368,7 +369,3 @@ class DeviceManager:
             f"the guest did not release {names} within {timeout_s:g} s",
             hint=hint,
         )
-
-
-def _device(hold: Attachment | None) -> str | None:
-    return hold.device_id if hold else None

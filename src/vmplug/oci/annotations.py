@@ -49,6 +49,7 @@ def read_annotations(annotations: Mapping[str, str]) -> Annotated:
     """The requests and options among them; SpecError names the annotation that is wrong."""
     requests: list[NetInfo | ShareInfo | RngInfo] = []
     options: dict[str, Mapping[str, str]] = {}
+    katas = _katas(annotations)
     for key, value in annotations.items():
         if not key.startswith(PREFIX):
             continue
@@ -58,9 +59,9 @@ def read_annotations(annotations: Mapping[str, str]) -> Annotated:
             case "net":
                 requests.append(_net(name, fields))
             case "share":
-                requests.append(_share(name, fields, _katas(annotations)))
+                requests.append(_share(name, fields, katas))
             case "rng":
-                requests.append(_rng(name, fields, _katas(annotations)))
+                requests.append(_rng(name, fields, katas))
             case "options":
                 options[normal_container_path(name, annotation_path(key))] = fields.options()
             case _:

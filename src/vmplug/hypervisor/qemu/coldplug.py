@@ -9,14 +9,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from vmplug.address import qemu_id
 from vmplug.drivers.base import START_DAEMON, Command, Plug, Step, VhostUserDevice
 from vmplug.drivers.place import Offer, Place
 from vmplug.errors import StateError
 from vmplug.hypervisor.daemon import Daemons, HostDaemons, Started
-from vmplug.hypervisor.qemu.machine import VmSpec, cold_offer
+from vmplug.hypervisor.qemu.machine import VmSpec, cold_offer, option_text
 from vmplug.hypervisor.qemu.plug import check_file, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK
 
@@ -152,24 +152,17 @@ def _arguments(command: Command, descriptors: Mapping[str, int]) -> list[str]:
             if "reconnect" in data:
                 options["reconnect"] = data["reconnect"]
             if address["type"] == "fd":
-                return ["-chardev", _joined("socket", options | {"fd": descriptors[name]})]
+                return ["-chardev", option_text("socket", options | {"fd": descriptors[name]})]
             path = address["data"]["path"]
-            return ["-chardev", _joined("socket", options), "-set", f"chardev.{name}.path={path}"]
+            return [
+                "-chardev",
+                option_text("socket", options),
+                "-set",
+                f"chardev.{name}.path={path}",
+            ]
         case "fsdev":
             options = {key: value for key, value in command.arguments.items() if key != "path"}
             path = command.arguments["path"]
-            return ["-fsdev", _joined("local", options), "-set", f"fsdev.{name}.path={path}"]
+            return ["-fsdev", option_text("local", options), "-set", f"fsdev.{name}.path={path}"]
         case _:
             raise AssertionError(f"{command.execute} is not for the command line")
-
-
-def _joined(what: str, options: Mapping[str, Any]) -> str:
-    """An option string of vmplug's own words and numbers only."""
-    said = {key: _word(value) for key, value in options.items()}
-    return ",".join([what, *(f"{key}={value}" for key, value in said.items())])
-
-
-def _word(value: object) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)

@@ -189,10 +189,18 @@ def _device(driver: str, **properties: str | int) -> list[str]:
 
     Not as JSON: QEMU 7.2 makes all JSON devices last, and those of `extra` would be first.
     """
-    return [
-        "-device",
-        ",".join([driver, *(f"{key}={value}" for key, value in properties.items())]),
-    ]
+    return ["-device", option_text(driver, properties)]
+
+
+def option_text(what: str, options: Mapping[str, str | int]) -> str:
+    """An option of QEMU's as `what,key=value,...`, for words and numbers of our own only."""
+    return ",".join([what, *(f"{key}={_word(value)}" for key, value in options.items())])
+
+
+def _word(value: str | int) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
 
 
 def _json(option: str, **properties: Any) -> list[str]:
