@@ -21,9 +21,11 @@ _NAMES = {
     "vmplug.host.volume": "find_requests",
     "vmplug.host.device": (
         "BlockDevice CharDevice DeviceType DiskFile EntropySource SharedDirectory "
-        "SharedFilesystem VhostUserSocket"
+        "SharedFilesystem VfioGroup VhostUserSocket"
     ),
-    "vmplug.host.safety": "Code Finding Severity",
+    "vmplug.host.mdev": "MediatedDevice VFIODeviceType",
+    "vmplug.host.pci": "PciFunction read_functions",
+    "vmplug.host.finding": "Code Finding Severity",
     "vmplug.drivers.base": (
         "Aio BlockDrive BlockDriver Cache Hypervisor RNGDevice SharedFS Step Throttle "
         "VhostUserDevice"
@@ -32,10 +34,10 @@ _NAMES = {
     "vmplug.hypervisor.qemu": "Qemu",
     "vmplug.hypervisor.memory": "MemoryHypervisor",
     "vmplug.devnum": "DevNum",
-    "vmplug.address": "CcwDevNo PciPath PciSlot ScsiAddress",
+    "vmplug.address": "Bdf CcwDevNo PciPath PciSlot ScsiAddress",
     "vmplug.errors": (
-        "AttributeReadError BackendError BackendTimeout CannotPlug CommandError ConnectError "
-        "DeviceError HostError "
+        "AttributeReadError BackendError BackendTimeout BindError CannotPlug CommandError "
+        "ConnectError DeviceError HostError "
         "HypervisorError InUse NoFreePort NoSuchDevice NotAttached PolicyError "
         "ProtocolError SpecError StateError StillAttached StoreError UnplugRefused "
         "UnplugTimeout"

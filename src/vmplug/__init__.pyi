@@ -44,14 +44,14 @@ from vmplug.host.device import EntropySource as EntropySource
 from vmplug.host.device import SharedDirectory as SharedDirectory
 from vmplug.host.device import SharedFilesystem as SharedFilesystem
 from vmplug.host.device import VhostUserSocket as VhostUserSocket
+from vmplug.host.finding import Code as Code
+from vmplug.host.finding import Finding as Finding
+from vmplug.host.finding import Severity as Severity
 from vmplug.host.resolve import HostPathCache as HostPathCache
 from vmplug.host.resolve import get_host_path as get_host_path
 from vmplug.host.resolve import resolve as resolve
 from vmplug.host.resolve import resolve_all as resolve_all
 from vmplug.host.root import HostRoot as HostRoot
-from vmplug.host.safety import Code as Code
-from vmplug.host.safety import Finding as Finding
-from vmplug.host.safety import Severity as Severity
 from vmplug.host.vhost_user import VhostUserStore as VhostUserStore
 from vmplug.host.volume import find_requests as find_requests
 from vmplug.hypervisor.memory import MemoryHypervisor as MemoryHypervisor
@@ -70,3 +70,10 @@ from vmplug.oci.spec import parse_config as parse_config
 from vmplug.oci.spec import read_bundle as read_bundle
 
 __version__: str
+from vmplug.address import Bdf as Bdf
+from vmplug.errors import BindError as BindError
+from vmplug.host.device import VfioGroup as VfioGroup
+from vmplug.host.mdev import MediatedDevice as MediatedDevice
+from vmplug.host.mdev import VFIODeviceType as VFIODeviceType
+from vmplug.host.pci import PciFunction as PciFunction
+from vmplug.host.pci import read_functions as read_functions

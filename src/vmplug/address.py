@@ -1,12 +1,14 @@
-"""Addresses in the guest, and the names in QEMU, each checked once and then carried as a value.
+"""Addresses, and the names in QEMU, each checked once and then carried as a value.
 
-PciSlot and PciPath say where a PCI device sits in the guest, ScsiAddress is `id:lun`, CcwDevNo a
-device number of the s390 channel subsystem. `parse` reads what `str()` writes.
+Bdf names a PCI function of the host. PciSlot and PciPath say where a PCI device sits in the guest,
+ScsiAddress is `id:lun`, CcwDevNo a device number of the s390 channel subsystem. `parse` reads what
+`str()` writes.
 """
 
 import os
+import re
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from vmplug.devnum import is_decimal
 
@@ -17,6 +19,33 @@ QEMU_ID_PREFIX = "vmplug-"
 
 PERIPHERAL = "/machine/peripheral"
 """Where QEMU keeps devices that have an id. Source: QEMU docs/devel/qom.rst."""
+
+
+_BDF = re.compile(r"([0-9a-f]{4,8}):([0-9a-f]{2}):([01][0-9a-f])\.([0-7])\Z", re.ASCII)
+
+
+class Bdf(NamedTuple):
+    """The address of a PCI function of the host, `0000:3b:00.1`; they sort as the bus does.
+
+    A domain behind an Intel VMD has five digits and more. Source: `%04x:%02x:%02x.%d`, Linux
+    drivers/pci/probe.c, pci_setup_device.
+    """
+
+    domain: int
+    bus: int
+    slot: int
+    function: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The full form in lower case, as sysfs has it; ValueError for anything else."""
+        match = _BDF.match(text)
+        if match is None or (len(match[1]) > 4 and match[1][0] == "0"):
+            raise ValueError(f"{text!r} is not DOMAIN:BUS:SLOT.FUNCTION, such as 0000:3b:00.1")
+        return cls(int(match[1], 16), int(match[2], 16), int(match[3], 16), int(match[4]))
+
+    def __str__(self) -> str:
+        return f"{self.domain:04x}:{self.bus:02x}:{self.slot:02x}.{self.function}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ DeviceError
  ├ HostError          the host cannot give it
  │  ├ NoSuchDevice        no device of that type and number, or no such file
  │  ├ AttributeReadError  a file below /sys, /proc or /dev could not be read or made no sense
+ │  ├ BindError           a function could not be given to a driver, or made; all is as it was
  │  └ InUse               something on the host still uses it
  ├ PolicyError        the operator's rules do not allow it
  ├ HypervisorError    the VM cannot take it or does not answer
@@ -33,6 +34,7 @@ __all__ = [
     "AttributeReadError",
     "BackendError",
     "BackendTimeout",
+    "BindError",
     "CannotPlug",
     "CommandError",
     "ConnectError",
@@ -110,6 +112,30 @@ class AttributeReadError(HostError):
         reason = why or (os.strerror(errno) if errno is not None else "malformed")
         super().__init__(f"cannot read {path}: {reason}")
         self.path = path
+        self.errno = errno
+
+
+class BindError(HostError):
+    """The kernel did not do what it was told to; `device` is a BDF or an mdev's UUID.
+
+    `step` is what was tried (`driver_override`, `unbind`, `drivers_probe`, ...), `errno` what the
+    kernel answered, None when it took the write and did nothing.
+    """
+
+    code = "bind-failed"
+
+    def __init__(
+        self,
+        device: str,
+        step: str,
+        message: str,
+        *,
+        errno: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.device = device
+        self.step = step
         self.errno = errno
 
 

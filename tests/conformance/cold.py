@@ -7,8 +7,8 @@ from tests.conformance.machine import VM
 from tests.conformance.terms import Terms, command_line
 from tests.conformance.vector import Case, Refusal, attempt, error_of
 from tests.support.tree import HostTree
+from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.hypervisor.daemon import Daemons
 from vmplug.hypervisor.qemu.coldplug import ColdQemu

@@ -21,7 +21,7 @@ from tests.support.tree import HostTree
 from vmplug.address import CcwDevNo, new_id
 from vmplug.drivers.base import NewPlug
 from vmplug.drivers.place import CcwPlace
-from vmplug.host.safety import Code
+from vmplug.host.finding import Code
 from vmplug.hypervisor.qemu import machine as machines
 from vmplug.hypervisor.qemu.machine import Machine
 from vmplug.oci.annotated import Request, RngInfo, ShareInfo

@@ -17,7 +17,7 @@ from tests.conformance.vector import (
 )
 from tests.support.tree import HostTree
 from vmplug.address import ScsiAddress
-from vmplug.host.safety import Code
+from vmplug.host.finding import Code
 from vmplug.manager.records import Attachment
 from vmplug.oci.info import DeviceInfo
 

@@ -11,7 +11,7 @@ from vmplug.address import PERIPHERAL, ScsiAddress, qemu_id
 from vmplug.cli.output import attachment_json
 from vmplug.drivers.base import Command
 from vmplug.drivers.place import Offer
-from vmplug.host.safety import Code
+from vmplug.host.finding import Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu

@@ -17,8 +17,8 @@ from tests.conformance.vector import (
     kinds_of,
 )
 from tests.support.tree import HostTree
+from vmplug.host.finding import Code
 from vmplug.host.pmem import has_pfn_signature
-from vmplug.host.safety import Code
 from vmplug.host.volume import find_volumes
 from vmplug.manager.records import Attachment
 from vmplug.oci.info import DeviceInfo, DevType, Mount

@@ -23,7 +23,7 @@ from tests.support.tree import HostTree
 from vmplug.address import device_id_of
 from vmplug.drivers.base import Command
 from vmplug.errors import CommandError
-from vmplug.host.safety import Code
+from vmplug.host.finding import Code
 from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.qmp import QmpMonitor
 from vmplug.oci.annotated import NetInfo, ShareInfo

@@ -26,7 +26,7 @@ from tests.conformance.vector import (
 )
 from tests.support.tree import HostTree
 from vmplug.host.device import BlockDevice
-from vmplug.host.safety import Code
+from vmplug.host.finding import Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.manager.records import Attachment
 from vmplug.oci.info import DeviceInfo

@@ -12,7 +12,7 @@ from guest.console import GuestError
 from tests.qemu.conftest import PORTS, Lab, losetup, opened_by_another_qemu, request
 from tests.support.disks import disk_image, loop_device, qcow2_image
 from vmplug.errors import CommandError, InUse
-from vmplug.host.safety import Code
+from vmplug.host.finding import Code
 from vmplug.manager.state import State
 
 pytestmark = pytest.mark.qemu

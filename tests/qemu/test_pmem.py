@@ -30,8 +30,8 @@ from vmplug.errors import (
     SpecError,
     StateError,
 )
+from vmplug.host.finding import Code, Severity
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import Code, Severity
 from vmplug.host.volume import find_requests
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import State

@@ -25,8 +25,8 @@ from vmplug.devnum import DevNum
 from vmplug.drivers.base import BlockDrive, BlockDriver, Command
 from vmplug.drivers.place import CcwPlace
 from vmplug.errors import CannotPlug, CommandError, DeviceError, UnplugTimeout
+from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu

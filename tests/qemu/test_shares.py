@@ -30,8 +30,8 @@ from vmplug.errors import (
     StateError,
 )
 from vmplug.host.device import DeviceType
+from vmplug.host.finding import Code
 from vmplug.host.process import wait_for_end
-from vmplug.host.safety import Code
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.manager.reconcile import Outcome
 from vmplug.oci.annotated import ShareInfo

@@ -31,7 +31,7 @@ from vmplug.errors import (
     StateError,
     UnplugTimeout,
 )
-from vmplug.host.safety import Code
+from vmplug.host.finding import Code
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qmp import QmpMonitor
 from vmplug.manager.manager import DeviceManager

@@ -2,9 +2,10 @@
 
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
+from vmplug.host.finding import Claim, Finding, Severity, Wish
 from vmplug.host.mounts import read_usage
 from vmplug.host.resolve import resolve
-from vmplug.host.safety import Claim, Finding, Severity, Wish, check
+from vmplug.host.safety import check
 from vmplug.oci.info import DeviceInfo, DevType
 
 READING, WRITING = Wish(read_only=True), Wish(read_only=False)

@@ -29,8 +29,8 @@ from vmplug.host.backend import (
     probe,
 )
 from vmplug.host.device import Backend, DeviceType, VhostUserSocket
+from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import NEVER_ALLOWED, Code
 
 BLK, SCSI = DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI
 NET, FS = DeviceType.VHOST_USER_NET, DeviceType.VHOST_USER_FS

@@ -351,7 +351,7 @@ def test_a_vfio_group_is_told_by_its_host_path_and_not_by_the_containers(tree: H
     tree.char_device("243:0", "vfio/12").char_device("10:229", "fuse")
     group = resolve(want("c", "243:0", "/dev/renamed"), tree.root)
     fuse = resolve(want("c", "10:229", "/dev/vfio/12"), tree.root)
-    assert (group.kind, group.identity) == (DeviceType.VFIO, "char:243:0")
+    assert (group.kind, group.identity) == (DeviceType.VFIO, "vfio:12")
     assert (fuse.kind, fuse.host_path) == (DeviceType.GENERIC, "/dev/fuse")
     assert fuse.found_by is FoundBy.SYSFS
 

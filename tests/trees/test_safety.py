@@ -9,9 +9,10 @@ from tests.trees.checking import READING, SHARING, WRITING, claim, codes, findin
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.device import HostDevice
+from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
 from vmplug.host.mounts import MountedDevice, read_usage
 from vmplug.host.resolve import resolve
-from vmplug.host.safety import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow, check
+from vmplug.host.safety import check
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
 

@@ -17,10 +17,11 @@ from tests.support.tree import HostTree
 from tests.trees.checking import READING, WRITING, claim, codes, findings, want
 from vmplug.devnum import DevNum
 from vmplug.host.device import BlockDevice, DiskPart, FoundBy
+from vmplug.host.finding import Code, Wish
 from vmplug.host.mounts import read_usage
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import Code, Wish, check
+from vmplug.host.safety import check
 
 # Locks, as QEMU takes them
 

@@ -37,8 +37,8 @@ from vmplug.drivers.place import (
 )
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.device import BlockDevice, DeviceType, DiskFile, FoundBy
+from vmplug.host.finding import Code
 from vmplug.host.image import ImageFormat, Qcow2Header
-from vmplug.host.safety import Code
 
 SDB = BlockDevice(
     devnum=DevNum(8, 16),

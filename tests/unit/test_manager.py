@@ -32,7 +32,7 @@ from vmplug.errors import (
     UnplugTimeout,
 )
 from vmplug.host.device import DeviceType
-from vmplug.host.safety import Code
+from vmplug.host.finding import Code
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu

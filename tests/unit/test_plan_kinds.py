@@ -33,8 +33,8 @@ from vmplug.host.device import (
     SharedFilesystem,
     VhostUserSocket,
 )
+from vmplug.host.finding import Code, Finding
 from vmplug.host.pmem import PfnInfo
-from vmplug.host.safety import Code, Finding
 from vmplug.manager.examine import Examined
 from vmplug.manager.plan import Plan, make_plan
 from vmplug.manager.records import Attachment, DeviceRecord
@@ -124,7 +124,6 @@ def null_device() -> Examined:
     return found(
         info,
         CharDevice(
-            kind=DeviceType.GENERIC,
             device_node="/dev/null",
             devnum=info.devnum,
             found_by=FoundBy.SYSFS,

@@ -14,8 +14,8 @@ from vmplug.drivers.place import GuestAddress, MemorySlot
 from vmplug.drivers.pmem import NVDIMM_ALIGN_BYTES, NVDIMM_OPTIONS, check_nvdimm, is_pmem
 from vmplug.errors import SpecError
 from vmplug.host.device import BlockDevice, DiskFile, FoundBy
+from vmplug.host.finding import NEVER_ALLOWED, Code, Severity, allow
 from vmplug.host.pmem import PfnInfo
-from vmplug.host.safety import NEVER_ALLOWED, Code, Severity, allow
 
 ID = "0123456789abcdef"
 MIB = 1 << 20

@@ -20,7 +20,7 @@ from vmplug.host.device import (
     SharedFilesystem,
     VhostUserSocket,
 )
-from vmplug.host.safety import Code
+from vmplug.host.finding import Code
 from vmplug.oci.annotated import ShareInfo
 
 ID = "0123456789abcdef"

@@ -17,7 +17,7 @@ from vmplug.cli.output import container_path, print_json
 from vmplug.cli.text import one_line
 from vmplug.cli.wiring import has_journal, open_journal
 from vmplug.host.device import HostDevice
-from vmplug.host.safety import Claim
+from vmplug.host.finding import Claim
 from vmplug.manager.examine import Examined, FindClaims, examine
 
 _HOST_ERROR = 4

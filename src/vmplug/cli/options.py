@@ -14,7 +14,7 @@ from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
-    from vmplug.host.safety import Code
+    from vmplug.host.finding import Code
     from vmplug.host.vhost_user import VhostUserStore
     from vmplug.oci.annotated import Request as AnyRequest
 
@@ -262,7 +262,7 @@ def _parse_options(texts: Sequence[str]) -> dict[str, str]:
 
 def parse_allow(words: Sequence[str]) -> "frozenset[Code]":
     """The codes of `--allow`; SpecError for a word that is none, such as `all`."""
-    from vmplug.host.safety import NEVER_ALLOWED, Code  # noqa: PLC0415
+    from vmplug.host.finding import NEVER_ALLOWED, Code  # noqa: PLC0415
 
     known = {str(code): code for code in Code if code not in NEVER_ALLOWED}
     for word in words:

@@ -17,8 +17,8 @@ from vmplug.drivers.place import (
     ScsiPlace,
 )
 from vmplug.host.device import DeviceType, HostDevice
+from vmplug.host.finding import Finding
 from vmplug.host.image import ImageFormat
-from vmplug.host.safety import Finding
 
 
 class BlockDriver(StrEnum):

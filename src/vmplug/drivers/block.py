@@ -27,8 +27,8 @@ from vmplug.drivers.place import (
 from vmplug.drivers.pmem import NVDIMM_OPTIONS, check_nvdimm, is_pmem
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.device import BlockDevice, DiskFile, HostDevice
+from vmplug.host.finding import Code, Finding
 from vmplug.host.image import ImageFormat
-from vmplug.host.safety import Code, Finding
 
 _SERIAL_BYTES_MAX = 20
 _SCSI_SERIAL_BYTES_MAX = 36

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from vmplug.drivers.options import parse_options
-from vmplug.host.device import CharDevice, DeviceType
-from vmplug.host.safety import Code, Finding
+from vmplug.host.device import CharDevice
+from vmplug.host.finding import Code, Finding
 
 
 def check_options(options: Mapping[str, str]) -> None:
@@ -13,10 +13,10 @@ def check_options(options: Mapping[str, str]) -> None:
 
 
 def check_generic(device: CharDevice) -> Iterator[Finding]:
-    """What speaks against counting it: a device of VFIO is not of this kind."""
-    if device.kind is not DeviceType.GENERIC:
+    """What speaks against counting it: a group without an IOMMU protects nobody from the VM."""
+    if device.host_path.startswith("/dev/vfio/noiommu-"):
         yield Finding(
-            Code.NO_DRIVER,
-            f"{device.host_path} is a {device.kind} device, which this vmplug cannot plug",
-            "leave it out of the bundle",
+            Code.NO_IOMMU,
+            f"{device.host_path} has no IOMMU: its VM could write to all of the host's memory",
+            "switch the IOMMU on (intel_iommu=on, or in the firmware), and name the group's node",
         )

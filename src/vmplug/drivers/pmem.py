@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from vmplug.host.device import BlockDevice, DiskFile, FoundBy
-from vmplug.host.safety import Code, Finding, Severity
+from vmplug.host.finding import Code, Finding, Severity
 
 NVDIMM_OPTIONS = frozenset({"block-driver", "format", "fstype"})
 """The options of a disk that mean something for an NVDIMM."""

@@ -10,7 +10,7 @@ from vmplug.drivers.options import Option, number, parse_options
 from vmplug.drivers.place import Offer, Place
 from vmplug.errors import SpecError
 from vmplug.host.device import HostDevice
-from vmplug.host.safety import Finding
+from vmplug.host.finding import Finding
 
 OPTIONS: Mapping[str, Option] = {
     "max-bytes": Option(

@@ -17,6 +17,7 @@ from vmplug.host.device import (
     HostDevice,
     OpenConnection,
     SharedDirectory,
+    VfioGroup,
     VhostUserSocket,
 )
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
@@ -47,7 +48,7 @@ def _select_by_device(request: DeviceInfo, device: HostDevice) -> Driver | None:
             return BlockOptions.parse(request.driver_options)
         case VhostUserSocket():
             return VhostUserOptions.parse(device.kind, request.driver_options)
-        case CharDevice():
+        case CharDevice() | VfioGroup():
             check_options(request.driver_options)
             return None
         case SharedDirectory() | OpenConnection() | EntropySource():

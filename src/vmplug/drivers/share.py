@@ -18,7 +18,7 @@ from vmplug.host.device import (
     SharedFilesystem,
     VhostUserSocket,
 )
-from vmplug.host.safety import Code, Finding
+from vmplug.host.finding import Code, Finding
 
 
 class ShareCache(StrEnum):

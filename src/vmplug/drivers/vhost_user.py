@@ -12,7 +12,7 @@ from vmplug.drivers.options import Option, number, parse_options, text
 from vmplug.drivers.place import CcwPlace, Offer, Place
 from vmplug.errors import CannotPlug
 from vmplug.host.device import DeviceType, HostDevice, VhostUserSocket
-from vmplug.host.safety import Code, Finding
+from vmplug.host.finding import Code, Finding
 
 RECONNECT_S = 1
 """How often QEMU looks for a lost backend unless something else is said."""

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from vmplug.errors import AttributeReadError
 from vmplug.host.device import Backend, DeviceType, VhostUserSocket
+from vmplug.host.finding import Code, Finding
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import Code, Finding
 
 PROBE_TIMEOUT_S = 2.0
 """A backend answers in a millisecond; one that serves another client does not answer at all."""

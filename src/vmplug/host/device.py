@@ -13,6 +13,8 @@ from vmplug.host.image import Qcow2Header
 from vmplug.host.loop import LoopBacking
 
 if TYPE_CHECKING:
+    from vmplug.host.mdev import MediatedDevice
+    from vmplug.host.pci import PciFunction
     from vmplug.host.pmem import PfnInfo
 
 
@@ -297,11 +299,61 @@ class EntropySource(NamedTuple):
         return ()
 
 
+class VfioGroup(NamedTuple):
+    """An IOMMU group, which is handed over whole or not at all.
+
+    `functions` are its PCI functions, `mediated` is its mediated device, `bridges` stay with the
+    host. `strangers` are members of no kind that vmplug knows. `named` is the function or UUID
+    that the request named, `device_node` the node; each None when it named the other. `number` is
+    None for a device in no group: its host has no IOMMU.
+    """
+
+    number: int | None
+    device_node: str | None
+    functions: tuple["PciFunction", ...]
+    bridges: tuple["PciFunction", ...] = ()
+    mediated: "MediatedDevice | None" = None
+    strangers: tuple[str, ...] = ()
+    named: str | None = None
+    found_by: FoundBy = FoundBy.SYSFS
+
+    @property
+    def kind(self) -> DeviceType:
+        """VFIO."""
+        return DeviceType.VFIO
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The BDFs of the functions, or the UUID of the mediated device."""
+        return (
+            (self.mediated.uuid,) if self.mediated else tuple(str(f.bdf) for f in self.functions)
+        )
+
+    @property
+    def host_path(self) -> str:
+        """The node that was named, or the one that the group has while VFIO holds it."""
+        return self.device_node or (
+            self.named or "" if self.number is None else f"/dev/vfio/{self.number}"
+        )
+
+    @property
+    def identity(self) -> str:
+        """The first member: group numbers are given anew when devices come and go."""
+        return f"vfio:{self.members[0] if self.members else self.number}"
+
+    @property
+    def related_identities(self) -> tuple[str, ...]:
+        """The other members, and the physical function of a virtual one."""
+        others = self.members[1:]
+        physfns = {str(f.physfn) for f in self.functions if f.physfn} - set(self.members)
+        return tuple(f"vfio:{name}" for name in (*others, *sorted(physfns)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CharDevice:
-    """A character device or FIFO: `generic`, or `vfio` for the node of an IOMMU group."""
+    """A character device or FIFO."""
 
-    kind: DeviceType
+    kind: DeviceType = field(default=DeviceType.GENERIC, init=False)
     device_node: str
     devnum: DevNum | None
     found_by: FoundBy
@@ -329,5 +381,6 @@ HostDevice = (
     | SharedDirectory
     | OpenConnection
     | EntropySource
+    | VfioGroup
     | CharDevice
 )

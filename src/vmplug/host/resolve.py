@@ -190,7 +190,11 @@ def _describe_device(
     found_by = FoundBy.SYSFS if in_sysfs else FoundBy.CONTAINER_PATH
     if info.devnum and kind is DeviceType.BLOCK:
         return read_block_device(info.devnum, host_path, found_by, root)
-    return CharDevice(kind=kind, device_node=host_path, devnum=info.devnum, found_by=found_by)
+    if kind is DeviceType.VFIO:
+        from vmplug.host.vfio import find_vfio_group  # noqa: PLC0415  few requests are for it
+
+        return find_vfio_group(host_path, root, devnum=info.devnum, found_by=found_by)
+    return CharDevice(device_node=host_path, devnum=info.devnum, found_by=found_by)
 
 
 def classify(info: DeviceInfo, host_path: str, store: VhostUserStore | None = None) -> DeviceType:

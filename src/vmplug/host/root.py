@@ -6,12 +6,15 @@ AttributeReadError.
 
 import errno
 import fcntl
+import logging
 import os
 import stat
 import struct
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
+
+log = logging.getLogger(__name__)
 
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESRCH})
@@ -53,6 +56,16 @@ class HostRoot:
         """Devices by number; Kata's SysDevPrefix."""
         return "/sys/dev"
 
+    @property
+    def iommu_groups(self) -> str:
+        """IOMMU groups by number; Kata's SysIOMMUPath."""
+        return "/sys/kernel/iommu_groups"
+
+    @property
+    def pci_devices(self) -> str:
+        """PCI functions by address; Kata's SysBusPciDevicesPath."""
+        return "/sys/bus/pci/devices"
+
     def read_attribute(self, path: str) -> bytes | None:
         """A sysfs attribute in exactly three system calls; None when absent."""
         try:
@@ -65,6 +78,29 @@ class HostRoot:
             return self._absent(path, error)
         finally:
             os.close(fd)
+
+    def write_attribute(self, path: str, text: str) -> int | None:
+        """Write a sysfs attribute in one system call; the errno if the kernel refuses, else None.
+
+        The file is never made.
+        """
+        try:
+            fd = os.open(self._base + path, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            return error.errno
+        try:
+            os.write(fd, text.encode())
+        except OSError as error:
+            return error.errno
+        finally:
+            os.close(fd)
+        log.debug("wrote %r to %s", text, path)
+        return None
+
+    def size(self, path: str) -> int | None:
+        """The length of a file as the file system gives it; None when absent."""
+        status = self.stat(path)
+        return None if status is None else status.st_size
 
     def open_kernel_attribute(self, path: str) -> int | None:
         """A descriptor on an attribute of the running kernel's sysfs, for `reread_attribute`.

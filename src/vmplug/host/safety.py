@@ -7,9 +7,8 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import assert_never
 
@@ -22,10 +21,13 @@ from vmplug.host.device import (
     HostDevice,
     OpenConnection,
     SharedDirectory,
+    VfioGroup,
     VhostUserSocket,
 )
+from vmplug.host.finding import Claim, Code, Finding, Wish
 from vmplug.host.mounts import HostUsage, same_file
 from vmplug.host.root import HostRoot, describe, node_number
+from vmplug.host.viability import check_group
 
 _LOCKS_AGAINST_WRITING = ((100, 200),)
 _LOCKS_AGAINST_READING = ((101, 1), (103, 1), (200, 1))
@@ -34,89 +36,6 @@ read, 1 to write, 3 to resize. Source: QEMU block/file-posix.c, include/block/bl
 
 _PROBE_S = 0.05
 """How long an exclusive open is taken for a mere probe, such as another vmplug's own."""
-
-
-class Code(StrEnum):
-    """Findings, as stable words for programs and for `--allow`."""
-
-    MOUNTED_ON_HOST = "mounted-on-host"
-    HAS_HOLDERS = "has-holders"
-    IS_SWAP = "is-swap"
-    OPEN_EXCLUSIVELY = "open-exclusively"
-    IMAGE_LOCKED = "image-locked"
-    IN_USE_BY_VM = "in-use-by-vm"
-    READ_ONLY_DEVICE = "read-only-device"
-    NO_MEDIUM = "no-medium"
-    SIZE_ZERO = "size-zero"
-    NOT_IN_SYSFS = "not-in-sysfs"
-    WRONG_NODE = "wrong-node"
-    HAS_BACKING_FILE = "has-backing-file"
-    FORMAT_NOT_STATED = "format-not-stated"
-    NOT_THAT_FORMAT = "not-that-format"
-    NO_DIRECT_IO = "no-direct-io"
-    NO_PFN_SIGNATURE = "no-pfn-signature"
-    NVDIMM_SIZE = "nvdimm-size"
-    NO_BACKEND = "no-backend"
-    BACKEND_BUSY = "backend-busy"
-    BACKEND_SILENT = "backend-silent"
-    WRONG_BACKEND = "wrong-backend"
-    TOO_MANY_QUEUES = "too-many-queues"
-    CANNOT_BE_READ_ONLY = "cannot-be-read-only"
-    NO_DRIVER = "no-driver"
-    NO_SUCH_DEVICE = "no-such-device"
-    UNREADABLE = "unreadable"
-
-
-NEVER_ALLOWED = frozenset(
-    {
-        Code.BACKEND_SILENT,
-        Code.NO_BACKEND,
-        Code.NO_DRIVER,
-        Code.NO_SUCH_DEVICE,
-        Code.NOT_THAT_FORMAT,
-        Code.SIZE_ZERO,
-        Code.TOO_MANY_QUEUES,
-        Code.UNREADABLE,
-        Code.WRONG_BACKEND,
-        Code.WRONG_NODE,
-    }
-)
-"""Findings that no permission mends."""
-
-
-class Severity(StrEnum):
-    """Whether a finding stops `attach`."""
-
-    ERROR = "error"
-    WARNING = "warning"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One reason not to hand a device over, and the remedy."""
-
-    code: Code
-    message: str
-    hint: str
-    severity: Severity = Severity.ERROR
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """A device that a VM holds, as the journal knows it."""
-
-    vm: str
-    identity: str
-    read_only: bool
-    share_rw: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """How a device is wanted: only for reading; shared with others who write to it."""
-
-    read_only: bool
-    share_rw: bool = False
 
 
 def check(
@@ -139,20 +58,12 @@ def check(
             return list(_check_file(device, wish, usage, claims, root))
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
             return list(_claimed(claims, wish))
+        case VfioGroup():
+            return [*_claimed(claims, wish), *check_group(device, usage=usage, root=root)]
         case CharDevice() | EntropySource():
             return []
         case _:
             assert_never(device)
-
-
-def allow(findings: Iterable[Finding], codes: frozenset[Code]) -> list[Finding]:
-    """The findings with those that the operator allows turned into warnings."""
-    return [
-        replace(finding, severity=Severity.WARNING)
-        if finding.code in codes - NEVER_ALLOWED
-        else finding
-        for finding in findings
-    ]
 
 
 def _check_block(

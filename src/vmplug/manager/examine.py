@@ -13,10 +13,10 @@ from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice
 from vmplug.host import safety
 from vmplug.host.backend import ask_backend
 from vmplug.host.device import BlockDevice, CharDevice, HostDevice, VhostUserSocket
+from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
 from vmplug.host.mounts import HostUsage, read_usage
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import Claim, Code, Finding, Severity, Wish
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.oci.annotated import Request
 
@@ -72,7 +72,7 @@ def examine(
             if isinstance(device, VhostUserSocket) and not (claims or is_held(device)):
                 device, findings = ask_backend(device, host)
             findings += _check(info, driver, device, usage, claims, host)
-        findings = safety.allow(findings, frozenset(allowed))
+        findings = allow(findings, frozenset(allowed))
         examined.append(
             Examined(
                 info=info, driver=driver, device=device, error=error, findings=tuple(findings)
@@ -140,7 +140,7 @@ def refuse(examined: Sequence[Examined]) -> None:
     hint = first.hint
     if len(problems) > 1:
         hint = "vmplug check shows each of them with its remedy"
-    elif first.code not in safety.NEVER_ALLOWED:
+    elif first.code not in NEVER_ALLOWED:
         hint += f"; or take the risk with --allow {first.code}"
     raise InUse(
         request.device.host_path if request.device else request.info.name,

@@ -24,8 +24,8 @@ from vmplug.errors import (
     UnplugTimeout,
 )
 from vmplug.host.device import HostDevice
+from vmplug.host.finding import Claim, Code
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import Claim, Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.manager.examine import Examined, examine

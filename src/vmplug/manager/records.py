@@ -10,9 +10,9 @@ from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.drivers.base import Endpoint
 from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress
 from vmplug.host.device import DeviceType
+from vmplug.host.finding import Claim
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import Claim
 from vmplug.manager.state import State
 
 

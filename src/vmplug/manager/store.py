@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Self, TypeVar
 
 from vmplug.errors import StoreError
-from vmplug.host.safety import Claim
+from vmplug.host.finding import Claim
 from vmplug.manager import DEFAULT_STATE_DIR
 from vmplug.manager.database import VERSION, Transaction, migrate, open_database, store_error
 from vmplug.manager.records import (

@@ -1,0 +1,110 @@
+"""Findings: what may speak against handing a device over, and how a device is wanted."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+
+class Code(StrEnum):
+    """Findings, as stable words for programs and for `--allow`."""
+
+    MOUNTED_ON_HOST = "mounted-on-host"
+    HAS_HOLDERS = "has-holders"
+    IS_SWAP = "is-swap"
+    OPEN_EXCLUSIVELY = "open-exclusively"
+    IMAGE_LOCKED = "image-locked"
+    IN_USE_BY_VM = "in-use-by-vm"
+    READ_ONLY_DEVICE = "read-only-device"
+    NO_MEDIUM = "no-medium"
+    SIZE_ZERO = "size-zero"
+    NOT_IN_SYSFS = "not-in-sysfs"
+    WRONG_NODE = "wrong-node"
+    HAS_BACKING_FILE = "has-backing-file"
+    FORMAT_NOT_STATED = "format-not-stated"
+    NOT_THAT_FORMAT = "not-that-format"
+    NO_DIRECT_IO = "no-direct-io"
+    NO_PFN_SIGNATURE = "no-pfn-signature"
+    NVDIMM_SIZE = "nvdimm-size"
+    NO_BACKEND = "no-backend"
+    BACKEND_BUSY = "backend-busy"
+    BACKEND_SILENT = "backend-silent"
+    WRONG_BACKEND = "wrong-backend"
+    TOO_MANY_QUEUES = "too-many-queues"
+    CANNOT_BE_READ_ONLY = "cannot-be-read-only"
+    NO_IOMMU = "no-iommu"
+    NO_INTERRUPT_REMAPPING = "no-interrupt-remapping"
+    GROUP_NOT_VIABLE = "group-not-viable"
+    NOT_BOUND = "not-bound"
+    NETWORK_IN_USE = "network-in-use"
+    BOOT_CONSOLE = "boot-console"
+    OPEN_BY_PROCESS = "open-by-process"
+    HAS_VIRTUAL_FUNCTIONS = "has-virtual-functions"
+    NO_RESET = "no-reset"
+    MEMLOCK_LIMIT = "memlock-limit"
+    NO_PORT = "no-port"
+    SPLIT_GROUP = "split-group"
+    NO_DRIVER = "no-driver"
+    NO_SUCH_DEVICE = "no-such-device"
+    UNREADABLE = "unreadable"
+
+
+NEVER_ALLOWED = frozenset(
+    {
+        Code.BACKEND_SILENT,
+        Code.NO_BACKEND,
+        Code.NO_DRIVER,
+        Code.NO_SUCH_DEVICE,
+        Code.NOT_THAT_FORMAT,
+        Code.SIZE_ZERO,
+        Code.TOO_MANY_QUEUES,
+        Code.UNREADABLE,
+        Code.WRONG_BACKEND,
+        Code.WRONG_NODE,
+    }
+)
+"""Findings that no permission mends."""
+
+
+class Severity(StrEnum):
+    """Whether a finding stops `attach`."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One reason not to hand a device over, and the remedy."""
+
+    code: Code
+    message: str
+    hint: str
+    severity: Severity = Severity.ERROR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A device that a VM holds, as the journal knows it."""
+
+    vm: str
+    identity: str
+    read_only: bool
+    share_rw: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """How a device is wanted: only for reading; shared with others who write to it."""
+
+    read_only: bool
+    share_rw: bool = False
+
+
+def allow(findings: Iterable[Finding], codes: frozenset[Code]) -> list[Finding]:
+    """The findings with those that the operator allows turned into warnings."""
+    return [
+        replace(finding, severity=Severity.WARNING)
+        if finding.code in codes - NEVER_ALLOWED
+        else finding
+        for finding in findings
+    ]

@@ -1,0 +1,56 @@
+"""IOMMU groups: what the hardware can only hand over together.
+
+Source: Documentation/ABI/testing/sysfs-kernel-iommu_groups, Documentation/driver-api/vfio.rst.
+"""
+
+from vmplug.errors import AttributeReadError
+from vmplug.host.root import HostRoot
+
+_UNSAFE_INTERRUPTS = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+
+
+def read_group(number: int, root: HostRoot) -> list[str]:
+    """The names of the devices in a group: BDFs, mdev UUIDs; empty when there is no such group."""
+    return root.names(f"{root.iommu_groups}/{number}/devices")
+
+
+def read_groups(root: HostRoot) -> list[int]:
+    """The numbers of all groups."""
+    return sorted(int(name) for name in root.names(root.iommu_groups) if name.isdecimal())
+
+
+def find_group(device: str, root: HostRoot) -> int | None:
+    """The group of a device below /sys (its directory); None when it is in none.
+
+    A copy of a host may have a directory where the kernel has a link; then the groups are
+    searched.
+    """
+    try:
+        target = root.link(f"{device}/iommu_group")
+    except AttributeReadError:
+        name = device.rpartition("/")[2]
+        return next((n for n in read_groups(root) if name in read_group(n, root)), None)
+    number = target.rpartition("/")[2] if target else ""
+    return int(number) if number.isdecimal() else None
+
+
+def has_iommu(root: HostRoot) -> bool:
+    """Whether the kernel uses an IOMMU at all."""
+    return bool(root.names("/sys/class/iommu") or root.names(root.iommu_groups))
+
+
+def remaps_interrupts(root: HostRoot) -> bool | None:
+    """Whether the IOMMU checks interrupts too, so that a guest cannot forge the host's.
+
+    None where the host does not say: only x86 kernels do, by the names of their interrupt
+    controllers (`IR-IO-APIC`). Source: arch/x86/kernel/apic/io_apic.c.
+    """
+    text = root.read_text("/proc/interrupts") or ""
+    if "IO-APIC" not in text:
+        return None
+    return "IR-" in text
+
+
+def allows_unsafe_interrupts(root: HostRoot) -> bool:
+    """Whether the operator told VFIO to do without. Source: vfio_iommu_type1.c."""
+    return (root.read_attribute(_UNSAFE_INTERRUPTS) or b"").strip() == b"Y"

@@ -1,0 +1,97 @@
+"""Mediated devices: parts of a device that its driver makes, each with a UUID.
+
+Source: Documentation/driver-api/vfio-mediated-device.rst, Documentation/arch/s390/vfio-ap.rst.
+"""
+
+import re
+from enum import StrEnum
+from typing import NamedTuple
+
+from vmplug.host.root import HostRoot
+
+MDEV_DEVICES = "/sys/bus/mdev/devices"
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z", re.ASCII)
+
+
+class VFIODeviceType(StrEnum):
+    """What a device of VFIO is, in the words of Kata's config.go, and one that it has not."""
+
+    NORMAL = "vfio-pci"
+    MEDIATED = "vfio-mdev"
+    AP = "vfio-ap"
+    CCW = "vfio-ccw"
+
+
+class MediatedDevice(NamedTuple):
+    """A part of a device that its driver makes: of a GPU, of a crypto adapter, of a DASD.
+
+    `parent` is the name of the device that it is a part of; `ap_queues` are the queues of an
+    adapter, `05.0004`, and empty for everything else.
+    """
+
+    uuid: str
+    type: VFIODeviceType
+    parent: str
+    sysfs_path: str
+    ap_queues: tuple[str, ...] = ()
+
+
+def read_mediated(path: str, root: HostRoot) -> MediatedDevice:
+    """The mediated device at `path`, a link or directory below /sys."""
+    real = root.real_path(path)
+    parent, _, uuid = real.rpartition("/")
+    api = (root.read_attribute(f"{path}/mdev_type/device_api") or b"").decode().strip()
+    if api == "vfio-ap" or "/devices/vfio_ap/" in real:
+        kind = VFIODeviceType.AP
+    elif api == "vfio-ccw" or "/devices/css" in real:
+        kind = VFIODeviceType.CCW
+    else:
+        kind = VFIODeviceType.MEDIATED
+    return MediatedDevice(
+        uuid=uuid,
+        type=kind,
+        parent=parent.rpartition("/")[2],
+        sysfs_path=real,
+        ap_queues=_read_ap_queues(path, root) if kind is VFIODeviceType.AP else (),
+    )
+
+
+def _read_ap_queues(path: str, root: HostRoot) -> tuple[str, ...]:
+    """The queues of a matrix device, `05.0004`, one a line. Source: s390/vfio-ap.rst."""
+    return tuple((root.read_attribute(f"{path}/matrix") or b"").decode().split())
+
+
+class MdevType(NamedTuple):
+    """A type of mediated device that a parent can make; `available` is how many more."""
+
+    parent: str
+    name: str
+    title: str | None
+    available: int | None
+    device_api: str | None
+
+
+def read_mdev_types(root: HostRoot) -> list[MdevType]:
+    """Every type that a device of the host can be divided into, by parent."""
+    return [
+        _read_type(parent, name, root)
+        for parent in root.names("/sys/class/mdev_bus")
+        for name in root.names(f"/sys/class/mdev_bus/{parent}/mdev_supported_types")
+    ]
+
+
+def _read_type(parent: str, name: str, root: HostRoot) -> MdevType:
+    base = f"/sys/class/mdev_bus/{parent}/mdev_supported_types/{name}"
+    title, api = (root.read_attribute(f"{base}/{file}") for file in ("name", "device_api"))
+    return MdevType(
+        parent=parent,
+        name=name,
+        title=title.decode(errors="replace").strip() if title else None,
+        available=root.read_int(f"{base}/available_instances"),
+        device_api=api.decode(errors="replace").strip() if api else None,
+    )
+
+
+def read_mediated_devices(root: HostRoot) -> list[MediatedDevice]:
+    """Every mediated device of the host, by UUID."""
+    return [read_mediated(f"{MDEV_DEVICES}/{name}", root) for name in root.names(MDEV_DEVICES)]

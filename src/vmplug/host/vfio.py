@@ -1,0 +1,137 @@
+"""VFIO: the group, the functions or the mediated device that a node, address or UUID names.
+
+Source: Documentation/driver-api/vfio.rst, vfio-mediated-device.rst, s390/vfio-ap.rst.
+"""
+
+import re
+
+from vmplug.address import Bdf
+from vmplug.devnum import DevNum
+from vmplug.errors import AttributeReadError, NoSuchDevice
+from vmplug.host.device import FoundBy, VfioGroup
+from vmplug.host.iommu import find_group, read_group
+from vmplug.host.mdev import MDEV_DEVICES, UUID, read_mediated
+from vmplug.host.pci import PciFunction, find_function
+from vmplug.host.root import HostRoot
+
+GROUP_NODE = re.compile(r"/dev/vfio/([0-9]{1,9})\Z", re.ASCII)
+CDEV_NODE = re.compile(r"/dev/vfio/devices/vfio([0-9]{1,9})\Z", re.ASCII)
+
+_VFIO_DRIVERS = frozenset({"vfio-pci", "vfio_mdev", "vfio_ap_mdev", "vfio_ccw_mdev"})
+_SEE = "vmplug host shows what there is"
+
+
+def find_vfio_group(
+    node: str, root: HostRoot, *, devnum: DevNum | None, found_by: FoundBy
+) -> VfioGroup:
+    """The group behind a node such as /dev/vfio/26 or /dev/vfio/devices/vfio0.
+
+    A node that the kernel knows nothing of gives a group without members.
+    """
+    if group := GROUP_NODE.match(node):
+        return _read_group(int(group[1]), node, root, found_by)
+    name = node.rpartition("/")[2]
+    # The link leads to .../<device>/vfio-dev/vfio0, the device's own directory being two up.
+    link = f"{root.sys_dev}/char/{devnum}" if devnum else f"/sys/class/vfio-dev/{name}"
+    real = root.real_path(link)
+    device, found, cdev = real.rpartition("/vfio-dev/")
+    if not found or cdev != name:  # as of a group that has gone: `check` says so
+        return VfioGroup(number=None, device_node=node, functions=(), found_by=found_by)
+    return find_vfio_device(device.rpartition("/")[2], root, node=node, found_by=found_by)
+
+
+def find_vfio_device(
+    name: str, root: HostRoot, *, node: str | None = None, found_by: FoundBy = FoundBy.SYSFS
+) -> VfioGroup:
+    """The group of a PCI function by its BDF, or of a mediated device by its UUID.
+
+    Raises NoSuchDevice when the host has no such device; a device in no group has a group with
+    `number` None.
+    """
+    try:
+        bdf = Bdf.parse(name)
+    except ValueError:
+        return _find_mediated(name, root, node, found_by)
+    function = find_function(bdf, root)
+    if function is None:
+        raise NoSuchDevice(
+            name, f"no PCI function {name} on this host", found="nothing", hint=_SEE
+        )
+    number = find_group(function.sysfs_path, root)
+    if number is None:
+        return VfioGroup(
+            number=None, device_node=node, functions=(function,), named=name, found_by=found_by
+        )
+    return _read_group(number, node, root, found_by, named=name)
+
+
+def _find_mediated(name: str, root: HostRoot, node: str | None, found_by: FoundBy) -> VfioGroup:
+    path = f"{MDEV_DEVICES}/{name}"
+    if not UUID.match(name) or root.stat(path) is None:
+        raise NoSuchDevice(
+            name, f"no mediated device {name} on this host", found="nothing", hint=_SEE
+        )
+    mediated = read_mediated(path, root)
+    return VfioGroup(
+        number=find_group(mediated.sysfs_path, root),
+        device_node=node,
+        functions=(),
+        mediated=mediated,
+        named=name,
+        found_by=found_by,
+    )
+
+
+def _read_group(
+    number: int, node: str | None, root: HostRoot, found_by: FoundBy, named: str | None = None
+) -> VfioGroup:
+    functions: list[PciFunction] = []
+    strangers: list[str] = []
+    mediated = None
+    for name in read_group(number, root):
+        try:
+            bdf = Bdf.parse(name)
+        except ValueError:
+            path = f"{root.iommu_groups}/{number}/devices/{name}"
+            if UUID.match(name):
+                mediated = read_mediated(path, root)
+            else:
+                strangers.append(name)
+            continue
+        if function := find_function(bdf, root):
+            functions.append(function)
+    return VfioGroup(
+        number=number,
+        device_node=node,
+        functions=tuple(sorted(f for f in functions if not f.is_bridge)),
+        bridges=tuple(sorted(f for f in functions if f.is_bridge)),
+        mediated=mediated,
+        strangers=tuple(strangers),
+        named=named,
+        found_by=found_by,
+    )
+
+
+def read_cdev(device: str, root: HostRoot) -> str | None:
+    """The node of a VFIO device by itself, for a directory below /sys; Linux 6.1 and later.
+
+    None where the kernel has none, or the node is not in /dev: it needs CONFIG_VFIO_DEVICE_CDEV.
+    """
+    name = next(iter(root.names(f"{device}/vfio-dev")), None)
+    node = f"/dev/vfio/devices/{name}"
+    return node if name and root.try_stat(node) else None
+
+
+def is_vfio_driver(function: PciFunction, root: HostRoot) -> bool:
+    """Whether a function is in the hands of VFIO: of vfio-pci or of a variant driver.
+
+    Linux 6.1 and later say so by a directory `vfio-dev`; before, the driver's name must do.
+    """
+    if function.driver is None:
+        return False
+    if function.driver in _VFIO_DRIVERS or function.driver.endswith(("_vfio_pci", "-vfio-pci")):
+        return True
+    try:
+        return bool(root.names(f"{function.sysfs_path}/vfio-dev"))
+    except AttributeReadError:
+        return False
