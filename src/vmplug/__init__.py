@@ -14,7 +14,7 @@ _NAMES = {
     "vmplug.manager.reconcile": "Repair",
     "vmplug.oci.spec": "Bundle parse_config read_bundle",
     "vmplug.oci.info": "DeviceInfo DevType",
-    "vmplug.oci.annotated": "NetInfo Request RngInfo ShareInfo",
+    "vmplug.oci.annotated": "NetInfo Request RngInfo ShareInfo VfioInfo",
     "vmplug.host.root": "HostRoot",
     "vmplug.host.resolve": "HostPathCache get_host_path resolve resolve_all",
     "vmplug.host.vhost_user": "VhostUserStore",
@@ -28,9 +28,9 @@ _NAMES = {
     "vmplug.host.finding": "Code Finding Severity",
     "vmplug.drivers.base": (
         "Aio BlockDrive BlockDriver Cache Hypervisor RNGDevice SharedFS Step Throttle "
-        "VhostUserDevice"
+        "VFIODevice VFIODevices VhostUserDevice"
     ),
-    "vmplug.drivers.place": "GuestAddress PlugMode",
+    "vmplug.drivers.place": "GuestAddress GuestFunction PlugMode",
     "vmplug.hypervisor.qemu": "Qemu",
     "vmplug.hypervisor.memory": "MemoryHypervisor",
     "vmplug.devnum": "DevNum",

@@ -71,9 +71,13 @@ from vmplug.oci.spec import read_bundle as read_bundle
 
 __version__: str
 from vmplug.address import Bdf as Bdf
+from vmplug.drivers.base import VFIODevice as VFIODevice
+from vmplug.drivers.base import VFIODevices as VFIODevices
+from vmplug.drivers.place import GuestFunction as GuestFunction
 from vmplug.errors import BindError as BindError
 from vmplug.host.device import VfioGroup as VfioGroup
 from vmplug.host.mdev import MediatedDevice as MediatedDevice
 from vmplug.host.mdev import VFIODeviceType as VFIODeviceType
 from vmplug.host.pci import PciFunction as PciFunction
 from vmplug.host.pci import read_functions as read_functions
+from vmplug.oci.annotated import VfioInfo as VfioInfo

@@ -83,28 +83,37 @@ class PciSlot:
 
 @dataclass(frozen=True, slots=True)
 class PciPath:
-    """Slots from the guest's root bus down to a device, `02/00`.
+    """Slots from a root bus of the guest down to a device, `02/00`.
 
-    Slots are stable; bus numbers are the guest's to choose, so no path holds one.
+    Slots are stable; the numbers of buses behind them are the guest's to choose, so no path holds
+    one. `root_bus` is 0 but behind an expander (pxb-pcie), whose number QEMU was told: `20:00/00`.
     """
 
     slots: tuple[PciSlot, ...]
+    root_bus: int = 0
 
     def __post_init__(self) -> None:
         if not self.slots:
             raise ValueError("a PCI path has at least one slot")
+        if not 0 <= self.root_bus <= 0xFF:
+            raise ValueError(f"bus {self.root_bus:#x} is not in 0..0xff")
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`02/00`; ValueError for an empty path or component."""
-        return cls(tuple(PciSlot.parse(part) for part in text.split("/")))
+        """`02/00` or `20:00/00`; ValueError for an empty path or component."""
+        bus, colon, slots = text.rpartition(":")
+        if colon and not (_is_hex(bus) and len(bus) == 2):
+            raise ValueError(f"{text!r} is not a PCI path")
+        parsed = tuple(PciSlot.parse(part) for part in slots.split("/"))
+        return cls(parsed, int(bus, 16) if colon else 0)
 
     def child(self, slot: PciSlot) -> "PciPath":
         """The path of the device in `slot` behind this bridge."""
-        return PciPath((*self.slots, slot))
+        return PciPath((*self.slots, slot), self.root_bus)
 
     def __str__(self) -> str:
-        return "/".join(map(str, self.slots))
+        bus = f"{self.root_bus:02x}:" if self.root_bus else ""
+        return bus + "/".join(map(str, self.slots))
 
 
 @dataclass(frozen=True, slots=True)

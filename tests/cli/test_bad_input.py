@@ -179,7 +179,7 @@ REQUESTS = [
     request("check --device b:8", "--device b:8: .*MAJOR:MINOR", "write b:7:0"),
     request(
         "check --device x:8:0",
-        "--device x:8:0: 'x' is not b, c, file, net, share or rng",
+        "--device x:8:0: 'x' is not b, c, file, vfio, net, share or rng",
         "write b:7:0",
     ),
     request("check --device b:8:0:/dev/../x", "'..'", "without detours"),

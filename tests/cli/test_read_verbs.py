@@ -567,14 +567,14 @@ def test_an_option_settles_what_an_image_is(vmplug: Vmplug, tmp_path: Path) -> N
     assert (wrong.status, wrong.json()["problems"][0]["code"]) == (4, "not-that-format")
 
 
-def test_a_kind_that_cannot_be_plugged_is_told_before_attach(
+def test_a_node_of_vfio_with_nothing_behind_it_is_told_before_attach(
     vmplug: Vmplug, tree: HostTree
 ) -> None:
     tree.char_device("511:0", "vfio/26")
     told = vmplug("check", "-d", "c:511:0:/dev/vfio/26", *at(tree), "--json")
     (problem,) = told.json()["problems"]
-    assert (told.status, problem["code"]) == (4, "no-driver")
-    assert "vfio" in problem["message"]
+    assert (told.status, problem["code"]) == (4, "no-such-device")
+    assert "/dev/vfio/26 is a node of VFIO" in problem["message"]
 
 
 @pytest.mark.root

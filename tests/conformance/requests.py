@@ -230,9 +230,9 @@ DEVIATIONS: dict[str, Deviation] = {
     "new device: renamed VFIO device (container path /dev/foo) is still VFIO by host path": (
         Deviation(
             None,
-            "a group is found for what it is, and refused for as long as nothing can plug it",
+            "a group is found for what it is, and refused when the kernel knows no member of it",
             _refused(
-                "InUse(host_path=/dev/vfio/2, codes=no-driver)",
+                "InUse(host_path=/dev/vfio/2, codes=no-such-device)",
                 kind="vfio",
                 host_path="/dev/vfio/2",
             ),

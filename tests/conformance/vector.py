@@ -186,6 +186,13 @@ _KINDS = (
     (r"inappropriate ioctl for device", "NoSuchDevice"),
     (r"Empty File, ID or Format for drive|invalid SCSI driver provided", "SpecError"),
     (r"Incorrect vhost-user device type found", "CannotPlug"),
+    (r"Incorrect tokens found|unexpected device name format", "SpecError"),
+    (r"device type mismatch|port is not set", "SpecError"),
+    (r"No BDF found in resolved path", "NoSuchDevice"),
+    (r"Incorrect VFIO device type found|\Aunsupported device type", "InUse"),
+    (r"is string not a number", "ProtocolError"),
+    (r"ConfidentialGuest needs IOMMUFD", "CannotPlug"),
+    (r"<error of b>", "CommandError"),
     (r"boom|QMP command failed", "CommandError"),
 )
 """Kata's errors are texts; these are the kinds of ours that mean the same."""

@@ -1,5 +1,7 @@
 """What Kata's agent is told of a device, in its words."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from tests.unit.test_places import guest_addresses
 from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.cli.agent import agent_json
-from vmplug.drivers.place import GuestAddress
+from vmplug.drivers.place import GuestAddress, GuestFunction
 from vmplug.host.device import DeviceType
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import State
@@ -130,6 +132,49 @@ def test_the_agent_is_not_told_of_what_it_has_no_word_for(
     assert agent_json(attachment(guest, kind)) is None
 
 
+@pytest.mark.parametrize(
+    ("guest", "name", "options", "expected"),
+    [
+        (
+            GuestAddress(
+                pci_path=PCI,
+                functions=(
+                    GuestFunction("0001:41:00.0", PciPath.parse("03/00")),
+                    GuestFunction("0001:41:00.1", PciPath.parse("03/00.1")),
+                ),
+            ),
+            "/dev/vfio/12",
+            {},
+            ("vfio-pci", "12", ["0001:41:00.0=03/00", "0001:41:00.1=03/00.1"]),
+        ),
+        (
+            GuestAddress(
+                pci_path=PCI, functions=(GuestFunction("0000:41:00.0", PciPath.parse("03/00")),)
+            ),
+            "/dev/vfio/devices/vfio3",
+            {"mode": "guest-kernel"},
+            ("vfio-pci-gk", "vfio3", ["0000:41:00.0=03/00"]),
+        ),
+        (
+            GuestAddress(ap_queues=("05.001f", "05.0020")),
+            "/dev/vfio/9",
+            {},
+            ("vfio-ap", "9", ["05.001f", "05.0020"]),
+        ),
+    ],
+)
+def test_the_agent_is_told_of_every_function_or_queue(
+    guest: GuestAddress,
+    name: str,
+    options: dict[str, str],
+    expected: tuple[str, str, list[str]],
+) -> None:
+    held = replace(attachment(guest, DeviceType.VFIO), name=name, options=options)
+    told = agent_json(held)
+    assert told is not None
+    assert (told["type"], told["id"], told["options"]) == expected
+
+
 @given(guest=guest_addresses, kind=st.sampled_from(DeviceType), read_only=st.booleans())
 def test_every_answer_says_what_the_agent_reads(
     guest: GuestAddress, kind: DeviceType, *, read_only: bool
@@ -138,4 +183,5 @@ def test_every_answer_says_what_the_agent_reads(
     if told is not None:
         assert {"type", "id", "vm_path", "options"} <= told.keys()
         assert told["id"] or told["vm_path"]
-        assert ("ro" in told["options"]) is read_only
+        # A VFIO device cannot be read-only, and is never attached so.
+        assert ("ro" in told["options"]) is (read_only and kind is not DeviceType.VFIO)

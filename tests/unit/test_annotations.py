@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmplug.errors import SpecError
-from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
+from vmplug.oci.annotated import Named, NetInfo, RngInfo, ShareInfo
 from vmplug.oci.annotations import PREFIX, Annotated, read_annotations
 from vmplug.oci.spec import Bundle, parse_config
 
@@ -24,7 +24,7 @@ def annotate(**members: Value) -> str:
     return json.dumps({name.replace("_", "-"): value for name, value in members.items()})
 
 
-def one(key: str, value: str, **katas: str) -> NetInfo | ShareInfo | RngInfo:
+def one(key: str, value: str, **katas: str) -> Named:
     """The only request, of a bundle that has Kata's annotations too."""
     others = {f"{KATA}{word}": said for word, said in katas.items()}
     (request,) = read_annotations({**others, key: value}).requests

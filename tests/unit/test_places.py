@@ -24,6 +24,7 @@ from vmplug.drivers.place import (
     UNPLUGGED_NEVER,
     CcwPlace,
     GuestAddress,
+    GuestFunction,
     MemorySlot,
     MmioPlace,
     PciPlace,
@@ -51,6 +52,10 @@ guest_addresses = st.builds(
     nvdimm_handle=st.none() | st.integers(1, 1 << 32),
     mount_tag=st.none() | texts,
     mac_address=st.none() | texts,
+    functions=st.lists(
+        st.builds(GuestFunction, host=texts, pci_path=st.none() | paths), max_size=3
+    ).map(tuple),
+    ap_queues=st.lists(texts, max_size=3).map(tuple),
 )
 
 
@@ -249,7 +254,8 @@ def test_an_address_is_read_as_what_the_guest_looks_for(address: GuestAddress, t
 
 @given(guest_addresses)
 def test_only_what_has_no_address_at_all_is_empty(address: GuestAddress) -> None:
-    assert (str(address) == "") is (address == GuestAddress())
+    one = replace(address, functions=address.functions[:1])  # which is at pci_path
+    assert (str(one) == "") is (replace(one, functions=()) == GuestAddress())
 
 
 def drive(driver: BlockDriver = BlockDriver.VIRTIO_BLOCK) -> BlockDrive:
@@ -356,9 +362,13 @@ def test_an_address_comes_out_of_the_journal_as_it_went_in(
 def test_the_saved_text_is_json_of_what_is_known(address: GuestAddress) -> None:
     saved = json.loads(guest_text(address) or "")
     known = {field.name: getattr(address, field.name) for field in fields(address)}
-    assert saved.keys() == {name for name, value in known.items() if value is not None}
+    assert saved.keys() == {name for name, value in known.items() if value not in {None, ()}}
     for name, value in saved.items():
-        assert str(value) == str(known[name])
+        if name == "functions":
+            written = [[host, path and str(path)] for host, path in known[name]]
+        else:
+            written = list(known[name]) if name == "ap_queues" else known[name]
+        assert str(value) == str(written)
 
 
 def test_what_is_only_counted_has_no_text() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vmplug.host.device import DeviceType
 
 if TYPE_CHECKING:
+    from vmplug.drivers.place import GuestAddress
     from vmplug.manager.records import Attachment
 
 _NO_WORD = {DeviceType.VHOST_USER_SCSI, DeviceType.VHOST_USER_NET, DeviceType.VIRTIO_RNG}
@@ -20,6 +21,8 @@ def agent_json(attachment: "Attachment") -> dict[str, Any] | None:
     is_unnamed = guest is not None and guest.nvdimm_handle and guest.nvdimm_id is None
     if guest is None or is_unnamed or attachment.kind in _NO_WORD:
         return None
+    if attachment.kind is DeviceType.VFIO:
+        return _vfio(attachment, guest)
     if guest.mount_tag:
         is_9p = attachment.kind is DeviceType.VIRTIO_9P
         return {
@@ -49,4 +52,26 @@ def agent_json(attachment: "Attachment") -> dict[str, Any] | None:
         "vm_path": vm_path,
         **({"fstype": fs_type} if fs_type else {}),
         "options": [*(["dax"] if is_dax else []), *(["ro"] if attachment.read_only else [])],
+    }
+
+
+_VFIO_TYPES = {"vfio": "vfio-pci", "guest-kernel": "vfio-pci-gk"}
+"""By the option `mode`: a container drives it through VFIO, or the guest's own kernel does."""
+
+
+def _vfio(attachment: "Attachment", guest: "GuestAddress") -> dict[str, Any]:
+    """Options are the functions, `BDF=PATH`, or the queues of an adapter.
+
+    The agent knows no functions but of domain 0 by Kata's way of writing; here each has its own.
+    """
+    node = attachment.name if attachment.name.startswith("/") else attachment.host_path
+    record = {"id": node.rpartition("/")[2], "vm_path": ""}
+    if guest.ap_queues:
+        return {"type": "vfio-ap", **record, "options": list(guest.ap_queues)}
+    if guest.ccw_devno:
+        return {"type": "vfio-ccw", **record, "options": [str(guest.ccw_devno)]}
+    return {
+        "type": _VFIO_TYPES[attachment.options.get("mode", "vfio")],
+        **record,
+        "options": [f"{function.host}={function.pci_path}" for function in guest.functions],
     }

@@ -5,6 +5,7 @@ import click
 from vmplug.cli.options import (
     allow_option,
     json_option,
+    managed_option,
     owner_option,
     parse_allow,
     read_request,
@@ -14,7 +15,7 @@ from vmplug.cli.options import (
 )
 from vmplug.cli.output import attachment_json, print_attachments, print_json
 from vmplug.cli.wiring import open_manager
-from vmplug.drivers import block, rng, share, vhost_user
+from vmplug.drivers import block, rng, share, vfio, vhost_user
 
 _KINDS = {
     "a disk": block.OPTIONS,
@@ -23,6 +24,7 @@ _KINDS = {
     "a vhost-user network": vhost_user.NET_OPTIONS,
     "a shared directory": share.OPTIONS,
     "random numbers": rng.OPTIONS,
+    "a VFIO device": vfio.OPTIONS,
 }
 _OPTIONS_HELP = "\n\n".join(
     f"\b\nOptions of {kind} (-o KEY=VALUE):\n"
@@ -39,12 +41,14 @@ _OPTIONS_HELP = "\n\n".join(
 @vm_option
 @owner_option
 @allow_option
+@managed_option
 @state_dir_option
 @json_option
 def command(
     as_json: bool,
     state_dir: str,
     allow: tuple[str, ...],
+    managed: bool,
     owner: str | None,
     vm: str,
     **request: object,
@@ -59,6 +63,7 @@ def command(
     vmplug attach --device b:7:0:/dev/xvda --vm sb1 --owner ctr1 -o cache=none -o discard=unmap
     vmplug attach --device file:/images/a.qcow2 -o format=qcow2 --vm sb1 --owner ctr1
     vmplug attach --device share:/srv/work:work --read-only --vm sb1 --owner ctr1
+    vmplug attach --device vfio:0000:3b:00.0 --managed --vm sb1 --owner ctr1
     """
     asked = read_request(**request)  # type: ignore[arg-type]
     owner = owner or asked.name
@@ -66,7 +71,7 @@ def command(
         raise click.UsageError("say --owner: there is no bundle directory to take a name from")
     allowed = parse_allow(allow)
     with open_manager(vm, state_dir, host=asked.host, store=asked.store) as devices:
-        attachments = devices.attach_all(asked.infos, owner=owner, allow=allowed)
+        attachments = devices.attach_all(asked.infos, owner=owner, allow=allowed, managed=managed)
     if as_json:
         listed = [attachment_json(attachment) for attachment in attachments]
         print_json({"vm": vm, "attachments": listed})

@@ -7,7 +7,9 @@ import click
 
 from vmplug.cli.options import (
     allow_option,
+    complete_vm,
     json_option,
+    managed_option,
     parse_allow,
     read_request,
     request_options,
@@ -15,10 +17,10 @@ from vmplug.cli.options import (
 )
 from vmplug.cli.output import container_path, print_json
 from vmplug.cli.text import one_line
-from vmplug.cli.wiring import has_journal, open_journal
+from vmplug.cli.wiring import has_journal, open_journal, open_manager
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim
-from vmplug.manager.examine import Examined, FindClaims, examine
+from vmplug.manager.examine import Examined, FindClaims, Known, examine
 
 _HOST_ERROR = 4
 
@@ -26,9 +28,20 @@ _HOST_ERROR = 4
 @click.command("check")
 @request_options
 @allow_option
+@managed_option
+@click.option(
+    "--vm", metavar="NAME", shell_complete=complete_vm, help="Also whether this VM has a place."
+)
 @state_dir_option
 @json_option
-def command(as_json: bool, state_dir: str, allow: tuple[str, ...], **request: object) -> None:
+def command(
+    as_json: bool,
+    state_dir: str,
+    allow: tuple[str, ...],
+    managed: bool,
+    vm: str | None,
+    **request: object,
+) -> None:
     """May it be handed over?
 
     Every problem is told at once with its remedy, and nothing is changed. `vmplug attach` refuses
@@ -38,17 +51,23 @@ def command(as_json: bool, state_dir: str, allow: tuple[str, ...], **request: ob
     vmplug check bundle/
     vmplug check --device b:8:16 --read-only
     vmplug check bundle/ --allow mounted-on-host
+    vmplug check --device vfio:0000:3b:00.0 --managed --vm sb1
     """
     asked = read_request(**request)  # type: ignore[arg-type]
     allowed = parse_allow(allow)
-    with _claims(state_dir) as find_claims:
-        examined = examine(
-            asked.infos,
-            asked.host,
-            store=asked.store,
-            find_claims=find_claims,
-            allowed=allowed,
-        )
+    if vm:
+        with open_manager(vm, state_dir, host=asked.host, store=asked.store) as devices:
+            examined = devices.check_places(asked.infos, allow=allowed, managed=managed)
+    else:
+        with _claims(state_dir) as find_claims:
+            examined = examine(
+                asked.infos,
+                asked.host,
+                store=asked.store,
+                known=Known(find_claims),
+                allowed=allowed,
+                managed=managed,
+            )
     is_ok = not any(request.is_refused for request in examined)
     if as_json:
         print_json({"ok": is_ok, "problems": _problems(examined)})

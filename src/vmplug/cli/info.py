@@ -9,7 +9,7 @@ from vmplug.cli.output import access, info_json, print_json, print_table
 from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:
-    from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
+    from vmplug.oci.annotated import Named, Request
 
 
 @click.command("info")
@@ -60,8 +60,14 @@ def _row(info: "Request") -> tuple[str, ...]:
     return (info.name, info.dev_type, what, access(read_only=info.read_only), mode, *owners)
 
 
-def _source(info: "NetInfo | ShareInfo | RngInfo") -> str:
+def _source(info: "Named") -> str:
     """The other end that the request names."""
-    from vmplug.oci.annotated import NetInfo  # noqa: PLC0415  it is there when there is one
+    from vmplug.oci.annotated import NetInfo, VfioInfo  # noqa: PLC0415  there when there is one
 
-    return info.socket_path if isinstance(info, NetInfo) else info.source
+    match info:
+        case NetInfo():
+            return info.socket_path
+        case VfioInfo():
+            return info.device
+        case _:
+            return info.source

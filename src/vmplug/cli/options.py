@@ -1,6 +1,7 @@
 """Arguments that several verbs share, and what they mean."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -14,9 +15,13 @@ from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
+    from vmplug.address import Bdf
     from vmplug.host.finding import Code
     from vmplug.host.vhost_user import VhostUserStore
     from vmplug.oci.annotated import Request as AnyRequest
+
+_SHORT_BDF = re.compile(r"[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\Z", re.ASCII)
+"""A PCI address as lspci(8) writes it on a host of one domain."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,6 +105,7 @@ def device_options(command: F) -> F:
             multiple=True,
             metavar="DEVICE",
             help="Ask for b:MAJOR:MINOR[:PATH], c:MAJOR:MINOR[:PATH], file:IMAGE[:PATH], "
+            "vfio:BDF (also: a mediated device's UUID, /dev/vfio/N), "
             "net:SOCKET, share:DIRECTORY:TAG (also: a virtiofsd's socket, fd:N) or rng[:SOURCE]; "
             "PATH is the one in the container.",
         ),
@@ -117,6 +123,13 @@ allow_option = click.option(
     multiple=True,
     metavar="CODE",
     help="Hand over in spite of this finding of `check`; one code each.",
+)
+
+
+managed_option = click.option(
+    "--managed",
+    is_flag=True,
+    help="Bind PCI functions to VFIO where they are not; detach gives them back.",
 )
 
 
@@ -193,7 +206,7 @@ def parse_device(text: str) -> "AnyRequest":
     kind, _, rest = text.partition(":")
     if kind == "file":
         return _parse_image(text, rest)
-    if kind in {"net", "share", "rng"}:
+    if kind in {"net", "share", "rng", "vfio"}:
         return _parse_named(text, kind, rest)
     major, _, minor_path = rest.partition(":")
     minor, _, path = minor_path.partition(":")
@@ -203,7 +216,7 @@ def parse_device(text: str) -> "AnyRequest":
         why = (
             str(error)
             if kind in {"b", "c", "u"}
-            else f"{kind!r} is not b, c, file, net, share or rng"
+            else f"{kind!r} is not b, c, file, vfio, net, share or rng"
         )
         raise SpecError(
             f"--device {text}", why, hint="write b:7:0, b:7:0:/dev/xvda or file:/images/a.img"
@@ -234,7 +247,12 @@ def _parse_named(text: str, kind: str, rest: str) -> "AnyRequest":
         NetInfo,
         RngInfo,
         ShareInfo,
+        VfioInfo,
     )
+
+    if kind == "vfio":
+        device = f"0000:{rest}" if _SHORT_BDF.match(rest) else rest
+        return VfioInfo(label=device.replace("/", "-").strip("-") or "-", device=device)
 
     if kind == "rng":
         return RngInfo(source=os.path.abspath(rest or DEFAULT_SOURCE))
@@ -247,6 +265,16 @@ def _parse_named(text: str, kind: str, rest: str) -> "AnyRequest":
         raise SpecError(f"--device {text}", "says too little", hint=hint)
     is_descriptor = source.startswith(DESCRIPTOR_PREFIX)
     return ShareInfo(tag=tag, source=source if is_descriptor else os.path.abspath(source))
+
+
+def parse_bdf(text: str) -> "Bdf":
+    """`0000:3b:00.0`, or `3b:00.0` as lspci(8) writes it; SpecError for anything else."""
+    from vmplug.address import Bdf  # noqa: PLC0415  most requests name none
+
+    try:
+        return Bdf.parse(f"0000:{text}" if _SHORT_BDF.match(text) else text)
+    except ValueError as error:
+        raise SpecError(text, str(error)) from None
 
 
 def _parse_options(texts: Sequence[str]) -> dict[str, str]:

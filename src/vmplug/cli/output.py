@@ -9,7 +9,7 @@ import click
 
 from vmplug.cli.agent import agent_json
 from vmplug.cli.text import one_line
-from vmplug.host.device import BlockDevice, DiskFile, HostDevice
+from vmplug.host.device import BlockDevice, DiskFile, HostDevice, VfioGroup
 from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:
@@ -107,6 +107,9 @@ def device_json(device: HostDevice) -> dict[str, Any]:
             facts["backing_offset_bytes"] = device.backing.offset_bytes
             facts["backing_size_limit_bytes"] = device.backing.size_limit_bytes
             facts["backing_deleted"] = device.backing.deleted
+    if isinstance(device, VfioGroup):
+        facts["iommu_group"] = device.number
+        facts["members"] = list(device.members)
     if isinstance(device, DiskFile):
         facts["pmem"] = device.pfn is not None
     return facts
@@ -143,6 +146,11 @@ def guest_json(attachment: "Attachment") -> dict[str, Any] | None:
         "nvdimm_handle": guest.nvdimm_handle,
         "mount_tag": guest.mount_tag,
         "mac_address": guest.mac_address,
+        "functions": [
+            {"host": function.host, "pci_path": str(function.pci_path or "") or None}
+            for function in guest.functions
+        ],
+        "ap_queues": list(guest.ap_queues),
         "agent": agent_json(attachment),
     }
 

@@ -7,6 +7,7 @@ import click
 from vmplug.cli.options import (
     allow_option,
     json_option,
+    managed_option,
     parse_allow,
     read_request,
     request_options,
@@ -22,10 +23,16 @@ from vmplug.drivers.base import Command
 @request_options
 @vm_option
 @allow_option
+@managed_option
 @state_dir_option
 @json_option
 def command(
-    as_json: bool, state_dir: str, allow: tuple[str, ...], vm: str, **request: object
+    as_json: bool,
+    state_dir: str,
+    allow: tuple[str, ...],
+    managed: bool,
+    vm: str,
+    **request: object,
 ) -> None:
     """Exactly what would be done: every step with the one that takes it back.
 
@@ -38,7 +45,7 @@ def command(
     asked = read_request(**request)  # type: ignore[arg-type]
     allowed = parse_allow(allow)
     with open_manager(vm, state_dir, host=asked.host, store=asked.store) as devices:
-        steps = devices.plan(asked.infos, owner=asked.name, allow=allowed)
+        steps = devices.plan(asked.infos, owner=asked.name, allow=allowed, managed=managed)
     if as_json:
         listed = [{"do": _json(step.do), "undo": _json(step.undo)} for step in steps]
         print_json({"vm": vm, "steps": listed})

@@ -13,6 +13,7 @@ from vmplug.cli.options import (
     complete_vm,
     device_options,
     json_option,
+    managed_option,
     owner_option,
     parse_allow,
     read_request,
@@ -25,7 +26,14 @@ from vmplug.cli.output import (
     print_table,
     progress,
 )
-from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_cold_manager, open_journal
+from vmplug.cli.wiring import (
+    find_vm,
+    forget_vm,
+    is_gone,
+    open_cold_manager,
+    open_journal,
+    windows_for,
+)
 from vmplug.errors import HypervisorError, SpecError, StateError, StillAttached
 from vmplug.host.process import read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
@@ -81,6 +89,19 @@ def command() -> None:
     help="Root ports of a q35 to plug into (default 8).",
 )
 @click.option(
+    "--bridges",
+    type=click.IntRange(0, MAX_PORTS),
+    default=0,
+    help="Bridges of a q35 for conventional PCI devices of the host (default 0).",
+)
+@click.option(
+    "--room-for",
+    "room_for",
+    multiple=True,
+    metavar="BDF",
+    help="Make one port large enough for the BARs of this function, to be plugged in later.",
+)
+@click.option(
     "--memory-slots",
     type=click.IntRange(0, MAX_MEMORY_SLOTS),
     default=4,
@@ -97,6 +118,7 @@ def command() -> None:
 @device_options
 @owner_option
 @allow_option
+@managed_option
 @click.argument("qemu_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU_ARGS...]")
 @state_dir_option
 @json_option
@@ -120,15 +142,20 @@ def start(
     vmplug vm start sb3 --machine microvm --kernel vmlinuz --bundle bundle/
     vmplug vm start sb4 --kernel vmlinuz --device share:/srv/work:work -o filesystem=virtio-9p \\
         --owner ctr1
+    vmplug vm start sb5 --kernel vmlinuz --room-for 0000:3b:00.0 --bridges 1
     """
     _check_name(name)
     asked = _read_devices(options)
     if asked and not (owner or asked.name):
         raise click.UsageError("say --owner: there is no bundle directory to take a name from")
     allowed = parse_allow(allow)
+    managed = options.pop("managed")
     for key in ("kernel", "initrd", "disk"):
         options[key] = str(Path(options[key]).resolve()) if options[key] else None
     options["machine"] = Machine(options["machine"])
+    options["windows"] = windows_for(options.pop("room_for"), HostRoot())
+    if options["ports"] + options["bridges"] > MAX_PORTS:
+        raise click.UsageError(f"--ports and --bridges together are at most {MAX_PORTS}")
     spec = VmSpec(name=name, extra=qemu_args, **options)
     attachments: list[Attachment] = []
     directory = Path(state_dir).resolve() / "vm" / name
@@ -146,7 +173,7 @@ def start(
                     cold, state_dir, host=asked.host, store=asked.store
                 ) as devices:
                     attachments = devices.attach_all(
-                        asked.infos, owner=owner or asked.name, allow=allowed
+                        asked.infos, owner=owner or asked.name, allow=allowed, managed=managed
                     )
             pid = launch(cold, timeout_s=_START_TIMEOUT_S)
         except BaseException:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmplug.errors import ConnectError, StateError
@@ -105,3 +106,20 @@ def open_cold_manager(
     return DeviceManager.open(
         vm=name, host=host, hypervisor=cold, state_dir=state_dir, store=store
     )
+
+
+def windows_for(devices: Sequence[str], host: HostRoot) -> tuple[int, ...]:
+    """Bytes that one port each needs for the BARs of a function and its neighbours in the slot.
+
+    The largest first. Raises NoSuchDevice.
+    """
+    from vmplug.cli.options import parse_bdf  # noqa: PLC0415  most VMs need none
+    from vmplug.drivers.vfio import window_for  # noqa: PLC0415
+    from vmplug.host.vfio import find_vfio_device  # noqa: PLC0415
+
+    windows = []
+    for text in devices:
+        bdf = parse_bdf(text)
+        group = find_vfio_device(str(bdf), host)
+        windows.append(window_for([f for f in group.functions if f.bdf[:3] == bdf[:3]]))
+    return tuple(sorted(windows, reverse=True))

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol, assert_never
 
-from vmplug.address import virtio_disk_path
+from vmplug.address import Bdf, virtio_disk_path
 from vmplug.drivers.place import (
+    ApPlace,
     CcwPlace,
+    GroupPlace,
     GuestAddress,
+    GuestFunction,
     MemorySlot,
     MmioPlace,
     Offer,
@@ -19,6 +22,7 @@ from vmplug.drivers.place import (
 from vmplug.host.device import DeviceType, HostDevice
 from vmplug.host.finding import Finding
 from vmplug.host.image import ImageFormat
+from vmplug.host.mdev import VFIODeviceType
 
 
 class BlockDriver(StrEnum):
@@ -160,12 +164,45 @@ class RNGDevice:
     period_ms: int | None = None
 
 
-Plug = BlockDrive | VhostUserDevice | SharedFS | RNGDevice
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VFIODevice:
+    """One function of a group, or a mediated device; of one that is no PCI device `bdf` is None.
+
+    `name` is its BDF or UUID, `cdev_node` its own node, None where it is reached by its group.
+    """
+
+    name: str
+    type: VFIODeviceType
+    bdf: Bdf | None = None
+    sysfs_path: str | None = None
+    cdev_node: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VFIODevices:
+    """All of an IOMMU group that goes into the VM; plugged whole or not at all.
+
+    `vendor_id` and `device_id` are what the guest reads instead of the real ones, `rom` is whether
+    it sees the option ROM. `node` is that of the group.
+    """
+
+    id: str
+    node: str
+    devices: tuple[VFIODevice, ...]
+    vendor_id: int | None = None
+    device_id: int | None = None
+    rom: bool = False
+    ap_queues: tuple[str, ...] = ()
+
+
+Plug = BlockDrive | VhostUserDevice | SharedFS | RNGDevice | VFIODevices
 """What can be plugged; hot and cold plug take the same values."""
 
 
 def guest_address(plug: Plug, place: Place) -> GuestAddress:
     """Where the guest will find it."""
+    if isinstance(plug, VFIODevices):
+        return _group_address(plug, place)
     is_blk = isinstance(plug, VhostUserDevice) and plug.type is DeviceType.VHOST_USER_BLK
     is_disk = is_blk or isinstance(plug, BlockDrive)
     tag = plug.tag if isinstance(plug, VhostUserDevice | SharedFS) else None
@@ -173,6 +210,8 @@ def guest_address(plug: Plug, place: Place) -> GuestAddress:
     match place:
         case PciPlace():
             return GuestAddress(pci_path=place.path, mount_tag=tag, mac_address=mac)
+        case GroupPlace() | ApPlace():
+            raise AssertionError(f"{plug.id} is no group")
         case ScsiPlace():
             return GuestAddress(pci_path=place.path, scsi_address=place.address)
         case CcwPlace():
@@ -186,12 +225,25 @@ def guest_address(plug: Plug, place: Place) -> GuestAddress:
             assert_never(place)
 
 
+def _group_address(plug: VFIODevices, place: Place) -> GuestAddress:
+    match place:
+        case GroupPlace():
+            pairs = zip(plug.devices, place.places, strict=True)
+            functions = tuple(GuestFunction(device.name, at.path) for device, at in pairs)
+            return GuestAddress(pci_path=functions[0].pci_path, functions=functions)
+        case CcwPlace():
+            function = GuestFunction(plug.devices[0].name, None)
+            return GuestAddress(ccw_devno=place.devno, functions=(function,))
+        case _:
+            return GuestAddress(ap_queues=plug.ap_queues)
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """One QMP command; `arguments` are its JSON object.
 
     `descriptor` goes along with it. `backend` is the process that QEMU waits for in it, with a
-    deadline of its own. START_DAEMON and END_DAEMON are done by vmplug and not sent.
+    deadline of its own. START_DAEMON, END_DAEMON, BIND and UNBIND are done by vmplug itself.
     """
 
     execute: str
@@ -201,6 +253,7 @@ class Command:
 
 
 START_DAEMON, END_DAEMON = "start-daemon", "end-daemon"
+BIND, UNBIND = "bind", "unbind"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from vmplug.errors import CannotPlug, NoFreePort
 
 
 def pci_places(offer: Offer) -> Iterator[PciPlace]:
-    """Free slots of ports and bridges."""
-    for port in offer.ports:
+    """Free slots of ports and bridges; those with the large windows last."""
+    for port in sorted(offer.ports, key=lambda port: port.windows.prefetchable):
         for slot in port.free:
             yield PciPlace(bus=port.bus, slot=slot, path=port.path.child(slot))
 

@@ -7,6 +7,7 @@ from vmplug.drivers.block import BlockOptions
 from vmplug.drivers.generic import check_options
 from vmplug.drivers.rng import RngOptions
 from vmplug.drivers.share import ShareOptions
+from vmplug.drivers.vfio import VfioOptions
 from vmplug.drivers.vhost_user import VhostUserOptions
 from vmplug.host.device import (
     BlockDevice,
@@ -20,7 +21,7 @@ from vmplug.host.device import (
     VfioGroup,
     VhostUserSocket,
 )
-from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
+from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import DeviceInfo
 
 
@@ -36,6 +37,8 @@ def select_driver(request: Request, device: HostDevice) -> Driver | None:
             return RngOptions.parse(request.driver_options)
         case NetInfo():
             return VhostUserOptions.parse(DeviceType.VHOST_USER_NET, request.driver_options)
+        case VfioInfo():
+            return VfioOptions.parse(request.driver_options)
         case DeviceInfo():
             return _select_by_device(request, device)
         case _:
@@ -48,7 +51,9 @@ def _select_by_device(request: DeviceInfo, device: HostDevice) -> Driver | None:
             return BlockOptions.parse(request.driver_options)
         case VhostUserSocket():
             return VhostUserOptions.parse(device.kind, request.driver_options)
-        case CharDevice() | VfioGroup():
+        case VfioGroup():
+            return VfioOptions.parse(request.driver_options)
+        case CharDevice():
             check_options(request.driver_options)
             return None
         case SharedDirectory() | OpenConnection() | EntropySource():

@@ -305,7 +305,9 @@ class VfioGroup(NamedTuple):
     `functions` are its PCI functions, `mediated` is its mediated device, `bridges` stay with the
     host. `strangers` are members of no kind that vmplug knows. `named` is the function or UUID
     that the request named, `device_node` the node; each None when it named the other. `number` is
-    None for a device in no group: its host has no IOMMU.
+    None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes of the members
+    themselves, by name, when the request named one. `disks` are the block devices that the host
+    has of the functions.
     """
 
     number: int | None
@@ -316,6 +318,8 @@ class VfioGroup(NamedTuple):
     strangers: tuple[str, ...] = ()
     named: str | None = None
     found_by: FoundBy = FoundBy.SYSFS
+    cdev_nodes: tuple[tuple[str, str], ...] = ()
+    disks: tuple[DiskPart, ...] = ()
 
     @property
     def kind(self) -> DeviceType:
@@ -343,10 +347,11 @@ class VfioGroup(NamedTuple):
 
     @property
     def related_identities(self) -> tuple[str, ...]:
-        """The other members, and the physical function of a virtual one."""
+        """The other members, the physical function of a virtual one, and the disks."""
         others = self.members[1:]
         physfns = {str(f.physfn) for f in self.functions if f.physfn} - set(self.members)
-        return tuple(f"vfio:{name}" for name in (*others, *sorted(physfns)))
+        functions = (f"vfio:{name}" for name in (*others, *sorted(physfns)))
+        return (*functions, *(f"block:{disk.devnum}" for disk in self.disks))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

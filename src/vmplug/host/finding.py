@@ -42,6 +42,7 @@ class Code(StrEnum):
     NO_RESET = "no-reset"
     MEMLOCK_LIMIT = "memlock-limit"
     NO_PORT = "no-port"
+    CANNOT_PLUG = "cannot-plug"
     SPLIT_GROUP = "split-group"
     NO_DRIVER = "no-driver"
     NO_SUCH_DEVICE = "no-such-device"
@@ -51,11 +52,19 @@ class Code(StrEnum):
 NEVER_ALLOWED = frozenset(
     {
         Code.BACKEND_SILENT,
+        Code.CANNOT_PLUG,
+        Code.GROUP_NOT_VIABLE,
         Code.NO_BACKEND,
         Code.NO_DRIVER,
+        Code.NO_INTERRUPT_REMAPPING,
+        Code.NO_IOMMU,
+        Code.NO_PORT,
         Code.NO_SUCH_DEVICE,
+        Code.NOT_BOUND,
         Code.NOT_THAT_FORMAT,
+        Code.OPEN_BY_PROCESS,
         Code.SIZE_ZERO,
+        Code.SPLIT_GROUP,
         Code.TOO_MANY_QUEUES,
         Code.UNREADABLE,
         Code.WRONG_BACKEND,

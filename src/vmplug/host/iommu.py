@@ -3,6 +3,9 @@
 Source: Documentation/ABI/testing/sysfs-kernel-iommu_groups, Documentation/driver-api/vfio.rst.
 """
 
+import errno
+
+from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
 
@@ -16,22 +19,28 @@ def read_group(number: int, root: HostRoot) -> list[str]:
 
 def read_groups(root: HostRoot) -> list[int]:
     """The numbers of all groups."""
-    return sorted(int(name) for name in root.names(root.iommu_groups) if name.isdecimal())
+    return sorted(int(name) for name in root.names(root.iommu_groups) if is_decimal(name))
+
+
+def read_membership(root: HostRoot) -> dict[str, int]:
+    """The group of every device that is in one, by the device's name."""
+    return {name: number for number in read_groups(root) for name in read_group(number, root)}
 
 
 def find_group(device: str, root: HostRoot) -> int | None:
     """The group of a device below /sys (its directory); None when it is in none.
 
     A copy of a host may have a directory where the kernel has a link; then the groups are
-    searched.
+    searched. Raises AttributeReadError.
     """
     try:
         target = root.link(f"{device}/iommu_group")
-    except AttributeReadError:
-        name = device.rpartition("/")[2]
-        return next((n for n in read_groups(root) if name in read_group(n, root)), None)
+    except AttributeReadError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return read_membership(root).get(device.rpartition("/")[2])
     number = target.rpartition("/")[2] if target else ""
-    return int(number) if number.isdecimal() else None
+    return int(number) if is_decimal(number) else None
 
 
 def has_iommu(root: HostRoot) -> bool:

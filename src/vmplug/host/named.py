@@ -16,7 +16,8 @@ from vmplug.host.device import (
     VhostUserSocket,
 )
 from vmplug.host.root import HostRoot, describe
-from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
+from vmplug.host.vfio import find_vfio_device, find_vfio_group
+from vmplug.oci.annotated import Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 
 VIRTIOFSD_PROGRAMS = (
     "/usr/libexec/virtiofsd",
@@ -26,7 +27,7 @@ VIRTIOFSD_PROGRAMS = (
 """Where distributions put it: Debian 13 and Fedora, Debian 12, Arch."""
 
 
-def resolve_named(request: NetInfo | ShareInfo | RngInfo, root: HostRoot) -> HostDevice:
+def resolve_named(request: Named, root: HostRoot) -> HostDevice:
     """What is there; NoSuchDevice says what was found in its place."""
     match request:
         case NetInfo():
@@ -35,6 +36,8 @@ def resolve_named(request: NetInfo | ShareInfo | RngInfo, root: HostRoot) -> Hos
             return _share(request, root)
         case RngInfo():
             return _source(request, root)
+        case VfioInfo():
+            return _group(request, root)
         case _:
             assert_never(request)
 
@@ -73,6 +76,12 @@ def _connection(request: ShareInfo, descriptor: int, root: HostRoot) -> OpenConn
     return OpenConnection(descriptor, status.st_ino)
 
 
+def _group(request: VfioInfo, root: HostRoot) -> HostDevice:
+    if request.device.startswith("/"):
+        return find_vfio_group(request.device, root, devnum=None, found_by=FoundBy.FILE)
+    return find_vfio_device(request.device, root)
+
+
 def _network(request: NetInfo, root: HostRoot) -> VhostUserSocket:
     path, _ = _look(
         request,
@@ -98,7 +107,7 @@ def _source(request: RngInfo, root: HostRoot) -> EntropySource:
 
 
 def _look(
-    request: NetInfo | ShareInfo | RngInfo,
+    request: Named,
     path: str,
     root: HostRoot,
     *,

@@ -1,10 +1,12 @@
-"""Processes: is it still the same one?
+"""Processes: is it still the same one, what has it open, what may it do?
 
 Source: proc_pid_stat(5), field 22, starttime in clock ticks after boot.
 """
 
 import os
+import re
 import select
+from collections.abc import Collection
 from contextlib import suppress
 
 from vmplug.errors import AttributeReadError
@@ -39,6 +41,43 @@ def find_marked(variable: str) -> dict[int, str]:
             if is_marked:
                 found[int(pid)] = value.partition("\0")[0]
     return found
+
+
+def find_openers(nodes: Collection[str], root: HostRoot) -> dict[int, str]:
+    """The names of processes that have one of the device nodes open, by number.
+
+    Processes of other users are passed over, and so is this one. Source: proc_pid_fd(5).
+    """
+    found: dict[int, str] = {}
+    for pid in root.names("/proc"):
+        with suppress(AttributeReadError):
+            if pid.isdigit() and int(pid) != os.getpid() and _has_open(pid, nodes, root):
+                name = root.read_text(f"/proc/{pid}/comm") or ""
+                found[int(pid)] = name.strip()
+    return found
+
+
+def _has_open(pid: str, nodes: Collection[str], root: HostRoot) -> bool:
+    directory = f"/proc/{pid}/fd"
+    return any(root.link(f"{directory}/{name}") in nodes for name in root.names(directory))
+
+
+_CAP_IPC_LOCK = 14
+"""Source: capabilities(7), include/uapi/linux/capability.h."""
+
+
+def read_memlock_limit(pid: int, root: HostRoot) -> int | None:
+    """How many bytes of memory a process may lock; None for any number, or where it is unknown.
+
+    Source: proc_pid_limits(5), proc_pid_status(5).
+    """
+    status = root.read_text(f"/proc/{pid}/status") or ""
+    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    if capabilities and int(capabilities[1], 16) >> _CAP_IPC_LOCK & 1:
+        return None
+    limits = root.read_text(f"/proc/{pid}/limits") or ""
+    soft = re.search(r"^Max locked memory\s+([0-9]+)\s", limits, re.MULTILINE)
+    return int(soft[1]) if soft else None
 
 
 def wait_for_end(pid: int, timeout_s: float) -> bool:

@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 import struct
+from typing import Self
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
@@ -17,6 +18,7 @@ from vmplug.errors import AttributeReadError
 log = logging.getLogger(__name__)
 
 _READ = os.O_RDONLY | os.O_CLOEXEC
+_ENTER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESRCH})
 """ENODEV and ENXIO: the device went between open and read; ESRCH: the process did."""
 
@@ -78,6 +80,13 @@ class HostRoot:
             return self._absent(path, error)
         finally:
             os.close(fd)
+
+    def open_directory(self, path: str) -> "Directory | None":
+        """A directory of which several files will be read, a context manager; None when absent."""
+        try:
+            return Directory(path, os.open(self._base + path, _ENTER))
+        except OSError as error:
+            return self._absent(path, error)
 
     def write_attribute(self, path: str, text: str) -> int | None:
         """Write a sysfs attribute in one system call; the errno if the kernel refuses, else None.
@@ -185,6 +194,14 @@ class HostRoot:
             return None
 
     @staticmethod
+    def open_node(path: str) -> int:
+        """A descriptor on a device node of the running host, for reading and writing."""
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise AttributeReadError(path, error.errno) from error
+
+    @staticmethod
     def stat_descriptor(descriptor: int) -> os.stat_result | None:
         """What a descriptor of this process is open on; None when it is not open."""
         try:
@@ -279,6 +296,67 @@ class HostRoot:
         finally:
             os.close(fd)
         return bool(struct.unpack(_LOCK_LAYOUT, answer)[0] != fcntl.F_UNLCK)
+
+    @staticmethod
+    def _absent(path: str, error: OSError) -> None:
+        if error.errno not in _ABSENT:
+            raise AttributeReadError(path, error.errno) from error
+
+
+class Directory:
+    """An open directory, whose files are found without a walk down to it for each of them.
+
+    The answers are those that HostRoot gives for the same files.
+    """
+
+    __slots__ = ("_descriptor", "_path")
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+    def open_directory(self, name: str) -> "Directory | None":
+        """One that is below; None when absent."""
+        path = f"{self._path}/{name}"
+        try:
+            return Directory(path, os.open(name, _ENTER, dir_fd=self._descriptor))
+        except OSError as error:
+            return self._absent(path, error)
+
+    def read_attribute(self, name: str) -> bytes | None:
+        """A sysfs attribute; None when absent."""
+        try:
+            fd = os.open(name, _READ, dir_fd=self._descriptor)
+            try:
+                return os.read(fd, PAGE_SIZE)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            return self._absent(f"{self._path}/{name}", error)
+
+    def link(self, name: str) -> str | None:
+        """The text of a symlink; None when absent."""
+        try:
+            return os.readlink(name, dir_fd=self._descriptor)
+        except OSError as error:
+            return self._absent(f"{self._path}/{name}", error)
+
+    def size(self, name: str) -> int | None:
+        """The length of a file; None when absent."""
+        try:
+            return os.stat(name, dir_fd=self._descriptor).st_size
+        except OSError as error:
+            return self._absent(f"{self._path}/{name}", error)
+
+    def has(self, name: str) -> bool:
+        """Whether there is anything of that name, be it a link that leads nowhere."""
+        return os.access(name, os.F_OK, dir_fd=self._descriptor, follow_symlinks=False)
 
     @staticmethod
     def _absent(path: str, error: OSError) -> None:

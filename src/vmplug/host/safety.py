@@ -13,11 +13,13 @@ from itertools import chain
 from typing import assert_never
 
 from vmplug.devnum import DevNum
+from vmplug.host.block import read_block_device
 from vmplug.host.device import (
     BlockDevice,
     CharDevice,
     DiskFile,
     EntropySource,
+    FoundBy,
     HostDevice,
     OpenConnection,
     SharedDirectory,
@@ -27,7 +29,7 @@ from vmplug.host.device import (
 from vmplug.host.finding import Claim, Code, Finding, Wish
 from vmplug.host.mounts import HostUsage, same_file
 from vmplug.host.root import HostRoot, describe, node_number
-from vmplug.host.viability import check_group
+from vmplug.host.viability import check_group, check_openers
 
 _LOCKS_AGAINST_WRITING = ((100, 200),)
 _LOCKS_AGAINST_READING = ((101, 1), (103, 1), (200, 1))
@@ -59,11 +61,24 @@ def check(
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
             return list(_claimed(claims, wish))
         case VfioGroup():
-            return [*_claimed(claims, wish), *check_group(device, usage=usage, root=root)]
+            return list(_check_vfio(device, wish, usage, claims, root))
         case CharDevice() | EntropySource():
             return []
         case _:
             assert_never(device)
+
+
+def _check_vfio(
+    group: VfioGroup, wish: Wish, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+) -> Iterator[Finding]:
+    yield from _claimed(claims, wish)
+    yield from check_group(group, root)
+    if not claims:
+        yield from check_openers(group, root)
+    for part in group.disks:
+        disk = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
+        for finding in _users(disk, Wish(read_only=False), usage, root):
+            yield replace(finding, message=f"{group.host_path} has a disk: {finding.message}")
 
 
 def _check_block(

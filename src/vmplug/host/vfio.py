@@ -3,12 +3,16 @@
 Source: Documentation/driver-api/vfio.rst, vfio-mediated-device.rst, s390/vfio-ap.rst.
 """
 
+import os
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
-from vmplug.host.device import FoundBy, VfioGroup
+from vmplug.host.device import DiskPart, FoundBy, VfioGroup
+from vmplug.host.holding import block_devices_of
 from vmplug.host.iommu import find_group, read_group
 from vmplug.host.mdev import MDEV_DEVICES, UUID, read_mediated
 from vmplug.host.pci import PciFunction, find_function
@@ -28,16 +32,26 @@ def find_vfio_group(
 
     A node that the kernel knows nothing of gives a group without members.
     """
-    if group := GROUP_NODE.match(node):
-        return _read_group(int(group[1]), node, root, found_by)
+    if match := GROUP_NODE.match(node):
+        return _read_group(int(match[1]), node, root, found_by)
     name = node.rpartition("/")[2]
     # The link leads to .../<device>/vfio-dev/vfio0, the device's own directory being two up.
     link = f"{root.sys_dev}/char/{devnum}" if devnum else f"/sys/class/vfio-dev/{name}"
     real = root.real_path(link)
     device, found, cdev = real.rpartition("/vfio-dev/")
-    if not found or cdev != name:  # as of a group that has gone: `check` says so
+    if real == link or not found or cdev != name:  # as of a group that has gone: `check` says so
         return VfioGroup(number=None, device_node=node, functions=(), found_by=found_by)
-    return find_vfio_device(device.rpartition("/")[2], root, node=node, found_by=found_by)
+    group = find_vfio_device(device.rpartition("/")[2], root, node=node, found_by=found_by)
+    return group._replace(cdev_nodes=_read_cdev_nodes(group, root))
+
+
+def _read_cdev_nodes(group: VfioGroup, root: HostRoot) -> tuple[tuple[str, str], ...]:
+    """The members' own nodes, if each of them has one."""
+    paths = {str(function.bdf): function.sysfs_path for function in group.functions}
+    if group.mediated:
+        paths[group.mediated.uuid] = group.mediated.sysfs_path
+    nodes = tuple((name, node) for name, path in paths.items() if (node := read_cdev(path, root)))
+    return nodes if len(nodes) == len(paths) else ()
 
 
 def find_vfio_device(
@@ -60,7 +74,12 @@ def find_vfio_device(
     number = find_group(function.sysfs_path, root)
     if number is None:
         return VfioGroup(
-            number=None, device_node=node, functions=(function,), named=name, found_by=found_by
+            number=None,
+            device_node=node,
+            functions=(function,),
+            named=name,
+            found_by=found_by,
+            disks=_read_disks([function], root),
         )
     return _read_group(number, node, root, found_by, named=name)
 
@@ -100,16 +119,30 @@ def _read_group(
             continue
         if function := find_function(bdf, root):
             functions.append(function)
+    endpoints = tuple(sorted(f for f in functions if not f.is_bridge))
     return VfioGroup(
         number=number,
         device_node=node,
-        functions=tuple(sorted(f for f in functions if not f.is_bridge)),
+        functions=endpoints,
         bridges=tuple(sorted(f for f in functions if f.is_bridge)),
         mediated=mediated,
         strangers=tuple(strangers),
         named=named,
         found_by=found_by,
+        disks=_read_disks(endpoints, root),
     )
+
+
+def _read_disks(functions: Iterable[PciFunction], root: HostRoot) -> tuple[DiskPart, ...]:
+    """The whole disks that drivers of the host have made of the functions."""
+    disks = []
+    for function in functions:
+        for devnum in block_devices_of(root.real_path(function.sysfs_path), root):
+            directory = f"{root.sys_dev}/block/{devnum}"
+            if root.stat(f"{directory}/partition") is None:
+                name = root.real_path(directory).rpartition("/")[2]
+                disks.append(DiskPart(devnum, f"/dev/{name.replace('!', '/')}"))
+    return tuple(disks)
 
 
 def read_cdev(device: str, root: HostRoot) -> str | None:
@@ -120,6 +153,20 @@ def read_cdev(device: str, root: HostRoot) -> str | None:
     name = next(iter(root.names(f"{device}/vfio-dev")), None)
     node = f"/dev/vfio/devices/{name}"
     return node if name and root.try_stat(node) else None
+
+
+@contextmanager
+def open_nodes(nodes: Mapping[str, str]) -> Iterator[dict[str, int]]:
+    """Descriptors on nodes of VFIO, for reading and writing, by the names given; closed after.
+
+    Raises AttributeReadError.
+    """
+    with ExitStack() as opened:
+        files = {}
+        for name, node in nodes.items():
+            files[name] = HostRoot.open_node(node)
+            opened.callback(os.close, files[name])
+        yield files
 
 
 def is_vfio_driver(function: PciFunction, root: HostRoot) -> bool:

@@ -1,17 +1,165 @@
-"""May an IOMMU group be handed over? Every reason against it, each with its remedy."""
+"""May an IOMMU group be handed over? What speaks against it, each with its remedy.
 
-from collections.abc import Iterator
+A group is viable when all its functions are in the hands of VFIO: whoever still had one could
+reach the VM's memory, and the VM its memory, through it. What uses the disks of a function is
+found with the other users of disks, in `vmplug.host.safety`.
+Source: Documentation/driver-api/vfio.rst; drivers/vfio/group.c.
+"""
+
+from collections.abc import Iterator, Sequence
 
 from vmplug.host.device import VfioGroup
-from vmplug.host.finding import Code, Finding
-from vmplug.host.mounts import HostUsage
+from vmplug.host.finding import Code, Finding, Severity
+from vmplug.host.holding import NetInterface, networks_of
+from vmplug.host.iommu import allows_unsafe_interrupts, has_iommu, remaps_interrupts
+from vmplug.host.pci import PciFunction, read_reset_methods, read_virtfns
+from vmplug.host.process import find_openers, read_memlock_limit
 from vmplug.host.root import HostRoot
+from vmplug.host.vfio import is_vfio_driver
+
+_DISPLAY = 0x03
 
 
-def check_group(group: VfioGroup, *, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:  # noqa: ARG001
-    """What speaks against handing the group over."""
-    yield Finding(
-        Code.NO_DRIVER,
-        f"{group.host_path} is a VFIO device, which this vmplug cannot plug",
-        "leave it out of the bundle",
+def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+    """What speaks against handing the group over, but for the users of its disks."""
+    if not group.members:
+        yield Finding(
+            Code.NO_SUCH_DEVICE,
+            f"{group.host_path} is a node of VFIO's, but the kernel knows no device behind it",
+            "vmplug host shows what there is",
+        )
+        return
+    yield from _isolation(group, root)
+    yield from _bindings(group, root)
+    for function in group.functions:
+        if not is_vfio_driver(function, root):
+            yield from _console(function, root)
+            yield from _networks(function, networks_of(function.bdf, root))
+        yield from _virtual_functions(function, root)
+        yield from _reset(function, root)
+
+
+def check_openers(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+    """Processes that have the group open: it cannot be opened twice."""
+    if group.number is None:
+        return
+    nodes = {f"/dev/vfio/{group.number}", *(node for _, node in group.cdev_nodes)}
+    for pid, name in find_openers(nodes, root).items():
+        yield Finding(
+            Code.OPEN_BY_PROCESS,
+            f"{group.host_path} is open in process {pid} ({name})",
+            "end that process first; if it is a VM's, let vmplug know the VM (vmplug vm adopt)",
+        )
+
+
+def check_memlock(
+    group: VfioGroup, pid: int, memory_bytes: int, root: HostRoot
+) -> Iterator[Finding]:
+    """Whether process `pid` may lock all of its guest's memory, as VFIO does for a device."""
+    limit = read_memlock_limit(pid, root)
+    if limit is not None and limit < memory_bytes:
+        yield Finding(
+            Code.MEMLOCK_LIMIT,
+            f"QEMU (process {pid}) may lock {limit >> 10} KiB of memory, and {group.host_path} "
+            f"needs all of the guest's {memory_bytes >> 20} MiB locked",
+            f"prlimit --pid {pid} --memlock=unlimited, or LimitMEMLOCK=infinity in its unit",
+        )
+
+
+def _isolation(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+    """Whether the hardware keeps the VM from the host's memory and interrupts."""
+    if group.number is None:
+        yield Finding(
+            Code.NO_IOMMU,
+            f"{group.members[0]} is in no IOMMU group"
+            + ("" if has_iommu(root) else ": the host has no IOMMU, or does not use it"),
+            "switch it on: VT-d or AMD-Vi in the firmware, and intel_iommu=on or "
+            "amd_iommu=on on the kernel's command line",
+        )
+    elif not group.mediated and remaps_interrupts(root) is False:
+        is_told = allows_unsafe_interrupts(root)
+        yield Finding(
+            Code.NO_INTERRUPT_REMAPPING,
+            f"the IOMMU does not remap interrupts: the VM could forge the host's by way of "
+            f"{group.members[0]}",
+            "switch interrupt remapping on in the firmware; for a VM that you trust, "
+            + (
+                "allow_unsafe_interrupts=Y is set already"
+                if is_told
+                else "echo Y > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+            ),
+            Severity.WARNING if is_told else Severity.ERROR,
+        )
+
+
+def _bindings(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+    """Members that are not in the hands of VFIO."""
+    for name in group.strangers:
+        yield Finding(
+            Code.GROUP_NOT_VIABLE,
+            f"group {group.number} has a member {name} of a kind that vmplug does not know",
+            "hand over another device",
+        )
+    outside = [f for f in group.functions if not is_vfio_driver(f, root)]
+    if not outside:
+        return
+    words = ", ".join(
+        f"{f.bdf} is driven by {f.driver}" if f.driver else f"{f.bdf} has no driver"
+        for f in outside
     )
+    hint = f"vmplug bind {outside[0].bdf} gives the whole group to VFIO; or attach with --managed"
+    if len(outside) == len(group.functions):
+        yield Finding(Code.NOT_BOUND, f"VFIO does not have {group.host_path}: {words}", hint)
+    else:
+        blocking = f"group {group.number} cannot be handed over: {words}"
+        yield Finding(Code.GROUP_NOT_VIABLE, blocking, hint)
+
+
+def _console(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
+    """The graphics card that the firmware chose shows the host's console."""
+    if function.class_code is None or function.class_code >> 16 != _DISPLAY:
+        return
+    if (root.read_attribute(f"{function.sysfs_path}/boot_vga") or b"").strip() == b"1":
+        yield Finding(
+            Code.BOOT_CONSOLE,
+            f"{function.bdf} is the graphics card that the host booted with",
+            "choose another one for the console in the firmware, or allow it on a host that needs "
+            "no console",
+        )
+
+
+def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iterator[Finding]:
+    for interface in interfaces:
+        uses = [
+            *(["the default route"] if interface.has_default_route else []),
+            *(["an address"] if interface.has_address else []),
+            *([f"its place in {interface.master}"] if interface.master else []),
+        ]
+        if uses:
+            yield Finding(
+                Code.NETWORK_IN_USE,
+                f"{function.bdf} is the network interface {interface.name}, which has "
+                + " and ".join(uses),
+                f"take it out of the host's network first: ip addr flush dev {interface.name}; "
+                f"ip link set {interface.name} nomaster down",
+            )
+
+
+def _virtual_functions(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
+    if virtfns := read_virtfns(function.bdf, root):
+        yield Finding(
+            Code.HAS_VIRTUAL_FUNCTIONS,
+            f"{function.bdf} has {len(virtfns)} virtual functions, which would go or follow it",
+            f"hand over one of those, or remove them: vmplug sriov {function.bdf} --count 0",
+        )
+
+
+def _reset(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
+    if read_reset_methods(function.bdf, root) == ():
+        yield Finding(
+            Code.NO_RESET,
+            f"the kernel knows no way to reset {function.bdf}: what one VM leaves in it the next "
+            "finds there",
+            "give it to one VM only, until the host boots again",
+            Severity.WARNING,
+        )

@@ -15,6 +15,7 @@ from vmplug.address import PERIPHERAL
 from vmplug.drivers.base import Command, Daemon
 from vmplug.errors import CommandError
 from vmplug.hypervisor.daemon import Daemons, Started
+from vmplug.hypervisor.memory_parts import MemoryParts, Refused
 from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
 
@@ -63,12 +64,6 @@ class _NoDaemons(Daemons):
 _IN_USE = {"chardev": ": Device '{}' is in use", "netdev": ", it's in use"}
 
 
-class _Refused(Exception):
-    def __init__(self, desc: str, error_class: str = "GenericError") -> None:
-        super().__init__(desc)
-        self.error_class = error_class
-
-
 @dataclass(slots=True)
 class _Device:
     driver: str
@@ -78,7 +73,7 @@ class _Device:
 
 
 @dataclass(slots=True)
-class MemoryMonitor(Monitor):
+class MemoryMonitor(MemoryParts, Monitor):
     """The answers of a small QEMU. `fail_at` names a command that is refused once."""
 
     root_ports: int = 4
@@ -88,12 +83,6 @@ class MemoryMonitor(Monitor):
     fail_at: str | None = None
     sent: list[Command] = field(default_factory=list)
     devices: dict[str, _Device] = field(default_factory=dict)
-    nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    objects: dict[str, str] = field(default_factory=dict)
-    chardevs: dict[str, str] = field(default_factory=dict)
-    netdevs: dict[str, str] = field(default_factory=dict)
-    descriptors: set[str] = field(default_factory=set)
-    sizes: dict[str, int] = field(default_factory=dict)
     _receivers: list[EventReceiver] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -122,14 +111,14 @@ class MemoryMonitor(Monitor):
         answer = getattr(self, "_" + command.execute.replace("-", "_"), None)
         try:
             if answer is None:
-                raise _Refused(
+                raise Refused(
                     f"The command {command.execute} has not been found", "CommandNotFound"
                 )
             if self.fail_at == command.execute:
                 self.fail_at = None
-                raise _Refused(f"{command.execute} was told to fail")
+                raise Refused(f"{command.execute} was told to fail")
             return answer(**{k.replace("-", "_"): v for k, v in command.arguments.items()})
-        except _Refused as error:
+        except Refused as error:
             raise command_error(command, error.error_class, str(error)) from None
 
     def listen(self, receive: EventReceiver) -> None:
@@ -143,7 +132,8 @@ class MemoryMonitor(Monitor):
         """Let a silent guest answer everything that it was asked."""
         self.guest = Guest.ANSWERS
         for name in [name for name, device in self.devices.items() if device.unplugging]:
-            self._delete(name)
+            for sharing in self._sharing_slot(name) if name in self.devices else ():
+                self._delete(sharing)
 
     def _emit(self, event: str, **data: str) -> None:
         for receive in self._receivers:
@@ -169,7 +159,7 @@ class MemoryMonitor(Monitor):
             return [_entry(name, f"child<{kind}>") for name, kind in self.objects.items()]
         name, _, rest = path.removeprefix(PERIPHERAL + "/").partition("/")
         if name not in self.devices:
-            raise _Refused(f"Device '{path}' not found", "DeviceNotFound")
+            raise Refused(f"Device '{path}' not found", "DeviceNotFound")
         if not rest:
             return [_entry(name, "bool") for name in self.devices[name].properties]
         links = [_entry(link, "link<device>") for link, _ in self._occupants(path)]
@@ -189,10 +179,10 @@ class MemoryMonitor(Monitor):
             return f"{PERIPHERAL}/{dict(self._occupants(path))[property]}"
         device = self.devices.get(path.removeprefix(PERIPHERAL + "/"))
         if device is None:
-            raise _Refused(f"Device '{path}' not found", "DeviceNotFound")
+            raise Refused(f"Device '{path}' not found", "DeviceNotFound")
         found = {"parent_bus": device.bus, **device.properties}
         if property not in found:
-            raise _Refused(f"Property '{device.driver}.{property}' not found")
+            raise Refused(f"Property '{device.driver}.{property}' not found")
         return found[property]
 
     def _query_memdev(self) -> list[dict[str, Any]]:
@@ -218,114 +208,32 @@ class MemoryMonitor(Monitor):
     def _query_cpus_fast(self) -> list[dict[str, Any]]:
         return [{"cpu-index": 0}]
 
-    def _query_chardev(self) -> list[dict[str, Any]]:
-        return [
-            {"label": name, "filename": connection, "frontend-open": True}
-            for name, connection in self.chardevs.items()
-        ]
+    def _query_memory_size_summary(self) -> dict[str, int]:
+        return {"base-memory": 256 << 20, "plugged-memory": 0}
+
+    def _qom_list_types(self, implements: str) -> list[dict[str, str]]:
+        return []
 
     def _query_status(self) -> dict[str, Any]:
         running = self.guest is not Guest.SILENT
         return {"status": "running" if running else "paused", "running": running}
 
-    def _query_named_block_nodes(self, *, flat: bool) -> list[dict[str, str]]:
-        return [{"node-name": name} for name in self.nodes]
-
-    def _blockdev_add(self, node_name: str, **options: Any) -> dict[str, Any]:
-        group, file = options.get("throttle_group"), options.get("file")
-        if group and group not in self.objects:
-            raise _Refused(f"Throttle group '{group}' does not exist")
-        if isinstance(file, str) and file not in self.nodes:
-            raise _Refused(f"Cannot find device='{file}' nor node-name='{file}'")
-        if node_name in self.nodes:
-            raise _Refused(f"Duplicate nodes with node-name='{node_name}'")
-        self.nodes[node_name] = options
-        return {}
-
-    def _blockdev_del(self, node_name: str) -> dict[str, Any]:
-        if node_name not in self.nodes:
-            raise _Refused(f"Failed to find node with node-name='{node_name}'")
-        if node_name in self._used("drive"):
-            raise _Refused(f"Node {node_name} is in use")
-        if node_name in [node.get("file") for node in self.nodes.values()]:
-            raise _Refused(f"Block device {node_name} is in use")
-        del self.nodes[node_name]
-        return {}
-
-    def _object_add(self, qom_type: str, id: str, **properties: Any) -> dict[str, Any]:
-        if id in self.objects:
-            raise _Refused(
-                f"attempt to add duplicate property '{id}' to object (type 'container')"
-            )
-        self.objects[id] = qom_type
-        return {}
-
-    def _object_del(self, id: str) -> dict[str, Any]:
-        if id not in self.objects:
-            raise _Refused(f"object '{id}' not found")
-        groups = [node.get("throttle_group") for node in self.nodes.values()]
-        if id in [*groups, *self._used("memdev")]:
-            raise _Refused(f"object '{id}' is in use, can not be deleted")
-        del self.objects[id]
-        return {}
-
-    def _getfd(self, fdname: str) -> dict[str, Any]:
-        self.descriptors.add(fdname)
-        return {}
-
-    def _closefd(self, fdname: str) -> dict[str, Any]:
-        if fdname not in self.descriptors:
-            raise _Refused(f"File descriptor named '{fdname}' not found")
-        self.descriptors.remove(fdname)
-        return {}
-
-    def _chardev_add(self, id: str, backend: Mapping[str, Any]) -> dict[str, Any]:
-        if id in self.chardevs:
-            raise _Refused(f"Chardev with id '{id}' already exists")
-        name = backend["data"]["addr"]["data"].get("str")
-        if name not in {None, *self.descriptors}:
-            why = f"File descriptor named '{name}' has not been found"
-            raise _Refused(f"Failed to add chardev '{id}': {why}")
-        self.descriptors.discard(name)
-        self.chardevs[id] = "unix:"
-        return {}
-
-    def _chardev_remove(self, id: str) -> dict[str, Any]:
-        if id not in self.chardevs:
-            raise _Refused(f"Chardev '{id}' not found")
-        if id in self._used("chardev"):
-            raise _Refused(f"Chardev '{id}' is busy")
-        del self.chardevs[id]
-        return {}
-
-    def _netdev_add(self, type: str, id: str, chardev: str, queues: int = 1) -> dict[str, Any]:
-        if id in self.netdevs:
-            raise _Refused(f"Duplicate ID '{id}'")
-        if chardev not in self.chardevs:
-            raise _Refused(f'chardev "{chardev}" not found')
-        self.netdevs[id] = chardev
-        return {}
-
-    def _netdev_del(self, id: str) -> dict[str, Any]:
-        if id not in self.netdevs:
-            raise _Refused(f"Device '{id}' not found", "DeviceNotFound")
-        self.chardevs.pop(self.netdevs.pop(id), None)
-        return {}
-
     def _device_add(self, driver: str, id: str, **rest: Any) -> dict[str, Any]:
         bus_path = "" if driver == "nvdimm" else self._bus_path(driver, rest["bus"])
         if id in self.devices:
-            raise _Refused(f"Duplicate device ID '{id}'")
+            raise Refused(f"Duplicate device ID '{id}'")
         self._check_parts(driver, rest)
         if driver == "nvdimm" and rest["slot"] >= self.memory_slots:
             valid = f"[0-{self.memory_slots - 1}]"
-            raise _Refused(f"invalid slot number {rest['slot']}, valid range is {valid}")
+            raise Refused(f"invalid slot number {rest['slot']}, valid range is {valid}")
         for _, other in self._occupants(bus_path):
             self._check_place(driver, other, rest)
         if driver == "nvdimm" and rest["memdev"] in self._used("memdev"):
-            raise _Refused(f"can't use already busy memdev: {rest['memdev']}")
+            raise Refused(f"can't use already busy memdev: {rest['memdev']}")
         properties = {key.replace("_", "-"): value for key, value in rest.items()}
-        self.devices[id] = _Device(driver, bus_path, {**properties, "addr": 0})
+        self._check_vfio(rest)
+        devfn = _devfn(rest.get("addr", "0x0"))
+        self.devices[id] = _Device(driver, bus_path, {**properties, "addr": devfn})
         return {}
 
     def _used(self, key: str) -> set[Any]:
@@ -336,7 +244,7 @@ class MemoryMonitor(Monitor):
     def _bus_path(self, driver: str, bus: str) -> str:
         owner = bus.removesuffix(".0")
         if owner not in self.devices:
-            raise _Refused(f"Bus '{bus}' not found")
+            raise Refused(f"Bus '{bus}' not found")
         place = f"virtio-backend/{bus}" if driver == "scsi-hd" else bus
         return f"{PERIPHERAL}/{owner}/{place}"
 
@@ -351,49 +259,83 @@ class MemoryMonitor(Monitor):
             ("netdev", self.netdevs),
         ):
             if (name := properties.get(key)) not in {None, *known}:
-                raise _Refused(f"Property '{inner}.{key}' can't find value '{name}'")
+                raise Refused(f"Property '{inner}.{key}' can't find value '{name}'")
             if name in self._used(key) and key in _IN_USE:
                 why = _IN_USE[key].format(name)
-                raise _Refused(f"Property '{inner}.{key}' can't take value '{name}'{why}")
+                raise Refused(f"Property '{inner}.{key}' can't take value '{name}'{why}")
         for key in ("iothread", "memdev", "rng"):
             if (name := properties.get(key)) not in {None, *self.objects}:
-                raise _Refused(f"Device '{name}' not found", "DeviceNotFound")
+                raise Refused(f"Device '{name}' not found", "DeviceNotFound")
 
     def _check_place(self, driver: str, other: str, properties: Mapping[str, Any]) -> None:
         found = self.devices[other]
         if driver == "nvdimm":
             if found.driver == driver and found.properties["slot"] == properties["slot"]:
-                raise _Refused(f"slot {properties['slot']} is busy")
+                raise Refused(f"slot {properties['slot']} is busy")
         elif driver == "scsi-hd":
             where = (properties["scsi_id"], properties["lun"])
             if (found.properties["scsi-id"], found.properties["lun"]) == where:
-                raise _Refused(f"lun already used by '{other}'")
+                raise Refused(f"lun already used by '{other}'")
         else:
-            raise _Refused(
-                f"PCI: slot 0 function 0 not available for {driver}, "
+            self._check_function(driver, other, properties)
+
+    def _check_function(self, driver: str, other: str, properties: Mapping[str, Any]) -> None:
+        """A slot has eight functions, and function 0 says whether there are others."""
+        found, devfn = self.devices[other], _devfn(properties["addr"])
+        slot, function = devfn >> 3, devfn & 7
+        if found.properties["addr"] == devfn:
+            raise Refused(
+                f"PCI: slot {slot} function {function} not available for {driver}, "
                 f"in use by {found.driver},id={other}"
             )
+        is_neighbour = found.properties["addr"] >> 3 == slot
+        if is_neighbour and not function and not properties.get("multifunction"):
+            raise Refused(
+                f"PCI: {slot:x}.0 indicates single function, but {slot:x}."
+                f"{found.properties['addr'] & 7:x} is already populated."
+            )
+
+    def _check_vfio(self, properties: Mapping[str, Any]) -> None:
+        """A function of the host is in one place at a time."""
+        host = properties.get("host")
+        if host and host in self._used("host"):
+            raise Refused(f"vfio {host}: device is already attached")
 
     def _device_del(self, id: str) -> dict[str, Any]:
         device = self.devices.get(id)
         if device is None:
-            raise _Refused(f"Device '{id}' not found", "DeviceNotFound")
+            raise Refused(f"Device '{id}' not found", "DeviceNotFound")
         if device.driver == "nvdimm":
-            raise _Refused("nvdimm device hot unplug is not supported yet.")
-        if device.driver == "scsi-hd" or self.guest is Guest.ANSWERS:
+            raise Refused("nvdimm device hot unplug is not supported yet.")
+        if device.unplugging:
+            raise Refused(f"Device {id} is already in the process of unplug")
+        if device.driver == "scsi-hd":
             self._delete(id)
+        elif self.guest is Guest.ANSWERS:
+            for name in self._sharing_slot(id):
+                self._delete(name)
         elif self.guest is Guest.REFUSES:
             self._emit("DEVICE_UNPLUG_GUEST_ERROR", path=f"{PERIPHERAL}/{id}", device=id)
         else:
             device.unplugging = True
         return {}
 
-    def _block_resize(self, node_name: str, size: int) -> dict[str, Any]:
-        if node_name not in self.nodes:
-            raise _Refused(f"Cannot find device='' nor node-name='{node_name}'")
-        self.sizes[node_name] = size
-        return {}
+    def _sharing_slot(self, name: str) -> list[str]:
+        """All functions of a device's slot: they leave together."""
+        own = self.devices[name]
+        slot = own.properties["addr"] >> 3
+        return [
+            other
+            for other, device in self.devices.items()
+            if device.bus == own.bus and device.properties["addr"] >> 3 == slot
+        ]
 
 
 def _entry(name: str, kind: str) -> dict[str, str]:
     return {"name": name, "type": kind}
+
+
+def _devfn(addr: str) -> int:
+    """QEMU's `addr`, `0x1f.7`, as `slot << 3 | function`."""
+    slot, _, function = addr.partition(".")
+    return int(slot, 16) << 3 | int(function or "0")

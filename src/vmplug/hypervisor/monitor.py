@@ -41,6 +41,16 @@ class Monitor(Protocol):
 
 
 _HINTS = (
+    ("is not viable", "vmplug check names the function that another driver holds; vmplug bind"),
+    (
+        "Failed to set iommu for container",
+        "the IOMMU does not remap interrupts, or may not be used: vmplug check says which",
+    ),
+    ("failed to open /dev/vfio/", "another process has the group open, or it is not bound"),
+    ("is already attached", "it is in this VM already, plugged by somebody else"),
+    ("used in multiple address spaces", "start the VM without an IOMMU, or with a bridge"),
+    ("Cannot allocate memory", "QEMU may lock too little memory: LimitMEMLOCK=infinity"),
+    ("caching-mode", "give the VM's IOMMU caching-mode=on, as devices of the host need"),
     ("lock", "another process has the disk open: stop it, or share it (read-only or share-rw=on)"),
     ("in use by vmplug-", "vmplug reconcile removes what an interrupted attach left in the VM"),
     ("Duplicate", "vmplug reconcile removes what an interrupted attach left in the VM"),

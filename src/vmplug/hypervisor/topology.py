@@ -6,23 +6,55 @@ Source: `qom-list` and `qom-get` on QEMU 7.2; a bus lists its devices as `child[
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from vmplug.address import PERIPHERAL, CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.base import Command
-from vmplug.drivers.place import Offer, PciPort, ScsiController
+from vmplug.drivers.place import (
+    FIRMWARE_WINDOWS,
+    Offer,
+    PciPort,
+    PortKind,
+    ScsiController,
+    Windows,
+)
 from vmplug.hypervisor.monitor import Monitor
 
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
 """They hold one device, in slot 0. On any other slot the guest never sees it."""
-_BRIDGES = frozenset({"pci-bridge", "pcie-pci-bridge"})
+_KINDS = {
+    "pcie-root-port": PortKind.ROOT_PORT,
+    "ioh3420": PortKind.ROOT_PORT,
+    "xio3130-downstream": PortKind.SWITCH_PORT,
+    "pci-bridge": PortKind.BRIDGE_PORT,
+    "pcie-pci-bridge": PortKind.BRIDGE_PORT,
+}
+_EXPANDERS = frozenset({"pxb-pcie", "pxb"})
+_VIOMMUS = frozenset({"intel-iommu", "amd-iommu", "virtio-iommu-pci"})
+_IOMMUFD = "iommufd"
+"""QEMU 8.2 and later have this type."""
+_UNSAID = (1 << 64) - 1
+"""A window that the port leaves to the firmware."""
 _BRIDGE_SLOTS = tuple(PciSlot(slot) for slot in range(1, 32))
 _ROOT_BUS = re.compile(r"/machine/(unattached/)?[^/]+/(pcie|pci)\.0\Z")
 _MAX_DEPTH = 10
 _SCSI_CONTROLLERS = frozenset({"virtio-scsi-pci", "virtio-scsi-ccw"})
 _CSS_BRIDGE = "virtual-css-bridge"
 _CSS_BUS = f"/machine/{_CSS_BRIDGE}/virtual-css"
+
+
+_NUMA_UNASSIGNED = 128
+"""Source: QEMU include/sysemu/numa.h, NUMA_NODE_UNASSIGNED."""
+
+
+class _Expander(NamedTuple):
+    number: int
+    numa_node: int | None
+
+
+Buses = Mapping[str, _Expander]
+"""Root buses besides the machine's own, by the id of their pxb-pcie."""
 
 
 def qom_list(path: str) -> Command:
@@ -37,25 +69,34 @@ def qom_get(path: str, name: str) -> Command:
 
 def read_offer(monitor: Monitor) -> Offer:
     """All ports, bridges, SCSI controllers and memory slots with what is free on them."""
-    machine, memory, peripherals, properties, devices, kvm, cpus = monitor.execute_all(
+    machine, memory, peripherals, others, properties, devices = monitor.execute_all(
         [
             qom_get("/machine", "type"),
             Command("query-memdev", {}),
             qom_list(PERIPHERAL),
+            qom_list("/machine/peripheral-anon"),
             qom_list("/machine"),
             Command("query-memory-devices", {}),
+        ]
+    )
+    kvm, cpus, sizes, iommufd = monitor.execute_all(
+        [
             Command("query-kvm", {}),
             Command("query-cpus-fast", {}),
+            Command("query-memory-size-summary", {}),
+            Command("qom-list-types", {"implements": _IOMMUFD}),
         ]
     )
     types = dict(_children(peripherals))
+    kinds = {*types.values(), *dict(_children(others)).values()}
+    buses = _read_expanders(monitor, types)
     ports = [
         port
         for name, kind in types.items()
-        if kind in _PORTS | _BRIDGES and (port := _read_port(monitor, name, kind))
+        if kind in _KINDS and (port := _read_port(monitor, name, kind, buses))
     ]
     controllers = [
-        _read_controller(monitor, name, has_pci_path=kind.endswith("-pci"))
+        _read_controller(monitor, name, buses, has_pci_path=kind.endswith("-pci"))
         for name, kind in types.items()
         if kind in _SCSI_CONTROLLERS
     ]
@@ -75,6 +116,10 @@ def read_offer(monitor: Monitor) -> Offer:
             device["data"]["slot"] for device in devices if "slot" in device["data"]
         ),
         nvdimms=len(nvdimms),
+        viommu=bool(kinds & _VIOMMUS),
+        iommufd=bool(iommufd),
+        ap="ap-bridge" in names,
+        memory_bytes=sizes["base-memory"] + sizes.get("plugged-memory", 0),
     )
 
 
@@ -91,7 +136,7 @@ def _read_memory_slots(monitor: Monitor) -> int:
     return int(monitor.execute(qom_get("/machine", "memory")).get("slots", 0))
 
 
-def _read_port(monitor: Monitor, name: str, kind: str) -> PciPort | None:
+def _read_port(monitor: Monitor, name: str, kind: str, buses: Buses) -> PciPort | None:
     """The port, or None when nothing can be hot-plugged behind it."""
     qom_path = f"{PERIPHERAL}/{name}"
     properties, bus = monitor.execute_all([qom_list(qom_path), qom_list(f"{qom_path}/{name}")])
@@ -100,16 +145,38 @@ def _read_port(monitor: Monitor, name: str, kind: str) -> PciPort | None:
     for switch in {"hotplug", "shpc"} & names:
         if not monitor.execute(qom_get(qom_path, switch)):
             return None
-    path = _read_pci_path(monitor, qom_path)
-    if path is None or "hotplug-handler" not in {entry["name"] for entry in bus}:
+    place = _read_pci_path(monitor, qom_path, buses)
+    if place is None or "hotplug-handler" not in {entry["name"] for entry in bus}:
         return None
     occupants = [entry["name"] for entry in bus if _is_occupant(entry)]
+    free: tuple[PciSlot, ...]
     if kind in _PORTS:
         free = () if occupants else (PciSlot(0),)
-        return PciPort(bus=name, path=path, free=free)
-    used = {_slot_of(monitor, f"{qom_path}/{name}", link).slot for link in occupants}
+    else:
+        used = {_slot_of(monitor, f"{qom_path}/{name}", link).slot for link in occupants}
+        free = tuple(slot for slot in _BRIDGE_SLOTS if slot.slot not in used)
     return PciPort(
-        bus=name, path=path, free=tuple(slot for slot in _BRIDGE_SLOTS if slot.slot not in used)
+        bus=name,
+        path=place.path,
+        free=free,
+        kind=_KINDS[kind],
+        windows=_read_windows(monitor, qom_path, names),
+        numa_node=place.numa_node,
+    )
+
+
+def _read_windows(monitor: Monitor, qom_path: str, names: Collection[str]) -> Windows:
+    """What the port asks the firmware for; most ask for nothing and get what it gives all."""
+    if "pref64-reserve" not in names:
+        return FIRMWARE_WINDOWS
+    asked = monitor.execute_all(
+        [qom_get(qom_path, "pref64-reserve"), qom_get(qom_path, "mem-reserve")]
+    )
+    return Windows(
+        *(
+            given if said == _UNSAID else max(said, given)
+            for said, given in zip(asked, FIRMWARE_WINDOWS, strict=True)
+        )
     )
 
 
@@ -118,8 +185,16 @@ def _slot_of(monitor: Monitor, bus_path: str, link: str) -> PciSlot:
     return PciSlot.from_devfn(monitor.execute(qom_get(occupant, "addr")))
 
 
-def _read_pci_path(monitor: Monitor, qom_path: str) -> PciPath | None:
-    """Slots from the root bus down; None behind an expander bus, whose number the guest picks."""
+class _Where(NamedTuple):
+    path: PciPath
+    numa_node: int | None
+
+
+def _read_pci_path(monitor: Monitor, qom_path: str, buses: Buses) -> _Where | None:
+    """Slots from a root bus down: the machine's own, or that of an expander, which has a number.
+
+    None for any other bus.
+    """
     slots: list[PciSlot] = []
     for _ in range(_MAX_DEPTH):
         devfn, bus = monitor.execute_all(
@@ -127,11 +202,22 @@ def _read_pci_path(monitor: Monitor, qom_path: str) -> PciPath | None:
         )
         slots.insert(0, PciSlot.from_devfn(devfn))
         if _ROOT_BUS.match(bus):
-            return PciPath(tuple(slots))
+            return _Where(PciPath(tuple(slots)), None)
+        if expander := buses.get(bus.rpartition("/")[2]):
+            return _Where(PciPath(tuple(slots), expander.number), expander.numa_node)
         qom_path = bus.rpartition("/")[0]
         if not qom_path.startswith(PERIPHERAL + "/"):
             return None
     return None
+
+
+def _read_expanders(monitor: Monitor, types: Mapping[str, str]) -> Buses:
+    expanders = {}
+    for name in (name for name, kind in types.items() if kind in _EXPANDERS):
+        path = f"{PERIPHERAL}/{name}"
+        number, node = monitor.execute_all([qom_get(path, "bus_nr"), qom_get(path, "numa_node")])
+        expanders[name] = _Expander(number, None if node >= _NUMA_UNASSIGNED else node)
+    return expanders
 
 
 def _read_ccw(monitor: Monitor) -> frozenset[CcwDevNo]:
@@ -142,7 +228,9 @@ def _read_ccw(monitor: Monitor) -> frozenset[CcwDevNo]:
     return frozenset(CcwDevNo.parse(number) for number in numbers)
 
 
-def _read_controller(monitor: Monitor, name: str, *, has_pci_path: bool) -> ScsiController:
+def _read_controller(
+    monitor: Monitor, name: str, buses: Buses, *, has_pci_path: bool
+) -> ScsiController:
     qom_path = f"{PERIPHERAL}/{name}"
     bus = f"{name}.0"
     bus_path = f"{qom_path}/virtio-backend/{bus}"
@@ -153,8 +241,8 @@ def _read_controller(monitor: Monitor, name: str, *, has_pci_path: bool) -> Scsi
             scsi_id, lun = monitor.execute_all([qom_get(disk, "scsi-id"), qom_get(disk, "lun")])
             if scsi_id <= 0xFF and lun <= 0xFF:
                 used.add(ScsiAddress(scsi_id, lun))
-    path = _read_pci_path(monitor, qom_path) if has_pci_path else None
-    return ScsiController(bus=bus, path=path, used=frozenset(used))
+    place = _read_pci_path(monitor, qom_path, buses) if has_pci_path else None
+    return ScsiController(bus=bus, path=place and place.path, used=frozenset(used))
 
 
 def _children(entries: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:

@@ -7,12 +7,13 @@ machine, and readers never wait. Source: sqlite.org/wal.html, sqlite.org/pragma.
 import os
 import sqlite3
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 
 from vmplug.address import new_id
 from vmplug.errors import StoreError
 
-VERSION = 2
+VERSION = 3
 """Of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -50,6 +51,18 @@ CREATE TABLE attachment (
     UNIQUE (device, owner, name)
 ) STRICT;
 """
+_BINDING = """
+CREATE TABLE binding (
+    bdf TEXT PRIMARY KEY,
+    driver TEXT,
+    driver_override TEXT,
+    state TEXT NOT NULL,
+    device TEXT,
+    boot_id TEXT NOT NULL
+) STRICT;
+"""
+"""`device` refers to no row: what was bound for a device may be given back after that is gone."""
+_SCHEMA += _BINDING
 
 
 _MIGRATIONS = {
@@ -61,6 +74,7 @@ ALTER TABLE device DROP COLUMN pci_path;
 ALTER TABLE device DROP COLUMN scsi_address;
 ALTER TABLE attachment RENAME COLUMN container_path TO name;
 """,
+    2: _BINDING,
 }
 """What turns a journal of that version into one of the next."""
 
@@ -126,6 +140,20 @@ def _create(path: str) -> None:
             os.link(draft, path)
     finally:
         os.unlink(draft)
+
+
+@contextmanager
+def alone(path: str, timeout_s: float) -> Iterator[None]:
+    """Nobody else on the host is inside with that path, which is that of an empty database.
+
+    It ends with the process, however that ends. Raises StoreError after `timeout_s`.
+    """
+    try:
+        connection = sqlite3.connect(path, timeout=timeout_s, isolation_level=None)
+    except sqlite3.Error as error:
+        raise store_error(path, error) from error
+    with closing(connection), Transaction(connection, threading.RLock(), path):
+        yield
 
 
 class Transaction:

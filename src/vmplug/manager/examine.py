@@ -4,7 +4,8 @@
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vmplug.drivers.base import Driver
 from vmplug.drivers.generic import check_generic
@@ -12,7 +13,13 @@ from vmplug.drivers.select import select_driver
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice
 from vmplug.host import safety
 from vmplug.host.backend import ask_backend
-from vmplug.host.device import BlockDevice, CharDevice, HostDevice, VhostUserSocket
+from vmplug.host.device import (
+    BlockDevice,
+    CharDevice,
+    HostDevice,
+    VfioGroup,
+    VhostUserSocket,
+)
 from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
 from vmplug.host.mounts import HostUsage, read_usage
 from vmplug.host.resolve import resolve_all
@@ -21,7 +28,23 @@ from vmplug.host.vhost_user import VhostUserStore
 from vmplug.oci.annotated import Request
 
 FindClaims = Callable[[HostDevice], Sequence[Claim]]
-IsHeld = Callable[[HostDevice], bool]
+
+
+class Known(NamedTuple):
+    """What is known of devices besides the host: by default nothing.
+
+    `find_claims` gives what VMs hold of a device and its relatives. The backend of one that the VM
+    has already (`is_held`) is not asked: it serves that VM. `find_more` gives what the VM has
+    against a device.
+    """
+
+    find_claims: FindClaims = lambda _: ()
+    is_held: Callable[[HostDevice], bool] = lambda _: False
+    find_more: Callable[[HostDevice], Iterable[Finding]] = lambda _: ()
+
+
+_BINDABLE = {Code.NOT_BOUND, Code.GROUP_NOT_VIABLE}
+"""Findings that binding mends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,20 +65,24 @@ class Examined:
         """Whether `attach` refuses it."""
         return any(finding.severity is Severity.ERROR for finding in self.findings)
 
+    def with_finding(self, finding: Finding) -> "Examined":
+        """The same with one finding more."""
+        return replace(self, findings=(*self.findings, finding))
+
 
 def examine(
     infos: Sequence[Request],
     host: HostRoot,
     *,
     store: VhostUserStore | None = None,
-    find_claims: FindClaims = lambda _: (),
-    is_held: IsHeld = lambda _: False,
+    known: Known = Known(),  # noqa: B008  it is frozen
     allowed: Iterable[Code] = (),
+    managed: bool = False,
 ) -> list[Examined]:
     """Find every device and everything against handing it over, in the order asked.
 
-    `allowed` findings become warnings. The backend of a device that the VM has already (`is_held`)
-    is not asked: it serves that VM. Raises SpecError for malformed options only.
+    `allowed` findings become warnings; `managed` is whether functions that VFIO does not have will
+    be given to it. Raises SpecError for malformed options only.
     """
     found = resolve_all(infos, host, store)
     usage = _try_read_usage(host, found)
@@ -68,10 +95,13 @@ def examine(
         driver = select_driver(info, device) if device else None
         findings = [_unresolved(error)] if error else []
         if device:
-            claims = [*find_claims(device), *_overlaps(device, examined)]
-            if isinstance(device, VhostUserSocket) and not (claims or is_held(device)):
+            claims = [*known.find_claims(device), *_overlaps(device, examined)]
+            if isinstance(device, VhostUserSocket) and not (claims or known.is_held(device)):
                 device, findings = ask_backend(device, host)
             findings += _check(info, driver, device, usage, claims, host)
+            findings += known.find_more(device)
+            if managed:
+                findings = [finding for finding in findings if finding.code not in _BINDABLE]
         findings = allow(findings, frozenset(allowed))
         examined.append(
             Examined(
@@ -93,7 +123,7 @@ def _is_text(path: str) -> bool:
 def _try_read_usage(
     host: HostRoot, found: Iterable[HostDevice | HostError]
 ) -> HostUsage | HostError:
-    has_nodes = any(isinstance(device, BlockDevice) for device in found)
+    has_nodes = any(isinstance(device, BlockDevice | VfioGroup) for device in found)
     try:
         return read_usage(host, with_mounts=has_nodes)
     except HostError as error:

@@ -3,16 +3,15 @@
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Self
 
-from vmplug.address import qom_path
 from vmplug.drivers.base import Driver, Hypervisor, Step
 from vmplug.drivers.place import Offer, Place
 from vmplug.errors import (
-    CommandError,
     ConnectError,
     DeviceError,
     HypervisorError,
@@ -20,29 +19,32 @@ from vmplug.errors import (
     NotAttached,
     ProtocolError,
     StoreError,
-    UnplugRefused,
     UnplugTimeout,
 )
-from vmplug.host.device import HostDevice
-from vmplug.host.finding import Claim, Code
+from vmplug.host.device import HostDevice, VfioGroup
+from vmplug.host.finding import Claim, Code, Finding
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.viability import check_memlock
 from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
-from vmplug.manager.examine import Examined, examine
-from vmplug.manager.plan import NewDevice, Plan, make_plan
+from vmplug.manager.binder import Binder
+from vmplug.manager.examine import Examined, Known, examine
+from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.records import Attachment, DeviceRecord, record_vm
 from vmplug.manager.resize import is_disk, new_size
 from vmplug.manager.state import State
 from vmplug.manager.store import Store
+from vmplug.manager.unplug import Unplugger
 from vmplug.oci.annotated import Request
 
 log = logging.getLogger(__name__)
 
 _PLAN_ATTEMPTS = 20
 
-_UNKNOWN = (ProtocolError, ConnectError)
-"""After these nobody knows what QEMU did; after every other error it is as it was."""
+_UNKNOWN = (ProtocolError, ConnectError, UnplugTimeout)
+"""After these nobody knows what QEMU did, or half of a group is still in it; after every other
+error it is as it was."""
 
 
 class DeviceManager:
@@ -66,6 +68,8 @@ class DeviceManager:
         self._hypervisor = hypervisor
         self._journal = journal
         self._store = store
+        self._binder = Binder(journal, host)
+        self._unplugger = Unplugger(vm, journal, hypervisor, self._binder)
         self._lock = threading.RLock()
         self._offer: Offer | None = None
 
@@ -105,52 +109,87 @@ class DeviceManager:
         """Every hold on a device of this VM, in the order they came."""
         return self._journal.attachments(self._vm)
 
-    def check(self, infos: Sequence[Request], *, allow: Iterable[Code] = ()) -> list[Examined]:
-        """What each request is on the host, and everything that `attach` would refuse it for."""
+    def check(
+        self, infos: Sequence[Request], *, allow: Iterable[Code] = (), managed: bool = False
+    ) -> list[Examined]:
+        """What each request is on the host, and everything that `attach` would refuse it for.
+
+        But for places in the VM: see `check_places`.
+        """
         return examine(
             infos,
             self._host,
             store=self._store,
-            find_claims=self._find_claims,
-            is_held=self._is_held,
+            known=Known(self._find_claims, self._is_held, self._check_memlock),
             allowed=allow,
+            managed=managed,
         )
 
+    def check_places(
+        self, infos: Sequence[Request], *, allow: Iterable[Code] = (), managed: bool = False
+    ) -> list[Examined]:
+        """`check`, and for what passes it also whether the VM has a place; nothing is changed."""
+        examined = self.check(infos, allow=allow, managed=managed)
+        with self._lock:
+            known = self._journal.devices(self._vm)
+            return find_places(examined, known=known, choose=self._choose)
+
     def plan(
-        self, infos: Sequence[Request], *, owner: str | None = None, allow: Iterable[Code] = ()
+        self,
+        infos: Sequence[Request],
+        *,
+        owner: str | None = None,
+        allow: Iterable[Code] = (),
+        managed: bool = False,
     ) -> list[Step]:
-        """Exactly what `attach_all` would send now, step and undo; nothing is changed.
+        """Exactly what `attach_all` would do now, step and undo; nothing is changed.
 
         Ids are drawn anew each time. Raises as `attach_all` does.
         """
         with self._lock:
-            plan = self._plan(infos, owner, allow)
+            plan = self._plan(self.check(infos, allow=allow, managed=managed), owner)
             return [
                 step
                 for new in plan.new
                 if new.plug and new.place
-                for step in self._hypervisor.steps(new.plug, new.place)
+                for step in (
+                    *bind_steps(new, self._host, managed=managed),
+                    *self._hypervisor.steps(new.plug, new.place),
+                )
             ]
 
     def attach(
-        self, info: Request, *, owner: str | None = None, allow: Iterable[Code] = ()
+        self,
+        info: Request,
+        *,
+        owner: str | None = None,
+        allow: Iterable[Code] = (),
+        managed: bool = False,
     ) -> Attachment:
         """Plug one device, or only count it when the VM has it already; see `attach_all`."""
-        return self.attach_all([info], owner=owner, allow=allow)[0]
+        return self.attach_all([info], owner=owner, allow=allow, managed=managed)[0]
 
     def attach_all(
-        self, infos: Sequence[Request], *, owner: str | None = None, allow: Iterable[Code] = ()
+        self,
+        infos: Sequence[Request],
+        *,
+        owner: str | None = None,
+        allow: Iterable[Code] = (),
+        managed: bool = False,
     ) -> list[Attachment]:
         """Plug all of the devices or none, and hold them for `owner` (default: the VM's name).
 
         A device that the VM has already is only counted. The guest is not waited for. Findings in
-        `allow` do not stop it. Raises SpecError, HostError (InUse for what `check` finds),
-        HypervisorError, and StateError when a device is still on its way out or in.
+        `allow` do not stop it. `managed` binds PCI functions to VFIO where they are not, and
+        `detach` gives them back to the drivers that they had. Raises SpecError, HostError (InUse
+        for what `check` finds), HypervisorError, and StateError when a device is still on its way
+        out or in.
         """
         with self._lock:
-            plan, added = self._plan_and_journal(infos, owner, allow)
+            examine_now = partial(self.check, infos, allow=allow, managed=managed)
+            plan, added = self._plan_and_journal(examine_now, owner)
             records = [new.record for new in plan.new]
-            done, failure = self._plug(plan.new)
+            done, failure = self._plug(plan.new, managed=managed)
             if failure is None:
                 ids = [*(record.id for record in records), *plan.revived]
                 added += self._journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
@@ -232,7 +271,9 @@ class DeviceManager:
         """Make the journal and the VM agree; tells what was done, nothing when they agreed."""
         with self._lock:
             self._offer = None
-            return reconcile(self._vm, self._journal, self._hypervisor, timeout_s=timeout_s)
+            repairs = reconcile(self._vm, self._journal, self._hypervisor, timeout_s=timeout_s)
+            self._unplugger.give_back(repair.device_id for repair in repairs if repair.is_gone)
+            return repairs
 
     # planning
 
@@ -242,9 +283,18 @@ class DeviceManager:
     def _is_held(self, device: HostDevice) -> bool:
         return any(r.identity == device.identity for r in self._journal.devices(self._vm))
 
-    def _plan(self, infos: Sequence[Request], owner: str | None, allow: Iterable[Code]) -> Plan:
+    def _check_memlock(self, device: HostDevice) -> Iterable[Finding]:
+        """QEMU locks all of the guest's memory for a PCI function of the host."""
+        endpoint = self._hypervisor.endpoint
+        if not (isinstance(device, VfioGroup) and device.functions and endpoint and endpoint.pid):
+            return ()
+        with self._lock:
+            self._offer = self._offer or self._hypervisor.offer()
+            return check_memlock(device, endpoint.pid, self._offer.memory_bytes, self._host)
+
+    def _plan(self, examined: Sequence[Examined], owner: str | None) -> Plan:
         return make_plan(
-            self.check(infos, allow=allow),
+            examined,
             vm=self._vm,
             owner=owner or self._vm,
             known=self._journal.devices(self._vm),
@@ -252,12 +302,12 @@ class DeviceManager:
         )
 
     def _plan_and_journal(
-        self, infos: Sequence[Request], owner: str | None, allow: Iterable[Code]
+        self, examine_now: Callable[[], Sequence[Examined]], owner: str | None
     ) -> tuple[Plan, list[Attachment]]:
         """Decide and write it down, on a journal that nobody else wrote to in between."""
         for _ in range(_PLAN_ATTEMPTS):
             version = self._journal.version()
-            plan = self._plan(infos, owner, allow)
+            plan = self._plan(examine_now(), owner)
             records = [new.record for new in plan.new]
             added = self._journal.add_devices(records, plan.holds_on(new=True), version=version)
             if added is not None:
@@ -281,11 +331,15 @@ class DeviceManager:
 
     # acting
 
-    def _plug(self, devices: Sequence[NewDevice]) -> tuple[list[DeviceRecord], DeviceError | None]:
+    def _plug(
+        self, devices: Sequence[NewDevice], *, managed: bool
+    ) -> tuple[list[DeviceRecord], DeviceError | None]:
         """Plug in turn, up to the first that fails: what is done, and the failure."""
         done: list[DeviceRecord] = []
         for device in devices:
             try:
+                if managed and isinstance(device.device, VfioGroup):
+                    self._binder.bind(device.device, device_id=device.record.id)
                 if device.plug and device.place:
                     self._hypervisor.plug(device.plug, device.place)
             except DeviceError as error:
@@ -298,8 +352,9 @@ class DeviceManager:
         """Forget what was never plugged; what was is on its way out."""
         done_ids = [record.id for record in done]
         undone = [new.record.id for new in devices if new.record.id not in done_ids]
-        self._journal.forget_devices(undone)
         self._let_go(done)
+        self._unplugger.give_back(undone)
+        self._journal.forget_devices(undone)
 
     def _let_go(self, records: Sequence[DeviceRecord]) -> list[DeviceRecord]:
         """Write down that nobody holds the devices any more; gives those that are to be unplugged.
@@ -320,52 +375,7 @@ class DeviceManager:
         self._unplug(leaving, timeout_s)
 
     def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
-        """Ask for all first and wait for all together; what is gone is forgotten."""
-        plugged = [record.id for record in records if record.place]
-        asked: list[str] = []
-        failed: CommandError | None = None
-        for device_id in plugged:
-            try:
-                self._hypervisor.request_unplug(device_id)
-                asked.append(device_id)
-            except CommandError as error:
-                self._journal.set_state([device_id], State.ATTACHED)
-                failed = error
-        left = self._hypervisor.wait_unplugged(asked, timeout_s) if asked else {}
-        self._offer = None
-        stay = {*left, *(set(plugged) - set(asked))}
-        self._journal.forget_devices([record.id for record in records if record.id not in stay])
-        if failed:
-            raise failed
-        if left:
-            raise self._unplug_error(left, timeout_s)
-        for record in records:
-            log.info("detached %s from VM %s", record.host_path, self._vm)
-
-    def _unplug_error(self, left: Mapping[str, str], timeout_s: float) -> HypervisorError:
-        paths = {r.id: r.host_path for r in self._journal.devices(self._vm)}
-        names = ", ".join(paths.get(device_id, device_id) for device_id in left)
-        if "refused" in left.values():
-            return UnplugRefused(
-                qom_path(next(name for name, why in left.items() if why == "refused")),
-                f"the guest refuses to release {names}",
-                hint="unmount it in the guest, then detach again",
-            )
-        lost = [paths.get(name, name) for name, why in left.items() if why == "lost"]
-        if lost:
-            return UnplugTimeout(
-                tuple(left),
-                f"the guest did not release {names} within {timeout_s:g} s: the backend of "
-                f"{', '.join(lost)} is gone",
-                hint="start that backend again, then detach again; without it the guest waits "
-                "for its I/O for ever",
-            )
-        status = self._hypervisor.status()
-        hint = "it stays detaching; detach again when the guest is up and has unmounted it"
-        if status != "running":
-            hint = f"the VM is {status}: the guest answers when it runs; then detach again"
-        return UnplugTimeout(
-            tuple(left),
-            f"the guest did not release {names} within {timeout_s:g} s",
-            hint=hint,
-        )
+        try:
+            self._unplugger.unplug(records, timeout_s)
+        finally:
+            self._offer = None

@@ -4,10 +4,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vmplug.address import new_id
-from vmplug.drivers.base import Driver, NewPlug, Plug, guest_address
+from vmplug.drivers.base import (
+    BIND,
+    UNBIND,
+    Command,
+    Driver,
+    NewPlug,
+    Plug,
+    Step,
+    guest_address,
+)
 from vmplug.drivers.place import MemorySlot, Offer, Place
-from vmplug.errors import StateError
-from vmplug.host.device import HostDevice
+from vmplug.errors import CannotPlug, NoFreePort, StateError
+from vmplug.host.device import HostDevice, VfioGroup
+from vmplug.host.finding import Code, Finding
+from vmplug.host.root import HostRoot
+from vmplug.host.vfio import is_vfio_driver
 from vmplug.manager.examine import Examined, refuse
 from vmplug.manager.records import Attachment, DeviceRecord
 from vmplug.manager.state import State, on_its_way
@@ -23,6 +35,7 @@ class NewDevice:
     """A device to be plugged; `plug` and `place` are None for one that is only counted."""
 
     record: DeviceRecord
+    device: HostDevice
     plug: Plug | None = None
     place: Place | None = None
 
@@ -70,7 +83,7 @@ def make_plan(
     new: dict[str, NewDevice] = {}
     for identity, requests in wanted.items():
         if identity not in records:
-            taken = {record.place for record in records.values() if record.place}
+            taken = _taken(records.values())
             new[identity] = _new_device(requests, vm, taken, choose)
             _check_tag(new[identity].record, records.values())
             records[identity] = new[identity].record
@@ -83,6 +96,53 @@ def make_plan(
     ordered = sorted(devices, key=lambda device: not device.record.can_be_unplugged)
     retained = (records[i].id for i in wanted if records[i].state is State.RETAINED)
     return Plan(tuple(ordered), tuple(holds), tuple(retained))
+
+
+def _taken(records: Iterable[DeviceRecord]) -> set[str]:
+    """Every place that a device has; a group has several."""
+    return {word for record in records for word in (record.place or "").split()}
+
+
+def bind_steps(new: NewDevice, host: HostRoot, *, managed: bool) -> list[Step]:
+    """What is done on the host before a group is plugged: nothing when VFIO has it already."""
+    group = new.device
+    if not (managed and isinstance(group, VfioGroup)):
+        return []
+    outside = [str(f.bdf) for f in group.functions if not is_vfio_driver(f, host)]
+    if not outside:
+        return []
+    functions = {"functions": outside}
+    return [Step(do=Command(BIND, functions), undo=Command(UNBIND, functions))]
+
+
+def find_places(
+    examined: Sequence[Examined], *, known: Iterable[DeviceRecord], choose: Choose
+) -> list[Examined]:
+    """The requests with what the VM has against those that the host would give."""
+    records = list(known)
+    held, taken = {record.identity for record in records}, _taken(records)
+    answers = []
+    for request in examined:
+        new = request.device and request.driver and request.device.identity not in held
+        if new and not request.is_refused:
+            assert request.device
+            assert request.driver
+            held.add(request.device.identity)
+            try:
+                taken |= set(str(choose(request.driver, request.device, taken)[0]).split())
+            except (NoFreePort, CannotPlug) as error:
+                answers.append(request.with_finding(_no_place(error)))
+                continue
+        answers.append(request)
+    return answers
+
+
+def _no_place(error: NoFreePort | CannotPlug) -> Finding:
+    code = Code.NO_PORT
+    if isinstance(error, CannotPlug):
+        is_split = error.reason == Code.SPLIT_GROUP
+        code = Code.SPLIT_GROUP if is_split else Code.CANNOT_PLUG
+    return Finding(code, error.message, error.hint or "detach something first")
 
 
 def _identity(request: Examined) -> str:
@@ -112,12 +172,12 @@ def _new_device(
         guest_address=None,
     )
     if driver is None:
-        return NewDevice(record)
+        return NewDevice(record, device)
     place, offer = choose(driver, device, taken)
     new = NewPlug(id=record.id, device=device, read_only=record.read_only)
     plug = driver.plan(new, place, offer)
     record = replace(record, place=str(place), guest_address=guest_address(plug, place))
-    return NewDevice(record, plug, place)
+    return NewDevice(record, device, plug, place)
 
 
 def _hold(record: DeviceRecord, info: Request, owner: str) -> Attachment:

@@ -54,6 +54,11 @@ class Repair:
     outcome: Outcome
     reason: str
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the VM no longer holds it."""
+        return self.outcome not in {*_STAYING, Outcome.STILL_DETACHING}
+
 
 def reconcile(
     vm: str, journal: Store, hypervisor: Hypervisor, *, timeout_s: float

@@ -8,7 +8,7 @@ from typing import Any
 
 from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.drivers.base import Endpoint
-from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress
+from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
 from vmplug.host.device import DeviceType
 from vmplug.host.finding import Claim
 from vmplug.host.process import read_start_time
@@ -114,12 +114,26 @@ def guest_text(address: GuestAddress | None) -> str | None:
     if address is None:
         return None
     known = {field.name: getattr(address, field.name) for field in fields(address)}
-    saved = {
-        name: value if isinstance(value, int) else str(value)
-        for name, value in known.items()
-        if value is not None
-    }
+    saved = {name: _saved(value) for name, value in known.items() if value not in {None, ()}}
     return json.dumps(saved)
+
+
+def _saved(value: object) -> object:
+    match value:
+        case int():
+            return value
+        case tuple():
+            return [_saved(part) for part in value]
+        case None:
+            return None
+        case _:
+            return str(value)
+
+
+def _functions(saved: list[list[str | None]]) -> tuple[GuestFunction, ...]:
+    return tuple(
+        GuestFunction(str(host), PciPath.parse(path) if path else None) for host, path in saved
+    )
 
 
 _PARSE: Mapping[str, Callable[[Any], Any]] = {
@@ -128,6 +142,8 @@ _PARSE: Mapping[str, Callable[[Any], Any]] = {
     "ccw_devno": CcwDevNo.parse,
     "nvdimm_id": int,
     "nvdimm_handle": int,
+    "functions": _functions,
+    "ap_queues": tuple,
 }
 
 

@@ -1,8 +1,10 @@
 """What may follow what in the life of a device."""
 
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 
-from vmplug.errors import StateError
+from vmplug.address import qom_path
+from vmplug.errors import HypervisorError, StateError, UnplugRefused, UnplugTimeout
 
 
 class State(StrEnum):
@@ -62,3 +64,36 @@ def known_already(name: str, qmp_socket: str | None = None) -> StateError:
         required="unknown",
         hint=f"vmplug vm list shows it; vmplug vm stop {name} ends or forgets it",
     )
+
+
+def unplug_error(
+    left: Mapping[str, str],
+    paths: Mapping[str, str],
+    *,
+    timeout_s: float,
+    status: Callable[[], str],
+) -> HypervisorError:
+    """The error for devices that are `left` in the VM, by id with the reason.
+
+    `status` gives the VM's run state.
+    """
+    names = ", ".join(paths.get(device_id, device_id) for device_id in left)
+    if "refused" in left.values():
+        return UnplugRefused(
+            qom_path(next(name for name, why in left.items() if why == "refused")),
+            f"the guest refuses to release {names}",
+            hint="unmount it in the guest, then detach again",
+        )
+    lost = [paths.get(name, name) for name, why in left.items() if why == "lost"]
+    message = f"the guest did not release {names} within {timeout_s:g} s"
+    if lost:
+        return UnplugTimeout(
+            tuple(left),
+            f"{message}: the backend of {', '.join(lost)} is gone",
+            hint="start that backend again, then detach again; without it the guest waits "
+            "for its I/O for ever",
+        )
+    hint = "it stays detaching; detach again when the guest is up and has unmounted it"
+    if (now := status()) != "running":
+        hint = f"the VM is {now}: the guest answers when it runs; then detach again"
+    return UnplugTimeout(tuple(left), message, hint=hint)

@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 from vmplug.errors import StoreError
 from vmplug.host.finding import Claim
 from vmplug.manager import DEFAULT_STATE_DIR
+from vmplug.manager.bindings import Bindings
 from vmplug.manager.database import VERSION, Transaction, migrate, open_database, store_error
 from vmplug.manager.records import (
     Attachment,
@@ -61,6 +62,7 @@ class Store:
         self._db = connection
         self._lock = threading.RLock()
         self.path = path
+        self.bindings = Bindings(connection, self._lock, path)
 
     @classmethod
     def open(cls, state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR) -> Self:

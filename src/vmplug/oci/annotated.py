@@ -1,9 +1,10 @@
-"""What OCI has no word for: network devices, shared directories, random numbers.
+"""What OCI has no word for: PCI functions by address, networks, shared directories, randomness.
 
 Apart from DeviceInfo, which is all that most requests need. They come from annotations of the
 bundle (`vmplug.oci.annotations`), from the command line, or from a program.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +18,13 @@ DEFAULT_SOURCE = "/dev/urandom"
 
 _DESCRIPTOR_DIGITS = 9
 """A descriptor is a C int; nobody has so many."""
+
+VFIO_DEVICE = re.compile(
+    r"([0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]"
+    r"|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    r"|/dev/vfio/([0-9]{1,9}|devices/vfio[0-9]{1,9}))\Z",
+    re.ASCII,
+)
 
 TAG_BYTES_MAX = 36
 """Longest mount tag of virtio-fs. Source: virtio specification, 5.11.4."""
@@ -116,7 +124,44 @@ class RngInfo:
         return f"random numbers from {self.source}"
 
 
-Request = DeviceInfo | NetInfo | ShareInfo | RngInfo
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VfioInfo:
+    """A device to be handed over through VFIO, with all of its IOMMU group.
+
+    `device` is a PCI function's address (`0000:3b:00.0`), a mediated device's UUID, or a node
+    below /dev/vfio. `driver_options` are the words of `vmplug.drivers.vfio`.
+    """
+
+    label: str
+    device: str
+    driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
+    read_only: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        _check_label("vfio", self.label)
+        if not VFIO_DEVICE.match(self.device):
+            raise SpecError(
+                self.name,
+                f"{self.device!r} is no PCI address, UUID or node of VFIO",
+                hint="write 0000:3b:00.0, a UUID, /dev/vfio/26 or /dev/vfio/devices/vfio0; "
+                "/dev/vfio/vfio is no device",
+            )
+
+    @property
+    def name(self) -> str:
+        """What the request goes by: `vfio:gpu0`."""
+        return f"vfio:{self.label}"
+
+    @property
+    def wanted(self) -> str:
+        """The device in a few words, for messages."""
+        return f"VFIO device {self.device}"
+
+
+Named = NetInfo | ShareInfo | RngInfo | VfioInfo
+"""What is asked for by its name on the host, not by type and number."""
+
+Request = DeviceInfo | Named
 """One thing that a container asks for."""
 
 

@@ -2,6 +2,7 @@
 
     org.vmplug.net.NAME       {"socket": "/run/vpp/eth0.sock", "mac": "52:54:00:aa:bb:cc"}
     org.vmplug.share.TAG      {"source": "/srv/work", "read-only": true, "cache": "auto"}
+    org.vmplug.vfio.NAME      {"device": "0000:3b:00.0", "mode": "guest-kernel"}
     org.vmplug.rng.NAME       {"source": "/dev/hwrng", "max-bytes": 1024, "period": 1000}
     org.vmplug.options.PATH   {"block-driver": "virtio-scsi", "cache": "none"}
 
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vmplug.errors import SpecError
-from vmplug.oci.annotated import DEFAULT_SOURCE, NetInfo, RngInfo, ShareInfo
+from vmplug.oci.annotated import DEFAULT_SOURCE, Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import normal_container_path
 
 PREFIX = "org.vmplug."
@@ -41,13 +42,13 @@ class Annotated(NamedTuple):
     `options` are those of single devices and mounts, by path in the container.
     """
 
-    requests: tuple[NetInfo | ShareInfo | RngInfo, ...]
+    requests: tuple[Named, ...]
     options: Mapping[str, Mapping[str, str]]
 
 
 def read_annotations(annotations: Mapping[str, str]) -> Annotated:
     """The requests and options among them; SpecError names the annotation that is wrong."""
-    requests: list[NetInfo | ShareInfo | RngInfo] = []
+    requests: list[Named] = []
     options: dict[str, Mapping[str, str]] = {}
     katas = _katas(annotations)
     for key, value in annotations.items():
@@ -62,13 +63,15 @@ def read_annotations(annotations: Mapping[str, str]) -> Annotated:
                 requests.append(_share(name, fields, katas))
             case "rng":
                 requests.append(_rng(name, fields, katas))
+            case "vfio":
+                requests.append(_vfio(name, fields))
             case "options":
                 options[normal_container_path(name, annotation_path(key))] = fields.options()
             case _:
                 raise SpecError(
                     annotation_path(key),
                     f"{kind!r} is no kind of annotation",
-                    hint=f"{PREFIX} is followed by net, share, rng or options, and a name",
+                    hint=f"{PREFIX} is followed by net, share, rng, vfio or options, and a name",
                 )
     return Annotated(tuple(requests), options)
 
@@ -99,6 +102,11 @@ def _share(tag: str, fields: "_Fields", katas: Mapping[str, str]) -> ShareInfo:
     return ShareInfo(tag=tag, source=source, read_only=read_only, driver_options=options)
 
 
+def _vfio(name: str, fields: "_Fields") -> VfioInfo:
+    device = fields.take_text("device")
+    return VfioInfo(label=name, device=device, driver_options=fields.options())
+
+
 def _rng(name: str, fields: "_Fields", katas: Mapping[str, str]) -> RngInfo:
     source = fields.take_path("source", katas.get("entropy_source", DEFAULT_SOURCE))
     return RngInfo(label=name, source=source, driver_options=fields.options())
@@ -120,6 +128,14 @@ class _Fields:
         value = self._members.pop(member, default)
         if not (isinstance(value, str) and value.startswith("/")):
             what = "is missing" if value is None else f"is {value!r}, expected an absolute path"
+            raise SpecError(annotation_path(self._key), f"the member {member!r} {what}")
+        return value
+
+    def take_text(self, member: str) -> str:
+        """A word that must be there."""
+        value = self._members.pop(member, None)
+        if not isinstance(value, str):
+            what = "is missing" if value is None else f"is {value!r}, expected text"
             raise SpecError(annotation_path(self._key), f"the member {member!r} {what}")
         return value
 

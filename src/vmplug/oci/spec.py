@@ -20,7 +20,7 @@ import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
-from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
+from vmplug.oci.annotated import Named
 from vmplug.oci.annotations import PREFIX, annotation_path, read_annotations
 from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, Mount, normal_container_path
 
@@ -77,7 +77,7 @@ class Bundle:
     name: str | None
     devices: tuple[DeviceInfo, ...]
     mounts: tuple[Mount, ...] = ()
-    annotated: tuple[NetInfo | ShareInfo | RngInfo, ...] = ()
+    annotated: tuple[Named, ...] = ()
 
 
 def read_bundle(source: str | os.PathLike[str]) -> Bundle:

@@ -5,16 +5,32 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id, qom_path
-from vmplug.drivers.base import Command, Daemon, Endpoint, Plug, Step, VhostUserDevice
+from vmplug.drivers.base import (
+    Command,
+    Daemon,
+    Endpoint,
+    Plug,
+    Step,
+    VFIODevices,
+    VhostUserDevice,
+)
 from vmplug.drivers.place import Offer, Place
-from vmplug.errors import BackendError, BackendTimeout, CommandError, HypervisorError
+from vmplug.errors import (
+    BackendError,
+    BackendTimeout,
+    CommandError,
+    HypervisorError,
+    UnplugTimeout,
+)
+from vmplug.host.vfio import open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import Monitor
+from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.plug import check_hot, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer
@@ -27,7 +43,10 @@ _UNPLUGGING = "in the process of unplug"
 
 
 class Qemu:
-    """A running QEMU to plug into. Thread-safe; see `vmplug.drivers.base.Hypervisor`."""
+    """A running QEMU to plug into. Thread-safe; see `vmplug.drivers.base.Hypervisor`.
+
+    `undo_timeout_s` is how long the guest may take to let go of half a group.
+    """
 
     def __init__(
         self,
@@ -36,6 +55,7 @@ class Qemu:
         daemons: Daemons | None = None,
     ) -> None:
         self._monitor = monitor
+        self.undo_timeout_s = 5.0
         self.endpoint = endpoint
         vm = endpoint.qmp_socket if endpoint else f"process {os.getpid()}"
         self._daemons = daemons or HostDaemons(vm)
@@ -71,6 +91,9 @@ class Qemu:
         Only after a ProtocolError or ConnectError does nobody know what was done.
         """
         check_hot(plug, place)
+        if isinstance(plug, VFIODevices):
+            self._plug_group(plug, place)
+            return
         if not (isinstance(plug, VhostUserDevice) and plug.daemon):
             self._do(self.steps(plug, place))
             return
@@ -86,6 +109,26 @@ class Qemu:
                 self._remove_remains({plug.id})
                 raise _daemon_failed(plug.daemon, error, started.said()) from error
 
+    def _plug_group(self, plug: VFIODevices, place: Place) -> None:
+        """Functions that were plugged before one that is refused must leave by the guest's leave.
+
+        UnplugTimeout when they do not: the group is half in the VM.
+        """
+        with open_nodes(vfio.nodes(plug)) as files:
+            steps = [_with_file(step, files) for step in self.steps(plug, place)]
+            try:
+                self._do(steps)
+            except CommandError as error:
+                left = self.wait_unplugged([plug.id], self.undo_timeout_s)
+                if left:
+                    raise UnplugTimeout(
+                        (plug.id,),
+                        f"{error.message}; functions of {plug.node} that were plugged before "
+                        f"are still in the VM after {self.undo_timeout_s:g} s",
+                        hint="vmplug reconcile takes them out once the guest answers",
+                    ) from error
+                raise
+
     def _do(self, steps: Sequence[Step]) -> None:
         done, refusal = self._monitor.attempt([step.do for step in steps])
         if refusal:
@@ -95,18 +138,18 @@ class Qemu:
 
     def request_unplug(self, device_id: str) -> None:
         """Ask the guest to let go; comes back at once, also when it was asked before."""
-        name = qemu_id(device_id)
-        with self._changed:
-            self._outcomes.pop(name, None)
-        try:
-            self._monitor.execute(Command("device_del", {"id": name}))
-        except CommandError as error:
-            if error.error_class == "DeviceNotFound":
-                return
-            if _UNPLUGGING not in error.desc:
-                raise
-        with self._changed:
-            self._asked.add(name)
+        for name in sorted(self._present({device_id})):
+            with self._changed:
+                self._outcomes.pop(name, None)
+            try:
+                self._monitor.execute(Command("device_del", {"id": name}))
+            except CommandError as error:
+                if error.error_class == "DeviceNotFound":
+                    continue
+                if _UNPLUGGING not in error.desc:
+                    raise
+            with self._changed:
+                self._asked.add(name)
 
     def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
         """Wait for the guest, then take the devices' remains away.
@@ -116,10 +159,10 @@ class Qemu:
         asked for devices whose event this conversation will not see.
         """
         deadline = time.monotonic() + timeout_s
-        names = {qemu_id(device_id): device_id for device_id in device_ids}
-        pending = self._present(names)
+        wanted = set(device_ids)
+        pending = self._present(wanted)
         with self._changed:
-            pending |= self._asked & names.keys()
+            pending |= {name for name in self._asked if device_id_of(name) in wanted}
             self._waiting.update(pending)
             while pending - self._outcomes.keys():
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
@@ -127,12 +170,12 @@ class Qemu:
             outcomes = {name: self._outcomes.get(name, "timeout") for name in pending}
             self._waiting.subtract(pending)
             self._waiting = +self._waiting
-            for name in names.keys() - self._waiting.keys():
+            for name in pending - self._waiting.keys():
                 self._asked.discard(name)
                 self._outcomes.pop(name, None)
-        still_there = self._present(names) if pending else set()
-        left = {names[name]: outcomes[name] for name in pending & still_there}
-        self._remove_remains(set(device_ids) - left.keys())
+        still_there = self._present(wanted) if pending else set()
+        left = {device_id_of(name) or "": outcomes[name] for name in pending & still_there}
+        self._remove_remains(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), "lost")
 
     def resize(self, device_id: str, size_bytes: int) -> None:
@@ -210,8 +253,9 @@ class Qemu:
             if label in links and connection.startswith("disconnected:")
         }
 
-    def _present(self, names: Iterable[str]) -> set[str]:
-        return set(self._names_in(PERIPHERAL)).intersection(names)
+    def _present(self, device_ids: Collection[str]) -> set[str]:
+        """The names of what is there of the devices; a group has one for each function."""
+        return {name for name in self._names_in(PERIPHERAL) if device_id_of(name) in device_ids}
 
     def _remove_remains(self, device_ids: set[str]) -> None:
         """Delete what devices that are gone leave: filters before what they filter, daemons last.
@@ -241,6 +285,12 @@ class Qemu:
         except CommandError as error:
             if not any(words in error.desc for words in _NOT_THERE):
                 raise
+
+
+def _with_file(step: Step, files: Mapping[str, int]) -> Step:
+    """The step with the open file that it hands over, if it is one of those."""
+    descriptor = files.get(step.do.arguments.get("fdname", ""))
+    return replace(step, do=replace(step.do, descriptor=descriptor)) if descriptor else step
 
 
 def _daemon_failed(daemon: Daemon, error: HypervisorError, said: str) -> BackendError:

@@ -142,7 +142,10 @@ def _arguments(command: Command, descriptors: Mapping[str, int]) -> list[str]:
     if command.execute in _NOT_WRITTEN:
         return []
     if command.execute in _JSON_OPTIONS:
-        return [_JSON_OPTIONS[command.execute], json.dumps(dict(command.arguments))]
+        said = dict(command.arguments)
+        if said.get("fd") in descriptors:
+            said["fd"] = str(descriptors[said["fd"]])
+        return [_JSON_OPTIONS[command.execute], json.dumps(said)]
     name = command.arguments["id"]
     match command.execute:
         case "chardev-add":

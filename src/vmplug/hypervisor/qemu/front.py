@@ -4,7 +4,16 @@ from typing import Any, assert_never
 
 from vmplug.address import qemu_id
 from vmplug.drivers.base import Command, Step
-from vmplug.drivers.place import CcwPlace, MemorySlot, MmioPlace, PciPlace, Place, ScsiPlace
+from vmplug.drivers.place import (
+    ApPlace,
+    CcwPlace,
+    GroupPlace,
+    MemorySlot,
+    MmioPlace,
+    PciPlace,
+    Place,
+    ScsiPlace,
+)
 
 _WITHOUT_SUFFIX = {"vhost-user-blk", "vhost-user-scsi"}
 """Models that QEMU calls so on virtio-mmio too. Source: `-device help` of QEMU 7.2."""
@@ -32,7 +41,7 @@ def virtio_step(
         case MmioPlace():
             driver = model if model in _WITHOUT_SUFFIX else f"{model}-device"
             where = {"bus": place.bus}
-        case ScsiPlace() | MemorySlot():
+        case ScsiPlace() | MemorySlot() | GroupPlace() | ApPlace():
             raise AssertionError(f"{model} cannot be at {place}")
         case _:
             assert_never(place)

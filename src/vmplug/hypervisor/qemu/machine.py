@@ -10,7 +10,15 @@ from enum import StrEnum
 from typing import Any, assert_never
 
 from vmplug.address import CcwDevNo, PciPath, PciSlot
-from vmplug.drivers.place import MmioPlace, Offer, PciPort, PlugMode, ScsiController
+from vmplug.drivers.place import (
+    FIRMWARE_WINDOWS,
+    MmioPlace,
+    Offer,
+    PciPort,
+    PlugMode,
+    PortKind,
+    ScsiController,
+)
 
 MAX_PORTS = 27
 MAX_MEMORY_SLOTS = 256
@@ -45,8 +53,10 @@ PACKAGE = {
 class VmSpec:
     """A machine to start.
 
-    `ports` and `memory_slots` are for a q35. `disk` is a raw image to boot from and `kernel`,
-    `initrd`, `append` a direct kernel boot; each may be None. `extra` goes to QEMU as it is.
+    `ports`, `bridges` and `memory_slots` are for a q35; `windows` are bytes of 64-bit prefetchable
+    memory that its first ports have for devices with large BARs. `disk` is a raw image to boot
+    from and `kernel`, `initrd`, `append` a direct kernel boot; each may be None. `extra` goes to
+    QEMU as it is.
     """
 
     name: str
@@ -54,6 +64,8 @@ class VmSpec:
     memory_mib: int = 512
     cpus: int = 1
     ports: int = 8
+    bridges: int = 0
+    windows: tuple[int, ...] = ()
     memory_slots: int = 4
     accel: str = "kvm"
     kernel: str | None = None
@@ -67,6 +79,7 @@ def cold_offer(spec: VmSpec) -> Offer:
     """What the machine will have to plug into, before anything else is on it."""
     is_q35, is_s390 = spec.machine is Machine.Q35, spec.machine is Machine.S390
     ports = range(spec.ports if is_q35 else 0)
+    bridges = range(spec.bridges if is_q35 else 0)
     mmio = range(0 if spec.disk is None else 1, _MMIO_TRANSPORTS)
     scsi_path = PciPath((PciSlot(_SCSI_SLOT),)) if is_q35 else None
     return Offer(
@@ -76,8 +89,18 @@ def cold_offer(spec: VmSpec) -> Offer:
                 bus=f"rp{index}",
                 path=PciPath((PciSlot(_FIRST_PORT_SLOT + index),)),
                 free=(PciSlot(0),),
+                windows=FIRMWARE_WINDOWS._replace(prefetchable=_window(spec, index)),
             )
             for index in ports
+        )
+        + tuple(
+            PciPort(
+                bus=f"br{index}",
+                path=PciPath((PciSlot(_FIRST_PORT_SLOT + spec.ports + index),)),
+                free=tuple(PciSlot(slot) for slot in range(1, 32)),
+                kind=PortKind.BRIDGE_PORT,
+            )
+            for index in bridges
         ),
         controllers=(ScsiController(bus="scsi0.0", path=scsi_path, used=frozenset()),)
         if is_q35 or is_s390
@@ -108,6 +131,27 @@ def _mmio_bus(index: int) -> str:
     return f"virtio-mmio-bus.{_MMIO_TRANSPORTS - index}"
 
 
+def _window(spec: VmSpec, index: int) -> int:
+    """Bytes of prefetchable memory behind a port."""
+    asked = spec.windows[index] if index < len(spec.windows) else 0
+    return max(asked, FIRMWARE_WINDOWS.prefetchable)
+
+
+def _ports(spec: VmSpec) -> list[str]:
+    """Root ports, and bridges after them."""
+    arguments = []
+    for index in range(spec.ports):
+        slot, number = hex(_FIRST_PORT_SLOT + index), index + 1
+        port = {"id": f"rp{index}", "bus": "pcie.0", "addr": slot}
+        if (window := _window(spec, index)) > FIRMWARE_WINDOWS.prefetchable:
+            port["pref64-reserve"] = str(window)
+        arguments += _device("pcie-root-port", **port, chassis=number, slot=number)
+    for index in range(spec.bridges):
+        slot = hex(_FIRST_PORT_SLOT + spec.ports + index)
+        arguments += _device("pcie-pci-bridge", id=f"br{index}", bus="pcie.0", addr=slot)
+    return arguments
+
+
 def command_line(spec: VmSpec, qmp_descriptor: int) -> list[str]:
     """QEMU's arguments: places to plug into, shared memory, a QMP socket."""
     arguments = [BINARY[spec.machine], "-name", spec.name]
@@ -120,11 +164,7 @@ def command_line(spec: VmSpec, qmp_descriptor: int) -> list[str]:
     arguments += ["-chardev", f"socket,id=qmp,fd={qmp_descriptor},server=on,wait=off"]
     arguments += ["-mon", "chardev=qmp,mode=control"]
     arguments += _console(spec)
-    for index in range(spec.ports if spec.machine is Machine.Q35 else 0):
-        slot = hex(_FIRST_PORT_SLOT + index)
-        number = index + 1
-        port = {"id": f"rp{index}", "bus": "pcie.0", "addr": slot}
-        arguments += _device("pcie-root-port", **port, chassis=number, slot=number)
+    arguments += _ports(spec) if spec.machine is Machine.Q35 else []
     match spec.machine:
         case Machine.Q35:
             scsi = {"id": "scsi0", "bus": "pcie.0", "addr": hex(_SCSI_SLOT)}

@@ -3,11 +3,19 @@
 import os
 from typing import assert_never
 
-from vmplug.drivers.base import BlockDrive, Plug, RNGDevice, SharedFS, Step, VhostUserDevice
+from vmplug.drivers.base import (
+    BlockDrive,
+    Plug,
+    RNGDevice,
+    SharedFS,
+    Step,
+    VFIODevices,
+    VhostUserDevice,
+)
 from vmplug.drivers.choose import cold_plug_only
 from vmplug.drivers.place import MemorySlot, MmioPlace, Place
 from vmplug.errors import CannotPlug
-from vmplug.hypervisor.qemu import block, nvdimm, rng, share, vhost_user
+from vmplug.hypervisor.qemu import block, nvdimm, rng, share, vfio, vhost_user
 
 
 def plug_steps(plug: Plug, place: Place) -> tuple[Step, ...]:
@@ -23,6 +31,8 @@ def plug_steps(plug: Plug, place: Place) -> tuple[Step, ...]:
             return share.plug_steps(plug, place)
         case RNGDevice():
             return rng.plug_steps(plug, place)
+        case VFIODevices():
+            return vfio.plug_steps(plug, place)
         case _:
             assert_never(plug)
 

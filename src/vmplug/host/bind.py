@@ -1,0 +1,175 @@
+"""Give a PCI function to a driver, and back to the one that it had.
+
+A name in `driver_override` lets that driver take the function and no other; `unbind` takes it from
+the one that has it, `drivers_probe` offers it. The kernel says yes to an offer that no driver
+took, so the `driver` link is read back.
+Source: Documentation/ABI/testing/sysfs-bus-pci; Linux drivers/base/bus.c, drivers/base/dd.c.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Mapping
+from threading import Thread
+from typing import NamedTuple
+
+from vmplug.address import Bdf
+from vmplug.errors import BindError, NoSuchDevice
+from vmplug.host.root import HostRoot
+
+log = logging.getLogger(__name__)
+
+PCI_DRIVERS = "/sys/bus/pci/drivers"
+PLAIN_DRIVER = "vfio-pci"
+
+WRITE_TIMEOUT_S = 60.0
+"""How long the kernel may take for one write. An unbind waits until nobody has the device open,
+a reset up to a minute for the device. Source: drivers/vfio/vfio_main.c, drivers/pci/pci.c."""
+
+_PROBE = "/sys/bus/pci/drivers_probe"
+_NO_OVERRIDE = ("", "(null)")
+
+_TRY_ROOT = "become root; in a container, mount the host's /sys for writing"
+_TRY_AGAIN = "it went, or somebody took it at this very moment: try again"
+_HINTS = {
+    errno.EACCES: _TRY_ROOT,
+    errno.EPERM: _TRY_ROOT,
+    errno.EROFS: _TRY_ROOT,
+    errno.EBUSY: "something still uses it: close that, then try again",
+    errno.ENODEV: _TRY_AGAIN,
+    errno.ENOENT: _TRY_AGAIN,
+    errno.ETIMEDOUT: "something still uses it: close that; vmplug reconcile then finishes this",
+}
+_SEE_LOG = "the kernel's log (dmesg) may say why"
+
+
+class FormerBinding(NamedTuple):
+    """What a function was bound to; `driver` None for no driver, `driver_override` for any."""
+
+    bdf: Bdf
+    driver: str | None
+    driver_override: str | None
+
+
+class Writer(NamedTuple):
+    """Writes to sysfs on behalf of one device, each write a step with a deadline."""
+
+    device: str
+    root: HostRoot
+    timeout_s: float = WRITE_TIMEOUT_S
+
+    def write(self, step: str, path: str, text: str, *, hints: Mapping[int, str] = _HINTS) -> None:
+        """One step. Raises BindError with the kernel's errno, ETIMEDOUT past the deadline.
+
+        A write that overruns it goes on in the kernel: what it did is known when it has ended.
+        """
+        answers: list[int | None] = []
+        thread = Thread(
+            target=lambda: answers.append(self.root.write_attribute(path, text)), daemon=True
+        )
+        thread.start()
+        thread.join(self.timeout_s)
+        number = answers[0] if answers else errno.ETIMEDOUT
+        if number is not None:
+            raise BindError(
+                self.device,
+                step,
+                f"{self.device}: {step} failed: the kernel "
+                + (f"says {os.strerror(number)!r}" if answers else self._overran())
+                + f" to {text.strip()!r} in {path}",
+                errno=number,
+                hint=hints.get(number) or _HINTS.get(number, _SEE_LOG),
+            )
+
+    def _overran(self) -> str:
+        return f"has not answered within {self.timeout_s:g} s"
+
+
+def read_former(bdf: Bdf, root: HostRoot) -> FormerBinding:
+    """What a function is bound to now. Raises NoSuchDevice."""
+    base = f"{root.pci_devices}/{bdf}"
+    if root.stat(base) is None:
+        raise NoSuchDevice(str(bdf), f"no PCI function {bdf} on this host", found="nothing")
+    text = (root.read_attribute(f"{base}/driver_override") or b"").decode(errors="replace").strip()
+    override = None if text in _NO_OVERRIDE else text
+    return FormerBinding(bdf, read_driver(bdf, root), override)
+
+
+def read_driver(bdf: Bdf, root: HostRoot) -> str | None:
+    """The driver that has the function; None for none."""
+    target = root.link(f"{root.pci_devices}/{bdf}/driver")
+    return target.rpartition("/")[2] if target else None
+
+
+def bind_function(
+    bdf: Bdf, driver: str, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S
+) -> None:
+    """Give a function to a driver that is loaded, whoever has it now.
+
+    Raises BindError, which names the step; the steps before it are not undone: see `restore`.
+    """
+    writer = Writer(str(bdf), root, timeout_s)
+    _override(bdf, driver, writer)
+    _unbind(bdf, writer)
+    _probe(bdf, driver, writer)
+
+
+def restore(former: FormerBinding, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S) -> None:
+    """Make a function's binding what it was; nothing is written when it is so already.
+
+    A virtual function is reset before its driver gets it back. Raises BindError, and may be
+    repeated then; NoSuchDevice when the function has gone.
+    """
+    writer = Writer(str(former.bdf), root, timeout_s)
+    now = read_former(former.bdf, root)
+    if now.driver != former.driver:
+        if former.driver and now.driver_override != former.driver:
+            _override(former.bdf, former.driver, writer)
+        _unbind(former.bdf, writer)
+        _reset_virtual(former.bdf, writer)
+        if former.driver:
+            _probe(former.bdf, former.driver, writer)
+    if read_former(former.bdf, root).driver_override != former.driver_override:
+        _override(former.bdf, former.driver_override, writer)
+
+
+def reset_function(bdf: Bdf, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S) -> None:
+    """Reset a function, so that nothing of its last user is left in it. Raises BindError."""
+    writer = Writer(str(bdf), root, timeout_s)
+    writer.write("reset", f"{root.pci_devices}/{bdf}/reset", "1")
+
+
+def _override(bdf: Bdf, driver: str | None, writer: Writer) -> None:
+    path = f"{writer.root.pci_devices}/{bdf}/driver_override"
+    writer.write("driver_override", path, f"{driver or ''}\n")
+
+
+def _unbind(bdf: Bdf, writer: Writer) -> None:
+    if driver := read_driver(bdf, writer.root):
+        writer.write("unbind", f"{PCI_DRIVERS}/{driver}/unbind", str(bdf))
+
+
+def _probe(bdf: Bdf, driver: str, writer: Writer) -> None:
+    writer.write("drivers_probe", _PROBE, str(bdf))
+    found = read_driver(bdf, writer.root)
+    if found == driver:
+        return
+    is_loaded = writer.root.stat(f"{PCI_DRIVERS}/{driver}") is not None
+    why = f"it is driven by {found}" if found else "it has no driver now"
+    hint = _SEE_LOG
+    if not is_loaded:
+        hint = f"the driver is not loaded: modprobe {driver}, then try again"
+    elif driver == PLAIN_DRIVER:
+        hint += "; vfio-pci takes no function without an IOMMU group, nor one on its deny-list"
+    raise BindError(str(bdf), "drivers_probe", f"{driver} did not take {bdf}: {why}", hint=hint)
+
+
+def _reset_virtual(bdf: Bdf, writer: Writer) -> None:
+    """VFIO resets what it can when its user closes it; this is for what died before that."""
+    base = f"{writer.root.pci_devices}/{bdf}"
+    if writer.root.link(f"{base}/physfn") is None or writer.root.stat(f"{base}/reset") is None:
+        return
+    try:
+        reset_function(bdf, writer.root, timeout_s=writer.timeout_s)
+    except BindError as error:
+        log.warning("%s; it is given back all the same, ignoring", error)

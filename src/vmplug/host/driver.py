@@ -1,0 +1,70 @@
+"""Which driver of VFIO a PCI function is for, and is it loaded?
+
+A variant driver serves some devices better than vfio-pci, for live migration or for memory of
+their own. Modules say which by aliases of the form of a modalias.
+Source: Documentation/driver-api/vfio-pci-device-specific-driver-acceptance.rst; modules.alias in
+depmod(8); MODULE_DEVICE_TABLE of `vfio_pci:` in scripts/mod/file2alias.c.
+"""
+
+import fnmatch
+from collections.abc import Iterator
+
+from vmplug.errors import BindError
+from vmplug.host.bind import PCI_DRIVERS, PLAIN_DRIVER
+from vmplug.host.pci import PciFunction
+from vmplug.host.program import run_program
+from vmplug.host.root import HostRoot
+
+_ALIAS = "alias vfio_pci:"
+_LOAD_TIMEOUT_S = 30.0
+
+
+def choose_driver(function: PciFunction, root: HostRoot) -> str:
+    """The module of the most specific driver of VFIO that there is for a function."""
+    known = (function.modalias or "").removeprefix("pci:")
+    fitting = [
+        (pattern.count("*"), module)
+        for pattern, module in _read_aliases(root)
+        if fnmatch.fnmatchcase(known, pattern)
+    ]
+    module = min(fitting, default=(0, PLAIN_DRIVER))[1]
+    return PLAIN_DRIVER if is_same_driver(module, PLAIN_DRIVER) else module
+
+
+def _read_aliases(root: HostRoot) -> Iterator[tuple[str, str]]:
+    """What modules of the running kernel take by way of VFIO, with their names."""
+    release = (root.read_text("/proc/sys/kernel/osrelease") or "").strip()
+    for line in (root.read_text(f"/lib/modules/{release}/modules.alias") or "").split("\n"):
+        if line.startswith(_ALIAS):
+            pattern, _, module = line.removeprefix(_ALIAS).partition(" ")
+            if module:
+                yield pattern, module.strip()
+
+
+def find_driver(name: str, root: HostRoot) -> str | None:
+    """A driver as the kernel spells it, `-` or `_`; None when it is not loaded."""
+    return next((known for known in root.names(PCI_DRIVERS) if is_same_driver(known, name)), None)
+
+
+def is_same_driver(name: str, other: str) -> bool:
+    """Whether two names are one driver's: a module's has `_` where the driver's may have `-`."""
+    return name.replace("-", "_") == other.replace("-", "_")
+
+
+def load_driver(name: str, root: HostRoot, *, device: str) -> str:
+    """The driver as the kernel spells it, loaded if it was not. BindError names `device`."""
+    if found := find_driver(name, root):
+        return found
+    directory = [] if root.is_live else ["--dirname", root.path]
+    done = run_program(["modprobe", *directory, "--", name], timeout_s=_LOAD_TIMEOUT_S)
+    if found := find_driver(name, root):
+        return found
+    why = "the kernel has no such PCI driver" if done.status == 0 else done.complaint
+    other = f", or choose another driver with --driver {PLAIN_DRIVER}"
+    raise BindError(
+        device,
+        "modprobe",
+        f"the driver {name} cannot be loaded: {why}",
+        hint="install the kernel's modules"
+        + (", or a kernel with CONFIG_VFIO_PCI" if is_same_driver(name, PLAIN_DRIVER) else other),
+    )

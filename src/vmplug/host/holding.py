@@ -1,0 +1,192 @@
+"""What a function of the host is used for: its block devices and its network interfaces.
+
+Everything is found from the classes, each entry of which is a link to its place in the device
+tree: a disk of an NVMe drive, of a SCSI controller or of a virtio device alike lies below the PCI
+function that it came from. So does all that is behind a bridge or a volume management device.
+Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrconf.c, route.c.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from vmplug.address import Bdf
+from vmplug.devnum import DevNum
+from vmplug.errors import AttributeReadError
+from vmplug.host.root import HostRoot
+
+_BLOCK, _NET = "/sys/class/block", "/sys/class/net"
+_USUAL_TARGET = "../../devices/"
+
+_NVME_PATH = re.compile(r"nvme([0-9]+)c[0-9]+(n[0-9]+)\Z", re.ASCII)
+"""One way to a disk of several controllers, a disk without a number; the disk itself is below no
+PCI function. Source: nvme_mpath_set_disk_name, Linux drivers/nvme/host/multipath.c."""
+
+_RTF_UP, _RTF_REJECT = 0x1, 0x200
+"""Source: include/uapi/linux/route.h."""
+_SCOPE_LINK = 0x20
+"""Source: IPV6_ADDR_LINKLOCAL, include/net/ipv6.h."""
+
+
+class NetInterface(NamedTuple):
+    """A network interface, and what the host uses it for.
+
+    `master` is what it is part of, a bridge or a bond, or else what was built on it, a VLAN; None
+    for nothing. The address that every interface has of itself (link-local) does not count. An
+    IPv4 address is known by the route that it brings with it.
+    """
+
+    name: str
+    has_default_route: bool
+    has_address: bool
+    master: str | None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the host would miss it."""
+        return self.has_default_route or self.has_address or self.master is not None
+
+
+def block_devices_of(sysfs_real_path: str, root: HostRoot) -> list[DevNum]:
+    """The block devices, disks and partitions, that come from the device of that directory.
+
+    No link may be left in the path: /sys/devices/pci0000:00/0000:00:1f.2. Raises
+    AttributeReadError.
+    """
+    paths = read_block_paths(root)
+    below = {name for name, path in paths.items() if path.startswith(f"{sysfs_real_path}/")}
+    numbers = (
+        root.read_devnum(f"{paths[name]}/dev") for name in sorted(_with_heads(below, paths))
+    )
+    return [number for number in numbers if number]
+
+
+def read_block_paths(root: HostRoot) -> dict[str, str]:
+    """The directory of every block device by its kernel name, without links."""
+    return dict(_class_paths(_BLOCK, root))
+
+
+def _with_heads(names: set[str], known: dict[str, str]) -> set[str]:
+    """The names, and the disks to which some of them are only one way of several."""
+    heads = [f"nvme{match[1]}{match[2]}" for name in names if (match := _NVME_PATH.match(name))]
+    if not heads:
+        return names
+    parts = re.compile(f"({'|'.join(heads)})(p[0-9]+)?\\Z", re.ASCII)
+    return names | {name for name in known if parts.match(name)}
+
+
+def networks_of(bdf: Bdf | str, root: HostRoot) -> list[NetInterface]:
+    """The network interfaces that come from a function. Raises AttributeReadError."""
+    directory = f"{root.pci_devices}/{bdf}"
+    real = root.real_path(directory)
+    below = {name for name, path in _class_paths(_NET, root) if path.startswith(f"{real}/")}
+    names = sorted(below | set(root.names(f"{directory}/net")))
+    if not names:
+        return []
+    uses = read_network_uses(root)
+    return [uses.interface(name) for name in names]
+
+
+def read_net_paths(root: HostRoot) -> dict[str, str]:
+    """The directory of every network interface by its name, without links."""
+    return dict(_class_paths(_NET, root))
+
+
+def _class_paths(directory: str, root: HostRoot) -> Iterator[tuple[str, str]]:
+    for name in root.names(directory):
+        path = f"{directory}/{name}"
+        try:
+            target = root.link(path)
+        except AttributeReadError:  # a file of that class, such as bonding_masters, or a copy
+            target = None
+        if target and target.startswith(_USUAL_TARGET) and "/../" not in target[len("../..") :]:
+            yield name, f"/sys/{target.removeprefix('../../')}"
+        else:
+            yield name, root.real_path(path)
+
+
+class NetworkUses(NamedTuple):
+    """The interfaces that have routes and addresses, and the host they are on."""
+
+    with_default_route: frozenset[str]
+    with_address: frozenset[str]
+    root: HostRoot
+
+    def interface(self, name: str) -> NetInterface:
+        """What the host uses one of them for."""
+        return NetInterface(
+            name=name,
+            has_default_route=name in self.with_default_route,
+            has_address=name in self.with_address,
+            master=_read_master(name, self.root),
+        )
+
+
+def read_network_uses(root: HostRoot) -> NetworkUses:
+    """Which interfaces the host has given routes and addresses. Raises AttributeReadError."""
+    default4, routed = _read_routes4(root)
+    return NetworkUses(
+        with_default_route=frozenset(default4 | _read_defaults6(root)),
+        with_address=frozenset(routed | _read_addressed6(root)),
+        root=root,
+    )
+
+
+def _read_master(name: str, root: HostRoot) -> str | None:
+    directory = f"{_NET}/{name}"
+    if target := root.link(f"{directory}/master"):
+        return target.rpartition("/")[2]
+    uppers = (entry for entry in root.names(directory) if entry.startswith("upper_"))
+    return next((entry.removeprefix("upper_") for entry in uppers), None)
+
+
+def _read_routes4(root: HostRoot) -> tuple[set[str], set[str]]:
+    """The interfaces with the default route, and those with any, in the main table."""
+    defaults, routed = set[str](), set[str]()
+    for line, fields in _rows("/proc/net/route", 8, root, skip=1):
+        try:
+            target, flags, mask = (int(fields[column], 16) for column in (1, 3, 7))
+        except ValueError:
+            raise AttributeReadError("/proc/net/route", why=f"{line[:60]!r}") from None
+        if flags & _RTF_UP and not flags & _RTF_REJECT:
+            routed.add(fields[0])
+            if not target | mask:
+                defaults.add(fields[0])
+    return defaults, routed
+
+
+def _read_defaults6(root: HostRoot) -> set[str]:
+    """The interfaces with a default route; the kernel's own, which reject, are of `lo`."""
+    defaults = set[str]()
+    for line, fields in _rows("/proc/net/ipv6_route", 10, root):
+        try:
+            target, length, flags = (int(fields[column], 16) for column in (0, 1, 8))
+        except ValueError:
+            raise AttributeReadError("/proc/net/ipv6_route", why=f"{line[:60]!r}") from None
+        if not target | length and flags & _RTF_UP and not flags & _RTF_REJECT:
+            defaults.add(fields[9])
+    return defaults
+
+
+def _read_addressed6(root: HostRoot) -> set[str]:
+    addressed = set[str]()
+    for line, fields in _rows("/proc/net/if_inet6", 6, root):
+        try:
+            scope = int(fields[3], 16)
+        except ValueError:
+            raise AttributeReadError("/proc/net/if_inet6", why=f"{line[:60]!r}") from None
+        if scope != _SCOPE_LINK:
+            addressed.add(fields[5])
+    return addressed
+
+
+def _rows(
+    path: str, columns: int, root: HostRoot, *, skip: int = 0
+) -> Iterator[tuple[str, list[str]]]:
+    """The lines of a table, each with its fields."""
+    for line in (root.read_text(path) or "").split("\n")[skip:]:
+        fields = line.split()
+        if fields:
+            if len(fields) < columns:
+                raise AttributeReadError(path, why=f"{line[:60]!r} is cut short")
+            yield line, fields

@@ -1,0 +1,111 @@
+"""Mediated devices: make one of a type that a parent offers, and take it away.
+
+Source: Documentation/driver-api/vfio-mediated-device.rst.
+"""
+
+import time
+from uuid import uuid4
+
+from vmplug.errors import BindError, NoSuchDevice, SpecError
+from vmplug.host.bind import WRITE_TIMEOUT_S, Writer
+from vmplug.host.iommu import find_group
+from vmplug.host.mdev import MDEV_DEVICES, UUID, MdevType, read_mdev_types
+from vmplug.host.root import HostRoot
+
+_MADE_TIMEOUT_S = 10.0
+_STEP_S = 0.01
+
+
+def create_mediated(
+    parent: str,
+    type_name: str,
+    root: HostRoot,
+    *,
+    uuid: str | None = None,
+    timeout_s: float = WRITE_TIMEOUT_S,
+) -> str:
+    """Make a mediated device, and return its UUID, which is drawn if none is given.
+
+    It is in an IOMMU group by then. Raises SpecError for a malformed UUID, NoSuchDevice for a
+    parent or a type that is not there, BindError when the kernel makes none; then there is none.
+    """
+    uuid = uuid.lower() if uuid else str(uuid4())
+    if not UUID.match(uuid):
+        raise SpecError("--uuid", f"{uuid!r} is no UUID", hint="leave it out to have one drawn")
+    found = _find_type(parent, type_name, root)
+    if root.stat(f"{MDEV_DEVICES}/{uuid}"):
+        raise BindError(
+            uuid, "create", f"there is a mediated device {uuid} already", hint="draw another UUID"
+        )
+    if found.available == 0:
+        raise BindError(
+            uuid,
+            "create",
+            f"{parent} has no more room for a {type_name}",
+            hint="remove one that is not used (vmplug mdev remove UUID); vmplug host shows them",
+        )
+    writer = Writer(uuid, root, timeout_s)
+    base = f"/sys/class/mdev_bus/{parent}/mdev_supported_types/{type_name}"
+    writer.write("create", f"{base}/create", uuid)
+    if not _wait(uuid, root):
+        remove_mediated(uuid, root, timeout_s=timeout_s)
+        raise BindError(
+            uuid,
+            "create",
+            f"{uuid} was made, but no driver of VFIO has taken it",
+            hint="modprobe vfio_mdev; the kernel's log (dmesg) may say why",
+        )
+    return uuid
+
+
+def remove_mediated(uuid: str, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S) -> None:
+    """Take a mediated device away; whether anybody uses it is the caller's to know.
+
+    Raises NoSuchDevice or BindError.
+    """
+    base = f"{MDEV_DEVICES}/{uuid}"
+    if not UUID.match(uuid) or root.stat(base) is None:
+        raise NoSuchDevice(
+            uuid,
+            f"no mediated device {uuid} on this host",
+            found="nothing",
+            hint="vmplug host shows what there is",
+        )
+    Writer(uuid, root, timeout_s).write("remove", f"{base}/remove", "1")
+    if root.stat(base) is not None:
+        raise BindError(
+            uuid,
+            "remove",
+            f"{uuid} was told to go and is still there",
+            hint="the kernel's log (dmesg) may say why",
+        )
+
+
+def _find_type(parent: str, type_name: str, root: HostRoot) -> MdevType:
+    offered = read_mdev_types(root)
+    of_parent = [offer for offer in offered if offer.parent == parent]
+    for offer in of_parent:
+        if offer.name == type_name:
+            return offer
+    if of_parent:
+        names = ", ".join(offer.name for offer in of_parent)
+        message = f"{parent} makes no mediated devices of type {type_name!r}"
+        raise NoSuchDevice(type_name, message, found="nothing", hint=f"it makes {names}")
+    parents = ", ".join(dict.fromkeys(offer.parent for offer in offered))
+    raise NoSuchDevice(
+        parent,
+        f"{parent!r} makes no mediated devices",
+        found="nothing",
+        hint=f"{parents} do" if parents else "no device of this host does",
+    )
+
+
+def _wait(uuid: str, root: HostRoot) -> bool:
+    """Whether it is there and in a group before the deadline."""
+    deadline = time.monotonic() + _MADE_TIMEOUT_S
+    path = f"{MDEV_DEVICES}/{uuid}"
+    while root.stat(path) is None or find_group(path, root) is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_STEP_S)  # the kernel gives no event for the group
+    return True

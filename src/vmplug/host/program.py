@@ -1,0 +1,49 @@
+"""Programs of the host: run one to its end, and say how it ended."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+_SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where modprobe and ip are; a service's or a user's PATH often lacks it."""
+_KILLED_TIMEOUT_S = 1.0
+
+
+class Finished(NamedTuple):
+    """How a program ended; `status` is None when it did not run, or not to its end."""
+
+    status: int | None
+    stdout: str
+    complaint: str
+
+
+def run_program(arguments: Sequence[str], *, timeout_s: float) -> Finished:
+    """Run a program with nothing on its stdin; one that overruns the deadline is killed."""
+    path = os.environ.get("PATH", "")
+    environment = {**os.environ, "LC_ALL": "C", "PATH": f"{path}:{_SYSTEM_PATH}".lstrip(":")}
+    try:
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+    except FileNotFoundError:
+        return Finished(None, "", f"the program {arguments[0]} is not installed")
+    except OSError as error:
+        return Finished(None, "", f"{arguments[0]} cannot be run: {error.strerror}")
+    with process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=_KILLED_TIMEOUT_S)
+            why = f"{arguments[0]} did not end within {timeout_s:g} s"
+            return Finished(None, "", why)
+    said = "; ".join(stderr.decode(errors="replace").split("\n")[:3]).strip("; ")
+    complaint = said or f"{arguments[0]} ended with status {process.returncode}"
+    return Finished(process.returncode, stdout.decode(errors="replace"), complaint)

@@ -1,0 +1,127 @@
+"""What stands behind the devices of the in-memory hypervisor: disks, connections, objects.
+
+What it answers is held to real QEMU 7.2 by the contract tests.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Refused(Exception):
+    """A command that QEMU would refuse, in QEMU's words."""
+
+    def __init__(self, desc: str, error_class: str = "GenericError") -> None:
+        super().__init__(desc)
+        self.error_class = error_class
+
+
+@dataclass(slots=True)
+class MemoryParts:
+    """The commands that make and remove what a device is made of, by their QMP names."""
+
+    nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    objects: dict[str, str] = field(default_factory=dict)
+    chardevs: dict[str, str] = field(default_factory=dict)
+    netdevs: dict[str, str] = field(default_factory=dict)
+    descriptors: set[str] = field(default_factory=set)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @abstractmethod
+    def _used(self, key: str) -> set[Any]:
+        """What devices, and for a chardev networks, have as that property."""
+
+    def _query_named_block_nodes(self, *, flat: bool) -> list[dict[str, str]]:
+        return [{"node-name": name} for name in self.nodes]
+
+    def _query_chardev(self) -> list[dict[str, Any]]:
+        return [
+            {"label": name, "filename": connection, "frontend-open": True}
+            for name, connection in self.chardevs.items()
+        ]
+
+    def _blockdev_add(self, node_name: str, **options: Any) -> dict[str, Any]:
+        group, file = options.get("throttle_group"), options.get("file")
+        if group and group not in self.objects:
+            raise Refused(f"Throttle group '{group}' does not exist")
+        if isinstance(file, str) and file not in self.nodes:
+            raise Refused(f"Cannot find device='{file}' nor node-name='{file}'")
+        if node_name in self.nodes:
+            raise Refused(f"Duplicate nodes with node-name='{node_name}'")
+        self.nodes[node_name] = options
+        return {}
+
+    def _blockdev_del(self, node_name: str) -> dict[str, Any]:
+        if node_name not in self.nodes:
+            raise Refused(f"Failed to find node with node-name='{node_name}'")
+        if node_name in self._used("drive"):
+            raise Refused(f"Node {node_name} is in use")
+        if node_name in [node.get("file") for node in self.nodes.values()]:
+            raise Refused(f"Block device {node_name} is in use")
+        del self.nodes[node_name]
+        return {}
+
+    def _object_add(self, qom_type: str, id: str, **properties: Any) -> dict[str, Any]:
+        if id in self.objects:
+            raise Refused(f"attempt to add duplicate property '{id}' to object (type 'container')")
+        self.objects[id] = qom_type
+        return {}
+
+    def _object_del(self, id: str) -> dict[str, Any]:
+        if id not in self.objects:
+            raise Refused(f"object '{id}' not found")
+        groups = [node.get("throttle_group") for node in self.nodes.values()]
+        if id in [*groups, *self._used("memdev")]:
+            raise Refused(f"object '{id}' is in use, can not be deleted")
+        del self.objects[id]
+        return {}
+
+    def _getfd(self, fdname: str) -> dict[str, Any]:
+        self.descriptors.add(fdname)
+        return {}
+
+    def _closefd(self, fdname: str) -> dict[str, Any]:
+        if fdname not in self.descriptors:
+            raise Refused(f"File descriptor named '{fdname}' not found")
+        self.descriptors.remove(fdname)
+        return {}
+
+    def _chardev_add(self, id: str, backend: Mapping[str, Any]) -> dict[str, Any]:
+        if id in self.chardevs:
+            raise Refused(f"Chardev with id '{id}' already exists")
+        name = backend["data"]["addr"]["data"].get("str")
+        if name not in {None, *self.descriptors}:
+            why = f"File descriptor named '{name}' has not been found"
+            raise Refused(f"Failed to add chardev '{id}': {why}")
+        self.descriptors.discard(name)
+        self.chardevs[id] = "unix:"
+        return {}
+
+    def _chardev_remove(self, id: str) -> dict[str, Any]:
+        if id not in self.chardevs:
+            raise Refused(f"Chardev '{id}' not found")
+        if id in self._used("chardev"):
+            raise Refused(f"Chardev '{id}' is busy")
+        del self.chardevs[id]
+        return {}
+
+    def _netdev_add(self, type: str, id: str, chardev: str, queues: int = 1) -> dict[str, Any]:
+        if id in self.netdevs:
+            raise Refused(f"Duplicate ID '{id}'")
+        if chardev not in self.chardevs:
+            raise Refused(f'chardev "{chardev}" not found')
+        self.netdevs[id] = chardev
+        return {}
+
+    def _netdev_del(self, id: str) -> dict[str, Any]:
+        if id not in self.netdevs:
+            raise Refused(f"Device '{id}' not found", "DeviceNotFound")
+        self.chardevs.pop(self.netdevs.pop(id), None)
+        return {}
+
+    def _block_resize(self, node_name: str, size: int) -> dict[str, Any]:
+        if node_name not in self.nodes:
+            raise Refused(f"Cannot find device='' nor node-name='{node_name}'")
+        self.sizes[node_name] = size
+        return {}

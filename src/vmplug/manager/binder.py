@@ -1,0 +1,346 @@
+"""Binder: functions given to VFIO and back to the drivers that they had, through any crash.
+
+| journal | function | recover |
+| --- | --- | --- |
+| binding, unbinding | anything | given back to what it had |
+| bound, for a device that is no more | with VFIO | given back |
+| bound, by hand or for a device | with VFIO | left |
+| bound by hand | another driver has it | forgotten: somebody gave it away |
+| anything | gone, or of an earlier boot | forgotten |
+
+What a process has open is left as it is. Rows stay when giving back fails, so that it can be
+repeated.
+"""
+
+import errno
+import logging
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from typing import NamedTuple
+
+from vmplug.address import Bdf
+from vmplug.errors import BindError, DeviceError, HostError, NoSuchDevice, StateError
+from vmplug.host.bind import WRITE_TIMEOUT_S, FormerBinding, bind_function, read_former, restore
+from vmplug.host.device import VfioGroup
+from vmplug.host.driver import choose_driver, is_same_driver, load_driver
+from vmplug.host.finding import Code
+from vmplug.host.pci import PciFunction, find_function
+from vmplug.host.root import HostRoot
+from vmplug.host.vfio import find_vfio_device, is_vfio_driver
+from vmplug.manager.bindings import Binding, BindingState
+from vmplug.manager.store import Store
+from vmplug.manager.use import USED_BY_VM, check_use, refuse_use
+
+log = logging.getLogger(__name__)
+
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+_MENDED = frozenset({Code.NOT_BOUND, Code.GROUP_NOT_VIABLE})
+"""Findings that binding mends."""
+
+
+class Outcome(StrEnum):
+    """What became of a binding that was not as it should be."""
+
+    GIVEN_BACK = "given back"
+    FORGOTTEN = "forgotten"
+    STILL_OPEN = "still open"
+    FAILED = "failed"
+
+
+class Returned(NamedTuple):
+    """A function that was to be given back; `error` is set when that failed."""
+
+    former: FormerBinding
+    outcome: Outcome
+    reason: str
+    error: BindError | None = None
+
+
+class _Step(NamedTuple):
+    """One function to be bound: what is journalled of it, and what it is if that fails."""
+
+    bdf: Bdf
+    driver: str
+    row: Binding
+    before: FormerBinding
+    row_before: Binding | None
+
+
+class Binder:
+    """Binds functions of `host` and keeps account of it in the journal."""
+
+    def __init__(
+        self, journal: Store, host: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S
+    ) -> None:
+        self._journal = journal
+        self._host = host
+        self._timeout_s = timeout_s
+
+    def bindings(self) -> list[Binding]:
+        """Every function that vmplug has bound since the host booted."""
+        boot_id = self._boot_id()
+        return [row for row in self._journal.bindings.all() if row.boot_id == boot_id]
+
+    def bind(
+        self,
+        group: VfioGroup,
+        *,
+        device_id: str | None = None,
+        driver: str | None = None,
+        allow: Collection[Code] = (),
+    ) -> list[Binding]:
+        """Give every function of a group to VFIO, all or none; gives what vmplug has bound of it.
+
+        Functions that VFIO has already stay so, unless another `driver` is named, and are not
+        journalled: nobody gives them back. A group that is bound for a device (`device_id`) has
+        been examined already; otherwise InUse is raised for what speaks against it. Raises
+        BindError, NoSuchDevice; then all is as it was. A mediated device needs no binding.
+        """
+        if group.mediated:
+            return []
+        _check_functions(group)
+        with self._alone() as rows:
+            functions = [_find(function.bdf, self._host) for function in group.functions]
+            wanted = [f for f in functions if not self._is_bound(f, driver)]
+            if wanted and device_id is None:
+                found = check_use(group, self._journal, self._host)
+                refuse_use(group.host_path, [f for f in found if f.code not in _MENDED], allow)
+            steps = [self._plan(f, driver, rows.get(f.bdf), device_id) for f in wanted]
+            if steps:
+                self._bind_all(steps)
+                log.info("bound %s to VFIO", ", ".join(str(step.bdf) for step in steps))
+            held = [rows[f.bdf] for f in functions if f.bdf in rows and f not in wanted]
+            self._adopt(held, device_id)
+        members = {function.bdf for function in group.functions}
+        return [row for row in self.bindings() if row.bdf in members]
+
+    def unbind(self, group: VfioGroup) -> list[Returned]:
+        """Give the functions of a group back to the drivers that they had, and tell which.
+
+        Functions that vmplug has not bound are left as they are. Raises StateError when it has
+        bound none of them, InUse while a VM or a process has the group, BindError for the first
+        that is not taken back; the others are given back all the same.
+        """
+        with self._alone() as rows:
+            mine = [rows[f.bdf] for f in group.functions if f.bdf in rows]
+            if not mine:
+                raise _not_bound(group)
+            found = check_use(group, self._journal, self._host)
+            refuse_use(group.host_path, [f for f in found if f.code in USED_BY_VM])
+            return self._return_all(mine)
+
+    def give_back(self, device_id: str) -> list[Returned]:
+        """Give back what was bound for a device; nothing when nothing was.
+
+        Raises BindError for the first function that is not taken back.
+        """
+        if not any(row.device_id == device_id for row in self._journal.bindings.all()):
+            return []
+        with self._alone() as rows:
+            return self._return_all([r for r in rows.values() if r.device_id == device_id])
+
+    def recover(self) -> list[Returned]:
+        """Make the journal and the drivers agree after a crash; tells what was done."""
+        if not self._journal.bindings.all():
+            return []
+        boot_id = self._boot_id()
+        stale = [row for row in self._journal.bindings.all() if row.boot_id != boot_id]
+        told = [Returned(r.former, Outcome.FORGOTTEN, "the host has booted since") for r in stale]
+        with self._alone() as rows:
+            known = self._journal.device_ids()
+            for row in rows.values():
+                try:
+                    done = self._recover_one(row, known)
+                except HostError as error:
+                    done = _failed(row.former, error)
+                told += [done] if done else []
+        return told
+
+    # one function
+
+    def _is_bound(self, function: PciFunction, driver: str | None) -> bool:
+        is_wanted = driver is None or is_same_driver(function.driver or "", driver)
+        return is_wanted and is_vfio_driver(function, self._host)
+
+    def _plan(
+        self, function: PciFunction, driver: str | None, row: Binding | None, device_id: str | None
+    ) -> _Step:
+        """What is to be done with a function; the driver is loaded by then."""
+        before = read_former(function.bdf, self._host)
+        is_older = row and (row.state is not BindingState.BOUND or self._is_bound(function, None))
+        name = driver or choose_driver(function, self._host)
+        return _Step(
+            bdf=function.bdf,
+            driver=load_driver(name, self._host, device=str(function.bdf)),
+            row=Binding(
+                former=row.former if row and is_older else before,
+                state=BindingState.BINDING,
+                device_id=device_id,
+                boot_id=self._boot_id(),
+            ),
+            before=before,
+            row_before=row,
+        )
+
+    def _bind_all(self, steps: Sequence[_Step]) -> None:
+        """1. Journal. 2. Bind each. 3. Journal. Whatever fails, all is as it was."""
+        rows = self._journal.bindings
+        rows.put(step.row for step in steps)
+        begun: list[_Step] = []
+        try:
+            for step in steps:
+                begun.append(step)
+                bind_function(step.bdf, step.driver, self._host, timeout_s=self._timeout_s)
+                self._check_taken(step)
+        except BaseException as error:
+            self._undo(steps, begun, error)
+            raise
+        rows.put(replace(step.row, state=BindingState.BOUND) for step in steps)
+
+    def _check_taken(self, step: _Step) -> None:
+        if not is_vfio_driver(_find(step.bdf, self._host), self._host):
+            raise BindError(
+                str(step.bdf),
+                "drivers_probe",
+                f"{step.driver} has taken {step.bdf}, but is no driver of VFIO",
+                hint="name vfio-pci or one of its variants with --driver",
+            )
+
+    def _undo(self, steps: Sequence[_Step], begun: Sequence[_Step], error: BaseException) -> None:
+        """Put back what was begun; what cannot be stays in the journal as it is."""
+        stuck = set[Bdf]()
+        for step in reversed(begun):
+            if step is begun[-1] and getattr(error, "errno", None) == errno.ETIMEDOUT:
+                stuck.add(step.bdf)  # the kernel is still at it
+                continue
+            try:
+                restore(step.before, self._host, timeout_s=self._timeout_s)
+            except HostError as failure:
+                if not isinstance(failure, NoSuchDevice):
+                    stuck.add(step.bdf)
+        undone = [step for step in steps if step.bdf not in stuck]
+        self._journal.bindings.forget(step.bdf for step in undone)
+        self._journal.bindings.put(step.row_before for step in undone if step.row_before)
+        if stuck and isinstance(error, DeviceError):
+            names = ", ".join(map(str, sorted(stuck)))
+            again = f"{names} could not be put back: vmplug reconcile tries again"
+            error.hint = f"{error.hint}; {again}" if error.hint else again
+
+    def _adopt(self, rows: Iterable[Binding], device_id: str | None) -> None:
+        """What a crash, or a device that is no more, left with VFIO is bound for this one now."""
+        known = self._journal.device_ids() | {device_id, None}
+        self._journal.bindings.put(
+            replace(row, state=BindingState.BOUND, device_id=device_id)
+            for row in rows
+            if row.state is not BindingState.BOUND or row.device_id not in known
+        )
+
+    # giving back
+
+    def _return_all(self, rows: Sequence[Binding]) -> list[Returned]:
+        """Give back all of them; raises the first failure after that."""
+        self._journal.bindings.put(replace(row, state=BindingState.UNBINDING) for row in rows)
+        told = [self._return(row, "it was bound by vmplug") for row in rows]
+        for returned in told:
+            if returned.error:
+                raise returned.error
+        return told
+
+    def _return(self, row: Binding, reason: str) -> Returned:
+        former = row.former
+        try:
+            restore(former, self._host, timeout_s=self._timeout_s)
+        except NoSuchDevice:
+            told = Returned(former, Outcome.FORGOTTEN, "the function is gone")
+        except HostError as error:
+            return _failed(former, error)
+        else:
+            told = Returned(former, Outcome.GIVEN_BACK, reason)
+            log.info("gave %s back to %s", former.bdf, former.driver or "no driver")
+        self._journal.bindings.forget([former.bdf])
+        return told
+
+    def _recover_one(self, row: Binding, known: Collection[str]) -> Returned | None:
+        """None when all is well with a row."""
+        function = find_function(row.bdf, self._host)
+        if function is None or row.state is not BindingState.BOUND:
+            reason = "it was interrupted"
+        elif not is_vfio_driver(function, self._host) and function.driver:
+            self._journal.bindings.forget([row.bdf])
+            return Returned(row.former, Outcome.FORGOTTEN, f"{function.driver} has it now")
+        elif row.device_id is None or row.device_id in known:
+            return None
+        else:
+            reason = "its device is detached"
+        if function and is_vfio_driver(function, self._host) and (user := self._user(row)):
+            return Returned(row.former, Outcome.STILL_OPEN, user)
+        return self._return(row, reason)
+
+    def _user(self, row: Binding) -> str | None:
+        """Who has the function; the device that it was bound for is no VM's any more."""
+        group = find_vfio_device(str(row.bdf), self._host)
+        codes = {Code.OPEN_BY_PROCESS} if row.device_id else USED_BY_VM
+        found = check_use(group, self._journal, self._host)
+        return next((finding.message for finding in found if finding.code in codes), None)
+
+    # the journal
+
+    def _boot_id(self) -> str:
+        return (self._host.read_text(_BOOT_ID) or "").strip()
+
+    @contextmanager
+    def _alone(self) -> Iterator[dict[Bdf, Binding]]:
+        """The rows of this boot, while nobody else binds; those of earlier ones are forgotten."""
+        with self._journal.bindings.alone():
+            boot_id = self._boot_id()
+            rows = self._journal.bindings.all()
+            if stale := [row.bdf for row in rows if row.boot_id != boot_id]:
+                self._journal.bindings.forget(stale)
+            yield {row.bdf: row for row in rows if row.boot_id == boot_id}
+
+
+def _failed(former: FormerBinding, error: HostError) -> Returned:
+    """Every failure is one to bind, for who handles those."""
+    if not isinstance(error, BindError):
+        bdf = str(former.bdf)
+        error = BindError(bdf, "read", f"{bdf} cannot be given back: {error.message}")
+    return Returned(former, Outcome.FAILED, error.message, error)
+
+
+def _find(bdf: Bdf, host: HostRoot) -> PciFunction:
+    function = find_function(bdf, host)
+    if function is None:
+        raise NoSuchDevice(str(bdf), f"PCI function {bdf} has gone", found="nothing")
+    return function
+
+
+def _check_functions(group: VfioGroup) -> None:
+    """NoSuchDevice or BindError for a group with nothing in it that can be bound."""
+    what = group.named or group.host_path
+    if not group.members and not group.bridges:
+        raise NoSuchDevice(
+            what,
+            f"the kernel knows no device behind {what}",
+            found="nothing",
+            hint="vmplug host shows what there is",
+        )
+    bridges = {str(f.bdf) for f in (*group.functions, *group.bridges) if f.is_bridge}
+    if group.named in bridges or not group.functions:
+        raise BindError(
+            what,
+            "choose",
+            f"{what} is a PCI bridge, which stays with the host",
+            hint="name a function behind it: vmplug host shows them",
+        )
+
+
+def _not_bound(group: VfioGroup) -> StateError:
+    what = group.named or group.host_path
+    return StateError(
+        f"vmplug has bound no function of {what}, so it knows no driver to give it back to",
+        state="not bound by vmplug",
+        required="bound by vmplug",
+        hint="what was bound before vmplug came stays so; vmplug host shows the drivers",
+    )

@@ -1,0 +1,100 @@
+"""What the journal knows of functions that vmplug gave to VFIO: what each is to be given back to.
+
+A function's former binding is written down before the first write to sysfs, and forgotten when it
+is back. Nothing of it outlives the host's boot, so neither does the row.
+"""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vmplug.address import Bdf
+from vmplug.host.bind import FormerBinding
+from vmplug.manager.database import Transaction, alone, store_error
+
+_LOCK_TIMEOUT_S = 120.0
+"""A function that is slow to let go keeps the others waiting."""
+
+
+class BindingState(StrEnum):
+    """Where a function is on its way to VFIO and back."""
+
+    BINDING = "binding"
+    BOUND = "bound"
+    UNBINDING = "unbinding"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """A function that vmplug bound, and what it goes back to.
+
+    `device_id` is the device for which `attach --managed` bound it, None when it was bound by
+    hand.
+    """
+
+    former: FormerBinding
+    state: BindingState
+    device_id: str | None
+    boot_id: str
+
+    @property
+    def bdf(self) -> Bdf:
+        """The function."""
+        return self.former.bdf
+
+
+class Bindings:
+    """The table `binding` of an open journal; every method is one transaction."""
+
+    def __init__(self, db: sqlite3.Connection, lock: threading.RLock, path: str) -> None:
+        self._db = db
+        self._lock = lock
+        self._path = path
+
+    def alone(self, *, timeout_s: float = _LOCK_TIMEOUT_S) -> AbstractContextManager[None]:
+        """Nobody else binds or gives back meanwhile, in no process that has this journal."""
+        return alone(os.path.join(os.path.dirname(self._path), "binding.lock"), timeout_s)
+
+    def all(self) -> list[Binding]:
+        """Every row, in the order of the bus."""
+        try:
+            with self._lock:
+                rows = self._db.execute("SELECT * FROM binding").fetchall()
+            return sorted(map(_read, rows), key=lambda binding: binding.bdf)
+        except (sqlite3.Error, ValueError) as error:
+            raise store_error(self._path, error) from error
+
+    def put(self, bindings: Iterable[Binding]) -> None:
+        """Write rows, each in the place of an older one of its function."""
+        with Transaction(self._db, self._lock, self._path) as db:
+            for binding in bindings:
+                db.execute(
+                    "INSERT OR REPLACE INTO binding VALUES (?, ?, ?, ?, ?, ?)",
+                    (
+                        str(binding.bdf),
+                        binding.former.driver,
+                        binding.former.driver_override,
+                        binding.state,
+                        binding.device_id,
+                        binding.boot_id,
+                    ),
+                )
+
+    def forget(self, functions: Iterable[Bdf]) -> None:
+        """Take rows out."""
+        with Transaction(self._db, self._lock, self._path) as db:
+            db.executemany("DELETE FROM binding WHERE bdf = ?", [(str(f),) for f in functions])
+
+
+def _read(row: sqlite3.Row) -> Binding:
+    bdf = Bdf.parse(row["bdf"])
+    return Binding(
+        former=FormerBinding(bdf, row["driver"], row["driver_override"]),
+        state=BindingState(row["state"]),
+        device_id=row["device"],
+        boot_id=row["boot_id"],
+    )

@@ -1,0 +1,113 @@
+"""Devices divided into parts, virtual functions and mediated devices, unless a part is in use."""
+
+from collections.abc import Collection, Iterable
+
+from vmplug.address import Bdf
+from vmplug.errors import BindError, NoSuchDevice, StateError
+from vmplug.host.finding import Code
+from vmplug.host.mediate import remove_mediated
+from vmplug.host.pci import find_function
+from vmplug.host.root import HostRoot
+from vmplug.host.sriov import Sriov, find_interface, read_sriov, set_count
+from vmplug.host.vfio import find_vfio_device
+from vmplug.manager.store import Store
+from vmplug.manager.use import USED_BY_VM, check_use, refuse_use
+
+_NO_USE = frozenset(
+    {
+        Code.NOT_BOUND,
+        Code.GROUP_NOT_VIABLE,
+        Code.NO_IOMMU,
+        Code.NO_INTERRUPT_REMAPPING,
+        Code.NO_RESET,
+    }
+)
+"""Findings that a function cannot be handed over as it is, not that anybody has it."""
+
+
+def find_sriov(bdf: Bdf, host: HostRoot) -> Sriov:
+    """How a function is divided. Raises NoSuchDevice, and BindError when it cannot be."""
+    function = find_function(bdf, host)
+    if function is None:
+        raise NoSuchDevice(
+            str(bdf),
+            f"no PCI function {bdf} on this host",
+            found="nothing",
+            hint="vmplug host shows what there is",
+        )
+    found = read_sriov(bdf, host)
+    if found is None:
+        owner = f": it is one of {function.physfn}" if function.physfn else ""
+        raise BindError(
+            str(bdf),
+            "sriov_totalvfs",
+            f"{bdf} cannot have virtual functions{owner}",
+            hint="vmplug host shows what can",
+        )
+    return found
+
+
+def divide(
+    bdf: Bdf,
+    count: int,
+    *,
+    journal: Store,
+    host: HostRoot,
+    autoprobe: bool | None = None,
+    allow: Collection[Code] = (),
+) -> tuple[Bdf, ...]:
+    """Give a physical function that many virtual ones, and return them; see `set_count`.
+
+    To change the number takes all away that there are, so none of them may be in use: by a VM, by
+    a process, by the host, or given to VFIO by vmplug. Raises InUse or StateError for those, and
+    then nothing has changed.
+    """
+    with journal.bindings.alone():
+        found = find_sriov(bdf, host)
+        if count != len(found.virtfns):
+            _refuse_used(found.virtfns, journal, host, allow)
+        return set_count(bdf, count, host, autoprobe=autoprobe)
+
+
+def _refuse_used(
+    virtfns: Iterable[Bdf], journal: Store, host: HostRoot, allow: Collection[Code]
+) -> None:
+    findings = [
+        finding
+        for bdf in virtfns
+        for finding in check_use(find_vfio_device(str(bdf), host), journal, host, only=bdf)
+        if finding.code not in _NO_USE
+    ]
+    refuse_use(", ".join(map(str, virtfns)), findings, allow)
+    known = {row.bdf for row in journal.bindings.all()}
+    bound = [bdf for bdf in virtfns if bdf in known]
+    if bound:
+        raise StateError(
+            f"{', '.join(map(str, bound))} is bound to VFIO by vmplug",
+            state="bound",
+            required="not bound",
+            hint=f"give it back first: vmplug unbind {bound[0]}",
+        )
+
+
+def read_interface(bdf: Bdf, host: HostRoot) -> str:
+    """The network interface of a physical function. Raises NoSuchDevice or BindError."""
+    find_sriov(bdf, host)
+    interface = find_interface(bdf, host)
+    if interface is None:
+        raise BindError(
+            str(bdf),
+            "net",
+            f"{bdf} has no network interface, by which its virtual functions could be told",
+            hint="its driver must have it, and its interface be in this network namespace",
+        )
+    return interface
+
+
+def remove_unused(uuid: str, *, journal: Store, host: HostRoot) -> None:
+    """Take a mediated device away. Raises InUse while a VM or a process has it."""
+    with journal.bindings.alone():
+        group = find_vfio_device(uuid, host)
+        found = check_use(group, journal, host)
+        refuse_use(uuid, [finding for finding in found if finding.code in USED_BY_VM])
+        remove_mediated(uuid, host)

@@ -1,0 +1,68 @@
+"""The way out: the guest is asked, waited for, and the host gets its functions back."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from vmplug.drivers.base import Hypervisor
+from vmplug.errors import BindError, CommandError
+from vmplug.manager.binder import Binder
+from vmplug.manager.records import DeviceRecord
+from vmplug.manager.state import State, unplug_error
+from vmplug.manager.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Unplugger:
+    """Takes devices out of one VM that the journal has as detaching."""
+
+    vm: str
+    journal: Store
+    hypervisor: Hypervisor
+    binder: Binder
+
+    def unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
+        """Ask for all first and wait for all together; what is gone is forgotten.
+
+        Raises CommandError, UnplugRefused or UnplugTimeout for what stays, and BindError for a
+        function that its former driver does not take.
+        """
+        plugged = [record.id for record in records if record.place]
+        asked: list[str] = []
+        failed: CommandError | None = None
+        for device_id in plugged:
+            try:
+                self.hypervisor.request_unplug(device_id)
+                asked.append(device_id)
+            except CommandError as error:
+                self.journal.set_state([device_id], State.ATTACHED)
+                failed = error
+        left = self.hypervisor.wait_unplugged(asked, timeout_s) if asked else {}
+        stay = {*left, *(set(plugged) - set(asked))}
+        gone = [record.id for record in records if record.id not in stay]
+        unreturned = self.give_back(gone)
+        self.journal.forget_devices(gone)
+        if failed:
+            raise failed
+        if left:
+            paths = {r.id: r.host_path for r in self.journal.devices(self.vm)}
+            raise unplug_error(left, paths, timeout_s=timeout_s, status=self.hypervisor.status)
+        for record in records:
+            log.info("detached %s from VM %s", record.host_path, self.vm)
+        if unreturned:
+            raise unreturned
+
+    def give_back(self, device_ids: Iterable[str]) -> BindError | None:
+        """Give functions that `managed` bound back to their drivers; the failure, if any.
+
+        What fails stays in the journal, for reconcile.
+        """
+        failure = None
+        for device_id in device_ids:
+            try:
+                self.binder.give_back(device_id)
+            except BindError as error:
+                failure = error
+        return failure

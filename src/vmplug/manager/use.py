@@ -1,0 +1,68 @@
+"""Who uses a function of the host, and may it be taken from them?"""
+
+from collections.abc import Collection, Iterable
+
+from vmplug.address import Bdf
+from vmplug.errors import InUse
+from vmplug.host import safety
+from vmplug.host.device import VfioGroup
+from vmplug.host.finding import NEVER_ALLOWED, Code, Finding, Severity, Wish, allow
+from vmplug.host.holding import block_devices_of
+from vmplug.host.mounts import read_usage
+from vmplug.host.root import HostRoot
+from vmplug.host.vfio import read_cdev
+from vmplug.manager.store import Store
+
+USED_BY_VM = frozenset({Code.IN_USE_BY_VM, Code.OPEN_BY_PROCESS})
+"""Findings that a VM, or another user of VFIO, has it."""
+
+
+def check_use(
+    group: VfioGroup, journal: Store, host: HostRoot, *, only: Bdf | None = None
+) -> list[Finding]:
+    """Everything that speaks against taking the group, or `only` one function, from its users."""
+    members = group if only is None else _only(only, group, host)
+    paths = {str(function.bdf): function.sysfs_path for function in members.functions}
+    if group.mediated:
+        paths[group.mediated.uuid] = group.mediated.sysfs_path
+    nodes = ((name, node) for name, path in paths.items() if (node := read_cdev(path, host)))
+    return safety.check(
+        members._replace(cdev_nodes=tuple(nodes)),
+        Wish(read_only=False),
+        usage=read_usage(host),
+        claims=journal.find_claims(None, group.identity, group.related_identities),
+        root=host,
+    )
+
+
+def _only(bdf: Bdf, group: VfioGroup, host: HostRoot) -> VfioGroup:
+    """The group as if it had that one function."""
+    functions = tuple(function for function in group.functions if function.bdf == bdf)
+    numbers = {
+        number
+        for function in functions
+        for number in block_devices_of(host.real_path(function.sysfs_path), host)
+    }
+    disks = tuple(disk for disk in group.disks if disk.devnum in numbers)
+    return group._replace(functions=functions, bridges=(), disks=disks)
+
+
+def refuse_use(what: str, findings: Iterable[Finding], allowed: Collection[Code] = ()) -> None:
+    """Raise InUse for findings that are not allowed: one report of all of them."""
+    problems = [
+        finding
+        for finding in allow(findings, frozenset(allowed))
+        if finding.severity is Severity.ERROR
+    ]
+    if not problems:
+        return
+    hints = dict.fromkeys(finding.hint for finding in problems)
+    if not any(finding.code in NEVER_ALLOWED for finding in problems):
+        options = dict.fromkeys(f"--allow {finding.code}" for finding in problems)
+        hints[f"or take the risk with {' '.join(options)}"] = None
+    raise InUse(
+        what,
+        "; ".join(dict.fromkeys(finding.message for finding in problems)),
+        codes=tuple(finding.code for finding in problems),
+        hint="; ".join(hints),
+    )
