@@ -6,7 +6,6 @@ AttributeReadError.
 
 import errno
 import fcntl
-import logging
 import os
 import stat
 import struct
@@ -14,8 +13,6 @@ from typing import Self
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
-
-log = logging.getLogger(__name__)
 
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _ENTER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -103,7 +100,7 @@ class HostRoot:
             return error.errno
         finally:
             os.close(fd)
-        log.debug("wrote %r to %s", text, path)
+        _log_write(text, path)
         return None
 
     def size(self, path: str) -> int | None:
@@ -356,12 +353,20 @@ class Directory:
 
     def has(self, name: str) -> bool:
         """Whether there is anything of that name, be it a link that leads nowhere."""
-        return os.access(name, os.F_OK, dir_fd=self._descriptor, follow_symlinks=False)
+        return os.access(
+            name, os.F_OK, dir_fd=self._descriptor, effective_ids=True, follow_symlinks=False
+        )
 
     @staticmethod
     def _absent(path: str, error: OSError) -> None:
         if error.errno not in _ABSENT:
             raise AttributeReadError(path, error.errno) from error
+
+
+def _log_write(text: str, path: str) -> None:
+    import logging  # noqa: PLC0415  8 ms that whoever only reads need not pay
+
+    logging.getLogger(__name__).debug("wrote %r to %s", text, path)
 
 
 def node_number(status: os.stat_result) -> DevNum:
