@@ -29,12 +29,13 @@ from vmplug.cli.output import (
 from vmplug.cli.wiring import (
     find_vm,
     forget_vm,
+    give_back_unused,
     is_gone,
     open_cold_manager,
     open_journal,
     windows_for,
 )
-from vmplug.errors import HypervisorError, SpecError, StateError, StillAttached
+from vmplug.errors import BindError, HypervisorError, SpecError, StateError, StillAttached
 from vmplug.host.process import read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu import Qemu
@@ -178,6 +179,8 @@ def start(
             pid = launch(cold, timeout_s=_START_TIMEOUT_S)
         except BaseException:
             forget_vm(journal, record)
+            with suppress(BindError):  # why it failed matters more, and reconcile tries again
+                give_back_unused(journal)
             raise
         cold.started()
         journal.set_process(name, pid, read_start_time(pid, HostRoot()))
@@ -277,6 +280,7 @@ def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
             with progress(f"waiting for VM {name} to power down"):
                 _end(record, timeout_s)
         forget_vm(journal, record)
+        give_back_unused(journal)
     what = "stopped" if record.is_ours else "forgotten"
     if as_json:
         print_json({"vm": {"name": name}, "released": [hold.id for hold in held]})

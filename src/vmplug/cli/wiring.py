@@ -56,6 +56,18 @@ def forget_vm(journal: "Store", record: "VmRecord") -> None:
         shutil.rmtree(os.path.dirname(record.qmp_socket), ignore_errors=True)
 
 
+def give_back_unused(journal: "Store") -> None:
+    """Give functions that were bound for devices which are no more to their former drivers.
+
+    Raises BindError for one that cannot be; reconcile tries again.
+    """
+    from vmplug.manager.binder import Binder  # noqa: PLC0415  most verbs bind nothing
+
+    failures = [told.error for told in Binder(journal, HostRoot()).recover() if told.error]
+    if failures:
+        raise failures[0]
+
+
 def is_gone(record: "VmRecord") -> bool:
     """Whether the VM has surely ended: nobody listens on its QMP socket any more.
 

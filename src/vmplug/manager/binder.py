@@ -123,6 +123,7 @@ class Binder:
         bound none of them, InUse while a VM or a process has the group, BindError for the first
         that is not taken back; the others are given back all the same.
         """
+        _check_functions(group)
         with self._alone() as rows:
             mine = [rows[f.bdf] for f in group.functions if f.bdf in rows]
             if not mine:

@@ -61,8 +61,6 @@ class Unplugger:
         """
         failure = None
         for device_id in device_ids:
-            try:
-                self.binder.give_back(device_id)
-            except BindError as error:
-                failure = error
+            for told in self.binder.give_back(device_id):
+                failure = told.error or failure
         return failure
