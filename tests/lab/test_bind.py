@@ -1,17 +1,38 @@
 """Binding on a real kernel with a real IOMMU: the contract, and what only real drivers do."""
 
+import errno
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from lab import topology
-from tests.contract.binding import BindingContract, Side
+from tests.cli.command import Vmplug
+from tests.contract.binding import BindingContract, Side, held_by_vm
+from vmplug.address import Bdf
+from vmplug.errors import BindError, InUse, StateError
+from vmplug.host.bind import Writer, reset_function
+from vmplug.host.driver import choose_driver, find_driver
+from vmplug.host.finding import Code
+from vmplug.host.iommu import find_group
+from vmplug.host.mdev import MDEV_DEVICES, read_mdev_types
+from vmplug.host.mediate import create_mediated
+from vmplug.host.pci import read_function
 from vmplug.host.root import HostRoot
-
-pytestmark = pytest.mark.lab
+from vmplug.host.vfio import find_vfio_device, read_cdev
+from vmplug.manager.binder import Binder, Outcome
+from vmplug.manager.divide import divide, find_sriov, remove_unused
+from vmplug.manager.store import Store
 
 MULTI = (topology.MULTI_NVME, topology.MULTI_EDU, topology.MULTI_NIC)
+DIED = 77
+SHORT_S = 1.0
+"""For a kernel that will not answer while a device is open."""
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 
 
 @pytest.fixture
@@ -19,13 +40,18 @@ def host() -> HostRoot:
     return HostRoot()
 
 
-class TestOnARealKernel(BindingContract):
-    @pytest.fixture
-    def side(self, host: HostRoot) -> Iterator[Side]:
-        made = Side(host=host, single=topology.NVME, multi=MULTI)
-        before = made.picture()
-        yield made
-        put_back(made, before)
+@pytest.fixture
+def side(host: HostRoot) -> Iterator[Side]:
+    made = Side(host=host, single=topology.NVME, multi=MULTI)
+    before = made.picture()
+    yield made
+    put_back(made, before)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "state") as store:
+        yield store
 
 
 def put_back(side: Side, before: dict[str, tuple[str | None, str]]) -> None:
@@ -42,5 +68,398 @@ def put_back(side: Side, before: dict[str, tuple[str | None, str]]) -> None:
     assert side.picture() == before
 
 
-def test_the_lab_has_what_the_tests_are_about() -> None:
-    assert Path("/sys/kernel/iommu_groups").exists()
+class TestOnARealKernel(BindingContract):
+    pass
+
+
+@contextmanager
+def opened(node: str) -> Iterator[None]:
+    """Another process has a node open."""
+    script = f"import os, sys; os.open({node!r}, os.O_RDWR); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"\n"
+        yield
+        process.communicate(b"")
+
+
+def lspci_driver(bdf: str) -> str | None:
+    """What a second reader says."""
+    shown = subprocess.run(["lspci", "-vmmks", bdf], capture_output=True, text=True, check=True)
+    lines = dict(line.split(":\t", 1) for line in shown.stdout.splitlines() if line)
+    return lines.get("Driver")
+
+
+def test_the_plain_driver_is_chosen_and_loaded(side: Side, journal: Store) -> None:
+    function = read_function(Bdf.parse(side.single), side.host)
+    assert choose_driver(function, side.host) == "vfio-pci"
+    Binder(journal, side.host).bind(side.group(side.single))
+    assert find_driver("vfio_pci", side.host) == "vfio-pci"
+    assert lspci_driver(side.single) == "vfio-pci"
+    group = find_group(f"/sys/bus/pci/devices/{side.single}", side.host)
+    assert Path(f"/dev/vfio/{group}").is_char_device()
+
+
+def test_a_disk_is_there_again_when_its_driver_is(side: Side, journal: Store) -> None:
+    def disks() -> list[str]:
+        base = f"/sys/bus/pci/devices/{side.single}/nvme"
+        return [
+            name for nvme in side.host.names(base) for name in side.host.names(f"{base}/{nvme}")
+        ]
+
+    assert any(name.startswith("nvme") for name in disks())
+    binder = Binder(journal, side.host)
+    binder.bind(side.group(side.single))
+    assert disks() == []
+    binder.unbind(side.group(side.single))
+    assert any(name.startswith("nvme") for name in disks())
+
+
+@pytest.mark.parametrize("bdf", [topology.EDU, topology.LARGE, topology.CONVENTIONAL[1]])
+def test_functions_without_a_driver_have_none_again(side: Side, journal: Store, bdf: str) -> None:
+    before = side.picture()
+    assert before[bdf][0] is None
+    bound = Binder(journal, side.host).bind(side.group(bdf))
+    members = [str(function.bdf) for function in side.group(bdf).functions]
+    assert [str(row.bdf) for row in bound] == members
+    assert {side.driver_of(member) for member in members} == {"vfio-pci"}
+    Binder(journal, side.host).unbind(side.group(bdf))
+    assert side.picture() == before
+
+
+@pytest.mark.parametrize("bdf", [topology.NETWORK, topology.VGA, topology.BRIDGE])
+def test_what_the_host_needs_stays_with_it(side: Side, journal: Store, bdf: str) -> None:
+    before = side.picture()
+    with pytest.raises((InUse, BindError)) as caught:
+        Binder(journal, side.host).bind(side.group(bdf))
+    assert caught.value.hint
+    assert side.picture() == before
+    assert journal.bindings.all() == []
+
+
+def test_a_driver_that_takes_no_such_function_puts_all_back(side: Side, journal: Store) -> None:
+    """The kernel lets any driver try that is named in driver_override; e1000e fails."""
+    before = side.picture()
+    with pytest.raises(BindError) as caught:
+        Binder(journal, side.host).bind(side.group(side.single), driver="e1000e")
+    assert caught.value.step == "drivers_probe"
+    assert side.picture() == before
+    with pytest.raises(BindError, match="cannot be loaded"):
+        Binder(journal, side.host).bind(side.group(side.single), driver="no-such-driver")
+    assert side.picture() == before
+    assert journal.bindings.all() == []
+
+
+@pytest.mark.parametrize("way", ["group", "cdev"])
+def test_what_is_open_is_not_given_back_and_then_is(side: Side, journal: Store, way: str) -> None:
+    before = side.picture()
+    binder = Binder(journal, side.host)
+    binder.bind(side.group(side.single))
+    number = find_group(f"/sys/bus/pci/devices/{side.single}", side.host)
+    node = f"/dev/vfio/{number}"
+    if way == "cdev":
+        cdev = read_cdev(f"/sys/bus/pci/devices/{side.single}", side.host)
+        if cdev is None:
+            pytest.skip("this kernel has no nodes of single devices")
+        node = cdev
+    with opened(node):
+        with pytest.raises(InUse) as caught:
+            binder.unbind(side.group(side.single))
+        assert caught.value.codes == (Code.OPEN_BY_PROCESS,)
+        assert side.driver_of(side.single) == "vfio-pci"
+    binder.unbind(side.group(side.single))
+    assert side.picture() == before
+
+
+HOLD_DEVICE = """
+import fcntl, os, sys
+group_node, bdf = sys.argv[1:]
+container, group = os.open("/dev/vfio/vfio", os.O_RDWR), os.open(group_node, os.O_RDWR)
+SET_CONTAINER, SET_IOMMU, GET_DEVICE = 0x3B68, 0x3B66, 0x3B6A
+fcntl.ioctl(group, SET_CONTAINER, container.to_bytes(4, "little"))
+fcntl.ioctl(container, SET_IOMMU, 1)
+device = fcntl.ioctl(group, GET_DEVICE, bytearray(bdf.encode() + b"\\0"))
+print(flush=True)
+sys.stdin.read()
+"""
+"""What a VM does: the device itself is open. Source: include/uapi/linux/vfio.h."""
+
+
+def test_an_unbind_that_the_kernel_does_not_finish_has_a_deadline_and_is_finished_later(
+    side: Side, journal: Store
+) -> None:
+    before = side.picture()
+    binder = Binder(journal, side.host, timeout_s=SHORT_S)
+    binder.bind(side.group(side.single), device_id="d1")
+    number = find_group(f"/sys/bus/pci/devices/{side.single}", side.host)
+    command = [sys.executable, "-c", HOLD_DEVICE, f"/dev/vfio/{number}", side.single]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == b"\n"
+        with pytest.raises(BindError) as caught:
+            binder.give_back("d1")
+        assert (caught.value.step, caught.value.errno) == ("unbind", errno.ETIMEDOUT)
+        assert caught.value.hint
+        assert len(journal.bindings.all()) == 1
+        (told,) = binder.recover()
+        assert told.outcome is Outcome.STILL_OPEN
+        holder.communicate(b"")
+    (told,) = Binder(journal, side.host).recover()
+    assert told.outcome is Outcome.GIVEN_BACK
+    assert side.picture() == before
+
+
+class Dying(HostRoot):
+    """The live host, for a process that ends at the write of that number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._left = number
+
+    def write_attribute(self, path: str, text: str) -> int | None:
+        """See HostRoot."""
+        if self._left == 0:
+            os._exit(DIED)
+        self._left -= 1
+        return super().write_attribute(path, text)
+
+
+def dies(state_dir: Path, number: int, bdf: str, *, unbind: bool) -> bool:
+    """Whether a process that binds, or gives back, ends before the write of that number."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with Store.open(state_dir) as journal:
+                binder = Binder(journal, Dying(number))
+                group = find_vfio_device(bdf, HostRoot())
+                binder.unbind(group) if unbind else binder.bind(group)
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in {0, DIED}
+    return status == DIED
+
+
+@pytest.mark.parametrize("unbind", [False, True])
+def test_death_at_any_step_is_recovered_from(side: Side, tmp_path: Path, *, unbind: bool) -> None:
+    before = side.picture()
+    for number in range(20):
+        state_dir = tmp_path / f"state-{number}"
+        with Store.open(state_dir) as journal:
+            if unbind:
+                Binder(journal, side.host).bind(side.group(MULTI[0]))
+        died = dies(state_dir, number, MULTI[0], unbind=unbind)
+        with Store.open(state_dir) as journal:
+            if not died and not unbind:
+                Binder(journal, side.host).unbind(side.group(MULTI[0]))
+            Binder(journal, side.host).recover()
+            assert journal.bindings.all() == []
+        assert side.picture() == before, number
+        if not died:
+            break
+    else:
+        pytest.fail("there are more steps than that")
+    assert number > 6
+
+
+# virtual functions
+
+
+@pytest.fixture
+def physfn(side: Side) -> Iterator[Bdf]:
+    bdf = Bdf.parse(topology.SRIOV)
+    yield bdf
+    base = f"/sys/bus/pci/devices/{bdf}"
+    Path(f"{base}/sriov_numvfs").write_text("0")
+    Path(f"{base}/sriov_drivers_autoprobe").write_text("1")
+
+
+def numvfs(bdf: Bdf) -> int:
+    return int(Path(f"/sys/bus/pci/devices/{bdf}/sriov_numvfs").read_text())
+
+
+def test_virtual_functions_are_made_bound_reset_and_taken_away(
+    side: Side, physfn: Bdf, journal: Store
+) -> None:
+    found = find_sriov(physfn, side.host)
+    assert (found.total, found.virtfns) == (topology.SRIOV_VFS, ())
+    made = divide(physfn, 2, journal=journal, host=side.host, autoprobe=False)
+    assert [str(bdf) for bdf in made] == ["0000:09:00.1", "0000:09:00.2"]
+    assert numvfs(physfn) == 2
+    first = str(made[0])
+    before = side.picture()
+    binder = Binder(journal, side.host)
+    (bound,) = binder.bind(side.group(first))
+    assert (bound.former.driver, side.driver_of(first)) == (None, "vfio-pci")
+    for count in (0, 4):
+        with pytest.raises(StateError, match=first):
+            divide(physfn, count, journal=journal, host=side.host)
+    assert numvfs(physfn) == 2
+    binder.unbind(side.group(first))
+    assert side.picture() == before
+    assert len(divide(physfn, 4, journal=journal, host=side.host)) == 4
+    assert numvfs(physfn) == 4
+    assert divide(physfn, 0, journal=journal, host=side.host) == ()
+    assert numvfs(physfn) == 0
+
+
+def test_the_kernel_says_how_many_there_can_be(side: Side, physfn: Bdf, journal: Store) -> None:
+    divide(physfn, 1, journal=journal, host=side.host, autoprobe=False)
+    with pytest.raises(BindError, match="can have 4 virtual functions, not 5"):
+        divide(physfn, 5, journal=journal, host=side.host)
+    assert numvfs(physfn) == 1
+
+
+class OneFails(HostRoot):
+    """The live host, on which one write of a number of virtual functions is refused."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def write_attribute(self, path: str, text: str) -> int | None:
+        """See HostRoot."""
+        if path.endswith("/sriov_numvfs") and text == self._text:
+            return errno.ENOMEM
+        return super().write_attribute(path, text)
+
+
+def test_a_failure_half_way_puts_the_former_number_back(
+    side: Side, physfn: Bdf, journal: Store
+) -> None:
+    divide(physfn, 2, journal=journal, host=side.host, autoprobe=False)
+    before = side.picture()
+    with pytest.raises(BindError):
+        divide(physfn, 4, journal=journal, host=OneFails("4"))
+    assert numvfs(physfn) == 2
+    assert side.picture() == before
+
+
+def test_virtual_functions_that_a_vm_or_a_process_has_stay(
+    side: Side, physfn: Bdf, journal: Store
+) -> None:
+    made = divide(physfn, 2, journal=journal, host=side.host, autoprobe=False)
+    bdf = str(made[1])
+    side.override(bdf, "vfio-pci")
+    side.probe(bdf)
+    number = find_group(f"/sys/bus/pci/devices/{bdf}", side.host)
+    with opened(f"/dev/vfio/{number}"), pytest.raises(InUse) as caught:
+        divide(physfn, 0, journal=journal, host=side.host)
+    assert caught.value.codes == (Code.OPEN_BY_PROCESS,)
+    held_by_vm(journal, f"vfio:{bdf}")
+    with pytest.raises(InUse) as caught:
+        divide(physfn, 0, journal=journal, host=side.host)
+    assert caught.value.codes == (Code.IN_USE_BY_VM,)
+    assert numvfs(physfn) == 2
+    side.unbind(bdf)
+
+
+def test_a_function_is_reset(side: Side) -> None:
+    before = side.picture()
+    reset_function(Bdf.parse(topology.NIC), side.host)
+    assert side.picture() == before
+    with pytest.raises(BindError) as caught:
+        Writer("0000:00:00.0", side.host).write("reset", "/sys/bus/pci/devices/none/reset", "1")
+    assert caught.value.errno == errno.ENOENT
+
+
+# mediated devices
+
+
+@pytest.fixture
+def mtty(side: Side) -> Iterator[str]:
+    """A parent that is not PCI, and what it offers."""
+    subprocess.run(["modprobe", "mtty"], check=True)
+    yield "mtty"
+    for uuid in side.host.names(MDEV_DEVICES):
+        Path(f"{MDEV_DEVICES}/{uuid}/remove").write_text("1")
+
+
+def test_a_mediated_device_is_made_and_taken_away(side: Side, mtty: str, journal: Store) -> None:
+    offered = [offer for offer in read_mdev_types(side.host) if offer.parent == mtty]
+    for offer in offered:
+        uuid = create_mediated(mtty, offer.name, side.host)
+        group = find_vfio_device(uuid, side.host)
+        assert group.mediated
+        assert group.mediated.parent == mtty
+        assert Path(f"/dev/vfio/{group.number}").is_char_device()
+        assert Binder(journal, side.host).bind(group) == []
+        with opened(f"/dev/vfio/{group.number}"), pytest.raises(InUse):
+            remove_unused(uuid, journal=journal, host=side.host)
+        remove_unused(uuid, journal=journal, host=side.host)
+        assert side.host.names(MDEV_DEVICES) == []
+
+
+def test_a_parent_makes_no_more_than_it_has_room_for(side: Side, mtty: str) -> None:
+    (offer, *_) = [offer for offer in read_mdev_types(side.host) if offer.parent == mtty]
+    assert offer.available
+    create_mediated(mtty, offer.name, side.host, uuid=UUID)
+    with pytest.raises(BindError, match="already"):
+        create_mediated(mtty, offer.name, side.host, uuid=UUID)
+    for _ in range(offer.available - 1):
+        create_mediated(mtty, offer.name, side.host)
+    with pytest.raises(BindError, match="no more room"):
+        create_mediated(mtty, offer.name, side.host)
+
+
+# the command line
+
+
+@pytest.fixture
+def vmplug(tmp_path: Path) -> Vmplug:
+    return Vmplug(tmp_path / "state")
+
+
+def test_the_verbs_bind_and_give_back(side: Side, vmplug: Vmplug) -> None:
+    before = side.picture()
+    shown = vmplug("bind", MULTI[0].removeprefix("0000:")).answer().splitlines()
+    assert [line.split() for line in shown[1:]] == [
+        [bdf, before[bdf][0] or "-", "vfio-pci"] for bdf in MULTI
+    ]
+    number = find_group(f"/sys/bus/pci/devices/{MULTI[0]}", side.host)
+    assert len(vmplug("bind", f"/dev/vfio/{number}", "--json").json()["functions"]) == 3
+    told = vmplug("unbind", f"/dev/vfio/{number}", "--json").json()
+    assert {row["outcome"] for row in told["functions"]} == {"given back"}
+    assert side.picture() == before
+    assert vmplug("unbind", MULTI[1]).status == 6
+
+
+def test_the_verb_refuses_a_mounted_disk(side: Side, vmplug: Vmplug, tmp_path: Path) -> None:
+    before = side.picture()
+    (disk,) = Path(f"/sys/bus/pci/devices/{side.single}/nvme").glob("*/nvme*n1")
+    subprocess.run(["mkfs.ext4", "-q", "-F", f"/dev/{disk.name}"], check=True)
+    (tmp_path / "mnt").mkdir()
+    subprocess.run(["mount", f"/dev/{disk.name}", tmp_path / "mnt"], check=True)
+    try:
+        refused = vmplug("bind", side.single, "--json")
+        assert refused.status == 4
+        assert refused.error()["facts"]["codes"] == ["mounted-on-host"]
+        assert side.picture() == before
+    finally:
+        subprocess.run(["umount", tmp_path / "mnt"], check=True)
+
+
+def test_reconcile_gives_back_what_a_crash_left(side: Side, vmplug: Vmplug) -> None:
+    before = side.picture()
+    assert dies(vmplug.state_dir, 5, MULTI[0], unbind=False)
+    assert side.picture() != before
+    told = vmplug("reconcile", "--json").json()
+    assert [row["outcome"] for row in told["bindings"]] == ["given back"] * 3
+    assert side.picture() == before
+
+
+def test_the_verbs_divide(side: Side, physfn: Bdf, mtty: str, vmplug: Vmplug) -> None:
+    told = vmplug("sriov", str(physfn), "--count", "3", "--autoprobe", "off", "--json").json()
+    assert [row["address"] for row in told["functions"]] == [
+        f"0000:09:00.{number}" for number in (1, 2, 3)
+    ]
+    assert "has 0 of 4" in vmplug("sriov", str(physfn), "--count", "0").answer()
+    (offer, *_) = read_mdev_types(side.host)
+    made = vmplug("mdev", "create", mtty, offer.name, "--uuid", UUID, "--json").json()
+    assert made["uuid"] == UUID
+    assert Path(made["group_node"]).is_char_device()
+    assert vmplug("mdev", "remove", UUID).answer() == f"removed {UUID}\n"
