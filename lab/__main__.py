@@ -1,47 +1,79 @@
-"""`python -m lab -- COMMAND`: run a command as root in the lab VM; its status is ours."""
+"""`python -m lab -- COMMAND`: runs a command as root in the lab VM."""
 
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from lab.vm import KERNELS, LAB_FAILED, Lab, run
+from lab.kernel import VERSIONS, LabError
+from lab.vm import Lab, run
+
+FAILED = 125
+DESCRIPTION = """\
+Run a command as root in the lab VM: a throw-away machine that has a real kernel with an IOMMU,
+devices to hand over, and this machine's files. What the command writes is thrown away too, except
+in shared directories."""
+EPILOG = """\
+The exit status is the command's; 125 when the lab itself failed. Example:
+python -m lab -- .venv/bin/pytest tests/lab -k sriov"""
 
 
-def main() -> int:
-    """The status of the command, or 125 when the lab itself failed."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status."""
     usual = Lab()
-    parser = argparse.ArgumentParser(
-        prog="python -m lab",
-        description="Run a command as root in the lab VM: this machine's files, of which nothing "
-        "is written, below a real kernel with a real IOMMU and devices to hand over.",
-        epilog="python -m lab -- .venv/bin/pytest tests/lab -k sriov",
-    )
-    parser.add_argument("--kernel", choices=KERNELS, default=usual.kernel, help="6.12 has iommufd")
-    parser.add_argument("--share", type=Path, default=usual.share, help="what may be written to")
-    parser.add_argument("--timeout", type=float, default=usual.timeout_s, metavar="SECONDS")
+    parser = argparse.ArgumentParser(prog="lab", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
-        "--no-remapping", action="store_true", help="an IOMMU that does not remap interrupts"
+        "--kernel",
+        choices=VERSIONS,
+        default=usual.version,
+        help="of Linux; 6.12 has iommufd (default: %(default)s)",
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the kernel's messages")
+    parser.add_argument(
+        "--share",
+        action="append",
+        type=Path,
+        metavar="DIRECTORY",
+        help=f"what the command may write to, at the same path (default: {usual.shares[0]})",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=usual.timeout_s,
+        metavar="SECONDS",
+        help="end the lab then (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--no-remapping",
+        action="store_true",
+        help="an IOMMU that does not remap interrupts: VFIO refuses it unless told otherwise",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show what the kernel says, on stderr"
+    )
     parser.add_argument("command", nargs="+", metavar="COMMAND")
-    said = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that QEMU ends
+    said = parser.parse_args(arguments)
     lab = Lab(
-        kernel=said.kernel,
-        share=said.share.resolve(),
+        version=said.kernel,
+        shares=tuple(path.resolve() for path in said.share or usual.shares),
         timeout_s=said.timeout,
         remapping=not said.no_remapping,
         verbose=said.verbose,
     )
     try:
         return run(lab, said.command)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except OSError as error:
+    except LabError as error:
         print(f"lab: {error}", file=sys.stderr)
-        return LAB_FAILED
+        return FAILED
+
+
+def _exit(number: int, _frame: object) -> NoReturn:
+    """Leaves by an exception, so that QEMU is ended."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
+    for ending in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, _exit)
     sys.exit(main())

@@ -1,22 +1,35 @@
 #!/bin/bash
 # Builds what the lab VM runs on, below build/lab:
 #
-#   busybox       its first programs
-#   6.1/          Debian's kernel, unpacked, with the sample mediated devices built beside it
-#   6.12/         Debian's newer kernel, with VFIO rebuilt so that it has iommufd and cdevs, which
-#                 Debian leaves out of it
+#   6.1/      Debian's kernel, with the kernel's two samples of mediated devices built beside it
+#   6.12/     Debian's newer kernel, with the same, and with VFIO built again to have iommufd and
+#             character devices of its own, which Debian leaves out
+#   busybox   its first programs
+#   nested/   a guest that has booted, to be restored in a VM in the lab
 #
 # Everything comes out of Debian packages, downloaded and unpacked but never installed. Returns at
-# once when all of it is there. Each part is built in a temporary directory and renamed at the end,
-# so an interrupted build leaves nothing half-done.
+# once when all of it is there, built by this very script. Each part is built in a temporary
+# directory and renamed at the end, so an interrupted build leaves nothing half-done. Downloads are
+# kept until then, so the next one need not fetch them again.
 set -euo pipefail
+
+readonly VERSIONS='6.1 6.12'
+declare -rA METAPACKAGES=([6.1]=linux-image-amd64 [6.12]=linux-image-6.12-amd64)
+
+readonly SAMPLES='mtty mdpy'
+
+# What is built again for 6.12, below drivers/vfio.
+readonly VFIO_MODULES='vfio vfio_iommu_type1 pci/vfio-pci-core pci/vfio-pci mdev/mdev'
+
+# Directories of modules that no VM has a use for, half of them all.
+readonly UNUSED='sound drivers/gpu drivers/iio drivers/media drivers/net/wireless drivers/staging
+    drivers/usb'
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly here
-readonly build=${here%/*}/build/lab
-readonly VERSIONS='6.1 6.12'
-declare -rA METAPACKAGES=([6.1]=linux-image-amd64 [6.12]=linux-image-6.12-amd64)
-readonly SAMPLES='mtty mdpy'
+readonly project=${here%/*}
+readonly build=$project/build/lab
+readonly downloads=$build/downloads
 
 say() { printf 'lab: %s\n' "$*"; }
 
@@ -27,19 +40,33 @@ fail() {
 
 require_tools() {
     local tool
-    for tool in apt-cache apt-get bc cpio dpkg flock gcc make python3 strip xz zstd; do
-        command -v "$tool" >/dev/null || fail "$tool is missing: run tools/install-packages test"
+    for tool in apt-cache apt-get depmod dpkg flock gcc make python3 strip xz zstd; do
+        command -v "$tool" >/dev/null || fail "$tool is missing; run: tools/install-packages test"
     done
 }
 
-# What `is_complete` looks for is all that the lab uses of a kernel.
+recipe() { cat "$here/build.sh" "$here/vmlinux.py" | sha256sum; }
+
+# Whether all that the lab uses of a kernel is there.
 is_complete() {
     local tree=$build/$1 file
-    for file in vmlinux ready; do
-        [[ $tree/$file -nt $here/build.sh ]] || return 1
+    [[ -s $tree/vmlinux && $(cat "$tree/recipe" 2>/dev/null) = "$(recipe)" ]] || return 1
+    for file in modules.dep.bin $(module_files "$1"); do
+        compgen -G "$tree/lib/modules/*/$file" >/dev/null || return 1
     done
-    compgen -G "$tree/lib/modules/*/modules.dep" >/dev/null &&
-        compgen -G "$tree/lib/modules/*/extra/mtty.ko" >/dev/null
+}
+
+# Those that are built here, below lib/modules/RELEASE.
+module_files() {
+    local module
+    for module in $SAMPLES; do
+        echo "extra/$module.ko"
+    done
+    [[ $1 != 6.1 ]] || return 0
+    echo extra/iommufd.ko
+    for module in $VFIO_MODULES; do
+        echo "kernel/drivers/vfio/$module.ko"
+    done
 }
 
 all_complete() {
@@ -50,95 +77,134 @@ all_complete() {
     done
 }
 
-# `6.1.0-56-amd64`: the metapackage depends on the newest kernel.
-abi_of() {
+# `6.1.0-56-amd64`: a metapackage depends on the newest kernel, whose name has its release in it.
+release_of() {
     apt-cache depends --important "${METAPACKAGES[$1]}" 2>/dev/null |
-        sed -n 's/^ *Depends: linux-image-\([0-9].*\)/\1/p' | head -n 1
+        sed -n 's/^ *Depends: linux-image-\([0-9].*\)/\1/p'
 }
 
-# Into the current directory.
-download() {
-    apt-get -qq -o APT::Sandbox::User=root download "$@" 2>apt.log ||
-        fail "apt-get download: $(grep -m 1 '^[EW]:' apt.log || echo 'no message of apt says why')"
-}
-
-# An older kernel leaves the mirror when a newer one comes.
-renew_lists() {
-    say 'renewing the package lists'
-    apt-get -qq update >apt.log 2>&1 || fail "apt-get update: $(head -n 1 apt.log)"
-}
-
-# The packages that a kernel's modules are built with: headers, build tools, sources.
+# The kernel, and what its modules are built of and with.
 packages_of() {
-    local version=$1 abi=$2 flavour=${2%-amd64}
-    echo "linux-image-$abi linux-headers-$abi linux-headers-$flavour-common linux-source-$version"
-    case $version in
-        6.1) echo linux-kbuild-6.1 ;;
-        *) echo "linux-kbuild-$flavour" ;;
+    local release
+    release=$(release_of "$1")
+    [[ -n $release ]] || return 1
+    echo "linux-image-$release linux-headers-$release linux-source-$1"
+    case $1 in
+        6.1) echo "linux-headers-${release%-amd64}-common linux-kbuild-$1" ;;
+        *) echo "linux-headers-${release%-amd64}-common linux-kbuild-${release%-amd64}" ;;
     esac
 }
 
-unpack() {
-    local into=$1 package
-    shift
-    for package; do
-        dpkg -x "$package" "$into" || fail "cannot unpack $package"
+# As root, apt would warn that its own user cannot write to the directory.
+download() { apt-get -qq -o APT::Sandbox::User=root download "$@" 2>apt.log; }
+
+try_fetch() {
+    local packages
+    # shellcheck disable=SC2086  # a list of words
+    packages=$("$@") && download $packages
+}
+
+# Into the current directory: the packages that a command prints. The package lists are renewed when
+# they are empty or name a version that has left the mirror.
+fetch() {
+    try_fetch "$@" && return
+    say 'renewing the package lists'
+    apt-get -qq update >apt.log 2>&1 || fail "apt-get update: $(first_error)"
+    "$@" >/dev/null || fail "apt does not know the packages: $(first_error)"
+    try_fetch "$@" || fail "apt-get download: $(first_error)"
+}
+
+first_error() {
+    grep -m 1 '^[EW]:' apt.log || echo 'no message of apt says why'
+}
+
+# Prints the path of a package in the current directory, where an older one may be too.
+file_of() {
+    local version file
+    version=$(apt-cache show --no-all-versions "$1" | sed -n 's/^Version: //p')
+    for file in "$PWD/$1_${version//:/%3a}"_*.deb; do
+        [[ -s $file ]] || fail "apt-get has not downloaded $file"
+        echo "$file"
     done
 }
 
-# Of a source package no more than the directories that are built.
-unpack_sources() {
-    local version=$1
-    shift
-    dpkg --fsys-tarfile linux-source-"$version"_*.deb |
-        tar -xO "./usr/src/linux-source-$version.tar.xz" | xz -dc |
-        tar -x "${@/#/linux-source-$version/}"
-}
-
-make_modules() {
-    local abi=$1 directory=$2
-    make -s -j"$(nproc)" -C "headers/usr/src/linux-headers-$abi" M="$PWD/$directory" \
-        CONFIG_DEBUG_INFO_BTF_MODULES= modules >make.log 2>&1 ||
-        fail "make in $directory: $(grep -m 1 -i error make.log)"
+unpack_kernel() {
+    local package=$1 module
+    local -a unused=()
+    for module in $UNUSED; do
+        unused+=("--exclude=./lib/modules/*/kernel/$module")
+    done
+    mkdir kernel
+    dpkg --fsys-tarfile "$package" | tar -x -C kernel "${unused[@]}" ./boot ./lib/modules ||
+        fail "cannot unpack $package"
+    python3 "$here/vmlinux.py" kernel/boot/vmlinuz-* kernel/vmlinux ||
+        fail "cannot unpack the kernel of $package"
+    rm -r kernel/boot
 }
 
 # The headers name their own directory as if they were installed.
-prepare_headers() {
-    local makefile
-    unpack headers linux-headers-*.deb linux-kbuild-*.deb
+unpack_headers() {
+    local package makefile
+    for package; do
+        dpkg -x "$package" headers || fail "cannot unpack $package"
+    done
     for makefile in headers/usr/src/*/Makefile; do
         sed -i "s#^include /usr/src/#include $PWD/headers/usr/src/#" "$makefile"
     done
 }
 
+# Of the sources no more than what is built.
+unpack_source() {
+    local version=$1 package=$2
+    shift 2
+    dpkg --fsys-tarfile "$package" | tar -xO "./usr/src/linux-source-$version.tar.xz" | xz -dc |
+        tar -x --one-top-level=source --strip-components=1 "${@/#/linux-source-$version/}" ||
+        fail "cannot unpack $package"
+}
+
+make_modules() {
+    local release=$1 directory=$2
+    make -s -j"$(nproc)" -C "headers/usr/src/linux-headers-$release" M="$PWD/$directory" \
+        CONFIG_DEBUG_INFO_BTF_MODULES= modules >make.log 2>&1 ||
+        fail "make in $directory: $(grep -m 1 -i error make.log || tail -n 1 make.log)"
+}
+
 build_samples() {
-    local version=$1 abi=$2 sample
-    cp -r "linux-source-$version/samples/vfio-mdev" samples
-    # shellcheck disable=SC2086  # a list of words
-    printf 'obj-m :=%s\n' "$(printf ' %s.o' $SAMPLES)" >samples/Makefile
-    make_modules "$abi" samples
-    mkdir -p "kernel/lib/modules/$abi/extra"
-    for sample in $SAMPLES; do
-        strip -g -o "kernel/lib/modules/$abi/extra/$sample.ko" "samples/$sample.ko"
+    local release=$1 extra=kernel/lib/modules/$1/extra module
+    mkdir -p "$extra"
+    cp -r source/samples/vfio-mdev samples
+    echo "obj-m := ${SAMPLES// /.o }.o" >samples/Makefile
+    make_modules "$release" samples
+    for module in $SAMPLES; do
+        strip --strip-debug -o "$extra/$module.ko" "samples/$module.ko"
     done
 }
 
-# VFIO with iommufd and cdevs: the same sources with the options that Debian leaves out. Span
-# iteration of interval trees is a part of the kernel then, and comes along in iommufd.
-build_iommufd() {
-    local version=$1 abi=$2 source=linux-source-$1 modules=kernel/lib/modules/$2 module
-    mkdir -p vfio/iommufd
-    cp "$source"/drivers/iommu/*.h vfio/
-    cp "$source"/drivers/iommu/iommufd/*.[ch] vfio/iommufd/
-    cp -r "$source/drivers/vfio" vfio/vfio
+# VFIO's own sources, with the options that Debian leaves out. What iommufd needs of the kernel's
+# interval trees is built with such an option only, and becomes a part of iommufd.
+build_vfio() {
+    local release=$1 modules=kernel/lib/modules/$1 module
+    mkdir vfio
+    cp -r source/drivers/iommu/iommufd source/drivers/vfio vfio/
+    cp source/drivers/iommu/*.h vfio/
     {
-        printf '#include <linux/interval_tree.h>\n#include <linux/module.h>\n'
-        sed '1,/#ifdef CONFIG_INTERVAL_TREE_SPAN_ITER/d;/^#endif/,$d;/EXPORT_SYMBOL/d' \
-            "$source/lib/interval_tree.c"
+        printf '#include <linux/%s.h>\n' interval_tree module
+        sed '1,/#ifdef CONFIG_INTERVAL_TREE_SPAN_ITER/d; /^#endif/,$d; /EXPORT_SYMBOL/d' \
+            source/lib/interval_tree.c
     } >vfio/iommufd/span_iter.c
+    write_vfio_makefiles
+    make_modules "$release" vfio
+    for module in $VFIO_MODULES; do
+        rm -f "$modules/kernel/drivers/vfio/$module.ko".*
+        strip --strip-debug -o "$modules/kernel/drivers/vfio/$module.ko" "vfio/vfio/$module.ko"
+    done
+    strip --strip-debug -o "$modules/extra/iommufd.ko" vfio/iommufd/iommufd.ko
+}
+
+write_vfio_makefiles() {
     cat >vfio/Makefile <<'END'
-subdir-ccflags-y := -DCONFIG_IOMMUFD_MODULE=1 -DCONFIG_VFIO_DEVICE_CDEV=1
-subdir-ccflags-y += -DCONFIG_IOMMUFD_DRIVER=1 -DCONFIG_INTERVAL_TREE_SPAN_ITER=1
+subdir-ccflags-y := -DCONFIG_IOMMUFD_MODULE=1 -DCONFIG_IOMMUFD_DRIVER=1
+subdir-ccflags-y += -DCONFIG_VFIO_DEVICE_CDEV=1 -DCONFIG_INTERVAL_TREE_SPAN_ITER=1
 obj-m := iommufd/ vfio/
 END
     cat >vfio/iommufd/Makefile <<'END'
@@ -155,70 +221,84 @@ vfio-pci-core-y := vfio_pci_core.o vfio_pci_intrs.o vfio_pci_rdwr.o vfio_pci_con
 vfio-pci-y := vfio_pci.o vfio_pci_igd.o
 obj-m := vfio-pci-core.o vfio-pci.o
 END
-    printf 'mdev-y := mdev_core.o mdev_sysfs.o mdev_driver.o\nobj-m := mdev.o\n' \
-        >vfio/vfio/mdev/Makefile
-    make_modules "$abi" vfio
-    for module in vfio vfio_iommu_type1 pci/vfio-pci-core pci/vfio-pci mdev/mdev; do
-        rm "$modules/kernel/drivers/vfio/$module.ko.xz"
-        strip -g -o "$modules/kernel/drivers/vfio/$module.ko" "vfio/vfio/$module.ko"
-    done
-    strip -g -o "$modules/extra/iommufd.ko" vfio/iommufd/iommufd.ko
+    cat >vfio/vfio/mdev/Makefile <<'END'
+mdev-y := mdev_core.o mdev_sysfs.o mdev_driver.o
+obj-m := mdev.o
+END
 }
 
-# In the current directory.
+# In the current directory, of packages in another one.
 build_kernel() {
-    local version=$1 abi
-    abi=$(abi_of "$version")
-    say "downloading Linux $version ($abi) and its sources"
-    # shellcheck disable=SC2046  # a list of words
-    download $(packages_of "$version" "$abi")
-    say "unpacking Linux $version"
-    unpack kernel linux-image-*.deb
-    (cd "$here/.." && python3 -m lab.kernel "$OLDPWD"/kernel/boot/vmlinuz-* "$OLDPWD/kernel/vmlinux")
-    prepare_headers
-    case $version in
-        6.1) unpack_sources "$version" samples/vfio-mdev ;;
-        *)
-            unpack_sources "$version" samples/vfio-mdev drivers/vfio drivers/iommu \
-                lib/interval_tree.c
-            ;;
-    esac
-    say "building modules for Linux $version"
-    build_samples "$version" "$abi"
-    [[ $version = 6.1 ]] || build_iommufd "$version" "$abi"
-    "$build/busybox" depmod -b "$PWD/kernel" "$abi" || fail "depmod failed for $abi"
-    rm -rf kernel/boot kernel/usr
-    touch kernel/vmlinux kernel/ready
+    local version=$1 fetched=$2 release name package
+    local -a sources=(samples/vfio-mdev)
+    local -A files
+    [[ $version = 6.1 ]] || sources+=(drivers/vfio drivers/iommu lib/interval_tree.c)
+    release=$(release_of "$version")
+    for package in $(packages_of "$version"); do
+        name=${package#linux-}
+        files[${name%%-*}]+=" $(cd "$fetched" && file_of "$package")"
+    done
+
+    say "unpacking Linux $release"
+    # shellcheck disable=SC2086  # lists of words
+    {
+        unpack_kernel ${files[image]}
+        unpack_headers ${files[headers]} ${files[kbuild]}
+        unpack_source "$version" ${files[source]} "${sources[@]}"
+    }
+    say "building modules for Linux $release"
+    build_samples "$release"
+    [[ $version = 6.1 ]] || build_vfio "$release"
+    depmod --basedir "$PWD/kernel" "$release" || fail "depmod failed for $release"
+    recipe >kernel/recipe
     rm -rf "${build:?}/$version"
     mv kernel "$build/$version"
 }
 
+# In the current directory.
 build_busybox() {
-    [[ -x $build/busybox ]] && return
-    download busybox-static
-    unpack busybox busybox-static_*.deb
+    [[ ! -x $build/busybox ]] || return 0
+    dpkg -x "$(cd "$downloads" && file_of busybox-static)" busybox
     mv busybox/bin/busybox "$build/busybox"
 }
 
-all_complete && exit 0
-require_tools
-mkdir -p "$build"
-exec 9>"$build/.lock"
-flock 9 # another build may hold it, and may have built what is wanted
-all_complete && exit 0
+# All downloads come first: what needs a network fails before anything takes time.
+build_all() {
+    local version
+    say 'downloading kernels and their sources'
+    mkdir -p "$downloads"
+    cd "$downloads"
+    [[ -x $build/busybox ]] || fetch echo busybox-static
+    for version in $VERSIONS; do
+        is_complete "$version" || fetch packages_of "$version"
+    done
+    cd "$work"
+    build_busybox
+    for version in $VERSIONS; do
+        is_complete "$version" && continue
+        mkdir "$work/$version"
+        cd "$work/$version"
+        build_kernel "$version" "$downloads"
+        say "ready: $build/$version"
+    done
+    rm -rf "$downloads"
+}
 
-work=$(mktemp -d "$build/.building.XXXXXX")
-trap 'rm -rf "$work"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-cd "$work"
-renew_lists
-build_busybox
-for version in $VERSIONS; do
-    is_complete "$version" && continue
-    mkdir "$work/$version"
-    cd "$work/$version"
-    build_kernel "$version"
-    rm -rf "${work:?}/$version"
-    say "ready: $build/$version"
-done
+# Its Python module knows whether it must be made again.
+build_nested() {
+    "$project/guest/build.sh" cloud
+    (cd "$project" && python3 -m tests.lab.nested "$build/nested")
+}
+
+if ! all_complete; then
+    require_tools
+    mkdir -p "$build"
+    exec 9>"$build/.lock"
+    flock 9 # another build may hold it, and may have built what is wanted
+    work=$(mktemp -d "$build/.building.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    all_complete || build_all
+fi
+build_nested

@@ -1,37 +1,33 @@
-"""Unpacks the kernel in a bzImage, which an emulated CPU would take seconds for.
+"""What lab/build.sh has built: the lab's kernels, and its first programs."""
 
-Source: Documentation/arch/x86/boot.rst, payload_offset and payload_length.
-"""
-
-import lzma
-import struct
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-_SECTOR_BYTES = 512
-_SETUP_SECTORS, _PAYLOAD = 0x1F1, 0x248
-_XZ, _ZSTD, _ELF = b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x7fELF"
+Version = Literal["6.1", "6.12"]
+VERSIONS: tuple[Version, ...] = get_args(Version)
 
-
-def unpack_kernel(image: bytes) -> bytes:
-    """The vmlinux inside; ValueError for what is compressed in another way."""
-    setup_sectors = image[_SETUP_SECTORS] or 4
-    offset, length = struct.unpack_from("<II", image, _PAYLOAD)
-    start = (setup_sectors + 1) * _SECTOR_BYTES + offset
-    payload = image[start : start + length]
-    if payload.startswith(_XZ):
-        kernel = lzma.LZMADecompressor().decompress(payload)
-    elif payload.startswith(_ZSTD):
-        # The last four bytes are the length, and no part of the stream.
-        command = ["zstd", "--decompress", "--stdout"]
-        kernel = subprocess.run(command, input=payload[:-4], stdout=-1, check=True).stdout
-    else:
-        raise ValueError(f"a kernel that begins with {payload[:6]!r}")
-    if not kernel.startswith(_ELF):
-        raise ValueError("what is inside is no ELF file")
-    return kernel
+BUILT = Path(__file__).parents[1] / "build" / "lab"
+BUSYBOX = BUILT / "busybox"
 
 
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_bytes(unpack_kernel(Path(sys.argv[1]).read_bytes()))
+class LabError(Exception):
+    """The lab itself failed, and not what runs in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A kernel that QEMU can boot, and the directory of its modules, lib/modules/RELEASE."""
+
+    vmlinux: Path
+    modules: Path
+
+
+def find_kernel(version: Version) -> Kernel:
+    """What has been built of a kernel. Raises LabError."""
+    tree = BUILT / version
+    indices = list(tree.glob("lib/modules/*/modules.dep.bin"))
+    vmlinux = tree / "vmlinux"
+    if len(indices) != 1 or not vmlinux.exists() or not BUSYBOX.exists():
+        raise LabError(f"{tree} has no kernel; build it with: make lab")
+    return Kernel(vmlinux=vmlinux, modules=indices[0].parent)

@@ -1,147 +1,182 @@
-"""Runs one command as root in the lab VM."""
+"""Runs one command in the lab VM: starts QEMU, passes on what is said, ends it in time."""
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
-from lab.initrd import build_initrd
-from lab.topology import make_disks, qemu_arguments
+from lab.command_line import Machine, command_line, make_disks
+from lab.initrd import pack_initrd
+from lab.kernel import BUILT, LabError, Version, find_kernel
+from lab.topology import LAB_ADDRESS, NETWORK
 
-BUILD = Path(__file__).parent.parent / "build" / "lab"
-KERNELS = ("6.1", "6.12")
-LAB_FAILED = 125
-"""The status that says that the lab failed, and not what ran in it."""
+RESULTS = BUILT / "results"
+POLL_S = 0.05
+TAIL_LINES = 40
 
-_POLL_S = 0.05
-_APPEND = (
-    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check tsc=reliable "
-    "random.trust_cpu=on intel_iommu=on"
-)
+ENVIRONMENT = {
+    "HOME": "/root",
+    "TERM": "dumb",
+    "LAB_VM": "1",
+    "TMPDIR": "/run/lab/tmp",
+    "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:hypothesispytest",
+}
+"""Without its plug-ins, pytest starts ten seconds earlier on the emulated CPU."""
+PASSED_ON = ("PATH", "LANG", "CI")
+"""Variables that the command has from this machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lab:
-    """How to run it: on which of KERNELS, with what shared for writing, for how long.
+    """How to run the lab VM.
 
-    The IOMMU remaps interrupts unless `remapping` is False. `verbose` shows the kernel's messages.
+    The command may write to the directories `shares`, at the same paths; whatever else it writes
+    is thrown away. The IOMMU remaps interrupts unless `remapping` is False. `verbose` shows QEMU's
+    command line and all that the kernel says.
     """
 
-    kernel: str = "6.1"
-    share: Path = BUILD / "results"
-    timeout_s: float = 600.0
+    version: Version = "6.1"
+    shares: tuple[Path, ...] = (RESULTS,)
+    timeout_s: float = 300.0
     remapping: bool = True
     verbose: bool = False
 
 
 def run(lab: Lab, command: Sequence[str]) -> int:
-    """The command's exit status; LAB_FAILED, and why on stderr, when the lab itself failed.
+    """Runs a command as root in the current directory; its exit status, 128 + N for a signal N.
 
-    What the command says goes to stdout, of both its streams.
+    Its output goes to stdout, from both its streams. Raises LabError when the lab itself failed.
     """
-    tree = BUILD / lab.kernel
-    if not (tree / "ready").exists():
-        print(f"lab: there is no {tree}: run make lab", file=sys.stderr)
-        return LAB_FAILED
-    lab.share.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="lab.") as name:
-        directory = Path(name)
-        (modules,) = tree.glob("lib/modules/*")
-        build_initrd(
-            directory / "initrd",
-            busybox=BUILD / "busybox",
-            modules=modules,
-            settings={
-                "moddir": str(modules),
-                "share": str(lab.share),
-                "path": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
-            },
-            command=f"cd {shlex.quote(os.getcwd())}\nexec {shlex.join(command)}\n",
+    kernel = find_kernel(lab.version)
+    for share in lab.shares:
+        share.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="vmplug-lab-") as directory, _socket_pair() as monitor:
+        machine = Machine(
+            kernel=kernel,
+            directory=Path(directory),
+            shares=lab.shares,
+            monitor=monitor,
+            remapping=lab.remapping,
         )
-        make_disks(directory)
-        return _run(lab, _command_line(lab, tree, directory), directory)
+        make_disks(machine.directory)
+        initrd = pack_initrd(kernel, settings=_settings(machine), command=_script(command))
+        (machine.directory / "initrd").write_bytes(initrd)
+        _boot(lab, machine)
+        return _read_status(machine.directory)
 
 
-def _command_line(lab: Lab, tree: Path, directory: Path) -> list[str]:
-    """Consoles go to files: QEMU would make a shared stdout non-blocking, and output be lost."""
-    remapping = "on" if lab.remapping else "off"
-    return [
-        "qemu-system-x86_64",
-        *("-M", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi", "-cpu", "max"),
-        *("-smp", "1", "-m", "2G", "-nodefaults", "-no-user-config", "-display", "none"),
-        *("-object", "memory-backend-ram,id=ram0,size=1920M", "-numa", "node,memdev=ram0"),
-        *("-object", "memory-backend-ram,id=ram1,size=128M", "-numa", "node,memdev=ram1"),
-        *("-no-reboot", "-kernel", str(tree / "vmlinux"), "-initrd", str(directory / "initrd")),
-        *("-append", _APPEND),
-        *("-device", f"intel-iommu,intremap={remapping},caching-mode=on"),
-        *("-serial", f"file:{directory / 'console'}", "-serial", f"file:{directory / 'status'}"),
-        *("-device", "virtio-serial-pci,addr=1e.0"),
-        *("-chardev", f"file,id=out,path={directory / 'out'}"),
-        *("-device", "virtserialport,name=lab.out,chardev=out"),
-        # The lab's own QMP, for what runs in it: see tests/lab/outer.py.
-        *("-chardev", f"socket,id=qmp,path={directory / 'qmp'},server=on,wait=off"),
-        *("-mon", "chardev=qmp,mode=control"),
-        *("-chardev", f"socket,id=port,path={directory / 'qmp'}"),
-        *("-device", "virtserialport,name=lab.qmp,chardev=port"),
-        *("-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"),
-        *("-device", "virtio-9p-pci,fsdev=root,mount_tag=labroot,addr=1d.0"),
-        *("-fsdev", f"local,id=share,path={lab.share},security_model=none,multidevs=remap"),
-        *("-device", "virtio-9p-pci,fsdev=share,mount_tag=labshare,addr=1c.0"),
-        *qemu_arguments(directory),
-    ]
+@contextmanager
+def _socket_pair() -> Iterator[tuple[int, int]]:
+    ends = socket.socketpair()
+    with ends[0], ends[1]:
+        yield ends[0].fileno(), ends[1].fileno()
 
 
-def _run(lab: Lab, command: Sequence[str], directory: Path) -> int:
-    deadline = time.monotonic() + lab.timeout_s
-    tails = [_Tail(directory / "out", sys.stdout.fileno())]
+def _settings(machine: Machine) -> str:
+    shares = {f"share{number}": str(share) for number, share in enumerate(machine.shares)}
+    return _assignments(
+        {
+            "modules": str(machine.kernel.modules),
+            "network": NETWORK,
+            "address": LAB_ADDRESS,
+            **shares,
+        }
+    )
+
+
+def _script(command: Sequence[str]) -> str:
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment = _assignments({**passed_on, **ENVIRONMENT}, prefix="export ")
+    directory = shlex.quote(str(Path.cwd()))
+    return f"{environment}cd {directory} || exit\nexec {shlex.join(command)}\n"
+
+
+def _assignments(values: Mapping[str, str], prefix: str = "") -> str:
+    return "".join(f"{prefix}{name}={shlex.quote(text)}\n" for name, text in values.items())
+
+
+def _boot(lab: Lab, machine: Machine) -> None:
+    """Runs QEMU to its end. Raises LabError when it does not end in time, or ends badly."""
+    arguments = command_line(machine)
     if lab.verbose:
-        tails.append(_Tail(directory / "console", sys.stderr.fileno()))
-    qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        print(f"lab: {shlex.join(arguments)}", file=sys.stderr)
+    stderr, console = machine.directory / "stderr", machine.directory / "console"
+    sources = {machine.directory / "output": sys.stdout.buffer}
+    if lab.verbose:
+        sources[console] = sys.stderr.buffer
+    with _running(arguments, stderr, machine.monitor) as qemu:
+        _pass_on(qemu, sources, time.monotonic() + lab.timeout_s)
+        status = qemu.poll()
+    if status is None:
+        raise LabError(f"the command did not end within {lab.timeout_s:g} s{_tail(console)}")
+    if status != 0:
+        raise LabError(f"QEMU ended with status {status}{_tail(stderr)}")
+
+
+@contextmanager
+def _running(
+    arguments: Sequence[str], stderr: Path, fds: Iterable[int]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """QEMU, which ends when this is left, and also when this process is killed."""
+    with stderr.open("wb") as log:
+        qemu = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=tuple(fds),
+        )
     try:
-        while qemu.poll() is None and time.monotonic() < deadline:
-            for tail in tails:
-                tail.copy()
-            time.sleep(_POLL_S)
-        is_late = qemu.poll() is None
+        yield qemu
     finally:
-        qemu.kill()
+        qemu.kill()  # does nothing once it has been waited for
         qemu.wait()
-    for tail in tails:
-        tail.copy()
-    status = _read(directory / "status").split()
-    if is_late or not status or int(status[-1]) == LAB_FAILED:
-        why = f"no end within {lab.timeout_s:g} s" if is_late else "it did not come to an end"
-        console = _read(directory / "console")[-4000:]
-        print(f"lab: the lab VM failed: {why}\n{console}", file=sys.stderr)
-        return LAB_FAILED
-    return int(status[-1])
 
 
-class _Tail:
-    """Copies what is new in a file."""
+def _pass_on(
+    qemu: subprocess.Popen[bytes], sources: Mapping[Path, BinaryIO], deadline: float
+) -> None:
+    """Copies what the files get until QEMU ends or the time is over, and then what is left."""
+    with ExitStack() as opened:
+        files = []
+        for path, target in sources.items():
+            path.touch()  # QEMU may not have made it yet
+            files.append((opened.enter_context(path.open("rb")), target))
+        is_over = False
+        while not is_over:
+            is_over = _has_ended(qemu) or time.monotonic() > deadline
+            for file, target in files:
+                target.write(file.read())
+                target.flush()
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self._path = path
-        self._descriptor = descriptor
-        self._position = 0
 
-    def copy(self) -> None:
-        with suppress(FileNotFoundError), self._path.open("rb") as file:
-            file.seek(self._position)
-            data = file.read()
-            self._position += len(data)
-            while data:
-                data = data[os.write(self._descriptor, data) :]
-
-
-def _read(path: Path) -> str:
+def _has_ended(qemu: subprocess.Popen[bytes]) -> bool:
     try:
-        return path.read_text(errors="replace")
-    except FileNotFoundError:
-        return ""
+        qemu.wait(POLL_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _read_status(directory: Path) -> int:
+    """What the lab said when the command had ended. Raises LabError when it said nothing."""
+    status = (directory / "status").read_text(errors="replace").strip()
+    if not status.isdecimal():
+        raise LabError(f"the VM ended before the command did{_tail(directory / 'console')}")
+    return int(status)
+
+
+def _tail(log: Path) -> str:
+    """The last lines of a file, to stand behind a sentence; nothing when it has none."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "".join(
+        ["; it said last:" if lines else "", *(f"\n    {x}" for x in lines[-TAIL_LINES:])]
+    )

@@ -29,6 +29,7 @@ CATCHES_OSERROR = {
     "cli/main.py",  # the answer cannot be written: its reader has gone, the disk is full
     "host/backend.py",
     "host/process.py",
+    "host/program.py",
     "host/root.py",
     "hypervisor/daemon.py",
     "hypervisor/qemu/launch.py",

@@ -20,7 +20,7 @@ from tests.conformance.vector import (
 from tests.support.tree import HostTree
 from vmplug.address import CcwDevNo, new_id
 from vmplug.drivers.base import NewPlug
-from vmplug.drivers.place import CcwPlace
+from vmplug.drivers.place import CcwPlace, Place
 from vmplug.host.finding import Code
 from vmplug.hypervisor.qemu import machine as machines
 from vmplug.hypervisor.qemu.machine import Machine
@@ -129,7 +129,8 @@ def _share_by_qemu(case: Case) -> Answer:
     if isinstance(info, Refusal):
         return answer(case, info)
     if "DevNo" in said:
-        return answer(case, _written_at(machine, info, said["DevNo"]))
+        place = CcwPlace(devno=CcwDevNo.parse(said["DevNo"]))
+        return answer(case, written_at(machine, info, place))
     return answer(case, written(machine, info))
 
 
@@ -137,12 +138,11 @@ def _by_9p(tag: str, source: str, filesystem: str) -> ShareInfo:
     return ShareInfo(tag=tag, source=source, driver_options={"filesystem": filesystem})
 
 
-def _written_at(machine: ColdMachine, info: Request, devno: str) -> Terms:
-    """As it is written for a number that is given, where ours would be the first."""
+def written_at(machine: ColdMachine, info: Request, place: Place) -> Terms:
+    """As it is written for a place that is given."""
     (examined,) = machine.manager.check([info])
     assert examined.device
     assert examined.driver
-    place = CcwPlace(devno=CcwDevNo.parse(devno))
     new = NewPlug(id=new_id(), device=examined.device, read_only=False)
     machine.qemu.plug(examined.driver.plan(new, place, machine.qemu.offer()), place)
     return machine.terms()

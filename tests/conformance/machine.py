@@ -208,10 +208,17 @@ def add_port(monitor: MemoryMonitor, name: str, devfn: int) -> None:
 def add_bridge(
     monitor: MemoryMonitor, slot: int, *, name: str = "pci-bridge-0", parent: str | None = None
 ) -> None:
-    """A PCI bridge on the root bus or behind a port; a VM in memory lets one device on it."""
+    """A PCI bridge on the root bus or behind a port."""
+    add_behind(monitor, parent, name, "pci-bridge", slot << 3)
+
+
+def add_behind(
+    monitor: MemoryMonitor, parent: str | None, name: str, driver: str, devfn: int
+) -> None:
+    """A port, switch or bridge behind another one; on the root bus where `parent` is None."""
     bus = f"{PERIPHERAL}/{parent}/{parent}" if parent else _PORT.bus
-    properties = {"addr": slot << 3}
-    monitor.devices[name] = replace(_PORT, driver="pci-bridge", bus=bus, properties=properties)
+    properties = {"addr": devfn}
+    monitor.devices[name] = replace(_PORT, driver=driver, bus=bus, properties=properties)
 
 
 _PORT = MemoryMonitor(root_ports=1).devices["rp0"]

@@ -24,6 +24,7 @@ from tests.conformance.vector import (
     error_of,
     kind_of,
 )
+from tests.conformance.vfio_sandbox import plug_group
 from tests.support.tree import HostTree
 from vmplug.host.device import BlockDevice
 from vmplug.host.finding import Code
@@ -162,6 +163,8 @@ _DRIVERS = {"virtio-blk-pci": "virtio-blk", "scsi-hd": "virtio-scsi", "nvdimm": 
 
 def _other_kinds(case: Case) -> Answer:
     """A generic device, which is only counted, and one of the vhost-user store."""
+    if {"vfio_devices", "device"} & case.input.keys():
+        return plug_group(case)
     assert case.input["device_type"] == "generic / vhost-user-scsi-pci / other"
     tree = HostTree(case.path).char_device("4:2", "tty2")
     tree.node("/vu/block/devices/s", "b", "242:0").node("/vu/block/sockets/s", "s")

@@ -10,6 +10,7 @@ from typing import Any
 from tests.conformance.host import DISK, TTY, add_device, request
 from tests.conformance.machine import Machine, katas_drive, our_drive
 from tests.conformance.vector import Adapter, Answer, Case, Deviation, Refusal, attempt, kind_of
+from tests.conformance.vfio_life import saved_twice as saved_group
 from tests.conformance.vhost_user import saved_twice as saved_vhost_user
 from tests.support.tree import HostTree
 from vmplug.host.device import DeviceType
@@ -21,6 +22,8 @@ def _saved_twice(case: Case) -> Answer:
     katas_saved = json.loads(case.expected["saved_json"])
     if "VhostUserDev" in katas_saved:
         return saved_vhost_user(case)
+    if "VFIODevs" in katas_saved:
+        return saved_group(case)
     katas_again = json.loads(case.expected["saved_again_json"])
     drive = katas_saved.get("BlockDrive", {"File": "", "ReadOnly": False})
     name = drive["File"].removeprefix("/dev/") or "other"

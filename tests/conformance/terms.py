@@ -40,6 +40,7 @@ _KIND_OF_KEY = {
     "rng": "object",
     "iothread": "object",
     "fsdev": "fsdev",
+    "iommufd": "object",
 }
 _DEFAULTS: Mapping[str, Mapping[str, str]] = {
     "rng-random": {"filename": "/dev/urandom"},
@@ -65,11 +66,12 @@ _DEFAULTS: Mapping[str, Mapping[str, str]] = {
     "virtio-net": {"mq": "off"},
     "vhost-user": {"queues": "1"},
     "local": {"readonly": "off"},
+    "vfio": {"addr": "00"},
     "-drive": {"readonly": "off", "cache": "writeback", "discard": "ignore", "if": "none"},
 }
 """By model. Left alone, a disk has the write cache of its node and the blocks of its file, of 512
-bytes here, and a backend's device has a queue for each CPU, of which there is one; no drive of
-Kata's has another interface than none."""
+bytes here, and a backend's device has a queue for each CPU, of which there is one; a port has one
+slot only; no drive of Kata's has another interface than none."""
 
 _FIRST_KEY = {
     "-device": "driver",

@@ -6,7 +6,6 @@ Kata's tests put them in directories of their own, and leave out what Kata does 
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from tests.conformance.vector import Case, Facts, Refusal, attempt
@@ -56,9 +55,9 @@ def build(case: Case) -> PciTree:
     for path, length in files.get("file_sizes", {}).items():
         tree.file(at(path), bytes(length))
     for path, target in files.get("symlinks", {}).items():
-        if not target.startswith("$ROOT"):
-            target = os.path.normpath(f"{os.path.dirname(path)}/{target}")
-        link(tree, at(path), at(target))
+        is_whole = target.startswith("$ROOT")
+        whole = target if is_whole else os.path.normpath(f"{os.path.dirname(path)}/{target}")
+        link(tree, at(path), at(whole))
     for node in files.get("nodes", ()):
         tree.node(node["path"], node["type"], f"{node['major']}:{node['minor']}")
     _make_bus_links(tree)
@@ -80,15 +79,11 @@ def _make_bus_links(tree: PciTree) -> None:
         bus = "pci" if _is_bdf(path.name) else "mdev" if _UUID.fullmatch(path.name) else None
         place = f"/sys/bus/{bus}/devices/{path.name}"
         if bus and not os.path.lexists(tree.path / place.lstrip("/")):
-            link(tree, place, _inside(tree, path))
+            link(tree, place, f"/{path.relative_to(tree.path)}")
 
 
 def _is_bdf(name: str) -> bool:
     return isinstance(attempt(lambda: Bdf.parse(name)), Bdf)
-
-
-def _inside(tree: PciTree, path: Path) -> str:
-    return f"/{path.relative_to(tree.path)}"
 
 
 def give_to_vfio(tree: PciTree, functions: Iterable[str]) -> None:
@@ -100,16 +95,13 @@ def give_to_vfio(tree: PciTree, functions: Iterable[str]) -> None:
 
 def name_cdev(tree: PciTree, devnum: str) -> str:
     """What else the kernel shows of the device of that number; gives its node."""
-    directory = tree.real(f"/sys/dev/char/{devnum}")
-    real = os.path.realpath(tree.path / directory.lstrip("/"))
-    name = os.path.basename(real)
-    node = f"/dev/vfio/devices/{name}"
+    directory = tree.root.real_path(f"/sys/dev/char/{devnum}")
+    name = os.path.basename(directory)
     major, minor = devnum.split(":")
-    uevent = f"MAJOR={major}\nMINOR={minor}\nDEVNAME={node.removeprefix('/dev/')}\n"
-    inside = _inside(tree, Path(real))
-    tree.file(f"{inside}/uevent", uevent)
-    link(tree, f"/sys/class/vfio-dev/{name}", inside)
-    return node
+    uevent = f"MAJOR={major}\nMINOR={minor}\nDEVNAME=vfio/devices/{name}\n"
+    tree.file(f"{directory}/uevent", uevent)
+    link(tree, f"/sys/class/vfio-dev/{name}", directory)
+    return f"/dev/vfio/devices/{name}"
 
 
 def add_cdev(tree: PciTree, bdf: str, node: str) -> DeviceInfo:
@@ -142,12 +134,17 @@ def find(tree: PciTree, device: str) -> HostDevice | Refusal:
 
 
 def add_mediated(
-    tree: PciTree, kind: VFIODeviceType, parent: str, *, queues: Iterable[str] = ()
+    tree: PciTree,
+    kind: VFIODeviceType,
+    parent: str,
+    *,
+    uuid: str = UUID,
+    queues: Iterable[str] = (),
 ) -> None:
-    """A mediated device UUID in group 9; `parent` is its directory."""
+    """A mediated device in group 9; `parent` is its parent's directory."""
     tree.mdev_type(parent, "type", api="vfio-pci" if kind is TYPES[2] else str(kind))
     matrix = list(queues) if kind is VFIODeviceType.AP else None
-    tree.mdev(UUID, parent, "type", group=9, matrix=matrix)
+    tree.mdev(uuid, parent, "type", group=9, matrix=matrix)
 
 
 def hexadecimal(value: int | None, digits: int) -> str:

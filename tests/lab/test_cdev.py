@@ -83,7 +83,13 @@ def test_an_open_node_is_told_with_its_process(bound: Path) -> None:
         assert holder.stdout
         holder.stdout.readline()
         device = ask(MULTI[0])
-        words = ["check", "--state-dir", bound, "--device", f"c:{device.devnum}:{node}"]
+        words: list[str | Path] = [
+            "check",
+            "--state-dir",
+            bound,
+            "--device",
+            f"c:{device.devnum}:{node}",
+        ]
         told = subprocess.run([VMPLUG, *words], capture_output=True, text=True, check=False)
     finally:
         holder.kill()

@@ -36,7 +36,14 @@ def state(tmp_path: Path) -> Iterator[Path]:
 def vmplug(state: Path, *words: str, check: bool = True) -> Any:
     """The verb's JSON answer, or its error."""
     verb = words[:2] if words[0] == "vm" else words[:1]
-    command = [VMPLUG, *verb, "--state-dir", state, "--json", *words[len(verb) :]]
+    command: list[str | Path] = [
+        VMPLUG,
+        *verb,
+        "--state-dir",
+        state,
+        "--json",
+        *words[len(verb) :],
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert not check or done.returncode == 0, done.stderr
     return json.loads(done.stdout or done.stderr)

@@ -137,6 +137,19 @@ TOPOLOGIES: dict[str, tuple[str, list[Device], list[tuple[str, str]]]] = {
         [{**pci_bridge()[0], "shpc": False}],
         [],
     ),
+    "one that says how large its windows are to be": (
+        "q35",
+        [
+            {
+                **pci_bridge()[0],
+                "bus": "pcie.0",
+                "shpc": False,
+                "mem-reserve": 1 << 20,
+                "pref64-reserve": 1 << 20,
+            }
+        ],
+        [("br0", "10")],
+    ),
     "a bridge": ("pc", pci_bridge(), [("br0", "10")]),
     "a bridge of a q35": ("q35", [{**pci_bridge()[0], "bus": "pcie.0"}], [("br0", "10")]),
     "a port without hot-plug": (
@@ -151,7 +164,7 @@ TOPOLOGIES: dict[str, tuple[str, list[Device], list[tuple[str, str]]]] = {
             {**root_ports(2)[1], "bus": "pxb", "addr": "0x0"},
             *root_ports(1),
         ],
-        [("rp0", "10")],
+        [("rp0", "10"), ("rp1", "40:00")],
     ),
     "a switch": (
         "q35",
@@ -260,7 +273,7 @@ def test_every_scsi_controller_is_offered_with_its_path(tmp_path: Path) -> None:
     assert [(c.bus, str(c.path), c.used) for c in offer.controllers] == [
         ("scsi0.0", "08", frozenset()),
         ("scsi1.0", "10/00", {ScsiAddress(2, 7)}),
-        ("scsi2.0", "None", frozenset()),
+        ("scsi2.0", "40:00/00", frozenset()),
     ]
 
 
@@ -875,10 +888,12 @@ def test_what_a_broken_attach_left_in_the_vm_is_in_the_journal(
 def test_an_event_that_was_lost_is_made_up_for(cuttable: Lab, proxy: Proxy, image: Path) -> None:
     """The conversation breaks while the guest is waited for, and the guest answers meanwhile."""
     lab = cuttable
-    waiting = threading.Event()
+    asked, waiting = threading.Event(), threading.Event()
 
     def notice(command: Command) -> None:
-        if command.execute == "qom-list":
+        if command.execute == "device_del":
+            asked.set()
+        elif asked.is_set() and command.execute == "qom-list":
             waiting.set()
 
     attachment = lab.attach(image)

@@ -125,6 +125,13 @@ def test_a_taken_port_is_not_given_again_whatever_function_is_in_it() -> None:
         choose(group(), two, "rp0/00", "rp1/00")
 
 
+def test_a_port_may_have_a_dot_in_its_name() -> None:
+    dotted = PciPort(bus="rp.0", path=PciPath((PciSlot(4),)), free=(PciSlot(0),))
+    assert choose(group(), offer(dotted)) == ["rp.0/00"]
+    with pytest.raises(NoFreePort):
+        choose(group(), offer(dotted), "rp.0/00")
+
+
 def test_the_lowest_port_is_free_again_after_the_first_of_two_has_gone() -> None:
     three = offer(port(0), port(1), port(2))
     assert choose(group(), three, "rp1/00") == ["rp0/00"]
@@ -288,9 +295,14 @@ def plan(device: VfioGroup, vm: Offer, options: VfioOptions) -> tuple[VFIODevice
 def test_every_function_of_the_group_is_in_the_plug_and_in_the_guests_address() -> None:
     device = group(function("0001:3b:00.0"), function("0001:3b:00.1"))
     plug, place = plan(device, offer(port(0)), VfioOptions())
-    assert plug.devices == (
-        VFIODevice(name="0001:3b:00.0", type=VFIODeviceType.NORMAL, bdf=Bdf(1, 0x3B, 0, 0)),
-        VFIODevice(name="0001:3b:00.1", type=VFIODeviceType.NORMAL, bdf=Bdf(1, 0x3B, 0, 1)),
+    assert plug.devices == tuple(
+        VFIODevice(
+            name=f"0001:3b:00.{number}",
+            type=VFIODeviceType.NORMAL,
+            bdf=Bdf(1, 0x3B, 0, number),
+            sysfs_path=f"/sys/bus/pci/devices/0001:3b:00.{number}",
+        )
+        for number in (0, 1)
     )
     guest = guest_address(plug, place)
     assert guest.functions == (
@@ -360,8 +372,9 @@ def test_a_wrong_option_is_named(key: str, value: str) -> None:
 
 
 def test_a_mediated_device_has_no_ids_to_change() -> None:
-    with pytest.raises(SpecError, match="mediated"):
+    with pytest.raises(SpecError, match="mediated") as refusal:
         plan(mediated(VFIODeviceType.MEDIATED), offer(port(0)), VfioOptions(vendor_id=1))
+    assert refusal.value.where == "option x-pci-vendor-id"
 
 
 def test_a_group_cannot_be_read_only() -> None:

@@ -76,6 +76,25 @@ def test_functions_on_ports_of_their_own_are_each_alone() -> None:
     ]
 
 
+def test_only_the_slot_that_is_shared_has_several_functions() -> None:
+    plug = group(function(0), function(1), function(2))
+    steps = added(plug_steps(plug, at(place("rp0"), place("rp0", 1), place("rp1"))))
+    assert [(step["bus"], "multifunction" in step) for step in steps] == [
+        ("rp0", True),
+        ("rp0", True),
+        ("rp1", False),
+    ]
+
+
+def test_a_function_of_a_domain_that_qemu_does_not_take_goes_by_its_directory() -> None:
+    bdf = Bdf.parse("10000:e1:00.0")
+    path = f"/sys/bus/pci/devices/{bdf}"
+    device = VFIODevice(name=str(bdf), type=VFIODeviceType.NORMAL, bdf=bdf, sysfs_path=path)
+    (step,) = added(plug_steps(group(device), at(place("rp0"))))
+    assert step["sysfsdev"] == path
+    assert "host" not in step
+
+
 def test_the_guest_reads_other_ids_and_sees_the_rom_when_that_is_wanted() -> None:
     plug = group(function(0), vendor_id=0x10DE, device_id=0x1B80, rom=True)
     (step,) = added(plug_steps(plug, at(place("rp0"))))

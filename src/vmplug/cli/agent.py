@@ -66,7 +66,7 @@ def _vfio(attachment: "Attachment", guest: "GuestAddress") -> dict[str, Any]:
     """
     node = attachment.name if attachment.name.startswith("/") else attachment.host_path
     record = {"id": node.rpartition("/")[2], "vm_path": ""}
-    if guest.ap_queues:
+    if not (guest.pci_path or guest.ccw_devno):
         return {"type": "vfio-ap", **record, "options": list(guest.ap_queues)}
     if guest.ccw_devno:
         return {"type": "vfio-ccw", **record, "options": [str(guest.ccw_devno)]}

@@ -120,13 +120,30 @@ class VfioOptions:
                 alone = _Cluster(pcie=None, numa_node=None, needed=Windows(0, 0), functions=(0,))
                 return _Chooser(group, offer, taken).each([alone], self.port)
 
+    def _changes_what_is_seen(self) -> str | None:
+        """The first option that makes the guest see another device than the real one."""
+        said = {
+            "rom": self.rom,
+            "x-pci-vendor-id": self.vendor_id is not None,
+            "x-pci-device-id": self.device_id is not None,
+        }
+        return next((option for option, is_said in said.items() if is_said), None)
+
     def plan(self, new: NewPlug, place: Place, offer: Offer) -> VFIODevices:  # noqa: ARG002
         """See Driver."""
         group = new.device
         assert isinstance(group, VfioGroup)
         mediated = group.mediated
-        if mediated and (self.rom or self.vendor_id is not None or self.device_id is not None):
-            raise SpecError("option rom", "a mediated device shows what its driver made of it")
+        is_renamed = self.vendor_id is not None or self.device_id is not None
+        if is_renamed and len(group.functions) > 1:
+            raise SpecError(
+                "option x-pci-device-id",
+                f"{group.host_path} has {len(group.functions)} functions, which would all read so",
+            )
+        if mediated and (option := self._changes_what_is_seen()):
+            raise SpecError(
+                f"option {option}", "a mediated device shows what its driver made of it"
+            )
         devices = [_mediated(mediated)] if mediated else [_function(f) for f in group.functions]
         if offer.iommufd and group.cdev_nodes:
             nodes = dict(group.cdev_nodes)
@@ -144,7 +161,10 @@ class VfioOptions:
 
 def _function(function: PciFunction) -> VFIODevice:
     return VFIODevice(
-        name=str(function.bdf), type=VFIODeviceType.NORMAL, bdf=function.bdf, sysfs_path=None
+        name=str(function.bdf),
+        type=VFIODeviceType.NORMAL,
+        bdf=function.bdf,
+        sysfs_path=function.sysfs_path,
     )
 
 
@@ -296,7 +316,8 @@ class _Chooser:
 
     def _free_slot(self, port: PciPort) -> PciSlot | None:
         """A slot of which no function is taken."""
-        used = {place.partition(".")[0] for place in self._taken}
+        places = (place.rpartition("/") for place in self._taken)
+        used = {f"{bus}/{slot.partition('.')[0]}" for bus, _, slot in places}
         return next((slot for slot in port.free if f"{port.bus}/{slot}" not in used), None)
 
     def _too_small(self, cluster: _Cluster) -> NoFreePort:

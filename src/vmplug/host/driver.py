@@ -15,20 +15,46 @@ from vmplug.host.pci import PciFunction
 from vmplug.host.program import run_program
 from vmplug.host.root import HostRoot
 
+_VFIO_ENDINGS = ("_vfio_pci", "-vfio-pci")
 _ALIAS = "alias vfio_pci:"
 _LOAD_TIMEOUT_S = 30.0
 
 
 def choose_driver(function: PciFunction, root: HostRoot) -> str:
     """The module of the most specific driver of VFIO that there is for a function."""
-    known = (function.modalias or "").removeprefix("pci:")
     fitting = [
         (pattern.count("*"), module)
         for pattern, module in _read_aliases(root)
-        if fnmatch.fnmatchcase(known, pattern)
+        if _fits(function, pattern)
     ]
     module = min(fitting, default=(0, PLAIN_DRIVER))[1]
     return PLAIN_DRIVER if is_same_driver(module, PLAIN_DRIVER) else module
+
+
+def check_driver(name: str, function: PciFunction, root: HostRoot) -> None:
+    """Raise BindError unless the driver is one of VFIO's that knows the function.
+
+    A driver that is named in `driver_override` is given any function, and may take the kernel down
+    with one that it was not made for. Source: pci_match_device, Linux drivers/pci/pci-driver.c;
+    measured on Linux 6.1, e1000e with an NVMe drive.
+    """
+    if is_same_driver(name, PLAIN_DRIVER):
+        return
+    patterns = [p for p, module in _read_aliases(root) if is_same_driver(module, name)]
+    if not (patterns or name.endswith(_VFIO_ENDINGS)):
+        why = f"{name} is not known as a driver of VFIO"
+    elif patterns and not any(_fits(function, pattern) for pattern in patterns):
+        why = f"{name} is for other devices than {function.bdf}"
+    else:
+        return
+    best = choose_driver(function, root)
+    raise BindError(
+        str(function.bdf), "choose", why, hint=f"without --driver it would be {best}"
+    )
+
+
+def _fits(function: PciFunction, pattern: str) -> bool:
+    return fnmatch.fnmatchcase((function.modalias or "").removeprefix("pci:"), pattern)
 
 
 def _read_aliases(root: HostRoot) -> Iterator[tuple[str, str]]:

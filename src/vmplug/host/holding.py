@@ -7,12 +7,13 @@ Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrcon
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
+from vmplug.host.pci import find_bdf
 from vmplug.host.root import HostRoot
 
 _BLOCK, _NET = "/sys/class/block", "/sys/class/net"
@@ -33,18 +34,19 @@ class NetInterface(NamedTuple):
 
     `master` is what it is part of, a bridge or a bond, or else what was built on it, a VLAN; None
     for nothing. The address that every interface has of itself (link-local) does not count. An
-    IPv4 address is known by the route that it brings with it.
+    IPv4 address is known by the route that it brings with it. `has_default_route` and
+    `has_address` are None on a host that has no tables to tell.
     """
 
     name: str
-    has_default_route: bool
-    has_address: bool
+    has_default_route: bool | None
+    has_address: bool | None
     master: str | None
 
     @property
     def is_used(self) -> bool:
         """Whether the host would miss it."""
-        return self.has_default_route or self.has_address or self.master is not None
+        return bool(self.has_default_route or self.has_address or self.master)
 
 
 def block_devices_of(sysfs_real_path: str, root: HostRoot) -> list[DevNum]:
@@ -66,7 +68,17 @@ def read_block_paths(root: HostRoot) -> dict[str, str]:
     return dict(_class_paths(_BLOCK, root))
 
 
-def _with_heads(names: set[str], known: dict[str, str]) -> set[str]:
+def group_by_function(paths: Mapping[str, str]) -> dict[Bdf, list[str]]:
+    """The names of devices by the functions that they lie below, of their directories."""
+    found: dict[Bdf, set[str]] = {}
+    for name, path in paths.items():
+        for part in path.split("/"):
+            if bdf := find_bdf(part):
+                found.setdefault(bdf, set()).add(name)
+    return {bdf: sorted(_with_heads(names, paths)) for bdf, names in found.items()}
+
+
+def _with_heads(names: set[str], known: Mapping[str, str]) -> set[str]:
     """The names, and the disks to which some of them are only one way of several."""
     heads = [f"nvme{match[1]}{match[2]}" for name in names if (match := _NVME_PATH.match(name))]
     if not heads:
@@ -106,29 +118,41 @@ def _class_paths(directory: str, root: HostRoot) -> Iterator[tuple[str, str]]:
 
 
 class NetworkUses(NamedTuple):
-    """The interfaces that have routes and addresses, and the host they are on."""
+    """The interfaces that have routes and addresses; None where no table is there to tell."""
 
-    with_default_route: frozenset[str]
-    with_address: frozenset[str]
+    with_default_route: frozenset[str] | None
+    with_address: frozenset[str] | None
     root: HostRoot
 
     def interface(self, name: str) -> NetInterface:
-        """What the host uses one of them for."""
+        """What the host uses one of them for. Raises AttributeReadError."""
+        routed, addressed = self.with_default_route, self.with_address
         return NetInterface(
             name=name,
-            has_default_route=name in self.with_default_route,
-            has_address=name in self.with_address,
+            has_default_route=None if routed is None else name in routed,
+            has_address=None if addressed is None else name in addressed,
             master=_read_master(name, self.root),
         )
 
 
 def read_network_uses(root: HostRoot) -> NetworkUses:
     """Which interfaces the host has given routes and addresses. Raises AttributeReadError."""
-    default4, routed = _read_routes4(root)
+    routes4 = _read_table("/proc/net/route", root, name=0, numbers=(1, 7, 3))
+    routes6 = _read_table("/proc/net/ipv6_route", root, name=9, numbers=(0, 1, 8))
+    addresses6 = _read_table("/proc/net/if_inet6", root, name=5, numbers=(3,))
+    # The kernel's own default routes reject what they get, and are of `lo`.
+    routes = [
+        (name, target | length_or_mask)
+        for name, (target, length_or_mask, flags) in [*(routes4 or ()), *(routes6 or ())]
+        if flags & _RTF_UP and not flags & _RTF_REJECT
+    ]
+    defaults = {name for name, width in routes if not width}
+    addressed = {name for name, _ in routes4 or ()}
+    addressed |= {name for name, (scope,) in addresses6 or () if scope != _SCOPE_LINK}
     return NetworkUses(
-        with_default_route=frozenset(default4 | _read_defaults6(root)),
-        with_address=frozenset(routed | _read_addressed6(root)),
-        root=root,
+        None if routes4 is None and routes6 is None else frozenset(defaults),
+        None if routes4 is None and addresses6 is None else frozenset(addressed),
+        root,
     )
 
 
@@ -140,53 +164,20 @@ def _read_master(name: str, root: HostRoot) -> str | None:
     return next((entry.removeprefix("upper_") for entry in uppers), None)
 
 
-def _read_routes4(root: HostRoot) -> tuple[set[str], set[str]]:
-    """The interfaces with the default route, and those with any, in the main table."""
-    defaults, routed = set[str](), set[str]()
-    for line, fields in _rows("/proc/net/route", 8, root, skip=1):
-        try:
-            target, flags, mask = (int(fields[column], 16) for column in (1, 3, 7))
-        except ValueError:
-            raise AttributeReadError("/proc/net/route", why=f"{line[:60]!r}") from None
-        if flags & _RTF_UP and not flags & _RTF_REJECT:
-            routed.add(fields[0])
-            if not target | mask:
-                defaults.add(fields[0])
-    return defaults, routed
-
-
-def _read_defaults6(root: HostRoot) -> set[str]:
-    """The interfaces with a default route; the kernel's own, which reject, are of `lo`."""
-    defaults = set[str]()
-    for line, fields in _rows("/proc/net/ipv6_route", 10, root):
-        try:
-            target, length, flags = (int(fields[column], 16) for column in (0, 1, 8))
-        except ValueError:
-            raise AttributeReadError("/proc/net/ipv6_route", why=f"{line[:60]!r}") from None
-        if not target | length and flags & _RTF_UP and not flags & _RTF_REJECT:
-            defaults.add(fields[9])
-    return defaults
-
-
-def _read_addressed6(root: HostRoot) -> set[str]:
-    addressed = set[str]()
-    for line, fields in _rows("/proc/net/if_inet6", 6, root):
-        try:
-            scope = int(fields[3], 16)
-        except ValueError:
-            raise AttributeReadError("/proc/net/if_inet6", why=f"{line[:60]!r}") from None
-        if scope != _SCOPE_LINK:
-            addressed.add(fields[5])
-    return addressed
-
-
-def _rows(
-    path: str, columns: int, root: HostRoot, *, skip: int = 0
-) -> Iterator[tuple[str, list[str]]]:
-    """The lines of a table, each with its fields."""
-    for line in (root.read_text(path) or "").split("\n")[skip:]:
+def _read_table(
+    path: str, root: HostRoot, *, name: int, numbers: Sequence[int]
+) -> list[tuple[str, list[int]]] | None:
+    """The interface and some numbers of every line, by their columns; None when it is absent."""
+    text = root.read_text(path)
+    if text is None:
+        return None
+    rows = []
+    for line in text.split("\n"):
         fields = line.split()
-        if fields:
-            if len(fields) < columns:
-                raise AttributeReadError(path, why=f"{line[:60]!r} is cut short")
-            yield line, fields
+        if not fields or fields[0] == "Iface":
+            continue
+        try:
+            rows.append((fields[name], [int(fields[column], 16) for column in numbers]))
+        except (IndexError, ValueError):
+            raise AttributeReadError(path, why=f"no route or address: {line[:60]!r}") from None
+    return rows

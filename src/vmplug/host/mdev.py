@@ -7,9 +7,12 @@ import re
 from enum import StrEnum
 from typing import NamedTuple
 
+from vmplug.devnum import is_decimal
+from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
 
 MDEV_DEVICES = "/sys/bus/mdev/devices"
+_MDEV_BUS = "/sys/class/mdev_bus"
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z", re.ASCII)
 
 
@@ -40,7 +43,11 @@ def read_mediated(path: str, root: HostRoot) -> MediatedDevice:
     """The mediated device at `path`, a link or directory below /sys."""
     real = root.real_path(path)
     parent, _, uuid = real.rpartition("/")
-    api = (root.read_attribute(f"{path}/mdev_type/device_api") or b"").decode().strip()
+    api = (
+        (root.read_attribute(f"{path}/mdev_type/device_api") or b"")
+        .decode(errors="replace")
+        .strip()
+    )
     if api == "vfio-ap" or "/devices/vfio_ap/" in real:
         kind = VFIODeviceType.AP
     elif api == "vfio-ccw" or "/devices/css" in real:
@@ -58,38 +65,51 @@ def read_mediated(path: str, root: HostRoot) -> MediatedDevice:
 
 def _read_ap_queues(path: str, root: HostRoot) -> tuple[str, ...]:
     """The queues of a matrix device, `05.0004`, one a line. Source: s390/vfio-ap.rst."""
-    return tuple((root.read_attribute(f"{path}/matrix") or b"").decode().split())
+    return tuple((root.read_attribute(f"{path}/matrix") or b"").decode(errors="replace").split())
 
 
 class MdevType(NamedTuple):
-    """A type of mediated device that a parent can make; `available` is how many more."""
+    """A type of mediated device that a parent can make; `available` is how many more.
+
+    `unreadable` are sentences about files that are there and could not be read or made no sense.
+    """
 
     parent: str
     name: str
     title: str | None
     available: int | None
     device_api: str | None
+    unreadable: tuple[str, ...] = ()
 
 
 def read_mdev_types(root: HostRoot) -> list[MdevType]:
     """Every type that a device of the host can be divided into, by parent."""
     return [
         _read_type(parent, name, root)
-        for parent in root.names("/sys/class/mdev_bus")
-        for name in root.names(f"/sys/class/mdev_bus/{parent}/mdev_supported_types")
+        for parent in root.names(_MDEV_BUS)
+        for name in root.names(f"{_MDEV_BUS}/{parent}/mdev_supported_types")
     ]
 
 
 def _read_type(parent: str, name: str, root: HostRoot) -> MdevType:
-    base = f"/sys/class/mdev_bus/{parent}/mdev_supported_types/{name}"
-    title, api = (root.read_attribute(f"{base}/{file}") for file in ("name", "device_api"))
-    return MdevType(
-        parent=parent,
-        name=name,
-        title=title.decode(errors="replace").strip() if title else None,
-        available=root.read_int(f"{base}/available_instances"),
-        device_api=api.decode(errors="replace").strip() if api else None,
-    )
+    base = f"{_MDEV_BUS}/{parent}/mdev_supported_types/{name}"
+    unreadable: list[str] = []
+
+    def word(file: str) -> str | None:
+        try:
+            data = root.read_attribute(f"{base}/{file}")
+        except AttributeReadError as error:
+            unreadable.append(error.message)
+            return None
+        return data.decode(errors="replace").strip() if data else None
+
+    title, api, available = word("name"), word("device_api"), word("available_instances")
+    if available is not None and not is_decimal(available):
+        why = f"{available[:40]!r} is not a number"
+        unreadable.append(f"cannot read {base}/available_instances: {why}")
+        available = None
+    count = None if available is None else int(available)
+    return MdevType(parent, name, title, count, api, tuple(unreadable))
 
 
 def read_mediated_devices(root: HostRoot) -> list[MediatedDevice]:

@@ -4,15 +4,16 @@ Source: Documentation/driver-api/vfio-mediated-device.rst.
 """
 
 import time
+from contextlib import suppress
 from uuid import uuid4
 
 from vmplug.errors import BindError, NoSuchDevice, SpecError
-from vmplug.host.bind import WRITE_TIMEOUT_S, Writer
+from vmplug.host.bind import Writer
 from vmplug.host.iommu import find_group
 from vmplug.host.mdev import MDEV_DEVICES, UUID, MdevType, read_mdev_types
 from vmplug.host.root import HostRoot
 
-_MADE_TIMEOUT_S = 10.0
+MADE_TIMEOUT_S = 10.0
 _STEP_S = 0.01
 
 
@@ -22,12 +23,13 @@ def create_mediated(
     root: HostRoot,
     *,
     uuid: str | None = None,
-    timeout_s: float = WRITE_TIMEOUT_S,
+    timeout_s: float = MADE_TIMEOUT_S,
 ) -> str:
     """Make a mediated device, and return its UUID, which is drawn if none is given.
 
-    It is in an IOMMU group by then. Raises SpecError for a malformed UUID, NoSuchDevice for a
-    parent or a type that is not there, BindError when the kernel makes none; then there is none.
+    It is in an IOMMU group by then, for which the kernel has `timeout_s`. Raises SpecError for a
+    malformed UUID, NoSuchDevice for a parent or a type that is not there, BindError when the
+    kernel makes none; then there is none.
     """
     uuid = uuid.lower() if uuid else str(uuid4())
     if not UUID.match(uuid):
@@ -44,21 +46,22 @@ def create_mediated(
             f"{parent} has no more room for a {type_name}",
             hint="remove one that is not used (vmplug mdev remove UUID); vmplug host shows them",
         )
-    writer = Writer(uuid, root, timeout_s)
+    writer = Writer(uuid, root)
     base = f"/sys/class/mdev_bus/{parent}/mdev_supported_types/{type_name}"
     writer.write("create", f"{base}/create", uuid)
-    if not _wait(uuid, root):
-        remove_mediated(uuid, root, timeout_s=timeout_s)
+    if not _wait(uuid, root, timeout_s):
+        with suppress(NoSuchDevice):
+            remove_mediated(uuid, root)
         raise BindError(
             uuid,
             "create",
-            f"{uuid} was made, but no driver of VFIO has taken it",
+            f"{uuid} was made, but is in no IOMMU group: no driver of VFIO has taken it",
             hint="modprobe vfio_mdev; the kernel's log (dmesg) may say why",
         )
     return uuid
 
 
-def remove_mediated(uuid: str, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S) -> None:
+def remove_mediated(uuid: str, root: HostRoot) -> None:
     """Take a mediated device away; whether anybody uses it is the caller's to know.
 
     Raises NoSuchDevice or BindError.
@@ -71,7 +74,7 @@ def remove_mediated(uuid: str, root: HostRoot, *, timeout_s: float = WRITE_TIMEO
             found="nothing",
             hint="vmplug host shows what there is",
         )
-    Writer(uuid, root, timeout_s).write("remove", f"{base}/remove", "1")
+    Writer(uuid, root).write("remove", f"{base}/remove", "1")
     if root.stat(base) is not None:
         raise BindError(
             uuid,
@@ -100,9 +103,9 @@ def _find_type(parent: str, type_name: str, root: HostRoot) -> MdevType:
     )
 
 
-def _wait(uuid: str, root: HostRoot) -> bool:
+def _wait(uuid: str, root: HostRoot, timeout_s: float) -> bool:
     """Whether it is there and in a group before the deadline."""
-    deadline = time.monotonic() + _MADE_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     path = f"{MDEV_DEVICES}/{uuid}"
     while root.stat(path) is None or find_group(path, root) is None:
         if time.monotonic() >= deadline:

@@ -4,15 +4,14 @@ Source: Documentation/ABI/testing/sysfs-bus-pci; a function's uevent holds class
 """
 
 import errno
-import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 from vmplug.address import Bdf
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.iommu import read_membership
-from vmplug.host.root import Directory, HostRoot
+from vmplug.host.root import HostRoot, Several
 
 BRIDGES = frozenset({0x0600, 0x0604})
 """Classes of host bridges and PCI-to-PCI bridges, which are never handed over themselves.
@@ -27,16 +26,9 @@ _BARS = 6
 _IORESOURCE_MEM, _IORESOURCE_PREFETCH, _IORESOURCE_MEM_64 = 0x200, 0x2000, 0x100000
 """Source: include/linux/ioport.h."""
 
-_NO_BAR = b" ".join([b"0x0000000000000000"] * 3) + b"\n"
-_USUAL_BAR = re.compile(rb"(0x[0-9a-f]{16}) (0x[0-9a-f]{16}) (0x[0-9a-f]{16})\n")
-_BAR_LINES = tuple((number, number * len(_NO_BAR)) for number in range(_BARS))
-"""Source: resource_show, Linux drivers/pci/pci-sysfs.c."""
-_USUAL_UEVENT = re.compile(
-    r"(?:DRIVER=(.+)\n)?PCI_CLASS=([0-9A-F]{1,6})\nPCI_ID=([0-9A-F]{4}):([0-9A-F]{4})\n"
-    r"PCI_SUBSYS_ID=.*\nPCI_SLOT_NAME=.*\nMODALIAS=(.*)\n",
-    re.ASCII,
-)
-"""Source: pci_uevent, Linux drivers/pci/pci-driver.c."""
+_NO_BAR = b" ".join([b"0x0000000000000000"] * 3)
+_HEX = (16, 16, 16)
+T = TypeVar("T")
 
 _CONFIG_BYTES, _HEADER_BYTES = 256, 64
 _STATUS, _HAS_CAPABILITIES, _CAPABILITIES = 0x06, 0x10, 0x34
@@ -94,20 +86,20 @@ class PciFunction(NamedTuple):
 
 def read_functions(root: HostRoot) -> list[PciFunction]:
     """Every function of the host, in the order of the bus."""
-    devices = root.open_directory(root.pci_devices)
-    if devices is None:
-        return []
-    with devices:
-        reader = _Reader(devices, root)
-        return sorted(reader.read(bdf, name) for name, bdf in _addresses(root))
+    return sorted(_read(_addresses(root), root))
 
 
-def _addresses(root: HostRoot) -> Iterator[tuple[str, Bdf]]:
-    for name in root.names(root.pci_devices):
-        try:
-            yield name, Bdf.parse(name)
-        except ValueError:
-            continue
+def _addresses(root: HostRoot) -> dict[str, Bdf]:
+    names = root.names(root.pci_devices)
+    return {name: bdf for name in names if (bdf := find_bdf(name))}
+
+
+def find_bdf(name: str) -> Bdf | None:
+    """The address that a name is; None for any other name."""
+    try:
+        return Bdf.parse(name)
+    except ValueError:
+        return None
 
 
 def find_function(bdf: Bdf, root: HostRoot) -> PciFunction | None:
@@ -119,48 +111,46 @@ def find_function(bdf: Bdf, root: HostRoot) -> PciFunction | None:
 
 def read_function(bdf: Bdf, root: HostRoot) -> PciFunction:
     """One function, as far as its files can be read."""
-    devices = root.open_directory(root.pci_devices)
-    if devices is None:
-        return PciFunction(bdf)
-    with devices:
-        return _Reader(devices, root).read(bdf, str(bdf))
+    return next(_read({str(bdf): bdf}, root))
 
 
-class _Reader:
-    """Reads functions, and goes on where a file is forbidden or makes no sense.
+_FILES = ("uevent", "resource", "numa_node")
+_LINKS = ("iommu_group",)
+_MARKS = ("physfn", "current_link_speed")
+"""What is read of every function. It is nearly all that a function costs: whatever is added here
+is felt on a host of thousands. The speed of a link is there for PCIe functions only; Linux 4.13.
+"""
 
-    Three files, a link and two looks a function: that is nearly all that it costs, so whatever is
-    added here is felt on a host of thousands.
-    """
 
-    __slots__ = ("_base", "_devices", "_directory", "_groups", "_root", "_unreadable")
+def _read(addresses: Mapping[str, Bdf], root: HostRoot) -> Iterator[PciFunction]:
+    parser = _Parser(root)
+    answers = root.read_each(root.pci_devices, addresses, files=_FILES, links=_LINKS, marks=_MARKS)
+    return map(parser.parse, addresses.items(), answers)
 
-    _directory: Directory
 
-    def __init__(self, devices: Directory, root: HostRoot) -> None:
-        self._devices = devices
+_Identity = tuple[str | None, int | None, int | None, int | None, str | None]
+"""Driver, class, vendor, device and modalias."""
+
+
+class _Parser:
+    """Makes functions of what their files say, and goes on where one is forbidden or malformed."""
+
+    __slots__ = ("_groups", "_identities", "_name", "_root", "_unreadable")
+
+    def __init__(self, root: HostRoot) -> None:
         self._root = root
-        self._base = ""
+        self._name = ""
         self._groups: Mapping[str, int] | None = None
+        self._identities: dict[tuple[bytes, bytes], _Identity] = {}
         self._unreadable: list[str] = []
 
-    def read(self, bdf: Bdf, name: str) -> PciFunction:
-        """The function in the directory `name` of the bus."""
-        self._base = f"{self._root.pci_devices}/{name}"
+    def parse(self, address: tuple[str, Bdf], answers: Several) -> PciFunction:
+        """The function in the directory of that name, from the answers to _FILES and so on."""
+        self._name, bdf = address
         self._unreadable = []
-        try:
-            directory = self._devices.open_directory(name)
-        except AttributeReadError as error:
-            return PciFunction(bdf, unreadable=(error.message,))
-        if directory is None:  # a link that leads nowhere, as in a copy of a host
-            return PciFunction(bdf)
-        with directory:
-            self._directory = directory
-            return self._read(bdf)
-
-    def _read(self, bdf: Bdf) -> PciFunction:
-        driver, class_code, vendor_id, device_id, modalias = self._identity()
-        physfn = self._physfn()
+        (uevent, resource, numa_node), (iommu_group,), (is_virtual, has_link) = answers
+        driver, class_code, vendor_id, device_id, modalias = self._identity(uevent)
+        physfn = self._physfn() if is_virtual else None
         return PciFunction(
             bdf,
             class_code,
@@ -168,20 +158,41 @@ class _Reader:
             device_id,
             modalias,
             driver,
-            self._iommu_group(bdf),
-            self._numa_node(),
-            True if physfn else self._pcie(),
-            self._bars(),
+            self._iommu_group(iommu_group),
+            self._numa_node(numa_node),
+            True if has_link or physfn else self._pcie(),
+            self._bars(resource),
             physfn,
             tuple(self._unreadable),
         )
 
-    def _identity(self) -> tuple[str | None, int | None, int | None, int | None, str | None]:
-        """Driver, class, vendor, device and modalias, as the uevent has them in one read."""
-        text = (self._attribute("uevent") or b"").decode(errors="surrogateescape")
-        if usual := _USUAL_UEVENT.match(text):
-            driver, class_code, vendor, device, modalias = usual.groups()
-            return driver, int(class_code, 16), int(vendor, 16), int(device, 16), modalias
+    def _complain(self, file: str, why: str) -> None:
+        self._unreadable.append(f"cannot read {self._path(file)}: {why}")
+
+    def _path(self, file: str) -> str:
+        return f"{self._root.pci_devices}/{self._name}/{file}"
+
+    def _given(self, answer: T | AttributeReadError | None) -> T | None:
+        """The answer, if it is none of an error, which is told once."""
+        if isinstance(answer, AttributeReadError):
+            if answer.message not in self._unreadable:
+                self._unreadable.append(answer.message)
+            return None
+        return answer
+
+    def _identity(self, answer: bytes | AttributeReadError | None) -> _Identity:
+        """What its uevent says, as it said for the last function that is the same in all else."""
+        text = self._given(answer) or b""
+        before, _, rest = text.partition(b"PCI_SLOT_NAME=")
+        key = before, rest.partition(b"\n")[2]
+        known = self._identities.get(key)
+        if known is None:
+            known = self._parse_uevent(text.decode(errors="surrogateescape"))
+            if b"PCI_CLASS=" in before and b"PCI_ID=" in before and not self._unreadable:
+                self._identities[key] = known
+        return known
+
+    def _parse_uevent(self, text: str) -> _Identity:
         lines = (line.partition("=") for line in text.split("\n"))
         words = {key: value for key, equals, value in lines if equals}
         vendor, _, device = words.get("PCI_ID", "").partition(":")
@@ -193,20 +204,10 @@ class _Reader:
             words.get("MODALIAS"),
         )
 
-    def _complain(self, file: str, why: str) -> None:
-        self._unreadable.append(f"cannot read {self._base}/{file}: {why}")
-
-    def _attribute(self, file: str) -> bytes | None:
-        try:
-            return self._directory.read_attribute(file)
-        except AttributeReadError as error:
-            self._unreadable.append(error.message)
-            return None
-
     def _number(self, file: str, in_uevent: str | None, most: int) -> int | None:
         """A hexadecimal number, from the uevent or else from a file of its own."""
         if in_uevent is None:
-            text = self._attribute(file)
+            text = self._try(self._root.read_attribute, file)
             if text is None:
                 return None
             in_uevent = text.decode(errors="replace").strip()
@@ -216,39 +217,37 @@ class _Reader:
             number = -1
         if 0 <= number <= most:
             return number
-        self._complain(file, f"{in_uevent[:40]!r} is not a number of it")
+        self._complain(file, f"{in_uevent[:40]!r} is not a {file}")
         return None
+
+    def _try(self, read: Callable[[str], T | None], file: str) -> T | None:
+        try:
+            return read(self._path(file))
+        except AttributeReadError as error:
+            return self._given(error)
 
     def _link_name(self, file: str) -> str | None:
         """The last component of a symlink; None when absent."""
-        try:
-            target = self._directory.link(file)
-        except AttributeReadError as error:
-            self._unreadable.append(error.message)
-            return None
+        target = self._try(self._root.link, file)
         return target.rpartition("/")[2] if target else None
 
-    def _iommu_group(self, bdf: Bdf) -> int | None:
+    def _iommu_group(self, answer: str | AttributeReadError | None) -> int | None:
         """The number in the link; where a copy of a host has a directory, the groups tell."""
-        try:
-            target = self._directory.link("iommu_group")
-        except AttributeReadError as error:
-            if error.errno != errno.EINVAL:
-                self._unreadable.append(error.message)
-                return None
+        if isinstance(answer, AttributeReadError) and answer.errno == errno.EINVAL:
             if self._groups is None:
                 self._groups = read_membership(self._root)
-            return self._groups.get(str(bdf))
+            return self._groups.get(self._name)
+        target = self._given(answer)
         if target is None:
             return None
         name = target.rpartition("/")[2]
-        if not is_decimal(name):
-            self._complain("iommu_group", f"{name[:40]!r} is not a number")
-            return None
-        return int(name)
+        if is_decimal(name):
+            return int(name)
+        self._complain("iommu_group", f"{name[:40]!r} is not a number")
+        return None
 
-    def _numa_node(self) -> int | None:
-        text = self._attribute("numa_node")
+    def _numa_node(self, answer: bytes | AttributeReadError | None) -> int | None:
+        text = self._given(answer)
         if text is None:
             return None
         try:
@@ -259,76 +258,53 @@ class _Reader:
         return None if node < 0 else node
 
     def _pcie(self) -> bool | None:
-        """The kernel shows a link's speed of PCIe functions only; Linux 4.13.
+        """The extended configuration space, or the Express capability, says that it is PCIe.
 
-        Else the extended configuration space or the Express capability says it. Whoever is not
-        root sees 64 bytes only, and a copy of a host often has no more.
+        Whoever is not root sees 64 bytes only, and a copy of a host often has no more.
         """
-        if self._directory.has("current_link_speed"):
-            return True
-        try:
-            length = self._directory.size("config")
-            if length is None:
-                return None
-            if length > _CONFIG_BYTES:
-                return True
-            config = self._root.read_at(f"{self._base}/config", 0, _CONFIG_BYTES)
-        except AttributeReadError as error:
-            self._unreadable.append(error.message)
+        length = self._try(self._root.size, "config")
+        if length is None:
             return None
-        return has_express_capability(config)
+        if length > _CONFIG_BYTES:
+            return True
+        config = self._try(lambda path: self._root.read_at(path, 0, _CONFIG_BYTES), "config")
+        return None if config is None else has_express_capability(config)
 
-    def _bars(self) -> tuple[Bar, ...]:
-        text = self._attribute("resource")
+    def _bars(self, answer: bytes | AttributeReadError | None) -> tuple[Bar, ...]:
+        text = self._given(answer)
         if text is None:
             return ()
         bars = []
-        for number, offset in _BAR_LINES:
-            if text.startswith(_NO_BAR, offset):
+        for index, line in enumerate(text.split(b"\n", _BARS)[:_BARS]):
+            if line == _NO_BAR:
                 continue
-            line = _USUAL_BAR.match(text, offset)
-            if line is None:
-                return self._odd_bars(text)
-            start, end, flags = line.groups()
-            bars.append(_bar(number, int(start, 16), int(end, 16), int(flags, 16)))
-        return tuple(bars)
-
-    def _odd_bars(self, text: bytes) -> tuple[Bar, ...]:
-        """What there is in a file that is not quite as the kernel writes it."""
-        bars = []
-        for index, line in enumerate(text.split(b"\n")[:_BARS]):
             try:
-                start, end, flags = [int(word, 16) for word in line.split()]
+                start, end, flags = map(int, line.split(), _HEX)
             except ValueError:
                 if line.strip() or index == 0:
                     self._complain("resource", f"line {index + 1} is {line[:60]!r}")
                 continue
             if end > start:
-                bars.append(_bar(index, start, end, flags))
+                bars.append(
+                    Bar(
+                        index,
+                        start,
+                        end - start + 1,
+                        flags & _IORESOURCE_MEM != 0,
+                        flags & _IORESOURCE_MEM_64 != 0,
+                        flags & _IORESOURCE_PREFETCH != 0,
+                    )
+                )
         return tuple(bars)
 
     def _physfn(self) -> Bdf | None:
-        if not self._directory.has("physfn"):
-            return None
         name = self._link_name("physfn")
         if name is None:
             return None
-        try:
-            return Bdf.parse(name)
-        except ValueError:
+        bdf = find_bdf(name)
+        if bdf is None:
             self._complain("physfn", f"{name[:40]!r} is not a PCI address")
-            return None
-
-
-def _bar(number: int, start: int, end: int, flags: int) -> Bar:
-    return Bar(
-        number,
-        start,
-        end - start + 1,
-        flags & _IORESOURCE_MEM != 0,
-        flags & _IORESOURCE_MEM_64 != 0,
-        flags & _IORESOURCE_PREFETCH != 0,
-    )
+        return bdf
 
 
 def has_express_capability(config: bytes) -> bool | None:

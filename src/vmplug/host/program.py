@@ -1,6 +1,7 @@
 """Programs of the host: run one to its end, and say how it ended."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,20 +31,24 @@ def run_program(arguments: Sequence[str], *, timeout_s: float) -> Finished:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
+            start_new_session=True,
         )
     except FileNotFoundError:
         return Finished(None, "", f"the program {arguments[0]} is not installed")
     except OSError as error:
         return Finished(None, "", f"{arguments[0]} cannot be run: {error.strerror}")
-    with process:
-        try:
-            stdout, stderr = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=_KILLED_TIMEOUT_S)
-            why = f"{arguments[0]} did not end within {timeout_s:g} s"
-            return Finished(None, "", why)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return Finished(None, "", f"{arguments[0]} did not end within {timeout_s:g} s")
     said = "; ".join(stderr.decode(errors="replace").split("\n")[:3]).strip("; ")
     complaint = said or f"{arguments[0]} ended with status {process.returncode}"
     return Finished(process.returncode, stdout.decode(errors="replace"), complaint)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End it with its children; what hangs in the kernel is not waited for."""
+    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=_KILLED_TIMEOUT_S)

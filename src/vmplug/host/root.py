@@ -9,7 +9,7 @@ import fcntl
 import os
 import stat
 import struct
-from typing import Self
+from collections.abc import Iterable, Iterator, Sequence
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
@@ -28,6 +28,12 @@ _LINKS_MAX = 40
 _F_OFD_GETLK = 36
 _LOCK_LAYOUT = "hhqqi4x"
 """struct flock on 64-bit Linux. Source: include/uapi/asm-generic/fcntl.h."""
+
+
+Several = tuple[
+    list[bytes | AttributeReadError | None], list[str | AttributeReadError | None], list[bool]
+]
+"""The answers of one device to `read_each`: its files, its links, its marks."""
 
 
 class HostRoot:
@@ -78,12 +84,59 @@ class HostRoot:
         finally:
             os.close(fd)
 
-    def open_directory(self, path: str) -> "Directory | None":
-        """A directory of which several files will be read, a context manager; None when absent."""
+    def read_each(
+        self,
+        directory: str,
+        names: Iterable[str],
+        *,
+        files: Sequence[str],
+        links: Sequence[str],
+        marks: Sequence[str],
+    ) -> Iterator[Several]:
+        """The same few files of many devices, the directories `names` below `directory`.
+
+        It walks down to each only once. An answer is what `read_attribute` and `link` give, or
+        the error that they raise; of `marks` it is only whether there is anything of that name, be
+        it a link that leads nowhere. A device that is not there has nothing.
+        """
+        nothing: Several = [None] * len(files), [None] * len(links), [False] * len(marks)
         try:
-            return Directory(path, os.open(self._base + path, _ENTER))
+            above = os.open(self._base + directory, _ENTER)
         except OSError as error:
-            return self._absent(path, error)
+            self._absent(directory, error)
+            yield from (nothing for _ in names)
+            return
+        try:
+            for name in names:
+                try:
+                    fd = os.open(name, _ENTER, dir_fd=above)
+                except OSError as error:
+                    answer = self._answer(f"{directory}/{name}", error)
+                    yield [answer] * len(files), [answer] * len(links), nothing[2]
+                    continue
+                read: list[bytes | AttributeReadError | None] = []
+                linked: list[str | AttributeReadError | None] = []
+                try:
+                    for file in files:
+                        try:
+                            attribute = os.open(file, _READ, dir_fd=fd)
+                            try:
+                                read.append(os.read(attribute, PAGE_SIZE))
+                            finally:
+                                os.close(attribute)
+                        except OSError as error:
+                            read.append(self._answer(f"{directory}/{name}/{file}", error))
+                    for link in links:
+                        try:
+                            linked.append(os.readlink(link, dir_fd=fd))
+                        except OSError as error:
+                            linked.append(self._answer(f"{directory}/{name}/{link}", error))
+                    marked = [_is_there(mark, fd) for mark in marks]
+                finally:
+                    os.close(fd)
+                yield read, linked, marked
+        finally:
+            os.close(above)
 
     def write_attribute(self, path: str, text: str) -> int | None:
         """Write a sysfs attribute in one system call; the errno if the kernel refuses, else None.
@@ -295,72 +348,17 @@ class HostRoot:
         return bool(struct.unpack(_LOCK_LAYOUT, answer)[0] != fcntl.F_UNLCK)
 
     @staticmethod
-    def _absent(path: str, error: OSError) -> None:
-        if error.errno not in _ABSENT:
-            raise AttributeReadError(path, error.errno) from error
-
-
-class Directory:
-    """An open directory, whose files are found without a walk down to it for each of them.
-
-    The answers are those that HostRoot gives for the same files.
-    """
-
-    __slots__ = ("_descriptor", "_path")
-
-    def __init__(self, path: str, descriptor: int) -> None:
-        self._path = path
-        self._descriptor = descriptor
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._descriptor)
-
-    def open_directory(self, name: str) -> "Directory | None":
-        """One that is below; None when absent."""
-        path = f"{self._path}/{name}"
-        try:
-            return Directory(path, os.open(name, _ENTER, dir_fd=self._descriptor))
-        except OSError as error:
-            return self._absent(path, error)
-
-    def read_attribute(self, name: str) -> bytes | None:
-        """A sysfs attribute; None when absent."""
-        try:
-            fd = os.open(name, _READ, dir_fd=self._descriptor)
-            try:
-                return os.read(fd, PAGE_SIZE)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            return self._absent(f"{self._path}/{name}", error)
-
-    def link(self, name: str) -> str | None:
-        """The text of a symlink; None when absent."""
-        try:
-            return os.readlink(name, dir_fd=self._descriptor)
-        except OSError as error:
-            return self._absent(f"{self._path}/{name}", error)
-
-    def size(self, name: str) -> int | None:
-        """The length of a file; None when absent."""
-        try:
-            return os.stat(name, dir_fd=self._descriptor).st_size
-        except OSError as error:
-            return self._absent(f"{self._path}/{name}", error)
-
-    def has(self, name: str) -> bool:
-        """Whether there is anything of that name, be it a link that leads nowhere."""
-        return os.access(
-            name, os.F_OK, dir_fd=self._descriptor, effective_ids=True, follow_symlinks=False
-        )
+    def _answer(path: str, error: OSError) -> AttributeReadError | None:
+        return None if error.errno in _ABSENT else AttributeReadError(path, error.errno)
 
     @staticmethod
     def _absent(path: str, error: OSError) -> None:
         if error.errno not in _ABSENT:
             raise AttributeReadError(path, error.errno) from error
+
+
+def _is_there(name: str, directory: int) -> bool:
+    return os.access(name, os.F_OK, dir_fd=directory, effective_ids=True, follow_symlinks=False)
 
 
 def _log_write(text: str, path: str) -> None:

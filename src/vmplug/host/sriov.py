@@ -20,7 +20,7 @@ from vmplug.host.root import HostRoot
 
 COUNT_TIMEOUT_S = 180.0
 """Each virtual function is started in turn, and some drivers take a second."""
-LINKS_TIMEOUT_S = 10.0
+_LINKS_TIMEOUT_S = 2.0
 
 _NUMVFS_HINTS = {
     errno.ENOENT: "no driver has it, or its driver makes no virtual functions",
@@ -166,7 +166,7 @@ def _too_many(bdf: Bdf, count: int, found: Sriov | None) -> BindError:
 
 def _wait_virtfns(bdf: Bdf, number: int, root: HostRoot) -> tuple[Bdf, ...]:
     """The virtual functions, when there are that many or the deadline has passed."""
-    deadline = time.monotonic() + LINKS_TIMEOUT_S
+    deadline = time.monotonic() + _LINKS_TIMEOUT_S
     while len(found := read_virtfns(bdf, root)) != number and time.monotonic() < deadline:
         time.sleep(_STEP_S)  # the kernel gives no event for the links
     return found

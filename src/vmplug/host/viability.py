@@ -23,10 +23,16 @@ _DISPLAY = 0x03
 def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
     """What speaks against handing the group over, but for the users of its disks."""
     if not group.members:
+        others = [*(str(bridge.bdf) for bridge in group.bridges), *group.strangers]
         yield Finding(
             Code.NO_SUCH_DEVICE,
-            f"{group.host_path} is a node of VFIO's, but the kernel knows no device behind it",
-            "vmplug host shows what there is",
+            f"{group.host_path} "
+            + (
+                f"has nothing that could be handed over: {', '.join(others)}"
+                if others
+                else "is a node of VFIO's, but the kernel knows no device behind it"
+            ),
+            "vmplug host shows what there is; bridges stay with the host",
         )
         return
     yield from _isolation(group, root)

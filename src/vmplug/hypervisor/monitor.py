@@ -46,6 +46,7 @@ _HINTS = (
         "Failed to set iommu for container",
         "the IOMMU does not remap interrupts, or may not be used: vmplug check says which",
     ),
+    ("No available IOMMU models", "modprobe vfio_iommu_type1"),
     ("failed to open /dev/vfio/", "another process has the group open, or it is not bound"),
     ("is already attached", "it is in this VM already, plugged by somebody else"),
     ("used in multiple address spaces", "start the VM without an IOMMU, or with a bridge"),

@@ -24,7 +24,7 @@ from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, HostError, NoSuchDevice, StateError
 from vmplug.host.bind import WRITE_TIMEOUT_S, FormerBinding, bind_function, read_former, restore
 from vmplug.host.device import VfioGroup
-from vmplug.host.driver import choose_driver, is_same_driver, load_driver
+from vmplug.host.driver import check_driver, choose_driver, is_same_driver, load_driver
 from vmplug.host.finding import Code
 from vmplug.host.pci import PciFunction, find_function
 from vmplug.host.root import HostRoot
@@ -171,6 +171,8 @@ class Binder:
         """What is to be done with a function; the driver is loaded by then."""
         before = read_former(function.bdf, self._host)
         is_older = row and (row.state is not BindingState.BOUND or self._is_bound(function, None))
+        if driver:
+            check_driver(driver, function, self._host)
         name = driver or choose_driver(function, self._host)
         return _Step(
             bdf=function.bdf,

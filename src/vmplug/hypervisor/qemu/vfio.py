@@ -15,6 +15,8 @@ from vmplug.hypervisor.qemu.front import object_step
 
 IOMMU_NODE = "/dev/iommu"
 _IOMMUFD = "iommufd"
+_DOMAIN_MAX = 0xFFFF
+"""QEMU 7.2 takes no larger one for `host`; a function behind an Intel VMD has one."""
 
 
 def plug_steps(plug: VFIODevices, place: Place) -> tuple[Step, ...]:
@@ -23,11 +25,11 @@ def plug_steps(plug: VFIODevices, place: Place) -> tuple[Step, ...]:
     match place:
         case GroupPlace():
             pairs = list(zip(plug.devices, place.places, strict=True))
-            shared = {where.slot.slot for _, where in pairs if where.slot.function}
+            shared = {(p.bus, p.slot.slot) for _, p in pairs if p.slot.function}
             numbered = sorted(enumerate(pairs), key=lambda pair: _order(pair[1][1]))
             for number, (device, where) in numbered:
                 location: dict[str, Any] = {"bus": where.bus, "addr": _address(where)}
-                if where.slot.slot in shared:
+                if (where.bus, where.slot.slot) in shared:
                     location |= {"multifunction": True}
                 steps += _device(plug, number, device, location | _pci_properties(plug))
         case CcwPlace():
@@ -69,7 +71,7 @@ def _device(
         link = qemu_id(plug.id, f"fd{number}")
         yield _take(link)
         source: dict[str, Any] = {"fd": link, _IOMMUFD: qemu_id(plug.id, _IOMMUFD)}
-    elif device.bdf:
+    elif device.bdf and device.bdf.domain <= _DOMAIN_MAX:
         source = {"host": str(device.bdf)}
     else:
         source = {"sysfsdev": device.sysfs_path}

@@ -1,0 +1,202 @@
+"""Every block device of the host, with what the host uses it for.
+
+Source: Documentation/ABI/stable/sysfs-block; proc(5); drivers/nvdimm.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from vmplug.devnum import DevNum
+from vmplug.errors import AttributeReadError
+from vmplug.host.block import read_block_device
+from vmplug.host.device import BlockDevice, FoundBy
+from vmplug.host.mounts import HostUsage, same_file
+from vmplug.host.root import HostRoot
+
+_ND_DEVICES = "/sys/bus/nd/devices"
+_NAMESPACE = "namespace"
+_WORDS = re.compile(r"([^0-9]*)([0-9]*)", re.ASCII)
+
+
+class Use(NamedTuple):
+    """One thing that the host, or a VM, does with a device.
+
+    `kind` is a stable word. `detail` is the directory of a `mount`, the kernel name of a `holder`
+    that was built on the device (`dm-0`), the node of a `loop` device on it, the name of a `vm`,
+    what a `network` interface has; None for `swap` and for the host's `console`.
+    """
+
+    kind: str
+    device: str
+    detail: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.device} {_USES[self.kind]}" + (f" {self.detail}" if self.detail else "")
+
+
+_USES = {
+    "mount": "is mounted at",
+    "swap": "is swap space",
+    "holder": "is part of",
+    "loop": "is behind",
+    "network": "has",
+    "console": "is the host's console",
+    "vm": "is in VM",
+}
+
+
+class Disk(NamedTuple):
+    """A disk or partition; `facts` are None, and `unreadable` says why, where they are unknown.
+
+    `disk` is the name of the whole disk that a partition is part of.
+    """
+
+    name: str
+    device_node: str
+    devnum: DevNum | None
+    disk: str | None = None
+    facts: BlockDevice | None = None
+    uses: tuple[Use, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+
+def read_disks(paths: Mapping[str, str], usage: HostUsage, root: HostRoot) -> list[Disk]:
+    """The block devices of those names and directories, partitions behind their disks.
+
+    One that is only a hidden way to another is left out.
+    """
+    mounts: dict[DevNum, set[str]] = {}
+    for mount in usage.mounts:
+        mounts.setdefault(mount.devnum, set()).add(mount.mount_point)
+    known = set(paths)
+    found = (_read_disk(name, paths[name], known, mounts, usage, root) for name in paths)
+    return sorted((disk for disk in found if disk), key=_in_order)
+
+
+def _in_order(disk: Disk) -> tuple[list[tuple[str, int]], str]:
+    """By the numbers in the names: loop9 before loop10, a disk before its partitions."""
+    words = _WORDS.findall(disk.disk or disk.name)
+    return [(word, int(digits or 0)) for word, digits in words], f"{len(disk.name):3}{disk.name}"
+
+
+def _read_disk(
+    name: str,
+    path: str,
+    known: set[str],
+    mounts: Mapping[DevNum, set[str]],
+    usage: HostUsage,
+    root: HostRoot,
+) -> Disk | None:
+    above = path.split("/")[-2]
+    bare = Disk(
+        name=name,
+        device_node=f"/dev/{name.replace('!', '/')}",
+        devnum=None,
+        disk=above if above in known else None,
+    )
+    try:
+        devnum = root.read_devnum(f"{path}/dev")
+        if devnum is None:
+            return None
+        facts = read_block_device(devnum, bare.device_node, FoundBy.SYSFS, root)
+    except AttributeReadError as error:
+        return bare._replace(unreadable=(error.message,))
+    uses = (
+        *(Use("mount", bare.device_node, point) for point in sorted(mounts.get(devnum, ()))),
+        *(Use("holder", bare.device_node, holder) for holder in facts.holders),
+        *_other_uses(bare.device_node, usage, root),
+    )
+    return bare._replace(devnum=devnum, facts=facts, uses=uses)
+
+
+def _other_uses(node: str, usage: HostUsage, root: HostRoot) -> Iterator[Use]:
+    for loop in usage.loops:
+        if not loop.backing.deleted and same_file(loop.backing.backing_file, node, root):
+            yield Use("loop", node, loop.device_node)
+    if any(same_file(area, node, root) for area in usage.swaps):
+        yield Use("swap", node)
+
+
+class Pmem(NamedTuple):
+    """Persistent memory: a namespace, or a block device of it that belongs to none.
+
+    `mode` is the kernel's word: `raw`, `sector`, `fsdax`, `devdax`, or `memory` for one that has
+    not been divided yet. `device_node` is /dev/pmemN or /dev/daxN.M, None while there is none.
+    """
+
+    name: str | None
+    device_node: str | None
+    mode: str | None = None
+    size_bytes: int | None = None
+    numa_node: int | None = None
+    uses: tuple[Use, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+
+def read_pmem(paths: Mapping[str, str], disks: Mapping[str, Disk], root: HostRoot) -> list[Pmem]:
+    """The namespaces, and the block devices /dev/pmemN that are of none."""
+    names = (name for name in root.names(_ND_DEVICES) if name.startswith(_NAMESPACE))
+    found = [_read_namespace(name, paths, disks, root) for name in names]
+    taken = {pmem.device_node for pmem in found}
+    for name, disk in disks.items():
+        if name.startswith("pmem") and not disk.disk and disk.device_node not in taken:
+            size = disk.facts.size_bytes if disk.facts else None
+            found.append(Pmem(None, disk.device_node, size_bytes=size, uses=_uses_of(disk, disks)))
+    return found
+
+
+def _read_namespace(
+    name: str, paths: Mapping[str, str], disks: Mapping[str, Disk], root: HostRoot
+) -> Pmem:
+    base, unreadable = f"{_ND_DEVICES}/{name}", list[str]()
+
+    def word(file: str) -> str | None:
+        try:
+            data = root.read_attribute(f"{base}/{file}")
+        except AttributeReadError as error:
+            unreadable.append(error.message)
+            return None
+        return data.decode(errors="replace").strip() or None if data else None
+
+    def number(file: str) -> int | None:
+        text = word(file)
+        try:
+            return int(text, 0) if text else None
+        except ValueError:
+            unreadable.append(f"cannot read {base}/{file}: {text!r} is not a number")
+            return None
+
+    holder = word("holder") or name
+    inside = {f"/{name}/", f"/{holder}/"}
+    disk = next(
+        (d for n, d in disks.items() if any(i in paths[n] for i in inside) and not d.disk), None
+    )
+    dax = None
+    if disk is None:
+        dax = _find_dax(root.real_path(base).rpartition("/")[0] + f"/{holder}", root)
+    node = number("numa_node")
+    return Pmem(
+        name=name,
+        device_node=disk.device_node if disk else dax,
+        mode=word("mode"),
+        size_bytes=number("size"),
+        numa_node=None if node is None or node < 0 else node,
+        uses=_uses_of(disk, disks) if disk else (),
+        unreadable=tuple(unreadable),
+    )
+
+
+def _find_dax(directory: str, root: HostRoot) -> str | None:
+    """The node of the character device that a namespace in mode devdax gives."""
+    try:
+        names = [name for name in root.names(directory) if name.startswith("dax")]
+    except AttributeReadError:
+        return None
+    return next((f"/dev/{name}" for name in names if "." in name), None)
+
+
+def _uses_of(disk: Disk, disks: Mapping[str, Disk]) -> tuple[Use, ...]:
+    """What is done with a disk and its partitions."""
+    parts = [part for part in disks.values() if part.disk == disk.name]
+    return tuple(use for each in (disk, *parts) for use in each.uses)

@@ -1,0 +1,290 @@
+"""The inventory: everything on a host that could be handed over, with what holds it.
+
+One pass over each class of the kernel's, whose links are turned round: a function's disks, its
+interfaces and its virtual functions are found without a look into its own directory.
+"""
+
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
+
+from vmplug.address import Bdf
+from vmplug.devnum import DevNum, is_decimal
+from vmplug.errors import AttributeReadError
+from vmplug.host.device import DeviceType
+from vmplug.host.disks import Disk, Pmem, Use, read_disks, read_pmem
+from vmplug.host.holding import (
+    NetInterface,
+    NetworkUses,
+    group_by_function,
+    read_block_paths,
+    read_net_paths,
+    read_network_uses,
+)
+from vmplug.host.iommu import find_group
+from vmplug.host.mdev import MDEV_DEVICES, MdevType, MediatedDevice, read_mdev_types, read_mediated
+from vmplug.host.mounts import HostUsage, read_usage
+from vmplug.host.pci import PciFunction, read_functions
+from vmplug.host.root import HostRoot, node_number
+
+if TYPE_CHECKING:
+    from vmplug.host.vhost_user import VhostUserStore
+
+_DISPLAY = 0x03
+_CDEVS = "/sys/class/vfio-dev"
+_NO_USAGE = HostUsage(mounts=(), swaps=(), loops=())
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class Kind(StrEnum):
+    """The parts of an inventory."""
+
+    PCI = "pci"
+    BLOCK = "block"
+    VHOST_USER = "vhost-user"
+    PMEM = "pmem"
+    MDEV = "mdev"
+
+
+class HostFunction(NamedTuple):
+    """A PCI function with what other places of the host say about it.
+
+    `group_node` and `cdev_node` are its nodes while VFIO holds it. `disks` and `networks` are what
+    the host has of it, `uses` what it does with them.
+    """
+
+    function: PciFunction
+    virtfns: tuple[Bdf, ...] = ()
+    group_node: str | None = None
+    cdev_node: str | None = None
+    disks: tuple[str, ...] = ()
+    networks: tuple[NetInterface, ...] = ()
+    uses: tuple[Use, ...] = ()
+
+
+class HostMediated(NamedTuple):
+    """A mediated device: `device` is None, and `unreadable` says why, where it cannot be read."""
+
+    uuid: str
+    device: MediatedDevice | None
+    mdev_type: str | None = None
+    iommu_group: int | None = None
+    group_node: str | None = None
+    cdev_node: str | None = None
+    unreadable: tuple[str, ...] = ()
+
+
+class StoredSocket(NamedTuple):
+    """A number of the vhost-user store; `socket_path` None and `problem` when nobody serves it."""
+
+    devnum: DevNum
+    kind: DeviceType
+    device_node: str
+    socket_path: str | None = None
+    problem: str | None = None
+
+
+class Inventory(NamedTuple):
+    """What the host has; a kind that was not asked for is empty.
+
+    `unreadable` are sentences about files that belong to no single device.
+    """
+
+    pci: tuple[HostFunction, ...] = ()
+    block: tuple[Disk, ...] = ()
+    vhost_user: tuple[StoredSocket, ...] = ()
+    pmem: tuple[Pmem, ...] = ()
+    mdev_types: tuple[MdevType, ...] = ()
+    mdev: tuple[HostMediated, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+
+def read_inventory(
+    root: HostRoot,
+    *,
+    store: "VhostUserStore | None" = None,
+    kinds: Collection[Kind] = frozenset(Kind),
+) -> Inventory:
+    """Everything of these kinds, as far as it can be read; it never fails for one device's sake.
+
+    Raises NoSuchDevice when the vhost-user store that was named is not there.
+    """
+    reader = _Reader(root)
+    wants_disks = not {Kind.PCI, Kind.BLOCK, Kind.PMEM}.isdisjoint(kinds)
+    disks = reader.disks() if wants_disks else {}
+    return Inventory(
+        pci=tuple(reader.functions(disks)) if Kind.PCI in kinds else (),
+        block=tuple(disks.values()) if Kind.BLOCK in kinds else (),
+        vhost_user=tuple(read_sockets(store, root)) if store and Kind.VHOST_USER in kinds else (),
+        pmem=tuple(reader.pmem(disks)) if Kind.PMEM in kinds else (),
+        mdev_types=tuple(reader.mdev_types()) if Kind.MDEV in kinds else (),
+        mdev=tuple(reader.mediated()) if Kind.MDEV in kinds else (),
+        unreadable=tuple(reader.unreadable),
+    )
+
+
+class _Reader:
+    """Reads part after part, and goes on where one cannot be read."""
+
+    def __init__(self, root: HostRoot) -> None:
+        self._root = root
+        self.unreadable: list[str] = []
+        self._block_paths = self._attempt({}, read_block_paths, root)
+        self._group_nodes = self._read_group_nodes()
+        self._cdev_nodes = self._read_cdev_nodes()
+
+    def _attempt(self, otherwise: T, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `read` gives, or else the other value and a sentence why."""
+        try:
+            return read(*args, **kwargs)
+        except AttributeReadError as error:
+            self.unreadable.append(error.message)
+            return otherwise
+
+    def _names(self, directory: str) -> list[str]:
+        return self._attempt([], self._root.names, directory)
+
+    def _read_group_nodes(self) -> dict[int, str]:
+        names = {*self._names("/sys/class/vfio"), *self._names("/dev/vfio")}
+        return {int(name): f"/dev/vfio/{name}" for name in names if is_decimal(name)}
+
+    def _read_cdev_nodes(self) -> dict[str, str]:
+        """The nodes of devices by their BDF or UUID, as far as they are in /dev."""
+        there, found = set(self._names("/dev/vfio/devices")), {}
+        for name in self._names(_CDEVS):
+            real = self._attempt("", self._root.real_path, f"{_CDEVS}/{name}")
+            device, is_one, _ = real.rpartition("/vfio-dev/")
+            if is_one and name in there:
+                found[device.rpartition("/")[2]] = f"/dev/vfio/devices/{name}"
+        return found
+
+    def disks(self) -> dict[str, Disk]:
+        """All block devices by name."""
+        usage = self._attempt(_NO_USAGE, read_usage, self._root)
+        found = self._attempt([], read_disks, self._block_paths, usage, self._root)
+        return {disk.name: disk for disk in found}
+
+    def pmem(self, disks: Mapping[str, Disk]) -> list[Pmem]:
+        """Persistent memory."""
+        return self._attempt([], read_pmem, self._block_paths, disks, self._root)
+
+    def functions(self, disks: Mapping[str, Disk]) -> Iterator[HostFunction]:
+        """All PCI functions."""
+        functions = self._attempt([], read_functions, self._root)
+        disks_of = group_by_function(self._block_paths)
+        networks_of = self._networks()
+        virtfns: dict[Bdf, list[Bdf]] = {}
+        for function in functions:
+            if function.physfn:
+                virtfns.setdefault(function.physfn, []).append(function.bdf)
+        held = disks_of.keys() | networks_of.keys()
+        for function in functions:
+            bdf, group = function.bdf, function.iommu_group
+            entry = HostFunction(
+                function,
+                tuple(virtfns[bdf]) if bdf in virtfns else (),
+                None if group is None else self._group_nodes.get(group),
+                self._cdev_nodes.get(str(bdf)) if self._cdev_nodes else None,
+            )
+            if bdf in held and not function.is_bridge:
+                own = [disks[name] for name in disks_of.get(bdf, ()) if name in disks]
+                entry = _with_holdings(entry, own, networks_of.get(bdf, ()))
+            if function.class_code is not None and function.class_code >> 16 == _DISPLAY:
+                entry = self._with_console(entry)
+            yield entry
+
+    def _with_console(self, entry: HostFunction) -> HostFunction:
+        """The graphics card that the host booted with. Source: boot_vga, sysfs-bus-pci."""
+        path = f"{entry.function.sysfs_path}/boot_vga"
+        flag = self._attempt(None, self._root.read_attribute, path)
+        if (flag or b"").strip() != b"1":
+            return entry
+        return entry._replace(uses=(*entry.uses, Use("console", str(entry.function.bdf))))
+
+    def _networks(self) -> dict[Bdf, list[NetInterface]]:
+        by_function = group_by_function(self._attempt({}, read_net_paths, self._root))
+        unknown = NetworkUses(None, None, self._root)
+        uses = self._attempt(unknown, read_network_uses, self._root) if by_function else unknown
+        return {
+            bdf: [
+                self._attempt(NetInterface(name, None, None, None), uses.interface, name)
+                for name in names
+            ]
+            for bdf, names in by_function.items()
+        }
+
+    def mdev_types(self) -> list[MdevType]:
+        """What devices can be divided into."""
+        return self._attempt([], read_mdev_types, self._root)
+
+    def mediated(self) -> Iterator[HostMediated]:
+        """All mediated devices."""
+        for uuid in self._names(MDEV_DEVICES):
+            path = f"{MDEV_DEVICES}/{uuid}"
+            try:
+                device = read_mediated(path, self._root)
+                group = find_group(path, self._root)
+                link = self._root.link(f"{path}/mdev_type")
+            except AttributeReadError as error:
+                yield HostMediated(uuid, None, unreadable=(error.message,))
+                continue
+            yield HostMediated(
+                uuid,
+                device,
+                mdev_type=link.rpartition("/")[2] if link else None,
+                iommu_group=group,
+                group_node=None if group is None else self._group_nodes.get(group),
+                cdev_node=self._cdev_nodes.get(uuid),
+            )
+
+
+def _with_holdings(
+    entry: HostFunction, disks: Sequence[Disk], networks: Sequence[NetInterface]
+) -> HostFunction:
+    return entry._replace(
+        disks=tuple(disk.device_node for disk in disks),
+        networks=tuple(networks),
+        uses=(
+            *(use for disk in disks for use in disk.uses),
+            *(_network_use(network) for network in networks if network.is_used),
+        ),
+    )
+
+
+def _network_use(network: NetInterface) -> Use:
+    words = (
+        "the default route" if network.has_default_route else None,
+        "an address" if network.has_address else None,
+        f"a place in {network.master}" if network.master else None,
+    )
+    return Use("network", network.name, ", ".join(filter(None, words)))
+
+
+def read_sockets(store: "VhostUserStore", root: HostRoot) -> list[StoredSocket]:
+    """Every number of the store, with its socket or the reason why there is none.
+
+    Raises NoSuchDevice when there is no store, AttributeReadError when it cannot be read.
+    """
+    directory = f"{store.path}/block/devices"
+    nodes: dict[DevNum, str] = {}
+    for name in root.names(directory):
+        status = root.try_stat(f"{directory}/{name}")
+        if status and stat.S_ISBLK(status.st_mode):
+            devnum = node_number(status)
+            if store.owns(devnum):
+                nodes.setdefault(devnum, f"{directory}/{name}")
+    return [
+        StoredSocket(
+            devnum,
+            DeviceType.VHOST_USER_BLK
+            if devnum.major == store.blk_major
+            else DeviceType.VHOST_USER_SCSI,
+            nodes[devnum],
+            answer if isinstance(answer, str) else None,
+            None if isinstance(answer, str) else answer.message,
+        )
+        for devnum, answer in store.find_sockets(nodes).items()
+    ]

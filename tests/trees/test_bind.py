@@ -1,0 +1,655 @@
+"""Binding on a kernel that is a tree: the contract, every failure, and death at every step."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.contract.binding import BindingContract, Side, held_by_vm
+from tests.support.fake_kernel import DIED, FakeKernel, Fault, fake_modprobe
+from tests.support.pci_tree import PciTree
+from vmplug.address import Bdf
+from vmplug.errors import BindError, DeviceError, InUse, NoSuchDevice, StoreError
+from vmplug.host.bind import FormerBinding, bind_function, read_former, restore
+from vmplug.host.device import FoundBy, VfioGroup
+from vmplug.host.driver import choose_driver, load_driver
+from vmplug.host.finding import Code
+from vmplug.host.pci import read_function
+from vmplug.host.vfio import find_vfio_device, find_vfio_group
+from vmplug.manager.binder import Binder, Outcome
+from vmplug.manager.bindings import Binding, BindingState
+from vmplug.manager.store import Store
+
+DISK, NET, SOUND, BRIDGE = "0000:01:00.0", "0000:02:00.0", "0000:02:00.1", "0000:00:1c.0"
+PHYSFN, VIRTFN = "0000:03:00.0", "0000:03:10.0"
+BOOT_ID = "11111111-2222-3333-4444-555555555555\n"
+IN_TIME_S = 0.2
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> PciTree:
+    tree = PciTree(tmp_path / "host")
+    tree.pci_function(BRIDGE, class_code=0x060400, driver="pcieport", group=1)
+    tree.pci_function(DISK, driver="nvme", group=2)
+    tree.pci_function(NET, class_code=0x020000, driver="e1000e", group=3, below=BRIDGE)
+    tree.pci_function(SOUND, class_code=0x040300, driver="snd_hda_intel", group=3, below=BRIDGE)
+    tree.pci_function(PHYSFN, class_code=0x020000, driver="igb", group=4)
+    tree.sriov(PHYSFN, VIRTFN, driver="igbvf", group=5, reset="")
+    return tree.pci_driver("vfio-pci").file("/proc/sys/kernel/random/boot_id", BOOT_ID)
+
+
+@pytest.fixture
+def kernel(tree: PciTree) -> FakeKernel:
+    return boot(tree)
+
+
+def boot(tree: PciTree) -> FakeKernel:
+    """A kernel without faults."""
+    takes = {"nvme": [DISK], "e1000e": [NET], "snd_hda_intel": [SOUND], "igb": [PHYSFN]}
+    return FakeKernel(tree, takes={**takes, "igbvf": [VIRTFN]})
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "state") as store:
+        yield store
+
+
+@pytest.fixture
+def binder(journal: Store, kernel: FakeKernel) -> Binder:
+    return Binder(journal, kernel, timeout_s=IN_TIME_S)
+
+
+def group_of(kernel: FakeKernel, bdf: str) -> VfioGroup:
+    return find_vfio_device(bdf, kernel)
+
+
+class TestOnTheFakeKernel(BindingContract):
+    @pytest.fixture
+    def side(self, kernel: FakeKernel) -> Side:
+        return Side(host=kernel, single=DISK, multi=(NET, SOUND))
+
+
+# one function
+
+
+def test_a_bind_is_an_override_an_unbind_and_a_probe(kernel: FakeKernel) -> None:
+    bind_function(Bdf.parse(DISK), "vfio-pci", kernel)
+    assert [(write.step, write.text) for write in kernel.writes] == [
+        ("driver_override", "vfio-pci"),
+        ("unbind", DISK),
+        ("drivers_probe", DISK),
+    ]
+    assert kernel.driver_of(DISK) == "vfio-pci"
+
+
+def test_what_is_as_it_was_is_not_written_to(kernel: FakeKernel) -> None:
+    restore(read_former(Bdf.parse(DISK), kernel), kernel)
+    assert kernel.writes == []
+
+
+def test_only_the_override_is_put_back_when_the_driver_is_right(kernel: FakeKernel) -> None:
+    kernel.write_attribute(f"/sys/bus/pci/devices/{DISK}/driver_override", "nvme")
+    restore(FormerBinding(Bdf.parse(DISK), "nvme", None), kernel)
+    assert [write.step for write in kernel.writes] == ["driver_override"] * 2
+    assert kernel.override_of(DISK) is None
+
+
+def test_no_driver_is_offered_a_function_that_had_none(kernel: FakeKernel) -> None:
+    bind_function(Bdf.parse(DISK), "vfio-pci", kernel)
+    kernel.writes.clear()
+    restore(FormerBinding(Bdf.parse(DISK), None, None), kernel)
+    assert [write.step for write in kernel.writes] == ["unbind", "driver_override"]
+    assert kernel.driver_of(DISK) is None
+
+
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [
+        ("driver_override", errno.EPERM),
+        ("driver_override", errno.EROFS),
+        ("unbind", errno.EBUSY),
+        ("unbind", errno.ENODEV),
+        ("drivers_probe", errno.ENODEV),
+        ("drivers_probe", errno.EINVAL),
+    ],
+)
+def test_a_step_that_the_kernel_refuses_is_named_with_a_remedy(
+    kernel: FakeKernel, step: str, number: int
+) -> None:
+    kernel.fail(step, number)
+    with pytest.raises(BindError) as caught:
+        bind_function(Bdf.parse(DISK), "vfio-pci", kernel)
+    error = caught.value
+    assert (error.device, error.step, error.errno) == (DISK, step, number)
+    assert os.strerror(number) in error.message
+    assert error.hint
+
+
+def test_a_probe_that_does_nothing_is_noticed(kernel: FakeKernel) -> None:
+    kernel.refuse("vfio-pci", DISK)
+    with pytest.raises(BindError, match=f"vfio-pci did not take {DISK}") as caught:
+        bind_function(Bdf.parse(DISK), "vfio-pci", kernel)
+    assert (caught.value.step, caught.value.errno) == ("drivers_probe", None)
+    assert caught.value.hint
+    assert "deny-list" in caught.value.hint
+
+
+def test_a_former_driver_that_is_no_longer_loaded_is_told(
+    kernel: FakeKernel, tree: PciTree
+) -> None:
+    bind_function(Bdf.parse(DISK), "vfio-pci", kernel)
+    (tree.path / "sys/bus/pci/drivers/nvme").rmdir()
+    with pytest.raises(BindError, match="nvme did not take") as caught:
+        restore(FormerBinding(Bdf.parse(DISK), "nvme", None), kernel)
+    assert caught.value.hint
+    assert "modprobe nvme" in caught.value.hint
+
+
+def test_a_function_that_is_not_there_is_no_such_device(kernel: FakeKernel) -> None:
+    with pytest.raises(NoSuchDevice):
+        read_former(Bdf.parse("0000:7f:00.0"), kernel)
+
+
+def test_a_virtual_function_is_reset_on_its_way_back(kernel: FakeKernel) -> None:
+    bind_function(Bdf.parse(VIRTFN), "vfio-pci", kernel)
+    kernel.writes.clear()
+    restore(FormerBinding(Bdf.parse(VIRTFN), "igbvf", None), kernel)
+    steps = [write.step for write in kernel.writes]
+    assert steps == ["driver_override", "unbind", "reset", "drivers_probe", "driver_override"]
+    assert kernel.driver_of(VIRTFN) == "igbvf"
+
+
+def test_a_virtual_function_that_cannot_be_reset_is_given_back_all_the_same(
+    kernel: FakeKernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    bind_function(Bdf.parse(VIRTFN), "vfio-pci", kernel)
+    kernel.fail("reset", errno.ENOTTY)
+    restore(FormerBinding(Bdf.parse(VIRTFN), "igbvf", None), kernel)
+    assert kernel.driver_of(VIRTFN) == "igbvf"
+    assert "ignoring" in caplog.text
+
+
+# which driver
+
+ALIASES = """\
+# Aliases extracted from modules themselves.
+alias pci:v00008086d00000953sv*sd*bc*sc*i* nvme
+alias vfio_pci:v*d*sv*sd*bc*sc*i* vfio_pci
+alias vfio_pci:v00008086d*sv*sd*bc*sc*i* loose_vfio_pci
+alias vfio_pci:v00008086d00000953sv*sd*bc*sc*i* exact_vfio_pci
+alias vfio_pci:v000015B3d0000101Esv*sd*bc*sc*i* mlx5_vfio_pci
+"""
+
+
+def with_aliases(tree: PciTree, text: str) -> PciTree:
+    tree.file("/proc/sys/kernel/osrelease", "6.1.0-test\n")
+    return tree.file("/lib/modules/6.1.0-test/modules.alias", text)
+
+
+@pytest.mark.parametrize(
+    ("aliases", "driver"),
+    [
+        (ALIASES, "exact_vfio_pci"),
+        (ALIASES.replace("00000953sv", "00000954sv"), "loose_vfio_pci"),
+        (ALIASES.replace("v00008086", "v00008087"), "vfio-pci"),
+        ("", "vfio-pci"),
+        ("alias vfio_pci:v00008086d00000953sv*sd*bc*sc*i*\n", "vfio-pci"),
+        ("alias vfio_pci\nalias vfio_pci: x y\n\0\n", "vfio-pci"),
+    ],
+)
+def test_the_driver_is_the_most_specific_one(tree: PciTree, aliases: str, driver: str) -> None:
+    with_aliases(tree, aliases)
+    assert choose_driver(read_function(Bdf.parse(DISK), tree.root), tree.root) == driver
+
+
+def test_without_modules_the_driver_is_vfio_pci(tree: PciTree) -> None:
+    function = read_function(Bdf.parse(DISK), tree.root)
+    assert choose_driver(function, tree.root) == "vfio-pci"
+    nameless = function._replace(modalias=None)
+    with_aliases(tree, ALIASES)
+    assert choose_driver(nameless, tree.root) == "vfio-pci"
+
+
+@pytest.mark.parametrize("name", ["vfio-pci", "vfio_pci"])
+def test_a_loaded_driver_is_found_by_either_spelling(tree: PciTree, name: str) -> None:
+    assert load_driver(name, tree.root, device=DISK) == "vfio-pci"
+
+
+@pytest.mark.parametrize("driver", ["exact-vfio-pci", "exact_vfio_pci"])
+def test_a_variant_driver_is_loaded_and_used(
+    tree: PciTree,
+    kernel: FakeKernel,
+    binder: Binder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    driver: str,
+) -> None:
+    with_aliases(tree, ALIASES)
+    programs = fake_modprobe(tmp_path / "bin", tree, exact_vfio_pci=driver)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    before = kernel.picture()
+    binder.bind(group_of(kernel, DISK))
+    assert kernel.driver_of(DISK) == driver
+    binder.unbind(group_of(kernel, DISK))
+    assert kernel.picture() == before
+
+
+def test_a_driver_that_cannot_be_loaded_changes_nothing(
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    """With the modprobe of this machine, if it has one: it finds no modules in the tree."""
+    (tree.path / "sys/bus/pci/drivers/vfio-pci").rmdir()
+    with pytest.raises(BindError) as caught:
+        binder.bind(group_of(kernel, NET))
+    assert caught.value.step == "modprobe"
+    assert caught.value.hint
+    assert "CONFIG_VFIO_PCI" in caught.value.hint
+    assert kernel.writes == []
+    assert journal.bindings.all() == []
+
+
+def test_a_driver_that_is_none_of_vfio_is_not_kept(
+    kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    before = kernel.picture()
+    with pytest.raises(BindError, match="no driver of VFIO"):
+        binder.bind(group_of(kernel, DISK), driver="igb")
+    assert kernel.picture() == before
+    assert journal.bindings.all() == []
+
+
+def test_another_driver_of_vfio_can_be_named_later(
+    tree: PciTree, kernel: FakeKernel, binder: Binder
+) -> None:
+    tree.pci_driver("mlx5_vfio_pci")
+    before = kernel.picture()
+    binder.bind(group_of(kernel, DISK))
+    (bound,) = binder.bind(group_of(kernel, DISK), driver="mlx5-vfio-pci")
+    assert (kernel.driver_of(DISK), bound.former.driver) == ("mlx5_vfio_pci", "nvme")
+    binder.unbind(group_of(kernel, DISK))
+    assert kernel.picture() == before
+
+
+def test_a_second_driver_that_fails_leaves_the_first(
+    tree: PciTree, kernel: FakeKernel, binder: Binder
+) -> None:
+    tree.pci_driver("mlx5_vfio_pci")
+    bound = binder.bind(group_of(kernel, DISK))
+    between = kernel.picture()
+    kernel.refuse("mlx5_vfio_pci", DISK)
+    with pytest.raises(BindError):
+        binder.bind(group_of(kernel, DISK), driver="mlx5_vfio_pci")
+    assert kernel.picture() == between
+    assert binder.bindings() == bound
+
+
+# what speaks against it
+
+
+def refused(binder: Binder, group: VfioGroup, *codes: Code, allow: tuple[Code, ...] = ()) -> str:
+    with pytest.raises(InUse) as caught:
+        binder.bind(group, allow=allow)
+    assert caught.value.codes == codes
+    assert caught.value.hint
+    return caught.value.hint
+
+
+def test_a_disk_that_is_mounted_is_not_bound_unless_that_is_allowed(
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    tree.pci_disk(DISK, "259:0", "nvme0n1").mount("/dev/nvme0n1", "/data", "259:0")
+    hint = refused(binder, group_of(kernel, DISK), Code.MOUNTED_ON_HOST)
+    assert "umount /data" in hint
+    assert "--allow mounted-on-host" in hint
+    assert (kernel.writes, journal.bindings.all()) == ([], [])
+    binder.bind(group_of(kernel, DISK), allow=[Code.MOUNTED_ON_HOST])
+    assert kernel.driver_of(DISK) == "vfio-pci"
+
+
+def test_every_reason_is_told_at_once(tree: PciTree, kernel: FakeKernel, binder: Binder) -> None:
+    tree.network(NET, "eth0").route("eth0")
+    tree.file("/proc/interrupts", "1: IO-APIC\n")
+    hint = refused(binder, group_of(kernel, NET), Code.NO_INTERRUPT_REMAPPING, Code.NETWORK_IN_USE)
+    assert "--allow" not in hint
+    allow = (Code.NETWORK_IN_USE,)
+    refused(binder, group_of(kernel, NET), Code.NO_INTERRUPT_REMAPPING, allow=allow)
+    assert kernel.writes == []
+
+
+def test_a_function_with_virtual_ones_is_not_bound(kernel: FakeKernel, binder: Binder) -> None:
+    refused(binder, group_of(kernel, PHYSFN), Code.HAS_VIRTUAL_FUNCTIONS)
+    assert kernel.writes == []
+
+
+def test_a_group_is_bound_for_a_device_that_was_examined_without_asking_again(
+    tree: PciTree, kernel: FakeKernel, binder: Binder
+) -> None:
+    tree.network(NET, "eth0").route("eth0")
+    assert len(binder.bind(group_of(kernel, NET), device_id="d1")) == 2
+
+
+def test_a_function_in_no_group_is_not_bound(tree: PciTree, binder: Binder) -> None:
+    tree.pci_function("0000:09:00.0", driver="nvme")
+    refused(binder, find_vfio_device("0000:09:00.0", tree.root), Code.NO_IOMMU)
+
+
+def test_a_bridge_stays_with_the_host(tree: PciTree, kernel: FakeKernel, binder: Binder) -> None:
+    tree.pci_function("0000:00:1d.0", class_code=0x060400, driver="pcieport")
+    for bridge in (BRIDGE, "0000:00:1d.0"):
+        with pytest.raises(BindError, match="bridge"):
+            binder.bind(group_of(kernel, bridge))
+    assert kernel.writes == []
+
+
+def test_a_node_of_no_group_is_no_such_device(kernel: FakeKernel, binder: Binder) -> None:
+    group = find_vfio_group("/dev/vfio/99", kernel, devnum=None, found_by=FoundBy.FILE)
+    with pytest.raises(NoSuchDevice):
+        binder.bind(group)
+    with pytest.raises(NoSuchDevice):
+        binder.unbind(group)
+
+
+def test_a_mediated_device_needs_no_binding(
+    tree: PciTree, kernel: FakeKernel, binder: Binder
+) -> None:
+    uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+    tree.mdev_type(DISK, "i915-1").mdev(uuid, DISK, "i915-1", group=9)
+    assert binder.bind(group_of(kernel, uuid), device_id="d1") == []
+    assert binder.bind(group_of(kernel, uuid)) == []
+    assert kernel.writes == []
+
+
+@pytest.mark.parametrize("identity", [f"vfio:{NET}", f"vfio:{SOUND}"])
+def test_what_a_vm_has_is_not_given_back(
+    kernel: FakeKernel, binder: Binder, journal: Store, identity: str
+) -> None:
+    bound = binder.bind(group_of(kernel, NET))
+    before = kernel.picture()
+    held_by_vm(journal, identity)
+    with pytest.raises(InUse) as caught:
+        binder.unbind(group_of(kernel, SOUND))
+    assert caught.value.codes == (Code.IN_USE_BY_VM,)
+    assert kernel.picture() == before
+    assert binder.bindings() == bound
+
+
+@pytest.mark.parametrize("node", ["/dev/vfio/3", "/dev/vfio/devices/vfio1"])
+def test_what_a_process_has_open_is_not_given_back(
+    tree: PciTree, kernel: FakeKernel, binder: Binder, node: str
+) -> None:
+    bound = binder.bind(group_of(kernel, NET))
+    before = kernel.picture()
+    tree.file("/dev/vfio/devices/vfio0").file("/dev/vfio/devices/vfio1")
+    tree.process(77, "qemu", node)
+    with pytest.raises(InUse) as caught:
+        binder.unbind(group_of(kernel, NET))
+    assert caught.value.codes == (Code.OPEN_BY_PROCESS,)
+    assert "qemu" in caught.value.message
+    assert kernel.picture() == before
+    assert binder.bindings() == bound
+
+
+def test_recovery_leaves_what_a_process_has_open(
+    tree: PciTree, kernel: FakeKernel, binder: Binder
+) -> None:
+    before = kernel.picture()
+    binder.bind(group_of(kernel, DISK), device_id="gone")
+    tree.process(77, "qemu", "/dev/vfio/2")
+    (told,) = binder.recover()
+    assert told.outcome is Outcome.STILL_OPEN
+    assert kernel.driver_of(DISK) == "vfio-pci"
+    (tree.path / "proc/77/fd/3").unlink()
+    (told,) = binder.recover()
+    assert told.outcome is Outcome.GIVEN_BACK
+    assert kernel.picture() == before
+
+
+# failures
+
+STEPS = ("driver_override", "unbind", "drivers_probe")
+
+
+@pytest.mark.parametrize("device", [NET, SOUND])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("what", [errno.EBUSY, Fault.NOTHING_HAPPENS])
+def test_any_failure_of_a_group_puts_all_of_it_back(
+    kernel: FakeKernel,
+    binder: Binder,
+    journal: Store,
+    device: str,
+    step: str,
+    what: int | Fault,
+) -> None:
+    before = kernel.picture()
+    kernel.fail(step, what, device)
+    with pytest.raises(BindError) as caught:
+        binder.bind(group_of(kernel, NET))
+    assert caught.value.device == device
+    assert kernel.picture() == before
+    assert journal.bindings.all() == []
+    assert len(binder.bind(group_of(kernel, NET))) == 2
+
+
+def test_what_cannot_be_put_back_stays_in_the_journal_and_is_tried_again(
+    kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    before = kernel.picture()
+    kernel.refuse("vfio-pci", SOUND)
+    kernel.fail("drivers_probe", errno.EBUSY, NET, times=0)
+    kernel.refuse("e1000e", NET)
+    with pytest.raises(BindError, match=f"vfio-pci did not take {SOUND}") as caught:
+        binder.bind(group_of(kernel, NET))
+    assert caught.value.hint
+    assert f"{NET} could not be put back" in caught.value.hint
+    assert [str(row.bdf) for row in journal.bindings.all()] == [NET]
+    (told,) = binder.recover()
+    assert told.outcome is Outcome.FAILED
+    (told,) = Binder(journal, boot(kernel.tree)).recover()
+    assert told.outcome is Outcome.GIVEN_BACK
+    assert kernel.picture() == before
+    assert journal.bindings.all() == []
+
+
+@pytest.mark.parametrize("step", ["driver_override", "unbind", "drivers_probe"])
+def test_giving_back_that_fails_can_be_repeated(
+    kernel: FakeKernel, binder: Binder, journal: Store, step: str
+) -> None:
+    before = kernel.picture()
+    binder.bind(group_of(kernel, NET))
+    kernel.fail(step, errno.EBUSY, SOUND)
+    with pytest.raises(BindError) as caught:
+        binder.unbind(group_of(kernel, NET))
+    assert caught.value.device == SOUND
+    (left,) = journal.bindings.all()
+    assert (str(left.bdf), left.state) == (SOUND, BindingState.UNBINDING)
+    binder.unbind(group_of(kernel, SOUND))
+    assert kernel.picture() == before
+    assert journal.bindings.all() == []
+
+
+def test_what_failed_to_be_given_back_can_be_bound_again(
+    kernel: FakeKernel, binder: Binder
+) -> None:
+    before = kernel.picture()
+    binder.bind(group_of(kernel, DISK), device_id="d1")
+    kernel.fail("drivers_probe", Fault.NOTHING_HAPPENS, DISK)
+    with pytest.raises(BindError):
+        binder.give_back("d1")
+    assert kernel.driver_of(DISK) is None
+    (bound,) = binder.bind(group_of(kernel, DISK), device_id="d2")
+    assert (bound.former.driver, bound.device_id) == ("nvme", "d2")
+    binder.give_back("d2")
+    assert kernel.picture() == before
+
+
+def test_what_was_left_with_vfio_is_taken_over(
+    kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    before = kernel.picture()
+    binder.bind(group_of(kernel, DISK), device_id="d1")
+    held_by_vm(journal, f"vfio:{DISK}", "d2")
+    (bound,) = binder.bind(group_of(kernel, DISK), device_id="d2")
+    assert bound.device_id == "d2"
+    assert binder.give_back("d1") == []
+    assert binder.recover() == []
+    binder.give_back("d2")
+    assert kernel.picture() == before
+
+
+def test_a_function_that_goes_while_it_is_bound_is_forgotten(
+    kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    (bound,) = binder.bind(group_of(kernel, VIRTFN), device_id="d1")
+    kernel.write_attribute(f"/sys/bus/pci/devices/{PHYSFN}/sriov_numvfs", "0")
+    (told,) = binder.give_back("d1")
+    assert (told.former, told.outcome) == (bound.former, Outcome.FORGOTTEN)
+    assert journal.bindings.all() == []
+
+
+def test_what_somebody_gave_to_another_driver_is_forgotten(
+    kernel: FakeKernel, binder: Binder
+) -> None:
+    binder.bind(group_of(kernel, DISK))
+    restore(FormerBinding(Bdf.parse(DISK), "nvme", None), kernel)
+    before = kernel.picture()
+    (told,) = binder.recover()
+    assert told.outcome is Outcome.FORGOTTEN
+    assert kernel.picture() == before
+
+
+def test_the_kernel_that_does_not_answer_has_a_deadline(
+    kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    before = kernel.picture()
+    kernel.fail("unbind", Fault.HANGS, SOUND)
+    with pytest.raises(BindError, match="has not answered within") as caught:
+        binder.bind(group_of(kernel, NET))
+    assert (caught.value.step, caught.value.errno) == ("unbind", errno.ETIMEDOUT)
+    assert [str(row.bdf) for row in journal.bindings.all()] == [SOUND]
+    assert kernel.driver_of(NET) == "e1000e"
+    kernel.release.set()
+    assert kernel.answered.wait(10)
+    binder.recover()
+    assert kernel.picture() == before
+
+
+def test_one_binds_while_the_others_wait(journal: Store, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "state") as other:
+        with (
+            journal.bindings.alone(),
+            pytest.raises(StoreError, match="locked"),
+            other.bindings.alone(timeout_s=0.05),
+        ):
+            pass
+        with other.bindings.alone():
+            pass
+
+
+# death
+
+
+def in_a_process_that_dies(act: Callable[[], object]) -> bool:
+    """Whether a fault ended the process that acts; it shares no connection with this one."""
+    child = os.fork()
+    if child == 0:
+        with suppress(DeviceError):
+            act()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == DIED
+
+
+def bind_in(state_dir: Path, kernel: FakeKernel, device_id: str | None) -> None:
+    with Store.open(state_dir) as journal:
+        Binder(journal, kernel).bind(group_of(kernel, NET), device_id=device_id)
+
+
+def unbind_in(state_dir: Path, kernel: FakeKernel) -> None:
+    with Store.open(state_dir) as journal:
+        Binder(journal, kernel).unbind(group_of(kernel, NET))
+
+
+WRITES_TO_BIND, WRITES_TO_UNBIND = 6, 8
+DEATHS = (Fault.DIE_BEFORE, Fault.DIE_AFTER)
+
+
+@pytest.mark.parametrize("device_id", [None, "d1"])
+@pytest.mark.parametrize("when", DEATHS)
+@pytest.mark.parametrize("number", range(WRITES_TO_BIND))
+def test_death_at_any_step_of_a_bind_is_undone(
+    tree: PciTree, tmp_path: Path, number: int, when: Fault, device_id: str | None
+) -> None:
+    kernel = boot(tree)
+    before = kernel.picture()
+    kernel.fail_at(number, when)
+    assert in_a_process_that_dies(lambda: bind_in(tmp_path / "state", kernel, device_id))
+    with Store.open(tmp_path / "state") as journal:
+        assert len(journal.bindings.all()) == 2
+        told = Binder(journal, boot(tree)).recover()
+        assert [str(returned.former.bdf) for returned in told] == [NET, SOUND]
+        assert journal.bindings.all() == []
+    assert kernel.picture() == before
+
+
+@pytest.mark.parametrize("when", DEATHS)
+@pytest.mark.parametrize("number", range(WRITES_TO_UNBIND))
+@pytest.mark.parametrize("override", ["", "snd_hda_intel"])
+def test_death_at_any_step_of_an_unbind_is_finished(
+    tree: PciTree, tmp_path: Path, number: int, when: Fault, override: str
+) -> None:
+    """An override that is the former driver's own saves the last step."""
+    kernel = boot(tree)
+    kernel.write_attribute(f"/sys/bus/pci/devices/{SOUND}/driver_override", override)
+    before = kernel.picture()
+    bind_in(tmp_path / "state", kernel, None)
+    dying = boot(tree)
+    dying.fail_at(number, when)
+    steps = WRITES_TO_UNBIND - bool(override)
+    died = in_a_process_that_dies(lambda: unbind_in(tmp_path / "state", dying))
+    assert died is (number < steps)
+    with Store.open(tmp_path / "state") as journal:
+        Binder(journal, boot(tree)).recover()
+        assert journal.bindings.all() == []
+    assert kernel.picture() == before
+
+
+@pytest.mark.parametrize("when", DEATHS)
+def test_death_in_recovery_is_recovered_from(tree: PciTree, tmp_path: Path, when: Fault) -> None:
+    kernel = boot(tree)
+    before = kernel.picture()
+    kernel.fail_at(WRITES_TO_BIND - 1, Fault.DIE_AFTER)
+    assert in_a_process_that_dies(lambda: bind_in(tmp_path / "state", kernel, None))
+    for number in range(WRITES_TO_UNBIND):
+        dying = boot(tree)
+        dying.fail_at(number, when)
+        in_a_process_that_dies(partial(recover_in, tmp_path / "state", dying))
+    recover_in(tmp_path / "state", boot(tree))
+    assert kernel.picture() == before
+
+
+def recover_in(state_dir: Path, kernel: FakeKernel) -> None:
+    with Store.open(state_dir) as journal:
+        Binder(journal, kernel).recover()
+
+
+def test_the_steps_are_as_many_as_the_tests_of_death_think(
+    kernel: FakeKernel, binder: Binder
+) -> None:
+    binder.bind(group_of(kernel, NET))
+    assert len(kernel.writes) == WRITES_TO_BIND
+    binder.unbind(group_of(kernel, NET))
+    assert len(kernel.writes) - WRITES_TO_BIND == WRITES_TO_UNBIND
+
+
+def test_a_row_outlives_the_process(journal: Store) -> None:
+    former = FormerBinding(Bdf.parse(DISK), None, "nvme")
+    row = Binding(former=former, state=BindingState.UNBINDING, device_id=None, boot_id="b")
+    journal.bindings.put([row])
+    with Store.open(Path(journal.path).parent) as again:
+        assert again.bindings.all() == [row]
+        again.bindings.forget([former.bdf])
+    assert journal.bindings.all() == []
