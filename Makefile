@@ -1,18 +1,23 @@
 # `make demo` and `make test` set up everything that they need on a Debian machine, as root.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format bench packages test-packages clean
+.PHONY: help demo test test-fast lab test-lab lint format bench packages test-packages clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 GUEST := build/guest/initrd.img
 FULL_GUEST := build/guest/full/initrd.img
 KIND ?= disk
+LAB := $(BIN)/python -m lab --timeout 1200
+LAB_TESTS := $(BIN)/pytest tests/lab --junitxml
+RESULTS := $(CURDIR)/build/lab/results
 
 help:
 	@echo "make demo       boot a guest, plug a disk into it, let it read, take the disk out again"
-	@echo "make test       every test (root, QEMU)"
+	@echo "make test       every test (root, QEMU, the lab VM)"
 	@echo "make test-fast  the tests that need neither root nor QEMU, in a minute or two"
+	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to hand over"
+	@echo "make test-lab   the tests that run in it"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed table of docs/performance.md"
 	@echo "make clean      remove what the above have built"
@@ -20,11 +25,20 @@ help:
 demo: packages $(BIN)/vmplug $(if $(filter virtio-9p,$(KIND)),$(FULL_GUEST),$(GUEST))
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh "$(KIND)"
 
-test: test-packages $(BIN)/vmplug $(GUEST) $(FULL_GUEST)
+test: test-packages $(BIN)/vmplug $(GUEST) $(FULL_GUEST) test-lab
 	$(BIN)/pytest
 
 test-fast: $(BIN)/vmplug
 	$(BIN)/pytest -m "not qemu and not root"
+
+lab: test-packages $(BIN)/vmplug $(GUEST)
+	lab/build.sh
+
+# Linux 6.1; then Linux 6.12, which has iommufd; then an IOMMU that does not remap interrupts.
+test-lab: lab
+	$(LAB) -- $(LAB_TESTS) $(RESULTS)/lab.xml
+	$(LAB) --kernel 6.12 -- $(LAB_TESTS) $(RESULTS)/lab-6.12.xml
+	$(LAB) --no-remapping -- $(LAB_TESTS) $(RESULTS)/lab-no-remapping.xml
 
 lint: $(BIN)/vmplug
 	$(BIN)/ruff check

@@ -1,6 +1,7 @@
 """`python -m lab -- COMMAND`: runs a command as root in the lab VM."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -63,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         return run(lab, said.command)
-    except LabError as error:
+    except BrokenPipeError:
+        # Nobody reads any more. Python flushes at its end, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (LabError, OSError) as error:
         print(f"lab: {error}", file=sys.stderr)
         return FAILED
 

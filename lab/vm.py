@@ -29,7 +29,7 @@ ENVIRONMENT = {
     "TMPDIR": "/run/lab/tmp",
     "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:hypothesispytest",
 }
-"""Without its plug-ins, pytest starts ten seconds earlier on the emulated CPU."""
+"""Without the plug-in of hypothesis, pytest starts ten seconds earlier on the emulated CPU."""
 PASSED_ON = ("PATH", "LANG", "CI")
 """Variables that the command has from this machine."""
 

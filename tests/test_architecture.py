@@ -30,6 +30,8 @@ CATCHES_OSERROR = {
     "host/backend.py",
     "host/process.py",
     "host/program.py",
+    "host/record.py",
+    "host/recorded.py",
     "host/root.py",
     "hypervisor/daemon.py",
     "hypervisor/qemu/launch.py",

@@ -14,6 +14,7 @@ from tests.cli.monitors import MemoryVm
 from tests.support.disks import disk_image
 
 VERBS = (
+    "host",
     "info",
     "resolve",
     "check",
@@ -32,10 +33,11 @@ VERBS = (
     "vm adopt",
     "vm stop",
     "vm list",
+    "record",
     "completion",
 )
 JSON_VERBS = [verb for verb in VERBS if verb != "completion"]
-READING_VERBS = ("info", "resolve", "check", "plan", "attach")
+READING_VERBS = ("host", "info", "resolve", "check", "plan", "attach")
 VM_OPTION_VERBS = ("plan", "attach", "detach", "list", "reconcile")
 
 
@@ -174,7 +176,7 @@ def test_bash_takes_the_script(vmplug: Vmplug) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("vmplug re", {"resolve", "resize", "reconcile"}),
+        ("vmplug re", {"resolve", "resize", "reconcile", "record"}),
         ("vmplug vm st", {"start", "stop"}),
         ("vmplug completion ", {"bash", "zsh", "fish"}),
     ],

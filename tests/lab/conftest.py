@@ -2,26 +2,31 @@
 
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.lab.nested import NestedGuest, running_guest
 
 if "LAB_VM" not in os.environ:
     raise pytest.UsageError("these tests run in the lab VM alone: make test-lab")
 
 HERE = Path(__file__).parent
+HAS_IOMMUFD = platform.release().startswith("6.12.")
+REMAPS_INTERRUPTS = "IR-" in Path("/proc/interrupts").read_text()
 
-_SPECIAL = {
-    "test_cdev.py": platform.release().startswith("6.12"),
-    "test_no_remapping.py": "IR-" not in Path("/proc/interrupts").read_text(),
-}
-"""Tests of a lab with another kernel, or another IOMMU, and whether it is that."""
 
-collect_ignore = (
-    [path.name for path in HERE.glob("test_*.py") if path.name not in _SPECIAL]
-    if any(_SPECIAL.values())
-    else []
-) + [name for name, is_that in _SPECIAL.items() if not is_that]
+def is_for_this_lab(name: str) -> bool:
+    """Whether a file of tests is for a lab with this kernel and this IOMMU."""
+    if not REMAPS_INTERRUPTS:
+        return name == "test_no_remapping.py"
+    if HAS_IOMMUFD:
+        return name in {"test_cdev.py", "test_lab.py"}
+    return name not in {"test_cdev.py", "test_no_remapping.py"}
+
+
+collect_ignore = [path.name for path in HERE.glob("test_*.py") if not is_for_this_lab(path.name)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,3 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.lab)
+
+
+@pytest.fixture(scope="session")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NestedGuest]:
+    """A guest that runs, for all tests: each takes out again what it plugs into its VM."""
+    with running_guest(tmp_path_factory.mktemp("guest")) as guest:
+        yield guest

@@ -5,8 +5,8 @@ the lab, when that is built, and is restored from then on: `python -m tests.lab.
 """
 
 import hashlib
-import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from guest.console import GuestConsole
+from guest.console import STATUS_TIMED_OUT, GuestConsole
 from lab.kernel import BUILT
 
 from tests.support.vm import BUILT_GUEST, QEMU, Device, GuestVm, root_ports, start_vm
 
 SAVED = BUILT / "nested"
+SOURCES = (Path(__file__), Path(__file__).parents[1] / "support" / "vm.py")
+"""They have the command line."""
+
 MEMORY = "128M"
 PLAIN_PORTS = ("rp0", "rp1", "rp2")
 LARGE_PORT = "rp3"
@@ -27,8 +30,17 @@ LARGE_PORT = "rp3"
 BRIDGE = "br0"
 """A bridge to conventional PCI, at the root bus."""
 
-RESTORE_TIMEOUT_S = 60.0
+CPU = ("-cpu", "qemu64")
+"""Without what newer CPUs have, the guest is a quarter faster in an emulated CPU."""
+
+RESTORE_TIMEOUT_S = 120.0
 ANSWER_TIMEOUT_S = 60.0
+POLL_S = 0.2
+
+SILENT_PIPE = "/tmp/silent"
+"""In the guest: nobody writes to it, so that its shell can wait without starting a process."""
+NAMESPACE = "/dev/nvme0n1"
+PCI_DEVICES = "/sys/bus/pci/devices"
 
 
 def devices() -> list[Device]:
@@ -39,34 +51,40 @@ def devices() -> list[Device]:
 
 
 class NestedGuest:
-    """A guest that runs in the lab. Every wait has a deadline: GuestTimeoutError."""
+    """A guest that runs in the lab. Every wait has a deadline: GuestError, GuestTimeoutError.
+
+    Its shell lines start no process where they can do without: each takes it a second.
+    """
 
     def __init__(self, vm: GuestVm, console: GuestConsole) -> None:
         self.vm = vm
         self.console = console
 
+    def wait_until(self, condition: str) -> None:
+        """Returns as soon as a shell line has status 0. GuestError with STATUS_TIMED_OUT."""
+        tries = round(ANSWER_TIMEOUT_S / POLL_S)
+        count = f"[ $((n += 1)) -le {tries} ] || exit {STATUS_TIMED_OUT}"
+        wait = f"read -t {POLL_S} nothing <>{SILENT_PIPE}"
+        self._run(f"n=0; until {condition}; do {count}; {wait}; done; true")
+
     def read_nvme(self, length: int) -> bytes:
-        """Bytes from the start of the first NVMe namespace, once it is there."""
-        self.console.wait_until("[ -b /dev/nvme0n1 ]", timeout_s=ANSWER_TIMEOUT_S)
-        return self.console.read("nvme0n1", 0, length)
+        """The first bytes of the first NVMe namespace, once that is there: a line of text."""
+        self.wait_until(f"[ -b {NAMESPACE} ]")
+        return self._run(f'read -r -n {length} text <{NAMESPACE}; echo "$text"').encode()
 
     def pci_ids(self) -> dict[str, str]:
         """`8086:10d3` for every PCI function that the guest sees, by its address there."""
-        line = "for d in /sys/bus/pci/devices/*; do echo ${d##*/} $(cat $d/vendor $d/device); done"
+        ids = "read -r vendor <$path/vendor; read -r device <$path/device"
+        line = f"for path in {PCI_DEVICES}/*; do {ids}; echo ${{path##*/}} $vendor $device; done"
         words = (line.split() for line in self._run(line).splitlines())
         return {bdf: f"{vendor[2:]}:{device[2:]}" for bdf, vendor, device in words}
 
-    def wait_for_pci(self, vendor_and_device: str) -> None:
-        """Until the guest sees a function with these numbers, such as `1234:11e8`."""
-        vendor, device = (f"0x{number}" for number in vendor_and_device.split(":"))
-        self.console.wait_until(
-            f"grep -lx {device} $(grep -lx {vendor} /sys/bus/pci/devices/*/vendor | "
-            "sed s/vendor/device/)",
-            timeout_s=ANSWER_TIMEOUT_S,
-        )
+    def wait_for_pci(self, bdf: str) -> None:
+        """Until the guest sees a PCI function at this address."""
+        self.wait_until(f"[ -e {PCI_DEVICES}/{bdf} ]")
 
     def _run(self, line: str) -> str:
-        return self.console.run(line, timeout_s=ANSWER_TIMEOUT_S)
+        return self.console.run(line, timeout_s=2 * ANSWER_TIMEOUT_S)
 
 
 @contextmanager
@@ -82,7 +100,7 @@ def running_guest(directory: Path) -> Iterator[NestedGuest]:
     state = SAVED / "state"
     if not state.exists():
         raise FileNotFoundError(f"{state}: the guest has not been saved; run: make lab")
-    extra = ["-serial", "chardev:kernel", "-serial", "chardev:console"]
+    extra = [*CPU, "-serial", "chardev:kernel", "-serial", "chardev:console"]
     extra += ["-incoming", f"exec:cat {shlex.quote(str(state))}"]
     with start_vm(directory, devices=devices(), memory=MEMORY, guest=False, extra=extra) as vm:
         vm.oracle.wait_event("RESUME", RESTORE_TIMEOUT_S)
@@ -101,8 +119,8 @@ def save_guest(directory: Path) -> None:
     made_by.unlink(missing_ok=True)
     with TemporaryDirectory(dir=directory) as work:
         saved = Path(work) / "state"
-        with start_vm(Path(work), devices=devices(), memory=MEMORY) as vm:
-            vm.console.run("true")
+        with start_vm(Path(work), devices=devices(), memory=MEMORY, extra=CPU) as vm:
+            vm.console.run(f"mkfifo {SILENT_PIPE}")
             _migrate(vm, saved)
         saved.rename(state)
     made_by.write_text(recipe)
@@ -117,13 +135,14 @@ def _migrate(vm: GuestVm, saved: Path) -> None:
 
 
 def _recipe() -> str:
-    """All that the state depends on: it is QEMU's own, of this machine and this guest."""
+    """All that the state depends on: it is of this QEMU, with these devices and this guest."""
     version = subprocess.run([QEMU, "--version"], check=True, capture_output=True, text=True)
-    digest = hashlib.sha256(json.dumps(devices()).encode())
-    for name in ("vmlinuz", "initrd.img"):
-        digest.update((BUILT_GUEST / name).read_bytes())
-    return f"{version.stdout}{MEMORY} {digest.hexdigest()}\n"
+    digest = hashlib.sha256()
+    for path in (BUILT_GUEST / "vmlinuz", BUILT_GUEST / "initrd.img", *SOURCES):
+        digest.update(path.read_bytes())
+    return f"{version.stdout}{digest.hexdigest()}\n"
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # QEMU ends too
     save_guest(Path(sys.argv[1]))

@@ -7,18 +7,15 @@ from pathlib import Path
 import pytest
 
 from lab import topology
-from tests.lab.nested import NestedGuest, running_guest
+from tests.lab.nested import NestedGuest
 from vmplug import DeviceManager, HostRoot, Qemu, VfioInfo
 
 UNPLUG_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NestedGuest]:
-    for module in ("vfio-pci", "nvme"):
-        subprocess.run(["modprobe", module], check=True)
-    with running_guest(tmp_path_factory.mktemp("guest")) as guest:
-        yield guest
+@pytest.fixture(scope="module", autouse=True)
+def modules() -> None:
+    subprocess.run(["modprobe", "--all", "vfio-pci", "nvme", "e1000e"], check=True)
 
 
 @pytest.fixture(scope="module")

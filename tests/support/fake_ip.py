@@ -1,6 +1,6 @@
 """fake_ip: an ip(8) that knows one interface with virtual functions, for hosts that are trees.
 
-What it says is what iproute2 6.1 says of an interface of the driver netdevsim.
+It says what iproute2 6.1 says of an interface of netdevsim on Linux 6.1.
 """
 
 import json
@@ -32,9 +32,7 @@ elif words[:3] == ["link", "set", "dev"] and words[4] == "vf":
         if what == "mac":
             entry["address"] = value
         elif what == "vlan":
-            entry["vlan_list"] = [{{"vlan": int(value)}}] if int(value) else []
-            if not int(value):
-                del entry["vlan_list"]
+            entry["vlan_list"] = [{{"vlan": int(value)}} if int(value) else {{}}]
         else:
             entry["trust"] = value == "on"
         json.dump(state, open({state!r}, "w"))
@@ -80,7 +78,9 @@ def fake_ip(directory: Path, interface: str, count: int) -> FakeIp:
             "link_type": "ether",
             "address": "00:00:00:00:00:00",
             "broadcast": "ff:ff:ff:ff:ff:ff",
-            "spoofchk": True,
+            "vlan_list": [{}],
+            "rate": {"max_tx": 0, "min_tx": 0},
+            "spoofchk": False,
             "link_state": "auto",
             "trust": False,
             "query_rss_en": False,

@@ -253,12 +253,33 @@ def test_a_driver_that_cannot_be_loaded_changes_nothing(
     assert journal.bindings.all() == []
 
 
-def test_a_driver_that_is_none_of_vfio_is_not_kept(
-    kernel: FakeKernel, binder: Binder, journal: Store
+@pytest.mark.parametrize(
+    ("driver", "says"),
+    [
+        ("igb", "igb is not known as a driver of VFIO"),
+        ("../igb", "not known"),
+        ("mlx5-vfio-pci", f"mlx5-vfio-pci is for other devices than {DISK}"),
+    ],
+)
+def test_a_driver_that_was_not_made_for_it_is_not_tried(
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Store, driver: str, says: str
 ) -> None:
+    """The kernel would let it try, and may not survive that."""
+    with_aliases(tree, ALIASES).pci_driver("mlx5_vfio_pci")
+    with pytest.raises(BindError, match=says) as caught:
+        binder.bind(group_of(kernel, DISK), driver=driver)
+    assert caught.value.hint == "without --driver it would be exact_vfio_pci"
+    assert kernel.writes == []
+    assert journal.bindings.all() == []
+
+
+def test_a_driver_that_turns_out_to_be_none_of_vfio_is_not_kept(
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    with_aliases(tree, "alias vfio_pci:v*d*sv*sd*bc*sc*i* odd\n").pci_driver("odd")
     before = kernel.picture()
     with pytest.raises(BindError, match="no driver of VFIO"):
-        binder.bind(group_of(kernel, DISK), driver="igb")
+        binder.bind(group_of(kernel, DISK))
     assert kernel.picture() == before
     assert journal.bindings.all() == []
 

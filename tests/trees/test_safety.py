@@ -1,6 +1,7 @@
 """Every reason not to hand a device over, one by one and together."""
 
 import os
+import shlex
 
 import pytest
 
@@ -150,6 +151,25 @@ def test_btrfs_shows_a_number_of_its_own_and_is_known_by_its_source(disk: HostTr
     assert codes(findings(disk)) == ["mounted-on-host"]
 
 
+def test_every_device_of_a_btrfs_is_mounted_though_the_kernel_names_one(tree: HostTree) -> None:
+    for number, name in (("8:0", "sda"), ("8:16", "sdb"), ("8:32", "sdc")):
+        tree.block_device(number, name)
+    for name in ("sda", "sdb"):
+        tree.link(
+            f"/sys/fs/btrfs/0b6e/devices/{name}", f"../../../../devices/virtual/block/{name}"
+        )
+    tree.file("/sys/fs/btrfs/features/raid56", "0\n")
+    tree.mount("/dev/sda", "/mnt", "8:0", fs_type="btrfs")
+    (finding,) = findings(tree, "8:16")
+    assert finding.message == "/dev/sdb is mounted on the host at /mnt"
+    assert findings(tree, "8:32") == []
+
+
+def test_a_remedy_is_quoted_for_the_shell(disk: HostTree) -> None:
+    (finding,) = findings(disk.mount("/dev/sda", "/a\\040b", "8:0"))
+    assert finding.hint == "umount '/a b'"
+
+
 @pytest.mark.parametrize(
     ("fs_options", "mount_options", "wish", "shared"),
     [
@@ -195,6 +215,26 @@ def test_many_holders_are_counted(disk: HostTree) -> None:
     (finding,) = findings(disk)
     assert finding.message == "/dev/sda is part of dm-0, dm-1, dm-2 and 2 more"
     assert "hand over /dev/dm-0, /dev/dm-1, /dev/dm-2 and 2 more itself" in finding.hint
+
+
+@pytest.mark.parametrize(
+    ("holders", "remedy"),
+    [
+        (["dm-0"], "dmsetup remove 'a b'"),
+        (["dm-0", "dm-1"], "dmsetup remove 'a b' c"),
+        (["md127"], "mdadm --stop /dev/md127"),
+        (["dm-1", "md0"], "dmsetup remove c; mdadm --stop /dev/md0"),
+        (["bcache0"], "dmsetup, lvm, mdadm"),
+    ],
+)
+def test_what_holds_a_disk_is_taken_apart_by_its_name(
+    disk: HostTree, holders: list[str], remedy: str
+) -> None:
+    disk.file("/sys/block/dm-0/dm/name", "a b\n").file("/sys/block/dm-1/dm/name", "c\n")
+    for holder in holders:
+        disk.hold("sda", holder)
+    (finding,) = findings(disk)
+    assert finding.hint.endswith(f"or take it apart first ({remedy})")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +336,7 @@ def test_swap_space_in_use_is_found_by_any_name(
         name = area.replace("\\040", " ")
         assert finding.message.startswith(f"{named} holds swap space that the host is using")
         assert finding.message.endswith("using" if name == named else f"using ({name})")
-        assert finding.hint == f"swapoff {name}"
+        assert shlex.split(finding.hint) == ["swapoff", name]
 
 
 @pytest.mark.parametrize("table", ["", "Filename\t\t\t\tType\t\tSize\tUsed\tPriority\n"])
@@ -382,6 +422,17 @@ def test_a_disk_of_size_zero_is_empty_or_has_no_medium(
 ) -> None:
     tree.block_device("8:0", "sda", size_bytes=0, removable=removable)
     assert codes(findings(tree, wish=READING)) == [code]
+
+
+@pytest.mark.parametrize(("suspended", "found"), [(0, []), (1, ["unreadable"])])
+def test_a_mapped_device_is_not_handed_over_while_it_is_suspended(
+    tree: HostTree, suspended: int, found: list[str]
+) -> None:
+    tree.block_device("253:0", "dm-0").file("/sys/block/dm-0/dm/name", "a\n")
+    tree.file("/sys/block/dm-0/dm/suspended", f"{suspended}\n")
+    refusal = findings(tree, "253:0", READING)
+    assert codes(refusal) == found
+    assert all(finding.hint == "dmsetup resume a" for finding in refusal)
 
 
 def test_an_empty_file_is_no_disk(tree: HostTree) -> None:
@@ -474,3 +525,29 @@ def test_the_block_device_behind_a_loop_device_is_related(tree: HostTree) -> Non
     tree.block_device("8:0", "sda").node("/dev/sda", "b", "8:0")
     tree.block_device("7:0", "loop0", loop={"backing_file": "/dev/sda\n"})
     assert "block:8:0" in resolve(want("7:0"), tree.root).related_identities
+
+
+def test_a_file_is_related_to_all_that_is_built_on_its_loop_device(tree: HostTree) -> None:
+    tree.file("/a.img", b"x").block_device("253:0", "dm-0")
+    files = {"backing_file": "/a.img\n"}
+    tree.block_device("7:0", "loop0", partitions={"259:0": "loop0p1"}, loop=files)
+    tree.link("/sys/devices/virtual/block/dm-0/slaves/loop0p1", "../../loop0/loop0p1")
+    for number in ("7:0", "259:0", "253:0"):
+        assert "file:/a.img" in resolve(want(number), tree.root).related_identities
+
+
+@pytest.mark.root
+def test_the_disk_below_a_partition_below_a_loop_device_is_related(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda", partitions={"8:1": "sda1"}).node("/dev/sda1", "b", "8:1")
+    files = {"backing_file": "/dev/sda1\n"}
+    tree.block_device("7:0", "loop0", partitions={"259:0": "loop0p1"}, loop=files)
+    for number in ("7:0", "259:0"):
+        related = resolve(want(number), tree.root).related_identities
+        assert {"block:8:1", "block:8:0"} <= set(related)
+
+
+def test_loop_devices_in_a_circle_are_looked_at_once(tree: HostTree) -> None:
+    tree.block_device("7:0", "loop0").block_device("7:1", "loop1")
+    for one, other in ((0, 1), (1, 0)):
+        tree.link(f"/sys/devices/virtual/block/loop{one}/slaves/x", f"../../loop{other}")
+    assert set(resolve(want("7:0"), tree.root).related_identities) == {"block:7:1", "block:7:0"}

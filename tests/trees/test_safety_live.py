@@ -300,6 +300,20 @@ def test_a_partition_in_use_keeps_its_disk(live: HostTree, tmp_path: Path) -> No
 
 
 @pytest.mark.root
+def test_another_qemu_is_found_on_the_disk_on_its_partition_and_on_the_file_behind_both(
+    live: HostTree, tmp_path: Path
+) -> None:
+    image = disk_image(tmp_path / "disk.img", 8, "x")
+    with loop_with_partition(image) as (disk, part):
+        for path in (disk, part, image):
+            with locked(path):
+                for node in (disk, part):
+                    (finding,) = findings(live, number(node))
+                    assert finding.message == f"{path} is open in another QEMU or storage daemon"
+        assert findings(live, number(disk)) == findings(live, number(part)) == []
+
+
+@pytest.mark.root
 def test_the_kernels_partitions_and_disks_know_of_each_other(
     live: HostTree, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from vmplug import errors
 from vmplug.cli.text import one_line
 
 _VERBS = {
+    "host": "what could this host hand over, and what holds it?",
     "info": "what does the container ask for?",
     "resolve": "what is that on this host?",
     "check": "may it be handed over? every problem with its remedy",
@@ -28,6 +29,7 @@ _VERBS = {
     "mdev": "mediated devices: make, take away",
     "reconcile": "make the journal and the VMs agree",
     "vm": "start, adopt, stop and list VMs",
+    "record": "write what vmplug reads of this host into a file, for a bug report",
     "completion": "shell completion for bash, zsh or fish",
 }
 

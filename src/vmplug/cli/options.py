@@ -34,6 +34,13 @@ root_option = click.option(
     default="/",
     help="Read /sys, /proc and /dev below this directory instead of this host's.",
 )
+host_option = click.option(
+    "--root",
+    type=click.Path(exists=True),
+    default="/",
+    help="Read /sys, /proc and /dev below this directory, or out of this file of `vmplug record`, "
+    "instead of this host's.",
+)
 state_dir_option = click.option(
     "--state-dir",
     type=click.Path(file_okay=False),
@@ -88,7 +95,7 @@ def device_options(command: F) -> F:
     """--device and how the devices are wanted."""
     for decorate in (
         store_option,
-        root_option,
+        host_option,
         click.option(
             "-o",
             "--option",
@@ -152,7 +159,7 @@ def read_request(
     vhost_user_store: str | None,
 ) -> Request:
     """The request that `request_options` describe. Raises UsageError or SpecError."""
-    host = HostRoot(root)
+    host = open_root(root)
     infos: list[AnyRequest] = [parse_device(text) for text in devices]
     options = _parse_options(driver_options)
     annotated: Sequence[AnyRequest] = ()
@@ -170,7 +177,7 @@ def read_request(
         _wanted(info, {} if info in annotated else options, read_only=read_only) for info in infos
     )
     _check_names(wanted)
-    store = _open_store(vhost_user_store, host) if vhost_user_store else None
+    store = open_store(vhost_user_store, host) if vhost_user_store else None
     return Request(wanted, name, host, store)
 
 
@@ -195,7 +202,20 @@ def _check_names(infos: "Iterable[AnyRequest]") -> None:
             )
 
 
-def _open_store(path: str, host: HostRoot) -> "VhostUserStore":
+def open_root(path: str) -> HostRoot:
+    """The host below a directory, or in a file that `vmplug record` wrote until the verb ends.
+
+    Raises SpecError for a file that is no record.
+    """
+    if os.path.isdir(path):
+        return HostRoot(path)
+    from vmplug.host.recorded import open_record  # noqa: PLC0415  few verbs are given a file
+
+    return click.get_current_context().with_resource(open_record(path))
+
+
+def open_store(path: str, host: HostRoot) -> "VhostUserStore":
+    """The vhost-user store in that directory of the host."""
     from vmplug.host.vhost_user import VhostUserStore  # noqa: PLC0415
 
     return VhostUserStore(path, root=host)

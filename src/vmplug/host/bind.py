@@ -9,15 +9,17 @@ Source: Documentation/ABI/testing/sysfs-bus-pci; Linux drivers/base/bus.c, drive
 import errno
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from threading import Thread
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from vmplug.address import Bdf
-from vmplug.errors import BindError, NoSuchDevice
+from vmplug.errors import BindError, DeviceError, NoSuchDevice
 from vmplug.host.root import HostRoot
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PCI_DRIVERS = "/sys/bus/pci/drivers"
 PLAIN_DRIVER = "vfio-pci"
@@ -63,36 +65,66 @@ class Writer(NamedTuple):
 
         A write that overruns it goes on in the kernel: what it did is known when it has ended.
         """
-        answers: list[int | None] = []
-        thread = Thread(
-            target=lambda: answers.append(self.root.write_attribute(path, text)), daemon=True
-        )
-        thread.start()
-        thread.join(self.timeout_s)
+        answers = _within(self.timeout_s, lambda: self.root.write_attribute(path, text))
         number = answers[0] if answers else errno.ETIMEDOUT
         if number is not None:
             raise BindError(
                 self.device,
                 step,
                 f"{self.device}: {step} failed: the kernel "
-                + (f"says {os.strerror(number)!r}" if answers else self._overran())
+                + (f"says {os.strerror(number)!r}" if answers else _overran(self.timeout_s))
                 + f" to {text.strip()!r} in {path}",
                 errno=number,
                 hint=hints.get(number) or _HINTS.get(number, _SEE_LOG),
             )
 
-    def _overran(self) -> str:
-        return f"has not answered within {self.timeout_s:g} s"
+
+def _within(timeout_s: float, call: Callable[[], T]) -> list[T]:
+    """The one answer of a call into the kernel, or none when the deadline passed before it."""
+    answers: list[T] = []
+    failures: list[DeviceError] = []
+
+    def run() -> None:
+        try:
+            answers.append(call())
+        except DeviceError as error:
+            failures.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if failures:
+        raise failures[0]
+    return answers
 
 
-def read_former(bdf: Bdf, root: HostRoot) -> FormerBinding:
-    """What a function is bound to now. Raises NoSuchDevice."""
+def _overran(timeout_s: float) -> str:
+    return f"has not answered within {timeout_s:g} s"
+
+
+def read_former(bdf: Bdf, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S) -> FormerBinding:
+    """What a function is bound to now. Raises NoSuchDevice, and BindError past the deadline.
+
+    While the kernel waits for the last user of a function that is being unbound, it lets nobody
+    read this. Source: device_lock in driver_override_show; measured on Linux 6.1.
+    """
     base = f"{root.pci_devices}/{bdf}"
     if root.stat(base) is None:
         raise NoSuchDevice(str(bdf), f"no PCI function {bdf} on this host", found="nothing")
-    text = (root.read_attribute(f"{base}/driver_override") or b"").decode(errors="replace").strip()
-    override = None if text in _NO_OVERRIDE else text
-    return FormerBinding(bdf, read_driver(bdf, root), override)
+    answers = _within(timeout_s, lambda: root.read_attribute(f"{base}/driver_override"))
+    if not answers:
+        raise BindError(
+            str(bdf),
+            "read",
+            f"{bdf}: the kernel {_overran(timeout_s)} what driver_override is: it is still "
+            "taking the function from somebody",
+            errno=errno.ETIMEDOUT,
+            hint=_HINTS[errno.ETIMEDOUT],
+        )
+    override = (answers[0] or b"").decode(errors="replace").strip()
+    return FormerBinding(
+        bdf, read_driver(bdf, root), None if override in _NO_OVERRIDE else override
+    )
 
 
 def read_driver(bdf: Bdf, root: HostRoot) -> str | None:
@@ -121,7 +153,7 @@ def restore(former: FormerBinding, root: HostRoot, *, timeout_s: float = WRITE_T
     repeated then; NoSuchDevice when the function has gone.
     """
     writer = Writer(str(former.bdf), root, timeout_s)
-    now = read_former(former.bdf, root)
+    now = read_former(former.bdf, root, timeout_s=timeout_s)
     if now.driver != former.driver:
         if former.driver and now.driver_override != former.driver:
             _override(former.bdf, former.driver, writer)
@@ -129,7 +161,8 @@ def restore(former: FormerBinding, root: HostRoot, *, timeout_s: float = WRITE_T
         _reset_virtual(former.bdf, writer)
         if former.driver:
             _probe(former.bdf, former.driver, writer)
-    if read_former(former.bdf, root).driver_override != former.driver_override:
+    now = read_former(former.bdf, root, timeout_s=timeout_s)
+    if now.driver_override != former.driver_override:
         _override(former.bdf, former.driver_override, writer)
 
 

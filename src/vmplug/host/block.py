@@ -5,7 +5,6 @@ Source: Documentation/ABI/stable/sysfs-block, Documentation/ABI/testing/sysfs-bl
 
 import os
 import stat
-from collections.abc import Iterator
 
 from vmplug.devnum import DevNum
 from vmplug.host.device import BlockDevice, DiskFile, DiskPart, FoundBy
@@ -28,7 +27,7 @@ def read_block_device(
         return BlockDevice(devnum=devnum, device_node=device_node, found_by=found_by)
     sysfs_path = root.real_path(link)
     disk_path = _disk_path(sysfs_path, root)
-    backing = read_backing_file(sysfs_path, root)
+    below, below_files = _below(disk_path, root)
     return BlockDevice(
         devnum=devnum,
         device_node=device_node,
@@ -40,8 +39,9 @@ def read_block_device(
         removable=bool(root.read_int(f"{disk_path}/removable")),
         holders=tuple(root.names(f"{sysfs_path}/holders")),
         relatives=_relatives(sysfs_path, disk_path, root),
-        below=(*_below(disk_path, root), *_behind(backing, root)),
-        backing=backing,
+        below=below,
+        below_files=below_files,
+        backing=read_backing_file(sysfs_path, root),
     )
 
 
@@ -75,21 +75,36 @@ def _relatives(sysfs_path: str, disk_path: str, root: HostRoot) -> tuple[DiskPar
     return tuple(part for path in paths if (part := _part(path, root)))
 
 
-def _below(sysfs_path: str, root: HostRoot) -> Iterator[DevNum]:
-    """The block devices that device-mapper or md made this one of, all the way down."""
-    for name in root.names(f"{sysfs_path}/slaves"):
-        slave = root.real_path(f"{sysfs_path}/slaves/{name}")
-        for path in {slave, _disk_path(slave, root)}:
-            if devnum := root.read_devnum(f"{path}/dev"):
-                yield devnum
-            yield from _below(path, root)
+def _below(disk_path: str, root: HostRoot) -> tuple[tuple[DevNum, ...], tuple[str, ...]]:
+    """The block devices that device-mapper, md or loop made this one of, all the way down.
+
+    Then the files that loop devices among them, or this one, loop to.
+    """
+    devnums, files, known, waiting = dict[DevNum, None](), list[str](), set[str](), [disk_path]
+    while waiting:
+        path = waiting.pop()
+        if path in known:
+            continue
+        known.add(path)
+        slaves = [root.real_path(f"{path}/slaves/{name}") for name in root.names(f"{path}/slaves")]
+        backing = read_backing_file(path, root)
+        if backing and not backing.deleted:
+            slaves += _behind(backing, root)
+            files.append(backing.backing_file)
+        for slave in slaves:
+            disk = _disk_path(slave, root)
+            numbers = (root.read_devnum(f"{each}/dev") for each in (slave, disk))
+            devnums.update((number, None) for number in numbers if number)
+            waiting.append(disk)
+    return tuple(devnums), tuple(files)
 
 
-def _behind(backing: LoopBacking | None, root: HostRoot) -> Iterator[DevNum]:
-    """The block device that a loop device loops to, where it is none of the usual files."""
-    status = root.try_stat(backing.backing_file) if backing and not backing.deleted else None
-    if status and stat.S_ISBLK(status.st_mode):
-        yield node_number(status)
+def _behind(backing: LoopBacking, root: HostRoot) -> list[str]:
+    """The directory of the block device that a loop device loops to, if it is no ordinary file."""
+    status = root.try_stat(backing.backing_file)
+    if status is None or not stat.S_ISBLK(status.st_mode):
+        return []
+    return [root.real_path(f"{root.sys_dev}/block/{node_number(status)}")]
 
 
 def _part(sysfs_path: str, root: HostRoot) -> DiskPart | None:

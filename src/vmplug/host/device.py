@@ -62,7 +62,8 @@ class BlockDevice:
     """A block device of the host.
 
     `holders` are kernel names (`dm-0`, `md0`) of what the kernel built on it. `relatives` are its
-    partitions, or the disk it is a partition of; `below` are block devices that it is built on.
+    partitions, or the disk it is a partition of; `below` are block devices that it is built on,
+    `below_files` files that it or one of those loops to.
     `size_bytes` is None only when sysfs has no entry for the device, and then nothing else is
     known of it either. `sector_bytes` is the logical block size, in which the guest must see the
     disk too for its partition table to make sense.
@@ -80,6 +81,7 @@ class BlockDevice:
     holders: tuple[str, ...] = ()
     relatives: tuple[DiskPart, ...] = ()
     below: tuple[DevNum, ...] = ()
+    below_files: tuple[str, ...] = ()
     backing: LoopBacking | None = None
 
     @property
@@ -100,9 +102,8 @@ class BlockDevice:
     @property
     def related_identities(self) -> tuple[str, ...]:
         """Other devices that show the same bytes."""
-        backing = self.backing
-        files = (f"file:{backing.backing_file}",) if backing and not backing.deleted else ()
         devnums = [*(part.devnum for part in self.relatives), *self.below]
+        files = (f"file:{path}" for path in self.below_files)
         return (*(f"block:{devnum}" for devnum in devnums), *files)
 
 

@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block import read_block_device
 from vmplug.host.device import BlockDevice, FoundBy
 from vmplug.host.mounts import HostUsage, same_file
+from vmplug.host.pci import find_bdf
 from vmplug.host.root import HostRoot
 
 _ND_DEVICES = "/sys/bus/nd/devices"
@@ -49,29 +51,43 @@ _USES = {
 class Disk(NamedTuple):
     """A disk or partition; `facts` are None, and `unreadable` says why, where they are unknown.
 
-    `disk` is the name of the whole disk that a partition is part of.
+    `disk` is the name of the whole disk that a partition is part of, `function` the PCI function
+    that it comes from.
     """
 
     name: str
     device_node: str
     devnum: DevNum | None
     disk: str | None = None
+    function: Bdf | None = None
     facts: BlockDevice | None = None
     uses: tuple[Use, ...] = ()
     unreadable: tuple[str, ...] = ()
 
 
-def read_disks(paths: Mapping[str, str], usage: HostUsage, root: HostRoot) -> list[Disk]:
+def read_disks(
+    paths: Mapping[str, str], usage: HostUsage, vms: Mapping[str, str], root: HostRoot
+) -> list[Disk]:
     """The block devices of those names and directories, partitions behind their disks.
 
-    One that is only a hidden way to another is left out.
+    One that is only a hidden way to another is left out. `vms` are VMs by the identities of what
+    they hold.
     """
     mounts: dict[DevNum, set[str]] = {}
     for mount in usage.mounts:
         mounts.setdefault(mount.devnum, set()).add(mount.mount_point)
-    known = set(paths)
-    found = (_read_disk(name, paths[name], known, mounts, usage, root) for name in paths)
-    return sorted((disk for disk in found if disk), key=_in_order)
+    found = []
+    for name, path in paths.items():
+        disk = _read_disk(name, path, root)
+        if disk is None:
+            continue
+        above = path.split("/")[-2]
+        disk = disk._replace(disk=above if above in paths else None)
+        uses = [*_uses(disk, mounts, usage, root)]
+        if vm := vms.get(f"block:{disk.devnum}"):
+            uses.append(Use("vm", disk.device_node, vm))
+        found.append(disk._replace(uses=tuple(uses)))
+    return sorted(found, key=_in_order)
 
 
 def _in_order(disk: Disk) -> tuple[list[tuple[str, int]], str]:
@@ -80,37 +96,28 @@ def _in_order(disk: Disk) -> tuple[list[tuple[str, int]], str]:
     return [(word, int(digits or 0)) for word, digits in words], f"{len(disk.name):3}{disk.name}"
 
 
-def _read_disk(
-    name: str,
-    path: str,
-    known: set[str],
-    mounts: Mapping[DevNum, set[str]],
-    usage: HostUsage,
-    root: HostRoot,
-) -> Disk | None:
-    above = path.split("/")[-2]
-    bare = Disk(
-        name=name,
-        device_node=f"/dev/{name.replace('!', '/')}",
-        devnum=None,
-        disk=above if above in known else None,
-    )
+def _read_disk(name: str, path: str, root: HostRoot) -> Disk | None:
+    node = f"/dev/{name.replace('!', '/')}"
+    functions = [bdf for part in path.split("/") if (bdf := find_bdf(part))]
+    bare = Disk(name, node, None, function=functions[-1] if functions else None)
     try:
         devnum = root.read_devnum(f"{path}/dev")
         if devnum is None:
             return None
-        facts = read_block_device(devnum, bare.device_node, FoundBy.SYSFS, root)
+        facts = read_block_device(devnum, node, FoundBy.SYSFS, root)
     except AttributeReadError as error:
         return bare._replace(unreadable=(error.message,))
-    uses = (
-        *(Use("mount", bare.device_node, point) for point in sorted(mounts.get(devnum, ()))),
-        *(Use("holder", bare.device_node, holder) for holder in facts.holders),
-        *_other_uses(bare.device_node, usage, root),
-    )
-    return bare._replace(devnum=devnum, facts=facts, uses=uses)
+    return bare._replace(devnum=devnum, facts=facts)
 
 
-def _other_uses(node: str, usage: HostUsage, root: HostRoot) -> Iterator[Use]:
+def _uses(
+    disk: Disk, mounts: Mapping[DevNum, set[str]], usage: HostUsage, root: HostRoot
+) -> Iterator[Use]:
+    node = disk.device_node
+    for point in sorted(mounts.get(disk.devnum, ()) if disk.devnum else ()):
+        yield Use("mount", node, point)
+    for holder in disk.facts.holders if disk.facts else ():
+        yield Use("holder", node, holder)
     for loop in usage.loops:
         if not loop.backing.deleted and same_file(loop.backing.backing_file, node, root):
             yield Use("loop", node, loop.device_node)

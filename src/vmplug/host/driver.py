@@ -48,9 +48,7 @@ def check_driver(name: str, function: PciFunction, root: HostRoot) -> None:
     else:
         return
     best = choose_driver(function, root)
-    raise BindError(
-        str(function.bdf), "choose", why, hint=f"without --driver it would be {best}"
-    )
+    raise BindError(str(function.bdf), "choose", why, hint=f"without --driver it would be {best}")
 
 
 def _fits(function: PciFunction, pattern: str) -> bool:

@@ -7,7 +7,7 @@ Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrcon
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vmplug.address import Bdf
@@ -140,20 +140,25 @@ def read_network_uses(root: HostRoot) -> NetworkUses:
     routes4 = _read_table("/proc/net/route", root, name=0, numbers=(1, 7, 3))
     routes6 = _read_table("/proc/net/ipv6_route", root, name=9, numbers=(0, 1, 8))
     addresses6 = _read_table("/proc/net/if_inet6", root, name=5, numbers=(3,))
-    # The kernel's own default routes reject what they get, and are of `lo`.
-    routes = [
-        (name, target | length_or_mask)
-        for name, (target, length_or_mask, flags) in [*(routes4 or ()), *(routes6 or ())]
-        if flags & _RTF_UP and not flags & _RTF_REJECT
-    ]
-    defaults = {name for name, width in routes if not width}
-    addressed = {name for name, _ in routes4 or ()}
+    routed4 = _routed(routes4 or ())
+    # The kernel's own default routes of IPv6 reject what they get, and are of `lo`.
+    defaults = {name for name, width in (*routed4, *_routed(routes6 or ())) if not width}
+    addressed = {name for name, _ in routed4}
     addressed |= {name for name, (scope,) in addresses6 or () if scope != _SCOPE_LINK}
     return NetworkUses(
         None if routes4 is None and routes6 is None else frozenset(defaults),
         None if routes4 is None and addresses6 is None else frozenset(addressed),
         root,
     )
+
+
+def _routed(routes: Iterable[tuple[str, list[int]]]) -> list[tuple[str, int]]:
+    """The interfaces of routes that lead somewhere; with 0 for a default route."""
+    return [
+        (name, target | length_or_mask)
+        for name, (target, length_or_mask, flags) in routes
+        if flags & _RTF_UP and not flags & _RTF_REJECT
+    ]
 
 
 def _read_master(name: str, root: HostRoot) -> str | None:

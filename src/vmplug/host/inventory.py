@@ -25,7 +25,7 @@ from vmplug.host.holding import (
 from vmplug.host.iommu import find_group
 from vmplug.host.mdev import MDEV_DEVICES, MdevType, MediatedDevice, read_mdev_types, read_mediated
 from vmplug.host.mounts import HostUsage, read_usage
-from vmplug.host.pci import PciFunction, read_functions
+from vmplug.host.pci import PciFunction, read_functions, read_reset_methods
 from vmplug.host.root import HostRoot, node_number
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class HostFunction(NamedTuple):
     """A PCI function with what other places of the host say about it.
 
     `group_node` and `cdev_node` are its nodes while VFIO holds it. `disks` and `networks` are what
-    the host has of it, `uses` what it does with them.
+    the host has of it, `uses` what the host or a VM does with them. `reset_methods` are None where
+    the host does not say, and until `with_reset_methods` has asked.
     """
 
     function: PciFunction
@@ -63,6 +64,7 @@ class HostFunction(NamedTuple):
     disks: tuple[str, ...] = ()
     networks: tuple[NetInterface, ...] = ()
     uses: tuple[Use, ...] = ()
+    reset_methods: tuple[str, ...] | None = None
 
 
 class HostMediated(NamedTuple):
@@ -74,6 +76,7 @@ class HostMediated(NamedTuple):
     iommu_group: int | None = None
     group_node: str | None = None
     cdev_node: str | None = None
+    uses: tuple[Use, ...] = ()
     unreadable: tuple[str, ...] = ()
 
 
@@ -85,6 +88,7 @@ class StoredSocket(NamedTuple):
     device_node: str
     socket_path: str | None = None
     problem: str | None = None
+    uses: tuple[Use, ...] = ()
 
 
 class Inventory(NamedTuple):
@@ -107,18 +111,20 @@ def read_inventory(
     *,
     store: "VhostUserStore | None" = None,
     kinds: Collection[Kind] = frozenset(Kind),
+    vms: Mapping[str, str] | None = None,
 ) -> Inventory:
     """Everything of these kinds, as far as it can be read; it never fails for one device's sake.
 
-    Raises NoSuchDevice when the vhost-user store that was named is not there.
+    `vms` are VMs by the identities of what they hold (`block:8:0`, `vfio:0000:3b:00.0`). Raises
+    NoSuchDevice when the vhost-user store that was named is not there.
     """
-    reader = _Reader(root)
+    reader = _Reader(root, vms or {})
     wants_disks = not {Kind.PCI, Kind.BLOCK, Kind.PMEM}.isdisjoint(kinds)
     disks = reader.disks() if wants_disks else {}
     return Inventory(
         pci=tuple(reader.functions(disks)) if Kind.PCI in kinds else (),
         block=tuple(disks.values()) if Kind.BLOCK in kinds else (),
-        vhost_user=tuple(read_sockets(store, root)) if store and Kind.VHOST_USER in kinds else (),
+        vhost_user=tuple(reader.sockets(store)) if store and Kind.VHOST_USER in kinds else (),
         pmem=tuple(reader.pmem(disks)) if Kind.PMEM in kinds else (),
         mdev_types=tuple(reader.mdev_types()) if Kind.MDEV in kinds else (),
         mdev=tuple(reader.mediated()) if Kind.MDEV in kinds else (),
@@ -129,8 +135,9 @@ def read_inventory(
 class _Reader:
     """Reads part after part, and goes on where one cannot be read."""
 
-    def __init__(self, root: HostRoot) -> None:
+    def __init__(self, root: HostRoot, vms: Mapping[str, str]) -> None:
         self._root = root
+        self._vms = vms
         self.unreadable: list[str] = []
         self._block_paths = self._attempt({}, read_block_paths, root)
         self._group_nodes = self._read_group_nodes()
@@ -164,7 +171,7 @@ class _Reader:
     def disks(self) -> dict[str, Disk]:
         """All block devices by name."""
         usage = self._attempt(_NO_USAGE, read_usage, self._root)
-        found = self._attempt([], read_disks, self._block_paths, usage, self._root)
+        found = self._attempt([], read_disks, self._block_paths, usage, self._vms, self._root)
         return {disk.name: disk for disk in found}
 
     def pmem(self, disks: Mapping[str, Disk]) -> list[Pmem]:
@@ -194,7 +201,13 @@ class _Reader:
                 entry = _with_holdings(entry, own, networks_of.get(bdf, ()))
             if function.class_code is not None and function.class_code >> 16 == _DISPLAY:
                 entry = self._with_console(entry)
+            if self._vms:
+                entry = entry._replace(uses=(*entry.uses, *self._vm_uses(f"vfio:{bdf}", str(bdf))))
             yield entry
+
+    def _vm_uses(self, identity: str, device: str) -> Iterator[Use]:
+        if vm := self._vms.get(identity):
+            yield Use("vm", device, vm)
 
     def _with_console(self, entry: HostFunction) -> HostFunction:
         """The graphics card that the host booted with. Source: boot_vga, sysfs-bus-pci."""
@@ -238,7 +251,26 @@ class _Reader:
                 iommu_group=group,
                 group_node=None if group is None else self._group_nodes.get(group),
                 cdev_node=self._cdev_nodes.get(uuid),
+                uses=tuple(self._vm_uses(f"vfio:{uuid}", uuid)),
             )
+
+    def sockets(self, store: "VhostUserStore") -> Iterator[StoredSocket]:
+        """The numbers of a vhost-user store."""
+        for socket in read_sockets(store, self._root):
+            uses = self._vm_uses(f"block:{socket.devnum}", socket.device_node)
+            yield socket._replace(uses=tuple(uses))
+
+
+def with_reset_methods(entry: HostFunction, root: HostRoot) -> HostFunction:
+    """The function with what the kernel can reset it by; it costs as much as all its other files.
+
+    A file that cannot be read is told in `function.unreadable`.
+    """
+    try:
+        return entry._replace(reset_methods=read_reset_methods(entry.function.bdf, root))
+    except AttributeReadError as error:
+        unreadable = (*entry.function.unreadable, error.message)
+        return entry._replace(function=entry.function._replace(unreadable=unreadable))
 
 
 def _with_holdings(

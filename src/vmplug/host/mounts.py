@@ -125,7 +125,7 @@ def _parse_lines(table: str) -> list[MountPoint]:
 
 
 def _parse_mountinfo(table: str, root: HostRoot) -> list[MountedDevice]:
-    mounts = []
+    mounts = list[MountedDevice]()
     for mount in _parse_lines(table):
         devnum = mount.devnum
         if devnum.major == 0:  # btrfs and others show a number of their own
@@ -134,8 +134,22 @@ def _parse_mountinfo(table: str, root: HostRoot) -> list[MountedDevice]:
             if status is None or not stat.S_ISBLK(status.st_mode):
                 continue
             devnum = node_number(status)
-        mounts.append(MountedDevice(devnum, mount.path, mount.read_only))
+        devnums = {devnum, *(_btrfs_devices(devnum, root) if mount.fs_type == "btrfs" else ())}
+        mounts += (MountedDevice(each, mount.path, mount.read_only) for each in devnums)
     return mounts
+
+
+def _btrfs_devices(devnum: DevNum, root: HostRoot) -> set[DevNum]:
+    """All devices of the file system that this one is part of: mountinfo names only one.
+
+    Source: Linux fs/btrfs/sysfs.c, /sys/fs/btrfs/UUID/devices.
+    """
+    for uuid in root.names("/sys/fs/btrfs"):
+        devices = f"/sys/fs/btrfs/{uuid}/devices"
+        numbers = (root.read_devnum(f"{devices}/{name}/dev") for name in root.names(devices))
+        if devnum in (found := {number for number in numbers if number}):
+            return found
+    return set()
 
 
 def _read_swaps(root: HostRoot) -> list[str]:

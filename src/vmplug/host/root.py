@@ -319,6 +319,14 @@ class HostRoot:
             return error.errno
         return None
 
+    def drive_status(self, path: str) -> int | None:
+        """What a CD drive says of its disc, CDS_... of linux/cdrom.h; None if it is no drive."""
+        try:
+            with open(os.open(self._base + path, _READ | os.O_NONBLOCK), "rb", 0) as drive:
+                return fcntl.ioctl(drive, 0x5326, 0x7FFFFFFF)  # CDROM_DRIVE_STATUS, CDSL_CURRENT
+        except OSError:
+            return None
+
     def is_writable(self, path: str) -> bool:
         """Whether this process could write to `path`; nothing is opened."""
         return os.access(self._base + path, os.W_OK)

@@ -39,6 +39,9 @@ read, 1 to write, 3 to resize. Source: QEMU block/file-posix.c, include/block/bl
 _PROBE_S = 0.05
 """How long an exclusive open is taken for a mere probe, such as another vmplug's own."""
 
+_NO_DISC, _TRAY_OPEN = 1, 2
+"""Of CD drives. Source: include/uapi/linux/cdrom.h, CDS_NO_DISC and CDS_TRAY_OPEN."""
+
 
 def check(
     device: HostDevice,
@@ -100,8 +103,12 @@ def _check_block(
         closed = list(_opened(device, root, explained=bool(explained)))
         yield from closed
         if not (used or claims or closed):
-            yield from _locked(device.device_node, wish, root)
-    yield from _read_only(device, wish, "make it writable (blockdev --setrw)")
+            for path in (*_nodes(device), *device.below_files):
+                yield from _locked(path, wish, root)
+    yield from _read_only(
+        device, wish, f"make it writable (blockdev --setrw {_quoted(device.device_node)})"
+    )
+    yield from _suspended(device, root)
     if device.size_bytes == 0:
         yield _empty(device)
 
@@ -168,7 +175,7 @@ def _mounted(device: BlockDevice, wish: Wish, usage: HostUsage) -> Iterator[Find
             f"{names[devnum]} is mounted on the host at {_few(sorted(set(points)))}",
             "it holds the host's own root: hand over another disk"
             if "/" in points
-            else f"umount {min(points)}",
+            else f"umount {_quoted(min(points))}",
         )
 
 
@@ -187,8 +194,22 @@ def _held(device: BlockDevice, wish: Wish, root: HostRoot) -> Iterator[Finding]:
                 Code.HAS_HOLDERS,
                 f"{node} is part of {_few(writers)}",
                 f"hand over {_few([f'/dev/{name}' for name in writers])} itself, "
-                "or take it apart first (dmsetup, lvm, mdadm)",
+                f"or take it apart first ({_take_apart(writers, root)})",
             )
+
+
+def _take_apart(holders: Sequence[str], root: HostRoot) -> str:
+    """The commands for it; those of LVM and others know more, but can do no more."""
+    names = [name for holder in holders if (name := _mapped_name(f"/sys/block/{holder}", root))]
+    commands = [f"dmsetup remove {' '.join(map(_quoted, names[:3]))}"] if names else []
+    commands += [f"mdadm --stop /dev/{name}" for name in holders if name.startswith("md")]
+    return "; ".join(commands) or "dmsetup, lvm, mdadm"
+
+
+def _mapped_name(sysfs_path: str, root: HostRoot) -> str | None:
+    """The name of a device that device-mapper made; None for every other device."""
+    name = root.read_attribute(f"{sysfs_path}/dm/name")
+    return os.fsdecode(name).removesuffix("\n") if name else None
 
 
 def _looped(path: str, wish: Wish, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
@@ -225,7 +246,7 @@ def _swap(
                 Code.IS_SWAP,
                 f"{name} holds swap space that the host is using"
                 + ("" if area == name else f" ({area})"),
-                f"swapoff {area}",
+                f"swapoff {_quoted(area)}",
             )
 
 
@@ -257,7 +278,10 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
     """An exclusive open says what no file in sysfs does: btrfs, zfs, a database, a daemon."""
     match _exclusive_errno(device.device_node, root, patience_s=0 if explained else _PROBE_S):
         case None:
-            pass
+            # The drive was opened without its disc.
+            status = root.drive_status(device.device_node) if device.removable else None
+            if status in {_NO_DISC, _TRAY_OPEN}:
+                yield _empty(device)
         case errno.EBUSY:
             if not explained:
                 yield Finding(
@@ -272,7 +296,9 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
             yield Finding(
                 Code.UNREADABLE,
                 f"{device.device_node} cannot be opened: {os.strerror(number)}",
-                "vmplug needs root and a node in /dev for every device it hands over",
+                "vmplug needs root and a node in /dev for every device it hands over"
+                if number in {errno.EACCES, errno.EPERM, errno.ENOENT}
+                else "the kernel may say why: dmesg",
             )
 
 
@@ -291,7 +317,7 @@ def _locked(path: str, wish: Wish, root: HostRoot) -> Iterator[Finding]:
         yield Finding(
             Code.IMAGE_LOCKED,
             f"{path} is open in another QEMU or storage daemon",
-            f"fuser --verbose {path} names it; stop it first",
+            f"fuser --verbose {_quoted(path)} names it; stop it first",
         )
 
 
@@ -301,6 +327,18 @@ def _read_only(device: BlockDevice | DiskFile, wish: Wish, remedy: str) -> Itera
             Code.READ_ONLY_DEVICE,
             f"{device.host_path} is read-only and is wanted for writing",
             f"ask for it read-only, or {remedy}",
+        )
+
+
+def _suspended(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
+    """Who reads it waits for its table, and QEMU would with all of its VM."""
+    path = device.sysfs_path
+    if path and root.read_int(f"{path}/dm/suspended"):
+        name = _mapped_name(path, root) or device.device_node
+        yield Finding(
+            Code.UNREADABLE,
+            f"{device.device_node} is suspended: nothing can be read before it is resumed",
+            f"dmsetup resume {_quoted(name)}",
         )
 
 
@@ -314,6 +352,13 @@ def _empty(device: BlockDevice) -> Finding:
         f"{device.device_node} has size zero",
         "set it up first (a loop device needs a file: losetup)",
     )
+
+
+def _quoted(path: str) -> str:
+    """As a shell takes it."""
+    from shlex import quote  # noqa: PLC0415  where nothing is found, nothing is quoted
+
+    return quote(path)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ repeated.
 
 import errno
 import logging
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,19 +23,27 @@ from typing import NamedTuple
 
 from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, HostError, NoSuchDevice, StateError
-from vmplug.host.bind import WRITE_TIMEOUT_S, FormerBinding, bind_function, read_former, restore
+from vmplug.host.bind import (
+    WRITE_TIMEOUT_S,
+    FormerBinding,
+    bind_function,
+    read_driver,
+    read_former,
+    restore,
+)
 from vmplug.host.device import VfioGroup
 from vmplug.host.driver import check_driver, choose_driver, is_same_driver, load_driver
 from vmplug.host.finding import Code
 from vmplug.host.pci import PciFunction, find_function
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import find_vfio_device, is_vfio_driver
+from vmplug.host.vfio import is_vfio_driver
 from vmplug.manager.bindings import Binding, BindingState
 from vmplug.manager.store import Store
-from vmplug.manager.use import USED_BY_VM, check_use, refuse_use
+from vmplug.manager.use import USED_BY_VM, check_use, find_users, refuse_use
 
 log = logging.getLogger(__name__)
 
+_CLOSE_TIMEOUT_S, _CLOSE_STEP_S = 10.0, 0.02
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _MENDED = frozenset({Code.NOT_BOUND, Code.GROUP_NOT_VIABLE})
 """Findings that binding mends."""
@@ -254,6 +263,7 @@ class Binder:
     def _return(self, row: Binding, reason: str) -> Returned:
         former = row.former
         try:
+            self._wait_closed(former)
             restore(former, self._host, timeout_s=self._timeout_s)
         except NoSuchDevice:
             told = Returned(former, Outcome.FORGOTTEN, "the function is gone")
@@ -265,28 +275,43 @@ class Binder:
         self._journal.bindings.forget([former.bdf])
         return told
 
+    def _wait_closed(self, former: FormerBinding) -> None:
+        """Nothing is taken from a process that has it open: that would block the function's files.
+
+        QEMU closes a device shortly after it has told that the device is gone.
+        """
+        if read_driver(former.bdf, self._host) in {None, former.driver}:
+            return
+        deadline = time.monotonic() + min(self._timeout_s, _CLOSE_TIMEOUT_S)
+        while user := find_users(former.bdf, None, self._host):
+            if time.monotonic() >= deadline:
+                raise BindError(
+                    str(former.bdf),
+                    "unbind",
+                    user,
+                    errno=errno.EBUSY,
+                    hint="end that process; vmplug reconcile then gives it back",
+                )
+            time.sleep(_CLOSE_STEP_S)  # /proc gives no event for a closed file
+
     def _recover_one(self, row: Binding, known: Collection[str]) -> Returned | None:
         """None when all is well with a row."""
-        function = find_function(row.bdf, self._host)
-        if function is None or row.state is not BindingState.BOUND:
+        function = PciFunction(row.bdf, driver=read_driver(row.bdf, self._host))
+        is_with_vfio = is_vfio_driver(function, self._host)
+        if row.state is not BindingState.BOUND:
             reason = "it was interrupted"
-        elif not is_vfio_driver(function, self._host) and function.driver:
+        elif function.driver and not is_with_vfio:
             self._journal.bindings.forget([row.bdf])
             return Returned(row.former, Outcome.FORGOTTEN, f"{function.driver} has it now")
-        elif row.device_id is None or row.device_id in known:
+        elif self._host.stat(function.sysfs_path) and (row.device_id in {None, *known}):
             return None
         else:
             reason = "its device is detached"
-        if function and is_vfio_driver(function, self._host) and (user := self._user(row)):
+        # What was bound for a device may have that one's claim in the journal.
+        user = find_users(row.bdf, None if row.device_id else self._journal, self._host)
+        if user and function.driver != row.former.driver:
             return Returned(row.former, Outcome.STILL_OPEN, user)
         return self._return(row, reason)
-
-    def _user(self, row: Binding) -> str | None:
-        """Who has the function; the device that it was bound for is no VM's any more."""
-        group = find_vfio_device(str(row.bdf), self._host)
-        codes = {Code.OPEN_BY_PROCESS} if row.device_id else USED_BY_VM
-        found = check_use(group, self._journal, self._host)
-        return next((finding.message for finding in found if finding.code in codes), None)
 
     # the journal
 

@@ -8,7 +8,9 @@ from vmplug.host import safety
 from vmplug.host.device import VfioGroup
 from vmplug.host.finding import NEVER_ALLOWED, Code, Finding, Severity, Wish, allow
 from vmplug.host.holding import block_devices_of
+from vmplug.host.iommu import find_group, read_group
 from vmplug.host.mounts import read_usage
+from vmplug.host.process import find_openers
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import read_cdev
 from vmplug.manager.store import Store
@@ -33,6 +35,26 @@ def check_use(
         claims=journal.find_claims(None, group.identity, group.related_identities),
         root=host,
     )
+
+
+def find_users(bdf: Bdf, journal: Store | None, host: HostRoot) -> str | None:
+    """Who has a function by way of VFIO: a process, or a VM of the journal; None for nobody.
+
+    Only links are read: the kernel lets nobody read the function's files while it takes it from
+    its last user.
+    """
+    path = f"{host.pci_devices}/{bdf}"
+    number = find_group(path, host)
+    if number is None:
+        return None
+    nodes = {f"/dev/vfio/{number}", read_cdev(path, host) or ""}
+    for pid, name in find_openers(nodes, host).items():
+        return f"{bdf} is open in process {pid} ({name})"
+    if journal:
+        members = [f"vfio:{name}" for name in read_group(number, host)]
+        for claim in journal.find_claims(None, f"vfio:{bdf}", members):
+            return f"{bdf} is handed to VM {claim.vm!r}"
+    return None
 
 
 def _only(bdf: Bdf, group: VfioGroup, host: HostRoot) -> VfioGroup:

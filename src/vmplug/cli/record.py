@@ -1,0 +1,49 @@
+"""`vmplug record`."""
+
+import click
+
+from vmplug.cli.options import json_option, root_option
+from vmplug.cli.output import print_json, progress
+from vmplug.cli.text import one_line
+from vmplug.host.record import write_record
+from vmplug.host.root import HostRoot
+
+
+@click.command("record")
+@click.argument("file", type=click.Path(dir_okay=False), metavar="FILE.tar")
+@click.option("--force", is_flag=True, help="Replace the file if it is there already.")
+@root_option
+@json_option
+def command(as_json: bool, root: str, force: bool, file: str) -> None:
+    """Write what vmplug reads of this host into a tar file, for a bug report.
+
+    Every reading verb takes the file in place of a host: `vmplug host --root FILE.tar`. It holds
+    links and small text files of /sys, the device nodes that they name, and tables of /proc:
+    mounts, which name directories and files of this host, swap areas, routes and interrupts.
+    What is on the host's disks is not in it. Whoever is not root can read less; what could not be
+    read is told. A file whose name ends in .gz or .tgz is compressed.
+
+    \b
+    vmplug record report.tar
+    vmplug record report.tgz --force
+    vmplug check --device vfio:0000:3b:00.0 --root report.tar
+    """
+    with progress("reading /sys, /proc and /dev"):
+        recorded = write_record(file, HostRoot(root), replace=force)
+    if as_json:
+        print_json(
+            {
+                "file": file,
+                "files": recorded.files,
+                "links": recorded.links,
+                "nodes": recorded.nodes,
+                "unreadable": list(recorded.unreadable),
+            }
+        )
+        return
+    click.echo(
+        f"{one_line(file)} holds {recorded.files} files, {recorded.links} links and "
+        f"{recorded.nodes} device nodes"
+    )
+    for line in recorded.unreadable:
+        click.echo(f"could not be read: {one_line(line)}")

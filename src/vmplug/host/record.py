@@ -1,0 +1,386 @@
+"""A record of a host: what vmplug reads of /sys, /proc and /dev, in one tar file.
+
+What is written is found by reading: everything that `vmplug host`, `resolve` and `check` may want
+to know is asked once, of a HostRoot that notes each path. Of /proc only what stands in `_PROC` is
+looked at, of /dev only what its nodes and links are: no file's contents leave the host but those
+of /sys and of these tables.
+
+In the file a node is a device entry, a link a link, and the error that a forbidden file gave a
+keyword of its pax header. Source: pax(1), POSIX.1-2001; tar(5).
+"""
+
+import errno
+import io
+import os
+import re
+import stat
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import IO, NamedTuple
+
+from vmplug.devnum import DevNum
+from vmplug.errors import AttributeReadError, DeviceError, SpecError
+from vmplug.host.device import HostDevice
+from vmplug.host.finding import Wish
+from vmplug.host.inventory import read_inventory, with_reset_methods
+from vmplug.host.mounts import HostUsage, read_usage
+from vmplug.host.recorded import ERRNO_KEYWORD, FORMAT, NOTE
+from vmplug.host.resolve import resolve
+from vmplug.host.root import PAGE_SIZE, HostRoot, Several
+from vmplug.host.safety import check
+from vmplug.host.vfio import find_vfio_device
+from vmplug.oci.info import DeviceInfo, DevType
+
+_PROC = re.compile(
+    r"/proc/(swaps|interrupts|sys/kernel/osrelease|net/(route|ipv6_route|if_inet6)"
+    r"|[0-9]+/(mountinfo|ns/mnt))\Z",
+    re.ASCII,
+)
+_TABLE_MAX_BYTES = 4 << 20
+_PIECE = 1 << 16
+"""Some files of /proc fail for a buffer of megabytes."""
+_CONFIG_BYTES = 256
+"""What the kernel itself has read of a configuration space; more of it can upset a device."""
+
+_NAMESPACE = "/ns/mnt"
+_NODES = {stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFBLK: tarfile.BLKTYPE}
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESRCH}
+_LINKS_MAX = 40
+
+_FUNCTION_FILES = (
+    *("class", "vendor", "device", "subsystem_vendor", "subsystem_device", "revision", "driver"),
+    *("driver_override", "boot_vga", "sriov_totalvfs", "sriov_numvfs"),
+)
+"""Read only where a uevent is missing, or by the verbs that change a function."""
+
+
+class Recorded(NamedTuple):
+    """What a record holds; `unreadable` are files that are there and could not be read."""
+
+    files: int
+    links: int
+    nodes: int
+    unreadable: tuple[str, ...]
+
+
+def write_record(path: str, root: HostRoot, *, replace: bool = False) -> Recorded:
+    """Write what vmplug reads of the host to the tar file `path`, all of it or nothing.
+
+    Compressed when the name ends in .gz or .tgz. Raises SpecError when the file is there already
+    and is not to be replaced, or cannot be written.
+    """
+    if not replace and os.path.lexists(path):
+        raise _exists(path)
+    noting = _Noting(root)
+    _read_everything(noting)
+    members = _Members(root)
+    for noted in sorted(noting.noted):
+        # A process stands for its mount namespace if its mounts were read.
+        if (
+            not noted.endswith(_NAMESPACE)
+            or noted.replace(_NAMESPACE, "/mountinfo") in noting.noted
+        ):
+            members.add(noted)
+    for listed in sorted(noting.listed):
+        members.add_names(listed)
+    try:
+        _write_file(path, members, replace=replace)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError as error:
+        raise SpecError(path, f"the record cannot be written: {error.strerror}") from error
+    return members.summary()
+
+
+def _exists(path: str) -> SpecError:
+    return SpecError(path, "is there already", hint="name another file, or say --force")
+
+
+def _write_file(path: str, members: "_Members", *, replace: bool) -> None:
+    directory = os.path.dirname(os.path.abspath(path))
+    descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=".vmplug-record-")
+    try:
+        with open(descriptor, "wb") as file:
+            members.write(file, is_compressed=path.endswith((".gz", ".tgz")))
+            file.flush()
+            os.fsync(descriptor)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _read_everything(root: "_Noting") -> None:
+    """Read all that the reading verbs would, of every device of the host."""
+    inventory = read_inventory(root)
+    usage = HostUsage(mounts=(), swaps=(), loops=())
+    with suppress(AttributeReadError):
+        usage = read_usage(root)
+    for directory, dev_type in (("block", DevType.BLOCK), ("char", DevType.CHAR)):
+        for number in root.names(f"{root.sys_dev}/{directory}"):
+            with suppress(DeviceError, ValueError):
+                path = f"/dev/{directory}/{number}"
+                devnum = DevNum.parse(number)
+                info = DeviceInfo(container_path=path, dev_type=dev_type, devnum=devnum)
+                _check(resolve(info, root), usage, root)
+    seen: set[int] = set()
+    for entry in inventory.pci:
+        with_reset_methods(entry, root)
+        root.noted.update(f"{entry.function.sysfs_path}/{name}" for name in _FUNCTION_FILES)
+        group = entry.function.iommu_group
+        if group is None or group not in seen:
+            seen.update(() if group is None else (group,))
+            with suppress(DeviceError):
+                _check(find_vfio_device(str(entry.function.bdf), root), usage, root)
+    for mediated in inventory.mdev:
+        with suppress(DeviceError):
+            _check(find_vfio_device(mediated.uuid, root), usage, root)
+    root.read_text("/proc/sys/kernel/osrelease")
+
+
+def _check(device: HostDevice, usage: HostUsage, root: HostRoot) -> None:
+    check(device, Wish(read_only=False), usage=usage, root=root)
+
+
+class _Noting(HostRoot):
+    """Notes every path of /sys, /dev and those tables of /proc that is asked for.
+
+    It is no running host, so that nobody opens a node to find out more.
+    """
+
+    def __init__(self, root: HostRoot) -> None:
+        super().__init__(root.path)
+        self.noted: set[str] = set()
+        self.listed: set[str] = set()
+
+    @property
+    def is_live(self) -> bool:
+        """Never."""
+        return False
+
+    def _note(self, path: str) -> bool:
+        """Whether the path may be read; what may be is noted."""
+        if path.startswith(("/sys/", "/dev/")) or _PROC.match(path):
+            self.noted.add(path)
+            return True
+        return False
+
+    def read_attribute(self, path: str) -> bytes | None:
+        return super().read_attribute(path) if self._note(path) else None
+
+    def read_text(self, path: str) -> str | None:
+        return super().read_text(path) if self._note(path) else None
+
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        is_attribute = path.startswith("/sys/") and self._note(path)
+        return super().read_at(path, offset, length) if is_attribute else b""
+
+    def read_each(
+        self,
+        directory: str,
+        names: Iterable[str],
+        *,
+        files: Sequence[str],
+        links: Sequence[str],
+        marks: Sequence[str],
+    ) -> Iterator[Several]:
+        names = list(names)
+        for name in names:
+            self.noted.update(f"{directory}/{name}/{file}" for file in (*files, *links, *marks))
+        return super().read_each(directory, names, files=files, links=links, marks=marks)
+
+    def stat(self, path: str) -> os.stat_result | None:
+        self._note(path)
+        return super().stat(path)
+
+    def try_stat(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
+        self._note(path)
+        return super().try_stat(path, follow_symlinks=follow_symlinks)
+
+    def link(self, path: str) -> str | None:
+        return super().link(path) if self._note(path) else None
+
+    def real_path(self, path: str) -> str:
+        self._note(path)
+        return super().real_path(path)
+
+    def names(self, path: str) -> list[str]:
+        if path == "/proc":
+            return super().names(path)
+        if not path.startswith(("/sys/", "/dev/")):
+            return []
+        self.listed.add(path)
+        return super().names(path)
+
+
+class _Members:
+    """What goes into the file, by path, every path without links on its way."""
+
+    def __init__(self, root: HostRoot) -> None:
+        self._base = "" if root.is_live else root.path
+        self._directories: set[str] = set()
+        self._links: dict[str, str] = {}
+        self._files: dict[str, bytes] = {}
+        self._nodes: dict[str, os.stat_result] = {}
+        self._errors: dict[str, int] = {}
+
+    def add(self, path: str) -> str | None:
+        """Add what is at `path`, with the links and directories on the way to it.
+
+        Gives the path without links; None when there is nothing, or nothing to be recorded.
+        """
+        if path.startswith("/proc/"):
+            return self._add_table(path)
+        real, rest, links = "", path.split("/")[::-1], 0
+        while rest:
+            match rest.pop():
+                case "" | ".":
+                    continue
+                case "..":
+                    real = real.rpartition("/")[0]
+                    continue
+                case name:
+                    here = f"{real}/{name}"
+            if here in self._directories:
+                real = here
+                continue
+            target = self._add_entry(here, with_content=not rest)
+            if target is not None:
+                links += 1
+                rest += target.split("/")[::-1]
+            elif here in self._directories:
+                real = here
+            if links > _LINKS_MAX or (target is None and real != here):
+                return here if here in self._files or here in self._nodes else None
+        return real
+
+    def add_names(self, path: str) -> None:
+        """Add what a directory lists: its links, directories and nodes, but no file's content."""
+        real = self.add(path)
+        if real is None:
+            return
+        try:
+            names = os.listdir(self._base + real)
+        except OSError:
+            return  # the same path has been looked at before
+        for name in names:
+            self._add_entry(f"{real}/{name}", with_content=False)
+
+    def _add_entry(self, path: str, *, with_content: bool = True) -> str | None:
+        """Add one thing; the target, if it is a link that may be followed."""
+        if path in self._links:
+            return self._links[path]
+        try:
+            status = os.lstat(self._base + path)
+            if stat.S_ISLNK(status.st_mode):
+                target = os.readlink(self._base + path)
+                if not _stays_inside(path, target):
+                    return None
+                self._links[path] = target
+                return target
+        except OSError as error:
+            self._add_error(path, error)
+            return None
+        if stat.S_ISDIR(status.st_mode):
+            self._directories.add(path)
+        elif stat.S_IFMT(status.st_mode) in _NODES:
+            self._nodes[path] = status
+        elif with_content and path.startswith("/sys/") and stat.S_ISREG(status.st_mode):
+            self._add_attribute(path, status.st_size)
+        return None
+
+    def _add_attribute(self, path: str, size_bytes: int) -> None:
+        if path in self._files:
+            return
+        is_config = path.endswith("/config")
+        length = _CONFIG_BYTES if is_config else PAGE_SIZE
+        try:
+            data = _read(self._base + path, length)
+        except OSError as error:
+            self._add_error(path, error)
+            return
+        if is_config and size_bytes > _CONFIG_BYTES:
+            data = data.ljust(min(size_bytes, PAGE_SIZE), b"\0")
+        self._files[path] = data
+
+    def _add_table(self, path: str) -> str | None:
+        """A file or link of /proc; what belongs to another user's process is passed over."""
+        try:
+            if path.endswith(_NAMESPACE):
+                self._links[path] = os.readlink(self._base + path)
+            else:
+                self._files[path] = _read(self._base + path, _TABLE_MAX_BYTES)
+        except OSError as error:
+            if not path.endswith(("/mountinfo", _NAMESPACE)):
+                self._add_error(path, error)
+            return None
+        return path
+
+    def _add_error(self, path: str, error: OSError) -> None:
+        if error.errno not in _GONE and error.errno is not None:
+            self._files[path] = b""
+            self._errors[path] = error.errno
+
+    def summary(self) -> Recorded:
+        """How much there is."""
+        unreadable = (f"{path}: {os.strerror(number)}" for path, number in self._errors.items())
+        files = len(self._files) - len(self._errors)
+        return Recorded(files, len(self._links), len(self._nodes), tuple(sorted(unreadable)))
+
+    def write(self, file: IO[bytes], *, is_compressed: bool) -> None:
+        """The tar file, what was recorded first and by name."""
+        paths = sorted({*self._directories, *self._links, *self._files, *self._nodes})
+        note = "".join(f"unreadable {line}\n" for line in self.summary().unreadable)
+        text = f"format {FORMAT}\nmembers {len(paths)}\n{note}".encode(errors="surrogateescape")
+        with tarfile.open(
+            fileobj=file, mode="w:gz" if is_compressed else "w", format=tarfile.PAX_FORMAT
+        ) as tar:
+            tar.addfile(_header(NOTE, size=len(text)), io.BytesIO(text))
+            for path in paths:
+                self._write_member(path, tar)
+
+    def _write_member(self, path: str, tar: tarfile.TarFile) -> None:
+        if path in self._directories:
+            tar.addfile(_header(path, type=tarfile.DIRTYPE, mode=0o755))
+        elif path in self._links:
+            tar.addfile(_header(path, type=tarfile.SYMTYPE, linkname=self._links[path]))
+        elif path in self._nodes:
+            status = self._nodes[path]
+            numbers = {"devmajor": os.major(status.st_rdev), "devminor": os.minor(status.st_rdev)}
+            kind = _NODES[stat.S_IFMT(status.st_mode)]
+            tar.addfile(_header(path, type=kind, mode=status.st_mode & 0o777, **numbers))
+        else:
+            data, number = self._files[path], self._errors.get(path)
+            keywords = {} if number is None else {ERRNO_KEYWORD: str(number)}
+            header = _header(path, size=len(data), pax_headers=keywords)
+            tar.addfile(header, io.BytesIO(data))
+
+
+def _header(path: str, **fields: object) -> tarfile.TarInfo:
+    header = tarfile.TarInfo(path.lstrip("/"))
+    for name, value in fields.items():
+        setattr(header, name, value)
+    return header
+
+
+def _stays_inside(path: str, target: str) -> bool:
+    """Whether a link leads to somewhere in /sys, /proc or /dev, by a relative way."""
+    whole = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    return not target.startswith("/") and whole.startswith(("/sys/", "/proc/", "/dev/"))
+
+
+def _read(path: str, length: int) -> bytes:
+    with open(path, "rb", buffering=0, opener=_open_calmly) as file:
+        data = b""
+        while len(data) < length and (piece := file.read(min(length - len(data), _PIECE))):
+            data += piece
+        return data
+
+
+def _open_calmly(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)

@@ -1,0 +1,178 @@
+"""What a function is used for: its block devices and network interfaces, below any root."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.pci_tree import PciTree
+from vmplug.address import Bdf
+from vmplug.errors import AttributeReadError
+from vmplug.host.holding import NetInterface, block_devices_of, networks_of
+from vmplug.host.root import HostRoot
+
+PORT, CARD, OTHER = "0000:00:1c.0", "0000:3b:00.0", "0000:00:03.0"
+LINK_LOCAL, GLOBAL = "fe80" + "0" * 28, "2001" + "0" * 28
+UNUSED = NetInterface("eth0", has_default_route=False, has_address=False, master=None)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> PciTree:
+    tree = PciTree(tmp_path / "host")
+    tree.pci_function(PORT, class_code=0x060400)
+    return tree.pci_function(CARD, below=PORT).pci_function(OTHER)
+
+
+@pytest.fixture
+def wired(tree: PciTree) -> PciTree:
+    """With an interface whose host has tables that say nothing of it."""
+    tree.network(CARD, "eth0").route("lo", target="0000007F")
+    return tree.route6("lo").address6("lo", "0" * 31 + "1", scope=0x10)
+
+
+def blocks(tree: PciTree, bdf: str) -> list[str]:
+    real = tree.root.real_path(f"/sys/bus/pci/devices/{bdf}")
+    return [str(number) for number in block_devices_of(real, tree.root)]
+
+
+def networks(tree: PciTree, bdf: str = CARD) -> list[NetInterface]:
+    found = networks_of(bdf, tree.root)
+    assert found == networks_of(Bdf.parse(bdf), tree.root)
+    return found
+
+
+def test_disks_and_partitions_of_a_function(tree: PciTree) -> None:
+    tree.pci_disk(CARD, "259:0", "nvme0n1", partitions={"259:1": "nvme0n1p1"})
+    tree.pci_disk(OTHER, "254:0", "vda", way="virtio0/block")
+    tree.block_device("7:0", "loop0")
+    assert blocks(tree, CARD) == ["259:0", "259:1"]
+    assert blocks(tree, OTHER) == ["254:0"]
+    # What is behind a bridge would go with it.
+    assert blocks(tree, PORT) == ["259:0", "259:1"]
+
+
+def test_a_function_without_disks_has_none(tree: PciTree) -> None:
+    assert blocks(tree, CARD) == []
+    tree.pci_disk(CARD, "259:0", "nvme0n1")
+    # 0000:3b:00.0 is no beginning of 0000:3b:00.01.
+    assert block_devices_of(tree.real(CARD) + "1", tree.root) == []
+    assert block_devices_of(tree.real(CARD)[:-1], tree.root) == []
+
+
+def test_a_disk_of_several_controllers_is_found_by_its_hidden_ways(tree: PciTree) -> None:
+    """The disk lies below no function; Linux 4.15 and later, for drives of several ports."""
+    hidden = f"{tree.real(CARD)}/nvme/nvme0/nvme0c0n1"
+    tree.file(f"{hidden}/size", "8\n").file(f"{hidden}/hidden", "1\n")
+    tree.link("/sys/class/block/nvme0c0n1", f"../..{hidden[4:]}")
+    tree.block_device("259:2", "nvme0n1", partitions={"259:3": "nvme0n1p1"})
+    tree.block_device("259:4", "nvme0n12").block_device("259:5", "nvme1n1")
+    assert blocks(tree, CARD) == ["259:2", "259:3"]
+
+
+def test_a_disk_that_is_going_away_is_passed_over(tree: PciTree) -> None:
+    tree.pci_disk(CARD, "259:0", "nvme0n1")
+    tree.link("/sys/class/block/nvme1n1", f"../..{tree.real(CARD)[4:]}/nvme/nvme1/nvme1n1")
+    assert blocks(tree, CARD) == ["259:0"]
+
+
+def test_a_number_that_makes_no_sense_is_an_error(tree: PciTree) -> None:
+    tree.pci_disk(CARD, "259:0", "nvme0n1")
+    (tree.path / tree.real(CARD)[1:] / "nvme/nvme0/nvme0n1/dev").write_text("many\n")
+    with pytest.raises(AttributeReadError, match="not MAJOR:MINOR"):
+        blocks(tree, CARD)
+
+
+def test_a_class_directory_without_links_is_searched_too(tree: PciTree) -> None:
+    """As in a copy of a host whose links were followed."""
+    tree.file("/sys/class/block/nvme0n1/dev", "259:0\n")
+    assert blocks(tree, CARD) == []
+
+
+# interfaces
+
+
+@pytest.mark.parametrize("bus_device", ["", "virtio0", "mlx5_core.sf.2"])
+def test_an_interface_is_found_wherever_it_lies_below_its_function(
+    tree: PciTree, bus_device: str
+) -> None:
+    tree.route("lo", target="0000007F").network(CARD, "eth0", bus_device=bus_device)
+    assert networks(tree) == [UNUSED]
+    assert networks(tree, OTHER) == []
+
+
+def test_an_interface_that_the_host_does_not_use(wired: PciTree) -> None:
+    assert networks(wired) == [UNUSED]
+    assert not UNUSED.is_used
+
+
+def test_a_host_without_tables_does_not_say(tree: PciTree) -> None:
+    tree.network(CARD, "eth0", master="br0")
+    (found,) = networks(tree)
+    assert found == NetInterface("eth0", has_default_route=None, has_address=None, master="br0")
+
+
+def test_the_default_route(wired: PciTree) -> None:
+    wired.route("eth0")
+    assert networks(wired) == [UNUSED._replace(has_default_route=True, has_address=True)]
+    assert networks(wired)[0].is_used
+
+
+def test_a_route_to_a_network_comes_with_an_address(wired: PciTree) -> None:
+    wired.route("eth0", target="0002A8C0", mask="00FFFFFF")
+    assert networks(wired) == [UNUSED._replace(has_address=True)]
+
+
+def test_the_default_route_of_ipv6(wired: PciTree) -> None:
+    wired.route6("eth0", target=LINK_LOCAL, length=64)
+    assert networks(wired) == [UNUSED]
+    wired.route6("eth0")
+    assert networks(wired) == [UNUSED._replace(has_default_route=True)]
+
+
+def test_a_link_local_address_does_not_count(wired: PciTree) -> None:
+    wired.address6("eth0", LINK_LOCAL, scope=0x20)
+    assert networks(wired) == [UNUSED]
+    wired.address6("eth0", GLOBAL, scope=0x00)
+    assert networks(wired) == [UNUSED._replace(has_address=True)]
+
+
+def test_another_interfaces_routes_are_its_own(wired: PciTree) -> None:
+    wired.network(OTHER, "eth00").route("eth00").address6("eth00", GLOBAL, scope=0)
+    assert networks(wired) == [UNUSED]
+
+
+def test_a_route_that_is_down_or_rejects_does_not_count(wired: PciTree) -> None:
+    with (wired.path / "proc/net/route").open("a") as file:
+        file.write("eth0\t00000000\t00000000\t0000\t0\t0\t0\t00000000\t0\t0\t0\n")
+        file.write("eth0\t00000000\t00000000\t0201\t0\t0\t0\t00000000\t0\t0\t0\n")
+    assert networks(wired) == [UNUSED]
+
+
+def test_a_part_of_a_bridge_and_a_base_of_a_vlan(wired: PciTree) -> None:
+    wired.network(CARD, "eth1", master="br0", uppers=("br0",)).network(
+        CARD, "eth2", uppers=("eth2.100",)
+    )
+    masters = {network.name: network.master for network in networks(wired)}
+    assert masters == {"eth0": None, "eth1": "br0", "eth2": "eth2.100"}
+
+
+@pytest.mark.parametrize("name", ["route", "ipv6_route", "if_inet6"])
+@pytest.mark.parametrize("line", ["eth0", "q r s t u v w x y z k", "\udcff " * 11])
+def test_a_table_that_makes_no_sense_is_an_error(wired: PciTree, name: str, line: str) -> None:
+    with (wired.path / f"proc/net/{name}").open("a", errors="surrogateescape") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(AttributeReadError, match=f"/proc/net/{name}: no route or address"):
+        networks(wired)
+
+
+def test_files_of_the_class_are_no_interfaces(wired: PciTree) -> None:
+    wired.file("/sys/class/net/bonding_masters", "bond0\n")
+    assert networks(wired) == [UNUSED]
+
+
+def test_this_host_can_be_asked() -> None:
+    root = HostRoot()
+    for name in root.names(root.pci_devices):
+        real = root.real_path(f"{root.pci_devices}/{name}")
+        for number in block_devices_of(real, root):
+            assert root.real_path(f"{root.sys_dev}/block/{number}").startswith(real)
+        networks_of(name, root)
