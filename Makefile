@@ -35,7 +35,9 @@ lab: test-packages $(BIN)/vmplug $(GUEST)
 	lab/build.sh
 
 # Linux 6.1; then Linux 6.12, which has iommufd; then an IOMMU that does not remap interrupts.
+# Compiled here, as an emulated CPU takes long for it.
 test-lab: lab
+	$(BIN)/python -m compileall -q src tests lab guest
 	$(LAB) -- $(LAB_TESTS) $(RESULTS)/lab.xml
 	$(LAB) --kernel 6.12 -- $(LAB_TESTS) $(RESULTS)/lab-6.12.xml
 	$(LAB) --no-remapping -- $(LAB_TESTS) $(RESULTS)/lab-no-remapping.xml

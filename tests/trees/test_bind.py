@@ -3,9 +3,12 @@
 import errno
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -499,8 +502,9 @@ def test_what_failed_to_be_given_back_can_be_bound_again(
     before = kernel.picture()
     binder.bind(group_of(kernel, DISK), device_id="d1")
     kernel.fail("drivers_probe", Fault.NOTHING_HAPPENS, DISK)
-    with pytest.raises(BindError):
-        binder.give_back("d1")
+    (told,) = binder.give_back("d1")
+    assert told.error
+    assert (told.outcome, told.error.step) == (Outcome.FAILED, "drivers_probe")
     assert kernel.driver_of(DISK) is None
     (bound,) = binder.bind(group_of(kernel, DISK), device_id="d2")
     assert (bound.former.driver, bound.device_id) == ("nvme", "d2")
@@ -674,3 +678,64 @@ def test_a_row_outlives_the_process(journal: Store) -> None:
         assert again.bindings.all() == [row]
         again.bindings.forget([former.bdf])
     assert journal.bindings.all() == []
+
+
+def test_giving_back_waits_until_the_last_process_has_closed_it(
+    tree: PciTree, kernel: FakeKernel, journal: Store
+) -> None:
+    """QEMU closes a device a moment after it has said that it is gone."""
+    before = kernel.picture()
+    binder = Binder(journal, kernel, timeout_s=10)
+    binder.bind(group_of(kernel, DISK), device_id="d1")
+    tree.process(77, "qemu", "/dev/vfio/2")
+    closing = Timer(0.1, (tree.path / "proc/77/fd/3").unlink)
+    closing.start()
+    (told,) = binder.give_back("d1")
+    closing.join()
+    assert told.outcome is Outcome.GIVEN_BACK
+    assert kernel.picture() == before
+
+
+def test_what_a_process_keeps_open_is_not_taken_from_it(
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    binder.bind(group_of(kernel, DISK), device_id="d1")
+    tree.process(77, "qemu", "/dev/vfio/2")
+    kernel.writes.clear()
+    (told,) = binder.give_back("d1")
+    assert told.error
+    assert (told.error.step, told.error.errno) == ("unbind", errno.EBUSY)
+    assert "77 (qemu)" in told.reason
+    assert kernel.writes == []
+    assert len(journal.bindings.all()) == 1
+
+
+def test_recovery_leaves_what_a_vm_was_given_meanwhile(
+    kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    """Somebody's unbind was interrupted before it did anything, and a VM has the group since."""
+    (bound,) = binder.bind(group_of(kernel, DISK))
+    journal.bindings.put([replace(bound, state=BindingState.UNBINDING)])
+    held_by_vm(journal, f"vfio:{DISK}")
+    (told,) = binder.recover()
+    assert (told.outcome, kernel.driver_of(DISK)) == (Outcome.STILL_OPEN, "vfio-pci")
+    assert "'sb1'" in told.reason
+
+
+def test_many_that_bind_and_give_back_at_once_do_it_in_turn(tree: PciTree, tmp_path: Path) -> None:
+    kernel = boot(tree)
+    before = kernel.picture()
+
+    def bind_and_give_back(number: int) -> None:
+        with Store.open(tmp_path / "state") as journal:
+            binder = Binder(journal, boot(tree))
+            held_by_vm(journal, f"vfio:{number}", f"d{number}")
+            bound = binder.bind(group_of(kernel, NET), device_id=f"d{number}")
+            assert len({row.device_id for row in bound}) == 1
+            binder.give_back(f"d{number}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(bind_and_give_back, range(8)))
+    assert kernel.picture() == before
+    with Store.open(tmp_path / "state") as journal:
+        assert journal.bindings.all() == []

@@ -27,6 +27,7 @@ _IORESOURCE_MEM, _IORESOURCE_PREFETCH, _IORESOURCE_MEM_64 = 0x200, 0x2000, 0x100
 """Source: include/linux/ioport.h."""
 
 _NO_BAR = b" ".join([b"0x0000000000000000"] * 3)
+_NO_MORE_BARS = [_NO_BAR] * (_BARS - 1)
 _HEX = (16, 16, 16)
 T = TypeVar("T")
 
@@ -275,7 +276,10 @@ class _Parser:
         if text is None:
             return ()
         bars = []
-        for index, line in enumerate(text.split(b"\n", _BARS)[:_BARS]):
+        lines = text.split(b"\n", _BARS)[:_BARS]
+        if lines[1:] == _NO_MORE_BARS:
+            del lines[1:]
+        for index, line in enumerate(lines):
             if line == _NO_BAR:
                 continue
             try:

@@ -95,10 +95,10 @@ class HostRoot:
     ) -> Iterator[Several]:
         """The same few files of many devices, the directories `names` below `directory`.
 
-        It walks down to each only once. An answer is what `read_attribute` and `link` give, or
-        the error that they raise; of `marks` it is only whether there is anything of that name, be
-        it a link that leads nowhere. A device that is not there has nothing.
+        An answer is what `read_attribute` and `link` give, or the error that they raise; of
+        `marks` it is whether there is anything of that name, be it a link that leads nowhere.
         """
+        open_file, read_file, close_file = os.open, os.read, os.close
         nothing: Several = [None] * len(files), [None] * len(links), [False] * len(marks)
         try:
             above = os.open(self._base + directory, _ENTER)
@@ -119,11 +119,11 @@ class HostRoot:
                 try:
                     for file in files:
                         try:
-                            attribute = os.open(file, _READ, dir_fd=fd)
+                            attribute = open_file(file, _READ, dir_fd=fd)
                             try:
-                                read.append(os.read(attribute, PAGE_SIZE))
+                                read.append(read_file(attribute, PAGE_SIZE))
                             finally:
-                                os.close(attribute)
+                                close_file(attribute)
                         except OSError as error:
                             read.append(self._answer(f"{directory}/{name}/{file}", error))
                     for link in links:
@@ -131,7 +131,12 @@ class HostRoot:
                             linked.append(os.readlink(link, dir_fd=fd))
                         except OSError as error:
                             linked.append(self._answer(f"{directory}/{name}/{link}", error))
-                    marked = [_is_there(mark, fd) for mark in marks]
+                    marked = [
+                        os.access(
+                            mark, os.F_OK, dir_fd=fd, effective_ids=True, follow_symlinks=False
+                        )
+                        for mark in marks
+                    ]
                 finally:
                     os.close(fd)
                 yield read, linked, marked
@@ -363,10 +368,6 @@ class HostRoot:
     def _absent(path: str, error: OSError) -> None:
         if error.errno not in _ABSENT:
             raise AttributeReadError(path, error.errno) from error
-
-
-def _is_there(name: str, directory: int) -> bool:
-    return os.access(name, os.F_OK, dir_fd=directory, effective_ids=True, follow_symlinks=False)
 
 
 def _log_write(text: str, path: str) -> None:

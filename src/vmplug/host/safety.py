@@ -260,10 +260,16 @@ def _claimed(claims: Sequence[Claim], wish: Wish) -> Iterator[Finding]:
                 Code.IN_USE_BY_VM,
                 f"{_spoken(claim.identity)} is already handed to VM {claim.vm!r}"
                 + (" for reading" if claim.read_only else ""),
-                f"vmplug detach it from VM {claim.vm!r} first; share it read-only; or say "
-                "share-rw=on on both sides if its file system can be written by several; "
-                "if that VM is gone, vmplug reconcile",
+                f"vmplug detach it from VM {claim.vm!r} first; "
+                + ("" if claim.identity.startswith("vfio:") else _SHARING)
+                + "if that VM is gone, vmplug reconcile",
             )
+
+
+_SHARING = (
+    "share it read-only; or say share-rw=on on both sides if its file system can be written by "
+    "several; "
+)
 
 
 def _spoken(identity: str) -> str:

@@ -122,8 +122,8 @@ class Binder:
                 log.info("bound %s to VFIO", ", ".join(str(step.bdf) for step in steps))
             held = [rows[f.bdf] for f in functions if f.bdf in rows and f not in wanted]
             self._adopt(held, device_id)
-        members = {function.bdf for function in group.functions}
-        return [row for row in self.bindings() if row.bdf in members]
+            members = {function.bdf for function in functions}
+            return [row for row in self.bindings() if row.bdf in members]
 
     def unbind(self, group: VfioGroup) -> list[Returned]:
         """Give the functions of a group back to the drivers that they had, and tell which.
@@ -139,12 +139,16 @@ class Binder:
                 raise _not_bound(group)
             found = check_use(group, self._journal, self._host)
             refuse_use(group.host_path, [f for f in found if f.code in USED_BY_VM])
-            return self._return_all(mine)
+            told = self._return_all(mine)
+        for returned in told:
+            if returned.error:
+                raise returned.error
+        return told
 
     def give_back(self, device_id: str) -> list[Returned]:
-        """Give back what was bound for a device; nothing when nothing was.
+        """Give back what was bound for a device, and tell it; nothing when nothing was.
 
-        Raises BindError for the first function that is not taken back.
+        What is not taken back has an `error` and stays in the journal, for `recover`.
         """
         if not any(row.device_id == device_id for row in self._journal.bindings.all()):
             return []
@@ -252,13 +256,9 @@ class Binder:
     # giving back
 
     def _return_all(self, rows: Sequence[Binding]) -> list[Returned]:
-        """Give back all of them; raises the first failure after that."""
+        """Give back all of them, and tell what came of each."""
         self._journal.bindings.put(replace(row, state=BindingState.UNBINDING) for row in rows)
-        told = [self._return(row, "it was bound by vmplug") for row in rows]
-        for returned in told:
-            if returned.error:
-                raise returned.error
-        return told
+        return [self._return(row, "it was bound by vmplug") for row in rows]
 
     def _return(self, row: Binding, reason: str) -> Returned:
         former = row.former
