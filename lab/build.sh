@@ -180,6 +180,20 @@ build_samples() {
     done
 }
 
+# A network card that the kernel plays, with virtual functions; Debian has none.
+build_netdevsim() {
+    local release=$1
+    cp -r source/drivers/net/netdevsim netdevsim
+    cat >netdevsim/Makefile <<'END'
+netdevsim-y := netdev.o dev.o ethtool.o fib.o bus.o health.o hwstats.o udp_tunnels.o
+netdevsim-y += bpf.o ipsec.o psample.o
+obj-m := netdevsim.o
+END
+    make_modules "$release" netdevsim
+    strip --strip-debug -o "kernel/lib/modules/$release/extra/netdevsim.ko" \
+        netdevsim/netdevsim.ko
+}
+
 # VFIO's own sources, with the options that Debian leaves out. What iommufd needs of the kernel's
 # interval trees is built with such an option only, and becomes a part of iommufd.
 build_vfio() {
@@ -232,7 +246,10 @@ build_kernel() {
     local version=$1 fetched=$2 release name package
     local -a sources=(samples/vfio-mdev)
     local -A files
-    [[ $version = 6.1 ]] || sources+=(drivers/vfio drivers/iommu lib/interval_tree.c)
+    case $version in
+        6.1) sources+=(drivers/net/netdevsim) ;;
+        *) sources+=(drivers/vfio drivers/iommu lib/interval_tree.c) ;;
+    esac
     release=$(release_of "$version")
     for package in $(packages_of "$version"); do
         name=${package#linux-}
@@ -248,7 +265,10 @@ build_kernel() {
     }
     say "building modules for Linux $release"
     build_samples "$release"
-    [[ $version = 6.1 ]] || build_vfio "$release"
+    case $version in
+        6.1) build_netdevsim "$release" ;;
+        *) build_vfio "$release" ;;
+    esac
     depmod --basedir "$PWD/kernel" "$release" || fail "depmod failed for $release"
     recipe >kernel/recipe
     rm -rf "${build:?}/$version"

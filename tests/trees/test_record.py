@@ -275,9 +275,9 @@ def link(name: str, target: str) -> Make:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Callable[..., str]:
-    def make(*members: Make) -> str:
+    def make(*members: Make, format: int = tarfile.PAX_FORMAT) -> str:  # noqa: A002
         path = tmp_path / "made.tar"
-        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        with tarfile.open(path, "w", format=format) as tar:
             for add in members:
                 add(tar)
         return str(path)
@@ -308,7 +308,9 @@ def test_a_tar_file_by_tar_itself_is_a_host_too(host: PciTree, tmp_path: Path) -
             assert look(root) == look(host.root)
 
 
-@pytest.mark.parametrize("name", ["../evil", "sys/../../evil", "/etc/evil", "sys/..", ".."])
+@pytest.mark.parametrize(
+    "name", ["../evil", "sys/../../evil", "/etc/evil", "sys/..", "..", "sys/a\0b"]
+)
 def test_a_name_that_leaves_the_directory_is_refused(made: Callable[..., str], name: str) -> None:
     message = refused(made(member("sys/good"), member(name, data=b"x")))
     assert f"member {name!r} would leave the directory" in message
@@ -325,6 +327,7 @@ def test_a_name_that_leaves_the_directory_is_refused(made: Callable[..., str], n
         [("sys/x", "y/../.."), ("sys/y", "../sys")],
         [("sys/x", "y"), ("sys/y", "/etc")],
         [("sys/x", "")],
+        [("sys/x", "a\0b")],
     ],
 )
 def test_a_link_that_leads_out_is_refused(
@@ -380,6 +383,29 @@ def test_a_device_node_is_never_made(made: Callable[..., str]) -> None:
         status = root.stat("/dev/null")
         assert status
         assert node_number(status) == DevNum(1, 3)
+
+
+@pytest.mark.parametrize("numbers", [(4096, 0), (0, 1 << 20), (1 << 40, 0), (-1, 0)])
+def test_a_device_number_that_no_kernel_has_is_refused(
+    made: Callable[..., str], numbers: tuple[int, int]
+) -> None:
+    major, minor = numbers
+    made_by_hand = member("dev/x", tarfile.BLKTYPE, devmajor=major, devminor=minor)
+    path = made(made_by_hand, format=tarfile.GNU_FORMAT)
+    assert "has no device number" in refused(path)
+
+
+@pytest.mark.parametrize("depth", [3, 1000, 50_000])
+def test_a_deep_directory_is_made_or_refused(made: Callable[..., str], depth: int) -> None:
+    path = made(member("sys/" + "a/" * depth + "b", data=b"1\n"))
+    if depth == 3:
+        with open_record(path) as root:
+            assert root.read_attribute("/sys/a/a/a/b") == b"1\n"
+    elif depth > 4096:
+        assert "File name too long" in refused(path)
+    else:
+        with open_record(path):
+            pass
 
 
 def test_what_is_too_large_or_too_many_is_refused(made: Callable[..., str]) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, NamedTuple, TypeVar
 
-from vmplug.devnum import is_decimal
+from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError, SpecError
 from vmplug.host.root import HostRoot, Several
 
@@ -219,27 +219,35 @@ class _Unpacker:
             self._links[path] = member.linkname
             return
         if member.type in _NODES:
-            mode = _NODES[member.type] | member.mode & 0o777
-            self.nodes[path] = _Node(mode, os.makedev(member.devmajor, member.devminor))
+            self.nodes[path] = self._node(member)
         elif member.type not in _REGULAR or member.issparse():
             raise self._refusal(f"member {member.name!r} is neither file, link nor device node")
         self._write(path, member, tar)
 
+    def _node(self, member: tarfile.TarInfo) -> _Node:
+        try:
+            number = DevNum(member.devmajor, member.devminor)
+        except ValueError as error:
+            raise self._refusal(f"member {member.name!r} has no device number: {error}") from None
+        mode = _NODES[member.type] | member.mode & 0o777
+        return _Node(mode, os.makedev(number.major, number.minor))
+
     def _path_of(self, name: str) -> str:
         """The member's path with a slash before it; SpecError if it leaves the directory."""
         parts = [part for part in name.split("/") if part not in {"", "."}]
-        if name.startswith("/") or ".." in parts:
+        if name.startswith("/") or ".." in parts or "\0" in name:
             raise self._refusal(f"member {name!r} would leave the directory that it is put into")
         return "".join(f"/{part}" for part in parts)
 
     def _make_directory(self, path: str) -> None:
-        if path in self._directories:
-            return
-        if path in self._leaves:
-            raise self._refusal(f"member {path[1:]!r} is a directory and something else")
-        self._make_directory(path.rpartition("/")[0])
-        os.mkdir(self._directory + path, 0o700)
-        self._directories.add(path)
+        here = ""
+        for part in path.split("/")[1:]:
+            here = f"{here}/{part}"
+            if here in self._leaves:
+                raise self._refusal(f"member {here[1:]!r} is a directory and something else")
+            if here not in self._directories:
+                os.mkdir(self._directory + here, 0o700)
+                self._directories.add(here)
 
     def _write(self, path: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
         most = self._limits.file_bytes
@@ -273,7 +281,7 @@ class _Unpacker:
     def _check_link(self, path: str, target: str) -> None:
         """SpecError for a link that would lead out, by itself or by way of others."""
         real, rest, links = path.split("/")[1:-1], target.split("/")[::-1], 0
-        is_out = target.startswith("/") or not target
+        is_out = target.startswith("/") or not target or "\0" in target
         while rest and not is_out:
             match rest.pop():
                 case "" | ".":

@@ -210,10 +210,10 @@ class Binder:
                 begun.append(step)
                 bind_function(step.bdf, step.driver, self._host, timeout_s=self._timeout_s)
                 self._check_taken(step)
+            rows.put(replace(step.row, state=BindingState.BOUND) for step in steps)
         except BaseException as error:
             self._undo(steps, begun, error)
             raise
-        rows.put(replace(step.row, state=BindingState.BOUND) for step in steps)
 
     def _check_taken(self, step: _Step) -> None:
         if not is_vfio_driver(_find(step.bdf, self._host), self._host):
