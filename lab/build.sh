@@ -62,7 +62,10 @@ module_files() {
     for module in $SAMPLES; do
         echo "extra/$module.ko"
     done
-    [[ $1 != 6.1 ]] || return 0
+    if [[ $1 = 6.1 ]]; then
+        echo extra/netdevsim.ko
+        return
+    fi
     echo extra/iommufd.ko
     for module in $VFIO_MODULES; do
         echo "kernel/drivers/vfio/$module.ko"

@@ -308,9 +308,7 @@ def test_a_tar_file_by_tar_itself_is_a_host_too(host: PciTree, tmp_path: Path) -
             assert look(root) == look(host.root)
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil", "sys/../../evil", "/etc/evil", "sys/..", "..", "sys/a\0b"]
-)
+@pytest.mark.parametrize("name", ["../evil", "sys/../../evil", "/etc/evil", "sys/..", ".."])
 def test_a_name_that_leaves_the_directory_is_refused(made: Callable[..., str], name: str) -> None:
     message = refused(made(member("sys/good"), member(name, data=b"x")))
     assert f"member {name!r} would leave the directory" in message
@@ -327,7 +325,6 @@ def test_a_name_that_leaves_the_directory_is_refused(made: Callable[..., str], n
         [("sys/x", "y/../.."), ("sys/y", "../sys")],
         [("sys/x", "y"), ("sys/y", "/etc")],
         [("sys/x", "")],
-        [("sys/x", "a\0b")],
     ],
 )
 def test_a_link_that_leads_out_is_refused(
@@ -395,17 +392,19 @@ def test_a_device_number_that_no_kernel_has_is_refused(
     assert "has no device number" in refused(path)
 
 
-@pytest.mark.parametrize("depth", [3, 1000, 50_000])
-def test_a_deep_directory_is_made_or_refused(made: Callable[..., str], depth: int) -> None:
-    path = made(member("sys/" + "a/" * depth + "b", data=b"1\n"))
-    if depth == 3:
-        with open_record(path) as root:
-            assert root.read_attribute("/sys/a/a/a/b") == b"1\n"
-    elif depth > 4096:
-        assert "File name too long" in refused(path)
-    else:
-        with open_record(path):
-            pass
+def test_what_lies_too_deep_is_refused(made: Callable[..., str]) -> None:
+    with open_record(made(member("sys/" + "a/" * 60 + "b", data=b"1\n"))) as root:
+        assert root.read_attribute("/sys" + "/a" * 60 + "/b") == b"1\n"
+    for depth in (64, 2000, 50_000):
+        assert "lies deeper" in refused(made(member("sys/" + "a/" * depth + "b")))
+    assert "File name too long" in refused(made(member("sys/" + "a" * 300)))
+
+
+def test_a_nul_in_a_name_or_a_link_is_refused(made: Callable[..., str]) -> None:
+    name = member("sys/x", pax_headers={"path": "sys/a\0b"})
+    assert "would leave" in refused(made(name))
+    target = member("sys/x", tarfile.SYMTYPE, pax_headers={"linkpath": "a\0b"})
+    assert "leads out" in refused(made(target))
 
 
 def test_what_is_too_large_or_too_many_is_refused(made: Callable[..., str]) -> None:

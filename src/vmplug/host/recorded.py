@@ -28,7 +28,7 @@ NOTE = "vmplug-record"
 """A member for people, and for who would read a later format."""
 ERRNO_KEYWORD = "VMPLUG.errno"
 
-_LINKS_MAX = 40
+_LINKS_MAX, _DEPTH_MAX = 40, 64
 _GZIP = b"\x1f\x8b"
 _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE}
 _NODES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK}
@@ -237,6 +237,8 @@ class _Unpacker:
         parts = [part for part in name.split("/") if part not in {"", "."}]
         if name.startswith("/") or ".." in parts or "\0" in name:
             raise self._refusal(f"member {name!r} would leave the directory that it is put into")
+        if len(parts) > _DEPTH_MAX:
+            raise self._refusal(f"member {name[:40]!r}... lies deeper than any file of a host")
         return "".join(f"/{part}" for part in parts)
 
     def _make_directory(self, path: str) -> None:
