@@ -237,6 +237,24 @@ def test_a_guest_iommu_without_a_bridge_is_refused_and_qemu_would_refuse_too(
         assert (hosts_in(vm), drivers(*MULTI)) == ({}, NVME_AND_NIC)
 
 
+def test_a_virtual_function_goes_alone_and_keeps_the_count_as_it_is(
+    vm: GuestVm, devices: DeviceManager, tmp_path: Path
+) -> None:
+    count = Path(f"/sys/bus/pci/devices/{topology.SRIOV}/sriov_numvfs")
+    state = ("--state-dir", tmp_path / "state")
+    subprocess.run([VMPLUG, "sriov", topology.SRIOV, "--count", "2", *state], check=True)
+    virtual = Path(f"/sys/bus/pci/devices/{topology.SRIOV}/virtfn1").resolve().name
+    devices.attach(vfio(virtual), managed=True)
+    assert list(hosts_in(vm).values()) == [virtual]
+    change = [VMPLUG, "sriov", topology.SRIOV, "--count", "0", *state]
+    assert subprocess.run(change, check=False).returncode == 4
+    assert count.read_text() == "2\n"
+    end(vm, tmp_path)
+    assert driver_of(virtual) != "vfio-pci"
+    subprocess.run(change, check=True)
+    assert count.read_text() == "0\n"
+
+
 def test_a_mediated_device_goes_by_its_uuid(
     vm: GuestVm, devices: DeviceManager, tmp_path: Path
 ) -> None:
