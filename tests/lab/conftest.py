@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from lab import topology
 from tests.lab.nested import NestedGuest, running_guest
+from tests.support.lab import namespace_of
 
 if "LAB_VM" not in os.environ:
     raise pytest.UsageError("these tests run in the lab VM alone: make test-lab")
+
+_CLEARED_BYTES = 1 << 20
+"""More than any file system or array has at the start of a disk."""
 
 HERE = Path(__file__).parent
 HAS_IOMMUFD = platform.release().startswith("6.12.")
@@ -34,6 +39,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.lab)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def markers() -> None:
+    """Every NVMe begins with its marker, whatever other tests made of it."""
+    for bdf, marker in (
+        (topology.NVME, topology.NVME_MARKER),
+        (topology.MULTI_NVME, topology.MULTI_MARKER),
+        (topology.SRIOV, topology.SRIOV_MARKER),
+    ):
+        with namespace_of(bdf).open("r+b") as disk:
+            disk.write(marker.encode().ljust(_CLEARED_BYTES, b"\0"))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 
 from lab import topology
 from tests.lab.nested import NestedGuest
+from tests.support.lab import namespace_of
 from vmplug import DeviceManager, HostRoot, Qemu, VfioInfo
 
 UNPLUG_S = 60.0
@@ -37,8 +38,7 @@ def driver_of(bdf: str) -> str | None:
 
 
 def read_on_host(bdf: str, length: int) -> bytes:
-    (namespace,) = Path(f"/sys/bus/pci/devices/{bdf}/nvme").glob("nvme*/nvme*n1")
-    with open(f"/dev/{namespace.name}", "rb") as disk:
+    with namespace_of(bdf).open("rb") as disk:
         return disk.read(length)
 
 

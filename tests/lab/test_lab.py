@@ -1,7 +1,6 @@
 """The lab is what it says: the kernel, its IOMMU and groups, the devices, and the VMs in it."""
 
 import platform
-import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from lab.topology import FREE_PORT, Device, device_behind
 
 from lab import topology
 from tests.lab.nested import LARGE_PORT, PLAIN_PORTS, NestedGuest, paused_vm
-from tests.support.lab import OuterQemu
+from tests.support.lab import OuterQemu, namespace_of
 from tests.support.raw_qmp import QmpError
 
 UNPLUG_TIMEOUT_S = 60.0
@@ -68,15 +67,6 @@ def driver_of(bdf: str) -> str | None:
 
 def group_of(bdf: str) -> set[str]:
     return {path.name for path in (PCI / "devices" / bdf / "iommu_group/devices").iterdir()}
-
-
-def namespace_of(bdf: str) -> Path:
-    """The device node of the only namespace of an NVMe controller.
-
-    One that several controllers may share is `nvme2c2n1` here, and its node `nvme2n1`.
-    """
-    (path,) = (PCI / "devices" / bdf / "nvme").glob("nvme*/nvme*n1")
-    return Path("/dev") / re.sub(r"c\d+", "", path.name)
 
 
 def take_over(bdf: str) -> str | None:

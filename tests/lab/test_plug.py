@@ -246,7 +246,7 @@ def test_a_virtual_function_goes_alone_and_keeps_the_count_as_it_is(
     virtual = Path(f"/sys/bus/pci/devices/{topology.SRIOV}/virtfn1").resolve().name
     devices.attach(vfio(virtual), managed=True)
     assert list(hosts_in(vm).values()) == [virtual]
-    change = [VMPLUG, "sriov", topology.SRIOV, "--count", "0", *state]
+    change: list[str | Path] = [VMPLUG, "sriov", topology.SRIOV, "--count", "0", *state]
     assert subprocess.run(change, check=False).returncode == 4
     assert count.read_text() == "2\n"
     end(vm, tmp_path)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import select
 import time
 from collections.abc import Callable, Mapping
@@ -117,6 +118,15 @@ class OuterQemu:
         poll.register(self._port, event)
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise TimeoutError("the lab's QEMU does not answer")
+
+
+def namespace_of(bdf: str) -> Path:
+    """The device node of the only namespace of an NVMe controller.
+
+    One that several controllers may share is `nvme2c2n1` in sysfs, and its node `nvme2n1`.
+    """
+    (path,) = (PCI_DEVICES / bdf / "nvme").glob("nvme*/nvme*n1")
+    return Path("/dev") / re.sub(r"c\d+", "", path.name)
 
 
 def wait_until(condition: Callable[[], bool], wanted: str, timeout_s: float = TIMEOUT_S) -> None:

@@ -27,8 +27,9 @@ _IORESOURCE_MEM, _IORESOURCE_PREFETCH, _IORESOURCE_MEM_64 = 0x200, 0x2000, 0x100
 """Source: include/linux/ioport.h."""
 
 _NO_BAR = b" ".join([b"0x0000000000000000"] * 3)
-_NO_MORE_BARS = [_NO_BAR] * (_BARS - 1)
-_HEX = (16, 16, 16)
+_LINE = len(_NO_BAR)
+_NO_MORE = (b"\n" + _NO_BAR) * (_BARS - 1)
+_BARS_END = _LINE + len(_NO_MORE)
 T = TypeVar("T")
 
 _CONFIG_BYTES, _HEADER_BYTES = 256, 64
@@ -276,14 +277,13 @@ class _Parser:
         if text is None:
             return ()
         bars = []
-        lines = text.split(b"\n", _BARS)[:_BARS]
-        if lines[1:] == _NO_MORE_BARS:
-            del lines[1:]
-        for index, line in enumerate(lines):
+        lines = (text[:_LINE],) if text[_LINE:_BARS_END] == _NO_MORE else text.split(b"\n", _BARS)
+        for index, line in enumerate(lines[:_BARS]):
             if line == _NO_BAR:
                 continue
-            try:
-                start, end, flags = map(int, line.split(), _HEX)
+            try:  # by their places, or by the blanks where somebody has written them otherwise
+                words = (line[:18], line[19:37], line[38:]) if len(line) == _LINE else line.split()
+                start, end, flags = [int(word, 16) for word in words]
             except ValueError:
                 if line.strip() or index == 0:
                     self._complain("resource", f"line {index + 1} is {line[:60]!r}")
