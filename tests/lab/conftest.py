@@ -27,7 +27,7 @@ def is_for_this_lab(name: str) -> bool:
     if not REMAPS_INTERRUPTS:
         return name == "test_no_remapping.py"
     if HAS_IOMMUFD:
-        return name in {"test_cdev.py", "test_lab.py"}
+        return name == "test_cdev.py"
     return name not in {"test_cdev.py", "test_no_remapping.py"}
 
 
