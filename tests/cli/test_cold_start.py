@@ -243,7 +243,7 @@ def test_the_start_tells_where_the_guest_sees_each(cold: Cold) -> None:
     assert listed == cold.vm.told["attachments"]
     assert len(cold.vm.vmplugs_devices()) == len(told) - 1
     reconciled = cold.vm.vmplug("reconcile", "--json").json()
-    assert reconciled == {"repairs": [], "errors": []}
+    assert reconciled == {"repairs": [], "bindings": [], "errors": []}
 
 
 def test_disks_are_where_they_are_said_to_be(cold: Cold) -> None:
@@ -347,7 +347,7 @@ def test_what_was_plugged_cold_leaves_hot_and_memory_stays(cold: Cold) -> None:
     assert len(vm.vmplugs_devices()) == 2
     left = {name for name in vm.names() if name.startswith("vmplug-")}
     assert len(left) == 4  # the modules and their memory
-    assert vm.vmplug("reconcile", "--json").json() == {"repairs": [], "errors": []}
+    assert vm.vmplug("reconcile", "--json").json() == {"repairs": [], "bindings": [], "errors": []}
 
     guest = vm.attached("--device", host.memory(2))["guest"]
     markers = {pmem.name: pmem.marker for pmem in cold.console.wait_for_pmems(3)}

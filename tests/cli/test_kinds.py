@@ -356,7 +356,7 @@ def test_attach_list_and_detach(vm: StartedVm, world: World, name: str) -> None:
     assert heading.split()[:3] == ["VM", "ATTACHMENT", "OWNER"]
     assert line.split()[:5] == ["sb1", hold["id"], "ctr1", kind.name, hold["host_path"]]
     assert line.endswith(f"  {GUEST_TEXTS[name]}")
-    assert vmplug("reconcile", "--json").json() == {"repairs": [], "errors": []}
+    assert vmplug("reconcile", "--json").json() == {"repairs": [], "bindings": [], "errors": []}
 
     again = vm.attached(*words)
     assert (again["id"], again["count"]) == (hold["id"], 2)

@@ -375,7 +375,7 @@ def test_a_bundles_disk_goes_into_the_guest_and_comes_back(
     assert vm.console.wait_for_disks(0) == []
     assert vmplug("list").answer() == "nothing is attached\n"
     assert vmplug("check", bundle).status == 0
-    assert vmplug("reconcile", "--json").json() == {"repairs": [], "errors": []}
+    assert vmplug("reconcile", "--json").json() == {"repairs": [], "bindings": [], "errors": []}
 
 
 def test_where_the_guest_sees_it_has_every_key_of_the_contract(

@@ -236,7 +236,7 @@ def test_what_is_let_go_stays_until_the_end(micro: MicroVm) -> None:
     assert set(vm.states().values()) == {"retained"}
     assert vm.vmplugs_devices() == held
     assert len(micro.console.wait_for_disks(4)) == 4
-    assert vm.vmplug("reconcile", "--json").json() == {"repairs": [], "errors": []}
+    assert vm.vmplug("reconcile", "--json").json() == {"repairs": [], "bindings": [], "errors": []}
 
     again = vm.attached("--device", micro.disk("one"), owner="ctr2")
     assert again["guest"] == first["guest"]

@@ -424,7 +424,11 @@ def test_everything_can_be_plugged_before_it_starts(vmplug: Vmplug, tmp_path: Pa
         }
         hot = vm.attached("--device", f"file:{tmp_path}/c.img:/dev/c")
         assert hot["guest"]["ccw_devno"] == "0.0.0006"
-        assert vm.vmplug("reconcile", "--json").json() == {"repairs": [], "errors": []}
+        assert vm.vmplug("reconcile", "--json").json() == {
+            "repairs": [],
+            "bindings": [],
+            "errors": [],
+        }
         with ending(sharers_of(tmp_path)):
             vm.vmplug("detach", "--owner", "ctr1").answer()
         assert vm.states() == {}
