@@ -12,13 +12,15 @@ from vmplug.host.inventory import read_inventory
 from vmplug.host.root import HostRoot
 
 FUNCTIONS = 10_000
-_FIRST_BUS, _LAST_BUS = 1, 255
-_DRIVER = "../../../bus/pci/drivers/nvme"
+_PER_PORT = 250
+"""Functions of one slot: its root port, a drive, and the virtual functions of the drive."""
+
+_BRIDGE, _DRIVE = ("10400", "8086:347A", "pcieport"), ("10802", "144D:A824", "nvme")
 
 
 def rows() -> Iterator[Ratio]:
     """One row; unlike lspci it also reads BARs, virtual functions and whether it is PCIe."""
-    with _tree(FUNCTIONS) as directory:
+    with _tree() as directory:
         root = HostRoot(directory)
         command = ["lspci", "-A", "linux-sysfs", "-O", f"sysfs.path={directory}/sys/bus/pci"]
 
@@ -30,66 +32,76 @@ def rows() -> Iterator[Ratio]:
             assert done.stdout.count(b"Slot:") == FUNCTIONS
 
         name = "inventory of 10 000 PCI functions / lspci -vmmnk"
-        yield compare(name, ours, lspci, target=0.35, rounds=7, repeat=1)
+        yield compare(name, ours, lspci, target=0.35, rounds=9, repeat=1)
 
 
 @contextmanager
-def _tree(functions: int) -> Iterator[str]:
-    """A host with that many NVMe functions, each in an IOMMU group of its own."""
+def _tree() -> Iterator[str]:
+    """A host of many drives that are shared by SR-IOV, each function in a group of its own."""
     with TemporaryDirectory(prefix="vmplug-bench-") as directory:
-        listed = Path(directory, "sys/bus/pci/devices")
-        groups = Path(directory, "sys/kernel/iommu_groups")
-        for path in (listed, groups, Path(directory, "sys/bus/pci/drivers/nvme")):
-            path.mkdir(parents=True)
-        for number in range(functions):
-            address = _address(number)
-            path = Path(directory, "sys/devices", f"pci{address[:7]}", address)
-            path.mkdir(parents=True)
-            for file, content in _files(number, address).items():
-                (path / file).write_bytes(content)
-            os.symlink(f"../../../devices/pci{address[:7]}/{address}", listed / address)
-            os.symlink(_DRIVER, path / "driver")
-            os.symlink("../../../bus/pci", path / "subsystem")
-            os.symlink(f"../../../kernel/iommu_groups/{number}", path / "iommu_group")
-            members = groups / str(number) / "devices"
-            members.mkdir(parents=True)
-            os.symlink(f"../../../../devices/pci{address[:7]}/{address}", members / address)
+        host = Path(directory)
+        for path in ("bus/pci/devices", "bus/pci/drivers/nvme", "kernel/iommu_groups"):
+            (host / "sys" / path).mkdir(parents=True)
+        for slot in range(FUNCTIONS // _PER_PORT):
+            port = f"0000:{slot:02x}:01.0"
+            bus = f"pci0000:{slot:02x}"
+            _add(host, f"{bus}/{port}", _BRIDGE)
+            physfn = f"{0x1000 + slot:04x}:01:00.0"
+            _add(host, f"{bus}/{port}/{physfn}", _DRIVE)
+            for number in range(1, _PER_PORT - 1):
+                virtfn = f"{physfn[:8]}{number >> 3:02x}.{number & 7}"
+                _add(host, f"{bus}/{port}/{virtfn}", _DRIVE)
+                below = host / "sys/devices" / bus / port
+                os.symlink(f"../{physfn}", below / virtfn / "physfn")
+                os.symlink(f"../{virtfn}", below / physfn / f"virtfn{number - 1}")
         yield directory
 
 
-def _address(number: int) -> str:
-    buses = _LAST_BUS - _FIRST_BUS + 1
-    domain, rest = divmod(number, buses * 32)
-    bus, slot = divmod(rest, 32)
-    return f"{domain:04x}:{bus + _FIRST_BUS:02x}:{slot:02x}.0"
+def _add(host: Path, path: str, kind: tuple[str, str, str]) -> None:
+    """One function, in the directory `path` of /sys/devices."""
+    directory = host / "sys/devices" / path
+    directory.mkdir(parents=True, exist_ok=True)
+    address = directory.name
+    for file, content in _files(address, *kind).items():
+        (directory / file).write_bytes(content)
+    up = "../" * (path.count("/") + 2)
+    listed = host / "sys/bus/pci/devices"
+    group = len(os.listdir(host / "sys/kernel/iommu_groups"))
+    os.symlink(f"../../../devices/{path}", listed / address)
+    os.symlink(f"{up}bus/pci/drivers/{kind[2]}", directory / "driver")
+    os.symlink(f"{up}bus/pci", directory / "subsystem")
+    os.symlink(f"{up}kernel/iommu_groups/{group}", directory / "iommu_group")
+    members = host / f"sys/kernel/iommu_groups/{group}/devices"
+    members.mkdir(parents=True)
+    os.symlink(f"../../../../devices/{path}", members / address)
 
 
-def _files(number: int, address: str) -> dict[str, bytes]:
-    """What Linux shows of an NVMe drive, in its own spelling."""
-    start = 0x4000000000 + number * 0x10000
-    resource = [f"{start:#018x} {start + 0x3FFF:#018x} {0x140204:#018x}\n"]
+def _files(address: str, class_code: str, ids: str, driver: str) -> dict[str, bytes]:
+    """What Linux shows of a function, in its own spelling."""
+    vendor, device = ids.lower().split(":")
+    start = 0x4000000000 + int(address.replace(":", "").replace(".", ""), 16)
+    resource = [f"{start:#018x} {start + 0x7FFF:#018x} {0x140204:#018x}\n"]
     resource += [f"{0:#018x} {0:#018x} {0:#018x}\n"] * 12
+    modalias = f"pci:v0000{ids[:4]}d0000{ids[5:]}sv0000144Dsd0000A801bc01sc08i02\n"
     uevent = (
-        "DRIVER=nvme\nPCI_CLASS=10802\nPCI_ID=144D:A80A\nPCI_SUBSYS_ID=144D:A801\n"
-        f"PCI_SLOT_NAME={address}\n"
-        "MODALIAS=pci:v0000144Dd0000A80Asv0000144Dsd0000A801bc01sc08i02\n"
+        f"DRIVER={driver}\nPCI_CLASS={class_code}\nPCI_ID={ids}\nPCI_SUBSYS_ID=144D:A801\n"
+        f"PCI_SLOT_NAME={address}\nMODALIAS={modalias}"
     )
     config = bytearray(4096)
-    config[:12] = bytes.fromhex("4d140aa8060010000002080100000000"[:24])
-    config[0x34], config[0x40] = 0x40, 0x10
-    return {
-        "uevent": uevent.encode(),
-        "resource": "".join(resource).encode(),
-        "config": bytes(config),
-        "class": b"0x010802\n",
-        "vendor": b"0x144d\n",
-        "device": b"0xa80a\n",
-        "subsystem_vendor": b"0x144d\n",
-        "subsystem_device": b"0xa801\n",
-        "revision": b"0x00\n",
-        "irq": b"0\n",
-        "modalias": b"pci:v0000144Dd0000A80Asv0000144Dsd0000A801bc01sc08i02\n",
-        "numa_node": b"0\n",
-        "reset_method": b"flr bus\n",
-        "current_link_speed": b"16.0 GT/s PCIe\n",
+    config[0x06], config[0x34], config[0x40] = 0x10, 0x40, 0x10
+    texts = {
+        "uevent": uevent,
+        "resource": "".join(resource),
+        "class": f"0x{class_code:>06}\n",
+        "vendor": f"0x{vendor}\n",
+        "device": f"0x{device}\n",
+        "subsystem_vendor": "0x144d\n",
+        "subsystem_device": "0xa801\n",
+        "revision": "0x00\n",
+        "irq": "0\n",
+        "modalias": modalias,
+        "numa_node": "0\n",
+        "reset_method": "flr bus\n",
+        "current_link_speed": "16.0 GT/s PCIe\n",
     }
+    return {**{name: text.encode() for name, text in texts.items()}, "config": bytes(config)}

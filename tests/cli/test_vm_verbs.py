@@ -54,6 +54,8 @@ GUEST_KEYS = {
     "nvdimm_handle",
     "mount_tag",
     "mac_address",
+    "functions",
+    "ap_queues",
     "agent",
 }
 """Where the guest sees it, version 1; what does not apply is null."""

@@ -298,7 +298,7 @@ def test_virtual_functions_and_their_physical_one(tree: PciTree) -> None:
 def test_a_virtual_function_without_its_physical_one_still_names_it(tree: PciTree) -> None:
     tree.pci_function(NVME, config=b"\xff" * 256).link(f"{tree.real(NVME)}/physfn", "../gone")
     assert (function(tree).physfn, function(tree).pcie) == (None, None)
-    assert "physfn: 'gone' is not a PCI address" in function(tree).unreadable[0]
+    assert "physfn: '../gone' does not lead to a PCI function" in function(tree).unreadable[0]
     remove(tree, "physfn")
     tree.link(f"{tree.real(NVME)}/physfn", "../0000:3b:00.7")
     assert function(tree).physfn == Bdf.parse("0000:3b:00.7")

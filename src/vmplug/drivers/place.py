@@ -1,6 +1,6 @@
 """Places: what a VM has to plug into, one place of it, and where the guest sees that."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -177,7 +177,7 @@ class Offer:
     viommu: bool = False
     iommufd: bool = False
     ap: bool = False
-    memory_bytes: int = 0
+    memory_bytes: int = field(default=0, compare=False)
 
     @property
     def is_microvm(self) -> bool:

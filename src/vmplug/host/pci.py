@@ -113,11 +113,11 @@ def find_function(bdf: Bdf, root: HostRoot) -> PciFunction | None:
 
 def read_function(bdf: Bdf, root: HostRoot) -> PciFunction:
     """One function, as far as its files can be read."""
-    return next(_read({str(bdf): bdf}, root))
+    return next(_read({str(bdf): bdf}, root), PciFunction(bdf))
 
 
 _FILES = ("uevent", "resource", "numa_node")
-_LINKS = ("iommu_group",)
+_LINKS = ("iommu_group", "physfn")
 _MARKS = ("physfn", "current_link_speed")
 """What is read of every function. It is nearly all that a function costs: whatever is added here
 is felt on a host of thousands. The speed of a link is there for PCIe functions only; Linux 4.13.
@@ -137,22 +137,23 @@ _Identity = tuple[str | None, int | None, int | None, int | None, str | None]
 class _Parser:
     """Makes functions of what their files say, and goes on where one is forbidden or malformed."""
 
-    __slots__ = ("_groups", "_identities", "_name", "_root", "_unreadable")
+    __slots__ = ("_groups", "_identities", "_name", "_physfns", "_root", "_unreadable")
 
     def __init__(self, root: HostRoot) -> None:
         self._root = root
         self._name = ""
         self._groups: Mapping[str, int] | None = None
         self._identities: dict[tuple[bytes, bytes], _Identity] = {}
+        self._physfns: dict[str, Bdf] = {}
         self._unreadable: list[str] = []
 
     def parse(self, address: tuple[str, Bdf], answers: Several) -> PciFunction:
         """The function in the directory of that name, from the answers to _FILES and so on."""
         self._name, bdf = address
         self._unreadable = []
-        (uevent, resource, numa_node), (iommu_group,), (is_virtual, has_link) = answers
+        (uevent, resource, numa_node), (iommu_group, physical), (_, has_link) = answers
         driver, class_code, vendor_id, device_id, modalias = self._identity(uevent)
-        physfn = self._physfn() if is_virtual else None
+        physfn = None if physical is None else self._physfn(physical)
         return PciFunction(
             bdf,
             class_code,
@@ -301,14 +302,17 @@ class _Parser:
                 )
         return tuple(bars)
 
-    def _physfn(self) -> Bdf | None:
-        name = self._link_name("physfn")
-        if name is None:
+    def _physfn(self, answer: str | AttributeReadError) -> Bdf | None:
+        target = self._given(answer)
+        if target is None:
             return None
-        bdf = find_bdf(name)
-        if bdf is None:
-            self._complain("physfn", f"{name[:40]!r} is not a PCI address")
-        return bdf
+        if target not in self._physfns:
+            bdf = find_bdf(target.rpartition("/")[2])
+            if bdf is None:
+                self._complain("physfn", f"{target[:40]!r} does not lead to a PCI function")
+                return None
+            self._physfns[target] = bdf
+        return self._physfns[target]
 
 
 def has_express_capability(config: bytes) -> bool | None:

@@ -93,26 +93,24 @@ class HostRoot:
         links: Sequence[str],
         marks: Sequence[str],
     ) -> Iterator[Several]:
-        """The same few files of many devices, the directories `names` below `directory`.
+        """The same few files of many devices, the directories `names` of `directory`.
 
         An answer is what `read_attribute` and `link` give, or the error that they raise; of
-        `marks` it is whether there is anything of that name, be it a link that leads nowhere.
+        `marks` it is whether there is anything of that name, be it a link that leads nowhere. A
+        link that is a mark too is one that most lack: it is looked for first, which costs less.
         """
         open_file, read_file, close_file = os.open, os.read, os.close
-        nothing: Several = [None] * len(files), [None] * len(links), [False] * len(marks)
         try:
             above = os.open(self._base + directory, _ENTER)
         except OSError as error:
-            self._absent(directory, error)
-            yield from (nothing for _ in names)
-            return
+            return self._absent(directory, error)
         try:
             for name in names:
                 try:
                     fd = os.open(name, _ENTER, dir_fd=above)
                 except OSError as error:
                     answer = self._answer(f"{directory}/{name}", error)
-                    yield [answer] * len(files), [answer] * len(links), nothing[2]
+                    yield [answer] * len(files), [answer] * len(links), [False] * len(marks)
                     continue
                 read: list[bytes | AttributeReadError | None] = []
                 linked: list[str | AttributeReadError | None] = []
@@ -126,17 +124,18 @@ class HostRoot:
                                 close_file(attribute)
                         except OSError as error:
                             read.append(self._answer(f"{directory}/{name}/{file}", error))
-                    for link in links:
-                        try:
-                            linked.append(os.readlink(link, dir_fd=fd))
-                        except OSError as error:
-                            linked.append(self._answer(f"{directory}/{name}/{link}", error))
                     marked = [
                         os.access(
                             mark, os.F_OK, dir_fd=fd, effective_ids=True, follow_symlinks=False
                         )
                         for mark in marks
                     ]
+                    for link in links:
+                        lacks = link in marks and not marked[marks.index(link)]
+                        try:
+                            linked.append(None if lacks else os.readlink(link, dir_fd=fd))
+                        except OSError as error:
+                            linked.append(self._answer(f"{directory}/{name}/{link}", error))
                 finally:
                     os.close(fd)
                 yield read, linked, marked
