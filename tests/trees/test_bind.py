@@ -30,7 +30,7 @@ from vmplug.manager.store import Store
 DISK, NET, SOUND, BRIDGE = "0000:01:00.0", "0000:02:00.0", "0000:02:00.1", "0000:00:1c.0"
 PHYSFN, VIRTFN = "0000:03:00.0", "0000:03:10.0"
 BOOT_ID = "11111111-2222-3333-4444-555555555555\n"
-IN_TIME_S = 0.2
+IN_TIME_S = 1.0
 
 
 @pytest.fixture
