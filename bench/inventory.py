@@ -37,8 +37,11 @@ def rows() -> Iterator[Ratio]:
 
 @contextmanager
 def _tree() -> Iterator[str]:
-    """A host of many drives that are shared by SR-IOV, each function in a group of its own."""
-    with TemporaryDirectory(prefix="vmplug-bench-") as directory:
+    """A host of many drives that are shared by SR-IOV, each function in a group of its own.
+
+    In memory, as sysfs is.
+    """
+    with TemporaryDirectory(prefix="vmplug-bench-", dir="/dev/shm") as directory:
         host = Path(directory)
         for path in ("bus/pci/devices", "bus/pci/drivers/nvme", "kernel/iommu_groups"):
             (host / "sys" / path).mkdir(parents=True)
@@ -102,6 +105,5 @@ def _files(address: str, class_code: str, ids: str, driver: str) -> dict[str, by
         "modalias": modalias,
         "numa_node": "0\n",
         "reset_method": "flr bus\n",
-        "current_link_speed": "16.0 GT/s PCIe\n",
     }
     return {**{name: text.encode() for name, text in texts.items()}, "config": bytes(config)}

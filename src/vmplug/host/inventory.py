@@ -25,7 +25,7 @@ from vmplug.host.holding import (
 from vmplug.host.iommu import find_group
 from vmplug.host.mdev import MDEV_DEVICES, MdevType, MediatedDevice, read_mdev_types, read_mediated
 from vmplug.host.mounts import HostUsage, read_usage
-from vmplug.host.pci import PciFunction, read_functions, read_reset_methods
+from vmplug.host.pci import PciFunction, find_bdf, read_functions, read_reset_methods
 from vmplug.host.root import HostRoot, node_number
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class _Reader:
     def _names(self, directory: str) -> list[str]:
         return self._attempt([], self._root.names, directory)
 
-    def _read_group_nodes(self) -> dict[int, str]:
+    def _read_group_nodes(self) -> dict[int | None, str]:
         names = {*self._names("/sys/class/vfio"), *self._names("/dev/vfio")}
         return {int(name): f"/dev/vfio/{name}" for name in names if is_decimal(name)}
 
@@ -183,25 +183,27 @@ class _Reader:
         functions = self._attempt([], read_functions, self._root)
         disks_of = group_by_function(self._block_paths)
         networks_of = self._networks()
+        cdevs = {bdf: node for n, node in self._cdev_nodes.items() if (bdf := find_bdf(n))}
         virtfns: dict[Bdf, list[Bdf]] = {}
         for function in functions:
-            if function.physfn:
+            if function.physfn is not None:
                 virtfns.setdefault(function.physfn, []).append(function.bdf)
-        held = disks_of.keys() | networks_of.keys()
+        # Most functions have nothing but themselves: no more is done for those than must be.
+        rich = disks_of.keys() | networks_of.keys() | cdevs.keys() | virtfns.keys()
+        group_nodes, vms = self._group_nodes, self._vms
         for function in functions:
-            bdf, group = function.bdf, function.iommu_group
-            entry = HostFunction(
-                function,
-                tuple(virtfns[bdf]) if bdf in virtfns else (),
-                None if group is None else self._group_nodes.get(group),
-                self._cdev_nodes.get(str(bdf)) if self._cdev_nodes else None,
-            )
-            if bdf in held and not function.is_bridge:
-                own = [disks[name] for name in disks_of.get(bdf, ()) if name in disks]
-                entry = _with_holdings(entry, own, networks_of.get(bdf, ()))
-            if function.class_code is not None and function.class_code >> 16 == _DISPLAY:
+            bdf, class_code = function.bdf, function.class_code
+            entry = HostFunction(function, (), group_nodes.get(function.iommu_group))
+            if bdf in rich:
+                entry = entry._replace(
+                    virtfns=tuple(virtfns.get(bdf, ())), cdev_node=cdevs.get(bdf)
+                )
+                if not function.is_bridge:
+                    own = [disks[name] for name in disks_of.get(bdf, ()) if name in disks]
+                    entry = _with_holdings(entry, own, networks_of.get(bdf, ()))
+            if class_code is not None and class_code >> 16 == _DISPLAY:
                 entry = self._with_console(entry)
-            if self._vms:
+            if vms:
                 entry = entry._replace(uses=(*entry.uses, *self._vm_uses(f"vfio:{bdf}", str(bdf))))
             yield entry
 

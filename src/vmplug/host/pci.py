@@ -118,15 +118,14 @@ def read_function(bdf: Bdf, root: HostRoot) -> PciFunction:
 
 _FILES = ("uevent", "resource", "numa_node")
 _LINKS = ("iommu_group", "physfn")
-_MARKS = ("physfn", "current_link_speed")
+_SIZES = ("config",)
 """What is read of every function. It is nearly all that a function costs: whatever is added here
-is felt on a host of thousands. The speed of a link is there for PCIe functions only; Linux 4.13.
-"""
+is felt on a host of thousands."""
 
 
 def _read(addresses: Mapping[str, Bdf], root: HostRoot) -> Iterator[PciFunction]:
     parser = _Parser(root)
-    answers = root.read_each(root.pci_devices, addresses, files=_FILES, links=_LINKS, marks=_MARKS)
+    answers = root.read_each(root.pci_devices, addresses, files=_FILES, links=_LINKS, sizes=_SIZES)
     return map(parser.parse, addresses.items(), answers)
 
 
@@ -151,7 +150,7 @@ class _Parser:
         """The function in the directory of that name, from the answers to _FILES and so on."""
         self._name, bdf = address
         self._unreadable = []
-        (uevent, resource, numa_node), (iommu_group, physical), (_, has_link) = answers
+        (uevent, resource, numa_node), (iommu_group, physical), (config_size,) = answers
         driver, class_code, vendor_id, device_id, modalias = self._identity(uevent)
         physfn = None if physical is None else self._physfn(physical)
         return PciFunction(
@@ -163,7 +162,7 @@ class _Parser:
             driver,
             self._iommu_group(iommu_group),
             self._numa_node(numa_node),
-            True if has_link or physfn else self._pcie(),
+            True if physfn else self._pcie(config_size),
             self._bars(resource),
             physfn,
             tuple(self._unreadable),
@@ -260,15 +259,15 @@ class _Parser:
             return None
         return None if node < 0 else node
 
-    def _pcie(self) -> bool | None:
+    def _pcie(self, answer: int | AttributeReadError | None) -> bool | None:
         """The extended configuration space, or the Express capability, says that it is PCIe.
 
         Whoever is not root sees 64 bytes only, and a copy of a host often has no more.
         """
-        length = self._try(self._root.size, "config")
-        if length is None:
+        size_bytes = self._given(answer)
+        if size_bytes is None:
             return None
-        if length > _CONFIG_BYTES:
+        if size_bytes > _CONFIG_BYTES:
             return True
         config = self._try(lambda path: self._root.read_at(path, 0, _CONFIG_BYTES), "config")
         return None if config is None else has_express_capability(config)
@@ -282,9 +281,15 @@ class _Parser:
         for index, line in enumerate(lines[:_BARS]):
             if line == _NO_BAR:
                 continue
-            try:  # by their places, or by the blanks where somebody has written them otherwise
-                words = (line[:18], line[19:37], line[38:]) if len(line) == _LINE else line.split()
-                start, end, flags = [int(word, 16) for word in words]
+            try:
+                if len(line) == _LINE:
+                    start, end, flags = (
+                        int(line[:18], 16),
+                        int(line[19:37], 16),
+                        int(line[38:], 16),
+                    )
+                else:
+                    start, end, flags = [int(word, 16) for word in line.split()]
             except ValueError:
                 if line.strip() or index == 0:
                     self._complain("resource", f"line {index + 1} is {line[:60]!r}")

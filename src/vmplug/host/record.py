@@ -187,12 +187,12 @@ class _Noting(HostRoot):
         *,
         files: Sequence[str],
         links: Sequence[str],
-        marks: Sequence[str],
+        sizes: Sequence[str],
     ) -> Iterator[Several]:
         names = list(names)
         for name in names:
-            self.noted.update(f"{directory}/{name}/{file}" for file in (*files, *links, *marks))
-        return super().read_each(directory, names, files=files, links=links, marks=marks)
+            self.noted.update(f"{directory}/{name}/{file}" for file in (*files, *links, *sizes))
+        return super().read_each(directory, names, files=files, links=links, sizes=sizes)
 
     def stat(self, path: str) -> os.stat_result | None:
         self._note(path)

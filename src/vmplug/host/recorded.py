@@ -98,22 +98,18 @@ class RecordedRoot(HostRoot):
         *,
         files: Sequence[str],
         links: Sequence[str],
-        marks: Sequence[str],
+        sizes: Sequence[str],
     ) -> Iterator[Several]:
         """As on the host."""
         if not self._errors:
-            yield from super().read_each(directory, names, files=files, links=links, marks=marks)
+            yield from super().read_each(directory, names, files=files, links=links, sizes=sizes)
             return
         for name in names:
             base = f"{directory}/{name}"
-            marked = [
-                self.try_stat(f"{base}/{mark}", follow_symlinks=False) is not None
-                for mark in marks
-            ]
             yield (
                 [_answer(self.read_attribute, f"{base}/{file}") for file in files],
                 [_answer(self.link, f"{base}/{link}") for link in links],
-                marked,
+                [_answer(self.size, f"{base}/{file}") for file in sizes],
             )
 
     def stat(self, path: str) -> os.stat_result | None:

@@ -31,9 +31,11 @@ _LOCK_LAYOUT = "hhqqi4x"
 
 
 Several = tuple[
-    list[bytes | AttributeReadError | None], list[str | AttributeReadError | None], list[bool]
+    list[bytes | AttributeReadError | None],
+    list[str | AttributeReadError | None],
+    list[int | AttributeReadError | None],
 ]
-"""The answers of one device to `read_each`: its files, its links, its marks."""
+"""The answers of one device to `read_each`: its files, its links, the sizes of files."""
 
 
 class HostRoot:
@@ -91,15 +93,13 @@ class HostRoot:
         *,
         files: Sequence[str],
         links: Sequence[str],
-        marks: Sequence[str],
+        sizes: Sequence[str],
     ) -> Iterator[Several]:
         """The same few files of many devices, the directories `names` of `directory`.
 
-        An answer is what `read_attribute` and `link` give, or the error that they raise; of
-        `marks` it is whether there is anything of that name, be it a link that leads nowhere. A
-        link that is a mark too is one that most lack: it is looked for first, which costs less.
+        An answer is what `read_attribute`, `link` and `size` give, or the error that they raise.
         """
-        open_file, read_file, close_file = os.open, os.read, os.close
+        open_file, read_file, close_file, link_at = os.open, os.read, os.close, os.readlink
         try:
             above = os.open(self._base + directory, _ENTER)
         except OSError as error:
@@ -107,13 +107,14 @@ class HostRoot:
         try:
             for name in names:
                 try:
-                    fd = os.open(name, _ENTER, dir_fd=above)
+                    fd = open_file(name, _ENTER, dir_fd=above)
                 except OSError as error:
-                    answer = self._answer(f"{directory}/{name}", error)
-                    yield [answer] * len(files), [answer] * len(links), [False] * len(marks)
+                    answer = _answer(error, directory, name)
+                    yield [answer] * len(files), [answer] * len(links), [answer] * len(sizes)
                     continue
                 read: list[bytes | AttributeReadError | None] = []
                 linked: list[str | AttributeReadError | None] = []
+                lengths: list[int | AttributeReadError | None] = []
                 try:
                     for file in files:
                         try:
@@ -123,22 +124,20 @@ class HostRoot:
                             finally:
                                 close_file(attribute)
                         except OSError as error:
-                            read.append(self._answer(f"{directory}/{name}/{file}", error))
-                    marked = [
-                        os.access(
-                            mark, os.F_OK, dir_fd=fd, effective_ids=True, follow_symlinks=False
-                        )
-                        for mark in marks
-                    ]
-                    for link in links:
-                        lacks = link in marks and not marked[marks.index(link)]
+                            read.append(_answer(error, directory, name, file))
+                    for file in links:
                         try:
-                            linked.append(None if lacks else os.readlink(link, dir_fd=fd))
+                            linked.append(link_at(file, dir_fd=fd))
                         except OSError as error:
-                            linked.append(self._answer(f"{directory}/{name}/{link}", error))
+                            linked.append(_answer(error, directory, name, file))
+                    for file in sizes:
+                        try:
+                            lengths.append(os.stat(file, dir_fd=fd).st_size)
+                        except OSError as error:
+                            lengths.append(_answer(error, directory, name, file))
                 finally:
-                    os.close(fd)
-                yield read, linked, marked
+                    close_file(fd)
+                yield read, linked, lengths
         finally:
             os.close(above)
 
@@ -360,13 +359,13 @@ class HostRoot:
         return bool(struct.unpack(_LOCK_LAYOUT, answer)[0] != fcntl.F_UNLCK)
 
     @staticmethod
-    def _answer(path: str, error: OSError) -> AttributeReadError | None:
-        return None if error.errno in _ABSENT else AttributeReadError(path, error.errno)
-
-    @staticmethod
     def _absent(path: str, error: OSError) -> None:
         if error.errno not in _ABSENT:
             raise AttributeReadError(path, error.errno) from error
+
+
+def _answer(error: OSError, *path: str) -> AttributeReadError | None:
+    return None if error.errno in _ABSENT else AttributeReadError("/".join(path), error.errno)
 
 
 def _log_write(text: str, path: str) -> None:
