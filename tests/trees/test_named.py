@@ -36,6 +36,11 @@ def net(path: str = SOCKET) -> NetInfo:
     return NetInfo(label="eth0", socket_path=path)
 
 
+def id_of(tree: HostTree, path: str) -> str:
+    status = (tree.path / path[1:]).stat()
+    return f"inode {status.st_dev}:{status.st_ino}"
+
+
 @pytest.fixture
 def host(tree: HostTree) -> HostTree:
     """One of everything, each behind a link too."""
@@ -51,7 +56,9 @@ def host(tree: HostTree) -> HostTree:
     "source", [DIRECTORY, f"{DIRECTORY}/", "/srv//./work", "/srv/link", "/srv/link/../work"]
 )
 def test_a_share_is_the_directory_by_its_one_path(host: HostTree, source: str) -> None:
-    assert resolve(share(source), host.root) == SharedDirectory(FS, DIRECTORY, "work")
+    assert resolve(share(source), host.root) == SharedDirectory(
+        FS, DIRECTORY, "work", file_id=id_of(host, DIRECTORY)
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,11 +188,11 @@ def test_no_socket_is_refused_with_what_is_there(host: HostTree, path: str, foun
 @pytest.mark.parametrize("source", ["/dev/hwrng", "/dev/random"])
 def test_a_source_is_a_character_device_by_its_one_path(tree: HostTree, source: str) -> None:
     tree.node("/dev/hwrng", "c", "10:183").link("/dev/random", "hwrng")
-    assert resolve(RngInfo(source=source), tree.root) == EntropySource("/dev/hwrng")
+    assert resolve(RngInfo(source=source), tree.root) == EntropySource("/dev/hwrng", "char 10:183")
 
 
 def test_this_host_has_random_numbers() -> None:
-    assert resolve(RngInfo(), HostRoot()) == EntropySource("/dev/urandom")
+    assert resolve(RngInfo(), HostRoot()) == EntropySource("/dev/urandom", "char 1:9")
 
 
 @pytest.mark.parametrize(

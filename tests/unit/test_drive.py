@@ -286,6 +286,7 @@ def test_a_block_device_passes_the_page_cache_by_in_its_own_sectors() -> None:
         serial="0123456789abcdef",
         sector_bytes=4096,
         size_bytes=1 << 30,
+        file_id="block 8:16",
     )
 
 

@@ -84,8 +84,10 @@ class Throttle:
 class BlockDrive:
     """A disk to be plugged, or with the driver `nvdimm` persistent memory of `size_bytes`.
 
-    `file` is a block device node when `is_device`, a regular file otherwise. `backing_allowed`
-    lets a qcow2 image open the files that its header names. `throttle` is None for no limits.
+    `file` is a block device node when `is_device`, a regular file otherwise. `file_id` is what
+    QEMU must have opened by that name (see `vmplug.host.opened`), None for anything.
+    `backing_allowed` lets a qcow2 image open the files that its header names. `throttle` is None
+    for no limits.
     """
 
     id: str
@@ -104,19 +106,22 @@ class BlockDrive:
     iothread: bool = False
     throttle: Throttle | None = None
     size_bytes: int | None = None
+    file_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Daemon:
     """A virtiofsd that vmplug itself runs for one share of `directory`.
 
-    It begins before the share is plugged and ends after it is unplugged.
+    It begins before the share is plugged and ends after it is unplugged. `file_id` is that of the
+    directory, None for any.
     """
 
     program: str
     directory: str
     cache: str
     read_only: bool
+    file_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,22 +151,27 @@ class VhostUserDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedFS:
-    """A directory shared by QEMU itself, as virtio-9p."""
+    """A directory shared by QEMU itself, as virtio-9p; `file_id` is as for a BlockDrive."""
 
     id: str
     directory: str
     tag: str
     read_only: bool
+    file_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RNGDevice:
-    """Random numbers from `filename`; the guest may take `max_bytes` in each period."""
+    """Random numbers from `filename`; the guest may take `max_bytes` in each period.
+
+    `file_id` is as for a BlockDrive.
+    """
 
     id: str
     filename: str
     max_bytes: int | None = None
     period_ms: int | None = None
+    file_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,7 +334,8 @@ class Hypervisor(Protocol):
     def plug(self, plug: Plug, place: Place) -> None:
         """Plug all of it or none: whatever was done before a failure is undone.
 
-        Only after a ProtocolError or ConnectError does nobody know what was done.
+        Only after a ProtocolError or ConnectError does nobody know what was done. Raises
+        NoSuchDevice when what was opened is not the file that was checked.
         """
 
     def request_unplug(self, device_id: str) -> None:

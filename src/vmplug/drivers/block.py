@@ -268,6 +268,7 @@ def plan_drive(
         iothread=options.iothread,
         throttle=options.throttle,
         size_bytes=device.size_bytes,
+        file_id=device.file_id,
     )
 
 

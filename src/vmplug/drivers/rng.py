@@ -9,7 +9,7 @@ from vmplug.drivers.choose import virtio_place
 from vmplug.drivers.options import Option, number, parse_options
 from vmplug.drivers.place import Offer, Place
 from vmplug.errors import SpecError
-from vmplug.host.device import HostDevice
+from vmplug.host.device import EntropySource, HostDevice
 from vmplug.host.finding import Finding
 
 OPTIONS: Mapping[str, Option] = {
@@ -60,6 +60,7 @@ class RngOptions:
         return RNGDevice(
             id=new.id,
             filename=new.device.host_path,
+            file_id=new.device.file_id if isinstance(new.device, EntropySource) else None,
             max_bytes=limit,
             period_ms=(self.period_ms or PERIOD_MS) if limit else None,
         )

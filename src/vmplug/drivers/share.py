@@ -136,7 +136,11 @@ class ShareOptions:
         device = new.device
         if device.kind is DeviceType.VIRTIO_9P:
             return SharedFS(
-                id=new.id, directory=device.host_path, tag=self.tag, read_only=new.read_only
+                id=new.id,
+                directory=device.host_path,
+                tag=self.tag,
+                read_only=new.read_only,
+                file_id=device.file_id if isinstance(device, SharedDirectory) else None,
             )
         return VhostUserDevice(
             id=new.id,
@@ -158,4 +162,5 @@ class ShareOptions:
             directory=device.host_path,
             cache=ShareCache.NONE if cache is ShareCache.NEVER else cache,
             read_only=read_only,
+            file_id=device.file_id,
         )

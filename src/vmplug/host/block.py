@@ -10,6 +10,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.device import BlockDevice, DiskFile, DiskPart, FoundBy
 from vmplug.host.image import read_qcow2_header
 from vmplug.host.loop import LoopBacking, read_backing_file
+from vmplug.host.opened import file_id
 from vmplug.host.pmem import read_pfn_info
 from vmplug.host.root import HostRoot, node_number
 
@@ -53,6 +54,7 @@ def read_disk_file(path: str, root: HostRoot, found_by: FoundBy = FoundBy.FILE) 
         host_path=canonical,
         found_by=found_by,
         size_bytes=status.st_size if status else 0,
+        file_id=file_id(status) if status else None,
         read_only=not root.is_writable(canonical),
         direct_io=root.probe_open(canonical, os.O_DIRECT) is None,
         qcow2=read_qcow2_header(canonical, root),

@@ -90,6 +90,11 @@ class BlockDevice:
         return self.device_node
 
     @property
+    def file_id(self) -> str:
+        """What QEMU must have opened; see `vmplug.host.opened`."""
+        return f"block {self.devnum}"
+
+    @property
     def direct_io(self) -> bool:
         """Always: the page cache can be passed by on every block device."""
         return True
@@ -111,15 +116,17 @@ class BlockDevice:
 class DiskFile:
     """A regular file that is to be a disk or an NVDIMM; `host_path` is its canonical path.
 
-    `read_only` says that its file system takes no writes, `direct_io` that it can be read past the
-    page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image; `pfn` is the
-    information block of persistent memory, None without one.
+    `file_id` tells it from another file of that name (see `vmplug.host.opened`), None where nobody
+    looked. `read_only` says that its file system takes no writes, `direct_io` that it can be read
+    past the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image;
+    `pfn` is the information block of persistent memory, None without one.
     """
 
     kind: DeviceType = field(default=DeviceType.BLOCK, init=False)
     found_by: FoundBy = FoundBy.FILE
     host_path: str
     size_bytes: int
+    file_id: str | None = None
     read_only: bool = False
     qcow2: Qcow2Header | None = None
     pfn: "PfnInfo | None" = None
@@ -217,7 +224,7 @@ class SharedDirectory(NamedTuple):
     """A directory to be shared under `tag`; `host_path` is its canonical path.
 
     `read_only` says that its file system takes no writes. `virtiofsd` is the host's program that
-    can share it as virtio-fs, None when it has none.
+    can share it as virtio-fs, None when it has none. `file_id` is as for a DiskFile.
     """
 
     kind: DeviceType
@@ -225,6 +232,7 @@ class SharedDirectory(NamedTuple):
     tag: str
     read_only: bool = False
     virtiofsd: str | None = None
+    file_id: str | None = None
 
     @property
     def found_by(self) -> FoundBy:
@@ -275,9 +283,13 @@ class OpenConnection(NamedTuple):
 
 
 class EntropySource(NamedTuple):
-    """A character device that gives random numbers; `host_path` is its node."""
+    """A character device that gives random numbers; `host_path` is its node.
+
+    `file_id` is as for a DiskFile.
+    """
 
     host_path: str
+    file_id: str | None = None
 
     @property
     def kind(self) -> DeviceType:

@@ -1,5 +1,6 @@
 """Requests that name their other end themselves: a socket, a directory, a source, a descriptor."""
 
+import os
 import stat
 from collections.abc import Collection
 from typing import assert_never
@@ -15,6 +16,7 @@ from vmplug.host.device import (
     SharedFilesystem,
     VhostUserSocket,
 )
+from vmplug.host.opened import file_id
 from vmplug.host.root import HostRoot, describe
 from vmplug.host.vfio import find_vfio_device, find_vfio_group
 from vmplug.oci.annotated import Named, NetInfo, RngInfo, ShareInfo, VfioInfo
@@ -45,7 +47,7 @@ def resolve_named(request: Named, root: HostRoot) -> HostDevice:
 def _share(request: ShareInfo, root: HostRoot) -> HostDevice:
     if request.descriptor is not None:
         return _connection(request, request.descriptor, root)
-    path, mode = _look(
+    path, status = _look(
         request,
         request.source,
         root,
@@ -53,7 +55,7 @@ def _share(request: ShareInfo, root: HostRoot) -> HostDevice:
         wrong="cannot be shared",
         hint="name a directory, or the socket of a virtiofsd",
     )
-    if stat.S_ISSOCK(mode):
+    if stat.S_ISSOCK(status.st_mode):
         return VhostUserSocket(
             kind=DeviceType.VHOST_USER_FS, found_by=FoundBy.FILE, socket_path=path
         )
@@ -65,6 +67,7 @@ def _share(request: ShareInfo, root: HostRoot) -> HostDevice:
         request.tag,
         read_only=root.is_mounted_read_only(path),
         virtiofsd=next(programs, None),
+        file_id=file_id(status),
     )
 
 
@@ -95,7 +98,7 @@ def _network(request: NetInfo, root: HostRoot) -> VhostUserSocket:
 
 
 def _source(request: RngInfo, root: HostRoot) -> EntropySource:
-    path, _ = _look(
+    path, status = _look(
         request,
         request.source,
         root,
@@ -103,7 +106,7 @@ def _source(request: RngInfo, root: HostRoot) -> EntropySource:
         wrong="gives no random numbers",
         hint="name a character device such as /dev/urandom or /dev/hwrng",
     )
-    return EntropySource(path)
+    return EntropySource(path, file_id(status))
 
 
 def _look(
@@ -114,12 +117,12 @@ def _look(
     kinds: Collection[int],
     wrong: str,
     hint: str,
-) -> tuple[str, int]:
-    """The canonical path and the mode of what is there, if it is one of these kinds."""
+) -> tuple[str, os.stat_result]:
+    """The canonical path and the status of what is there, if it is one of these kinds."""
     real = root.real_path(path)
     status = root.stat(real)
     if status is None or stat.S_IFMT(status.st_mode) not in kinds:
         found = describe(status)
         message = f"{path} {wrong}: found {found}"
         raise NoSuchDevice(request.wanted, message, found=found, hint=hint)
-    return real, status.st_mode
+    return real, status

@@ -11,18 +11,22 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Protocol, Self
 
 from vmplug.drivers.base import Daemon
-from vmplug.errors import BackendError
+from vmplug.errors import BackendError, DeviceError
+from vmplug.host.opened import file_id, replaced
 from vmplug.host.process import find_marked, wait_for_end
+from vmplug.host.root import HostRoot
 
 _MARK = "VMPLUG_DEVICE"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _END_TIMEOUT_S = 2.0
+_SANDBOX_TIMEOUT_S, _SANDBOX_STEP_S = 10.0, 0.005
 _READ_ONLY = 'mount -o bind,ro -- "$0" "$0" && exec "$@"'
 """In a mount namespace of its own: virtiofsd has no option for it. The directory is `$0`."""
 
@@ -71,7 +75,7 @@ class Daemons(Protocol):
     """Who runs the daemons."""
 
     def start(self, daemon: Daemon, device_id: str) -> Started:
-        """Start one; BackendError when it cannot be."""
+        """Start one; BackendError when it cannot be, NoSuchDevice for another directory."""
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
         """Pids by device id: of these devices, or of all."""
@@ -111,7 +115,38 @@ class HostDaemons(Daemons):
                     f"{daemon.program} cannot be started on {daemon.directory}: {why}",
                     hint="is the directory still there, and may this user enter it?",
                 ) from error
+            try:
+                self._check_directory(daemon, device_id)
+            except DeviceError:
+                started.close()
+                self.end([device_id])
+                raise
         return started
+
+    def _check_directory(self, daemon: Daemon, device_id: str) -> None:
+        """Wait until it has shut itself into the directory that was checked, and no other.
+
+        One that has died says why itself.
+        """
+        checked, root = daemon.file_id, HostRoot()
+        outside = root.try_stat("/")
+        deadline = time.monotonic() + _SANDBOX_TIMEOUT_S
+        while checked:
+            pids = self._processes([device_id]).get(device_id, [])
+            statuses = [outside, *(root.try_stat(f"/proc/{pid}/root") for pid in pids)]
+            roots = [file_id(status) for status in statuses if status]
+            if not pids or checked in roots[1:]:
+                return
+            if set(roots[1:]) - {roots[0]}:
+                raise replaced(daemon.directory, root)
+            if time.monotonic() > deadline:
+                raise BackendError(
+                    daemon.program,
+                    f"{daemon.program} has not shut itself into {daemon.directory} within "
+                    f"{_SANDBOX_TIMEOUT_S:g} s",
+                    hint="nothing is left of it in the VM; try again",
+                )
+            time.sleep(_SANDBOX_STEP_S)  # nothing tells that a process has a new root
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
         """See Daemons."""

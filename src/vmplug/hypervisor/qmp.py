@@ -35,8 +35,7 @@ class QmpMonitor(Monitor):
     """One conversation on a QMP socket; lost ones are taken up again at the next command.
 
     QEMU serves one client a socket, so that connecting waits for others to finish. `peer_pid` is
-    the process that made the socket: QEMU, or who started it and passed the socket on; None if
-    the kernel does not say.
+    the process that speaks; None if the kernel cannot say, as for one in another PID namespace.
     """
 
     def __init__(self, path: str, *, timeout_s: float) -> None:
@@ -113,7 +112,7 @@ class QmpMonitor(Monitor):
             client = QMPClient("vmplug")
             client.register_listener(events)
             try:
-                await client.connect(self._open_socket())
+                await client.connect(await self._open_socket())
             except QmpConnectError as error:
                 if not (attempts_left and isinstance(error.exc, NegotiationError)):
                     raise
@@ -121,9 +120,22 @@ class QmpMonitor(Monitor):
                 return client
         raise AssertionError("unreachable")
 
-    def _open_socket(self) -> socket.socket:
-        """A connected socket; the kernel lets it wait for its turn. Source: unix(7)."""
+    async def _open_socket(self) -> socket.socket:
+        """A connected socket on which QEMU has begun to speak, or hung up.
+
+        The kernel lets it wait for its turn. Source: unix(7).
+        """
+        connection = self._connected_socket()
+        try:
+            self.peer_pid = await _read_speaker(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _connected_socket(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         whole_s = int(self._connect_timeout_s)
         deadline = struct.pack("ll", whole_s, int((self._connect_timeout_s - whole_s) * 1e6))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
@@ -135,8 +147,6 @@ class QmpMonitor(Monitor):
         except OSError as error:
             connection.close()
             raise self._no_conversation(error) from error
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        self.peer_pid = struct.unpack("iII", credentials)[0] or None
         connection.settimeout(0)  # as asyncio wants it
         return connection
 
@@ -210,6 +220,33 @@ class QmpMonitor(Monitor):
                 f"the QMP conversation on {self._socket} broke off during {command.execute}",
                 hint="if the VM died, vmplug reconcile frees what it held",
             ) from error
+
+
+_CREDENTIALS = struct.Struct("iII")
+
+
+async def _read_speaker(connection: socket.socket) -> int | None:
+    """The process that says the first thing there, which stays to be read.
+
+    Who made the socket (SO_PEERCRED) may be somebody else, such as libvirt, who passed it on.
+    Source: unix(7), SO_PASSCRED and SCM_CREDENTIALS.
+    """
+    loop = asyncio.get_running_loop()
+    spoken = asyncio.Event()
+    loop.add_reader(connection, spoken.set)
+    try:
+        await spoken.wait()
+    finally:
+        loop.remove_reader(connection)
+    room = socket.CMSG_SPACE(_CREDENTIALS.size)
+    try:
+        _, told, _, _ = connection.recvmsg(1, room, socket.MSG_PEEK)
+    except ConnectionError:  # the client finds it again, and says it
+        return None
+    pids = [
+        _CREDENTIALS.unpack(data)[0] for _, kind, data in told if kind == socket.SCM_CREDENTIALS
+    ]
+    return pids[0] or None if pids else None
 
 
 def _reason(error: Exception) -> str:

@@ -24,14 +24,16 @@ from vmplug.errors import (
     BackendError,
     BackendTimeout,
     CommandError,
+    HostError,
     HypervisorError,
     UnplugTimeout,
 )
+from vmplug.host.opened import check_opened
 from vmplug.host.vfio import open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import vfio
-from vmplug.hypervisor.qemu.plug import check_hot, plug_steps
+from vmplug.hypervisor.qemu.plug import check_hot, opened_file, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer
 
@@ -95,7 +97,7 @@ class Qemu:
             self._plug_group(plug, place)
             return
         if not (isinstance(plug, VhostUserDevice) and plug.daemon):
-            self._do(self.steps(plug, place))
+            self._do(self.steps(plug, place), opened_file(plug))
             return
         with self._daemons.start(plug.daemon, plug.id) as started:
             connected = replace(plug, daemon=None, descriptor=started.descriptor)
@@ -129,11 +131,23 @@ class Qemu:
                     ) from error
                 raise
 
-    def _do(self, steps: Sequence[Step]) -> None:
-        done, refusal = self._monitor.attempt([step.do for step in steps])
-        if refusal:
-            for step in reversed(steps[: len(done)]):
+    def _do(self, steps: Sequence[Step], file: tuple[str, str] | None = None) -> None:
+        """All or none; `file` is looked at before the last step, which shows it to the guest."""
+        done: list[Step] = []
+        try:
+            self._do_each(steps[:-1], done)
+            if file and self.endpoint:
+                check_opened(*file, self.endpoint.pid)
+            self._do_each(steps[-1:], done)
+        except (CommandError, HostError):
+            for step in reversed(done):
                 self._take_back(step.undo)
+            raise
+
+    def _do_each(self, steps: Sequence[Step], done: list[Step]) -> None:
+        answers, refusal = self._monitor.attempt([step.do for step in steps])
+        done += steps[: len(answers)]
+        if refusal:
             raise refusal
 
     def request_unplug(self, device_id: str) -> None:
@@ -204,6 +218,10 @@ class Qemu:
     def power_down(self) -> None:
         """Press the power button; the guest may heed it."""
         self._monitor.execute(Command("system_powerdown", {}))
+
+    def resume(self) -> None:
+        """Let a VM that stands still run."""
+        self._monitor.execute(Command("cont", {}))
 
     def quit(self) -> None:
         """End QEMU at once."""

@@ -15,9 +15,10 @@ from vmplug.address import qemu_id
 from vmplug.drivers.base import START_DAEMON, Command, Plug, Step, VhostUserDevice
 from vmplug.drivers.place import Offer, Place
 from vmplug.errors import StateError
+from vmplug.host.opened import check_opened
 from vmplug.hypervisor.daemon import Daemons, HostDaemons, Started
 from vmplug.hypervisor.qemu.machine import VmSpec, cold_offer, option_text
-from vmplug.hypervisor.qemu.plug import check_file, plug_steps
+from vmplug.hypervisor.qemu.plug import check_file, opened_file, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK
 
 _JSON_OPTIONS = {
@@ -46,6 +47,7 @@ class ColdQemu:
         self._steps: dict[str, tuple[Step, ...]] = {}
         self._connections: dict[str, int] = {}
         self._running: dict[str, Started] = {}
+        self._files: dict[str, tuple[str, str]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +88,18 @@ class ColdQemu:
             assert plug.descriptor is not None
             self._connections[qemu_id(plug.id, LINK)] = plug.descriptor
         self._steps[plug.id] = self.steps(plug, place)
+        if file := opened_file(plug):
+            self._files[plug.id] = file
+
+    @property
+    def opens_files(self) -> bool:
+        """Whether it must be looked at before the guest runs: see `check_opened`."""
+        return bool(self._files)
+
+    def check_opened(self, pid: int) -> None:
+        """NoSuchDevice unless QEMU, which has come up, opened the files that were checked."""
+        for path, checked in self._files.values():
+            check_opened(path, checked, pid)
 
     def arguments(self) -> list[str]:
         """Everything that was plugged, for the command line."""
@@ -99,6 +113,7 @@ class ColdQemu:
     def request_unplug(self, device_id: str) -> None:
         """Leave it out after all."""
         self._steps.pop(device_id, None)
+        self._files.pop(device_id, None)
         self._connections.pop(qemu_id(device_id, LINK), None)
         if started := self._running.pop(device_id, None):
             started.close()

@@ -4,8 +4,9 @@ import errno
 import os
 import socket
 import subprocess
+from contextlib import closing
 
-from vmplug.errors import ConnectError, HypervisorError, SpecError
+from vmplug.errors import ConnectError, DeviceError, HypervisorError, SpecError
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.coldplug import ColdQemu
 from vmplug.hypervisor.qemu.machine import BINARY, PACKAGE, command_line
@@ -18,13 +19,17 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
     """Start the machine with what was plugged into it; gives QEMU's pid once it answers.
 
     It comes up in its directory and outlives this process. Raises HypervisorError with QEMU's own
-    words when it does not come up, and leaves no process behind then.
+    words when it does not come up, NoSuchDevice when it opened another file than the one that was
+    checked, and leaves no process behind then.
     """
     spec, directory = cold.spec, cold.directory
     log_path = directory / "qemu.log"
     path = str(cold.qmp_socket)
     with _listening(path) as listener, log_path.open("wb") as log:
         arguments = [*command_line(spec, listener.fileno()), *cold.arguments(), *spec.extra]
+        stands_still = cold.opens_files and "-S" not in spec.extra
+        if stands_still:
+            arguments.append("-S")
         try:
             process = subprocess.Popen(
                 arguments,
@@ -42,10 +47,15 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
                 hint=f"on Debian: apt install {PACKAGE[program]}",
             ) from None
     try:
-        Qemu.connect(path, timeout_s=timeout_s).close()
-    except ConnectError as error:
+        with closing(Qemu.connect(path, timeout_s=timeout_s)) as qemu:
+            cold.check_opened(process.pid)
+            if stands_still:
+                qemu.resume()
+    except DeviceError as error:
         process.kill()
         process.wait()
+        if not isinstance(error, ConnectError):
+            raise
         words = "; ".join(log_path.read_text(errors="replace").splitlines())
         raise HypervisorError(
             f"QEMU did not come up: {words or error.message}",

@@ -46,6 +46,19 @@ def check_hot(plug: Plug, place: Place) -> None:
     check_file(plug, place)
 
 
+def opened_file(plug: Plug) -> tuple[str, str] | None:
+    """The path that QEMU itself opens for it, and the id of the file that must be there."""
+    match plug:
+        case BlockDrive(file=path, file_id=str(checked)):
+            return path, checked
+        case RNGDevice(filename=path, file_id=str(checked)):
+            return path, checked
+        case SharedFS(directory=path, file_id=str(checked)):
+            return path, checked
+        case _:
+            return None
+
+
 def check_file(plug: Plug, place: Place) -> None:
     """CannotPlug when the file of an NVDIMM has gone: QEMU would make an empty one."""
     match plug, place:
