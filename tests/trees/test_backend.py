@@ -20,6 +20,7 @@ from tests.support.vhost_user.messages import Connection
 from tests.support.vhost_user.scsi import Disk, ScsiDevice
 from tests.support.vhost_user.session import converse
 from vmplug.host.backend import (
+    Backend,
     Failure,
     Listener,
     ask_backend,
@@ -28,7 +29,7 @@ from vmplug.host.backend import (
     is_listening,
     probe,
 )
-from vmplug.host.device import Backend, DeviceType, VhostUserSocket
+from vmplug.host.device import DeviceType, VhostUserSocket
 from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.root import HostRoot
 

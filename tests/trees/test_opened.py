@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmplug.errors import NoSuchDevice
-from vmplug.host.opened import check_opened, file_id
+from vmplug.host.opened import check_opened, file_id, read_open_files
 
 
 @pytest.fixture
@@ -52,14 +52,14 @@ def test_nodes_are_the_same_by_their_number(tmp_path: Path) -> None:
 
 
 def test_what_is_open_and_in_its_place_is_what_was_checked(image: Path, reader: int) -> None:
-    check_opened(str(image), file_id(image.stat()), reader)
+    check_opened(str(image), file_id(image.stat()), read_open_files(reader))
 
 
 def test_a_file_that_was_put_in_its_place_is_refused(image: Path, reader: int) -> None:
     checked = file_id(image.stat())
     replace(image)
     with pytest.raises(NoSuchDevice, match="replaced it meanwhile") as refused:
-        check_opened(str(image), checked, reader)
+        check_opened(str(image), checked, read_open_files(reader))
     assert refused.value.found == "a regular file"
     assert "try again" in (refused.value.hint or "")
 
@@ -74,7 +74,7 @@ def test_a_process_that_opened_another_one_meanwhile_is_found_out(image: Path) -
         kept.rename(image)
         assert file_id(image.stat()) == checked
         with pytest.raises(NoSuchDevice):
-            check_opened(str(image), checked, process.pid)
+            check_opened(str(image), checked, read_open_files(process.pid))
         process.kill()
 
 
@@ -82,13 +82,22 @@ def test_a_file_that_is_gone_is_refused(image: Path, reader: int) -> None:
     checked = file_id(image.stat())
     image.unlink()
     with pytest.raises(NoSuchDevice) as refused:
-        check_opened(str(image), checked, reader)
+        check_opened(str(image), checked, read_open_files(reader))
     assert refused.value.found == "nothing"
 
 
-def test_without_the_process_the_name_must_do(image: Path) -> None:
+def test_where_the_process_opened_nothing_the_name_must_do(image: Path) -> None:
     checked = file_id(image.stat())
-    check_opened(str(image), checked, None)
+    check_opened(str(image), checked, ())
     replace(image)
     with pytest.raises(NoSuchDevice):
-        check_opened(str(image), checked, None)
+        check_opened(str(image), checked, ())
+
+
+def test_pipes_sockets_and_the_dead_have_no_names() -> None:
+    assert not read_open_files(None)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        found = read_open_files(process.pid)
+        process.kill()
+    assert len(found) <= 1, "more than what it has from us as stderr"
+    assert not read_open_files(process.pid)

@@ -16,9 +16,51 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from vmplug.errors import AttributeReadError
-from vmplug.host.device import Backend, DeviceType, VhostUserSocket
+from vmplug.host.device import DeviceType, VhostUserSocket
 from vmplug.host.finding import Code, Finding
 from vmplug.host.root import HostRoot
+
+_BLK_F_RO, _BLK_F_BLK_SIZE = 5, 6
+_SCSI_FEATURES = 0b1111
+_DEVICE_FEATURES = (1 << 24) - 1
+"""Bits 0 to 23 are the device type's own. Source: virtio specification, 2.2."""
+
+
+class Backend(NamedTuple):
+    """What a vhost-user backend says of itself; `queues` is how many request queues it serves.
+
+    `has_config` says that it answers for the device's configuration space, `has_memory_slots`
+    that it maps guest memory in more than a few pieces.
+    """
+
+    features: int
+    queues: int
+    has_config: bool = False
+    has_memory_slots: bool = False
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether a vhost-user-blk backend takes no writes."""
+        return bool(self.features >> _BLK_F_RO & 1)
+
+    def can_be(self, kind: DeviceType) -> bool:
+        """Whether a device of that kind could have these features.
+
+        QEMU ends itself when a vhost-user-scsi device has another kind's backend, and asks that of
+        a disk for its size, which is in the configuration space. Such a disk that tells its block
+        size does not survive being taken for a network.
+        """
+        own = self.features & _DEVICE_FEATURES
+        match kind:
+            case DeviceType.VHOST_USER_SCSI:
+                return not own & ~_SCSI_FEATURES
+            case DeviceType.VHOST_USER_BLK:
+                return self.has_config
+            case DeviceType.VHOST_USER_NET:
+                return not (self.has_config and self.features >> _BLK_F_BLK_SIZE & 1)
+            case _:
+                return True
+
 
 PROBE_TIMEOUT_S = 2.0
 """A backend answers in a millisecond; one that serves another client does not answer at all."""

@@ -1,13 +1,15 @@
 """Was what a process has opened the file that was checked?
 
 Between a check and QEMU's open(2) a path may come to lead somewhere else: a symlink turned, a node
-made anew, a file renamed over it. So the file that QEMU has open is looked at again, before the
-guest sees anything of it.
+made anew, a file renamed over it. So what QEMU has opened is looked at, before the guest sees
+anything of it.
 Source: proc_pid_fd(5): stat(2) of such a link is that of the open file, whatever its name is now.
 """
 
 import os
 import stat
+from collections import Counter
+from collections.abc import Collection
 
 from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.root import HostRoot, describe, node_number
@@ -24,16 +26,35 @@ def file_id(status: os.stat_result) -> str:
             return f"inode {status.st_dev}:{status.st_ino}"
 
 
-def check_opened(path: str, checked: str, pid: int | None) -> None:
-    """NoSuchDevice unless the process has opened the file of that id by that path.
+_NAMED = {stat.S_IFBLK, stat.S_IFCHR, stat.S_IFREG, stat.S_IFDIR}
 
-    Where the process or what it has open cannot be looked at (`pid` None, or of another user),
-    the path must lead to that file still.
+
+def read_open_files(pid: int | None) -> Counter[str]:
+    """The ids of what the process has open by a name, and how often; of nobody for None.
+
+    Empty for a process of another user, which may not be looked at.
+    """
+    root, directory = HostRoot(), f"/proc/{pid}/fd"
+    try:
+        links = [f"{directory}/{number}" for number in root.names(directory)] if pid else []
+    except AttributeReadError:
+        links = []
+    statuses = (root.try_stat(link) for link in links)
+    return Counter(
+        file_id(status) for status in statuses if status and stat.S_IFMT(status.st_mode) in _NAMED
+    )
+
+
+def check_opened(path: str, checked: str, opened: Collection[str]) -> None:
+    """NoSuchDevice unless the path leads to the file of that id, and that is what was opened.
+
+    `opened` are the ids of what the process has opened meanwhile. When it is nothing, it is
+    somebody else who opens files, such as the QEMU behind a proxy, and the path must do.
     """
     root = HostRoot()
     status = root.try_stat(path)
     is_there = status is not None and file_id(status) == checked
-    if not is_there or not (pid is None or _has_open(pid, checked, root)):
+    if not is_there or (opened and checked not in opened):
         raise replaced(path, root)
 
 
@@ -46,13 +67,3 @@ def replaced(path: str, root: HostRoot) -> NoSuchDevice:
         found=found,
         hint=f"nothing is left of it in the VM; look at what is there now, {found}, and try again",
     )
-
-
-def _has_open(pid: int, checked: str, root: HostRoot) -> bool:
-    directory = f"/proc/{pid}/fd"
-    try:
-        numbers = sorted(map(int, root.names(directory)), reverse=True)  # the newest first
-    except AttributeReadError:
-        return True  # not ours to look at: the path must do
-    statuses = (root.try_stat(f"{directory}/{number}") for number in numbers)
-    return any(status and file_id(status) == checked for status in statuses)

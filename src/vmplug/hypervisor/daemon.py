@@ -115,15 +115,15 @@ class HostDaemons(Daemons):
                     f"{daemon.program} cannot be started on {daemon.directory}: {why}",
                     hint="is the directory still there, and may this user enter it?",
                 ) from error
-            try:
-                self._check_directory(daemon, device_id)
-            except DeviceError:
-                started.close()
-                self.end([device_id])
-                raise
+        try:
+            self._check_directory(daemon, device_id, connection)
+        except DeviceError:
+            started.close()
+            self.end([device_id])
+            raise
         return started
 
-    def _check_directory(self, daemon: Daemon, device_id: str) -> None:
+    def _check_directory(self, daemon: Daemon, device_id: str, connection: socket.socket) -> None:
         """Wait until it has shut itself into the directory that was checked, and no other.
 
         One that has died says why itself.
@@ -131,11 +131,11 @@ class HostDaemons(Daemons):
         checked, root = daemon.file_id, HostRoot()
         outside = root.try_stat("/")
         deadline = time.monotonic() + _SANDBOX_TIMEOUT_S
-        while checked:
+        while checked and not _has_hung_up(connection):
             pids = self._processes([device_id]).get(device_id, [])
             statuses = [outside, *(root.try_stat(f"/proc/{pid}/root") for pid in pids)]
             roots = [file_id(status) for status in statuses if status]
-            if not pids or checked in roots[1:]:
+            if checked in roots[1:]:
                 return
             if set(roots[1:]) - {roots[0]}:
                 raise replaced(daemon.directory, root)
@@ -170,6 +170,16 @@ class HostDaemons(Daemons):
             if vm == self._vm and (wanted is None or device_id in wanted):
                 found.setdefault(device_id, []).append(pid)
         return found
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    """Whether nobody is left at the other end of a connection on which nobody has spoken yet."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from vmplug.errors import (
     HypervisorError,
     UnplugTimeout,
 )
-from vmplug.host.opened import check_opened
+from vmplug.host.opened import check_opened, read_open_files
 from vmplug.host.vfio import open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import Monitor
@@ -134,10 +134,12 @@ class Qemu:
     def _do(self, steps: Sequence[Step], file: tuple[str, str] | None = None) -> None:
         """All or none; `file` is looked at before the last step, which shows it to the guest."""
         done: list[Step] = []
+        pid = self.endpoint.pid if self.endpoint else None
+        before = read_open_files(pid) if file else None
         try:
             self._do_each(steps[:-1], done)
-            if file and self.endpoint:
-                check_opened(*file, self.endpoint.pid)
+            if file and before is not None:
+                check_opened(*file, read_open_files(pid) - before)
             self._do_each(steps[-1:], done)
         except (CommandError, HostError):
             for step in reversed(done):
