@@ -122,7 +122,7 @@ def test_the_driver_checks_a_file_by_what_it_will_be() -> None:
 # Options
 
 
-@pytest.mark.parametrize("key", NVDIMM_OPTIONS)
+@pytest.mark.parametrize("key", sorted(NVDIMM_OPTIONS))
 def test_the_options_of_an_nvdimm_are_options_of_a_disk(key: str) -> None:
     assert key in OPTIONS
 

@@ -134,12 +134,12 @@ class Qemu:
     def _do(self, steps: Sequence[Step], file: tuple[str, str] | None = None) -> None:
         """All or none; `file` is looked at before the last step, which shows it to the guest."""
         done: list[Step] = []
-        pid = self.endpoint.pid if self.endpoint else None
-        before = read_open_files(pid) if file else None
+        process = self.endpoint if file else None
+        before = read_open_files(process.pid) if process else Counter()
         try:
             self._do_each(steps[:-1], done)
-            if file and before is not None:
-                check_opened(*file, read_open_files(pid) - before)
+            if file and process:
+                check_opened(*file, read_open_files(process.pid) - before)
             self._do_each(steps[-1:], done)
         except (CommandError, HostError):
             for step in reversed(done):
