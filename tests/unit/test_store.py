@@ -512,6 +512,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path, *, is_new: bo
     start.wait(30)  # from here on all open it
     with Store.open(tmp_path) as store:
         store.add_devices([COUNTED], [])
+        store.set_state([COUNTED.id], State.ATTACHED)
     start.wait(30)  # from here on all write
     for process in processes:
         process.join(60)
@@ -525,6 +526,47 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path, *, is_new: bo
     }
     assert {d.state for d in devices} == {State.ATTACHED}
     assert common.count == PROCESSES * EACH
+
+
+def test_what_was_decided_without_another_device_is_not_written(
+    store: Store, tmp_path: Path
+) -> None:
+    known = store.device_ids()
+    store.add_devices([COUNTED], [])
+    before = journal_rows(tmp_path)
+    assert store.add_devices([DISK], [hold(DISK)], known=known) is None
+    assert journal_rows(tmp_path) == before
+
+
+def test_what_left_the_journal_or_moved_on_contradicts_no_new_device(store: Store) -> None:
+    store.add_devices([COUNTED, SCSI_DISK], [])
+    known = store.device_ids()
+    store.forget_devices([SCSI_DISK.id])
+    store.set_state([COUNTED.id], State.ATTACHED)
+    assert store.add_devices([DISK], [hold(DISK)], known=known) == [hold(DISK)]
+
+
+@pytest.mark.parametrize("state", [State.PLUGGING, State.DETACHING, State.RETAINED, None], ids=str)
+def test_nobody_holds_what_somebody_took_away_meanwhile(
+    store: Store, tmp_path: Path, state: State | None
+) -> None:
+    device_in(store, state)
+    store.add_devices([COUNTED], [])
+    before = journal_rows(tmp_path)
+    with pytest.raises(StateError, match=str(state) if state else "is known"):
+        store.set_state([COUNTED.id], State.ATTACHED, [replace(hold(DISK), owner="late")])
+    assert journal_rows(tmp_path) == before
+
+
+@pytest.mark.parametrize("state", [State.ATTACHED, State.DETACHING])
+def test_whose_last_hold_is_released_is_detaching_at_once(store: Store, state: State) -> None:
+    store.add_devices([DISK], [hold(DISK)])
+    store.set_state([DISK.id], State.ATTACHED)
+    store.set_state([DISK.id] if state is State.DETACHING else [], State.DETACHING)
+    assert store.release([hold(DISK).id], whole=False) == [DISK.id]
+    assert [device.state for device in store.devices("vm-1")] == [State.DETACHING]
+    with pytest.raises(StateError):
+        store.set_state([], State.ATTACHED, [hold(DISK, "late")])
 
 
 def test_threads_of_one_process_may_share_a_store(store: Store) -> None:

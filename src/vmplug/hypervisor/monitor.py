@@ -9,6 +9,12 @@ from vmplug.errors import CommandError
 
 EventReceiver = Callable[[str, Mapping[str, Any]], None]
 
+COMMAND_TIMEOUT_S = 30.0
+"""QEMU answers in milliseconds; only a dead disk can make it think."""
+
+MISSED = "missed"
+"""In the place of an event's name: from now on events are missed, until the next command."""
+
 
 class Monitor(Protocol):
     """Commands go in, answers and events come out.

@@ -18,43 +18,61 @@ from qemu.qmp.qmp_client import NegotiationError
 
 from vmplug.drivers.base import Command
 from vmplug.errors import BackendTimeout, CommandError, ConnectError, ProtocolError
-from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
+from vmplug.hypervisor.monitor import (
+    COMMAND_TIMEOUT_S,
+    MISSED,
+    EventReceiver,
+    Monitor,
+    command_error,
+)
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-COMMAND_TIMEOUT_S = 30.0
-"""QEMU answers in milliseconds; only a dead disk can make it think."""
-
 BACKEND_TIMEOUT_S = 10.0
 """A backend answers in milliseconds too; while QEMU waits for it, the guest stands still."""
 
+TURN_S = 0.25
+"""How long one conversation lasts. Eight busy clients wait two seconds for each other then, and
+to begin another one takes 1 % of it."""
+
+_END_TIMEOUT_S = 2.0
+"""For ending a conversation with a QEMU that hangs."""
+
 
 class QmpMonitor(Monitor):
-    """One conversation on a QMP socket; lost ones are taken up again at the next command.
+    """Conversations on a QMP socket, one after the other, each begun when a command needs it.
 
-    QEMU serves one client a socket, so that connecting waits for others to finish. `peer_pid` is
-    the process that speaks; None if the kernel cannot say, as for one in another PID namespace.
+    QEMU serves one client a socket and lets the others wait in the order they came. So none is
+    held for longer than TURN_S, be it in use or not: whoever waits for a guest keeps nobody from
+    the VM. Commands of one `attempt` stay together. `peer_pid` is the process that speaks; None if
+    the kernel cannot say, as for one in another PID namespace.
     """
 
-    def __init__(self, path: str, *, timeout_s: float) -> None:
+    def __init__(self, path: str, *, timeout_s: float, command_timeout_s: float) -> None:
         self._socket = path
         self._connect_timeout_s = timeout_s
+        self._command_timeout_s = command_timeout_s
         self.peer_pid: int | None = None
         self._receivers: list[EventReceiver] = []
         self._client: QMPClient | None = None
-        self._relay: asyncio.Task[None] | None = None
-        self._connecting = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._alone = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="vmplug-qmp", daemon=True
         )
 
     @classmethod
-    def connect(cls, path: str, *, timeout_s: float = 10.0) -> Self:
-        """A conversation on the QMP socket at `path`; ConnectError says why there is none."""
-        monitor = cls(path, timeout_s=timeout_s)
+    def connect(
+        cls, path: str, *, timeout_s: float = 10.0, command_timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> Self:
+        """A conversation on the QMP socket at `path`; ConnectError says why there is none.
+
+        `timeout_s` is for one's turn on the socket, `command_timeout_s` for each answer.
+        """
+        monitor = cls(path, timeout_s=timeout_s, command_timeout_s=command_timeout_s)
         monitor._thread.start()
         try:
             monitor._run(monitor._connect())
@@ -100,7 +118,8 @@ class QmpMonitor(Monitor):
         except QmpConnectError as error:
             raise self._no_conversation(error) from error
         self._client = client
-        self._relay = asyncio.create_task(self._relay_events(events))
+        relay, turn = self._relay_events(events), self._end_turn()
+        self._tasks = [asyncio.create_task(relay), asyncio.create_task(turn)]
 
     async def _negotiate(self, events: EventListener) -> QMPClient:
         """A client that may send commands.
@@ -163,37 +182,53 @@ class QmpMonitor(Monitor):
             for receive in self._receivers:
                 receive(str(event["event"]), cast(Mapping[str, Any], event.get("data", {})))
 
+    async def _end_turn(self) -> None:
+        """Leave the socket to the next client; our next command queues up behind it."""
+        await asyncio.sleep(TURN_S)
+        async with self._alone:
+            await self._disconnect()
+
     async def _disconnect(self) -> None:
-        if self._relay:
-            self._relay.cancel()
-        if self._client:
-            with contextlib.suppress(QMPError, OSError, EOFError):
-                await self._client.disconnect()
-        self._client = self._relay = None
+        """End the conversation, if there is one, and tell who waits for its events."""
+        if self._client is None:
+            return
+        client, self._client = self._client, None
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        with contextlib.suppress(QMPError, OSError, EOFError):  # TimeoutError is an OSError
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                await client.disconnect()
+        for receive in self._receivers:
+            receive(MISSED, {})
 
     async def _attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
+        """One batch at a time, in one conversation: QEMU does one thing after the other anyway."""
         answers: list[Any] = []
-        try:
-            for command in commands:
-                answer = await self._execute(command)
-                answers.append(answer)
-        except CommandError as refusal:
-            return answers, refusal
+        async with self._alone:
+            client = await self._connected()
+            try:
+                for command in commands:
+                    answer = await self._execute(client, command)
+                    answers.append(answer)
+            except CommandError as refusal:
+                return answers, refusal
+            except ProtocolError:
+                await self._disconnect()  # a late answer would belong to nobody
+                raise
         return answers, None
 
     async def _connected(self) -> QMPClient:
-        """The client of this conversation, or of a new one when it broke off."""
-        async with self._connecting:
-            if self._client is None or self._client.runstate is not Runstate.RUNNING:
-                await self._disconnect()
-                await self._connect()
-            assert self._client
-            return self._client
+        """The client of this conversation, or of a new one when it has ended."""
+        if self._client is None or self._client.runstate is not Runstate.RUNNING:
+            await self._disconnect()
+            await self._connect()
+        assert self._client
+        return self._client
 
-    async def _execute(self, command: Command) -> Any:
-        client = await self._connected()
+    async def _execute(self, client: QMPClient, command: Command) -> Any:
         log.debug("%s %s", command.execute, command.arguments)
-        timeout_s = BACKEND_TIMEOUT_S if command.backend else COMMAND_TIMEOUT_S
+        timeout_s = BACKEND_TIMEOUT_S if command.backend else self._command_timeout_s
         try:
             if command.descriptor is not None:
                 client.send_fd_scm(command.descriptor)

@@ -3,10 +3,9 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Self
 
 from vmplug.drivers.base import Driver, Hypervisor, Step
@@ -18,7 +17,7 @@ from vmplug.errors import (
     NoFreePort,
     NotAttached,
     ProtocolError,
-    StoreError,
+    StateError,
     UnplugTimeout,
 )
 from vmplug.host.device import HostDevice, VfioGroup
@@ -28,6 +27,7 @@ from vmplug.host.vhost_user import VhostUserStore
 from vmplug.host.viability import check_memlock
 from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.manager.binder import Binder
+from vmplug.manager.decide import decide, finish
 from vmplug.manager.examine import Examined, Known, examine
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
@@ -40,8 +40,6 @@ from vmplug.oci.annotated import Request
 
 log = logging.getLogger(__name__)
 
-_PLAN_ATTEMPTS = 20
-
 _UNKNOWN = (ProtocolError, ConnectError, UnplugTimeout)
 """After these nobody knows what QEMU did, or half of a group is still in it; after every other
 error it is as it was."""
@@ -51,7 +49,8 @@ class DeviceManager:
     """The devices of one VM. Thread-safe: no thread waits for another's guest.
 
     Several managers may serve one VM, also in several processes: they share the journal below
-    `state_dir`.
+    `state_dir`, and take turns on the QMP socket. The lock is held while it is decided what to
+    do, and never while that is done.
     """
 
     def __init__(
@@ -185,19 +184,21 @@ class DeviceManager:
         for what `check` finds), HypervisorError, and StateError when a device is still on its way
         out or in.
         """
-        with self._lock:
-            examine_now = partial(self.check, infos, allow=allow, managed=managed)
-            plan, added = self._plan_and_journal(examine_now, owner)
-            records = [new.record for new in plan.new]
-            done, failure = self._plug(plan.new, managed=managed)
-            if failure is None:
-                ids = [*(record.id for record in records), *plan.revived]
-                added += self._journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
-            elif not isinstance(failure, _UNKNOWN):
-                self._give_up(plan.new, done)
+
+        def plan_now() -> Plan:
+            return self._plan(self.check(infos, allow=allow, managed=managed), owner)
+
+        plan, added = decide(plan_now, self._journal, self._lock)
+        done, failure = self._plug(plan.new, managed=managed)
+        if failure is None and plan.new:
+            try:
+                added += finish(plan, self._journal)
+            except StateError as error:
+                failure = error
         if isinstance(failure, _UNKNOWN):
             raise failure  # the journal keeps it for reconcile
         if failure:
+            self._give_up(plan.new, done)
             try:
                 self._unplug([r for r in done if r.can_be_unplugged], UNPLUG_TIMEOUT_S)
             except HypervisorError as error:
@@ -269,11 +270,10 @@ class DeviceManager:
 
     def reconcile(self, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Repair]:
         """Make the journal and the VM agree; tells what was done, nothing when they agreed."""
-        with self._lock:
-            self._offer = None
-            repairs = reconcile(self._vm, self._journal, self._hypervisor, timeout_s=timeout_s)
-            self._unplugger.give_back(repair.device_id for repair in repairs if repair.is_gone)
-            return repairs
+        self._offer = None
+        repairs = reconcile(self._vm, self._journal, self._hypervisor, timeout_s=timeout_s)
+        self._unplugger.give_back(repair.device_id for repair in repairs if repair.is_gone)
+        return repairs
 
     # planning
 
@@ -289,8 +289,8 @@ class DeviceManager:
         if not (isinstance(device, VfioGroup) and device.functions and endpoint and endpoint.pid):
             return ()
         with self._lock:
-            self._offer = self._offer or self._hypervisor.offer()
-            return check_memlock(device, endpoint.pid, self._offer.memory_bytes, self._host)
+            self._offer = offer = self._offer or self._hypervisor.offer()
+            return check_memlock(device, endpoint.pid, offer.memory_bytes, self._host)
 
     def _plan(self, examined: Sequence[Examined], owner: str | None) -> Plan:
         return make_plan(
@@ -301,33 +301,16 @@ class DeviceManager:
             choose=self._choose,
         )
 
-    def _plan_and_journal(
-        self, examine_now: Callable[[], Sequence[Examined]], owner: str | None
-    ) -> tuple[Plan, list[Attachment]]:
-        """Decide and write it down, on a journal that nobody else wrote to in between."""
-        for _ in range(_PLAN_ATTEMPTS):
-            version = self._journal.version()
-            plan = self._plan(examine_now(), owner)
-            records = [new.record for new in plan.new]
-            added = self._journal.add_devices(records, plan.holds_on(new=True), version=version)
-            if added is not None:
-                return plan, added
-        raise StoreError(
-            self._journal.path,
-            f"others write to the journal {self._journal.path} faster than it can be decided on",
-            hint="try again",
-        )
-
     def _choose(self, driver: Driver, device: HostDevice, taken: set[str]) -> tuple[Place, Offer]:
         """A place in what the VM offered when it was last asked, or, if that is full, offers now.
 
         What it offers is asked again after a refusal and after each unplug.
         """
-        if self._offer:
+        if offer := self._offer:
             with suppress(NoFreePort):
-                return driver.choose_place(device, self._offer, taken), self._offer
-        self._offer = self._hypervisor.offer()
-        return driver.choose_place(device, self._offer, taken), self._offer
+                return driver.choose_place(device, offer, taken), offer
+        self._offer = offer = self._hypervisor.offer()
+        return driver.choose_place(device, offer, taken), offer
 
     # acting
 
@@ -356,22 +339,16 @@ class DeviceManager:
         self._unplugger.give_back(undone)
         self._journal.forget_devices(undone)
 
-    def _let_go(self, records: Sequence[DeviceRecord]) -> list[DeviceRecord]:
-        """Write down that nobody holds the devices any more; gives those that are to be unplugged.
-
-        The others stay in the VM until it ends.
-        """
-        leaving = [record for record in records if record.can_be_unplugged]
+    def _let_go(self, records: Sequence[DeviceRecord]) -> None:
+        """Write down that nobody holds new devices; some stay until their VM ends."""
+        leaving = [record.id for record in records if record.can_be_unplugged]
         staying = [record.id for record in records if not record.can_be_unplugged]
-        self._journal.set_state([record.id for record in leaving], State.DETACHING)
+        self._journal.set_state(leaving, State.DETACHING)
         self._journal.set_state(staying, State.RETAINED)
-        return leaving
 
     def _release(self, ids: Sequence[str], timeout_s: float, *, whole: bool) -> None:
-        with self._lock:
-            last = set(self._journal.release(ids, whole=whole))
-            records = [r for r in self._journal.devices(self._vm) if r.id in last]
-            leaving = self._let_go(records)
+        last = set(self._journal.release(ids, whole=whole))
+        leaving = [record for record in self._journal.devices(self._vm) if record.id in last]
         self._unplug(leaving, timeout_s)
 
     def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:

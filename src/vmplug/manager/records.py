@@ -50,7 +50,7 @@ class DeviceRecord:
     @property
     def can_be_unplugged(self) -> bool:
         """Whether the VM can let go of it: QEMU never does of NVDIMMs and virtio-mmio devices."""
-        return not (self.place or "").startswith(UNPLUGGED_NEVER)
+        return state_without_holds(self.place) is State.DETACHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,11 @@ class Attachment:
     def container_path(self) -> str | None:
         """The path in the container; None for what has none there."""
         return self.name if self.name.startswith("/") else None
+
+
+def state_without_holds(place: str | None) -> State:
+    """What becomes of a device at that place when its last owner lets go."""
+    return State.RETAINED if (place or "").startswith(UNPLUGGED_NEVER) else State.DETACHING
 
 
 def read_vm(row: sqlite3.Row) -> VmRecord:

@@ -16,6 +16,9 @@ class State(StrEnum):
     RETAINED = "retained"
 
 
+ABSENT = "absent"
+"""What errors call the state of a device that is not in the journal."""
+
 FOLLOWS: dict[State | None, frozenset[State | None]] = {
     None: frozenset({State.PLUGGING}),
     State.PLUGGING: frozenset({State.ATTACHED, State.DETACHING, State.RETAINED, None}),
@@ -32,10 +35,10 @@ def check_step(device: str, state: State | None, wanted: State | None) -> None:
     """StateError unless `wanted` may follow `state`."""
     if wanted not in FOLLOWS[state]:
         raise StateError(
-            f"{device} is {state or 'absent'} and cannot become {wanted or 'absent'}",
-            state=str(state or "absent"),
+            f"{device} is {state or ABSENT} and cannot become {wanted or ABSENT}",
+            state=str(state or ABSENT),
             required=" or ".join(
-                str(s or "absent") for s, nexts in FOLLOWS.items() if wanted in nexts
+                str(s or ABSENT) for s, nexts in FOLLOWS.items() if wanted in nexts
             ),
         )
 
@@ -52,7 +55,7 @@ def on_its_way(vm: str, host_path: str, state: State) -> StateError:
 
 def not_in_journal(device_id: str) -> StateError:
     """The error for a device that the journal does not know."""
-    return StateError(f"no device {device_id} is known", state="absent", required="in the journal")
+    return StateError(f"no device {device_id} is known", state=ABSENT, required="in the journal")
 
 
 def known_already(name: str, qmp_socket: str | None = None) -> StateError:

@@ -7,7 +7,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self, TypeVar
@@ -26,6 +26,7 @@ from vmplug.manager.records import (
     read_claim,
     read_device,
     read_vm,
+    state_without_holds,
 )
 from vmplug.manager.state import (
     FOLLOWS,
@@ -39,7 +40,7 @@ from vmplug.manager.state import (
 T = TypeVar("T")
 
 _HOLD = """
-SELECT a.device, a.count, d.vm, d.host_path, d.state,
+SELECT a.device, a.count, d.vm, d.host_path, d.state, d.place,
        (SELECT count(*) FROM attachment b WHERE b.device = a.device) AS holds
 FROM attachment a JOIN device d ON a.device = d.id WHERE a.id = ?
 """
@@ -154,25 +155,21 @@ class Store:
 
     # devices
 
-    def version(self) -> int:
-        """A number that changes when another process or manager has written to the journal."""
-        with self._lock, self._errors():
-            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
-
     def add_devices(
         self,
         devices: Iterable[DeviceRecord],
         holds: Iterable[Attachment],
         *,
-        version: int | None = None,
+        known: Collection[str] | None = None,
     ) -> list[Attachment] | None:
         """Write down devices that are about to be plugged, and who wants them.
 
-        None, and nothing written, when the journal is no longer of that `version`: what was
-        decided on it, such as that no VM holds the device, may be wrong by now.
+        None, and nothing written, when the journal has devices besides the `known` ids: what was
+        decided without them, such as that no VM holds the device, may be wrong. What has left the
+        journal, or changed its state, speaks against no new device.
         """
         with Transaction(self._db, self._lock, self.path) as db:
-            if version not in {None, self.version()}:
+            if known is not None and not self.device_ids() <= set(known):
                 return None
             for device in devices:
                 check_step(device.host_path, None, device.state)
@@ -197,9 +194,10 @@ class Store:
     def set_state(
         self, device_ids: Sequence[str], state: State, holds: Sequence[Attachment] = ()
     ) -> list[Attachment]:
-        """Move devices on to `state`, and add holds on any device with it.
+        """Move devices on to `state`, and add holds on any device that is in it by then.
 
-        Raises StateError when the table does not let one of them; then none moves.
+        Raises StateError when the table does not let one of them, or somebody has taken a device
+        away meanwhile that was to be held; then nothing is changed.
         """
         with Transaction(self._db, self._lock, self.path) as db:
             if state is State.ATTACHED:
@@ -209,6 +207,8 @@ class Store:
                 if done.rowcount == 0:
                     check_step(device_id, _state(db, device_id), state)
                     raise not_in_journal(device_id)
+            for hold in holds:
+                _check_still(db, hold, state)
             return _add_holds(db, holds)
 
     def forget_devices(self, device_ids: Sequence[str]) -> None:
@@ -223,7 +223,8 @@ class Store:
         """Take holds back: one count of each, or the `whole` of it.
 
         A device's last hold stays until the device is gone, so that it can be seen and tried
-        again. Gives the ids of the devices for which that is so: they are to be unplugged.
+        again: the device is detaching then, and nobody may hold it any more; or it is retained,
+        if it cannot be unplugged. Gives the ids of the devices that are to be unplugged.
         Raises StateError, and takes nothing back, for a device whose attach broke off.
         """
         last = []
@@ -239,7 +240,9 @@ class Store:
                 if row["state"] == State.DETACHING or (
                     row["holds"] == 1 and (whole or row["count"] == 1)
                 ):
-                    last.append(row["device"])
+                    state = state_without_holds(row["place"])
+                    db.execute(_SET_STATE[state], (row["device"],))
+                    last += [row["device"]] if state is State.DETACHING else []
                 elif row["count"] > 1 and not whole:
                     db.execute(_RELEASE_ONE, (attachment_id,))
                 else:
@@ -291,6 +294,15 @@ _SET_STATE = {state: _step_statement(state) for state in State}
 def _state(db: sqlite3.Connection, device_id: str) -> State | None:
     row = db.execute("SELECT state FROM device WHERE id = ?", (device_id,)).fetchone()
     return State(row[0]) if row else None
+
+
+def _check_still(db: sqlite3.Connection, hold: Attachment, state: State) -> None:
+    """StateError when the device of a hold is no longer in `state`."""
+    now = _state(db, hold.device_id)
+    if now is None:
+        raise not_in_journal(hold.device_id)
+    if now is not state:
+        raise on_its_way(hold.vm, hold.host_path, now)
 
 
 def _add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> list[Attachment]:

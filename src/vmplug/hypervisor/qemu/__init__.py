@@ -2,12 +2,12 @@
 
 import logging
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from functools import partial
+from typing import Self
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id, qom_path
 from vmplug.drivers.base import (
@@ -31,8 +31,9 @@ from vmplug.errors import (
 from vmplug.host.opened import check_opened, read_open_files
 from vmplug.host.vfio import open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons
-from vmplug.hypervisor.monitor import Monitor
+from vmplug.hypervisor.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.qemu import vfio
+from vmplug.hypervisor.qemu.departures import Departures
 from vmplug.hypervisor.qemu.plug import check_hot, opened_file, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer
@@ -42,6 +43,9 @@ log = logging.getLogger(__name__)
 _NOT_THERE = ("Failed to find node", "not found")
 _UNPLUGGING = "in the process of unplug"
 """QEMU's word when device_del is repeated; the request stands."""
+_STILL_USED = ("in use", "busy")
+_SETTLE_TIMEOUT_S, _SETTLE_STEP_S = 5.0, 0.02
+"""What a device is made of is free a moment after the tree has forgotten it: 50 ms on QEMU 7.2."""
 
 
 class Qemu:
@@ -62,21 +66,27 @@ class Qemu:
         vm = endpoint.qmp_socket if endpoint else f"process {os.getpid()}"
         self._daemons = daemons or HostDaemons(vm)
         self._with_daemon: set[str] = set()
-        self._changed = threading.Condition()
-        self._asked: set[str] = set()
-        self._waiting: Counter[str] = Counter()
-        self._outcomes: dict[str, str] = {}
-        monitor.listen(self._on_event)
+        self._departures = Departures()
+        monitor.listen(self._departures.receive)
 
     @classmethod
-    def connect(cls, socket: str, *, timeout_s: float = 10.0) -> Self:
+    def connect(
+        cls,
+        socket: str,
+        *,
+        timeout_s: float = 10.0,
+        command_timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> Self:
         """Talk to the QEMU behind the QMP socket at path `socket`.
 
-        Raises ConnectError when nobody answers there within `timeout_s`.
+        Raises ConnectError when nobody answers there within `timeout_s`, also later: the socket is
+        left to others in between. Each answer may take `command_timeout_s`.
         """
         from vmplug.hypervisor.qmp import QmpMonitor  # noqa: PLC0415  asyncio costs 40 ms
 
-        monitor = QmpMonitor.connect(socket, timeout_s=timeout_s)
+        monitor = QmpMonitor.connect(
+            socket, timeout_s=timeout_s, command_timeout_s=command_timeout_s
+        )
         return cls(monitor, Endpoint(os.path.realpath(socket), monitor.peer_pid))
 
     def offer(self) -> Offer:
@@ -137,10 +147,10 @@ class Qemu:
         process = self.endpoint if file else None
         before = read_open_files(process.pid) if process else Counter()
         try:
-            self._do_each(steps[:-1], done)
             if file and process:
+                self._do_each(steps[:-1], done)
                 check_opened(*file, read_open_files(process.pid) - before)
-            self._do_each(steps[-1:], done)
+            self._do_each(steps[len(done) :], done)
         except (CommandError, HostError):
             for step in reversed(done):
                 self._take_back(step.undo)
@@ -155,44 +165,40 @@ class Qemu:
     def request_unplug(self, device_id: str) -> None:
         """Ask the guest to let go; comes back at once, also when it was asked before."""
         for name in sorted(self._present({device_id})):
-            with self._changed:
-                self._outcomes.pop(name, None)
+            self._departures.expect(name)
             try:
                 self._monitor.execute(Command("device_del", {"id": name}))
             except CommandError as error:
-                if error.error_class == "DeviceNotFound":
+                if _UNPLUGGING in error.desc:
                     continue
-                if _UNPLUGGING not in error.desc:
+                self._departures.forget(name)
+                if error.error_class != "DeviceNotFound":
                     raise
-            with self._changed:
-                self._asked.add(name)
 
     def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
         """Wait for the guest, then take the devices' remains away.
 
-        Gives the reason for each device that is still there. The event is what counts: a SCSI disk
-        leaves the object tree at once, and a moment before QEMU lets go of its node. The tree is
-        asked for devices whose event this conversation will not see.
+        Gives the reason for each device that is still there. The QMP socket is not held meanwhile.
         """
-        deadline = time.monotonic() + timeout_s
         wanted = set(device_ids)
-        pending = self._present(wanted)
-        with self._changed:
-            pending |= {name for name in self._asked if device_id_of(name) in wanted}
-            self._waiting.update(pending)
-            while pending - self._outcomes.keys():
-                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    break
-            outcomes = {name: self._outcomes.get(name, "timeout") for name in pending}
-            self._waiting.subtract(pending)
-            self._waiting = +self._waiting
-            for name in pending - self._waiting.keys():
-                self._asked.discard(name)
-                self._outcomes.pop(name, None)
-        still_there = self._present(wanted) if pending else set()
-        left = {device_id_of(name) or "": outcomes[name] for name in pending & still_there}
-        self._remove_remains(wanted - left.keys())
+        names = self._departures.wait(wanted, partial(self._present, wanted), timeout_s)
+        left = {device_id_of(name) or "": why for name, why in names.items()}
+        self._remove_remains_soon(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), "lost")
+
+    def _remove_remains_soon(self, device_ids: set[str]) -> None:
+        """The event says when they are free; they are tried where it was missed."""
+        deadline = time.monotonic() + _SETTLE_TIMEOUT_S
+        while True:
+            try:
+                self._remove_remains(device_ids)
+            except CommandError as error:
+                is_used = any(words in error.desc for words in _STILL_USED)
+                if not is_used or time.monotonic() >= deadline:
+                    raise
+                self._departures.pause(_SETTLE_STEP_S)
+            else:
+                return
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Tell the guest a disk's new size; a regular file is made to have it."""
@@ -232,14 +238,6 @@ class Qemu:
     def close(self) -> None:
         """End the conversation; the VM goes on."""
         self._monitor.close()
-
-    def _on_event(self, event: str, data: Mapping[str, Any]) -> None:
-        """Note what became of a device; virtio's inner half sends an event that names none."""
-        outcome = {"DEVICE_DELETED": "deleted", "DEVICE_UNPLUG_GUEST_ERROR": "refused"}.get(event)
-        if outcome and device_id_of(data.get("device", "")):
-            with self._changed:
-                self._outcomes[data["device"]] = outcome
-                self._changed.notify_all()
 
     def _take_back(self, command: Command | None) -> None:
         """What is not there any more needs no taking back: a netdev takes its chardev along."""

@@ -1,0 +1,119 @@
+"""Waiting for a guest to let go of devices: events wake who waits, the object tree decides.
+
+Events are missed while others have the QMP socket, and QEMU does not repeat them.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from vmplug.address import device_id_of
+from vmplug.hypervisor.monitor import MISSED
+
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
+"""How long the QMP socket is left to others between two looks; twice as long each time. The first
+look is at once, as most guests take 0.1 seconds; a silent one must not keep the socket busy."""
+
+_OUTCOMES = {"DEVICE_DELETED": "deleted", "DEVICE_UNPLUG_GUEST_ERROR": "refused"}
+
+
+class Departures:
+    """The devices of one VM that were asked to go, or are waited for. Thread-safe.
+
+    What nobody here asked for or waits for is not kept: other processes unplug devices too.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._asked: set[str] = set()
+        self._waited_for: Counter[str] = Counter()
+        self._outcomes: dict[str, str] = {}
+        self._missed = 0
+
+    def receive(self, event: str, data: Mapping[str, Any]) -> None:
+        """Note what became of a device; virtio's inner half sends an event that names none."""
+        name, outcome = data.get("device", ""), _OUTCOMES.get(event)
+        with self._changed:
+            if event == MISSED:
+                self._missed += 1
+            elif outcome and (name in self._asked or device_id_of(name) in self._waited_for):
+                self._outcomes[name] = outcome
+            else:
+                return
+            self._changed.notify_all()
+
+    def expect(self, name: str) -> None:
+        """The device is about to be asked: what became of it earlier counts no more."""
+        with self._changed:
+            self._outcomes.pop(name, None)
+            self._asked.add(name)
+
+    def forget(self, name: str) -> None:
+        """The device could not be asked."""
+        with self._changed:
+            self._asked.discard(name)
+
+    def wait(
+        self, device_ids: Collection[str], look: Callable[[], set[str]], timeout_s: float
+    ) -> dict[str, str]:
+        """Wait until the devices are gone; `look` gives their names in the object tree.
+
+        Gives those that are still there: `refused` by the guest, or `timeout`.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._waiting_for(device_ids):
+            missed, pause_s = self._missed, 0.0
+            pending = look() | self._names_asked(device_ids)
+            while pending:
+                self._hear(pending, deadline, missed)
+                self._hear(pending, min(deadline, time.monotonic() + pause_s))
+                missed, pause_s = self._missed, min(2 * pause_s or _FIRST_PAUSE_S, _LAST_PAUSE_S)
+                is_late = time.monotonic() >= deadline
+                pending = look()
+                refused = self._refused(pending)
+                if pending <= refused or is_late:
+                    return {n: "refused" if n in refused else "timeout" for n in pending}
+        return {}
+
+    def pause(self, timeout_s: float) -> None:
+        """Until something is heard, at most `timeout_s`."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
+    def _names_asked(self, device_ids: Collection[str]) -> set[str]:
+        with self._changed:
+            return {name for name in self._asked if device_id_of(name) in device_ids}
+
+    def _hear(self, names: set[str], deadline: float, missed: int | None = None) -> None:
+        """Until all of them are heard of, or events were missed since there were `missed`."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: names <= self._outcomes.keys() or missed not in {None, self._missed},
+                max(0.0, deadline - time.monotonic()),
+            )
+
+    def _refused(self, names: set[str]) -> set[str]:
+        """Those the guest refused to let go of; what is there was not deleted, but one before."""
+        with self._changed:
+            for name in [n for n in names if self._outcomes.get(n) == "deleted"]:
+                del self._outcomes[name]
+            return names & self._outcomes.keys()
+
+    @contextmanager
+    def _waiting_for(self, device_ids: Collection[str]) -> Iterator[None]:
+        """Outcomes are kept until the last thread that waits for them has gone on."""
+        with self._changed:
+            self._waited_for.update(device_ids)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waited_for.subtract(device_ids)
+                self._waited_for = +self._waited_for
+                for name in self._asked | self._outcomes.keys():
+                    if device_id_of(name) in device_ids - self._waited_for.keys():
+                        self._asked.discard(name)
+                        self._outcomes.pop(name, None)

@@ -1,0 +1,63 @@
+"""What is decided is written down before anybody else can contradict it."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from vmplug.errors import StateError, StoreError
+from vmplug.manager.plan import Plan
+from vmplug.manager.records import Attachment
+from vmplug.manager.state import ABSENT, State
+from vmplug.manager.store import Store
+
+_ATTEMPTS = 20
+_PLUG_TIMEOUT_S, _PLUG_STEP_S = 1.0, 0.02
+"""How long one waits for others who plug the same device just now: that takes milliseconds, but
+QEMU may be busy with more of them."""
+
+
+def decide(
+    plan_now: Callable[[], Plan], journal: Store, lock: AbstractContextManager[object]
+) -> tuple[Plan, list[Attachment]]:
+    """A plan and its holds on new devices, journalled; the `lock` is held for each attempt.
+
+    If nothing is to be plugged it is done with that. Others who plug the same device are waited
+    for a moment.
+    """
+    deadline = time.monotonic() + _PLUG_TIMEOUT_S
+    while True:
+        try:
+            with lock:
+                return _decide_now(plan_now, journal)
+        except StateError as error:
+            is_passing = error.state in {State.PLUGGING, ABSENT}
+            if not is_passing or time.monotonic() >= deadline:
+                raise
+        time.sleep(_PLUG_STEP_S)  # other processes plug too, and SQLite tells no changes
+
+
+def finish(plan: Plan, journal: Store) -> list[Attachment]:
+    """Write down that new devices are attached, and holds on those that were known before.
+
+    StateError when somebody has taken one of those away meanwhile.
+    """
+    ids = [*(new.record.id for new in plan.new), *plan.revived]
+    return journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
+
+
+def _decide_now(plan_now: Callable[[], Plan], journal: Store) -> tuple[Plan, list[Attachment]]:
+    """A plan that was journalled before anybody else had journalled another device."""
+    for _ in range(_ATTEMPTS):
+        known = journal.device_ids()
+        plan = plan_now()
+        records = [new.record for new in plan.new]
+        if not records:
+            return plan, finish(plan, journal)
+        added = journal.add_devices(records, plan.holds_on(new=True), known=known)
+        if added is not None:
+            return plan, added
+    raise StoreError(
+        journal.path,
+        f"others write to the journal {journal.path} faster than it can be decided on",
+        hint="try again",
+    )
