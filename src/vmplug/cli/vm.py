@@ -16,6 +16,7 @@ from vmplug.cli.options import (
     managed_option,
     owner_option,
     parse_allow,
+    policy_option,
     read_request,
     state_dir_option,
 )
@@ -27,6 +28,7 @@ from vmplug.cli.output import (
     progress,
 )
 from vmplug.cli.wiring import (
+    find_policy,
     find_vm,
     forget_vm,
     give_back_unused,
@@ -120,14 +122,17 @@ def command() -> None:
 @owner_option
 @allow_option
 @managed_option
+@policy_option
 @click.argument("qemu_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU_ARGS...]")
 @state_dir_option
 @json_option
 def start(
+    *,
     as_json: bool,
     state_dir: str,
     allow: tuple[str, ...],
     owner: str | None,
+    policy: str | None,
     name: str,
     qemu_args: tuple[str, ...],
     **options: Any,
@@ -149,7 +154,7 @@ def start(
     asked = _read_devices(options)
     if asked and not (owner or asked.name):
         raise click.UsageError("say --owner: there is no bundle directory to take a name from")
-    allowed = parse_allow(allow)
+    allowed, rules = parse_allow(allow), find_policy(policy)
     managed = options.pop("managed")
     for key in ("kernel", "initrd", "disk"):
         options[key] = str(Path(options[key]).resolve()) if options[key] else None
@@ -168,10 +173,11 @@ def start(
             _check_directory(directory, record)
         journal.add_vm(record)
         try:
-            directory.mkdir(mode=0o700, parents=True)
+            directory.parent.mkdir(mode=0o700, exist_ok=True)
+            directory.mkdir(mode=0o700)
             if asked:
                 with open_cold_manager(
-                    cold, state_dir, host=asked.host, store=asked.store
+                    cold, state_dir, host=asked.host, store=asked.store, policy=rules
                 ) as devices:
                     attachments = devices.attach_all(
                         asked.infos, owner=owner or asked.name, allow=allowed, managed=managed
