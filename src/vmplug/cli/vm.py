@@ -27,6 +27,7 @@ from vmplug.cli.output import (
     print_table,
     progress,
 )
+from vmplug.cli.text import one_line
 from vmplug.cli.wiring import (
     find_policy,
     find_vm,
@@ -44,6 +45,7 @@ from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.coldplug import ColdQemu
 from vmplug.hypervisor.qemu.launch import launch
 from vmplug.hypervisor.qemu.machine import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec
+from vmplug.manager.private import can_all_connect
 from vmplug.manager.records import Attachment, VmRecord, record_vm
 from vmplug.manager.store import Store
 
@@ -241,14 +243,22 @@ def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
         assert endpoint
         journal.add_vm(record_vm(name, endpoint, HostRoot()))
     ports = sum(len(port.free) for port in offer.ports)
+    is_open = can_all_connect(endpoint.qmp_socket)
     if as_json:
-        qmp = {"qmp": endpoint.qmp_socket, "pid": endpoint.pid}
+        qmp = {"qmp": endpoint.qmp_socket, "pid": endpoint.pid, "qmp_open_to_all": is_open}
         print_json({"vm": {"name": name, **qmp, "machine": offer.machine}})
     else:
         click.echo(
             f"VM {name} is adopted: {offer.machine} with {ports} free PCI places and "
             f"{len(offer.controllers)} SCSI controller{'s' * (len(offer.controllers) != 1)}"
         )
+        if is_open:
+            socket_path = one_line(endpoint.qmp_socket)
+            click.echo(
+                f"vmplug: every user who can reach {socket_path} may connect to it and rule the "
+                f"VM, ignoring\nhint: chmod 600 {socket_path}",
+                err=True,
+            )
 
 
 @command.command("stop")

@@ -45,7 +45,7 @@ class PathPattern(NamedTuple):
     def matches(self, path: str) -> bool:
         """Whether it is one of them; takes no longer than the product of both lengths."""
         reached = self._skip({0})
-        for name in path.split("/")[1:]:
+        for name in filter(None, path.split("/")):
             stays = {at for at in reached if self.names[at : at + 1] == (_ANY_DEPTH,)}
             steps = {
                 at + 1

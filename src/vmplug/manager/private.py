@@ -70,6 +70,17 @@ def check_private(state_dir: str | os.PathLike[str], journal: str) -> None:
         )
 
 
+def can_all_connect(socket_path: str) -> bool:
+    """Whether a socket lets every user connect, which takes the right to write to it.
+
+    Directories on the way may still keep them out. Source: unix(7).
+    """
+    try:
+        return bool(os.stat(socket_path).st_mode & stat.S_IWOTH)
+    except OSError:  # it has gone
+        return False
+
+
 def make_private(path: str) -> None:
     """An empty file for this user alone, if there is none; nothing through a symlink.
 
