@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from vmplug.host.root import HostRoot
 from vmplug.hypervisor.memory import MemoryHypervisor
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
-from vmplug.manager.policy import Asked
+from vmplug.manager.policy import Asked, Rule
 from vmplug.oci.info import DeviceInfo, DevType
 
 DISK = Asked(
@@ -539,3 +539,18 @@ def test_share_rw_is_something_to_be_allowed(
     lenient = open_manager(rules(f"{ANY}share-rw = true"))
     assert lenient.attachments() == []
     assert lenient.attach(wanted).options == {"share-rw": "on"}
+
+
+# the manual
+
+
+def test_the_policy_of_the_manual_is_one(write: Callable[[str], Path]) -> None:
+    manual = (Path(__file__).parents[2] / "docs/security.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", manual, re.DOTALL)
+    assert len(Policy.read(write(example)).rules) == example.count("[[rule]]")
+    for word in (*DeviceType, *fields_of_a_rule()):
+        assert f"`{word}" in manual, word
+
+
+def fields_of_a_rule() -> list[str]:
+    return [field.name.replace("_", "-") for field in fields(Rule)]
