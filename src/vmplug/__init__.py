@@ -10,6 +10,7 @@ from importlib import import_module
 
 _NAMES = {
     "vmplug.manager.manager": "DeviceManager",
+    "vmplug.manager.policy": "Policy",
     "vmplug.manager.records": "Attachment",
     "vmplug.manager.reconcile": "Repair",
     "vmplug.oci.spec": "Bundle parse_config read_bundle",

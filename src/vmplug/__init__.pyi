@@ -57,6 +57,7 @@ from vmplug.host.volume import find_requests as find_requests
 from vmplug.hypervisor.memory import MemoryHypervisor as MemoryHypervisor
 from vmplug.hypervisor.qemu import Qemu as Qemu
 from vmplug.manager.manager import DeviceManager as DeviceManager
+from vmplug.manager.policy import Policy as Policy
 from vmplug.manager.reconcile import Repair as Repair
 from vmplug.manager.records import Attachment as Attachment
 from vmplug.oci.annotated import NetInfo as NetInfo

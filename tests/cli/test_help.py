@@ -216,7 +216,7 @@ def test_completing_makes_no_journal(vmplug: Vmplug) -> None:
 
 
 def test_completing_on_a_damaged_journal_says_nothing(vmplug: Vmplug) -> None:
-    vmplug.state_dir.mkdir()
+    vmplug.state_dir.mkdir(mode=0o700)
     (vmplug.state_dir / "journal.db").write_bytes(b"scribble" * 4096)
     done = complete(vmplug, "vmplug list --vm ")
     assert (done.stdout.strip(), done.stderr) == ("", "")

@@ -155,7 +155,7 @@ def test_a_journal_of_version_1_comes_up_with_all_its_rows(tmp_path: Path) -> No
 
 
 def test_what_was_migrated_has_the_tables_of_a_new_journal(tmp_path: Path) -> None:
-    (tmp_path / "new").mkdir()
+    (tmp_path / "new").mkdir(mode=0o700)
     path = write_version_1(tmp_path)
     for state_dir in (tmp_path, tmp_path / "new"):
         Store.open(state_dir).close()

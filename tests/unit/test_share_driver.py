@@ -21,6 +21,7 @@ from vmplug.host.device import (
     VhostUserSocket,
 )
 from vmplug.host.finding import Code
+from vmplug.host.named import QEMUS_VIRTIOFSD
 from vmplug.oci.annotated import ShareInfo
 
 ID = "0123456789abcdef"
@@ -117,6 +118,25 @@ def test_a_virtiofsd_that_runs_has_its_cache_already(device: HostDevice, cache: 
     assert caught.value.where == "option cache"
     assert device.host_path in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["a,sandbox=none", "x,source=/etc", "a=b", "a\\", "a\\,xattr"])
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_directory_whose_name_has_options_in_it_is_not_for_the_virtiofsd_of_rust(
+    name: str, *, read_only: bool
+) -> None:
+    directory = DIRECTORY._replace(host_path=f"/srv/{name}")
+    (finding,) = options(directory).check(directory, read_only=read_only)
+    assert finding.code is Code.NO_BACKEND
+    assert directory.host_path in finding.message
+    for able in (directory._replace(virtiofsd=QEMUS_VIRTIOFSD), BY_QEMU):
+        assert list(options(able).check(able, read_only=read_only)) == []
+
+
+@pytest.mark.parametrize("name", ["a b", "-o", "$(id)", "%s", "a:b", "'\"", "\x1b[0m\n"])
+def test_every_other_name_is_for_every_virtiofsd(name: str) -> None:
+    directory = DIRECTORY._replace(host_path=f"/srv/{name}")
+    assert list(options(directory).check(directory, read_only=False)) == []
 
 
 @pytest.mark.parametrize("device", [SOCKET, CONNECTION])

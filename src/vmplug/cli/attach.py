@@ -8,13 +8,14 @@ from vmplug.cli.options import (
     managed_option,
     owner_option,
     parse_allow,
+    policy_option,
     read_request,
     request_options,
     state_dir_option,
     vm_option,
 )
 from vmplug.cli.output import attachment_json, print_attachments, print_json
-from vmplug.cli.wiring import open_manager
+from vmplug.cli.wiring import find_policy, open_manager
 from vmplug.drivers import block, rng, share, vfio, vhost_user
 
 _KINDS = {
@@ -42,15 +43,18 @@ _OPTIONS_HELP = "\n\n".join(
 @owner_option
 @allow_option
 @managed_option
+@policy_option
 @state_dir_option
 @json_option
 def command(
+    *,
     as_json: bool,
     state_dir: str,
     allow: tuple[str, ...],
     managed: bool,
     owner: str | None,
     vm: str,
+    policy: str | None,
     **request: object,
 ) -> None:
     """Plug the devices into a VM, all of them or none, and tell where the guest sees them.
@@ -70,7 +74,9 @@ def command(
     if owner is None:
         raise click.UsageError("say --owner: there is no bundle directory to take a name from")
     allowed = parse_allow(allow)
-    with open_manager(vm, state_dir, host=asked.host, store=asked.store) as devices:
+    with open_manager(
+        vm, state_dir, host=asked.host, store=asked.store, policy=find_policy(policy)
+    ) as devices:
         attachments = devices.attach_all(asked.infos, owner=owner, allow=allowed, managed=managed)
     if as_json:
         listed = [attachment_json(attachment) for attachment in attachments]

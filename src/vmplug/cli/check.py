@@ -10,42 +10,51 @@ from vmplug.cli.options import (
     complete_vm,
     json_option,
     managed_option,
+    owner_option,
     parse_allow,
+    policy_option,
     read_request,
     request_options,
     state_dir_option,
 )
 from vmplug.cli.output import container_path, print_json
 from vmplug.cli.text import one_line
-from vmplug.cli.wiring import has_journal, open_journal, open_manager
+from vmplug.cli.wiring import find_policy, has_journal, open_journal, open_manager
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import Claim
+from vmplug.host.finding import Claim, Code
+from vmplug.manager.asking import Gate
 from vmplug.manager.examine import Examined, FindClaims, Known, examine
 
-_HOST_ERROR = 4
+_NOT_ALLOWED, _HOST_ERROR = 3, 4
 
 
 @click.command("check")
 @request_options
 @allow_option
 @managed_option
+@owner_option
+@policy_option
 @click.option(
     "--vm", metavar="NAME", shell_complete=complete_vm, help="Also whether this VM has a place."
 )
 @state_dir_option
 @json_option
 def command(
+    *,
     as_json: bool,
     state_dir: str,
     allow: tuple[str, ...],
     managed: bool,
     vm: str | None,
+    owner: str | None,
+    policy: str | None,
     **request: object,
 ) -> None:
     """May it be handed over?
 
     Every problem is told at once with its remedy, and nothing is changed. `vmplug attach` refuses
-    exactly what this refuses; the exit status is then 4.
+    exactly what this refuses; the exit status is then 3 for what the operator's policy does not
+    allow, 4 for everything else. Without --vm the policy is not asked for which VM it is.
 
     \b
     vmplug check bundle/
@@ -55,16 +64,21 @@ def command(
     """
     asked = read_request(**request)  # type: ignore[arg-type]
     allowed = parse_allow(allow)
+    owner, rules = owner or asked.name, find_policy(policy)
     if vm:
-        with open_manager(vm, state_dir, host=asked.host, store=asked.store) as devices:
-            examined = devices.check_places(asked.infos, allow=allowed, managed=managed)
+        with open_manager(
+            vm, state_dir, host=asked.host, store=asked.store, policy=rules
+        ) as devices:
+            examined = devices.check_places(
+                asked.infos, owner=owner, allow=allowed, managed=managed
+            )
     else:
         with _claims(state_dir) as find_claims:
             examined = examine(
                 asked.infos,
                 asked.host,
                 store=asked.store,
-                known=Known(find_claims),
+                known=Known(find_claims, gate=Gate(rules, owner=owner) if rules else None),
                 allowed=allowed,
                 managed=managed,
             )
@@ -74,7 +88,7 @@ def command(
     else:
         _print(examined)
     if not is_ok:
-        raise click.exceptions.Exit(_HOST_ERROR)
+        raise click.exceptions.Exit(_NOT_ALLOWED if _is_policys(examined) else _HOST_ERROR)
 
 
 @contextmanager
@@ -89,6 +103,11 @@ def _claims(state_dir: str) -> Iterator[FindClaims]:
             return journal.find_claims(None, device.identity, device.related_identities)
 
         yield find_claims
+
+
+def _is_policys(examined: Sequence[Examined]) -> bool:
+    codes = {finding.code for request in examined for finding in request.findings}
+    return Code.NOT_ALLOWED in codes
 
 
 def _problems(examined: Sequence[Examined]) -> list[dict[str, str | None]]:

@@ -11,7 +11,7 @@ import click
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError, StoreError
 from vmplug.host.root import HostRoot
-from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
+from vmplug.manager import DEFAULT_POLICY, DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
@@ -130,6 +130,17 @@ allow_option = click.option(
     multiple=True,
     metavar="CODE",
     help="Hand over in spite of this finding of `check`; one code each.",
+)
+
+
+policy_option = click.option(
+    "--policy",
+    "policy",
+    type=click.Path(),
+    metavar="FILE",
+    envvar="VMPLUG_POLICY",
+    show_envvar=True,
+    help=f"What may be handed over, instead of {DEFAULT_POLICY} if that is there.",
 )
 
 

@@ -8,14 +8,16 @@ from vmplug.cli.options import (
     allow_option,
     json_option,
     managed_option,
+    owner_option,
     parse_allow,
+    policy_option,
     read_request,
     request_options,
     state_dir_option,
     vm_option,
 )
 from vmplug.cli.output import print_json
-from vmplug.cli.wiring import open_manager
+from vmplug.cli.wiring import find_policy, open_manager
 from vmplug.drivers.base import Command
 
 
@@ -24,14 +26,19 @@ from vmplug.drivers.base import Command
 @vm_option
 @allow_option
 @managed_option
+@owner_option
+@policy_option
 @state_dir_option
 @json_option
 def command(
+    *,
     as_json: bool,
     state_dir: str,
     allow: tuple[str, ...],
     managed: bool,
     vm: str,
+    owner: str | None,
+    policy: str | None,
     **request: object,
 ) -> None:
     """Exactly what would be done: every step with the one that takes it back.
@@ -44,8 +51,11 @@ def command(
     """
     asked = read_request(**request)  # type: ignore[arg-type]
     allowed = parse_allow(allow)
-    with open_manager(vm, state_dir, host=asked.host, store=asked.store) as devices:
-        steps = devices.plan(asked.infos, owner=asked.name, allow=allowed, managed=managed)
+    owner = owner or asked.name
+    with open_manager(
+        vm, state_dir, host=asked.host, store=asked.store, policy=find_policy(policy)
+    ) as devices:
+        steps = devices.plan(asked.infos, owner=owner, allow=allowed, managed=managed)
     if as_json:
         listed = [{"do": _json(step.do), "undo": _json(step.undo)} for step in steps]
         print_json({"vm": vm, "steps": listed})

@@ -16,6 +16,7 @@ from vmplug.cli.options import (
     managed_option,
     owner_option,
     parse_allow,
+    policy_option,
     read_request,
     state_dir_option,
 )
@@ -26,7 +27,9 @@ from vmplug.cli.output import (
     print_table,
     progress,
 )
+from vmplug.cli.text import one_line
 from vmplug.cli.wiring import (
+    find_policy,
     find_vm,
     forget_vm,
     give_back_unused,
@@ -42,6 +45,7 @@ from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.coldplug import ColdQemu
 from vmplug.hypervisor.qemu.launch import launch
 from vmplug.hypervisor.qemu.machine import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec
+from vmplug.manager.private import can_all_connect
 from vmplug.manager.records import Attachment, VmRecord, record_vm
 from vmplug.manager.store import Store
 
@@ -120,14 +124,17 @@ def command() -> None:
 @owner_option
 @allow_option
 @managed_option
+@policy_option
 @click.argument("qemu_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU_ARGS...]")
 @state_dir_option
 @json_option
 def start(
+    *,
     as_json: bool,
     state_dir: str,
     allow: tuple[str, ...],
     owner: str | None,
+    policy: str | None,
     name: str,
     qemu_args: tuple[str, ...],
     **options: Any,
@@ -149,7 +156,7 @@ def start(
     asked = _read_devices(options)
     if asked and not (owner or asked.name):
         raise click.UsageError("say --owner: there is no bundle directory to take a name from")
-    allowed = parse_allow(allow)
+    allowed, rules = parse_allow(allow), find_policy(policy)
     managed = options.pop("managed")
     for key in ("kernel", "initrd", "disk"):
         options[key] = str(Path(options[key]).resolve()) if options[key] else None
@@ -168,10 +175,11 @@ def start(
             _check_directory(directory, record)
         journal.add_vm(record)
         try:
-            directory.mkdir(mode=0o700, parents=True)
+            directory.parent.mkdir(mode=0o700, exist_ok=True)
+            directory.mkdir(mode=0o700)
             if asked:
                 with open_cold_manager(
-                    cold, state_dir, host=asked.host, store=asked.store
+                    cold, state_dir, host=asked.host, store=asked.store, policy=rules
                 ) as devices:
                     attachments = devices.attach_all(
                         asked.infos, owner=owner or asked.name, allow=allowed, managed=managed
@@ -235,14 +243,22 @@ def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
         assert endpoint
         journal.add_vm(record_vm(name, endpoint, HostRoot()))
     ports = sum(len(port.free) for port in offer.ports)
+    is_open = can_all_connect(endpoint.qmp_socket)
     if as_json:
-        qmp = {"qmp": endpoint.qmp_socket, "pid": endpoint.pid}
+        qmp = {"qmp": endpoint.qmp_socket, "pid": endpoint.pid, "qmp_open_to_all": is_open}
         print_json({"vm": {"name": name, **qmp, "machine": offer.machine}})
     else:
         click.echo(
             f"VM {name} is adopted: {offer.machine} with {ports} free PCI places and "
             f"{len(offer.controllers)} SCSI controller{'s' * (len(offer.controllers) != 1)}"
         )
+        if is_open:
+            socket_path = one_line(endpoint.qmp_socket)
+            click.echo(
+                f"vmplug: every user who can reach {socket_path} may connect to it and rule the "
+                f"VM, ignoring\nhint: chmod 600 {socket_path}",
+                err=True,
+            )
 
 
 @command.command("stop")

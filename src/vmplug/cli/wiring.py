@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vmplug.host.vhost_user import VhostUserStore
     from vmplug.hypervisor.qemu.coldplug import ColdQemu
     from vmplug.manager.manager import DeviceManager
+    from vmplug.manager.policy import Policy
     from vmplug.manager.records import Attachment, VmRecord
     from vmplug.manager.store import Store
 
@@ -82,8 +83,27 @@ def is_gone(record: "VmRecord") -> bool:
     return bool(record.pid) and not is_running(record.pid or 0, record.started_at, HostRoot())
 
 
+def find_policy(path: str | None) -> "Policy | None":
+    """The policy that was named, or else the host's own; None when the host has none.
+
+    Raises PolicyError.
+    """
+    from vmplug.manager import DEFAULT_POLICY  # noqa: PLC0415
+    from vmplug.manager.policy import Policy  # noqa: PLC0415
+    from vmplug.manager.private import is_absent  # noqa: PLC0415
+
+    if path is None and is_absent(DEFAULT_POLICY):
+        return None
+    return Policy.read(DEFAULT_POLICY if path is None else path)
+
+
 def open_manager(
-    vm: str, state_dir: str, *, host: HostRoot, store: "VhostUserStore | None" = None
+    vm: str,
+    state_dir: str,
+    *,
+    host: HostRoot,
+    store: "VhostUserStore | None" = None,
+    policy: "Policy | None" = None,
 ) -> "DeviceManager":
     """The manager of a known VM, connected. StateError when the VM is not known."""
     from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
@@ -105,18 +125,24 @@ def open_manager(
         hypervisor=hypervisor,
         state_dir=state_dir,
         store=store,
+        policy=policy,
     )
 
 
 def open_cold_manager(
-    cold: "ColdQemu", state_dir: str, *, host: HostRoot, store: "VhostUserStore | None"
+    cold: "ColdQemu",
+    state_dir: str,
+    *,
+    host: HostRoot,
+    store: "VhostUserStore | None",
+    policy: "Policy | None",
 ) -> "DeviceManager":
     """The manager of a VM that is in the journal and about to be started."""
     from vmplug.manager.manager import DeviceManager  # noqa: PLC0415
 
     name = cold.spec.name
     return DeviceManager.open(
-        vm=name, host=host, hypervisor=cold, state_dir=state_dir, store=store
+        vm=name, host=host, hypervisor=cold, state_dir=state_dir, store=store, policy=policy
     )
 
 

@@ -19,6 +19,7 @@ from vmplug.host.device import (
     VhostUserSocket,
 )
 from vmplug.host.finding import Code, Finding
+from vmplug.host.named import QEMUS_VIRTIOFSD
 
 
 class ShareCache(StrEnum):
@@ -34,6 +35,9 @@ QUEUE_SIZE = 1024
 _QUEUE_SIZE_MAX = 1024
 """Source: virtio specification, 2.6; QEMU hw/virtio/vhost-user-fs.c, VIRTQUEUE_MAX_SIZE."""
 _CACHE_SIZE_MAX_MIB = 1 << 20
+_NOT_IN_OPTIONS = frozenset(",=\\")
+"""The virtiofsd written in Rust cuts `-o source=...` at each comma, and knows no escape; only that
+of QEMU itself reads options as libfuse does. Source: virtiofsd src/main.rs, parse_compat."""
 _TAG_9P_BYTES_MAX = 31
 """Source: QEMU hw/9pfs/9p.h, MAX_TAG_LEN."""
 
@@ -120,6 +124,12 @@ class ShareOptions:
                 Code.NO_BACKEND,
                 f"no virtiofsd is installed to share {device.host_path}",
                 "on Debian 12: apt install qemu-system-common, later: apt install virtiofsd",
+            )
+        elif device.virtiofsd != QEMUS_VIRTIOFSD and _NOT_IN_OPTIONS & set(device.host_path):
+            yield Finding(
+                Code.NO_BACKEND,
+                f"{device.virtiofsd} would take a part of the name {device.host_path} for options",
+                "share the directory above it, or give it a name without ',', '=' and '\\'",
             )
 
     def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:

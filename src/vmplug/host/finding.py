@@ -47,6 +47,7 @@ class Code(StrEnum):
     NO_DRIVER = "no-driver"
     NO_SUCH_DEVICE = "no-such-device"
     UNREADABLE = "unreadable"
+    NOT_ALLOWED = "not-allowed"
 
 
 NEVER_ALLOWED = frozenset(
@@ -60,6 +61,7 @@ NEVER_ALLOWED = frozenset(
         Code.NO_IOMMU,
         Code.NO_PORT,
         Code.NO_SUCH_DEVICE,
+        Code.NOT_ALLOWED,
         Code.NOT_BOUND,
         Code.NOT_THAT_FORMAT,
         Code.OPEN_BY_PROCESS,

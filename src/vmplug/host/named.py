@@ -21,11 +21,9 @@ from vmplug.host.root import HostRoot, describe
 from vmplug.host.vfio import find_vfio_device, find_vfio_group
 from vmplug.oci.annotated import Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 
-VIRTIOFSD_PROGRAMS = (
-    "/usr/libexec/virtiofsd",
-    "/usr/lib/qemu/virtiofsd",
-    "/usr/lib/virtiofsd",
-)
+QEMUS_VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
+"""The one that came with QEMU before 8.0, in C; the others are the Rust one that came after."""
+VIRTIOFSD_PROGRAMS = ("/usr/libexec/virtiofsd", QEMUS_VIRTIOFSD, "/usr/lib/virtiofsd")
 """Where distributions put it: Debian 13 and Fedora, Debian 12, Arch."""
 
 

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, suppress
 
 from vmplug.address import new_id
 from vmplug.errors import StoreError
+from vmplug.manager.private import check_private, make_private
 
 VERSION = 3
 """Of the tables, kept in `user_version`."""
@@ -104,6 +105,7 @@ def open_database(state_dir: str | os.PathLike[str]) -> tuple[sqlite3.Connection
     path = os.path.join(state_dir, "journal.db")
     try:
         os.makedirs(state_dir, mode=0o700, exist_ok=True)
+        check_private(state_dir, path)
         if not os.path.exists(path):
             _create(path)
         return _connect(path), path
@@ -128,6 +130,7 @@ def _connect(path: str) -> sqlite3.Connection:
 def _create(path: str) -> None:
     """Make an empty journal whole and then give it its name; who is quicker wins."""
     draft = f"{path}.{new_id()}"
+    make_private(draft)
     connection = _connect(draft)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
@@ -149,8 +152,9 @@ def alone(path: str, timeout_s: float) -> Iterator[None]:
     It ends with the process, however that ends. Raises StoreError after `timeout_s`.
     """
     try:
+        make_private(path)
         connection = sqlite3.connect(path, timeout=timeout_s, isolation_level=None)
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:
         raise store_error(path, error) from error
     with closing(connection), Transaction(connection, threading.RLock(), path):
         yield

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from vmplug.drivers.base import Driver
 from vmplug.drivers.generic import check_generic
 from vmplug.drivers.select import select_driver
-from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice
+from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
 from vmplug.host import safety
 from vmplug.host.backend import ask_backend
 from vmplug.host.device import (
@@ -25,6 +25,7 @@ from vmplug.host.mounts import HostUsage, read_usage
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
+from vmplug.manager.asking import Gate, not_overruled
 from vmplug.oci.annotated import Request
 
 FindClaims = Callable[[HostDevice], Sequence[Claim]]
@@ -35,12 +36,13 @@ class Known(NamedTuple):
 
     `find_claims` gives what VMs hold of a device and its relatives. The backend of one that the VM
     has already (`is_held`) is not asked: it serves that VM. `find_more` gives what the VM has
-    against a device.
+    against a device, and behind `gate` is the operator's policy, None where there is none.
     """
 
     find_claims: FindClaims = lambda _: ()
     is_held: Callable[[HostDevice], bool] = lambda _: False
     find_more: Callable[[HostDevice], Iterable[Finding]] = lambda _: ()
+    gate: Gate | None = None
 
 
 _BINDABLE = {Code.NOT_BOUND, Code.GROUP_NOT_VIABLE}
@@ -82,8 +84,10 @@ def examine(
     """Find every device and everything against handing it over, in the order asked.
 
     `allowed` findings become warnings; `managed` is whether functions that VFIO does not have will
-    be given to it. Raises SpecError for malformed options only.
+    be given to it. What the policy does not allow is not looked at any further. Raises SpecError
+    for malformed options only.
     """
+    codes, gate = frozenset(allowed), known.gate
     found = resolve_all(infos, host, store)
     usage = _try_read_usage(host, found)
     examined: list[Examined] = []
@@ -94,7 +98,10 @@ def examine(
             error, device = AttributeReadError(device.host_path, why="its name is no UTF-8"), None
         driver = select_driver(info, device) if device else None
         findings = [_unresolved(error)] if error else []
-        if device:
+        verdict = gate.judge(info, device, driver, host) if gate and device else None
+        if verdict and verdict.refusals:
+            findings += verdict.refusals
+        elif device:
             claims = [*known.find_claims(device), *_overlaps(device, examined)]
             if isinstance(device, VhostUserSocket) and not (claims or known.is_held(device)):
                 device, findings = ask_backend(device, host)
@@ -102,7 +109,9 @@ def examine(
             findings += known.find_more(device)
             if managed:
                 findings = [finding for finding in findings if finding.code not in _BINDABLE]
-        findings = allow(findings, frozenset(allowed))
+        if gate and verdict:
+            findings += not_overruled(findings, codes, verdict, gate.policy.name)
+        findings = allow(findings, codes)
         examined.append(
             Examined(
                 info=info, driver=driver, device=device, error=error, findings=tuple(findings)
@@ -151,6 +160,19 @@ def _check(
     elif isinstance(device, CharDevice):
         findings += check_generic(device)
     return findings
+
+
+def refuse_not_allowed(examined: Iterable[Examined]) -> None:
+    """Raise PolicyError when the operator's rules stand against any of the requests."""
+    problems = [
+        (request.info.name, finding)
+        for request in examined
+        for finding in request.findings
+        if finding.code is Code.NOT_ALLOWED
+    ]
+    if problems:
+        message = "; ".join(f"{name}: {finding.message}" for name, finding in problems)
+        raise PolicyError(message, hint=problems[0][1].hint)
 
 
 def refuse(examined: Sequence[Examined]) -> None:

@@ -26,10 +26,12 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.host.viability import check_memlock
 from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
+from vmplug.manager.asking import Gate
 from vmplug.manager.binder import Binder
 from vmplug.manager.decide import decide, finish
 from vmplug.manager.examine import Examined, Known, examine
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
+from vmplug.manager.policy import Policy
 from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.records import Attachment, DeviceRecord, record_vm
 from vmplug.manager.resize import is_disk, new_size
@@ -39,6 +41,9 @@ from vmplug.manager.unplug import Unplugger
 from vmplug.oci.annotated import Request
 
 log = logging.getLogger(__name__)
+
+Batch = Sequence[Request]
+Codes = Iterable[Code]
 
 _UNKNOWN = (ProtocolError, ConnectError, UnplugTimeout)
 """After these nobody knows what QEMU did, or half of a group is still in it; after every other
@@ -61,12 +66,14 @@ class DeviceManager:
         hypervisor: Hypervisor,
         journal: Store,
         store: VhostUserStore | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self._vm = vm
         self._host = host
         self._hypervisor = hypervisor
         self._journal = journal
         self._store = store
+        self._policy = policy
         self._binder = Binder(journal, host)
         self._unplugger = Unplugger(vm, journal, hypervisor, self._binder)
         self._lock = threading.RLock()
@@ -81,17 +88,21 @@ class DeviceManager:
         hypervisor: Hypervisor,
         state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR,
         store: VhostUserStore | None = None,
+        policy: Policy | None = None,
     ) -> Self:
         """The manager of VM `vm`, with everything that is journalled of it below `state_dir`.
 
-        `store` is the vhost-user store of the host, None when it has none. A VM that the journal
+        `store` is the vhost-user store of the host, None when it has none. Without a `policy`
+        everything may be handed over that `check` finds nothing against. A VM that the journal
         does not know is written into it, for other processes to find. The manager closes the
         hypervisor's conversation when it is closed. Raises StoreError.
         """
         journal = Store.open(state_dir)
         if hypervisor.endpoint and journal.find_vm(vm) is None:
             journal.add_vm(record_vm(vm, hypervisor.endpoint, host))
-        return cls(vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store)
+        return cls(
+            vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store, policy=policy
+        )
 
     def close(self) -> None:
         """End the conversation with the VM and close the journal; devices stay attached."""
@@ -109,44 +120,41 @@ class DeviceManager:
         return self._journal.attachments(self._vm)
 
     def check(
-        self, infos: Sequence[Request], *, allow: Iterable[Code] = (), managed: bool = False
+        self, infos: Batch, *, owner: str | None = None, allow: Codes = (), managed: bool = False
     ) -> list[Examined]:
         """What each request is on the host, and everything that `attach` would refuse it for.
 
-        But for places in the VM: see `check_places`.
+        But for places in the VM: see `check_places`. Without an `owner` the policy is not asked
+        about owners.
         """
         return examine(
             infos,
             self._host,
             store=self._store,
-            known=Known(self._find_claims, self._is_held, self._check_memlock),
+            known=Known(self._find_claims, self._is_held, self._check_memlock, self._gate(owner)),
             allowed=allow,
             managed=managed,
         )
 
     def check_places(
-        self, infos: Sequence[Request], *, allow: Iterable[Code] = (), managed: bool = False
+        self, infos: Batch, *, owner: str | None = None, allow: Codes = (), managed: bool = False
     ) -> list[Examined]:
         """`check`, and for what passes it also whether the VM has a place; nothing is changed."""
-        examined = self.check(infos, allow=allow, managed=managed)
+        examined = self.check(infos, owner=owner, allow=allow, managed=managed)
         with self._lock:
             known = self._journal.devices(self._vm)
             return find_places(examined, known=known, choose=self._choose)
 
     def plan(
-        self,
-        infos: Sequence[Request],
-        *,
-        owner: str | None = None,
-        allow: Iterable[Code] = (),
-        managed: bool = False,
+        self, infos: Batch, *, owner: str | None = None, allow: Codes = (), managed: bool = False
     ) -> list[Step]:
         """Exactly what `attach_all` would do now, step and undo; nothing is changed.
 
         Ids are drawn anew each time. Raises as `attach_all` does.
         """
         with self._lock:
-            plan = self._plan(self.check(infos, allow=allow, managed=managed), owner)
+            owner = owner or self._vm
+            plan = self._plan(self.check(infos, owner=owner, allow=allow, managed=managed), owner)
             return [
                 step
                 for new in plan.new
@@ -158,35 +166,27 @@ class DeviceManager:
             ]
 
     def attach(
-        self,
-        info: Request,
-        *,
-        owner: str | None = None,
-        allow: Iterable[Code] = (),
-        managed: bool = False,
+        self, info: Request, *, owner: str | None = None, allow: Codes = (), managed: bool = False
     ) -> Attachment:
         """Plug one device, or only count it when the VM has it already; see `attach_all`."""
         return self.attach_all([info], owner=owner, allow=allow, managed=managed)[0]
 
     def attach_all(
-        self,
-        infos: Sequence[Request],
-        *,
-        owner: str | None = None,
-        allow: Iterable[Code] = (),
-        managed: bool = False,
+        self, infos: Batch, *, owner: str | None = None, allow: Codes = (), managed: bool = False
     ) -> list[Attachment]:
         """Plug all of the devices or none, and hold them for `owner` (default: the VM's name).
 
         A device that the VM has already is only counted. The guest is not waited for. Findings in
         `allow` do not stop it. `managed` binds PCI functions to VFIO where they are not, and
-        `detach` gives them back to the drivers that they had. Raises SpecError, HostError (InUse
-        for what `check` finds), HypervisorError, and StateError when a device is still on its way
-        out or in.
+        `detach` gives them back to the drivers that they had. Raises SpecError, PolicyError,
+        HostError (InUse for what `check` finds), HypervisorError, and StateError when a device is
+        still on its way out or in.
         """
+        holder = owner or self._vm
 
         def plan_now() -> Plan:
-            return self._plan(self.check(infos, allow=allow, managed=managed), owner)
+            examined = self.check(infos, owner=holder, allow=allow, managed=managed)
+            return self._plan(examined, holder)
 
         plan, added = decide(plan_now, self._journal, self._lock)
         done, failure = self._plug(plan.new, managed=managed)
@@ -277,6 +277,14 @@ class DeviceManager:
 
     # planning
 
+    def _gate(self, owner: str | None) -> Gate | None:
+        """The policy, asked on behalf of `owner`."""
+        if self._policy is None:
+            return None
+        with self._lock:
+            self._offer = self._offer or self._hypervisor.offer()
+            return Gate(self._policy, self._vm, owner, self._offer.mode)
+
     def _find_claims(self, device: HostDevice) -> list[Claim]:
         return self._journal.find_claims(self._vm, device.identity, device.related_identities)
 
@@ -292,11 +300,11 @@ class DeviceManager:
             self._offer = offer = self._offer or self._hypervisor.offer()
             return check_memlock(device, endpoint.pid, offer.memory_bytes, self._host)
 
-    def _plan(self, examined: Sequence[Examined], owner: str | None) -> Plan:
+    def _plan(self, examined: Sequence[Examined], owner: str) -> Plan:
         return make_plan(
             examined,
             vm=self._vm,
-            owner=owner or self._vm,
+            owner=owner,
             known=self._journal.devices(self._vm),
             choose=self._choose,
         )

@@ -20,7 +20,7 @@ from vmplug.host.device import HostDevice, VfioGroup
 from vmplug.host.finding import Code, Finding
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import is_vfio_driver
-from vmplug.manager.examine import Examined, refuse
+from vmplug.manager.examine import Examined, refuse, refuse_not_allowed
 from vmplug.manager.records import Attachment, DeviceRecord
 from vmplug.manager.state import State, on_its_way
 from vmplug.oci.annotated import Request, ShareInfo
@@ -67,11 +67,12 @@ def make_plan(
 ) -> Plan:
     """The plan for requests that all may go; nothing is changed.
 
-    A device that the VM has already is only held once more, whatever `check` says of it now.
-    Raises what `refuse` raises, StateError when a known device does not serve a request, and what
-    `choose` raises.
+    A device that the VM has already is only held once more, whatever `check` says of it now, if
+    the policy allows it to this owner too. Raises PolicyError, what `refuse` raises, StateError
+    when a known device does not serve a request, and what `choose` raises.
     """
     records = {record.identity: record for record in known}
+    refuse_not_allowed(examined)
     refuse([request for request in examined if _identity(request) not in records])
     wanted: dict[str, list[Examined]] = {}
     for request in examined:

@@ -13,6 +13,8 @@ from vmplug.hypervisor.qemu.machine import BINARY, PACKAGE, command_line
 
 _SOCKET_PATH_MAX = 107
 """Longest path of a unix socket. Source: unix(7), sun_path."""
+_UMASK = 0o077
+"""What QEMU makes, such as the console's log, is for this user alone."""
 
 
 def launch(cold: ColdQemu, *, timeout_s: float) -> int:
@@ -25,7 +27,7 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
     spec, directory = cold.spec, cold.directory
     log_path = directory / "qemu.log"
     path = str(cold.qmp_socket)
-    with _listening(path) as listener, log_path.open("wb") as log:
+    with _listening(path) as listener, open(log_path, "wb", opener=_private) as log:
         arguments = [*command_line(spec, listener.fileno()), *cold.arguments(), *spec.extra]
         stands_still = cold.opens_files and "-S" not in spec.extra
         if stands_still:
@@ -39,6 +41,7 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
                 stderr=log,
                 pass_fds=[listener.fileno(), *cold.descriptors()],
                 start_new_session=True,
+                umask=_UMASK,
             )
         except FileNotFoundError:
             program = BINARY[spec.machine]
@@ -65,6 +68,10 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
     return process.pid
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def _listening(path: str) -> socket.socket:
     """A socket for QEMU to answer QMP on; connecting waits for it from now on.
 
@@ -77,6 +84,7 @@ def _listening(path: str) -> socket.socket:
             hint="name a shorter directory",
         )
     listener = socket.socket(socket.AF_UNIX)
+    os.fchmod(listener.fileno(), 0o600)  # which bind gives the file. Source: net/unix/af_unix.c
     listener.bind(path)
     listener.listen(1)  # connecting fails when QEMU dies
     return listener

@@ -1,0 +1,40 @@
+"""Every path that a device goes by on the host, with no symlink left in it.
+
+Only names that the kernel or the host's own udev gives: what a guest can write into a disk, such
+as a label or a partition's name, names nothing here.
+Source: Documentation/ABI/testing/sysfs-block-dm; systemd src/libsystemd/sd-device, the S: lines of
+/run/udev/data.
+"""
+
+import os
+from collections.abc import Iterator
+
+from vmplug.host.device import BlockDevice, HostDevice, OpenConnection, VfioGroup
+from vmplug.host.root import HostRoot
+
+_UDEV_LINKS = ("S:disk/by-id/", "S:disk/by-path/")
+"""By what the hardware is and where it is plugged in; the others are read from the disk."""
+
+
+def find_paths(device: HostDevice, root: HostRoot) -> tuple[str, ...]:
+    """Where it is on the host: none for a connection, or for a group, whose functions have theirs.
+
+    A loop device is also where its file is. Raises AttributeReadError.
+    """
+    match device:
+        case OpenConnection() | VfioGroup():
+            return ()
+        case BlockDevice():
+            return (root.real_path(device.host_path), *_block_names(device, root))
+        case _:
+            return (root.real_path(device.host_path),)
+
+
+def _block_names(device: BlockDevice, root: HostRoot) -> Iterator[str]:
+    if device.backing and not device.backing.deleted:
+        yield root.real_path(device.backing.backing_file)
+    if device.sysfs_path and (mapped := root.read_attribute(f"{device.sysfs_path}/dm/name")):
+        yield f"/dev/mapper/{os.fsdecode(mapped).removesuffix(chr(10))}"
+    for line in (root.read_text(f"/run/udev/data/b{device.devnum}") or "").split("\n"):
+        if line.startswith(_UDEV_LINKS):
+            yield f"/dev/{line.removeprefix('S:')}"

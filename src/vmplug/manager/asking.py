@@ -1,0 +1,107 @@
+"""What a request asks of the policy: the device in the words that rules are written in."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from vmplug.devnum import DevNum
+from vmplug.drivers.base import Driver
+from vmplug.drivers.place import PlugMode
+from vmplug.errors import AttributeReadError
+from vmplug.host.device import (
+    BlockDevice,
+    CharDevice,
+    DeviceType,
+    HostDevice,
+    VfioGroup,
+    VhostUserSocket,
+)
+from vmplug.host.finding import Code, Finding, Severity
+from vmplug.host.paths import find_paths
+from vmplug.host.root import HostRoot
+from vmplug.manager.policy import Asked, Policy, Verdict
+from vmplug.oci.annotated import Request
+
+
+class Gate(NamedTuple):
+    """The policy, and who is before it: for which VM and owner a device is, and when.
+
+    Each is None where nobody has said.
+    """
+
+    policy: Policy
+    vm: str | None = None
+    owner: str | None = None
+    mode: PlugMode | None = None
+
+    def judge(
+        self, request: Request, device: HostDevice, driver: Driver | None, root: HostRoot
+    ) -> Verdict:
+        """What the rules say of a request; everything that it brings into the VM must be allowed.
+
+        What cannot be looked at is not allowed.
+        """
+        try:
+            parts = list(_parts(device, root))
+        except AttributeReadError as error:
+            why = f"{self.policy.name} cannot be asked about it: {error.message}"
+            return Verdict((Finding(Code.NOT_ALLOWED, why, "look at the file it names"),))
+        is_disk = device.kind is DeviceType.BLOCK and driver is not None
+        return self.policy.judge(
+            replace(
+                part,
+                read_only=request.read_only,
+                share_rw=is_disk and driver is not None and driver.share_rw,
+                vm=self.vm,
+                owner=self.owner,
+                mode=self.mode,
+            )
+            for part in parts
+        )
+
+
+def _parts(device: HostDevice, root: HostRoot) -> Iterator[Asked]:
+    """A device, or each member of a group by itself: rules are about these."""
+    if not (isinstance(device, VfioGroup) and (device.functions or device.mediated)):
+        yield Asked(
+            name=device.host_path,
+            kind=device.kind,
+            number=_number(device),
+            paths=find_paths(device, root),
+        )
+        return
+    if device.mediated:
+        real = root.real_path(device.mediated.sysfs_path)
+        yield Asked(name=device.mediated.uuid, kind=device.kind, paths=(real,))
+    for function in device.functions:
+        real = root.real_path(function.sysfs_path)
+        name = str(function.bdf)
+        yield Asked(name=name, kind=device.kind, paths=(real,), function=function)
+
+
+def _number(device: HostDevice) -> tuple[str, DevNum] | None:
+    match device:
+        case BlockDevice(devnum=devnum):
+            return "b", devnum
+        case VhostUserSocket(devnum=devnum) if devnum:
+            return "b", devnum
+        case CharDevice(devnum=devnum) if devnum:
+            return "c", devnum
+        case _:
+            return None
+
+
+def not_overruled(
+    findings: list[Finding], codes: frozenset[Code], verdict: Verdict, policy: str
+) -> list[Finding]:
+    """A refusal for each finding that was to be overruled with `--allow`, and may not be."""
+    return [
+        Finding(
+            Code.NOT_ALLOWED,
+            f"{finding.message}; no rule of {policy} that allows the device has "
+            f"{finding.code} in its `allow`",
+            finding.hint,
+        )
+        for finding in findings
+        if finding.severity is Severity.ERROR and finding.code in codes - verdict.allow
+    ]

@@ -1,0 +1,196 @@
+"""The operator's policy: which devices may be handed over, to which VM, and how.
+
+Rules only ever allow. What one of them allows may go, what none allows may not, and their order
+means nothing, so that no rule can take away or widen what another says.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple, Self
+
+from vmplug.devnum import DevNum
+from vmplug.drivers.place import PlugMode
+from vmplug.host.device import DeviceType
+from vmplug.host.finding import Code, Finding
+from vmplug.host.pci import PciFunction
+from vmplug.manager.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
+
+_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One thing that would go into a VM: a device, or each function of a group by itself.
+
+    `number` has `b` or `c` beside it. `vm`, `owner` and `mode` are None where nobody has said yet
+    for whom it is, and then no rule is held against it for them.
+    """
+
+    name: str
+    kind: DeviceType
+    number: tuple[str, DevNum] | None = None
+    paths: tuple[str, ...] = ()
+    function: PciFunction | None = None
+    read_only: bool = False
+    share_rw: bool = False
+    vm: str | None = None
+    owner: str | None = None
+    mode: PlugMode | None = None
+
+    def __str__(self) -> str:
+        """What a rule can say of it."""
+        facts = [str(self.kind)]
+        if self.number:
+            facts.append(f"{self.number[0]}:{self.number[1]}")
+        if self.function:
+            vendor, device = self.function.vendor_id, self.function.device_id
+            facts.append(f"{_digits(vendor, 4)}:{_digits(device, 4)}")
+            facts.append(f"class 0x{_digits(self.function.class_code, 6)}")
+        return ", ".join([*facts, *(path for path in self.paths if path != self.name)])
+
+
+def _digits(value: int | None, width: int) -> str:
+    return "?" * width if value is None else f"{value:0{width}x}"
+
+
+class Objection(NamedTuple):
+    """Why a rule does not allow it; `is_of_device` says that the rule is for other devices."""
+
+    is_of_device: bool
+    wanted: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What one rule allows; None is anything.
+
+    `kinds`, `numbers`, `paths`, `pci` and `classes` say for which devices it is: those of which
+    each that is given holds. `vms` and `owners` are patterns of names. `read_only` allows them
+    only for reading, `cold_only` only before the VM starts; `share_rw` also with others who write,
+    and `allow` lists what `--allow` may overrule.
+    """
+
+    name: str
+    kinds: frozenset[DeviceType] | None = None
+    numbers: tuple[NumberPattern, ...] | None = None
+    paths: tuple[PathPattern, ...] | None = None
+    pci: tuple[PciPattern, ...] | None = None
+    classes: tuple[ClassPattern, ...] | None = None
+    vms: tuple[str, ...] | None = None
+    owners: tuple[str, ...] | None = None
+    read_only: bool = False
+    cold_only: bool = False
+    share_rw: bool = False
+    allow: frozenset[Code] = frozenset()
+
+    def objections(self, asked: Asked) -> list[Objection]:
+        """Everything for which the rule does not allow it; nothing when it does."""
+        of_device = (
+            Objection(is_of_device=True, wanted=wanted) for wanted in self._other_device(asked)
+        )
+        return [
+            *of_device,
+            *(Objection(is_of_device=False, wanted=wanted) for wanted in self._other_use(asked)),
+        ]
+
+    def _other_device(self, asked: Asked) -> Iterator[str]:
+        function = asked.function
+        if self.kinds is not None and asked.kind not in self.kinds:
+            yield f"is for {_few(sorted(self.kinds))}"
+        if self.numbers is not None and not (
+            asked.number and any(pattern.matches(*asked.number) for pattern in self.numbers)
+        ):
+            yield f"is for {_few(self.numbers)}"
+        if self.paths is not None and not any(
+            pattern.matches(path) for pattern in self.paths for path in asked.paths
+        ):
+            yield f"is for {_few(self.paths)}"
+        if self.pci is not None and not (
+            function and any(p.matches(function.vendor_id, function.device_id) for p in self.pci)
+        ):
+            yield f"is for the PCI ids {_few(self.pci)}"
+        if self.classes is not None and not (
+            function and any(pattern.matches(function.class_code) for pattern in self.classes)
+        ):
+            yield f"is for the PCI classes {_few(self.classes)}"
+
+    def _other_use(self, asked: Asked) -> Iterator[str]:
+        if self.vms is not None and not _is_among(asked.vm, self.vms):
+            yield f"is for the VMs {_few(self.vms)}"
+        if self.owners is not None and not _is_among(asked.owner, self.owners):
+            yield f"is for the owners {_few(self.owners)}"
+        if self.read_only and not asked.read_only:
+            yield "allows it only read-only"
+        if self.cold_only and asked.mode is PlugMode.HOT:
+            yield "allows it only before the VM starts"
+        if asked.share_rw and not self.share_rw:
+            yield "does not allow share-rw"
+
+
+def _is_among(name: str | None, patterns: Iterable[str]) -> bool:
+    return name is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _few(patterns: Sequence[object]) -> str:
+    """The first of them, for a message."""
+    return ", ".join(map(str, patterns[:_SHOWN])) + (", ..." if len(patterns) > _SHOWN else "")
+
+
+class Verdict(NamedTuple):
+    """What the rules say: refusals, and if there are none, the findings that may be overruled."""
+
+    refusals: tuple[Finding, ...]
+    allow: frozenset[Code] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The rules of one file; `name` is its path, for messages."""
+
+    name: str = "the policy"
+    rules: tuple[Rule, ...]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """The policy in a TOML file; see docs/security.md for its words.
+
+        PolicyError when it cannot be read, when anything in it is wrong or unknown, and when
+        others than root and this user may write to it.
+        """
+        from vmplug.manager.policy_file import read_rules  # noqa: PLC0415  only who has one pays
+
+        return cls(name=os.fspath(path), rules=read_rules(path))
+
+    def judge(self, parts: Iterable[Asked]) -> Verdict:
+        """What the rules say of a device, given as the parts of which each must be allowed."""
+        refusals: list[Finding] = []
+        allow = frozenset(Code)
+        for asked in parts:
+            allowing = [rule for rule in self.rules if not rule.objections(asked)]
+            if not allowing:
+                refusals.append(self._refusal(asked))
+            allow &= frozenset[Code]().union(*(rule.allow for rule in allowing))
+        return Verdict(tuple(refusals), allow)
+
+    def _refusal(self, asked: Asked) -> Finding:
+        """The finding, with the rule that comes closest: the first of those that object least."""
+        what = f"{asked.name} ({asked}): "
+        hint = f"whoever runs this host says in {self.name} what may be handed over"
+        if not self.rules:
+            return Finding(
+                Code.NOT_ALLOWED, f"{what}{self.name} has no rules, and allows nothing", hint
+            )
+        objections = [(rule, rule.objections(asked)) for rule in self.rules]
+        rule, objecting = min(objections, key=lambda pair: _distance(pair[1]))
+        wanted = " and ".join(objection.wanted for objection in objecting)
+        message = f"no rule of {self.name} allows it; the closest, {rule.name!r}, {wanted}"
+        if not any(objection.is_of_device for objection in objecting):
+            hint = f"ask for it as the rule says; {hint}"
+        return Finding(Code.NOT_ALLOWED, what + message, hint)
+
+
+def _distance(objections: Sequence[Objection]) -> tuple[int, int]:
+    of_device = sum(objection.is_of_device for objection in objections)
+    return of_device, len(objections) - of_device

@@ -1,0 +1,149 @@
+"""The policy's file: TOML, read whole, or refused with the rule and key that are wrong.
+
+Whatever is not understood is an error: a rule with a misspelt key must not allow more than was
+meant, nor a file that cannot be read pass for one that is not there.
+"""
+
+import os
+import stat
+import tomllib
+from collections.abc import Callable, Iterable
+from typing import Annotated, NoReturn, TypeVar
+
+import msgspec
+
+from vmplug.errors import PolicyError
+from vmplug.host.device import DeviceType
+from vmplug.host.finding import NEVER_ALLOWED, Code
+from vmplug.manager.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
+from vmplug.manager.policy import Rule
+from vmplug.manager.private import who_writes, whose_link
+
+_BYTES_MAX = 1 << 20
+
+_OVERRULED = sorted(set(Code) - NEVER_ALLOWED)
+Words = Annotated[list[str], msgspec.Meta(min_length=1)]
+T = TypeVar("T")
+
+
+class _Rule(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    kinds: Annotated[list[DeviceType], msgspec.Meta(min_length=1)] | None = None
+    numbers: Words | None = None
+    paths: Words | None = None
+    pci: Words | None = None
+    classes: Words | None = None
+    vms: Words | None = None
+    owners: Words | None = None
+    read_only: bool = False
+    cold_only: bool = False
+    share_rw: bool = False
+    allow: list[Code] = msgspec.field(default_factory=list)
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    rule: list[_Rule] = msgspec.field(default_factory=list)
+
+
+def read_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
+    """The rules in a file. Raises PolicyError."""
+    name = os.fspath(path)
+    data = _read(name)
+    try:
+        tables = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError
+        _wrong(name, f"is no TOML: {error}")
+    try:
+        rules = msgspec.convert(tables, type=_File).rule
+    except msgspec.ValidationError as error:
+        _wrong(name, _in_words(error, tables))
+    names = [rule.name for rule in rules]
+    for twice in (rule for rule in names if names.count(rule) > 1):
+        _wrong(name, f"has two rules of the name {twice!r}")
+    return tuple(_parse_rule(rule, name) for rule in rules)
+
+
+def _read(path: str) -> bytes:
+    """The bytes of a file that only root and this user can write to."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                _wrong(path, "is no regular file")
+            if why := whose_link(path) or who_writes(status):
+                hint = f"chown root {path}; chmod go-w {path}"
+                raise PolicyError(f"the policy {path} {why}, and is not followed", hint=hint)
+            data = file.read(_BYTES_MAX + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        _cannot_read(path, error)
+    if len(data) > _BYTES_MAX:
+        _wrong(path, f"is longer than {_BYTES_MAX >> 20} MiB")
+    return data
+
+
+def _cannot_read(path: str, error: OSError | ValueError) -> NoReturn:
+    reason = error.strerror if isinstance(error, OSError) else error
+    raise PolicyError(
+        f"the policy {path} cannot be read: {reason}",
+        hint="nothing is handed over without it: mend it, or say which with --policy",
+    ) from error
+
+
+def _wrong(path: str, what: str) -> NoReturn:
+    raise PolicyError(
+        f"the policy {path} {what}",
+        hint="nothing is handed over until it is mended; docs/security.md tells its words",
+    ) from None
+
+
+def _in_words(error: msgspec.ValidationError, tables: dict[str, object]) -> str:
+    """`Object contains unknown field ... - at $.rule[0]`, with the name of that rule."""
+    what, _, where = str(error).partition(" - at ")
+    where = where.strip("`").removeprefix("$").removeprefix(".") or "the file"
+    rules = tables.get("rule")
+    number = where.partition("[")[2].partition("]")[0]
+    if where.startswith("rule[") and number.isdigit() and isinstance(rules, list):
+        rule = rules[int(number)]
+        name = rule.get("name") if isinstance(rule, dict) else None
+        where += f" ({name!r})" if isinstance(name, str) else ""
+    what = what.replace("`", "").replace("Object contains unknown", "unknown")
+    if what.startswith("Invalid enum value"):
+        what = (
+            what.removeprefix("Invalid enum value ")
+            + " is none of "
+            + ", ".join(DeviceType if ".kinds" in where else _OVERRULED)
+        )
+    return f"is wrong at {where}: {what[:1].lower() + what[1:]}"
+
+
+def _parse_rule(said: _Rule, path: str) -> Rule:
+    def parse(
+        key: str, texts: Iterable[str] | None, one: Callable[[str], T]
+    ) -> tuple[T, ...] | None:
+        try:
+            return None if texts is None else tuple(map(one, texts))
+        except ValueError as error:
+            _wrong(path, f"is wrong at {key} of rule {said.name!r}: {error}")
+
+    for code in NEVER_ALLOWED & set(said.allow):
+        _wrong(path, f"is wrong at allow of rule {said.name!r}: {code} is never overruled")
+    if not (said.kinds or said.numbers or said.paths or said.pci or said.classes):
+        _wrong(
+            path,
+            f"has a rule {said.name!r} that does not say for which devices it is: give it kinds, "
+            "numbers, paths, pci or classes",
+        )
+    return Rule(
+        name=said.name,
+        kinds=None if said.kinds is None else frozenset(said.kinds),
+        numbers=parse("numbers", said.numbers, NumberPattern.parse),
+        paths=parse("paths", said.paths, PathPattern.parse),
+        pci=parse("pci", said.pci, PciPattern.parse),
+        classes=parse("classes", said.classes, ClassPattern.parse),
+        vms=None if said.vms is None else tuple(said.vms),
+        owners=None if said.owners is None else tuple(said.owners),
+        read_only=said.read_only,
+        cold_only=said.cold_only,
+        share_rw=said.share_rw,
+        allow=frozenset(said.allow),
+    )
