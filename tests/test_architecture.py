@@ -37,7 +37,7 @@ CATCHES_OSERROR = {
     "hypervisor/qemu/launch.py",
     "hypervisor/qmp.py",
     "manager/database.py",
-    "oci/spec.py",
+    "oci/source.py",
 }
 
 OSERRORS = {

@@ -37,6 +37,7 @@ from vmplug.manager.state import State
 from vmplug.manager.store import Store
 from vmplug.manager.unplug import Unplugger
 from vmplug.oci.annotated import Request
+from vmplug.oci.limits import NAME_BYTES_MAX, check_text
 
 log = logging.getLogger(__name__)
 
@@ -293,6 +294,7 @@ class DeviceManager:
             return check_memlock(device, endpoint.pid, self._offer.memory_bytes, self._host)
 
     def _plan(self, examined: Sequence[Examined], owner: str | None) -> Plan:
+        check_text("owner", owner or "", NAME_BYTES_MAX)
         return make_plan(
             examined,
             vm=self._vm,
