@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from vmplug.drivers.base import Command
 from vmplug.errors import CommandError
+from vmplug.hypervisor.answers import check_answer
 
 EventReceiver = Callable[[str, Mapping[str, Any]], None]
 
@@ -13,7 +14,7 @@ EventReceiver = Callable[[str, Mapping[str, Any]], None]
 class Monitor(Protocol):
     """Commands go in, answers and events come out.
 
-    Raises ProtocolError when the conversation breaks.
+    Raises ProtocolError when the conversation breaks, or makes no sense.
     """
 
     @abstractmethod
@@ -33,7 +34,7 @@ class Monitor(Protocol):
         answers, refusal = self.attempt(commands)
         if refusal:
             raise refusal
-        return answers
+        return [check_answer(*asked) for asked in zip(commands, answers, strict=True)]
 
     def execute(self, command: Command) -> Any:
         """The answer to one command; raises CommandError when QEMU refuses it."""

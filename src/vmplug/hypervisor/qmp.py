@@ -18,6 +18,7 @@ from qemu.qmp.qmp_client import NegotiationError
 
 from vmplug.drivers.base import Command
 from vmplug.errors import BackendTimeout, CommandError, ConnectError, ProtocolError
+from vmplug.hypervisor.answers import MESSAGE_BYTES_MAX
 from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
 
 T = TypeVar("T")
@@ -110,13 +111,17 @@ class QmpMonitor(Monitor):
         hence a second one. Source: measured on QEMU 7.2, after a backend that kept it waiting.
         """
         for attempts_left in (1, 0):
-            client = QMPClient("vmplug")
+            client = QMPClient("vmplug", readbuflen=MESSAGE_BYTES_MAX)
             client.register_listener(events)
             try:
                 await client.connect(self._open_socket())
             except QmpConnectError as error:
                 if not (attempts_left and isinstance(error.exc, NegotiationError)):
                     raise
+            except AssertionError as error:  # the library's, when it breaks off as it begins
+                with contextlib.suppress(Exception):
+                    await client.disconnect()
+                raise QmpConnectError("broken off", error) from error
             else:
                 return client
         raise AssertionError("unreachable")
@@ -150,14 +155,16 @@ class QmpMonitor(Monitor):
 
     async def _relay_events(self, events: EventListener) -> None:
         async for event in events:
-            for receive in self._receivers:
-                receive(str(event["event"]), cast(Mapping[str, Any], event.get("data", {})))
+            data = event.get("data", {})
+            for receive in self._receivers if isinstance(data, Mapping) else ():
+                receive(str(event["event"]), cast("Mapping[str, Any]", data))
 
     async def _disconnect(self) -> None:
         if self._relay:
             self._relay.cancel()
         if self._client:
-            with contextlib.suppress(QMPError, OSError, EOFError):
+            # It raises whatever ended the conversation, which was told then.
+            with contextlib.suppress(Exception):
                 await self._client.disconnect()
         self._client = self._relay = None
 

@@ -216,9 +216,10 @@ class Qemu:
     def _on_event(self, event: str, data: Mapping[str, Any]) -> None:
         """Note what became of a device; virtio's inner half sends an event that names none."""
         outcome = {"DEVICE_DELETED": "deleted", "DEVICE_UNPLUG_GUEST_ERROR": "refused"}.get(event)
-        if outcome and device_id_of(data.get("device", "")):
+        device = data.get("device")
+        if outcome and isinstance(device, str) and device_id_of(device):
             with self._changed:
-                self._outcomes[data["device"]] = outcome
+                self._outcomes[device] = outcome
                 self._changed.notify_all()
 
     def _take_back(self, command: Command | None) -> None:
