@@ -184,6 +184,14 @@ def test_a_key_that_is_there_twice_in_an_annotation_is_refused() -> None:
     assert caught.value.where == "$.annotations['org.vmplug.rng.r']"
 
 
+@pytest.mark.parametrize(
+    "text", [b'{"hostname": "\xff"}', b'{"hostname": "\n"}', b'{"x": "\xed\xa0\x80"}']
+)
+def test_what_is_not_looked_at_must_be_json_too(text: bytes) -> None:
+    with pytest.raises(SpecError, match="not JSON"):
+        parse_config(text, name=None)
+
+
 # Where it is read from
 
 

@@ -26,7 +26,7 @@ def check_nesting(where: str, data: bytes) -> None:
         raise SpecError(where, f"nested too deeply: {depth} levels; at most {NESTING_MAX}")
 
 
-def check_repeats(where: str, data: bytes | str) -> None:
+def check_repeats(where: str, text: str) -> None:
     """SpecError for a document in which an object has one key twice; it must be JSON."""
 
     def look(pairs: list[tuple[str, object]]) -> None:
@@ -35,4 +35,4 @@ def check_repeats(where: str, data: bytes | str) -> None:
             raise SpecError(where, f"the key {twice[:60]!r} is there twice in one object")
 
     # No number is looked at, and making one of many digits takes long.
-    json.loads(data, object_pairs_hook=look, parse_int=len, parse_float=len)
+    json.loads(text, object_pairs_hook=look, parse_int=len, parse_float=len)

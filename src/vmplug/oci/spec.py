@@ -184,11 +184,11 @@ def _decode(data: bytes) -> _Config:
     check_nesting("$", data)
     try:
         config = msgspec.json.decode(data, type=_Config)
+        check_repeats("$", data.decode())  # and all text, most of which msgspec passes over
     except msgspec.ValidationError as error:
         raise _spec_error(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError) as error:
         raise SpecError("$", f"not JSON: {_json_position(data) or error}") from error
-    check_repeats("$", data)
     return config
 
 
