@@ -78,6 +78,7 @@ def _run_engine(target: str, seconds: int) -> None:
             f"-timeout={_LONGEST_INPUT_S}",
             f"-artifact_prefix={BUILD / target}/",
             "-max_len=4096",
+            "-len_control=0",
             "-rss_limit_mb=1024",
             "-print_final_stats=1",
             *([f"-dict={words}"] if words.exists() else []),
