@@ -1,13 +1,14 @@
 # `make demo` and `make test` set up everything that they need on a Debian machine, as root.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-here test-fast lab test-lab lint format bench packages test-packages clean
+.PHONY: help demo test test-here test-fast fuzz lab test-lab lint format bench packages test-packages clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 GUEST := build/guest/initrd.img
 FULL_GUEST := build/guest/full/initrd.img
 KIND ?= disk
+SECONDS ?= 60
 LAB := $(BIN)/python -m lab --timeout 1200
 LAB_TESTS := $(BIN)/pytest tests/lab --junitxml
 RESULTS := $(CURDIR)/build/lab/results
@@ -16,6 +17,7 @@ help:
 	@echo "make demo       boot a guest, plug a disk into it, let it read, take the disk out again"
 	@echo "make test       every test (root, QEMU, the lab VM)"
 	@echo "make test-fast  the tests that need neither root nor QEMU, in a minute"
+	@echo "make fuzz       hostile input for SECONDS=60, made from what earlier input reached"
 	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to hand over"
 	@echo "make test-lab   the tests that run in it"
 	@echo "make lint       ruff and mypy"
@@ -27,13 +29,16 @@ demo: packages $(BIN)/vmplug $(if $(filter virtio-9p,$(KIND)),$(FULL_GUEST),$(GU
 
 # The lab VM and the tests here hardly get into each other's way: each has one CPU busy.
 test: lab $(FULL_GUEST)
-	$(MAKE) --no-print-directory --jobs=2 test-lab test-here
+	$(MAKE) --no-print-directory --jobs=2 test-lab test-here fuzz
 
 test-here:
 	$(BIN)/pytest
 
 test-fast: $(BIN)/vmplug
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile -m "not qemu and not root"
+
+fuzz: $(BIN)/vmplug
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 lab: test-packages $(BIN)/vmplug $(GUEST)
 	lab/build.sh

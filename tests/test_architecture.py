@@ -39,7 +39,7 @@ CATCHES_OSERROR = {
     "manager/database.py",
     "manager/policy_file.py",
     "manager/private.py",
-    "oci/spec.py",
+    "oci/source.py",
 }
 
 OSERRORS = {

@@ -314,6 +314,31 @@ def test_a_name_that_leaves_the_directory_is_refused(made: Callable[..., str], n
     assert f"member {name!r} would leave the directory" in message
 
 
+def extension(kind: bytes, data: bytes, *, size: int | None = None) -> bytes:
+    """A header that says something of the one behind it."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, len(data) if size is None else size
+    return header.tobuf(tarfile.USTAR_FORMAT) + data.ljust(-(-len(data) // 512) * 512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (extension(tarfile.XHDTYPE, b"8 a=bcd\n") * 3000, "recursion"),
+        (extension(tarfile.GNUTYPE_LONGNAME, b"a") * 3000, "recursion"),
+        (extension(tarfile.XHDTYPE, b"23 GNU.sparse.map=1,a\n\n"), "invalid literal"),
+        (extension(tarfile.XHDTYPE, b"x", size=1 << 17), "131072 bytes are said of one member"),
+        (extension(tarfile.GNUTYPE_LONGNAME, b"x", size=1 << 32), "are said of one member"),
+    ],
+)
+def test_headers_that_make_no_sense_are_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "r.tar"
+    path.write_bytes(content + extension(tarfile.REGTYPE, b""))
+    assert message in refused(str(path))
+
+
 @pytest.mark.parametrize(
     "links",
     [
@@ -395,7 +420,7 @@ def test_a_device_number_that_no_kernel_has_is_refused(
 def test_what_lies_too_deep_is_refused(made: Callable[..., str]) -> None:
     with open_record(made(member("sys/" + "a/" * 60 + "b", data=b"1\n"))) as root:
         assert root.read_attribute("/sys" + "/a" * 60 + "/b") == b"1\n"
-    for depth in (64, 2000, 50_000):
+    for depth in (64, 2000, 30_000):
         assert "lies deeper" in refused(made(member("sys/" + "a/" * depth + "b")))
     assert "File name too long" in refused(made(member("sys/" + "a" * 300)))
 
@@ -419,10 +444,10 @@ def test_what_is_too_large_or_too_many_is_refused(made: Callable[..., str]) -> N
 
 def test_a_small_file_that_unpacks_to_a_lot_is_refused(tmp_path: Path) -> None:
     header = tarfile.TarInfo("sys/a")
-    header.type, header.size = tarfile.XHDTYPE, 1 << 40
+    header.size = 8 << 20
     with gzip.open(tmp_path / "bomb.tgz", "wb") as file:
         file.write(header.tobuf(tarfile.GNU_FORMAT) + bytes(8 << 20))
-    message = refused(str(tmp_path / "bomb.tgz"), Limits(whole_bytes=4 << 20))
+    message = refused(str(tmp_path / "bomb.tgz"), Limits(file_bytes=8 << 20, whole_bytes=4 << 20))
     assert "unpacks to more than" in message
 
 

@@ -110,6 +110,13 @@ def test_who_names_no_owner_attaches_for_the_vm(sandbox: Sandbox) -> None:
     assert sandbox.devices.attach(sandbox.disk()).owner == "sandbox-1"
 
 
+def test_an_owner_whose_name_is_too_long_gets_nothing(sandbox: Sandbox) -> None:
+    before = sandbox.picture()
+    with pytest.raises(SpecError, match="256 bytes; at most 255"):
+        sandbox.devices.attach(sandbox.disk(), owner="c" * 256)
+    assert sandbox.picture() == before
+
+
 def test_the_second_attach_of_one_owner_only_counts(sandbox: Sandbox) -> None:
     first = sandbox.devices.attach(sandbox.disk(), owner="c1")
     parts, sent = sandbox.side.parts(), sandbox.changes_sent()

@@ -9,6 +9,7 @@ import select
 from collections.abc import Collection
 from contextlib import suppress
 
+from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
 
@@ -19,6 +20,8 @@ def read_start_time(pid: int, root: HostRoot) -> int | None:
     if text is None:
         return None
     fields = text.rpartition(")")[2].split()  # the name before may hold blanks and brackets
+    if len(fields) < 20 or not is_decimal(fields[19]):
+        raise AttributeReadError(f"/proc/{pid}/stat", why="it has no start time")
     return None if fields[0] in {"Z", "X"} else int(fields[19])
 
 

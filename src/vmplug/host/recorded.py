@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, NamedTuple, Self, TypeVar
 
 from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError, SpecError
@@ -32,7 +32,17 @@ _LINKS_MAX, _DEPTH_MAX = 40, 64
 _GZIP = b"\x1f\x8b"
 _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE}
 _NODES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK}
+_EXTENSIONS = {
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+}
+_EXTENSION_MAX_BYTES = 1 << 16
+"""Of a member's name, its link and its keywords; tarfile reads them at once."""
+_NOTE_MAX_BYTES = 4096
 _SEE = "vmplug record makes such a file"
+_UNREADABLE = (EOFError, ValueError, RecursionError, zlib.error, tarfile.TarError)
+"""What tarfile raises: a ValueError for numbers that are none, a RecursionError when one
+extension extends the other."""
 
 
 T = TypeVar("T")
@@ -148,7 +158,7 @@ def open_record(path: str, limits: Limits = LIMITS) -> Iterator[RecordedRoot]:
         unpacker = _Unpacker(path, directory, limits)
         try:
             unpacker.unpack()
-        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        except (OSError, *_UNREADABLE) as error:
             why = (isinstance(error, OSError) and error.strerror) or str(error)
             raise SpecError(path, f"cannot be read as a tar file: {why}", hint=_SEE) from error
         yield RecordedRoot(directory, unpacker.nodes, unpacker.errors)
@@ -193,7 +203,7 @@ class _Unpacker:
         most = self._limits.whole_bytes
         too_much = self._refusal(f"unpacks to more than {most} bytes")
         stream = _Limited(gzip.GzipFile(fileobj=file) if is_compressed else file, most, too_much)
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as tar:
             yield tar
 
     def _refusal(self, why: str) -> SpecError:
@@ -266,7 +276,9 @@ class _Unpacker:
     def _read_note(self, note: IO[bytes] | None) -> None:
         words = dict(
             line.split(" ", 1)
-            for line in (note.read() if note else b"").decode(errors="replace").split("\n")
+            for line in (note.read(_NOTE_MAX_BYTES) if note else b"")
+            .decode(errors="replace")
+            .split("\n")
             if " " in line
         )
         if words.get("format") != str(FORMAT):
@@ -300,6 +312,18 @@ class _Unpacker:
                 rest += further.split("/")[::-1]
         if is_out:
             raise self._refusal(f"link {path[1:]!r} leads out of the record, to {target!r}")
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, which may not announce more than is sensible."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """As tarfile calls it for every header."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENSIONS and header.size > _EXTENSION_MAX_BYTES:
+            raise tarfile.ReadError(f"{header.size} bytes are said of one member")
+        return header
 
 
 class _Limited(io.RawIOBase):

@@ -9,26 +9,29 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 
-_READ = os.O_RDONLY | os.O_CLOEXEC
+T = TypeVar("T")
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+"""Whatever stands where an attribute should, such as a FIFO, nobody is waited for."""
 _ENTER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESRCH})
 """ENODEV and ENXIO: the device went between open and read; ESRCH: the process did."""
 
+_TEXT_MAX_BYTES = 64 << 20
+"""A table of /proc has a line of some hundred bytes for each mount or socket."""
+_PIECE_BYTES = 1 << 16  # some files of /proc have no memory for a buffer of megabytes
 PAGE_SIZE = 4096
 """A sysfs attribute is at most one page. Source: Documentation/filesystems/sysfs.rst."""
-
 _LINKS_MAX = 40
 """As the kernel's own MAXSYMLINKS. Source: include/linux/namei.h."""
-
 _F_OFD_GETLK = 36
 _LOCK_LAYOUT = "hhqqi4x"
 """struct flock on 64-bit Linux. Source: include/uapi/asm-generic/fcntl.h."""
-
 
 Several = tuple[
     list[bytes | AttributeReadError | None],
@@ -148,14 +151,10 @@ class HostRoot:
         """
         try:
             fd = os.open(self._base + path, os.O_WRONLY | os.O_CLOEXEC)
+            with open(fd, "wb", buffering=0) as file:
+                file.write(text.encode())
         except OSError as error:
             return error.errno
-        try:
-            os.write(fd, text.encode())
-        except OSError as error:
-            return error.errno
-        finally:
-            os.close(fd)
         _log_write(text, path)
         return None
 
@@ -191,38 +190,38 @@ class HostRoot:
         os.close(descriptor)
 
     def read_text(self, path: str) -> str | None:
-        """A whole file of any length, undecodable bytes kept as surrogates; None when absent."""
+        """A whole file, undecodable bytes kept as surrogates; None when absent."""
         try:
-            with open(self._base + path, "rb") as file:
-                return os.fsdecode(file.read())
-        except OSError as error:
+            data, fd = bytearray(), os.open(self._base + path, _READ)
+            with open(fd, "rb", buffering=0) as file:
+                while len(data) <= _TEXT_MAX_BYTES and (piece := file.read(_PIECE_BYTES)):
+                    data += piece
+        except (OSError, ValueError) as error:
             return self._absent(path, error)
+        if len(data) > _TEXT_MAX_BYTES:
+            raise AttributeReadError(path, why=f"it is longer than {_TEXT_MAX_BYTES} bytes")
+        return os.fsdecode(bytes(data))
 
     def read_int(self, path: str) -> int | None:
         """A decimal attribute; None when absent, AttributeReadError when it is no number."""
-        data = self.read_attribute(path)
-        if data is None:
-            return None
-        try:
-            return int(data)
-        except ValueError:
-            raise AttributeReadError(path, why=f"{data[:40]!r} is not a number") from None
+        return self._read_as(path, int, "a number")
 
     def read_devnum(self, path: str) -> DevNum | None:
         """A `dev` attribute; None when absent, AttributeReadError when it is no number."""
+        return self._read_as(path, lambda data: DevNum.parse(data.decode().strip()), "MAJOR:MINOR")
+
+    def _read_as(self, path: str, parse: Callable[[bytes], T], what: str) -> T | None:
         data = self.read_attribute(path)
-        if data is None:
-            return None
         try:
-            return DevNum.parse(data.decode().strip())
+            return None if data is None else parse(data)
         except ValueError:
-            raise AttributeReadError(path, why=f"{data[:40]!r} is not MAJOR:MINOR") from None
+            raise AttributeReadError(path, why=f"{(data or b'')[:40]!r} is not {what}") from None
 
     def read_at(self, path: str, offset: int, length: int) -> bytes:
         """Up to `length` bytes of a regular file from `offset`; empty when absent."""
         try:
-            fd = os.open(self._base + path, _READ | os.O_NONBLOCK)
-        except OSError as error:
+            fd = os.open(self._base + path, _READ)
+        except (OSError, ValueError) as error:
             self._absent(path, error)
             return b""
         try:
@@ -236,14 +235,14 @@ class HostRoot:
         """What is at `path`, through symlinks; None when absent."""
         try:
             return os.stat(self._base + path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return self._absent(path, error)
 
     def try_stat(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
         """What is at `path`; None for any reason, where a broken neighbour must not matter."""
         try:
             return os.stat(self._base + path, follow_symlinks=follow_symlinks)
-        except OSError:
+        except (OSError, ValueError):
             return None
 
     @staticmethod
@@ -268,7 +267,7 @@ class HostRoot:
         """The text of a symlink; None when absent."""
         try:
             return os.readlink(self._base + path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return self._absent(path, error)
 
     def names(self, path: str) -> list[str]:
@@ -284,8 +283,8 @@ class HostRoot:
         if self.is_live:
             try:
                 return os.path.realpath(path)
-            except OSError as error:  # a link of /proc that may not be read
-                raise AttributeReadError(path, error.errno) from error
+            except (OSError, ValueError) as error:  # a link of /proc that may not be read; a NUL
+                raise AttributeReadError(path, getattr(error, "errno", None)) from error
         real, rest, links = "", path.split("/")[::-1], 0
         while rest:
             match rest.pop():
@@ -308,7 +307,10 @@ class HostRoot:
     def _link_target(self, path: str) -> str | None:
         try:
             return os.readlink(self._base + path)
-        except OSError:  # no link, or nothing that can be looked at: as realpath(3) -m
+        except (
+            OSError,
+            ValueError,
+        ):  # no link, or nothing that can be looked at: as realpath(3) -m
             return None
 
     def probe_open(self, path: str, flags: int) -> int | None:
@@ -317,7 +319,7 @@ class HostRoot:
         `flags` such as O_EXCL or O_DIRECT are what is probed. Nothing is read.
         """
         try:
-            os.close(os.open(self._base + path, _READ | os.O_NONBLOCK | flags))
+            os.close(os.open(self._base + path, _READ | flags))
         except OSError as error:
             return error.errno
         return None
@@ -325,7 +327,7 @@ class HostRoot:
     def drive_status(self, path: str) -> int | None:
         """What a CD drive says of its disc, CDS_... of linux/cdrom.h; None if it is no drive."""
         try:
-            with open(os.open(self._base + path, _READ | os.O_NONBLOCK), "rb", 0) as drive:
+            with open(os.open(self._base + path, _READ), "rb", 0) as drive:
                 return fcntl.ioctl(drive, 0x5326, 0x7FFFFFFF)  # CDROM_DRIVE_STATUS, CDSL_CURRENT
         except OSError:
             return None
@@ -338,15 +340,15 @@ class HostRoot:
         """Whether the file system at `path` takes no writes; False when absent."""
         try:
             return bool(os.statvfs(self._base + path).f_flag & os.ST_RDONLY)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._absent(path, error)
             return False
 
     def is_range_locked(self, path: str, start: int, length: int) -> bool:
         """Whether another open file holds an OFD lock in that range; False when absent."""
         try:
-            fd = os.open(self._base + path, _READ | os.O_NONBLOCK)
-        except OSError as error:
+            fd = os.open(self._base + path, _READ)
+        except (OSError, ValueError) as error:
             self._absent(path, error)
             return False
         try:
@@ -359,8 +361,8 @@ class HostRoot:
         return bool(struct.unpack(_LOCK_LAYOUT, answer)[0] != fcntl.F_UNLCK)
 
     @staticmethod
-    def _absent(path: str, error: OSError) -> None:
-        if error.errno not in _ABSENT:
+    def _absent(path: str, error: OSError | ValueError) -> None:
+        if isinstance(error, OSError) and error.errno not in _ABSENT:  # else the path has a NUL
             raise AttributeReadError(path, error.errno) from error
 
 

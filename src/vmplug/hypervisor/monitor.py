@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from vmplug.drivers.base import Command
 from vmplug.errors import CommandError
+from vmplug.hypervisor.answers import check_answer
 
 EventReceiver = Callable[[str, Mapping[str, Any]], None]
 
@@ -19,7 +20,7 @@ MISSED = "missed"
 class Monitor(Protocol):
     """Commands go in, answers and events come out.
 
-    Raises ProtocolError when the conversation breaks.
+    Raises ProtocolError when the conversation breaks, or makes no sense.
     """
 
     @abstractmethod
@@ -39,7 +40,7 @@ class Monitor(Protocol):
         answers, refusal = self.attempt(commands)
         if refusal:
             raise refusal
-        return answers
+        return [check_answer(*asked) for asked in zip(commands, answers, strict=True)]
 
     def execute(self, command: Command) -> Any:
         """The answer to one command; raises CommandError when QEMU refuses it."""

@@ -18,6 +18,7 @@ from qemu.qmp.qmp_client import NegotiationError
 
 from vmplug.drivers.base import Command
 from vmplug.errors import BackendTimeout, CommandError, ConnectError, ProtocolError
+from vmplug.hypervisor.answers import MESSAGE_BYTES_MAX
 from vmplug.hypervisor.monitor import (
     COMMAND_TIMEOUT_S,
     MISSED,
@@ -128,13 +129,17 @@ class QmpMonitor(Monitor):
         hence a second one. Source: measured on QEMU 7.2, after a backend that kept it waiting.
         """
         for attempts_left in (1, 0):
-            client = QMPClient("vmplug")
+            client = QMPClient("vmplug", readbuflen=MESSAGE_BYTES_MAX)
             client.register_listener(events)
             try:
                 await client.connect(await self._open_socket())
             except QmpConnectError as error:
                 if not (attempts_left and isinstance(error.exc, NegotiationError)):
                     raise
+            except AssertionError as error:  # the library's, when it breaks off as it begins
+                with contextlib.suppress(Exception):
+                    await client.disconnect()
+                raise QmpConnectError("broken off", error) from error
             else:
                 return client
         raise AssertionError("unreachable")
@@ -179,8 +184,9 @@ class QmpMonitor(Monitor):
 
     async def _relay_events(self, events: EventListener) -> None:
         async for event in events:
-            for receive in self._receivers:
-                receive(str(event["event"]), cast(Mapping[str, Any], event.get("data", {})))
+            data = event.get("data", {})
+            for receive in self._receivers if isinstance(data, Mapping) else ():
+                receive(str(event["event"]), cast("Mapping[str, Any]", data))
 
     async def _end_turn(self) -> None:
         """Leave the socket to the next client; our next command queues up behind it."""
@@ -196,7 +202,8 @@ class QmpMonitor(Monitor):
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        with contextlib.suppress(QMPError, OSError, EOFError):  # TimeoutError is an OSError
+        # It raises whatever ended the conversation, which was told then.
+        with contextlib.suppress(Exception):
             async with asyncio.timeout(_END_TIMEOUT_S):
                 await client.disconnect()
         for receive in self._receivers:

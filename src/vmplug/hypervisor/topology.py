@@ -127,7 +127,7 @@ def _is_shared(
     backends: Iterable[Mapping[str, Any]], nvdimms: Iterable[Mapping[str, Any]]
 ) -> bool:
     """Whether all of the guest's own memory is shared; that of NVDIMMs counts for nothing."""
-    others = {str(device["data"]["memdev"]).rpartition("/")[2] for device in nvdimms}
+    others = {device["data"].get("memdev", "").rpartition("/")[2] for device in nvdimms}
     own = [backend["share"] for backend in backends if backend.get("id") not in others]
     return bool(own) and all(own)
 

@@ -39,6 +39,7 @@ from vmplug.manager.state import State
 from vmplug.manager.store import Store
 from vmplug.manager.unplug import Unplugger
 from vmplug.oci.annotated import Request
+from vmplug.oci.limits import NAME_BYTES_MAX, check_text
 
 log = logging.getLogger(__name__)
 
@@ -301,6 +302,7 @@ class DeviceManager:
             return check_memlock(device, endpoint.pid, offer.memory_bytes, self._host)
 
     def _plan(self, examined: Sequence[Examined], owner: str) -> Plan:
+        check_text("owner", owner, NAME_BYTES_MAX)
         return make_plan(
             examined,
             vm=self._vm,

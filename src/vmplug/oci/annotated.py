@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from vmplug.devnum import is_decimal
 from vmplug.errors import SpecError
 from vmplug.oci.info import DeviceInfo
+from vmplug.oci.limits import NAME_BYTES_MAX, check_path, check_text
 
 DESCRIPTOR_PREFIX = "fd:"
 
@@ -168,8 +169,10 @@ Request = DeviceInfo | Named
 def _check_label(kind: str, label: str) -> None:
     if not label or not label.isprintable() or "/" in label:
         raise SpecError(f"{kind} {label!r}", "a name is printable text without '/'")
+    check_text(kind, label, NAME_BYTES_MAX)
 
 
 def _check_source(name: str, path: str) -> None:
     if not path.startswith("/") or "\0" in path:
         raise SpecError(name, f"{path!r} is not an absolute path")
+    check_path(name, path)

@@ -20,7 +20,17 @@ import msgspec
 
 from vmplug.errors import SpecError
 from vmplug.oci.annotated import DEFAULT_SOURCE, Named, NetInfo, RngInfo, ShareInfo, VfioInfo
+from vmplug.oci.document import check_repeats
 from vmplug.oci.info import normal_container_path
+from vmplug.oci.limits import (
+    ANNOTATION_BYTES_MAX,
+    ANNOTATION_KEY_BYTES_MAX,
+    OPTION_BYTES_MAX,
+    OPTIONS_MAX,
+    REQUESTS_MAX,
+    check_count,
+    check_text,
+)
 
 PREFIX = "org.vmplug."
 _KATA = "io.katacontainers.config.hypervisor."
@@ -32,6 +42,7 @@ _SHARE_DEFAULTS = {
     "virtio_fs_queue_size": "queue-size",
 }
 """Kata's words for every share of a sandbox, and our option that means the same."""
+_KATA_WORDS = {*_SHARE_DEFAULTS, "entropy_source"}
 
 Option = str | int | bool
 
@@ -54,6 +65,7 @@ def read_annotations(annotations: Mapping[str, str]) -> Annotated:
     for key, value in annotations.items():
         if not key.startswith(PREFIX):
             continue
+        check_text("$.annotations", key, ANNOTATION_KEY_BYTES_MAX)
         kind, _, name = key.removeprefix(PREFIX).partition(".")
         fields = _Fields(key, value)
         match kind:
@@ -73,6 +85,7 @@ def read_annotations(annotations: Mapping[str, str]) -> Annotated:
                     f"{kind!r} is no kind of annotation",
                     hint=f"{PREFIX} is followed by net, share, rng, vfio or options, and a name",
                 )
+    check_count("$.annotations", "requests", len(requests), REQUESTS_MAX)
     return Annotated(tuple(requests), options)
 
 
@@ -83,11 +96,12 @@ def annotation_path(key: str) -> str:
 
 def _katas(annotations: Mapping[str, str]) -> dict[str, str]:
     """Kata's settings of the sandbox, by their words."""
-    return {
-        key.removeprefix(_KATA): value
-        for key, value in annotations.items()
-        if key.startswith(_KATA)
+    katas = {
+        word: annotations[_KATA + word] for word in _KATA_WORDS if _KATA + word in annotations
     }
+    for word, value in katas.items():
+        check_text(annotation_path(_KATA + word), value, OPTION_BYTES_MAX)
+    return katas
 
 
 def _net(name: str, fields: "_Fields") -> NetInfo:
@@ -116,12 +130,15 @@ class _Fields:
     """The members of one annotation's object; what is not taken is an option."""
 
     def __init__(self, key: str, value: str) -> None:
-        self._key = key
+        self._key, where = key, annotation_path(key)
+        check_text(where, value, ANNOTATION_BYTES_MAX)
         try:
             self._members: dict[str, Any] = msgspec.json.decode(value, type=dict[str, Option])
+            check_repeats(where, value)
         except (msgspec.DecodeError, UnicodeEncodeError) as error:
             hint = 'the value is one JSON object, such as {"source": "/srv/work"}'
-            raise SpecError(annotation_path(key), f"{value[:60]!r}: {error}", hint=hint) from error
+            raise SpecError(where, f"{value[:60]!r}: {error}", hint=hint) from error
+        check_count(where, "members", len(self._members), OPTIONS_MAX)
 
     def take_path(self, member: str, default: str | None = None) -> str:
         """A path; a bundle names no descriptors, which are another process's."""
@@ -149,7 +166,10 @@ class _Fields:
 
     def options(self) -> dict[str, str]:
         """What is left, as the text that the command line takes too."""
-        return {key: _text(value) for key, value in self._members.items()}
+        options = {key: _text(value) for key, value in self._members.items()}
+        for key, text in options.items():
+            check_text(annotation_path(self._key), max(key, text, key=len), OPTION_BYTES_MAX)
+        return options
 
 
 def _text(value: Option) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
+from vmplug.oci.limits import check_path
 
 
 class DevType(StrEnum):
@@ -56,6 +57,7 @@ class DeviceInfo:
             raise SpecError(self.container_path, "persistent memory needs the path of its file")
         if self.devnum is not None and self.dev_type not in NUMBERED:
             raise SpecError(self.container_path, f"type {self.dev_type} has no number")
+        check_path(self.container_path, self.host_path or "")
         if "\0" in (self.host_path or ""):
             raise SpecError(self.container_path, f"{self.host_path!r} contains a NUL character")
         if self.devnum is None and self.host_path is None and self.dev_type in NUMBERED:
@@ -110,6 +112,7 @@ def normal_container_path(path: str, where: str = "container path") -> str:
     """
     if not path:
         raise SpecError(where, "path is empty", hint="give the device's path in the container")
+    check_path(where, path)
     if not path.startswith("/") or path.strip("/") == "":
         raise SpecError(where, f"{path!r} is not an absolute path of a device")
     if "\0" in path:

@@ -10,10 +10,8 @@ import json
 import os
 import re
 import stat
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -22,14 +20,27 @@ from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
 from vmplug.oci.annotated import Named
 from vmplug.oci.annotations import PREFIX, annotation_path, read_annotations
+from vmplug.oci.document import check_nesting, check_repeats
 from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, Mount, normal_container_path
+from vmplug.oci.limits import (
+    CONFIG_BYTES_MAX,
+    DEVICES_MAX,
+    MOUNT_OPTIONS_MAX,
+    MOUNTS_MAX,
+    NAME_BYTES_MAX,
+    RULES_MAX,
+    check_count,
+    check_path,
+)
+from vmplug.oci.source import read_source
 
 Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+Word = Annotated[str, msgspec.Meta(max_length=NAME_BYTES_MAX)]
 
 
 class _Device(msgspec.Struct, rename="camel"):
     path: str
-    type: str
+    type: Word
     major: int | None = None
     minor: int | None = None
     file_mode: int | None = None
@@ -39,10 +50,10 @@ class _Device(msgspec.Struct, rename="camel"):
 
 class _Rule(msgspec.Struct):
     allow: bool = False
-    type: str | None = None
+    type: Word | None = None
     major: int | None = None
     minor: int | None = None
-    access: str | None = None
+    access: Word | None = None
 
 
 class _Mount(msgspec.Struct):
@@ -85,28 +96,8 @@ def read_bundle(source: str | os.PathLike[str]) -> Bundle:
 
     Raises SpecError when it cannot be read and for everything wrong inside it.
     """
-    if source == "-":
-        if sys.stdin is None:
-            raise SpecError("standard input", "is closed; expected a config.json")
-        return parse_config(sys.stdin.buffer.read(), name=None)
-    path = Path(source)
-    if os.path.isdir(path):  # Path.is_dir raises for a name too long to be one
-        path /= "config.json"
-    try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise SpecError(
-            str(path),
-            f"cannot be read: {reason}",
-            hint="a bundle is a directory with a config.json, that file itself, or -",
-        ) from error
-    return parse_config(data, name=_container_name(path.parent.resolve()))
-
-
-def _container_name(directory: Path) -> str:
-    """The bundle directory's name; podman and CRI-O keep a container's bundle in ID/userdata."""
-    return (directory.parent if directory.name == "userdata" else directory).name
+    data, name = read_source(source)
+    return parse_config(data, name=name)
 
 
 def parse_config(data: bytes, *, name: str | None) -> Bundle:
@@ -115,6 +106,7 @@ def parse_config(data: bytes, *, name: str | None) -> Bundle:
     Raises SpecError with the JSON path, what stands there and what was expected.
     """
     config = _decode(data)
+    check_count("$.mounts", "mounts", len(config.mounts or []), MOUNTS_MAX)
     annotated = read_annotations(config.annotations or {})
     bundle = Bundle(
         name=name,
@@ -144,6 +136,9 @@ def _check_paths(options: Iterable[str], bundle: Bundle) -> None:
 
 
 def _mount(mount: _Mount, at: str, options: Mapping[str, Mapping[str, str]]) -> Mount:
+    check_path(f"{at}.destination", mount.destination)
+    check_path(f"{at}.source", mount.source or "")
+    check_count(f"{at}.options", "options", len(mount.options or []), MOUNT_OPTIONS_MAX)
     if "\0" in (mount.source or ""):
         raise SpecError(f"{at}.source", f"{mount.source!r} contains a NUL character")
     return Mount(
@@ -161,12 +156,13 @@ def _last_of(options: list[str], *words: str) -> str | None:
 
 
 def _devices(linux: _Linux, options: Mapping[str, Mapping[str, str]]) -> tuple[DeviceInfo, ...]:
-    rules = (linux.resources and linux.resources.devices) or []
+    check_count("$.linux.devices", "devices", len(linux.devices or []), DEVICES_MAX)
+    read_only = _read_only((linux.resources and linux.resources.devices) or [])
     devices: dict[str, DeviceInfo] = {}
     for index, device in enumerate(linux.devices or []):
         where = f"$.linux.devices[{index}]"
         info = _device_info(device, where)
-        if info.dev_type is DevType.BLOCK and info.devnum and _is_read_only(info.devnum, rules):
+        if info.dev_type is DevType.BLOCK and (info.major, info.minor) in read_only:
             info = replace(info, read_only=True)
         if info.container_path in options:
             info = replace(info, driver_options=options[info.container_path])
@@ -181,16 +177,19 @@ def _devices(linux: _Linux, options: Mapping[str, Mapping[str, str]]) -> tuple[D
 
 
 def _decode(data: bytes) -> _Config:
+    if len(data) > CONFIG_BYTES_MAX:
+        raise SpecError("$", f"{len(data)} bytes; at most {CONFIG_BYTES_MAX} are taken")
     if not data.strip():
         raise SpecError("$", "the configuration is empty; expected an OCI config.json")
+    check_nesting("$", data)
     try:
-        return msgspec.json.decode(data, type=_Config)
+        config = msgspec.json.decode(data, type=_Config)
+        check_repeats("$", data.decode())  # and all text, most of which msgspec passes over
     except msgspec.ValidationError as error:
         raise _spec_error(error) from error
-    except RecursionError as error:
-        raise SpecError("$", "nested too deeply for an OCI config.json") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError) as error:
         raise SpecError("$", f"not JSON: {_json_position(data) or error}") from error
+    return config
 
 
 def _spec_error(error: msgspec.ValidationError) -> SpecError:
@@ -204,7 +203,7 @@ def _json_position(data: bytes) -> str | None:
     """Line and column of the mistake, which msgspec gives only as a byte offset."""
     try:
         json.loads(data)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return str(error)
     return None
 
@@ -266,24 +265,25 @@ def _file_mode(device: _Device, dev_type: DevType, where: str) -> int | None:
 _ACCESS = re.compile(r"[rwm]*\Z")
 
 
-def _is_read_only(devnum: DevNum, rules: list[_Rule]) -> bool:
-    """Whether rules for exactly this block device allow it, but not to write.
+def _read_only(rules: list[_Rule]) -> set[tuple[int | None, int | None]]:
+    """The numbers of block devices that rules for just that one allow, but not to write.
 
     Rules apply in order, as the kernel's device cgroup applies them. A rule with a wildcard says
     nothing about one device: engines write `a *:* rwm` and `b *:* m` for every container.
     """
-    named, access = False, set[str]()
+    check_count("$.linux.resources.devices", "rules", len(rules), RULES_MAX)
+    allowed: dict[tuple[int, int], set[str]] = {}
     for index, rule in enumerate(rules):
         if not _ACCESS.match(rule.access or ""):
             raise SpecError(
                 f"$.linux.resources.devices[{index}].access",
                 f"{rule.access!r} is not made of the letters r, w and m",
             )
-        if rule.type not in {None, "", "a", "b"}:
+        if rule.type not in {None, "", "a", "b"} or rule.major is None or rule.minor is None:
             continue
-        if (rule.major, rule.minor) != (devnum.major, devnum.minor):
-            continue
-        letters = set(rule.access or "rwm")
-        named |= rule.allow
-        access = access | letters if rule.allow else access - letters
-    return named and "w" not in access
+        number, letters = (rule.major, rule.minor), set(rule.access or "rwm")
+        if rule.allow:
+            allowed[number] = allowed.get(number, set()) | letters
+        elif number in allowed:
+            allowed[number] -= letters
+    return {number for number, access in allowed.items() if "w" not in access}

@@ -39,6 +39,8 @@ class Departures:
         with self._changed:
             if event == MISSED:
                 self._missed += 1
+            elif not isinstance(name, str):
+                return
             elif outcome and (name in self._asked or device_id_of(name) in self._waited_for):
                 self._outcomes[name] = outcome
             else:

@@ -1,0 +1,116 @@
+"""What QEMU's answers look like: checked as they come, so that nobody else need be careful.
+
+A QEMU that its guest has taken over says what it likes. An answer of another shape, or of more
+than any VM has, is a ProtocolError; of the rest only the members named here are handed on.
+Source: QEMU qapi/qom.json, qapi/machine.json, qapi/block-core.json, qapi/char.json; QEMU 7.2.
+"""
+
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
+
+from vmplug.drivers.base import Command
+from vmplug.errors import ProtocolError
+
+MESSAGE_BYTES_MAX = 10 << 20
+"""The longest message, as libvirt's limit. Source: qemu.qmp, QMPClient."""
+
+_ENTRIES_MAX = 1 << 14
+"""PCI has room for 65 536 functions on 256 buses; no VM comes near."""
+
+_Byte = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
+_U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+_U32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+_Size = Annotated[int, msgspec.Meta(ge=0)]
+_CcwDevNo = Annotated[str, msgspec.Meta(pattern=r"\A(fe|0)\.[0-3]\.[0-9a-f]{4}\Z")]
+_Many = msgspec.Meta(max_length=_ENTRIES_MAX)
+
+
+class _MemoryDeviceData(TypedDict):
+    memdev: NotRequired[str]
+    slot: NotRequired[_U32]
+
+
+class _MemoryDevice(TypedDict):
+    type: str
+    data: _MemoryDeviceData
+
+
+class _Property(TypedDict):
+    name: str
+    type: str
+
+
+class _Backend(TypedDict):
+    id: NotRequired[str]
+    share: bool
+
+
+class _Chardev(TypedDict):
+    label: str
+    filename: str
+
+
+class _Kvm(TypedDict):
+    enabled: bool
+
+
+class _Status(TypedDict):
+    status: str
+
+
+class _MachineMemory(TypedDict):
+    slots: NotRequired[_U16]
+
+
+_Node = TypedDict("_Node", {"node-name": str})
+_Sizes = TypedDict("_Sizes", {"base-memory": _Size, "plugged-memory": NotRequired[_Size]})
+
+_ANSWERS: dict[str, Any] = {
+    "qom-list": Annotated[list[_Property], _Many],
+    "qom-list-types": list[Any],
+    "query-chardev": Annotated[list[_Chardev], _Many],
+    "query-cpus-fast": list[Any],
+    "query-kvm": _Kvm,
+    "query-memdev": Annotated[list[_Backend], _Many],
+    "query-memory-devices": Annotated[list[_MemoryDevice], _Many],
+    "query-memory-size-summary": _Sizes,
+    "query-named-block-nodes": Annotated[list[_Node], _Many],
+    "query-status": _Status,
+}
+_PROPERTIES: dict[str, Any] = {
+    "addr": _Byte,
+    "bus_nr": _Byte,
+    "dev_id": _CcwDevNo,
+    "drive": str,
+    "hotplug": bool,
+    "lun": _U32,
+    "mem-reserve": _Size,
+    "memory": _MachineMemory,
+    "numa_node": _U16,
+    "nvdimm": bool,
+    "parent_bus": str,
+    "pref64-reserve": _Size,
+    "scsi-id": _U32,
+    "shpc": bool,
+    "type": str,
+}
+"""By the property that `qom-get` asks for."""
+
+
+def check_answer(command: Command, answer: Any) -> Any:
+    """What is of use in an answer to `command`; ProtocolError when it makes no sense."""
+    try:
+        return msgspec.convert(answer, _shape(command))
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter: half a letter
+        raise ProtocolError(
+            f"QEMU's answer to {command.execute} makes no sense: {str(error).replace('`', '')}",
+            hint="what listens on that socket is no QEMU, or one that its guest has taken over",
+        ) from error
+
+
+def _shape(command: Command) -> Any:
+    if command.execute != "qom-get":
+        return _ANSWERS.get(command.execute, Any)
+    name = str(command.arguments["property"])
+    return str if name.startswith("child[") else _PROPERTIES.get(name, Any)

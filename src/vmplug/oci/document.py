@@ -1,0 +1,38 @@
+"""A JSON document that a tenant wrote, before it is decoded: how deep is it, and is it one?
+
+A key that is there twice has one meaning here and may have another for the engine that runs the
+container, so it is refused. Source: RFC 8259, section 4.
+"""
+
+import json
+import re
+from collections import Counter
+from itertools import accumulate
+
+from vmplug.errors import SpecError
+from vmplug.oci.limits import NESTING_MAX
+
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+"""One that is not closed goes to the end, so that nothing is looked at twice."""
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+
+def check_nesting(where: str, data: bytes) -> None:
+    """SpecError for a document that is nested too deeply; it need not be JSON yet."""
+    brackets = _STRING.sub(b"", data).translate(None, _NO_BRACKETS)
+    depth = max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
+    if depth > NESTING_MAX:
+        raise SpecError(where, f"nested too deeply: {depth} levels; at most {NESTING_MAX}")
+
+
+def check_repeats(where: str, text: str) -> None:
+    """SpecError for a document in which an object has one key twice; it must be JSON."""
+
+    def look(pairs: list[tuple[str, object]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise SpecError(where, f"the key {twice[:60]!r} is there twice in one object")
+
+    # No number is looked at, and making one of many digits takes long.
+    json.loads(text, object_pairs_hook=look, parse_int=len, parse_float=len)

@@ -1,0 +1,72 @@
+"""Where a configuration is read from: a bundle directory, a file, or standard input.
+
+Whatever stands there, no more is read than a configuration may have, and nobody is waited for
+without end: a path may be a FIFO or a device.
+"""
+
+import os
+import select
+import sys
+import time
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from vmplug.errors import SpecError
+from vmplug.oci.limits import CONFIG_BYTES_MAX
+
+PIPE_TIMEOUT_S = 10.0
+"""How long the writer of a FIFO may take; a shell's `<(command)` is one too."""
+
+_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class Source(NamedTuple):
+    """What was read, and the name of the bundle directory; None for standard input."""
+
+    data: bytes
+    name: str | None
+
+
+def read_source(source: str | os.PathLike[str]) -> Source:
+    """The configuration at `source`, or `-` for standard input, not looked into.
+
+    Raises SpecError when it cannot be read, or is too long.
+    """
+    if source == "-":
+        if sys.stdin is None:
+            raise SpecError("standard input", "is closed; expected a config.json")
+        return Source(_read("standard input", sys.stdin.buffer), None)
+    path = Path(source)
+    if os.path.isdir(path):  # Path.is_dir raises for a name too long to be one
+        path /= "config.json"
+    try:
+        with open(os.open(path, _OPEN), "rb", buffering=0) as file:
+            return Source(_read(str(path), file), _container_name(path.parent.resolve()))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(
+            str(path),
+            f"cannot be read: {reason}",
+            hint="a bundle is a directory with a config.json, that file itself, or -",
+        ) from error
+
+
+def _read(where: str, file: IO[bytes]) -> bytes:
+    """All of it, however it comes."""
+    pieces, left = list[bytes](), CONFIG_BYTES_MAX + 1
+    deadline = time.monotonic() + PIPE_TIMEOUT_S
+    while left > 0 and (piece := file.read(left)) != b"":
+        if piece is None:  # a FIFO that is empty, and somebody has it open for writing
+            if not select.select([file], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise SpecError(where, f"gave no configuration within {PIPE_TIMEOUT_S:g} s")
+            continue
+        pieces.append(piece)
+        left -= len(piece)
+    if left <= 0:
+        raise SpecError(where, f"is longer than {CONFIG_BYTES_MAX} bytes, the most that is taken")
+    return b"".join(pieces)
+
+
+def _container_name(directory: Path) -> str:
+    """The bundle directory's name; podman and CRI-O keep a container's bundle in ID/userdata."""
+    return (directory.parent if directory.name == "userdata" else directory).name

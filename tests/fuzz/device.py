@@ -1,0 +1,24 @@
+"""`--device` and `-o`, a line each: the device first, then its options."""
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+
+from tests.fuzz.guard import changes_only
+from tests.fuzz.spec import check_request
+from vmplug.cli.options import parse_bdf, parse_device
+from vmplug.cli.target import parse_function
+from vmplug.errors import SpecError
+
+
+def check(data: bytes) -> None:
+    """Any argument is a SpecError or a request; argv holds no NUL, and bytes as they are."""
+    text, *options = os.fsdecode(data.replace(b"\0", b"")).split("\n")
+    with changes_only(), suppress(SpecError):
+        request = parse_device(text)
+        assert parse_device(text) == request
+        said = dict(option.partition("=")[::2] for option in options)
+        check_request(replace(request, driver_options=said))
+    for parse in (parse_bdf, parse_function):
+        with suppress(SpecError):
+            assert str(parse(text)).endswith(text.lower())

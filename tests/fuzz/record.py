@@ -1,0 +1,36 @@
+"""A file that says it is a record of a host."""
+
+import gzip
+import os
+import tempfile
+from contextlib import suppress
+from functools import cache
+
+from tests.fuzz.guard import changes_only
+from vmplug.errors import DeviceError
+from vmplug.host.inventory import read_inventory
+from vmplug.host.recorded import Limits, open_record
+
+LIMITS = Limits(members=200, file_bytes=1 << 16, whole_bytes=1 << 20)
+
+
+@cache
+def _directory() -> str:
+    return os.path.realpath(tempfile.mkdtemp(prefix="vmplug-fuzz-"))
+
+
+def check(data: bytes) -> None:
+    """Any bytes are refused, or unpacked below a directory of their own and read; none is left."""
+    directory = _directory()
+    path = os.path.join(directory, "record")
+    for content in (data, gzip.compress(data, 1, mtime=0)):
+        with open(path, "wb") as file:
+            file.write(content)
+        before = tempfile.tempdir
+        tempfile.tempdir = directory
+        try:
+            with changes_only(directory), suppress(DeviceError), open_record(path, LIMITS) as root:
+                read_inventory(root)
+        finally:
+            tempfile.tempdir = before
+        assert os.listdir(directory) == ["record"]

@@ -1,0 +1,77 @@
+"""A config.json: what is accepted is what the rest of vmplug takes for granted."""
+
+from tests.fuzz.guard import changes_only
+from vmplug.drivers.block import BlockOptions
+from vmplug.drivers.rng import RngOptions
+from vmplug.drivers.share import ShareOptions
+from vmplug.drivers.vfio import VfioOptions
+from vmplug.drivers.vhost_user import VhostUserOptions
+from vmplug.errors import SpecError
+from vmplug.host.device import DeviceType
+from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
+from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.limits import NAME_BYTES_MAX, PATH_BYTES_MAX
+from vmplug.oci.spec import Bundle, parse_config
+
+
+def check(data: bytes) -> None:
+    """Any bytes are refused with a JSON path, or become requests that hold what they promise."""
+    with changes_only():
+        first, second = _parse(data), _parse(data)
+    assert first == second
+    if isinstance(first, str):
+        assert len(first) < 20_000
+        return
+    for request in (*first.devices, *first.annotated):
+        check_request(request)
+
+
+def _parse(data: bytes) -> Bundle | str:
+    try:
+        return parse_config(data, name="c1")
+    except SpecError as error:
+        return error.message
+
+
+def check_request(request: Request) -> None:
+    """What every later step relies on."""
+    assert request.name
+    assert request.wanted
+    assert all(isinstance(text, str) for text in request.driver_options.values())
+    if isinstance(request, DeviceInfo):
+        _check_path(request.container_path)
+        assert (request.devnum is None) is (request.dev_type is DevType.FIFO) or request.host_path
+    elif isinstance(request, NetInfo):
+        assert request.socket_path.startswith("/")
+    elif isinstance(request, ShareInfo | RngInfo):
+        assert request.source.startswith(("/", "fd:"))
+    _check_options(request)
+
+
+def _check_path(path: str) -> None:
+    names = path.split("/")
+    assert names[0] == ""
+    assert len(names) > 1
+    assert not {"", ".", ".."} & set(names[1:])
+    assert "\0" not in path
+    assert len(path.encode(errors="surrogateescape")) <= PATH_BYTES_MAX
+    assert all(len(name.encode(errors="surrogateescape")) <= NAME_BYTES_MAX for name in names)
+
+
+def _check_options(request: Request) -> None:
+    """A driver takes the options or says which is wrong."""
+    options = request.driver_options
+    try:
+        match request:
+            case ShareInfo():
+                ShareOptions.parse(request.tag, None, options)
+            case RngInfo():
+                RngOptions.parse(options)
+            case VfioInfo():
+                VfioOptions.parse(options)
+            case NetInfo():
+                VhostUserOptions.parse(DeviceType.VHOST_USER_NET, options)
+            case DeviceInfo():
+                BlockOptions.parse(options)
+    except SpecError:
+        return

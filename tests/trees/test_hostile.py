@@ -1,0 +1,117 @@
+"""A tree that somebody else wrote: nobody is waited for, nothing without end is read."""
+
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import pytest
+
+from tests.support.tree import HostTree
+from vmplug.devnum import DevNum
+from vmplug.errors import AttributeReadError, NoSuchDevice
+from vmplug.host.finding import Wish
+from vmplug.host.mounts import read_usage
+from vmplug.host.process import read_start_time
+from vmplug.host.resolve import get_host_path, resolve
+from vmplug.host.safety import check
+from vmplug.host.volume import find_volumes
+from vmplug.oci.info import DeviceInfo, DevType, Mount
+
+UEVENT = "/sys/dev/char/10:7/uevent"
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    """A reader that hangs fails."""
+
+    def hang(number: int, frame: FrameType | None) -> None:
+        pytest.fail("it hangs")
+
+    former = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, former)
+
+
+def want() -> DeviceInfo:
+    return DeviceInfo(
+        container_path="/dev/wanted", dev_type=DevType.CHAR, devnum=DevNum.parse("10:7")
+    )
+
+
+def test_a_fifo_in_place_of_an_attribute_is_not_waited_for(tree: HostTree) -> None:
+    tree.node(UEVENT, "p")
+    with pytest.raises(AttributeReadError, match="no DEVNAME"):
+        get_host_path(want(), tree.root)
+
+
+def test_nor_is_one_that_somebody_else_has_open(tree: HostTree) -> None:
+    tree.node(UEVENT, "p")
+    writer = os.open(tree.path / UEVENT.lstrip("/"), os.O_RDWR)
+    try:
+        with pytest.raises(AttributeReadError, match="temporarily unavailable"):
+            get_host_path(want(), tree.root)
+        tree.node("/proc/swaps", "p")
+        assert read_usage(tree.root).swaps == ()
+    finally:
+        os.close(writer)
+
+
+def test_a_socket_in_place_of_an_attribute_is_nothing(tree: HostTree) -> None:
+    tree.node(UEVENT, "s")
+    with pytest.raises(NoSuchDevice):
+        get_host_path(want(), tree.root)
+
+
+def test_a_directory_in_place_of_an_attribute_is_told(tree: HostTree) -> None:
+    tree.file(f"{UEVENT}/x")
+    with pytest.raises(AttributeReadError, match="Is a directory"):
+        get_host_path(want(), tree.root)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "../" * 30 + "dev/zero"])
+def test_an_attribute_is_one_page_wherever_a_link_leads(tree: HostTree, target: str) -> None:
+    tree.link(UEVENT, target)
+    with pytest.raises(AttributeReadError, match="no DEVNAME"):
+        get_host_path(want(), tree.root)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "endless"])
+def test_a_table_without_end_is_not_read_to_its_end(tree: HostTree, target: str) -> None:
+    tree.link("/proc/swaps", target)
+    with (tree.path / "proc/endless").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(AttributeReadError, match="longer than 67108864 bytes"):
+        read_usage(tree.root)
+
+
+def test_a_backing_file_with_a_nul_in_its_name_is_nowhere(tree: HostTree) -> None:
+    tree.block_device("7:0", "loop0", loop={"backing_file": "/a\0b (deleted)\n", "offset": "0\n"})
+    info = DeviceInfo(container_path="/dev/x", dev_type=DevType.BLOCK, devnum=DevNum.parse("7:0"))
+    device = resolve(info, tree.root)
+    usage = read_usage(tree.root)
+    assert usage.loops[0].backing.deleted
+    check(device, Wish(read_only=False), usage=usage, root=tree.root)
+
+
+@pytest.mark.parametrize("name", ["/dev/a\0b", r"/dev/a\000b"])
+def test_nor_is_what_is_mounted_or_swapped_to(tree: HostTree, name: str) -> None:
+    tree.mount(name, "/mnt", "0:44", fs_type="btrfs").swap(name).block_device("8:0", "sda")
+    usage = read_usage(tree.root)
+    assert (usage.mounts, len(usage.swaps)) == ((), 1)
+    info = DeviceInfo(container_path="/dev/x", dev_type=DevType.BLOCK, devnum=DevNum.parse("8:0"))
+    check(resolve(info, tree.root), Wish(read_only=False), usage=usage, root=tree.root)
+
+
+def test_a_volume_whose_source_has_a_nul_is_none(tree: HostTree) -> None:
+    mount = Mount(destination="/data", source="/dev/a\0b", type="bind", read_only=False)
+    assert find_volumes([mount], tree.root) == []
+
+
+@pytest.mark.parametrize("text", ["", "1 (init) S", "1 (x) S " + "x " * 40])
+def test_a_process_without_a_start_time_is_told(tree: HostTree, text: str) -> None:
+    tree.file("/proc/1/stat", text)
+    with pytest.raises(AttributeReadError, match="no start time"):
+        read_start_time(1, tree.root)
