@@ -89,6 +89,8 @@ def _repair(record: VmRecord, journal: Store, state_dir: str, timeout_s: float) 
     HostDaemons(record.qmp_socket).end(shares)
     forget_vm(journal, record)
     reason = "the VM is not running any more"
+    if record.is_of_earlier_boot:
+        reason = "the host has booted since"
     return [Repair(device.id, device.host_path, Outcome.FORGOTTEN, reason) for device in held]
 
 

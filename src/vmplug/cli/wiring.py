@@ -69,10 +69,12 @@ def give_back_unused(journal: "Store") -> None:
 
 
 def is_gone(record: "VmRecord") -> bool:
-    """Whether the VM has surely ended: nobody listens on its QMP socket any more.
+    """Whether the VM has surely ended: nobody listens on its QMP socket, or the host has booted.
 
     A socket file that is missing proves nothing as long as the process that made it runs.
     """
+    if record.is_of_earlier_boot:
+        return True
     from vmplug.host.process import is_running  # noqa: PLC0415
     from vmplug.hypervisor.qemu.launch import is_listening  # noqa: PLC0415
 

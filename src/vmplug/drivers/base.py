@@ -266,7 +266,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a VM is reached: its QMP socket, and the process that made it, None if unknown."""
+    """Where a VM is reached: its QMP socket, and its process.
+
+    `pid` may be that of a launcher that made the socket, and is None if nothing is known.
+    """
 
     qmp_socket: str
     pid: int | None

@@ -28,6 +28,34 @@ def is_running(pid: int, started_at: int | None, root: HostRoot) -> bool:
     return now is not None and started_at in {None, now}
 
 
+def find_process_of_thread(thread_id: int, root: HostRoot) -> int | None:
+    """The process of a thread, None when there is no such thread. Source: proc_pid_status(5)."""
+    status = root.read_text(f"/proc/{thread_id}/status") or ""
+    process = re.search(r"^Tgid:\s*([0-9]+)$", status, re.MULTILINE)
+    return int(process[1]) if process else None
+
+
+_LISTENING = 0x10000
+"""__SO_ACCEPTCON. Source: Linux include/linux/net.h, net/unix/af_unix.c, unix_seq_show."""
+
+
+def has_listener(pid: int, socket_path: str, root: HostRoot) -> bool:
+    """Whether a process has the unix socket open that listens at that path.
+
+    False where it cannot be looked into. Source: proc_net(5), proc_pid_fd(5).
+    """
+    table = root.read_text("/proc/net/unix") or ""
+    rows = (line.split(None, 7) for line in table.splitlines()[1:])
+    nodes = {
+        f"socket:[{row[6]}]"
+        for row in rows
+        if len(row) == 8 and row[7] == socket_path and int(row[3], 16) & _LISTENING
+    }
+    with suppress(AttributeReadError):
+        return bool(nodes) and _has_open(str(pid), nodes, root)
+    return False
+
+
 def find_marked(variable: str) -> dict[int, str]:
     """The value of an environment variable in every process of this host that was given it.
 

@@ -40,11 +40,11 @@ from vmplug.host.vfio import is_vfio_driver
 from vmplug.manager.bindings import Binding, BindingState
 from vmplug.manager.store import Store
 from vmplug.manager.use import USED_BY_VM, check_use, find_users, refuse_use
+from vmplug.manager.worker import read_boot_id
 
 log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S, _CLOSE_STEP_S = 10.0, 0.02
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _MENDED = frozenset({Code.NOT_BOUND, Code.GROUP_NOT_VIABLE})
 """Findings that binding mends."""
 
@@ -316,7 +316,7 @@ class Binder:
     # the journal
 
     def _boot_id(self) -> str:
-        return (self._host.read_text(_BOOT_ID) or "").strip()
+        return read_boot_id(self._host)
 
     @contextmanager
     def _alone(self) -> Iterator[dict[Bdf, Binding]]:

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager, suppress
 from vmplug.address import new_id
 from vmplug.errors import StoreError
 
-VERSION = 3
+VERSION = 4
 """Of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -24,7 +24,8 @@ CREATE TABLE vm (
     qmp_socket TEXT NOT NULL,
     pid INTEGER,
     started_at INTEGER,
-    is_ours INTEGER NOT NULL
+    is_ours INTEGER NOT NULL,
+    boot_id TEXT
 ) STRICT;
 CREATE TABLE device (
     id TEXT PRIMARY KEY,
@@ -38,6 +39,8 @@ CREATE TABLE device (
     options TEXT NOT NULL,
     place TEXT,
     guest TEXT,
+    worker TEXT,
+    parts TEXT,
     UNIQUE (vm, identity),
     UNIQUE (vm, place)
 ) STRICT;
@@ -75,6 +78,11 @@ ALTER TABLE device DROP COLUMN scsi_address;
 ALTER TABLE attachment RENAME COLUMN container_path TO name;
 """,
     2: _BINDING,
+    3: """
+ALTER TABLE vm ADD COLUMN boot_id TEXT;
+ALTER TABLE device ADD COLUMN worker TEXT;
+ALTER TABLE device ADD COLUMN parts TEXT;
+""",
 }
 """What turns a journal of that version into one of the next."""
 

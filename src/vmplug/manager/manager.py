@@ -29,9 +29,10 @@ from vmplug.host.viability import check_memlock
 from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.manager.binder import Binder
 from vmplug.manager.examine import Examined, Known, examine
+from vmplug.manager.life import meet
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
-from vmplug.manager.records import Attachment, DeviceRecord, record_vm
+from vmplug.manager.records import Attachment, DeviceRecord
 from vmplug.manager.resize import is_disk, new_size
 from vmplug.manager.state import State
 from vmplug.manager.store import Store
@@ -72,6 +73,7 @@ class DeviceManager:
         self._unplugger = Unplugger(vm, journal, hypervisor, self._binder)
         self._lock = threading.RLock()
         self._offer: Offer | None = None
+        self._former: list[Repair] = []  # what was released of a VM that had the name before
 
     @classmethod
     def open(
@@ -86,13 +88,15 @@ class DeviceManager:
         """The manager of VM `vm`, with everything that is journalled of it below `state_dir`.
 
         `store` is the vhost-user store of the host, None when it has none. A VM that the journal
-        does not know is written into it, for other processes to find. The manager closes the
-        hypervisor's conversation when it is closed. Raises StoreError.
+        does not know is written into it, for other processes to find; what a former VM of that
+        name held is released. The manager closes the hypervisor's conversation when it is closed.
+        Raises StoreError.
         """
         journal = Store.open(state_dir)
-        if hypervisor.endpoint and journal.find_vm(vm) is None:
-            journal.add_vm(record_vm(vm, hypervisor.endpoint, host))
-        return cls(vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store)
+        manager = cls(vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store)
+        manager._former = meet(vm, journal, hypervisor)
+        manager._unplugger.give_back(repair.device_id for repair in manager._former)
+        return manager
 
     def close(self) -> None:
         """End the conversation with the VM and close the journal; devices stay attached."""
@@ -188,15 +192,16 @@ class DeviceManager:
         with self._lock:
             examine_now = partial(self.check, infos, allow=allow, managed=managed)
             plan, added = self._plan_and_journal(examine_now, owner)
-            records = [new.record for new in plan.new]
-            done, failure = self._plug(plan.new, managed=managed)
-            if failure is None:
-                ids = [*(record.id for record in records), *plan.revived]
-                added += self._journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
-            elif not isinstance(failure, _UNKNOWN):
-                self._give_up(plan.new, done)
-        if isinstance(failure, _UNKNOWN):
-            raise failure  # the journal keeps it for reconcile
+            ids = [new.record.id for new in plan.new]
+            with self._journal.in_progress(ids):
+                done, failure = self._plug(plan.new, managed=managed)
+                if failure is None:
+                    ids += plan.revived
+                    added += self._journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
+                elif isinstance(failure, _UNKNOWN):
+                    raise failure  # the journal keeps it for reconcile
+                else:
+                    self._give_up(plan.new, done)
         if failure:
             try:
                 self._unplug([r for r in done if r.can_be_unplugged], UNPLUG_TIMEOUT_S)
@@ -232,8 +237,9 @@ class DeviceManager:
         known = {hold.id for hold in self.attachments()}
         for attachment_id in attachment_ids:
             if attachment_id not in known:
+                ended = ", which has ended, and another has its name" if self._former else ""
                 raise NotAttached(
-                    f"no attachment {attachment_id} in VM {self._vm}",
+                    f"no attachment {attachment_id} in VM {self._vm}{ended}",
                     hint=f"vmplug list --vm {self._vm} shows what there is",
                 )
         self._release(attachment_ids, timeout_s, whole=whole)
@@ -273,7 +279,8 @@ class DeviceManager:
             self._offer = None
             repairs = reconcile(self._vm, self._journal, self._hypervisor, timeout_s=timeout_s)
             self._unplugger.give_back(repair.device_id for repair in repairs if repair.is_gone)
-            return repairs
+            former, self._former = self._former, []
+            return former + repairs
 
     # planning
 

@@ -28,6 +28,10 @@ not to hold it; a detaching one is attached again only when QEMU refused to be a
 one has no owner any more and stays until its VM ends, as QEMU cannot take it out."""
 
 
+ON_ITS_WAY = frozenset({State.PLUGGING, State.DETACHING})
+"""What a process has in progress, or left so."""
+
+
 def check_step(device: str, state: State | None, wanted: State | None) -> None:
     """StateError unless `wanted` may follow `state`."""
     if wanted not in FOLLOWS[state]:

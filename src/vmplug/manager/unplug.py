@@ -29,6 +29,12 @@ class Unplugger:
         Raises CommandError, UnplugRefused or UnplugTimeout for what stays, and BindError for a
         function that its former driver does not take.
         """
+        with self.journal.in_progress([record.id for record in records]):
+            self._unplug(records, timeout_s)
+        for record in records:
+            log.info("detached %s from VM %s", record.host_path, self.vm)
+
+    def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
         plugged = [record.id for record in records if record.place]
         asked: list[str] = []
         failed: CommandError | None = None
@@ -49,8 +55,6 @@ class Unplugger:
         if left:
             paths = {r.id: r.host_path for r in self.journal.devices(self.vm)}
             raise unplug_error(left, paths, timeout_s=timeout_s, status=self.hypervisor.status)
-        for record in records:
-            log.info("detached %s from VM %s", record.host_path, self.vm)
         if unreturned:
             raise unreturned
 

@@ -32,6 +32,7 @@ from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.plug import check_hot, plug_steps
+from vmplug.hypervisor.qemu.process import find_process
 from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer
 
@@ -75,7 +76,12 @@ class Qemu:
         from vmplug.hypervisor.qmp import QmpMonitor  # noqa: PLC0415  asyncio costs 40 ms
 
         monitor = QmpMonitor.connect(socket, timeout_s=timeout_s)
-        return cls(monitor, Endpoint(os.path.realpath(socket), monitor.peer_pid))
+        path = os.path.realpath(socket)
+        try:
+            return cls(monitor, Endpoint(path, find_process(monitor, path, monitor.peer_pid)))
+        except BaseException:
+            monitor.close()
+            raise
 
     def offer(self) -> Offer:
         """What the VM has to plug into now."""
