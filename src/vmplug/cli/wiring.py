@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vmplug.errors import ConnectError, StateError
@@ -82,6 +82,25 @@ def is_gone(record: "VmRecord") -> bool:
     if listening is not None:
         return not listening
     return bool(record.pid) and not is_running(record.pid or 0, record.started_at, HostRoot())
+
+
+def find_ended(journal: "Store", names: "Iterable[str]") -> list[str]:
+    """Which of these VMs are not what the journal knows any more, as far as can be seen from here.
+
+    No VM is asked: a process that has ended is enough.
+    """
+    from vmplug.host.process import is_running  # noqa: PLC0415
+
+    wanted = set(names)
+    return [
+        vm.name
+        for vm in journal.vms()
+        if vm.name in wanted
+        and (
+            is_gone(vm)
+            or (bool(vm.pid) and not is_running(vm.pid or 0, vm.started_at, journal.host))
+        )
+    ]
 
 
 def open_manager(

@@ -39,17 +39,18 @@ _LISTENING = 0x10000
 """__SO_ACCEPTCON. Source: Linux include/linux/net.h, net/unix/af_unix.c, unix_seq_show."""
 
 
-def has_listener(pid: int, socket_path: str, root: HostRoot) -> bool:
-    """Whether a process has the unix socket open that listens at that path.
+def has_listener(pid: int, name: str, root: HostRoot) -> bool:
+    """Whether a process has a unix socket open that listens under that file name.
 
-    False where it cannot be looked into. Source: proc_net(5), proc_pid_fd(5).
+    The kernel keeps the path as it was bound, relative or since renamed. False where the process
+    cannot be looked into. Source: proc_net(5), proc_pid_fd(5).
     """
     table = root.read_text("/proc/net/unix") or ""
     rows = (line.split(None, 7) for line in table.splitlines()[1:])
     nodes = {
         f"socket:[{row[6]}]"
         for row in rows
-        if len(row) == 8 and row[7] == socket_path and int(row[3], 16) & _LISTENING
+        if len(row) == 8 and row[7].rpartition("/")[2] == name and int(row[3], 16) & _LISTENING
     }
     with suppress(AttributeReadError):
         return bool(nodes) and _has_open(str(pid), nodes, root)

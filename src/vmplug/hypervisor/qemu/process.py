@@ -6,6 +6,8 @@ numbers of its own pid namespace, so that they count only for a process that has
 Source: unix(7), `query-cpus-fast` on QEMU 7.2, paused too.
 """
 
+import os
+
 from vmplug.drivers.base import Command
 from vmplug.host.process import find_process_of_thread, has_listener
 from vmplug.host.root import HostRoot
@@ -14,9 +16,9 @@ from vmplug.hypervisor.monitor import Monitor
 
 def find_process(monitor: Monitor, socket: str, peer_pid: int | None) -> int | None:
     """QEMU's pid, or that of whoever made its socket; None if neither is known."""
-    root = HostRoot()
+    root, name = HostRoot(), os.path.basename(socket)
     for cpu in monitor.execute(Command("query-cpus-fast", {})):
         pid = find_process_of_thread(cpu.get("thread-id", 0), root)
-        if pid == peer_pid or (pid and has_listener(pid, socket, root)):
+        if pid == peer_pid or (pid and has_listener(pid, name, root)):
             return pid
     return peer_pid
