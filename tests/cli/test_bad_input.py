@@ -363,11 +363,11 @@ IN_THE_JOURNAL = [
             f"list --state-dir {{{broken}}}", f"{{{broken}}}/journal.db.*{why}", hint, "bad-state"
         )
         for broken, why, hint in (
-            ("scribbled", "file is not a database", "move it away"),
-            ("cut", "malformed", "move it away"),
+            ("scribbled", "file is not a database", "set-aside"),
+            ("cut", "malformed", "set-aside"),
             ("folder", "", "writable"),
             ("newer", "version 99", "vmplug that wrote it"),
-            ("senseless", "", "damaged"),
+            ("senseless", "is damaged", "set-aside"),
         )
     ),
 ]

@@ -406,10 +406,10 @@ def test_a_journal_of_a_newer_version_is_refused_and_kept(tmp_path: Path, newer:
 def test_a_damaged_journal_is_refused_and_kept(tmp_path: Path, garbage: bytes) -> None:
     path = tmp_path / "journal.db"
     path.write_bytes(garbage)
-    with pytest.raises(StoreError, match=r"cannot use the journal .*journal\.db") as caught:
+    with pytest.raises(StoreError, match=r"the journal .*journal\.db is damaged") as caught:
         Store.open(tmp_path)
     assert caught.value.hint
-    assert "damaged" in caught.value.hint
+    assert "reconcile --set-aside" in caught.value.hint
     assert path.read_bytes() == garbage
 
 

@@ -29,6 +29,6 @@ def command(as_json: bool, state_dir: str, vm: str | None) -> None:
         return
     print_attachments(held, with_vm=True)
     for name in ended:
-        click.echo(f"VM {name} has ended: vmplug reconcile --vm {name} frees what it held")
+        click.echo(f"VM {name} seems to have ended: vmplug reconcile frees what it held")
     if not held:
         click.echo("nothing is attached")

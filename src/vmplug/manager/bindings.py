@@ -64,8 +64,8 @@ class Bindings:
         try:
             with self._lock:
                 rows = self._db.execute("SELECT * FROM binding").fetchall()
-            return sorted(map(_read, rows), key=lambda binding: binding.bdf)
-        except (sqlite3.Error, ValueError) as error:
+            return sorted(map(read_binding, rows), key=lambda binding: binding.bdf)
+        except (sqlite3.Error, ValueError, TypeError) as error:
             raise store_error(self._path, error) from error
 
     def put(self, bindings: Iterable[Binding]) -> None:
@@ -90,7 +90,8 @@ class Bindings:
             db.executemany("DELETE FROM binding WHERE bdf = ?", [(str(f),) for f in functions])
 
 
-def _read(row: sqlite3.Row) -> Binding:
+def read_binding(row: sqlite3.Row) -> Binding:
+    """A row of the table `binding`."""
     bdf = Bdf.parse(row["bdf"])
     return Binding(
         former=FormerBinding(bdf, row["driver"], row["driver_override"]),

@@ -273,11 +273,22 @@ class DeviceManager:
         self._hypervisor.resize(hold.device_id, wanted)
         return wanted
 
-    def reconcile(self, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Repair]:
-        """Make the journal and the VM agree; tells what was done, nothing when they agreed."""
+    def reconcile(
+        self, *, timeout_s: float = UNPLUG_TIMEOUT_S, keep_unknown: bool = False
+    ) -> list[Repair]:
+        """Make the journal and the VM agree; tells what was done, nothing when they agreed.
+
+        `keep_unknown` leaves in the VM what the journal does not know.
+        """
         with self._lock:
             self._offer = None
-            repairs = reconcile(self._vm, self._journal, self._hypervisor, timeout_s=timeout_s)
+            repairs = reconcile(
+                self._vm,
+                self._journal,
+                self._hypervisor,
+                timeout_s=timeout_s,
+                keep_unknown=keep_unknown,
+            )
             self._unplugger.give_back(repair.device_id for repair in repairs if repair.is_gone)
             former, self._former = self._former, []
             return former + repairs

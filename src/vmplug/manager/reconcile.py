@@ -36,9 +36,10 @@ class Outcome(StrEnum):
     BACKEND_LOST = "backend lost"
     STILL_DETACHING = "still detaching"
     IN_PROGRESS = "in progress"
+    UNKNOWN = "unknown"
 
 
-_STAYING = {Outcome.RETAINED, Outcome.BACKEND_LOST, Outcome.IN_PROGRESS}
+_STAYING = {Outcome.RETAINED, Outcome.BACKEND_LOST, Outcome.IN_PROGRESS, Outcome.UNKNOWN}
 _UNFINISHED = {Outcome.UNDONE, Outcome.FINISHED}
 
 _LEFT = {
@@ -64,9 +65,17 @@ class Repair:
 
 
 def reconcile(
-    vm: str, journal: Store, hypervisor: Hypervisor, *, timeout_s: float
+    vm: str,
+    journal: Store,
+    hypervisor: Hypervisor,
+    *,
+    timeout_s: float,
+    keep_unknown: bool = False,
 ) -> list[Repair]:
-    """Repair everything of `vm` that does not agree, and tell it."""
+    """Repair everything of `vm` that does not agree, and tell it.
+
+    `keep_unknown` leaves what the journal does not know in the VM: it may be the journal's loss.
+    """
     # In this order: what a process begins or ends meanwhile is then in one of the two.
     records = {record.id: record for record in journal.devices(vm)}
     held = hypervisor.find_devices()
@@ -77,7 +86,8 @@ def reconcile(
     }
     for device_id in held.keys() - journal.device_ids():
         reason = "the VM holds it and the journal does not know it"
-        repairs[device_id] = Repair(device_id, None, Outcome.REMOVED, reason)
+        outcome = Outcome.UNKNOWN if keep_unknown else Outcome.REMOVED
+        repairs[device_id] = Repair(device_id, None, outcome, reason)
     for device_id in hypervisor.find_lost() & records.keys() - repairs.keys():
         path, reason = records[device_id].host_path, "start its backend again, or detach it"
         repairs[device_id] = Repair(device_id, path, Outcome.BACKEND_LOST, reason)

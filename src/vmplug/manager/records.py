@@ -113,7 +113,7 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
         state=State(row["state"]),
         read_only=bool(row["read_only"]),
         share_rw=bool(row["share_rw"]),
-        options=json.loads(row["options"]),
+        options=_options(row["options"]),
         place=row["place"],
         guest_address=_guest_address(row),
         worker=Worker.parse(row["worker"]) if row["worker"] else None,
@@ -185,7 +185,18 @@ def _guest_address(row: sqlite3.Row) -> GuestAddress | None:
     if row["guest"] is None:
         return None
     saved = json.loads(row["guest"])
-    return GuestAddress(**{name: _PARSE.get(name, str)(value) for name, value in saved.items()})
+    try:
+        parsed = {name: _PARSE.get(name, str)(value) for name, value in saved.items()}
+        return GuestAddress(**parsed)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{row['guest']!r} is no guest address") from error
+
+
+def _options(text: str) -> Mapping[str, str]:
+    options = json.loads(text)
+    if not isinstance(options, dict) or not all(isinstance(v, str) for v in options.values()):
+        raise ValueError(f"{text!r} is no set of options")
+    return options
 
 
 def read_attachment(row: sqlite3.Row) -> Attachment:
@@ -202,7 +213,7 @@ def read_attachment(row: sqlite3.Row) -> Attachment:
         state=State(row["state"]),
         guest_address=_guest_address(row),
         device_id=row["device"],
-        options=json.loads(row["options"]),
+        options=_options(row["options"]),
     )
 
 

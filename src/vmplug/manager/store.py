@@ -17,7 +17,13 @@ from vmplug.host.finding import Claim
 from vmplug.host.root import HostRoot
 from vmplug.manager import DEFAULT_STATE_DIR
 from vmplug.manager.bindings import Bindings
-from vmplug.manager.database import VERSION, Transaction, migrate, open_database, store_error
+from vmplug.manager.database import (
+    Transaction,
+    check_version,
+    migrate,
+    open_database,
+    store_error,
+)
 from vmplug.manager.records import (
     Attachment,
     DeviceRecord,
@@ -82,7 +88,9 @@ class Store:
         connection, path = open_database(state_dir)
         store = cls(connection, path, host)
         try:
-            store._check_version()
+            with store._errors():
+                version = migrate(connection, path)
+            check_version(version, path)
         except BaseException:
             store.close()
             raise
@@ -98,27 +106,11 @@ class Store:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _check_version(self) -> None:
-        with self._errors():
-            version = migrate(self._db, self.path)
-        if version == 0:
-            raise StoreError(
-                self.path,
-                f"{self.path} is not a journal of vmplug",
-                hint="move it away, or name another --state-dir",
-            )
-        if version != VERSION:
-            raise StoreError(
-                self.path,
-                f"{self.path} is of version {version}; this vmplug knows {VERSION}",
-                hint="use the vmplug that wrote it, or name another --state-dir",
-            )
-
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, ValueError) as error:
+        except (sqlite3.Error, ValueError, TypeError) as error:
             raise store_error(self.path, error) from error
 
     def _read(self, parse: Callable[[sqlite3.Row], T], query: str, *values: object) -> list[T]:
