@@ -37,6 +37,7 @@ CATCHES_OSERROR = {
     "hypervisor/qemu/launch.py",
     "hypervisor/qmp.py",
     "manager/database.py",
+    "manager/kata.py",
     "manager/salvage.py",
     "oci/spec.py",
 }

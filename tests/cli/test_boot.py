@@ -17,7 +17,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def boot_again(vmplug: Vmplug) -> None:
-    """What the journal says is of the boot before this one; the pid in it is of a process of now."""
+    """What the journal says is of the boot before this one; the pid in it is one of now."""
     with sqlite3.connect(vmplug.state_dir / "journal.db") as db:
         db.execute("UPDATE vm SET boot_id = 'an earlier boot'")
     db.close()

@@ -294,6 +294,7 @@ def test_a_claim_says_how_the_device_is_held(store: Store) -> None:
 STATES: list[State | None] = [None, *State]
 ALLOWED = {
     (None, State.PLUGGING),
+    (None, State.ATTACHED),
     (State.PLUGGING, State.ATTACHED),
     (State.PLUGGING, State.DETACHING),
     (State.PLUGGING, State.RETAINED),
@@ -357,8 +358,10 @@ def test_the_store_takes_only_steps_of_the_table(
     assert journal_rows(tmp_path) == before
 
 
-@pytest.mark.parametrize("state", [State.ATTACHED, State.DETACHING, State.RETAINED])
-def test_a_new_device_can_only_be_plugging(store: Store, tmp_path: Path, state: State) -> None:
+@pytest.mark.parametrize("state", [State.DETACHING, State.RETAINED])
+def test_a_new_device_can_only_be_on_its_way_in_or_there(
+    store: Store, tmp_path: Path, state: State
+) -> None:
     before = journal_rows(tmp_path)
     with pytest.raises(StateError):
         store.add_devices([COUNTED, replace(DISK, state=state)], [hold(COUNTED)])

@@ -21,6 +21,9 @@ from vmplug.manager.salvage import Salvage, check_journal
 from vmplug.manager.salvage import set_aside as put_aside
 from vmplug.manager.store import Store
 
+_LOCK_TIMEOUT_S = 10.0
+"""A function that is slow to let go is told as in progress."""
+
 Failure = tuple[str | None, DeviceError]
 """What could not be done, in a VM or on the host."""
 
@@ -58,7 +61,8 @@ def command(
         how = _How(state_dir, timeout_s, keep_unknown=salvage is not None)
         repairs, failures = _repair_all(vms, journal, how)
         # What was bound for a device that the journal has lost is not to go back yet either.
-        returned = [] if salvage else Binder(journal, HostRoot()).recover()
+        binder = Binder(journal, HostRoot())
+        returned = [] if salvage else binder.recover(lock_timeout_s=_LOCK_TIMEOUT_S)
     failures += [(None, told.error) for told in returned if told.error]
     if as_json:
         errors = [

@@ -321,6 +321,12 @@ class Hypervisor(Protocol):
     def offer(self) -> Offer:
         """What the VM has to plug into now."""
 
+    def know(self, names: Mapping[str, str]) -> None:
+        """Names in the VM that somebody else gave, each with the id of the device it is of.
+
+        From then on they count as that device's parts.
+        """
+
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
         """Exactly what `plug` would do; sends nothing."""
 

@@ -16,7 +16,7 @@ from vmplug.address import Bdf
 from vmplug.host.bind import FormerBinding
 from vmplug.manager.database import Transaction, alone, store_error
 
-_LOCK_TIMEOUT_S = 120.0
+LOCK_TIMEOUT_S = 120.0
 """A function that is slow to let go keeps the others waiting."""
 
 
@@ -55,7 +55,7 @@ class Bindings:
         self._lock = lock
         self._path = path
 
-    def alone(self, *, timeout_s: float = _LOCK_TIMEOUT_S) -> AbstractContextManager[None]:
+    def alone(self, *, timeout_s: float = LOCK_TIMEOUT_S) -> AbstractContextManager[None]:
         """Nobody else binds or gives back meanwhile, in no process that has this journal."""
         return alone(os.path.join(os.path.dirname(self._path), "binding.lock"), timeout_s)
 

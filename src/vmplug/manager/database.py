@@ -234,6 +234,13 @@ def _code(error: Exception) -> int:
     return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
 
+def is_locked(error: StoreError) -> bool:
+    """Whether somebody else kept it locked until the deadline."""
+    return isinstance(error.__cause__, sqlite3.Error) and _code(error.__cause__) == (
+        sqlite3.SQLITE_BUSY
+    )
+
+
 def store_error(path: str, error: Exception) -> StoreError:
     """What an error of the file or of a row means to whoever asked."""
     why, hint = str(error), _REMEDIES.get(_code(error))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from vmplug.drivers.base import Endpoint, Hypervisor
 from vmplug.host.process import is_running, read_start_time
 from vmplug.manager.reconcile import Outcome, Repair
-from vmplug.manager.records import DeviceRecord, VmRecord, record_vm
+from vmplug.manager.records import DeviceRecord, VmRecord, foreign_names, record_vm
 from vmplug.manager.store import Store
 
 
@@ -49,6 +49,7 @@ def _holds_any(devices: Sequence[DeviceRecord], hypervisor: Hypervisor) -> bool:
 
     An older vmplug wrote down who had made the socket, which may have been a launcher.
     """
+    hypervisor.know(foreign_names(devices))
     held = hypervisor.find_devices()
     return any(held.get(device.id) for device in devices)
 

@@ -32,7 +32,7 @@ from vmplug.manager.examine import Examined, Known, examine
 from vmplug.manager.life import meet
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
-from vmplug.manager.records import Attachment, DeviceRecord
+from vmplug.manager.records import Attachment, DeviceRecord, foreign_names
 from vmplug.manager.resize import is_disk, new_size
 from vmplug.manager.state import State
 from vmplug.manager.store import Store
@@ -270,6 +270,7 @@ class DeviceManager:
         if hold is None or record is None or not is_disk(record):
             raise NotAttached(f"no disk is attached as {attachment_id} in VM {self._vm}")
         wanted = new_size(record, hold, self._host, size_bytes)
+        self._hypervisor.know(foreign_names([record]))
         self._hypervisor.resize(hold.device_id, wanted)
         return wanted
 

@@ -20,7 +20,7 @@ from enum import StrEnum
 
 from vmplug.drivers.base import Hypervisor
 from vmplug.errors import CommandError
-from vmplug.manager.records import DeviceRecord
+from vmplug.manager.records import DeviceRecord, foreign_names
 from vmplug.manager.state import State
 from vmplug.manager.store import Store
 
@@ -78,6 +78,7 @@ def reconcile(
     """
     # In this order: what a process begins or ends meanwhile is then in one of the two.
     records = {record.id: record for record in journal.devices(vm)}
+    hypervisor.know(foreign_names(records.values()))
     held = hypervisor.find_devices()
     repairs = {
         record.id: repair

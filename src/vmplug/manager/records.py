@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -60,6 +60,11 @@ class DeviceRecord:
     def can_be_unplugged(self) -> bool:
         """Whether the VM can let go of it: QEMU never does of NVDIMMs and virtio-mmio devices."""
         return not (self.place or "").startswith(UNPLUGGED_NEVER)
+
+
+def foreign_names(devices: Iterable[DeviceRecord]) -> dict[str, str]:
+    """The names in QEMU that somebody else gave, with the ids of the devices they are of."""
+    return {name: device.id for device in devices for name in device.parts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

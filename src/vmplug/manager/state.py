@@ -17,16 +17,16 @@ class State(StrEnum):
 
 
 FOLLOWS: dict[State | None, frozenset[State | None]] = {
-    None: frozenset({State.PLUGGING}),
+    None: frozenset({State.PLUGGING, State.ATTACHED}),
     State.PLUGGING: frozenset({State.ATTACHED, State.DETACHING, State.RETAINED, None}),
     State.ATTACHED: frozenset({State.DETACHING, State.RETAINED, None}),
     State.DETACHING: frozenset({State.DETACHING, State.ATTACHED, State.RETAINED, None}),
     State.RETAINED: frozenset({State.ATTACHED, None}),
 }
-"""None is "not in the journal". An attached device is forgotten at once only when the VM turns out
-not to hold it; a detaching one is attached again only when QEMU refused to be asked. A retained
-one has no owner any more and stays until its VM ends, as QEMU cannot take it out."""
-
+"""None is "not in the journal". What somebody else plugged is attached from the beginning. An
+attached device is forgotten at once only when the VM turns out not to hold it; a detaching one is
+attached again only when QEMU refused to be asked. A retained one has no owner any more and stays
+until its VM ends, as QEMU cannot take it out."""
 
 ON_ITS_WAY = frozenset({State.PLUGGING, State.DETACHING})
 """What a process has in progress, or left so."""

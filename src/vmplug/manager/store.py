@@ -181,7 +181,7 @@ class Store:
         *,
         version: int | None = None,
     ) -> list[Attachment] | None:
-        """Write down devices that are about to be plugged, and who wants them.
+        """Write down devices that are about to be plugged, or that the VM has, and who wants them.
 
         None, and nothing written, when the journal is no longer of that `version`: what was
         decided on it, such as that no VM holds the device, may be wrong by now.
@@ -191,7 +191,8 @@ class Store:
                 return None
             for device in devices:
                 check_step(device.host_path, None, device.state)
-                insert_device(db, replace(device, worker=self.worker))
+                worker = self.worker if device.state in ON_ITS_WAY else None
+                insert_device(db, replace(device, worker=worker))
             return _add_holds(db, holds)
 
     def set_state(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vmplug.drivers.base import Hypervisor
 from vmplug.errors import BindError, CommandError
 from vmplug.manager.binder import Binder
-from vmplug.manager.records import DeviceRecord
+from vmplug.manager.records import DeviceRecord, foreign_names
 from vmplug.manager.state import State, unplug_error
 from vmplug.manager.store import Store
 
@@ -35,6 +35,7 @@ class Unplugger:
             log.info("detached %s from VM %s", record.host_path, self.vm)
 
     def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
+        self.hypervisor.know(foreign_names(records))
         plugged = [record.id for record in records if record.place]
         asked: list[str] = []
         failed: CommandError | None = None
