@@ -9,7 +9,7 @@ import pytest
 from tests.qemu.conftest import request
 from tests.support.disks import disk_image
 from tests.support.vm import GuestVm, root_ports, start_vm
-from vmplug.errors import NotAttached
+from vmplug.errors import NotAttached, ProtocolError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.manager.manager import DeviceManager
@@ -57,8 +57,8 @@ def vms(tmp_path: Path) -> Iterator[Vms]:
 def test_qemus_own_process_is_found_behind_a_socket_of_its_launcher(vms: Vms) -> None:
     for vm in (vms.first, vms.second):
         qemu = Qemu.connect(str(vm.qmp_path))
-        qemu.close()
         assert qemu.endpoint
+        qemu.close()
         assert (qemu.endpoint.pid, vm.pid == os.getpid()) == (vm.pid, False)
 
 
@@ -76,6 +76,23 @@ def test_what_a_vm_held_that_ended_unseen_is_released(vms: Vms, tmp_path: Path) 
         assert (told.device_id, told.outcome) == (old.device_id, Outcome.FORGOTTEN)
     names = {e["name"] for e in vms.second.oracle.execute("qom-list", path="/machine/peripheral")}
     assert f"vmplug-{new.device_id}" in names
+    with Store.open(tmp_path / "state") as journal:
+        assert [vm.pid for vm in journal.vms()] == [vms.second.pid]
+
+
+def test_a_manager_that_outlives_its_vm_serves_the_next_one(vms: Vms, tmp_path: Path) -> None:
+    images = [disk_image(tmp_path / name, 1, name) for name in ("a.img", "b.img")]
+    with vms.manager() as devices:
+        old = [devices.attach(request(image)) for image in images]
+        vms.take_turns()
+        with pytest.raises((ProtocolError, NotAttached)):
+            devices.detach(old[1].id)  # in the conversation with the first
+        new = devices.attach(request(images[0]))
+        assert (new.count, str(new.guest_address)) == (1, "PCI 10/00")
+        assert [hold.id for hold in devices.attachments()] == [new.id]
+        told = devices.reconcile()
+        assert {repair.device_id for repair in told} == {hold.device_id for hold in old}
+        assert devices.reconcile() == []
     with Store.open(tmp_path / "state") as journal:
         assert [vm.pid for vm in journal.vms()] == [vms.second.pid]
 

@@ -206,7 +206,12 @@ class Adopted(MemoryHypervisor):
 
     def __init__(self, pid: int) -> None:
         super().__init__()
-        self.endpoint = Endpoint("/run/sb1/qmp.sock", pid)
+        self.pid = pid
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """See Hypervisor."""
+        return Endpoint("/run/sb1/qmp.sock", self.pid)
 
 
 @pytest.fixture
@@ -264,7 +269,7 @@ def test_the_same_qemu_behind_a_launcher_that_has_ended_keeps_its_devices(
     machine = Adopted(ended)
     with open_manager(machine) as devices:
         old = devices.attach(disk_in(tmp_path))
-    machine.endpoint = Endpoint("/run/sb1/qmp.sock", os.getpid())
+    machine.pid = os.getpid()
     with open_manager(machine) as devices:
         assert [hold.id for hold in devices.attachments()] == [old.id]
         assert devices.reconcile() == []

@@ -13,8 +13,11 @@ EventReceiver = Callable[[str, Mapping[str, Any]], None]
 class Monitor(Protocol):
     """Commands go in, answers and events come out.
 
-    Raises ProtocolError when the conversation breaks.
+    `peer_pid` is the process that made the socket, None where there is none or the kernel does not
+    say. Raises ProtocolError when the conversation breaks.
     """
+
+    peer_pid: int | None = None
 
     @abstractmethod
     def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:

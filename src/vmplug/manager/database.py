@@ -263,6 +263,15 @@ def damaged(path: str, why: str) -> StoreError:
     )
 
 
+def written_too_fast(path: str) -> StoreError:
+    """The error for a journal that somebody else wrote to between every look and act."""
+    return StoreError(
+        path,
+        f"others write to the journal {path} faster than it can be decided on",
+        hint="try again",
+    )
+
+
 def check_version(version: int, path: str) -> None:
     """StoreError for a file that is no journal, or a newer vmplug's, which is left as it is."""
     if version == 0:

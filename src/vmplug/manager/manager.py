@@ -18,7 +18,6 @@ from vmplug.errors import (
     NoFreePort,
     NotAttached,
     ProtocolError,
-    StoreError,
     UnplugTimeout,
 )
 from vmplug.host.device import HostDevice, VfioGroup
@@ -28,13 +27,14 @@ from vmplug.host.vhost_user import VhostUserStore
 from vmplug.host.viability import check_memlock
 from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.manager.binder import Binder
+from vmplug.manager.database import written_too_fast
 from vmplug.manager.examine import Examined, Known, examine
 from vmplug.manager.life import meet
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.records import Attachment, DeviceRecord, foreign_names
 from vmplug.manager.resize import is_disk, new_size
-from vmplug.manager.state import State
+from vmplug.manager.state import State, holds_nothing, not_attached
 from vmplug.manager.store import Store
 from vmplug.manager.unplug import Unplugger
 from vmplug.oci.annotated import Request
@@ -94,8 +94,7 @@ class DeviceManager:
         """
         journal = Store.open(state_dir)
         manager = cls(vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store)
-        manager._former = meet(vm, journal, hypervisor)
-        manager._unplugger.give_back(repair.device_id for repair in manager._former)
+        manager._meet()
         return manager
 
     def close(self) -> None:
@@ -190,6 +189,7 @@ class DeviceManager:
         out or in.
         """
         with self._lock:
+            self._meet()
             examine_now = partial(self.check, infos, allow=allow, managed=managed)
             plan, added = self._plan_and_journal(examine_now, owner)
             ids = [new.record.id for new in plan.new]
@@ -234,14 +234,11 @@ class DeviceManager:
         whole: bool = False,
     ) -> None:
         """`detach` for many: the guest is asked for all of them first and waited for once."""
+        self._meet()
         known = {hold.id for hold in self.attachments()}
         for attachment_id in attachment_ids:
             if attachment_id not in known:
-                ended = ", which has ended, and another has its name" if self._former else ""
-                raise NotAttached(
-                    f"no attachment {attachment_id} in VM {self._vm}{ended}",
-                    hint=f"vmplug list --vm {self._vm} shows what there is",
-                )
+                raise not_attached(attachment_id, self._vm, has_ended=bool(self._former))
         self._release(attachment_ids, timeout_s, whole=whole)
 
     def detach_owner(self, owner: str, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Attachment]:
@@ -251,10 +248,7 @@ class DeviceManager:
         """
         held = [hold for hold in self.attachments() if hold.owner == owner]
         if not held:
-            raise NotAttached(
-                f"{owner} holds no device of VM {self._vm}",
-                hint=f"vmplug list --vm {self._vm} shows who holds what",
-            )
+            raise holds_nothing(owner, self._vm)
         self.detach_all([hold.id for hold in held], timeout_s=timeout_s, whole=True)
         return held
 
@@ -283,6 +277,7 @@ class DeviceManager:
         """
         with self._lock:
             self._offer = None
+            self._meet()
             repairs = reconcile(
                 self._vm,
                 self._journal,
@@ -295,6 +290,13 @@ class DeviceManager:
             return former + repairs
 
     # planning
+
+    def _meet(self) -> None:
+        """Release what a VM of the name held that has ended since this manager last looked."""
+        if released := meet(self._vm, self._journal, self._hypervisor):
+            self._unplugger.give_back(repair.device_id for repair in released)
+            self._former += released
+            self._offer = None
 
     def _find_claims(self, device: HostDevice) -> list[Claim]:
         return self._journal.find_claims(self._vm, device.identity, device.related_identities)
@@ -331,11 +333,7 @@ class DeviceManager:
             added = self._journal.add_devices(records, plan.holds_on(new=True), version=version)
             if added is not None:
                 return plan, added
-        raise StoreError(
-            self._journal.path,
-            f"others write to the journal {self._journal.path} faster than it can be decided on",
-            hint="try again",
-        )
+        raise written_too_fast(self._journal.path)
 
     def _choose(self, driver: Driver, device: HostDevice, taken: set[str]) -> tuple[Place, Offer]:
         """A place in what the VM offered when it was last asked, or, if that is full, offers now.

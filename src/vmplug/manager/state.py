@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 from vmplug.address import qom_path
-from vmplug.errors import HypervisorError, StateError, UnplugRefused, UnplugTimeout
+from vmplug.errors import HypervisorError, NotAttached, StateError, UnplugRefused, UnplugTimeout
 
 
 class State(StrEnum):
@@ -57,6 +57,23 @@ def on_its_way(vm: str, host_path: str, state: State) -> StateError:
 def not_in_journal(device_id: str) -> StateError:
     """The error for a device that the journal does not know."""
     return StateError(f"no device {device_id} is known", state="absent", required="in the journal")
+
+
+def not_attached(attachment_id: str, vm: str, *, has_ended: bool) -> NotAttached:
+    """The error for an attachment that the VM has not; `has_ended` is one that had the name."""
+    ended = ", which has ended, and another has its name" if has_ended else ""
+    return NotAttached(
+        f"no attachment {attachment_id} in VM {vm}{ended}",
+        hint=f"vmplug list --vm {vm} shows what there is",
+    )
+
+
+def holds_nothing(owner: str, vm: str) -> NotAttached:
+    """The error for an owner without a device."""
+    return NotAttached(
+        f"{owner} holds no device of VM {vm}",
+        hint=f"vmplug list --vm {vm} shows who holds what",
+    )
 
 
 def known_already(name: str, qmp_socket: str | None = None) -> StateError:

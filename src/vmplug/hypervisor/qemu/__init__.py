@@ -32,7 +32,7 @@ from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.plug import check_hot, plug_steps
-from vmplug.hypervisor.qemu.process import find_process
+from vmplug.hypervisor.qemu.process import find_process, is_alive
 from vmplug.hypervisor.qemu.vhost_user import NETDEV
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer, read_place
 
@@ -57,7 +57,7 @@ class Qemu:
     ) -> None:
         self._monitor = monitor
         self.undo_timeout_s = 5.0
-        self.endpoint = endpoint
+        self._endpoint = endpoint
         vm = endpoint.qmp_socket if endpoint else f"process {os.getpid()}"
         self._daemons = daemons or HostDaemons(vm)
         self._foreign: Mapping[str, str] = {}
@@ -77,12 +77,18 @@ class Qemu:
         from vmplug.hypervisor.qmp import QmpMonitor  # noqa: PLC0415  asyncio costs 40 ms
 
         monitor = QmpMonitor.connect(socket, timeout_s=timeout_s)
-        path = os.path.realpath(socket)
-        try:
-            return cls(monitor, Endpoint(path, find_process(monitor, path, monitor.peer_pid)))
-        except BaseException:
-            monitor.close()
-            raise
+        return cls(monitor, Endpoint(os.path.realpath(socket), None))
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where another process finds this VM, and QEMU's process, if that lives: else its heir's.
+
+        The conversation is taken up again with whoever answers at the socket.
+        """
+        if self._endpoint and not is_alive(self._endpoint.pid):
+            path = self._endpoint.qmp_socket
+            self._endpoint = Endpoint(path, find_process(self._monitor, path))
+        return self._endpoint
 
     def offer(self) -> Offer:
         """What the VM has to plug into now."""
