@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Self
 
-from vmplug.drivers.base import Driver, Hypervisor, Step
+from vmplug.drivers.base import Driver, Endpoint, Hypervisor, Step
 from vmplug.drivers.place import Offer, Place
 from vmplug.errors import (
     ConnectError,
@@ -73,6 +73,7 @@ class DeviceManager:
         self._unplugger = Unplugger(vm, journal, hypervisor, self._binder)
         self._lock = threading.RLock()
         self._offer: Offer | None = None
+        self._met: Endpoint | None = None
         self._former: list[Repair] = []  # what was released of a VM that had the name before
 
     @classmethod
@@ -88,9 +89,8 @@ class DeviceManager:
         """The manager of VM `vm`, with everything that is journalled of it below `state_dir`.
 
         `store` is the vhost-user store of the host, None when it has none. A VM that the journal
-        does not know is written into it, for other processes to find; what a former VM of that
-        name held is released. The manager closes the hypervisor's conversation when it is closed.
-        Raises StoreError.
+        does not know is written into it, and what a former one of its name held is released.
+        The manager closes the hypervisor's conversation when it is closed. Raises StoreError.
         """
         journal = Store.open(state_dir)
         manager = cls(vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store)
@@ -271,10 +271,7 @@ class DeviceManager:
     def reconcile(
         self, *, timeout_s: float = UNPLUG_TIMEOUT_S, keep_unknown: bool = False
     ) -> list[Repair]:
-        """Make the journal and the VM agree; tells what was done, nothing when they agreed.
-
-        `keep_unknown` leaves in the VM what the journal does not know.
-        """
+        """Make the journal and the VM agree, but for `keep_unknown` parts; tells what was done."""
         with self._lock:
             self._offer = None
             self._meet()
@@ -293,7 +290,12 @@ class DeviceManager:
 
     def _meet(self) -> None:
         """Release what a VM of the name held that has ended since this manager last looked."""
-        if released := meet(self._vm, self._journal, self._hypervisor):
+        endpoint = self._hypervisor.endpoint
+        if endpoint == self._met:
+            return
+        released = meet(self._vm, self._journal, self._hypervisor)
+        self._met = endpoint
+        if released:
             self._unplugger.give_back(repair.device_id for repair in released)
             self._former += released
             self._offer = None
