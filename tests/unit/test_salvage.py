@@ -193,7 +193,7 @@ def test_one_row_that_makes_no_sense_is_told_and_costs_no_other(path: Path) -> N
         "binding": 1,
     }
     assert len(salvage.lost) == 2
-    assert salvage.lost[0] == "device '7': 'flying' is not a valid State"
+    assert salvage.lost[0] == "device 7 vm-1 file:7: 'flying' is not a valid State"
     assert salvage.lost[1].startswith("attachment ")
 
 

@@ -196,7 +196,8 @@ def _carry_table(
             values = [row[column] for column in columns]
             new.execute(f"INSERT INTO {table} VALUES ({marks})", values)  # noqa: S608  ours
         except (sqlite3.Error, ValueError, TypeError, IndexError) as error:
-            salvage.lost.append(f"{table} {row[columns[0]]!r}: {error}")
+            words = " ".join(str(row[column]) for column in columns[:3])
+            salvage.lost.append(f"{table} {words}: {error}")
         else:
             salvage.carried[table] += 1
 
