@@ -37,8 +37,10 @@ CATCHES_OSERROR = {
     "hypervisor/qemu/launch.py",
     "hypervisor/qmp.py",
     "manager/database.py",
+    "manager/kata.py",
     "manager/policy_file.py",
     "manager/private.py",
+    "manager/salvage.py",
     "oci/source.py",
 }
 

@@ -363,11 +363,11 @@ IN_THE_JOURNAL = [
             f"list --state-dir {{{broken}}}", f"{{{broken}}}/journal.db.*{why}", hint, "bad-state"
         )
         for broken, why, hint in (
-            ("scribbled", "file is not a database", "move it away"),
-            ("cut", "malformed", "move it away"),
+            ("scribbled", "file is not a database", "set-aside"),
+            ("cut", "malformed", "set-aside"),
             ("folder", "", "writable"),
             ("newer", "version 99", "vmplug that wrote it"),
-            ("senseless", "", "damaged"),
+            ("senseless", "is damaged", "set-aside"),
         )
     ),
 ]
@@ -467,7 +467,7 @@ def make_journals(vmplug: Vmplug, directory: Path) -> dict[str, str]:
     statements = {
         "newer": "PRAGMA user_version = 99",
         "senseless": "INSERT INTO device VALUES ('d', 'full', 'block:8:0', 'nonsense', '/dev/sda',"
-        " 'flying', 0, 0, '{', '-', NULL)",
+        " 'flying', 0, 0, '{', '-', NULL, NULL, NULL)",
     }
     for name, statement in statements.items():
         with sqlite3.connect(names[name] / "journal.db") as db:

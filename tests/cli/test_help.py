@@ -29,6 +29,7 @@ VERBS = (
     "mdev create",
     "mdev remove",
     "reconcile",
+    "import-kata",
     "vm start",
     "vm adopt",
     "vm stop",
@@ -38,7 +39,7 @@ VERBS = (
 )
 JSON_VERBS = [verb for verb in VERBS if verb != "completion"]
 READING_VERBS = ("host", "info", "resolve", "check", "plan", "attach")
-VM_OPTION_VERBS = ("plan", "attach", "detach", "list", "reconcile")
+VM_OPTION_VERBS = ("plan", "attach", "detach", "list", "reconcile", "import-kata")
 
 
 @cache

@@ -780,7 +780,9 @@ def test_what_a_killed_vm_held_is_free_after_reconcile(
         kill(pid)
         (known,) = vmplug("vm", "list", "--json").json()["vms"]
         assert (known["state"], known["attachments"]) == ("gone", 1)
-        assert [hold["vm"] for hold in vmplug("list", "--json").json()["attachments"]] == ["sb2"]
+        listed = vmplug("list", "--json").json()
+        assert [hold["vm"] for hold in listed["attachments"]] == listed["ended_vms"] == ["sb2"]
+        assert "VM sb2 seems to have ended: vmplug reconcile" in vmplug("list").answer()
         assert vmplug("check", *asked).status == 4
         (repair,) = vmplug("reconcile", "--json").json()["repairs"]
         assert (repair["host_path"], repair["outcome"]) == (str(node), "forgotten")

@@ -680,6 +680,25 @@ def test_a_row_outlives_the_process(journal: Store) -> None:
     assert journal.bindings.all() == []
 
 
+def test_what_another_process_is_giving_back_is_left_to_it(
+    kernel: FakeKernel, binder: Binder, journal: Store
+) -> None:
+    binder.bind(group_of(kernel, DISK))
+    (row,) = journal.bindings.all()
+    journal.bindings.put([replace(row, state=BindingState.UNBINDING)])
+    before = kernel.picture()
+    with (
+        Store.open(Path(journal.path).parent) as other,
+        other.bindings.alone(),
+    ):
+        (told,) = binder.recover(lock_timeout_s=0.05)
+    assert (told.outcome, told.error) == (Outcome.IN_PROGRESS, None)
+    assert kernel.picture() == before
+    assert [row.state for row in journal.bindings.all()] == [BindingState.UNBINDING]
+    (told,) = binder.recover()
+    assert told.outcome is Outcome.GIVEN_BACK
+
+
 def test_giving_back_waits_until_the_last_process_has_closed_it(
     tree: PciTree, kernel: FakeKernel, journal: Store
 ) -> None:

@@ -120,6 +120,39 @@ def write_version_1(state_dir: Path, *more: str) -> Path:
     return path
 
 
+VERSION_2 = """
+ALTER TABLE device ADD COLUMN guest TEXT;
+UPDATE device SET guest = json_patch('{}', json_object(
+    'pci_path', pci_path, 'scsi_address', scsi_address)) WHERE place IS NOT NULL;
+ALTER TABLE device DROP COLUMN pci_path;
+ALTER TABLE device DROP COLUMN scsi_address;
+ALTER TABLE attachment RENAME COLUMN container_path TO name;
+PRAGMA user_version = 2;
+"""
+VERSION_3 = """
+CREATE TABLE binding (
+    bdf TEXT PRIMARY KEY,
+    driver TEXT,
+    driver_override TEXT,
+    state TEXT NOT NULL,
+    device TEXT,
+    boot_id TEXT NOT NULL
+) STRICT;
+INSERT INTO binding VALUES ('0000:3b:00.0', 'nvme', NULL, 'bound', NULL, 'a boot');
+PRAGMA user_version = 3;
+"""
+"""What later vmplugs made of a journal of version 1; the third wrote down what it had bound."""
+
+
+def write_version(version: int, state_dir: Path) -> Path:
+    """A journal as the vmplug of that version left it."""
+    path = write_version_1(state_dir)
+    with closing(sqlite3.connect(path)) as db:
+        for script in (VERSION_2, VERSION_3)[: version - 1]:
+            db.executescript(script)
+    return path
+
+
 def version_of(path: Path) -> int:
     with closing(sqlite3.connect(path)) as db:
         return int(db.execute("PRAGMA user_version").fetchone()[0])
@@ -139,8 +172,9 @@ def tables_of(path: Path) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
-def test_a_journal_of_version_1_comes_up_with_all_its_rows(tmp_path: Path) -> None:
-    path = write_version_1(tmp_path)
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_an_older_journal_comes_up_with_all_its_rows(tmp_path: Path, version: int) -> None:
+    path = write_version(version, tmp_path)
     with Store.open(tmp_path) as store:
         assert store.vms() == [VM, ADOPTED]
         assert store.devices("vm-1") + store.devices("vm-2") == [
@@ -148,15 +182,18 @@ def test_a_journal_of_version_1_comes_up_with_all_its_rows(tmp_path: Path) -> No
             *(device for device in DEVICES if device.vm == "vm-2"),
         ]
         assert store.attachments() == HOLDS
+        assert [str(b.bdf) for b in store.bindings.all()] == ["0000:3b:00.0"] * (version == 3)
+        assert not any(device.worker or device.parts for device in store.devices("vm-1"))
     assert version_of(path) == VERSION
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert db.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
-def test_what_was_migrated_has_the_tables_of_a_new_journal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_what_was_migrated_has_the_tables_of_a_new_journal(tmp_path: Path, version: int) -> None:
     (tmp_path / "new").mkdir(mode=0o700)
-    path = write_version_1(tmp_path)
+    path = write_version(version, tmp_path)
     for state_dir in (tmp_path, tmp_path / "new"):
         Store.open(state_dir).close()
     assert tables_of(path) == tables_of(tmp_path / "new" / "journal.db")

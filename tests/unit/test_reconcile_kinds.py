@@ -247,6 +247,7 @@ def test_a_reconcile_that_another_process_overtook_keeps_the_nvdimm(sandbox: San
     attachment = sandbox.devices.attach(nvdimm(sandbox))
     with Store.open(sandbox.state_dir) as journal:
         journal.set_state([attachment.device_id], State.DETACHING)
+        journal.give_up([attachment.device_id])
     parts = sandbox.side.parts()
     (repair,) = sandbox.devices.reconcile()
     assert (repair.device_id, repair.outcome) == (attachment.device_id, Outcome.RETAINED)

@@ -28,6 +28,7 @@ _VERBS = {
     "sriov": "virtual functions: show, make, tell what they are",
     "mdev": "mediated devices: make, take away",
     "reconcile": "make the journal and the VMs agree",
+    "import-kata": "take over what Kata Containers has plugged",
     "vm": "start, adopt, stop and list VMs",
     "record": "write what vmplug reads of this host into a file, for a bug report",
     "completion": "shell completion for bash, zsh or fish",
@@ -54,7 +55,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _VERBS:
             return None
-        module = import_module(f"vmplug.cli.{cmd_name}")
+        module = import_module(f"vmplug.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

@@ -368,10 +368,14 @@ def _check_name(name: str) -> None:
 
 
 def _forget_if_gone(journal: Store, name: str) -> None:
-    """Make room for a VM of a name whose last one has ended and left nothing attached."""
-    record = journal.find_vm(name)
-    if record and is_gone(record) and not journal.devices(name):
-        forget_vm(journal, record)
+    """Make room for a VM of a name whose last one has ended and left nothing attached.
+
+    VMs of an earlier boot of the host left nothing, whatever they held.
+    """
+    for record in journal.vms():
+        has_left = record.name == name and is_gone(record) and not journal.devices(name)
+        if record.is_of_earlier_boot or has_left:
+            forget_vm(journal, record)
 
 
 def _end(record: VmRecord, timeout_s: float) -> None:

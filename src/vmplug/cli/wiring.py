@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vmplug.errors import ConnectError, StateError
@@ -70,10 +70,12 @@ def give_back_unused(journal: "Store") -> None:
 
 
 def is_gone(record: "VmRecord") -> bool:
-    """Whether the VM has surely ended: nobody listens on its QMP socket any more.
+    """Whether the VM has surely ended: nobody listens on its QMP socket, or the host has booted.
 
     A socket file that is missing proves nothing as long as the process that made it runs.
     """
+    if record.is_of_earlier_boot:
+        return True
     from vmplug.host.process import is_running  # noqa: PLC0415
     from vmplug.hypervisor.qemu.launch import is_listening  # noqa: PLC0415
 
@@ -95,6 +97,25 @@ def find_policy(path: str | None) -> "Policy | None":
     if path is None and is_absent(DEFAULT_POLICY):
         return None
     return Policy.read(DEFAULT_POLICY if path is None else path)
+
+
+def find_ended(journal: "Store", names: "Iterable[str]") -> list[str]:
+    """Which of these VMs are not what the journal knows any more, as far as can be seen from here.
+
+    No VM is asked: a process that has ended is enough.
+    """
+    from vmplug.host.process import is_running  # noqa: PLC0415
+
+    wanted = set(names)
+    return [
+        vm.name
+        for vm in journal.vms()
+        if vm.name in wanted
+        and (
+            is_gone(vm)
+            or (bool(vm.pid) and not is_running(vm.pid or 0, vm.started_at, journal.host))
+        )
+    ]
 
 
 def open_manager(

@@ -276,7 +276,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a VM is reached: its QMP socket, and the process that made it, None if unknown."""
+    """Where a VM is reached: its QMP socket, and its process.
+
+    `pid` may be that of a launcher that made the socket, and is None if nothing is known.
+    """
 
     qmp_socket: str
     pid: int | None
@@ -327,6 +330,12 @@ class Hypervisor(Protocol):
 
     def offer(self) -> Offer:
         """What the VM has to plug into now."""
+
+    def know(self, names: Mapping[str, str]) -> None:
+        """Names in the VM that somebody else gave, each with the id of the device it is of.
+
+        From then on they count as that device's parts.
+        """
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
         """Exactly what `plug` would do; sends nothing."""

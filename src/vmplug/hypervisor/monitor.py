@@ -20,8 +20,11 @@ MISSED = "missed"
 class Monitor(Protocol):
     """Commands go in, answers and events come out.
 
+    `peer_pid` is the process that speaks, None where there is none or the kernel cannot say.
     Raises ProtocolError when the conversation breaks, or makes no sense.
     """
+
+    peer_pid: int | None = None
 
     @abstractmethod
     def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:

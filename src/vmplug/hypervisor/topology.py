@@ -13,10 +13,15 @@ from vmplug.address import PERIPHERAL, CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.base import Command
 from vmplug.drivers.place import (
     FIRMWARE_WINDOWS,
+    CcwPlace,
+    MemorySlot,
     Offer,
+    PciPlace,
     PciPort,
+    Place,
     PortKind,
     ScsiController,
+    ScsiPlace,
     Windows,
 )
 from vmplug.hypervisor.monitor import Monitor
@@ -121,6 +126,32 @@ def read_offer(monitor: Monitor) -> Offer:
         ap="ap-bridge" in names,
         memory_bytes=sizes["base-memory"] + sizes.get("plugged-memory", 0),
     )
+
+
+def read_place(monitor: Monitor, name: str) -> Place | None:
+    """Where the device of that name sits; None when there is none, or on no bus of these kinds."""
+    peripherals = dict(_children(monitor.execute(qom_list(PERIPHERAL))))
+    if name not in peripherals:
+        return None
+    path = f"{PERIPHERAL}/{name}"
+    names = {entry["name"] for entry in monitor.execute(qom_list(path))}
+    if "memdev" in names:
+        return MemorySlot(slot=monitor.execute(qom_get(path, "slot")), index=0)
+    if "dev_id" in names:
+        return CcwPlace(devno=CcwDevNo.parse(monitor.execute(qom_get(path, "dev_id"))))
+    if not {"addr", "scsi-id"} & names:
+        return None
+    bus_path = str(monitor.execute(qom_get(path, "parent_bus")))
+    bus, buses = bus_path.rpartition("/")[2], _read_expanders(monitor, peripherals)
+    if "scsi-id" in names:
+        numbers = monitor.execute_all([qom_get(path, "scsi-id"), qom_get(path, "lun")])
+        controller = f"{PERIPHERAL}/{bus.removesuffix('.0')}"
+        is_pci = peripherals.get(bus.removesuffix(".0"), "").endswith("-pci")
+        above = _read_pci_path(monitor, controller, buses) if is_pci else None
+        return ScsiPlace(bus=bus, address=ScsiAddress(*numbers), path=above and above.path)
+    where = _read_pci_path(monitor, path, buses)
+    slot = PciSlot.from_devfn(monitor.execute(qom_get(path, "addr")))
+    return PciPlace(bus=bus, slot=slot, path=where.path) if where else None
 
 
 def _is_shared(

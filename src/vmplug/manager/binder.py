@@ -15,14 +15,14 @@ repeated.
 import errno
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from typing import NamedTuple
 
 from vmplug.address import Bdf
-from vmplug.errors import BindError, DeviceError, HostError, NoSuchDevice, StateError
+from vmplug.errors import BindError, DeviceError, HostError, NoSuchDevice, StateError, StoreError
 from vmplug.host.bind import (
     WRITE_TIMEOUT_S,
     FormerBinding,
@@ -37,14 +37,15 @@ from vmplug.host.finding import Code
 from vmplug.host.pci import PciFunction, find_function
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import is_vfio_driver
-from vmplug.manager.bindings import Binding, BindingState
+from vmplug.manager.bindings import LOCK_TIMEOUT_S, Binding, BindingState
+from vmplug.manager.database import is_locked
 from vmplug.manager.store import Store
 from vmplug.manager.use import USED_BY_VM, check_use, find_users, refuse_use
+from vmplug.manager.worker import read_boot_id
 
 log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S, _CLOSE_STEP_S = 10.0, 0.02
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _MENDED = frozenset({Code.NOT_BOUND, Code.GROUP_NOT_VIABLE})
 """Findings that binding mends."""
 
@@ -55,6 +56,7 @@ class Outcome(StrEnum):
     GIVEN_BACK = "given back"
     FORGOTTEN = "forgotten"
     STILL_OPEN = "still open"
+    IN_PROGRESS = "in progress"
     FAILED = "failed"
 
 
@@ -155,21 +157,34 @@ class Binder:
         with self._alone() as rows:
             return self._return_all([r for r in rows.values() if r.device_id == device_id])
 
-    def recover(self) -> list[Returned]:
-        """Make the journal and the drivers agree after a crash; tells what was done."""
+    def recover(self, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> list[Returned]:
+        """Make the journal and the drivers agree after a crash; tells what was done.
+
+        What another process is still at when the time is over is left to it.
+        """
         if not self._journal.bindings.all():
             return []
         boot_id = self._boot_id()
         stale = [row for row in self._journal.bindings.all() if row.boot_id != boot_id]
         told = [Returned(r.former, Outcome.FORGOTTEN, "the host has booted since") for r in stale]
-        with self._alone() as rows:
-            known = self._journal.device_ids()
-            for row in rows.values():
-                try:
-                    done = self._recover_one(row, known)
-                except HostError as error:
-                    done = _failed(row.former, error)
-                told += [done] if done else []
+        try:
+            with self._alone(lock_timeout_s) as rows:
+                return told + self._recover_all(rows)
+        except StoreError as error:
+            if not is_locked(error):
+                raise
+        reason = "another process is at it"
+        begun = [row for row in self.bindings() if row.state is not BindingState.BOUND]
+        return [Returned(row.former, Outcome.IN_PROGRESS, reason) for row in begun]
+
+    def _recover_all(self, rows: Mapping[Bdf, Binding]) -> list[Returned]:
+        known, told = self._journal.device_ids(), list[Returned]()
+        for row in rows.values():
+            try:
+                done = self._recover_one(row, known)
+            except HostError as error:
+                done = _failed(row.former, error)
+            told += [done] if done else []
         return told
 
     # one function
@@ -316,12 +331,12 @@ class Binder:
     # the journal
 
     def _boot_id(self) -> str:
-        return (self._host.read_text(_BOOT_ID) or "").strip()
+        return read_boot_id(self._host)
 
     @contextmanager
-    def _alone(self) -> Iterator[dict[Bdf, Binding]]:
+    def _alone(self, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[dict[Bdf, Binding]]:
         """The rows of this boot, while nobody else binds; those of earlier ones are forgotten."""
-        with self._journal.bindings.alone():
+        with self._journal.bindings.alone(timeout_s=timeout_s):
             boot_id = self._boot_id()
             rows = self._journal.bindings.all()
             if stale := [row.bdf for row in rows if row.boot_id != boot_id]:

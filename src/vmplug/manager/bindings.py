@@ -16,7 +16,7 @@ from vmplug.address import Bdf
 from vmplug.host.bind import FormerBinding
 from vmplug.manager.database import Transaction, alone, store_error
 
-_LOCK_TIMEOUT_S = 120.0
+LOCK_TIMEOUT_S = 120.0
 """A function that is slow to let go keeps the others waiting."""
 
 
@@ -55,7 +55,7 @@ class Bindings:
         self._lock = lock
         self._path = path
 
-    def alone(self, *, timeout_s: float = _LOCK_TIMEOUT_S) -> AbstractContextManager[None]:
+    def alone(self, *, timeout_s: float = LOCK_TIMEOUT_S) -> AbstractContextManager[None]:
         """Nobody else binds or gives back meanwhile, in no process that has this journal."""
         return alone(os.path.join(os.path.dirname(self._path), "binding.lock"), timeout_s)
 
@@ -64,8 +64,8 @@ class Bindings:
         try:
             with self._lock:
                 rows = self._db.execute("SELECT * FROM binding").fetchall()
-            return sorted(map(_read, rows), key=lambda binding: binding.bdf)
-        except (sqlite3.Error, ValueError) as error:
+            return sorted(map(read_binding, rows), key=lambda binding: binding.bdf)
+        except (sqlite3.Error, ValueError, TypeError) as error:
             raise store_error(self._path, error) from error
 
     def put(self, bindings: Iterable[Binding]) -> None:
@@ -90,7 +90,8 @@ class Bindings:
             db.executemany("DELETE FROM binding WHERE bdf = ?", [(str(f),) for f in functions])
 
 
-def _read(row: sqlite3.Row) -> Binding:
+def read_binding(row: sqlite3.Row) -> Binding:
+    """A row of the table `binding`."""
     bdf = Bdf.parse(row["bdf"])
     return Binding(
         former=FormerBinding(bdf, row["driver"], row["driver_override"]),

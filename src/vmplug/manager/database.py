@@ -14,7 +14,7 @@ from vmplug.address import new_id
 from vmplug.errors import StoreError
 from vmplug.manager.private import check_private, make_private
 
-VERSION = 3
+VERSION = 4
 """Of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -25,7 +25,8 @@ CREATE TABLE vm (
     qmp_socket TEXT NOT NULL,
     pid INTEGER,
     started_at INTEGER,
-    is_ours INTEGER NOT NULL
+    is_ours INTEGER NOT NULL,
+    boot_id TEXT
 ) STRICT;
 CREATE TABLE device (
     id TEXT PRIMARY KEY,
@@ -39,6 +40,8 @@ CREATE TABLE device (
     options TEXT NOT NULL,
     place TEXT,
     guest TEXT,
+    worker TEXT,
+    parts TEXT,
     UNIQUE (vm, identity),
     UNIQUE (vm, place)
 ) STRICT;
@@ -76,6 +79,11 @@ ALTER TABLE device DROP COLUMN scsi_address;
 ALTER TABLE attachment RENAME COLUMN container_path TO name;
 """,
     2: _BINDING,
+    3: """
+ALTER TABLE vm ADD COLUMN boot_id TEXT;
+ALTER TABLE device ADD COLUMN worker TEXT;
+ALTER TABLE device ADD COLUMN parts TEXT;
+""",
 }
 """What turns a journal of that version into one of the next."""
 
@@ -108,12 +116,13 @@ def open_database(state_dir: str | os.PathLike[str]) -> tuple[sqlite3.Connection
         check_private(state_dir, path)
         if not os.path.exists(path):
             _create(path)
-        return _connect(path), path
+        return connect(path), path
     except (OSError, sqlite3.Error) as error:
         raise store_error(path, error) from error
 
 
-def _connect(path: str) -> sqlite3.Connection:
+def connect(path: str) -> sqlite3.Connection:
+    """A connection to the journal at `path` that keeps what was committed through any crash."""
     connection = sqlite3.connect(
         path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
     )
@@ -127,17 +136,20 @@ def _connect(path: str) -> sqlite3.Connection:
     return connection
 
 
-def _create(path: str) -> None:
-    """Make an empty journal whole and then give it its name; who is quicker wins."""
+def make_draft(path: str) -> str:
+    """An empty journal, whole, beside `path` under a name of its own."""
     draft = f"{path}.{new_id()}"
     make_private(draft)
-    connection = _connect(draft)
-    try:
+    with closing(connect(draft)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.executescript(_SCHEMA)
         connection.execute(f"PRAGMA user_version = {VERSION}")
-    finally:
-        connection.close()
+    return draft
+
+
+def _create(path: str) -> None:
+    """Make an empty journal and then give it its name; who is quicker wins."""
+    draft = make_draft(path)
     try:
         with suppress(FileExistsError):
             os.link(draft, path)
@@ -194,17 +206,88 @@ class Transaction:
             raise store_error(self._path, error) from error
 
 
+_WRITABLE = "name a writable --state-dir, or become root"
+_REMEDIES = {
+    sqlite3.SQLITE_CANTOPEN: _WRITABLE,
+    sqlite3.SQLITE_READONLY: _WRITABLE,
+    sqlite3.SQLITE_FULL: "make room on its file system; nothing of it was lost",
+    sqlite3.SQLITE_IOERR: "the kernel's log says what is the matter with the disk below it",
+    sqlite3.SQLITE_BUSY: "try again when it has finished",
+}
+"""By SQLite's code. Source: sqlite.org/rescode.html."""
+_DAMAGE = {
+    sqlite3.SQLITE_ERROR,  # a table or column is not there
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_SCHEMA,
+    sqlite3.SQLITE_MISMATCH,
+}
+
+
+def means_damage(error: Exception) -> bool:
+    """Whether an error says that what is in the file makes no sense, not that it cannot be read.
+
+    A text that is no UTF-8 is told by Python's module, without a code of SQLite's.
+    """
+    is_senseless_row = isinstance(error, ValueError | TypeError)
+    return is_senseless_row or _code(error) in _DAMAGE or "decode" in str(error)
+
+
+def _code(error: Exception) -> int:
+    """SQLite's primary code: the lowest byte of the extended one."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+
+
+def is_locked(error: StoreError) -> bool:
+    """Whether somebody else kept it locked until the deadline."""
+    return isinstance(error.__cause__, sqlite3.Error) and _code(error.__cause__) == (
+        sqlite3.SQLITE_BUSY
+    )
+
+
 def store_error(path: str, error: Exception) -> StoreError:
     """What an error of the file or of a row means to whoever asked."""
+    why, hint = str(error), _REMEDIES.get(_code(error))
     if isinstance(error, OSError):
-        why, hint = os.strerror(error.errno or 0), "name a writable --state-dir, or become root"
-    elif "unable to open" in str(error) or "readonly" in str(error):
-        why, hint = str(error), "name a writable --state-dir, or become root"
-    elif "locked" in str(error):
-        why, hint = "another process keeps it locked", "try again when it has finished"
-    else:
-        why, hint = (
-            str(error),
-            "it may be damaged: move it away, adopt each VM again (vmplug vm adopt) and reconcile",
-        )
+        why, hint = os.strerror(error.errno or 0), _WRITABLE
+    elif _code(error) == sqlite3.SQLITE_BUSY:
+        why = "another process keeps it locked"
+    elif means_damage(error):
+        return damaged(path, why)
     return StoreError(path, f"cannot use the journal {path}: {why}", hint=hint)
+
+
+def damaged(path: str, why: str) -> StoreError:
+    """The error for a journal that makes no sense."""
+    return StoreError(
+        path,
+        f"the journal {path} is damaged: {why}",
+        hint="vmplug reconcile --set-aside keeps it under another name, and carries over what can "
+        "be read of it",
+    )
+
+
+def written_too_fast(path: str) -> StoreError:
+    """The error for a journal that somebody else wrote to between every look and act."""
+    return StoreError(
+        path,
+        f"others write to the journal {path} faster than it can be decided on",
+        hint="try again",
+    )
+
+
+def check_version(version: int, path: str) -> None:
+    """StoreError for a file that is no journal, or a newer vmplug's, which is left as it is."""
+    if version == 0:
+        raise StoreError(
+            path,
+            f"{path} is not a journal of vmplug",
+            hint="vmplug reconcile --set-aside keeps it under another name; or name another "
+            "--state-dir",
+        )
+    if version != VERSION:
+        raise StoreError(
+            path,
+            f"{path} is of version {version}; this vmplug knows {VERSION}",
+            hint="use the vmplug that wrote it, or name another --state-dir",
+        )

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from vmplug.errors import StateError, StoreError
+from vmplug.errors import StateError
+from vmplug.manager.database import written_too_fast
 from vmplug.manager.plan import Plan
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import ABSENT, State
@@ -56,8 +57,4 @@ def _decide_now(plan_now: Callable[[], Plan], journal: Store) -> tuple[Plan, lis
         added = journal.add_devices(records, plan.holds_on(new=True), known=known)
         if added is not None:
             return plan, added
-    raise StoreError(
-        journal.path,
-        f"others write to the journal {journal.path} faster than it can be decided on",
-        hint="try again",
-    )
+    raise written_too_fast(journal.path)

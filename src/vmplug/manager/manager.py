@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Self
 
-from vmplug.drivers.base import Driver, Hypervisor, Step
+from vmplug.drivers.base import Driver, Endpoint, Hypervisor, Step
 from vmplug.drivers.place import Offer, Place
 from vmplug.errors import (
     ConnectError,
@@ -30,12 +30,13 @@ from vmplug.manager.asking import Gate
 from vmplug.manager.binder import Binder
 from vmplug.manager.decide import decide, finish
 from vmplug.manager.examine import Examined, Known, examine
+from vmplug.manager.life import meet
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.policy import Policy
 from vmplug.manager.reconcile import Repair, reconcile
-from vmplug.manager.records import Attachment, DeviceRecord, record_vm
+from vmplug.manager.records import Attachment, DeviceRecord, foreign_names
 from vmplug.manager.resize import is_disk, new_size
-from vmplug.manager.state import State
+from vmplug.manager.state import State, holds_nothing, not_attached
 from vmplug.manager.store import Store
 from vmplug.manager.unplug import Unplugger
 from vmplug.oci.annotated import Request
@@ -79,6 +80,8 @@ class DeviceManager:
         self._unplugger = Unplugger(vm, journal, hypervisor, self._binder)
         self._lock = threading.RLock()
         self._offer: Offer | None = None
+        self._met: Endpoint | None = None
+        self._former: list[Repair] = []  # what was released of a VM that had the name before
 
     @classmethod
     def open(
@@ -95,15 +98,15 @@ class DeviceManager:
 
         `store` is the vhost-user store of the host, None when it has none. Without a `policy`
         everything may be handed over that `check` finds nothing against. A VM that the journal
-        does not know is written into it, for other processes to find. The manager closes the
-        hypervisor's conversation when it is closed. Raises StoreError.
+        does not know is written into it, and what a former one of its name held is released. The
+        manager closes the hypervisor's conversation when it is closed. Raises StoreError.
         """
         journal = Store.open(state_dir)
-        if hypervisor.endpoint and journal.find_vm(vm) is None:
-            journal.add_vm(record_vm(vm, hypervisor.endpoint, host))
-        return cls(
+        manager = cls(
             vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store, policy=policy
         )
+        manager._meet()
+        return manager
 
     def close(self) -> None:
         """End the conversation with the VM and close the journal; devices stay attached."""
@@ -184,22 +187,25 @@ class DeviceManager:
         still on its way out or in.
         """
         holder = owner or self._vm
+        self._meet()
 
         def plan_now() -> Plan:
             examined = self.check(infos, owner=holder, allow=allow, managed=managed)
             return self._plan(examined, holder)
 
         plan, added = decide(plan_now, self._journal, self._lock)
-        done, failure = self._plug(plan.new, managed=managed)
-        if failure is None and plan.new:
-            try:
-                added += finish(plan, self._journal)
-            except StateError as error:
-                failure = error
-        if isinstance(failure, _UNKNOWN):
-            raise failure  # the journal keeps it for reconcile
+        with self._journal.in_progress([new.record.id for new in plan.new]):
+            done, failure = self._plug(plan.new, managed=managed)
+            if failure is None and plan.new:
+                try:
+                    added += finish(plan, self._journal)
+                except StateError as error:
+                    failure = error
+            if isinstance(failure, _UNKNOWN):
+                raise failure  # the journal keeps it for reconcile
+            if failure:
+                self._give_up(plan.new, done)
         if failure:
-            self._give_up(plan.new, done)
             try:
                 self._unplug([r for r in done if r.can_be_unplugged], UNPLUG_TIMEOUT_S)
             except HypervisorError as error:
@@ -231,13 +237,11 @@ class DeviceManager:
         whole: bool = False,
     ) -> None:
         """`detach` for many: the guest is asked for all of them first and waited for once."""
+        self._meet()
         known = {hold.id for hold in self.attachments()}
         for attachment_id in attachment_ids:
             if attachment_id not in known:
-                raise NotAttached(
-                    f"no attachment {attachment_id} in VM {self._vm}",
-                    hint=f"vmplug list --vm {self._vm} shows what there is",
-                )
+                raise not_attached(attachment_id, self._vm, has_ended=bool(self._former))
         self._release(attachment_ids, timeout_s, whole=whole)
 
     def detach_owner(self, owner: str, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Attachment]:
@@ -247,10 +251,7 @@ class DeviceManager:
         """
         held = [hold for hold in self.attachments() if hold.owner == owner]
         if not held:
-            raise NotAttached(
-                f"{owner} holds no device of VM {self._vm}",
-                hint=f"vmplug list --vm {self._vm} shows who holds what",
-            )
+            raise holds_nothing(owner, self._vm)
         self.detach_all([hold.id for hold in held], timeout_s=timeout_s, whole=True)
         return held
 
@@ -266,17 +267,41 @@ class DeviceManager:
         if hold is None or record is None or not is_disk(record):
             raise NotAttached(f"no disk is attached as {attachment_id} in VM {self._vm}")
         wanted = new_size(record, hold, self._host, size_bytes)
+        self._hypervisor.know(foreign_names([record]))
         self._hypervisor.resize(hold.device_id, wanted)
         return wanted
 
-    def reconcile(self, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Repair]:
-        """Make the journal and the VM agree; tells what was done, nothing when they agreed."""
+    def reconcile(
+        self, *, timeout_s: float = UNPLUG_TIMEOUT_S, keep_unknown: bool = False
+    ) -> list[Repair]:
+        """Make the journal and the VM agree, but for `keep_unknown` parts; tells what was done."""
         self._offer = None
-        repairs = reconcile(self._vm, self._journal, self._hypervisor, timeout_s=timeout_s)
+        self._meet()
+        repairs = reconcile(
+            self._vm,
+            self._journal,
+            self._hypervisor,
+            timeout_s=timeout_s,
+            keep_unknown=keep_unknown,
+        )
         self._unplugger.give_back(repair.device_id for repair in repairs if repair.is_gone)
-        return repairs
+        former, self._former = self._former, []
+        return former + repairs
 
     # planning
+
+    def _meet(self) -> None:
+        """Release what a VM of the name held that has ended since this manager last looked."""
+        with self._lock:
+            endpoint = self._hypervisor.endpoint
+            if endpoint == self._met:
+                return
+            released = meet(self._vm, self._journal, self._hypervisor)
+            self._met = endpoint
+            if released:
+                self._unplugger.give_back(repair.device_id for repair in released)
+                self._former += released
+                self._offer = None
 
     def _gate(self, owner: str | None) -> Gate | None:
         """The policy, asked on behalf of `owner`."""

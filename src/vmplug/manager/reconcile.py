@@ -9,8 +9,9 @@
 | retained | the device, or none | nothing, or forgotten |
 | nothing, for no VM | a part named by vmplug | unplugged |
 
-A device that the guest does not release stays "detaching". What QEMU cannot unplug, NVDIMMs and
-virtio-mmio devices, stays in the journal as "retained".
+What a living process has in progress is left to it. A device that the guest does not release stays
+"detaching". What QEMU cannot unplug, NVDIMMs and virtio-mmio devices, stays in the journal as
+"retained".
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from enum import StrEnum
 
 from vmplug.drivers.base import Hypervisor
 from vmplug.errors import CommandError
-from vmplug.manager.records import DeviceRecord
+from vmplug.manager.records import DeviceRecord, foreign_names
 from vmplug.manager.state import State
 from vmplug.manager.store import Store
 
@@ -34,9 +35,12 @@ class Outcome(StrEnum):
     RETAINED = "retained"
     BACKEND_LOST = "backend lost"
     STILL_DETACHING = "still detaching"
+    IN_PROGRESS = "in progress"
+    UNKNOWN = "unknown"
 
 
-_STAYING = {Outcome.RETAINED, Outcome.BACKEND_LOST}
+_STAYING = {Outcome.RETAINED, Outcome.BACKEND_LOST, Outcome.IN_PROGRESS, Outcome.UNKNOWN}
+_UNFINISHED = {Outcome.UNDONE, Outcome.FINISHED}
 
 _LEFT = {
     "timeout": "the guest does not answer",
@@ -61,35 +65,56 @@ class Repair:
 
 
 def reconcile(
-    vm: str, journal: Store, hypervisor: Hypervisor, *, timeout_s: float
+    vm: str,
+    journal: Store,
+    hypervisor: Hypervisor,
+    *,
+    timeout_s: float,
+    keep_unknown: bool = False,
 ) -> list[Repair]:
-    """Repair everything of `vm` that does not agree, and tell it."""
-    held = hypervisor.find_devices()
+    """Repair everything of `vm` that does not agree, and tell it.
+
+    `keep_unknown` leaves what the journal does not know in the VM: it may be the journal's loss.
+    """
+    # In this order: what a process begins or ends meanwhile is then in one of the two.
     records = {record.id: record for record in journal.devices(vm)}
+    hypervisor.know(foreign_names(records.values()))
+    held = hypervisor.find_devices()
     repairs = {
-        record.id: repair for record in records.values() if (repair := _judge(record, held))
+        record.id: repair
+        for record in records.values()
+        if (repair := _in_progress(record, journal) or _judge(record, held))
     }
     for device_id in held.keys() - journal.device_ids():
         reason = "the VM holds it and the journal does not know it"
-        repairs[device_id] = Repair(device_id, None, Outcome.REMOVED, reason)
+        outcome = Outcome.UNKNOWN if keep_unknown else Outcome.REMOVED
+        repairs[device_id] = Repair(device_id, None, outcome, reason)
     for device_id in hypervisor.find_lost() & records.keys() - repairs.keys():
         path, reason = records[device_id].host_path, "start its backend again, or detach it"
         repairs[device_id] = Repair(device_id, path, Outcome.BACKEND_LOST, reason)
     stuck = [i for i, repair in repairs.items() if repair.outcome is Outcome.RETAINED]
-    unfinished = [
-        device_id for device_id, repair in repairs.items() if repair.outcome is Outcome.UNDONE
-    ]
-    journal.set_state(stuck, State.RETAINED)
-    journal.set_state(unfinished, State.DETACHING)
+    unfinished = [i for i, repair in repairs.items() if repair.outcome in _UNFINISHED]
     leaving = [i for i, repair in repairs.items() if repair.outcome not in _STAYING]
-    left = _unplug(hypervisor, leaving, held, timeout_s)
-    journal.forget_devices([i for i in leaving if i in records and i not in left])
+    with journal.in_progress(unfinished):
+        journal.set_state(stuck, State.RETAINED)
+        journal.set_state(unfinished, State.DETACHING)
+        left = _unplug(hypervisor, leaving, held, timeout_s)
+        journal.forget_devices([i for i in leaving if i in records and i not in left])
+    journal.give_up(left)
     return [
         Repair(repair.device_id, repair.host_path, Outcome.STILL_DETACHING, left[device_id])
         if device_id in left
         else repair
         for device_id, repair in repairs.items()
     ]
+
+
+def _in_progress(record: DeviceRecord, journal: Store) -> Repair | None:
+    worker = record.worker
+    if not (worker and worker.is_alive(journal.host)):
+        return None
+    reason = f"process {worker.pid} is at work on it"
+    return Repair(record.id, record.host_path, Outcome.IN_PROGRESS, reason)
 
 
 def _judge(record: DeviceRecord, held: Mapping[str, bool]) -> Repair | None:

@@ -2,8 +2,8 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vmplug.address import CcwDevNo, PciPath, ScsiAddress
@@ -14,6 +14,7 @@ from vmplug.host.finding import Claim
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.manager.state import State
+from vmplug.manager.worker import Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,8 @@ class VmRecord:
     """A VM that vmplug knows; `is_ours` says that `vm start` made it.
 
     `pid` and `started_at` (clock ticks after boot) tell the process from a later one with its
-    number; both are None where the process could not be found out.
+    number; both are None where the process could not be found out. When `is_of_earlier_boot` the
+    host has booted since, and whatever has its number now is another process.
     """
 
     name: str
@@ -29,11 +31,16 @@ class VmRecord:
     pid: int | None
     started_at: int | None
     is_ours: bool
+    is_of_earlier_boot: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRecord:
-    """A device as the journal knows it; without `place` and `guest_address` it is only counted."""
+    """A device as the journal knows it; without `place` and `guest_address` it is only counted.
+
+    `worker` is the process that has it in progress, None when nobody has. `parts` are its names in
+    QEMU when somebody else plugged it, and empty when vmplug did.
+    """
 
     id: str
     vm: str
@@ -46,11 +53,18 @@ class DeviceRecord:
     options: Mapping[str, str]
     place: str | None
     guest_address: GuestAddress | None
+    worker: Worker | None = field(default=None, compare=False)
+    parts: tuple[str, ...] = ()
 
     @property
     def can_be_unplugged(self) -> bool:
         """Whether the VM can let go of it: QEMU never does of NVDIMMs and virtio-mmio devices."""
         return state_without_holds(self.place) is State.DETACHING
+
+
+def foreign_names(devices: Iterable[DeviceRecord]) -> dict[str, str]:
+    """The names in QEMU that somebody else gave, with the ids of the devices they are of."""
+    return {name: device.id for device in devices for name in device.parts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,14 +100,15 @@ def state_without_holds(place: str | None) -> State:
     return State.RETAINED if (place or "").startswith(UNPLUGGED_NEVER) else State.DETACHING
 
 
-def read_vm(row: sqlite3.Row) -> VmRecord:
-    """A row of the table `vm`."""
+def read_vm(row: sqlite3.Row, boot_id: str) -> VmRecord:
+    """A row of the table `vm`, as it is in that boot; an older vmplug did not write down its."""
     return VmRecord(
         name=row["name"],
         qmp_socket=row["qmp_socket"],
         pid=row["pid"],
         started_at=row["started_at"],
         is_ours=bool(row["is_ours"]),
+        is_of_earlier_boot=bool(boot_id and row["boot_id"]) and row["boot_id"] != boot_id,
     )
 
 
@@ -108,9 +123,33 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
         state=State(row["state"]),
         read_only=bool(row["read_only"]),
         share_rw=bool(row["share_rw"]),
-        options=json.loads(row["options"]),
+        options=_options(row["options"]),
         place=row["place"],
         guest_address=_guest_address(row),
+        worker=Worker.parse(row["worker"]) if row["worker"] else None,
+        parts=tuple(json.loads(row["parts"])) if row["parts"] else (),
+    )
+
+
+def insert_device(db: sqlite3.Connection, device: DeviceRecord) -> None:
+    """A new row of the table `device`."""
+    db.execute(
+        "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            device.id,
+            device.vm,
+            device.identity,
+            device.kind,
+            device.host_path,
+            device.state,
+            device.read_only,
+            device.share_rw,
+            json.dumps(dict(device.options)),
+            device.place,
+            guest_text(device.guest_address),
+            str(device.worker) if device.worker else None,
+            json.dumps(device.parts) if device.parts else None,
+        ),
     )
 
 
@@ -156,7 +195,18 @@ def _guest_address(row: sqlite3.Row) -> GuestAddress | None:
     if row["guest"] is None:
         return None
     saved = json.loads(row["guest"])
-    return GuestAddress(**{name: _PARSE.get(name, str)(value) for name, value in saved.items()})
+    try:
+        parsed = {name: _PARSE.get(name, str)(value) for name, value in saved.items()}
+        return GuestAddress(**parsed)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{row['guest']!r} is no guest address") from error
+
+
+def _options(text: str) -> Mapping[str, str]:
+    options = json.loads(text)
+    if not isinstance(options, dict) or not all(isinstance(v, str) for v in options.values()):
+        raise ValueError(f"{text!r} is no set of options")
+    return options
 
 
 def read_attachment(row: sqlite3.Row) -> Attachment:
@@ -173,7 +223,7 @@ def read_attachment(row: sqlite3.Row) -> Attachment:
         state=State(row["state"]),
         guest_address=_guest_address(row),
         device_id=row["device"],
-        options=json.loads(row["options"]),
+        options=_options(row["options"]),
     )
 
 

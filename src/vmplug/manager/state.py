@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 from vmplug.address import qom_path
-from vmplug.errors import HypervisorError, StateError, UnplugRefused, UnplugTimeout
+from vmplug.errors import HypervisorError, NotAttached, StateError, UnplugRefused, UnplugTimeout
 
 
 class State(StrEnum):
@@ -20,15 +20,19 @@ ABSENT = "absent"
 """What errors call the state of a device that is not in the journal."""
 
 FOLLOWS: dict[State | None, frozenset[State | None]] = {
-    None: frozenset({State.PLUGGING}),
+    None: frozenset({State.PLUGGING, State.ATTACHED}),
     State.PLUGGING: frozenset({State.ATTACHED, State.DETACHING, State.RETAINED, None}),
     State.ATTACHED: frozenset({State.DETACHING, State.RETAINED, None}),
     State.DETACHING: frozenset({State.DETACHING, State.ATTACHED, State.RETAINED, None}),
     State.RETAINED: frozenset({State.ATTACHED, None}),
 }
-"""None is "not in the journal". An attached device is forgotten at once only when the VM turns out
-not to hold it; a detaching one is attached again only when QEMU refused to be asked. A retained
-one has no owner any more and stays until its VM ends, as QEMU cannot take it out."""
+"""None is "not in the journal". What somebody else plugged is attached from the beginning. An
+attached device is forgotten at once only when the VM turns out not to hold it; a detaching one is
+attached again only when QEMU refused to be asked. A retained one has no owner any more and stays
+until its VM ends, as QEMU cannot take it out."""
+
+ON_ITS_WAY = frozenset({State.PLUGGING, State.DETACHING})
+"""What a process has in progress, or left so."""
 
 
 def check_step(device: str, state: State | None, wanted: State | None) -> None:
@@ -56,6 +60,23 @@ def on_its_way(vm: str, host_path: str, state: State) -> StateError:
 def not_in_journal(device_id: str) -> StateError:
     """The error for a device that the journal does not know."""
     return StateError(f"no device {device_id} is known", state=ABSENT, required="in the journal")
+
+
+def not_attached(attachment_id: str, vm: str, *, has_ended: bool) -> NotAttached:
+    """The error for an attachment that the VM has not; `has_ended` is one that had the name."""
+    ended = ", which has ended, and another has its name" if has_ended else ""
+    return NotAttached(
+        f"no attachment {attachment_id} in VM {vm}{ended}",
+        hint=f"vmplug list --vm {vm} shows what there is",
+    )
+
+
+def holds_nothing(owner: str, vm: str) -> NotAttached:
+    """The error for an owner without a device."""
+    return NotAttached(
+        f"{owner} holds no device of VM {vm}",
+        hint=f"vmplug list --vm {vm} shows who holds what",
+    )
 
 
 def known_already(name: str, qmp_socket: str | None = None) -> StateError:

@@ -3,25 +3,32 @@
 Everything that is allocated is written here before the act.
 """
 
-import json
 import os
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Self, TypeVar
 
 from vmplug.errors import StoreError
 from vmplug.host.finding import Claim
+from vmplug.host.root import HostRoot
 from vmplug.manager import DEFAULT_STATE_DIR
 from vmplug.manager.bindings import Bindings
-from vmplug.manager.database import VERSION, Transaction, migrate, open_database, store_error
+from vmplug.manager.database import (
+    Transaction,
+    check_version,
+    migrate,
+    open_database,
+    store_error,
+)
 from vmplug.manager.records import (
     Attachment,
     DeviceRecord,
     VmRecord,
-    guest_text,
+    insert_device,
     read_attachment,
     read_claim,
     read_device,
@@ -30,12 +37,14 @@ from vmplug.manager.records import (
 )
 from vmplug.manager.state import (
     FOLLOWS,
+    ON_ITS_WAY,
     State,
     check_step,
     known_already,
     not_in_journal,
     on_its_way,
 )
+from vmplug.manager.worker import Worker
 
 T = TypeVar("T")
 
@@ -49,6 +58,7 @@ DELETE FROM attachment
 WHERE device = (SELECT id FROM device WHERE id = ? AND state = 'retained')
 """
 """A retained device keeps its last hold to be seen by; whoever holds it next takes its place."""
+_GIVE_UP = "UPDATE device SET worker = NULL WHERE id = ? AND worker = ?"
 _RELEASE_ONE = "UPDATE attachment SET count = count - 1 WHERE id = ?"
 
 
@@ -56,22 +66,32 @@ class Store:
     """The journal of one host, open in this process.
 
     Every method is one transaction. Raises StoreError for a file that is not a journal, comes
-    from a newer version, or stays locked for 10 seconds.
+    from a newer version, or stays locked for 10 seconds. `host` is the one whose processes and
+    boots the journal is about; devices that this process has in progress bear its `worker`.
     """
 
-    def __init__(self, connection: sqlite3.Connection, path: str) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: str, host: HostRoot) -> None:
         self._db = connection
         self._lock = threading.RLock()
         self.path = path
+        self.host = host
+        self.worker = Worker.own(host)
         self.bindings = Bindings(connection, self._lock, path)
 
     @classmethod
-    def open(cls, state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR) -> Self:
+    def open(
+        cls,
+        state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR,
+        *,
+        host: HostRoot = HostRoot(),  # noqa: B008  it is frozen
+    ) -> Self:
         """The journal below `state_dir`, made when it is not there."""
         connection, path = open_database(state_dir)
-        store = cls(connection, path)
+        store = cls(connection, path, host)
         try:
-            store._check_version()
+            with store._errors():
+                version = migrate(connection, path)
+            check_version(version, path)
         except BaseException:
             store.close()
             raise
@@ -87,27 +107,11 @@ class Store:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _check_version(self) -> None:
-        with self._errors():
-            version = migrate(self._db, self.path)
-        if version == 0:
-            raise StoreError(
-                self.path,
-                f"{self.path} is not a journal of vmplug",
-                hint="move it away, or name another --state-dir",
-            )
-        if version != VERSION:
-            raise StoreError(
-                self.path,
-                f"{self.path} is of version {version}; this vmplug knows {VERSION}",
-                hint="use the vmplug that wrote it, or name another --state-dir",
-            )
-
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, ValueError) as error:
+        except (sqlite3.Error, ValueError, TypeError) as error:
             raise store_error(self.path, error) from error
 
     def _read(self, parse: Callable[[sqlite3.Row], T], query: str, *values: object) -> list[T]:
@@ -115,10 +119,14 @@ class Store:
         with self._lock, self._errors():
             return [parse(row) for row in self._db.execute(query, values)]
 
+    @property
+    def _boot_id(self) -> str | None:
+        return self.worker.boot_id or None
+
     # VMs
 
     def add_vm(self, vm: VmRecord) -> None:
-        """Remember a VM. StateError when its name or its QMP socket is known already."""
+        """Remember a VM of this boot. StateError when its name or QMP socket is known already."""
         with Transaction(self._db, self._lock, self.path) as db:
             known = db.execute(
                 "SELECT name FROM vm WHERE name = ? OR qmp_socket = ?", (vm.name, vm.qmp_socket)
@@ -127,10 +135,17 @@ class Store:
                 raise known_already(
                     known["name"], vm.qmp_socket if known["name"] != vm.name else None
                 )
-            db.execute(
-                "INSERT INTO vm VALUES (?, ?, ?, ?, ?)",
-                (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours),
-            )
+            self._insert_vm(db, vm)
+
+    def replace_vm(self, vm: VmRecord) -> None:
+        """Remember a VM in place of the former one of its name, whose devices are forgotten."""
+        with Transaction(self._db, self._lock, self.path) as db:
+            _forget_vm(db, vm.name)
+            self._insert_vm(db, vm)
+
+    def _insert_vm(self, db: sqlite3.Connection, vm: VmRecord) -> None:
+        row = (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours, self._boot_id)
+        db.execute("INSERT INTO vm VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def set_process(self, name: str, pid: int, started_at: int | None) -> None:
         """Remember the process of a known VM."""
@@ -142,12 +157,12 @@ class Store:
     def forget_vm(self, name: str) -> None:
         """Forget a VM and every device it held."""
         with Transaction(self._db, self._lock, self.path) as db:
-            db.execute("DELETE FROM device WHERE vm = ?", (name,))
-            db.execute("DELETE FROM vm WHERE name = ?", (name,))
+            _forget_vm(db, name)
 
     def vms(self) -> list[VmRecord]:
         """Every known VM, by name."""
-        return self._read(read_vm, "SELECT * FROM vm ORDER BY name")
+        parse = partial(read_vm, boot_id=self.worker.boot_id)
+        return self._read(parse, "SELECT * FROM vm ORDER BY name")
 
     def find_vm(self, name: str) -> VmRecord | None:
         """The VM of that name; None when it is not known."""
@@ -162,7 +177,7 @@ class Store:
         *,
         known: Collection[str] | None = None,
     ) -> list[Attachment] | None:
-        """Write down devices that are about to be plugged, and who wants them.
+        """Write down devices that are about to be plugged, or that the VM has, and who wants them.
 
         None, and nothing written, when the journal has devices besides the `known` ids: what was
         decided without them, such as that no VM holds the device, may be wrong. What has left the
@@ -173,22 +188,8 @@ class Store:
                 return None
             for device in devices:
                 check_step(device.host_path, None, device.state)
-                db.execute(
-                    "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        device.id,
-                        device.vm,
-                        device.identity,
-                        device.kind,
-                        device.host_path,
-                        device.state,
-                        device.read_only,
-                        device.share_rw,
-                        json.dumps(dict(device.options)),
-                        device.place,
-                        guest_text(device.guest_address),
-                    ),
-                )
+                worker = self.worker if device.state in ON_ITS_WAY else None
+                insert_device(db, replace(device, worker=worker))
             return _add_holds(db, holds)
 
     def set_state(
@@ -196,20 +197,40 @@ class Store:
     ) -> list[Attachment]:
         """Move devices on to `state`, and add holds on any device that is in it by then.
 
-        Raises StateError when the table does not let one of them, or somebody has taken a device
-        away meanwhile that was to be held; then nothing is changed.
+        This process has in progress from then on what is on its way. Raises StateError when the
+        table does not let one of them, or somebody has taken a device away meanwhile that was to
+        be held; then nothing is changed.
         """
+        worker = self._worker_in(state)
         with Transaction(self._db, self._lock, self.path) as db:
             if state is State.ATTACHED:
                 db.executemany(_DROP_FORMER, [(hold.device_id,) for hold in holds])
             for device_id in device_ids:
-                done = db.execute(_SET_STATE[state], (device_id,))
+                done = db.execute(_SET_STATE[state], (worker, device_id))
                 if done.rowcount == 0:
                     check_step(device_id, _state(db, device_id), state)
                     raise not_in_journal(device_id)
             for hold in holds:
                 _check_still(db, hold, state)
             return _add_holds(db, holds)
+
+    def _worker_in(self, state: State) -> str | None:
+        return str(self.worker) if state in ON_ITS_WAY else None
+
+    @contextmanager
+    def in_progress(self, device_ids: Sequence[str]) -> Iterator[None]:
+        """This process works on these devices; when that breaks off, anybody may finish it."""
+        try:
+            yield
+        except BaseException:
+            with suppress(StoreError):
+                self.give_up(device_ids)
+            raise
+
+    def give_up(self, device_ids: Iterable[str]) -> None:
+        """This process no longer works on these devices: anybody may finish what it began."""
+        with Transaction(self._db, self._lock, self.path) as db:
+            db.executemany(_GIVE_UP, [(i, str(self.worker)) for i in device_ids])
 
     def forget_devices(self, device_ids: Sequence[str]) -> None:
         """Forget devices that the VM no longer holds, their places and their holds."""
@@ -241,7 +262,7 @@ class Store:
                     row["holds"] == 1 and (whole or row["count"] == 1)
                 ):
                     state = state_without_holds(row["place"])
-                    db.execute(_SET_STATE[state], (row["device"],))
+                    db.execute(_SET_STATE[state], (self._worker_in(state), row["device"]))
                     last += [row["device"]] if state is State.DETACHING else []
                 elif row["count"] > 1 and not whole:
                     db.execute(_RELEASE_ONE, (attachment_id,))
@@ -258,16 +279,18 @@ class Store:
         return set(self._read(lambda row: str(row["id"]), "SELECT id FROM device"))
 
     def find_claims(self, vm: str | None, own: str, identities: Iterable[str]) -> list[Claim]:
-        """What VMs hold of `identities`, and other VMs than `vm` of `own`."""
+        """What VMs of this boot hold of `identities`, and other VMs than `vm` of `own`."""
         wanted = [own, *identities]
         marks = ", ".join("?" * len(wanted))
         return self._read(
             read_claim,
             f"SELECT * FROM device WHERE identity IN ({marks})"  # noqa: S608  only marks
-            " AND NOT (identity = ? AND vm IS ?) ORDER BY rowid",
+            " AND NOT (identity = ? AND vm IS ?)"
+            " AND vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?) ORDER BY rowid",
             *wanted,
             own,
             vm,
+            self._boot_id,
         )
 
     def attachments(self, vm: str | None = None) -> list[Attachment]:
@@ -281,11 +304,17 @@ class Store:
         )
 
 
+def _forget_vm(db: sqlite3.Connection, name: str) -> None:
+    db.execute("DELETE FROM device WHERE vm = ?", (name,))
+    db.execute("DELETE FROM vm WHERE name = ?", (name,))
+
+
 def _step_statement(state: State) -> str:
     """SQL that moves one device to `state` if the table lets it."""
     before = " OR ".join(f"state = '{s}'" for s, nexts in FOLLOWS.items() if s and state in nexts)
     before = before or "FALSE"
-    return f"UPDATE device SET state = '{state}' WHERE id = ? AND ({before})"  # noqa: S608
+    change = f"state = '{state}', worker = ?"
+    return f"UPDATE device SET {change} WHERE id = ? AND ({before})"  # noqa: S608
 
 
 _SET_STATE = {state: _step_statement(state) for state in State}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vmplug.drivers.base import Hypervisor
 from vmplug.errors import BindError, CommandError
 from vmplug.manager.binder import Binder
-from vmplug.manager.records import DeviceRecord
+from vmplug.manager.records import DeviceRecord, foreign_names
 from vmplug.manager.state import State, unplug_error
 from vmplug.manager.store import Store
 
@@ -29,6 +29,13 @@ class Unplugger:
         Raises CommandError, UnplugRefused or UnplugTimeout for what stays, and BindError for a
         function that its former driver does not take.
         """
+        with self.journal.in_progress([record.id for record in records]):
+            self._unplug(records, timeout_s)
+        for record in records:
+            log.info("detached %s from VM %s", record.host_path, self.vm)
+
+    def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
+        self.hypervisor.know(foreign_names(records))
         plugged = [record.id for record in records if record.place]
         asked: list[str] = []
         failed: CommandError | None = None
@@ -49,8 +56,6 @@ class Unplugger:
         if left:
             paths = {r.id: r.host_path for r in self.journal.devices(self.vm)}
             raise unplug_error(left, paths, timeout_s=timeout_s, status=self.hypervisor.status)
-        for record in records:
-            log.info("detached %s from VM %s", record.host_path, self.vm)
         if unreturned:
             raise unreturned
 

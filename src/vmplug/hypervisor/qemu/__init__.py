@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Self
 
-from vmplug.address import PERIPHERAL, device_id_of, qemu_id, qom_path
+from vmplug.address import PERIPHERAL, device_id_of, qemu_id
 from vmplug.drivers.base import (
     Command,
     Daemon,
@@ -29,14 +29,16 @@ from vmplug.errors import (
     UnplugTimeout,
 )
 from vmplug.host.opened import check_opened, read_open_files
+from vmplug.host.process import is_running
+from vmplug.host.root import HostRoot
 from vmplug.host.vfio import open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.departures import Departures
 from vmplug.hypervisor.qemu.plug import check_hot, opened_file, plug_steps
-from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
-from vmplug.hypervisor.topology import qom_get, qom_list, read_offer
+from vmplug.hypervisor.qemu.vhost_user import NETDEV
+from vmplug.hypervisor.topology import qom_get, qom_list, read_offer, read_place
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +64,12 @@ class Qemu:
     ) -> None:
         self._monitor = monitor
         self.undo_timeout_s = 5.0
-        self.endpoint = endpoint
+        self._endpoint = endpoint
         vm = endpoint.qmp_socket if endpoint else f"process {os.getpid()}"
         self._daemons = daemons or HostDaemons(vm)
+        self._foreign: Mapping[str, str] = {}
         self._with_daemon: set[str] = set()
-        self._departures = Departures()
+        self._departures = Departures(self._owner)
         monitor.listen(self._departures.receive)
 
     @classmethod
@@ -89,9 +92,33 @@ class Qemu:
         )
         return cls(monitor, Endpoint(os.path.realpath(socket), monitor.peer_pid))
 
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where another process finds this VM, and QEMU's process, if that lives: else its heir's.
+
+        The conversation is taken up again with whoever answers at the socket.
+        """
+        known = self._endpoint
+        if known and not (known.pid and is_running(known.pid, None, HostRoot())):
+            self.status()
+            self._endpoint = replace(known, pid=self._monitor.peer_pid)
+        return self._endpoint
+
     def offer(self) -> Offer:
         """What the VM has to plug into now."""
         return read_offer(self._monitor)
+
+    def know(self, names: Mapping[str, str]) -> None:
+        """Names in QEMU that somebody else gave, each with the id of the device it is of."""
+        self._foreign = {**self._foreign, **names}
+
+    def find_place(self, name: str) -> Place | None:
+        """Where the device of that name in QEMU sits; None when there is none."""
+        return read_place(self._monitor, name)
+
+    def _owner(self, name: str) -> str | None:
+        """The id of the device that a name in QEMU is of; None for a stranger's."""
+        return self._foreign.get(name) or device_id_of(name)
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
         """Exactly what `plug` would do; sends nothing."""
@@ -182,7 +209,7 @@ class Qemu:
         """
         wanted = set(device_ids)
         names = self._departures.wait(wanted, partial(self._present, wanted), timeout_s)
-        left = {device_id_of(name) or "": why for name, why in names.items()}
+        left = {self._owner(name) or "": why for name, why in names.items()}
         self._remove_remains_soon(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), "lost")
 
@@ -202,21 +229,22 @@ class Qemu:
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Tell the guest a disk's new size; a regular file is made to have it."""
-        node = self._monitor.execute(qom_get(qom_path(device_id), "drive"))
+        name = next(iter(self._present({device_id})), qemu_id(device_id))
+        node = self._monitor.execute(qom_get(f"{PERIPHERAL}/{name}", "drive"))
         self._monitor.execute(Command("block_resize", {"node-name": node, "size": size_bytes}))
 
     def find_devices(self) -> dict[str, bool]:
         """The ids of all devices of which the VM holds any part; True where the guest sees it."""
-        devices = {name for name in self._names_in(PERIPHERAL) if device_id_of(name)}
+        devices = {name for name in self._names_in(PERIPHERAL) if self._owner(name)}
         parts = (*self._nodes(), *self._names_in("/objects"), *self._chardevs())
-        ids = [device_id_of(name) for name in parts]
+        ids = [self._owner(name) for name in parts]
         self._with_daemon = set(self._daemons.find())
         found = {device_id: False for device_id in (*ids, *self._with_daemon) if device_id}
-        return found | {name_id: True for name in devices if (name_id := device_id_of(name))}
+        return found | {name_id: True for name in devices if (name_id := self._owner(name))}
 
     def find_lost(self) -> set[str]:
         """The ids of devices whose vhost-user backend is gone: the guest waits for its I/O."""
-        names = {i for name in self._names_in(PERIPHERAL) if (i := device_id_of(name))}
+        names = {i for name in self._names_in(PERIPHERAL) if (i := self._owner(name))}
         return self._lost(names)
 
     def status(self) -> str:
@@ -263,17 +291,18 @@ class Qemu:
 
     def _lost(self, device_ids: Iterable[str]) -> set[str]:
         """Those of the devices whose backend has hung up. Source: `query-chardev` on QEMU 7.2."""
-        links = {qemu_id(device_id, LINK): device_id for device_id in device_ids}
-        chardevs = self._chardevs() if links else {}
+        wanted = set(device_ids)
+        chardevs = self._chardevs() if wanted else {}
         return {
-            links[label]
+            owner
             for label, connection in chardevs.items()
-            if label in links and connection.startswith("disconnected:")
+            if (owner := self._owner(label)) in wanted and owner
+            if connection.startswith("disconnected:")
         }
 
     def _present(self, device_ids: Collection[str]) -> set[str]:
         """The names of what is there of the devices; a group has one for each function."""
-        return {name for name in self._names_in(PERIPHERAL) if device_id_of(name) in device_ids}
+        return {name for name in self._names_in(PERIPHERAL) if self._owner(name) in device_ids}
 
     def _remove_remains(self, device_ids: set[str]) -> None:
         """Delete what devices that are gone leave: filters before what they filter, daemons last.
@@ -282,16 +311,16 @@ class Qemu:
         """
         if not device_ids:
             return
-        nodes = [name for name in self._nodes() if device_id_of(name) in device_ids]
+        nodes = [name for name in self._nodes() if self._owner(name) in device_ids]
         for name in sorted(nodes, key=len, reverse=True):
             self._remove(Command("blockdev-del", {"node-name": name}))
-        linked = [name for name in self._chardevs() if device_id_of(name) in device_ids]
+        linked = [name for name in self._chardevs() if self._owner(name) in device_ids]
         for name in linked:
-            device_id = device_id_of(name) or ""
+            device_id = self._owner(name) or ""
             self._remove(Command("netdev_del", {"id": qemu_id(device_id, NETDEV)}))
             self._remove(Command("chardev-remove", {"id": name}))
         for name in self._names_in("/objects"):
-            if device_id_of(name) in device_ids:
+            if self._owner(name) in device_ids:
                 self._remove(Command("object-del", {"id": name}))
         if linked or device_ids & self._with_daemon:  # looking for one reads all of /proc
             self._daemons.end(device_ids)

@@ -73,6 +73,9 @@ class ColdQemu:
         """What the VM will have to plug into."""
         return cold_offer(self.spec)
 
+    def know(self, names: Mapping[str, str]) -> None:
+        """Nobody else plugs into a VM that is still to be started."""
+
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
         """What `plug` would put on the command line."""
         return plug_steps(plug, place)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from vmplug.address import device_id_of
 from vmplug.hypervisor.monitor import MISSED
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
@@ -23,10 +22,12 @@ _OUTCOMES = {"DEVICE_DELETED": "deleted", "DEVICE_UNPLUG_GUEST_ERROR": "refused"
 class Departures:
     """The devices of one VM that were asked to go, or are waited for. Thread-safe.
 
-    What nobody here asked for or waits for is not kept: other processes unplug devices too.
+    `owner` gives the id of the device that a name in QEMU is of. What nobody here asked for or
+    waits for is not kept: other processes unplug devices too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Callable[[str], str | None]) -> None:
+        self._owner = owner
         self._changed = threading.Condition()
         self._asked: set[str] = set()
         self._waited_for: Counter[str] = Counter()
@@ -41,7 +42,7 @@ class Departures:
                 self._missed += 1
             elif not isinstance(name, str):
                 return
-            elif outcome and (name in self._asked or device_id_of(name) in self._waited_for):
+            elif outcome and (name in self._asked or self._owner(name) in self._waited_for):
                 self._outcomes[name] = outcome
             else:
                 return
@@ -87,7 +88,7 @@ class Departures:
 
     def _names_asked(self, device_ids: Collection[str]) -> set[str]:
         with self._changed:
-            return {name for name in self._asked if device_id_of(name) in device_ids}
+            return {name for name in self._asked if self._owner(name) in device_ids}
 
     def _hear(self, names: set[str], deadline: float, missed: int | None = None) -> None:
         """Until all of them are heard of, or events were missed since there were `missed`."""
@@ -116,6 +117,6 @@ class Departures:
                 self._waited_for.subtract(device_ids)
                 self._waited_for = +self._waited_for
                 for name in self._asked | self._outcomes.keys():
-                    if device_id_of(name) in device_ids - self._waited_for.keys():
+                    if self._owner(name) in device_ids - self._waited_for.keys():
                         self._asked.discard(name)
                         self._outcomes.pop(name, None)

@@ -1,0 +1,162 @@
+"""Adopt: devices that Kata plugged, written into the journal as if vmplug had.
+
+What the VM itself says decides: a device is adopted when QEMU has it under Kata's name, and its
+place is read from QEMU, as what Kata saves of PCI paths is `{}`. Nothing in the VM is changed.
+"""
+
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+from vmplug.address import new_id
+from vmplug.drivers.place import (
+    CcwPlace,
+    GuestAddress,
+    GuestFunction,
+    MemorySlot,
+    PciPlace,
+    Place,
+    ScsiPlace,
+)
+from vmplug.host.device import DeviceType
+from vmplug.host.root import HostRoot
+from vmplug.manager.kata import KataDevice, KataState
+from vmplug.manager.records import Attachment, DeviceRecord
+from vmplug.manager.state import State
+from vmplug.manager.store import Store
+
+
+class Vm(Protocol):
+    """What is asked of the VM."""
+
+    def find_place(self, name: str) -> Place | None:
+        """Where the device of that name sits; None when there is none."""
+
+
+class Outcome(StrEnum):
+    """What became of a device of Kata's."""
+
+    IMPORTED = "imported"
+    KNOWN = "known already"
+    LEFT_OUT = "left out"
+
+
+class Adopted(NamedTuple):
+    """One device of Kata's; `device_id` is the journal's, None when it is left out."""
+
+    device: KataDevice
+    outcome: Outcome
+    reason: str
+    device_id: str | None = None
+
+
+def adopt(state: KataState, vm: str, journal: Store, hypervisor: Vm) -> list[Adopted]:
+    """Write down what Kata has attached and the journal does not know; tells what became of all.
+
+    All of it is written in one transaction. Raises HypervisorError, StoreError.
+    """
+    known = {device.identity: device.id for device in journal.devices(vm)}
+    told: list[Adopted] = []
+    records: list[DeviceRecord] = []
+    holds: list[Attachment] = []
+    for device in state.devices:
+        record = _record(device, vm, hypervisor, journal.host)
+        if isinstance(record, str):
+            told.append(Adopted(device, Outcome.LEFT_OUT, record))
+        elif record.identity in known:
+            reason = "the journal has it"
+            told.append(Adopted(device, Outcome.KNOWN, reason, known[record.identity]))
+        else:
+            known[record.identity] = record.id
+            records.append(record)
+            holds += _holds(device, record, state)
+            reason = _shared_with(record, journal) or "QEMU has it"
+            told.append(Adopted(device, Outcome.IMPORTED, reason, record.id))
+    if records:
+        journal.add_devices(records, holds)
+    return told
+
+
+def _record(device: KataDevice, vm: str, hypervisor: Vm, host: HostRoot) -> DeviceRecord | str:
+    """The device as the journal would have it, or why it is not for the journal."""
+    if not device.attach_count:
+        return "Kata has not attached it"
+    if device.kind not in set(DeviceType):
+        return f"{device.kind!r} is no kind of device that vmplug knows"
+    if device.identity is None:
+        return "the state does not say which device it is, or it has no name in QEMU"
+    places = [hypervisor.find_place(name) for name in device.fronts]
+    found = [place for place in places if place]
+    if len(found) < len(places):
+        return f"the VM does not hold {device.fronts[places.index(None)]}"
+    return DeviceRecord(
+        id=new_id(),
+        vm=vm,
+        identity=_canonical(device.identity, host),
+        kind=DeviceType(device.kind),
+        host_path=device.host_path,
+        state=State.ATTACHED,
+        read_only=device.read_only,
+        share_rw=False,
+        options=device.options,
+        place=" ".join(map(str, found)) or None,
+        guest_address=_guest_address(device, found),
+        parts=device.parts,
+    )
+
+
+def _canonical(identity: str, host: HostRoot) -> str:
+    """A file goes by its canonical path, as it does when it is asked for."""
+    kind, _, path = identity.partition(":")
+    return f"{kind}:{host.real_path(path)}" if kind in {"file", "socket"} else identity
+
+
+def _guest_address(device: KataDevice, places: list[Place]) -> GuestAddress | None:
+    if not places:
+        return None
+    match places[0]:
+        case PciPlace(path=path):
+            functions = tuple(
+                GuestFunction(name, place.path if isinstance(place, PciPlace) else None)
+                for name, place in zip(device.functions, places, strict=False)
+            )
+            return GuestAddress(pci_path=path, functions=functions)
+        case ScsiPlace(path=path, address=address):
+            return GuestAddress(pci_path=path, scsi_address=address)
+        case CcwPlace(devno=devno):
+            return GuestAddress(ccw_devno=devno)
+        case MemorySlot(slot=slot):
+            return GuestAddress(nvdimm_id=device.nvdimm_id, nvdimm_handle=slot + 1)
+        case _ as place:
+            raise AssertionError(f"{device.id} at {place}")
+
+
+def _holds(device: KataDevice, record: DeviceRecord, state: KataState) -> list[Attachment]:
+    """Every container's hold; the sandbox's own when no container has it."""
+    counts: dict[tuple[str, str], int] = {}
+    for hold in state.holds:
+        if hold.device == device.id:
+            key = hold.container, hold.container_path or device.host_path
+            counts[key] = counts.get(key, 0) + 1
+    counts = counts or {(state.sandbox, device.host_path): device.attach_count}
+    return [
+        Attachment(
+            id=new_id(),
+            vm=record.vm,
+            owner=owner,
+            name=name,
+            host_path=record.host_path,
+            kind=record.kind,
+            read_only=record.read_only,
+            count=count,
+            state=record.state,
+            guest_address=record.guest_address,
+            device_id=record.id,
+            options=record.options,
+        )
+        for (owner, name), count in counts.items()
+    ]
+
+
+def _shared_with(record: DeviceRecord, journal: Store) -> str | None:
+    claims = journal.find_claims(record.vm, record.identity, [])
+    return f"QEMU has it, and so has VM {claims[0].vm}" if claims else None

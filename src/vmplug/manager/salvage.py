@@ -1,0 +1,231 @@
+"""Salvage: a damaged journal kept under another name, and a new one with what it still says.
+
+Nothing is written into a damaged file. It is copied, read from a copy of its own, and then
+replaced at once by a journal that is whole. A row is carried over when it can be read, makes
+sense, and belongs to something that does; what is not carried over is told.
+"""
+
+import os
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+from vmplug.address import new_id
+from vmplug.errors import StoreError
+from vmplug.manager.bindings import read_binding
+from vmplug.manager.database import (
+    VERSION,
+    alone,
+    check_version,
+    connect,
+    damaged,
+    make_draft,
+    means_damage,
+    migrate,
+    store_error,
+)
+from vmplug.manager.records import read_device, read_vm
+
+_LOCK_TIMEOUT_S = 10.0
+_MOST_SKIPPED = 1000
+"""Row numbers on a page that cannot be read: there is room for 40 rows, and more have been."""
+_MORE = ("-wal", "-shm")
+"""What SQLite has beside a database. Source: sqlite.org/walformat.html."""
+
+UNKNOWN_OWNER = "unknown"
+"""Who holds a device whose holds were lost, so that it is listed and can be detached."""
+
+
+def _read_attachment(row: sqlite3.Row) -> object:
+    if not (row["owner"] and row["name"] and row["count"] > 0):
+        raise ValueError("it says neither who nor what")
+    return row
+
+
+_TABLES: Mapping[str, Callable[[sqlite3.Row], object]] = {
+    "vm": partial(read_vm, boot_id=""),
+    "device": read_device,
+    "attachment": _read_attachment,
+    "binding": read_binding,
+}
+"""In an order in which what a row refers to is there already; what makes sure it makes sense."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Salvage:
+    """What became of a damaged journal: `carried` rows by table, and in words what was `lost`."""
+
+    kept_as: str
+    damage: str
+    carried: Counter[str] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+
+
+def check_journal(path: str) -> None:
+    """Look at every page and row. Raises StoreError for damage; for any other reason too."""
+    if damage := find_damage(path):
+        raise damaged(path, damage)
+
+
+def find_damage(path: str) -> str | None:
+    """What is wrong with what the file holds; None when all of it makes sense.
+
+    Raises StoreError when it cannot be read at all, or is a newer vmplug's.
+    """
+    try:
+        with closing(connect(path)) as db:
+            version: int = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > VERSION:
+                check_version(version, path)
+            if version <= 0:
+                return "it is not a journal of vmplug"
+            told = [str(row[0]) for row in db.execute("PRAGMA integrity_check(3)")]
+            if told != ["ok"]:
+                return "; ".join(" ".join(line.split()) for line in told)
+            if db.execute("PRAGMA foreign_key_check").fetchone():
+                return "a hold refers to no device"
+            if version == VERSION:
+                for table, parse in _TABLES.items():
+                    for row in db.execute(f"SELECT * FROM {table}"):  # noqa: S608  ours
+                        parse(row)
+    except (sqlite3.Error, ValueError, TypeError) as error:
+        if means_damage(error):
+            return str(error)
+        raise store_error(path, error) from error
+    return None
+
+
+def set_aside(state_dir: str) -> Salvage | None:
+    """Put a journal that is whole in the place of a damaged one; None when there is no damage.
+
+    Raises StoreError, and then the damaged one is where it was.
+    """
+    path = os.path.join(state_dir, "journal.db")
+    if not os.path.exists(path):
+        return None
+    with (
+        alone(os.path.join(state_dir, "set-aside.lock"), _LOCK_TIMEOUT_S),
+        tempfile.TemporaryDirectory(dir=state_dir, prefix="set-aside-") as directory,
+    ):
+        try:
+            kept, copy = (os.path.join(directory, name) for name in ("kept", "copy"))
+            _copy(path, kept)
+            _copy(kept, copy)
+            # In a copy: closing a database may write to it.
+            damage = find_damage(copy)
+            if damage is None:
+                return None
+            salvage = Salvage(kept_as=_dated_name(path), damage=damage)
+            with closing(connect(draft := make_draft(kept))) as new:
+                _carry_over(copy, new, salvage)
+            _move(kept, salvage.kept_as)
+            for more in _MORE:
+                with suppress(FileNotFoundError):
+                    os.unlink(path + more)
+            os.replace(draft, path)
+        except (OSError, sqlite3.Error) as error:
+            raise store_error(path, error) from error
+    return salvage
+
+
+def _dated_name(path: str) -> str:
+    """A name beside the journal that says when it was found damaged, and that nobody has."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    name, number = f"{path}.damaged-{stamp}", 1
+    while os.path.exists(name):
+        number += 1
+        name = f"{path}.damaged-{stamp}-{number}"
+    return name
+
+
+def _move(source: str, target: str) -> None:
+    for more in ("", *_MORE):
+        if os.path.exists(source + more):
+            os.rename(source + more, target + more)
+
+
+def _copy(source: str, target: str) -> None:
+    """A private copy with all that belongs to it, on the disk when this returns."""
+    for more in ("", *_MORE):
+        if not os.path.exists(source + more):
+            continue
+        descriptor = os.open(target + more, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(source + more, "rb") as reader, open(descriptor, "wb") as writer:
+            shutil.copyfileobj(reader, writer)
+            writer.flush()
+            os.fsync(writer.fileno())
+
+
+def _carry_over(copy: str, new: sqlite3.Connection, salvage: Salvage) -> None:
+    """Read the copy, which is brought up to date as far as that goes.
+
+    With `writable_schema` SQLite reads a file that is shorter than it says. Source: SQLite
+    src/btree.c, lockBtree.
+    """
+    with closing(sqlite3.connect(copy, isolation_level=None)) as old:
+        old.row_factory = sqlite3.Row
+        old.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+        with suppress(sqlite3.Error, StoreError):
+            old.execute("PRAGMA writable_schema = ON")
+            migrate(old, copy)
+        new.execute("BEGIN IMMEDIATE")
+        for table, parse in _TABLES.items():
+            _carry_table(table, parse, old, new, salvage)
+        _name_holders(new, salvage)
+        new.execute("COMMIT")
+
+
+def _carry_table(
+    table: str,
+    parse: Callable[[sqlite3.Row], object],
+    old: sqlite3.Connection,
+    new: sqlite3.Connection,
+    salvage: Salvage,
+) -> None:
+    columns = [row["name"] for row in new.execute(f"PRAGMA table_info({table})")]
+    marks = ", ".join("?" * len(columns))
+    for row in _rows(table, old, salvage):
+        try:
+            parse(row)
+            values = [row[column] for column in columns]
+            new.execute(f"INSERT INTO {table} VALUES ({marks})", values)  # noqa: S608  ours
+        except (sqlite3.Error, ValueError, TypeError, IndexError) as error:
+            words = " ".join(str(row[column]) for column in columns[:3])
+            salvage.lost.append(f"{table} {words}: {error}")
+        else:
+            salvage.carried[table] += 1
+
+
+def _rows(table: str, old: sqlite3.Connection, salvage: Salvage) -> Iterator[sqlite3.Row]:
+    """What can be read of a table: over a damaged page it goes on with the next rows."""
+    query = f"SELECT rowid AS number, * FROM {table} NOT INDEXED WHERE rowid > ? ORDER BY rowid"  # noqa: S608
+    last, skipped, failure = 0, 0, None
+    while skipped < _MOST_SKIPPED:
+        try:
+            for row in old.execute(query, (last,)):
+                last, skipped = row["number"], 0
+                yield row
+        except sqlite3.Error as error:
+            last, skipped, failure = last + 1, skipped + 1, error
+        else:
+            break
+    if failure:
+        salvage.lost.append(f"rows of the table {table}: {failure}")
+
+
+def _name_holders(new: sqlite3.Connection, salvage: Salvage) -> None:
+    """Nobody could detach a device that nobody holds, nor see it."""
+    held = "SELECT device FROM attachment"
+    for row in new.execute(f"SELECT * FROM device WHERE id NOT IN ({held})").fetchall():  # noqa: S608
+        hold = (new_id(), row["id"], UNKNOWN_OWNER, row["host_path"], row["read_only"], 1)
+        new.execute("INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)", hold)
+        salvage.lost.append(f"who holds {row['host_path']} in VM {row['vm']}")
+    names = "SELECT name FROM vm"
+    for row in new.execute(f"SELECT DISTINCT vm FROM device WHERE vm NOT IN ({names})"):  # noqa: S608
+        salvage.lost.append(f"where VM {row['vm']} is: vmplug vm adopt {row['vm']} --qmp SOCKET")

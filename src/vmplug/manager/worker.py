@@ -1,0 +1,55 @@
+"""Worker: the process that has a device in progress, told from every other one of any boot.
+
+A pid alone is used again; with the start time it names one process of one boot.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Self
+
+from vmplug.host.process import is_running, read_start_time
+from vmplug.host.root import HostRoot
+
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+def read_boot_id(host: HostRoot) -> str:
+    """What names this boot of the kernel; empty where it does not say."""
+    return (host.read_text(_BOOT_ID) or "").strip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A process; `started_at` is in clock ticks after boot, None where nobody could say.
+
+    As text, `PID STARTED_AT BOOT_ID` with `-` for what is not known.
+    """
+
+    pid: int
+    started_at: int | None
+    boot_id: str
+
+    @classmethod
+    def own(cls, host: HostRoot) -> Self:
+        """This process."""
+        pid = os.getpid()
+        return cls(pid=pid, started_at=read_start_time(pid, host), boot_id=read_boot_id(host))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """What `str()` writes; ValueError for anything else."""
+        pid, started_at, boot_id = text.split(" ")
+        return cls(
+            pid=int(pid),
+            started_at=None if started_at == "-" else int(started_at),
+            boot_id="" if boot_id == "-" else boot_id,
+        )
+
+    def __str__(self) -> str:
+        started_at = "-" if self.started_at is None else self.started_at
+        return f"{self.pid} {started_at} {self.boot_id or '-'}"
+
+    def is_alive(self, host: HostRoot) -> bool:
+        """Whether it still runs: nothing does that began before the host's boot."""
+        is_of_this_boot = self.boot_id == read_boot_id(host)
+        return is_of_this_boot and is_running(self.pid, self.started_at, host)

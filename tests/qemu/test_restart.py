@@ -1,0 +1,107 @@
+"""A QEMU that ends while nobody looks, and another one behind the same socket: two real ones."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.conftest import request
+from tests.support.disks import disk_image
+from tests.support.vm import GuestVm, root_ports, start_vm
+from vmplug.errors import NotAttached, ProtocolError
+from vmplug.host.root import HostRoot
+from vmplug.hypervisor.qemu import Qemu
+from vmplug.manager.manager import DeviceManager
+from vmplug.manager.reconcile import Outcome
+from vmplug.manager.store import Store
+
+pytestmark = pytest.mark.qemu
+
+
+class Vms:
+    """VMs that take turns behind one socket; the tests made the sockets and passed them on."""
+
+    def __init__(self, directory: Path, vms: tuple[GuestVm, GuestVm]) -> None:
+        self.directory = directory
+        self.first, self.second = vms
+        self.socket = self.first.qmp_path
+
+    def manager(self) -> DeviceManager:
+        """Whoever answers at the socket, as VM sb1."""
+        return DeviceManager.open(
+            vm="sb1",
+            host=HostRoot(),
+            hypervisor=Qemu.connect(str(self.socket)),
+            state_dir=self.directory / "state",
+        )
+
+    def take_turns(self) -> None:
+        """The first VM crashes, the second takes its socket."""
+        self.first.kill()
+        os.replace(self.second.qmp_path, self.socket)
+
+
+@pytest.fixture
+def vms(tmp_path: Path) -> Iterator[Vms]:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    ports = root_ports(2)
+    with (
+        start_vm(tmp_path / "one", devices=ports, guest=False, paused=True) as first,
+        start_vm(tmp_path / "two", devices=ports, guest=False, paused=True) as second,
+    ):
+        yield Vms(tmp_path, (first, second))
+
+
+def test_qemus_own_process_is_found_behind_a_socket_of_its_launcher(vms: Vms) -> None:
+    for vm in (vms.first, vms.second):
+        qemu = Qemu.connect(str(vm.qmp_path))
+        assert qemu.endpoint
+        qemu.close()
+        assert (qemu.endpoint.pid, vm.pid == os.getpid()) == (vm.pid, False)
+
+
+def test_what_a_vm_held_that_ended_unseen_is_released(vms: Vms, tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    with vms.manager() as devices:
+        old = devices.attach(request(image))
+    vms.take_turns()
+    with vms.manager() as devices:
+        with pytest.raises(NotAttached, match="has ended, and another has its name"):
+            devices.detach(old.id)
+        new = devices.attach(request(image))
+        assert new.device_id != old.device_id
+        (told,) = devices.reconcile()
+        assert (told.device_id, told.outcome) == (old.device_id, Outcome.FORGOTTEN)
+    names = {e["name"] for e in vms.second.oracle.execute("qom-list", path="/machine/peripheral")}
+    assert f"vmplug-{new.device_id}" in names
+    with Store.open(tmp_path / "state") as journal:
+        assert [vm.pid for vm in journal.vms()] == [vms.second.pid]
+
+
+def test_a_manager_that_outlives_its_vm_serves_the_next_one(vms: Vms, tmp_path: Path) -> None:
+    images = [disk_image(tmp_path / name, 1, name) for name in ("a.img", "b.img")]
+    with vms.manager() as devices:
+        old = [devices.attach(request(image)) for image in images]
+        vms.take_turns()
+        with pytest.raises((ProtocolError, NotAttached)):
+            devices.detach(old[1].id)  # in the conversation with the first
+        new = devices.attach(request(images[0]))
+        assert (new.count, str(new.guest_address)) == (1, "PCI 10/00")
+        assert [hold.id for hold in devices.attachments()] == [new.id]
+        told = devices.reconcile()
+        assert {repair.device_id for repair in told} == {hold.device_id for hold in old}
+        assert devices.reconcile() == []
+    with Store.open(tmp_path / "state") as journal:
+        assert [vm.pid for vm in journal.vms()] == [vms.second.pid]
+
+
+def test_a_vm_that_goes_on_keeps_what_it_holds(vms: Vms, tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    with vms.manager() as devices:
+        old = devices.attach(request(image))
+    with vms.manager() as devices:
+        assert [hold.id for hold in devices.attachments()] == [old.id]
+        assert devices.attach(request(image)).count == 2
+        assert devices.reconcile() == []
