@@ -177,6 +177,21 @@ def test_who_counts_on_a_device_that_is_leaving_is_told_so(sandbox: Sandbox) -> 
         assert sandbox.vmplugs() == {f"vmplug-{held.device_id}"}
 
 
+def test_a_device_that_goes_while_the_vm_is_looked_at_is_no_failure(sandbox: Sandbox) -> None:
+    with another_manager(sandbox) as other:
+        held = other.attach(sandbox.disk("a.img", options=SCSI), owner="c1")
+
+        def leave(sent: Command) -> None:
+            is_listed = str(sent.arguments.get("property", "")).startswith("child[")
+            if is_listed and other.attachments():
+                other.detach(held.id)
+
+        sandbox.talk_through(lambda monitor: Hooked(monitor, leave))
+        mine = sandbox.devices.attach(sandbox.disk("b.img", options=SCSI))
+        assert other.attachments() == [mine]
+    assert sandbox.vmplugs() == {f"vmplug-{mine.device_id}"}
+
+
 @pytest.mark.qemu
 def test_a_process_that_waits_for_a_silent_guest_keeps_no_other_from_the_vm(
     tmp_path: Path,

@@ -179,7 +179,11 @@ class MemoryMonitor(MemoryParts, Monitor):
             machine = {"type": "pc-q35-7.2-machine", "nvdimm": True, "memory": memory}
             return machine[property]
         if property.startswith("child["):
-            return f"{PERIPHERAL}/{dict(self._occupants(path))[property]}"
+            name = dict(self._occupants(path)).get(property)
+            if name is None:
+                bus = "SCSI" if "/virtio-backend/" in path else "PCIE"
+                raise Refused(f"Property '{bus}.{property}' not found")
+            return f"{PERIPHERAL}/{name}"
         device = self.devices.get(path.removeprefix(PERIPHERAL + "/"))
         if device is None:
             raise Refused(f"Device '{path}' not found", "DeviceNotFound")
