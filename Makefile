@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up everything that they need on a Debian machine, as root.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-here test-fast fuzz lab test-lab lint format bench packages test-packages clean
+.PHONY: help demo test test-here test-fast fuzz soak lab test-lab lint format bench packages test-packages clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,6 +9,7 @@ GUEST := build/guest/initrd.img
 FULL_GUEST := build/guest/full/initrd.img
 KIND ?= disk
 SECONDS ?= 60
+CYCLES ?= 10000
 LAB := $(BIN)/python -m lab --timeout 1200
 LAB_TESTS := $(BIN)/pytest tests/lab --junitxml
 RESULTS := $(CURDIR)/build/lab/results
@@ -20,6 +21,7 @@ help:
 	@echo "make fuzz       hostile input for SECONDS=60, made from what earlier input reached"
 	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to hand over"
 	@echo "make test-lab   the tests that run in it"
+	@echo "make soak       attach and detach 10000 times (CYCLES=N), and tell what has grown"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed table of docs/performance.md"
 	@echo "make clean      remove what the above have built"
@@ -50,6 +52,9 @@ test-lab: lab
 	$(LAB) -- $(LAB_TESTS) $(RESULTS)/lab.xml
 	$(LAB) --kernel 6.12 -- $(LAB_TESTS) $(RESULTS)/lab-6.12.xml
 	$(LAB) --no-remapping -- $(LAB_TESTS) $(RESULTS)/lab-no-remapping.xml
+
+soak: test-packages $(BIN)/vmplug $(GUEST)
+	$(BIN)/python -m tests.soak --cycles $(CYCLES)
 
 lint: $(BIN)/vmplug
 	$(BIN)/ruff check

@@ -6,6 +6,7 @@ sends to plug disks, and no others.
 
 import io
 import socket
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -84,6 +85,7 @@ class MemoryMonitor(MemoryParts, Monitor):
     sent: list[Command] = field(default_factory=list)
     devices: dict[str, _Device] = field(default_factory=dict)
     _receivers: list[EventReceiver] = field(default_factory=list)
+    _alone: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         if self.root_ports > _MAX_PORTS:
@@ -99,11 +101,12 @@ class MemoryMonitor(MemoryParts, Monitor):
     def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
         """See Monitor."""
         answers: list[Any] = []
-        for command in commands:
-            try:
-                answers.append(self._answer(command))
-            except CommandError as refusal:
-                return answers, refusal
+        with self._alone:  # as QEMU does one thing after the other
+            for command in commands:
+                try:
+                    answers.append(self._answer(command))
+                except CommandError as refusal:
+                    return answers, refusal
         return answers, None
 
     def _answer(self, command: Command) -> Any:
@@ -176,7 +179,11 @@ class MemoryMonitor(MemoryParts, Monitor):
             machine = {"type": "pc-q35-7.2-machine", "nvdimm": True, "memory": memory}
             return machine[property]
         if property.startswith("child["):
-            return f"{PERIPHERAL}/{dict(self._occupants(path))[property]}"
+            name = dict(self._occupants(path)).get(property)
+            if name is None:
+                bus = "SCSI" if "/virtio-backend/" in path else "PCIE"
+                raise Refused(f"Property '{bus}.{property}' not found")
+            return f"{PERIPHERAL}/{name}"
         device = self.devices.get(path.removeprefix(PERIPHERAL + "/"))
         if device is None:
             raise Refused(f"Device '{path}' not found", "DeviceNotFound")

@@ -41,6 +41,8 @@ to begin another one takes 1 % of it."""
 _END_TIMEOUT_S = 2.0
 """For ending a conversation with a QEMU that hangs."""
 
+_STOPPED = "a QEMU that ps shows as stopped (T) goes on with kill -CONT"
+
 
 class QmpMonitor(Monitor):
     """Conversations on a QMP socket, one after the other, each begun when a command needs it.
@@ -114,7 +116,8 @@ class QmpMonitor(Monitor):
                 self._socket,
                 f"{self._socket} gives no QMP greeting within {self._connect_timeout_s:g} s: "
                 "it is busy with another client, or QEMU hangs",
-                hint="a QMP socket serves one client; give vmplug a -qmp socket of its own",
+                hint="a QMP socket serves one client; give vmplug a -qmp socket of its own; "
+                + _STOPPED,
             ) from error
         except QmpConnectError as error:
             raise self._no_conversation(error) from error
@@ -255,7 +258,7 @@ class QmpMonitor(Monitor):
                 ) from error
             raise ProtocolError(
                 f"QEMU did not answer {command.execute} within {timeout_s:g} s",
-                hint="vmplug reconcile finds out what it did, once it answers again",
+                hint="vmplug reconcile finds out what it did, once it answers again; " + _STOPPED,
             ) from error
         except (QMPError, OSError, EOFError) as error:
             raise ProtocolError(

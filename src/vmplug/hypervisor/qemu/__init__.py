@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 _NOT_THERE = ("Failed to find node", "not found")
 _UNPLUGGING = "in the process of unplug"
 """QEMU's word when device_del is repeated; the request stands."""
+_READ_ATTEMPTS = 10
 _STILL_USED = ("in use", "busy")
 _SETTLE_TIMEOUT_S, _SETTLE_STEP_S = 5.0, 0.02
 """What a device is made of is free a moment after the tree has forgotten it: 50 ms on QEMU 7.2."""
@@ -105,7 +106,16 @@ class Qemu:
         return self._endpoint
 
     def offer(self) -> Offer:
-        """What the VM has to plug into now."""
+        """What the VM has to plug into now.
+
+        It takes many commands, and a device that was listed may be gone before it is asked for.
+        """
+        for _ in range(_READ_ATTEMPTS - 1):
+            try:
+                return read_offer(self._monitor)
+            except CommandError as error:
+                if not any(words in error.desc for words in _NOT_THERE):
+                    raise
         return read_offer(self._monitor)
 
     def know(self, names: Mapping[str, str]) -> None:
