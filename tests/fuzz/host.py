@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from tests.fuzz.draw import Draw
-from tests.fuzz.guard import changes_only
+from tests.fuzz.guard import changes_only, temporary_files_in
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
@@ -45,7 +45,6 @@ def check(data: bytes) -> None:
     part = draw.number(7)
     is_recorded = part == 0  # which takes ten times as long
     with _spoiled(tree, draw):
-        record = f"{tree.path.parent}/record.tar"
         with changes_only():
             first, second = (
                 [_words(read) for read in [*_readers(tree.root)][part % 4 :: 4]] for _ in range(2)
@@ -53,10 +52,15 @@ def check(data: bytes) -> None:
         assert first == second
         if not is_recorded:
             return
-        with changes_only(f"{tree.path.parent}", tempfile.gettempdir()), suppress(DeviceError):
-            write_record(record, tree.root, replace=True)
-            with open_record(record) as recorded:
-                read_inventory(recorded)
+        with temporary_files_in(str(tree.path.parent)) as directory, changes_only(directory):
+            _record_and_read(f"{directory}/record.tar", tree.root)
+
+
+def _record_and_read(path: str, root: HostRoot) -> None:
+    with suppress(DeviceError):
+        write_record(path, root, replace=True)
+        with open_record(path) as recorded:
+            read_inventory(recorded)
 
 
 def _words(read: Callable[[], object]) -> str:
