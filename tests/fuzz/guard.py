@@ -5,6 +5,7 @@ Source: Python, library/audit_events.
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,6 +47,17 @@ def changes_only(*directories: str) -> Iterator[None]:
     finally:
         _guard.allowed = None
     assert not _guard.offences, _guard.offences
+
+
+@contextmanager
+def temporary_files_in(directory: str) -> Iterator[str]:
+    """Have them below the sandbox, for a while."""
+    before = tempfile.tempdir
+    tempfile.tempdir = directory
+    try:
+        yield directory
+    finally:
+        tempfile.tempdir = before
 
 
 def _look(event: str, arguments: tuple[object, ...]) -> None:

@@ -10,18 +10,19 @@ from functools import cache, partial
 from pathlib import Path
 
 from tests.fuzz.draw import Draw
-from tests.fuzz.guard import changes_only
+from tests.fuzz.guard import changes_only, temporary_files_in
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import DeviceError
+from vmplug.host.backend import find_listener
 from vmplug.host.device import FoundBy, VhostUserSocket
 from vmplug.host.finding import Wish
 from vmplug.host.inventory import read_inventory, with_reset_methods
 from vmplug.host.mdev import read_mdev_types
 from vmplug.host.mounts import read_usage
 from vmplug.host.pmem import has_pfn_signature
-from vmplug.host.process import read_memlock_limit, read_start_time
+from vmplug.host.process import find_openers, read_memlock_limit, read_start_time
 from vmplug.host.record import write_record
 from vmplug.host.recorded import open_record
 from vmplug.host.resolve import find_sysfs_node, resolve, resolve_all
@@ -45,7 +46,6 @@ def check(data: bytes) -> None:
     part = draw.number(7)
     is_recorded = part == 0  # which takes ten times as long
     with _spoiled(tree, draw):
-        record = f"{tree.path.parent}/record.tar"
         with changes_only():
             first, second = (
                 [_words(read) for read in [*_readers(tree.root)][part % 4 :: 4]] for _ in range(2)
@@ -53,10 +53,15 @@ def check(data: bytes) -> None:
         assert first == second
         if not is_recorded:
             return
-        with changes_only(f"{tree.path.parent}", tempfile.gettempdir()), suppress(DeviceError):
-            write_record(record, tree.root, replace=True)
-            with open_record(record) as recorded:
-                read_inventory(recorded)
+        with temporary_files_in(str(tree.path.parent)) as directory, changes_only(directory):
+            _record_and_read(f"{directory}/record.tar", tree.root)
+
+
+def _record_and_read(path: str, root: HostRoot) -> None:
+    with suppress(DeviceError):
+        write_record(path, root, replace=True)
+        with open_record(path) as recorded:
+            read_inventory(recorded)
 
 
 def _words(read: Callable[[], object]) -> str:
@@ -82,6 +87,8 @@ def _readers(root: HostRoot) -> Iterator[Callable[[], object]]:
     )
     yield lambda: read_sriov(Bdf.parse(NIC), root)
     yield lambda: read_mdev_types(root)
+    yield lambda: find_listener("/run/vhost-user/block/sockets/disk1", root)
+    yield lambda: find_openers(["/dev/vfio/26"], root)
     yield lambda: read_usage(root)
     yield lambda: read_start_time(1, root)
     yield lambda: read_memlock_limit(1, root)
@@ -191,10 +198,11 @@ def _spoiled(tree: PciTree, draw: Draw) -> Iterator[None]:
             elif not os.path.isdir(os.path.dirname(path)):
                 continue
             put.append((path, former))
-            if draw.number(2) == 0:
-                _change(path, draw, former)
-            else:
-                draw.pick(_PUT)(path, draw)
+            with suppress(OSError):  # its directory is something else by now
+                if draw.number(2) == 0:
+                    _change(path, draw, former)
+                else:
+                    draw.pick(_PUT)(path, draw)
         yield
     finally:
         for path, former in reversed(put):

@@ -6,7 +6,7 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 
-from tests.fuzz.guard import changes_only
+from tests.fuzz.guard import changes_only, temporary_files_in
 from vmplug.errors import DeviceError
 from vmplug.host.inventory import read_inventory
 from vmplug.host.recorded import Limits, open_record
@@ -26,11 +26,11 @@ def check(data: bytes) -> None:
     for content in (data, gzip.compress(data, 1, mtime=0)):
         with open(path, "wb") as file:
             file.write(content)
-        before = tempfile.tempdir
-        tempfile.tempdir = directory
-        try:
-            with changes_only(directory), suppress(DeviceError), open_record(path, LIMITS) as root:
-                read_inventory(root)
-        finally:
-            tempfile.tempdir = before
+        with temporary_files_in(directory), changes_only(directory):
+            _read(path)
         assert os.listdir(directory) == ["record"]
+
+
+def _read(path: str) -> None:
+    with suppress(DeviceError), open_record(path, LIMITS) as root:
+        read_inventory(root)

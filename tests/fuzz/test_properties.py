@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.fuzz.guard import changes_only
 from tests.fuzz.targets import TARGETS, load, seeds
 
-EXAMPLES = {"spec": 200, "device": 200, "host": 150, "record": 60, "answers": 300, "qmp": 100}
+EXAMPLES = {"spec": 200, "device": 200, "host": 100, "record": 60, "answers": 300, "qmp": 100}
 DEADLINE_S = 20
 """For one input: far more than it takes, so that a hang has an end."""
 

@@ -8,13 +8,16 @@ from types import FrameType
 import pytest
 
 from tests.support.tree import HostTree
+from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
+from vmplug.host.backend import find_listener
 from vmplug.host.finding import Wish
 from vmplug.host.mounts import read_usage
-from vmplug.host.process import read_start_time
+from vmplug.host.process import find_openers, read_start_time
 from vmplug.host.resolve import get_host_path, resolve
 from vmplug.host.safety import check
+from vmplug.host.sriov import read_sriov
 from vmplug.host.volume import find_volumes
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
@@ -108,6 +111,28 @@ def test_nor_is_what_is_mounted_or_swapped_to(tree: HostTree, name: str) -> None
 def test_a_volume_whose_source_has_a_nul_is_none(tree: HostTree) -> None:
     mount = Mount(destination="/data", source="/dev/a\0b", type="bind", read_only=False)
     assert find_volumes([mount], tree.root) == []
+
+
+@pytest.mark.parametrize("target", ["absent", "../0000:3b:10.8", "x/", ".."])
+def test_a_virtual_function_that_is_none_is_told(tree: HostTree, target: str) -> None:
+    path = "/sys/bus/pci/devices/0000:3b:00.0"
+    tree.file(f"{path}/sriov_totalvfs", "4\n").link(f"{path}/virtfn0", target)
+    with pytest.raises(AttributeReadError, match="is no PCI function"):
+        read_sriov(Bdf.parse("0000:3b:00.0"), tree.root)
+
+
+def test_a_directory_of_proc_with_another_kind_of_digit_is_no_process(tree: HostTree) -> None:
+    tree.process(7, "spdk", "socket:[99]").file("/proc/²/comm", "x")
+    tree.unix_socket("/run/a.sock", 99)
+    assert find_listener("/run/a.sock", tree.root) == (7, "spdk")
+    assert find_openers(["socket:[99]"], tree.root) == {7: "spdk"}
+
+
+@pytest.mark.parametrize("line", ["1: 2 0 x 1 01 99 /run/a.sock", "1: 2 0 1 1 x 99 /run/a.sock"])
+def test_a_table_of_sockets_with_words_for_numbers_is_told(tree: HostTree, line: str) -> None:
+    tree.file("/proc/net/unix", f"Num\n{line}\n")
+    with pytest.raises(AttributeReadError, match="/proc/net/unix: invalid literal"):
+        find_listener("/run/a.sock", tree.root)
 
 
 @pytest.mark.parametrize("text", ["", "1 (init) S", "1 (x) S " + "x " * 40])

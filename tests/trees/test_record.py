@@ -314,6 +314,11 @@ def test_a_name_that_leaves_the_directory_is_refused(made: Callable[..., str], n
     assert f"member {name!r} would leave the directory" in message
 
 
+def test_a_fifo_is_no_record_and_nobody_is_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert "cannot be read as a tar file" in refused(str(tmp_path / "fifo"))
+
+
 def extension(kind: bytes, data: bytes, *, size: int | None = None) -> bytes:
     """A header that says something of the one behind it."""
     header = tarfile.TarInfo("x")

@@ -15,6 +15,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import NamedTuple
 
+from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.device import DeviceType, VhostUserSocket
 from vmplug.host.finding import Code, Finding
@@ -240,7 +241,7 @@ def find_listener(path: str, root: HostRoot, *, name: str | None = None) -> List
     """The process that holds the listening socket, if it can be seen; only one called `name`."""
     links = {f"socket:[{inode}]" for inode in _listeners(path, root)}
     for pid in root.names("/proc") if links else ():
-        if pid.isdigit():
+        if is_decimal(pid):
             with suppress(AttributeReadError):  # another user's process, or one that is ending
                 comm = (root.read_text(f"/proc/{pid}/comm") or "").rstrip("\n")
                 if name in {None, comm} and links & _open_files(pid, root):
@@ -269,8 +270,11 @@ def _sockets(path: str, root: HostRoot) -> list[_Socket]:
     for line in (root.read_text("/proc/net/unix") or "").split("\n")[1:]:
         fields = line.split(None, 7)
         if len(fields) == 8 and _same_path(fields[7], path, root):
-            is_listener = bool(int(fields[3], 16) & _ACCEPTS)
-            found.append(_Socket(fields[6], is_listener, int(fields[5], 16)))
+            try:
+                flags, state = int(fields[3], 16), int(fields[5], 16)
+            except ValueError as error:
+                raise AttributeReadError("/proc/net/unix", why=str(error)) from error
+            found.append(_Socket(fields[6], bool(flags & _ACCEPTS), state))
     return found
 
 

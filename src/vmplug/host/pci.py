@@ -356,11 +356,20 @@ def read_reset_methods(bdf: Bdf, root: HostRoot) -> tuple[str, ...] | None:
 
 
 def read_virtfns(bdf: Bdf, root: HostRoot) -> tuple[Bdf, ...]:
-    """The virtual functions of a physical one, in the order of their numbers."""
+    """The virtual functions of a physical one, in the order of their numbers.
+
+    Raises AttributeReadError for a link that leads to none.
+    """
     base = f"{root.pci_devices}/{bdf}"
     links = [name for name in root.names(base) if name.startswith("virtfn")]
-    targets = (root.link(f"{base}/{name}") for name in sorted(links, key=_virtfn_number))
-    return tuple(Bdf.parse(target.rpartition("/")[2]) for target in targets if target)
+    found = []
+    for path in (f"{base}/{name}" for name in sorted(links, key=_virtfn_number)):
+        if target := root.link(path):
+            function = find_bdf(target.rpartition("/")[2])
+            if function is None:
+                raise AttributeReadError(path, why=f"{target[:60]!r} is no PCI function")
+            found.append(function)
+    return tuple(found)
 
 
 def _virtfn_number(name: str) -> int:

@@ -43,7 +43,7 @@ def find_marked(variable: str) -> dict[int, str]:
     root, found = HostRoot(), dict[int, str]()
     for pid in root.names("/proc"):
         with suppress(AttributeReadError):
-            text = (root.read_text(f"/proc/{pid}/environ") or "") if pid.isdigit() else ""
+            text = (root.read_text(f"/proc/{pid}/environ") or "") if is_decimal(pid) else ""
             _, is_marked, value = ("\0" + text).partition(f"\0{variable}=")
             if is_marked:
                 found[int(pid)] = value.partition("\0")[0]
@@ -58,7 +58,7 @@ def find_openers(nodes: Collection[str], root: HostRoot) -> dict[int, str]:
     found: dict[int, str] = {}
     for pid in root.names("/proc"):
         with suppress(AttributeReadError):
-            if pid.isdigit() and int(pid) != os.getpid() and _has_open(pid, nodes, root):
+            if is_decimal(pid) and int(pid) != os.getpid() and _has_open(pid, nodes, root):
                 name = root.read_text(f"/proc/{pid}/comm") or ""
                 found[int(pid)] = name.strip()
     return found

@@ -183,7 +183,8 @@ class _Unpacker:
     def unpack(self) -> None:
         """Make directories and files as they come, then the links."""
         count = 0
-        with open(self._path, "rb") as file, self._open_tar(file) as tar:
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file, self._open_tar(file) as tar:
             for member in tar:
                 count += 1
                 if count > self._limits.members:
