@@ -86,6 +86,19 @@ def disk(path: Path, **options: str) -> DeviceInfo:
     )
 
 
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def share_by_qemu(path: Path) -> ShareInfo:
+    options = {"filesystem": "virtio-9p"}
+    return ShareInfo(tag="work", source=str(path), driver_options=options)
+
+
+COLD_KINDS: dict[str, Callable[[Path], tuple[Request, Path, Path]]] = {
+    "9p": lambda d: (share_by_qemu(d / "a"), folder(d / "a"), folder(d / "b")),
+}
 KINDS: dict[str, Callable[[Path], tuple[Request, Path, Path]]] = {
     "virtio-blk": lambda d: (disk(d / "a"), image(d / "a"), image(d / "b")),
     "scsi": lambda d: (disk(d / "a", block_driver="virtio-scsi"), image(d / "a"), image(d / "b")),
@@ -169,9 +182,9 @@ def cold(directory: Path, request: Request) -> ColdQemu:
     return qemu
 
 
-@pytest.mark.parametrize("kind", ["virtio-blk", "nvdimm", "rng"])
+@pytest.mark.parametrize("kind", ["virtio-blk", "nvdimm", "rng", "9p"])
 def test_a_vm_that_opened_another_file_at_its_start_never_runs(kind: str, tmp_path: Path) -> None:
-    request, path, other = KINDS[kind](tmp_path)
+    request, path, other = (KINDS | COLD_KINDS)[kind](tmp_path)
     with cold(tmp_path, request) as qemu:
         Swap(path, other).away()
         with pytest.raises(NoSuchDevice, match="replaced it meanwhile"):
@@ -179,8 +192,9 @@ def test_a_vm_that_opened_another_file_at_its_start_never_runs(kind: str, tmp_pa
         assert not processes_of(qemu.directory)
 
 
-def test_a_vm_that_opened_the_right_files_runs(tmp_path: Path) -> None:
-    request, *_ = KINDS["virtio-blk"](tmp_path)
+@pytest.mark.parametrize("kind", ["virtio-blk", "9p"])
+def test_a_vm_that_opened_the_right_files_runs(kind: str, tmp_path: Path) -> None:
+    request, *_ = (KINDS | COLD_KINDS)[kind](tmp_path)
     with cold(tmp_path, request) as started:
         launch(started, timeout_s=20)
         with closing(Qemu.connect(str(started.qmp_socket))) as qemu:
