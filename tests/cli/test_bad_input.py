@@ -456,10 +456,10 @@ def make_journals(vmplug: Vmplug, directory: Path) -> dict[str, str]:
         name: directory / name for name in ("scribbled", "cut", "folder", "newer", "senseless")
     }
     for name, path in names.items():
+        path.mkdir(mode=0o700)
         if name == "folder":
-            (path / "journal.db").mkdir(parents=True)
+            (path / "journal.db").mkdir()
             continue
-        path.mkdir()
         Vmplug(path)("list").answer()
         assert not list(path.glob("journal.db-*")), "the journal is in one file"
     (names["scribbled"] / "journal.db").write_bytes(b"scribble" * 4096)

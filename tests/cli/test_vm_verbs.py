@@ -264,6 +264,7 @@ def test_an_adopted_vm_is_left_running_and_keeps_what_it_holds(
             "qmp": str(vm.qmp_path),
             "pid": vm.pid,
             "machine": "pc-q35-7.2",
+            "qmp_open_to_all": False,
         }
         asked = ("--device", f"b:{number_of(node)}", "--vm", "sb3", "--owner", "ctr1")
         vmplug("attach", *asked).answer()
