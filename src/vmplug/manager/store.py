@@ -6,7 +6,7 @@ Everything that is allocated is written here before the act.
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -224,8 +224,10 @@ class Store:
                 self.give_up(device_ids)
             raise
 
-    def give_up(self, device_ids: Iterable[str]) -> None:
+    def give_up(self, device_ids: Collection[str]) -> None:
         """This process no longer works on these devices: anybody may finish what it began."""
+        if not device_ids:
+            return
         with Transaction(self._db, self._lock, self.path) as db:
             db.executemany(_GIVE_UP, [(i, str(self.worker)) for i in device_ids])
 
