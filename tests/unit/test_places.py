@@ -377,7 +377,14 @@ def test_what_is_only_counted_has_no_text() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", '{"pci_path": "zz"}', '{"ccw_devno": "0.9.0"}', '{"nvdimm_id": "one"}'],
+    [
+        *("", "x", "[]", "7"),
+        '{"pci_path": "zz"}',
+        '{"pci_path": 7}',
+        '{"ccw_devno": "0.9.0"}',
+        '{"nvdimm_id": "one"}',
+        '{"novelty": "one"}',
+    ],
 )
 def test_a_damaged_address_makes_a_journal_unreadable_and_nothing_else(
     store: Store, text: str

@@ -227,8 +227,10 @@ class Store:
                 self.give_up(device_ids)
             raise
 
-    def give_up(self, device_ids: Iterable[str]) -> None:
+    def give_up(self, device_ids: Collection[str]) -> None:
         """This process no longer works on these devices: anybody may finish what it began."""
+        if not device_ids:
+            return
         with Transaction(self._db, self._lock, self.path) as db:
             db.executemany(_GIVE_UP, [(i, str(self.worker)) for i in device_ids])
 
