@@ -106,6 +106,10 @@ class BlockDrive:
     size_bytes: int | None = None
 
 
+DAEMON_MARK = "VMPLUG_DEVICE"
+"""What such a daemon has in its environment: its device's id, a blank, and its VM."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Daemon:
     """A virtiofsd that vmplug itself runs for one share of `directory`.
