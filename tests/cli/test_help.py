@@ -22,6 +22,7 @@ VERBS = (
     "attach",
     "detach",
     "list",
+    "watch",
     "resize",
     "bind",
     "unbind",
@@ -38,7 +39,7 @@ VERBS = (
 )
 JSON_VERBS = [verb for verb in VERBS if verb != "completion"]
 READING_VERBS = ("host", "info", "resolve", "check", "plan", "attach")
-VM_OPTION_VERBS = ("plan", "attach", "detach", "list", "reconcile")
+VM_OPTION_VERBS = ("plan", "attach", "detach", "list", "watch", "reconcile")
 
 
 @cache
