@@ -15,12 +15,15 @@ from lab.topology import FREE_PORT, device_behind
 
 from lab import topology
 from tests.cli.command import Vmplug
+from tests.cli.watching import watching
 from tests.lab.blocks import MIB, load, load_with, number, run
+from tests.lab.nested import paused_vm
 from tests.support.disks import disk_image
 from tests.support.journal import attach_row, device_record, vm_record
 from tests.support.lab import OuterQemu, namespace_of, wait_until
-from vmplug import DeviceType, HostRoot, Watch, What
+from vmplug import Attachment, DeviceManager, DeviceType, HostRoot, Qemu, VfioInfo, Watch, What
 from vmplug.host.events import EventsLost, HostEvents
+from vmplug.manager.look import HostLook, HostState, Look
 from vmplug.manager.store import Store
 
 DEADLINE_S = 120.0
@@ -36,7 +39,7 @@ def journal(tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def watching(tmp_path: Path) -> Iterator[Watch]:
+def notices(tmp_path: Path) -> Iterator[Watch]:
     """With a journal of its own connection, as another process has it."""
     events = HostEvents()
     journal = Store.open(tmp_path / "state")
@@ -44,16 +47,26 @@ def watching(tmp_path: Path) -> Iterator[Watch]:
         yield notices
 
 
-def begin(watching: Watch) -> None:
+def begin(notices: Watch) -> None:
     """All that is attached has been looked at once, and nothing was wrong."""
-    watching._look([])
-    assert not watching._waiting
+    notices._look([])
+    assert not notices._waiting
 
 
-def mark_of(vmplug: Vmplug, attachment: str) -> str:
-    listed = vmplug("list", "--json").json()["attachments"]
-    (hold,) = (hold for hold in listed if hold["id"] == attachment)
-    return str(hold["host"]["state"])
+def bind(bdf: str, driver: str) -> None:
+    """By hand, as no user of vmplug would."""
+    base = Path(f"/sys/bus/pci/devices/{bdf}")
+    (base / "driver_override").write_text(driver or "\n")
+    (base / "driver/unbind").write_text(bdf)
+    Path("/sys/bus/pci/drivers_probe").write_text(bdf)
+
+
+def look(journal: Store, attachment: Attachment) -> Look:
+    """What `list` looks at."""
+    (record,) = (r for r in journal.devices("sb1") if r.id == attachment.device_id)
+    seen = HostLook(HostRoot(), journal.vms()).of(record)
+    assert seen
+    return seen
 
 
 @pytest.fixture
@@ -85,29 +98,23 @@ def loop_on(image: Path) -> Iterator[Path]:
             run("losetup", "--detach", node)
 
 
-def block(node: Path, journal: Store) -> str:
-    return attach_row(journal, device_record(f"block:{number(node)}", str(node))).id
+def block(node: Path, journal: Store) -> Attachment:
+    return attach_row(journal, device_record(f"block:{number(node)}", str(node)))
 
 
-def test_a_disk_is_pulled(
-    scsi_disk: Path, journal: Store, watching: Watch, vmplug: Vmplug
-) -> None:
+def test_a_disk_is_pulled(scsi_disk: Path, journal: Store, notices: Watch) -> None:
     attachment = block(scsi_disk, journal)
-    other = block(Path("/dev/vda"), journal) if Path("/dev/vda").exists() else None
-    begin(watching)
-    assert mark_of(vmplug, attachment) == "present"
+    begin(notices)
+    assert look(journal, attachment).state is HostState.PRESENT
     Path(f"/sys/block/{scsi_disk.name}/device/delete").write_text("1")
-    told = next(watching)
-    assert (told.what, told.vm) == (What.GONE, "sb1")
-    assert told.attachment
-    assert (told.attachment.id, told.attachment.owner) == (attachment, "c1")
+    told = next(notices)
+    assert (told.what, told.vm, told.attachment) == (What.GONE, "sb1", attachment)
     assert str(scsi_disk) in told.message
-    assert attachment in told.hint
-    assert mark_of(vmplug, attachment) == "gone"
-    assert other is None or mark_of(vmplug, other) == "present"
+    assert attachment.id in told.hint
+    assert look(journal, attachment).state is HostState.GONE
 
 
-def test_an_nvme_is_pulled_with_its_namespace(journal: Store, watching: Watch) -> None:
+def test_an_nvme_is_pulled_with_its_namespace(journal: Store, notices: Watch) -> None:
     load("nvme")
     properties = {"serial": "PULLED", "drive": "pulled-disk"}
     nvme = replace(device_behind(FREE_PORT, "nvme", qdev_id="pulled"), properties=properties)
@@ -119,59 +126,42 @@ def test_an_nvme_is_pulled_with_its_namespace(journal: Store, watching: Watch) -
         wait_until(lambda: any(namespaces.glob("nvme*/nvme*n1")), "namespace")
         path = namespace_of(nvme.bdf)
         attachment = block(path, journal)
-        begin(watching)
+        begin(notices)
         outer.remove(nvme)
-    told = next(watching)
-    assert told.what is What.GONE
-    assert told.attachment
-    assert told.attachment.id == attachment
+    told = next(notices)
+    assert (told.what, told.attachment) == (What.GONE, attachment)
     assert told.message.startswith(str(path))
 
 
-def test_a_function_goes_to_another_driver_and_comes_back(
-    journal: Store, watching: Watch, vmplug: Vmplug
-) -> None:
+def test_a_function_goes_to_another_driver_and_comes_back(journal: Store, notices: Watch) -> None:
     load("vfio-pci", "e1000e")
     bdf = topology.NIC
-    base = Path(f"/sys/bus/pci/devices/{bdf}")
-    given = vmplug("bind", bdf).answer()
-    assert bdf in given
-    group = (base / "iommu_group").resolve().name
-    record = device_record(f"vfio:{bdf}", f"/dev/vfio/{group}", DeviceType.VFIO, functions=(bdf,))
-    attachment = attach_row(journal, record).id
-    begin(watching)
-    assert mark_of(vmplug, attachment) == "present"
-
-    (base / "driver_override").write_text("e1000e")
-    (base / "driver/unbind").write_text(bdf)
-    Path("/sys/bus/pci/drivers_probe").write_text(bdf)
-    told = next(watching)
-    assert told.what is What.OTHER_DRIVER
-    assert bdf in told.message
-    while "e1000e" not in mark_detail(vmplug, attachment):
-        next(watching)
-    assert mark_of(vmplug, attachment) == "other-driver"
-
-    (base / "driver_override").write_text("vfio-pci")
-    (base / "driver/unbind").write_text(bdf)
-    Path("/sys/bus/pci/drivers_probe").write_text(bdf)
-    assert next(watching).what is What.BACK
-    # Unbound and bound again between two looks: only the event tells.
-    (base / "driver/unbind").write_text(bdf)
-    Path("/sys/bus/pci/drivers_probe").write_text(bdf)
-    assert next(watching).what is What.REPLACED
-    (base / "driver_override").write_text("\n")
-    (base / "driver/unbind").write_text(bdf)
-    Path("/sys/bus/pci/drivers_probe").write_text(bdf)
+    group = Path(f"/sys/bus/pci/devices/{bdf}/iommu_group").resolve().name
+    bind(bdf, "vfio-pci")
+    try:
+        record = device_record(
+            f"vfio:{bdf}", f"/dev/vfio/{group}", DeviceType.VFIO, functions=(bdf,)
+        )
+        attachment = attach_row(journal, record)
+        begin(notices)
+        assert look(journal, attachment) == Look(HostState.PRESENT)
+        bind(bdf, "e1000e")
+        told = next(notices)
+        assert told.what is What.OTHER_DRIVER
+        assert bdf in told.message
+        assert look(journal, attachment) == Look(
+            HostState.OTHER_DRIVER, f"{bdf} is bound to the driver e1000e, not to VFIO's"
+        )
+        bind(bdf, "vfio-pci")
+        assert next(notices).what is What.BACK
+        # Unbound and bound again between two looks: only the events tell.
+        bind(bdf, "vfio-pci")
+        assert next(notices).what is What.REPLACED
+    finally:
+        bind(bdf, "")
 
 
-def mark_detail(vmplug: Vmplug, attachment: str) -> str:
-    listed = vmplug("list", "--json").json()["attachments"]
-    (hold,) = (hold for hold in listed if hold["id"] == attachment)
-    return str(hold["host"]["detail"])
-
-
-def test_a_function_is_pulled(journal: Store, watching: Watch) -> None:
+def test_a_function_is_pulled(journal: Store, notices: Watch) -> None:
     device = device_behind(FREE_PORT, "edu", qdev_id="pulled-edu")
     with OuterQemu.connect() as outer:
         outer.add(device)
@@ -179,45 +169,45 @@ def test_a_function_is_pulled(journal: Store, watching: Watch) -> None:
             f"vfio:{device.bdf}", "/dev/vfio/99", DeviceType.VFIO, functions=(device.bdf,)
         )
         attach_row(journal, record)
-        first = next(watching)
+        first = next(notices)
         assert first.what is What.OTHER_DRIVER
         assert "no driver" in first.message
         outer.remove(device)
-    assert next(watching).what is What.GONE
+    assert next(notices).what is What.GONE
 
 
 def test_a_loop_device_grows_loses_its_file_and_is_detached(
-    journal: Store, watching: Watch, vmplug: Vmplug, tmp_path: Path
+    journal: Store, notices: Watch, tmp_path: Path
 ) -> None:
     image = disk_image(tmp_path / "disk.img", 8, "loop")
     with loop_on(image) as node:
         attachment = block(node, journal)
-        begin(watching)
+        begin(notices)
         os.truncate(image, 16 * MIB)
         run("losetup", "--set-capacity", node)
-        told = next(watching)
+        told = next(notices)
         assert told.what is What.RESIZED
         assert (told.old_size_bytes, told.size_bytes) == (8 * MIB, 16 * MIB)
-        assert f"vmplug resize {attachment}" in told.hint
+        assert f"vmplug resize {attachment.id}" in told.hint
         image.unlink()
-        assert next(watching).what is What.DELETED
-        assert mark_of(vmplug, attachment) == "deleted"
+        assert next(notices).what is What.DELETED
+        assert look(journal, attachment).state is HostState.DELETED
         run("losetup", "--detach", node)
-        assert next(watching).what is What.GONE
-        assert mark_of(vmplug, attachment) == "gone"
+        assert next(notices).what is What.GONE
+        assert look(journal, attachment).state is HostState.GONE
 
 
 def test_what_is_detached_by_vmplug_itself_is_no_news(
-    journal: Store, watching: Watch, tmp_path: Path
+    journal: Store, notices: Watch, tmp_path: Path
 ) -> None:
     with loop_on(disk_image(tmp_path / "disk.img", 8, "loop")) as node:
         attach_row(journal, record := device_record(f"block:{number(node)}", str(node)))
-        begin(watching)
+        begin(notices)
         journal.forget_devices([record.id])
         run("losetup", "--detach", node)
-        watching._look(watching._events.wait(QUIET_S))
-        watching._look([])
-        assert not watching._waiting
+        notices._look(notices._events.wait(QUIET_S))
+        notices._look([])
+        assert not notices._waiting
 
 
 def test_events_that_the_kernel_could_not_keep_are_told(tmp_path: Path, journal: Store) -> None:
@@ -225,14 +215,14 @@ def test_events_that_the_kernel_could_not_keep_are_told(tmp_path: Path, journal:
         uevent = Path(f"/sys/block/{node.name}/uevent")
         events = HostEvents(buffer_bytes=4096)
         other = Store.open(tmp_path / "state")
-        with Watch(other, events, host=HostRoot(), timeout_s=DEADLINE_S) as watching:
+        with Watch(other, events, host=HostRoot(), timeout_s=DEADLINE_S) as notices:
             block(node, journal)
-            begin(watching)
+            begin(notices)
             for _ in range(500):
                 uevent.write_text("change")
             run("losetup", "--detach", node)
-            assert next(watching).what is What.EVENTS_LOST
-            assert next(watching).what is What.GONE
+            assert next(notices).what is What.EVENTS_LOST
+            assert next(notices).what is What.GONE
             # It is told once, and the next event is received again.
             while any(isinstance(event, EventsLost) for event in events.wait(0)):
                 pass
@@ -241,19 +231,34 @@ def test_events_that_the_kernel_could_not_keep_are_told(tmp_path: Path, journal:
             assert not isinstance(event, EventsLost)
 
 
-def test_the_verb_tells_at_once_in_lines_of_json(
-    scsi_disk: Path, journal: Store, vmplug: Vmplug
+def test_what_vmplug_itself_binds_and_gives_back_is_no_news(
+    vmplug: Vmplug, tmp_path: Path
 ) -> None:
+    """A real VM is given a function, and dies; only that is told."""
+    load("vfio-pci", "nvme")
+    driver = Path(f"/sys/bus/pci/devices/{topology.NVME}/driver")
+    request = VfioInfo(label="nvme", device=topology.NVME)
+    with watching(vmplug) as watch, paused_vm(tmp_path) as vm:
+        with DeviceManager.open(
+            vm="sb1",
+            host=HostRoot(),
+            hypervisor=Qemu.connect(str(vm.qmp_path)),
+            state_dir=vmplug.state_dir,
+        ) as devices:
+            devices.attach(request, managed=True)
+        watch.catch_up(vmplug)
+        assert driver.resolve().name == "vfio-pci"
+        vm.kill()
+        assert watch.events(1) == [("vm-ended", None)]
+        vmplug("reconcile").answer()
+        assert driver.resolve().name == "nvme"
+        watch.catch_up(vmplug)
+
+
+def test_the_verb_tells_at_once(scsi_disk: Path, journal: Store, vmplug: Vmplug) -> None:
     attachment = block(scsi_disk, journal)
-    process = vmplug.begin("watch", "--json", "--timeout", str(DEADLINE_S))
-    try:
-        assert process.stdout
-        attach_row(journal, device_record("file:/no/such", "/no/such"))
-        assert b'"deleted"' in process.stdout.readline()  # it watches
+    with watching(vmplug) as watch:
         Path(f"/sys/block/{scsi_disk.name}/device/delete").write_text("1")
-        line = process.stdout.readline()
-        assert b'"event": "gone"' in line
-        assert attachment.encode() in line
-    finally:
-        process.kill()
-        process.communicate(timeout=DEADLINE_S)
+        assert watch.events(1) == [("gone", attachment.id)]
+    (listed,) = vmplug("list", "--json").json()["attachments"]
+    assert listed["host"]["state"] == "gone"
