@@ -200,6 +200,7 @@ def test_a_closed_iterator_has_ended(tmp_path: Path) -> None:
     notices: Watch = watch(tmp_path, host=HostRoot())
     descriptors = set(os.listdir("/proc/self/fd"))
     notices.close()
+    notices.close()
     assert list(notices) == []
     assert len(os.listdir("/proc/self/fd")) < len(descriptors)
 

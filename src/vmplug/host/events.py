@@ -125,7 +125,7 @@ class _Monitor(Protocol):
 
 def _start_monitor(buffer_bytes: int) -> _Monitor:
     try:
-        import pyudev  # noqa: PLC0415  10 ms that only who waits for events need pay
+        import pyudev  # noqa: PLC0415  50 ms that only who waits for events need pay
 
         monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
         with suppress(OSError):  # it is not root's to ask

@@ -88,9 +88,10 @@ class Watch(Iterator[Notice]):
 
     def close(self) -> None:
         """End it: there are no more notices."""
-        self._is_closed = True
-        self._events.close()
-        self._journal.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self._events.close()
+            self._journal.close()
 
     def __enter__(self) -> Self:
         return self
