@@ -13,6 +13,8 @@ _NAMES = {
     "vmplug.manager.policy": "Policy",
     "vmplug.manager.records": "Attachment",
     "vmplug.manager.reconcile": "Repair",
+    "vmplug.manager.watch": "Watch watch",
+    "vmplug.manager.notice": "Notice What",
     "vmplug.oci.spec": "Bundle parse_config read_bundle",
     "vmplug.oci.info": "DeviceInfo DevType",
     "vmplug.oci.annotated": "NetInfo Request RngInfo ShareInfo VfioInfo",

@@ -57,9 +57,13 @@ from vmplug.host.volume import find_requests as find_requests
 from vmplug.hypervisor.memory import MemoryHypervisor as MemoryHypervisor
 from vmplug.hypervisor.qemu import Qemu as Qemu
 from vmplug.manager.manager import DeviceManager as DeviceManager
+from vmplug.manager.notice import Notice as Notice
+from vmplug.manager.notice import What as What
 from vmplug.manager.policy import Policy as Policy
 from vmplug.manager.reconcile import Repair as Repair
 from vmplug.manager.records import Attachment as Attachment
+from vmplug.manager.watch import Watch as Watch
+from vmplug.manager.watch import watch as watch
 from vmplug.oci.annotated import NetInfo as NetInfo
 from vmplug.oci.annotated import Request as Request
 from vmplug.oci.annotated import RngInfo as RngInfo

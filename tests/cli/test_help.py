@@ -22,6 +22,7 @@ VERBS = (
     "attach",
     "detach",
     "list",
+    "watch",
     "resize",
     "bind",
     "unbind",
@@ -39,7 +40,7 @@ VERBS = (
 )
 JSON_VERBS = [verb for verb in VERBS if verb != "completion"]
 READING_VERBS = ("host", "info", "resolve", "check", "plan", "attach")
-VM_OPTION_VERBS = ("plan", "attach", "detach", "list", "reconcile", "import-kata")
+VM_OPTION_VERBS = ("plan", "attach", "detach", "list", "watch", "reconcile", "import-kata")
 
 
 @cache

@@ -249,6 +249,14 @@ def test_info_tells_the_request(vmplug: Vmplug, world: World, name: str) -> None
     assert f" {'ro' if kind.read_only else 'rw'} " in line
 
 
+def test_a_store_named_from_here_is_found_by_a_qemu_that_works_elsewhere(
+    vmplug: Vmplug, world: World
+) -> None:
+    store = os.path.relpath(world.path("{}/store"))
+    told = vmplug("resolve", "--device", f"b:{BLK}", "--vhost-user-store", store, "--json").json()
+    assert told["devices"][0]["host_path"].startswith(world.path("{}/store/block/sockets/"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_resolve_tells_the_device(vmplug: Vmplug, world: World, name: str) -> None:
     kind = KINDS[name]

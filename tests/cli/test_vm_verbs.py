@@ -367,7 +367,8 @@ def test_a_bundles_disk_goes_into_the_guest_and_comes_back(
     vm.console.write(seen.name, 0, b"from the guest")
     assert node.read_bytes().startswith(b"from the guest")
 
-    assert vm.listed() == document["attachments"]
+    present = {"host": {"state": "present", "detail": None}}
+    assert vm.listed() == [hold | present for hold in document["attachments"]]
     assert disk["id"] in vmplug("list").answer()
     refused = vmplug("check", bundle, "--json")
     assert (refused.status, refused.json()["problems"][0]["code"]) == (4, "in-use-by-vm")

@@ -22,6 +22,7 @@ _VERBS = {
     "attach": "plug the devices into a VM",
     "detach": "take them out again",
     "list": "what is plugged where?",
+    "watch": "what happens to the host devices that VMs have?",
     "resize": "give the guest a disk's new size",
     "bind": "give a PCI function and its group to VFIO",
     "unbind": "give them back to the drivers that they had",

@@ -229,7 +229,7 @@ def open_store(path: str, host: HostRoot) -> "VhostUserStore":
     """The vhost-user store in that directory of the host."""
     from vmplug.host.vhost_user import VhostUserStore  # noqa: PLC0415
 
-    return VhostUserStore(path, root=host)
+    return VhostUserStore(os.path.abspath(path), root=host)  # QEMU works in another directory
 
 
 def parse_device(text: str) -> "AnyRequest":

@@ -14,6 +14,7 @@ from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress
+    from vmplug.manager.look import Look
     from vmplug.manager.records import Attachment
     from vmplug.oci.annotated import Request
 
@@ -155,13 +156,23 @@ def guest_json(attachment: "Attachment") -> dict[str, Any] | None:
     }
 
 
+def host_json(look: "Look | None") -> dict[str, Any]:
+    """What a device is on the host now; no key where it cannot be told."""
+    return {"host": {"state": str(look.state), "detail": look.detail}} if look else {}
+
+
 def guest_text(guest: "GuestAddress | None") -> str:
     """`PCI 04/00`, `SCSI 0:1`, `/dev/pmem0`, or that there is none."""
     return str(guest) or "-" if guest else "- (counted, not given to the VM)"
 
 
-def print_attachments(attachments: "Sequence[Attachment]", *, with_vm: bool) -> None:
-    """A table of holds."""
+def print_attachments(
+    attachments: "Sequence[Attachment]",
+    *,
+    with_vm: bool,
+    looks: "Mapping[str, Look] | None" = None,
+) -> None:
+    """A table of holds; `looks` by device id adds what has become of the devices on the host."""
     rows = [
         (
             *((hold.vm,) if with_vm else ()),
@@ -172,8 +183,14 @@ def print_attachments(attachments: "Sequence[Attachment]", *, with_vm: bool) -> 
             access(read_only=hold.read_only),
             str(hold.state) + (f" x{hold.count}" if hold.count > 1 else ""),
             guest_text(hold.guest_address),
+            *(() if looks is None else (_host_text(looks.get(hold.device_id)),)),
         )
         for hold in attachments
     ]
     headings = ("ATTACHMENT", "OWNER", "CONTAINER PATH", "HOST PATH", "RO/RW", "STATE", "GUEST")
-    print_table((*(("VM",) if with_vm else ()), *headings), rows)
+    host = () if looks is None else ("HOST",)
+    print_table((*(("VM",) if with_vm else ()), *headings, *host), rows)
+
+
+def _host_text(look: "Look | None") -> str:
+    return str(look.state) if look else "-"

@@ -109,6 +109,10 @@ class BlockDrive:
     file_id: str | None = None
 
 
+DAEMON_MARK = "VMPLUG_DEVICE"
+"""What such a daemon has in its environment: its device's id, a blank, and its VM."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Daemon:
     """A virtiofsd that vmplug itself runs for one share of `directory`.

@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -239,7 +240,16 @@ def _stays_connected(path: str, root: HostRoot) -> bool:
 
 def find_listener(path: str, root: HostRoot, *, name: str | None = None) -> Listener | None:
     """The process that holds the listening socket, if it can be seen; only one called `name`."""
-    links = {f"socket:[{inode}]" for inode in _listeners(path, root)}
+    return _find_holder(_listeners(path, root), root, name)
+
+
+def find_server(path: str, root: HostRoot) -> Listener | None:
+    """The process behind a socket, also one that serves its only client and listens no more."""
+    return _find_holder([socket.inode for socket in _sockets(path, root)], root, None)
+
+
+def _find_holder(inodes: Iterable[str], root: HostRoot, name: str | None) -> Listener | None:
+    links = {f"socket:[{inode}]" for inode in inodes}
     for pid in root.names("/proc") if links else ():
         if is_decimal(pid):
             with suppress(AttributeReadError):  # another user's process, or one that is ending

@@ -17,13 +17,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Protocol, Self
 
-from vmplug.drivers.base import Daemon
+from vmplug.drivers.base import DAEMON_MARK, Daemon
 from vmplug.errors import BackendError, DeviceError
 from vmplug.host.opened import file_id, replaced
 from vmplug.host.process import find_marked, wait_for_end
 from vmplug.host.root import HostRoot
 
-_MARK = "VMPLUG_DEVICE"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _END_TIMEOUT_S = 2.0
 _SANDBOX_TIMEOUT_S, _SANDBOX_STEP_S = 10.0, 0.005
@@ -100,7 +99,7 @@ class HostDaemons(Daemons):
                     ["setsid", "--fork", *command_line(daemon, listener.fileno())],
                     check=True,
                     cwd="/",
-                    env={"PATH": _PATH, _MARK: f"{device_id} {self._vm}"},
+                    env={"PATH": _PATH, DAEMON_MARK: f"{device_id} {self._vm}"},
                     stdin=subprocess.DEVNULL,
                     stdout=words,
                     stderr=words,
@@ -165,7 +164,7 @@ class HostDaemons(Daemons):
         """A daemon's processes: its sandbox is a child of the first."""
         wanted = None if device_ids is None else set(device_ids)
         found: dict[str, list[int]] = {}
-        for pid, mark in sorted(find_marked(_MARK).items()):
+        for pid, mark in sorted(find_marked(DAEMON_MARK).items()):
             device_id, _, vm = mark.partition(" ")
             if vm == self._vm and (wanted is None or device_id in wanted):
                 found.setdefault(device_id, []).append(pid)

@@ -1,0 +1,174 @@
+"""What happens on the host while one waits: the kernel's uevents, and the end of processes.
+
+The kernel's own messages are taken, not those that udevd sends on when it has done its rules: all
+that is asked about is in sysfs by then, and a host without udevd has them too. They reach the
+network namespaces of the host, not those of a container in a user namespace of its own.
+Source: Linux lib/kobject_uevent.c; pidfd_open(2); netlink(7), ENOBUFS.
+"""
+
+import os
+import selectors
+import socket
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from vmplug.devnum import DevNum
+from vmplug.errors import HostError
+
+_SUBSYSTEMS = ("block", "pci", "mdev")
+_BUFFER_BYTES = 4 << 20
+"""For a burst, as when a function is divided into many; without root the kernel gives less."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostEvent:
+    """What the kernel said of a device: `action` is its word, add, remove, change, bind, unbind.
+
+    `name` is the kernel's, `sda` or `0000:3b:00.0`; `devnum` is None for what has no node.
+    """
+
+    action: str
+    subsystem: str
+    name: str
+    devnum: DevNum | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """A process that was followed has ended."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventsLost:
+    """The kernel had more to say than could be kept: everything must be looked at again."""
+
+
+Event = HostEvent | ProcessEnded | EventsLost
+
+
+class HostEvents:
+    """Receives from now on; a context manager, not thread-safe.
+
+    Raises HostError when the kernel cannot be listened to.
+    """
+
+    def __init__(self, *, buffer_bytes: int = _BUFFER_BYTES) -> None:
+        self._monitor = _start_monitor(buffer_bytes)
+        self._processes: dict[int, int] = {}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._monitor.fileno(), selectors.EVENT_READ, None)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self.follow(())
+        self._selector.close()
+        del self._monitor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def follow(self, pids: Collection[int]) -> None:
+        """Tell the end of these processes from now on, and of no others.
+
+        One that has ended already is passed over, and so is one too many for this process.
+        """
+        for pid in self._processes.keys() - pids:
+            self._forget(pid)
+        for pid in pids - self._processes.keys():
+            with suppress(OSError):
+                self._processes[pid] = os.pidfd_open(pid)
+                self._selector.register(self._processes[pid], selectors.EVENT_READ, pid)
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        """What happened, as soon as something has; empty when nothing did within `timeout_s`."""
+        happened: list[Event] = []
+        for key, _ in self._selector.select(timeout_s):
+            if key.data is None:
+                happened += _receive_all(self._monitor)
+            else:
+                self._forget(key.data)
+                happened.append(ProcessEnded(key.data))
+        return happened
+
+    def _forget(self, pid: int) -> None:
+        descriptor = self._processes.pop(pid)
+        self._selector.unregister(descriptor)
+        os.close(descriptor)
+
+
+class _Device(Protocol):
+    """As much of pyudev.Device as is used; it has no types of its own."""
+
+    @property
+    def action(self) -> str | None: ...
+    @property
+    def subsystem(self) -> str: ...
+    @property
+    def sys_name(self) -> str: ...
+    @property
+    def properties(self) -> Mapping[str, str]: ...
+
+
+class _Monitor(Protocol):
+    """As much of pyudev.Monitor as is used."""
+
+    def fileno(self) -> int: ...
+    def poll(self, timeout: float) -> _Device | None: ...
+
+
+def _start_monitor(buffer_bytes: int) -> _Monitor:
+    try:
+        import pyudev  # noqa: PLC0415  50 ms that only who waits for events need pay
+
+        monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
+        with suppress(OSError):  # it is not root's to ask
+            monitor.set_receive_buffer_size(buffer_bytes)
+        for subsystem in _SUBSYSTEMS:
+            monitor.filter_by(subsystem)
+        monitor.start()
+    except (ImportError, OSError) as error:
+        raise HostError(
+            f"the kernel's events cannot be received: {error}",
+            hint="on Debian: apt install libudev1; pip install pyudev",
+        ) from error
+    started: _Monitor = monitor
+    return started
+
+
+def _receive_all(monitor: _Monitor) -> Iterable[Event]:
+    """What the kernel has sent so far.
+
+    A socket that has lost something says so once, and libudev never asks it: it would seem to
+    have something to read for ever. Measured with libudev 252 and pyudev 0.24.
+    """
+    received: list[Event] = []
+    if _take_error(monitor):
+        received.append(EventsLost())
+    try:
+        while (device := monitor.poll(0)) is not None:
+            received.append(_read(device))
+    except OSError:  # it has lost something since
+        received.append(EventsLost())
+    return received
+
+
+def _take_error(monitor: _Monitor) -> int:
+    with socket.socket(fileno=os.dup(monitor.fileno())) as netlink:
+        return netlink.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+def _read(device: _Device) -> HostEvent:
+    major, minor = device.properties.get("MAJOR"), device.properties.get("MINOR")
+    return HostEvent(
+        action=device.action or "",
+        subsystem=device.subsystem,
+        name=device.sys_name,
+        devnum=DevNum(int(major), int(minor)) if major and minor else None,
+    )

@@ -1,0 +1,243 @@
+"""Is the host device of an attachment still what it was? A look at the host; no VM is asked.
+
+Of a device on its way in or out nothing is said, nor of what cannot be seen: a descriptor that
+was handed over, a socket of another network namespace, a file that this user may not look at.
+"""
+
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vmplug.devnum import DevNum
+from vmplug.drivers.base import DAEMON_MARK
+from vmplug.errors import AttributeReadError
+from vmplug.host.backend import is_connected, is_listening
+from vmplug.host.block import SIZE_UNIT_BYTES
+from vmplug.host.device import DeviceType
+from vmplug.host.image import ImageFormat, read_qcow2_header
+from vmplug.host.loop import read_backing_file
+from vmplug.host.mdev import MDEV_DEVICES
+from vmplug.host.pci import find_bdf, find_function
+from vmplug.host.process import find_marked, is_running
+from vmplug.host.root import HostRoot, node_number
+from vmplug.host.vfio import is_vfio_driver
+from vmplug.manager.records import DeviceRecord, VmRecord
+from vmplug.manager.state import State
+
+_SERVED = {
+    DeviceType.VHOST_USER_BLK,
+    DeviceType.VHOST_USER_SCSI,
+    DeviceType.VHOST_USER_NET,
+    DeviceType.VHOST_USER_FS,
+}
+_LOOP_MAJOR = 7
+"""Source: Documentation/admin-guide/devices.txt."""
+
+
+class HostState(StrEnum):
+    """What a host device is now, against what it was when it was attached.
+
+    `deleted`: its file, or the file behind its loop device, has lost its name. `replaced`:
+    something else has its name. `disconnected`: its backend is there and serves nobody.
+    """
+
+    PRESENT = "present"
+    GONE = "gone"
+    DELETED = "deleted"
+    REPLACED = "replaced"
+    OTHER_DRIVER = "other-driver"
+    DISCONNECTED = "disconnected"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """`detail` is a sentence about what is not as it was, None when all is.
+
+    `size_bytes` is a disk's, None for anything else.
+    """
+
+    state: HostState
+    detail: str | None = None
+    size_bytes: int | None = None
+
+
+def judged(record: DeviceRecord) -> bool:
+    """Whether a device is in its VM, and not on its way in or out."""
+    return record.state in {State.ATTACHED, State.RETAINED}
+
+
+def is_served(record: DeviceRecord) -> bool:
+    """Whether a process of the host serves the device, by vhost-user."""
+    return record.kind in _SERVED
+
+
+def socket_of(record: DeviceRecord) -> str | None:
+    """The path of the socket that a device's backend serves; None where it has none.
+
+    A connection that was handed over has no path, vmplug's own virtiofsd no name.
+    """
+    is_own = record.identity.startswith("share:")
+    has_path = is_served(record) and not is_own and record.host_path.startswith("/")
+    return record.host_path if has_path else None
+
+
+def has_ended(vm: VmRecord, host: HostRoot) -> bool:
+    """Whether the process of a VM is surely no more."""
+    return vm.pid is not None and not is_running(vm.pid, vm.started_at, host)
+
+
+class HostLook:
+    """The host at one moment: what many devices need of it is read once.
+
+    `daemons` are processes known to share directories, by device id; those found are added.
+    """
+
+    def __init__(
+        self, host: HostRoot, vms: Iterable[VmRecord], daemons: dict[str, int] | None = None
+    ) -> None:
+        self._host = host
+        self._vms = {vm.name: vm for vm in vms}
+        self._open: dict[str, frozenset[str]] = {}
+        self._daemons = {} if daemons is None else daemons
+        self._marked: Mapping[int, str] | None = None
+
+    def of(self, record: DeviceRecord) -> Look | None:
+        """What has become of a device; None when it cannot be told."""
+        if not judged(record):
+            return None
+        try:
+            return self._look_at(record)
+        except (AttributeReadError, ValueError):
+            return None
+
+    def _look_at(self, record: DeviceRecord) -> Look | None:
+        kind, _, what = record.identity.partition(":")
+        if is_served(record):
+            return self._daemon(record) if kind == "share" else self._backend(record)
+        if record.kind is DeviceType.VFIO:
+            return self._functions(record, what)
+        if record.kind is DeviceType.BLOCK:
+            return self._block(record, what) if kind == "block" else self._file(record)
+        return self._node(record)
+
+    # disks
+
+    def _block(self, record: DeviceRecord, number: str) -> Look | None:
+        base = f"{self._host.sys_dev}/block"
+        if self._host.stat(base) is None:
+            return None
+        sectors = self._host.read_int(f"{base}/{number}/size")
+        if sectors is None:
+            return Look(HostState.GONE, f"{record.host_path} ({number}) is not there any more")
+        backing = read_backing_file(f"{base}/{number}", self._host)
+        if backing is None and DevNum.parse(number).major == _LOOP_MAJOR:
+            return Look(HostState.GONE, f"{record.host_path} loops to no file any more")
+        size_bytes = sectors * SIZE_UNIT_BYTES
+        if backing and backing.deleted:
+            told = f"{backing.backing_file}, the file behind {record.host_path}, has been deleted"
+            return Look(HostState.DELETED, told, size_bytes)
+        return Look(HostState.PRESENT, size_bytes=size_bytes)
+
+    def _file(self, record: DeviceRecord) -> Look:
+        path = record.host_path
+        status = self._host.stat(path)
+        if status is None:
+            return Look(HostState.DELETED, f"{path} has been deleted or moved")
+        if not stat.S_ISREG(status.st_mode) or f"{path} (deleted)" in self._files_of(record.vm):
+            return Look(HostState.REPLACED, f"at {path} there is another file now")
+        return Look(HostState.PRESENT, size_bytes=self._size_of_image(record, status.st_size))
+
+    def _size_of_image(self, record: DeviceRecord, length: int) -> int | None:
+        """What a guest would see: a qcow2 image grows as it is written to; an NVDIMM is fixed."""
+        if not record.can_be_unplugged:
+            return None
+        if record.options.get("format") != ImageFormat.QCOW2:
+            return length
+        header = read_qcow2_header(record.host_path, self._host)
+        return header.virtual_size_bytes if header else None
+
+    def _files_of(self, vm: str) -> frozenset[str]:
+        """What the process of a VM has open, as /proc names it; nothing where that is not known.
+
+        A file that has lost its name is marked. Source: proc_pid_fd(5).
+        """
+        if vm not in self._open:
+            known, host = self._vms.get(vm), self._host
+            found = set[str | None]()
+            if known and known.pid and is_running(known.pid, known.started_at, host):
+                directory = f"/proc/{known.pid}/fd"
+                try:
+                    found = {host.link(f"{directory}/{name}") for name in host.names(directory)}
+                except AttributeReadError:  # another user's: it is only not known then
+                    found = set()
+            self._open[vm] = frozenset(name for name in found if name)
+        return self._open[vm]
+
+    # functions
+
+    def _functions(self, record: DeviceRecord, first: str) -> Look:
+        """The first of its members that is not as it was speaks for all: they go together."""
+        address = record.guest_address
+        members = [function.host for function in address.functions] if address else []
+        looks = (self._function(name) for name in members or [first])
+        return next((look for look in looks if look), Look(HostState.PRESENT))
+
+    def _function(self, name: str) -> Look | None:
+        """What is not as it was; None when all is."""
+        bdf = find_bdf(name)
+        if bdf is None:
+            is_there = self._host.stat(f"{MDEV_DEVICES}/{name}") is not None
+            return None if is_there else Look(HostState.GONE, f"{name} is not there any more")
+        function = find_function(bdf, self._host)
+        if function is None:
+            return Look(HostState.GONE, f"{name} is not there any more")
+        if is_vfio_driver(function, self._host):
+            return None
+        driver = f"the driver {function.driver}" if function.driver else "no driver"
+        return Look(HostState.OTHER_DRIVER, f"{name} is bound to {driver}, not to VFIO's")
+
+    # what other processes serve
+
+    def _backend(self, record: DeviceRecord) -> Look | None:
+        path = socket_of(record)
+        if path is None:
+            return None
+        if is_connected(path, self._host):
+            return Look(HostState.PRESENT)
+        if not is_listening(path, self._host):
+            return Look(HostState.GONE, f"nobody serves {path} any more")
+        vm = self._vms.get(record.vm)
+        if vm is None or has_ended(vm, self._host):
+            return Look(HostState.PRESENT)
+        return Look(HostState.DISCONNECTED, f"the backend at {path} serves nobody")
+
+    def _daemon(self, record: DeviceRecord) -> Look | None:
+        """A virtiofsd of vmplug's own has no socket by which it could be found."""
+        if not self._host.is_live:
+            return None
+        if not is_running(self._daemons.get(record.id, 0), None, self._host):
+            if self._marked is None:
+                self._marked = find_marked(DAEMON_MARK)
+            marks = {mark.partition(" ")[0]: pid for pid, mark in self._marked.items()}
+            if record.id not in marks:
+                self._daemons.pop(record.id, None)
+                told = f"the virtiofsd that shares {record.host_path} has ended"
+                return Look(HostState.GONE, told)
+            self._daemons[record.id] = marks[record.id]
+        return Look(HostState.PRESENT)
+
+    # nodes and directories
+
+    def _node(self, record: DeviceRecord) -> Look | None:
+        path, (kind, _, what) = record.host_path, record.identity.partition(":")
+        status = self._host.stat(path)
+        if kind != "char":
+            if status:
+                return Look(HostState.PRESENT)
+            return Look(HostState.GONE, f"{path} is not there any more")
+        if self._host.stat(f"{self._host.sys_dev}/char/{what}"):
+            return Look(HostState.PRESENT)
+        if status and node_number(status) == DevNum.parse(what):
+            return None  # a node without a device, or a device that sysfs does not list
+        return Look(HostState.GONE, f"{path} ({what}) is not there any more")

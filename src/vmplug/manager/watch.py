@@ -1,0 +1,194 @@
+"""Watch: tells what happens to the host devices that VMs have, as it happens.
+
+Nothing is changed, and neither a VM nor a backend is asked. The kernel tells at once of devices
+that come and go, and of processes that end. All else (files, sockets, what others write to the
+journal) is looked at every LOOK_INTERVAL_S.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Self
+
+from vmplug.host.backend import find_server
+from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
+from vmplug.host.root import HostRoot
+from vmplug.manager import DEFAULT_STATE_DIR
+from vmplug.manager.look import HostLook, HostState, Look, has_ended, judged, socket_of
+from vmplug.manager.notice import (
+    Notice,
+    compare,
+    device_notices,
+    ended_notice,
+    lost_notice,
+    was_taken_away,
+)
+from vmplug.manager.records import Attachment, DeviceRecord, VmRecord
+from vmplug.manager.store import Store
+
+LOOK_INTERVAL_S = 1.0
+
+
+def watch(
+    state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR,
+    *,
+    host: HostRoot | None = None,
+    vm: str | None = None,
+    timeout_s: float | None = None,
+) -> "Watch":
+    """What is wrong already and then what happens, until it is closed or `timeout_s` is over.
+
+    Only of the VM called `vm`, None for all; `timeout_s` None never ends. Raises StoreError, and
+    HostError when the kernel's events cannot be received.
+    """
+    with ExitStack() as opened:
+        journal = opened.enter_context(Store.open(state_dir))
+        events = opened.enter_context(HostEvents())
+        opened.pop_all()
+    return Watch(journal, events, host=host or HostRoot(), vm=vm, timeout_s=timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the journal held at a version of it."""
+
+    version: int
+    vms: Sequence[VmRecord]
+    devices: Sequence[DeviceRecord]
+    holds: Sequence[Attachment]
+
+
+class Watch(Iterator[Notice]):
+    """Iterates over notices; a context manager that closes what it was given. Not thread-safe."""
+
+    def __init__(
+        self,
+        journal: Store,
+        events: HostEvents,
+        *,
+        host: HostRoot,
+        vm: str | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._journal = journal
+        self._events = events
+        self._host = host
+        self._vm = vm
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._rows: _Rows | None = None
+        self._seen: dict[str, Look] = {}
+        self._ended: set[VmRecord] = set()
+        self._servers: dict[str, int | None] = {}
+        self._daemons: dict[str, int] = {}
+        self._waiting: deque[Notice] = deque()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """End it: there are no more notices."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._events.close()
+            self._journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __next__(self) -> Notice:
+        """The next notice, waited for; StopIteration when the time is over."""
+        while not self._is_closed:
+            if self._waiting:
+                return self._waiting.popleft()
+            if self._rows is None:
+                self._look([])
+                continue
+            left = LOOK_INTERVAL_S
+            if self._deadline is not None:
+                left = min(left, self._deadline - time.monotonic())
+            if left <= 0:
+                break
+            self._look(self._events.wait(left))
+        raise StopIteration
+
+    def _look(self, happened: Sequence[Event]) -> None:
+        """Look at everything, and remember notices of what is not as it was.
+
+        A device is judged only if the journal had the same of it before and after it was looked
+        at: else the change may be vmplug's own, such as a function that is given back. And what
+        happened before it was first seen in the VM is no news: it was still being bound.
+        """
+        rows = self._rows = self._read()
+        self._events.follow(self._pids(rows))
+        happened = [*happened, *self._events.wait(0)]
+        self._forget_servers({event.pid for event in happened if isinstance(event, ProcessEnded)})
+        looker = HostLook(self._host, rows.vms, self._daemons)
+        looks = [(r, looker.of(r)) for r in rows.devices if judged(r)]
+        ended = [vm for vm in rows.vms if vm not in self._ended and has_ended(vm, self._host)]
+        self._rows = self._read()
+        if any(isinstance(event, EventsLost) for event in happened):
+            self._waiting.append(lost_notice())
+        for vm in ended:
+            if vm in self._rows.vms:
+                self._waiting.append(ended_notice(vm, rows.holds))
+        self._ended = {vm for vm in {*self._ended, *ended} if vm in self._rows.vms}
+        same = set(map(_key, self._rows.devices))
+        for record, now in looks:
+            if now and _key(record) in same and not self._has_ended(record):
+                self._judge(record, now, happened)
+        present = {record.id for record in self._rows.devices}
+        self._seen = {name: look for name, look in self._seen.items() if name in present}
+        self._find_servers([record for record, _ in looks])
+        self._events.follow(self._pids(self._rows))
+
+    def _judge(self, record: DeviceRecord, now: Look, happened: Sequence[Event]) -> None:
+        assert self._rows
+        before = self._seen.get(record.id)
+        taken_away = before is not None and was_taken_away(record, happened)
+        what = compare(before, now, taken_away=taken_away)
+        if what:
+            self._waiting += device_notices(what, record, self._rows.holds, before=before, now=now)
+        self._seen[record.id] = now
+
+    def _has_ended(self, record: DeviceRecord) -> bool:
+        return any(vm.name == record.vm for vm in self._ended)
+
+    def _read(self) -> _Rows:
+        """What the journal holds; read again only when somebody has written to it."""
+        journal, version = self._journal, self._journal.version()
+        if self._rows and self._rows.version == version:
+            return self._rows
+        vms = [vm for vm in journal.vms() if self._vm in {None, vm.name}]
+        devices = [device for vm in vms for device in journal.devices(vm.name)]
+        return _Rows(version, vms, devices, journal.attachments(self._vm))
+
+    def _pids(self, rows: _Rows) -> set[int]:
+        vms = {vm.pid for vm in rows.vms if vm.pid and vm not in self._ended}
+        return {*vms, *self._daemons.values(), *(pid for pid in self._servers.values() if pid)}
+
+    def _find_servers(self, records: Sequence[DeviceRecord]) -> None:
+        """The process behind each socket, so that its end is told at once.
+
+        It is looked for only when the socket has come back: that goes through all processes.
+        """
+        known = self._servers
+        self._servers = {}
+        for record in records:
+            path, look = socket_of(record), self._seen.get(record.id)
+            if path and look and look.state is not HostState.GONE:
+                if path not in known:
+                    server = find_server(path, self._host)
+                    known[path] = server.pid if server else None
+                self._servers[path] = known[path]
+
+    def _forget_servers(self, ended: Collection[int]) -> None:
+        self._servers = {path: pid for path, pid in self._servers.items() if pid not in ended}
+
+
+def _key(record: DeviceRecord) -> tuple[str, str]:
+    """The same device in the same state: an id is drawn anew for each plug."""
+    return record.id, record.state

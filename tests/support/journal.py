@@ -1,0 +1,77 @@
+"""Rows of a journal as an attach leaves them, for tests of what is done with them afterwards."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from vmplug.address import PciPath, new_id
+from vmplug.drivers.place import GuestAddress, GuestFunction
+from vmplug.host.device import DeviceType
+from vmplug.manager.records import Attachment, DeviceRecord, VmRecord
+from vmplug.manager.state import State
+from vmplug.manager.store import Store
+
+GUEST = GuestAddress(pci_path=PciPath.parse("04/00"))
+
+
+def vm_record(
+    name: str = "sb1", pid: int | None = None, started_at: int | None = None
+) -> VmRecord:
+    return VmRecord(
+        name=name,
+        qmp_socket=f"/run/{name}/qmp.sock",
+        pid=pid,
+        started_at=started_at,
+        is_ours=False,
+    )
+
+
+def device_record(
+    identity: str,
+    host_path: str,
+    kind: DeviceType = DeviceType.BLOCK,
+    *,
+    vm: str = "sb1",
+    state: State = State.ATTACHED,
+    options: Mapping[str, str] | None = None,
+    functions: tuple[str, ...] = (),
+) -> DeviceRecord:
+    """A device in a VM; `functions` are the BDFs of a group on the host."""
+    id_ = new_id()
+    guest = replace(GUEST, functions=tuple(GuestFunction(bdf, None) for bdf in functions))
+    return DeviceRecord(
+        id=id_,
+        vm=vm,
+        identity=identity,
+        kind=kind,
+        host_path=host_path,
+        state=state,
+        read_only=False,
+        share_rw=False,
+        options=options or {},
+        place=f"rp0/{id_}",
+        guest_address=None if kind is DeviceType.GENERIC else guest,
+    )
+
+
+def hold_on(device: DeviceRecord, owner: str = "c1") -> Attachment:
+    return Attachment(
+        id=new_id(),
+        vm=device.vm,
+        owner=owner,
+        name="/dev/xvda",
+        host_path=device.host_path,
+        kind=device.kind,
+        read_only=False,
+        count=1,
+        state=device.state,
+        guest_address=device.guest_address,
+        device_id=device.id,
+        options=device.options,
+    )
+
+
+def attach_row(journal: Store, device: DeviceRecord) -> Attachment:
+    """The device in the journal, on the way that every device takes, with one hold on it."""
+    (hold,) = journal.add_devices([replace(device, state=State.PLUGGING)], [hold_on(device)]) or []
+    journal.set_state([device.id], State.ATTACHED)
+    return hold

@@ -1,0 +1,221 @@
+"""Is a host device still what it was? On trees, and on this host for what only a kernel shows."""
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.disks import disk_image, qcow2_image
+from tests.support.journal import device_record, vm_record
+from tests.support.pci_tree import PciTree
+from tests.support.tree import GIB, MIB
+from vmplug.host.device import DeviceType
+from vmplug.host.process import read_start_time
+from vmplug.host.root import HostRoot
+from vmplug.manager.look import HostLook, HostState, Look
+from vmplug.manager.records import DeviceRecord
+from vmplug.manager.state import State
+
+BDFS = ("0000:3b:00.0", "0000:3b:00.1")
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> PciTree:
+    return PciTree(tmp_path / "host")
+
+
+def look(tree: PciTree, record: DeviceRecord) -> Look | None:
+    return HostLook(tree.root, [vm_record()]).of(record)
+
+
+def state(tree: PciTree, record: DeviceRecord) -> HostState | None:
+    found = look(tree, record)
+    if found:
+        assert (found.detail is None) == (found.state is HostState.PRESENT)
+    return found.state if found else None
+
+
+DISK = device_record("block:8:16", "/dev/sdb")
+LOOP = device_record("block:7:3", "/dev/loop3")
+GROUP = device_record(f"vfio:{BDFS[0]}", "/dev/vfio/26", DeviceType.VFIO, functions=BDFS)
+MDEV = device_record(f"vfio:{UUID}", "/dev/vfio/27", DeviceType.VFIO, functions=(UUID,))
+BACKEND = device_record("socket:/run/vu.sock", "/run/vu.sock", DeviceType.VHOST_USER_BLK)
+CHAR = device_record("char:10:183", "/dev/hwrng", DeviceType.GENERIC)
+
+
+def test_a_disk_that_is_there_has_its_size(tree: PciTree) -> None:
+    tree.block_device("8:16", "sdb", size_bytes=3 * GIB)
+    assert look(tree, DISK) == Look(HostState.PRESENT, size_bytes=3 * GIB)
+
+
+def test_a_disk_that_was_pulled_is_gone(tree: PciTree) -> None:
+    tree.block_device("8:32", "sdc")
+    found = look(tree, DISK)
+    assert found == Look(HostState.GONE, "/dev/sdb (8:16) is not there any more")
+
+
+def test_of_a_host_without_sysfs_nothing_is_said(tree: PciTree) -> None:
+    tree.file("/etc/hostname", "host")
+    assert look(tree, DISK) is None
+
+
+def test_a_loop_device_without_a_file_is_gone(tree: PciTree) -> None:
+    tree.block_device("7:3", "loop3", size_bytes=0)
+    assert look(tree, LOOP) == Look(HostState.GONE, "/dev/loop3 loops to no file any more")
+
+
+def test_a_loop_device_whose_file_was_deleted(tree: PciTree) -> None:
+    tree.block_device("7:3", "loop3", loop={"backing_file": "/srv/a.img (deleted)\n"})
+    assert state(tree, LOOP) is HostState.DELETED
+    tree.file("/srv/a.img (deleted)")
+    assert state(tree, LOOP) is HostState.PRESENT
+
+
+def test_a_file_is_there_deleted_or_no_file_any_more(tree: PciTree) -> None:
+    image = device_record("file:/srv/a.img", "/srv/a.img")
+    assert state(tree, image) is HostState.DELETED
+    tree.file("/srv/a.img", b"x" * 1024)
+    assert look(tree, image) == Look(HostState.PRESENT, size_bytes=1024)
+    (tree.path / "srv/a.img").unlink()
+    (tree.path / "srv/a.img").mkdir()
+    assert state(tree, image) is HostState.REPLACED
+
+
+def test_a_file_in_the_place_of_the_one_that_the_vm_has_open_is_told(tmp_path: Path) -> None:
+    """On this host: this process stands for the VM's."""
+    host, path = HostRoot(), disk_image(tmp_path / "a.img", 1, "first")
+    vm = vm_record(pid=os.getpid(), started_at=read_start_time(os.getpid(), host))
+    image = device_record(f"file:{path}", str(path))
+    with path.open("rb"):
+        assert HostLook(host, [vm]).of(image) == Look(HostState.PRESENT, size_bytes=MIB)
+        disk_image(tmp_path / "b.img", 1, "second").rename(path)
+        found = HostLook(host, [vm]).of(image)
+        assert found == Look(HostState.REPLACED, f"at {path} there is another file now")
+        ended = replace(vm, started_at=1)
+        assert HostLook(host, [ended]).of(image) == Look(HostState.PRESENT, size_bytes=MIB)
+
+
+def test_a_qcow2_image_has_the_size_that_a_guest_sees(tmp_path: Path) -> None:
+    path = qcow2_image(tmp_path / "a.qcow2", 8, "a")
+    image = device_record(f"file:{path}", str(path), options={"format": "qcow2"})
+    found = HostLook(HostRoot(), []).of(image)
+    assert found == Look(HostState.PRESENT, size_bytes=8 * MIB)
+    raw = replace(image, options={})
+    assert HostLook(HostRoot(), []).of(raw) == Look(
+        HostState.PRESENT, size_bytes=path.stat().st_size
+    )
+
+
+def test_a_group_is_what_it_was_while_vfio_has_all_of_it(tree: PciTree) -> None:
+    tree.pci_function(BDFS[0], driver="vfio-pci").pci_function(BDFS[1], driver="mlx5_vfio_pci")
+    assert look(tree, GROUP) == Look(HostState.PRESENT)
+
+
+@pytest.mark.parametrize(("driver", "says"), [("nvme", "the driver nvme"), (None, "no driver")])
+def test_a_function_that_another_driver_has_is_told_for_its_group(
+    tree: PciTree, driver: str | None, says: str
+) -> None:
+    tree.pci_function(BDFS[0], driver="vfio-pci").pci_function(BDFS[1], driver=driver)
+    found = look(tree, GROUP)
+    assert found
+    assert found.state is HostState.OTHER_DRIVER
+    assert found.detail == f"{BDFS[1]} is bound to {says}, not to VFIO's"
+
+
+def test_a_function_that_was_pulled_is_gone(tree: PciTree) -> None:
+    tree.pci_function(BDFS[0], driver="vfio-pci")
+    assert look(tree, GROUP) == Look(HostState.GONE, f"{BDFS[1]} is not there any more")
+
+
+def test_a_mediated_device_is_there_or_gone(tree: PciTree) -> None:
+    assert state(tree, MDEV) is HostState.GONE
+    tree.file(f"/sys/bus/mdev/devices/{UUID}/uevent")
+    assert state(tree, MDEV) is HostState.PRESENT
+
+
+def test_a_backend_that_serves_somebody_is_there_also_when_it_listens_no_more(
+    tree: PciTree,
+) -> None:
+    tree.unix_socket("/run/vu.sock", 77, listens=False)
+    assert state(tree, BACKEND) is HostState.PRESENT
+
+
+def test_a_backend_that_nobody_serves_is_gone(tree: PciTree) -> None:
+    tree.unix_socket("/run/other.sock", 77)
+    assert state(tree, BACKEND) is HostState.GONE
+
+
+def test_a_backend_that_serves_nobody_is_disconnected_while_the_vm_runs(tree: PciTree) -> None:
+    tree.unix_socket("/run/vu.sock", 77)
+    assert state(tree, BACKEND) is HostState.DISCONNECTED
+    ended = vm_record(pid=4242, started_at=1)
+    assert HostLook(tree.root, [ended]).of(BACKEND) == Look(HostState.PRESENT)
+
+
+def test_of_a_connection_that_was_handed_over_nothing_is_said(tree: PciTree) -> None:
+    tree.unix_socket("/run/other.sock", 77)
+    given = device_record("socket:[77]", "socket:[77]", DeviceType.VHOST_USER_FS)
+    assert look(tree, given) is None
+
+
+def test_a_virtiofsd_of_vmplugs_own_is_told_by_its_mark() -> None:
+    shared = device_record("share:work:/srv", "/srv", DeviceType.VHOST_USER_FS)
+    daemons: dict[str, int] = {}
+    assert HostLook(HostRoot(), [], daemons).of(shared) == Look(
+        HostState.GONE, "the virtiofsd that shares /srv has ended"
+    )
+    running = HostLook(HostRoot(), [], {shared.id: os.getpid()})
+    assert running.of(shared) == Look(HostState.PRESENT)
+
+
+def test_a_character_device_is_there_or_gone(tree: PciTree) -> None:
+    tree.file("/sys/dev/char/1:3/uevent")
+    assert state(tree, CHAR) is HostState.GONE
+    tree.char_device("10:183", "hwrng")
+    assert state(tree, CHAR) is HostState.PRESENT
+
+
+@pytest.mark.parametrize(
+    ("identity", "kind"),
+    [("share:work:/srv/work", DeviceType.VIRTIO_9P), ("rng:/srv/work", DeviceType.VIRTIO_RNG)],
+)
+def test_a_directory_or_node_is_there_or_gone(
+    tree: PciTree, identity: str, kind: DeviceType
+) -> None:
+    record = device_record(identity, "/srv/work", kind)
+    assert state(tree, record) is HostState.GONE
+    tree.file("/srv/work/file")
+    assert state(tree, record) is HostState.PRESENT
+
+
+@pytest.mark.parametrize("on_its_way", [State.PLUGGING, State.DETACHING])
+def test_of_a_device_on_its_way_nothing_is_said(tree: PciTree, on_its_way: State) -> None:
+    tree.block_device("8:32", "sdc")
+    assert look(tree, replace(DISK, state=on_its_way)) is None
+    assert state(tree, replace(DISK, state=State.RETAINED)) is HostState.GONE
+
+
+def test_of_what_makes_no_sense_nothing_is_said(tree: PciTree) -> None:
+    tree.file("/sys/dev/block/8:16/size", "many\n")
+    assert look(tree, DISK) is None
+
+
+def test_a_real_listener_is_seen_without_a_connection(tmp_path: Path) -> None:
+    path = os.path.realpath(f"/tmp/vmplug-look-{os.getpid()}")
+    record = device_record(f"socket:{path}", path, DeviceType.VHOST_USER_NET)
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        try:
+            listener.bind(path)
+            listener.listen()
+            looker = HostLook(HostRoot(), [vm_record()])
+            assert looker.of(record) == Look(
+                HostState.DISCONNECTED, f"the backend at {path} serves nobody"
+            )
+            client.connect(path)
+            with listener.accept()[0]:
+                assert looker.of(record) == Look(HostState.PRESENT)
+        finally:
+            os.unlink(path)
