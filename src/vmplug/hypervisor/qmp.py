@@ -39,9 +39,12 @@ class QmpMonitor(Monitor):
     the kernel does not say.
     """
 
-    def __init__(self, path: str, *, timeout_s: float) -> None:
+    def __init__(
+        self, path: str, *, timeout_s: float, command_timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> None:
         self._socket = path
         self._connect_timeout_s = timeout_s
+        self._command_timeout_s = command_timeout_s
         self.peer_pid: int | None = None
         self._receivers: list[EventReceiver] = []
         self._client: QMPClient | None = None
@@ -53,9 +56,11 @@ class QmpMonitor(Monitor):
         )
 
     @classmethod
-    def connect(cls, path: str, *, timeout_s: float = 10.0) -> Self:
+    def connect(
+        cls, path: str, *, timeout_s: float = 10.0, command_timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> Self:
         """A conversation on the QMP socket at `path`; ConnectError says why there is none."""
-        monitor = cls(path, timeout_s=timeout_s)
+        monitor = cls(path, timeout_s=timeout_s, command_timeout_s=command_timeout_s)
         monitor._thread.start()
         try:
             monitor._run(monitor._connect())
@@ -183,7 +188,9 @@ class QmpMonitor(Monitor):
     async def _execute(self, command: Command) -> Any:
         client = await self._connected()
         log.debug("%s %s", command.execute, command.arguments)
-        timeout_s = BACKEND_TIMEOUT_S if command.backend else COMMAND_TIMEOUT_S
+        timeout_s = self._command_timeout_s
+        if command.backend:
+            timeout_s = min(timeout_s, BACKEND_TIMEOUT_S)
         try:
             if command.descriptor is not None:
                 client.send_fd_scm(command.descriptor)
