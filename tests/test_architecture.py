@@ -28,6 +28,7 @@ MAY_IMPORT = {
 CATCHES_OSERROR = {
     "cli/main.py",  # the answer cannot be written: its reader has gone, the disk is full
     "host/backend.py",
+    "host/held.py",
     "host/process.py",
     "host/program.py",
     "host/record.py",

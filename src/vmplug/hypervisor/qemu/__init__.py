@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id, qom_path
 from vmplug.drivers.base import (
+    BlockDrive,
     Command,
     Daemon,
     Endpoint,
@@ -19,19 +20,21 @@ from vmplug.drivers.base import (
     VFIODevices,
     VhostUserDevice,
 )
-from vmplug.drivers.place import Offer, Place
+from vmplug.drivers.place import MemorySlot, Offer, Place
 from vmplug.errors import (
     BackendError,
     BackendTimeout,
+    CannotPlug,
     CommandError,
     HypervisorError,
     UnplugTimeout,
 )
+from vmplug.host.held import hold
 from vmplug.host.vfio import open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import vfio
-from vmplug.hypervisor.qemu.plug import check_hot, plug_steps
+from vmplug.hypervisor.qemu.plug import check_hot, check_same, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer
 
@@ -95,6 +98,9 @@ class Qemu:
             self._plug_group(plug, place)
             return
         if not (isinstance(plug, VhostUserDevice) and plug.daemon):
+        if isinstance(plug, BlockDrive) and isinstance(place, MemorySlot):
+            self._plug_memory(plug, place)
+            return
             self._do(self.steps(plug, place))
             return
         with self._daemons.start(plug.daemon, plug.id) as started:
@@ -130,6 +136,18 @@ class Qemu:
                 raise
 
     def _do(self, steps: Sequence[Step]) -> None:
+    def _plug_memory(self, drive: BlockDrive, slot: MemorySlot) -> None:
+        """QEMU makes an empty file if that of the memory has just gone: hence the second look."""
+        memory, module = self.steps(drive, slot)
+        with hold(drive.file) as file:
+            self._do([memory])
+            try:
+                check_same(file, drive.file)
+                self._do([module])
+            except (CommandError, CannotPlug):
+                self._take_back(memory.undo)
+                raise
+
         done, refusal = self._monitor.attempt([step.do for step in steps])
         if refusal:
             for step in reversed(steps[: len(done)]):

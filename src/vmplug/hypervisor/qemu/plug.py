@@ -15,6 +15,7 @@ from vmplug.drivers.base import (
 from vmplug.drivers.choose import cold_plug_only
 from vmplug.drivers.place import MemorySlot, MmioPlace, Place
 from vmplug.errors import CannotPlug
+from vmplug.host.held import HeldFile
 from vmplug.hypervisor.qemu import block, nvdimm, rng, share, vfio, vhost_user
 
 
@@ -57,3 +58,14 @@ def check_file(plug: Plug, place: Place) -> None:
             )
         case _:
             pass
+
+
+def check_same(file: HeldFile, path: str) -> None:
+    """CannotPlug when another file is there now, such as one that QEMU has made."""
+    if not file.is_same():
+        raise CannotPlug(
+            "no-such-file",
+            f"{path} was removed or replaced while it was being plugged",
+            hint=f"nothing was plugged; an empty {path} may be one that QEMU has made: delete it, "
+            "and bring the right one back",
+        )
