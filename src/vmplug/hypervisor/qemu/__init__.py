@@ -320,3 +320,6 @@ def _daemon_failed(daemon: Daemon, error: HypervisorError, said: str) -> Backend
         hint=hint
         or "nothing is left of it in the VM; try again, or share it as virtio-9p at the start",
     )
+        for device_id in device_ids & self._with_daemon:
+            # QEMU tells nobody of a connection that it was given and that nothing uses yet.
+            self._remove(Command("closefd", {"fdname": qemu_id(device_id, LINK)}))
