@@ -10,6 +10,10 @@ from vmplug.errors import CommandError
 EventReceiver = Callable[[str, Mapping[str, Any]], None]
 
 
+CONVERSATION_LOST = "VMPLUG_CONVERSATION_LOST"
+"""An event of vmplug's own: what QEMU says until the next command is heard by nobody."""
+
+
 class Monitor(Protocol):
     """Commands go in, answers and events come out.
 

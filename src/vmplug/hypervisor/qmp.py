@@ -18,7 +18,7 @@ from qemu.qmp.qmp_client import NegotiationError
 
 from vmplug.drivers.base import Command
 from vmplug.errors import BackendTimeout, CommandError, ConnectError, ProtocolError
-from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
+from vmplug.hypervisor.monitor import CONVERSATION_LOST, EventReceiver, Monitor, command_error
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ class QmpMonitor(Monitor):
         except QmpConnectError as error:
             raise self._no_conversation(error) from error
         self._client = client
-        self._relay = asyncio.create_task(self._relay_events(events))
+        self._relay = asyncio.create_task(self._relay_all(client, events))
 
     async def _negotiate(self, events: EventListener) -> QMPClient:
         """A client that may send commands.
@@ -153,10 +153,23 @@ class QmpMonitor(Monitor):
             "if the VM is gone, vmplug reconcile frees what it held",
         )
 
+    async def _relay_all(self, client: QMPClient, events: EventListener) -> None:
+        """Events as they come, and then that no more will come."""
+        relaying = asyncio.create_task(self._relay_events(events))
+        try:
+            while client.runstate is Runstate.RUNNING:
+                await client.runstate_changed()
+        finally:
+            relaying.cancel()
+        self._tell(CONVERSATION_LOST, {})
+
     async def _relay_events(self, events: EventListener) -> None:
         async for event in events:
-            for receive in self._receivers:
-                receive(str(event["event"]), cast(Mapping[str, Any], event.get("data", {})))
+            self._tell(str(event["event"]), cast(Mapping[str, Any], event.get("data", {})))
+
+    def _tell(self, event: str, data: Mapping[str, Any]) -> None:
+        for receive in self._receivers:
+            receive(event, data)
 
     async def _disconnect(self) -> None:
         if self._relay:

@@ -32,7 +32,7 @@ from vmplug.errors import (
 from vmplug.host.held import hold
 from vmplug.host.vfio import open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons
-from vmplug.hypervisor.monitor import Monitor
+from vmplug.hypervisor.monitor import CONVERSATION_LOST, Monitor
 from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.plug import check_hot, check_same, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
@@ -64,9 +64,10 @@ class Qemu:
         self._daemons = daemons or HostDaemons(vm)
         self._with_daemon: set[str] = set()
         self._changed = threading.Condition()
-        self._asked: set[str] = set()
+        self._asked: dict[str, int] = {}
         self._waiting: Counter[str] = Counter()
         self._outcomes: dict[str, str] = {}
+        self._breaks = 0
         monitor.listen(self._on_event)
 
     @classmethod
@@ -97,10 +98,10 @@ class Qemu:
         if isinstance(plug, VFIODevices):
             self._plug_group(plug, place)
             return
-        if not (isinstance(plug, VhostUserDevice) and plug.daemon):
         if isinstance(plug, BlockDrive) and isinstance(place, MemorySlot):
             self._plug_memory(plug, place)
             return
+        if not (isinstance(plug, VhostUserDevice) and plug.daemon):
             self._do(self.steps(plug, place))
             return
         with self._daemons.start(plug.daemon, plug.id) as started:
@@ -135,7 +136,6 @@ class Qemu:
                     ) from error
                 raise
 
-    def _do(self, steps: Sequence[Step]) -> None:
     def _plug_memory(self, drive: BlockDrive, slot: MemorySlot) -> None:
         """QEMU makes an empty file if that of the memory has just gone: hence the second look."""
         memory, module = self.steps(drive, slot)
@@ -148,6 +148,7 @@ class Qemu:
                 self._take_back(memory.undo)
                 raise
 
+    def _do(self, steps: Sequence[Step]) -> None:
         done, refusal = self._monitor.attempt([step.do for step in steps])
         if refusal:
             for step in reversed(steps[: len(done)]):
@@ -159,6 +160,7 @@ class Qemu:
         for name in sorted(self._present({device_id})):
             with self._changed:
                 self._outcomes.pop(name, None)
+                breaks = self._breaks
             try:
                 self._monitor.execute(Command("device_del", {"id": name}))
             except CommandError as error:
@@ -167,7 +169,7 @@ class Qemu:
                 if _UNPLUGGING not in error.desc:
                     raise
             with self._changed:
-                self._asked.add(name)
+                self._asked[name] = breaks
 
     def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
         """Wait for the guest, then take the devices' remains away.
@@ -177,24 +179,46 @@ class Qemu:
         asked for devices whose event this conversation will not see.
         """
         deadline = time.monotonic() + timeout_s
-        wanted = set(device_ids)
+        wanted, breaks = set(device_ids), self._breaks
         pending = self._present(wanted)
         with self._changed:
-            pending |= {name for name in self._asked if device_id_of(name) in wanted}
+            pending |= {
+                name
+                for name, then in self._asked.items()
+                if device_id_of(name) in wanted and then == breaks
+            }
             self._waiting.update(pending)
-            while pending - self._outcomes.keys():
-                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    break
-            outcomes = {name: self._outcomes.get(name, "timeout") for name in pending}
-            self._waiting.subtract(pending)
-            self._waiting = +self._waiting
-            for name in pending - self._waiting.keys():
-                self._asked.discard(name)
-                self._outcomes.pop(name, None)
+        try:
+            while (now := self._wait(pending, breaks, deadline)) != breaks:
+                breaks = now  # an event may have gone with the conversation
+                gone = pending - self._present(wanted)
+                with self._changed:
+                    self._outcomes |= dict.fromkeys(gone, "deleted")
+        finally:
+            outcomes = self._take_outcomes(pending)
         still_there = self._present(wanted) if pending else set()
         left = {device_id_of(name) or "": outcomes[name] for name in pending & still_there}
         self._remove_remains(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), "lost")
+
+    def _wait(self, pending: set[str], breaks: int, deadline: float) -> int:
+        """Until all is known, the deadline, or the next break; how many breaks there were."""
+        with self._changed:
+            while pending - self._outcomes.keys() and breaks == self._breaks:
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    return breaks
+            return self._breaks if pending - self._outcomes.keys() else breaks
+
+    def _take_outcomes(self, pending: set[str]) -> dict[str, str]:
+        """What became of the devices; what nobody else waits for is not kept."""
+        with self._changed:
+            outcomes = {name: self._outcomes.get(name, "timeout") for name in pending}
+            self._waiting.subtract(pending)
+            self._waiting = +self._waiting
+            for name in pending - self._waiting.keys():
+                self._asked.pop(name, None)
+                self._outcomes.pop(name, None)
+            return outcomes
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Tell the guest a disk's new size; a regular file is made to have it."""
@@ -233,6 +257,10 @@ class Qemu:
 
     def _on_event(self, event: str, data: Mapping[str, Any]) -> None:
         """Note what became of a device; virtio's inner half sends an event that names none."""
+        if event == CONVERSATION_LOST:
+            with self._changed:
+                self._breaks += 1
+                self._changed.notify_all()
         outcome = {"DEVICE_DELETED": "deleted", "DEVICE_UNPLUG_GUEST_ERROR": "refused"}.get(event)
         if outcome and device_id_of(data.get("device", "")):
             with self._changed:
@@ -293,6 +321,9 @@ class Qemu:
         for name in self._names_in("/objects"):
             if device_id_of(name) in device_ids:
                 self._remove(Command("object-del", {"id": name}))
+        for device_id in device_ids & self._with_daemon:
+            # QEMU tells nobody of a connection that it was given and that nothing uses yet.
+            self._remove(Command("closefd", {"fdname": qemu_id(device_id, LINK)}))
         if linked or device_ids & self._with_daemon:  # looking for one reads all of /proc
             self._daemons.end(device_ids)
 
@@ -320,6 +351,3 @@ def _daemon_failed(daemon: Daemon, error: HypervisorError, said: str) -> Backend
         hint=hint
         or "nothing is left of it in the VM; try again, or share it as virtio-9p at the start",
     )
-        for device_id in device_ids & self._with_daemon:
-            # QEMU tells nobody of a connection that it was given and that nothing uses yet.
-            self._remove(Command("closefd", {"fdname": qemu_id(device_id, LINK)}))
