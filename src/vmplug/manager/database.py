@@ -181,10 +181,14 @@ class Transaction:
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
         try:
-            self._db.execute("ROLLBACK" if kind else "COMMIT")
+            if kind is None:
+                self._db.execute("COMMIT")
         except sqlite3.Error as failure:
             raise store_error(self._path, failure) from failure
         finally:
+            if self._db.in_transaction:  # SQLite itself takes it back when the disk is full
+                with suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
             self._lock.release()
         if isinstance(error, sqlite3.Error):
             raise store_error(self._path, error) from error
@@ -196,6 +200,9 @@ def store_error(path: str, error: Exception) -> StoreError:
         why, hint = os.strerror(error.errno or 0), "name a writable --state-dir, or become root"
     elif "unable to open" in str(error) or "readonly" in str(error):
         why, hint = str(error), "name a writable --state-dir, or become root"
+    elif "is full" in str(error):
+        why = str(error)
+        hint = "make room there; vmplug reconcile then finishes or takes back what was begun"
     elif "locked" in str(error):
         why, hint = "another process keeps it locked", "try again when it has finished"
     else:
