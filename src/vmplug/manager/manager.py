@@ -377,5 +377,8 @@ class DeviceManager:
     def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
         try:
             self._unplugger.unplug(records, timeout_s)
+        except (HypervisorError, StoreError) as error:
+            error.hint = error.hint or f"vmplug reconcile --vm {self._vm} finishes what was begun"
+            raise
         finally:
             self._offer = None
