@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up everything that they need on a Debian machine, as root.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lab test-lab lint format bench packages test-packages clean
+.PHONY: help demo test test-fast faults lab test-lab lint format bench packages test-packages clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,6 +16,7 @@ help:
 	@echo "make demo       boot a guest, plug a disk into it, let it read, take the disk out again"
 	@echo "make test       every test (root, QEMU, the lab VM)"
 	@echo "make test-fast  the tests that need neither root nor QEMU, in a minute or two"
+	@echo "make faults     the whole fault matrix as a table: half an hour, as root"
 	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to hand over"
 	@echo "make test-lab   the tests that run in it"
 	@echo "make lint       ruff and mypy"
@@ -30,6 +31,10 @@ test: test-packages $(BIN)/vmplug $(GUEST) $(FULL_GUEST) test-lab
 
 test-fast: $(BIN)/vmplug
 	$(BIN)/pytest -m "not qemu and not root"
+
+faults: test-packages $(BIN)/vmplug $(GUEST)
+	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.faults --qemu
 
 lab: test-packages $(BIN)/vmplug $(GUEST)
 	lab/build.sh
