@@ -1,7 +1,8 @@
 # `make demo` and `make test` set up everything that they need on a Debian machine, as root.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-here test-fast fuzz soak lab test-lab lint format bench packages test-packages clean
+.PHONY: help demo test test-here test-fast faults fuzz soak lab test-lab lint format bench packages \
+	test-packages clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,6 +20,7 @@ help:
 	@echo "make test       every test (root, QEMU, the lab VM)"
 	@echo "make test-fast  the tests that need neither root nor QEMU, in a minute"
 	@echo "make fuzz       hostile input for SECONDS=60, made from what earlier input reached"
+	@echo "make faults     the whole fault matrix as a table: half an hour, as root"
 	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to hand over"
 	@echo "make test-lab   the tests that run in it"
 	@echo "make soak       attach and detach 10000 times (CYCLES=N), and tell what has grown"
@@ -41,6 +43,10 @@ test-fast: $(BIN)/vmplug
 
 fuzz: $(BIN)/vmplug
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+faults: test-packages $(BIN)/vmplug $(GUEST)
+	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.faults --qemu
 
 lab: test-packages $(BIN)/vmplug $(GUEST)
 	lab/build.sh

@@ -29,6 +29,7 @@ CATCHES_OSERROR = {
     "cli/main.py",  # the answer cannot be written: its reader has gone, the disk is full
     "host/backend.py",
     "host/events.py",
+    "host/opened.py",
     "host/process.py",
     "host/program.py",
     "host/record.py",

@@ -631,3 +631,21 @@ def test_what_a_killed_process_wrote_is_there(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         store.forget_devices([str(number) for number in written])
         assert store.devices("vm-1") == []
+
+
+def test_a_full_disk_is_told_and_the_journal_goes_on_when_there_is_room(
+    store: Store, tmp_path: Path
+) -> None:
+    """SQLite itself takes the transaction back: there is nothing left to roll back."""
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    big = VmRecord(name="v" * 9000, qmp_socket="/v", pid=None, started_at=None, is_ours=False)
+    before = journal_rows(tmp_path)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="database or disk is full") as caught:
+            store.add_vm(big)
+        assert "make room" in (caught.value.hint or "")
+        assert journal_rows(tmp_path) == before
+    store._db.execute(f"PRAGMA max_page_count = {pages + 100}")
+    store.add_vm(big)
+    assert store.vms() == [big]

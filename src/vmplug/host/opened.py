@@ -9,7 +9,8 @@ Source: proc_pid_fd(5): stat(2) of such a link is that of the open file, whateve
 import os
 import stat
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.root import HostRoot, describe, node_number
@@ -24,6 +25,25 @@ def file_id(status: os.stat_result) -> str:
             return f"char {node_number(status)}"
         case _:
             return f"inode {status.st_dev}:{status.st_ino}"
+
+
+@contextmanager
+def held(path: str, checked: str) -> Iterator[None]:
+    """NoSuchDevice unless the path leads to the file of that id; that file is held meanwhile.
+
+    Otherwise its number could be that of another file at once: QEMU makes an empty one where
+    that of an NVDIMM has just gone. Source: open(2), O_PATH.
+    """
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise replaced(path, HostRoot()) from error
+    try:
+        if file_id(os.fstat(descriptor)) != checked:
+            raise replaced(path, HostRoot())
+        yield
+    finally:
+        os.close(descriptor)
 
 
 _NAMED = {stat.S_IFBLK, stat.S_IFCHR, stat.S_IFREG, stat.S_IFDIR}

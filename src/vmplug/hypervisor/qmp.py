@@ -238,7 +238,9 @@ class QmpMonitor(Monitor):
 
     async def _execute(self, client: QMPClient, command: Command) -> Any:
         log.debug("%s %s", command.execute, command.arguments)
-        timeout_s = BACKEND_TIMEOUT_S if command.backend else self._command_timeout_s
+        timeout_s = self._command_timeout_s
+        if command.backend:
+            timeout_s = min(timeout_s, BACKEND_TIMEOUT_S)
         try:
             if command.descriptor is not None:
                 client.send_fd_scm(command.descriptor)

@@ -197,10 +197,14 @@ class Transaction:
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
         try:
-            self._db.execute("ROLLBACK" if kind else "COMMIT")
+            if kind is None:
+                self._db.execute("COMMIT")
         except sqlite3.Error as failure:
             raise store_error(self._path, failure) from failure
         finally:
+            if self._db.in_transaction:  # SQLite itself takes it back when the disk is full
+                with suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
             self._lock.release()
         if isinstance(error, sqlite3.Error):
             raise store_error(self._path, error) from error
@@ -210,7 +214,8 @@ _WRITABLE = "name a writable --state-dir, or become root"
 _REMEDIES = {
     sqlite3.SQLITE_CANTOPEN: _WRITABLE,
     sqlite3.SQLITE_READONLY: _WRITABLE,
-    sqlite3.SQLITE_FULL: "make room on its file system; nothing of it was lost",
+    sqlite3.SQLITE_FULL: "make room there; vmplug reconcile then finishes or "
+    "takes back what was begun",
     sqlite3.SQLITE_IOERR: "the kernel's log says what is the matter with the disk below it",
     sqlite3.SQLITE_BUSY: "try again when it has finished",
 }

@@ -18,6 +18,7 @@ from vmplug.errors import (
     NotAttached,
     ProtocolError,
     StateError,
+    StoreError,
     UnplugTimeout,
 )
 from vmplug.host.device import HostDevice, VfioGroup
@@ -389,5 +390,8 @@ class DeviceManager:
     def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
         try:
             self._unplugger.unplug(records, timeout_s)
+        except (HypervisorError, StoreError) as error:
+            error.hint = error.hint or f"vmplug reconcile --vm {self._vm} finishes what was begun"
+            raise
         finally:
             self._offer = None

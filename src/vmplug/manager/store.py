@@ -170,6 +170,11 @@ class Store:
 
     # devices
 
+    def version(self) -> int:
+        """A number that changes when another process or manager has written to the journal."""
+        with self._lock, self._errors():
+            return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
     def add_devices(
         self,
         devices: Iterable[DeviceRecord],

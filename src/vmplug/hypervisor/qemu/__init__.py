@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,7 +27,7 @@ from vmplug.errors import (
     HypervisorError,
     UnplugTimeout,
 )
-from vmplug.host.opened import check_opened, read_open_files
+from vmplug.host.opened import check_opened, held, read_open_files
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import open_nodes
@@ -37,7 +36,7 @@ from vmplug.hypervisor.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.departures import Departures
 from vmplug.hypervisor.qemu.plug import check_hot, opened_file, plug_steps
-from vmplug.hypervisor.qemu.vhost_user import NETDEV
+from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer, read_place
 
 log = logging.getLogger(__name__)
@@ -182,11 +181,12 @@ class Qemu:
         """All or none; `file` is looked at before the last step, which shows it to the guest."""
         done: list[Step] = []
         process = self.endpoint if file else None
-        before = read_open_files(process.pid) if process else Counter()
         try:
             if file and process:
-                self._do_each(steps[:-1], done)
-                check_opened(*file, read_open_files(process.pid) - before)
+                with held(*file):
+                    before = read_open_files(process.pid)
+                    self._do_each(steps[:-1], done)
+                    check_opened(*file, read_open_files(process.pid) - before)
             self._do_each(steps[len(done) :], done)
         except (CommandError, HostError):
             for step in reversed(done):
@@ -332,6 +332,9 @@ class Qemu:
         for name in self._names_in("/objects"):
             if self._owner(name) in device_ids:
                 self._remove(Command("object-del", {"id": name}))
+        for device_id in device_ids & self._with_daemon:
+            # QEMU tells nobody of a connection that it was given and that nothing uses yet.
+            self._remove(Command("closefd", {"fdname": qemu_id(device_id, LINK)}))
         if linked or device_ids & self._with_daemon:  # looking for one reads all of /proc
             self._daemons.end(device_ids)
 

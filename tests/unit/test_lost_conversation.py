@@ -1,0 +1,84 @@
+"""What a conversation that breaks off while somebody waits for a guest comes to."""
+
+import queue
+import socket
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.cli.monitors import MemoryVm
+from tests.contract.sandbox import Through
+from vmplug.address import PciPath, PciSlot
+from vmplug.drivers.base import RNGDevice
+from vmplug.drivers.place import PciPlace
+from vmplug.hypervisor.memory import Guest, MemoryMonitor
+from vmplug.hypervisor.monitor import MISSED, EventReceiver, Monitor
+from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qmp import QmpMonitor
+
+ID = "00000000000000a1"
+PLACE = PciPlace(bus="rp0", slot=PciSlot(0), path=PciPath.parse("10/00"))
+NEVER_S, SOON_S = 300.0, 30.0
+
+
+class Deaf(Through):
+    """A conversation whose events are lost, and then itself."""
+
+    def __init__(self, inner: Monitor) -> None:
+        super().__init__(inner)
+        self._receivers: list[EventReceiver] = []
+
+    def listen(self, receive: EventReceiver) -> None:
+        """See Monitor."""
+        self._receivers.append(receive)
+
+    def break_off(self) -> None:
+        """Tell that nothing more is heard."""
+        for receive in self._receivers:
+            receive(MISSED, {})
+
+
+def test_a_device_whose_event_was_lost_is_not_waited_for() -> None:
+    machine = MemoryMonitor()
+    monitor = Deaf(machine)
+    vm = Qemu(monitor)
+    vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
+    machine.guest = Guest.SILENT
+    vm.request_unplug(ID)
+    with ThreadPoolExecutor(1) as waiting:
+        left = waiting.submit(vm.wait_unplugged, [ID], NEVER_S)
+        machine.wake_guest()
+        while not left.done():
+            monitor.break_off()
+    assert left.result() == {}
+    assert vm.find_devices() == {}
+
+
+def test_what_is_still_there_after_a_break_is_waited_for() -> None:
+    machine = MemoryMonitor(guest=Guest.SILENT)
+    monitor = Deaf(machine)
+    vm = Qemu(monitor)
+    vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
+    vm.request_unplug(ID)
+    with ThreadPoolExecutor(1) as waiting:
+        left = waiting.submit(vm.wait_unplugged, [ID], 0.5)
+        while not left.done():
+            monitor.break_off()
+    assert left.result() == {ID: "timeout"}
+    assert vm.find_devices() == {ID: True}
+
+
+def test_a_socket_that_breaks_is_told(tmp_path: Path) -> None:
+    told: queue.Queue[str] = queue.Queue()
+
+    def receive(event: str, _: Mapping[str, Any]) -> None:
+        told.put(event)
+
+    with MemoryVm(tmp_path / "qmp") as vm:
+        monitor = QmpMonitor.connect(str(vm.socket_path))
+        monitor.listen(receive)
+        assert vm._client
+        vm._client.shutdown(socket.SHUT_RDWR)
+        assert told.get(timeout=SOON_S) == MISSED
+        monitor.close()
