@@ -41,6 +41,8 @@ from vmplug.hypervisor.topology import qom_get, qom_list, read_offer
 log = logging.getLogger(__name__)
 
 _NOT_THERE = ("Failed to find node", "not found")
+_STILL_HELD = ("is in use", "is busy")
+_RELEASE_TIMEOUT_S, _LOOK_AGAIN_S = 2.0, 0.02
 _UNPLUGGING = "in the process of unplug"
 """QEMU's word when device_del is repeated; the request stands."""
 
@@ -328,12 +330,25 @@ class Qemu:
             self._daemons.end(device_ids)
 
     def _remove(self, command: Command) -> None:
-        """Delete what another thread may have deleted meanwhile."""
-        try:
-            self._monitor.execute(command)
-        except CommandError as error:
-            if not any(words in error.desc for words in _NOT_THERE):
-                raise
+        """Delete what another thread may have deleted meanwhile.
+
+        The tree forgets a device a moment before QEMU lets go of its parts; the event that tells
+        of it may have gone to a conversation that is over.
+        """
+        deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+        while True:
+            try:
+                self._monitor.execute(command)
+            except CommandError as error:
+                if any(words in error.desc for words in _NOT_THERE):
+                    return
+                is_held = any(words in error.desc for words in _STILL_HELD)
+                if not is_held or time.monotonic() >= deadline:
+                    raise
+            else:
+                return
+            with self._changed:
+                self._changed.wait(_LOOK_AGAIN_S)
 
 
 def _with_file(step: Step, files: Mapping[str, int]) -> Step:
