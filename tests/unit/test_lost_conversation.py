@@ -7,13 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.cli.monitors import MemoryVm
 from tests.contract.sandbox import Through
 from vmplug.address import PciPath, PciSlot
-from vmplug.drivers.base import RNGDevice
+from vmplug.drivers.base import Command, RNGDevice
 from vmplug.drivers.place import PciPlace
+from vmplug.errors import CommandError
 from vmplug.hypervisor.memory import Guest, MemoryMonitor
-from vmplug.hypervisor.monitor import MISSED, EventReceiver, Monitor
+from vmplug.hypervisor.monitor import MISSED, EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qmp import QmpMonitor
 
@@ -67,6 +70,41 @@ def test_what_is_still_there_after_a_break_is_waited_for() -> None:
             monitor.break_off()
     assert left.result() == {ID: "timeout"}
     assert vm.find_devices() == {ID: True}
+
+
+class Holding(Through):
+    """QEMU still has the source of random numbers when its device has left the tree."""
+
+    def __init__(self, inner: Monitor, times: int) -> None:
+        super().__init__(inner)
+        self.times = times
+
+    def answer(self, command: Command) -> Any:
+        """See Through."""
+        if command.execute == "object-del" and self.times:
+            self.times -= 1
+            words = f"object '{command.arguments['id']}' is in use, can not be deleted"
+            raise command_error(command, "GenericError", words)
+        return super().answer(command)
+
+
+def test_what_qemu_still_holds_for_a_moment_is_taken_away() -> None:
+    monitor = Holding(MemoryMonitor(), times=3)
+    vm = Qemu(monitor)
+    vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
+    vm.request_unplug(ID)
+    assert vm.wait_unplugged([ID], NEVER_S) == {}
+    assert (monitor.times, vm.find_devices()) == (0, {})
+
+
+def test_what_qemu_never_lets_go_is_told() -> None:
+    monitor = Holding(MemoryMonitor(), times=10_000)
+    vm = Qemu(monitor)
+    vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
+    vm.request_unplug(ID)
+    with pytest.raises(CommandError, match="is in use"):
+        vm.wait_unplugged([ID], NEVER_S)
+    assert vm.find_devices() == {ID: False}
 
 
 def test_a_socket_that_breaks_is_told(tmp_path: Path) -> None:

@@ -42,11 +42,11 @@ from vmplug.hypervisor.topology import qom_get, qom_list, read_offer, read_place
 log = logging.getLogger(__name__)
 
 _NOT_THERE = ("Failed to find node", "not found")
+_STILL_HELD = ("is in use", "is busy")
+_RELEASE_TIMEOUT_S, _LOOK_AGAIN_S = 5.0, 0.02
 _UNPLUGGING = "in the process of unplug"
 """QEMU's word when device_del is repeated; the request stands."""
 _READ_ATTEMPTS = 10
-_STILL_USED = ("in use", "busy")
-_SETTLE_TIMEOUT_S, _SETTLE_STEP_S = 5.0, 0.02
 """What a device is made of is free a moment after the tree has forgotten it: 50 ms on QEMU 7.2."""
 
 
@@ -220,22 +220,8 @@ class Qemu:
         wanted = set(device_ids)
         names = self._departures.wait(wanted, partial(self._present, wanted), timeout_s)
         left = {self._owner(name) or "": why for name, why in names.items()}
-        self._remove_remains_soon(wanted - left.keys())
+        self._remove_remains(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), "lost")
-
-    def _remove_remains_soon(self, device_ids: set[str]) -> None:
-        """The event says when they are free; they are tried where it was missed."""
-        deadline = time.monotonic() + _SETTLE_TIMEOUT_S
-        while True:
-            try:
-                self._remove_remains(device_ids)
-            except CommandError as error:
-                is_used = any(words in error.desc for words in _STILL_USED)
-                if not is_used or time.monotonic() >= deadline:
-                    raise
-                self._departures.pause(_SETTLE_STEP_S)
-            else:
-                return
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Tell the guest a disk's new size; a regular file is made to have it."""
@@ -339,12 +325,24 @@ class Qemu:
             self._daemons.end(device_ids)
 
     def _remove(self, command: Command) -> None:
-        """Delete what another thread may have deleted meanwhile."""
-        try:
-            self._monitor.execute(command)
-        except CommandError as error:
-            if not any(words in error.desc for words in _NOT_THERE):
-                raise
+        """Delete what another thread may have deleted meanwhile.
+
+        The tree forgets a device a moment before QEMU lets go of its parts; the event that tells
+        of it may have gone to a conversation that is over.
+        """
+        deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+        while True:
+            try:
+                self._monitor.execute(command)
+            except CommandError as error:
+                if any(words in error.desc for words in _NOT_THERE):
+                    return
+                is_held = any(words in error.desc for words in _STILL_HELD)
+                if not is_held or time.monotonic() >= deadline:
+                    raise
+            else:
+                return
+            self._departures.pause(_LOOK_AGAIN_S)
 
 
 def _with_file(step: Step, files: Mapping[str, int]) -> Step:
