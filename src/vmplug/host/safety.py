@@ -36,8 +36,9 @@ _LOCKS_AGAINST_READING = ((101, 1), (103, 1), (200, 1))
 """QEMU locks byte 100 + n for a permission it has and 200 + n for one it denies others; 0 is to
 read, 1 to write, 3 to resize. Source: QEMU block/file-posix.c, include/block/block-common.h."""
 
-_PROBE_S = 0.05
-"""How long an exclusive open is taken for a mere probe, such as another vmplug's own."""
+_PROBE_S = 0.25
+"""How long an exclusive open is taken for a mere probe, such as another vmplug's own, which a busy
+host may put aside for some turns."""
 
 _NO_DISC, _TRAY_OPEN = 1, 2
 """Of CD drives. Source: include/uapi/linux/cdrom.h, CDS_NO_DISC and CDS_TRAY_OPEN."""
