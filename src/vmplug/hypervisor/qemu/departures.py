@@ -49,9 +49,13 @@ class Departures:
             self._changed.notify_all()
 
     def expect(self, name: str) -> None:
-        """The device is about to be asked: what became of it earlier counts no more."""
+        """The device is about to be asked: that it refused earlier counts no more.
+
+        That it is gone counts for whoever waits for it already; ids are never drawn twice.
+        """
         with self._changed:
-            self._outcomes.pop(name, None)
+            if self._outcomes.get(name) == "refused":
+                del self._outcomes[name]
             self._asked.add(name)
 
     def forget(self, name: str) -> None:
