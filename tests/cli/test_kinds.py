@@ -359,11 +359,13 @@ def test_attach_list_and_detach(vm: StartedVm, world: World, name: str) -> None:
     assert kind.agent is None or kind.agent.keys() >= AGENT_KEYS
     assert len(vm.vmplugs_devices()) == 1
 
-    assert vmplug("list", "--json").json() == {"attachments": [hold], "ended_vms": []}
+    present = {"host": {"state": "present", "detail": None}}
+    assert vmplug("list", "--json").json() == {"attachments": [hold | present], "ended_vms": []}
     heading, line = vmplug("list").answer().splitlines()
     assert heading.split()[:3] == ["VM", "ATTACHMENT", "OWNER"]
     assert line.split()[:5] == ["sb1", hold["id"], "ctr1", kind.name, hold["host_path"]]
-    assert line.endswith(f"  {GUEST_TEXTS[name]}")
+    assert line.split("  ")[-1] == "present"
+    assert f"  {GUEST_TEXTS[name]}  " in line
     assert vmplug("reconcile", "--json").json() == {"repairs": [], "bindings": [], "errors": []}
 
     again = vm.attached(*words)
