@@ -10,6 +10,7 @@ GUEST := build/guest/initrd.img
 FULL_GUEST := build/guest/full/initrd.img
 KIND ?= disk
 SECONDS ?= 60
+SEED ?= 0
 CYCLES ?= 10000
 LAB := $(BIN)/python -m lab --timeout 1200
 LAB_TESTS := $(BIN)/pytest tests/lab --junitxml
@@ -33,7 +34,7 @@ demo: packages $(BIN)/vmplug $(if $(filter virtio-9p,$(KIND)),$(FULL_GUEST),$(GU
 
 # The lab VM and the tests here hardly get into each other's way: each has one CPU busy.
 test: lab $(FULL_GUEST)
-	$(MAKE) --no-print-directory --jobs=2 test-lab test-here fuzz
+	$(MAKE) --no-print-directory --jobs=2 SEED=1 test-lab test-here fuzz
 
 test-here:
 	$(BIN)/pytest
@@ -42,7 +43,7 @@ test-fast: $(BIN)/vmplug
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile -m "not qemu and not root"
 
 fuzz: $(BIN)/vmplug
-	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 faults: test-packages $(BIN)/vmplug $(GUEST)
 	$(BIN)/python -m tests.faults

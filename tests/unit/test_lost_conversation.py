@@ -2,8 +2,10 @@
 
 import queue
 import socket
+import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from vmplug.errors import CommandError
 from vmplug.hypervisor.memory import Guest, MemoryMonitor
 from vmplug.hypervisor.monitor import MISSED, EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
-from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.hypervisor.qmp import TURN_S, QmpMonitor
 
 ID = "00000000000000a1"
 PLACE = PciPlace(bus="rp0", slot=PciSlot(0), path=PciPath.parse("10/00"))
@@ -52,7 +54,7 @@ def test_a_device_whose_event_was_lost_is_not_waited_for() -> None:
     with ThreadPoolExecutor(1) as waiting:
         left = waiting.submit(vm.wait_unplugged, [ID], NEVER_S)
         machine.wake_guest()
-        while not left.done():
+        while not wait([left], timeout=0.01).done:
             monitor.break_off()
     assert left.result() == {}
     assert vm.find_devices() == {}
@@ -66,7 +68,7 @@ def test_what_is_still_there_after_a_break_is_waited_for() -> None:
     vm.request_unplug(ID)
     with ThreadPoolExecutor(1) as waiting:
         left = waiting.submit(vm.wait_unplugged, [ID], 0.5)
-        while not left.done():
+        while not wait([left], timeout=0.01).done:
             monitor.break_off()
     assert left.result() == {ID: "timeout"}
     assert vm.find_devices() == {ID: True}
@@ -120,3 +122,12 @@ def test_a_socket_that_breaks_is_told(tmp_path: Path) -> None:
         vm._client.shutdown(socket.SHUT_RDWR)
         assert told.get(timeout=SOON_S) == MISSED
         monitor.close()
+
+
+def test_a_conversation_closed_as_its_turn_ends_leaves_nobody_there(
+    tmp_path: Path,
+) -> None:
+    with MemoryVm(tmp_path / "qmp") as vm:  # which waits for the last client to go
+        for late_ms in range(-3, 5):
+            with closing(QmpMonitor.connect(str(vm.socket_path))):
+                time.sleep(TURN_S + late_ms / 1000)

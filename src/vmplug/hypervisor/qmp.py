@@ -95,7 +95,7 @@ class QmpMonitor(Monitor):
     def close(self) -> None:
         """See Monitor."""
         if self._thread.is_alive():
-            self._run(self._disconnect())
+            self._run(self._end())
             self._stop()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -196,6 +196,12 @@ class QmpMonitor(Monitor):
         await asyncio.sleep(TURN_S)
         async with self._alone:
             await self._disconnect()
+
+    async def _end(self) -> None:
+        """End the conversation for good; the end of a turn may be at that already."""
+        await self._disconnect()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_END_TIMEOUT_S)
 
     async def _disconnect(self) -> None:
         """End the conversation, if there is one, and tell who waits for its events."""
