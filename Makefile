@@ -21,7 +21,7 @@ help:
 	@echo "make test       every test (root, QEMU, the lab VM)"
 	@echo "make test-fast  the tests that need neither root nor QEMU, in a minute"
 	@echo "make fuzz       hostile input for SECONDS=60, made from what earlier input reached"
-	@echo "make faults     the whole fault matrix as a table: half an hour, as root"
+	@echo "make faults     the whole fault matrix as a table: some minutes, as root"
 	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to hand over"
 	@echo "make test-lab   the tests that run in it"
 	@echo "make soak       attach and detach 10000 times (CYCLES=N), and tell what has grown"
