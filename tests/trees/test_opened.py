@@ -2,13 +2,14 @@
 
 import os
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from vmplug.errors import NoSuchDevice
-from vmplug.host.opened import check_opened, file_id, read_open_files
+from vmplug.host.opened import check_path, file_id, has_open, has_thread, held
 
 
 @pytest.fixture
@@ -51,17 +52,24 @@ def test_nodes_are_the_same_by_their_number(tmp_path: Path) -> None:
     assert ids == {"one": "block 7:3", "two": "block 7:3", "char": "char 7:3"}
 
 
-def test_what_is_open_and_in_its_place_is_what_was_checked(image: Path, reader: int) -> None:
-    check_opened(str(image), file_id(image.stat()), read_open_files(reader))
+def test_a_path_that_leads_to_what_was_checked_passes(image: Path) -> None:
+    check_path(str(image), file_id(image.stat()))
 
 
 def test_a_file_that_was_put_in_its_place_is_refused(image: Path, reader: int) -> None:
     checked = file_id(image.stat())
     replace(image)
-    with pytest.raises(NoSuchDevice, match="replaced it meanwhile") as refused:
-        check_opened(str(image), checked, read_open_files(reader))
-    assert refused.value.found == "a regular file"
-    assert "try again" in (refused.value.hint or "")
+    for look in (check_path, hold):
+        with pytest.raises(NoSuchDevice, match="replaced it meanwhile") as refused:
+            look(str(image), checked)
+        assert refused.value.found == "a regular file"
+        assert "try again" in (refused.value.hint or "")
+    assert has_open(reader, checked), "by a name that it has no more"
+
+
+def hold(path: str, checked: str) -> None:
+    with held(path, checked):
+        pass
 
 
 def test_a_process_that_opened_another_one_meanwhile_is_found_out(image: Path) -> None:
@@ -72,32 +80,39 @@ def test_a_process_that_opened_another_one_meanwhile_is_found_out(image: Path) -
     image.write_text("another one")
     with image.open() as file, subprocess.Popen(["sleep", "60"], stdin=file) as process:
         kept.rename(image)
-        assert file_id(image.stat()) == checked
-        with pytest.raises(NoSuchDevice):
-            check_opened(str(image), checked, read_open_files(process.pid))
+        check_path(str(image), checked)
+        assert has_open(process.pid, checked) is False
         process.kill()
 
 
-def test_a_file_that_is_gone_is_refused(image: Path, reader: int) -> None:
+@pytest.mark.parametrize("look", [check_path, hold])
+def test_a_file_that_is_gone_is_refused(image: Path, look: Callable[[str, str], None]) -> None:
     checked = file_id(image.stat())
     image.unlink()
     with pytest.raises(NoSuchDevice) as refused:
-        check_opened(str(image), checked, read_open_files(reader))
+        look(str(image), checked)
     assert refused.value.found == "nothing"
 
 
-def test_where_the_process_opened_nothing_the_name_must_do(image: Path) -> None:
+def test_the_number_of_a_held_file_is_nobody_elses(image: Path) -> None:
     checked = file_id(image.stat())
-    check_opened(str(image), checked, ())
-    replace(image)
-    with pytest.raises(NoSuchDevice):
-        check_opened(str(image), checked, ())
+    with held(str(image), checked):
+        image.unlink()
+        for name in range(50):
+            other = image.with_suffix(f".{name}")
+            other.write_text("a new one")
+            assert file_id(other.stat()) != checked
 
 
-def test_pipes_sockets_and_the_dead_have_no_names() -> None:
-    assert not read_open_files(None)
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        found = read_open_files(process.pid)
-        process.kill()
-    assert len(found) <= 1, "more than what it has from us as stderr"
-    assert not read_open_files(process.pid)
+def test_nobody_can_say_what_the_dead_have_open(image: Path, reader: int) -> None:
+    checked = file_id(image.stat())
+    assert has_open(reader, checked) is True
+    assert has_open(None, checked) is None
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+        assert has_open(process.pid, checked) is None
+
+
+def test_a_thread_belongs_to_its_process() -> None:
+    assert has_thread(os.getpid(), threading.get_native_id())
+    assert not has_thread(os.getpid(), os.getppid())

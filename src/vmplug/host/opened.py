@@ -8,8 +8,7 @@ Source: proc_pid_fd(5): stat(2) of such a link is that of the open file, whateve
 
 import os
 import stat
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vmplug.errors import AttributeReadError, NoSuchDevice
@@ -46,36 +45,30 @@ def held(path: str, checked: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-_NAMED = {stat.S_IFBLK, stat.S_IFCHR, stat.S_IFREG, stat.S_IFDIR}
-
-
-def read_open_files(pid: int | None) -> Counter[str]:
-    """The ids of what the process has open by a name, and how often; of nobody for None.
-
-    Empty for a process of another user, which may not be looked at.
-    """
-    root, directory = HostRoot(), f"/proc/{pid}/fd"
-    try:
-        links = [f"{directory}/{number}" for number in root.names(directory)] if pid else []
-    except AttributeReadError:
-        links = []
-    statuses = (root.try_stat(link) for link in links)
-    return Counter(
-        file_id(status) for status in statuses if status and stat.S_IFMT(status.st_mode) in _NAMED
-    )
-
-
-def check_opened(path: str, checked: str, opened: Collection[str]) -> None:
-    """NoSuchDevice unless the path leads to the file of that id, and that is what was opened.
-
-    `opened` are the ids of what the process has opened meanwhile. When it is nothing, it is
-    somebody else who opens files, such as the QEMU behind a proxy, and the path must do.
-    """
+def check_path(path: str, checked: str) -> None:
+    """NoSuchDevice unless the path leads to the file of that id now."""
     root = HostRoot()
     status = root.try_stat(path)
-    is_there = status is not None and file_id(status) == checked
-    if not is_there or (opened and checked not in opened):
+    if status is None or file_id(status) != checked:
         raise replaced(path, root)
+
+
+def has_open(pid: int | None, checked: str) -> bool | None:
+    """Whether the process has the file of that id open; None where it may not be looked at."""
+    root, directory = HostRoot(), f"/proc/{pid}/fd"
+    try:
+        names = root.names(directory) if pid else []
+    except AttributeReadError:
+        return None
+    newest_first = sorted(map(int, names), reverse=True)
+    statuses = (root.try_stat(f"{directory}/{number}") for number in newest_first)
+    is_open = any(status and file_id(status) == checked for status in statuses)
+    return is_open if names else None
+
+
+def has_thread(pid: int, thread_id: int) -> bool:
+    """Whether it is a thread of that process. Source: proc_pid_task(5)."""
+    return HostRoot().try_stat(f"/proc/{pid}/task/{thread_id}") is not None
 
 
 def replaced(path: str, root: HostRoot) -> NoSuchDevice:

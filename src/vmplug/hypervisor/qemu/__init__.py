@@ -27,7 +27,7 @@ from vmplug.errors import (
     HypervisorError,
     UnplugTimeout,
 )
-from vmplug.host.opened import check_opened, held, read_open_files
+from vmplug.host.opened import check_path, has_open, has_thread, held, replaced
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import open_nodes
@@ -184,14 +184,27 @@ class Qemu:
         try:
             if file and process:
                 with held(*file):
-                    before = read_open_files(process.pid)
                     self._do_each(steps[:-1], done)
-                    check_opened(*file, read_open_files(process.pid) - before)
+                    self._check_opened(*file, process.pid)
             self._do_each(steps[len(done) :], done)
         except (CommandError, HostError):
             for step in reversed(done):
                 self._take_back(step.undo)
             raise
+
+    def _check_opened(self, path: str, checked: str, pid: int | None) -> None:
+        """NoSuchDevice unless QEMU has opened the file that was checked.
+
+        Where it cannot be looked into, or is behind a proxy, the path must do.
+        """
+        check_path(path, checked)
+        if pid and has_open(pid, checked) is False and self._is_of_guest(pid):
+            raise replaced(path, HostRoot())
+
+    def _is_of_guest(self, pid: int) -> bool:
+        """Whether a process has the guest's CPUs: QEMU 7.2 tells them while it is paused too."""
+        cpus = self._monitor.execute(Command("query-cpus-fast", {}))
+        return any(has_thread(pid, cpu.get("thread-id", 0)) for cpu in cpus)
 
     def _do_each(self, steps: Sequence[Step], done: list[Step]) -> None:
         answers, refusal = self._monitor.attempt([step.do for step in steps])

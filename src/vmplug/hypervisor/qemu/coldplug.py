@@ -15,7 +15,8 @@ from vmplug.address import qemu_id
 from vmplug.drivers.base import START_DAEMON, Command, Plug, Step, VhostUserDevice
 from vmplug.drivers.place import Offer, Place
 from vmplug.errors import StateError
-from vmplug.host.opened import check_opened, read_open_files
+from vmplug.host.opened import check_path, has_open, replaced
+from vmplug.host.root import HostRoot
 from vmplug.hypervisor.daemon import Daemons, HostDaemons, Started
 from vmplug.hypervisor.qemu.machine import VmSpec, cold_offer, option_text
 from vmplug.hypervisor.qemu.plug import check_file, opened_file, plug_steps
@@ -101,9 +102,10 @@ class ColdQemu:
 
     def check_opened(self, pid: int) -> None:
         """NoSuchDevice unless QEMU, which has come up, opened the files that were checked."""
-        opened = read_open_files(pid)
         for path, checked in self._files.values():
-            check_opened(path, checked, opened)
+            check_path(path, checked)
+            if has_open(pid, checked) is False:
+                raise replaced(path, HostRoot())
 
     def arguments(self) -> list[str]:
         """Everything that was plugged, for the command line."""
