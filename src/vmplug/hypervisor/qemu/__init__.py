@@ -180,7 +180,7 @@ class Qemu:
     def _do(self, steps: Sequence[Step], file: tuple[str, str] | None = None) -> None:
         """All or none; `file` is looked at before the last step, which shows it to the guest."""
         done: list[Step] = []
-        process = self.endpoint if file else None
+        process = self._endpoint if file else None
         try:
             if file and process:
                 with held(*file):
