@@ -131,3 +131,23 @@ def test_a_conversation_closed_as_its_turn_ends_leaves_nobody_there(
         for late_ms in range(-3, 5):
             with closing(QmpMonitor.connect(str(vm.socket_path))):
                 time.sleep(TURN_S + late_ms / 1000)
+
+
+class Late(MemoryVm):
+    """A QEMU that says first what it had for the client before."""
+
+    has_said = False
+
+    def _converse(self, client: socket.socket) -> None:
+        if not self.has_said:
+            self.has_said = True
+            client.sendall(
+                b'{"event": "RESUME", "timestamp": {"seconds": 0, "microseconds": 0}}\r\n'
+            )
+        super()._converse(client)
+
+
+def test_what_was_for_the_client_before_spoils_no_conversation(tmp_path: Path) -> None:
+    with Late(tmp_path / "qmp") as vm, closing(QmpMonitor.connect(str(vm.socket_path))) as monitor:
+        assert monitor.execute(Command("query-status", {}))["status"] == "running"
+        assert vm.has_said
