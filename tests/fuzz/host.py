@@ -192,11 +192,12 @@ def _spoiled(tree: PciTree, draw: Draw) -> Iterator[None]:
             if draw.number(7) == 0:  # beside it, under a name that nobody expects
                 name = draw.some().replace(b"/", b"").replace(b"\0", b"").strip(b".") or b"\n"
                 path = os.path.join(os.path.dirname(path), os.fsdecode(name))
+            directory = os.path.dirname(path)
+            if not os.path.isdir(directory) or os.path.realpath(directory) != directory:
+                continue  # what was put before is in the way, or leads out of the tree
             if os.path.lexists(path):
                 former = aside / str(number)
                 os.rename(path, former)
-            elif not os.path.isdir(os.path.dirname(path)):
-                continue
             put.append((path, former))
             with suppress(OSError):  # its directory is something else by now
                 if draw.number(2) == 0:
