@@ -92,6 +92,8 @@ class Answering(Monitor):
         ("qom-list", [{"name": "rp0"}]),
         ("qom-get", []),
         ("query-cpus-fast", None),
+        ("query-cpus-fast", ["cpu"]),
+        ("query-cpus-fast", [{"cpu-index": 0, "thread-id": "../1"}]),
     ],
 )
 def test_an_offer_is_not_made_of_nonsense(asked: str, answer: object) -> None:

@@ -63,6 +63,7 @@ class _MachineMemory(TypedDict):
     slots: NotRequired[_U16]
 
 
+_Cpu = TypedDict("_Cpu", {"thread-id": NotRequired[_U32]})
 _Node = TypedDict("_Node", {"node-name": str})
 _Sizes = TypedDict("_Sizes", {"base-memory": _Size, "plugged-memory": NotRequired[_Size]})
 
@@ -70,7 +71,7 @@ _ANSWERS: dict[str, Any] = {
     "qom-list": Annotated[list[_Property], _Many],
     "qom-list-types": list[Any],
     "query-chardev": Annotated[list[_Chardev], _Many],
-    "query-cpus-fast": list[Any],
+    "query-cpus-fast": Annotated[list[_Cpu], _Many],
     "query-kvm": _Kvm,
     "query-memdev": Annotated[list[_Backend], _Many],
     "query-memory-devices": Annotated[list[_MemoryDevice], _Many],
