@@ -76,13 +76,13 @@ def is_gone(record: "VmRecord") -> bool:
     """
     if record.is_of_earlier_boot:
         return True
-    from vmplug.host.process import is_running  # noqa: PLC0415
     from vmplug.hypervisor.qemu.launch import is_listening  # noqa: PLC0415
+    from vmplug.manager.records import has_ended  # noqa: PLC0415
 
     listening = is_listening(record.qmp_socket)
     if listening is not None:
         return not listening
-    return bool(record.pid) and not is_running(record.pid or 0, record.started_at, HostRoot())
+    return has_ended(record, HostRoot())
 
 
 def find_policy(path: str | None) -> "Policy | None":
@@ -104,17 +104,13 @@ def find_ended(journal: "Store", names: "Iterable[str]") -> list[str]:
 
     No VM is asked: a process that has ended is enough.
     """
-    from vmplug.host.process import is_running  # noqa: PLC0415
+    from vmplug.manager.records import has_ended  # noqa: PLC0415
 
     wanted = set(names)
     return [
         vm.name
         for vm in journal.vms()
-        if vm.name in wanted
-        and (
-            is_gone(vm)
-            or (bool(vm.pid) and not is_running(vm.pid or 0, vm.started_at, journal.host))
-        )
+        if vm.name in wanted and (is_gone(vm) or has_ended(vm, journal.host))
     ]
 
 

@@ -8,9 +8,9 @@ with the new one.
 from collections.abc import Sequence
 
 from vmplug.drivers.base import Endpoint, Hypervisor
-from vmplug.host.process import is_running, read_start_time
+from vmplug.host.process import read_start_time
 from vmplug.manager.reconcile import Outcome, Repair
-from vmplug.manager.records import DeviceRecord, VmRecord, foreign_names, record_vm
+from vmplug.manager.records import DeviceRecord, VmRecord, foreign_names, has_ended, record_vm
 from vmplug.manager.store import Store
 
 
@@ -41,7 +41,7 @@ def _may_have_ended(record: VmRecord, journal: Store) -> bool:
     """Whether the process that the journal knows is no more."""
     if record.is_of_earlier_boot:
         return True
-    return bool(record.pid) and not is_running(record.pid or 0, record.started_at, journal.host)
+    return has_ended(record, journal.host)
 
 
 def _holds_any(devices: Sequence[DeviceRecord], hypervisor: Hypervisor) -> bool:

@@ -22,7 +22,7 @@ from vmplug.host.pci import find_bdf, find_function
 from vmplug.host.process import find_marked, is_running
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.vfio import is_vfio_driver
-from vmplug.manager.records import DeviceRecord, VmRecord
+from vmplug.manager.records import DeviceRecord, VmRecord, has_ended
 from vmplug.manager.state import State
 
 _SERVED = {
@@ -80,11 +80,6 @@ def socket_of(record: DeviceRecord) -> str | None:
     is_own = record.identity.startswith("share:")
     has_path = is_served(record) and not is_own and record.host_path.startswith("/")
     return record.host_path if has_path else None
-
-
-def has_ended(vm: VmRecord, host: HostRoot) -> bool:
-    """Whether the process of a VM is surely no more."""
-    return vm.pid is not None and not is_running(vm.pid, vm.started_at, host)
 
 
 class HostLook:

@@ -11,7 +11,7 @@ from vmplug.drivers.base import Endpoint
 from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
 from vmplug.host.device import DeviceType
 from vmplug.host.finding import Claim
-from vmplug.host.process import read_start_time
+from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.manager.state import State
 from vmplug.manager.worker import Worker
@@ -235,6 +235,11 @@ def read_claim(row: sqlite3.Row) -> Claim:
         read_only=bool(row["read_only"]),
         share_rw=bool(row["share_rw"]),
     )
+
+
+def has_ended(vm: VmRecord, host: HostRoot) -> bool:
+    """Whether the process of a VM is surely no more; False where it was never known."""
+    return bool(vm.pid) and not is_running(vm.pid or 0, vm.started_at, host)
 
 
 def record_vm(name: str, endpoint: Endpoint, host: HostRoot) -> VmRecord:

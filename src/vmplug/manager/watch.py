@@ -17,7 +17,7 @@ from vmplug.host.backend import find_server
 from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
 from vmplug.host.root import HostRoot
 from vmplug.manager import DEFAULT_STATE_DIR
-from vmplug.manager.look import HostLook, HostState, Look, has_ended, judged, socket_of
+from vmplug.manager.look import HostLook, HostState, Look, judged, socket_of
 from vmplug.manager.notice import (
     Notice,
     compare,
@@ -26,7 +26,7 @@ from vmplug.manager.notice import (
     lost_notice,
     was_taken_away,
 )
-from vmplug.manager.records import Attachment, DeviceRecord, VmRecord
+from vmplug.manager.records import Attachment, DeviceRecord, VmRecord, has_ended
 from vmplug.manager.store import Store
 
 LOOK_INTERVAL_S = 1.0
