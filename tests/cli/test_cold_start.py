@@ -522,7 +522,7 @@ def test_a_qemu_that_is_not_installed_is_named(small: Small) -> None:
     assert refused.status == 5
     error = refused.error()
     assert error["message"] == "qemu-system-s390x is not installed"
-    assert error["hint"] == "on Debian: apt install qemu-system-misc"
+    assert error["hint"] == "on Debian: apt install qemu-system-s390x"
     small.assert_nothing()
 
 

@@ -37,8 +37,6 @@ _KINDS = {
 }
 _EXPANDERS = frozenset({"pxb-pcie", "pxb"})
 _VIOMMUS = frozenset({"intel-iommu", "amd-iommu", "virtio-iommu-pci"})
-_IOMMUFD = "iommufd"
-"""QEMU 8.2 and later have this type."""
 _UNSAID = (1 << 64) - 1
 """A window that the port leaves to the firmware."""
 _BRIDGE_SLOTS = tuple(PciSlot(slot) for slot in range(1, 32))
@@ -72,7 +70,7 @@ def qom_get(path: str, name: str) -> Command:
     return Command("qom-get", {"path": path, "property": name})
 
 
-def read_offer(monitor: Monitor) -> Offer:
+def read_offer(monitor: Monitor, *, iommufd: bool) -> Offer:
     """All ports, bridges, SCSI controllers and memory slots with what is free on them."""
     machine, memory, peripherals, others, properties, devices = monitor.execute_all(
         [
@@ -84,12 +82,11 @@ def read_offer(monitor: Monitor) -> Offer:
             Command("query-memory-devices", {}),
         ]
     )
-    kvm, cpus, sizes, iommufd = monitor.execute_all(
+    kvm, cpus, sizes = monitor.execute_all(
         [
             Command("query-kvm", {}),
             Command("query-cpus-fast", {}),
             Command("query-memory-size-summary", {}),
-            Command("qom-list-types", {"implements": _IOMMUFD}),
         ]
     )
     types = dict(_children(peripherals))
@@ -122,7 +119,7 @@ def read_offer(monitor: Monitor) -> Offer:
         ),
         nvdimms=len(nvdimms),
         viommu=bool(kinds & _VIOMMUS),
-        iommufd=bool(iommufd),
+        iommufd=iommufd,
         ap="ap-bridge" in names,
         memory_bytes=sizes["base-memory"] + sizes.get("plugged-memory", 0),
     )

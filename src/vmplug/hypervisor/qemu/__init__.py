@@ -34,6 +34,7 @@ from vmplug.host.vfio import open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.qemu import vfio
+from vmplug.hypervisor.qemu.abilities import Abilities, Asked
 from vmplug.hypervisor.qemu.departures import Departures
 from vmplug.hypervisor.qemu.plug import check_hot, opened_file, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
@@ -70,6 +71,7 @@ class Qemu:
         self._foreign: Mapping[str, str] = {}
         self._with_daemon: set[str] = set()
         self._departures = Departures(self._owner)
+        self.abilities: Abilities = Asked(monitor.execute)
         monitor.listen(self._departures.receive)
 
     @classmethod
@@ -111,11 +113,11 @@ class Qemu:
         """
         for _ in range(_READ_ATTEMPTS - 1):
             try:
-                return read_offer(self._monitor)
+                return read_offer(self._monitor, iommufd=self.abilities.iommufd)
             except CommandError as error:
                 if not any(words in error.desc for words in _NOT_THERE):
                     raise
-        return read_offer(self._monitor)
+        return read_offer(self._monitor, iommufd=self.abilities.iommufd)
 
     def know(self, names: Mapping[str, str]) -> None:
         """Names in QEMU that somebody else gave, each with the id of the device it is of."""
@@ -131,7 +133,7 @@ class Qemu:
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
         """Exactly what `plug` would do; sends nothing."""
-        return plug_steps(plug, place)
+        return plug_steps(plug, place, self.abilities)
 
     def plug(self, plug: Plug, place: Place) -> None:
         """Plug all of it or none: whatever was done before a failure is undone.

@@ -45,8 +45,9 @@ BINARY = {
 _MACHINE_OPTIONS = {Machine.Q35: ",nvdimm=on", Machine.MICROVM: ",acpi=on", Machine.S390: ""}
 PACKAGE = {
     "qemu-system-x86_64": "qemu-system-x86",
-    "qemu-system-s390x": "qemu-system-misc",
+    "qemu-system-s390x": "qemu-system-s390x",
 }
+"""Debian packages; Debian 12 has the latter in qemu-system-misc, which provides that name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
