@@ -77,7 +77,7 @@ def paused(
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmplug-", dir="/tmp"))
         oracle_path = Path(directory) / "oracle.sock"
         channel = f"socket,id=oracle,path={oracle_path},server=on,wait=off"
-        extra = ("-S", "-chardev", channel, "-mon", "chardev=oracle,mode=control")
+        extra = ("-S", "-chardev", channel, "-qmp", "chardev:oracle")
         spec = replace(spec, extra=extra)
         cold = stack.enter_context(ColdQemu(spec, Path(directory)))
         for plug, place in plugs:

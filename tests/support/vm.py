@@ -185,7 +185,7 @@ def _channel_arguments(fds: Mapping[str, int], kernel_log: Path) -> list[str]:
     for name, fd in fds.items():
         arguments += ["-chardev", f"socket,id={name},fd={fd},server=on,wait=off"]
     for name in ("qmp", "oracle"):
-        arguments += ["-mon", f"chardev={name},mode=control"]
+        arguments += ["-qmp", f"chardev:{name}"]
     return arguments
 
 

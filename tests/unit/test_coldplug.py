@@ -461,7 +461,7 @@ def test_every_machine_shares_its_memory_and_answers_qmp(
     memory = json.loads(option(words, "-object"))
     assert (memory["id"], memory["share"], memory["size"]) == ("mem", True, 300 << 20)
     assert f"socket,id=qmp,fd={QMP_DESCRIPTOR},server=on,wait=off" in words
-    assert option(words, "-mon") == "chardev=qmp,mode=control"
+    assert option(words, "-qmp") == "chardev:qmp"
     offer = cold_offer(spec)
     assert (offer.machine, offer.mode, offer.cpus) == (machine, PlugMode.COLD, 3)
     assert offer.kvm is (accel == "kvm")

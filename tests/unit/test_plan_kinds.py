@@ -47,7 +47,7 @@ FS, P9, NET = DeviceType.VHOST_USER_FS, DeviceType.VIRTIO_9P, DeviceType.VHOST_U
 NVDIMM = {"block-driver": "nvdimm"}
 
 Q35 = Offer(
-    machine="pc-q35-7.2",
+    machine="q35",
     ports=tuple(
         PciPort(bus=f"rp{i}", path=PciPath.parse(f"{i:02x}"), free=(PciSlot(0),)) for i in range(8)
     ),

@@ -24,6 +24,7 @@ from vmplug.drivers.place import (
     ScsiPlace,
     Windows,
 )
+from vmplug.errors import CommandError
 from vmplug.hypervisor.monitor import Monitor
 
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
@@ -82,12 +83,8 @@ def read_offer(monitor: Monitor, *, iommufd: bool) -> Offer:
             Command("query-memory-devices", {}),
         ]
     )
-    kvm, cpus, sizes = monitor.execute_all(
-        [
-            Command("query-kvm", {}),
-            Command("query-cpus-fast", {}),
-            Command("query-memory-size-summary", {}),
-        ]
+    cpus, sizes = monitor.execute_all(
+        [Command("query-cpus-fast", {}), Command("query-memory-size-summary", {})]
     )
     types = dict(_children(peripherals))
     kinds = {*types.values(), *dict(_children(others)).values()}
@@ -109,7 +106,7 @@ def read_offer(monitor: Monitor, *, iommufd: bool) -> Offer:
         ports=tuple(sorted(ports, key=lambda port: str(port.path))),
         controllers=tuple(sorted(controllers, key=lambda controller: controller.bus)),
         shared_memory=_is_shared(memory, nvdimms),
-        kvm=bool(kvm["enabled"]),
+        kvm=_has_kvm(monitor),
         cpus=len(cpus),
         ccw_used=_read_ccw(monitor) if _CSS_BRIDGE in names else None,
         nvdimm="nvdimm" in names and bool(monitor.execute(qom_get("/machine", "nvdimm"))),
@@ -123,6 +120,16 @@ def read_offer(monitor: Monitor, *, iommufd: bool) -> Offer:
         ap="ap-bridge" in names,
         memory_bytes=sizes["base-memory"] + sizes.get("plugged-memory", 0),
     )
+
+
+def _has_kvm(monitor: Monitor) -> bool:
+    """Whether KVM runs the guest. For QEMU 11 query-kvm is old; QEMU 10 has nothing else."""
+    try:
+        return bool(monitor.execute(Command("query-kvm", {}))["enabled"])
+    except CommandError as error:
+        if error.error_class != "CommandNotFound":
+            raise
+    return bool(monitor.execute(Command("query-accelerators", {}))["enabled"] == "kvm")
 
 
 def read_place(monitor: Monitor, name: str) -> Place | None:

@@ -43,7 +43,8 @@ from vmplug.hypervisor.topology import qom_get, qom_list, read_offer, read_place
 log = logging.getLogger(__name__)
 
 _NOT_THERE = ("Failed to find node", "not found")
-_STILL_HELD = ("is in use", "is busy")
+_STILL_HELD = ("is in use", "is busy", "which is mapped", "with active references")
+"""The last two are those of QEMU 11 for object-del."""
 _RELEASE_TIMEOUT_S, _LOOK_AGAIN_S = 5.0, 0.02
 _UNPLUGGING = "in the process of unplug"
 """QEMU's word when device_del is repeated; the request stands."""

@@ -164,7 +164,7 @@ def command_line(spec: VmSpec, qmp_descriptor: int) -> list[str]:
     size = spec.memory_mib << 20
     arguments += _json("-object", qom_type="memory-backend-memfd", id="mem", size=size, share=True)
     arguments += ["-chardev", f"socket,id=qmp,fd={qmp_descriptor},server=on,wait=off"]
-    arguments += ["-mon", "chardev=qmp,mode=control"]
+    arguments += ["-qmp", "chardev:qmp"]  # of -mon, QEMU 11 says that it will go
     arguments += _console(spec)
     arguments += _ports(spec) if spec.machine is Machine.Q35 else []
     match spec.machine:
