@@ -152,6 +152,7 @@ def _guest_arguments(machine: str, flavour: Flavour) -> list[str]:
         serial = ["-serial", "chardev:console"]  # it has one port only
         append = "ctl=ttyS0 modules=virtio_mmio quiet loglevel=0 panic=-1"
         append += f" tsc_early_khz={MICROVM_TSC_KHZ}"
+        serial += ["-bios", "qboot.rom"]  # SeaBIOS, Debian 13's choice, reads from every disk
     else:
         serial = ["-serial", "chardev:kernel", "-serial", "chardev:console"]
         append = "console=ttyS0 quiet panic=-1"

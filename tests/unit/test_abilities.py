@@ -8,7 +8,7 @@ import pytest
 
 from vmplug.errors import HypervisorError, ProtocolError
 from vmplug.hypervisor.memory import MemoryHypervisor
-from vmplug.hypervisor.qemu.abilities import of_program
+from vmplug.hypervisor.qemu.abilities import has_firmware, of_program
 
 PROGRAM = "qemu-system-x86_64"
 GREETING: dict[str, object] = {"QMP": {"version": {}, "capabilities": []}}
@@ -91,6 +91,19 @@ def test_an_answer_of_another_shape_is_refused(directory: Path) -> None:
     install(directory, answering([{"parameters": "reconnect-ms"}]))
     with pytest.raises(ProtocolError):
         _ = of_program(PROGRAM).reconnect_ms
+
+
+@pytest.mark.parametrize(("name", "is_there"), [("qboot.rom", True), ("other.rom", False)])
+def test_firmware_is_looked_for_where_the_program_does(
+    directory: Path, name: str, *, is_there: bool
+) -> None:
+    (directory / "qboot.rom").touch()
+    install(directory, f"[ $1 = -L ] && [ $2 = help ] && echo /nowhere && echo {directory}")
+    assert has_firmware(PROGRAM, name) == is_there
+
+
+def test_a_program_that_is_not_there_has_no_firmware() -> None:
+    assert not has_firmware("no-such-qemu", "qboot.rom")
 
 
 def test_an_ability_is_asked_for_once() -> None:

@@ -4,6 +4,7 @@ A question is asked when a step depends on it, and no sooner.
 """
 
 import json
+import os
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -62,6 +63,12 @@ class Asked(Abilities):
 def of_program(program: str) -> Abilities:
     """The abilities of a QEMU that does not run yet; asking takes 70 ms."""
     return Asked(partial(_ask_program, program))
+
+
+def has_firmware(program: str, name: str) -> bool:
+    """Whether the program finds a firmware file of that name where it looks for them."""
+    found = run_program([program, "-L", "help"], timeout_s=_TIMEOUT_S)
+    return any(os.path.isfile(os.path.join(path, name)) for path in found.stdout.splitlines())
 
 
 def _ask_program(program: str, command: Command) -> Any:
