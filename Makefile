@@ -12,6 +12,7 @@ KIND ?= disk
 SECONDS ?= 60
 SEED ?= 0
 CYCLES ?= 10000
+KERNELS ?=
 LAB := $(BIN)/python -m lab --timeout 1200
 LAB_TESTS := $(BIN)/pytest tests/lab --junitxml
 RESULTS := $(CURDIR)/build/lab/results
@@ -50,14 +51,15 @@ faults: test-packages $(BIN)/vmplug $(GUEST)
 	$(BIN)/python -m tests.faults --qemu
 
 lab: test-packages $(BIN)/vmplug $(GUEST)
-	lab/build.sh
+	lab/build.sh $(KERNELS)
 
-# Linux 6.1; then Linux 6.12, which has iommufd; then an IOMMU that does not remap interrupts.
+# On each kernel; then with an IOMMU that does not remap interrupts.
 # Compiled here, as an emulated CPU takes long for it.
 test-lab: lab
 	$(BIN)/python -m compileall -q src tests lab guest
-	$(LAB) -- $(LAB_TESTS) $(RESULTS)/lab.xml
-	$(LAB) --kernel 6.12 -- $(LAB_TESTS) $(RESULTS)/lab-6.12.xml
+	for kernel in $(or $(KERNELS),$$(ls build/lab | grep '^[0-9]')); do \
+		$(LAB) --kernel $$kernel -- $(LAB_TESTS) $(RESULTS)/lab-$$kernel.xml || exit; \
+	done
 	$(LAB) --no-remapping -- $(LAB_TESTS) $(RESULTS)/lab-no-remapping.xml
 
 soak: test-packages $(BIN)/vmplug $(GUEST)
