@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-here test-fast faults fuzz soak lab test-lab lint format bench packages \
-	test-packages clean
+	test-packages test-install test-fresh clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,6 +13,8 @@ SECONDS ?= 60
 SEED ?= 0
 CYCLES ?= 10000
 KERNELS ?=
+TESTS ?=
+RELEASE ?= trixie
 LAB := $(BIN)/python -m lab --timeout 1200
 LAB_TESTS := $(BIN)/pytest tests/lab --junitxml
 RESULTS := $(CURDIR)/build/lab/results
@@ -20,6 +22,7 @@ RESULTS := $(CURDIR)/build/lab/results
 help:
 	@echo "make demo       boot a guest, plug a disk into it, let it read, take the disk out again"
 	@echo "make test       every test (root, QEMU, the lab VM)"
+	@echo "make test-fresh make demo and make test on a Debian that was never used: RELEASE=trixie"
 	@echo "make test-fast  the tests that need neither root nor QEMU, in a minute"
 	@echo "make fuzz       hostile input for SECONDS=60, made from what earlier input reached"
 	@echo "make faults     the whole fault matrix as a table: some minutes, as root"
@@ -35,10 +38,17 @@ demo: packages $(BIN)/vmplug $(if $(filter virtio-9p,$(KIND)),$(FULL_GUEST),$(GU
 
 # The lab VM and the tests here hardly get into each other's way: each has one CPU busy.
 test: lab $(FULL_GUEST)
-	$(MAKE) --no-print-directory --jobs=2 SEED=1 test-lab test-here fuzz
+	$(MAKE) --no-print-directory --jobs=2 SEED=1 test-lab test-here fuzz test-install
 
 test-here:
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
+
+# As a user installs it, who has no source tree.
+test-install: test-packages
+	tools/try-wheel
+
+test-fresh:
+	@tools/test-fresh "$(RELEASE)" $(if $(TESTS),TESTS="$(TESTS)") $(if $(KERNELS),KERNELS="$(KERNELS)")
 
 test-fast: $(BIN)/vmplug
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile -m "not qemu and not root"
