@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up everything that they need on a Debian machine, as root.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-here test-fast faults fuzz soak lab test-lab lint format bench packages \
+.PHONY: help demo can-demo test test-here test-fast faults fuzz soak lab test-lab lint format bench packages \
 	test-packages test-install test-fresh clean
 
 PYTHON ?= python3
@@ -33,8 +33,12 @@ help:
 	@echo "make bench      the speed table of docs/performance.md"
 	@echo "make clean      remove what the above have built"
 
-demo: packages $(BIN)/vmplug $(if $(filter virtio-9p,$(KIND)),$(FULL_GUEST),$(GUEST))
+demo: can-demo packages $(BIN)/vmplug $(GUEST) \
+		$(if $(filter virtio-9p,$(KIND)),$(FULL_GUEST)) $(if $(filter vfio,$(KIND)),lab)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh "$(KIND)"
+
+can-demo:
+	@examples/demo.sh --check "$(KIND)"
 
 # The lab VM and the tests here hardly get into each other's way: each has one CPU busy.
 test: lab $(FULL_GUEST)
@@ -95,10 +99,7 @@ test-packages:
 	@tools/install-packages test
 
 $(BIN)/vmplug: requirements-dev.lock pyproject.toml
-	@$(PYTHON) -c "import ensurepip" 2>/dev/null || tools/install-packages
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@tools/make-venv $(PYTHON)
 
 $(GUEST): guest/build.sh guest/init
 	guest/build.sh cloud
