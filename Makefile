@@ -1,8 +1,8 @@
 # `make demo` and `make test` set up everything that they need on a Debian machine, as root.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-here test-fast faults fuzz soak lab test-lab lint format bench packages \
-	test-packages clean
+.PHONY: help demo can-demo test test-here test-fast faults fuzz soak lab test-lab lint format bench packages \
+	test-packages test-install test-fresh clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,6 +12,9 @@ KIND ?= disk
 SECONDS ?= 60
 SEED ?= 0
 CYCLES ?= 10000
+KERNELS ?=
+TESTS ?=
+RELEASE ?= trixie
 LAB := $(BIN)/python -m lab --timeout 1200
 LAB_TESTS := $(BIN)/pytest tests/lab --junitxml
 RESULTS := $(CURDIR)/build/lab/results
@@ -19,6 +22,7 @@ RESULTS := $(CURDIR)/build/lab/results
 help:
 	@echo "make demo       boot a guest, plug a disk into it, let it read, take the disk out again"
 	@echo "make test       every test (root, QEMU, the lab VM)"
+	@echo "make test-fresh make demo and make test on a Debian that was never used: RELEASE=trixie"
 	@echo "make test-fast  the tests that need neither root nor QEMU, in a minute"
 	@echo "make fuzz       hostile input for SECONDS=60, made from what earlier input reached"
 	@echo "make faults     the whole fault matrix as a table: some minutes, as root"
@@ -29,15 +33,26 @@ help:
 	@echo "make bench      the speed table of docs/performance.md"
 	@echo "make clean      remove what the above have built"
 
-demo: packages $(BIN)/vmplug $(if $(filter virtio-9p,$(KIND)),$(FULL_GUEST),$(GUEST))
+demo: can-demo packages $(BIN)/vmplug $(GUEST) \
+		$(if $(filter virtio-9p,$(KIND)),$(FULL_GUEST)) $(if $(filter vfio,$(KIND)),lab)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh "$(KIND)"
+
+can-demo:
+	@examples/demo.sh --check "$(KIND)"
 
 # The lab VM and the tests here hardly get into each other's way: each has one CPU busy.
 test: lab $(FULL_GUEST)
-	$(MAKE) --no-print-directory --jobs=2 SEED=1 test-lab test-here fuzz
+	$(MAKE) --no-print-directory --jobs=2 SEED=1 test-lab test-here fuzz test-install
 
 test-here:
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
+
+# As a user installs it, who has no source tree.
+test-install: test-packages
+	tools/try-wheel
+
+test-fresh:
+	@tools/test-fresh "$(RELEASE)" $(if $(TESTS),TESTS="$(TESTS)") $(if $(KERNELS),KERNELS="$(KERNELS)")
 
 test-fast: $(BIN)/vmplug
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile -m "not qemu and not root"
@@ -50,14 +65,15 @@ faults: test-packages $(BIN)/vmplug $(GUEST)
 	$(BIN)/python -m tests.faults --qemu
 
 lab: test-packages $(BIN)/vmplug $(GUEST)
-	lab/build.sh
+	lab/build.sh $(KERNELS)
 
-# Linux 6.1; then Linux 6.12, which has iommufd; then an IOMMU that does not remap interrupts.
+# On each kernel; then with an IOMMU that does not remap interrupts.
 # Compiled here, as an emulated CPU takes long for it.
 test-lab: lab
 	$(BIN)/python -m compileall -q src tests lab guest
-	$(LAB) -- $(LAB_TESTS) $(RESULTS)/lab.xml
-	$(LAB) --kernel 6.12 -- $(LAB_TESTS) $(RESULTS)/lab-6.12.xml
+	for kernel in $(or $(KERNELS),$$(ls build/lab | grep '^[0-9]')); do \
+		$(LAB) --kernel $$kernel -- $(LAB_TESTS) $(RESULTS)/lab-$$kernel.xml || exit; \
+	done
 	$(LAB) --no-remapping -- $(LAB_TESTS) $(RESULTS)/lab-no-remapping.xml
 
 soak: test-packages $(BIN)/vmplug $(GUEST)
@@ -83,10 +99,7 @@ test-packages:
 	@tools/install-packages test
 
 $(BIN)/vmplug: requirements-dev.lock pyproject.toml
-	@$(PYTHON) -c "import ensurepip" 2>/dev/null || tools/install-packages
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@tools/make-venv $(PYTHON)
 
 $(GUEST): guest/build.sh guest/init
 	guest/build.sh cloud

@@ -1,15 +1,31 @@
 #!/bin/bash
 # Hand a device of the host to a guest, let the guest use it, and take it back: `demo.sh KIND`.
-# Needs root. Uses its own journal and leaves nothing behind.
+# Needs root. Uses its own journal and leaves nothing behind. `demo.sh --check KIND` only says whether
+# it could begin, before anything is installed for it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly KINDS='disk nvdimm vhost-user-blk vhost-user-scsi vhost-user-net virtio-fs virtio-9p rng virtio-mmio virtio-blk-ccw generic'
+readonly KINDS='disk vfio nvdimm vhost-user-blk vhost-user-scsi vhost-user-net virtio-fs virtio-9p rng virtio-mmio virtio-blk-ccw generic'
 
-kind=${1-disk}
-if [[ " $KINDS " != *" $kind "* ]]; then
-    printf 'demo: %s is none of: %s\n' "$kind" "$KINDS" >&2
+# `fail SENTENCE HINT`
+fail() {
+    printf 'demo: %s\nhint: %s\n' "$@" >&2
     exit 2
+}
+
+check_only=
+if [[ ${1-} = --check ]]; then
+    check_only=yes
+    shift
+fi
+kind=${1-disk}
+[[ " $KINDS " = *" $kind "* ]] || fail "there is no KIND=$kind" "say one of: $KINDS"
+[[ $(id -u) = 0 ]] || fail 'only root can make the devices that are handed over' 'sudo make demo'
+[[ -z $check_only ]] || exit 0
+# Here are no PCI devices to spare: the lab VM has some.
+if [[ $kind = vfio && -z ${LAB_VM-} ]]; then
+    echo 'In the lab VM, an emulated machine with an IOMMU, whose guest boots in about a minute:'
+    exec .venv/bin/python -m lab --timeout 600 -- "$PWD/examples/demo.sh" vfio
 fi
 
 work=$(mktemp -d /tmp/vmplug-demo-XXXXXX)
@@ -115,6 +131,20 @@ demo_disk() {
     echo
     refused vmplug check "$work/ctr1"
     detach_all
+}
+
+demo_vfio() {
+    readonly bdf=0000:01:00.0 # lab/topology.py has it
+    show vmplug host "$bdf"
+    show vmplug check --device "vfio:$bdf"
+    show vmplug bind "$bdf"
+    start_vm
+    show vmplug attach --vm demo --owner ctr1 --device "vfio:$bdf"
+    say 'The guest has the disk of the NVMe controller:'
+    in_guest 'until [ -b /dev/nvme0n1 ]; do usleep 100000; done'
+    in_guest 'head -c 8 /dev/nvme0n1; echo'
+    detach_all
+    show vmplug unbind "$bdf"
 }
 
 demo_nvdimm() {

@@ -22,14 +22,10 @@ declare -rA MORE_MODULES=([cloud]='' [full]='9p 9pnet_virtio')
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly here
 readonly build=${here%/*}/build
+readonly what=guest
 declare -rA OUTPUTS=([cloud]=$build/guest [full]=$build/guest/full)
-
-say() { printf 'guest: %s\n' "$*"; }
-
-fail() {
-    printf 'guest: %s\n' "$*" >&2
-    exit 1
-}
+# shellcheck source=tools/debian-packages.sh
+. "$here/../tools/debian-packages.sh"
 
 is_fresh() {
     local output=${OUTPUTS[$1]} built source
@@ -47,37 +43,13 @@ all_fresh() {
     done
 }
 
-require_tools() {
-    local tool
-    for tool in apt-cache apt-get cpio dpkg flock; do
-        command -v "$tool" >/dev/null || fail "$tool is missing; install the package that has it"
-    done
-}
-
-# The metapackage depends on the newest kernel, whose name has its ABI version in it.
-kernel_package() {
-    apt-cache depends --important "$1" 2>/dev/null |
-        sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p'
-}
-
-# Into the current directory. As root, apt would warn that its own user cannot write here.
-download() {
-    apt-get -qq -o APT::Sandbox::User=root download "$(kernel_package "$1")" busybox-static \
-        2>apt.log
-}
-
-# The package lists are renewed when they are empty or name a version that has left the mirror.
-fetch_packages() {
-    [[ -n $(kernel_package "$1") ]] && download "$1" && return
-    say 'renewing the package lists'
-    apt-get -qq update >apt.log 2>&1 || fail "apt-get update: $(first_error)"
-    # Without a network, apt-get update only warns.
-    [[ -n $(kernel_package "$1") ]] || fail "apt knows no $1: $(first_error)"
-    download "$1" || fail "apt-get download: $(first_error)"
-}
-
-first_error() {
-    grep -m 1 '^[EW]:' apt.log || echo 'no message of apt says why'
+# Of a flavour. Fails when apt knows no such kernel.
+packages_of() {
+    local release
+    release=$(release_of "${METAPACKAGES[$1]}")
+    [[ -n $release ]] || return 1
+    image_packages "$release"
+    echo busybox-static
 }
 
 # Prints the files of modules and of what they depend on, below lib/modules/VERSION. A modules.dep
@@ -127,10 +99,10 @@ replace() {
 build_guest() {
     local flavour=$1 output=${OUTPUTS[$1]} package tree busybox=unpacked/bin/busybox
     say "downloading ${METAPACKAGES[$flavour]} and busybox-static"
-    fetch_packages "${METAPACKAGES[$flavour]}"
+    fetch packages_of "$flavour"
     say 'unpacking'
     for package in *.deb; do
-        dpkg -x "$package" unpacked || fail "cannot unpack $package"
+        unpack unpacked "$package"
     done
     tree=$(echo unpacked/lib/modules/*)
     "$busybox" depmod -b unpacked "${tree##*/}" || fail "depmod failed for ${tree##*/}"
@@ -150,7 +122,7 @@ for flavour; do
     [[ -n ${OUTPUTS[$flavour]:-} ]] || fail "there is no guest '$flavour': say cloud or full"
 done
 all_fresh "$@" && exit 0
-require_tools
+require_tools apt-cache apt-get cpio dpkg flock
 mkdir -p "$build"
 exec 9>"$build/.guest.lock"
 flock 9 # another build may hold it, and may have built what is wanted

@@ -1,11 +1,15 @@
 #!/bin/bash
 # Builds what the lab VM runs on, below build/lab:
 #
-#   6.1/      Debian's kernel, with the kernel's two samples of mediated devices built beside it
-#   6.12/     Debian's newer kernel, with the same, and with VFIO built again to have iommufd and
-#             character devices of its own, which Debian leaves out
+#   6.1/      Debian 12's kernel
+#   6.12/     Debian 13's kernel, which Debian 12 has as its newer one; with VFIO built again to have
+#             iommufd and character devices of its own, which Debian leaves out
 #   busybox   its first programs
 #   nested/   a guest that has booted, to be restored in a VM in the lab
+#
+#   lab/build.sh [VERSION]...    these kernels alone; by default all that this Debian has
+#
+# Beside each kernel are two samples of mediated devices and a network card that the kernel plays.
 #
 # Everything comes out of Debian packages, downloaded and unpacked but never installed. Returns at
 # once when all of it is there, built by this very script. Each part is built in a temporary
@@ -13,8 +17,7 @@
 # kept until then, so the next one need not fetch them again.
 set -euo pipefail
 
-readonly VERSIONS='6.1 6.12'
-declare -rA METAPACKAGES=([6.1]=linux-image-amd64 [6.12]=linux-image-6.12-amd64)
+readonly KNOWN='6.1 6.12'
 
 readonly SAMPLES='mtty mdpy'
 
@@ -31,21 +34,11 @@ readonly project=${here%/*}
 readonly build=$project/build/lab
 readonly downloads=$build/downloads
 
-say() { printf 'lab: %s\n' "$*"; }
+readonly what=lab
+# shellcheck source=tools/debian-packages.sh
+. "$here/../tools/debian-packages.sh"
 
-fail() {
-    printf 'lab: %s\n' "$*" >&2
-    exit 1
-}
-
-require_tools() {
-    local tool
-    for tool in apt-cache apt-get depmod dpkg flock gcc make python3 strip xz zstd; do
-        command -v "$tool" >/dev/null || fail "$tool is missing; run: tools/install-packages test"
-    done
-}
-
-recipe() { cat "$here/build.sh" "$here/vmlinux.py" | sha256sum; }
+recipe() { cat "$here/build.sh" "$project/tools/debian-packages.sh" "$here/vmlinux.py" | sha256sum; }
 
 # Whether all that the lab uses of a kernel is there.
 is_complete() {
@@ -59,13 +52,10 @@ is_complete() {
 # Those that are built here, below lib/modules/RELEASE.
 module_files() {
     local module
-    for module in $SAMPLES; do
+    for module in $SAMPLES netdevsim; do
         echo "extra/$module.ko"
     done
-    if [[ $1 = 6.1 ]]; then
-        echo extra/netdevsim.ko
-        return
-    fi
+    [[ $1 != 6.1 ]] || return 0
     echo extra/iommufd.ko
     for module in $VFIO_MODULES; do
         echo "kernel/drivers/vfio/$module.ko"
@@ -75,50 +65,42 @@ module_files() {
 all_complete() {
     local version
     [[ -x $build/busybox ]] || return 1
-    for version in $VERSIONS; do
+    for version in $wanted; do
         is_complete "$version" || return 1
     done
 }
 
-# `6.1.0-56-amd64`: a metapackage depends on the newest kernel, whose name has its release in it.
-release_of() {
-    apt-cache depends --important "${METAPACKAGES[$1]}" 2>/dev/null |
-        sed -n 's/^ *Depends: linux-image-\([0-9].*\)/\1/p'
+# The release of a version's kernel: Debian's own one, or a newer one that it has too.
+release_of_version() {
+    local metapackage release
+    for metapackage in linux-image-amd64 "linux-image-$1-amd64"; do
+        release=$(release_of "$metapackage")
+        [[ $release != "$1".* ]] || {
+            echo "$release"
+            return
+        }
+    done
+    return 1
 }
 
 # The kernel, and what its modules are built of and with.
 packages_of() {
-    local release
-    release=$(release_of "$1")
-    [[ -n $release ]] || return 1
-    echo "linux-image-$release linux-headers-$release linux-source-$1"
-    case $1 in
-        6.1) echo "linux-headers-${release%-amd64}-common linux-kbuild-$1" ;;
-        *) echo "linux-headers-${release%-amd64}-common linux-kbuild-${release%-amd64}" ;;
-    esac
+    local version=$1 release kbuild
+    release=$(release_of_version "$version") || return 1
+    kbuild=linux-kbuild-${release%-amd64}
+    [[ $version != 6.1 ]] || kbuild=linux-kbuild-6.1
+    image_packages "$release"
+    echo "linux-headers-$release linux-headers-${release%-amd64}-common $kbuild"
+    echo "linux-source-$version"
 }
 
-# As root, apt would warn that its own user cannot write to the directory.
-download() { apt-get -qq -o APT::Sandbox::User=root download "$@" 2>apt.log; }
-
-try_fetch() {
-    local packages
-    # shellcheck disable=SC2086  # a list of words
-    packages=$("$@") && download $packages
-}
-
-# Into the current directory: the packages that a command prints. The package lists are renewed when
-# they are empty or name a version that has left the mirror.
-fetch() {
-    try_fetch "$@" && return
-    say 'renewing the package lists'
-    apt-get -qq update >apt.log 2>&1 || fail "apt-get update: $(first_error)"
-    "$@" >/dev/null || fail "apt does not know the packages: $(first_error)"
-    try_fetch "$@" || fail "apt-get download: $(first_error)"
-}
-
-first_error() {
-    grep -m 1 '^[EW]:' apt.log || echo 'no message of apt says why'
+# The versions that this Debian has.
+versions() {
+    local version
+    for version in $KNOWN; do
+        release_of_version "$version" >/dev/null && echo "$version"
+    done
+    return 0
 }
 
 # Prints the path of a package in the current directory, where an older one may be too.
@@ -132,20 +114,20 @@ file_of() {
 }
 
 unpack_kernel() {
-    local package=$1 module
+    local package directory
     local -a unused=()
-    for module in $UNUSED; do
-        unused+=("--exclude=./lib/modules/*/kernel/$module")
+    for directory in $UNUSED; do
+        unused+=("--exclude=*/kernel/$directory")
     done
-    mkdir kernel
-    dpkg --fsys-tarfile "$package" | tar -x -C kernel "${unused[@]}" ./boot ./lib/modules ||
-        fail "cannot unpack $package"
+    for package; do
+        unpack kernel "$package" "${unused[@]}" --exclude='./usr/share'
+    done
     python3 "$here/vmlinux.py" kernel/boot/vmlinuz-* kernel/vmlinux ||
-        fail "cannot unpack the kernel of $package"
+        fail "cannot unpack the kernel of $*"
     rm -r kernel/boot
 }
 
-# The headers name their own directory as if they were installed.
+# The headers name their own directory as if they were installed, and link to where packages put them.
 unpack_headers() {
     local package makefile
     for package; do
@@ -165,10 +147,12 @@ unpack_source() {
         fail "cannot unpack $package"
 }
 
+# `make_modules RELEASE DIRECTORY [VARIABLE=VALUE]...`
 make_modules() {
     local release=$1 directory=$2
+    shift 2
     make -s -j"$(nproc)" -C "headers/usr/src/linux-headers-$release" M="$PWD/$directory" \
-        CONFIG_DEBUG_INFO_BTF_MODULES= modules >make.log 2>&1 ||
+        CONFIG_DEBUG_INFO_BTF_MODULES= "$@" modules >make.log 2>&1 ||
         fail "make in $directory: $(grep -m 1 -i error make.log || tail -n 1 make.log)"
 }
 
@@ -187,12 +171,7 @@ build_samples() {
 build_netdevsim() {
     local release=$1
     cp -r source/drivers/net/netdevsim netdevsim
-    cat >netdevsim/Makefile <<'END'
-netdevsim-y := netdev.o dev.o ethtool.o fib.o bus.o health.o hwstats.o udp_tunnels.o
-netdevsim-y += bpf.o ipsec.o psample.o
-obj-m := netdevsim.o
-END
-    make_modules "$release" netdevsim
+    make_modules "$release" netdevsim CONFIG_NETDEVSIM=m
     strip --strip-debug -o "kernel/lib/modules/$release/extra/netdevsim.ko" \
         netdevsim/netdevsim.ko
 }
@@ -247,13 +226,10 @@ END
 # In the current directory, of packages in another one.
 build_kernel() {
     local version=$1 fetched=$2 release name package
-    local -a sources=(samples/vfio-mdev)
+    local -a sources=(samples/vfio-mdev drivers/net/netdevsim)
     local -A files
-    case $version in
-        6.1) sources+=(drivers/net/netdevsim) ;;
-        *) sources+=(drivers/vfio drivers/iommu lib/interval_tree.c) ;;
-    esac
-    release=$(release_of "$version")
+    [[ $version = 6.1 ]] || sources+=(drivers/vfio drivers/iommu lib/interval_tree.c)
+    release=$(release_of_version "$version")
     for package in $(packages_of "$version"); do
         name=${package#linux-}
         files[${name%%-*}]+=" $(cd "$fetched" && file_of "$package")"
@@ -262,16 +238,14 @@ build_kernel() {
     say "unpacking Linux $release"
     # shellcheck disable=SC2086  # lists of words
     {
-        unpack_kernel ${files[image]}
+        unpack_kernel ${files[image]} ${files[binary]-} ${files[modules]-} ${files[base]-}
         unpack_headers ${files[headers]} ${files[kbuild]}
         unpack_source "$version" ${files[source]} "${sources[@]}"
     }
     say "building modules for Linux $release"
     build_samples "$release"
-    case $version in
-        6.1) build_netdevsim "$release" ;;
-        *) build_vfio "$release" ;;
-    esac
+    build_netdevsim "$release"
+    [[ $version = 6.1 ]] || build_vfio "$release"
     depmod --basedir "$PWD/kernel" "$release" || fail "depmod failed for $release"
     recipe >kernel/recipe
     rm -rf "${build:?}/$version"
@@ -281,7 +255,7 @@ build_kernel() {
 # In the current directory.
 build_busybox() {
     [[ ! -x $build/busybox ]] || return 0
-    dpkg -x "$(cd "$downloads" && file_of busybox-static)" busybox
+    unpack busybox "$(cd "$downloads" && file_of busybox-static)"
     mv busybox/bin/busybox "$build/busybox"
 }
 
@@ -292,12 +266,12 @@ build_all() {
     mkdir -p "$downloads"
     cd "$downloads"
     [[ -x $build/busybox ]] || fetch echo busybox-static
-    for version in $VERSIONS; do
+    for version in $wanted; do
         is_complete "$version" || fetch packages_of "$version"
     done
     cd "$work"
     build_busybox
-    for version in $VERSIONS; do
+    for version in $wanted; do
         is_complete "$version" && continue
         mkdir "$work/$version"
         cd "$work/$version"
@@ -313,8 +287,14 @@ build_nested() {
     (cd "$project" && python3 -m tests.lab.nested "$build/nested")
 }
 
+require_tools apt-cache apt-get depmod dpkg flock gcc make python3 strip xz zstd
+wanted=${*:-$(versions)}
+[[ -n $wanted ]] || {
+    apt-get -qq update || true
+    wanted=$(versions)
+}
+[[ -n $wanted ]] || fail "this Debian has none of the kernels $KNOWN: its lab is not supported yet"
 if ! all_complete; then
-    require_tools
     mkdir -p "$build"
     exec 9>"$build/.lock"
     flock 9 # another build may hold it, and may have built what is wanted

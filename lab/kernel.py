@@ -23,6 +23,11 @@ class Kernel:
     modules: Path
 
 
+def first_built() -> Version:
+    """The oldest of the kernels that have been built; the oldest of all when none has."""
+    return next((version for version in VERSIONS if (BUILT / version).exists()), VERSIONS[0])
+
+
 def find_kernel(version: Version) -> Kernel:
     """What has been built of a kernel. Raises LabError."""
     tree = BUILT / version

@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from lab.command_line import Machine, command_line, make_disks
 from lab.initrd import pack_initrd
-from lab.kernel import BUILT, LabError, Version, find_kernel
+from lab.kernel import BUILT, LabError, Version, find_kernel, first_built
 from lab.topology import LAB_ADDRESS, NETWORK
 
 RESULTS = BUILT / "results"
@@ -43,7 +43,7 @@ class Lab:
     command line and all that the kernel says.
     """
 
-    version: Version = "6.1"
+    version: Version = field(default_factory=first_built)
     shares: tuple[Path, ...] = (RESULTS,)
     timeout_s: float = 300.0
     remapping: bool = True
