@@ -561,7 +561,11 @@ def test_a_share_of_vmplugs_own_is_plugged_with_no_process_at_all(tmp_path: Path
     hypervisor = MemoryHypervisor()
     before = MemoryHypervisor()
     daemon = Daemon(
-        program="/no/such/virtiofsd", directory=str(tmp_path), cache="auto", read_only=False
+        program="/no/such/virtiofsd",
+        options=frozenset(),
+        directory=str(tmp_path),
+        cache="auto",
+        read_only=False,
     )
     share = VhostUserDevice(
         id=ID, type=DeviceType.VHOST_USER_FS, daemon=daemon, tag="work", queue_size=1024

@@ -42,6 +42,7 @@ from vmplug.drivers.place import (
 )
 from vmplug.errors import HypervisorError
 from vmplug.host.device import DeviceType
+from vmplug.host.virtiofsd import ask_options
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.coldplug import ColdQemu
 from vmplug.hypervisor.qemu.launch import launch
@@ -100,7 +101,8 @@ def agreeing(spec: VmSpec) -> tuple[Offer, Offer]:
     cold = cold_offer(spec)
     assert (cold.mode, hot.mode) == (PlugMode.COLD, PlugMode.HOT)
     assert hot.mmio == ()
-    return replace(cold, mode=PlugMode.HOT, machine=hot.machine, mmio=()), hot
+    cold = replace(cold, machine=hot.machine, iommufd=hot.iommufd)
+    return replace(cold, mode=PlugMode.HOT, mmio=()), hot
 
 
 @pytest.mark.parametrize(
@@ -332,7 +334,13 @@ def assert_same(
 
 def share(directory: Path, *, read_only: bool) -> VhostUserDevice:
     program = str(VIRTIOFSD)
-    daemon = Daemon(program=program, directory=str(directory), cache="auto", read_only=read_only)
+    daemon = Daemon(
+        program=program,
+        options=ask_options(program),
+        directory=str(directory),
+        cache="auto",
+        read_only=read_only,
+    )
     return VhostUserDevice(
         id=ID, type=DeviceType.VHOST_USER_FS, daemon=daemon, tag="work", queue_size=256
     )

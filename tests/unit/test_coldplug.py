@@ -513,7 +513,13 @@ class FakeDaemons:
         return sum(started.connection.fileno() >= 0 for started in self.started)
 
 
-DAEMON = Daemon(program="/usr/lib/virtiofsd", directory="/srv", cache="auto", read_only=False)
+DAEMON = Daemon(
+    program="/usr/lib/virtiofsd",
+    options=frozenset(),
+    directory="/srv",
+    cache="auto",
+    read_only=False,
+)
 
 
 def cold(daemons: FakeDaemons | None = None, **spec: Any) -> ColdQemu:

@@ -46,6 +46,8 @@ _NOT_THERE = ("Failed to find node", "not found")
 _STILL_HELD = ("is in use", "is busy", "which is mapped", "with active references")
 """The last two are those of QEMU 11 for object-del."""
 _RELEASE_TIMEOUT_S, _LOOK_AGAIN_S = 5.0, 0.02
+_NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
+"""What the virtiofsd in C and the one in Rust say when they cannot make / private or leave it."""
 _UNPLUGGING = "in the process of unplug"
 """QEMU's word when device_del is repeated; the request stands."""
 _READ_ATTEMPTS = 10
@@ -370,6 +372,10 @@ def _with_file(step: Step, files: Mapping[str, int]) -> Step:
 def _daemon_failed(daemon: Daemon, error: HypervisorError, said: str) -> BackendError:
     words = f"; {daemon.program} says: {said}" if said else ""
     hint = error.hint if isinstance(error, CommandError) else None
+    if any(piece in said for piece in _NO_SANDBOX):
+        hint = (
+            "where vmplug runs, / must be a mount point: mount --bind it on itself before chroot"
+        )
     return BackendError(
         daemon.program,
         f"{daemon.directory} cannot be shared: {error}{words}",
