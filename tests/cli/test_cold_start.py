@@ -298,7 +298,7 @@ def test_the_network_answers(cold: Cold) -> None:
 def test_random_numbers_come(cold: Cold) -> None:
     assert cold.virtio_id_at(cold.guest("rng:rng0")["pci_path"]) == RNG_ID
     available = cold.console.run("cat /sys/class/misc/hw_random/rng_available")
-    assert available.split() == ["virtio_rng.0"]
+    assert available.split()[0] == "virtio_rng.0"  # Linux 6.12 adds "none"
     assert cold.console.run("head -c 16 /dev/hwrng | wc -c") == "16"
 
 

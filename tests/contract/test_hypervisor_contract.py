@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.contract.world import MemorySide, QemuSide, Refusal, Side, recorded
+from tests.contract.world import (
+    MemorySide,
+    QemuSide,
+    Refusal,
+    Side,
+    in_old_words,
+    recorded,
+)
 from tests.support.disks import disk_image
 from vmplug.address import PciPath, PciSlot, ScsiAddress, qemu_id
 from vmplug.drivers.base import BlockDrive, BlockDriver, Command, Throttle
@@ -749,7 +756,8 @@ def test_memory_answers_every_command_as_qemu_does(
     prelaunch_side: QemuSide, memory_side: MemorySide, topic: str
 ) -> None:
     def answers(side: Side) -> list[tuple[str, Any]]:
-        return [(f"{c.execute} {dict(c.arguments)}", side.ask(c)) for c in CONVERSATIONS[topic]]
+        asked = CONVERSATIONS[topic]
+        return [(f"{c.execute} {dict(c.arguments)}", in_old_words(side.ask(c))) for c in asked]
 
     assert answers(memory_side) == answers(prelaunch_side)
 

@@ -3,6 +3,7 @@ a device is the same whether it was plugged before the start or after it.
 """
 
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -212,9 +213,25 @@ def described(oracle: RawQmp) -> dict[str, object]:
         if entry["name"].startswith("vmplug-"):
             found |= tree(oracle, f"/objects/{entry['name']}")
     nodes = oracle.execute("query-named-block-nodes", flat=True)
-    found["nodes"] = [{**node, "node-name": named(node["node-name"])} for node in nodes]
+    found["nodes"] = [with_names(node) for node in nodes]
     chardevs = oracle.execute("query-chardev")
-    found["chardevs"] = [c for c in chardevs if c["label"].startswith("vmplug-")]
+    found["chardevs"] = [with_names(c) for c in chardevs if c["label"].startswith("vmplug-")]
+    return found
+
+
+def with_names(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What QEMU tells of a node or chardev, without names that are never the same twice.
+
+    QEMU 10 tells the children of a node, and of a connection that it was given the path of its
+    other end: for a daemon of vmplug's own in a directory that has gone.
+    """
+    found = dict(entry)
+    if "node-name" in found:
+        found["node-name"] = named(found["node-name"])
+    if "filename" in found:
+        found["filename"] = re.sub(r"/tmp/vmplug-\w+/s\b", "#", found["filename"])
+    if "children" in found:
+        found["children"] = [with_names(child) for child in found["children"]]
     return found
 
 

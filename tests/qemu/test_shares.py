@@ -16,7 +16,7 @@ from guest.console import GuestError
 
 from tests.contract.sandbox import Hooked, Killed, Sandbox, Through
 from tests.qemu.conftest import OpenLab, OpenSide, daemons_below, leave_missing
-from tests.support.daemons import Daemon, virtiofsd, virtiofsd_on
+from tests.support.daemons import VIRTIOFSD, Daemon, virtiofsd, virtiofsd_on
 from tests.support.vm import root_ports, start_vm
 from vmplug.drivers.base import Command
 from vmplug.errors import (
@@ -32,6 +32,7 @@ from vmplug.errors import (
 from vmplug.host.device import DeviceType
 from vmplug.host.finding import Code
 from vmplug.host.process import wait_for_end
+from vmplug.host.virtiofsd import ask_options
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.manager.reconcile import Outcome
 from vmplug.oci.annotated import ShareInfo
@@ -244,14 +245,23 @@ def test_a_directory_name_is_only_a_name(
     assert daemons_below(tmp_path) == []
 
 
-def test_a_file_system_that_is_mounted_below_is_one_in_the_guest_too(
-    open_lab: OpenLab, directory: Path
-) -> None:
+@contextmanager
+def mounted_below(directory: Path) -> Iterator[None]:
+    """A file system of its own, with a file in it."""
     below = directory / "below"
     below.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(below)], check=True)
     try:
         (below / "deep").write_text("from below")
+        yield
+    finally:
+        subprocess.run(["umount", str(below)], check=True)
+
+
+def test_a_file_system_that_is_mounted_below_is_one_in_the_guest_too(
+    open_lab: OpenLab, directory: Path
+) -> None:
+    with mounted_below(directory):
         attachment = open_lab.devices.attach(ShareInfo(tag=TAG, source=str(directory)))
         console = open_lab.guest_vm.console
         mounted = mount(open_lab)
@@ -261,8 +271,24 @@ def test_a_file_system_that_is_mounted_below_is_one_in_the_guest_too(
         console.unmount(mounted)
         open_lab.devices.detach(attachment.id)
         assert daemons_below(directory) == []
-    finally:
-        subprocess.run(["umount", str(below)], check=True)
+
+
+def test_a_file_system_that_is_mounted_below_takes_no_writes_of_a_read_only_share(
+    open_lab: OpenLab, directory: Path
+) -> None:
+    """One without --readonly shares none at all, and the directory below it instead."""
+    with mounted_below(directory):
+        info = ShareInfo(tag=TAG, source=str(directory), read_only=True)
+        attachment = open_lab.devices.attach(info)
+        console = open_lab.guest_vm.console
+        mounted = mount(open_lab)
+        with pytest.raises(GuestError, match="Read-only file system"):
+            console.run(f"touch {mounted}/below/new")
+        is_shared = "--readonly" in ask_options(str(VIRTIOFSD))
+        assert console.run(f"ls {mounted}/below") == ("deep" if is_shared else "")
+        console.unmount(mounted)
+        open_lab.devices.detach(attachment.id)
+        assert os.listdir(directory / "below") == ["deep"]
 
 
 @pytest.mark.parametrize("tag", ["a,b=c", "with space 'n' \"q\"", "Grüße-日本", "x" * 36])

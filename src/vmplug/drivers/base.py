@@ -344,7 +344,7 @@ class Hypervisor(Protocol):
         """
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
-        """Exactly what `plug` would do; sends nothing."""
+        """Exactly what `plug` would do; changes nothing, but may ask the VM what it can do."""
 
     def plug(self, plug: Plug, place: Place) -> None:
         """Plug all of it or none: whatever was done before a failure is undone.

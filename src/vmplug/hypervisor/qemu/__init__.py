@@ -135,7 +135,7 @@ class Qemu:
         return self._foreign.get(name) or device_id_of(name)
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
-        """Exactly what `plug` would do; sends nothing."""
+        """Exactly what `plug` would do; asks at most what QEMU can do."""
         return plug_steps(plug, place, self.abilities)
 
     def plug(self, plug: Plug, place: Place) -> None:
