@@ -155,7 +155,8 @@ def sharers_of(directory: Path) -> set[int]:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:  # it has ended
             continue
-        if any(word.startswith(b"source=" + os.fsencode(directory)) for word in words):
+        told = tuple(option + os.fsencode(directory) for option in (b"source=", b"--shared-dir="))
+        if any(word.startswith(told) for word in words):
             found.add(int(pid))
     return found
 

@@ -766,14 +766,10 @@ def test_memory_answers_every_command_as_qemu_does(
 def test_memory_emits_the_events_that_qemu_does(
     guest_side: QemuSide, memory_side: MemorySide
 ) -> None:
-    def deletions(side: Side) -> list[tuple[str, dict[str, Any]]]:
-        seen: list[tuple[str, dict[str, Any]]] = []
+    def deletions(side: Side) -> list[Mapping[str, Any]]:
         with closing(side.monitor()) as monitor:
-            monitor.listen(lambda event, data: seen.append((event, dict(data))))
             carry_out(monitor, Qemu(monitor).steps(RNGDevice(id=ID, filename="/dev/urandom"), RP0))
             monitor.execute(command("device_del", id=NAME))
-            side.wait_gone(NAME)
-            monitor.execute(command("query-status"))
-        return [(event, data) for event, data in seen if event == "DEVICE_DELETED"]
+        return side.deletions(NAME)
 
     assert deletions(memory_side) == deletions(guest_side)

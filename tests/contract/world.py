@@ -129,6 +129,9 @@ class Side(Protocol):
     def wait_gone(self, name: str) -> None:
         """Wait until a device that was asked to go has gone."""
 
+    def deletions(self, name: str) -> list[Mapping[str, Any]]:
+        """What DEVICE_DELETED has said since the last time, up to that of the device itself."""
+
     def wait_disk(self) -> None:
         """Wait until the guest has its only disk in use, and nothing more to ask of it."""
 
@@ -168,6 +171,12 @@ class MemorySide:
 
     def __init__(self, *, root_ports: int = 4, scsi: bool = True) -> None:
         self.machine: MemoryMonitor = MemoryHypervisor(root_ports=root_ports, scsi=scsi).monitor
+        self._deleted: list[Mapping[str, Any]] = []
+        self.machine.listen(self._receive)
+
+    def _receive(self, event: str, data: Mapping[str, Any]) -> None:
+        if event == "DEVICE_DELETED":
+            self._deleted.append(data)
 
     def monitor(self) -> Monitor:
         """See Side."""
@@ -197,6 +206,12 @@ class MemorySide:
     def wait_gone(self, name: str) -> None:
         """See Side; nothing takes time in memory."""
         assert name not in self.machine.devices
+
+    def deletions(self, name: str) -> list[Mapping[str, Any]]:
+        """See Side."""
+        told, self._deleted = self._deleted, []
+        assert told[-1]["device"] == name
+        return told
 
     def wait_disk(self) -> None:
         """See Side; nothing takes time in memory."""
@@ -254,6 +269,13 @@ class QemuSide:
         """See Side. The tree forgets a device before its node is free; the event comes after."""
         self._vm.oracle.wait_event("DEVICE_DELETED", device=name)
         assert name not in self.parts().devices
+
+    def deletions(self, name: str) -> list[Mapping[str, Any]]:
+        """See Side. The tests' own conversation lasts; the product's is over after its turn."""
+        told = [self._vm.oracle.wait_event("DEVICE_DELETED")]
+        while told[-1].get("device") != name:
+            told.append(self._vm.oracle.wait_event("DEVICE_DELETED"))
+        return [*told]
 
     def wait_disk(self) -> None:
         """See Side."""
