@@ -318,13 +318,15 @@ class _Unpacker:
 class _Header(tarfile.TarInfo):
     """A member's header, which may not announce more than is sensible."""
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """As tarfile calls it for every header."""
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in _EXTENSIONS and header.size > _EXTENSION_MAX_BYTES:
-            raise tarfile.ReadError(f"{header.size} bytes are said of one member")
-        return header
+    def _proc_member(self, tar: tarfile.TarFile) -> Self:
+        """As tarfile calls it for every header: its way to look at one before it is read further.
+
+        Python 3.13 does not call `frombuf` of a subclass any more.
+        """
+        if self.type in _EXTENSIONS and self.size > _EXTENSION_MAX_BYTES:
+            raise tarfile.ReadError(f"{self.size} bytes are said of one member")
+        found: Self = super()._proc_member(tar)  # type: ignore[misc]
+        return found
 
 
 class _Limited(io.RawIOBase):

@@ -42,8 +42,8 @@ def read_source(source: str | os.PathLike[str]) -> Source:
     try:
         with open(os.open(path, _OPEN), "rb", buffering=0) as file:
             return Source(_read(str(path), file), _container_name(path.parent.resolve()))
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "a null byte in its path"
         raise SpecError(
             str(path),
             f"cannot be read: {reason}",
