@@ -6,6 +6,7 @@ from pathlib import Path
 from tests.conformance.machine import VM
 from tests.conformance.terms import Terms, command_line
 from tests.conformance.vector import Case, Refusal, attempt, error_of
+from tests.support.abilities import OLD
 from tests.support.tree import HostTree
 from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
@@ -41,7 +42,7 @@ class ColdMachine:
     ) -> None:
         disk = "/boot.img" if boot_disk else None
         self.spec = VmSpec(name=VM, machine=machine, disk=disk)
-        self.qemu = ColdQemu(self.spec, case.path / "vm", daemons)
+        self.qemu = ColdQemu(self.spec, case.path / "vm", daemons, OLD)  # as the QEMUs of Kata
         self._root = root
         self._store = store
         self._restored = case.restored

@@ -15,6 +15,7 @@ from vmplug.host.finding import Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.abilities import RECONNECT
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.records import Attachment, DeviceRecord
 from vmplug.manager.store import Store
@@ -185,8 +186,8 @@ def index_of(device_add: Command) -> int:
 
 
 def memory_monitor(*, ports: int, used_ports: int = 0, scsi: bool = True) -> MemoryMonitor:
-    """A VM in memory with any number of ports."""
-    monitor = MemoryMonitor(root_ports=0, scsi=scsi)
+    """A VM in memory with any number of ports, as old as the QEMUs of Kata."""
+    monitor = MemoryMonitor(root_ports=0, scsi=scsi, reconnect=RECONNECT)
     for index in range(ports):
         add_port(monitor, f"rp{index}", _FIRST_PORT_DEVFN + index)
     for index in range(used_ports):
