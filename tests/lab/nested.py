@@ -2,8 +2,8 @@
 
 Their QEMU is an emulated CPU's: a guest would take it half a minute to boot. It boots once outside
 the lab, when that is built, and is restored from then on: `python -m tests.lab.nested DIRECTORY`.
-With `--run` it is restored, for who comes from a shell: `qmp` and `console` in DIRECTORY are links to
-its sockets then, until it is ended.
+With `--run` it is restored for a shell script: `qmp` and `console` in DIRECTORY are links to its
+sockets then, until it is ended.
 """
 
 import hashlib
