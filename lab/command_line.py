@@ -84,7 +84,7 @@ def _channels(machine: Machine) -> Iterator[str]:
     for name, fd in zip(("monitor", "monitor-port"), machine.monitor, strict=True):
         yield from ("-chardev", f"socket,id={name},fd={fd}")
     yield from ("-serial", "chardev:console", "-serial", "chardev:status")
-    yield from ("-mon", "chardev=monitor,mode=control")
+    yield from ("-qmp", "chardev:monitor")
     yield from _device("virtio-serial-pci", {"addr": "1e.0"})
     yield from _device("virtserialport", {"name": "lab.output", "chardev": "output"})
     yield from _device("virtserialport", {"name": "lab.monitor", "chardev": "monitor-port"})

@@ -100,7 +100,7 @@ def start_words(
     for channel in channels:
         path = directory / f"{name}-{channel}.sock"
         said += ["-chardev", f"socket,id={channel},path={path},server=on,wait=off"]
-    said += ["-mon", "chardev=oracle,mode=control"]
+    said += ["-qmp", "chardev:oracle"]
     return [*said, *(["-serial", "chardev:guest"] if flavour else ["-S"]), *extra]
 
 

@@ -298,7 +298,7 @@ def test_the_network_answers(cold: Cold) -> None:
 def test_random_numbers_come(cold: Cold) -> None:
     assert cold.virtio_id_at(cold.guest("rng:rng0")["pci_path"]) == RNG_ID
     available = cold.console.run("cat /sys/class/misc/hw_random/rng_available")
-    assert available.split() == ["virtio_rng.0"]
+    assert available.split()[0] == "virtio_rng.0"  # Linux 6.12 adds "none"
     assert cold.console.run("head -c 16 /dev/hwrng | wc -c") == "16"
 
 
@@ -522,7 +522,7 @@ def test_a_qemu_that_is_not_installed_is_named(small: Small) -> None:
     assert refused.status == 5
     error = refused.error()
     assert error["message"] == "qemu-system-s390x is not installed"
-    assert error["hint"] == "on Debian: apt install qemu-system-misc"
+    assert error["hint"] == "on Debian: apt install qemu-system-s390x"
     small.assert_nothing()
 
 

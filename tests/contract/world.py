@@ -73,6 +73,30 @@ class Refusal:
     desc: str
 
 
+_NEWER_WORDS = (
+    (r"chardev '(.*)' is already in use", r"Device '\1' is in use"),  # QEMU 10
+    (
+        r"Cannot delete host memory backend '(.*)' which is mapped",  # QEMU 11
+        r"object '\1' is in use, can not be deleted",
+    ),
+    (
+        r"Cannot delete throttle group '(.*)' with active references",  # QEMU 11
+        r"object '\1' is in use, can not be deleted",
+    ),
+)
+"""What later QEMUs say in the place of QEMU 7.2's words, which the machine in memory speaks."""
+
+
+def in_old_words(answer: object) -> object:
+    """A refusal as QEMU 7.2 words it; any other answer as it is."""
+    if not isinstance(answer, Refusal):
+        return answer
+    desc = answer.desc
+    for newer, older in _NEWER_WORDS:
+        desc = re.sub(newer, older, desc)
+    return Refusal(answer.error_class, desc)
+
+
 class Backend(Protocol):
     """The process at the other end of a vhost-user device."""
 

@@ -26,7 +26,8 @@ from tests.support.daemons import (
 from tests.support.disks import disk_image, loop_device
 from tests.support.raw_qmp import QmpError, RawQmp
 from tests.support.vhost_user.messages import Connection, Message, ProtocolFeature, Request
-from tests.support.vm import GuestVm, root_ports, start_vm
+from tests.support.vm import QEMU, GuestVm, root_ports, start_vm
+from vmplug.hypervisor.qemu.abilities import of_program
 
 pytestmark = pytest.mark.qemu
 
@@ -85,19 +86,12 @@ def add_device(qmp: RawQmp, properties: Mapping[str, object]) -> None:
 
 
 def wait_driver(vm: GuestVm) -> None:
-    """Until a driver of the guest runs the device."""
+    """Until a driver of the guest runs the device.
+
+    QEMU is not asked: x-query-virtio-status ends QEMU 7.2 for a SCSI backend, QEMU 11 for any.
+    """
     status = f"/sys/bus/pci/devices/{GUEST_BDF}/virtio*/status"
     vm.console.run(f"until grep -q {DRIVER_OK:#010x} {status}; do usleep 10000; done 2>/dev/null")
-
-
-def assert_driver_ok_in_qemu(vm: GuestVm) -> None:
-    """Not for SCSI: this question crashes QEMU 7.2 when the backend runs.
-
-    There, vhost-user-scsi has no get_vhost, which hw/virtio/virtio-qmp.c calls.
-    """
-    path = "/machine/peripheral/dev0/virtio-backend"
-    statuses = vm.oracle.execute("x-query-virtio-status", path=path)["status"]["statuses"]
-    assert any("DRIVER_OK" in text for text in statuses)
 
 
 @contextmanager
@@ -166,7 +160,6 @@ def read_at(path: Path, offset: int, length: int) -> bytes:
 def assert_ping(vm: GuestVm) -> None:
     """Three packets, three answers."""
     address = "ip link set eth0 up && ip addr add 192.0.2.2/24 dev eth0"
-    assert_driver_ok_in_qemu(vm)
     answer = vm.console.run(f"{address} && ping -c 3 -i 0.2 -W 5 192.0.2.77")
     assert "3 packets transmitted, 3 packets received" in answer
 
@@ -251,7 +244,6 @@ def test_testpmd_answers_ping(vm: GuestVm) -> None:
 def test_storage_daemon_serves_an_image(vm: GuestVm, image: Path) -> None:
     with storage_daemon(image) as backend, plugged(vm, backend.socket_path, BLK):
         assert assert_disk_serves(vm, image).name == "vda"
-        assert_driver_ok_in_qemu(vm)
 
 
 @pytest.mark.root
@@ -279,10 +271,15 @@ def ask_queue_property(vm: GuestVm) -> Any:
     return vm.oracle.execute("qom-get", path="/machine/peripheral/dev0", property="num-queues")
 
 
+def every_second() -> dict[str, int]:
+    """How often QEMU tries to connect again, by the option that it has."""
+    return {"reconnect-ms": 1000} if of_program(QEMU).reconnect_ms else {"reconnect": 1}
+
+
 def test_storage_daemon_killed_and_restarted(vm: GuestVm, image: Path) -> None:
     with (
         storage_daemon(image) as backend,
-        plugged(vm, backend.socket_path, BLK, reconnect=1),
+        plugged(vm, backend.socket_path, BLK, **every_second()),
     ):
         disk = only_disk(vm)
         backend.kill()
@@ -343,7 +340,6 @@ def assert_shared(vm: GuestVm, directory: Path) -> None:
     mount = f"mkdir -p /tmp/shared && mount -t virtiofs {TAG} /tmp/shared"
     vm.console.run(mount)
     try:
-        assert_driver_ok_in_qemu(vm)
         assert vm.console.run("cat /tmp/shared/ours") == "from the host"
         vm.console.run("echo from the guest >/tmp/shared/theirs")
         assert (directory / "theirs").read_text() == "from the guest\n"

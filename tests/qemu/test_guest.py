@@ -461,7 +461,7 @@ def test_microvm(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(
     shutil.which("qemu-system-s390x") is None,
-    reason="no qemu-system-s390x: install qemu-system-misc",
+    reason="no qemu-system-s390x: install that package",
 )
 def test_machine_of_another_architecture(tmp_path: Path) -> None:
     with start_vm(

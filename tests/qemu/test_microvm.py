@@ -146,7 +146,7 @@ def test_a_disk_to_boot_from_is_the_first(tmp_path: Path) -> None:
 def test_other_devices_are_there_too(micro: MicroVm) -> None:
     console = micro.console
     console.load_modules("virtio-rng", "virtio_net", "virtiofs")
-    assert console.run("cat /sys/class/misc/hw_random/rng_available").split() == ["virtio_rng.0"]
+    assert console.run("cat /sys/class/misc/hw_random/rng_available").split()[0] == "virtio_rng.0"
     guests = {name: hold["guest"] for name, hold in micro.vm.attachments.items()}
     assert guests["rng:rng0"]["virt_path"] is None
     (nic,) = console.wait_for_nics(1)

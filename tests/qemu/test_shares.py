@@ -16,7 +16,7 @@ from guest.console import GuestError
 
 from tests.contract.sandbox import Hooked, Killed, Sandbox, Through
 from tests.qemu.conftest import OpenLab, OpenSide, daemons_below, leave_missing
-from tests.support.daemons import Daemon, virtiofsd, virtiofsd_on
+from tests.support.daemons import VIRTIOFSD, Daemon, virtiofsd, virtiofsd_on
 from tests.support.vm import root_ports, start_vm
 from vmplug.drivers.base import Command
 from vmplug.errors import (
@@ -32,6 +32,7 @@ from vmplug.errors import (
 from vmplug.host.device import DeviceType
 from vmplug.host.finding import Code
 from vmplug.host.process import wait_for_end
+from vmplug.host.virtiofsd import ask_options
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.manager.reconcile import Outcome
 from vmplug.oci.annotated import ShareInfo
@@ -72,8 +73,12 @@ def assert_shared(lab: OpenLab, directory: Path, tag: str = TAG) -> None:
     console.unmount(mounted)
 
 
-def words_of(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+def has_cache(directory: Path, mode: str) -> bool:
+    """Whether the daemons were told that mode, in the words of the one in Rust or of that in C."""
+    said = {f"--cache={mode}", f"cache={'none' if mode == 'never' else mode}"}
+    pids = daemons_below(directory)
+    words = [set(Path(f"/proc/{pid}/cmdline").read_text().split("\0")) for pid in pids]
+    return bool(words) and all(said & own for own in words)
 
 
 # directories that vmplug serves
@@ -181,26 +186,26 @@ def test_what_a_bundle_says_is_done(life: OpenLab, directory: Path) -> None:
     (info,) = parse_config(config.encode(), name="c1").annotated
     attachment = life.devices.attach(info)
     assert attachment.read_only
-    assert any("cache=none" in words_of(pid) for pid in daemons_below(directory))
+    assert has_cache(directory, "never")
     life.devices.detach(attachment.id)
     assert life.picture() == before
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "mode"),
     [
         ({}, "auto"),
-        *(({"cache": c}, c) for c in ("auto", "always", "none")),
-        ({"cache": "never"}, "none"),
+        *(({"cache": c}, c) for c in ("auto", "always", "never")),
+        ({"cache": "none"}, "never"),
     ],
     ids=str,
 )
 def test_every_cache_mode_serves(
-    open_lab: OpenLab, directory: Path, options: Mapping[str, str], said: str
+    open_lab: OpenLab, directory: Path, options: Mapping[str, str], mode: str
 ) -> None:
     info = ShareInfo(tag=TAG, source=str(directory), driver_options=options)
     attachment = open_lab.devices.attach(info)
-    assert all(f"cache={said}" in words_of(pid) for pid in daemons_below(directory))
+    assert has_cache(directory, mode)
     assert_shared(open_lab, directory)
     open_lab.devices.detach(attachment.id)
 
@@ -238,6 +243,52 @@ def test_a_directory_name_is_only_a_name(
     console.unmount(mounted)
     open_lab.devices.detach(attachment.id)
     assert daemons_below(tmp_path) == []
+
+
+@contextmanager
+def mounted_below(directory: Path) -> Iterator[None]:
+    """A file system of its own, with a file in it."""
+    below = directory / "below"
+    below.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(below)], check=True)
+    try:
+        (below / "deep").write_text("from below")
+        yield
+    finally:
+        subprocess.run(["umount", str(below)], check=True)
+
+
+def test_a_file_system_that_is_mounted_below_is_one_in_the_guest_too(
+    open_lab: OpenLab, directory: Path
+) -> None:
+    with mounted_below(directory):
+        attachment = open_lab.devices.attach(ShareInfo(tag=TAG, source=str(directory)))
+        console = open_lab.guest_vm.console
+        mounted = mount(open_lab)
+        assert console.read_file(f"{mounted}/below/deep") == b"from below"
+        numbers = [console.run(f"stat -c %d {mounted}/{name}") for name in ("hello", "below/deep")]
+        assert numbers[0] != numbers[1]
+        console.unmount(mounted)
+        open_lab.devices.detach(attachment.id)
+        assert daemons_below(directory) == []
+
+
+def test_a_file_system_that_is_mounted_below_takes_no_writes_of_a_read_only_share(
+    open_lab: OpenLab, directory: Path
+) -> None:
+    """One without --readonly shares none at all, and the directory below it instead."""
+    with mounted_below(directory):
+        info = ShareInfo(tag=TAG, source=str(directory), read_only=True)
+        attachment = open_lab.devices.attach(info)
+        console = open_lab.guest_vm.console
+        mounted = mount(open_lab)
+        with pytest.raises(GuestError, match="Read-only file system"):
+            console.run(f"touch {mounted}/below/new")
+        is_shared = "--readonly" in ask_options(str(VIRTIOFSD))
+        assert console.run(f"ls {mounted}/below") == ("deep" if is_shared else "")
+        console.unmount(mounted)
+        open_lab.devices.detach(attachment.id)
+        assert os.listdir(directory / "below") == ["deep"]
 
 
 @pytest.mark.parametrize("tag", ["a,b=c", "with space 'n' \"q\"", "Grüße-日本", "x" * 36])
@@ -458,7 +509,7 @@ def test_a_directory_that_goes_meanwhile_is_told(open_lab: OpenLab, directory: P
 
     open_lab.talk_through(lambda monitor: Hooked(monitor, remove))
     info = ShareInfo(tag=TAG, source=str(directory))
-    error = expect(open_lab, info, BackendError, "No such file or directory")
+    error = expect(open_lab, info, BackendError, "No such file or directory|does not exist")
     assert str(directory) in error.message
     open_lab.talk_plainly()
     assert not directory.exists()

@@ -18,11 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from vmplug.host.virtiofsd import VIRTIOFSD_PROGRAMS, ask_options
+
 QEMU_STORAGE_DAEMON = Path("/usr/bin/qemu-storage-daemon")
 """In the Debian package qemu-system-common."""
 
-VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
-"""In the Debian package qemu-system-common, up to QEMU 7.2."""
+VIRTIOFSD = next(
+    (path for path in map(Path, VIRTIOFSD_PROGRAMS) if path.exists()), Path(VIRTIOFSD_PROGRAMS[0])
+)
+"""In the Debian package virtiofsd, for QEMU 7.2 in qemu-system-common: which the host has."""
 
 TESTPMD = Path("/usr/bin/dpdk-testpmd")
 """In the Debian package dpdk-dev."""
@@ -214,13 +218,10 @@ _VIRTIOFSD_READY = "Waiting for vhost-user socket connection"
 
 def _virtiofsd_command(directory_to_share: Path) -> list[str]:
     # A sandbox of namespaces would be a second process, and needs more than some containers have.
-    return [
-        str(VIRTIOFSD),
-        "-o",
-        f"source={directory_to_share.absolute()}",
-        "-o",
-        "sandbox=chroot",
-    ]
+    program, directory = str(VIRTIOFSD), directory_to_share.absolute()
+    if "--shared-dir" in ask_options(program):
+        return [program, f"--shared-dir={directory}", "--sandbox=chroot"]
+    return [program, "-o", f"source={directory}", "-o", "sandbox=chroot"]
 
 
 @contextmanager

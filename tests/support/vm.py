@@ -152,6 +152,7 @@ def _guest_arguments(machine: str, flavour: Flavour) -> list[str]:
         serial = ["-serial", "chardev:console"]  # it has one port only
         append = "ctl=ttyS0 modules=virtio_mmio quiet loglevel=0 panic=-1"
         append += f" tsc_early_khz={MICROVM_TSC_KHZ}"
+        serial += ["-bios", "qboot.rom"]  # SeaBIOS, Debian 13's choice, reads from every disk
     else:
         serial = ["-serial", "chardev:kernel", "-serial", "chardev:console"]
         append = "console=ttyS0 quiet panic=-1"
@@ -185,7 +186,7 @@ def _channel_arguments(fds: Mapping[str, int], kernel_log: Path) -> list[str]:
     for name, fd in fds.items():
         arguments += ["-chardev", f"socket,id={name},fd={fd},server=on,wait=off"]
     for name in ("qmp", "oracle"):
-        arguments += ["-mon", f"chardev={name},mode=control"]
+        arguments += ["-qmp", f"chardev:{name}"]
     return arguments
 
 

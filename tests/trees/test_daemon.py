@@ -20,20 +20,36 @@ from vmplug.drivers.base import Daemon
 from vmplug.errors import BackendError
 from vmplug.host.process import find_marked, wait_for_end
 from vmplug.host.root import HostRoot
+from vmplug.host.virtiofsd import ask_options
 from vmplug.hypervisor.daemon import HostDaemons, Started, command_line
 
 ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"
 TIMEOUT_S = 10.0
+OF_C = frozenset({"-o source", "-o announce_submounts"})
+OF_RUST = frozenset({"--shared-dir", "--readonly", "--announce-submounts"})
 
 
 def daemon(
     directory: Path | str = "/srv/work",
     *,
     program: str = "/usr/libexec/virtiofsd",
+    options: frozenset[str] = OF_C,
     cache: str = "auto",
     read_only: bool = False,
 ) -> Daemon:
-    return Daemon(program=program, directory=str(directory), cache=cache, read_only=read_only)
+    return Daemon(
+        program=program,
+        options=options,
+        directory=str(directory),
+        cache=cache,
+        read_only=read_only,
+    )
+
+
+def real(directory: Path, *, read_only: bool = False) -> Daemon:
+    """The host's own virtiofsd."""
+    program = str(VIRTIOFSD)
+    return daemon(directory, program=program, options=ask_options(program), read_only=read_only)
 
 
 # The command line
@@ -46,18 +62,48 @@ def test_a_daemon_is_given_its_listener_and_its_directory() -> None:
         *("-o", "source=/srv/work"),
         *("-o", "cache=auto"),
         *("-o", "sandbox=namespace"),
+        *("-o", "announce_submounts"),
+    ]
+    assert command_line(daemon(options=OF_RUST), 7) == [
+        "/usr/libexec/virtiofsd",
+        "--fd=7",
+        "--shared-dir=/srv/work",
+        "--cache=auto",
+        "--sandbox=namespace",
+        "--announce-submounts",
     ]
 
 
-@pytest.mark.parametrize("cache", ["none", "auto", "always"])
-def test_the_cache_is_handed_on(cache: str) -> None:
-    assert f"cache={cache}" in command_line(daemon(cache=cache), 7)
+@pytest.mark.parametrize("options", [frozenset[str](), frozenset({"--shared-dir"})])
+def test_only_what_a_daemon_has_is_asked_of_it(options: frozenset[str]) -> None:
+    words = command_line(daemon(options=options, read_only=True), 7)
+    assert not any("submounts" in word or "readonly" in word for word in words)
+    assert words[0] == "unshare"
 
 
-def test_one_that_must_not_write_gets_a_read_only_mount_first() -> None:
-    plain = command_line(daemon("/srv/a b"), 7)
+@pytest.mark.parametrize(
+    ("cache", "options", "said"),
+    [
+        *((cache, OF_C, f"cache={cache}") for cache in ("auto", "always")),
+        *((cache, OF_RUST, f"--cache={cache}") for cache in ("auto", "always", "never")),
+        ("never", OF_C, "cache=none"),
+    ],
+)
+def test_the_cache_is_handed_on(cache: str, options: frozenset[str], said: str) -> None:
+    assert said in command_line(daemon(options=options, cache=cache), 7)
+
+
+def test_one_that_can_is_asked_to_write_nothing() -> None:
+    plain = command_line(daemon(options=OF_RUST), 7)
+    words = command_line(daemon(options=OF_RUST, read_only=True), 7)
+    assert words == [*plain, "--readonly"]
+
+
+@pytest.mark.parametrize("options", [OF_C, OF_RUST - {"--readonly"}])
+def test_another_that_must_not_write_gets_a_read_only_mount_first(options: frozenset[str]) -> None:
+    plain = command_line(daemon("/srv/a b", options=options), 7)
     unshare, mount, shell, dash_c, script, directory, *rest = command_line(
-        daemon("/srv/a b", read_only=True), 7
+        daemon("/srv/a b", options=options, read_only=True), 7
     )
     assert (unshare, mount, shell, dash_c) == ("unshare", "--mount", "sh", "-c")
     assert (directory, rest) == ("/srv/a b", plain)
@@ -77,6 +123,7 @@ def test_one_that_must_not_write_gets_a_read_only_mount_first() -> None:
 )
 def test_no_name_of_a_directory_is_an_option(directory: str, source: str) -> None:
     assert command_line(daemon(directory), 7)[3] == source
+    assert command_line(daemon(directory, options=OF_RUST), 7)[2] == f"--shared-dir={directory}"
 
 
 @given(st.text(st.characters(exclude_characters="\0"), min_size=1).map(lambda name: f"/{name}"))
@@ -240,7 +287,9 @@ import os, signal, sys
 from vmplug.drivers.base import Daemon
 from vmplug.hypervisor.daemon import HostDaemons
 daemons = HostDaemons(sys.argv[1])
-daemon = Daemon(program=sys.argv[2], directory="/", cache="auto", read_only=False)
+daemon = Daemon(
+    program=sys.argv[2], options=frozenset(), directory="/", cache="auto", read_only=False
+)
 for _ in range(50):
     with daemons.start(daemon, "0123456789abcdef"):
         assert os.getpgrp() not in map(os.getpgid, daemons.find().values())
@@ -310,9 +359,19 @@ def ask_features(connection: socket.socket) -> int:
     return int(U64.unpack_from(answer, HEADER.size)[0])
 
 
-needs_virtiofsd = pytest.mark.skipif(
-    not VIRTIOFSD.exists(), reason="needs /usr/lib/qemu/virtiofsd (qemu-system-common)"
-)
+needs_virtiofsd = pytest.mark.skipif(not VIRTIOFSD.exists(), reason="needs a virtiofsd")
+
+
+@needs_virtiofsd
+def test_the_real_one_says_how_it_takes_a_directory() -> None:
+    options = ask_options(str(VIRTIOFSD))
+    assert "--fd" in options
+    assert len({"--shared-dir", "-o source"} & options) == 1
+    assert {"--announce-submounts", "-o announce_submounts"} & options
+
+
+def test_a_program_that_cannot_be_run_has_no_options(tmp_path: Path) -> None:
+    assert ask_options(str(tmp_path / "none")) == frozenset()
 
 
 @pytest.mark.root
@@ -324,7 +383,7 @@ def test_a_real_virtiofsd_is_started_found_and_ended(
 ) -> None:
     directory = tmp_path / name
     directory.mkdir()
-    made = daemon(directory, program=str(VIRTIOFSD), read_only=read_only)
+    made = real(directory, read_only=read_only)
     daemons = HostDaemons(vm)
     with daemons.start(made, ID) as started:
         assert ask_features(started.connection), started.said()
@@ -339,7 +398,7 @@ def test_a_real_virtiofsd_is_started_found_and_ended(
 @pytest.mark.root
 @needs_virtiofsd
 def test_a_real_virtiofsd_ends_when_its_client_hangs_up(tmp_path: Path, vm: str) -> None:
-    with HostDaemons(vm).start(daemon(tmp_path, program=str(VIRTIOFSD)), ID) as started:
+    with HostDaemons(vm).start(real(tmp_path), ID) as started:
         assert ask_features(started.connection), started.said()
         pids = [p for p, mark in find_marked("VMPLUG_DEVICE").items() if mark == f"{ID} {vm}"]
         assert pids
@@ -353,7 +412,7 @@ def test_a_real_virtiofsd_ends_when_its_client_hangs_up(tmp_path: Path, vm: str)
 def test_a_directory_that_has_gone_is_told_in_its_words(
     tmp_path: Path, vm: str, *, read_only: bool
 ) -> None:
-    made = daemon(tmp_path / "none", program=str(VIRTIOFSD), read_only=read_only)
+    made = real(tmp_path / "none", read_only=read_only)
     with HostDaemons(vm).start(made, ID) as started:
         started.connection.settimeout(TIMEOUT_S)
         assert hung_up(started.connection)
@@ -364,16 +423,18 @@ def test_a_directory_that_has_gone_is_told_in_its_words(
 @pytest.mark.root
 @needs_virtiofsd
 @pytest.mark.parametrize("read_only", [False, True], ids=["rw", "ro"])
-def test_the_mount_of_a_real_virtiofsd_takes_writes_only_when_it_may(
+def test_the_mount_of_a_real_virtiofsd_takes_writes_unless_only_a_mount_refuses_them(
     tmp_path: Path, vm: str, *, read_only: bool
 ) -> None:
+    """One with --readonly refuses them itself, which tests/qemu/test_shares.py tries."""
     (tmp_path / "file").write_text("x")
-    made = daemon(tmp_path, program=str(VIRTIOFSD), read_only=read_only)
+    made = real(tmp_path, read_only=read_only)
     with HostDaemons(vm).start(made, ID) as started:
         assert ask_features(started.connection), started.said()
         pids = [p for p, mark in find_marked("VMPLUG_DEVICE").items() if mark == f"{ID} {vm}"]
         shown = [path for pid in pids if (path := Path(f"/proc/{pid}/root/file")).exists()]
         assert shown
         for path in shown:
-            assert bool(os.statvfs(path).f_flag & os.ST_RDONLY) is read_only
+            is_mounted_so = read_only and "--readonly" not in made.options
+            assert bool(os.statvfs(path).f_flag & os.ST_RDONLY) is is_mounted_so
     assert (tmp_path / "file").read_text() == "x"

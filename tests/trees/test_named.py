@@ -17,9 +17,9 @@ from vmplug.host.device import (
     SharedDirectory,
     VhostUserSocket,
 )
-from vmplug.host.named import VIRTIOFSD_PROGRAMS
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
+from vmplug.host.virtiofsd import VIRTIOFSD_PROGRAMS, Virtiofsd
 from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
 
@@ -79,7 +79,10 @@ def test_the_hosts_virtiofsd_is_found_wherever_it_is_installed(
     host.file(program)
     found = resolve(share(), host.root)
     assert isinstance(found, SharedDirectory)
-    assert found.virtiofsd == program
+    assert found.virtiofsd == Virtiofsd(program)  # that of another root is not run
+    own = resolve(share(filesystem="virtio-9p"), host.root)
+    assert isinstance(own, SharedDirectory)
+    assert own.virtiofsd is None
 
 
 def test_of_several_virtiofsds_the_first_is_taken(host: HostTree) -> None:
@@ -87,7 +90,7 @@ def test_of_several_virtiofsds_the_first_is_taken(host: HostTree) -> None:
         host.file(program)
     found = resolve(share(), host.root)
     assert isinstance(found, SharedDirectory)
-    assert found.virtiofsd == VIRTIOFSD_PROGRAMS[0]
+    assert found.virtiofsd == Virtiofsd(VIRTIOFSD_PROGRAMS[0])
 
 
 @pytest.mark.parametrize("source", [SOCKET, "/run/link.sock", "/var/run/vu.sock"])

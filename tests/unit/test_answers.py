@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from queue import Queue
 from typing import Any
 
@@ -12,6 +13,7 @@ from vmplug.drivers.base import Command
 from vmplug.errors import CommandError, ConnectError, ProtocolError
 from vmplug.hypervisor.answers import MESSAGE_BYTES_MAX, check_answer
 from vmplug.hypervisor.memory import MemoryHypervisor, MemoryMonitor
+from vmplug.hypervisor.memory_parts import Refused
 from vmplug.hypervisor.monitor import EventReceiver, Monitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qmp import QmpMonitor
@@ -46,6 +48,8 @@ from vmplug.hypervisor.topology import qom_get, qom_list
         (Command("query-memory-devices", {}), [{"type": "nvdimm", "data": {"slot": "1"}}]),
         (Command("query-memdev", {}), [{"id": "m"}]),
         (Command("query-kvm", {}), {"enabled": "yes"}),
+        (Command("query-accelerators", {}), {"enabled": True}),
+        (Command("query-command-line-options", {}), [{"option": "chardev"}]),
         (Command("query-memory-size-summary", {}), {"base-memory": -1}),
         (Command("query-named-block-nodes", {}), [{"node-name": 1}]),
         (Command("query-chardev", {}), [{"label": "x"}]),
@@ -102,6 +106,25 @@ def test_an_offer_is_not_made_of_nonsense(asked: str, answer: object) -> None:
     with pytest.raises(ProtocolError, match=f"answer to {asked}"):
         Qemu(Answering(machine, asked, answer)).offer()
     assert machine.devices == devices
+
+
+@dataclass(slots=True)
+class Later(MemoryMonitor):
+    """A QEMU that has no query-kvm any more."""
+
+    accelerator: str = "tcg"
+
+    def _query_kvm(self) -> dict[str, object]:
+        raise Refused("The command query-kvm has not been found", "CommandNotFound")
+
+    def _query_accelerators(self) -> dict[str, object]:
+        return {"enabled": self.accelerator, "present": ["kvm", "tcg"]}
+
+
+@pytest.mark.parametrize(("accelerator", "kvm"), [("kvm", True), ("tcg", False)])
+def test_kvm_is_known_without_the_old_question_for_it(accelerator: str, *, kvm: bool) -> None:
+    offer = Qemu(Later(accelerator=accelerator)).offer()
+    assert offer == replace(MemoryHypervisor().offer(), kvm=kvm)
 
 
 # Bytes

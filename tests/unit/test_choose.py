@@ -41,7 +41,7 @@ def transports(*indices: int) -> tuple[MmioPlace, ...]:
 
 
 Q35 = Offer(
-    machine="pc-q35-7.2",
+    machine="q35",
     ports=(port("rp1", "02", 0), port("br0", "03", 1, 31)),
     controllers=(),
     shared_memory=True,

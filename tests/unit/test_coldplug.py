@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.abilities import NEW, OLD
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.base import (
     BlockDrive,
@@ -35,6 +36,7 @@ from vmplug.drivers.place import (
 from vmplug.errors import BackendError, CannotPlug, StateError
 from vmplug.host.device import DeviceType
 from vmplug.hypervisor.daemon import Started
+from vmplug.hypervisor.qemu.abilities import Abilities
 from vmplug.hypervisor.qemu.coldplug import ColdQemu, arguments
 from vmplug.hypervisor.qemu.machine import (
     MAX_MEMORY_SLOTS,
@@ -145,9 +147,15 @@ class Read:
         self.groups[group, name] = {"": first, **options}
 
 
-def read(plug: Plug, place: Place, descriptors: Mapping[str, int] | None = None) -> Read:
+def read(
+    plug: Plug,
+    place: Place,
+    descriptors: Mapping[str, int] | None = None,
+    *,
+    can: Abilities = NEW,
+) -> Read:
     """A plug on the command line."""
-    return Read(arguments(plug_steps(plug, place), descriptors or {}))
+    return Read(arguments(plug_steps(plug, place, can), descriptors or {}))
 
 
 PLUGS: list[tuple[Plug, Place]] = [
@@ -178,7 +186,7 @@ PLUGS: list[tuple[Plug, Place]] = [
 def test_each_step_of_hot_plug_is_an_argument_with_the_same_values(
     plug: Plug, place: Place
 ) -> None:
-    steps = plug_steps(plug, place)
+    steps = plug_steps(plug, place, NEW)
     found = read(plug, place)
     said = [(step.do.execute, dict(step.do.arguments)) for step in steps]
     assert found.json == [(what, words) for what, words in said if what in JSON_OPTIONS.values()]
@@ -190,15 +198,24 @@ def test_each_step_of_hot_plug_is_an_argument_with_the_same_values(
 
 def test_a_step_comes_after_what_it_names() -> None:
     """QEMU makes objects and drives first whatever the order; nobody should need to know."""
-    words = arguments(plug_steps(drive(throttle=Throttle(bps_total=1)), PCI), {})
+    words = arguments(plug_steps(drive(throttle=Throttle(bps_total=1)), PCI, NEW), {})
     assert words[::2] == ["-object", "-blockdev", "-blockdev", "-device"]
 
 
-@pytest.mark.parametrize("reconnect_s", [0, 3])
-def test_a_socket_is_a_chardev_whose_path_is_set(reconnect_s: int) -> None:
+@pytest.mark.parametrize(
+    ("reconnect_s", "can", "reconnect"),
+    [
+        (0, OLD, {}),
+        (0, NEW, {}),
+        (3, OLD, {"reconnect": "3"}),
+        (3, NEW, {"reconnect-ms": "3000"}),
+    ],
+)
+def test_a_socket_is_a_chardev_whose_path_is_set(
+    reconnect_s: int, can: Abilities, reconnect: dict[str, str]
+) -> None:
     plug = backend(DeviceType.VHOST_USER_BLK, "/run/a.sock", reconnect_s=reconnect_s)
-    found = read(plug, PCI)
-    reconnect = {"reconnect": "3"} if reconnect_s else {}
+    found = read(plug, PCI, can=can)
     wanted = {"": "socket", "path": "/run/a.sock", **reconnect}
     assert found.groups == {("chardev", f"{NAME}-link"): wanted}
     (_, device) = found.json[-1]
@@ -444,7 +461,7 @@ def test_every_machine_shares_its_memory_and_answers_qmp(
     memory = json.loads(option(words, "-object"))
     assert (memory["id"], memory["share"], memory["size"]) == ("mem", True, 300 << 20)
     assert f"socket,id=qmp,fd={QMP_DESCRIPTOR},server=on,wait=off" in words
-    assert option(words, "-mon") == "chardev=qmp,mode=control"
+    assert option(words, "-qmp") == "chardev:qmp"
     offer = cold_offer(spec)
     assert (offer.machine, offer.mode, offer.cpus) == (machine, PlugMode.COLD, 3)
     assert offer.kvm is (accel == "kvm")
@@ -496,11 +513,18 @@ class FakeDaemons:
         return sum(started.connection.fileno() >= 0 for started in self.started)
 
 
-DAEMON = Daemon(program="/usr/lib/virtiofsd", directory="/srv", cache="auto", read_only=False)
+DAEMON = Daemon(
+    program="/usr/lib/virtiofsd",
+    options=frozenset(),
+    directory="/srv",
+    cache="auto",
+    read_only=False,
+)
 
 
 def cold(daemons: FakeDaemons | None = None, **spec: Any) -> ColdQemu:
-    return ColdQemu(VmSpec(name="sb1", **spec), Path("/nowhere"), daemons or FakeDaemons())
+    vm = VmSpec(name="sb1", **spec)
+    return ColdQemu(vm, Path("/nowhere"), daemons or FakeDaemons(), NEW)
 
 
 def test_what_is_plugged_is_on_the_command_line_in_its_order() -> None:
@@ -508,13 +532,13 @@ def test_what_is_plugged_is_on_the_command_line_in_its_order() -> None:
     first, second = drive(), RNGDevice(id=OTHER_ID, filename="/dev/urandom")
     qemu.plug(first, PCI)
     qemu.plug(second, CCW)
-    steps = [*plug_steps(first, PCI), *plug_steps(second, CCW)]
+    steps = [*plug_steps(first, PCI, NEW), *plug_steps(second, CCW, NEW)]
     assert qemu.arguments() == arguments(steps, {})
     assert qemu.find_devices() == {ID: True, OTHER_ID: True}
-    assert qemu.steps(first, PCI) == plug_steps(first, PCI)
+    assert qemu.steps(first, PCI) == plug_steps(first, PCI, NEW)
     qemu.request_unplug(ID)
     assert qemu.wait_unplugged([ID], 0) == {}
-    assert qemu.arguments() == arguments(plug_steps(second, CCW), {})
+    assert qemu.arguments() == arguments(plug_steps(second, CCW, NEW), {})
     assert qemu.find_devices() == {OTHER_ID: True}
     qemu.request_unplug(ID)  # once more is as good as once
     qemu.request_unplug("0000000000000000")

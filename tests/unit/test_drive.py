@@ -391,7 +391,7 @@ def controller(bus: str, used: int = 0) -> ScsiController:
 
 def offer(*parts: PciPort | ScsiController) -> Offer:
     return Offer(
-        machine="pc-q35-7.2",
+        machine="q35",
         ports=tuple(part for part in parts if isinstance(part, PciPort)),
         controllers=tuple(part for part in parts if isinstance(part, ScsiController)),
         shared_memory=False,
@@ -491,19 +491,19 @@ def test_the_guest_sees_each_kind_by_what_it_can_look_for(
 @pytest.mark.parametrize(
     ("parts", "driver", "taken", "message"),
     [
-        ((), None, (), "the VM (pc-q35-7.2) has no PCI port to plug into"),
-        ((), BLK, (), "the VM (pc-q35-7.2) has no PCI port to plug into"),
+        ((), None, (), "the VM (q35) has no PCI port to plug into"),
+        ((), BLK, (), "the VM (q35) has no PCI port to plug into"),
         ((), SCSI, (), "the VM has no virtio-scsi controller with a free address"),
         ((port("rp1", 0),), SCSI, (), "the VM has no virtio-scsi controller with a free address"),
-        ((port("rp1"),), None, (), "the VM (pc-q35-7.2) has no free PCI port left"),
-        ((port("rp1", 0),), None, ("rp1/00",), "the VM (pc-q35-7.2) has no free PCI port left"),
+        ((port("rp1"),), None, (), "the VM (q35) has no free PCI port left"),
+        ((port("rp1", 0),), None, ("rp1/00",), "the VM (q35) has no free PCI port left"),
         (
             (controller("s", 1 << 16),),
             None,
             (),
-            "the VM (pc-q35-7.2) has no PCI port to plug into and no free SCSI address",
+            "the VM (q35) has no PCI port to plug into and no free SCSI address",
         ),
-        ((port("rp1"), controller("s")), BLK, (), "the VM (pc-q35-7.2) has no free PCI port left"),
+        ((port("rp1"), controller("s")), BLK, (), "the VM (q35) has no free PCI port left"),
     ],
 )
 def test_no_place_left_is_said_with_a_remedy(

@@ -35,6 +35,7 @@ from vmplug.host.device import (
 )
 from vmplug.host.finding import Code, Finding
 from vmplug.host.pmem import PfnInfo
+from vmplug.host.virtiofsd import Virtiofsd
 from vmplug.manager.examine import Examined
 from vmplug.manager.plan import Plan, make_plan
 from vmplug.manager.records import Attachment, DeviceRecord
@@ -47,7 +48,7 @@ FS, P9, NET = DeviceType.VHOST_USER_FS, DeviceType.VIRTIO_9P, DeviceType.VHOST_U
 NVDIMM = {"block-driver": "nvdimm"}
 
 Q35 = Offer(
-    machine="pc-q35-7.2",
+    machine="q35",
     ports=tuple(
         PciPort(bus=f"rp{i}", path=PciPath.parse(f"{i:02x}"), free=(PciSlot(0),)) for i in range(8)
     ),
@@ -101,7 +102,9 @@ def share(
 ) -> Examined:
     is_9p = options.get("filesystem") == SharedFilesystem.VIRTIO_9P
     info = ShareInfo(tag=tag, source=path, read_only=ro, driver_options=options)
-    directory = SharedDirectory(P9 if is_9p else FS, path, tag, virtiofsd="/usr/virtiofsd")
+    directory = SharedDirectory(
+        P9 if is_9p else FS, path, tag, virtiofsd=Virtiofsd("/usr/virtiofsd")
+    )
     return found(info, directory)
 
 
@@ -516,7 +519,7 @@ def test_the_options_reach_the_plug() -> None:
     fs, net, drive = (new.plug for new in made.new)
     assert isinstance(fs, VhostUserDevice)
     assert fs.daemon
-    assert fs.daemon.cache == "none"
+    assert fs.daemon.cache == "never"
     assert isinstance(net, VhostUserDevice)
     assert net.queues == 2
     assert isinstance(drive, BlockDrive)

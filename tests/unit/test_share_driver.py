@@ -21,12 +21,15 @@ from vmplug.host.device import (
     VhostUserSocket,
 )
 from vmplug.host.finding import Code
-from vmplug.host.named import QEMUS_VIRTIOFSD
+from vmplug.host.virtiofsd import Virtiofsd
 from vmplug.oci.annotated import ShareInfo
 
 ID = "0123456789abcdef"
 FS, P9 = DeviceType.VHOST_USER_FS, DeviceType.VIRTIO_9P
-VIRTIOFSD = "/usr/libexec/virtiofsd"
+VIRTIOFSD = Virtiofsd("/usr/libexec/virtiofsd", frozenset({"--shared-dir", "--readonly"}))
+QEMUS_VIRTIOFSD = Virtiofsd("/usr/lib/qemu/virtiofsd", frozenset({"--help", "-o source"}))
+UNKNOWN = Virtiofsd("/usr/libexec/virtiofsd", frozenset({"--help"}))
+"""One that says nothing of how it takes a directory."""
 
 DIRECTORY = SharedDirectory(FS, "/srv/work", "work", virtiofsd=VIRTIOFSD)
 BY_QEMU = SharedDirectory(P9, "/srv/work", "work")
@@ -122,20 +125,27 @@ def test_a_virtiofsd_that_runs_has_its_cache_already(device: HostDevice, cache: 
 
 @pytest.mark.parametrize("name", ["a,sandbox=none", "x,source=/etc", "a=b", "a\\", "a\\,xattr"])
 @pytest.mark.parametrize("read_only", [True, False])
-def test_a_directory_whose_name_has_options_in_it_is_not_for_the_virtiofsd_of_rust(
+def test_a_name_with_options_in_it_is_for_a_virtiofsd_that_takes_any_name(
     name: str, *, read_only: bool
 ) -> None:
-    directory = DIRECTORY._replace(host_path=f"/srv/{name}")
+    directory = DIRECTORY._replace(host_path=f"/srv/{name}", virtiofsd=UNKNOWN)
     (finding,) = options(directory).check(directory, read_only=read_only)
     assert finding.code is Code.NO_BACKEND
     assert directory.host_path in finding.message
-    for able in (directory._replace(virtiofsd=QEMUS_VIRTIOFSD), BY_QEMU):
-        assert list(options(able).check(able, read_only=read_only)) == []
+    for able in (VIRTIOFSD, QEMUS_VIRTIOFSD, Virtiofsd("/usr/libexec/virtiofsd")):
+        named = directory._replace(virtiofsd=able)
+        assert list(options(named).check(named, read_only=read_only)) == []
+
+
+@pytest.mark.parametrize("virtiofsd", [UNKNOWN, None])
+def test_qemu_itself_shares_a_directory_of_any_name(virtiofsd: Virtiofsd | None) -> None:
+    named = BY_QEMU._replace(host_path="/srv/a,b=c\\", virtiofsd=virtiofsd)
+    assert list(options(named).check(named, read_only=False)) == []
 
 
 @pytest.mark.parametrize("name", ["a b", "-o", "$(id)", "%s", "a:b", "'\"", "\x1b[0m\n"])
 def test_every_other_name_is_for_every_virtiofsd(name: str) -> None:
-    directory = DIRECTORY._replace(host_path=f"/srv/{name}")
+    directory = DIRECTORY._replace(host_path=f"/srv/{name}", virtiofsd=UNKNOWN)
     assert list(options(directory).check(directory, read_only=False)) == []
 
 
@@ -241,7 +251,13 @@ def test_a_directory_is_served_by_a_virtiofsd_of_our_own() -> None:
     assert plan(DIRECTORY) == VhostUserDevice(
         id=ID,
         type=FS,
-        daemon=Daemon(program=VIRTIOFSD, directory="/srv/work", cache="auto", read_only=False),
+        daemon=Daemon(
+            program="/usr/libexec/virtiofsd",
+            options=frozenset({"--shared-dir", "--readonly"}),
+            directory="/srv/work",
+            cache="auto",
+            read_only=False,
+        ),
         tag="work",
         queue_size=1024,
     )
@@ -253,8 +269,8 @@ def test_a_directory_is_served_by_a_virtiofsd_of_our_own() -> None:
         ({}, "auto"),
         ({"cache": "auto"}, "auto"),
         ({"cache": "always"}, "always"),
-        ({"cache": "none"}, "none"),
-        ({"cache": "never"}, "none"),
+        ({"cache": "none"}, "never"),
+        ({"cache": "never"}, "never"),
     ],
 )
 @pytest.mark.parametrize("read_only", [False, True])

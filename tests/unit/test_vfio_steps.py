@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from tests.support.abilities import NEW
 from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot, qemu_id
 from vmplug.drivers.base import Step, VFIODevice, VFIODevices
 from vmplug.drivers.place import ApPlace, CcwPlace, GroupPlace, PciPlace
@@ -46,7 +47,7 @@ def added(steps: Sequence[Step]) -> list[dict[str, object]]:
 
 
 def test_one_function_is_one_device_without_its_rom() -> None:
-    (step,) = plug_steps(group(function(0)), at(place("rp0")))
+    (step,) = plug_steps(group(function(0)), at(place("rp0")), NEW)
     assert step.do.execute == "device_add"
     assert dict(step.do.arguments) == {
         "driver": "vfio-pci",
@@ -62,14 +63,14 @@ def test_one_function_is_one_device_without_its_rom() -> None:
 
 def test_function_0_of_a_slot_comes_last_so_that_the_guest_finds_all() -> None:
     plug = group(function(0), function(1), function(3))
-    steps = added(plug_steps(plug, at(place("rp0"), place("rp0", 1), place("rp0", 3))))
+    steps = added(plug_steps(plug, at(place("rp0"), place("rp0", 1), place("rp0", 3)), NEW))
     assert [step["addr"] for step in steps] == ["0x0.3", "0x0.1", "0x0"]
     assert [step["id"] for step in steps] == [f"{NAME}-f2", f"{NAME}-f1", NAME]
     assert all(step["multifunction"] for step in steps)
 
 
 def test_functions_on_ports_of_their_own_are_each_alone() -> None:
-    steps = added(plug_steps(group(function(0), function(1)), at(place("rp0"), place("rp1"))))
+    steps = added(plug_steps(group(function(0), function(1)), at(place("rp0"), place("rp1")), NEW))
     assert [(step["bus"], "multifunction" in step) for step in steps] == [
         ("rp0", False),
         ("rp1", False),
@@ -78,7 +79,7 @@ def test_functions_on_ports_of_their_own_are_each_alone() -> None:
 
 def test_only_the_slot_that_is_shared_has_several_functions() -> None:
     plug = group(function(0), function(1), function(2))
-    steps = added(plug_steps(plug, at(place("rp0"), place("rp0", 1), place("rp1"))))
+    steps = added(plug_steps(plug, at(place("rp0"), place("rp0", 1), place("rp1")), NEW))
     assert [(step["bus"], "multifunction" in step) for step in steps] == [
         ("rp0", True),
         ("rp0", True),
@@ -90,14 +91,14 @@ def test_a_function_of_a_domain_that_qemu_does_not_take_goes_by_its_directory() 
     bdf = Bdf.parse("10000:e1:00.0")
     path = f"/sys/bus/pci/devices/{bdf}"
     device = VFIODevice(name=str(bdf), type=VFIODeviceType.NORMAL, bdf=bdf, sysfs_path=path)
-    (step,) = added(plug_steps(group(device), at(place("rp0"))))
+    (step,) = added(plug_steps(group(device), at(place("rp0")), NEW))
     assert step["sysfsdev"] == path
     assert "host" not in step
 
 
 def test_the_guest_reads_other_ids_and_sees_the_rom_when_that_is_wanted() -> None:
     plug = group(function(0), vendor_id=0x10DE, device_id=0x1B80, rom=True)
-    (step,) = added(plug_steps(plug, at(place("rp0"))))
+    (step,) = added(plug_steps(plug, at(place("rp0")), NEW))
     assert (step["x-pci-vendor-id"], step["x-pci-device-id"]) == (0x10DE, 0x1B80)
     assert "romfile" not in step
 
@@ -105,7 +106,7 @@ def test_the_guest_reads_other_ids_and_sees_the_rom_when_that_is_wanted() -> Non
 def test_a_mediated_device_goes_by_its_own_directory_and_never_by_its_parents_address() -> None:
     path = f"/sys/devices/pci0000:00/0000:00:02.0/{UUID}"
     device = VFIODevice(name=UUID, type=VFIODeviceType.MEDIATED, sysfs_path=path)
-    (step,) = added(plug_steps(group(device), at(place("rp0"))))
+    (step,) = added(plug_steps(group(device), at(place("rp0")), NEW))
     assert (step["driver"], step["sysfsdev"]) == ("vfio-pci", path)
     assert "host" not in step
 
@@ -113,21 +114,21 @@ def test_a_mediated_device_goes_by_its_own_directory_and_never_by_its_parents_ad
 def test_an_adapter_matrix_has_no_place() -> None:
     path = f"/sys/devices/vfio_ap/matrix/{UUID}"
     device = VFIODevice(name=UUID, type=VFIODeviceType.AP, sysfs_path=path)
-    steps = added(plug_steps(group(device), ApPlace()))
+    steps = added(plug_steps(group(device), ApPlace(), NEW))
     assert steps == [{"driver": "vfio-ap", "id": NAME, "sysfsdev": path}]
 
 
 def test_a_channel_device_has_a_number() -> None:
     path = f"/sys/devices/css0/0.0.0313/{UUID}"
     device = VFIODevice(name=UUID, type=VFIODeviceType.CCW, sysfs_path=path)
-    steps = added(plug_steps(group(device), CcwPlace(devno=CcwDevNo(0, 0x313))))
+    steps = added(plug_steps(group(device), CcwPlace(devno=CcwDevNo(0, 0x313)), NEW))
     number = {"devno": "fe.0.0313"}
     assert steps == [{"driver": "vfio-ccw", "id": NAME, "sysfsdev": path, **number}]
 
 
 def test_through_iommufd_qemu_gets_open_files_and_one_object() -> None:
     plug = group(function(0, "/dev/vfio/devices/vfio0"), function(1, "/dev/vfio/devices/vfio1"))
-    steps = plug_steps(plug, at(place("rp0"), place("rp0", 1)))
+    steps = plug_steps(plug, at(place("rp0"), place("rp0", 1)), NEW)
     assert [step.do.execute for step in steps] == [
         "getfd",
         "object-add",
@@ -153,7 +154,7 @@ def test_through_iommufd_qemu_gets_open_files_and_one_object() -> None:
 
 def test_on_the_command_line_the_files_are_those_that_qemu_inherits() -> None:
     plug = group(function(0, "/dev/vfio/devices/vfio0"))
-    steps = plug_steps(plug, at(place("rp0")))
+    steps = plug_steps(plug, at(place("rp0")), NEW)
     written = arguments(steps, {f"{NAME}-fd": 7, f"{NAME}-fd0": 8})
     assert [option for option in written if option.startswith("-")] == ["-object", "-device"]
     assert '"fd": "7"' in written[1]

@@ -117,11 +117,13 @@ DAEMON_MARK = "VMPLUG_DEVICE"
 class Daemon:
     """A virtiofsd that vmplug itself runs for one share of `directory`.
 
-    It begins before the share is plugged and ends after it is unplugged. `file_id` is that of the
-    directory, None for any.
+    It begins before the share is plugged and ends after it is unplugged. `options` are those that
+    the program has (see `vmplug.host.virtiofsd`), `cache` is auto, always or never. `file_id` is
+    that of the directory, None for any.
     """
 
     program: str
+    options: frozenset[str]
     directory: str
     cache: str
     read_only: bool
@@ -342,7 +344,7 @@ class Hypervisor(Protocol):
         """
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
-        """Exactly what `plug` would do; sends nothing."""
+        """Exactly what `plug` would do; changes nothing, but may ask the VM what it can do."""
 
     def plug(self, plug: Plug, place: Place) -> None:
         """Plug all of it or none: whatever was done before a failure is undone.

@@ -19,11 +19,14 @@ from vmplug.host.device import (
     VhostUserSocket,
 )
 from vmplug.host.finding import Code, Finding
-from vmplug.host.named import QEMUS_VIRTIOFSD
+from vmplug.host.virtiofsd import Virtiofsd
 
 
 class ShareCache(StrEnum):
-    """How much the guest may keep of what it has read. Source: virtiofsd(1), -o cache."""
+    """How much the guest may keep of what it has read; `none` is an old word for never.
+
+    Source: virtiofsd(1), -o cache and --cache.
+    """
 
     NONE = "none"
     NEVER = "never"
@@ -36,8 +39,10 @@ _QUEUE_SIZE_MAX = 1024
 """Source: virtio specification, 2.6; QEMU hw/virtio/vhost-user-fs.c, VIRTQUEUE_MAX_SIZE."""
 _CACHE_SIZE_MAX_MIB = 1 << 20
 _NOT_IN_OPTIONS = frozenset(",=\\")
-"""The virtiofsd written in Rust cuts `-o source=...` at each comma, and knows no escape; only that
-of QEMU itself reads options as libfuse does. Source: virtiofsd src/main.rs, parse_compat."""
+"""The virtiofsd written in Rust cuts `-o source=...` at each comma, and knows no escape; it has
+--shared-dir for any name. That of QEMU, which lists `-o source`, reads it as libfuse does.
+Source: virtiofsd src/main.rs, parse_compat."""
+_ANY_NAME = frozenset({"--shared-dir", "-o source"})
 _TAG_9P_BYTES_MAX = 31
 """Source: QEMU hw/9pfs/9p.h, MAX_TAG_LEN."""
 
@@ -119,18 +124,8 @@ class ShareOptions:
                 f"the file system of {device.host_path} takes no writes, which are wanted",
                 "ask for it read-only, or remount it for writing",
             )
-        if device.kind is DeviceType.VHOST_USER_FS and device.virtiofsd is None:
-            yield Finding(
-                Code.NO_BACKEND,
-                f"no virtiofsd is installed to share {device.host_path}",
-                "on Debian 12: apt install qemu-system-common, later: apt install virtiofsd",
-            )
-        elif device.virtiofsd != QEMUS_VIRTIOFSD and _NOT_IN_OPTIONS & set(device.host_path):
-            yield Finding(
-                Code.NO_BACKEND,
-                f"{device.virtiofsd} would take a part of the name {device.host_path} for options",
-                "share the directory above it, or give it a name without ',', '=' and '\\'",
-            )
+        if device.kind is DeviceType.VHOST_USER_FS:
+            yield from _check_virtiofsd(device)
 
     def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
         """See Driver."""
@@ -168,9 +163,31 @@ class ShareOptions:
             return None
         cache = self.cache or ShareCache.AUTO
         return Daemon(
-            program=device.virtiofsd,
+            program=device.virtiofsd.path,
+            options=device.virtiofsd.options or frozenset(),
             directory=device.host_path,
-            cache=ShareCache.NONE if cache is ShareCache.NEVER else cache,
+            cache=ShareCache.NEVER if cache is ShareCache.NONE else cache,
             read_only=read_only,
             file_id=device.file_id,
         )
+
+
+def _check_virtiofsd(device: SharedDirectory) -> Iterator[Finding]:
+    program = device.virtiofsd
+    if program is None:
+        yield Finding(
+            Code.NO_BACKEND,
+            f"no virtiofsd is installed to share {device.host_path}",
+            "on Debian 12: apt install qemu-system-common, later: apt install virtiofsd",
+        )
+    elif _NOT_IN_OPTIONS & set(device.host_path) and not _takes_any_name(program):
+        yield Finding(
+            Code.NO_BACKEND,
+            f"{program.path} would take a part of the name {device.host_path} for options",
+            "share the directory above it, or give it a name without ',', '=' and '\\'",
+        )
+
+
+def _takes_any_name(program: Virtiofsd) -> bool:
+    """Also said of one that was not asked: that of another root, which nobody runs."""
+    return program.options is None or bool(program.options & _ANY_NAME)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vmplug.host.mdev import MediatedDevice
     from vmplug.host.pci import PciFunction
     from vmplug.host.pmem import PfnInfo
+    from vmplug.host.virtiofsd import Virtiofsd
 
 
 class DeviceType(StrEnum):
@@ -183,14 +184,14 @@ class SharedDirectory(NamedTuple):
     """A directory to be shared under `tag`; `host_path` is its canonical path.
 
     `read_only` says that its file system takes no writes. `virtiofsd` is the host's program that
-    can share it as virtio-fs, None when it has none. `file_id` is as for a DiskFile.
+    shares it as virtio-fs, None when it has none or needs none. `file_id` is as for a DiskFile.
     """
 
     kind: DeviceType
     host_path: str
     tag: str
     read_only: bool = False
-    virtiofsd: str | None = None
+    virtiofsd: "Virtiofsd | None" = None
     file_id: str | None = None
 
     @property

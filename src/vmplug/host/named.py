@@ -19,12 +19,8 @@ from vmplug.host.device import (
 from vmplug.host.opened import file_id
 from vmplug.host.root import HostRoot, describe
 from vmplug.host.vfio import find_vfio_device, find_vfio_group
+from vmplug.host.virtiofsd import find_virtiofsd
 from vmplug.oci.annotated import Named, NetInfo, RngInfo, ShareInfo, VfioInfo
-
-QEMUS_VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
-"""The one that came with QEMU before 8.0, in C; the others are the Rust one that came after."""
-VIRTIOFSD_PROGRAMS = ("/usr/libexec/virtiofsd", QEMUS_VIRTIOFSD, "/usr/lib/virtiofsd")
-"""Where distributions put it: Debian 13 and Fedora, Debian 12, Arch."""
 
 
 def resolve_named(request: Named, root: HostRoot) -> HostDevice:
@@ -58,13 +54,12 @@ def _share(request: ShareInfo, root: HostRoot) -> HostDevice:
             kind=DeviceType.VHOST_USER_FS, found_by=FoundBy.FILE, socket_path=path
         )
     is_9p = request.driver_options.get("filesystem") == SharedFilesystem.VIRTIO_9P
-    programs = (name for name in VIRTIOFSD_PROGRAMS if root.stat(name))
     return SharedDirectory(
         DeviceType.VIRTIO_9P if is_9p else DeviceType.VHOST_USER_FS,
         path,
         request.tag,
         read_only=root.is_mounted_read_only(path),
-        virtiofsd=next(programs, None),
+        virtiofsd=None if is_9p else find_virtiofsd(root),
         file_id=file_id(status),
     )
 

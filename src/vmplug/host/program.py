@@ -20,14 +20,14 @@ class Finished(NamedTuple):
     complaint: str
 
 
-def run_program(arguments: Sequence[str], *, timeout_s: float) -> Finished:
-    """Run a program with nothing on its stdin; one that overruns the deadline is killed."""
+def run_program(arguments: Sequence[str], *, timeout_s: float, stdin: str = "") -> Finished:
+    """Run a program with that text on its stdin; one that overruns the deadline is killed."""
     path = os.environ.get("PATH", "")
     environment = {**os.environ, "LC_ALL": "C", "PATH": f"{path}:{_SYSTEM_PATH}".lstrip(":")}
     try:
         process = subprocess.Popen(
             arguments,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
@@ -38,7 +38,7 @@ def run_program(arguments: Sequence[str], *, timeout_s: float) -> Finished:
     except OSError as error:
         return Finished(None, "", f"{arguments[0]} cannot be run: {error.strerror}")
     try:
-        stdout, stderr = process.communicate(timeout=timeout_s)
+        stdout, stderr = process.communicate(stdin.encode(), timeout=timeout_s)
     except subprocess.TimeoutExpired:
         _kill(process)
         return Finished(None, "", f"{arguments[0]} did not end within {timeout_s:g} s")

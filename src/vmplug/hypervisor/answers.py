@@ -51,6 +51,18 @@ class _Chardev(TypedDict):
     filename: str
 
 
+class _Parameter(TypedDict):
+    name: str
+
+
+class _Option(TypedDict):
+    parameters: Annotated[list[_Parameter], _Many]
+
+
+class _Accelerators(TypedDict):
+    enabled: str
+
+
 class _Kvm(TypedDict):
     enabled: bool
 
@@ -70,6 +82,8 @@ _Sizes = TypedDict("_Sizes", {"base-memory": _Size, "plugged-memory": NotRequire
 _ANSWERS: dict[str, Any] = {
     "qom-list": Annotated[list[_Property], _Many],
     "qom-list-types": list[Any],
+    "query-accelerators": _Accelerators,
+    "query-command-line-options": Annotated[list[_Option], _Many],
     "query-chardev": Annotated[list[_Chardev], _Many],
     "query-cpus-fast": Annotated[list[_Cpu], _Many],
     "query-kvm": _Kvm,

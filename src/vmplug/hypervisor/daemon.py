@@ -3,7 +3,7 @@
 A daemon inherits a listening socket that has no name any more, and serves the one connection that
 was made before it started; nobody else can reach it, and it ends when QEMU hangs up. It carries
 its device's id and its VM in its environment, so that it is found again whoever started it.
-Source: virtiofsd(1); `--fd` and `-o source`, `cache`, `sandbox` measured on that of QEMU 7.2.
+Source: virtiofsd(1); measured on that of QEMU 7.2, in C, and on 1.13, in Rust.
 """
 
 import os
@@ -26,19 +26,45 @@ from vmplug.host.root import HostRoot
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _END_TIMEOUT_S = 2.0
 _SANDBOX_TIMEOUT_S, _SANDBOX_STEP_S = 10.0, 0.005
-_READ_ONLY = 'mount -o bind,ro -- "$0" "$0" && exec "$@"'
-"""In a mount namespace of its own: virtiofsd has no option for it. The directory is `$0`."""
+_SUBMOUNTS, _FUSE_SUBMOUNTS = "--announce-submounts", "-o announce_submounts"
+"""The guest sees mounts below as such: else two of its files could have one inode number."""
+_READ_ONLY = "--readonly"
+_MOUNT = 'mount -o bind,ro -- "$0" "$0" && exec "$@"'
+"""In a mount namespace of its own, for one without that option. The directory is `$0`."""
 
 
 def command_line(daemon: Daemon, descriptor: int | str) -> list[str]:
-    """The daemon's arguments."""
-    # A backslash takes a comma out of its meaning. Source: libfuse lib/fuse_opt.c.
-    source = daemon.directory.replace("\\", "\\\\").replace(",", "\\,")
-    arguments = [daemon.program, f"--fd={descriptor}", "-o", f"source={source}"]
-    arguments += ["-o", f"cache={daemon.cache}", "-o", "sandbox=namespace"]
-    if daemon.read_only:
-        return ["unshare", "--mount", "sh", "-c", _READ_ONLY, daemon.directory, *arguments]
+    """The daemon's arguments, in the options that it has."""
+    has_own = "--shared-dir" in daemon.options
+    options = _long_options(daemon) if has_own else _fuse_options(daemon)
+    arguments = [daemon.program, f"--fd={descriptor}", *options]
+    if daemon.read_only and _READ_ONLY not in arguments:
+        return ["unshare", "--mount", "sh", "-c", _MOUNT, daemon.directory, *arguments]
     return arguments
+
+
+def _long_options(daemon: Daemon) -> list[str]:
+    """For the one in Rust. Its `-o`, made for callers of the other, knows no escape."""
+    wanted = [_SUBMOUNTS, *([_READ_ONLY] if daemon.read_only else [])]
+    return [
+        f"--shared-dir={daemon.directory}",
+        f"--cache={daemon.cache}",
+        "--sandbox=namespace",
+        *(option for option in wanted if option in daemon.options),
+    ]
+
+
+def _fuse_options(daemon: Daemon) -> list[str]:
+    """For the one in C. A backslash takes a comma out of its meaning.
+
+    Source: libfuse lib/fuse_opt.c.
+    """
+    source = daemon.directory.replace("\\", "\\\\").replace(",", "\\,")
+    cache = "none" if daemon.cache == "never" else daemon.cache
+    wanted = [f"source={source}", f"cache={cache}", "sandbox=namespace"]
+    if _FUSE_SUBMOUNTS in daemon.options:
+        wanted.append(_FUSE_SUBMOUNTS.removeprefix("-o "))
+    return [word for option in wanted for word in ("-o", option)]
 
 
 @dataclass(slots=True)

@@ -1,12 +1,14 @@
 """What stands behind the devices of the in-memory hypervisor: disks, connections, objects.
 
-What it answers is held to real QEMU 7.2 by the contract tests.
+What it answers is held to real QEMU by the contract tests.
 """
 
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from vmplug.hypervisor.qemu.abilities import IOMMUFD, RECONNECT, RECONNECT_MS
 
 
 class Refused(Exception):
@@ -19,7 +21,11 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class MemoryParts:
-    """The commands that make and remove what a device is made of, by their QMP names."""
+    """The commands that make and remove what a device is made of, by their QMP names.
+
+    `reconnect` is the option that a chardev takes of the two, as in QEMU 7.2 and 11; `iommufd` is
+    whether there are objects of that type.
+    """
 
     nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     objects: dict[str, str] = field(default_factory=dict)
@@ -27,6 +33,8 @@ class MemoryParts:
     netdevs: dict[str, str] = field(default_factory=dict)
     descriptors: set[str] = field(default_factory=set)
     sizes: dict[str, int] = field(default_factory=dict)
+    reconnect: str = RECONNECT_MS
+    iommufd: bool = False
 
     @abstractmethod
     def _used(self, key: str) -> set[Any]:
@@ -63,10 +71,16 @@ class MemoryParts:
         return {}
 
     def _object_add(self, qom_type: str, id: str, **properties: Any) -> dict[str, Any]:
+        if qom_type == IOMMUFD and not self.iommufd:
+            raise Refused(f"Parameter 'qom-type' does not accept value '{IOMMUFD}'")
         if id in self.objects:
             raise Refused(f"attempt to add duplicate property '{id}' to object (type 'container')")
         self.objects[id] = qom_type
         return {}
+
+    def _qom_list_types(self, implements: str) -> list[dict[str, str]]:
+        known = {IOMMUFD} if self.iommufd else set()
+        return [{"name": name, "parent": "object"} for name in known & {implements}]
 
     def _object_del(self, id: str) -> dict[str, Any]:
         if id not in self.objects:
@@ -90,13 +104,20 @@ class MemoryParts:
     def _chardev_add(self, id: str, backend: Mapping[str, Any]) -> dict[str, Any]:
         if id in self.chardevs:
             raise Refused(f"Chardev with id '{id}' already exists")
-        name = backend["data"]["addr"]["data"].get("str")
+        data = backend["data"]
+        for unknown in data.keys() & {RECONNECT, RECONNECT_MS} - {self.reconnect}:
+            raise Refused(f"Parameter 'backend.data.{unknown}' is unexpected")
+        name = data["addr"]["data"].get("str")
         if name not in {None, *self.descriptors}:
             why = f"File descriptor named '{name}' has not been found"
             raise Refused(f"Failed to add chardev '{id}': {why}")
         self.descriptors.discard(name)
         self.chardevs[id] = "unix:"
         return {}
+
+    def _query_command_line_options(self, option: str) -> list[dict[str, Any]]:
+        parameters = [{"name": "path"}, {"name": self.reconnect}]
+        return [{"option": option, "parameters": parameters}]
 
     def _chardev_remove(self, id: str) -> dict[str, Any]:
         if id not in self.chardevs:

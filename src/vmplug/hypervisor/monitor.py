@@ -50,6 +50,10 @@ class Monitor(Protocol):
         return self.execute_all([command])[0]
 
 
+_GROUP_OPEN = "another process has the group open, or it is not bound"
+_NO_MORE_MEMORY = (
+    "a vhost-user backend of the VM maps no more pieces of memory: detach its device first"
+)
 _HINTS = (
     ("is not viable", "vmplug check names the function that another driver holds; vmplug bind"),
     (
@@ -57,26 +61,33 @@ _HINTS = (
         "the IOMMU does not remap interrupts, or may not be used: vmplug check says which",
     ),
     ("No available IOMMU models", "modprobe vfio_iommu_type1"),
-    ("failed to open /dev/vfio/", "another process has the group open, or it is not bound"),
+    ("failed to open /dev/vfio/", _GROUP_OPEN),
+    ("Could not open '/dev/vfio/", _GROUP_OPEN),
     ("is already attached", "it is in this VM already, plugged by somebody else"),
     ("used in multiple address spaces", "start the VM without an IOMMU, or with a bridge"),
     ("Cannot allocate memory", "QEMU may lock too little memory: LimitMEMLOCK=infinity"),
     ("caching-mode", "give the VM's IOMMU caching-mode=on, as devices of the host need"),
-    ("lock", "another process has the disk open: stop it, or share it (read-only or share-rw=on)"),
-    ("in use by vmplug-", "vmplug reconcile removes what an interrupted attach left in the VM"),
+    (
+        '" lock',
+        "another process has the disk open: stop it, or share it (read-only or share-rw=on)",
+    ),
+    (",id=vmplug-", "vmplug reconcile removes what an interrupted attach left in the VM"),
     ("Duplicate", "vmplug reconcile removes what an interrupted attach left in the VM"),
     ("not available for", "something else was plugged there meanwhile; try again"),
     ("Permission denied", "QEMU's own user must be allowed to open the disk"),
     ("Failed to connect to", "start the backend that listens there"),
     ("cache-size' not found", "this QEMU has no DAX window for virtio-fs: leave cache-size out"),
-    (
-        "no free memory slots left",
-        "a vhost-user backend of the VM maps no more pieces of memory: detach its device first",
-    ),
+    ("vhost backend has no free memory slots left", _NO_MORE_MEMORY),
+    ("vhost backend has not enough free memory slots left", _NO_MORE_MEMORY),
+    ("vhost backend memory slots", "the backend cannot map all of the VM's memory: detach a pmem"),
     ("not enough space, currently", "start the VM with more room for memory: a larger maxmem"),
     ("does not support hotplugging", "start the VM with root ports (vmplug vm start)"),
 )
-"""What to do about QEMU's words, by a piece of them. Source: measured on QEMU 7.2."""
+"""What to do about QEMU's words, by a piece of them.
+
+Where QEMUs word it differently, each has a line: of 7.2 first, then of 10 and 11. Source: measured
+on these three, and what cannot be provoked without devices read from their programs' strings.
+"""
 
 
 def command_error(command: Command, error_class: str, desc: str) -> CommandError:

@@ -24,6 +24,7 @@ from vmplug.drivers.place import (
     ScsiPlace,
     Windows,
 )
+from vmplug.errors import CommandError
 from vmplug.hypervisor.monitor import Monitor
 
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
@@ -37,8 +38,6 @@ _KINDS = {
 }
 _EXPANDERS = frozenset({"pxb-pcie", "pxb"})
 _VIOMMUS = frozenset({"intel-iommu", "amd-iommu", "virtio-iommu-pci"})
-_IOMMUFD = "iommufd"
-"""QEMU 8.2 and later have this type."""
 _UNSAID = (1 << 64) - 1
 """A window that the port leaves to the firmware."""
 _BRIDGE_SLOTS = tuple(PciSlot(slot) for slot in range(1, 32))
@@ -72,7 +71,7 @@ def qom_get(path: str, name: str) -> Command:
     return Command("qom-get", {"path": path, "property": name})
 
 
-def read_offer(monitor: Monitor) -> Offer:
+def read_offer(monitor: Monitor, *, iommufd: bool) -> Offer:
     """All ports, bridges, SCSI controllers and memory slots with what is free on them."""
     machine, memory, peripherals, others, properties, devices = monitor.execute_all(
         [
@@ -84,13 +83,8 @@ def read_offer(monitor: Monitor) -> Offer:
             Command("query-memory-devices", {}),
         ]
     )
-    kvm, cpus, sizes, iommufd = monitor.execute_all(
-        [
-            Command("query-kvm", {}),
-            Command("query-cpus-fast", {}),
-            Command("query-memory-size-summary", {}),
-            Command("qom-list-types", {"implements": _IOMMUFD}),
-        ]
+    cpus, sizes = monitor.execute_all(
+        [Command("query-cpus-fast", {}), Command("query-memory-size-summary", {})]
     )
     types = dict(_children(peripherals))
     kinds = {*types.values(), *dict(_children(others)).values()}
@@ -112,7 +106,7 @@ def read_offer(monitor: Monitor) -> Offer:
         ports=tuple(sorted(ports, key=lambda port: str(port.path))),
         controllers=tuple(sorted(controllers, key=lambda controller: controller.bus)),
         shared_memory=_is_shared(memory, nvdimms),
-        kvm=bool(kvm["enabled"]),
+        kvm=_has_kvm(monitor),
         cpus=len(cpus),
         ccw_used=_read_ccw(monitor) if _CSS_BRIDGE in names else None,
         nvdimm="nvdimm" in names and bool(monitor.execute(qom_get("/machine", "nvdimm"))),
@@ -122,10 +116,20 @@ def read_offer(monitor: Monitor) -> Offer:
         ),
         nvdimms=len(nvdimms),
         viommu=bool(kinds & _VIOMMUS),
-        iommufd=bool(iommufd),
+        iommufd=iommufd,
         ap="ap-bridge" in names,
         memory_bytes=sizes["base-memory"] + sizes.get("plugged-memory", 0),
     )
+
+
+def _has_kvm(monitor: Monitor) -> bool:
+    """Whether KVM runs the guest. For QEMU 11 query-kvm is old; QEMU 10 has nothing else."""
+    try:
+        return bool(monitor.execute(Command("query-kvm", {}))["enabled"])
+    except CommandError as error:
+        if error.error_class != "CommandNotFound":
+            raise
+    return bool(monitor.execute(Command("query-accelerators", {}))["enabled"] == "kvm")
 
 
 def read_place(monitor: Monitor, name: str) -> Place | None:

@@ -34,6 +34,7 @@ from vmplug.host.vfio import open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.qemu import vfio
+from vmplug.hypervisor.qemu.abilities import Abilities, Asked
 from vmplug.hypervisor.qemu.departures import Departures
 from vmplug.hypervisor.qemu.plug import check_hot, opened_file, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
@@ -42,8 +43,11 @@ from vmplug.hypervisor.topology import qom_get, qom_list, read_offer, read_place
 log = logging.getLogger(__name__)
 
 _NOT_THERE = ("Failed to find node", "not found")
-_STILL_HELD = ("is in use", "is busy")
+_STILL_HELD = ("is in use", "is busy", "which is mapped", "with active references")
+"""The last two are those of QEMU 11 for object-del."""
 _RELEASE_TIMEOUT_S, _LOOK_AGAIN_S = 5.0, 0.02
+_NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
+"""What the virtiofsd in C and the one in Rust say when they cannot make / private or leave it."""
 _UNPLUGGING = "in the process of unplug"
 """QEMU's word when device_del is repeated; the request stands."""
 _READ_ATTEMPTS = 10
@@ -70,6 +74,7 @@ class Qemu:
         self._foreign: Mapping[str, str] = {}
         self._with_daemon: set[str] = set()
         self._departures = Departures(self._owner)
+        self.abilities: Abilities = Asked(monitor.execute)
         monitor.listen(self._departures.receive)
 
     @classmethod
@@ -111,11 +116,11 @@ class Qemu:
         """
         for _ in range(_READ_ATTEMPTS - 1):
             try:
-                return read_offer(self._monitor)
+                return read_offer(self._monitor, iommufd=self.abilities.iommufd)
             except CommandError as error:
                 if not any(words in error.desc for words in _NOT_THERE):
                     raise
-        return read_offer(self._monitor)
+        return read_offer(self._monitor, iommufd=self.abilities.iommufd)
 
     def know(self, names: Mapping[str, str]) -> None:
         """Names in QEMU that somebody else gave, each with the id of the device it is of."""
@@ -130,8 +135,8 @@ class Qemu:
         return self._foreign.get(name) or device_id_of(name)
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
-        """Exactly what `plug` would do; sends nothing."""
-        return plug_steps(plug, place)
+        """Exactly what `plug` would do; asks at most what QEMU can do."""
+        return plug_steps(plug, place, self.abilities)
 
     def plug(self, plug: Plug, place: Place) -> None:
         """Plug all of it or none: whatever was done before a failure is undone.
@@ -367,6 +372,10 @@ def _with_file(step: Step, files: Mapping[str, int]) -> Step:
 def _daemon_failed(daemon: Daemon, error: HypervisorError, said: str) -> BackendError:
     words = f"; {daemon.program} says: {said}" if said else ""
     hint = error.hint if isinstance(error, CommandError) else None
+    if any(piece in said for piece in _NO_SANDBOX):
+        hint = (
+            "where vmplug runs, / must be a mount point: mount --bind it on itself before chroot"
+        )
     return BackendError(
         daemon.program,
         f"{daemon.directory} cannot be shared: {error}{words}",

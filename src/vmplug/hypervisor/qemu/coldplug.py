@@ -18,7 +18,8 @@ from vmplug.errors import StateError
 from vmplug.host.opened import check_path, has_open, replaced
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.daemon import Daemons, HostDaemons, Started
-from vmplug.hypervisor.qemu.machine import VmSpec, cold_offer, option_text
+from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program
+from vmplug.hypervisor.qemu.machine import BINARY, VmSpec, cold_offer, option_text
 from vmplug.hypervisor.qemu.plug import check_file, opened_file, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK
 
@@ -41,7 +42,14 @@ class ColdQemu:
 
     endpoint = None
 
-    def __init__(self, spec: VmSpec, directory: Path, daemons: Daemons | None = None) -> None:
+    def __init__(
+        self,
+        spec: VmSpec,
+        directory: Path,
+        daemons: Daemons | None = None,
+        abilities: Abilities | None = None,
+    ) -> None:
+        self.abilities = abilities or of_program(BINARY[spec.machine])
         self.spec = spec
         self.directory = directory
         self._daemons = daemons or HostDaemons(str(self.qmp_socket))
@@ -79,7 +87,7 @@ class ColdQemu:
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
         """What `plug` would put on the command line."""
-        return plug_steps(plug, place)
+        return plug_steps(plug, place, self.abilities)
 
     def plug(self, plug: Plug, place: Place) -> None:
         """Put it on the command line; its daemon is started."""
@@ -173,8 +181,7 @@ def _arguments(command: Command, descriptors: Mapping[str, int]) -> list[str]:
             data = command.arguments["backend"]["data"]
             address = data["addr"]
             options = {"id": name}
-            if "reconnect" in data:
-                options["reconnect"] = data["reconnect"]
+            options |= {key: data[key] for key in (RECONNECT, RECONNECT_MS) if key in data}
             if address["type"] == "fd":
                 return ["-chardev", option_text("socket", options | {"fd": descriptors[name]})]
             path = address["data"]["path"]

@@ -8,11 +8,13 @@ from contextlib import closing
 
 from vmplug.errors import ConnectError, DeviceError, HypervisorError, SpecError
 from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.abilities import has_firmware
 from vmplug.hypervisor.qemu.coldplug import ColdQemu
-from vmplug.hypervisor.qemu.machine import BINARY, PACKAGE, command_line
+from vmplug.hypervisor.qemu.machine import BINARY, PACKAGE, Machine, VmSpec, command_line
 
 _SOCKET_PATH_MAX = 107
 """Longest path of a unix socket. Source: unix(7), sun_path."""
+_QBOOT = "qboot.rom"
 _UMASK = 0o077
 """What QEMU makes, such as the console's log, is for this user alone."""
 
@@ -28,7 +30,8 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
     log_path = directory / "qemu.log"
     path = str(cold.qmp_socket)
     with _listening(path) as listener, open(log_path, "wb", opener=_private) as log:
-        arguments = [*command_line(spec, listener.fileno()), *cold.arguments(), *spec.extra]
+        arguments = [*command_line(spec, listener.fileno()), *_firmware(spec), *cold.arguments()]
+        arguments += spec.extra
         stands_still = cold.opens_files and "-S" not in spec.extra
         if stands_still:
             arguments.append("-S")
@@ -66,6 +69,18 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
         ) from error
     process.returncode = 0  # it is meant to outlive us
     return process.pid
+
+
+def _firmware(spec: VmSpec) -> list[str]:
+    """For a microvm with a kernel, the firmware that looks at nothing else.
+
+    Debian 13 made SeaBIOS the default: it reads from every disk too, and waits for a vhost-user
+    disk for ever. But it boots a disk, which qboot cannot. Source: measured on QEMU 7.2 and 10.
+    """
+    is_direct = spec.machine is Machine.MICROVM and spec.kernel is not None
+    if is_direct and has_firmware(BINARY[spec.machine], _QBOOT):
+        return ["-bios", _QBOOT]
+    return []
 
 
 def _private(path: str, flags: int) -> int:

@@ -45,8 +45,9 @@ BINARY = {
 _MACHINE_OPTIONS = {Machine.Q35: ",nvdimm=on", Machine.MICROVM: ",acpi=on", Machine.S390: ""}
 PACKAGE = {
     "qemu-system-x86_64": "qemu-system-x86",
-    "qemu-system-s390x": "qemu-system-misc",
+    "qemu-system-s390x": "qemu-system-s390x",
 }
+"""Debian packages; Debian 12 has the latter in qemu-system-misc, which provides that name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +164,7 @@ def command_line(spec: VmSpec, qmp_descriptor: int) -> list[str]:
     size = spec.memory_mib << 20
     arguments += _json("-object", qom_type="memory-backend-memfd", id="mem", size=size, share=True)
     arguments += ["-chardev", f"socket,id=qmp,fd={qmp_descriptor},server=on,wait=off"]
-    arguments += ["-mon", "chardev=qmp,mode=control"]
+    arguments += ["-qmp", "chardev:qmp"]  # of -mon, QEMU 11 says that it will go
     arguments += _console(spec)
     arguments += _ports(spec) if spec.machine is Machine.Q35 else []
     match spec.machine:

@@ -16,17 +16,21 @@ from vmplug.drivers.choose import cold_plug_only
 from vmplug.drivers.place import MemorySlot, MmioPlace, Place
 from vmplug.errors import CannotPlug
 from vmplug.hypervisor.qemu import block, nvdimm, rng, share, vfio, vhost_user
+from vmplug.hypervisor.qemu.abilities import Abilities
 
 
-def plug_steps(plug: Plug, place: Place) -> tuple[Step, ...]:
-    """The commands that plug it there, each with the one that takes it back."""
+def plug_steps(plug: Plug, place: Place, can: Abilities) -> tuple[Step, ...]:
+    """The commands that plug it there, each with the one that takes it back.
+
+    A QEMU with other abilities gets others.
+    """
     match plug:
         case BlockDrive():
             if isinstance(place, MemorySlot):
                 return nvdimm.plug_steps(plug, place)
             return block.plug_steps(plug, place)
         case VhostUserDevice():
-            return vhost_user.plug_steps(plug, place)
+            return vhost_user.plug_steps(plug, place, can)
         case SharedFS():
             return share.plug_steps(plug, place)
         case RNGDevice():

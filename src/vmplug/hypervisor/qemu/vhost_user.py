@@ -10,15 +10,16 @@ from vmplug.drivers.base import END_DAEMON, START_DAEMON, Command, Step, VhostUs
 from vmplug.drivers.place import PciPlace, Place
 from vmplug.host.device import DeviceType
 from vmplug.hypervisor.daemon import command_line
+from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities
 from vmplug.hypervisor.qemu.front import virtio_step
 
 LINK, NETDEV = "link", "net"
 """The parts of a device: its chardev, and for a network its netdev."""
 
 
-def plug_steps(device: VhostUserDevice, place: Place) -> tuple[Step, ...]:
+def plug_steps(device: VhostUserDevice, place: Place, can: Abilities) -> tuple[Step, ...]:
     """The commands that plug `device` at `place`, each with the one that takes it back."""
-    steps = [*_start(device), *_connect(device)]
+    steps = [*_start(device), *_connect(device, can)]
     link = qemu_id(device.id, LINK)
     backend = device.socket_path or (device.daemon.program if device.daemon else link)
     match device.type:
@@ -45,7 +46,7 @@ def _start(device: VhostUserDevice) -> list[Step]:
     ]
 
 
-def _connect(device: VhostUserDevice) -> list[Step]:
+def _connect(device: VhostUserDevice, can: Abilities) -> list[Step]:
     link = qemu_id(device.id, LINK)
     steps = []
     if device.socket_path is None:
@@ -56,11 +57,16 @@ def _connect(device: VhostUserDevice) -> list[Step]:
         address = {"type": "unix", "data": {"path": device.socket_path}}
     data: dict[str, Any] = {"addr": address, "server": False}
     if device.reconnect_s:
-        data["reconnect"] = device.reconnect_s
+        data |= _reconnect(device.reconnect_s, can)
     arguments = {"id": link, "backend": {"type": "socket", "data": data}}
     add = Command("chardev-add", arguments, backend=device.socket_path)
     steps.append(Step(do=add, undo=Command("chardev-remove", {"id": link})))
     return steps
+
+
+def _reconnect(seconds: int, can: Abilities) -> dict[str, int]:
+    """QEMU 9.2 has the first of these too, QEMU 11 has it alone."""
+    return {RECONNECT_MS: seconds * 1000} if can.reconnect_ms else {RECONNECT: seconds}
 
 
 def _netdev(device: VhostUserDevice, link: str, backend: str) -> Step:

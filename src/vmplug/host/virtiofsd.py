@@ -1,0 +1,41 @@
+"""The host's virtiofsd: there are two programs of that name, and each is asked what it can do.
+
+One came with QEMU before 8.0, in C; the other came after it, in Rust, and has options of its own.
+"""
+
+import re
+from typing import NamedTuple
+
+from vmplug.host.program import run_program
+from vmplug.host.root import HostRoot
+
+VIRTIOFSD_PROGRAMS = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
+"""Where distributions put it: Debian 13 and Fedora, Debian 12, Arch."""
+
+_OPTION = re.compile(r"^ +(?:-\w,? +)?(--[a-z-]+|-o [a-z_]+)", re.MULTILINE)
+_HELP_TIMEOUT_S = 10.0
+
+
+class Virtiofsd(NamedTuple):
+    """A virtiofsd at `path`.
+
+    `options` are those that its --help lists, as `--shared-dir` or `-o source`; None where it was
+    not asked, as on another root.
+    """
+
+    path: str
+    options: frozenset[str] | None = None
+
+
+def find_virtiofsd(root: HostRoot) -> Virtiofsd | None:
+    """The one that is installed; of several the first. That of a live root is run for its help."""
+    path = next((path for path in VIRTIOFSD_PROGRAMS if root.stat(path)), None)
+    if path is None:
+        return None
+    return Virtiofsd(path, ask_options(path) if root.is_live else None)
+
+
+def ask_options(path: str) -> frozenset[str]:
+    """The options that the program lists, which takes 4 ms; none if it cannot be run."""
+    asked = run_program([path, "--help"], timeout_s=_HELP_TIMEOUT_S)
+    return frozenset(_OPTION.findall(asked.stdout))

@@ -1,0 +1,89 @@
+"""What the QEMU at hand can do, asked of it: its version number proves nothing.
+
+A question is asked when a step depends on it, and no sooner.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+from vmplug.drivers.base import Command
+from vmplug.errors import HypervisorError
+from vmplug.host.program import run_program
+from vmplug.hypervisor.answers import check_answer
+from vmplug.hypervisor.qemu.machine import PACKAGE
+
+IOMMUFD = "iommufd"
+RECONNECT, RECONNECT_MS = "reconnect", "reconnect-ms"
+"""How often a chardev tries to connect again, in seconds and in milliseconds."""
+_TIMEOUT_S = 30.0
+_NO_MACHINE = ("-machine", "none", "-nodefaults", "-no-user-config", "-display", "none")
+
+
+class Abilities(Protocol):
+    """What the steps of a plug depend on. Asking raises HypervisorError."""
+
+    @property
+    def reconnect_ms(self) -> bool:
+        """Whether a chardev takes `reconnect-ms`; one that does not takes `reconnect`."""
+
+    @property
+    def iommufd(self) -> bool:
+        """Whether there are iommufd objects."""
+
+
+class Asked(Abilities):
+    """Abilities of a QEMU that `execute` sends commands to; each is asked once at most."""
+
+    def __init__(self, execute: Callable[[Command], Any]) -> None:
+        self._execute = execute
+
+    @cached_property
+    def reconnect_ms(self) -> bool:
+        """See Abilities.
+
+        chardev-add got it together with -chardev, which QEMU describes in 0.2 ms; the schema of
+        chardev-add takes 40. That chardev-add takes it is tested.
+        """
+        described = self._execute(Command("query-command-line-options", {"option": "chardev"}))
+        return any(
+            parameter["name"] == RECONNECT_MS
+            for option in described
+            for parameter in option["parameters"]
+        )
+
+    @cached_property
+    def iommufd(self) -> bool:
+        """See Abilities. QEMU 8.2 and later have the type."""
+        return bool(self._execute(Command("qom-list-types", {"implements": IOMMUFD})))
+
+
+def of_program(program: str) -> Abilities:
+    """The abilities of a QEMU that does not run yet; asking takes 70 ms."""
+    return Asked(partial(_ask_program, program))
+
+
+def has_firmware(program: str, name: str) -> bool:
+    """Whether the program finds a firmware file of that name where it looks for them."""
+    found = run_program([program, "-L", "help"], timeout_s=_TIMEOUT_S)
+    return any(os.path.isfile(os.path.join(path, name)) for path in found.stdout.splitlines())
+
+
+def _ask_program(program: str, command: Command) -> Any:
+    """Start the program without a machine, let it answer one command, and end it."""
+    asked = [Command("qmp_capabilities", {}), command, Command("quit", {})]
+    lines = [json.dumps({"execute": c.execute, "arguments": dict(c.arguments)}) for c in asked]
+    finished = run_program(
+        [program, *_NO_MACHINE, "-qmp", "stdio"], timeout_s=_TIMEOUT_S, stdin="\n".join(lines)
+    )
+    try:
+        said = [json.loads(line) for line in finished.stdout.splitlines()]
+        _, answer, _ = [words["return"] for words in said if "return" in words]
+    except ValueError:  # not these three answers, or no JSON
+        raise HypervisorError(
+            f"{program} does not say what it can do: {finished.complaint}",
+            hint=f"on Debian: apt install {PACKAGE[program]}",
+        ) from None
+    return check_answer(command, answer)
