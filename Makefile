@@ -40,7 +40,7 @@ test-here:
 	$(BIN)/pytest
 
 test-fast: $(BIN)/vmplug
-	$(BIN)/pytest --numprocesses=auto --dist=loadfile -m "not qemu and not root"
+	$(BIN)/pytest --in-memory --numprocesses=auto --dist=worksteal -m "not qemu and not root"
 
 fuzz: $(BIN)/vmplug
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
