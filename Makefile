@@ -4,6 +4,9 @@
 .PHONY: help demo test test-here test-fast faults fuzz soak lab test-lab lint format bench packages \
 	test-packages clean
 
+# Each of thousands of processes would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 BIN := .venv/bin
 GUEST := build/guest/initrd.img
