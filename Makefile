@@ -4,6 +4,9 @@
 .PHONY: help demo can-demo test test-here test-fast faults fuzz soak lab test-lab lint format bench packages \
 	test-packages test-install test-fresh clean
 
+# Each of thousands of processes would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 BIN := .venv/bin
 GUEST := build/guest/initrd.img
@@ -55,7 +58,7 @@ test-fresh:
 	@tools/test-fresh "$(RELEASE)" $(if $(TESTS),TESTS="$(TESTS)") $(if $(KERNELS),KERNELS="$(KERNELS)")
 
 test-fast: $(BIN)/vmplug
-	$(BIN)/pytest --numprocesses=auto --dist=loadfile -m "not qemu and not root"
+	$(BIN)/pytest --in-memory --numprocesses=auto --dist=worksteal -m "not qemu and not root"
 
 fuzz: $(BIN)/vmplug
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)

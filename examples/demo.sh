@@ -24,7 +24,7 @@ kind=${1-disk}
 [[ -z $check_only ]] || exit 0
 # Here are no PCI devices to spare: the lab VM has some.
 if [[ $kind = vfio && -z ${LAB_VM-} ]]; then
-    echo 'In the lab VM, an emulated machine with an IOMMU, whose guest boots in about a minute:'
+    echo 'In the lab VM, an emulated machine with an IOMMU and devices to spare:'
     exec .venv/bin/python -m lab --timeout 600 -- "$PWD/examples/demo.sh" vfio
 fi
 
@@ -98,7 +98,7 @@ make_store() {
 
 wait_for_socket() {
     local tries
-    for ((tries = 0; tries < 100; tries++)); do
+    for ((tries = 0; tries < 2400; tries++)); do
         [ ! -S "$1" ] || return 0
         kill -0 "$backend" || return 1
         sleep 0.05
@@ -106,9 +106,10 @@ wait_for_socket() {
     return 1
 }
 
+# `detach_all [OPTION]...`
 detach_all() {
     show vmplug list
-    show vmplug detach --owner ctr1
+    show vmplug detach --owner ctr1 "$@"
 }
 
 demo_disk() {
@@ -136,15 +137,23 @@ demo_disk() {
 demo_vfio() {
     readonly bdf=0000:01:00.0 # lab/topology.py has it
     show vmplug host "$bdf"
-    show vmplug check --device "vfio:$bdf"
+    refused vmplug check --device "vfio:$bdf"
     show vmplug bind "$bdf"
-    start_vm
+    show vmplug check --device "vfio:$bdf"
+    say 'A guest that booted earlier goes on:'
+    mkdir "$work/guest"
+    .venv/bin/python -m tests.lab.nested --run "$work/guest" &
+    backend=$!
+    wait_for_socket "$work/guest/qmp"
+    show vmplug vm adopt demo --qmp "$work/guest/qmp"
     show vmplug attach --vm demo --owner ctr1 --device "vfio:$bdf"
-    say 'The guest has the disk of the NVMe controller:'
+    say 'It reads what is on the disk of the NVMe controller:'
+    ln -s guest/console "$work/guest.sock"
     in_guest 'until [ -b /dev/nvme0n1 ]; do usleep 100000; done'
     in_guest 'head -c 8 /dev/nvme0n1; echo'
-    detach_all
+    detach_all --timeout 120
     show vmplug unbind "$bdf"
+    show vmplug host "$bdf"
 }
 
 demo_nvdimm() {

@@ -31,7 +31,6 @@ def test_every_test_that_is_named_is_there() -> None:
 
 def test_every_cell_is_proven_or_says_that_it_was_not_run() -> None:
     said = [cell for _, machine, *cells in devices() for cell in cells if machine != "pc" or cell]
+    honest = re.compile(r"`[\w/]+\.py::\w+`$|never|not run$")
     assert said
-    assert [
-        cell for cell in said if not re.match(r"`[\w/]+\.py::\w+`$|never|not run$", cell)
-    ] == []
+    assert [cell for cell in said if not honest.match(cell)] == []

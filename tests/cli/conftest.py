@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import Vmplug
+from tests.support.memory import MEMORY
 from tests.support.tree import HostTree
 
 
@@ -19,7 +20,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def vmplug() -> Iterator[Vmplug]:
     """A command line whose journal is not there yet; sockets below it need a short path."""
-    with tempfile.TemporaryDirectory(prefix="vmplug-", dir="/tmp") as directory:
+    with tempfile.TemporaryDirectory(prefix="vmplug-", dir=MEMORY) as directory:
         yield Vmplug(Path(directory) / "state")
 
 

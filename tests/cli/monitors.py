@@ -6,6 +6,7 @@ import socket
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +35,7 @@ class QmpServer(ABC):
         self.socket_path = socket_path
         self._listener = socket.socket(socket.AF_UNIX)
         self._thread = threading.Thread(target=self._serve, name=str(socket_path))
+        self._is_idle = threading.Event()
 
     def __enter__(self) -> Self:
         self._listener.bind(str(self.socket_path))
@@ -52,17 +54,20 @@ class QmpServer(ABC):
             assert not self._thread.is_alive(), f"a client stays on {self.socket_path}"
         self._listener.close()
 
+    def wait_idle(self) -> None:
+        """Wait until it has hung up on the client that has gone."""
+        assert self._is_idle.wait(TIMEOUT_S), f"a client stays on {self.socket_path}"
+
     def _serve(self) -> None:
         while True:
             try:
                 client, _ = self._listener.accept()
             except OSError:  # `end`
                 return
-            with client:
-                try:
-                    self._converse(client)
-                except ConnectionError:
-                    continue  # the client was killed
+            self._is_idle.clear()
+            with client, suppress(ConnectionError):  # the client was killed
+                self._converse(client)
+            self._is_idle.set()
 
     @abstractmethod
     def _converse(self, client: socket.socket) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Result, Vmplug, config, device, ended, number_of
+from tests.cli.command import Result, Vmplug, config, device, number_of
 from tests.cli.monitors import MemoryVm, Talker
 from tests.cli.world import Picture, processes_below, take_picture
 from tests.contract.world import journal_rows
 from tests.support.disks import disk_image, loop_device
+from tests.support.memory import MEMORY
 from tests.support.raw_qmp import RawQmp
 from tests.support.vm import GuestVm, root_ports, start_vm
 
@@ -62,11 +63,7 @@ def refused(vmplug: Vmplug, bad: Bad, places: Places) -> None:
     words = [word.format(**places) for word in shlex.split(bad.command)]
     verb = 2 if words[0] == "vm" else 1
     runs = [words, [*words[:verb], "--json", *words[verb:]]]
-    if verb == 2:  # VMs of one name get in each other's way
-        text, told = [vmplug(*run, stdin=bad.stdin) for run in runs]
-    else:
-        begun = [vmplug.begin(*run, stdin=bad.stdin) for run in runs]
-        text, told = [ended(process) for process in begun]
+    text, told = [vmplug.here(*run, stdin=bad.stdin) for run in runs]
     assert text.status == told.status == bad.status, (text, told)
     message, hint = sentence(text)
     error = told.error()
@@ -394,7 +391,7 @@ class MemoryWorld:
 def world() -> Iterator[MemoryWorld]:
     with ExitStack() as stack:
         directory = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="vmplug-", dir="/tmp"))
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="vmplug-", dir=MEMORY))
         )
         vmplug = Vmplug(directory / "state")
         vms = {
@@ -551,14 +548,15 @@ def test_a_bug_is_told_as_one_and_shows_its_trace_when_asked(
     """A standard library module that fails at import is a failure that no verb foresees."""
     (tmp_path / "sqlite3.py").write_text("raise RuntimeError('not this one')")
     env = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    done = vmplug("list", env=env)
+    done = vmplug.as_process("list", env=env)
     assert (done.stdout, done.status) == ("", 1)
     assert done.stderr == (
         "vmplug: a bug of vmplug: RuntimeError: not this one\n"
         "hint: set VMPLUG_DEBUG=1 and report what it prints\n"
     )
-    assert vmplug("list", "--json", env=env).error()["code"] == "bug"
-    assert "Traceback" in vmplug("list", env={**env, "VMPLUG_DEBUG": "1"}).stderr
+    assert vmplug.as_process("list", "--json", env=env).error()["code"] == "bug"
+    traced = vmplug.as_process("list", env={**env, "VMPLUG_DEBUG": "1"})
+    assert "Traceback" in traced.stderr
 
 
 def test_a_vm_known_by_two_sockets_keeps_its_disks(vmplug: Vmplug, tmp_path: Path) -> None:

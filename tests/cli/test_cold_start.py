@@ -526,6 +526,30 @@ def test_a_qemu_that_is_not_installed_is_named(small: Small) -> None:
     small.assert_nothing()
 
 
+@pytest.mark.parametrize(
+    ("version", "hint"),
+    [
+        ("5.2.0", "qemu-system-s390x is version 5.2, and vmplug needs 7.2 or newer"),
+        ("7.2.22", "vmplug vm start --help shows what can be chosen; --accel tcg needs no KVM"),
+    ],
+)
+def test_a_qemu_that_is_too_old_is_named(small: Small, version: str, hint: str) -> None:
+    path = small.directory / "bin"
+    path.mkdir()
+    qemu = path / "qemu-system-s390x"
+    refusal = "echo \"'{' is not a valid device model name\" >&2; exit 1"
+    answer = f'[ "$1" != --version ] || exec echo QEMU emulator version {version}'
+    qemu.write_text(f"#!/bin/sh\n{answer}\n{refusal}\n")
+    qemu.chmod(0o755)
+    said = ("vm", "start", "sb1", "--machine", "s390-ccw-virtio", *small.words, "--json")
+    refused = small.vmplug(*said, env={"PATH": f"{path}:{os.environ['PATH']}"})
+    assert refused.status == 5
+    error = refused.error()
+    assert error["message"] == "QEMU did not come up: '{' is not a valid device model name"
+    assert error["hint"] == hint
+    small.assert_nothing()
+
+
 def test_a_directory_too_deep_for_a_socket_is_a_mistake(small: Small) -> None:
     deep = Vmplug(small.vmplug.state_dir / ("d" * 100))
     refused = Small(deep, small.directory).start(*small.words)

@@ -425,10 +425,13 @@ def test_every_reading_verb_takes_a_record(vmplug: Vmplug, host: PciTree, tmp_pa
         ("info", "--device", "b:259:1"),
         ("resolve", "--device", "b:8:99"),
     ]
-    before = set(Path("/tmp").glob("vmplug-root-*"))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    env = {"TMPDIR": str(temporary)}
     for verb in verbs:
-        assert shown(vmplug, *verb, "--root", report) == shown(vmplug, *verb, *at(host)), verb
-    assert set(Path("/tmp").glob("vmplug-root-*")) == before
+        of_record = vmplug(*verb, "--root", report, "--json", env=env)
+        assert of_record == shown(vmplug, *verb, *at(host)), verb
+    assert list(temporary.iterdir()) == []
 
 
 def test_record_answers_in_json(vmplug: Vmplug, host: PciTree, tmp_path: Path) -> None:

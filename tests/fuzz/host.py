@@ -3,7 +3,6 @@
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from tests.fuzz.draw import Draw
 from tests.fuzz.guard import changes_only, temporary_files_in
+from tests.support.memory import directory_of_this_process
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
@@ -143,7 +143,7 @@ def _resolve_and_check(request: Request, root: HostRoot) -> object:
 @cache
 def _tree() -> PciTree:
     """A server with some of everything, made once for a process."""
-    tree = PciTree(Path(os.path.realpath(tempfile.mkdtemp(prefix="vmplug-fuzz-"))) / "host")
+    tree = PciTree(Path(directory_of_this_process("vmplug-fuzz-")) / "host")
     tree.block_device("8:0", "sda", partitions={"8:1": "sda1"}, holders=["dm-0"])
     tree.block_device("7:0", "loop0", loop={"backing_file": "/images/pmem.img\n", "offset": "0\n"})
     tree.block_device("253:0", "dm-0").char_device("10:200", "net/tun")

@@ -2,11 +2,11 @@
 
 import gzip
 import os
-import tempfile
 from contextlib import suppress
 from functools import cache
 
 from tests.fuzz.guard import changes_only, temporary_files_in
+from tests.support.memory import directory_of_this_process
 from vmplug.errors import DeviceError
 from vmplug.host.inventory import read_inventory
 from vmplug.host.recorded import Limits, open_record
@@ -16,7 +16,7 @@ LIMITS = Limits(members=200, file_bytes=1 << 16, whole_bytes=1 << 20)
 
 @cache
 def _directory() -> str:
-    return os.path.realpath(tempfile.mkdtemp(prefix="vmplug-fuzz-"))
+    return directory_of_this_process("vmplug-fuzz-")
 
 
 def check(data: bytes) -> None:

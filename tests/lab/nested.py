@@ -2,6 +2,8 @@
 
 Their QEMU is an emulated CPU's: a guest would take it half a minute to boot. It boots once outside
 the lab, when that is built, and is restored from then on: `python -m tests.lab.nested DIRECTORY`.
+With `--run` it is restored for a shell script: `qmp` and `console` in DIRECTORY are links to its
+sockets then, until it is ended.
 """
 
 import hashlib
@@ -143,6 +145,21 @@ def _recipe() -> str:
     return f"{version.stdout}{digest.hexdigest()}\n"
 
 
+def run_guest(directory: Path) -> None:
+    """Restores the guest, and serves it until a signal ends this process."""
+    with running_guest(directory) as guest:
+        (directory / "console").symlink_to(guest.vm.console_path)
+        guest.console.close()  # the socket serves one client
+        (directory / "qmp").symlink_to(guest.vm.qmp_path)
+        signal.pause()
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # QEMU ends too
-    save_guest(Path(sys.argv[1]))
+    match sys.argv[1:]:
+        case ["--run", directory]:
+            run_guest(Path(directory))
+        case [directory]:
+            save_guest(Path(directory))
+        case _:
+            sys.exit("usage: python -m tests.lab.nested [--run] DIRECTORY")

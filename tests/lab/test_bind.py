@@ -13,6 +13,7 @@ import pytest
 from lab import topology
 from tests.cli.command import Vmplug
 from tests.contract.binding import BindingContract, Side, held_by_vm
+from tests.support.lab import namespace_of
 from vmplug.address import Bdf
 from vmplug.errors import BindError, InUse, StateError
 from vmplug.host.bind import Writer, reset_function
@@ -64,6 +65,8 @@ def put_back(side: Side, before: dict[str, tuple[str | None, str]]) -> None:
                 side.unbind(bdf)
             if driver:
                 side.probe(bdf)
+            if driver == "nvme":
+                namespace_of(bdf)
         if side.override_of(bdf) != override:
             side.override(bdf, "" if override == "(null)" else override)
     assert side.picture() == before
@@ -104,18 +107,12 @@ def test_the_plain_driver_is_chosen_and_loaded(side: Side, journal: Store) -> No
 
 
 def test_a_disk_is_there_again_when_its_driver_is(side: Side, journal: Store) -> None:
-    def disks() -> list[str]:
-        base = f"/sys/bus/pci/devices/{side.single}/nvme"
-        return [
-            name for nvme in side.host.names(base) for name in side.host.names(f"{base}/{nvme}")
-        ]
-
-    assert any(name.startswith("nvme") for name in disks())
+    disk = namespace_of(side.single)
     binder = Binder(journal, side.host)
     binder.bind(side.group(side.single))
-    assert disks() == []
+    assert not disk.exists()
     binder.unbind(side.group(side.single))
-    assert any(name.startswith("nvme") for name in disks())
+    assert namespace_of(side.single).is_block_device()
 
 
 @pytest.mark.parametrize("bdf", [topology.EDU, topology.LARGE, topology.CONVENTIONAL[1]])
@@ -484,10 +481,10 @@ def test_the_verbs_bind_and_give_back(side: Side, vmplug: Vmplug) -> None:
 
 def test_the_verb_refuses_a_mounted_disk(side: Side, vmplug: Vmplug, tmp_path: Path) -> None:
     before = side.picture()
-    (disk,) = Path(f"/sys/bus/pci/devices/{side.single}/nvme").glob("*/nvme*n1")
-    subprocess.run(["mkfs.ext4", "-q", "-F", f"/dev/{disk.name}"], check=True)
+    disk = namespace_of(side.single)
+    subprocess.run(["mkfs.ext4", "-q", "-F", disk], check=True)
     (tmp_path / "mnt").mkdir()
-    subprocess.run(["mount", f"/dev/{disk.name}", tmp_path / "mnt"], check=True)
+    subprocess.run(["mount", disk, tmp_path / "mnt"], check=True)
     try:
         refused = vmplug("bind", side.single, "--json")
         assert refused.status == 4

@@ -73,12 +73,17 @@ def luns() -> Iterator[list[Path]]:
 
 
 def namespace(serial: str) -> Path:
-    """The disk of an NVMe controller of the lab."""
-    (found,) = (
-        path.parent.parent
-        for path in Path("/sys/block").glob("nvme*/device/serial")
-        if path.read_text().strip() == serial and (path.parent.parent / "dev").exists()
-    )
+    """The disk of an NVMe controller of the lab, once the kernel has found it."""
+
+    def disks() -> list[Path]:
+        return [
+            path.parent.parent
+            for path in Path("/sys/block").glob("nvme*/device/serial")
+            if path.read_text().strip() == serial and (path.parent.parent / "dev").exists()
+        ]
+
+    wait_until(lambda: bool(disks()), f"disk of {serial}")
+    (found,) = disks()
     return Path("/dev", found.name)
 
 
@@ -311,6 +316,7 @@ def test_the_names_that_udev_gives_lead_to_the_devices(tmp_path: Path) -> None:
         obey(refusal(second))
         with looped(label):
             obey(refusal(second))
+        settle()  # udev looks at what somebody has closed
         assert is_free(second)
 
 

@@ -11,7 +11,7 @@ import pytest
 from lab.topology import FREE_PORT, NVME, Device, device_behind
 
 from tests.lab.nested import paused_vm
-from tests.support.lab import OuterQemu, wait_until
+from tests.support.lab import OuterQemu, namespace_of, wait_until
 
 VMPLUG = Path(sys.executable).with_name("vmplug")
 PCI = Path("/sys/bus/pci/devices")
@@ -132,6 +132,6 @@ def test_a_device_that_is_pulled_while_a_vm_has_it_leaves_nothing_behind(
 
 
 def test_what_holds_a_function_is_shown(state: Path) -> None:
-    (namespace,) = (PCI / NVME / "nvme").glob("nvme*/nvme*n1")
+    namespace = namespace_of(NVME)
     (function,) = [f for f in vmplug("host", NVME)["pci"] if f["address"] == NVME]
-    assert f"/dev/{namespace.name}" in json.dumps(function)
+    assert str(namespace) in json.dumps(function)

@@ -121,12 +121,20 @@ class OuterQemu:
 
 
 def namespace_of(bdf: str) -> Path:
-    """The device node of the only namespace of an NVMe controller.
+    """The device node of the only namespace of an NVMe controller that has its driver.
 
-    One that several controllers may share is `nvme2c2n1` in sysfs, and its node `nvme2n1`.
+    The kernel looks for namespaces after it has bound the driver: it is waited for. One that
+    several controllers may share is `nvme2c2n1` in sysfs, and its node `nvme2n1`.
     """
-    (path,) = (PCI_DEVICES / bdf / "nvme").glob("nvme*/nvme*n1")
-    return Path("/dev") / re.sub(r"c\d+", "", path.name)
+
+    def nodes() -> list[Path]:
+        found = (PCI_DEVICES / bdf / "nvme").glob("nvme*/nvme*n1")
+        named = (Path("/dev") / re.sub(r"c\d+", "", path.name) for path in found)
+        return [node for node in named if node.is_block_device()]
+
+    wait_until(lambda: bool(nodes()), f"namespace of {bdf}")
+    (node,) = nodes()
+    return node
 
 
 def wait_until(condition: Callable[[], bool], wanted: str, timeout_s: float = TIMEOUT_S) -> None:

@@ -3,10 +3,11 @@
 import os
 import select
 import socket
-import tempfile
 import threading
 from contextlib import suppress
 from functools import cache
+
+from tests.support.memory import directory_of_this_process
 
 GREETING = b'{"QMP": {"version": {"qemu": {}, "package": ""}, "capabilities": []}}\r\n'
 AGREED = b'{"return": {}}\r\n'
@@ -53,6 +54,6 @@ class Says:
 def _listener() -> socket.socket:
     """One socket for all, made once."""
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(os.path.join(tempfile.mkdtemp(prefix="vmplug-says-"), "qmp.sock"))
+    listener.bind(os.path.join(directory_of_this_process("vmplug-says-"), "qmp.sock"))
     listener.listen()
     return listener

@@ -112,10 +112,9 @@ def test_the_directory_is_private_and_gone_afterwards(host: PciTree) -> None:
 
 
 def test_the_directory_is_gone_after_an_error_too(host: PciTree) -> None:
-    before = set(Path(tempfile.gettempdir()).glob("vmplug-root-*"))
-    with pytest.raises(KeyError), open_record(str(record(host))):
+    with pytest.raises(KeyError), open_record(str(record(host))) as root:
         raise KeyError
-    assert set(Path(tempfile.gettempdir()).glob("vmplug-root-*")) == before
+    assert not Path(root.path).exists()
 
 
 def test_an_empty_host_has_a_record(tree: PciTree) -> None:
@@ -286,11 +285,13 @@ def made(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture(autouse=True)
-def _leaves_nothing() -> Iterator[None]:
-    before = set(Path(tempfile.gettempdir()).iterdir())
+def _leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In a directory for temporary files that no other test has."""
+    directory = tmp_path / "temporary"
+    directory.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
     yield
-    left = set(Path(tempfile.gettempdir()).iterdir()) - before
-    assert {path for path in left if path.name.startswith("vmplug-root-")} == set()
+    assert list(directory.iterdir()) == []
 
 
 def refused(path: str, limits: Limits = LIMITS) -> str:

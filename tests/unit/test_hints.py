@@ -88,3 +88,8 @@ def test_every_hint_is_for_words_that_a_qemu_says() -> None:
 def test_other_words_have_no_hint() -> None:
     error = command_error(Command("device_add", {}), "GenericError", "Property 'x' not found")
     assert error.hint is None
+
+
+def test_a_qemu_that_lacks_a_command_is_too_old() -> None:
+    error = command_error(Command("query-chardev", {}), "CommandNotFound", "it is not known")
+    assert error.hint == "this QEMU is older than vmplug supports: it needs 7.2 or newer"

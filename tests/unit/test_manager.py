@@ -2,8 +2,9 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from vmplug.manager.records import Attachment
 from vmplug.manager.state import State
 from vmplug.oci.info import DeviceInfo, DevType
 
+GIVEN_UP_S = 30.0
+"""As long as one waits for another who plugs the same device, at the most."""
 AT_ONCE_S = 0.1
 """For a guest that will not answer anyway."""
 LIMITED = {"bps-total": "10M", "iothread": "on"}
@@ -749,12 +752,13 @@ def test_a_device_whose_attach_broke_off_is_not_handed_out(sandbox: Sandbox) -> 
         sandbox.devices.attach(sandbox.disk(), owner="c1")
     sandbox.talk_plainly()
     assert held(sandbox) == [("c1", "/dev/a.img", 1, State.PLUGGING)]
-    before = sandbox.picture()
+    before, begun_at = sandbox.picture(), time.monotonic()
 
     for owner in ("c1", "c2"):
         with pytest.raises(StateError, match="is plugging"):
             sandbox.devices.attach(sandbox.disk(), owner=owner)
         assert sandbox.picture() == before
+    assert time.monotonic() - begun_at < GIVEN_UP_S, "nobody is at work on it"
 
     sandbox.devices.reconcile()
     assert sandbox.devices.attach(sandbox.disk(), owner="c2").state is State.ATTACHED
@@ -1115,6 +1119,31 @@ def test_threads_get_places_of_their_own(sandbox: Sandbox) -> None:
     places = [str(a.guest_address) for a in attachments]
     assert len(set(places)) == 8
     assert len(sandbox.vmplugs()) == 8
+
+
+def test_a_device_that_is_being_plugged_is_waited_for_as_long_as_that_takes(
+    sandbox: Sandbox,
+) -> None:
+    is_plugging, may_go_on = threading.Event(), threading.Event()
+
+    def notice(command: Command) -> None:
+        if command.execute == "device_add":
+            is_plugging.set()
+            assert may_go_on.wait(10)
+
+    sandbox.talk_through(lambda monitor: Hooked(monitor, notice))
+    manager, disk = sandbox.devices, sandbox.disk()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(manager.attach, disk, owner="c1")
+        assert is_plugging.wait(10)
+        second = pool.submit(manager.attach, disk, owner="c2")
+        assert not wait([second], 1.2).done  # it was one second, whoever was at work
+        may_go_on.set()
+        assert first.result(10).device_id == second.result(10).device_id
+    assert held(sandbox) == [
+        ("c1", "/dev/a.img", 1, State.ATTACHED),
+        ("c2", "/dev/a.img", 1, State.ATTACHED),
+    ]
 
 
 def test_who_waits_for_a_guest_keeps_nobody_waiting(sandbox: Sandbox) -> None:

@@ -90,28 +90,33 @@ def run() -> NoReturn:
     would cost 10 ms, as much as all that `vmplug resolve` does.
     """
     gc.disable()  # a verb is over before there is garbage
-    os._exit(_run(wants_json="--json" in sys.argv[1:]))
+    os._exit(answer(sys.argv[1:]))
 
 
-def _run(*, wants_json: bool) -> int:
-    """Run the verb; errors become one sentence, a hint and an exit status."""
+def answer(words: Sequence[str]) -> int:
+    """Run the verb of these words, without ending the process; gives the exit status.
+
+    Errors become one sentence and a hint.
+    """
+    stdout = sys.stdout
     try:
-        status = main.main(prog_name="vmplug", standalone_mode=False)
+        status = main.main(args=[*words], prog_name="vmplug", standalone_mode=False)
         if sys.stdout:
             sys.stdout.flush()
         return int(status or 0)
     except SystemExit as end:  # click ends shell completion so, and a broken pipe
-        return _SIGPIPE if sys.stdout is not sys.__stdout__ else int(end.code or 0)
+        return _SIGPIPE if sys.stdout is not stdout else int(end.code or 0)
     except (click.Abort, KeyboardInterrupt):
         return _SIGINT
     except BrokenPipeError:
         return _SIGPIPE
     except Exception as error:  # noqa: BLE001  what no verb foresaw is told too
-        return _report(error, wants_json=wants_json)
+        return _report(error, words)
 
 
-def _report(error: Exception, *, wants_json: bool) -> int:
+def _report(error: Exception, words: Sequence[str]) -> int:
     """Tell an error, and give its exit status."""
+    wants_json = "--json" in words
     match error:
         case errors.DeviceError():
             _tell(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
@@ -121,7 +126,7 @@ def _report(error: Exception, *, wants_json: bool) -> int:
             return _USAGE
         case click.UsageError():
             message = " ".join(error.format_message().split())
-            hint = f"{_verb(sys.argv[1:])} --help"
+            hint = f"{_verb(words)} --help"
             _tell("usage", message[:1].lower() + message[1:], hint, {}, wants_json=wants_json)
             return _USAGE
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG | errno.EIO, filename=None):

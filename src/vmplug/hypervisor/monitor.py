@@ -94,4 +94,6 @@ def command_error(command: Command, error_class: str, desc: str) -> CommandError
     """QEMU's refusal, with the remedy where one is known."""
     error = CommandError(command.execute, error_class, desc)
     error.hint = next((hint for words, hint in _HINTS if words in desc), None)
+    if error_class == "CommandNotFound":
+        error.hint = "this QEMU is older than vmplug supports: it needs 7.2 or newer"
     return error

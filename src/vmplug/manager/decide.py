@@ -12,18 +12,22 @@ from vmplug.manager.state import ABSENT, State
 from vmplug.manager.store import Store
 
 _ATTEMPTS = 20
-_PLUG_TIMEOUT_S, _PLUG_STEP_S = 1.0, 0.02
-"""How long one waits for others who plug the same device just now: that takes milliseconds, but
-QEMU may be busy with more of them."""
+_PLUG_TIMEOUT_S, _PLUG_STEP_S = 30.0, 0.02
+"""The longest wait for a process that plugs the same device and lives: a QEMU that does not answer
+keeps it for as long. Usually that takes milliseconds."""
 
 
 def decide(
-    plan_now: Callable[[], Plan], journal: Store, lock: AbstractContextManager[object]
+    plan_now: Callable[[], Plan],
+    journal: Store,
+    lock: AbstractContextManager[object],
+    *,
+    vm: str,
 ) -> tuple[Plan, list[Attachment]]:
-    """A plan and its holds on new devices, journalled; the `lock` is held for each attempt.
+    """A plan and its holds on new devices of `vm`, journalled; the `lock` is held per attempt.
 
-    If nothing is to be plugged it is done with that. Others who plug the same device are waited
-    for a moment.
+    If nothing is to be plugged it is done with that. It waits while another process or thread
+    plugs the same device, and not for one that has ended or given up.
     """
     deadline = time.monotonic() + _PLUG_TIMEOUT_S
     while True:
@@ -31,10 +35,17 @@ def decide(
             with lock:
                 return _decide_now(plan_now, journal)
         except StateError as error:
-            is_passing = error.state in {State.PLUGGING, ABSENT}
-            if not is_passing or time.monotonic() >= deadline:
+            if not _is_passing(error, vm, journal) or time.monotonic() >= deadline:
                 raise
         time.sleep(_PLUG_STEP_S)  # other processes plug too, and SQLite tells no changes
+
+
+def _is_passing(error: StateError, vm: str, journal: Store) -> bool:
+    """Whether what stands in the way changes by itself, or has just done so."""
+    if error.state != State.PLUGGING:
+        return error.state == ABSENT
+    workers = [d.worker for d in journal.devices(vm) if d.state is State.PLUGGING]
+    return not workers or any(worker and worker.is_alive(journal.host) for worker in workers)
 
 
 def finish(plan: Plan, journal: Store) -> list[Attachment]:

@@ -194,7 +194,7 @@ class DeviceManager:
             examined = self.check(infos, owner=holder, allow=allow, managed=managed)
             return self._plan(examined, holder)
 
-        plan, added = decide(plan_now, self._journal, self._lock)
+        plan, added = decide(plan_now, self._journal, self._lock, vm=self._vm)
         with self._journal.in_progress([new.record.id for new in plan.new]):
             done, failure = self._plug(plan.new, managed=managed)
             if failure is None and plan.new:

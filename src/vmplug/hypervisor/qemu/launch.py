@@ -2,11 +2,13 @@
 
 import errno
 import os
+import re
 import socket
 import subprocess
 from contextlib import closing
 
 from vmplug.errors import ConnectError, DeviceError, HypervisorError, SpecError
+from vmplug.host.program import run_program
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.abilities import has_firmware
 from vmplug.hypervisor.qemu.coldplug import ColdQemu
@@ -15,6 +17,9 @@ from vmplug.hypervisor.qemu.machine import BINARY, PACKAGE, Machine, VmSpec, com
 _SOCKET_PATH_MAX = 107
 """Longest path of a unix socket. Source: unix(7), sun_path."""
 _QBOOT = "qboot.rom"
+OLDEST_QEMU = (7, 2)
+"""The oldest that was tried. Source: docs/support.md."""
+_VERSION_TIMEOUT_S = 10.0
 _UMASK = 0o077
 """What QEMU makes, such as the console's log, is for this user alone."""
 
@@ -64,11 +69,20 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
             raise
         words = "; ".join(log_path.read_text(errors="replace").splitlines())
         raise HypervisorError(
-            f"QEMU did not come up: {words or error.message}",
-            hint="vmplug vm start --help shows what can be chosen; --accel tcg needs no KVM",
+            f"QEMU did not come up: {words or error.message}", hint=_advice(BINARY[spec.machine])
         ) from error
     process.returncode = 0  # it is meant to outlive us
     return process.pid
+
+
+def _advice(program: str) -> str:
+    """What to do about a QEMU that does not start; its version explains, and decides nothing."""
+    said = run_program([program, "--version"], timeout_s=_VERSION_TIMEOUT_S).stdout
+    version = re.search(r"version (\d+)\.(\d+)", said)
+    if version and (int(version[1]), int(version[2])) < OLDEST_QEMU:
+        oldest = ".".join(map(str, OLDEST_QEMU))
+        return f"{program} is {version[0]}, and vmplug needs {oldest} or newer"
+    return "vmplug vm start --help shows what can be chosen; --accel tcg needs no KVM"
 
 
 def _firmware(spec: VmSpec) -> list[str]:
