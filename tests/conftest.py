@@ -7,8 +7,10 @@ import pytest
 
 from tests.support.memory import MEMORY
 
+IS_IN_LAB = "LAB_VM" in os.environ
+
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", "build/hypothesis")
-collect_ignore = [] if "LAB_VM" in os.environ else ["lab"]
+collect_ignore = [] if IS_IN_LAB else ["lab"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,3 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("in_memory"):
         tempfile.tempdir = os.environ["TMPDIR"] = os.environ["PYTEST_DEBUG_TEMPROOT"] = MEMORY
+    if not IS_IN_LAB:
+        _let_examples_take_their_time()
+
+
+def _let_examples_take_their_time() -> None:
+    """The fifth of a second that an example may take is the machine's, which may be busy."""
+    from hypothesis import HealthCheck, settings  # noqa: PLC0415  the lab has no such tests
+
+    settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("tests")

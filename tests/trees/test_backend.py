@@ -368,6 +368,24 @@ def test_one_that_was_just_asked_is_not_taken_to_serve_somebody(directory: Path)
             assert findings == []
 
 
+def test_a_client_that_has_hung_up_is_served_no_more_though_the_backend_sleeps(
+    directory: Path,
+) -> None:
+    talking, may_go_on = threading.Event(), threading.Event()
+
+    def talk(connection: socket.socket) -> None:
+        talking.set()
+        assert may_go_on.wait(10)
+
+    with backend(directory / "s", talk) as path:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            assert talking.wait(10)
+            assert is_connected(path, HostRoot())
+        assert not is_connected(path, HostRoot())
+        may_go_on.set()
+
+
 def test_one_that_has_not_taken_its_client_yet_serves_nobody(directory: Path) -> None:
     path = str(directory / "s")
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:

@@ -104,7 +104,7 @@ def test_a_name_is_never_longer_than_qemu_reads(tree: HostTree) -> None:
 
 
 @given(content=st.binary(max_size=120).map(lambda rest: MAGIC + rest))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_header_brings_anything_but_facts_or_an_error_of_the_host(
     tree: HostTree, content: bytes
 ) -> None:

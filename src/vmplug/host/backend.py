@@ -20,6 +20,7 @@ from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.device import DeviceType, VhostUserSocket
 from vmplug.host.finding import Code, Finding
+from vmplug.host.peer import has_hung_up
 from vmplug.host.root import HostRoot
 
 _BLK_F_RO, _BLK_F_BLK_SIZE = 5, 6
@@ -68,8 +69,7 @@ PROBE_TIMEOUT_S = 2.0
 """A backend answers in a millisecond; one that serves another client does not answer at all."""
 
 _HANG_UP_S = 0.1
-"""How long a client is taken for a mere probe, such as vmplug's own, that the backend has not
-noticed the end of yet."""
+"""How long a client is taken for a mere probe, such as vmplug's own, that is about to hang up."""
 
 _HEADER, _NUMBER = struct.Struct("<III"), struct.Struct("<Q")
 _VERSION = 0x1
@@ -225,8 +225,12 @@ def is_listening(path: str, root: HostRoot) -> bool:
 
 
 def is_connected(path: str, root: HostRoot) -> bool:
-    """Whether the listener on the socket at `path` serves a client."""
-    return any(socket.state == _CONNECTED for socket in _sockets(path, root))
+    """Whether the listener on the socket at `path` serves a client that has not hung up.
+
+    A busy host lets a backend notice late that its client has gone.
+    """
+    served = [socket for socket in _sockets(path, root) if socket.state == _CONNECTED]
+    return any(not (root.is_live and has_hung_up(int(socket.inode))) for socket in served)
 
 
 def _stays_connected(path: str, root: HostRoot) -> bool:
