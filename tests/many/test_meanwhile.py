@@ -1,7 +1,7 @@
 """While one device takes its time, the others of the VM come and go."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -27,8 +27,10 @@ AT_ONCE_S = 0.05
 
 
 @pytest.fixture
-def sandbox(tmp_path: Path) -> Sandbox:
-    return Sandbox(tmp_path / "sandbox")
+def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
+    made = Sandbox(tmp_path / "sandbox")
+    yield made
+    made.close()
 
 
 class Gate:
