@@ -6,12 +6,15 @@ guest/init for the functions it knows. From a terminal: `python guest/console.py
 
 import argparse
 import base64
+import os
 import re
 import secrets
 import shlex
 import socket
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, cast
@@ -37,6 +40,9 @@ FLAT_LUN = 0x4000
 
 STATUS_TIMED_OUT = 110
 """What the guest's functions that wait fail with: ETIMEDOUT."""
+
+Clock = Callable[[], float]
+"""Seconds since any moment, for deadlines."""
 
 WriteCache = Literal["write back", "write through"]
 
@@ -166,29 +172,63 @@ def _scsi_address(sysfs_path: str) -> str | None:
     return f"{match[1]}:{lun - FLAT_LUN if lun >= FLAT_LUN else lun}"
 
 
+def running_time(pid: int) -> Clock:
+    """A clock that goes as the guest of the QEMU with that pid does, however busy the host is.
+
+    It goes with the CPU time that QEMU gets; for a guest that stands still, or has ended, at an
+    eighth of the time of day. Source: proc_pid_stat(5), fields 14 and 15.
+    """
+    ticks_per_s = os.sysconf("SC_CLK_TCK")
+
+    def read_cpu_s() -> float:
+        with suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / ticks_per_s
+        return 0.0
+
+    begun_at, passed_s, last_cpu_s = time.monotonic(), 0.0, read_cpu_s()
+
+    def clock() -> float:
+        nonlocal begun_at, passed_s, last_cpu_s
+        now, cpu_s = time.monotonic(), read_cpu_s()
+        passed_s += max(cpu_s - last_cpu_s, (now - begun_at) / 8)
+        begun_at, last_cpu_s = now, cpu_s
+        return passed_s
+
+    return clock
+
+
 class GuestConsole:
     """A conversation with the guest; made by `connect`, a context manager.
 
     After a GuestTimeoutError it stays usable: the next line first waits for the late answer.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, clock: Clock = time.monotonic) -> None:
         self._socket = connection
+        self._clock = clock
         self._received = bytearray()
         self._in_step = False
 
     @classmethod
-    def connect(cls, path: Path | str, timeout_s: float = BOOT_TIMEOUT_S) -> Self:
+    def connect(
+        cls,
+        path: Path | str,
+        timeout_s: float = BOOT_TIMEOUT_S,
+        *,
+        clock: Clock = time.monotonic,
+    ) -> Self:
         """Connects to the serial port's socket and waits until the guest has booted.
 
+        This and every later wait is as long as `clock` says: see `running_time`.
         Raises OSError when nobody listens, ConnectionError when QEMU ends, GuestTimeoutError.
         """
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.settimeout(timeout_s)
             connection.connect(str(path))
-            console = cls(connection)
-            console._synchronise(time.monotonic() + timeout_s)
+            console = cls(connection, clock)
+            console._synchronise(clock() + timeout_s)
         except BaseException:
             connection.close()
             raise
@@ -212,7 +252,7 @@ class GuestConsole:
         """
         if "\n" in line or len(line.encode()) > LINE_BYTES_MAX:
             raise ValueError(f"not one line of at most {LINE_BYTES_MAX} bytes: {line[:60]!r}...")
-        deadline = time.monotonic() + timeout_s
+        deadline = self._clock() + timeout_s
         if not self._in_step:
             self._synchronise(deadline)
         self._in_step = False
@@ -313,6 +353,13 @@ class GuestConsole:
             text = f"no {wanted} in the guest after {timeout_s} s: {seen}"
             raise GuestTimeoutError(text) from error
 
+    def _remaining(self, deadline: float) -> float:
+        """Seconds left, as a socket's timeout; raises when none are (0 would mean "no wait")."""
+        remaining_s = deadline - self._clock()
+        if remaining_s <= 0:
+            raise GuestTimeoutError("the guest does not answer")
+        return remaining_s
+
     def _synchronise(self, deadline: float) -> None:
         """Sends a token and drops everything up to its answer.
 
@@ -332,7 +379,7 @@ class GuestConsole:
         return token
 
     def _send(self, line: str, deadline: float) -> None:
-        self._socket.settimeout(_remaining(deadline))
+        self._socket.settimeout(self._remaining(deadline))
         try:
             self._socket.sendall(line.encode() + b"\n")
         except TimeoutError as error:
@@ -346,24 +393,16 @@ class GuestConsole:
 
     def _read_line(self, deadline: float) -> str:
         while b"\n" not in self._received:
-            self._socket.settimeout(_remaining(deadline))
+            self._socket.settimeout(self._remaining(deadline))
             try:
                 data = self._socket.recv(1 << 16)
-            except TimeoutError as error:
-                raise GuestTimeoutError("the guest does not answer") from error
+            except TimeoutError:
+                continue  # the clock may say that there is time left
             if not data:
                 raise ConnectionError("the guest's serial port was closed")
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
         return line.decode(errors="replace").rstrip("\r")
-
-
-def _remaining(deadline: float) -> float:
-    """Seconds left, as a socket's timeout; raises when there are none (0 would mean "no wait")."""
-    remaining_s = deadline - time.monotonic()
-    if remaining_s <= 0:
-        raise GuestTimeoutError("the guest does not answer")
-    return remaining_s
 
 
 def main() -> int:

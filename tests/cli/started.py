@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guest.console import GuestConsole
+from guest.console import GuestConsole, running_time
 
 from tests.cli.command import Result, Vmplug
 from tests.cli.world import names_in_qemu, processes_below
@@ -131,7 +131,7 @@ def started(
 
 def booted(vm: StartedVm) -> GuestConsole:
     """The guest's console, once it has booted; a context manager."""
-    return GuestConsole.connect(vm.guest_socket, START_S)
+    return GuestConsole.connect(vm.guest_socket, START_S, clock=running_time(vm.pid))
 
 
 @contextmanager

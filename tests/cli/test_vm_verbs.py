@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guest.console import GuestConsole, GuestDisk
+from guest.console import GuestConsole, GuestDisk, running_time
 
 from tests.cli.command import Vmplug, device, ended, number_of, write_bundle
 from tests.cli.monitors import Gate, MemoryVm, Talker
@@ -127,7 +127,9 @@ def started(vmplug: Vmplug, name: str) -> Iterator[Running]:
         stack.enter_context(no_qemu_left(directory))
         told = vmplug(*start_words(name, directory)).json()["vm"]
         oracle = stack.enter_context(RawQmp.connect(directory / f"{name}-oracle.sock"))
-        console = stack.enter_context(GuestConsole.connect(directory / f"{name}-guest.sock"))
+        clock = running_time(told["pid"])
+        path = directory / f"{name}-guest.sock"
+        console = stack.enter_context(GuestConsole.connect(path, clock=clock))
         yield Running(vmplug, name, told["pid"], oracle, console, directory)
 
 

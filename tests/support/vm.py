@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
-from guest.console import GuestConsole
+from guest.console import GuestConsole, running_time
 
 from tests.support.raw_qmp import RawQmp
 
@@ -69,7 +69,9 @@ class GuestVm:
         if not self._guest:
             raise RuntimeError("this VM was started without a guest")
         if self._console is None:
-            self._console = GuestConsole.connect(self.console_path)
+            self._console = GuestConsole.connect(
+                self.console_path, clock=running_time(self._process.pid)
+            )
         return self._console
 
     def release_console(self) -> None:
