@@ -156,15 +156,25 @@ make_modules() {
         fail "make in $directory: $(grep -m 1 -i error make.log || tail -n 1 make.log)"
 }
 
-build_samples() {
-    local release=$1 extra=kernel/lib/modules/$1/extra module
+# `copy_samples DIRECTORY`: their sources, to be built there.
+copy_samples() {
+    cp -r source/samples/vfio-mdev "$1"
+    echo "obj-m := ${SAMPLES// /.o }.o" >"$1/Makefile"
+}
+
+# `install_samples RELEASE DIRECTORY`
+install_samples() {
+    local extra=kernel/lib/modules/$1/extra module
     mkdir -p "$extra"
-    cp -r source/samples/vfio-mdev samples
-    echo "obj-m := ${SAMPLES// /.o }.o" >samples/Makefile
-    make_modules "$release" samples
     for module in $SAMPLES; do
-        strip --strip-debug -o "$extra/$module.ko" "samples/$module.ko"
+        strip --strip-debug -o "$extra/$module.ko" "$2/$module.ko"
     done
+}
+
+build_samples() {
+    copy_samples samples
+    make_modules "$1" samples
+    install_samples "$1" samples
 }
 
 # A network card that the kernel plays, with virtual functions; Debian has none.
@@ -177,7 +187,8 @@ build_netdevsim() {
 }
 
 # VFIO's own sources, with the options that Debian leaves out. What iommufd needs of the kernel's
-# interval trees is built with such an option only, and becomes a part of iommufd.
+# interval trees is built with such an option only, and becomes a part of iommufd. The samples are
+# built with them: modules that were made for Debian's VFIO do not load with another one.
 build_vfio() {
     local release=$1 modules=kernel/lib/modules/$1 module
     mkdir vfio
@@ -188,8 +199,10 @@ build_vfio() {
         sed '1,/#ifdef CONFIG_INTERVAL_TREE_SPAN_ITER/d; /^#endif/,$d; /EXPORT_SYMBOL/d' \
             source/lib/interval_tree.c
     } >vfio/iommufd/span_iter.c
+    copy_samples vfio/samples
     write_vfio_makefiles
     make_modules "$release" vfio
+    install_samples "$release" vfio/samples
     for module in $VFIO_MODULES; do
         rm -f "$modules/kernel/drivers/vfio/$module.ko".*
         strip --strip-debug -o "$modules/kernel/drivers/vfio/$module.ko" "vfio/vfio/$module.ko"
@@ -201,7 +214,7 @@ write_vfio_makefiles() {
     cat >vfio/Makefile <<'END'
 subdir-ccflags-y := -DCONFIG_IOMMUFD_MODULE=1 -DCONFIG_IOMMUFD_DRIVER=1
 subdir-ccflags-y += -DCONFIG_VFIO_DEVICE_CDEV=1 -DCONFIG_INTERVAL_TREE_SPAN_ITER=1
-obj-m := iommufd/ vfio/
+obj-m := iommufd/ vfio/ samples/
 END
     cat >vfio/iommufd/Makefile <<'END'
 iommufd-y := device.o fault.o hw_pagetable.o io_pagetable.o ioas.o main.o pages.o
@@ -243,9 +256,11 @@ build_kernel() {
         unpack_source "$version" ${files[source]} "${sources[@]}"
     }
     say "building modules for Linux $release"
-    build_samples "$release"
+    case $version in
+        6.1) build_samples "$release" ;;
+        *) build_vfio "$release" ;;
+    esac
     build_netdevsim "$release"
-    [[ $version = 6.1 ]] || build_vfio "$release"
     depmod --basedir "$PWD/kernel" "$release" || fail "depmod failed for $release"
     recipe >kernel/recipe
     rm -rf "${build:?}/$version"
