@@ -15,6 +15,10 @@ REFUSALS = [
         "another process has the group open",
         "Could not open '/dev/vfio/26': Device or resource busy",
     ),
+    (
+        "another process has the group open",
+        "vfio VFIO_FD9: error bind device fd=9 to iommufd=8: Device or resource busy",
+    ),
     ("in this VM already", "device is already attached"),
     ("without an IOMMU", "group 26 used in multiple address spaces"),
     (

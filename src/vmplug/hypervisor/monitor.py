@@ -1,7 +1,7 @@
 """Monitor: a QMP conversation, whoever holds the other end."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from vmplug.drivers.base import Command
@@ -9,6 +9,9 @@ from vmplug.errors import CommandError
 from vmplug.hypervisor.answers import check_answer
 
 EventReceiver = Callable[[str, Mapping[str, Any]], None]
+
+Talk = Generator[Command, Any, None]
+"""Commands; each is answered, or its refusal is raised, before the next one is asked for."""
 
 COMMAND_TIMEOUT_S = 30.0
 """QEMU answers in milliseconds; only a dead disk can make it think."""
@@ -30,6 +33,17 @@ class Monitor(Protocol):
     def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
         """Run commands in order until one is refused: the answers so far, and the refusal."""
 
+    def converse(self, talk: Talk) -> None:
+        """Run commands of which each depends on the answers before it.
+
+        No other client of this monitor has a word in between. Raises what `talk` does.
+        """
+        command = next_command(talk)
+        while command:
+            answers, refusal = self.attempt([command])
+            answer = None if refusal else check_answer(command, answers[0])
+            command = next_command(talk, answer, refusal)
+
     @abstractmethod
     def listen(self, receive: EventReceiver) -> None:
         """Hand every event's name and data to `receive`, on whatever thread it comes in."""
@@ -50,6 +64,16 @@ class Monitor(Protocol):
         return self.execute_all([command])[0]
 
 
+def next_command(
+    talk: Talk, answer: Any = None, refusal: CommandError | None = None
+) -> Command | None:
+    """What comes next, after the answer to the one before or its refusal; None at the end."""
+    try:
+        return talk.throw(refusal) if refusal else talk.send(answer)
+    except StopIteration:
+        return None
+
+
 _GROUP_OPEN = "another process has the group open, or it is not bound"
 _NO_MORE_MEMORY = (
     "a vhost-user backend of the VM maps no more pieces of memory: detach its device first"
@@ -61,6 +85,7 @@ _HINTS = (
         "the IOMMU does not remap interrupts, or may not be used: vmplug check says which",
     ),
     ("No available IOMMU models", "modprobe vfio_iommu_type1"),
+    ("error bind device fd", _GROUP_OPEN),
     ("failed to open /dev/vfio/", _GROUP_OPEN),
     ("Could not open '/dev/vfio/", _GROUP_OPEN),
     ("is already attached", "it is in this VM already, plugged by somebody else"),

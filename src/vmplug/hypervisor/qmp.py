@@ -18,13 +18,15 @@ from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
 from vmplug.drivers.base import Command
 from vmplug.errors import BackendTimeout, CommandError, ConnectError, ProtocolError
-from vmplug.hypervisor.answers import MESSAGE_BYTES_MAX
+from vmplug.hypervisor.answers import MESSAGE_BYTES_MAX, check_answer
 from vmplug.hypervisor.monitor import (
     COMMAND_TIMEOUT_S,
     MISSED,
     EventReceiver,
     Monitor,
+    Talk,
     command_error,
+    next_command,
 )
 
 T = TypeVar("T")
@@ -87,6 +89,10 @@ class QmpMonitor(Monitor):
     def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
         """See Monitor."""
         return self._run(self._attempt(commands))
+
+    def converse(self, talk: Talk) -> None:
+        """See Monitor."""
+        self._run(self._converse(talk))
 
     def listen(self, receive: EventReceiver) -> None:
         """See Monitor."""
@@ -235,6 +241,22 @@ class QmpMonitor(Monitor):
                 await self._disconnect()  # a late answer would belong to nobody
                 raise
         return answers, None
+
+    async def _converse(self, talk: Talk) -> None:
+        """The turn does not end in between either."""
+        async with self._alone:
+            client = await self._connected()
+            command = next_command(talk)
+            while command:
+                answer, refusal = None, None
+                try:
+                    answer = check_answer(command, await self._execute(client, command))
+                except CommandError as error:
+                    refusal = error
+                except ProtocolError:
+                    await self._disconnect()
+                    raise
+                command = next_command(talk, answer, refusal)
 
     async def _connected(self) -> QMPClient:
         """The client of this conversation, or of a new one when it has ended."""
