@@ -210,7 +210,6 @@ def _device_add(**more: str) -> list[Any]:
 
 
 _ON_BRIDGE = _device_add(bus="pci-bridge-0", addr="01")
-_FD = {name: {"fdname": f"vmplug-ID-{name}"} for name in ("fd", "fd0")}
 _IOMMUFD = (
     "qmp: vfio-pci with iommufd: device_add fails and the iommufd object is left behind (bug)"
 )
@@ -223,28 +222,29 @@ _ADAPTER = "vfio hot-plug: AP device (the PCI path query that follows is x86-onl
 DEVIATIONS: dict[str, Deviation] = {
     _IOMMUFD: Deviation(
         36,
-        "QEMU needs no right to the nodes, and every step has the one that takes it back",
+        "QEMU needs no right to the nodes, and the object is the VM's own: it stays for the next",
         {
             "commands": [
-                ["getfd", _FD["fd"]],
+                ["getfd", {"fdname": "vmplug.iommufd"}],
                 [
                     "object-add",
-                    {"qom-type": "iommufd", "id": "object 1", "fd": "vmplug-ID-fd"},
+                    {"qom-type": "iommufd", "id": "object 1", "fd": "vmplug.iommufd"},
                 ],
-                ["getfd", _FD["fd0"]],
+                ["getfd", {"fdname": "vmplug-ID-fd"}],
                 [
                     "device_add",
                     {
                         "driver": "vfio-pci",
                         "id": "device 1",
-                        "fd": "vmplug-ID-fd0",
+                        "fd": "vmplug-ID-fd",
+                        "sysfsdev": "/sys/bus/pci/devices/0000:04:00.0",
                         "iommufd": "object 1",
                         "bus": "rp0",
                         "romfile": "",
                     },
                 ],
             ],
-            "undone": ["closefd", "object-del", "closefd"],
+            "undone": ["closefd", "closefd"],
         },
     ),
     _ADAPTER: Deviation(

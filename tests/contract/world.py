@@ -244,6 +244,11 @@ class QemuSide:
         self._vm.oracle.events.clear()
         self._first = self.parts()
 
+    @property
+    def pid(self) -> int:
+        """QEMU's process."""
+        return self._vm.pid
+
     def monitor(self) -> Monitor:
         """See Side."""
         return QmpMonitor.connect(str(self._vm.qmp_path))

@@ -1,5 +1,6 @@
 """Every reason not to hand an IOMMU group over, each beside the host that gives no such reason."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from vmplug.host.finding import Claim, Code, Finding, Severity
 from vmplug.host.mounts import read_usage
 from vmplug.host.safety import check
 from vmplug.host.vfio import find_vfio_device
-from vmplug.host.viability import check_memlock
+from vmplug.host.viability import GuestMemory, check_memlock, check_vm
 
 GPU, AUDIO, OTHER = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"
 VGA, SOUND, ETHERNET, BRIDGE, NVSWITCH = 0x030000, 0x040300, 0x020000, 0x060400, 0x068000
@@ -258,3 +259,34 @@ def test_qemu_must_be_allowed_to_lock_the_guests_memory(
     tree.file("/proc/88/status", f"Name:\tqemu\n{capabilities}")
     found = list(check_memlock(find_vfio_device(GPU, tree.root), 88, 1 << 30, tree.root))
     assert [finding.code for finding in found] == ([] if is_enough else [Code.MEMLOCK_LIMIT])
+
+
+# what the VM has against it
+
+
+def test_a_qemu_without_iommufd_is_told_of_where_a_device_was_named_by_its_node(
+    tree: PciTree,
+) -> None:
+    bound(tree)
+    group = find_vfio_device(GPU, tree.root)
+    named = group._replace(cdev_nodes=((GPU, "/dev/vfio/devices/vfio0"),))
+    vm = GuestMemory(1 << 30, None)
+    (finding,) = check_vm(named, vm, tree.root, has_iommufd=False)
+    assert (finding.code, finding.severity) == (Code.NO_IOMMUFD, Severity.WARNING)
+    assert "/dev/vfio/26 instead" in finding.message
+    assert list(check_vm(named, vm, tree.root, has_iommufd=True)) == []
+    assert list(check_vm(group, vm, tree.root, has_iommufd=False)) == []
+
+
+def test_the_limit_of_a_vm_that_is_to_be_started_is_this_processs(tree: PciTree) -> None:
+    bound(tree)
+    pid = os.getpid()
+    tree.file(f"/proc/{pid}/status", "CapEff:\t0000000000000000\n")
+    limits = "Max locked memory         8388608              8388608              bytes\n"
+    tree.file(f"/proc/{pid}/limits", limits)
+    group = find_vfio_device(GPU, tree.root)
+    vm = GuestMemory(1 << 30, pid)
+    (finding,) = check_vm(group, vm, tree.root, has_iommufd=False)
+    assert finding.code is Code.MEMLOCK_LIMIT
+    assert finding.message.startswith("QEMU, as this process, may lock 8192 KiB")
+    assert finding.hint.startswith("ulimit -l")

@@ -1,19 +1,25 @@
 """An IOMMU group as QMP commands, and plugged whole or not at all into the VM in memory."""
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from tests.support.abilities import NEW
-from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot, qemu_id
+from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot, device_id_of, qemu_id
 from vmplug.drivers.base import Step, VFIODevice, VFIODevices
 from vmplug.drivers.place import ApPlace, CcwPlace, GroupPlace, PciPlace
 from vmplug.errors import AttributeReadError, CommandError, UnplugTimeout
 from vmplug.host.mdev import VFIODeviceType
+from vmplug.host.root import HostRoot
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor
-from vmplug.hypervisor.qemu.coldplug import arguments
+from vmplug.hypervisor.qemu.coldplug import ColdQemu, arguments
+from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps
+from vmplug.hypervisor.qemu.machine import VmSpec
 from vmplug.hypervisor.qemu.plug import plug_steps
-from vmplug.hypervisor.qemu.vfio import nodes
+from vmplug.hypervisor.qemu.vfio import nodes, opened
 
 ID = "00000000000000a1"
 NAME = qemu_id(ID)
@@ -126,39 +132,96 @@ def test_a_channel_device_has_a_number() -> None:
     assert steps == [{"driver": "vfio-ccw", "id": NAME, "sysfsdev": path, **number}]
 
 
-def test_through_iommufd_qemu_gets_open_files_and_one_object() -> None:
+def test_through_iommufd_qemu_gets_open_files_and_the_one_object_of_the_vm() -> None:
     plug = group(function(0, "/dev/vfio/devices/vfio0"), function(1, "/dev/vfio/devices/vfio1"))
-    steps = plug_steps(plug, at(place("rp0"), place("rp0", 1)), NEW)
-    assert [step.do.execute for step in steps] == [
-        "getfd",
-        "object-add",
-        "getfd",
-        "device_add",
-        "getfd",
-        "device_add",
+    files = {"0000:3b:00.0": 8, "0000:3b:00.1": 9}
+    steps = plug_steps(opened(plug, files), at(place("rp0"), place("rp0", 1)), NEW)
+    assert [(step.do.execute, step.do.descriptor) for step in steps] == [
+        ("getfd", 9),
+        ("device_add", None),
+        ("getfd", 8),
+        ("device_add", None),
     ]
-    assert dict(steps[1].do.arguments) == {
-        "qom-type": "iommufd",
-        "id": f"{NAME}-iommufd",
-        "fd": f"{NAME}-fd",
-    }
     for step in added(steps):
-        assert step["iommufd"] == f"{NAME}-iommufd"
+        assert (step["iommufd"], step["fd"]) == (IOMMUFD, f"{NAME}-fd")
         assert "host" not in step
     assert nodes(plug) == {
-        f"{NAME}-fd": "/dev/iommu",
-        f"{NAME}-fd0": "/dev/vfio/devices/vfio0",
-        f"{NAME}-fd1": "/dev/vfio/devices/vfio1",
+        "0000:3b:00.0": "/dev/vfio/devices/vfio0",
+        "0000:3b:00.1": "/dev/vfio/devices/vfio1",
     }
+
+
+def test_qemu_learns_what_an_open_node_is_of_from_its_directory() -> None:
+    """Without that QEMU 10 takes a mediated device for another one, and refuses it."""
+    path = f"/sys/devices/virtual/mtty/mtty/{UUID}"
+    mediated = VFIODevice(
+        name=UUID,
+        type=VFIODeviceType.MEDIATED,
+        sysfs_path=path,
+        cdev_node="/dev/vfio/devices/vfio7",
+    )
+    (step,) = added(plug_steps(group(mediated), at(place("rp0")), NEW))
+    assert (step["sysfsdev"], step["fd"], step["iommufd"]) == (path, f"{NAME}-fd", IOMMUFD)
+
+
+def test_the_vms_object_is_no_part_of_any_device() -> None:
+    assert device_id_of(IOMMUFD) is None
+    make = iommufd_steps(7)[-1]
+    assert make.undo is None
+    assert dict(make.do.arguments) == {"qom-type": "iommufd", "id": IOMMUFD, "fd": IOMMUFD}
 
 
 def test_on_the_command_line_the_files_are_those_that_qemu_inherits() -> None:
-    plug = group(function(0, "/dev/vfio/devices/vfio0"))
-    steps = plug_steps(plug, at(place("rp0")), NEW)
-    written = arguments(steps, {f"{NAME}-fd": 7, f"{NAME}-fd0": 8})
-    assert [option for option in written if option.startswith("-")] == ["-object", "-device"]
-    assert '"fd": "7"' in written[1]
-    assert '"fd": "8"' in written[3]
+    plug = group(function(0, "/dev/vfio/devices/vfio0"), function(1, "/dev/vfio/devices/vfio1"))
+    files = {"0000:3b:00.0": 8, "0000:3b:00.1": 9}
+    steps = plug_steps(opened(plug, files), at(place("rp0"), place("rp0", 1)), NEW)
+    written = arguments([*iommufd_steps(), *steps], {IOMMUFD: 7})
+    assert written[::2] == ["-object", "-device", "-device"]
+    assert [json.loads(value)["fd"] for value in written[1::2]] == ["7", "9", "8"]
+
+
+def second() -> VFIODevices:
+    bdf = Bdf(0, 0x3C, 0, 0)
+    node = "/dev/vfio/devices/vfio1"
+    device = VFIODevice(
+        name=str(bdf), type=VFIODeviceType.NORMAL, bdf=bdf, cdev_node=node, sysfs_path="/sys/x"
+    )
+    return VFIODevices(id="00000000000000b2", node=node, devices=(device,))
+
+
+def test_a_vm_that_is_to_be_started_inherits_one_iommufd_for_all(tmp_path: Path) -> None:
+    for node in ("iommu", "vfio/devices/vfio0", "vfio/devices/vfio1"):
+        path = tmp_path / "dev" / node
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    spec, root = VmSpec(name="sb1"), HostRoot(tmp_path)
+    with ColdQemu(spec, tmp_path, abilities=NEW, host=root) as cold:
+        assert cold.offer().iommufd
+        first = group(function(0, "/dev/vfio/devices/vfio0"))
+        assert [s.do.execute for s in cold.steps(first, at(place("rp0")))][:2] == [
+            "getfd",
+            "object-add",
+        ]
+        cold.plug(first, at(place("rp0")))
+        cold.plug(second(), at(place("rp1")))
+        written, files = cold.arguments(), cold.descriptors()
+        assert written[::2] == ["-object", "-device", "-device"]
+        said = {json.loads(value)["fd"] for value in written[1::2]}
+        assert said == {str(descriptor) for descriptor in files}
+        assert {os.readlink(f"/proc/self/fd/{n}").rpartition("/")[2] for n in files} == {
+            "iommu",
+            "vfio0",
+            "vfio1",
+        }
+        cold.request_unplug(ID)
+        assert len(cold.descriptors()) == 2
+        cold.started()
+        assert not any(os.path.exists(f"/proc/self/fd/{n}") for n in files)
+
+
+def test_a_host_without_iommufd_costs_no_question_to_qemu(tmp_path: Path) -> None:
+    with ColdQemu(VmSpec(name="sb1"), tmp_path, abilities=NEW, host=HostRoot(tmp_path)) as cold:
+        assert not cold.offer().iommufd
 
 
 def test_a_group_without_nodes_of_its_own_opens_nothing() -> None:

@@ -184,7 +184,8 @@ class RNGDevice:
 class VFIODevice:
     """One function of a group, or a mediated device; of one that is no PCI device `bdf` is None.
 
-    `name` is its BDF or UUID, `cdev_node` its own node, None where it is reached by its group.
+    `name` is its BDF or UUID, `cdev_node` its own node, None where it is reached by its group;
+    `descriptor` is that node as this process holds it open, None until it is to be plugged.
     """
 
     name: str
@@ -192,6 +193,7 @@ class VFIODevice:
     bdf: Bdf | None = None
     sysfs_path: str | None = None
     cdev_node: str | None = None
+    descriptor: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,7 +346,7 @@ class Hypervisor(Protocol):
         """
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
-        """Exactly what `plug` would do; changes nothing, but may ask the VM what it can do."""
+        """Exactly what `plug` would do; changes nothing, but may ask the VM what it has."""
 
     def plug(self, plug: Plug, place: Place) -> None:
         """Plug all of it or none: whatever was done before a failure is undone.
@@ -362,6 +364,9 @@ class Hypervisor(Protocol):
         Gives the reason for each device that is still there: `timeout`, `refused` by the guest,
         or `lost` when its vhost-user backend is gone.
         """
+
+    def close_files(self, device_ids: Collection[str]) -> None:
+        """Close what an interrupted attach gave the VM open, and nothing in the VM uses yet."""
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Tell the guest a disk's new size."""

@@ -279,8 +279,8 @@ class VfioGroup(NamedTuple):
     host. `strangers` are members of no kind that vmplug knows. `named` is the function or UUID
     that the request named, `device_node` the node; each None when it named the other. `number` is
     None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes of the members
-    themselves, by name, when the request named one. `disks` are the block devices that the host
-    has of the functions.
+    themselves, by name, when the request named one and iommufd can use them. `disks` are the
+    block devices that the host has of the functions.
     """
 
     number: int | None
@@ -309,9 +309,12 @@ class VfioGroup(NamedTuple):
     @property
     def host_path(self) -> str:
         """The node that was named, or the one that the group has while VFIO holds it."""
-        return self.device_node or (
-            self.named or "" if self.number is None else f"/dev/vfio/{self.number}"
-        )
+        return self.device_node or (self.named or "" if self.number is None else self.group_node)
+
+    @property
+    def group_node(self) -> str:
+        """The node that the group has while VFIO holds it, if the kernel makes such nodes."""
+        return f"/dev/vfio/{self.number}"
 
     @property
     def identity(self) -> str:

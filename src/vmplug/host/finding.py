@@ -33,6 +33,7 @@ class Code(StrEnum):
     CANNOT_BE_READ_ONLY = "cannot-be-read-only"
     NO_IOMMU = "no-iommu"
     NO_INTERRUPT_REMAPPING = "no-interrupt-remapping"
+    NO_IOMMUFD = "no-iommufd"
     GROUP_NOT_VIABLE = "group-not-viable"
     NOT_BOUND = "not-bound"
     NETWORK_IN_USE = "network-in-use"
@@ -59,6 +60,7 @@ NEVER_ALLOWED = frozenset(
         Code.NO_DRIVER,
         Code.NO_INTERRUPT_REMAPPING,
         Code.NO_IOMMU,
+        Code.NO_IOMMUFD,
         Code.NO_PORT,
         Code.NO_SUCH_DEVICE,
         Code.NOT_ALLOWED,

@@ -245,11 +245,10 @@ class HostRoot:
         except (OSError, ValueError):
             return None
 
-    @staticmethod
-    def open_node(path: str) -> int:
-        """A descriptor on a device node of the running host, for reading and writing."""
+    def open_node(self, path: str) -> int:
+        """A descriptor on a device node, for reading and writing."""
         try:
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            return os.open(self._base + path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise AttributeReadError(path, error.errno) from error
 

@@ -15,11 +15,14 @@ from vmplug.host.device import DiskPart, FoundBy, VfioGroup
 from vmplug.host.holding import block_devices_of
 from vmplug.host.iommu import find_group, read_group
 from vmplug.host.mdev import MDEV_DEVICES, UUID, read_mediated
+from vmplug.host.opened import replaced
 from vmplug.host.pci import PciFunction, find_function
-from vmplug.host.root import HostRoot
+from vmplug.host.root import HostRoot, node_number
 
 GROUP_NODE = re.compile(r"/dev/vfio/([0-9]{1,9})\Z", re.ASCII)
 CDEV_NODE = re.compile(r"/dev/vfio/devices/vfio([0-9]{1,9})\Z", re.ASCII)
+IOMMU_NODE = "/dev/iommu"
+"""iommufd: without it, a device's own node is of no use. Source: Documentation/userspace-api."""
 
 _VFIO_DRIVERS = frozenset({"vfio-pci", "vfio_mdev", "vfio_ap_mdev", "vfio_ccw_mdev"})
 _SEE = "vmplug host shows what there is"
@@ -46,12 +49,19 @@ def find_vfio_group(
 
 
 def _read_cdev_nodes(group: VfioGroup, root: HostRoot) -> tuple[tuple[str, str], ...]:
-    """The members' own nodes, if each of them has one."""
+    """The members' own nodes, if each of them has one and there is an iommufd for them."""
+    if not has_node(IOMMU_NODE, root):
+        return ()
     paths = {str(function.bdf): function.sysfs_path for function in group.functions}
     if group.mediated:
         paths[group.mediated.uuid] = group.mediated.sysfs_path
     nodes = tuple((name, node) for name, path in paths.items() if (node := read_cdev(path, root)))
     return nodes if len(nodes) == len(paths) else ()
+
+
+def has_node(node: str, root: HostRoot) -> bool:
+    """Whether QEMU can be given a node; of a host that is not the running one nobody opens any."""
+    return not root.is_live or root.try_stat(node) is not None
 
 
 def find_vfio_device(
@@ -156,17 +166,28 @@ def read_cdev(device: str, root: HostRoot) -> str | None:
 
 
 @contextmanager
-def open_nodes(nodes: Mapping[str, str]) -> Iterator[dict[str, int]]:
+def open_nodes(nodes: Mapping[str, str], root: HostRoot) -> Iterator[dict[str, int]]:
     """Descriptors on nodes of VFIO, for reading and writing, by the names given; closed after.
 
-    Raises AttributeReadError.
+    The name of a device's own node is the device's: its BDF or UUID. Raises AttributeReadError,
+    and NoSuchDevice when a node is another device's: numbers are given again.
     """
     with ExitStack() as opened:
         files = {}
         for name, node in nodes.items():
-            files[name] = HostRoot.open_node(node)
+            files[name] = root.open_node(node)
             opened.callback(os.close, files[name])
+            if CDEV_NODE.match(node):
+                _check_is_of(name, node, files[name], root)
         yield files
+
+
+def _check_is_of(name: str, node: str, descriptor: int, root: HostRoot) -> None:
+    """NoSuchDevice unless what was opened is the node that the kernel has made for the device."""
+    status = root.stat_descriptor(descriptor)
+    link = f"{root.sys_dev}/char/{node_number(status)}" if status and status.st_rdev else ""
+    if link and f"/{name}/vfio-dev/" not in root.real_path(link):
+        raise replaced(node, root)
 
 
 def is_vfio_driver(function: PciFunction, root: HostRoot) -> bool:

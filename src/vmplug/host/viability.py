@@ -6,7 +6,9 @@ found with the other users of disks, in `vmplug.host.safety`.
 Source: Documentation/driver-api/vfio.rst; drivers/vfio/group.c.
 """
 
+import os
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from vmplug.host.device import VfioGroup
 from vmplug.host.finding import Code, Finding, Severity
@@ -15,7 +17,7 @@ from vmplug.host.iommu import allows_unsafe_interrupts, has_iommu, remaps_interr
 from vmplug.host.pci import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.process import find_openers, read_memlock_limit
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import is_vfio_driver
+from vmplug.host.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
 
 _DISPLAY = 0x03
 
@@ -37,6 +39,9 @@ def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
         return
     yield from _isolation(group, root)
     yield from _bindings(group, root)
+    if CDEV_NODE.match(group.host_path) and not has_node(IOMMU_NODE, root):
+        why = f"the host has no {IOMMU_NODE}, which {group.host_path} is used through"
+        yield _by_group_alone(group, why, "modprobe iommufd", root)
     for function in group.functions:
         if not is_vfio_driver(function, root):
             yield from _console(function, root)
@@ -58,17 +63,53 @@ def check_openers(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
         )
 
 
+class GuestMemory(NamedTuple):
+    """All of a guest's memory, and the process that locks it: None where nobody knows.
+
+    The process is QEMU, or this one when it is to start QEMU: that inherits its limits.
+    """
+
+    size_bytes: int
+    pid: int | None
+
+
+def check_vm(
+    group: VfioGroup, memory: GuestMemory, root: HostRoot, *, has_iommufd: bool
+) -> Iterator[Finding]:
+    """What speaks against giving the group to a VM, whose QEMU has iommufd or not."""
+    if group.cdev_nodes and not has_iommufd:
+        why = f"the VM's QEMU has no iommufd, which {group.host_path} is used through"
+        yield _by_group_alone(group, why, "start the VM with a newer QEMU (Debian 13's)", root)
+    if group.functions and memory.pid:
+        yield from check_memlock(group, memory.pid, memory.size_bytes, root)
+
+
+def _by_group_alone(group: VfioGroup, why: str, remedy: str, root: HostRoot) -> Finding:
+    """A warning where the group's own node serves too; Linux 6.6 and later may have none."""
+    if has_node(group.group_node, root):
+        return Finding(
+            Code.NO_IOMMUFD,
+            f"{why}: its group is handed over by {group.group_node} instead",
+            f"{remedy}, to hand it over by its own node",
+            Severity.WARNING,
+        )
+    return Finding(Code.NO_IOMMUFD, f"{why}; and there is no {group.group_node}", remedy)
+
+
 def check_memlock(
     group: VfioGroup, pid: int, memory_bytes: int, root: HostRoot
 ) -> Iterator[Finding]:
     """Whether process `pid` may lock all of its guest's memory, as VFIO does for a device."""
     limit = read_memlock_limit(pid, root)
     if limit is not None and limit < memory_bytes:
+        is_to_start = pid == os.getpid()
+        who = "QEMU, as this process," if is_to_start else f"QEMU (process {pid})"
         yield Finding(
             Code.MEMLOCK_LIMIT,
-            f"QEMU (process {pid}) may lock {limit >> 10} KiB of memory, and {group.host_path} "
+            f"{who} may lock {limit >> 10} KiB of memory, and {group.host_path} "
             f"needs all of the guest's {memory_bytes >> 20} MiB locked",
-            f"prlimit --pid {pid} --memlock=unlimited, or LimitMEMLOCK=infinity in its unit",
+            ("ulimit -l unlimited" if is_to_start else f"prlimit --pid {pid} --memlock=unlimited")
+            + ", or LimitMEMLOCK=infinity in its unit",
         )
 
 

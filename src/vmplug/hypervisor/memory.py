@@ -15,10 +15,12 @@ from typing import Any
 from vmplug.address import PERIPHERAL
 from vmplug.drivers.base import Command, Daemon
 from vmplug.errors import CommandError
+from vmplug.host.root import HostRoot
 from vmplug.hypervisor.daemon import Daemons, Started
 from vmplug.hypervisor.memory_parts import MemoryParts, Refused
-from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
+from vmplug.hypervisor.monitor import EventReceiver, Monitor, Talk, command_error
 from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.abilities import IOMMUFD
 
 MACHINE = "pc-q35-10.0"
 """What the machine in memory is called; QEMU has its own version in the name."""
@@ -38,13 +40,24 @@ class Guest(StrEnum):
 class MemoryHypervisor(Qemu):
     """A q35 machine in memory with up to 15 root ports and, if wanted, a virtio-scsi controller.
 
-    It takes `memory_slots` NVDIMMs. No process is started for a shared directory. `monitor` may be
-    told to fail (`fail_at`) and how the guest behaves (`guest`).
+    It takes `memory_slots` NVDIMMs, and has `iommufd` or not. No process is started for a shared
+    directory. `monitor` may be told to fail (`fail_at`) and how the guest behaves (`guest`).
+    `host` is as for Qemu.
     """
 
-    def __init__(self, *, root_ports: int = 4, scsi: bool = True, memory_slots: int = 4) -> None:
-        self.monitor = MemoryMonitor(root_ports=root_ports, scsi=scsi, memory_slots=memory_slots)
-        super().__init__(self.monitor, daemons=_NoDaemons())
+    def __init__(
+        self,
+        *,
+        root_ports: int = 4,
+        scsi: bool = True,
+        memory_slots: int = 4,
+        iommufd: bool = False,
+        host: HostRoot | None = None,
+    ) -> None:
+        self.monitor = MemoryMonitor(
+            root_ports=root_ports, scsi=scsi, memory_slots=memory_slots, iommufd=iommufd
+        )
+        super().__init__(self.monitor, daemons=_NoDaemons(), host=host)
 
 
 class _NoDaemons(Daemons):
@@ -125,6 +138,11 @@ class MemoryMonitor(MemoryParts, Monitor):
             return answer(**{k.replace("-", "_"): v for k, v in command.arguments.items()})
         except Refused as error:
             raise command_error(command, error.error_class, str(error)) from None
+
+    def converse(self, talk: Talk) -> None:
+        """See Monitor."""
+        with self._alone:
+            Monitor.converse(self, talk)
 
     def listen(self, receive: EventReceiver) -> None:
         """See Monitor."""
@@ -229,6 +247,9 @@ class MemoryMonitor(MemoryParts, Monitor):
         if id in self.devices:
             raise Refused(f"Duplicate device ID '{id}'")
         self._check_parts(driver, rest)
+        if "fd" in rest:
+            self._take_file(rest["fd"])
+            self.kept.append(rest["fd"])  # until its device takes it, or closes it
         if driver == "nvdimm" and rest["slot"] >= self.memory_slots:
             valid = f"[0-{self.memory_slots - 1}]"
             raise Refused(f"invalid slot number {rest['slot']}, valid range is {valid}")
@@ -237,6 +258,8 @@ class MemoryMonitor(MemoryParts, Monitor):
         if driver == "nvdimm" and rest["memdev"] in self._used("memdev"):
             raise Refused(f"can't use already busy memdev: {rest['memdev']}")
         properties = {key.replace("_", "-"): value for key, value in rest.items()}
+        if "fd" in rest:
+            self.kept.remove(rest["fd"])
         self._check_vfio(rest)
         devfn = _devfn(rest.get("addr", "0x0"))
         self.devices[id] = _Device(driver, bus_path, {**properties, "addr": devfn})
@@ -269,7 +292,9 @@ class MemoryMonitor(MemoryParts, Monitor):
             if name in self._used(key) and key in _IN_USE:
                 why = _IN_USE[key].format(name)
                 raise Refused(f"Property '{inner}.{key}' can't take value '{name}'{why}")
-        for key in ("iothread", "memdev", "rng"):
+        if IOMMUFD in properties and not self.iommufd:
+            raise Refused(f"Property '{driver}.{IOMMUFD}' not found")
+        for key in ("iothread", "memdev", "rng", IOMMUFD):
             if (name := properties.get(key)) not in {None, *self.objects}:
                 raise Refused(f"Device '{name}' not found", "DeviceNotFound")
 
@@ -303,9 +328,11 @@ class MemoryMonitor(MemoryParts, Monitor):
 
     def _check_vfio(self, properties: Mapping[str, Any]) -> None:
         """A function of the host is in one place at a time."""
-        host = properties.get("host")
+        host, path = properties.get("host"), properties.get("sysfsdev")
         if host and host in self._used("host"):
             raise Refused(f"vfio {host}: device is already attached")
+        if path and path in self._used("sysfsdev"):
+            raise Refused(f"vfio {path}: device is already attached")
 
     def _device_del(self, id: str) -> dict[str, Any]:
         device = self.devices.get(id)

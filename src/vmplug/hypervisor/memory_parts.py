@@ -24,7 +24,7 @@ class MemoryParts:
     """The commands that make and remove what a device is made of, by their QMP names.
 
     `reconnect` is the option that a chardev takes of the two, as in QEMU 7.2 and 11; `iommufd` is
-    whether there are objects of that type.
+    whether there are objects of that type. `kept` are files that QEMU never closes any more.
     """
 
     nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -35,6 +35,7 @@ class MemoryParts:
     sizes: dict[str, int] = field(default_factory=dict)
     reconnect: str = RECONNECT_MS
     iommufd: bool = False
+    kept: list[str] = field(default_factory=list)
 
     @abstractmethod
     def _used(self, key: str) -> set[Any]:
@@ -73,6 +74,9 @@ class MemoryParts:
     def _object_add(self, qom_type: str, id: str, **properties: Any) -> dict[str, Any]:
         if qom_type == IOMMUFD and not self.iommufd:
             raise Refused(f"Parameter 'qom-type' does not accept value '{IOMMUFD}'")
+        if qom_type == IOMMUFD and "fd" in properties:
+            self._take_file(properties["fd"])
+            self.kept.append(properties["fd"])
         if id in self.objects:
             raise Refused(f"attempt to add duplicate property '{id}' to object (type 'container')")
         self.objects[id] = qom_type
@@ -86,7 +90,7 @@ class MemoryParts:
         if id not in self.objects:
             raise Refused(f"object '{id}' not found")
         groups = [node.get("throttle_group") for node in self.nodes.values()]
-        if id in [*groups, *self._used("memdev")]:
+        if id in [*groups, *self._used("memdev"), *self._used(IOMMUFD)]:
             raise Refused(f"object '{id}' is in use, can not be deleted")
         del self.objects[id]
         return {}
@@ -94,6 +98,13 @@ class MemoryParts:
     def _getfd(self, fdname: str) -> dict[str, Any]:
         self.descriptors.add(fdname)
         return {}
+
+    def _take_file(self, name: str) -> None:
+        """A file that was passed is a device's or an object's from now on."""
+        if name not in self.descriptors:
+            why = f"File descriptor named '{name}' has not been found"
+            raise Refused(f"Could not parse remote object fd {name}:{why}")
+        self.descriptors.remove(name)
 
     def _closefd(self, fdname: str) -> dict[str, Any]:
         if fdname not in self.descriptors:

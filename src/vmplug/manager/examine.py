@@ -3,12 +3,14 @@
 `check` shows it and `attach` acts on it, so that the one refuses exactly what the other does.
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from vmplug.drivers.base import Driver
+from vmplug.drivers.base import Driver, Hypervisor
 from vmplug.drivers.generic import check_generic
+from vmplug.drivers.place import Offer, PlugMode
 from vmplug.drivers.select import select_driver
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
 from vmplug.host import safety
@@ -25,6 +27,7 @@ from vmplug.host.mounts import HostUsage, read_usage
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.viability import GuestMemory, check_vm
 from vmplug.manager.asking import Gate, not_overruled
 from vmplug.oci.annotated import Request
 
@@ -118,6 +121,18 @@ def examine(
             )
         )
     return examined
+
+
+def check_vfio(
+    group: VfioGroup, hypervisor: Hypervisor, offer: Offer, host: HostRoot
+) -> Iterable[Finding]:
+    """What the VM's QEMU, or the one that this process will start, has against a group."""
+    endpoint = hypervisor.endpoint
+    pid = endpoint.pid if endpoint else None
+    if offer.mode is PlugMode.COLD:
+        pid = os.getpid()
+    memory = GuestMemory(offer.memory_bytes, pid)
+    return check_vm(group, memory, host, has_iommufd=offer.iommufd)
 
 
 def _is_text(path: str) -> bool:

@@ -25,12 +25,11 @@ from vmplug.host.device import HostDevice, VfioGroup
 from vmplug.host.finding import Claim, Code, Finding
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
-from vmplug.host.viability import check_memlock
 from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.manager.asking import Gate
 from vmplug.manager.binder import Binder
 from vmplug.manager.decide import decide, finish
-from vmplug.manager.examine import Examined, Known, examine
+from vmplug.manager.examine import Examined, Known, check_vfio, examine
 from vmplug.manager.life import meet
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.policy import Policy
@@ -136,7 +135,7 @@ class DeviceManager:
             infos,
             self._host,
             store=self._store,
-            known=Known(self._find_claims, self._is_held, self._check_memlock, self._gate(owner)),
+            known=Known(self._find_claims, self._is_held, self._check_vfio, self._gate(owner)),
             allowed=allow,
             managed=managed,
         )
@@ -160,7 +159,7 @@ class DeviceManager:
         with self._lock:
             owner = owner or self._vm
             plan = self._plan(self.check(infos, owner=owner, allow=allow, managed=managed), owner)
-            return [
+            steps = (
                 step
                 for new in plan.new
                 if new.plug and new.place
@@ -168,7 +167,9 @@ class DeviceManager:
                     *bind_steps(new, self._host, managed=managed),
                     *self._hypervisor.steps(new.plug, new.place),
                 )
-            ]
+            )
+            # What devices of the VM share is made once.
+            return list({str(step.do): step for step in steps}.values())
 
     def attach(
         self, info: Request, *, owner: str | None = None, allow: Codes = (), managed: bool = False
@@ -308,9 +309,13 @@ class DeviceManager:
         """The policy, asked on behalf of `owner`."""
         if self._policy is None:
             return None
+        return Gate(self._policy, self._vm, owner, self._last_offer().mode)
+
+    def _last_offer(self) -> Offer:
+        """What the VM offered when it was last asked."""
         with self._lock:
             self._offer = self._offer or self._hypervisor.offer()
-            return Gate(self._policy, self._vm, owner, self._offer.mode)
+            return self._offer
 
     def _find_claims(self, device: HostDevice) -> list[Claim]:
         return self._journal.find_claims(self._vm, device.identity, device.related_identities)
@@ -318,14 +323,10 @@ class DeviceManager:
     def _is_held(self, device: HostDevice) -> bool:
         return any(r.identity == device.identity for r in self._journal.devices(self._vm))
 
-    def _check_memlock(self, device: HostDevice) -> Iterable[Finding]:
-        """QEMU locks all of the guest's memory for a PCI function of the host."""
-        endpoint = self._hypervisor.endpoint
-        if not (isinstance(device, VfioGroup) and device.functions and endpoint and endpoint.pid):
+    def _check_vfio(self, device: HostDevice) -> Iterable[Finding]:
+        if not isinstance(device, VfioGroup):
             return ()
-        with self._lock:
-            self._offer = offer = self._offer or self._hypervisor.offer()
-            return check_memlock(device, endpoint.pid, offer.memory_bytes, self._host)
+        return check_vfio(device, self._hypervisor, self._last_offer(), self._host)
 
     def _plan(self, examined: Sequence[Examined], owner: str) -> Plan:
         check_text("owner", owner, NAME_BYTES_MAX)

@@ -36,6 +36,7 @@ from vmplug.hypervisor.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.abilities import Abilities, Asked
 from vmplug.hypervisor.qemu.departures import Departures
+from vmplug.hypervisor.qemu.iommufd import make_iommufd, missing_steps
 from vmplug.hypervisor.qemu.plug import check_hot, opened_file, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer, read_place
@@ -57,7 +58,8 @@ _READ_ATTEMPTS = 10
 class Qemu:
     """A running QEMU to plug into. Thread-safe; see `vmplug.drivers.base.Hypervisor`.
 
-    `undo_timeout_s` is how long the guest may take to let go of half a group.
+    `undo_timeout_s` is how long the guest may take to let go of half a group. `host` is where the
+    nodes are that QEMU gets open, by default the running host.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class Qemu:
         monitor: Monitor,
         endpoint: Endpoint | None = None,
         daemons: Daemons | None = None,
+        host: HostRoot | None = None,
     ) -> None:
         self._monitor = monitor
+        self._host = host or HostRoot()
         self.undo_timeout_s = 5.0
         self._endpoint = endpoint
         vm = endpoint.qmp_socket if endpoint else f"process {os.getpid()}"
@@ -135,8 +139,9 @@ class Qemu:
         return self._foreign.get(name) or device_id_of(name)
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
-        """Exactly what `plug` would do; asks at most what QEMU can do."""
-        return plug_steps(plug, place, self.abilities)
+        """Exactly what `plug` would do; asks at most what QEMU can do and has."""
+        missing = missing_steps(plug, self._monitor)
+        return (*missing, *plug_steps(plug, place, self.abilities))
 
     def plug(self, plug: Plug, place: Place) -> None:
         """Plug all of it or none: whatever was done before a failure is undone.
@@ -167,10 +172,12 @@ class Qemu:
 
         UnplugTimeout when they do not: the group is half in the VM.
         """
-        with open_nodes(vfio.nodes(plug)) as files:
-            steps = [_with_file(step, files) for step in self.steps(plug, place)]
+        with open_nodes(vfio.nodes(plug), self._host) as files:
+            if files:
+                vfio.check_free(place, self.offer())
+                make_iommufd(self._monitor, self._host)
             try:
-                self._do(steps)
+                self._do(plug_steps(vfio.opened(plug, files), place, self.abilities))
             except CommandError as error:
                 left = self.wait_unplugged([plug.id], self.undo_timeout_s)
                 if left:
@@ -240,6 +247,12 @@ class Qemu:
         left = {self._owner(name) or "": why for name, why in names.items()}
         self._remove_remains(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), "lost")
+
+    def close_files(self, device_ids: Iterable[str]) -> None:
+        """Close what an interrupted attach gave QEMU open, and nothing in the VM uses yet."""
+        for device_id in device_ids:
+            for name in (qemu_id(device_id, LINK), vfio.open_node_name(device_id)):
+                self._remove(Command("closefd", {"fdname": name}))
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Tell the guest a disk's new size; a regular file is made to have it."""
@@ -361,12 +374,6 @@ class Qemu:
             else:
                 return
             self._departures.pause(_LOOK_AGAIN_S)
-
-
-def _with_file(step: Step, files: Mapping[str, int]) -> Step:
-    """The step with the open file that it hands over, if it is one of those."""
-    descriptor = files.get(step.do.arguments.get("fdname", ""))
-    return replace(step, do=replace(step.do, descriptor=descriptor)) if descriptor else step
 
 
 def _daemon_failed(daemon: Daemon, error: HypervisorError, said: str) -> BackendError:

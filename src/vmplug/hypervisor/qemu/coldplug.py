@@ -6,19 +6,30 @@ Source: QEMU softmmu/vl.c, qemu_set_option; measured on QEMU 7.2.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 from vmplug.address import qemu_id
-from vmplug.drivers.base import START_DAEMON, Command, Plug, Step, VhostUserDevice
+from vmplug.drivers.base import (
+    START_DAEMON,
+    Command,
+    Plug,
+    Step,
+    VFIODevices,
+    VhostUserDevice,
+)
 from vmplug.drivers.place import Offer, Place
 from vmplug.errors import StateError
 from vmplug.host.opened import check_path, has_open, replaced
 from vmplug.host.root import HostRoot
+from vmplug.host.vfio import IOMMU_NODE, open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons, Started
+from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program
+from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps, needs_iommufd
 from vmplug.hypervisor.qemu.machine import BINARY, VmSpec, cold_offer, option_text
 from vmplug.hypervisor.qemu.plug import check_file, opened_file, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK
@@ -48,20 +59,25 @@ class ColdQemu:
         directory: Path,
         daemons: Daemons | None = None,
         abilities: Abilities | None = None,
+        host: HostRoot | None = None,
     ) -> None:
         self.abilities = abilities or of_program(BINARY[spec.machine])
+        self._host = host or HostRoot()
         self.spec = spec
+        self._host = host or HostRoot()
         self.directory = directory
         self._daemons = daemons or HostDaemons(str(self.qmp_socket))
         self._steps: dict[str, tuple[Step, ...]] = {}
         self._connections: dict[str, int] = {}
         self._running: dict[str, Started] = {}
+        self._nodes: dict[str, ExitStack] = {}
         self._files: dict[str, tuple[str, str]] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._close_nodes()
         for started in self._running.values():
             started.close()
         if self._running:
@@ -73,21 +89,27 @@ class ColdQemu:
         return self.directory / "qmp.sock"
 
     def started(self) -> None:
-        """QEMU has the connections now: the daemons end when it does."""
+        """QEMU has the connections and nodes now: the daemons end when it does."""
+        self._close_nodes()
         for started in self._running.values():
             started.close()
         self._running.clear()
 
     def offer(self) -> Offer:
-        """What the VM will have to plug into."""
-        return cold_offer(self.spec)
+        """What the VM will have to plug into. QEMU is asked for iommufd where the host has it."""
+        offer = cold_offer(self.spec)
+        has_node = self._host.try_stat(IOMMU_NODE) is not None
+        return replace(offer, iommufd=has_node and self.abilities.iommufd)
 
     def know(self, names: Mapping[str, str]) -> None:
         """Nobody else plugs into a VM that is still to be started."""
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
         """What `plug` would put on the command line."""
-        return plug_steps(plug, place, self.abilities)
+        steps = plug_steps(plug, place, self.abilities)
+        if needs_iommufd(plug) and not self._shares_iommufd:
+            return (*iommufd_steps(), *steps)
+        return steps
 
     def plug(self, plug: Plug, place: Place) -> None:
         """Put it on the command line; its daemon is started."""
@@ -99,9 +121,34 @@ class ColdQemu:
                 plug = replace(plug, daemon=None, descriptor=started.descriptor)
             assert plug.descriptor is not None
             self._connections[qemu_id(plug.id, LINK)] = plug.descriptor
-        self._steps[plug.id] = self.steps(plug, place)
+        if needs_iommufd(plug):
+            assert isinstance(plug, VFIODevices)
+            plug = self._open_nodes(plug)
+        self._steps[plug.id] = plug_steps(plug, place, self.abilities)
         if file := opened_file(plug):
             self._files[plug.id] = file
+
+    @property
+    def _shares_iommufd(self) -> bool:
+        """Whether an open /dev/iommu is there for QEMU, for all of the VM's devices."""
+        return IOMMUFD in self._nodes
+
+    def _open_nodes(self, plug: VFIODevices) -> VFIODevices:
+        """The group with its nodes open, until QEMU has them or it is left out."""
+        with ExitStack() as stack:
+            files = stack.enter_context(open_nodes(vfio.nodes(plug), self._host))
+            if not self._shares_iommufd:
+                shared = ExitStack()
+                opened = shared.enter_context(open_nodes({IOMMUFD: IOMMU_NODE}, self._host))
+                self._nodes[IOMMUFD] = shared
+                self._connections |= opened
+            self._nodes[plug.id] = stack.pop_all()
+        return vfio.opened(plug, files)
+
+    def _close_nodes(self) -> None:
+        for opened in self._nodes.values():
+            opened.close()
+        self._nodes.clear()
 
     @property
     def opens_files(self) -> bool:
@@ -117,18 +164,23 @@ class ColdQemu:
 
     def arguments(self) -> list[str]:
         """Everything that was plugged, for the command line."""
+        shared = iommufd_steps() if self._shares_iommufd else ()
         steps = [step for steps in self._steps.values() for step in steps]
-        return arguments(steps, self._connections)
+        return arguments([*shared, *steps], self._connections)
 
     def descriptors(self) -> list[int]:
         """What QEMU inherits."""
-        return list(self._connections.values())
+        commands = [step.do for steps in self._steps.values() for step in steps]
+        given = [c.descriptor for c in commands if c.descriptor is not None]
+        return list({*self._connections.values(), *given})
 
     def request_unplug(self, device_id: str) -> None:
         """Leave it out after all."""
         self._steps.pop(device_id, None)
         self._files.pop(device_id, None)
         self._connections.pop(qemu_id(device_id, LINK), None)
+        if opened := self._nodes.pop(device_id, None):
+            opened.close()
         if started := self._running.pop(device_id, None):
             started.close()
             self._daemons.end([device_id])
@@ -136,6 +188,9 @@ class ColdQemu:
     def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:  # noqa: ARG002
         """Nothing that is left out stays."""
         return {}
+
+    def close_files(self, device_ids: Collection[str]) -> None:
+        """Nothing that is left out is open."""
 
     def resize(self, device_id: str, size_bytes: int) -> None:  # noqa: ARG002
         """StateError: there is no guest yet."""
@@ -160,10 +215,15 @@ class ColdQemu:
 
 
 def arguments(steps: Iterable[Step], descriptors: Mapping[str, int]) -> list[str]:
-    """The steps on the command line; `descriptors` are what QEMU inherits, by `getfd`'s names."""
-    written = []
-    for step in steps:
-        written += _arguments(step.do, descriptors)
+    """The steps on the command line; `descriptors` are what QEMU inherits, by `getfd`'s names.
+
+    A `getfd` with a descriptor of its own is for the device after it: the next has the name too.
+    """
+    written, named = [], dict(descriptors)
+    for command in (step.do for step in steps):
+        if command.execute == "getfd" and command.descriptor is not None:
+            named[command.arguments["fdname"]] = command.descriptor
+        written += _arguments(command, named)
     return written
 
 

@@ -118,6 +118,7 @@ def cold_offer(spec: VmSpec) -> Offer:
         nvdimm=is_q35,
         memory_slots=spec.memory_slots if is_q35 else 0,
         ap=is_s390 and spec.accel == "kvm",
+        memory_bytes=spec.memory_mib << 20,
     )
 
 

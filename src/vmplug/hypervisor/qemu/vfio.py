@@ -1,27 +1,27 @@
 """IOMMU groups, as QMP commands: every function a vfio device of QEMU's.
 
 A slot's other functions come before its function 0: with that the guest looks at all of them.
-Source: QEMU hw/acpi/pcihp.c, hw/vfio/pci.c, qapi/qom.json (IOMMUFDProperties).
+Source: QEMU hw/acpi/pcihp.c, hw/vfio/pci.c, hw/vfio/iommufd.c.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from vmplug.address import qemu_id
 from vmplug.drivers.base import Command, Step, VFIODevice, VFIODevices
-from vmplug.drivers.place import CcwPlace, GroupPlace, PciPlace, Place
+from vmplug.drivers.place import CcwPlace, GroupPlace, Offer, PciPlace, Place
+from vmplug.errors import NoFreePort
 from vmplug.host.mdev import VFIODeviceType
-from vmplug.hypervisor.qemu.front import object_step
+from vmplug.hypervisor.qemu.iommufd import IOMMUFD
 
-IOMMU_NODE = "/dev/iommu"
-_IOMMUFD = "iommufd"
 _DOMAIN_MAX = 0xFFFF
 """QEMU 7.2 takes no larger one for `host`; a function behind an Intel VMD has one."""
 
 
 def plug_steps(plug: VFIODevices, place: Place) -> tuple[Step, ...]:
     """The commands that plug the whole group at `place`, each with the one that takes it back."""
-    steps = list(_open_iommufd(plug))
+    steps: list[Step] = []
     match place:
         case GroupPlace():
             pairs = list(zip(plug.devices, place.places, strict=True))
@@ -68,9 +68,13 @@ def _device(
     driver = device.type.value if device.type in _OWN_MODEL else VFIODeviceType.NORMAL.value
     name = device_name(plug, number)
     if device.cdev_node:
-        link = qemu_id(plug.id, f"fd{number}")
-        yield _take(link)
-        source: dict[str, Any] = {"fd": link, _IOMMUFD: qemu_id(plug.id, _IOMMUFD)}
+        # QEMU gets open files, so that it needs no right to the nodes; each is taken at once.
+        link = open_node_name(plug.id)
+        take = Command("getfd", {"fdname": link}, descriptor=device.descriptor)
+        yield Step(do=take, undo=Command("closefd", {"fdname": link}))
+        source: dict[str, Any] = {"fd": link, "iommufd": IOMMUFD}
+        if device.sysfs_path:  # QEMU sees by it which devices are mediated ones
+            source["sysfsdev"] = device.sysfs_path
     elif device.bdf and device.bdf.domain <= _DOMAIN_MAX:
         source = {"host": str(device.bdf)}
     else:
@@ -84,23 +88,32 @@ def _device(
 _OWN_MODEL = {VFIODeviceType.AP, VFIODeviceType.CCW}
 
 
-def _open_iommufd(plug: VFIODevices) -> Iterator[Step]:
-    """One iommufd for the group; QEMU gets open files, so that it needs no right to the nodes."""
-    if any(device.cdev_node for device in plug.devices):
-        link = qemu_id(plug.id, "fd")
-        yield _take(link)
-        yield object_step(_IOMMUFD, qemu_id(plug.id, _IOMMUFD), {"fd": link})
+def open_node_name(device_id: str) -> str:
+    """What a member's open node is called in QEMU from `getfd` until its device has it.
+
+    All members have the same: so one that an attach has left there is found again by the id.
+    """
+    return qemu_id(device_id, "fd")
 
 
-def _take(link: str) -> Step:
-    return Step(do=Command("getfd", {"fdname": link}), undo=Command("closefd", {"fdname": link}))
+def check_free(place: Place, offer: Offer) -> None:
+    """NoFreePort when somebody else has plugged something there since it was offered.
+
+    QEMU 10 keeps the open node of a device that it refuses for its place, and VFIO would not give
+    the device back until QEMU ends.
+    """
+    free = {(port.bus, slot.slot) for port in offer.ports for slot in port.free}
+    for at in place.places if isinstance(place, GroupPlace) else ():
+        if (at.bus, at.slot.slot) not in free:
+            raise NoFreePort(f"something was plugged into {at.bus} meanwhile", hint="try again")
 
 
 def nodes(plug: VFIODevices) -> dict[str, str]:
-    """The nodes that QEMU gets open, by the names that the steps have for them."""
-    own = {
-        qemu_id(plug.id, f"fd{number}"): device.cdev_node
-        for number, device in enumerate(plug.devices)
-        if device.cdev_node
-    }
-    return {qemu_id(plug.id, "fd"): IOMMU_NODE, **own} if own else {}
+    """The nodes that QEMU gets open, by the devices they are of."""
+    return {device.name: device.cdev_node for device in plug.devices if device.cdev_node}
+
+
+def opened(plug: VFIODevices, files: Mapping[str, int]) -> VFIODevices:
+    """The group with its nodes open; `files` are the descriptors by the names of devices."""
+    devices = [replace(device, descriptor=files.get(device.name)) for device in plug.devices]
+    return replace(plug, devices=tuple(devices))

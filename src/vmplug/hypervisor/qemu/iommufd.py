@@ -1,0 +1,81 @@
+"""iommufd: one object of QEMU's for all devices of a VM, so that its memory is mapped once.
+
+It belongs to the VM as a root port does, and to no device: the first attach that needs it makes
+it, the next ones find it by its name in QEMU, no journal knows it, and it stays until QEMU ends.
+It takes one descriptor and, while no device uses it, no memory. Removing it would gain nothing:
+QEMU 10 never closes a descriptor that it was given for one, not even when it refuses the object.
+So vmplug looks for it and makes it in one go, before any other client can say a word.
+Source: QEMU backends/iommufd.c; measured on QEMU 10.0.
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+from vmplug.drivers.base import Command, Plug, Step, VFIODevices
+from vmplug.errors import CommandError
+from vmplug.host.root import HostRoot
+from vmplug.host.vfio import IOMMU_NODE, open_nodes
+from vmplug.hypervisor.monitor import Monitor
+from vmplug.hypervisor.qemu.abilities import IOMMUFD as TYPE
+from vmplug.hypervisor.topology import qom_list
+
+IOMMUFD = "vmplug.iommufd"
+"""Its name in QEMU, and until then that of the open /dev/iommu. No device's: see qemu_id."""
+
+
+def needs_iommufd(plug: Plug) -> bool:
+    """Whether anything of it is reached by its own node."""
+    return isinstance(plug, VFIODevices) and any(device.cdev_node for device in plug.devices)
+
+
+def iommufd_steps(descriptor: int | None = None) -> tuple[Step, ...]:
+    """The commands that make the object; nothing takes it back."""
+    name = {"fdname": IOMMUFD}
+    properties = {"qom-type": TYPE, "id": IOMMUFD, "fd": IOMMUFD}
+    return (
+        Step(
+            do=Command("getfd", name, descriptor=descriptor),
+            undo=Command("closefd", name),
+        ),
+        Step(do=Command("object-add", properties), undo=None),
+    )
+
+
+def has_iommufd(monitor: Monitor) -> bool:
+    """Whether the VM has the object."""
+    return _is_in(monitor.execute(qom_list("/objects")))
+
+
+def missing_steps(plug: Plug, monitor: Monitor) -> tuple[Step, ...]:
+    """Those that make the object, if the plug needs it and the VM has none."""
+    return iommufd_steps() if needs_iommufd(plug) and not has_iommufd(monitor) else ()
+
+
+def make_iommufd(monitor: Monitor, host: HostRoot) -> None:
+    """Make the object unless the VM has it; raises AttributeReadError and CommandError."""
+    if has_iommufd(monitor):
+        return
+    with open_nodes({TYPE: IOMMU_NODE}, host) as files:
+        try:
+            monitor.converse(_make(files[TYPE]))
+        except CommandError:
+            # A client of another monitor may have been faster: QEMU has several.
+            if not has_iommufd(monitor):
+                raise
+
+
+def _make(descriptor: int) -> Generator[Command, Any, None]:
+    if _is_in((yield qom_list("/objects"))):
+        return
+    take, make = iommufd_steps(descriptor)
+    yield take.do
+    try:
+        yield make.do
+    except CommandError:
+        if take.undo:
+            yield take.undo
+        raise
+
+
+def _is_in(objects: list[dict[str, str]]) -> bool:
+    return any(entry["name"] == IOMMUFD for entry in objects)
