@@ -16,6 +16,7 @@ from tests.support.disks import disk_image
 from tests.support.fake_kernel import FakeKernel
 from tests.support.pci_tree import PciTree
 from vmplug.devnum import DevNum
+from vmplug.host.vfio import IOMMU_NODE
 from vmplug.host.vhost_user import VHOST_USER_BLK_MAJOR
 from vmplug.hypervisor.daemon import HostDaemons
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
@@ -49,7 +50,8 @@ class Kind:
 
     `make` gives what is behind it, in a directory with a short path; the second argument is the
     QMP socket. `is_vfio` is whether it needs VFIO, which a tree plays here and no real QEMU has;
-    `is_retained` whether it stays until the VM ends.
+    `is_retained` whether it stays until the VM ends, `shares` whether the first one makes what all
+    of its kind share and what stays: the contract has the faults of making that.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Kind:
     managed: bool = False
     is_vfio: bool = False
     is_retained: bool = False
+    shares: bool = False
 
 
 @dataclass(slots=True)
@@ -276,30 +279,40 @@ def share_of_ours(directory: Path, qmp_socket: Path) -> Iterator[Behind]:
 
 
 FIRST, SECOND, BOUND, THEIRS = "0000:3b:00.0", "0000:3b:00.1", "0000:3d:00.0", "0000:3e:00.0"
+CDEV_NODE = "/dev/vfio/devices/vfio0"
+CDEV_LINKS = ("/sys/class/vfio-dev/vfio0", "/sys/dev/char/511:0")
 BOOT_ID = "11111111-2222-3333-4444-555555555555\n"
 TAKES = {"nouveau": [FIRST], "snd_hda_intel": [SECOND], "e1000e": [THEIRS]}
 
 
 @dataclass(slots=True)
 class Functions:
-    """PCI functions of a host that is a tree; `names` are those of the group that is asked for."""
+    """PCI functions of a host that is a tree; `names` are those of the group that is asked for.
+
+    It is asked for by the first one's address, or by its node when it `has_node`.
+    """
 
     tree: PciTree
     names: Sequence[str]
+    has_node: bool = False
 
     def requests(self) -> Sequence[Request]:
         """See Behind."""
-        return [VfioInfo(label="gpu", device=self.names[0])]
+        return [VfioInfo(label="gpu", device=CDEV_NODE if self.has_node else self.names[0])]
 
     def renew(self) -> None:
         """See Behind."""
         for bdf in self.names:
             if not (self.tree.path / f"sys/bus/pci/devices/{bdf}").exists():
                 add_function(self.tree, bdf)
+        if self.has_node and not (self.tree.path / CDEV_NODE[1:]).exists():
+            self.tree.vfio_cdev(self.names[0], 0).file(CDEV_NODE).file(IOMMU_NODE)
 
     def take(self) -> None:
         """See Behind: the first of them is pulled."""
         FakeKernel(self.tree)._remove_function(self.names[0])
+        for path in (CDEV_NODE, *CDEV_LINKS):
+            (self.tree.path / path[1:]).unlink(missing_ok=True)
 
     def is_gone(self) -> bool:
         """See Behind."""
@@ -334,8 +347,10 @@ def host_tree(path: Path) -> PciTree:
 
 
 @contextmanager
-def functions(directory: Path, _: Path, *, names: Sequence[str]) -> Iterator[Behind]:
+def functions(
+    directory: Path, _: Path, *, names: Sequence[str], has_node: bool = False
+) -> Iterator[Behind]:
     with ExitStack() as stack:
         path = directory / "host"
         stack.callback(shutil.rmtree, path)
-        yield Functions(host_tree(path), names)
+        yield Functions(host_tree(path), names, has_node)

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import stat
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,13 @@ _GREETING = {
 }
 _TIMEOUT_S = 20.0
 _SETTLE_S, _LOOK_AGAIN_S = 5.0, 0.01
+
+
+class Closable(Protocol):
+    """A socket or another file."""
+
+    def close(self) -> None:
+        """Close it."""
 
 
 class Link(Protocol):
@@ -79,7 +87,7 @@ class WiredMonitor(MemoryMonitor):
 
     def __init__(self, **shape: Any) -> None:
         super().__init__(**shape)
-        self.open: dict[str, socket.socket] = {}
+        self.open: dict[str, Closable] = {}
         self.received: list[int] = []
         self.functions: Path | None = None
 
@@ -103,7 +111,11 @@ class WiredMonitor(MemoryMonitor):
         return super()._object_add(qom_type, id, **properties)
 
     def _getfd(self, fdname: str) -> dict[str, Any]:
-        self.open[fdname] = socket.socket(fileno=self.received.pop())
+        number = self.received.pop()
+        is_socket = stat.S_ISSOCK(os.fstat(number).st_mode)
+        if before := self.open.get(fdname):
+            before.close()
+        self.open[fdname] = socket.socket(fileno=number) if is_socket else os.fdopen(number, "rb")
         return super()._getfd(fdname)
 
     def _closefd(self, fdname: str) -> dict[str, Any]:
@@ -149,9 +161,31 @@ class WiredMonitor(MemoryMonitor):
         if "host" in rest and self.functions and not (self.functions / rest["host"]).exists():
             raise Refused(f"vfio {rest['host']}: no such host device")
         chardev = rest.get("chardev") or self.netdevs.get(rest.get("netdev", ""))
-        if chardev in self.open:
-            self._greet(self.open[chardev])
-        return super()._device_add(driver, id, **rest)
+        if isinstance(connection := self.open.get(str(chardev)), socket.socket):
+            self._greet(connection)
+        if "fd" not in rest:
+            return super()._device_add(driver, id, **rest)
+        return self._add_by_node(driver, id, **rest)
+
+    def _add_by_node(self, driver: str, id: str, **rest: Any) -> dict[str, Any]:
+        """QEMU has the node open for as long as it has the device, or keeps it."""
+        gone = self.functions and not (self.functions / Path(rest["sysfsdev"]).name).exists()
+        try:
+            answer = super()._device_add(driver, id, **rest)
+            if gone:
+                self.devices.pop(id)
+                raise Refused("vfio VFIO_FD9: error bind device fd=9 to iommufd=8: No such device")
+        except Refused:
+            if rest["fd"] not in {*self.descriptors, *self.kept}:
+                self.open.pop(rest["fd"]).close()
+            raise
+        self.open[f"of {id}"] = self.open.pop(rest["fd"])
+        return answer
+
+    def _delete(self, name: str) -> None:
+        super()._delete(name)
+        if node := self.open.pop(f"of {name}", None):
+            node.close()
 
     @staticmethod
     def _greet(connection: socket.socket) -> None:
@@ -167,7 +201,7 @@ class WiredMonitor(MemoryMonitor):
     def _is_lost(self, chardev: str) -> bool:
         """Whether the backend has hung up."""
         connection = self.open.get(chardev)
-        if connection is None:
+        if not isinstance(connection, socket.socket):
             return False
         connection.settimeout(0)
         try:
@@ -224,7 +258,7 @@ class MemoryMachine:
         self._functions = self.monitor.functions = functions
 
     def _start(self) -> None:
-        self.monitor = WiredMonitor(root_ports=3, scsi=True, memory_slots=8)
+        self.monitor = WiredMonitor(root_ports=3, scsi=True, memory_slots=8, iommufd=True)
         self.monitor.functions = self._functions
         self._events: list[Message] = []
         self.monitor.listen(self._note)

@@ -57,6 +57,12 @@ KINDS = (
     Kind(name="rng", make=random_source, has_device=False),
     Kind(name="vfio, bound before", make=partial(functions, names=[BOUND]), is_vfio=True),
     Kind(
+        name="vfio by its own node",
+        make=partial(functions, names=[BOUND], has_node=True),
+        is_vfio=True,
+        shares=True,
+    ),
+    Kind(
         name="vfio group, managed",
         make=partial(functions, names=[FIRST, SECOND]),
         is_vfio=True,
@@ -172,6 +178,9 @@ class Column:
         self.world = world
         self.op = op
         self._silence_s = silence_s
+        if right and world.kind.shares:
+            self._run("attach", "detach")
+            world.behind.renew()
         self.right = right or self._learn()
         self.files = world.machine.count_files(0, timeout_s=0.5)
 

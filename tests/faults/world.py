@@ -131,7 +131,8 @@ class World:
         """The manager, whose steps are told."""
         path = str(self.conductor.path)
         monitor = QmpMonitor.connect(path, timeout_s=patience_s, command_timeout_s=patience_s)
-        hypervisor = Qemu(monitor, Endpoint(path, monitor.peer_pid), WatchedDaemons(path, hooks))
+        endpoint, daemons = Endpoint(path, monitor.peer_pid), WatchedDaemons(path, hooks)
+        hypervisor = Qemu(monitor, endpoint, daemons, self.host())
         with DeviceManager.open(
             vm=VM,
             host=self.host(hooks),
