@@ -493,6 +493,8 @@ def test_the_iommufd_is_not_taken_from_under_another_device(vm: GuestVm, bound: 
     with manager(vm, bound) as devices:
         held = devices.attach(ask(topology.NVME))
     attach_and_die(vm, bound, MULTI[0], 2)
+    vmplug(bound, "reconcile", "--timeout", "0", check=False)
+    eject(vm.oracle)
     reconcile(bound)
     assert opened(vm.pid) == expected(topology.NVME)
     assert objects(vm) == (["vmplug.iommufd"] if ABLE else [])
