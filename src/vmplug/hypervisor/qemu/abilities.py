@@ -44,7 +44,7 @@ class Asked(Abilities):
     def reconnect_ms(self) -> bool:
         """See Abilities.
 
-        chardev-add got it together with -chardev, which QEMU describes in 0.2 ms; the schema of
+        chardev-add got it together with -chardev, which QEMU describes within 2 ms; the schema of
         chardev-add takes 40. That chardev-add takes it is tested.
         """
         described = self._execute(Command("query-command-line-options", {"option": "chardev"}))
