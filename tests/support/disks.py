@@ -1,5 +1,7 @@
 """Disks of the host that tests hand over: image files that say who they are, and loop devices."""
 
+import ctypes
+import fcntl
 import struct
 import subprocess
 import uuid
@@ -13,6 +15,8 @@ PFN_DATA_OFFSET = 2 * MIB
 """Where the data of `dax_image` begins."""
 
 TIMEOUT_S = 30.0
+
+_BLKPG, _ADD_PARTITION, _PARTITION_BYTES = 0x1269, 1, 152
 
 
 def disk_image(path: Path, size_mib: int, marker: str) -> Path:
@@ -90,6 +94,19 @@ def loop_device(
         yield Path(node)
     finally:
         _run("losetup", "--detach", node)
+
+
+def add_partition(disk: str, *, start_bytes: int, length_bytes: int) -> None:
+    """Make the first partition of a disk by hand, as addpart(8) does, which Debian 13 lacks.
+
+    Source: Linux include/uapi/linux/blkpg.h.
+    """
+    partition = ctypes.create_string_buffer(
+        struct.pack("qqi128x4x", start_bytes, length_bytes, 1), _PARTITION_BYTES
+    )
+    request = struct.pack("iiiP", _ADD_PARTITION, 0, _PARTITION_BYTES, ctypes.addressof(partition))
+    with open(disk, "rb") as file:
+        fcntl.ioctl(file, _BLKPG, request)
 
 
 def _run(*command: str) -> str:

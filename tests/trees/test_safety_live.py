@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.disks import disk_image, loop_device
+from tests.support.disks import add_partition, disk_image, loop_device
 from tests.support.tree import HostTree
 from tests.trees.checking import READING, WRITING, claim, codes, findings, want
 from vmplug.devnum import DevNum
@@ -279,7 +279,7 @@ def loop_with_partition(image: Path) -> Iterator[tuple[Path, Path]]:
     done = subprocess.run(losetup, capture_output=True, check=True, text=True)
     disk = done.stdout.strip()
     try:
-        subprocess.run(["addpart", disk, "1", "2048", "8192"], check=True)
+        add_partition(disk, start_bytes=1 << 20, length_bytes=4 << 20)
         yield Path(disk), Path(f"{disk}p1")
     finally:
         subprocess.run(["losetup", "--detach", disk], check=True)
