@@ -18,8 +18,8 @@ CYCLES ?= 10000
 KERNELS ?=
 TESTS ?=
 RELEASE ?= trixie
-LAB := $(BIN)/python -m lab --timeout 1200
-LAB_TESTS := $(BIN)/pytest tests/lab --junitxml
+LAB := $(BIN)/python -m lab --timeout 2400
+LAB_TESTS := $(BIN)/pytest tests/lab --durations=15 --junitxml
 RESULTS := $(CURDIR)/build/lab/results
 
 help:
@@ -48,7 +48,7 @@ test: lab $(FULL_GUEST)
 	$(MAKE) --no-print-directory --jobs=2 SEED=1 test-lab test-here fuzz test-install
 
 test-here:
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest --durations=15 $(TESTS)
 
 # As a user installs it, who has no source tree.
 test-install: test-packages

@@ -25,7 +25,7 @@ from guest.console import GuestConsole
 
 from lab import topology
 from tests.contract.sandbox import Through
-from tests.lab.nested import MEMORY, NestedGuest, devices, paused_vm
+from tests.lab.nested import MEMORY, VMLINUX, NestedGuest, devices, paused_vm
 from tests.support.raw_qmp import RawQmp
 from tests.support.vm import BUILT_GUEST, QEMU, GuestVm, start_vm
 from vmplug import (
@@ -329,8 +329,8 @@ def test_a_vm_starts_with_a_group_and_takes_more_with_the_same_iommufd(bound: Pa
 
 def test_a_guest_that_boots_with_the_nvme_reads_it(bound: Path) -> None:
     marker = topology.NVME_MARKER
-    kernel, initrd = BUILT_GUEST / "vmlinuz", BUILT_GUEST / "initrd.img"
-    boot = ("--kernel", str(kernel), "--initrd", str(initrd), "--append", QUICK_BOOT)
+    initrd = BUILT_GUEST / "initrd.img"
+    boot = ("--kernel", str(VMLINUX), "--initrd", str(initrd), "--append", QUICK_BOOT)
     with TemporaryDirectory(dir="/tmp") as directory:
         path = f"{directory}/console"
         console = ["-chardev", f"socket,id=ctl,path={path},server=on,wait=off"]
