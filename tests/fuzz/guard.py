@@ -41,11 +41,13 @@ _guard = _Guard()
 def changes_only(*directories: str) -> Iterator[None]:
     """AssertionError when anything outside these directories is changed, or a program started."""
     _install()
+    keeps_none, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # of what it imports late
     _guard.allowed, _guard.offences = directories, []
     try:
         yield
     finally:
         _guard.allowed = None
+        sys.dont_write_bytecode = keeps_none
     assert not _guard.offences, _guard.offences
 
 
