@@ -150,7 +150,7 @@ def opened(pid: int) -> Counter[str]:
     found = Counter[str]()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            target = str(entry.readlink())
+            target = str(entry.readlink()).removesuffix(" (deleted)")  # by `without`
         except FileNotFoundError:
             continue
         if target.startswith(("/dev/vfio/", "/dev/iommu")) and target != "/dev/vfio/vfio":
