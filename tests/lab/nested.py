@@ -18,13 +18,10 @@ from tempfile import TemporaryDirectory
 
 from guest.console import STATUS_TIMED_OUT, GuestConsole
 from lab.kernel import BUILT
-from lab.vmlinux import unpack_kernel
 
 from tests.support.vm import BUILT_GUEST, QEMU, Device, GuestVm, root_ports, start_vm
 
 SAVED = BUILT / "nested"
-VMLINUX = SAVED / "vmlinux"
-"""Its kernel, unpacked: in an emulated machine that takes an emulated CPU minutes."""
 SOURCES = (Path(__file__), Path(__file__).parents[1] / "support" / "vm.py")
 """They have the command line."""
 
@@ -128,7 +125,6 @@ def save_guest(directory: Path) -> None:
             vm.console.run(f"mkfifo {SILENT_PIPE}")
             _migrate(vm, saved)
         saved.rename(state)
-    (directory / VMLINUX.name).write_bytes(unpack_kernel((BUILT_GUEST / "vmlinuz").read_bytes()))
     made_by.write_text(recipe)
     print(f"lab: ready: {directory}")  # noqa: T201  the same
 

@@ -21,13 +21,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from guest.console import GuestConsole
 
 from lab import topology
 from tests.contract.sandbox import Through
-from tests.lab.nested import MEMORY, VMLINUX, NestedGuest, devices, paused_vm
+from tests.lab.nested import MEMORY, NestedGuest, devices, paused_vm
 from tests.support.raw_qmp import RawQmp
-from tests.support.vm import BUILT_GUEST, QEMU, GuestVm, start_vm
+from tests.support.vm import QEMU, GuestVm, start_vm
 from vmplug import (
     CommandError,
     DeviceInfo,
@@ -53,10 +52,6 @@ MDEVS = Path("/sys/bus/mdev/devices")
 ROUNDS = 20
 MIB = 1 << 20
 UNPLUG_S = 60.0
-BOOT_S = 240.0
-"""An emulated guest on an emulated CPU needs 40 s on a quiet machine."""
-QUICK_BOOT = "console=ttyS0 quiet panic=-1 cryptomgr.notests nowatchdog audit=0"
-
 ABLE = of_program(QEMU).iommufd
 """Whether this QEMU has iommufd."""
 
@@ -325,22 +320,6 @@ def test_a_vm_starts_with_a_group_and_takes_more_with_the_same_iommufd(bound: Pa
             detach_cold(bound, told["vm"]["qmp"], attachment)
         assert opened(pid) == left()
         assert reconcile(bound)["repairs"] == []
-
-
-def test_a_guest_that_boots_with_the_nvme_reads_it(bound: Path) -> None:
-    marker = topology.NVME_MARKER
-    initrd = BUILT_GUEST / "initrd.img"
-    boot = ("--kernel", str(VMLINUX), "--initrd", str(initrd), "--append", QUICK_BOOT)
-    with TemporaryDirectory(dir="/tmp") as directory:
-        path = f"{directory}/console"
-        console = ["-chardev", f"socket,id=ctl,path={path},server=on,wait=off"]
-        serial = [*console, "-serial", "chardev:ctl", "-cpu", "qemu64"]
-        with started(bound, *boot, *words_for(topology.NVME), qemu=serial) as told:
-            assert opened(told["vm"]["pid"]) == expected(topology.NVME)
-            with GuestConsole.connect(path, BOOT_S) as guest:
-                guest.wait_until("[ -b /dev/nvme0n1 ]", BOOT_S)
-                read = f'read -r -n {len(marker)} text </dev/nvme0n1; echo "$text"'
-                assert guest.run(read, BOOT_S).strip() == marker
 
 
 def test_a_vm_that_does_not_start_leaves_no_node_open(bound: Path) -> None:
