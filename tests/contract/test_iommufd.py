@@ -14,7 +14,7 @@ import pytest
 
 from tests.contract.conftest import real
 from tests.contract.sandbox import Dying, Killed, Refusing
-from tests.contract.world import MemorySide, Parts, QemuSide, Recorder, Side
+from tests.contract.world import MemorySide, Parts, QemuSide, Recorder, Side, old_words
 from vmplug.address import Bdf, PciPath, PciSlot, qemu_id
 from vmplug.drivers.base import Command, VFIODevice, VFIODevices
 from vmplug.drivers.place import GroupPlace, PciPlace
@@ -287,7 +287,7 @@ def test_memory_answers_every_command_as_qemu_does(
         with closing(side.monitor()) as monitor, open(host.path + NODE, "r+b") as file:
             for command in conversation(file.fileno()):
                 given, refusal = monitor.attempt([command])
-                said = refusal.desc if refusal else given[0]
+                said = old_words(refusal.desc) if refusal else given[0]
                 found.append((f"{command.execute} {dict(command.arguments)}", said))
         return found
 

@@ -83,6 +83,7 @@ _NEWER_WORDS = (
         r"Cannot delete throttle group '(.*)' with active references",  # QEMU 11
         r"object '\1' is in use, can not be deleted",
     ),
+    (r"Could not parse object fd", "Could not parse remote object fd"),  # QEMU 11
 )
 """What later QEMUs say in the place of QEMU 7.2's words, which the machine in memory speaks."""
 
@@ -91,10 +92,14 @@ def in_old_words(answer: object) -> object:
     """A refusal as QEMU 7.2 words it; any other answer as it is."""
     if not isinstance(answer, Refusal):
         return answer
-    desc = answer.desc
+    return Refusal(answer.error_class, old_words(answer.desc))
+
+
+def old_words(desc: str) -> str:
+    """QEMU's words as those before worded them."""
     for newer, older in _NEWER_WORDS:
         desc = re.sub(newer, older, desc)
-    return Refusal(answer.error_class, desc)
+    return desc
 
 
 class Backend(Protocol):
