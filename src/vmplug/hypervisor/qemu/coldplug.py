@@ -64,7 +64,6 @@ class ColdQemu:
         self.abilities = abilities or of_program(BINARY[spec.machine])
         self._host = host or HostRoot()
         self.spec = spec
-        self._host = host or HostRoot()
         self.directory = directory
         self._daemons = daemons or HostDaemons(str(self.qmp_socket))
         self._steps: dict[str, tuple[Step, ...]] = {}
