@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.support.daemons import Daemon, storage_daemon, vhost_user_backend, virtiofsd
-from tests.support.disks import disk_image
+from tests.support.disks import detach_loop, disk_image
 from tests.support.fake_kernel import FakeKernel
 from tests.support.pci_tree import PciTree
 from vmplug.devnum import DevNum
@@ -163,7 +163,7 @@ def loop(directory: Path, _: Path) -> Iterator[Behind]:
     try:
         yield Loop(node, image)
     finally:
-        subprocess.run(["losetup", "--detach", node], check=False, capture_output=True)
+        detach_loop(Path(node))
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.support.disks import detach_loop
 from tests.support.lab import wait_until
 from tests.trees.checking import WRITING, want, want_file
 from vmplug.host.device import BlockDevice
@@ -248,8 +249,7 @@ def looped(file: Path, *options: str) -> Iterator[Path]:
     try:
         yield node
     finally:
-        if Path(f"/sys/block/{node.name}/loop").exists():
-            run("losetup", "--detach", node)
+        detach_loop(node)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tests.cli.command import Vmplug
 from tests.cli.watching import watching
 from tests.lab.blocks import MIB, load, load_with, number, run
 from tests.lab.nested import paused_vm
-from tests.support.disks import disk_image
+from tests.support.disks import detach_loop, disk_image
 from tests.support.journal import attach_row, device_record, vm_record
 from tests.support.lab import OuterQemu, namespace_of, wait_until
 from vmplug import Attachment, DeviceManager, DeviceType, HostRoot, Qemu, VfioInfo, Watch, What
@@ -94,8 +94,7 @@ def loop_on(image: Path) -> Iterator[Path]:
     try:
         yield node
     finally:
-        if Path(f"/sys/block/{node.name}/loop").exists():
-            run("losetup", "--detach", node)
+        detach_loop(node)
 
 
 def block(node: Path, journal: Store) -> Attachment:

@@ -10,7 +10,7 @@ import pytest
 from guest.console import GuestError
 
 from tests.qemu.conftest import PORTS, Lab, losetup, opened_by_another_qemu, request
-from tests.support.disks import disk_image, loop_device, qcow2_image
+from tests.support.disks import detach_loop, disk_image, loop_device, qcow2_image
 from vmplug.errors import CommandError, InUse
 from vmplug.host.finding import Code
 from vmplug.manager.state import State
@@ -395,7 +395,7 @@ def loop_of_large_sectors(image: Path) -> Iterator[Path]:
     try:
         yield Path(node)
     finally:
-        losetup("--detach", node)
+        detach_loop(Path(node))
 
 
 # sizes

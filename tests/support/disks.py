@@ -6,8 +6,10 @@ import struct
 import subprocess
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tests.support.lab import wait_until
 
 MIB = 1 << 20
 SECTOR_BYTES = 512
@@ -93,7 +95,19 @@ def loop_device(
     try:
         yield Path(node)
     finally:
-        _run("losetup", "--detach", node)
+        detach_loop(Path(node))
+
+
+def detach_loop(node: Path) -> None:
+    """Lets go of a loop device, whoever has asked for that already.
+
+    Linux only marks one that somebody has open, as udev for a moment, and frees it when the last
+    closes it. Until then it has its directory in sysfs, and asking again can be an error.
+    """
+    with suppress(RuntimeError):
+        _run("losetup", "--detach", str(node))
+    backing = Path(f"/sys/block/{node.name}/loop")
+    wait_until(lambda: not backing.exists(), f"{node} without a file")
 
 
 def add_partition(disk: str, *, start_bytes: int, length_bytes: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.disks import add_partition, disk_image, loop_device
+from tests.support.disks import add_partition, detach_loop, disk_image, loop_device
 from tests.support.tree import HostTree
 from tests.trees.checking import READING, WRITING, claim, codes, findings, want
 from vmplug.devnum import DevNum
@@ -282,7 +282,7 @@ def loop_with_partition(image: Path) -> Iterator[tuple[Path, Path]]:
         add_partition(disk, start_bytes=1 << 20, length_bytes=4 << 20)
         yield Path(disk), Path(f"{disk}p1")
     finally:
-        subprocess.run(["losetup", "--detach", disk], check=True)
+        detach_loop(Path(disk))
 
 
 @pytest.mark.root
