@@ -233,3 +233,11 @@ def device_id_of(name: str) -> str | None:
 
 def _is_hex(text: str) -> bool:
     return bool(text) and set(text) <= set("0123456789abcdefABCDEF")
+
+
+def find_bdf(name: str) -> Bdf | None:
+    """The address that a name is; None for any other name."""
+    try:
+        return Bdf.parse(name)
+    except ValueError:
+        return None

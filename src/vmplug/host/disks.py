@@ -13,7 +13,7 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block import read_block_device
 from vmplug.host.device import BlockDevice, FoundBy
 from vmplug.host.mounts import HostUsage, same_file
-from vmplug.host.pci import find_bdf
+from vmplug.address import find_bdf
 from vmplug.host.root import HostRoot
 
 _ND_DEVICES = "/sys/bus/nd/devices"

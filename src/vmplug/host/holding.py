@@ -13,7 +13,7 @@ from typing import NamedTuple
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
-from vmplug.host.pci import find_bdf
+from vmplug.address import find_bdf
 from vmplug.host.root import HostRoot
 
 _BLOCK, _NET = "/sys/class/block", "/sys/class/net"

@@ -25,7 +25,8 @@ from vmplug.host.holding import (
 from vmplug.host.iommu import find_group
 from vmplug.host.mdev import MDEV_DEVICES, MdevType, MediatedDevice, read_mdev_types, read_mediated
 from vmplug.host.mounts import HostUsage, read_usage
-from vmplug.host.pci import PciFunction, find_bdf, read_functions, read_reset_methods
+from vmplug.host.pci import PciFunction, read_functions, read_reset_methods
+from vmplug.address import find_bdf
 from vmplug.host.root import HostRoot, node_number
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import errno
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
-from vmplug.address import Bdf
+from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.iommu import read_membership
@@ -94,14 +94,6 @@ def read_functions(root: HostRoot) -> list[PciFunction]:
 def _addresses(root: HostRoot) -> dict[str, Bdf]:
     names = root.names(root.pci_devices)
     return {name: bdf for name in names if (bdf := find_bdf(name))}
-
-
-def find_bdf(name: str) -> Bdf | None:
-    """The address that a name is; None for any other name."""
-    try:
-        return Bdf.parse(name)
-    except ValueError:
-        return None
 
 
 def find_function(bdf: Bdf, root: HostRoot) -> PciFunction | None:

@@ -18,7 +18,8 @@ from vmplug.host.device import DeviceType
 from vmplug.host.image import ImageFormat, read_qcow2_header
 from vmplug.host.loop import read_backing_file
 from vmplug.host.mdev import MDEV_DEVICES
-from vmplug.host.pci import find_bdf, find_function
+from vmplug.address import find_bdf
+from vmplug.host.pci import find_function
 from vmplug.host.process import find_marked, is_running
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.vfio import is_vfio_driver
