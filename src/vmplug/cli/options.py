@@ -15,7 +15,6 @@ from vmplug.manager import DEFAULT_POLICY, DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
-    from vmplug.address import Bdf
     from vmplug.host.finding import Code
     from vmplug.host.vhost_user import VhostUserStore
     from vmplug.oci.annotated import Request as AnyRequest
@@ -296,16 +295,6 @@ def _parse_named(text: str, kind: str, rest: str) -> "AnyRequest":
         raise SpecError(f"--device {text}", "says too little", hint=hint)
     is_descriptor = source.startswith(DESCRIPTOR_PREFIX)
     return ShareInfo(tag=tag, source=source if is_descriptor else os.path.abspath(source))
-
-
-def parse_bdf(text: str) -> "Bdf":
-    """`0000:3b:00.0`, or `3b:00.0` as lspci(8) writes it; SpecError for anything else."""
-    from vmplug.address import Bdf  # noqa: PLC0415  most requests name none
-
-    try:
-        return Bdf.parse(f"0000:{text}" if _SHORT_BDF.match(text) else text)
-    except ValueError as error:
-        raise SpecError(text, str(error)) from None
 
 
 def _parse_options(texts: Sequence[str]) -> dict[str, str]:

@@ -42,3 +42,13 @@ def find_group(text: str, host: HostRoot) -> VfioGroup:
             hint="write 0000:3b:00.0, 3b:00.0 or /dev/vfio/26",
         ) from None
     return find_vfio_device(str(bdf), host)
+
+
+def parse_bdf(text: str) -> "Bdf":
+    """`0000:3b:00.0`, or `3b:00.0` as lspci(8) writes it; SpecError for anything else."""
+    from vmplug.address import Bdf  # noqa: PLC0415  most requests name none
+
+    try:
+        return Bdf.parse(f"0000:{text}" if _SHORT_BDF.match(text) else text)
+    except ValueError as error:
+        raise SpecError(text, str(error)) from None

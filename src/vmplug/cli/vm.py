@@ -27,6 +27,7 @@ from vmplug.cli.output import (
     print_table,
     progress,
 )
+from vmplug.cli.target import parse_bdf
 from vmplug.cli.text import one_line
 from vmplug.cli.wiring import (
     find_policy,
@@ -161,7 +162,8 @@ def start(
     for key in ("kernel", "initrd", "disk"):
         options[key] = str(Path(options[key]).resolve()) if options[key] else None
     options["machine"] = Machine(options["machine"])
-    options["windows"] = windows_for(options.pop("room_for"), HostRoot())
+    room_for = [parse_bdf(text) for text in options.pop("room_for")]
+    options["windows"] = windows_for(room_for, HostRoot())
     if options["ports"] + options["bridges"] > MAX_PORTS:
         raise click.UsageError(f"--ports and --bridges together are at most {MAX_PORTS}")
     spec = VmSpec(name=name, extra=qemu_args, **options)

@@ -2,13 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vmplug.errors import ConnectError, StateError
 from vmplug.host.root import HostRoot
 
 if TYPE_CHECKING:
+    from vmplug.address import Bdf
     from vmplug.host.vhost_user import VhostUserStore
     from vmplug.hypervisor.qemu.coldplug import ColdQemu
     from vmplug.manager.manager import DeviceManager
@@ -163,18 +164,16 @@ def open_cold_manager(
     )
 
 
-def windows_for(devices: Sequence[str], host: HostRoot) -> tuple[int, ...]:
+def windows_for(addresses: "Iterable[Bdf]", host: HostRoot) -> tuple[int, ...]:
     """Bytes that one port each needs for the BARs of a function and its neighbours in the slot.
 
     The largest first. Raises NoSuchDevice.
     """
-    from vmplug.cli.options import parse_bdf  # noqa: PLC0415  most VMs need none
-    from vmplug.drivers.vfio import window_for  # noqa: PLC0415
+    from vmplug.drivers.vfio import window_for  # noqa: PLC0415  most VMs need none
     from vmplug.host.vfio import find_vfio_device  # noqa: PLC0415
 
     windows = []
-    for text in devices:
-        bdf = parse_bdf(text)
+    for bdf in addresses:
         group = find_vfio_device(str(bdf), host)
         windows.append(window_for([f for f in group.functions if f.bdf[:3] == bdf[:3]]))
     return tuple(sorted(windows, reverse=True))
