@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from tests.fuzz.guard import changes_only
 from tests.fuzz.spec import check_request
-from vmplug.cli.target import parse_bdf
 from vmplug.cli.options import parse_device
-from vmplug.cli.target import parse_function
+from vmplug.cli.target import parse_bdf, parse_function
 from vmplug.errors import SpecError
 
 

@@ -14,7 +14,7 @@ from vmplug.cli.options import (
     state_dir_option,
     vm_option,
 )
-from vmplug.cli.output import attachment_json, print_attachments, print_json
+from vmplug.cli.render.output import attachment_json, print_attachments, print_json
 from vmplug.cli.wiring import find_policy, open_manager
 from vmplug.drivers import block, rng, share, vfio, vhost_user
 

@@ -9,7 +9,7 @@ from vmplug.cli.options import (
     root_option,
     state_dir_option,
 )
-from vmplug.cli.output import print_json, print_table, progress
+from vmplug.cli.render.output import print_json, print_table, progress
 from vmplug.cli.target import find_group
 from vmplug.cli.wiring import open_journal
 from vmplug.host.bind import read_driver

@@ -17,8 +17,8 @@ from vmplug.cli.options import (
     request_options,
     state_dir_option,
 )
-from vmplug.cli.output import container_path, print_json
-from vmplug.cli.text import one_line
+from vmplug.cli.render.output import container_path, print_json
+from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import find_policy, has_journal, open_journal, open_manager
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import click
 
 from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
-from vmplug.cli.output import attachment_json, print_json, progress
-from vmplug.cli.text import one_line
+from vmplug.cli.render.output import attachment_json, print_json, progress
+from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import open_journal, open_manager, read_attachments
 from vmplug.errors import HypervisorError, NotAttached
 from vmplug.host.root import HostRoot

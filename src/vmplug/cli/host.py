@@ -5,8 +5,6 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from vmplug.cli.inventory_json import inventory_json
-from vmplug.cli.inventory_text import inventory_lines
 from vmplug.cli.options import (
     host_option,
     json_option,
@@ -15,8 +13,10 @@ from vmplug.cli.options import (
     state_dir_option,
     store_option,
 )
-from vmplug.cli.output import print_json
-from vmplug.cli.tree import print_sections
+from vmplug.cli.render.inventory_json import inventory_json
+from vmplug.cli.render.inventory_text import inventory_lines
+from vmplug.cli.render.output import print_json
+from vmplug.cli.render.tree import print_sections
 from vmplug.cli.wiring import has_journal, open_journal
 from vmplug.errors import NoSuchDevice
 from vmplug.host.disks import Disk

@@ -5,7 +5,7 @@ from contextlib import closing
 import click
 
 from vmplug.cli.options import json_option, state_dir_option, vm_option
-from vmplug.cli.output import print_json, print_table
+from vmplug.cli.render.output import print_json, print_table
 from vmplug.cli.wiring import find_vm, open_journal
 from vmplug.errors import StateError
 from vmplug.hypervisor.qemu import Qemu

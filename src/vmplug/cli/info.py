@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vmplug.cli.options import json_option, read_request, request_options
-from vmplug.cli.output import access, info_json, print_json, print_table
+from vmplug.cli.render.output import access, info_json, print_json, print_table
 from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import click
 
 from vmplug.cli.options import complete_vm, json_option, state_dir_option
-from vmplug.cli.output import attachment_json, host_json, print_attachments, print_json
+from vmplug.cli.render.output import attachment_json, host_json, print_attachments, print_json
 from vmplug.cli.wiring import find_ended, open_journal, read_attachments
 from vmplug.host.root import HostRoot
 from vmplug.manager.look import HostLook, Look

@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from vmplug import errors
-from vmplug.cli.text import one_line
+from vmplug.cli.render.text import one_line
 
 _VERBS = {
     "host": "what could this host hand over, and what holds it?",

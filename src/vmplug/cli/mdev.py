@@ -3,7 +3,7 @@
 import click
 
 from vmplug.cli.options import json_option, root_option, state_dir_option
-from vmplug.cli.output import print_json
+from vmplug.cli.render.output import print_json
 from vmplug.cli.target import parse_function
 from vmplug.cli.wiring import open_journal
 from vmplug.errors import SpecError

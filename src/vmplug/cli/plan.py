@@ -16,7 +16,7 @@ from vmplug.cli.options import (
     state_dir_option,
     vm_option,
 )
-from vmplug.cli.output import print_json
+from vmplug.cli.render.output import print_json
 from vmplug.cli.wiring import find_policy, open_manager
 from vmplug.drivers.base import Command
 

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
-from vmplug.cli.output import print_json, print_table, progress
-from vmplug.cli.text import one_line
+from vmplug.cli.render.output import print_json, print_table, progress
+from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal, open_manager
 from vmplug.errors import DeviceError, HypervisorError
 from vmplug.host.device import DeviceType

@@ -3,8 +3,8 @@
 import click
 
 from vmplug.cli.options import json_option, state_dir_option
-from vmplug.cli.output import print_json, size
-from vmplug.cli.text import one_line
+from vmplug.cli.render.output import print_json, size
+from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import open_journal, open_manager
 from vmplug.errors import NotAttached
 from vmplug.host.root import HostRoot

@@ -20,15 +20,15 @@ from vmplug.cli.options import (
     read_request,
     state_dir_option,
 )
-from vmplug.cli.output import (
+from vmplug.cli.render.output import (
     attachment_json,
     print_attachments,
     print_json,
     print_table,
     progress,
 )
+from vmplug.cli.render.text import one_line
 from vmplug.cli.target import parse_bdf
-from vmplug.cli.text import one_line
 from vmplug.cli.wiring import (
     find_policy,
     find_vm,

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from vmplug.cli.options import complete_vm, state_dir_option
-from vmplug.cli.text import one_line
+from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import find_vm, open_journal
 from vmplug.manager.notice import Notice
 from vmplug.manager.watch import watch

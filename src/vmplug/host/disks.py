@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from vmplug.address import Bdf
+from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block import read_block_device
 from vmplug.host.device import BlockDevice, FoundBy
 from vmplug.host.mounts import HostUsage, same_file
-from vmplug.address import find_bdf
 from vmplug.host.root import HostRoot
 
 _ND_DEVICES = "/sys/bus/nd/devices"

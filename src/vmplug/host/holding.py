@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from vmplug.address import Bdf
+from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
-from vmplug.address import find_bdf
 from vmplug.host.root import HostRoot
 
 _BLOCK, _NET = "/sys/class/block", "/sys/class/net"

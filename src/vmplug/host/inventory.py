@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
-from vmplug.address import Bdf
+from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.device import DeviceType
@@ -26,7 +26,6 @@ from vmplug.host.iommu import find_group
 from vmplug.host.mdev import MDEV_DEVICES, MdevType, MediatedDevice, read_mdev_types, read_mediated
 from vmplug.host.mounts import HostUsage, read_usage
 from vmplug.host.pci import PciFunction, read_functions, read_reset_methods
-from vmplug.address import find_bdf
 from vmplug.host.root import HostRoot, node_number
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from vmplug.address import find_bdf
 from vmplug.devnum import DevNum
 from vmplug.drivers.base import DAEMON_MARK
 from vmplug.errors import AttributeReadError
@@ -18,7 +19,6 @@ from vmplug.host.device import DeviceType
 from vmplug.host.image import ImageFormat, read_qcow2_header
 from vmplug.host.loop import read_backing_file
 from vmplug.host.mdev import MDEV_DEVICES
-from vmplug.address import find_bdf
 from vmplug.host.pci import find_function
 from vmplug.host.process import find_marked, is_running
 from vmplug.host.root import HostRoot, node_number

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmplug.cli.agent import agent_json
-from vmplug.cli.text import one_line
+from vmplug.cli.render.kata_agent import agent_json
+from vmplug.cli.render.text import one_line
 from vmplug.host.device import BlockDevice, DiskFile, HostDevice, VfioGroup
 from vmplug.oci.info import DeviceInfo
 

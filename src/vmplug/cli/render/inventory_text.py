@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
-from vmplug.cli.output import access, size
-from vmplug.cli.tree import Line, Style
+from vmplug.cli.render.output import access, size
+from vmplug.cli.render.tree import Line, Style
 from vmplug.host.disks import Disk, Use
 from vmplug.host.inventory import HostFunction, HostMediated, Inventory, StoredSocket
 from vmplug.host.pci import Bar, PciFunction

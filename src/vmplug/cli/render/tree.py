@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import click
 
-from vmplug.cli.text import one_line
+from vmplug.cli.render.text import one_line
 
 _INDENT = "  "
 
