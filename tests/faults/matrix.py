@@ -28,7 +28,7 @@ from tests.faults.process import GO, Answer, Hooks, Process
 from tests.faults.steps import FAULTS, KILLED, Fault, Step, StepKind
 from tests.faults.world import OWNER, PATIENT_S, SILENCE_S, UNPLUG_S, VM, Picture, World, world
 from vmplug.cli.main import main
-from vmplug.cli.reconcile import _How, _repair_all
+from vmplug.cli.verbs.reconcile import _How, _repair_all
 from vmplug.cli.wiring import is_gone
 from vmplug.host.vhost_user import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
 from vmplug.manager.binder import Binder

@@ -1,0 +1,5 @@
+"""The verbs, one a module: what `vmplug VERB` asks the library, and prints.
+
+In: arguments. Out: an answer on stdout, by way of `render`. A module is imported when its verb is
+used.
+"""
