@@ -29,10 +29,11 @@ _NAMES = {
     "vmplug.host.mdev": "MediatedDevice VFIODeviceType",
     "vmplug.host.pci": "PciFunction read_functions",
     "vmplug.host.finding": "Code Finding Severity",
-    "vmplug.drivers.base": (
-        "Aio BlockDrive BlockDriver Cache Hypervisor RNGDevice SharedFS Step Throttle "
-        "VFIODevice VFIODevices VhostUserDevice"
+    "vmplug.drivers.plug": (
+        "Aio BlockDrive BlockDriver Cache RNGDevice SharedFS Throttle VFIODevice VFIODevices "
+        "VhostUserDevice"
     ),
+    "vmplug.drivers.ports": "Hypervisor Step",
     "vmplug.drivers.place": "GuestAddress GuestFunction PlugMode",
     "vmplug.hypervisor.qemu": "Qemu",
     "vmplug.hypervisor.memory": "MemoryHypervisor",
@@ -40,10 +41,9 @@ _NAMES = {
     "vmplug.address": "Bdf CcwDevNo PciPath PciSlot ScsiAddress",
     "vmplug.errors": (
         "AttributeReadError BackendError BackendTimeout BindError CannotPlug CommandError "
-        "ConnectError DeviceError HostError "
-        "HypervisorError InUse NoFreePort NoSuchDevice NotAttached PolicyError "
-        "ProtocolError SpecError StateError StillAttached StoreError UnplugRefused "
-        "UnplugTimeout"
+        "ConnectError DeviceError HostError HypervisorError InUse NoFreePort NoSuchDevice "
+        "NotAttached PolicyError ProtocolError SpecError StateError StillAttached StoreError "
+        "UnplugRefused UnplugTimeout"
     ),
 }
 """Where each public name lives, in order of importance."""

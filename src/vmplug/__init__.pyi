@@ -3,18 +3,18 @@ from vmplug.address import PciPath as PciPath
 from vmplug.address import PciSlot as PciSlot
 from vmplug.address import ScsiAddress as ScsiAddress
 from vmplug.devnum import DevNum as DevNum
-from vmplug.drivers.base import Aio as Aio
-from vmplug.drivers.base import BlockDrive as BlockDrive
-from vmplug.drivers.base import BlockDriver as BlockDriver
-from vmplug.drivers.base import Cache as Cache
-from vmplug.drivers.base import Hypervisor as Hypervisor
-from vmplug.drivers.base import RNGDevice as RNGDevice
-from vmplug.drivers.base import SharedFS as SharedFS
-from vmplug.drivers.base import Step as Step
-from vmplug.drivers.base import Throttle as Throttle
-from vmplug.drivers.base import VhostUserDevice as VhostUserDevice
 from vmplug.drivers.place import GuestAddress as GuestAddress
 from vmplug.drivers.place import PlugMode as PlugMode
+from vmplug.drivers.plug import Aio as Aio
+from vmplug.drivers.plug import BlockDrive as BlockDrive
+from vmplug.drivers.plug import BlockDriver as BlockDriver
+from vmplug.drivers.plug import Cache as Cache
+from vmplug.drivers.plug import RNGDevice as RNGDevice
+from vmplug.drivers.plug import SharedFS as SharedFS
+from vmplug.drivers.plug import Throttle as Throttle
+from vmplug.drivers.plug import VhostUserDevice as VhostUserDevice
+from vmplug.drivers.ports import Hypervisor as Hypervisor
+from vmplug.drivers.ports import Step as Step
 from vmplug.errors import AttributeReadError as AttributeReadError
 from vmplug.errors import BackendError as BackendError
 from vmplug.errors import BackendTimeout as BackendTimeout
@@ -76,9 +76,9 @@ from vmplug.oci.spec import read_bundle as read_bundle
 
 __version__: str
 from vmplug.address import Bdf as Bdf
-from vmplug.drivers.base import VFIODevice as VFIODevice
-from vmplug.drivers.base import VFIODevices as VFIODevices
 from vmplug.drivers.place import GuestFunction as GuestFunction
+from vmplug.drivers.plug import VFIODevice as VFIODevice
+from vmplug.drivers.plug import VFIODevices as VFIODevices
 from vmplug.errors import BindError as BindError
 from vmplug.host.device import VfioGroup as VfioGroup
 from vmplug.host.mdev import MediatedDevice as MediatedDevice

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.hypervisor.memory import MemoryMonitor
 
 CHANGING = frozenset(

@@ -19,7 +19,7 @@ from tests.conformance.vector import (
 )
 from tests.support.tree import HostTree
 from vmplug.address import CcwDevNo
-from vmplug.drivers.choose import ccw_places
+from vmplug.drivers.free_places import ccw_places
 from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.manager.records import Attachment

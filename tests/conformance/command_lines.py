@@ -19,8 +19,8 @@ from tests.conformance.vector import (
 )
 from tests.support.tree import HostTree
 from vmplug.address import CcwDevNo, new_id
-from vmplug.drivers.base import NewPlug
 from vmplug.drivers.place import CcwPlace, Place
+from vmplug.drivers.ports import NewPlug
 from vmplug.host.finding import Code
 from vmplug.hypervisor.qemu import machine as machines
 from vmplug.hypervisor.qemu.machine import Machine

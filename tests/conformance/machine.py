@@ -9,8 +9,8 @@ from tests.conformance.vector import Case, Facts, Refusal, attempt, error_of
 from tests.support.tree import HostTree
 from vmplug.address import PERIPHERAL, ScsiAddress, qemu_id
 from vmplug.cli.render.output import attachment_json
-from vmplug.drivers.base import Command
 from vmplug.drivers.place import Offer
+from vmplug.drivers.ports import Command
 from vmplug.host.finding import Code
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.hypervisor.memory import MemoryMonitor

@@ -21,7 +21,7 @@ from tests.conformance.vector import (
 )
 from tests.support.tree import HostTree
 from vmplug.address import device_id_of
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.finding import Code
 from vmplug.hypervisor.memory import MemoryMonitor

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 
 Terms = list[list[Any]]
 """Commands or options in turn, each with what is said with it."""

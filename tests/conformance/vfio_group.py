@@ -36,7 +36,8 @@ from tests.support.pci_tree import PciTree
 from tests.support.tree import HostTree
 from vmplug.address import new_id
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import NewPlug, VFIODevice, VFIODevices
+from vmplug.drivers.plug import VFIODevice, VFIODevices
+from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.vfio import VfioOptions
 from vmplug.host.device import CharDevice, HostDevice, VfioGroup
 from vmplug.host.resolve import resolve

@@ -16,7 +16,7 @@ from tests.conformance.vfio_vm import (
     qom_monitor,
 )
 from tests.support.pci_tree import PciTree
-from vmplug.drivers.base import Step
+from vmplug.drivers.ports import Step
 from vmplug.host.mdev import VFIODeviceType
 from vmplug.manager.records import Attachment
 from vmplug.oci.annotated import VfioInfo

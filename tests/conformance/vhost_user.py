@@ -16,8 +16,8 @@ from tests.conformance.vector import (
 )
 from tests.support.tree import HostTree
 from vmplug.address import qemu_id
-from vmplug.drivers.base import NewPlug
-from vmplug.drivers.choose import virtio_place
+from vmplug.drivers.free_places import virtio_place
+from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.vhost_user import VhostUserOptions
 from vmplug.host.device import DeviceType, VhostUserSocket
 from vmplug.host.vhost_user import VhostUserStore

@@ -8,7 +8,7 @@ from tests.conformance.terms import Terms, command_line
 from tests.conformance.vector import Adapter, Answer, Case, Deviation, Refusal, attempt, error_of
 from tests.conformance.vhost_user import SOCKET, open_store, stored
 from tests.support.tree import HostTree
-from vmplug.drivers.base import Daemon
+from vmplug.drivers.plug import Daemon
 from vmplug.errors import BackendError
 from vmplug.host.device import DeviceType
 from vmplug.host.virtiofsd import VIRTIOFSD_PROGRAMS

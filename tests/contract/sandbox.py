@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.contract.world import MemorySide, Parts, Rows, Side, journal_rows
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.memory import MemoryMonitor

@@ -33,19 +33,17 @@ from tests.contract.world import (
     in_old_words,
     recorded,
 )
-from vmplug.drivers.base import (
-    START_DAEMON,
+from vmplug.drivers.place import MemorySlot, Place
+from vmplug.drivers.plug import (
     BlockDrive,
     BlockDriver,
-    Command,
     Daemon,
     Plug,
     RNGDevice,
     SharedFS,
-    Step,
     VhostUserDevice,
 )
-from vmplug.drivers.place import MemorySlot, Place
+from vmplug.drivers.ports import START_DAEMON, Command, Step
 from vmplug.errors import CannotPlug, CommandError
 from vmplug.host.device import DeviceType
 from vmplug.hypervisor.memory import MemoryHypervisor

@@ -17,8 +17,9 @@ from tests.contract.world import (
 )
 from tests.support.disks import disk_image
 from vmplug.address import PciPath, PciSlot, ScsiAddress, qemu_id
-from vmplug.drivers.base import BlockDrive, BlockDriver, Command, Throttle
 from vmplug.drivers.place import PciPlace, ScsiPlace
+from vmplug.drivers.plug import BlockDrive, BlockDriver, Throttle
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu

@@ -16,8 +16,9 @@ from tests.contract.conftest import real
 from tests.contract.sandbox import Dying, Killed, Refusing
 from tests.contract.world import MemorySide, Parts, QemuSide, Recorder, Side, old_words
 from vmplug.address import Bdf, PciPath, PciSlot, qemu_id
-from vmplug.drivers.base import Command, VFIODevice, VFIODevices
 from vmplug.drivers.place import GroupPlace, PciPlace
+from vmplug.drivers.plug import VFIODevice, VFIODevices
+from vmplug.drivers.ports import Command
 from vmplug.errors import AttributeReadError, CommandError, NoFreePort
 from vmplug.host.mdev import VFIODeviceType
 from vmplug.host.root import HostRoot

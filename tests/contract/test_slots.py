@@ -6,7 +6,7 @@ The devices are pci-testdev, as no VFIO is here; to a slot every device is the s
 import pytest
 
 from tests.contract.world import Refusal, Side
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 
 PERIPHERAL = "/machine/peripheral"
 

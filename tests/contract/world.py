@@ -20,7 +20,7 @@ from tests.support.daemons import storage_daemon, vhost_user_backend, virtiofsd
 from tests.support.disks import disk_image
 from tests.support.raw_qmp import QmpError
 from tests.support.vm import Device, GuestVm, root_ports, start_vm
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.device import DeviceType
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from tests.cli.monitors import Messages
 from tests.contract.world import Parts, qemu_parts
 from tests.support.vm import GuestVm
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.memory_parts import Refused
 

@@ -15,7 +15,8 @@ from tests.faults.machine import Machine, MemoryMachine
 from tests.faults.process import REFUSE, Hooks, trace
 from tests.faults.steps import Fault, StepKind
 from tests.support.fake_kernel import FakeKernel
-from vmplug.drivers.base import Daemon, Endpoint
+from vmplug.drivers.plug import Daemon
+from vmplug.drivers.ports import Endpoint
 from vmplug.host.device import DeviceType
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot

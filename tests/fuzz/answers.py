@@ -7,8 +7,9 @@ from typing import Any
 from tests.fuzz.draw import Draw
 from tests.fuzz.guard import changes_only
 from vmplug.address import PciPath, PciSlot
-from vmplug.drivers.base import BlockDrive, BlockDriver, Command, RNGDevice
 from vmplug.drivers.place import PciPlace
+from vmplug.drivers.plug import BlockDrive, BlockDriver, RNGDevice
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, DeviceError
 from vmplug.hypervisor.memory import MemoryHypervisor, MemoryMonitor
 from vmplug.hypervisor.monitor import EventReceiver, Monitor

@@ -4,7 +4,7 @@ import logging
 from contextlib import suppress
 
 from tests.support.says import AGREED, GREETING, QUIET_S, Says
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import HypervisorError
 from vmplug.hypervisor.qmp import QmpMonitor
 

@@ -39,7 +39,7 @@ from vmplug import (
     VfioGroup,
     resolve,
 )
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.host.vfio import IOMMU_NODE, open_nodes
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu.abilities import of_program

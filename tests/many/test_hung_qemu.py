@@ -15,7 +15,7 @@ from tests.support.disks import disk_image
 from tests.support.raw_qmp import RawQmp
 from tests.support.vm import GuestVm, root_ports, scsi_controller, start_vm
 from vmplug import Attachment, DeviceInfo, DeviceManager, DevType, HostRoot
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import ConnectError, ProtocolError
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu

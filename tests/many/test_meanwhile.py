@@ -14,8 +14,9 @@ from tests.contract.world import journal_rows, qemu_parts
 from tests.many.crowd import request
 from tests.support.disks import disk_image
 from tests.support.vm import root_ports, scsi_controller, start_vm
-from vmplug.drivers.base import Command, Plug
 from vmplug.drivers.place import Place
+from vmplug.drivers.plug import Plug
+from vmplug.drivers.ports import Command
 from vmplug.errors import StateError, UnplugTimeout
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu

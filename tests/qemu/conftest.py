@@ -26,7 +26,7 @@ from tests.support.vm import (
 )
 from vmplug.address import device_id_of, qemu_id
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import Command, Endpoint
+from vmplug.drivers.ports import Command, Endpoint
 from vmplug.host.finding import Code
 from vmplug.host.vhost_user import VHOST_USER_BLK_MAJOR, VhostUserStore
 from vmplug.hypervisor.qemu import Qemu

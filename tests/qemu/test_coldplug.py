@@ -19,7 +19,17 @@ from tests.support.daemons import VIRTIOFSD, storage_daemon, vhost_user_backend,
 from tests.support.disks import disk_image
 from tests.support.raw_qmp import QmpError, RawQmp
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
-from vmplug.drivers.base import (
+from vmplug.drivers.place import (
+    CcwPlace,
+    MemorySlot,
+    MmioPlace,
+    Offer,
+    PciPlace,
+    Place,
+    PlugMode,
+    ScsiPlace,
+)
+from vmplug.drivers.plug import (
     Aio,
     BlockDrive,
     BlockDriver,
@@ -30,16 +40,6 @@ from vmplug.drivers.base import (
     SharedFS,
     Throttle,
     VhostUserDevice,
-)
-from vmplug.drivers.place import (
-    CcwPlace,
-    MemorySlot,
-    MmioPlace,
-    Offer,
-    PciPlace,
-    Place,
-    PlugMode,
-    ScsiPlace,
 )
 from vmplug.errors import HypervisorError
 from vmplug.host.device import DeviceType

@@ -16,7 +16,8 @@ from tests.contract.sandbox import Hooked, Picture
 from tests.contract.world import journal_rows, memory_side_vm, qemu_parts
 from tests.support.disks import disk_image
 from tests.support.vm import GuestVm
-from vmplug.drivers.base import Command, Daemon, Endpoint
+from vmplug.drivers.plug import Daemon
+from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import NoSuchDevice
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot

@@ -19,7 +19,7 @@ from tests.qemu.conftest import OpenLab, OpenSide, opened_by_another_qemu, reque
 from tests.support.disks import PFN_DATA_OFFSET, dax_image, disk_image, loop_device
 from tests.support.vm import GuestVm, start_vm
 from vmplug.address import qemu_id
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import (
     CannotPlug,
     CommandError,

@@ -22,8 +22,9 @@ from tests.support.disks import disk_image
 from tests.support.raw_qmp import QmpError
 from vmplug.address import CcwDevNo
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import BlockDrive, BlockDriver, Command
 from vmplug.drivers.place import CcwPlace
+from vmplug.drivers.plug import BlockDrive, BlockDriver
+from vmplug.drivers.ports import Command
 from vmplug.errors import CannotPlug, CommandError, DeviceError, UnplugTimeout
 from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot

@@ -18,7 +18,7 @@ from tests.contract.sandbox import Hooked, Killed, Sandbox, Through
 from tests.qemu.conftest import OpenLab, OpenSide, daemons_below, leave_missing
 from tests.support.daemons import VIRTIOFSD, Daemon, virtiofsd, virtiofsd_on
 from tests.support.vm import root_ports, start_vm
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import (
     BackendError,
     CannotPlug,

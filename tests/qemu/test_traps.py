@@ -20,8 +20,8 @@ from tests.support.raw_qmp import RawQmp
 from tests.support.vm import Device, GuestVm, pci_bridge, root_ports, scsi_controller, start_vm
 from vmplug.address import ScsiAddress, device_id_of
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import Command
 from vmplug.drivers.place import Offer
+from vmplug.drivers.ports import Command
 from vmplug.errors import (
     CommandError,
     ConnectError,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.support.daemons import VIRTIOFSD
 from tests.support.vhost_user.messages import HEADER, U64, VERSION, Request
-from vmplug.drivers.base import Daemon
+from vmplug.drivers.plug import Daemon
 from vmplug.errors import BackendError
 from vmplug.host.process import find_marked, wait_for_end
 from vmplug.host.root import HostRoot
@@ -284,7 +284,7 @@ def test_a_daemon_that_does_not_heed_is_killed(program: str, vm: str) -> None:
 
 _BEGIN_AND_END = """
 import os, signal, sys
-from vmplug.drivers.base import Daemon
+from vmplug.drivers.plug import Daemon
 from vmplug.hypervisor.daemon import HostDaemons
 daemons = HostDaemons(sys.argv[1])
 daemon = Daemon(

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.fake_kernel import FakeKernel
 from tests.support.pci_tree import PciTree
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import BindError, CommandError, InUse, NoFreePort, UnplugTimeout
 from vmplug.host.finding import Code
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor

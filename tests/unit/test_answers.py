@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.says import AGREED, GREETING, Says
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ConnectError, ProtocolError
 from vmplug.hypervisor.answers import MESSAGE_BYTES_MAX, check_answer
 from vmplug.hypervisor.memory import MemoryHypervisor, MemoryMonitor

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
-from vmplug.drivers.choose import (
+from vmplug.drivers.free_places import (
     ccw_places,
     check_shared_memory,
     cold_plug_only,

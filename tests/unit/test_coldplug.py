@@ -14,16 +14,6 @@ from hypothesis import strategies as st
 
 from tests.support.abilities import NEW, OLD
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
-from vmplug.drivers.base import (
-    BlockDrive,
-    BlockDriver,
-    Daemon,
-    Plug,
-    RNGDevice,
-    SharedFS,
-    Throttle,
-    VhostUserDevice,
-)
 from vmplug.drivers.place import (
     CcwPlace,
     MemorySlot,
@@ -32,6 +22,16 @@ from vmplug.drivers.place import (
     Place,
     PlugMode,
     ScsiPlace,
+)
+from vmplug.drivers.plug import (
+    BlockDrive,
+    BlockDriver,
+    Daemon,
+    Plug,
+    RNGDevice,
+    SharedFS,
+    Throttle,
+    VhostUserDevice,
 )
 from vmplug.errors import BackendError, CannotPlug, StateError
 from vmplug.host.device import DeviceType

@@ -9,18 +9,6 @@ from hypothesis import strategies as st
 
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import (
-    Aio,
-    BlockDrive,
-    BlockDriver,
-    Cache,
-    Plug,
-    RNGDevice,
-    SharedFS,
-    Throttle,
-    VhostUserDevice,
-    guest_address,
-)
 from vmplug.drivers.block import OPTIONS, BlockOptions, check_disk, choose_place, plan_drive
 from vmplug.drivers.place import (
     CcwPlace,
@@ -34,6 +22,18 @@ from vmplug.drivers.place import (
     PlugMode,
     ScsiController,
     ScsiPlace,
+)
+from vmplug.drivers.plug import (
+    Aio,
+    BlockDrive,
+    BlockDriver,
+    Cache,
+    Plug,
+    RNGDevice,
+    SharedFS,
+    Throttle,
+    VhostUserDevice,
+    guest_address,
 )
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.device import BlockDevice, DeviceType, DiskFile, FoundBy

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.hypervisor.monitor import _HINTS, command_error
 
 REFUSALS = [

@@ -14,8 +14,9 @@ import pytest
 from tests.cli.monitors import MemoryVm
 from tests.contract.sandbox import Through
 from vmplug.address import PciPath, PciSlot
-from vmplug.drivers.base import Command, RNGDevice
 from vmplug.drivers.place import PciPlace
+from vmplug.drivers.plug import RNGDevice
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.hypervisor.memory import Guest, MemoryMonitor
 from vmplug.hypervisor.monitor import MISSED, EventReceiver, Monitor, command_error

@@ -16,8 +16,8 @@ from tests.contract.world import MemorySide
 from tests.support.disks import qcow2_image
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import Command
 from vmplug.drivers.place import Offer
+from vmplug.drivers.ports import Command
 from vmplug.errors import (
     CommandError,
     DeviceError,

@@ -11,15 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress, virtio_disk_path
-from vmplug.drivers.base import (
-    BlockDrive,
-    BlockDriver,
-    Plug,
-    RNGDevice,
-    SharedFS,
-    VhostUserDevice,
-    guest_address,
-)
 from vmplug.drivers.place import (
     UNPLUGGED_NEVER,
     CcwPlace,
@@ -30,6 +21,15 @@ from vmplug.drivers.place import (
     PciPlace,
     Place,
     ScsiPlace,
+)
+from vmplug.drivers.plug import (
+    BlockDrive,
+    BlockDriver,
+    Plug,
+    RNGDevice,
+    SharedFS,
+    VhostUserDevice,
+    guest_address,
 )
 from vmplug.errors import StoreError
 from vmplug.host.device import DeviceType

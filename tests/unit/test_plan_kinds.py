@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tests.contract.sandbox import Refusing, Sandbox
 from vmplug.address import PciPath, PciSlot
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import BlockDrive, BlockDriver, Driver, RNGDevice, VhostUserDevice
 from vmplug.drivers.place import (
     GuestAddress,
     MmioPlace,
@@ -20,6 +19,8 @@ from vmplug.drivers.place import (
     Place,
     PlugMode,
 )
+from vmplug.drivers.plug import BlockDrive, BlockDriver, RNGDevice, VhostUserDevice
+from vmplug.drivers.ports import Driver
 from vmplug.drivers.select import select_driver
 from vmplug.errors import CannotPlug, CommandError, InUse, NoFreePort, NoSuchDevice, StateError
 from vmplug.host.device import (

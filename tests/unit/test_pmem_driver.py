@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from tests.unit.test_choose import Q35
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import BlockDrive, BlockDriver, NewPlug, guest_address
 from vmplug.drivers.block import OPTIONS, BlockOptions
 from vmplug.drivers.place import GuestAddress, MemorySlot
+from vmplug.drivers.plug import BlockDrive, BlockDriver, guest_address
 from vmplug.drivers.pmem import NVDIMM_ALIGN_BYTES, NVDIMM_OPTIONS, check_nvdimm, is_pmem
+from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
 from vmplug.host.device import BlockDevice, DiskFile, FoundBy
 from vmplug.host.finding import NEVER_ALLOWED, Code, Severity, allow

@@ -12,7 +12,7 @@ from tests.contract.sandbox import CHANGING, Breaking, Dying, Killed, Picture, R
 from tests.contract.world import MemorySide
 from tests.support.daemons import vhost_user_backend
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
 from vmplug.hypervisor.memory import Guest
 from vmplug.manager.reconcile import Outcome

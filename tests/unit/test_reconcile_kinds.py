@@ -9,8 +9,8 @@ import pytest
 from tests.contract.sandbox import Breaking, Dying, Killed, Refusing, Sandbox
 from tests.contract.world import MemorySide
 from tests.support.daemons import vhost_user_backend
-from vmplug.drivers.base import Command
 from vmplug.drivers.place import GuestAddress
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
 from vmplug.hypervisor.memory import Guest
 from vmplug.hypervisor.monitor import Monitor

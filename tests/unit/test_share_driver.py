@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_choose import MICROVM, Q35, S390X
-from vmplug.drivers.base import Daemon, NewPlug, SharedFS, VhostUserDevice
 from vmplug.drivers.place import Offer, PlugMode
+from vmplug.drivers.plug import Daemon, SharedFS, VhostUserDevice
+from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.select import select_driver
 from vmplug.drivers.share import OPTIONS, ShareCache, ShareOptions
 from vmplug.errors import CannotPlug, NoFreePort, SpecError

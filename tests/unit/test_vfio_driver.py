@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot
-from vmplug.drivers.base import NewPlug, VFIODevice, VFIODevices, guest_address
 from vmplug.drivers.place import (
     ApPlace,
     CcwPlace,
@@ -18,6 +17,8 @@ from vmplug.drivers.place import (
     PortKind,
     Windows,
 )
+from vmplug.drivers.plug import VFIODevice, VFIODevices, guest_address
+from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.vfio import VfioOptions, needed_windows, window_for
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.device import VfioGroup

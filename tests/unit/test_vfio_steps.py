@@ -9,8 +9,9 @@ import pytest
 
 from tests.support.abilities import NEW
 from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot, device_id_of, qemu_id
-from vmplug.drivers.base import Step, VFIODevice, VFIODevices
 from vmplug.drivers.place import ApPlace, CcwPlace, GroupPlace, PciPlace
+from vmplug.drivers.plug import VFIODevice, VFIODevices
+from vmplug.drivers.ports import Step
 from vmplug.errors import AttributeReadError, CommandError, UnplugTimeout
 from vmplug.host.mdev import VFIODeviceType
 from vmplug.host.root import HostRoot

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tests.unit.test_choose import MICROVM, Q35, S390X
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import NewPlug, VhostUserDevice
 from vmplug.drivers.place import Offer
+from vmplug.drivers.plug import VhostUserDevice
+from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.select import select_driver
 from vmplug.drivers.vhost_user import OPTIONS, VhostUserOptions
 from vmplug.errors import CannotPlug, NoFreePort, SpecError

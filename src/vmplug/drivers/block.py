@@ -4,8 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from vmplug.drivers.base import Aio, BlockDrive, BlockDriver, Cache, NewPlug, Throttle
-from vmplug.drivers.choose import (
+from vmplug.drivers.free_places import (
     ccw_places,
     cold_plug_only,
     memory_slot,
@@ -24,7 +23,9 @@ from vmplug.drivers.place import (
     PlugMode,
     ScsiPlace,
 )
+from vmplug.drivers.plug import Aio, BlockDrive, BlockDriver, Cache, Throttle
 from vmplug.drivers.pmem import NVDIMM_OPTIONS, check_nvdimm, is_pmem
+from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.device import BlockDevice, DiskFile, HostDevice
 from vmplug.host.finding import Code, Finding

@@ -4,10 +4,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from vmplug.drivers.base import NewPlug, RNGDevice
-from vmplug.drivers.choose import virtio_place
+from vmplug.drivers.free_places import virtio_place
 from vmplug.drivers.options import Option, number, parse_options
 from vmplug.drivers.place import Offer, Place
+from vmplug.drivers.plug import RNGDevice
+from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
 from vmplug.host.device import EntropySource, HostDevice
 from vmplug.host.finding import Finding

@@ -2,9 +2,9 @@
 
 from typing import assert_never
 
-from vmplug.drivers.base import Driver
 from vmplug.drivers.block import BlockOptions
 from vmplug.drivers.generic import check_options
+from vmplug.drivers.ports import Driver
 from vmplug.drivers.rng import RngOptions
 from vmplug.drivers.share import ShareOptions
 from vmplug.drivers.vfio import VfioOptions

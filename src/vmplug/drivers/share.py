@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-from vmplug.drivers.base import Daemon, NewPlug, SharedFS, VhostUserDevice
-from vmplug.drivers.choose import check_shared_memory, cold_plug_only, virtio_place
+from vmplug.drivers.free_places import check_shared_memory, cold_plug_only, virtio_place
 from vmplug.drivers.options import Option, number, parse_options, power_of_two, word
 from vmplug.drivers.place import Offer, Place, PlugMode
+from vmplug.drivers.plug import Daemon, SharedFS, VhostUserDevice
+from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
 from vmplug.host.device import (
     DeviceType,

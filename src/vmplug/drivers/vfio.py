@@ -13,8 +13,7 @@ from itertools import groupby
 from typing import Self
 
 from vmplug.address import PciSlot
-from vmplug.drivers.base import NewPlug, VFIODevice, VFIODevices
-from vmplug.drivers.choose import ccw_places
+from vmplug.drivers.free_places import ccw_places
 from vmplug.drivers.options import Option, parse_options, switch, word
 from vmplug.drivers.place import (
     ApPlace,
@@ -27,6 +26,8 @@ from vmplug.drivers.place import (
     PortKind,
     Windows,
 )
+from vmplug.drivers.plug import VFIODevice, VFIODevices
+from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.device import HostDevice, VfioGroup
 from vmplug.host.finding import Code, Finding

@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from vmplug.drivers.base import NewPlug, VhostUserDevice
-from vmplug.drivers.choose import check_memory_regions, check_shared_memory, virtio_place
+from vmplug.drivers.free_places import check_memory_regions, check_shared_memory, virtio_place
 from vmplug.drivers.options import Option, number, parse_options, text
 from vmplug.drivers.place import CcwPlace, Offer, Place
+from vmplug.drivers.plug import VhostUserDevice
+from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug
 from vmplug.host.device import DeviceType, HostDevice, VhostUserSocket
 from vmplug.host.finding import Code, Finding

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import ProtocolError
 
 MESSAGE_BYTES_MAX = 10 << 20

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Protocol, Self
 
-from vmplug.drivers.base import DAEMON_MARK, Daemon
+from vmplug.drivers.plug import DAEMON_MARK, Daemon
 from vmplug.errors import BackendError, DeviceError
 from vmplug.host.opened import file_id, replaced
 from vmplug.host.process import find_marked, wait_for_end

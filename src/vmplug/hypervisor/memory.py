@@ -13,7 +13,8 @@ from enum import StrEnum
 from typing import Any
 
 from vmplug.address import PERIPHERAL
-from vmplug.drivers.base import Command, Daemon
+from vmplug.drivers.plug import Daemon
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.daemon import Daemons, Started

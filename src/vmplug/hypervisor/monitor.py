@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.hypervisor.answers import check_answer
 

@@ -16,7 +16,7 @@ from qemu.qmp import ConnectError as QmpConnectError
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import BackendTimeout, CommandError, ConnectError, ProtocolError
 from vmplug.hypervisor.answers import MESSAGE_BYTES_MAX, check_answer
 from vmplug.hypervisor.monitor import (

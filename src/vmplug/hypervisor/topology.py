@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vmplug.address import PERIPHERAL, CcwDevNo, PciPath, PciSlot, ScsiAddress
-from vmplug.drivers.base import Command
 from vmplug.drivers.place import (
     FIRMWARE_WINDOWS,
     CcwPlace,
@@ -24,6 +23,7 @@ from vmplug.drivers.place import (
     ScsiPlace,
     Windows,
 )
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.hypervisor.monitor import Monitor
 

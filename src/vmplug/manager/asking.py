@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import Driver
 from vmplug.drivers.place import PlugMode
+from vmplug.drivers.ports import Driver
 from vmplug.errors import AttributeReadError
 from vmplug.host.device import (
     BlockDevice,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from vmplug.drivers.base import Driver, Hypervisor
 from vmplug.drivers.generic import check_generic
 from vmplug.drivers.place import Offer, PlugMode
+from vmplug.drivers.ports import Driver, Hypervisor
 from vmplug.drivers.select import select_driver
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
 from vmplug.host import safety

@@ -7,7 +7,7 @@ with the new one.
 
 from collections.abc import Sequence
 
-from vmplug.drivers.base import Endpoint, Hypervisor
+from vmplug.drivers.ports import Endpoint, Hypervisor
 from vmplug.host.process import read_start_time
 from vmplug.manager.reconcile import Outcome, Repair
 from vmplug.manager.records import DeviceRecord, VmRecord, foreign_names, has_ended, record_vm

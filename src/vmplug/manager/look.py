@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from vmplug.address import find_bdf
 from vmplug.devnum import DevNum
-from vmplug.drivers.base import DAEMON_MARK
+from vmplug.drivers.plug import DAEMON_MARK
 from vmplug.errors import AttributeReadError
 from vmplug.host.backend import is_connected, is_listening
 from vmplug.host.block import SIZE_UNIT_BYTES

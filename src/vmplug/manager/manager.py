@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Self
 
-from vmplug.drivers.base import Driver, Endpoint, Hypervisor, Step
 from vmplug.drivers.place import Offer, Place
+from vmplug.drivers.ports import Driver, Endpoint, Hypervisor, Step
 from vmplug.errors import (
     ConnectError,
     DeviceError,

@@ -4,17 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vmplug.address import new_id
-from vmplug.drivers.base import (
-    BIND,
-    UNBIND,
-    Command,
-    Driver,
-    NewPlug,
-    Plug,
-    Step,
-    guest_address,
-)
 from vmplug.drivers.place import MemorySlot, Offer, Place
+from vmplug.drivers.plug import Plug, guest_address
+from vmplug.drivers.ports import BIND, UNBIND, Command, Driver, NewPlug, Step
 from vmplug.errors import CannotPlug, NoFreePort, StateError
 from vmplug.host.device import HostDevice, VfioGroup
 from vmplug.host.finding import Code, Finding

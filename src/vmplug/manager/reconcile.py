@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vmplug.drivers.base import Hypervisor
+from vmplug.drivers.ports import Hypervisor
 from vmplug.errors import CommandError
 from vmplug.manager.records import DeviceRecord, foreign_names
 from vmplug.manager.state import State

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vmplug.address import CcwDevNo, PciPath, ScsiAddress
-from vmplug.drivers.base import Endpoint
 from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
+from vmplug.drivers.ports import Endpoint
 from vmplug.host.device import DeviceType
 from vmplug.host.finding import Claim
 from vmplug.host.process import is_running, read_start_time

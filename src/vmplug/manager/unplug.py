@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vmplug.drivers.base import Hypervisor
+from vmplug.drivers.ports import Hypervisor
 from vmplug.errors import BindError, CommandError
 from vmplug.manager.binder import Binder
 from vmplug.manager.records import DeviceRecord, foreign_names

@@ -18,7 +18,7 @@ from vmplug.cli.options import (
 )
 from vmplug.cli.render.output import print_json
 from vmplug.cli.wiring import find_policy, open_manager
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 
 
 @click.command("plan")

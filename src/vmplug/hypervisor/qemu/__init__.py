@@ -9,16 +9,9 @@ from functools import partial
 from typing import Self
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id
-from vmplug.drivers.base import (
-    Command,
-    Daemon,
-    Endpoint,
-    Plug,
-    Step,
-    VFIODevices,
-    VhostUserDevice,
-)
 from vmplug.drivers.place import Offer, Place
+from vmplug.drivers.plug import Daemon, Plug, VFIODevices, VhostUserDevice
+from vmplug.drivers.ports import Command, Endpoint, Step
 from vmplug.errors import (
     BackendError,
     BackendTimeout,
@@ -56,7 +49,7 @@ _READ_ATTEMPTS = 10
 
 
 class Qemu:
-    """A running QEMU to plug into. Thread-safe; see `vmplug.drivers.base.Hypervisor`.
+    """A running QEMU to plug into. Thread-safe; see `vmplug.drivers.ports.Hypervisor`.
 
     `undo_timeout_s` is how long the guest may take to let go of half a group. `host` is where the
     nodes are that QEMU gets open, by default the running host.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Protocol
 
-from vmplug.drivers.base import Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import HypervisorError
 from vmplug.host.program import run_program
 from vmplug.hypervisor.answers import check_answer

@@ -7,8 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 from vmplug.address import qemu_id
-from vmplug.drivers.base import BlockDrive, Command, Step, Throttle
 from vmplug.drivers.place import Place, ScsiPlace
+from vmplug.drivers.plug import BlockDrive, Throttle
+from vmplug.drivers.ports import Command, Step
 from vmplug.host.image import ImageFormat
 from vmplug.hypervisor.qemu.front import device_step, object_step, virtio_step
 

@@ -13,15 +13,9 @@ from pathlib import Path
 from typing import Self
 
 from vmplug.address import qemu_id
-from vmplug.drivers.base import (
-    START_DAEMON,
-    Command,
-    Plug,
-    Step,
-    VFIODevices,
-    VhostUserDevice,
-)
 from vmplug.drivers.place import Offer, Place
+from vmplug.drivers.plug import Plug, VFIODevices, VhostUserDevice
+from vmplug.drivers.ports import START_DAEMON, Command, Step
 from vmplug.errors import StateError
 from vmplug.host.opened import check_path, has_open, replaced
 from vmplug.host.root import HostRoot
@@ -47,8 +41,8 @@ _NOT_WRITTEN = frozenset({START_DAEMON, "getfd"})
 class ColdQemu:
     """A QEMU that is to be started: what is plugged into it goes on its command line.
 
-    It will run in `directory`. See `vmplug.drivers.base.Hypervisor`. A context manager: daemons of
-    shares run from `plug` on, and end with it unless QEMU was started meanwhile (`started`).
+    It will run in `directory`. See `vmplug.drivers.ports.Hypervisor`. A context manager: daemons
+    of shares run from `plug` on, and end with it unless QEMU was started meanwhile (`started`).
     """
 
     endpoint = None

@@ -3,7 +3,6 @@
 from typing import Any, assert_never
 
 from vmplug.address import qemu_id
-from vmplug.drivers.base import Command, Step
 from vmplug.drivers.place import (
     ApPlace,
     CcwPlace,
@@ -14,6 +13,7 @@ from vmplug.drivers.place import (
     Place,
     ScsiPlace,
 )
+from vmplug.drivers.ports import Command, Step
 
 _WITHOUT_SUFFIX = {"vhost-user-blk", "vhost-user-scsi"}
 """Models that QEMU calls so on virtio-mmio too. Source: `-device help` of QEMU 7.2."""

@@ -11,7 +11,8 @@ Source: QEMU backends/iommufd.c; measured on QEMU 10.0.
 from collections.abc import Generator
 from typing import Any
 
-from vmplug.drivers.base import Command, Plug, Step, VFIODevices
+from vmplug.drivers.plug import Plug, VFIODevices
+from vmplug.drivers.ports import Command, Step
 from vmplug.errors import CommandError
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import IOMMU_NODE, open_nodes

@@ -4,9 +4,10 @@ Source: QEMU docs/nvdimm.txt, qapi/qom.json; sequences and traps measured on QEM
 """
 
 from vmplug.address import qemu_id
-from vmplug.drivers.base import BlockDrive, Step
 from vmplug.drivers.place import MemorySlot
+from vmplug.drivers.plug import BlockDrive
 from vmplug.drivers.pmem import PAGE_BYTES
+from vmplug.drivers.ports import Step
 from vmplug.hypervisor.qemu.front import device_step, object_step
 
 

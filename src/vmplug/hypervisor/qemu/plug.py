@@ -3,17 +3,10 @@
 import os
 from typing import assert_never
 
-from vmplug.drivers.base import (
-    BlockDrive,
-    Plug,
-    RNGDevice,
-    SharedFS,
-    Step,
-    VFIODevices,
-    VhostUserDevice,
-)
-from vmplug.drivers.choose import cold_plug_only
+from vmplug.drivers.free_places import cold_plug_only
 from vmplug.drivers.place import MemorySlot, MmioPlace, Place
+from vmplug.drivers.plug import BlockDrive, Plug, RNGDevice, SharedFS, VFIODevices, VhostUserDevice
+from vmplug.drivers.ports import Step
 from vmplug.errors import CannotPlug
 from vmplug.hypervisor.qemu import block, nvdimm, rng, share, vfio, vhost_user
 from vmplug.hypervisor.qemu.abilities import Abilities

@@ -1,8 +1,9 @@
 """A random number device, as QMP commands. Source: QEMU qapi/qom.json, RngRandomProperties."""
 
 from vmplug.address import qemu_id
-from vmplug.drivers.base import RNGDevice, Step
 from vmplug.drivers.place import Place
+from vmplug.drivers.plug import RNGDevice
+from vmplug.drivers.ports import Step
 from vmplug.hypervisor.qemu.front import object_step, virtio_step
 
 

@@ -5,8 +5,9 @@ Source: QEMU docs/system/devices/virtio-9p; fsdev/qemu-fsdev-opts.c.
 """
 
 from vmplug.address import qemu_id
-from vmplug.drivers.base import Command, SharedFS, Step
 from vmplug.drivers.place import Place
+from vmplug.drivers.plug import SharedFS
+from vmplug.drivers.ports import Command, Step
 from vmplug.hypervisor.qemu.front import virtio_step
 
 

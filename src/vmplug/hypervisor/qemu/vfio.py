@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from vmplug.address import qemu_id
-from vmplug.drivers.base import Command, Step, VFIODevice, VFIODevices
 from vmplug.drivers.place import CcwPlace, GroupPlace, Offer, PciPlace, Place
+from vmplug.drivers.plug import VFIODevice, VFIODevices
+from vmplug.drivers.ports import Command, Step
 from vmplug.errors import NoFreePort
 from vmplug.host.mdev import VFIODeviceType
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD

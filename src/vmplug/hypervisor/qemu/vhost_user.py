@@ -6,8 +6,9 @@ Source: QEMU qapi/char.json, qapi/net.json; sequences and traps measured on QEMU
 from typing import Any
 
 from vmplug.address import qemu_id
-from vmplug.drivers.base import END_DAEMON, START_DAEMON, Command, Step, VhostUserDevice
 from vmplug.drivers.place import PciPlace, Place
+from vmplug.drivers.plug import VhostUserDevice
+from vmplug.drivers.ports import END_DAEMON, START_DAEMON, Command, Step
 from vmplug.host.device import DeviceType
 from vmplug.hypervisor.daemon import command_line
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities
