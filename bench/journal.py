@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.timing import Ratio, compare
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.manager.records import DeviceRecord
 from vmplug.manager.state import State
 from vmplug.manager.store import Store

@@ -29,7 +29,7 @@ CATCHES_OSERROR = {
     "cli/main.py",  # the answer cannot be written: its reader has gone, the disk is full
     "host/backend.py",
     "host/events.py",
-    "host/opened.py",
+    "host/file_id.py",
     "host/peer.py",  # a kernel without sock_diag
     "host/process.py",
     "host/program.py",
@@ -42,7 +42,7 @@ CATCHES_OSERROR = {
     "manager/database.py",
     "manager/kata.py",
     "manager/policy_file.py",
-    "manager/private.py",
+    "host/permissions.py",
     "manager/salvage.py",
     "oci/source.py",
 }

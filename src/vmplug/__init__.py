@@ -19,13 +19,14 @@ _NAMES = {
     "vmplug.oci.info": "DeviceInfo DevType",
     "vmplug.oci.annotated": "NetInfo Request RngInfo ShareInfo VfioInfo",
     "vmplug.host.root": "HostRoot",
-    "vmplug.host.resolve": "HostPathCache get_host_path resolve resolve_all",
+    "vmplug.host.host_path": "HostPathCache get_host_path",
+    "vmplug.host.resolve": "resolve resolve_all",
     "vmplug.host.vhost_user": "VhostUserStore",
     "vmplug.host.volume": "find_requests",
     "vmplug.host.device": (
-        "BlockDevice CharDevice DeviceType DiskFile EntropySource SharedDirectory "
-        "SharedFilesystem VfioGroup VhostUserSocket"
+        "BlockDevice CharDevice DiskFile EntropySource SharedDirectory VfioGroup VhostUserSocket"
     ),
+    "vmplug.host.kind": "DeviceType SharedFilesystem",
     "vmplug.host.mdev": "MediatedDevice VFIODeviceType",
     "vmplug.host.pci": "PciFunction read_functions",
     "vmplug.host.finding": "Code Finding Severity",

@@ -13,7 +13,7 @@ from tests.conformance.vector import Adapter, Answer, Case, Deviation, Refusal, 
 from tests.conformance.vfio_life import saved_twice as saved_group
 from tests.conformance.vhost_user import saved_twice as saved_vhost_user
 from tests.support.tree import HostTree
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.manager.records import Attachment
 
 

@@ -10,7 +10,7 @@ from tests.conformance.vhost_user import SOCKET, open_store, stored
 from tests.support.tree import HostTree
 from vmplug.drivers.plug import Daemon
 from vmplug.errors import BackendError
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.host.virtiofsd import VIRTIOFSD_PROGRAMS
 from vmplug.hypervisor.daemon import HostDaemons, Started
 from vmplug.hypervisor.qemu.machine import Machine

@@ -16,7 +16,7 @@ from tests.conformance.vector import (
 )
 from tests.conformance.vhost_user import SOCKET, TOLD_TO_FAIL, open_machine, open_store, stored
 from tests.support.tree import HostTree
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.manager.records import Attachment
 from vmplug.oci.annotated import NetInfo, Request, ShareInfo
 

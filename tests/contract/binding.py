@@ -12,7 +12,8 @@ import pytest
 
 from vmplug.address import Bdf
 from vmplug.errors import BindError, StateError
-from vmplug.host.device import DeviceType, VfioGroup
+from vmplug.host.device import VfioGroup
+from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import find_vfio_device
 from vmplug.manager.binder import Binder

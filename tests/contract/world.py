@@ -22,7 +22,7 @@ from tests.support.raw_qmp import QmpError
 from tests.support.vm import Device, GuestVm, root_ports, start_vm
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor
 from vmplug.hypervisor.monitor import EventReceiver, Monitor
 from vmplug.hypervisor.qemu import Qemu

@@ -17,7 +17,7 @@ from tests.faults.steps import Fault, StepKind
 from tests.support.fake_kernel import FakeKernel
 from vmplug.drivers.plug import Daemon
 from vmplug.drivers.ports import Endpoint
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import find_vfio_device

@@ -16,16 +16,18 @@ from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import DeviceError
 from vmplug.host.backend import find_listener
-from vmplug.host.device import FoundBy, VhostUserSocket
+from vmplug.host.device import VhostUserSocket
 from vmplug.host.finding import Wish
+from vmplug.host.host_path import find_sysfs_node
 from vmplug.host.inventory import read_inventory, with_reset_methods
+from vmplug.host.kind import FoundBy
 from vmplug.host.mdev import read_mdev_types
 from vmplug.host.mounts import read_usage
 from vmplug.host.pmem import has_pfn_signature
 from vmplug.host.process import find_openers, read_memlock_limit, read_start_time
 from vmplug.host.record import write_record
 from vmplug.host.recorded import open_record
-from vmplug.host.resolve import find_sysfs_node, resolve, resolve_all
+from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.safety import check as check_safety
 from vmplug.host.sriov import read_sriov

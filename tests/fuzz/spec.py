@@ -7,7 +7,7 @@ from vmplug.drivers.share import ShareOptions
 from vmplug.drivers.vfio import VfioOptions
 from vmplug.drivers.vhost_user import VhostUserOptions
 from vmplug.errors import SpecError
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.limits import NAME_BYTES_MAX, PATH_BYTES_MAX

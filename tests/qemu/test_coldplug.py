@@ -42,7 +42,7 @@ from vmplug.drivers.plug import (
     VhostUserDevice,
 )
 from vmplug.errors import HypervisorError
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.host.virtiofsd import ask_options
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.coldplug import ColdQemu

@@ -11,7 +11,7 @@ from tests.contract.world import Recorder
 from tests.qemu.conftest import OpenLab, leave_missing
 from vmplug.devnum import DevNum
 from vmplug.errors import NoSuchDevice, SpecError, StateError
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import State

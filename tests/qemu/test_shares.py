@@ -29,8 +29,8 @@ from vmplug.errors import (
     SpecError,
     StateError,
 )
-from vmplug.host.device import DeviceType
 from vmplug.host.finding import Code
+from vmplug.host.kind import DeviceType
 from vmplug.host.process import wait_for_end
 from vmplug.host.virtiofsd import ask_options
 from vmplug.hypervisor.monitor import Monitor

@@ -43,8 +43,8 @@ from vmplug.errors import (
     SpecError,
     UnplugTimeout,
 )
-from vmplug.host.device import DeviceType
 from vmplug.host.finding import Code
+from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
 from vmplug.manager.reconcile import Outcome
 from vmplug.manager.records import Attachment

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from vmplug.address import PciPath, new_id
 from vmplug.drivers.place import GuestAddress, GuestFunction
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.manager.records import Attachment, DeviceRecord, VmRecord
 from vmplug.manager.state import State
 from vmplug.manager.store import Store

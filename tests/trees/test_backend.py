@@ -29,8 +29,9 @@ from vmplug.host.backend import (
     is_listening,
     probe,
 )
-from vmplug.host.device import DeviceType, VhostUserSocket
+from vmplug.host.device import VhostUserSocket
 from vmplug.host.finding import NEVER_ALLOWED, Code
+from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
 
 BLK, SCSI = DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI

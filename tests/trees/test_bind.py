@@ -18,9 +18,10 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, InUse, NoSuchDevice, StoreError
 from vmplug.host.bind import FormerBinding, bind_function, read_former, restore
-from vmplug.host.device import FoundBy, VfioGroup
+from vmplug.host.device import VfioGroup
 from vmplug.host.driver import choose_driver, load_driver
 from vmplug.host.finding import Code
+from vmplug.host.kind import FoundBy
 from vmplug.host.pci import read_function
 from vmplug.host.vfio import find_vfio_device, find_vfio_group
 from vmplug.manager.binder import Binder, Outcome

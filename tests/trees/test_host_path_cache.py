@@ -10,7 +10,7 @@ import pytest
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
-from vmplug.host.resolve import HostPathCache, get_host_path
+from vmplug.host.host_path import HostPathCache, get_host_path
 from vmplug.host.root import HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
 

@@ -13,9 +13,10 @@ from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.backend import find_listener
 from vmplug.host.finding import Wish
+from vmplug.host.host_path import get_host_path
 from vmplug.host.mounts import read_usage
 from vmplug.host.process import find_openers, read_start_time
-from vmplug.host.resolve import get_host_path, resolve
+from vmplug.host.resolve import resolve
 from vmplug.host.safety import check
 from vmplug.host.sriov import read_sriov
 from vmplug.host.volume import find_volumes

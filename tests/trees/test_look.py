@@ -11,7 +11,7 @@ from tests.support.disks import disk_image, qcow2_image
 from tests.support.journal import device_record, vm_record
 from tests.support.pci_tree import PciTree
 from tests.support.tree import GIB, MIB
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.manager.look import HostLook, HostState, Look

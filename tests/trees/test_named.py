@@ -9,14 +9,8 @@ import pytest
 
 from tests.support.tree import HostTree
 from vmplug.errors import AttributeReadError, NoSuchDevice, SpecError
-from vmplug.host.device import (
-    DeviceType,
-    EntropySource,
-    FoundBy,
-    OpenConnection,
-    SharedDirectory,
-    VhostUserSocket,
-)
+from vmplug.host.device import EntropySource, OpenConnection, SharedDirectory, VhostUserSocket
+from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.virtiofsd import VIRTIOFSD_PROGRAMS, Virtiofsd

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmplug.errors import NoSuchDevice
-from vmplug.host.opened import check_path, file_id, has_open, has_thread, held
+from vmplug.host.file_id import check_path, file_id, has_open, has_thread, held
 
 
 @pytest.fixture

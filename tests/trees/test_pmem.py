@@ -12,7 +12,8 @@ from tests.support.disks import PFN_DATA_OFFSET, dax_image, loop_device
 from tests.support.tree import MIB, HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
-from vmplug.host.device import DiskFile, FoundBy
+from vmplug.host.device import DiskFile
+from vmplug.host.kind import FoundBy
 from vmplug.host.pmem import PFN_OFFSET_BYTES, PfnInfo, has_pfn_signature, read_pfn_info
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot

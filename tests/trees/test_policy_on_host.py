@@ -12,8 +12,9 @@ from tests.support.tree import HostTree
 from vmplug import Policy
 from vmplug.devnum import DevNum
 from vmplug.errors import PolicyError
-from vmplug.host.device import DeviceType, SharedDirectory, VfioGroup
+from vmplug.host.device import SharedDirectory, VfioGroup
 from vmplug.host.finding import Code
+from vmplug.host.kind import DeviceType
 from vmplug.host.paths import find_paths
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmplug.errors import StoreError
-from vmplug.manager.private import can_all_connect, is_absent
+from vmplug.host.permissions import can_all_connect, is_absent
 from vmplug.manager.store import Store
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: chown")

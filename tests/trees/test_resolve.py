@@ -12,14 +12,14 @@ from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
 from vmplug.host.device import (
     BlockDevice,
     CharDevice,
-    DeviceType,
     DiskFile,
     DiskPart,
-    FoundBy,
     HostDevice,
     VhostUserSocket,
 )
-from vmplug.host.resolve import classify, get_host_path, resolve, resolve_all
+from vmplug.host.host_path import get_host_path
+from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.host.resolve import classify, resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.host.volume import find_volumes

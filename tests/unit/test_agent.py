@@ -10,7 +10,7 @@ from tests.unit.test_places import guest_addresses
 from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.cli.render.kata_agent import agent_json
 from vmplug.drivers.place import GuestAddress, GuestFunction
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import State
 

@@ -34,7 +34,7 @@ from vmplug.drivers.plug import (
     VhostUserDevice,
 )
 from vmplug.errors import BackendError, CannotPlug, StateError
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.daemon import Started
 from vmplug.hypervisor.qemu.abilities import Abilities
 from vmplug.hypervisor.qemu.coldplug import ColdQemu, arguments

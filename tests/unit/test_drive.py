@@ -36,9 +36,10 @@ from vmplug.drivers.plug import (
     guest_address,
 )
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
-from vmplug.host.device import BlockDevice, DeviceType, DiskFile, FoundBy
+from vmplug.host.device import BlockDevice, DiskFile
 from vmplug.host.finding import Code
 from vmplug.host.image import ImageFormat, Qcow2Header
+from vmplug.host.kind import DeviceType, FoundBy
 
 SDB = BlockDevice(
     devnum=DevNum(8, 16),

@@ -32,8 +32,8 @@ from vmplug.errors import (
     UnplugRefused,
     UnplugTimeout,
 )
-from vmplug.host.device import DeviceType
 from vmplug.host.finding import Code
+from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu

@@ -6,8 +6,8 @@ import pytest
 
 from tests.support.journal import device_record, hold_on, vm_record
 from vmplug.devnum import DevNum
-from vmplug.host.device import DeviceType
 from vmplug.host.events import Event, EventsLost, HostEvent, ProcessEnded
+from vmplug.host.kind import DeviceType
 from vmplug.manager.look import HostState, Look
 from vmplug.manager.notice import (
     Notice,

@@ -32,7 +32,7 @@ from vmplug.drivers.plug import (
     guest_address,
 )
 from vmplug.errors import StoreError
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.manager.records import Attachment, DeviceRecord, guest_text
 from vmplug.manager.state import State
 from vmplug.manager.store import Store

@@ -25,16 +25,14 @@ from vmplug.drivers.select import select_driver
 from vmplug.errors import CannotPlug, CommandError, InUse, NoFreePort, NoSuchDevice, StateError
 from vmplug.host.device import (
     CharDevice,
-    DeviceType,
     DiskFile,
     EntropySource,
-    FoundBy,
     HostDevice,
     SharedDirectory,
-    SharedFilesystem,
     VhostUserSocket,
 )
 from vmplug.host.finding import Code, Finding
+from vmplug.host.kind import DeviceType, FoundBy, SharedFilesystem
 from vmplug.host.pmem import PfnInfo
 from vmplug.host.virtiofsd import Virtiofsd
 from vmplug.manager.examine import Examined

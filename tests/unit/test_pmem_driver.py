@@ -14,8 +14,9 @@ from vmplug.drivers.plug import BlockDrive, BlockDriver, guest_address
 from vmplug.drivers.pmem import NVDIMM_ALIGN_BYTES, NVDIMM_OPTIONS, check_nvdimm, is_pmem
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
-from vmplug.host.device import BlockDevice, DiskFile, FoundBy
+from vmplug.host.device import BlockDevice, DiskFile
 from vmplug.host.finding import NEVER_ALLOWED, Code, Severity, allow
+from vmplug.host.kind import FoundBy
 from vmplug.host.pmem import PfnInfo
 
 ID = "0123456789abcdef"

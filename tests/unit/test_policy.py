@@ -17,8 +17,8 @@ from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.drivers.place import PlugMode
 from vmplug.errors import InUse, PolicyError
-from vmplug.host.device import DeviceType
 from vmplug.host.finding import NEVER_ALLOWED, Code
+from vmplug.host.kind import DeviceType
 from vmplug.host.pci import PciFunction
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.memory import MemoryHypervisor

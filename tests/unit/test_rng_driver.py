@@ -13,7 +13,8 @@ from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.rng import OPTIONS, RngOptions
 from vmplug.drivers.select import select_driver
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
-from vmplug.host.device import DeviceType, EntropySource
+from vmplug.host.device import EntropySource
+from vmplug.host.kind import DeviceType
 from vmplug.oci.annotated import RngInfo
 
 ID = "0123456789abcdef"

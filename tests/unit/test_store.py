@@ -21,8 +21,8 @@ from tests.contract.world import journal_rows
 from vmplug.address import PciPath, ScsiAddress
 from vmplug.drivers.place import GuestAddress
 from vmplug.errors import StateError, StoreError
-from vmplug.host.device import DeviceType
 from vmplug.host.finding import Claim
+from vmplug.host.kind import DeviceType
 from vmplug.manager.database import VERSION
 from vmplug.manager.records import Attachment, DeviceRecord, VmRecord
 from vmplug.manager.state import FOLLOWS, State, check_step

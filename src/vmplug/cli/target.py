@@ -4,7 +4,8 @@ import re
 
 from vmplug.address import Bdf
 from vmplug.errors import SpecError
-from vmplug.host.device import FoundBy, VfioGroup
+from vmplug.host.device import VfioGroup
+from vmplug.host.kind import FoundBy
 from vmplug.host.mdev import UUID
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import CDEV_NODE, GROUP_NODE, find_vfio_device, find_vfio_group

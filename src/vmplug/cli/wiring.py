@@ -91,9 +91,9 @@ def find_policy(path: str | None) -> "Policy | None":
 
     Raises PolicyError.
     """
+    from vmplug.host.permissions import is_absent  # noqa: PLC0415
     from vmplug.manager import DEFAULT_POLICY  # noqa: PLC0415
     from vmplug.manager.policy import Policy  # noqa: PLC0415
-    from vmplug.manager.private import is_absent  # noqa: PLC0415
 
     if path is None and is_absent(DEFAULT_POLICY):
         return None

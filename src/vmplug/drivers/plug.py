@@ -17,8 +17,8 @@ from vmplug.drivers.place import (
     Place,
     ScsiPlace,
 )
-from vmplug.host.device import DeviceType
 from vmplug.host.image import ImageFormat
+from vmplug.host.kind import DeviceType
 from vmplug.host.mdev import VFIODeviceType
 
 
@@ -82,7 +82,7 @@ class BlockDrive:
     """A disk to be plugged, or with the driver `nvdimm` persistent memory of `size_bytes`.
 
     `file` is a block device node when `is_device`, a regular file otherwise. `file_id` is what
-    QEMU must have opened by that name (see `vmplug.host.opened`), None for anything.
+    QEMU must have opened by that name (see `vmplug.host.file_id`), None for anything.
     `backing_allowed` lets a qcow2 image open the files that its header names. `throttle` is None
     for no limits.
     """

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from vmplug.host.device import BlockDevice, DiskFile, FoundBy
+from vmplug.host.device import BlockDevice, DiskFile
 from vmplug.host.finding import Code, Finding, Severity
+from vmplug.host.kind import FoundBy
 
 NVDIMM_OPTIONS = frozenset({"block-driver", "format", "fstype"})
 """The options of a disk that mean something for an NVDIMM."""

@@ -12,7 +12,6 @@ from vmplug.drivers.vhost_user import VhostUserOptions
 from vmplug.host.device import (
     BlockDevice,
     CharDevice,
-    DeviceType,
     DiskFile,
     EntropySource,
     HostDevice,
@@ -21,6 +20,7 @@ from vmplug.host.device import (
     VfioGroup,
     VhostUserSocket,
 )
+from vmplug.host.kind import DeviceType
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import DeviceInfo
 

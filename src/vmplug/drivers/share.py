@@ -11,15 +11,9 @@ from vmplug.drivers.place import Offer, Place, PlugMode
 from vmplug.drivers.plug import Daemon, SharedFS, VhostUserDevice
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
-from vmplug.host.device import (
-    DeviceType,
-    HostDevice,
-    OpenConnection,
-    SharedDirectory,
-    SharedFilesystem,
-    VhostUserSocket,
-)
+from vmplug.host.device import HostDevice, OpenConnection, SharedDirectory, VhostUserSocket
 from vmplug.host.finding import Code, Finding
+from vmplug.host.kind import DeviceType, SharedFilesystem
 from vmplug.host.virtiofsd import Virtiofsd
 
 

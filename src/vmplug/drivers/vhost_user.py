@@ -12,8 +12,9 @@ from vmplug.drivers.place import CcwPlace, Offer, Place
 from vmplug.drivers.plug import VhostUserDevice
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug
-from vmplug.host.device import DeviceType, HostDevice, VhostUserSocket
+from vmplug.host.device import HostDevice, VhostUserSocket
 from vmplug.host.finding import Code, Finding
+from vmplug.host.kind import DeviceType
 
 RECONNECT_S = 1
 """How often QEMU looks for a lost backend unless something else is said."""

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
-from vmplug.host.device import DeviceType, VhostUserSocket
+from vmplug.host.device import VhostUserSocket
 from vmplug.host.finding import Code, Finding
+from vmplug.host.kind import DeviceType
 from vmplug.host.peer import has_hung_up
 from vmplug.host.root import HostRoot
 

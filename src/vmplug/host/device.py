@@ -5,11 +5,11 @@ this is on the way of every `vmplug resolve`.
 """
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.host.image import Qcow2Header
+from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.loop import LoopBacking
 
 if TYPE_CHECKING:
@@ -18,37 +18,6 @@ if TYPE_CHECKING:
     from vmplug.host.pci import PciFunction
     from vmplug.host.pmem import PfnInfo
     from vmplug.host.virtiofsd import Virtiofsd
-
-
-class DeviceType(StrEnum):
-    """Kinds of device: the words of Kata's config.go, and two that it has no type for."""
-
-    VFIO = "vfio"
-    BLOCK = "block"
-    GENERIC = "generic"
-    VHOST_USER_SCSI = "vhost-user-scsi-pci"
-    VHOST_USER_NET = "virtio-net-pci"
-    VHOST_USER_BLK = "vhost-user-blk-pci"
-    VHOST_USER_FS = "vhost-user-fs-pci"
-    VIRTIO_9P = "virtio-9p-pci"
-    VIRTIO_RNG = "virtio-rng-pci"
-
-
-class SharedFilesystem(StrEnum):
-    """How a directory is shared, in the words of Kata's config.go."""
-
-    VIRTIO_9P = "virtio-9p"
-    VIRTIO_FS = "virtio-fs"
-
-
-class FoundBy(StrEnum):
-    """Where the host path comes from."""
-
-    SYSFS = "sysfs"
-    VHOST_USER_STORE = "vhost-user-store"
-    CONTAINER_PATH = "container-path"
-    BACKING_FILE = "backing-file"
-    FILE = "file"
 
 
 class DiskPart(NamedTuple):
@@ -93,7 +62,7 @@ class BlockDevice:
 
     @property
     def file_id(self) -> str:
-        """What QEMU must have opened; see `vmplug.host.opened`."""
+        """What QEMU must have opened; see `vmplug.host.file_id`."""
         return f"block {self.devnum}"
 
     @property
@@ -118,10 +87,10 @@ class BlockDevice:
 class DiskFile:
     """A regular file that is to be a disk or an NVDIMM; `host_path` is its canonical path.
 
-    `file_id` tells it from another file of that name (see `vmplug.host.opened`), None where nobody
-    looked. `read_only` says that its file system takes no writes, `direct_io` that it can be read
-    past the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image;
-    `pfn` is the information block of persistent memory, None without one.
+    `file_id` tells it from another file of that name (see `vmplug.host.file_id`), None where
+    nobody looked. `read_only` says that its file system takes no writes, `direct_io` that it can
+    be read past the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2
+    image; `pfn` is the information block of persistent memory, None without one.
     """
 
     kind: DeviceType = field(default=DeviceType.BLOCK, init=False)

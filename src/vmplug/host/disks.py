@@ -11,7 +11,8 @@ from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block import read_block_device
-from vmplug.host.device import BlockDevice, FoundBy
+from vmplug.host.device import BlockDevice
+from vmplug.host.kind import FoundBy
 from vmplug.host.mounts import HostUsage, same_file
 from vmplug.host.root import HostRoot
 

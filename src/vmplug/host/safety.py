@@ -19,7 +19,6 @@ from vmplug.host.device import (
     CharDevice,
     DiskFile,
     EntropySource,
-    FoundBy,
     HostDevice,
     OpenConnection,
     SharedDirectory,
@@ -27,6 +26,7 @@ from vmplug.host.device import (
     VhostUserSocket,
 )
 from vmplug.host.finding import Claim, Code, Finding, Wish
+from vmplug.host.kind import FoundBy
 from vmplug.host.mounts import HostUsage, same_file
 from vmplug.host.root import HostRoot, describe, node_number
 from vmplug.host.viability import check_group, check_openers

@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
-from vmplug.host.device import DiskPart, FoundBy, VfioGroup
+from vmplug.host.device import DiskPart, VfioGroup
+from vmplug.host.file_id import replaced
 from vmplug.host.holding import block_devices_of
 from vmplug.host.iommu import find_group, read_group
+from vmplug.host.kind import FoundBy
 from vmplug.host.mdev import MDEV_DEVICES, UUID, read_mediated
-from vmplug.host.opened import replaced
 from vmplug.host.pci import PciFunction, find_function
 from vmplug.host.root import HostRoot, node_number
 

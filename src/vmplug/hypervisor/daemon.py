@@ -19,7 +19,7 @@ from typing import IO, Protocol, Self
 
 from vmplug.drivers.plug import DAEMON_MARK, Daemon
 from vmplug.errors import BackendError, DeviceError
-from vmplug.host.opened import file_id, replaced
+from vmplug.host.file_id import file_id, replaced
 from vmplug.host.process import find_marked, wait_for_end
 from vmplug.host.root import HostRoot
 

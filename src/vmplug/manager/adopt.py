@@ -17,7 +17,7 @@ from vmplug.drivers.place import (
     Place,
     ScsiPlace,
 )
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
 from vmplug.manager.kata import KataDevice, KataState
 from vmplug.manager.records import Attachment, DeviceRecord

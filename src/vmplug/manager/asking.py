@@ -8,15 +8,9 @@ from vmplug.devnum import DevNum
 from vmplug.drivers.place import PlugMode
 from vmplug.drivers.ports import Driver
 from vmplug.errors import AttributeReadError
-from vmplug.host.device import (
-    BlockDevice,
-    CharDevice,
-    DeviceType,
-    HostDevice,
-    VfioGroup,
-    VhostUserSocket,
-)
+from vmplug.host.device import BlockDevice, CharDevice, HostDevice, VfioGroup, VhostUserSocket
 from vmplug.host.finding import Code, Finding, Severity
+from vmplug.host.kind import DeviceType
 from vmplug.host.paths import find_paths
 from vmplug.host.root import HostRoot
 from vmplug.manager.policy import Asked, Policy, Verdict

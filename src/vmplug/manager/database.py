@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, suppress
 
 from vmplug.address import new_id
 from vmplug.errors import StoreError
-from vmplug.manager.private import check_private, make_private
+from vmplug.host.permissions import check_private, make_private
 
 VERSION = 4
 """Of the tables, kept in `user_version`."""

@@ -16,7 +16,7 @@ import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 
 T = TypeVar("T", bound=msgspec.Struct)
 

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from vmplug.drivers.vhost_user import OPTIONS, RECONNECT_S
-from vmplug.host.device import DeviceType
 from vmplug.host.events import Event, HostEvent
+from vmplug.host.kind import DeviceType
 from vmplug.manager.look import HostState, Look, is_served
 from vmplug.manager.records import Attachment, DeviceRecord, VmRecord
 

@@ -12,8 +12,8 @@ from typing import NamedTuple, Self
 
 from vmplug.devnum import DevNum
 from vmplug.drivers.place import PlugMode
-from vmplug.host.device import DeviceType
 from vmplug.host.finding import Code, Finding
+from vmplug.host.kind import DeviceType
 from vmplug.host.pci import PciFunction
 from vmplug.manager.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
 

@@ -13,11 +13,11 @@ from typing import Annotated, NoReturn, TypeVar
 import msgspec
 
 from vmplug.errors import PolicyError
-from vmplug.host.device import DeviceType
 from vmplug.host.finding import NEVER_ALLOWED, Code
+from vmplug.host.kind import DeviceType
+from vmplug.host.permissions import who_writes, whose_link
 from vmplug.manager.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
 from vmplug.manager.policy import Rule
-from vmplug.manager.private import who_writes, whose_link
 
 _BYTES_MAX = 1 << 20
 

@@ -9,8 +9,8 @@ from typing import Any
 from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
 from vmplug.drivers.ports import Endpoint
-from vmplug.host.device import DeviceType
 from vmplug.host.finding import Claim
+from vmplug.host.kind import DeviceType
 from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.manager.state import State

@@ -2,7 +2,8 @@
 
 from vmplug.devnum import DevNum
 from vmplug.errors import PolicyError
-from vmplug.host.device import BlockDevice, DeviceType, DiskFile, HostDevice
+from vmplug.host.device import BlockDevice, DiskFile, HostDevice
+from vmplug.host.kind import DeviceType
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.manager.records import Attachment, DeviceRecord

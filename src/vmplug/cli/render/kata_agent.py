@@ -5,7 +5,7 @@ Source: Kata Containers, src/libs/protocols/protos/agent.proto and src/agent/src
 
 from typing import TYPE_CHECKING, Any
 
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 
 if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress

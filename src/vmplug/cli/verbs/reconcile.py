@@ -11,7 +11,7 @@ from vmplug.cli.render.output import print_json, print_table, progress
 from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal, open_manager
 from vmplug.errors import DeviceError, HypervisorError
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.daemon import HostDaemons
 from vmplug.manager.binder import Binder, Returned

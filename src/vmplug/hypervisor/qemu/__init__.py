@@ -20,7 +20,7 @@ from vmplug.errors import (
     HypervisorError,
     UnplugTimeout,
 )
-from vmplug.host.opened import check_path, has_open, has_thread, held, replaced
+from vmplug.host.file_id import check_path, has_open, has_thread, held, replaced
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import open_nodes

@@ -17,7 +17,7 @@ from vmplug.drivers.place import Offer, Place
 from vmplug.drivers.plug import Plug, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import START_DAEMON, Command, Step
 from vmplug.errors import StateError
-from vmplug.host.opened import check_path, has_open, replaced
+from vmplug.host.file_id import check_path, has_open, replaced
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import IOMMU_NODE, open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons, Started

@@ -9,7 +9,7 @@ from vmplug.address import qemu_id
 from vmplug.drivers.place import PciPlace, Place
 from vmplug.drivers.plug import VhostUserDevice
 from vmplug.drivers.ports import END_DAEMON, START_DAEMON, Command, Step
-from vmplug.host.device import DeviceType
+from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.daemon import command_line
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities
 from vmplug.hypervisor.qemu.front import virtio_step

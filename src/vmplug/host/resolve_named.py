@@ -7,16 +7,14 @@ from typing import assert_never
 
 from vmplug.errors import NoSuchDevice, SpecError
 from vmplug.host.device import (
-    DeviceType,
     EntropySource,
-    FoundBy,
     HostDevice,
     OpenConnection,
     SharedDirectory,
-    SharedFilesystem,
     VhostUserSocket,
 )
-from vmplug.host.opened import file_id
+from vmplug.host.file_id import file_id
+from vmplug.host.kind import DeviceType, FoundBy, SharedFilesystem
 from vmplug.host.root import HostRoot, describe
 from vmplug.host.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.virtiofsd import find_virtiofsd

@@ -1,0 +1,183 @@
+"""The path of a device on the host: a node, a socket of the store, or a disk image."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from vmplug.devnum import DevNum
+from vmplug.errors import AttributeReadError, NoSuchDevice
+from vmplug.host.root import HostRoot, describe, node_number
+from vmplug.oci.info import DeviceInfo, DevType
+
+if TYPE_CHECKING:
+    from vmplug.host.vhost_user import VhostUserStore
+
+
+SYSFS_DIRECTORY = {
+    DevType.BLOCK: "/sys/dev/block/",
+    DevType.CHAR: "/sys/dev/char/",
+    DevType.CHAR_UNBUFFERED: "/sys/dev/char/",
+}
+"""A FIFO has no entry in sysfs, so none is ever looked for."""
+
+
+def get_host_path(info: DeviceInfo, root: HostRoot, store: VhostUserStore | None = None) -> str:
+    """The path of a device on the host: a node, a socket of the store, or a disk image.
+
+    A number in sysfs is answered by the kernel's DEVNAME in three system calls. Raises
+    NoSuchDevice when the host has no such device, AttributeReadError when it does not say.
+    """
+    if store and info.devnum and is_in_store(info, store):
+        return store.find_socket(info.devnum)
+    if info.host_path is not None:
+        return _regular_file(info.host_path, root)
+    return find_sysfs_node(info, root) or _container_node(info, root)
+
+
+def is_in_store(info: DeviceInfo, store: VhostUserStore | None) -> bool:
+    """Whether the number stands for a socket of the store: only block devices' numbers do."""
+    owned = store is not None and info.devnum is not None and store.owns(info.devnum)
+    return owned and info.dev_type is DevType.BLOCK
+
+
+def find_sysfs_node(info: DeviceInfo, root: HostRoot) -> str | None:
+    """The node that the kernel names for this type and number; None when sysfs has no entry."""
+    directory = SYSFS_DIRECTORY.get(info.dev_type)
+    if directory is None:
+        return None
+    path = f"{directory}{info.devnum}/uevent"
+    uevent = root.read_attribute(path)
+    return None if uevent is None else _device_node(uevent, path)
+
+
+def _device_node(uevent: bytes, path: str) -> str:
+    """`/dev/` + DEVNAME, which may hold directories but never leaves /dev.
+
+    The file is the kernel's environment for udev, one KEY=VALUE a line, nothing else.
+    Source: Documentation/ABI/testing/sysfs-uevent.
+    """
+    _, found, rest = (b"\n" + uevent).rpartition(b"\nDEVNAME=")
+    if not found:
+        raise AttributeReadError(path, why="it has no DEVNAME")
+    name = os.fsdecode(rest.partition(b"\n")[0])
+    if not name.isprintable() or name[:1] in {"", "/"} or ".." in name.split("/"):
+        raise AttributeReadError(path, why=f"its DEVNAME {name!r} is no name below /dev")
+    return "/dev/" + name
+
+
+def _container_node(info: DeviceInfo, root: HostRoot) -> str:
+    """The container path, for devices that sysfs does not list, such as /dev/cuse on old kernels.
+
+    Used only when it is a node of the type and number that were asked for.
+    """
+    status = root.stat(root.real_path(info.container_path))
+    if status and _is_node_of(info, status):
+        return info.container_path
+    found = describe(status)
+    if info.devnum is None:
+        raise NoSuchDevice(
+            info.wanted,
+            f"no FIFO at {info.container_path} on this host: there is {found}",
+            found=found,
+            hint="make it with mkfifo, or leave it to the container's runtime",
+        )
+    raise NoSuchDevice(
+        info.wanted,
+        f"no {info.wanted} on this host: sysfs has no entry for it, and at "
+        f"{info.container_path} there is {found}",
+        found=found,
+        hint="compare with the numbers in `ls -l /dev` on the host; "
+        "is the driver loaded, the disk plugged in?",
+    )
+
+
+def _is_node_of(info: DeviceInfo, status: os.stat_result) -> bool:
+    match info.dev_type:
+        case DevType.FIFO:
+            return stat.S_ISFIFO(status.st_mode)
+        case DevType.BLOCK:
+            is_type = stat.S_ISBLK(status.st_mode)
+        case DevType.CHAR | DevType.CHAR_UNBUFFERED:
+            is_type = stat.S_ISCHR(status.st_mode)
+    return is_type and node_number(status) == info.devnum
+
+
+def _regular_file(path: str, root: HostRoot) -> str:
+    real = root.real_path(path)
+    status = root.stat(real) if path.startswith("/") else None
+    if status is None or not stat.S_ISREG(status.st_mode):
+        found = describe(status)
+        raise NoSuchDevice(
+            f"file {path}",
+            f"{path} cannot be a disk: found {found}, expected a regular file",
+            found=found,
+            hint="ask for a device by its number, for a file by its absolute path",
+        )
+    return real
+
+
+class HostPathCache:
+    """Host paths looked up again and again, each answer validated by the kernel.
+
+    A descriptor on a device's uevent file stays open. While the device lives, one `pread` gives
+    its DEVNAME again; once it is gone the kernel answers ENODEV for ever, even when another device
+    takes the number. Only files of the running kernel's sysfs behave so: below another root every
+    lookup is live. Holds at most `limit` descriptors; a context manager, not thread-safe.
+    """
+
+    def __init__(self, root: HostRoot, *, limit: int = 256) -> None:
+        self._root = root
+        self._limit = limit
+        self._open: dict[tuple[DevType, DevNum | None], _CacheEntry] = {}
+
+    def get_host_path(self, info: DeviceInfo) -> str:
+        """As the function `get_host_path`, for devices outside a vhost-user store."""
+        key = (info.dev_type, info.devnum)
+        kept = self._open.get(key)
+        if kept is not None:
+            uevent = self._root.reread_attribute(kept.descriptor)
+            if uevent == kept.uevent:
+                return kept.host_path
+            self._forget(key)
+        host_path = get_host_path(info, self._root)
+        self._keep(key, host_path)
+        return host_path
+
+    def close(self) -> None:
+        """Close every descriptor; the cache may be used again."""
+        while self._open:
+            self._forget(next(iter(self._open)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _keep(self, key: tuple[DevType, DevNum | None], host_path: str) -> None:
+        dev_type, devnum = key
+        directory = SYSFS_DIRECTORY.get(dev_type)
+        if directory is None or devnum is None:
+            return
+        path = f"{directory}{devnum}/uevent"
+        descriptor = self._root.open_kernel_attribute(path)
+        if descriptor is None:
+            return
+        # Read again: only text that came through this descriptor may stand for it later.
+        uevent = self._root.reread_attribute(descriptor)
+        self._open[key] = _CacheEntry(descriptor, uevent or b"", host_path)
+        if uevent is None or _device_node(uevent, path) != host_path:
+            self._forget(key)
+        elif len(self._open) > self._limit:
+            self._forget(next(iter(self._open)))
+
+    def _forget(self, key: tuple[DevType, DevNum | None]) -> None:
+        self._root.close_attribute(self._open.pop(key).descriptor)
+
+
+class _CacheEntry(NamedTuple):
+    descriptor: int
+    uevent: bytes
+    host_path: str
