@@ -22,10 +22,9 @@ _NAMES = {
     "vmplug.host.host_path": "HostPathCache get_host_path",
     "vmplug.host.resolve": "resolve resolve_all",
     "vmplug.host.vhost_user": "VhostUserStore",
-    "vmplug.host.volume": "find_requests",
-    "vmplug.host.device": (
-        "BlockDevice CharDevice DiskFile EntropySource SharedDirectory VfioGroup VhostUserSocket"
-    ),
+    "vmplug.host.block.volumes": "find_requests",
+    "vmplug.host.block.device": "BlockDevice DiskFile",
+    "vmplug.host.device": "CharDevice EntropySource SharedDirectory VfioGroup VhostUserSocket",
     "vmplug.host.kind": "DeviceType SharedFilesystem",
     "vmplug.host.mdev": "MediatedDevice VFIODeviceType",
     "vmplug.host.pci": "PciFunction read_functions",

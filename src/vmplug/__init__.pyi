@@ -36,9 +36,10 @@ from vmplug.errors import StillAttached as StillAttached
 from vmplug.errors import StoreError as StoreError
 from vmplug.errors import UnplugRefused as UnplugRefused
 from vmplug.errors import UnplugTimeout as UnplugTimeout
-from vmplug.host.device import BlockDevice as BlockDevice
+from vmplug.host.block.device import BlockDevice as BlockDevice
+from vmplug.host.block.device import DiskFile as DiskFile
+from vmplug.host.block.volumes import find_requests as find_requests
 from vmplug.host.device import CharDevice as CharDevice
-from vmplug.host.device import DiskFile as DiskFile
 from vmplug.host.device import EntropySource as EntropySource
 from vmplug.host.device import SharedDirectory as SharedDirectory
 from vmplug.host.device import VhostUserSocket as VhostUserSocket
@@ -53,7 +54,6 @@ from vmplug.host.resolve import resolve as resolve
 from vmplug.host.resolve import resolve_all as resolve_all
 from vmplug.host.root import HostRoot as HostRoot
 from vmplug.host.vhost_user import VhostUserStore as VhostUserStore
-from vmplug.host.volume import find_requests as find_requests
 from vmplug.hypervisor.memory import MemoryHypervisor as MemoryHypervisor
 from vmplug.hypervisor.qemu import Qemu as Qemu
 from vmplug.manager.manager import DeviceManager as DeviceManager

@@ -16,9 +16,9 @@ from tests.conformance.vector import (
 )
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
+from vmplug.host.block.loop import LoopBacking, read_backing_file
 from vmplug.host.host_path import find_sysfs_node, get_host_path
 from vmplug.host.kind import DeviceType
-from vmplug.host.loop import LoopBacking, read_backing_file
 from vmplug.host.resolve import classify
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType

@@ -17,9 +17,9 @@ from tests.conformance.vector import (
     kinds_of,
 )
 from tests.support.tree import HostTree
+from vmplug.host.block.pmem import has_pfn_signature
+from vmplug.host.block.volumes import find_volumes
 from vmplug.host.finding import Code
-from vmplug.host.pmem import has_pfn_signature
-from vmplug.host.volume import find_volumes
 from vmplug.manager.records import Attachment
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 

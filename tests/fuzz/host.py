@@ -16,14 +16,15 @@ from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import DeviceError
 from vmplug.host.backend import find_listener
+from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.pmem import has_pfn_signature
+from vmplug.host.block.volumes import find_volumes
 from vmplug.host.device import VhostUserSocket
 from vmplug.host.finding import Wish
 from vmplug.host.host_path import find_sysfs_node
 from vmplug.host.inventory import read_inventory, with_reset_methods
 from vmplug.host.kind import FoundBy
 from vmplug.host.mdev import read_mdev_types
-from vmplug.host.mounts import read_usage
-from vmplug.host.pmem import has_pfn_signature
 from vmplug.host.process import find_openers, read_memlock_limit, read_start_time
 from vmplug.host.record import write_record
 from vmplug.host.recorded import open_record
@@ -33,7 +34,6 @@ from vmplug.host.safety import check as check_safety
 from vmplug.host.sriov import read_sriov
 from vmplug.host.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.vhost_user import VhostUserStore
-from vmplug.host.volume import find_volumes
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tests.support.disks import detach_loop
 from tests.support.lab import wait_until
 from tests.trees.checking import WRITING, want, want_file
-from vmplug.host.device import BlockDevice
+from vmplug.host.block.device import BlockDevice
 from vmplug.host.finding import Code, Finding, Wish
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot

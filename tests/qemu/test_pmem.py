@@ -30,9 +30,9 @@ from vmplug.errors import (
     SpecError,
     StateError,
 )
+from vmplug.host.block.volumes import find_requests
 from vmplug.host.finding import Code, Severity
 from vmplug.host.root import HostRoot
-from vmplug.host.volume import find_requests
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import State
 from vmplug.oci.info import DeviceInfo, DevType

@@ -2,8 +2,8 @@
 
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
+from vmplug.host.block.mounts import read_usage
 from vmplug.host.finding import Claim, Finding, Severity, Wish
-from vmplug.host.mounts import read_usage
 from vmplug.host.resolve import resolve
 from vmplug.host.safety import check
 from vmplug.oci.info import DeviceInfo, DevType

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.support.tree import GIB, HostTree
 from vmplug.errors import AttributeReadError
-from vmplug.host.block import read_disk_file
-from vmplug.host.image import Qcow2Header, read_qcow2_header
+from vmplug.host.block.image import Qcow2Header, read_qcow2_header
+from vmplug.host.block.sysfs import read_disk_file
 from vmplug.host.root import HostRoot
 
 MAGIC = b"QFI\xfb"
@@ -145,7 +145,8 @@ def test_a_file_of_proc_takes_neither_direct_io_nor_writes() -> None:
 def test_a_file_on_a_read_only_file_system_is_read_only(tmp_path: Path) -> None:
     (tmp_path / "a.img").touch()
     program = (
-        "from vmplug.host.block import read_disk_file; from vmplug.host.root import HostRoot;"
+        "from vmplug.host.block.sysfs import read_disk_file;"
+        "from vmplug.host.root import HostRoot;"
         "print(read_disk_file('a.img', HostRoot('.')).read_only)"
     )
     answer = subprocess.run(

@@ -12,7 +12,7 @@ from tests.support.tree import GIB, MIB
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import NoSuchDevice
-from vmplug.host.disks import Disk, Pmem, Use
+from vmplug.host.block.inventory import Disk, Pmem, Use
 from vmplug.host.holding import NetInterface
 from vmplug.host.inventory import (
     HostFunction,

@@ -10,9 +10,9 @@ from tests.support.disks import disk_image, loop_device
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
-from vmplug.host.device import BlockDevice
-from vmplug.host.loop import LoopBacking, read_backing_file
-from vmplug.host.mounts import Loop, read_usage
+from vmplug.host.block.device import BlockDevice
+from vmplug.host.block.loop import LoopBacking, read_backing_file
+from vmplug.host.block.mounts import Loop, read_usage
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.oci.info import DeviceInfo, DevType

@@ -12,12 +12,12 @@ from tests.support.disks import PFN_DATA_OFFSET, dax_image, loop_device
 from tests.support.tree import MIB, HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
-from vmplug.host.device import DiskFile
+from vmplug.host.block.device import DiskFile
+from vmplug.host.block.pmem import PFN_OFFSET_BYTES, PfnInfo, has_pfn_signature, read_pfn_info
+from vmplug.host.block.volumes import find_requests, find_volumes
 from vmplug.host.kind import FoundBy
-from vmplug.host.pmem import PFN_OFFSET_BYTES, PfnInfo, has_pfn_signature, read_pfn_info
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
-from vmplug.host.volume import find_requests, find_volumes
 from vmplug.oci.annotated import RngInfo
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 from vmplug.oci.spec import Bundle

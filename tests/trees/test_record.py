@@ -17,9 +17,9 @@ from tests.support.tree import GIB
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, DeviceError, SpecError
 from vmplug.host import recorded
+from vmplug.host.block.mounts import read_usage
 from vmplug.host.finding import Finding, Wish
 from vmplug.host.inventory import Inventory, read_inventory, with_reset_methods
-from vmplug.host.mounts import read_usage
 from vmplug.host.record import write_record
 from vmplug.host.recorded import LIMITS, Limits, open_record
 from vmplug.host.resolve import resolve

@@ -9,20 +9,14 @@ import pytest
 from tests.support.tree import GIB, HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
-from vmplug.host.device import (
-    BlockDevice,
-    CharDevice,
-    DiskFile,
-    DiskPart,
-    HostDevice,
-    VhostUserSocket,
-)
+from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
+from vmplug.host.block.volumes import find_volumes
+from vmplug.host.device import CharDevice, HostDevice, VhostUserSocket
 from vmplug.host.host_path import get_host_path
 from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.resolve import classify, resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
-from vmplug.host.volume import find_volumes
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
 

@@ -9,9 +9,9 @@ from tests.support.tree import HostTree
 from tests.trees.checking import READING, SHARING, WRITING, claim, codes, findings, want
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
+from vmplug.host.block.mounts import MountedDevice, read_usage
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
-from vmplug.host.mounts import MountedDevice, read_usage
 from vmplug.host.resolve import resolve
 from vmplug.host.safety import check
 from vmplug.host.vhost_user import VhostUserStore

@@ -16,10 +16,10 @@ from tests.support.disks import add_partition, detach_loop, disk_image, loop_dev
 from tests.support.tree import HostTree
 from tests.trees.checking import READING, WRITING, claim, codes, findings, want
 from vmplug.devnum import DevNum
-from vmplug.host.device import BlockDevice, DiskPart
+from vmplug.host.block.device import BlockDevice, DiskPart
+from vmplug.host.block.mounts import read_usage
 from vmplug.host.finding import Code, Wish
 from vmplug.host.kind import FoundBy
-from vmplug.host.mounts import read_usage
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.host.safety import check

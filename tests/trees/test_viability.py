@@ -7,8 +7,8 @@ import pytest
 
 from tests.support.pci_tree import PciTree
 from tests.trees.checking import WRITING, claim
+from vmplug.host.block.mounts import read_usage
 from vmplug.host.finding import Claim, Code, Finding, Severity
-from vmplug.host.mounts import read_usage
 from vmplug.host.safety import check
 from vmplug.host.vfio import find_vfio_device
 from vmplug.host.viability import GuestMemory, check_memlock, check_vm

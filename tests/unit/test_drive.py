@@ -36,9 +36,9 @@ from vmplug.drivers.plug import (
     guest_address,
 )
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
-from vmplug.host.device import BlockDevice, DiskFile
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.image import ImageFormat, Qcow2Header
 from vmplug.host.finding import Code
-from vmplug.host.image import ImageFormat, Qcow2Header
 from vmplug.host.kind import DeviceType, FoundBy
 
 SDB = BlockDevice(

@@ -23,9 +23,10 @@ from vmplug.drivers.plug import BlockDrive, BlockDriver, RNGDevice, VhostUserDev
 from vmplug.drivers.ports import Driver
 from vmplug.drivers.select import select_driver
 from vmplug.errors import CannotPlug, CommandError, InUse, NoFreePort, NoSuchDevice, StateError
+from vmplug.host.block.device import DiskFile
+from vmplug.host.block.pmem import PfnInfo
 from vmplug.host.device import (
     CharDevice,
-    DiskFile,
     EntropySource,
     HostDevice,
     SharedDirectory,
@@ -33,7 +34,6 @@ from vmplug.host.device import (
 )
 from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import DeviceType, FoundBy, SharedFilesystem
-from vmplug.host.pmem import PfnInfo
 from vmplug.host.virtiofsd import Virtiofsd
 from vmplug.manager.examine import Examined
 from vmplug.manager.plan import Plan, make_plan

@@ -14,10 +14,10 @@ from vmplug.drivers.plug import BlockDrive, BlockDriver, guest_address
 from vmplug.drivers.pmem import NVDIMM_ALIGN_BYTES, NVDIMM_OPTIONS, check_nvdimm, is_pmem
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
-from vmplug.host.device import BlockDevice, DiskFile
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.pmem import PfnInfo
 from vmplug.host.finding import NEVER_ALLOWED, Code, Severity, allow
 from vmplug.host.kind import FoundBy
-from vmplug.host.pmem import PfnInfo
 
 ID = "0123456789abcdef"
 MIB = 1 << 20

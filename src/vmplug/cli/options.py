@@ -175,7 +175,7 @@ def read_request(
     annotated: Sequence[AnyRequest] = ()
     name = None
     if bundle is not None:
-        from vmplug.host.volume import find_requests  # noqa: PLC0415  msgspec costs 25 ms
+        from vmplug.host.block.volumes import find_requests  # noqa: PLC0415  msgspec costs 25 ms
         from vmplug.oci.spec import read_bundle  # noqa: PLC0415
 
         asked = read_bundle(bundle)

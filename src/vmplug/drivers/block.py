@@ -27,9 +27,10 @@ from vmplug.drivers.plug import Aio, BlockDrive, BlockDriver, Cache, Throttle
 from vmplug.drivers.pmem import NVDIMM_OPTIONS, check_nvdimm, is_pmem
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
-from vmplug.host.device import BlockDevice, DiskFile, HostDevice
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.image import ImageFormat
+from vmplug.host.device import HostDevice
 from vmplug.host.finding import Code, Finding
-from vmplug.host.image import ImageFormat
 
 _SERIAL_BYTES_MAX = 20
 _SCSI_SERIAL_BYTES_MAX = 36

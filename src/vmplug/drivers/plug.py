@@ -17,7 +17,7 @@ from vmplug.drivers.place import (
     Place,
     ScsiPlace,
 )
-from vmplug.host.image import ImageFormat
+from vmplug.host.block.image import ImageFormat
 from vmplug.host.kind import DeviceType
 from vmplug.host.mdev import VFIODeviceType
 

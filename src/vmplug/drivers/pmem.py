@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from vmplug.host.device import BlockDevice, DiskFile
+from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.kind import FoundBy
 

@@ -9,10 +9,9 @@ from vmplug.drivers.rng import RngOptions
 from vmplug.drivers.share import ShareOptions
 from vmplug.drivers.vfio import VfioOptions
 from vmplug.drivers.vhost_user import VhostUserOptions
+from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import (
-    BlockDevice,
     CharDevice,
-    DiskFile,
     EntropySource,
     HostDevice,
     OpenConnection,

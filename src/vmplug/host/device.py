@@ -8,115 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.devnum import DevNum
-from vmplug.host.image import Qcow2Header
+from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
 from vmplug.host.kind import DeviceType, FoundBy
-from vmplug.host.loop import LoopBacking
 
 if TYPE_CHECKING:
     from vmplug.host.backend import Backend
     from vmplug.host.mdev import MediatedDevice
     from vmplug.host.pci import PciFunction
-    from vmplug.host.pmem import PfnInfo
     from vmplug.host.virtiofsd import Virtiofsd
-
-
-class DiskPart(NamedTuple):
-    """A partition of a disk, or the disk of a partition."""
-
-    devnum: DevNum
-    device_node: str
-    holders: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockDevice:
-    """A block device of the host.
-
-    `holders` are kernel names (`dm-0`, `md0`) of what the kernel built on it. `relatives` are its
-    partitions, or the disk it is a partition of; `below` are block devices that it is built on,
-    `below_files` files that it or one of those loops to.
-    `size_bytes` is None only when sysfs has no entry for the device, and then nothing else is
-    known of it either. `sector_bytes` is the logical block size, in which the guest must see the
-    disk too for its partition table to make sense.
-    """
-
-    kind: DeviceType = field(default=DeviceType.BLOCK, init=False)
-    devnum: DevNum
-    device_node: str
-    found_by: FoundBy
-    sysfs_path: str | None = None
-    size_bytes: int | None = None
-    sector_bytes: int = 512
-    read_only: bool = False
-    removable: bool = False
-    holders: tuple[str, ...] = ()
-    relatives: tuple[DiskPart, ...] = ()
-    below: tuple[DevNum, ...] = ()
-    below_files: tuple[str, ...] = ()
-    backing: LoopBacking | None = None
-
-    @property
-    def host_path(self) -> str:
-        """What QEMU opens."""
-        return self.device_node
-
-    @property
-    def file_id(self) -> str:
-        """What QEMU must have opened; see `vmplug.host.file_id`."""
-        return f"block {self.devnum}"
-
-    @property
-    def direct_io(self) -> bool:
-        """Always: the page cache can be passed by on every block device."""
-        return True
-
-    @property
-    def identity(self) -> str:
-        """Kind and number: no two devices share it, two requests for one device do."""
-        return f"block:{self.devnum}"
-
-    @property
-    def related_identities(self) -> tuple[str, ...]:
-        """Other devices that show the same bytes."""
-        devnums = [*(part.devnum for part in self.relatives), *self.below]
-        files = (f"file:{path}" for path in self.below_files)
-        return (*(f"block:{devnum}" for devnum in devnums), *files)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskFile:
-    """A regular file that is to be a disk or an NVDIMM; `host_path` is its canonical path.
-
-    `file_id` tells it from another file of that name (see `vmplug.host.file_id`), None where
-    nobody looked. `read_only` says that its file system takes no writes, `direct_io` that it can
-    be read past the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2
-    image; `pfn` is the information block of persistent memory, None without one.
-    """
-
-    kind: DeviceType = field(default=DeviceType.BLOCK, init=False)
-    found_by: FoundBy = FoundBy.FILE
-    host_path: str
-    size_bytes: int
-    file_id: str | None = None
-    read_only: bool = False
-    qcow2: Qcow2Header | None = None
-    pfn: "PfnInfo | None" = None
-    direct_io: bool = False
-
-    @property
-    def sector_bytes(self) -> int:
-        """The logical block size a disk image is made for."""
-        return 512
-
-    @property
-    def identity(self) -> str:
-        """The canonical path."""
-        return f"file:{self.host_path}"
-
-    @property
-    def related_identities(self) -> tuple[str, ...]:
-        """None: the loop devices on it are found as its holders."""
-        return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
-from vmplug.host.disks import Disk, Pmem, Use, read_disks, read_pmem
+from vmplug.host.block.inventory import Disk, Pmem, Use, read_disks, read_pmem
+from vmplug.host.block.mounts import HostUsage, read_usage
 from vmplug.host.holding import (
     NetInterface,
     NetworkUses,
@@ -24,7 +25,6 @@ from vmplug.host.holding import (
 from vmplug.host.iommu import find_group
 from vmplug.host.kind import DeviceType
 from vmplug.host.mdev import MDEV_DEVICES, MdevType, MediatedDevice, read_mdev_types, read_mediated
-from vmplug.host.mounts import HostUsage, read_usage
 from vmplug.host.pci import PciFunction, read_functions, read_reset_methods
 from vmplug.host.root import HostRoot, node_number
 

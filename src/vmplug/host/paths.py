@@ -9,7 +9,8 @@ Source: Documentation/ABI/testing/sysfs-block-dm; systemd src/libsystemd/sd-devi
 import os
 from collections.abc import Iterator
 
-from vmplug.host.device import BlockDevice, HostDevice, OpenConnection, VfioGroup
+from vmplug.host.block.device import BlockDevice
+from vmplug.host.device import HostDevice, OpenConnection, VfioGroup
 from vmplug.host.root import HostRoot
 
 _UDEV_LINKS = ("S:disk/by-id/", "S:disk/by-path/")

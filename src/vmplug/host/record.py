@@ -22,10 +22,10 @@ from typing import IO, NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, DeviceError, SpecError
+from vmplug.host.block.mounts import HostUsage, read_usage
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Wish
 from vmplug.host.inventory import read_inventory, with_reset_methods
-from vmplug.host.mounts import HostUsage, read_usage
 from vmplug.host.recorded import ERRNO_KEYWORD, FORMAT, NOTE
 from vmplug.host.resolve import resolve
 from vmplug.host.root import PAGE_SIZE, HostRoot, Several

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vmplug.devnum import DevNum
 from vmplug.errors import HostError
-from vmplug.host.block import read_block_device, read_disk_file
+from vmplug.host.block.sysfs import read_block_device, read_disk_file
 from vmplug.host.device import CharDevice, HostDevice, VhostUserSocket
 from vmplug.host.host_path import SYSFS_DIRECTORY, get_host_path, is_in_store
 from vmplug.host.kind import DeviceType, FoundBy

@@ -13,11 +13,11 @@ from itertools import chain
 from typing import assert_never
 
 from vmplug.devnum import DevNum
-from vmplug.host.block import read_block_device
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.mounts import HostUsage, same_file
+from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.device import (
-    BlockDevice,
     CharDevice,
-    DiskFile,
     EntropySource,
     HostDevice,
     OpenConnection,
@@ -27,7 +27,6 @@ from vmplug.host.device import (
 )
 from vmplug.host.finding import Claim, Code, Finding, Wish
 from vmplug.host.kind import FoundBy
-from vmplug.host.mounts import HostUsage, same_file
 from vmplug.host.root import HostRoot, describe, node_number
 from vmplug.host.viability import check_group, check_openers
 

@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
-from vmplug.host.device import DiskPart, VfioGroup
+from vmplug.host.block.device import DiskPart
+from vmplug.host.device import VfioGroup
 from vmplug.host.file_id import replaced
 from vmplug.host.holding import block_devices_of
 from vmplug.host.iommu import find_group, read_group

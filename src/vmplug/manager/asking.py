@@ -8,7 +8,8 @@ from vmplug.devnum import DevNum
 from vmplug.drivers.place import PlugMode
 from vmplug.drivers.ports import Driver
 from vmplug.errors import AttributeReadError
-from vmplug.host.device import BlockDevice, CharDevice, HostDevice, VfioGroup, VhostUserSocket
+from vmplug.host.block.device import BlockDevice
+from vmplug.host.device import CharDevice, HostDevice, VfioGroup, VhostUserSocket
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.kind import DeviceType
 from vmplug.host.paths import find_paths

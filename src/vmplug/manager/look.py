@@ -14,10 +14,10 @@ from vmplug.devnum import DevNum
 from vmplug.drivers.plug import DAEMON_MARK
 from vmplug.errors import AttributeReadError
 from vmplug.host.backend import is_connected, is_listening
-from vmplug.host.block import SIZE_UNIT_BYTES
-from vmplug.host.image import ImageFormat, read_qcow2_header
+from vmplug.host.block.image import ImageFormat, read_qcow2_header
+from vmplug.host.block.loop import read_backing_file
+from vmplug.host.block.sysfs import SIZE_UNIT_BYTES
 from vmplug.host.kind import DeviceType
-from vmplug.host.loop import read_backing_file
 from vmplug.host.mdev import MDEV_DEVICES
 from vmplug.host.pci import find_function
 from vmplug.host.process import find_marked, is_running

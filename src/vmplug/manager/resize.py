@@ -2,7 +2,8 @@
 
 from vmplug.devnum import DevNum
 from vmplug.errors import PolicyError
-from vmplug.host.device import BlockDevice, DiskFile, HostDevice
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.device import HostDevice
 from vmplug.host.kind import DeviceType
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterable
 from vmplug.address import Bdf
 from vmplug.errors import InUse
 from vmplug.host import safety
+from vmplug.host.block.mounts import read_usage
 from vmplug.host.device import VfioGroup
 from vmplug.host.finding import NEVER_ALLOWED, Code, Finding, Severity, Wish, allow
 from vmplug.host.holding import block_devices_of
 from vmplug.host.iommu import find_group, read_group
-from vmplug.host.mounts import read_usage
 from vmplug.host.process import find_openers
 from vmplug.host.root import HostRoot
 from vmplug.host.vfio import read_cdev

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from vmplug.host.disks import Disk, Pmem, Use
+from vmplug.host.block.inventory import Disk, Pmem, Use
 from vmplug.host.holding import NetInterface
 from vmplug.host.inventory import HostFunction, HostMediated, Inventory, StoredSocket
 from vmplug.host.mdev import MdevType

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from vmplug.cli.render.output import access, size
 from vmplug.cli.render.tree import Line, Style
-from vmplug.host.disks import Disk, Use
+from vmplug.host.block.inventory import Disk, Use
 from vmplug.host.inventory import HostFunction, HostMediated, Inventory, StoredSocket
 from vmplug.host.pci import Bar, PciFunction
 from vmplug.host.pci_ids import PciNames

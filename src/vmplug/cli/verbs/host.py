@@ -19,7 +19,7 @@ from vmplug.cli.render.output import print_json
 from vmplug.cli.render.tree import print_sections
 from vmplug.cli.wiring import has_journal, open_journal
 from vmplug.errors import NoSuchDevice
-from vmplug.host.disks import Disk
+from vmplug.host.block.inventory import Disk
 from vmplug.host.inventory import (
     HostFunction,
     HostMediated,

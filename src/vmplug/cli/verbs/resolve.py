@@ -8,7 +8,8 @@ from vmplug.cli.options import json_option, read_request, request_options
 from vmplug.cli.render.output import device_json, info_json, print_json, print_table, size
 from vmplug.cli.render.text import one_line
 from vmplug.errors import HostError
-from vmplug.host.device import BlockDevice, DiskFile, HostDevice
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.device import HostDevice
 from vmplug.host.resolve import resolve_all
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ import os
 import stat
 
 from vmplug.devnum import DevNum
-from vmplug.host.device import BlockDevice, DiskFile, DiskPart
+from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
+from vmplug.host.block.image import read_qcow2_header
+from vmplug.host.block.loop import LoopBacking, read_backing_file
+from vmplug.host.block.pmem import read_pfn_info
 from vmplug.host.file_id import file_id
-from vmplug.host.image import read_qcow2_header
 from vmplug.host.kind import FoundBy
-from vmplug.host.loop import LoopBacking, read_backing_file
-from vmplug.host.pmem import read_pfn_info
 from vmplug.host.root import HostRoot, node_number
 
 SIZE_UNIT_BYTES = 512

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
-from vmplug.host.block import read_block_device
-from vmplug.host.device import BlockDevice
+from vmplug.host.block.device import BlockDevice
+from vmplug.host.block.mounts import HostUsage, same_file
+from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.kind import FoundBy
-from vmplug.host.mounts import HostUsage, same_file
 from vmplug.host.root import HostRoot
 
 _ND_DEVICES = "/sys/bus/nd/devices"

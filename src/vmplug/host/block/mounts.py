@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
-from vmplug.host.loop import LoopBacking, read_backing_file
+from vmplug.host.block.loop import LoopBacking, read_backing_file
 from vmplug.host.root import HostRoot, node_number
 
 
