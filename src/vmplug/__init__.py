@@ -24,10 +24,11 @@ _NAMES = {
     "vmplug.host.vhost_user": "VhostUserStore",
     "vmplug.host.block.volumes": "find_requests",
     "vmplug.host.block.device": "BlockDevice DiskFile",
-    "vmplug.host.device": "CharDevice EntropySource SharedDirectory VfioGroup VhostUserSocket",
+    "vmplug.host.device": "CharDevice EntropySource SharedDirectory VhostUserSocket",
+    "vmplug.host.pci.group": "VfioGroup",
     "vmplug.host.kind": "DeviceType SharedFilesystem",
-    "vmplug.host.mdev": "MediatedDevice VFIODeviceType",
-    "vmplug.host.pci": "PciFunction read_functions",
+    "vmplug.host.pci.mdev": "MediatedDevice VFIODeviceType",
+    "vmplug.host.pci.function": "PciFunction read_functions",
     "vmplug.host.finding": "Code Finding Severity",
     "vmplug.drivers.plug": (
         "Aio BlockDrive BlockDriver Cache RNGDevice SharedFS Throttle VFIODevice VFIODevices "

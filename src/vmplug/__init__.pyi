@@ -80,9 +80,9 @@ from vmplug.drivers.place import GuestFunction as GuestFunction
 from vmplug.drivers.plug import VFIODevice as VFIODevice
 from vmplug.drivers.plug import VFIODevices as VFIODevices
 from vmplug.errors import BindError as BindError
-from vmplug.host.device import VfioGroup as VfioGroup
-from vmplug.host.mdev import MediatedDevice as MediatedDevice
-from vmplug.host.mdev import VFIODeviceType as VFIODeviceType
-from vmplug.host.pci import PciFunction as PciFunction
-from vmplug.host.pci import read_functions as read_functions
+from vmplug.host.pci.function import PciFunction as PciFunction
+from vmplug.host.pci.function import read_functions as read_functions
+from vmplug.host.pci.group import VfioGroup as VfioGroup
+from vmplug.host.pci.mdev import MediatedDevice as MediatedDevice
+from vmplug.host.pci.mdev import VFIODeviceType as VFIODeviceType
 from vmplug.oci.annotated import VfioInfo as VfioInfo

@@ -14,7 +14,7 @@ from tests.cli.test_bad_input import HOST, REQUEST, STATE, USAGE, Bad, refused, 
 from tests.contract.binding import held_by_vm
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
-from vmplug.host.bind import FormerBinding
+from vmplug.host.pci.bind import FormerBinding
 from vmplug.manager.bindings import Binding, BindingState
 from vmplug.manager.store import Store
 

@@ -10,7 +10,7 @@ from tests.conformance.vfio_tree import AP_MATRIX, UUID, add_cdev, add_mediated,
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.drivers.place import ApPlace
-from vmplug.host.mdev import VFIODeviceType
+from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.hypervisor.qemu.machine import Machine
 from vmplug.oci.annotated import VfioInfo
 

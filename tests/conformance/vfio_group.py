@@ -39,7 +39,8 @@ from vmplug.devnum import DevNum
 from vmplug.drivers.plug import VFIODevice, VFIODevices
 from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.vfio import VfioOptions
-from vmplug.host.device import CharDevice, HostDevice, VfioGroup
+from vmplug.host.device import CharDevice, HostDevice
+from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.oci.info import DeviceInfo, DevType

@@ -19,7 +19,7 @@ from tests.conformance.vector import (
 from tests.conformance.vfio_tree import AP_MATRIX, UUID, add_mediated, build, give_to_vfio, named
 from tests.conformance.vfio_vm import ap_monitor, machine_on
 from tests.support.pci_tree import PciTree
-from vmplug.host.mdev import VFIODeviceType
+from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.manager.records import DeviceRecord
 from vmplug.oci.annotated import VfioInfo
 

@@ -15,8 +15,8 @@ from tests.conformance.vector import (
 from tests.conformance.vfio_tree import build, find, hexadecimal, skip_places
 from tests.support.pci_tree import CONFIG_CUT, CONFIG_PCI, CONFIG_PCIE, PciTree, config_space
 from vmplug.address import Bdf
-from vmplug.host.device import VfioGroup
-from vmplug.host.pci import PciFunction
+from vmplug.host.pci.function import PciFunction
+from vmplug.host.pci.group import VfioGroup
 
 _FUNCTION = "0000:01:00.0"
 

@@ -13,7 +13,7 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.host.device import HostDevice
-from vmplug.host.mdev import VFIODeviceType
+from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.resolve import resolve
 from vmplug.oci.annotated import VfioInfo
 from vmplug.oci.info import DeviceInfo, DevType

@@ -12,10 +12,10 @@ import pytest
 
 from vmplug.address import Bdf
 from vmplug.errors import BindError, StateError
-from vmplug.host.device import VfioGroup
 from vmplug.host.kind import DeviceType
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import find_vfio_device
 from vmplug.manager.binder import Binder
 from vmplug.manager.bindings import BindingState
 from vmplug.manager.records import DeviceRecord

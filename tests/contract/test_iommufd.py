@@ -20,9 +20,9 @@ from vmplug.drivers.place import GroupPlace, PciPlace
 from vmplug.drivers.plug import VFIODevice, VFIODevices
 from vmplug.drivers.ports import Command
 from vmplug.errors import AttributeReadError, CommandError, NoFreePort
-from vmplug.host.mdev import VFIODeviceType
+from vmplug.host.pci.mdev import VFIODeviceType
+from vmplug.host.pci.vfio import IOMMU_NODE
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import IOMMU_NODE
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, make_iommufd

@@ -16,7 +16,7 @@ from tests.support.disks import detach_loop, disk_image
 from tests.support.fake_kernel import FakeKernel
 from tests.support.pci_tree import PciTree
 from vmplug.devnum import DevNum
-from vmplug.host.vfio import IOMMU_NODE
+from vmplug.host.pci.vfio import IOMMU_NODE
 from vmplug.host.vhost_user import VHOST_USER_BLK_MAJOR
 from vmplug.hypervisor.daemon import HostDaemons
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo

@@ -18,9 +18,9 @@ from tests.support.fake_kernel import FakeKernel
 from vmplug.drivers.plug import Daemon
 from vmplug.drivers.ports import Endpoint
 from vmplug.host.kind import DeviceType
+from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import find_vfio_device
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.hypervisor.daemon import HostDaemons, Started
 from vmplug.hypervisor.qemu import Qemu

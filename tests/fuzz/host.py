@@ -24,15 +24,15 @@ from vmplug.host.finding import Wish
 from vmplug.host.host_path import find_sysfs_node
 from vmplug.host.inventory import read_inventory, with_reset_methods
 from vmplug.host.kind import FoundBy
-from vmplug.host.mdev import read_mdev_types
+from vmplug.host.pci.mdev import read_mdev_types
+from vmplug.host.pci.sriov import read_sriov
+from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.process import find_openers, read_memlock_limit, read_start_time
 from vmplug.host.record import write_record
 from vmplug.host.recorded import open_record
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.safety import check as check_safety
-from vmplug.host.sriov import read_sriov
-from vmplug.host.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType, Mount

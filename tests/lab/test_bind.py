@@ -16,16 +16,16 @@ from tests.contract.binding import BindingContract, Side, held_by_vm
 from tests.support.lab import namespace_of
 from vmplug.address import Bdf
 from vmplug.errors import BindError, InUse, StateError
-from vmplug.host.bind import Writer, reset_function
-from vmplug.host.driver import choose_driver, find_driver
 from vmplug.host.finding import Code
-from vmplug.host.iommu import find_group
-from vmplug.host.mdev import MDEV_DEVICES, read_mdev_types
-from vmplug.host.mediate import create_mediated
-from vmplug.host.pci import read_function
+from vmplug.host.pci.bind import Writer, reset_function
+from vmplug.host.pci.function import read_function
+from vmplug.host.pci.iommu import find_group
+from vmplug.host.pci.mdev import MDEV_DEVICES, read_mdev_types
+from vmplug.host.pci.mdev_create import create_mediated
+from vmplug.host.pci.sriov import VirtualFunction, Wanted, read_virtual, set_virtual
+from vmplug.host.pci.vfio import find_vfio_device
+from vmplug.host.pci.vfio_driver import choose_driver, find_driver
 from vmplug.host.root import HostRoot
-from vmplug.host.sriov import VirtualFunction, Wanted, read_virtual, set_virtual
-from vmplug.host.vfio import find_vfio_device
 from vmplug.manager.binder import Binder, Outcome
 from vmplug.manager.divide import divide, find_sriov, remove_unused
 from vmplug.manager.store import Store

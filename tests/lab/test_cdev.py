@@ -40,7 +40,7 @@ from vmplug import (
     resolve,
 )
 from vmplug.drivers.ports import Command
-from vmplug.host.vfio import IOMMU_NODE, open_nodes
+from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu.abilities import of_program
 from vmplug.hypervisor.qmp import QmpMonitor

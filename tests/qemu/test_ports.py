@@ -13,7 +13,7 @@ from tests.support.vm import Device, GuestVm, start_vm
 from vmplug.address import Bdf, PciPath
 from vmplug.drivers.place import FIRMWARE_WINDOWS, Offer, PortKind, Windows
 from vmplug.drivers.vfio import window_for
-from vmplug.host.pci import Bar, PciFunction
+from vmplug.host.pci.function import Bar, PciFunction
 from vmplug.hypervisor.qemu import Qemu
 
 pytestmark = pytest.mark.qemu

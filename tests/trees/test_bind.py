@@ -17,13 +17,13 @@ from tests.support.fake_kernel import DIED, FakeKernel, Fault, fake_modprobe
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, InUse, NoSuchDevice, StoreError
-from vmplug.host.bind import FormerBinding, bind_function, read_former, restore
-from vmplug.host.device import VfioGroup
-from vmplug.host.driver import choose_driver, load_driver
 from vmplug.host.finding import Code
 from vmplug.host.kind import FoundBy
-from vmplug.host.pci import read_function
-from vmplug.host.vfio import find_vfio_device, find_vfio_group
+from vmplug.host.pci.bind import FormerBinding, bind_function, read_former, restore
+from vmplug.host.pci.function import read_function
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
+from vmplug.host.pci.vfio_driver import choose_driver, load_driver
 from vmplug.manager.binder import Binder, Outcome
 from vmplug.manager.bindings import Binding, BindingState
 from vmplug.manager.store import Store

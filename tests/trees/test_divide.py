@@ -14,10 +14,10 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.errors import BindError, InUse, NoSuchDevice, SpecError, StateError
 from vmplug.host.finding import Code
-from vmplug.host.iommu import find_group
-from vmplug.host.mdev import MDEV_DEVICES, UUID, read_mdev_types
-from vmplug.host.mediate import create_mediated
-from vmplug.host.sriov import (
+from vmplug.host.pci.iommu import find_group
+from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_mdev_types
+from vmplug.host.pci.mdev_create import create_mediated
+from vmplug.host.pci.sriov import (
     VirtualFunction,
     Wanted,
     find_interface,
@@ -25,7 +25,7 @@ from vmplug.host.sriov import (
     read_virtual,
     set_virtual,
 )
-from vmplug.host.vfio import find_vfio_device
+from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.manager.binder import Binder
 from vmplug.manager.divide import divide, find_sriov, read_interface, remove_unused
 from vmplug.manager.store import Store

@@ -7,7 +7,7 @@ import pytest
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.errors import AttributeReadError
-from vmplug.host.holding import NetInterface, block_devices_of, networks_of
+from vmplug.host.pci.uses import NetInterface, block_devices_of, networks_of
 from vmplug.host.root import HostRoot
 
 PORT, CARD, OTHER = "0000:00:1c.0", "0000:3b:00.0", "0000:00:03.0"

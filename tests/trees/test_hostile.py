@@ -16,10 +16,10 @@ from vmplug.host.block.mounts import read_usage
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.finding import Wish
 from vmplug.host.host_path import get_host_path
+from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.process import find_openers, read_start_time
 from vmplug.host.resolve import resolve
 from vmplug.host.safety import check
-from vmplug.host.sriov import read_sriov
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
 UEVENT = "/sys/dev/char/10:7/uevent"

@@ -13,7 +13,6 @@ from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import NoSuchDevice
 from vmplug.host.block.inventory import Disk, Pmem, Use
-from vmplug.host.holding import NetInterface
 from vmplug.host.inventory import (
     HostFunction,
     HostMediated,
@@ -22,8 +21,9 @@ from vmplug.host.inventory import (
     read_inventory,
     with_reset_methods,
 )
-from vmplug.host.mdev import MdevType, MediatedDevice, VFIODeviceType, read_mdev_types
-from vmplug.host.pci_ids import PCI_IDS, PciNames
+from vmplug.host.pci.mdev import MdevType, MediatedDevice, VFIODeviceType, read_mdev_types
+from vmplug.host.pci.pci_ids import PCI_IDS, PciNames
+from vmplug.host.pci.uses import NetInterface
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
 

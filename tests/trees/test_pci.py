@@ -18,8 +18,7 @@ from tests.support.pci_tree import (
     resource_text,
 )
 from vmplug.address import Bdf
-from vmplug.host.iommu import find_group, has_iommu, read_group, read_groups, read_membership
-from vmplug.host.pci import (
+from vmplug.host.pci.function import (
     Bar,
     PciFunction,
     find_function,
@@ -28,6 +27,7 @@ from vmplug.host.pci import (
     read_reset_methods,
     read_virtfns,
 )
+from vmplug.host.pci.iommu import find_group, has_iommu, read_group, read_groups, read_membership
 from vmplug.host.root import HostRoot
 
 NVME = "0000:3b:00.0"

@@ -12,10 +12,11 @@ from tests.support.tree import HostTree
 from vmplug import Policy
 from vmplug.devnum import DevNum
 from vmplug.errors import PolicyError
-from vmplug.host.device import SharedDirectory, VfioGroup
+from vmplug.host.device import SharedDirectory
 from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.paths import find_paths
+from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore

@@ -20,12 +20,12 @@ from vmplug.host import recorded
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.finding import Finding, Wish
 from vmplug.host.inventory import Inventory, read_inventory, with_reset_methods
+from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.record import write_record
 from vmplug.host.recorded import LIMITS, Limits, open_record
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.safety import check
-from vmplug.host.vfio import find_vfio_device
 from vmplug.oci.info import DeviceInfo, DevType
 
 NVME, NIC, GPU = "0000:3b:00.0", "0000:3c:00.0", "0000:00:02.0"

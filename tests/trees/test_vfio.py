@@ -8,11 +8,11 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import NoSuchDevice, SpecError
-from vmplug.host.device import VfioGroup
 from vmplug.host.kind import FoundBy
-from vmplug.host.mdev import VFIODeviceType, read_mdev_types, read_mediated_devices
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.mdev import VFIODeviceType, read_mdev_types, read_mediated_devices
+from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.resolve import resolve
-from vmplug.host.vfio import find_vfio_device
 from vmplug.oci.annotated import VfioInfo
 from vmplug.oci.info import DeviceInfo, DevType
 

@@ -9,8 +9,8 @@ from tests.support.pci_tree import PciTree
 from tests.trees.checking import WRITING, claim
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.finding import Claim, Code, Finding, Severity
+from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.safety import check
-from vmplug.host.vfio import find_vfio_device
 from vmplug.host.viability import GuestMemory, check_memlock, check_vm
 
 GPU, AUDIO, OTHER = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"

@@ -19,7 +19,7 @@ from vmplug.drivers.place import PlugMode
 from vmplug.errors import InUse, PolicyError
 from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.kind import DeviceType
-from vmplug.host.pci import PciFunction
+from vmplug.host.pci.function import PciFunction
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.memory import MemoryHypervisor
 from vmplug.manager.manager import DeviceManager

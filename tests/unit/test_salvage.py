@@ -15,7 +15,7 @@ from tests.unit.test_migration import write_version
 from tests.unit.test_store import DISK, hold
 from vmplug.address import Bdf
 from vmplug.errors import StoreError
-from vmplug.host.bind import FormerBinding
+from vmplug.host.pci.bind import FormerBinding
 from vmplug.manager.bindings import Binding, BindingState
 from vmplug.manager.database import VERSION
 from vmplug.manager.reconcile import Outcome

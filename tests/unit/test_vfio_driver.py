@@ -21,10 +21,10 @@ from vmplug.drivers.plug import VFIODevice, VFIODevices, guest_address
 from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.vfio import VfioOptions, needed_windows, window_for
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
-from vmplug.host.device import VfioGroup
 from vmplug.host.finding import Code
-from vmplug.host.mdev import MediatedDevice, VFIODeviceType
-from vmplug.host.pci import Bar, PciFunction
+from vmplug.host.pci.function import Bar, PciFunction
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.mdev import MediatedDevice, VFIODeviceType
 
 MIB, GIB = 1 << 20, 1 << 30
 UUID = "f94290f8-78ac-45fb-bb22-e55e519fa64f"

@@ -13,7 +13,7 @@ from vmplug.drivers.place import ApPlace, CcwPlace, GroupPlace, PciPlace
 from vmplug.drivers.plug import VFIODevice, VFIODevices
 from vmplug.drivers.ports import Step
 from vmplug.errors import AttributeReadError, CommandError, UnplugTimeout
-from vmplug.host.mdev import VFIODeviceType
+from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.memory import Guest, MemoryHypervisor
 from vmplug.hypervisor.qemu.coldplug import ColdQemu, arguments

@@ -4,11 +4,11 @@ import re
 
 from vmplug.address import Bdf
 from vmplug.errors import SpecError
-from vmplug.host.device import VfioGroup
 from vmplug.host.kind import FoundBy
-from vmplug.host.mdev import UUID
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.mdev import UUID
+from vmplug.host.pci.vfio import CDEV_NODE, GROUP_NODE, find_vfio_device, find_vfio_group
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import CDEV_NODE, GROUP_NODE, find_vfio_device, find_vfio_group
 
 _SHORT_BDF = re.compile(r"[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\Z", re.ASCII)
 """As lspci(8) writes it on a host of one domain."""

@@ -170,7 +170,7 @@ def windows_for(addresses: "Iterable[Bdf]", host: HostRoot) -> tuple[int, ...]:
     The largest first. Raises NoSuchDevice.
     """
     from vmplug.drivers.vfio import window_for  # noqa: PLC0415  most VMs need none
-    from vmplug.host.vfio import find_vfio_device  # noqa: PLC0415
+    from vmplug.host.pci.vfio import find_vfio_device  # noqa: PLC0415
 
     windows = []
     for bdf in addresses:

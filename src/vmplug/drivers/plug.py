@@ -19,7 +19,7 @@ from vmplug.drivers.place import (
 )
 from vmplug.host.block.image import ImageFormat
 from vmplug.host.kind import DeviceType
-from vmplug.host.mdev import VFIODeviceType
+from vmplug.host.pci.mdev import VFIODeviceType
 
 
 class BlockDriver(StrEnum):

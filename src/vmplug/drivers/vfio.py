@@ -29,10 +29,11 @@ from vmplug.drivers.place import (
 from vmplug.drivers.plug import VFIODevice, VFIODevices
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
-from vmplug.host.device import HostDevice, VfioGroup
+from vmplug.host.device import HostDevice
 from vmplug.host.finding import Code, Finding
-from vmplug.host.mdev import MediatedDevice, VFIODeviceType
-from vmplug.host.pci import LARGE_BAR_BYTES, PciFunction
+from vmplug.host.pci.function import LARGE_BAR_BYTES, PciFunction
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.mdev import MediatedDevice, VFIODeviceType
 
 
 class VFIOMode(StrEnum):

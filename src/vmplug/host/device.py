@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.devnum import DevNum
-from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
+from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.host.pci.group import VfioGroup
 
 if TYPE_CHECKING:
     from vmplug.host.backend import Backend
-    from vmplug.host.mdev import MediatedDevice
-    from vmplug.host.pci import PciFunction
     from vmplug.host.virtiofsd import Virtiofsd
 
 
@@ -138,64 +137,6 @@ class EntropySource(NamedTuple):
     def related_identities(self) -> tuple[str, ...]:
         """None."""
         return ()
-
-
-class VfioGroup(NamedTuple):
-    """An IOMMU group, which is handed over whole or not at all.
-
-    `functions` are its PCI functions, `mediated` is its mediated device, `bridges` stay with the
-    host. `strangers` are members of no kind that vmplug knows. `named` is the function or UUID
-    that the request named, `device_node` the node; each None when it named the other. `number` is
-    None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes of the members
-    themselves, by name, when the request named one and iommufd can use them. `disks` are the
-    block devices that the host has of the functions.
-    """
-
-    number: int | None
-    device_node: str | None
-    functions: tuple["PciFunction", ...]
-    bridges: tuple["PciFunction", ...] = ()
-    mediated: "MediatedDevice | None" = None
-    strangers: tuple[str, ...] = ()
-    named: str | None = None
-    found_by: FoundBy = FoundBy.SYSFS
-    cdev_nodes: tuple[tuple[str, str], ...] = ()
-    disks: tuple[DiskPart, ...] = ()
-
-    @property
-    def kind(self) -> DeviceType:
-        """VFIO."""
-        return DeviceType.VFIO
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """The BDFs of the functions, or the UUID of the mediated device."""
-        return (
-            (self.mediated.uuid,) if self.mediated else tuple(str(f.bdf) for f in self.functions)
-        )
-
-    @property
-    def host_path(self) -> str:
-        """The node that was named, or the one that the group has while VFIO holds it."""
-        return self.device_node or (self.named or "" if self.number is None else self.group_node)
-
-    @property
-    def group_node(self) -> str:
-        """The node that the group has while VFIO holds it, if the kernel makes such nodes."""
-        return f"/dev/vfio/{self.number}"
-
-    @property
-    def identity(self) -> str:
-        """The first member: group numbers are given anew when devices come and go."""
-        return f"vfio:{self.members[0] if self.members else self.number}"
-
-    @property
-    def related_identities(self) -> tuple[str, ...]:
-        """The other members, the physical function of a virtual one, and the disks."""
-        others = self.members[1:]
-        physfns = {str(f.physfn) for f in self.functions if f.physfn} - set(self.members)
-        functions = (f"vfio:{name}" for name in (*others, *sorted(physfns)))
-        return (*functions, *(f"block:{disk.devnum}" for disk in self.disks))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,17 @@ from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.inventory import Disk, Pmem, Use, read_disks, read_pmem
 from vmplug.host.block.mounts import HostUsage, read_usage
-from vmplug.host.holding import (
+from vmplug.host.kind import DeviceType
+from vmplug.host.pci.function import PciFunction, read_functions, read_reset_methods
+from vmplug.host.pci.iommu import find_group
+from vmplug.host.pci.mdev import (
+    MDEV_DEVICES,
+    MdevType,
+    MediatedDevice,
+    read_mdev_types,
+    read_mediated,
+)
+from vmplug.host.pci.uses import (
     NetInterface,
     NetworkUses,
     group_by_function,
@@ -22,10 +32,6 @@ from vmplug.host.holding import (
     read_net_paths,
     read_network_uses,
 )
-from vmplug.host.iommu import find_group
-from vmplug.host.kind import DeviceType
-from vmplug.host.mdev import MDEV_DEVICES, MdevType, MediatedDevice, read_mdev_types, read_mediated
-from vmplug.host.pci import PciFunction, read_functions, read_reset_methods
 from vmplug.host.root import HostRoot, node_number
 
 if TYPE_CHECKING:

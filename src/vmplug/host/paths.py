@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterator
 
 from vmplug.host.block.device import BlockDevice
-from vmplug.host.device import HostDevice, OpenConnection, VfioGroup
+from vmplug.host.device import HostDevice, OpenConnection
+from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 
 _UDEV_LINKS = ("S:disk/by-id/", "S:disk/by-path/")

@@ -89,7 +89,7 @@ def _describe_device(
     if info.devnum and kind is DeviceType.BLOCK:
         return read_block_device(info.devnum, host_path, found_by, root)
     if kind is DeviceType.VFIO:
-        from vmplug.host.vfio import find_vfio_group  # noqa: PLC0415  few requests are for it
+        from vmplug.host.pci.vfio import find_vfio_group  # noqa: PLC0415  few requests are for it
 
         return find_vfio_group(host_path, root, devnum=info.devnum, found_by=found_by)
     return CharDevice(device_node=host_path, devnum=info.devnum, found_by=found_by)

@@ -15,8 +15,8 @@ from vmplug.host.device import (
 )
 from vmplug.host.file_id import file_id
 from vmplug.host.kind import DeviceType, FoundBy, SharedFilesystem
+from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.root import HostRoot, describe
-from vmplug.host.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.virtiofsd import find_virtiofsd
 from vmplug.oci.annotated import Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 

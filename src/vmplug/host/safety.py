@@ -22,11 +22,11 @@ from vmplug.host.device import (
     HostDevice,
     OpenConnection,
     SharedDirectory,
-    VfioGroup,
     VhostUserSocket,
 )
 from vmplug.host.finding import Claim, Code, Finding, Wish
 from vmplug.host.kind import FoundBy
+from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot, describe, node_number
 from vmplug.host.viability import check_group, check_openers
 

@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from vmplug.host.device import VfioGroup
 from vmplug.host.finding import Code, Finding, Severity
-from vmplug.host.holding import NetInterface, networks_of
-from vmplug.host.iommu import allows_unsafe_interrupts, has_iommu, remaps_interrupts
-from vmplug.host.pci import PciFunction, read_reset_methods, read_virtfns
+from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.iommu import allows_unsafe_interrupts, has_iommu, remaps_interrupts
+from vmplug.host.pci.uses import NetInterface, networks_of
+from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
 from vmplug.host.process import find_openers, read_memlock_limit
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
 
 _DISPLAY = 0x03
 

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, HostError, NoSuchDevice, StateError, StoreError
-from vmplug.host.bind import (
+from vmplug.host.finding import Code
+from vmplug.host.pci.bind import (
     WRITE_TIMEOUT_S,
     FormerBinding,
     bind_function,
@@ -31,12 +32,11 @@ from vmplug.host.bind import (
     read_former,
     restore,
 )
-from vmplug.host.device import VfioGroup
-from vmplug.host.driver import check_driver, choose_driver, is_same_driver, load_driver
-from vmplug.host.finding import Code
-from vmplug.host.pci import PciFunction, find_function
+from vmplug.host.pci.function import PciFunction, find_function
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.vfio import is_vfio_driver
+from vmplug.host.pci.vfio_driver import check_driver, choose_driver, is_same_driver, load_driver
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import is_vfio_driver
 from vmplug.manager.bindings import LOCK_TIMEOUT_S, Binding, BindingState
 from vmplug.manager.database import is_locked
 from vmplug.manager.store import Store

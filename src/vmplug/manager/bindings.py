@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vmplug.address import Bdf
-from vmplug.host.bind import FormerBinding
+from vmplug.host.pci.bind import FormerBinding
 from vmplug.manager.database import Transaction, alone, store_error
 
 LOCK_TIMEOUT_S = 120.0

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterable
 from vmplug.address import Bdf
 from vmplug.errors import BindError, NoSuchDevice, StateError
 from vmplug.host.finding import Code
-from vmplug.host.mediate import remove_mediated
-from vmplug.host.pci import find_function
+from vmplug.host.pci.function import find_function
+from vmplug.host.pci.mdev_create import remove_mediated
+from vmplug.host.pci.sriov import Sriov, find_interface, read_sriov, set_count
+from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
-from vmplug.host.sriov import Sriov, find_interface, read_sriov, set_count
-from vmplug.host.vfio import find_vfio_device
 from vmplug.manager.store import Store
 from vmplug.manager.use import USED_BY_VM, check_use, refuse_use
 

@@ -17,8 +17,9 @@ from vmplug.host import safety
 from vmplug.host.backend import ask_backend
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.mounts import HostUsage, read_usage
-from vmplug.host.device import CharDevice, HostDevice, VfioGroup, VhostUserSocket
+from vmplug.host.device import CharDevice, HostDevice, VhostUserSocket
 from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
+from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore

@@ -18,11 +18,11 @@ from vmplug.host.block.image import ImageFormat, read_qcow2_header
 from vmplug.host.block.loop import read_backing_file
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES
 from vmplug.host.kind import DeviceType
-from vmplug.host.mdev import MDEV_DEVICES
-from vmplug.host.pci import find_function
+from vmplug.host.pci.function import find_function
+from vmplug.host.pci.mdev import MDEV_DEVICES
+from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.process import find_marked, is_running
 from vmplug.host.root import HostRoot, node_number
-from vmplug.host.vfio import is_vfio_driver
 from vmplug.manager.records import DeviceRecord, VmRecord, has_ended
 from vmplug.manager.state import State
 

@@ -21,8 +21,9 @@ from vmplug.errors import (
     StoreError,
     UnplugTimeout,
 )
-from vmplug.host.device import HostDevice, VfioGroup
+from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code, Finding
+from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user import VhostUserStore
 from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S

@@ -8,10 +8,11 @@ from vmplug.drivers.place import MemorySlot, Offer, Place
 from vmplug.drivers.plug import Plug, guest_address
 from vmplug.drivers.ports import BIND, UNBIND, Command, Driver, NewPlug, Step
 from vmplug.errors import CannotPlug, NoFreePort, StateError
-from vmplug.host.device import HostDevice, VfioGroup
+from vmplug.host.device import HostDevice
 from vmplug.host.finding import Code, Finding
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import is_vfio_driver
 from vmplug.manager.examine import Examined, refuse, refuse_not_allowed
 from vmplug.manager.records import Attachment, DeviceRecord
 from vmplug.manager.state import State, on_its_way

@@ -14,7 +14,7 @@ from vmplug.devnum import DevNum
 from vmplug.drivers.place import PlugMode
 from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import DeviceType
-from vmplug.host.pci import PciFunction
+from vmplug.host.pci.function import PciFunction
 from vmplug.manager.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
 
 _SHOWN = 4

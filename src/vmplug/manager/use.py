@@ -6,13 +6,13 @@ from vmplug.address import Bdf
 from vmplug.errors import InUse
 from vmplug.host import safety
 from vmplug.host.block.mounts import read_usage
-from vmplug.host.device import VfioGroup
 from vmplug.host.finding import NEVER_ALLOWED, Code, Finding, Severity, Wish, allow
-from vmplug.host.holding import block_devices_of
-from vmplug.host.iommu import find_group, read_group
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.iommu import find_group, read_group
+from vmplug.host.pci.uses import block_devices_of
+from vmplug.host.pci.vfio import read_cdev
 from vmplug.host.process import find_openers
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import read_cdev
 from vmplug.manager.store import Store
 
 USED_BY_VM = frozenset({Code.IN_USE_BY_VM, Code.OPEN_BY_PROCESS})

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from vmplug.host.block.inventory import Disk, Pmem, Use
-from vmplug.host.holding import NetInterface
 from vmplug.host.inventory import HostFunction, HostMediated, Inventory, StoredSocket
-from vmplug.host.mdev import MdevType
-from vmplug.host.pci import Bar
-from vmplug.host.pci_ids import PciNames
+from vmplug.host.pci.function import Bar
+from vmplug.host.pci.mdev import MdevType
+from vmplug.host.pci.pci_ids import PciNames
+from vmplug.host.pci.uses import NetInterface
 
 
 def inventory_json(inventory: Inventory, names: PciNames) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from vmplug.cli.render.output import access, size
 from vmplug.cli.render.tree import Line, Style
 from vmplug.host.block.inventory import Disk, Use
 from vmplug.host.inventory import HostFunction, HostMediated, Inventory, StoredSocket
-from vmplug.host.pci import Bar, PciFunction
-from vmplug.host.pci_ids import PciNames
+from vmplug.host.pci.function import Bar, PciFunction
+from vmplug.host.pci.pci_ids import PciNames
 
 _PCIE = {True: "PCIe", False: "PCI", None: "?"}
 

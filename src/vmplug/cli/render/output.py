@@ -10,7 +10,8 @@ import click
 from vmplug.cli.render.kata_agent import agent_json
 from vmplug.cli.render.text import one_line
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.device import HostDevice, VfioGroup
+from vmplug.host.device import HostDevice
+from vmplug.host.pci.group import VfioGroup
 from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:

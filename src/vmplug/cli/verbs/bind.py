@@ -12,7 +12,7 @@ from vmplug.cli.options import (
 from vmplug.cli.render.output import print_json, print_table, progress
 from vmplug.cli.target import find_group
 from vmplug.cli.wiring import open_journal
-from vmplug.host.bind import read_driver
+from vmplug.host.pci.bind import read_driver
 from vmplug.host.root import HostRoot
 from vmplug.manager.binder import Binder
 

@@ -29,7 +29,7 @@ from vmplug.host.inventory import (
     read_inventory,
     with_reset_methods,
 )
-from vmplug.host.pci_ids import PciNames
+from vmplug.host.pci.pci_ids import PciNames
 from vmplug.host.root import HostRoot
 
 _SHORT_BDF = re.compile(r"[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\Z", re.ASCII)

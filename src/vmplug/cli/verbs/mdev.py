@@ -7,9 +7,9 @@ from vmplug.cli.render.output import print_json
 from vmplug.cli.target import parse_function
 from vmplug.cli.wiring import open_journal
 from vmplug.errors import SpecError
-from vmplug.host.mediate import create_mediated
+from vmplug.host.pci.mdev_create import create_mediated
+from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import find_vfio_device
 from vmplug.manager.divide import remove_unused
 
 

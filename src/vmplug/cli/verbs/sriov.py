@@ -17,15 +17,15 @@ from vmplug.cli.render.output import print_json, print_table, progress
 from vmplug.cli.target import parse_function
 from vmplug.cli.wiring import open_journal
 from vmplug.errors import BindError
-from vmplug.host.pci import read_function
-from vmplug.host.root import HostRoot
-from vmplug.host.sriov import (
+from vmplug.host.pci.function import read_function
+from vmplug.host.pci.sriov import (
     VirtualFunction,
     Wanted,
     find_interface,
     read_virtual,
     set_virtual,
 )
+from vmplug.host.root import HostRoot
 from vmplug.manager.divide import divide, find_sriov, read_interface
 
 

@@ -6,7 +6,7 @@ from vmplug.cli.options import json_option, root_option, state_dir_option
 from vmplug.cli.render.output import print_json, print_table, progress
 from vmplug.cli.target import find_group
 from vmplug.cli.wiring import open_journal
-from vmplug.host.bind import read_driver
+from vmplug.host.pci.bind import read_driver
 from vmplug.host.root import HostRoot
 from vmplug.manager.binder import Binder
 

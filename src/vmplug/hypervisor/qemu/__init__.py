@@ -21,9 +21,9 @@ from vmplug.errors import (
     UnplugTimeout,
 )
 from vmplug.host.file_id import check_path, has_open, has_thread, held, replaced
+from vmplug.host.pci.vfio import open_nodes
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons
 from vmplug.hypervisor.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.qemu import vfio

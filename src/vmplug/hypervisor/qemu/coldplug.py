@@ -18,8 +18,8 @@ from vmplug.drivers.plug import Plug, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import START_DAEMON, Command, Step
 from vmplug.errors import StateError
 from vmplug.host.file_id import check_path, has_open, replaced
+from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import IOMMU_NODE, open_nodes
 from vmplug.hypervisor.daemon import Daemons, HostDaemons, Started
 from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program

@@ -14,8 +14,8 @@ from typing import Any
 from vmplug.drivers.plug import Plug, VFIODevices
 from vmplug.drivers.ports import Command, Step
 from vmplug.errors import CommandError
+from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import HostRoot
-from vmplug.host.vfio import IOMMU_NODE, open_nodes
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu.abilities import IOMMUFD as TYPE
 from vmplug.hypervisor.topology import qom_list

@@ -13,7 +13,7 @@ from vmplug.drivers.place import CcwPlace, GroupPlace, Offer, PciPlace, Place
 from vmplug.drivers.plug import VFIODevice, VFIODevices
 from vmplug.drivers.ports import Command, Step
 from vmplug.errors import NoFreePort
-from vmplug.host.mdev import VFIODeviceType
+from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD
 
 _DOMAIN_MAX = 0xFFFF

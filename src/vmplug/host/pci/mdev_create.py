@@ -8,9 +8,9 @@ from contextlib import suppress
 from uuid import uuid4
 
 from vmplug.errors import BindError, NoSuchDevice, SpecError
-from vmplug.host.bind import Writer
-from vmplug.host.iommu import find_group
-from vmplug.host.mdev import MDEV_DEVICES, UUID, MdevType, read_mdev_types
+from vmplug.host.pci.bind import Writer
+from vmplug.host.pci.iommu import find_group
+from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, MdevType, read_mdev_types
 from vmplug.host.root import HostRoot
 
 MADE_TIMEOUT_S = 10.0

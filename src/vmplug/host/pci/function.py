@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
-from vmplug.host.iommu import read_membership
+from vmplug.host.pci.iommu import read_membership
 from vmplug.host.root import HostRoot, Several
 
 BRIDGES = frozenset({0x0600, 0x0604})

@@ -10,8 +10,8 @@ import fnmatch
 from collections.abc import Iterator
 
 from vmplug.errors import BindError
-from vmplug.host.bind import PCI_DRIVERS, PLAIN_DRIVER
-from vmplug.host.pci import PciFunction
+from vmplug.host.pci.bind import PCI_DRIVERS, PLAIN_DRIVER
+from vmplug.host.pci.function import PciFunction
 from vmplug.host.program import run_program
 from vmplug.host.root import HostRoot
 

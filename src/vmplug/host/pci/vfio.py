@@ -12,13 +12,13 @@ from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.block.device import DiskPart
-from vmplug.host.device import VfioGroup
 from vmplug.host.file_id import replaced
-from vmplug.host.holding import block_devices_of
-from vmplug.host.iommu import find_group, read_group
 from vmplug.host.kind import FoundBy
-from vmplug.host.mdev import MDEV_DEVICES, UUID, read_mediated
-from vmplug.host.pci import PciFunction, find_function
+from vmplug.host.pci.function import PciFunction, find_function
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.iommu import find_group, read_group
+from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_mediated
+from vmplug.host.pci.uses import block_devices_of
 from vmplug.host.root import HostRoot, node_number
 
 GROUP_NODE = re.compile(r"/dev/vfio/([0-9]{1,9})\Z", re.ASCII)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from vmplug.address import Bdf
 from vmplug.errors import AttributeReadError, BindError, SpecError
-from vmplug.host.bind import Writer
-from vmplug.host.pci import read_virtfns
+from vmplug.host.pci.bind import Writer
+from vmplug.host.pci.function import read_virtfns
 from vmplug.host.program import Finished, run_program
 from vmplug.host.root import HostRoot
 
