@@ -27,10 +27,10 @@ MAY_IMPORT = {
 
 CATCHES_OSERROR = {
     "cli/main.py",  # the answer cannot be written: its reader has gone, the disk is full
-    "host/backend.py",
+    "host/vhost_user/probe.py",
     "host/events.py",
     "host/file_id.py",
-    "host/peer.py",  # a kernel without sock_diag
+    "host/vhost_user/peer.py",  # a kernel without sock_diag
     "host/process.py",
     "host/program.py",
     "host/record.py",

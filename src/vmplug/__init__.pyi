@@ -42,7 +42,6 @@ from vmplug.host.block.volumes import find_requests as find_requests
 from vmplug.host.device import CharDevice as CharDevice
 from vmplug.host.device import EntropySource as EntropySource
 from vmplug.host.device import SharedDirectory as SharedDirectory
-from vmplug.host.device import VhostUserSocket as VhostUserSocket
 from vmplug.host.finding import Code as Code
 from vmplug.host.finding import Finding as Finding
 from vmplug.host.finding import Severity as Severity
@@ -53,7 +52,8 @@ from vmplug.host.kind import SharedFilesystem as SharedFilesystem
 from vmplug.host.resolve import resolve as resolve
 from vmplug.host.resolve import resolve_all as resolve_all
 from vmplug.host.root import HostRoot as HostRoot
-from vmplug.host.vhost_user import VhostUserStore as VhostUserStore
+from vmplug.host.vhost_user.device import VhostUserSocket as VhostUserSocket
+from vmplug.host.vhost_user.store import VhostUserStore as VhostUserStore
 from vmplug.hypervisor.memory import MemoryHypervisor as MemoryHypervisor
 from vmplug.hypervisor.qemu import Qemu as Qemu
 from vmplug.manager.manager import DeviceManager as DeviceManager

@@ -10,7 +10,7 @@ from tests.support.abilities import OLD
 from tests.support.tree import HostTree
 from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.daemon import Daemons
 from vmplug.hypervisor.qemu.coldplug import ColdQemu
 from vmplug.hypervisor.qemu.machine import Machine, VmSpec

@@ -9,7 +9,7 @@ from typing import Any
 from tests.conformance.vector import Case, Facts
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.spec import parse_config
 

@@ -12,7 +12,7 @@ from vmplug.cli.render.output import attachment_json
 from vmplug.drivers.place import Offer
 from vmplug.drivers.ports import Command
 from vmplug.host.finding import Code
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.memory import MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.abilities import RECONNECT

@@ -20,7 +20,7 @@ from vmplug.host.block.loop import LoopBacking, read_backing_file
 from vmplug.host.host_path import find_sysfs_node, get_host_path
 from vmplug.host.kind import DeviceType
 from vmplug.host.resolve import classify
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
 
 

@@ -28,7 +28,7 @@ from tests.conformance.vfio_sandbox import plug_group
 from tests.support.tree import HostTree
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.finding import Code
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.manager.records import Attachment
 from vmplug.oci.info import DeviceInfo
 

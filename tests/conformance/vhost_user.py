@@ -19,9 +19,9 @@ from vmplug.address import qemu_id
 from vmplug.drivers.free_places import virtio_place
 from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.vhost_user import VhostUserOptions
-from vmplug.host.device import VhostUserSocket
 from vmplug.host.kind import DeviceType
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.device import VhostUserSocket
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.vhost_user import LINK
 from vmplug.manager.records import Attachment

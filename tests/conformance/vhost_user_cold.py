@@ -11,7 +11,7 @@ from tests.support.tree import HostTree
 from vmplug.drivers.plug import Daemon
 from vmplug.errors import BackendError
 from vmplug.host.kind import DeviceType
-from vmplug.host.virtiofsd import VIRTIOFSD_PROGRAMS
+from vmplug.host.vhost_user.virtiofsd import VIRTIOFSD_PROGRAMS
 from vmplug.hypervisor.daemon import HostDaemons, Started
 from vmplug.hypervisor.qemu.machine import Machine
 from vmplug.manager.records import Attachment

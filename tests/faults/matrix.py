@@ -30,7 +30,7 @@ from tests.faults.world import OWNER, PATIENT_S, SILENCE_S, UNPLUG_S, VM, Pictur
 from vmplug.cli.main import main
 from vmplug.cli.verbs.reconcile import _How, _repair_all
 from vmplug.cli.wiring import is_gone
-from vmplug.host.vhost_user import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
+from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
 from vmplug.manager.binder import Binder
 from vmplug.manager.store import Store
 

@@ -21,7 +21,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.daemon import HostDaemons, Started
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qmp import QmpMonitor

@@ -15,11 +15,9 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import DeviceError
-from vmplug.host.backend import find_listener
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.block.pmem import has_pfn_signature
 from vmplug.host.block.volumes import find_volumes
-from vmplug.host.device import VhostUserSocket
 from vmplug.host.finding import Wish
 from vmplug.host.host_path import find_sysfs_node
 from vmplug.host.inventory import read_inventory, with_reset_methods
@@ -33,7 +31,9 @@ from vmplug.host.recorded import open_record
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.safety import check as check_safety
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.device import VhostUserSocket
+from vmplug.host.vhost_user.sockets import find_listener
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 

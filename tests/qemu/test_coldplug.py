@@ -43,7 +43,7 @@ from vmplug.drivers.plug import (
 )
 from vmplug.errors import HypervisorError
 from vmplug.host.kind import DeviceType
-from vmplug.host.virtiofsd import ask_options
+from vmplug.host.vhost_user.virtiofsd import ask_options
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.coldplug import ColdQemu
 from vmplug.hypervisor.qemu.launch import launch

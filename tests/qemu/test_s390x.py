@@ -28,7 +28,7 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CannotPlug, CommandError, DeviceError, UnplugTimeout
 from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qmp import QmpMonitor

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from vmplug.host.virtiofsd import VIRTIOFSD_PROGRAMS, ask_options
+from vmplug.host.vhost_user.virtiofsd import VIRTIOFSD_PROGRAMS, ask_options
 
 QEMU_STORAGE_DAEMON = Path("/usr/bin/qemu-storage-daemon")
 """In the Debian package qemu-system-common."""

@@ -19,20 +19,12 @@ from tests.support.tree import HostTree
 from tests.support.vhost_user.messages import Connection
 from tests.support.vhost_user.scsi import Disk, ScsiDevice
 from tests.support.vhost_user.session import converse
-from vmplug.host.backend import (
-    Backend,
-    Failure,
-    Listener,
-    ask_backend,
-    find_listener,
-    is_connected,
-    is_listening,
-    probe,
-)
-from vmplug.host.device import VhostUserSocket
 from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
+from vmplug.host.vhost_user.device import Backend, VhostUserSocket
+from vmplug.host.vhost_user.probe import Failure, ask_backend, probe
+from vmplug.host.vhost_user.sockets import Listener, find_listener, is_connected, is_listening
 
 BLK, SCSI = DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI
 NET, FS = DeviceType.VHOST_USER_NET, DeviceType.VHOST_USER_FS

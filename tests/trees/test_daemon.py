@@ -20,7 +20,7 @@ from vmplug.drivers.plug import Daemon
 from vmplug.errors import BackendError
 from vmplug.host.process import find_marked, wait_for_end
 from vmplug.host.root import HostRoot
-from vmplug.host.virtiofsd import ask_options
+from vmplug.host.vhost_user.virtiofsd import ask_options
 from vmplug.hypervisor.daemon import HostDaemons, Started, command_line
 
 ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"

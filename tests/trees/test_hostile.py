@@ -11,7 +11,6 @@ from tests.support.tree import HostTree
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
-from vmplug.host.backend import find_listener
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.finding import Wish
@@ -20,6 +19,7 @@ from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.process import find_openers, read_start_time
 from vmplug.host.resolve import resolve
 from vmplug.host.safety import check
+from vmplug.host.vhost_user.sockets import find_listener
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
 UEVENT = "/sys/dev/char/10:7/uevent"

@@ -25,7 +25,7 @@ from vmplug.host.pci.mdev import MdevType, MediatedDevice, VFIODeviceType, read_
 from vmplug.host.pci.pci_ids import PCI_IDS, PciNames
 from vmplug.host.pci.uses import NetInterface
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 
 PORT, NVME, NIC, GPU = "0000:00:1c.0", "0000:3b:00.0", "0000:3c:00.0", "0000:00:02.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"

@@ -9,11 +9,12 @@ import pytest
 
 from tests.support.tree import HostTree
 from vmplug.errors import AttributeReadError, NoSuchDevice, SpecError
-from vmplug.host.device import EntropySource, OpenConnection, SharedDirectory, VhostUserSocket
+from vmplug.host.device import EntropySource, OpenConnection, SharedDirectory
 from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
-from vmplug.host.virtiofsd import VIRTIOFSD_PROGRAMS, Virtiofsd
+from vmplug.host.vhost_user.device import VhostUserSocket
+from vmplug.host.vhost_user.virtiofsd import VIRTIOFSD_PROGRAMS, Virtiofsd
 from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
 

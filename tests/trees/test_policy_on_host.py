@@ -19,7 +19,7 @@ from vmplug.host.paths import find_paths
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.manager.asking import Gate
 from vmplug.manager.examine import Examined, Known, examine, refuse_not_allowed
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo

@@ -11,12 +11,13 @@ from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
 from vmplug.host.block.volumes import find_volumes
-from vmplug.host.device import CharDevice, HostDevice, VhostUserSocket
+from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.host_path import get_host_path
 from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.resolve import classify, resolve, resolve_all
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.device import VhostUserSocket
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
 

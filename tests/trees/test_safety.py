@@ -14,7 +14,7 @@ from vmplug.host.device import HostDevice
 from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
 from vmplug.host.resolve import resolve
 from vmplug.host.safety import check
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
 
 

@@ -13,7 +13,7 @@ import pytest
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 
 TICK_NS = 30_000_000
 """Longer than the clock that stamps directories takes to move on."""

@@ -25,16 +25,11 @@ from vmplug.drivers.select import select_driver
 from vmplug.errors import CannotPlug, CommandError, InUse, NoFreePort, NoSuchDevice, StateError
 from vmplug.host.block.device import DiskFile
 from vmplug.host.block.pmem import PfnInfo
-from vmplug.host.device import (
-    CharDevice,
-    EntropySource,
-    HostDevice,
-    SharedDirectory,
-    VhostUserSocket,
-)
+from vmplug.host.device import CharDevice, EntropySource, HostDevice, SharedDirectory
 from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import DeviceType, FoundBy, SharedFilesystem
-from vmplug.host.virtiofsd import Virtiofsd
+from vmplug.host.vhost_user.device import VhostUserSocket
+from vmplug.host.vhost_user.virtiofsd import Virtiofsd
 from vmplug.manager.examine import Examined
 from vmplug.manager.plan import Plan, make_plan
 from vmplug.manager.records import Attachment, DeviceRecord

@@ -13,10 +13,11 @@ from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.select import select_driver
 from vmplug.drivers.share import OPTIONS, ShareCache, ShareOptions
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
-from vmplug.host.device import HostDevice, OpenConnection, SharedDirectory, VhostUserSocket
+from vmplug.host.device import HostDevice, OpenConnection, SharedDirectory
 from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType, SharedFilesystem
-from vmplug.host.virtiofsd import Virtiofsd
+from vmplug.host.vhost_user.device import VhostUserSocket
+from vmplug.host.vhost_user.virtiofsd import Virtiofsd
 from vmplug.oci.annotated import ShareInfo
 
 ID = "0123456789abcdef"

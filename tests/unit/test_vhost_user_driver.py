@@ -16,10 +16,9 @@ from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.select import select_driver
 from vmplug.drivers.vhost_user import OPTIONS, VhostUserOptions
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
-from vmplug.host.backend import Backend
-from vmplug.host.device import VhostUserSocket
 from vmplug.host.finding import Code, Severity
 from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.host.vhost_user.device import Backend, VhostUserSocket
 from vmplug.oci.annotated import NetInfo
 from vmplug.oci.info import DeviceInfo, DevType
 

@@ -16,7 +16,7 @@ from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
     from vmplug.host.finding import Code
-    from vmplug.host.vhost_user import VhostUserStore
+    from vmplug.host.vhost_user.store import VhostUserStore
     from vmplug.oci.annotated import Request as AnyRequest
 
 _SHORT_BDF = re.compile(r"[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\Z", re.ASCII)
@@ -226,7 +226,7 @@ def open_root(path: str) -> HostRoot:
 
 def open_store(path: str, host: HostRoot) -> "VhostUserStore":
     """The vhost-user store in that directory of the host."""
-    from vmplug.host.vhost_user import VhostUserStore  # noqa: PLC0415
+    from vmplug.host.vhost_user.store import VhostUserStore  # noqa: PLC0415
 
     return VhostUserStore(os.path.abspath(path), root=host)  # QEMU works in another directory
 

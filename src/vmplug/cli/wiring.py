@@ -10,7 +10,7 @@ from vmplug.host.root import HostRoot
 
 if TYPE_CHECKING:
     from vmplug.address import Bdf
-    from vmplug.host.vhost_user import VhostUserStore
+    from vmplug.host.vhost_user.store import VhostUserStore
     from vmplug.hypervisor.qemu.coldplug import ColdQemu
     from vmplug.manager.manager import DeviceManager
     from vmplug.manager.policy import Policy

@@ -115,8 +115,8 @@ class Daemon:
     """A virtiofsd that vmplug itself runs for one share of `directory`.
 
     It begins before the share is plugged and ends after it is unplugged. `options` are those that
-    the program has (see `vmplug.host.virtiofsd`), `cache` is auto, always or never. `file_id` is
-    that of the directory, None for any.
+    the program has (see `vmplug.host.vhost_user.virtiofsd`), `cache` is auto, always or never.
+    `file_id` is that of the directory, None for any.
     """
 
     program: str

@@ -16,10 +16,10 @@ from vmplug.host.device import (
     HostDevice,
     OpenConnection,
     SharedDirectory,
-    VhostUserSocket,
 )
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.group import VfioGroup
+from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import DeviceInfo
 

@@ -11,10 +11,11 @@ from vmplug.drivers.place import Offer, Place, PlugMode
 from vmplug.drivers.plug import Daemon, SharedFS, VhostUserDevice
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
-from vmplug.host.device import HostDevice, OpenConnection, SharedDirectory, VhostUserSocket
+from vmplug.host.device import HostDevice, OpenConnection, SharedDirectory
 from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import DeviceType, SharedFilesystem
-from vmplug.host.virtiofsd import Virtiofsd
+from vmplug.host.vhost_user.device import VhostUserSocket
+from vmplug.host.vhost_user.virtiofsd import Virtiofsd
 
 
 class ShareCache(StrEnum):

@@ -12,9 +12,10 @@ from vmplug.drivers.place import CcwPlace, Offer, Place
 from vmplug.drivers.plug import VhostUserDevice
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug
-from vmplug.host.device import HostDevice, VhostUserSocket
+from vmplug.host.device import HostDevice
 from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import DeviceType
+from vmplug.host.vhost_user.device import VhostUserSocket
 
 RECONNECT_S = 1
 """How often QEMU looks for a lost backend unless something else is said."""

@@ -11,40 +11,10 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.pci.group import VfioGroup
+from vmplug.host.vhost_user.device import VhostUserSocket
 
 if TYPE_CHECKING:
-    from vmplug.host.backend import Backend
-    from vmplug.host.virtiofsd import Virtiofsd
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VhostUserSocket:
-    """The socket of a process that serves a device: a disk, a network, a directory.
-
-    `devnum` is the number that stands for it in the vhost-user store; None when the request named
-    the socket itself. `backend` is what the process said when it was asked, None before that.
-    """
-
-    kind: DeviceType
-    found_by: FoundBy = FoundBy.VHOST_USER_STORE
-    devnum: DevNum | None = None
-    socket_path: str
-    backend: "Backend | None" = None
-
-    @property
-    def host_path(self) -> str:
-        """What QEMU connects to."""
-        return self.socket_path
-
-    @property
-    def identity(self) -> str:
-        """Kind and number, or the socket's canonical path."""
-        return f"block:{self.devnum}" if self.devnum else f"socket:{self.socket_path}"
-
-    @property
-    def related_identities(self) -> tuple[str, ...]:
-        """None are known: what the process serves cannot be seen from here."""
-        return ()
+    from vmplug.host.vhost_user.virtiofsd import Virtiofsd
 
 
 class SharedDirectory(NamedTuple):

@@ -12,7 +12,7 @@ from vmplug.host.root import HostRoot, describe, node_number
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
-    from vmplug.host.vhost_user import VhostUserStore
+    from vmplug.host.vhost_user.store import VhostUserStore
 
 
 SYSFS_DIRECTORY = {

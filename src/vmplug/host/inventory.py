@@ -35,7 +35,7 @@ from vmplug.host.pci.uses import (
 from vmplug.host.root import HostRoot, node_number
 
 if TYPE_CHECKING:
-    from vmplug.host.vhost_user import VhostUserStore
+    from vmplug.host.vhost_user.store import VhostUserStore
 
 _DISPLAY = 0x03
 _CDEVS = "/sys/class/vfio-dev"

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 from vmplug.devnum import DevNum
 from vmplug.errors import HostError
 from vmplug.host.block.sysfs import read_block_device, read_disk_file
-from vmplug.host.device import CharDevice, HostDevice, VhostUserSocket
+from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.host_path import SYSFS_DIRECTORY, get_host_path, is_in_store
 from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.root import HostRoot
+from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
-    from vmplug.host.vhost_user import VhostUserStore
+    from vmplug.host.vhost_user.store import VhostUserStore
     from vmplug.oci.annotated import Request
 
 _VFIO_NODE = re.compile(r"/dev/vfio/([0-9]+|devices/vfio[0-9]+)\Z")

@@ -6,18 +6,13 @@ from collections.abc import Collection
 from typing import assert_never
 
 from vmplug.errors import NoSuchDevice, SpecError
-from vmplug.host.device import (
-    EntropySource,
-    HostDevice,
-    OpenConnection,
-    SharedDirectory,
-    VhostUserSocket,
-)
+from vmplug.host.device import EntropySource, HostDevice, OpenConnection, SharedDirectory
 from vmplug.host.file_id import file_id
 from vmplug.host.kind import DeviceType, FoundBy, SharedFilesystem
 from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.root import HostRoot, describe
-from vmplug.host.virtiofsd import find_virtiofsd
+from vmplug.host.vhost_user.device import VhostUserSocket
+from vmplug.host.vhost_user.virtiofsd import find_virtiofsd
 from vmplug.oci.annotated import Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 
 

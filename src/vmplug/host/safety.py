@@ -22,12 +22,12 @@ from vmplug.host.device import (
     HostDevice,
     OpenConnection,
     SharedDirectory,
-    VhostUserSocket,
 )
 from vmplug.host.finding import Claim, Code, Finding, Wish
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot, describe, node_number
+from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.viability import check_group, check_openers
 
 _LOCKS_AGAINST_WRITING = ((100, 200),)

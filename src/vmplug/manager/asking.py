@@ -9,12 +9,13 @@ from vmplug.drivers.place import PlugMode
 from vmplug.drivers.ports import Driver
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
-from vmplug.host.device import CharDevice, HostDevice, VhostUserSocket
+from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.kind import DeviceType
 from vmplug.host.paths import find_paths
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
+from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.manager.policy import Asked, Policy, Verdict
 from vmplug.oci.annotated import Request
 

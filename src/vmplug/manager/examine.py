@@ -14,15 +14,16 @@ from vmplug.drivers.ports import Driver, Hypervisor
 from vmplug.drivers.select import select_driver
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
 from vmplug.host import safety
-from vmplug.host.backend import ask_backend
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.mounts import HostUsage, read_usage
-from vmplug.host.device import CharDevice, HostDevice, VhostUserSocket
+from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.device import VhostUserSocket
+from vmplug.host.vhost_user.probe import ask_backend
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.host.viability import GuestMemory, check_vm
 from vmplug.manager.asking import Gate, not_overruled
 from vmplug.oci.annotated import Request

@@ -13,7 +13,6 @@ from vmplug.address import find_bdf
 from vmplug.devnum import DevNum
 from vmplug.drivers.plug import DAEMON_MARK
 from vmplug.errors import AttributeReadError
-from vmplug.host.backend import is_connected, is_listening
 from vmplug.host.block.image import ImageFormat, read_qcow2_header
 from vmplug.host.block.loop import read_backing_file
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES
@@ -23,6 +22,7 @@ from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.process import find_marked, is_running
 from vmplug.host.root import HostRoot, node_number
+from vmplug.host.vhost_user.sockets import is_connected, is_listening
 from vmplug.manager.records import DeviceRecord, VmRecord, has_ended
 from vmplug.manager.state import State
 

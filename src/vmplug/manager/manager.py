@@ -25,7 +25,7 @@ from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code, Finding
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user import VhostUserStore
+from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
 from vmplug.manager.asking import Gate
 from vmplug.manager.binder import Binder

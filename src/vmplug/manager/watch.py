@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
-from vmplug.host.backend import find_server
 from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
 from vmplug.host.root import HostRoot
+from vmplug.host.vhost_user.sockets import find_server
 from vmplug.manager import DEFAULT_STATE_DIR
 from vmplug.manager.look import HostLook, HostState, Look, judged, socket_of
 from vmplug.manager.notice import (

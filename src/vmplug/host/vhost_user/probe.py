@@ -6,71 +6,20 @@ them: a virtiofsd, which serves one connection in its life, and a backend that s
 Source: QEMU docs/interop/vhost-user.rst; virtio specification, 5.1 to 5.11, feature bits.
 """
 
-import os
 import socket
 import struct
 import time
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
-from typing import NamedTuple
 
-from vmplug.devnum import is_decimal
-from vmplug.errors import AttributeReadError
-from vmplug.host.device import VhostUserSocket
 from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import DeviceType
-from vmplug.host.peer import has_hung_up
 from vmplug.host.root import HostRoot
-
-_BLK_F_RO, _BLK_F_BLK_SIZE = 5, 6
-_SCSI_FEATURES = 0b1111
-_DEVICE_FEATURES = (1 << 24) - 1
-"""Bits 0 to 23 are the device type's own. Source: virtio specification, 2.2."""
-
-
-class Backend(NamedTuple):
-    """What a vhost-user backend says of itself; `queues` is how many request queues it serves.
-
-    `has_config` says that it answers for the device's configuration space, `has_memory_slots`
-    that it maps guest memory in more than a few pieces.
-    """
-
-    features: int
-    queues: int
-    has_config: bool = False
-    has_memory_slots: bool = False
-
-    @property
-    def is_read_only(self) -> bool:
-        """Whether a vhost-user-blk backend takes no writes."""
-        return bool(self.features >> _BLK_F_RO & 1)
-
-    def can_be(self, kind: DeviceType) -> bool:
-        """Whether a device of that kind could have these features.
-
-        QEMU ends itself when a vhost-user-scsi device has another kind's backend, and asks that of
-        a disk for its size, which is in the configuration space. Such a disk that tells its block
-        size does not survive being taken for a network.
-        """
-        own = self.features & _DEVICE_FEATURES
-        match kind:
-            case DeviceType.VHOST_USER_SCSI:
-                return not own & ~_SCSI_FEATURES
-            case DeviceType.VHOST_USER_BLK:
-                return self.has_config
-            case DeviceType.VHOST_USER_NET:
-                return not (self.has_config and self.features >> _BLK_F_BLK_SIZE & 1)
-            case _:
-                return True
-
+from vmplug.host.vhost_user.device import Backend, VhostUserSocket
+from vmplug.host.vhost_user.sockets import VIRTIOFSD, find_listener, is_listening, stays_connected
 
 PROBE_TIMEOUT_S = 2.0
 """A backend answers in a millisecond; one that serves another client does not answer at all."""
-
-_HANG_UP_S = 0.1
-"""How long a client is taken for a mere probe, such as vmplug's own, that is about to hang up."""
 
 _HEADER, _NUMBER = struct.Struct("<III"), struct.Struct("<Q")
 _VERSION = 0x1
@@ -81,8 +30,6 @@ _PROTOCOL_F_MQ, _PROTOCOL_F_CONFIG, _PROTOCOL_F_MEMORY_SLOTS = 0, 9, 15
 _SCSI_QUEUES_FIXED = 2
 """Of control and events, which a backend counts too. Source: virtio specification, 5.6.2."""
 
-VIRTIOFSD = "virtiofsd"
-
 
 class Failure(StrEnum):
     """Why a backend cannot be used."""
@@ -90,16 +37,6 @@ class Failure(StrEnum):
     ABSENT = "nobody listens on it"
     SILENT = "it accepts a connection and does not answer: it hangs, or serves another client"
     CLOSED = "it closes the connection: it speaks no vhost-user"
-
-
-class Listener(NamedTuple):
-    """The process behind a socket."""
-
-    pid: int
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.name}, process {self.pid}"
 
 
 def probe(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Backend | Failure:
@@ -172,7 +109,7 @@ def ask_backend(device: VhostUserSocket, root: HostRoot) -> tuple[VhostUserSocke
 def _look(device: VhostUserSocket, root: HostRoot) -> Finding | None:
     """What can be said against the backend without connecting to it."""
     path = device.socket_path
-    if _stays_connected(path, root):
+    if stays_connected(path, root):
         return _busy(device, root)
     is_share = device.kind is DeviceType.VHOST_USER_FS
     if is_share and not is_listening(path, root):
@@ -210,94 +147,3 @@ def _wrong(device: VhostUserSocket, who: str) -> Finding:
 def _who(path: str, root: HostRoot) -> str:
     listener = find_listener(path, root)
     return str(listener) if listener else "the backend"
-
-
-_ACCEPTS = 0x10000
-"""Source: Linux net/unix/af_unix.c, unix_seq_show: __SO_ACCEPTCON."""
-
-
-_CONNECTED = 3
-"""A socket that was accepted has the listener's path. Source: include/uapi/linux/net.h."""
-
-
-def is_listening(path: str, root: HostRoot) -> bool:
-    """Whether somebody listens on the socket at `path`; nobody is connected to."""
-    return bool(_listeners(path, root))
-
-
-def is_connected(path: str, root: HostRoot) -> bool:
-    """Whether the listener on the socket at `path` serves a client that has not hung up.
-
-    A busy host lets a backend notice late that its client has gone.
-    """
-    served = [socket for socket in _sockets(path, root) if socket.state == _CONNECTED]
-    return any(not (root.is_live and has_hung_up(int(socket.inode))) for socket in served)
-
-
-def _stays_connected(path: str, root: HostRoot) -> bool:
-    deadline = time.monotonic() + _HANG_UP_S
-    while is_connected(path, root):
-        if time.monotonic() >= deadline:
-            return True
-        os.sched_yield()
-    return False
-
-
-def find_listener(path: str, root: HostRoot, *, name: str | None = None) -> Listener | None:
-    """The process that holds the listening socket, if it can be seen; only one called `name`."""
-    return _find_holder(_listeners(path, root), root, name)
-
-
-def find_server(path: str, root: HostRoot) -> Listener | None:
-    """The process behind a socket, also one that serves its only client and listens no more."""
-    return _find_holder([socket.inode for socket in _sockets(path, root)], root, None)
-
-
-def _find_holder(inodes: Iterable[str], root: HostRoot, name: str | None) -> Listener | None:
-    links = {f"socket:[{inode}]" for inode in inodes}
-    for pid in root.names("/proc") if links else ():
-        if is_decimal(pid):
-            with suppress(AttributeReadError):  # another user's process, or one that is ending
-                comm = (root.read_text(f"/proc/{pid}/comm") or "").rstrip("\n")
-                if name in {None, comm} and links & _open_files(pid, root):
-                    return Listener(int(pid), comm)
-    return None
-
-
-def _open_files(pid: str, root: HostRoot) -> set[str | None]:
-    directory = f"/proc/{pid}/fd"
-    return {root.link(f"{directory}/{number}") for number in root.names(directory)}
-
-
-class _Socket(NamedTuple):
-    inode: str
-    is_listener: bool
-    state: int
-
-
-def _listeners(path: str, root: HostRoot) -> list[str]:
-    return [socket.inode for socket in _sockets(path, root) if socket.is_listener]
-
-
-def _sockets(path: str, root: HostRoot) -> list[_Socket]:
-    """The sockets that were bound to `path`. Source: proc_net(5), /proc/net/unix."""
-    found, path = [], root.real_path(path)
-    for line in (root.read_text("/proc/net/unix") or "").split("\n")[1:]:
-        fields = line.split(None, 7)
-        if len(fields) == 8 and _same_path(fields[7], path, root):
-            try:
-                flags, state = int(fields[3], 16), int(fields[5], 16)
-            except ValueError as error:
-                raise AttributeReadError("/proc/net/unix", why=str(error)) from error
-            found.append(_Socket(fields[6], bool(flags & _ACCEPTS), state))
-    return found
-
-
-def _same_path(bound: str, path: str, root: HostRoot) -> bool:
-    """Whether a socket bound as `bound` may be at the canonical `path`.
-
-    A relative name may be anywhere, an absolute one lead through links, as /var/run does.
-    """
-    if bound.startswith("@") or os.path.basename(bound) != os.path.basename(path):
-        return False
-    return not bound.startswith("/") or root.real_path(bound) == path

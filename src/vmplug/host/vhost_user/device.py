@@ -1,0 +1,78 @@
+"""The socket of a process that serves a device, and what that process says of itself."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vmplug.devnum import DevNum
+from vmplug.host.kind import DeviceType, FoundBy
+
+_BLK_F_RO, _BLK_F_BLK_SIZE = 5, 6
+_SCSI_FEATURES = 0b1111
+_DEVICE_FEATURES = (1 << 24) - 1
+"""Bits 0 to 23 are the device type's own. Source: virtio specification, 2.2."""
+
+
+class Backend(NamedTuple):
+    """What a vhost-user backend says of itself; `queues` is how many request queues it serves.
+
+    `has_config` says that it answers for the device's configuration space, `has_memory_slots`
+    that it maps guest memory in more than a few pieces.
+    """
+
+    features: int
+    queues: int
+    has_config: bool = False
+    has_memory_slots: bool = False
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether a vhost-user-blk backend takes no writes."""
+        return bool(self.features >> _BLK_F_RO & 1)
+
+    def can_be(self, kind: DeviceType) -> bool:
+        """Whether a device of that kind could have these features.
+
+        QEMU ends itself when a vhost-user-scsi device has another kind's backend, and asks that of
+        a disk for its size, which is in the configuration space. Such a disk that tells its block
+        size does not survive being taken for a network.
+        """
+        own = self.features & _DEVICE_FEATURES
+        match kind:
+            case DeviceType.VHOST_USER_SCSI:
+                return not own & ~_SCSI_FEATURES
+            case DeviceType.VHOST_USER_BLK:
+                return self.has_config
+            case DeviceType.VHOST_USER_NET:
+                return not (self.has_config and self.features >> _BLK_F_BLK_SIZE & 1)
+            case _:
+                return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VhostUserSocket:
+    """The socket of a process that serves a device: a disk, a network, a directory.
+
+    `devnum` is the number that stands for it in the vhost-user store; None when the request named
+    the socket itself. `backend` is what the process said when it was asked, None before that.
+    """
+
+    kind: DeviceType
+    found_by: FoundBy = FoundBy.VHOST_USER_STORE
+    devnum: DevNum | None = None
+    socket_path: str
+    backend: "Backend | None" = None
+
+    @property
+    def host_path(self) -> str:
+        """What QEMU connects to."""
+        return self.socket_path
+
+    @property
+    def identity(self) -> str:
+        """Kind and number, or the socket's canonical path."""
+        return f"block:{self.devnum}" if self.devnum else f"socket:{self.socket_path}"
+
+    @property
+    def related_identities(self) -> tuple[str, ...]:
+        """None are known: what the process serves cannot be seen from here."""
+        return ()
