@@ -18,6 +18,7 @@ from vmplug.errors import DeviceError
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.block.pmem import has_pfn_signature
 from vmplug.host.block.volumes import find_volumes
+from vmplug.host.check.device import check_device as check_safety
 from vmplug.host.finding import Wish
 from vmplug.host.host_path import find_sysfs_node
 from vmplug.host.inventory import read_inventory, with_reset_methods
@@ -30,7 +31,6 @@ from vmplug.host.record import write_record
 from vmplug.host.recorded import open_record
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import check as check_safety
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.sockets import find_listener
 from vmplug.host.vhost_user.store import VhostUserStore
@@ -42,7 +42,7 @@ UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 _HUGE = b"0" * 70_000
 
 
-def check(data: bytes) -> None:
+def check_device(data: bytes) -> None:
     """Every reader answers, or says in its own words what it could not read; none writes."""
     draw, tree = Draw(data), _tree()
     part = draw.number(7)

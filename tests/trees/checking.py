@@ -3,9 +3,9 @@
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.host.block.mounts import read_usage
+from vmplug.host.check.device import check_device
 from vmplug.host.finding import Claim, Finding, Severity, Wish
 from vmplug.host.resolve import resolve
-from vmplug.host.safety import check
 from vmplug.oci.info import DeviceInfo, DevType
 
 READING, WRITING = Wish(read_only=True), Wish(read_only=False)
@@ -31,7 +31,7 @@ def findings(
     """What `check` says of a number, or of a file when it is a path."""
     info = want_file(wanted) if wanted.startswith("/") else want(wanted)
     device = resolve(info, tree.root)
-    return check(device, wish, usage=read_usage(tree.root), claims=claims, root=tree.root)
+    return check_device(device, wish, usage=read_usage(tree.root), claims=claims, root=tree.root)
 
 
 def codes(found: list[Finding]) -> list[str]:

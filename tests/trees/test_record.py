@@ -18,6 +18,7 @@ from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, DeviceError, SpecError
 from vmplug.host import recorded
 from vmplug.host.block.mounts import read_usage
+from vmplug.host.check.device import check_device
 from vmplug.host.finding import Finding, Wish
 from vmplug.host.inventory import Inventory, read_inventory, with_reset_methods
 from vmplug.host.pci.vfio import find_vfio_device
@@ -25,7 +26,6 @@ from vmplug.host.record import write_record
 from vmplug.host.recorded import LIMITS, Limits, open_record
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot, node_number
-from vmplug.host.safety import check
 from vmplug.oci.info import DeviceInfo, DevType
 
 NVME, NIC, GPU = "0000:3b:00.0", "0000:3c:00.0", "0000:00:02.0"
@@ -71,12 +71,12 @@ def check_all(root: HostRoot) -> list[list[Finding] | str]:
     usage, wish = read_usage(root), Wish(read_only=False)
     devices = [find_vfio_device(str(e.function.bdf), root) for e in read_inventory(root).pci]
     answers: list[list[Finding] | str] = []
-    answers += [check(device, wish, usage=usage, root=root) for device in devices]
+    answers += [check_device(device, wish, usage=usage, root=root) for device in devices]
     for kind, directory in ((DevType.BLOCK, "block"), (DevType.CHAR, "char")):
         for number in root.names(f"/sys/dev/{directory}"):
             info = DeviceInfo(container_path="/dev/x", dev_type=kind, devnum=DevNum.parse(number))
             try:
-                answers.append(check(resolve(info, root), wish, usage=usage, root=root))
+                answers.append(check_device(resolve(info, root), wish, usage=usage, root=root))
             except DeviceError as error:
                 answers.append(error.message)
     return answers

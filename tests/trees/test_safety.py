@@ -10,10 +10,10 @@ from tests.trees.checking import READING, SHARING, WRITING, claim, codes, findin
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.mounts import MountedDevice, read_usage
+from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
 from vmplug.host.resolve import resolve
-from vmplug.host.safety import check
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
 
@@ -395,8 +395,8 @@ def test_a_vhost_user_disk_has_no_facts_but_its_claims(tree: HostTree) -> None:
     tree.node("/store/block/devices/d", "b", "241:0").node("/store/block/sockets/d", "s")
     device = resolve(want("241:0"), tree.root, VhostUserStore("/store", root=tree.root))
     usage = read_usage(tree.root)
-    assert check(device, WRITING, usage=usage, root=tree.root) == []
-    found = check(device, WRITING, usage=usage, claims=(claim(),), root=tree.root)
+    assert check_device(device, WRITING, usage=usage, root=tree.root) == []
+    found = check_device(device, WRITING, usage=usage, claims=(claim(),), root=tree.root)
     assert codes(found) == ["in-use-by-vm"]
 
 
@@ -404,7 +404,7 @@ def test_nothing_is_said_of_character_devices(tree: HostTree) -> None:
     tree.char_device("10:229", "fuse")
     info = DeviceInfo(container_path="/dev/fuse", dev_type=DevType.CHAR, devnum=DevNum(10, 229))
     device: HostDevice = resolve(info, tree.root)
-    assert check(device, WRITING, usage=read_usage(tree.root), root=tree.root) == []
+    assert check_device(device, WRITING, usage=read_usage(tree.root), root=tree.root) == []
 
 
 # The device itself

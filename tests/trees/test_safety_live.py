@@ -18,11 +18,11 @@ from tests.trees.checking import READING, WRITING, claim, codes, findings, want
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskPart
 from vmplug.host.block.mounts import read_usage
+from vmplug.host.check.device import check_device
 from vmplug.host.finding import Code, Wish
 from vmplug.host.kind import FoundBy
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
-from vmplug.host.safety import check
 
 # Locks, as QEMU takes them
 
@@ -347,6 +347,6 @@ def test_a_device_whose_node_cannot_be_opened_is_a_finding_and_no_failure(
         relatives=(DiskPart(DevNum(4095, 1), str(tmp_path / "circle")),),
     )
     root = HostRoot()
-    found = check(device, WRITING, usage=read_usage(root), root=root)
+    found = check_device(device, WRITING, usage=read_usage(root), root=root)
     assert codes(found) == ["unreadable"]
     assert reason in found[0].message

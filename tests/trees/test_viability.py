@@ -8,10 +8,10 @@ import pytest
 from tests.support.pci_tree import PciTree
 from tests.trees.checking import WRITING, claim
 from vmplug.host.block.mounts import read_usage
+from vmplug.host.check.device import check_device
+from vmplug.host.check.vfio_group import GuestMemory, check_memlock, check_vm
 from vmplug.host.finding import Claim, Code, Finding, Severity
 from vmplug.host.pci.vfio import find_vfio_device
-from vmplug.host.safety import check
-from vmplug.host.viability import GuestMemory, check_memlock, check_vm
 
 GPU, AUDIO, OTHER = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"
 VGA, SOUND, ETHERNET, BRIDGE, NVSWITCH = 0x030000, 0x040300, 0x020000, 0x060400, 0x068000
@@ -40,7 +40,7 @@ def findings(
 ) -> dict[Code, Finding]:
     group = find_vfio_device(name, tree.root)
     usage = read_usage(tree.root)
-    found = check(group, WRITING, usage=usage, claims=claims, root=tree.root)
+    found = check_device(group, WRITING, usage=usage, claims=claims, root=tree.root)
     assert all(finding.hint and finding.message for finding in found)
     return {finding.code: finding for finding in found}
 
@@ -230,7 +230,7 @@ def test_a_mediated_device_needs_no_binding_and_no_remapping(tree: PciTree) -> N
 def test_a_group_that_has_gone_has_nothing_to_hand_over(tree: PciTree) -> None:
     bound(tree)
     group = find_vfio_device(GPU, tree.root)._replace(functions=())
-    found = check(group, WRITING, usage=read_usage(tree.root), root=tree.root)
+    found = check_device(group, WRITING, usage=read_usage(tree.root), root=tree.root)
     assert [finding.code for finding in found] == [Code.NO_SUCH_DEVICE]
 
 

@@ -23,6 +23,7 @@ from typing import IO, NamedTuple
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, DeviceError, SpecError
 from vmplug.host.block.mounts import HostUsage, read_usage
+from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Wish
 from vmplug.host.inventory import read_inventory, with_reset_methods
@@ -30,7 +31,6 @@ from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.recorded import ERRNO_KEYWORD, FORMAT, NOTE
 from vmplug.host.resolve import resolve
 from vmplug.host.root import PAGE_SIZE, HostRoot, Several
-from vmplug.host.safety import check
 from vmplug.oci.info import DeviceInfo, DevType
 
 _PROC = re.compile(
@@ -144,7 +144,7 @@ def _read_everything(root: "_Noting") -> None:
 
 
 def _check(device: HostDevice, usage: HostUsage, root: HostRoot) -> None:
-    check(device, Wish(read_only=False), usage=usage, root=root)
+    check_device(device, Wish(read_only=False), usage=usage, root=root)
 
 
 class _Noting(HostRoot):

@@ -13,9 +13,10 @@ from vmplug.drivers.place import Offer, PlugMode
 from vmplug.drivers.ports import Driver, Hypervisor
 from vmplug.drivers.select import select_driver
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
-from vmplug.host import safety
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.mounts import HostUsage, read_usage
+from vmplug.host.check.device import check_device
+from vmplug.host.check.vfio_group import GuestMemory, check_vm
 from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
 from vmplug.host.pci.group import VfioGroup
@@ -24,7 +25,6 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.probe import ask_backend
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.host.viability import GuestMemory, check_vm
 from vmplug.manager.asking import Gate, not_overruled
 from vmplug.oci.annotated import Request
 
@@ -164,7 +164,7 @@ def _check(
         return [_unresolved(usage)]
     wish = Wish(read_only=info.read_only, share_rw=driver is not None and driver.share_rw)
     try:
-        findings = safety.check(device, wish, usage=usage, claims=claims, root=host)
+        findings = check_device(device, wish, usage=usage, claims=claims, root=host)
     except HostError as error:
         return [_unresolved(error)]
     if driver:

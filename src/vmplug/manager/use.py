@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterable
 
 from vmplug.address import Bdf
 from vmplug.errors import InUse
-from vmplug.host import safety
 from vmplug.host.block.mounts import read_usage
+from vmplug.host.check.device import check_device
 from vmplug.host.finding import NEVER_ALLOWED, Code, Finding, Severity, Wish, allow
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import find_group, read_group
@@ -28,7 +28,7 @@ def check_use(
     if group.mediated:
         paths[group.mediated.uuid] = group.mediated.sysfs_path
     nodes = ((name, node) for name, path in paths.items() if (node := read_cdev(path, host)))
-    return safety.check(
+    return check_device(
         members._replace(cdev_nodes=tuple(nodes)),
         Wish(read_only=False),
         usage=read_usage(host),

@@ -16,6 +16,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.mounts import HostUsage, same_file
 from vmplug.host.block.sysfs import read_block_device
+from vmplug.host.check.vfio_group import check_group, check_openers
 from vmplug.host.device import (
     CharDevice,
     EntropySource,
@@ -28,7 +29,6 @@ from vmplug.host.kind import FoundBy
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot, describe, node_number
 from vmplug.host.vhost_user.device import VhostUserSocket
-from vmplug.host.viability import check_group, check_openers
 
 _LOCKS_AGAINST_WRITING = ((100, 200),)
 _LOCKS_AGAINST_READING = ((101, 1), (103, 1), (200, 1))
@@ -43,7 +43,7 @@ _NO_DISC, _TRAY_OPEN = 1, 2
 """Of CD drives. Source: include/uapi/linux/cdrom.h, CDS_NO_DISC and CDS_TRAY_OPEN."""
 
 
-def check(
+def check_device(
     device: HostDevice,
     wish: Wish,
     *,

@@ -2,7 +2,7 @@
 
 A group is viable when all its functions are in the hands of VFIO: whoever still had one could
 reach the VM's memory, and the VM its memory, through it. What uses the disks of a function is
-found with the other users of disks, in `vmplug.host.safety`.
+found with the other users of disks, in `vmplug.host.check.device`.
 Source: Documentation/driver-api/vfio.rst; drivers/vfio/group.c.
 """
 
