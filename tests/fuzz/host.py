@@ -27,8 +27,8 @@ from vmplug.host.pci.mdev import read_mdev_types
 from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.process import find_openers, read_memlock_limit, read_start_time
-from vmplug.host.record import write_record
-from vmplug.host.recorded import open_record
+from vmplug.host.record.read import open_record
+from vmplug.host.record.write import write_record
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket

@@ -9,7 +9,7 @@ from tests.fuzz.guard import changes_only, temporary_files_in
 from tests.support.memory import directory_of_this_process
 from vmplug.errors import DeviceError
 from vmplug.host.inventory import read_inventory
-from vmplug.host.recorded import Limits, open_record
+from vmplug.host.record.read import Limits, open_record
 
 LIMITS = Limits(members=200, file_bytes=1 << 16, whole_bytes=1 << 20)
 

@@ -16,14 +16,14 @@ from tests.support.pci_tree import CONFIG_CUT, CONFIG_PCIE, FLAGS_MEM64, PciTree
 from tests.support.tree import GIB
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, DeviceError, SpecError
-from vmplug.host import recorded
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Finding, Wish
 from vmplug.host.inventory import Inventory, read_inventory, with_reset_methods
 from vmplug.host.pci.vfio import find_vfio_device
-from vmplug.host.record import write_record
-from vmplug.host.recorded import LIMITS, Limits, open_record
+from vmplug.host.record import read
+from vmplug.host.record.read import LIMITS, Limits, open_record
+from vmplug.host.record.write import write_record
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot, node_number
 from vmplug.oci.info import DeviceInfo, DevType
@@ -486,14 +486,14 @@ def test_a_record_cut_between_two_members_is_told(host: PciTree) -> None:
 
 
 def test_a_record_of_a_later_format_is_told(made: Callable[..., str]) -> None:
-    assert "is a record of format '2'" in refused(made(member(recorded.NOTE, data=b"format 2\n")))
-    with open_record(made(member(recorded.NOTE, data=b"format 1\nmore words\n"))):
+    assert "is a record of format '2'" in refused(made(member(read.NOTE, data=b"format 2\n")))
+    with open_record(made(member(read.NOTE, data=b"format 1\nmore words\n"))):
         pass
 
 
 @pytest.mark.parametrize("number", ["", "x", "-1", "99999"])
 def test_an_error_that_is_none_is_refused(made: Callable[..., str], number: str) -> None:
-    headers = {recorded.ERRNO_KEYWORD: number or " "}
+    headers = {read.ERRNO_KEYWORD: number or " "}
     assert "has the error" in refused(made(member("sys/x", pax_headers=headers)))
 
 

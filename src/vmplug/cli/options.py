@@ -219,7 +219,7 @@ def open_root(path: str) -> HostRoot:
     """
     if os.path.isdir(path):
         return HostRoot(path)
-    from vmplug.host.recorded import open_record  # noqa: PLC0415  few verbs are given a file
+    from vmplug.host.record.read import open_record  # noqa: PLC0415  few verbs are given a file
 
     return click.get_current_context().with_resource(open_record(path))
 

@@ -28,7 +28,7 @@ from vmplug.host.device import HostDevice
 from vmplug.host.finding import Wish
 from vmplug.host.inventory import read_inventory, with_reset_methods
 from vmplug.host.pci.vfio import find_vfio_device
-from vmplug.host.recorded import ERRNO_KEYWORD, FORMAT, NOTE
+from vmplug.host.record.read import ERRNO_KEYWORD, FORMAT, NOTE
 from vmplug.host.resolve import resolve
 from vmplug.host.root import PAGE_SIZE, HostRoot, Several
 from vmplug.oci.info import DeviceInfo, DevType
