@@ -36,7 +36,7 @@ CATCHES_OSERROR = {
     "host/record/write.py",
     "host/record/read.py",
     "host/root.py",
-    "hypervisor/daemon.py",
+    "hypervisor/virtiofsd.py",
     "hypervisor/qemu/launch.py",
     "hypervisor/qmp.py",
     "manager/database.py",

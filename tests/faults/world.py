@@ -22,9 +22,9 @@ from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.hypervisor.daemon import HostDaemons, Started
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.hypervisor.virtiofsd import HostDaemons, Started
 from vmplug.manager.binder import Binder
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.records import Attachment, DeviceRecord, VmRecord, record_vm

@@ -21,12 +21,12 @@ from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import NoSuchDevice
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.daemon import HostDaemons, Started
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.coldplug import ColdQemu
 from vmplug.hypervisor.qemu.launch import launch
 from vmplug.hypervisor.qemu.machine import VmSpec
 from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.hypervisor.virtiofsd import HostDaemons, Started
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.annotated import Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType

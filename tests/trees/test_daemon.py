@@ -21,7 +21,7 @@ from vmplug.errors import BackendError
 from vmplug.host.process import find_marked, wait_for_end
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.virtiofsd import ask_options
-from vmplug.hypervisor.daemon import HostDaemons, Started, command_line
+from vmplug.hypervisor.virtiofsd import HostDaemons, Started, command_line
 
 ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"
 TIMEOUT_S = 10.0
@@ -285,7 +285,7 @@ def test_a_daemon_that_does_not_heed_is_killed(program: str, vm: str) -> None:
 _BEGIN_AND_END = """
 import os, signal, sys
 from vmplug.drivers.plug import Daemon
-from vmplug.hypervisor.daemon import HostDaemons
+from vmplug.hypervisor.virtiofsd import HostDaemons
 daemons = HostDaemons(sys.argv[1])
 daemon = Daemon(
     program=sys.argv[2], options=frozenset(), directory="/", cache="auto", read_only=False

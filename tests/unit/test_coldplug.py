@@ -35,7 +35,6 @@ from vmplug.drivers.plug import (
 )
 from vmplug.errors import BackendError, CannotPlug, StateError
 from vmplug.host.kind import DeviceType
-from vmplug.hypervisor.daemon import Started
 from vmplug.hypervisor.qemu.abilities import Abilities
 from vmplug.hypervisor.qemu.coldplug import ColdQemu, arguments
 from vmplug.hypervisor.qemu.machine import (
@@ -47,6 +46,7 @@ from vmplug.hypervisor.qemu.machine import (
     command_line,
 )
 from vmplug.hypervisor.qemu.plug import plug_steps
+from vmplug.hypervisor.virtiofsd import Started
 
 ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"
 NAME = f"vmplug-{ID}"

@@ -17,11 +17,11 @@ from vmplug.drivers.plug import Daemon
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.daemon import Daemons, Started
 from vmplug.hypervisor.memory_parts import MemoryParts, Refused
 from vmplug.hypervisor.monitor import EventReceiver, Monitor, Talk, command_error
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.abilities import IOMMUFD
+from vmplug.hypervisor.virtiofsd import Daemons, Started
 
 MACHINE = "pc-q35-10.0"
 """What the machine in memory is called; QEMU has its own version in the name."""

@@ -13,7 +13,7 @@ from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal, open_ma
 from vmplug.errors import DeviceError, HypervisorError
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.daemon import HostDaemons
+from vmplug.hypervisor.virtiofsd import HostDaemons
 from vmplug.manager.binder import Binder, Returned
 from vmplug.manager.reconcile import Outcome, Repair
 from vmplug.manager.records import VmRecord

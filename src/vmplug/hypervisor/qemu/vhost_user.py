@@ -10,9 +10,9 @@ from vmplug.drivers.place import PciPlace, Place
 from vmplug.drivers.plug import VhostUserDevice
 from vmplug.drivers.ports import END_DAEMON, START_DAEMON, Command, Step
 from vmplug.host.kind import DeviceType
-from vmplug.hypervisor.daemon import command_line
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities
 from vmplug.hypervisor.qemu.front import virtio_step
+from vmplug.hypervisor.virtiofsd import command_line
 
 LINK, NETDEV = "link", "net"
 """The parts of a device: its chardev, and for a network its netdev."""
