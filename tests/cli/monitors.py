@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vmplug.drivers.ports import Command
-from vmplug.hypervisor.memory import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import MemoryMonitor
 
 CHANGING = frozenset(
     {"blockdev-add", "blockdev-del", "object-add", "object-del", "device_add", "device_del"}

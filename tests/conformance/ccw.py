@@ -20,7 +20,7 @@ from tests.conformance.vector import (
 from tests.support.tree import HostTree
 from vmplug.address import CcwDevNo
 from vmplug.drivers.free_places import ccw_places
-from vmplug.hypervisor.memory import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.manager.records import Attachment
 

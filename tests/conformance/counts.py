@@ -10,7 +10,7 @@ from tests.conformance.host import TTY, add_device, add_disks, disk, request
 from tests.conformance.machine import Machine, katas_calls
 from tests.conformance.vector import Adapter, Answer, Case, Deviation, Refusal, error_of, kind_of
 from tests.support.tree import HostTree
-from vmplug.hypervisor.memory import Guest
+from vmplug.hypervisor.fake.monitor import Guest
 
 _COUNT_MAX = (1 << 63) - 1
 """What a journal can count to."""

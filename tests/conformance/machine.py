@@ -13,7 +13,7 @@ from vmplug.drivers.place import Offer
 from vmplug.drivers.ports import Command
 from vmplug.host.finding import Code
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.hypervisor.memory import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.abilities import RECONNECT
 from vmplug.manager.manager import DeviceManager

@@ -24,7 +24,7 @@ from vmplug.address import device_id_of
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.finding import Code
-from vmplug.hypervisor.memory import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import MemoryMonitor
 from vmplug.hypervisor.qmp import QmpMonitor
 from vmplug.oci.annotated import NetInfo, ShareInfo
 

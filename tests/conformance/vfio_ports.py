@@ -19,7 +19,7 @@ from tests.conformance.vfio_vm import argv_monitor, machine_on
 from tests.support.pci_tree import PciTree
 from vmplug.address import PciSlot
 from vmplug.drivers.place import Offer
-from vmplug.hypervisor.memory import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu import machine as machines
 from vmplug.hypervisor.qemu.machine import VmSpec

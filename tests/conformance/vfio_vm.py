@@ -9,7 +9,7 @@ from tests.conformance.machine import Machine, add_behind, memory_monitor
 from tests.conformance.vector import Case
 from tests.support.tree import HostTree
 from vmplug.address import PERIPHERAL
-from vmplug.hypervisor.memory import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import MemoryMonitor
 
 BRIDGE_SLOT, PORT_SLOT = 2, 3
 """Where Kata's first bridge is, and its first port in what QEMU answers to it."""

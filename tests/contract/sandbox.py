@@ -13,7 +13,7 @@ from tests.contract.world import MemorySide, Parts, Rows, Side, journal_rows
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.memory import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import MemoryMonitor
 from vmplug.hypervisor.monitor import EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.manager.manager import DeviceManager

@@ -46,7 +46,7 @@ from vmplug.drivers.plug import (
 from vmplug.drivers.ports import START_DAEMON, Command, Step
 from vmplug.errors import CannotPlug, CommandError
 from vmplug.host.kind import DeviceType
-from vmplug.hypervisor.memory import MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import MemoryHypervisor
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu
 

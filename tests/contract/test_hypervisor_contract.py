@@ -21,7 +21,7 @@ from vmplug.drivers.place import PciPlace, ScsiPlace
 from vmplug.drivers.plug import BlockDrive, BlockDriver, Throttle
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
-from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor
+from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor, MemoryMonitor
 from vmplug.hypervisor.qemu import Qemu
 
 MIB = 1 << 20

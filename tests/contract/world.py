@@ -23,7 +23,7 @@ from tests.support.vm import Device, GuestVm, root_ports, start_vm
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.kind import DeviceType
-from vmplug.hypervisor.memory import Guest, MemoryHypervisor, MemoryMonitor
+from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor, MemoryMonitor
 from vmplug.hypervisor.monitor import EventReceiver, Monitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qmp import QmpMonitor

@@ -15,8 +15,8 @@ from tests.cli.monitors import Messages
 from tests.contract.world import Parts, qemu_parts
 from tests.support.vm import GuestVm
 from vmplug.drivers.ports import Command
-from vmplug.hypervisor.memory import MemoryMonitor
-from vmplug.hypervisor.memory_parts import Refused
+from vmplug.hypervisor.fake.backends import Refused
+from vmplug.hypervisor.fake.monitor import MemoryMonitor
 
 Message = Mapping[str, Any]
 

@@ -11,7 +11,7 @@ from vmplug.drivers.place import PciPlace
 from vmplug.drivers.plug import BlockDrive, BlockDriver, RNGDevice
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, DeviceError
-from vmplug.hypervisor.memory import MemoryHypervisor, MemoryMonitor
+from vmplug.hypervisor.fake.monitor import MemoryHypervisor, MemoryMonitor
 from vmplug.hypervisor.monitor import EventReceiver, Monitor
 from vmplug.hypervisor.qemu import Qemu
 

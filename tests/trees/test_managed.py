@@ -16,7 +16,7 @@ from tests.support.pci_tree import PciTree
 from vmplug.drivers.ports import Command
 from vmplug.errors import BindError, CommandError, InUse, NoFreePort, UnplugTimeout
 from vmplug.host.finding import Code
-from vmplug.hypervisor.memory import Guest, MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.state import State
 from vmplug.manager.store import Store

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmplug.errors import HypervisorError, ProtocolError
-from vmplug.hypervisor.memory import MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import MemoryHypervisor
 from vmplug.hypervisor.qemu.abilities import has_firmware, of_program
 
 PROGRAM = "qemu-system-x86_64"

@@ -18,7 +18,7 @@ from vmplug.drivers.place import PciPlace
 from vmplug.drivers.plug import RNGDevice
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
-from vmplug.hypervisor.memory import Guest, MemoryMonitor
+from vmplug.hypervisor.fake.monitor import Guest, MemoryMonitor
 from vmplug.hypervisor.monitor import MISSED, EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qmp import TURN_S, QmpMonitor

@@ -34,7 +34,7 @@ from vmplug.errors import (
 )
 from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
-from vmplug.hypervisor.memory import Guest, MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.manager.manager import DeviceManager

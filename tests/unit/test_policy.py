@@ -21,7 +21,7 @@ from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.function import PciFunction
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.memory import MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import MemoryHypervisor
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
 from vmplug.manager.policy import Asked, Rule

@@ -14,7 +14,7 @@ from tests.support.daemons import vhost_user_backend
 from vmplug.devnum import DevNum
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
-from vmplug.hypervisor.memory import Guest
+from vmplug.hypervisor.fake.monitor import Guest
 from vmplug.manager.reconcile import Outcome
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import State

@@ -12,7 +12,7 @@ from tests.support.daemons import vhost_user_backend
 from vmplug.drivers.place import GuestAddress
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
-from vmplug.hypervisor.memory import Guest
+from vmplug.hypervisor.fake.monitor import Guest
 from vmplug.hypervisor.monitor import Monitor
 from vmplug.manager.reconcile import Outcome, Repair
 from vmplug.manager.records import Attachment

@@ -17,7 +17,7 @@ from tests.unit.test_store import DISK, SCSI_DISK, hold
 from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import NotAttached, ProtocolError, UnplugTimeout
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.memory import Guest, MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome

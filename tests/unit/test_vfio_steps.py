@@ -15,7 +15,7 @@ from vmplug.drivers.ports import Step
 from vmplug.errors import AttributeReadError, CommandError, UnplugTimeout
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.memory import Guest, MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
 from vmplug.hypervisor.qemu.coldplug import ColdQemu, arguments
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps
 from vmplug.hypervisor.qemu.machine import VmSpec

@@ -17,7 +17,7 @@ from vmplug.drivers.plug import Daemon
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.memory_parts import MemoryParts, Refused
+from vmplug.hypervisor.fake.backends import MemoryParts, Refused
 from vmplug.hypervisor.monitor import EventReceiver, Monitor, Talk, command_error
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.abilities import IOMMUFD
