@@ -38,7 +38,7 @@ CATCHES_OSERROR = {
     "host/root.py",
     "hypervisor/virtiofsd.py",
     "hypervisor/qemu/launch.py",
-    "hypervisor/qmp.py",
+    "hypervisor/qmp/client.py",
     "manager/database.py",
     "manager/kata.py",
     "manager/policy_file.py",

@@ -25,7 +25,7 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.finding import Code
 from vmplug.hypervisor.fake.monitor import MemoryMonitor
-from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.oci.annotated import NetInfo, ShareInfo
 
 _FILE = {"ContainerPath": "/x", "DevType": "b", "Major": -1, "Minor": 0, "HostPath": "/disk.img"}

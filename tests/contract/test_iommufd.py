@@ -23,9 +23,9 @@ from vmplug.errors import AttributeReadError, CommandError, NoFreePort
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.pci.vfio import IOMMU_NODE
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, make_iommufd
+from vmplug.hypervisor.qmp.monitor import Monitor
 
 ID, OTHER_ID = "00000000000000a1", "00000000000000b2"
 NODE = "/dev/vfio/devices/vfio0"

@@ -24,9 +24,9 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor, MemoryMonitor
-from vmplug.hypervisor.monitor import EventReceiver, Monitor
 from vmplug.hypervisor.qemu import Qemu
-from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.hypervisor.qmp.client import QmpMonitor
+from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor
 
 SHARED_MACHINE = "q35,memory-backend=mem"
 SHARED_MEMORY = (

@@ -6,7 +6,7 @@ from contextlib import suppress
 from tests.support.says import AGREED, GREETING, QUIET_S, Says
 from vmplug.drivers.ports import Command
 from vmplug.errors import HypervisorError
-from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.hypervisor.qmp.client import QmpMonitor
 
 
 def check(data: bytes) -> None:

@@ -41,9 +41,9 @@ from vmplug import (
 )
 from vmplug.drivers.ports import Command
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
-from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu.abilities import of_program
-from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.hypervisor.qmp.client import QmpMonitor
+from vmplug.hypervisor.qmp.monitor import Monitor
 
 VMPLUG = Path(sys.executable).with_name("vmplug")
 MULTI = (topology.MULTI_NVME, topology.MULTI_EDU, topology.MULTI_NIC)

@@ -17,9 +17,9 @@ from tests.support.vm import GuestVm, root_ports, scsi_controller, start_vm
 from vmplug import Attachment, DeviceInfo, DeviceManager, DevType, HostRoot
 from vmplug.drivers.ports import Command
 from vmplug.errors import ConnectError, ProtocolError
-from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu
-from vmplug.hypervisor.qmp import TURN_S, QmpMonitor
+from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
+from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.reconcile import Outcome
 from vmplug.manager.state import State
 

@@ -25,7 +25,7 @@ from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.coldplug import ColdQemu
 from vmplug.hypervisor.qemu.launch import launch
 from vmplug.hypervisor.qemu.machine import VmSpec
-from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.virtiofsd import HostDaemons, Started
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.annotated import Request, RngInfo, ShareInfo

@@ -12,7 +12,7 @@ from tests.qemu.conftest import OpenLab, leave_missing
 from vmplug.devnum import DevNum
 from vmplug.errors import NoSuchDevice, SpecError, StateError
 from vmplug.host.kind import DeviceType
-from vmplug.hypervisor.monitor import Monitor
+from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import State
 from vmplug.oci.annotated import RngInfo

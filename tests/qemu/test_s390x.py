@@ -29,9 +29,9 @@ from vmplug.errors import CannotPlug, CommandError, DeviceError, UnplugTimeout
 from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu import Qemu
-from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.hypervisor.qmp.client import QmpMonitor
+from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.records import Attachment
 from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo

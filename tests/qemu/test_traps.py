@@ -34,7 +34,7 @@ from vmplug.errors import (
 )
 from vmplug.host.finding import Code
 from vmplug.hypervisor.qemu import Qemu
-from vmplug.hypervisor.qmp import QmpMonitor
+from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome
 from vmplug.manager.state import State

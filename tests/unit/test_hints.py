@@ -3,7 +3,7 @@
 import pytest
 
 from vmplug.drivers.ports import Command
-from vmplug.hypervisor.monitor import _HINTS, command_error
+from vmplug.hypervisor.qmp.monitor import _HINTS, command_error
 
 REFUSALS = [
     ("vmplug bind", "group 26 is not viable"),

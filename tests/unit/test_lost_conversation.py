@@ -19,9 +19,9 @@ from vmplug.drivers.plug import RNGDevice
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.hypervisor.fake.monitor import Guest, MemoryMonitor
-from vmplug.hypervisor.monitor import MISSED, EventReceiver, Monitor, command_error
 from vmplug.hypervisor.qemu import Qemu
-from vmplug.hypervisor.qmp import TURN_S, QmpMonitor
+from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
+from vmplug.hypervisor.qmp.monitor import MISSED, EventReceiver, Monitor, command_error
 
 ID = "00000000000000a1"
 PLACE = PciPlace(bus="rp0", slot=PciSlot(0), path=PciPath.parse("10/00"))

@@ -13,7 +13,7 @@ from vmplug.drivers.place import GuestAddress
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
 from vmplug.hypervisor.fake.monitor import Guest
-from vmplug.hypervisor.monitor import Monitor
+from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.reconcile import Outcome, Repair
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import State

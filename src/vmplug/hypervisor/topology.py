@@ -25,7 +25,7 @@ from vmplug.drivers.place import (
 )
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
-from vmplug.hypervisor.monitor import Monitor
+from vmplug.hypervisor.qmp.monitor import Monitor
 
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
 """They hold one device, in slot 0. On any other slot the guest never sees it."""

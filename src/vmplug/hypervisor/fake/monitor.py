@@ -18,9 +18,9 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.backends import MemoryParts, Refused
-from vmplug.hypervisor.monitor import EventReceiver, Monitor, Talk, command_error
 from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.abilities import IOMMUFD
+from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, Talk, command_error
 from vmplug.hypervisor.virtiofsd import Daemons, Started
 
 MACHINE = "pc-q35-10.0"

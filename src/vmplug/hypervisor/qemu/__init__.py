@@ -24,13 +24,13 @@ from vmplug.host.file_id import check_path, has_open, has_thread, held, replaced
 from vmplug.host.pci.vfio import open_nodes
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.abilities import Abilities, Asked
 from vmplug.hypervisor.qemu.departures import Departures
 from vmplug.hypervisor.qemu.iommufd import make_iommufd, missing_steps
 from vmplug.hypervisor.qemu.plug import check_hot, opened_file, plug_steps
 from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
+from vmplug.hypervisor.qmp.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.topology import qom_get, qom_list, read_offer, read_place
 from vmplug.hypervisor.virtiofsd import Daemons, HostDaemons
 
@@ -87,7 +87,7 @@ class Qemu:
         Raises ConnectError when nobody answers there within `timeout_s`, also later: the socket is
         left to others in between. Each answer may take `command_timeout_s`.
         """
-        from vmplug.hypervisor.qmp import QmpMonitor  # noqa: PLC0415  asyncio costs 40 ms
+        from vmplug.hypervisor.qmp.client import QmpMonitor  # noqa: PLC0415  asyncio costs 40 ms
 
         monitor = QmpMonitor.connect(
             socket, timeout_s=timeout_s, command_timeout_s=command_timeout_s

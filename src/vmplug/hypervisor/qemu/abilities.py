@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from vmplug.drivers.ports import Command
 from vmplug.errors import HypervisorError
 from vmplug.host.program import run_program
-from vmplug.hypervisor.answers import check_answer
 from vmplug.hypervisor.qemu.machine import PACKAGE
+from vmplug.hypervisor.qmp.schema import check_answer
 
 IOMMUFD = "iommufd"
 RECONNECT, RECONNECT_MS = "reconnect", "reconnect-ms"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from vmplug.hypervisor.monitor import MISSED
+from vmplug.hypervisor.qmp.monitor import MISSED
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
 """How long the QMP socket is left to others between two looks; twice as long each time. The first

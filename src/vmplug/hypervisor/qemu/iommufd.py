@@ -16,8 +16,8 @@ from vmplug.drivers.ports import Command, Step
 from vmplug.errors import CommandError
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.monitor import Monitor
 from vmplug.hypervisor.qemu.abilities import IOMMUFD as TYPE
+from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.hypervisor.topology import qom_list
 
 IOMMUFD = "vmplug.iommufd"

@@ -18,8 +18,7 @@ from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
 from vmplug.drivers.ports import Command
 from vmplug.errors import BackendTimeout, CommandError, ConnectError, ProtocolError
-from vmplug.hypervisor.answers import MESSAGE_BYTES_MAX, check_answer
-from vmplug.hypervisor.monitor import (
+from vmplug.hypervisor.qmp.monitor import (
     COMMAND_TIMEOUT_S,
     MISSED,
     EventReceiver,
@@ -28,6 +27,7 @@ from vmplug.hypervisor.monitor import (
     command_error,
     next_command,
 )
+from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, check_answer
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
-from vmplug.hypervisor.answers import check_answer
+from vmplug.hypervisor.qmp.schema import check_answer
 
 EventReceiver = Callable[[str, Mapping[str, Any]], None]
 
