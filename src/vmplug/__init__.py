@@ -37,7 +37,7 @@ _NAMES = {
     ),
     "vmplug.drivers.ports": "Hypervisor Step",
     "vmplug.drivers.place": "GuestAddress GuestFunction PlugMode",
-    "vmplug.hypervisor.qemu": "Qemu",
+    "vmplug.hypervisor.qemu.running": "Qemu",
     "vmplug.hypervisor.fake.monitor": "MemoryHypervisor",
     "vmplug.devnum": "DevNum",
     "vmplug.address": "Bdf CcwDevNo PciPath PciSlot ScsiAddress",

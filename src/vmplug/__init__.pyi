@@ -55,7 +55,7 @@ from vmplug.host.root import HostRoot as HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket as VhostUserSocket
 from vmplug.host.vhost_user.store import VhostUserStore as VhostUserStore
 from vmplug.hypervisor.fake.monitor import MemoryHypervisor as MemoryHypervisor
-from vmplug.hypervisor.qemu import Qemu as Qemu
+from vmplug.hypervisor.qemu.running import Qemu as Qemu
 from vmplug.manager.manager import DeviceManager as DeviceManager
 from vmplug.manager.notice import Notice as Notice
 from vmplug.manager.notice import What as What

@@ -16,7 +16,7 @@ from tests.conformance.vector import (
 from vmplug.address import NODE_NAME_MAX, PciPath, PciSlot, ScsiAddress, qemu_id
 from vmplug.drivers.block import choose_place
 from vmplug.drivers.place import PciPlace
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 
 
 def _pci_slot(make: Callable[[Any], PciSlot]) -> Adapter:

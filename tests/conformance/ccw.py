@@ -21,7 +21,7 @@ from tests.support.tree import HostTree
 from vmplug.address import CcwDevNo
 from vmplug.drivers.free_places import ccw_places
 from vmplug.hypervisor.fake.monitor import MemoryMonitor
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.manager.records import Attachment
 
 _CSS_BRIDGE = "virtual-css-bridge"

@@ -14,8 +14,8 @@ from vmplug.drivers.ports import Command
 from vmplug.host.finding import Code
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.fake.monitor import MemoryMonitor
-from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.abilities import RECONNECT
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.records import Attachment, DeviceRecord
 from vmplug.manager.store import Store

@@ -42,7 +42,7 @@ from vmplug.drivers.vfio import VfioOptions
 from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.oci.info import DeviceInfo, DevType
 
 _FUNCTION = "0000:01:00.0"

@@ -14,7 +14,7 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import MemoryMonitor
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, command_error
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.store import Store

@@ -47,7 +47,7 @@ from vmplug.drivers.ports import START_DAEMON, Command, Step
 from vmplug.errors import CannotPlug, CommandError
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.fake.monitor import MemoryHypervisor
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import Monitor
 
 LINK, NETDEV = f"{NAME}-link", f"{NAME}-net"

@@ -22,7 +22,7 @@ from vmplug.drivers.plug import BlockDrive, BlockDriver, Throttle
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor, MemoryMonitor
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 
 MIB = 1 << 20
 UNPLUG_S = 20.0

@@ -23,8 +23,8 @@ from vmplug.errors import AttributeReadError, CommandError, NoFreePort
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.pci.vfio import IOMMU_NODE
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, make_iommufd
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import Monitor
 
 ID, OTHER_ID = "00000000000000a1", "00000000000000b2"

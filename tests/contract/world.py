@@ -24,7 +24,7 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor, MemoryMonitor
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor
 

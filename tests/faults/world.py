@@ -22,7 +22,7 @@ from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.virtiofsd import HostDaemons, Started
 from vmplug.manager.binder import Binder

@@ -12,7 +12,7 @@ from vmplug.drivers.plug import BlockDrive, BlockDriver, RNGDevice
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, DeviceError
 from vmplug.hypervisor.fake.monitor import MemoryHypervisor, MemoryMonitor
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor
 
 DEVICE = "0123456789abcdef"

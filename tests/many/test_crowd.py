@@ -15,7 +15,7 @@ from tests.support.disks import disk_image
 from tests.support.vm import GuestVm, scsi_controller, start_vm
 from vmplug import DeviceManager, HostRoot
 from vmplug.errors import StateError
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 
 HANDS = [*[Hand.KEPT] * 4, *[Hand.REOPENED] * 2, *[Hand.COMMAND] * 2]
 STEPS = {Hand.KEPT: 60, Hand.REOPENED: 40, Hand.COMMAND: 8}

@@ -17,7 +17,7 @@ from tests.support.vm import GuestVm, root_ports, scsi_controller, start_vm
 from vmplug import Attachment, DeviceInfo, DeviceManager, DevType, HostRoot
 from vmplug.drivers.ports import Command
 from vmplug.errors import ConnectError, ProtocolError
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.reconcile import Outcome

@@ -18,7 +18,7 @@ from vmplug.drivers.place import Place
 from vmplug.drivers.plug import Plug
 from vmplug.drivers.ports import Command
 from vmplug.errors import StateError, UnplugTimeout
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome

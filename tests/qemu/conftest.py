@@ -29,7 +29,7 @@ from vmplug.devnum import DevNum
 from vmplug.drivers.ports import Command, Endpoint
 from vmplug.host.finding import Code
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VhostUserStore
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.records import Attachment
 from vmplug.manager.state import State

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.vm import start_vm
-from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.abilities import of_program
 from vmplug.hypervisor.qemu.machine import BINARY, Machine
+from vmplug.hypervisor.qemu.running import Qemu
 
 pytestmark = pytest.mark.qemu
 

@@ -14,7 +14,7 @@ from tests.qemu.conftest import Lab
 from tests.support.disks import disk_image
 from tests.support.kata import DISK_ID, block, device, plug_commands, vfio, write_sandbox
 from tests.support.vm import GuestVm, root_ports, scsi_controller, start_vm
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.manager.adopt import adopt
 from vmplug.manager.kata import read_kata
 from vmplug.manager.records import Attachment

@@ -18,7 +18,7 @@ from tests.support.daemons import storage_daemon, vhost_user_backend
 from tests.support.disks import disk_image
 from vmplug.errors import CannotPlug
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.annotated import Request, RngInfo
 from vmplug.oci.info import DeviceInfo, DevType

@@ -14,7 +14,7 @@ from vmplug.address import Bdf, PciPath
 from vmplug.drivers.place import FIRMWARE_WINDOWS, Offer, PortKind, Windows
 from vmplug.drivers.vfio import window_for
 from vmplug.host.pci.function import Bar, PciFunction
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 
 pytestmark = pytest.mark.qemu
 

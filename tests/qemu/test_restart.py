@@ -11,7 +11,7 @@ from tests.support.disks import disk_image
 from tests.support.vm import GuestVm, root_ports, start_vm
 from vmplug.errors import NotAttached, ProtocolError
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome
 from vmplug.manager.store import Store

@@ -29,7 +29,7 @@ from vmplug.errors import CannotPlug, CommandError, DeviceError, UnplugTimeout
 from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.manager import DeviceManager

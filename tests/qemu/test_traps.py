@@ -33,7 +33,7 @@ from vmplug.errors import (
     UnplugTimeout,
 )
 from vmplug.host.finding import Code
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome

@@ -13,11 +13,11 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ConnectError, ProtocolError
 from vmplug.hypervisor.fake.backends import Refused
 from vmplug.hypervisor.fake.monitor import MemoryHypervisor, MemoryMonitor
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.topology import qom_get, qom_list
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor
 from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, check_answer
-from vmplug.hypervisor.topology import qom_get, qom_list
 
 # Shapes
 

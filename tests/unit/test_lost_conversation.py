@@ -19,7 +19,7 @@ from vmplug.drivers.plug import RNGDevice
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.hypervisor.fake.monitor import Guest, MemoryMonitor
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
 from vmplug.hypervisor.qmp.monitor import MISSED, EventReceiver, Monitor, command_error
 

@@ -35,7 +35,7 @@ from vmplug.errors import (
 from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.records import Attachment

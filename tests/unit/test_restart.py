@@ -18,7 +18,7 @@ from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import NotAttached, ProtocolError, UnplugTimeout
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome
 from vmplug.manager.records import VmRecord

@@ -124,7 +124,7 @@ def open_manager(
     policy: "Policy | None" = None,
 ) -> "DeviceManager":
     """The manager of a known VM, connected. StateError when the VM is not known."""
-    from vmplug.hypervisor.qemu import Qemu  # noqa: PLC0415
+    from vmplug.hypervisor.qemu.running import Qemu  # noqa: PLC0415
     from vmplug.manager.manager import DeviceManager  # noqa: PLC0415
 
     with open_journal(state_dir) as journal:

@@ -8,7 +8,7 @@ from vmplug.cli.options import json_option, state_dir_option, vm_option
 from vmplug.cli.render.output import print_json, print_table
 from vmplug.cli.wiring import find_vm, open_journal
 from vmplug.errors import StateError
-from vmplug.hypervisor.qemu import Qemu
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.manager.adopt import Adopted, adopt
 from vmplug.manager.kata import read_kata
 from vmplug.manager.life import meet

@@ -18,8 +18,8 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.backends import MemoryParts, Refused
-from vmplug.hypervisor.qemu import Qemu
 from vmplug.hypervisor.qemu.abilities import IOMMUFD
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, Talk, command_error
 from vmplug.hypervisor.virtiofsd import Daemons, Started
 

@@ -17,8 +17,8 @@ from vmplug.errors import CommandError
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.abilities import IOMMUFD as TYPE
+from vmplug.hypervisor.qemu.topology import qom_list
 from vmplug.hypervisor.qmp.monitor import Monitor
-from vmplug.hypervisor.topology import qom_list
 
 IOMMUFD = "vmplug.iommufd"
 """Its name in QEMU, and until then that of the open /dev/iommu. No device's: see qemu_id."""
