@@ -37,7 +37,7 @@ CATCHES_OSERROR = {
     "host/record/read.py",
     "host/root.py",
     "hypervisor/virtiofsd.py",
-    "hypervisor/qemu/launch.py",
+    "hypervisor/qemu/start/launch.py",
     "hypervisor/qmp/client.py",
     "manager/database.py",
     "manager/kata.py",

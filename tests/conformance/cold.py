@@ -11,8 +11,8 @@ from tests.support.tree import HostTree
 from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.hypervisor.qemu.coldplug import ColdQemu
-from vmplug.hypervisor.qemu.machine import Machine, VmSpec
+from vmplug.hypervisor.qemu.start.cold import ColdQemu
+from vmplug.hypervisor.qemu.start.machine import Machine, VmSpec
 from vmplug.hypervisor.virtiofsd import Daemons
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.records import Attachment, DeviceRecord

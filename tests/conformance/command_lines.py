@@ -22,8 +22,8 @@ from vmplug.address import CcwDevNo, new_id
 from vmplug.drivers.place import CcwPlace, Place
 from vmplug.drivers.ports import NewPlug
 from vmplug.host.finding import Code
-from vmplug.hypervisor.qemu import machine as machines
-from vmplug.hypervisor.qemu.machine import Machine
+from vmplug.hypervisor.qemu.start import machine as machines
+from vmplug.hypervisor.qemu.start.machine import Machine
 from vmplug.oci.annotated import Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
 

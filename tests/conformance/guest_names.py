@@ -5,7 +5,7 @@ from tests.conformance.host import add_device, disk, request
 from tests.conformance.vector import Adapter, Answer, Case, Deviation, attempt, katas_result
 from tests.support.tree import HostTree
 from vmplug.address import virtio_disk_path
-from vmplug.hypervisor.qemu.machine import Machine
+from vmplug.hypervisor.qemu.start.machine import Machine
 from vmplug.manager.records import Attachment
 
 

@@ -11,7 +11,7 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.drivers.place import ApPlace
 from vmplug.host.pci.mdev import VFIODeviceType
-from vmplug.hypervisor.qemu.machine import Machine
+from vmplug.hypervisor.qemu.start.machine import Machine
 from vmplug.oci.annotated import VfioInfo
 
 _CSS = "/sys/devices/css0"

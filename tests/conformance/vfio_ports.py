@@ -20,9 +20,9 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import PciSlot
 from vmplug.drivers.place import Offer
 from vmplug.hypervisor.fake.monitor import MemoryMonitor
-from vmplug.hypervisor.qemu import machine as machines
-from vmplug.hypervisor.qemu.machine import VmSpec
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.start import machine as machines
+from vmplug.hypervisor.qemu.start.machine import VmSpec
 
 _FUNCTION = "0000:41:00.0"
 _PORTS = {"pcie-root-port", "x3130-upstream", "xio3130-downstream", "pxb-pcie"}

@@ -7,8 +7,8 @@ import pytest
 
 from tests.support.vm import start_vm
 from vmplug.hypervisor.qemu.abilities import of_program
-from vmplug.hypervisor.qemu.machine import BINARY, Machine
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.start.machine import BINARY, Machine
 
 pytestmark = pytest.mark.qemu
 

@@ -44,10 +44,10 @@ from vmplug.drivers.plug import (
 from vmplug.errors import HypervisorError
 from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.virtiofsd import ask_options
-from vmplug.hypervisor.qemu.coldplug import ColdQemu
-from vmplug.hypervisor.qemu.launch import launch
-from vmplug.hypervisor.qemu.machine import Machine, VmSpec, cold_offer
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.start.cold import ColdQemu
+from vmplug.hypervisor.qemu.start.launch import launch
+from vmplug.hypervisor.qemu.start.machine import Machine, VmSpec, cold_offer
 
 pytestmark = pytest.mark.qemu
 

@@ -21,10 +21,10 @@ from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import NoSuchDevice
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.qemu.coldplug import ColdQemu
-from vmplug.hypervisor.qemu.launch import launch
-from vmplug.hypervisor.qemu.machine import VmSpec
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.start.cold import ColdQemu
+from vmplug.hypervisor.qemu.start.launch import launch
+from vmplug.hypervisor.qemu.start.machine import VmSpec
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.virtiofsd import HostDaemons, Started
 from vmplug.manager.manager import DeviceManager

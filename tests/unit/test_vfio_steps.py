@@ -16,10 +16,10 @@ from vmplug.errors import AttributeReadError, CommandError, UnplugTimeout
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
-from vmplug.hypervisor.qemu.coldplug import ColdQemu, arguments
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps
-from vmplug.hypervisor.qemu.machine import VmSpec
 from vmplug.hypervisor.qemu.plug import plug_steps
+from vmplug.hypervisor.qemu.start.cold import ColdQemu, arguments
+from vmplug.hypervisor.qemu.start.machine import VmSpec
 from vmplug.hypervisor.qemu.vfio import nodes, opened
 
 ID = "00000000000000a1"

@@ -11,7 +11,7 @@ from vmplug.host.root import HostRoot
 if TYPE_CHECKING:
     from vmplug.address import Bdf
     from vmplug.host.vhost_user.store import VhostUserStore
-    from vmplug.hypervisor.qemu.coldplug import ColdQemu
+    from vmplug.hypervisor.qemu.start.cold import ColdQemu
     from vmplug.manager.manager import DeviceManager
     from vmplug.manager.policy import Policy
     from vmplug.manager.records import Attachment, VmRecord
@@ -77,7 +77,7 @@ def is_gone(record: "VmRecord") -> bool:
     """
     if record.is_of_earlier_boot:
         return True
-    from vmplug.hypervisor.qemu.launch import is_listening  # noqa: PLC0415
+    from vmplug.hypervisor.qemu.start.launch import is_listening  # noqa: PLC0415
     from vmplug.manager.records import has_ended  # noqa: PLC0415
 
     listening = is_listening(record.qmp_socket)

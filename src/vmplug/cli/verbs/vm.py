@@ -43,10 +43,10 @@ from vmplug.errors import BindError, HypervisorError, SpecError, StateError, Sti
 from vmplug.host.permissions import can_all_connect
 from vmplug.host.process import read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.qemu.coldplug import ColdQemu
-from vmplug.hypervisor.qemu.launch import launch
-from vmplug.hypervisor.qemu.machine import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.start.cold import ColdQemu
+from vmplug.hypervisor.qemu.start.launch import launch
+from vmplug.hypervisor.qemu.start.machine import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec
 from vmplug.manager.records import Attachment, VmRecord, record_vm
 from vmplug.manager.store import Store
 

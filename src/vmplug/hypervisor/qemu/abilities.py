@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from vmplug.drivers.ports import Command
 from vmplug.errors import HypervisorError
 from vmplug.host.program import run_program
-from vmplug.hypervisor.qemu.machine import PACKAGE
+from vmplug.hypervisor.qemu.start.machine import PACKAGE
 from vmplug.hypervisor.qmp.schema import check_answer
 
 IOMMUFD = "iommufd"

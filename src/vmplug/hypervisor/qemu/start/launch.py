@@ -10,9 +10,9 @@ from contextlib import closing
 from vmplug.errors import ConnectError, DeviceError, HypervisorError, SpecError
 from vmplug.host.program import run_program
 from vmplug.hypervisor.qemu.abilities import has_firmware
-from vmplug.hypervisor.qemu.coldplug import ColdQemu
-from vmplug.hypervisor.qemu.machine import BINARY, PACKAGE, Machine, VmSpec, command_line
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.start.cold import ColdQemu
+from vmplug.hypervisor.qemu.start.machine import BINARY, PACKAGE, Machine, VmSpec, command_line
 
 _SOCKET_PATH_MAX = 107
 """Longest path of a unix socket. Source: unix(7), sun_path."""
