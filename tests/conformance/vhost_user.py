@@ -23,7 +23,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu.running import Qemu
-from vmplug.hypervisor.qemu.vhost_user import LINK
+from vmplug.hypervisor.qemu.steps.vhost_user import LINK
 from vmplug.manager.records import Attachment
 from vmplug.oci.info import DeviceInfo
 

@@ -157,7 +157,7 @@ def test_the_guest_finds_a_device_where_we_say_and_gives_its_bar_an_address_if_i
 
 
 def test_a_slot_without_function_0_is_empty_and_with_it_everything_is_there(vm: GuestVm) -> None:
-    """What `vmplug.hypervisor.qemu.vfio` orders its steps by, and takes half of a group out by."""
+    """What `steps.vfio` orders its steps by, and takes half of a group out by."""
     slot = "/sys/devices/pci0000:00/0000:00:14.0/0000:*:09"
     for function in (2, 1):
         add_function(vm, "br0", 9, function)

@@ -36,7 +36,6 @@ from vmplug.drivers.plug import (
 from vmplug.errors import BackendError, CannotPlug, StateError
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.qemu.abilities import Abilities
-from vmplug.hypervisor.qemu.plug import plug_steps
 from vmplug.hypervisor.qemu.start.cold import ColdQemu, arguments
 from vmplug.hypervisor.qemu.start.machine import (
     MAX_MEMORY_SLOTS,
@@ -46,6 +45,7 @@ from vmplug.hypervisor.qemu.start.machine import (
     cold_offer,
     command_line,
 )
+from vmplug.hypervisor.qemu.steps.plug import plug_steps
 from vmplug.hypervisor.virtiofsd import Started
 
 ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"

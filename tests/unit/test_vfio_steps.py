@@ -17,10 +17,10 @@ from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps
-from vmplug.hypervisor.qemu.plug import plug_steps
 from vmplug.hypervisor.qemu.start.cold import ColdQemu, arguments
 from vmplug.hypervisor.qemu.start.machine import VmSpec
-from vmplug.hypervisor.qemu.vfio import nodes, opened
+from vmplug.hypervisor.qemu.steps.plug import plug_steps
+from vmplug.hypervisor.qemu.steps.vfio import nodes, opened
 
 ID = "00000000000000a1"
 NAME = qemu_id(ID)

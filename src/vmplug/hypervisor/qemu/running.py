@@ -24,13 +24,13 @@ from vmplug.host.file_id import check_path, has_open, has_thread, held, replaced
 from vmplug.host.pci.vfio import open_nodes
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.abilities import Abilities, Asked
 from vmplug.hypervisor.qemu.iommufd import make_iommufd, missing_steps
-from vmplug.hypervisor.qemu.plug import check_hot, opened_file, plug_steps
+from vmplug.hypervisor.qemu.steps import vfio
+from vmplug.hypervisor.qemu.steps.plug import check_hot, opened_file, plug_steps
+from vmplug.hypervisor.qemu.steps.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.qemu.topology import qom_get, qom_list, read_offer, read_place
 from vmplug.hypervisor.qemu.unplug_waiter import Departures
-from vmplug.hypervisor.qemu.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.qmp.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.virtiofsd import Daemons, HostDaemons
 

@@ -20,12 +20,12 @@ from vmplug.errors import StateError
 from vmplug.host.file_id import check_path, has_open, replaced
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.qemu import vfio
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps, needs_iommufd
-from vmplug.hypervisor.qemu.plug import check_file, opened_file, plug_steps
 from vmplug.hypervisor.qemu.start.machine import BINARY, VmSpec, cold_offer, option_text
-from vmplug.hypervisor.qemu.vhost_user import LINK
+from vmplug.hypervisor.qemu.steps import vfio
+from vmplug.hypervisor.qemu.steps.plug import check_file, opened_file, plug_steps
+from vmplug.hypervisor.qemu.steps.vhost_user import LINK
 from vmplug.hypervisor.virtiofsd import Daemons, HostDaemons, Started
 
 _JSON_OPTIONS = {

@@ -11,7 +11,7 @@ from vmplug.drivers.plug import VhostUserDevice
 from vmplug.drivers.ports import END_DAEMON, START_DAEMON, Command, Step
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities
-from vmplug.hypervisor.qemu.front import virtio_step
+from vmplug.hypervisor.qemu.steps.frontend import virtio_step
 from vmplug.hypervisor.virtiofsd import command_line
 
 LINK, NETDEV = "link", "net"

@@ -4,7 +4,7 @@ from vmplug.address import qemu_id
 from vmplug.drivers.place import Place
 from vmplug.drivers.plug import RNGDevice
 from vmplug.drivers.ports import Step
-from vmplug.hypervisor.qemu.front import object_step, virtio_step
+from vmplug.hypervisor.qemu.steps.frontend import object_step, virtio_step
 
 
 def plug_steps(device: RNGDevice, place: Place) -> tuple[Step, ...]:

@@ -8,7 +8,7 @@ from vmplug.drivers.place import MemorySlot
 from vmplug.drivers.plug import BlockDrive
 from vmplug.drivers.pmem import PAGE_BYTES
 from vmplug.drivers.ports import Step
-from vmplug.hypervisor.qemu.front import device_step, object_step
+from vmplug.hypervisor.qemu.steps.frontend import device_step, object_step
 
 
 def plug_steps(drive: BlockDrive, slot: MemorySlot) -> tuple[Step, ...]:

@@ -8,8 +8,8 @@ from vmplug.drivers.place import MemorySlot, MmioPlace, Place
 from vmplug.drivers.plug import BlockDrive, Plug, RNGDevice, SharedFS, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import Step
 from vmplug.errors import CannotPlug
-from vmplug.hypervisor.qemu import block, nvdimm, rng, share, vfio, vhost_user
 from vmplug.hypervisor.qemu.abilities import Abilities
+from vmplug.hypervisor.qemu.steps import block, nvdimm, rng, share, vfio, vhost_user
 
 
 def plug_steps(plug: Plug, place: Place, can: Abilities) -> tuple[Step, ...]:

@@ -8,7 +8,7 @@ from vmplug.address import qemu_id
 from vmplug.drivers.place import Place
 from vmplug.drivers.plug import SharedFS
 from vmplug.drivers.ports import Command, Step
-from vmplug.hypervisor.qemu.front import virtio_step
+from vmplug.hypervisor.qemu.steps.frontend import virtio_step
 
 
 def plug_steps(share: SharedFS, place: Place) -> tuple[Step, ...]:
