@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 
 from bench.timing import Ratio, compare
 from vmplug.host.kind import DeviceType
-from vmplug.manager.records import DeviceRecord
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
+from vmplug.journal.records import DeviceRecord
+from vmplug.journal.state import State
 
 
 def rows() -> Iterator[Ratio]:

@@ -20,8 +20,19 @@ MAY_IMPORT = {
     "host": {"errors", "devnum", "address", "oci"},
     "drivers": {"errors", "devnum", "address", "oci", "host"},
     "hypervisor": {"errors", "devnum", "address", "oci", "host", "drivers"},
-    "manager": {"errors", "devnum", "address", "oci", "host", "drivers"},
-    "cli": {"errors", "devnum", "address", "oci", "host", "drivers", "hypervisor", "manager"},
+    "journal": {"errors", "devnum", "address", "oci", "host", "drivers"},
+    "manager": {"errors", "devnum", "address", "oci", "host", "drivers", "journal"},
+    "cli": {
+        "errors",
+        "devnum",
+        "address",
+        "oci",
+        "host",
+        "drivers",
+        "hypervisor",
+        "journal",
+        "manager",
+    },
 }
 """Each part with the parts to its left: `hypervisor` and `manager` do not know each other."""
 
@@ -39,11 +50,11 @@ CATCHES_OSERROR = {
     "hypervisor/virtiofsd.py",
     "hypervisor/qemu/start/launch.py",
     "hypervisor/qmp/client.py",
-    "manager/database.py",
+    "journal/database.py",
     "manager/kata.py",
     "manager/policy_file.py",
     "host/permissions.py",
-    "manager/salvage.py",
+    "journal/salvage.py",
     "oci/source.py",
 }
 

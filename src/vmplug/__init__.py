@@ -11,7 +11,7 @@ from importlib import import_module
 _NAMES = {
     "vmplug.manager.manager": "DeviceManager",
     "vmplug.manager.policy": "Policy",
-    "vmplug.manager.records": "Attachment",
+    "vmplug.journal.records": "Attachment",
     "vmplug.manager.reconcile": "Repair",
     "vmplug.manager.watch": "Watch watch",
     "vmplug.manager.notice": "Notice What",

@@ -56,12 +56,12 @@ from vmplug.host.vhost_user.device import VhostUserSocket as VhostUserSocket
 from vmplug.host.vhost_user.store import VhostUserStore as VhostUserStore
 from vmplug.hypervisor.fake.monitor import MemoryHypervisor as MemoryHypervisor
 from vmplug.hypervisor.qemu.running import Qemu as Qemu
+from vmplug.journal.records import Attachment as Attachment
 from vmplug.manager.manager import DeviceManager as DeviceManager
 from vmplug.manager.notice import Notice as Notice
 from vmplug.manager.notice import What as What
 from vmplug.manager.policy import Policy as Policy
 from vmplug.manager.reconcile import Repair as Repair
-from vmplug.manager.records import Attachment as Attachment
 from vmplug.manager.watch import Watch as Watch
 from vmplug.manager.watch import watch as watch
 from vmplug.oci.annotated import NetInfo as NetInfo

@@ -15,8 +15,8 @@ from tests.contract.binding import held_by_vm
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.host.pci.bind import FormerBinding
-from vmplug.manager.bindings import Binding, BindingState
-from vmplug.manager.store import Store
+from vmplug.journal.bindings import Binding, BindingState
+from vmplug.journal.journal import Store
 
 DISK, BRIDGE, PHYSFN, VIRTFN = "0000:01:00.0", "0000:00:1c.0", "0000:03:00.0", "0000:03:10.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"

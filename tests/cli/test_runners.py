@@ -19,7 +19,7 @@ from tests.contract.world import journal_rows
 from tests.support.disks import disk_image
 from tests.support.journal import attach_row, device_record, vm_record
 from tests.support.pci_tree import PciTree
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
 
 NVME = "0000:3b:00.0"
 BUNDLE = config(device("/dev/xvda", "8:16"), device("/dev/a\x1b[1m\n\u202e\x9b\u00e9", "8:16"))

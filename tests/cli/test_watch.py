@@ -20,7 +20,7 @@ from tests.support.disks import disk_image, loop_device
 from tests.support.journal import attach_row, device_record, vm_record
 from vmplug import HostRoot, Watch, What, watch
 from vmplug.host.events import HostEvents, ProcessEnded
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
 
 MIB = 1 << 20
 

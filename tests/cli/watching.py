@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.cli.command import Vmplug
 from tests.support.journal import attach_row, device_record, vm_record
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
 
 DEADLINE_S = 60.0
 

@@ -9,7 +9,7 @@ from tests.conformance.pmem import ALIGNED_BYTES, image, memory
 from tests.conformance.vector import Answer, Case, Facts
 from tests.support.tree import HostTree
 from vmplug.hypervisor.qemu.start.machine import Machine as MachineType
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 
 _MACHINES = {"virtio-mmio": MachineType.MICROVM, "virtio-blk-ccw": MachineType.S390}
 

@@ -22,7 +22,7 @@ from vmplug.address import CcwDevNo
 from vmplug.drivers.free_places import ccw_places
 from vmplug.hypervisor.fake.monitor import MemoryMonitor
 from vmplug.hypervisor.qemu.running import Qemu
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 
 _CSS_BRIDGE = "virtual-css-bridge"
 _CSS_BUS = f"/machine/{_CSS_BRIDGE}/virtual-css"

@@ -14,9 +14,9 @@ from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.machine import Machine, VmSpec
 from vmplug.hypervisor.virtiofsd import Daemons
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.records import Attachment, DeviceRecord
-from vmplug.manager.store import Store
 from vmplug.oci.annotated import Request
 
 LIVE = HostTree(Path("/"))

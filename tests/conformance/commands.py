@@ -18,7 +18,7 @@ from tests.conformance.vector import (
 from tests.support.tree import HostTree
 from vmplug.address import ScsiAddress
 from vmplug.host.finding import Code
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 from vmplug.oci.info import DeviceInfo
 
 _DISK = {"ContainerPath": "/dev/null", "DevType": "b", "Major": 8, "Minor": 0}

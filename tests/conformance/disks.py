@@ -17,7 +17,7 @@ from tests.conformance.vector import (
     kinds_of,
 )
 from tests.support.tree import HostTree
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 
 _ADDRESSES = 1 << 16
 """On one SCSI controller."""

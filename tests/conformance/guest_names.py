@@ -6,7 +6,7 @@ from tests.conformance.vector import Adapter, Answer, Case, Deviation, attempt, 
 from tests.support.tree import HostTree
 from vmplug.address import virtio_disk_path
 from vmplug.hypervisor.qemu.start.machine import Machine
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 
 
 def _disk_name(case: Case) -> Answer:

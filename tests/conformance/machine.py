@@ -16,9 +16,9 @@ from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.fake.monitor import MemoryMonitor
 from vmplug.hypervisor.qemu.abilities import RECONNECT
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.records import Attachment, DeviceRecord
-from vmplug.manager.store import Store
 from vmplug.oci.annotated import Request
 
 VM = "sandbox"

@@ -20,7 +20,7 @@ from tests.support.tree import HostTree
 from vmplug.host.block.pmem import has_pfn_signature
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.finding import Code
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
 _SIGNATURE = b"NVDIMM_PFN_INFO"

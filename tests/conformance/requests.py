@@ -29,7 +29,7 @@ from tests.support.tree import HostTree
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.finding import Code
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 from vmplug.oci.info import DeviceInfo
 
 

@@ -14,7 +14,7 @@ from tests.conformance.vfio_life import saved_twice as saved_group
 from tests.conformance.vhost_user import saved_twice as saved_vhost_user
 from tests.support.tree import HostTree
 from vmplug.host.kind import DeviceType
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 
 
 def _saved_twice(case: Case) -> Answer:

@@ -16,7 +16,7 @@ from tests.conformance.vector import (
     kinds_of,
 )
 from tests.support.tree import HostTree
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 from vmplug.oci.info import DeviceInfo
 
 

@@ -20,7 +20,7 @@ from tests.conformance.vfio_tree import AP_MATRIX, UUID, add_mediated, build, gi
 from tests.conformance.vfio_vm import ap_monitor, machine_on
 from tests.support.pci_tree import PciTree
 from vmplug.host.pci.mdev import VFIODeviceType
-from vmplug.manager.records import DeviceRecord
+from vmplug.journal.records import DeviceRecord
 from vmplug.oci.annotated import VfioInfo
 
 _CALLS = {"device_add": "HotplugAddDevice(vfio)", "device_del": "HotplugRemoveDevice(vfio)"}

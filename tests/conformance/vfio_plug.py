@@ -18,7 +18,7 @@ from tests.conformance.vfio_vm import (
 from tests.support.pci_tree import PciTree
 from vmplug.drivers.ports import Step
 from vmplug.host.pci.mdev import VFIODeviceType
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 from vmplug.oci.annotated import VfioInfo
 
 _QUESTION = "qom-get"

@@ -28,7 +28,7 @@ from tests.conformance.vfio_vm import ap_monitor, machine_on, ports_monitor
 from tests.support.pci_tree import PciTree
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.hypervisor.qemu.running import Qemu
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 from vmplug.oci.annotated import Request
 from vmplug.oci.info import DeviceInfo
 

@@ -24,7 +24,7 @@ from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.steps.vhost_user import LINK
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 from vmplug.oci.info import DeviceInfo
 
 SOCKET = "/vu/block/sockets/v0"

@@ -14,7 +14,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.virtiofsd import VIRTIOFSD_PROGRAMS
 from vmplug.hypervisor.qemu.start.machine import Machine
 from vmplug.hypervisor.virtiofsd import HostDaemons, Started
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 from vmplug.oci.annotated import NetInfo, Request, ShareInfo
 
 

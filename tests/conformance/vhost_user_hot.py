@@ -17,7 +17,7 @@ from tests.conformance.vector import (
 from tests.conformance.vhost_user import SOCKET, TOLD_TO_FAIL, open_machine, open_store, stored
 from tests.support.tree import HostTree
 from vmplug.host.kind import DeviceType
-from vmplug.manager.records import Attachment
+from vmplug.journal.records import Attachment
 from vmplug.oci.annotated import NetInfo, Request, ShareInfo
 
 _NET = NetInfo(label="eth0", socket_path="/vu/s")

@@ -16,11 +16,11 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
+from vmplug.journal.bindings import BindingState
+from vmplug.journal.journal import Store
+from vmplug.journal.records import DeviceRecord
+from vmplug.journal.state import State
 from vmplug.manager.binder import Binder
-from vmplug.manager.bindings import BindingState
-from vmplug.manager.records import DeviceRecord
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
 
 VFIO = "vfio-pci"
 

@@ -16,8 +16,8 @@ from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import MemoryMonitor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, command_error
+from vmplug.journal.journal import Store
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.store import Store
 from vmplug.oci.annotated import Request
 from vmplug.oci.info import DeviceInfo, DevType
 

@@ -25,11 +25,11 @@ from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.virtiofsd import HostDaemons, Started
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, record_vm
+from vmplug.journal.state import State
 from vmplug.manager.binder import Binder
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.records import Attachment, DeviceRecord, VmRecord, record_vm
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
 
 VM, OTHER_VM, OWNER = "sandbox-1", "their-vm", "ctr1"
 SILENCE_S = 0.1

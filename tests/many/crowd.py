@@ -18,7 +18,7 @@ from typing import Protocol
 from tests.cli.command import Vmplug
 from vmplug import DeviceInfo, DeviceManager, DevType, HostRoot, Qemu
 from vmplug.errors import DeviceError, InUse, StateError
-from vmplug.manager.state import State
+from vmplug.journal.state import State
 
 Slot = tuple[str, str]
 """A VM and an image."""

@@ -20,8 +20,8 @@ from vmplug.errors import ConnectError, ProtocolError
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
 from vmplug.hypervisor.qmp.monitor import Monitor
+from vmplug.journal.state import State
 from vmplug.manager.reconcile import Outcome
-from vmplug.manager.state import State
 
 pytestmark = pytest.mark.qemu
 

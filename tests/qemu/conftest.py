@@ -30,9 +30,9 @@ from vmplug.drivers.ports import Command, Endpoint
 from vmplug.host.finding import Code
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VhostUserStore
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.records import Attachment
-from vmplug.manager.state import State
 from vmplug.oci.info import DeviceInfo, DevType
 
 PORTS = 9

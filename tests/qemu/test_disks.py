@@ -13,7 +13,7 @@ from tests.qemu.conftest import PORTS, Lab, losetup, opened_by_another_qemu, req
 from tests.support.disks import detach_loop, disk_image, loop_device, qcow2_image
 from vmplug.errors import CommandError, InUse
 from vmplug.host.finding import Code
-from vmplug.manager.state import State
+from vmplug.journal.state import State
 
 pytestmark = pytest.mark.qemu
 

@@ -15,10 +15,10 @@ from tests.support.disks import disk_image
 from tests.support.kata import DISK_ID, block, device, plug_commands, vfio, write_sandbox
 from tests.support.vm import GuestVm, root_ports, scsi_controller, start_vm
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment
 from vmplug.manager.adopt import adopt
 from vmplug.manager.kata import read_kata
-from vmplug.manager.records import Attachment
-from vmplug.manager.store import Store
 
 pytestmark = pytest.mark.qemu
 

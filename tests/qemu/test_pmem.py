@@ -33,8 +33,8 @@ from vmplug.errors import (
 from vmplug.host.block.volumes import find_requests
 from vmplug.host.finding import Code, Severity
 from vmplug.host.root import HostRoot
-from vmplug.manager.records import Attachment
-from vmplug.manager.state import State
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import State
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.spec import read_bundle
 

@@ -12,9 +12,9 @@ from tests.support.vm import GuestVm, root_ports, start_vm
 from vmplug.errors import NotAttached, ProtocolError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.journal import Store
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome
-from vmplug.manager.store import Store
 
 pytestmark = pytest.mark.qemu
 

@@ -13,8 +13,8 @@ from vmplug.devnum import DevNum
 from vmplug.errors import NoSuchDevice, SpecError, StateError
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.qmp.monitor import Monitor
-from vmplug.manager.records import Attachment
-from vmplug.manager.state import State
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import State
 from vmplug.oci.annotated import RngInfo
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.spec import parse_config

@@ -32,8 +32,8 @@ from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import Monitor
+from vmplug.journal.records import Attachment
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.records import Attachment
 from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
 

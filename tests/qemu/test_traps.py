@@ -35,9 +35,9 @@ from vmplug.errors import (
 from vmplug.host.finding import Code
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
+from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome
-from vmplug.manager.state import State
 from vmplug.oci.info import DeviceInfo, DevType
 
 pytestmark = pytest.mark.qemu

@@ -46,9 +46,9 @@ from vmplug.errors import (
 from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import State
 from vmplug.manager.reconcile import Outcome
-from vmplug.manager.records import Attachment
-from vmplug.manager.state import State
 from vmplug.oci.annotated import NetInfo, Request, ShareInfo
 from vmplug.oci.spec import parse_config
 

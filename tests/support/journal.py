@@ -6,9 +6,9 @@ from dataclasses import replace
 from vmplug.address import PciPath, new_id
 from vmplug.drivers.place import GuestAddress, GuestFunction
 from vmplug.host.kind import DeviceType
-from vmplug.manager.records import Attachment, DeviceRecord, VmRecord
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
+from vmplug.journal.state import State
 
 GUEST = GuestAddress(pci_path=PciPath.parse("04/00"))
 

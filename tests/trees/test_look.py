@@ -14,9 +14,9 @@ from tests.support.tree import GIB, MIB
 from vmplug.host.kind import DeviceType
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
+from vmplug.journal.records import DeviceRecord
+from vmplug.journal.state import State
 from vmplug.manager.look import HostLook, HostState, Look
-from vmplug.manager.records import DeviceRecord
-from vmplug.manager.state import State
 
 BDFS = ("0000:3b:00.0", "0000:3b:00.1")
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"

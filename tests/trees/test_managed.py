@@ -17,9 +17,9 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import BindError, CommandError, InUse, NoFreePort, UnplugTimeout
 from vmplug.host.finding import Code
 from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
+from vmplug.journal.journal import Store
+from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
 from vmplug.oci.annotated import VfioInfo
 
 GPU, SOUND, NET = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"

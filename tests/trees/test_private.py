@@ -9,7 +9,7 @@ import pytest
 
 from vmplug.errors import StoreError
 from vmplug.host.permissions import can_all_connect, is_absent
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: chown")
 STRANGER = 12345

@@ -11,8 +11,8 @@ from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.cli.render.kata_agent import agent_json
 from vmplug.drivers.place import GuestAddress, GuestFunction
 from vmplug.host.kind import DeviceType
-from vmplug.manager.records import Attachment
-from vmplug.manager.state import State
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import State
 
 PCI, SCSI, CCW = PciPath.parse("02/00"), ScsiAddress(0, 3), CcwDevNo(0, 5)
 BLOCK, FS, P9 = DeviceType.BLOCK, DeviceType.VHOST_USER_FS, DeviceType.VIRTIO_9P

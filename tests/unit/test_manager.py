@@ -37,9 +37,9 @@ from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import Monitor
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.records import Attachment
-from vmplug.manager.state import State
 from vmplug.oci.info import DeviceInfo, DevType
 
 GIVEN_UP_S = 30.0

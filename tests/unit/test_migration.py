@@ -14,10 +14,10 @@ import pytest
 from tests.contract.world import journal_rows
 from tests.unit.test_store import COUNTED, DISK, HIDDEN_SCSI_DISK, SCSI_DISK, hold, spawn
 from vmplug.errors import StoreError
-from vmplug.manager.database import VERSION
-from vmplug.manager.records import Attachment, DeviceRecord, VmRecord
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
+from vmplug.journal.database import VERSION
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
+from vmplug.journal.state import State
 
 PROCESSES = 4
 

@@ -8,6 +8,7 @@ from tests.support.journal import device_record, hold_on, vm_record
 from vmplug.devnum import DevNum
 from vmplug.host.events import Event, EventsLost, HostEvent, ProcessEnded
 from vmplug.host.kind import DeviceType
+from vmplug.journal.records import DeviceRecord
 from vmplug.manager.look import HostState, Look
 from vmplug.manager.notice import (
     Notice,
@@ -18,7 +19,6 @@ from vmplug.manager.notice import (
     lost_notice,
     was_taken_away,
 )
-from vmplug.manager.records import DeviceRecord
 
 DISK = device_record("block:8:16", "/dev/sdb")
 IMAGE = device_record("file:/srv/a.img", "/srv/a.img")

@@ -33,9 +33,9 @@ from vmplug.drivers.plug import (
 )
 from vmplug.errors import StoreError
 from vmplug.host.kind import DeviceType
-from vmplug.manager.records import Attachment, DeviceRecord, guest_text
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, DeviceRecord, guest_text
+from vmplug.journal.state import State
 
 slots = st.builds(PciSlot, st.integers(0, 0x1F), st.integers(0, 7))
 paths = st.builds(PciPath, st.lists(slots, min_size=1, max_size=4).map(tuple))

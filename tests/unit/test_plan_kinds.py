@@ -30,10 +30,10 @@ from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import DeviceType, FoundBy, SharedFilesystem
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.virtiofsd import Virtiofsd
+from vmplug.journal.records import Attachment, DeviceRecord
+from vmplug.journal.state import State
 from vmplug.manager.examine import Examined
 from vmplug.manager.plan import Plan, make_plan
-from vmplug.manager.records import Attachment, DeviceRecord
-from vmplug.manager.state import State
 from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
 

@@ -15,9 +15,9 @@ from vmplug.devnum import DevNum
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
 from vmplug.hypervisor.fake.monitor import Guest
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import State
 from vmplug.manager.reconcile import Outcome
-from vmplug.manager.records import Attachment
-from vmplug.manager.state import State
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
 

@@ -14,10 +14,10 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
 from vmplug.hypervisor.fake.monitor import Guest
 from vmplug.hypervisor.qmp.monitor import Monitor
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import State
 from vmplug.manager.reconcile import Outcome, Repair
-from vmplug.manager.records import Attachment
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo
 

@@ -19,12 +19,12 @@ from vmplug.errors import NotAttached, ProtocolError, UnplugTimeout
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.journal import Store
+from vmplug.journal.process import Worker
+from vmplug.journal.records import VmRecord
+from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome
-from vmplug.manager.records import VmRecord
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
-from vmplug.manager.worker import Worker
 from vmplug.oci.info import DeviceInfo, DevType
 
 AT_ONCE_S = 0.1

@@ -16,13 +16,13 @@ from tests.unit.test_store import DISK, hold
 from vmplug.address import Bdf
 from vmplug.errors import StoreError
 from vmplug.host.pci.bind import FormerBinding
-from vmplug.manager.bindings import Binding, BindingState
-from vmplug.manager.database import VERSION
+from vmplug.journal.bindings import Binding, BindingState
+from vmplug.journal.database import VERSION
+from vmplug.journal.journal import Store
+from vmplug.journal.records import VmRecord
+from vmplug.journal.salvage import UNKNOWN_OWNER, check_journal, set_aside
+from vmplug.journal.state import State
 from vmplug.manager.reconcile import Outcome
-from vmplug.manager.records import VmRecord
-from vmplug.manager.salvage import UNKNOWN_OWNER, check_journal, set_aside
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
 
 DEVICES = 120
 PAGE = 4096

@@ -23,10 +23,10 @@ from vmplug.drivers.place import GuestAddress
 from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim
 from vmplug.host.kind import DeviceType
-from vmplug.manager.database import VERSION
-from vmplug.manager.records import Attachment, DeviceRecord, VmRecord
-from vmplug.manager.state import FOLLOWS, State, check_step
-from vmplug.manager.store import Store
+from vmplug.journal.database import VERSION
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
+from vmplug.journal.state import FOLLOWS, State, check_step
 
 PROCESSES = 4
 EACH = 25
@@ -603,7 +603,7 @@ def test_who_reads_does_not_wait_for_who_writes(store: Store, tmp_path: Path) ->
 WRITER = """
 import sys
 from dataclasses import replace
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
 from tests.unit.test_store import DISK, hold
 
 store = Store.open(sys.argv[1])

@@ -11,7 +11,8 @@ import click
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError, StoreError
 from vmplug.host.root import HostRoot
-from vmplug.manager import DEFAULT_POLICY, DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
+from vmplug.journal import DEFAULT_STATE_DIR
+from vmplug.manager import DEFAULT_POLICY, UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from vmplug.address import Bdf
     from vmplug.host.vhost_user.store import VhostUserStore
     from vmplug.hypervisor.qemu.start.cold import ColdQemu
+    from vmplug.journal.journal import Store
+    from vmplug.journal.records import Attachment, VmRecord
     from vmplug.manager.manager import DeviceManager
     from vmplug.manager.policy import Policy
-    from vmplug.manager.records import Attachment, VmRecord
-    from vmplug.manager.store import Store
 
 
 def has_journal(state_dir: str) -> bool:
@@ -25,7 +25,7 @@ def has_journal(state_dir: str) -> bool:
 
 def open_journal(state_dir: str) -> "Store":
     """The journal below `state_dir`, a context manager."""
-    from vmplug.manager.store import Store  # noqa: PLC0415  sqlite3 costs 5 ms
+    from vmplug.journal.journal import Store  # noqa: PLC0415  sqlite3 costs 5 ms
 
     return Store.open(state_dir)
 
@@ -78,7 +78,7 @@ def is_gone(record: "VmRecord") -> bool:
     if record.is_of_earlier_boot:
         return True
     from vmplug.hypervisor.qemu.start.launch import is_listening  # noqa: PLC0415
-    from vmplug.manager.records import has_ended  # noqa: PLC0415
+    from vmplug.journal.records import has_ended  # noqa: PLC0415
 
     listening = is_listening(record.qmp_socket)
     if listening is not None:
@@ -105,7 +105,7 @@ def find_ended(journal: "Store", names: "Iterable[str]") -> list[str]:
 
     No VM is asked: a process that has ended is enough.
     """
-    from vmplug.manager.records import has_ended  # noqa: PLC0415
+    from vmplug.journal.records import has_ended  # noqa: PLC0415
 
     wanted = set(names)
     return [

@@ -3,7 +3,6 @@
 In: requests and a `Hypervisor`. Out: `Attachment` values and a journal that survives any crash.
 """
 
-DEFAULT_STATE_DIR = "/run/vmplug"
 DEFAULT_POLICY = "/etc/vmplug/policy.toml"
 
 UNPLUG_TIMEOUT_S = 15.0

@@ -19,10 +19,10 @@ from vmplug.drivers.place import (
 )
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, DeviceRecord
+from vmplug.journal.state import State
 from vmplug.manager.kata import KataDevice, KataState
-from vmplug.manager.records import Attachment, DeviceRecord
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
 
 
 class Vm(Protocol):

@@ -37,11 +37,11 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.pci.vfio_driver import check_driver, choose_driver, is_same_driver, load_driver
 from vmplug.host.root import HostRoot
-from vmplug.manager.bindings import LOCK_TIMEOUT_S, Binding, BindingState
-from vmplug.manager.database import is_locked
-from vmplug.manager.store import Store
+from vmplug.journal.bindings import LOCK_TIMEOUT_S, Binding, BindingState
+from vmplug.journal.database import is_locked
+from vmplug.journal.journal import Store
+from vmplug.journal.process import read_boot_id
 from vmplug.manager.use import USED_BY_VM, check_use, find_users, refuse_use
-from vmplug.manager.worker import read_boot_id
 
 log = logging.getLogger(__name__)
 

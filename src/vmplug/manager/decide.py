@@ -5,11 +5,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from vmplug.errors import StateError
-from vmplug.manager.database import written_too_fast
+from vmplug.journal.database import written_too_fast
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import ABSENT, State
 from vmplug.manager.plan import Plan
-from vmplug.manager.records import Attachment
-from vmplug.manager.state import ABSENT, State
-from vmplug.manager.store import Store
 
 _ATTEMPTS = 20
 _PLUG_TIMEOUT_S, _PLUG_STEP_S = 30.0, 0.02

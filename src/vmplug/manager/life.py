@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from vmplug.drivers.ports import Endpoint, Hypervisor
 from vmplug.host.process import read_start_time
+from vmplug.journal.journal import Store
+from vmplug.journal.records import DeviceRecord, VmRecord, foreign_names, has_ended, record_vm
 from vmplug.manager.reconcile import Outcome, Repair
-from vmplug.manager.records import DeviceRecord, VmRecord, foreign_names, has_ended, record_vm
-from vmplug.manager.store import Store
 
 
 def meet(vm: str, journal: Store, hypervisor: Hypervisor) -> list[Repair]:

@@ -23,8 +23,8 @@ from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.process import find_marked, is_running
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.vhost_user.sockets import is_connected, is_listening
-from vmplug.manager.records import DeviceRecord, VmRecord, has_ended
-from vmplug.manager.state import State
+from vmplug.journal.records import DeviceRecord, VmRecord, has_ended
+from vmplug.journal.state import State
 
 _SERVED = {
     DeviceType.VHOST_USER_BLK,

@@ -26,7 +26,11 @@ from vmplug.host.finding import Claim, Code, Finding
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.manager import DEFAULT_STATE_DIR, UNPLUG_TIMEOUT_S
+from vmplug.journal import DEFAULT_STATE_DIR
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
+from vmplug.journal.state import State, holds_nothing, not_attached
+from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.manager.asking import Gate
 from vmplug.manager.binder import Binder
 from vmplug.manager.decide import decide, finish
@@ -35,10 +39,7 @@ from vmplug.manager.life import meet
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.policy import Policy
 from vmplug.manager.reconcile import Repair, reconcile
-from vmplug.manager.records import Attachment, DeviceRecord, foreign_names
 from vmplug.manager.resize import is_disk, new_size
-from vmplug.manager.state import State, holds_nothing, not_attached
-from vmplug.manager.store import Store
 from vmplug.manager.unplug import Unplugger
 from vmplug.oci.annotated import Request
 from vmplug.oci.limits import NAME_BYTES_MAX, check_text

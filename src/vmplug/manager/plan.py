@@ -13,9 +13,9 @@ from vmplug.host.finding import Code, Finding
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.root import HostRoot
+from vmplug.journal.records import Attachment, DeviceRecord
+from vmplug.journal.state import State, on_its_way
 from vmplug.manager.examine import Examined, refuse, refuse_not_allowed
-from vmplug.manager.records import Attachment, DeviceRecord
-from vmplug.manager.state import State, on_its_way
 from vmplug.oci.annotated import Request, ShareInfo
 from vmplug.oci.info import DeviceInfo
 

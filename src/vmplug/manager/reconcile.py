@@ -20,9 +20,9 @@ from enum import StrEnum
 
 from vmplug.drivers.ports import Hypervisor
 from vmplug.errors import CommandError
-from vmplug.manager.records import DeviceRecord, foreign_names
-from vmplug.manager.state import State
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
+from vmplug.journal.records import DeviceRecord, foreign_names
+from vmplug.journal.state import State
 
 
 class Outcome(StrEnum):

@@ -7,7 +7,7 @@ from vmplug.host.device import HostDevice
 from vmplug.host.kind import DeviceType
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
-from vmplug.manager.records import Attachment, DeviceRecord
+from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.oci.info import DeviceInfo, DevType
 
 

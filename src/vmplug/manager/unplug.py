@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from vmplug.drivers.ports import Hypervisor
 from vmplug.errors import BindError, CommandError
+from vmplug.journal.journal import Store
+from vmplug.journal.records import DeviceRecord, foreign_names
+from vmplug.journal.state import State, unplug_error
 from vmplug.manager.binder import Binder
-from vmplug.manager.records import DeviceRecord, foreign_names
-from vmplug.manager.state import State, unplug_error
-from vmplug.manager.store import Store
 
 log = logging.getLogger(__name__)
 

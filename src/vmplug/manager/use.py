@@ -13,7 +13,7 @@ from vmplug.host.pci.uses import block_devices_of
 from vmplug.host.pci.vfio import read_cdev
 from vmplug.host.process import find_openers
 from vmplug.host.root import HostRoot
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
 
 USED_BY_VM = frozenset({Code.IN_USE_BY_VM, Code.OPEN_BY_PROCESS})
 """Findings that a VM, or another user of VFIO, has it."""

@@ -16,7 +16,9 @@ from typing import Self
 from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.sockets import find_server
-from vmplug.manager import DEFAULT_STATE_DIR
+from vmplug.journal import DEFAULT_STATE_DIR
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, has_ended
 from vmplug.manager.look import HostLook, HostState, Look, judged, socket_of
 from vmplug.manager.notice import (
     Notice,
@@ -26,8 +28,6 @@ from vmplug.manager.notice import (
     lost_notice,
     was_taken_away,
 )
-from vmplug.manager.records import Attachment, DeviceRecord, VmRecord, has_ended
-from vmplug.manager.store import Store
 
 LOOK_INTERVAL_S = 1.0
 

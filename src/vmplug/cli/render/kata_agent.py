@@ -9,7 +9,7 @@ from vmplug.host.kind import DeviceType
 
 if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress
-    from vmplug.manager.records import Attachment
+    from vmplug.journal.records import Attachment
 
 _NO_WORD = {DeviceType.VHOST_USER_SCSI, DeviceType.VHOST_USER_NET, DeviceType.VIRTIO_RNG}
 """The agent is not told of these: the guest's kernel finds them."""

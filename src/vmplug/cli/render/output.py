@@ -16,8 +16,8 @@ from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress
+    from vmplug.journal.records import Attachment
     from vmplug.manager.look import Look
-    from vmplug.manager.records import Attachment
     from vmplug.oci.annotated import Request
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")

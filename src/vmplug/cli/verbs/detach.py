@@ -10,8 +10,8 @@ from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import open_journal, open_manager, read_attachments
 from vmplug.errors import HypervisorError, NotAttached
 from vmplug.host.root import HostRoot
-from vmplug.manager.records import Attachment
-from vmplug.manager.state import State
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import State
 
 
 @click.command("detach")

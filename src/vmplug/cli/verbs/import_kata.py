@@ -9,10 +9,10 @@ from vmplug.cli.render.output import print_json, print_table
 from vmplug.cli.wiring import find_vm, open_journal
 from vmplug.errors import StateError
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.journal import Store
 from vmplug.manager.adopt import Adopted, adopt
 from vmplug.manager.kata import read_kata
 from vmplug.manager.life import meet
-from vmplug.manager.store import Store
 
 
 @click.command("import-kata")

@@ -6,8 +6,8 @@ from vmplug.cli.options import complete_vm, json_option, state_dir_option
 from vmplug.cli.render.output import attachment_json, host_json, print_attachments, print_json
 from vmplug.cli.wiring import find_ended, open_journal, read_attachments
 from vmplug.host.root import HostRoot
+from vmplug.journal.journal import Store
 from vmplug.manager.look import HostLook, Look
-from vmplug.manager.store import Store
 
 
 @click.command("list")

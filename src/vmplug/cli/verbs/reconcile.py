@@ -14,12 +14,12 @@ from vmplug.errors import DeviceError, HypervisorError
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.virtiofsd import HostDaemons
+from vmplug.journal.journal import Store
+from vmplug.journal.records import VmRecord
+from vmplug.journal.salvage import Salvage, check_journal
+from vmplug.journal.salvage import set_aside as put_aside
 from vmplug.manager.binder import Binder, Returned
 from vmplug.manager.reconcile import Outcome, Repair
-from vmplug.manager.records import VmRecord
-from vmplug.manager.salvage import Salvage, check_journal
-from vmplug.manager.salvage import set_aside as put_aside
-from vmplug.manager.store import Store
 
 _LOCK_TIMEOUT_S = 10.0
 """A function that is slow to let go is told as in progress."""

@@ -47,8 +47,8 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.launch import launch
 from vmplug.hypervisor.qemu.start.machine import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec
-from vmplug.manager.records import Attachment, VmRecord, record_vm
-from vmplug.manager.store import Store
+from vmplug.journal.journal import Store
+from vmplug.journal.records import Attachment, VmRecord, record_vm
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _LIST_TIMEOUT_S = 2.0

@@ -13,8 +13,8 @@ from vmplug.host.finding import Claim
 from vmplug.host.kind import DeviceType
 from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
-from vmplug.manager.state import State
-from vmplug.manager.worker import Worker
+from vmplug.journal.process import Worker
+from vmplug.journal.state import State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from vmplug.address import Bdf
 from vmplug.host.pci.bind import FormerBinding
-from vmplug.manager.database import Transaction, alone, store_error
+from vmplug.journal.database import Transaction, alone, store_error
 
 LOCK_TIMEOUT_S = 120.0
 """A function that is slow to let go keeps the others waiting."""

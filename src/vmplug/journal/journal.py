@@ -15,16 +15,11 @@ from typing import Self, TypeVar
 from vmplug.errors import StoreError
 from vmplug.host.finding import Claim
 from vmplug.host.root import HostRoot
-from vmplug.manager import DEFAULT_STATE_DIR
-from vmplug.manager.bindings import Bindings
-from vmplug.manager.database import (
-    Transaction,
-    check_version,
-    migrate,
-    open_database,
-    store_error,
-)
-from vmplug.manager.records import (
+from vmplug.journal import DEFAULT_STATE_DIR
+from vmplug.journal.bindings import Bindings
+from vmplug.journal.database import Transaction, check_version, migrate, open_database, store_error
+from vmplug.journal.process import Worker
+from vmplug.journal.records import (
     Attachment,
     DeviceRecord,
     VmRecord,
@@ -35,7 +30,7 @@ from vmplug.manager.records import (
     read_vm,
     state_without_holds,
 )
-from vmplug.manager.state import (
+from vmplug.journal.state import (
     FOLLOWS,
     ON_ITS_WAY,
     State,
@@ -44,7 +39,6 @@ from vmplug.manager.state import (
     not_in_journal,
     on_its_way,
 )
-from vmplug.manager.worker import Worker
 
 T = TypeVar("T")
 

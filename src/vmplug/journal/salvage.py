@@ -18,8 +18,8 @@ from functools import partial
 
 from vmplug.address import new_id
 from vmplug.errors import StoreError
-from vmplug.manager.bindings import read_binding
-from vmplug.manager.database import (
+from vmplug.journal.bindings import read_binding
+from vmplug.journal.database import (
     VERSION,
     alone,
     check_version,
@@ -30,7 +30,7 @@ from vmplug.manager.database import (
     migrate,
     store_error,
 )
-from vmplug.manager.records import read_device, read_vm
+from vmplug.journal.records import read_device, read_vm
 
 _LOCK_TIMEOUT_S = 10.0
 _MOST_SKIPPED = 1000
