@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "drivers": {"errors", "devnum", "address", "oci", "host"},
     "hypervisor": {"errors", "devnum", "address", "oci", "host", "drivers"},
     "journal": {"errors", "devnum", "address", "oci", "host", "drivers"},
-    "manager": {"errors", "devnum", "address", "oci", "host", "drivers", "journal"},
+    "policy": {"errors", "devnum", "address", "oci", "host", "drivers"},
+    "manager": {"errors", "devnum", "address", "oci", "host", "drivers", "journal", "policy"},
     "cli": {
         "errors",
         "devnum",
@@ -31,6 +32,7 @@ MAY_IMPORT = {
         "drivers",
         "hypervisor",
         "journal",
+        "policy",
         "manager",
     },
 }
@@ -52,7 +54,7 @@ CATCHES_OSERROR = {
     "hypervisor/qmp/client.py",
     "journal/database.py",
     "manager/kata.py",
-    "manager/policy_file.py",
+    "policy/file.py",
     "host/permissions.py",
     "journal/salvage.py",
     "oci/source.py",

@@ -10,7 +10,7 @@ from importlib import import_module
 
 _NAMES = {
     "vmplug.manager.manager": "DeviceManager",
-    "vmplug.manager.policy": "Policy",
+    "vmplug.policy.rules": "Policy",
     "vmplug.journal.records": "Attachment",
     "vmplug.manager.reconcile": "Repair",
     "vmplug.manager.watch": "Watch watch",

@@ -60,7 +60,6 @@ from vmplug.journal.records import Attachment as Attachment
 from vmplug.manager.manager import DeviceManager as DeviceManager
 from vmplug.manager.notice import Notice as Notice
 from vmplug.manager.notice import What as What
-from vmplug.manager.policy import Policy as Policy
 from vmplug.manager.reconcile import Repair as Repair
 from vmplug.manager.watch import Watch as Watch
 from vmplug.manager.watch import watch as watch
@@ -73,6 +72,7 @@ from vmplug.oci.info import DevType as DevType
 from vmplug.oci.spec import Bundle as Bundle
 from vmplug.oci.spec import parse_config as parse_config
 from vmplug.oci.spec import read_bundle as read_bundle
+from vmplug.policy.rules import Policy as Policy
 
 __version__: str
 from vmplug.address import Bdf as Bdf

@@ -20,10 +20,10 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.manager.asking import Gate
 from vmplug.manager.examine import Examined, Known, examine, refuse_not_allowed
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.policy.gate import Gate
 
 GPU, AUDIO, NIC, BRIDGE = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0", "0000:3a:00.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"

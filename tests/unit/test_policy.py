@@ -23,9 +23,9 @@ from vmplug.host.pci.function import PciFunction
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import MemoryHypervisor
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
-from vmplug.manager.policy import Asked, Rule
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
+from vmplug.policy.rules import Asked, Rule
 
 DISK = Asked(
     name="/dev/sdb",

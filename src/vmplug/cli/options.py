@@ -12,8 +12,9 @@ from vmplug.devnum import DevNum
 from vmplug.errors import SpecError, StoreError
 from vmplug.host.root import HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR
-from vmplug.manager import DEFAULT_POLICY, UNPLUG_TIMEOUT_S
+from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.policy import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from vmplug.host.finding import Code

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vmplug.journal.journal import Store
     from vmplug.journal.records import Attachment, VmRecord
     from vmplug.manager.manager import DeviceManager
-    from vmplug.manager.policy import Policy
+    from vmplug.policy.rules import Policy
 
 
 def has_journal(state_dir: str) -> bool:
@@ -92,8 +92,8 @@ def find_policy(path: str | None) -> "Policy | None":
     Raises PolicyError.
     """
     from vmplug.host.permissions import is_absent  # noqa: PLC0415
-    from vmplug.manager import DEFAULT_POLICY  # noqa: PLC0415
-    from vmplug.manager.policy import Policy  # noqa: PLC0415
+    from vmplug.policy import DEFAULT_POLICY  # noqa: PLC0415
+    from vmplug.policy.rules import Policy  # noqa: PLC0415
 
     if path is None and is_absent(DEFAULT_POLICY):
         return None

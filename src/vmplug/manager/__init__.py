@@ -3,7 +3,5 @@
 In: requests and a `Hypervisor`. Out: `Attachment` values and a journal that survives any crash.
 """
 
-DEFAULT_POLICY = "/etc/vmplug/policy.toml"
-
 UNPLUG_TIMEOUT_S = 15.0
 """A Linux guest lets go of a disk within 0.1 s; one that is busy booting within a few seconds."""

@@ -25,8 +25,8 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.probe import ask_backend
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.manager.asking import Gate, not_overruled
 from vmplug.oci.annotated import Request
+from vmplug.policy.gate import Gate, not_overruled
 
 FindClaims = Callable[[HostDevice], Sequence[Claim]]
 

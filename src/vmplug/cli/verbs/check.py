@@ -22,8 +22,8 @@ from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import find_policy, has_journal, open_journal, open_manager
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code
-from vmplug.manager.asking import Gate
 from vmplug.manager.examine import Examined, FindClaims, Known, examine
+from vmplug.policy.gate import Gate
 
 _NOT_ALLOWED, _HOST_ERROR = 3, 4
 

@@ -16,8 +16,8 @@ from vmplug.host.paths import find_paths
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
-from vmplug.manager.policy import Asked, Policy, Verdict
 from vmplug.oci.annotated import Request
+from vmplug.policy.rules import Asked, Policy, Verdict
 
 
 class Gate(NamedTuple):

@@ -16,8 +16,8 @@ from vmplug.errors import PolicyError
 from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.permissions import who_writes, whose_link
-from vmplug.manager.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
-from vmplug.manager.policy import Rule
+from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
+from vmplug.policy.rules import Rule
 
 _BYTES_MAX = 1 << 20
 

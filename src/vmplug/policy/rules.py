@@ -15,7 +15,7 @@ from vmplug.drivers.place import PlugMode
 from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.function import PciFunction
-from vmplug.manager.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
+from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
 
 _SHOWN = 4
 
@@ -159,7 +159,7 @@ class Policy:
         PolicyError when it cannot be read, when anything in it is wrong or unknown, and when
         others than root and this user may write to it.
         """
-        from vmplug.manager.policy_file import read_rules  # noqa: PLC0415  only who has one pays
+        from vmplug.policy.file import read_rules  # noqa: PLC0415  only who has one pays
 
         return cls(name=os.fspath(path), rules=read_rules(path))
 
