@@ -11,6 +11,7 @@ from importlib import import_module
 _NAMES = {
     "vmplug.manager.manager": "DeviceManager",
     "vmplug.policy.rules": "Policy",
+    "vmplug.policy.file": "read_policy",
     "vmplug.journal.records": "Attachment",
     "vmplug.manager.reconcile": "Repair",
     "vmplug.manager.watch": "Watch watch",

@@ -72,6 +72,7 @@ from vmplug.oci.info import DevType as DevType
 from vmplug.oci.spec import Bundle as Bundle
 from vmplug.oci.spec import parse_config as parse_config
 from vmplug.oci.spec import read_bundle as read_bundle
+from vmplug.policy.file import read_policy as read_policy
 from vmplug.policy.rules import Policy as Policy
 
 __version__: str

@@ -9,7 +9,6 @@ import pytest
 
 from tests.support.pci_tree import PciTree
 from tests.support.tree import HostTree
-from vmplug import Policy
 from vmplug.devnum import DevNum
 from vmplug.errors import PolicyError
 from vmplug.host.device import SharedDirectory
@@ -23,6 +22,7 @@ from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.manager.examine import Examined, Known, examine, refuse_not_allowed
 from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.policy.file import read_policy
 from vmplug.policy.gate import Gate
 
 GPU, AUDIO, NIC, BRIDGE = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0", "0000:3a:00.0"
@@ -46,7 +46,7 @@ def gate(tmp_path: Path) -> Gates:
         each = (f'[[rule]]\nname = "r{i}"\n{rule}\n' for i, rule in enumerate(rules))
         path.write_text("".join(each))
         path.chmod(0o600)
-        return Gate(Policy.read(path))
+        return Gate(read_policy(path))
 
     return read
 

@@ -24,6 +24,7 @@ from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import MemoryHypervisor
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.policy.file import read_policy
 from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
 from vmplug.policy.rules import Asked, Rule
 
@@ -62,7 +63,7 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 @pytest.fixture
 def rules(write: Callable[[str], Path]) -> Callable[..., Policy]:
     """The policy of these rules, each given as its lines."""
-    return lambda *each: Policy.read(write("".join(f"[[rule]]\n{rule}\n" for rule in each)))
+    return lambda *each: read_policy(write("".join(f"[[rule]]\n{rule}\n" for rule in each)))
 
 
 def allows(policy: Policy, *parts: Asked) -> bool:
@@ -226,7 +227,7 @@ def test_the_closest_rule_is_the_one_that_wants_least(rules: Callable[..., Polic
 
 def test_a_file_without_rules_allows_nothing(write: Callable[[str], Path]) -> None:
     path = write("# nothing yet\n")
-    (refusal,) = Policy.read(path).judge([DISK]).refusals
+    (refusal,) = read_policy(path).judge([DISK]).refusals
     assert f"{path} has no rules, and allows nothing" in refusal.message
 
 
@@ -367,7 +368,7 @@ def test_a_mistake_is_told_with_the_rule_and_key_and_nothing_is_allowed(
 ) -> None:
     path = write(text)
     with pytest.raises(PolicyError) as caught:
-        Policy.read(path)
+        read_policy(path)
     assert f"the policy {path} " in caught.value.message
     assert told in caught.value.message
     assert caught.value.hint
@@ -378,7 +379,7 @@ def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(PolicyError, match="is no TOML"):
-        Policy.read(path)
+        read_policy(path)
 
 
 def test_what_can_be_overruled_is_just_what_allow_takes(rules: Callable[..., Policy]) -> None:
@@ -393,13 +394,13 @@ def test_what_can_be_overruled_is_just_what_allow_takes(rules: Callable[..., Pol
 def test_a_file_that_cannot_be_read_is_no_policy_but_a_mistake(tmp_path: Path, path: str) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(PolicyError, match="cannot be read"):
-        Policy.read(tmp_path / path)
+        read_policy(tmp_path / path)
 
 
 def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(PolicyError, match="is no regular file"):
-        Policy.read(tmp_path / "fifo")
+        read_policy(tmp_path / "fifo")
 
 
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
@@ -407,7 +408,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     path.touch()
     os.truncate(path, 1 << 40)
     with pytest.raises(PolicyError, match="is longer than 1 MiB"):
-        Policy.read(path)
+        read_policy(path)
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o664, 0o646, 0o622])
@@ -417,7 +418,7 @@ def test_a_file_that_others_can_write_is_not_followed(
     path = write(f"[[rule]]\n{ANY}")
     path.chmod(mode)
     with pytest.raises(PolicyError, match=f"can be written by others .mode 0{mode:o}."):
-        Policy.read(path)
+        read_policy(path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: chown")
@@ -427,13 +428,13 @@ def test_a_file_or_a_link_of_somebody_else_is_not_followed(
     path = write(f"[[rule]]\n{ANY}")
     link = tmp_path / "link.toml"
     link.symlink_to(path)
-    assert len(Policy.read(link).rules) == 1
+    assert len(read_policy(link).rules) == 1
     os.lchown(link, 12345, 12345)
     with pytest.raises(PolicyError, match="is a symlink that user 12345 made"):
-        Policy.read(link)
+        read_policy(link)
     os.chown(path, 12345, 0)
     with pytest.raises(PolicyError, match="belongs to user 12345"):
-        Policy.read(path)
+        read_policy(path)
 
 
 # a manager with a policy
@@ -547,7 +548,7 @@ def test_share_rw_is_something_to_be_allowed(
 def test_the_policy_of_the_manual_is_one(write: Callable[[str], Path]) -> None:
     manual = (Path(__file__).parents[2] / "docs/security.md").read_text()
     (example,) = re.findall(r"```toml\n(.*?)```", manual, re.DOTALL)
-    assert len(Policy.read(write(example)).rules) == example.count("[[rule]]")
+    assert len(read_policy(write(example)).rules) == example.count("[[rule]]")
     for word in (*DeviceType, *fields_of_a_rule()):
         assert f"`{word}" in manual, word
 

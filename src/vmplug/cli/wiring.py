@@ -93,11 +93,11 @@ def find_policy(path: str | None) -> "Policy | None":
     """
     from vmplug.host.permissions import is_absent  # noqa: PLC0415
     from vmplug.policy import DEFAULT_POLICY  # noqa: PLC0415
-    from vmplug.policy.rules import Policy  # noqa: PLC0415
+    from vmplug.policy.file import read_policy  # noqa: PLC0415  msgspec and TOML, only who has one pays
 
     if path is None and is_absent(DEFAULT_POLICY):
         return None
-    return Policy.read(DEFAULT_POLICY if path is None else path)
+    return read_policy(DEFAULT_POLICY if path is None else path)
 
 
 def find_ended(journal: "Store", names: "Iterable[str]") -> list[str]:

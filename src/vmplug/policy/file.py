@@ -17,7 +17,7 @@ from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.permissions import who_writes, whose_link
 from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
-from vmplug.policy.rules import Rule
+from vmplug.policy.rules import Policy, Rule
 
 _BYTES_MAX = 1 << 20
 
@@ -45,7 +45,16 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     rule: list[_Rule] = msgspec.field(default_factory=list)
 
 
-def read_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
+def read_policy(path: str | os.PathLike[str]) -> Policy:
+    """The policy in a TOML file; see docs/security.md for its words.
+
+    PolicyError when it cannot be read, when anything in it is wrong or unknown, and when others
+    than root and this user may write to it.
+    """
+    return Policy(name=os.fspath(path), rules=_read_rules(path))
+
+
+def _read_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     """The rules in a file. Raises PolicyError."""
     name = os.fspath(path)
     data = _read(name)

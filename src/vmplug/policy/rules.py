@@ -4,11 +4,10 @@ Rules only ever allow. What one of them allows may go, what none allows may not,
 means nothing, so that no rule can take away or widen what another says.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.drivers.place import PlugMode
@@ -151,17 +150,6 @@ class Policy:
 
     name: str = "the policy"
     rules: tuple[Rule, ...]
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Self:
-        """The policy in a TOML file; see docs/security.md for its words.
-
-        PolicyError when it cannot be read, when anything in it is wrong or unknown, and when
-        others than root and this user may write to it.
-        """
-        from vmplug.policy.file import read_rules  # noqa: PLC0415  only who has one pays
-
-        return cls(name=os.fspath(path), rules=read_rules(path))
 
     def judge(self, parts: Iterable[Asked]) -> Verdict:
         """What the rules say of a device, given as the parts of which each must be allowed."""
