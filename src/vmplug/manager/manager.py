@@ -32,13 +32,13 @@ from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
 from vmplug.journal.state import State, holds_nothing, not_attached
 from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.manager.binder import Binder
-from vmplug.manager.decide import decide, finish
+from vmplug.manager.commit import decide, finish
 from vmplug.manager.examine import Examined, Known, check_vfio, examine
-from vmplug.manager.life import meet
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.resize import is_disk, new_size
 from vmplug.manager.unplug import Unplugger
+from vmplug.manager.vm_identity import meet
 from vmplug.oci.annotated import Request
 from vmplug.oci.limits import NAME_BYTES_MAX, check_text
 from vmplug.policy.gate import Gate

@@ -12,7 +12,7 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Store
 from vmplug.manager.adopt import Adopted, adopt
 from vmplug.manager.kata import read_kata
-from vmplug.manager.life import meet
+from vmplug.manager.vm_identity import meet
 
 
 @click.command("import-kata")
