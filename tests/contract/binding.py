@@ -20,7 +20,7 @@ from vmplug.journal.bindings import BindingState
 from vmplug.journal.journal import Store
 from vmplug.journal.records import DeviceRecord
 from vmplug.journal.state import State
-from vmplug.manager.binder import Binder
+from vmplug.manager.binding.binder import Binder
 
 VFIO = "vfio-pci"
 

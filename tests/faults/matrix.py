@@ -32,7 +32,7 @@ from vmplug.cli.verbs.reconcile import _How, _repair_all
 from vmplug.cli.wiring import is_gone
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
 from vmplug.journal.journal import Store
-from vmplug.manager.binder import Binder
+from vmplug.manager.binding.binder import Binder
 
 THROTTLED = {"iothread": "on", "iops-total": "900"}
 KINDS = (

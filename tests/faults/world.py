@@ -28,7 +28,7 @@ from vmplug.hypervisor.virtiofsd import HostDaemons, Started
 from vmplug.journal.journal import Store
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, record_vm
 from vmplug.journal.state import State
-from vmplug.manager.binder import Binder
+from vmplug.manager.binding.binder import Binder
 from vmplug.manager.manager import DeviceManager
 
 VM, OTHER_VM, OWNER = "sandbox-1", "their-vm", "ctr1"

@@ -27,8 +27,8 @@ from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.pci.vfio_driver import choose_driver, find_driver
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Store
-from vmplug.manager.binder import Binder, Outcome
-from vmplug.manager.divide import divide, find_sriov, remove_unused
+from vmplug.manager.binding.binder import Binder, Outcome
+from vmplug.manager.binding.subdevices import divide, find_sriov, remove_unused
 
 MULTI = (topology.MULTI_NVME, topology.MULTI_EDU, topology.MULTI_NIC)
 DIED = 77

@@ -26,7 +26,7 @@ from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.pci.vfio_driver import choose_driver, load_driver
 from vmplug.journal.bindings import Binding, BindingState
 from vmplug.journal.journal import Store
-from vmplug.manager.binder import Binder, Outcome
+from vmplug.manager.binding.binder import Binder, Outcome
 
 DISK, NET, SOUND, BRIDGE = "0000:01:00.0", "0000:02:00.0", "0000:02:00.1", "0000:00:1c.0"
 PHYSFN, VIRTFN = "0000:03:00.0", "0000:03:10.0"

@@ -27,8 +27,8 @@ from vmplug.host.pci.sriov import (
 )
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.journal.journal import Store
-from vmplug.manager.binder import Binder
-from vmplug.manager.divide import divide, find_sriov, read_interface, remove_unused
+from vmplug.manager.binding.binder import Binder
+from vmplug.manager.binding.subdevices import divide, find_sriov, read_interface, remove_unused
 
 PHYSFN, OTHER, PARENT = "0000:03:00.0", "0000:04:00.0", "0000:00:02.0"
 FIRST, SECOND = "0000:03:10.0", "0000:03:10.1"

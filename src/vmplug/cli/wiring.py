@@ -63,7 +63,7 @@ def give_back_unused(journal: "Store") -> None:
 
     Raises BindError for one that cannot be; reconcile tries again.
     """
-    from vmplug.manager.binder import Binder  # noqa: PLC0415  most verbs bind nothing
+    from vmplug.manager.binding.binder import Binder  # noqa: PLC0415  most verbs bind nothing
 
     failures = [told.error for told in Binder(journal, HostRoot()).recover() if told.error]
     if failures:

@@ -31,7 +31,7 @@ from vmplug.journal.journal import Store
 from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
 from vmplug.journal.state import State, holds_nothing, not_attached
 from vmplug.manager import UNPLUG_TIMEOUT_S
-from vmplug.manager.binder import Binder
+from vmplug.manager.binding.binder import Binder
 from vmplug.manager.commit import decide, finish
 from vmplug.manager.examine import Examined, Known, check_vfio, examine
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan

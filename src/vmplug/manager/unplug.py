@@ -9,7 +9,7 @@ from vmplug.errors import BindError, CommandError
 from vmplug.journal.journal import Store
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State, unplug_error
-from vmplug.manager.binder import Binder
+from vmplug.manager.binding.binder import Binder
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from vmplug.cli.target import find_group
 from vmplug.cli.wiring import open_journal
 from vmplug.host.pci.bind import read_driver
 from vmplug.host.root import HostRoot
-from vmplug.manager.binder import Binder
+from vmplug.manager.binding.binder import Binder
 
 
 @click.command("bind")

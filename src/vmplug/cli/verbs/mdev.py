@@ -10,7 +10,7 @@ from vmplug.errors import SpecError
 from vmplug.host.pci.mdev_create import create_mediated
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
-from vmplug.manager.divide import remove_unused
+from vmplug.manager.binding.subdevices import remove_unused
 
 
 @click.group("mdev")

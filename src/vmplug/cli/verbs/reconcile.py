@@ -18,7 +18,7 @@ from vmplug.journal.journal import Store
 from vmplug.journal.records import VmRecord
 from vmplug.journal.salvage import Salvage, check_journal
 from vmplug.journal.salvage import set_aside as put_aside
-from vmplug.manager.binder import Binder, Returned
+from vmplug.manager.binding.binder import Binder, Returned
 from vmplug.manager.reconcile import Outcome, Repair
 
 _LOCK_TIMEOUT_S = 10.0

@@ -26,7 +26,7 @@ from vmplug.host.pci.sriov import (
     set_virtual,
 )
 from vmplug.host.root import HostRoot
-from vmplug.manager.divide import divide, find_sriov, read_interface
+from vmplug.manager.binding.subdevices import divide, find_sriov, read_interface
 
 
 @click.command("sriov")

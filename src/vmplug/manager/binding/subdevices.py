@@ -11,7 +11,7 @@ from vmplug.host.pci.sriov import Sriov, find_interface, read_sriov, set_count
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Store
-from vmplug.manager.use import USED_BY_VM, check_use, refuse_use
+from vmplug.manager.binding.users import USED_BY_VM, check_use, refuse_use
 
 _NO_USE = frozenset(
     {

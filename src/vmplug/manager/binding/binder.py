@@ -41,7 +41,7 @@ from vmplug.journal.bindings import LOCK_TIMEOUT_S, Binding, BindingState
 from vmplug.journal.database import is_locked
 from vmplug.journal.journal import Store
 from vmplug.journal.process import read_boot_id
-from vmplug.manager.use import USED_BY_VM, check_use, find_users, refuse_use
+from vmplug.manager.binding.users import USED_BY_VM, check_use, find_users, refuse_use
 
 log = logging.getLogger(__name__)
 
