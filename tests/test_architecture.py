@@ -53,7 +53,7 @@ CATCHES_OSERROR = {
     "hypervisor/qemu/start/launch.py",
     "hypervisor/qmp/client.py",
     "journal/database.py",
-    "manager/kata.py",
+    "manager/kata/saved_state.py",
     "policy/file.py",
     "host/permissions.py",
     "journal/salvage.py",

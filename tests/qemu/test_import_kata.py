@@ -17,8 +17,8 @@ from tests.support.vm import GuestVm, root_ports, scsi_controller, start_vm
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Store
 from vmplug.journal.records import Attachment
-from vmplug.manager.adopt import adopt
-from vmplug.manager.kata import read_kata
+from vmplug.manager.kata.adopt import adopt
+from vmplug.manager.kata.saved_state import read_kata
 
 pytestmark = pytest.mark.qemu
 

@@ -8,7 +8,13 @@ import pytest
 
 from tests.support.kata import DISK_ID, block, device, vfio, write_sandbox
 from vmplug.errors import SpecError
-from vmplug.manager.kata import KataDevice, KataHold, decode_devices, decode_holds, read_kata
+from vmplug.manager.kata.saved_state import (
+    KataDevice,
+    KataHold,
+    decode_devices,
+    decode_holds,
+    read_kata,
+)
 
 NODE = f"drive-{DISK_ID}"
 

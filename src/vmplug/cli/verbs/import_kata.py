@@ -10,8 +10,8 @@ from vmplug.cli.wiring import find_vm, open_journal
 from vmplug.errors import StateError
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Store
-from vmplug.manager.adopt import Adopted, adopt
-from vmplug.manager.kata import read_kata
+from vmplug.manager.kata.adopt import Adopted, adopt
+from vmplug.manager.kata.saved_state import read_kata
 from vmplug.manager.vm_identity import meet
 
 

@@ -22,7 +22,7 @@ from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Store
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import State
-from vmplug.manager.kata import KataDevice, KataState
+from vmplug.manager.kata.saved_state import KataDevice, KataState
 
 
 class Vm(Protocol):
