@@ -58,11 +58,11 @@ from vmplug.hypervisor.fake.monitor import MemoryHypervisor as MemoryHypervisor
 from vmplug.hypervisor.qemu.running import Qemu as Qemu
 from vmplug.journal.records import Attachment as Attachment
 from vmplug.manager.manager import DeviceManager as DeviceManager
-from vmplug.manager.notice import Notice as Notice
-from vmplug.manager.notice import What as What
 from vmplug.manager.reconcile import Repair as Repair
-from vmplug.manager.watch import Watch as Watch
-from vmplug.manager.watch import watch as watch
+from vmplug.manager.watching.notice import Notice as Notice
+from vmplug.manager.watching.notice import What as What
+from vmplug.manager.watching.watch import Watch as Watch
+from vmplug.manager.watching.watch import watch as watch
 from vmplug.oci.annotated import NetInfo as NetInfo
 from vmplug.oci.annotated import Request as Request
 from vmplug.oci.annotated import RngInfo as RngInfo

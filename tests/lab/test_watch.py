@@ -24,7 +24,7 @@ from tests.support.lab import OuterQemu, namespace_of, wait_until
 from vmplug import Attachment, DeviceManager, DeviceType, HostRoot, Qemu, VfioInfo, Watch, What
 from vmplug.host.events import EventsLost, HostEvents
 from vmplug.journal.journal import Store
-from vmplug.manager.look import HostLook, HostState, Look
+from vmplug.manager.watching.health import HostLook, HostState, Look
 
 DEADLINE_S = 120.0
 """The lab's clock may run several times as fast as ours."""

@@ -16,7 +16,7 @@ from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import DeviceRecord
 from vmplug.journal.state import State
-from vmplug.manager.look import HostLook, HostState, Look
+from vmplug.manager.watching.health import HostLook, HostState, Look
 
 BDFS = ("0000:3b:00.0", "0000:3b:00.1")
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"

@@ -9,8 +9,8 @@ from vmplug.devnum import DevNum
 from vmplug.host.events import Event, EventsLost, HostEvent, ProcessEnded
 from vmplug.host.kind import DeviceType
 from vmplug.journal.records import DeviceRecord
-from vmplug.manager.look import HostState, Look
-from vmplug.manager.notice import (
+from vmplug.manager.watching.health import HostState, Look
+from vmplug.manager.watching.notice import (
     Notice,
     What,
     compare,

@@ -17,7 +17,7 @@ from vmplug.oci.info import DeviceInfo
 if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress
     from vmplug.journal.records import Attachment
-    from vmplug.manager.look import Look
+    from vmplug.manager.watching.health import Look
     from vmplug.oci.annotated import Request
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")

@@ -7,7 +7,7 @@ from vmplug.cli.render.output import attachment_json, host_json, print_attachmen
 from vmplug.cli.wiring import find_ended, open_journal, read_attachments
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Store
-from vmplug.manager.look import HostLook, Look
+from vmplug.manager.watching.health import HostLook, Look
 
 
 @click.command("list")

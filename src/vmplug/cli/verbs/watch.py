@@ -8,8 +8,8 @@ import click
 from vmplug.cli.options import complete_vm, state_dir_option
 from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import find_vm, open_journal
-from vmplug.manager.notice import Notice
-from vmplug.manager.watch import watch
+from vmplug.manager.watching.notice import Notice
+from vmplug.manager.watching.watch import watch
 
 
 @click.command("watch")

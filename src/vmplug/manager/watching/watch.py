@@ -19,8 +19,8 @@ from vmplug.host.vhost_user.sockets import find_server
 from vmplug.journal import DEFAULT_STATE_DIR
 from vmplug.journal.journal import Store
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, has_ended
-from vmplug.manager.look import HostLook, HostState, Look, judged, socket_of
-from vmplug.manager.notice import (
+from vmplug.manager.watching.health import HostLook, HostState, Look, judged, socket_of
+from vmplug.manager.watching.notice import (
     Notice,
     compare,
     device_notices,

@@ -12,7 +12,7 @@ from vmplug.drivers.vhost_user import OPTIONS, RECONNECT_S
 from vmplug.host.events import Event, HostEvent
 from vmplug.host.kind import DeviceType
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
-from vmplug.manager.look import HostState, Look, is_served
+from vmplug.manager.watching.health import HostState, Look, is_served
 
 
 class What(StrEnum):
