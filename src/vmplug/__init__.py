@@ -18,7 +18,7 @@ _NAMES = {
     "vmplug.manager.watching.notice": "Notice What",
     "vmplug.oci.spec": "Bundle parse_config read_bundle",
     "vmplug.oci.info": "DeviceInfo DevType",
-    "vmplug.oci.annotated": "NetInfo Request RngInfo ShareInfo VfioInfo",
+    "vmplug.oci.requests": "NetInfo Request RngInfo ShareInfo VfioInfo",
     "vmplug.host.root": "HostRoot",
     "vmplug.host.host_path": "HostPathCache get_host_path",
     "vmplug.host.resolve": "resolve resolve_all",

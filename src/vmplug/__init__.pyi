@@ -63,12 +63,12 @@ from vmplug.manager.watching.notice import Notice as Notice
 from vmplug.manager.watching.notice import What as What
 from vmplug.manager.watching.watch import Watch as Watch
 from vmplug.manager.watching.watch import watch as watch
-from vmplug.oci.annotated import NetInfo as NetInfo
-from vmplug.oci.annotated import Request as Request
-from vmplug.oci.annotated import RngInfo as RngInfo
-from vmplug.oci.annotated import ShareInfo as ShareInfo
 from vmplug.oci.info import DeviceInfo as DeviceInfo
 from vmplug.oci.info import DevType as DevType
+from vmplug.oci.requests import NetInfo as NetInfo
+from vmplug.oci.requests import Request as Request
+from vmplug.oci.requests import RngInfo as RngInfo
+from vmplug.oci.requests import ShareInfo as ShareInfo
 from vmplug.oci.spec import Bundle as Bundle
 from vmplug.oci.spec import parse_config as parse_config
 from vmplug.oci.spec import read_bundle as read_bundle
@@ -86,4 +86,4 @@ from vmplug.host.pci.function import read_functions as read_functions
 from vmplug.host.pci.group import VfioGroup as VfioGroup
 from vmplug.host.pci.mdev import MediatedDevice as MediatedDevice
 from vmplug.host.pci.mdev import VFIODeviceType as VFIODeviceType
-from vmplug.oci.annotated import VfioInfo as VfioInfo
+from vmplug.oci.requests import VfioInfo as VfioInfo

@@ -17,7 +17,7 @@ from vmplug.hypervisor.virtiofsd import Daemons
 from vmplug.journal.journal import Store
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.manager.manager import DeviceManager
-from vmplug.oci.annotated import Request
+from vmplug.oci.requests import Request
 
 LIVE = HostTree(Path("/"))
 """The running host, for files that are to be memory: before QEMU makes them anew they are looked

@@ -24,8 +24,8 @@ from vmplug.drivers.ports import NewPlug
 from vmplug.host.finding import Code
 from vmplug.hypervisor.qemu.start import machine as machines
 from vmplug.hypervisor.qemu.start.machine import Machine
-from vmplug.oci.annotated import Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import Request, RngInfo, ShareInfo
 
 _INVALID = "invalid"
 """Kata does not say what is wrong with a device that it does not write."""

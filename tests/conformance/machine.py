@@ -19,7 +19,7 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Store
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.manager.manager import DeviceManager
-from vmplug.oci.annotated import Request
+from vmplug.oci.requests import Request
 
 VM = "sandbox"
 UNKNOWN = "0123456789abcdef"

@@ -26,7 +26,7 @@ from vmplug.errors import CommandError
 from vmplug.host.finding import Code
 from vmplug.hypervisor.fake.monitor import MemoryMonitor
 from vmplug.hypervisor.qmp.client import QmpMonitor
-from vmplug.oci.annotated import NetInfo, ShareInfo
+from vmplug.oci.requests import NetInfo, ShareInfo
 
 _FILE = {"ContainerPath": "/x", "DevType": "b", "Major": -1, "Minor": 0, "HostPath": "/disk.img"}
 

@@ -12,7 +12,7 @@ from vmplug.address import Bdf
 from vmplug.drivers.place import ApPlace
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.hypervisor.qemu.start.machine import Machine
-from vmplug.oci.annotated import VfioInfo
+from vmplug.oci.requests import VfioInfo
 
 _CSS = "/sys/devices/css0"
 _IDS = {"VendorID": "x-pci-vendor-id", "DeviceID": "x-pci-device-id"}

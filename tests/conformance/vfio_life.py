@@ -21,7 +21,7 @@ from tests.conformance.vfio_vm import ap_monitor, machine_on
 from tests.support.pci_tree import PciTree
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.journal.records import DeviceRecord
-from vmplug.oci.annotated import VfioInfo
+from vmplug.oci.requests import VfioInfo
 
 _CALLS = {"device_add": "HotplugAddDevice(vfio)", "device_del": "HotplugRemoveDevice(vfio)"}
 """Kata's names for what is done by our commands."""

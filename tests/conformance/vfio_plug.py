@@ -19,7 +19,7 @@ from tests.support.pci_tree import PciTree
 from vmplug.drivers.ports import Step
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.journal.records import Attachment
-from vmplug.oci.annotated import VfioInfo
+from vmplug.oci.requests import VfioInfo
 
 _QUESTION = "qom-get"
 

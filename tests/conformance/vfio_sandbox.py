@@ -29,8 +29,8 @@ from tests.support.pci_tree import PciTree
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.records import Attachment
-from vmplug.oci.annotated import Request
 from vmplug.oci.info import DeviceInfo
+from vmplug.oci.requests import Request
 
 _FUNCTION = "0000:41:00.0"
 _GROUP = 12

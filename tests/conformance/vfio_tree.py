@@ -15,8 +15,8 @@ from vmplug.devnum import DevNum
 from vmplug.host.device import HostDevice
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.resolve import resolve
-from vmplug.oci.annotated import VfioInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import VfioInfo
 
 UUID = "f94290f8-78ac-45fb-bb22-e55e519fa64f"
 """For devices that a vector calls only "uuid"."""

@@ -15,7 +15,7 @@ from vmplug.host.vhost_user.virtiofsd import VIRTIOFSD_PROGRAMS
 from vmplug.hypervisor.qemu.start.machine import Machine
 from vmplug.hypervisor.virtiofsd import HostDaemons, Started
 from vmplug.journal.records import Attachment
-from vmplug.oci.annotated import NetInfo, Request, ShareInfo
+from vmplug.oci.requests import NetInfo, Request, ShareInfo
 
 
 def _written_for_qemu(case: Case) -> Answer:

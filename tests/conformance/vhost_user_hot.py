@@ -18,7 +18,7 @@ from tests.conformance.vhost_user import SOCKET, TOLD_TO_FAIL, open_machine, ope
 from tests.support.tree import HostTree
 from vmplug.host.kind import DeviceType
 from vmplug.journal.records import Attachment
-from vmplug.oci.annotated import NetInfo, Request, ShareInfo
+from vmplug.oci.requests import NetInfo, Request, ShareInfo
 
 _NET = NetInfo(label="eth0", socket_path="/vu/s")
 

@@ -18,8 +18,8 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, command_error
 from vmplug.journal.journal import Store
 from vmplug.manager.manager import DeviceManager
-from vmplug.oci.annotated import Request
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import Request
 
 SIZE_BYTES = 1 << 20
 CHANGING = frozenset(

@@ -19,8 +19,8 @@ from vmplug.devnum import DevNum
 from vmplug.host.pci.vfio import IOMMU_NODE
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR
 from vmplug.hypervisor.virtiofsd import HostDaemons
-from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 
 MIB = 1 << 20
 

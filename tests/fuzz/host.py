@@ -34,8 +34,8 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.sockets import find_listener
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType, Mount
+from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo
 
 NVME, NIC = "0000:3b:00.0", "0000:3c:00.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"

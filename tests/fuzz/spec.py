@@ -8,9 +8,9 @@ from vmplug.drivers.vfio import VfioOptions
 from vmplug.drivers.vhost_user import VhostUserOptions
 from vmplug.errors import SpecError
 from vmplug.host.kind import DeviceType
-from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.limits import NAME_BYTES_MAX, PATH_BYTES_MAX
+from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.spec import Bundle, parse_config
 
 

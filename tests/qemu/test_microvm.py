@@ -20,8 +20,8 @@ from vmplug.errors import CannotPlug
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.manager.manager import DeviceManager
-from vmplug.oci.annotated import Request, RngInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import Request, RngInfo
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu]
 

@@ -28,8 +28,8 @@ from vmplug.hypervisor.qemu.start.machine import VmSpec
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.virtiofsd import HostDaemons, Started
 from vmplug.manager.manager import DeviceManager
-from vmplug.oci.annotated import Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import Request, RngInfo, ShareInfo
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root]
 

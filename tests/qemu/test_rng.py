@@ -15,8 +15,8 @@ from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
-from vmplug.oci.annotated import RngInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import RngInfo
 from vmplug.oci.spec import parse_config
 
 pytestmark = pytest.mark.qemu

@@ -34,8 +34,8 @@ from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.journal.records import Attachment
 from vmplug.manager.manager import DeviceManager
-from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import NetInfo, RngInfo, ShareInfo
 
 pytestmark = pytest.mark.qemu
 

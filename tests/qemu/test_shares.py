@@ -35,7 +35,7 @@ from vmplug.host.process import wait_for_end
 from vmplug.host.vhost_user.virtiofsd import ask_options
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.reconcile import Outcome
-from vmplug.oci.annotated import ShareInfo
+from vmplug.oci.requests import ShareInfo
 from vmplug.oci.spec import parse_config
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root]

@@ -49,7 +49,7 @@ from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_M
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
 from vmplug.manager.reconcile import Outcome
-from vmplug.oci.annotated import NetInfo, Request, ShareInfo
+from vmplug.oci.requests import NetInfo, Request, ShareInfo
 from vmplug.oci.spec import parse_config
 
 pytestmark = pytest.mark.qemu

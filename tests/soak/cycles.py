@@ -10,7 +10,7 @@ from tests.support.daemons import vhost_user_backend
 from tests.support.disks import disk_image
 from tests.support.vm import GuestVm, root_ports, scsi_controller, shared_memory, start_vm
 from vmplug import DeviceInfo, DeviceManager, DevType, HostRoot, Qemu
-from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
+from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo
 
 _WARM_UP = 10
 """The first of so many parts is not measured: caches fill."""

@@ -20,7 +20,7 @@ from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
 from vmplug.journal.journal import Store
 from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
-from vmplug.oci.annotated import VfioInfo
+from vmplug.oci.requests import VfioInfo
 
 GPU, SOUND, NET = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"
 BEFORE = {GPU: "nouveau", SOUND: "snd_hda_intel", NET: "e1000e"}

@@ -15,8 +15,8 @@ from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.virtiofsd import VIRTIOFSD_PROGRAMS, Virtiofsd
-from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import NetInfo, RngInfo, ShareInfo
 
 FS, P9 = DeviceType.VHOST_USER_FS, DeviceType.VIRTIO_9P
 DIRECTORY, SOCKET = "/srv/work", "/run/vu.sock"

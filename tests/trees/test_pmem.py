@@ -18,8 +18,8 @@ from vmplug.host.block.volumes import find_requests, find_volumes
 from vmplug.host.kind import FoundBy
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
-from vmplug.oci.annotated import RngInfo
 from vmplug.oci.info import DeviceInfo, DevType, Mount
+from vmplug.oci.requests import RngInfo
 from vmplug.oci.spec import Bundle
 
 IMAGE, MOUNTED, DEVICE = "/srv/pmem.img", "/mnt/volume", "/dev/loop0"

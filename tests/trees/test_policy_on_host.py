@@ -20,8 +20,8 @@ from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.manager.examine import Examined, Known, examine, refuse_not_allowed
-from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.policy.file import read_policy
 from vmplug.policy.gate import Gate
 

@@ -13,8 +13,8 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.mdev import VFIODeviceType, read_mdev_types, read_mediated_devices
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.resolve import resolve
-from vmplug.oci.annotated import VfioInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import VfioInfo
 
 FIRST, SECOND, BRIDGE = "0000:3b:00.0", "0000:3b:00.1", "0000:3a:00.0"
 FAR = "10000:e1:00.0"

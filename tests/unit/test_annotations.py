@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmplug.errors import SpecError
-from vmplug.oci.annotated import Named, NetInfo, RngInfo, ShareInfo
 from vmplug.oci.annotations import PREFIX, Annotated, read_annotations
+from vmplug.oci.requests import Named, NetInfo, RngInfo, ShareInfo
 from vmplug.oci.spec import Bundle, parse_config
 
 NET, SHARE, RNG = f"{PREFIX}net.eth0", f"{PREFIX}share.work", f"{PREFIX}rng.rng0"

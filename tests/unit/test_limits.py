@@ -11,8 +11,8 @@ import pytest
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
 from vmplug.oci import limits
-from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import NetInfo, RngInfo, ShareInfo
 from vmplug.oci.spec import Bundle, parse_config, read_bundle
 
 

@@ -34,8 +34,8 @@ from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import State
 from vmplug.manager.examine import Examined
 from vmplug.manager.plan import Plan, make_plan
-from vmplug.oci.annotated import NetInfo, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import NetInfo, RngInfo, ShareInfo
 
 MIB = 1 << 20
 FS, P9, NET = DeviceType.VHOST_USER_FS, DeviceType.VIRTIO_9P, DeviceType.VHOST_USER_NET

@@ -18,8 +18,8 @@ from vmplug.hypervisor.fake.monitor import Guest
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
 from vmplug.manager.reconcile import Outcome
-from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo
 
 AT_ONCE_S = 0.1
 """For a guest that will not answer anyway."""

@@ -18,8 +18,8 @@ from vmplug.journal.journal import Store
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
 from vmplug.manager.reconcile import Outcome, Repair
-from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo
 from vmplug.oci.info import DeviceInfo
+from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo
 
 AT_ONCE_S = 0.1
 """For a guest that will not answer anyway."""

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmplug.errors import SpecError
-from vmplug.oci.annotated import TAG_BYTES_MAX, NetInfo, Request, RngInfo, ShareInfo
+from vmplug.oci.requests import TAG_BYTES_MAX, NetInfo, Request, RngInfo, ShareInfo
 
 KINDS = ("net", "share", "rng")
 

@@ -15,7 +15,7 @@ from vmplug.drivers.select import select_driver
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.device import EntropySource
 from vmplug.host.kind import DeviceType
-from vmplug.oci.annotated import RngInfo
+from vmplug.oci.requests import RngInfo
 
 ID = "0123456789abcdef"
 SOURCE = EntropySource("/dev/hwrng")

@@ -18,7 +18,7 @@ from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType, SharedFilesystem
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.virtiofsd import Virtiofsd
-from vmplug.oci.annotated import ShareInfo
+from vmplug.oci.requests import ShareInfo
 
 ID = "0123456789abcdef"
 FS, P9 = DeviceType.VHOST_USER_FS, DeviceType.VIRTIO_9P

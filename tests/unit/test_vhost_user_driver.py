@@ -19,8 +19,8 @@ from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.finding import Code, Severity
 from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.vhost_user.device import Backend, VhostUserSocket
-from vmplug.oci.annotated import NetInfo
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import NetInfo
 
 ID = "0123456789abcdef"
 BLK, SCSI, NET = DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI, DeviceType.VHOST_USER_NET

@@ -19,7 +19,7 @@ from vmplug.policy import DEFAULT_POLICY
 if TYPE_CHECKING:
     from vmplug.host.finding import Code
     from vmplug.host.vhost_user.store import VhostUserStore
-    from vmplug.oci.annotated import Request as AnyRequest
+    from vmplug.oci.requests import Request as AnyRequest
 
 _SHORT_BDF = re.compile(r"[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\Z", re.ASCII)
 """A PCI address as lspci(8) writes it on a host of one domain."""
@@ -273,7 +273,7 @@ def _parse_image(text: str, rest: str) -> DeviceInfo:
 
 def _parse_named(text: str, kind: str, rest: str) -> "AnyRequest":
     """What OCI has no word for: `net:/s.sock`, `share:/srv/work:work`, `rng`."""
-    from vmplug.oci.annotated import (  # noqa: PLC0415  most requests are numbers
+    from vmplug.oci.requests import (  # noqa: PLC0415  most requests are numbers
         DEFAULT_SOURCE,
         DESCRIPTOR_PREFIX,
         NetInfo,

@@ -20,8 +20,8 @@ from vmplug.host.device import (
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.vhost_user.device import VhostUserSocket
-from vmplug.oci.annotated import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.info import DeviceInfo
+from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 
 
 def select_driver(request: Request, device: HostDevice) -> Driver | None:

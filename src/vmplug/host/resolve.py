@@ -18,7 +18,7 @@ from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
     from vmplug.host.vhost_user.store import VhostUserStore
-    from vmplug.oci.annotated import Request
+    from vmplug.oci.requests import Request
 
 _VFIO_NODE = re.compile(r"/dev/vfio/([0-9]+|devices/vfio[0-9]+)\Z")
 """A group or a device of VFIO. `/dev/vfio/vfio` is the container, `noiommu-N` protects nobody."""

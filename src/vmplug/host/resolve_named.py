@@ -13,7 +13,7 @@ from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.root import HostRoot, describe
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.virtiofsd import find_virtiofsd
-from vmplug.oci.annotated import Named, NetInfo, RngInfo, ShareInfo, VfioInfo
+from vmplug.oci.requests import Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 
 
 def resolve_named(request: Named, root: HostRoot) -> HostDevice:

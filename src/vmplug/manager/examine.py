@@ -25,7 +25,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.probe import ask_backend
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.oci.annotated import Request
+from vmplug.oci.requests import Request
 from vmplug.policy.gate import Gate, not_overruled
 
 FindClaims = Callable[[HostDevice], Sequence[Claim]]

@@ -39,8 +39,8 @@ from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.resize import is_disk, new_size
 from vmplug.manager.unplug import Unplugger
 from vmplug.manager.vm_identity import meet
-from vmplug.oci.annotated import Request
 from vmplug.oci.limits import NAME_BYTES_MAX, check_text
+from vmplug.oci.requests import Request
 from vmplug.policy.gate import Gate
 from vmplug.policy.rules import Policy
 

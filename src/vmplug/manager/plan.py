@@ -16,8 +16,8 @@ from vmplug.host.root import HostRoot
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import State, on_its_way
 from vmplug.manager.examine import Examined, refuse, refuse_not_allowed
-from vmplug.oci.annotated import Request, ShareInfo
 from vmplug.oci.info import DeviceInfo
+from vmplug.oci.requests import Request, ShareInfo
 
 Choose = Callable[[Driver, HostDevice, set[str]], tuple[Place, Offer]]
 """Gives a place for a device that is not among the taken ones, and the offer it comes from."""

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vmplug.errors import SpecError
-from vmplug.oci.annotated import DEFAULT_SOURCE, Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.document import check_repeats
 from vmplug.oci.info import normal_container_path
 from vmplug.oci.limits import (
@@ -31,6 +30,7 @@ from vmplug.oci.limits import (
     check_count,
     check_text,
 )
+from vmplug.oci.requests import DEFAULT_SOURCE, Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 
 PREFIX = "org.vmplug."
 _KATA = "io.katacontainers.config.hypervisor."

@@ -18,7 +18,6 @@ import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
-from vmplug.oci.annotated import Named
 from vmplug.oci.annotations import PREFIX, annotation_path, read_annotations
 from vmplug.oci.document import check_nesting, check_repeats
 from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, Mount, normal_container_path
@@ -32,6 +31,7 @@ from vmplug.oci.limits import (
     check_count,
     check_path,
 )
+from vmplug.oci.requests import Named
 from vmplug.oci.source import read_source
 
 Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]

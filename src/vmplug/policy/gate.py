@@ -16,7 +16,7 @@ from vmplug.host.paths import find_paths
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
-from vmplug.oci.annotated import Request
+from vmplug.oci.requests import Request
 from vmplug.policy.rules import Asked, Policy, Verdict
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress
     from vmplug.journal.records import Attachment
     from vmplug.manager.watching.health import Look
-    from vmplug.oci.annotated import Request
+    from vmplug.oci.requests import Request
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 

@@ -9,7 +9,7 @@ from vmplug.cli.render.output import access, info_json, print_json, print_table
 from vmplug.oci.info import DeviceInfo
 
 if TYPE_CHECKING:
-    from vmplug.oci.annotated import Named, Request
+    from vmplug.oci.requests import Named, Request
 
 
 @click.command("info")
@@ -62,7 +62,7 @@ def _row(info: "Request") -> tuple[str, ...]:
 
 def _source(info: "Named") -> str:
     """The other end that the request names."""
-    from vmplug.oci.annotated import NetInfo, VfioInfo  # noqa: PLC0415  there when there is one
+    from vmplug.oci.requests import NetInfo, VfioInfo  # noqa: PLC0415  there when there is one
 
     match info:
         case NetInfo():

@@ -13,7 +13,7 @@ from vmplug.host.device import HostDevice
 from vmplug.host.resolve import resolve_all
 
 if TYPE_CHECKING:
-    from vmplug.oci.annotated import Request
+    from vmplug.oci.requests import Request
 
 _HOST_ERROR = 4
 

@@ -8,8 +8,8 @@ from vmplug.host.block.loop import read_backing_file
 from vmplug.host.block.mounts import MountPoint, read_mount_points
 from vmplug.host.block.pmem import read_pfn_info
 from vmplug.host.root import HostRoot, node_number
-from vmplug.oci.annotated import Request
 from vmplug.oci.info import DeviceInfo, DevType, Mount
+from vmplug.oci.requests import Request
 from vmplug.oci.spec import Bundle
 
 
