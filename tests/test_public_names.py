@@ -166,7 +166,7 @@ def test_the_first_example_runs_on_a_vm_in_memory(tmp_path: Path) -> None:
     info = vmplug.DeviceInfo(
         container_path="/dev/xvda", dev_type=vmplug.DevType.BLOCK, host_path=str(image)
     )
-    machine = vmplug.MemoryHypervisor()
+    machine = vmplug.FakeHypervisor()
     host = vmplug.HostRoot("/")
     with vmplug.DeviceManager.open(
         vm="sandbox-1", host=host, hypervisor=machine, state_dir=tmp_path / "state"

@@ -15,7 +15,7 @@ _NAMES = {
     "vmplug.journal.records": "Attachment",
     "vmplug.manager.reconcile": "Repair",
     "vmplug.manager.watching.watch": "Watch watch",
-    "vmplug.manager.watching.notice": "Notice What",
+    "vmplug.manager.watching.notice": "DeviceEvent EventKind",
     "vmplug.oci.spec": "Bundle parse_config read_bundle",
     "vmplug.oci.info": "DeviceInfo DevType",
     "vmplug.oci.requests": "NetInfo Request RngInfo ShareInfo VfioInfo",
@@ -33,13 +33,13 @@ _NAMES = {
     "vmplug.host.pci.function": "PciFunction read_functions",
     "vmplug.host.finding": "Code Finding Severity",
     "vmplug.drivers.plug": (
-        "Aio BlockDrive BlockDriver Cache RNGDevice SharedFS Throttle VFIODevice VFIODevices "
+        "Aio BlockDrive DiskFrontend Cache RNGDevice SharedFS Throttle VFIODevice VFIODevices "
         "VhostUserDevice"
     ),
     "vmplug.drivers.ports": "Hypervisor Step",
     "vmplug.drivers.place": "GuestAddress GuestFunction PlugMode",
     "vmplug.hypervisor.qemu.running": "Qemu",
-    "vmplug.hypervisor.fake.monitor": "MemoryHypervisor",
+    "vmplug.hypervisor.fake.monitor": "FakeHypervisor",
     "vmplug.devnum": "DevNum",
     "vmplug.address": "Bdf CcwDevNo PciPath PciSlot ScsiAddress",
     "vmplug.errors": (

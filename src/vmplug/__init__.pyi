@@ -7,8 +7,8 @@ from vmplug.drivers.place import GuestAddress as GuestAddress
 from vmplug.drivers.place import PlugMode as PlugMode
 from vmplug.drivers.plug import Aio as Aio
 from vmplug.drivers.plug import BlockDrive as BlockDrive
-from vmplug.drivers.plug import BlockDriver as BlockDriver
 from vmplug.drivers.plug import Cache as Cache
+from vmplug.drivers.plug import DiskFrontend as DiskFrontend
 from vmplug.drivers.plug import RNGDevice as RNGDevice
 from vmplug.drivers.plug import SharedFS as SharedFS
 from vmplug.drivers.plug import Throttle as Throttle
@@ -54,13 +54,13 @@ from vmplug.host.resolve import resolve_all as resolve_all
 from vmplug.host.root import HostRoot as HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket as VhostUserSocket
 from vmplug.host.vhost_user.store import VhostUserStore as VhostUserStore
-from vmplug.hypervisor.fake.monitor import MemoryHypervisor as MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor as FakeHypervisor
 from vmplug.hypervisor.qemu.running import Qemu as Qemu
 from vmplug.journal.records import Attachment as Attachment
 from vmplug.manager.manager import DeviceManager as DeviceManager
 from vmplug.manager.reconcile import Repair as Repair
-from vmplug.manager.watching.notice import Notice as Notice
-from vmplug.manager.watching.notice import What as What
+from vmplug.manager.watching.notice import DeviceEvent as DeviceEvent
+from vmplug.manager.watching.notice import EventKind as EventKind
 from vmplug.manager.watching.watch import Watch as Watch
 from vmplug.manager.watching.watch import watch as watch
 from vmplug.oci.info import DeviceInfo as DeviceInfo

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vmplug.drivers.ports import Command
-from vmplug.hypervisor.fake.monitor import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeMonitor
 
 CHANGING = frozenset(
     {"blockdev-add", "blockdev-del", "object-add", "object-del", "device_add", "device_del"}
@@ -93,7 +93,7 @@ class Messages:
 
 
 class MemoryVm(QmpServer):
-    """MemoryHypervisor's machine: a VM that needs neither QEMU nor root.
+    """FakeHypervisor's machine: a VM that needs neither QEMU nor root.
 
     `machine` may be looked at and told what to do, as in the unit tests; a second socket of the
     same VM is given the machine of the first.
@@ -105,10 +105,10 @@ class MemoryVm(QmpServer):
         *,
         root_ports: int = 4,
         scsi: bool = True,
-        machine: MemoryMonitor | None = None,
+        machine: FakeMonitor | None = None,
     ) -> None:
         super().__init__(socket_path)
-        self.machine = machine or MemoryMonitor(root_ports=root_ports, scsi=scsi)
+        self.machine = machine or FakeMonitor(root_ports=root_ports, scsi=scsi)
         self.machine.listen(self._tell)
         self._client: socket.socket | None = None
 

@@ -18,7 +18,7 @@ from tests.contract.world import journal_rows
 from tests.support.daemons import storage_daemon
 from tests.support.disks import disk_image, loop_device
 from tests.support.journal import attach_row, device_record, vm_record
-from vmplug import HostRoot, Watch, What, watch
+from vmplug import EventKind, HostRoot, Watch, watch
 from vmplug.host.events import HostEvents, ProcessEnded
 from vmplug.journal.journal import Store
 
@@ -192,7 +192,7 @@ def test_the_iterator_gives_notices_until_its_time_is_over(tmp_path: Path) -> No
         hold = attach_row(journal, device_record("file:/no/such", "/no/such"))
     with watch(tmp_path, timeout_s=0.1) as notices:
         (notice,) = notices
-        assert (notice.what, notice.attachment) == (What.DELETED, hold)
+        assert (notice.what, notice.attachment) == (EventKind.DELETED, hold)
         assert list(notices) == []
 
 

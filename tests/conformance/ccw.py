@@ -20,7 +20,7 @@ from tests.conformance.vector import (
 from tests.support.tree import HostTree
 from vmplug.address import CcwDevNo
 from vmplug.drivers.free_places import ccw_places
-from vmplug.hypervisor.fake.monitor import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeMonitor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.records import Attachment
 
@@ -29,7 +29,7 @@ _CSS_BUS = f"/machine/{_CSS_BRIDGE}/virtual-css"
 _DISK = {"ContainerPath": "/dev/null", "DevType": "b", "Major": 8, "Minor": 0}
 
 
-class _S390(MemoryMonitor):
+class _S390(FakeMonitor):
     """The same small QEMU, with a channel subsystem where others have PCI.
 
     Source: `qom-list`, `qom-get` and `device_add` on QEMU 7.2, machine s390-ccw-virtio.

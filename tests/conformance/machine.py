@@ -13,7 +13,7 @@ from vmplug.drivers.place import Offer
 from vmplug.drivers.ports import Command
 from vmplug.host.finding import Code
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.hypervisor.fake.monitor import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeMonitor
 from vmplug.hypervisor.qemu.abilities import RECONNECT
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Store
@@ -43,9 +43,9 @@ _LETTERS = {
 
 
 class _Vm(Qemu):
-    """As MemoryHypervisor, on a monitor that outlives it, with SCSI addresses in use."""
+    """As FakeHypervisor, on a monitor that outlives it, with SCSI addresses in use."""
 
-    def __init__(self, monitor: MemoryMonitor, *, used_scsi: int) -> None:
+    def __init__(self, monitor: FakeMonitor, *, used_scsi: int) -> None:
         super().__init__(monitor)
         self._used = frozenset(map(ScsiAddress.from_index, range(used_scsi)))
 
@@ -185,9 +185,9 @@ def index_of(device_add: Command) -> int:
     return int(arguments["bus"].removeprefix("rp"))
 
 
-def memory_monitor(*, ports: int, used_ports: int = 0, scsi: bool = True) -> MemoryMonitor:
+def memory_monitor(*, ports: int, used_ports: int = 0, scsi: bool = True) -> FakeMonitor:
     """A VM in memory with any number of ports, as old as the QEMUs of Kata."""
-    monitor = MemoryMonitor(root_ports=0, scsi=scsi, reconnect=RECONNECT)
+    monitor = FakeMonitor(root_ports=0, scsi=scsi, reconnect=RECONNECT)
     for index in range(ports):
         add_port(monitor, f"rp{index}", _FIRST_PORT_DEVFN + index)
     for index in range(used_ports):
@@ -200,21 +200,21 @@ def memory_monitor(*, ports: int, used_ports: int = 0, scsi: bool = True) -> Mem
     return monitor
 
 
-def add_port(monitor: MemoryMonitor, name: str, devfn: int) -> None:
+def add_port(monitor: FakeMonitor, name: str, devfn: int) -> None:
     """A root port at any place of the root bus."""
     properties = {**_PORT.properties, "addr": devfn}
     monitor.devices[name] = replace(_PORT, properties=properties)
 
 
 def add_bridge(
-    monitor: MemoryMonitor, slot: int, *, name: str = "pci-bridge-0", parent: str | None = None
+    monitor: FakeMonitor, slot: int, *, name: str = "pci-bridge-0", parent: str | None = None
 ) -> None:
     """A PCI bridge on the root bus or behind a port."""
     add_behind(monitor, parent, name, "pci-bridge", slot << 3)
 
 
 def add_behind(
-    monitor: MemoryMonitor, parent: str | None, name: str, driver: str, devfn: int
+    monitor: FakeMonitor, parent: str | None, name: str, driver: str, devfn: int
 ) -> None:
     """A port, switch or bridge behind another one; on the root bus where `parent` is None."""
     bus = f"{PERIPHERAL}/{parent}/{parent}" if parent else _PORT.bus
@@ -222,7 +222,7 @@ def add_behind(
     monitor.devices[name] = replace(_PORT, driver=driver, bus=bus, properties=properties)
 
 
-_PORT = MemoryMonitor(root_ports=1).devices["rp0"]
+_PORT = FakeMonitor(root_ports=1).devices["rp0"]
 
 
 def agent_record(attachment: Attachment) -> dict[str, Any]:

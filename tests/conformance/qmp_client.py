@@ -24,7 +24,7 @@ from vmplug.address import device_id_of
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.finding import Code
-from vmplug.hypervisor.fake.monitor import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeMonitor
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.oci.requests import NetInfo, ShareInfo
 
@@ -106,7 +106,7 @@ def _chardev_remove(case: Case) -> Answer:
     return Answer({"commands": _said(machine, "chardev-remove"), "error": error}, _katas(case))
 
 
-class _Told(MemoryMonitor):
+class _Told(FakeMonitor):
     """Emits at a `device_del` what it was told to, or at the next command after it."""
 
     at_once: Sequence[str] = ()

@@ -19,7 +19,7 @@ from tests.conformance.vfio_vm import argv_monitor, machine_on
 from tests.support.pci_tree import PciTree
 from vmplug.address import PciSlot
 from vmplug.drivers.place import Offer
-from vmplug.hypervisor.fake.monitor import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeMonitor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.start import machine as machines
 from vmplug.hypervisor.qemu.start.machine import VmSpec
@@ -64,7 +64,7 @@ def _kinds(arguments: Sequence[str]) -> list[str]:
 # the words for ports
 
 
-def _vm_of_all_kinds() -> MemoryMonitor:
+def _vm_of_all_kinds() -> FakeMonitor:
     """A VM with a port of each kind, by Kata's names."""
     monitor = memory_monitor(ports=1, scsi=False)
     add_behind(monitor, None, "pci-bridge-0", "pci-bridge", 0x10)

@@ -9,7 +9,7 @@ from tests.conformance.machine import Machine, add_behind, memory_monitor
 from tests.conformance.vector import Case
 from tests.support.tree import HostTree
 from vmplug.address import PERIPHERAL
-from vmplug.hypervisor.fake.monitor import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeMonitor
 
 BRIDGE_SLOT, PORT_SLOT = 2, 3
 """Where Kata's first bridge is, and its first port in what QEMU answers to it."""
@@ -24,7 +24,7 @@ _MODELS = {
 """By Kata's names for them."""
 
 
-class ApMonitor(MemoryMonitor):
+class ApMonitor(FakeMonitor):
     """The same small QEMU, with an adapter bus where others have PCI.
 
     Source: QEMU hw/s390x/ap-bridge.c, hw/vfio/ap.c.
@@ -44,14 +44,14 @@ class ApMonitor(MemoryMonitor):
         return f"/machine/ap-bridge/{bus}"
 
 
-class IommufdMonitor(MemoryMonitor):
+class IommufdMonitor(FakeMonitor):
     """The same small QEMU, as if it were 8.2 and knew iommufd."""
 
     def _qom_list_types(self, implements: str) -> list[dict[str, str]]:
         return [{"name": implements}]
 
 
-def machine_on(case: Case, tree: HostTree, monitor: MemoryMonitor) -> Machine:
+def machine_on(case: Case, tree: HostTree, monitor: FakeMonitor) -> Machine:
     """A VM that answers as `monitor` does."""
     machine = Machine(case, tree)
     machine.monitor = monitor
@@ -59,12 +59,12 @@ def machine_on(case: Case, tree: HostTree, monitor: MemoryMonitor) -> Machine:
     return machine
 
 
-def ap_monitor() -> MemoryMonitor:
+def ap_monitor() -> FakeMonitor:
     """A VM with an adapter bus and nothing else."""
     return ApMonitor(root_ports=0, scsi=False)
 
 
-def ports_monitor() -> MemoryMonitor:
+def ports_monitor() -> FakeMonitor:
     """A VM with one bridge and one port, where Kata has them."""
     monitor = memory_monitor(ports=0, scsi=False)
     add_behind(monitor, None, "pci-bridge-0", "pci-bridge", BRIDGE_SLOT << 3)
@@ -72,7 +72,7 @@ def ports_monitor() -> MemoryMonitor:
     return monitor
 
 
-def qom_monitor(qom: Mapping[str, str]) -> MemoryMonitor:
+def qom_monitor(qom: Mapping[str, str]) -> FakeMonitor:
     """A VM with the ports, switches and bridges of which QEMU answers so."""
     monitor = memory_monitor(ports=0, scsi=False)
     paths = {key.rpartition("|")[0] for key in qom if key.startswith(PERIPHERAL)}
@@ -88,7 +88,7 @@ def _model(name: str) -> str:
     return _MODELS[re.sub(r"-?\d+\Z", "", name)]
 
 
-def argv_monitor(devices: Iterable[Mapping[str, str]]) -> MemoryMonitor:
+def argv_monitor(devices: Iterable[Mapping[str, str]]) -> FakeMonitor:
     """A VM with the ports, switches and bridges of a command line; QEMU finds slots for some."""
     monitor = memory_monitor(ports=0, scsi=False)
     next_slot = 1

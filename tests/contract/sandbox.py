@@ -13,7 +13,7 @@ from tests.contract.world import MemorySide, Parts, Rows, Side, journal_rows
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.fake.monitor import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeMonitor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, command_error
 from vmplug.journal.journal import Store
@@ -68,7 +68,7 @@ class Sandbox:
         self._manager: DeviceManager | None = None
 
     @property
-    def machine(self) -> MemoryMonitor:
+    def machine(self) -> FakeMonitor:
         """The VM in memory."""
         return self.memory.machine
 

@@ -36,8 +36,8 @@ from tests.contract.world import (
 from vmplug.drivers.place import MemorySlot, Place
 from vmplug.drivers.plug import (
     BlockDrive,
-    BlockDriver,
     Daemon,
+    DiskFrontend,
     Plug,
     RNGDevice,
     SharedFS,
@@ -46,7 +46,7 @@ from vmplug.drivers.plug import (
 from vmplug.drivers.ports import START_DAEMON, Command, Step
 from vmplug.errors import CannotPlug, CommandError
 from vmplug.host.kind import DeviceType
-from vmplug.hypervisor.fake.monitor import MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import Monitor
 
@@ -463,7 +463,7 @@ def nvdimm(memory_file: Path) -> BlockDrive:
         id=ID,
         file=str(memory_file),
         is_device=False,
-        driver=BlockDriver.NVDIMM,
+        driver=DiskFrontend.NVDIMM,
         size_bytes=4 * MIB,
     )
 
@@ -565,8 +565,8 @@ def test_an_nvdimm_on_a_file_that_has_gone_is_refused_before_anything_is_sent(
 
 
 def test_a_share_of_vmplugs_own_is_plugged_with_no_process_at_all(tmp_path: Path) -> None:
-    hypervisor = MemoryHypervisor()
-    before = MemoryHypervisor()
+    hypervisor = FakeHypervisor()
+    before = FakeHypervisor()
     daemon = Daemon(
         program="/no/such/virtiofsd",
         options=frozenset(),
@@ -594,7 +594,7 @@ def test_a_share_of_vmplugs_own_is_plugged_with_no_process_at_all(tmp_path: Path
 
 def test_every_command_of_a_plug_is_known_to_change_the_vm() -> None:
     """Else tests that fail at each of them would leave one out."""
-    vm = MemoryHypervisor()
+    vm = FakeHypervisor()
     device = VhostUserDevice(id=ID, type=DeviceType.VHOST_USER_NET, descriptor=0, mac_address=MAC)
     rng = RNGDevice(id=ID, filename="/dev/urandom")
     steps = [*vm.steps(device, RP0), *vm.steps(rng, RP0)]

@@ -18,10 +18,10 @@ from tests.contract.world import (
 from tests.support.disks import disk_image
 from vmplug.address import PciPath, PciSlot, ScsiAddress, qemu_id
 from vmplug.drivers.place import PciPlace, ScsiPlace
-from vmplug.drivers.plug import BlockDrive, BlockDriver, Throttle
+from vmplug.drivers.plug import BlockDrive, DiskFrontend, Throttle
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
-from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor, MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor, FakeMonitor, Guest
 from vmplug.hypervisor.qemu.running import Qemu
 
 MIB = 1 << 20
@@ -52,7 +52,7 @@ def image(tmp_path: Path) -> Path:
 @pytest.fixture
 def drive(image: Path) -> BlockDrive:
     return BlockDrive(
-        id=ID, file=str(image), is_device=False, driver=BlockDriver.VIRTIO_BLOCK, serial="A1"
+        id=ID, file=str(image), is_device=False, driver=DiskFrontend.VIRTIO_BLOCK, serial="A1"
     )
 
 
@@ -66,7 +66,7 @@ def laden(drive: BlockDrive) -> BlockDrive:
 def other_drive(tmp_path: Path) -> BlockDrive:
     file = disk_image(tmp_path / "b.img", 2, "other")
     return BlockDrive(
-        id=OTHER_ID, file=str(file), is_device=False, driver=BlockDriver.VIRTIO_BLOCK
+        id=OTHER_ID, file=str(file), is_device=False, driver=DiskFrontend.VIRTIO_BLOCK
     )
 
 
@@ -124,7 +124,7 @@ def test_memory_and_qemu_offer_the_same(side: Side) -> None:
     """The machine's name has QEMU's version in it, and a QEMU in memory has no iommufd."""
     with Connected(side) as vm:
         offer = vm.offer()
-    memory = MemoryHypervisor().offer()
+    memory = FakeHypervisor().offer()
     assert offer == replace(memory, machine=offer.machine, iommufd=offer.iommufd)
 
 
@@ -602,7 +602,7 @@ def test_the_run_state_is_qemus_word(awake: Side) -> None:
 
 
 def test_a_guest_that_refuses_is_told_apart_from_a_silent_one(drive: BlockDrive) -> None:
-    hypervisor = MemoryHypervisor()
+    hypervisor = FakeHypervisor()
     hypervisor.plug(drive, RP0)
     hypervisor.monitor.guest = Guest.REFUSES
     hypervisor.request_unplug(ID)
@@ -615,7 +615,7 @@ def test_a_guest_that_refuses_is_told_apart_from_a_silent_one(drive: BlockDrive)
 
 
 def test_a_refusal_of_the_past_does_not_count(drive: BlockDrive) -> None:
-    hypervisor = MemoryHypervisor()
+    hypervisor = FakeHypervisor()
     hypervisor.plug(drive, RP0)
     hypervisor.monitor.guest = Guest.REFUSES
     hypervisor.request_unplug(ID)
@@ -626,8 +626,8 @@ def test_a_refusal_of_the_past_does_not_count(drive: BlockDrive) -> None:
 
 @pytest.mark.parametrize("name", ["object-add", "blockdev-add", "device_add"])
 def test_fail_at_refuses_a_command_once(laden: BlockDrive, name: str) -> None:
-    hypervisor = MemoryHypervisor()
-    before = MemoryMonitor()
+    hypervisor = FakeHypervisor()
+    before = FakeMonitor()
     hypervisor.monitor.fail_at = name
     with pytest.raises(CommandError) as caught:
         hypervisor.plug(laden, RP0)
@@ -640,7 +640,7 @@ def test_fail_at_refuses_a_command_once(laden: BlockDrive, name: str) -> None:
 
 
 def test_ports_and_controller_are_as_many_as_wanted() -> None:
-    offer = MemoryHypervisor(root_ports=2, scsi=False).offer()
+    offer = FakeHypervisor(root_ports=2, scsi=False).offer()
     assert [port.bus for port in offer.ports] == ["rp0", "rp1"]
     assert offer.controllers == ()
 

@@ -23,7 +23,7 @@ from tests.support.vm import Device, GuestVm, root_ports, start_vm
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.kind import DeviceType
-from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor, MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor, FakeMonitor, Guest
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor
@@ -39,7 +39,7 @@ MEMORY_SIDE_DEVICES: list[Device] = [
     *root_ports(4),
     {"driver": "virtio-scsi-pci", "id": "scsi0", "bus": "pcie.0", "addr": "0x5"},
 ]
-"""The devices that MemoryHypervisor has from the start, for a QEMU."""
+"""The devices that FakeHypervisor has from the start, for a QEMU."""
 
 MEMORY_SIDE_MACHINE = "q35,nvdimm=on,memory-backend=mem"
 MEMORY_SIDE_MEMORY = "256M,slots=4,maxmem=8G"
@@ -156,7 +156,7 @@ class Side(Protocol):
 class MemoryBackend:
     """Nobody, at a path that a machine in memory takes for a backend's."""
 
-    def __init__(self, machine: MemoryMonitor, socket_path: Path) -> None:
+    def __init__(self, machine: FakeMonitor, socket_path: Path) -> None:
         self.socket_path = socket_path
         self._machine = machine
 
@@ -172,10 +172,10 @@ class MemoryBackend:
 
 
 class MemorySide:
-    """MemoryHypervisor's machine."""
+    """FakeHypervisor's machine."""
 
     def __init__(self, *, root_ports: int = 4, scsi: bool = True) -> None:
-        self.machine: MemoryMonitor = MemoryHypervisor(root_ports=root_ports, scsi=scsi).monitor
+        self.machine: FakeMonitor = FakeHypervisor(root_ports=root_ports, scsi=scsi).monitor
         self._deleted: list[Mapping[str, Any]] = []
         self.machine.listen(self._receive)
 
@@ -378,7 +378,7 @@ def _netdevs(vm: GuestVm) -> frozenset[str]:
 def memory_side_vm(
     directory: Path, *, guest: bool = True, paused: bool = False
 ) -> Iterator[GuestVm]:
-    """A real QEMU that offers what MemoryHypervisor does."""
+    """A real QEMU that offers what FakeHypervisor does."""
     with start_vm(
         directory,
         machine=MEMORY_SIDE_MACHINE,

@@ -16,7 +16,7 @@ from tests.contract.world import Parts, qemu_parts
 from tests.support.vm import GuestVm
 from vmplug.drivers.ports import Command
 from vmplug.hypervisor.fake.backends import Refused
-from vmplug.hypervisor.fake.monitor import MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeMonitor
 
 Message = Mapping[str, Any]
 
@@ -79,7 +79,7 @@ def names_of(parts: Parts, memories: Sequence[Message]) -> list[str]:
     ]
 
 
-class WiredMonitor(MemoryMonitor):
+class WiredMonitor(FakeMonitor):
     """The machine in memory, whose files must be there and whose connections lead somewhere.
 
     `open` are the sockets that it holds, by the names of their chardevs and descriptors.

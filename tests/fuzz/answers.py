@@ -8,10 +8,10 @@ from tests.fuzz.draw import Draw
 from tests.fuzz.guard import changes_only
 from vmplug.address import PciPath, PciSlot
 from vmplug.drivers.place import PciPlace
-from vmplug.drivers.plug import BlockDrive, BlockDriver, RNGDevice
+from vmplug.drivers.plug import BlockDrive, DiskFrontend, RNGDevice
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, DeviceError
-from vmplug.hypervisor.fake.monitor import MemoryHypervisor, MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor, FakeMonitor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor
 
@@ -29,7 +29,7 @@ _ODD: tuple[Any, ...] = (
 class _Hostile(Monitor):
     """The answers of a VM in memory, each as it is or spoiled."""
 
-    def __init__(self, draw: Draw, machine: MemoryMonitor) -> None:
+    def __init__(self, draw: Draw, machine: FakeMonitor) -> None:
         self._draw = draw
         self._machine = machine
         self._receivers: list[EventReceiver] = []
@@ -85,12 +85,12 @@ def _other(value: Any, draw: Draw) -> Any:
 def check(data: bytes) -> None:
     """Every question ends in an answer or in one of vmplug's errors, and in bounded time."""
     draw = Draw(data)
-    real = MemoryHypervisor()
+    real = FakeHypervisor()
     place = PciPlace(bus="rp0", slot=PciSlot(0), path=PciPath((PciSlot(16), PciSlot(0))))
     real.plug(RNGDevice(id=DEVICE, filename="/dev/urandom"), place)
     qemu = Qemu(_Hostile(draw, real.monitor), daemons=real._daemons)
     drive = BlockDrive(
-        id="fedcba9876543210", file="/a.img", is_device=False, driver=BlockDriver.VIRTIO_BLOCK
+        id="fedcba9876543210", file="/a.img", is_device=False, driver=DiskFrontend.VIRTIO_BLOCK
     )
     with changes_only():
         for ask in (

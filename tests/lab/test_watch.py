@@ -21,7 +21,16 @@ from tests.lab.nested import paused_vm
 from tests.support.disks import detach_loop, disk_image
 from tests.support.journal import attach_row, device_record, vm_record
 from tests.support.lab import OuterQemu, namespace_of, wait_until
-from vmplug import Attachment, DeviceManager, DeviceType, HostRoot, Qemu, VfioInfo, Watch, What
+from vmplug import (
+    Attachment,
+    DeviceManager,
+    DeviceType,
+    EventKind,
+    HostRoot,
+    Qemu,
+    VfioInfo,
+    Watch,
+)
 from vmplug.host.events import EventsLost, HostEvents
 from vmplug.journal.journal import Store
 from vmplug.manager.watching.health import HostLook, HostState, Look
@@ -107,7 +116,7 @@ def test_a_disk_is_pulled(scsi_disk: Path, journal: Store, notices: Watch) -> No
     assert look(journal, attachment).state is HostState.PRESENT
     Path(f"/sys/block/{scsi_disk.name}/device/delete").write_text("1")
     told = next(notices)
-    assert (told.what, told.vm, told.attachment) == (What.GONE, "sb1", attachment)
+    assert (told.what, told.vm, told.attachment) == (EventKind.GONE, "sb1", attachment)
     assert str(scsi_disk) in told.message
     assert attachment.id in told.hint
     assert look(journal, attachment).state is HostState.GONE
@@ -128,7 +137,7 @@ def test_an_nvme_is_pulled_with_its_namespace(journal: Store, notices: Watch) ->
         begin(notices)
         outer.remove(nvme)
     told = next(notices)
-    assert (told.what, told.attachment) == (What.GONE, attachment)
+    assert (told.what, told.attachment) == (EventKind.GONE, attachment)
     assert told.message.startswith(str(path))
 
 
@@ -146,16 +155,16 @@ def test_a_function_goes_to_another_driver_and_comes_back(journal: Store, notice
         assert look(journal, attachment) == Look(HostState.PRESENT)
         bind(bdf, "e1000e")
         told = next(notices)
-        assert told.what is What.OTHER_DRIVER
+        assert told.what is EventKind.OTHER_DRIVER
         assert bdf in told.message
         assert look(journal, attachment) == Look(
             HostState.OTHER_DRIVER, f"{bdf} is bound to the driver e1000e, not to VFIO's"
         )
         bind(bdf, "vfio-pci")
-        assert next(notices).what is What.BACK
+        assert next(notices).what is EventKind.BACK
         # Unbound and bound again between two looks: only the events tell.
         bind(bdf, "vfio-pci")
-        assert next(notices).what is What.REPLACED
+        assert next(notices).what is EventKind.REPLACED
     finally:
         bind(bdf, "")
 
@@ -169,10 +178,10 @@ def test_a_function_is_pulled(journal: Store, notices: Watch) -> None:
         )
         attach_row(journal, record)
         first = next(notices)
-        assert first.what is What.OTHER_DRIVER
+        assert first.what is EventKind.OTHER_DRIVER
         assert "no driver" in first.message
         outer.remove(device)
-    assert next(notices).what is What.GONE
+    assert next(notices).what is EventKind.GONE
 
 
 def test_a_loop_device_grows_loses_its_file_and_is_detached(
@@ -185,14 +194,14 @@ def test_a_loop_device_grows_loses_its_file_and_is_detached(
         os.truncate(image, 16 * MIB)
         run("losetup", "--set-capacity", node)
         told = next(notices)
-        assert told.what is What.RESIZED
+        assert told.what is EventKind.RESIZED
         assert (told.old_size_bytes, told.size_bytes) == (8 * MIB, 16 * MIB)
         assert f"vmplug resize {attachment.id}" in told.hint
         image.unlink()
-        assert next(notices).what is What.DELETED
+        assert next(notices).what is EventKind.DELETED
         assert look(journal, attachment).state is HostState.DELETED
         run("losetup", "--detach", node)
-        assert next(notices).what is What.GONE
+        assert next(notices).what is EventKind.GONE
         assert look(journal, attachment).state is HostState.GONE
 
 
@@ -220,8 +229,8 @@ def test_events_that_the_kernel_could_not_keep_are_told(tmp_path: Path, journal:
             for _ in range(500):
                 uevent.write_text("change")
             run("losetup", "--detach", node)
-            assert next(notices).what is What.EVENTS_LOST
-            assert next(notices).what is What.GONE
+            assert next(notices).what is EventKind.EVENTS_LOST
+            assert next(notices).what is EventKind.GONE
             # It is told once, and the next event is received again.
             while any(isinstance(event, EventsLost) for event in events.wait(0)):
                 pass

@@ -32,9 +32,9 @@ from vmplug.drivers.place import (
 from vmplug.drivers.plug import (
     Aio,
     BlockDrive,
-    BlockDriver,
     Cache,
     Daemon,
+    DiskFrontend,
     Plug,
     RNGDevice,
     SharedFS,
@@ -139,7 +139,7 @@ def test_what_was_plugged_is_not_offered_any_more(tmp_path: Path) -> None:
     images = [disk_image(tmp_path / f"{name}.img", 2, name) for name in "abc"]
     plugs: list[tuple[Plug, Place]] = [
         (replace(drive(images[0]), id="a" * 16), PCI),
-        (replace(drive(images[1]), id="b" * 16, driver=BlockDriver.VIRTIO_SCSI), SCSI),
+        (replace(drive(images[1]), id="b" * 16, driver=DiskFrontend.VIRTIO_SCSI), SCSI),
         (replace(memory(images[2]), id="c" * 16), MEMORY),
     ]
     with paused(spec, plugs) as vm:
@@ -169,13 +169,13 @@ def test_the_transports_of_a_microvm_are_all_there() -> None:
 
 
 def drive(image: Path, **more: Any) -> BlockDrive:
-    options = {"driver": BlockDriver.VIRTIO_BLOCK, **more}
+    options = {"driver": DiskFrontend.VIRTIO_BLOCK, **more}
     return BlockDrive(id=ID, file=str(image), is_device=False, **options)
 
 
 def memory(image: Path, **more: Any) -> BlockDrive:
     size = image.stat().st_size
-    return drive(image, driver=BlockDriver.NVDIMM, size_bytes=size, **more)
+    return drive(image, driver=DiskFrontend.NVDIMM, size_bytes=size, **more)
 
 
 def vhost_user(kind: DeviceType, path: Path, **more: Any) -> VhostUserDevice:
@@ -262,7 +262,7 @@ def kinds(tmp_path: Path, stack: ExitStack) -> Mapping[str, tuple[Plug, Place]]:
             ),
             PCI,
         ),
-        "virtio-scsi": (drive(image, driver=BlockDriver.VIRTIO_SCSI, read_only=True), SCSI),
+        "virtio-scsi": (drive(image, driver=DiskFrontend.VIRTIO_SCSI, read_only=True), SCSI),
         "nvdimm": (memory(image, read_only=True), MEMORY),
         "rng": (RNGDevice(id=ID, filename="/dev/urandom", max_bytes=512, period_ms=7), PCI),
         "vhost-user-blk": (

@@ -23,7 +23,7 @@ from tests.support.raw_qmp import QmpError
 from vmplug.address import CcwDevNo
 from vmplug.devnum import DevNum
 from vmplug.drivers.place import CcwPlace
-from vmplug.drivers.plug import BlockDrive, BlockDriver
+from vmplug.drivers.plug import BlockDrive, DiskFrontend
 from vmplug.drivers.ports import Command
 from vmplug.errors import CannotPlug, CommandError, DeviceError, UnplugTimeout
 from vmplug.host.finding import Code
@@ -254,7 +254,7 @@ def test_a_number_that_is_taken_meanwhile_is_a_refusal(channels: Channels) -> No
         id="0123456789abcdef",
         file=channels.disk("b").host_path or "",
         is_device=False,
-        driver=BlockDriver.VIRTIO_BLOCK_CCW,
+        driver=DiskFrontend.VIRTIO_BLOCK_CCW,
     )
     channels.close()
     with nothing_changes(channels):

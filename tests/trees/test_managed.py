@@ -16,7 +16,7 @@ from tests.support.pci_tree import PciTree
 from vmplug.drivers.ports import Command
 from vmplug.errors import BindError, CommandError, InUse, NoFreePort, UnplugTimeout
 from vmplug.host.finding import Code
-from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
 from vmplug.journal.journal import Store
 from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
@@ -40,8 +40,8 @@ def kernel(tmp_path: Path) -> FakeKernel:
 
 
 @pytest.fixture
-def vm() -> MemoryHypervisor:
-    return MemoryHypervisor(root_ports=2)
+def vm() -> FakeHypervisor:
+    return FakeHypervisor(root_ports=2)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def journal(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture(params=["live", "restored"])
 def manager(
-    request: pytest.FixtureRequest, kernel: FakeKernel, vm: MemoryHypervisor, journal: Store
+    request: pytest.FixtureRequest, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
 ) -> "Managers":
     return Managers(kernel, vm, journal, is_restored=request.param == "restored")
 
@@ -61,7 +61,7 @@ class Managers:
     """The VM's manager: one for the whole test, or for each step one that has read the journal."""
 
     def __init__(
-        self, kernel: FakeKernel, vm: MemoryHypervisor, journal: Store, *, is_restored: bool
+        self, kernel: FakeKernel, vm: FakeHypervisor, journal: Store, *, is_restored: bool
     ) -> None:
         self._parts = (kernel, vm, journal)
         self._is_restored = is_restored
@@ -86,13 +86,13 @@ def want(bdf: str) -> VfioInfo:
     return VfioInfo(label=bdf, device=bdf)
 
 
-def plugged(vm: MemoryHypervisor) -> set[str]:
+def plugged(vm: FakeHypervisor) -> set[str]:
     hosts = (device.properties.get("host") for device in vm.monitor.devices.values())
     return {host for host in hosts if host}
 
 
 def test_the_whole_group_is_bound_and_plugged_and_goes_back(
-    manager: Managers, kernel: FakeKernel, vm: MemoryHypervisor, journal: Store
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
 ) -> None:
     before = kernel.picture()
     held = manager.now.attach(want(SOUND), managed=True)
@@ -122,7 +122,7 @@ def test_what_was_bound_before_stays_so(manager: Managers, kernel: FakeKernel) -
 
 
 def test_without_managed_nothing_is_bound(
-    manager: Managers, kernel: FakeKernel, vm: MemoryHypervisor, journal: Store
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
 ) -> None:
     with pytest.raises(InUse) as refusal:
         manager.now.attach(want(GPU))
@@ -142,7 +142,7 @@ def test_a_plan_says_what_is_bound_and_binds_nothing(
 
 
 def test_a_bind_that_fails_half_way_leaves_all_as_it_was(
-    manager: Managers, kernel: FakeKernel, vm: MemoryHypervisor, journal: Store
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
 ) -> None:
     before = kernel.picture()
     kernel.refuse("vfio-pci", SOUND)
@@ -153,7 +153,7 @@ def test_a_bind_that_fails_half_way_leaves_all_as_it_was(
 
 
 def test_a_plug_that_is_refused_gives_everything_back(
-    manager: Managers, kernel: FakeKernel, vm: MemoryHypervisor, journal: Store
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
 ) -> None:
     before = kernel.picture()
     vm.monitor.fail_at = "device_add"
@@ -166,7 +166,7 @@ def test_a_plug_that_is_refused_gives_everything_back(
 
 
 def test_a_second_device_without_a_port_takes_the_first_back_before_anything_is_bound(
-    manager: Managers, kernel: FakeKernel, vm: MemoryHypervisor
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor
 ) -> None:
     stranger = {"driver": "pci-testdev", "id": "stranger", "bus": "rp1", "addr": "0x0"}
     vm.monitor.execute(Command("device_add", stranger))
@@ -176,7 +176,7 @@ def test_a_second_device_without_a_port_takes_the_first_back_before_anything_is_
 
 
 def test_a_group_that_the_guest_keeps_stays_bound_until_it_lets_go(
-    manager: Managers, kernel: FakeKernel, vm: MemoryHypervisor
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor
 ) -> None:
     held = manager.now.attach(want(GPU), managed=True)
     vm.monitor.guest = Guest.SILENT
@@ -189,7 +189,7 @@ def test_a_group_that_the_guest_keeps_stays_bound_until_it_lets_go(
 
 
 def test_an_attach_that_was_interrupted_is_taken_back_with_its_drivers(
-    manager: Managers, kernel: FakeKernel, vm: MemoryHypervisor, journal: Store
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
 ) -> None:
     held = manager.now.attach(want(GPU), managed=True)
     with closing(sqlite3.connect(journal.path)) as db:

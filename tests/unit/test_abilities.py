@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmplug.errors import HypervisorError, ProtocolError
-from vmplug.hypervisor.fake.monitor import MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor
 from vmplug.hypervisor.qemu.abilities import has_firmware, of_program
 
 PROGRAM = "qemu-system-x86_64"
@@ -107,7 +107,7 @@ def test_a_program_that_is_not_there_has_no_firmware() -> None:
 
 
 def test_an_ability_is_asked_for_once() -> None:
-    memory = MemoryHypervisor()
+    memory = FakeHypervisor()
     memory.monitor.iommufd = True
     for _ in range(2):
         assert memory.abilities.reconnect_ms

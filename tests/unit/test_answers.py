@@ -12,7 +12,7 @@ from tests.support.says import AGREED, GREETING, Says
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ConnectError, ProtocolError
 from vmplug.hypervisor.fake.backends import Refused
-from vmplug.hypervisor.fake.monitor import MemoryHypervisor, MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor, FakeMonitor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.topology import qom_get, qom_list
 from vmplug.hypervisor.qmp.client import QmpMonitor
@@ -72,7 +72,7 @@ def test_what_a_later_qemu_adds_is_passed_over() -> None:
 class Answering(Monitor):
     """A VM in memory that answers one command in its own way."""
 
-    def __init__(self, machine: MemoryMonitor, asked: str, answer: object) -> None:
+    def __init__(self, machine: FakeMonitor, asked: str, answer: object) -> None:
         self._machine, self._asked, self._answer = machine, asked, answer
 
     def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
@@ -101,7 +101,7 @@ class Answering(Monitor):
     ],
 )
 def test_an_offer_is_not_made_of_nonsense(asked: str, answer: object) -> None:
-    machine = MemoryHypervisor().monitor
+    machine = FakeHypervisor().monitor
     devices = dict(machine.devices)
     with pytest.raises(ProtocolError, match=f"answer to {asked}"):
         Qemu(Answering(machine, asked, answer)).offer()
@@ -109,7 +109,7 @@ def test_an_offer_is_not_made_of_nonsense(asked: str, answer: object) -> None:
 
 
 @dataclass(slots=True)
-class Later(MemoryMonitor):
+class Later(FakeMonitor):
     """A QEMU that has no query-kvm any more."""
 
     accelerator: str = "tcg"
@@ -124,7 +124,7 @@ class Later(MemoryMonitor):
 @pytest.mark.parametrize(("accelerator", "kvm"), [("kvm", True), ("tcg", False)])
 def test_kvm_is_known_without_the_old_question_for_it(accelerator: str, *, kvm: bool) -> None:
     offer = Qemu(Later(accelerator=accelerator)).offer()
-    assert offer == replace(MemoryHypervisor().offer(), kvm=kvm)
+    assert offer == replace(FakeHypervisor().offer(), kvm=kvm)
 
 
 # Bytes

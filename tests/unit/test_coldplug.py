@@ -25,8 +25,8 @@ from vmplug.drivers.place import (
 )
 from vmplug.drivers.plug import (
     BlockDrive,
-    BlockDriver,
     Daemon,
+    DiskFrontend,
     Plug,
     RNGDevice,
     SharedFS,
@@ -88,7 +88,7 @@ paths = texts.map(lambda text: f"/{text}")
 
 
 def drive(file: str = "/srv/a.img", **more: Any) -> BlockDrive:
-    options = {"driver": BlockDriver.VIRTIO_BLOCK, "size_bytes": 4 << 20, **more}
+    options = {"driver": DiskFrontend.VIRTIO_BLOCK, "size_bytes": 4 << 20, **more}
     return BlockDrive(id=ID, file=file, is_device=False, **options)
 
 
@@ -163,7 +163,7 @@ PLUGS: list[tuple[Plug, Place]] = [
     (drive(), SCSI),
     (drive(), CCW),
     (drive(), MMIO),
-    (drive(driver=BlockDriver.NVDIMM), MEMORY),
+    (drive(driver=DiskFrontend.NVDIMM), MEMORY),
     (drive(iothread=True, throttle=Throttle(bps_total=1 << 40, iops_read=7)), PCI),
     (drive(read_only=True, discard=True, serial='S "1", 2'), PCI),
     (rng(), PCI),
@@ -284,7 +284,7 @@ def test_only_pci_has_message_interrupts(place: Place, queues: int) -> None:
 
 
 def test_memory_has_its_slot() -> None:
-    (_, memory), (_, module) = read(drive(driver=BlockDriver.NVDIMM, read_only=True), MEMORY).json
+    (_, memory), (_, module) = read(drive(driver=DiskFrontend.NVDIMM, read_only=True), MEMORY).json
     assert (memory["mem-path"], memory["readonly"]) == ("/srv/a.img", True)
     assert (module["memdev"], module["slot"], module["unarmed"]) == (memory["id"], 2, True)
 
@@ -296,7 +296,7 @@ def plugs_named(name: str) -> list[tuple[Plug, Place]]:
     """A plug of each kind with this name in it."""
     return [
         (drive(name), PCI),
-        (drive(name, driver=BlockDriver.NVDIMM), MEMORY),
+        (drive(name, driver=DiskFrontend.NVDIMM), MEMORY),
         (drive(serial=name), SCSI),
         (rng(name), CCW),
         (backend(DeviceType.VHOST_USER_BLK, name, reconnect_s=1), PCI),
@@ -617,9 +617,9 @@ def test_memory_whose_file_has_gone_is_refused(tmp_path: Path) -> None:
     qemu = cold()
     path = tmp_path / "gone.img"
     with pytest.raises(CannotPlug) as refused:
-        qemu.plug(drive(str(path), driver=BlockDriver.NVDIMM), MEMORY)
+        qemu.plug(drive(str(path), driver=DiskFrontend.NVDIMM), MEMORY)
     assert refused.value.reason == "no-such-file"
     assert (qemu.arguments(), qemu.find_devices()) == ([], {})
     path.touch()
-    qemu.plug(drive(str(path), driver=BlockDriver.NVDIMM), MEMORY)
+    qemu.plug(drive(str(path), driver=DiskFrontend.NVDIMM), MEMORY)
     assert qemu.find_devices() == {ID: True}

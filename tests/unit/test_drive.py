@@ -26,8 +26,8 @@ from vmplug.drivers.place import (
 from vmplug.drivers.plug import (
     Aio,
     BlockDrive,
-    BlockDriver,
     Cache,
+    DiskFrontend,
     Plug,
     RNGDevice,
     SharedFS,
@@ -67,7 +67,7 @@ def test_nothing_said_leaves_every_choice_open() -> None:
 @pytest.mark.parametrize(
     ("key", "text", "expected"),
     [
-        *[("block-driver", str(word), BlockOptions(driver=word)) for word in BlockDriver],
+        *[("block-driver", str(word), BlockOptions(driver=word)) for word in DiskFrontend],
         *[("format", str(word), BlockOptions(format=word)) for word in ImageFormat],
         *[("cache", str(word), BlockOptions(cache=word)) for word in Cache],
         *[("aio", str(word), BlockOptions(aio=word)) for word in Aio],
@@ -113,7 +113,7 @@ def test_limits_of_bytes_and_operations_go_together() -> None:
         (
             "block-driver",
             "virtio-nvme",
-            f"'virtio-nvme' is not one of {', '.join(BlockDriver)}$",
+            f"'virtio-nvme' is not one of {', '.join(DiskFrontend)}$",
         ),
         ("block-driver", "NVDIMM", "'NVDIMM' is not one of virtio-mmio"),
         ("block-driver", "", "'' is not one of"),
@@ -264,7 +264,7 @@ def test_the_file_that_qemu_would_open_besides_is_named() -> None:
 
 def drive(
     device: BlockDevice | DiskFile,
-    driver: BlockDriver = BlockDriver.VIRTIO_BLOCK,
+    driver: DiskFrontend = DiskFrontend.VIRTIO_BLOCK,
     **options: str,
 ) -> BlockDrive:
     parsed = BlockOptions.parse({key.replace("_", "-"): text for key, text in options.items()})
@@ -273,13 +273,13 @@ def drive(
 
 def test_a_block_device_passes_the_page_cache_by_in_its_own_sectors() -> None:
     planned = plan_drive(
-        "0123456789abcdef", SDB, BlockOptions(), read_only=True, driver=BlockDriver.VIRTIO_BLOCK
+        "0123456789abcdef", SDB, BlockOptions(), read_only=True, driver=DiskFrontend.VIRTIO_BLOCK
     )
     assert planned == BlockDrive(
         id="0123456789abcdef",
         file="/dev/sdb",
         is_device=True,
-        driver=BlockDriver.VIRTIO_BLOCK,
+        driver=DiskFrontend.VIRTIO_BLOCK,
         format=ImageFormat.RAW,
         read_only=True,
         cache=Cache.NONE,
@@ -315,7 +315,7 @@ def test_an_image_is_raw_unless_the_format_is_stated() -> None:
 def test_cache_and_aio_are_chosen_to_fit_each_other_and_the_file(
     device: BlockDevice | DiskFile, options: dict[str, str], cache: Cache, aio: Aio
 ) -> None:
-    planned = drive(device, BlockDriver.VIRTIO_BLOCK, **options)
+    planned = drive(device, DiskFrontend.VIRTIO_BLOCK, **options)
     assert (planned.cache, planned.aio) == (cache, aio)
 
 
@@ -361,9 +361,9 @@ def test_only_an_image_that_names_other_files_may_open_them(
 
 
 @pytest.mark.parametrize(
-    ("driver", "limit"), [(BlockDriver.VIRTIO_BLOCK, 20), (BlockDriver.VIRTIO_SCSI, 36)]
+    ("driver", "limit"), [(DiskFrontend.VIRTIO_BLOCK, 20), (DiskFrontend.VIRTIO_SCSI, 36)]
 )
-def test_a_serial_is_never_cut(driver: BlockDriver, limit: int) -> None:
+def test_a_serial_is_never_cut(driver: DiskFrontend, limit: int) -> None:
     assert drive(SDB, driver, serial="x" * limit).serial == "x" * limit
     assert drive(SDB, driver, serial="é" * (limit // 2)).serial == "é" * (limit // 2)
     for serial in ("x" * (limit + 1), "é" * (limit // 2 + 1)):
@@ -374,7 +374,7 @@ def test_a_serial_is_never_cut(driver: BlockDriver, limit: int) -> None:
 
 def test_an_iothread_is_refused_also_when_the_vm_offers_only_scsi() -> None:
     with pytest.raises(SpecError, match="runs in the iothread of its controller"):
-        drive(SDB, BlockDriver.VIRTIO_SCSI, iothread="on")
+        drive(SDB, DiskFrontend.VIRTIO_SCSI, iothread="on")
 
 
 # The place
@@ -399,7 +399,7 @@ def offer(*parts: PciPort | ScsiController) -> Offer:
     )
 
 
-BLK, SCSI = BlockDriver.VIRTIO_BLOCK, BlockDriver.VIRTIO_SCSI
+BLK, SCSI = DiskFrontend.VIRTIO_BLOCK, DiskFrontend.VIRTIO_SCSI
 FULL = offer(port("rp1", 0), port("rp2", 3, 4), controller("scsi0", 2), controller("scsi1"))
 
 
@@ -417,7 +417,7 @@ FULL = offer(port("rp1", 0), port("rp2", 3, 4), controller("scsi0", 2), controll
     ],
 )
 def test_a_disk_gets_the_lowest_free_place_of_the_wanted_kind(
-    driver: BlockDriver | None, taken: tuple[str, ...], chosen: BlockDriver, place: str
+    driver: DiskFrontend | None, taken: tuple[str, ...], chosen: DiskFrontend, place: str
 ) -> None:
     answer, found = choose_place(FULL, driver, taken)
     assert (answer, str(found)) == (chosen, place)
@@ -508,7 +508,7 @@ def test_the_guest_sees_each_kind_by_what_it_can_look_for(
     ],
 )
 def test_no_place_left_is_said_with_a_remedy(
-    parts: tuple[Any, ...], driver: BlockDriver | None, taken: tuple[str, ...], message: str
+    parts: tuple[Any, ...], driver: DiskFrontend | None, taken: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(NoFreePort) as caught:
         choose_place(offer(*parts), driver, taken)
@@ -524,23 +524,23 @@ WITH_MEMORY = replace(offer(port("rp1", 0)), nvdimm=True, memory_slots=2)
 @pytest.mark.parametrize(
     ("machine", "driver", "reason"),
     [
-        (FULL, BlockDriver.VIRTIO_MMIO, "no-virtio-mmio"),
-        (FULL, BlockDriver.VIRTIO_BLOCK_CCW, "no-channel-subsystem"),
-        (FULL, BlockDriver.NVDIMM, "no-nvdimm"),
-        (replace(FULL, nvdimm=True), BlockDriver.NVDIMM, "no-nvdimm"),
-        (replace(FULL, memory_slots=2), BlockDriver.NVDIMM, "no-nvdimm"),
-        (replace(FULL, mode=PlugMode.COLD), BlockDriver.VIRTIO_MMIO, "no-virtio-mmio"),
-        (MICROVM, BlockDriver.VIRTIO_MMIO, "cold-plug-only"),
+        (FULL, DiskFrontend.VIRTIO_MMIO, "no-virtio-mmio"),
+        (FULL, DiskFrontend.VIRTIO_BLOCK_CCW, "no-channel-subsystem"),
+        (FULL, DiskFrontend.NVDIMM, "no-nvdimm"),
+        (replace(FULL, nvdimm=True), DiskFrontend.NVDIMM, "no-nvdimm"),
+        (replace(FULL, memory_slots=2), DiskFrontend.NVDIMM, "no-nvdimm"),
+        (replace(FULL, mode=PlugMode.COLD), DiskFrontend.VIRTIO_MMIO, "no-virtio-mmio"),
+        (MICROVM, DiskFrontend.VIRTIO_MMIO, "cold-plug-only"),
         (MICROVM, None, "cold-plug-only"),
-        (MICROVM, BlockDriver.NVDIMM, "no-nvdimm"),
-        (MICROVM, BlockDriver.VIRTIO_BLOCK, "no-pci"),
-        (S390, BlockDriver.VIRTIO_BLOCK, "no-pci"),
-        (S390, BlockDriver.VIRTIO_MMIO, "no-virtio-mmio"),
-        (S390, BlockDriver.NVDIMM, "no-nvdimm"),
+        (MICROVM, DiskFrontend.NVDIMM, "no-nvdimm"),
+        (MICROVM, DiskFrontend.VIRTIO_BLOCK, "no-pci"),
+        (S390, DiskFrontend.VIRTIO_BLOCK, "no-pci"),
+        (S390, DiskFrontend.VIRTIO_MMIO, "no-virtio-mmio"),
+        (S390, DiskFrontend.NVDIMM, "no-nvdimm"),
     ],
 )
 def test_what_a_vm_never_takes_is_refused_and_never_replaced(
-    machine: Offer, driver: BlockDriver | None, reason: str
+    machine: Offer, driver: DiskFrontend | None, reason: str
 ) -> None:
     with pytest.raises(CannotPlug) as caught:
         choose_place(machine, driver, ())
@@ -554,13 +554,13 @@ TRANSPORTS = (ON_MMIO, MmioPlace(bus="virtio-mmio-bus.3", index=3))
 @pytest.mark.parametrize(
     ("machine", "driver", "taken", "chosen", "place"),
     [
-        (S390, None, (), BlockDriver.VIRTIO_BLOCK_CCW, "ccw/0.0.0001"),
-        (S390, BlockDriver.VIRTIO_BLOCK_CCW, (), BlockDriver.VIRTIO_BLOCK_CCW, "ccw/0.0.0001"),
+        (S390, None, (), DiskFrontend.VIRTIO_BLOCK_CCW, "ccw/0.0.0001"),
+        (S390, DiskFrontend.VIRTIO_BLOCK_CCW, (), DiskFrontend.VIRTIO_BLOCK_CCW, "ccw/0.0.0001"),
         (
             replace(S390, ccw_used=frozenset({CcwDevNo(0, 1), CcwDevNo(1, 3)})),
             None,
             ("ccw/0.0.0002",),
-            BlockDriver.VIRTIO_BLOCK_CCW,
+            DiskFrontend.VIRTIO_BLOCK_CCW,
             "ccw/0.0.0003",
         ),
         (S390, SCSI, (), SCSI, "scsi0.0/0:0"),
@@ -568,26 +568,26 @@ TRANSPORTS = (ON_MMIO, MmioPlace(bus="virtio-mmio-bus.3", index=3))
             replace(MICROVM, mode=PlugMode.COLD, mmio=TRANSPORTS),
             None,
             ("virtio-mmio-bus.2",),
-            BlockDriver.VIRTIO_MMIO,
+            DiskFrontend.VIRTIO_MMIO,
             "virtio-mmio-bus.3",
         ),
         (WITH_MEMORY, None, (), BLK, "rp1/00"),
-        (WITH_MEMORY, BlockDriver.NVDIMM, (), BlockDriver.NVDIMM, "memory/0"),
-        (WITH_MEMORY, BlockDriver.NVDIMM, ("memory/0",), BlockDriver.NVDIMM, "memory/1"),
+        (WITH_MEMORY, DiskFrontend.NVDIMM, (), DiskFrontend.NVDIMM, "memory/0"),
+        (WITH_MEMORY, DiskFrontend.NVDIMM, ("memory/0",), DiskFrontend.NVDIMM, "memory/1"),
         (
             replace(WITH_MEMORY, memory_slots_used=frozenset({0})),
-            BlockDriver.NVDIMM,
+            DiskFrontend.NVDIMM,
             ("memory/0",),
-            BlockDriver.NVDIMM,
+            DiskFrontend.NVDIMM,
             "memory/1",
         ),
     ],
 )
 def test_every_machine_gives_a_disk_its_lowest_place(
     machine: Offer,
-    driver: BlockDriver | None,
+    driver: DiskFrontend | None,
     taken: tuple[str, ...],
-    chosen: BlockDriver,
+    chosen: DiskFrontend,
     place: str,
 ) -> None:
     answer, found = choose_place(machine, driver, taken)
@@ -611,7 +611,7 @@ def test_an_nvdimm_is_numbered_by_those_that_come_before(
     machine = replace(
         WITH_MEMORY, memory_slots=4, memory_slots_used=frozenset(used), nvdimms=nvdimms
     )
-    _, place = choose_place(machine, BlockDriver.NVDIMM, taken)
+    _, place = choose_place(machine, DiskFrontend.NVDIMM, taken)
     assert isinstance(place, MemorySlot)
     assert place.index == index
 
@@ -619,6 +619,6 @@ def test_an_nvdimm_is_numbered_by_those_that_come_before(
 def test_full_memory_slots_are_said_with_a_remedy() -> None:
     machine = replace(WITH_MEMORY, memory_slots_used=frozenset({1}))
     with pytest.raises(NoFreePort, match="all 2 memory slots") as caught:
-        choose_place(machine, BlockDriver.NVDIMM, ("memory/0",))
+        choose_place(machine, DiskFrontend.NVDIMM, ("memory/0",))
     assert caught.value.hint
     assert "--memory-slots" in caught.value.hint

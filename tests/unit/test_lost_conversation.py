@@ -18,7 +18,7 @@ from vmplug.drivers.place import PciPlace
 from vmplug.drivers.plug import RNGDevice
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
-from vmplug.hypervisor.fake.monitor import Guest, MemoryMonitor
+from vmplug.hypervisor.fake.monitor import FakeMonitor, Guest
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
 from vmplug.hypervisor.qmp.monitor import MISSED, EventReceiver, Monitor, command_error
@@ -46,7 +46,7 @@ class Deaf(Through):
 
 
 def test_a_device_whose_event_was_lost_is_not_waited_for() -> None:
-    machine = MemoryMonitor()
+    machine = FakeMonitor()
     monitor = Deaf(machine)
     vm = Qemu(monitor)
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
@@ -62,7 +62,7 @@ def test_a_device_whose_event_was_lost_is_not_waited_for() -> None:
 
 
 def test_what_is_still_there_after_a_break_is_waited_for() -> None:
-    machine = MemoryMonitor(guest=Guest.SILENT)
+    machine = FakeMonitor(guest=Guest.SILENT)
     monitor = Deaf(machine)
     vm = Qemu(monitor)
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
@@ -100,7 +100,7 @@ HELD = [
 
 @pytest.mark.parametrize("words", HELD)
 def test_what_qemu_still_holds_for_a_moment_is_taken_away(words: str) -> None:
-    monitor = Holding(MemoryMonitor(), words, times=3)
+    monitor = Holding(FakeMonitor(), words, times=3)
     vm = Qemu(monitor)
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
     vm.request_unplug(ID)
@@ -109,7 +109,7 @@ def test_what_qemu_still_holds_for_a_moment_is_taken_away(words: str) -> None:
 
 
 def test_what_qemu_never_lets_go_is_told() -> None:
-    monitor = Holding(MemoryMonitor(), HELD[0], times=10_000)
+    monitor = Holding(FakeMonitor(), HELD[0], times=10_000)
     vm = Qemu(monitor)
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
     vm.request_unplug(ID)

@@ -34,7 +34,7 @@ from vmplug.errors import (
 )
 from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
-from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.journal.records import Attachment
@@ -1255,7 +1255,7 @@ def test_two_managers_of_one_vm_do_not_get_in_each_others_way(sandbox: Sandbox, 
 
 
 def test_closing_leaves_the_devices_where_they_are(sandbox: Sandbox) -> None:
-    hypervisor = MemoryHypervisor()
+    hypervisor = FakeHypervisor()
     with DeviceManager.open(
         vm="vm-1", host=sandbox.root, hypervisor=hypervisor, state_dir=sandbox.state_dir
     ) as manager:

@@ -11,8 +11,8 @@ from vmplug.host.kind import DeviceType
 from vmplug.journal.records import DeviceRecord
 from vmplug.manager.watching.health import HostState, Look
 from vmplug.manager.watching.notice import (
-    Notice,
-    What,
+    DeviceEvent,
+    EventKind,
     compare,
     device_notices,
     ended_notice,
@@ -44,14 +44,14 @@ def event(action: str, subsystem: str, name: str, number: str | None = None) -> 
     [
         (None, HERE, None),
         (HERE, HERE, None),
-        *((None, Look(state), What(state)) for state in HostState if state != "present"),
-        *((HERE, Look(state), What(state)) for state in HostState if state != "present"),
-        *((Look(state), HERE, What.BACK) for state in HostState if state != "present"),
+        *((None, Look(state), EventKind(state)) for state in HostState if state != "present"),
+        *((HERE, Look(state), EventKind(state)) for state in HostState if state != "present"),
+        *((Look(state), HERE, EventKind.BACK) for state in HostState if state != "present"),
         *((Look(state), Look(state), None) for state in HostState),
-        (Look(HostState.GONE), Look(HostState.DISCONNECTED), What.DISCONNECTED),
-        (sized(1), sized(2), What.RESIZED),
-        (sized(2), sized(1), What.RESIZED),
-        (sized(1, HostState.DELETED), sized(2, HostState.DELETED), What.RESIZED),
+        (Look(HostState.GONE), Look(HostState.DISCONNECTED), EventKind.DISCONNECTED),
+        (sized(1), sized(2), EventKind.RESIZED),
+        (sized(2), sized(1), EventKind.RESIZED),
+        (sized(1, HostState.DELETED), sized(2, HostState.DELETED), EventKind.RESIZED),
         (sized(1), sized(1), None),
         (sized(1), sized(None), None),
         (sized(None), sized(1), None),
@@ -59,15 +59,15 @@ def event(action: str, subsystem: str, name: str, number: str | None = None) -> 
     ],
 )
 def test_what_happened_between_two_looks(
-    before: Look | None, now: Look, what: What | None
+    before: Look | None, now: Look, what: EventKind | None
 ) -> None:
     assert compare(before, now, taken_away=False) is what
 
 
 def test_what_was_taken_away_for_a_moment_is_not_what_it_was() -> None:
-    assert compare(HERE, HERE, taken_away=True) is What.REPLACED
-    assert compare(HERE, Look(HostState.GONE), taken_away=True) is What.GONE
-    assert compare(Look(HostState.GONE), HERE, taken_away=True) is What.BACK
+    assert compare(HERE, HERE, taken_away=True) is EventKind.REPLACED
+    assert compare(HERE, Look(HostState.GONE), taken_away=True) is EventKind.GONE
+    assert compare(Look(HostState.GONE), HERE, taken_away=True) is EventKind.BACK
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,9 @@ def test_events_that_are_of_something_else(record: DeviceRecord, happened: Event
     assert not was_taken_away(record, [happened])
 
 
-def notice(what: What, record: DeviceRecord, now: Look, before: Look | None = None) -> Notice:
+def notice(
+    what: EventKind, record: DeviceRecord, now: Look, before: Look | None = None
+) -> DeviceEvent:
     hold = hold_on(record)
     other = hold_on(replace(record, id="other"))
     (made,) = device_notices(what, record, [other, hold], before=before, now=now)
@@ -113,27 +115,29 @@ def notice(what: What, record: DeviceRecord, now: Look, before: Look | None = No
 def test_every_hold_on_the_device_is_told() -> None:
     holds = [hold_on(DISK, "c1"), hold_on(DISK, "c2"), hold_on(IMAGE)]
     now = Look(HostState.GONE, "/dev/sdb is not there any more")
-    made = list(device_notices(What.GONE, DISK, holds, before=HERE, now=now))
+    made = list(device_notices(EventKind.GONE, DISK, holds, before=HERE, now=now))
     assert [n.attachment for n in made] == holds[:2]
     assert {n.message for n in made} == {now.detail}
     assert [hold.id in n.hint for hold, n in zip(holds[:2], made, strict=True)] == [True, True]
 
 
-OF_NO_DEVICE = {What.VM_ENDED, What.EVENTS_LOST}
-OF_A_BACKEND = {What.DISCONNECTED}
+OF_NO_DEVICE = {EventKind.VM_ENDED, EventKind.EVENTS_LOST}
+OF_A_BACKEND = {EventKind.DISCONNECTED}
 
 
 @pytest.mark.parametrize(
     ("what", "record"),
     [
         (what, record)
-        for what in What
+        for what in EventKind
         if what not in OF_NO_DEVICE
         for record in (DISK, IMAGE, GROUP, BACKEND, SCSI_BACKEND, COUNTED)
         if record is BACKEND or record is SCSI_BACKEND or what not in OF_A_BACKEND
     ],
 )
-def test_every_notice_says_what_it_means_and_what_to_do(what: What, record: DeviceRecord) -> None:
+def test_every_notice_says_what_it_means_and_what_to_do(
+    what: EventKind, record: DeviceRecord
+) -> None:
     made = notice(what, record, Look(HostState.GONE, "it is not as it was"))
     for text in (made.message, made.meaning, made.hint):
         assert text
@@ -142,11 +146,13 @@ def test_every_notice_says_what_it_means_and_what_to_do(what: What, record: Devi
 
 
 def test_a_resized_disk_has_both_sizes() -> None:
-    made = notice(What.RESIZED, DISK, sized(2 << 20), before=sized(1 << 20))
+    made = notice(EventKind.RESIZED, DISK, sized(2 << 20), before=sized(1 << 20))
     assert (made.old_size_bytes, made.size_bytes) == (1 << 20, 2 << 20)
     assert made.attachment
     assert f"vmplug resize {made.attachment.id}" in made.hint
-    other = notice(What.DELETED, DISK, sized(2 << 20, HostState.DELETED), before=sized(1 << 20))
+    other = notice(
+        EventKind.DELETED, DISK, sized(2 << 20, HostState.DELETED), before=sized(1 << 20)
+    )
     assert (other.old_size_bytes, other.size_bytes) == (None, None)
 
 
@@ -162,24 +168,24 @@ def test_a_resized_disk_has_both_sizes() -> None:
 def test_a_lost_backend_is_found_again_only_by_a_vm_that_tries(
     record: DeviceRecord, says: str
 ) -> None:
-    made = notice(What.GONE, record, Look(HostState.GONE, "nobody serves it"), HERE)
+    made = notice(EventKind.GONE, record, Look(HostState.GONE, "nobody serves it"), HERE)
     assert "start the backend again" in made.hint
     assert says in made.hint
 
 
 def test_a_device_that_no_guest_was_given_is_no_loss_to_one() -> None:
-    made = notice(What.GONE, COUNTED, Look(HostState.GONE, "it is not there any more"))
+    made = notice(EventKind.GONE, COUNTED, Look(HostState.GONE, "it is not there any more"))
     assert made.meaning == "the guest never had it: it was only counted"
 
 
 def test_a_vm_that_ended_is_told_once_with_what_it_had() -> None:
     holds = [hold_on(DISK), hold_on(IMAGE), hold_on(replace(DISK, vm="sb2"))]
     made = ended_notice(vm_record(pid=42), holds)
-    assert (made.what, made.vm, made.attachment) == (What.VM_ENDED, "sb1", None)
+    assert (made.what, made.vm, made.attachment) == (EventKind.VM_ENDED, "sb1", None)
     assert "42" in made.message
     assert "2 attachments" in made.meaning
     assert made.hint == "vmplug reconcile --vm sb1 frees what it held"
 
 
 def test_lost_events_belong_to_no_vm() -> None:
-    assert (lost_notice().what, lost_notice().vm) == (What.EVENTS_LOST, None)
+    assert (lost_notice().what, lost_notice().vm) == (EventKind.EVENTS_LOST, None)

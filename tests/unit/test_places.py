@@ -24,7 +24,7 @@ from vmplug.drivers.place import (
 )
 from vmplug.drivers.plug import (
     BlockDrive,
-    BlockDriver,
+    DiskFrontend,
     Plug,
     RNGDevice,
     SharedFS,
@@ -258,7 +258,7 @@ def test_only_what_has_no_address_at_all_is_empty(address: GuestAddress) -> None
     assert (str(one) == "") is (replace(one, functions=()) == GuestAddress())
 
 
-def drive(driver: BlockDriver = BlockDriver.VIRTIO_BLOCK) -> BlockDrive:
+def drive(driver: DiskFrontend = DiskFrontend.VIRTIO_BLOCK) -> BlockDrive:
     return BlockDrive(id="a", file="/srv/a.img", is_device=False, driver=driver)
 
 
@@ -296,7 +296,7 @@ def test_only_disks_are_named_by_their_transport(
 
 @given(st.integers(0, 255), st.integers(0, 255))
 def test_the_handle_of_an_nvdimm_is_its_slot_counted_from_one(slot: int, index: int) -> None:
-    address = guest_address(drive(BlockDriver.NVDIMM), MemorySlot(slot=slot, index=index))
+    address = guest_address(drive(DiskFrontend.NVDIMM), MemorySlot(slot=slot, index=index))
     assert address == GuestAddress(nvdimm_id=index, nvdimm_handle=slot + 1)
 
 

@@ -19,7 +19,7 @@ from vmplug.drivers.place import (
     Place,
     PlugMode,
 )
-from vmplug.drivers.plug import BlockDrive, BlockDriver, RNGDevice, VhostUserDevice
+from vmplug.drivers.plug import BlockDrive, DiskFrontend, RNGDevice, VhostUserDevice
 from vmplug.drivers.ports import Driver
 from vmplug.drivers.select import select_driver
 from vmplug.errors import CannotPlug, CommandError, InUse, NoFreePort, NoSuchDevice, StateError
@@ -517,7 +517,7 @@ def test_the_options_reach_the_plug() -> None:
     assert isinstance(net, VhostUserDevice)
     assert net.queues == 2
     assert isinstance(drive, BlockDrive)
-    assert drive.driver is BlockDriver.VIRTIO_BLOCK
+    assert drive.driver is DiskFrontend.VIRTIO_BLOCK
     (source,) = plan(randomness()).new
     assert isinstance(source.plug, RNGDevice)
 

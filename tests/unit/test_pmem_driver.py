@@ -10,7 +10,7 @@ from tests.unit.test_choose import Q35
 from vmplug.devnum import DevNum
 from vmplug.drivers.block import OPTIONS, BlockOptions
 from vmplug.drivers.place import GuestAddress, MemorySlot
-from vmplug.drivers.plug import BlockDrive, BlockDriver, guest_address
+from vmplug.drivers.plug import BlockDrive, DiskFrontend, guest_address
 from vmplug.drivers.pmem import NVDIMM_ALIGN_BYTES, NVDIMM_OPTIONS, check_nvdimm, is_pmem
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
@@ -39,27 +39,27 @@ DISK = BlockDevice(
     ("device", "driver"),
     [
         (PLAIN, None),
-        (DAX, BlockDriver.NVDIMM),
-        (replace(DAX, pfn=PfnInfo(None)), BlockDriver.NVDIMM),
-        (BEHIND_LOOP, BlockDriver.NVDIMM),
-        (replace(PLAIN, found_by=FoundBy.BACKING_FILE), BlockDriver.NVDIMM),
+        (DAX, DiskFrontend.NVDIMM),
+        (replace(DAX, pfn=PfnInfo(None)), DiskFrontend.NVDIMM),
+        (BEHIND_LOOP, DiskFrontend.NVDIMM),
+        (replace(PLAIN, found_by=FoundBy.BACKING_FILE), DiskFrontend.NVDIMM),
         (DISK, None),
     ],
 )
 def test_a_file_is_an_nvdimm_when_it_was_made_to_be_one(
-    device: BlockDevice | DiskFile, driver: BlockDriver | None
+    device: BlockDevice | DiskFile, driver: DiskFrontend | None
 ) -> None:
     assert BlockOptions().driver_of(device) is driver
     if isinstance(device, DiskFile):
-        assert is_pmem(device) is (driver is BlockDriver.NVDIMM)
+        assert is_pmem(device) is (driver is DiskFrontend.NVDIMM)
 
 
-@pytest.mark.parametrize("driver", [d for d in BlockDriver if d is not BlockDriver.NVDIMM])
-def test_what_was_said_counts_more(driver: BlockDriver) -> None:
+@pytest.mark.parametrize("driver", [d for d in DiskFrontend if d is not DiskFrontend.NVDIMM])
+def test_what_was_said_counts_more(driver: DiskFrontend) -> None:
     options = BlockOptions.parse({"block-driver": str(driver)})
     assert options.driver_of(DAX) is options.driver_of(BEHIND_LOOP) is driver
-    assert BlockOptions.parse(NVDIMM).driver_of(PLAIN) is BlockDriver.NVDIMM
-    assert BlockOptions.parse(NVDIMM).driver_of(DISK) is BlockDriver.NVDIMM
+    assert BlockOptions.parse(NVDIMM).driver_of(PLAIN) is DiskFrontend.NVDIMM
+    assert BlockOptions.parse(NVDIMM).driver_of(DISK) is DiskFrontend.NVDIMM
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_options_that_mean_nothing_are_refused_also_when_nobody_said_nvdimm(
 
 def test_an_iothread_is_refused_in_a_file_that_is_to_be_an_nvdimm() -> None:
     options = BlockOptions.parse({"iothread": "on"})
-    assert options.driver_of(DAX) is BlockDriver.NVDIMM
+    assert options.driver_of(DAX) is DiskFrontend.NVDIMM
     with pytest.raises(SpecError, match="does not apply to an NVDIMM") as caught:
         options.plan(NewPlug(id=ID, device=DAX, read_only=False), MemorySlot(slot=0, index=0), Q35)
     assert caught.value.where == "option iothread"
@@ -167,7 +167,7 @@ def test_an_nvdimm_is_planned_with_the_size_of_its_file(
     planned = driver.plan(NewPlug(id=ID, device=DAX, read_only=read_only), place, Q35)
     assert isinstance(planned, BlockDrive)
     assert (planned.driver, planned.file, planned.size_bytes, planned.read_only) == (
-        BlockDriver.NVDIMM,
+        DiskFrontend.NVDIMM,
         "/srv/a.img",
         64 * MIB,
         read_only,

@@ -21,7 +21,7 @@ from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.function import PciFunction
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.fake.monitor import MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.policy.file import read_policy
@@ -449,7 +449,7 @@ def open_manager(tmp_path: Path) -> Iterator[Callable[[Policy], DeviceManager]]:
             DeviceManager.open(
                 vm="sb-1",
                 host=HostRoot("/"),
-                hypervisor=MemoryHypervisor(),
+                hypervisor=FakeHypervisor(),
                 state_dir=tmp_path / f"state{len(opened)}",
                 policy=policy,
             )

@@ -17,7 +17,7 @@ from tests.unit.test_store import DISK, SCSI_DISK, hold
 from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import NotAttached, ProtocolError, UnplugTimeout
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Store
 from vmplug.journal.process import Worker
@@ -201,7 +201,7 @@ def test_where_the_boot_is_not_known_every_claim_counts(tmp_path: Path) -> None:
 # a VM of the same name
 
 
-class Adopted(MemoryHypervisor):
+class Adopted(FakeHypervisor):
     """A VM in memory that other processes could reach; its process may have ended."""
 
     def __init__(self, pid: int) -> None:
@@ -222,12 +222,12 @@ def ended() -> int:
     return process.pid
 
 
-Open = Callable[[MemoryHypervisor], DeviceManager]
+Open = Callable[[FakeHypervisor], DeviceManager]
 
 
 @pytest.fixture
 def open_manager(tmp_path: Path) -> Open:
-    def made(hypervisor: MemoryHypervisor) -> DeviceManager:
+    def made(hypervisor: FakeHypervisor) -> DeviceManager:
         return DeviceManager.open(
             vm="sb1", host=HostRoot(), hypervisor=hypervisor, state_dir=tmp_path / "state"
         )

@@ -15,7 +15,7 @@ from vmplug.drivers.ports import Step
 from vmplug.errors import AttributeReadError, CommandError, UnplugTimeout
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.fake.monitor import Guest, MemoryHypervisor
+from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps
 from vmplug.hypervisor.qemu.start.cold import ColdQemu, arguments
 from vmplug.hypervisor.qemu.start.machine import VmSpec
@@ -232,18 +232,18 @@ def test_a_group_without_nodes_of_its_own_opens_nothing() -> None:
 # the whole group or nothing
 
 
-def names(vm: MemoryHypervisor) -> set[str]:
+def names(vm: FakeHypervisor) -> set[str]:
     monitor = vm.monitor
     return {n for n in (*monitor.devices, *monitor.objects) if n.startswith("vmplug-")}
 
 
 @pytest.fixture
-def vm() -> MemoryHypervisor:
-    return MemoryHypervisor()
+def vm() -> FakeHypervisor:
+    return FakeHypervisor()
 
 
 @pytest.fixture
-def occupied(vm: MemoryHypervisor) -> GroupPlace:
+def occupied(vm: FakeHypervisor) -> GroupPlace:
     """Places of which the second is somebody else's meanwhile."""
     other = VFIODevices(
         id="00000000000000b2",
@@ -254,7 +254,7 @@ def occupied(vm: MemoryHypervisor) -> GroupPlace:
     return at(place("rp0"), place("rp1"))
 
 
-def test_all_functions_come_and_all_go(vm: MemoryHypervisor) -> None:
+def test_all_functions_come_and_all_go(vm: FakeHypervisor) -> None:
     plug = group(function(0), function(1))
     vm.plug(plug, at(place("rp0"), place("rp0", 1)))
     assert names(vm) == {NAME, f"{NAME}-f1"}
@@ -265,7 +265,7 @@ def test_all_functions_come_and_all_go(vm: MemoryHypervisor) -> None:
 
 
 def test_a_refused_function_takes_the_others_out_again(
-    vm: MemoryHypervisor, occupied: GroupPlace
+    vm: FakeHypervisor, occupied: GroupPlace
 ) -> None:
     before = names(vm)
     with pytest.raises(CommandError, match="in use by vfio-pci"):
@@ -274,7 +274,7 @@ def test_a_refused_function_takes_the_others_out_again(
 
 
 def test_a_guest_that_keeps_half_of_a_group_is_told_apart(
-    vm: MemoryHypervisor, occupied: GroupPlace
+    vm: FakeHypervisor, occupied: GroupPlace
 ) -> None:
     vm.undo_timeout_s = 0.05
     vm.monitor.guest = Guest.SILENT
@@ -287,7 +287,7 @@ def test_a_guest_that_keeps_half_of_a_group_is_told_apart(
 
 
 def test_a_silent_guest_keeps_the_group_and_a_second_request_is_harmless(
-    vm: MemoryHypervisor,
+    vm: FakeHypervisor,
 ) -> None:
     vm.plug(group(function(0), function(1)), at(place("rp0"), place("rp0", 1)))
     vm.monitor.guest = Guest.SILENT
@@ -298,14 +298,14 @@ def test_a_silent_guest_keeps_the_group_and_a_second_request_is_harmless(
     assert vm.wait_unplugged([ID], 1.0) == {}
 
 
-def test_a_guest_that_refuses_is_told(vm: MemoryHypervisor) -> None:
+def test_a_guest_that_refuses_is_told(vm: FakeHypervisor) -> None:
     vm.plug(group(function(0)), at(place("rp0")))
     vm.monitor.guest = Guest.REFUSES
     vm.request_unplug(ID)
     assert vm.wait_unplugged([ID], 0.01) == {ID: "refused"}
 
 
-def test_one_function_is_not_in_one_vm_twice(vm: MemoryHypervisor) -> None:
+def test_one_function_is_not_in_one_vm_twice(vm: FakeHypervisor) -> None:
     vm.plug(group(function(0)), at(place("rp0")))
     again = VFIODevices(id="00000000000000b2", node="/dev/vfio/26", devices=(function(0),))
     with pytest.raises(CommandError, match="already attached"):
@@ -313,7 +313,7 @@ def test_one_function_is_not_in_one_vm_twice(vm: MemoryHypervisor) -> None:
 
 
 def test_a_node_that_cannot_be_opened_is_told_before_anything_is_sent(
-    vm: MemoryHypervisor,
+    vm: FakeHypervisor,
 ) -> None:
     sent = len(vm.monitor.sent)
     with pytest.raises(AttributeReadError, match=r"/dev/(iommu|vfio/devices)"):

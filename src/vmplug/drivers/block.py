@@ -23,7 +23,7 @@ from vmplug.drivers.place import (
     PlugMode,
     ScsiPlace,
 )
-from vmplug.drivers.plug import Aio, BlockDrive, BlockDriver, Cache, Throttle
+from vmplug.drivers.plug import Aio, BlockDrive, Cache, DiskFrontend, Throttle
 from vmplug.drivers.pmem import NVDIMM_OPTIONS, check_nvdimm, is_pmem
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
@@ -47,7 +47,7 @@ class BlockOptions:
     header into a raw disk, so contents are never guessed from.
     """
 
-    driver: BlockDriver | None = None
+    driver: DiskFrontend | None = None
     format: ImageFormat | None = None
     cache: Cache | None = None
     aio: Aio | None = None
@@ -83,16 +83,16 @@ class BlockOptions:
     ) -> Iterator[Finding]:
         """See Driver."""
         assert isinstance(device, BlockDevice | DiskFile)
-        if self.driver_of(device) is BlockDriver.NVDIMM:
+        if self.driver_of(device) is DiskFrontend.NVDIMM:
             return check_nvdimm(device, self.format)
         return check_disk(device, self)
 
-    def driver_of(self, device: BlockDevice | DiskFile) -> BlockDriver | None:
+    def driver_of(self, device: BlockDevice | DiskFile) -> DiskFrontend | None:
         """The driver that was said, or that the device or another option means."""
         if self.driver is None and isinstance(device, DiskFile) and is_pmem(device):
-            return BlockDriver.NVDIMM
+            return DiskFrontend.NVDIMM
         if self.driver is None and self.iothread:
-            return BlockDriver.VIRTIO_BLOCK
+            return DiskFrontend.VIRTIO_BLOCK
         return self.driver
 
     def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
@@ -108,22 +108,22 @@ class BlockOptions:
 
 
 _DRIVER_AT = {
-    PciPlace: BlockDriver.VIRTIO_BLOCK,
-    ScsiPlace: BlockDriver.VIRTIO_SCSI,
-    CcwPlace: BlockDriver.VIRTIO_BLOCK_CCW,
-    MmioPlace: BlockDriver.VIRTIO_MMIO,
-    MemorySlot: BlockDriver.NVDIMM,
+    PciPlace: DiskFrontend.VIRTIO_BLOCK,
+    ScsiPlace: DiskFrontend.VIRTIO_SCSI,
+    CcwPlace: DiskFrontend.VIRTIO_BLOCK_CCW,
+    MmioPlace: DiskFrontend.VIRTIO_MMIO,
+    MemorySlot: DiskFrontend.NVDIMM,
 }
 
 
-def _check_fits(options: BlockOptions, driver: BlockDriver | None) -> None:
-    if options.iothread and driver is BlockDriver.VIRTIO_SCSI:
+def _check_fits(options: BlockOptions, driver: DiskFrontend | None) -> None:
+    if options.iothread and driver is DiskFrontend.VIRTIO_SCSI:
         raise SpecError(
             "option iothread",
             "a SCSI disk runs in the iothread of its controller",
             hint="say block-driver=virtio-blk, or leave iothread out",
         )
-    if driver is BlockDriver.NVDIMM:
+    if driver is DiskFrontend.NVDIMM:
         said = [key for key, option in OPTIONS.items() if _is_said(options, option.field)]
         for key in said:
             if key not in NVDIMM_OPTIONS:
@@ -165,7 +165,7 @@ _LIMITS = {
 
 OPTIONS: Mapping[str, Option] = {
     "block-driver": Option(
-        "driver", word(*BlockDriver), f"{', '.join(BlockDriver)}; default: by the VM"
+        "driver", word(*DiskFrontend), f"{', '.join(DiskFrontend)}; default: by the VM"
     ),
     "format": Option("format", word(*ImageFormat), "raw (default) or qcow2"),
     "cache": Option(
@@ -236,7 +236,7 @@ def plan_drive(
     options: BlockOptions,
     *,
     read_only: bool,
-    driver: BlockDriver,
+    driver: DiskFrontend,
 ) -> BlockDrive:
     """The drive to plug.
 
@@ -249,7 +249,7 @@ def plan_drive(
         cache = Cache.NONE if wants_direct else Cache.WRITEBACK
     serial = device_id if options.serial is None else options.serial
     limit = _SERIAL_BYTES_MAX
-    if driver is BlockDriver.VIRTIO_SCSI:
+    if driver is DiskFrontend.VIRTIO_SCSI:
         limit = _SCSI_SERIAL_BYTES_MAX
     if len(serial.encode()) > limit:
         raise SpecError("option serial", f"{serial!r} is longer than {limit} bytes")
@@ -275,14 +275,14 @@ def plan_drive(
 
 
 def choose_place(
-    offer: Offer, driver: BlockDriver | None, taken: Collection[str]
-) -> tuple[BlockDriver, Place]:
+    offer: Offer, driver: DiskFrontend | None, taken: Collection[str]
+) -> tuple[DiskFrontend, Place]:
     """The lowest free place for a disk, and the driver that it means.
 
     `taken` are places, as text, that the journal has given away. Without a wish, a place of its
     own (PCI, CCW, virtio-mmio) comes first and SCSI second. Raises NoFreePort and CannotPlug.
     """
-    if driver is BlockDriver.NVDIMM:
+    if driver is DiskFrontend.NVDIMM:
         return driver, memory_slot(offer, taken)
     _check_machine(offer, driver)
     for place in _places(offer, driver):
@@ -291,45 +291,45 @@ def choose_place(
     raise _no_free_port(offer, driver)
 
 
-def _places(offer: Offer, driver: BlockDriver | None) -> Iterator[Place]:
+def _places(offer: Offer, driver: DiskFrontend | None) -> Iterator[Place]:
     for kind, places in (
-        (BlockDriver.VIRTIO_BLOCK, pci_places),
-        (BlockDriver.VIRTIO_BLOCK_CCW, ccw_places),
-        (BlockDriver.VIRTIO_MMIO, mmio_places),
-        (BlockDriver.VIRTIO_SCSI, scsi_places),
+        (DiskFrontend.VIRTIO_BLOCK, pci_places),
+        (DiskFrontend.VIRTIO_BLOCK_CCW, ccw_places),
+        (DiskFrontend.VIRTIO_MMIO, mmio_places),
+        (DiskFrontend.VIRTIO_SCSI, scsi_places),
     ):
         if driver in {None, kind}:
             yield from places(offer)
 
 
-def _check_machine(offer: Offer, driver: BlockDriver | None) -> None:
+def _check_machine(offer: Offer, driver: DiskFrontend | None) -> None:
     """CannotPlug when this VM never has a place for the driver."""
-    if driver is BlockDriver.VIRTIO_MMIO and not offer.is_microvm:
+    if driver is DiskFrontend.VIRTIO_MMIO and not offer.is_microvm:
         raise CannotPlug(
             "no-virtio-mmio",
             f"the VM ({offer.machine}) has no virtio-mmio transports",
             hint="start it with --machine microvm, or leave block-driver out",
         )
-    if driver is BlockDriver.VIRTIO_BLOCK_CCW and offer.ccw_used is None:
+    if driver is DiskFrontend.VIRTIO_BLOCK_CCW and offer.ccw_used is None:
         raise CannotPlug(
             "no-channel-subsystem",
             f"the VM ({offer.machine}) has no channel subsystem, which s390 machines have",
             hint="leave block-driver out",
         )
     has_no_pci = offer.is_microvm or (offer.ccw_used is not None and not offer.ports)
-    if driver is BlockDriver.VIRTIO_BLOCK and has_no_pci:
+    if driver is DiskFrontend.VIRTIO_BLOCK and has_no_pci:
         raise CannotPlug(
             "no-pci",
             f"the VM ({offer.machine}) has no PCI port, and never will",
             hint="leave block-driver out",
         )
-    wants_mmio = offer.is_microvm and driver in {None, BlockDriver.VIRTIO_MMIO}
+    wants_mmio = offer.is_microvm and driver in {None, DiskFrontend.VIRTIO_MMIO}
     if wants_mmio and offer.mode is PlugMode.HOT:
         raise cold_plug_only("a virtio-mmio disk")
 
 
-def _no_free_port(offer: Offer, driver: BlockDriver | None) -> NoFreePort:
-    if driver is BlockDriver.VIRTIO_SCSI:
+def _no_free_port(offer: Offer, driver: DiskFrontend | None) -> NoFreePort:
+    if driver is DiskFrontend.VIRTIO_SCSI:
         return NoFreePort(
             "the VM has no virtio-scsi controller with a free address",
             hint="start QEMU with a virtio-scsi-pci device, or say block-driver=virtio-blk",

@@ -22,7 +22,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.pci.mdev import VFIODeviceType
 
 
-class BlockDriver(StrEnum):
+class DiskFrontend(StrEnum):
     """How a guest sees a disk, in the words of Kata's config.go."""
 
     VIRTIO_MMIO = "virtio-mmio"
@@ -90,7 +90,7 @@ class BlockDrive:
     id: str
     file: str
     is_device: bool
-    driver: BlockDriver
+    driver: DiskFrontend
     format: ImageFormat = ImageFormat.RAW
     backing_allowed: bool = False
     read_only: bool = False

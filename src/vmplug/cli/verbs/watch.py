@@ -8,7 +8,7 @@ import click
 from vmplug.cli.options import complete_vm, state_dir_option
 from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import find_vm, open_journal
-from vmplug.manager.watching.notice import Notice
+from vmplug.manager.watching.notice import DeviceEvent
 from vmplug.manager.watching.watch import watch
 
 
@@ -46,7 +46,7 @@ def command(as_json: bool, state_dir: str, timeout_s: float | None, vm: str | No
             click.echo(json.dumps(_json(notice)) if as_json else _text(notice))
 
 
-def _text(notice: Notice) -> str:
+def _text(notice: DeviceEvent) -> str:
     """Three lines: what, to whom; what it means; what to do."""
     time = notice.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
     hold = notice.attachment
@@ -58,7 +58,7 @@ def _text(notice: Notice) -> str:
     return "\n  ".join(map(one_line, lines))
 
 
-def _json(notice: Notice) -> dict[str, Any]:
+def _json(notice: DeviceEvent) -> dict[str, Any]:
     hold = notice.attachment
     return {
         "version": 1,

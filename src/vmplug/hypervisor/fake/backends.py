@@ -20,7 +20,7 @@ class Refused(Exception):
 
 
 @dataclass(slots=True)
-class MemoryParts:
+class FakeBackends:
     """The commands that make and remove what a device is made of, by their QMP names.
 
     `reconnect` is the option that a chardev takes of the two, as in QEMU 7.2 and 11; `iommufd` is

@@ -17,7 +17,7 @@ from vmplug.drivers.plug import Daemon
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.fake.backends import MemoryParts, Refused
+from vmplug.hypervisor.fake.backends import FakeBackends, Refused
 from vmplug.hypervisor.qemu.abilities import IOMMUFD
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, Talk, command_error
@@ -38,7 +38,7 @@ class Guest(StrEnum):
     REFUSES = "refuses"
 
 
-class MemoryHypervisor(Qemu):
+class FakeHypervisor(Qemu):
     """A q35 machine in memory with up to 15 root ports and, if wanted, a virtio-scsi controller.
 
     It takes `memory_slots` NVDIMMs, and has `iommufd` or not. No process is started for a shared
@@ -55,7 +55,7 @@ class MemoryHypervisor(Qemu):
         iommufd: bool = False,
         host: HostRoot | None = None,
     ) -> None:
-        self.monitor = MemoryMonitor(
+        self.monitor = FakeMonitor(
             root_ports=root_ports, scsi=scsi, memory_slots=memory_slots, iommufd=iommufd
         )
         super().__init__(self.monitor, daemons=_NoDaemons(), host=host)
@@ -90,7 +90,7 @@ class _Device:
 
 
 @dataclass(slots=True)
-class MemoryMonitor(MemoryParts, Monitor):
+class FakeMonitor(FakeBackends, Monitor):
     """The answers of a small QEMU. `fail_at` names a command that is refused once."""
 
     root_ports: int = 4

@@ -15,7 +15,7 @@ from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.manager.watching.health import HostState, Look, is_served
 
 
-class What(StrEnum):
+class EventKind(StrEnum):
     """What happened; the first are the states of `HostState` that a device can fall into."""
 
     GONE = "gone"
@@ -30,7 +30,7 @@ class What(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
+class DeviceEvent:
     """One thing that happened to the host device of one attachment, or to a VM.
 
     `message` is a sentence, `meaning` what it is to the guest, `hint` what to do now. `vm` is None
@@ -39,7 +39,7 @@ class Notice:
     """
 
     time: datetime = field(default_factory=lambda: datetime.now(UTC), compare=False)
-    what: What
+    what: EventKind
     message: str
     meaning: str
     hint: str
@@ -69,31 +69,31 @@ def _is_of(event: HostEvent, record: DeviceRecord) -> bool:
     return record.kind is DeviceType.VFIO and event.name in {what, *members}
 
 
-def compare(before: Look | None, now: Look, *, taken_away: bool) -> What | None:
+def compare(before: Look | None, now: Look, *, taken_away: bool) -> EventKind | None:
     """What happened between two looks; `before` is None at the first. None for nothing."""
     was = before.state if before else HostState.PRESENT
     if now.state is HostState.PRESENT and was is HostState.PRESENT and taken_away:
-        return What.REPLACED
+        return EventKind.REPLACED
     if now.state is not was:
-        return What.BACK if now.state is HostState.PRESENT else What(now.state)
+        return EventKind.BACK if now.state is HostState.PRESENT else EventKind(now.state)
     sizes = {before.size_bytes, now.size_bytes} if before else set()
-    return What.RESIZED if len(sizes - {None}) > 1 else None
+    return EventKind.RESIZED if len(sizes - {None}) > 1 else None
 
 
 def device_notices(
-    what: What,
+    what: EventKind,
     record: DeviceRecord,
     holds: Iterable[Attachment],
     *,
     before: Look | None,
     now: Look,
-) -> Iterator[Notice]:
+) -> Iterator[DeviceEvent]:
     """One for each hold on the device."""
-    is_resized = what is What.RESIZED
+    is_resized = what is EventKind.RESIZED
     old_size = before.size_bytes if before and is_resized else None
     for hold in holds:
         if hold.device_id == record.id:
-            yield Notice(
+            yield DeviceEvent(
                 what=what,
                 message=_message(what, record, old_size, now),
                 meaning=_meaning(what, record),
@@ -105,11 +105,11 @@ def device_notices(
             )
 
 
-def ended_notice(vm: VmRecord, holds: Iterable[Attachment]) -> Notice:
+def ended_notice(vm: VmRecord, holds: Iterable[Attachment]) -> DeviceEvent:
     """The one for a VM that has ended."""
     count = sum(hold.vm == vm.name for hold in holds)
-    return Notice(
-        what=What.VM_ENDED,
+    return DeviceEvent(
+        what=EventKind.VM_ENDED,
         message=f"VM {vm.name} (process {vm.pid}) has ended",
         meaning=f"it had {count} attachment{'s' * (count != 1)}, which no guest uses any more",
         hint=f"vmplug reconcile --vm {vm.name} frees what it held",
@@ -117,50 +117,51 @@ def ended_notice(vm: VmRecord, holds: Iterable[Attachment]) -> Notice:
     )
 
 
-def lost_notice() -> Notice:
+def lost_notice() -> DeviceEvent:
     """The one for events that the kernel could not keep."""
-    return Notice(
-        what=What.EVENTS_LOST,
+    return DeviceEvent(
+        what=EventKind.EVENTS_LOST,
         message="the kernel had more events than could be kept, and some are lost",
         meaning="all has been looked at again; what went and came back meanwhile is unknown",
         hint="vmplug reconcile shows what the VMs know of lost backends",
     )
 
 
-def _message(what: What, record: DeviceRecord, old_size: int | None, now: Look) -> str:
+def _message(what: EventKind, record: DeviceRecord, old_size: int | None, now: Look) -> str:
     match what:
-        case What.BACK:
+        case EventKind.BACK:
             return f"{record.host_path} is as it was again"
-        case What.RESIZED:
+        case EventKind.RESIZED:
             return f"{record.host_path} has {now.size_bytes} bytes, it had {old_size}"
-        case What.REPLACED if not now.detail:
+        case EventKind.REPLACED if not now.detail:
             return f"{record.host_path} was taken away, and something is there again"
         case _:
             return now.detail or record.host_path
 
 
-def _meaning(what: What, record: DeviceRecord) -> str:
+def _meaning(what: EventKind, record: DeviceRecord) -> str:
     if record.guest_address is None:
         return "the guest never had it: it was only counted"
     return (_TO_BACKEND_USER if is_served(record) else {}).get(what) or _TO_GUEST[what]
 
 
 _TO_GUEST = {
-    What.GONE: "what the guest reads and writes there fails",
-    What.DELETED: "the guest goes on; what it writes is lost when the VM lets go of it",
-    What.REPLACED: "the guest has what was there before, or nothing, but not what is there now",
-    What.OTHER_DRIVER: "the guest has lost it",
-    What.BACK: "a VM that has lost it does not take it up again by itself",
-    What.RESIZED: "the guest sees the size that it was told last",
+    EventKind.GONE: "what the guest reads and writes there fails",
+    EventKind.DELETED: "the guest goes on; what it writes is lost when the VM lets go of it",
+    EventKind.REPLACED: "the guest has what was there before, or nothing, "
+    "but not what is there now",
+    EventKind.OTHER_DRIVER: "the guest has lost it",
+    EventKind.BACK: "a VM that has lost it does not take it up again by itself",
+    EventKind.RESIZED: "the guest sees the size that it was told last",
 }
 _TO_BACKEND_USER = {
-    What.GONE: "the guest waits for its I/O",
-    What.DISCONNECTED: "the guest waits for its I/O: its VM is not connected to the backend",
-    What.BACK: "the guest's I/O goes on",
+    EventKind.GONE: "the guest waits for its I/O",
+    EventKind.DISCONNECTED: "the guest waits for its I/O: its VM is not connected to the backend",
+    EventKind.BACK: "the guest's I/O goes on",
 }
 
 
-def _hint(what: What, record: DeviceRecord, attachment: str) -> str:
+def _hint(what: EventKind, record: DeviceRecord, attachment: str) -> str:
     seconds = _reconnect_s(record)
     texts = dict(_TO_DO)
     if is_served(record):
@@ -170,21 +171,21 @@ def _hint(what: What, record: DeviceRecord, attachment: str) -> str:
 
 _ANEW = "{detach}, and attach it again when it is there and right"
 _TO_DO = {
-    What.GONE: _ANEW,
-    What.DELETED: "save what is needed from within the guest, then {detach}",
-    What.REPLACED: _ANEW,
-    What.OTHER_DRIVER: _ANEW,
-    What.BACK: "if the guest does not see it, {detach}, and attach it again",
-    What.RESIZED: "vmplug resize {id} tells it, if that has not just been done",
+    EventKind.GONE: _ANEW,
+    EventKind.DELETED: "save what is needed from within the guest, then {detach}",
+    EventKind.REPLACED: _ANEW,
+    EventKind.OTHER_DRIVER: _ANEW,
+    EventKind.BACK: "if the guest does not see it, {detach}, and attach it again",
+    EventKind.RESIZED: "vmplug resize {id} tells it, if that has not just been done",
 }
 _TO_DO_FOR_BACKEND = {
-    What.GONE: "start the backend again, then {detach}, and attach it again",
-    What.DISCONNECTED: _ANEW,
-    What.BACK: "nothing is to be done",
+    EventKind.GONE: "start the backend again, then {detach}, and attach it again",
+    EventKind.DISCONNECTED: _ANEW,
+    EventKind.BACK: "nothing is to be done",
 }
 _TO_DO_FOR_RECONNECTING = {
-    What.GONE: "start the backend again; QEMU tries to connect every {seconds} s",
-    What.DISCONNECTED: "QEMU tries every {seconds} s; if it stays so, restart the backend",
+    EventKind.GONE: "start the backend again; QEMU tries to connect every {seconds} s",
+    EventKind.DISCONNECTED: "QEMU tries every {seconds} s; if it stays so, restart the backend",
 }
 
 

@@ -21,7 +21,7 @@ from vmplug.journal.journal import Store
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, has_ended
 from vmplug.manager.watching.health import HostLook, HostState, Look, judged, socket_of
 from vmplug.manager.watching.notice import (
-    Notice,
+    DeviceEvent,
     compare,
     device_notices,
     ended_notice,
@@ -61,7 +61,7 @@ class _Rows:
     holds: Sequence[Attachment]
 
 
-class Watch(Iterator[Notice]):
+class Watch(Iterator[DeviceEvent]):
     """Iterates over notices; a context manager that closes what it was given. Not thread-safe."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Watch(Iterator[Notice]):
         self._ended: set[VmRecord] = set()
         self._servers: dict[str, int | None] = {}
         self._daemons: dict[str, int] = {}
-        self._waiting: deque[Notice] = deque()
+        self._waiting: deque[DeviceEvent] = deque()
         self._is_closed = False
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class Watch(Iterator[Notice]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __next__(self) -> Notice:
+    def __next__(self) -> DeviceEvent:
         """The next notice, waited for; StopIteration when the time is over."""
         while not self._is_closed:
             if self._waiting:
