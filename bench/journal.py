@@ -7,14 +7,14 @@ from tempfile import TemporaryDirectory
 
 from bench.timing import Ratio, compare
 from vmplug.host.kind import DeviceType
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord
 from vmplug.journal.state import State
 
 
 def rows() -> Iterator[Ratio]:
     """One committed change of state / one bare committed UPDATE, both WAL and FULL."""
-    with TemporaryDirectory(prefix="vmplug-bench-") as directory, Store.open(directory) as store:
+    with TemporaryDirectory(prefix="vmplug-bench-") as directory, Journal.open(directory) as store:
         record = DeviceRecord(
             id="0123456789abcdef",
             vm="bench",

@@ -16,7 +16,7 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.host.pci.bind import FormerBinding
 from vmplug.journal.bindings import Binding, BindingState
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 
 DISK, BRIDGE, PHYSFN, VIRTFN = "0000:01:00.0", "0000:00:1c.0", "0000:03:00.0", "0000:03:10.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -112,8 +112,8 @@ WRONG = [
 ]
 
 
-def journal_of(vmplug: Vmplug) -> Store:
-    return Store.open(vmplug.state_dir)
+def journal_of(vmplug: Vmplug) -> Journal:
+    return Journal.open(vmplug.state_dir)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)

@@ -19,7 +19,7 @@ from tests.contract.world import journal_rows
 from tests.support.disks import disk_image
 from tests.support.journal import attach_row, device_record, vm_record
 from tests.support.pci_tree import PciTree
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 
 NVME = "0000:3b:00.0"
 BUNDLE = config(device("/dev/xvda", "8:16"), device("/dev/a\x1b[1m\n\u202e\x9b\u00e9", "8:16"))
@@ -70,7 +70,7 @@ def places(vmplug: Vmplug, vm: MemoryVm, tmp_path: Path) -> dict[str, object]:
     tree.block_device("8:16", "sdb", partitions={"8:17": "sdb1"})
     image = disk_image(tmp_path / "a.img", 1, "a")
     vmplug("vm", "adopt", "sb1", "--qmp", vm.socket_path).answer()
-    with Store.open(vmplug.state_dir) as journal:
+    with Journal.open(vmplug.state_dir) as journal:
         journal.add_vm(vm_record("sb2"))
         attach_row(journal, device_record("file:/no/such", "/no/such", vm="sb2"))
     return {"root": tree.path, "nvme": NVME, "image": image, "nowhere": tmp_path / "nowhere"}

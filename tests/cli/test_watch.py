@@ -20,7 +20,7 @@ from tests.support.disks import disk_image, loop_device
 from tests.support.journal import attach_row, device_record, vm_record
 from vmplug import EventKind, HostRoot, Watch, watch
 from vmplug.host.events import HostEvents, ProcessEnded
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 
 MIB = 1 << 20
 
@@ -128,7 +128,7 @@ def test_what_is_attached_later_is_followed_and_what_is_detached_no_more(
 
 
 def test_only_one_vm_is_told_of(vmplug: Vmplug, memory_vm: MemoryVm) -> None:
-    with Store.open(vmplug.state_dir) as journal:
+    with Journal.open(vmplug.state_dir) as journal:
         for vm in ("sb2", "sb1"):
             if vm != "sb1":
                 journal.add_vm(vm_record(vm))
@@ -141,7 +141,7 @@ def test_only_one_vm_is_told_of(vmplug: Vmplug, memory_vm: MemoryVm) -> None:
 
 def test_with_no_time_it_tells_what_is_wrong_now_and_ends(vmplug: Vmplug) -> None:
     assert vmplug("watch", "--timeout", "0").answer() == ""
-    with Store.open(vmplug.state_dir) as journal:
+    with Journal.open(vmplug.state_dir) as journal:
         journal.add_vm(vm_record())
         hold = attach_row(journal, device_record("file:/no/such\n", "/no/such\n"))
     first, *others = vmplug("watch", "--timeout", "0").answer().splitlines()
@@ -156,7 +156,7 @@ def test_with_no_time_it_tells_what_is_wrong_now_and_ends(vmplug: Vmplug) -> Non
 
 
 def test_a_vm_that_had_ended_before_is_told_first_and_its_devices_are_not(vmplug: Vmplug) -> None:
-    with Store.open(vmplug.state_dir) as journal:
+    with Journal.open(vmplug.state_dir) as journal:
         journal.add_vm(vm_record(pid=os.getpid(), started_at=1))  # another process's number now
         attach_row(journal, device_record("file:/no/such", "/no/such"))
     (notice,) = map(json.loads, vmplug("watch", "--timeout", "0", "--json").answer().splitlines())
@@ -172,7 +172,7 @@ def test_the_interrupt_key_ends_it_quietly(vmplug: Vmplug) -> None:
 
 
 def test_a_reader_that_has_gone_ends_it_quietly(vmplug: Vmplug) -> None:
-    with Store.open(vmplug.state_dir) as journal:
+    with Journal.open(vmplug.state_dir) as journal:
         journal.add_vm(vm_record())
         attach_row(journal, device_record("file:/no/such", "/no/such"))
     process = vmplug.begin("watch")
@@ -187,7 +187,7 @@ def test_a_reader_that_has_gone_ends_it_quietly(vmplug: Vmplug) -> None:
 
 
 def test_the_iterator_gives_notices_until_its_time_is_over(tmp_path: Path) -> None:
-    with Store.open(tmp_path) as journal:
+    with Journal.open(tmp_path) as journal:
         journal.add_vm(vm_record())
         hold = attach_row(journal, device_record("file:/no/such", "/no/such"))
     with watch(tmp_path, timeout_s=0.1) as notices:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.cli.command import Vmplug
 from tests.support.journal import attach_row, device_record, vm_record
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 
 DEADLINE_S = 60.0
 
@@ -47,7 +47,7 @@ class Watching:
 
         It tells of an attachment whose file was never there, made for this.
         """
-        with Store.open(vmplug.state_dir) as journal:
+        with Journal.open(vmplug.state_dir) as journal:
             journal.add_vm(vm_record("marker"))
             hold = attach_row(journal, device_record("file:/no/such", "/no/such", vm="marker"))
             assert self.events(1) == [("deleted", hold.id)]

@@ -14,7 +14,7 @@ from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.machine import Machine, VmSpec
 from vmplug.hypervisor.virtiofsd import Daemons
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.requests import Request
@@ -79,7 +79,7 @@ class ColdMachine:
 
     def records(self) -> list[DeviceRecord]:
         """The devices of the VM as they are saved."""
-        with Store.open(self._state_dir) as journal:
+        with Journal.open(self._state_dir) as journal:
             return journal.devices(VM)
 
     def terms(self) -> Terms:

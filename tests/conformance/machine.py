@@ -16,7 +16,7 @@ from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.fake.monitor import FakeMonitor
 from vmplug.hypervisor.qemu.abilities import RECONNECT
 from vmplug.hypervisor.qemu.running import Qemu
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.requests import Request
@@ -121,7 +121,7 @@ class Machine:
 
     def records(self) -> list[DeviceRecord]:
         """The devices of the VM as they are saved."""
-        journal = Store.open(self._state_dir)
+        journal = Journal.open(self._state_dir)
         try:
             return journal.devices(VM)
         finally:

@@ -17,7 +17,7 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
 from vmplug.journal.bindings import BindingState
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord
 from vmplug.journal.state import State
 from vmplug.manager.binding.binder import Binder
@@ -41,7 +41,7 @@ class Stubborn(HostRoot):
         return self._inner.write_attribute(path, text)
 
 
-def held_by_vm(journal: Store, identity: str, device_id: str = "d1") -> None:
+def held_by_vm(journal: Journal, identity: str, device_id: str = "d1") -> None:
     """Let a VM of vmplug have a device."""
     record = DeviceRecord(
         id=device_id,
@@ -112,12 +112,12 @@ class BindingContract:
     """Tests; a subclass has the fixture `side`, which gives every function back."""
 
     @pytest.fixture
-    def journal(self, tmp_path: Path) -> Iterator[Store]:
-        with Store.open(tmp_path / "state") as store:
+    def journal(self, tmp_path: Path) -> Iterator[Journal]:
+        with Journal.open(tmp_path / "state") as store:
             yield store
 
     @pytest.fixture
-    def binder(self, journal: Store, side: Side) -> Binder:
+    def binder(self, journal: Journal, side: Side) -> Binder:
         return Binder(journal, side.host)
 
     def test_one_function_goes_to_vfio_and_back(self, side: Side, binder: Binder) -> None:
@@ -162,7 +162,7 @@ class BindingContract:
         assert side.picture() == before
         assert side.override_of(side.single) == driver
 
-    def test_a_failure_half_way_puts_all_of_them_back(self, side: Side, journal: Store) -> None:
+    def test_a_failure_half_way_puts_all_of_them_back(self, side: Side, journal: Journal) -> None:
         before = side.picture()
         last = max(side.multi)
         binder = Binder(journal, Stubborn(side.host, last))
@@ -230,7 +230,7 @@ class BindingContract:
         assert binder.recover() == []
 
     def test_an_interrupted_bind_is_undone(
-        self, side: Side, binder: Binder, journal: Store
+        self, side: Side, binder: Binder, journal: Journal
     ) -> None:
         """As far as the last step: all is bound, and nobody was told."""
         before = side.picture()
@@ -240,7 +240,7 @@ class BindingContract:
         assert side.picture() == before
 
     def test_a_row_of_an_earlier_boot_is_forgotten(
-        self, side: Side, binder: Binder, journal: Store
+        self, side: Side, binder: Binder, journal: Journal
     ) -> None:
         (bound,) = binder.bind(side.group(side.single))
         journal.bindings.put([replace(bound, boot_id="an earlier one")])
@@ -251,7 +251,7 @@ class BindingContract:
         assert journal.bindings.all() == []
 
     def test_a_row_of_a_function_that_is_gone_is_forgotten(
-        self, side: Side, binder: Binder, journal: Store
+        self, side: Side, binder: Binder, journal: Journal
     ) -> None:
         before = side.picture()
         (bound,) = binder.bind(side.group(side.single))

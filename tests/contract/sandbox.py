@@ -16,7 +16,7 @@ from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import FakeMonitor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, command_error
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import Request
@@ -63,7 +63,7 @@ class Sandbox:
         self.served = served
         self._is_restored = is_restored
         directory.mkdir(exist_ok=True)
-        Store.open(self.state_dir).close()
+        Journal.open(self.state_dir).close()
         self._wrap: Callable[[Monitor], Monitor] = lambda monitor: monitor
         self._manager: DeviceManager | None = None
 

@@ -31,7 +31,7 @@ from vmplug.cli.main import main
 from vmplug.cli.verbs.reconcile import _How, _repair_all
 from vmplug.cli.wiring import is_gone
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.manager.binding.binder import Binder
 
 THROTTLED = {"iothread": "on", "iops-total": "900"}
@@ -119,7 +119,7 @@ def reconcile(world: World, hooks: Hooks) -> None:
         with redirect_stdout(io.StringIO()):
             main.main([*words, "--timeout", str(UNPLUG_S)], standalone_mode=False)
         return
-    with Store.open(world.state_dir) as journal:
+    with Journal.open(world.state_dir) as journal:
         record = journal.find_vm(VM)
         if record is None or is_gone(record):
             how = _How(str(world.state_dir), 1, keep_unknown=False)

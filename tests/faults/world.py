@@ -25,7 +25,7 @@ from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.virtiofsd import HostDaemons, Started
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, record_vm
 from vmplug.journal.state import State
 from vmplug.manager.binding.binder import Binder
@@ -148,7 +148,7 @@ class World:
 
     def _add_strangers(self) -> None:
         self._add_to_vm()
-        with Store.open(self.state_dir) as journal:
+        with Journal.open(self.state_dir) as journal:
             here = Endpoint(str(self.conductor.path), os.getpid())
             journal.add_vm(record_vm(VM, here, HostRoot()))
             journal.add_vm(

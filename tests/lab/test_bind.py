@@ -26,7 +26,7 @@ from vmplug.host.pci.sriov import VirtualFunction, Wanted, read_virtual, set_vir
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.pci.vfio_driver import choose_driver, find_driver
 from vmplug.host.root import HostRoot
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.manager.binding.binder import Binder, Outcome
 from vmplug.manager.binding.subdevices import divide, find_sriov, remove_unused
 
@@ -51,8 +51,8 @@ def side(host: HostRoot) -> Iterator[Side]:
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "state") as store:
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal.open(tmp_path / "state") as store:
         yield store
 
 
@@ -96,7 +96,7 @@ def lspci_driver(bdf: str) -> str | None:
     return lines.get("Driver")
 
 
-def test_the_plain_driver_is_chosen_and_loaded(side: Side, journal: Store) -> None:
+def test_the_plain_driver_is_chosen_and_loaded(side: Side, journal: Journal) -> None:
     function = read_function(Bdf.parse(side.single), side.host)
     assert choose_driver(function, side.host) == "vfio-pci"
     Binder(journal, side.host).bind(side.group(side.single))
@@ -106,7 +106,7 @@ def test_the_plain_driver_is_chosen_and_loaded(side: Side, journal: Store) -> No
     assert Path(f"/dev/vfio/{group}").is_char_device()
 
 
-def test_a_disk_is_there_again_when_its_driver_is(side: Side, journal: Store) -> None:
+def test_a_disk_is_there_again_when_its_driver_is(side: Side, journal: Journal) -> None:
     disk = namespace_of(side.single)
     binder = Binder(journal, side.host)
     binder.bind(side.group(side.single))
@@ -116,7 +116,9 @@ def test_a_disk_is_there_again_when_its_driver_is(side: Side, journal: Store) ->
 
 
 @pytest.mark.parametrize("bdf", [topology.EDU, topology.LARGE, topology.CONVENTIONAL[1]])
-def test_functions_without_a_driver_have_none_again(side: Side, journal: Store, bdf: str) -> None:
+def test_functions_without_a_driver_have_none_again(
+    side: Side, journal: Journal, bdf: str
+) -> None:
     before = side.picture()
     assert before[bdf][0] is None
     bound = Binder(journal, side.host).bind(side.group(bdf))
@@ -128,7 +130,7 @@ def test_functions_without_a_driver_have_none_again(side: Side, journal: Store, 
 
 
 @pytest.mark.parametrize("bdf", [topology.NETWORK, topology.VGA, topology.BRIDGE])
-def test_what_the_host_needs_stays_with_it(side: Side, journal: Store, bdf: str) -> None:
+def test_what_the_host_needs_stays_with_it(side: Side, journal: Journal, bdf: str) -> None:
     before = side.picture()
     with pytest.raises((InUse, BindError)) as caught:
         Binder(journal, side.host).bind(side.group(bdf))
@@ -137,7 +139,7 @@ def test_what_the_host_needs_stays_with_it(side: Side, journal: Store, bdf: str)
     assert journal.bindings.all() == []
 
 
-def test_a_driver_that_was_not_made_for_it_is_not_tried(side: Side, journal: Store) -> None:
+def test_a_driver_that_was_not_made_for_it_is_not_tried(side: Side, journal: Journal) -> None:
     """The kernel lets any driver try that is named in driver_override: e1000e takes it down."""
     before = side.picture()
     for driver, says in (("e1000e", "not known"), ("no_such_vfio_pci", "cannot be loaded")):
@@ -147,7 +149,7 @@ def test_a_driver_that_was_not_made_for_it_is_not_tried(side: Side, journal: Sto
     assert journal.bindings.all() == []
 
 
-def test_what_is_open_is_not_given_back_and_then_is(side: Side, journal: Store) -> None:
+def test_what_is_open_is_not_given_back_and_then_is(side: Side, journal: Journal) -> None:
     before = side.picture()
     binder = Binder(journal, side.host)
     binder.bind(side.group(side.single))
@@ -192,7 +194,7 @@ def device_open(side: Side, bdf: str, *, hidden: bool) -> Iterator[None]:
         holder.communicate(b"")
 
 
-def test_what_a_process_has_open_is_not_taken_from_it(side: Side, journal: Store) -> None:
+def test_what_a_process_has_open_is_not_taken_from_it(side: Side, journal: Journal) -> None:
     before = side.picture()
     binder = Binder(journal, side.host, timeout_s=SHORT_S)
     binder.bind(side.group(side.single), device_id="d1")
@@ -211,7 +213,7 @@ def test_what_a_process_has_open_is_not_taken_from_it(side: Side, journal: Store
 
 
 def test_an_unbind_that_the_kernel_does_not_finish_has_a_deadline_and_is_finished_later(
-    side: Side, journal: Store
+    side: Side, journal: Journal
 ) -> None:
     """Nobody can see who has it. Until it is let go, nobody can read the function either."""
     before = side.picture()
@@ -251,7 +253,7 @@ def dies(state_dir: Path, number: int, bdf: str, *, unbind: bool) -> bool:
     if child == 0:
         status = 1
         try:
-            with Store.open(state_dir) as journal:
+            with Journal.open(state_dir) as journal:
                 binder = Binder(journal, Dying(number))
                 group = find_vfio_device(bdf, HostRoot())
                 binder.unbind(group) if unbind else binder.bind(group)
@@ -268,11 +270,11 @@ def test_death_at_any_step_is_recovered_from(side: Side, tmp_path: Path, *, unbi
     before = side.picture()
     for number in range(20):
         state_dir = tmp_path / f"state-{number}"
-        with Store.open(state_dir) as journal:
+        with Journal.open(state_dir) as journal:
             if unbind:
                 Binder(journal, side.host).bind(side.group(MULTI[0]))
         died = dies(state_dir, number, MULTI[0], unbind=unbind)
-        with Store.open(state_dir) as journal:
+        with Journal.open(state_dir) as journal:
             if not died and not unbind:
                 Binder(journal, side.host).unbind(side.group(MULTI[0]))
             Binder(journal, side.host).recover()
@@ -302,7 +304,7 @@ def numvfs(bdf: Bdf) -> int:
 
 
 def test_virtual_functions_are_made_bound_reset_and_taken_away(
-    side: Side, physfn: Bdf, journal: Store
+    side: Side, physfn: Bdf, journal: Journal
 ) -> None:
     found = find_sriov(physfn, side.host)
     assert (found.total, found.virtfns) == (topology.SRIOV_VFS, ())
@@ -326,7 +328,7 @@ def test_virtual_functions_are_made_bound_reset_and_taken_away(
     assert numvfs(physfn) == 0
 
 
-def test_the_kernel_says_how_many_there_can_be(side: Side, physfn: Bdf, journal: Store) -> None:
+def test_the_kernel_says_how_many_there_can_be(side: Side, physfn: Bdf, journal: Journal) -> None:
     divide(physfn, 1, journal=journal, host=side.host, autoprobe=False)
     with pytest.raises(BindError, match="can have 4 virtual functions, not 5"):
         divide(physfn, 5, journal=journal, host=side.host)
@@ -348,7 +350,7 @@ class OneFails(HostRoot):
 
 
 def test_a_failure_half_way_puts_the_former_number_back(
-    side: Side, physfn: Bdf, journal: Store
+    side: Side, physfn: Bdf, journal: Journal
 ) -> None:
     divide(physfn, 2, journal=journal, host=side.host, autoprobe=False)
     before = side.picture()
@@ -359,7 +361,7 @@ def test_a_failure_half_way_puts_the_former_number_back(
 
 
 def test_virtual_functions_that_a_vm_or_a_process_has_stay(
-    side: Side, physfn: Bdf, journal: Store
+    side: Side, physfn: Bdf, journal: Journal
 ) -> None:
     made = divide(physfn, 2, journal=journal, host=side.host, autoprobe=False)
     bdf = str(made[1])
@@ -430,7 +432,7 @@ def mtty(side: Side) -> Iterator[str]:
         Path(f"{MDEV_DEVICES}/{uuid}/remove").write_text("1")
 
 
-def test_a_mediated_device_is_made_and_taken_away(side: Side, mtty: str, journal: Store) -> None:
+def test_a_mediated_device_is_made_and_taken_away(side: Side, mtty: str, journal: Journal) -> None:
     offered = [offer for offer in read_mdev_types(side.host) if offer.parent == mtty]
     for offer in offered:
         uuid = create_mediated(mtty, offer.name, side.host)

@@ -32,7 +32,7 @@ from vmplug import (
     Watch,
 )
 from vmplug.host.events import EventsLost, HostEvents
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.manager.watching.health import HostLook, HostState, Look
 
 DEADLINE_S = 120.0
@@ -41,8 +41,8 @@ QUIET_S = 3.0
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "state") as store:
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal.open(tmp_path / "state") as store:
         store.add_vm(vm_record())
         yield store
 
@@ -51,7 +51,7 @@ def journal(tmp_path: Path) -> Iterator[Store]:
 def notices(tmp_path: Path) -> Iterator[Watch]:
     """With a journal of its own connection, as another process has it."""
     events = HostEvents()
-    journal = Store.open(tmp_path / "state")
+    journal = Journal.open(tmp_path / "state")
     with Watch(journal, events, host=HostRoot(), timeout_s=DEADLINE_S) as notices:
         yield notices
 
@@ -70,7 +70,7 @@ def bind(bdf: str, driver: str) -> None:
     Path("/sys/bus/pci/drivers_probe").write_text(bdf)
 
 
-def look(journal: Store, attachment: Attachment) -> Look:
+def look(journal: Journal, attachment: Attachment) -> Look:
     """What `list` looks at."""
     (record,) = (r for r in journal.devices("sb1") if r.id == attachment.device_id)
     seen = HostLook(HostRoot(), journal.vms()).of(record)
@@ -106,11 +106,11 @@ def loop_on(image: Path) -> Iterator[Path]:
         detach_loop(node)
 
 
-def block(node: Path, journal: Store) -> Attachment:
+def block(node: Path, journal: Journal) -> Attachment:
     return attach_row(journal, device_record(f"block:{number(node)}", str(node)))
 
 
-def test_a_disk_is_pulled(scsi_disk: Path, journal: Store, notices: Watch) -> None:
+def test_a_disk_is_pulled(scsi_disk: Path, journal: Journal, notices: Watch) -> None:
     attachment = block(scsi_disk, journal)
     begin(notices)
     assert look(journal, attachment).state is HostState.PRESENT
@@ -122,7 +122,7 @@ def test_a_disk_is_pulled(scsi_disk: Path, journal: Store, notices: Watch) -> No
     assert look(journal, attachment).state is HostState.GONE
 
 
-def test_an_nvme_is_pulled_with_its_namespace(journal: Store, notices: Watch) -> None:
+def test_an_nvme_is_pulled_with_its_namespace(journal: Journal, notices: Watch) -> None:
     load("nvme")
     properties = {"serial": "PULLED", "drive": "pulled-disk"}
     nvme = replace(device_behind(FREE_PORT, "nvme", qdev_id="pulled"), properties=properties)
@@ -141,7 +141,9 @@ def test_an_nvme_is_pulled_with_its_namespace(journal: Store, notices: Watch) ->
     assert told.message.startswith(str(path))
 
 
-def test_a_function_goes_to_another_driver_and_comes_back(journal: Store, notices: Watch) -> None:
+def test_a_function_goes_to_another_driver_and_comes_back(
+    journal: Journal, notices: Watch
+) -> None:
     load("vfio-pci", "e1000e")
     bdf = topology.NIC
     group = Path(f"/sys/bus/pci/devices/{bdf}/iommu_group").resolve().name
@@ -169,7 +171,7 @@ def test_a_function_goes_to_another_driver_and_comes_back(journal: Store, notice
         bind(bdf, "")
 
 
-def test_a_function_is_pulled(journal: Store, notices: Watch) -> None:
+def test_a_function_is_pulled(journal: Journal, notices: Watch) -> None:
     device = device_behind(FREE_PORT, "edu", qdev_id="pulled-edu")
     with OuterQemu.connect() as outer:
         outer.add(device)
@@ -185,7 +187,7 @@ def test_a_function_is_pulled(journal: Store, notices: Watch) -> None:
 
 
 def test_a_loop_device_grows_loses_its_file_and_is_detached(
-    journal: Store, notices: Watch, tmp_path: Path
+    journal: Journal, notices: Watch, tmp_path: Path
 ) -> None:
     image = disk_image(tmp_path / "disk.img", 8, "loop")
     with loop_on(image) as node:
@@ -206,7 +208,7 @@ def test_a_loop_device_grows_loses_its_file_and_is_detached(
 
 
 def test_what_is_detached_by_vmplug_itself_is_no_news(
-    journal: Store, notices: Watch, tmp_path: Path
+    journal: Journal, notices: Watch, tmp_path: Path
 ) -> None:
     with loop_on(disk_image(tmp_path / "disk.img", 8, "loop")) as node:
         attach_row(journal, record := device_record(f"block:{number(node)}", str(node)))
@@ -218,11 +220,11 @@ def test_what_is_detached_by_vmplug_itself_is_no_news(
         assert not notices._waiting
 
 
-def test_events_that_the_kernel_could_not_keep_are_told(tmp_path: Path, journal: Store) -> None:
+def test_events_that_the_kernel_could_not_keep_are_told(tmp_path: Path, journal: Journal) -> None:
     with loop_on(disk_image(tmp_path / "disk.img", 8, "loop")) as node:
         uevent = Path(f"/sys/block/{node.name}/uevent")
         events = HostEvents(buffer_bytes=4096)
-        other = Store.open(tmp_path / "state")
+        other = Journal.open(tmp_path / "state")
         with Watch(other, events, host=HostRoot(), timeout_s=DEADLINE_S) as notices:
             block(node, journal)
             begin(notices)
@@ -263,7 +265,7 @@ def test_what_vmplug_itself_binds_and_gives_back_is_no_news(
         watch.catch_up(vmplug)
 
 
-def test_the_verb_tells_at_once(scsi_disk: Path, journal: Store, vmplug: Vmplug) -> None:
+def test_the_verb_tells_at_once(scsi_disk: Path, journal: Journal, vmplug: Vmplug) -> None:
     attachment = block(scsi_disk, journal)
     with watching(vmplug) as watch:
         Path(f"/sys/block/{scsi_disk.name}/device/delete").write_text("1")

@@ -15,7 +15,7 @@ from tests.support.disks import disk_image
 from tests.support.kata import DISK_ID, block, device, plug_commands, vfio, write_sandbox
 from tests.support.vm import GuestVm, root_ports, scsi_controller, start_vm
 from vmplug.hypervisor.qemu.running import Qemu
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
 from vmplug.manager.kata.adopt import adopt
 from vmplug.manager.kata.saved_state import read_kata
@@ -222,7 +222,7 @@ def test_a_guest_lets_go_of_a_disk_that_kata_plugged(lab: Lab, tmp_path: Path) -
     lab.close()
     with (
         closing(Qemu.connect(str(lab.guest_vm.qmp_path))) as qemu,
-        Store.open(lab.state_dir) as journal,
+        Journal.open(lab.state_dir) as journal,
     ):
         (told,) = adopt(read_kata(str(state)), lab.vm, journal, qemu)
     (hold,) = lab.devices.attachments()

@@ -12,7 +12,7 @@ from tests.support.vm import GuestVm, root_ports, start_vm
 from vmplug.errors import NotAttached, ProtocolError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.running import Qemu
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import Outcome
 
@@ -76,7 +76,7 @@ def test_what_a_vm_held_that_ended_unseen_is_released(vms: Vms, tmp_path: Path) 
         assert (told.device_id, told.outcome) == (old.device_id, Outcome.FORGOTTEN)
     names = {e["name"] for e in vms.second.oracle.execute("qom-list", path="/machine/peripheral")}
     assert f"vmplug-{new.device_id}" in names
-    with Store.open(tmp_path / "state") as journal:
+    with Journal.open(tmp_path / "state") as journal:
         assert [vm.pid for vm in journal.vms()] == [vms.second.pid]
 
 
@@ -93,7 +93,7 @@ def test_a_manager_that_outlives_its_vm_serves_the_next_one(vms: Vms, tmp_path: 
         told = devices.reconcile()
         assert {repair.device_id for repair in told} == {hold.device_id for hold in old}
         assert devices.reconcile() == []
-    with Store.open(tmp_path / "state") as journal:
+    with Journal.open(tmp_path / "state") as journal:
         assert [vm.pid for vm in journal.vms()] == [vms.second.pid]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from vmplug.address import PciPath, new_id
 from vmplug.drivers.place import GuestAddress, GuestFunction
 from vmplug.host.kind import DeviceType
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.journal.state import State
 
@@ -70,7 +70,7 @@ def hold_on(device: DeviceRecord, owner: str = "c1") -> Attachment:
     )
 
 
-def attach_row(journal: Store, device: DeviceRecord) -> Attachment:
+def attach_row(journal: Journal, device: DeviceRecord) -> Attachment:
     """The device in the journal, on the way that every device takes, with one hold on it."""
     (hold,) = journal.add_devices([replace(device, state=State.PLUGGING)], [hold_on(device)]) or []
     journal.set_state([device.id], State.ATTACHED)

@@ -25,7 +25,7 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.pci.vfio_driver import choose_driver, load_driver
 from vmplug.journal.bindings import Binding, BindingState
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.manager.binding.binder import Binder, Outcome
 
 DISK, NET, SOUND, BRIDGE = "0000:01:00.0", "0000:02:00.0", "0000:02:00.1", "0000:00:1c.0"
@@ -58,13 +58,13 @@ def boot(tree: PciTree) -> FakeKernel:
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "state") as store:
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal.open(tmp_path / "state") as store:
         yield store
 
 
 @pytest.fixture
-def binder(journal: Store, kernel: FakeKernel) -> Binder:
+def binder(journal: Journal, kernel: FakeKernel) -> Binder:
     return Binder(journal, kernel, timeout_s=IN_TIME_S)
 
 
@@ -244,7 +244,7 @@ def test_a_variant_driver_is_loaded_and_used(
 
 
 def test_a_driver_that_cannot_be_loaded_changes_nothing(
-    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Store
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     """With the modprobe of this machine, if it has one: it finds no modules in the tree."""
     (tree.path / "sys/bus/pci/drivers/vfio-pci").rmdir()
@@ -266,7 +266,7 @@ def test_a_driver_that_cannot_be_loaded_changes_nothing(
     ],
 )
 def test_a_driver_that_was_not_made_for_it_is_not_tried(
-    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Store, driver: str, says: str
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Journal, driver: str, says: str
 ) -> None:
     """The kernel would let it try, and may not survive that."""
     with_aliases(tree, ALIASES).pci_driver("mlx5_vfio_pci")
@@ -278,7 +278,7 @@ def test_a_driver_that_was_not_made_for_it_is_not_tried(
 
 
 def test_a_driver_that_turns_out_to_be_none_of_vfio_is_not_kept(
-    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Store
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     with_aliases(tree, "alias vfio_pci:v*d*sv*sd*bc*sc*i* odd\n").pci_driver("odd")
     before = kernel.picture()
@@ -325,7 +325,7 @@ def refused(binder: Binder, group: VfioGroup, *codes: Code, allow: tuple[Code, .
 
 
 def test_a_disk_that_is_mounted_is_not_bound_unless_that_is_allowed(
-    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Store
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     tree.pci_disk(DISK, "259:0", "nvme0n1").mount("/dev/nvme0n1", "/data", "259:0")
     hint = refused(binder, group_of(kernel, DISK), Code.MOUNTED_ON_HOST)
@@ -391,7 +391,7 @@ def test_a_mediated_device_needs_no_binding(
 
 @pytest.mark.parametrize("identity", [f"vfio:{NET}", f"vfio:{SOUND}"])
 def test_what_a_vm_has_is_not_given_back(
-    kernel: FakeKernel, binder: Binder, journal: Store, identity: str
+    kernel: FakeKernel, binder: Binder, journal: Journal, identity: str
 ) -> None:
     bound = binder.bind(group_of(kernel, NET))
     before = kernel.picture()
@@ -445,7 +445,7 @@ STEPS = ("driver_override", "unbind", "drivers_probe")
 def test_any_failure_of_a_group_puts_all_of_it_back(
     kernel: FakeKernel,
     binder: Binder,
-    journal: Store,
+    journal: Journal,
     device: str,
     step: str,
     what: int | Fault,
@@ -461,7 +461,7 @@ def test_any_failure_of_a_group_puts_all_of_it_back(
 
 
 def test_what_cannot_be_put_back_stays_in_the_journal_and_is_tried_again(
-    kernel: FakeKernel, binder: Binder, journal: Store
+    kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     before = kernel.picture()
     kernel.refuse("vfio-pci", SOUND)
@@ -482,7 +482,7 @@ def test_what_cannot_be_put_back_stays_in_the_journal_and_is_tried_again(
 
 @pytest.mark.parametrize("step", ["driver_override", "unbind", "drivers_probe"])
 def test_giving_back_that_fails_can_be_repeated(
-    kernel: FakeKernel, binder: Binder, journal: Store, step: str
+    kernel: FakeKernel, binder: Binder, journal: Journal, step: str
 ) -> None:
     before = kernel.picture()
     binder.bind(group_of(kernel, NET))
@@ -514,7 +514,7 @@ def test_what_failed_to_be_given_back_can_be_bound_again(
 
 
 def test_what_was_left_with_vfio_is_taken_over(
-    kernel: FakeKernel, binder: Binder, journal: Store
+    kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     before = kernel.picture()
     binder.bind(group_of(kernel, DISK), device_id="d1")
@@ -528,7 +528,7 @@ def test_what_was_left_with_vfio_is_taken_over(
 
 
 def test_a_function_that_goes_while_it_is_bound_is_forgotten(
-    kernel: FakeKernel, binder: Binder, journal: Store
+    kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     (bound,) = binder.bind(group_of(kernel, VIRTFN), device_id="d1")
     kernel.write_attribute(f"/sys/bus/pci/devices/{PHYSFN}/sriov_numvfs", "0")
@@ -549,7 +549,7 @@ def test_what_somebody_gave_to_another_driver_is_forgotten(
 
 
 def test_the_kernel_that_does_not_answer_has_a_deadline(
-    kernel: FakeKernel, binder: Binder, journal: Store
+    kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     before = kernel.picture()
     kernel.fail("unbind", Fault.HANGS, SOUND)
@@ -564,8 +564,8 @@ def test_the_kernel_that_does_not_answer_has_a_deadline(
     assert kernel.picture() == before
 
 
-def test_one_binds_while_the_others_wait(journal: Store, tmp_path: Path) -> None:
-    with Store.open(tmp_path / "state") as other:
+def test_one_binds_while_the_others_wait(journal: Journal, tmp_path: Path) -> None:
+    with Journal.open(tmp_path / "state") as other:
         with (
             journal.bindings.alone(),
             pytest.raises(StoreError, match="locked"),
@@ -594,12 +594,12 @@ def in_a_process_that_dies(act: Callable[[], object]) -> bool:
 
 
 def bind_in(state_dir: Path, kernel: FakeKernel, device_id: str | None) -> None:
-    with Store.open(state_dir) as journal:
+    with Journal.open(state_dir) as journal:
         Binder(journal, kernel).bind(group_of(kernel, NET), device_id=device_id)
 
 
 def unbind_in(state_dir: Path, kernel: FakeKernel) -> None:
-    with Store.open(state_dir) as journal:
+    with Journal.open(state_dir) as journal:
         Binder(journal, kernel).unbind(group_of(kernel, NET))
 
 
@@ -617,7 +617,7 @@ def test_death_at_any_step_of_a_bind_is_undone(
     before = kernel.picture()
     kernel.fail_at(number, when)
     assert in_a_process_that_dies(lambda: bind_in(tmp_path / "state", kernel, device_id))
-    with Store.open(tmp_path / "state") as journal:
+    with Journal.open(tmp_path / "state") as journal:
         assert len(journal.bindings.all()) == 2
         told = Binder(journal, boot(tree)).recover()
         assert [str(returned.former.bdf) for returned in told] == [NET, SOUND]
@@ -641,7 +641,7 @@ def test_death_at_any_step_of_an_unbind_is_finished(
     steps = WRITES_TO_UNBIND - bool(override)
     died = in_a_process_that_dies(lambda: unbind_in(tmp_path / "state", dying))
     assert died is (number < steps)
-    with Store.open(tmp_path / "state") as journal:
+    with Journal.open(tmp_path / "state") as journal:
         Binder(journal, boot(tree)).recover()
         assert journal.bindings.all() == []
     assert kernel.picture() == before
@@ -662,7 +662,7 @@ def test_death_in_recovery_is_recovered_from(tree: PciTree, tmp_path: Path, when
 
 
 def recover_in(state_dir: Path, kernel: FakeKernel) -> None:
-    with Store.open(state_dir) as journal:
+    with Journal.open(state_dir) as journal:
         Binder(journal, kernel).recover()
 
 
@@ -675,25 +675,25 @@ def test_the_steps_are_as_many_as_the_tests_of_death_think(
     assert len(kernel.writes) - WRITES_TO_BIND == WRITES_TO_UNBIND
 
 
-def test_a_row_outlives_the_process(journal: Store) -> None:
+def test_a_row_outlives_the_process(journal: Journal) -> None:
     former = FormerBinding(Bdf.parse(DISK), None, "nvme")
     row = Binding(former=former, state=BindingState.UNBINDING, device_id=None, boot_id="b")
     journal.bindings.put([row])
-    with Store.open(Path(journal.path).parent) as again:
+    with Journal.open(Path(journal.path).parent) as again:
         assert again.bindings.all() == [row]
         again.bindings.forget([former.bdf])
     assert journal.bindings.all() == []
 
 
 def test_what_another_process_is_giving_back_is_left_to_it(
-    kernel: FakeKernel, binder: Binder, journal: Store
+    kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     binder.bind(group_of(kernel, DISK))
     (row,) = journal.bindings.all()
     journal.bindings.put([replace(row, state=BindingState.UNBINDING)])
     before = kernel.picture()
     with (
-        Store.open(Path(journal.path).parent) as other,
+        Journal.open(Path(journal.path).parent) as other,
         other.bindings.alone(),
     ):
         (told,) = binder.recover(lock_timeout_s=0.05)
@@ -705,7 +705,7 @@ def test_what_another_process_is_giving_back_is_left_to_it(
 
 
 def test_giving_back_waits_until_the_last_process_has_closed_it(
-    tree: PciTree, kernel: FakeKernel, journal: Store
+    tree: PciTree, kernel: FakeKernel, journal: Journal
 ) -> None:
     """QEMU closes a device a moment after it has said that it is gone."""
     before = kernel.picture()
@@ -721,7 +721,7 @@ def test_giving_back_waits_until_the_last_process_has_closed_it(
 
 
 def test_what_a_process_keeps_open_is_not_taken_from_it(
-    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Store
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     binder.bind(group_of(kernel, DISK), device_id="d1")
     tree.process(77, "qemu", "/dev/vfio/2")
@@ -735,7 +735,7 @@ def test_what_a_process_keeps_open_is_not_taken_from_it(
 
 
 def test_recovery_leaves_what_a_vm_was_given_meanwhile(
-    kernel: FakeKernel, binder: Binder, journal: Store
+    kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     """Somebody's unbind was interrupted before it did anything, and a VM has the group since."""
     (bound,) = binder.bind(group_of(kernel, DISK))
@@ -751,7 +751,7 @@ def test_many_that_bind_and_give_back_at_once_do_it_in_turn(tree: PciTree, tmp_p
     before = kernel.picture()
 
     def bind_and_give_back(number: int) -> None:
-        with Store.open(tmp_path / "state") as journal:
+        with Journal.open(tmp_path / "state") as journal:
             binder = Binder(journal, boot(tree))
             held_by_vm(journal, f"vfio:{number}", f"d{number}")
             bound = binder.bind(group_of(kernel, NET), device_id=f"d{number}")
@@ -761,5 +761,5 @@ def test_many_that_bind_and_give_back_at_once_do_it_in_turn(tree: PciTree, tmp_p
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(bind_and_give_back, range(8)))
     assert kernel.picture() == before
-    with Store.open(tmp_path / "state") as journal:
+    with Journal.open(tmp_path / "state") as journal:
         assert journal.bindings.all() == []

@@ -26,7 +26,7 @@ from vmplug.host.pci.sriov import (
     set_virtual,
 )
 from vmplug.host.pci.vfio import find_vfio_device
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.manager.binding.binder import Binder
 from vmplug.manager.binding.subdevices import divide, find_sriov, read_interface, remove_unused
 
@@ -52,13 +52,13 @@ def kernel(tree: PciTree) -> FakeKernel:
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "state") as store:
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal.open(tmp_path / "state") as store:
         yield store
 
 
 def count_to(
-    number: int, journal: Store, kernel: FakeKernel, *, allow: tuple[Code, ...] = ()
+    number: int, journal: Journal, kernel: FakeKernel, *, allow: tuple[Code, ...] = ()
 ) -> list[str]:
     found = divide(Bdf.parse(PHYSFN), number, journal=journal, host=kernel, allow=allow)
     return [str(bdf) for bdf in found]
@@ -75,7 +75,7 @@ def numvfs(kernel: FakeKernel) -> int:
 # how many
 
 
-def test_virtual_functions_are_made_and_taken_away(journal: Store, kernel: FakeKernel) -> None:
+def test_virtual_functions_are_made_and_taken_away(journal: Journal, kernel: FakeKernel) -> None:
     assert count_to(2, journal, kernel) == [FIRST, SECOND]
     assert kernel.driver_of(FIRST) == "igbvf"
     assert find_sriov(Bdf.parse(PHYSFN), kernel).virtfns == (Bdf.parse(FIRST), Bdf.parse(SECOND))
@@ -83,21 +83,21 @@ def test_virtual_functions_are_made_and_taken_away(journal: Store, kernel: FakeK
     assert numvfs(kernel) == 0
 
 
-def test_another_number_goes_by_way_of_none(journal: Store, kernel: FakeKernel) -> None:
+def test_another_number_goes_by_way_of_none(journal: Journal, kernel: FakeKernel) -> None:
     count_to(1, journal, kernel)
     count_to(3, journal, kernel)
     assert [write.text for write in kernel.writes] == ["1", "0", "3"]
     assert numvfs(kernel) == 3
 
 
-def test_the_same_number_is_not_written(journal: Store, kernel: FakeKernel) -> None:
+def test_the_same_number_is_not_written(journal: Journal, kernel: FakeKernel) -> None:
     count_to(2, journal, kernel)
     kernel.writes.clear()
     assert count_to(2, journal, kernel) == [FIRST, SECOND]
     assert kernel.writes == []
 
 
-def test_the_hosts_drivers_can_be_kept_from_them(journal: Store, kernel: FakeKernel) -> None:
+def test_the_hosts_drivers_can_be_kept_from_them(journal: Journal, kernel: FakeKernel) -> None:
     divide(Bdf.parse(PHYSFN), 1, journal=journal, host=kernel, autoprobe=False)
     assert kernel.driver_of(FIRST) is None
     found = read_sriov(Bdf.parse(PHYSFN), kernel)
@@ -109,20 +109,20 @@ def test_the_hosts_drivers_can_be_kept_from_them(journal: Store, kernel: FakeKer
     ("bdf", "says"),
     [(OTHER, "cannot have virtual functions"), ("0000:7f:00.0", "no PCI function")],
 )
-def test_what_has_none_is_told(journal: Store, kernel: FakeKernel, bdf: str, says: str) -> None:
+def test_what_has_none_is_told(journal: Journal, kernel: FakeKernel, bdf: str, says: str) -> None:
     with pytest.raises((BindError, NoSuchDevice), match=says) as caught:
         divide(Bdf.parse(bdf), 1, journal=journal, host=kernel)
     assert caught.value.hint
     assert kernel.writes == []
 
 
-def test_a_virtual_function_has_none_of_its_own(journal: Store, kernel: FakeKernel) -> None:
+def test_a_virtual_function_has_none_of_its_own(journal: Journal, kernel: FakeKernel) -> None:
     count_to(1, journal, kernel)
     with pytest.raises(BindError, match=f"it is one of {PHYSFN}"):
         divide(Bdf.parse(FIRST), 1, journal=journal, host=kernel)
 
 
-def test_more_than_there_can_be_is_refused(journal: Store, kernel: FakeKernel) -> None:
+def test_more_than_there_can_be_is_refused(journal: Journal, kernel: FakeKernel) -> None:
     count_to(1, journal, kernel)
     with pytest.raises(BindError, match="can have 4 virtual functions, not 5"):
         count_to(5, journal, kernel)
@@ -131,7 +131,7 @@ def test_more_than_there_can_be_is_refused(journal: Store, kernel: FakeKernel) -
 
 @pytest.mark.parametrize("what", [errno.ENOMEM, errno.ENOENT, Fault.NOTHING_HAPPENS])
 def test_a_failure_half_way_puts_the_former_number_back(
-    journal: Store, kernel: FakeKernel, what: int | Fault
+    journal: Journal, kernel: FakeKernel, what: int | Fault
 ) -> None:
     count_to(2, journal, kernel)
     kernel.fail_at(len(kernel.writes) + 1, what)
@@ -143,7 +143,7 @@ def test_a_failure_half_way_puts_the_former_number_back(
 
 
 def test_a_former_number_that_cannot_be_put_back_is_told(
-    journal: Store, kernel: FakeKernel
+    journal: Journal, kernel: FakeKernel
 ) -> None:
     count_to(2, journal, kernel)
     for number in (1, 2):
@@ -158,7 +158,7 @@ def test_a_former_number_that_cannot_be_put_back_is_told(
 # in use
 
 
-def refused(journal: Store, kernel: FakeKernel, *codes: Code) -> None:
+def refused(journal: Journal, kernel: FakeKernel, *codes: Code) -> None:
     kernel.writes.clear()
     before = kernel.picture()
     for number in (0, 3):
@@ -172,14 +172,14 @@ def refused(journal: Store, kernel: FakeKernel, *codes: Code) -> None:
     assert count_to(2, journal, kernel) == [FIRST, SECOND]
 
 
-def test_the_number_stays_while_a_vm_has_one(journal: Store, kernel: FakeKernel) -> None:
+def test_the_number_stays_while_a_vm_has_one(journal: Journal, kernel: FakeKernel) -> None:
     count_to(2, journal, kernel)
     held_by_vm(journal, f"vfio:{SECOND}")
     refused(journal, kernel, Code.IN_USE_BY_VM)
 
 
 def test_the_number_stays_while_a_process_has_one(
-    journal: Store, kernel: FakeKernel, tree: PciTree
+    journal: Journal, kernel: FakeKernel, tree: PciTree
 ) -> None:
     count_to(2, journal, kernel)
     number = find_group(f"/sys/bus/pci/devices/{SECOND}", kernel)
@@ -188,7 +188,7 @@ def test_the_number_stays_while_a_process_has_one(
 
 
 def test_the_number_stays_while_the_host_uses_one(
-    journal: Store, kernel: FakeKernel, tree: PciTree
+    journal: Journal, kernel: FakeKernel, tree: PciTree
 ) -> None:
     count_to(2, journal, kernel)
     tree.network(FIRST, "eth1").route("eth1", target="0000A8C0")
@@ -197,14 +197,14 @@ def test_the_number_stays_while_the_host_uses_one(
 
 
 def test_the_physical_functions_own_uses_do_not_count(
-    journal: Store, kernel: FakeKernel, tree: PciTree
+    journal: Journal, kernel: FakeKernel, tree: PciTree
 ) -> None:
     tree.network(PHYSFN, "eth0").route("eth0")
     count_to(2, journal, kernel)
     count_to(0, journal, kernel)
 
 
-def test_the_number_stays_while_one_is_bound(journal: Store, kernel: FakeKernel) -> None:
+def test_the_number_stays_while_one_is_bound(journal: Journal, kernel: FakeKernel) -> None:
     count_to(2, journal, kernel)
     Binder(journal, kernel).bind(find_vfio_device(SECOND, kernel))
     before = kernel.picture()
@@ -302,7 +302,7 @@ def test_nonsense_from_ip_is_an_error(ip: FakeIp) -> None:
 
 
 def test_the_interface_is_the_physical_functions_own(
-    tree: PciTree, kernel: FakeKernel, journal: Store
+    tree: PciTree, kernel: FakeKernel, journal: Journal
 ) -> None:
     for name, port in (("eth0_0", "pf0vf0\n"), ("eth0_1", "c1pf0vf1\n"), ("eth1", "p0\n")):
         tree.network(PHYSFN, name)
@@ -331,7 +331,7 @@ def parent(tree: PciTree) -> PciTree:
 
 @pytest.mark.parametrize("uuid", [ANY_UUID, ANY_UUID.upper(), None])
 def test_a_mediated_device_is_made_and_taken_away(
-    parent: PciTree, kernel: FakeKernel, journal: Store, uuid: str | None
+    parent: PciTree, kernel: FakeKernel, journal: Journal, uuid: str | None
 ) -> None:
     made = create_mediated(PARENT, TYPE, kernel, uuid=uuid)
     assert made == uuid.lower() if uuid else UUID.match(made)
@@ -370,7 +370,7 @@ def test_a_host_without_parents_says_so(kernel: FakeKernel) -> None:
 
 @pytest.mark.parametrize("uuid", ["x", ANY_UUID + "0", ANY_UUID + "\n", "../" + ANY_UUID[3:]])
 def test_what_is_no_uuid_is_not_written(
-    parent: PciTree, kernel: FakeKernel, journal: Store, uuid: str
+    parent: PciTree, kernel: FakeKernel, journal: Journal, uuid: str
 ) -> None:
     with pytest.raises(SpecError):
         create_mediated(PARENT, TYPE, kernel, uuid=uuid)
@@ -407,7 +407,7 @@ def test_what_the_kernel_does_not_make_is_not_there(
 
 @pytest.mark.parametrize("how", ["claimed", "open"])
 def test_a_mediated_device_in_use_stays(
-    parent: PciTree, kernel: FakeKernel, journal: Store, how: str
+    parent: PciTree, kernel: FakeKernel, journal: Journal, how: str
 ) -> None:
     create_mediated(PARENT, TYPE, kernel, uuid=ANY_UUID)
     if how == "claimed":
@@ -422,7 +422,7 @@ def test_a_mediated_device_in_use_stays(
 
 @pytest.mark.parametrize("what", [errno.EBUSY, Fault.NOTHING_HAPPENS])
 def test_a_mediated_device_that_will_not_go_is_told(
-    parent: PciTree, kernel: FakeKernel, journal: Store, what: int | Fault
+    parent: PciTree, kernel: FakeKernel, journal: Journal, what: int | Fault
 ) -> None:
     create_mediated(PARENT, TYPE, kernel, uuid=ANY_UUID)
     kernel.fail("remove", what)

@@ -17,7 +17,7 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import BindError, CommandError, InUse, NoFreePort, UnplugTimeout
 from vmplug.host.finding import Code
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.requests import VfioInfo
@@ -45,14 +45,14 @@ def vm() -> FakeHypervisor:
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path / "state") as store:
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal.open(tmp_path / "state") as store:
         yield store
 
 
 @pytest.fixture(params=["live", "restored"])
 def manager(
-    request: pytest.FixtureRequest, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
+    request: pytest.FixtureRequest, kernel: FakeKernel, vm: FakeHypervisor, journal: Journal
 ) -> "Managers":
     return Managers(kernel, vm, journal, is_restored=request.param == "restored")
 
@@ -61,7 +61,7 @@ class Managers:
     """The VM's manager: one for the whole test, or for each step one that has read the journal."""
 
     def __init__(
-        self, kernel: FakeKernel, vm: FakeHypervisor, journal: Store, *, is_restored: bool
+        self, kernel: FakeKernel, vm: FakeHypervisor, journal: Journal, *, is_restored: bool
     ) -> None:
         self._parts = (kernel, vm, journal)
         self._is_restored = is_restored
@@ -92,7 +92,7 @@ def plugged(vm: FakeHypervisor) -> set[str]:
 
 
 def test_the_whole_group_is_bound_and_plugged_and_goes_back(
-    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Journal
 ) -> None:
     before = kernel.picture()
     held = manager.now.attach(want(SOUND), managed=True)
@@ -122,7 +122,7 @@ def test_what_was_bound_before_stays_so(manager: Managers, kernel: FakeKernel) -
 
 
 def test_without_managed_nothing_is_bound(
-    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Journal
 ) -> None:
     with pytest.raises(InUse) as refusal:
         manager.now.attach(want(GPU))
@@ -142,7 +142,7 @@ def test_a_plan_says_what_is_bound_and_binds_nothing(
 
 
 def test_a_bind_that_fails_half_way_leaves_all_as_it_was(
-    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Journal
 ) -> None:
     before = kernel.picture()
     kernel.refuse("vfio-pci", SOUND)
@@ -153,7 +153,7 @@ def test_a_bind_that_fails_half_way_leaves_all_as_it_was(
 
 
 def test_a_plug_that_is_refused_gives_everything_back(
-    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Journal
 ) -> None:
     before = kernel.picture()
     vm.monitor.fail_at = "device_add"
@@ -189,7 +189,7 @@ def test_a_group_that_the_guest_keeps_stays_bound_until_it_lets_go(
 
 
 def test_an_attach_that_was_interrupted_is_taken_back_with_its_drivers(
-    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Store
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, journal: Journal
 ) -> None:
     held = manager.now.attach(want(GPU), managed=True)
     with closing(sqlite3.connect(journal.path)) as db:

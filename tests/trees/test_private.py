@@ -9,7 +9,7 @@ import pytest
 
 from vmplug.errors import StoreError
 from vmplug.host.permissions import can_all_connect, is_absent
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: chown")
 STRANGER = 12345
@@ -33,7 +33,7 @@ def modes(directory: Path) -> dict[str, int]:
 @pytest.mark.usefixtures("lax_umask")
 def test_what_is_made_is_this_users_alone_whatever_the_umask(tmp_path: Path) -> None:
     directory = tmp_path / "state"
-    with Store.open(directory) as store, store.bindings.alone():
+    with Journal.open(directory) as store, store.bindings.alone():
         found = modes(directory)
     assert found.keys() >= {"state", "journal.db", "journal.db-wal", "binding.lock"}
     assert found.pop("state") == 0o700
@@ -46,13 +46,13 @@ def test_a_directory_that_is_open_to_others_is_refused(tmp_path: Path, mode: int
     directory.mkdir()
     directory.chmod(mode)
     with pytest.raises(StoreError) as caught:
-        Store.open(directory)
+        Journal.open(directory)
     assert f"the state directory {directory} " in caught.value.message
     assert f"(mode {mode:04o})" in caught.value.message
     assert f"chmod 700 {directory}" in (caught.value.hint or "")
     assert list(directory.iterdir()) == []
     directory.chmod(0o700)
-    Store.open(directory).close()
+    Journal.open(directory).close()
 
 
 @needs_root
@@ -61,7 +61,7 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     directory.mkdir(mode=0o700)
     os.chown(directory, STRANGER, STRANGER)
     with pytest.raises(StoreError, match=f"belongs to user {STRANGER}, and is not used"):
-        Store.open(directory)
+        Journal.open(directory)
     assert list(directory.iterdir()) == []
 
 
@@ -70,42 +70,42 @@ def test_a_symlink_is_followed_only_when_nobody_else_made_it(tmp_path: Path) -> 
     directory, link = tmp_path / "real", tmp_path / "state"
     directory.mkdir(mode=0o700)
     link.symlink_to(directory)
-    Store.open(link).close()
+    Journal.open(link).close()
     os.lchown(link, STRANGER, STRANGER)
     with pytest.raises(StoreError, match=f"is a symlink that user {STRANGER} made"):
-        Store.open(link)
+        Journal.open(link)
 
 
 @needs_root
 def test_a_journal_of_somebody_else_is_refused(tmp_path: Path) -> None:
-    Store.open(tmp_path / "state").close()
+    Journal.open(tmp_path / "state").close()
     journal = tmp_path / "state/journal.db"
     os.chown(journal, STRANGER, STRANGER)
     before = journal.read_bytes()
     with pytest.raises(StoreError, match=f"journal.db belongs to user {STRANGER}"):
-        Store.open(tmp_path / "state")
+        Journal.open(tmp_path / "state")
     assert journal.read_bytes() == before
 
 
 def test_a_journal_that_others_can_write_is_refused(tmp_path: Path) -> None:
-    Store.open(tmp_path / "state").close()
+    Journal.open(tmp_path / "state").close()
     (tmp_path / "state/journal.db").chmod(0o666)
     with pytest.raises(StoreError, match=r"can be written by others \(mode 0666\)"):
-        Store.open(tmp_path / "state")
+        Journal.open(tmp_path / "state")
 
 
 def test_a_journal_that_only_the_directory_keeps_others_from_is_still_read(
     tmp_path: Path,
 ) -> None:
     """As they were made before: readable, in a directory that is not."""
-    Store.open(tmp_path / "state").close()
+    Journal.open(tmp_path / "state").close()
     (tmp_path / "state/journal.db").chmod(0o644)
-    Store.open(tmp_path / "state").close()
+    Journal.open(tmp_path / "state").close()
 
 
 def test_a_lock_is_not_made_through_a_symlink(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with Store.open(tmp_path / "state") as store:
+    with Journal.open(tmp_path / "state") as store:
         (tmp_path / "state/binding.lock").symlink_to(target)
         with pytest.raises(StoreError, match=r"binding\.lock"), store.bindings.alone():
             pass

@@ -15,7 +15,7 @@ from tests.contract.world import journal_rows
 from tests.unit.test_store import COUNTED, DISK, HIDDEN_SCSI_DISK, SCSI_DISK, hold, spawn
 from vmplug.errors import StoreError
 from vmplug.journal.database import VERSION
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.journal.state import State
 
@@ -175,7 +175,7 @@ def tables_of(path: Path) -> dict[str, list[tuple[object, ...]]]:
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_an_older_journal_comes_up_with_all_its_rows(tmp_path: Path, version: int) -> None:
     path = write_version(version, tmp_path)
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         assert store.vms() == [VM, ADOPTED]
         assert store.devices("vm-1") + store.devices("vm-2") == [
             *(device for device in DEVICES if device.vm == "vm-1"),
@@ -195,13 +195,13 @@ def test_what_was_migrated_has_the_tables_of_a_new_journal(tmp_path: Path, versi
     (tmp_path / "new").mkdir(mode=0o700)
     path = write_version(version, tmp_path)
     for state_dir in (tmp_path, tmp_path / "new"):
-        Store.open(state_dir).close()
+        Journal.open(state_dir).close()
     assert tables_of(path) == tables_of(tmp_path / "new" / "journal.db")
 
 
 def test_a_migrated_journal_is_written_to_like_a_new_one(tmp_path: Path) -> None:
     write_version_1(tmp_path)
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         before = journal_rows(tmp_path)
         again = replace(HOLDS[0], id="another id", count=1)
         (counted,) = store.set_state([], State.ATTACHED, [again])
@@ -220,10 +220,10 @@ def test_a_migrated_journal_is_written_to_like_a_new_one(tmp_path: Path) -> None
 
 def test_an_up_to_date_journal_is_not_written_to_when_it_is_opened(tmp_path: Path) -> None:
     write_version_1(tmp_path)
-    Store.open(tmp_path).close()
+    Journal.open(tmp_path).close()
     path = tmp_path / "journal.db"
     before = path.read_bytes()
-    Store.open(tmp_path).close()
+    Journal.open(tmp_path).close()
     assert path.read_bytes() == before
 
 
@@ -241,7 +241,7 @@ def test_a_failed_migration_leaves_the_journal_untouched(tmp_path: Path, obstacl
     rows, tables = journal_rows(tmp_path), tables_of(path)
     for _ in range(2):
         with pytest.raises(StoreError) as caught:
-            Store.open(tmp_path)
+            Journal.open(tmp_path)
         assert caught.value.path == str(path)
         assert caught.value.hint
         assert (journal_rows(tmp_path), tables_of(path), version_of(path)) == (rows, tables, 1)
@@ -260,13 +260,13 @@ def test_a_journal_that_is_being_written_to_is_migrated_when_it_is_free(tmp_path
         writer.execute("COMMIT")
         process.join(30)
     assert process.exitcode == 0
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         assert store.vms() == [VM]
         assert store.attachments() == HOLDS
 
 
 def open_and_close(state_dir: str) -> None:
-    Store.open(state_dir).close()
+    Journal.open(state_dir).close()
 
 
 def test_processes_that_migrate_at_once_do_it_once(tmp_path: Path) -> None:
@@ -276,11 +276,11 @@ def test_processes_that_migrate_at_once_do_it_once(tmp_path: Path) -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * PROCESSES
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         assert store.attachments() == HOLDS
 
 
 def open_together(state_dir: str, start: Barrier) -> None:
     start.wait(30)
-    with Store.open(state_dir) as store:
+    with Journal.open(state_dir) as store:
         assert store.attachments() == HOLDS

@@ -33,7 +33,7 @@ from vmplug.drivers.plug import (
 )
 from vmplug.errors import StoreError
 from vmplug.host.kind import DeviceType
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, guest_text
 from vmplug.journal.state import State
 
@@ -337,8 +337,8 @@ def hold(device: DeviceRecord) -> Attachment:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    with Store.open(tmp_path_factory.mktemp("state")) as opened:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journal]:
+    with Journal.open(tmp_path_factory.mktemp("state")) as opened:
         yield opened
 
 
@@ -346,7 +346,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 @given(address=st.none() | guest_addresses)
 @example(address=GuestAddress())
 def test_an_address_comes_out_of_the_journal_as_it_went_in(
-    store: Store, address: GuestAddress | None
+    store: Journal, address: GuestAddress | None
 ) -> None:
     device = record(address)
     store.add_devices([device], [hold(device)])
@@ -387,7 +387,7 @@ def test_what_is_only_counted_has_no_text() -> None:
     ],
 )
 def test_a_damaged_address_makes_a_journal_unreadable_and_nothing_else(
-    store: Store, text: str
+    store: Journal, text: str
 ) -> None:
     device = record(GuestAddress(pci_path=PCI))
     store.add_devices([device], [])

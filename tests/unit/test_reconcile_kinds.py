@@ -14,7 +14,7 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
 from vmplug.hypervisor.fake.monitor import Guest
 from vmplug.hypervisor.qmp.monitor import Monitor
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
 from vmplug.manager.reconcile import Outcome, Repair
@@ -245,7 +245,7 @@ def test_the_memory_of_an_nvdimm_that_is_gone_is_removed(
 def test_a_reconcile_that_another_process_overtook_keeps_the_nvdimm(sandbox: Sandbox) -> None:
     """One process saw no module and wrote "detaching"; the other then plugged it, and died."""
     attachment = sandbox.devices.attach(nvdimm(sandbox))
-    with Store.open(sandbox.state_dir) as journal:
+    with Journal.open(sandbox.state_dir) as journal:
         journal.set_state([attachment.device_id], State.DETACHING)
         journal.give_up([attachment.device_id])
     parts = sandbox.side.parts()

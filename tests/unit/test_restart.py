@@ -19,8 +19,8 @@ from vmplug.errors import NotAttached, ProtocolError, UnplugTimeout
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
 from vmplug.hypervisor.qemu.running import Qemu
-from vmplug.journal.journal import Store
-from vmplug.journal.process import Worker
+from vmplug.journal.journal import Journal
+from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.records import VmRecord
 from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
@@ -39,7 +39,7 @@ begin_work(sys.argv[1], sys.argv[2])
 def begin_work(state_dir: str, state: str) -> None:
     """What another process does: bring a device on its way, and then stay at it."""
     device = replace(DISK, vm="sandbox-1")
-    with Store.open(state_dir) as journal:
+    with Journal.open(state_dir) as journal:
         journal.add_devices([device], [hold(device)])
         if state == State.DETACHING:
             journal.set_state([device.id], State.DETACHING)
@@ -79,17 +79,17 @@ def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
 
 def test_a_worker_comes_back_as_it_was_written() -> None:
     for worker in (
-        Worker(pid=1, started_at=2, boot_id="b-1"),
-        Worker(pid=2**22, started_at=None, boot_id=""),
+        ProcessIdentity(pid=1, started_at=2, boot_id="b-1"),
+        ProcessIdentity(pid=2**22, started_at=None, boot_id=""),
     ):
-        assert Worker.parse(str(worker)) == worker
+        assert ProcessIdentity.parse(str(worker)) == worker
     with pytest.raises(ValueError):  # noqa: PT011  whatever it says
-        Worker.parse("nonsense")
+        ProcessIdentity.parse("nonsense")
 
 
 def test_a_worker_lives_as_the_process_of_that_number_start_and_boot() -> None:
     host = HostRoot()
-    own = Worker.own(host)
+    own = ProcessIdentity.own(host)
     assert own.is_alive(host)
     assert own.started_at
     assert not replace(own, started_at=own.started_at + 1).is_alive(host)
@@ -172,28 +172,28 @@ VM = VmRecord(name="vm-1", qmp_socket="/s", pid=os.getpid(), started_at=None, is
 def test_a_claim_is_one_of_the_boot_in_which_it_was_made(tmp_path: Path) -> None:
     first, second = (tree_with_boot(tmp_path, name) for name in ("boot-1", "boot-2"))
     state_dir = tmp_path / "state"
-    with Store.open(state_dir, host=first) as journal:
+    with Journal.open(state_dir, host=first) as journal:
         journal.add_vm(VM)
         journal.add_devices([DISK], [hold(DISK)])
         journal.add_devices([replace(SCSI_DISK, vm="in memory")], [])
         assert len(journal.find_claims("vm-2", DISK.identity, [])) == 1
         assert not journal.vms()[0].is_of_earlier_boot
-    with Store.open(state_dir, host=second) as journal:
+    with Journal.open(state_dir, host=second) as journal:
         assert journal.find_claims("vm-2", DISK.identity, []) == []
         assert len(journal.find_claims("vm-2", SCSI_DISK.identity, [])) == 1
         assert journal.vms()[0].is_of_earlier_boot
         assert len(journal.devices("vm-1")) == 1  # for reconcile to tell
-    with Store.open(state_dir, host=first) as journal:
+    with Journal.open(state_dir, host=first) as journal:
         assert len(journal.find_claims("vm-2", DISK.identity, [])) == 1
 
 
 def test_where_the_boot_is_not_known_every_claim_counts(tmp_path: Path) -> None:
     nameless = HostTree(tmp_path / "nameless").root
     state_dir = tmp_path / "state"
-    with Store.open(state_dir, host=tree_with_boot(tmp_path, "boot-1")) as journal:
+    with Journal.open(state_dir, host=tree_with_boot(tmp_path, "boot-1")) as journal:
         journal.add_vm(VM)
         journal.add_devices([DISK], [])
-    with Store.open(state_dir, host=nameless) as journal:
+    with Journal.open(state_dir, host=nameless) as journal:
         assert len(journal.find_claims("vm-2", DISK.identity, [])) == 1
         assert not journal.vms()[0].is_of_earlier_boot
 
@@ -273,7 +273,7 @@ def test_the_same_qemu_behind_a_launcher_that_has_ended_keeps_its_devices(
     with open_manager(machine) as devices:
         assert [hold.id for hold in devices.attachments()] == [old.id]
         assert devices.reconcile() == []
-    with Store.open(tmp_path / "state") as journal:
+    with Journal.open(tmp_path / "state") as journal:
         assert [vm.pid for vm in journal.vms()] == [os.getpid()]
 
 
@@ -282,11 +282,11 @@ def test_a_vm_of_an_earlier_boot_is_another_one_whatever_its_pid(
 ) -> None:
     earlier = tree_with_boot(tmp_path, "boot-1")
     device = replace(DISK, vm="sb1")
-    with Store.open(tmp_path / "state", host=earlier) as journal:
+    with Journal.open(tmp_path / "state", host=earlier) as journal:
         journal.add_vm(replace(VM, name="sb1", qmp_socket="/run/sb1/qmp.sock"))
         journal.add_devices([device], [hold(device)])
     with open_manager(Adopted(os.getpid())) as devices:
         assert devices.attachments() == []
         assert [repair.device_id for repair in devices.reconcile()] == [device.id]
-    with Store.open(tmp_path / "state") as journal:
+    with Journal.open(tmp_path / "state") as journal:
         assert not journal.vms()[0].is_of_earlier_boot

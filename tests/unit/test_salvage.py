@@ -18,7 +18,7 @@ from vmplug.errors import StoreError
 from vmplug.host.pci.bind import FormerBinding
 from vmplug.journal.bindings import Binding, BindingState
 from vmplug.journal.database import VERSION
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.journal.salvage import UNKNOWN_OWNER, check_journal, set_aside
 from vmplug.journal.state import State
@@ -38,7 +38,7 @@ BINDING = Binding(
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A journal with all that one can hold, on many pages, all of it in one file."""
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         store.add_vm(VmRecord(name="vm-1", qmp_socket="/s", pid=1, started_at=2, is_ours=False))
         for index in range(DEVICES):
             device = replace(DISK, id=f"{index}", identity=f"file:{index}", place=f"{index}")
@@ -103,7 +103,7 @@ SEEN_WHEN_READ = (truncated, overwritten, *ALL_LOST, senseless, undecodable, wit
 
 
 def read_all(state_dir: Path) -> None:
-    with Store.open(state_dir) as store:
+    with Journal.open(state_dir) as store:
         store.vms()
         store.attachments()
         store.devices("vm-1")
@@ -175,7 +175,7 @@ def test_rows_on_both_sides_of_what_was_overwritten_are_carried_over(path: Path)
     overwritten(path)
     salvage = set_aside(str(path.parent))
     assert salvage
-    with Store.open(path.parent) as store:
+    with Journal.open(path.parent) as store:
         ids = [int(device.id) for device in store.devices("vm-1")]
     assert (ids[0], ids[-1]) == (0, DEVICES - 1)
     assert DEVICES / 2 < len(ids) < DEVICES
@@ -202,7 +202,7 @@ def test_devices_whose_holds_were_lost_can_still_be_listed_and_detached(path: Pa
     salvage = set_aside(str(path.parent))
     assert salvage
     assert "who holds /srv/a.img in VM vm-1" in salvage.lost
-    with Store.open(path.parent) as store:
+    with Journal.open(path.parent) as store:
         holds = store.attachments("vm-1")
     assert len(holds) == DEVICES
     assert {(hold.owner, hold.name) for hold in holds} == {(UNKNOWN_OWNER, "/srv/a.img")}
@@ -216,14 +216,14 @@ def test_a_claim_stays_when_the_journal_has_lost_where_its_vm_is(path: Path) -> 
     salvage = set_aside(str(path.parent))
     assert salvage
     assert salvage.lost[-1] == "where VM vm-1 is: vmplug vm adopt vm-1 --qmp SOCKET"
-    with Store.open(path.parent) as store:
+    with Journal.open(path.parent) as store:
         assert len(store.find_claims("vm-2", "file:8", [])) == 1
 
 
 def test_what_was_committed_and_not_yet_in_the_file_is_carried_over(path: Path) -> None:
     """A process that was killed leaves the last transactions in the log beside the file."""
     late = replace(DISK, id="late", identity="file:late", place="late")
-    with Store.open(path.parent) as writer:
+    with Journal.open(path.parent) as writer:
         writer.add_devices([late], [hold(late)])
         before = {p.name: p.read_bytes() for p in path.parent.glob("journal.db*")}
     for name, content in before.items():
@@ -233,7 +233,7 @@ def test_what_was_committed_and_not_yet_in_the_file_is_carried_over(path: Path) 
     salvage = set_aside(str(path.parent))
     assert salvage
     assert Path(f"{salvage.kept_as}-wal").exists()
-    with Store.open(path.parent) as store:
+    with Journal.open(path.parent) as store:
         assert len(store.find_claims("vm-2", "file:late", [])) == 1
 
 
@@ -246,7 +246,7 @@ def test_a_damaged_journal_of_an_older_version_is_carried_over_too(tmp_path: Pat
     salvage = set_aside(str(tmp_path))
     assert salvage
     assert salvage.carried["vm"] == 2
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         assert len(store.devices("vm-1")) == 2
 
 

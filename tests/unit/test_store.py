@@ -24,7 +24,7 @@ from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim
 from vmplug.host.kind import DeviceType
 from vmplug.journal.database import VERSION
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.journal.state import FOLLOWS, State, check_step
 
@@ -71,8 +71,8 @@ COUNTED = replace(
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store.open(tmp_path) as opened:
+def store(tmp_path: Path) -> Iterator[Journal]:
+    with Journal.open(tmp_path) as opened:
         yield opened
 
 
@@ -103,21 +103,21 @@ def hold(device: DeviceRecord, owner: str = "c1", path: str = "/dev/x") -> Attac
     ids=["virtio", "scsi", "hidden scsi", "counted"],
 )
 def test_a_device_comes_back_as_it_was_written(tmp_path: Path, device: DeviceRecord) -> None:
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         assert store.add_devices([device], [hold(device)]) == [hold(device)]
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         assert store.devices("vm-1") == [device]
         assert store.attachments("vm-1") == [hold(device)]
 
 
-def test_everything_comes_in_the_order_it_was_written(store: Store) -> None:
+def test_everything_comes_in_the_order_it_was_written(store: Journal) -> None:
     devices = [replace(DISK, id=f"{9 - i}", identity=f"{i}", place=f"{i}") for i in range(5)]
     store.add_devices(devices, [hold(device) for device in reversed(devices)])
     assert store.devices("vm-1") == devices
     assert store.attachments() == [hold(device) for device in reversed(devices)]
 
 
-def test_vms_are_apart(store: Store) -> None:
+def test_vms_are_apart(store: Journal) -> None:
     theirs = replace(DISK, id="d4", vm="vm-2")
     store.add_devices([DISK], [hold(DISK)])
     store.add_devices([theirs], [hold(theirs)])
@@ -131,11 +131,11 @@ def test_vms_are_apart(store: Store) -> None:
 def test_vms_come_back_by_name(tmp_path: Path) -> None:
     one = VmRecord(name="b", qmp_socket="/b", pid=None, started_at=None, is_ours=False)
     other = VmRecord(name="a", qmp_socket="/ä b", pid=2**22, started_at=2**40, is_ours=True)
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         for vm in (one, other):
             store.add_vm(vm)
         store.set_process("b", 7, 9)
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         assert store.vms() == [other, replace(one, pid=7, started_at=9)]
         assert store.find_vm("a") == other
         assert store.find_vm("c") is None
@@ -143,7 +143,7 @@ def test_vms_come_back_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "qmp_socket"), [("b", "/new"), ("c", "/b"), ("b", "/b")])
 def test_a_vm_is_known_once_by_its_name_and_by_its_socket(
-    store: Store, name: str, qmp_socket: str
+    store: Journal, name: str, qmp_socket: str
 ) -> None:
     known = VmRecord(name="b", qmp_socket="/b", pid=1, started_at=2, is_ours=True)
     store.add_vm(known)
@@ -152,7 +152,9 @@ def test_a_vm_is_known_once_by_its_name_and_by_its_socket(
     assert store.vms() == [known]
 
 
-def test_a_forgotten_vm_takes_its_devices_and_holds_with_it(store: Store, tmp_path: Path) -> None:
+def test_a_forgotten_vm_takes_its_devices_and_holds_with_it(
+    store: Journal, tmp_path: Path
+) -> None:
     theirs = replace(DISK, id="d4", vm="vm-2")
     store.add_vm(VmRecord(name="vm-1", qmp_socket="/s", pid=1, started_at=2, is_ours=True))
     store.add_devices([DISK, theirs], [hold(DISK), hold(theirs)])
@@ -166,7 +168,7 @@ def test_a_forgotten_vm_takes_its_devices_and_holds_with_it(store: Store, tmp_pa
 # holds
 
 
-def test_the_same_hold_again_counts_and_keeps_its_id(store: Store) -> None:
+def test_the_same_hold_again_counts_and_keeps_its_id(store: Journal) -> None:
     store.add_devices([DISK], [hold(DISK)])
     again = replace(hold(DISK), id="another id")
     assert store.set_state([DISK.id], State.ATTACHED, [again]) == [replace(hold(DISK), count=2)]
@@ -174,7 +176,7 @@ def test_the_same_hold_again_counts_and_keeps_its_id(store: Store) -> None:
     assert (found.id, found.count, found.state) == (hold(DISK).id, 2, State.ATTACHED)
 
 
-def test_owners_and_paths_make_holds_of_their_own(store: Store) -> None:
+def test_owners_and_paths_make_holds_of_their_own(store: Journal) -> None:
     holds = [hold(DISK), hold(DISK, "c2"), hold(DISK, "c1", "/dev/y")]
     store.add_devices([DISK], holds)
     assert store.attachments() == holds
@@ -197,7 +199,7 @@ def test_owners_and_paths_make_holds_of_their_own(store: Store) -> None:
     ],
 )
 def test_the_last_hold_stays_until_the_device_is_gone(
-    store: Store,
+    store: Journal,
     counts: dict[str, int],
     released: list[str],
     left: dict[str, int],
@@ -213,14 +215,14 @@ def test_the_last_hold_stays_until_the_device_is_gone(
     assert {a.owner: a.count for a in store.attachments()} == left
 
 
-def test_forgetting_a_device_forgets_its_holds_and_frees_its_place(store: Store) -> None:
+def test_forgetting_a_device_forgets_its_holds_and_frees_its_place(store: Journal) -> None:
     store.add_devices([DISK], [hold(DISK), hold(DISK, "c2")])
     store.forget_devices([DISK.id])
     assert store.attachments() == []
     store.add_devices([replace(DISK, id="e5")], [])
 
 
-def test_forgetting_what_somebody_else_forgot_is_no_error(store: Store) -> None:
+def test_forgetting_what_somebody_else_forgot_is_no_error(store: Journal) -> None:
     store.forget_devices(["nope"])
     store.forget_devices([])
 
@@ -237,7 +239,7 @@ def test_forgetting_what_somebody_else_forgot_is_no_error(store: Store) -> None:
     ],
     ids=["device", "place", "id"],
 )
-def test_nothing_is_given_away_twice(store: Store, tmp_path: Path, second: DeviceRecord) -> None:
+def test_nothing_is_given_away_twice(store: Journal, tmp_path: Path, second: DeviceRecord) -> None:
     store.add_devices([DISK], [hold(DISK)])
     before = journal_rows(tmp_path)
     with pytest.raises(StoreError):
@@ -245,13 +247,13 @@ def test_nothing_is_given_away_twice(store: Store, tmp_path: Path, second: Devic
     assert journal_rows(tmp_path) == before
 
 
-def test_devices_without_a_place_do_not_collide(store: Store) -> None:
+def test_devices_without_a_place_do_not_collide(store: Journal) -> None:
     other = replace(COUNTED, id="e5", identity="char:1:5")
     store.add_devices([COUNTED, other], [])
     assert store.devices("vm-1") == [COUNTED, other]
 
 
-def test_a_hold_on_nothing_is_refused(store: Store, tmp_path: Path) -> None:
+def test_a_hold_on_nothing_is_refused(store: Journal, tmp_path: Path) -> None:
     before = journal_rows(tmp_path)
     with pytest.raises(StoreError):
         store.add_devices([DISK], [hold(DISK), hold(SCSI_DISK)])
@@ -274,7 +276,7 @@ def test_a_hold_on_nothing_is_refused(store: Store, tmp_path: Path) -> None:
     ],
 )
 def test_claims_are_what_other_vms_hold_and_what_shows_the_same_bytes(
-    store: Store, vm: str | None, own: str, related: list[str], claimants: list[str]
+    store: Journal, vm: str | None, own: str, related: list[str], claimants: list[str]
 ) -> None:
     theirs = replace(DISK, id="e5", vm="vm-2")
     sdb = replace(SCSI_DISK, vm="vm-2")
@@ -282,7 +284,7 @@ def test_claims_are_what_other_vms_hold_and_what_shows_the_same_bytes(
     assert [claim.vm for claim in store.find_claims(vm, own, related)] == claimants
 
 
-def test_a_claim_says_how_the_device_is_held(store: Store) -> None:
+def test_a_claim_says_how_the_device_is_held(store: Journal) -> None:
     store.add_devices([DISK], [])
     assert store.find_claims("vm-2", DISK.identity, []) == [
         Claim(vm="vm-1", identity=DISK.identity, read_only=False, share_rw=True)
@@ -332,7 +334,7 @@ def test_only_steps_of_the_table_are_taken(state: State | None, wanted: State | 
     assert set(caught.value.required.split(" or ")) == required
 
 
-def device_in(store: Store, state: State | None) -> None:
+def device_in(store: Journal, state: State | None) -> None:
     if state is not None:
         store.add_devices([DISK], [hold(DISK)])
     if state not in {None, State.PLUGGING}:
@@ -342,7 +344,7 @@ def device_in(store: Store, state: State | None) -> None:
 @pytest.mark.parametrize("wanted", State)
 @pytest.mark.parametrize("state", STATES, ids=str)
 def test_the_store_takes_only_steps_of_the_table(
-    store: Store, tmp_path: Path, state: State | None, wanted: State
+    store: Journal, tmp_path: Path, state: State | None, wanted: State
 ) -> None:
     """A device that is not there cannot be moved, only added."""
     device_in(store, state)
@@ -360,7 +362,7 @@ def test_the_store_takes_only_steps_of_the_table(
 
 @pytest.mark.parametrize("state", [State.DETACHING, State.RETAINED])
 def test_a_new_device_can_only_be_on_its_way_in_or_there(
-    store: Store, tmp_path: Path, state: State
+    store: Journal, tmp_path: Path, state: State
 ) -> None:
     before = journal_rows(tmp_path)
     with pytest.raises(StateError):
@@ -373,20 +375,20 @@ def test_a_new_device_can_only_be_on_its_way_in_or_there(
 
 def test_the_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
     directory = tmp_path / "deep" / "state"
-    with Store.open(directory) as store:
+    with Journal.open(directory) as store:
         assert store.path == str(directory / "journal.db")
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
 def test_a_journal_survives_a_crash_of_the_machine_by_its_settings(tmp_path: Path) -> None:
-    Store.open(tmp_path).close()
+    Journal.open(tmp_path).close()
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 @pytest.mark.parametrize("newer", [VERSION + 1, 99])
 def test_a_journal_of_a_newer_version_is_refused_and_kept(tmp_path: Path, newer: int) -> None:
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         store.add_devices([DISK], [hold(DISK)])
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
         db.execute(f"PRAGMA user_version = {newer}")
@@ -395,7 +397,7 @@ def test_a_journal_of_a_newer_version_is_refused_and_kept(tmp_path: Path, newer:
     before = journal_rows(tmp_path)
     message = f"is of version {newer}; this vmplug knows {VERSION}$"
     with pytest.raises(StoreError, match=message) as caught:
-        Store.open(tmp_path)
+        Journal.open(tmp_path)
     assert caught.value.path == str(tmp_path / "journal.db")
     assert caught.value.hint
     assert journal_rows(tmp_path) == before
@@ -410,14 +412,14 @@ def test_a_damaged_journal_is_refused_and_kept(tmp_path: Path, garbage: bytes) -
     path = tmp_path / "journal.db"
     path.write_bytes(garbage)
     with pytest.raises(StoreError, match=r"the journal .*journal\.db is damaged") as caught:
-        Store.open(tmp_path)
+        Journal.open(tmp_path)
     assert caught.value.hint
     assert "reconcile --set-aside" in caught.value.hint
     assert path.read_bytes() == garbage
 
 
 def test_a_journal_damaged_inside_is_told_when_it_is_read(tmp_path: Path) -> None:
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         for index in range(200):
             device = replace(DISK, id=f"{index}", identity=f"{index}", place=f"{index}")
             store.add_devices([device], [hold(device)])
@@ -432,7 +434,7 @@ def test_a_journal_damaged_inside_is_told_when_it_is_read(tmp_path: Path) -> Non
 
 
 def read_all(state_dir: Path) -> None:
-    with Store.open(state_dir) as store:
+    with Journal.open(state_dir) as store:
         store.attachments()
         store.devices("vm-1")
 
@@ -440,7 +442,7 @@ def read_all(state_dir: Path) -> None:
 def test_an_empty_file_is_no_journal_and_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "journal.db").touch()
     with pytest.raises(StoreError, match="is not a journal of vmplug"):
-        Store.open(tmp_path)
+        Journal.open(tmp_path)
     assert (tmp_path / "journal.db").stat().st_size == 0
 
 
@@ -458,14 +460,14 @@ def test_a_directory_that_cannot_be_written_is_told(
     (tmp_path / "file").touch()
     (tmp_path / "taken" / "journal.db").mkdir(parents=True)
     with pytest.raises(StoreError) as caught:
-        Store.open(blocked(tmp_path))
+        Journal.open(blocked(tmp_path))
     assert caught.value.hint
     assert "--state-dir" in caught.value.hint
 
 
 @pytest.mark.root
 def test_a_directory_of_somebody_else_is_told(tmp_path: Path) -> None:
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         store.add_devices([DISK], [])
     before = journal_rows(tmp_path)
     process = spawn(open_as_nobody, str(tmp_path))
@@ -478,7 +480,7 @@ def open_as_nobody(state_dir: str) -> None:
     """In a process of its own: what root may do, nobody may not."""
     os.setresuid(65534, 65534, 65534)
     with pytest.raises(StoreError) as caught:
-        Store.open(state_dir)
+        Journal.open(state_dir)
     assert "root" in (caught.value.hint or "")
 
 
@@ -494,7 +496,7 @@ def spawn(function: Callable[..., None], *arguments: object) -> BaseProcess:
 def add_many(state_dir: str, index: int, start: Barrier) -> None:
     """What each of several processes does: devices of its own, and a hold on the common one."""
     start.wait(30)
-    with Store.open(state_dir) as store:
+    with Journal.open(state_dir) as store:
         start.wait(30)
         for number in range(EACH):
             name = f"{index}-{number}"
@@ -509,11 +511,11 @@ def add_many(state_dir: str, index: int, start: Barrier) -> None:
 @pytest.mark.parametrize("is_new", [True, False], ids=["new", "old"])
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path, *, is_new: bool) -> None:
     if not is_new:
-        Store.open(tmp_path).close()
+        Journal.open(tmp_path).close()
     start = multiprocessing.get_context("spawn").Barrier(PROCESSES + 1)
     processes = [spawn(add_many, str(tmp_path), index, start) for index in range(PROCESSES)]
     start.wait(30)  # from here on all open it
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         store.add_devices([COUNTED], [])
         store.set_state([COUNTED.id], State.ATTACHED)
     start.wait(30)  # from here on all write
@@ -521,7 +523,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path, *, is_new: bo
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * PROCESSES
 
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         devices = [d for d in store.devices("vm-1") if d.id != COUNTED.id]
         (common,) = [a for a in store.attachments() if a.owner == "everybody"]
     assert {d.id for d in devices} == {
@@ -532,7 +534,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path, *, is_new: bo
 
 
 def test_what_was_decided_without_another_device_is_not_written(
-    store: Store, tmp_path: Path
+    store: Journal, tmp_path: Path
 ) -> None:
     known = store.device_ids()
     store.add_devices([COUNTED], [])
@@ -541,7 +543,7 @@ def test_what_was_decided_without_another_device_is_not_written(
     assert journal_rows(tmp_path) == before
 
 
-def test_what_left_the_journal_or_moved_on_contradicts_no_new_device(store: Store) -> None:
+def test_what_left_the_journal_or_moved_on_contradicts_no_new_device(store: Journal) -> None:
     store.add_devices([COUNTED, SCSI_DISK], [])
     known = store.device_ids()
     store.forget_devices([SCSI_DISK.id])
@@ -551,7 +553,7 @@ def test_what_left_the_journal_or_moved_on_contradicts_no_new_device(store: Stor
 
 @pytest.mark.parametrize("state", [State.PLUGGING, State.DETACHING, State.RETAINED, None], ids=str)
 def test_nobody_holds_what_somebody_took_away_meanwhile(
-    store: Store, tmp_path: Path, state: State | None
+    store: Journal, tmp_path: Path, state: State | None
 ) -> None:
     device_in(store, state)
     store.add_devices([COUNTED], [])
@@ -562,7 +564,7 @@ def test_nobody_holds_what_somebody_took_away_meanwhile(
 
 
 @pytest.mark.parametrize("state", [State.ATTACHED, State.DETACHING])
-def test_whose_last_hold_is_released_is_detaching_at_once(store: Store, state: State) -> None:
+def test_whose_last_hold_is_released_is_detaching_at_once(store: Journal, state: State) -> None:
     store.add_devices([DISK], [hold(DISK)])
     store.set_state([DISK.id], State.ATTACHED)
     store.set_state([DISK.id] if state is State.DETACHING else [], State.DETACHING)
@@ -572,7 +574,7 @@ def test_whose_last_hold_is_released_is_detaching_at_once(store: Store, state: S
         store.set_state([], State.ATTACHED, [hold(DISK, "late")])
 
 
-def test_threads_of_one_process_may_share_a_store(store: Store) -> None:
+def test_threads_of_one_process_may_share_a_store(store: Journal) -> None:
     store.add_devices([COUNTED], [])
 
     def work(index: int) -> None:
@@ -590,7 +592,7 @@ def test_threads_of_one_process_may_share_a_store(store: Store) -> None:
     assert common.count == PROCESSES * EACH
 
 
-def test_who_reads_does_not_wait_for_who_writes(store: Store, tmp_path: Path) -> None:
+def test_who_reads_does_not_wait_for_who_writes(store: Journal, tmp_path: Path) -> None:
     store.add_devices([DISK], [hold(DISK)])
     with closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
@@ -603,10 +605,10 @@ def test_who_reads_does_not_wait_for_who_writes(store: Store, tmp_path: Path) ->
 WRITER = """
 import sys
 from dataclasses import replace
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from tests.unit.test_store import DISK, hold
 
-store = Store.open(sys.argv[1])
+store = Journal.open(sys.argv[1])
 for number in range(100_000):
     device = replace(DISK, id=str(number), identity=str(number), place=str(number))
     store.add_devices([device], [hold(device)])
@@ -622,19 +624,19 @@ def test_what_a_killed_process_wrote_is_there(tmp_path: Path) -> None:
         told = [int(writer.stdout.readline()) for _ in range(50)]
         writer.send_signal(signal.SIGKILL)
         told += [int(line) for line in writer.stdout if line.endswith("\n")]
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         written = [int(device.id) for device in store.devices("vm-1")]
         holds = store.attachments()
     assert written == list(range(len(written)))
     assert len(written) - len(told) in {0, 1}
     assert [a.device_id for a in holds] == [str(number) for number in written]
-    with Store.open(tmp_path) as store:
+    with Journal.open(tmp_path) as store:
         store.forget_devices([str(number) for number in written])
         assert store.devices("vm-1") == []
 
 
 def test_a_full_disk_is_told_and_the_journal_goes_on_when_there_is_room(
-    store: Store, tmp_path: Path
+    store: Journal, tmp_path: Path
 ) -> None:
     """SQLite itself takes the transaction back: there is nothing left to roll back."""
     (pages,) = store._db.execute("PRAGMA page_count").fetchone()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vmplug.address import Bdf
     from vmplug.host.vhost_user.store import VhostUserStore
     from vmplug.hypervisor.qemu.start.cold import ColdQemu
-    from vmplug.journal.journal import Store
+    from vmplug.journal.journal import Journal
     from vmplug.journal.records import Attachment, VmRecord
     from vmplug.manager.manager import DeviceManager
     from vmplug.policy.rules import Policy
@@ -23,14 +23,14 @@ def has_journal(state_dir: str) -> bool:
     return os.path.exists(os.path.join(state_dir, "journal.db"))
 
 
-def open_journal(state_dir: str) -> "Store":
+def open_journal(state_dir: str) -> "Journal":
     """The journal below `state_dir`, a context manager."""
-    from vmplug.journal.journal import Store  # noqa: PLC0415  sqlite3 costs 5 ms
+    from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 costs 5 ms
 
-    return Store.open(state_dir)
+    return Journal.open(state_dir)
 
 
-def find_vm(journal: "Store", name: str) -> "VmRecord":
+def find_vm(journal: "Journal", name: str) -> "VmRecord":
     """The VM of that name; StateError when it is not known."""
     record = journal.find_vm(name)
     if record is None:
@@ -43,7 +43,7 @@ def find_vm(journal: "Store", name: str) -> "VmRecord":
     return record
 
 
-def read_attachments(journal: "Store", vm: str | None) -> "list[Attachment]":
+def read_attachments(journal: "Journal", vm: str | None) -> "list[Attachment]":
     """What is attached, to all VMs or to one; StateError when that one is not known."""
     held = journal.attachments(vm)
     if vm and not held:
@@ -51,14 +51,14 @@ def read_attachments(journal: "Store", vm: str | None) -> "list[Attachment]":
     return held
 
 
-def forget_vm(journal: "Store", record: "VmRecord") -> None:
+def forget_vm(journal: "Journal", record: "VmRecord") -> None:
     """Forget a VM that has ended or is no longer ours to serve, and remove its files."""
     journal.forget_vm(record.name)
     if record.is_ours:
         shutil.rmtree(os.path.dirname(record.qmp_socket), ignore_errors=True)
 
 
-def give_back_unused(journal: "Store") -> None:
+def give_back_unused(journal: "Journal") -> None:
     """Give functions that were bound for devices which are no more to their former drivers.
 
     Raises BindError for one that cannot be; reconcile tries again.
@@ -100,7 +100,7 @@ def find_policy(path: str | None) -> "Policy | None":
     return read_policy(DEFAULT_POLICY if path is None else path)
 
 
-def find_ended(journal: "Store", names: "Iterable[str]") -> list[str]:
+def find_ended(journal: "Journal", names: "Iterable[str]") -> list[str]:
     """Which of these VMs are not what the journal knows any more, as far as can be seen from here.
 
     No VM is asked: a process that has ended is enough.

@@ -1,4 +1,4 @@
-"""Store: the journal, and the list of VMs, in one SQLite file.
+"""The journal: devices and VMs, in one SQLite file.
 
 Everything that is allocated is written here before the act.
 """
@@ -18,7 +18,7 @@ from vmplug.host.root import HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR
 from vmplug.journal.bindings import Bindings
 from vmplug.journal.database import Transaction, check_version, migrate, open_database, store_error
-from vmplug.journal.process import Worker
+from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.records import (
     Attachment,
     DeviceRecord,
@@ -56,7 +56,7 @@ _GIVE_UP = "UPDATE device SET worker = NULL WHERE id = ? AND worker = ?"
 _RELEASE_ONE = "UPDATE attachment SET count = count - 1 WHERE id = ?"
 
 
-class Store:
+class Journal:
     """The journal of one host, open in this process.
 
     Every method is one transaction. Raises StoreError for a file that is not a journal, comes
@@ -69,7 +69,7 @@ class Store:
         self._lock = threading.RLock()
         self.path = path
         self.host = host
-        self.worker = Worker.own(host)
+        self.worker = ProcessIdentity.own(host)
         self.bindings = Bindings(connection, self._lock, path)
 
     @classmethod
@@ -81,15 +81,15 @@ class Store:
     ) -> Self:
         """The journal below `state_dir`, made when it is not there."""
         connection, path = open_database(state_dir)
-        store = cls(connection, path, host)
+        journal = cls(connection, path, host)
         try:
-            with store._errors():
+            with journal._errors():
                 version = migrate(connection, path)
             check_version(version, path)
         except BaseException:
-            store.close()
+            journal.close()
             raise
-        return store
+        return journal
 
     def close(self) -> None:
         """Close the file."""

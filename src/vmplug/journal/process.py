@@ -1,4 +1,4 @@
-"""Worker: the process that has a device in progress, told from every other one of any boot.
+"""The process that has a device in progress, told from every other one of any boot.
 
 A pid alone is used again; with the start time it names one process of one boot.
 """
@@ -19,7 +19,7 @@ def read_boot_id(host: HostRoot) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
+class ProcessIdentity:
     """A process; `started_at` is in clock ticks after boot, None where nobody could say.
 
     As text, `PID STARTED_AT BOOT_ID` with `-` for what is not known.

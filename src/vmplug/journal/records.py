@@ -13,7 +13,7 @@ from vmplug.host.finding import Claim
 from vmplug.host.kind import DeviceType
 from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
-from vmplug.journal.process import Worker
+from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.state import State
 
 
@@ -53,7 +53,7 @@ class DeviceRecord:
     options: Mapping[str, str]
     place: str | None
     guest_address: GuestAddress | None
-    worker: Worker | None = field(default=None, compare=False)
+    worker: ProcessIdentity | None = field(default=None, compare=False)
     parts: tuple[str, ...] = ()
 
     @property
@@ -126,7 +126,7 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
         options=_options(row["options"]),
         place=row["place"],
         guest_address=_guest_address(row),
-        worker=Worker.parse(row["worker"]) if row["worker"] else None,
+        worker=ProcessIdentity.parse(row["worker"]) if row["worker"] else None,
         parts=tuple(json.loads(row["parts"])) if row["parts"] else (),
     )
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 from vmplug.errors import StateError
 from vmplug.journal.database import written_too_fast
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import ABSENT, State
 from vmplug.manager.plan import Plan
@@ -19,7 +19,7 @@ keeps it for as long. Usually that takes milliseconds."""
 
 def decide(
     plan_now: Callable[[], Plan],
-    journal: Store,
+    journal: Journal,
     lock: AbstractContextManager[object],
     *,
     vm: str,
@@ -40,7 +40,7 @@ def decide(
         time.sleep(_PLUG_STEP_S)  # other processes plug too, and SQLite tells no changes
 
 
-def _is_passing(error: StateError, vm: str, journal: Store) -> bool:
+def _is_passing(error: StateError, vm: str, journal: Journal) -> bool:
     """Whether what stands in the way changes by itself, or has just done so."""
     if error.state != State.PLUGGING:
         return error.state == ABSENT
@@ -48,7 +48,7 @@ def _is_passing(error: StateError, vm: str, journal: Store) -> bool:
     return not workers or any(worker and worker.is_alive(journal.host) for worker in workers)
 
 
-def finish(plan: Plan, journal: Store) -> list[Attachment]:
+def finish(plan: Plan, journal: Journal) -> list[Attachment]:
     """Write down that new devices are attached, and holds on those that were known before.
 
     StateError when somebody has taken one of those away meanwhile.
@@ -57,7 +57,7 @@ def finish(plan: Plan, journal: Store) -> list[Attachment]:
     return journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
 
 
-def _decide_now(plan_now: Callable[[], Plan], journal: Store) -> tuple[Plan, list[Attachment]]:
+def _decide_now(plan_now: Callable[[], Plan], journal: Journal) -> tuple[Plan, list[Attachment]]:
     """A plan that was journalled before anybody else had journalled another device."""
     for _ in range(_ATTEMPTS):
         known = journal.device_ids()

@@ -27,7 +27,7 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.journal import DEFAULT_STATE_DIR
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
 from vmplug.journal.state import State, holds_nothing, not_attached
 from vmplug.manager import UNPLUG_TIMEOUT_S
@@ -68,7 +68,7 @@ class DeviceManager:
         vm: str,
         host: HostRoot,
         hypervisor: Hypervisor,
-        journal: Store,
+        journal: Journal,
         store: VhostUserStore | None = None,
         policy: Policy | None = None,
     ) -> None:
@@ -103,7 +103,7 @@ class DeviceManager:
         does not know is written into it, and what a former one of its name held is released. The
         manager closes the hypervisor's conversation when it is closed. Raises StoreError.
         """
-        journal = Store.open(state_dir)
+        journal = Journal.open(state_dir)
         manager = cls(
             vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store, policy=policy
         )

@@ -20,7 +20,7 @@ from enum import StrEnum
 
 from vmplug.drivers.ports import Hypervisor
 from vmplug.errors import CommandError
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State
 
@@ -66,7 +66,7 @@ class Repair:
 
 def reconcile(
     vm: str,
-    journal: Store,
+    journal: Journal,
     hypervisor: Hypervisor,
     *,
     timeout_s: float,
@@ -111,7 +111,7 @@ def reconcile(
     ]
 
 
-def _in_progress(record: DeviceRecord, journal: Store) -> Repair | None:
+def _in_progress(record: DeviceRecord, journal: Journal) -> Repair | None:
     worker = record.worker
     if not (worker and worker.is_alive(journal.host)):
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vmplug.drivers.ports import Hypervisor
 from vmplug.errors import BindError, CommandError
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State, unplug_error
 from vmplug.manager.binding.binder import Binder
@@ -19,7 +19,7 @@ class Unplugger:
     """Takes devices out of one VM that the journal has as detaching."""
 
     vm: str
-    journal: Store
+    journal: Journal
     hypervisor: Hypervisor
     binder: Binder
 

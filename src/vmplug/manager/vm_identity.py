@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from vmplug.drivers.ports import Endpoint, Hypervisor
 from vmplug.host.process import read_start_time
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, VmRecord, foreign_names, has_ended, record_vm
 from vmplug.manager.reconcile import Outcome, Repair
 
 
-def meet(vm: str, journal: Store, hypervisor: Hypervisor) -> list[Repair]:
+def meet(vm: str, journal: Journal, hypervisor: Hypervisor) -> list[Repair]:
     """Write a VM down that the journal does not know, and release what a former one held.
 
     Tells what was released; its functions are still to be given back to the host.
@@ -37,7 +37,7 @@ def meet(vm: str, journal: Store, hypervisor: Hypervisor) -> list[Repair]:
     return [Repair(d.id, d.host_path, Outcome.FORGOTTEN, reason) for d in devices]
 
 
-def _may_have_ended(record: VmRecord, journal: Store) -> bool:
+def _may_have_ended(record: VmRecord, journal: Journal) -> bool:
     """Whether the process that the journal knows is no more."""
     if record.is_of_earlier_boot:
         return True
@@ -54,7 +54,7 @@ def _holds_any(devices: Sequence[DeviceRecord], hypervisor: Hypervisor) -> bool:
     return any(held.get(device.id) for device in devices)
 
 
-def _correct(record: VmRecord, endpoint: Endpoint, journal: Store) -> None:
+def _correct(record: VmRecord, endpoint: Endpoint, journal: Journal) -> None:
     if endpoint.pid:
         started_at = read_start_time(endpoint.pid, journal.host)
         journal.set_process(record.name, endpoint.pid, started_at)

@@ -9,7 +9,7 @@ from vmplug.cli.render.output import print_json, print_table
 from vmplug.cli.wiring import find_vm, open_journal
 from vmplug.errors import StateError
 from vmplug.hypervisor.qemu.running import Qemu
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.manager.kata.adopt import Adopted, adopt
 from vmplug.manager.kata.saved_state import read_kata
 from vmplug.manager.vm_identity import meet
@@ -50,7 +50,7 @@ def command(as_json: bool, state_dir: str, socket: str | None, vm: str, state: s
         click.echo(f"Kata has saved no device of sandbox {saved.sandbox}")
 
 
-def _connect(journal: Store, vm: str, socket: str | None) -> Qemu:
+def _connect(journal: Journal, vm: str, socket: str | None) -> Qemu:
     """The VM, at the socket that is named, which must be the journal's if that knows the VM."""
     record = find_vm(journal, vm) if socket is None else journal.find_vm(vm)
     qemu = Qemu.connect(socket or (record.qmp_socket if record else ""))

@@ -6,7 +6,7 @@ from vmplug.cli.options import complete_vm, json_option, state_dir_option
 from vmplug.cli.render.output import attachment_json, host_json, print_attachments, print_json
 from vmplug.cli.wiring import find_ended, open_journal, read_attachments
 from vmplug.host.root import HostRoot
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.manager.watching.health import HostLook, Look
 
 
@@ -39,7 +39,7 @@ def command(as_json: bool, state_dir: str, vm: str | None) -> None:
         click.echo("nothing is attached")
 
 
-def _look(journal: Store, vm: str | None) -> dict[str, Look]:
+def _look(journal: Journal, vm: str | None) -> dict[str, Look]:
     """What has become of the devices on the host, by id, as far as it can be told."""
     vms = [record for record in journal.vms() if vm in {None, record.name}]
     looker = HostLook(HostRoot(), vms)

@@ -14,7 +14,7 @@ from vmplug.errors import DeviceError, HypervisorError
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.virtiofsd import HostDaemons
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.journal.salvage import Salvage, check_journal
 from vmplug.journal.salvage import set_aside as put_aside
@@ -98,7 +98,7 @@ class _How:
 
 
 def _repair_all(
-    vms: Sequence[VmRecord], journal: Store, how: _How
+    vms: Sequence[VmRecord], journal: Journal, how: _How
 ) -> tuple[list[tuple[str, Repair]], list[Failure]]:
     """What was done in each VM; one that does not answer keeps no other from it."""
     repairs: list[tuple[str, Repair]] = []
@@ -113,7 +113,7 @@ def _repair_all(
     return repairs, failures
 
 
-def _repair(record: VmRecord, journal: Store, how: _How) -> list[Repair]:
+def _repair(record: VmRecord, journal: Journal, how: _How) -> list[Repair]:
     if not is_gone(record):
         with (
             open_manager(record.name, how.state_dir, host=HostRoot()) as devices,

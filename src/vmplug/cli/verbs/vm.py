@@ -47,7 +47,7 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.launch import launch
 from vmplug.hypervisor.qemu.start.machine import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, VmRecord, record_vm
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
@@ -340,7 +340,7 @@ def _word(value: object) -> str:
             return str(value)
 
 
-def _describe(record: VmRecord, journal: Store) -> dict[str, Any]:
+def _describe(record: VmRecord, journal: Journal) -> dict[str, Any]:
     """A VM's state; `busy` when another client holds its QMP socket."""
     state, offer = "gone", None
     if not is_gone(record):
@@ -369,7 +369,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def _forget_if_gone(journal: Store, name: str) -> None:
+def _forget_if_gone(journal: Journal, name: str) -> None:
     """Make room for a VM of a name whose last one has ended and left nothing attached.
 
     VMs of an earlier boot of the host left nothing, whatever they held.

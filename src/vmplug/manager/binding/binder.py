@@ -39,7 +39,7 @@ from vmplug.host.pci.vfio_driver import check_driver, choose_driver, is_same_dri
 from vmplug.host.root import HostRoot
 from vmplug.journal.bindings import LOCK_TIMEOUT_S, Binding, BindingState
 from vmplug.journal.database import is_locked
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.process import read_boot_id
 from vmplug.manager.binding.users import USED_BY_VM, check_use, find_users, refuse_use
 
@@ -83,7 +83,7 @@ class Binder:
     """Binds functions of `host` and keeps account of it in the journal."""
 
     def __init__(
-        self, journal: Store, host: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S
+        self, journal: Journal, host: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S
     ) -> None:
         self._journal = journal
         self._host = host

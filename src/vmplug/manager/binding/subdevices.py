@@ -10,7 +10,7 @@ from vmplug.host.pci.mdev_create import remove_mediated
 from vmplug.host.pci.sriov import Sriov, find_interface, read_sriov, set_count
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.manager.binding.users import USED_BY_VM, check_use, refuse_use
 
 _NO_USE = frozenset(
@@ -51,7 +51,7 @@ def divide(
     bdf: Bdf,
     count: int,
     *,
-    journal: Store,
+    journal: Journal,
     host: HostRoot,
     autoprobe: bool | None = None,
     allow: Collection[Code] = (),
@@ -70,7 +70,7 @@ def divide(
 
 
 def _refuse_used(
-    virtfns: Iterable[Bdf], journal: Store, host: HostRoot, allow: Collection[Code]
+    virtfns: Iterable[Bdf], journal: Journal, host: HostRoot, allow: Collection[Code]
 ) -> None:
     findings = [
         finding
@@ -104,7 +104,7 @@ def read_interface(bdf: Bdf, host: HostRoot) -> str:
     return interface
 
 
-def remove_unused(uuid: str, *, journal: Store, host: HostRoot) -> None:
+def remove_unused(uuid: str, *, journal: Journal, host: HostRoot) -> None:
     """Take a mediated device away. Raises InUse while a VM or a process has it."""
     with journal.bindings.alone():
         group = find_vfio_device(uuid, host)

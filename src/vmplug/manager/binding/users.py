@@ -13,14 +13,14 @@ from vmplug.host.pci.uses import block_devices_of
 from vmplug.host.pci.vfio import read_cdev
 from vmplug.host.process import find_openers
 from vmplug.host.root import HostRoot
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 
 USED_BY_VM = frozenset({Code.IN_USE_BY_VM, Code.OPEN_BY_PROCESS})
 """Findings that a VM, or another user of VFIO, has it."""
 
 
 def check_use(
-    group: VfioGroup, journal: Store, host: HostRoot, *, only: Bdf | None = None
+    group: VfioGroup, journal: Journal, host: HostRoot, *, only: Bdf | None = None
 ) -> list[Finding]:
     """Everything that speaks against taking the group, or `only` one function, from its users."""
     members = group if only is None else _only(only, group, host)
@@ -37,7 +37,7 @@ def check_use(
     )
 
 
-def find_users(bdf: Bdf, journal: Store | None, host: HostRoot) -> str | None:
+def find_users(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
     """Who has a function by way of VFIO: a process, or a VM of the journal; None for nobody.
 
     Only links are read: the kernel lets nobody read the function's files while it takes it from

@@ -19,7 +19,7 @@ from vmplug.drivers.place import (
 )
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import State
 from vmplug.manager.kata.saved_state import KataDevice, KataState
@@ -49,7 +49,7 @@ class Adopted(NamedTuple):
     device_id: str | None = None
 
 
-def adopt(state: KataState, vm: str, journal: Store, hypervisor: Vm) -> list[Adopted]:
+def adopt(state: KataState, vm: str, journal: Journal, hypervisor: Vm) -> list[Adopted]:
     """Write down what Kata has attached and the journal does not know; tells what became of all.
 
     All of it is written in one transaction. Raises HypervisorError, StoreError.
@@ -157,6 +157,6 @@ def _holds(device: KataDevice, record: DeviceRecord, state: KataState) -> list[A
     ]
 
 
-def _shared_with(record: DeviceRecord, journal: Store) -> str | None:
+def _shared_with(record: DeviceRecord, journal: Journal) -> str | None:
     claims = journal.find_claims(record.vm, record.identity, [])
     return f"QEMU has it, and so has VM {claims[0].vm}" if claims else None

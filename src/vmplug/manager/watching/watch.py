@@ -17,7 +17,7 @@ from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.sockets import find_server
 from vmplug.journal import DEFAULT_STATE_DIR
-from vmplug.journal.journal import Store
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, has_ended
 from vmplug.manager.watching.health import HostLook, HostState, Look, judged, socket_of
 from vmplug.manager.watching.notice import (
@@ -45,7 +45,7 @@ def watch(
     HostError when the kernel's events cannot be received.
     """
     with ExitStack() as opened:
-        journal = opened.enter_context(Store.open(state_dir))
+        journal = opened.enter_context(Journal.open(state_dir))
         events = opened.enter_context(HostEvents())
         opened.pop_all()
     return Watch(journal, events, host=host or HostRoot(), vm=vm, timeout_s=timeout_s)
@@ -66,7 +66,7 @@ class Watch(Iterator[DeviceEvent]):
 
     def __init__(
         self,
-        journal: Store,
+        journal: Journal,
         events: HostEvents,
         *,
         host: HostRoot,
