@@ -23,14 +23,14 @@ from vmplug.manager.examine import Examined, Known, examine, refuse_not_allowed
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.policy.file import read_policy
-from vmplug.policy.gate import Gate
+from vmplug.policy.gate import PolicyCheck
 
 GPU, AUDIO, NIC, BRIDGE = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0", "0000:3a:00.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 REMAPPING = "  0:  122  IR-IO-APIC   2-edge      timer\n"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mknod")
 
-Gates = Callable[..., Gate]
+Gates = Callable[..., PolicyCheck]
 
 
 @pytest.fixture
@@ -41,12 +41,12 @@ def tree(tmp_path: Path) -> PciTree:
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Gates:
-    def read(*rules: str) -> Gate:
+    def read(*rules: str) -> PolicyCheck:
         path = tmp_path / "policy.toml"
         each = (f'[[rule]]\nname = "r{i}"\n{rule}\n' for i, rule in enumerate(rules))
         path.write_text("".join(each))
         path.chmod(0o600)
-        return Gate(read_policy(path))
+        return PolicyCheck(read_policy(path))
 
     return read
 
@@ -59,12 +59,12 @@ def image(path: str) -> DeviceInfo:
     return DeviceInfo(container_path="/dev/xvda", dev_type=DevType.BLOCK, host_path=path)
 
 
-def look(request: Request, root: HostRoot, gate: Gate, **more: object) -> Examined:
+def look(request: Request, root: HostRoot, gate: PolicyCheck, **more: object) -> Examined:
     (examined,) = examine([request], root, known=Known(gate=gate), **more)  # type: ignore[arg-type]
     return examined
 
 
-def is_allowed(request: Request, root: HostRoot, gate: Gate, **more: object) -> bool:
+def is_allowed(request: Request, root: HostRoot, gate: PolicyCheck, **more: object) -> bool:
     """Whether the policy has nothing against it, whatever else there may be."""
     return Code.NOT_ALLOWED not in {f.code for f in look(request, root, gate, **more).findings}
 

@@ -26,9 +26,9 @@ from vmplug.manager.manager import DeviceManager
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.policy.file import read_policy
 from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
-from vmplug.policy.rules import Asked, Rule
+from vmplug.policy.rules import PolicySubject, Rule
 
-DISK = Asked(
+DISK = PolicySubject(
     name="/dev/sdb",
     kind=DeviceType.BLOCK,
     number=("b", DevNum(8, 16)),
@@ -37,7 +37,7 @@ DISK = Asked(
     owner="ctr1",
     mode=PlugMode.HOT,
 )
-GPU = Asked(
+GPU = PolicySubject(
     name="0000:3b:00.0",
     kind=DeviceType.VFIO,
     paths=("/sys/devices/pci0000:3a/0000:3b:00.0",),
@@ -66,7 +66,7 @@ def rules(write: Callable[[str], Path]) -> Callable[..., Policy]:
     return lambda *each: read_policy(write("".join(f"[[rule]]\n{rule}\n" for rule in each)))
 
 
-def allows(policy: Policy, *parts: Asked) -> bool:
+def allows(policy: Policy, *parts: PolicySubject) -> bool:
     return not policy.judge(parts).refusals
 
 
@@ -108,14 +108,14 @@ OTHERS = [
 
 @pytest.mark.parametrize(("matchers", "asked"), MATCHERS)
 def test_a_rule_allows_what_it_is_for(
-    rules: Callable[..., Policy], matchers: str, asked: Asked
+    rules: Callable[..., Policy], matchers: str, asked: PolicySubject
 ) -> None:
     assert allows(rules(f'name = "it"\n{matchers}'), asked)
 
 
 @pytest.mark.parametrize(("matchers", "asked"), OTHERS)
 def test_a_rule_allows_nothing_else(
-    rules: Callable[..., Policy], matchers: str, asked: Asked
+    rules: Callable[..., Policy], matchers: str, asked: PolicySubject
 ) -> None:
     verdict = rules(f'name = "it"\n{matchers}').judge([asked])
     (refusal,) = verdict.refusals

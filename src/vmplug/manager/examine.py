@@ -26,7 +26,7 @@ from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.probe import ask_backend
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.requests import Request
-from vmplug.policy.gate import Gate, not_overruled
+from vmplug.policy.gate import PolicyCheck, not_overruled
 
 FindClaims = Callable[[HostDevice], Sequence[Claim]]
 
@@ -42,7 +42,7 @@ class Known(NamedTuple):
     find_claims: FindClaims = lambda _: ()
     is_held: Callable[[HostDevice], bool] = lambda _: False
     find_more: Callable[[HostDevice], Iterable[Finding]] = lambda _: ()
-    gate: Gate | None = None
+    gate: PolicyCheck | None = None
 
 
 _BINDABLE = {Code.NOT_BOUND, Code.GROUP_NOT_VIABLE}

@@ -41,7 +41,7 @@ from vmplug.manager.unplug import Unplugger
 from vmplug.manager.vm_identity import meet
 from vmplug.oci.limits import NAME_BYTES_MAX, check_text
 from vmplug.oci.requests import Request
-from vmplug.policy.gate import Gate
+from vmplug.policy.gate import PolicyCheck
 from vmplug.policy.rules import Policy
 
 log = logging.getLogger(__name__)
@@ -307,11 +307,11 @@ class DeviceManager:
                 self._former += released
                 self._offer = None
 
-    def _gate(self, owner: str | None) -> Gate | None:
+    def _gate(self, owner: str | None) -> PolicyCheck | None:
         """The policy, asked on behalf of `owner`."""
         if self._policy is None:
             return None
-        return Gate(self._policy, self._vm, owner, self._last_offer().mode)
+        return PolicyCheck(self._policy, self._vm, owner, self._last_offer().mode)
 
     def _last_offer(self) -> Offer:
         """What the VM offered when it was last asked."""

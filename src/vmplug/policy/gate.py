@@ -17,10 +17,10 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.oci.requests import Request
-from vmplug.policy.rules import Asked, Policy, Verdict
+from vmplug.policy.rules import Policy, PolicySubject, Verdict
 
 
-class Gate(NamedTuple):
+class PolicyCheck(NamedTuple):
     """The policy, and who is before it: for which VM and owner a device is, and when.
 
     Each is None where nobody has said.
@@ -57,10 +57,10 @@ class Gate(NamedTuple):
         )
 
 
-def _parts(device: HostDevice, root: HostRoot) -> Iterator[Asked]:
+def _parts(device: HostDevice, root: HostRoot) -> Iterator[PolicySubject]:
     """A device, or each member of a group by itself: rules are about these."""
     if not (isinstance(device, VfioGroup) and (device.functions or device.mediated)):
-        yield Asked(
+        yield PolicySubject(
             name=device.host_path,
             kind=device.kind,
             number=_number(device),
@@ -69,11 +69,11 @@ def _parts(device: HostDevice, root: HostRoot) -> Iterator[Asked]:
         return
     if device.mediated:
         real = root.real_path(device.mediated.sysfs_path)
-        yield Asked(name=device.mediated.uuid, kind=device.kind, paths=(real,))
+        yield PolicySubject(name=device.mediated.uuid, kind=device.kind, paths=(real,))
     for function in device.functions:
         real = root.real_path(function.sysfs_path)
         name = str(function.bdf)
-        yield Asked(name=name, kind=device.kind, paths=(real,), function=function)
+        yield PolicySubject(name=name, kind=device.kind, paths=(real,), function=function)
 
 
 def _number(device: HostDevice) -> tuple[str, DevNum] | None:

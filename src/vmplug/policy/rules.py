@@ -20,7 +20,7 @@ _SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class PolicySubject:
     """One thing that would go into a VM: a device, or each function of a group by itself.
 
     `number` has `b` or `c` beside it. `vm`, `owner` and `mode` are None where nobody has said yet
@@ -84,7 +84,7 @@ class Rule:
     share_rw: bool = False
     allow: frozenset[Code] = frozenset()
 
-    def objections(self, asked: Asked) -> list[Objection]:
+    def objections(self, asked: PolicySubject) -> list[Objection]:
         """Everything for which the rule does not allow it; nothing when it does."""
         of_device = (
             Objection(is_of_device=True, wanted=wanted) for wanted in self._other_device(asked)
@@ -94,7 +94,7 @@ class Rule:
             *(Objection(is_of_device=False, wanted=wanted) for wanted in self._other_use(asked)),
         ]
 
-    def _other_device(self, asked: Asked) -> Iterator[str]:
+    def _other_device(self, asked: PolicySubject) -> Iterator[str]:
         function = asked.function
         if self.kinds is not None and asked.kind not in self.kinds:
             yield f"is for {_few(sorted(self.kinds))}"
@@ -115,7 +115,7 @@ class Rule:
         ):
             yield f"is for the PCI classes {_few(self.classes)}"
 
-    def _other_use(self, asked: Asked) -> Iterator[str]:
+    def _other_use(self, asked: PolicySubject) -> Iterator[str]:
         if self.vms is not None and not _is_among(asked.vm, self.vms):
             yield f"is for the VMs {_few(self.vms)}"
         if self.owners is not None and not _is_among(asked.owner, self.owners):
@@ -151,7 +151,7 @@ class Policy:
     name: str = "the policy"
     rules: tuple[Rule, ...]
 
-    def judge(self, parts: Iterable[Asked]) -> Verdict:
+    def judge(self, parts: Iterable[PolicySubject]) -> Verdict:
         """What the rules say of a device, given as the parts of which each must be allowed."""
         refusals: list[Finding] = []
         allow = frozenset(Code)
@@ -162,7 +162,7 @@ class Policy:
             allow &= frozenset[Code]().union(*(rule.allow for rule in allowing))
         return Verdict(tuple(refusals), allow)
 
-    def _refusal(self, asked: Asked) -> Finding:
+    def _refusal(self, asked: PolicySubject) -> Finding:
         """The finding, with the rule that comes closest: the first of those that object least."""
         what = f"{asked.name} ({asked}): "
         hint = f"whoever runs this host says in {self.name} what may be handed over"

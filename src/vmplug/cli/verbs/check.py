@@ -23,7 +23,7 @@ from vmplug.cli.wiring import find_policy, has_journal, open_journal, open_manag
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code
 from vmplug.manager.examine import Examined, FindClaims, Known, examine
-from vmplug.policy.gate import Gate
+from vmplug.policy.gate import PolicyCheck
 
 _NOT_ALLOWED, _HOST_ERROR = 3, 4
 
@@ -78,7 +78,7 @@ def command(
                 asked.infos,
                 asked.host,
                 store=asked.store,
-                known=Known(find_claims, gate=Gate(rules, owner=owner) if rules else None),
+                known=Known(find_claims, gate=PolicyCheck(rules, owner=owner) if rules else None),
                 allowed=allowed,
                 managed=managed,
             )
