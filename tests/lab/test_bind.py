@@ -27,7 +27,7 @@ from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.pci.vfio_driver import choose_driver, find_driver
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
-from vmplug.manager.binding.binder import Binder, Outcome
+from vmplug.manager.binding.binder import Binder, BindOutcome
 from vmplug.manager.binding.subdevices import divide, find_sriov, remove_unused
 
 MULTI = (topology.MULTI_NVME, topology.MULTI_EDU, topology.MULTI_NIC)
@@ -205,10 +205,10 @@ def test_what_a_process_has_open_is_not_taken_from_it(side: Side, journal: Journ
         assert "is open in process" in told.reason
         assert (told.error.step, told.error.errno) == ("unbind", errno.EBUSY)
         (told,) = binder.recover()
-        assert told.outcome is Outcome.STILL_OPEN
+        assert told.outcome is BindOutcome.STILL_OPEN
         assert side.picture() == between
     (told,) = binder.recover()
-    assert told.outcome is Outcome.GIVEN_BACK
+    assert told.outcome is BindOutcome.GIVEN_BACK
     assert side.picture() == before
 
 
@@ -226,9 +226,9 @@ def test_an_unbind_that_the_kernel_does_not_finish_has_a_deadline_and_is_finishe
         assert told.error.hint
         assert len(journal.bindings.all()) == 1
         (told,) = binder.recover()
-        assert told.outcome is Outcome.FAILED
+        assert told.outcome is BindOutcome.FAILED
     (told,) = Binder(journal, side.host).recover()
-    assert told.outcome is Outcome.GIVEN_BACK
+    assert told.outcome is BindOutcome.GIVEN_BACK
     assert side.picture() == before
 
 

@@ -33,7 +33,7 @@ from vmplug import (
 )
 from vmplug.host.events import EventsLost, HostEvents
 from vmplug.journal.journal import Journal
-from vmplug.manager.watching.health import HostLook, HostState, Look
+from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, HostState
 
 DEADLINE_S = 120.0
 """The lab's clock may run several times as fast as ours."""
@@ -70,10 +70,10 @@ def bind(bdf: str, driver: str) -> None:
     Path("/sys/bus/pci/drivers_probe").write_text(bdf)
 
 
-def look(journal: Journal, attachment: Attachment) -> Look:
+def look(journal: Journal, attachment: Attachment) -> DeviceHealth:
     """What `list` looks at."""
     (record,) = (r for r in journal.devices("sb1") if r.id == attachment.device_id)
-    seen = HostLook(HostRoot(), journal.vms()).of(record)
+    seen = HostSnapshot(HostRoot(), journal.vms()).of(record)
     assert seen
     return seen
 
@@ -154,12 +154,12 @@ def test_a_function_goes_to_another_driver_and_comes_back(
         )
         attachment = attach_row(journal, record)
         begin(notices)
-        assert look(journal, attachment) == Look(HostState.PRESENT)
+        assert look(journal, attachment) == DeviceHealth(HostState.PRESENT)
         bind(bdf, "e1000e")
         told = next(notices)
         assert told.what is EventKind.OTHER_DRIVER
         assert bdf in told.message
-        assert look(journal, attachment) == Look(
+        assert look(journal, attachment) == DeviceHealth(
             HostState.OTHER_DRIVER, f"{bdf} is bound to the driver e1000e, not to VFIO's"
         )
         bind(bdf, "vfio-pci")

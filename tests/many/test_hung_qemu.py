@@ -21,7 +21,7 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.journal.state import State
-from vmplug.manager.reconcile import Outcome
+from vmplug.manager.reconcile import RepairOutcome
 
 pytestmark = pytest.mark.qemu
 
@@ -114,7 +114,7 @@ def test_in_the_middle_of_an_attach(vm: GuestVm, tmp_path: Path, image: str, exe
     with opened(vm, state_dir) as manager:
         assert states(manager.attachments()) == [State.PLUGGING] * 2
         assert {repair.outcome for repair in manager.reconcile(timeout_s=REASON_TO_WAIT_S)} == {
-            Outcome.UNDONE
+            RepairOutcome.UNDONE
         }
         assert picture(vm, state_dir) == before
         manager.detach(manager.attach(request(image)).id)

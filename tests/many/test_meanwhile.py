@@ -21,7 +21,7 @@ from vmplug.errors import StateError, UnplugTimeout
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.reconcile import Outcome
+from vmplug.manager.reconcile import RepairOutcome
 
 SCSI = {"block-driver": "virtio-scsi"}
 AT_ONCE_S = 0.05
@@ -86,7 +86,7 @@ def test_reconcile_that_waits_for_a_guest_keeps_nobody_waiting(sandbox: Sandbox)
         assert [a.id for a in manager.attachments()] == [stuck.id]
         assert not repaired.done()
         sandbox.memory.wake()
-        assert [repair.outcome for repair in repaired.result(10)] == [Outcome.FINISHED]
+        assert [repair.outcome for repair in repaired.result(10)] == [RepairOutcome.FINISHED]
     assert manager.attachments() == []
     assert not sandbox.vmplugs()
 

@@ -14,7 +14,7 @@ from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.reconcile import Outcome
+from vmplug.manager.reconcile import RepairOutcome
 
 pytestmark = pytest.mark.qemu
 
@@ -73,7 +73,7 @@ def test_what_a_vm_held_that_ended_unseen_is_released(vms: Vms, tmp_path: Path) 
         new = devices.attach(request(image))
         assert new.device_id != old.device_id
         (told,) = devices.reconcile()
-        assert (told.device_id, told.outcome) == (old.device_id, Outcome.FORGOTTEN)
+        assert (told.device_id, told.outcome) == (old.device_id, RepairOutcome.FORGOTTEN)
     names = {e["name"] for e in vms.second.oracle.execute("qom-list", path="/machine/peripheral")}
     assert f"vmplug-{new.device_id}" in names
     with Journal.open(tmp_path / "state") as journal:

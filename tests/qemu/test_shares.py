@@ -34,7 +34,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.process import wait_for_end
 from vmplug.host.vhost_user.virtiofsd import ask_options
 from vmplug.hypervisor.qmp.monitor import Monitor
-from vmplug.manager.reconcile import Outcome
+from vmplug.manager.reconcile import RepairOutcome
 from vmplug.oci.requests import ShareInfo
 from vmplug.oci.spec import parse_config
 
@@ -544,7 +544,7 @@ def test_a_daemon_ends_when_its_attach_broke_off(
         open_lab.devices.attach(info)
     open_lab.talk_plainly()
     (repair,) = open_lab.devices.reconcile()
-    assert repair.outcome is Outcome.UNDONE
+    assert repair.outcome is RepairOutcome.UNDONE
     assert open_lab.picture() == before
     attachment = open_lab.devices.attach(info)
     assert_shared(open_lab, directory)

@@ -37,7 +37,7 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.reconcile import Outcome
+from vmplug.manager.reconcile import RepairOutcome
 from vmplug.oci.info import DeviceInfo, DevType
 
 pytestmark = pytest.mark.qemu
@@ -356,7 +356,7 @@ def test_a_vm_that_never_ran_says_so(tmp_path: Path, image: Path) -> None:
                     lab.devices.detach(attachment.id, timeout_s=AT_ONCE_S)
                 assert "prelaunch" in (caught.value.hint or "")
             (repair,) = lab.devices.reconcile(timeout_s=AT_ONCE_S)
-            assert repair.outcome is Outcome.STILL_DETACHING
+            assert repair.outcome is RepairOutcome.STILL_DETACHING
             assert lab.vmplugs() == {f"vmplug-{attachment.device_id}"}
         finally:
             lab.close()
@@ -484,7 +484,7 @@ def doomed(tmp_path: Path) -> Iterator[tuple[Doomed, GuestVm]]:
             lab.close()
 
 
-def expect_reborn(lab: Doomed, directory: Path, *, outcomes: set[Outcome]) -> None:
+def expect_reborn(lab: Doomed, directory: Path, *, outcomes: set[RepairOutcome]) -> None:
     """The same VM started anew is empty, and so becomes its journal."""
     with sleeping_vm(directory, [*root_ports(2), *scsi_controller()]) as vm:
         lab.close()
@@ -515,7 +515,9 @@ def test_a_qemu_that_dies_during_an_attach_is_told_and_reconciled(
     with pytest.raises(ConnectError):
         lab.devices.reconcile()
     assert {a.state for a in lab.devices.attachments()} == states
-    expect_reborn(lab, tmp_path / "reborn", outcomes={Outcome.UNDONE, Outcome.FINISHED})
+    expect_reborn(
+        lab, tmp_path / "reborn", outcomes={RepairOutcome.UNDONE, RepairOutcome.FINISHED}
+    )
 
 
 @pytest.mark.parametrize("execute", ["device_del", "qom-list"])
@@ -530,7 +532,7 @@ def test_a_qemu_that_dies_during_a_detach_is_told_and_reconciled(
     assert caught.value.code in {"connection-lost", "cannot-connect"}
     assert caught.value.hint
     assert [a.state for a in lab.devices.attachments()] == [State.DETACHING]
-    expect_reborn(lab, tmp_path / "reborn", outcomes={Outcome.FINISHED})
+    expect_reborn(lab, tmp_path / "reborn", outcomes={RepairOutcome.FINISHED})
 
 
 def test_a_qemu_that_dies_while_its_guest_is_waited_for_is_told(
@@ -554,7 +556,7 @@ def test_a_qemu_that_dies_while_its_guest_is_waited_for_is_told(
             detached.result(20)
     assert caught.value.code in {"connection-lost", "cannot-connect"}
     assert [a.state for a in lab.devices.attachments()] == [State.DETACHING]
-    expect_reborn(lab, tmp_path / "reborn", outcomes={Outcome.FINISHED})
+    expect_reborn(lab, tmp_path / "reborn", outcomes={RepairOutcome.FINISHED})
 
 
 def test_a_qemu_that_died_between_two_commands_is_told(
@@ -572,7 +574,9 @@ def test_a_qemu_that_died_between_two_commands_is_told(
         with pytest.raises(HypervisorError) as caught:
             verb()
         assert caught.value.code in {"connection-lost", "cannot-connect"}
-    expect_reborn(lab, tmp_path / "reborn", outcomes={Outcome.FORGOTTEN, Outcome.UNDONE})
+    expect_reborn(
+        lab, tmp_path / "reborn", outcomes={RepairOutcome.FORGOTTEN, RepairOutcome.UNDONE}
+    )
 
 
 # conversations
@@ -882,7 +886,7 @@ def test_what_a_broken_attach_left_in_the_vm_is_in_the_journal(
         assert left == {a.device_id for a in lab.devices.attachments()}
 
         proxy.take()
-        assert [repair.outcome for repair in lab.devices.reconcile()] == [Outcome.UNDONE]
+        assert [repair.outcome for repair in lab.devices.reconcile()] == [RepairOutcome.UNDONE]
         assert lab.picture() == before
 
 

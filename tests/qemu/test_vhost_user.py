@@ -48,7 +48,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
-from vmplug.manager.reconcile import Outcome
+from vmplug.manager.reconcile import RepairOutcome
 from vmplug.oci.requests import NetInfo, Request, ShareInfo
 from vmplug.oci.spec import parse_config
 
@@ -214,7 +214,7 @@ def test_a_disk_whose_backend_is_dead_is_released_when_it_comes_back(
             assert "start that backend again" in (caught.value.hint or "")
             assert [a.state for a in life.holds()] == [State.DETACHING]
         (repair,) = life.devices.reconcile(timeout_s=AT_ONCE_S)
-        assert repair.outcome is Outcome.STILL_DETACHING
+        assert repair.outcome is RepairOutcome.STILL_DETACHING
         assert "backend" in repair.reason
         backend.restart()
         life.devices.detach(attachment.id)
@@ -506,7 +506,7 @@ def outlive_a_silent_backend(image: Path, directory: Path, *, is_restored: bool)
         assert "reconcile" in (caught.value.hint or "")
         bad.kill()
         (repair,) = lab.devices.reconcile()
-        assert repair.outcome is Outcome.UNDONE
+        assert repair.outcome is RepairOutcome.UNDONE
         assert lab.picture() == before
 
         link.unlink()
@@ -576,7 +576,7 @@ def test_what_a_guest_waits_for_in_vain_is_told_and_stays(image: Path, tmp_path:
             backend.restart()
         assert {a.state for a in lab.devices.attachments()} == {State.DETACHING}
         repairs = lab.devices.reconcile(timeout_s=AT_ONCE_S)
-        assert {repair.outcome for repair in repairs} == {Outcome.STILL_DETACHING}
+        assert {repair.outcome for repair in repairs} == {RepairOutcome.STILL_DETACHING}
         assert all("backend is gone" in repair.reason for repair in repairs)
         assert vm.oracle.execute("query-status")["running"]
 

@@ -26,7 +26,7 @@ from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.pci.vfio_driver import choose_driver, load_driver
 from vmplug.journal.bindings import Binding, BindingState
 from vmplug.journal.journal import Journal
-from vmplug.manager.binding.binder import Binder, Outcome
+from vmplug.manager.binding.binder import Binder, BindOutcome
 
 DISK, NET, SOUND, BRIDGE = "0000:01:00.0", "0000:02:00.0", "0000:02:00.1", "0000:00:1c.0"
 PHYSFN, VIRTFN = "0000:03:00.0", "0000:03:10.0"
@@ -426,11 +426,11 @@ def test_recovery_leaves_what_a_process_has_open(
     binder.bind(group_of(kernel, DISK), device_id="gone")
     tree.process(77, "qemu", "/dev/vfio/2")
     (told,) = binder.recover()
-    assert told.outcome is Outcome.STILL_OPEN
+    assert told.outcome is BindOutcome.STILL_OPEN
     assert kernel.driver_of(DISK) == "vfio-pci"
     (tree.path / "proc/77/fd/3").unlink()
     (told,) = binder.recover()
-    assert told.outcome is Outcome.GIVEN_BACK
+    assert told.outcome is BindOutcome.GIVEN_BACK
     assert kernel.picture() == before
 
 
@@ -473,9 +473,9 @@ def test_what_cannot_be_put_back_stays_in_the_journal_and_is_tried_again(
     assert f"{NET} could not be put back" in caught.value.hint
     assert [str(row.bdf) for row in journal.bindings.all()] == [NET]
     (told,) = binder.recover()
-    assert told.outcome is Outcome.FAILED
+    assert told.outcome is BindOutcome.FAILED
     (told,) = Binder(journal, boot(kernel.tree)).recover()
-    assert told.outcome is Outcome.GIVEN_BACK
+    assert told.outcome is BindOutcome.GIVEN_BACK
     assert kernel.picture() == before
     assert journal.bindings.all() == []
 
@@ -505,7 +505,7 @@ def test_what_failed_to_be_given_back_can_be_bound_again(
     kernel.fail("drivers_probe", Fault.NOTHING_HAPPENS, DISK)
     (told,) = binder.give_back("d1")
     assert told.error
-    assert (told.outcome, told.error.step) == (Outcome.FAILED, "drivers_probe")
+    assert (told.outcome, told.error.step) == (BindOutcome.FAILED, "drivers_probe")
     assert kernel.driver_of(DISK) is None
     (bound,) = binder.bind(group_of(kernel, DISK), device_id="d2")
     assert (bound.former.driver, bound.device_id) == ("nvme", "d2")
@@ -533,7 +533,7 @@ def test_a_function_that_goes_while_it_is_bound_is_forgotten(
     (bound,) = binder.bind(group_of(kernel, VIRTFN), device_id="d1")
     kernel.write_attribute(f"/sys/bus/pci/devices/{PHYSFN}/sriov_numvfs", "0")
     (told,) = binder.give_back("d1")
-    assert (told.former, told.outcome) == (bound.former, Outcome.FORGOTTEN)
+    assert (told.former, told.outcome) == (bound.former, BindOutcome.FORGOTTEN)
     assert journal.bindings.all() == []
 
 
@@ -544,7 +544,7 @@ def test_what_somebody_gave_to_another_driver_is_forgotten(
     restore(FormerBinding(Bdf.parse(DISK), "nvme", None), kernel)
     before = kernel.picture()
     (told,) = binder.recover()
-    assert told.outcome is Outcome.FORGOTTEN
+    assert told.outcome is BindOutcome.FORGOTTEN
     assert kernel.picture() == before
 
 
@@ -697,11 +697,11 @@ def test_what_another_process_is_giving_back_is_left_to_it(
         other.bindings.alone(),
     ):
         (told,) = binder.recover(lock_timeout_s=0.05)
-    assert (told.outcome, told.error) == (Outcome.IN_PROGRESS, None)
+    assert (told.outcome, told.error) == (BindOutcome.IN_PROGRESS, None)
     assert kernel.picture() == before
     assert [row.state for row in journal.bindings.all()] == [BindingState.UNBINDING]
     (told,) = binder.recover()
-    assert told.outcome is Outcome.GIVEN_BACK
+    assert told.outcome is BindOutcome.GIVEN_BACK
 
 
 def test_giving_back_waits_until_the_last_process_has_closed_it(
@@ -716,7 +716,7 @@ def test_giving_back_waits_until_the_last_process_has_closed_it(
     closing.start()
     (told,) = binder.give_back("d1")
     closing.join()
-    assert told.outcome is Outcome.GIVEN_BACK
+    assert told.outcome is BindOutcome.GIVEN_BACK
     assert kernel.picture() == before
 
 
@@ -742,7 +742,7 @@ def test_recovery_leaves_what_a_vm_was_given_meanwhile(
     journal.bindings.put([replace(bound, state=BindingState.UNBINDING)])
     held_by_vm(journal, f"vfio:{DISK}")
     (told,) = binder.recover()
-    assert (told.outcome, kernel.driver_of(DISK)) == (Outcome.STILL_OPEN, "vfio-pci")
+    assert (told.outcome, kernel.driver_of(DISK)) == (BindOutcome.STILL_OPEN, "vfio-pci")
     assert "'sb1'" in told.reason
 
 

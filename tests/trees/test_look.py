@@ -16,7 +16,7 @@ from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import DeviceRecord
 from vmplug.journal.state import State
-from vmplug.manager.watching.health import HostLook, HostState, Look
+from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, HostState
 
 BDFS = ("0000:3b:00.0", "0000:3b:00.1")
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -27,8 +27,8 @@ def tree(tmp_path: Path) -> PciTree:
     return PciTree(tmp_path / "host")
 
 
-def look(tree: PciTree, record: DeviceRecord) -> Look | None:
-    return HostLook(tree.root, [vm_record()]).of(record)
+def look(tree: PciTree, record: DeviceRecord) -> DeviceHealth | None:
+    return HostSnapshot(tree.root, [vm_record()]).of(record)
 
 
 def state(tree: PciTree, record: DeviceRecord) -> HostState | None:
@@ -48,13 +48,13 @@ CHAR = device_record("char:10:183", "/dev/hwrng", DeviceType.GENERIC)
 
 def test_a_disk_that_is_there_has_its_size(tree: PciTree) -> None:
     tree.block_device("8:16", "sdb", size_bytes=3 * GIB)
-    assert look(tree, DISK) == Look(HostState.PRESENT, size_bytes=3 * GIB)
+    assert look(tree, DISK) == DeviceHealth(HostState.PRESENT, size_bytes=3 * GIB)
 
 
 def test_a_disk_that_was_pulled_is_gone(tree: PciTree) -> None:
     tree.block_device("8:32", "sdc")
     found = look(tree, DISK)
-    assert found == Look(HostState.GONE, "/dev/sdb (8:16) is not there any more")
+    assert found == DeviceHealth(HostState.GONE, "/dev/sdb (8:16) is not there any more")
 
 
 def test_of_a_host_without_sysfs_nothing_is_said(tree: PciTree) -> None:
@@ -64,7 +64,7 @@ def test_of_a_host_without_sysfs_nothing_is_said(tree: PciTree) -> None:
 
 def test_a_loop_device_without_a_file_is_gone(tree: PciTree) -> None:
     tree.block_device("7:3", "loop3", size_bytes=0)
-    assert look(tree, LOOP) == Look(HostState.GONE, "/dev/loop3 loops to no file any more")
+    assert look(tree, LOOP) == DeviceHealth(HostState.GONE, "/dev/loop3 loops to no file any more")
 
 
 def test_a_loop_device_whose_file_was_deleted(tree: PciTree) -> None:
@@ -78,7 +78,7 @@ def test_a_file_is_there_deleted_or_no_file_any_more(tree: PciTree) -> None:
     image = device_record("file:/srv/a.img", "/srv/a.img")
     assert state(tree, image) is HostState.DELETED
     tree.file("/srv/a.img", b"x" * 1024)
-    assert look(tree, image) == Look(HostState.PRESENT, size_bytes=1024)
+    assert look(tree, image) == DeviceHealth(HostState.PRESENT, size_bytes=1024)
     (tree.path / "srv/a.img").unlink()
     (tree.path / "srv/a.img").mkdir()
     assert state(tree, image) is HostState.REPLACED
@@ -90,28 +90,32 @@ def test_a_file_in_the_place_of_the_one_that_the_vm_has_open_is_told(tmp_path: P
     vm = vm_record(pid=os.getpid(), started_at=read_start_time(os.getpid(), host))
     image = device_record(f"file:{path}", str(path))
     with path.open("rb"):
-        assert HostLook(host, [vm]).of(image) == Look(HostState.PRESENT, size_bytes=MIB)
+        assert HostSnapshot(host, [vm]).of(image) == DeviceHealth(
+            HostState.PRESENT, size_bytes=MIB
+        )
         disk_image(tmp_path / "b.img", 1, "second").rename(path)
-        found = HostLook(host, [vm]).of(image)
-        assert found == Look(HostState.REPLACED, f"at {path} there is another file now")
+        found = HostSnapshot(host, [vm]).of(image)
+        assert found == DeviceHealth(HostState.REPLACED, f"at {path} there is another file now")
         ended = replace(vm, started_at=1)
-        assert HostLook(host, [ended]).of(image) == Look(HostState.PRESENT, size_bytes=MIB)
+        assert HostSnapshot(host, [ended]).of(image) == DeviceHealth(
+            HostState.PRESENT, size_bytes=MIB
+        )
 
 
 def test_a_qcow2_image_has_the_size_that_a_guest_sees(tmp_path: Path) -> None:
     path = qcow2_image(tmp_path / "a.qcow2", 8, "a")
     image = device_record(f"file:{path}", str(path), options={"format": "qcow2"})
-    found = HostLook(HostRoot(), []).of(image)
-    assert found == Look(HostState.PRESENT, size_bytes=8 * MIB)
+    found = HostSnapshot(HostRoot(), []).of(image)
+    assert found == DeviceHealth(HostState.PRESENT, size_bytes=8 * MIB)
     raw = replace(image, options={})
-    assert HostLook(HostRoot(), []).of(raw) == Look(
+    assert HostSnapshot(HostRoot(), []).of(raw) == DeviceHealth(
         HostState.PRESENT, size_bytes=path.stat().st_size
     )
 
 
 def test_a_group_is_what_it_was_while_vfio_has_all_of_it(tree: PciTree) -> None:
     tree.pci_function(BDFS[0], driver="vfio-pci").pci_function(BDFS[1], driver="mlx5_vfio_pci")
-    assert look(tree, GROUP) == Look(HostState.PRESENT)
+    assert look(tree, GROUP) == DeviceHealth(HostState.PRESENT)
 
 
 @pytest.mark.parametrize(("driver", "says"), [("nvme", "the driver nvme"), (None, "no driver")])
@@ -127,7 +131,7 @@ def test_a_function_that_another_driver_has_is_told_for_its_group(
 
 def test_a_function_that_was_pulled_is_gone(tree: PciTree) -> None:
     tree.pci_function(BDFS[0], driver="vfio-pci")
-    assert look(tree, GROUP) == Look(HostState.GONE, f"{BDFS[1]} is not there any more")
+    assert look(tree, GROUP) == DeviceHealth(HostState.GONE, f"{BDFS[1]} is not there any more")
 
 
 def test_a_mediated_device_is_there_or_gone(tree: PciTree) -> None:
@@ -152,7 +156,7 @@ def test_a_backend_that_serves_nobody_is_disconnected_while_the_vm_runs(tree: Pc
     tree.unix_socket("/run/vu.sock", 77)
     assert state(tree, BACKEND) is HostState.DISCONNECTED
     ended = vm_record(pid=4242, started_at=1)
-    assert HostLook(tree.root, [ended]).of(BACKEND) == Look(HostState.PRESENT)
+    assert HostSnapshot(tree.root, [ended]).of(BACKEND) == DeviceHealth(HostState.PRESENT)
 
 
 def test_of_a_connection_that_was_handed_over_nothing_is_said(tree: PciTree) -> None:
@@ -164,11 +168,11 @@ def test_of_a_connection_that_was_handed_over_nothing_is_said(tree: PciTree) -> 
 def test_a_virtiofsd_of_vmplugs_own_is_told_by_its_mark() -> None:
     shared = device_record("share:work:/srv", "/srv", DeviceType.VHOST_USER_FS)
     daemons: dict[str, int] = {}
-    assert HostLook(HostRoot(), [], daemons).of(shared) == Look(
+    assert HostSnapshot(HostRoot(), [], daemons).of(shared) == DeviceHealth(
         HostState.GONE, "the virtiofsd that shares /srv has ended"
     )
-    running = HostLook(HostRoot(), [], {shared.id: os.getpid()})
-    assert running.of(shared) == Look(HostState.PRESENT)
+    running = HostSnapshot(HostRoot(), [], {shared.id: os.getpid()})
+    assert running.of(shared) == DeviceHealth(HostState.PRESENT)
 
 
 def test_a_character_device_is_there_or_gone(tree: PciTree) -> None:
@@ -210,12 +214,12 @@ def test_a_real_listener_is_seen_without_a_connection(tmp_path: Path) -> None:
         try:
             listener.bind(path)
             listener.listen()
-            looker = HostLook(HostRoot(), [vm_record()])
-            assert looker.of(record) == Look(
+            looker = HostSnapshot(HostRoot(), [vm_record()])
+            assert looker.of(record) == DeviceHealth(
                 HostState.DISCONNECTED, f"the backend at {path} serves nobody"
             )
             client.connect(path)
             with listener.accept()[0]:
-                assert looker.of(record) == Look(HostState.PRESENT)
+                assert looker.of(record) == DeviceHealth(HostState.PRESENT)
         finally:
             os.unlink(path)

@@ -19,7 +19,7 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.manager.examine import Examined, Known, examine, refuse_not_allowed
+from vmplug.manager.examine import CheckContext, CheckedRequest, examine, refuse_not_allowed
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.policy.file import read_policy
@@ -59,8 +59,8 @@ def image(path: str) -> DeviceInfo:
     return DeviceInfo(container_path="/dev/xvda", dev_type=DevType.BLOCK, host_path=path)
 
 
-def look(request: Request, root: HostRoot, gate: PolicyCheck, **more: object) -> Examined:
-    (examined,) = examine([request], root, known=Known(gate=gate), **more)  # type: ignore[arg-type]
+def look(request: Request, root: HostRoot, gate: PolicyCheck, **more: object) -> CheckedRequest:
+    (examined,) = examine([request], root, known=CheckContext(gate=gate), **more)  # type: ignore[arg-type]
     return examined
 
 

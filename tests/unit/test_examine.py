@@ -7,7 +7,7 @@ import pytest
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, InUse, NoSuchDevice
-from vmplug.manager.examine import Examined, examine, refuse
+from vmplug.manager.examine import CheckedRequest, examine, refuse
 from vmplug.oci.info import DeviceInfo, DevType
 
 
@@ -22,7 +22,7 @@ def disk(number: str, path: str) -> DeviceInfo:
     )
 
 
-def codes(examined: list[Examined]) -> list[list[str]]:
+def codes(examined: list[CheckedRequest]) -> list[list[str]]:
     return [[str(finding.code) for finding in request.findings] for request in examined]
 
 

@@ -9,7 +9,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.events import Event, EventsLost, HostEvent, ProcessEnded
 from vmplug.host.kind import DeviceType
 from vmplug.journal.records import DeviceRecord
-from vmplug.manager.watching.health import HostState, Look
+from vmplug.manager.watching.health import DeviceHealth, HostState
 from vmplug.manager.watching.notice import (
     DeviceEvent,
     EventKind,
@@ -27,11 +27,11 @@ GROUP = device_record(f"vfio:{BDFS[0]}", "/dev/vfio/26", DeviceType.VFIO, functi
 BACKEND = device_record("socket:/run/vu.sock", "/run/vu.sock", DeviceType.VHOST_USER_NET)
 SCSI_BACKEND = device_record("block:242:0", "/run/s.sock", DeviceType.VHOST_USER_SCSI)
 COUNTED = device_record("char:1:3", "/dev/null", DeviceType.GENERIC)
-HERE = Look(HostState.PRESENT)
+HERE = DeviceHealth(HostState.PRESENT)
 
 
-def sized(size_bytes: int | None, state: HostState = HostState.PRESENT) -> Look:
-    return Look(state, size_bytes=size_bytes)
+def sized(size_bytes: int | None, state: HostState = HostState.PRESENT) -> DeviceHealth:
+    return DeviceHealth(state, size_bytes=size_bytes)
 
 
 def event(action: str, subsystem: str, name: str, number: str | None = None) -> HostEvent:
@@ -44,11 +44,27 @@ def event(action: str, subsystem: str, name: str, number: str | None = None) -> 
     [
         (None, HERE, None),
         (HERE, HERE, None),
-        *((None, Look(state), EventKind(state)) for state in HostState if state != "present"),
-        *((HERE, Look(state), EventKind(state)) for state in HostState if state != "present"),
-        *((Look(state), HERE, EventKind.BACK) for state in HostState if state != "present"),
-        *((Look(state), Look(state), None) for state in HostState),
-        (Look(HostState.GONE), Look(HostState.DISCONNECTED), EventKind.DISCONNECTED),
+        *(
+            (None, DeviceHealth(state), EventKind(state))
+            for state in HostState
+            if state != "present"
+        ),
+        *(
+            (HERE, DeviceHealth(state), EventKind(state))
+            for state in HostState
+            if state != "present"
+        ),
+        *(
+            (DeviceHealth(state), HERE, EventKind.BACK)
+            for state in HostState
+            if state != "present"
+        ),
+        *((DeviceHealth(state), DeviceHealth(state), None) for state in HostState),
+        (
+            DeviceHealth(HostState.GONE),
+            DeviceHealth(HostState.DISCONNECTED),
+            EventKind.DISCONNECTED,
+        ),
         (sized(1), sized(2), EventKind.RESIZED),
         (sized(2), sized(1), EventKind.RESIZED),
         (sized(1, HostState.DELETED), sized(2, HostState.DELETED), EventKind.RESIZED),
@@ -59,15 +75,15 @@ def event(action: str, subsystem: str, name: str, number: str | None = None) -> 
     ],
 )
 def test_what_happened_between_two_looks(
-    before: Look | None, now: Look, what: EventKind | None
+    before: DeviceHealth | None, now: DeviceHealth, what: EventKind | None
 ) -> None:
     assert compare(before, now, taken_away=False) is what
 
 
 def test_what_was_taken_away_for_a_moment_is_not_what_it_was() -> None:
     assert compare(HERE, HERE, taken_away=True) is EventKind.REPLACED
-    assert compare(HERE, Look(HostState.GONE), taken_away=True) is EventKind.GONE
-    assert compare(Look(HostState.GONE), HERE, taken_away=True) is EventKind.BACK
+    assert compare(HERE, DeviceHealth(HostState.GONE), taken_away=True) is EventKind.GONE
+    assert compare(DeviceHealth(HostState.GONE), HERE, taken_away=True) is EventKind.BACK
 
 
 @pytest.mark.parametrize(
@@ -102,7 +118,7 @@ def test_events_that_are_of_something_else(record: DeviceRecord, happened: Event
 
 
 def notice(
-    what: EventKind, record: DeviceRecord, now: Look, before: Look | None = None
+    what: EventKind, record: DeviceRecord, now: DeviceHealth, before: DeviceHealth | None = None
 ) -> DeviceEvent:
     hold = hold_on(record)
     other = hold_on(replace(record, id="other"))
@@ -114,7 +130,7 @@ def notice(
 
 def test_every_hold_on_the_device_is_told() -> None:
     holds = [hold_on(DISK, "c1"), hold_on(DISK, "c2"), hold_on(IMAGE)]
-    now = Look(HostState.GONE, "/dev/sdb is not there any more")
+    now = DeviceHealth(HostState.GONE, "/dev/sdb is not there any more")
     made = list(device_notices(EventKind.GONE, DISK, holds, before=HERE, now=now))
     assert [n.attachment for n in made] == holds[:2]
     assert {n.message for n in made} == {now.detail}
@@ -138,7 +154,7 @@ OF_A_BACKEND = {EventKind.DISCONNECTED}
 def test_every_notice_says_what_it_means_and_what_to_do(
     what: EventKind, record: DeviceRecord
 ) -> None:
-    made = notice(what, record, Look(HostState.GONE, "it is not as it was"))
+    made = notice(what, record, DeviceHealth(HostState.GONE, "it is not as it was"))
     for text in (made.message, made.meaning, made.hint):
         assert text
         assert "{" not in text
@@ -168,13 +184,15 @@ def test_a_resized_disk_has_both_sizes() -> None:
 def test_a_lost_backend_is_found_again_only_by_a_vm_that_tries(
     record: DeviceRecord, says: str
 ) -> None:
-    made = notice(EventKind.GONE, record, Look(HostState.GONE, "nobody serves it"), HERE)
+    made = notice(EventKind.GONE, record, DeviceHealth(HostState.GONE, "nobody serves it"), HERE)
     assert "start the backend again" in made.hint
     assert says in made.hint
 
 
 def test_a_device_that_no_guest_was_given_is_no_loss_to_one() -> None:
-    made = notice(EventKind.GONE, COUNTED, Look(HostState.GONE, "it is not there any more"))
+    made = notice(
+        EventKind.GONE, COUNTED, DeviceHealth(HostState.GONE, "it is not there any more")
+    )
     assert made.meaning == "the guest never had it: it was only counted"
 
 

@@ -32,7 +32,7 @@ from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.virtiofsd import Virtiofsd
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import State
-from vmplug.manager.examine import Examined
+from vmplug.manager.examine import CheckedRequest
 from vmplug.manager.plan import Plan, make_plan
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import NetInfo, RngInfo, ShareInfo
@@ -62,7 +62,9 @@ MICROVM = Offer(
 )
 
 
-def disk(name: str = "a", *, ro: bool = False, pmem: bool = False, **options: str) -> Examined:
+def disk(
+    name: str = "a", *, ro: bool = False, pmem: bool = False, **options: str
+) -> CheckedRequest:
     """A request for the image /srv/NAME."""
     path = f"/srv/{name}"
     info = DeviceInfo(
@@ -86,14 +88,14 @@ def disk(name: str = "a", *, ro: bool = False, pmem: bool = False, **options: st
     )
 
 
-def memory(name: str = "m", *, ro: bool = False) -> Examined:
+def memory(name: str = "m", *, ro: bool = False) -> CheckedRequest:
     """A request for the image /srv/NAME as an NVDIMM."""
     return disk(name, ro=ro, block_driver="nvdimm")
 
 
 def share(
     tag: str = "work", path: str = "/srv/work", *, ro: bool = False, **options: str
-) -> Examined:
+) -> CheckedRequest:
     is_9p = options.get("filesystem") == SharedFilesystem.VIRTIO_9P
     info = ShareInfo(tag=tag, source=path, read_only=ro, driver_options=options)
     directory = SharedDirectory(
@@ -102,21 +104,21 @@ def share(
     return found(info, directory)
 
 
-def socket_share(tag: str, path: str = "/run/fs.sock") -> Examined:
+def socket_share(tag: str, path: str = "/run/fs.sock") -> CheckedRequest:
     socket = VhostUserSocket(kind=FS, found_by=FoundBy.FILE, socket_path=path)
     return found(ShareInfo(tag=tag, source=path), socket)
 
 
-def network(path: str = "/run/net.sock", **options: str) -> Examined:
+def network(path: str = "/run/net.sock", **options: str) -> CheckedRequest:
     socket = VhostUserSocket(kind=NET, found_by=FoundBy.FILE, socket_path=path)
     return found(NetInfo(label="eth0", socket_path=path, driver_options=options), socket)
 
 
-def randomness() -> Examined:
+def randomness() -> CheckedRequest:
     return found(RngInfo(), EntropySource("/dev/urandom"))
 
 
-def null_device() -> Examined:
+def null_device() -> CheckedRequest:
     info = DeviceInfo(container_path="/dev/null", dev_type=DevType.CHAR, devnum=DevNum(1, 3))
     return found(
         info,
@@ -128,19 +130,21 @@ def null_device() -> Examined:
     )
 
 
-def found(info: DeviceInfo | NetInfo | ShareInfo | RngInfo, device: HostDevice) -> Examined:
+def found(info: DeviceInfo | NetInfo | ShareInfo | RngInfo, device: HostDevice) -> CheckedRequest:
     driver = select_driver(info, device)
-    return Examined(info=info, driver=driver, device=device, error=None, findings=())
+    return CheckedRequest(info=info, driver=driver, device=device, error=None, findings=())
 
 
-def plan(*examined: Examined, known: tuple[DeviceRecord, ...] = (), offer: Offer = Q35) -> Plan:
+def plan(
+    *examined: CheckedRequest, known: tuple[DeviceRecord, ...] = (), offer: Offer = Q35
+) -> Plan:
     def choose(driver: Driver, device: HostDevice, taken: set[str]) -> tuple[Place, Offer]:
         return driver.choose_place(device, offer, taken), offer
 
     return make_plan(examined, vm="sb1", owner="c1", known=known, choose=choose)
 
 
-def record_of(examined: Examined, state: State = State.ATTACHED) -> DeviceRecord:
+def record_of(examined: CheckedRequest, state: State = State.ATTACHED) -> DeviceRecord:
     """The device as the journal knows it once it is plugged."""
     (new,) = plan(examined).new
     return replace(new.record, state=state)
@@ -155,7 +159,7 @@ def addresses(found: Plan) -> dict[str, GuestAddress | None]:
     return {hold.name: hold.guest_address for hold in found.holds}
 
 
-def refusal(*examined: Examined, known: tuple[DeviceRecord, ...] = ()) -> StateError:
+def refusal(*examined: CheckedRequest, known: tuple[DeviceRecord, ...] = ()) -> StateError:
     with pytest.raises(StateError) as caught:
         plan(*examined, known=known)
     assert caught.value.hint
@@ -210,7 +214,7 @@ def test_what_is_only_counted_is_shared_by_its_number() -> None:
 
 @given(st.lists(st.sampled_from(["disk", "memory", "share", "net", "rng", "null"]), max_size=7))
 def test_no_place_is_given_twice_and_what_stays_for_ever_comes_last(kinds: list[str]) -> None:
-    makers: dict[str, Callable[[str], Examined]] = {
+    makers: dict[str, Callable[[str], CheckedRequest]] = {
         "disk": disk,
         "memory": memory,
         "share": lambda name: share(name, f"/srv/{name}"),
@@ -291,7 +295,7 @@ def test_one_directory_under_two_tags_is_two_devices() -> None:
 
 @pytest.mark.parametrize("other", [share("work", "/srv/b"), socket_share("work")])
 @pytest.mark.parametrize("state", [State.ATTACHED, State.RETAINED, State.DETACHING])
-def test_a_tag_is_given_once_in_a_vm(other: Examined, state: State) -> None:
+def test_a_tag_is_given_once_in_a_vm(other: CheckedRequest, state: State) -> None:
     for error in (
         refusal(share("work", "/srv/a"), other),
         refusal(other, known=(record_of(share("work", "/srv/a"), state),)),
@@ -329,7 +333,7 @@ def test_a_device_is_plugged_read_only_when_everybody_only_reads(
 @pytest.mark.parametrize("state", [State.ATTACHED, State.RETAINED])
 @pytest.mark.parametrize("make", [disk, memory, share])
 def test_what_is_plugged_read_only_serves_no_writer(
-    make: Callable[..., Examined], state: State
+    make: Callable[..., CheckedRequest], state: State
 ) -> None:
     known = record_of(make(ro=True), state)
     error = refusal(make(), known=(known,))
@@ -361,7 +365,7 @@ def test_what_is_plugged_for_writing_serves_a_reader() -> None:
     ],
 )
 def test_a_device_serves_whoever_says_the_same_options_or_none(
-    plugged: Examined, wanted: Examined
+    plugged: CheckedRequest, wanted: CheckedRequest
 ) -> None:
     known = record_of(plugged)
     made = plan(wanted, known=(known,))
@@ -381,7 +385,7 @@ def test_a_device_serves_whoever_says_the_same_options_or_none(
     ],
 )
 def test_other_options_are_another_device_than_the_one_that_is_plugged(
-    plugged: Examined, wanted: Examined, state: str, required: str
+    plugged: CheckedRequest, wanted: CheckedRequest, state: str, required: str
 ) -> None:
     known = record_of(plugged)
     for error in (refusal(wanted, known=(known,)), refusal(plugged, wanted)):
@@ -404,7 +408,7 @@ def test_other_options_are_another_device_than_the_one_that_is_plugged(
     ],
 )
 def test_what_is_plugged_as_one_kind_is_no_other(
-    plugged: Examined, wanted: Examined, words: str
+    plugged: CheckedRequest, wanted: CheckedRequest, words: str
 ) -> None:
     known = record_of(plugged)
     for error in (refusal(wanted, known=(known,)), refusal(plugged, wanted)):
@@ -424,7 +428,7 @@ def test_persistent_memory_serves_whoever_wants_its_file() -> None:
 
 @pytest.mark.parametrize("state", [State.PLUGGING, State.DETACHING])
 @pytest.mark.parametrize("request_", [share(), network(), randomness(), memory()])
-def test_what_is_on_its_way_serves_nobody(request_: Examined, state: State) -> None:
+def test_what_is_on_its_way_serves_nobody(request_: CheckedRequest, state: State) -> None:
     known = record_of(request_, state)
     error = refusal(request_, known=(known,))
     assert error.message == f"{known.host_path} is {state}"
@@ -458,7 +462,7 @@ def test_retained_devices_that_nobody_wants_keep_their_places() -> None:
 # What may not go
 
 
-def refused(request: Examined) -> Examined:
+def refused(request: CheckedRequest) -> CheckedRequest:
     return replace(request, findings=(Finding(Code.NO_BACKEND, "nobody listens", "start it"),))
 
 
@@ -478,7 +482,7 @@ def test_what_the_vm_has_already_is_not_judged_again() -> None:
 def test_what_was_not_found_is_told_as_it_was() -> None:
     error = NoSuchDevice("shared directory /x", "/x cannot be shared", hint="name another")
     info = ShareInfo(tag="x", source="/x")
-    missing = Examined(
+    missing = CheckedRequest(
         info=info,
         driver=None,
         device=None,
@@ -501,7 +505,7 @@ def test_what_was_not_found_is_told_as_it_was() -> None:
     ],
 )
 def test_what_the_vm_never_takes_stops_them_all(
-    request_: Examined, offer: Offer, reason: str
+    request_: CheckedRequest, offer: Offer, reason: str
 ) -> None:
     with pytest.raises(CannotPlug) as caught:
         plan(request_, offer=offer)

@@ -17,7 +17,7 @@ from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
 from vmplug.hypervisor.fake.monitor import Guest
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
-from vmplug.manager.reconcile import Outcome
+from vmplug.manager.reconcile import RepairOutcome
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo
 
@@ -99,7 +99,7 @@ def test_an_interrupted_attach_is_undone(sandbox: Sandbox, *, is_sent: bool) -> 
 
     assert repair.device_id == interrupted.device_id
     assert repair.host_path == interrupted.host_path
-    assert repair.outcome is Outcome.UNDONE
+    assert repair.outcome is RepairOutcome.UNDONE
     assert repair.reason
     assert sandbox.picture() == before
 
@@ -113,7 +113,7 @@ def test_an_attached_device_that_is_gone_is_forgotten(sandbox: Sandbox, *, remai
 
     (repair,) = sandbox.devices.reconcile()
 
-    assert (repair.device_id, repair.outcome) == (attachment.device_id, Outcome.FORGOTTEN)
+    assert (repair.device_id, repair.outcome) == (attachment.device_id, RepairOutcome.FORGOTTEN)
     assert sandbox.picture() == before
 
 
@@ -134,7 +134,7 @@ def test_a_detach_that_was_interrupted_is_finished(sandbox: Sandbox) -> None:
 
     (repair,) = sandbox.devices.reconcile()
 
-    assert (repair.device_id, repair.outcome) == (attachment.device_id, Outcome.FINISHED)
+    assert (repair.device_id, repair.outcome) == (attachment.device_id, RepairOutcome.FINISHED)
     assert sandbox.picture() == before
 
 
@@ -150,7 +150,7 @@ def test_what_the_journal_does_not_know_is_removed(sandbox: Sandbox, *, whole: b
     (repair,) = sandbox.devices.reconcile()
 
     assert (repair.device_id, repair.host_path) == ("0123456789abcdef", None)
-    assert repair.outcome is Outcome.REMOVED
+    assert repair.outcome is RepairOutcome.REMOVED
     assert sandbox.picture() == before
 
 
@@ -185,7 +185,7 @@ def test_several_disagreements_are_repaired_at_once(sandbox: Sandbox) -> None:
 
     outcomes = {repair.outcome for repair in sandbox.devices.reconcile()}
 
-    assert outcomes == {Outcome.FORGOTTEN, Outcome.REMOVED, Outcome.UNDONE}
+    assert outcomes == {RepairOutcome.FORGOTTEN, RepairOutcome.REMOVED, RepairOutcome.UNDONE}
     assert sandbox.devices.attachments() == [healthy]
     assert sandbox.picture() == before
 
@@ -202,7 +202,7 @@ def test_what_a_silent_guest_keeps_stays_detaching(sandbox: Sandbox) -> None:
     for _ in range(2):
         (repair,) = sandbox.devices.reconcile(timeout_s=AT_ONCE_S)
         assert (repair.outcome, repair.reason) == (
-            Outcome.STILL_DETACHING,
+            RepairOutcome.STILL_DETACHING,
             "the guest does not answer",
         )
         assert [a.state for a in sandbox.devices.attachments()] == [State.DETACHING]
@@ -210,7 +210,7 @@ def test_what_a_silent_guest_keeps_stays_detaching(sandbox: Sandbox) -> None:
 
     sandbox.machine.wake_guest()
     (repair,) = sandbox.devices.reconcile()
-    assert repair.outcome is Outcome.FINISHED
+    assert repair.outcome is RepairOutcome.FINISHED
     assert sandbox.picture() == before
 
 
@@ -222,11 +222,11 @@ def test_what_a_guest_refuses_to_release_stays_detaching(sandbox: Sandbox) -> No
     sandbox.talk_plainly()
     sandbox.machine.guest = Guest.REFUSES
     (repair,) = sandbox.devices.reconcile()
-    assert (repair.outcome, repair.reason) == (Outcome.STILL_DETACHING, "the guest refuses")
+    assert (repair.outcome, repair.reason) == (RepairOutcome.STILL_DETACHING, "the guest refuses")
     assert [a.state for a in sandbox.devices.attachments()] == [State.DETACHING]
 
     sandbox.machine.guest = Guest.ANSWERS
-    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [Outcome.FINISHED]
+    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [RepairOutcome.FINISHED]
     assert sandbox.picture() == before
 
 
@@ -242,15 +242,15 @@ def test_a_device_that_qemu_does_not_ask_for_is_told_and_can_be_tried_again(
     sandbox.talk_through(lambda monitor: Refusing(monitor, 1))
     first, second = sandbox.devices.reconcile()
     sandbox.talk_plainly()
-    assert first.outcome is Outcome.STILL_DETACHING
+    assert first.outcome is RepairOutcome.STILL_DETACHING
     assert first.reason == "QEMU refused device_del: refused by the test"
-    assert (second.outcome, second.host_path) == (Outcome.UNDONE, str(sandbox.file("b.img")))
+    assert (second.outcome, second.host_path) == (RepairOutcome.UNDONE, str(sandbox.file("b.img")))
     assert [a.state for a in sandbox.devices.attachments()] == [State.DETACHING]
     kept = f"vmplug-{first.device_id}"
     assert sandbox.vmplugs() == {name for name in sandbox.vmplugs() if name.startswith(kept)}
     assert kept in sandbox.side.parts().devices.keys() & plugged.devices.keys()
 
-    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [Outcome.FINISHED]
+    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [RepairOutcome.FINISHED]
     assert sandbox.picture() == before
 
 
@@ -266,7 +266,7 @@ def test_a_refused_repair_can_be_tried_again(sandbox: Sandbox) -> None:
     sandbox.talk_plainly()
     assert [a.state for a in sandbox.devices.attachments()] == [State.DETACHING]
 
-    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [Outcome.FINISHED]
+    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [RepairOutcome.FINISHED]
     assert sandbox.picture() == before
 
 
@@ -282,7 +282,7 @@ def test_a_vm_that_was_started_anew_holds_nothing(sandbox: Sandbox) -> None:
     repairs = sandbox.devices.reconcile()
 
     assert {repair.device_id for repair in repairs} == plugged
-    assert {repair.outcome for repair in repairs} == {Outcome.FORGOTTEN}
+    assert {repair.outcome for repair in repairs} == {RepairOutcome.FORGOTTEN}
     assert [a.container_path for a in sandbox.devices.attachments()] == ["/dev/null"]
     assert changes(sandbox) == 0
 

@@ -17,7 +17,7 @@ from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
-from vmplug.manager.reconcile import Outcome, Repair
+from vmplug.manager.reconcile import Repair, RepairOutcome
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo
 
@@ -89,7 +89,7 @@ def add_link(sandbox: Sandbox, name: str) -> None:
 
 def removed(device_id: str = STRANGER) -> Repair:
     reason = "the VM holds it and the journal does not know it"
-    return Repair(device_id, None, Outcome.REMOVED, reason)
+    return Repair(device_id, None, RepairOutcome.REMOVED, reason)
 
 
 # NVDIMMs whose attach broke off
@@ -110,7 +110,7 @@ def test_an_nvdimm_that_was_not_plugged_whole_is_undone(
     assert repair == Repair(
         interrupted.device_id,
         interrupted.host_path,
-        Outcome.UNDONE,
+        RepairOutcome.UNDONE,
         "its attach was interrupted",
     )
     assert sandbox.picture() == before
@@ -125,7 +125,7 @@ def test_half_an_nvdimm_whose_removal_is_refused_is_tried_again(sandbox: Sandbox
         sandbox.devices.reconcile()
     sandbox.talk_plainly()
     assert states(sandbox) == [State.DETACHING]
-    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [Outcome.FINISHED]
+    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [RepairOutcome.FINISHED]
     assert sandbox.picture() == before
 
 
@@ -138,7 +138,7 @@ def test_an_nvdimm_that_came_whole_stays_and_is_told_once(sandbox: Sandbox) -> N
     assert repair == Repair(
         interrupted.device_id,
         interrupted.host_path,
-        Outcome.RETAINED,
+        RepairOutcome.RETAINED,
         "QEMU cannot take it out again",
     )
     assert states(sandbox) == [State.RETAINED]
@@ -163,7 +163,7 @@ def test_what_stayed_so_serves_whoever_wants_it_next(sandbox: Sandbox) -> None:
 def test_killed_at_any_command_an_nvdimm_is_undone_or_retained(
     tmp_path: Path, *, is_sent: bool
 ) -> None:
-    outcomes = list[Outcome]()
+    outcomes = list[RepairOutcome]()
     for count in range(1, 40):
         sandbox = Sandbox(tmp_path / str(count))
         before = sandbox.picture()
@@ -178,7 +178,7 @@ def test_killed_at_any_command_an_nvdimm_is_undone_or_retained(
             sandbox.talk_plainly()
             repairs = sandbox.devices.reconcile()
             outcomes += [repair.outcome for repair in repairs]
-            if Outcome.RETAINED not in outcomes:
+            if RepairOutcome.RETAINED not in outcomes:
                 assert sandbox.picture() == before
             assert sandbox.devices.reconcile() == []
             sandbox.close()
@@ -186,8 +186,8 @@ def test_killed_at_any_command_an_nvdimm_is_undone_or_retained(
             sandbox.close()
             break
     assert outcomes
-    assert set(outcomes) <= {Outcome.UNDONE, Outcome.RETAINED}
-    assert (Outcome.RETAINED in outcomes) is is_sent
+    assert set(outcomes) <= {RepairOutcome.UNDONE, RepairOutcome.RETAINED}
+    assert (RepairOutcome.RETAINED in outcomes) is is_sent
 
 
 # NVDIMMs that nobody holds, and that are gone
@@ -213,7 +213,7 @@ def test_it_is_forgotten_with_its_vm(sandbox: Sandbox, retained: Attachment) -> 
     sandbox.close()
     sandbox.side = sandbox.memory = MemorySide()
     (repair,) = sandbox.devices.reconcile()
-    assert (repair.device_id, repair.outcome) == (retained.device_id, Outcome.FORGOTTEN)
+    assert (repair.device_id, repair.outcome) == (retained.device_id, RepairOutcome.FORGOTTEN)
     assert sandbox.devices.attachments() == []
     assert sandbox.changes_sent() == []
     again = sandbox.devices.attach(nvdimm(sandbox))
@@ -236,7 +236,7 @@ def test_the_memory_of_an_nvdimm_that_is_gone_is_removed(
     (repair,) = sandbox.devices.reconcile()
 
     assert (repair.outcome, repair.reason) == (
-        Outcome.FORGOTTEN,
+        RepairOutcome.FORGOTTEN,
         "the VM no longer holds it",
     )
     assert sandbox.picture() == before
@@ -250,7 +250,7 @@ def test_a_reconcile_that_another_process_overtook_keeps_the_nvdimm(sandbox: San
         journal.give_up([attachment.device_id])
     parts = sandbox.side.parts()
     (repair,) = sandbox.devices.reconcile()
-    assert (repair.device_id, repair.outcome) == (attachment.device_id, Outcome.RETAINED)
+    assert (repair.device_id, repair.outcome) == (attachment.device_id, RepairOutcome.RETAINED)
     assert states(sandbox) == [State.RETAINED]
     assert sandbox.side.parts() == parts
     assert sandbox.devices.reconcile() == []
@@ -267,7 +267,7 @@ def test_an_nvdimm_that_the_journal_does_not_know_is_told_with_qemus_words(
     before = sandbox.picture()
     for _ in range(2):
         assert sandbox.devices.reconcile() == [
-            Repair(STRANGER, None, Outcome.STILL_DETACHING, NO_UNPLUG)
+            Repair(STRANGER, None, RepairOutcome.STILL_DETACHING, NO_UNPLUG)
         ]
         assert sandbox.picture() == before
 
@@ -295,9 +295,9 @@ def test_an_nvdimm_of_nobody_does_not_keep_the_rest_from_being_repaired(
     add_link(sandbox, "vmplug-fedcba9876543210-link")
     break_off(sandbox, sandbox.disk(), 2, is_sent=True)
     outcomes = {repair.device_id: repair.outcome for repair in sandbox.devices.reconcile()}
-    assert outcomes.pop(STRANGER) is Outcome.STILL_DETACHING
-    assert outcomes.pop("fedcba9876543210") is Outcome.REMOVED
-    assert list(outcomes.values()) == [Outcome.UNDONE]
+    assert outcomes.pop(STRANGER) is RepairOutcome.STILL_DETACHING
+    assert outcomes.pop("fedcba9876543210") is RepairOutcome.REMOVED
+    assert list(outcomes.values()) == [RepairOutcome.UNDONE]
     assert sandbox.picture() == before
 
 
@@ -365,7 +365,7 @@ def test_an_attach_that_broke_off_is_undone_whatever_came_of_it(
     for count in range(1, commands + 1):
         break_off(sandbox, served[kind], count, is_sent=is_sent)
         (repair,) = sandbox.devices.reconcile()
-        assert repair.outcome is Outcome.UNDONE
+        assert repair.outcome is RepairOutcome.UNDONE
         assert sandbox.picture().rows == before.rows
         assert sandbox.side.parts() == before.parts
         assert sandbox.devices.reconcile() == []
@@ -387,7 +387,7 @@ def test_a_backend_that_is_gone_is_told_until_it_is_back(
             Repair(
                 net.device_id,
                 net.host_path,
-                Outcome.BACKEND_LOST,
+                RepairOutcome.BACKEND_LOST,
                 "start its backend again, or detach it",
             )
         ]
@@ -408,12 +408,12 @@ def test_a_guest_that_waits_for_a_lost_backend_is_said_to(
         sandbox.devices.detach(net.id, timeout_s=AT_ONCE_S)
     (repair,) = sandbox.devices.reconcile(timeout_s=AT_ONCE_S)
     assert (repair.outcome, repair.reason) == (
-        Outcome.STILL_DETACHING,
+        RepairOutcome.STILL_DETACHING,
         "its vhost-user backend is gone, and the guest waits for it",
     )
     assert states(sandbox) == [State.DETACHING]
     sandbox.machine.wake_guest()
-    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [Outcome.FINISHED]
+    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [RepairOutcome.FINISHED]
     assert sandbox.picture() == before
 
 

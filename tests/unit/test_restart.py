@@ -24,7 +24,7 @@ from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.records import VmRecord
 from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
-from vmplug.manager.reconcile import Outcome
+from vmplug.manager.reconcile import RepairOutcome
 from vmplug.oci.info import DeviceInfo, DevType
 
 AT_ONCE_S = 0.1
@@ -105,18 +105,18 @@ def test_what_a_living_process_has_in_progress_is_left_to_it(
     with at_work(sandbox.state_dir, state) as worker:
         before = sandbox.picture()
         (repair,) = sandbox.devices.reconcile()
-        assert (repair.device_id, repair.outcome) == (DISK.id, Outcome.IN_PROGRESS)
+        assert (repair.device_id, repair.outcome) == (DISK.id, RepairOutcome.IN_PROGRESS)
         assert repair.reason == f"process {worker.pid} is at work on it"
         assert not repair.is_gone
         assert sandbox.picture() == before
-    outcome = Outcome.UNDONE if state is State.PLUGGING else Outcome.FINISHED
+    outcome = RepairOutcome.UNDONE if state is State.PLUGGING else RepairOutcome.FINISHED
     assert [repair.outcome for repair in sandbox.devices.reconcile()] == [outcome]
     assert journal_rows(sandbox.state_dir)["device"] == []
     assert not sandbox.vmplugs()
 
 
 def test_an_attach_that_runs_in_another_thread_is_left_to_it(sandbox: Sandbox) -> None:
-    seen: list[Outcome] = []
+    seen: list[RepairOutcome] = []
 
     def look(command: Command) -> None:
         if command.execute != "device_add":
@@ -131,7 +131,7 @@ def test_an_attach_that_runs_in_another_thread_is_left_to_it(sandbox: Sandbox) -
 
     sandbox.talk_through(lambda monitor: Hooked(monitor, look))
     attachment = sandbox.devices.attach(sandbox.disk())
-    assert seen == [Outcome.IN_PROGRESS]
+    assert seen == [RepairOutcome.IN_PROGRESS]
     assert attachment.state is State.ATTACHED
     assert sandbox.devices.reconcile() == []
 
@@ -141,7 +141,7 @@ def test_an_attach_that_broke_off_can_be_undone_while_its_process_lives(sandbox:
     with pytest.raises(ProtocolError):
         sandbox.devices.attach(sandbox.disk())
     sandbox.talk_plainly()
-    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [Outcome.UNDONE]
+    assert [repair.outcome for repair in sandbox.devices.reconcile()] == [RepairOutcome.UNDONE]
 
 
 def test_a_detach_that_waited_in_vain_can_be_finished_by_anybody(sandbox: Sandbox) -> None:
@@ -150,9 +150,9 @@ def test_a_detach_that_waited_in_vain_can_be_finished_by_anybody(sandbox: Sandbo
     with pytest.raises(UnplugTimeout):
         sandbox.devices.detach(attachment.id, timeout_s=AT_ONCE_S)
     (repair,) = sandbox.devices.reconcile(timeout_s=AT_ONCE_S)
-    assert repair.outcome is Outcome.STILL_DETACHING
+    assert repair.outcome is RepairOutcome.STILL_DETACHING
     (repair,) = sandbox.devices.reconcile(timeout_s=AT_ONCE_S)  # the first has let go of it
-    assert repair.outcome is Outcome.STILL_DETACHING
+    assert repair.outcome is RepairOutcome.STILL_DETACHING
     sandbox.machine.wake_guest()
     sandbox.devices.detach(attachment.id)
     assert sandbox.devices.attachments() == []
@@ -255,7 +255,9 @@ def test_what_a_former_vm_of_the_name_held_is_released_before_anything_else(
         assert (new.count, new.device_id != old.device_id) == (1, True)
         assert f"vmplug-{new.device_id}" in again.monitor.devices
         told = devices.reconcile()
-        assert [(r.device_id, r.outcome) for r in told] == [(old.device_id, Outcome.FORGOTTEN)]
+        assert [(r.device_id, r.outcome) for r in told] == [
+            (old.device_id, RepairOutcome.FORGOTTEN)
+        ]
         assert "another QEMU has the name" in told[0].reason
         assert devices.reconcile() == []
     with open_manager(again) as devices:

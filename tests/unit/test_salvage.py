@@ -22,7 +22,7 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.journal.salvage import UNKNOWN_OWNER, check_journal, set_aside
 from vmplug.journal.state import State
-from vmplug.manager.reconcile import Outcome
+from vmplug.manager.reconcile import RepairOutcome
 
 DEVICES = 120
 PAGE = 4096
@@ -276,10 +276,10 @@ def test_what_the_journal_lost_is_told_and_not_taken_from_a_guest(tmp_path: Path
     assert set_aside(str(sandbox.state_dir))
     parts = sandbox.side.parts()
     (repair,) = sandbox.devices.reconcile(keep_unknown=True)
-    assert (repair.device_id, repair.outcome) == (attachment.device_id, Outcome.UNKNOWN)
+    assert (repair.device_id, repair.outcome) == (attachment.device_id, RepairOutcome.UNKNOWN)
     assert not repair.is_gone
     assert sandbox.side.parts() == parts
     (repair,) = sandbox.devices.reconcile()
-    assert repair.outcome is Outcome.REMOVED
+    assert repair.outcome is RepairOutcome.REMOVED
     assert not sandbox.vmplugs()
     sandbox.close()

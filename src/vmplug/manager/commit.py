@@ -17,7 +17,7 @@ _PLUG_TIMEOUT_S, _PLUG_STEP_S = 30.0, 0.02
 keeps it for as long. Usually that takes milliseconds."""
 
 
-def decide(
+def plan_and_journal(
     plan_now: Callable[[], Plan],
     journal: Journal,
     lock: AbstractContextManager[object],
@@ -48,7 +48,7 @@ def _is_passing(error: StateError, vm: str, journal: Journal) -> bool:
     return not workers or any(worker and worker.is_alive(journal.host) for worker in workers)
 
 
-def finish(plan: Plan, journal: Journal) -> list[Attachment]:
+def mark_attached(plan: Plan, journal: Journal) -> list[Attachment]:
     """Write down that new devices are attached, and holds on those that were known before.
 
     StateError when somebody has taken one of those away meanwhile.
@@ -64,7 +64,7 @@ def _decide_now(plan_now: Callable[[], Plan], journal: Journal) -> tuple[Plan, l
         plan = plan_now()
         records = [new.record for new in plan.new]
         if not records:
-            return plan, finish(plan, journal)
+            return plan, mark_attached(plan, journal)
         added = journal.add_devices(records, plan.holds_on(new=True), known=known)
         if added is not None:
             return plan, added

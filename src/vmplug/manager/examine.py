@@ -31,7 +31,7 @@ from vmplug.policy.gate import PolicyCheck, not_overruled
 FindClaims = Callable[[HostDevice], Sequence[Claim]]
 
 
-class Known(NamedTuple):
+class CheckContext(NamedTuple):
     """What is known of devices besides the host: by default nothing.
 
     `find_claims` gives what VMs hold of a device and its relatives. The backend of one that the VM
@@ -50,7 +50,7 @@ _BINDABLE = {Code.NOT_BOUND, Code.GROUP_NOT_VIABLE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Examined:
+class CheckedRequest:
     """One request with what came of it; `device` is None when `error` says why there is none.
 
     `driver` is None for a device that is only counted.
@@ -67,7 +67,7 @@ class Examined:
         """Whether `attach` refuses it."""
         return any(finding.severity is Severity.ERROR for finding in self.findings)
 
-    def with_finding(self, finding: Finding) -> "Examined":
+    def with_finding(self, finding: Finding) -> "CheckedRequest":
         """The same with one finding more."""
         return replace(self, findings=(*self.findings, finding))
 
@@ -77,10 +77,10 @@ def examine(
     host: HostRoot,
     *,
     store: VhostUserStore | None = None,
-    known: Known = Known(),  # noqa: B008  it is frozen
+    known: CheckContext = CheckContext(),  # noqa: B008  it is frozen
     allowed: Iterable[Code] = (),
     managed: bool = False,
-) -> list[Examined]:
+) -> list[CheckedRequest]:
     """Find every device and everything against handing it over, in the order asked.
 
     `allowed` findings become warnings; `managed` is whether functions that VFIO does not have will
@@ -90,7 +90,7 @@ def examine(
     codes, gate = frozenset(allowed), known.gate
     found = resolve_all(infos, host, store)
     usage = _try_read_usage(host, found)
-    examined: list[Examined] = []
+    examined: list[CheckedRequest] = []
     for info, answer in zip(infos, found, strict=True):
         device = None if isinstance(answer, HostError) else answer
         error = answer if isinstance(answer, HostError) else None
@@ -113,7 +113,7 @@ def examine(
             findings += not_overruled(findings, codes, verdict, gate.policy.name)
         findings = allow(findings, codes)
         examined.append(
-            Examined(
+            CheckedRequest(
                 info=info, driver=driver, device=device, error=error, findings=tuple(findings)
             )
         )
@@ -174,7 +174,7 @@ def _check(
     return findings
 
 
-def refuse_not_allowed(examined: Iterable[Examined]) -> None:
+def refuse_not_allowed(examined: Iterable[CheckedRequest]) -> None:
     """Raise PolicyError when the operator's rules stand against any of the requests."""
     problems = [
         (request.info.name, finding)
@@ -187,7 +187,7 @@ def refuse_not_allowed(examined: Iterable[Examined]) -> None:
         raise PolicyError(message, hint=problems[0][1].hint)
 
 
-def refuse(examined: Sequence[Examined]) -> None:
+def refuse(examined: Sequence[CheckedRequest]) -> None:
     """Raise what stands against the requests: the error of one, or one report of several."""
     refused = [request for request in examined if request.is_refused]
     if len(refused) == 1 and refused[0].error:
@@ -219,7 +219,7 @@ def _unresolved(error: HostError) -> Finding:
     return Finding(code, error.message, error.hint or "look at the file it names")
 
 
-def _overlaps(device: HostDevice, earlier: Iterable[Examined]) -> list[Claim]:
+def _overlaps(device: HostDevice, earlier: Iterable[CheckedRequest]) -> list[Claim]:
     """Devices of the same request that show the same bytes under another number."""
     return [
         Claim(

@@ -32,13 +32,13 @@ from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
 from vmplug.journal.state import State, holds_nothing, not_attached
 from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.manager.binding.binder import Binder
-from vmplug.manager.commit import decide, finish
-from vmplug.manager.examine import Examined, Known, check_vfio, examine
+from vmplug.manager.commit import mark_attached, plan_and_journal
+from vmplug.manager.examine import CheckContext, CheckedRequest, check_vfio, examine
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.resize import is_disk, new_size
 from vmplug.manager.unplug import Unplugger
-from vmplug.manager.vm_identity import meet
+from vmplug.manager.vm_identity import release_if_restarted
 from vmplug.oci.limits import NAME_BYTES_MAX, check_text
 from vmplug.oci.requests import Request
 from vmplug.policy.gate import PolicyCheck
@@ -127,7 +127,7 @@ class DeviceManager:
 
     def check(
         self, infos: Batch, *, owner: str | None = None, allow: Codes = (), managed: bool = False
-    ) -> list[Examined]:
+    ) -> list[CheckedRequest]:
         """What each request is on the host, and everything that `attach` would refuse it for.
 
         But for places in the VM: see `check_places`. Without an `owner` the policy is not asked
@@ -137,14 +137,16 @@ class DeviceManager:
             infos,
             self._host,
             store=self._store,
-            known=Known(self._find_claims, self._is_held, self._check_vfio, self._gate(owner)),
+            known=CheckContext(
+                self._find_claims, self._is_held, self._check_vfio, self._gate(owner)
+            ),
             allowed=allow,
             managed=managed,
         )
 
     def check_places(
         self, infos: Batch, *, owner: str | None = None, allow: Codes = (), managed: bool = False
-    ) -> list[Examined]:
+    ) -> list[CheckedRequest]:
         """`check`, and for what passes it also whether the VM has a place; nothing is changed."""
         examined = self.check(infos, owner=owner, allow=allow, managed=managed)
         with self._lock:
@@ -197,12 +199,12 @@ class DeviceManager:
             examined = self.check(infos, owner=holder, allow=allow, managed=managed)
             return self._plan(examined, holder)
 
-        plan, added = decide(plan_now, self._journal, self._lock, vm=self._vm)
+        plan, added = plan_and_journal(plan_now, self._journal, self._lock, vm=self._vm)
         with self._journal.in_progress([new.record.id for new in plan.new]):
             done, failure = self._plug(plan.new, managed=managed)
             if failure is None and plan.new:
                 try:
-                    added += finish(plan, self._journal)
+                    added += mark_attached(plan, self._journal)
                 except StateError as error:
                     failure = error
             if isinstance(failure, _UNKNOWN):
@@ -300,7 +302,7 @@ class DeviceManager:
             endpoint = self._hypervisor.endpoint
             if endpoint == self._met:
                 return
-            released = meet(self._vm, self._journal, self._hypervisor)
+            released = release_if_restarted(self._vm, self._journal, self._hypervisor)
             self._met = endpoint
             if released:
                 self._unplugger.give_back(repair.device_id for repair in released)
@@ -330,7 +332,7 @@ class DeviceManager:
             return ()
         return check_vfio(device, self._hypervisor, self._last_offer(), self._host)
 
-    def _plan(self, examined: Sequence[Examined], owner: str) -> Plan:
+    def _plan(self, examined: Sequence[CheckedRequest], owner: str) -> Plan:
         check_text("owner", owner, NAME_BYTES_MAX)
         return make_plan(
             examined,

@@ -15,7 +15,7 @@ from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import State, on_its_way
-from vmplug.manager.examine import Examined, refuse, refuse_not_allowed
+from vmplug.manager.examine import CheckedRequest, refuse, refuse_not_allowed
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request, ShareInfo
 
@@ -51,7 +51,7 @@ class Plan:
 
 
 def make_plan(
-    examined: Sequence[Examined],
+    examined: Sequence[CheckedRequest],
     *,
     vm: str,
     owner: str,
@@ -67,7 +67,7 @@ def make_plan(
     records = {record.identity: record for record in known}
     refuse_not_allowed(examined)
     refuse([request for request in examined if _identity(request) not in records])
-    wanted: dict[str, list[Examined]] = {}
+    wanted: dict[str, list[CheckedRequest]] = {}
     for request in examined:
         wanted.setdefault(_identity(request), []).append(request)
     for identity in wanted.keys() & records.keys():
@@ -110,8 +110,8 @@ def bind_steps(new: NewDevice, host: HostRoot, *, managed: bool) -> list[Step]:
 
 
 def find_places(
-    examined: Sequence[Examined], *, known: Iterable[DeviceRecord], choose: Choose
-) -> list[Examined]:
+    examined: Sequence[CheckedRequest], *, known: Iterable[DeviceRecord], choose: Choose
+) -> list[CheckedRequest]:
     """The requests with what the VM has against those that the host would give."""
     records = list(known)
     held, taken = {record.identity for record in records}, _taken(records)
@@ -139,12 +139,12 @@ def _no_place(error: NoFreePort | CannotPlug) -> Finding:
     return Finding(code, error.message, error.hint or "detach something first")
 
 
-def _identity(request: Examined) -> str:
+def _identity(request: CheckedRequest) -> str:
     return request.device.identity if request.device else ""
 
 
 def _new_device(
-    requests: Sequence[Examined],
+    requests: Sequence[CheckedRequest],
     vm: str,
     taken: set[str],
     choose: Choose,
@@ -224,7 +224,7 @@ def _check_tag(new: DeviceRecord, records: Iterable[DeviceRecord]) -> None:
             )
 
 
-def _check_serves(record: DeviceRecord, request: Examined) -> None:
+def _check_serves(record: DeviceRecord, request: CheckedRequest) -> None:
     """StateError unless the device, as it is or will be plugged, serves this request."""
     device, guest = request.device, record.guest_address
     tag = request.info.tag if isinstance(request.info, ShareInfo) else None
@@ -259,7 +259,7 @@ def _words(options: Mapping[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in options.items()) or "none"
 
 
-def _is_other_pmem(record: DeviceRecord, request: Examined) -> bool:
+def _is_other_pmem(record: DeviceRecord, request: CheckedRequest) -> bool:
     """Whether a file that is plugged as a disk is now wanted as persistent memory."""
     wants_pmem = isinstance(request.info, DeviceInfo) and request.info.pmem
     is_pmem = record.guest_address is not None and record.guest_address.nvdimm_handle is not None

@@ -25,7 +25,7 @@ from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State
 
 
-class Outcome(StrEnum):
+class RepairOutcome(StrEnum):
     """What reconcile did with a device."""
 
     UNDONE = "undone"
@@ -39,8 +39,13 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-_STAYING = {Outcome.RETAINED, Outcome.BACKEND_LOST, Outcome.IN_PROGRESS, Outcome.UNKNOWN}
-_UNFINISHED = {Outcome.UNDONE, Outcome.FINISHED}
+_STAYING = {
+    RepairOutcome.RETAINED,
+    RepairOutcome.BACKEND_LOST,
+    RepairOutcome.IN_PROGRESS,
+    RepairOutcome.UNKNOWN,
+}
+_UNFINISHED = {RepairOutcome.UNDONE, RepairOutcome.FINISHED}
 
 _LEFT = {
     "timeout": "the guest does not answer",
@@ -55,13 +60,13 @@ class Repair:
 
     device_id: str
     host_path: str | None
-    outcome: Outcome
+    outcome: RepairOutcome
     reason: str
 
     @property
     def is_gone(self) -> bool:
         """Whether the VM no longer holds it."""
-        return self.outcome not in {*_STAYING, Outcome.STILL_DETACHING}
+        return self.outcome not in {*_STAYING, RepairOutcome.STILL_DETACHING}
 
 
 def reconcile(
@@ -87,12 +92,12 @@ def reconcile(
     }
     for device_id in held.keys() - journal.device_ids():
         reason = "the VM holds it and the journal does not know it"
-        outcome = Outcome.UNKNOWN if keep_unknown else Outcome.REMOVED
+        outcome = RepairOutcome.UNKNOWN if keep_unknown else RepairOutcome.REMOVED
         repairs[device_id] = Repair(device_id, None, outcome, reason)
     for device_id in hypervisor.find_lost() & records.keys() - repairs.keys():
         path, reason = records[device_id].host_path, "start its backend again, or detach it"
-        repairs[device_id] = Repair(device_id, path, Outcome.BACKEND_LOST, reason)
-    stuck = [i for i, repair in repairs.items() if repair.outcome is Outcome.RETAINED]
+        repairs[device_id] = Repair(device_id, path, RepairOutcome.BACKEND_LOST, reason)
+    stuck = [i for i, repair in repairs.items() if repair.outcome is RepairOutcome.RETAINED]
     unfinished = [i for i, repair in repairs.items() if repair.outcome in _UNFINISHED]
     leaving = [i for i, repair in repairs.items() if repair.outcome not in _STAYING]
     with journal.in_progress(unfinished):
@@ -100,11 +105,13 @@ def reconcile(
         journal.set_state(unfinished, State.DETACHING)
         left = _unplug(hypervisor, leaving, held, timeout_s)
         # No VM tells of these; a function that one has open does not go back to its driver.
-        hypervisor.close_files([i for i in unfinished if repairs[i].outcome is Outcome.UNDONE])
+        hypervisor.close_files(
+            [i for i in unfinished if repairs[i].outcome is RepairOutcome.UNDONE]
+        )
         journal.forget_devices([i for i in leaving if i in records and i not in left])
     journal.give_up(left)
     return [
-        Repair(repair.device_id, repair.host_path, Outcome.STILL_DETACHING, left[device_id])
+        Repair(repair.device_id, repair.host_path, RepairOutcome.STILL_DETACHING, left[device_id])
         if device_id in left
         else repair
         for device_id, repair in repairs.items()
@@ -116,26 +123,26 @@ def _in_progress(record: DeviceRecord, journal: Journal) -> Repair | None:
     if not (worker and worker.is_alive(journal.host)):
         return None
     reason = f"process {worker.pid} is at work on it"
-    return Repair(record.id, record.host_path, Outcome.IN_PROGRESS, reason)
+    return Repair(record.id, record.host_path, RepairOutcome.IN_PROGRESS, reason)
 
 
 def _judge(record: DeviceRecord, held: Mapping[str, bool]) -> Repair | None:
     is_unfinished = record.state in {State.PLUGGING, State.DETACHING}
     if is_unfinished and held.get(record.id) and not record.can_be_unplugged:
         reason = "QEMU cannot take it out again"
-        return Repair(record.id, record.host_path, Outcome.RETAINED, reason)
+        return Repair(record.id, record.host_path, RepairOutcome.RETAINED, reason)
     match record.state:
         case State.PLUGGING:
             return Repair(
-                record.id, record.host_path, Outcome.UNDONE, "its attach was interrupted"
+                record.id, record.host_path, RepairOutcome.UNDONE, "its attach was interrupted"
             )
         case State.DETACHING:
-            return Repair(record.id, record.host_path, Outcome.FINISHED, "it was detaching")
+            return Repair(record.id, record.host_path, RepairOutcome.FINISHED, "it was detaching")
         case State.ATTACHED | State.RETAINED:
             if held.get(record.id) or record.place is None:
                 return None
             return Repair(
-                record.id, record.host_path, Outcome.FORGOTTEN, "the VM no longer holds it"
+                record.id, record.host_path, RepairOutcome.FORGOTTEN, "the VM no longer holds it"
             )
 
 

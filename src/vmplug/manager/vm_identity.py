@@ -11,10 +11,10 @@ from vmplug.drivers.ports import Endpoint, Hypervisor
 from vmplug.host.process import read_start_time
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, VmRecord, foreign_names, has_ended, record_vm
-from vmplug.manager.reconcile import Outcome, Repair
+from vmplug.manager.reconcile import Repair, RepairOutcome
 
 
-def meet(vm: str, journal: Journal, hypervisor: Hypervisor) -> list[Repair]:
+def release_if_restarted(vm: str, journal: Journal, hypervisor: Hypervisor) -> list[Repair]:
     """Write a VM down that the journal does not know, and release what a former one held.
 
     Tells what was released; its functions are still to be given back to the host.
@@ -34,7 +34,7 @@ def meet(vm: str, journal: Journal, hypervisor: Hypervisor) -> list[Repair]:
     journal.replace_vm(record_vm(vm, endpoint, journal.host))
     hypervisor.wait_unplugged([device.id for device in devices], 0)  # ends their daemons
     reason = "its VM has ended, and another QEMU has the name"
-    return [Repair(d.id, d.host_path, Outcome.FORGOTTEN, reason) for d in devices]
+    return [Repair(d.id, d.host_path, RepairOutcome.FORGOTTEN, reason) for d in devices]
 
 
 def _may_have_ended(record: VmRecord, journal: Journal) -> bool:

@@ -17,7 +17,7 @@ from vmplug.oci.info import DeviceInfo
 if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress
     from vmplug.journal.records import Attachment
-    from vmplug.manager.watching.health import Look
+    from vmplug.manager.watching.health import DeviceHealth
     from vmplug.oci.requests import Request
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -158,7 +158,7 @@ def guest_json(attachment: "Attachment") -> dict[str, Any] | None:
     }
 
 
-def host_json(look: "Look | None") -> dict[str, Any]:
+def host_json(look: "DeviceHealth | None") -> dict[str, Any]:
     """What a device is on the host now; no key where it cannot be told."""
     return {"host": {"state": str(look.state), "detail": look.detail}} if look else {}
 
@@ -172,7 +172,7 @@ def print_attachments(
     attachments: "Sequence[Attachment]",
     *,
     with_vm: bool,
-    looks: "Mapping[str, Look] | None" = None,
+    looks: "Mapping[str, DeviceHealth] | None" = None,
 ) -> None:
     """A table of holds; `looks` by device id adds what has become of the devices on the host."""
     rows = [
@@ -194,5 +194,5 @@ def print_attachments(
     print_table((*(("VM",) if with_vm else ()), *headings, *host), rows)
 
 
-def _host_text(look: "Look | None") -> str:
+def _host_text(look: "DeviceHealth | None") -> str:
     return str(look.state) if look else "-"

@@ -22,7 +22,7 @@ from vmplug.cli.render.text import one_line
 from vmplug.cli.wiring import find_policy, has_journal, open_journal, open_manager
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code
-from vmplug.manager.examine import Examined, FindClaims, Known, examine
+from vmplug.manager.examine import CheckContext, CheckedRequest, FindClaims, examine
 from vmplug.policy.gate import PolicyCheck
 
 _NOT_ALLOWED, _HOST_ERROR = 3, 4
@@ -78,7 +78,9 @@ def command(
                 asked.infos,
                 asked.host,
                 store=asked.store,
-                known=Known(find_claims, gate=PolicyCheck(rules, owner=owner) if rules else None),
+                known=CheckContext(
+                    find_claims, gate=PolicyCheck(rules, owner=owner) if rules else None
+                ),
                 allowed=allowed,
                 managed=managed,
             )
@@ -105,12 +107,12 @@ def _claims(state_dir: str) -> Iterator[FindClaims]:
         yield find_claims
 
 
-def _is_policys(examined: Sequence[Examined]) -> bool:
+def _is_policys(examined: Sequence[CheckedRequest]) -> bool:
     codes = {finding.code for request in examined for finding in request.findings}
     return Code.NOT_ALLOWED in codes
 
 
-def _problems(examined: Sequence[Examined]) -> list[dict[str, str | None]]:
+def _problems(examined: Sequence[CheckedRequest]) -> list[dict[str, str | None]]:
     return [
         {
             "container_path": container_path(request.info),
@@ -125,7 +127,7 @@ def _problems(examined: Sequence[Examined]) -> list[dict[str, str | None]]:
     ]
 
 
-def _print(examined: Sequence[Examined]) -> None:
+def _print(examined: Sequence[CheckedRequest]) -> None:
     for request in examined:
         path = one_line(request.info.name)
         for finding in request.findings:

@@ -12,7 +12,7 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.manager.kata.adopt import Adopted, adopt
 from vmplug.manager.kata.saved_state import read_kata
-from vmplug.manager.vm_identity import meet
+from vmplug.manager.vm_identity import release_if_restarted
 
 
 @click.command("import-kata")
@@ -36,7 +36,7 @@ def command(as_json: bool, state_dir: str, socket: str | None, vm: str, state: s
     """
     saved = read_kata(state)
     with open_journal(state_dir) as journal, closing(_connect(journal, vm, socket)) as qemu:
-        meet(vm, journal, qemu)
+        release_if_restarted(vm, journal, qemu)
         told = adopt(saved, vm, journal, qemu)
     if as_json:
         print_json({"vm": vm, "sandbox": saved.sandbox, "devices": [_json(one) for one in told]})

@@ -7,7 +7,7 @@ from vmplug.cli.render.output import attachment_json, host_json, print_attachmen
 from vmplug.cli.wiring import find_ended, open_journal, read_attachments
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
-from vmplug.manager.watching.health import HostLook, Look
+from vmplug.manager.watching.health import DeviceHealth, HostSnapshot
 
 
 @click.command("list")
@@ -39,9 +39,9 @@ def command(as_json: bool, state_dir: str, vm: str | None) -> None:
         click.echo("nothing is attached")
 
 
-def _look(journal: Journal, vm: str | None) -> dict[str, Look]:
+def _look(journal: Journal, vm: str | None) -> dict[str, DeviceHealth]:
     """What has become of the devices on the host, by id, as far as it can be told."""
     vms = [record for record in journal.vms() if vm in {None, record.name}]
-    looker = HostLook(HostRoot(), vms)
+    looker = HostSnapshot(HostRoot(), vms)
     devices = (device for record in vms for device in journal.devices(record.name))
     return {device.id: look for device in devices if (look := looker.of(device))}

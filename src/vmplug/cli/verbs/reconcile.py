@@ -19,7 +19,7 @@ from vmplug.journal.records import VmRecord
 from vmplug.journal.salvage import Salvage, check_journal
 from vmplug.journal.salvage import set_aside as put_aside
 from vmplug.manager.binding.binder import Binder, Returned
-from vmplug.manager.reconcile import Outcome, Repair
+from vmplug.manager.reconcile import Repair, RepairOutcome
 
 _LOCK_TIMEOUT_S = 10.0
 """A function that is slow to let go is told as in progress."""
@@ -127,7 +127,9 @@ def _repair(record: VmRecord, journal: Journal, how: _How) -> list[Repair]:
     reason = "the VM is not running any more"
     if record.is_of_earlier_boot:
         reason = "the host has booted since"
-    return [Repair(device.id, device.host_path, Outcome.FORGOTTEN, reason) for device in held]
+    return [
+        Repair(device.id, device.host_path, RepairOutcome.FORGOTTEN, reason) for device in held
+    ]
 
 
 def _json(vm: str, repair: Repair) -> dict[str, str | None]:

@@ -41,7 +41,7 @@ from vmplug.journal.bindings import LOCK_TIMEOUT_S, Binding, BindingState
 from vmplug.journal.database import is_locked
 from vmplug.journal.journal import Journal
 from vmplug.journal.process import read_boot_id
-from vmplug.manager.binding.users import USED_BY_VM, check_use, find_users, refuse_use
+from vmplug.manager.binding.users import USED_BY_VM, find_conflicts, find_users, raise_in_use
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ _MENDED = frozenset({Code.NOT_BOUND, Code.GROUP_NOT_VIABLE})
 """Findings that binding mends."""
 
 
-class Outcome(StrEnum):
+class BindOutcome(StrEnum):
     """What became of a binding that was not as it should be."""
 
     GIVEN_BACK = "given back"
@@ -64,7 +64,7 @@ class Returned(NamedTuple):
     """A function that was to be given back; `error` is set when that failed."""
 
     former: FormerBinding
-    outcome: Outcome
+    outcome: BindOutcome
     reason: str
     error: BindError | None = None
 
@@ -116,8 +116,8 @@ class Binder:
             functions = [_find(function.bdf, self._host) for function in group.functions]
             wanted = [f for f in functions if not self._is_bound(f, driver)]
             if wanted and device_id is None:
-                found = check_use(group, self._journal, self._host)
-                refuse_use(group.host_path, [f for f in found if f.code not in _MENDED], allow)
+                found = find_conflicts(group, self._journal, self._host)
+                raise_in_use(group.host_path, [f for f in found if f.code not in _MENDED], allow)
             steps = [self._plan(f, driver, rows.get(f.bdf), device_id) for f in wanted]
             if steps:
                 self._bind_all(steps)
@@ -139,8 +139,8 @@ class Binder:
             mine = [rows[f.bdf] for f in group.functions if f.bdf in rows]
             if not mine:
                 raise _not_bound(group)
-            found = check_use(group, self._journal, self._host)
-            refuse_use(group.host_path, [f for f in found if f.code in USED_BY_VM])
+            found = find_conflicts(group, self._journal, self._host)
+            raise_in_use(group.host_path, [f for f in found if f.code in USED_BY_VM])
             told = self._return_all(mine)
         for returned in told:
             if returned.error:
@@ -166,7 +166,9 @@ class Binder:
             return []
         boot_id = self._boot_id()
         stale = [row for row in self._journal.bindings.all() if row.boot_id != boot_id]
-        told = [Returned(r.former, Outcome.FORGOTTEN, "the host has booted since") for r in stale]
+        told = [
+            Returned(r.former, BindOutcome.FORGOTTEN, "the host has booted since") for r in stale
+        ]
         try:
             with self._alone(lock_timeout_s) as rows:
                 return told + self._recover_all(rows)
@@ -175,7 +177,7 @@ class Binder:
                 raise
         reason = "another process is at it"
         begun = [row for row in self.bindings() if row.state is not BindingState.BOUND]
-        return [Returned(row.former, Outcome.IN_PROGRESS, reason) for row in begun]
+        return [Returned(row.former, BindOutcome.IN_PROGRESS, reason) for row in begun]
 
     def _recover_all(self, rows: Mapping[Bdf, Binding]) -> list[Returned]:
         known, told = self._journal.device_ids(), list[Returned]()
@@ -281,11 +283,11 @@ class Binder:
             self._wait_closed(former)
             restore(former, self._host, timeout_s=self._timeout_s)
         except NoSuchDevice:
-            told = Returned(former, Outcome.FORGOTTEN, "the function is gone")
+            told = Returned(former, BindOutcome.FORGOTTEN, "the function is gone")
         except HostError as error:
             return _failed(former, error)
         else:
-            told = Returned(former, Outcome.GIVEN_BACK, reason)
+            told = Returned(former, BindOutcome.GIVEN_BACK, reason)
             log.info("gave %s back to %s", former.bdf, former.driver or "no driver")
         self._journal.bindings.forget([former.bdf])
         return told
@@ -317,7 +319,7 @@ class Binder:
             reason = "it was interrupted"
         elif function.driver and not is_with_vfio:
             self._journal.bindings.forget([row.bdf])
-            return Returned(row.former, Outcome.FORGOTTEN, f"{function.driver} has it now")
+            return Returned(row.former, BindOutcome.FORGOTTEN, f"{function.driver} has it now")
         elif self._host.stat(function.sysfs_path) and (row.device_id in {None, *known}):
             return None
         else:
@@ -325,7 +327,7 @@ class Binder:
         # What was bound for a device may have that one's claim in the journal.
         user = find_users(row.bdf, None if row.device_id else self._journal, self._host)
         if user and function.driver != row.former.driver:
-            return Returned(row.former, Outcome.STILL_OPEN, user)
+            return Returned(row.former, BindOutcome.STILL_OPEN, user)
         return self._return(row, reason)
 
     # the journal
@@ -349,7 +351,7 @@ def _failed(former: FormerBinding, error: HostError) -> Returned:
     if not isinstance(error, BindError):
         bdf = str(former.bdf)
         error = BindError(bdf, "read", f"{bdf} cannot be given back: {error.message}")
-    return Returned(former, Outcome.FAILED, error.message, error)
+    return Returned(former, BindOutcome.FAILED, error.message, error)
 
 
 def _find(bdf: Bdf, host: HostRoot) -> PciFunction:

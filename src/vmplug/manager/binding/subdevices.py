@@ -11,7 +11,7 @@ from vmplug.host.pci.sriov import Sriov, find_interface, read_sriov, set_count
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
-from vmplug.manager.binding.users import USED_BY_VM, check_use, refuse_use
+from vmplug.manager.binding.users import USED_BY_VM, find_conflicts, raise_in_use
 
 _NO_USE = frozenset(
     {
@@ -75,10 +75,10 @@ def _refuse_used(
     findings = [
         finding
         for bdf in virtfns
-        for finding in check_use(find_vfio_device(str(bdf), host), journal, host, only=bdf)
+        for finding in find_conflicts(find_vfio_device(str(bdf), host), journal, host, only=bdf)
         if finding.code not in _NO_USE
     ]
-    refuse_use(", ".join(map(str, virtfns)), findings, allow)
+    raise_in_use(", ".join(map(str, virtfns)), findings, allow)
     known = {row.bdf for row in journal.bindings.all()}
     bound = [bdf for bdf in virtfns if bdf in known]
     if bound:
@@ -108,6 +108,6 @@ def remove_unused(uuid: str, *, journal: Journal, host: HostRoot) -> None:
     """Take a mediated device away. Raises InUse while a VM or a process has it."""
     with journal.bindings.alone():
         group = find_vfio_device(uuid, host)
-        found = check_use(group, journal, host)
-        refuse_use(uuid, [finding for finding in found if finding.code in USED_BY_VM])
+        found = find_conflicts(group, journal, host)
+        raise_in_use(uuid, [finding for finding in found if finding.code in USED_BY_VM])
         remove_mediated(uuid, host)

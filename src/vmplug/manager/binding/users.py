@@ -19,7 +19,7 @@ USED_BY_VM = frozenset({Code.IN_USE_BY_VM, Code.OPEN_BY_PROCESS})
 """Findings that a VM, or another user of VFIO, has it."""
 
 
-def check_use(
+def find_conflicts(
     group: VfioGroup, journal: Journal, host: HostRoot, *, only: Bdf | None = None
 ) -> list[Finding]:
     """Everything that speaks against taking the group, or `only` one function, from its users."""
@@ -69,7 +69,7 @@ def _only(bdf: Bdf, group: VfioGroup, host: HostRoot) -> VfioGroup:
     return group._replace(functions=functions, bridges=(), disks=disks)
 
 
-def refuse_use(what: str, findings: Iterable[Finding], allowed: Collection[Code] = ()) -> None:
+def raise_in_use(what: str, findings: Iterable[Finding], allowed: Collection[Code] = ()) -> None:
     """Raise InUse for findings that are not allowed: one report of all of them."""
     problems = [
         finding

@@ -32,7 +32,7 @@ class Vm(Protocol):
         """Where the device of that name sits; None when there is none."""
 
 
-class Outcome(StrEnum):
+class ImportOutcome(StrEnum):
     """What became of a device of Kata's."""
 
     IMPORTED = "imported"
@@ -44,7 +44,7 @@ class Adopted(NamedTuple):
     """One device of Kata's; `device_id` is the journal's, None when it is left out."""
 
     device: KataDevice
-    outcome: Outcome
+    outcome: ImportOutcome
     reason: str
     device_id: str | None = None
 
@@ -61,16 +61,16 @@ def adopt(state: KataState, vm: str, journal: Journal, hypervisor: Vm) -> list[A
     for device in state.devices:
         record = _record(device, vm, hypervisor, journal.host)
         if isinstance(record, str):
-            told.append(Adopted(device, Outcome.LEFT_OUT, record))
+            told.append(Adopted(device, ImportOutcome.LEFT_OUT, record))
         elif record.identity in known:
             reason = "the journal has it"
-            told.append(Adopted(device, Outcome.KNOWN, reason, known[record.identity]))
+            told.append(Adopted(device, ImportOutcome.KNOWN, reason, known[record.identity]))
         else:
             known[record.identity] = record.id
             records.append(record)
             holds += _holds(device, record, state)
             reason = _shared_with(record, journal) or "QEMU has it"
-            told.append(Adopted(device, Outcome.IMPORTED, reason, record.id))
+            told.append(Adopted(device, ImportOutcome.IMPORTED, reason, record.id))
     if records:
         journal.add_devices(records, holds)
     return told

@@ -52,7 +52,7 @@ class HostState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class DeviceHealth:
     """`detail` is a sentence about what is not as it was, None when all is.
 
     `size_bytes` is a disk's, None for anything else.
@@ -63,7 +63,7 @@ class Look:
     size_bytes: int | None = None
 
 
-def judged(record: DeviceRecord) -> bool:
+def is_settled(record: DeviceRecord) -> bool:
     """Whether a device is in its VM, and not on its way in or out."""
     return record.state in {State.ATTACHED, State.RETAINED}
 
@@ -83,7 +83,7 @@ def socket_of(record: DeviceRecord) -> str | None:
     return record.host_path if has_path else None
 
 
-class HostLook:
+class HostSnapshot:
     """The host at one moment: what many devices need of it is read once.
 
     `daemons` are processes known to share directories, by device id; those found are added.
@@ -98,16 +98,16 @@ class HostLook:
         self._daemons = {} if daemons is None else daemons
         self._marked: Mapping[int, str] | None = None
 
-    def of(self, record: DeviceRecord) -> Look | None:
+    def of(self, record: DeviceRecord) -> DeviceHealth | None:
         """What has become of a device; None when it cannot be told."""
-        if not judged(record):
+        if not is_settled(record):
             return None
         try:
             return self._look_at(record)
         except (AttributeReadError, ValueError):
             return None
 
-    def _look_at(self, record: DeviceRecord) -> Look | None:
+    def _look_at(self, record: DeviceRecord) -> DeviceHealth | None:
         kind, _, what = record.identity.partition(":")
         if is_served(record):
             return self._daemon(record) if kind == "share" else self._backend(record)
@@ -119,30 +119,34 @@ class HostLook:
 
     # disks
 
-    def _block(self, record: DeviceRecord, number: str) -> Look | None:
+    def _block(self, record: DeviceRecord, number: str) -> DeviceHealth | None:
         base = f"{self._host.sys_dev}/block"
         if self._host.stat(base) is None:
             return None
         sectors = self._host.read_int(f"{base}/{number}/size")
         if sectors is None:
-            return Look(HostState.GONE, f"{record.host_path} ({number}) is not there any more")
+            return DeviceHealth(
+                HostState.GONE, f"{record.host_path} ({number}) is not there any more"
+            )
         backing = read_backing_file(f"{base}/{number}", self._host)
         if backing is None and DevNum.parse(number).major == _LOOP_MAJOR:
-            return Look(HostState.GONE, f"{record.host_path} loops to no file any more")
+            return DeviceHealth(HostState.GONE, f"{record.host_path} loops to no file any more")
         size_bytes = sectors * SIZE_UNIT_BYTES
         if backing and backing.deleted:
             told = f"{backing.backing_file}, the file behind {record.host_path}, has been deleted"
-            return Look(HostState.DELETED, told, size_bytes)
-        return Look(HostState.PRESENT, size_bytes=size_bytes)
+            return DeviceHealth(HostState.DELETED, told, size_bytes)
+        return DeviceHealth(HostState.PRESENT, size_bytes=size_bytes)
 
-    def _file(self, record: DeviceRecord) -> Look:
+    def _file(self, record: DeviceRecord) -> DeviceHealth:
         path = record.host_path
         status = self._host.stat(path)
         if status is None:
-            return Look(HostState.DELETED, f"{path} has been deleted or moved")
+            return DeviceHealth(HostState.DELETED, f"{path} has been deleted or moved")
         if not stat.S_ISREG(status.st_mode) or f"{path} (deleted)" in self._files_of(record.vm):
-            return Look(HostState.REPLACED, f"at {path} there is another file now")
-        return Look(HostState.PRESENT, size_bytes=self._size_of_image(record, status.st_size))
+            return DeviceHealth(HostState.REPLACED, f"at {path} there is another file now")
+        return DeviceHealth(
+            HostState.PRESENT, size_bytes=self._size_of_image(record, status.st_size)
+        )
 
     def _size_of_image(self, record: DeviceRecord, length: int) -> int | None:
         """What a guest would see: a qcow2 image grows as it is written to; an NVDIMM is fixed."""
@@ -172,43 +176,45 @@ class HostLook:
 
     # functions
 
-    def _functions(self, record: DeviceRecord, first: str) -> Look:
+    def _functions(self, record: DeviceRecord, first: str) -> DeviceHealth:
         """The first of its members that is not as it was speaks for all: they go together."""
         address = record.guest_address
         members = [function.host for function in address.functions] if address else []
         looks = (self._function(name) for name in members or [first])
-        return next((look for look in looks if look), Look(HostState.PRESENT))
+        return next((look for look in looks if look), DeviceHealth(HostState.PRESENT))
 
-    def _function(self, name: str) -> Look | None:
+    def _function(self, name: str) -> DeviceHealth | None:
         """What is not as it was; None when all is."""
         bdf = find_bdf(name)
         if bdf is None:
             is_there = self._host.stat(f"{MDEV_DEVICES}/{name}") is not None
-            return None if is_there else Look(HostState.GONE, f"{name} is not there any more")
+            return (
+                None if is_there else DeviceHealth(HostState.GONE, f"{name} is not there any more")
+            )
         function = find_function(bdf, self._host)
         if function is None:
-            return Look(HostState.GONE, f"{name} is not there any more")
+            return DeviceHealth(HostState.GONE, f"{name} is not there any more")
         if is_vfio_driver(function, self._host):
             return None
         driver = f"the driver {function.driver}" if function.driver else "no driver"
-        return Look(HostState.OTHER_DRIVER, f"{name} is bound to {driver}, not to VFIO's")
+        return DeviceHealth(HostState.OTHER_DRIVER, f"{name} is bound to {driver}, not to VFIO's")
 
     # what other processes serve
 
-    def _backend(self, record: DeviceRecord) -> Look | None:
+    def _backend(self, record: DeviceRecord) -> DeviceHealth | None:
         path = socket_of(record)
         if path is None:
             return None
         if is_connected(path, self._host):
-            return Look(HostState.PRESENT)
+            return DeviceHealth(HostState.PRESENT)
         if not is_listening(path, self._host):
-            return Look(HostState.GONE, f"nobody serves {path} any more")
+            return DeviceHealth(HostState.GONE, f"nobody serves {path} any more")
         vm = self._vms.get(record.vm)
         if vm is None or has_ended(vm, self._host):
-            return Look(HostState.PRESENT)
-        return Look(HostState.DISCONNECTED, f"the backend at {path} serves nobody")
+            return DeviceHealth(HostState.PRESENT)
+        return DeviceHealth(HostState.DISCONNECTED, f"the backend at {path} serves nobody")
 
-    def _daemon(self, record: DeviceRecord) -> Look | None:
+    def _daemon(self, record: DeviceRecord) -> DeviceHealth | None:
         """A virtiofsd of vmplug's own has no socket by which it could be found."""
         if not self._host.is_live:
             return None
@@ -219,21 +225,21 @@ class HostLook:
             if record.id not in marks:
                 self._daemons.pop(record.id, None)
                 told = f"the virtiofsd that shares {record.host_path} has ended"
-                return Look(HostState.GONE, told)
+                return DeviceHealth(HostState.GONE, told)
             self._daemons[record.id] = marks[record.id]
-        return Look(HostState.PRESENT)
+        return DeviceHealth(HostState.PRESENT)
 
     # nodes and directories
 
-    def _node(self, record: DeviceRecord) -> Look | None:
+    def _node(self, record: DeviceRecord) -> DeviceHealth | None:
         path, (kind, _, what) = record.host_path, record.identity.partition(":")
         status = self._host.stat(path)
         if kind != "char":
             if status:
-                return Look(HostState.PRESENT)
-            return Look(HostState.GONE, f"{path} is not there any more")
+                return DeviceHealth(HostState.PRESENT)
+            return DeviceHealth(HostState.GONE, f"{path} is not there any more")
         if self._host.stat(f"{self._host.sys_dev}/char/{what}"):
-            return Look(HostState.PRESENT)
+            return DeviceHealth(HostState.PRESENT)
         if status and node_number(status) == DevNum.parse(what):
             return None  # a node without a device, or a device that sysfs does not list
-        return Look(HostState.GONE, f"{path} ({what}) is not there any more")
+        return DeviceHealth(HostState.GONE, f"{path} ({what}) is not there any more")

@@ -12,7 +12,7 @@ from vmplug.drivers.vhost_user import OPTIONS, RECONNECT_S
 from vmplug.host.events import Event, HostEvent
 from vmplug.host.kind import DeviceType
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
-from vmplug.manager.watching.health import HostState, Look, is_served
+from vmplug.manager.watching.health import DeviceHealth, HostState, is_served
 
 
 class EventKind(StrEnum):
@@ -69,7 +69,9 @@ def _is_of(event: HostEvent, record: DeviceRecord) -> bool:
     return record.kind is DeviceType.VFIO and event.name in {what, *members}
 
 
-def compare(before: Look | None, now: Look, *, taken_away: bool) -> EventKind | None:
+def compare(
+    before: DeviceHealth | None, now: DeviceHealth, *, taken_away: bool
+) -> EventKind | None:
     """What happened between two looks; `before` is None at the first. None for nothing."""
     was = before.state if before else HostState.PRESENT
     if now.state is HostState.PRESENT and was is HostState.PRESENT and taken_away:
@@ -85,8 +87,8 @@ def device_notices(
     record: DeviceRecord,
     holds: Iterable[Attachment],
     *,
-    before: Look | None,
-    now: Look,
+    before: DeviceHealth | None,
+    now: DeviceHealth,
 ) -> Iterator[DeviceEvent]:
     """One for each hold on the device."""
     is_resized = what is EventKind.RESIZED
@@ -127,7 +129,9 @@ def lost_notice() -> DeviceEvent:
     )
 
 
-def _message(what: EventKind, record: DeviceRecord, old_size: int | None, now: Look) -> str:
+def _message(
+    what: EventKind, record: DeviceRecord, old_size: int | None, now: DeviceHealth
+) -> str:
     match what:
         case EventKind.BACK:
             return f"{record.host_path} is as it was again"

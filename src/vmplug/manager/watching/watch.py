@@ -19,7 +19,13 @@ from vmplug.host.vhost_user.sockets import find_server
 from vmplug.journal import DEFAULT_STATE_DIR
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, has_ended
-from vmplug.manager.watching.health import HostLook, HostState, Look, judged, socket_of
+from vmplug.manager.watching.health import (
+    DeviceHealth,
+    HostSnapshot,
+    HostState,
+    is_settled,
+    socket_of,
+)
 from vmplug.manager.watching.notice import (
     DeviceEvent,
     compare,
@@ -79,7 +85,7 @@ class Watch(Iterator[DeviceEvent]):
         self._vm = vm
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._rows: _Rows | None = None
-        self._seen: dict[str, Look] = {}
+        self._seen: dict[str, DeviceHealth] = {}
         self._ended: set[VmRecord] = set()
         self._servers: dict[str, int | None] = {}
         self._daemons: dict[str, int] = {}
@@ -126,8 +132,8 @@ class Watch(Iterator[DeviceEvent]):
         self._events.follow(self._pids(rows))
         happened = [*happened, *self._events.wait(0)]
         self._forget_servers({event.pid for event in happened if isinstance(event, ProcessEnded)})
-        looker = HostLook(self._host, rows.vms, self._daemons)
-        looks = [(r, looker.of(r)) for r in rows.devices if judged(r)]
+        looker = HostSnapshot(self._host, rows.vms, self._daemons)
+        looks = [(r, looker.of(r)) for r in rows.devices if is_settled(r)]
         ended = [vm for vm in rows.vms if vm not in self._ended and has_ended(vm, self._host)]
         self._rows = self._read()
         if any(isinstance(event, EventsLost) for event in happened):
@@ -145,7 +151,7 @@ class Watch(Iterator[DeviceEvent]):
         self._find_servers([record for record, _ in looks])
         self._events.follow(self._pids(self._rows))
 
-    def _judge(self, record: DeviceRecord, now: Look, happened: Sequence[Event]) -> None:
+    def _judge(self, record: DeviceRecord, now: DeviceHealth, happened: Sequence[Event]) -> None:
         assert self._rows
         before = self._seen.get(record.id)
         taken_away = before is not None and was_taken_away(record, happened)
