@@ -38,7 +38,7 @@ from vmplug.address import new_id
 from vmplug.devnum import DevNum
 from vmplug.drivers.plug import VFIODevice, VFIODevices
 from vmplug.drivers.ports import NewPlug
-from vmplug.drivers.vfio import VfioOptions
+from vmplug.drivers.vfio import VfioDriver
 from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve
@@ -97,9 +97,9 @@ def _parent(case: Case) -> Answer:
 def handed_over(group: VfioGroup) -> VFIODevices:
     """What of the group would be given to a VM that has places for everything."""
     offer = replace(Qemu(memory_monitor(ports=2)).offer(), ap=True, iommufd=True)
-    place = VfioOptions().choose_place(group, offer, ())
+    place = VfioDriver().choose_place(group, offer, ())
     new = NewPlug(id=new_id(), device=group, read_only=False)
-    return VfioOptions().plan(new, place, offer)
+    return VfioDriver().plan(new, place, offer)
 
 
 def _details(case: Case) -> Answer:

@@ -18,7 +18,7 @@ from tests.support.tree import HostTree
 from vmplug.address import qemu_id
 from vmplug.drivers.free_places import virtio_place
 from vmplug.drivers.ports import NewPlug
-from vmplug.drivers.vhost_user import VhostUserOptions
+from vmplug.drivers.vhost_user import VhostUserDriver
 from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.store import VhostUserStore
@@ -141,7 +141,7 @@ def _katas_calls(calls: Sequence[str]) -> list[str]:
 def _reconnect(case: Case) -> Answer:
     """What the backend says of itself does not matter here, so it has not been asked."""
     kind = DeviceType.VHOST_USER_BLK
-    options = VhostUserOptions.parse(kind, _our_options(case.input["driver_options"] or {}))
+    options = VhostUserDriver.parse(kind, _our_options(case.input["driver_options"] or {}))
     device = VhostUserSocket(kind=kind, socket_path=SOCKET)
     offer = Qemu(memory_monitor(ports=1)).offer()
     new = NewPlug(id="0123456789abcdef", device=device, read_only=False)

@@ -8,12 +8,12 @@ from tests.conformance.terms import Terms, command_line
 from tests.conformance.vector import Adapter, Answer, Case, Deviation, Refusal, attempt, error_of
 from tests.conformance.vhost_user import SOCKET, open_store, stored
 from tests.support.tree import HostTree
-from vmplug.drivers.plug import Daemon
+from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.errors import BackendError
 from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.virtiofsd import VIRTIOFSD_PROGRAMS
 from vmplug.hypervisor.qemu.start.machine import Machine
-from vmplug.hypervisor.virtiofsd import HostDaemons, Started
+from vmplug.hypervisor.virtiofsd import HostDaemons, VirtiofsdProcess
 from vmplug.journal.records import Attachment
 from vmplug.oci.requests import NetInfo, Request, ShareInfo
 
@@ -84,7 +84,7 @@ def _appended(case: Case) -> Answer:
 class _Daemons(HostDaemons):
     """Daemons that cannot be started."""
 
-    def start(self, daemon: Daemon, device_id: str) -> Started:
+    def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         raise BackendError(daemon.program, f"{device_id}: boom")
 
 

@@ -36,12 +36,12 @@ from tests.contract.world import (
 from vmplug.drivers.place import MemorySlot, Place
 from vmplug.drivers.plug import (
     BlockDrive,
-    Daemon,
     DiskFrontend,
     Plug,
     RNGDevice,
     SharedFS,
     VhostUserDevice,
+    VirtiofsdSpec,
 )
 from vmplug.drivers.ports import START_DAEMON, Command, Step
 from vmplug.errors import CannotPlug, CommandError
@@ -567,7 +567,7 @@ def test_an_nvdimm_on_a_file_that_has_gone_is_refused_before_anything_is_sent(
 def test_a_share_of_vmplugs_own_is_plugged_with_no_process_at_all(tmp_path: Path) -> None:
     hypervisor = FakeHypervisor()
     before = FakeHypervisor()
-    daemon = Daemon(
+    daemon = VirtiofsdSpec(
         program="/no/such/virtiofsd",
         options=frozenset(),
         directory=str(tmp_path),

@@ -15,7 +15,7 @@ from tests.faults.machine import Machine, MemoryMachine
 from tests.faults.process import REFUSE, Hooks, trace
 from tests.faults.steps import Fault, StepKind
 from tests.support.fake_kernel import FakeKernel
-from vmplug.drivers.plug import Daemon
+from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.drivers.ports import Endpoint
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.vfio import find_vfio_device
@@ -24,7 +24,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
-from vmplug.hypervisor.virtiofsd import HostDaemons, Started
+from vmplug.hypervisor.virtiofsd import HostDaemons, VirtiofsdProcess
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, record_vm
 from vmplug.journal.state import State
@@ -61,7 +61,7 @@ class WatchedDaemons(HostDaemons):
         super().__init__(vm)
         self._hooks = hooks
 
-    def start(self, daemon: Daemon, device_id: str) -> Started:
+    def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """See Daemons."""
         with self._hooks.step(StepKind.DAEMON, "start virtiofsd"):
             return super().start(daemon, device_id)

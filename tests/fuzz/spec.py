@@ -1,11 +1,11 @@
 """A config.json: what is accepted is what the rest of vmplug takes for granted."""
 
 from tests.fuzz.guard import changes_only
-from vmplug.drivers.block import BlockOptions
-from vmplug.drivers.rng import RngOptions
-from vmplug.drivers.share import ShareOptions
-from vmplug.drivers.vfio import VfioOptions
-from vmplug.drivers.vhost_user import VhostUserOptions
+from vmplug.drivers.block import BlockDiskDriver
+from vmplug.drivers.rng import RngDriver
+from vmplug.drivers.share import ShareDriver
+from vmplug.drivers.vfio import VfioDriver
+from vmplug.drivers.vhost_user import VhostUserDriver
 from vmplug.errors import SpecError
 from vmplug.host.kind import DeviceType
 from vmplug.oci.info import DeviceInfo, DevType
@@ -64,14 +64,14 @@ def _check_options(request: Request) -> None:
     try:
         match request:
             case ShareInfo():
-                ShareOptions.parse(request.tag, None, options)
+                ShareDriver.parse(request.tag, None, options)
             case RngInfo():
-                RngOptions.parse(options)
+                RngDriver.parse(options)
             case VfioInfo():
-                VfioOptions.parse(options)
+                VfioDriver.parse(options)
             case NetInfo():
-                VhostUserOptions.parse(DeviceType.VHOST_USER_NET, options)
+                VhostUserDriver.parse(DeviceType.VHOST_USER_NET, options)
             case DeviceInfo():
-                BlockOptions.parse(options)
+                BlockDiskDriver.parse(options)
     except SpecError:
         return

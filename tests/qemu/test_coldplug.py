@@ -33,13 +33,13 @@ from vmplug.drivers.plug import (
     Aio,
     BlockDrive,
     Cache,
-    Daemon,
     DiskFrontend,
     Plug,
     RNGDevice,
     SharedFS,
     Throttle,
     VhostUserDevice,
+    VirtiofsdSpec,
 )
 from vmplug.errors import HypervisorError
 from vmplug.host.kind import DeviceType
@@ -351,7 +351,7 @@ def assert_same(
 
 def share(directory: Path, *, read_only: bool) -> VhostUserDevice:
     program = str(VIRTIOFSD)
-    daemon = Daemon(
+    daemon = VirtiofsdSpec(
         program=program,
         options=ask_options(program),
         directory=str(directory),

@@ -16,7 +16,7 @@ from tests.contract.sandbox import Hooked, Picture
 from tests.contract.world import journal_rows, memory_side_vm, qemu_parts
 from tests.support.disks import disk_image
 from tests.support.vm import GuestVm
-from vmplug.drivers.plug import Daemon
+from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import NoSuchDevice
 from vmplug.host.process import find_marked
@@ -26,7 +26,7 @@ from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.launch import launch
 from vmplug.hypervisor.qemu.start.machine import VmSpec
 from vmplug.hypervisor.qmp.client import QmpMonitor
-from vmplug.hypervisor.virtiofsd import HostDaemons, Started
+from vmplug.hypervisor.virtiofsd import HostDaemons, VirtiofsdProcess
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import Request, RngInfo, ShareInfo
@@ -219,7 +219,7 @@ class SwappingDaemons(HostDaemons):
         super().__init__(vm)
         self._swap = swap
 
-    def start(self, daemon: Daemon, device_id: str) -> Started:
+    def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         self._swap.away()
         return super().start(daemon, device_id)
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from tests.support.daemons import VIRTIOFSD
 from tests.support.vhost_user.messages import HEADER, U64, VERSION, Request
-from vmplug.drivers.plug import Daemon
+from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.errors import BackendError
 from vmplug.host.process import find_marked, wait_for_end
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.virtiofsd import ask_options
-from vmplug.hypervisor.virtiofsd import HostDaemons, Started, command_line
+from vmplug.hypervisor.virtiofsd import HostDaemons, VirtiofsdProcess, command_line
 
 ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"
 TIMEOUT_S = 10.0
@@ -36,8 +36,8 @@ def daemon(
     options: frozenset[str] = OF_C,
     cache: str = "auto",
     read_only: bool = False,
-) -> Daemon:
-    return Daemon(
+) -> VirtiofsdSpec:
+    return VirtiofsdSpec(
         program=program,
         options=options,
         directory=str(directory),
@@ -46,7 +46,7 @@ def daemon(
     )
 
 
-def real(directory: Path, *, read_only: bool = False) -> Daemon:
+def real(directory: Path, *, read_only: bool = False) -> VirtiofsdSpec:
     """The host's own virtiofsd."""
     program = str(VIRTIOFSD)
     return daemon(directory, program=program, options=ask_options(program), read_only=read_only)
@@ -194,7 +194,7 @@ def vm(tmp_path: Path) -> Iterator[str]:
     assert HostDaemons(name).find() == {}
 
 
-def first_words(started: Started) -> str:
+def first_words(started: VirtiofsdProcess) -> str:
     """What the stand-in says first; it has its listener by then."""
     started.connection.settimeout(TIMEOUT_S)
     with started.connection.makefile() as words:
@@ -202,7 +202,7 @@ def first_words(started: Started) -> str:
 
 
 @contextmanager
-def running(vm: str, made: Daemon, device_id: str = ID) -> Iterator[Started]:
+def running(vm: str, made: VirtiofsdSpec, device_id: str = ID) -> Iterator[VirtiofsdProcess]:
     with HostDaemons(vm).start(made, device_id) as started:
         assert first_words(started) == made.directory
         yield started
@@ -284,10 +284,10 @@ def test_a_daemon_that_does_not_heed_is_killed(program: str, vm: str) -> None:
 
 _BEGIN_AND_END = """
 import os, signal, sys
-from vmplug.drivers.plug import Daemon
+from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.hypervisor.virtiofsd import HostDaemons
 daemons = HostDaemons(sys.argv[1])
-daemon = Daemon(
+daemon = VirtiofsdSpec(
     program=sys.argv[2], options=frozenset(), directory="/", cache="auto", read_only=False
 )
 for _ in range(50):

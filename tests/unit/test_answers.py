@@ -17,7 +17,7 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.topology import qom_get, qom_list
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor
-from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, check_answer
+from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, validate_reply
 
 # Shapes
 
@@ -59,14 +59,14 @@ from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, check_answer
 )
 def test_an_answer_of_another_shape_is_no_answer(command: Command, answer: object) -> None:
     with pytest.raises(ProtocolError, match=f"answer to {command.execute} makes no sense") as no:
-        check_answer(command, answer)
+        validate_reply(command, answer)
     assert no.value.hint
 
 
 def test_what_a_later_qemu_adds_is_passed_over() -> None:
     entry = {"name": "x", "type": "y", "description": "z"}
-    assert check_answer(qom_list("/"), [entry]) == [{"name": "x", "type": "y"}]
-    assert check_answer(qom_get("/x", "new-property"), {"any": "thing"}) == {"any": "thing"}
+    assert validate_reply(qom_list("/"), [entry]) == [{"name": "x", "type": "y"}]
+    assert validate_reply(qom_get("/x", "new-property"), {"any": "thing"}) == {"any": "thing"}
 
 
 class Answering(Monitor):

@@ -25,13 +25,13 @@ from vmplug.drivers.place import (
 )
 from vmplug.drivers.plug import (
     BlockDrive,
-    Daemon,
     DiskFrontend,
     Plug,
     RNGDevice,
     SharedFS,
     Throttle,
     VhostUserDevice,
+    VirtiofsdSpec,
 )
 from vmplug.errors import BackendError, CannotPlug, StateError
 from vmplug.host.kind import DeviceType
@@ -46,7 +46,7 @@ from vmplug.hypervisor.qemu.start.machine import (
     command_line,
 )
 from vmplug.hypervisor.qemu.steps.plug import plug_steps
-from vmplug.hypervisor.virtiofsd import Started
+from vmplug.hypervisor.virtiofsd import VirtiofsdProcess
 
 ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"
 NAME = f"vmplug-{ID}"
@@ -489,17 +489,17 @@ class FakeDaemons:
     """Daemons that are only noted; `failure` is raised instead of starting one."""
 
     def __init__(self, failure: BackendError | None = None) -> None:
-        self.running: dict[str, Daemon] = {}
-        self.started: list[Started] = []
+        self.running: dict[str, VirtiofsdSpec] = {}
+        self.started: list[VirtiofsdProcess] = []
         self.failure = failure
 
-    def start(self, daemon: Daemon, device_id: str) -> Started:
+    def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         if self.failure:
             raise self.failure
         ours, theirs = socket.socketpair()
         theirs.close()
         self.running[device_id] = daemon
-        self.started.append(Started(ours, io.BytesIO()))
+        self.started.append(VirtiofsdProcess(ours, io.BytesIO()))
         return self.started[-1]
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
@@ -513,7 +513,7 @@ class FakeDaemons:
         return sum(started.connection.fileno() >= 0 for started in self.started)
 
 
-DAEMON = Daemon(
+DAEMON = VirtiofsdSpec(
     program="/usr/lib/virtiofsd",
     options=frozenset(),
     directory="/srv",

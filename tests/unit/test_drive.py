@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.devnum import DevNum
-from vmplug.drivers.block import OPTIONS, BlockOptions, check_disk, choose_place, plan_drive
+from vmplug.drivers.block import OPTIONS, BlockDiskDriver, check_disk, choose_place, plan_drive
 from vmplug.drivers.place import (
     CcwPlace,
     GuestAddress,
@@ -61,36 +61,36 @@ def qcow2(*, backing_file: str | None = None, external_data: bool = False) -> Di
 
 
 def test_nothing_said_leaves_every_choice_open() -> None:
-    assert BlockOptions.parse({}) == BlockOptions()
+    assert BlockDiskDriver.parse({}) == BlockDiskDriver()
 
 
 @pytest.mark.parametrize(
     ("key", "text", "expected"),
     [
-        *[("block-driver", str(word), BlockOptions(driver=word)) for word in DiskFrontend],
-        *[("format", str(word), BlockOptions(format=word)) for word in ImageFormat],
-        *[("cache", str(word), BlockOptions(cache=word)) for word in Cache],
-        *[("aio", str(word), BlockOptions(aio=word)) for word in Aio],
-        ("discard", "unmap", BlockOptions(discard=True)),
-        ("discard", "ignore", BlockOptions(discard=False)),
-        ("share-rw", "on", BlockOptions(share_rw=True)),
-        ("share-rw", "off", BlockOptions(share_rw=False)),
-        ("serial", "disk 1,x=é", BlockOptions(serial="disk 1,x=é")),
-        ("iothread", "on", BlockOptions(iothread=True)),
-        ("iothread", "off", BlockOptions(iothread=False)),
-        ("fstype", "ext4", BlockOptions(fs_type="ext4")),
-        ("bps-total", "1", BlockOptions(throttle=Throttle(bps_total=1))),
-        ("bps-read", "10K", BlockOptions(throttle=Throttle(bps_read=10 << 10))),
-        ("bps-write", "10M", BlockOptions(throttle=Throttle(bps_write=10 << 20))),
-        ("iops-total", "10G", BlockOptions(throttle=Throttle(iops_total=10 << 30))),
-        ("iops-read", "1000000000000000", BlockOptions(throttle=Throttle(iops_read=10**15))),
-        ("iops-write", "931322G", BlockOptions(throttle=Throttle(iops_write=931322 << 30))),
+        *[("block-driver", str(word), BlockDiskDriver(driver=word)) for word in DiskFrontend],
+        *[("format", str(word), BlockDiskDriver(format=word)) for word in ImageFormat],
+        *[("cache", str(word), BlockDiskDriver(cache=word)) for word in Cache],
+        *[("aio", str(word), BlockDiskDriver(aio=word)) for word in Aio],
+        ("discard", "unmap", BlockDiskDriver(discard=True)),
+        ("discard", "ignore", BlockDiskDriver(discard=False)),
+        ("share-rw", "on", BlockDiskDriver(share_rw=True)),
+        ("share-rw", "off", BlockDiskDriver(share_rw=False)),
+        ("serial", "disk 1,x=é", BlockDiskDriver(serial="disk 1,x=é")),
+        ("iothread", "on", BlockDiskDriver(iothread=True)),
+        ("iothread", "off", BlockDiskDriver(iothread=False)),
+        ("fstype", "ext4", BlockDiskDriver(fs_type="ext4")),
+        ("bps-total", "1", BlockDiskDriver(throttle=Throttle(bps_total=1))),
+        ("bps-read", "10K", BlockDiskDriver(throttle=Throttle(bps_read=10 << 10))),
+        ("bps-write", "10M", BlockDiskDriver(throttle=Throttle(bps_write=10 << 20))),
+        ("iops-total", "10G", BlockDiskDriver(throttle=Throttle(iops_total=10 << 30))),
+        ("iops-read", "1000000000000000", BlockDiskDriver(throttle=Throttle(iops_read=10**15))),
+        ("iops-write", "931322G", BlockDiskDriver(throttle=Throttle(iops_write=931322 << 30))),
     ],
 )
 def test_every_word_of_an_option_means_what_it_says(
-    key: str, text: str, expected: BlockOptions
+    key: str, text: str, expected: BlockDiskDriver
 ) -> None:
-    assert BlockOptions.parse({key: text}) == expected
+    assert BlockDiskDriver.parse({key: text}) == expected
 
 
 def test_the_options_above_are_all_there_are() -> None:
@@ -103,7 +103,7 @@ def test_the_options_above_are_all_there_are() -> None:
 
 
 def test_limits_of_bytes_and_operations_go_together() -> None:
-    options = BlockOptions.parse({"bps-read": "1M", "bps-write": "2M", "iops-total": "100"})
+    options = BlockDiskDriver.parse({"bps-read": "1M", "bps-write": "2M", "iops-total": "100"})
     assert options.throttle == Throttle(bps_read=1 << 20, bps_write=2 << 20, iops_total=100)
 
 
@@ -142,13 +142,13 @@ def test_limits_of_bytes_and_operations_go_together() -> None:
 )
 def test_a_wrong_word_is_refused_with_its_option(key: str, text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message) as caught:
-        BlockOptions.parse({"share-rw": "on", key: text})
+        BlockDiskDriver.parse({"share-rw": "on", key: text})
     assert caught.value.where == f"option {key}"
 
 
 def test_an_unknown_option_is_answered_with_the_known_ones() -> None:
     with pytest.raises(SpecError) as caught:
-        BlockOptions.parse({"readonly": "on"})
+        BlockDiskDriver.parse({"readonly": "on"})
     assert caught.value.hint == "known are " + ", ".join(OPTIONS)
 
 
@@ -182,9 +182,9 @@ def test_options_that_qemu_would_refuse_together_are_refused_here(
     options: dict[str, str], where: str
 ) -> None:
     for key, text in options.items():
-        BlockOptions.parse({key: text})
+        BlockDiskDriver.parse({key: text})
     with pytest.raises(SpecError) as caught:
-        BlockOptions.parse(options)
+        BlockDiskDriver.parse(options)
     assert caught.value.where == where
 
 
@@ -202,14 +202,14 @@ def test_options_that_qemu_would_refuse_together_are_refused_here(
     ],
 )
 def test_options_that_fit_each_other_are_taken(options: dict[str, str]) -> None:
-    BlockOptions.parse(options)
+    BlockDiskDriver.parse(options)
 
 
 @given(st.dictionaries(st.sampled_from(list(OPTIONS)) | st.text(), st.text(), max_size=3))
 def test_any_options_are_taken_or_refused(options: dict[str, str]) -> None:
     error = None
     try:
-        BlockOptions.parse(options)
+        BlockDiskDriver.parse(options)
     except SpecError as caught:
         error = caught
     assert error is None or error.where.removeprefix("option ") in options
@@ -245,14 +245,14 @@ def test_any_options_are_taken_or_refused(options: dict[str, str]) -> None:
 def test_a_disk_is_checked_against_its_options(
     device: BlockDevice | DiskFile, options: dict[str, str], codes: list[str]
 ) -> None:
-    findings = list(check_disk(device, BlockOptions.parse(options)))
+    findings = list(check_disk(device, BlockDiskDriver.parse(options)))
     assert [finding.code for finding in findings] == codes
     assert all(finding.message.count(device.host_path) == 1 for finding in findings)
     assert all(finding.hint for finding in findings)
 
 
 def test_the_file_that_qemu_would_open_besides_is_named() -> None:
-    options = BlockOptions(format=ImageFormat.QCOW2)
+    options = BlockDiskDriver(format=ImageFormat.QCOW2)
     (backing,) = check_disk(qcow2(backing_file="/etc/shadow"), options)
     (external,) = check_disk(qcow2(external_data=True), options)
     assert "another file: /etc/shadow" in backing.message
@@ -267,13 +267,17 @@ def drive(
     driver: DiskFrontend = DiskFrontend.VIRTIO_BLOCK,
     **options: str,
 ) -> BlockDrive:
-    parsed = BlockOptions.parse({key.replace("_", "-"): text for key, text in options.items()})
+    parsed = BlockDiskDriver.parse({key.replace("_", "-"): text for key, text in options.items()})
     return plan_drive("0123456789abcdef", device, parsed, read_only=False, driver=driver)
 
 
 def test_a_block_device_passes_the_page_cache_by_in_its_own_sectors() -> None:
     planned = plan_drive(
-        "0123456789abcdef", SDB, BlockOptions(), read_only=True, driver=DiskFrontend.VIRTIO_BLOCK
+        "0123456789abcdef",
+        SDB,
+        BlockDiskDriver(),
+        read_only=True,
+        driver=DiskFrontend.VIRTIO_BLOCK,
     )
     assert planned == BlockDrive(
         id="0123456789abcdef",

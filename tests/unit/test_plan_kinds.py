@@ -20,7 +20,7 @@ from vmplug.drivers.place import (
     PlugMode,
 )
 from vmplug.drivers.plug import BlockDrive, DiskFrontend, RNGDevice, VhostUserDevice
-from vmplug.drivers.ports import Driver
+from vmplug.drivers.ports import PlugDriver
 from vmplug.drivers.select import select_driver
 from vmplug.errors import CannotPlug, CommandError, InUse, NoFreePort, NoSuchDevice, StateError
 from vmplug.host.block.device import DiskFile
@@ -138,7 +138,7 @@ def found(info: DeviceInfo | NetInfo | ShareInfo | RngInfo, device: HostDevice) 
 def plan(
     *examined: CheckedRequest, known: tuple[DeviceRecord, ...] = (), offer: Offer = Q35
 ) -> Plan:
-    def choose(driver: Driver, device: HostDevice, taken: set[str]) -> tuple[Place, Offer]:
+    def choose(driver: PlugDriver, device: HostDevice, taken: set[str]) -> tuple[Place, Offer]:
         return driver.choose_place(device, offer, taken), offer
 
     return make_plan(examined, vm="sb1", owner="c1", known=known, choose=choose)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_choose import Q35
 from vmplug.devnum import DevNum
-from vmplug.drivers.block import OPTIONS, BlockOptions
+from vmplug.drivers.block import OPTIONS, BlockDiskDriver
 from vmplug.drivers.place import GuestAddress, MemorySlot
 from vmplug.drivers.plug import BlockDrive, DiskFrontend, guest_address
 from vmplug.drivers.pmem import NVDIMM_ALIGN_BYTES, NVDIMM_OPTIONS, check_nvdimm, is_pmem
@@ -49,17 +49,17 @@ DISK = BlockDevice(
 def test_a_file_is_an_nvdimm_when_it_was_made_to_be_one(
     device: BlockDevice | DiskFile, driver: DiskFrontend | None
 ) -> None:
-    assert BlockOptions().driver_of(device) is driver
+    assert BlockDiskDriver().driver_of(device) is driver
     if isinstance(device, DiskFile):
         assert is_pmem(device) is (driver is DiskFrontend.NVDIMM)
 
 
 @pytest.mark.parametrize("driver", [d for d in DiskFrontend if d is not DiskFrontend.NVDIMM])
 def test_what_was_said_counts_more(driver: DiskFrontend) -> None:
-    options = BlockOptions.parse({"block-driver": str(driver)})
+    options = BlockDiskDriver.parse({"block-driver": str(driver)})
     assert options.driver_of(DAX) is options.driver_of(BEHIND_LOOP) is driver
-    assert BlockOptions.parse(NVDIMM).driver_of(PLAIN) is DiskFrontend.NVDIMM
-    assert BlockOptions.parse(NVDIMM).driver_of(DISK) is DiskFrontend.NVDIMM
+    assert BlockDiskDriver.parse(NVDIMM).driver_of(PLAIN) is DiskFrontend.NVDIMM
+    assert BlockDiskDriver.parse(NVDIMM).driver_of(DISK) is DiskFrontend.NVDIMM
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_a_wrong_size_can_be_allowed_and_a_wrong_format_cannot() -> None:
 
 def test_the_driver_checks_a_file_by_what_it_will_be() -> None:
     odd = replace(DAX, size_bytes=3 * MIB)
-    assert [f.code for f in BlockOptions().check(odd, read_only=False)] == [Code.NVDIMM_SIZE]
-    as_disk = BlockOptions.parse({"block-driver": "virtio-blk"})
+    assert [f.code for f in BlockDiskDriver().check(odd, read_only=False)] == [Code.NVDIMM_SIZE]
+    as_disk = BlockDiskDriver.parse({"block-driver": "virtio-blk"})
     assert list(as_disk.check(odd, read_only=False)) == []
 
 
@@ -137,7 +137,7 @@ def test_the_options_of_an_nvdimm_are_options_of_a_disk(key: str) -> None:
 def test_options_that_mean_nothing_are_refused_also_when_nobody_said_nvdimm(
     device: DiskFile, key: str, said: str
 ) -> None:
-    options = BlockOptions.parse({key: said})
+    options = BlockDiskDriver.parse({key: said})
     place = options.choose_place(device, Q35, ())
     assert isinstance(place, MemorySlot)
     with pytest.raises(SpecError, match="does not apply to an NVDIMM") as caught:
@@ -147,7 +147,7 @@ def test_options_that_mean_nothing_are_refused_also_when_nobody_said_nvdimm(
 
 
 def test_an_iothread_is_refused_in_a_file_that_is_to_be_an_nvdimm() -> None:
-    options = BlockOptions.parse({"iothread": "on"})
+    options = BlockDiskDriver.parse({"iothread": "on"})
     assert options.driver_of(DAX) is DiskFrontend.NVDIMM
     with pytest.raises(SpecError, match="does not apply to an NVDIMM") as caught:
         options.plan(NewPlug(id=ID, device=DAX, read_only=False), MemorySlot(slot=0, index=0), Q35)
@@ -162,7 +162,7 @@ def test_an_iothread_is_refused_in_a_file_that_is_to_be_an_nvdimm() -> None:
 def test_an_nvdimm_is_planned_with_the_size_of_its_file(
     options: dict[str, str], *, read_only: bool
 ) -> None:
-    driver = BlockOptions.parse(options)
+    driver = BlockDiskDriver.parse(options)
     place = driver.choose_place(DAX, Q35, ("memory/0",))
     planned = driver.plan(NewPlug(id=ID, device=DAX, read_only=read_only), place, Q35)
     assert isinstance(planned, BlockDrive)

@@ -10,7 +10,7 @@ from tests.unit.test_choose import MICROVM, Q35, S390X
 from vmplug.drivers.place import Offer, PlugMode
 from vmplug.drivers.plug import RNGDevice
 from vmplug.drivers.ports import NewPlug
-from vmplug.drivers.rng import OPTIONS, RngOptions
+from vmplug.drivers.rng import OPTIONS, RngDriver
 from vmplug.drivers.select import select_driver
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.device import EntropySource
@@ -22,13 +22,13 @@ SOURCE = EntropySource("/dev/hwrng")
 
 
 def plan(**options: str) -> RNGDevice:
-    driver = RngOptions.parse({key.replace("_", "-"): said for key, said in options.items()})
+    driver = RngDriver.parse({key.replace("_", "-"): said for key, said in options.items()})
     place = driver.choose_place(SOURCE, Q35, ())
     return driver.plan(NewPlug(id=ID, device=SOURCE, read_only=True), place, Q35)
 
 
 def test_without_options_there_is_no_limit() -> None:
-    assert RngOptions.parse({}) == RngOptions()
+    assert RngDriver.parse({}) == RngDriver()
     assert plan() == RNGDevice(id=ID, filename="/dev/hwrng")
     assert set(OPTIONS) == {"max-bytes", "period"}
 
@@ -63,7 +63,7 @@ def test_a_wrong_option_is_refused_with_its_name(
     options: dict[str, str], where: str, message: str
 ) -> None:
     with pytest.raises(SpecError, match=message) as caught:
-        RngOptions.parse(options)
+        RngDriver.parse(options)
     assert caught.value.where == where
 
 
@@ -71,7 +71,7 @@ def test_a_wrong_option_is_refused_with_its_name(
 def test_any_options_are_taken_or_refused(options: dict[str, str]) -> None:
     error = None
     try:
-        RngOptions.parse(options)
+        RngDriver.parse(options)
     except SpecError as caught:
         error = caught
     assert error is None or error.where.removeprefix("option ") in options
@@ -87,20 +87,20 @@ def test_any_options_are_taken_or_refused(options: dict[str, str]) -> None:
     ],
 )
 def test_one_goes_where_every_virtio_device_goes(offer: Offer, place: str) -> None:
-    assert str(RngOptions().choose_place(SOURCE, offer, ())) == place
+    assert str(RngDriver().choose_place(SOURCE, offer, ())) == place
 
 
 def test_a_vm_without_a_place_says_so() -> None:
     with pytest.raises(NoFreePort, match="no free PCI port for a random number device"):
-        RngOptions().choose_place(SOURCE, Q35, ("rp1/00", "br0/01", "br0/1f"))
+        RngDriver().choose_place(SOURCE, Q35, ("rp1/00", "br0/01", "br0/1f"))
     with pytest.raises(CannotPlug, match="a random number device can only be plugged"):
-        RngOptions().choose_place(SOURCE, replace(MICROVM, mode=PlugMode.HOT), ())
+        RngDriver().choose_place(SOURCE, replace(MICROVM, mode=PlugMode.HOT), ())
 
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_everybody_may_read_a_source(*, read_only: bool) -> None:
-    assert list(RngOptions().check(SOURCE, read_only=read_only)) == []
-    assert RngOptions().share_rw
+    assert list(RngDriver().check(SOURCE, read_only=read_only)) == []
+    assert RngDriver().share_rw
 
 
 def test_a_source_is_known_by_its_path() -> None:
@@ -110,6 +110,6 @@ def test_a_source_is_known_by_its_path() -> None:
 
 def test_the_request_finds_its_driver() -> None:
     info = RngInfo(driver_options={"max-bytes": "1K"})
-    assert select_driver(info, SOURCE) == RngOptions(max_bytes=1024)
+    assert select_driver(info, SOURCE) == RngDriver(max_bytes=1024)
     with pytest.raises(SpecError, match="means nothing without max-bytes"):
         select_driver(RngInfo(driver_options={"period": "1"}), SOURCE)

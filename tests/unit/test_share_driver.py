@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from tests.unit.test_choose import MICROVM, Q35, S390X
 from vmplug.drivers.place import Offer, PlugMode
-from vmplug.drivers.plug import Daemon, SharedFS, VhostUserDevice
+from vmplug.drivers.plug import SharedFS, VhostUserDevice, VirtiofsdSpec
 from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.select import select_driver
-from vmplug.drivers.share import OPTIONS, ShareCache, ShareOptions
+from vmplug.drivers.share import OPTIONS, ShareCache, ShareDriver
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.device import HostDevice, OpenConnection, SharedDirectory
 from vmplug.host.finding import Code
@@ -34,9 +34,9 @@ CONNECTION = OpenConnection(7, 4711)
 COLD = replace(Q35, mode=PlugMode.COLD)
 
 
-def options(device: HostDevice | None = None, **said: str) -> ShareOptions:
+def options(device: HostDevice | None = None, **said: str) -> ShareDriver:
     words = {key.replace("_", "-"): value for key, value in said.items()}
-    return ShareOptions.parse("work", device, words)
+    return ShareDriver.parse("work", device, words)
 
 
 def plan(
@@ -51,7 +51,7 @@ def plan(
 
 
 def test_nothing_said_leaves_every_choice_open() -> None:
-    assert options() == ShareOptions(tag="work")
+    assert options() == ShareDriver(tag="work")
     assert options().filesystem is SharedFilesystem.VIRTIO_FS
     assert set(OPTIONS) == {"filesystem", "cache", "cache-size", "queue-size"}
 
@@ -68,7 +68,7 @@ def test_nothing_said_leaves_every_choice_open() -> None:
     ],
 )
 def test_every_option_means_what_it_says(key: str, said: str, expected: dict[str, object]) -> None:
-    parsed = ShareOptions.parse("work", None, {key: said})
+    parsed = ShareDriver.parse("work", None, {key: said})
     assert {name: getattr(parsed, name) for name in expected} == expected
 
 
@@ -90,7 +90,7 @@ def test_every_option_means_what_it_says(key: str, said: str, expected: dict[str
 )
 def test_a_wrong_option_is_refused_with_its_name(key: str, said: str, message: str) -> None:
     with pytest.raises(SpecError, match=message) as caught:
-        ShareOptions.parse("work", DIRECTORY, {key: said})
+        ShareDriver.parse("work", DIRECTORY, {key: said})
     assert caught.value.where == f"option {key}"
 
 
@@ -158,7 +158,7 @@ def test_the_rest_goes_with_somebody_elses_virtiofsd_too(device: HostDevice) -> 
 def test_any_options_are_taken_or_refused(device: HostDevice | None, said: dict[str, str]) -> None:
     error = None
     try:
-        ShareOptions.parse("work", device, said)
+        ShareDriver.parse("work", device, said)
     except SpecError as caught:
         error = caught
     assert error is None or error.where.removeprefix("option ") in said
@@ -247,7 +247,7 @@ def test_a_directory_is_served_by_a_virtiofsd_of_our_own() -> None:
     assert plan(DIRECTORY) == VhostUserDevice(
         id=ID,
         type=FS,
-        daemon=Daemon(
+        daemon=VirtiofsdSpec(
             program="/usr/libexec/virtiofsd",
             options=frozenset({"--shared-dir", "--readonly"}),
             directory="/srv/work",
@@ -273,7 +273,7 @@ def test_a_directory_is_served_by_a_virtiofsd_of_our_own() -> None:
 def test_the_virtiofsd_is_told_its_cache_and_whether_to_write(
     said: dict[str, str], cache: str, *, read_only: bool
 ) -> None:
-    driver = ShareOptions.parse("work", DIRECTORY, said)
+    driver = ShareDriver.parse("work", DIRECTORY, said)
     place = driver.choose_place(DIRECTORY, Q35, ())
     planned = driver.plan(NewPlug(id=ID, device=DIRECTORY, read_only=read_only), place, Q35)
     assert isinstance(planned, VhostUserDevice)
@@ -329,6 +329,6 @@ def test_a_connection_is_its_socket_whatever_its_number() -> None:
 
 def test_the_request_finds_its_driver() -> None:
     info = ShareInfo(tag="t", source="/srv", driver_options={"cache": "none"})
-    assert select_driver(info, DIRECTORY) == ShareOptions(tag="t", cache=ShareCache.NONE)
+    assert select_driver(info, DIRECTORY) == ShareDriver(tag="t", cache=ShareCache.NONE)
     with pytest.raises(SpecError, match="belongs to the virtiofsd behind /run/fs"):
         select_driver(info, SOCKET)

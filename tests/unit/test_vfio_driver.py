@@ -19,7 +19,7 @@ from vmplug.drivers.place import (
 )
 from vmplug.drivers.plug import VFIODevice, VFIODevices, guest_address
 from vmplug.drivers.ports import NewPlug
-from vmplug.drivers.vfio import VfioOptions, needed_windows, window_for
+from vmplug.drivers.vfio import VfioDriver, needed_windows, window_for
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.finding import Code
 from vmplug.host.pci.function import Bar, PciFunction
@@ -82,9 +82,9 @@ def offer(*ports: PciPort, **more: object) -> Offer:
 
 
 def choose(
-    device: VfioGroup, vm: Offer, *taken: str, options: VfioOptions | None = None
+    device: VfioGroup, vm: Offer, *taken: str, options: VfioDriver | None = None
 ) -> list[str]:
-    place = (options or VfioOptions()).choose_place(device, vm, set(taken))
+    place = (options or VfioDriver()).choose_place(device, vm, set(taken))
     return str(place).split()
 
 
@@ -112,7 +112,7 @@ def test_where_the_host_does_not_say_a_port_comes_first_and_a_bridge_serves_too(
 def test_a_switch_port_is_as_good_as_a_root_port() -> None:
     switch = port(3, PortKind.SWITCH_PORT)
     assert choose(group(), offer(switch)) == ["rp3/00"]
-    wanted = VfioOptions(port=PortKind.SWITCH_PORT)
+    wanted = VfioDriver(port=PortKind.SWITCH_PORT)
     assert choose(group(), offer(port(0), switch), options=wanted) == ["rp3/00"]
     with pytest.raises(NoFreePort, match="no free switch-port"):
         choose(group(), offer(port(0)), options=wanted)
@@ -288,14 +288,14 @@ def test_a_channel_device_gets_a_device_number() -> None:
 # plugs
 
 
-def plan(device: VfioGroup, vm: Offer, options: VfioOptions) -> tuple[VFIODevices, Place]:
+def plan(device: VfioGroup, vm: Offer, options: VfioDriver) -> tuple[VFIODevices, Place]:
     place = options.choose_place(device, vm, set())
     return options.plan(NewPlug(id="0" * 16, device=device, read_only=False), place, vm), place
 
 
 def test_every_function_of_the_group_is_in_the_plug_and_in_the_guests_address() -> None:
     device = group(function("0001:3b:00.0"), function("0001:3b:00.1"))
-    plug, place = plan(device, offer(port(0)), VfioOptions())
+    plug, place = plan(device, offer(port(0)), VfioDriver())
     assert plug.devices == tuple(
         VFIODevice(
             name=f"0001:3b:00.{number}",
@@ -317,25 +317,25 @@ def test_behind_an_expander_the_guests_address_has_the_root_bus() -> None:
     far = PciPort(
         bus="rpx", path=PciPath((PciSlot(0),), root_bus=0x20), free=(PciSlot(0),), numa_node=1
     )
-    plug, place = plan(group(function(numa_node=1)), offer(far), VfioOptions())
+    plug, place = plan(group(function(numa_node=1)), offer(far), VfioDriver())
     assert str(guest_address(plug, place).pci_path) == "20:00/00"
 
 
 def test_queues_and_device_numbers_are_the_address_of_what_is_no_pci_device() -> None:
     matrix = mediated(VFIODeviceType.AP, ap_queues=("05.001f",))
-    plug, place = plan(matrix, offer(ap=True), VfioOptions())
+    plug, place = plan(matrix, offer(ap=True), VfioDriver())
     assert isinstance(place, ApPlace)
     assert guest_address(plug, place).ap_queues == ("05.001f",)
-    plug, place = plan(mediated(VFIODeviceType.CCW), offer(ccw_used=frozenset()), VfioOptions())
+    plug, place = plan(mediated(VFIODeviceType.CCW), offer(ccw_used=frozenset()), VfioDriver())
     assert isinstance(place, CcwPlace)
     assert guest_address(plug, place).ccw_devno == CcwDevNo(0, 1)
 
 
 def test_the_devices_own_nodes_are_used_only_where_qemu_knows_them() -> None:
     device = group()._replace(cdev_nodes=(("0000:3b:00.0", "/dev/vfio/devices/vfio0"),))
-    plug, _ = plan(device, offer(port(0), iommufd=True), VfioOptions())
+    plug, _ = plan(device, offer(port(0), iommufd=True), VfioDriver())
     assert plug.devices[0].cdev_node == "/dev/vfio/devices/vfio0"
-    plug, place = plan(device, offer(port(0)), VfioOptions())
+    plug, place = plan(device, offer(port(0)), VfioDriver())
     assert (plug.devices[0].cdev_node, isinstance(place, GroupPlace)) == (None, True)
 
 
@@ -343,7 +343,7 @@ def test_the_devices_own_nodes_are_used_only_where_qemu_knows_them() -> None:
 
 
 def test_options_are_read() -> None:
-    parsed = VfioOptions.parse(
+    parsed = VfioDriver.parse(
         {
             "port": "bridge-port",
             "rom": "on",
@@ -351,7 +351,7 @@ def test_options_are_read() -> None:
             "x-pci-device-id": "1b80",
         }
     )
-    wanted = VfioOptions(port=PortKind.BRIDGE_PORT, rom=True, vendor_id=0x10DE, device_id=0x1B80)
+    wanted = VfioDriver(port=PortKind.BRIDGE_PORT, rom=True, vendor_id=0x10DE, device_id=0x1B80)
     assert parsed == wanted
 
 
@@ -369,16 +369,16 @@ def test_options_are_read() -> None:
 )
 def test_a_wrong_option_is_named(key: str, value: str) -> None:
     with pytest.raises(SpecError, match=key):
-        VfioOptions.parse({key: value})
+        VfioDriver.parse({key: value})
 
 
 def test_a_mediated_device_has_no_ids_to_change() -> None:
     with pytest.raises(SpecError, match="mediated") as refusal:
-        plan(mediated(VFIODeviceType.MEDIATED), offer(port(0)), VfioOptions(vendor_id=1))
+        plan(mediated(VFIODeviceType.MEDIATED), offer(port(0)), VfioDriver(vendor_id=1))
     assert refusal.value.where == "option x-pci-vendor-id"
 
 
 def test_a_group_cannot_be_read_only() -> None:
-    (finding,) = VfioOptions().check(group(), read_only=True)
+    (finding,) = VfioDriver().check(group(), read_only=True)
     assert finding.code is Code.CANNOT_BE_READ_ONLY
-    assert list(VfioOptions().check(group(), read_only=False)) == []
+    assert list(VfioDriver().check(group(), read_only=False)) == []

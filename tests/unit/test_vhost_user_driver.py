@@ -14,7 +14,7 @@ from vmplug.drivers.place import Offer
 from vmplug.drivers.plug import VhostUserDevice
 from vmplug.drivers.ports import NewPlug
 from vmplug.drivers.select import select_driver
-from vmplug.drivers.vhost_user import OPTIONS, VhostUserOptions
+from vmplug.drivers.vhost_user import OPTIONS, VhostUserDriver
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.finding import Code, Severity
 from vmplug.host.kind import DeviceType, FoundBy
@@ -40,7 +40,7 @@ def plan(
     kind: DeviceType, device: VhostUserSocket | None = None, *, offer: Offer = Q35, **options: str
 ) -> VhostUserDevice:
     words = {key.replace("_", "-"): said for key, said in options.items()}
-    driver = VhostUserOptions.parse(kind, words)
+    driver = VhostUserDriver.parse(kind, words)
     device = device or socket_of(kind)
     place = driver.choose_place(device, offer, ())
     return driver.plan(NewPlug(id=ID, device=device, read_only=False), place, offer)
@@ -51,7 +51,7 @@ def plan(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_said_leaves_every_choice_open(kind: DeviceType) -> None:
-    assert VhostUserOptions.parse(kind, {}) == VhostUserOptions(type=kind)
+    assert VhostUserDriver.parse(kind, {}) == VhostUserDriver(type=kind)
 
 
 def test_each_kind_has_its_own_options() -> None:
@@ -65,29 +65,29 @@ def test_each_kind_has_its_own_options() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "expected"),
     [
-        (BLK, {"num-queues": "256"}, VhostUserOptions(type=BLK, queues=256)),
-        (BLK, {"reconnect": "0"}, VhostUserOptions(type=BLK, reconnect_s=0)),
-        (BLK, {"reconnect": "3600"}, VhostUserOptions(type=BLK, reconnect_s=3600)),
-        (BLK, {"fstype": "ext4"}, VhostUserOptions(type=BLK, fs_type="ext4")),
-        (SCSI, {"num-queues": "1"}, VhostUserOptions(type=SCSI, queues=1)),
-        (NET, {"queues": "2"}, VhostUserOptions(type=NET, queues=2)),
-        (NET, {"reconnect": "5"}, VhostUserOptions(type=NET, reconnect_s=5)),
+        (BLK, {"num-queues": "256"}, VhostUserDriver(type=BLK, queues=256)),
+        (BLK, {"reconnect": "0"}, VhostUserDriver(type=BLK, reconnect_s=0)),
+        (BLK, {"reconnect": "3600"}, VhostUserDriver(type=BLK, reconnect_s=3600)),
+        (BLK, {"fstype": "ext4"}, VhostUserDriver(type=BLK, fs_type="ext4")),
+        (SCSI, {"num-queues": "1"}, VhostUserDriver(type=SCSI, queues=1)),
+        (NET, {"queues": "2"}, VhostUserDriver(type=NET, queues=2)),
+        (NET, {"reconnect": "5"}, VhostUserDriver(type=NET, reconnect_s=5)),
         (
             NET,
             {"mac": "52:54:00:AA:bb:0C"},
-            VhostUserOptions(type=NET, mac="52:54:00:aa:bb:0c"),
+            VhostUserDriver(type=NET, mac="52:54:00:aa:bb:0c"),
         ),
         (
             NET,
             {"mac": "02:00:00:00:00:00"},
-            VhostUserOptions(type=NET, mac="02:00:00:00:00:00"),
+            VhostUserDriver(type=NET, mac="02:00:00:00:00:00"),
         ),
     ],
 )
 def test_every_option_means_what_it_says(
-    kind: DeviceType, options: dict[str, str], expected: VhostUserOptions
+    kind: DeviceType, options: dict[str, str], expected: VhostUserDriver
 ) -> None:
-    assert VhostUserOptions.parse(kind, options) == expected
+    assert VhostUserDriver.parse(kind, options) == expected
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_wrong_option_is_refused_with_its_name(
     kind: DeviceType, key: str, said: str, message: str
 ) -> None:
     with pytest.raises(SpecError, match=message) as caught:
-        VhostUserOptions.parse(kind, {key: said})
+        VhostUserDriver.parse(kind, {key: said})
     assert caught.value.where == f"option {key}"
 
 
@@ -132,7 +132,7 @@ def test_a_wrong_option_is_refused_with_its_name(
 )
 def test_anything_else_is_no_mac_address(said: str) -> None:
     with pytest.raises(SpecError, match="is not a MAC address such as 52:54") as caught:
-        VhostUserOptions.parse(NET, {"mac": said})
+        VhostUserDriver.parse(NET, {"mac": said})
     assert caught.value.where == "option mac"
     assert repr(said) in caught.value.message
 
@@ -142,7 +142,7 @@ def test_anything_else_is_no_mac_address(said: str) -> None:
 )
 def test_a_group_address_or_zero_is_no_cards(said: str) -> None:
     with pytest.raises(SpecError, match="it is a group address, or zero"):
-        VhostUserOptions.parse(NET, {"mac": said})
+        VhostUserDriver.parse(NET, {"mac": said})
 
 
 @given(st.binary(min_size=6, max_size=6), st.sampled_from([str.upper, str.lower]))
@@ -152,7 +152,7 @@ def test_every_address_of_one_card_is_taken_and_no_other(
     mac = raw.hex(":")
     error = options = None
     try:
-        options = VhostUserOptions.parse(NET, {"mac": case(mac)})
+        options = VhostUserDriver.parse(NET, {"mac": case(mac)})
     except SpecError as caught:
         error = caught
     is_one = not raw[0] & 1 and any(raw)
@@ -164,7 +164,7 @@ def test_every_address_of_one_card_is_taken_and_no_other(
 def test_any_options_are_taken_or_refused(kind: DeviceType, options: dict[str, str]) -> None:
     error = None
     try:
-        VhostUserOptions.parse(kind, options)
+        VhostUserDriver.parse(kind, options)
     except SpecError as caught:
         error = caught
     assert error is None or error.where.removeprefix("option ") in options
@@ -176,7 +176,7 @@ def test_any_options_are_taken_or_refused(kind: DeviceType, options: dict[str, s
 def found(
     device: VhostUserSocket, options: Mapping[str, str] | None = None, *, read_only: bool = False
 ) -> list[Code]:
-    driver = VhostUserOptions.parse(device.kind, options or {})
+    driver = VhostUserDriver.parse(device.kind, options or {})
     findings = list(driver.check(device, read_only=read_only))
     assert all(device.socket_path in finding.message for finding in findings)
     assert all(finding.hint for finding in findings)
@@ -215,7 +215,7 @@ def test_no_more_queues_than_the_backend_serves(
 
 
 def test_both_numbers_of_queues_are_told() -> None:
-    driver = VhostUserOptions(type=BLK, queues=9)
+    driver = VhostUserDriver(type=BLK, queues=9)
     (finding,) = driver.check(socket_of(BLK, queues=3), read_only=False)
     assert "serves 3 queues, and 9 are asked for" in finding.message
 
@@ -237,7 +237,7 @@ def test_nothing_is_said_of_a_backend_that_was_not_asked(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_backend_serves_one_vm(kind: DeviceType) -> None:
-    assert not VhostUserOptions(type=kind).share_rw
+    assert not VhostUserDriver(type=kind).share_rw
 
 
 # The place
@@ -245,17 +245,17 @@ def test_a_backend_serves_one_vm(kind: DeviceType) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_goes_where_every_virtio_device_goes(kind: DeviceType) -> None:
-    driver = VhostUserOptions(type=kind)
+    driver = VhostUserDriver(type=kind)
     assert str(driver.choose_place(socket_of(kind), Q35, ())) == "rp1/00"
     assert str(driver.choose_place(socket_of(kind), Q35, ("rp1/00",))) == "br0/01"
 
 
 def test_a_channel_subsystem_takes_networks_only() -> None:
-    place = VhostUserOptions(type=NET).choose_place(socket_of(NET), S390X, ())
+    place = VhostUserDriver(type=NET).choose_place(socket_of(NET), S390X, ())
     assert str(place) == "ccw/0.0.0002"
     for kind in (BLK, SCSI):
         with pytest.raises(CannotPlug, match="for a channel subsystem") as caught:
-            VhostUserOptions(type=kind).choose_place(socket_of(kind), S390X, ())
+            VhostUserDriver(type=kind).choose_place(socket_of(kind), S390X, ())
         assert caught.value.reason == "no-such-model"
 
 
@@ -263,7 +263,7 @@ def test_a_channel_subsystem_takes_networks_only() -> None:
 def test_only_disks_take_the_transports_that_the_guest_names_disks_by(
     kind: DeviceType, transport: int
 ) -> None:
-    place = VhostUserOptions(type=kind).choose_place(socket_of(kind), MICROVM, ())
+    place = VhostUserDriver(type=kind).choose_place(socket_of(kind), MICROVM, ())
     assert str(place) == f"virtio-mmio-bus.{transport}"
 
 
@@ -273,7 +273,7 @@ def test_memory_that_is_not_shared_is_refused_before_any_place(
     kind: DeviceType, offer: Offer
 ) -> None:
     with pytest.raises(CannotPlug, match=f"not shared, as a {kind} device needs") as caught:
-        VhostUserOptions(type=kind).choose_place(
+        VhostUserDriver(type=kind).choose_place(
             socket_of(kind), replace(offer, shared_memory=False), ()
         )
     assert caught.value.reason == "memory-not-shared"
@@ -282,7 +282,7 @@ def test_memory_that_is_not_shared_is_refused_before_any_place(
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_place_left_names_the_kind(kind: DeviceType) -> None:
     with pytest.raises(NoFreePort, match=f"no free PCI port for a {kind} device"):
-        VhostUserOptions(type=kind).choose_place(socket_of(kind), replace(Q35, ports=()), ())
+        VhostUserDriver(type=kind).choose_place(socket_of(kind), replace(Q35, ports=()), ())
 
 
 # The plug
@@ -342,7 +342,7 @@ def test_a_network_without_an_address_gets_one_of_qemus_own() -> None:
     drawn = {plan(NET).mac_address for _ in range(50)}
     assert len(drawn) > 45
     assert all(mac and re.fullmatch(r"52:54:00(:[0-9a-f]{2}){3}", mac) for mac in drawn)
-    assert all(VhostUserOptions.parse(NET, {"mac": mac}).mac == mac for mac in drawn if mac)
+    assert all(VhostUserDriver.parse(NET, {"mac": mac}).mac == mac for mac in drawn if mac)
     assert plan(BLK).mac_address is plan(SCSI).mac_address is None
 
 
@@ -351,14 +351,14 @@ def test_a_network_without_an_address_gets_one_of_qemus_own() -> None:
 
 def test_a_network_request_and_a_stored_number_find_their_driver() -> None:
     net = NetInfo(label="eth0", socket_path="/s", driver_options={"queues": "2"})
-    assert select_driver(net, socket_of(NET)) == VhostUserOptions(type=NET, queues=2)
+    assert select_driver(net, socket_of(NET)) == VhostUserDriver(type=NET, queues=2)
     info = DeviceInfo(
         container_path="/dev/vda",
         dev_type=DevType.BLOCK,
         devnum=DevNum(242, 1),
         driver_options={"num-queues": "2"},
     )
-    assert select_driver(info, socket_of(SCSI)) == VhostUserOptions(type=SCSI, queues=2)
+    assert select_driver(info, socket_of(SCSI)) == VhostUserDriver(type=SCSI, queues=2)
 
 
 @pytest.mark.parametrize("options", [{"cache": "none"}, {"reconnect": "1"}])

@@ -39,7 +39,7 @@ QEMU hw/scsi/scsi-disk.c."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockOptions:
+class BlockDiskDriver:
     """`driver_options` of a disk, checked.
 
     None leaves the choice to vmplug: `driver` to what the VM offers, `cache` and `aio` to what the
@@ -116,7 +116,7 @@ _DRIVER_AT = {
 }
 
 
-def _check_fits(options: BlockOptions, driver: DiskFrontend | None) -> None:
+def _check_fits(options: BlockDiskDriver, driver: DiskFrontend | None) -> None:
     if options.iothread and driver is DiskFrontend.VIRTIO_SCSI:
         raise SpecError(
             "option iothread",
@@ -134,7 +134,7 @@ def _check_fits(options: BlockOptions, driver: DiskFrontend | None) -> None:
                 )
 
 
-def _is_said(options: BlockOptions, field: str) -> bool:
+def _is_said(options: BlockDiskDriver, field: str) -> bool:
     owner = options.throttle if field in Throttle.__slots__ else options
     return owner is not None and bool(getattr(owner, field))
 
@@ -184,7 +184,7 @@ OPTIONS: Mapping[str, Option] = {
 """Every option of a disk, with one line of help."""
 
 
-def check_disk(device: BlockDevice | DiskFile, options: BlockOptions) -> Iterator[Finding]:
+def check_disk(device: BlockDevice | DiskFile, options: BlockDiskDriver) -> Iterator[Finding]:
     """What speaks against plugging this disk with these options."""
     if isinstance(device, BlockDevice):
         if options.format is ImageFormat.QCOW2:
@@ -233,7 +233,7 @@ def _opens_others(device: DiskFile) -> bool:
 def plan_drive(
     device_id: str,
     device: BlockDevice | DiskFile,
-    options: BlockOptions,
+    options: BlockDiskDriver,
     *,
     read_only: bool,
     driver: DiskFrontend,

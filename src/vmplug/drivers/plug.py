@@ -111,7 +111,7 @@ DAEMON_MARK = "VMPLUG_DEVICE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Daemon:
+class VirtiofsdSpec:
     """A virtiofsd that vmplug itself runs for one share of `directory`.
 
     It begins before the share is plugged and ends after it is unplugged. `options` are those that
@@ -142,7 +142,7 @@ class VhostUserDevice:
     type: DeviceType
     socket_path: str | None = None
     descriptor: int | None = None
-    daemon: Daemon | None = None
+    daemon: VirtiofsdSpec | None = None
     queues: int = 1
     reconnect_s: int = 0
     msix: bool = True

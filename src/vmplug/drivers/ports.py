@@ -47,7 +47,7 @@ class Endpoint:
     pid: int | None
 
 
-class Driver(Protocol):
+class PlugDriver(Protocol):
     """How one device is to be plugged: its options, checked.
 
     `share_rw` says that others may write to it at the same time.

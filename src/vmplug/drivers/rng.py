@@ -23,7 +23,7 @@ PERIOD_MS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RngOptions:
+class RngDriver:
     """Options of a random number device, checked; without `max_bytes` there is no limit."""
 
     max_bytes: int | None = None

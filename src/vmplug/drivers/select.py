@@ -2,13 +2,13 @@
 
 from typing import assert_never
 
-from vmplug.drivers.block import BlockOptions
+from vmplug.drivers.block import BlockDiskDriver
 from vmplug.drivers.generic import check_options
-from vmplug.drivers.ports import Driver
-from vmplug.drivers.rng import RngOptions
-from vmplug.drivers.share import ShareOptions
-from vmplug.drivers.vfio import VfioOptions
-from vmplug.drivers.vhost_user import VhostUserOptions
+from vmplug.drivers.ports import PlugDriver
+from vmplug.drivers.rng import RngDriver
+from vmplug.drivers.share import ShareDriver
+from vmplug.drivers.vfio import VfioDriver
+from vmplug.drivers.vhost_user import VhostUserDriver
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import (
     CharDevice,
@@ -24,34 +24,34 @@ from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 
 
-def select_driver(request: Request, device: HostDevice) -> Driver | None:
+def select_driver(request: Request, device: HostDevice) -> PlugDriver | None:
     """The driver for a request and what it turned out to be, with the request's options.
 
     None for a device that is only counted. Raises SpecError for options that are wrong.
     """
     match request:
         case ShareInfo():
-            return ShareOptions.parse(request.tag, device, request.driver_options)
+            return ShareDriver.parse(request.tag, device, request.driver_options)
         case RngInfo():
-            return RngOptions.parse(request.driver_options)
+            return RngDriver.parse(request.driver_options)
         case NetInfo():
-            return VhostUserOptions.parse(DeviceType.VHOST_USER_NET, request.driver_options)
+            return VhostUserDriver.parse(DeviceType.VHOST_USER_NET, request.driver_options)
         case VfioInfo():
-            return VfioOptions.parse(request.driver_options)
+            return VfioDriver.parse(request.driver_options)
         case DeviceInfo():
             return _select_by_device(request, device)
         case _:
             assert_never(request)
 
 
-def _select_by_device(request: DeviceInfo, device: HostDevice) -> Driver | None:
+def _select_by_device(request: DeviceInfo, device: HostDevice) -> PlugDriver | None:
     match device:
         case BlockDevice() | DiskFile():
-            return BlockOptions.parse(request.driver_options)
+            return BlockDiskDriver.parse(request.driver_options)
         case VhostUserSocket():
-            return VhostUserOptions.parse(device.kind, request.driver_options)
+            return VhostUserDriver.parse(device.kind, request.driver_options)
         case VfioGroup():
-            return VfioOptions.parse(request.driver_options)
+            return VfioDriver.parse(request.driver_options)
         case CharDevice():
             check_options(request.driver_options)
             return None

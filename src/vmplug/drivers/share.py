@@ -8,7 +8,7 @@ from typing import Self
 from vmplug.drivers.free_places import check_shared_memory, cold_plug_only, virtio_place
 from vmplug.drivers.options import Option, number, parse_options, power_of_two, word
 from vmplug.drivers.place import Offer, Place, PlugMode
-from vmplug.drivers.plug import Daemon, SharedFS, VhostUserDevice
+from vmplug.drivers.plug import SharedFS, VhostUserDevice, VirtiofsdSpec
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
 from vmplug.host.device import HostDevice, OpenConnection, SharedDirectory
@@ -61,7 +61,7 @@ OPTIONS: Mapping[str, Option] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShareOptions:
+class ShareDriver:
     """Options of a shared directory, checked; None leaves the choice to vmplug."""
 
     tag: str
@@ -154,11 +154,11 @@ class ShareOptions:
             cache_size_mib=self.cache_size_mib,
         )
 
-    def _daemon(self, device: HostDevice, *, read_only: bool) -> Daemon | None:
+    def _daemon(self, device: HostDevice, *, read_only: bool) -> VirtiofsdSpec | None:
         if not isinstance(device, SharedDirectory) or device.virtiofsd is None:
             return None
         cache = self.cache or ShareCache.AUTO
-        return Daemon(
+        return VirtiofsdSpec(
             program=device.virtiofsd.path,
             options=device.virtiofsd.options or frozenset(),
             directory=device.host_path,

@@ -64,7 +64,7 @@ OPTIONS: Mapping[str, Option] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VfioOptions:
+class VfioDriver:
     """Options of an IOMMU group, checked; `port` is None where any that fits will do."""
 
     port: PortKind | None = None

@@ -62,7 +62,7 @@ OPTIONS: Mapping[DeviceType, Mapping[str, Option]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VhostUserOptions:
+class VhostUserDriver:
     """Options of a vhost-user device, checked; None leaves the choice to vmplug.
 
     A vhost-user-scsi device of QEMU 7.2 does not find its backend again, so it has no reconnect.

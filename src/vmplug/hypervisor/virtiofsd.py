@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Protocol, Self
 
-from vmplug.drivers.plug import DAEMON_MARK, Daemon
+from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
 from vmplug.errors import BackendError, DeviceError
 from vmplug.host.file_id import file_id, replaced
 from vmplug.host.process import find_marked, wait_for_end
@@ -33,7 +33,7 @@ _MOUNT = 'mount -o bind,ro -- "$0" "$0" && exec "$@"'
 """In a mount namespace of its own, for one without that option. The directory is `$0`."""
 
 
-def command_line(daemon: Daemon, descriptor: int | str) -> list[str]:
+def command_line(daemon: VirtiofsdSpec, descriptor: int | str) -> list[str]:
     """The daemon's arguments, in the options that it has."""
     has_own = "--shared-dir" in daemon.options
     options = _long_options(daemon) if has_own else _fuse_options(daemon)
@@ -43,7 +43,7 @@ def command_line(daemon: Daemon, descriptor: int | str) -> list[str]:
     return arguments
 
 
-def _long_options(daemon: Daemon) -> list[str]:
+def _long_options(daemon: VirtiofsdSpec) -> list[str]:
     """For the one in Rust. Its `-o`, made for callers of the other, knows no escape."""
     wanted = [_SUBMOUNTS, *([_READ_ONLY] if daemon.read_only else [])]
     return [
@@ -54,7 +54,7 @@ def _long_options(daemon: Daemon) -> list[str]:
     ]
 
 
-def _fuse_options(daemon: Daemon) -> list[str]:
+def _fuse_options(daemon: VirtiofsdSpec) -> list[str]:
     """For the one in C. A backslash takes a comma out of its meaning.
 
     Source: libfuse lib/fuse_opt.c.
@@ -68,7 +68,7 @@ def _fuse_options(daemon: Daemon) -> list[str]:
 
 
 @dataclass(slots=True)
-class Started:
+class VirtiofsdProcess:
     """A daemon that runs, and the connection to it for QEMU; a context manager closes ours."""
 
     connection: socket.socket
@@ -99,7 +99,7 @@ class Started:
 class Daemons(Protocol):
     """Who runs the daemons."""
 
-    def start(self, daemon: Daemon, device_id: str) -> Started:
+    def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """Start one; BackendError when it cannot be, NoSuchDevice for another directory."""
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
@@ -115,11 +115,11 @@ class HostDaemons(Daemons):
     def __init__(self, vm: str) -> None:
         self._vm = vm
 
-    def start(self, daemon: Daemon, device_id: str) -> Started:
+    def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """See Daemons. It outlives this process, and is not its child."""
-        words = tempfile.TemporaryFile()  # noqa: SIM115  Started closes it
+        words = tempfile.TemporaryFile()  # noqa: SIM115  VirtiofsdProcess closes it
         with _nameless_listener() as (listener, connection):
-            started = Started(connection, words)
+            started = VirtiofsdProcess(connection, words)
             try:
                 subprocess.run(
                     ["setsid", "--fork", *command_line(daemon, listener.fileno())],
@@ -148,7 +148,9 @@ class HostDaemons(Daemons):
             raise
         return started
 
-    def _check_directory(self, daemon: Daemon, device_id: str, connection: socket.socket) -> None:
+    def _check_directory(
+        self, daemon: VirtiofsdSpec, device_id: str, connection: socket.socket
+    ) -> None:
         """Wait until it has shut itself into the directory that was checked, and no other.
 
         One that has died says why itself.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from vmplug.drivers.generic import check_generic
 from vmplug.drivers.place import Offer, PlugMode
-from vmplug.drivers.ports import Driver, Hypervisor
+from vmplug.drivers.ports import Hypervisor, PlugDriver
 from vmplug.drivers.select import select_driver
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
 from vmplug.host.block.device import BlockDevice
@@ -57,7 +57,7 @@ class CheckedRequest:
     """
 
     info: Request
-    driver: Driver | None
+    driver: PlugDriver | None
     device: HostDevice | None
     error: HostError | None
     findings: tuple[Finding, ...]
@@ -153,7 +153,7 @@ def _try_read_usage(
 
 def _check(
     info: Request,
-    driver: Driver | None,
+    driver: PlugDriver | None,
     device: HostDevice,
     usage: HostUsage | HostError,
     claims: Sequence[Claim],

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Self
 
 from vmplug.drivers.place import Offer, Place
-from vmplug.drivers.ports import Driver, Endpoint, Hypervisor, Step
+from vmplug.drivers.ports import Endpoint, Hypervisor, PlugDriver, Step
 from vmplug.errors import (
     ConnectError,
     DeviceError,
@@ -342,7 +342,9 @@ class DeviceManager:
             choose=self._choose,
         )
 
-    def _choose(self, driver: Driver, device: HostDevice, taken: set[str]) -> tuple[Place, Offer]:
+    def _choose(
+        self, driver: PlugDriver, device: HostDevice, taken: set[str]
+    ) -> tuple[Place, Offer]:
         """A place in what the VM offered when it was last asked, or, if that is full, offers now.
 
         What it offers is asked again after a refusal and after each unplug.

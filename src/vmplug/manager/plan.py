@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from vmplug.address import new_id
 from vmplug.drivers.place import MemorySlot, Offer, Place
 from vmplug.drivers.plug import Plug, guest_address
-from vmplug.drivers.ports import BIND, UNBIND, Command, Driver, NewPlug, Step
+from vmplug.drivers.ports import BIND, UNBIND, Command, NewPlug, PlugDriver, Step
 from vmplug.errors import CannotPlug, NoFreePort, StateError
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Code, Finding
@@ -19,7 +19,7 @@ from vmplug.manager.examine import CheckedRequest, refuse, refuse_not_allowed
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request, ShareInfo
 
-Choose = Callable[[Driver, HostDevice, set[str]], tuple[Place, Offer]]
+Choose = Callable[[PlugDriver, HostDevice, set[str]], tuple[Place, Offer]]
 """Gives a place for a device that is not among the taken ones, and the offer it comes from."""
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.drivers.place import PlugMode
-from vmplug.drivers.ports import Driver
+from vmplug.drivers.ports import PlugDriver
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.device import CharDevice, HostDevice
@@ -32,7 +32,7 @@ class PolicyCheck(NamedTuple):
     mode: PlugMode | None = None
 
     def judge(
-        self, request: Request, device: HostDevice, driver: Driver | None, root: HostRoot
+        self, request: Request, device: HostDevice, driver: PlugDriver | None, root: HostRoot
     ) -> Verdict:
         """What the rules say of a request; everything that it brings into the VM must be allowed.
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from vmplug.address import PERIPHERAL
-from vmplug.drivers.plug import Daemon
+from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.root import HostRoot
@@ -21,7 +21,7 @@ from vmplug.hypervisor.fake.backends import FakeBackends, Refused
 from vmplug.hypervisor.qemu.abilities import IOMMUFD
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, Talk, command_error
-from vmplug.hypervisor.virtiofsd import Daemons, Started
+from vmplug.hypervisor.virtiofsd import Daemons, VirtiofsdProcess
 
 MACHINE = "pc-q35-10.0"
 """What the machine in memory is called; QEMU has its own version in the name."""
@@ -64,11 +64,11 @@ class FakeHypervisor(Qemu):
 class _NoDaemons(Daemons):
     """Connections that lead nowhere."""
 
-    def start(self, daemon: Daemon, device_id: str) -> Started:
+    def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """See Daemons."""
         ours, theirs = socket.socketpair()
         theirs.close()
-        return Started(ours, io.BytesIO())
+        return VirtiofsdProcess(ours, io.BytesIO())
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
         """See Daemons: none ever runs."""

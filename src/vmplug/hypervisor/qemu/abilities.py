@@ -13,7 +13,7 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import HypervisorError
 from vmplug.host.program import run_program
 from vmplug.hypervisor.qemu.start.machine import PACKAGE
-from vmplug.hypervisor.qmp.schema import check_answer
+from vmplug.hypervisor.qmp.schema import validate_reply
 
 IOMMUFD = "iommufd"
 RECONNECT, RECONNECT_MS = "reconnect", "reconnect-ms"
@@ -86,4 +86,4 @@ def _ask_program(program: str, command: Command) -> Any:
             f"{program} does not say what it can do: {finished.complaint}",
             hint=f"on Debian: apt install {PACKAGE[program]}",
         ) from None
-    return check_answer(command, answer)
+    return validate_reply(command, answer)

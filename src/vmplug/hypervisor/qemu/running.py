@@ -10,7 +10,7 @@ from typing import Self
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id
 from vmplug.drivers.place import Offer, Place
-from vmplug.drivers.plug import Daemon, Plug, VFIODevices, VhostUserDevice
+from vmplug.drivers.plug import Plug, VFIODevices, VhostUserDevice, VirtiofsdSpec
 from vmplug.drivers.ports import Command, Endpoint, Step
 from vmplug.errors import (
     BackendError,
@@ -30,7 +30,7 @@ from vmplug.hypervisor.qemu.steps import vfio
 from vmplug.hypervisor.qemu.steps.plug import check_hot, opened_file, plug_steps
 from vmplug.hypervisor.qemu.steps.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.qemu.topology import qom_get, qom_list, read_offer, read_place
-from vmplug.hypervisor.qemu.unplug_waiter import Departures
+from vmplug.hypervisor.qemu.unplug_waiter import UnplugWaiter
 from vmplug.hypervisor.qmp.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.virtiofsd import Daemons, HostDaemons
 
@@ -70,7 +70,7 @@ class Qemu:
         self._daemons = daemons or HostDaemons(vm)
         self._foreign: Mapping[str, str] = {}
         self._with_daemon: set[str] = set()
-        self._departures = Departures(self._owner)
+        self._departures = UnplugWaiter(self._owner)
         self.abilities: Abilities = PolicySubject(monitor.execute)
         monitor.listen(self._departures.receive)
 
@@ -369,7 +369,7 @@ class Qemu:
             self._departures.pause(_LOOK_AGAIN_S)
 
 
-def _daemon_failed(daemon: Daemon, error: HypervisorError, said: str) -> BackendError:
+def _daemon_failed(daemon: VirtiofsdSpec, error: HypervisorError, said: str) -> BackendError:
     words = f"; {daemon.program} says: {said}" if said else ""
     hint = error.hint if isinstance(error, CommandError) else None
     if any(piece in said for piece in _NO_SANDBOX):

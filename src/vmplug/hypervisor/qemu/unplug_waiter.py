@@ -19,7 +19,7 @@ look is at once, as most guests take 0.1 seconds; a silent one must not keep the
 _OUTCOMES = {"DEVICE_DELETED": "deleted", "DEVICE_UNPLUG_GUEST_ERROR": "refused"}
 
 
-class Departures:
+class UnplugWaiter:
     """The devices of one VM that were asked to go, or are waited for. Thread-safe.
 
     `owner` gives the id of the device that a name in QEMU is of. What nobody here asked for or

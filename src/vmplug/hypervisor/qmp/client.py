@@ -27,7 +27,7 @@ from vmplug.hypervisor.qmp.monitor import (
     command_error,
     next_command,
 )
-from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, check_answer
+from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, validate_reply
 
 T = TypeVar("T")
 
@@ -250,7 +250,7 @@ class QmpMonitor(Monitor):
             while command:
                 answer, refusal = None, None
                 try:
-                    answer = check_answer(command, await self._execute(client, command))
+                    answer = validate_reply(command, await self._execute(client, command))
                 except CommandError as error:
                     refusal = error
                 except ProtocolError:

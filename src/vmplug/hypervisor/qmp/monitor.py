@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
-from vmplug.hypervisor.qmp.schema import check_answer
+from vmplug.hypervisor.qmp.schema import validate_reply
 
 EventReceiver = Callable[[str, Mapping[str, Any]], None]
 
@@ -41,7 +41,7 @@ class Monitor(Protocol):
         command = next_command(talk)
         while command:
             answers, refusal = self.attempt([command])
-            answer = None if refusal else check_answer(command, answers[0])
+            answer = None if refusal else validate_reply(command, answers[0])
             command = next_command(talk, answer, refusal)
 
     @abstractmethod
@@ -57,7 +57,7 @@ class Monitor(Protocol):
         answers, refusal = self.attempt(commands)
         if refusal:
             raise refusal
-        return [check_answer(*asked) for asked in zip(commands, answers, strict=True)]
+        return [validate_reply(*asked) for asked in zip(commands, answers, strict=True)]
 
     def execute(self, command: Command) -> Any:
         """The answer to one command; raises CommandError when QEMU refuses it."""

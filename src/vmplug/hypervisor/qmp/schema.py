@@ -113,7 +113,7 @@ _PROPERTIES: dict[str, Any] = {
 """By the property that `qom-get` asks for."""
 
 
-def check_answer(command: Command, answer: Any) -> Any:
+def validate_reply(command: Command, answer: Any) -> Any:
     """What is of use in an answer to `command`; ProtocolError when it makes no sense."""
     try:
         return msgspec.convert(answer, _shape(command))

@@ -26,7 +26,7 @@ from vmplug.hypervisor.qemu.start.machine import BINARY, VmSpec, cold_offer, opt
 from vmplug.hypervisor.qemu.steps import vfio
 from vmplug.hypervisor.qemu.steps.plug import check_file, opened_file, plug_steps
 from vmplug.hypervisor.qemu.steps.vhost_user import LINK
-from vmplug.hypervisor.virtiofsd import Daemons, HostDaemons, Started
+from vmplug.hypervisor.virtiofsd import Daemons, HostDaemons, VirtiofsdProcess
 
 _JSON_OPTIONS = {
     "blockdev-add": "-blockdev",
@@ -62,7 +62,7 @@ class ColdQemu:
         self._daemons = daemons or HostDaemons(str(self.qmp_socket))
         self._steps: dict[str, tuple[Step, ...]] = {}
         self._connections: dict[str, int] = {}
-        self._running: dict[str, Started] = {}
+        self._running: dict[str, VirtiofsdProcess] = {}
         self._nodes: dict[str, ExitStack] = {}
         self._files: dict[str, tuple[str, str]] = {}
 
