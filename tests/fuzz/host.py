@@ -19,7 +19,7 @@ from vmplug.host.block.mounts import read_usage
 from vmplug.host.block.pmem import has_pfn_signature
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.check.device import check_device as check_safety
-from vmplug.host.finding import Wish
+from vmplug.host.finding import Access
 from vmplug.host.host_path import find_sysfs_node
 from vmplug.host.inventory import read_inventory, with_reset_methods
 from vmplug.host.kind import FoundBy
@@ -139,7 +139,7 @@ def _resolve_and_check(request: Request, root: HostRoot) -> object:
     device = resolve(request, root, store)
     assert device.host_path.startswith("/") or isinstance(device, VhostUserSocket)
     usage = read_usage(root)
-    return device, check_safety(device, Wish(read_only=False), usage=usage, root=root)
+    return device, check_safety(device, Access(read_only=False), usage=usage, root=root)
 
 
 @cache

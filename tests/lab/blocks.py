@@ -18,7 +18,7 @@ from tests.support.disks import detach_loop
 from tests.support.lab import wait_until
 from tests.trees.checking import WRITING, want, want_file
 from vmplug.host.block.device import BlockDevice
-from vmplug.host.finding import Code, Finding, Wish
+from vmplug.host.finding import Access, Code, Finding
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.manager.examine import examine
@@ -67,19 +67,19 @@ def number(node: Path) -> str:
     return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
 
 
-def findings(path: Path, wish: Wish = WRITING) -> list[Finding]:
+def findings(path: Path, wish: Access = WRITING) -> list[Finding]:
     """All that `vmplug check` has against a device, or a file that is to be a disk."""
     info = want(number(path)) if path.is_block_device() else want_file(str(path))
     (examined,) = examine([replace(info, read_only=wish.read_only)], HOST)
     return list(examined.findings)
 
 
-def is_free(*paths: Path, wish: Wish = WRITING) -> bool:
+def is_free(*paths: Path, wish: Access = WRITING) -> bool:
     """Whether nothing speaks against any of them."""
     return not any(findings(path, wish) for path in paths)
 
 
-def refusal(path: Path, wish: Wish = WRITING) -> Finding:
+def refusal(path: Path, wish: Access = WRITING) -> Finding:
     """The one finding against it, by which nothing was changed."""
     before = picture(path)
     (finding,) = findings(path, wish)
@@ -87,7 +87,7 @@ def refusal(path: Path, wish: Wish = WRITING) -> Finding:
     return finding
 
 
-def code(path: Path, wish: Wish = WRITING) -> Code:
+def code(path: Path, wish: Access = WRITING) -> Code:
     """That of the one finding against it."""
     (finding,) = findings(path, wish)
     return finding.code

@@ -22,7 +22,7 @@ from vmplug.host.pci.function import read_function
 from vmplug.host.pci.iommu import find_group
 from vmplug.host.pci.mdev import MDEV_DEVICES, read_mdev_types
 from vmplug.host.pci.mdev_create import create_mediated
-from vmplug.host.pci.sriov import VirtualFunction, Wanted, read_virtual, set_virtual
+from vmplug.host.pci.sriov import VfSettings, VirtualFunction, read_virtual, set_virtual
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.pci.vfio_driver import choose_driver, find_driver
 from vmplug.host.root import HostRoot
@@ -406,12 +406,12 @@ def simulated() -> Iterator[str]:
 def test_a_virtual_function_is_told_and_read_back(simulated: str) -> None:
     nothing = [VirtualFunction(n, "00:00:00:00:00:00", 0, trust=False) for n in range(3)]
     assert read_virtual(simulated) == nothing
-    wanted = Wanted(mac="02:00:00:00:00:0A", vlan=100, trust=True)
+    wanted = VfSettings(mac="02:00:00:00:00:0A", vlan=100, trust=True)
     told = set_virtual(simulated, 1, wanted)
     assert told == VirtualFunction(1, "02:00:00:00:00:0a", 100, trust=True)
     assert read_virtual(simulated) == [nothing[0], told, nothing[2]]
-    set_virtual(simulated, 1, Wanted(vlan=0, trust=False))
-    set_virtual(simulated, 1, Wanted(mac="00:00:00:00:00:00"))
+    set_virtual(simulated, 1, VfSettings(vlan=0, trust=False))
+    set_virtual(simulated, 1, VfSettings(mac="00:00:00:00:00:00"))
     assert read_virtual(simulated) == nothing
     with pytest.raises(BindError, match="has no virtual function 3"):
         set_virtual(simulated, 3, wanted)

@@ -4,12 +4,12 @@ from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Claim, Finding, Severity, Wish
+from vmplug.host.finding import Access, Claim, Finding, Severity
 from vmplug.host.resolve import resolve
 from vmplug.oci.info import DeviceInfo, DevType
 
-READING, WRITING = Wish(read_only=True), Wish(read_only=False)
-SHARING = Wish(read_only=False, share_rw=True)
+READING, WRITING = Access(read_only=True), Access(read_only=False)
+SHARING = Access(read_only=False, share_rw=True)
 
 
 def want(number: str) -> DeviceInfo:
@@ -25,7 +25,7 @@ def want_file(path: str) -> DeviceInfo:
 def findings(
     tree: HostTree,
     wanted: str = "8:0",
-    wish: Wish = WRITING,
+    wish: Access = WRITING,
     claims: tuple[Claim, ...] = (),
 ) -> list[Finding]:
     """What `check` says of a number, or of a file when it is a path."""

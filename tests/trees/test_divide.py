@@ -18,8 +18,8 @@ from vmplug.host.pci.iommu import find_group
 from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_mdev_types
 from vmplug.host.pci.mdev_create import create_mediated
 from vmplug.host.pci.sriov import (
+    VfSettings,
     VirtualFunction,
-    Wanted,
     find_interface,
     read_sriov,
     read_virtual,
@@ -227,7 +227,7 @@ def ip(tmp_path: Path, tree: PciTree, monkeypatch: pytest.MonkeyPatch) -> FakeIp
 
 
 def test_a_virtual_function_is_told_and_read_back(ip: FakeIp) -> None:
-    wanted = Wanted(mac="02-00-00-00-00-0A", vlan=100, trust=True)
+    wanted = VfSettings(mac="02-00-00-00-00-0A", vlan=100, trust=True)
     told = set_virtual("eth0", 1, wanted)
     assert told == VirtualFunction(1, "02:00:00:00:00:0a", 100, trust=True)
     assert read_virtual("eth0") == [
@@ -242,27 +242,27 @@ def test_a_virtual_function_is_told_and_read_back(ip: FakeIp) -> None:
 
 
 def test_what_is_not_said_stays(ip: FakeIp) -> None:
-    set_virtual("eth0", 0, Wanted(vlan=5))
-    set_virtual("eth0", 0, Wanted(trust=True))
+    set_virtual("eth0", 0, VfSettings(vlan=5))
+    set_virtual("eth0", 0, VfSettings(trust=True))
     assert read_virtual("eth0")[0] == VirtualFunction(0, "00:00:00:00:00:00", 5, trust=True)
-    set_virtual("eth0", 0, Wanted(vlan=0))
+    set_virtual("eth0", 0, VfSettings(vlan=0))
     assert read_virtual("eth0")[0].vlan == 0
 
 
 @pytest.mark.parametrize(
     "wanted",
     [
-        Wanted(mac="02:00:00:00:00"),
-        Wanted(mac="02:00:00:00:00:00:00"),
-        Wanted(mac="ff:ff:ff:ff:ff:ff"),
-        Wanted(mac="01:00:5e:00:00:01"),
-        Wanted(mac="02:00:00:00:00:0g"),
-        Wanted(mac="02:00:00:00:00:00\n"),
-        Wanted(vlan=-1),
-        Wanted(vlan=4095),
+        VfSettings(mac="02:00:00:00:00"),
+        VfSettings(mac="02:00:00:00:00:00:00"),
+        VfSettings(mac="ff:ff:ff:ff:ff:ff"),
+        VfSettings(mac="01:00:5e:00:00:01"),
+        VfSettings(mac="02:00:00:00:00:0g"),
+        VfSettings(mac="02:00:00:00:00:00\n"),
+        VfSettings(vlan=-1),
+        VfSettings(vlan=4095),
     ],
 )
-def test_what_makes_no_sense_is_not_sent(ip: FakeIp, wanted: Wanted) -> None:
+def test_what_makes_no_sense_is_not_sent(ip: FakeIp, wanted: VfSettings) -> None:
     with pytest.raises(SpecError):
         set_virtual("eth0", 0, wanted)
     assert ip.commands() == []
@@ -272,7 +272,7 @@ def test_what_the_driver_does_not_have_takes_the_rest_back(ip: FakeIp) -> None:
     before = ip.functions()
     ip.set(unsupported=["trust"])
     with pytest.raises(BindError, match="Operation not supported") as caught:
-        set_virtual("eth0", 1, Wanted(mac="02:00:00:00:00:01", vlan=7, trust=True))
+        set_virtual("eth0", 1, VfSettings(mac="02:00:00:00:00:01", vlan=7, trust=True))
     assert caught.value.hint
     assert "has no such setting" in caught.value.hint
     assert ip.functions() == before
@@ -282,7 +282,7 @@ def test_what_the_driver_leaves_as_it_was_is_noticed(ip: FakeIp) -> None:
     before = ip.functions()
     ip.set(ignored=["trust"])
     with pytest.raises(BindError, match="took trust True"):
-        set_virtual("eth0", 1, Wanted(vlan=7, trust=True))
+        set_virtual("eth0", 1, VfSettings(vlan=7, trust=True))
     assert ip.functions() == before
 
 
@@ -291,7 +291,7 @@ def test_a_virtual_function_that_is_not_there_is_told(
     ip: FakeIp, interface: str, number: int
 ) -> None:
     with pytest.raises(BindError):
-        set_virtual(interface, number, Wanted(vlan=7))
+        set_virtual(interface, number, VfSettings(vlan=7))
     assert ip.commands() == []
 
 

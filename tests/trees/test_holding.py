@@ -7,7 +7,7 @@ import pytest
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.errors import AttributeReadError
-from vmplug.host.pci.uses import NetInterface, block_devices_of, networks_of
+from vmplug.host.pci.uses import NetInterface, networks_of, read_block_devices
 from vmplug.host.root import HostRoot
 
 PORT, CARD, OTHER = "0000:00:1c.0", "0000:3b:00.0", "0000:00:03.0"
@@ -31,7 +31,7 @@ def wired(tree: PciTree) -> PciTree:
 
 def blocks(tree: PciTree, bdf: str) -> list[str]:
     real = tree.root.real_path(f"/sys/bus/pci/devices/{bdf}")
-    return [str(number) for number in block_devices_of(real, tree.root)]
+    return [str(number) for number in read_block_devices(real, tree.root)]
 
 
 def networks(tree: PciTree, bdf: str = CARD) -> list[NetInterface]:
@@ -54,8 +54,8 @@ def test_a_function_without_disks_has_none(tree: PciTree) -> None:
     assert blocks(tree, CARD) == []
     tree.pci_disk(CARD, "259:0", "nvme0n1")
     # 0000:3b:00.0 is no beginning of 0000:3b:00.01.
-    assert block_devices_of(tree.real(CARD) + "1", tree.root) == []
-    assert block_devices_of(tree.real(CARD)[:-1], tree.root) == []
+    assert read_block_devices(tree.real(CARD) + "1", tree.root) == []
+    assert read_block_devices(tree.real(CARD)[:-1], tree.root) == []
 
 
 def test_a_disk_of_several_controllers_is_found_by_its_hidden_ways(tree: PciTree) -> None:
@@ -173,6 +173,6 @@ def test_this_host_can_be_asked() -> None:
     root = HostRoot()
     for name in root.names(root.pci_devices):
         real = root.real_path(f"{root.pci_devices}/{name}")
-        for number in block_devices_of(real, root):
+        for number in read_block_devices(real, root):
             assert root.real_path(f"{root.sys_dev}/block/{number}").startswith(real)
         networks_of(name, root)

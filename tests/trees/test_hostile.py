@@ -14,7 +14,7 @@ from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Wish
+from vmplug.host.finding import Access
 from vmplug.host.host_path import get_host_path
 from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.process import find_openers, read_start_time
@@ -97,7 +97,7 @@ def test_a_backing_file_with_a_nul_in_its_name_is_nowhere(tree: HostTree) -> Non
     device = resolve(info, tree.root)
     usage = read_usage(tree.root)
     assert usage.loops[0].backing.deleted
-    check_device(device, Wish(read_only=False), usage=usage, root=tree.root)
+    check_device(device, Access(read_only=False), usage=usage, root=tree.root)
 
 
 @pytest.mark.parametrize("name", ["/dev/a\0b", r"/dev/a\000b"])
@@ -106,7 +106,7 @@ def test_nor_is_what_is_mounted_or_swapped_to(tree: HostTree, name: str) -> None
     usage = read_usage(tree.root)
     assert (usage.mounts, len(usage.swaps)) == ((), 1)
     info = DeviceInfo(container_path="/dev/x", dev_type=DevType.BLOCK, devnum=DevNum.parse("8:0"))
-    check_device(resolve(info, tree.root), Wish(read_only=False), usage=usage, root=tree.root)
+    check_device(resolve(info, tree.root), Access(read_only=False), usage=usage, root=tree.root)
 
 
 def test_a_volume_whose_source_has_a_nul_is_none(tree: HostTree) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmplug.errors import NoSuchDevice
-from vmplug.host.file_id import check_path, file_id, has_open, has_thread, held
+from vmplug.host.file_id import check_path, file_id, has_open, has_thread, pinned
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_file_that_was_put_in_its_place_is_refused(image: Path, reader: int) -
 
 
 def hold(path: str, checked: str) -> None:
-    with held(path, checked):
+    with pinned(path, checked):
         pass
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_is_gone_is_refused(image: Path, look: Callable[[str, str], 
 
 def test_the_number_of_a_held_file_is_nobody_elses(image: Path) -> None:
     checked = file_id(image.stat())
-    with held(str(image), checked):
+    with pinned(str(image), checked):
         image.unlink()
         for name in range(50):
             other = image.with_suffix(f".{name}")

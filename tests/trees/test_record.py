@@ -18,7 +18,7 @@ from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, DeviceError, SpecError
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Finding, Wish
+from vmplug.host.finding import Access, Finding
 from vmplug.host.inventory import Inventory, read_inventory, with_reset_methods
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.record import read
@@ -68,7 +68,7 @@ def look(root: HostRoot) -> Inventory:
 
 def check_all(root: HostRoot) -> list[list[Finding] | str]:
     """What speaks against every function and disk."""
-    usage, wish = read_usage(root), Wish(read_only=False)
+    usage, wish = read_usage(root), Access(read_only=False)
     devices = [find_vfio_device(str(e.function.bdf), root) for e in read_inventory(root).pci]
     answers: list[list[Finding] | str] = []
     answers += [check_device(device, wish, usage=usage, root=root) for device in devices]

@@ -12,7 +12,7 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block.mounts import MountedDevice, read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
+from vmplug.host.finding import NEVER_ALLOWED, Access, Claim, Code, Finding, Severity, allow
 from vmplug.host.resolve import resolve
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
@@ -26,7 +26,7 @@ def disk(tree: HostTree) -> HostTree:
 
 @pytest.mark.parametrize("number", ["8:0", "8:1", "8:2"])
 @pytest.mark.parametrize("wish", [READING, WRITING, SHARING])
-def test_nothing_speaks_against_an_idle_disk(disk: HostTree, number: str, wish: Wish) -> None:
+def test_nothing_speaks_against_an_idle_disk(disk: HostTree, number: str, wish: Access) -> None:
     assert findings(disk, number, wish) == []
 
 
@@ -182,7 +182,7 @@ def test_a_remedy_is_quoted_for_the_shell(disk: HostTree) -> None:
     ],
 )
 def test_only_a_read_only_file_system_is_shared_and_only_for_reading(
-    disk: HostTree, fs_options: str, mount_options: str, wish: Wish, *, shared: bool
+    disk: HostTree, fs_options: str, mount_options: str, wish: Access, *, shared: bool
 ) -> None:
     disk.mount("/dev/sda1", "/mnt", "8:1", fs_options=fs_options, mount_options=mount_options)
     assert codes(findings(disk, "8:0", wish)) == ([] if shared else ["mounted-on-host"])
@@ -242,7 +242,7 @@ def test_what_holds_a_disk_is_taken_apart_by_its_name(
     [(True, READING, True), (True, WRITING, False), (False, READING, False)],
 )
 def test_a_holder_that_only_reads_is_shared_with_readers(
-    disk: HostTree, wish: Wish, *, ro: bool, shared: bool
+    disk: HostTree, wish: Access, *, ro: bool, shared: bool
 ) -> None:
     disk.block_device("253:0", "dm-0", ro=ro).hold("sda", "dm-0")
     assert codes(findings(disk, "8:0", wish)) == ([] if shared else ["has-holders"])
@@ -287,7 +287,7 @@ def test_other_loop_devices_do_not_matter(tree: HostTree, backing_file: str) -> 
     [(True, READING, True), (True, WRITING, False), (False, READING, False)],
 )
 def test_a_loop_device_that_only_reads_is_shared_with_readers(
-    tree: HostTree, wish: Wish, *, ro: bool, shared: bool
+    tree: HostTree, wish: Access, *, ro: bool, shared: bool
 ) -> None:
     loop(tree.file("/a.img", b"x"), "/a.img", ro=ro)
     assert codes(findings(tree, "/a.img", wish)) == ([] if shared else ["has-holders"])
@@ -369,7 +369,7 @@ def test_swap_on_another_node_of_the_same_disk_is_the_disks(disk: HostTree) -> N
     ],
 )
 def test_vms_share_among_readers_or_when_both_said_so(
-    disk: HostTree, held: Claim, wish: Wish, *, shared: bool
+    disk: HostTree, held: Claim, wish: Access, *, shared: bool
 ) -> None:
     found = findings(disk, wish=wish, claims=(held,))
     assert codes(found) == ([] if shared else ["in-use-by-vm"])
@@ -411,7 +411,7 @@ def test_nothing_is_said_of_character_devices(tree: HostTree) -> None:
 
 
 @pytest.mark.parametrize(("wish", "found"), [(WRITING, ["read-only-device"]), (READING, [])])
-def test_a_read_only_disk_is_for_reading(tree: HostTree, wish: Wish, found: list[str]) -> None:
+def test_a_read_only_disk_is_for_reading(tree: HostTree, wish: Access, found: list[str]) -> None:
     tree.block_device("8:0", "sda", ro=True)
     assert codes(findings(tree, wish=wish)) == found
 

@@ -19,7 +19,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskPart
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Code, Wish
+from vmplug.host.finding import Access, Code
 from vmplug.host.kind import FoundBy
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
@@ -89,7 +89,7 @@ def qemu(image: Path, *, read_only: bool) -> list[str]:
 @pytest.mark.parametrize("first_reads", [True, False])
 @pytest.mark.parametrize("wish", [READING, WRITING])
 def test_an_image_in_a_real_qemu_is_refused_when_a_second_qemu_would_refuse_it(
-    tmp_path: Path, wish: Wish, *, first_reads: bool
+    tmp_path: Path, wish: Access, *, first_reads: bool
 ) -> None:
     image = disk_image(tmp_path / "a.img", 1, "x")
     first = qemu(image, read_only=first_reads)

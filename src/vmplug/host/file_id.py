@@ -27,7 +27,7 @@ def file_id(status: os.stat_result) -> str:
 
 
 @contextmanager
-def held(path: str, checked: str) -> Iterator[None]:
+def pinned(path: str, checked: str) -> Iterator[None]:
     """NoSuchDevice unless the path leads to the file of that id; that file is held meanwhile.
 
     Otherwise its number could be that of another file at once: QEMU makes an empty one where
@@ -36,10 +36,10 @@ def held(path: str, checked: str) -> Iterator[None]:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
-        raise replaced(path, HostRoot()) from error
+        raise file_replaced(path, HostRoot()) from error
     try:
         if file_id(os.fstat(descriptor)) != checked:
-            raise replaced(path, HostRoot())
+            raise file_replaced(path, HostRoot())
         yield
     finally:
         os.close(descriptor)
@@ -50,7 +50,7 @@ def check_path(path: str, checked: str) -> None:
     root = HostRoot()
     status = root.try_stat(path)
     if status is None or file_id(status) != checked:
-        raise replaced(path, root)
+        raise file_replaced(path, root)
 
 
 def has_open(pid: int | None, checked: str) -> bool | None:
@@ -71,7 +71,7 @@ def has_thread(pid: int, thread_id: int) -> bool:
     return HostRoot().try_stat(f"/proc/{pid}/task/{thread_id}") is not None
 
 
-def replaced(path: str, root: HostRoot) -> NoSuchDevice:
+def file_replaced(path: str, root: HostRoot) -> NoSuchDevice:
     """The error for a path that came to lead somewhere else."""
     found = describe(root.try_stat(path))
     return NoSuchDevice(

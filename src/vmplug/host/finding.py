@@ -106,7 +106,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class Access:
     """How a device is wanted: only for reading; shared with others who write to it."""
 
     read_only: bool

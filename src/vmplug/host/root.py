@@ -33,7 +33,7 @@ _F_OFD_GETLK = 36
 _LOCK_LAYOUT = "hhqqi4x"
 """struct flock on 64-bit Linux. Source: include/uapi/asm-generic/fcntl.h."""
 
-Several = tuple[
+AttributeBatch = tuple[
     list[bytes | AttributeReadError | None],
     list[str | AttributeReadError | None],
     list[int | AttributeReadError | None],
@@ -97,7 +97,7 @@ class HostRoot:
         files: Sequence[str],
         links: Sequence[str],
         sizes: Sequence[str],
-    ) -> Iterator[Several]:
+    ) -> Iterator[AttributeBatch]:
         """The same few files of many devices, the directories `names` of `directory`.
 
         An answer is what `read_attribute`, `link` and `size` give, or the error that they raise.

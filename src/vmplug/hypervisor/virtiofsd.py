@@ -19,7 +19,7 @@ from typing import IO, Protocol, Self
 
 from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
 from vmplug.errors import BackendError, DeviceError
-from vmplug.host.file_id import file_id, replaced
+from vmplug.host.file_id import file_id, file_replaced
 from vmplug.host.process import find_marked, wait_for_end
 from vmplug.host.root import HostRoot
 
@@ -165,7 +165,7 @@ class HostDaemons(Daemons):
             if checked in roots[1:]:
                 return
             if set(roots[1:]) - {roots[0]}:
-                raise replaced(daemon.directory, root)
+                raise file_replaced(daemon.directory, root)
             if time.monotonic() > deadline:
                 raise BackendError(
                     daemon.program,

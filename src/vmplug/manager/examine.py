@@ -18,7 +18,7 @@ from vmplug.host.block.mounts import HostUsage, read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.check.vfio_group import GuestMemory, check_vm
 from vmplug.host.device import CharDevice, HostDevice
-from vmplug.host.finding import NEVER_ALLOWED, Claim, Code, Finding, Severity, Wish, allow
+from vmplug.host.finding import NEVER_ALLOWED, Access, Claim, Code, Finding, Severity, allow
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
@@ -162,7 +162,7 @@ def _check(
     """All findings about one device; what cannot be found out is one too."""
     if isinstance(usage, HostError):
         return [_unresolved(usage)]
-    wish = Wish(read_only=info.read_only, share_rw=driver is not None and driver.share_rw)
+    wish = Access(read_only=info.read_only, share_rw=driver is not None and driver.share_rw)
     try:
         findings = check_device(device, wish, usage=usage, claims=claims, root=host)
     except HostError as error:

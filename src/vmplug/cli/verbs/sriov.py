@@ -19,8 +19,8 @@ from vmplug.cli.wiring import open_journal
 from vmplug.errors import BindError
 from vmplug.host.pci.function import read_function
 from vmplug.host.pci.sriov import (
+    VfSettings,
     VirtualFunction,
-    Wanted,
     find_interface,
     read_virtual,
     set_virtual,
@@ -91,14 +91,14 @@ def command(
     _show(_read(bdf, host), as_json=as_json)
 
 
-def _wanted(*, mac: str | None, vlan: int | None, trust: str | None) -> Wanted:
-    return Wanted(mac, vlan, None if trust is None else trust == "on").checked()
+def _wanted(*, mac: str | None, vlan: int | None, trust: str | None) -> VfSettings:
+    return VfSettings(mac, vlan, None if trust is None else trust == "on").checked()
 
 
 def _check_options(
-    count: int | None, autoprobe: str | None, number: int | None, wanted: Wanted
+    count: int | None, autoprobe: str | None, number: int | None, wanted: VfSettings
 ) -> None:
-    says_something = wanted != Wanted()
+    says_something = wanted != VfSettings()
     if count is not None and (number is not None or says_something):
         raise click.UsageError("say --count, or --vf with what to tell it, one at a time")
     if says_something and number is None:

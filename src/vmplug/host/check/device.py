@@ -24,7 +24,7 @@ from vmplug.host.device import (
     OpenConnection,
     SharedDirectory,
 )
-from vmplug.host.finding import Claim, Code, Finding, Wish
+from vmplug.host.finding import Access, Claim, Code, Finding
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot, describe, node_number
@@ -45,7 +45,7 @@ _NO_DISC, _TRAY_OPEN = 1, 2
 
 def check_device(
     device: HostDevice,
-    wish: Wish,
+    wish: Access,
     *,
     usage: HostUsage,
     claims: Sequence[Claim] = (),
@@ -72,7 +72,7 @@ def check_device(
 
 
 def _check_vfio(
-    group: VfioGroup, wish: Wish, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    group: VfioGroup, wish: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
 ) -> Iterator[Finding]:
     yield from _claimed(claims, wish)
     yield from check_group(group, root)
@@ -80,12 +80,12 @@ def _check_vfio(
         yield from check_openers(group, root)
     for part in group.disks:
         disk = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
-        for finding in _users(disk, Wish(read_only=False), usage, root):
+        for finding in _users(disk, Access(read_only=False), usage, root):
             yield replace(finding, message=f"{group.host_path} has a disk: {finding.message}")
 
 
 def _check_block(
-    device: BlockDevice, wish: Wish, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    device: BlockDevice, wish: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
 ) -> Iterator[Finding]:
     if device.size_bytes is None:
         yield Finding(
@@ -126,7 +126,7 @@ def _wrong_node(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
 
 
 def _check_file(
-    device: DiskFile, wish: Wish, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    device: DiskFile, wish: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
 ) -> Iterator[Finding]:
     used = [
         *_looped(device.host_path, wish, usage, root),
@@ -145,7 +145,7 @@ def _check_file(
         )
 
 
-def _users(device: BlockDevice, wish: Wish, usage: HostUsage, root: HostRoot) -> list[Finding]:
+def _users(device: BlockDevice, wish: Access, usage: HostUsage, root: HostRoot) -> list[Finding]:
     """Everything on the host that is known to use the device and cannot share it so."""
     loops = (_looped(node, wish, usage, root) for node in _nodes(device))
     return [
@@ -161,7 +161,7 @@ def _nodes(device: BlockDevice) -> tuple[str, ...]:
     return (device.device_node, *(part.device_node for part in device.relatives))
 
 
-def _mounted(device: BlockDevice, wish: Wish, usage: HostUsage) -> Iterator[Finding]:
+def _mounted(device: BlockDevice, wish: Access, usage: HostUsage) -> Iterator[Finding]:
     """Mounts of the device, its partitions or its disk; a read-only file system may be shared."""
     names = {part.devnum: part.device_node for part in device.relatives}
     names[device.devnum] = device.device_node
@@ -179,7 +179,7 @@ def _mounted(device: BlockDevice, wish: Wish, usage: HostUsage) -> Iterator[Find
         )
 
 
-def _held(device: BlockDevice, wish: Wish, root: HostRoot) -> Iterator[Finding]:
+def _held(device: BlockDevice, wish: Access, root: HostRoot) -> Iterator[Finding]:
     """What the kernel built on it: device-mapper, md, bcache."""
     held = [(device.device_node, device.holders)]
     held += [(part.device_node, part.holders) for part in device.relatives]
@@ -212,7 +212,7 @@ def _mapped_name(sysfs_path: str, root: HostRoot) -> str | None:
     return os.fsdecode(name).removesuffix("\n") if name else None
 
 
-def _looped(path: str, wish: Wish, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
+def _looped(path: str, wish: Access, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
     """Loop devices on top of a node or file."""
     for loop in usage.loops:
         if loop.backing.deleted or not same_file(loop.backing.backing_file, path, root):
@@ -227,7 +227,7 @@ def _looped(path: str, wish: Wish, usage: HostUsage, root: HostRoot) -> Iterator
 
 
 def _other_loops(
-    device: BlockDevice, wish: Wish, usage: HostUsage, root: HostRoot
+    device: BlockDevice, wish: Access, usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:
     """Other loop devices on the file that this one loops to."""
     if device.backing is None or device.backing.deleted:
@@ -250,7 +250,7 @@ def _swap(
             )
 
 
-def _claimed(claims: Sequence[Claim], wish: Wish) -> Iterator[Finding]:
+def _claimed(claims: Sequence[Claim], wish: Access) -> Iterator[Finding]:
     """What VMs hold; readers may share, and writers that all said share-rw."""
     for claim in claims:
         readers = wish.read_only and claim.read_only
@@ -317,7 +317,7 @@ def _exclusive_errno(path: str, root: HostRoot, *, patience_s: float) -> int | N
     return number
 
 
-def _locked(path: str, wish: Wish, root: HostRoot) -> Iterator[Finding]:
+def _locked(path: str, wish: Access, root: HostRoot) -> Iterator[Finding]:
     locks = _LOCKS_AGAINST_READING if wish.read_only else _LOCKS_AGAINST_WRITING
     if any(root.is_range_locked(path, start, length) for start, length in locks):
         yield Finding(
@@ -327,7 +327,7 @@ def _locked(path: str, wish: Wish, root: HostRoot) -> Iterator[Finding]:
         )
 
 
-def _read_only(device: BlockDevice | DiskFile, wish: Wish, remedy: str) -> Iterator[Finding]:
+def _read_only(device: BlockDevice | DiskFile, wish: Access, remedy: str) -> Iterator[Finding]:
     if device.read_only and not wish.read_only:
         yield Finding(
             Code.READ_ONLY_DEVICE,

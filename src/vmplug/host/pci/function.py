@@ -11,7 +11,7 @@ from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.pci.iommu import read_membership
-from vmplug.host.root import HostRoot, Several
+from vmplug.host.root import AttributeBatch, HostRoot
 
 BRIDGES = frozenset({0x0600, 0x0604})
 """Classes of host bridges and PCI-to-PCI bridges, which are never handed over themselves.
@@ -138,7 +138,7 @@ class _Parser:
         self._physfns: dict[str, Bdf] = {}
         self._unreadable: list[str] = []
 
-    def parse(self, address: tuple[str, Bdf], answers: Several) -> PciFunction:
+    def parse(self, address: tuple[str, Bdf], answers: AttributeBatch) -> PciFunction:
         """The function in the directory of that name, from the answers to _FILES and so on."""
         self._name, bdf = address
         self._unreadable = []

@@ -62,14 +62,14 @@ class VirtualFunction(NamedTuple):
     trust: bool | None = None
 
 
-class Wanted(NamedTuple):
+class VfSettings(NamedTuple):
     """What a virtual function is to be told; None for what stays. SpecError from `checked`."""
 
     mac: str | None = None
     vlan: int | None = None
     trust: bool | None = None
 
-    def checked(self) -> "Wanted":
+    def checked(self) -> "VfSettings":
         """The same in the kernel's spelling."""
         mac = self.mac.lower().replace("-", ":") if self.mac else None
         if mac and (not _MAC.match(mac) or int(mac[:2], 16) & 1):
@@ -207,7 +207,7 @@ def _parse(entry: dict[str, object]) -> VirtualFunction:
     return VirtualFunction(int(str(entry["vf"])), str(mac) if mac else None, vlan, trust)
 
 
-def set_virtual(interface: str, number: int, wanted: Wanted) -> VirtualFunction:
+def set_virtual(interface: str, number: int, wanted: VfSettings) -> VirtualFunction:
     """Tell a virtual function its address, VLAN and trust, and read them back.
 
     Raises SpecError for what makes no sense, and BindError for what the driver does not have;
@@ -224,7 +224,7 @@ def set_virtual(interface: str, number: int, wanted: Wanted) -> VirtualFunction:
         _check_told(interface, now, wanted)
     except BindError:
         told = {words[0] for words in done}
-        former = Wanted(before.mac, before.vlan, before.trust)
+        former = VfSettings(before.mac, before.vlan, before.trust)
         for words in _words(former):
             if words[0] in told:
                 _ip(interface, ["link", "set", "dev", interface, "vf", str(number), *words])
@@ -232,7 +232,7 @@ def set_virtual(interface: str, number: int, wanted: Wanted) -> VirtualFunction:
     return now
 
 
-def _words(wanted: Wanted) -> list[list[str]]:
+def _words(wanted: VfSettings) -> list[list[str]]:
     """The arguments for each thing to be told."""
     return [
         *([["mac", wanted.mac]] if wanted.mac is not None else []),
@@ -255,7 +255,7 @@ def _find_virtual(interface: str, number: int) -> VirtualFunction:
     )
 
 
-def _check_told(interface: str, now: VirtualFunction, wanted: Wanted) -> None:
+def _check_told(interface: str, now: VirtualFunction, wanted: VfSettings) -> None:
     """The kernel says yes to what some drivers leave as it was."""
     asked = wanted._asdict()
     for name, value in asked.items():

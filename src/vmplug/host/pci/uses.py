@@ -48,7 +48,7 @@ class NetInterface(NamedTuple):
         return bool(self.has_default_route or self.has_address or self.master)
 
 
-def block_devices_of(sysfs_real_path: str, root: HostRoot) -> list[DevNum]:
+def read_block_devices(sysfs_real_path: str, root: HostRoot) -> list[DevNum]:
     """The block devices, disks and partitions, that come from the device of that directory.
 
     No link may be left in the path: /sys/devices/pci0000:00/0000:00:1f.2. Raises

@@ -12,13 +12,13 @@ from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.block.device import DiskPart
-from vmplug.host.file_id import replaced
+from vmplug.host.file_id import file_replaced
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.function import PciFunction, find_function
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import find_group, read_group
 from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_mediated
-from vmplug.host.pci.uses import block_devices_of
+from vmplug.host.pci.uses import read_block_devices
 from vmplug.host.root import HostRoot, node_number
 
 GROUP_NODE = re.compile(r"/dev/vfio/([0-9]{1,9})\Z", re.ASCII)
@@ -149,7 +149,7 @@ def _read_disks(functions: Iterable[PciFunction], root: HostRoot) -> tuple[DiskP
     """The whole disks that drivers of the host have made of the functions."""
     disks = []
     for function in functions:
-        for devnum in block_devices_of(root.real_path(function.sysfs_path), root):
+        for devnum in read_block_devices(root.real_path(function.sysfs_path), root):
             directory = f"{root.sys_dev}/block/{devnum}"
             if root.stat(f"{directory}/partition") is None:
                 name = root.real_path(directory).rpartition("/")[2]
@@ -189,7 +189,7 @@ def _check_is_of(name: str, node: str, descriptor: int, root: HostRoot) -> None:
     status = root.stat_descriptor(descriptor)
     link = f"{root.sys_dev}/char/{node_number(status)}" if status and status.st_rdev else ""
     if link and f"/{name}/vfio-dev/" not in root.real_path(link):
-        raise replaced(node, root)
+        raise file_replaced(node, root)
 
 
 def is_vfio_driver(function: PciFunction, root: HostRoot) -> bool:

@@ -21,7 +21,7 @@ from typing import IO, NamedTuple, Self, TypeVar
 
 from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError, SpecError
-from vmplug.host.root import HostRoot, Several
+from vmplug.host.root import AttributeBatch, HostRoot
 
 FORMAT = 1
 NOTE = "vmplug-record"
@@ -109,7 +109,7 @@ class RecordedRoot(HostRoot):
         files: Sequence[str],
         links: Sequence[str],
         sizes: Sequence[str],
-    ) -> Iterator[Several]:
+    ) -> Iterator[AttributeBatch]:
         """As on the host."""
         if not self._errors:
             yield from super().read_each(directory, names, files=files, links=links, sizes=sizes)

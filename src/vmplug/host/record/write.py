@@ -25,12 +25,12 @@ from vmplug.errors import AttributeReadError, DeviceError, SpecError
 from vmplug.host.block.mounts import HostUsage, read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import Wish
+from vmplug.host.finding import Access
 from vmplug.host.inventory import read_inventory, with_reset_methods
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.record.read import ERRNO_KEYWORD, FORMAT, NOTE
 from vmplug.host.resolve import resolve
-from vmplug.host.root import PAGE_SIZE, HostRoot, Several
+from vmplug.host.root import PAGE_SIZE, AttributeBatch, HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
 
 _PROC = re.compile(
@@ -73,7 +73,7 @@ def write_record(path: str, root: HostRoot, *, replace: bool = False) -> Recorde
     """
     if not replace and os.path.lexists(path):
         raise _exists(path)
-    noting = _Noting(root)
+    noting = _RecordingRoot(root)
     _read_everything(noting)
     members = _Members(root)
     for noted in sorted(noting.noted):
@@ -115,7 +115,7 @@ def _write_file(path: str, members: "_Members", *, replace: bool) -> None:
             os.unlink(temporary)
 
 
-def _read_everything(root: "_Noting") -> None:
+def _read_everything(root: "_RecordingRoot") -> None:
     """Read all that the reading verbs would, of every device of the host."""
     inventory = read_inventory(root)
     usage = HostUsage(mounts=(), swaps=(), loops=())
@@ -144,10 +144,10 @@ def _read_everything(root: "_Noting") -> None:
 
 
 def _check(device: HostDevice, usage: HostUsage, root: HostRoot) -> None:
-    check_device(device, Wish(read_only=False), usage=usage, root=root)
+    check_device(device, Access(read_only=False), usage=usage, root=root)
 
 
-class _Noting(HostRoot):
+class _RecordingRoot(HostRoot):
     """Notes every path of /sys, /dev and those tables of /proc that is asked for.
 
     It is no running host, so that nobody opens a node to find out more.
@@ -188,7 +188,7 @@ class _Noting(HostRoot):
         files: Sequence[str],
         links: Sequence[str],
         sizes: Sequence[str],
-    ) -> Iterator[Several]:
+    ) -> Iterator[AttributeBatch]:
         names = list(names)
         for name in names:
             self.noted.update(f"{directory}/{name}/{file}" for file in (*files, *links, *sizes))

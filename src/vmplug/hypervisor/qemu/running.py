@@ -20,7 +20,7 @@ from vmplug.errors import (
     HypervisorError,
     UnplugTimeout,
 )
-from vmplug.host.file_id import check_path, has_open, has_thread, held, replaced
+from vmplug.host.file_id import check_path, file_replaced, has_open, has_thread, pinned
 from vmplug.host.pci.vfio import open_nodes
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
@@ -188,7 +188,7 @@ class Qemu:
         process = self._endpoint if file else None
         try:
             if file and process:
-                with held(*file):
+                with pinned(*file):
                     self._do_each(steps[:-1], done)
                     self._check_opened(*file, process.pid)
             self._do_each(steps[len(done) :], done)
@@ -204,7 +204,7 @@ class Qemu:
         """
         check_path(path, checked)
         if pid and has_open(pid, checked) is False and self._is_of_guest(pid):
-            raise replaced(path, HostRoot())
+            raise file_replaced(path, HostRoot())
 
     def _is_of_guest(self, pid: int) -> bool:
         """Whether a process has the guest's CPUs: QEMU 7.2 tells them while it is paused too."""

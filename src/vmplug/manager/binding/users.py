@@ -6,10 +6,10 @@ from vmplug.address import Bdf
 from vmplug.errors import InUse
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import NEVER_ALLOWED, Code, Finding, Severity, Wish, allow
+from vmplug.host.finding import NEVER_ALLOWED, Access, Code, Finding, Severity, allow
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import find_group, read_group
-from vmplug.host.pci.uses import block_devices_of
+from vmplug.host.pci.uses import read_block_devices
 from vmplug.host.pci.vfio import read_cdev
 from vmplug.host.process import find_openers
 from vmplug.host.root import HostRoot
@@ -30,7 +30,7 @@ def find_conflicts(
     nodes = ((name, node) for name, path in paths.items() if (node := read_cdev(path, host)))
     return check_device(
         members._replace(cdev_nodes=tuple(nodes)),
-        Wish(read_only=False),
+        Access(read_only=False),
         usage=read_usage(host),
         claims=journal.find_claims(None, group.identity, group.related_identities),
         root=host,
@@ -63,7 +63,7 @@ def _only(bdf: Bdf, group: VfioGroup, host: HostRoot) -> VfioGroup:
     numbers = {
         number
         for function in functions
-        for number in block_devices_of(host.real_path(function.sysfs_path), host)
+        for number in read_block_devices(host.real_path(function.sysfs_path), host)
     }
     disks = tuple(disk for disk in group.disks if disk.devnum in numbers)
     return group._replace(functions=functions, bridges=(), disks=disks)

@@ -17,7 +17,7 @@ from vmplug.drivers.place import Offer, Place
 from vmplug.drivers.plug import Plug, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import START_DAEMON, Command, Step
 from vmplug.errors import StateError
-from vmplug.host.file_id import check_path, has_open, replaced
+from vmplug.host.file_id import check_path, file_replaced, has_open
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program
@@ -153,7 +153,7 @@ class ColdQemu:
         for path, checked in self._files.values():
             check_path(path, checked)
             if has_open(pid, checked) is False:
-                raise replaced(path, HostRoot())
+                raise file_replaced(path, HostRoot())
 
     def arguments(self) -> list[str]:
         """Everything that was plugged, for the command line."""
