@@ -28,7 +28,7 @@ from tests.faults.process import GO, Answer, Hooks, Process
 from tests.faults.steps import FAULTS, KILLED, Fault, Step, StepKind
 from tests.faults.world import OWNER, PATIENT_S, SILENCE_S, UNPLUG_S, VM, Picture, World, world
 from vmplug.cli.main import main
-from vmplug.cli.verbs.reconcile import _How, _repair_all
+from vmplug.cli.verbs.reconcile import _ReconcileOptions, _repair_all
 from vmplug.cli.wiring import is_gone
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
 from vmplug.journal.journal import Journal
@@ -122,7 +122,7 @@ def reconcile(world: World, hooks: Hooks) -> None:
     with Journal.open(world.state_dir) as journal:
         record = journal.find_vm(VM)
         if record is None or is_gone(record):
-            how = _How(str(world.state_dir), 1, keep_unknown=False)
+            how = _ReconcileOptions(str(world.state_dir), 1, keep_unknown=False)
             _, failures = _repair_all([record] if record else [], journal, how)
             assert not failures
         else:

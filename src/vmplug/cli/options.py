@@ -19,7 +19,7 @@ from vmplug.policy import DEFAULT_POLICY
 if TYPE_CHECKING:
     from vmplug.host.finding import Code
     from vmplug.host.vhost_user.store import VhostUserStore
-    from vmplug.oci.requests import Request as AnyRequest
+    from vmplug.oci.requests import Request
 
 _SHORT_BDF = re.compile(r"[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\Z", re.ASCII)
 """A PCI address as lspci(8) writes it on a host of one domain."""
@@ -152,10 +152,10 @@ managed_option = click.option(
 )
 
 
-class Request(NamedTuple):
+class RequestArguments(NamedTuple):
     """What the arguments ask for: the devices, on whose behalf, and where to look."""
 
-    infos: "tuple[AnyRequest, ...]"
+    infos: "tuple[Request, ...]"
     name: str | None
     host: HostRoot
     store: "VhostUserStore | None"
@@ -169,12 +169,12 @@ def read_request(
     driver_options: Sequence[str],
     root: str,
     vhost_user_store: str | None,
-) -> Request:
+) -> RequestArguments:
     """The request that `request_options` describe. Raises UsageError or SpecError."""
     host = open_root(root)
-    infos: list[AnyRequest] = [parse_device(text) for text in devices]
+    infos: list[Request] = [parse_device(text) for text in devices]
     options = _parse_options(driver_options)
-    annotated: Sequence[AnyRequest] = ()
+    annotated: Sequence[Request] = ()
     name = None
     if bundle is not None:
         from vmplug.host.block.volumes import find_requests  # noqa: PLC0415  msgspec costs 25 ms
@@ -190,10 +190,10 @@ def read_request(
     )
     _check_names(wanted)
     store = open_store(vhost_user_store, host) if vhost_user_store else None
-    return Request(wanted, name, host, store)
+    return RequestArguments(wanted, name, host, store)
 
 
-def _wanted(info: "AnyRequest", options: Mapping[str, str], *, read_only: bool) -> "AnyRequest":
+def _wanted(info: "Request", options: Mapping[str, str], *, read_only: bool) -> "Request":
     """The request with what was said for all of them; what is only counted has no options."""
     if isinstance(info, DeviceInfo) and info.dev_type is not DevType.BLOCK:
         return replace(info, read_only=info.read_only or read_only)
@@ -204,9 +204,9 @@ def _wanted(info: "AnyRequest", options: Mapping[str, str], *, read_only: bool) 
     return wanted
 
 
-def _check_names(infos: "Iterable[AnyRequest]") -> None:
+def _check_names(infos: "Iterable[Request]") -> None:
     """SpecError when one name is asked for as two things."""
-    known: dict[str, AnyRequest] = {}
+    known: dict[str, Request] = {}
     for info in infos:
         if known.setdefault(info.name, info) != info:
             raise SpecError(
@@ -233,7 +233,7 @@ def open_store(path: str, host: HostRoot) -> "VhostUserStore":
     return VhostUserStore(os.path.abspath(path), root=host)  # QEMU works in another directory
 
 
-def parse_device(text: str) -> "AnyRequest":
+def parse_device(text: str) -> "Request":
     """`b:7:0:/dev/xvda`, `b:7:0` (then /dev/block/7:0), `file:/a.img:/dev/xvda`, `net:/s.sock`."""
     kind, _, rest = text.partition(":")
     if kind == "file":
@@ -271,7 +271,7 @@ def _parse_image(text: str, rest: str) -> DeviceInfo:
     )
 
 
-def _parse_named(text: str, kind: str, rest: str) -> "AnyRequest":
+def _parse_named(text: str, kind: str, rest: str) -> "Request":
     """What OCI has no word for: `net:/s.sock`, `share:/srv/work:work`, `rng`."""
     from vmplug.oci.requests import (  # noqa: PLC0415  most requests are numbers
         DEFAULT_SOURCE,

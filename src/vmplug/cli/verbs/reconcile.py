@@ -58,7 +58,7 @@ def command(
     with open_journal(state_dir) as journal:
         check_journal(journal.path)
         vms = [find_vm(journal, vm)] if vm else journal.vms()
-        how = _How(state_dir, timeout_s, keep_unknown=salvage is not None)
+        how = _ReconcileOptions(state_dir, timeout_s, keep_unknown=salvage is not None)
         repairs, failures = _repair_all(vms, journal, how)
         # What was bound for a device that the journal has lost is not to go back yet either.
         binder = Binder(journal, HostRoot())
@@ -89,7 +89,7 @@ def command(
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
+class _ReconcileOptions:
     """With which journal, how patiently, and what is to stay."""
 
     state_dir: str
@@ -98,7 +98,7 @@ class _How:
 
 
 def _repair_all(
-    vms: Sequence[VmRecord], journal: Journal, how: _How
+    vms: Sequence[VmRecord], journal: Journal, how: _ReconcileOptions
 ) -> tuple[list[tuple[str, Repair]], list[Failure]]:
     """What was done in each VM; one that does not answer keeps no other from it."""
     repairs: list[tuple[str, Repair]] = []
@@ -113,7 +113,7 @@ def _repair_all(
     return repairs, failures
 
 
-def _repair(record: VmRecord, journal: Journal, how: _How) -> list[Repair]:
+def _repair(record: VmRecord, journal: Journal, how: _ReconcileOptions) -> list[Repair]:
     if not is_gone(record):
         with (
             open_manager(record.name, how.state_dir, host=HostRoot()) as devices,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vmplug.cli.options import (
-    Request,
+    RequestArguments,
     allow_option,
     complete_vm,
     device_options,
@@ -215,7 +215,7 @@ def _check_directory(directory: Path, record: VmRecord) -> None:
         )
 
 
-def _read_devices(options: dict[str, Any]) -> Request | None:
+def _read_devices(options: dict[str, Any]) -> RequestArguments | None:
     """What is to be plugged from the start, taken out of the verb's options; None for nothing."""
     keys = ("bundle", "devices", "read_only", "driver_options", "root", "vhost_user_store")
     request = {key: options.pop(key) for key in keys}
