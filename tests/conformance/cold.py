@@ -56,7 +56,7 @@ class ColdMachine:
             host=self._root,
             hypervisor=self.qemu,
             state_dir=self._state_dir,
-            store=self._store,
+            vhost_user_store=self._store,
         )
 
     def close(self) -> None:

@@ -84,7 +84,7 @@ class Machine:
             host=self.tree.root,
             hypervisor=_Vm(self.monitor, used_scsi=self._used_scsi),
             state_dir=self._state_dir,
-            store=self._store,
+            vhost_user_store=self._store,
         )
 
     @property

@@ -139,7 +139,7 @@ class World:
             host=self.host(hooks),
             hypervisor=hypervisor,
             state_dir=self.state_dir,
-            store=VhostUserStore(str(self.directory / "b/store")),
+            vhost_user_store=VhostUserStore(str(self.directory / "b/store")),
         ) as devices:
             trace(devices._journal, hooks)
             yield devices

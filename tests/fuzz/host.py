@@ -81,7 +81,7 @@ def _readers(root: HostRoot) -> Iterator[Callable[[], object]]:
         yield partial(_sysfs_node, request, root)
     yield lambda: resolve_all(list(_requests()), root, store)
     yield lambda: [with_reset_methods(entry, root) for entry in read_inventory(root).pci]
-    yield lambda: read_inventory(root, store=store)
+    yield lambda: read_inventory(root, vhost_user_store=store)
     yield lambda: find_vfio_device(NVME, root)
     yield lambda: find_vfio_device(UUID, root)
     yield lambda: find_vfio_group(

@@ -36,7 +36,7 @@ def _parse(data: bytes) -> Bundle | str:
 def check_request(request: Request) -> None:
     """What every later step relies on."""
     assert request.name
-    assert request.wanted
+    assert request.description
     assert all(isinstance(text, str) for text in request.driver_options.values())
     if isinstance(request, DeviceInfo):
         _check_path(request.container_path)

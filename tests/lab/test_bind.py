@@ -428,7 +428,7 @@ def mtty(side: Side) -> Iterator[str]:
     """A parent that is not PCI, and what it offers."""
     subprocess.run(["modprobe", "mtty"], check=True)
     yield "mtty"
-    for uuid in side.host.names(MDEV_DEVICES):
+    for uuid in side.host.list_dir(MDEV_DEVICES):
         Path(f"{MDEV_DEVICES}/{uuid}/remove").write_text("1")
 
 
@@ -444,7 +444,7 @@ def test_a_mediated_device_is_made_and_taken_away(side: Side, mtty: str, journal
         with opened(f"/dev/vfio/{group.number}"), pytest.raises(InUse):
             remove_unused(uuid, journal=journal, host=side.host)
         remove_unused(uuid, journal=journal, host=side.host)
-        assert side.host.names(MDEV_DEVICES) == []
+        assert side.host.list_dir(MDEV_DEVICES) == []
 
 
 def test_a_parent_makes_no_more_than_it_has_room_for(side: Side, mtty: str) -> None:

@@ -215,7 +215,7 @@ class OpenLab(Lab):
                 host=self.root,
                 hypervisor=Qemu(self._wrap(self.side.monitor()), endpoint),
                 state_dir=self.state_dir,
-                store=VhostUserStore(str(self.sockets / "store")),
+                vhost_user_store=VhostUserStore(str(self.sockets / "store")),
             )
         return self._manager
 

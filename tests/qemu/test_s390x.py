@@ -66,7 +66,7 @@ class Channels:
                 host=HostRoot("/"),
                 hypervisor=self.qemu(),
                 state_dir=self.vm.vmplug.state_dir,
-                store=VhostUserStore(str(self.directory / "store")),
+                vhost_user_store=VhostUserStore(str(self.directory / "store")),
             )
         return self._manager
 

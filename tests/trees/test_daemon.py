@@ -213,7 +213,7 @@ def test_a_daemon_serves_the_one_connection_and_is_found_by_its_device(
 ) -> None:
     with running(vm, daemon(program=program)) as started:
         assert started.descriptor == started.connection.fileno()
-        assert started.said() == "serving /srv/work"
+        assert started.stderr_tail() == "serving /srv/work"
         daemons = HostDaemons(vm)
         (pid,) = daemons.find().values()
         assert daemons.find() == daemons.find([ID]) == daemons.find([ID, OTHER_ID]) == {ID: pid}
@@ -312,7 +312,7 @@ def test_a_program_that_cannot_be_run_is_told_with_its_words(tmp_path: Path, vm:
     with HostDaemons(vm).start(daemon(program=str(tmp_path / "none")), ID) as started:
         started.connection.settimeout(TIMEOUT_S)
         assert hung_up(started.connection)
-        assert "none" in started.said()
+        assert "none" in started.stderr_tail()
     assert HostDaemons(vm).find() == {}
 
 
@@ -386,7 +386,7 @@ def test_a_real_virtiofsd_is_started_found_and_ended(
     made = real(directory, read_only=read_only)
     daemons = HostDaemons(vm)
     with daemons.start(made, ID) as started:
-        assert ask_features(started.connection), started.said()
+        assert ask_features(started.connection), started.stderr_tail()
         (pid,) = daemons.find([ID]).values()
         assert HostRoot().read_text(f"/proc/{pid}/comm") == "virtiofsd\n"
         daemons.end([ID])
@@ -399,7 +399,7 @@ def test_a_real_virtiofsd_is_started_found_and_ended(
 @needs_virtiofsd
 def test_a_real_virtiofsd_ends_when_its_client_hangs_up(tmp_path: Path, vm: str) -> None:
     with HostDaemons(vm).start(real(tmp_path), ID) as started:
-        assert ask_features(started.connection), started.said()
+        assert ask_features(started.connection), started.stderr_tail()
         pids = [p for p, mark in find_marked("VMPLUG_DEVICE").items() if mark == f"{ID} {vm}"]
         assert pids
     assert all(wait_for_end(pid, TIMEOUT_S) for pid in pids)
@@ -416,7 +416,7 @@ def test_a_directory_that_has_gone_is_told_in_its_words(
     with HostDaemons(vm).start(made, ID) as started:
         started.connection.settimeout(TIMEOUT_S)
         assert hung_up(started.connection)
-        assert started.said()
+        assert started.stderr_tail()
     assert HostDaemons(vm).find() == {}
 
 
@@ -430,7 +430,7 @@ def test_the_mount_of_a_real_virtiofsd_takes_writes_unless_only_a_mount_refuses_
     (tmp_path / "file").write_text("x")
     made = real(tmp_path, read_only=read_only)
     with HostDaemons(vm).start(made, ID) as started:
-        assert ask_features(started.connection), started.said()
+        assert ask_features(started.connection), started.stderr_tail()
         pids = [p for p, mark in find_marked("VMPLUG_DEVICE").items() if mark == f"{ID} {vm}"]
         shown = [path for pid in pids if (path := Path(f"/proc/{pid}/root/file")).exists()]
         assert shown

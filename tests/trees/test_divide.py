@@ -340,7 +340,7 @@ def test_a_mediated_device_is_made_and_taken_away(
     assert (group.mediated.parent, group.number is not None) == (PARENT, True)
     assert available(kernel) == 1
     remove_unused(made, journal=journal, host=kernel)
-    assert kernel.names(MDEV_DEVICES) == []
+    assert kernel.list_dir(MDEV_DEVICES) == []
     assert available(kernel) == 2
 
 

@@ -171,7 +171,7 @@ def test_files_of_the_class_are_no_interfaces(wired: PciTree) -> None:
 
 def test_this_host_can_be_asked() -> None:
     root = HostRoot()
-    for name in root.names(root.pci_devices):
+    for name in root.list_dir(root.pci_devices):
         real = root.real_path(f"{root.pci_devices}/{name}")
         for number in read_block_devices(real, root):
             assert root.real_path(f"{root.sys_dev}/block/{number}").startswith(real)

@@ -323,10 +323,12 @@ def store(tmp_path: Path) -> VhostUserStore:
 def test_an_empty_store_and_one_that_is_not_there(tree: PciTree, store: VhostUserStore) -> None:
     live = HostRoot()
     kinds = [Kind.VHOST_USER]
-    assert read_inventory(live, store=store, kinds=kinds).vhost_user == ()
+    assert read_inventory(live, vhost_user_store=store, kinds=kinds).vhost_user == ()
     assert read_inventory(live, kinds=kinds) == Inventory()
     with pytest.raises(NoSuchDevice, match="is not there"):
-        read_inventory(tree.root, store=VhostUserStore("/nowhere", root=tree.root), kinds=kinds)
+        read_inventory(
+            tree.root, vhost_user_store=VhostUserStore("/nowhere", root=tree.root), kinds=kinds
+        )
 
 
 @pytest.mark.root
@@ -339,7 +341,7 @@ def test_the_numbers_of_a_store_with_and_without_a_socket(
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{store.path}/block/sockets/a")
     found = read_inventory(
-        HostRoot(), store=store, kinds=[Kind.VHOST_USER], vms={"block:241:0": "sb1"}
+        HostRoot(), vhost_user_store=store, kinds=[Kind.VHOST_USER], vms={"block:241:0": "sb1"}
     )
     served, unserved = found.vhost_user
     assert (served.devnum, served.kind, served.problem) == (

@@ -274,7 +274,7 @@ def test_a_mediated_device_goes_by_its_kind_and_its_path(tree: PciTree, gate: Ga
 def test_a_group_of_nothing_known_is_allowed_by_no_more_than_its_kind(
     tree: PciTree, gate: Gates
 ) -> None:
-    empty = VfioGroup(number=9, device_node="/dev/vfio/9", functions=(), strangers=("x",))
+    empty = VfioGroup(number=9, device_node="/dev/vfio/9", functions=(), unknown_members=("x",))
     request = VfioInfo(label="a", device="/dev/vfio/9")
     for rule, allowed in (('kinds = ["vfio"]', True), ('paths = ["/**"]', False)):
         verdict = gate(rule).judge(request, empty, None, tree.root)

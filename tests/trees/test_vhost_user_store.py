@@ -403,13 +403,13 @@ class CountingRoot(HostRoot):
         self.stats += 1
         return super().stat(path)
 
-    def try_stat(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
+    def stat_or_none(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
         self.stats += 1
-        return super().try_stat(path, follow_symlinks=follow_symlinks)
+        return super().stat_or_none(path, follow_symlinks=follow_symlinks)
 
-    def names(self, path: str) -> list[str]:
+    def list_dir(self, path: str) -> list[str]:
         self.scans += 1
-        return super().names(path)
+        return super().list_dir(path)
 
 
 @pytest.mark.root

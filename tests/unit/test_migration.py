@@ -183,7 +183,7 @@ def test_an_older_journal_comes_up_with_all_its_rows(tmp_path: Path, version: in
         ]
         assert store.attachments() == HOLDS
         assert [str(b.bdf) for b in store.bindings.all()] == ["0000:3b:00.0"] * (version == 3)
-        assert not any(device.worker or device.parts for device in store.devices("vm-1"))
+        assert not any(device.in_progress_by or device.parts for device in store.devices("vm-1"))
     assert version_of(path) == VERSION
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

@@ -32,7 +32,7 @@ def make(kind: str, label: str = "a", path: str = "/p") -> NetInfo | ShareInfo |
 def test_a_request_has_a_name_and_says_what_it_wants(
     request_: Request, name: str, wanted: str, *, read_only: bool
 ) -> None:
-    assert (request_.name, request_.wanted) == (name, wanted)
+    assert (request_.name, request_.description) == (name, wanted)
     assert request_.read_only is read_only
 
 

@@ -79,7 +79,7 @@ def test_types_with_a_number_keep_it(dev_type: str) -> None:
 def test_a_fifo_has_no_number_even_when_one_is_written(numbers: dict[str, Any]) -> None:
     info = one(type="p", **numbers)
     assert (info.devnum, info.major, info.minor) == (None, None, None)
-    assert info.wanted == "FIFO /dev/sda"
+    assert info.description == "FIFO /dev/sda"
 
 
 @pytest.mark.parametrize("minor", [256, 65536, 1048575])
@@ -323,10 +323,10 @@ def test_a_request_made_by_hand_must_fit_together(fields: dict[str, Any], messag
 
 
 def test_a_request_says_what_it_wants_in_a_few_words() -> None:
-    assert one().wanted == "block device 8:0"
-    assert one(type="u").wanted == "char device 8:0"
+    assert one().description == "block device 8:0"
+    assert one(type="u").description == "char device 8:0"
     disk = DeviceInfo(container_path="/dev/vda", dev_type=DevType.BLOCK, host_path="/a.img")
-    assert disk.wanted == "file /a.img"
+    assert disk.description == "file /a.img"
 
 
 def test_options_cannot_be_changed_behind_a_requests_back() -> None:

@@ -155,10 +155,10 @@ managed_option = click.option(
 class RequestArguments(NamedTuple):
     """What the arguments ask for: the devices, on whose behalf, and where to look."""
 
-    infos: "tuple[Request, ...]"
+    requests: "tuple[Request, ...]"
     name: str | None
     host: HostRoot
-    store: "VhostUserStore | None"
+    vhost_user_store: "VhostUserStore | None"
 
 
 def read_request(
@@ -172,7 +172,7 @@ def read_request(
 ) -> RequestArguments:
     """The request that `request_options` describe. Raises UsageError or SpecError."""
     host = open_root(root)
-    infos: list[Request] = [parse_device(text) for text in devices]
+    requests: list[Request] = [parse_device(text) for text in devices]
     options = _parse_options(driver_options)
     annotated: Sequence[Request] = ()
     name = None
@@ -181,12 +181,13 @@ def read_request(
         from vmplug.oci.spec import read_bundle  # noqa: PLC0415
 
         asked = read_bundle(bundle)
-        infos = [*find_requests(asked, host), *infos]
+        requests = [*find_requests(asked, host), *requests]
         name, annotated = asked.name, asked.annotated
-    elif not infos:
+    elif not requests:
         raise click.UsageError("name a BUNDLE, or a device with --device")
     wanted = tuple(
-        _wanted(info, {} if info in annotated else options, read_only=read_only) for info in infos
+        _wanted(info, {} if info in annotated else options, read_only=read_only)
+        for info in requests
     )
     _check_names(wanted)
     store = open_store(vhost_user_store, host) if vhost_user_store else None
@@ -204,13 +205,14 @@ def _wanted(info: "Request", options: Mapping[str, str], *, read_only: bool) -> 
     return wanted
 
 
-def _check_names(infos: "Iterable[Request]") -> None:
+def _check_names(requests: "Iterable[Request]") -> None:
     """SpecError when one name is asked for as two things."""
     known: dict[str, Request] = {}
-    for info in infos:
+    for info in requests:
         if known.setdefault(info.name, info) != info:
             raise SpecError(
-                info.name, f"is asked for twice: {known[info.name].wanted} and {info.wanted}"
+                info.name,
+                f"is asked for twice: {known[info.name].description} and {info.description}",
             )
 
 

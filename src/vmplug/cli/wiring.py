@@ -120,7 +120,7 @@ def open_manager(
     state_dir: str,
     *,
     host: HostRoot,
-    store: "VhostUserStore | None" = None,
+    vhost_user_store: "VhostUserStore | None" = None,
     policy: "Policy | None" = None,
 ) -> "DeviceManager":
     """The manager of a known VM, connected. StateError when the VM is not known."""
@@ -142,7 +142,7 @@ def open_manager(
         host=host,
         hypervisor=hypervisor,
         state_dir=state_dir,
-        store=store,
+        vhost_user_store=vhost_user_store,
         policy=policy,
     )
 
@@ -152,7 +152,7 @@ def open_cold_manager(
     state_dir: str,
     *,
     host: HostRoot,
-    store: "VhostUserStore | None",
+    vhost_user_store: "VhostUserStore | None",
     policy: "Policy | None",
 ) -> "DeviceManager":
     """The manager of a VM that is in the journal and about to be started."""
@@ -160,7 +160,12 @@ def open_cold_manager(
 
     name = cold.spec.name
     return DeviceManager.open(
-        vm=name, host=host, hypervisor=cold, state_dir=state_dir, store=store, policy=policy
+        vm=name,
+        host=host,
+        hypervisor=cold,
+        state_dir=state_dir,
+        vhost_user_store=vhost_user_store,
+        policy=policy,
     )
 
 

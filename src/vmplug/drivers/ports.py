@@ -93,7 +93,7 @@ class Hypervisor(Protocol):
     def offer(self) -> Offer:
         """What the VM has to plug into now."""
 
-    def know(self, names: Mapping[str, str]) -> None:
+    def claim_foreign_names(self, names: Mapping[str, str]) -> None:
         """Names in the VM that somebody else gave, each with the id of the device it is of.
 
         From then on they count as that device's parts.

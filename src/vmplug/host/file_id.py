@@ -48,7 +48,7 @@ def pinned(path: str, checked: str) -> Iterator[None]:
 def check_path(path: str, checked: str) -> None:
     """NoSuchDevice unless the path leads to the file of that id now."""
     root = HostRoot()
-    status = root.try_stat(path)
+    status = root.stat_or_none(path)
     if status is None or file_id(status) != checked:
         raise file_replaced(path, root)
 
@@ -57,23 +57,23 @@ def has_open(pid: int | None, checked: str) -> bool | None:
     """Whether the process has the file of that id open; None where it may not be looked at."""
     root, directory = HostRoot(), f"/proc/{pid}/fd"
     try:
-        names = root.names(directory) if pid else []
+        names = root.list_dir(directory) if pid else []
     except AttributeReadError:
         return None
     newest_first = sorted(map(int, names), reverse=True)
-    statuses = (root.try_stat(f"{directory}/{number}") for number in newest_first)
+    statuses = (root.stat_or_none(f"{directory}/{number}") for number in newest_first)
     is_open = any(status and file_id(status) == checked for status in statuses)
     return is_open if names else None
 
 
 def has_thread(pid: int, thread_id: int) -> bool:
     """Whether it is a thread of that process. Source: proc_pid_task(5)."""
-    return HostRoot().try_stat(f"/proc/{pid}/task/{thread_id}") is not None
+    return HostRoot().stat_or_none(f"/proc/{pid}/task/{thread_id}") is not None
 
 
 def file_replaced(path: str, root: HostRoot) -> NoSuchDevice:
     """The error for a path that came to lead somewhere else."""
-    found = describe(root.try_stat(path))
+    found = describe(root.stat_or_none(path))
     return NoSuchDevice(
         path,
         f"{path} is not what was checked any more: somebody replaced it meanwhile",

@@ -23,22 +23,28 @@ SYSFS_DIRECTORY = {
 """A FIFO has no entry in sysfs, so none is ever looked for."""
 
 
-def get_host_path(info: DeviceInfo, root: HostRoot, store: VhostUserStore | None = None) -> str:
+def get_host_path(
+    info: DeviceInfo, root: HostRoot, vhost_user_store: VhostUserStore | None = None
+) -> str:
     """The path of a device on the host: a node, a socket of the store, or a disk image.
 
     A number in sysfs is answered by the kernel's DEVNAME in three system calls. Raises
     NoSuchDevice when the host has no such device, AttributeReadError when it does not say.
     """
-    if store and info.devnum and is_in_store(info, store):
-        return store.find_socket(info.devnum)
+    if vhost_user_store and info.devnum and is_in_store(info, vhost_user_store):
+        return vhost_user_store.find_socket(info.devnum)
     if info.host_path is not None:
         return _regular_file(info.host_path, root)
     return find_sysfs_node(info, root) or _container_node(info, root)
 
 
-def is_in_store(info: DeviceInfo, store: VhostUserStore | None) -> bool:
+def is_in_store(info: DeviceInfo, vhost_user_store: VhostUserStore | None) -> bool:
     """Whether the number stands for a socket of the store: only block devices' numbers do."""
-    owned = store is not None and info.devnum is not None and store.owns(info.devnum)
+    owned = (
+        vhost_user_store is not None
+        and info.devnum is not None
+        and vhost_user_store.owns(info.devnum)
+    )
     return owned and info.dev_type is DevType.BLOCK
 
 
@@ -78,14 +84,14 @@ def _container_node(info: DeviceInfo, root: HostRoot) -> str:
     found = describe(status)
     if info.devnum is None:
         raise NoSuchDevice(
-            info.wanted,
+            info.description,
             f"no FIFO at {info.container_path} on this host: there is {found}",
             found=found,
             hint="make it with mkfifo, or leave it to the container's runtime",
         )
     raise NoSuchDevice(
-        info.wanted,
-        f"no {info.wanted} on this host: sysfs has no entry for it, and at "
+        info.description,
+        f"no {info.description} on this host: sysfs has no entry for it, and at "
         f"{info.container_path} there is {found}",
         found=found,
         hint="compare with the numbers in `ls -l /dev` on the host; "

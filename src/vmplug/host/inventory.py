@@ -115,7 +115,7 @@ class Inventory(NamedTuple):
 def read_inventory(
     root: HostRoot,
     *,
-    store: "VhostUserStore | None" = None,
+    vhost_user_store: "VhostUserStore | None" = None,
     kinds: Collection[Kind] = frozenset(Kind),
     vms: Mapping[str, str] | None = None,
 ) -> Inventory:
@@ -130,7 +130,9 @@ def read_inventory(
     return Inventory(
         pci=tuple(reader.functions(disks)) if Kind.PCI in kinds else (),
         block=tuple(disks.values()) if Kind.BLOCK in kinds else (),
-        vhost_user=tuple(reader.sockets(store)) if store and Kind.VHOST_USER in kinds else (),
+        vhost_user=tuple(reader.sockets(vhost_user_store))
+        if vhost_user_store and Kind.VHOST_USER in kinds
+        else (),
         pmem=tuple(reader.pmem(disks)) if Kind.PMEM in kinds else (),
         mdev_types=tuple(reader.mdev_types()) if Kind.MDEV in kinds else (),
         mdev=tuple(reader.mediated()) if Kind.MDEV in kinds else (),
@@ -158,7 +160,7 @@ class _Reader:
             return otherwise
 
     def _names(self, directory: str) -> list[str]:
-        return self._attempt([], self._root.names, directory)
+        return self._attempt([], self._root.list_dir, directory)
 
     def _read_group_nodes(self) -> dict[int | None, str]:
         names = {*self._names("/sys/class/vfio"), *self._names("/dev/vfio")}
@@ -248,7 +250,7 @@ class _Reader:
             try:
                 device = read_mediated(path, self._root)
                 group = find_group(path, self._root)
-                link = self._root.link(f"{path}/mdev_type")
+                link = self._root.read_link(f"{path}/mdev_type")
             except AttributeReadError as error:
                 yield HostMediated(uuid, None, unreadable=(error.message,))
                 continue
@@ -262,9 +264,9 @@ class _Reader:
                 uses=tuple(self._vm_uses(f"vfio:{uuid}", uuid)),
             )
 
-    def sockets(self, store: "VhostUserStore") -> Iterator[StoredSocket]:
+    def sockets(self, vhost_user_store: "VhostUserStore") -> Iterator[StoredSocket]:
         """The numbers of a vhost-user store."""
-        for socket in read_sockets(store, self._root):
+        for socket in read_sockets(vhost_user_store, self._root):
             uses = self._vm_uses(f"block:{socket.devnum}", socket.device_node)
             yield socket._replace(uses=tuple(uses))
 
@@ -303,28 +305,28 @@ def _network_use(network: NetInterface) -> Use:
     return Use("network", network.name, ", ".join(filter(None, words)))
 
 
-def read_sockets(store: "VhostUserStore", root: HostRoot) -> list[StoredSocket]:
+def read_sockets(vhost_user_store: "VhostUserStore", root: HostRoot) -> list[StoredSocket]:
     """Every number of the store, with its socket or the reason why there is none.
 
     Raises NoSuchDevice when there is no store, AttributeReadError when it cannot be read.
     """
-    directory = f"{store.path}/block/devices"
+    directory = f"{vhost_user_store.path}/block/devices"
     nodes: dict[DevNum, str] = {}
-    for name in root.names(directory):
-        status = root.try_stat(f"{directory}/{name}")
+    for name in root.list_dir(directory):
+        status = root.stat_or_none(f"{directory}/{name}")
         if status and stat.S_ISBLK(status.st_mode):
             devnum = node_number(status)
-            if store.owns(devnum):
+            if vhost_user_store.owns(devnum):
                 nodes.setdefault(devnum, f"{directory}/{name}")
     return [
         StoredSocket(
             devnum,
             DeviceType.VHOST_USER_BLK
-            if devnum.major == store.blk_major
+            if devnum.major == vhost_user_store.blk_major
             else DeviceType.VHOST_USER_SCSI,
             nodes[devnum],
             answer if isinstance(answer, str) else None,
             None if isinstance(answer, str) else answer.message,
         )
-        for devnum, answer in store.find_sockets(nodes).items()
+        for devnum, answer in vhost_user_store.find_sockets(nodes).items()
     ]

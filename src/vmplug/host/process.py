@@ -41,7 +41,7 @@ def find_marked(variable: str) -> dict[int, str]:
     Processes of other users are passed over. Source: proc_pid_environ(5).
     """
     root, found = HostRoot(), dict[int, str]()
-    for pid in root.names("/proc"):
+    for pid in root.list_dir("/proc"):
         with suppress(AttributeReadError):
             text = (root.read_text(f"/proc/{pid}/environ") or "") if is_decimal(pid) else ""
             _, is_marked, value = ("\0" + text).partition(f"\0{variable}=")
@@ -56,7 +56,7 @@ def find_openers(nodes: Collection[str], root: HostRoot) -> dict[int, str]:
     Processes of other users are passed over, and so is this one. Source: proc_pid_fd(5).
     """
     found: dict[int, str] = {}
-    for pid in root.names("/proc"):
+    for pid in root.list_dir("/proc"):
         with suppress(AttributeReadError):
             if is_decimal(pid) and int(pid) != os.getpid() and _has_open(pid, nodes, root):
                 name = root.read_text(f"/proc/{pid}/comm") or ""
@@ -66,7 +66,7 @@ def find_openers(nodes: Collection[str], root: HostRoot) -> dict[int, str]:
 
 def _has_open(pid: str, nodes: Collection[str], root: HostRoot) -> bool:
     directory = f"/proc/{pid}/fd"
-    return any(root.link(f"{directory}/{name}") in nodes for name in root.names(directory))
+    return any(root.read_link(f"{directory}/{name}") in nodes for name in root.list_dir(directory))
 
 
 _CAP_IPC_LOCK = 14

@@ -24,7 +24,9 @@ _VFIO_NODE = re.compile(r"/dev/vfio/([0-9]+|devices/vfio[0-9]+)\Z")
 """A group or a device of VFIO. `/dev/vfio/vfio` is the container, `noiommu-N` protects nobody."""
 
 
-def resolve(info: Request, root: HostRoot, store: VhostUserStore | None = None) -> HostDevice:
+def resolve(
+    info: Request, root: HostRoot, vhost_user_store: VhostUserStore | None = None
+) -> HostDevice:
     """What the requested device is on this host, with its facts.
 
     Raises NoSuchDevice or AttributeReadError.
@@ -33,18 +35,20 @@ def resolve(info: Request, root: HostRoot, store: VhostUserStore | None = None) 
         from vmplug.host.resolve_named import resolve_named  # noqa: PLC0415  most requests are numbers
 
         return resolve_named(info, root)
-    return _describe_device(info, get_host_path(info, root, store), root, store)
+    return _describe_device(
+        info, get_host_path(info, root, vhost_user_store), root, vhost_user_store
+    )
 
 
 def resolve_all(
-    infos: Sequence[Request], root: HostRoot, store: VhostUserStore | None = None
+    requests: Sequence[Request], root: HostRoot, vhost_user_store: VhostUserStore | None = None
 ) -> list[HostDevice | HostError]:
     """`resolve` for many: each is answered, with its device or its error, in the order asked."""
-    sockets = _find_sockets(infos, store)
+    sockets = _find_sockets(requests, vhost_user_store)
     answers: list[HostDevice | HostError] = []
-    for info in infos:
+    for info in requests:
         try:
-            if isinstance(info, DeviceInfo) and is_in_store(info, store):
+            if isinstance(info, DeviceInfo) and is_in_store(info, vhost_user_store):
                 answers.append(sockets[info.devnum])
             else:
                 answers.append(resolve(info, root))
@@ -54,37 +58,45 @@ def resolve_all(
 
 
 def _find_sockets(
-    infos: Iterable[Request], store: VhostUserStore | None
+    requests: Iterable[Request], vhost_user_store: VhostUserStore | None
 ) -> Mapping[DevNum | None, HostDevice | HostError]:
     """What stands behind the numbers that are the store's, from one scan of it."""
-    stored = (i.devnum for i in infos if isinstance(i, DeviceInfo) and is_in_store(i, store))
+    stored = (
+        i.devnum
+        for i in requests
+        if isinstance(i, DeviceInfo) and is_in_store(i, vhost_user_store)
+    )
     owned = [devnum for devnum in stored if devnum]
-    if store is None or not owned:
+    if vhost_user_store is None or not owned:
         return {}
     try:
         return {
-            devnum: _socket(devnum, path, store) if isinstance(path, str) else path
-            for devnum, path in store.find_sockets(owned).items()
+            devnum: _socket(devnum, path, vhost_user_store) if isinstance(path, str) else path
+            for devnum, path in vhost_user_store.find_sockets(owned).items()
         }
     except HostError as error:
         return dict.fromkeys(owned, error)
 
 
-def _socket(devnum: DevNum, path: str, store: VhostUserStore) -> VhostUserSocket:
-    is_blk = devnum.major == store.blk_major
+def _socket(devnum: DevNum, path: str, vhost_user_store: VhostUserStore) -> VhostUserSocket:
+    is_blk = devnum.major == vhost_user_store.blk_major
     kind = DeviceType.VHOST_USER_BLK if is_blk else DeviceType.VHOST_USER_SCSI
     return VhostUserSocket(kind=kind, devnum=devnum, socket_path=path)
 
 
 def _describe_device(
-    info: DeviceInfo, host_path: str, root: HostRoot, store: VhostUserStore | None
+    info: DeviceInfo, host_path: str, root: HostRoot, vhost_user_store: VhostUserStore | None
 ) -> HostDevice:
     if info.host_path is not None:
         found_by = FoundBy.BACKING_FILE if info.pmem else FoundBy.FILE
         return read_disk_file(host_path, root, found_by)
-    kind = classify(info, host_path, store)
-    if store and info.devnum and kind in {DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI}:
-        return _socket(info.devnum, host_path, store)
+    kind = classify(info, host_path, vhost_user_store)
+    if (
+        vhost_user_store
+        and info.devnum
+        and kind in {DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI}
+    ):
+        return _socket(info.devnum, host_path, vhost_user_store)
     in_sysfs = info.devnum and root.stat(f"{SYSFS_DIRECTORY[info.dev_type]}{info.devnum}")
     found_by = FoundBy.SYSFS if in_sysfs else FoundBy.CONTAINER_PATH
     if info.devnum and kind is DeviceType.BLOCK:
@@ -96,11 +108,15 @@ def _describe_device(
     return CharDevice(device_node=host_path, devnum=info.devnum, found_by=found_by)
 
 
-def classify(info: DeviceInfo, host_path: str, store: VhostUserStore | None = None) -> DeviceType:
+def classify(
+    info: DeviceInfo, host_path: str, vhost_user_store: VhostUserStore | None = None
+) -> DeviceType:
     """The kind of a device, by the first row that fits."""
     is_block = info.dev_type is DevType.BLOCK
-    is_stored = is_in_store(info, store)
-    is_blk = is_stored and store is not None and info.major == store.blk_major
+    is_stored = is_in_store(info, vhost_user_store)
+    is_blk = (
+        is_stored and vhost_user_store is not None and info.major == vhost_user_store.blk_major
+    )
     rows = (
         (is_blk, DeviceType.VHOST_USER_BLK),
         (is_stored, DeviceType.VHOST_USER_SCSI),

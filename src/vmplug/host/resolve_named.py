@@ -110,5 +110,5 @@ def _look(
     if status is None or stat.S_IFMT(status.st_mode) not in kinds:
         found = describe(status)
         message = f"{path} {wrong}: found {found}"
-        raise NoSuchDevice(request.wanted, message, found=found, hint=hint)
+        raise NoSuchDevice(request.description, message, found=found, hint=hint)
     return real, status

@@ -238,7 +238,7 @@ class HostRoot:
         except (OSError, ValueError) as error:
             return self._absent(path, error)
 
-    def try_stat(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
+    def stat_or_none(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
         """What is at `path`; None for any reason, where a broken neighbour must not matter."""
         try:
             return os.stat(self._base + path, follow_symlinks=follow_symlinks)
@@ -262,14 +262,14 @@ class HostRoot:
                 raise AttributeReadError(f"/proc/self/fd/{descriptor}", error.errno) from error
             return None
 
-    def link(self, path: str) -> str | None:
+    def read_link(self, path: str) -> str | None:
         """The text of a symlink; None when absent."""
         try:
             return os.readlink(self._base + path)
         except (OSError, ValueError) as error:
             return self._absent(path, error)
 
-    def names(self, path: str) -> list[str]:
+    def list_dir(self, path: str) -> list[str]:
         """The sorted names in a directory; empty when absent."""
         try:
             return sorted(os.listdir(self._base + path))
@@ -312,7 +312,7 @@ class HostRoot:
         ):  # no link, or nothing that can be looked at: as realpath(3) -m
             return None
 
-    def probe_open(self, path: str, flags: int) -> int | None:
+    def open_errno(self, path: str, flags: int) -> int | None:
         """The errno with which the kernel refuses to open `path` for reading; None if it allows.
 
         `flags` such as O_EXCL or O_DIRECT are what is probed. Nothing is read.

@@ -79,7 +79,7 @@ class VirtiofsdProcess:
         """The connection's."""
         return self.connection.fileno()
 
-    def said(self) -> str:
+    def stderr_tail(self) -> str:
         """What it has complained about so far."""
         self._words.seek(0)
         return "; ".join(self._words.read().decode(errors="replace").splitlines()[-3:])
@@ -134,7 +134,7 @@ class HostDaemons(Daemons):
                 )
             except (OSError, subprocess.CalledProcessError) as error:
                 with started:
-                    why = started.said() or error
+                    why = started.stderr_tail() or error
                 raise BackendError(
                     daemon.program,
                     f"{daemon.program} cannot be started on {daemon.directory}: {why}",
@@ -156,11 +156,11 @@ class HostDaemons(Daemons):
         One that has died says why itself.
         """
         checked, root = daemon.file_id, HostRoot()
-        outside = root.try_stat("/")
+        outside = root.stat_or_none("/")
         deadline = time.monotonic() + _SANDBOX_TIMEOUT_S
         while checked and not _has_hung_up(connection):
             pids = self._processes([device_id]).get(device_id, [])
-            statuses = [outside, *(root.try_stat(f"/proc/{pid}/root") for pid in pids)]
+            statuses = [outside, *(root.stat_or_none(f"/proc/{pid}/root") for pid in pids)]
             roots = [file_id(status) for status in statuses if status]
             if checked in roots[1:]:
                 return

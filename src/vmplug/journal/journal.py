@@ -188,7 +188,7 @@ class Journal:
             for device in devices:
                 check_step(device.host_path, None, device.state)
                 worker = self.worker if device.state in ON_ITS_WAY else None
-                insert_device(db, replace(device, worker=worker))
+                insert_device(db, replace(device, in_progress_by=worker))
             return _add_holds(db, holds)
 
     def set_state(

@@ -38,8 +38,8 @@ class VmRecord:
 class DeviceRecord:
     """A device as the journal knows it; without `place` and `guest_address` it is only counted.
 
-    `worker` is the process that has it in progress, None when nobody has. `parts` are its names in
-    QEMU when somebody else plugged it, and empty when vmplug did.
+    `in_progress_by` is the process that has it in progress, None when nobody has. `parts` are its
+    names in QEMU when somebody else plugged it, and empty when vmplug did.
     """
 
     id: str
@@ -53,7 +53,7 @@ class DeviceRecord:
     options: Mapping[str, str]
     place: str | None
     guest_address: GuestAddress | None
-    worker: ProcessIdentity | None = field(default=None, compare=False)
+    in_progress_by: ProcessIdentity | None = field(default=None, compare=False)
     parts: tuple[str, ...] = ()
 
     @property
@@ -126,7 +126,7 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
         options=_options(row["options"]),
         place=row["place"],
         guest_address=_guest_address(row),
-        worker=ProcessIdentity.parse(row["worker"]) if row["worker"] else None,
+        in_progress_by=ProcessIdentity.parse(row["worker"]) if row["worker"] else None,
         parts=tuple(json.loads(row["parts"])) if row["parts"] else (),
     )
 
@@ -147,7 +147,7 @@ def insert_device(db: sqlite3.Connection, device: DeviceRecord) -> None:
             json.dumps(dict(device.options)),
             device.place,
             guest_text(device.guest_address),
-            str(device.worker) if device.worker else None,
+            str(device.in_progress_by) if device.in_progress_by else None,
             json.dumps(device.parts) if device.parts else None,
         ),
     )

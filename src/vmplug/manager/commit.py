@@ -44,7 +44,7 @@ def _is_passing(error: StateError, vm: str, journal: Journal) -> bool:
     """Whether what stands in the way changes by itself, or has just done so."""
     if error.state != State.PLUGGING:
         return error.state == ABSENT
-    workers = [d.worker for d in journal.devices(vm) if d.state is State.PLUGGING]
+    workers = [d.in_progress_by for d in journal.devices(vm) if d.state is State.PLUGGING]
     return not workers or any(worker and worker.is_alive(journal.host) for worker in workers)
 
 

@@ -73,10 +73,10 @@ class CheckedRequest:
 
 
 def examine(
-    infos: Sequence[Request],
+    requests: Sequence[Request],
     host: HostRoot,
     *,
-    store: VhostUserStore | None = None,
+    vhost_user_store: VhostUserStore | None = None,
     known: CheckContext = CheckContext(),  # noqa: B008  it is frozen
     allowed: Iterable[Code] = (),
     managed: bool = False,
@@ -88,10 +88,10 @@ def examine(
     for malformed options only.
     """
     codes, gate = frozenset(allowed), known.gate
-    found = resolve_all(infos, host, store)
+    found = resolve_all(requests, host, vhost_user_store)
     usage = _try_read_usage(host, found)
     examined: list[CheckedRequest] = []
-    for info, answer in zip(infos, found, strict=True):
+    for info, answer in zip(requests, found, strict=True):
         device = None if isinstance(answer, HostError) else answer
         error = answer if isinstance(answer, HostError) else None
         if device and not _is_text(device.host_path):

@@ -69,14 +69,14 @@ class DeviceManager:
         host: HostRoot,
         hypervisor: Hypervisor,
         journal: Journal,
-        store: VhostUserStore | None = None,
+        vhost_user_store: VhostUserStore | None = None,
         policy: Policy | None = None,
     ) -> None:
         self._vm = vm
         self._host = host
         self._hypervisor = hypervisor
         self._journal = journal
-        self._store = store
+        self._vhost_user_store = vhost_user_store
         self._policy = policy
         self._binder = Binder(journal, host)
         self._unplugger = Unplugger(vm, journal, hypervisor, self._binder)
@@ -93,19 +93,25 @@ class DeviceManager:
         host: HostRoot,
         hypervisor: Hypervisor,
         state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR,
-        store: VhostUserStore | None = None,
+        vhost_user_store: VhostUserStore | None = None,
         policy: Policy | None = None,
     ) -> Self:
         """The manager of VM `vm`, with everything that is journalled of it below `state_dir`.
 
-        `store` is the vhost-user store of the host, None when it has none. Without a `policy`
-        everything may be handed over that `check` finds nothing against. A VM that the journal
-        does not know is written into it, and what a former one of its name held is released. The
-        manager closes the hypervisor's conversation when it is closed. Raises StoreError.
+        `vhost_user_store` is the vhost-user store of the host, None when it has none. Without a
+        `policy` everything may be handed over that `check` finds nothing against. A VM that the
+        journal does not know is written into it, and what a former one of its name held is
+        released. The manager closes the hypervisor's conversation when it is closed. Raises
+        StoreError.
         """
         journal = Journal.open(state_dir)
         manager = cls(
-            vm=vm, host=host, hypervisor=hypervisor, journal=journal, store=store, policy=policy
+            vm=vm,
+            host=host,
+            hypervisor=hypervisor,
+            journal=journal,
+            vhost_user_store=vhost_user_store,
+            policy=policy,
         )
         manager._meet()
         return manager
@@ -126,7 +132,12 @@ class DeviceManager:
         return self._journal.attachments(self._vm)
 
     def check(
-        self, infos: Batch, *, owner: str | None = None, allow: Codes = (), managed: bool = False
+        self,
+        requests: Batch,
+        *,
+        owner: str | None = None,
+        allow: Codes = (),
+        managed: bool = False,
     ) -> list[CheckedRequest]:
         """What each request is on the host, and everything that `attach` would refuse it for.
 
@@ -134,9 +145,9 @@ class DeviceManager:
         about owners.
         """
         return examine(
-            infos,
+            requests,
             self._host,
-            store=self._store,
+            vhost_user_store=self._vhost_user_store,
             known=CheckContext(
                 self._find_claims, self._is_held, self._check_vfio, self._gate(owner)
             ),
@@ -145,16 +156,26 @@ class DeviceManager:
         )
 
     def check_places(
-        self, infos: Batch, *, owner: str | None = None, allow: Codes = (), managed: bool = False
+        self,
+        requests: Batch,
+        *,
+        owner: str | None = None,
+        allow: Codes = (),
+        managed: bool = False,
     ) -> list[CheckedRequest]:
         """`check`, and for what passes it also whether the VM has a place; nothing is changed."""
-        examined = self.check(infos, owner=owner, allow=allow, managed=managed)
+        examined = self.check(requests, owner=owner, allow=allow, managed=managed)
         with self._lock:
             known = self._journal.devices(self._vm)
             return find_places(examined, known=known, choose=self._choose)
 
     def plan(
-        self, infos: Batch, *, owner: str | None = None, allow: Codes = (), managed: bool = False
+        self,
+        requests: Batch,
+        *,
+        owner: str | None = None,
+        allow: Codes = (),
+        managed: bool = False,
     ) -> list[Step]:
         """Exactly what `attach_all` would do now, step and undo; nothing is changed.
 
@@ -162,7 +183,9 @@ class DeviceManager:
         """
         with self._lock:
             owner = owner or self._vm
-            plan = self._plan(self.check(infos, owner=owner, allow=allow, managed=managed), owner)
+            plan = self._plan(
+                self.check(requests, owner=owner, allow=allow, managed=managed), owner
+            )
             steps = (
                 step
                 for new in plan.new
@@ -182,7 +205,12 @@ class DeviceManager:
         return self.attach_all([info], owner=owner, allow=allow, managed=managed)[0]
 
     def attach_all(
-        self, infos: Batch, *, owner: str | None = None, allow: Codes = (), managed: bool = False
+        self,
+        requests: Batch,
+        *,
+        owner: str | None = None,
+        allow: Codes = (),
+        managed: bool = False,
     ) -> list[Attachment]:
         """Plug all of the devices or none, and hold them for `owner` (default: the VM's name).
 
@@ -196,7 +224,7 @@ class DeviceManager:
         self._meet()
 
         def plan_now() -> Plan:
-            examined = self.check(infos, owner=holder, allow=allow, managed=managed)
+            examined = self.check(requests, owner=holder, allow=allow, managed=managed)
             return self._plan(examined, holder)
 
         plan, added = plan_and_journal(plan_now, self._journal, self._lock, vm=self._vm)
@@ -273,7 +301,7 @@ class DeviceManager:
         if hold is None or record is None or not is_disk(record):
             raise NotAttached(f"no disk is attached as {attachment_id} in VM {self._vm}")
         wanted = new_size(record, hold, self._host, size_bytes)
-        self._hypervisor.know(foreign_names([record]))
+        self._hypervisor.claim_foreign_names(foreign_names([record]))
         self._hypervisor.resize(hold.device_id, wanted)
         return wanted
 

@@ -83,7 +83,7 @@ def reconcile(
     """
     # In this order: what a process begins or ends meanwhile is then in one of the two.
     records = {record.id: record for record in journal.devices(vm)}
-    hypervisor.know(foreign_names(records.values()))
+    hypervisor.claim_foreign_names(foreign_names(records.values()))
     held = hypervisor.find_devices()
     repairs = {
         record.id: repair
@@ -119,7 +119,7 @@ def reconcile(
 
 
 def _in_progress(record: DeviceRecord, journal: Journal) -> Repair | None:
-    worker = record.worker
+    worker = record.in_progress_by
     if not (worker and worker.is_alive(journal.host)):
         return None
     reason = f"process {worker.pid} is at work on it"

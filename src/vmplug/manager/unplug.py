@@ -35,7 +35,7 @@ class Unplugger:
             log.info("detached %s from VM %s", record.host_path, self.vm)
 
     def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
-        self.hypervisor.know(foreign_names(records))
+        self.hypervisor.claim_foreign_names(foreign_names(records))
         plugged = [record.id for record in records if record.place]
         asked: list[str] = []
         failed: CommandError | None = None

@@ -49,7 +49,7 @@ def _holds_any(devices: Sequence[DeviceRecord], hypervisor: Hypervisor) -> bool:
 
     An older vmplug wrote down who had made the socket, which may have been a launcher.
     """
-    hypervisor.know(foreign_names(devices))
+    hypervisor.claim_foreign_names(foreign_names(devices))
     held = hypervisor.find_devices()
     return any(held.get(device.id) for device in devices)
 

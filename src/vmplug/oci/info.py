@@ -82,7 +82,7 @@ class DeviceInfo:
         return self.devnum.minor if self.devnum else None
 
     @property
-    def wanted(self) -> str:
+    def description(self) -> str:
         """The device in a few words, for messages: `block device 7:0`."""
         if self.host_path is not None:
             return f"file {self.host_path}"

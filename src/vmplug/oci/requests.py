@@ -53,7 +53,7 @@ class NetInfo:
         return f"net:{self.label}"
 
     @property
-    def wanted(self) -> str:
+    def description(self) -> str:
         """The device in a few words, for messages."""
         return f"vhost-user network {self.socket_path}"
 
@@ -93,7 +93,7 @@ class ShareInfo:
         return f"share:{self.tag}"
 
     @property
-    def wanted(self) -> str:
+    def description(self) -> str:
         """The share in a few words, for messages."""
         return f"shared directory {self.source}"
 
@@ -120,7 +120,7 @@ class RngInfo:
         return f"rng:{self.label}"
 
     @property
-    def wanted(self) -> str:
+    def description(self) -> str:
         """The source in a few words, for messages."""
         return f"random numbers from {self.source}"
 
@@ -154,7 +154,7 @@ class VfioInfo:
         return f"vfio:{self.label}"
 
     @property
-    def wanted(self) -> str:
+    def description(self) -> str:
         """The device in a few words, for messages."""
         return f"VFIO device {self.device}"
 

@@ -169,9 +169,9 @@ def _devices(linux: _Linux, options: Mapping[str, Mapping[str, str]]) -> tuple[D
         if (known := devices.setdefault(info.container_path, info)) != info:
             raise SpecError(
                 f"{where}.path",
-                f"{info.container_path} is asked for twice and differently: as {known.wanted} "
-                f"and as {info.wanted}"
-                + ("" if known.wanted != info.wanted else " with another mode or owner"),
+                f"{info.container_path} is asked for twice and differently: as "
+                f"{known.description} and as {info.description}"
+                + ("" if known.description != info.description else " with another mode or owner"),
             )
     return tuple(devices.values())
 

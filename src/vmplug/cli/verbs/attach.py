@@ -75,9 +75,15 @@ def command(
         raise click.UsageError("say --owner: there is no bundle directory to take a name from")
     allowed = parse_allow(allow)
     with open_manager(
-        vm, state_dir, host=asked.host, store=asked.store, policy=find_policy(policy)
+        vm,
+        state_dir,
+        host=asked.host,
+        vhost_user_store=asked.vhost_user_store,
+        policy=find_policy(policy),
     ) as devices:
-        attachments = devices.attach_all(asked.infos, owner=owner, allow=allowed, managed=managed)
+        attachments = devices.attach_all(
+            asked.requests, owner=owner, allow=allowed, managed=managed
+        )
     if as_json:
         listed = [attachment_json(attachment) for attachment in attachments]
         print_json({"vm": vm, "attachments": listed})

@@ -67,17 +67,17 @@ def command(
     owner, rules = owner or asked.name, find_policy(policy)
     if vm:
         with open_manager(
-            vm, state_dir, host=asked.host, store=asked.store, policy=rules
+            vm, state_dir, host=asked.host, vhost_user_store=asked.vhost_user_store, policy=rules
         ) as devices:
             examined = devices.check_places(
-                asked.infos, owner=owner, allow=allowed, managed=managed
+                asked.requests, owner=owner, allow=allowed, managed=managed
             )
     else:
         with _claims(state_dir) as find_claims:
             examined = examine(
-                asked.infos,
+                asked.requests,
                 asked.host,
-                store=asked.store,
+                vhost_user_store=asked.vhost_user_store,
                 known=CheckContext(
                     find_claims, gate=PolicyCheck(rules, owner=owner) if rules else None
                 ),

@@ -77,7 +77,7 @@ def command(
     is_named = said is not click.core.ParameterSource.DEFAULT
     inventory = read_inventory(
         host,
-        store=open_store(vhost_user_store, host) if vhost_user_store else None,
+        vhost_user_store=open_store(vhost_user_store, host) if vhost_user_store else None,
         kinds=[Kind(kind) for kind in kinds] or list(Kind),
         vms=_read_holders(state_dir) if host.is_live or is_named else {},
     )

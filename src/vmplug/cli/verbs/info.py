@@ -27,13 +27,13 @@ def command(as_json: bool, **request: object) -> None:
     """
     asked = read_request(**request)  # type: ignore[arg-type]
     if as_json:
-        print_json({"name": asked.name, "devices": [_json(info) for info in asked.infos]})
+        print_json({"name": asked.name, "devices": [_json(info) for info in asked.requests]})
         return
-    if not asked.infos:
+    if not asked.requests:
         click.echo("no devices are asked for")
     print_table(
         ("CONTAINER PATH", "TYPE", "NUMBER", "RO/RW", "MODE", "UID", "GID"),
-        [_row(info) for info in asked.infos],
+        [_row(info) for info in asked.requests],
     )
 
 

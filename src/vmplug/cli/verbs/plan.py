@@ -53,9 +53,13 @@ def command(
     allowed = parse_allow(allow)
     owner = owner or asked.name
     with open_manager(
-        vm, state_dir, host=asked.host, store=asked.store, policy=find_policy(policy)
+        vm,
+        state_dir,
+        host=asked.host,
+        vhost_user_store=asked.vhost_user_store,
+        policy=find_policy(policy),
     ) as devices:
-        steps = devices.plan(asked.infos, owner=owner, allow=allowed, managed=managed)
+        steps = devices.plan(asked.requests, owner=owner, allow=allowed, managed=managed)
     if as_json:
         listed = [{"do": _json(step.do), "undo": _json(step.undo)} for step in steps]
         print_json({"vm": vm, "steps": listed})

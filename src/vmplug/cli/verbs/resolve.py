@@ -32,8 +32,8 @@ def command(as_json: bool, **request: object) -> None:
     vmplug resolve --device b:241:0 --vhost-user-store /run/vhost-user --json
     """
     asked = read_request(**request)  # type: ignore[arg-type]
-    answers = resolve_all(asked.infos, asked.host, asked.store)
-    pairs = list(zip(asked.infos, answers, strict=True))
+    answers = resolve_all(asked.requests, asked.host, asked.vhost_user_store)
+    pairs = list(zip(asked.requests, answers, strict=True))
     if as_json:
         print_json({"devices": [_json(info, answer) for info, answer in pairs]})
     else:

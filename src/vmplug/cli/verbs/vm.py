@@ -181,10 +181,14 @@ def start(
             directory.mkdir(mode=0o700)
             if asked:
                 with open_cold_manager(
-                    cold, state_dir, host=asked.host, store=asked.store, policy=rules
+                    cold,
+                    state_dir,
+                    host=asked.host,
+                    vhost_user_store=asked.vhost_user_store,
+                    policy=rules,
                 ) as devices:
                     attachments = devices.attach_all(
-                        asked.infos, owner=owner or asked.name, allow=allowed, managed=managed
+                        asked.requests, owner=owner or asked.name, allow=allowed, managed=managed
                     )
             pid = launch(cold, timeout_s=_START_TIMEOUT_S)
         except BaseException:

@@ -143,7 +143,7 @@ class Pmem(NamedTuple):
 
 def read_pmem(paths: Mapping[str, str], disks: Mapping[str, Disk], root: HostRoot) -> list[Pmem]:
     """The namespaces, and the block devices /dev/pmemN that are of none."""
-    names = (name for name in root.names(_ND_DEVICES) if name.startswith(_NAMESPACE))
+    names = (name for name in root.list_dir(_ND_DEVICES) if name.startswith(_NAMESPACE))
     found = [_read_namespace(name, paths, disks, root) for name in names]
     taken = {pmem.device_node for pmem in found}
     for name, disk in disks.items():
@@ -197,7 +197,7 @@ def _read_namespace(
 def _find_dax(directory: str, root: HostRoot) -> str | None:
     """The node of the character device that a namespace in mode devdax gives."""
     try:
-        names = [name for name in root.names(directory) if name.startswith("dax")]
+        names = [name for name in root.list_dir(directory) if name.startswith("dax")]
     except AttributeReadError:
         return None
     return next((f"/dev/{name}" for name in names if "." in name), None)

@@ -34,7 +34,7 @@ def read_backing_file(sysfs_path: str, root: HostRoot) -> LoopBacking | None:
         return None
     path = os.fsdecode(name.removesuffix(b"\n"))
     # The kernel marks a deleted file in the text itself; a file may really be called that.
-    deleted = path.endswith(_DELETED) and root.try_stat(path) is None
+    deleted = path.endswith(_DELETED) and root.stat_or_none(path) is None
     return LoopBacking(
         backing_file=path.removesuffix(_DELETED) if deleted else path,
         offset_bytes=root.read_int(f"{sysfs_path}/loop/offset") or 0,

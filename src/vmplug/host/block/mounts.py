@@ -59,11 +59,11 @@ def _read_mounts(root: HostRoot) -> set[MountedDevice]:
     """The mounts of every mount namespace that can be seen, each namespace read once."""
     found: set[MountedDevice] = set()
     seen: set[str] = set()
-    for pid in root.names("/proc"):
+    for pid in root.list_dir("/proc"):
         if not pid.isdigit():
             continue
         try:
-            namespace = root.link(f"/proc/{pid}/ns/mnt") or pid
+            namespace = root.read_link(f"/proc/{pid}/ns/mnt") or pid
             if namespace in seen:
                 continue
             table = root.read_text(f"/proc/{pid}/mountinfo")
@@ -130,7 +130,7 @@ def _parse_mountinfo(table: str, root: HostRoot) -> list[MountedDevice]:
         devnum = mount.devnum
         if devnum.major == 0:  # btrfs and others show a number of their own
             # The mounter chose this text: it may lead anywhere.
-            status = root.try_stat(mount.source) if mount.source.startswith("/") else None
+            status = root.stat_or_none(mount.source) if mount.source.startswith("/") else None
             if status is None or not stat.S_ISBLK(status.st_mode):
                 continue
             devnum = node_number(status)
@@ -144,9 +144,9 @@ def _btrfs_devices(devnum: DevNum, root: HostRoot) -> set[DevNum]:
 
     Source: Linux fs/btrfs/sysfs.c, /sys/fs/btrfs/UUID/devices.
     """
-    for uuid in root.names("/sys/fs/btrfs"):
+    for uuid in root.list_dir("/sys/fs/btrfs"):
         devices = f"/sys/fs/btrfs/{uuid}/devices"
-        numbers = (root.read_devnum(f"{devices}/{name}/dev") for name in root.names(devices))
+        numbers = (root.read_devnum(f"{devices}/{name}/dev") for name in root.list_dir(devices))
         if devnum in (found := {number for number in numbers if number}):
             return found
     return set()
@@ -159,7 +159,7 @@ def _read_swaps(root: HostRoot) -> list[str]:
 
 def _read_loops(root: HostRoot) -> list[Loop]:
     loops = []
-    for name in root.names("/sys/block"):
+    for name in root.list_dir("/sys/block"):
         if not name.startswith("loop"):
             continue
         sysfs_path = f"/sys/block/{name}"
@@ -178,7 +178,7 @@ def same_file(path: str, other: str, root: HostRoot) -> bool:
     """Whether two paths lead to one file or to nodes of one device; False if one leads nowhere."""
     if path == other:
         return True
-    a, b = root.try_stat(path), root.try_stat(other)
+    a, b = root.stat_or_none(path), root.stat_or_none(other)
     if a is None or b is None:
         return False
     if stat.S_ISBLK(a.st_mode) and stat.S_ISBLK(b.st_mode):

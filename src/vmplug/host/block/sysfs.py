@@ -39,7 +39,7 @@ def read_block_device(
         sector_bytes=root.read_int(f"{disk_path}/queue/logical_block_size") or 512,
         read_only=bool(root.read_int(f"{sysfs_path}/ro")),
         removable=bool(root.read_int(f"{disk_path}/removable")),
-        holders=tuple(root.names(f"{sysfs_path}/holders")),
+        holders=tuple(root.list_dir(f"{sysfs_path}/holders")),
         relatives=_relatives(sysfs_path, disk_path, root),
         below=below,
         below_files=below_files,
@@ -57,7 +57,7 @@ def read_disk_file(path: str, root: HostRoot, found_by: FoundBy = FoundBy.FILE) 
         size_bytes=status.st_size if status else 0,
         file_id=file_id(status) if status else None,
         read_only=not root.is_writable(canonical),
-        direct_io=root.probe_open(canonical, os.O_DIRECT) is None,
+        direct_io=root.open_errno(canonical, os.O_DIRECT) is None,
         qcow2=read_qcow2_header(canonical, root),
         pfn=read_pfn_info(canonical, root),
     )
@@ -73,8 +73,8 @@ def _disk_path(sysfs_path: str, root: HostRoot) -> str:
 def _relatives(sysfs_path: str, disk_path: str, root: HostRoot) -> tuple[DiskPart, ...]:
     paths = [disk_path]
     if disk_path == sysfs_path:
-        names = (f"{sysfs_path}/{name}" for name in root.names(sysfs_path))
-        paths = [path for path in names if root.try_stat(f"{path}/partition")]
+        names = (f"{sysfs_path}/{name}" for name in root.list_dir(sysfs_path))
+        paths = [path for path in names if root.stat_or_none(f"{path}/partition")]
     return tuple(part for path in paths if (part := _part(path, root)))
 
 
@@ -89,7 +89,9 @@ def _below(disk_path: str, root: HostRoot) -> tuple[tuple[DevNum, ...], tuple[st
         if path in known:
             continue
         known.add(path)
-        slaves = [root.real_path(f"{path}/slaves/{name}") for name in root.names(f"{path}/slaves")]
+        slaves = [
+            root.real_path(f"{path}/slaves/{name}") for name in root.list_dir(f"{path}/slaves")
+        ]
         backing = read_backing_file(path, root)
         if backing and not backing.deleted:
             slaves += _behind(backing, root)
@@ -104,7 +106,7 @@ def _below(disk_path: str, root: HostRoot) -> tuple[tuple[DevNum, ...], tuple[st
 
 def _behind(backing: LoopBacking, root: HostRoot) -> list[str]:
     """The directory of the block device that a loop device loops to, if it is no ordinary file."""
-    status = root.try_stat(backing.backing_file)
+    status = root.stat_or_none(backing.backing_file)
     if status is None or not stat.S_ISBLK(status.st_mode):
         return []
     return [root.real_path(f"{root.sys_dev}/block/{node_number(status)}")]
@@ -119,5 +121,5 @@ def _part(sysfs_path: str, root: HostRoot) -> DiskPart | None:
     return DiskPart(
         devnum=devnum,
         device_node=f"/dev/{name.replace('!', '/')}",
-        holders=tuple(root.names(f"{sysfs_path}/holders")),
+        holders=tuple(root.list_dir(f"{sysfs_path}/holders")),
     )

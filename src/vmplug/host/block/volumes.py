@@ -30,7 +30,7 @@ def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
         if mount.type not in {None, "", "none", "bind"} or not mount.source.startswith("/"):
             continue
         source = root.real_path(mount.source)
-        status = root.try_stat(source)
+        status = root.stat_or_none(source)
         if status and stat.S_ISBLK(status.st_mode):
             volumes.append(
                 DeviceInfo(

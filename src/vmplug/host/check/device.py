@@ -115,7 +115,7 @@ def _check_block(
 
 def _wrong_node(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
     """QEMU opens the node by its name: it must be the device that was asked for."""
-    status = root.try_stat(device.device_node)
+    status = root.stat_or_none(device.device_node)
     if status and not (stat.S_ISBLK(status.st_mode) and node_number(status) == device.devnum):
         yield Finding(
             Code.WRONG_NODE,
@@ -310,7 +310,7 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
 
 def _exclusive_errno(path: str, root: HostRoot, *, patience_s: float) -> int | None:
     deadline = time.monotonic() + patience_s
-    while (number := root.probe_open(path, os.O_EXCL)) == errno.EBUSY:
+    while (number := root.open_errno(path, os.O_EXCL)) == errno.EBUSY:
         if time.monotonic() >= deadline:
             break
         os.sched_yield()

@@ -25,7 +25,7 @@ _DISPLAY = 0x03
 def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
     """What speaks against handing the group over, but for the users of its disks."""
     if not group.members:
-        others = [*(str(bridge.bdf) for bridge in group.bridges), *group.strangers]
+        others = [*(str(bridge.bdf) for bridge in group.bridges), *group.unknown_members]
         yield Finding(
             Code.NO_SUCH_DEVICE,
             f"{group.host_path} "
@@ -141,7 +141,7 @@ def _isolation(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
 
 def _bindings(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
     """Members that are not in the hands of VFIO."""
-    for name in group.strangers:
+    for name in group.unknown_members:
         yield Finding(
             Code.GROUP_NOT_VIABLE,
             f"group {group.number} has a member {name} of a kind that vmplug does not know",

@@ -126,7 +126,7 @@ def read_former(bdf: Bdf, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S)
 
 def read_driver(bdf: Bdf, root: HostRoot) -> str | None:
     """The driver that has the function; None for none."""
-    target = root.link(f"{root.pci_devices}/{bdf}/driver")
+    target = root.read_link(f"{root.pci_devices}/{bdf}/driver")
     return target.rpartition("/")[2] if target else None
 
 
@@ -197,7 +197,10 @@ def _probe(bdf: Bdf, driver: str, writer: Writer) -> None:
 def _reset_virtual(bdf: Bdf, writer: Writer) -> None:
     """VFIO resets what it can when its user closes it; this is for what died before that."""
     base = f"{writer.root.pci_devices}/{bdf}"
-    if writer.root.link(f"{base}/physfn") is None or writer.root.stat(f"{base}/reset") is None:
+    if (
+        writer.root.read_link(f"{base}/physfn") is None
+        or writer.root.stat(f"{base}/reset") is None
+    ):
         return
     try:
         reset_function(bdf, writer.root, timeout_s=writer.timeout_s)

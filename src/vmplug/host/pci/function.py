@@ -92,7 +92,7 @@ def read_functions(root: HostRoot) -> list[PciFunction]:
 
 
 def _addresses(root: HostRoot) -> dict[str, Bdf]:
-    names = root.names(root.pci_devices)
+    names = root.list_dir(root.pci_devices)
     return {name: bdf for name in names if (bdf := find_bdf(name))}
 
 
@@ -222,7 +222,7 @@ class _Parser:
 
     def _link_name(self, file: str) -> str | None:
         """The last component of a symlink; None when absent."""
-        target = self._try(self._root.link, file)
+        target = self._try(self._root.read_link, file)
         return target.rpartition("/")[2] if target else None
 
     def _iommu_group(self, answer: str | AttributeReadError | None) -> int | None:
@@ -353,10 +353,10 @@ def read_virtfns(bdf: Bdf, root: HostRoot) -> tuple[Bdf, ...]:
     Raises AttributeReadError for a link that leads to none.
     """
     base = f"{root.pci_devices}/{bdf}"
-    links = [name for name in root.names(base) if name.startswith("virtfn")]
+    links = [name for name in root.list_dir(base) if name.startswith("virtfn")]
     found = []
     for path in (f"{base}/{name}" for name in sorted(links, key=_virtfn_number)):
-        if target := root.link(path):
+        if target := root.read_link(path):
             function = find_bdf(target.rpartition("/")[2])
             if function is None:
                 raise AttributeReadError(path, why=f"{target[:60]!r} is no PCI function")

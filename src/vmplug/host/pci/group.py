@@ -14,11 +14,11 @@ class VfioGroup(NamedTuple):
     """An IOMMU group, which is handed over whole or not at all.
 
     `functions` are its PCI functions, `mediated` is its mediated device, `bridges` stay with the
-    host. `strangers` are members of no kind that vmplug knows. `named` is the function or UUID
-    that the request named, `device_node` the node; each None when it named the other. `number` is
-    None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes of the members
-    themselves, by name, when the request named one and iommufd can use them. `disks` are the
-    block devices that the host has of the functions.
+    host. `unknown_members` are members of no kind that vmplug knows. `named` is the function or
+    UUID that the request named, `device_node` the node; each None when it named the other.
+    `number` is None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes of the
+    members themselves, by name, when the request named one and iommufd can use them. `disks` are
+    the block devices that the host has of the functions.
     """
 
     number: int | None
@@ -26,7 +26,7 @@ class VfioGroup(NamedTuple):
     functions: tuple["PciFunction", ...]
     bridges: tuple["PciFunction", ...] = ()
     mediated: "MediatedDevice | None" = None
-    strangers: tuple[str, ...] = ()
+    unknown_members: tuple[str, ...] = ()
     named: str | None = None
     found_by: FoundBy = FoundBy.SYSFS
     cdev_nodes: tuple[tuple[str, str], ...] = ()

@@ -14,12 +14,12 @@ _UNSAFE_INTERRUPTS = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_inter
 
 def read_group(number: int, root: HostRoot) -> list[str]:
     """The names of the devices in a group: BDFs, mdev UUIDs; empty when there is no such group."""
-    return root.names(f"{root.iommu_groups}/{number}/devices")
+    return root.list_dir(f"{root.iommu_groups}/{number}/devices")
 
 
 def read_groups(root: HostRoot) -> list[int]:
     """The numbers of all groups."""
-    return sorted(int(name) for name in root.names(root.iommu_groups) if is_decimal(name))
+    return sorted(int(name) for name in root.list_dir(root.iommu_groups) if is_decimal(name))
 
 
 def read_membership(root: HostRoot) -> dict[str, int]:
@@ -34,7 +34,7 @@ def find_group(device: str, root: HostRoot) -> int | None:
     searched. Raises AttributeReadError.
     """
     try:
-        target = root.link(f"{device}/iommu_group")
+        target = root.read_link(f"{device}/iommu_group")
     except AttributeReadError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -45,7 +45,7 @@ def find_group(device: str, root: HostRoot) -> int | None:
 
 def has_iommu(root: HostRoot) -> bool:
     """Whether the kernel uses an IOMMU at all."""
-    return bool(root.names("/sys/class/iommu") or root.names(root.iommu_groups))
+    return bool(root.list_dir("/sys/class/iommu") or root.list_dir(root.iommu_groups))
 
 
 def remaps_interrupts(root: HostRoot) -> bool | None:

@@ -86,8 +86,8 @@ def read_mdev_types(root: HostRoot) -> list[MdevType]:
     """Every type that a device of the host can be divided into, by parent."""
     return [
         _read_type(parent, name, root)
-        for parent in root.names(_MDEV_BUS)
-        for name in root.names(f"{_MDEV_BUS}/{parent}/mdev_supported_types")
+        for parent in root.list_dir(_MDEV_BUS)
+        for name in root.list_dir(f"{_MDEV_BUS}/{parent}/mdev_supported_types")
     ]
 
 
@@ -114,4 +114,4 @@ def _read_type(parent: str, name: str, root: HostRoot) -> MdevType:
 
 def read_mediated_devices(root: HostRoot) -> list[MediatedDevice]:
     """Every mediated device of the host, by UUID."""
-    return [read_mediated(f"{MDEV_DEVICES}/{name}", root) for name in root.names(MDEV_DEVICES)]
+    return [read_mediated(f"{MDEV_DEVICES}/{name}", root) for name in root.list_dir(MDEV_DEVICES)]

@@ -175,7 +175,7 @@ def _wait_virtfns(bdf: Bdf, number: int, root: HostRoot) -> tuple[Bdf, ...]:
 def find_interface(bdf: Bdf, root: HostRoot) -> str | None:
     """The network interface of a physical function itself; None when it has none."""
     base = f"{root.pci_devices}/{bdf}/net"
-    for name in root.names(base):
+    for name in root.list_dir(base):
         try:
             port = (root.read_attribute(f"{base}/{name}/phys_port_name") or b"").decode()
         except AttributeReadError:  # EOPNOTSUPP: a driver without port names

@@ -91,7 +91,7 @@ def networks_of(bdf: Bdf | str, root: HostRoot) -> list[NetInterface]:
     directory = f"{root.pci_devices}/{bdf}"
     real = root.real_path(directory)
     below = {name for name, path in _class_paths(_NET, root) if path.startswith(f"{real}/")}
-    names = sorted(below | set(root.names(f"{directory}/net")))
+    names = sorted(below | set(root.list_dir(f"{directory}/net")))
     if not names:
         return []
     uses = read_network_uses(root)
@@ -104,10 +104,10 @@ def read_net_paths(root: HostRoot) -> dict[str, str]:
 
 
 def _class_paths(directory: str, root: HostRoot) -> Iterator[tuple[str, str]]:
-    for name in root.names(directory):
+    for name in root.list_dir(directory):
         path = f"{directory}/{name}"
         try:
-            target = root.link(path)
+            target = root.read_link(path)
         except AttributeReadError:  # a file of that class, such as bonding_masters, or a copy
             target = None
         if target and target.startswith(_USUAL_TARGET) and "/../" not in target[len("../..") :]:
@@ -162,9 +162,9 @@ def _routed(routes: Iterable[tuple[str, list[int]]]) -> list[tuple[str, int]]:
 
 def _read_master(name: str, root: HostRoot) -> str | None:
     directory = f"{_NET}/{name}"
-    if target := root.link(f"{directory}/master"):
+    if target := root.read_link(f"{directory}/master"):
         return target.rpartition("/")[2]
-    uppers = (entry for entry in root.names(directory) if entry.startswith("upper_"))
+    uppers = (entry for entry in root.list_dir(directory) if entry.startswith("upper_"))
     return next((entry.removeprefix("upper_") for entry in uppers), None)
 
 

@@ -63,7 +63,7 @@ def _read_cdev_nodes(group: VfioGroup, root: HostRoot) -> tuple[tuple[str, str],
 
 def has_node(node: str, root: HostRoot) -> bool:
     """Whether QEMU can be given a node; of a host that is not the running one nobody opens any."""
-    return not root.is_live or root.try_stat(node) is not None
+    return not root.is_live or root.stat_or_none(node) is not None
 
 
 def find_vfio_device(
@@ -117,7 +117,7 @@ def _read_group(
     number: int, node: str | None, root: HostRoot, found_by: FoundBy, named: str | None = None
 ) -> VfioGroup:
     functions: list[PciFunction] = []
-    strangers: list[str] = []
+    unknown_members: list[str] = []
     mediated = None
     for name in read_group(number, root):
         try:
@@ -127,7 +127,7 @@ def _read_group(
             if UUID.match(name):
                 mediated = read_mediated(path, root)
             else:
-                strangers.append(name)
+                unknown_members.append(name)
             continue
         if function := find_function(bdf, root):
             functions.append(function)
@@ -138,7 +138,7 @@ def _read_group(
         functions=endpoints,
         bridges=tuple(sorted(f for f in functions if f.is_bridge)),
         mediated=mediated,
-        strangers=tuple(strangers),
+        unknown_members=tuple(unknown_members),
         named=named,
         found_by=found_by,
         disks=_read_disks(endpoints, root),
@@ -162,9 +162,9 @@ def read_cdev(device: str, root: HostRoot) -> str | None:
 
     None where the kernel has none, or the node is not in /dev: it needs CONFIG_VFIO_DEVICE_CDEV.
     """
-    name = next(iter(root.names(f"{device}/vfio-dev")), None)
+    name = next(iter(root.list_dir(f"{device}/vfio-dev")), None)
     node = f"/dev/vfio/devices/{name}"
-    return node if name and root.try_stat(node) else None
+    return node if name and root.stat_or_none(node) else None
 
 
 @contextmanager
@@ -202,6 +202,6 @@ def is_vfio_driver(function: PciFunction, root: HostRoot) -> bool:
     if function.driver in _VFIO_DRIVERS or function.driver.endswith(("_vfio_pci", "-vfio-pci")):
         return True
     try:
-        return bool(root.names(f"{function.sysfs_path}/vfio-dev"))
+        return bool(root.list_dir(f"{function.sysfs_path}/vfio-dev"))
     except AttributeReadError:
         return False

@@ -67,7 +67,9 @@ def _read_aliases(root: HostRoot) -> Iterator[tuple[str, str]]:
 
 def find_driver(name: str, root: HostRoot) -> str | None:
     """A driver as the kernel spells it, `-` or `_`; None when it is not loaded."""
-    return next((known for known in root.names(PCI_DRIVERS) if is_same_driver(known, name)), None)
+    return next(
+        (known for known in root.list_dir(PCI_DRIVERS) if is_same_driver(known, name)), None
+    )
 
 
 def is_same_driver(name: str, other: str) -> bool:

@@ -96,10 +96,10 @@ class RecordedRoot(HostRoot):
         self._refuse(path)
         return super().read_at(path, offset, length)
 
-    def link(self, path: str) -> str | None:
+    def read_link(self, path: str) -> str | None:
         """As on the host."""
         self._refuse(path)
-        return super().link(path)
+        return super().read_link(path)
 
     def read_each(
         self,
@@ -118,7 +118,7 @@ class RecordedRoot(HostRoot):
             base = f"{directory}/{name}"
             yield (
                 [_answer(self.read_attribute, f"{base}/{file}") for file in files],
-                [_answer(self.link, f"{base}/{link}") for link in links],
+                [_answer(self.read_link, f"{base}/{link}") for link in links],
                 [_answer(self.size, f"{base}/{file}") for file in sizes],
             )
 
@@ -126,9 +126,9 @@ class RecordedRoot(HostRoot):
         """As on the host, as far as type, permissions and number go."""
         return self._as_node(path, super().stat(path))
 
-    def try_stat(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
+    def stat_or_none(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
         """As on the host, as far as type, permissions and number go."""
-        status = super().try_stat(path, follow_symlinks=follow_symlinks)
+        status = super().stat_or_none(path, follow_symlinks=follow_symlinks)
         if status and stat.S_ISLNK(status.st_mode):
             return status
         return self._as_node(path, status)

@@ -122,7 +122,7 @@ def _read_everything(root: "_RecordingRoot") -> None:
     with suppress(AttributeReadError):
         usage = read_usage(root)
     for directory, dev_type in (("block", DevType.BLOCK), ("char", DevType.CHAR)):
-        for number in root.names(f"{root.sys_dev}/{directory}"):
+        for number in root.list_dir(f"{root.sys_dev}/{directory}"):
             with suppress(DeviceError, ValueError):
                 path = f"/dev/{directory}/{number}"
                 devnum = DevNum.parse(number)
@@ -198,24 +198,24 @@ class _RecordingRoot(HostRoot):
         self._note(path)
         return super().stat(path)
 
-    def try_stat(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
+    def stat_or_none(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
         self._note(path)
-        return super().try_stat(path, follow_symlinks=follow_symlinks)
+        return super().stat_or_none(path, follow_symlinks=follow_symlinks)
 
-    def link(self, path: str) -> str | None:
-        return super().link(path) if self._note(path) else None
+    def read_link(self, path: str) -> str | None:
+        return super().read_link(path) if self._note(path) else None
 
     def real_path(self, path: str) -> str:
         self._note(path)
         return super().real_path(path)
 
-    def names(self, path: str) -> list[str]:
+    def list_dir(self, path: str) -> list[str]:
         if path == "/proc":
-            return super().names(path)
+            return super().list_dir(path)
         if not path.startswith(("/sys/", "/dev/")):
             return []
         self.listed.add(path)
-        return super().names(path)
+        return super().list_dir(path)
 
 
 class _Members:

@@ -71,7 +71,7 @@ def find_server(path: str, root: HostRoot) -> Listener | None:
 
 def _find_holder(inodes: Iterable[str], root: HostRoot, name: str | None) -> Listener | None:
     links = {f"socket:[{inode}]" for inode in inodes}
-    for pid in root.names("/proc") if links else ():
+    for pid in root.list_dir("/proc") if links else ():
         if is_decimal(pid):
             with suppress(AttributeReadError):  # another user's process, or one that is ending
                 comm = (root.read_text(f"/proc/{pid}/comm") or "").rstrip("\n")
@@ -82,7 +82,7 @@ def _find_holder(inodes: Iterable[str], root: HostRoot, name: str | None) -> Lis
 
 def _open_files(pid: str, root: HostRoot) -> set[str | None]:
     directory = f"/proc/{pid}/fd"
-    return {root.link(f"{directory}/{number}") for number in root.names(directory)}
+    return {root.read_link(f"{directory}/{number}") for number in root.list_dir(directory)}
 
 
 class _Socket(NamedTuple):

@@ -130,18 +130,18 @@ class VhostUserStore:
         stamp = self._directory_stamp()
         names: dict[int, str] = {}
         loose = False
-        for name in self._root.names(self._devices):
+        for name in self._root.list_dir(self._devices):
             path = f"{self._devices}/{name}"
-            status = self._root.try_stat(path, follow_symlinks=False)
+            status = self._root.stat_or_none(path, follow_symlinks=False)
             if status is None or stat.S_ISLNK(status.st_mode):
                 loose = True
-                status = self._root.try_stat(path)
+                status = self._root.stat_or_none(path)
             if status and stat.S_ISBLK(status.st_mode):
                 names.setdefault(status.st_rdev, name)
         return _Index(names, stamp, started_ns - stamp.changed_ns > _RACY_NS, loose)
 
     def _is_node(self, name: str, rdev: int) -> bool:
-        status = self._root.try_stat(f"{self._devices}/{name}")
+        status = self._root.stat_or_none(f"{self._devices}/{name}")
         return status is not None and status.st_rdev == rdev and stat.S_ISBLK(status.st_mode)
 
     def _socket(self, devnum: DevNum, name: str) -> str:

@@ -119,7 +119,7 @@ class Qemu:
                     raise
         return read_offer(self._monitor, iommufd=self.abilities.iommufd)
 
-    def know(self, names: Mapping[str, str]) -> None:
+    def claim_foreign_names(self, names: Mapping[str, str]) -> None:
         """Names in QEMU that somebody else gave, each with the id of the device it is of."""
         self._foreign = {**self._foreign, **names}
 
@@ -154,11 +154,11 @@ class Qemu:
                 self._do(self.steps(connected, place))
             except CommandError as error:
                 self._daemons.end([plug.id])
-                raise _daemon_failed(plug.daemon, error, started.said()) from error
+                raise _daemon_failed(plug.daemon, error, started.stderr_tail()) from error
             except BackendTimeout as error:
                 self._daemons.end([plug.id])  # which lets QEMU go on
                 self._remove_remains({plug.id})
-                raise _daemon_failed(plug.daemon, error, started.said()) from error
+                raise _daemon_failed(plug.daemon, error, started.stderr_tail()) from error
 
     def _plug_group(self, plug: VFIODevices, place: Place) -> None:
         """Functions that were plugged before one that is refused must leave by the guest's leave.

@@ -168,7 +168,9 @@ class HostSnapshot:
             if known and known.pid and is_running(known.pid, known.started_at, host):
                 directory = f"/proc/{known.pid}/fd"
                 try:
-                    found = {host.link(f"{directory}/{name}") for name in host.names(directory)}
+                    found = {
+                        host.read_link(f"{directory}/{name}") for name in host.list_dir(directory)
+                    }
                 except AttributeReadError:  # another user's: it is only not known then
                     found = set()
             self._open[vm] = frozenset(name for name in found if name)

@@ -91,10 +91,10 @@ class ColdQemu:
     def offer(self) -> Offer:
         """What the VM will have to plug into. QEMU is asked for iommufd where the host has it."""
         offer = cold_offer(self.spec)
-        has_node = self._host.try_stat(IOMMU_NODE) is not None
+        has_node = self._host.stat_or_none(IOMMU_NODE) is not None
         return replace(offer, iommufd=has_node and self.abilities.iommufd)
 
-    def know(self, names: Mapping[str, str]) -> None:
+    def claim_foreign_names(self, names: Mapping[str, str]) -> None:
         """Nobody else plugs into a VM that is still to be started."""
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
