@@ -42,7 +42,7 @@ UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 _HUGE = b"0" * 70_000
 
 
-def check_device(data: bytes) -> None:
+def check(data: bytes) -> None:
     """Every reader answers, or says in its own words what it could not read; none writes."""
     draw, tree = Draw(data), _tree()
     part = draw.number(7)

@@ -206,9 +206,9 @@ def test_a_socket_of_the_store_goes_by_its_number_and_its_path(
         'paths = ["/store/block/sockets/*"]',
         'kinds = ["vhost-user-blk-pci"]',
     ):
-        assert is_allowed(disk("241:0"), tree.root, gate(rule), store=store)
+        assert is_allowed(disk("241:0"), tree.root, gate(rule), vhost_user_store=store)
     for rule in ('numbers = ["b:242"]', 'paths = ["/store/block/devices/*"]', 'kinds = ["block"]'):
-        assert not is_allowed(disk("241:0"), tree.root, gate(rule), store=store)
+        assert not is_allowed(disk("241:0"), tree.root, gate(rule), vhost_user_store=store)
 
 
 def test_what_is_not_allowed_is_not_probed(tmp_path: Path, gate: Gates) -> None:

@@ -61,7 +61,7 @@ class Journal:
 
     Every method is one transaction. Raises StoreError for a file that is not a journal, comes
     from a newer version, or stays locked for 10 seconds. `host` is the one whose processes and
-    boots the journal is about; devices that this process has in progress bear its `worker`.
+    boots the journal is about; devices that this process has in progress say `in_progress_by`.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: str, host: HostRoot) -> None:
