@@ -100,47 +100,16 @@ class HostRoot:
     ) -> Iterator[AttributeBatch]:
         """The same few files of many devices, the directories `names` of `directory`.
 
-        An answer is what `read_attribute`, `link` and `size` give, or the error that they raise.
+        An answer is what `read_attribute`, `read_link` and `size` give, or the error that they
+        raise.
         """
-        open_file, read_file, close_file, link_at = os.open, os.read, os.close, os.readlink
         try:
             above = os.open(self._base + directory, _ENTER)
         except OSError as error:
             return self._absent(directory, error)
         try:
             for name in names:
-                try:
-                    fd = open_file(name, _ENTER, dir_fd=above)
-                except OSError as error:
-                    answer = _answer(error, directory, name)
-                    yield [answer] * len(files), [answer] * len(links), [answer] * len(sizes)
-                    continue
-                read: list[bytes | AttributeReadError | None] = []
-                linked: list[str | AttributeReadError | None] = []
-                lengths: list[int | AttributeReadError | None] = []
-                try:
-                    for file in files:
-                        try:
-                            attribute = open_file(file, _READ, dir_fd=fd)
-                            try:
-                                read.append(read_file(attribute, PAGE_SIZE))
-                            finally:
-                                close_file(attribute)
-                        except OSError as error:
-                            read.append(_answer(error, directory, name, file))
-                    for file in links:
-                        try:
-                            linked.append(link_at(file, dir_fd=fd))
-                        except OSError as error:
-                            linked.append(_answer(error, directory, name, file))
-                    for file in sizes:
-                        try:
-                            lengths.append(os.stat(file, dir_fd=fd).st_size)
-                        except OSError as error:
-                            lengths.append(_answer(error, directory, name, file))
-                finally:
-                    close_file(fd)
-                yield read, linked, lengths
+                yield _read_batch(above, directory, name, files, links, sizes)
         finally:
             os.close(above)
 
@@ -365,8 +334,58 @@ class HostRoot:
             raise AttributeReadError(path, error.errno) from error
 
 
-def _answer(error: OSError, *path: str) -> AttributeReadError | None:
-    return None if error.errno in _ABSENT else AttributeReadError("/".join(path), error.errno)
+def _read_batch(
+    above: int,
+    directory: str,
+    name: str,
+    files: Sequence[str],
+    links: Sequence[str],
+    sizes: Sequence[str],
+) -> AttributeBatch:
+    """The answers of one device; `above` is open on the directory that it is in."""
+    path = f"{directory}/{name}"
+    try:
+        device = os.open(name, _ENTER, dir_fd=above)
+    except OSError as error:
+        answer = _answer(error, path)
+        return [answer] * len(files), [answer] * len(links), [answer] * len(sizes)
+    try:
+        return (
+            [_attempt(_read_page, device, file, path) for file in files],
+            [_attempt(_read_target, device, file, path) for file in links],
+            [_attempt(_read_size, device, file, path) for file in sizes],
+        )
+    finally:
+        os.close(device)
+
+
+def _attempt(
+    read: Callable[[int, str], T], device: int, file: str, path: str
+) -> T | AttributeReadError | None:
+    try:
+        return read(device, file)
+    except OSError as error:
+        return _answer(error, f"{path}/{file}")
+
+
+def _read_page(device: int, file: str) -> bytes:
+    attribute = os.open(file, _READ, dir_fd=device)
+    try:
+        return os.read(attribute, PAGE_SIZE)
+    finally:
+        os.close(attribute)
+
+
+def _read_target(device: int, file: str) -> str:
+    return os.readlink(file, dir_fd=device)
+
+
+def _read_size(device: int, file: str) -> int:
+    return os.stat(file, dir_fd=device).st_size
+
+
+def _answer(error: OSError, path: str) -> AttributeReadError | None:
+    return None if error.errno in _ABSENT else AttributeReadError(path, error.errno)
 
 
 def _log_write(text: str, path: str) -> None:

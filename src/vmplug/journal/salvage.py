@@ -80,24 +80,27 @@ def find_damage(path: str) -> str | None:
     """
     try:
         with closing(connect(path)) as db:
-            version: int = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > VERSION:
-                check_version(version, path)
-            if version <= 0:
-                return "it is not a journal of vmplug"
-            told = [str(row[0]) for row in db.execute("PRAGMA integrity_check(3)")]
-            if told != ["ok"]:
-                return "; ".join(" ".join(line.split()) for line in told)
-            if db.execute("PRAGMA foreign_key_check").fetchone():
-                return "a hold refers to no device"
-            if version == VERSION:
-                for table, parse in _TABLES.items():
-                    for row in db.execute(f"SELECT * FROM {table}"):  # noqa: S608  ours
-                        parse(row)
+            return _find_damage(db, path)
     except (sqlite3.Error, ValueError, TypeError) as error:
         if means_damage(error):
             return str(error)
         raise store_error(path, error) from error
+
+
+def _find_damage(db: sqlite3.Connection, path: str) -> str | None:
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > VERSION:
+        check_version(version, path)
+    if version <= 0:
+        return "it is not a journal of vmplug"
+    told = [str(row[0]) for row in db.execute("PRAGMA integrity_check(3)")]
+    if told != ["ok"]:
+        return "; ".join(" ".join(line.split()) for line in told)
+    if db.execute("PRAGMA foreign_key_check").fetchone():
+        return "a hold refers to no device"
+    for table, parse in _TABLES.items() if version == VERSION else ():
+        for row in db.execute(f"SELECT * FROM {table}"):  # noqa: S608  ours
+            parse(row)
     return None
 
 
