@@ -22,6 +22,9 @@ PERIPHERAL = "/machine/peripheral"
 
 
 _BDF = re.compile(r"([0-9a-f]{4,8}):([0-9a-f]{2}):([01][0-9a-f])\.([0-7])\Z", re.ASCII)
+_WRITTEN_BDF = re.compile(
+    r"([0-9a-f]{4,8}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]\Z", re.ASCII | re.IGNORECASE
+)
 
 
 class Bdf(NamedTuple):
@@ -233,6 +236,17 @@ def device_id_of(name: str) -> str | None:
 
 def _is_hex(text: str) -> bool:
     return bool(text) and set(text) <= set("0123456789abcdefABCDEF")
+
+
+def complete_bdf(text: str) -> str:
+    """A PCI address as sysfs has it, of one that a person wrote: `0000:3b:00.0` for `3B:00.0`.
+
+    lspci(8) writes it so on a host of one domain. Any other text stays as it is.
+    """
+    match = _WRITTEN_BDF.match(text)
+    if match is None:
+        return text
+    return text.lower() if match[1] else f"0000:{text.lower()}"
 
 
 def find_bdf(name: str) -> Bdf | None:

@@ -212,6 +212,7 @@ REQUESTS = [
     ),
     request("vm adopt ../sb1 --qmp {nowhere}", "'../sb1'.*letters, digits"),
     request("vm start new --state-dir {long}", "{long}.*107 bytes", "shorter"),
+    request("vm start new --room-for 3b:00", "no address of a PCI function", "3b:00.0"),
     Bad(
         command="resize {held_id} --size 512",
         status=REQUEST,
@@ -222,6 +223,7 @@ REQUESTS = [
 ]
 
 ON_THE_HOST = [
+    absent("vm start new --room-for FFFF:FF:1F.7", "no PCI function ffff:ff:1f.7", "vmplug host"),
     absent(
         "attach --device b:8:99 --vm roomy --owner c1", "no block device 8:99 .*sysfs", "ls -l"
     ),

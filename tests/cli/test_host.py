@@ -403,6 +403,14 @@ def test_what_is_mounted_and_what_a_vm_holds(vmplug: Vmplug, tmp_path: Path) -> 
         assert f"held: {loop} is in VM sb1" in vmplug("host", str(loop)).answer()
 
 
+@pytest.mark.parametrize("written", ["3b:00.0", "3B:00.0", "0000:3B:00.0"])
+def test_a_device_that_is_asked_for_goes_by_an_address_as_it_is_spoken(
+    vmplug: Vmplug, host: PciTree, written: str
+) -> None:
+    found = vmplug("resolve", *at(host), "--device", f"vfio:{written}", "--json").json()
+    assert found == vmplug("resolve", *at(host), "--device", f"vfio:{NVME}", "--json").json()
+
+
 # record
 
 

@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 
 from vmplug.address import (
     NODE_NAME_MAX,
+    Bdf,
     PciPath,
     PciSlot,
     ScsiAddress,
+    complete_bdf,
     device_id_of,
     new_id,
     qemu_id,
@@ -30,6 +32,16 @@ def test_a_device_number_survives_being_written_and_read(devnum: DevNum) -> None
 def test_a_pci_slot_survives_being_written_and_read(slot: PciSlot) -> None:
     assert PciSlot.parse(str(slot)) == slot
     assert PciSlot.from_devfn(slot.slot << 3 | slot.function) == slot
+
+
+@pytest.mark.parametrize("text", ["3b:00.0", "3B:00.0", "0000:3b:00.0", "0000:3B:00.0"])
+def test_an_address_is_one_however_a_person_writes_it(text: str) -> None:
+    assert Bdf.parse(complete_bdf(text)) == Bdf(0, 0x3B, 0, 0)
+
+
+@pytest.mark.parametrize("text", ["", "3b:00", "3b:20.0", "3b:00.8", "x3b:00.0", "Share:/A", "3B"])
+def test_what_is_no_address_stays_as_it_is(text: str) -> None:
+    assert complete_bdf(text) == text
 
 
 @given(paths)

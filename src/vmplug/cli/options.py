@@ -1,7 +1,6 @@
 """Arguments that several verbs share, and what they mean."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from vmplug.host.finding import Code
     from vmplug.host.vhost_user.store import VhostUserStore
     from vmplug.oci.requests import Request
-
-_SHORT_BDF = re.compile(r"[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\Z", re.ASCII)
-"""A PCI address as lspci(8) writes it on a host of one domain."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -275,7 +271,8 @@ def _parse_image(text: str, rest: str) -> DeviceInfo:
 
 def _parse_named(text: str, kind: str, rest: str) -> "Request":
     """What OCI has no word for: `net:/s.sock`, `share:/srv/work:work`, `rng`."""
-    from vmplug.oci.requests import (  # noqa: PLC0415  most requests are numbers
+    from vmplug.address import complete_bdf  # noqa: PLC0415  most requests are numbers
+    from vmplug.oci.requests import (  # noqa: PLC0415
         DEFAULT_SOURCE,
         DESCRIPTOR_PREFIX,
         NetInfo,
@@ -285,7 +282,7 @@ def _parse_named(text: str, kind: str, rest: str) -> "Request":
     )
 
     if kind == "vfio":
-        device = f"0000:{rest}" if _SHORT_BDF.match(rest) else rest
+        device = complete_bdf(rest)
         return VfioInfo(label=device.replace("/", "-").strip("-") or "-", device=device)
 
     if kind == "rng":

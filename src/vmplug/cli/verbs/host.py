@@ -1,10 +1,10 @@
 """`vmplug host`."""
 
-import re
 from collections.abc import Iterable, Sequence
 
 import click
 
+from vmplug.address import complete_bdf
 from vmplug.cli.options import (
     host_option,
     json_option,
@@ -31,9 +31,6 @@ from vmplug.host.inventory import (
 )
 from vmplug.host.pci.pci_ids import PciNames
 from vmplug.host.root import HostRoot
-
-_SHORT_BDF = re.compile(r"[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\Z", re.ASCII)
-"""A PCI address as lspci(8) writes it on a host of one domain."""
 
 
 @click.command("host")
@@ -143,7 +140,7 @@ def find_named(inventory: Inventory, names: Sequence[str], host: HostRoot) -> In
 def _canonical(name: str, host: HostRoot) -> str:
     if name.startswith("/dev/"):  # such as /dev/disk/by-id/...
         return host.real_path(name)
-    return f"0000:{name.lower()}" if _SHORT_BDF.match(name.lower()) else name
+    return complete_bdf(name)
 
 
 def _function_names(entry: HostFunction) -> list[str | None]:

@@ -28,7 +28,7 @@ from vmplug.cli.render.output import (
     progress,
 )
 from vmplug.cli.render.text import one_line
-from vmplug.cli.target import parse_bdf
+from vmplug.cli.target import parse_function
 from vmplug.cli.wiring import (
     find_policy,
     find_vm,
@@ -162,7 +162,7 @@ def start(
     for key in ("kernel", "initrd", "disk"):
         options[key] = str(Path(options[key]).resolve()) if options[key] else None
     options["machine"] = Machine(options["machine"])
-    room_for = [parse_bdf(text) for text in options.pop("room_for")]
+    room_for = [parse_function(text) for text in options.pop("room_for")]
     options["windows"] = windows_for(room_for, HostRoot())
     if options["ports"] + options["bridges"] > MAX_PORTS:
         raise click.UsageError(f"--ports and --bridges together are at most {MAX_PORTS}")
