@@ -13,7 +13,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.machine import Machine, VmSpec
-from vmplug.hypervisor.virtiofsd import Daemons
+from vmplug.hypervisor.virtiofsd import VirtiofsdRunner
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.manager.manager import DeviceManager
@@ -37,7 +37,7 @@ class ColdMachine:
         machine: Machine = Machine.Q35,
         *,
         boot_disk: bool = False,
-        daemons: Daemons | None = None,
+        daemons: VirtiofsdRunner | None = None,
         store: VhostUserStore | None = None,
     ) -> None:
         disk = "/boot.img" if boot_disk else None

@@ -13,7 +13,7 @@ from vmplug.errors import BackendError
 from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.virtiofsd import VIRTIOFSD_PROGRAMS
 from vmplug.hypervisor.qemu.start.machine import Machine
-from vmplug.hypervisor.virtiofsd import HostDaemons, VirtiofsdProcess
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
 from vmplug.journal.records import Attachment
 from vmplug.oci.requests import NetInfo, Request, ShareInfo
 
@@ -81,7 +81,7 @@ def _appended(case: Case) -> Answer:
     return Answer(ours, katas)
 
 
-class _Daemons(HostDaemons):
+class _Daemons(HostVirtiofsdRunner):
     """Daemons that cannot be started."""
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:

@@ -18,7 +18,7 @@ from tests.support.pci_tree import PciTree
 from vmplug.devnum import DevNum
 from vmplug.host.pci.vfio import IOMMU_NODE
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR
-from vmplug.hypervisor.virtiofsd import HostDaemons
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 
@@ -266,7 +266,7 @@ class Shared:
 
     def kill(self) -> None:
         """See Behind."""
-        for pid in HostDaemons(str(self.qmp_socket)).find().values():
+        for pid in HostVirtiofsdRunner(str(self.qmp_socket)).find().values():
             with suppress(ProcessLookupError):
                 os.killpg(os.getpgid(pid), signal.SIGKILL)
 

@@ -24,7 +24,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
-from vmplug.hypervisor.virtiofsd import HostDaemons, VirtiofsdProcess
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, record_vm
 from vmplug.journal.state import State
@@ -54,7 +54,7 @@ class WatchedKernel(FakeKernel):
             return 5 if word == REFUSE else super().write_attribute(path, text)
 
 
-class WatchedDaemons(HostDaemons):
+class WatchedDaemons(HostVirtiofsdRunner):
     """vmplug's own daemons; starting one is a step."""
 
     def __init__(self, vm: str, hooks: Hooks) -> None:
@@ -62,7 +62,7 @@ class WatchedDaemons(HostDaemons):
         self._hooks = hooks
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
-        """See Daemons."""
+        """See VirtiofsdRunner."""
         with self._hooks.step(StepKind.DAEMON, "start virtiofsd"):
             return super().start(daemon, device_id)
 

@@ -26,7 +26,7 @@ from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.launch import launch
 from vmplug.hypervisor.qemu.start.machine import VmSpec
 from vmplug.hypervisor.qmp.client import QmpMonitor
-from vmplug.hypervisor.virtiofsd import HostDaemons, VirtiofsdProcess
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import Request, RngInfo, ShareInfo
@@ -212,7 +212,7 @@ def processes_of(directory: Path) -> list[str]:
     ]
 
 
-class SwappingDaemons(HostDaemons):
+class SwappingDaemons(HostVirtiofsdRunner):
     """Somebody replaces the directory as virtiofsd starts."""
 
     def __init__(self, vm: str, swap: Swap) -> None:

@@ -21,7 +21,7 @@ from vmplug.errors import BackendError
 from vmplug.host.process import find_marked, wait_for_end
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.virtiofsd import ask_options
-from vmplug.hypervisor.virtiofsd import HostDaemons, VirtiofsdProcess, command_line
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess, command_line
 
 ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"
 TIMEOUT_S = 10.0
@@ -190,8 +190,8 @@ def vm(tmp_path: Path) -> Iterator[str]:
     """A VM's name, of which no daemon is left."""
     name = f"{tmp_path}/a b/qmp.sock"
     yield name
-    HostDaemons(name).end([ID, OTHER_ID])
-    assert HostDaemons(name).find() == {}
+    HostVirtiofsdRunner(name).end([ID, OTHER_ID])
+    assert HostVirtiofsdRunner(name).find() == {}
 
 
 def first_words(started: VirtiofsdProcess) -> str:
@@ -203,7 +203,7 @@ def first_words(started: VirtiofsdProcess) -> str:
 
 @contextmanager
 def running(vm: str, made: VirtiofsdSpec, device_id: str = ID) -> Iterator[VirtiofsdProcess]:
-    with HostDaemons(vm).start(made, device_id) as started:
+    with HostVirtiofsdRunner(vm).start(made, device_id) as started:
         assert first_words(started) == made.directory
         yield started
 
@@ -214,11 +214,11 @@ def test_a_daemon_serves_the_one_connection_and_is_found_by_its_device(
     with running(vm, daemon(program=program)) as started:
         assert started.descriptor == started.connection.fileno()
         assert started.stderr_tail() == "serving /srv/work"
-        daemons = HostDaemons(vm)
+        daemons = HostVirtiofsdRunner(vm)
         (pid,) = daemons.find().values()
         assert daemons.find() == daemons.find([ID]) == daemons.find([ID, OTHER_ID]) == {ID: pid}
         assert daemons.find([OTHER_ID]) == daemons.find([]) == {}
-        assert HostDaemons(f"{vm}x").find() == {}
+        assert HostVirtiofsdRunner(f"{vm}x").find() == {}
 
 
 def test_nobody_else_can_reach_it(program: str, vm: str) -> None:
@@ -232,7 +232,7 @@ def test_it_knows_nothing_of_this_process_but_what_it_needs(program: str, vm: st
         ours = stack.enter_context(tempfile.TemporaryFile())
         os.set_inheritable(ours.fileno(), True)  # noqa: FBT003  its own word
         stack.enter_context(running(vm, daemon(program=program)))
-        (pid,) = HostDaemons(vm).find().values()
+        (pid,) = HostVirtiofsdRunner(vm).find().values()
         variables = Path(f"/proc/{pid}/environ").read_bytes().rstrip(b"\0").split(b"\0")
         assert {v.partition(b"=")[0] for v in variables} == {b"PATH", b"VMPLUG_DEVICE"}
         assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
@@ -243,7 +243,7 @@ def test_it_knows_nothing_of_this_process_but_what_it_needs(program: str, vm: st
 def test_it_is_no_child_and_in_no_group_of_this_process(program: str, vm: str) -> None:
     """It outlives vmplug, and a signal to its group never reaches vmplug's own."""
     with running(vm, daemon(program=program)):
-        (pid,) = HostDaemons(vm).find().values()
+        (pid,) = HostVirtiofsdRunner(vm).find().values()
         assert os.getpgid(pid) == os.getsid(pid) != os.getpgrp()
         with pytest.raises(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
@@ -251,9 +251,9 @@ def test_it_is_no_child_and_in_no_group_of_this_process(program: str, vm: str) -
 
 def test_it_ends_by_itself_when_its_client_hangs_up(program: str, vm: str) -> None:
     with running(vm, daemon(program=program)):
-        (pid,) = HostDaemons(vm).find().values()
+        (pid,) = HostVirtiofsdRunner(vm).find().values()
     assert wait_for_end(pid, TIMEOUT_S)
-    assert HostDaemons(vm).find() == {}
+    assert HostVirtiofsdRunner(vm).find() == {}
 
 
 def test_only_the_daemons_of_the_devices_that_were_named_are_ended(program: str, vm: str) -> None:
@@ -261,9 +261,9 @@ def test_only_the_daemons_of_the_devices_that_were_named_are_ended(program: str,
         running(vm, daemon(program=program), ID),
         running(vm, daemon("/srv/b", program=program), OTHER_ID),
     ):
-        daemons = HostDaemons(vm)
+        daemons = HostVirtiofsdRunner(vm)
         pids = daemons.find()
-        HostDaemons(f"{vm}x").end([ID, OTHER_ID])
+        HostVirtiofsdRunner(f"{vm}x").end([ID, OTHER_ID])
         daemons.end([])
         assert daemons.find() == pids
         daemons.end([ID])
@@ -275,9 +275,9 @@ def test_only_the_daemons_of_the_devices_that_were_named_are_ended(program: str,
 
 def test_a_daemon_that_does_not_heed_is_killed(program: str, vm: str) -> None:
     with running(vm, daemon("/srv/deaf", program=program)):
-        (pid,) = HostDaemons(vm).find().values()
+        (pid,) = HostVirtiofsdRunner(vm).find().values()
         began = time.monotonic()
-        HostDaemons(vm).end([ID])
+        HostVirtiofsdRunner(vm).end([ID])
         assert time.monotonic() - began < TIMEOUT_S
         assert wait_for_end(pid, 0)
 
@@ -285,8 +285,8 @@ def test_a_daemon_that_does_not_heed_is_killed(program: str, vm: str) -> None:
 _BEGIN_AND_END = """
 import os, signal, sys
 from vmplug.drivers.plug import VirtiofsdSpec
-from vmplug.hypervisor.virtiofsd import HostDaemons
-daemons = HostDaemons(sys.argv[1])
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
+daemons = HostVirtiofsdRunner(sys.argv[1])
 daemon = VirtiofsdSpec(
     program=sys.argv[2], options=frozenset(), directory="/", cache="auto", read_only=False
 )
@@ -309,11 +309,11 @@ def test_ending_a_daemon_that_has_just_begun_ends_nobody_else(program: str, vm: 
 
 def test_a_program_that_cannot_be_run_is_told_with_its_words(tmp_path: Path, vm: str) -> None:
     """What runs it is no child of ours, so its words come after it was started."""
-    with HostDaemons(vm).start(daemon(program=str(tmp_path / "none")), ID) as started:
+    with HostVirtiofsdRunner(vm).start(daemon(program=str(tmp_path / "none")), ID) as started:
         started.connection.settimeout(TIMEOUT_S)
         assert hung_up(started.connection)
         assert "none" in started.stderr_tail()
-    assert HostDaemons(vm).find() == {}
+    assert HostVirtiofsdRunner(vm).find() == {}
 
 
 def hung_up(connection: socket.socket) -> bool:
@@ -327,12 +327,12 @@ def test_when_none_can_be_started_nothing_is_left(vm: str) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     directory = "/" + "x" * (1 << 20)  # more than an argument may have
     with pytest.raises(BackendError, match="Argument list too long") as caught:
-        HostDaemons(vm).start(daemon(directory), ID)
+        HostVirtiofsdRunner(vm).start(daemon(directory), ID)
     assert caught.value.socket == "/usr/libexec/virtiofsd"
     assert "/usr/libexec/virtiofsd cannot be started on /x" in caught.value.message
     assert caught.value.hint
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert HostDaemons(vm).find() == {}
+    assert HostVirtiofsdRunner(vm).find() == {}
 
 
 def test_closing_gives_back_what_was_opened(program: str, vm: str) -> None:
@@ -384,7 +384,7 @@ def test_a_real_virtiofsd_is_started_found_and_ended(
     directory = tmp_path / name
     directory.mkdir()
     made = real(directory, read_only=read_only)
-    daemons = HostDaemons(vm)
+    daemons = HostVirtiofsdRunner(vm)
     with daemons.start(made, ID) as started:
         assert ask_features(started.connection), started.stderr_tail()
         (pid,) = daemons.find([ID]).values()
@@ -398,12 +398,12 @@ def test_a_real_virtiofsd_is_started_found_and_ended(
 @pytest.mark.root
 @needs_virtiofsd
 def test_a_real_virtiofsd_ends_when_its_client_hangs_up(tmp_path: Path, vm: str) -> None:
-    with HostDaemons(vm).start(real(tmp_path), ID) as started:
+    with HostVirtiofsdRunner(vm).start(real(tmp_path), ID) as started:
         assert ask_features(started.connection), started.stderr_tail()
         pids = [p for p, mark in find_marked("VMPLUG_DEVICE").items() if mark == f"{ID} {vm}"]
         assert pids
     assert all(wait_for_end(pid, TIMEOUT_S) for pid in pids)
-    assert HostDaemons(vm).find() == {}
+    assert HostVirtiofsdRunner(vm).find() == {}
 
 
 @pytest.mark.root
@@ -413,11 +413,11 @@ def test_a_directory_that_has_gone_is_told_in_its_words(
     tmp_path: Path, vm: str, *, read_only: bool
 ) -> None:
     made = real(tmp_path / "none", read_only=read_only)
-    with HostDaemons(vm).start(made, ID) as started:
+    with HostVirtiofsdRunner(vm).start(made, ID) as started:
         started.connection.settimeout(TIMEOUT_S)
         assert hung_up(started.connection)
         assert started.stderr_tail()
-    assert HostDaemons(vm).find() == {}
+    assert HostVirtiofsdRunner(vm).find() == {}
 
 
 @pytest.mark.root
@@ -429,7 +429,7 @@ def test_the_mount_of_a_real_virtiofsd_takes_writes_unless_only_a_mount_refuses_
     """One with --readonly refuses them itself, which tests/qemu/test_shares.py tries."""
     (tmp_path / "file").write_text("x")
     made = real(tmp_path, read_only=read_only)
-    with HostDaemons(vm).start(made, ID) as started:
+    with HostVirtiofsdRunner(vm).start(made, ID) as started:
         assert ask_features(started.connection), started.stderr_tail()
         pids = [p for p, mark in find_marked("VMPLUG_DEVICE").items() if mark == f"{ID} {vm}"]
         shown = [path for pid in pids if (path := Path(f"/proc/{pid}/root/file")).exists()]

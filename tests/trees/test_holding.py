@@ -7,7 +7,7 @@ import pytest
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.errors import AttributeReadError
-from vmplug.host.pci.uses import NetInterface, networks_of, read_block_devices
+from vmplug.host.pci.uses import NetInterface, read_block_devices, read_network_interfaces
 from vmplug.host.root import HostRoot
 
 PORT, CARD, OTHER = "0000:00:1c.0", "0000:3b:00.0", "0000:00:03.0"
@@ -35,8 +35,8 @@ def blocks(tree: PciTree, bdf: str) -> list[str]:
 
 
 def networks(tree: PciTree, bdf: str = CARD) -> list[NetInterface]:
-    found = networks_of(bdf, tree.root)
-    assert found == networks_of(Bdf.parse(bdf), tree.root)
+    found = read_network_interfaces(bdf, tree.root)
+    assert found == read_network_interfaces(Bdf.parse(bdf), tree.root)
     return found
 
 
@@ -175,4 +175,4 @@ def test_this_host_can_be_asked() -> None:
         real = root.real_path(f"{root.pci_devices}/{name}")
         for number in read_block_devices(real, root):
             assert root.real_path(f"{root.sys_dev}/block/{number}").startswith(real)
-        networks_of(name, root)
+        read_network_interfaces(name, root)

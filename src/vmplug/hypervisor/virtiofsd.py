@@ -96,7 +96,7 @@ class VirtiofsdProcess:
         self.close()
 
 
-class Daemons(Protocol):
+class VirtiofsdRunner(Protocol):
     """Who runs the daemons."""
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
@@ -109,14 +109,14 @@ class Daemons(Protocol):
         """End those that still run."""
 
 
-class HostDaemons(Daemons):
+class HostVirtiofsdRunner(VirtiofsdRunner):
     """Daemons of one VM as processes of this host; `vm` is its QMP socket."""
 
     def __init__(self, vm: str) -> None:
         self._vm = vm
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
-        """See Daemons. It outlives this process, and is not its child."""
+        """See VirtiofsdRunner. It outlives this process, and is not its child."""
         words = tempfile.TemporaryFile()  # noqa: SIM115  VirtiofsdProcess closes it
         with _nameless_listener() as (listener, connection):
             started = VirtiofsdProcess(connection, words)
@@ -176,11 +176,11 @@ class HostDaemons(Daemons):
             time.sleep(_SANDBOX_STEP_S)  # nothing tells that a process has a new root
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
-        """See Daemons."""
+        """See VirtiofsdRunner."""
         return {device_id: pids[0] for device_id, pids in self._processes(device_ids).items()}
 
     def end(self, device_ids: Iterable[str]) -> None:
-        """See Daemons: QEMU has hung up, and most have ended by themselves."""
+        """See VirtiofsdRunner: QEMU has hung up, and most have ended by themselves."""
         for pids in self._processes(device_ids).values():
             for ending in (signal.SIGTERM, signal.SIGKILL):
                 with suppress(ProcessLookupError):

@@ -13,7 +13,7 @@ from vmplug.cli.wiring import find_vm, forget_vm, is_gone, open_journal, open_ma
 from vmplug.errors import DeviceError, HypervisorError
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.virtiofsd import HostDaemons
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.journal.salvage import Salvage, check_journal
@@ -122,7 +122,7 @@ def _repair(record: VmRecord, journal: Journal, how: _ReconcileOptions) -> list[
             return devices.reconcile(timeout_s=how.timeout_s, keep_unknown=how.keep_unknown)
     held = journal.devices(record.name)
     shares = [device.id for device in held if device.kind is DeviceType.VHOST_USER_FS]
-    HostDaemons(record.qmp_socket).end(shares)
+    HostVirtiofsdRunner(record.qmp_socket).end(shares)
     forget_vm(journal, record)
     reason = "the VM is not running any more"
     if record.is_of_earlier_boot:

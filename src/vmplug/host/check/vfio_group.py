@@ -14,7 +14,7 @@ from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import allows_unsafe_interrupts, has_iommu, remaps_interrupts
-from vmplug.host.pci.uses import NetInterface, networks_of
+from vmplug.host.pci.uses import NetInterface, read_network_interfaces
 from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
 from vmplug.host.process import find_openers, read_memlock_limit
 from vmplug.host.root import HostRoot
@@ -45,7 +45,7 @@ def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
     for function in group.functions:
         if not is_vfio_driver(function, root):
             yield from _console(function, root)
-            yield from _networks(function, networks_of(function.bdf, root))
+            yield from _networks(function, read_network_interfaces(function.bdf, root))
         yield from _virtual_functions(function, root)
         yield from _reset(function, root)
 

@@ -86,7 +86,7 @@ def _with_heads(names: set[str], known: Mapping[str, str]) -> set[str]:
     return names | {name for name in known if parts.match(name)}
 
 
-def networks_of(bdf: Bdf | str, root: HostRoot) -> list[NetInterface]:
+def read_network_interfaces(bdf: Bdf | str, root: HostRoot) -> list[NetInterface]:
     """The network interfaces that come from a function. Raises AttributeReadError."""
     directory = f"{root.pci_devices}/{bdf}"
     real = root.real_path(directory)

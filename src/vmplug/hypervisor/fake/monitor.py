@@ -21,7 +21,7 @@ from vmplug.hypervisor.fake.backends import FakeBackends, Refused
 from vmplug.hypervisor.qemu.abilities import IOMMUFD
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, Talk, command_error
-from vmplug.hypervisor.virtiofsd import Daemons, VirtiofsdProcess
+from vmplug.hypervisor.virtiofsd import VirtiofsdProcess, VirtiofsdRunner
 
 MACHINE = "pc-q35-10.0"
 """What the machine in memory is called; QEMU has its own version in the name."""
@@ -58,24 +58,24 @@ class FakeHypervisor(Qemu):
         self.monitor = FakeMonitor(
             root_ports=root_ports, scsi=scsi, memory_slots=memory_slots, iommufd=iommufd
         )
-        super().__init__(self.monitor, daemons=_NoDaemons(), host=host)
+        super().__init__(self.monitor, daemons=_NoVirtiofsdRunner(), host=host)
 
 
-class _NoDaemons(Daemons):
+class _NoVirtiofsdRunner(VirtiofsdRunner):
     """Connections that lead nowhere."""
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
-        """See Daemons."""
+        """See VirtiofsdRunner."""
         ours, theirs = socket.socketpair()
         theirs.close()
         return VirtiofsdProcess(ours, io.BytesIO())
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
-        """See Daemons: none ever runs."""
+        """See VirtiofsdRunner: none ever runs."""
         return {}
 
     def end(self, device_ids: Iterable[str]) -> None:
-        """See Daemons."""
+        """See VirtiofsdRunner."""
 
 
 _IN_USE = {"chardev": ": Device '{}' is in use", "netdev": ", it's in use"}

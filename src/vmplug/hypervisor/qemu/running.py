@@ -32,7 +32,7 @@ from vmplug.hypervisor.qemu.steps.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.qemu.topology import qom_get, qom_list, read_offer, read_place
 from vmplug.hypervisor.qemu.unplug_waiter import UnplugWaiter
 from vmplug.hypervisor.qmp.monitor import COMMAND_TIMEOUT_S, Monitor
-from vmplug.hypervisor.virtiofsd import Daemons, HostDaemons
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdRunner
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Qemu:
         self,
         monitor: Monitor,
         endpoint: Endpoint | None = None,
-        daemons: Daemons | None = None,
+        daemons: VirtiofsdRunner | None = None,
         host: HostRoot | None = None,
     ) -> None:
         self._monitor = monitor
@@ -67,12 +67,12 @@ class Qemu:
         self.undo_timeout_s = 5.0
         self._endpoint = endpoint
         vm = endpoint.qmp_socket if endpoint else f"process {os.getpid()}"
-        self._daemons = daemons or HostDaemons(vm)
+        self._daemons = daemons or HostVirtiofsdRunner(vm)
         self._foreign: Mapping[str, str] = {}
         self._with_daemon: set[str] = set()
-        self._departures = UnplugWaiter(self._owner)
+        self._unplug_waiter = UnplugWaiter(self._owner)
         self.abilities: Abilities = PolicySubject(monitor.execute)
-        monitor.listen(self._departures.receive)
+        monitor.listen(self._unplug_waiter.receive)
 
     @classmethod
     def connect(
@@ -220,13 +220,13 @@ class Qemu:
     def request_unplug(self, device_id: str) -> None:
         """Ask the guest to let go; comes back at once, also when it was asked before."""
         for name in sorted(self._present({device_id})):
-            self._departures.expect(name)
+            self._unplug_waiter.expect(name)
             try:
                 self._monitor.execute(Command("device_del", {"id": name}))
             except CommandError as error:
                 if _UNPLUGGING in error.desc:
                     continue
-                self._departures.forget(name)
+                self._unplug_waiter.forget(name)
                 if error.error_class != "DeviceNotFound":
                     raise
 
@@ -236,7 +236,7 @@ class Qemu:
         Gives the reason for each device that is still there. The QMP socket is not held meanwhile.
         """
         wanted = set(device_ids)
-        names = self._departures.wait(wanted, partial(self._present, wanted), timeout_s)
+        names = self._unplug_waiter.wait(wanted, partial(self._present, wanted), timeout_s)
         left = {self._owner(name) or "": why for name, why in names.items()}
         self._remove_remains(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), "lost")
@@ -366,7 +366,7 @@ class Qemu:
                     raise
             else:
                 return
-            self._departures.pause(_LOOK_AGAIN_S)
+            self._unplug_waiter.pause(_LOOK_AGAIN_S)
 
 
 def _daemon_failed(daemon: VirtiofsdSpec, error: HypervisorError, said: str) -> BackendError:

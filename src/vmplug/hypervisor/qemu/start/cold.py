@@ -26,7 +26,7 @@ from vmplug.hypervisor.qemu.start.machine import BINARY, VmSpec, cold_offer, opt
 from vmplug.hypervisor.qemu.steps import vfio
 from vmplug.hypervisor.qemu.steps.plug import check_file, opened_file, plug_steps
 from vmplug.hypervisor.qemu.steps.vhost_user import LINK
-from vmplug.hypervisor.virtiofsd import Daemons, HostDaemons, VirtiofsdProcess
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess, VirtiofsdRunner
 
 _JSON_OPTIONS = {
     "blockdev-add": "-blockdev",
@@ -51,7 +51,7 @@ class ColdQemu:
         self,
         spec: VmSpec,
         directory: Path,
-        daemons: Daemons | None = None,
+        daemons: VirtiofsdRunner | None = None,
         abilities: Abilities | None = None,
         host: HostRoot | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class ColdQemu:
         self._host = host or HostRoot()
         self.spec = spec
         self.directory = directory
-        self._daemons = daemons or HostDaemons(str(self.qmp_socket))
+        self._daemons = daemons or HostVirtiofsdRunner(str(self.qmp_socket))
         self._steps: dict[str, tuple[Step, ...]] = {}
         self._connections: dict[str, int] = {}
         self._running: dict[str, VirtiofsdProcess] = {}
