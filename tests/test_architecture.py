@@ -142,20 +142,30 @@ def test_no_module_is_too_long_to_read() -> None:
 MODULES_MAX = 15
 """In a folder; one of verbs has as many as there are verbs."""
 
-INSIDE_HOST = {
-    "block": set[str](),
-    "vhost_user": set[str](),
-    "pci": {"block"},
-    "check": {"block", "pci", "vhost_user"},
-    "record": {"block", "pci", "vhost_user", "check"},
-}
-"""Each folder of `host` with those that it may know; `pci` has the disks of its functions."""
+IN_HOST = [
+    {"root", "kind", "finding", "program", "permissions", "events"},
+    {"process", "file_id"},
+    {"block"},
+    {"pci", "vhost_user"},
+    {"device"},
+    {"check", "host_path", "paths"},
+    {"resolve_named"},
+    {"resolve"},
+    {"inventory"},
+    {"record"},
+]
+"""The folders and modules of `host`: each may know those above its row, and no neighbour."""
 
 
-def folder_in_host(module: str) -> str | None:
-    """`block` for host/block/loop.py and for vmplug.host.block.loop, None for anything else."""
+ROWS = {name: row for row, names in enumerate(IN_HOST) for name in names}
+
+
+def row_in_host(module: str) -> tuple[int, str] | None:
+    """`block` and its row for host/block/loop.py and for vmplug.host.block.loop."""
     words = module.removeprefix("vmplug.").replace("/", ".").removesuffix(".py").split(".")
-    return words[1] if words[0] == "host" and words[1:2] and words[1] in INSIDE_HOST else None
+    if words[0] != "host" or words[1:2] in ([], ["__init__"]):
+        return None
+    return ROWS[words[1]], words[1]
 
 
 def name_of(module: str) -> str:
@@ -192,12 +202,12 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert on_circles({name_of(each): imported_modules(each) for each in modules}) == set()
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if folder_in_host(module)])
-def test_the_folders_of_the_host_know_those_below_them(module: str) -> None:
-    folder = folder_in_host(module)
-    assert folder
-    known = {found for name in imported(module) if (found := folder_in_host(name))}
-    assert known <= INSIDE_HOST[folder] | {folder}
+@pytest.mark.parametrize("module", [module for module in MODULES if row_in_host(module)])
+def test_within_the_host_imports_go_upwards_only(module: str) -> None:
+    own = row_in_host(module)
+    assert own
+    rows = {row for name in imported_modules(module) if (row := row_in_host(name))}
+    assert {row for row in rows if row[0] >= own[0]} <= {own}
 
 
 def test_no_folder_has_more_modules_than_one_can_overlook() -> None:
@@ -205,3 +215,67 @@ def test_no_folder_has_more_modules_than_one_can_overlook() -> None:
     folders = Counter(path.parent.as_posix() for path in paths)
     del folders["cli/verbs"]
     assert {folder: count for folder, count in folders.items() if count > MODULES_MAX} == {}
+
+
+COMPLEXITY_MAX = 12
+"""Of a function: one way through it, and one more for each branch, turn, handler and case."""
+NESTING_MAX = 4
+"""Blocks within blocks of a function."""
+
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.TryStar, ast.Match)
+BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.match_case)
+FUNCTIONS = [
+    (f"{module}:{node.name}", node)
+    for module in MODULES
+    for node in ast.walk(parse(module))
+    if isinstance(node, ast.FunctionDef)
+]
+
+
+def complexity(function: ast.AST) -> int:
+    return 1 + sum(isinstance(node, BRANCHES) for node in ast.walk(function))
+
+
+def nesting(node: ast.AST) -> int:
+    """The deepest block in a statement; an `elif` is as deep as its `if`."""
+    deepest = 0
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        inner: list[ast.AST] = getattr(node, field, [])
+        is_elif = field == "orelse" and isinstance(node, ast.If) and len(inner) == 1
+        for each in inner:
+            if isinstance(each, ast.FunctionDef | ast.ClassDef):
+                continue
+            is_block = isinstance(each, BLOCKS) and not (is_elif and isinstance(each, ast.If))
+            deepest = max(deepest, nesting(each) + is_block)
+    return deepest
+
+
+def test_complexity_and_nesting_are_counted() -> None:
+    source = """
+def f():
+    for a in b:
+        try:
+            pass
+        except E:
+            if a:
+                pass
+            elif b:
+                with c:
+                    pass
+        def g():
+            while a:
+                while b:
+                    pass
+"""
+    (function,) = ast.parse(source).body
+    assert (complexity(function), nesting(function)) == (7, 4)
+
+
+def test_no_function_is_too_tangled_to_follow() -> None:
+    found = {name: complexity(node) for name, node in FUNCTIONS}
+    assert {name: count for name, count in found.items() if count > COMPLEXITY_MAX} == {}
+
+
+def test_no_function_has_too_many_blocks_within_blocks() -> None:
+    found = {name: nesting(node) for name, node in FUNCTIONS}
+    assert {name: count for name, count in found.items() if count > NESTING_MAX} == {}
