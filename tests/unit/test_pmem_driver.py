@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.test_choose import Q35
+from tests.unit.test_free_places import Q35
 from vmplug.devnum import DevNum
 from vmplug.drivers.block import OPTIONS, BlockDiskDriver
 from vmplug.drivers.place import GuestAddress, MemorySlot

@@ -13,7 +13,7 @@ import pytest
 from tests.contract.sandbox import Breaking, Hooked, Sandbox
 from tests.contract.world import journal_rows
 from tests.support.tree import HostTree
-from tests.unit.test_store import DISK, SCSI_DISK, hold
+from tests.unit.test_journal import DISK, SCSI_DISK, hold
 from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import NotAttached, ProtocolError, UnplugTimeout
 from vmplug.host.root import HostRoot

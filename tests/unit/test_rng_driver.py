@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.test_choose import MICROVM, Q35, S390X
+from tests.unit.test_free_places import MICROVM, Q35, S390X
 from vmplug.drivers.place import Offer, PlugMode
 from vmplug.drivers.plug import RNGDevice
 from vmplug.drivers.ports import NewPlug

@@ -11,8 +11,8 @@ import pytest
 
 from tests.contract.sandbox import Sandbox
 from tests.contract.world import Rows, journal_rows
+from tests.unit.test_journal import DISK, hold
 from tests.unit.test_migration import write_version
-from tests.unit.test_store import DISK, hold
 from vmplug.address import Bdf
 from vmplug.errors import StoreError
 from vmplug.host.pci.bind import FormerBinding

@@ -606,7 +606,7 @@ WRITER = """
 import sys
 from dataclasses import replace
 from vmplug.journal.journal import Journal
-from tests.unit.test_store import DISK, hold
+from tests.unit.test_journal import DISK, hold
 
 store = Journal.open(sys.argv[1])
 for number in range(100_000):
