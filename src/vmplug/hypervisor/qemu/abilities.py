@@ -34,7 +34,7 @@ class Abilities(Protocol):
         """Whether there are iommufd objects."""
 
 
-class PolicySubject(Abilities):
+class QueriedAbilities(Abilities):
     """Abilities of a QEMU that `execute` sends commands to; each is asked once at most."""
 
     def __init__(self, execute: Callable[[Command], Any]) -> None:
@@ -62,7 +62,7 @@ class PolicySubject(Abilities):
 
 def of_program(program: str) -> Abilities:
     """The abilities of a QEMU that does not run yet; asking takes 70 ms."""
-    return PolicySubject(partial(_ask_program, program))
+    return QueriedAbilities(partial(_ask_program, program))
 
 
 def has_firmware(program: str, name: str) -> bool:

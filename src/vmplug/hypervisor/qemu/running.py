@@ -24,7 +24,7 @@ from vmplug.host.file_id import check_path, file_replaced, has_open, has_thread,
 from vmplug.host.pci.vfio import open_nodes
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
-from vmplug.hypervisor.qemu.abilities import Abilities, PolicySubject
+from vmplug.hypervisor.qemu.abilities import Abilities, QueriedAbilities
 from vmplug.hypervisor.qemu.iommufd import make_iommufd, missing_steps
 from vmplug.hypervisor.qemu.steps import vfio
 from vmplug.hypervisor.qemu.steps.plug import check_hot, opened_file, plug_steps
@@ -71,7 +71,7 @@ class Qemu:
         self._foreign: Mapping[str, str] = {}
         self._with_daemon: set[str] = set()
         self._unplug_waiter = UnplugWaiter(self._owner)
-        self.abilities: Abilities = PolicySubject(monitor.execute)
+        self.abilities: Abilities = QueriedAbilities(monitor.execute)
         monitor.listen(self._unplug_waiter.receive)
 
     @classmethod
