@@ -22,9 +22,7 @@ PERIPHERAL = "/machine/peripheral"
 
 
 _BDF = re.compile(r"([0-9a-f]{4,8}):([0-9a-f]{2}):([01][0-9a-f])\.([0-7])\Z", re.ASCII)
-_WRITTEN_BDF = re.compile(
-    r"([0-9a-f]{4,8}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]\Z", re.ASCII | re.IGNORECASE
-)
+_SHORT_BDF = re.compile(r"[0-9a-f]{2}:[01][0-9a-f]\.[0-7]\Z", re.ASCII)
 
 
 class Bdf(NamedTuple):
@@ -46,6 +44,15 @@ class Bdf(NamedTuple):
         if match is None or (len(match[1]) > 4 and match[1][0] == "0"):
             raise ValueError(f"{text!r} is not DOMAIN:BUS:SLOT.FUNCTION, such as 0000:3b:00.1")
         return cls(int(match[1], 16), int(match[2], 16), int(match[3], 16), int(match[4]))
+
+    @classmethod
+    def parse_written(cls, text: str) -> Self:
+        """As people write it too: in any case, and `3b:00.1` for domain 0000, as lspci(8) does.
+
+        ValueError for anything else.
+        """
+        written = text.lower()
+        return cls.parse(f"0000:{written}" if _SHORT_BDF.match(written) else written)
 
     def __str__(self) -> str:
         return f"{self.domain:04x}:{self.bus:02x}:{self.slot:02x}.{self.function}"
@@ -236,17 +243,6 @@ def device_id_of(name: str) -> str | None:
 
 def _is_hex(text: str) -> bool:
     return bool(text) and set(text) <= set("0123456789abcdefABCDEF")
-
-
-def complete_bdf(text: str) -> str:
-    """A PCI address as sysfs has it, of one that a person wrote: `0000:3b:00.0` for `3B:00.0`.
-
-    lspci(8) writes it so on a host of one domain. Any other text stays as it is.
-    """
-    match = _WRITTEN_BDF.match(text)
-    if match is None:
-        return text
-    return text.lower() if match[1] else f"0000:{text.lower()}"
 
 
 def find_bdf(name: str) -> Bdf | None:

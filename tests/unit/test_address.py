@@ -10,7 +10,6 @@ from vmplug.address import (
     PciPath,
     PciSlot,
     ScsiAddress,
-    complete_bdf,
     device_id_of,
     new_id,
     qemu_id,
@@ -36,12 +35,13 @@ def test_a_pci_slot_survives_being_written_and_read(slot: PciSlot) -> None:
 
 @pytest.mark.parametrize("text", ["3b:00.0", "3B:00.0", "0000:3b:00.0", "0000:3B:00.0"])
 def test_an_address_is_one_however_a_person_writes_it(text: str) -> None:
-    assert Bdf.parse(complete_bdf(text)) == Bdf(0, 0x3B, 0, 0)
+    assert Bdf.parse_written(text) == Bdf(0, 0x3B, 0, 0)
 
 
 @pytest.mark.parametrize("text", ["", "3b:00", "3b:20.0", "3b:00.8", "x3b:00.0", "Share:/A", "3B"])
-def test_what_is_no_address_stays_as_it_is(text: str) -> None:
-    assert complete_bdf(text) == text
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not DOMAIN:BUS:SLOT\.FUNCTION"):
+        Bdf.parse_written(text)
 
 
 @given(paths)

@@ -271,7 +271,7 @@ def _parse_image(text: str, rest: str) -> DeviceInfo:
 
 def _parse_named(text: str, kind: str, rest: str) -> "Request":
     """What OCI has no word for: `net:/s.sock`, `share:/srv/work:work`, `rng`."""
-    from vmplug.address import complete_bdf  # noqa: PLC0415  most requests are numbers
+    from vmplug.address import Bdf  # noqa: PLC0415  most requests are numbers
     from vmplug.oci.requests import (  # noqa: PLC0415
         DEFAULT_SOURCE,
         DESCRIPTOR_PREFIX,
@@ -282,7 +282,10 @@ def _parse_named(text: str, kind: str, rest: str) -> "Request":
     )
 
     if kind == "vfio":
-        device = complete_bdf(rest)
+        try:
+            device = str(Bdf.parse_written(rest))
+        except ValueError:  # a UUID, a node, or a mistake that resolving explains
+            device = rest
         return VfioInfo(label=device.replace("/", "-").strip("-") or "-", device=device)
 
     if kind == "rng":

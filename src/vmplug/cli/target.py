@@ -1,6 +1,6 @@
 """What a verb about the host's own devices acts on: a PCI function, or a node of VFIO."""
 
-from vmplug.address import Bdf, complete_bdf
+from vmplug.address import Bdf
 from vmplug.errors import SpecError
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.group import VfioGroup
@@ -12,7 +12,7 @@ from vmplug.host.root import HostRoot
 def parse_function(text: str) -> Bdf:
     """`0000:3b:00.0`, or `3b:00.0` for domain 0000. Raises SpecError."""
     try:
-        return Bdf.parse(complete_bdf(text))
+        return Bdf.parse_written(text)
     except ValueError:
         raise SpecError(
             repr(text), "no address of a PCI function", hint="write 0000:3b:00.0 or 3b:00.0"

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from vmplug.address import complete_bdf
+from vmplug.address import Bdf
 from vmplug.cli.options import (
     host_option,
     json_option,
@@ -140,7 +140,10 @@ def find_named(inventory: Inventory, names: Sequence[str], host: HostRoot) -> In
 def _canonical(name: str, host: HostRoot) -> str:
     if name.startswith("/dev/"):  # such as /dev/disk/by-id/...
         return host.real_path(name)
-    return complete_bdf(name)
+    try:
+        return str(Bdf.parse_written(name))
+    except ValueError:
+        return name
 
 
 def _function_names(entry: HostFunction) -> list[str | None]:
