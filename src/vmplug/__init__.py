@@ -1,70 +1,41 @@
 """vmplug: hand host devices to containers that run inside virtual machines.
 
     config.json -> oci -> DeviceInfo -> host -> HostDevice + findings -> drivers -> Plug
-                -> hypervisor -> GuestAddress;  manager counts and journals;  cli wires
+                -> hypervisor -> GuestAddress;  manager counts and journals;  vms, cli on top
 
-Names are imported when they are first used, so that `import vmplug` costs next to nothing.
+The public names are in `__init__.pyi`, for type checkers and for this module alike. Each is
+imported when it is first used, so that `import vmplug` costs next to nothing.
 """
 
-from importlib import import_module
-
-_NAMES = {
-    "vmplug.manager.manager": "DeviceManager",
-    "vmplug.policy.rules": "Policy",
-    "vmplug.policy.file": "read_policy",
-    "vmplug.journal.records": "Attachment",
-    "vmplug.manager.reconcile": "Repair",
-    "vmplug.manager.watching.watch": "Watch watch",
-    "vmplug.manager.watching.notice": "DeviceEvent EventKind",
-    "vmplug.oci.spec": "Bundle parse_config read_bundle",
-    "vmplug.oci.info": "DeviceInfo DevType",
-    "vmplug.oci.requests": "NetInfo Request RngInfo ShareInfo VfioInfo",
-    "vmplug.host.root": "HostRoot",
-    "vmplug.host.host_path": "HostPathCache get_host_path",
-    "vmplug.host.resolve": "resolve resolve_all",
-    "vmplug.host.vhost_user.store": "VhostUserStore",
-    "vmplug.host.block.volumes": "find_requests",
-    "vmplug.host.block.device": "BlockDevice DiskFile",
-    "vmplug.host.device": "CharDevice EntropySource SharedDirectory",
-    "vmplug.host.vhost_user.device": "VhostUserSocket",
-    "vmplug.host.pci.group": "VfioGroup",
-    "vmplug.host.kind": "DeviceType SharedFilesystem",
-    "vmplug.host.pci.mdev": "MediatedDevice VFIODeviceType",
-    "vmplug.host.pci.function": "PciFunction read_functions",
-    "vmplug.host.finding": "Code Finding Severity",
-    "vmplug.drivers.plug": (
-        "Aio BlockDrive DiskFrontend Cache RNGDevice SharedFS Throttle VFIODevice VFIODevices "
-        "VhostUserDevice"
-    ),
-    "vmplug.drivers.ports": "Hypervisor Step",
-    "vmplug.drivers.place": "GuestAddress GuestFunction PlugMode",
-    "vmplug.hypervisor.qemu.running": "Qemu",
-    "vmplug.hypervisor.fake.monitor": "FakeHypervisor",
-    "vmplug.devnum": "DevNum",
-    "vmplug.address": "Bdf CcwDevNo PciPath PciSlot ScsiAddress",
-    "vmplug.errors": (
-        "AttributeReadError BackendError BackendTimeout BindError CannotPlug CommandError "
-        "ConnectError DeviceError HostError HypervisorError InUse NoFreePort NoSuchDevice "
-        "NotAttached PolicyError ProtocolError SpecError StateError StillAttached StoreError "
-        "UnplugRefused UnplugTimeout"
-    ),
-}
-"""Where each public name lives, in order of importance."""
-
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
-
 __version__ = "0.1.0"
-__all__ = ("__version__", *_MODULE_OF)  # noqa: PLE0604  strings, all of them
+
+_module_of: dict[str, str] = {}
+
+
+def _find_modules() -> dict[str, str]:
+    """The module of each public name."""
+    if not _module_of:
+        import re  # noqa: PLC0415  5 ms that `import vmplug` need not pay
+        from pkgutil import get_data  # noqa: PLC0415  the same
+
+        stub = (get_data(__name__, "__init__.pyi") or b"").decode()
+        found = re.findall(r"^from (vmplug[\w.]*) import \(?\s*(\w+) as \2\b", stub, re.MULTILINE)
+        _module_of.update((name, module) for module, name in found)
+    return _module_of
 
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used. Source: PEP 562."""
-    if name not in _MODULE_OF:
+    if name == "__all__":
+        return ("__version__", *_find_modules())
+    if name.startswith("_") or name not in _find_modules():
         raise AttributeError(f"module 'vmplug' has no attribute {name!r}")
-    value: object = getattr(import_module(_MODULE_OF[name]), name)
+    from importlib import import_module  # noqa: PLC0415  the same
+
+    value: object = getattr(import_module(_find_modules()[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(("__version__", *_find_modules()))

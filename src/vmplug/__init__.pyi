@@ -1,9 +1,13 @@
+# The public names, and where each lives. vmplug reads this file at run time too.
+
+from vmplug.address import Bdf as Bdf
 from vmplug.address import CcwDevNo as CcwDevNo
 from vmplug.address import PciPath as PciPath
 from vmplug.address import PciSlot as PciSlot
 from vmplug.address import ScsiAddress as ScsiAddress
 from vmplug.devnum import DevNum as DevNum
 from vmplug.drivers.place import GuestAddress as GuestAddress
+from vmplug.drivers.place import GuestFunction as GuestFunction
 from vmplug.drivers.place import PlugMode as PlugMode
 from vmplug.drivers.plug import Aio as Aio
 from vmplug.drivers.plug import BlockDrive as BlockDrive
@@ -12,12 +16,15 @@ from vmplug.drivers.plug import DiskFrontend as DiskFrontend
 from vmplug.drivers.plug import RNGDevice as RNGDevice
 from vmplug.drivers.plug import SharedFS as SharedFS
 from vmplug.drivers.plug import Throttle as Throttle
+from vmplug.drivers.plug import VFIODevice as VFIODevice
+from vmplug.drivers.plug import VFIODevices as VFIODevices
 from vmplug.drivers.plug import VhostUserDevice as VhostUserDevice
 from vmplug.drivers.ports import Hypervisor as Hypervisor
 from vmplug.drivers.ports import Step as Step
 from vmplug.errors import AttributeReadError as AttributeReadError
 from vmplug.errors import BackendError as BackendError
 from vmplug.errors import BackendTimeout as BackendTimeout
+from vmplug.errors import BindError as BindError
 from vmplug.errors import CannotPlug as CannotPlug
 from vmplug.errors import CommandError as CommandError
 from vmplug.errors import ConnectError as ConnectError
@@ -47,8 +54,16 @@ from vmplug.host.finding import Finding as Finding
 from vmplug.host.finding import Severity as Severity
 from vmplug.host.host_path import HostPathCache as HostPathCache
 from vmplug.host.host_path import get_host_path as get_host_path
+from vmplug.host.inventory import Inventory as Inventory
+from vmplug.host.inventory import Kind as Kind
 from vmplug.host.kind import DeviceType as DeviceType
 from vmplug.host.kind import SharedFilesystem as SharedFilesystem
+from vmplug.host.pci.function import PciFunction as PciFunction
+from vmplug.host.pci.function import read_functions as read_functions
+from vmplug.host.pci.group import VfioGroup as VfioGroup
+from vmplug.host.pci.mdev import MediatedDevice as MediatedDevice
+from vmplug.host.pci.mdev import VFIODeviceType as VFIODeviceType
+from vmplug.host.pci.sriov import VfSettings as VfSettings
 from vmplug.host.resolve import resolve as resolve
 from vmplug.host.resolve import resolve_all as resolve_all
 from vmplug.host.root import HostRoot as HostRoot
@@ -56,9 +71,43 @@ from vmplug.host.vhost_user.device import VhostUserSocket as VhostUserSocket
 from vmplug.host.vhost_user.store import VhostUserStore as VhostUserStore
 from vmplug.hypervisor.fake.monitor import FakeHypervisor as FakeHypervisor
 from vmplug.hypervisor.qemu.running import Qemu as Qemu
+from vmplug.hypervisor.qemu.start.machine import Machine as Machine
+from vmplug.hypervisor.qemu.start.machine import VmSpec as VmSpec
 from vmplug.journal.records import Attachment as Attachment
+from vmplug.journal.salvage import Salvage as Salvage
+from vmplug.journal.state import State as State
+from vmplug.manager.binding.binder import BindOutcome as BindOutcome
+from vmplug.manager.binding.binder import Returned as Returned
+from vmplug.manager.binding.groups import BoundFunction as BoundFunction
+from vmplug.manager.binding.groups import BoundGroup as BoundGroup
+from vmplug.manager.binding.groups import ReturnedFunction as ReturnedFunction
+from vmplug.manager.binding.groups import ReturnedGroup as ReturnedGroup
+from vmplug.manager.binding.groups import bind_device as bind_device
+from vmplug.manager.binding.groups import unbind_device as unbind_device
+from vmplug.manager.binding.mediated import CreatedDevice as CreatedDevice
+from vmplug.manager.binding.mediated import create_mediated_device as create_mediated_device
+from vmplug.manager.binding.mediated import remove_mediated_device as remove_mediated_device
+from vmplug.manager.binding.virtual_functions import PhysicalFunction as PhysicalFunction
+from vmplug.manager.binding.virtual_functions import VfStatus as VfStatus
+from vmplug.manager.binding.virtual_functions import (
+    configure_virtual_function as configure_virtual_function,
+)
+from vmplug.manager.binding.virtual_functions import (
+    read_virtual_functions as read_virtual_functions,
+)
+from vmplug.manager.binding.virtual_functions import (
+    set_virtual_function_count as set_virtual_function_count,
+)
+from vmplug.manager.examine import CheckedRequest as CheckedRequest
+from vmplug.manager.host_listing import list_host as list_host
+from vmplug.manager.kata.adopt import Adopted as Adopted
+from vmplug.manager.kata.adopt import ImportOutcome as ImportOutcome
 from vmplug.manager.manager import DeviceManager as DeviceManager
 from vmplug.manager.reconcile import Repair as Repair
+from vmplug.manager.reconcile import RepairOutcome as RepairOutcome
+from vmplug.manager.setup import Setup as Setup
+from vmplug.manager.watching.health import DeviceHealth as DeviceHealth
+from vmplug.manager.watching.health import HostState as HostState
 from vmplug.manager.watching.notice import DeviceEvent as DeviceEvent
 from vmplug.manager.watching.notice import EventKind as EventKind
 from vmplug.manager.watching.watch import Watch as Watch
@@ -69,21 +118,35 @@ from vmplug.oci.requests import NetInfo as NetInfo
 from vmplug.oci.requests import Request as Request
 from vmplug.oci.requests import RngInfo as RngInfo
 from vmplug.oci.requests import ShareInfo as ShareInfo
+from vmplug.oci.requests import VfioInfo as VfioInfo
 from vmplug.oci.spec import Bundle as Bundle
 from vmplug.oci.spec import parse_config as parse_config
 from vmplug.oci.spec import read_bundle as read_bundle
 from vmplug.policy.file import read_policy as read_policy
+from vmplug.policy.find import find_policy as find_policy
 from vmplug.policy.rules import Policy as Policy
+from vmplug.vms.adopt import AdoptedVm as AdoptedVm
+from vmplug.vms.adopt import adopt_vm as adopt_vm
+from vmplug.vms.attachments import Detached as Detached
+from vmplug.vms.attachments import DetachOutcome as DetachOutcome
+from vmplug.vms.attachments import detach_attachments as detach_attachments
+from vmplug.vms.attachments import detach_owner as detach_owner
+from vmplug.vms.attachments import resize_attachment as resize_attachment
+from vmplug.vms.check import check_requests as check_requests
+from vmplug.vms.connect import connect_vm as connect_vm
+from vmplug.vms.import_kata import KataImport as KataImport
+from vmplug.vms.import_kata import import_kata as import_kata
+from vmplug.vms.listing import Listing as Listing
+from vmplug.vms.listing import list_attachments as list_attachments
+from vmplug.vms.reconcile import HostRepairs as HostRepairs
+from vmplug.vms.reconcile import RepairFailure as RepairFailure
+from vmplug.vms.reconcile import VmRepair as VmRepair
+from vmplug.vms.reconcile import reconcile_host as reconcile_host
+from vmplug.vms.start import StartedVm as StartedVm
+from vmplug.vms.start import start_vm as start_vm
+from vmplug.vms.status import VmStatus as VmStatus
+from vmplug.vms.status import list_vms as list_vms
+from vmplug.vms.stop import StoppedVm as StoppedVm
+from vmplug.vms.stop import stop_vm as stop_vm
 
 __version__: str
-from vmplug.address import Bdf as Bdf
-from vmplug.drivers.place import GuestFunction as GuestFunction
-from vmplug.drivers.plug import VFIODevice as VFIODevice
-from vmplug.drivers.plug import VFIODevices as VFIODevices
-from vmplug.errors import BindError as BindError
-from vmplug.host.pci.function import PciFunction as PciFunction
-from vmplug.host.pci.function import read_functions as read_functions
-from vmplug.host.pci.group import VfioGroup as VfioGroup
-from vmplug.host.pci.mdev import MediatedDevice as MediatedDevice
-from vmplug.host.pci.mdev import VFIODeviceType as VFIODeviceType
-from vmplug.oci.requests import VfioInfo as VfioInfo

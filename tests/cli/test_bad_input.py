@@ -189,9 +189,9 @@ REQUESTS = [
         "option aio: native .*cache=writeback",
         "cache=none",
     ),
-    request("check --device net:", "says too little", "write net:/"),
+    request("check --device net:", "is not complete", "write net:/"),
     *(
-        request(f"check --device {words}", "says too little", "write share:/srv/work:work")
+        request(f"check --device {words}", "is not complete", "write share:/srv/work:work")
         for words in ("share:", "share:/srv", "share:/srv:", "share::work")
     ),
     request("check --device share:fd:9999:work", "descriptor 9999 is no open socket"),

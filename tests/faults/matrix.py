@@ -28,11 +28,11 @@ from tests.faults.process import GO, Answer, Hooks, Process
 from tests.faults.steps import FAULTS, KILLED, Fault, Step, StepKind
 from tests.faults.world import OWNER, PATIENT_S, SILENCE_S, UNPLUG_S, VM, Picture, World, world
 from vmplug.cli.main import main
-from vmplug.cli.verbs.reconcile import _ReconcileOptions, _repair_all
-from vmplug.cli.wiring import is_gone
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
 from vmplug.journal.journal import Journal
 from vmplug.manager.binding.binder import Binder
+from vmplug.vms.known import is_gone
+from vmplug.vms.reconcile import release_ended
 
 THROTTLED = {"iothread": "on", "iops-total": "900"}
 KINDS = (
@@ -121,10 +121,9 @@ def reconcile(world: World, hooks: Hooks) -> None:
         return
     with Journal.open(world.state_dir) as journal:
         record = journal.find_vm(VM)
-        if record is None or is_gone(record):
-            how = _ReconcileOptions(str(world.state_dir), 1, keep_unknown=False)
-            _, failures = _repair_all([record] if record else [], journal, how)
-            assert not failures
+        if record is None or is_gone(record, journal.host):
+            if record:
+                release_ended(record, journal)
         else:
             with world.manager(hooks) as devices:
                 devices.reconcile(timeout_s=UNPLUG_S)

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from tests.fuzz.guard import changes_only
 from tests.fuzz.spec import check_request
-from vmplug.cli.options import parse_device
-from vmplug.cli.target import parse_function
+from vmplug.cli.options import parse_device, parse_function
 from vmplug.errors import SpecError
 
 

@@ -144,12 +144,18 @@ def start_vm(
         yield vm
 
 
-def _guest_arguments(machine: str, flavour: Flavour) -> list[str]:
-    """The guest, with the chardevs `kernel` and `console` as its serial ports."""
+def guest_files(flavour: Flavour = "cloud") -> tuple[Path, Path]:
+    """The kernel and the initrd of the guest."""
     built = BUILT_GUESTS[flavour]
     kernel, initrd = built / "vmlinuz", built / "initrd.img"
     if not (kernel.exists() and initrd.exists()):
         raise FileNotFoundError(f"{built} has no guest; build it with: guest/build.sh")
+    return kernel, initrd
+
+
+def _guest_arguments(machine: str, flavour: Flavour) -> list[str]:
+    """The guest, with the chardevs `kernel` and `console` as its serial ports."""
+    kernel, initrd = guest_files(flavour)
     if machine.partition(",")[0] == "microvm":
         serial = ["-serial", "chardev:console"]  # it has one port only
         append = "ctl=ttyS0 modules=virtio_mmio quiet loglevel=0 panic=-1"

@@ -12,7 +12,7 @@ import pytest
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
-from vmplug.host.root import HostRoot
+from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 
 TICK_NS = 30_000_000
@@ -29,7 +29,7 @@ class StoreDirectory:
         self.devices.mkdir(parents=True)
         self.sockets.mkdir()
 
-    def open(self, root: HostRoot | None = None) -> VhostUserStore:
+    def open(self, root: HostRoot = THIS_HOST) -> VhostUserStore:
         return VhostUserStore(str(self.path), root=root)
 
     def add(self, name: str, number: str, *, kind: int = stat.S_IFBLK) -> None:

@@ -384,6 +384,19 @@ def test_a_journal_survives_a_crash_of_the_machine_by_its_settings(tmp_path: Pat
     Journal.open(tmp_path).close()
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    with Journal.open(tmp_path) as store:  # a setting of the connection, not of the file
+        full = 2
+        assert store._db.execute("PRAGMA synchronous").fetchone()[0] == full
+
+
+def test_giving_up_one_device_leaves_the_others_in_progress(store: Journal) -> None:
+    """Two threads of a process plug at once, and one breaks off."""
+    at_work = replace(DISK, id="d4", identity="block:8:9", place="elsewhere")
+    store.add_devices([DISK, at_work], [])
+    with pytest.raises(KeyboardInterrupt), store.in_progress([DISK.id]):
+        raise KeyboardInterrupt
+    in_progress = {record.id: record.in_progress_by for record in store.devices(DISK.vm)}
+    assert in_progress == {DISK.id: None, "d4": store.worker}
 
 
 @pytest.mark.parametrize("newer", [VERSION + 1, 99])

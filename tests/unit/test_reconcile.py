@@ -3,6 +3,7 @@
 import itertools
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from vmplug.devnum import DevNum
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError, UnplugTimeout
 from vmplug.hypervisor.fake.monitor import Guest
+from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
 from vmplug.manager.reconcile import RepairOutcome
+from vmplug.manager.reconcile import reconcile as repair
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo
 
@@ -69,6 +73,27 @@ def take_away(sandbox: Sandbox, attachment: Attachment, *, remains: bool) -> Non
 
 def changes(sandbox: Sandbox) -> int:
     return len(sandbox.changes_sent())
+
+
+# meanwhile
+
+
+def test_what_is_plugged_between_two_looks_is_left(tmp_path: Path) -> None:
+    """Another process attaches after the journal was read, and before the VM is."""
+    sandbox = Sandbox(tmp_path)
+    with Journal.open(sandbox.state_dir) as journal, closing(Qemu(sandbox.side.monitor())) as qemu:
+        find_devices = qemu.find_devices
+
+        def find_after_another_attach() -> dict[str, bool]:
+            sandbox.devices.attach(sandbox.disk("meanwhile.img"))
+            return find_devices()
+
+        qemu.find_devices = find_after_another_attach  # type: ignore[method-assign]
+        assert repair(sandbox.vm, journal, qemu, timeout_s=AT_ONCE_S) == []
+    (attachment,) = sandbox.devices.attachments()
+    assert attachment.state is State.ATTACHED
+    assert f"vmplug-{attachment.device_id}" in str(sandbox.side.parts())
+    sandbox.close()
 
 
 # the table

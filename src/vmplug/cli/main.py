@@ -18,7 +18,7 @@ _VERBS = {
     "info": "what does the container ask for?",
     "resolve": "what is that on this host?",
     "check": "may it be handed over? every problem with its remedy",
-    "plan": "exactly what would be done, step and undo",
+    "plan": "what would attach do? every step with its undo",
     "attach": "plug the devices into a VM",
     "detach": "take them out again",
     "list": "what is plugged where?",
@@ -26,8 +26,8 @@ _VERBS = {
     "resize": "give the guest a disk's new size",
     "bind": "give a PCI function and its group to VFIO",
     "unbind": "give them back to the drivers that they had",
-    "sriov": "virtual functions: show, make, tell what they are",
-    "mdev": "mediated devices: make, take away",
+    "sriov": "virtual functions: show, create, configure",
+    "mdev": "mediated devices: create, remove",
     "reconcile": "make the journal and the VMs agree",
     "import-kata": "take over what Kata Containers has plugged",
     "vm": "start, adopt, stop and list VMs",
@@ -110,16 +110,16 @@ def answer(words: Sequence[str]) -> int:
         return _SIGINT
     except BrokenPipeError:
         return _SIGPIPE
-    except Exception as error:  # noqa: BLE001  what no verb foresaw is told too
+    except Exception as error:  # noqa: BLE001  an error that no verb foresaw is reported too
         return _report(error, words)
 
 
 def _report(error: Exception, words: Sequence[str]) -> int:
-    """Tell an error, and give its exit status."""
+    """Report an error, and return its exit status."""
     wants_json = "--json" in words
     match error:
         case errors.DeviceError():
-            _tell(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
+            _print_error(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
             return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
         case click.exceptions.NoArgsIsHelpError():
             click.echo(error.format_message(), err=True)
@@ -127,18 +127,20 @@ def _report(error: Exception, words: Sequence[str]) -> int:
         case click.UsageError():
             message = " ".join(error.format_message().split())
             hint = f"{_verb(words)} --help"
-            _tell("usage", message[:1].lower() + message[1:], hint, {}, wants_json=wants_json)
+            _print_error(
+                "usage", message[:1].lower() + message[1:], hint, {}, wants_json=wants_json
+            )
             return _USAGE
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG | errno.EIO, filename=None):
             message = f"the answer cannot be written: {error.strerror}"
-            _tell("cannot-write", message, None, {}, wants_json=wants_json)
+            _print_error("cannot-write", message, None, {}, wants_json=wants_json)
             return _HOST
         case _:
             if "VMPLUG_DEBUG" in os.environ:
                 sys.excepthook(type(error), error, error.__traceback__)
             message = f"a bug of vmplug: {type(error).__name__}: {error}"
             hint = "set VMPLUG_DEBUG=1 and report what it prints"
-            _tell("bug", message, hint, {}, wants_json=wants_json)
+            _print_error("bug", message, hint, {}, wants_json=wants_json)
             return _BUG
 
 
@@ -157,10 +159,10 @@ def _verb(words: Sequence[str]) -> str:
     return " ".join(path)
 
 
-def _tell(
+def _print_error(
     code: str, message: str, hint: str | None, facts: dict[str, object], *, wants_json: bool
 ) -> None:
-    """One error on stderr; a message never begins with a capital but for names."""
+    """Print one error on stderr. A message begins in lower case, unless with a name."""
     if wants_json:
         import json  # noqa: PLC0415  8 ms that success need not pay
 

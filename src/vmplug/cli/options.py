@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError, StoreError
 from vmplug.host.root import HostRoot
-from vmplug.journal import DEFAULT_STATE_DIR
+from vmplug.journal import DEFAULT_STATE_DIR, has_journal
 from vmplug.manager import UNPLUG_TIMEOUT_S
+from vmplug.manager.setup import Setup
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.policy import DEFAULT_POLICY
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from vmplug.host.finding import Code
     from vmplug.host.vhost_user.store import VhostUserStore
     from vmplug.oci.requests import Request
+    from vmplug.policy.rules import Policy
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,19 +63,19 @@ store_option = click.option(
     "--vhost-user-store",
     type=click.Path(),
     metavar="DIR",
-    help="The host's vhost-user store; block majors 241 and 242 are looked up there.",
+    help="The host's vhost-user store; vmplug looks up block majors 241 and 242 there.",
 )
 
 
 def complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001  click's
     """Names of known VMs; none where there is no journal to be read."""
-    from vmplug.cli.wiring import has_journal, open_journal  # noqa: PLC0415
-
     state_dir = ctx.params.get("state_dir") or DEFAULT_STATE_DIR
     if not has_journal(state_dir):
         return []
+    from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 costs 5 ms
+
     try:
-        with open_journal(state_dir) as journal:
+        with Journal.open(state_dir) as journal:
             return [vm.name for vm in journal.vms() if vm.name.startswith(incomplete)]
     except StoreError:
         return []
@@ -119,14 +122,14 @@ def device_options(command: F) -> F:
 
 
 owner_option = click.option(
-    "--owner", metavar="ID", help="Who holds the devices; default: the bundle directory's name."
+    "--owner", metavar="ID", help="The owner of the devices; default: the bundle directory's name."
 )
 allow_option = click.option(
     "--allow",
     "allow",
     multiple=True,
     metavar="CODE",
-    help="Hand over in spite of this finding of `check`; one code each.",
+    help="Hand over in spite of this finding of `check`; pass it once for each code.",
 )
 
 
@@ -137,24 +140,40 @@ policy_option = click.option(
     metavar="FILE",
     envvar="VMPLUG_POLICY",
     show_envvar=True,
-    help=f"What may be handed over, instead of {DEFAULT_POLICY} if that is there.",
+    help=f"Rules for what may be handed over; default: {DEFAULT_POLICY}, if it exists.",
 )
 
 
 managed_option = click.option(
     "--managed",
     is_flag=True,
-    help="Bind PCI functions to VFIO where they are not; detach gives them back.",
+    help="Bind PCI functions to VFIO if needed; detach gives them back.",
 )
 
 
 class RequestArguments(NamedTuple):
-    """What the arguments ask for: the devices, on whose behalf, and where to look."""
+    """What the arguments ask for: the devices, the bundle's name, and where to look."""
 
     requests: "tuple[Request, ...]"
     name: str | None
     host: HostRoot
     vhost_user_store: "VhostUserStore | None"
+
+    def setup(self, state_dir: str, policy: "Policy | None") -> Setup:
+        """The host that is meant, with its journal and the policy that holds."""
+        return Setup(
+            host=self.host,
+            state_dir=state_dir,
+            vhost_user_store=self.vhost_user_store,
+            policy=policy,
+        )
+
+
+def require_owner(owner: str | None, asked: RequestArguments) -> str:
+    """`--owner`, or else the bundle's name. Raises UsageError where there is neither."""
+    if owner or asked.name:
+        return owner or str(asked.name)
+    raise click.UsageError("pass --owner: there is no bundle directory to name the owner after")
 
 
 def read_request(
@@ -271,8 +290,7 @@ def _parse_image(text: str, rest: str) -> DeviceInfo:
 
 def _parse_named(text: str, kind: str, rest: str) -> "Request":
     """What OCI has no word for: `net:/s.sock`, `share:/srv/work:work`, `rng`."""
-    from vmplug.address import Bdf  # noqa: PLC0415  most requests are numbers
-    from vmplug.oci.requests import (  # noqa: PLC0415
+    from vmplug.oci.requests import (  # noqa: PLC0415  most requests are numbers
         DEFAULT_SOURCE,
         DESCRIPTOR_PREFIX,
         NetInfo,
@@ -287,7 +305,6 @@ def _parse_named(text: str, kind: str, rest: str) -> "Request":
         except ValueError:  # a UUID, a node, or a mistake that resolving explains
             device = rest
         return VfioInfo(label=device.replace("/", "-").strip("-") or "-", device=device)
-
     if kind == "rng":
         return RngInfo(source=os.path.abspath(rest or DEFAULT_SOURCE))
     if kind == "net" and os.path.basename(rest):
@@ -296,9 +313,21 @@ def _parse_named(text: str, kind: str, rest: str) -> "Request":
     source, colon, tag = rest.rpartition(":")
     if not (kind == "share" and colon and source and tag):
         hint = "write net:/run/vpp/eth0.sock" if kind == "net" else "write share:/srv/work:work"
-        raise SpecError(f"--device {text}", "says too little", hint=hint)
+        raise SpecError(f"--device {text}", "is not complete", hint=hint)
     is_descriptor = source.startswith(DESCRIPTOR_PREFIX)
     return ShareInfo(tag=tag, source=source if is_descriptor else os.path.abspath(source))
+
+
+def parse_function(text: str) -> Bdf:
+    """`0000:3b:00.0`, or `3b:00.0` for domain 0000. Raises SpecError."""
+    try:
+        return Bdf.parse_written(text)
+    except ValueError:
+        raise SpecError(
+            repr(text),
+            "not the address of a PCI function",
+            hint="write 0000:3b:00.0 or 3b:00.0",
+        ) from None
 
 
 def _parse_options(texts: Sequence[str]) -> dict[str, str]:
@@ -308,7 +337,7 @@ def _parse_options(texts: Sequence[str]) -> dict[str, str]:
         if not equals:
             raise SpecError(f"--option {text}", "write it as KEY=VALUE")
         if options.setdefault(key, value) != value:
-            raise SpecError(f"--option {key}", "said twice, and differently")
+            raise SpecError(f"--option {key}", "passed twice, with different values")
     return options
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vmplug.errors import AttributeReadError, NoSuchDevice
-from vmplug.host.root import HostRoot, describe, node_number
+from vmplug.host.root import THIS_HOST, HostRoot, describe, node_number
 
 
 def file_id(status: os.stat_result) -> str:
@@ -36,10 +36,10 @@ def pinned(path: str, checked: str) -> Iterator[None]:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
-        raise file_replaced(path, HostRoot()) from error
+        raise file_replaced(path, THIS_HOST) from error
     try:
         if file_id(os.fstat(descriptor)) != checked:
-            raise file_replaced(path, HostRoot())
+            raise file_replaced(path, THIS_HOST)
         yield
     finally:
         os.close(descriptor)
@@ -47,7 +47,7 @@ def pinned(path: str, checked: str) -> Iterator[None]:
 
 def check_path(path: str, checked: str) -> None:
     """NoSuchDevice unless the path leads to the file of that id now."""
-    root = HostRoot()
+    root = THIS_HOST
     status = root.stat_or_none(path)
     if status is None or file_id(status) != checked:
         raise file_replaced(path, root)
@@ -55,7 +55,7 @@ def check_path(path: str, checked: str) -> None:
 
 def has_open(pid: int | None, checked: str) -> bool | None:
     """Whether the process has the file of that id open; None where it may not be looked at."""
-    root, directory = HostRoot(), f"/proc/{pid}/fd"
+    root, directory = THIS_HOST, f"/proc/{pid}/fd"
     try:
         names = root.list_dir(directory) if pid else []
     except AttributeReadError:
@@ -68,7 +68,7 @@ def has_open(pid: int | None, checked: str) -> bool | None:
 
 def has_thread(pid: int, thread_id: int) -> bool:
     """Whether it is a thread of that process. Source: proc_pid_task(5)."""
-    return HostRoot().stat_or_none(f"/proc/{pid}/task/{thread_id}") is not None
+    return THIS_HOST.stat_or_none(f"/proc/{pid}/task/{thread_id}") is not None
 
 
 def file_replaced(path: str, root: HostRoot) -> NoSuchDevice:

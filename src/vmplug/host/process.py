@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
-from vmplug.host.root import HostRoot
+from vmplug.host.root import THIS_HOST, HostRoot
 
 
 def read_start_time(pid: int, root: HostRoot) -> int | None:
@@ -40,7 +40,7 @@ def find_marked(variable: str) -> dict[int, str]:
 
     Processes of other users are passed over. Source: proc_pid_environ(5).
     """
-    root, found = HostRoot(), dict[int, str]()
+    root, found = THIS_HOST, dict[int, str]()
     for pid in root.list_dir("/proc"):
         with suppress(AttributeReadError):
             text = (root.read_text(f"/proc/{pid}/environ") or "") if is_decimal(pid) else ""

@@ -334,6 +334,10 @@ class HostRoot:
             raise AttributeReadError(path, error.errno) from error
 
 
+THIS_HOST = HostRoot()
+"""The running host."""
+
+
 def _read_batch(
     above: int,
     directory: str,

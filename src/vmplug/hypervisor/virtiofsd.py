@@ -21,7 +21,7 @@ from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
 from vmplug.errors import BackendError, DeviceError
 from vmplug.host.file_id import file_id, file_replaced
 from vmplug.host.process import find_marked, wait_for_end
-from vmplug.host.root import HostRoot
+from vmplug.host.root import THIS_HOST
 
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _END_TIMEOUT_S = 2.0
@@ -155,7 +155,7 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
 
         One that has died says why itself.
         """
-        checked, root = daemon.file_id, HostRoot()
+        checked, root = daemon.file_id, THIS_HOST
         outside = root.stat_or_none("/")
         deadline = time.monotonic() + _SANDBOX_TIMEOUT_S
         while checked and not _has_hung_up(connection):

@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager, suppress
 from vmplug.address import new_id
 from vmplug.errors import StoreError
 from vmplug.host.permissions import check_private, make_private
+from vmplug.journal import StateDir, journal_path
 
 VERSION = 4
 """Of the tables, kept in `user_version`."""
@@ -105,12 +106,12 @@ def migrate(connection: sqlite3.Connection, path: str) -> int:
                 db.execute(f"PRAGMA user_version = {version + 1}")
 
 
-def open_database(state_dir: str | os.PathLike[str]) -> tuple[sqlite3.Connection, str]:
+def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, str]:
     """A connection to the journal below `state_dir`, made when it is not there, and its path.
 
     Raises StoreError when it cannot be opened or made.
     """
-    path = os.path.join(state_dir, "journal.db")
+    path = journal_path(state_dir)
     try:
         os.makedirs(state_dir, mode=0o700, exist_ok=True)
         check_private(state_dir, path)

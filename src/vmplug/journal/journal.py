@@ -3,7 +3,6 @@
 Everything that is allocated is written here before the act.
 """
 
-import os
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -12,10 +11,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Self, TypeVar
 
-from vmplug.errors import StoreError
+from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim
-from vmplug.host.root import HostRoot
-from vmplug.journal import DEFAULT_STATE_DIR
+from vmplug.host.root import THIS_HOST, HostRoot
+from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.bindings import Bindings
 from vmplug.journal.database import Transaction, check_version, migrate, open_database, store_error
 from vmplug.journal.process import ProcessIdentity
@@ -75,9 +74,9 @@ class Journal:
     @classmethod
     def open(
         cls,
-        state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR,
+        state_dir: StateDir = DEFAULT_STATE_DIR,
         *,
-        host: HostRoot = HostRoot(),  # noqa: B008  it is frozen
+        host: HostRoot = THIS_HOST,
     ) -> Self:
         """The journal below `state_dir`, made when it is not there."""
         connection, path = open_database(state_dir)
@@ -163,6 +162,28 @@ class Journal:
         return next((vm for vm in self.vms() if vm.name == name), None)
 
     # devices
+
+    def require_vm(self, name: str) -> VmRecord:
+        """Return the VM of that name. Raises StateError when the journal does not know it."""
+        record = self.find_vm(name)
+        if record is None:
+            raise StateError(
+                f"no VM {name!r} is known",
+                state="unknown",
+                required="started or adopted",
+                hint=f"vmplug vm list shows the known ones; vmplug vm adopt {name} --qmp SOCKET",
+            )
+        return record
+
+    def holders(self) -> dict[str, str]:
+        """Return the VMs by the identities of what they hold, each function of a group too."""
+        held = dict[str, str]()
+        for vm in self.vms():
+            for device in self.devices(vm.name):
+                functions = device.guest_address.functions if device.guest_address else ()
+                members = (f"vfio:{function.host}" for function in functions)
+                held |= dict.fromkeys((device.identity, *members), vm.name)
+        return held
 
     def version(self) -> int:
         """A number that changes when another process or manager has written to the journal."""

@@ -18,6 +18,7 @@ from functools import partial
 
 from vmplug.address import new_id
 from vmplug.errors import StoreError
+from vmplug.journal import StateDir, journal_path
 from vmplug.journal.bindings import read_binding
 from vmplug.journal.database import (
     VERSION,
@@ -104,12 +105,12 @@ def _find_damage(db: sqlite3.Connection, path: str) -> str | None:
     return None
 
 
-def set_aside(state_dir: str) -> Salvage | None:
+def set_aside(state_dir: StateDir) -> Salvage | None:
     """Put a journal that is whole in the place of a damaged one; None when there is no damage.
 
     Raises StoreError, and then the damaged one is where it was.
     """
-    path = os.path.join(state_dir, "journal.db")
+    path = journal_path(state_dir)
     if not os.path.exists(path):
         return None
     with (

@@ -1,7 +1,6 @@
 """DeviceManager: attach and detach, counted by owner and remembered."""
 
 import logging
-import os
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -26,7 +25,7 @@ from vmplug.host.finding import Claim, Code, Finding
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
-from vmplug.journal import DEFAULT_STATE_DIR
+from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
 from vmplug.journal.state import State, holds_nothing, not_attached
@@ -92,7 +91,7 @@ class DeviceManager:
         vm: str,
         host: HostRoot,
         hypervisor: Hypervisor,
-        state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR,
+        state_dir: StateDir = DEFAULT_STATE_DIR,
         vhost_user_store: VhostUserStore | None = None,
         policy: Policy | None = None,
     ) -> Self:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vmplug.journal.records import Attachment
 
 _NO_WORD = {DeviceType.VHOST_USER_SCSI, DeviceType.VHOST_USER_NET, DeviceType.VIRTIO_RNG}
-"""The agent is not told of these: the guest's kernel finds them."""
+"""Kata's agent needs no message about these: the guest's kernel finds them."""
 
 
 def agent_json(attachment: "Attachment") -> dict[str, Any] | None:

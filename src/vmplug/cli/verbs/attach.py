@@ -11,12 +11,15 @@ from vmplug.cli.options import (
     policy_option,
     read_request,
     request_options,
+    require_owner,
     state_dir_option,
     vm_option,
 )
-from vmplug.cli.render.output import attachment_json, print_attachments, print_json
-from vmplug.cli.wiring import find_policy, open_manager
+from vmplug.cli.render.attachments import attachment_json, print_attachments
+from vmplug.cli.render.output import print_json
 from vmplug.drivers import block, rng, share, vfio, vhost_user
+from vmplug.policy.find import find_policy
+from vmplug.vms.connect import connect_vm
 
 _KINDS = {
     "a disk": block.OPTIONS,
@@ -57,9 +60,9 @@ def command(
     policy: str | None,
     **request: object,
 ) -> None:
-    """Plug the devices into a VM, all of them or none, and tell where the guest sees them.
+    """Plug the devices into a VM, all of them or none, and print where the guest sees them.
 
-    A device that the VM has already is only counted: it stays until its last owner lets go.
+    A device that the VM already has is counted, and stays until its last owner detaches it.
     Character devices are counted and never given to the VM.
 
     \b
@@ -70,19 +73,13 @@ def command(
     vmplug attach --device vfio:0000:3b:00.0 --managed --vm sb1 --owner ctr1
     """
     asked = read_request(**request)  # type: ignore[arg-type]
-    owner = owner or asked.name
-    if owner is None:
-        raise click.UsageError("say --owner: there is no bundle directory to take a name from")
-    allowed = parse_allow(allow)
-    with open_manager(
-        vm,
-        state_dir,
-        host=asked.host,
-        vhost_user_store=asked.vhost_user_store,
-        policy=find_policy(policy),
-    ) as devices:
+    setup = asked.setup(state_dir, find_policy(policy))
+    with connect_vm(vm, setup=setup) as devices:
         attachments = devices.attach_all(
-            asked.requests, owner=owner, allow=allowed, managed=managed
+            asked.requests,
+            owner=require_owner(owner, asked),
+            allow=parse_allow(allow),
+            managed=managed,
         )
     if as_json:
         listed = [attachment_json(attachment) for attachment in attachments]

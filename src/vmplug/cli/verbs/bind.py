@@ -10,11 +10,9 @@ from vmplug.cli.options import (
     state_dir_option,
 )
 from vmplug.cli.render.output import print_json, print_table, progress
-from vmplug.cli.target import find_group
-from vmplug.cli.wiring import open_journal
-from vmplug.host.pci.bind import read_driver
 from vmplug.host.root import HostRoot
-from vmplug.manager.binding.binder import Binder
+from vmplug.manager.binding.groups import BoundFunction, bind_device
+from vmplug.manager.setup import Setup
 
 
 @click.command("bind")
@@ -22,8 +20,7 @@ from vmplug.manager.binding.binder import Binder
 @click.option(
     "--driver",
     metavar="NAME",
-    help="A driver of VFIO; default: the variant that the kernel has for the function, or "
-    "vfio-pci.",
+    help="A VFIO driver; default: the kernel's variant driver for the function, or vfio-pci.",
 )
 @allow_option
 @root_option
@@ -39,39 +36,40 @@ def command(
 ) -> None:
     """Give a PCI function, with its whole IOMMU group, to VFIO.
 
-    What the host uses is refused, as `vmplug check` would: a mounted disk, a network interface
-    with an address. `vmplug unbind` gives every function back to the driver that it had; functions
-    that VFIO has already stay as they are. FUNCTION may also be a node of VFIO, /dev/vfio/26.
+    Refuses what the host uses, as `vmplug check` does: a mounted disk, a network interface with an
+    address. Functions that VFIO already has stay as they are. `vmplug unbind` gives every function
+    back to its former driver. FUNCTION may also be a VFIO node, such as /dev/vfio/26.
 
     \b
     vmplug bind 0000:3b:00.0
     vmplug bind 3b:00.0 --driver mlx5_vfio_pci
     vmplug bind 3b:00.0 --allow network-in-use --json
     """
-    host, allowed = HostRoot(root), parse_allow(allow)
-    group = find_group(function, host)
-    with open_journal(state_dir) as journal, progress(f"binding {function} to VFIO"):
-        bound = Binder(journal, host).bind(group, driver=driver, allow=allowed)
-    former = {binding.bdf: binding.former for binding in bound}
-    functions = [
-        {
-            "address": str(member.bdf),
-            "former_driver": former[member.bdf].driver if member.bdf in former else member.driver,
-            "driver": read_driver(member.bdf, host),
-            "bound_by_vmplug": member.bdf in former,
-        }
-        for member in group.functions
-    ]
+    allowed = parse_allow(allow)
+    with progress(f"binding {function} to VFIO"):
+        group = bind_device(
+            function,
+            driver=driver,
+            allow=allowed,
+            setup=Setup(host=HostRoot(root), state_dir=state_dir),
+        )
     if as_json:
-        node = None if group.number is None else f"/dev/vfio/{group.number}"
-        print_json({"iommu_group": group.number, "group_node": node, "functions": functions})
+        functions = [_json(member) for member in group.functions]
+        facts = {"iommu_group": group.number, "group_node": group.node}
+        print_json({**facts, "functions": functions})
         return
     print_table(
         ("FUNCTION", "FORMER", "NOW"),
-        [
-            (str(row["address"]), str(row["former_driver"] or "-"), str(row["driver"] or "-"))
-            for row in functions
-        ],
+        [(str(m.bdf), m.former_driver or "-", m.driver or "-") for m in group.functions],
     )
-    if group.mediated:
-        click.echo(f"{group.mediated.uuid} is a mediated device: it needs no binding")
+    if group.mediated_uuid:
+        click.echo(f"{group.mediated_uuid} is a mediated device: it needs no binding")
+
+
+def _json(function: BoundFunction) -> dict[str, object]:
+    return {
+        "address": str(function.bdf),
+        "former_driver": function.former_driver,
+        "driver": function.driver,
+        "bound_by_vmplug": function.is_bound_by_vmplug,
+    }

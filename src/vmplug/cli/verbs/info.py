@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def command(as_json: bool, **request: object) -> None:
     """What does the container ask for?
 
-    BUNDLE is an OCI bundle directory, a config.json, or - for standard input. The host's devices
-    are not looked at, but for mounts whose source is a block device.
+    BUNDLE is an OCI bundle directory, a config.json, or - for standard input. Reads no device of
+    the host, except to find mounts whose source is a block device.
 
     \b
     vmplug info bundle/

@@ -3,11 +3,10 @@
 import click
 
 from vmplug.cli.options import complete_vm, json_option, state_dir_option
-from vmplug.cli.render.output import attachment_json, host_json, print_attachments, print_json
-from vmplug.cli.wiring import find_ended, open_journal, read_attachments
-from vmplug.host.root import HostRoot
-from vmplug.journal.journal import Journal
-from vmplug.manager.watching.health import DeviceHealth, HostSnapshot
+from vmplug.cli.render.attachments import attachment_json, host_json, print_attachments
+from vmplug.cli.render.output import print_json
+from vmplug.manager.setup import Setup
+from vmplug.vms.listing import list_attachments
 
 
 @click.command("list")
@@ -17,31 +16,24 @@ from vmplug.manager.watching.health import DeviceHealth, HostSnapshot
 def command(as_json: bool, state_dir: str, vm: str | None) -> None:
     """What is plugged where?
 
-    The journal is asked, no VM; `vmplug reconcile` makes the two agree. HOST says what has become
-    of the device on the host, - where that cannot be told; `vmplug watch` tells it as it happens.
+    Reads the journal and asks no VM; `vmplug reconcile` makes the two agree. HOST is the state of
+    the device on the host, - where that cannot be known; `vmplug watch` prints changes as they
+    happen.
 
     \b
     vmplug list
     vmplug list --vm sb1 --json
     """
-    with open_journal(state_dir) as journal:
-        held = read_attachments(journal, vm)
-        ended = find_ended(journal, {hold.vm for hold in held})
-        looks = _look(journal, vm)
+    listing = list_attachments(vm=vm, setup=Setup(state_dir=state_dir))
     if as_json:
-        listed = [attachment_json(hold) | host_json(looks.get(hold.device_id)) for hold in held]
-        print_json({"attachments": listed, "ended_vms": ended})
+        listed = [
+            attachment_json(hold) | host_json(listing.health.get(hold.device_id))
+            for hold in listing.attachments
+        ]
+        print_json({"attachments": listed, "ended_vms": list(listing.ended_vms)})
         return
-    print_attachments(held, with_vm=True, looks=looks)
-    for name in ended:
+    print_attachments(listing.attachments, with_vm=True, health=listing.health)
+    for name in listing.ended_vms:
         click.echo(f"VM {name} seems to have ended: vmplug reconcile frees what it held")
-    if not held:
+    if not listing.attachments:
         click.echo("nothing is attached")
-
-
-def _look(journal: Journal, vm: str | None) -> dict[str, DeviceHealth]:
-    """What has become of the devices on the host, by id, as far as it can be told."""
-    vms = [record for record in journal.vms() if vm in {None, record.name}]
-    looker = HostSnapshot(HostRoot(), vms)
-    devices = (device for record in vms for device in journal.devices(record.name))
-    return {device.id: look for device in devices if (look := looker.of(device))}

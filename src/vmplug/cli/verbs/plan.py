@@ -17,8 +17,9 @@ from vmplug.cli.options import (
     vm_option,
 )
 from vmplug.cli.render.output import print_json
-from vmplug.cli.wiring import find_policy, open_manager
 from vmplug.drivers.ports import Command
+from vmplug.policy.find import find_policy
+from vmplug.vms.connect import connect_vm
 
 
 @click.command("plan")
@@ -41,25 +42,23 @@ def command(
     policy: str | None,
     **request: object,
 ) -> None:
-    """Exactly what would be done: every step with the one that takes it back.
+    """What would `vmplug attach` do? Every step with the one that undoes it.
 
-    The VM is asked what it offers; nothing is changed. Device ids are drawn anew each time.
+    Asks the VM what it offers, and changes nothing. Device ids are drawn at random each time.
 
     \b
     vmplug plan bundle/ --vm sb1
     vmplug plan --device b:7:0 --vm sb1 --json
     """
     asked = read_request(**request)  # type: ignore[arg-type]
-    allowed = parse_allow(allow)
-    owner = owner or asked.name
-    with open_manager(
-        vm,
-        state_dir,
-        host=asked.host,
-        vhost_user_store=asked.vhost_user_store,
-        policy=find_policy(policy),
-    ) as devices:
-        steps = devices.plan(asked.requests, owner=owner, allow=allowed, managed=managed)
+    setup = asked.setup(state_dir, find_policy(policy))
+    with connect_vm(vm, setup=setup) as devices:
+        steps = devices.plan(
+            asked.requests,
+            owner=owner or asked.name,
+            allow=parse_allow(allow),
+            managed=managed,
+        )
     if as_json:
         listed = [{"do": _json(step.do), "undo": _json(step.undo)} for step in steps]
         print_json({"vm": vm, "steps": listed})

@@ -19,9 +19,9 @@ def command(as_json: bool, root: str, force: bool, file: str) -> None:
 
     Every reading verb takes the file in place of a host: `vmplug host --root FILE.tar`. It holds
     links and small text files of /sys, the device nodes that they name, and tables of /proc:
-    mounts, which name directories and files of this host, swap areas, routes and interrupts.
-    What is on the host's disks is not in it. Whoever is not root can read less; what could not be
-    read is told. A file whose name ends in .gz or .tgz is compressed.
+    mounts, which name directories and files of this host, swap areas, routes and interrupts. It
+    holds nothing of what is stored on the host's disks. Prints what it could not read, as happens
+    without root. A file whose name ends in .gz or .tgz is compressed.
 
     \b
     vmplug record report.tar

@@ -24,7 +24,7 @@ _HOST_ERROR = 4
 def command(as_json: bool, **request: object) -> None:
     """What is that on this host?
 
-    Every device is answered; the exit status is 4 when one of them is not there.
+    Prints every device; the exit status is 4 when the host lacks one of them.
 
     \b
     vmplug resolve bundle/

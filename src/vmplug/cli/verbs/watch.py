@@ -7,7 +7,6 @@ import click
 
 from vmplug.cli.options import complete_vm, state_dir_option
 from vmplug.cli.render.text import one_line
-from vmplug.cli.wiring import find_vm, open_journal
 from vmplug.manager.watching.notice import DeviceEvent
 from vmplug.manager.watching.watch import watch
 
@@ -19,7 +18,7 @@ from vmplug.manager.watching.watch import watch
     "timeout_s",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="End after so long; 0 tells only what is wrong now. Default: never.",
+    help="Stop after this time; 0 prints only what is wrong now. Default: never.",
 )
 @state_dir_option
 @click.option(
@@ -28,19 +27,16 @@ from vmplug.manager.watching.watch import watch
 def command(as_json: bool, state_dir: str, timeout_s: float | None, vm: str | None) -> None:
     """What happens to the host devices that VMs have?
 
-    First what is wrong already, then what happens, until Ctrl-C: a disk or a function that is
-    taken away or given to another driver, a resized disk, a deleted image, a backend that ends or
-    comes back, a VM that ends. It says what that is to the guest, and what to do. Nothing is
-    changed, and no VM is asked.
+    Prints what is already wrong, then what happens, until Ctrl-C: a disk or a function that is
+    removed or given to another driver, a resized disk, a deleted image, a backend that ends or
+    comes back, a VM that ends. Each event says what it means for the guest, and what to do.
+    Changes nothing, and asks no VM.
 
     \b
     vmplug watch
     vmplug watch --vm sb1 --json | while read -r line; do logger -t vmplug "$line"; done
     vmplug watch --timeout 0
     """
-    if vm:
-        with open_journal(state_dir) as journal:
-            find_vm(journal, vm)
     with watch(state_dir, vm=vm, timeout_s=timeout_s) as notices:
         for notice in notices:
             click.echo(json.dumps(_json(notice)) if as_json else _text(notice))

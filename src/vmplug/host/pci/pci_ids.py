@@ -7,7 +7,7 @@ The list is read when the first name is asked for, and only looked through for t
 import re
 
 from vmplug.errors import AttributeReadError
-from vmplug.host.root import HostRoot
+from vmplug.host.root import THIS_HOST, HostRoot
 
 PCI_IDS = ("/usr/share/misc/pci.ids", "/usr/share/hwdata/pci.ids")
 """Where Debian and where Fedora have it."""
@@ -53,7 +53,7 @@ class PciNames:
     """The names that a host's list has, or else the running host's."""
 
     def __init__(self, root: HostRoot) -> None:
-        self._roots = (root,) if root.is_live else (root, HostRoot())
+        self._roots = (root,) if root.is_live else (root, THIS_HOST)
         self._text: str | None = None
         self._known: dict[tuple[str, str], str | None] = {}
 

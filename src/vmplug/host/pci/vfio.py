@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
-from vmplug.errors import AttributeReadError, NoSuchDevice
+from vmplug.errors import AttributeReadError, NoSuchDevice, SpecError
 from vmplug.host.block.device import DiskPart
 from vmplug.host.file_id import file_replaced
 from vmplug.host.kind import FoundBy
@@ -94,6 +94,26 @@ def find_vfio_device(
             disks=_read_disks([function], root),
         )
     return _read_group(number, node, root, found_by, named=name)
+
+
+def find_named_group(text: str, root: HostRoot) -> VfioGroup:
+    """The group that a function's address, a mediated device's UUID or a node of VFIO names.
+
+    Raises SpecError for any other text, and NoSuchDevice.
+    """
+    if GROUP_NODE.match(text) or CDEV_NODE.match(text):
+        return find_vfio_group(text, root, devnum=None, found_by=FoundBy.FILE)
+    if UUID.match(text):
+        return find_vfio_device(text, root)
+    try:
+        bdf = Bdf.parse_written(text)
+    except ValueError:
+        raise SpecError(
+            repr(text),
+            "not the address of a PCI function or a node of VFIO",
+            hint="write 0000:3b:00.0, 3b:00.0 or /dev/vfio/26",
+        ) from None
+    return find_vfio_device(str(bdf), root)
 
 
 def _find_mediated(name: str, root: HostRoot, node: str | None, found_by: FoundBy) -> VfioGroup:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.errors import HostError, NoSuchDevice
-from vmplug.host.root import HostRoot, describe
+from vmplug.host.root import THIS_HOST, HostRoot, describe
 
 VHOST_USER_BLK_MAJOR = 241
 VHOST_USER_SCSI_MAJOR = 242
@@ -64,12 +64,12 @@ class VhostUserStore:
         *,
         blk_major: int = VHOST_USER_BLK_MAJOR,
         scsi_major: int = VHOST_USER_SCSI_MAJOR,
-        root: HostRoot | None = None,
+        root: HostRoot = THIS_HOST,
     ) -> None:
         self.path = path
         self.blk_major = blk_major
         self.scsi_major = scsi_major
-        self._root = root or HostRoot()
+        self._root = root
         self._devices = f"{path}/block/devices"
         self._sockets = f"{path}/block/sockets"
         self._index: _Index | None = None

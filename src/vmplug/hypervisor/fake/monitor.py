@@ -16,7 +16,7 @@ from vmplug.address import PERIPHERAL
 from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
-from vmplug.host.root import HostRoot
+from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.fake.backends import FakeBackends, Refused
 from vmplug.hypervisor.qemu.abilities import IOMMUFD
 from vmplug.hypervisor.qemu.running import Qemu
@@ -53,7 +53,7 @@ class FakeHypervisor(Qemu):
         scsi: bool = True,
         memory_slots: int = 4,
         iommufd: bool = False,
-        host: HostRoot | None = None,
+        host: HostRoot = THIS_HOST,
     ) -> None:
         self.monitor = FakeMonitor(
             root_ports=root_ports, scsi=scsi, memory_slots=memory_slots, iommufd=iommufd

@@ -23,7 +23,7 @@ from vmplug.errors import (
 from vmplug.host.file_id import check_path, file_replaced, has_open, has_thread, pinned
 from vmplug.host.pci.vfio import open_nodes
 from vmplug.host.process import is_running
-from vmplug.host.root import HostRoot
+from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import Abilities, QueriedAbilities
 from vmplug.hypervisor.qemu.iommufd import make_iommufd, missing_steps
 from vmplug.hypervisor.qemu.steps import vfio
@@ -60,10 +60,10 @@ class Qemu:
         monitor: Monitor,
         endpoint: Endpoint | None = None,
         daemons: VirtiofsdRunner | None = None,
-        host: HostRoot | None = None,
+        host: HostRoot = THIS_HOST,
     ) -> None:
         self._monitor = monitor
-        self._host = host or HostRoot()
+        self._host = host
         self.undo_timeout_s = 5.0
         self._endpoint = endpoint
         vm = endpoint.qmp_socket if endpoint else f"process {os.getpid()}"
@@ -101,7 +101,7 @@ class Qemu:
         The conversation is taken up again with whoever answers at the socket.
         """
         known = self._endpoint
-        if known and not (known.pid and is_running(known.pid, None, HostRoot())):
+        if known and not (known.pid and is_running(known.pid, None, THIS_HOST)):
             self.status()
             self._endpoint = replace(known, pid=self._monitor.peer_pid)
         return self._endpoint
@@ -204,7 +204,7 @@ class Qemu:
         """
         check_path(path, checked)
         if pid and has_open(pid, checked) is False and self._is_of_guest(pid):
-            raise file_replaced(path, HostRoot())
+            raise file_replaced(path, THIS_HOST)
 
     def _is_of_guest(self, pid: int) -> bool:
         """Whether a process has the guest's CPUs: QEMU 7.2 tells them while it is paused too."""

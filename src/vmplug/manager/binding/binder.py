@@ -346,6 +346,16 @@ class Binder:
             yield {row.bdf: row for row in rows if row.boot_id == boot_id}
 
 
+def give_back_unused(journal: Journal) -> None:
+    """Give functions whose device is gone from the journal back to their former drivers.
+
+    Raises BindError for the first that cannot be given back; reconcile tries again.
+    """
+    failures = [done.error for done in Binder(journal, journal.host).recover() if done.error]
+    if failures:
+        raise failures[0]
+
+
 def _failed(former: FormerBinding, error: HostError) -> Returned:
     """Every failure is one to bind, for who handles those."""
     if not isinstance(error, BindError):

@@ -5,7 +5,6 @@ that come and go, and of processes that end. All else (files, sockets, what othe
 journal) is looked at every LOOK_INTERVAL_S.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
-from vmplug.host.root import HostRoot
+from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.host.vhost_user.sockets import find_server
-from vmplug.journal import DEFAULT_STATE_DIR
+from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, has_ended
 from vmplug.manager.watching.health import (
@@ -39,22 +38,25 @@ LOOK_INTERVAL_S = 1.0
 
 
 def watch(
-    state_dir: str | os.PathLike[str] = DEFAULT_STATE_DIR,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
     *,
-    host: HostRoot | None = None,
+    host: HostRoot = THIS_HOST,
     vm: str | None = None,
     timeout_s: float | None = None,
 ) -> "Watch":
     """What is wrong already and then what happens, until it is closed or `timeout_s` is over.
 
-    Only of the VM called `vm`, None for all; `timeout_s` None never ends. Raises StoreError, and
-    HostError when the kernel's events cannot be received.
+    Only of the VM called `vm`, None for all; `timeout_s` None never ends. Raises StoreError,
+    StateError for a VM that is not known, and HostError when the kernel's events cannot be
+    received.
     """
     with ExitStack() as opened:
         journal = opened.enter_context(Journal.open(state_dir))
+        if vm is not None:
+            journal.require_vm(vm)
         events = opened.enter_context(HostEvents())
         opened.pop_all()
-    return Watch(journal, events, host=host or HostRoot(), vm=vm, timeout_s=timeout_s)
+    return Watch(journal, events, host=host, vm=vm, timeout_s=timeout_s)
 
 
 @dataclass(frozen=True, slots=True)

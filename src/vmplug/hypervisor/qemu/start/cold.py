@@ -19,7 +19,7 @@ from vmplug.drivers.ports import START_DAEMON, Command, Step
 from vmplug.errors import StateError
 from vmplug.host.file_id import check_path, file_replaced, has_open
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
-from vmplug.host.root import HostRoot
+from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps, needs_iommufd
 from vmplug.hypervisor.qemu.start.machine import BINARY, VmSpec, cold_offer, option_text
@@ -53,10 +53,10 @@ class ColdQemu:
         directory: Path,
         daemons: VirtiofsdRunner | None = None,
         abilities: Abilities | None = None,
-        host: HostRoot | None = None,
+        host: HostRoot = THIS_HOST,
     ) -> None:
         self.abilities = abilities or of_program(BINARY[spec.machine])
-        self._host = host or HostRoot()
+        self._host = host
         self.spec = spec
         self.directory = directory
         self._daemons = daemons or HostVirtiofsdRunner(str(self.qmp_socket))
@@ -153,7 +153,7 @@ class ColdQemu:
         for path, checked in self._files.values():
             check_path(path, checked)
             if has_open(pid, checked) is False:
-                raise file_replaced(path, HostRoot())
+                raise file_replaced(path, THIS_HOST)
 
     def arguments(self) -> list[str]:
         """Everything that was plugged, for the command line."""

@@ -1,6 +1,5 @@
 """Start a QEMU that has room to plug into: the embedded default, for who has none."""
 
-import errno
 import os
 import re
 import socket
@@ -117,15 +116,3 @@ def _listening(path: str) -> socket.socket:
     listener.bind(path)
     listener.listen(1)  # connecting fails when QEMU dies
     return listener
-
-
-def is_listening(path: str) -> bool | None:
-    """Whether a process listens on a unix socket; None when there is no such file.
-
-    A QEMU keeps listening for as long as it lives, also while it serves a client. A full queue
-    of waiting clients is a listener too. Source: unix(7), connect(2).
-    """
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(0)
-        number = client.connect_ex(path)
-    return None if number == errno.ENOENT else number != errno.ECONNREFUSED

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, assert_never
 
-from vmplug.address import CcwDevNo, PciPath, PciSlot
+from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot
 from vmplug.drivers.place import (
     FIRMWARE_WINDOWS,
     MmioPlace,
@@ -55,7 +55,8 @@ class VmSpec:
     """A machine to start.
 
     `ports`, `bridges` and `memory_slots` are for a q35; `windows` are bytes of 64-bit prefetchable
-    memory that its first ports have for devices with large BARs. `disk` is a raw image to boot
+    memory that its first ports have for devices with large BARs; `start_vm` computes them for the
+    functions in `room_for`, which are to be plugged later. `disk` is a raw image to boot
     from and `kernel`, `initrd`, `append` a direct kernel boot; each may be None. `extra` goes to
     QEMU as it is.
     """
@@ -67,6 +68,7 @@ class VmSpec:
     ports: int = 8
     bridges: int = 0
     windows: tuple[int, ...] = ()
+    room_for: tuple[Bdf, ...] = ()
     memory_slots: int = 4
     accel: str = "kvm"
     kernel: str | None = None

@@ -1,0 +1,114 @@
+"""Attachments: for people and as JSON."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from vmplug.cli.render.kata_agent import agent_json
+from vmplug.cli.render.output import access, print_table
+from vmplug.cli.render.text import one_line
+from vmplug.drivers.place import GuestAddress
+from vmplug.journal.records import Attachment
+from vmplug.manager.watching.health import DeviceHealth
+from vmplug.vms.attachments import Detached, DetachOutcome
+
+
+def attachment_json(attachment: Attachment) -> dict[str, Any]:
+    """One hold on a device; `guest` is null for a device that is only counted."""
+    return {
+        "id": attachment.id,
+        "vm": attachment.vm,
+        "owner": attachment.owner,
+        "name": attachment.name,
+        "container_path": attachment.container_path,
+        "host_path": attachment.host_path,
+        "kind": str(attachment.kind),
+        "read_only": attachment.read_only,
+        "count": attachment.count,
+        "state": str(attachment.state),
+        "guest": guest_json(attachment),
+    }
+
+
+def guest_json(attachment: Attachment) -> dict[str, Any] | None:
+    """Where the guest sees it; null for a device that is only counted."""
+    guest = attachment.guest_address
+    if guest is None:
+        return None
+    return {
+        "pci_path": str(guest.pci_path) if guest.pci_path else None,
+        "scsi_address": str(guest.scsi_address) if guest.scsi_address else None,
+        "ccw_devno": str(guest.ccw_devno) if guest.ccw_devno else None,
+        "virt_path": guest.virt_path,
+        "nvdimm_id": None if guest.nvdimm_id is None else str(guest.nvdimm_id),
+        "nvdimm_handle": guest.nvdimm_handle,
+        "mount_tag": guest.mount_tag,
+        "mac_address": guest.mac_address,
+        "functions": [
+            {"host": function.host, "pci_path": str(function.pci_path or "") or None}
+            for function in guest.functions
+        ],
+        "ap_queues": list(guest.ap_queues),
+        "agent": agent_json(attachment),
+    }
+
+
+def host_json(health: DeviceHealth | None) -> dict[str, Any]:
+    """What a device is on the host now; no key where it cannot be known."""
+    return {"host": {"state": str(health.state), "detail": health.detail}} if health else {}
+
+
+def guest_text(guest: GuestAddress | None) -> str:
+    """`PCI 04/00`, `SCSI 0:1`, `/dev/pmem0`, or that there is none."""
+    return str(guest) or "-" if guest else "- (counted, not given to the VM)"
+
+
+def print_attachments(
+    attachments: Sequence[Attachment],
+    *,
+    with_vm: bool,
+    health: Mapping[str, DeviceHealth] | None = None,
+) -> None:
+    """A table of holds; `health` by device id adds what has become of the devices on the host."""
+    rows = [
+        (
+            *((hold.vm,) if with_vm else ()),
+            hold.id,
+            hold.owner,
+            hold.name,
+            hold.host_path,
+            access(read_only=hold.read_only),
+            str(hold.state) + (f" x{hold.count}" if hold.count > 1 else ""),
+            guest_text(hold.guest_address),
+            *(() if health is None else (_host_text(health.get(hold.device_id)),)),
+        )
+        for hold in attachments
+    ]
+    headings = ("ATTACHMENT", "OWNER", "CONTAINER PATH", "HOST PATH", "RO/RW", "STATE", "GUEST")
+    host = () if health is None else ("HOST",)
+    print_table((*(("VM",) if with_vm else ()), *headings, *host), rows)
+
+
+def _host_text(health: DeviceHealth | None) -> str:
+    return str(health.state) if health else "-"
+
+
+def detached_json(done: Detached) -> dict[str, Any]:
+    """What was to be detached, and what became of it."""
+    return {
+        **attachment_json(done.attachment),
+        "still_held": done.outcome is DetachOutcome.STILL_HELD,
+        "retained": done.outcome is DetachOutcome.RETAINED,
+    }
+
+
+def print_detached(detached: Sequence[Detached]) -> None:
+    """A line for each."""
+    for done in detached:
+        hold = done.attachment
+        what = f"{hold.id}  {one_line(hold.host_path)}"
+        if done.outcome is DetachOutcome.RETAINED:
+            click.echo(f"released {what}  stays in VM {hold.vm} until that ends")
+        else:
+            click.echo(f"{done.outcome} {what}  from VM {hold.vm}")

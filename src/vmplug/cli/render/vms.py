@@ -1,0 +1,100 @@
+"""VMs: for people and as JSON."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from vmplug.cli.render.attachments import attachment_json, print_attachments
+from vmplug.cli.render.output import print_table
+from vmplug.cli.render.text import one_line
+from vmplug.vms.adopt import AdoptedVm
+from vmplug.vms.start import StartedVm
+from vmplug.vms.status import VmStatus
+from vmplug.vms.stop import StoppedVm
+
+
+def started_json(vm: StartedVm) -> dict[str, Any]:
+    """A VM that was started, and what it has from the start."""
+    facts = {"name": vm.name, "qmp": vm.qmp_socket, "pid": vm.pid, "directory": vm.directory}
+    return {"vm": facts, "attachments": [attachment_json(hold) for hold in vm.attachments]}
+
+
+def print_started(vm: StartedVm) -> None:
+    """Its process, its files and what it has from the start."""
+    click.echo(f"VM {vm.name} runs as process {vm.pid}; its files are in {vm.directory}")
+    print_attachments(vm.attachments, with_vm=False)
+
+
+def adopted_json(vm: AdoptedVm) -> dict[str, Any]:
+    """A VM that was adopted."""
+    return {
+        "vm": {
+            "name": vm.name,
+            "qmp": vm.qmp_socket,
+            "pid": vm.pid,
+            "qmp_open_to_all": vm.is_open_to_all,
+            "machine": vm.machine,
+        }
+    }
+
+
+def print_adopted(vm: AdoptedVm) -> None:
+    """What it offers, and a warning about a socket that is open to all."""
+    click.echo(
+        f"VM {vm.name} is adopted: {vm.machine} with {vm.free_pci_places} free PCI places and "
+        f"{vm.scsi_controllers} SCSI controller{'s' * (vm.scsi_controllers != 1)}"
+    )
+    if vm.is_open_to_all:
+        socket = one_line(vm.qmp_socket)
+        click.echo(
+            f"vmplug: every user of this host can connect to {socket} and control the VM\n"
+            f"hint: chmod 600 {socket}",
+            err=True,
+        )
+
+
+def stopped_json(vm: StoppedVm) -> dict[str, Any]:
+    """A VM that was stopped, and what it held."""
+    return {"vm": {"name": vm.name}, "released": [hold.id for hold in vm.released]}
+
+
+def print_stopped(vm: StoppedVm) -> None:
+    """What became of it."""
+    released = f", {len(vm.released)} attachments released" if vm.released else ""
+    click.echo(f"VM {vm.name} is {'forgotten' if vm.was_adopted else 'stopped'}{released}")
+
+
+def status_json(vm: VmStatus) -> dict[str, Any]:
+    """A known VM."""
+    return {
+        "name": vm.name,
+        "state": vm.state,
+        "machine": vm.machine,
+        "free_ports": vm.free_ports,
+        "scsi_controllers": vm.scsi_controllers,
+        "shared_memory": vm.shared_memory,
+        "attachments": vm.attachments,
+        "qmp": vm.qmp_socket,
+    }
+
+
+def print_statuses(vms: Sequence[VmStatus]) -> None:
+    """A table of known VMs."""
+    print_table(
+        ("VM", "STATE", "MACHINE", "FREE PORTS", "SCSI", "SHARED MEMORY", "ATTACHED", "QMP"),
+        [tuple(_word(value) for value in status_json(vm).values()) for vm in vms],
+    )
+    if not vms:
+        click.echo("no VM is known")
+
+
+def _word(value: object) -> str:
+    """A cell of the table."""
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case _:
+            return str(value)

@@ -1,0 +1,29 @@
+"""Which host, and what holds on it: passed to every function that serves several VMs."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vmplug.host.root import THIS_HOST, HostRoot
+from vmplug.journal import DEFAULT_STATE_DIR, StateDir
+
+if TYPE_CHECKING:
+    from vmplug.host.vhost_user.store import VhostUserStore
+    from vmplug.policy.rules import Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A host as vmplug serves it.
+
+    `state_dir` is where the journal is. `vhost_user_store` is the host's, None when it has none.
+    Without a `policy` everything may be handed over that `check` finds nothing against; see
+    `find_policy`.
+    """
+
+    host: HostRoot = THIS_HOST
+    state_dir: StateDir = DEFAULT_STATE_DIR
+    vhost_user_store: "VhostUserStore | None" = None
+    policy: "Policy | None" = None
+
+
+DEFAULT_SETUP = Setup()

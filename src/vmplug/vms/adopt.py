@@ -1,0 +1,57 @@
+"""Plug into a QEMU that somebody else started."""
+
+from contextlib import closing
+from dataclasses import dataclass
+
+from vmplug.host.permissions import can_all_connect
+from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import record_vm
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.vms.known import check_name, forget_ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdoptedVm:
+    """A VM that vmplug serves from now on, and what it offers.
+
+    `pid` is None when the process cannot be seen from here. `is_open_to_all` is whether every
+    user of the host may connect to the socket, and so control the VM.
+    """
+
+    name: str
+    qmp_socket: str
+    pid: int | None
+    machine: str
+    free_pci_places: int
+    scsi_controllers: int
+    is_open_to_all: bool
+
+
+def adopt_vm(
+    name: str,
+    qmp_socket: str,
+    *,
+    setup: Setup = DEFAULT_SETUP,
+) -> AdoptedVm:
+    """Write a running QEMU into the journal under that name, and return what it offers.
+
+    Give QEMU a QMP socket for vmplug alone. Raises SpecError, ConnectError, and StateError when
+    another VM has the name.
+    """
+    check_name(name)
+    with Journal.open(setup.state_dir) as journal:
+        forget_ended(journal, name)
+        with closing(Qemu.connect(qmp_socket)) as qemu:
+            endpoint, offer = qemu.endpoint, qemu.offer()
+        assert endpoint
+        journal.add_vm(record_vm(name, endpoint, journal.host))
+    return AdoptedVm(
+        name=name,
+        qmp_socket=endpoint.qmp_socket,
+        pid=endpoint.pid,
+        machine=offer.machine,
+        free_pci_places=sum(len(port.free) for port in offer.ports),
+        scsi_controllers=len(offer.controllers),
+        is_open_to_all=can_all_connect(endpoint.qmp_socket),
+    )

@@ -1,0 +1,136 @@
+"""Attachments of all VMs: detached by id or by owner, resized."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vmplug.errors import HypervisorError, NotAttached
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import Attachment
+from vmplug.journal.state import State
+from vmplug.manager import UNPLUG_TIMEOUT_S
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.vms.connect import connect_vm
+from vmplug.vms.listing import read_attachments
+
+
+class DetachOutcome(StrEnum):
+    """What became of an attachment that was to be detached."""
+
+    DETACHED = "detached"
+    STILL_HELD = "still held"
+    """It was attached more than once, and has lost one count."""
+    RETAINED = "retained"
+    """QEMU cannot unplug it: it stays in the VM until that ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detached:
+    """An attachment, as it was, and what became of it."""
+
+    attachment: Attachment
+    outcome: DetachOutcome
+
+
+def detach_attachments(
+    attachment_ids: Sequence[str],
+    *,
+    timeout_s: float = UNPLUG_TIMEOUT_S,
+    setup: Setup = DEFAULT_SETUP,
+) -> list[Detached]:
+    """Take one count of each attachment back, in whatever VMs they are; the last one unplugs.
+
+    Guests have `timeout_s` to let go. Raises NotAttached before anything is changed; the first
+    HypervisorError of a VM after the other VMs had their turn. The call may be repeated.
+    """
+    with Journal.open(setup.state_dir) as journal:
+        known = {hold.id: hold for hold in read_attachments(journal, None) if _is_held(hold)}
+    for attachment_id in attachment_ids:
+        if attachment_id not in known:
+            raise _not_attached(attachment_id)
+    chosen = [known[attachment_id] for attachment_id in attachment_ids]
+    return _detach(chosen, timeout_s, whole=False, setup=setup)
+
+
+def detach_owner(
+    owner: str,
+    *,
+    vm: str | None = None,
+    timeout_s: float = UNPLUG_TIMEOUT_S,
+    setup: Setup = DEFAULT_SETUP,
+) -> list[Detached]:
+    """Take back everything that an owner holds, however often, in all VMs or in one.
+
+    Raises NotAttached when that is nothing; otherwise as `detach_attachments`.
+    """
+    with Journal.open(setup.state_dir) as journal:
+        known = filter(_is_held, read_attachments(journal, vm))
+        held = [hold for hold in known if hold.owner == owner]
+    if not held:
+        raise NotAttached(
+            f"{owner} holds no device" + (f" of VM {vm}" if vm else ""),
+            hint="vmplug list shows who holds what",
+        )
+    return _detach(held, timeout_s, whole=True, setup=setup)
+
+
+def resize_attachment(
+    attachment_id: str,
+    size_bytes: int | None = None,
+    *,
+    setup: Setup = DEFAULT_SETUP,
+) -> tuple[Attachment, int]:
+    """Give the guest a disk's new size; return the attachment and the size in bytes.
+
+    None takes the size that the host's device has now; a number makes a regular file grow.
+    Raises NotAttached, PolicyError for what would cut data off, HypervisorError.
+    """
+    with Journal.open(setup.state_dir) as journal:
+        hold = next((hold for hold in journal.attachments() if hold.id == attachment_id), None)
+    if hold is None:
+        raise _not_attached(attachment_id)
+    with connect_vm(hold.vm, setup=setup) as devices:
+        return hold, devices.resize(attachment_id, size_bytes)
+
+
+def _is_held(hold: Attachment) -> bool:
+    return hold.state is not State.RETAINED
+
+
+def _not_attached(attachment_id: str) -> NotAttached:
+    return NotAttached(
+        f"there is no attachment {attachment_id}", hint="vmplug list shows what there is"
+    )
+
+
+def _detach(
+    chosen: Sequence[Attachment],
+    timeout_s: float,
+    *,
+    whole: bool,
+    setup: Setup,
+) -> list[Detached]:
+    """Detach in one VM after the other; one that is gone keeps no other from its turn."""
+    failures = []
+    for name in dict.fromkeys(hold.vm for hold in chosen):
+        ids = [hold.id for hold in chosen if hold.vm == name]
+        try:
+            with connect_vm(name, setup=setup) as devices:
+                devices.detach_all(ids, timeout_s=timeout_s, whole=whole)
+        except HypervisorError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    with Journal.open(setup.state_dir) as journal:
+        left = {hold.id: hold.state for hold in journal.attachments()}
+    return [Detached(attachment=hold, outcome=_outcome(left.get(hold.id))) for hold in chosen]
+
+
+def _outcome(state: State | None) -> DetachOutcome:
+    match state:
+        case None:
+            return DetachOutcome.DETACHED
+        case State.RETAINED:
+            return DetachOutcome.RETAINED
+        case _:
+            return DetachOutcome.STILL_HELD

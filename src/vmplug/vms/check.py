@@ -1,0 +1,60 @@
+"""May it be handed over? Asked before there is a VM, or about one."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from vmplug.host.device import HostDevice
+from vmplug.host.finding import Claim, Code
+from vmplug.journal import has_journal
+from vmplug.manager.examine import CheckContext, CheckedRequest, FindClaims, examine
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.oci.requests import Request
+from vmplug.policy.gate import PolicyCheck
+
+
+def check_requests(
+    requests: Sequence[Request],
+    *,
+    vm: str | None = None,
+    owner: str | None = None,
+    allow: Iterable[Code] = (),
+    managed: bool = False,
+    setup: Setup = DEFAULT_SETUP,
+) -> list[CheckedRequest]:
+    """Return what each request is on the host, and everything that attaching would refuse it for.
+
+    Nothing is changed. With `vm` that includes whether this VM has a place for each; without it
+    the policy is not asked which VM it is. A host where vmplug never ran has no journal, and none
+    is made. Raises StateError for an unknown VM, ConnectError.
+    """
+    if vm:
+        from vmplug.vms.connect import connect_vm  # noqa: PLC0415  asyncio costs 30 ms
+
+        with connect_vm(vm, setup=setup) as devices:
+            return devices.check_places(requests, owner=owner, allow=allow, managed=managed)
+    gate = PolicyCheck(setup.policy, owner=owner) if setup.policy else None
+    with _claims(setup) as find_claims:
+        return examine(
+            requests,
+            setup.host,
+            vhost_user_store=setup.vhost_user_store,
+            known=CheckContext(find_claims, gate=gate),
+            allowed=allow,
+            managed=managed,
+        )
+
+
+@contextmanager
+def _claims(setup: Setup) -> Iterator[FindClaims]:
+    """What VMs hold, inside the `with`."""
+    if not has_journal(setup.state_dir):
+        yield lambda _: ()
+        return
+    from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 costs 5 ms
+
+    with Journal.open(setup.state_dir) as journal:
+
+        def find_claims(device: HostDevice) -> Sequence[Claim]:
+            return journal.find_claims(None, device.identity, device.related_identities)
+
+        yield find_claims

@@ -1,0 +1,33 @@
+"""Connect to a VM that the journal knows."""
+
+from vmplug.errors import ConnectError
+from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.journal import Journal
+from vmplug.manager.manager import DeviceManager
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.vms.known import is_gone
+
+
+def connect_vm(name: str, *, setup: Setup = DEFAULT_SETUP) -> DeviceManager:
+    """Return the manager of a VM that was started or adopted; close it when done.
+
+    Raises StateError when the VM is not known, ConnectError when it does not answer.
+    """
+    with Journal.open(setup.state_dir) as journal:
+        record, this_host = journal.require_vm(name), journal.host
+    try:
+        hypervisor = Qemu.connect(record.qmp_socket)
+    except ConnectError as error:
+        if is_gone(record, this_host):
+            message = f"VM {name} is not running any more: {error.message}"
+            hint = "vmplug reconcile frees what it held"
+            raise ConnectError(error.socket, message, hint=hint) from error
+        raise
+    return DeviceManager.open(
+        vm=name,
+        host=setup.host,
+        hypervisor=hypervisor,
+        state_dir=setup.state_dir,
+        vhost_user_store=setup.vhost_user_store,
+        policy=setup.policy,
+    )

@@ -1,0 +1,53 @@
+"""What is plugged where, and what has become of it on the host? No VM is asked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import Attachment
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.manager.watching.health import DeviceHealth, HostSnapshot
+from vmplug.vms.known import find_ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """What is attached, in the order it came.
+
+    `health`, by device id, is what has become of a device on the host, where that can be told.
+    `ended_vms` are the VMs of the list that seem to have ended: reconcile frees what they held.
+    """
+
+    attachments: tuple[Attachment, ...]
+    health: Mapping[str, DeviceHealth]
+    ended_vms: tuple[str, ...]
+
+
+def list_attachments(
+    *,
+    vm: str | None = None,
+    setup: Setup = DEFAULT_SETUP,
+) -> Listing:
+    """Return what is attached to all VMs or to one. Reads the journal and the host; asks no VM.
+
+    Raises StateError when the VM is not known.
+    """
+    with Journal.open(setup.state_dir) as journal:
+        held = read_attachments(journal, vm)
+        vms = [record for record in journal.vms() if vm in {None, record.name}]
+        snapshot = HostSnapshot(journal.host, vms)
+        devices = [device for record in vms for device in journal.devices(record.name)]
+        found = {device.id: snapshot.of(device) for device in devices}
+        return Listing(
+            attachments=tuple(held),
+            health={device_id: health for device_id, health in found.items() if health},
+            ended_vms=tuple(find_ended(journal, {hold.vm for hold in held})),
+        )
+
+
+def read_attachments(journal: Journal, vm: str | None) -> list[Attachment]:
+    """Return all holds, or those of one VM. Raises StateError when that VM is not known."""
+    held = journal.attachments(vm)
+    if vm and not held:
+        journal.require_vm(vm)
+    return held

@@ -1,0 +1,108 @@
+"""Make the journal agree with all VMs and with the host, after a crash of anybody."""
+
+from dataclasses import dataclass
+
+from vmplug.errors import DeviceError, HypervisorError
+from vmplug.host.kind import DeviceType
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import VmRecord
+from vmplug.journal.salvage import Salvage, check_journal
+from vmplug.journal.salvage import set_aside as put_aside
+from vmplug.manager import UNPLUG_TIMEOUT_S
+from vmplug.manager.binding.binder import Binder, Returned
+from vmplug.manager.reconcile import Repair, RepairOutcome
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.vms.connect import connect_vm
+from vmplug.vms.known import forget_vm, is_gone
+
+_LOCK_TIMEOUT_S = 10.0
+"""A function that is slow to let go is reported as in progress."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmRepair:
+    """What was done about one device of a VM."""
+
+    vm: str
+    repair: Repair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairFailure:
+    """What could not be done, in a VM or, where `vm` is None, on the host."""
+
+    vm: str | None
+    error: DeviceError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostRepairs:
+    """Everything that did not agree, and what was done about it.
+
+    `returned` are PCI functions that were to go back to their drivers. `salvage` is what became of
+    a damaged journal that was set aside. `failures` is empty when all agrees now, but for what the
+    outcomes say is in progress or waits for a guest.
+    """
+
+    repairs: tuple[VmRepair, ...]
+    returned: tuple[Returned, ...]
+    failures: tuple[RepairFailure, ...]
+    salvage: Salvage | None
+
+
+def reconcile_host(
+    *,
+    vm: str | None = None,
+    set_aside: bool = False,
+    timeout_s: float = UNPLUG_TIMEOUT_S,
+    setup: Setup = DEFAULT_SETUP,
+) -> HostRepairs:
+    """Make the journal agree with the VMs and with the drivers of the host's PCI functions.
+
+    An interrupted attach is undone, an interrupted detach is finished, and what a VM that has
+    ended held is free again. `vm` restricts that to one VM; PCI functions are given back all the
+    same. Guests have `timeout_s` to let go. `set_aside` puts a new journal in place of a damaged
+    one, with what can still be read; VMs then keep what the new one does not know.
+
+    Raises StateError for an unknown VM, StoreError for a damaged journal.
+    """
+    salvage = put_aside(setup.state_dir) if set_aside else None
+    repairs, failures = list[VmRepair](), list[RepairFailure]()
+    with Journal.open(setup.state_dir) as journal:
+        check_journal(journal.path)
+        for record in [journal.require_vm(vm)] if vm else journal.vms():
+            try:
+                if is_gone(record, journal.host):
+                    done = release_ended(record, journal)
+                else:
+                    with connect_vm(record.name, setup=setup) as devices:
+                        done = devices.reconcile(
+                            timeout_s=timeout_s, keep_unknown=salvage is not None
+                        )
+            except HypervisorError as error:  # one VM that does not answer stops no other
+                failures.append(RepairFailure(vm=record.name, error=error))
+            else:
+                repairs += [VmRepair(vm=record.name, repair=repair) for repair in done]
+        # A device that the damaged journal has lost may still use what was bound for it.
+        binder = Binder(journal, journal.host)
+        returned = [] if salvage else binder.recover(lock_timeout_s=_LOCK_TIMEOUT_S)
+    failures += [RepairFailure(vm=None, error=r.error) for r in returned if r.error]
+    return HostRepairs(
+        repairs=tuple(repairs),
+        returned=tuple(returned),
+        failures=tuple(failures),
+        salvage=salvage,
+    )
+
+
+def release_ended(record: VmRecord, journal: Journal) -> list[Repair]:
+    """Forget a VM that has ended, with what it held, and return that."""
+    held = journal.devices(record.name)
+    shares = [device.id for device in held if device.kind is DeviceType.VHOST_USER_FS]
+    HostVirtiofsdRunner(record.qmp_socket).end(shares)
+    forget_vm(journal, record)
+    reason = "the VM is not running any more"
+    if record.is_of_earlier_boot:
+        reason = "the host has booted since"
+    return [Repair(d.id, d.host_path, RepairOutcome.FORGOTTEN, reason) for d in held]

@@ -1,0 +1,141 @@
+"""Start a QEMU that has room to plug into, with devices in it from the start."""
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmplug.address import Bdf
+from vmplug.drivers.vfio import window_for
+from vmplug.errors import BindError, SpecError, StateError
+from vmplug.host.finding import Code
+from vmplug.host.pci.vfio import find_vfio_device
+from vmplug.host.process import read_start_time
+from vmplug.host.root import HostRoot
+from vmplug.hypervisor.qemu.start.cold import ColdQemu
+from vmplug.hypervisor.qemu.start.launch import launch
+from vmplug.hypervisor.qemu.start.machine import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import Attachment, VmRecord
+from vmplug.manager.binding.binder import give_back_unused
+from vmplug.manager.manager import DeviceManager
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.oci.requests import Request
+from vmplug.vms.known import check_name, forget_ended, forget_vm
+
+__all__ = ("MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "start_vm")
+
+_ANSWER_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedVm:
+    """A VM that vmplug has started.
+
+    `directory` holds its QMP socket, its console's output and its log. `attachments` are the
+    devices that it started with.
+    """
+
+    name: str
+    qmp_socket: str
+    pid: int
+    directory: str
+    attachments: tuple[Attachment, ...]
+
+
+def start_vm(
+    spec: VmSpec,
+    requests: Sequence[Request] = (),
+    *,
+    owner: str | None = None,
+    allow: Iterable[Code] = (),
+    managed: bool = False,
+    setup: Setup = DEFAULT_SETUP,
+) -> StartedVm:
+    """Start a VM with the requested devices in it: all of them, or no VM.
+
+    `owner`, `allow` and `managed` are those of `DeviceManager.attach_all`. The VM outlives this
+    process.
+
+    Raises SpecError, PolicyError, HostError, HypervisorError, and StateError when a VM of that
+    name runs or has left files. After a failure nothing is left of the VM.
+    """
+    check_name(spec.name)
+    directory = Path(setup.state_dir).resolve() / "vm" / spec.name
+    with (
+        Journal.open(setup.state_dir) as journal,
+        ColdQemu(_complete(spec, setup.host), directory) as cold,
+    ):
+        record = _claim_name(cold, journal)
+        try:
+            _make_directory(directory)
+            attachments = list[Attachment]()
+            if requests:
+                with DeviceManager.open(
+                    vm=spec.name,
+                    host=setup.host,
+                    hypervisor=cold,
+                    state_dir=setup.state_dir,
+                    vhost_user_store=setup.vhost_user_store,
+                    policy=setup.policy,
+                ) as devices:
+                    attachments = devices.attach_all(
+                        requests, owner=owner, allow=allow, managed=managed
+                    )
+            pid = launch(cold, timeout_s=_ANSWER_TIMEOUT_S)
+        except BaseException:
+            forget_vm(journal, record)
+            with suppress(BindError):  # why it failed matters more, and reconcile tries again
+                give_back_unused(journal)
+            raise
+        cold.started()
+        journal.set_process(spec.name, pid, read_start_time(pid, journal.host))
+    return StartedVm(
+        name=spec.name,
+        qmp_socket=record.qmp_socket,
+        pid=pid,
+        directory=str(directory),
+        attachments=tuple(attachments),
+    )
+
+
+def _complete(spec: VmSpec, host: HostRoot) -> VmSpec:
+    """The machine with absolute paths and the windows that it needs, if QEMU can have it."""
+    if spec.ports + spec.bridges > MAX_PORTS:
+        raise SpecError(
+            f"VM {spec.name}",
+            f"{spec.ports} ports and {spec.bridges} bridges are more than {MAX_PORTS} together",
+        )
+    files = {name: getattr(spec, name) for name in ("kernel", "initrd", "disk")}
+    absolute = {name: os.path.realpath(path) for name, path in files.items() if path}
+    windows = tuple(sorted((_window_of(bdf, host) for bdf in spec.room_for), reverse=True))
+    return replace(spec, **absolute, windows=windows or spec.windows)
+
+
+def _window_of(bdf: Bdf, host: HostRoot) -> int:
+    """Bytes that one port needs for the BARs of a function and its neighbours in the slot."""
+    functions = find_vfio_device(str(bdf), host).functions
+    return window_for([function for function in functions if function.bdf[:3] == bdf[:3]])
+
+
+def _claim_name(cold: ColdQemu, journal: Journal) -> VmRecord:
+    """Write the VM into the journal. Raises StateError when the name is taken."""
+    name, socket, directory = cold.spec.name, str(cold.qmp_socket), cold.directory
+    forget_ended(journal, name)
+    if journal.find_vm(name) is None and directory.exists():
+        raise StateError(
+            f"{directory} is there already, and the journal knows no VM in it",
+            state="there",
+            required="absent",
+            hint=f"if its QEMU runs, vmplug vm adopt {name} --qmp {socket}; "
+            "else remove the directory",
+        )
+    record = VmRecord(name=name, qmp_socket=socket, pid=None, started_at=None, is_ours=True)
+    journal.add_vm(record)
+    return record
+
+
+def _make_directory(directory: Path) -> None:
+    directory.parent.mkdir(mode=0o700, exist_ok=True)
+    directory.mkdir(mode=0o700)

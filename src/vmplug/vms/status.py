@@ -1,0 +1,62 @@
+"""Which VMs are known, and what does each offer?"""
+
+from contextlib import closing, suppress
+from dataclasses import dataclass
+
+from vmplug.errors import HypervisorError
+from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import VmRecord
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.vms.known import is_gone
+
+LIST_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmStatus:
+    """A VM of the journal as it is now.
+
+    `state` is QEMU's run state, `gone` when the VM has ended, or `busy` when another client holds
+    its QMP socket. The offer (`machine` to `shared_memory`) is None unless the VM answered.
+    """
+
+    name: str
+    state: str
+    machine: str | None
+    free_ports: int | None
+    scsi_controllers: int | None
+    shared_memory: bool | None
+    attachments: int
+    qmp_socket: str
+
+
+def list_vms(
+    *,
+    timeout_s: float = LIST_TIMEOUT_S,
+    setup: Setup = DEFAULT_SETUP,
+) -> list[VmStatus]:
+    """Return every known VM; each that runs has `timeout_s` to answer."""
+    with Journal.open(setup.state_dir) as journal:
+        return [_read_status(vm, journal, timeout_s) for vm in journal.vms()]
+
+
+def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStatus:
+    state, offer = "gone", None
+    if not is_gone(record, journal.host):
+        state = "busy"
+        with (
+            suppress(HypervisorError),
+            closing(Qemu.connect(record.qmp_socket, timeout_s=timeout_s)) as qemu,
+        ):
+            state, offer = qemu.status(), qemu.offer()
+    return VmStatus(
+        name=record.name,
+        state=state,
+        machine=offer.machine if offer else None,
+        free_ports=sum(len(port.free) for port in offer.ports) if offer else None,
+        scsi_controllers=len(offer.controllers) if offer else None,
+        shared_memory=offer.shared_memory if offer else None,
+        attachments=len(journal.attachments(record.name)),
+        qmp_socket=record.qmp_socket,
+    )
