@@ -146,6 +146,7 @@ IN_HOST = [
     {"resolve_named"},
     {"resolve"},
     {"inventory"},
+    {"inventory_names"},
     {"record"},
 ]
 """The folders and modules of `host`: each may know those above its row, and no neighbour."""
