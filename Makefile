@@ -25,16 +25,16 @@ RESULTS := $(CURDIR)/build/lab/results
 help:
 	@echo "make demo       boot a guest, plug a disk into it, let it read, take the disk out again"
 	@echo "make test       every test (root, QEMU, the lab VM)"
-	@echo "make test-fresh make demo and make test on a Debian that was never used: RELEASE=trixie"
+	@echo "make test-fresh make demo and make test on a new, minimal Debian: RELEASE=trixie"
 	@echo "make test-fast  the tests that need neither root nor QEMU, in a minute"
-	@echo "make fuzz       hostile input for SECONDS=60, made from what earlier input reached"
+	@echo "make fuzz       coverage-guided hostile input for SECONDS=60"
 	@echo "make faults     the whole fault matrix as a table: some minutes, as root"
-	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to hand over"
+	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to pass through"
 	@echo "make test-lab   the tests that run in it"
-	@echo "make soak       attach and detach 10000 times (CYCLES=N), and tell what has grown"
+	@echo "make soak       attach and detach 10000 times (CYCLES=N), and print what has grown"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speed table of docs/performance.md"
-	@echo "make clean      remove what the above have built"
+	@echo "make clean      remove everything that these have built"
 
 demo: can-demo packages $(BIN)/vmplug $(GUEST) \
 		$(if $(filter virtio-9p,$(KIND)),$(FULL_GUEST)) $(if $(filter vfio,$(KIND)),lab)
@@ -43,15 +43,15 @@ demo: can-demo packages $(BIN)/vmplug $(GUEST) \
 can-demo:
 	@examples/demo.sh --check "$(KIND)"
 
-# The lab VM and the tests here hardly get into each other's way: each has one CPU busy. The third
-# job is fuzz, which would hold up the lab for a minute.
+# The lab VM and the tests here hardly slow each other down: each keeps one CPU busy. The third
+# job is fuzz, which would delay the lab for a minute.
 test: lab $(FULL_GUEST)
 	$(MAKE) --no-print-directory --jobs=3 SEED=1 test-lab test-here fuzz test-install
 
 test-here:
 	$(BIN)/pytest --durations=15 $(TESTS)
 
-# As a user installs it, who has no source tree.
+# As a user without the source tree installs it.
 test-install: test-packages
 	tools/try-wheel
 
