@@ -19,12 +19,12 @@ if [[ ${1-} = --check ]]; then
     shift
 fi
 kind=${1-disk}
-[[ " $KINDS " = *" $kind "* ]] || fail "there is no KIND=$kind" "say one of: $KINDS"
-[[ $(id -u) = 0 ]] || fail 'only root can make the devices that are handed over' 'sudo make demo'
+[[ " $KINDS " = *" $kind "* ]] || fail "there is no KIND=$kind" "choose one of: $KINDS"
+[[ $(id -u) = 0 ]] || fail 'only root can make the devices for the demo' 'sudo make demo'
 [[ -z $check_only ]] || exit 0
-# Here are no PCI devices to spare: the lab VM has some.
+# This host needs its PCI devices: the lab VM has some for the demo.
 if [[ $kind = vfio && -z ${LAB_VM-} ]]; then
-    echo 'In the lab VM, an emulated machine with an IOMMU and devices to spare:'
+    echo 'In the lab VM, an emulated machine with an IOMMU and devices of its own:'
     exec .venv/bin/python -m lab --timeout 600 -- "$PWD/examples/demo.sh" vfio
 fi
 
@@ -140,7 +140,7 @@ demo_vfio() {
     refused vmplug check --device "vfio:$bdf"
     show vmplug bind "$bdf"
     show vmplug check --device "vfio:$bdf"
-    say 'A guest that booted earlier goes on:'
+    say 'A guest that booted earlier continues:'
     mkdir "$work/guest"
     .venv/bin/python -m tests.lab.nested --run "$work/guest" &
     backend=$!
@@ -169,7 +169,7 @@ demo_nvdimm() {
     say 'The host reads:'
     head -c 20 "$work/disk.img"
     echo
-    say 'QEMU cannot take an NVDIMM out again: it stays in the VM, and in the list, until that ends.'
+    say 'QEMU cannot take an NVDIMM out again: it stays in the VM, and in the list, until the VM ends.'
     detach_all
     show vmplug list
 }
@@ -244,7 +244,7 @@ demo_virtio-fs() {
 
 demo_virtio-9p() {
     share_a_directory virtio-9p
-    say 'QEMU takes it only at its start.'
+    say 'QEMU takes a 9p share only at its start.'
     start_vm --kernel build/guest/full/vmlinuz --initrd build/guest/full/initrd.img \
         --bundle "$work/ctr1"
     use_the_directory '9p -o trans=virtio,version=9p2000.L'

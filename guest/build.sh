@@ -119,7 +119,7 @@ build_guest() {
 # The cloud guest is the last: make looks at it alone.
 [[ $# -gt 0 ]] || set -- full cloud
 for flavour; do
-    [[ -n ${OUTPUTS[$flavour]:-} ]] || fail "there is no guest '$flavour': say cloud or full"
+    [[ -n ${OUTPUTS[$flavour]:-} ]] || fail "there is no guest '$flavour': choose cloud or full"
 done
 all_fresh "$@" && exit 0
 require_tools apt-cache apt-get cpio dpkg flock

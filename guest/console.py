@@ -103,7 +103,7 @@ class GuestDisk:
 class GuestPmem:
     """One persistent memory as the guest sees it, an NVDIMM for example.
 
-    `dax` tells whether a file system on it can be mounted with `-o dax`. `marker` is as a disk's.
+    `dax` is whether a file system on it can be mounted with `-o dax`. `marker` is as a disk's.
     """
 
     name: str
@@ -129,7 +129,7 @@ class GuestPmem:
 class GuestNic:
     """One network card as the guest sees it.
 
-    `has_carrier` tells whether it is up and connected. `pci_path` is as a disk's.
+    `has_carrier` is whether it is up and connected. `pci_path` is as a disk's.
     """
 
     name: str
@@ -199,7 +199,7 @@ def running_time(pid: int) -> Clock:
 
 
 class GuestConsole:
-    """A conversation with the guest; made by `connect`, a context manager.
+    """A connection to the guest, made by `connect`; a context manager.
 
     After a GuestTimeoutError it stays usable: the next line first waits for the late answer.
     """
@@ -241,7 +241,7 @@ class GuestConsole:
         self.close()
 
     def close(self) -> None:
-        """Hangs up; the guest runs on and waits for the next who connects."""
+        """Disconnect; the guest runs on and waits for the next connection."""
         self._socket.close()
 
     def run(self, line: str, timeout_s: float = ANSWER_TIMEOUT_S) -> str:
@@ -301,7 +301,7 @@ class GuestConsole:
         self._wait(f"wait_until {shlex.quote(condition)}", f"success of {condition!r}", timeout_s)
 
     def mount(self, filesystem: str, source: str, options: str = "") -> str:
-        """Mounts what a device or tag has (`ext4`, `virtiofs`, `9p`); the directory it is at.
+        """Mount a device or tag (`ext4`, `virtiofs`, `9p`); return the directory.
 
         `options` are those of mount -o.
         """

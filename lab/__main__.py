@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=float,
         default=usual.timeout_s,
         metavar="SECONDS",
-        help="end the lab then (default: %(default)g)",
+        help="end the lab after so many seconds (default: %(default)g)",
     )
     parser.add_argument(
         "--no-remapping",
         action="store_true",
-        help="an IOMMU that does not remap interrupts: VFIO refuses it unless told otherwise",
+        help="an IOMMU that does not remap interrupts: VFIO refuses it unless it is allowed",
     )
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="show what the kernel says, on stderr"

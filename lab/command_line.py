@@ -51,7 +51,7 @@ def make_disks(directory: Path) -> None:
 def command_line(machine: Machine) -> list[str]:
     """QEMU with its arguments.
 
-    What is said goes to files: QEMU would make a stdout non-blocking, for all who have it.
+    Output goes to files: QEMU would make a stdout non-blocking, for every process that has it.
     """
     return [
         QEMU,

@@ -1,4 +1,4 @@
-"""Runs one command in the lab VM: starts QEMU, passes on what is said, ends it in time."""
+"""Run one command in the lab VM: start QEMU, pass its output on, end it in time."""
 
 import os
 import shlex
@@ -167,7 +167,7 @@ def _has_ended(qemu: subprocess.Popen[bytes]) -> bool:
 
 
 def _read_status(directory: Path) -> int:
-    """What the lab said when the command had ended. Raises LabError when it said nothing."""
+    """The exit status of the command, as the lab wrote it. Raises LabError when it wrote none."""
     status = (directory / "status").read_text(errors="replace").strip()
     if not status.isdecimal():
         raise LabError(f"the VM ended before the command did{_tail(directory / 'console')}")

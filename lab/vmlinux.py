@@ -14,7 +14,7 @@ SETUP_SECTORS, PAYLOAD = 0x1F1, 0x248
 """Offsets of a byte, and of an offset and a length."""
 XZ, ZSTD, ELF = b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x7fELF"
 LENGTH_BYTES = 4
-"""The kernel's own length, which follows the compressed stream and is no part of it."""
+"""The kernel's own length, which follows the compressed stream and is not part of it."""
 
 
 def unpack_kernel(image: bytes) -> bytes:
