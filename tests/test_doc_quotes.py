@@ -1,0 +1,42 @@
+"""Messages that docs and the README quote are the ones that the source prints."""
+
+import re
+
+import pytest
+
+from tests.test_plain_english import CODE, texts
+
+SOURCE = " ".join(
+    " ".join(text.replace(CODE, " ").split())
+    for file, text in texts().items()
+    if file.startswith("src/")
+)
+"""Comments and strings of the package; a message that goes over several lines is one again."""
+
+VALUE = re.compile(r": '.*|[^ ]*[/\d][^ ]*|'[^']*'|\.\.\.")
+"""What a message names: a path, a number, an id, a quoted word, the reason that another gave."""
+
+
+def quotes() -> list[tuple[str, str]]:
+    """Page and text of each message and hint in the examples of the docs."""
+    pages = {file: text for file, text in texts().items() if file.endswith(".md")}
+    return [
+        (file, quote)
+        for file, text in pages.items()
+        for block in re.findall(r"(?ms)^```(?:console)?\n([#$] .*?)^```$", text)
+        for quote in re.findall(r"(?m)^(?:vmplug: | *hint: |                +)(\w.*)$", block)
+    ]
+
+
+def longest_words(quote: str) -> str:
+    """The longest part of a message between the values that it names."""
+    return max((part.strip(" :;,") for part in VALUE.split(quote)), key=len)
+
+
+def test_a_value_is_no_part_of_the_words() -> None:
+    assert longest_words("VM sb1 (process 23176) has ended") == "has ended"
+
+
+@pytest.mark.parametrize(("page", "quote"), quotes())
+def test_a_quoted_message_is_one_of_the_source(page: str, quote: str) -> None:
+    assert longest_words(quote) in SOURCE, f"{page}: {quote!r} is not a message any more"
