@@ -209,7 +209,7 @@ def sentences(page: str) -> Iterator[tuple[int, str]]:
     page = re.sub(r"\]\([^)]*\)", "]", page)
     for block in re.finditer(r"(?:[^\n]+\n?)+", page):
         at = block.start()
-        for sentence in re.split(r"(?<=[.?!:;])\s+|\n(?=\* )", block[0]):
+        for sentence in re.split(r"(?<=[.?!:])\s+|\n(?=\* )", block[0]):
             at = page.index(sentence, at)
             yield page.count("\n", 0, at) + 1, sentence
 
