@@ -15,7 +15,7 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 SENTENCE_WORDS_MAX = 30
-TEXT_TOKENS = {"COMMENT", "STRING", "FSTRING_MIDDLE"}
+TEXT_TOKENS = {"COMMENT", "STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"}
 MODULES = ["src", "lab", "guest", "bench"]
 PAGES = ["*.md", "docs/*.md", "Makefile"]
 SCRIPTS = ["examples", "tools", "lab", "guest"]
