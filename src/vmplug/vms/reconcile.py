@@ -73,13 +73,7 @@ def reconcile_host(
         check_journal(journal.path)
         for record in [journal.require_vm(vm)] if vm else journal.vms():
             try:
-                if is_gone(record, journal.host):
-                    done = release_ended(record, journal)
-                else:
-                    with connect_vm(record.name, setup=setup) as devices:
-                        done = devices.reconcile(
-                            timeout_s=timeout_s, keep_unknown=salvage is not None
-                        )
+                done = _repair(record, journal, timeout_s, salvage, setup)
             except HypervisorError as error:  # one VM that does not answer stops no other
                 failures.append(RepairFailure(vm=record.name, error=error))
             else:
@@ -94,6 +88,15 @@ def reconcile_host(
         failures=tuple(failures),
         salvage=salvage,
     )
+
+
+def _repair(
+    record: VmRecord, journal: Journal, timeout_s: float, salvage: Salvage | None, setup: Setup
+) -> list[Repair]:
+    if is_gone(record, journal.host):
+        return release_ended(record, journal)
+    with connect_vm(record.name, setup=setup) as devices:
+        return devices.reconcile(timeout_s=timeout_s, keep_unknown=salvage is not None)
 
 
 def release_ended(record: VmRecord, journal: Journal) -> list[Repair]:
