@@ -210,7 +210,7 @@ def read_request(
 
 
 def _wanted(info: "Request", options: Mapping[str, str], *, read_only: bool) -> "Request":
-    """The request with what was said for all of them; what is only counted has no options."""
+    """The request with what was passed for all of them; what is only counted has no options."""
     if isinstance(info, DeviceInfo) and info.dev_type is not DevType.BLOCK:
         return replace(info, read_only=info.read_only or read_only)
     wanted = replace(info, driver_options={**info.driver_options, **options})
@@ -234,7 +234,7 @@ def _check_names(requests: "Iterable[Request]") -> None:
 def open_root(path: str) -> HostRoot:
     """The host below a directory, or in a file that `vmplug record` wrote until the verb ends.
 
-    Raises SpecError for a file that is no record.
+    Raises SpecError for a file that is not a record.
     """
     if os.path.isdir(path):
         return HostRoot(path)
@@ -342,7 +342,7 @@ def _parse_options(texts: Sequence[str]) -> dict[str, str]:
 
 
 def parse_allow(words: Sequence[str]) -> "frozenset[Code]":
-    """The codes of `--allow`; SpecError for a word that is none, such as `all`."""
+    """The codes of `--allow`; SpecError for a word that is not one, such as `all`."""
     from vmplug.host.finding import NEVER_ALLOWED, Code  # noqa: PLC0415
 
     known = {str(code): code for code in Code if code not in NEVER_ALLOWED}

@@ -15,7 +15,7 @@ from vmplug.vms.listing import read_attachments
 
 
 class DetachOutcome(StrEnum):
-    """What became of an attachment that was to be detached."""
+    """What a detach did to an attachment."""
 
     DETACHED = "detached"
     STILL_HELD = "still held"
@@ -26,7 +26,7 @@ class DetachOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detached:
-    """An attachment, as it was, and what became of it."""
+    """An attachment as it was before, and what the detach did."""
 
     attachment: Attachment
     outcome: DetachOutcome
@@ -61,7 +61,7 @@ def detach_owner(
 ) -> list[Detached]:
     """Take back everything that an owner holds, however often, in all VMs or in one.
 
-    Raises NotAttached when that is nothing; otherwise as `detach_attachments`.
+    Raises NotAttached when it holds none; otherwise as `detach_attachments`.
     """
     with Journal.open(setup.state_dir) as journal:
         known = filter(_is_held, read_attachments(journal, vm))

@@ -14,7 +14,7 @@ from vmplug.manager.vm_identity import release_if_restarted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KataImport:
-    """The sandbox, by Kata's name, and what became of each of its devices."""
+    """The sandbox, with Kata's name for it, and what was done with each of its devices."""
 
     sandbox: str
     devices: tuple[Adopted, ...]

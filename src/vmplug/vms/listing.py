@@ -1,4 +1,4 @@
-"""What is plugged where, and what has become of it on the host? No VM is asked."""
+"""What is plugged where, and is it still on the host? No VM is asked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from vmplug.vms.known import find_ended
 class Listing:
     """What is attached, in the order it came.
 
-    `health`, by device id, is what has become of a device on the host, where that can be told.
+    `health`, by device id, is the state of a device on the host, where that can be known.
     `ended_vms` are the VMs of the list that seem to have ended: reconcile frees what they held.
     """
 

@@ -40,9 +40,9 @@ class RepairFailure:
 class HostRepairs:
     """Everything that did not agree, and what was done about it.
 
-    `returned` are PCI functions that were to go back to their drivers. `salvage` is what became of
-    a damaged journal that was set aside. `failures` is empty when all agrees now, but for what the
-    outcomes say is in progress or waits for a guest.
+    `returned` are PCI functions that were to go back to their drivers. `salvage` says
+    what was carried over from a damaged journal. `failures` is empty when all agrees now, except
+    for what the outcomes report as in progress or waiting for a guest.
     """
 
     repairs: tuple[VmRepair, ...]

@@ -70,7 +70,7 @@ def print_attachments(
     with_vm: bool,
     health: Mapping[str, DeviceHealth] | None = None,
 ) -> None:
-    """A table of holds; `health` by device id adds what has become of the devices on the host."""
+    """A table of holds; `health` by device id adds the state of the devices on the host."""
     rows = [
         (
             *((hold.vm,) if with_vm else ()),
@@ -95,7 +95,7 @@ def _host_text(health: DeviceHealth | None) -> str:
 
 
 def detached_json(done: Detached) -> dict[str, Any]:
-    """What was to be detached, and what became of it."""
+    """An attachment, and whether it is detached."""
     return {
         **attachment_json(done.attachment),
         "still_held": done.outcome is DetachOutcome.STILL_HELD,

@@ -33,7 +33,7 @@ class Line(NamedTuple):
 
 
 def print_sections(sections: Sequence[Sequence[Line]]) -> None:
-    """Sections with an empty line between; colour only at a terminal, and NO_COLOR is heeded."""
+    """Sections with an empty line between; colour only at a terminal without NO_COLOR."""
     texts = [_align(section) for section in sections]
     if sys.stdout and sys.stdout.isatty():
         from rich.console import Console  # noqa: PLC0415  40 ms that a pipe need not pay

@@ -60,7 +60,7 @@ def stopped_json(vm: StoppedVm) -> dict[str, Any]:
 
 
 def print_stopped(vm: StoppedVm) -> None:
-    """What became of it."""
+    """Whether it was stopped or forgotten."""
     released = f", {len(vm.released)} attachments released" if vm.released else ""
     click.echo(f"VM {vm.name} is {'forgotten' if vm.was_adopted else 'stopped'}{released}")
 

@@ -164,7 +164,7 @@ def start(
 
 
 def _read_devices(options: dict[str, Any]) -> RequestArguments:
-    """What is to be plugged from the start, taken out of the verb's options."""
+    """Take the request for devices out of the verb's options."""
     keys = ("bundle", "devices", "read_only", "driver_options", "root", "vhost_user_store")
     request = {key: options.pop(key) for key in keys}
     if request["bundle"] is None and not request["devices"]:

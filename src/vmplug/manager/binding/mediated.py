@@ -29,7 +29,7 @@ def create_mediated_device(
     `parent` is the address of a PCI function, or another device's name in sysfs. Without a `uuid`
     one is drawn. Raises SpecError, NoSuchDevice, BindError; then there is none.
     """
-    with suppress(ValueError):  # such as mtty, which is no address
+    with suppress(ValueError):  # such as mtty, which is not an address
         parent = str(Bdf.parse_written(parent))
     made = create_mediated(parent, type_name, setup.host, uuid=uuid)
     number = find_vfio_device(made, setup.host).number
