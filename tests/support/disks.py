@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support.lab import wait_until
-
 MIB = 1 << 20
 SECTOR_BYTES = 512
 PFN_DATA_OFFSET = 2 * MIB
@@ -101,13 +99,16 @@ def loop_device(
 def detach_loop(node: Path) -> None:
     """Lets go of a loop device, whoever has asked for that already.
 
-    Linux only marks one that somebody has open, as udev for a moment, and frees it when the last
-    closes it. Until then it has its directory in sysfs, and asking again can be an error.
+    Linux only marks one that somebody has open, as a VM, or udev for a moment, and frees it when
+    the last closes it. Until then it has its directory in sysfs, and asking again can be an error.
     """
-    with suppress(RuntimeError):
+    try:
         _run("losetup", "--detach", str(node))
-    backing = Path(f"/sys/block/{node.name}/loop")
-    wait_until(lambda: not backing.exists(), f"{node} without a file")
+    except RuntimeError:
+        marked = Path(f"/sys/block/{node.name}/loop/autoclear")
+        with suppress(FileNotFoundError):
+            if marked.read_text().strip() != "1":
+                raise
 
 
 def add_partition(disk: str, *, start_bytes: int, length_bytes: int) -> None:
