@@ -157,6 +157,11 @@ class ScsiAddress:
             raise ValueError(f"SCSI index {index} is not in 0..65535")
         return cls(index >> 8, index & 0xFF)
 
+    @property
+    def index(self) -> int:
+        """Its number among the addresses of a controller: the inverse of `from_index`."""
+        return self.scsi_id << 8 | self.lun
+
     def __str__(self) -> str:
         return f"{self.scsi_id}:{self.lun}"
 

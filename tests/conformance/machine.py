@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.conformance.vector import Case, Facts, Refusal, attempt, error_of
+from tests.support.scsi import first_addresses
 from tests.support.tree import HostTree
 from vmplug.address import PERIPHERAL, ScsiAddress, qemu_id
 from vmplug.cli.render.attachments import attachment_json
@@ -47,7 +48,7 @@ class _Vm(Qemu):
 
     def __init__(self, monitor: FakeMonitor, *, used_scsi: int) -> None:
         super().__init__(monitor)
-        self._used = frozenset(map(ScsiAddress.from_index, range(used_scsi)))
+        self._used = first_addresses(used_scsi)
 
     def offer(self) -> Offer:
         offer = super().offer()

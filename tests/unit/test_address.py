@@ -63,6 +63,7 @@ def test_a_scsi_address_survives_being_written_and_read(address: ScsiAddress) ->
 def test_scsi_indices_count_luns_first(index: int) -> None:
     address = ScsiAddress.from_index(index)
     assert (address.scsi_id, address.lun) == divmod(index, 256)
+    assert address.index == index
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.scsi import first_addresses
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.devnum import DevNum
 from vmplug.drivers.block import OPTIONS, BlockDiskDriver, check_disk, choose_place, plan_drive
@@ -390,8 +391,7 @@ def port(bus: str, *free: int) -> PciPort:
 
 
 def controller(bus: str, used: int = 0) -> ScsiController:
-    addresses = frozenset(map(ScsiAddress.from_index, range(used)))
-    return ScsiController(bus=f"{bus}.0", path=PciPath((PciSlot(9),)), used=addresses)
+    return ScsiController(bus=f"{bus}.0", path=PciPath((PciSlot(9),)), used=first_addresses(used))
 
 
 def offer(*parts: PciPort | ScsiController) -> Offer:

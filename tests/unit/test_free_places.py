@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.scsi import first_addresses
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.free_places import (
     ccw_places,
@@ -89,7 +90,7 @@ def test_mmio_places_are_those_of_the_machine() -> None:
 
 
 def test_scsi_places_are_all_free_addresses_of_all_controllers() -> None:
-    used = frozenset(map(ScsiAddress.from_index, range(0xFFFF)))
+    used = first_addresses(0xFFFF)
     controllers = (
         ScsiController(bus="a.0", path=None, used=used),
         ScsiController(bus="b.0", path=PciPath.parse("05"), used=frozenset()),

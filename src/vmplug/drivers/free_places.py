@@ -26,9 +26,10 @@ def pci_places(offer: Offer) -> Iterator[PciPlace]:
 def scsi_places(offer: Offer) -> Iterator[ScsiPlace]:
     """Free addresses of virtio-scsi controllers."""
     for controller in offer.controllers:
+        used = {address.index for address in controller.used}
         for index in range(1 << 16):
-            address = ScsiAddress.from_index(index)
-            if address not in controller.used:
+            if index not in used:
+                address = ScsiAddress.from_index(index)
                 yield ScsiPlace(bus=controller.bus, address=address, path=controller.path)
 
 
