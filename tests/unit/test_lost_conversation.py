@@ -111,6 +111,7 @@ def test_what_qemu_still_holds_for_a_moment_is_taken_away(words: str) -> None:
 def test_what_qemu_never_lets_go_is_told() -> None:
     monitor = Holding(FakeMonitor(), HELD[0], times=10_000)
     vm = Qemu(monitor)
+    vm.release_timeout_s = 0.2
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
     vm.request_unplug(ID)
     with pytest.raises(CommandError, match="is in use"):
@@ -136,10 +137,15 @@ def test_a_socket_that_breaks_is_told(tmp_path: Path) -> None:
 def test_a_conversation_closed_as_its_turn_ends_leaves_nobody_there(
     tmp_path: Path,
 ) -> None:
-    with MemoryVm(tmp_path / "qmp") as vm:  # which waits for the last client to go
-        for late_ms in range(-3, 5):
-            with closing(QmpMonitor.connect(str(vm.socket_path))):
-                time.sleep(TURN_S + late_ms / 1000)
+    def converse(late_ms: int) -> None:
+        with (
+            MemoryVm(tmp_path / f"qmp{late_ms}") as vm,  # which waits for the last client to go
+            closing(QmpMonitor.connect(str(vm.socket_path))),
+        ):
+            time.sleep(TURN_S + late_ms / 1000)
+
+    with ThreadPoolExecutor(8) as talking:
+        list(talking.map(converse, range(-3, 5)))
 
 
 class Late(MemoryVm):

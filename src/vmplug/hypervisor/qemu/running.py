@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _NOT_THERE = ("Failed to find node", "not found")
 _STILL_HELD = ("is in use", "is busy", "which is mapped", "with active references")
 """The last two are those of QEMU 11 for object-del."""
-_RELEASE_TIMEOUT_S, _LOOK_AGAIN_S = 5.0, 0.02
+_LOOK_AGAIN_S = 0.02
 _NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
 """What the virtiofsd in C and the one in Rust say when they cannot make / private or leave it."""
 _UNPLUGGING = "in the process of unplug"
@@ -51,8 +51,9 @@ _READ_ATTEMPTS = 10
 class Qemu:
     """A running QEMU to plug into. Thread-safe; see `vmplug.drivers.ports.Hypervisor`.
 
-    `undo_timeout_s` is how long the guest may take to let go of half a group. `host` is where the
-    nodes are that QEMU gets open, by default the running host.
+    `undo_timeout_s` is how long the guest may take to let go of half a group, `release_timeout_s`
+    how long QEMU may hold what a device was made of. `host` is where the nodes are that QEMU gets
+    open, by default the running host.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Qemu:
         self._monitor = monitor
         self._host = host
         self.undo_timeout_s = 5.0
+        self.release_timeout_s = 5.0
         self._endpoint = endpoint
         vm = endpoint.qmp_socket if endpoint else f"process {os.getpid()}"
         self._daemons = daemons or HostVirtiofsdRunner(vm)
@@ -354,7 +356,7 @@ class Qemu:
         The tree forgets a device a moment before QEMU lets go of its parts; the event that tells
         of it may have gone to a conversation that is over.
         """
-        deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+        deadline = time.monotonic() + self.release_timeout_s
         while True:
             try:
                 self._monitor.execute(command)
