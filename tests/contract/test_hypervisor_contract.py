@@ -26,7 +26,7 @@ from vmplug.hypervisor.qemu.running import Qemu
 
 MIB = 1 << 20
 UNPLUG_S = 20.0
-AT_ONCE_S = 0.2
+AT_ONCE_S = 0.05
 """For a guest that will not answer anyway."""
 
 ID = "00000000000000a1"

@@ -31,7 +31,7 @@ from vmplug.manager.binding.binder import Binder, BindOutcome
 DISK, NET, SOUND, BRIDGE = "0000:01:00.0", "0000:02:00.0", "0000:02:00.1", "0000:00:1c.0"
 PHYSFN, VIRTFN = "0000:03:00.0", "0000:03:10.0"
 BOOT_ID = "11111111-2222-3333-4444-555555555555\n"
-IN_TIME_S = 1.0
+IN_TIME_S, AT_ONCE_S = 1.0, 0.2
 
 
 @pytest.fixture
@@ -554,7 +554,7 @@ def test_the_kernel_that_does_not_answer_has_a_deadline(
     before = kernel.picture()
     kernel.fail("unbind", Fault.HANGS, SOUND)
     with pytest.raises(BindError, match="has not answered within") as caught:
-        binder.bind(group_of(kernel, NET))
+        Binder(journal, kernel, timeout_s=AT_ONCE_S).bind(group_of(kernel, NET))
     assert (caught.value.step, caught.value.errno) == ("unbind", errno.ETIMEDOUT)
     assert [str(row.bdf) for row in journal.bindings.all()] == [SOUND]
     assert kernel.driver_of(NET) == "e1000e"
@@ -726,7 +726,7 @@ def test_what_a_process_keeps_open_is_not_taken_from_it(
     binder.bind(group_of(kernel, DISK), device_id="d1")
     tree.process(77, "qemu", "/dev/vfio/2")
     kernel.writes.clear()
-    (told,) = binder.give_back("d1")
+    (told,) = Binder(journal, kernel, timeout_s=AT_ONCE_S).give_back("d1")
     assert told.error
     assert (told.error.step, told.error.errno) == ("unbind", errno.EBUSY)
     assert "77 (qemu)" in told.reason

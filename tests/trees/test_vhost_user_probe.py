@@ -232,9 +232,11 @@ def test_a_socket_of_another_kind_speaks_no_vhost_user(directory: Path, kind: in
 # What that means for a device
 
 
-def problem(found: VhostUserSocket, root: HostRoot | None = None) -> tuple[Code, str]:
+def problem(
+    found: VhostUserSocket, root: HostRoot | None = None, *, timeout_s: float = PROBE_TIMEOUT_S
+) -> tuple[Code, str]:
     """The only finding, of a device that stays as it was."""
-    asked, (finding,) = ask_backend(found, root or HostRoot())
+    asked, (finding,) = ask_backend(found, root or HostRoot(), timeout_s=timeout_s)
     assert asked == found
     assert finding.hint
     assert found.socket_path in finding.message
@@ -308,7 +310,7 @@ def test_one_that_hangs_up_is_told_with_whom_to_look_at(directory: Path, kind: D
 
 def test_a_silent_one_is_told_and_never_allowed(directory: Path) -> None:
     with backend(directory / "s", is_silent) as path:
-        code, message = problem(device(BLK, path))
+        code, message = problem(device(BLK, path), timeout_s=AT_ONCE_S)
     assert code is Code.BACKEND_SILENT
     assert "does not answer" in message
     assert code in NEVER_ALLOWED

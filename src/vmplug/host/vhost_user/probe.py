@@ -86,7 +86,9 @@ def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
     return data
 
 
-def ask_backend(device: VhostUserSocket, root: HostRoot) -> tuple[VhostUserSocket, list[Finding]]:
+def ask_backend(
+    device: VhostUserSocket, root: HostRoot, *, timeout_s: float = PROBE_TIMEOUT_S
+) -> tuple[VhostUserSocket, list[Finding]]:
     """The device with what its backend says of itself, and what speaks against the backend.
 
     Only the running host's sockets lead anywhere; of another root nothing is said.
@@ -96,7 +98,7 @@ def ask_backend(device: VhostUserSocket, root: HostRoot) -> tuple[VhostUserSocke
     problem = _look(device, root)
     if problem or device.kind is DeviceType.VHOST_USER_FS:
         return device, [problem] if problem else []
-    answer = probe(device.socket_path)
+    answer = probe(device.socket_path, timeout_s=timeout_s)
     if isinstance(answer, Failure):
         return device, [_failed(device, answer, root)]
     if not answer.can_be(device.kind):
