@@ -500,8 +500,13 @@ def open_as_nobody(state_dir: str) -> None:
 # others that write
 
 
+APART = multiprocessing.get_context("forkserver")
+"""Processes with nothing of this one, which begin where the modules of the tests are loaded."""
+APART.set_forkserver_preload(["tests.unit.test_store", "tests.unit.test_migration"])
+
+
 def spawn(function: Callable[..., None], *arguments: object) -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process = APART.Process(target=function, args=arguments)
     process.start()
     return process
 
@@ -525,7 +530,7 @@ def add_many(state_dir: str, index: int, start: Barrier) -> None:
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path, *, is_new: bool) -> None:
     if not is_new:
         Journal.open(tmp_path).close()
-    start = multiprocessing.get_context("spawn").Barrier(PROCESSES + 1)
+    start = APART.Barrier(PROCESSES + 1)
     processes = [spawn(add_many, str(tmp_path), index, start) for index in range(PROCESSES)]
     start.wait(30)  # from here on all open it
     with Journal.open(tmp_path) as store:

@@ -1,7 +1,6 @@
 """Journals of older versions: brought up to date whole, or left as they are."""
 
 import json
-import multiprocessing
 import sqlite3
 from collections.abc import Iterable
 from contextlib import closing
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.world import journal_rows
+from tests.unit.test_store import APART, COUNTED, DISK, HIDDEN_SCSI_DISK, SCSI_DISK, hold, spawn
 from tests.unit.test_journal import COUNTED, DISK, HIDDEN_SCSI_DISK, SCSI_DISK, hold, spawn
 from vmplug.errors import StoreError
 from vmplug.journal.database import VERSION
@@ -271,7 +271,7 @@ def open_and_close(state_dir: str) -> None:
 
 def test_processes_that_migrate_at_once_do_it_once(tmp_path: Path) -> None:
     write_version_1(tmp_path)
-    start = multiprocessing.get_context("spawn").Barrier(PROCESSES)
+    start = APART.Barrier(PROCESSES)
     processes = [spawn(open_together, str(tmp_path), start) for _ in range(PROCESSES)]
     for process in processes:
         process.join(60)
