@@ -1,5 +1,6 @@
 """What is collected: the tests of the lab only in the lab. What tests note is below build."""
 
+import gc
 import os
 import tempfile
 
@@ -24,6 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
         tempfile.tempdir = os.environ["TMPDIR"] = os.environ["PYTEST_DEBUG_TEMPROOT"] = MEMORY
     if not IS_IN_LAB:
         _let_examples_take_their_time()
+
+
+def pytest_collection_finish() -> None:
+    """The collector of garbage would go through thousands of tests again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 def _let_examples_take_their_time() -> None:
