@@ -4,7 +4,7 @@ A restored sandbox closes its manager and opens another on the same state direct
 used: what a test sees then was in the journal or in the VM, and never in a live object.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,21 @@ class Picture:
     parts: Parts
 
 
+class SandboxDaemons(HostDaemons):
+    """Those of one sandbox; until one was started nobody looks for any in all of /proc."""
+
+    has_started = False
+
+    def start(self, daemon: Daemon, device_id: str) -> Started:
+        """See Daemons."""
+        self.has_started = True
+        return super().start(daemon, device_id)
+
+    def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
+        """See Daemons."""
+        return super().find(device_ids) if self.has_started else {}
+
+
 class Sandbox:
     """A VM below a manager; `devices` is the manager, for one step.
 
@@ -62,6 +77,7 @@ class Sandbox:
         self.root = root or HostRoot("/")
         self.served = served
         self._is_restored = is_restored
+        self._daemons = SandboxDaemons(f"{vm} in {directory}")
         directory.mkdir(exist_ok=True)
         Journal.open(self.state_dir).close()
         self._wrap: Callable[[Monitor], Monitor] = lambda monitor: monitor
@@ -81,7 +97,7 @@ class Sandbox:
             self._manager = DeviceManager.open(
                 vm=self.vm,
                 host=self.root,
-                hypervisor=Qemu(self._wrap(self.side.monitor())),
+                hypervisor=Qemu(self._wrap(self.side.monitor()), daemons=self._daemons),
                 state_dir=self.state_dir,
             )
         return self._manager
