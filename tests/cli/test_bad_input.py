@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Result, Vmplug, config, device, number_of
+from tests.cli.command import Result, Vmplug, config, device, ended, number_of
 from tests.cli.monitors import MemoryVm, Talker
 from tests.cli.world import Picture, processes_below, take_picture
 from tests.contract.world import journal_rows
@@ -60,10 +60,19 @@ Places = Mapping[str, str]
 
 def refused(vmplug: Vmplug, bad: Bad, places: Places) -> None:
     """Run it for a person and for a program: both are told the same."""
+    text, told = [vmplug.here(*words, stdin=bad.stdin) for words in both_ways(bad, places)]
+    told_the_same(text, told, bad, places)
+
+
+def both_ways(bad: Bad, places: Places) -> list[list[str]]:
+    """The words as a person and as a program says them."""
     words = [word.format(**places) for word in shlex.split(bad.command)]
     verb = 2 if words[0] == "vm" else 1
-    runs = [words, [*words[:verb], "--json", *words[verb:]]]
-    text, told = [vmplug.here(*run, stdin=bad.stdin) for run in runs]
+    return [words, [*words[:verb], "--json", *words[verb:]]]
+
+
+def told_the_same(text: Result, told: Result, bad: Bad, places: Places) -> None:
+    """One sentence and its remedy, and the same for a program."""
     assert text.status == told.status == bad.status, (text, told)
     message, hint = sentence(text)
     error = told.error()
@@ -672,7 +681,6 @@ ON_QEMU = [
     connect("plan --device b:{free_no} --vm dead", "{dead_socket}", "vmplug reconcile"),
     connect("detach --owner ctr3", "{dead_socket}", "vmplug reconcile"),
     connect("resize {lost_id}", "{dead_socket}", "vmplug reconcile"),
-    connect("attach --device b:{free_no} --vm busy --owner c1", "busy with another", "of its own"),
     state("vm stop full", "2 attachments .*VM full", "vmplug detach", "still-attached"),
     state("vm adopt full --qmp {full_socket}", "VM full is known already", "vm stop full"),
     state("vm adopt again --qmp {full_socket}", "full", "full"),
@@ -778,6 +786,19 @@ def test_on_qemu_it_is_refused_in_one_sentence_and_nothing_has_changed(
 ) -> None:
     before = qemu_world.picture()
     refused(qemu_world.vmplug, bad, qemu_world.places)
+    assert qemu_world.picture() == before
+
+
+@pytest.mark.root
+@pytest.mark.qemu
+def test_a_busy_qemu_is_waited_for_and_nothing_has_changed(qemu_world: QemuWorld) -> None:
+    """Both wait at the same time, as that is all they do."""
+    words = "attach --device b:{free_no} --vm busy --owner c1"
+    bad = connect(words, "busy with another", "of its own")
+    before, places = qemu_world.picture(), qemu_world.places
+    begun = [qemu_world.vmplug.begin(*said) for said in both_ways(bad, places)]
+    text, told = map(ended, begun)
+    told_the_same(text, told, bad, places)
     assert qemu_world.picture() == before
 
 

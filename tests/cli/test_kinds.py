@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Result, Vmplug, config, device, ended
+from tests.cli.command import Result, Vmplug, config, device
 from tests.cli.started import StartedVm, booted, ending, sharers_of, started
 from tests.contract.world import journal_rows
 from tests.support.daemons import storage_daemon, vhost_user_backend, virtiofsd
@@ -210,19 +210,8 @@ def vm(world: World) -> Iterator[StartedVm]:
 
 
 def both(vmplug: Vmplug, *words: str, stdin: str = "") -> tuple[Result, Result]:
-    """What a verb that reads says as text and as JSON, asked at the same time."""
-    begun = [vmplug.begin(*words, *json_option, stdin=stdin) for json_option in ((), ("--json",))]
-    text, told = (ended(process) for process in begun)
-    return alike(text, told)
-
-
-def one_by_one(vmplug: Vmplug, *words: str) -> tuple[Result, Result]:
-    """`both` for a verb that asks backends, which answer one after the other."""
-    return alike(vmplug(*words), vmplug(*words, "--json"))
-
-
-def alike(text: Result, told: Result) -> tuple[Result, Result]:
-    """Both, after a look at what they have in common."""
+    """What a verb says as text and as JSON, after a look at what these have in common."""
+    text, told = (vmplug(*words, *more, stdin=stdin) for more in ((), ("--json",)))
     assert "Traceback" not in text.stdout + text.stderr
     assert text.status == told.status
     return text, told
@@ -272,7 +261,7 @@ def test_resolve_tells_the_device(vmplug: Vmplug, world: World, name: str) -> No
 @pytest.mark.parametrize("name", NAMES)
 def test_check_finds_nothing_against_it(vmplug: Vmplug, world: World, name: str) -> None:
     kind = KINDS[name]
-    text, told = one_by_one(vmplug, "check", *world.words(kind.words))
+    text, told = both(vmplug, "check", *world.words(kind.words))
     assert (told.status, told.json()) == (0, {"ok": True, "problems": []})
     assert text.answer() == f"{kind.name}: ok, {world.path(kind.host_path)} may be handed over\n"
     assert not vmplug.state_dir.exists()
@@ -510,7 +499,6 @@ DISK = f"--vhost-user-store {{}}/store --device b:{BLK}"
             "share:t: descriptor 99 is no open socket: found nothing",
             None,
         ),
-        ("--device share:fd:0:t", "descriptor 0 is no open socket: found a", None),
         ("--device rng -o max-bytes=0", "option max-bytes: '0' is not a number from 1", None),
         ("--device rng -o period=5", "option period: means nothing without max-bytes", None),
         ("--device rng -o queues=1", "option queues: unknown for a random", "known are max-bytes"),
@@ -535,6 +523,15 @@ def test_an_option_that_makes_no_sense(
     assert re.search(message, told.message)
     assert (told.hint or "").startswith(hint or "")
     assert bool(told.hint) == bool(hint)
+
+
+def test_a_file_is_no_share_by_descriptor(vmplug: Vmplug, world: World) -> None:
+    with open(world.path("{}/plain")) as file:
+        words = ["--device", f"share:fd:{file.fileno()}:t"]
+        told = refused(vmplug, "check", *words, status=3)
+        found = f"descriptor {file.fileno()} is no open socket: found a regular file"
+    assert found in told.message
+    assert told.hint is None
 
 
 @pytest.mark.parametrize(
@@ -562,7 +559,7 @@ def test_what_cannot_be_had(
     vmplug: Vmplug, world: World, words: str, code: str | None, message: str
 ) -> None:
     """A finding with its remedy, and attach's refusal would be the same."""
-    text, told = one_by_one(vmplug, "check", *world.words(words))
+    text, told = both(vmplug, "check", *world.words(words))
     problems = told.json()["problems"]
     if code is None:  # what can only be read and written is not asked for less
         assert (told.status, problems) == (0, [])
