@@ -8,7 +8,7 @@ from typing import Any
 from tests.conformance.vector import Case, Facts, Refusal, attempt, error_of
 from tests.support.scsi import first_addresses
 from tests.support.tree import HostTree
-from vmplug.address import PERIPHERAL, ScsiAddress, qemu_id
+from vmplug.address import PERIPHERAL, qemu_id
 from vmplug.cli.render.attachments import attachment_json
 from vmplug.drivers.place import Offer
 from vmplug.drivers.ports import Command

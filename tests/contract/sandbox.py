@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.contract.world import MemorySide, Parts, Rows, Side, journal_rows
+from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import FakeMonitor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, command_error
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
 from vmplug.journal.journal import Journal
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.info import DeviceInfo, DevType
@@ -38,18 +40,18 @@ class Picture:
     parts: Parts
 
 
-class SandboxDaemons(HostDaemons):
+class SandboxRunner(HostVirtiofsdRunner):
     """Those of one sandbox; until one was started nobody looks for any in all of /proc."""
 
     has_started = False
 
-    def start(self, daemon: Daemon, device_id: str) -> Started:
-        """See Daemons."""
+    def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
+        """See VirtiofsdRunner."""
         self.has_started = True
         return super().start(daemon, device_id)
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
-        """See Daemons."""
+        """See VirtiofsdRunner."""
         return super().find(device_ids) if self.has_started else {}
 
 
@@ -77,7 +79,7 @@ class Sandbox:
         self.root = root or HostRoot("/")
         self.served = served
         self._is_restored = is_restored
-        self._daemons = SandboxDaemons(f"{vm} in {directory}")
+        self._daemons = SandboxRunner(f"{vm} in {directory}")
         directory.mkdir(exist_ok=True)
         Journal.open(self.state_dir).close()
         self._wrap: Callable[[Monitor], Monitor] = lambda monitor: monitor

@@ -23,7 +23,7 @@ from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import Backend, VhostUserSocket
-from vmplug.host.vhost_user.probe import Failure, ask_backend, probe
+from vmplug.host.vhost_user.probe import PROBE_TIMEOUT_S, Failure, ask_backend, probe
 from vmplug.host.vhost_user.sockets import Listener, find_listener, is_connected, is_listening
 
 BLK, SCSI = DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.scsi import first_addresses
-from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
+from vmplug.address import CcwDevNo, PciPath, PciSlot
 from vmplug.drivers.free_places import (
     ccw_places,
     check_shared_memory,

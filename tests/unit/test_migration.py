@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.world import journal_rows
-from tests.unit.test_store import APART, COUNTED, DISK, HIDDEN_SCSI_DISK, SCSI_DISK, hold, spawn
-from tests.unit.test_journal import COUNTED, DISK, HIDDEN_SCSI_DISK, SCSI_DISK, hold, spawn
+from tests.unit.test_journal import APART, COUNTED, DISK, HIDDEN_SCSI_DISK, SCSI_DISK, hold, spawn
 from vmplug.errors import StoreError
 from vmplug.journal.database import VERSION
 from vmplug.journal.journal import Journal
