@@ -1,4 +1,4 @@
-"""Addresses, and the names in QEMU, each checked once and then carried as a value.
+"""Addresses and names in QEMU, each checked once and then carried as a value.
 
 Bdf names a PCI function of the host. PciSlot and PciPath say where a PCI device sits in the guest,
 ScsiAddress is `id:lun`, CcwDevNo a device number of the s390 channel subsystem. `parse` reads what
@@ -95,8 +95,9 @@ class PciSlot:
 class PciPath:
     """Slots from a root bus of the guest down to a device, `02/00`.
 
-    Slots are stable; the numbers of buses behind them are the guest's to choose, so no path holds
-    one. `root_bus` is 0 but behind an expander (pxb-pcie), whose number QEMU was told: `20:00/00`.
+    Slots are stable; the guest chooses the numbers of the buses behind them, so no path contains
+    one. `root_bus` is 0 except behind an expander (pxb-pcie), whose number is on QEMU's command
+    line: `20:00/00`.
     """
 
     slots: tuple[PciSlot, ...]
@@ -224,9 +225,9 @@ def new_id() -> str:
 def qemu_id(device_id: str, part: str = "") -> str:
     """The name in QEMU of one part of a device: `vmplug-0123456789abcdef`, `...-limit`.
 
-    One rule for ids and node names: everything in QEMU that belongs to a device is found again
-    from its id, and the prefix tells vmplug's things from everybody else's. ValueError when it is
-    too long for QEMU; a name is never cut, two devices would become one.
+    One rule for ids and node names: vmplug finds everything in QEMU that belongs to a device by
+    its id, and the prefix marks the objects of vmplug. ValueError when it is too long for QEMU; a
+    name is never truncated, as two devices would become one.
     """
     name = f"{QEMU_ID_PREFIX}{device_id}" + (f"-{part}" if part else "")
     if not device_id or len(name) > NODE_NAME_MAX:
@@ -240,7 +241,7 @@ def qom_path(device_id: str) -> str:
 
 
 def device_id_of(name: str) -> str | None:
-    """The device id in a name that `qemu_id` made; None for anybody else's name."""
+    """The device id in a name that `qemu_id` made; None for every other name."""
     if not name.startswith(QEMU_ID_PREFIX):
         return None
     return name.removeprefix(QEMU_ID_PREFIX).partition("-")[0]
@@ -251,7 +252,7 @@ def _is_hex(text: str) -> bool:
 
 
 def find_bdf(name: str) -> Bdf | None:
-    """The address that a name is; None for any other name."""
+    """The address that a name spells; None for any other name."""
     try:
         return Bdf.parse(name)
     except ValueError:

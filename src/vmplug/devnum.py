@@ -1,6 +1,6 @@
 """DevNum: what names a device on the host.
 
-Apart from the guest's addresses, which looking a device up does not need.
+It is separate from the guest's addresses, which a lookup of a device does not need.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MINOR_MAX = (1 << 20) - 1
 
 @dataclass(frozen=True, slots=True)
 class DevNum:
-    """A device number, `major:minor`; which of char and block stands always beside it.
+    """A device number, `major:minor`; whether it is char or block always stands beside it.
 
     Raises ValueError when the kernel could not hold it.
     """

@@ -1,22 +1,22 @@
-"""Every error of vmplug, by whose fault it is.
+"""The errors of vmplug, by whose fault they are.
 
 DeviceError
  ├ SpecError          the request is malformed; the host was not asked
  ├ HostError          the host cannot give it
  │  ├ NoSuchDevice        no device of that type and number, or no such file
  │  ├ AttributeReadError  a file below /sys, /proc or /dev could not be read or made no sense
- │  ├ BindError           a function could not be given to a driver, or made; all is as it was
+ │  ├ BindError           a function could not be bound or created; nothing has changed
  │  └ InUse               something on the host still uses it
  ├ PolicyError        the operator's rules do not allow it
  ├ HypervisorError    the VM cannot take it or does not answer
- │  ├ ConnectError        no QMP conversation could be had
- │  ├ ProtocolError       the conversation broke off or overran its deadline
+ │  ├ ConnectError        the QMP connection could not be opened │  ├ ProtocolError       the
+ connection was lost or overran its deadline
  │  ├ CommandError        QEMU refused a command
  │  ├ BackendError        the process behind a vhost-user socket failed; QEMU is as it was
  │  ├ BackendTimeout      it made QEMU overrun the deadline; nobody knows what QEMU did
  │  ├ CannotPlug          not into this VM, or not while it runs; nothing was sent
  │  ├ NoFreePort          no free place of the wanted kind
- │  ├ UnplugRefused       the guest refused to let go
+ │  ├ UnplugRefused       the guest refused to release it
  │  └ UnplugTimeout       the guest did not answer in time; the device stays "detaching"
  ├ StateError         the wrong moment for this verb
  │  ├ NotAttached
@@ -57,7 +57,7 @@ __all__ = [
 
 
 class DeviceError(Exception):
-    """What every error of vmplug is; `code` is a stable word for programs."""
+    """The base of every vmplug error; `code` is a stable word for programs."""
 
     code: ClassVar[str] = "device-error"
 
@@ -91,7 +91,7 @@ class HostError(DeviceError):
 
 
 class NoSuchDevice(HostError):
-    """No device of that type and number; `found` says what is in its place, None for nothing."""
+    """No device of that type and number; `found` is what is in its place, None for nothing."""
 
     code = "no-such-device"
 
@@ -116,10 +116,10 @@ class AttributeReadError(HostError):
 
 
 class BindError(HostError):
-    """The kernel did not do what it was told to; `device` is a BDF or an mdev's UUID.
+    """The kernel did not carry out a step; `device` is a BDF or an mdev's UUID.
 
-    `step` is what was tried (`driver_override`, `unbind`, `drivers_probe`, ...), `errno` what the
-    kernel answered, None when it took the write and did nothing.
+    `step` is what was tried (`driver_override`, `unbind`, `drivers_probe`, ...). `errno` is the
+    kernel's answer, None when it accepted the write and did nothing.
     """
 
     code = "bind-failed"
@@ -165,7 +165,7 @@ class HypervisorError(DeviceError):
 
 
 class ConnectError(HypervisorError):
-    """No QMP conversation could be had on `socket`."""
+    """The QMP connection on `socket` could not be opened."""
 
     code = "cannot-connect"
 
@@ -175,7 +175,7 @@ class ConnectError(HypervisorError):
 
 
 class ProtocolError(HypervisorError):
-    """The QMP conversation broke off or overran its deadline; QEMU may have run the command."""
+    """The QMP connection was lost or overran its deadline; QEMU may have run the command."""
 
     code = "connection-lost"
 
@@ -252,7 +252,7 @@ class UnplugTimeout(HypervisorError):
 
 
 class StateError(DeviceError):
-    """The wrong moment: the thing is in `state`, the verb needs `required`."""
+    """The wrong moment: the object is in `state`, the verb needs `required`."""
 
     code = "wrong-state"
 

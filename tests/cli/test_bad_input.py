@@ -167,17 +167,17 @@ WORDS = [
 
 REQUESTS = [
     *(
-        request(f"{verb} {{empty}}", "{empty}/config.json: .*No such file", "a bundle is a dir")
+        request(f"{verb} {{empty}}", "{empty}/config.json: .*No such file", "pass a directory")
         for verb in ("info", "attach --vm roomy")
     ),
-    request("info {nowhere}", "{nowhere}: .*No such file", "a bundle is a directory"),
-    request("info {odd}", "{odd}/config.json: .*[Ii]s a directory", "a bundle is a directory"),
+    request("info {nowhere}", "{nowhere}: .*No such file", "pass a directory"),
+    request("info {odd}", "{odd}/config.json: .*[Ii]s a directory", "pass a directory"),
     bundle("", "the configuration is empty.*config.json"),
     bundle("{", "not JSON: .*line 1"),
     bundle(one(), r"\$\.linux\.devices\[0\]\.major: missing.*needs major and minor"),
     bundle(one(**NUMBERED, type="x"), r"devices\[0\]\.type: 'x' .*expected b, c, u or p"),
     bundle(one(major=-1, minor=0), r"devices\[0\]\.major: .*-1 .*0\.\.4095"),
-    bundle(one("/dev/../etc/passwd", **NUMBERED), r"\[0\]\.path: .*'\.\.'", "without detours"),
+    bundle(one("/dev/../etc/passwd", **NUMBERED), r"\[0\]\.path: .*'\.\.'", "without '..'"),
     bundle(
         config(device("/dev/xvda", "8:1"), device("/dev/xvda", "8:2")),
         r"devices\[1\]\.path: /dev/xvda .*twice.*8:1.*8:2",
@@ -188,7 +188,7 @@ REQUESTS = [
         "--device x:8:0: 'x' is not b, c, file, vfio, net, share or rng",
         "write b:7:0",
     ),
-    request("check --device b:8:0:/dev/../x", "'..'", "without detours"),
+    request("check --device b:8:0:/dev/../x", "'..'", "without '..'"),
     request("check --device file:", "no image is named", "write file:"),
     request("check --device b:8:99 -o cache", "--option cache: .*KEY=VALUE"),
     request("check --device file:{free} -o cash=none", "option cash: unknown", "cache, aio"),
@@ -203,7 +203,7 @@ REQUESTS = [
         request(f"check --device {words}", "is not complete", "write share:/srv/work:work")
         for words in ("share:", "share:/srv", "share:/srv:", "share::work")
     ),
-    request("check --device share:fd:9999:work", "descriptor 9999 is no open socket"),
+    request("check --device share:fd:9999:work", "descriptor 9999 is not an open socket"),
     request("check --device rng:/dev/null -o cache=none", "option cache: unknown .*random", "max"),
     request("check --device rng:/dev/null -o period=5", "option period: .*max-bytes"),
     request("check --device share:{empty}:work -o cache=x", "option cache: 'x' .*auto"),
@@ -253,7 +253,7 @@ ON_THE_HOST = [
     ),
     absent(
         "attach --device net:{nowhere} --vm roomy --owner c1",
-        "{nowhere} is no socket of a vhost-user backend: found nothing",
+        "{nowhere} is not the socket of a vhost-user backend: found nothing",
         "start the backend",
     ),
     absent(
@@ -263,12 +263,12 @@ ON_THE_HOST = [
     ),
     absent(
         "attach --device rng:{free} --vm roomy --owner c1",
-        "{free} gives no random numbers: found a regular file",
+        "{free} is not a source of random numbers: found a regular file",
         "/dev/urandom",
     ),
     absent(
         "attach --device b:241:0 --vhost-user-store {nowhere} --vm roomy --owner c1",
-        "vhost-user store {nowhere} is not there",
+        "vhost-user store {nowhere} does not exist",
         "--vhost-user-store",
     ),
     absent(
@@ -284,7 +284,7 @@ ON_THE_HOST = [
     ),
     in_use(
         "attach --device file:{qcow2} --vm roomy --owner c1",
-        "{qcow2} .*qcow2.*format is not stated",
+        "{qcow2} .*qcow2.*no format is set",
         "format=qcow2.*--allow format-not-stated",
         "format-not-stated",
     ),
@@ -336,7 +336,7 @@ IN_THE_JOURNAL = [
             "vm stop unheard",
         )
     ),
-    state("vm start full --accel tcg", "VM full is known already", "vm stop full"),
+    state("vm start full --accel tcg", "VM full is already in the journal", "vm stop full"),
     state("vm adopt again --qmp {full_socket}", "full", "full"),
     state("vm adopt again --qmp {full_link}", "full", "full"),
     state("detach {held_id} 0123456789abcdef", "0123456789abcdef", "list", "not-attached"),
@@ -349,7 +349,7 @@ IN_THE_JOURNAL = [
     ),
     state(
         "attach --device file:{read} --vm roomy --owner c1",
-        "{read} is plugged read-only and is now wanted for writing",
+        "{read} is plugged read-only, and the request is for writing",
         "detach it .*read-only",
     ),
     state(
@@ -550,7 +550,7 @@ def test_a_state_directory_that_may_not_be_written_is_told(vmplug: Vmplug) -> No
     message, hint = sentence(done)
     assert done.status == STATE
     assert f"{directory}/journal.db" in message
-    assert hint == "name a writable --state-dir, or become root"
+    assert hint == "pass a writable --state-dir, or become root"
 
 
 def test_a_bug_is_told_as_one_and_shows_its_trace_when_asked(
@@ -606,7 +606,7 @@ ON_QEMU = [
     in_use(
         "attach --device b:{mounted_no}:/dev/xvda --vm roomy --owner c1",
         "/dev/xvda: {mounted} is mounted on the host at {mount_point}",
-        "umount {mount_point}; or take the risk with --allow mounted-on-host",
+        "umount {mount_point}; or accept the risk with --allow mounted-on-host",
         "mounted-on-host",
     ),
     in_use(
@@ -617,8 +617,8 @@ ON_QEMU = [
     ),
     in_use(
         "attach --device b:{locked_no} --vm roomy --owner c1",
-        "{locked} is read-only and is wanted for writing",
-        "ask for it read-only",
+        "{locked} is read-only, and the request is for writing",
+        "request it read-only",
         "read-only-device",
     ),
     in_use(
@@ -629,7 +629,7 @@ ON_QEMU = [
     ),
     in_use(
         "attach --device b:{exclusive_no} --vm roomy --owner c1",
-        "{exclusive} is held exclusively",
+        "{exclusive} is open exclusively",
         "fuser --verbose {exclusive}",
         "open-exclusively",
     ),
@@ -682,18 +682,20 @@ ON_QEMU = [
     connect("detach --owner ctr3", "{dead_socket}", "vmplug reconcile"),
     connect("resize {lost_id}", "{dead_socket}", "vmplug reconcile"),
     state("vm stop full", "2 attachments .*VM full", "vmplug detach", "still-attached"),
-    state("vm adopt full --qmp {full_socket}", "VM full is known already", "vm stop full"),
+    state(
+        "vm adopt full --qmp {full_socket}", "VM full is already in the journal", "vm stop full"
+    ),
     state("vm adopt again --qmp {full_socket}", "full", "full"),
     state(
         "attach --device b:{ro_no} --vm full --owner c1",
-        "{ro} is plugged read-only and is now wanted for writing",
+        "{ro} is plugged read-only, and the request is for writing",
         "detach it",
     ),
     Bad(
         command="resize {held_id} --size 1073741824",
         status=REQUEST,
         code="not-allowed",
-        says="{held} .*only the host can make it grow",
+        says="{held} .*only the host can grow it",
         hint="grow the device on the host",
     ),
 ]
@@ -807,7 +809,7 @@ START = [
         command=f"vm start new --accel tcg {more}",
         status=HYPERVISOR,
         code="hypervisor-error",
-        says=f"QEMU did not come up: .*{says}",
+        says=f"QEMU did not start: .*{says}",
         hint="vmplug vm start --help",
     )
     for more, says in (

@@ -437,7 +437,7 @@ def test_a_qemu_that_does_not_start_leaves_nothing(
     assert failed.status == 5
     error = failed.error()
     assert error["code"] == "hypervisor-error"
-    assert error["message"].startswith("QEMU did not come up: ")
+    assert error["message"].startswith("QEMU did not start: ")
     assert words in error["message"]
     small.assert_nothing()
 
@@ -529,8 +529,8 @@ def test_a_qemu_that_is_not_installed_is_named(small: Small) -> None:
 @pytest.mark.parametrize(
     ("version", "hint"),
     [
-        ("5.2.0", "qemu-system-s390x is version 5.2, and vmplug needs 7.2 or newer"),
-        ("7.2.22", "vmplug vm start --help shows what can be chosen; --accel tcg needs no KVM"),
+        ("5.2.0", "qemu-system-s390x is version 5.2, and vmplug needs 7.2 or later"),
+        ("7.2.22", "vmplug vm start --help lists the options; --accel tcg does not need KVM"),
     ],
 )
 def test_a_qemu_that_is_too_old_is_named(small: Small, version: str, hint: str) -> None:
@@ -545,7 +545,7 @@ def test_a_qemu_that_is_too_old_is_named(small: Small, version: str, hint: str) 
     refused = small.vmplug(*said, env={"PATH": f"{path}:{os.environ['PATH']}"})
     assert refused.status == 5
     error = refused.error()
-    assert error["message"] == "QEMU did not come up: '{' is not a valid device model name"
+    assert error["message"] == "QEMU did not start: '{' is not a valid device model name"
     assert error["hint"] == hint
     small.assert_nothing()
 

@@ -108,7 +108,7 @@ def test_the_options_of_every_kind_are_all_in_the_help_of_attach(
         backend.bind(str(path))
         asked = device.format(image=image, directory=tmp_path, socket=path)
         hint = vmplug("check", "-d", asked, "-o", "x=y", "--json").error()["hint"]
-    known = hint.removeprefix("known are ").split(", ")
+    known = hint.removeprefix("known options: ").split(", ")
     assert len(known) >= least
     lines = help_of("attach").partition(f"Options of {kind} (")[2].partition("\n\n")[0]
     assert re.findall(r"^    (\S+) +\S", lines, re.MULTILINE) == known

@@ -348,7 +348,7 @@ def test_kinds(vmplug: Vmplug, host: PciTree) -> None:
 def test_a_store_that_is_not_there_is_an_error(vmplug: Vmplug, tree: PciTree) -> None:
     refused = vmplug("host", *at(tree), "--vhost-user-store", "/nowhere")
     assert (refused.status, refused.stdout) == (4, "")
-    assert "the vhost-user store /nowhere is not there" in refused.stderr
+    assert "the vhost-user store /nowhere does not exist" in refused.stderr
 
 
 @pytest.mark.root
@@ -456,8 +456,8 @@ def test_record_replaces_nothing_unless_told(
     refused = vmplug("record", tmp_path / "r.tar", *at(host))
     assert (refused.status, refused.stdout) == (3, "")
     assert refused.stderr.splitlines() == [
-        f"vmplug: {tmp_path}/r.tar: is there already",
-        "hint: name another file, or say --force",
+        f"vmplug: {tmp_path}/r.tar: already exists",
+        "hint: name another file, or pass --force",
     ]
     assert (tmp_path / "r.tar").read_text() == "mine"
     vmplug("record", tmp_path / "r.tar", *at(host), "--force").answer()
@@ -478,7 +478,7 @@ def test_a_file_that_is_no_record_is_told(
     refused = vmplug(*verb, "--root", tmp_path / "x.tar")
     assert (refused.status, refused.stdout) == (3, "")
     assert refused.stderr.startswith(f"vmplug: {tmp_path}/x.tar: cannot be read as a tar file: ")
-    assert "hint: vmplug record makes such a file" in refused.stderr
+    assert "hint: vmplug record writes such a file" in refused.stderr
 
 
 def test_this_hosts_record_is_this_host(vmplug: Vmplug, tmp_path: Path) -> None:

@@ -442,7 +442,7 @@ LONG_TAG = "ä" * 18 + "b"
         ("--device share:/x", "is not complete", "write share:/srv/work:work"),
         ("--device share::t", "is not complete", "write share:/srv/work:work"),
         ("--device share:/x:", "is not complete", "write share:/srv/work:work"),
-        ("--device share:/x:a/b", "share 'a/b': a name is printable", None),
+        ("--device share:/x:a/b", "share 'a/b': a name must be printable", None),
         (f"--device share:/x:{LONG_TAG}", "a mount tag has at most 36 bytes", None),
         ("--device fd:99:t", "'fd' is not b, c, file, vfio, net, share or rng", "write b:7:0"),
         ("--device share:fd:x:t", "share:t: 'fd:x' is not an absolute path", None),
@@ -480,39 +480,51 @@ DISK = f"--vhost-user-store {{}}/store --device b:{BLK}"
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        (f"{NET} -o mac=01:00:5e:00:00:01", "option mac: .*group address", None),
+        (f"{NET} -o mac=01:00:5e:00:00:01", "option mac: .*multicast address", None),
         (f"{NET} -o mac=00:00:00:00:00:00", "option mac: .*or zero", None),
         (f"{NET} -o mac=52:54:00", "option mac: '52:54:00' is not a MAC address", None),
         (f"{NET} -o mac=52-54-00-00-00-01", "option mac: .* is not a MAC address", None),
         (f"{NET} -o queues=0", "option queues: '0' is not a number from 1 to 256", None),
-        (f"{NET} -o cache=none", "option cache: unknown for a virtio-net-pci", "known are mac"),
+        (
+            f"{NET} -o cache=none",
+            "option cache: unknown for a virtio-net-pci",
+            "known options: mac",
+        ),
         (f"{SHARE} -o queue-size=3", "option queue-size: '3' is not a power of two", None),
         (f"{SHARE} -o queue-size=2048", "a power of two from 1 to 1024", None),
         (f"{SHARE} -o queue-size=0", "a power of two from 1 to 1024", None),
         (f"{SHARE} -o cache=writeback", "'writeback' is not one of none, never, auto", None),
-        (f"{SHARE} -o mac={MAC}", "option mac: unknown for a shared directory", "known are file"),
+        (
+            f"{SHARE} -o mac={MAC}",
+            "option mac: unknown for a shared directory",
+            "known options: file",
+        ),
         (f"{VIRTIO_9P} -o cache=auto", "virtio-9p has no cache", "leave them out"),
         ("--device share:{}/eth0.sock:t -o cache=auto", "belongs to the virtiofsd", "start that"),
         ("--device share:{}/eth0.sock:t -o filesystem=virtio-9p", "not a socket", None),
         (
             "--device share:fd:99:t",
-            "share:t: descriptor 99 is no open socket: found nothing",
+            "share:t: descriptor 99 is not an open socket: found nothing",
             None,
         ),
         ("--device rng -o max-bytes=0", "option max-bytes: '0' is not a number from 1", None),
-        ("--device rng -o period=5", "option period: means nothing without max-bytes", None),
-        ("--device rng -o queues=1", "option queues: unknown for a random", "known are max-bytes"),
+        ("--device rng -o period=5", "option period: has no effect without max-bytes", None),
+        (
+            "--device rng -o queues=1",
+            "option queues: unknown for a random",
+            "known options: max-bytes",
+        ),
         (f"{DISK} -o num-queues=0", "option num-queues: '0' is not a number from 1", None),
         (
             f"{DISK} -o cache=none",
             "option cache: unknown for a vhost-user-blk-pci",
-            "known are num",
+            "known options: num",
         ),
         (f"{DISK} -o reconnect=-1", "option reconnect: '-1' is not a number from 0", None),
         (
             "--device file:{}/memory.img -o cache=none -o block-driver=nvdimm",
             "option cache: does not apply to an NVDIMM",
-            "leave it out, or say block-driver=virtio-blk",
+            "leave it out, or set block-driver=virtio-blk",
         ),
     ],
 )
@@ -529,7 +541,7 @@ def test_a_file_is_no_share_by_descriptor(vmplug: Vmplug, world: World) -> None:
     with open(world.path("{}/plain")) as file:
         words = ["--device", f"share:fd:{file.fileno()}:t"]
         told = refused(vmplug, "check", *words, status=3)
-        found = f"descriptor {file.fileno()} is no open socket: found a regular file"
+        found = f"descriptor {file.fileno()} is not an open socket: found a regular file"
     assert found in told.message
     assert told.hint is None
 
@@ -537,21 +549,29 @@ def test_a_file_is_no_share_by_descriptor(vmplug: Vmplug, world: World) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("--device rng:/etc", "no-such-device", "/etc gives no random numbers: found a directory"),
+        (
+            "--device rng:/etc",
+            "no-such-device",
+            "/etc is not a source of random numbers: found a directory",
+        ),
         ("--device rng:{}/plain", "no-such-device", "found a regular file"),
-        ("--device net:{}/work", "no-such-device", "is no socket .*: found a directory"),
-        ("--device net:{}/plain", "no-such-device", "is no socket .*: found a regular file"),
+        ("--device net:{}/work", "no-such-device", "is not the socket .*: found a directory"),
+        ("--device net:{}/plain", "no-such-device", "is not the socket .*: found a regular file"),
         ("--device share:{}/plain:t", "no-such-device", "cannot be shared: found a regular file"),
-        ("--device net:{}/nobody.sock", "no-backend", "nobody listens on it"),
+        ("--device net:{}/nobody.sock", "no-backend", "no process listens on it"),
         ("--device share:{}/nobody.sock:t", "no-backend", "nobody|no process listens"),
         (f"{NET} --read-only", None, ""),
         ("--device b:242:1 --vhost-user-store {}/store", "no-such-device", "no block device node"),
-        (f"{DISK} --read-only", "cannot-be-read-only", "is wanted read-only"),
-        (f"{DISK} -o num-queues=200", "too-many-queues", "serves 1 queues, and 200"),
+        (f"{DISK} --read-only", "cannot-be-read-only", "is requested read-only"),
+        (
+            f"{DISK} -o num-queues=200",
+            "too-many-queues",
+            "serves 1 queues; the request is for 200",
+        ),
         (
             "--device share:{}/eth0.sock:t --read-only",
             "cannot-be-read-only",
-            "is wanted read-only",
+            "is requested read-only",
         ),
     ],
 )
@@ -577,10 +597,20 @@ SHARED = "org.vmplug.share.t"
 @pytest.mark.parametrize(
     ("key", "value", "message", "hint"),
     [
-        ("org.vmplug.disk.x", "{}", "'disk' is no kind of annotation", "org.vmplug. is followed"),
-        ("org.vmplug.", "{}", "'' is no kind of annotation", "org.vmplug. is followed"),
-        ("org.vmplug.net", '{"socket": "/x"}', "net '': a name is printable text", None),
-        ("org.vmplug.net.a/b", '{"socket": "/x"}', "net 'a/b': a name is printable text", None),
+        (
+            "org.vmplug.disk.x",
+            "{}",
+            "'disk' is not a kind of annotation",
+            "org.vmplug. must be followed",
+        ),
+        ("org.vmplug.", "{}", "'' is not a kind of annotation", "org.vmplug. must be followed"),
+        ("org.vmplug.net", '{"socket": "/x"}', "net '': a name must be printable text", None),
+        (
+            "org.vmplug.net.a/b",
+            '{"socket": "/x"}',
+            "net 'a/b': a name must be printable text",
+            None,
+        ),
         (SHARED, "not JSON", "'not JSON': JSON is malformed", "the value is one JSON object"),
         (SHARED, "", "'': Input data was truncated", "the value is one JSON object"),
         (SHARED, "[]", "Expected `object`, got `array`", "the value is one JSON object"),
@@ -601,9 +631,14 @@ SHARED = "org.vmplug.share.t"
         ("org.vmplug.net.e", '{"socket": "run/e"}', "'socket' is 'run/e', expected an", None),
         ("org.vmplug.rng.r", '{"source": "urandom"}', "'source' is 'urandom', expected", None),
         (f"org.vmplug.share.{LONG_TAG}", '{"source": "/x"}', "at most 36 bytes", None),
-        ("org.vmplug.options./dev/no", "{}", "asks for no device at /dev/no", "name the path of"),
+        (
+            "org.vmplug.options./dev/no",
+            "{}",
+            "does not request a device at /dev/no",
+            "name the path of",
+        ),
         ("org.vmplug.options.x", "{}", "'x' is not an absolute path of a device", None),
-        ("org.vmplug.options./dev/../x", "{}", "contains '..'", "give the path"),
+        ("org.vmplug.options./dev/../x", "{}", "contains '..'", "give the device's path"),
         ("org.vmplug.options./dev/xvda", '{"a": []}', "got `array`", "the value is one JSON"),
     ],
 )
@@ -646,9 +681,9 @@ def test_katas_words_for_all_shares_are_their_defaults(vmplug: Vmplug) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (SHARE, "--device share:{}/empty:t", "share with the tag t already, of .*/work"),
+        (SHARE, "--device share:{}/empty:t", "share with the tag t: .*/work"),
         (SHARE, f"{SHARE} -o cache=always", "is plugged with other options"),
-        (f"{SHARE} --read-only", SHARE, "is plugged read-only and is now wanted for writing"),
+        (f"{SHARE} --read-only", SHARE, "is plugged read-only, and the request is for writing"),
         ("--device rng -o max-bytes=5", "--device rng -o max-bytes=6", "with other options"),
     ],
 )

@@ -49,8 +49,8 @@ def test_a_state_directory_that_is_open_to_others_is_refused(
     assert (done.stdout, done.status) == ("", STATE)
     message, hint = done.stderr.splitlines()
     assert message == (
-        f"vmplug: the state directory {vmplug.state_dir} is open to others (mode 0755), "
-        "and is not used"
+        f"vmplug: the state directory {vmplug.state_dir} is accessible to others (mode 0755): "
+        "vmplug refuses to use it"
     )
     assert f"chmod 700 {vmplug.state_dir}" in hint
     assert {path: path.stat().st_mtime_ns for path in vmplug.state_dir.rglob("*")} == before
@@ -65,7 +65,7 @@ def test_a_state_directory_that_somebody_else_put_there_is_refused(vmplug: Vmplu
     os.chown(vmplug.state_dir, 12345, 12345)
     done = vmplug("list")
     assert done.status == STATE
-    assert f"{vmplug.state_dir} belongs to user 12345, and is not used" in done.stderr
+    assert f"{vmplug.state_dir} belongs to user 12345: vmplug refuses to use it" in done.stderr
     assert list(vmplug.state_dir.iterdir()) == []
 
 

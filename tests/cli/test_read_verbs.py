@@ -34,8 +34,8 @@ NO_SUCH = (
     "there is nothing"
 )
 NO_SUCH_HINT = (
-    "compare with the numbers in `ls -l /dev` on the host; is the driver loaded, "
-    "the disk plugged in?"
+    "compare with the numbers in `ls -l /dev` on the host; check that the driver is loaded and "
+    "the disk is plugged in"
 )
 
 
@@ -574,7 +574,7 @@ def test_a_node_of_vfio_with_nothing_behind_it_is_told_before_attach(
     told = vmplug("check", "-d", "c:511:0:/dev/vfio/26", *at(tree), "--json")
     (problem,) = told.json()["problems"]
     assert (told.status, problem["code"]) == (4, "no-such-device")
-    assert "/dev/vfio/26 is a node of VFIO" in problem["message"]
+    assert "/dev/vfio/26 is a VFIO node" in problem["message"]
 
 
 @pytest.mark.root

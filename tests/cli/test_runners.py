@@ -173,5 +173,5 @@ def test_a_qemu_is_never_a_child_of_the_tests(vmplug: Vmplug, tmp_path: Path) ->
     fake.chmod(0o755)
     path = {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
     done = vmplug("vm", "start", "sb1", "--accel", "tcg", env=path)
-    assert "QEMU did not come up: of " in done.stderr
+    assert "QEMU did not start: of " in done.stderr
     assert f"of {os.getpid()}" not in done.stderr

@@ -590,7 +590,7 @@ def test_a_guest_that_does_not_answer_leaves_the_disk_detaching(
     assert (refused.stdout, refused.status) == ("", 5)
     assert refused.stderr == (
         f"vmplug: the guest did not release {node} within 0.3 s\n"
-        "hint: the VM is paused: the guest answers when it runs; then detach again\n"
+        "hint: the VM is paused: the guest can answer only while the VM runs; detach again then\n"
     )
     assert [hold["state"] for hold in vm.listed()] == ["detaching"]
     assert "detaching" in vm.vmplug("list").answer()
@@ -742,7 +742,7 @@ def test_an_interrupted_attach_ends_quietly_and_is_undone(
 def test_a_killed_attach_that_is_only_counted_leaves_the_disk_where_it_is(
     gated: Gated, make_loop: Callable[[str], Path]
 ) -> None:
-    """Killed in the middle of a request for a disk that is there already and for a new one."""
+    """Killed in the middle of a request for a disk that already exists and for a new one."""
     old, new = make_loop("old"), make_loop("new")
     gated.vmplug(*attach_words(old)).answer()
     gated.kill_at(1, *attach_words(old, new), is_sent=True)

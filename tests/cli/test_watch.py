@@ -150,8 +150,8 @@ def test_with_no_time_it_tells_what_is_wrong_now_and_ends(vmplug: Vmplug) -> Non
     assert re.fullmatch(wanted, first)
     assert others == [
         "  /no/such\\n has been deleted or moved",
-        "  the guest goes on; what it writes is lost when the VM lets go of it",
-        f"  hint: save what is needed from within the guest, then vmplug detach {hold.id}",
+        "  the guest keeps working; its writes are lost when the VM closes the file",
+        f"  hint: save the data from inside the guest, then vmplug detach {hold.id}",
     ]
 
 
@@ -161,7 +161,7 @@ def test_a_vm_that_had_ended_before_is_told_first_and_its_devices_are_not(vmplug
         attach_row(journal, device_record("file:/no/such", "/no/such"))
     (notice,) = map(json.loads, vmplug("watch", "--timeout", "0", "--json").answer().splitlines())
     assert notice["event"] == "vm-ended"
-    assert "1 attachment," in notice["meaning"]
+    assert "1 attachment;" in notice["meaning"]
 
 
 def test_the_interrupt_key_ends_it_quietly(vmplug: Vmplug) -> None:

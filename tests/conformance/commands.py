@@ -174,7 +174,7 @@ def _scsi_hd(scsi_id: int, lun: int) -> list[object]:
 
 
 def _told_to_fail(command: str) -> str:
-    desc = f"{command} was told to fail"
+    desc = f"{command} fails as set by fail_at"
     return f"CommandError(command={command}, error_class=GenericError, desc={desc})"
 
 

@@ -215,7 +215,7 @@ DEVIATIONS: dict[str, Deviation] = {
         {
             **_never_plugged(
                 "CommandError(command=device_add, error_class=GenericError, "
-                "desc=device_add was told to fail)"
+                "desc=device_add fails as set by fail_at)"
             ),
             "receiver_calls": ["refused at 0"],
             "index_after": 0,

@@ -252,7 +252,7 @@ DEVIATIONS: dict[str, Deviation] = {
         _NOT_SAID,
         _plugged(
             "CommandError(command=device_add, error_class=GenericError, "
-            "desc=device_add was told to fail)",
+            "desc=device_add fails as set by fail_at)",
             ["object-del", {"id": "object 1"}],
         ),
     ),

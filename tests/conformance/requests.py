@@ -255,7 +255,7 @@ DEVIATIONS: dict[str, Deviation] = {
     ),
     "mount source: block device flagged read-only on the host": Deviation(
         None,
-        "who wants to write is told that he cannot, and may ask for it read-only",
+        "who wants to write is told that he cannot, and may request it read-only",
         {
             "error": "InUse(host_path=/dev/sdb, codes=read-only-device)",
             "DevType": "b",

@@ -290,7 +290,8 @@ def _line(step: str, bus: str, *tracked: str, **more: object) -> dict[str, Any]:
 _ADD, _REMOVE = _CALLS.values()
 _FREED = "a port is free again once QEMU has confirmed the unplug, and only then"
 _TOLD_TO_FAIL = (
-    "CommandError(command=device_add, error_class=GenericError, desc=device_add was told to fail)"
+    "CommandError(command=device_add, error_class=GenericError, "
+    "desc=device_add fails as set by fail_at)"
 )
 _COLD = (
     "cold plug: attach appends, detach does nothing, re-attach appends again and takes another bus"

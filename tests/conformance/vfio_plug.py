@@ -200,7 +200,7 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def _told_to_fail(command: str) -> str:
-    desc = f"{command} was told to fail"
+    desc = f"{command} fails as set by fail_at"
     return f"CommandError(command={command}, error_class=GenericError, desc={desc})"
 
 

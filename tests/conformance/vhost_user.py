@@ -203,7 +203,8 @@ ADAPTERS: dict[str, Adapter] = {
 
 _OWN_PLACE = "it has a place of its own on PCI, whatever driver other disks have"
 TOLD_TO_FAIL = (
-    "CommandError(command=device_add, error_class=GenericError, desc=device_add was told to fail)"
+    "CommandError(command=device_add, error_class=GenericError, "
+    "desc=device_add fails as set by fail_at)"
 )
 
 

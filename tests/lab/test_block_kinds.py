@@ -196,7 +196,10 @@ def test_a_disk_that_is_offline_cannot_be_read_and_one_that_is_gone_is_no_device
     device = Path(f"/sys/block/{disk.name}/device").resolve()
     (device / "state").write_text("offline\n")
     (finding,) = findings(disk)
-    assert (finding.code, finding.hint) == (Code.UNREADABLE, "the kernel may say why: dmesg")
+    assert (finding.code, finding.hint) == (
+        Code.UNREADABLE,
+        "the kernel log may have the reason: dmesg",
+    )
     (device / "state").write_text("running\n")
     assert is_free(disk)
     asked = on_the_command_line(disk)

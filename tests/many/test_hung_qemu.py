@@ -88,7 +88,7 @@ def test_between_two_commands(vm: GuestVm) -> None:
     with stopped(vm):
         with pytest.raises(ProtocolError, match=r"did not answer query-status within 0\.4 s"):
             qemu.status()
-        with pytest.raises(ConnectError, match="gives no QMP greeting"):
+        with pytest.raises(ConnectError, match="sent no QMP greeting"):
             qemu.status()
     assert qemu.status() == "prelaunch"
     qemu.close()

@@ -397,7 +397,7 @@ def test_a_backend_that_falls_silent_at_the_start_ends_qemu(tmp_path: Path) -> N
         network = vhost_user(DeviceType.VHOST_USER_NET, backend.socket_path, mac_address=MAC)
         shared = replace(share(tmp_path, read_only=False), id="f" * 16)
         plugs: list[tuple[Plug, Place]] = [(shared, other), (network, PCI)]
-        with pytest.raises(HypervisorError, match="QEMU did not come up"):
+        with pytest.raises(HypervisorError, match="QEMU did not start"):
             start(VmSpec(name="sb1", accel="tcg"), plugs)
         assert backend.is_running
     assert sharers_of(tmp_path) == set()

@@ -117,8 +117,8 @@ def test_what_the_vm_does_not_hold_is_left_out_and_said(
     assert [one["outcome"] for one in told] == ["left out"] * 4
     reasons = [one["reason"] for one in told]
     assert reasons[0] == f"the VM does not hold {FRONT}"
-    assert reasons[1] == "Kata has not attached it"
-    assert "no kind of device that vmplug knows" in reasons[2]
+    assert reasons[1] == "Kata did not attach it"
+    assert "not a kind of device that vmplug supports" in reasons[2]
     assert "no name in QEMU" in reasons[3]
     assert journal_rows(vmplug.state_dir)["device"] == []
     table = vmplug(*import_words(vm, state)[:-1]).answer()

@@ -130,7 +130,7 @@ def test_a_file_that_is_replaced_just_before_it_is_opened_is_not_plugged(
         state_dir=tmp_path / "state",
     ) as devices:
         before = Picture(journal_rows(tmp_path / "state"), qemu_parts(vm))
-        with pytest.raises(NoSuchDevice, match="replaced it meanwhile"):
+        with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"):
             devices.attach(request)
         assert Picture(journal_rows(tmp_path / "state"), qemu_parts(vm)) == before
     assert swap.kept.exists() is not puts_back, "it was never replaced"
@@ -188,7 +188,7 @@ def test_a_vm_that_opened_another_file_at_its_start_never_runs(kind: str, tmp_pa
     request, path, other = (KINDS | COLD_KINDS)[kind](tmp_path)
     with cold(tmp_path, request) as qemu:
         Swap(path, other).away()
-        with pytest.raises(NoSuchDevice, match="replaced it meanwhile"):
+        with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"):
             launch(qemu, timeout_s=20)
         assert not processes_of(qemu.directory)
 
@@ -241,7 +241,7 @@ def test_a_directory_that_is_replaced_is_not_shared(
         state_dir=tmp_path / "state",
     ) as devices:
         before = Picture(journal_rows(tmp_path / "state"), qemu_parts(vm))
-        with pytest.raises(NoSuchDevice, match="replaced it meanwhile"):
+        with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"):
             devices.attach(ShareInfo(tag="work", source=str(work), read_only=read_only))
         assert Picture(journal_rows(tmp_path / "state"), qemu_parts(vm)) == before
     assert socket not in " ".join(find_marked("VMPLUG_DEVICE").values())

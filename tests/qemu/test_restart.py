@@ -68,7 +68,7 @@ def test_what_a_vm_held_that_ended_unseen_is_released(vms: Vms, tmp_path: Path) 
         old = devices.attach(request(image))
     vms.take_turns()
     with vms.manager() as devices:
-        with pytest.raises(NotAttached, match="has ended, and another has its name"):
+        with pytest.raises(NotAttached, match="has ended, and another VM has its name"):
             devices.detach(old.id)
         new = devices.attach(request(image))
         assert new.device_id != old.device_id

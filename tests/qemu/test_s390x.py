@@ -347,7 +347,7 @@ def test_qemu_itself_has_no_such_model(channels: Channels, model: str) -> None:
     [
         ("virtio-blk", DeviceError, "PCI"),
         ("virtio-mmio", CannotPlug, "virtio-mmio"),
-        ("nvdimm", CannotPlug, "takes no NVDIMMs"),
+        ("nvdimm", CannotPlug, "does not support NVDIMMs"),
     ],
 )
 def test_drivers_of_other_machines_are_refused(

@@ -350,9 +350,9 @@ def test_a_descriptor_that_is_no_socket_is_refused(open_lab: OpenLab, directory:
     before = open_lab.picture()
     with (directory / "hello").open() as file:
         number = file.fileno()
-        with pytest.raises(SpecError, match="no open socket"):
+        with pytest.raises(SpecError, match="not an open socket"):
             open_lab.devices.attach(ShareInfo(tag=TAG, source=f"fd:{number}"))
-    with pytest.raises(SpecError, match="no open socket"):
+    with pytest.raises(SpecError, match="not an open socket"):
         open_lab.devices.attach(ShareInfo(tag=TAG, source=f"fd:{number}"))
     assert open_lab.picture() == before
 
@@ -452,7 +452,10 @@ def test_a_dead_virtiofsd_of_somebody_else_is_told(open_lab: OpenLab, directory:
         backend.kill()
         assert backend.socket_path.is_socket()
         error = expect(
-            open_lab, ShareInfo(tag=TAG, source=str(backend.socket_path)), InUse, "nobody listens"
+            open_lab,
+            ShareInfo(tag=TAG, source=str(backend.socket_path)),
+            InUse,
+            "no process listens",
         )
         assert isinstance(error, InUse)
         assert error.codes == (Code.NO_BACKEND,)
@@ -465,7 +468,12 @@ def test_a_file_system_that_takes_no_writes_is_shared_read_only(
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1M", "none", str(path)], check=True)
     try:
-        error = expect(open_lab, ShareInfo(tag=TAG, source=str(path)), InUse, "takes no writes")
+        error = expect(
+            open_lab,
+            ShareInfo(tag=TAG, source=str(path)),
+            InUse,
+            "is read-only, and the request is for writing",
+        )
         assert isinstance(error, InUse)
         assert error.codes == (Code.READ_ONLY_DEVICE,)
         info = ShareInfo(tag=TAG, source=str(path), read_only=True)

@@ -287,7 +287,7 @@ def test_a_dead_backend_is_told(open_lab: OpenLab, image: Path, kind: str) -> No
         infos = infos_for(open_lab, backend.socket_path)
         backend.kill()
         assert backend.socket_path.is_socket()
-        refused(open_lab, infos[kind], Code.NO_BACKEND, "nobody listens")
+        refused(open_lab, infos[kind], Code.NO_BACKEND, "no process listens")
 
 
 @pytest.mark.parametrize("kind", ["blk", "net"])

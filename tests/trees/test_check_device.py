@@ -234,7 +234,7 @@ def test_what_holds_a_disk_is_taken_apart_by_its_name(
     for holder in holders:
         disk.hold("sda", holder)
     (finding,) = findings(disk)
-    assert finding.hint.endswith(f"or take it apart first ({remedy})")
+    assert finding.hint.endswith(f"or dismantle it first ({remedy})")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_file_behind_a_loop_device_is_in_use(tree: HostTree) -> None:
         Finding(
             Code.HAS_HOLDERS,
             "/a.img is behind the loop device /dev/loop0",
-            "hand over /dev/loop0 itself, or losetup --detach /dev/loop0",
+            "hand over /dev/loop0 itself, or run losetup --detach /dev/loop0",
         )
     ]
     assert findings(tree, "7:0") == []
@@ -334,8 +334,8 @@ def test_swap_space_in_use_is_found_by_any_name(
     assert codes(found) == (["is-swap"] if named else [])
     for finding in found:
         name = area.replace("\\040", " ")
-        assert finding.message.startswith(f"{named} holds swap space that the host is using")
-        assert finding.message.endswith("using" if name == named else f"using ({name})")
+        assert finding.message.startswith(f"{named} contains swap space that the host uses")
+        assert finding.message.endswith("uses" if name == named else f"uses ({name})")
         assert shlex.split(finding.hint) == ["swapoff", name]
 
 
@@ -383,6 +383,14 @@ def test_every_vm_is_named(disk: HostTree) -> None:
         "block device 8:0 is already handed to VM 'sb1'",
         "block device 8:1 is already handed to VM 'sb2' for reading",
     ]
+
+
+def test_another_device_of_the_request_with_the_same_data_is_named(disk: HostTree) -> None:
+    other = Claim(vm=None, identity="block:8:1", read_only=False, share_rw=False)
+    (finding,) = findings(disk, claims=(other,))
+    assert finding.message == "block device 8:1 has the same data, and is in this request too"
+    assert finding.hint.startswith("request only one of them; share it read-only; or set share-rw")
+    assert not finding.hint.endswith("; ")
 
 
 def test_files_are_claimed_like_devices(tree: HostTree) -> None:

@@ -310,7 +310,10 @@ def test_another_qemu_is_found_on_the_disk_on_its_partition_and_on_the_file_behi
             with locked(path):
                 for node in (disk, part):
                     (finding,) = findings(live, number(node))
-                    assert finding.message == f"{path} is open in another QEMU or storage daemon"
+                    assert (
+                        finding.message
+                        == f"{path} is open in another QEMU or in qemu-storage-daemon"
+                    )
         assert findings(live, number(disk)) == findings(live, number(part)) == []
 
 

@@ -87,7 +87,7 @@ def test_a_host_that_does_not_say_how_it_remaps_is_not_suspected(tree: PciTree) 
 def test_a_function_of_a_host_driver_is_not_bound(tree: PciTree) -> None:
     tree.pci_function(GPU, driver="nouveau", group=26)
     finding = findings(tree)[Code.NOT_BOUND]
-    assert finding.message == f"VFIO does not have /dev/vfio/26: {GPU} is driven by nouveau"
+    assert finding.message == f"/dev/vfio/26 is not bound to VFIO: {GPU} is bound to nouveau"
     assert f"vmplug bind {GPU}" in finding.hint
     assert "--managed" in finding.hint
 
@@ -103,7 +103,7 @@ def test_the_audio_of_a_gpu_keeps_its_group_from_going_and_is_named(tree: PciTre
     )
     found = findings(tree)
     assert set(found) == {Code.GROUP_NOT_VIABLE}
-    assert f"{AUDIO} is driven by snd_hda_intel" in found[Code.GROUP_NOT_VIABLE].message
+    assert f"{AUDIO} is bound to snd_hda_intel" in found[Code.GROUP_NOT_VIABLE].message
     assert GPU not in found[Code.GROUP_NOT_VIABLE].message
 
 
@@ -288,5 +288,5 @@ def test_the_limit_of_a_vm_that_is_to_be_started_is_this_processs(tree: PciTree)
     vm = GuestMemory(1 << 30, pid)
     (finding,) = check_vm(group, vm, tree.root, has_iommufd=False)
     assert finding.code is Code.MEMLOCK_LIMIT
-    assert finding.message.startswith("QEMU, as this process, may lock 8192 KiB")
+    assert finding.message.startswith("QEMU, with the limit of this process, may lock 8192 KiB")
     assert finding.hint.startswith("ulimit -l")

@@ -60,7 +60,7 @@ def test_a_file_that_was_put_in_its_place_is_refused(image: Path, reader: int) -
     checked = file_id(image.stat())
     replace(image)
     for look in (check_path, hold):
-        with pytest.raises(NoSuchDevice, match="replaced it meanwhile") as refused:
+        with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it") as refused:
             look(str(image), checked)
         assert refused.value.found == "a regular file"
         assert "try again" in (refused.value.hint or "")

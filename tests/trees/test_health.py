@@ -54,7 +54,7 @@ def test_a_disk_that_is_there_has_its_size(tree: PciTree) -> None:
 def test_a_disk_that_was_pulled_is_gone(tree: PciTree) -> None:
     tree.block_device("8:32", "sdc")
     found = look(tree, DISK)
-    assert found == DeviceHealth(HostState.GONE, "/dev/sdb (8:16) is not there any more")
+    assert found == DeviceHealth(HostState.GONE, "/dev/sdb (8:16) no longer exists")
 
 
 def test_of_a_host_without_sysfs_nothing_is_said(tree: PciTree) -> None:
@@ -64,7 +64,9 @@ def test_of_a_host_without_sysfs_nothing_is_said(tree: PciTree) -> None:
 
 def test_a_loop_device_without_a_file_is_gone(tree: PciTree) -> None:
     tree.block_device("7:3", "loop3", size_bytes=0)
-    assert look(tree, LOOP) == DeviceHealth(HostState.GONE, "/dev/loop3 loops to no file any more")
+    assert look(tree, LOOP) == DeviceHealth(
+        HostState.GONE, "/dev/loop3 no longer has a file behind it"
+    )
 
 
 def test_a_loop_device_whose_file_was_deleted(tree: PciTree) -> None:
@@ -95,7 +97,7 @@ def test_a_file_in_the_place_of_the_one_that_the_vm_has_open_is_told(tmp_path: P
         )
         disk_image(tmp_path / "b.img", 1, "second").rename(path)
         found = HostSnapshot(host, [vm]).of(image)
-        assert found == DeviceHealth(HostState.REPLACED, f"at {path} there is another file now")
+        assert found == DeviceHealth(HostState.REPLACED, f"{path} is now another file")
         ended = replace(vm, started_at=1)
         assert HostSnapshot(host, [ended]).of(image) == DeviceHealth(
             HostState.PRESENT, size_bytes=MIB
@@ -131,7 +133,7 @@ def test_a_function_that_another_driver_has_is_told_for_its_group(
 
 def test_a_function_that_was_pulled_is_gone(tree: PciTree) -> None:
     tree.pci_function(BDFS[0], driver="vfio-pci")
-    assert look(tree, GROUP) == DeviceHealth(HostState.GONE, f"{BDFS[1]} is not there any more")
+    assert look(tree, GROUP) == DeviceHealth(HostState.GONE, f"{BDFS[1]} no longer exists")
 
 
 def test_a_mediated_device_is_there_or_gone(tree: PciTree) -> None:
@@ -216,7 +218,7 @@ def test_a_real_listener_is_seen_without_a_connection(tmp_path: Path) -> None:
             listener.listen()
             looker = HostSnapshot(HostRoot(), [vm_record()])
             assert looker.of(record) == DeviceHealth(
-                HostState.DISCONNECTED, f"the backend at {path} serves nobody"
+                HostState.DISCONNECTED, f"the backend at {path} has no client"
             )
             client.connect(path)
             with listener.accept()[0]:

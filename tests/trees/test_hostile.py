@@ -118,7 +118,7 @@ def test_a_volume_whose_source_has_a_nul_is_none(tree: HostTree) -> None:
 def test_a_virtual_function_that_is_none_is_told(tree: HostTree, target: str) -> None:
     path = "/sys/bus/pci/devices/0000:3b:00.0"
     tree.file(f"{path}/sriov_totalvfs", "4\n").link(f"{path}/virtfn0", target)
-    with pytest.raises(AttributeReadError, match="is no PCI function"):
+    with pytest.raises(AttributeReadError, match="is not a PCI function"):
         read_sriov(Bdf.parse("0000:3b:00.0"), tree.root)
 
 

@@ -325,7 +325,7 @@ def test_an_empty_store_and_one_that_is_not_there(tree: PciTree, store: VhostUse
     kinds = [Kind.VHOST_USER]
     assert read_inventory(live, vhost_user_store=store, kinds=kinds).vhost_user == ()
     assert read_inventory(live, kinds=kinds) == Inventory()
-    with pytest.raises(NoSuchDevice, match="is not there"):
+    with pytest.raises(NoSuchDevice, match="does not exist"):
         read_inventory(
             tree.root, vhost_user_store=VhostUserStore("/nowhere", root=tree.root), kinds=kinds
         )

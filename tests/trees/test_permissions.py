@@ -60,7 +60,7 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     directory = tmp_path / "state"
     directory.mkdir(mode=0o700)
     os.chown(directory, STRANGER, STRANGER)
-    with pytest.raises(StoreError, match=f"belongs to user {STRANGER}, and is not used"):
+    with pytest.raises(StoreError, match=f"belongs to user {STRANGER}: vmplug refuses to use it"):
         Journal.open(directory)
     assert list(directory.iterdir()) == []
 
@@ -90,7 +90,7 @@ def test_a_journal_of_somebody_else_is_refused(tmp_path: Path) -> None:
 def test_a_journal_that_others_can_write_is_refused(tmp_path: Path) -> None:
     Journal.open(tmp_path / "state").close()
     (tmp_path / "state/journal.db").chmod(0o666)
-    with pytest.raises(StoreError, match=r"can be written by others \(mode 0666\)"):
+    with pytest.raises(StoreError, match=r"is writable by others \(mode 0666\)"):
         Journal.open(tmp_path / "state")
 
 

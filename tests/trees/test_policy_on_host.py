@@ -288,4 +288,4 @@ def test_what_cannot_be_looked_at_is_not_allowed(tree: HostTree, gate: Gates) ->
     verdict = gate('kinds = ["vhost-user-fs-pci"]').judge(request, shared, None, tree.root)
     (refusal,) = verdict.refusals
     assert refusal.code is Code.NOT_ALLOWED
-    assert "cannot be asked about it: cannot read /srv/a" in refusal.message
+    assert "cannot decide about it: cannot read /srv/a" in refusal.message

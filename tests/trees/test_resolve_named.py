@@ -147,12 +147,14 @@ def test_a_descriptor_that_is_open_on_something_else_is_refused(tmp_path: Path) 
     with path.open("rb") as file, pytest.raises(SpecError) as caught:
         resolve(share(f"fd:{file.fileno()}"), HostRoot())
     assert caught.value.where == "share:work"
-    assert "is no open socket: found a regular file" in caught.value.message
+    assert "is not an open socket: found a regular file" in caught.value.message
 
 
 @pytest.mark.parametrize("number", [999_999, 10**9 - 1])
 def test_a_descriptor_that_is_not_open_is_refused(number: int) -> None:
-    with pytest.raises(SpecError, match=f"descriptor {number} is no open socket: found nothing"):
+    with pytest.raises(
+        SpecError, match=f"descriptor {number} is not an open socket: found nothing"
+    ):
         resolve(share(f"fd:{number}"), HostRoot())
 
 
@@ -173,7 +175,7 @@ def test_a_network_is_the_socket_by_its_one_path(host: HostTree, path: str) -> N
 def test_no_socket_is_refused_with_what_is_there(host: HostTree, path: str, found: str) -> None:
     with pytest.raises(NoSuchDevice) as caught:
         resolve(net(path), host.root)
-    message = f"{path} is no socket of a vhost-user backend: found {found}"
+    message = f"{path} is not the socket of a vhost-user backend: found {found}"
     assert (caught.value.message, caught.value.found) == (message, found)
     assert caught.value.wanted == f"vhost-user network {path}"
     assert caught.value.hint
@@ -206,7 +208,7 @@ def test_this_host_has_random_numbers() -> None:
 def test_anything_else_gives_no_random_numbers(host: HostTree, source: str, found: str) -> None:
     with pytest.raises(NoSuchDevice) as caught:
         resolve(RngInfo(source=source), host.root)
-    assert caught.value.message == f"{source} gives no random numbers: found {found}"
+    assert caught.value.message == f"{source} is not a source of random numbers: found {found}"
     assert caught.value.hint
 
 

@@ -293,7 +293,7 @@ def test_an_absent_backend_is_told_and_never_allowed(directory: Path, kind: Devi
     code, message = problem(device(kind, path))
     assert (code, message) == (
         Code.NO_BACKEND,
-        f"{path} cannot be used: nobody listens on it",
+        f"{path} cannot be used: no process listens on it",
     )
     assert code in NEVER_ALLOWED
 
@@ -304,7 +304,7 @@ def test_one_that_hangs_up_is_told_with_whom_to_look_at(directory: Path, kind: D
         asked, (finding,) = ask_backend(device(kind, path), HostRoot())
     assert asked.backend is None
     assert finding.code is Code.BACKEND_SILENT
-    assert "speaks no vhost-user" in finding.message
+    assert "does not speak vhost-user" in finding.message
     assert f"process {os.getpid()}" in finding.hint
 
 
@@ -325,7 +325,7 @@ def test_another_kinds_backend_is_not_given_to_a_scsi_controller(
         assert ask_backend(device(NET, path), HostRoot())[1] == []
     assert code is Code.WRONG_BACKEND
     assert f"process {os.getpid()}" in message
-    assert "serves no vhost-user-scsi-pci device" in message
+    assert "does not serve a vhost-user-scsi-pci device" in message
 
 
 @pytest.mark.parametrize("kind", [*SERVED, FS])
@@ -344,7 +344,7 @@ def test_one_that_serves_somebody_is_left_alone(directory: Path, kind: DeviceTyp
             assert is_connected(path, HostRoot())
             code, message = problem(device(kind, path))
         assert code is Code.BACKEND_BUSY
-        assert f"process {os.getpid()} serves somebody on {path} already" in message
+        assert f"process {os.getpid()} already serves a client on {path}" in message
     assert len(talked) == 1
 
 

@@ -249,7 +249,7 @@ def test_in_a_batch_each_device_has_its_own_error(store: StoreDirectory) -> None
 def test_a_store_that_is_not_there_is_said_with_a_remedy(tmp_path: Path) -> None:
     store = VhostUserStore(str(tmp_path / "absent"))
     for lookup in (lambda: store.find_socket(DevNum(241, 0)), lambda: store.find_sockets([])):
-        with pytest.raises(NoSuchDevice, match="is not there") as caught:
+        with pytest.raises(NoSuchDevice, match="does not exist") as caught:
             lookup()
         assert caught.value.wanted == str(tmp_path / "absent")
         assert "--vhost-user-store" in (caught.value.hint or "")
@@ -261,7 +261,7 @@ def test_an_empty_store_has_no_nodes(store: StoreDirectory) -> None:
 
 def test_a_file_in_place_of_the_store_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "store").touch()
-    with pytest.raises(NoSuchDevice, match="is not there"):
+    with pytest.raises(NoSuchDevice, match="does not exist"):
         VhostUserStore(str(tmp_path / "store")).find_socket(DevNum(241, 0))
 
 
@@ -271,7 +271,7 @@ def test_a_store_may_come_and_go(store: StoreDirectory) -> None:
     opened = store.open()
     assert ask(opened, "241:0") == "disk"
     store.path.rename(store.path.with_name("away"))
-    with pytest.raises(NoSuchDevice, match="is not there"):
+    with pytest.raises(NoSuchDevice, match="does not exist"):
         opened.find_socket(DevNum(241, 0))
     store.path.with_name("away").rename(store.path)
     assert ask(opened, "241:0") == "disk"

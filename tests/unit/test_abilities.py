@@ -72,7 +72,7 @@ def test_a_program_that_does_not_answer_is_told(directory: Path, script: str, wo
     install(directory, script)
     with pytest.raises(HypervisorError) as told:
         _ = of_program(PROGRAM).reconnect_ms
-    assert str(told.value).startswith(f"{PROGRAM} does not say what it can do: ")
+    assert str(told.value).startswith(f"{PROGRAM} does not report its abilities: ")
     assert words in str(told.value)
 
 

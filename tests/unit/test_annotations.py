@@ -192,9 +192,9 @@ def test_a_value_that_is_no_object_of_words_is_refused_with_its_annotation(
         (f"{PREFIX}options.dev/sda", "{}", "'dev/sda' is not an absolute path"),
         (f"{PREFIX}options./", "{}", "'/' is not an absolute path"),
         (f"{PREFIX}options./dev/../sda", "{}", "contains '..'"),
-        (f"{PREFIX}disk.a", "{}", "'disk' is no kind of annotation"),
-        (f"{PREFIX}Net.a", "{}", "'Net' is no kind of annotation"),
-        (PREFIX, "{}", "'' is no kind of annotation"),
+        (f"{PREFIX}disk.a", "{}", "'disk' is not a kind of annotation"),
+        (f"{PREFIX}Net.a", "{}", "'Net' is not a kind of annotation"),
+        (PREFIX, "{}", "'' is not a kind of annotation"),
     ],
 )
 def test_a_wrong_member_is_refused_with_its_annotation(key: str, value: str, message: str) -> None:
@@ -327,7 +327,7 @@ def test_a_device_without_options_of_its_own_has_none() -> None:
 
 def test_options_of_nothing_are_refused_with_what_there_is_to_name() -> None:
     key = f"{PREFIX}options./dev/sdz"
-    with pytest.raises(SpecError, match="asks for no device at /dev/sdz") as caught:
+    with pytest.raises(SpecError, match="does not request a device at /dev/sdz") as caught:
         bundle({key: "{}"})
     assert caught.value.where == f"$.annotations[{key!r}]"
     assert caught.value.hint

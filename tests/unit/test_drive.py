@@ -131,7 +131,7 @@ def test_limits_of_bytes_and_operations_go_together() -> None:
         ("serial", "a\nb", "is not printable text"),
         ("serial", "a\0b", "is not printable text"),
         *[
-            ("bps-total", text, f"is not a number from 1 to {10**15}, with K, M or G")
+            ("bps-total", text, f"is not a number from 1 to {10**15}, optionally with K, M or G")
             for text in ("", "0", "-1", "1.5", "1k", "1KB", "K", "0x10", " 1", "1\n", "٣")
         ],
         ("iops-read", "1000000000000001", "is not a number from 1 to"),
@@ -150,7 +150,7 @@ def test_a_wrong_word_is_refused_with_its_option(key: str, text: str, message: s
 def test_an_unknown_option_is_answered_with_the_known_ones() -> None:
     with pytest.raises(SpecError) as caught:
         BlockDiskDriver.parse({"readonly": "on"})
-    assert caught.value.hint == "known are " + ", ".join(OPTIONS)
+    assert caught.value.hint == "known options: " + ", ".join(OPTIONS)
 
 
 @pytest.mark.parametrize(

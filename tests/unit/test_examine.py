@@ -57,4 +57,4 @@ def test_one_error_is_raised_as_it_is_and_several_as_one_report(tree: HostTree) 
     assert caught.value.codes == ("mounted-on-host", "unreadable")
     assert "/dev/a: " in caught.value.message
     assert "/dev/b: " in caught.value.message
-    assert caught.value.hint == "vmplug check shows each of them with its remedy"
+    assert caught.value.hint == "vmplug check shows each finding with its remedy"

@@ -247,7 +247,7 @@ def test_full_slots_are_said_and_that_none_is_ever_freed(
 ) -> None:
     with pytest.raises(NoFreePort, match="all 4 memory slots of the VM are in use") as caught:
         memory_slot(replace(Q35, memory_slots_used=frozenset(used)), taken)
-    assert "cannot take an NVDIMM out again" in (caught.value.hint or "")
+    assert "cannot unplug an NVDIMM" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_machine_without_nvdimms_says_what_to_do_now(offer: Offer, remedy: str
     with pytest.raises(CannotPlug) as caught:
         memory_slot(offer, ())
     assert caught.value.reason == "no-nvdimm"
-    assert caught.value.message == f"the VM ({offer.machine}) takes no NVDIMMs"
+    assert caught.value.message == f"the VM ({offer.machine}) does not support NVDIMMs"
     assert remedy in (caught.value.hint or "")
 
 
@@ -279,7 +279,10 @@ def test_memory_that_is_not_shared_is_refused_with_the_way_to_share_it() -> None
     with pytest.raises(CannotPlug) as caught:
         check_shared_memory(replace(Q35, shared_memory=False), "a virtio-fs share")
     assert caught.value.reason == "memory-not-shared"
-    assert caught.value.message == "the VM's memory is not shared, as a virtio-fs share needs"
+    assert (
+        caught.value.message
+        == "the VM's memory is not shared; a virtio-fs share needs shared memory"
+    )
     assert "share=on" in (caught.value.hint or "")
 
 

@@ -19,8 +19,8 @@ REFUSALS = [
         "another process has the group open",
         "vfio VFIO_FD9: error bind device fd=9 to iommufd=8: Device or resource busy",
     ),
-    ("in this VM already", "device is already attached"),
-    ("without an IOMMU", "group 26 used in multiple address spaces"),
+    ("already in this VM", "device is already attached"),
+    ("without a vIOMMU", "group 26 used in multiple address spaces"),
     (
         "LimitMEMLOCK",
         "Region pc.ram: vfio_dma_map(0x55, 0x0, 0x80000, 0x7f) = -12 (Cannot allocate memory)",
@@ -46,15 +46,15 @@ REFUSALS = [
         "try again",
         "slot 0 function 0 not available for nvme, in use by pci-testdev,id=stranger",
     ),
-    ("QEMU's own user", "Could not open '/dev/sdb': Permission denied"),
+    ("allow QEMU's user", "Could not open '/dev/sdb': Permission denied"),
     (
         "start the backend",
         "Failed to add chardev 'c0': Failed to connect to '/s': Connection refused",
     ),
     ("DAX", "Property 'vhost-user-fs-pci.cache-size' not found"),
-    ("maps no more pieces of memory", "a used vhost backend has no free memory slots left"),
+    ("cannot map more memory regions", "a used vhost backend has no free memory slots left"),
     (
-        "maps no more pieces of memory",
+        "cannot map more memory regions",
         "a used vhost backend has not enough free memory slots left",
     ),
     (
@@ -96,4 +96,4 @@ def test_other_words_have_no_hint() -> None:
 
 def test_a_qemu_that_lacks_a_command_is_too_old() -> None:
     error = command_error(Command("query-chardev", {}), "CommandNotFound", "it is not known")
-    assert error.hint == "this QEMU is older than vmplug supports: it needs 7.2 or newer"
+    assert error.hint == "this QEMU is too old: vmplug needs 7.2 or later"

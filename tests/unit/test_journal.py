@@ -147,7 +147,7 @@ def test_a_vm_is_known_once_by_its_name_and_by_its_socket(
 ) -> None:
     known = VmRecord(name="b", qmp_socket="/b", pid=1, started_at=2, is_ours=True)
     store.add_vm(known)
-    with pytest.raises(StateError, match="known already"):
+    with pytest.raises(StateError, match="already in the journal"):
         store.add_vm(replace(known, name=name, qmp_socket=qmp_socket))
     assert store.vms() == [known]
 
@@ -408,7 +408,7 @@ def test_a_journal_of_a_newer_version_is_refused_and_kept(tmp_path: Path, newer:
         db.execute("ALTER TABLE device ADD COLUMN novelty TEXT")
         db.commit()
     before = journal_rows(tmp_path)
-    message = f"is of version {newer}; this vmplug knows {VERSION}$"
+    message = f"has version {newer}; this vmplug supports version {VERSION}$"
     with pytest.raises(StoreError, match=message) as caught:
         Journal.open(tmp_path)
     assert caught.value.path == str(tmp_path / "journal.db")
@@ -576,7 +576,7 @@ def test_nobody_holds_what_somebody_took_away_meanwhile(
     device_in(store, state)
     store.add_devices([COUNTED], [])
     before = journal_rows(tmp_path)
-    with pytest.raises(StateError, match=str(state) if state else "is known"):
+    with pytest.raises(StateError, match=str(state) if state else "the journal has no device"):
         store.set_state([COUNTED.id], State.ATTACHED, [replace(hold(DISK), owner="late")])
     assert journal_rows(tmp_path) == before
 
@@ -664,7 +664,7 @@ def test_a_full_disk_is_told_and_the_journal_goes_on_when_there_is_room(
     for _ in range(2):
         with pytest.raises(StoreError, match="database or disk is full") as caught:
             store.add_vm(big)
-        assert "make room" in (caught.value.hint or "")
+        assert "free space" in (caught.value.hint or "")
         assert journal_rows(tmp_path) == before
     store._db.execute(f"PRAGMA max_page_count = {pages + 100}")
     store.add_vm(big)

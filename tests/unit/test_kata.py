@@ -135,10 +135,18 @@ def test_a_sandbox_may_have_no_devices(text: str) -> None:
         ({"BlockDrive": {"ID": "x"}}, "$.Devices[0].BlockDrive", "required field `File`"),
         ({"BlockDrive": {"ID": "x", "File": "a"}}, "$.Devices[0].BlockDrive.File", "absolute"),
         ({"BlockDrive": {"ID": "x", "File": "/a\0"}}, "$.Devices[0].BlockDrive.File", "absolute"),
-        ({"BlockDrive": {"ID": "", "File": "/a"}}, "$.Devices[0].BlockDrive.ID", "no name"),
-        ({"BlockDrive": {"ID": "a b", "File": "/a"}}, "$.Devices[0].BlockDrive.ID", "no name"),
-        ({"BlockDrive": {"ID": "vmplug-1", "File": "/"}}, "$.Devices[0].BlockDrive.ID", "no name"),
-        ({"Type": "vfio", "VFIODevs": [{"ID": "rp0"}]}, "$.Devices[0].VFIODevs[0].ID", "no name"),
+        ({"BlockDrive": {"ID": "", "File": "/a"}}, "$.Devices[0].BlockDrive.ID", "not a name"),
+        ({"BlockDrive": {"ID": "a b", "File": "/a"}}, "$.Devices[0].BlockDrive.ID", "not a name"),
+        (
+            {"BlockDrive": {"ID": "vmplug-1", "File": "/"}},
+            "$.Devices[0].BlockDrive.ID",
+            "not a name",
+        ),
+        (
+            {"Type": "vfio", "VFIODevs": [{"ID": "rp0"}]},
+            "$.Devices[0].VFIODevs[0].ID",
+            "not a name",
+        ),
     ],
 )
 def test_a_malformed_device_is_told_with_its_place(

@@ -174,12 +174,12 @@ def test_length_is_counted_in_bytes() -> None:
     ],
 )
 def test_a_key_that_is_there_twice_is_refused(text: str) -> None:
-    with pytest.raises(SpecError, match="is there twice"):
+    with pytest.raises(SpecError, match="appears twice"):
         parse_config(text.encode(), name=None)
 
 
 def test_a_key_that_is_there_twice_in_an_annotation_is_refused() -> None:
-    with pytest.raises(SpecError, match="'source' is there twice") as caught:
+    with pytest.raises(SpecError, match="'source' appears twice") as caught:
         parse(annotations={"org.vmplug.rng.r": '{"source": "/dev/a", "source": "/dev/b"}'})
     assert caught.value.where == "$.annotations['org.vmplug.rng.r']"
 

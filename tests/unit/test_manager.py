@@ -369,7 +369,7 @@ def test_other_options_than_plugged_are_refused(sandbox: Sandbox, plugged: dict[
 def test_writing_to_what_is_plugged_read_only_is_refused(sandbox: Sandbox) -> None:
     attachment = sandbox.devices.attach(sandbox.disk(ro=True))
     before = sandbox.picture()
-    with pytest.raises(StateError, match="plugged read-only and is now wanted for writing"):
+    with pytest.raises(StateError, match="plugged read-only, and the request is for writing"):
         sandbox.devices.attach(sandbox.disk(), owner="c2")
     assert sandbox.picture() == before
 
@@ -758,7 +758,7 @@ def test_a_device_whose_attach_broke_off_is_not_handed_out(sandbox: Sandbox) -> 
         with pytest.raises(StateError, match="is plugging"):
             sandbox.devices.attach(sandbox.disk(), owner=owner)
         assert sandbox.picture() == before
-    assert time.monotonic() - begun_at < GIVEN_UP_S, "nobody is at work on it"
+    assert time.monotonic() - begun_at < GIVEN_UP_S, "nobody is working on it"
 
     sandbox.devices.reconcile()
     assert sandbox.devices.attach(sandbox.disk(), owner="c2").state is State.ATTACHED
@@ -1061,7 +1061,7 @@ def test_a_size_that_the_device_of_the_host_does_not_have_is_refused(
             DeviceInfo(container_path="/dev/x", dev_type=DevType.BLOCK, devnum=DevNum(8, 0))
         )
         before = sandbox.picture()
-        with pytest.raises(PolicyError, match="only the host can make it grow"):
+        with pytest.raises(PolicyError, match="only the host can grow it"):
             sandbox.devices.resize(attachment.id, 8 * SIZE_BYTES)
         assert sandbox.picture() == before
         assert sandbox.devices.resize(attachment.id) == 4 * SIZE_BYTES

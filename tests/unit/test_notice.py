@@ -130,7 +130,7 @@ def notice(
 
 def test_every_hold_on_the_device_is_told() -> None:
     holds = [hold_on(DISK, "c1"), hold_on(DISK, "c2"), hold_on(IMAGE)]
-    now = DeviceHealth(HostState.GONE, "/dev/sdb is not there any more")
+    now = DeviceHealth(HostState.GONE, "/dev/sdb no longer exists")
     made = list(device_notices(EventKind.GONE, DISK, holds, before=HERE, now=now))
     assert [n.attachment for n in made] == holds[:2]
     assert {n.message for n in made} == {now.detail}
@@ -190,10 +190,8 @@ def test_a_lost_backend_is_found_again_only_by_a_vm_that_tries(
 
 
 def test_a_device_that_no_guest_was_given_is_no_loss_to_one() -> None:
-    made = notice(
-        EventKind.GONE, COUNTED, DeviceHealth(HostState.GONE, "it is not there any more")
-    )
-    assert made.meaning == "the guest never had it: it was only counted"
+    made = notice(EventKind.GONE, COUNTED, DeviceHealth(HostState.GONE, "it no longer exists"))
+    assert made.meaning == "the guest never had it: vmplug only counted it"
 
 
 def test_a_vm_that_ended_is_told_once_with_what_it_had() -> None:

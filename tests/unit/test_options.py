@@ -65,7 +65,7 @@ def test_nothing_said_sets_nothing() -> None:
 def test_an_unknown_option_is_answered_with_the_known_ones() -> None:
     error = refusal({"colour": "red"})
     assert error.message == "option colour: unknown for a device"
-    assert error.hint == "known are word, switch, number, power, text"
+    assert error.hint == "known options: word, switch, number, power, text"
 
 
 def test_what_has_no_options_says_so() -> None:
@@ -101,7 +101,7 @@ def test_a_number_may_be_in_powers_of_1024(said: str, value: int) -> None:
     "said", ["", "-1", "+1", "1.5", "1k", "1T", "1KB", "K", "0x10", " 1", "1\n", "٣", "²", "1_0"]
 )
 def test_anything_else_is_no_number(said: str) -> None:
-    with pytest.raises(ValueError, match=r"a number from 0 to 9, with K, M or G"):
+    with pytest.raises(ValueError, match=r"a number from 0 to 9, optionally with K, M or G"):
         number(0, 9)(said)
 
 

@@ -300,7 +300,7 @@ def test_a_tag_is_given_once_in_a_vm(other: CheckedRequest, state: State) -> Non
         refusal(share("work", "/srv/a"), other),
         refusal(other, known=(record_of(share("work", "/srv/a"), state),)),
     ):
-        assert error.message == "the VM has a share with the tag work already, of /srv/a"
+        assert error.message == "the VM already has a share with the tag work: /srv/a"
         assert (error.state, error.required) == ("taken", "free")
 
 
@@ -338,7 +338,7 @@ def test_what_is_plugged_read_only_serves_no_writer(
     known = record_of(make(ro=True), state)
     error = refusal(make(), known=(known,))
     assert error.message == (
-        f"{known.host_path} is plugged read-only and is now wanted for writing"
+        f"{known.host_path} is plugged read-only, and the request is for writing"
     )
     assert (error.state, error.required) == ("read-only", "writable")
     assert plan(make(ro=True), known=(known,)).new == ()
@@ -412,7 +412,7 @@ def test_what_is_plugged_as_one_kind_is_no_other(
 ) -> None:
     known = record_of(plugged)
     for error in (refusal(wanted, known=(known,)), refusal(plugged, wanted)):
-        assert f"is plugged as {words}, and is now wanted as another device" in error.message
+        assert f"is plugged as {words}, and the request is for another device" in error.message
         assert error.message.startswith(known.host_path)
         assert (error.state, error.required) == ("other", "the same")
 
@@ -463,11 +463,11 @@ def test_retained_devices_that_nobody_wants_keep_their_places() -> None:
 
 
 def refused(request: CheckedRequest) -> CheckedRequest:
-    return replace(request, findings=(Finding(Code.NO_BACKEND, "nobody listens", "start it"),))
+    return replace(request, findings=(Finding(Code.NO_BACKEND, "no process listens", "start it"),))
 
 
 def test_one_that_may_not_go_stops_them_all() -> None:
-    with pytest.raises(InUse, match="net:eth0: nobody listens") as caught:
+    with pytest.raises(InUse, match="net:eth0: no process listens") as caught:
         plan(disk(), refused(network()), memory())
     assert caught.value.codes == (Code.NO_BACKEND,)
     assert caught.value.hint == "start it"
@@ -606,7 +606,7 @@ def test_letting_go_of_it_again_changes_nothing(sandbox: Sandbox) -> None:
 def test_a_retained_nvdimm_serves_no_other_wish(sandbox: Sandbox) -> None:
     retain(sandbox, nvdimm(sandbox, ro=True))
     before = sandbox.picture()
-    with pytest.raises(StateError, match="is plugged read-only and is now wanted for writing"):
+    with pytest.raises(StateError, match="is plugged read-only, and the request is for writing"):
         sandbox.devices.attach(nvdimm(sandbox))
     with pytest.raises(StateError, match="is plugged with other options"):
         sandbox.devices.attach(

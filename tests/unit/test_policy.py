@@ -163,7 +163,7 @@ def test_a_use_that_the_rule_does_not_allow_is_refused_with_what_it_wants(
         "/dev/sdb (block, b:8:16, /dev/disk/by-id/nvme-a): no rule of "
         f"{policy.name} allows it; the closest, 'any', {wanted}"
     )
-    assert refusal.hint.startswith("ask for it as the rule says")
+    assert refusal.hint.startswith("request it as the rule requires")
 
 
 def test_share_rw_is_allowed_where_a_rule_says_so(rules: Callable[..., Policy]) -> None:
@@ -228,7 +228,7 @@ def test_the_closest_rule_is_the_one_that_wants_least(rules: Callable[..., Polic
 def test_a_file_without_rules_allows_nothing(write: Callable[[str], Path]) -> None:
     path = write("# nothing yet\n")
     (refusal,) = read_policy(path).judge([DISK]).refusals
-    assert f"{path} has no rules, and allows nothing" in refusal.message
+    assert f"{path} has no rules, so it allows nothing" in refusal.message
 
 
 def test_findings_may_be_overruled_where_every_part_has_a_rule_for_it(
@@ -327,7 +327,7 @@ def test_a_pattern_is_told_as_it_was_written(
 MISTAKES = [
     ("rule = 3", "is wrong at rule: expected array, got int"),
     ("rules = []", "is wrong at the file: unknown field rules"),
-    (f"[[rule]]\n{ANY}[[rule]]\n{ANY}", "has two rules of the name 'any'"),
+    (f"[[rule]]\n{ANY}[[rule]]\n{ANY}", "has two rules named 'any'"),
     ('[[rule]]\nkinds = ["block"]', "is wrong at rule[0]: object missing required field name"),
     ('[[rule]]\nname = ""\nkinds = ["block"]', "is wrong at rule[0].name"),
     (f"[[rule]]\n{ANY}pathes = []", "is wrong at rule[0] ('any'): unknown field pathes"),
@@ -337,28 +337,40 @@ MISTAKES = [
         '[[rule]]\nname = "a"\nkinds = "block"',
         "rule[0].kinds ('a'): expected array | null, got str",
     ),
-    ('[[rule]]\nname = "a"\nkinds = ["blok"]', "rule[0].kinds[0] ('a'): 'blok' is none of vfio"),
-    (f'[[rule]]\n{ANY}allow = ["all"]', "rule[0].allow[0] ('any'): 'all' is none of backend-busy"),
-    (f'[[rule]]\n{ANY}allow = ["no-iommu"]', "rule 'any': no-iommu is never overruled"),
+    (
+        '[[rule]]\nname = "a"\nkinds = ["blok"]',
+        "rule[0].kinds[0] ('a'): 'blok' is not one of vfio",
+    ),
+    (
+        f'[[rule]]\n{ANY}allow = ["all"]',
+        "rule[0].allow[0] ('any'): 'all' is not one of backend-busy",
+    ),
+    (f'[[rule]]\n{ANY}allow = ["no-iommu"]', "rule 'any': no-iommu cannot be overruled"),
     (f"[[rule]]\n{ANY}paths = []", "rule[0].paths ('any'): expected array of length >= 1"),
-    ('[[rule]]\nname = "a"\nvms = ["x"]', "rule 'a' that does not say for which devices it is"),
-    (f'[[rule]]\n{ANY}paths = ["srv/x"]', "paths of rule 'any': 'srv/x' can match no path"),
-    (f'[[rule]]\n{ANY}paths = ["/srv/../etc"]', "'/srv/../etc' can match no path"),
-    (f'[[rule]]\n{ANY}paths = ["/srv//x"]', "'/srv//x' can match no path"),
-    (f'[[rule]]\n{ANY}paths = ["/srv/"]', "'/srv/' can match no path"),
-    (f'[[rule]]\n{ANY}paths = ["/"]', "'/' can match no path"),
-    (f'[[rule]]\n{ANY}paths = ["/srv/a**"]', "has more beside '**', which is a whole name"),
-    (f'[[rule]]\n{ANY}paths = ["/srv\\u001b"]', "can match no path"),
-    (f'[[rule]]\n{ANY}numbers = ["8:0"]', "'8:0' is no device number: write b:8, b:8:16 or c:10"),
+    ('[[rule]]\nname = "a"\nvms = ["x"]', "rule 'a' that names no devices"),
+    (f'[[rule]]\n{ANY}paths = ["srv/x"]', "paths of rule 'any': 'srv/x' cannot match a path"),
+    (f'[[rule]]\n{ANY}paths = ["/srv/../etc"]', "'/srv/../etc' cannot match a path"),
+    (f'[[rule]]\n{ANY}paths = ["/srv//x"]', "'/srv//x' cannot match a path"),
+    (f'[[rule]]\n{ANY}paths = ["/srv/"]', "'/srv/' cannot match a path"),
+    (f'[[rule]]\n{ANY}paths = ["/"]', "'/' cannot match a path"),
+    (
+        f'[[rule]]\n{ANY}paths = ["/srv/a**"]',
+        "has other text next to '**', which must be a whole name",
+    ),
+    (f'[[rule]]\n{ANY}paths = ["/srv\\u001b"]', "cannot match a path"),
+    (
+        f'[[rule]]\n{ANY}numbers = ["8:0"]',
+        "'8:0' is not a device number: write b:8, b:8:16 or c:10",
+    ),
     (f'[[rule]]\n{ANY}numbers = ["b:5000"]', "major 5000 is not in 0..4095"),
-    (f'[[rule]]\n{ANY}numbers = ["p:1"]', "'p:1' is no device number"),
-    (f'[[rule]]\n{ANY}pci = ["8086"]', "'8086' is no PCI id"),
-    (f'[[rule]]\n{ANY}pci = ["8086:1*"]', "'8086:1*' is no PCI id"),
-    (f'[[rule]]\n{ANY}classes = ["0x3"]', "'0x3' is no PCI class"),
-    ("[[rule]\n", "is no TOML: "),
-    ('[[rule]]\nname = "a"\nname = "b"\n', "is no TOML: Cannot overwrite a value (at line 3"),
-    ("x = " + "[" * 5000, "is no TOML: "),
-    ("\0", "is no TOML: "),
+    (f'[[rule]]\n{ANY}numbers = ["p:1"]', "'p:1' is not a device number"),
+    (f'[[rule]]\n{ANY}pci = ["8086"]', "'8086' is not a PCI ID"),
+    (f'[[rule]]\n{ANY}pci = ["8086:1*"]', "'8086:1*' is not a PCI ID"),
+    (f'[[rule]]\n{ANY}classes = ["0x3"]', "'0x3' is not a PCI class"),
+    ("[[rule]\n", "is not TOML: "),
+    ('[[rule]]\nname = "a"\nname = "b"\n', "is not TOML: Cannot overwrite a value (at line 3"),
+    ("x = " + "[" * 5000, "is not TOML: "),
+    ("\0", "is not TOML: "),
 ]
 
 
@@ -378,7 +390,7 @@ def test_a_mistake_is_told_with_the_rule_and_key_and_nothing_is_allowed(
 def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(PolicyError, match="is no TOML"):
+    with pytest.raises(PolicyError, match="is not TOML"):
         read_policy(path)
 
 
@@ -399,7 +411,7 @@ def test_a_file_that_cannot_be_read_is_no_policy_but_a_mistake(tmp_path: Path, p
 
 def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(PolicyError, match="is no regular file"):
+    with pytest.raises(PolicyError, match="is not a regular file"):
         read_policy(tmp_path / "fifo")
 
 
@@ -417,7 +429,7 @@ def test_a_file_that_others_can_write_is_not_followed(
 ) -> None:
     path = write(f"[[rule]]\n{ANY}")
     path.chmod(mode)
-    with pytest.raises(PolicyError, match=f"can be written by others .mode 0{mode:o}."):
+    with pytest.raises(PolicyError, match=f"is writable by others .mode 0{mode:o}."):
         read_policy(path)
 
 
@@ -520,7 +532,7 @@ def test_a_finding_is_overruled_only_where_a_rule_lets_it(
     strict = open_manager(rules(ANY))
     with pytest.raises(InUse):
         strict.attach(wanted)
-    with pytest.raises(PolicyError, match="has has-backing-file in its `allow`"):
+    with pytest.raises(PolicyError, match="lists has-backing-file in `allow`"):
         strict.attach(wanted, allow=allow)
     assert strict.attachments() == []
     lenient = open_manager(rules(f'{ANY}allow = ["has-backing-file"]'))

@@ -88,7 +88,7 @@ def add_link(sandbox: Sandbox, name: str) -> None:
 
 
 def removed(device_id: str = STRANGER) -> Repair:
-    reason = "the VM holds it and the journal does not know it"
+    reason = "it is in the VM, but not in the journal"
     return Repair(device_id, None, RepairOutcome.REMOVED, reason)
 
 
@@ -139,7 +139,7 @@ def test_an_nvdimm_that_came_whole_stays_and_is_told_once(sandbox: Sandbox) -> N
         interrupted.device_id,
         interrupted.host_path,
         RepairOutcome.RETAINED,
-        "QEMU cannot take it out again",
+        "QEMU cannot unplug it",
     )
     assert states(sandbox) == [State.RETAINED]
     assert sandbox.side.parts() == parts
@@ -388,7 +388,7 @@ def test_a_backend_that_is_gone_is_told_until_it_is_back(
                 net.device_id,
                 net.host_path,
                 RepairOutcome.BACKEND_LOST,
-                "start its backend again, or detach it",
+                "start its backend again, or detach the device",
             )
         ]
         assert sandbox.picture() == before

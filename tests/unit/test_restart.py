@@ -106,7 +106,7 @@ def test_what_a_living_process_has_in_progress_is_left_to_it(
         before = sandbox.picture()
         (repair,) = sandbox.devices.reconcile()
         assert (repair.device_id, repair.outcome) == (DISK.id, RepairOutcome.IN_PROGRESS)
-        assert repair.reason == f"process {worker.pid} is at work on it"
+        assert repair.reason == f"process {worker.pid} is working on it"
         assert not repair.is_gone
         assert sandbox.picture() == before
     outcome = RepairOutcome.UNDONE if state is State.PLUGGING else RepairOutcome.FINISHED
@@ -249,7 +249,7 @@ def test_what_a_former_vm_of_the_name_held_is_released_before_anything_else(
     again = Adopted(os.getpid())
     with open_manager(again) as devices:
         assert devices.attachments() == []
-        with pytest.raises(NotAttached, match="has ended, and another has its name"):
+        with pytest.raises(NotAttached, match="has ended, and another VM has its name"):
             devices.detach(old.id)
         new = devices.attach(disk_in(tmp_path))
         assert (new.count, new.device_id != old.device_id) == (1, True)
@@ -258,7 +258,7 @@ def test_what_a_former_vm_of_the_name_held_is_released_before_anything_else(
         assert [(r.device_id, r.outcome) for r in told] == [
             (old.device_id, RepairOutcome.FORGOTTEN)
         ]
-        assert "another QEMU has the name" in told[0].reason
+        assert "another QEMU has its name" in told[0].reason
         assert devices.reconcile() == []
     with open_manager(again) as devices:
         assert [hold.id for hold in devices.attachments()] == [new.id]

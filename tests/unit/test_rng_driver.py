@@ -51,7 +51,7 @@ def test_a_limit_has_a_period(options: dict[str, str], max_bytes: int, period_ms
 @pytest.mark.parametrize(
     ("options", "where", "message"),
     [
-        ({"period": "1000"}, "option period", "means nothing without max-bytes"),
+        ({"period": "1000"}, "option period", "has no effect without max-bytes"),
         ({"max-bytes": "0"}, "option max-bytes", "'0' is not a number from 1 to"),
         ({"max-bytes": "1025G"}, "option max-bytes", "'1025G' is not a number from 1 to"),
         ({"max-bytes": "9", "period": "0"}, "option period", "'0' is not a number from 1"),
@@ -111,5 +111,5 @@ def test_a_source_is_known_by_its_path() -> None:
 def test_the_request_finds_its_driver() -> None:
     info = RngInfo(driver_options={"max-bytes": "1K"})
     assert select_driver(info, SOURCE) == RngDriver(max_bytes=1024)
-    with pytest.raises(SpecError, match="means nothing without max-bytes"):
+    with pytest.raises(SpecError, match="has no effect without max-bytes"):
         select_driver(RngInfo(driver_options={"period": "1"}), SOURCE)

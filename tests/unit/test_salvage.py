@@ -201,7 +201,7 @@ def test_devices_whose_holds_were_lost_can_still_be_listed_and_detached(path: Pa
     without_holds(path)
     salvage = set_aside(str(path.parent))
     assert salvage
-    assert "who holds /srv/a.img in VM vm-1" in salvage.lost
+    assert "the owner of /srv/a.img in VM vm-1" in salvage.lost
     with Journal.open(path.parent) as store:
         holds = store.attachments("vm-1")
     assert len(holds) == DEVICES
@@ -215,7 +215,7 @@ def test_a_claim_stays_when_the_journal_has_lost_where_its_vm_is(path: Path) -> 
         db.commit()
     salvage = set_aside(str(path.parent))
     assert salvage
-    assert salvage.lost[-1] == "where VM vm-1 is: vmplug vm adopt vm-1 --qmp SOCKET"
+    assert salvage.lost[-1] == "the socket of VM vm-1: run vmplug vm adopt vm-1 --qmp SOCKET"
     with Journal.open(path.parent) as store:
         assert len(store.find_claims("vm-2", "file:8", [])) == 1
 
@@ -254,7 +254,7 @@ def test_a_newer_journal_is_no_damaged_one(path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {VERSION + 1}")
     before = path.read_bytes()
-    message = f"is of version {VERSION + 1}; this vmplug knows {VERSION}$"
+    message = f"has version {VERSION + 1}; this vmplug supports version {VERSION}$"
     with pytest.raises(StoreError, match=message):
         set_aside(str(path.parent))
     assert path.read_bytes() == before

@@ -105,7 +105,7 @@ def test_exact_repeats_count_once_and_the_order_stays() -> None:
 def test_one_path_asked_for_in_two_ways_is_refused(other: dict[str, Any]) -> None:
     error = refusal(config(SDA, {**SDA, **other}))
     assert error.where == "$.linux.devices[1].path"
-    assert "/dev/sda is asked for twice" in error.message
+    assert "/dev/sda is requested twice" in error.message
 
 
 def test_mounts_keep_their_source_and_whether_they_are_read_only() -> None:
@@ -290,8 +290,8 @@ def test_a_number_too_long_for_python_is_refused_like_any_other() -> None:
 @pytest.mark.parametrize(
     ("rule", "key", "message"),
     [
-        ({**ALLOW_R, "access": "rx"}, "access", "'rx' is not made of the letters r, w and m"),
-        ({**ALLOW_R, "access": "r\n"}, "access", "is not made of the letters"),
+        ({**ALLOW_R, "access": "rx"}, "access", "'rx' may contain only the letters r, w and m"),
+        ({**ALLOW_R, "access": "r\n"}, "access", "may contain only the letters"),
         ({**ALLOW_R, "access": 7}, "access", "got int"),
         ({**ALLOW_R, "allow": "yes"}, "allow", "expected bool"),
         ({**ALLOW_R, "major": "8"}, "major", "got str"),
@@ -312,8 +312,8 @@ def test_a_malformed_rule_is_answered_with_its_key(
         ({"dev_type": DevType.BLOCK}, "needs major and minor"),
         ({"dev_type": DevType.CHAR}, "needs major and minor"),
         ({"dev_type": DevType.FIFO, "devnum": DevNum(1, 3)}, "type p has no number"),
-        ({"host_path": "/a", "devnum": DevNum(8, 0)}, "a regular file is type b"),
-        ({"host_path": "/a", "dev_type": DevType.CHAR}, "a regular file is type b"),
+        ({"host_path": "/a", "devnum": DevNum(8, 0)}, "a regular file has type b"),
+        ({"host_path": "/a", "dev_type": DevType.CHAR}, "a regular file has type b"),
         ({"host_path": "/a\0b"}, "contains a NUL"),
     ],
 )

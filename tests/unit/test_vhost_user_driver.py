@@ -141,7 +141,7 @@ def test_anything_else_is_no_mac_address(said: str) -> None:
     "said", ["01:00:5e:00:00:01", "ff:ff:ff:ff:ff:ff", "53:54:00:12:34:56", "00:00:00:00:00:00"]
 )
 def test_a_group_address_or_zero_is_no_cards(said: str) -> None:
-    with pytest.raises(SpecError, match="it is a group address, or zero"):
+    with pytest.raises(SpecError, match="it is a multicast address, or zero"):
         VhostUserDriver.parse(NET, {"mac": said})
 
 
@@ -217,7 +217,7 @@ def test_no_more_queues_than_the_backend_serves(
 def test_both_numbers_of_queues_are_told() -> None:
     driver = VhostUserDriver(type=BLK, queues=9)
     (finding,) = driver.check(socket_of(BLK, queues=3), read_only=False)
-    assert "serves 3 queues, and 9 are asked for" in finding.message
+    assert "serves 3 queues; the request is for 9" in finding.message
 
 
 def test_everything_is_told_at_once() -> None:
@@ -272,7 +272,7 @@ def test_only_disks_take_the_transports_that_the_guest_names_disks_by(
 def test_memory_that_is_not_shared_is_refused_before_any_place(
     kind: DeviceType, offer: Offer
 ) -> None:
-    with pytest.raises(CannotPlug, match=f"not shared, as a {kind} device needs") as caught:
+    with pytest.raises(CannotPlug, match=f"not shared; a {kind} device needs") as caught:
         VhostUserDriver(type=kind).choose_place(
             socket_of(kind), replace(offer, shared_memory=False), ()
         )

@@ -1,5 +1,5 @@
-"""3. What must be plugged, and what undone?
+"""3. Which steps plug it, and which undo them?
 
-In: a `HostDevice` and how it is wanted. Out: a `Plug`, with its place in the VM. Arithmetic only:
-nothing here touches the host or a VM.
+In: a `HostDevice` and the requested options. Out: a `Plug`, with its place in the VM. Arithmetic
+only: nothing here reads the host or a VM.
 """

@@ -34,7 +34,7 @@ from vmplug.host.finding import Code, Finding
 
 _SERIAL_BYTES_MAX = 20
 _SCSI_SERIAL_BYTES_MAX = 36
-"""virtio-blk cuts a serial at 20 bytes without a word. Source: virtio specification, 5.2.6;
+"""virtio-blk silently truncates a serial at 20 bytes. Source: virtio specification, 5.2.6;
 QEMU hw/scsi/scsi-disk.c."""
 
 
@@ -42,9 +42,9 @@ QEMU hw/scsi/scsi-disk.c."""
 class BlockDiskDriver:
     """`driver_options` of a disk, checked.
 
-    None leaves the choice to vmplug: `driver` to what the VM offers, `cache` and `aio` to what the
-    file can do, `serial` to the device id. An unstated `format` is raw: a guest can write any
-    header into a raw disk, so contents are never guessed from.
+    None leaves the choice to vmplug: `driver` by what the VM offers, `cache` and `aio` by what the
+    file supports, `serial` the device id. An unset `format` is raw: a guest can write any header
+    into a raw disk, so vmplug never guesses from contents.
     """
 
     driver: DiskFrontend | None = None
@@ -63,7 +63,7 @@ class BlockDiskDriver:
             raise SpecError(
                 "option aio",
                 f"native does not work with cache={self.cache}",
-                hint="say cache=none or cache=directsync, or aio=io_uring",
+                hint="set cache=none or cache=directsync, or aio=io_uring",
             )
         _check_fits(self, self.driver)
         _check_limits(self.throttle or Throttle())
@@ -88,7 +88,7 @@ class BlockDiskDriver:
         return check_disk(device, self)
 
     def driver_of(self, device: BlockDevice | DiskFile) -> DiskFrontend | None:
-        """The driver that was said, or that the device or another option means."""
+        """The given driver, or the one that the device or another option implies."""
         if self.driver is None and isinstance(device, DiskFile) and is_pmem(device):
             return DiskFrontend.NVDIMM
         if self.driver is None and self.iothread:
@@ -121,7 +121,7 @@ def _check_fits(options: BlockDiskDriver, driver: DiskFrontend | None) -> None:
         raise SpecError(
             "option iothread",
             "a SCSI disk runs in the iothread of its controller",
-            hint="say block-driver=virtio-blk, or leave iothread out",
+            hint="set block-driver=virtio-blk, or leave iothread out",
         )
     if driver is DiskFrontend.NVDIMM:
         said = [key for key, option in OPTIONS.items() if _is_said(options, option.field)]
@@ -129,8 +129,8 @@ def _check_fits(options: BlockDiskDriver, driver: DiskFrontend | None) -> None:
             if key not in NVDIMM_OPTIONS:
                 raise SpecError(
                     f"option {key}",
-                    "does not apply to an NVDIMM, which the guest maps",
-                    hint="leave it out, or say block-driver=virtio-blk",
+                    "does not apply to an NVDIMM, which the guest maps directly",
+                    hint="leave it out, or set block-driver=virtio-blk",
                 )
 
 
@@ -140,11 +140,11 @@ def _is_said(options: BlockDiskDriver, field: str) -> bool:
 
 
 def _check_limits(limits: Throttle) -> None:
-    """A total does not go beside its parts. Source: QEMU util/throttle.c, throttle_is_valid."""
+    """A total excludes its parts. Source: QEMU util/throttle.c, throttle_is_valid."""
     if limits.bps_total and (limits.bps_read or limits.bps_write):
-        raise SpecError("option bps-total", "does not go with bps-read or bps-write")
+        raise SpecError("option bps-total", "cannot be combined with bps-read or bps-write")
     if limits.iops_total and (limits.iops_read or limits.iops_write):
-        raise SpecError("option iops-total", "does not go with iops-read or iops-write")
+        raise SpecError("option iops-total", "cannot be combined with iops-read or iops-write")
 
 
 _LIMIT_MAX = 10**15
@@ -165,7 +165,7 @@ _LIMITS = {
 
 OPTIONS: Mapping[str, Option] = {
     "block-driver": Option(
-        "driver", word(*DiskFrontend), f"{', '.join(DiskFrontend)}; default: by the VM"
+        "driver", word(*DiskFrontend), f"{', '.join(DiskFrontend)}; default: per VM"
     ),
     "format": Option("format", word(*ImageFormat), "raw (default) or qcow2"),
     "cache": Option(
@@ -173,24 +173,30 @@ OPTIONS: Mapping[str, Option] = {
         word(*Cache),
         "none (default if possible), writeback, writethrough, directsync or unsafe",
     ),
-    "aio": Option("aio", word(*Aio), "native, io_uring or threads; default: by the cache"),
+    "aio": Option("aio", word(*Aio), "native, io_uring or threads; default: depends on cache"),
     "discard": Option("discard", switch("unmap", "ignore"), "unmap or ignore (default)"),
-    "share-rw": Option("share_rw", switch("on", "off"), "others write to it too: on or off"),
-    "serial": Option("serial", text, "what the guest sees; default: the device id"),
-    "iothread": Option("iothread", switch("on", "off"), "a thread of its own: on or off"),
-    "fstype": Option("fs_type", text, "the file system on it, which the agent is told"),
+    "share-rw": Option(
+        "share_rw", switch("on", "off"), "on if others write to it too; default: off"
+    ),
+    "serial": Option(
+        "serial", text, "the serial number that the guest sees; default: the device id"
+    ),
+    "iothread": Option(
+        "iothread", switch("on", "off"), "on for a thread of its own; default: off"
+    ),
+    "fstype": Option("fs_type", text, "the file system on it, for the agent"),
     **_LIMITS,
 }
 """Every option of a disk, with one line of help."""
 
 
 def check_disk(device: BlockDevice | DiskFile, options: BlockDiskDriver) -> Iterator[Finding]:
-    """What speaks against plugging this disk with these options."""
+    """Reasons not to plug this disk with these options."""
     if isinstance(device, BlockDevice):
         if options.format is ImageFormat.QCOW2:
             yield Finding(
                 Code.NOT_THAT_FORMAT,
-                f"{device.host_path} is a block device, and format=qcow2 is for regular files",
+                f"{device.host_path} is a block device; format=qcow2 is for regular files",
                 "hand it over as raw",
             )
         return
@@ -198,29 +204,31 @@ def check_disk(device: BlockDevice | DiskFile, options: BlockDiskDriver) -> Iter
     if header and options.format is None:
         yield Finding(
             Code.FORMAT_NOT_STATED,
-            f"{device.host_path} begins like a qcow2 image, but the format is not stated",
-            "say format=qcow2, or format=raw if the guest is to see the very bytes of the file",
+            f"{device.host_path} looks like a qcow2 image, but no format is set",
+            "set format=qcow2, or format=raw if the guest should see the bytes of the file as "
+            "they are",
         )
     if options.format is ImageFormat.QCOW2 and header is None:
         yield Finding(
             Code.NOT_THAT_FORMAT,
             f"{device.host_path} is not a qcow2 image",
-            "say format=raw, or name the right file (qemu-img info tells)",
+            "set format=raw, or name the right file (qemu-img info shows the format)",
         )
     if options.format is ImageFormat.QCOW2 and header and _opens_others(device):
         yield Finding(
             Code.HAS_BACKING_FILE,
             f"{device.host_path} makes QEMU open another file: "
             + (header.backing_file or "its external data file"),
-            "flatten it (qemu-img rebase -b ''), or allow it if you made the image yourself",
+            "flatten it (qemu-img rebase -b ''), or allow this finding if you made the image "
+            "yourself",
         )
     cache = options.cache or (Cache.NONE if options.aio is Aio.NATIVE else Cache.WRITEBACK)
     if cache.direct and not device.direct_io:
         yield Finding(
             Code.NO_DIRECT_IO,
-            f"the file system of {device.host_path} cannot do cache={cache}"
+            f"the file system of {device.host_path} does not support cache={cache}"
             + ("" if options.cache else ", which aio=native needs"),
-            "leave cache and aio out, or say cache=writeback",
+            "leave cache and aio out, or set cache=writeback",
         )
 
 
@@ -240,7 +248,7 @@ def plan_drive(
 ) -> BlockDrive:
     """The drive to plug.
 
-    SpecError when the serial is too long for the driver, or there can be no iothread.
+    SpecError when the serial is too long for the driver, or an iothread is not possible.
     """
     _check_fits(options, driver)
     cache = options.cache
@@ -277,9 +285,9 @@ def plan_drive(
 def choose_place(
     offer: Offer, driver: DiskFrontend | None, taken: Collection[str]
 ) -> tuple[DiskFrontend, Place]:
-    """The lowest free place for a disk, and the driver that it means.
+    """The lowest free place for a disk, and the driver for that place.
 
-    `taken` are places, as text, that the journal has given away. Without a wish, a place of its
+    `taken` are places, as text, that the journal has assigned. Without a `driver`, a place of its
     own (PCI, CCW, virtio-mmio) comes first and SCSI second. Raises NoFreePort and CannotPlug.
     """
     if driver is DiskFrontend.NVDIMM:
@@ -320,7 +328,7 @@ def _check_machine(offer: Offer, driver: DiskFrontend | None) -> None:
     if driver is DiskFrontend.VIRTIO_BLOCK and has_no_pci:
         raise CannotPlug(
             "no-pci",
-            f"the VM ({offer.machine}) has no PCI port, and never will",
+            f"the VM ({offer.machine}) has no PCI ports",
             hint="leave block-driver out",
         )
     wants_mmio = offer.is_microvm and driver in {None, DiskFrontend.VIRTIO_MMIO}
@@ -332,13 +340,13 @@ def _no_free_port(offer: Offer, driver: DiskFrontend | None) -> NoFreePort:
     if driver is DiskFrontend.VIRTIO_SCSI:
         return NoFreePort(
             "the VM has no virtio-scsi controller with a free address",
-            hint="start QEMU with a virtio-scsi-pci device, or say block-driver=virtio-blk",
+            hint="start QEMU with a virtio-scsi-pci device, or set block-driver=virtio-blk",
         )
     what = "has no free PCI port left" if offer.ports else "has no PCI port to plug into"
     if driver is None and offer.controllers:
         what += " and no free SCSI address"
     return NoFreePort(
         f"the VM ({offer.machine}) {what}",
-        hint=("say block-driver=virtio-scsi, " if driver and offer.controllers else "")
+        hint=("set block-driver=virtio-scsi, " if driver and offer.controllers else "")
         + "detach something, or start it with more ports (vmplug vm start --ports N)",
     )

@@ -1,4 +1,4 @@
-"""Which places a VM has for a device, lowest first, and why it may have none."""
+"""The free places of a VM for a device, lowest first, or the reason why there are none."""
 
 from collections.abc import Collection, Iterator
 
@@ -34,7 +34,7 @@ def scsi_places(offer: Offer) -> Iterator[ScsiPlace]:
 
 
 def ccw_places(offer: Offer) -> Iterator[CcwPlace]:
-    """Free numbers of the channel subsystem, in its first set; 0 is left to the machine."""
+    """Free numbers of the channel subsystem, in its first set; 0 is reserved for the machine."""
     if offer.ccw_used is not None:
         for number in range(1, 1 << 16):
             devno = CcwDevNo(0, number)
@@ -54,7 +54,7 @@ def _mmio_places_for_others(offer: Offer) -> Iterator[MmioPlace]:
 def virtio_place(
     offer: Offer, taken: Collection[str], what: str, *, is_disk: bool = False
 ) -> Place:
-    """The first free place for a virtio device, spoken of as `what`.
+    """The first free place for a virtio device, named `what` in errors.
 
     Raises NoFreePort, and CannotPlug when no device can be plugged while the VM runs.
     """
@@ -74,16 +74,16 @@ def virtio_place(
 def memory_slot(offer: Offer, taken: Collection[str]) -> MemorySlot:
     """The lowest free memory slot, for an NVDIMM.
 
-    The guest numbers NVDIMMs in the order they come; none ever goes.
+    The guest numbers NVDIMMs in the order of plugging; none is ever unplugged.
     """
     if not (offer.nvdimm and offer.memory_slots):
         raise CannotPlug(
             "no-nvdimm",
-            f"the VM ({offer.machine}) takes no NVDIMMs",
-            hint="hand it over as a disk (leave block-driver out)"
+            f"the VM ({offer.machine}) does not support NVDIMMs",
+            hint="attach it as a disk (leave block-driver out)"
             if offer.is_microvm or offer.ccw_used is not None
-            else "start QEMU with -machine nvdimm=on and -m SIZE,slots=N,maxmem=MAX, as "
-            "vmplug vm start does; or say block-driver=virtio-blk",
+            else "start QEMU with -machine nvdimm=on and -m SIZE,slots=N,maxmem=MAX, as vmplug "
+            "vm start does; or set block-driver=virtio-blk",
         )
     given = [slot for slot in range(offer.memory_slots) if f"memory/{slot}" in taken]
     ahead = len([slot for slot in given if slot not in offer.memory_slots_used])
@@ -92,52 +92,51 @@ def memory_slot(offer: Offer, taken: Collection[str]) -> MemorySlot:
             return MemorySlot(slot=slot, index=offer.nvdimms + ahead)
     raise NoFreePort(
         f"all {offer.memory_slots} memory slots of the VM are in use",
-        hint="start it with more (vmplug vm start --memory-slots N): "
-        "QEMU cannot take an NVDIMM out again",
+        hint="start it with more (vmplug vm start --memory-slots N): QEMU cannot unplug an NVDIMM",
     )
 
 
 def check_shared_memory(offer: Offer, what: str) -> None:
     """CannotPlug unless a vhost-user backend can map the guest's memory.
 
-    Without that QEMU plugs the device all the same, and all its I/O hangs for ever.
+    Without it QEMU plugs the device all the same, and all its I/O hangs.
     """
     if not offer.shared_memory:
         raise CannotPlug(
             "memory-not-shared",
-            f"the VM's memory is not shared, as {what} needs",
+            f"the VM's memory is not shared; {what} needs shared memory",
             hint="start QEMU with -object memory-backend-memfd,id=mem,share=on,size=SIZE and "
             "-machine memory-backend=mem, as vmplug vm start does",
         )
 
 
 _REGIONS_MAX, _RAM_REGIONS = 8, 2
-"""What a backend can map that does not ask for more, and as what the guest's own memory counts.
+"""The regions that a backend without CONFIGURE_MEM_SLOTS can map, and those of the guest's RAM.
 
 Source: QEMU hw/virtio/vhost-user.c, VHOST_MEMORY_BASELINE_NREGIONS; hw/i386/pc.c.
 """
 
 
 def check_memory_regions(offer: Offer, taken: Collection[str], what: str) -> None:
-    """CannotPlug when the guest's memory has more pieces than a backend without that feature maps.
+    """CannotPlug when the guest's memory has more regions than the backend maps.
 
-    QEMU 7.2 would try for ever to plug a network all the same, and do nothing else. Measured.
+    QEMU 7.2 would try without end to plug a network all the same, and do nothing else. Measured.
     """
     given = {slot for slot in range(offer.memory_slots) if f"memory/{slot}" in taken}
     pieces = len(offer.memory_slots_used | given) + _RAM_REGIONS
     if pieces > _REGIONS_MAX:
         raise CannotPlug(
             "too-many-memory-regions",
-            f"the VM's memory has {pieces} pieces with its NVDIMMs, "
-            f"and the backend of {what} maps at most {_REGIONS_MAX}",
-            hint="plug it before the NVDIMMs, or take a backend with CONFIGURE_MEM_SLOTS",
+            f"the VM's memory has {pieces} regions with its NVDIMMs; the backend of {what} maps "
+            f"at most {_REGIONS_MAX}",
+            hint="plug it before the NVDIMMs, or use a backend with CONFIGURE_MEM_SLOTS",
         )
 
 
 def cold_plug_only(what: str) -> CannotPlug:
-    """The error for what QEMU takes only at its start."""
+    """The error for a device that QEMU accepts only at its start."""
     return CannotPlug(
         "cold-plug-only",
         f"{what} can only be plugged before the VM starts",
-        hint="ask for it when the VM is started: vmplug vm start NAME --bundle BUNDLE",
+        hint="request it when you start the VM: vmplug vm start NAME --bundle BUNDLE",
     )

@@ -8,15 +8,15 @@ from vmplug.host.finding import Code, Finding
 
 
 def check_options(options: Mapping[str, str]) -> None:
-    """SpecError for any option: there is nothing to choose."""
+    """SpecError for any option: there are none."""
     parse_options(options, {}, "a character device")
 
 
 def check_generic(device: CharDevice) -> Iterator[Finding]:
-    """What speaks against counting it: a group without an IOMMU protects nobody from the VM."""
+    """Reasons not to count it: a group without an IOMMU does not protect the host from the VM."""
     if device.host_path.startswith("/dev/vfio/noiommu-"):
         yield Finding(
             Code.NO_IOMMU,
-            f"{device.host_path} has no IOMMU: its VM could write to all of the host's memory",
-            "switch the IOMMU on (intel_iommu=on, or in the firmware), and name the group's node",
+            f"{device.host_path} has no IOMMU: the VM could write to all of the host's memory",
+            "enable the IOMMU (intel_iommu=on, or in the firmware), and name the group's node",
         )

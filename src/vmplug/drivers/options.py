@@ -1,4 +1,4 @@
-"""Options as text, `KEY=VALUE`: each driver has a table of those that it knows."""
+"""Options as text, `KEY=VALUE`: each driver has a table of its options."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from vmplug.errors import SpecError
 
 
 class Option(NamedTuple):
-    """One option: the field that it sets, how its text is read, and one line of help.
+    """One option: the field that it sets, the parser of its text, and one line of help.
 
     `parse` raises ValueError with what was expected.
     """
@@ -27,7 +27,7 @@ def parse_options(
     for key, said in options.items():
         option = known.get(key)
         if option is None:
-            hint = "known are " + ", ".join(known) if known else "it has no options"
+            hint = "known options: " + ", ".join(known) if known else "it has no options"
             raise SpecError(f"option {key}", f"unknown for {what}", hint=hint)
         try:
             values[option.field] = option.parse(said)
@@ -69,7 +69,7 @@ def number(least: int, most: int) -> Callable[[str], int]:
         match = re.fullmatch(r"([0-9]{1,16})([KMG]?)", said, re.ASCII)
         value = int(match[1]) * _UNITS[match[2]] if match else -1
         if not least <= value <= most:
-            raise ValueError(f"a number from {least} to {most}, with K, M or G if need be")
+            raise ValueError(f"a number from {least} to {most}, optionally with K, M or G")
         return value
 
     return parse

@@ -1,4 +1,4 @@
-"""Places: what a VM has to plug into, one place of it, and where the guest sees that."""
+"""Places: the offer of a VM, one place in it, and the guest's address of a device there."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,7 +8,7 @@ from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 
 
 class PlugMode(StrEnum):
-    """Whether the VM runs, or is still to be started."""
+    """Whether the VM is running, or not yet started."""
 
     HOT = "hot"
     COLD = "cold"
@@ -38,7 +38,7 @@ class GroupPlace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApPlace:
-    """The adapter bus of an s390 machine, which takes one matrix."""
+    """The adapter bus of an s390 machine, which supports one matrix."""
 
     def __str__(self) -> str:
         return "ap"
@@ -68,9 +68,9 @@ class CcwPlace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MmioPlace:
-    """A virtio-mmio transport of a microvm that is to be started; `index` is the guest's order.
+    """A virtio-mmio transport of a microvm that is not yet started; `index` is the guest's order.
 
-    It names virtio disks by it.
+    The guest names virtio disks in this order.
     """
 
     bus: str
@@ -82,7 +82,7 @@ class MmioPlace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySlot:
-    """A slot for a memory device; `index` is how many NVDIMMs came before."""
+    """A slot for a memory device; `index` is how many NVDIMMs come before it."""
 
     slot: int
     index: int
@@ -94,11 +94,11 @@ class MemorySlot:
 Place = PciPlace | GroupPlace | ApPlace | ScsiPlace | CcwPlace | MmioPlace | MemorySlot
 
 UNPLUGGED_NEVER = ("memory/", "virtio-mmio-bus.")
-"""How places begin that a device never leaves: QEMU has no unplug for them."""
+"""The prefixes of places that a device never leaves: QEMU has no unplug for them."""
 
 
 class PortKind(StrEnum):
-    """What a PCI device is plugged into, in the words of Kata's config.go."""
+    """The kinds of port for a PCI device, in the words of Kata's config.go."""
 
     ROOT_PORT = "root-port"
     SWITCH_PORT = "switch-port"
@@ -120,7 +120,7 @@ class Windows(NamedTuple):
 
 
 FIRMWARE_WINDOWS = Windows(2 << 20, 2 << 20)
-"""What SeaBIOS gives a hot-plug port that does not say what it wants, and Linux never widens it:
+"""The window that SeaBIOS gives a hot-plug port by default, and that Linux never widens:
 a BAR of 4 MiB behind it is silently left without an address. Measured on QEMU 7.2, Linux 6.1."""
 
 
@@ -128,7 +128,7 @@ a BAR of 4 MiB behind it is silently left without an address. Measured on QEMU 7
 class PciPort:
     """A port or bridge that takes hot-plugged devices, and its free slots in order.
 
-    `numa_node` is the guest's, None where the VM does not say.
+    `numa_node` is the guest's, None where it is unknown.
     """
 
     bus: str
@@ -150,15 +150,14 @@ class ScsiController:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """What a VM has to plug into, as it said itself or, when it is to be started, as it will be.
+    """The places that a VM offers, as it reports them or, before its start, as they will be.
 
-    `shared_memory` says that all guest memory can be mapped by another process, as every
-    vhost-user device needs. `ccw_used` are the numbers in use in a channel subsystem, None without
-    one; `mmio` the free virtio-mmio transports of a microvm. `memory_slots` and
-    `memory_slots_used` are for memory devices, `nvdimms` how many of those there are; `nvdimm`
-    says that the machine takes them. `viommu` says that the guest has an IOMMU of its own,
-    `iommufd` that QEMU knows that way to the host's, `ap` that there is an adapter bus.
-    `memory_bytes` is all of the guest's memory, 0 where it is not known.
+    `shared_memory`: another process can map all guest memory, as every vhost-user device needs.
+    `ccw_used` are the numbers in use in a channel subsystem, None without one; `mmio` the free
+    virtio-mmio transports of a microvm. `memory_slots` and `memory_slots_used` are for memory
+    devices, `nvdimms` how many of those are NVDIMMs; `nvdimm`: the machine supports them.
+    `viommu`: the guest has a vIOMMU. `iommufd`: QEMU supports it. `ap`: there is an adapter bus.
+    `memory_bytes` is all of the guest's memory, 0 where it is unknown.
     """
 
     machine: str
@@ -181,14 +180,14 @@ class Offer:
 
     @property
     def is_microvm(self) -> bool:
-        """Whether the machine has virtio-mmio transports and nothing else, and those only cold."""
+        """Whether the machine has only virtio-mmio transports, and those only for cold plug."""
         return self.machine == "microvm"
 
 
 class GuestFunction(NamedTuple):
-    """A function of a group: what it is on the host, a BDF or a UUID, and where the guest sees it.
+    """A function of a group: its BDF or UUID on the host, and its address in the guest.
 
-    `pci_path` is None for what is no PCI device.
+    `pci_path` is None for a device that is not on PCI.
     """
 
     host: str
@@ -202,11 +201,11 @@ class GuestAddress:
     A PCI device is at `pci_path`; a SCSI disk at `scsi_address` behind the controller at
     `pci_path`; a device of the channel subsystem at `ccw_devno`. An NVDIMM has the handle
     `nvdimm_handle` in the guest's /sys/bus/nd/devices/nmem*/nfit/handle, and is /dev/pmem<N> with
-    `nvdimm_id` as N when it came alone: of several that come at once the guest numbers any first,
-    and the id is None. A shared directory is mounted by its `mount_tag`, a network device is
-    known by its `mac_address`. `virt_path` is for the disks of a microvm, which has no other
-    address. `functions` are all that came with an IOMMU group, `ap_queues` the queues of an
-    adapter. Names such as /dev/vda are else the guest's to choose and are not predicted.
+    `nvdimm_id` as N when it was plugged alone. The guest numbers several that come at once in any
+    order; then the id is None. A shared directory is mounted by its `mount_tag`, a network device
+    has its `mac_address`. `virt_path` is for the disks of a microvm, which have no other address.
+    `functions` are all that came with an IOMMU group, `ap_queues` the queues of an adapter.
+    Elsewhere the guest chooses names such as /dev/vda, and vmplug does not predict them.
     """
 
     pci_path: PciPath | None = None

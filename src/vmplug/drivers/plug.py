@@ -1,4 +1,4 @@
-"""Plugs: what can be plugged into a VM, as values, and where the guest finds it."""
+"""Plugs: the devices that can be plugged into a VM, as values, and their guest addresses."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -43,17 +43,17 @@ class Cache(StrEnum):
 
     @property
     def direct(self) -> bool:
-        """Past the host's page cache (O_DIRECT)."""
+        """Whether it bypasses the host's page cache (O_DIRECT)."""
         return self in {Cache.NONE, Cache.DIRECTSYNC}
 
     @property
     def no_flush(self) -> bool:
-        """The guest's flushes are dropped: a host crash loses data."""
+        """Whether the guest's flushes are dropped: then a host crash loses data."""
         return self is Cache.UNSAFE
 
     @property
     def write_cache(self) -> bool:
-        """The guest sees a volatile write cache that it must flush."""
+        """Whether the guest sees a volatile write cache that it must flush."""
         return self not in {Cache.WRITETHROUGH, Cache.DIRECTSYNC}
 
 
@@ -67,7 +67,7 @@ class Aio(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Throttle:
-    """Limits per second, bytes and operations; None is no limit."""
+    """Limits per second, in bytes and operations; None means unlimited."""
 
     bps_total: int | None = None
     bps_read: int | None = None
@@ -79,10 +79,10 @@ class Throttle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockDrive:
-    """A disk to be plugged, or with the driver `nvdimm` persistent memory of `size_bytes`.
+    """A disk to plug, or with the driver `nvdimm` persistent memory of `size_bytes`.
 
-    `file` is a block device node when `is_device`, a regular file otherwise. `file_id` is what
-    QEMU must have opened by that name (see `vmplug.host.file_id`), None for anything.
+    `file` is a block device node when `is_device`, a regular file otherwise. `file_id` is the file
+    that QEMU must have opened by that name (see `vmplug.host.file_id`), None for any.
     `backing_allowed` lets a qcow2 image open the files that its header names. `throttle` is None
     for no limits.
     """
@@ -107,7 +107,7 @@ class BlockDrive:
 
 
 DAEMON_MARK = "VMPLUG_DEVICE"
-"""What such a daemon has in its environment: its device's id, a blank, and its VM."""
+"""The environment variable of such a daemon: its device's id, a blank, and its VM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +115,8 @@ class VirtiofsdSpec:
     """A virtiofsd that vmplug itself runs for one share of `directory`.
 
     It begins before the share is plugged and ends after it is unplugged. `options` are those that
-    the program has (see `vmplug.host.vhost_user.virtiofsd`), `cache` is auto, always or never.
-    `file_id` is that of the directory, None for any.
+    the program supports (see `vmplug.host.vhost_user.virtiofsd`), `cache` is auto, always or
+    never. `file_id` is that of the directory, None for any.
     """
 
     program: str
@@ -129,13 +129,13 @@ class VirtiofsdSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VhostUserDevice:
-    """A device whose other end is a process that speaks vhost-user.
+    """A device that another process serves through vhost-user.
 
     QEMU connects to it at `socket_path`; or `descriptor` is a connection to it that this process
-    holds open; or it is a `daemon` of vmplug's own. The others are None. `queues` are request
-    queues, for a network pairs. `reconnect_s` is how often QEMU tries again when the backend is
-    lost, 0 never; `msix` is whether the device may use message interrupts. Shares have `tag`,
-    `queue_size` and `cache_size_mib`, networks `mac_address`.
+    holds open; or vmplug runs its `daemon`. The others are None. `queues` are request queues, for
+    a network pairs. `reconnect_s` is the interval at which QEMU reconnects to a lost backend, 0
+    for never. `msix`: the device may use message interrupts. Shares have `tag`, `queue_size` and
+    `cache_size_mib`, networks `mac_address`.
     """
 
     id: str
@@ -165,7 +165,7 @@ class SharedFS:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RNGDevice:
-    """Random numbers from `filename`; the guest may take `max_bytes` in each period.
+    """Random numbers from `filename`; the guest may read `max_bytes` in each period.
 
     `file_id` is as for a BlockDrive.
     """
@@ -179,10 +179,10 @@ class RNGDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VFIODevice:
-    """One function of a group, or a mediated device; of one that is no PCI device `bdf` is None.
+    """One function of a group, or a mediated device; `bdf` is None if it is not on PCI.
 
-    `name` is its BDF or UUID, `cdev_node` its own node, None where it is reached by its group;
-    `descriptor` is that node as this process holds it open, None until it is to be plugged.
+    `name` is its BDF or UUID. `cdev_node` is its own node, None where QEMU uses its group.
+    `descriptor` is that node, open in this process, None until it is plugged.
     """
 
     name: str
@@ -195,10 +195,10 @@ class VFIODevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VFIODevices:
-    """All of an IOMMU group that goes into the VM; plugged whole or not at all.
+    """The functions of an IOMMU group that go into the VM; all are plugged or none.
 
-    `vendor_id` and `device_id` are what the guest reads instead of the real ones, `rom` is whether
-    it sees the option ROM. `node` is that of the group.
+    The guest reads `vendor_id` and `device_id` instead of the real ones; `rom`: it sees the option
+    ROM. `node` is that of the group.
     """
 
     id: str
@@ -211,11 +211,11 @@ class VFIODevices:
 
 
 Plug = BlockDrive | VhostUserDevice | SharedFS | RNGDevice | VFIODevices
-"""What can be plugged; hot and cold plug take the same values."""
+"""Everything that can be plugged; hot and cold plug use the same values."""
 
 
 def guest_address(plug: Plug, place: Place) -> GuestAddress:
-    """Where the guest will find it."""
+    """The address at which the guest will find it."""
     if isinstance(plug, VFIODevices):
         return _group_address(plug, place)
     is_blk = isinstance(plug, VhostUserDevice) and plug.type is DeviceType.VHOST_USER_BLK
@@ -226,7 +226,7 @@ def guest_address(plug: Plug, place: Place) -> GuestAddress:
         case PciPlace():
             return GuestAddress(pci_path=place.path, mount_tag=tag, mac_address=mac)
         case GroupPlace() | ApPlace():
-            raise AssertionError(f"{plug.id} is no group")
+            raise AssertionError(f"{plug.id} is not a group")
         case ScsiPlace():
             return GuestAddress(pci_path=place.path, scsi_address=place.address)
         case CcwPlace():

@@ -7,49 +7,50 @@ from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.kind import FoundBy
 
 NVDIMM_OPTIONS = frozenset({"block-driver", "format", "fstype"})
-"""The options of a disk that mean something for an NVDIMM."""
+"""The options of a disk that apply to an NVDIMM."""
 
 
 PAGE_BYTES = 4096
 
 NVDIMM_ALIGN_BYTES = 2 << 20
-"""QEMU puts NVDIMMs one behind the other, and Linux needs them at such addresses to map them.
+"""QEMU places NVDIMMs one after the other, and Linux maps them only at multiples of this.
 
-Source: measured on QEMU 7.2 and Linux 6.1: behind one of 3 MiB the next has no /dev/pmem.
+Source: measured on QEMU 7.2 and Linux 6.1: after one of 3 MiB the next has no /dev/pmem.
 """
 
 
 def is_pmem(device: DiskFile) -> bool:
-    """Whether a file is to be an NVDIMM when nothing else is said."""
+    """Whether a file becomes an NVDIMM by default."""
     return device.pfn is not None or device.found_by is FoundBy.BACKING_FILE
 
 
 def check_nvdimm(device: BlockDevice | DiskFile, format_: str | None) -> Iterator[Finding]:
-    """What speaks against plugging this as an NVDIMM."""
+    """Reasons not to plug this as an NVDIMM."""
     if format_ not in {None, "raw"}:
         yield Finding(
             Code.NOT_THAT_FORMAT,
-            f"an NVDIMM shows the very bytes of {device.host_path}, and format={format_} was said",
-            "leave format out, or say block-driver=virtio-blk",
+            f"an NVDIMM shows the bytes of {device.host_path} as they are; format={format_} is "
+            "not possible",
+            "leave format out, or set block-driver=virtio-blk",
         )
     if device.size_bytes and device.size_bytes < PAGE_BYTES:
         yield Finding(
             Code.SIZE_ZERO,
-            f"{device.host_path} has {device.size_bytes} bytes, which fill no page of memory",
-            "give it a size of whole 2 MiB",
+            f"{device.host_path} has {device.size_bytes} bytes, less than a page of memory",
+            "make its size a multiple of 2 MiB",
         )
     elif device.size_bytes and device.size_bytes % NVDIMM_ALIGN_BYTES:
         yield Finding(
             Code.NVDIMM_SIZE,
-            f"{device.host_path} has {device.size_bytes} bytes, no multiple of 2 MiB: the guest "
-            "could use no NVDIMM behind it",
-            "give it such a size, or hand it over as a disk (block-driver=virtio-blk)",
+            f"{device.host_path} has {device.size_bytes} bytes, not a multiple of 2 MiB: the "
+            "guest could not use the NVDIMMs after it",
+            "make its size a multiple of 2 MiB, or attach it as a disk (block-driver=virtio-blk)",
         )
     if isinstance(device, DiskFile) and device.pfn is None:
         yield Finding(
             Code.NO_PFN_SIGNATURE,
             f"{device.host_path} has no NVDIMM_PFN_INFO block, so the guest cannot mount it with "
             "-o dax",
-            "that is all right for a plain disk in memory; ndctl or pmem-csi write the block",
+            "no action needed for a plain disk in memory; ndctl or pmem-csi write the block",
             Severity.WARNING,
         )

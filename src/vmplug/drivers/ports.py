@@ -1,4 +1,4 @@
-"""The ports: what the manager asks of a driver, and of a VM."""
+"""The ports: the interfaces of a driver and of a VM for the manager."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from vmplug.host.finding import Finding
 class Command:
     """One QMP command; `arguments` are its JSON object.
 
-    `descriptor` goes along with it. `backend` is the process that QEMU waits for in it, with a
-    deadline of its own. START_DAEMON, END_DAEMON, BIND and UNBIND are done by vmplug itself.
+    `descriptor` is sent along. `backend` is the process that QEMU waits for during the command,
+    which then has its own deadline. vmplug itself does START_DAEMON, END_DAEMON, BIND and UNBIND.
     """
 
     execute: str
@@ -30,7 +30,7 @@ BIND, UNBIND = "bind", "unbind"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command, and the one that takes it back; None when nothing does."""
+    """A command, and the one that undoes it; None when there is none."""
 
     do: Command
     undo: Command | None
@@ -38,9 +38,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a VM is reached: its QMP socket, and its process.
+    """The address of a VM: its QMP socket, and its process.
 
-    `pid` may be that of a launcher that made the socket, and is None if nothing is known.
+    `pid` may be that of a launcher that made the socket, and is None if it is unknown.
     """
 
     qmp_socket: str
@@ -48,9 +48,9 @@ class Endpoint:
 
 
 class PlugDriver(Protocol):
-    """How one device is to be plugged: its options, checked.
+    """How to plug one device: its checked options.
 
-    `share_rw` says that others may write to it at the same time.
+    `share_rw`: others may write to it at the same time.
     """
 
     @property
@@ -58,7 +58,7 @@ class PlugDriver(Protocol):
         """Whether others may write to it too."""
 
     def check(self, device: HostDevice, *, read_only: bool) -> Iterator[Finding]:
-        """What speaks against plugging this device so."""
+        """Reasons not to plug this device with these options."""
 
     def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
         """A free place that is not among the taken ones, which are places as text.
@@ -67,12 +67,12 @@ class PlugDriver(Protocol):
         """
 
     def plan(self, new: "NewPlug", place: Place, offer: Offer) -> Plug:
-        """What to plug there. Raises SpecError when the options do not fit the place."""
+        """The plug for that place. Raises SpecError when the options do not fit the place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewPlug:
-    """A device that is to be plugged, under the id that it has from now on."""
+    """A device to plug, with its new id."""
 
     id: str
     device: HostDevice
@@ -80,7 +80,7 @@ class NewPlug:
 
 
 class Hypervisor(Protocol):
-    """What the manager needs of a VM. Every wait has a deadline.
+    """The interface of a VM for the manager. Every wait has a deadline.
 
     `endpoint` is None for a VM that no other process can reach. Raises HypervisorError and its
     kinds.
@@ -88,45 +88,45 @@ class Hypervisor(Protocol):
 
     @property
     def endpoint(self) -> Endpoint | None:
-        """Where another process finds this VM."""
+        """The address at which other processes find this VM."""
 
     def offer(self) -> Offer:
-        """What the VM has to plug into now."""
+        """The places that the VM offers now."""
 
     def claim_foreign_names(self, names: Mapping[str, str]) -> None:
-        """Names in the VM that somebody else gave, each with the id of the device it is of.
+        """Set the names that others assigned in the VM, mapped to the owning device ids.
 
-        From then on they count as that device's parts.
+        From then on they count as parts of that device.
         """
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
-        """Exactly what `plug` would do; changes nothing, but may ask the VM what it has."""
+        """The exact steps of `plug`; changes nothing, but may query the VM."""
 
     def plug(self, plug: Plug, place: Place) -> None:
-        """Plug all of it or none: whatever was done before a failure is undone.
+        """Plug all of it or none: a failure undoes the steps before it.
 
-        Only after a ProtocolError or ConnectError does nobody know what was done. Raises
-        NoSuchDevice when what was opened is not the file that was checked.
+        Only after a ProtocolError or ConnectError is it unknown what was done. Raises NoSuchDevice
+        when the opened file is not the one that was checked.
         """
 
     def request_unplug(self, device_id: str) -> None:
-        """Ask the guest to let go; comes back at once, also when it was asked before."""
+        """Ask the guest to release it; returns at once, also when it was asked before."""
 
     def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
-        """Wait for the guest, then take the devices' remains away.
+        """Wait for the guest, then remove what is left of the devices.
 
-        Gives the reason for each device that is still there: `timeout`, `refused` by the guest,
+        Returns the reason for each device that is still there: `timeout`, `refused` by the guest,
         or `lost` when its vhost-user backend is gone.
         """
 
     def close_files(self, device_ids: Collection[str]) -> None:
-        """Close what an interrupted attach gave the VM open, and nothing in the VM uses yet."""
+        """Close files that an interrupted attach passed to the VM and that it does not use yet."""
 
     def resize(self, device_id: str, size_bytes: int) -> None:
-        """Tell the guest a disk's new size."""
+        """Report a disk's new size to the guest."""
 
     def find_devices(self) -> dict[str, bool]:
-        """The ids of all devices of which the VM holds any part; True where the guest sees it."""
+        """The ids of all devices of which the VM has any part; True where the guest sees it."""
 
     def find_lost(self) -> set[str]:
         """The ids of devices whose vhost-user backend is gone: the guest waits for its I/O."""
@@ -135,4 +135,4 @@ class Hypervisor(Protocol):
         """QEMU's run state: `running`, `paused`, `prelaunch`, ..."""
 
     def close(self) -> None:
-        """End the conversation; the VM goes on."""
+        """Close the connection; the VM keeps running."""

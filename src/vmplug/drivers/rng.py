@@ -31,7 +31,7 @@ class RngDriver:
 
     @property
     def share_rw(self) -> bool:
-        """Always: everybody may read a source."""
+        """Always true: a source can be shared."""
         return True
 
     @classmethod
@@ -39,11 +39,11 @@ class RngDriver:
         """The options by their names in `OPTIONS`; SpecError names the one that is wrong."""
         parsed = cls(**parse_options(options, OPTIONS, "a random number device"))
         if parsed.period_ms and not parsed.max_bytes:
-            raise SpecError("option period", "means nothing without max-bytes")
+            raise SpecError("option period", "has no effect without max-bytes")
         return parsed
 
     def check(self, device: HostDevice, *, read_only: bool) -> Iterator[Finding]:  # noqa: ARG002
-        """See Driver: nothing does."""
+        """See Driver: there are none."""
         return iter(())
 
     def choose_place(

@@ -1,4 +1,4 @@
-"""Which driver plugs a device: one table from what it is to who knows how."""
+"""Choose the driver of a device: one table from its kind to the driver."""
 
 from typing import assert_never
 
@@ -25,7 +25,7 @@ from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 
 
 def select_driver(request: Request, device: HostDevice) -> PlugDriver | None:
-    """The driver for a request and what it turned out to be, with the request's options.
+    """The driver for a request and its device, with the request's options.
 
     None for a device that is only counted. Raises SpecError for options that are wrong.
     """
@@ -56,6 +56,6 @@ def _select_by_device(request: DeviceInfo, device: HostDevice) -> PlugDriver | N
             check_options(request.driver_options)
             return None
         case SharedDirectory() | OpenConnection() | EntropySource():
-            raise AssertionError(f"{request.name} is no {device.kind}")
+            raise AssertionError(f"{request.name} is not a {device.kind}")
         case _:
             assert_never(device)

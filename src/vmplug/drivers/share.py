@@ -19,7 +19,7 @@ from vmplug.host.vhost_user.virtiofsd import Virtiofsd
 
 
 class ShareCache(StrEnum):
-    """How much the guest may keep of what it has read; `none` is an old word for never.
+    """How much the guest may cache of what it has read; `none` is an old name for never.
 
     Source: virtiofsd(1), -o cache and --cache.
     """
@@ -35,8 +35,8 @@ _QUEUE_SIZE_MAX = 1024
 """Source: virtio specification, 2.6; QEMU hw/virtio/vhost-user-fs.c, VIRTQUEUE_MAX_SIZE."""
 _CACHE_SIZE_MAX_MIB = 1 << 20
 _NOT_IN_OPTIONS = frozenset(",=\\")
-"""The virtiofsd written in Rust cuts `-o source=...` at each comma, and knows no escape; it has
---shared-dir for any name. That of QEMU, which lists `-o source`, reads it as libfuse does.
+"""The virtiofsd in Rust splits `-o source=...` at each comma, without an escape; its --shared-dir
+accepts any name. The one of QEMU, which lists `-o source`, parses it like libfuse.
 Source: virtiofsd src/main.rs, parse_compat."""
 _ANY_NAME = frozenset({"--shared-dir", "-o source"})
 _TAG_9P_BYTES_MAX = 31
@@ -52,7 +52,7 @@ OPTIONS: Mapping[str, Option] = {
     "cache-size": Option(
         "cache_size_mib",
         number(0, _CACHE_SIZE_MAX_MIB),
-        "virtio-fs: MiB of a DAX window, for a QEMU that has it; default 0: none",
+        "virtio-fs: MiB of a DAX window, if QEMU supports it; default: 0, none",
     ),
     "queue-size": Option(
         "queue_size", power_of_two(1, _QUEUE_SIZE_MAX), f"virtio-fs: default {QUEUE_SIZE}"
@@ -72,7 +72,7 @@ class ShareDriver:
 
     @property
     def share_rw(self) -> bool:
-        """Always: a file system's server sees to its writers."""
+        """Always true: the server of a file system coordinates its writers."""
         return True
 
     @classmethod
@@ -84,12 +84,13 @@ class ShareDriver:
             raise SpecError(
                 "option filesystem",
                 "virtio-9p has no cache, cache-size or queue-size",
-                hint="leave them out, or say filesystem=virtio-fs",
+                hint="leave them out, or set filesystem=virtio-fs",
             )
         if is_9p and len(tag.encode()) > _TAG_9P_BYTES_MAX:
             raise SpecError(
                 "option filesystem",
-                f"the tag {tag!r} has more than the {_TAG_9P_BYTES_MAX} bytes of virtio-9p",
+                f"the tag {tag!r} is longer than the {_TAG_9P_BYTES_MAX} bytes that virtio-9p "
+                "allows",
             )
         if isinstance(device, VhostUserSocket | OpenConnection):
             if is_9p:
@@ -97,8 +98,9 @@ class ShareDriver:
             if parsed.cache:
                 raise SpecError(
                     "option cache",
-                    f"belongs to the virtiofsd behind {device.host_path}, which runs already",
-                    hint="start that virtiofsd with it, or share the directory itself",
+                    f"belongs to the virtiofsd behind {device.host_path}, which is already "
+                    "running",
+                    hint="start that virtiofsd with this option, or share the directory itself",
                 )
         return parsed
 
@@ -108,8 +110,8 @@ class ShareDriver:
             if read_only:
                 yield Finding(
                     Code.CANNOT_BE_READ_ONLY,
-                    f"{device.host_path} is wanted read-only, and only its virtiofsd could see to "
-                    "that",
+                    f"{device.host_path} is requested read-only, and only its virtiofsd can "
+                    "enforce that",
                     "start that virtiofsd on a read-only mount, or share the directory itself",
                 )
             return
@@ -117,8 +119,9 @@ class ShareDriver:
         if device.read_only and not read_only:
             yield Finding(
                 Code.READ_ONLY_DEVICE,
-                f"the file system of {device.host_path} takes no writes, which are wanted",
-                "ask for it read-only, or remount it for writing",
+                f"the file system of {device.host_path} is read-only, and the request is for "
+                "writing",
+                "request it read-only, or remount it for writing",
             )
         if device.kind is DeviceType.VHOST_USER_FS:
             yield from _check_virtiofsd(device)
@@ -179,11 +182,11 @@ def _check_virtiofsd(device: SharedDirectory) -> Iterator[Finding]:
     elif _NOT_IN_OPTIONS & set(device.host_path) and not _takes_any_name(program):
         yield Finding(
             Code.NO_BACKEND,
-            f"{program.path} would take a part of the name {device.host_path} for options",
+            f"{program.path} would read part of the name {device.host_path} as options",
             "share the directory above it, or give it a name without ',', '=' and '\\'",
         )
 
 
 def _takes_any_name(program: Virtiofsd) -> bool:
-    """Also said of one that was not asked: that of another root, which nobody runs."""
+    """Also true for one on another root, which vmplug does not run and cannot ask."""
     return program.options is None or bool(program.options & _ANY_NAME)

@@ -1,7 +1,7 @@
-"""IOMMU groups: where each function goes in the guest, and how.
+"""IOMMU groups: choose the place of each function in the guest.
 
 Functions of one slot of the host stay functions of one slot in the guest. A PCIe function goes to
-a root or switch port, a conventional one behind a bridge; each where the port's windows hold its
+a root or switch port, a conventional one behind a bridge; each where the port's windows fit its
 BARs, and near its NUMA node if the VM has such ports.
 Source: PCI Express Base specification, 7.5.1; QEMU docs/pcie.txt, docs/pci_expander_bridge.txt.
 """
@@ -37,7 +37,7 @@ from vmplug.host.pci.mdev import MediatedDevice, VFIODeviceType
 
 
 class VFIOMode(StrEnum):
-    """Who in the guest drives it: a container through VFIO, or the guest's own kernel.
+    """The user in the guest: a container through VFIO, or the guest's own kernel.
 
     The words of Kata's config.go.
     """
@@ -55,11 +55,19 @@ def _pci_id(said: str) -> int:
 
 
 OPTIONS: Mapping[str, Option] = {
-    "port": Option("port", word(*PortKind), "root-port, switch-port or bridge-port; default: fit"),
-    "mode": Option("mode", word(*VFIOMode), "vfio or guest-kernel, for the agent; default vfio"),
-    "rom": Option("rom", switch("on", "off"), "whether the guest sees the option ROM; off"),
-    "x-pci-vendor-id": Option("vendor_id", _pci_id, "read by the guest instead of the real one"),
-    "x-pci-device-id": Option("device_id", _pci_id, "read by the guest instead of the real one"),
+    "port": Option(
+        "port", word(*PortKind), "root-port, switch-port or bridge-port; default: any that fits"
+    ),
+    "mode": Option("mode", word(*VFIOMode), "vfio or guest-kernel, for the agent; default: vfio"),
+    "rom": Option(
+        "rom", switch("on", "off"), "on if the guest should see the option ROM; default: off"
+    ),
+    "x-pci-vendor-id": Option(
+        "vendor_id", _pci_id, "the ID that the guest reads instead of the real one"
+    ),
+    "x-pci-device-id": Option(
+        "device_id", _pci_id, "the ID that the guest reads instead of the real one"
+    ),
 }
 
 
@@ -75,7 +83,7 @@ class VfioDriver:
 
     @property
     def share_rw(self) -> bool:
-        """Never: a group belongs to one VM."""
+        """Always false: a group belongs to one VM."""
         return False
 
     @classmethod
@@ -84,12 +92,12 @@ class VfioDriver:
         return cls(**parse_options(options, OPTIONS, "a VFIO device"))
 
     def check(self, device: HostDevice, *, read_only: bool) -> Iterator[Finding]:
-        """See Driver: all else that speaks against a group is the host's."""
+        """See Driver; other reasons are among the host's findings."""
         if read_only:
             yield Finding(
                 Code.CANNOT_BE_READ_ONLY,
-                f"{device.host_path} is wanted read-only, and VFIO gives all of a device",
-                "ask for it for reading and writing, or share one of its disks instead",
+                f"{device.host_path} is requested read-only, and VFIO always gives full access",
+                "request it for reading and writing, or attach one of its disks instead",
             )
 
     def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
@@ -111,7 +119,7 @@ class VfioDriver:
                 if not offer.ap:
                     raise _not_on(offer, "an adapter matrix (vfio-ap)")
                 if "ap" in taken:
-                    raise NoFreePort("the VM has an adapter matrix already, and takes one only")
+                    raise NoFreePort("the VM already has an adapter matrix, and supports only one")
                 return ApPlace()
             case VFIODeviceType.CCW:
                 for place in ccw_places(offer):
@@ -140,11 +148,13 @@ class VfioDriver:
         if is_renamed and len(group.functions) > 1:
             raise SpecError(
                 "option x-pci-device-id",
-                f"{group.host_path} has {len(group.functions)} functions, which would all read so",
+                f"{group.host_path} has {len(group.functions)} functions, and all of them would "
+                "show this ID",
             )
         if mediated and (option := self._changes_what_is_seen()):
             raise SpecError(
-                f"option {option}", "a mediated device shows what its driver made of it"
+                f"option {option}",
+                "does not apply to a mediated device: its driver decides what the guest sees",
             )
         devices = [_mediated(mediated)] if mediated else [_function(f) for f in group.functions]
         if offer.iommufd and group.cdev_nodes:
@@ -177,7 +187,7 @@ def _mediated(mediated: MediatedDevice) -> VFIODevice:
 def _not_on(offer: Offer, what: str) -> CannotPlug:
     return CannotPlug(
         "wrong-machine",
-        f"the VM ({offer.machine}) takes no {what.removeprefix('a ').removeprefix('an ')}",
+        f"the VM ({offer.machine}) does not support {what}",
         hint="start it with --machine s390-ccw-virtio, on an s390x host",
     )
 
@@ -186,7 +196,7 @@ def _not_on(offer: Offer, what: str) -> CannotPlug:
 class _Cluster:
     """Functions that share a slot on the host; `functions` are the numbers they get in the guest.
 
-    `pcie` is None where the host does not say, or it is a mediated device.
+    `pcie` is None where it is unknown, or for a mediated device.
     """
 
     pcie: bool | None
@@ -207,13 +217,13 @@ def _cluster(functions: Sequence[PciFunction]) -> _Cluster:
         pcie=_is_pcie(functions),
         numa_node=functions[0].numa_node,
         needed=needed_windows(functions),
-        # A slot without function 0 is empty to the guest; virtual functions have any number.
+        # The guest ignores a slot without function 0; virtual functions have any number.
         functions=numbers if 0 in numbers else tuple(range(len(numbers))),
     )
 
 
 def _is_pcie(functions: Sequence[PciFunction]) -> bool | None:
-    """Of a device with both kinds, as only an emulated one has, the whole goes by its best."""
+    """If a device has both kinds, as only an emulated one does, PCIe decides for all of it."""
     said = {function.pcie for function in functions}
     return True if True in said else None if None in said else False
 
@@ -222,7 +232,7 @@ def needed_windows(functions: Sequence[PciFunction]) -> Windows:
     """How large the windows of a port must be for the BARs of all these functions.
 
     A BAR is aligned to its own size, but SeaBIOS aligns a port's window to 4 GiB at most: beyond
-    that some of the window may lie before the first address that a BAR can have. Measured on QEMU
+    that part of the window may be below the first address that a BAR can have. Measured on QEMU
     7.2: 8 GiB fit into a window of 16 and not into one of 8.
     """
     bars = [bar for function in functions for bar in function.bars if bar.is_memory]
@@ -234,7 +244,7 @@ def needed_windows(functions: Sequence[PciFunction]) -> Windows:
 
 
 def window_for(functions: Sequence[PciFunction]) -> int:
-    """Bytes of prefetchable memory, a power of two, for a port that these are to be plugged into.
+    """Bytes of prefetchable memory, a power of two, that a port for these functions needs.
 
     Source: QEMU hw/pci-bridge/gen_pcie_root_port.c, pref64-reserve.
     """
@@ -243,7 +253,7 @@ def window_for(functions: Sequence[PciFunction]) -> int:
 
 
 class _Chooser:
-    """Finds places for the slots of one group, none of them twice."""
+    """Finds a different place for each slot of one group."""
 
     def __init__(self, group: VfioGroup, offer: Offer, taken: Collection[str]) -> None:
         self._what = f"{group.host_path} ({', '.join(group.members)})"
@@ -270,10 +280,10 @@ class _Chooser:
             return GroupPlace(places=tuple(places))
         raise CannotPlug(
             "split-group",
-            f"the VM has an IOMMU of its own, which would see the functions of {self._what} in "
-            "several address spaces, and VFIO keeps a group in one",
+            f"the VM has a vIOMMU, which would put the functions of {self._what} into several "
+            "address spaces; VFIO keeps a group in one",
             hint="start the VM with a bridge for them (vmplug vm start --bridges 1), or without "
-            "an IOMMU",
+            "a vIOMMU",
         )
 
     def _bridges(self) -> list[PciPort]:
@@ -317,7 +327,7 @@ class _Chooser:
         raise self._too_small(cluster) if too_small else self._none_free(cluster, kind)
 
     def _free_slot(self, port: PciPort) -> PciSlot | None:
-        """A slot of which no function is taken."""
+        """A slot with no function taken."""
         places = (place.rpartition("/") for place in self._taken)
         used = {f"{bus}/{slot.partition('.')[0]}" for bus, _, slot in places}
         return next((slot for slot in port.free if f"{port.bus}/{slot}" not in used), None)
@@ -326,10 +336,10 @@ class _Chooser:
         need = max(cluster.needed)
         return NoFreePort(
             f"no free port of the VM has a window large enough for the BARs of {self._what}: "
-            f"they need {need >> 20} MiB, and the guest would leave them without an address",
-            hint="start the VM with room for it (vmplug vm start --room-for BDF, or QEMU's "
+            f"they need {need >> 20} MiB, and the guest could not assign them an address",
+            hint="start the VM with a larger window (vmplug vm start --room-for BDF, or QEMU's "
             "pcie-root-port with pref64-reserve), or plug it before the VM starts (--bundle)"
-            + ("; -o port=root-port takes it out of the bridge" if cluster.pcie is False else ""),
+            + ("; -o port=root-port avoids the bridge" if cluster.pcie is False else ""),
         )
 
     def _none_free(self, cluster: _Cluster, kind: PortKind | None) -> NoFreePort:

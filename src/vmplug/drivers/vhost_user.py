@@ -18,7 +18,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.device import VhostUserSocket
 
 RECONNECT_S = 1
-"""How often QEMU looks for a lost backend unless something else is said."""
+"""The default interval at which QEMU reconnects to a lost backend."""
 
 _QUEUES_MAX = 256
 _RECONNECT_MAX_S = 3600
@@ -30,27 +30,29 @@ def _mac(said: str) -> str:
     if not re.fullmatch(r"([0-9a-f]{2}:){5}[0-9a-f]{2}", mac):
         raise ValueError("a MAC address such as 52:54:00:12:34:56")
     if int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
-        raise ValueError("the address of one network card: it is a group address, or zero")
+        raise ValueError("the address of one network card: it is a multicast address, or zero")
     return mac
 
 
 _QUEUES = Option(
-    "queues", number(1, _QUEUES_MAX), "request queues; default: what backend and VM both can"
+    "queues",
+    number(1, _QUEUES_MAX),
+    "request queues; default: as many as the backend and the VM both support",
 )
 _RECONNECT = Option(
     "reconnect_s",
     number(0, _RECONNECT_MAX_S),
-    f"seconds between attempts to find a lost backend again; 0 never, default {RECONNECT_S}",
+    f"seconds between attempts to reconnect to a lost backend; 0: never; default: {RECONNECT_S}",
 )
 BLK_OPTIONS: Mapping[str, Option] = {
     "num-queues": _QUEUES,
     "reconnect": _RECONNECT,
-    "fstype": Option("fs_type", text, "the file system on it, which the agent is told"),
+    "fstype": Option("fs_type", text, "the file system on it, for the agent"),
 }
 SCSI_OPTIONS: Mapping[str, Option] = {"num-queues": _QUEUES}
 NET_OPTIONS: Mapping[str, Option] = {
-    "mac": Option("mac", _mac, "the guest's address; default: one drawn in 52:54:00"),
-    "queues": Option("queues", number(1, _QUEUES_MAX), "pairs of queues; default 1"),
+    "mac": Option("mac", _mac, "the guest's MAC address; default: a random one in 52:54:00"),
+    "queues": Option("queues", number(1, _QUEUES_MAX), "pairs of queues; default: 1"),
     "reconnect": _RECONNECT,
 }
 
@@ -65,7 +67,8 @@ OPTIONS: Mapping[DeviceType, Mapping[str, Option]] = {
 class VhostUserDriver:
     """Options of a vhost-user device, checked; None leaves the choice to vmplug.
 
-    A vhost-user-scsi device of QEMU 7.2 does not find its backend again, so it has no reconnect.
+    A vhost-user-scsi device of QEMU 7.2 does not reconnect to its backend, so it has no option for
+    it.
     """
 
     type: DeviceType
@@ -76,7 +79,7 @@ class VhostUserDriver:
 
     @property
     def share_rw(self) -> bool:
-        """Never: a backend serves one VM."""
+        """Always false: a backend serves one VM."""
         return False
 
     @classmethod
@@ -93,23 +96,25 @@ class VhostUserDriver:
         if self.queues and self.queues > backend.queues:
             yield Finding(
                 Code.TOO_MANY_QUEUES,
-                f"the backend of {device.socket_path} serves {backend.queues} queues, "
-                f"and {self.queues} are asked for",
-                "ask for fewer, or give the backend more",
+                f"the backend of {device.socket_path} serves {backend.queues} queues; the "
+                f"request is for {self.queues}",
+                "request fewer, or give the backend more",
             )
         is_blk = self.type is DeviceType.VHOST_USER_BLK
         if read_only and not (is_blk and backend.is_read_only):
             yield Finding(
                 Code.CANNOT_BE_READ_ONLY,
-                f"{device.socket_path} is wanted read-only, and its backend lets the guest write",
-                "make the backend serve it read-only (QEMU's storage daemon: writable=off), "
-                "or ask for it writable",
+                f"{device.socket_path} is requested read-only, and its backend lets the guest "
+                "write",
+                "make the backend serve it read-only (QEMU's storage daemon: writable=off), or "
+                "request it writable",
             )
         if is_blk and backend.is_read_only and not read_only:
             yield Finding(
                 Code.READ_ONLY_DEVICE,
-                f"the backend of {device.socket_path} takes no writes, and it is wanted for them",
-                "ask for it read-only, or make the backend serve it writable",
+                f"the backend of {device.socket_path} is read-only, and the request is for "
+                "writing",
+                "request it read-only, or make the backend serve it writable",
             )
 
     def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
@@ -124,8 +129,8 @@ class VhostUserDriver:
         if isinstance(place, CcwPlace) and self.type is not DeviceType.VHOST_USER_NET:
             raise CannotPlug(
                 "no-such-model",
-                f"QEMU has no {self.type.removesuffix('-pci')} for a channel subsystem",
-                hint="hand over the disk itself, its block device or its file",
+                f"QEMU has no {self.type.removesuffix('-pci')} device for a channel subsystem",
+                hint="attach the disk itself: its block device or its file",
             )
         return place
 
@@ -146,7 +151,7 @@ class VhostUserDriver:
         )
 
     def _queues(self, device: VhostUserSocket, offer: Offer) -> int:
-        """As many as were said; for a disk else one a CPU, if the backend can."""
+        """The given number; by default for a disk one per CPU, if the backend supports it."""
         if self.queues:
             return self.queues
         match self.type:

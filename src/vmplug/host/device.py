@@ -1,7 +1,7 @@
-"""HostDevice: what a request turned out to be on this host, with the facts the kernel gives.
+"""HostDevice: the device behind a request on this host, with the facts from the kernel.
 
 Small records of facts are NamedTuples: a dataclass costs 0.5 ms at import, ten times as much, and
-this is on the way of every `vmplug resolve`.
+every `vmplug resolve` imports this.
 """
 
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class SharedDirectory(NamedTuple):
-    """A directory to be shared under `tag`; `host_path` is its canonical path.
+    """A directory to share under `tag`; `host_path` is its canonical path.
 
-    `read_only` says that its file system takes no writes. `virtiofsd` is the host's program that
-    shares it as virtio-fs, None when it has none or needs none. `file_id` is as for a DiskFile.
+    `read_only`: its file system is read-only. `virtiofsd` is the host's program that shares it as
+    virtio-fs, None when there is none or none is needed. `file_id` is as for a DiskFile.
     """
 
     kind: DeviceType
@@ -38,12 +38,12 @@ class SharedDirectory(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """The tag and the canonical path: under another tag it is another device."""
+        """The tag and the canonical path: a directory under two tags is two devices."""
         return f"share:{self.tag}:{self.host_path}"
 
     @property
     def related_identities(self) -> tuple[str, ...]:
-        """None: directories may be shared as often as one likes."""
+        """Empty: a directory may be shared any number of times."""
         return ()
 
 
@@ -125,7 +125,7 @@ class CharDevice:
 
     @property
     def identity(self) -> str:
-        """Kind and number; a FIFO has none and goes by its path."""
+        """Kind and number; for a FIFO, which has no number, its path."""
         return f"char:{self.devnum}" if self.devnum else f"fifo:{self.device_node}"
 
     @property

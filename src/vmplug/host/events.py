@@ -1,8 +1,8 @@
-"""What happens on the host while one waits: the kernel's uevents, and the end of processes.
+"""Wait for events of the host: the kernel's uevents, and the end of processes.
 
-The kernel's own messages are taken, not those that udevd sends on when it has done its rules: all
-that is asked about is in sysfs by then, and a host without udevd has them too. They reach the
-network namespaces of the host, not those of a container in a user namespace of its own.
+vmplug receives the kernel's own messages, not those that udevd forwards after its rules: sysfs is
+already complete, and a host without udevd has them too. They reach the network namespaces of the
+host, but not of a container in its own user namespace.
 Source: Linux lib/kobject_uevent.c; pidfd_open(2); netlink(7), ENOBUFS.
 """
 
@@ -19,14 +19,14 @@ from vmplug.errors import HostError
 
 _SUBSYSTEMS = ("block", "pci", "mdev")
 _BUFFER_BYTES = 4 << 20
-"""For a burst, as when a function is divided into many; without root the kernel gives less."""
+"""Enough for a burst, such as many new virtual functions; without root the kernel grants less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostEvent:
-    """What the kernel said of a device: `action` is its word, add, remove, change, bind, unbind.
+    """One event of a device; `action` is the kernel's: add, remove, change, bind, unbind.
 
-    `name` is the kernel's, `sda` or `0000:3b:00.0`; `devnum` is None for what has no node.
+    `name` is the kernel's, `sda` or `0000:3b:00.0`; `devnum` is None for a device without a node.
     """
 
     action: str
@@ -44,7 +44,7 @@ class ProcessEnded:
 
 @dataclass(frozen=True, slots=True)
 class EventsLost:
-    """The kernel had more to say than could be kept: everything must be looked at again."""
+    """The kernel dropped events, as the buffer was full: check everything again."""
 
 
 Event = HostEvent | ProcessEnded | EventsLost
@@ -53,7 +53,7 @@ Event = HostEvent | ProcessEnded | EventsLost
 class HostEvents:
     """Receives from now on; a context manager, not thread-safe.
 
-    Raises HostError when the kernel cannot be listened to.
+    Raises HostError when the kernel's events cannot be received.
     """
 
     def __init__(self, *, buffer_bytes: int = _BUFFER_BYTES) -> None:
@@ -63,7 +63,7 @@ class HostEvents:
         self._selector.register(self._monitor.fileno(), selectors.EVENT_READ, None)
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop receiving."""
         self.follow(())
         self._selector.close()
         del self._monitor
@@ -75,9 +75,10 @@ class HostEvents:
         self.close()
 
     def follow(self, pids: Collection[int]) -> None:
-        """Tell the end of these processes from now on, and of no others.
+        """Report the end of these processes from now on, and of no others.
 
-        One that has ended already is passed over, and so is one too many for this process.
+        Processes that have ended already are skipped, and so are those beyond this process's limit
+        of descriptors.
         """
         for pid in self._processes.keys() - pids:
             self._forget(pid)
@@ -87,7 +88,7 @@ class HostEvents:
                 self._selector.register(self._processes[pid], selectors.EVENT_READ, pid)
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """What happened, as soon as something has; empty when nothing did within `timeout_s`."""
+        """Return the next events as soon as there are any; empty after `timeout_s` without one."""
         happened: list[Event] = []
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:
@@ -104,7 +105,7 @@ class HostEvents:
 
 
 class _Device(Protocol):
-    """As much of pyudev.Device as is used; it has no types of its own."""
+    """The part of pyudev.Device that vmplug uses; pyudev has no types."""
 
     @property
     def action(self) -> str | None: ...
@@ -117,7 +118,7 @@ class _Device(Protocol):
 
 
 class _Monitor(Protocol):
-    """As much of pyudev.Monitor as is used."""
+    """The part of pyudev.Monitor that vmplug uses."""
 
     def fileno(self) -> int: ...
     def poll(self, timeout: float) -> _Device | None: ...
@@ -125,10 +126,10 @@ class _Monitor(Protocol):
 
 def _start_monitor(buffer_bytes: int) -> _Monitor:
     try:
-        import pyudev  # noqa: PLC0415  50 ms that only who waits for events need pay
+        import pyudev  # noqa: PLC0415  saves 50 ms where no events are needed
 
         monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
-        with suppress(OSError):  # it is not root's to ask
+        with suppress(OSError):  # only root may ask for it
             monitor.set_receive_buffer_size(buffer_bytes)
         for subsystem in _SUBSYSTEMS:
             monitor.filter_by(subsystem)
@@ -143,10 +144,10 @@ def _start_monitor(buffer_bytes: int) -> _Monitor:
 
 
 def _receive_all(monitor: _Monitor) -> Iterable[Event]:
-    """What the kernel has sent so far.
+    """The messages that the kernel has sent so far.
 
-    A socket that has lost something says so once, and libudev never asks it: it would seem to
-    have something to read for ever. Measured with libudev 252 and pyudev 0.24.
+    A socket that has lost messages reports it once, and libudev never reads that error: the socket
+    would stay readable forever. Measured with libudev 252 and pyudev 0.24.
     """
     received: list[Event] = []
     if _take_error(monitor):
@@ -154,7 +155,7 @@ def _receive_all(monitor: _Monitor) -> Iterable[Event]:
     try:
         while (device := monitor.poll(0)) is not None:
             received.append(_read(device))
-    except OSError:  # it has lost something since
+    except OSError:  # messages were lost since
         received.append(EventsLost())
     return received
 

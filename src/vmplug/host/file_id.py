@@ -1,8 +1,8 @@
-"""Was what a process has opened the file that was checked?
+"""Verify that a process has opened the file that was checked.
 
-Between a check and QEMU's open(2) a path may come to lead somewhere else: a symlink turned, a node
-made anew, a file renamed over it. So what QEMU has opened is looked at, before the guest sees
-anything of it.
+Between a check and QEMU's open(2) the path may change: a symlink has another target, a node is
+made again, a file is renamed over it. So vmplug verifies the file that QEMU opened before the
+guest sees it.
 Source: proc_pid_fd(5): stat(2) of such a link is that of the open file, whatever its name is now.
 """
 
@@ -16,7 +16,7 @@ from vmplug.host.root import THIS_HOST, HostRoot, describe, node_number
 
 
 def file_id(status: os.stat_result) -> str:
-    """What is the same for two paths only if they lead to one file, or to nodes of one device."""
+    """An id that two paths share only if they lead to one file, or to nodes of one device."""
     match stat.S_IFMT(status.st_mode):
         case stat.S_IFBLK:
             return f"block {node_number(status)}"
@@ -28,10 +28,10 @@ def file_id(status: os.stat_result) -> str:
 
 @contextmanager
 def pinned(path: str, checked: str) -> Iterator[None]:
-    """NoSuchDevice unless the path leads to the file of that id; that file is held meanwhile.
+    """NoSuchDevice unless the path leads to the file of that id, which is held open meanwhile.
 
-    Otherwise its number could be that of another file at once: QEMU makes an empty one where
-    that of an NVDIMM has just gone. Source: open(2), O_PATH.
+    Otherwise another file could get its inode number at once: QEMU creates an empty file where
+    that of an NVDIMM has just been deleted. Source: open(2), O_PATH.
     """
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -54,7 +54,7 @@ def check_path(path: str, checked: str) -> None:
 
 
 def has_open(pid: int | None, checked: str) -> bool | None:
-    """Whether the process has the file of that id open; None where it may not be looked at."""
+    """Whether the process has the file of that id open; None where its files cannot be read."""
     root, directory = THIS_HOST, f"/proc/{pid}/fd"
     try:
         names = root.list_dir(directory) if pid else []
@@ -72,11 +72,11 @@ def has_thread(pid: int, thread_id: int) -> bool:
 
 
 def file_replaced(path: str, root: HostRoot) -> NoSuchDevice:
-    """The error for a path that came to lead somewhere else."""
+    """The error for a path that now leads to another file."""
     found = describe(root.stat_or_none(path))
     return NoSuchDevice(
         path,
-        f"{path} is not what was checked any more: somebody replaced it meanwhile",
+        f"{path} was replaced after vmplug checked it",
         found=found,
-        hint=f"nothing is left of it in the VM; look at what is there now, {found}, and try again",
+        hint=f"the VM is unchanged; the path is now {found}: check it, then try again",
     )

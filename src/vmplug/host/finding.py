@@ -1,4 +1,4 @@
-"""Findings: what may speak against handing a device over, and how a device is wanted."""
+"""Findings: reasons not to hand a device over; and the requested access to a device."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -75,7 +75,7 @@ NEVER_ALLOWED = frozenset(
         Code.WRONG_NODE,
     }
 )
-"""Findings that no permission mends."""
+"""Findings that `--allow` cannot overrule."""
 
 
 class Severity(StrEnum):
@@ -97,9 +97,9 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A device that a VM holds, as the journal knows it."""
+    """A device that a VM holds, according to the journal; `vm` is None for one of this request."""
 
-    vm: str
+    vm: str | None
     identity: str
     read_only: bool
     share_rw: bool
@@ -107,14 +107,14 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """How a device is wanted: only for reading; shared with others who write to it."""
+    """The requested access: only for reading; shared with other writers."""
 
     read_only: bool
     share_rw: bool = False
 
 
 def allow(findings: Iterable[Finding], codes: frozenset[Code]) -> list[Finding]:
-    """The findings with those that the operator allows turned into warnings."""
+    """The findings, with those that the operator allows as warnings."""
     return [
         replace(finding, severity=Severity.WARNING)
         if finding.code in codes - NEVER_ALLOWED

@@ -20,7 +20,7 @@ SYSFS_DIRECTORY = {
     DevType.CHAR: "/sys/dev/char/",
     DevType.CHAR_UNBUFFERED: "/sys/dev/char/",
 }
-"""A FIFO has no entry in sysfs, so none is ever looked for."""
+"""A FIFO has no entry in sysfs."""
 
 
 def get_host_path(
@@ -28,8 +28,8 @@ def get_host_path(
 ) -> str:
     """The path of a device on the host: a node, a socket of the store, or a disk image.
 
-    A number in sysfs is answered by the kernel's DEVNAME in three system calls. Raises
-    NoSuchDevice when the host has no such device, AttributeReadError when it does not say.
+    For a number in sysfs it reads the kernel's DEVNAME in three system calls. Raises NoSuchDevice
+    when the host has no such device, AttributeReadError when it cannot be read.
     """
     if vhost_user_store and info.devnum and is_in_store(info, vhost_user_store):
         return vhost_user_store.find_socket(info.devnum)
@@ -59,7 +59,7 @@ def find_sysfs_node(info: DeviceInfo, root: HostRoot) -> str | None:
 
 
 def _device_node(uevent: bytes, path: str) -> str:
-    """`/dev/` + DEVNAME, which may hold directories but never leaves /dev.
+    """`/dev/` + DEVNAME, which may contain directories but never leaves /dev.
 
     The file is the kernel's environment for udev, one KEY=VALUE a line, nothing else.
     Source: Documentation/ABI/testing/sysfs-uevent.
@@ -69,14 +69,14 @@ def _device_node(uevent: bytes, path: str) -> str:
         raise AttributeReadError(path, why="it has no DEVNAME")
     name = os.fsdecode(rest.partition(b"\n")[0])
     if not name.isprintable() or name[:1] in {"", "/"} or ".." in name.split("/"):
-        raise AttributeReadError(path, why=f"its DEVNAME {name!r} is no name below /dev")
+        raise AttributeReadError(path, why=f"its DEVNAME {name!r} is not a name below /dev")
     return "/dev/" + name
 
 
 def _container_node(info: DeviceInfo, root: HostRoot) -> str:
     """The container path, for devices that sysfs does not list, such as /dev/cuse on old kernels.
 
-    Used only when it is a node of the type and number that were asked for.
+    Used only when it is a node of the requested type and number.
     """
     status = root.stat(root.real_path(info.container_path))
     if status and _is_node_of(info, status):
@@ -87,15 +87,15 @@ def _container_node(info: DeviceInfo, root: HostRoot) -> str:
             info.description,
             f"no FIFO at {info.container_path} on this host: there is {found}",
             found=found,
-            hint="make it with mkfifo, or leave it to the container's runtime",
+            hint="create it with mkfifo, or leave it to the container runtime",
         )
     raise NoSuchDevice(
         info.description,
         f"no {info.description} on this host: sysfs has no entry for it, and at "
         f"{info.container_path} there is {found}",
         found=found,
-        hint="compare with the numbers in `ls -l /dev` on the host; "
-        "is the driver loaded, the disk plugged in?",
+        hint="compare with the numbers in `ls -l /dev` on the host; check that the driver is "
+        "loaded and the disk is plugged in",
     )
 
 
@@ -119,18 +119,18 @@ def _regular_file(path: str, root: HostRoot) -> str:
             f"file {path}",
             f"{path} cannot be a disk: found {found}, expected a regular file",
             found=found,
-            hint="ask for a device by its number, for a file by its absolute path",
+            hint="request a device by its number, a file by its absolute path",
         )
     return real
 
 
 class HostPathCache:
-    """Host paths looked up again and again, each answer validated by the kernel.
+    """A cache of host paths, whose answers the kernel validates.
 
-    A descriptor on a device's uevent file stays open. While the device lives, one `pread` gives
-    its DEVNAME again; once it is gone the kernel answers ENODEV for ever, even when another device
-    takes the number. Only files of the running kernel's sysfs behave so: below another root every
-    lookup is live. Holds at most `limit` descriptors; a context manager, not thread-safe.
+    A descriptor on a device's uevent file stays open. While the device exists, one `pread` gives
+    its DEVNAME again; once it is gone the kernel always answers ENODEV, even when another device
+    takes the number. Only files of the running kernel's sysfs behave so: below another root
+    nothing is cached. Holds at most `limit` descriptors; a context manager, not thread-safe.
     """
 
     def __init__(self, root: HostRoot, *, limit: int = 256) -> None:
@@ -171,7 +171,7 @@ class HostPathCache:
         descriptor = self._root.open_kernel_attribute(path)
         if descriptor is None:
             return
-        # Read again: only text that came through this descriptor may stand for it later.
+        # Read again: only text that came through this descriptor may be cached for it.
         uevent = self._root.reread_attribute(descriptor)
         self._open[key] = _CacheEntry(descriptor, uevent or b"", host_path)
         if uevent is None or _device_node(uevent, path) != host_path:

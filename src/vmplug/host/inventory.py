@@ -1,7 +1,7 @@
-"""The inventory: everything on a host that could be handed over, with what holds it.
+"""The inventory: every device of a host that could be handed over, with its users.
 
-One pass over each class of the kernel's, whose links are turned round: a function's disks, its
-interfaces and its virtual functions are found without a look into its own directory.
+One pass over each of the kernel's classes, whose links lead back to the functions: so a function's
+disks, interfaces and virtual functions are found without reading its directory.
 """
 
 import stat
@@ -56,11 +56,11 @@ class Kind(StrEnum):
 
 
 class HostFunction(NamedTuple):
-    """A PCI function with what other places of the host say about it.
+    """A PCI function, with facts about it from elsewhere on the host.
 
-    `group_node` and `cdev_node` are its nodes while VFIO holds it. `disks` and `networks` are what
-    the host has of it, `uses` what the host or a VM does with them. `reset_methods` are None where
-    the host does not say, and until `with_reset_methods` has asked.
+    `group_node` and `cdev_node` are its nodes while VFIO holds it. `disks` and `networks` are the
+    host's devices behind it, `uses` the uses of them by the host or a VM. `reset_methods` are None
+    where they are unknown, and until `with_reset_methods` has read them.
     """
 
     function: PciFunction
@@ -74,7 +74,7 @@ class HostFunction(NamedTuple):
 
 
 class HostMediated(NamedTuple):
-    """A mediated device: `device` is None, and `unreadable` says why, where it cannot be read."""
+    """A mediated device; where `device` is None, `unreadable` is the reason."""
 
     uuid: str
     device: MediatedDevice | None
@@ -87,7 +87,7 @@ class HostMediated(NamedTuple):
 
 
 class StoredSocket(NamedTuple):
-    """A number of the vhost-user store; `socket_path` None and `problem` when nobody serves it."""
+    """A number of the vhost-user store; without a `socket_path`, `problem` is the reason."""
 
     devnum: DevNum
     kind: DeviceType
@@ -98,7 +98,7 @@ class StoredSocket(NamedTuple):
 
 
 class Inventory(NamedTuple):
-    """What the host has; a kind that was not asked for is empty.
+    """The devices of the host; a kind that was not requested is empty.
 
     `unreadable` are sentences about files that belong to no single device.
     """
@@ -119,10 +119,10 @@ def read_inventory(
     kinds: Collection[Kind] = frozenset(Kind),
     vms: Mapping[str, str] | None = None,
 ) -> Inventory:
-    """Everything of these kinds, as far as it can be read; it never fails for one device's sake.
+    """Every device of these kinds, as far as it can be read; one bad device does not make it fail.
 
     `vms` are VMs by the identities of what they hold (`block:8:0`, `vfio:0000:3b:00.0`). Raises
-    NoSuchDevice when the vhost-user store that was named is not there.
+    NoSuchDevice when the given vhost-user store does not exist.
     """
     reader = _Reader(root, vms or {})
     wants_disks = not {Kind.PCI, Kind.BLOCK, Kind.PMEM}.isdisjoint(kinds)
@@ -141,7 +141,7 @@ def read_inventory(
 
 
 class _Reader:
-    """Reads part after part, and goes on where one cannot be read."""
+    """Reads the parts in turn, and continues after one that cannot be read."""
 
     def __init__(self, root: HostRoot, vms: Mapping[str, str]) -> None:
         self._root = root
@@ -152,7 +152,7 @@ class _Reader:
         self._cdev_nodes = self._read_cdev_nodes()
 
     def _attempt(self, otherwise: T, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What `read` gives, or else the other value and a sentence why."""
+        """The result of `read`, or the other value with a sentence why it failed."""
         try:
             return read(*args, **kwargs)
         except AttributeReadError as error:
@@ -196,7 +196,7 @@ class _Reader:
         for function in functions:
             if function.physfn is not None:
                 virtfns.setdefault(function.physfn, []).append(function.bdf)
-        # Most functions have nothing but themselves: no more is done for those than must be.
+        # Most functions have nothing of this, so the common case is kept cheap.
         rich = disks_of.keys() | networks_of.keys() | cdevs.keys() | virtfns.keys()
         group_nodes, vms = self._group_nodes, self._vms
         for function in functions:
@@ -240,7 +240,7 @@ class _Reader:
         }
 
     def mdev_types(self) -> list[MdevType]:
-        """What devices can be divided into."""
+        """The mediated device types that devices offer."""
         return self._attempt([], read_mdev_types, self._root)
 
     def mediated(self) -> Iterator[HostMediated]:
@@ -272,9 +272,9 @@ class _Reader:
 
 
 def with_reset_methods(entry: HostFunction, root: HostRoot) -> HostFunction:
-    """The function with what the kernel can reset it by; it costs as much as all its other files.
+    """The function with its reset methods, which cost as much to read as all its other files.
 
-    A file that cannot be read is told in `function.unreadable`.
+    A file that cannot be read is listed in `function.unreadable`.
     """
     try:
         return entry._replace(reset_methods=read_reset_methods(entry.function.bdf, root))

@@ -56,7 +56,7 @@ def _function_names(entry: HostFunction) -> list[str | None]:
 
 
 def _disk_names(disk: Disk) -> list[str | None]:
-    """A partition goes by its disk's names too: whoever names the disk is shown both."""
+    """A partition goes by its disk's names too: naming the disk selects both."""
     names = [disk.name, disk.device_node, str(disk.devnum)]
     return [*names, disk.disk, f"/dev/{disk.disk}"] if disk.disk else [*names]
 

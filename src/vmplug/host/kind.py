@@ -1,4 +1,4 @@
-"""What kinds of device there are, and by what a request names one."""
+"""The kinds of device, and how a request names one."""
 
 from enum import StrEnum
 

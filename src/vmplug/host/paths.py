@@ -1,7 +1,7 @@
-"""Every path that a device goes by on the host, with no symlink left in it.
+"""Every path of a device on the host, with all symlinks resolved.
 
-Only names that the kernel or the host's own udev gives: what a guest can write into a disk, such
-as a label or a partition's name, names nothing here.
+Only names from the kernel or the host's udev count, not those that a guest can write into a disk,
+such as a label or a partition's name.
 Source: Documentation/ABI/testing/sysfs-block-dm; systemd src/libsystemd/sd-device, the S: lines of
 /run/udev/data.
 """
@@ -15,13 +15,14 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 
 _UDEV_LINKS = ("S:disk/by-id/", "S:disk/by-path/")
-"""By what the hardware is and where it is plugged in; the others are read from the disk."""
+"""By hardware and position; the other links come from data on the disk."""
 
 
 def find_paths(device: HostDevice, root: HostRoot) -> tuple[str, ...]:
-    """Where it is on the host: none for a connection, or for a group, whose functions have theirs.
+    """The paths of the device; empty for a connection or a group.
 
-    A loop device is also where its file is. Raises AttributeReadError.
+    A group's functions have their own; a loop device also has the path of its file. Raises
+    AttributeReadError.
     """
     match device:
         case OpenConnection() | VfioGroup():

@@ -1,4 +1,4 @@
-"""Processes: is it still the same one, what has it open, what may it do?
+"""Processes: their identity, open files and limits.
 
 Source: proc_pid_stat(5), field 22, starttime in clock ticks after boot.
 """
@@ -15,18 +15,18 @@ from vmplug.host.root import THIS_HOST, HostRoot
 
 
 def read_start_time(pid: int, root: HostRoot) -> int | None:
-    """When the process began; None when there is none of that number, or only its corpse."""
+    """When the process began; None when it does not exist, or is a zombie."""
     text = root.read_text(f"/proc/{pid}/stat")
     if text is None:
         return None
-    fields = text.rpartition(")")[2].split()  # the name before may hold blanks and brackets
+    fields = text.rpartition(")")[2].split()  # the name before may contain blanks and brackets
     if len(fields) < 20 or not is_decimal(fields[19]):
         raise AttributeReadError(f"/proc/{pid}/stat", why="it has no start time")
     return None if fields[0] in {"Z", "X"} else int(fields[19])
 
 
 def is_running(pid: int, started_at: int | None, root: HostRoot) -> bool:
-    """Whether the process of that number is there and, if known, the one that began then."""
+    """Whether the process exists and, if that is known, began at that time."""
     now = read_start_time(pid, root)
     return now is not None and started_at in {None, now}
 
@@ -36,9 +36,9 @@ _LISTENING = 0x10000
 
 
 def find_marked(variable: str) -> dict[int, str]:
-    """The value of an environment variable in every process of this host that was given it.
+    """The value of an environment variable in every process of this host that has it.
 
-    Processes of other users are passed over. Source: proc_pid_environ(5).
+    Processes of other users are skipped. Source: proc_pid_environ(5).
     """
     root, found = THIS_HOST, dict[int, str]()
     for pid in root.list_dir("/proc"):
@@ -53,7 +53,7 @@ def find_marked(variable: str) -> dict[int, str]:
 def find_openers(nodes: Collection[str], root: HostRoot) -> dict[int, str]:
     """The names of processes that have one of the device nodes open, by number.
 
-    Processes of other users are passed over, and so is this one. Source: proc_pid_fd(5).
+    Processes of other users are skipped, and so is this one. Source: proc_pid_fd(5).
     """
     found: dict[int, str] = {}
     for pid in root.list_dir("/proc"):
@@ -74,7 +74,7 @@ _CAP_IPC_LOCK = 14
 
 
 def read_memlock_limit(pid: int, root: HostRoot) -> int | None:
-    """How many bytes of memory a process may lock; None for any number, or where it is unknown.
+    """How many bytes of memory a process may lock; None for no limit, or where it is unknown.
 
     Source: proc_pid_limits(5), proc_pid_status(5).
     """

@@ -1,4 +1,4 @@
-"""Programs of the host: run one to its end, and say how it ended."""
+"""Programs of the host: run one to its end, and return the result."""
 
 import os
 import signal
@@ -8,12 +8,12 @@ from contextlib import suppress
 from typing import NamedTuple
 
 _SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where modprobe and ip are; a service's or a user's PATH often lacks it."""
+"""The directory of modprobe and ip; the PATH of a service or user often lacks it."""
 _KILLED_TIMEOUT_S = 1.0
 
 
 class Finished(NamedTuple):
-    """How a program ended; `status` is None when it did not run, or not to its end."""
+    """The result of a program; `status` is None when it did not run, or not to its end."""
 
     status: int | None
     stdout: str
@@ -48,7 +48,7 @@ def run_program(arguments: Sequence[str], *, timeout_s: float, stdin: str = "") 
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End it with its children; what hangs in the kernel is not waited for."""
+    """Kill it with its children; do not wait for one that hangs in the kernel."""
     os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         process.communicate(timeout=_KILLED_TIMEOUT_S)

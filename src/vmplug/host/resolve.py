@@ -1,4 +1,4 @@
-"""DeviceInfo -> HostDevice: find each device on the host and say what kind it is."""
+"""DeviceInfo -> HostDevice: find each device on the host and its kind."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from vmplug.oci.requests import Request
 
 _VFIO_NODE = re.compile(r"/dev/vfio/([0-9]+|devices/vfio[0-9]+)\Z")
-"""A group or a device of VFIO. `/dev/vfio/vfio` is the container, `noiommu-N` protects nobody."""
+"""A VFIO group or device. `/dev/vfio/vfio` is the container; `noiommu-N` has no isolation."""
 
 
 def resolve(
     info: Request, root: HostRoot, vhost_user_store: VhostUserStore | None = None
 ) -> HostDevice:
-    """What the requested device is on this host, with its facts.
+    """The requested device on this host, with its facts.
 
     Raises NoSuchDevice or AttributeReadError.
     """
@@ -43,7 +43,7 @@ def resolve(
 def resolve_all(
     requests: Sequence[Request], root: HostRoot, vhost_user_store: VhostUserStore | None = None
 ) -> list[HostDevice | HostError]:
-    """`resolve` for many: each is answered, with its device or its error, in the order asked."""
+    """`resolve` for many: the device or the error of each, in the same order."""
     sockets = _find_sockets(requests, vhost_user_store)
     answers: list[HostDevice | HostError] = []
     for info in requests:
@@ -60,7 +60,7 @@ def resolve_all(
 def _find_sockets(
     requests: Iterable[Request], vhost_user_store: VhostUserStore | None
 ) -> Mapping[DevNum | None, HostDevice | HostError]:
-    """What stands behind the numbers that are the store's, from one scan of it."""
+    """The sockets behind the numbers of the store, from one scan of it."""
     stored = (
         i.devnum
         for i in requests

@@ -1,4 +1,4 @@
-"""Requests that name their other end themselves: a socket, a directory, a source, a descriptor."""
+"""Resolve requests by name: a socket, a directory, a source, a descriptor."""
 
 import os
 import stat
@@ -17,7 +17,7 @@ from vmplug.oci.requests import Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 
 
 def resolve_named(request: Named, root: HostRoot) -> HostDevice:
-    """What is there; NoSuchDevice says what was found in its place."""
+    """The device at that path; NoSuchDevice names what was found in its place."""
     match request:
         case NetInfo():
             return _network(request, root)
@@ -61,7 +61,9 @@ def _connection(request: ShareInfo, descriptor: int, root: HostRoot) -> OpenConn
     status = root.stat_descriptor(descriptor)
     if status is None or not stat.S_ISSOCK(status.st_mode):
         found = describe(status)
-        raise SpecError(request.name, f"descriptor {descriptor} is no open socket: found {found}")
+        raise SpecError(
+            request.name, f"descriptor {descriptor} is not an open socket: found {found}"
+        )
     return OpenConnection(descriptor, status.st_ino)
 
 
@@ -77,7 +79,7 @@ def _network(request: NetInfo, root: HostRoot) -> VhostUserSocket:
         request.socket_path,
         root,
         kinds=(stat.S_IFSOCK,),
-        wrong="is no socket of a vhost-user backend",
+        wrong="is not the socket of a vhost-user backend",
         hint="start the backend that serves it, or name its socket",
     )
     return VhostUserSocket(kind=DeviceType.VHOST_USER_NET, found_by=FoundBy.FILE, socket_path=path)
@@ -89,7 +91,7 @@ def _source(request: RngInfo, root: HostRoot) -> EntropySource:
         request.source,
         root,
         kinds=(stat.S_IFCHR,),
-        wrong="gives no random numbers",
+        wrong="is not a source of random numbers",
         hint="name a character device such as /dev/urandom or /dev/hwrng",
     )
     return EntropySource(path, file_id(status))
@@ -104,7 +106,7 @@ def _look(
     wrong: str,
     hint: str,
 ) -> tuple[str, os.stat_result]:
-    """The canonical path and the status of what is there, if it is one of these kinds."""
+    """The canonical path and the status of the file there, if it is one of these kinds."""
     real = root.real_path(path)
     status = root.stat(real)
     if status is None or stat.S_IFMT(status.st_mode) not in kinds:

@@ -1,6 +1,6 @@
-"""HostRoot: the one door to /sys, /proc and /dev below any root directory.
+"""HostRoot: the only access to /sys, /proc and /dev, below any root directory.
 
-Three answers are kept apart: absent is None (or an empty list), forbidden and broken are
+It distinguishes three answers: absent is None (or an empty list), forbidden and broken are
 AttributeReadError.
 """
 
@@ -17,13 +17,13 @@ from vmplug.errors import AttributeReadError
 
 T = TypeVar("T")
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-"""Whatever stands where an attribute should, such as a FIFO, nobody is waited for."""
+"""Never wait, even if there is a FIFO in place of an attribute."""
 _ENTER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESRCH})
-"""ENODEV and ENXIO: the device went between open and read; ESRCH: the process did."""
+"""ENODEV and ENXIO: the device disappeared between open and read; ESRCH: the process did."""
 
 _TEXT_MAX_BYTES = 64 << 20
-"""A table of /proc has a line of some hundred bytes for each mount or socket."""
+"""A table of /proc has a line of a hundred bytes or more for each mount or socket."""
 _PIECE_BYTES = 1 << 16  # some files of /proc have no memory for a buffer of megabytes
 PAGE_SIZE = 4096
 """A sysfs attribute is at most one page. Source: Documentation/filesystems/sysfs.rst."""
@@ -100,7 +100,7 @@ class HostRoot:
     ) -> Iterator[AttributeBatch]:
         """The same few files of many devices, the directories `names` of `directory`.
 
-        An answer is what `read_attribute`, `read_link` and `size` give, or the error that they
+        An answer is the result of `read_attribute`, `read_link` or `size`, or the error that they
         raise.
         """
         try:
@@ -128,14 +128,14 @@ class HostRoot:
         return None
 
     def size(self, path: str) -> int | None:
-        """The length of a file as the file system gives it; None when absent."""
+        """The length of a file according to the file system; None when absent."""
         status = self.stat(path)
         return None if status is None else status.st_size
 
     def open_kernel_attribute(self, path: str) -> int | None:
         """A descriptor on an attribute of the running kernel's sysfs, for `reread_attribute`.
 
-        None when absent, or when the file is an ordinary one that only looks like sysfs.
+        None when absent, or when the file is not on sysfs.
         """
         try:
             fd = os.open(self._base + path, _READ)
@@ -155,7 +155,7 @@ class HostRoot:
             return self._absent("a kept sysfs attribute", error)
 
     def close_attribute(self, descriptor: int) -> None:
-        """Give back what `open_kernel_attribute` gave."""
+        """Close a descriptor from `open_kernel_attribute`."""
         os.close(descriptor)
 
     def read_text(self, path: str) -> str | None:
@@ -172,11 +172,11 @@ class HostRoot:
         return os.fsdecode(bytes(data))
 
     def read_int(self, path: str) -> int | None:
-        """A decimal attribute; None when absent, AttributeReadError when it is no number."""
+        """A decimal attribute; None when absent, AttributeReadError when malformed."""
         return self._read_as(path, int, "a number")
 
     def read_devnum(self, path: str) -> DevNum | None:
-        """A `dev` attribute; None when absent, AttributeReadError when it is no number."""
+        """A `dev` attribute; None when absent, AttributeReadError when malformed."""
         return self._read_as(path, lambda data: DevNum.parse(data.decode().strip()), "MAJOR:MINOR")
 
     def _read_as(self, path: str, parse: Callable[[bytes], T], what: str) -> T | None:
@@ -201,14 +201,14 @@ class HostRoot:
             os.close(fd)
 
     def stat(self, path: str) -> os.stat_result | None:
-        """What is at `path`, through symlinks; None when absent."""
+        """The status of `path`, through symlinks; None when absent."""
         try:
             return os.stat(self._base + path)
         except (OSError, ValueError) as error:
             return self._absent(path, error)
 
     def stat_or_none(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
-        """What is at `path`; None for any reason, where a broken neighbour must not matter."""
+        """The status of `path`; None for any error, where a broken neighbour must not matter."""
         try:
             return os.stat(self._base + path, follow_symlinks=follow_symlinks)
         except (OSError, ValueError):
@@ -223,7 +223,7 @@ class HostRoot:
 
     @staticmethod
     def stat_descriptor(descriptor: int) -> os.stat_result | None:
-        """What a descriptor of this process is open on; None when it is not open."""
+        """The file that a descriptor of this process is open on; None when it is not open."""
         try:
             return os.fstat(descriptor)
         except OSError as error:
@@ -278,7 +278,7 @@ class HostRoot:
         except (
             OSError,
             ValueError,
-        ):  # no link, or nothing that can be looked at: as realpath(3) -m
+        ):  # not a link, or not readable: as realpath(3) -m
             return None
 
     def open_errno(self, path: str, flags: int) -> int | None:
@@ -293,7 +293,7 @@ class HostRoot:
         return None
 
     def drive_status(self, path: str) -> int | None:
-        """What a CD drive says of its disc, CDS_... of linux/cdrom.h; None if it is no drive."""
+        """A CD drive's status, CDS_... of linux/cdrom.h; None for any other device."""
         try:
             with open(os.open(self._base + path, _READ), "rb", 0) as drive:
                 return fcntl.ioctl(drive, 0x5326, 0x7FFFFFFF)  # CDROM_DRIVE_STATUS, CDSL_CURRENT
@@ -305,7 +305,7 @@ class HostRoot:
         return os.access(self._base + path, os.W_OK)
 
     def is_mounted_read_only(self, path: str) -> bool:
-        """Whether the file system at `path` takes no writes; False when absent."""
+        """Whether the file system at `path` is read-only; False when absent."""
         try:
             return bool(os.statvfs(self._base + path).f_flag & os.ST_RDONLY)
         except (OSError, ValueError) as error:
@@ -393,7 +393,7 @@ def _answer(error: OSError, path: str) -> AttributeReadError | None:
 
 
 def _log_write(text: str, path: str) -> None:
-    import logging  # noqa: PLC0415  8 ms that whoever only reads need not pay
+    import logging  # noqa: PLC0415  saves 8 ms for readers
 
     logging.getLogger(__name__).debug("wrote %r to %s", text, path)
 
@@ -404,7 +404,7 @@ def node_number(status: os.stat_result) -> DevNum:
 
 
 def describe(status: os.stat_result | None) -> str:
-    """What a path holds, in the words of find(1): `block device 8:0`, `directory`, `nothing`."""
+    """The type of a file, in the words of find(1): `block device 8:0`, `directory`, `nothing`."""
     if status is None:
         return "nothing"
     kind = _FILE_KINDS[stat.S_IFMT(status.st_mode)]

@@ -1,8 +1,8 @@
 """The virtiofsd processes that vmplug runs: one for each shared directory of a VM.
 
-A daemon inherits a listening socket that has no name any more, and serves the one connection that
-was made before it started; nobody else can reach it, and it ends when QEMU hangs up. It carries
-its device's id and its VM in its environment, so that it is found again whoever started it.
+A daemon inherits a listening socket whose name was removed, and serves the one connection that was
+made before it started. No other process can connect, and it ends when QEMU closes the connection.
+Its environment has its device's id and its VM, so that every vmplug can find it again.
 Source: virtiofsd(1); measured on that of QEMU 7.2, in C, and on 1.13, in Rust.
 """
 
@@ -30,11 +30,11 @@ _SUBMOUNTS, _FUSE_SUBMOUNTS = "--announce-submounts", "-o announce_submounts"
 """The guest sees mounts below as such: else two of its files could have one inode number."""
 _READ_ONLY = "--readonly"
 _MOUNT = 'mount -o bind,ro -- "$0" "$0" && exec "$@"'
-"""In a mount namespace of its own, for one without that option. The directory is `$0`."""
+"""In its own mount namespace, for a virtiofsd without that option. The directory is `$0`."""
 
 
 def command_line(daemon: VirtiofsdSpec, descriptor: int | str) -> list[str]:
-    """The daemon's arguments, in the options that it has."""
+    """The daemon's arguments, with the options that it supports."""
     has_own = "--shared-dir" in daemon.options
     options = _long_options(daemon) if has_own else _fuse_options(daemon)
     arguments = [daemon.program, f"--fd={descriptor}", *options]
@@ -44,7 +44,7 @@ def command_line(daemon: VirtiofsdSpec, descriptor: int | str) -> list[str]:
 
 
 def _long_options(daemon: VirtiofsdSpec) -> list[str]:
-    """For the one in Rust. Its `-o`, made for callers of the other, knows no escape."""
+    """For the one in Rust. Its `-o`, for compatibility with the other, has no escape."""
     wanted = [_SUBMOUNTS, *([_READ_ONLY] if daemon.read_only else [])]
     return [
         f"--shared-dir={daemon.directory}",
@@ -55,7 +55,7 @@ def _long_options(daemon: VirtiofsdSpec) -> list[str]:
 
 
 def _fuse_options(daemon: VirtiofsdSpec) -> list[str]:
-    """For the one in C. A backslash takes a comma out of its meaning.
+    """For the one in C. A backslash escapes a comma.
 
     Source: libfuse lib/fuse_opt.c.
     """
@@ -69,7 +69,7 @@ def _fuse_options(daemon: VirtiofsdSpec) -> list[str]:
 
 @dataclass(slots=True)
 class VirtiofsdProcess:
-    """A daemon that runs, and the connection to it for QEMU; a context manager closes ours."""
+    """A running daemon, and the connection to it for QEMU; as a context manager closes ours."""
 
     connection: socket.socket
     _words: IO[bytes]
@@ -80,12 +80,12 @@ class VirtiofsdProcess:
         return self.connection.fileno()
 
     def stderr_tail(self) -> str:
-        """What it has complained about so far."""
+        """Its error output so far."""
         self._words.seek(0)
         return "; ".join(self._words.read().decode(errors="replace").splitlines()[-3:])
 
     def close(self) -> None:
-        """Close our end of it; the daemon goes on for QEMU."""
+        """Close our end of it; the daemon keeps serving QEMU."""
         self.connection.close()
         self._words.close()
 
@@ -97,10 +97,10 @@ class VirtiofsdProcess:
 
 
 class VirtiofsdRunner(Protocol):
-    """Who runs the daemons."""
+    """The interface to the daemons."""
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
-        """Start one; BackendError when it cannot be, NoSuchDevice for another directory."""
+        """Start one; BackendError when that fails, NoSuchDevice for another directory."""
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
         """Pids by device id: of these devices, or of all."""
@@ -130,7 +130,7 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
                     stdout=words,
                     stderr=words,
                     pass_fds=[listener.fileno()],
-                    start_new_session=True,  # setsid leaves ours a moment after it has returned
+                    start_new_session=True,  # setsid(1) leaves our session a moment later
                 )
             except (OSError, subprocess.CalledProcessError) as error:
                 with started:
@@ -138,7 +138,7 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
                 raise BackendError(
                     daemon.program,
                     f"{daemon.program} cannot be started on {daemon.directory}: {why}",
-                    hint="is the directory still there, and may this user enter it?",
+                    hint="check that the directory exists and that this user may enter it",
                 ) from error
         try:
             self._check_directory(daemon, device_id, connection)
@@ -151,9 +151,9 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
     def _check_directory(
         self, daemon: VirtiofsdSpec, device_id: str, connection: socket.socket
     ) -> None:
-        """Wait until it has shut itself into the directory that was checked, and no other.
+        """Wait until it has confined itself to the directory that was checked.
 
-        One that has died says why itself.
+        One that has died reports the reason itself.
         """
         checked, root = daemon.file_id, THIS_HOST
         outside = root.stat_or_none("/")
@@ -169,18 +169,18 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
             if time.monotonic() > deadline:
                 raise BackendError(
                     daemon.program,
-                    f"{daemon.program} has not shut itself into {daemon.directory} within "
+                    f"{daemon.program} did not confine itself to {daemon.directory} within "
                     f"{_SANDBOX_TIMEOUT_S:g} s",
-                    hint="nothing is left of it in the VM; try again",
+                    hint="the VM is unchanged; try again",
                 )
-            time.sleep(_SANDBOX_STEP_S)  # nothing tells that a process has a new root
+            time.sleep(_SANDBOX_STEP_S)  # there is no event for a new root of a process
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
         """See VirtiofsdRunner."""
         return {device_id: pids[0] for device_id, pids in self._processes(device_ids).items()}
 
     def end(self, device_ids: Iterable[str]) -> None:
-        """See VirtiofsdRunner: QEMU has hung up, and most have ended by themselves."""
+        """See VirtiofsdRunner: QEMU has disconnected, and most have ended by themselves."""
         for pids in self._processes(device_ids).values():
             for ending in (signal.SIGTERM, signal.SIGKILL):
                 with suppress(ProcessLookupError):
@@ -200,7 +200,7 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
 
 
 def _has_hung_up(connection: socket.socket) -> bool:
-    """Whether nobody is left at the other end of a connection on which nobody has spoken yet."""
+    """Whether the peer of a connection, on which no data was sent yet, is gone."""
     try:
         return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
@@ -211,7 +211,7 @@ def _has_hung_up(connection: socket.socket) -> bool:
 
 @contextmanager
 def _nameless_listener() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A listening socket, and a connection to it; its name was never anybody else's to see."""
+    """A listening socket, and a connection to it; its name was never visible to others."""
     connection = socket.socket(socket.AF_UNIX)
     with socket.socket(socket.AF_UNIX) as listener:
         with tempfile.TemporaryDirectory(prefix="vmplug-") as directory:

@@ -1,7 +1,7 @@
-"""What is remembered: VMs, what they have, who holds it, and what was bound for them.
+"""The persistent state: VMs, their devices, the holds on them, and bound functions.
 
-In: decisions, before they are carried out. Out: records that survive any crash. It knows nothing
-of who decides.
+In: decisions, before they are carried out. Out: records that survive any crash. It does not depend
+on the parts that decide.
 """
 
 import os

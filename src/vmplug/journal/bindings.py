@@ -1,7 +1,7 @@
-"""What the journal knows of functions that vmplug gave to VFIO: what each is to be given back to.
+"""The functions that vmplug bound to VFIO, with the driver that each returns to.
 
-A function's former binding is written down before the first write to sysfs, and forgotten when it
-is back. Nothing of it outlives the host's boot, so neither does the row.
+A function's former binding is recorded before the first write to sysfs, and forgotten when it is
+restored. A binding does not outlive the host's boot, so neither does the row.
 """
 
 import os
@@ -17,11 +17,11 @@ from vmplug.host.pci.bind import FormerBinding
 from vmplug.journal.database import Transaction, alone, store_error
 
 LOCK_TIMEOUT_S = 120.0
-"""A function that is slow to let go keeps the others waiting."""
+"""The others wait for a function that is slow to unbind."""
 
 
 class BindingState(StrEnum):
-    """Where a function is on its way to VFIO and back."""
+    """The state of a function on its way to VFIO and back."""
 
     BINDING = "binding"
     BOUND = "bound"
@@ -30,7 +30,7 @@ class BindingState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
-    """A function that vmplug bound, and what it goes back to.
+    """A function that vmplug bound, and its former binding.
 
     `device_id` is the device for which `attach --managed` bound it, None when it was bound by
     hand.
@@ -56,7 +56,7 @@ class Bindings:
         self._path = path
 
     def alone(self, *, timeout_s: float = LOCK_TIMEOUT_S) -> AbstractContextManager[None]:
-        """Nobody else binds or gives back meanwhile, in no process that has this journal."""
+        """Keep every other process with this journal from binding or giving back meanwhile."""
         return alone(os.path.join(os.path.dirname(self._path), "binding.lock"), timeout_s)
 
     def all(self) -> list[Binding]:
@@ -69,7 +69,7 @@ class Bindings:
             raise store_error(self._path, error) from error
 
     def put(self, bindings: Iterable[Binding]) -> None:
-        """Write rows, each in the place of an older one of its function."""
+        """Write rows, each replacing an older one of its function."""
         with Transaction(self._db, self._lock, self._path) as db:
             for binding in bindings:
                 db.execute(
@@ -85,7 +85,7 @@ class Bindings:
                 )
 
     def forget(self, functions: Iterable[Bdf]) -> None:
-        """Take rows out."""
+        """Remove rows."""
         with Transaction(self._db, self._lock, self._path) as db:
             db.executemany("DELETE FROM binding WHERE bdf = ?", [(str(f),) for f in functions])
 

@@ -1,4 +1,4 @@
-"""The journal's SQLite file: its tables, how it is made and opened, what a transaction is.
+"""The journal's SQLite file: its tables, how it is created and opened, its transactions.
 
 WAL with synchronous=FULL: a committed transaction survives a crash of the process and of the
 machine, and readers never wait. Source: sqlite.org/wal.html, sqlite.org/pragma.html.
@@ -16,7 +16,7 @@ from vmplug.host.permissions import check_private, make_private
 from vmplug.journal import StateDir, journal_path
 
 VERSION = 4
-"""Of the tables, kept in `user_version`."""
+"""The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
 
@@ -66,7 +66,7 @@ CREATE TABLE binding (
     boot_id TEXT NOT NULL
 ) STRICT;
 """
-"""`device` refers to no row: what was bound for a device may be given back after that is gone."""
+"""`device` is not a foreign key: a function may be given back after its device is gone."""
 _SCHEMA += _BINDING
 
 
@@ -86,20 +86,20 @@ ALTER TABLE device ADD COLUMN worker TEXT;
 ALTER TABLE device ADD COLUMN parts TEXT;
 """,
 }
-"""What turns a journal of that version into one of the next."""
+"""The statements that turn a journal of that version into one of the next."""
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> int:
-    """Bring the tables up to VERSION if they are older; their version then.
+    """Upgrade the tables to VERSION if they are older, and return their version.
 
-    0 is no journal of vmplug. Raises StoreError.
+    0 means that it is not a journal of vmplug. Raises StoreError.
     """
     while True:
         version: int = connection.execute("PRAGMA user_version").fetchone()[0]
         if version not in _MIGRATIONS:
             return version
         with Transaction(connection, threading.RLock(), path) as db:
-            # Another process may have been quicker.
+            # Another process may have been faster.
             if db.execute("PRAGMA user_version").fetchone()[0] == version:
                 for statement in _MIGRATIONS[version].split(";"):
                     db.execute(statement)
@@ -107,9 +107,9 @@ def migrate(connection: sqlite3.Connection, path: str) -> int:
 
 
 def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, str]:
-    """A connection to the journal below `state_dir`, made when it is not there, and its path.
+    """A connection to the journal below `state_dir`, created if absent, and its path.
 
-    Raises StoreError when it cannot be opened or made.
+    Raises StoreError when it cannot be opened or created.
     """
     path = journal_path(state_dir)
     try:
@@ -123,7 +123,7 @@ def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, str]:
 
 
 def connect(path: str) -> sqlite3.Connection:
-    """A connection to the journal at `path` that keeps what was committed through any crash."""
+    """A connection to the journal at `path`, whose commits survive any crash."""
     connection = sqlite3.connect(
         path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
     )
@@ -138,7 +138,7 @@ def connect(path: str) -> sqlite3.Connection:
 
 
 def make_draft(path: str) -> str:
-    """An empty journal, whole, beside `path` under a name of its own."""
+    """A complete empty journal beside `path` under a temporary name."""
     draft = f"{path}.{new_id()}"
     make_private(draft)
     with closing(connect(draft)) as connection:
@@ -149,7 +149,7 @@ def make_draft(path: str) -> str:
 
 
 def _create(path: str) -> None:
-    """Make an empty journal and then give it its name; who is quicker wins."""
+    """Create an empty journal and then give it its name; the first process wins."""
     draft = make_draft(path)
     try:
         with suppress(FileExistsError):
@@ -160,9 +160,9 @@ def _create(path: str) -> None:
 
 @contextmanager
 def alone(path: str, timeout_s: float) -> Iterator[None]:
-    """Nobody else on the host is inside with that path, which is that of an empty database.
+    """Hold the lock of `path`, an empty database, alone on this host.
 
-    It ends with the process, however that ends. Raises StoreError after `timeout_s`.
+    It ends with the process, even by a crash. Raises StoreError after `timeout_s`.
     """
     try:
         make_private(path)
@@ -174,7 +174,7 @@ def alone(path: str, timeout_s: float) -> Iterator[None]:
 
 
 class Transaction:
-    """BEGIN IMMEDIATE to COMMIT, or ROLLBACK; a class because a generator takes twice the time."""
+    """BEGIN IMMEDIATE to COMMIT, or ROLLBACK; a class because a generator takes twice as long."""
 
     __slots__ = ("_db", "_lock", "_path")
 
@@ -203,7 +203,7 @@ class Transaction:
         except sqlite3.Error as failure:
             raise store_error(self._path, failure) from failure
         finally:
-            if self._db.in_transaction:  # SQLite itself takes it back when the disk is full
+            if self._db.in_transaction:  # SQLite itself rolls back when the disk is full
                 with suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
             self._lock.release()
@@ -211,18 +211,18 @@ class Transaction:
             raise store_error(self._path, error) from error
 
 
-_WRITABLE = "name a writable --state-dir, or become root"
+_WRITABLE = "pass a writable --state-dir, or become root"
 _REMEDIES = {
     sqlite3.SQLITE_CANTOPEN: _WRITABLE,
     sqlite3.SQLITE_READONLY: _WRITABLE,
-    sqlite3.SQLITE_FULL: "make room there; vmplug reconcile then finishes or "
-    "takes back what was begun",
-    sqlite3.SQLITE_IOERR: "the kernel's log says what is the matter with the disk below it",
-    sqlite3.SQLITE_BUSY: "try again when it has finished",
+    sqlite3.SQLITE_FULL: "free space there; then vmplug reconcile finishes or "
+    "undoes what was begun",
+    sqlite3.SQLITE_IOERR: "the kernel log (dmesg) has the error of the disk",
+    sqlite3.SQLITE_BUSY: "try again when that process has finished",
 }
 """By SQLite's code. Source: sqlite.org/rescode.html."""
 _DAMAGE = {
-    sqlite3.SQLITE_ERROR,  # a table or column is not there
+    sqlite3.SQLITE_ERROR,  # a table or column is missing
     sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_NOTADB,
     sqlite3.SQLITE_SCHEMA,
@@ -231,9 +231,9 @@ _DAMAGE = {
 
 
 def means_damage(error: Exception) -> bool:
-    """Whether an error says that what is in the file makes no sense, not that it cannot be read.
+    """Whether an error means that the contents make no sense, not that a read failed.
 
-    A text that is no UTF-8 is told by Python's module, without a code of SQLite's.
+    For a text that is not UTF-8 Python's module raises an error without a code of SQLite.
     """
     is_senseless_row = isinstance(error, ValueError | TypeError)
     return is_senseless_row or _code(error) in _DAMAGE or "decode" in str(error)
@@ -245,19 +245,19 @@ def _code(error: Exception) -> int:
 
 
 def is_locked(error: StoreError) -> bool:
-    """Whether somebody else kept it locked until the deadline."""
+    """Whether another process kept it locked until the deadline."""
     return isinstance(error.__cause__, sqlite3.Error) and _code(error.__cause__) == (
         sqlite3.SQLITE_BUSY
     )
 
 
 def store_error(path: str, error: Exception) -> StoreError:
-    """What an error of the file or of a row means to whoever asked."""
+    """The error to report for an error of the file or of a row."""
     why, hint = str(error), _REMEDIES.get(_code(error))
     if isinstance(error, OSError):
         why, hint = os.strerror(error.errno or 0), _WRITABLE
     elif _code(error) == sqlite3.SQLITE_BUSY:
-        why = "another process keeps it locked"
+        why = "another process has locked it"
     elif means_damage(error):
         return damaged(path, why)
     return StoreError(path, f"cannot use the journal {path}: {why}", hint=hint)
@@ -268,32 +268,32 @@ def damaged(path: str, why: str) -> StoreError:
     return StoreError(
         path,
         f"the journal {path} is damaged: {why}",
-        hint="vmplug reconcile --set-aside keeps it under another name, and carries over what can "
-        "be read of it",
+        hint="vmplug reconcile --set-aside keeps it under another name, and copies what can be "
+        "read from it",
     )
 
 
 def written_too_fast(path: str) -> StoreError:
-    """The error for a journal that somebody else wrote to between every look and act."""
+    """The error for a journal that others changed between each read and write."""
     return StoreError(
         path,
-        f"others write to the journal {path} faster than it can be decided on",
+        f"other processes change the journal {path} faster than vmplug can decide",
         hint="try again",
     )
 
 
 def check_version(version: int, path: str) -> None:
-    """StoreError for a file that is no journal, or a newer vmplug's, which is left as it is."""
+    """StoreError for a file that is not a journal, or a newer vmplug's, which stays as it is."""
     if version == 0:
         raise StoreError(
             path,
             f"{path} is not a journal of vmplug",
-            hint="vmplug reconcile --set-aside keeps it under another name; or name another "
+            hint="vmplug reconcile --set-aside keeps it under another name; or pass another "
             "--state-dir",
         )
     if version != VERSION:
         raise StoreError(
             path,
-            f"{path} is of version {version}; this vmplug knows {VERSION}",
-            hint="use the vmplug that wrote it, or name another --state-dir",
+            f"{path} has version {version}; this vmplug supports version {VERSION}",
+            hint="use the vmplug that wrote it, or pass another --state-dir",
         )

@@ -1,6 +1,6 @@
 """The journal: devices and VMs, in one SQLite file.
 
-Everything that is allocated is written here before the act.
+Everything that is allocated is written here first.
 """
 
 import sqlite3
@@ -50,7 +50,7 @@ _DROP_FORMER = """
 DELETE FROM attachment
 WHERE device = (SELECT id FROM device WHERE id = ? AND state = 'retained')
 """
-"""A retained device keeps its last hold to be seen by; whoever holds it next takes its place."""
+"""A retained device keeps its last hold so that it is listed; the next hold replaces it."""
 _GIVE_UP = "UPDATE device SET worker = NULL WHERE id = ? AND worker = ?"
 _RELEASE_ONE = "UPDATE attachment SET count = count - 1 WHERE id = ?"
 
@@ -58,9 +58,9 @@ _RELEASE_ONE = "UPDATE attachment SET count = count - 1 WHERE id = ?"
 class Journal:
     """The journal of one host, open in this process.
 
-    Every method is one transaction. Raises StoreError for a file that is not a journal, comes
-    from a newer version, or stays locked for 10 seconds. `host` is the one whose processes and
-    boots the journal is about; devices that this process has in progress say `in_progress_by`.
+    Every method is one transaction. Raises StoreError for a file that is not a journal, comes from
+    a newer version, or stays locked for 10 seconds. The processes and boots in the journal are
+    those of `host`; a device that this process has in progress says `in_progress_by`.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: str, host: HostRoot) -> None:
@@ -78,7 +78,7 @@ class Journal:
         *,
         host: HostRoot = THIS_HOST,
     ) -> Self:
-        """The journal below `state_dir`, made when it is not there."""
+        """The journal below `state_dir`, created if absent."""
         connection, path = open_database(state_dir)
         journal = cls(connection, path, host)
         try:
@@ -108,7 +108,7 @@ class Journal:
             raise store_error(self.path, error) from error
 
     def _read(self, parse: Callable[[sqlite3.Row], T], query: str, *values: object) -> list[T]:
-        """Every row as a value; StoreError for one that makes no sense."""
+        """Every row as a value; StoreError for a malformed one."""
         with self._lock, self._errors():
             return [parse(row) for row in self._db.execute(query, values)]
 
@@ -119,7 +119,7 @@ class Journal:
     # VMs
 
     def add_vm(self, vm: VmRecord) -> None:
-        """Remember a VM of this boot. StateError when its name or QMP socket is known already."""
+        """Add a VM of this boot. StateError when its name or QMP socket is already known."""
         with Transaction(self._db, self._lock, self.path) as db:
             known = db.execute(
                 "SELECT name FROM vm WHERE name = ? OR qmp_socket = ?", (vm.name, vm.qmp_socket)
@@ -131,7 +131,7 @@ class Journal:
             self._insert_vm(db, vm)
 
     def replace_vm(self, vm: VmRecord) -> None:
-        """Remember a VM in place of the former one of its name, whose devices are forgotten."""
+        """Add a VM in place of the former one of its name, whose devices are forgotten."""
         with Transaction(self._db, self._lock, self.path) as db:
             _forget_vm(db, vm.name)
             self._insert_vm(db, vm)
@@ -141,7 +141,7 @@ class Journal:
         db.execute("INSERT INTO vm VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def set_process(self, name: str, pid: int, started_at: int | None) -> None:
-        """Remember the process of a known VM."""
+        """Record the process of a known VM."""
         with Transaction(self._db, self._lock, self.path) as db:
             db.execute(
                 "UPDATE vm SET pid = ?, started_at = ? WHERE name = ?", (pid, started_at, name)
@@ -197,11 +197,11 @@ class Journal:
         *,
         known: Collection[str] | None = None,
     ) -> list[Attachment] | None:
-        """Write down devices that are about to be plugged, or that the VM has, and who wants them.
+        """Record devices that are about to be plugged, or that the VM has, and the holds on them.
 
-        None, and nothing written, when the journal has devices besides the `known` ids: what was
-        decided without them, such as that no VM holds the device, may be wrong. What has left the
-        journal, or changed its state, speaks against no new device.
+        Returns None, and writes nothing, when the journal has devices besides the `known` ids: a
+        decision without them, such as that no VM holds the device, may be wrong. Devices that have
+        left the journal or changed state do not matter for a new one.
         """
         with Transaction(self._db, self._lock, self.path) as db:
             if known is not None and not self.device_ids() <= set(known):
@@ -215,11 +215,11 @@ class Journal:
     def set_state(
         self, device_ids: Sequence[str], state: State, holds: Sequence[Attachment] = ()
     ) -> list[Attachment]:
-        """Move devices on to `state`, and add holds on any device that is in it by then.
+        """Move devices on to `state`, and add holds on devices in that state.
 
-        This process has in progress from then on what is on its way. Raises StateError when the
-        table does not let one of them, or somebody has taken a device away meanwhile that was to
-        be held; then nothing is changed.
+        Devices in transition are then in progress in this process. Raises StateError when the
+        table forbids it for one of them, or a device for a new hold is gone; then nothing is
+        changed.
         """
         worker = self._worker_in(state)
         with Transaction(self._db, self._lock, self.path) as db:
@@ -239,7 +239,7 @@ class Journal:
 
     @contextmanager
     def in_progress(self, device_ids: Sequence[str]) -> Iterator[None]:
-        """This process works on these devices; when that breaks off, anybody may finish it."""
+        """Mark these devices as in progress here; any process may finish them after a crash."""
         try:
             yield
         except BaseException:
@@ -248,7 +248,7 @@ class Journal:
             raise
 
     def give_up(self, device_ids: Collection[str]) -> None:
-        """This process no longer works on these devices: anybody may finish what it began."""
+        """Mark these devices as no longer in progress here: any process may finish them."""
         if not device_ids:
             return
         with Transaction(self._db, self._lock, self.path) as db:
@@ -258,17 +258,17 @@ class Journal:
         """Forget devices that the VM no longer holds, their places and their holds."""
         with Transaction(self._db, self._lock, self.path) as db:
             for device_id in device_ids:
-                if state := _state(db, device_id):  # another thread may have been quicker
+                if state := _state(db, device_id):  # another thread may have been faster
                     check_step(device_id, state, None)
                     db.execute("DELETE FROM device WHERE id = ?", (device_id,))
 
     def release(self, attachment_ids: Sequence[str], *, whole: bool) -> list[str]:
-        """Take holds back: one count of each, or the `whole` of it.
+        """Release holds: one count of each, or the `whole` of it.
 
-        A device's last hold stays until the device is gone, so that it can be seen and tried
-        again: the device is detaching then, and nobody may hold it any more; or it is retained,
-        if it cannot be unplugged. Gives the ids of the devices that are to be unplugged.
-        Raises StateError, and takes nothing back, for a device whose attach broke off.
+        A device's last hold stays until the device is gone, so that it is listed and can be
+        detached again. The device is then detaching, and accepts no new holds; or it is retained,
+        if it cannot be unplugged. Returns the ids of the devices to unplug. Raises StateError, and
+        releases nothing, for a device whose attach was interrupted.
         """
         last = []
         with Transaction(self._db, self._lock, self.path) as db:
@@ -293,7 +293,7 @@ class Journal:
         return last
 
     def devices(self, vm: str) -> list[DeviceRecord]:
-        """Every device of a VM, in the order they came."""
+        """Every device of a VM, in the order of plugging."""
         return self._read(read_device, "SELECT * FROM device WHERE vm = ? ORDER BY rowid", vm)
 
     def device_ids(self) -> set[str]:
@@ -301,7 +301,7 @@ class Journal:
         return set(self._read(lambda row: str(row["id"]), "SELECT id FROM device"))
 
     def find_claims(self, vm: str | None, own: str, identities: Iterable[str]) -> list[Claim]:
-        """What VMs of this boot hold of `identities`, and other VMs than `vm` of `own`."""
+        """The claims of VMs of this boot on `identities`, and of VMs other than `vm` on `own`."""
         wanted = [own, *identities]
         marks = ", ".join("?" * len(wanted))
         return self._read(
@@ -357,7 +357,7 @@ def _check_still(db: sqlite3.Connection, hold: Attachment, state: State) -> None
 
 
 def _add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> list[Attachment]:
-    """The holds as they stand now: an owner that holds a device already has the older id."""
+    """The current holds: an owner that already holds a device keeps the older id."""
     added = []
     for hold in holds:
         row = db.execute(

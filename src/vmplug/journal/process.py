@@ -1,6 +1,6 @@
-"""The process that has a device in progress, told from every other one of any boot.
+"""The process that has a device in progress, distinct from all others of any boot.
 
-A pid alone is used again; with the start time it names one process of one boot.
+A pid alone is reused; with the start time it names one process of one boot.
 """
 
 import os
@@ -14,15 +14,15 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 def read_boot_id(host: HostRoot) -> str:
-    """What names this boot of the kernel; empty where it does not say."""
+    """The id of this boot of the kernel; empty where it is unknown."""
     return (host.read_text(_BOOT_ID) or "").strip()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessIdentity:
-    """A process; `started_at` is in clock ticks after boot, None where nobody could say.
+    """A process; `started_at` is in clock ticks after boot, None where it is unknown.
 
-    As text, `PID STARTED_AT BOOT_ID` with `-` for what is not known.
+    As text, `PID STARTED_AT BOOT_ID` with `-` for unknown.
     """
 
     pid: int
@@ -37,7 +37,7 @@ class ProcessIdentity:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """What `str()` writes; ValueError for anything else."""
+        """The inverse of `str()`; ValueError for anything else."""
         pid, started_at, boot_id = text.split(" ")
         return cls(
             pid=int(pid),
@@ -50,6 +50,6 @@ class ProcessIdentity:
         return f"{self.pid} {started_at} {self.boot_id or '-'}"
 
     def is_alive(self, host: HostRoot) -> bool:
-        """Whether it still runs: nothing does that began before the host's boot."""
+        """Whether it is still running; never if it began before the host's last boot."""
         is_of_this_boot = self.boot_id == read_boot_id(host)
         return is_of_this_boot and is_running(self.pid, self.started_at, host)

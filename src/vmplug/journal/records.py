@@ -1,4 +1,4 @@
-"""What the journal holds, as values: VMs, devices, and owners' holds on devices."""
+"""The contents of the journal as values: VMs, devices, and owners' holds on devices."""
 
 import json
 import sqlite3
@@ -19,11 +19,11 @@ from vmplug.journal.state import State
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmRecord:
-    """A VM that vmplug knows; `is_ours` says that `vm start` made it.
+    """A VM that vmplug knows; `is_ours`: `vm start` started it.
 
-    `pid` and `started_at` (clock ticks after boot) tell the process from a later one with its
-    number; both are None where the process could not be found out. When `is_of_earlier_boot` the
-    host has booted since, and whatever has its number now is another process.
+    `pid` and `started_at` (clock ticks after boot) distinguish the process from a later one with
+    its number; both are None where the process is unknown. When `is_of_earlier_boot` the host has
+    booted since, and the process with its number is another one.
     """
 
     name: str
@@ -38,8 +38,8 @@ class VmRecord:
 class DeviceRecord:
     """A device as the journal knows it; without `place` and `guest_address` it is only counted.
 
-    `in_progress_by` is the process that has it in progress, None when nobody has. `parts` are its
-    names in QEMU when somebody else plugged it, and empty when vmplug did.
+    `in_progress_by` is the process that has it in progress, None for none. `parts` are its names
+    in QEMU when another program plugged it, and empty when vmplug did.
     """
 
     id: str
@@ -58,12 +58,12 @@ class DeviceRecord:
 
     @property
     def can_be_unplugged(self) -> bool:
-        """Whether the VM can let go of it: QEMU never does of NVDIMMs and virtio-mmio devices."""
+        """Whether the VM can release it: QEMU cannot unplug NVDIMMs and virtio-mmio devices."""
         return state_without_holds(self.place) is State.DETACHING
 
 
 def foreign_names(devices: Iterable[DeviceRecord]) -> dict[str, str]:
-    """The names in QEMU that somebody else gave, with the ids of the devices they are of."""
+    """The names in QEMU assigned by others, mapped to the owning device ids."""
     return {name: device.id for device in devices for name in device.parts}
 
 
@@ -71,7 +71,7 @@ def foreign_names(devices: Iterable[DeviceRecord]) -> dict[str, str]:
 class Attachment:
     """One owner's hold on a device; `count` is how often it attached it.
 
-    `name` is what the request went by: a path in the container, or `net:eth0`, `share:work`.
+    `name` is the name of the request: a path in the container, or `net:eth0`, `share:work`.
     `guest_address` is where the guest sees it, None for a device that is only counted.
     `options` are those that it is plugged with.
     """
@@ -91,17 +91,17 @@ class Attachment:
 
     @property
     def container_path(self) -> str | None:
-        """The path in the container; None for what has none there."""
+        """The path in the container; None for a device without one."""
         return self.name if self.name.startswith("/") else None
 
 
 def state_without_holds(place: str | None) -> State:
-    """What becomes of a device at that place when its last owner lets go."""
+    """The state of a device at that place after its last owner has released it."""
     return State.RETAINED if (place or "").startswith(UNPLUGGED_NEVER) else State.DETACHING
 
 
 def read_vm(row: sqlite3.Row, boot_id: str) -> VmRecord:
-    """A row of the table `vm`, as it is in that boot; an older vmplug did not write down its."""
+    """A row of the table `vm`, as of that boot; an older vmplug did not record the boot."""
     return VmRecord(
         name=row["name"],
         qmp_socket=row["qmp_socket"],
@@ -154,7 +154,7 @@ def insert_device(db: sqlite3.Connection, device: DeviceRecord) -> None:
 
 
 def guest_text(address: GuestAddress | None) -> str | None:
-    """A guest address as it is saved: a JSON object of what is known of it."""
+    """A guest address as saved: a JSON object of its known parts."""
     if address is None:
         return None
     known = {field.name: getattr(address, field.name) for field in fields(address)}
@@ -199,13 +199,13 @@ def _guest_address(row: sqlite3.Row) -> GuestAddress | None:
         parsed = {name: _PARSE.get(name, str)(value) for name, value in saved.items()}
         return GuestAddress(**parsed)
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"{row['guest']!r} is no guest address") from error
+        raise ValueError(f"{row['guest']!r} is not a guest address") from error
 
 
 def _options(text: str) -> Mapping[str, str]:
     options = json.loads(text)
     if not isinstance(options, dict) or not all(isinstance(v, str) for v in options.values()):
-        raise ValueError(f"{text!r} is no set of options")
+        raise ValueError(f"{text!r} is not a set of options")
     return options
 
 
@@ -228,7 +228,7 @@ def read_attachment(row: sqlite3.Row) -> Attachment:
 
 
 def read_claim(row: sqlite3.Row) -> Claim:
-    """A row of the table `device`, as what a VM holds."""
+    """A row of the table `device`, as a claim of a VM."""
     return Claim(
         vm=row["vm"],
         identity=row["identity"],
@@ -238,12 +238,12 @@ def read_claim(row: sqlite3.Row) -> Claim:
 
 
 def has_ended(vm: VmRecord, host: HostRoot) -> bool:
-    """Whether the process of a VM is surely no more; False where it was never known."""
+    """Whether the process of a VM has surely ended; False where it was never known."""
     return bool(vm.pid) and not is_running(vm.pid or 0, vm.started_at, host)
 
 
 def record_vm(name: str, endpoint: Endpoint, host: HostRoot) -> VmRecord:
-    """A VM that somebody else started, as it is now."""
+    """A VM that another program started, in its current state."""
     started_at = read_start_time(endpoint.pid, host) if endpoint.pid else None
     return VmRecord(
         name=name,

@@ -1,8 +1,8 @@
-"""Salvage: a damaged journal kept under another name, and a new one with what it still says.
+"""Salvage: keep a damaged journal under another name, and copy its readable rows to a new one.
 
-Nothing is written into a damaged file. It is copied, read from a copy of its own, and then
-replaced at once by a journal that is whole. A row is carried over when it can be read, makes
-sense, and belongs to something that does; what is not carried over is told.
+vmplug never writes to a damaged file. It reads a copy of the file, and then replaces the file in
+one step by a complete journal. A row is copied when it can be read, makes sense, and refers to
+rows that do; every other row is reported as lost.
 """
 
 import os
@@ -35,17 +35,18 @@ from vmplug.journal.records import read_device, read_vm
 
 _LOCK_TIMEOUT_S = 10.0
 _MOST_SKIPPED = 1000
-"""Row numbers on a page that cannot be read: there is room for 40 rows, and more have been."""
+"""Row numbers to try on an unreadable page: it has room for 40 rows, and deleted ones had numbers
+too."""
 _MORE = ("-wal", "-shm")
-"""What SQLite has beside a database. Source: sqlite.org/walformat.html."""
+"""The files of SQLite beside a database. Source: sqlite.org/walformat.html."""
 
 UNKNOWN_OWNER = "unknown"
-"""Who holds a device whose holds were lost, so that it is listed and can be detached."""
+"""The owner of a device whose holds were lost, so that it is listed and can be detached."""
 
 
 def _read_attachment(row: sqlite3.Row) -> object:
     if not (row["owner"] and row["name"] and row["count"] > 0):
-        raise ValueError("it says neither who nor what")
+        raise ValueError("it names neither an owner nor a device")
     return row
 
 
@@ -55,12 +56,12 @@ _TABLES: Mapping[str, Callable[[sqlite3.Row], object]] = {
     "attachment": _read_attachment,
     "binding": read_binding,
 }
-"""In an order in which what a row refers to is there already; what makes sure it makes sense."""
+"""The tables in the order of their references, each with the parser that validates a row."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Salvage:
-    """What became of a damaged journal: `carried` rows by table, and in words what was `lost`."""
+    """The result for a damaged journal: `carried` rows by table, and in words the `lost` ones."""
 
     kept_as: str
     damage: str
@@ -69,13 +70,13 @@ class Salvage:
 
 
 def check_journal(path: str) -> None:
-    """Look at every page and row. Raises StoreError for damage; for any other reason too."""
+    """Check every page and row. Raises StoreError for damage, and for every other failure."""
     if damage := find_damage(path):
         raise damaged(path, damage)
 
 
 def find_damage(path: str) -> str | None:
-    """What is wrong with what the file holds; None when all of it makes sense.
+    """The damage in the contents of the file; None when all of it makes sense.
 
     Raises StoreError when it cannot be read at all, or is a newer vmplug's.
     """
@@ -93,12 +94,12 @@ def _find_damage(db: sqlite3.Connection, path: str) -> str | None:
     if version > VERSION:
         check_version(version, path)
     if version <= 0:
-        return "it is not a journal of vmplug"
+        return "it is not a vmplug journal"
     told = [str(row[0]) for row in db.execute("PRAGMA integrity_check(3)")]
     if told != ["ok"]:
         return "; ".join(" ".join(line.split()) for line in told)
     if db.execute("PRAGMA foreign_key_check").fetchone():
-        return "a hold refers to no device"
+        return "an attachment refers to a device that does not exist"
     for table, parse in _TABLES.items() if version == VERSION else ():
         for row in db.execute(f"SELECT * FROM {table}"):  # noqa: S608  ours
             parse(row)
@@ -106,9 +107,9 @@ def _find_damage(db: sqlite3.Connection, path: str) -> str | None:
 
 
 def set_aside(state_dir: StateDir) -> Salvage | None:
-    """Put a journal that is whole in the place of a damaged one; None when there is no damage.
+    """Replace a damaged journal with a complete one; None when there is no damage.
 
-    Raises StoreError, and then the damaged one is where it was.
+    Raises StoreError, and then the damaged one stays in place.
     """
     path = journal_path(state_dir)
     if not os.path.exists(path):
@@ -121,7 +122,7 @@ def set_aside(state_dir: StateDir) -> Salvage | None:
             kept, copy = (os.path.join(directory, name) for name in ("kept", "copy"))
             _copy(path, kept)
             _copy(kept, copy)
-            # In a copy: closing a database may write to it.
+            # A copy: closing a database may write to it.
             damage = find_damage(copy)
             if damage is None:
                 return None
@@ -139,7 +140,7 @@ def set_aside(state_dir: StateDir) -> Salvage | None:
 
 
 def _dated_name(path: str) -> str:
-    """A name beside the journal that says when it was found damaged, and that nobody has."""
+    """An unused name beside the journal with the time at which it was found damaged."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     name, number = f"{path}.damaged-{stamp}", 1
     while os.path.exists(name):
@@ -155,7 +156,7 @@ def _move(source: str, target: str) -> None:
 
 
 def _copy(source: str, target: str) -> None:
-    """A private copy with all that belongs to it, on the disk when this returns."""
+    """A private copy with all files that belong to it, synced to disk."""
     for more in ("", *_MORE):
         if not os.path.exists(source + more):
             continue
@@ -167,9 +168,9 @@ def _copy(source: str, target: str) -> None:
 
 
 def _carry_over(copy: str, new: sqlite3.Connection, salvage: Salvage) -> None:
-    """Read the copy, which is brought up to date as far as that goes.
+    """Read the copy, which is upgraded as far as possible.
 
-    With `writable_schema` SQLite reads a file that is shorter than it says. Source: SQLite
+    With `writable_schema` SQLite reads a file that is shorter than its header says. Source: SQLite
     src/btree.c, lockBtree.
     """
     with closing(sqlite3.connect(copy, isolation_level=None)) as old:
@@ -207,7 +208,7 @@ def _carry_table(
 
 
 def _rows(table: str, old: sqlite3.Connection, salvage: Salvage) -> Iterator[sqlite3.Row]:
-    """What can be read of a table: over a damaged page it goes on with the next rows."""
+    """The readable rows of a table: after a damaged page it continues with the next rows."""
     query = f"SELECT rowid AS number, * FROM {table} NOT INDEXED WHERE rowid > ? ORDER BY rowid"  # noqa: S608
     last, skipped, failure = 0, 0, None
     while skipped < _MOST_SKIPPED:
@@ -224,12 +225,14 @@ def _rows(table: str, old: sqlite3.Connection, salvage: Salvage) -> Iterator[sql
 
 
 def _name_holders(new: sqlite3.Connection, salvage: Salvage) -> None:
-    """Nobody could detach a device that nobody holds, nor see it."""
+    """Give devices without holds an owner, so that they are listed and can be detached."""
     held = "SELECT device FROM attachment"
     for row in new.execute(f"SELECT * FROM device WHERE id NOT IN ({held})").fetchall():  # noqa: S608
         hold = (new_id(), row["id"], UNKNOWN_OWNER, row["host_path"], row["read_only"], 1)
         new.execute("INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)", hold)
-        salvage.lost.append(f"who holds {row['host_path']} in VM {row['vm']}")
+        salvage.lost.append(f"the owner of {row['host_path']} in VM {row['vm']}")
     names = "SELECT name FROM vm"
     for row in new.execute(f"SELECT DISTINCT vm FROM device WHERE vm NOT IN ({names})"):  # noqa: S608
-        salvage.lost.append(f"where VM {row['vm']} is: vmplug vm adopt {row['vm']} --qmp SOCKET")
+        salvage.lost.append(
+            f"the socket of VM {row['vm']}: run vmplug vm adopt {row['vm']} --qmp SOCKET"
+        )

@@ -1,4 +1,4 @@
-"""What may follow what in the life of a device."""
+"""The states of a device and their allowed order."""
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -8,7 +8,7 @@ from vmplug.errors import HypervisorError, NotAttached, StateError, UnplugRefuse
 
 
 class State(StrEnum):
-    """Where a device is in its life; what has no state is not in the journal."""
+    """The state of a device; a device without one is not in the journal."""
 
     PLUGGING = "plugging"
     ATTACHED = "attached"
@@ -17,7 +17,7 @@ class State(StrEnum):
 
 
 ABSENT = "absent"
-"""What errors call the state of a device that is not in the journal."""
+"""The name in errors for the state of a device that is not in the journal."""
 
 FOLLOWS: dict[State | None, frozenset[State | None]] = {
     None: frozenset({State.PLUGGING, State.ATTACHED}),
@@ -26,13 +26,13 @@ FOLLOWS: dict[State | None, frozenset[State | None]] = {
     State.DETACHING: frozenset({State.DETACHING, State.ATTACHED, State.RETAINED, None}),
     State.RETAINED: frozenset({State.ATTACHED, None}),
 }
-"""None is "not in the journal". What somebody else plugged is attached from the beginning. An
-attached device is forgotten at once only when the VM turns out not to hold it; a detaching one is
-attached again only when QEMU refused to be asked. A retained one has no owner any more and stays
-until its VM ends, as QEMU cannot take it out."""
+"""None is "not in the journal". A device that another program plugged is attached from the
+beginning. An attached device is forgotten at once only when the VM does not have it; a detaching
+one is attached again only when QEMU refused the request. A retained one has no owner any more and
+stays until its VM ends, as QEMU cannot unplug it."""
 
 ON_ITS_WAY = frozenset({State.PLUGGING, State.DETACHING})
-"""What a process has in progress, or left so."""
+"""The states of a device in progress, or left so by a process."""
 
 
 def check_step(device: str, state: State | None, wanted: State | None) -> None:
@@ -48,7 +48,7 @@ def check_step(device: str, state: State | None, wanted: State | None) -> None:
 
 
 def on_its_way(vm: str, host_path: str, state: State) -> StateError:
-    """The error for a device that is still on its way in or out."""
+    """The error for a device that is still plugging or detaching."""
     return StateError(
         f"{host_path} is {state}",
         state=state,
@@ -58,16 +58,18 @@ def on_its_way(vm: str, host_path: str, state: State) -> StateError:
 
 
 def not_in_journal(device_id: str) -> StateError:
-    """The error for a device that the journal does not know."""
-    return StateError(f"no device {device_id} is known", state=ABSENT, required="in the journal")
+    """The error for a device that is not in the journal."""
+    return StateError(
+        f"the journal has no device {device_id}", state=ABSENT, required="in the journal"
+    )
 
 
 def not_attached(attachment_id: str, vm: str, *, has_ended: bool) -> NotAttached:
-    """The error for an attachment that the VM has not; `has_ended` is one that had the name."""
-    ended = ", which has ended, and another has its name" if has_ended else ""
+    """The error for an attachment that is absent; `has_ended`: a former VM had the name."""
+    ended = ": the VM has ended, and another VM has its name" if has_ended else ""
     return NotAttached(
         f"no attachment {attachment_id} in VM {vm}{ended}",
-        hint=f"vmplug list --vm {vm} shows what there is",
+        hint=f"vmplug list --vm {vm} shows the attachments",
     )
 
 
@@ -75,7 +77,7 @@ def holds_nothing(owner: str, vm: str) -> NotAttached:
     """The error for an owner without a device."""
     return NotAttached(
         f"{owner} holds no device of VM {vm}",
-        hint=f"vmplug list --vm {vm} shows who holds what",
+        hint=f"vmplug list --vm {vm} shows the owners and their devices",
     )
 
 
@@ -83,7 +85,7 @@ def known_already(name: str, qmp_socket: str | None = None) -> StateError:
     """The error for a VM whose name, or whose QMP socket under that name, is in the journal."""
     what = f"{qmp_socket} is the VM {name}, which" if qmp_socket else f"VM {name}"
     return StateError(
-        f"{what} is known already",
+        f"{what} is already in the journal",
         state="known",
         required="unknown",
         hint=f"vmplug vm list shows it; vmplug vm stop {name} ends or forgets it",
@@ -114,10 +116,10 @@ def unplug_error(
         return UnplugTimeout(
             tuple(left),
             f"{message}: the backend of {', '.join(lost)} is gone",
-            hint="start that backend again, then detach again; without it the guest waits "
-            "for its I/O for ever",
+            hint="start that backend again, then detach again; without the backend the guest "
+            "waits for its I/O forever",
         )
-    hint = "it stays detaching; detach again when the guest is up and has unmounted it"
+    hint = "it stays detaching; detach again when the guest has booted and unmounted it"
     if (now := status()) != "running":
-        hint = f"the VM is {now}: the guest answers when it runs; then detach again"
+        hint = f"the VM is {now}: the guest can answer only while the VM runs; detach again then"
     return UnplugTimeout(tuple(left), message, hint=hint)

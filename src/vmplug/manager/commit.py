@@ -1,4 +1,4 @@
-"""What is decided is written down before anybody else can contradict it."""
+"""Journal a plan before another process can contradict it."""
 
 import time
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from vmplug.manager.plan import Plan
 
 _ATTEMPTS = 20
 _PLUG_TIMEOUT_S, _PLUG_STEP_S = 30.0, 0.02
-"""The longest wait for a process that plugs the same device and lives: a QEMU that does not answer
-keeps it for as long. Usually that takes milliseconds."""
+"""The longest wait for a running process that plugs the same device: a QEMU that does not answer
+can delay it this long. Usually it takes milliseconds."""
 
 
 def plan_and_journal(
@@ -26,8 +26,8 @@ def plan_and_journal(
 ) -> tuple[Plan, list[Attachment]]:
     """A plan and its holds on new devices of `vm`, journalled; the `lock` is held per attempt.
 
-    If nothing is to be plugged it is done with that. It waits while another process or thread
-    plugs the same device, and not for one that has ended or given up.
+    If there is nothing to plug, the attach is complete. It waits while another process or thread
+    plugs the same device, but not for one that has ended or given up.
     """
     deadline = time.monotonic() + _PLUG_TIMEOUT_S
     while True:
@@ -37,11 +37,11 @@ def plan_and_journal(
         except StateError as error:
             if not _is_passing(error, vm, journal) or time.monotonic() >= deadline:
                 raise
-        time.sleep(_PLUG_STEP_S)  # other processes plug too, and SQLite tells no changes
+        time.sleep(_PLUG_STEP_S)  # other processes plug too, and SQLite reports no changes
 
 
 def _is_passing(error: StateError, vm: str, journal: Journal) -> bool:
-    """Whether what stands in the way changes by itself, or has just done so."""
+    """Whether the obstacle will go away by itself, or has just done so."""
     if error.state != State.PLUGGING:
         return error.state == ABSENT
     workers = [d.in_progress_by for d in journal.devices(vm) if d.state is State.PLUGGING]
@@ -49,16 +49,16 @@ def _is_passing(error: StateError, vm: str, journal: Journal) -> bool:
 
 
 def mark_attached(plan: Plan, journal: Journal) -> list[Attachment]:
-    """Write down that new devices are attached, and holds on those that were known before.
+    """Record that new devices are attached, and the holds on known ones.
 
-    StateError when somebody has taken one of those away meanwhile.
+    StateError when a known one has been detached meanwhile.
     """
     ids = [*(new.record.id for new in plan.new), *plan.revived]
     return journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
 
 
 def _decide_now(plan_now: Callable[[], Plan], journal: Journal) -> tuple[Plan, list[Attachment]]:
-    """A plan that was journalled before anybody else had journalled another device."""
+    """A plan that was journalled before any other process had journalled another device."""
     for _ in range(_ATTEMPTS):
         known = journal.device_ids()
         plan = plan_now()

@@ -1,6 +1,6 @@
-"""Everything about requests that can be known before a VM is asked: found, and allowed or not.
+"""Find and check the devices of requests without the VM.
 
-`check` shows it and `attach` acts on it, so that the one refuses exactly what the other does.
+`check` shows the result and `attach` acts on it, so that both refuse the same devices.
 """
 
 import os
@@ -32,11 +32,12 @@ FindClaims = Callable[[HostDevice], Sequence[Claim]]
 
 
 class CheckContext(NamedTuple):
-    """What is known of devices besides the host: by default nothing.
+    """Sources of findings besides the host; by default none.
 
-    `find_claims` gives what VMs hold of a device and its relatives. The backend of one that the VM
-    has already (`is_held`) is not asked: it serves that VM. `find_more` gives what the VM has
-    against a device, and behind `gate` is the operator's policy, None where there is none.
+    `find_claims` returns the claims of VMs on a device and its relatives. vmplug does not ask the
+    backend of a device that the VM already has (`is_held`), as it serves that VM. `find_more`
+    returns the VM's findings about a device. `gate` is the operator's policy, None where there is
+    none.
     """
 
     find_claims: FindClaims = lambda _: ()
@@ -46,12 +47,12 @@ class CheckContext(NamedTuple):
 
 
 _BINDABLE = {Code.NOT_BOUND, Code.GROUP_NOT_VIABLE}
-"""Findings that binding mends."""
+"""Findings that binding resolves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedRequest:
-    """One request with what came of it; `device` is None when `error` says why there is none.
+    """One request with its result; when `device` is None, `error` is the reason.
 
     `driver` is None for a device that is only counted.
     """
@@ -68,7 +69,7 @@ class CheckedRequest:
         return any(finding.severity is Severity.ERROR for finding in self.findings)
 
     def with_finding(self, finding: Finding) -> "CheckedRequest":
-        """The same with one finding more."""
+        """The same with one more finding."""
         return replace(self, findings=(*self.findings, finding))
 
 
@@ -81,11 +82,11 @@ def examine(
     allowed: Iterable[Code] = (),
     managed: bool = False,
 ) -> list[CheckedRequest]:
-    """Find every device and everything against handing it over, in the order asked.
+    """Find every device and the reasons not to hand it over, in the same order.
 
-    `allowed` findings become warnings; `managed` is whether functions that VFIO does not have will
-    be given to it. What the policy does not allow is not looked at any further. Raises SpecError
-    for malformed options only.
+    `allowed` findings become warnings; `managed`: functions will be bound to VFIO where they are
+    not. A device that the policy does not allow is not checked further. Raises SpecError for
+    malformed options only.
     """
     codes, gate = frozenset(allowed), known.gate
     found = resolve_all(requests, host, vhost_user_store)
@@ -95,7 +96,7 @@ def examine(
         device = None if isinstance(answer, HostError) else answer
         error = answer if isinstance(answer, HostError) else None
         if device and not _is_text(device.host_path):
-            error, device = AttributeReadError(device.host_path, why="its name is no UTF-8"), None
+            error, device = AttributeReadError(device.host_path, why="its name is not UTF-8"), None
         driver = select_driver(info, device) if device else None
         findings = [_unresolved(error)] if error else []
         verdict = gate.judge(info, device, driver, host) if gate and device else None
@@ -123,7 +124,7 @@ def examine(
 def check_vfio(
     group: VfioGroup, hypervisor: Hypervisor, offer: Offer, host: HostRoot
 ) -> Iterable[Finding]:
-    """What the VM's QEMU, or the one that this process will start, has against a group."""
+    """Findings about a group for the VM's QEMU, or the one that this process will start."""
     endpoint = hypervisor.endpoint
     pid = endpoint.pid if endpoint else None
     if offer.mode is PlugMode.COLD:
@@ -133,7 +134,7 @@ def check_vfio(
 
 
 def _is_text(path: str) -> bool:
-    """Whether QMP and the journal, which speak UTF-8, can name it."""
+    """Whether QMP and the journal, which use UTF-8, can name it."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -159,7 +160,7 @@ def _check(
     claims: Sequence[Claim],
     host: HostRoot,
 ) -> list[Finding]:
-    """All findings about one device; what cannot be found out is one too."""
+    """All findings about one device; a failure to check it is one too."""
     if isinstance(usage, HostError):
         return [_unresolved(usage)]
     wish = Access(read_only=info.read_only, share_rw=driver is not None and driver.share_rw)
@@ -175,7 +176,7 @@ def _check(
 
 
 def refuse_not_allowed(examined: Iterable[CheckedRequest]) -> None:
-    """Raise PolicyError when the operator's rules stand against any of the requests."""
+    """Raise PolicyError when the operator's rules refuse any of the requests."""
     problems = [
         (request.info.name, finding)
         for request in examined
@@ -188,7 +189,7 @@ def refuse_not_allowed(examined: Iterable[CheckedRequest]) -> None:
 
 
 def refuse(examined: Sequence[CheckedRequest]) -> None:
-    """Raise what stands against the requests: the error of one, or one report of several."""
+    """Raise the errors of the requests: that of one, or one report of several."""
     refused = [request for request in examined if request.is_refused]
     if len(refused) == 1 and refused[0].error:
         raise refused[0].error
@@ -203,9 +204,9 @@ def refuse(examined: Sequence[CheckedRequest]) -> None:
     request, first = problems[0]
     hint = first.hint
     if len(problems) > 1:
-        hint = "vmplug check shows each of them with its remedy"
+        hint = "vmplug check shows each finding with its remedy"
     elif first.code not in NEVER_ALLOWED:
-        hint += f"; or take the risk with --allow {first.code}"
+        hint += f"; or accept the risk with --allow {first.code}"
     raise InUse(
         request.device.host_path if request.device else request.info.name,
         "; ".join(f"{r.info.name}: {finding.message}" for r, finding in problems),
@@ -216,14 +217,14 @@ def refuse(examined: Sequence[CheckedRequest]) -> None:
 
 def _unresolved(error: HostError) -> Finding:
     code = Code.NO_SUCH_DEVICE if isinstance(error, NoSuchDevice) else Code.UNREADABLE
-    return Finding(code, error.message, error.hint or "look at the file it names")
+    return Finding(code, error.message, error.hint or "check that file")
 
 
 def _overlaps(device: HostDevice, earlier: Iterable[CheckedRequest]) -> list[Claim]:
-    """Devices of the same request that show the same bytes under another number."""
+    """Devices of the same request with the same bytes under another number."""
     return [
         Claim(
-            vm="of this very request",
+            vm=None,
             identity=other.device.identity,
             read_only=other.info.read_only,
             share_rw=other.driver is not None and other.driver.share_rw,

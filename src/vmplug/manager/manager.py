@@ -49,16 +49,16 @@ Batch = Sequence[Request]
 Codes = Iterable[Code]
 
 _UNKNOWN = (ProtocolError, ConnectError, UnplugTimeout)
-"""After these nobody knows what QEMU did, or half of a group is still in it; after every other
-error it is as it was."""
+"""After these it is unknown what QEMU did, or half of a group is still in it. After every other
+error QEMU is unchanged."""
 
 
 class DeviceManager:
     """The devices of one VM. Thread-safe: no thread waits for another's guest.
 
     Several managers may serve one VM, also in several processes: they share the journal below
-    `state_dir`, and take turns on the QMP socket. The lock is held while it is decided what to
-    do, and never while that is done.
+    `state_dir`, and take turns on the QMP socket. The lock is held while the manager decides, and
+    never while it acts.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class DeviceManager:
         self._lock = threading.RLock()
         self._offer: Offer | None = None
         self._met: Endpoint | None = None
-        self._former: list[Repair] = []  # what was released of a VM that had the name before
+        self._former: list[Repair] = []  # devices released from a former VM of the name
 
     @classmethod
     def open(
@@ -95,13 +95,12 @@ class DeviceManager:
         vhost_user_store: VhostUserStore | None = None,
         policy: Policy | None = None,
     ) -> Self:
-        """The manager of VM `vm`, with everything that is journalled of it below `state_dir`.
+        """Open the manager of VM `vm`, with its journal below `state_dir`.
 
         `vhost_user_store` is the vhost-user store of the host, None when it has none. Without a
-        `policy` everything may be handed over that `check` finds nothing against. A VM that the
-        journal does not know is written into it, and what a former one of its name held is
-        released. The manager closes the hypervisor's conversation when it is closed. Raises
-        StoreError.
+        `policy` every device that passes `check` may be handed over. A VM that is not in the
+        journal is added, and the devices of a former one with its name are released. Closing the
+        manager closes the hypervisor's connection. Raises StoreError.
         """
         journal = Journal.open(state_dir)
         manager = cls(
@@ -116,7 +115,7 @@ class DeviceManager:
         return manager
 
     def close(self) -> None:
-        """End the conversation with the VM and close the journal; devices stay attached."""
+        """Close the connection to the VM and the journal; devices stay attached."""
         self._hypervisor.close()
         self._journal.close()
 
@@ -127,7 +126,7 @@ class DeviceManager:
         self.close()
 
     def attachments(self) -> list[Attachment]:
-        """Every hold on a device of this VM, in the order they came."""
+        """Every hold on a device of this VM, oldest first."""
         return self._journal.attachments(self._vm)
 
     def check(
@@ -138,10 +137,10 @@ class DeviceManager:
         allow: Codes = (),
         managed: bool = False,
     ) -> list[CheckedRequest]:
-        """What each request is on the host, and everything that `attach` would refuse it for.
+        """The device of each request on the host, and all reasons to refuse its `attach`.
 
-        But for places in the VM: see `check_places`. Without an `owner` the policy is not asked
-        about owners.
+        Places in the VM are not checked: see `check_places`. Without an `owner` the policy does
+        not check owners.
         """
         return examine(
             requests,
@@ -162,7 +161,7 @@ class DeviceManager:
         allow: Codes = (),
         managed: bool = False,
     ) -> list[CheckedRequest]:
-        """`check`, and for what passes it also whether the VM has a place; nothing is changed."""
+        """`check`, and whether the VM has places for the devices that pass; nothing is changed."""
         examined = self.check(requests, owner=owner, allow=allow, managed=managed)
         with self._lock:
             known = self._journal.devices(self._vm)
@@ -176,9 +175,9 @@ class DeviceManager:
         allow: Codes = (),
         managed: bool = False,
     ) -> list[Step]:
-        """Exactly what `attach_all` would do now, step and undo; nothing is changed.
+        """The exact steps of `attach_all` now, each with its undo; nothing is changed.
 
-        Ids are drawn anew each time. Raises as `attach_all` does.
+        Ids are new each time. Raises as `attach_all` does.
         """
         with self._lock:
             owner = owner or self._vm
@@ -194,7 +193,7 @@ class DeviceManager:
                     *self._hypervisor.steps(new.plug, new.place),
                 )
             )
-            # What devices of the VM share is made once.
+            # Steps that devices of the VM share are done once.
             return list({str(step.do): step for step in steps}.values())
 
     def attach(
@@ -213,11 +212,11 @@ class DeviceManager:
     ) -> list[Attachment]:
         """Plug all of the devices or none, and hold them for `owner` (default: the VM's name).
 
-        A device that the VM has already is only counted. The guest is not waited for. Findings in
-        `allow` do not stop it. `managed` binds PCI functions to VFIO where they are not, and
-        `detach` gives them back to the drivers that they had. Raises SpecError, PolicyError,
+        A device that the VM has already is only counted. The call does not wait for the guest, and
+        findings in `allow` do not stop it. `managed` binds PCI functions to VFIO where they are
+        not, and `detach` gives them back to their former drivers. Raises SpecError, PolicyError,
         HostError (InUse for what `check` finds), HypervisorError, and StateError when a device is
-        still on its way out or in.
+        still plugging or detaching.
         """
         holder = owner or self._vm
         self._meet()
@@ -242,7 +241,7 @@ class DeviceManager:
             try:
                 self._unplug([r for r in done if r.can_be_unplugged], UNPLUG_TIMEOUT_S)
             except HypervisorError as error:
-                log.warning("%s; vmplug reconcile tries again, ignoring", error)
+                log.warning("ignored: %s; vmplug reconcile tries again", error)
             raise failure
         held = {(hold.device_id, hold.name): hold for hold in added}
         attachments = [
@@ -255,10 +254,10 @@ class DeviceManager:
     def detach(
         self, attachment_id: str, *, timeout_s: float = UNPLUG_TIMEOUT_S, whole: bool = False
     ) -> None:
-        """Take one count of an attachment back, or the `whole` of it; the last one unplugs.
+        """Release one count of an attachment, or the `whole` of it; the last one unplugs.
 
-        Raises NotAttached; UnplugTimeout or UnplugRefused when the guest does not let go within
-        `timeout_s`: the device stays "detaching" and the call may be repeated.
+        Raises NotAttached; UnplugTimeout or UnplugRefused when the guest does not release it
+        within `timeout_s`: the device stays "detaching" and the call may be repeated.
         """
         self.detach_all([attachment_id], timeout_s=timeout_s, whole=whole)
 
@@ -269,7 +268,7 @@ class DeviceManager:
         timeout_s: float = UNPLUG_TIMEOUT_S,
         whole: bool = False,
     ) -> None:
-        """`detach` for many: the guest is asked for all of them first and waited for once."""
+        """`detach` for many: ask the guest for all of them first and wait once."""
         self._meet()
         known = {hold.id for hold in self.attachments()}
         for attachment_id in attachment_ids:
@@ -278,9 +277,9 @@ class DeviceManager:
         self._release(attachment_ids, timeout_s, whole=whole)
 
     def detach_owner(self, owner: str, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Attachment]:
-        """Take back everything that `owner` holds, however often; see `detach`.
+        """Release everything that `owner` holds, with all counts; see `detach`.
 
-        Gives what it held. Raises NotAttached when that is nothing.
+        Returns the released holds. Raises NotAttached when there are none.
         """
         held = [hold for hold in self.attachments() if hold.owner == owner]
         if not held:
@@ -289,10 +288,10 @@ class DeviceManager:
         return held
 
     def resize(self, attachment_id: str, size_bytes: int | None = None) -> int:
-        """Give the guest a disk's new size, and return it in bytes.
+        """Report a disk's new size to the guest, and return it in bytes.
 
-        None takes the size the host's device has now; for a regular file a number makes it grow.
-        Raises PolicyError for what would cut data off, NotAttached, HypervisorError.
+        None means the current size of the host's device; for a regular file a number makes it
+        grow. Raises PolicyError if data would be lost, NotAttached, HypervisorError.
         """
         hold = next((hold for hold in self.attachments() if hold.id == attachment_id), None)
         devices = {record.id: record for record in self._journal.devices(self._vm)}
@@ -307,7 +306,7 @@ class DeviceManager:
     def reconcile(
         self, *, timeout_s: float = UNPLUG_TIMEOUT_S, keep_unknown: bool = False
     ) -> list[Repair]:
-        """Make the journal and the VM agree, but for `keep_unknown` parts; tells what was done."""
+        """Make the journal and the VM agree, except `keep_unknown` parts; return the repairs."""
         self._offer = None
         self._meet()
         repairs = reconcile(
@@ -324,7 +323,7 @@ class DeviceManager:
     # planning
 
     def _meet(self) -> None:
-        """Release what a VM of the name held that has ended since this manager last looked."""
+        """Release the devices of a VM of this name that has ended since the last check."""
         with self._lock:
             endpoint = self._hypervisor.endpoint
             if endpoint == self._met:
@@ -337,13 +336,13 @@ class DeviceManager:
                 self._offer = None
 
     def _gate(self, owner: str | None) -> PolicyCheck | None:
-        """The policy, asked on behalf of `owner`."""
+        """The policy for requests of `owner`."""
         if self._policy is None:
             return None
         return PolicyCheck(self._policy, self._vm, owner, self._last_offer().mode)
 
     def _last_offer(self) -> Offer:
-        """What the VM offered when it was last asked."""
+        """The last known offer of the VM."""
         with self._lock:
             self._offer = self._offer or self._hypervisor.offer()
             return self._offer
@@ -372,9 +371,9 @@ class DeviceManager:
     def _choose(
         self, driver: PlugDriver, device: HostDevice, taken: set[str]
     ) -> tuple[Place, Offer]:
-        """A place in what the VM offered when it was last asked, or, if that is full, offers now.
+        """A place in the last known offer of the VM or, if that is full, in its current one.
 
-        What it offers is asked again after a refusal and after each unplug.
+        The manager asks for a new offer after a refusal and after each unplug.
         """
         if offer := self._offer:
             with suppress(NoFreePort):
@@ -387,7 +386,7 @@ class DeviceManager:
     def _plug(
         self, devices: Sequence[NewDevice], *, managed: bool
     ) -> tuple[list[DeviceRecord], DeviceError | None]:
-        """Plug in turn, up to the first that fails: what is done, and the failure."""
+        """Plug in turn, up to the first that fails: returns what was done, and the failure."""
         done: list[DeviceRecord] = []
         for device in devices:
             try:
@@ -402,7 +401,7 @@ class DeviceManager:
         return done, None
 
     def _give_up(self, devices: Sequence[NewDevice], done: Sequence[DeviceRecord]) -> None:
-        """Forget what was never plugged; what was is on its way out."""
+        """Forget devices that were never plugged; the others are detaching."""
         done_ids = [record.id for record in done]
         undone = [new.record.id for new in devices if new.record.id not in done_ids]
         self._let_go(done)
@@ -410,7 +409,7 @@ class DeviceManager:
         self._journal.forget_devices(undone)
 
     def _let_go(self, records: Sequence[DeviceRecord]) -> None:
-        """Write down that nobody holds new devices; some stay until their VM ends."""
+        """Record that new devices have no holds; some stay until their VM ends."""
         leaving = [record.id for record in records if record.can_be_unplugged]
         staying = [record.id for record in records if not record.can_be_unplugged]
         self._journal.set_state(leaving, State.DETACHING)

@@ -1,4 +1,4 @@
-"""What an attach will do, decided before anything is done."""
+"""Plan an attach completely before its first step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +20,12 @@ from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request, ShareInfo
 
 Choose = Callable[[PlugDriver, HostDevice, set[str]], tuple[Place, Offer]]
-"""Gives a place for a device that is not among the taken ones, and the offer it comes from."""
+"""Returns a place for a device that is not taken, and the offer that has it."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewDevice:
-    """A device to be plugged; `plug` and `place` are None for one that is only counted."""
+    """A device to plug; `plug` and `place` are None for one that is only counted."""
 
     record: DeviceRecord
     device: HostDevice
@@ -35,7 +35,7 @@ class NewDevice:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """New devices in the order to plug them, and the holds on new and known ones as asked.
+    """New devices in the order to plug them, and the requested holds on new and known ones.
 
     `revived` are the ids of retained devices, which have an owner again.
     """
@@ -45,7 +45,7 @@ class Plan:
     revived: tuple[str, ...] = ()
 
     def holds_on(self, *, new: bool) -> list[Attachment]:
-        """The holds on devices that are new, or that are not."""
+        """The holds on new devices, or on the others."""
         ids = {device.record.id for device in self.new}
         return [hold for hold in self.holds if (hold.device_id in ids) is new]
 
@@ -58,11 +58,11 @@ def make_plan(
     known: Iterable[DeviceRecord],
     choose: Choose,
 ) -> Plan:
-    """The plan for requests that all may go; nothing is changed.
+    """The plan for requests that all passed the checks; nothing is changed.
 
-    A device that the VM has already is only held once more, whatever `check` says of it now, if
-    the policy allows it to this owner too. Raises PolicyError, what `refuse` raises, StateError
-    when a known device does not serve a request, and what `choose` raises.
+    A device that the VM already has only gets one more hold, whatever `check` finds now, if the
+    policy allows it to this owner too. Raises PolicyError, the errors of `refuse` and `choose`,
+    and StateError when a known device does not fit a request.
     """
     records = {record.identity: record for record in known}
     refuse_not_allowed(examined)
@@ -86,7 +86,7 @@ def make_plan(
     devices = _without_numbers(new.values())
     records |= {device.record.identity: device.record for device in devices}
     holds = (_hold(records[_identity(request)], request.info, owner) for request in examined)
-    # What cannot be taken back comes last.
+    # Devices that cannot be unplugged come last.
     ordered = sorted(devices, key=lambda device: not device.record.can_be_unplugged)
     retained = (records[i].id for i in wanted if records[i].state is State.RETAINED)
     return Plan(tuple(ordered), tuple(holds), tuple(retained))
@@ -98,7 +98,7 @@ def _taken(records: Iterable[DeviceRecord]) -> set[str]:
 
 
 def bind_steps(new: NewDevice, host: HostRoot, *, managed: bool) -> list[Step]:
-    """What is done on the host before a group is plugged: nothing when VFIO has it already."""
+    """The steps on the host before a group is plugged: none when it is bound to VFIO."""
     group = new.device
     if not (managed and isinstance(group, VfioGroup)):
         return []
@@ -112,7 +112,7 @@ def bind_steps(new: NewDevice, host: HostRoot, *, managed: bool) -> list[Step]:
 def find_places(
     examined: Sequence[CheckedRequest], *, known: Iterable[DeviceRecord], choose: Choose
 ) -> list[CheckedRequest]:
-    """The requests with what the VM has against those that the host would give."""
+    """The requests, with the VM's findings for those that pass on the host."""
     records = list(known)
     held, taken = {record.identity for record in records}, _taken(records)
     answers = []
@@ -149,7 +149,7 @@ def _new_device(
     taken: set[str],
     choose: Choose,
 ) -> NewDevice:
-    """A record, plug and place for one device that one or more requests name."""
+    """A record, plug and place for one device of one or more requests."""
     device, driver = requests[0].device, requests[0].driver
     assert device
     record = DeviceRecord(
@@ -192,9 +192,9 @@ def _hold(record: DeviceRecord, info: Request, owner: str) -> Attachment:
 
 
 def _without_numbers(new: Iterable[NewDevice]) -> list[NewDevice]:
-    """The devices; of several NVDIMMs nobody knows which the guest will number first.
+    """The devices; the order in which the guest will number several NVDIMMs is unknown.
 
-    QEMU lists them in no order of ours. Source: measured on QEMU 7.2, hot and cold.
+    QEMU lists them in another order. Source: measured on QEMU 7.2, hot and cold.
     """
     devices = list(new)
     nvdimms = [device for device in devices if isinstance(device.place, MemorySlot)]
@@ -212,12 +212,12 @@ def _without_number(record: DeviceRecord) -> DeviceRecord:
 
 
 def _check_tag(new: DeviceRecord, records: Iterable[DeviceRecord]) -> None:
-    """StateError when the guest could not tell a share from another: it mounts by the tag."""
+    """StateError when two shares would have one tag, by which the guest mounts them."""
     tag = new.guest_address.mount_tag if new.guest_address else None
     for record in records:
         if tag and record.guest_address and record.guest_address.mount_tag == tag:
             raise StateError(
-                f"the VM has a share with the tag {tag} already, of {record.host_path}",
+                f"the VM already has a share with the tag {tag}: {record.host_path}",
                 state="taken",
                 required="free",
                 hint="choose another tag, or detach that share first",
@@ -225,25 +225,25 @@ def _check_tag(new: DeviceRecord, records: Iterable[DeviceRecord]) -> None:
 
 
 def _check_serves(record: DeviceRecord, request: CheckedRequest) -> None:
-    """StateError unless the device, as it is or will be plugged, serves this request."""
+    """StateError unless the device, as it is or will be plugged, fits this request."""
     device, guest = request.device, record.guest_address
     tag = request.info.tag if isinstance(request.info, ShareInfo) else None
     is_other = device and device.kind is not record.kind
     if is_other or (tag and guest and guest.mount_tag != tag) or _is_other_pmem(record, request):
         what = f" with the tag {guest.mount_tag}" if guest and guest.mount_tag else ""
         raise StateError(
-            f"{record.host_path} is plugged as {record.kind}{what}, and is now wanted as another "
-            "device",
+            f"{record.host_path} is plugged as {record.kind}{what}, and the request is for "
+            "another device",
             state="other",
             required="the same",
             hint="detach it from every owner first",
         )
     if record.read_only and not request.info.read_only:
         raise StateError(
-            f"{record.host_path} is plugged read-only and is now wanted for writing",
+            f"{record.host_path} is plugged read-only, and the request is for writing",
             state="read-only",
             required="writable",
-            hint="detach it from every owner first, or ask for it read-only",
+            hint="detach it from every owner first, or request it read-only",
         )
     wanted = request.info.driver_options
     if wanted and dict(wanted) != dict(record.options):
@@ -260,7 +260,7 @@ def _words(options: Mapping[str, str]) -> str:
 
 
 def _is_other_pmem(record: DeviceRecord, request: CheckedRequest) -> bool:
-    """Whether a file that is plugged as a disk is now wanted as persistent memory."""
+    """Whether a file that is plugged as a disk is now requested as persistent memory."""
     wants_pmem = isinstance(request.info, DeviceInfo) and request.info.pmem
     is_pmem = record.guest_address is not None and record.guest_address.nvdimm_handle is not None
     return wants_pmem and not is_pmem

@@ -1,17 +1,17 @@
-"""Make the journal agree with what the VM really holds, after a crash of anybody.
+"""Make the journal agree with the devices that the VM really has, after any crash.
 
 | journal | VM | done |
 | --- | --- | --- |
-| plugging | any part, or none | unplugged: nobody was told that it is there |
-| attached | the device | nothing; told when its vhost-user backend is gone |
+| plugging | any part, or none | unplugged: its attach had not returned |
+| attached | the device | nothing; reported when its vhost-user backend is gone |
 | attached | remains, or none | remains removed, forgotten |
 | detaching | any part, or none | unplugged |
 | retained | the device, or none | nothing, or forgotten |
 | nothing, for no VM | a part named by vmplug | unplugged |
 
-What a living process has in progress is left to it. A device that the guest does not release stays
-"detaching". What QEMU cannot unplug, NVDIMMs and virtio-mmio devices, stays in the journal as
-"retained".
+A device that a running process has in progress is left to it. A device that the guest does not
+release stays "detaching". Devices that QEMU cannot unplug, NVDIMMs and virtio-mmio devices, stay
+in the journal as "retained".
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from vmplug.journal.state import State
 
 
 class RepairOutcome(StrEnum):
-    """What reconcile did with a device."""
+    """The outcome of reconcile for a device."""
 
     UNDONE = "undone"
     FINISHED = "detached"
@@ -56,7 +56,7 @@ _LEFT = {
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """One thing that did not agree; `host_path` is None for what the journal did not know."""
+    """One repaired device; `host_path` is None for one that was not in the journal."""
 
     device_id: str
     host_path: str | None
@@ -65,7 +65,7 @@ class Repair:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the VM no longer holds it."""
+        """Whether the VM no longer has it."""
         return self.outcome not in {*_STAYING, RepairOutcome.STILL_DETACHING}
 
 
@@ -77,11 +77,11 @@ def reconcile(
     timeout_s: float,
     keep_unknown: bool = False,
 ) -> list[Repair]:
-    """Repair everything of `vm` that does not agree, and tell it.
+    """Repair every device of `vm` that does not agree, and return the repairs.
 
-    `keep_unknown` leaves what the journal does not know in the VM: it may be the journal's loss.
+    `keep_unknown` leaves devices in the VM that are not in the journal, as it may have lost them.
     """
-    # In this order: what a process begins or ends meanwhile is then in one of the two.
+    # In this order: a device that a process plugs or unplugs meanwhile is in one of the two.
     records = {record.id: record for record in journal.devices(vm)}
     hypervisor.claim_foreign_names(foreign_names(records.values()))
     held = hypervisor.find_devices()
@@ -91,11 +91,14 @@ def reconcile(
         if (repair := _in_progress(record, journal) or _judge(record, held))
     }
     for device_id in held.keys() - journal.device_ids():
-        reason = "the VM holds it and the journal does not know it"
+        reason = "it is in the VM, but not in the journal"
         outcome = RepairOutcome.UNKNOWN if keep_unknown else RepairOutcome.REMOVED
         repairs[device_id] = Repair(device_id, None, outcome, reason)
     for device_id in hypervisor.find_lost() & records.keys() - repairs.keys():
-        path, reason = records[device_id].host_path, "start its backend again, or detach it"
+        path, reason = (
+            records[device_id].host_path,
+            "start its backend again, or detach the device",
+        )
         repairs[device_id] = Repair(device_id, path, RepairOutcome.BACKEND_LOST, reason)
     stuck = [i for i, repair in repairs.items() if repair.outcome is RepairOutcome.RETAINED]
     unfinished = [i for i, repair in repairs.items() if repair.outcome in _UNFINISHED]
@@ -104,7 +107,7 @@ def reconcile(
         journal.set_state(stuck, State.RETAINED)
         journal.set_state(unfinished, State.DETACHING)
         left = _unplug(hypervisor, leaving, held, timeout_s)
-        # No VM tells of these; a function that one has open does not go back to its driver.
+        # No VM lists these; a function that one has open cannot go back to its driver.
         hypervisor.close_files(
             [i for i in unfinished if repairs[i].outcome is RepairOutcome.UNDONE]
         )
@@ -122,14 +125,14 @@ def _in_progress(record: DeviceRecord, journal: Journal) -> Repair | None:
     worker = record.in_progress_by
     if not (worker and worker.is_alive(journal.host)):
         return None
-    reason = f"process {worker.pid} is at work on it"
+    reason = f"process {worker.pid} is working on it"
     return Repair(record.id, record.host_path, RepairOutcome.IN_PROGRESS, reason)
 
 
 def _judge(record: DeviceRecord, held: Mapping[str, bool]) -> Repair | None:
     is_unfinished = record.state in {State.PLUGGING, State.DETACHING}
     if is_unfinished and held.get(record.id) and not record.can_be_unplugged:
-        reason = "QEMU cannot take it out again"
+        reason = "QEMU cannot unplug it"
         return Repair(record.id, record.host_path, RepairOutcome.RETAINED, reason)
     match record.state:
         case State.PLUGGING:
@@ -137,7 +140,9 @@ def _judge(record: DeviceRecord, held: Mapping[str, bool]) -> Repair | None:
                 record.id, record.host_path, RepairOutcome.UNDONE, "its attach was interrupted"
             )
         case State.DETACHING:
-            return Repair(record.id, record.host_path, RepairOutcome.FINISHED, "it was detaching")
+            return Repair(
+                record.id, record.host_path, RepairOutcome.FINISHED, "its detach was interrupted"
+            )
         case State.ATTACHED | State.RETAINED:
             if held.get(record.id) or record.place is None:
                 return None
@@ -149,7 +154,7 @@ def _judge(record: DeviceRecord, held: Mapping[str, bool]) -> Repair | None:
 def _unplug(
     hypervisor: Hypervisor, device_ids: Sequence[str], held: Mapping[str, bool], timeout_s: float
 ) -> dict[str, str]:
-    """Why each device that is still there is."""
+    """The reason for each device that is still there."""
     refused = {}
     for device_id in device_ids:
         if held.get(device_id):

@@ -1,4 +1,4 @@
-"""What size a disk may be given."""
+"""Decide the new size of a disk."""
 
 from vmplug.devnum import DevNum
 from vmplug.errors import PolicyError
@@ -12,7 +12,7 @@ from vmplug.oci.info import DeviceInfo, DevType
 
 
 def is_disk(record: DeviceRecord) -> bool:
-    """Whether QEMU has a block node of it, whose size can change."""
+    """Whether QEMU has a block node for it, whose size can change."""
     is_plugged = record.guest_address is not None
     return is_plugged and record.kind is DeviceType.BLOCK and record.can_be_unplugged
 
@@ -20,9 +20,9 @@ def is_disk(record: DeviceRecord) -> bool:
 def new_size(
     record: DeviceRecord, hold: Attachment, host: HostRoot, size_bytes: int | None
 ) -> int:
-    """The size in bytes that the guest is to see; `size_bytes` is the one that was asked for.
+    """The new size in bytes for the guest; `size_bytes` is the requested one.
 
-    Raises PolicyError for what would cut data off, or what only the host can do.
+    Raises PolicyError if data would be lost, or only the host can resize it.
     """
     device = resolve(_request_for(record, hold), host)
     now = _size_bytes(device, record)
@@ -30,18 +30,18 @@ def new_size(
     if wanted < now:
         raise PolicyError(
             f"{hold.host_path} has {now} bytes; making it smaller would lose data",
-            hint="detach it first and cut it with the tool of its file system",
+            hint="detach it first, then shrink it with the tool of its file system",
         )
     if isinstance(device, BlockDevice) and wanted != now:
         raise PolicyError(
-            f"{hold.host_path} has {now} bytes and only the host can make it grow",
-            hint="grow the device on the host first, then resize without a size",
+            f"{hold.host_path} has {now} bytes and only the host can grow it",
+            hint="grow the device on the host first, then run vmplug resize without a size",
         )
     return wanted
 
 
 def _size_bytes(device: HostDevice, record: DeviceRecord) -> int:
-    """What the guest may see: a qcow2 image has a size of its own inside."""
+    """The size for the guest: a qcow2 image has its own size inside."""
     if isinstance(device, DiskFile) and device.qcow2 and record.options.get("format") == "qcow2":
         return device.qcow2.virtual_size_bytes
     size_bytes = device.size_bytes if isinstance(device, BlockDevice | DiskFile) else None
@@ -49,7 +49,7 @@ def _size_bytes(device: HostDevice, record: DeviceRecord) -> int:
 
 
 def _request_for(record: DeviceRecord, hold: Attachment) -> DeviceInfo:
-    """A request that finds the disk of an attachment again."""
+    """A request for the disk of an attachment."""
     kind, _, what = record.identity.partition(":")
     return DeviceInfo(
         container_path=hold.name,

@@ -1,4 +1,4 @@
-"""The way out: the guest is asked, waited for, and the host gets its functions back."""
+"""Unplug devices: ask the guest, wait for it, and give functions back to the host."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Unplugger:
-    """Takes devices out of one VM that the journal has as detaching."""
+    """Unplugs devices of one VM that are detaching in the journal."""
 
     vm: str
     journal: Journal
@@ -24,10 +24,10 @@ class Unplugger:
     binder: Binder
 
     def unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
-        """Ask for all first and wait for all together; what is gone is forgotten.
+        """Ask for all first and wait for all together; forget those that are gone.
 
-        Raises CommandError, UnplugRefused or UnplugTimeout for what stays, and BindError for a
-        function that its former driver does not take.
+        Raises CommandError, UnplugRefused or UnplugTimeout for devices that stay, and BindError
+        for a function that its former driver does not take.
         """
         with self.journal.in_progress([record.id for record in records]):
             self._unplug(records, timeout_s)
@@ -60,9 +60,9 @@ class Unplugger:
             raise unreturned
 
     def give_back(self, device_ids: Iterable[str]) -> BindError | None:
-        """Give functions that `managed` bound back to their drivers; the failure, if any.
+        """Give functions that `managed` bound back to their drivers; returns the failure, if any.
 
-        What fails stays in the journal, for reconcile.
+        A function that fails stays in the journal, for reconcile.
         """
         failure = None
         for device_id in device_ids:

@@ -1,8 +1,7 @@
-"""Is the VM that answers still the one in the journal, or another one of its name?
+"""Decide whether the VM that answers is the one in the journal, or another one of its name.
 
-A QEMU that has ended has taken its devices along, and the next one behind the same socket knows
-nothing of them. What the journal still has of the former life is released before anything is done
-with the new one.
+The devices of a QEMU that has ended are gone, and the next one behind the same socket does not
+have them. vmplug releases the former devices in the journal before it uses the new VM.
 """
 
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ from vmplug.manager.reconcile import Repair, RepairOutcome
 
 
 def release_if_restarted(vm: str, journal: Journal, hypervisor: Hypervisor) -> list[Repair]:
-    """Write a VM down that the journal does not know, and release what a former one held.
+    """Add a VM that is not in the journal, and release the devices of a former one.
 
-    Tells what was released; its functions are still to be given back to the host.
+    Returns the released devices; the caller gives their functions back to the host.
     """
     endpoint, record = hypervisor.endpoint, journal.find_vm(vm)
     if endpoint is None:
@@ -33,21 +32,21 @@ def release_if_restarted(vm: str, journal: Journal, hypervisor: Hypervisor) -> l
         return []
     journal.replace_vm(record_vm(vm, endpoint, journal.host))
     hypervisor.wait_unplugged([device.id for device in devices], 0)  # ends their daemons
-    reason = "its VM has ended, and another QEMU has the name"
+    reason = "its VM has ended, and another QEMU has its name"
     return [Repair(d.id, d.host_path, RepairOutcome.FORGOTTEN, reason) for d in devices]
 
 
 def _may_have_ended(record: VmRecord, journal: Journal) -> bool:
-    """Whether the process that the journal knows is no more."""
+    """Whether the process in the journal has ended."""
     if record.is_of_earlier_boot:
         return True
     return has_ended(record, journal.host)
 
 
 def _holds_any(devices: Sequence[DeviceRecord], hypervisor: Hypervisor) -> bool:
-    """Whether the QEMU is the old one after all: no other has a device by one of these ids.
+    """Whether the QEMU is the old one after all: no other has a device with one of these ids.
 
-    An older vmplug wrote down who had made the socket, which may have been a launcher.
+    An older vmplug recorded the process that created the socket, which may be a launcher.
     """
     hypervisor.claim_foreign_names(foreign_names(devices))
     held = hypervisor.find_devices()

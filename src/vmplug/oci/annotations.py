@@ -1,4 +1,4 @@
-"""Annotations of a bundle that ask for what OCI has no word for, and options of single devices.
+"""Annotations of a bundle that request what OCI cannot express, and options of single devices.
 
     org.vmplug.net.NAME       {"socket": "/run/vpp/eth0.sock", "mac": "52:54:00:aa:bb:cc"}
     org.vmplug.share.TAG      {"source": "/srv/work", "read-only": true, "cache": "auto"}
@@ -7,7 +7,7 @@
     org.vmplug.options.PATH   {"block-driver": "virtio-scsi", "cache": "none"}
 
 Annotations, not a file of our own: they travel with config.json through every container engine,
-and through standard input. Each value is one JSON object; what is not known is an error. Kata's
+and through standard input. Each value is one JSON object; an unknown member is an error. Kata's
 sandbox annotations are read where they mean the same, as defaults.
 Source: opencontainers/runtime-spec config.md, Annotations; Kata Containers
 docs/how-to/how-to-set-sandbox-config-kata.md.
@@ -41,14 +41,14 @@ _SHARE_DEFAULTS = {
     "virtio_fs_cache_size": "cache-size",
     "virtio_fs_queue_size": "queue-size",
 }
-"""Kata's words for every share of a sandbox, and our option that means the same."""
+"""Kata's names of options for every share of a sandbox, and our option that means the same."""
 _KATA_WORDS = {*_SHARE_DEFAULTS, "entropy_source"}
 
 Option = str | int | bool
 
 
 class Annotated(NamedTuple):
-    """What the annotations of one bundle say.
+    """The contents of one bundle's annotations.
 
     `options` are those of single devices and mounts, by path in the container.
     """
@@ -82,8 +82,9 @@ def read_annotations(annotations: Mapping[str, str]) -> Annotated:
             case _:
                 raise SpecError(
                     annotation_path(key),
-                    f"{kind!r} is no kind of annotation",
-                    hint=f"{PREFIX} is followed by net, share, rng, vfio or options, and a name",
+                    f"{kind!r} is not a kind of annotation",
+                    hint=f"{PREFIX} must be followed by net, share, rng, vfio or options, and a "
+                    "name",
                 )
     check_count("$.annotations", "requests", len(requests), REQUESTS_MAX)
     return Annotated(tuple(requests), options)
@@ -127,7 +128,7 @@ def _rng(name: str, fields: "_Fields", katas: Mapping[str, str]) -> RngInfo:
 
 
 class _Fields:
-    """The members of one annotation's object; what is not taken is an option."""
+    """The members of one annotation's object; each member that is not taken is an option."""
 
     def __init__(self, key: str, value: str) -> None:
         self._key, where = key, annotation_path(key)
@@ -141,7 +142,7 @@ class _Fields:
         check_count(where, "members", len(self._members), OPTIONS_MAX)
 
     def take_path(self, member: str, default: str | None = None) -> str:
-        """A path; a bundle names no descriptors, which are another process's."""
+        """A path; a bundle cannot name a descriptor, which belongs to another process."""
         value = self._members.pop(member, default)
         if not (isinstance(value, str) and value.startswith("/")):
             what = "is missing" if value is None else f"is {value!r}, expected an absolute path"
@@ -149,7 +150,7 @@ class _Fields:
         return value
 
     def take_text(self, member: str) -> str:
-        """A word that must be there."""
+        """A text that must be present."""
         value = self._members.pop(member, None)
         if not isinstance(value, str):
             what = "is missing" if value is None else f"is {value!r}, expected text"
@@ -157,7 +158,7 @@ class _Fields:
         return value
 
     def take_flag(self, member: str) -> bool:
-        """True or false; false when it is not there."""
+        """True or false; false when absent."""
         value = self._members.pop(member, False)
         if not isinstance(value, bool):
             what = f"the member {member!r} is {value!r}, expected true or false"
@@ -165,7 +166,7 @@ class _Fields:
         return value
 
     def options(self) -> dict[str, str]:
-        """What is left, as the text that the command line takes too."""
+        """The remaining members, as the text that the command line takes too."""
         options = {key: _text(value) for key, value in self._members.items()}
         for key, text in options.items():
             check_text(annotation_path(self._key), max(key, text, key=len), OPTION_BYTES_MAX)

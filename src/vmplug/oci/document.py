@@ -1,7 +1,7 @@
 """A JSON document that a tenant wrote, before it is decoded: how deep is it, and is it one?
 
-A key that is there twice has one meaning here and may have another for the engine that runs the
-container, so it is refused. Source: RFC 8259, section 4.
+A repeated key may mean one thing here and another to the engine that runs the container, so it is
+refused. Source: RFC 8259, section 4.
 """
 
 import json
@@ -13,7 +13,7 @@ from vmplug.errors import SpecError
 from vmplug.oci.limits import NESTING_MAX
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-"""One that is not closed goes to the end, so that nothing is looked at twice."""
+"""A string that is not closed goes to the end, so that no byte is scanned twice."""
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
@@ -32,7 +32,7 @@ def check_repeats(where: str, text: str) -> None:
     def look(pairs: list[tuple[str, object]]) -> None:
         if len(dict(pairs)) < len(pairs):
             (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-            raise SpecError(where, f"the key {twice[:60]!r} is there twice in one object")
+            raise SpecError(where, f"the key {twice[:60]!r} appears twice in one object")
 
-    # No number is looked at, and making one of many digits takes long.
+    # Numbers are not used here, and parsing one with many digits takes long.
     json.loads(text, object_pairs_hook=look, parse_int=len, parse_float=len)

@@ -27,10 +27,10 @@ NUMBERED = frozenset({DevType.BLOCK, DevType.CHAR, DevType.CHAR_UNBUFFERED})
 class DeviceInfo:
     """One device as a container asks for it.
 
-    `devnum` is None for a FIFO, which has no number, and for a regular file that is to be a disk;
-    the latter has its `host_path` instead, which is None for everything else. `pmem` asks for that
-    file as persistent memory (an NVDIMM). `file_mode` holds permission bits only.
-    `driver_options` are the words of the driver in `vmplug.drivers` that will plug it.
+    `devnum` is None for a FIFO, which has no number, and for a regular file that becomes a disk.
+    Only such a file has a `host_path`. `pmem` requests that file as persistent memory (an NVDIMM).
+    `file_mode` holds permission bits only. `driver_options` are those of the driver in
+    `vmplug.drivers` that will plug it.
 
     Raises SpecError when the parts do not fit each other.
     """
@@ -52,7 +52,7 @@ class DeviceInfo:
         if self.host_path == "":
             raise SpecError(self.container_path, "the path of the file is empty")
         if self.host_path is not None and (self.devnum or self.dev_type is not DevType.BLOCK):
-            raise SpecError(self.container_path, "a regular file is type b and has no number")
+            raise SpecError(self.container_path, "a regular file has type b and no number")
         if self.pmem and self.host_path is None:
             raise SpecError(self.container_path, "persistent memory needs the path of its file")
         if self.devnum is not None and self.dev_type not in NUMBERED:
@@ -68,7 +68,7 @@ class DeviceInfo:
 
     @property
     def name(self) -> str:
-        """What the request goes by: the path in the container."""
+        """The name of the request: the path in the container."""
         return self.container_path
 
     @property
@@ -108,7 +108,7 @@ class Mount(NamedTuple):
 def normal_container_path(path: str, where: str = "container path") -> str:
     """`path` in its one spelling, without `//` and `/.`; SpecError unless it is absolute.
 
-    Nor may it hold `..` or NUL, or be `/` itself.
+    It may not contain `..` or NUL, or be `/` itself.
     """
     if not path:
         raise SpecError(where, "path is empty", hint="give the device's path in the container")
@@ -121,6 +121,6 @@ def normal_container_path(path: str, where: str = "container path") -> str:
         raise SpecError(
             where,
             f"{path!r} contains '..'",
-            hint="give the path that the device shall have, without detours",
+            hint="give the device's path in the container without '..'",
         )
     return "/" + "/".join(part for part in path.split("/") if part not in {"", "."})

@@ -1,13 +1,13 @@
-"""How much a request may hold: a tenant wrote it, and root reads it.
+"""Limits of a request: a tenant wrote it, and root reads it.
 
-Each limit is above what an engine writes and below what would keep the host busy. Whatever is
-beyond one is refused as a SpecError that names the limit and what was found.
+Each limit is above what an engine writes and below what would keep the host busy. A request beyond
+a limit raises SpecError with the limit and what was found.
 """
 
 from vmplug.errors import SpecError
 
 CONFIG_BYTES_MAX = 16 << 20
-"""The longest config.json: as much as containerd takes in one message.
+"""The longest config.json: as much as containerd accepts in one message.
 
 Source: containerd defaults/defaults.go, DefaultMaxRecvMsgSize.
 """
@@ -28,7 +28,7 @@ MOUNT_OPTIONS_MAX = 256
 """Options of one mount; mount(8) and fuse together know about a hundred."""
 
 ANNOTATION_BYTES_MAX = 256 << 10
-"""One annotation's value: all of a Kubernetes object's together may have as much.
+"""One annotation's value: a Kubernetes object may have as much in all its annotations.
 
 Source: Kubernetes apimachinery/pkg/api/validation, TotalAnnotationSizeLimitB.
 """
@@ -37,7 +37,7 @@ ANNOTATION_KEY_BYTES_MAX = 4096 + 64
 """One annotation's name: `org.vmplug.options.` and a path."""
 
 REQUESTS_MAX = 1024
-"""Annotations that ask for something; a VM has no places for more."""
+"""Annotations that request a device; a VM has no places for more."""
 
 OPTIONS_MAX = 64
 """Members of one annotation; no driver knows half as many options."""
@@ -58,14 +58,14 @@ Source: Linux include/uapi/linux/limits.h, NAME_MAX.
 def check_count(where: str, what: str, found: int, most: int) -> None:
     """SpecError when there are more than `most`."""
     if found > most:
-        raise SpecError(where, f"{found} {what}; at most {most} are taken")
+        raise SpecError(where, f"{found} {what}; at most {most} are allowed")
 
 
 def check_text(where: str, text: str, most: int) -> None:
     """SpecError when the text has more than `most` bytes."""
     length = len(text.encode("utf-8", "surrogatepass"))
     if length > most:
-        raise SpecError(where, f"{text[:40]!r}... has {length} bytes; at most {most} are taken")
+        raise SpecError(where, f"{text[:40]!r}... has {length} bytes; at most {most} are allowed")
 
 
 def check_path(where: str, path: str) -> None:

@@ -1,6 +1,6 @@
-"""What OCI has no word for: PCI functions by address, networks, shared directories, randomness.
+"""Requests that OCI cannot express: PCI functions, networks, shared directories, randomness.
 
-Apart from DeviceInfo, which is all that most requests need. They come from annotations of the
+Separate from DeviceInfo, which is all that most requests need. They come from annotations of the
 bundle (`vmplug.oci.annotations`), from the command line, or from a program.
 """
 
@@ -35,7 +35,7 @@ TAG_BYTES_MAX = 36
 class NetInfo:
     """A network device whose other end is a vhost-user backend listening on `socket_path`.
 
-    `driver_options` are the words of `vmplug.drivers.vhost_user`.
+    `driver_options` are those of `vmplug.drivers.vhost_user`.
     """
 
     label: str
@@ -49,7 +49,7 @@ class NetInfo:
 
     @property
     def name(self) -> str:
-        """What the request goes by: `net:eth0`."""
+        """The name of the request: `net:eth0`."""
         return f"net:{self.label}"
 
     @property
@@ -60,10 +60,10 @@ class NetInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShareInfo:
-    """A directory of the host to be shared with the guest, which mounts it by its `tag`.
+    """A directory of the host to share with the guest, which mounts it by its `tag`.
 
-    `source` is the directory, the socket of a virtiofsd that somebody else runs, or `fd:N`, a
-    connection to one that this process holds open. `driver_options` are the words of
+    `source` is the directory, the socket of a virtiofsd that another program runs, or `fd:N`, a
+    connection to one that this process holds open. `driver_options` are those of
     `vmplug.drivers.share`.
     """
 
@@ -89,7 +89,7 @@ class ShareInfo:
 
     @property
     def name(self) -> str:
-        """What the request goes by: `share:work`."""
+        """The name of the request: `share:work`."""
         return f"share:{self.tag}"
 
     @property
@@ -102,7 +102,7 @@ class ShareInfo:
 class RngInfo:
     """A source of random numbers: a character device of the host such as /dev/urandom.
 
-    `driver_options` are the words of `vmplug.drivers.rng`.
+    `driver_options` are those of `vmplug.drivers.rng`.
     """
 
     label: str = "rng0"
@@ -116,7 +116,7 @@ class RngInfo:
 
     @property
     def name(self) -> str:
-        """What the request goes by: `rng:rng0`."""
+        """The name of the request: `rng:rng0`."""
         return f"rng:{self.label}"
 
     @property
@@ -127,10 +127,10 @@ class RngInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VfioInfo:
-    """A device to be handed over through VFIO, with all of its IOMMU group.
+    """A device to hand over through VFIO, with its whole IOMMU group.
 
     `device` is a PCI function's address (`0000:3b:00.0`), a mediated device's UUID, or a node
-    below /dev/vfio. `driver_options` are the words of `vmplug.drivers.vfio`.
+    below /dev/vfio. `driver_options` are those of `vmplug.drivers.vfio`.
     """
 
     label: str
@@ -143,14 +143,14 @@ class VfioInfo:
         if not VFIO_DEVICE.match(self.device):
             raise SpecError(
                 self.name,
-                f"{self.device!r} is no PCI address, UUID or node of VFIO",
+                f"{self.device!r} is not a PCI address, a UUID or a VFIO node",
                 hint="write 0000:3b:00.0, a UUID, /dev/vfio/26 or /dev/vfio/devices/vfio0; "
-                "/dev/vfio/vfio is no device",
+                "/dev/vfio/vfio is not a device",
             )
 
     @property
     def name(self) -> str:
-        """What the request goes by: `vfio:gpu0`."""
+        """The name of the request: `vfio:gpu0`."""
         return f"vfio:{self.label}"
 
     @property
@@ -160,15 +160,15 @@ class VfioInfo:
 
 
 Named = NetInfo | ShareInfo | RngInfo | VfioInfo
-"""What is asked for by its name on the host, not by type and number."""
+"""A request by name on the host, not by type and number."""
 
 Request = DeviceInfo | Named
-"""One thing that a container asks for."""
+"""One device or share that a container requests."""
 
 
 def _check_label(kind: str, label: str) -> None:
     if not label or not label.isprintable() or "/" in label:
-        raise SpecError(f"{kind} {label!r}", "a name is printable text without '/'")
+        raise SpecError(f"{kind} {label!r}", "a name must be printable text without '/'")
     check_text(kind, label, NAME_BYTES_MAX)
 
 

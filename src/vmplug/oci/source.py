@@ -1,7 +1,6 @@
 """Where a configuration is read from: a bundle directory, a file, or standard input.
 
-Whatever stands there, no more is read than a configuration may have, and nobody is waited for
-without end: a path may be a FIFO or a device.
+The path may be a FIFO or a device, so the size and the wait are limited.
 """
 
 import os
@@ -21,14 +20,14 @@ _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class Source(NamedTuple):
-    """What was read, and the name of the bundle directory; None for standard input."""
+    """The bytes that were read, and the name of the bundle directory; None for standard input."""
 
     data: bytes
     name: str | None
 
 
 def read_source(source: str | os.PathLike[str]) -> Source:
-    """The configuration at `source`, or `-` for standard input, not looked into.
+    """The configuration at `source`, or `-` for standard input, not yet parsed.
 
     Raises SpecError when it cannot be read, or is too long.
     """
@@ -47,23 +46,25 @@ def read_source(source: str | os.PathLike[str]) -> Source:
         raise SpecError(
             str(path),
             f"cannot be read: {reason}",
-            hint="a bundle is a directory with a config.json, that file itself, or -",
+            hint="pass a directory with a config.json, that file itself, or - for standard input",
         ) from error
 
 
 def _read(where: str, file: IO[bytes]) -> bytes:
-    """All of it, however it comes."""
+    """The whole configuration, in however many pieces it arrives."""
     pieces, left = list[bytes](), CONFIG_BYTES_MAX + 1
     deadline = time.monotonic() + PIPE_TIMEOUT_S
     while left > 0 and (piece := file.read(left)) != b"":
-        if piece is None:  # a FIFO that is empty, and somebody has it open for writing
+        if piece is None:  # an empty FIFO that a process has open for writing
             if not select.select([file], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise SpecError(where, f"gave no configuration within {PIPE_TIMEOUT_S:g} s")
+                raise SpecError(where, f"no configuration arrived within {PIPE_TIMEOUT_S:g} s")
             continue
         pieces.append(piece)
         left -= len(piece)
     if left <= 0:
-        raise SpecError(where, f"is longer than {CONFIG_BYTES_MAX} bytes, the most that is taken")
+        raise SpecError(
+            where, f"is longer than {CONFIG_BYTES_MAX} bytes, the limit for a configuration"
+        )
     return b"".join(pieces)
 
 

@@ -1,8 +1,7 @@
 """What an OCI runtime configuration says about devices, as typed values.
 
-Only the parts that concern devices are read: `linux.devices`, `linux.resources.devices`,
-`mounts` and the `annotations` of `vmplug.oci.annotations`. Everything else may be there and is not
-looked at.
+vmplug reads only the parts that concern devices: `linux.devices`, `linux.resources.devices`,
+`mounts` and the `annotations` of `vmplug.oci.annotations`. It ignores everything else.
 Source: opencontainers/runtime-spec config.md and config-linux.md.
 """
 
@@ -80,9 +79,9 @@ class _Config(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """What one container asks for; `name` is the bundle directory's, None for standard input.
+    """The requests of one container; `name` is the bundle directory's, None for standard input.
 
-    `annotated` is what OCI has no word for and annotations ask for.
+    `annotated` are the requests in annotations, which OCI cannot express.
     """
 
     name: str | None
@@ -92,7 +91,7 @@ class Bundle:
 
 
 def read_bundle(source: str | os.PathLike[str]) -> Bundle:
-    """The devices that the bundle directory, config.json or `-` (standard input) asks for.
+    """The devices that the bundle directory, config.json or `-` (standard input) requests.
 
     Raises SpecError when it cannot be read and for everything wrong inside it.
     """
@@ -101,9 +100,9 @@ def read_bundle(source: str | os.PathLike[str]) -> Bundle:
 
 
 def parse_config(data: bytes, *, name: str | None) -> Bundle:
-    """What the configuration in `data` asks for, in its order; exact repeats count once.
+    """The requests of the configuration in `data`, in its order; exact repeats count once.
 
-    Raises SpecError with the JSON path, what stands there and what was expected.
+    Raises SpecError with the JSON path, what was found there and what was expected.
     """
     config = _decode(data)
     check_count("$.mounts", "mounts", len(config.mounts or []), MOUNTS_MAX)
@@ -123,14 +122,14 @@ def parse_config(data: bytes, *, name: str | None) -> Bundle:
 
 
 def _check_paths(options: Iterable[str], bundle: Bundle) -> None:
-    """SpecError for options of a device that the bundle does not ask for."""
+    """SpecError for options of a device that the bundle does not request."""
     known = {device.container_path for device in bundle.devices}
     known |= {mount.destination.rstrip("/") for mount in bundle.mounts}
     for path in options:
         if path not in known:
             raise SpecError(
                 annotation_path(f"{PREFIX}options.{path}"),
-                f"the bundle asks for no device at {path}",
+                f"the bundle does not request a device at {path}",
                 hint="name the path of an entry of linux.devices, or the destination of a mount",
             )
 
@@ -151,7 +150,7 @@ def _mount(mount: _Mount, at: str, options: Mapping[str, Mapping[str, str]]) -> 
 
 
 def _last_of(options: list[str], *words: str) -> str | None:
-    """Of options that contradict each other the last one counts, as with mount(8)."""
+    """The last of several options that contradict each other counts, as with mount(8)."""
     return next((option for option in reversed(options) if option in words), None)
 
 
@@ -169,7 +168,7 @@ def _devices(linux: _Linux, options: Mapping[str, Mapping[str, str]]) -> tuple[D
         if (known := devices.setdefault(info.container_path, info)) != info:
             raise SpecError(
                 f"{where}.path",
-                f"{info.container_path} is asked for twice and differently: as "
+                f"{info.container_path} is requested twice with different settings: as "
                 f"{known.description} and as {info.description}"
                 + ("" if known.description != info.description else " with another mode or owner"),
             )
@@ -178,13 +177,15 @@ def _devices(linux: _Linux, options: Mapping[str, Mapping[str, str]]) -> tuple[D
 
 def _decode(data: bytes) -> _Config:
     if len(data) > CONFIG_BYTES_MAX:
-        raise SpecError("$", f"{len(data)} bytes; at most {CONFIG_BYTES_MAX} are taken")
+        raise SpecError("$", f"{len(data)} bytes; at most {CONFIG_BYTES_MAX} are allowed")
     if not data.strip():
         raise SpecError("$", "the configuration is empty; expected an OCI config.json")
     check_nesting("$", data)
     try:
         config = msgspec.json.decode(data, type=_Config)
-        check_repeats("$", data.decode())  # and all text, most of which msgspec passes over
+        check_repeats(
+            "$", data.decode()
+        )  # and that all text is UTF-8, most of which msgspec skips
     except msgspec.ValidationError as error:
         raise _spec_error(error) from error
     except (msgspec.DecodeError, ValueError) as error:
@@ -266,10 +267,10 @@ _ACCESS = re.compile(r"[rwm]*\Z")
 
 
 def _read_only(rules: list[_Rule]) -> set[tuple[int | None, int | None]]:
-    """The numbers of block devices that rules for just that one allow, but not to write.
+    """The numbers of block devices that a rule for that device alone allows only for reading.
 
-    Rules apply in order, as the kernel's device cgroup applies them. A rule with a wildcard says
-    nothing about one device: engines write `a *:* rwm` and `b *:* m` for every container.
+    Rules apply in order, as the kernel's device cgroup applies them. A rule with a wildcard does
+    not count for one device: engines write `a *:* rwm` and `b *:* m` for every container.
     """
     check_count("$.linux.resources.devices", "rules", len(rules), RULES_MAX)
     allowed: dict[tuple[int, int], set[str]] = {}
@@ -277,7 +278,7 @@ def _read_only(rules: list[_Rule]) -> set[tuple[int | None, int | None]]:
         if not _ACCESS.match(rule.access or ""):
             raise SpecError(
                 f"$.linux.resources.devices[{index}].access",
-                f"{rule.access!r} is not made of the letters r, w and m",
+                f"{rule.access!r} may contain only the letters r, w and m",
             )
         if rule.type not in {None, "", "a", "b"} or rule.major is None or rule.minor is None:
             continue

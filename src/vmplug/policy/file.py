@@ -1,7 +1,7 @@
-"""The policy's file: TOML, read whole, or refused with the rule and key that are wrong.
+"""The policy file: TOML, accepted as a whole or refused with the wrong rule and key.
 
-Whatever is not understood is an error: a rule with a misspelt key must not allow more than was
-meant, nor a file that cannot be read pass for one that is not there.
+Everything unknown is an error: a rule with a misspelt key must not allow more than was meant. A
+file that cannot be read does not count as absent.
 """
 
 import os
@@ -46,7 +46,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_policy(path: str | os.PathLike[str]) -> Policy:
-    """The policy in a TOML file; see docs/security.md for its words.
+    """The policy in a TOML file; see docs/security.md for its keys.
 
     PolicyError when it cannot be read, when anything in it is wrong or unknown, and when others
     than root and this user may write to it.
@@ -61,14 +61,14 @@ def _read_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     try:
         tables = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError
-        _wrong(name, f"is no TOML: {error}")
+        _wrong(name, f"is not TOML: {error}")
     try:
         rules = msgspec.convert(tables, type=_File).rule
     except msgspec.ValidationError as error:
         _wrong(name, _in_words(error, tables))
     names = [rule.name for rule in rules]
     for twice in (rule for rule in names if names.count(rule) > 1):
-        _wrong(name, f"has two rules of the name {twice!r}")
+        _wrong(name, f"has two rules named {twice!r}")
     return tuple(_parse_rule(rule, name) for rule in rules)
 
 
@@ -78,10 +78,10 @@ def _read(path: str) -> bytes:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                _wrong(path, "is no regular file")
+                _wrong(path, "is not a regular file")
             if why := whose_link(path) or who_writes(status):
                 hint = f"chown root {path}; chmod go-w {path}"
-                raise PolicyError(f"the policy {path} {why}, and is not followed", hint=hint)
+                raise PolicyError(f"the policy {path} {why}: vmplug refuses to use it", hint=hint)
             data = file.read(_BYTES_MAX + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         _cannot_read(path, error)
@@ -94,14 +94,14 @@ def _cannot_read(path: str, error: OSError | ValueError) -> NoReturn:
     reason = error.strerror if isinstance(error, OSError) else error
     raise PolicyError(
         f"the policy {path} cannot be read: {reason}",
-        hint="nothing is handed over without it: mend it, or say which with --policy",
+        hint="vmplug hands over nothing without it: fix it, or pass another with --policy",
     ) from error
 
 
 def _wrong(path: str, what: str) -> NoReturn:
     raise PolicyError(
         f"the policy {path} {what}",
-        hint="nothing is handed over until it is mended; docs/security.md tells its words",
+        hint="vmplug hands over nothing until it is fixed; docs/security.md describes the format",
     ) from None
 
 
@@ -119,7 +119,7 @@ def _in_words(error: msgspec.ValidationError, tables: dict[str, object]) -> str:
     if what.startswith("Invalid enum value"):
         what = (
             what.removeprefix("Invalid enum value ")
-            + " is none of "
+            + " is not one of "
             + ", ".join(DeviceType if ".kinds" in where else _OVERRULED)
         )
     return f"is wrong at {where}: {what[:1].lower() + what[1:]}"
@@ -135,12 +135,12 @@ def _parse_rule(said: _Rule, path: str) -> Rule:
             _wrong(path, f"is wrong at {key} of rule {said.name!r}: {error}")
 
     for code in NEVER_ALLOWED & set(said.allow):
-        _wrong(path, f"is wrong at allow of rule {said.name!r}: {code} is never overruled")
+        _wrong(path, f"is wrong at allow of rule {said.name!r}: {code} cannot be overruled")
     if not (said.kinds or said.numbers or said.paths or said.pci or said.classes):
         _wrong(
             path,
-            f"has a rule {said.name!r} that does not say for which devices it is: give it kinds, "
-            "numbers, paths, pci or classes",
+            f"has a rule {said.name!r} that names no devices: add kinds, numbers, paths, pci or "
+            "classes",
         )
     return Rule(
         name=said.name,

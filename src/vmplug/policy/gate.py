@@ -1,4 +1,4 @@
-"""What a request asks of the policy: the device in the words that rules are written in."""
+"""Ask the policy about a request: the device in the terms that rules use."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,9 +21,9 @@ from vmplug.policy.rules import Policy, PolicySubject, Verdict
 
 
 class PolicyCheck(NamedTuple):
-    """The policy, and who is before it: for which VM and owner a device is, and when.
+    """The policy, and the VM, the owner and the time for which a device is requested.
 
-    Each is None where nobody has said.
+    Each is None where it is not known yet.
     """
 
     policy: Policy
@@ -34,15 +34,15 @@ class PolicyCheck(NamedTuple):
     def judge(
         self, request: Request, device: HostDevice, driver: PlugDriver | None, root: HostRoot
     ) -> Verdict:
-        """What the rules say of a request; everything that it brings into the VM must be allowed.
+        """The verdict of the rules, which must allow each device that a request brings.
 
-        What cannot be looked at is not allowed.
+        A device that cannot be read is not allowed.
         """
         try:
             parts = list(_parts(device, root))
         except AttributeReadError as error:
-            why = f"{self.policy.name} cannot be asked about it: {error.message}"
-            return Verdict((Finding(Code.NOT_ALLOWED, why, "look at the file it names"),))
+            why = f"{self.policy.name} cannot decide about it: {error.message}"
+            return Verdict((Finding(Code.NOT_ALLOWED, why, "check that file"),))
         is_disk = device.kind is DeviceType.BLOCK and driver is not None
         return self.policy.judge(
             replace(
@@ -58,7 +58,7 @@ class PolicyCheck(NamedTuple):
 
 
 def _parts(device: HostDevice, root: HostRoot) -> Iterator[PolicySubject]:
-    """A device, or each member of a group by itself: rules are about these."""
+    """A device, or each member of a group by itself: rules apply to these."""
     if not (isinstance(device, VfioGroup) and (device.functions or device.mediated)):
         yield PolicySubject(
             name=device.host_path,
@@ -91,12 +91,12 @@ def _number(device: HostDevice) -> tuple[str, DevNum] | None:
 def not_overruled(
     findings: list[Finding], codes: frozenset[Code], verdict: Verdict, policy: str
 ) -> list[Finding]:
-    """A refusal for each finding that was to be overruled with `--allow`, and may not be."""
+    """A refusal for each finding that `--allow` names against the policy."""
     return [
         Finding(
             Code.NOT_ALLOWED,
-            f"{finding.message}; no rule of {policy} that allows the device has "
-            f"{finding.code} in its `allow`",
+            f"{finding.message}; no rule of {policy} that allows the device lists {finding.code} "
+            "in `allow`",
             finding.hint,
         )
         for finding in findings

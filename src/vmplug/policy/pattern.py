@@ -1,6 +1,6 @@
 """Patterns of a policy: paths, device numbers, PCI ids and classes.
 
-Each is read once, and wrong ones are ValueError with what was expected.
+Each is parsed once; a wrong one raises ValueError with what was expected.
 """
 
 import re
@@ -29,12 +29,12 @@ class PathPattern(NamedTuple):
         root, *names = text.split("/")
         if root or not text.isprintable() or {"", ".", ".."} & set(names):
             raise ValueError(
-                f"{text!r} can match no path: write an absolute one, without '//', '/.' and '..', "
-                "such as /srv/images/**"
+                f"{text!r} cannot match a path: write an absolute one without '//', '/.' and "
+                "'..', such as /srv/images/**"
             )
         if any(_ANY_DEPTH in name and name != _ANY_DEPTH for name in names):
             raise ValueError(
-                f"{text!r} has more beside '**', which is a whole name: /srv/**/a.img"
+                f"{text!r} has other text next to '**', which must be a whole name: /srv/**/a.img"
             )
         return cls((*names, "*") if names[-1] == _ANY_DEPTH else tuple(names))
 
@@ -43,7 +43,7 @@ class PathPattern(NamedTuple):
         return "/" + "/".join(self.names[:-1] if is_inside else self.names)
 
     def matches(self, path: str) -> bool:
-        """Whether it is one of them; takes no longer than the product of both lengths."""
+        """Whether the path matches, in a time limited by the product of both lengths."""
         reached = self._skip({0})
         for name in filter(None, path.split("/")):
             stays = {at for at in reached if self.names[at : at + 1] == (_ANY_DEPTH,)}
@@ -56,7 +56,7 @@ class PathPattern(NamedTuple):
         return len(self.names) in reached
 
     def _skip(self, reached: set[int]) -> set[int]:
-        """Also what comes after a `**`, which may stand for nothing."""
+        """Also the position after a `**`, which may match nothing."""
         after = set(reached)
         for at in range(len(self.names)):
             if at in after and self.names[at] == _ANY_DEPTH:
@@ -76,7 +76,7 @@ class NumberPattern(NamedTuple):
         """`b:8`, `b:8:16` or `c:10:*`."""
         match = _NUMBER.match(text)
         if match is None:
-            raise ValueError(f"{text!r} is no device number: write b:8, b:8:16 or c:10")
+            raise ValueError(f"{text!r} is not a device number: write b:8, b:8:16 or c:10")
         kind, major, minor = match.groups()
         wanted = None if minor in {None, "*"} else int(minor)
         number = DevNum(int(major), wanted or 0)
@@ -102,7 +102,7 @@ class PciPattern(NamedTuple):
         match = _PCI.match(text.lower())
         if match is None:
             raise ValueError(
-                f"{text!r} is no PCI id: write 8086:10d3, or 8086:* for all of Intel's"
+                f"{text!r} is not a PCI ID: write 8086:10d3, or 8086:* for all of Intel's"
             )
         vendor, device = (None if part == "*" else int(part, 16) for part in match.groups())
         return cls(vendor, device)
@@ -111,7 +111,7 @@ class PciPattern(NamedTuple):
         return ":".join("*" if part is None else f"{part:04x}" for part in self)
 
     def matches(self, vendor_id: int | None, device_id: int | None) -> bool:
-        """Whether it is one of them; what the host does not say matches only any."""
+        """Whether it is one of them; an unknown ID matches only "any"."""
         return self.vendor_id in {None, vendor_id} and self.device_id in {None, device_id}
 
 
@@ -125,12 +125,12 @@ class ClassPattern(NamedTuple):
         """`0x03`, `0x0300` or `0x030000`, as `lspci -nn` and sysfs write them."""
         match = _CLASS.match(text.lower())
         if match is None:
-            raise ValueError(f"{text!r} is no PCI class: write 0x03, 0x0300 or 0x030000")
+            raise ValueError(f"{text!r} is not a PCI class: write 0x03, 0x0300 or 0x030000")
         return cls(match[1])
 
     def __str__(self) -> str:
         return f"0x{self.digits}"
 
     def matches(self, class_code: int | None) -> bool:
-        """Whether it is one of them; what the host does not say is none."""
+        """Whether it is one of them; an unknown class never is."""
         return class_code is not None and f"{class_code:06x}".startswith(self.digits)

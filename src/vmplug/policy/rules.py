@@ -1,7 +1,7 @@
 """The operator's policy: which devices may be handed over, to which VM, and how.
 
-Rules only ever allow. What one of them allows may go, what none allows may not, and their order
-means nothing, so that no rule can take away or widen what another says.
+Rules only allow. A device may be handed over when one rule allows it. Their order does not matter,
+so that no rule can narrow or widen another one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,10 +21,10 @@ _SHOWN = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySubject:
-    """One thing that would go into a VM: a device, or each function of a group by itself.
+    """One object that would go into a VM: a device, or each function of a group by itself.
 
-    `number` has `b` or `c` beside it. `vm`, `owner` and `mode` are None where nobody has said yet
-    for whom it is, and then no rule is held against it for them.
+    `number` has `b` or `c` beside it. `vm`, `owner` and `mode` are None where they are not known
+    yet; then the rules for them do not apply.
     """
 
     name: str
@@ -39,7 +39,7 @@ class PolicySubject:
     mode: PlugMode | None = None
 
     def __str__(self) -> str:
-        """What a rule can say of it."""
+        """The terms that a rule can match."""
         facts = [str(self.kind)]
         if self.number:
             facts.append(f"{self.number[0]}:{self.number[1]}")
@@ -55,7 +55,7 @@ def _digits(value: int | None, width: int) -> str:
 
 
 class Objection(NamedTuple):
-    """Why a rule does not allow it; `is_of_device` says that the rule is for other devices."""
+    """Why a rule does not allow it; `is_of_device` means that the rule is for other devices."""
 
     is_of_device: bool
     wanted: str
@@ -63,12 +63,12 @@ class Objection(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What one rule allows; None is anything.
+    """The devices and uses that one rule allows; None is any.
 
-    `kinds`, `numbers`, `paths`, `pci` and `classes` say for which devices it is: those of which
-    each that is given holds. `vms` and `owners` are patterns of names. `read_only` allows them
-    only for reading, `cold_only` only before the VM starts; `share_rw` also with others who write,
-    and `allow` lists what `--allow` may overrule.
+    `kinds`, `numbers`, `paths`, `pci` and `classes` select the devices: each one that is given
+    must match. `vms` and `owners` are patterns of names. `read_only` allows them only for reading,
+    `cold_only` only before the VM starts; `share_rw` also with other writers, and `allow` lists
+    the findings that `--allow` may overrule.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Rule:
     allow: frozenset[Code] = frozenset()
 
     def objections(self, asked: PolicySubject) -> list[Objection]:
-        """Everything for which the rule does not allow it; nothing when it does."""
+        """Every reason why the rule does not allow it; empty when it does."""
         of_device = (
             Objection(is_of_device=True, wanted=wanted) for wanted in self._other_device(asked)
         )
@@ -138,7 +138,7 @@ def _few(patterns: Sequence[object]) -> str:
 
 
 class Verdict(NamedTuple):
-    """What the rules say: refusals, and if there are none, the findings that may be overruled."""
+    """The result: refusals, and if there are none, the findings that may be overruled."""
 
     refusals: tuple[Finding, ...]
     allow: frozenset[Code] = frozenset()
@@ -152,7 +152,7 @@ class Policy:
     rules: tuple[Rule, ...]
 
     def judge(self, parts: Iterable[PolicySubject]) -> Verdict:
-        """What the rules say of a device, given as the parts of which each must be allowed."""
+        """The verdict on a device, given as its parts, each of which must be allowed."""
         refusals: list[Finding] = []
         allow = frozenset(Code)
         for asked in parts:
@@ -163,19 +163,19 @@ class Policy:
         return Verdict(tuple(refusals), allow)
 
     def _refusal(self, asked: PolicySubject) -> Finding:
-        """The finding, with the rule that comes closest: the first of those that object least."""
+        """The finding, with the closest rule: the first of those with the fewest objections."""
         what = f"{asked.name} ({asked}): "
-        hint = f"whoever runs this host says in {self.name} what may be handed over"
+        hint = f"the operator of this host decides in {self.name} which devices may be handed over"
         if not self.rules:
             return Finding(
-                Code.NOT_ALLOWED, f"{what}{self.name} has no rules, and allows nothing", hint
+                Code.NOT_ALLOWED, f"{what}{self.name} has no rules, so it allows nothing", hint
             )
         objections = [(rule, rule.objections(asked)) for rule in self.rules]
         rule, objecting = min(objections, key=lambda pair: _distance(pair[1]))
         wanted = " and ".join(objection.wanted for objection in objecting)
         message = f"no rule of {self.name} allows it; the closest, {rule.name!r}, {wanted}"
         if not any(objection.is_of_device for objection in objecting):
-            hint = f"ask for it as the rule says; {hint}"
+            hint = f"request it as the rule requires; {hint}"
         return Finding(Code.NOT_ALLOWED, what + message, hint)
 
 

@@ -1,4 +1,4 @@
-"""A disk: a block device of the host, or a file that is to be one."""
+"""A disk: a block device of the host, or a file that becomes one in the VM."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,10 +26,9 @@ class BlockDevice:
 
     `holders` are kernel names (`dm-0`, `md0`) of what the kernel built on it. `relatives` are its
     partitions, or the disk it is a partition of; `below` are block devices that it is built on,
-    `below_files` files that it or one of those loops to.
-    `size_bytes` is None only when sysfs has no entry for the device, and then nothing else is
-    known of it either. `sector_bytes` is the logical block size, in which the guest must see the
-    disk too for its partition table to make sense.
+    `below_files` files that it or one of those loops to. `size_bytes` is None only when sysfs has
+    no entry for the device; then the other facts are unknown too. `sector_bytes` is the logical
+    block size, which the guest must use too, as the partition table depends on it.
     """
 
     kind: DeviceType = field(default=DeviceType.BLOCK, init=False)
@@ -59,12 +58,12 @@ class BlockDevice:
 
     @property
     def direct_io(self) -> bool:
-        """Always: the page cache can be passed by on every block device."""
+        """Always true: every block device supports O_DIRECT."""
         return True
 
     @property
     def identity(self) -> str:
-        """Kind and number: no two devices share it, two requests for one device do."""
+        """Kind and number: unique to a device, and the same for all requests for it."""
         return f"block:{self.devnum}"
 
     @property
@@ -77,12 +76,12 @@ class BlockDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskFile:
-    """A regular file that is to be a disk or an NVDIMM; `host_path` is its canonical path.
+    """A regular file that becomes a disk or an NVDIMM; `host_path` is its canonical path.
 
-    `file_id` tells it from another file of that name (see `vmplug.host.file_id`), None where
-    nobody looked. `read_only` says that its file system takes no writes, `direct_io` that it can
-    be read past the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2
-    image; `pfn` is the information block of persistent memory, None without one.
+    `file_id` identifies the file, whatever has its name later (see `vmplug.host.file_id`); None
+    where it was not read. `read_only`: its file system is read-only. `direct_io`: it can be read
+    without the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image;
+    `pfn` is the information block of persistent memory, None without one.
     """
 
     kind: DeviceType = field(default=DeviceType.BLOCK, init=False)

@@ -1,4 +1,4 @@
-"""Disk image files: what the header of a qcow2 file says, read without opening the image.
+"""Disk image files: the facts in the header of a qcow2 file.
 
 Source: QEMU docs/interop/qcow2.txt.
 """
@@ -16,7 +16,7 @@ _HEADER = ">4sIQIIQ"
 _INCOMPATIBLE_OFFSET = 72
 _EXTERNAL_DATA = 1 << 2
 _CLUSTER_MAX = 2 << 20
-"""The backing file's name lies in the first cluster, 2 MiB at most; QEMU refuses others."""
+"""The backing file's name is in the first cluster, 2 MiB at most; QEMU refuses others."""
 
 
 class ImageFormat(StrEnum):
@@ -29,8 +29,8 @@ class ImageFormat(StrEnum):
 class Qcow2Header(NamedTuple):
     """The facts of a qcow2 header.
 
-    `backing_file` is the text in the header, None when the image stands alone; `external_data`
-    says that the guest's data lies in another file.
+    `backing_file` is the text in the header, None when the image stands alone; `external_data`:
+    the guest's data is in another file.
     """
 
     virtual_size_bytes: int
@@ -41,14 +41,14 @@ class Qcow2Header(NamedTuple):
 def read_qcow2_header(path: str, root: HostRoot) -> Qcow2Header | None:
     """The qcow2 header of the file at `path`; None when it is not a qcow2 image.
 
-    Raises AttributeReadError when the header is cut short or the file cannot be read. Nothing in
-    it is believed: a guest may have written it into its raw disk.
+    Raises AttributeReadError when the header is truncated or the file cannot be read. The header
+    is not trusted: a guest may have written it into its raw disk.
     """
     head = root.read_at(path, 0, 104)
     if not head.startswith(_MAGIC):
         return None
     if len(head) < struct.calcsize(_HEADER):
-        raise AttributeReadError(path, why="its qcow2 header is cut short")
+        raise AttributeReadError(path, why="its qcow2 header is truncated")
     _, version, name_offset, name_length, _, size = struct.unpack_from(_HEADER, head)
     features = 0
     if version >= 3 and len(head) >= _INCOMPATIBLE_OFFSET + 8:

@@ -1,4 +1,4 @@
-"""Every block device of the host, with what the host uses it for.
+"""Every block device of the host, with its uses.
 
 Source: Documentation/ABI/stable/sysfs-block; proc(5); drivers/nvdimm.
 """
@@ -22,11 +22,11 @@ _WORDS = re.compile(r"([^0-9]*)([0-9]*)", re.ASCII)
 
 
 class Use(NamedTuple):
-    """One thing that the host, or a VM, does with a device.
+    """One use of a device by the host or a VM.
 
     `kind` is a stable word. `detail` is the directory of a `mount`, the kernel name of a `holder`
     that was built on the device (`dm-0`), the node of a `loop` device on it, the name of a `vm`,
-    what a `network` interface has; None for `swap` and for the host's `console`.
+    the reason why a `network` interface is in use; None for `swap` and for the host's `console`.
     """
 
     kind: str
@@ -49,7 +49,7 @@ _USES = {
 
 
 class Disk(NamedTuple):
-    """A disk or partition; `facts` are None, and `unreadable` says why, where they are unknown.
+    """A disk or partition; where its `facts` are None, `unreadable` is the reason.
 
     `disk` is the name of the whole disk that a partition is part of, `function` the PCI function
     that it comes from.
@@ -68,10 +68,10 @@ class Disk(NamedTuple):
 def read_disks(
     paths: Mapping[str, str], usage: HostUsage, vms: Mapping[str, str], root: HostRoot
 ) -> list[Disk]:
-    """The block devices of those names and directories, partitions behind their disks.
+    """The block devices of those names and directories, partitions after their disks.
 
-    One that is only a hidden way to another is left out. `vms` are VMs by the identities of what
-    they hold.
+    Hidden paths of a multipath disk are left out. `vms` are VMs by the identities of what they
+    hold.
     """
     mounts: dict[DevNum, set[str]] = {}
     for mount in usage.mounts:
@@ -128,8 +128,8 @@ def _uses(
 class Pmem(NamedTuple):
     """Persistent memory: a namespace, or a block device of it that belongs to none.
 
-    `mode` is the kernel's word: `raw`, `sector`, `fsdax`, `devdax`, or `memory` for one that has
-    not been divided yet. `device_node` is /dev/pmemN or /dev/daxN.M, None while there is none.
+    `mode` is the kernel's word: `raw`, `sector`, `fsdax`, `devdax`, or `memory` for one without a
+    mode yet. `device_node` is /dev/pmemN or /dev/daxN.M, None while there is none.
     """
 
     name: str | None
@@ -142,7 +142,7 @@ class Pmem(NamedTuple):
 
 
 def read_pmem(paths: Mapping[str, str], disks: Mapping[str, Disk], root: HostRoot) -> list[Pmem]:
-    """The namespaces, and the block devices /dev/pmemN that are of none."""
+    """The namespaces, and the block devices /dev/pmemN without one."""
     names = (name for name in root.list_dir(_ND_DEVICES) if name.startswith(_NAMESPACE))
     found = [_read_namespace(name, paths, disks, root) for name in names]
     taken = {pmem.device_node for pmem in found}
@@ -195,7 +195,7 @@ def _read_namespace(
 
 
 def _find_dax(directory: str, root: HostRoot) -> str | None:
-    """The node of the character device that a namespace in mode devdax gives."""
+    """The character device node of a namespace in mode devdax."""
     try:
         names = [name for name in root.list_dir(directory) if name.startswith("dax")]
     except AttributeReadError:
@@ -204,6 +204,6 @@ def _find_dax(directory: str, root: HostRoot) -> str | None:
 
 
 def _uses_of(disk: Disk, disks: Mapping[str, Disk]) -> tuple[Use, ...]:
-    """What is done with a disk and its partitions."""
+    """The uses of a disk and its partitions."""
     parts = [part for part in disks.values() if part.disk == disk.name]
     return tuple(use for each in (disk, *parts) for use in each.uses)

@@ -1,4 +1,4 @@
-"""Loop devices: what is behind them.
+"""Loop devices and the files behind them.
 
 Source: Documentation/ABI/testing/sysfs-block-loop.
 """
@@ -14,8 +14,8 @@ _DELETED = " (deleted)"
 class LoopBacking(NamedTuple):
     """The part of a file that a loop device shows.
 
-    `size_limit_bytes` is None when the device reaches to the end of the file. `deleted` says that
-    the file has lost the name it was opened by: the device works, but no path leads to its data.
+    `size_limit_bytes` is None when the device reaches to the end of the file. `deleted`: the file
+    has lost the name it was opened by. The device works, but no path leads to its data.
     """
 
     backing_file: str
@@ -25,7 +25,7 @@ class LoopBacking(NamedTuple):
 
 
 def read_backing_file(sysfs_path: str, root: HostRoot) -> LoopBacking | None:
-    """What the block device at `sysfs_path` loops to; None when it is no configured loop device.
+    """The file behind a loop device; None when `sysfs_path` is not a configured one.
 
     Raises AttributeReadError when the kernel's answer cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Who on the host uses block devices: mounts, swap areas and loop devices, read once for many.
+"""Users of block devices on the host: mounts, swap areas and loop devices, read once for many.
 
 Source: proc(5), proc_pid_mountinfo(5), Documentation/ABI/testing/sysfs-block-loop.
 """
@@ -18,7 +18,7 @@ from vmplug.host.root import HostRoot, node_number
 
 @dataclass(frozen=True, slots=True)
 class MountedDevice:
-    """One device mounted somewhere; `read_only` speaks of the file system, not of one mount."""
+    """One mounted device; `read_only` is the state of the file system, not of one mount."""
 
     devnum: DevNum
     mount_point: str
@@ -36,7 +36,7 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class HostUsage:
-    """A moment's picture of everything that uses block devices or disk images."""
+    """A snapshot of everything that uses block devices or disk images."""
 
     mounts: tuple[MountedDevice, ...]
     swaps: tuple[str, ...]
@@ -44,9 +44,9 @@ class HostUsage:
 
 
 def read_usage(root: HostRoot, *, with_mounts: bool = True) -> HostUsage:
-    """What uses block devices on the host now.
+    """The users of block devices on the host now.
 
-    Without mounts it is enough for disk images: no file is mounted but through a loop device.
+    Without mounts it is enough for disk images: a file can be mounted only through a loop device.
     """
     return HostUsage(
         mounts=tuple(_read_mounts(root)) if with_mounts else (),
@@ -70,7 +70,7 @@ def _read_mounts(root: HostRoot) -> set[MountedDevice]:
         except AttributeReadError as error:
             if error.errno not in {errno.EACCES, errno.EPERM, errno.EINVAL}:
                 raise
-            continue  # somebody else's process, or one that is ending
+            continue  # another user's process, or one that is ending
         if table:
             seen.add(namespace)
             try:
@@ -83,7 +83,7 @@ def _read_mounts(root: HostRoot) -> set[MountedDevice]:
 class MountPoint(NamedTuple):
     """One line of mountinfo; `shown` is the directory of the file system that it shows.
 
-    `read_only` speaks of the file system, `shown_read_only` of this mount of it.
+    `read_only` is the state of the file system, `shown_read_only` that of this mount.
     """
 
     devnum: DevNum

@@ -1,7 +1,7 @@
 """Persistent memory: files that a guest can map as an NVDIMM.
 
 The guest's kernel maps such a file directly (DAX) when it begins with the information block that
-the kernel writes for a namespace in mode fsdax; the data lies behind it.
+the kernel writes for a namespace in mode fsdax; the data follows it.
 Source: Linux drivers/nvdimm/pfn.h, struct nd_pfn_sb; drivers/nvdimm/pfn_devs.c.
 """
 
@@ -14,11 +14,11 @@ from vmplug.host.root import HostRoot
 PFN_OFFSET_BYTES = 4096
 PFN_SIGNATURE = b"NVDIMM_PFN_INFO"
 _DATA_OFFSET = struct.Struct("<56xQ")
-"""`dataoff` stands behind the signature, two UUIDs, flags and the version."""
+"""`dataoff` follows the signature, two UUIDs, flags and the version."""
 
 
 class PfnInfo(NamedTuple):
-    """The information block; `data_offset_bytes` is None when it is cut short."""
+    """The information block; `data_offset_bytes` is None when it is truncated."""
 
     data_offset_bytes: int | None
 
@@ -26,7 +26,7 @@ class PfnInfo(NamedTuple):
 def read_pfn_info(path: str, root: HostRoot) -> PfnInfo | None:
     """The information block of the file at `path`; None when there is none, or it is unreadable.
 
-    Nothing in it is believed: a guest may have written it.
+    The block is not trusted: a guest may have written it.
     """
     try:
         block = root.read_at(path, PFN_OFFSET_BYTES, _DATA_OFFSET.size)
@@ -39,5 +39,5 @@ def read_pfn_info(path: str, root: HostRoot) -> PfnInfo | None:
 
 
 def has_pfn_signature(path: str, root: HostRoot) -> bool:
-    """Whether the file holds the signature where the kernel looks for it."""
+    """Whether the file has the signature where the kernel expects it."""
     return read_pfn_info(path, root) is not None

@@ -1,4 +1,4 @@
-"""Block devices: what sysfs says of one.
+"""Block devices: the facts in sysfs.
 
 Source: Documentation/ABI/stable/sysfs-block, Documentation/ABI/testing/sysfs-block.
 """
@@ -48,7 +48,7 @@ def read_block_device(
 
 
 def read_disk_file(path: str, root: HostRoot, found_by: FoundBy = FoundBy.FILE) -> DiskFile:
-    """The facts of a regular file that is to be a disk or an NVDIMM, by its canonical path."""
+    """The facts of a regular file that becomes a disk or an NVDIMM, by its canonical path."""
     canonical = root.real_path(path)
     status = root.stat(canonical)
     return DiskFile(
@@ -79,9 +79,9 @@ def _relatives(sysfs_path: str, disk_path: str, root: HostRoot) -> tuple[DiskPar
 
 
 def _below(disk_path: str, root: HostRoot) -> tuple[tuple[DevNum, ...], tuple[str, ...]]:
-    """The block devices that device-mapper, md or loop made this one of, all the way down.
+    """The block devices below this one (device-mapper, md, loop), at every level.
 
-    Then the files that loop devices among them, or this one, loop to.
+    Then the files behind the loop devices among them, or behind this one.
     """
     devnums, files, known, waiting = dict[DevNum, None](), list[str](), set[str](), [disk_path]
     while waiting:
@@ -105,7 +105,7 @@ def _below(disk_path: str, root: HostRoot) -> tuple[tuple[DevNum, ...], tuple[st
 
 
 def _behind(backing: LoopBacking, root: HostRoot) -> list[str]:
-    """The directory of the block device that a loop device loops to, if it is no ordinary file."""
+    """The directory of the block device behind a loop device; None for a regular file."""
     status = root.stat_or_none(backing.backing_file)
     if status is None or not stat.S_ISBLK(status.st_mode):
         return []
@@ -113,7 +113,7 @@ def _behind(backing: LoopBacking, root: HostRoot) -> list[str]:
 
 
 def _part(sysfs_path: str, root: HostRoot) -> DiskPart | None:
-    """None when it goes away while it is being read."""
+    """None when it disappears while it is read."""
     devnum = root.read_devnum(f"{sysfs_path}/dev")
     if devnum is None:
         return None

@@ -1,4 +1,4 @@
-"""Everything that a bundle asks for, its volumes too: mounts whose source is a device."""
+"""Everything that a bundle requests, with its volumes: mounts whose source is a device."""
 
 import stat
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,12 @@ from vmplug.oci.spec import Bundle
 
 
 def find_requests(bundle: Bundle, root: HostRoot) -> list[Request]:
-    """Devices, then volumes, then what annotations ask for."""
+    """Devices, then volumes, then the requests in annotations."""
     return [*bundle.devices, *find_volumes(bundle.mounts, root), *bundle.annotated]
 
 
 def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
-    """The bind mounts whose source is a device, which is then asked for itself.
+    """The bind mounts whose source is a device, as requests for that device.
 
     That is a block device, or a file system on persistent memory: it is mounted from a loop device
     whose backing file the guest can map as an NVDIMM.
@@ -49,10 +49,10 @@ def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
 def _find_pmem(
     mount: Mount, source: str, mount_points: Sequence[MountPoint], root: HostRoot
 ) -> list[DeviceInfo]:
-    """The file behind a directory, if the guest would see in it just what the directory shows.
+    """The file behind a directory, if the guest would see the same files in it.
 
-    So the directory must be the whole file system, not a part of it, and the loop device must
-    begin where the guest's kernel lets the data begin, or show the whole file, to its end.
+    So the directory must be the whole file system. The loop device must begin where the guest's
+    kernel expects the data, or show the whole file, and end with the file.
     """
     shown = next((m for m in reversed(mount_points) if m.path == source), None)
     if shown is None or shown.shown != "/":

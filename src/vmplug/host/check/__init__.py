@@ -1,4 +1,4 @@
-"""May it be handed over? Everything that speaks against it.
+"""May it be handed over? Every reason against it.
 
 In: a `HostDevice`. Out: `Finding`s, each with its remedy. Nothing is changed.
 """

@@ -1,4 +1,4 @@
-"""May it be handed over? Every reason against it, each with its remedy; nothing is touched.
+"""May it be handed over? Every reason against it, each with its remedy; nothing is changed.
 
 A finding of severity `error` stops `attach`. An operator may allow single findings by code.
 """
@@ -36,8 +36,8 @@ _LOCKS_AGAINST_READING = ((101, 1), (103, 1), (200, 1))
 read, 1 to write, 3 to resize. Source: QEMU block/file-posix.c, include/block/block-common.h."""
 
 _PROBE_S = 0.25
-"""How long an exclusive open is taken for a mere probe, such as another vmplug's own, which a busy
-host may put aside for some turns."""
+"""How long an exclusive open may be just a probe, for example of another vmplug, which a busy host
+may suspend for a while."""
 
 _NO_DISC, _TRAY_OPEN = 1, 2
 """Of CD drives. Source: include/uapi/linux/cdrom.h, CDS_NO_DISC and CDS_TRAY_OPEN."""
@@ -51,9 +51,9 @@ def check_device(
     claims: Sequence[Claim] = (),
     root: HostRoot,
 ) -> list[Finding]:
-    """Everything that speaks against handing `device` over; empty when nothing does.
+    """Every reason not to hand `device` over; empty when there is none.
 
-    `claims` are what VMs hold of this device and its relatives. Nodes are opened (for reading,
+    `claims` are the holds of VMs on this device and its relatives. Nodes are opened (for reading,
     O_EXCL) only on the running host.
     """
     match device:
@@ -90,7 +90,7 @@ def _check_block(
     if device.size_bytes is None:
         yield Finding(
             Code.NOT_IN_SYSFS,
-            f"{device.device_node} has no entry in sysfs, so little is known of its users",
+            f"{device.device_node} has no entry in sysfs, so vmplug cannot check all of its users",
             "use a device that the kernel lists below /sys/dev/block",
         )
     yield from _wrong_node(device, root)
@@ -98,7 +98,7 @@ def _check_block(
     yield from used
     yield from _claimed(claims, wish)
     if root.is_live:
-        # Whoever may be shared with a reader holds the device exclusively all the same.
+        # A user that could share it with a reader still holds the device exclusively.
         explained = used or _users(device, replace(wish, read_only=False), usage, root)
         closed = list(_opened(device, root, explained=bool(explained)))
         yield from closed
@@ -121,7 +121,7 @@ def _wrong_node(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
             Code.WRONG_NODE,
             f"the kernel calls block device {device.devnum} {device.device_node}, but that is "
             + describe(status),
-            "make the nodes anew (udevadm trigger), or remove the wrong one",
+            "create the nodes again (udevadm trigger), or remove the wrong one",
         )
 
 
@@ -146,7 +146,7 @@ def _check_file(
 
 
 def _users(device: BlockDevice, wish: Access, usage: HostUsage, root: HostRoot) -> list[Finding]:
-    """Everything on the host that is known to use the device and cannot share it so."""
+    """Every known user on the host that cannot share the device in this way."""
     loops = (_looped(node, wish, usage, root) for node in _nodes(device))
     return [
         *_mounted(device, wish, usage),
@@ -173,14 +173,14 @@ def _mounted(device: BlockDevice, wish: Access, usage: HostUsage) -> Iterator[Fi
         yield Finding(
             Code.MOUNTED_ON_HOST,
             f"{names[devnum]} is mounted on the host at {_few(sorted(set(points)))}",
-            "it holds the host's own root: hand over another disk"
+            "the host's root file system is on it: hand over another disk"
             if "/" in points
             else f"umount {_quoted(min(points))}",
         )
 
 
 def _held(device: BlockDevice, wish: Access, root: HostRoot) -> Iterator[Finding]:
-    """What the kernel built on it: device-mapper, md, bcache."""
+    """Devices that the kernel built on it: device-mapper, md, bcache."""
     held = [(device.device_node, device.holders)]
     held += [(part.device_node, part.holders) for part in device.relatives]
     for node, holders in held:
@@ -193,13 +193,13 @@ def _held(device: BlockDevice, wish: Access, root: HostRoot) -> Iterator[Finding
             yield Finding(
                 Code.HAS_HOLDERS,
                 f"{node} is part of {_few(writers)}",
-                f"hand over {_few([f'/dev/{name}' for name in writers])} itself, "
-                f"or take it apart first ({_take_apart(writers, root)})",
+                f"hand over {_few([f'/dev/{name}' for name in writers])} itself, or dismantle it "
+                f"first ({_take_apart(writers, root)})",
             )
 
 
 def _take_apart(holders: Sequence[str], root: HostRoot) -> str:
-    """The commands for it; those of LVM and others know more, but can do no more."""
+    """The commands for it; the tools of LVM and others know more, but have the same effect."""
     names = [name for holder in holders if (name := _mapped_name(f"/sys/block/{holder}", root))]
     commands = [f"dmsetup remove {' '.join(map(_quoted, names[:3]))}"] if names else []
     commands += [f"mdadm --stop /dev/{name}" for name in holders if name.startswith("md")]
@@ -207,7 +207,7 @@ def _take_apart(holders: Sequence[str], root: HostRoot) -> str:
 
 
 def _mapped_name(sysfs_path: str, root: HostRoot) -> str | None:
-    """The name of a device that device-mapper made; None for every other device."""
+    """The name of a device-mapper device; None for every other device."""
     name = root.read_attribute(f"{sysfs_path}/dm/name")
     return os.fsdecode(name).removesuffix("\n") if name else None
 
@@ -222,14 +222,14 @@ def _looped(path: str, wish: Access, usage: HostUsage, root: HostRoot) -> Iterat
         yield Finding(
             Code.HAS_HOLDERS,
             f"{path} is behind the loop device {loop.device_node}",
-            f"hand over {loop.device_node} itself, or losetup --detach {loop.device_node}",
+            f"hand over {loop.device_node} itself, or run losetup --detach {loop.device_node}",
         )
 
 
 def _other_loops(
     device: BlockDevice, wish: Access, usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:
-    """Other loop devices on the file that this one loops to."""
+    """Other loop devices on the file behind this one."""
     if device.backing is None or device.backing.deleted:
         return
     others = [loop for loop in usage.loops if loop.devnum != device.devnum]
@@ -244,31 +244,41 @@ def _swap(
         if any(same_file(area, path, root) for path in paths):
             yield Finding(
                 Code.IS_SWAP,
-                f"{name} holds swap space that the host is using"
+                f"{name} contains swap space that the host uses"
                 + ("" if area == name else f" ({area})"),
                 f"swapoff {_quoted(area)}",
             )
 
 
 def _claimed(claims: Sequence[Claim], wish: Access) -> Iterator[Finding]:
-    """What VMs hold; readers may share, and writers that all said share-rw."""
+    """The holds of VMs; readers may share, and so may writers if all have share-rw."""
     for claim in claims:
         readers = wish.read_only and claim.read_only
         sharers = wish.share_rw and claim.share_rw
         if not (readers or sharers):
-            yield Finding(
-                Code.IN_USE_BY_VM,
-                f"{_spoken(claim.identity)} is already handed to VM {claim.vm!r}"
-                + (" for reading" if claim.read_only else ""),
-                f"vmplug detach it from VM {claim.vm!r} first; "
-                + ("" if claim.identity.startswith("vfio:") else _SHARING)
-                + "if that VM is gone, vmplug reconcile",
-            )
+            yield _conflict(claim)
+
+
+def _conflict(claim: Claim) -> Finding:
+    device = _spoken(claim.identity)
+    sharing = "" if claim.identity.startswith("vfio:") else _SHARING
+    if claim.vm is None:
+        message = f"{device} has the same data, and is in this request too"
+        return Finding(
+            Code.IN_USE_BY_VM, message, f"request only one of them; {sharing}".strip("; ")
+        )
+    return Finding(
+        Code.IN_USE_BY_VM,
+        f"{device} is already handed to VM {claim.vm!r}"
+        + (" for reading" if claim.read_only else ""),
+        f"detach it from VM {claim.vm!r} first (vmplug detach); {sharing}"
+        "if that VM is gone, run vmplug reconcile",
+    )
 
 
 _SHARING = (
-    "share it read-only; or say share-rw=on on both sides if its file system can be written by "
-    "several; "
+    "share it read-only; or set share-rw=on on both sides if its file system "
+    "supports several writers; "
 )
 
 
@@ -281,7 +291,7 @@ def _spoken(identity: str) -> str:
 
 
 def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator[Finding]:
-    """An exclusive open says what no file in sysfs does: btrfs, zfs, a database, a daemon."""
+    """An exclusive open finds users that sysfs does not list: btrfs, zfs, a database, a daemon."""
     match _exclusive_errno(device.device_node, root, patience_s=0 if explained else _PROBE_S):
         case None:
             # The drive was opened without its disc.
@@ -292,8 +302,8 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
             if not explained:
                 yield Finding(
                     Code.OPEN_EXCLUSIVELY,
-                    f"{device.device_node} is held exclusively by something on the host",
-                    f"fuser --verbose {device.device_node} may name it; stop it first",
+                    f"{device.device_node} is open exclusively (O_EXCL) on the host",
+                    f"fuser --verbose {device.device_node} may name the process; stop it first",
                 )
         case errno.ENOMEDIUM:
             if device.size_bytes != 0:
@@ -302,9 +312,9 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
             yield Finding(
                 Code.UNREADABLE,
                 f"{device.device_node} cannot be opened: {os.strerror(number)}",
-                "vmplug needs root and a node in /dev for every device it hands over"
+                "vmplug needs root, and a node in /dev for each device that it hands over"
                 if number in {errno.EACCES, errno.EPERM, errno.ENOENT}
-                else "the kernel may say why: dmesg",
+                else "the kernel log may have the reason: dmesg",
             )
 
 
@@ -322,8 +332,8 @@ def _locked(path: str, wish: Access, root: HostRoot) -> Iterator[Finding]:
     if any(root.is_range_locked(path, start, length) for start, length in locks):
         yield Finding(
             Code.IMAGE_LOCKED,
-            f"{path} is open in another QEMU or storage daemon",
-            f"fuser --verbose {_quoted(path)} names it; stop it first",
+            f"{path} is open in another QEMU or in qemu-storage-daemon",
+            f"fuser --verbose {_quoted(path)} names the process; stop it first",
         )
 
 
@@ -331,19 +341,19 @@ def _read_only(device: BlockDevice | DiskFile, wish: Access, remedy: str) -> Ite
     if device.read_only and not wish.read_only:
         yield Finding(
             Code.READ_ONLY_DEVICE,
-            f"{device.host_path} is read-only and is wanted for writing",
-            f"ask for it read-only, or {remedy}",
+            f"{device.host_path} is read-only, and the request is for writing",
+            f"request it read-only, or {remedy}",
         )
 
 
 def _suspended(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
-    """Who reads it waits for its table, and QEMU would with all of its VM."""
+    """A reader waits for its table; QEMU would wait too, with its whole VM."""
     path = device.sysfs_path
     if path and root.read_int(f"{path}/dm/suspended"):
         name = _mapped_name(path, root) or device.device_node
         yield Finding(
             Code.UNREADABLE,
-            f"{device.device_node} is suspended: nothing can be read before it is resumed",
+            f"{device.device_node} is suspended: it cannot be read until it is resumed",
             f"dmsetup resume {_quoted(name)}",
         )
 
@@ -351,7 +361,7 @@ def _suspended(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
 def _empty(device: BlockDevice) -> Finding:
     if device.removable:
         return Finding(
-            Code.NO_MEDIUM, f"{device.device_node} has no medium in it", "insert the medium"
+            Code.NO_MEDIUM, f"{device.device_node} has no medium in it", "insert a medium"
         )
     return Finding(
         Code.SIZE_ZERO,
@@ -361,7 +371,7 @@ def _empty(device: BlockDevice) -> Finding:
 
 
 def _quoted(path: str) -> str:
-    """As a shell takes it."""
+    """Quoted for a shell."""
     from shlex import quote  # noqa: PLC0415  where nothing is found, nothing is quoted
 
     return quote(path)

@@ -1,8 +1,8 @@
-"""May an IOMMU group be handed over? What speaks against it, each with its remedy.
+"""May an IOMMU group be handed over? Every reason against it, each with its remedy.
 
-A group is viable when all its functions are in the hands of VFIO: whoever still had one could
-reach the VM's memory, and the VM its memory, through it. What uses the disks of a function is
-found with the other users of disks, in `vmplug.host.check.device`.
+A group is viable when all its functions are bound to VFIO: through one that is not, its user could
+reach the VM's memory, and the VM could reach the user's. `vmplug.host.check.device` finds the
+users of a function's disks, with those of other disks.
 Source: Documentation/driver-api/vfio.rst; drivers/vfio/group.c.
 """
 
@@ -23,24 +23,24 @@ _DISPLAY = 0x03
 
 
 def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
-    """What speaks against handing the group over, but for the users of its disks."""
+    """Every reason not to hand the group over, except the users of its disks."""
     if not group.members:
         others = [*(str(bridge.bdf) for bridge in group.bridges), *group.unknown_members]
         yield Finding(
             Code.NO_SUCH_DEVICE,
             f"{group.host_path} "
             + (
-                f"has nothing that could be handed over: {', '.join(others)}"
+                f"has no device that can be handed over: {', '.join(others)}"
                 if others
-                else "is a node of VFIO's, but the kernel knows no device behind it"
+                else "is a VFIO node, but the kernel has no device behind it"
             ),
-            "vmplug host shows what there is; bridges stay with the host",
+            "vmplug host lists the devices; bridges stay with the host",
         )
         return
     yield from _isolation(group, root)
     yield from _bindings(group, root)
     if CDEV_NODE.match(group.host_path) and not has_node(IOMMU_NODE, root):
-        why = f"the host has no {IOMMU_NODE}, which {group.host_path} is used through"
+        why = f"the host has no {IOMMU_NODE}, which {group.host_path} needs"
         yield _by_group_alone(group, why, "modprobe iommufd", root)
     for function in group.functions:
         if not is_vfio_driver(function, root):
@@ -59,14 +59,14 @@ def check_openers(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
         yield Finding(
             Code.OPEN_BY_PROCESS,
             f"{group.host_path} is open in process {pid} ({name})",
-            "end that process first; if it is a VM's, let vmplug know the VM (vmplug vm adopt)",
+            "end that process first; if it is a QEMU, register the VM with vmplug vm adopt",
         )
 
 
 class GuestMemory(NamedTuple):
-    """All of a guest's memory, and the process that locks it: None where nobody knows.
+    """The size of a guest's memory, and the process that locks it; None where it is unknown.
 
-    The process is QEMU, or this one when it is to start QEMU: that inherits its limits.
+    The process is QEMU, or this one when it will start QEMU, which inherits its limits.
     """
 
     size_bytes: int
@@ -76,9 +76,9 @@ class GuestMemory(NamedTuple):
 def check_vm(
     group: VfioGroup, memory: GuestMemory, root: HostRoot, *, has_iommufd: bool
 ) -> Iterator[Finding]:
-    """What speaks against giving the group to a VM, whose QEMU has iommufd or not."""
+    """Every reason not to give the group to a VM, whose QEMU has iommufd or not."""
     if group.cdev_nodes and not has_iommufd:
-        why = f"the VM's QEMU has no iommufd, which {group.host_path} is used through"
+        why = f"the VM's QEMU has no iommufd, which {group.host_path} needs"
         yield _by_group_alone(group, why, "start the VM with a newer QEMU (Debian 13's)", root)
     if group.functions and memory.pid:
         yield from check_memlock(group, memory.pid, memory.size_bytes, root)
@@ -89,21 +89,21 @@ def _by_group_alone(group: VfioGroup, why: str, remedy: str, root: HostRoot) -> 
     if has_node(group.group_node, root):
         return Finding(
             Code.NO_IOMMUFD,
-            f"{why}: its group is handed over by {group.group_node} instead",
-            f"{remedy}, to hand it over by its own node",
+            f"{why}: vmplug hands over its group by {group.group_node} instead",
+            f"{remedy}, to use its own node",
             Severity.WARNING,
         )
-    return Finding(Code.NO_IOMMUFD, f"{why}; and there is no {group.group_node}", remedy)
+    return Finding(Code.NO_IOMMUFD, f"{why}; {group.group_node} does not exist either", remedy)
 
 
 def check_memlock(
     group: VfioGroup, pid: int, memory_bytes: int, root: HostRoot
 ) -> Iterator[Finding]:
-    """Whether process `pid` may lock all of its guest's memory, as VFIO does for a device."""
+    """Whether process `pid` may lock all of its guest's memory, as VFIO requires."""
     limit = read_memlock_limit(pid, root)
     if limit is not None and limit < memory_bytes:
         is_to_start = pid == os.getpid()
-        who = "QEMU, as this process," if is_to_start else f"QEMU (process {pid})"
+        who = "QEMU, with the limit of this process," if is_to_start else f"QEMU (process {pid})"
         yield Finding(
             Code.MEMLOCK_LIMIT,
             f"{who} may lock {limit >> 10} KiB of memory, and {group.host_path} "
@@ -120,16 +120,16 @@ def _isolation(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
             Code.NO_IOMMU,
             f"{group.members[0]} is in no IOMMU group"
             + ("" if has_iommu(root) else ": the host has no IOMMU, or does not use it"),
-            "switch it on: VT-d or AMD-Vi in the firmware, and intel_iommu=on or "
+            "enable it: VT-d or AMD-Vi in the firmware, and intel_iommu=on or "
             "amd_iommu=on on the kernel's command line",
         )
     elif not group.mediated and remaps_interrupts(root) is False:
         is_told = allows_unsafe_interrupts(root)
         yield Finding(
             Code.NO_INTERRUPT_REMAPPING,
-            f"the IOMMU does not remap interrupts: the VM could forge the host's by way of "
-            f"{group.members[0]}",
-            "switch interrupt remapping on in the firmware; for a VM that you trust, "
+            f"the IOMMU does not remap interrupts: through {group.members[0]} the VM could "
+            "inject interrupts into the host",
+            "enable interrupt remapping in the firmware; for a VM that you trust, "
             + (
                 "allow_unsafe_interrupts=Y is set already"
                 if is_told
@@ -140,23 +140,23 @@ def _isolation(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
 
 
 def _bindings(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
-    """Members that are not in the hands of VFIO."""
+    """Members that are not bound to VFIO."""
     for name in group.unknown_members:
         yield Finding(
             Code.GROUP_NOT_VIABLE,
-            f"group {group.number} has a member {name} of a kind that vmplug does not know",
+            f"group {group.number} has a member {name} of a kind that vmplug does not support",
             "hand over another device",
         )
     outside = [f for f in group.functions if not is_vfio_driver(f, root)]
     if not outside:
         return
     words = ", ".join(
-        f"{f.bdf} is driven by {f.driver}" if f.driver else f"{f.bdf} has no driver"
+        f"{f.bdf} is bound to {f.driver}" if f.driver else f"{f.bdf} has no driver"
         for f in outside
     )
-    hint = f"vmplug bind {outside[0].bdf} gives the whole group to VFIO; or attach with --managed"
+    hint = f"vmplug bind {outside[0].bdf} binds the whole group to VFIO; or attach with --managed"
     if len(outside) == len(group.functions):
-        yield Finding(Code.NOT_BOUND, f"VFIO does not have {group.host_path}: {words}", hint)
+        yield Finding(Code.NOT_BOUND, f"{group.host_path} is not bound to VFIO: {words}", hint)
     else:
         blocking = f"group {group.number} cannot be handed over: {words}"
         yield Finding(Code.GROUP_NOT_VIABLE, blocking, hint)
@@ -170,8 +170,8 @@ def _console(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
         yield Finding(
             Code.BOOT_CONSOLE,
             f"{function.bdf} is the graphics card that the host booted with",
-            "choose another one for the console in the firmware, or allow it on a host that needs "
-            "no console",
+            "choose another graphics card in the firmware, or allow this finding if the host "
+            "needs no console",
         )
 
 
@@ -187,7 +187,7 @@ def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iter
                 Code.NETWORK_IN_USE,
                 f"{function.bdf} is the network interface {interface.name}, which has "
                 + " and ".join(uses),
-                f"take it out of the host's network first: ip addr flush dev {interface.name}; "
+                f"remove it from the host's network first: ip addr flush dev {interface.name}; "
                 f"ip link set {interface.name} nomaster down",
             )
 
@@ -196,8 +196,9 @@ def _virtual_functions(function: PciFunction, root: HostRoot) -> Iterator[Findin
     if virtfns := read_virtfns(function.bdf, root):
         yield Finding(
             Code.HAS_VIRTUAL_FUNCTIONS,
-            f"{function.bdf} has {len(virtfns)} virtual functions, which would go or follow it",
-            f"hand over one of those, or remove them: vmplug sriov {function.bdf} --count 0",
+            f"{function.bdf} has {len(virtfns)} virtual functions, which would disappear or "
+            "follow it",
+            f"hand over one of them, or remove them: vmplug sriov {function.bdf} --count 0",
         )
 
 
@@ -205,8 +206,8 @@ def _reset(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
     if read_reset_methods(function.bdf, root) == ():
         yield Finding(
             Code.NO_RESET,
-            f"the kernel knows no way to reset {function.bdf}: what one VM leaves in it the next "
-            "finds there",
-            "give it to one VM only, until the host boots again",
+            f"the kernel has no way to reset {function.bdf}: the next VM finds the state that "
+            "the last one left in it",
+            "give it to only one VM until the host reboots",
             Severity.WARNING,
         )

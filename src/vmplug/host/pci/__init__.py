@@ -1,5 +1,5 @@
-"""PCI functions, IOMMU groups and VFIO: what is handed over whole, and by which driver.
+"""PCI functions, IOMMU groups and VFIO drivers.
 
-In: addresses, UUIDs and nodes of VFIO. Out: `PciFunction` and `VfioGroup`; drivers, virtual
-functions and mediated devices are changed here.
+In: addresses, UUIDs and VFIO nodes. Out: `PciFunction` and `VfioGroup`; this package also changes
+drivers, virtual functions and mediated devices.
 """

@@ -1,8 +1,8 @@
-"""Give a PCI function to a driver, and back to the one that it had.
+"""Bind a PCI function to a driver, and give it back to the former one.
 
 A name in `driver_override` lets that driver take the function and no other; `unbind` takes it from
-the one that has it, `drivers_probe` offers it. The kernel says yes to an offer that no driver
-took, so the `driver` link is read back.
+the one that has it, `drivers_probe` offers it. The kernel reports success even if no driver took
+it, so vmplug reads the `driver` link back.
 Source: Documentation/ABI/testing/sysfs-bus-pci; Linux drivers/base/bus.c, drivers/base/dd.c.
 """
 
@@ -22,28 +22,30 @@ PCI_DRIVERS = "/sys/bus/pci/drivers"
 PLAIN_DRIVER = "vfio-pci"
 
 WRITE_TIMEOUT_S = 60.0
-"""How long the kernel may take for one write. An unbind waits until nobody has the device open,
-a reset up to a minute for the device. Source: drivers/vfio/vfio_main.c, drivers/pci/pci.c."""
+"""How long the kernel may take for one write. An unbind waits until no process has the device
+open, a reset up to a minute for the device. Source: drivers/vfio/vfio_main.c,
+drivers/pci/pci.c."""
 
 _PROBE = "/sys/bus/pci/drivers_probe"
 _NO_OVERRIDE = ("", "(null)")
 
 _TRY_ROOT = "become root; in a container, mount the host's /sys for writing"
-_TRY_AGAIN = "it went, or somebody took it at this very moment: try again"
+_TRY_AGAIN = "it disappeared, or another process took it just now: try again"
 _HINTS = {
     errno.EACCES: _TRY_ROOT,
     errno.EPERM: _TRY_ROOT,
     errno.EROFS: _TRY_ROOT,
-    errno.EBUSY: "something still uses it: close that, then try again",
+    errno.EBUSY: "a process still uses it: stop that process, then try again",
     errno.ENODEV: _TRY_AGAIN,
     errno.ENOENT: _TRY_AGAIN,
-    errno.ETIMEDOUT: "something still uses it: close that; vmplug reconcile then finishes this",
+    errno.ETIMEDOUT: "a process still uses it: stop that process; vmplug reconcile "
+    "then finishes this",
 }
-_SEE_LOG = "the kernel's log (dmesg) may say why"
+_SEE_LOG = "the kernel log (dmesg) may have the reason"
 
 
 class FormerBinding(NamedTuple):
-    """What a function was bound to; `driver` None for no driver, `driver_override` for any."""
+    """The former binding; `driver` is None for no driver, `driver_override` None for any."""
 
     bdf: Bdf
     driver: str | None
@@ -60,7 +62,7 @@ class Writer(NamedTuple):
     def write(self, step: str, path: str, text: str, *, hints: Mapping[int, str] = _HINTS) -> None:
         """One step. Raises BindError with the kernel's errno, ETIMEDOUT past the deadline.
 
-        A write that overruns it goes on in the kernel: what it did is known when it has ended.
+        A write that overruns it continues in the kernel; its result is known when it has ended.
         """
         answers = _within(self.timeout_s, lambda: self.root.write_attribute(path, text))
         number = answers[0] if answers else errno.ETIMEDOUT
@@ -102,8 +104,8 @@ def _overran(timeout_s: float) -> str:
 def read_former(bdf: Bdf, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S) -> FormerBinding:
     """What a function is bound to now. Raises NoSuchDevice, and BindError past the deadline.
 
-    While the kernel waits for the last user of a function that is being unbound, it lets nobody
-    read this. Source: device_lock in driver_override_show; measured on Linux 6.1.
+    While the kernel waits for the last user of a function that is being unbound, every reader of
+    this waits. Source: device_lock in driver_override_show; measured on Linux 6.1.
     """
     base = f"{root.pci_devices}/{bdf}"
     if root.stat(base) is None:
@@ -113,8 +115,8 @@ def read_former(bdf: Bdf, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S)
         raise BindError(
             str(bdf),
             "read",
-            f"{bdf}: the kernel {_overran(timeout_s)} what driver_override is: it is still "
-            "taking the function from somebody",
+            f"{bdf}: the kernel {_overran(timeout_s)} to a read of driver_override: it is still "
+            "unbinding the function",
             errno=errno.ETIMEDOUT,
             hint=_HINTS[errno.ETIMEDOUT],
         )
@@ -133,7 +135,7 @@ def read_driver(bdf: Bdf, root: HostRoot) -> str | None:
 def bind_function(
     bdf: Bdf, driver: str, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S
 ) -> None:
-    """Give a function to a driver that is loaded, whoever has it now.
+    """Bind a function to a driver that is loaded, and unbind it from its current one.
 
     Raises BindError, which names the step; the steps before it are not undone: see `restore`.
     """
@@ -144,10 +146,10 @@ def bind_function(
 
 
 def restore(former: FormerBinding, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S) -> None:
-    """Make a function's binding what it was; nothing is written when it is so already.
+    """Restore a function's former binding; writes nothing if it already has it.
 
-    A virtual function is reset before its driver gets it back. Raises BindError, and may be
-    repeated then; NoSuchDevice when the function has gone.
+    A virtual function is reset before its driver gets it back. Raises BindError, and may then be
+    repeated; NoSuchDevice when the function has gone.
     """
     writer = Writer(str(former.bdf), root, timeout_s)
     now = read_former(former.bdf, root, timeout_s=timeout_s)
@@ -164,7 +166,7 @@ def restore(former: FormerBinding, root: HostRoot, *, timeout_s: float = WRITE_T
 
 
 def reset_function(bdf: Bdf, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S) -> None:
-    """Reset a function, so that nothing of its last user is left in it. Raises BindError."""
+    """Reset a function, so that no state of its last user is left in it. Raises BindError."""
     writer = Writer(str(bdf), root, timeout_s)
     writer.write("reset", f"{root.pci_devices}/{bdf}/reset", "1")
 
@@ -185,17 +187,17 @@ def _probe(bdf: Bdf, driver: str, writer: Writer) -> None:
     if found == driver:
         return
     is_loaded = writer.root.stat(f"{PCI_DRIVERS}/{driver}") is not None
-    why = f"it is driven by {found}" if found else "it has no driver now"
+    why = f"it is bound to {found}" if found else "it has no driver now"
     hint = _SEE_LOG
     if not is_loaded:
         hint = f"the driver is not loaded: modprobe {driver}, then try again"
     elif driver == PLAIN_DRIVER:
-        hint += "; vfio-pci takes no function without an IOMMU group, nor one on its deny-list"
+        hint += "; vfio-pci refuses a function without an IOMMU group, and one on its denylist"
     raise BindError(str(bdf), "drivers_probe", f"{driver} did not take {bdf}: {why}", hint=hint)
 
 
 def _reset_virtual(bdf: Bdf, writer: Writer) -> None:
-    """VFIO resets what it can when its user closes it; this is for what died before that."""
+    """VFIO resets a function when its user closes it; this is for a user that died before that."""
     base = f"{writer.root.pci_devices}/{bdf}"
     if (
         writer.root.read_link(f"{base}/physfn") is None
@@ -205,6 +207,8 @@ def _reset_virtual(bdf: Bdf, writer: Writer) -> None:
     try:
         reset_function(bdf, writer.root, timeout_s=writer.timeout_s)
     except BindError as error:
-        import logging  # noqa: PLC0415  8 ms that whoever only reads the journal need not pay
+        import logging  # noqa: PLC0415  saves 8 ms when the journal is only read
 
-        logging.getLogger(__name__).warning("%s; it is given back unreset, ignoring", error)
+        logging.getLogger(__name__).warning(
+            "ignored: %s; vmplug gives it back without a reset", error
+        )

@@ -1,4 +1,4 @@
-"""PCI functions: what sysfs says of them.
+"""PCI functions: the facts in sysfs.
 
 Source: Documentation/ABI/testing/sysfs-bus-pci; a function's uevent holds class, ids and driver.
 """
@@ -16,7 +16,7 @@ from vmplug.host.root import AttributeBatch, HostRoot
 BRIDGES = frozenset({0x0600, 0x0604})
 """Classes of host bridges and PCI-to-PCI bridges, which are never handed over themselves.
 
-Class 0680, "other bridge", is not among them: NVSwitches are of it.
+Class 0680, "other bridge", is not among them: NVSwitches have it.
 """
 
 LARGE_BAR_BYTES = 4 << 30
@@ -50,15 +50,15 @@ class Bar(NamedTuple):
 
     @property
     def is_large(self) -> bool:
-        """Whether it is of more than 4 GiB."""
+        """Whether it is larger than 4 GiB."""
         return self.size_bytes > LARGE_BAR_BYTES
 
 
 class PciFunction(NamedTuple):
-    """A PCI function. What the host does not say is None; an unbound one has `driver` None.
+    """A PCI function. Unknown facts are None; an unbound function has `driver` None.
 
-    `class_code` has 24 bits. `pcie` is None where the configuration space is cut off too early to
-    tell. `unreadable` are sentences about files that are there and could not be read or made no
+    `class_code` has 24 bits. `pcie` is None where the configuration space is truncated before the
+    answer. `unreadable` are sentences about files that are there and could not be read or made no
     sense.
     """
 
@@ -111,8 +111,8 @@ def read_function(bdf: Bdf, root: HostRoot) -> PciFunction:
 _FILES = ("uevent", "resource", "numa_node")
 _LINKS = ("iommu_group", "physfn")
 _SIZES = ("config",)
-"""What is read of every function. It is nearly all that a function costs: whatever is added here
-is felt on a host of thousands."""
+"""The files that are read of every function. They are nearly its whole cost: each addition counts
+on a host with thousands of functions."""
 
 
 def _read(addresses: Mapping[str, Bdf], root: HostRoot) -> Iterator[PciFunction]:
@@ -126,7 +126,7 @@ _Identity = tuple[str | None, int | None, int | None, int | None, str | None]
 
 
 class _Parser:
-    """Makes functions of what their files say, and goes on where one is forbidden or malformed."""
+    """Builds functions from their files, and continues after a forbidden or malformed one."""
 
     __slots__ = ("_groups", "_identities", "_name", "_physfns", "_root", "_unreadable")
 
@@ -167,7 +167,7 @@ class _Parser:
         return f"{self._root.pci_devices}/{self._name}/{file}"
 
     def _given(self, answer: T | AttributeReadError | None) -> T | None:
-        """The answer, if it is none of an error, which is told once."""
+        """The answer; an error is recorded once and gives None."""
         if isinstance(answer, AttributeReadError):
             if answer.message not in self._unreadable:
                 self._unreadable.append(answer.message)
@@ -175,7 +175,7 @@ class _Parser:
         return answer
 
     def _identity(self, answer: bytes | AttributeReadError | None) -> _Identity:
-        """What its uevent says, as it said for the last function that is the same in all else."""
+        """The facts in its uevent, reused from the last function with the same ones."""
         text = self._given(answer) or b""
         before, _, rest = text.partition(b"PCI_SLOT_NAME=")
         key = before, rest.partition(b"\n")[2]
@@ -226,7 +226,7 @@ class _Parser:
         return target.rpartition("/")[2] if target else None
 
     def _iommu_group(self, answer: str | AttributeReadError | None) -> int | None:
-        """The number in the link; where a copy of a host has a directory, the groups tell."""
+        """The number in the link; in a copy of a host without links, from the groups."""
         if isinstance(answer, AttributeReadError) and answer.errno == errno.EINVAL:
             if self._groups is None:
                 self._groups = read_membership(self._root)
@@ -252,9 +252,9 @@ class _Parser:
         return None if node < 0 else node
 
     def _pcie(self, answer: int | AttributeReadError | None) -> bool | None:
-        """The extended configuration space, or the Express capability, says that it is PCIe.
+        """Whether it is PCIe, from the extended configuration space or the Express capability.
 
-        Whoever is not root sees 64 bytes only, and a copy of a host often has no more.
+        Without root only 64 bytes are visible, and a copy of a host often has no more.
         """
         size_bytes = self._given(answer)
         if size_bytes is None:
@@ -313,9 +313,9 @@ class _Parser:
 
 
 def has_express_capability(config: bytes) -> bool | None:
-    """Whether a configuration space lists the PCI Express capability; None when it is cut off.
+    """Whether a configuration space lists the PCI Express capability; None when it is truncated.
 
-    A virtual function's own header reads FFFF, and says nothing either.
+    A virtual function's own header reads FFFF, which does not answer it either.
     Source: PCI Local Bus specification, 6.7; PCI Express Base specification, 7.5.3.
     """
     if len(config) < _HEADER_BYTES or config[:2] == b"\xff\xff":
@@ -336,7 +336,7 @@ def has_express_capability(config: bytes) -> bool | None:
 def read_reset_methods(bdf: Bdf, root: HostRoot) -> tuple[str, ...] | None:
     """How the kernel can reset a function: `flr`, `pm`, `bus`, ...; empty when it cannot.
 
-    None when the host does not say. Linux before 5.15 has a file `reset` and names no method.
+    None when it is unknown. Linux before 5.15 has a file `reset` and does not name the method.
     """
     base = f"{root.pci_devices}/{bdf}"
     methods = root.read_attribute(f"{base}/reset_method")
@@ -350,7 +350,7 @@ def read_reset_methods(bdf: Bdf, root: HostRoot) -> tuple[str, ...] | None:
 def read_virtfns(bdf: Bdf, root: HostRoot) -> tuple[Bdf, ...]:
     """The virtual functions of a physical one, in the order of their numbers.
 
-    Raises AttributeReadError for a link that leads to none.
+    Raises AttributeReadError for a link that does not lead to one.
     """
     base = f"{root.pci_devices}/{bdf}"
     links = [name for name in root.list_dir(base) if name.startswith("virtfn")]
@@ -359,7 +359,7 @@ def read_virtfns(bdf: Bdf, root: HostRoot) -> tuple[Bdf, ...]:
         if target := root.read_link(path):
             function = find_bdf(target.rpartition("/")[2])
             if function is None:
-                raise AttributeReadError(path, why=f"{target[:60]!r} is no PCI function")
+                raise AttributeReadError(path, why=f"{target[:60]!r} is not a PCI function")
             found.append(function)
     return tuple(found)
 

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class VfioGroup(NamedTuple):
-    """An IOMMU group, which is handed over whole or not at all.
+    """An IOMMU group, which is handed over as a whole.
 
     `functions` are its PCI functions, `mediated` is its mediated device, `bridges` stay with the
-    host. `unknown_members` are members of no kind that vmplug knows. `named` is the function or
-    UUID that the request named, `device_node` the node; each None when it named the other.
-    `number` is None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes of the
-    members themselves, by name, when the request named one and iommufd can use them. `disks` are
-    the block devices that the host has of the functions.
+    host. `unknown_members` are of kinds that vmplug does not support. `named` is the function or
+    UUID that the request named, `device_node` the node; each is None when the request named the
+    other. `number` is None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes
+    of the members themselves, by name, when the request named one and iommufd can use them.
+    `disks` are the host's block devices behind the functions.
     """
 
     number: int | None
@@ -56,7 +56,7 @@ class VfioGroup(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """The first member: group numbers are given anew when devices come and go."""
+        """The first member: group numbers change when devices come and go."""
         return f"vfio:{self.members[0] if self.members else self.number}"
 
     @property

@@ -1,4 +1,4 @@
-"""IOMMU groups: what the hardware can only hand over together.
+"""IOMMU groups: devices that the hardware can only hand over together.
 
 Source: Documentation/ABI/testing/sysfs-kernel-iommu_groups, Documentation/driver-api/vfio.rst.
 """
@@ -51,8 +51,8 @@ def has_iommu(root: HostRoot) -> bool:
 def remaps_interrupts(root: HostRoot) -> bool | None:
     """Whether the IOMMU checks interrupts too, so that a guest cannot forge the host's.
 
-    None where the host does not say: only x86 kernels do, by the names of their interrupt
-    controllers (`IR-IO-APIC`). Source: arch/x86/kernel/apic/io_apic.c.
+    None where it is unknown: only x86 kernels show it, by the names of their interrupt controllers
+    (`IR-IO-APIC`). Source: arch/x86/kernel/apic/io_apic.c.
     """
     text = root.read_text("/proc/interrupts") or ""
     if "IO-APIC" not in text:
@@ -61,5 +61,5 @@ def remaps_interrupts(root: HostRoot) -> bool | None:
 
 
 def allows_unsafe_interrupts(root: HostRoot) -> bool:
-    """Whether the operator told VFIO to do without. Source: vfio_iommu_type1.c."""
+    """Whether the operator lets VFIO work without it. Source: vfio_iommu_type1.c."""
     return (root.read_attribute(_UNSAFE_INTERRUPTS) or b"").strip() == b"Y"

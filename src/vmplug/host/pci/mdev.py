@@ -1,4 +1,4 @@
-"""Mediated devices: parts of a device that its driver makes, each with a UUID.
+"""Mediated devices: parts of a device that its driver provides, each with a UUID.
 
 Source: Documentation/driver-api/vfio-mediated-device.rst, Documentation/arch/s390/vfio-ap.rst.
 """
@@ -17,7 +17,7 @@ UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}
 
 
 class VFIODeviceType(StrEnum):
-    """What a device of VFIO is, in the words of Kata's config.go, and one that it has not."""
+    """The types of VFIO device, as in Kata's config.go, and one that it does not have."""
 
     NORMAL = "vfio-pci"
     MEDIATED = "vfio-mdev"
@@ -26,7 +26,7 @@ class VFIODeviceType(StrEnum):
 
 
 class MediatedDevice(NamedTuple):
-    """A part of a device that its driver makes: of a GPU, of a crypto adapter, of a DASD.
+    """A part of a device that its driver provides: of a GPU, of a crypto adapter, of a DASD.
 
     `parent` is the name of the device that it is a part of; `ap_queues` are the queues of an
     adapter, `05.0004`, and empty for everything else.
@@ -69,7 +69,7 @@ def _read_ap_queues(path: str, root: HostRoot) -> tuple[str, ...]:
 
 
 class MdevType(NamedTuple):
-    """A type of mediated device that a parent can make; `available` is how many more.
+    """A type of mediated device that a parent can make; `available` is how many more it can make.
 
     `unreadable` are sentences about files that are there and could not be read or made no sense.
     """
@@ -83,7 +83,7 @@ class MdevType(NamedTuple):
 
 
 def read_mdev_types(root: HostRoot) -> list[MdevType]:
-    """Every type that a device of the host can be divided into, by parent."""
+    """Every type that the devices of the host can make, by parent."""
     return [
         _read_type(parent, name, root)
         for parent in root.list_dir(_MDEV_BUS)

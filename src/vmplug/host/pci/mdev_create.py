@@ -1,4 +1,4 @@
-"""Mediated devices: make one of a type that a parent offers, and take it away.
+"""Mediated devices: create one of a type that a parent offers, and remove it.
 
 Source: Documentation/driver-api/vfio-mediated-device.rst.
 """
@@ -25,26 +25,31 @@ def create_mediated(
     uuid: str | None = None,
     timeout_s: float = MADE_TIMEOUT_S,
 ) -> str:
-    """Make a mediated device, and return its UUID, which is drawn if none is given.
+    """Create a mediated device, and return its UUID, which is random unless given.
 
-    It is in an IOMMU group by then, for which the kernel has `timeout_s`. Raises SpecError for a
-    malformed UUID, NoSuchDevice for a parent or a type that is not there, BindError when the
-    kernel makes none; then there is none.
+    Waits up to `timeout_s` until it is in an IOMMU group. Raises SpecError for a malformed UUID,
+    NoSuchDevice for a parent or a type that is not there, BindError when the kernel does not
+    create it; then nothing is left.
     """
     uuid = uuid.lower() if uuid else str(uuid4())
     if not UUID.match(uuid):
-        raise SpecError("--uuid", f"{uuid!r} is no UUID", hint="leave it out to have one drawn")
+        raise SpecError(
+            "--uuid", f"{uuid!r} is not a UUID", hint="leave it out, and vmplug generates one"
+        )
     found = _find_type(parent, type_name, root)
     if root.stat(f"{MDEV_DEVICES}/{uuid}"):
         raise BindError(
-            uuid, "create", f"there is a mediated device {uuid} already", hint="draw another UUID"
+            uuid,
+            "create",
+            f"the mediated device {uuid} already exists",
+            hint="choose another UUID",
         )
     if found.available == 0:
         raise BindError(
             uuid,
             "create",
-            f"{parent} has no more room for a {type_name}",
-            hint="remove one that is not used (vmplug mdev remove UUID); vmplug host shows them",
+            f"{parent} cannot make another {type_name}",
+            hint="remove one that is not in use (vmplug mdev remove UUID); vmplug host lists them",
         )
     writer = Writer(uuid, root)
     base = f"/sys/class/mdev_bus/{parent}/mdev_supported_types/{type_name}"
@@ -55,14 +60,14 @@ def create_mediated(
         raise BindError(
             uuid,
             "create",
-            f"{uuid} was made, but is in no IOMMU group: no driver of VFIO has taken it",
-            hint="modprobe vfio_mdev; the kernel's log (dmesg) may say why",
+            f"{uuid} was created, but is not in an IOMMU group: no VFIO driver took it",
+            hint="modprobe vfio_mdev; the kernel log (dmesg) may have the reason",
         )
     return uuid
 
 
 def remove_mediated(uuid: str, root: HostRoot) -> None:
-    """Take a mediated device away; whether anybody uses it is the caller's to know.
+    """Remove a mediated device; the caller must make sure that it is not in use.
 
     Raises NoSuchDevice or BindError.
     """
@@ -72,15 +77,15 @@ def remove_mediated(uuid: str, root: HostRoot) -> None:
             uuid,
             f"no mediated device {uuid} on this host",
             found="nothing",
-            hint="vmplug host shows what there is",
+            hint="vmplug host lists the devices",
         )
     Writer(uuid, root).write("remove", f"{base}/remove", "1")
     if root.stat(base) is not None:
         raise BindError(
             uuid,
             "remove",
-            f"{uuid} was told to go and is still there",
-            hint="the kernel's log (dmesg) may say why",
+            f"the kernel accepted the removal of {uuid}, but it is still there",
+            hint="the kernel log (dmesg) may have the reason",
         )
 
 
@@ -104,7 +109,7 @@ def _find_type(parent: str, type_name: str, root: HostRoot) -> MdevType:
 
 
 def _wait(uuid: str, root: HostRoot, timeout_s: float) -> bool:
-    """Whether it is there and in a group before the deadline."""
+    """Whether it exists and is in a group before the deadline."""
     deadline = time.monotonic() + timeout_s
     path = f"{MDEV_DEVICES}/{uuid}"
     while root.stat(path) is None or find_group(path, root) is None:

@@ -1,7 +1,7 @@
 """Names of PCI vendors, devices and classes, from the list that distributions install.
 
-The list is read when the first name is asked for, and only looked through for that name: it has
-1.4 MB. Source: pci.ids(5), https://pci-ids.ucw.cz.
+The list, 1.4 MB, is read at the first request, and searched only for the requested name. Source:
+pci.ids(5), https://pci-ids.ucw.cz.
 """
 
 import re
@@ -45,12 +45,12 @@ _SUBCLASSES = {
     0x0604: "PCI bridge",
     0x0C03: "USB controller",
 }
-"""For a host without the list: what is handed over most. Source: include/linux/pci_ids.h; the
-words are those of pci.ids."""
+"""For a host without the list: the classes that are handed over most. Source:
+include/linux/pci_ids.h; the words are those of pci.ids."""
 
 
 class PciNames:
-    """The names that a host's list has, or else the running host's."""
+    """The names in a host's list, or else in the running host's."""
 
     def __init__(self, root: HostRoot) -> None:
         self._roots = (root,) if root.is_live else (root, THIS_HOST)
@@ -100,7 +100,7 @@ class PciNames:
         return line.partition("  ")[2].strip() or None
 
     def _read(self) -> str:
-        """The first list that can be read; a name is not worth an error."""
+        """The first list that can be read; a missing name is not an error."""
         for root in self._roots:
             for path in PCI_IDS:
                 try:

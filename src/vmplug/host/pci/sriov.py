@@ -1,7 +1,7 @@
-"""Virtual functions: how many a physical one has, and what each is told by way of its network.
+"""Virtual functions: their number, and their settings through the physical network interface.
 
-The kernel makes them by one write, waits for their drivers' start but not for its end, and changes
-a number other than 0 only by way of 0.
+The kernel creates them in one write, without waiting until their drivers have started. It changes
+a number other than 0 only through 0.
 Source: Documentation/PCI/pci-iov-howto.rst, Documentation/ABI/testing/sysfs-bus-pci; ip-link(8).
 """
 
@@ -23,10 +23,10 @@ COUNT_TIMEOUT_S = 180.0
 _LINKS_TIMEOUT_S = 2.0
 
 _NUMVFS_HINTS = {
-    errno.ENOENT: "no driver has it, or its driver makes no virtual functions",
-    errno.ENOMEM: "no bus numbers or memory windows are left for them: switch SR-IOV on in the "
+    errno.ENOENT: "it has no driver, or its driver does not support virtual functions",
+    errno.ENOMEM: "no bus numbers or memory windows are left for them: enable SR-IOV in the "
     "firmware, or try pci=realloc on the kernel's command line",
-    errno.EBUSY: "the driver says that they are in use: take them from the VMs that have them",
+    errno.EBUSY: "the driver reports that they are in use: detach them from their VMs",
 }
 """Source: sriov_numvfs_store and sriov_enable, Linux drivers/pci/iov.c."""
 
@@ -35,14 +35,14 @@ _STEP_S = 0.01
 _VLAN_MAX = 4094
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z", re.ASCII)
 _REPRESENTOR = re.compile(r"(c[0-9]+)?pf[0-9]+(vf|sf)[0-9]+", re.ASCII)
-"""The host's side of a virtual function, among the physical one's interfaces.
+"""The host's port for a virtual function, among the physical function's interfaces.
 Source: Documentation/networking/devlink/devlink-port.rst; net/core/devlink.c."""
 
 
 class Sriov(NamedTuple):
-    """How a physical function is divided: `virtfns` of at most `total`.
+    """The virtual functions of a physical one: `virtfns` of at most `total`.
 
-    `autoprobe` is whether the host's drivers take new ones.
+    `autoprobe`: the host's drivers take new ones.
     """
 
     total: int
@@ -51,9 +51,9 @@ class Sriov(NamedTuple):
 
 
 class VirtualFunction(NamedTuple):
-    """What a network's virtual function was told; None for what its driver does not have.
+    """The settings of a network's virtual function; None for those that its driver does not have.
 
-    `vlan` 0 is no VLAN.
+    `vlan` 0 means no VLAN.
     """
 
     number: int
@@ -63,7 +63,7 @@ class VirtualFunction(NamedTuple):
 
 
 class VfSettings(NamedTuple):
-    """What a virtual function is to be told; None for what stays. SpecError from `checked`."""
+    """New settings of a virtual function; None leaves one as it is. SpecError from `checked`."""
 
     mac: str | None = None
     vlan: int | None = None
@@ -75,16 +75,16 @@ class VfSettings(NamedTuple):
         if mac and (not _MAC.match(mac) or int(mac[:2], 16) & 1):
             raise SpecError(
                 "--mac",
-                f"{self.mac!r} is no address of one interface",
+                f"{self.mac!r} is not the address of one interface",
                 hint="write it as 02:00:00:00:00:01; the first byte is even",
             )
         if self.vlan is not None and not 0 <= self.vlan <= _VLAN_MAX:
-            raise SpecError("--vlan", f"{self.vlan} is not in 0..{_VLAN_MAX}; 0 is no VLAN")
+            raise SpecError("--vlan", f"{self.vlan} is not in 0..{_VLAN_MAX}; 0 means no VLAN")
         return self._replace(mac=mac)
 
 
 def read_sriov(bdf: Bdf, root: HostRoot) -> Sriov | None:
-    """How a function is divided; None when it can have no virtual ones."""
+    """The virtual functions of a function; None when it cannot have any."""
     base = f"{root.pci_devices}/{bdf}"
     total = root.read_int(f"{base}/sriov_totalvfs")
     if total is None:
@@ -96,11 +96,11 @@ def read_sriov(bdf: Bdf, root: HostRoot) -> Sriov | None:
 def set_count(
     bdf: Bdf, count: int, root: HostRoot, *, autoprobe: bool | None = None
 ) -> tuple[Bdf, ...]:
-    """Give a physical function that many virtual ones, and return them.
+    """Set the number of a physical function's virtual ones, and return them.
 
-    All that it has are taken away first, unless the number is right already; whether anybody uses
-    them is the caller's to know. `autoprobe` None leaves as it is whether the host's drivers take
-    them. Raises BindError; then it has its former number again.
+    Unless the number is already right, all are removed first; the caller must make sure that they
+    are not in use. `autoprobe` None keeps the current setting. Raises BindError; then it has its
+    former number again.
     """
     found = read_sriov(bdf, root)
     if found is None or count > found.total:
@@ -117,7 +117,7 @@ def set_count(
         try:
             _put_back(bdf, found, writer, with_probe=is_other_probe)
         except BindError as failure:
-            error.hint = f"{error.hint}; the former number could not be put back: {failure}"
+            error.hint = f"{error.hint}; vmplug could not restore the former number: {failure}"
         raise
 
 
@@ -131,8 +131,9 @@ def _change(bdf: Bdf, before: int, count: int, writer: Writer) -> tuple[Bdf, ...
             raise BindError(
                 str(bdf),
                 "sriov_numvfs",
-                f"{bdf} was told to have {number} virtual functions and has {len(found)}",
-                hint="the kernel's log (dmesg) may say why",
+                f"the kernel accepted {number} virtual functions for {bdf}, but it has "
+                f"{len(found)}",
+                hint="the kernel log (dmesg) may have the reason",
             )
     return found
 
@@ -157,7 +158,7 @@ def _too_many(bdf: Bdf, count: int, found: Sriov | None) -> BindError:
             str(bdf),
             "sriov_totalvfs",
             f"{bdf} cannot have virtual functions, or its driver is not loaded",
-            hint="vmplug host shows which can",
+            hint="vmplug host shows which functions can",
         )
     return BindError(
         str(bdf), "sriov_totalvfs", f"{bdf} can have {found.total} virtual functions, not {count}"
@@ -165,7 +166,7 @@ def _too_many(bdf: Bdf, count: int, found: Sriov | None) -> BindError:
 
 
 def _wait_virtfns(bdf: Bdf, number: int, root: HostRoot) -> tuple[Bdf, ...]:
-    """The virtual functions, when there are that many or the deadline has passed."""
+    """The virtual functions, once there are that many or the deadline has passed."""
     deadline = time.monotonic() + _LINKS_TIMEOUT_S
     while len(found := read_virtfns(bdf, root)) != number and time.monotonic() < deadline:
         time.sleep(_STEP_S)  # the kernel gives no event for the links
@@ -186,13 +187,13 @@ def find_interface(bdf: Bdf, root: HostRoot) -> str | None:
 
 
 def read_virtual(interface: str) -> list[VirtualFunction]:
-    """What the virtual functions behind an interface were told. Raises BindError."""
+    """The settings of the virtual functions behind an interface. Raises BindError."""
     done = _ip(interface, ["-json", "link", "show", "dev", interface])
     try:
         (link,) = json.loads(done.stdout)
         return [_parse(entry) for entry in link.get("vfinfo_list", [])]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"ip said of {interface} what makes no sense: {done.stdout[:80]!r}"
+        message = f"the output of ip for {interface} makes no sense: {done.stdout[:80]!r}"
         raise BindError(interface, "ip link show", message) from error
 
 
@@ -208,10 +209,10 @@ def _parse(entry: dict[str, object]) -> VirtualFunction:
 
 
 def set_virtual(interface: str, number: int, wanted: VfSettings) -> VirtualFunction:
-    """Tell a virtual function its address, VLAN and trust, and read them back.
+    """Set a virtual function's address, VLAN and trust, and read them back.
 
-    Raises SpecError for what makes no sense, and BindError for what the driver does not have;
-    then it has what it was told before.
+    Raises SpecError for a malformed setting, and BindError for one that the driver does not have;
+    then the former settings are restored.
     """
     wanted = wanted.checked()
     before = _find_virtual(interface, number)
@@ -233,7 +234,7 @@ def set_virtual(interface: str, number: int, wanted: VfSettings) -> VirtualFunct
 
 
 def _words(wanted: VfSettings) -> list[list[str]]:
-    """The arguments for each thing to be told."""
+    """The arguments of ip for each setting."""
     return [
         *([["mac", wanted.mac]] if wanted.mac is not None else []),
         *([["vlan", str(wanted.vlan)]] if wanted.vlan is not None else []),
@@ -256,7 +257,7 @@ def _find_virtual(interface: str, number: int) -> VirtualFunction:
 
 
 def _check_told(interface: str, now: VirtualFunction, wanted: VfSettings) -> None:
-    """The kernel says yes to what some drivers leave as it was."""
+    """The kernel reports success even if a driver ignores a setting."""
     asked = wanted._asdict()
     for name, value in asked.items():
         if value is not None and getattr(now, name) != value:
@@ -275,7 +276,7 @@ def _ip(interface: str, arguments: list[str]) -> Finished:
     step = " ".join(["ip", *arguments])
     hint = "install iproute2" if done.status is None else None
     if "not supported" in done.complaint.lower():
-        hint = f"the driver of {interface} has no such setting for its virtual functions"
+        hint = f"the driver of {interface} does not support this setting for its virtual functions"
     elif "not permitted" in done.complaint.lower():
         hint = "become root"
     raise BindError(interface, step, f"{step}: {done.complaint}", hint=hint)

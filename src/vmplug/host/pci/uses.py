@@ -1,8 +1,8 @@
-"""What a function of the host is used for: its block devices and its network interfaces.
+"""The uses of a function of the host: its block devices and its network interfaces.
 
 Everything is found from the classes, each entry of which is a link to its place in the device
-tree: a disk of an NVMe drive, of a SCSI controller or of a virtio device alike lies below the PCI
-function that it came from. So does all that is behind a bridge or a volume management device.
+tree: a disk of an NVMe drive, of a SCSI controller or of a virtio device is below the PCI function
+that it comes from. So is everything behind a bridge or a volume management device.
 Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrconf.c, route.c.
 """
 
@@ -19,8 +19,8 @@ _BLOCK, _NET = "/sys/class/block", "/sys/class/net"
 _USUAL_TARGET = "../../devices/"
 
 _NVME_PATH = re.compile(r"nvme([0-9]+)c[0-9]+(n[0-9]+)\Z", re.ASCII)
-"""One way to a disk of several controllers, a disk without a number; the disk itself is below no
-PCI function. Source: nvme_mpath_set_disk_name, Linux drivers/nvme/host/multipath.c."""
+"""One path of a disk with several controllers, without a device number; the disk itself is not
+below a PCI function. Source: nvme_mpath_set_disk_name, Linux drivers/nvme/host/multipath.c."""
 
 _RTF_UP, _RTF_REJECT = 0x1, 0x200
 """Source: include/uapi/linux/route.h."""
@@ -29,12 +29,12 @@ _SCOPE_LINK = 0x20
 
 
 class NetInterface(NamedTuple):
-    """A network interface, and what the host uses it for.
+    """A network interface and its uses by the host.
 
-    `master` is what it is part of, a bridge or a bond, or else what was built on it, a VLAN; None
-    for nothing. The address that every interface has of itself (link-local) does not count. An
-    IPv4 address is known by the route that it brings with it. `has_default_route` and
-    `has_address` are None on a host that has no tables to tell.
+    `master` is the bridge or bond that it is part of, or else the VLAN built on it; None for
+    neither. The link-local address that every interface has does not count. An IPv4 address is
+    found by its route. `has_default_route` and `has_address` are None on a host without these
+    tables.
     """
 
     name: str
@@ -44,14 +44,14 @@ class NetInterface(NamedTuple):
 
     @property
     def is_used(self) -> bool:
-        """Whether the host would miss it."""
+        """Whether the host needs it."""
         return bool(self.has_default_route or self.has_address or self.master)
 
 
 def read_block_devices(sysfs_real_path: str, root: HostRoot) -> list[DevNum]:
     """The block devices, disks and partitions, that come from the device of that directory.
 
-    No link may be left in the path: /sys/devices/pci0000:00/0000:00:1f.2. Raises
+    The path must not contain a link: /sys/devices/pci0000:00/0000:00:1f.2. Raises
     AttributeReadError.
     """
     paths = read_block_paths(root)
@@ -68,7 +68,7 @@ def read_block_paths(root: HostRoot) -> dict[str, str]:
 
 
 def group_by_function(paths: Mapping[str, str]) -> dict[Bdf, list[str]]:
-    """The names of devices by the functions that they lie below, of their directories."""
+    """The names of devices by the functions above their directories."""
     found: dict[Bdf, set[str]] = {}
     for name, path in paths.items():
         for part in path.split("/"):
@@ -78,7 +78,7 @@ def group_by_function(paths: Mapping[str, str]) -> dict[Bdf, list[str]]:
 
 
 def _with_heads(names: set[str], known: Mapping[str, str]) -> set[str]:
-    """The names, and the disks to which some of them are only one way of several."""
+    """The names, and the multipath disks of those that are only paths."""
     heads = [f"nvme{match[1]}{match[2]}" for name in names if (match := _NVME_PATH.match(name))]
     if not heads:
         return names
@@ -117,14 +117,14 @@ def _class_paths(directory: str, root: HostRoot) -> Iterator[tuple[str, str]]:
 
 
 class NetworkUses(NamedTuple):
-    """The interfaces that have routes and addresses; None where no table is there to tell."""
+    """The interfaces that have routes and addresses; None where there are no such tables."""
 
     with_default_route: frozenset[str] | None
     with_address: frozenset[str] | None
     root: HostRoot
 
     def interface(self, name: str) -> NetInterface:
-        """What the host uses one of them for. Raises AttributeReadError."""
+        """The uses of one interface by the host. Raises AttributeReadError."""
         routed, addressed = self.with_default_route, self.with_address
         return NetInterface(
             name=name,
@@ -140,7 +140,7 @@ def read_network_uses(root: HostRoot) -> NetworkUses:
     routes6 = _read_table("/proc/net/ipv6_route", root, name=9, numbers=(0, 1, 8))
     addresses6 = _read_table("/proc/net/if_inet6", root, name=5, numbers=(3,))
     routed4 = _routed(routes4 or ())
-    # The kernel's own default routes of IPv6 reject what they get, and are of `lo`.
+    # The kernel's own default routes of IPv6, on `lo`, reject everything.
     defaults = {name for name, width in (*routed4, *_routed(routes6 or ())) if not width}
     addressed = {name for name, _ in routed4}
     addressed |= {name for name, (scope,) in addresses6 or () if scope != _SCOPE_LINK}

@@ -24,10 +24,10 @@ from vmplug.host.root import HostRoot, node_number
 GROUP_NODE = re.compile(r"/dev/vfio/([0-9]{1,9})\Z", re.ASCII)
 CDEV_NODE = re.compile(r"/dev/vfio/devices/vfio([0-9]{1,9})\Z", re.ASCII)
 IOMMU_NODE = "/dev/iommu"
-"""iommufd: without it, a device's own node is of no use. Source: Documentation/userspace-api."""
+"""iommufd: without it, a device's own node is useless. Source: Documentation/userspace-api."""
 
 _VFIO_DRIVERS = frozenset({"vfio-pci", "vfio_mdev", "vfio_ap_mdev", "vfio_ccw_mdev"})
-_SEE = "vmplug host shows what there is"
+_SEE = "vmplug host lists the devices"
 
 
 def find_vfio_group(
@@ -35,7 +35,7 @@ def find_vfio_group(
 ) -> VfioGroup:
     """The group behind a node such as /dev/vfio/26 or /dev/vfio/devices/vfio0.
 
-    A node that the kernel knows nothing of gives a group without members.
+    A node without a device in the kernel gives a group without members.
     """
     if match := GROUP_NODE.match(node):
         return _read_group(int(match[1]), node, root, found_by)
@@ -44,7 +44,9 @@ def find_vfio_group(
     link = f"{root.sys_dev}/char/{devnum}" if devnum else f"/sys/class/vfio-dev/{name}"
     real = root.real_path(link)
     device, found, cdev = real.rpartition("/vfio-dev/")
-    if real == link or not found or cdev != name:  # as of a group that has gone: `check` says so
+    if (
+        real == link or not found or cdev != name
+    ):  # as for a group that has gone: `check` reports it
         return VfioGroup(number=None, device_node=node, functions=(), found_by=found_by)
     group = find_vfio_device(device.rpartition("/")[2], root, node=node, found_by=found_by)
     return group._replace(cdev_nodes=_read_cdev_nodes(group, root))
@@ -62,7 +64,7 @@ def _read_cdev_nodes(group: VfioGroup, root: HostRoot) -> tuple[tuple[str, str],
 
 
 def has_node(node: str, root: HostRoot) -> bool:
-    """Whether QEMU can be given a node; of a host that is not the running one nobody opens any."""
+    """Whether QEMU can get a node; no node is opened on a host that is not the running one."""
     return not root.is_live or root.stat_or_none(node) is not None
 
 
@@ -71,8 +73,8 @@ def find_vfio_device(
 ) -> VfioGroup:
     """The group of a PCI function by its BDF, or of a mediated device by its UUID.
 
-    Raises NoSuchDevice when the host has no such device; a device in no group has a group with
-    `number` None.
+    Raises NoSuchDevice when the host has no such device; a device without a group gives a group
+    with `number` None.
     """
     try:
         bdf = Bdf.parse(name)
@@ -166,7 +168,7 @@ def _read_group(
 
 
 def _read_disks(functions: Iterable[PciFunction], root: HostRoot) -> tuple[DiskPart, ...]:
-    """The whole disks that drivers of the host have made of the functions."""
+    """The whole disks that the host's drivers provide behind the functions."""
     disks = []
     for function in functions:
         for devnum in read_block_devices(root.real_path(function.sysfs_path), root):
@@ -192,7 +194,7 @@ def open_nodes(nodes: Mapping[str, str], root: HostRoot) -> Iterator[dict[str, i
     """Descriptors on nodes of VFIO, for reading and writing, by the names given; closed after.
 
     The name of a device's own node is the device's: its BDF or UUID. Raises AttributeReadError,
-    and NoSuchDevice when a node is another device's: numbers are given again.
+    and NoSuchDevice when a node belongs to another device: numbers are reused.
     """
     with ExitStack() as opened:
         files = {}
@@ -205,7 +207,7 @@ def open_nodes(nodes: Mapping[str, str], root: HostRoot) -> Iterator[dict[str, i
 
 
 def _check_is_of(name: str, node: str, descriptor: int, root: HostRoot) -> None:
-    """NoSuchDevice unless what was opened is the node that the kernel has made for the device."""
+    """NoSuchDevice unless the opened file is the node that the kernel made for the device."""
     status = root.stat_descriptor(descriptor)
     link = f"{root.sys_dev}/char/{node_number(status)}" if status and status.st_rdev else ""
     if link and f"/{name}/vfio-dev/" not in root.real_path(link):
@@ -213,9 +215,9 @@ def _check_is_of(name: str, node: str, descriptor: int, root: HostRoot) -> None:
 
 
 def is_vfio_driver(function: PciFunction, root: HostRoot) -> bool:
-    """Whether a function is in the hands of VFIO: of vfio-pci or of a variant driver.
+    """Whether a function is bound to VFIO: to vfio-pci or a variant driver.
 
-    Linux 6.1 and later say so by a directory `vfio-dev`; before, the driver's name must do.
+    Linux 6.1 and later have a directory `vfio-dev`; before, the driver's name decides.
     """
     if function.driver is None:
         return False

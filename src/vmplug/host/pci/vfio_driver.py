@@ -1,7 +1,7 @@
-"""Which driver of VFIO a PCI function is for, and is it loaded?
+"""Choose and load the VFIO driver for a PCI function.
 
 A variant driver serves some devices better than vfio-pci, for live migration or for memory of
-their own. Modules say which by aliases of the form of a modalias.
+their own. Modules list these devices as aliases in the form of a modalias.
 Source: Documentation/driver-api/vfio-pci-device-specific-driver-acceptance.rst; modules.alias in
 depmod(8); MODULE_DEVICE_TABLE of `vfio_pci:` in scripts/mod/file2alias.c.
 """
@@ -21,7 +21,7 @@ _LOAD_TIMEOUT_S = 30.0
 
 
 def choose_driver(function: PciFunction, root: HostRoot) -> str:
-    """The module of the most specific driver of VFIO that there is for a function."""
+    """The module of the most specific VFIO driver for a function."""
     fitting = [
         (pattern.count("*"), module)
         for pattern, module in _read_aliases(root)
@@ -32,23 +32,25 @@ def choose_driver(function: PciFunction, root: HostRoot) -> str:
 
 
 def check_driver(name: str, function: PciFunction, root: HostRoot) -> None:
-    """Raise BindError unless the driver is one of VFIO's that knows the function.
+    """Raise BindError unless the driver is a VFIO driver that supports the function.
 
-    A driver that is named in `driver_override` is given any function, and may take the kernel down
-    with one that it was not made for. Source: pci_match_device, Linux drivers/pci/pci-driver.c;
-    measured on Linux 6.1, e1000e with an NVMe drive.
+    A driver named in `driver_override` gets any function, and may crash the kernel with one that
+    it does not support. Source: pci_match_device, Linux drivers/pci/pci-driver.c; measured on
+    Linux 6.1, e1000e with an NVMe drive.
     """
     if is_same_driver(name, PLAIN_DRIVER):
         return
     patterns = [p for p, module in _read_aliases(root) if is_same_driver(module, name)]
     if not (patterns or name.endswith(_VFIO_ENDINGS)):
-        why = f"{name} is not known as a driver of VFIO"
+        why = f"{name} is not a known VFIO driver"
     elif patterns and not any(_fits(function, pattern) for pattern in patterns):
         why = f"{name} is for other devices than {function.bdf}"
     else:
         return
     best = choose_driver(function, root)
-    raise BindError(str(function.bdf), "choose", why, hint=f"without --driver it would be {best}")
+    raise BindError(
+        str(function.bdf), "choose", why, hint=f"without --driver vmplug chooses {best}"
+    )
 
 
 def _fits(function: PciFunction, pattern: str) -> bool:
@@ -56,7 +58,7 @@ def _fits(function: PciFunction, pattern: str) -> bool:
 
 
 def _read_aliases(root: HostRoot) -> Iterator[tuple[str, str]]:
-    """What modules of the running kernel take by way of VFIO, with their names."""
+    """The VFIO aliases of the running kernel's modules, with the names of the modules."""
     release = (root.read_text("/proc/sys/kernel/osrelease") or "").strip()
     for line in (root.read_text(f"/lib/modules/{release}/modules.alias") or "").split("\n"):
         if line.startswith(_ALIAS):
@@ -73,7 +75,7 @@ def find_driver(name: str, root: HostRoot) -> str | None:
 
 
 def is_same_driver(name: str, other: str) -> bool:
-    """Whether two names are one driver's: a module's has `_` where the driver's may have `-`."""
+    """Whether two names mean one driver: a module has `_` where the driver may have `-`."""
     return name.replace("-", "_") == other.replace("-", "_")
 
 
@@ -85,12 +87,12 @@ def load_driver(name: str, root: HostRoot, *, device: str) -> str:
     done = run_program(["modprobe", *directory, "--", name], timeout_s=_LOAD_TIMEOUT_S)
     if found := find_driver(name, root):
         return found
-    why = "the kernel has no such PCI driver" if done.status == 0 else done.complaint
+    why = "the kernel has no PCI driver of this name" if done.status == 0 else done.complaint
     other = f", or choose another driver with --driver {PLAIN_DRIVER}"
     raise BindError(
         device,
         "modprobe",
         f"the driver {name} cannot be loaded: {why}",
-        hint="install the kernel's modules"
+        hint="install the kernel modules"
         + (", or a kernel with CONFIG_VFIO_PCI" if is_same_driver(name, PLAIN_DRIVER) else other),
     )

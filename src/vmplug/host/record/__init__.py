@@ -1,4 +1,4 @@
-"""A host in a file: what vmplug reads of it, written down and read again elsewhere.
+"""A host in a file: everything that vmplug reads of it, recorded here and read elsewhere.
 
 In: a `HostRoot`. Out: a tar file, and a `HostRoot` out of one.
 """

@@ -1,9 +1,9 @@
-"""A host out of a file that `vmplug record` wrote.
+"""Read a host from a file that `vmplug record` wrote.
 
-The file may come from anybody. It is unpacked into a private directory by what its members say,
-never by tar's own ways: only directories, regular files and links that stay inside; links are made
-last, so that nothing is written through one. A device node is kept in memory, as a fact: none is
-made, so it takes no root, and nothing can be opened by it.
+The file is not trusted. vmplug unpacks it into a private directory by itself, not with tarfile's
+extraction: only directories, regular files and links that stay inside; links are made last, so
+that nothing is written through one. A device node is only kept in memory: none is created, so no
+root is needed and no device can be opened.
 """
 
 import errno
@@ -25,7 +25,7 @@ from vmplug.host.root import AttributeBatch, HostRoot
 
 FORMAT = 1
 NOTE = "vmplug-record"
-"""A member for people, and for who would read a later format."""
+"""A member for people, and for programs that read a later format."""
 ERRNO_KEYWORD = "VMPLUG.errno"
 
 _LINKS_MAX, _DEPTH_MAX = 40, 64
@@ -37,19 +37,19 @@ _EXTENSIONS = {
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 }
 _EXTENSION_MAX_BYTES = 1 << 16
-"""Of a member's name, its link and its keywords; tarfile reads them at once."""
+"""The limit for a member's name, link and keywords, which tarfile reads at once."""
 _NOTE_MAX_BYTES = 4096
-_SEE = "vmplug record makes such a file"
+_SEE = "vmplug record writes such a file"
 _UNREADABLE = (EOFError, ValueError, RecursionError, zlib.error, tarfile.TarError)
-"""What tarfile raises: a ValueError for numbers that are none, a RecursionError when one
-extension extends the other."""
+"""The errors of tarfile: ValueError for malformed numbers, RecursionError when extensions extend
+each other."""
 
 
 T = TypeVar("T")
 
 
 class Limits(NamedTuple):
-    """How much a record may hold; 10 000 PCI functions make 300 000 members of 300 MiB."""
+    """The limits of a record; 10 000 PCI functions make 300 000 members of 300 MiB."""
 
     members: int = 1_000_000
     file_bytes: int = 4 << 20
@@ -75,7 +75,7 @@ class RecordedRoot(HostRoot):
         self._errors = errors
 
     def _refuse(self, path: str) -> None:
-        """The error that the host gave for a file."""
+        """The error that the host returned for a file."""
         if self._errors:
             number = self._errors.get(self.real_path(path))
             if number is not None:
@@ -92,7 +92,7 @@ class RecordedRoot(HostRoot):
         return super().read_text(path)
 
     def read_at(self, path: str, offset: int, length: int) -> bytes:
-        """As on the host, but for nodes, behind which there is nothing."""
+        """As on the host, except for nodes, which have no device behind them."""
         self._refuse(path)
         return super().read_at(path, offset, length)
 
@@ -123,11 +123,11 @@ class RecordedRoot(HostRoot):
             )
 
     def stat(self, path: str) -> os.stat_result | None:
-        """As on the host, as far as type, permissions and number go."""
+        """As on the host, with type, permissions and number only."""
         return self._as_node(path, super().stat(path))
 
     def stat_or_none(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
-        """As on the host, as far as type, permissions and number go."""
+        """As on the host, with type, permissions and number only."""
         status = super().stat_or_none(path, follow_symlinks=follow_symlinks)
         if status and stat.S_ISLNK(status.st_mode):
             return status
@@ -151,7 +151,7 @@ def _answer(read: Callable[[str], T], path: str) -> T | AttributeReadError:
 def open_record(path: str, limits: Limits = LIMITS) -> Iterator[RecordedRoot]:
     """The host in a tar file, compressed by gzip or not; the files are removed at the end.
 
-    Raises SpecError for a file that is none, or that says what no record may.
+    Raises SpecError for a file that is not a record, or has forbidden contents.
     """
     directory = tempfile.mkdtemp(prefix="vmplug-root-")
     try:
@@ -191,7 +191,7 @@ class _Unpacker:
                     raise self._refusal(f"holds more than {self._limits.members} members")
                 self._take(member, tar)
         if self._promised is not None and self._promised != count - 1:
-            raise self._refusal(f"is cut short: {count - 1} of {self._promised} members are there")
+            raise self._refusal(f"is truncated: it has {count - 1} of {self._promised} members")
         for path, target in self._links.items():
             self._check_link(path, target)
         for path, target in self._links.items():
@@ -220,7 +220,7 @@ class _Unpacker:
             return
         self._make_directory(path.rpartition("/")[0])
         if path in self._directories or path in self._leaves:
-            raise self._refusal(f"member {member.name!r} is there twice")
+            raise self._refusal(f"member {member.name!r} appears twice")
         self._leaves.add(path)
         if member.issym():
             self._links[path] = member.linkname
@@ -228,7 +228,7 @@ class _Unpacker:
         if member.type in _NODES:
             self.nodes[path] = self._node(member)
         elif member.type not in _REGULAR or member.issparse():
-            raise self._refusal(f"member {member.name!r} is neither file, link nor device node")
+            raise self._refusal(f"member {member.name!r} is not a file, a link or a device node")
         self._write(path, member, tar)
 
     def _node(self, member: tarfile.TarInfo) -> _Node:
@@ -243,9 +243,13 @@ class _Unpacker:
         """The member's path with a slash before it; SpecError if it leaves the directory."""
         parts = [part for part in name.split("/") if part not in {"", "."}]
         if name.startswith("/") or ".." in parts or "\0" in name:
-            raise self._refusal(f"member {name!r} would leave the directory that it is put into")
+            raise self._refusal(
+                f"member {name!r} would leave the directory that it is unpacked into"
+            )
         if len(parts) > _DEPTH_MAX:
-            raise self._refusal(f"member {name[:40]!r}... lies deeper than any file of a host")
+            raise self._refusal(
+                f"member {name[:40]!r}... is nested deeper than any file of a host"
+            )
         return "".join(f"/{part}" for part in parts)
 
     def _make_directory(self, path: str) -> None:
@@ -253,7 +257,7 @@ class _Unpacker:
         for part in path.split("/")[1:]:
             here = f"{here}/{part}"
             if here in self._leaves:
-                raise self._refusal(f"member {here[1:]!r} is a directory and something else")
+                raise self._refusal(f"member {here[1:]!r} is both a directory and something else")
             if here not in self._directories:
                 os.mkdir(self._directory + here, 0o700)
                 self._directories.add(here)
@@ -270,7 +274,7 @@ class _Unpacker:
         content = tar.extractfile(member) if member.isreg() else None
         data = content.read() if content else b""
         if len(data) != member.size and member.isreg():
-            raise self._refusal(f"is cut short in {member.name!r}")
+            raise self._refusal(f"is truncated in {member.name!r}")
         with open(self._directory + path, "xb") as file:
             file.write(data)
 
@@ -284,13 +288,13 @@ class _Unpacker:
         )
         if words.get("format") != str(FORMAT):
             raise self._refusal(
-                f"is a record of format {words.get('format')!r}, and this vmplug reads {FORMAT}"
+                f"is a record of format {words.get('format')!r}; this vmplug reads format {FORMAT}"
             )
         promised = words.get("members", "")
         self._promised = int(promised) if is_decimal(promised) else None
 
     def _check_link(self, path: str, target: str) -> None:
-        """SpecError for a link that would lead out, by itself or by way of others."""
+        """SpecError for a link that would lead out, by itself or through others."""
         real, rest, links = path.split("/")[1:-1], target.split("/")[::-1], 0
         is_out = target.startswith("/") or not target or "\0" in target
         while rest and not is_out:
@@ -307,7 +311,7 @@ class _Unpacker:
             if further is not None:
                 links += 1
                 if links > _LINKS_MAX:
-                    return  # leads nowhere: the kernel gives up too
+                    return  # leads nowhere: the kernel would fail too
                 real.pop()
                 is_out = further.startswith("/")
                 rest += further.split("/")[::-1]
@@ -319,18 +323,18 @@ class _Header(tarfile.TarInfo):
     """A member's header, which may not announce more than is sensible."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> Self:
-        """As tarfile calls it for every header: its way to look at one before it is read further.
+        """Called by tarfile for every header, before it reads the member.
 
         Python 3.13 does not call `frombuf` of a subclass any more.
         """
         if self.type in _EXTENSIONS and self.size > _EXTENSION_MAX_BYTES:
-            raise tarfile.ReadError(f"{self.size} bytes are said of one member")
+            raise tarfile.ReadError(f"{self.size} bytes are announced for one member")
         found: Self = super()._proc_member(tar)  # type: ignore[misc]
         return found
 
 
 class _Limited(io.RawIOBase):
-    """A stream that ends in an error when it gives too much: a small file may unpack to a lot."""
+    """A stream that fails after too many bytes: a small file may unpack to a lot."""
 
     def __init__(self, stream: IO[bytes] | gzip.GzipFile, size_bytes: int, too_much: SpecError):
         super().__init__()

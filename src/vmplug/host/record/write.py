@@ -1,11 +1,10 @@
-"""A record of a host: what vmplug reads of /sys, /proc and /dev, in one tar file.
+"""Record a host: the parts of /sys, /proc and /dev that vmplug reads, in one tar file.
 
-What is written is found by reading: everything that `vmplug host`, `resolve` and `check` may want
-to know is asked once, of a HostRoot that notes each path. Of /proc only what stands in `_PROC` is
-looked at, of /dev only what its nodes and links are: no file's contents leave the host but those
-of /sys and of these tables.
+vmplug runs everything that `vmplug host`, `resolve` and `check` may read, on a HostRoot that notes
+each path. It reads only the tables of /proc in `_PROC`, and only types and numbers of /dev: the
+contents of other files stay on the host.
 
-In the file a node is a device entry, a link a link, and the error that a forbidden file gave a
+In the file a node is a device entry and a link is a link. The error of a forbidden file is a
 keyword of its pax header. Source: pax(1), POSIX.1-2001; tar(5).
 """
 
@@ -40,9 +39,10 @@ _PROC = re.compile(
 )
 _TABLE_MAX_BYTES = 4 << 20
 _PIECE = 1 << 16
-"""Some files of /proc fail for a buffer of megabytes."""
+"""Some files of /proc cannot be read with a buffer of megabytes."""
 _CONFIG_BYTES = 256
-"""What the kernel itself has read of a configuration space; more of it can upset a device."""
+"""The part of a configuration space that the kernel has read itself; reading more can upset a
+device."""
 
 _NAMESPACE = "/ns/mnt"
 _NODES = {stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFBLK: tarfile.BLKTYPE}
@@ -53,11 +53,11 @@ _FUNCTION_FILES = (
     *("class", "vendor", "device", "subsystem_vendor", "subsystem_device", "revision", "driver"),
     *("driver_override", "boot_vga", "sriov_totalvfs", "sriov_numvfs"),
 )
-"""Read only where a uevent is missing, or by the verbs that change a function."""
+"""Read only where a uevent is missing, or by verbs that change a function."""
 
 
 class Recorded(NamedTuple):
-    """What a record holds; `unreadable` are files that are there and could not be read."""
+    """The contents of a record; `unreadable` are existing files that could not be read."""
 
     files: int
     links: int
@@ -66,10 +66,10 @@ class Recorded(NamedTuple):
 
 
 def write_record(path: str, root: HostRoot, *, replace: bool = False) -> Recorded:
-    """Write what vmplug reads of the host to the tar file `path`, all of it or nothing.
+    """Write the host to the tar file `path`, completely or not at all.
 
-    Compressed when the name ends in .gz or .tgz. Raises SpecError when the file is there already
-    and is not to be replaced, or cannot be written.
+    Compressed when the name ends in .gz or .tgz. Raises SpecError when the file exists and may not
+    be replaced, or cannot be written.
     """
     if not replace and os.path.lexists(path):
         raise _exists(path)
@@ -77,7 +77,7 @@ def write_record(path: str, root: HostRoot, *, replace: bool = False) -> Recorde
     _read_everything(noting)
     members = _Members(root)
     for noted in sorted(noting.noted):
-        # A process stands for its mount namespace if its mounts were read.
+        # A process counts for its mount namespace if its mounts were read.
         if (
             not noted.endswith(_NAMESPACE)
             or noted.replace(_NAMESPACE, "/mountinfo") in noting.noted
@@ -95,7 +95,7 @@ def write_record(path: str, root: HostRoot, *, replace: bool = False) -> Recorde
 
 
 def _exists(path: str) -> SpecError:
-    return SpecError(path, "is there already", hint="name another file, or say --force")
+    return SpecError(path, "already exists", hint="name another file, or pass --force")
 
 
 def _write_file(path: str, members: "_Members", *, replace: bool) -> None:
@@ -116,7 +116,7 @@ def _write_file(path: str, members: "_Members", *, replace: bool) -> None:
 
 
 def _read_everything(root: "_RecordingRoot") -> None:
-    """Read all that the reading verbs would, of every device of the host."""
+    """Read everything that the reading verbs would read, for every device of the host."""
     inventory = read_inventory(root)
     usage = HostUsage(mounts=(), swaps=(), loops=())
     with suppress(AttributeReadError):
@@ -150,7 +150,7 @@ def _check(device: HostDevice, usage: HostUsage, root: HostRoot) -> None:
 class _RecordingRoot(HostRoot):
     """Notes every path of /sys, /dev and those tables of /proc that is asked for.
 
-    It is no running host, so that nobody opens a node to find out more.
+    It does not count as the running host, so that no node is opened.
     """
 
     def __init__(self, root: HostRoot) -> None:
@@ -219,7 +219,7 @@ class _RecordingRoot(HostRoot):
 
 
 class _Members:
-    """What goes into the file, by path, every path without links on its way."""
+    """The members of the file by path; no path contains a link."""
 
     def __init__(self, root: HostRoot) -> None:
         self._base = "" if root.is_live else root.path
@@ -232,7 +232,7 @@ class _Members:
     def add(self, path: str) -> str | None:
         """Add what is at `path`, with the links and directories on the way to it.
 
-        Gives the path without links; None when there is nothing, or nothing to be recorded.
+        Gives the path without links; None when it does not exist, or is not recorded.
         """
         if path.startswith("/proc/"):
             return self._add_table(path)
@@ -267,7 +267,7 @@ class _Members:
         try:
             names = os.listdir(self._base + real)
         except OSError:
-            return  # the same path has been looked at before
+            return  # this path has been recorded before
         for name in names:
             self._add_entry(f"{real}/{name}", with_content=False)
 
@@ -309,7 +309,7 @@ class _Members:
         self._files[path] = data
 
     def _add_table(self, path: str) -> str | None:
-        """A file or link of /proc; what belongs to another user's process is passed over."""
+        """A file or link of /proc; files of another user's process are skipped."""
         try:
             if path.endswith(_NAMESPACE):
                 self._links[path] = os.readlink(self._base + path)
@@ -327,13 +327,13 @@ class _Members:
             self._errors[path] = error.errno
 
     def summary(self) -> Recorded:
-        """How much there is."""
+        """The number of members."""
         unreadable = (f"{path}: {os.strerror(number)}" for path, number in self._errors.items())
         files = len(self._files) - len(self._errors)
         return Recorded(files, len(self._links), len(self._nodes), tuple(sorted(unreadable)))
 
     def write(self, file: IO[bytes], *, is_compressed: bool) -> None:
-        """The tar file, what was recorded first and by name."""
+        """The tar file: the note first, then the members by name."""
         paths = sorted({*self._directories, *self._links, *self._files, *self._nodes})
         note = "".join(f"unreadable {line}\n" for line in self.summary().unreadable)
         text = f"format {FORMAT}\nmembers {len(paths)}\n{note}".encode(errors="surrogateescape")
@@ -369,7 +369,7 @@ def _header(path: str, **fields: object) -> tarfile.TarInfo:
 
 
 def _stays_inside(path: str, target: str) -> bool:
-    """Whether a link leads to somewhere in /sys, /proc or /dev, by a relative way."""
+    """Whether a link leads into /sys, /proc or /dev by a relative path."""
     whole = os.path.normpath(os.path.join(os.path.dirname(path), target))
     return not target.startswith("/") and whole.startswith(("/sys/", "/proc/", "/dev/"))
 

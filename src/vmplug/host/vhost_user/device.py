@@ -1,4 +1,4 @@
-"""The socket of a process that serves a device, and what that process says of itself."""
+"""The socket of a process that serves a device, and the features of that process."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,10 +13,10 @@ _DEVICE_FEATURES = (1 << 24) - 1
 
 
 class Backend(NamedTuple):
-    """What a vhost-user backend says of itself; `queues` is how many request queues it serves.
+    """The features of a vhost-user backend; `queues` is how many request queues it serves.
 
-    `has_config` says that it answers for the device's configuration space, `has_memory_slots`
-    that it maps guest memory in more than a few pieces.
+    `has_config`: it serves the device's configuration space. `has_memory_slots`: it maps guest
+    memory in more than a few regions.
     """
 
     features: int
@@ -26,15 +26,15 @@ class Backend(NamedTuple):
 
     @property
     def is_read_only(self) -> bool:
-        """Whether a vhost-user-blk backend takes no writes."""
+        """Whether a vhost-user-blk backend is read-only."""
         return bool(self.features >> _BLK_F_RO & 1)
 
     def can_be(self, kind: DeviceType) -> bool:
         """Whether a device of that kind could have these features.
 
-        QEMU ends itself when a vhost-user-scsi device has another kind's backend, and asks that of
-        a disk for its size, which is in the configuration space. Such a disk that tells its block
-        size does not survive being taken for a network.
+        QEMU exits when a vhost-user-scsi device has the backend of another kind. It asks the
+        backend of a disk for its size, which is in the configuration space. It also exits when a
+        backend of a disk that offers its block size is used for a network.
         """
         own = self.features & _DEVICE_FEATURES
         match kind:
@@ -53,7 +53,7 @@ class VhostUserSocket:
     """The socket of a process that serves a device: a disk, a network, a directory.
 
     `devnum` is the number that stands for it in the vhost-user store; None when the request named
-    the socket itself. `backend` is what the process said when it was asked, None before that.
+    the socket itself. `backend` are the features of the process, None before it was asked.
     """
 
     kind: DeviceType
@@ -74,5 +74,5 @@ class VhostUserSocket:
 
     @property
     def related_identities(self) -> tuple[str, ...]:
-        """None are known: what the process serves cannot be seen from here."""
+        """Empty: the device that the process serves is unknown."""
         return ()

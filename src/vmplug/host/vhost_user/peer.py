@@ -1,6 +1,6 @@
-"""Has the other end of a unix socket hung up, which the process behind it may not have noticed?
+"""Whether the peer of a unix socket has hung up, which its process may not have noticed.
 
-/proc/net/unix does not say; the kernel tells it to who asks for one socket. Source: sock_diag(7),
+/proc/net/unix does not show it; the kernel answers it for a single socket. Source: sock_diag(7),
 Linux net/unix/diag.c and net/unix/af_unix.c, unix_release_sock.
 """
 
@@ -17,9 +17,9 @@ _ATTRIBUTE = struct.Struct("=HH")
 
 
 def has_hung_up(inode: int) -> bool:
-    """Whether nobody is left to write to the connected socket with this inode.
+    """Whether the peer of the connected socket with this inode cannot write any more.
 
-    False where the kernel does not tell: it may be built without it, or the socket be closed.
+    False where it is unknown: the kernel may lack sock_diag, or the socket be closed.
     """
     request = _REQUEST.pack(socket.AF_UNIX, 0, 0, _ANY, inode, 0, _ANY, _ANY)
     length = _HEADER.size + len(request)

@@ -1,8 +1,8 @@
-"""Vhost-user backends: who listens on a socket, and does it answer?
+"""Vhost-user backends: check that one listens on a socket and answers.
 
-A backend that accepts and then is silent freezes all of QEMU, so it is asked before QEMU is: three
-messages, and the connection is closed again. Two are never connected to, as /proc tells enough of
-them: a virtiofsd, which serves one connection in its life, and a backend that serves somebody.
+A backend that accepts and then is silent freezes QEMU, so vmplug asks it before QEMU connects:
+three messages, then it closes the connection. It never connects to two of them, as /proc shows
+enough: a virtiofsd, which serves only one connection, and a backend that has a client.
 Source: QEMU docs/interop/vhost-user.rst; virtio specification, 5.1 to 5.11, feature bits.
 """
 
@@ -28,19 +28,22 @@ _F_PROTOCOL_FEATURES = 30
 _PROTOCOL_F_MQ, _PROTOCOL_F_CONFIG, _PROTOCOL_F_MEMORY_SLOTS = 0, 9, 15
 
 _SCSI_QUEUES_FIXED = 2
-"""Of control and events, which a backend counts too. Source: virtio specification, 5.6.2."""
+"""The queues for control and events, which a backend counts too. Source: virtio specification,
+5.6.2."""
 
 
 class Failure(StrEnum):
     """Why a backend cannot be used."""
 
-    ABSENT = "nobody listens on it"
-    SILENT = "it accepts a connection and does not answer: it hangs, or serves another client"
-    CLOSED = "it closes the connection: it speaks no vhost-user"
+    ABSENT = "no process listens on it"
+    SILENT = (
+        "the backend accepts a connection and does not answer: it hangs, or serves another client"
+    )
+    CLOSED = "the backend closes the connection: it does not speak vhost-user"
 
 
 def probe(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Backend | Failure:
-    """Ask the backend at `path` for its features, and hang up."""
+    """Ask the backend at `path` for its features, and disconnect."""
     deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(timeout_s)
@@ -67,7 +70,7 @@ def probe(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Backend | Failure
 
 
 def _ask(connection: socket.socket, request: int, deadline: float) -> int:
-    """The number that answers `request`; EOFError when the answer is no number."""
+    """The number that answers `request`; EOFError when it is not a number."""
     connection.sendall(_HEADER.pack(request, _VERSION, 0))
     _, _, size = _HEADER.unpack(_receive(connection, _HEADER.size, deadline))
     if size != _NUMBER.size:
@@ -89,9 +92,9 @@ def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
 def ask_backend(
     device: VhostUserSocket, root: HostRoot, *, timeout_s: float = PROBE_TIMEOUT_S
 ) -> tuple[VhostUserSocket, list[Finding]]:
-    """The device with what its backend says of itself, and what speaks against the backend.
+    """The device with the features of its backend, and the findings about the backend.
 
-    Only the running host's sockets lead anywhere; of another root nothing is said.
+    Only sockets of the running host can be asked; for another root there are no findings.
     """
     if not root.is_live:
         return device, []
@@ -109,7 +112,7 @@ def ask_backend(
 
 
 def _look(device: VhostUserSocket, root: HostRoot) -> Finding | None:
-    """What can be said against the backend without connecting to it."""
+    """A finding about the backend that needs no connection to it."""
     path = device.socket_path
     if stays_connected(path, root):
         return _busy(device, root)
@@ -123,26 +126,26 @@ def _look(device: VhostUserSocket, root: HostRoot) -> Finding | None:
 def _failed(device: VhostUserSocket, failure: Failure, root: HostRoot) -> Finding:
     path = device.socket_path
     if failure is Failure.ABSENT:
-        code, hint = Code.NO_BACKEND, "start the backend that serves it"
+        code, hint = Code.NO_BACKEND, "start its backend"
     else:
         code = Code.BACKEND_SILENT
-        hint = f"look at {_who(path, root)}; restart it, or stop its other client"
+        hint = f"check {_who(path, root)}: restart it, or stop its other client"
     return Finding(code, f"{path} cannot be used: {failure}", hint)
 
 
 def _busy(device: VhostUserSocket, root: HostRoot) -> Finding:
     return Finding(
         Code.BACKEND_BUSY,
-        f"{_who(device.socket_path, root)} serves somebody on {device.socket_path} already",
-        "stop its other client, or allow it if that backend takes several",
+        f"{_who(device.socket_path, root)} already serves a client on {device.socket_path}",
+        "stop that client, or allow this finding if the backend serves several",
     )
 
 
 def _wrong(device: VhostUserSocket, who: str) -> Finding:
     return Finding(
         Code.WRONG_BACKEND,
-        f"{who}, which listens on {device.socket_path}, serves no {device.kind} device",
-        "name the socket of the right backend; QEMU would not survive this one",
+        f"{who}, which listens on {device.socket_path}, does not serve a {device.kind} device",
+        "name the socket of the right backend: QEMU would crash with this one",
     )
 
 

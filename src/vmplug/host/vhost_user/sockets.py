@@ -1,4 +1,4 @@
-"""Who listens on a socket, and who is connected to it, as far as /proc tells."""
+"""The listener of a socket and its clients, as far as /proc shows them."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.peer import has_hung_up
 
 _HANG_UP_S = 0.1
-"""How long a client is taken for a mere probe, such as vmplug's own, that is about to hang up."""
+"""How long a client may be just a probe, such as vmplug's own, that will soon disconnect."""
 
 VIRTIOFSD = "virtiofsd"
 
@@ -36,21 +36,21 @@ _CONNECTED = 3
 
 
 def is_listening(path: str, root: HostRoot) -> bool:
-    """Whether somebody listens on the socket at `path`; nobody is connected to."""
+    """Whether a process listens on the socket at `path`, without connecting to it."""
     return bool(_listeners(path, root))
 
 
 def is_connected(path: str, root: HostRoot) -> bool:
     """Whether the listener on the socket at `path` serves a client that has not hung up.
 
-    A busy host lets a backend notice late that its client has gone.
+    On a busy host a backend notices late that its client has gone.
     """
     served = [socket for socket in _sockets(path, root) if socket.state == _CONNECTED]
     return any(not (root.is_live and has_hung_up(int(socket.inode))) for socket in served)
 
 
 def stays_connected(path: str, root: HostRoot) -> bool:
-    """Whether the listener serves a client for longer than a mere probe lasts."""
+    """Whether the listener serves a client for longer than a probe lasts."""
     deadline = time.monotonic() + _HANG_UP_S
     while is_connected(path, root):
         if time.monotonic() >= deadline:
@@ -60,12 +60,12 @@ def stays_connected(path: str, root: HostRoot) -> bool:
 
 
 def find_listener(path: str, root: HostRoot, *, name: str | None = None) -> Listener | None:
-    """The process that holds the listening socket, if it can be seen; only one called `name`."""
+    """The process that holds the listening socket, if visible; only one called `name`."""
     return _find_holder(_listeners(path, root), root, name)
 
 
 def find_server(path: str, root: HostRoot) -> Listener | None:
-    """The process behind a socket, also one that serves its only client and listens no more."""
+    """The process behind a socket, even if it serves its only client and no longer listens."""
     return _find_holder([socket.inode for socket in _sockets(path, root)], root, None)
 
 
@@ -112,7 +112,7 @@ def _sockets(path: str, root: HostRoot) -> list[_Socket]:
 def _same_path(bound: str, path: str, root: HostRoot) -> bool:
     """Whether a socket bound as `bound` may be at the canonical `path`.
 
-    A relative name may be anywhere, an absolute one lead through links, as /var/run does.
+    A relative name may be anywhere; an absolute one may lead through links, as /var/run does.
     """
     if bound.startswith("@") or os.path.basename(bound) != os.path.basename(path):
         return False

@@ -4,12 +4,11 @@ A node `STORE/block/devices/NAME` of major 241 (vhost-user-blk) or 242 (vhost-us
 socket `STORE/block/sockets/NAME`. Both majors are a convention of Kata Containers and may be
 changed per host.
 
-The index by number is trusted only as far as the file system lets it be: it counts while the
-directory is unchanged *and* its last change was already older than `_RACY_NS` when it was scanned,
-and even then a hit is checked against its node. The change time is looked at, as a modification
-time can be set back (rsync, tar). tmpfs stamps directories from a clock that ticks every
-4 to 10 ms, so that two changes within one tick look like one (measured: 1 of 300 immediate
-changes was visible). Git treats its index the same way.
+The index by number is valid only while the directory is unchanged *and* its last change was
+already older than `_RACY_NS` when it was scanned. Even then a hit is checked against its node.
+vmplug compares the change time, as a modification time can be set back (rsync, tar). tmpfs stamps
+directories from a clock that ticks every 4 to 10 ms, so that two changes within one tick look like
+one (measured: 1 of 300 immediate changes was visible). Git treats its index the same way.
 """
 
 import os
@@ -41,8 +40,8 @@ class _Stamp(NamedTuple):
 class _Index:
     """Names of the store's block nodes by number, as of one scan.
 
-    `settled` says that nothing can have changed unseen since. `loose` says that some entry is a
-    symlink or could not be read, so that the directory's time does not tell of every change.
+    `settled`: every later change will be noticed. `loose`: an entry is a symlink or could not be
+    read, so that the directory's time does not show every change.
     """
 
     names: dict[int, str]
@@ -54,8 +53,8 @@ class _Index:
 class VhostUserStore:
     """The sockets of one vhost-user store, found by device number.
 
-    Long-lived and cheap to ask again: a warm lookup is three `stat` calls however many nodes the
-    store holds. Not thread-safe.
+    Long-lived: a repeated lookup is three `stat` calls, for any number of nodes in the store. Not
+    thread-safe.
     """
 
     def __init__(
@@ -75,14 +74,14 @@ class VhostUserStore:
         self._index: _Index | None = None
 
     def owns(self, devnum: DevNum) -> bool:
-        """Whether block devices of this number are the store's."""
+        """Whether block devices of this number belong to the store."""
         return devnum.major in (self.blk_major, self.scsi_major)
 
     def find_socket(self, devnum: DevNum) -> str:
         """The socket of a device number.
 
-        Raises NoSuchDevice when the store, the node or the socket is not there or is something
-        else, AttributeReadError when it cannot be looked at.
+        Raises NoSuchDevice when the store, the node or the socket is absent or of another type,
+        AttributeReadError when it cannot be read.
         """
         rdev = os.makedev(devnum.major, devnum.minor)
         name = self._indexed_name(rdev)
@@ -91,7 +90,7 @@ class VhostUserStore:
         return self._socket(devnum, name)
 
     def find_sockets(self, devnums: Iterable[DevNum]) -> dict[DevNum, str | HostError]:
-        """The sockets of many device numbers, answered from one scan made now."""
+        """The sockets of many device numbers, from one new scan."""
         index = self._index = self._scan()
         found: dict[DevNum, str | HostError] = {}
         for devnum in devnums:
@@ -118,14 +117,14 @@ class VhostUserStore:
         if status is None:
             raise NoSuchDevice(
                 self.path,
-                f"the vhost-user store {self.path} is not there: no directory {self._devices}",
-                hint="name the store of this host with --vhost-user-store, "
-                "or start the storage daemon that fills it",
+                f"the vhost-user store {self.path} does not exist: no directory {self._devices}",
+                hint="pass this host's store with --vhost-user-store, or start the storage "
+                "daemon that fills it",
             )
         return _Stamp(status.st_dev, status.st_ino, status.st_ctime_ns)
 
     def _scan(self) -> _Index:
-        """Look at every node. The first in name order wins, as in Kata; broken ones are passed."""
+        """Read every node. The first in name order wins, as in Kata; broken ones are skipped."""
         started_ns = time.time_ns()
         stamp = self._directory_stamp()
         names: dict[int, str] = {}

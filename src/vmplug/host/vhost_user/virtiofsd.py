@@ -1,6 +1,6 @@
-"""The host's virtiofsd: there are two programs of that name, and each is asked what it can do.
+"""The host's virtiofsd: there are two programs of that name, so vmplug asks for the options.
 
-One came with QEMU before 8.0, in C; the other came after it, in Rust, and has options of its own.
+QEMU before 8.0 contains one in C; the later one, in Rust, has different options.
 """
 
 import re
@@ -28,7 +28,7 @@ class Virtiofsd(NamedTuple):
 
 
 def find_virtiofsd(root: HostRoot) -> Virtiofsd | None:
-    """The one that is installed; of several the first. That of a live root is run for its help."""
+    """The first installed virtiofsd. On a live root vmplug runs it with --help."""
     path = next((path for path in VIRTIOFSD_PROGRAMS if root.stat(path)), None)
     if path is None:
         return None

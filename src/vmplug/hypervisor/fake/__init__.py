@@ -1,4 +1,4 @@
-"""A QEMU that is none: for tests, ours and those of programs that use vmplug.
+"""An in-memory QEMU for tests, ours and those of programs that use vmplug.
 
-In: the QMP commands that vmplug sends. Out: what QEMU would answer, and failures on demand.
+In: the QMP commands that vmplug sends. Out: the answers of QEMU, and failures on demand.
 """

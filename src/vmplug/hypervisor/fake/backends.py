@@ -1,6 +1,6 @@
-"""What stands behind the devices of the in-memory hypervisor: disks, connections, objects.
+"""The back ends of devices in the in-memory hypervisor: disks, connections, objects.
 
-What it answers is held to real QEMU by the contract tests.
+The contract tests compare its answers with those of a real QEMU.
 """
 
 from abc import abstractmethod
@@ -12,7 +12,7 @@ from vmplug.hypervisor.qemu.abilities import IOMMUFD, RECONNECT, RECONNECT_MS
 
 
 class Refused(Exception):
-    """A command that QEMU would refuse, in QEMU's words."""
+    """A refusal in QEMU's words."""
 
     def __init__(self, desc: str, error_class: str = "GenericError") -> None:
         super().__init__(desc)
@@ -21,10 +21,10 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class FakeBackends:
-    """The commands that make and remove what a device is made of, by their QMP names.
+    """The commands that add and remove the parts of a device, by their QMP names.
 
-    `reconnect` is the option that a chardev takes of the two, as in QEMU 7.2 and 11; `iommufd` is
-    whether there are objects of that type. `kept` are files that QEMU never closes any more.
+    `reconnect` is the option of chardevs, that of QEMU 7.2 or that of 11. `iommufd`: there are
+    objects of that type. `kept` are files that QEMU will never close.
     """
 
     nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class FakeBackends:
 
     @abstractmethod
     def _used(self, key: str) -> set[Any]:
-        """What devices, and for a chardev networks, have as that property."""
+        """The values of that property in devices, and for a chardev also in networks."""
 
     def _query_named_block_nodes(self, *, flat: bool) -> list[dict[str, str]]:
         return [{"node-name": name} for name in self.nodes]
@@ -100,7 +100,7 @@ class FakeBackends:
         return {}
 
     def _take_file(self, name: str) -> None:
-        """A file that was passed is a device's or an object's from now on."""
+        """From now on a file that was passed belongs to a device or an object."""
         if name not in self.descriptors:
             why = f"File descriptor named '{name}' has not been found"
             raise Refused(f"Could not parse remote object fd {name}:{why}")

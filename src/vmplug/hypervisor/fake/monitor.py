@@ -1,7 +1,7 @@
-"""An in-memory hypervisor for tests: Qemu on a monitor that needs no QEMU.
+"""An in-memory hypervisor for tests: Qemu on a monitor without a QEMU.
 
-What it answers is held to real QEMU by the contract tests. It knows the commands that vmplug
-sends to plug disks, and no others.
+The contract tests compare its answers with those of a real QEMU. It supports only the commands
+that vmplug sends.
 """
 
 import io
@@ -24,14 +24,14 @@ from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, Talk, command_
 from vmplug.hypervisor.virtiofsd import VirtiofsdProcess, VirtiofsdRunner
 
 MACHINE = "pc-q35-10.0"
-"""What the machine in memory is called; QEMU has its own version in the name."""
+"""The name of the machine in memory; QEMU adds its version to the name."""
 _ROOT_BUS = "/machine/q35/pcie.0"
 _FIRST_PORT_SLOT = 0x10
 _MAX_PORTS = 15
 
 
 class Guest(StrEnum):
-    """What the guest does when it is asked to release a device."""
+    """The guest's reaction to a request to release a device."""
 
     ANSWERS = "answers"
     SILENT = "silent"
@@ -41,9 +41,9 @@ class Guest(StrEnum):
 class FakeHypervisor(Qemu):
     """A q35 machine in memory with up to 15 root ports and, if wanted, a virtio-scsi controller.
 
-    It takes `memory_slots` NVDIMMs, and has `iommufd` or not. No process is started for a shared
-    directory. `monitor` may be told to fail (`fail_at`) and how the guest behaves (`guest`).
-    `host` is as for Qemu.
+    It has room for `memory_slots` NVDIMMs, and has `iommufd` or not. It starts no process for a
+    shared directory. On `monitor`, `fail_at` sets a command that fails, and `guest` the guest's
+    behaviour. `host` is as for Qemu.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class FakeHypervisor(Qemu):
 
 
 class _NoVirtiofsdRunner(VirtiofsdRunner):
-    """Connections that lead nowhere."""
+    """Connections without a peer."""
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """See VirtiofsdRunner."""
@@ -71,7 +71,7 @@ class _NoVirtiofsdRunner(VirtiofsdRunner):
         return VirtiofsdProcess(ours, io.BytesIO())
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
-        """See VirtiofsdRunner: none ever runs."""
+        """See VirtiofsdRunner: there are none."""
         return {}
 
     def end(self, device_ids: Iterable[str]) -> None:
@@ -135,7 +135,7 @@ class FakeMonitor(FakeBackends, Monitor):
                 )
             if self.fail_at == command.execute:
                 self.fail_at = None
-                raise Refused(f"{command.execute} was told to fail")
+                raise Refused(f"{command.execute} fails as set by fail_at")
             return answer(**{k.replace("-", "_"): v for k, v in command.arguments.items()})
         except Refused as error:
             raise command_error(command, error.error_class, str(error)) from None
@@ -170,7 +170,7 @@ class FakeMonitor(FakeBackends, Monitor):
             self._emit("DEVICE_DELETED", path=f"{path}/virtio-backend")
         self._emit("DEVICE_DELETED", path=path, device=name)
 
-    # what each command answers
+    # the answer of each command
 
     def _qom_list(self, path: str) -> list[dict[str, str]]:
         if path == "/machine":
@@ -279,7 +279,7 @@ class FakeMonitor(FakeBackends, Monitor):
         return f"{PERIPHERAL}/{owner}/{place}"
 
     def _check_parts(self, driver: str, properties: Mapping[str, Any]) -> None:
-        """What the device is made of must be there, by QEMU's words for each."""
+        """The parts of the device must exist; the errors are QEMU's words."""
         inner = driver.removesuffix("-pci")
         if driver.endswith("-pci") and inner not in {"vhost-user-blk", "vhost-user-scsi"}:
             inner += "-device"

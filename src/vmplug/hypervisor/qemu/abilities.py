@@ -1,6 +1,6 @@
-"""What the QEMU at hand can do, asked of it: its version number proves nothing.
+"""Ask a QEMU for its abilities: its version number proves nothing.
 
-A question is asked when a step depends on it, and no sooner.
+vmplug asks only when a step depends on the answer.
 """
 
 import json
@@ -23,7 +23,7 @@ _NO_MACHINE = ("-machine", "none", "-nodefaults", "-no-user-config", "-display",
 
 
 class Abilities(Protocol):
-    """What the steps of a plug depend on. Asking raises HypervisorError."""
+    """The abilities that the steps of a plug depend on. Asking raises HypervisorError."""
 
     @property
     def reconnect_ms(self) -> bool:
@@ -44,8 +44,8 @@ class QueriedAbilities(Abilities):
     def reconnect_ms(self) -> bool:
         """See Abilities.
 
-        chardev-add got it together with -chardev, which QEMU describes within 2 ms; the schema of
-        chardev-add takes 40. That chardev-add takes it is tested.
+        chardev-add and -chardev got it together; QEMU describes -chardev within 2 ms, the schema
+        of chardev-add takes 40. A test makes sure that chardev-add takes it.
         """
         described = self._execute(Command("query-command-line-options", {"option": "chardev"}))
         return any(
@@ -61,12 +61,12 @@ class QueriedAbilities(Abilities):
 
 
 def of_program(program: str) -> Abilities:
-    """The abilities of a QEMU that does not run yet; asking takes 70 ms."""
+    """The abilities of a QEMU that is not running yet; asking takes 70 ms."""
     return QueriedAbilities(partial(_ask_program, program))
 
 
 def has_firmware(program: str, name: str) -> bool:
-    """Whether the program finds a firmware file of that name where it looks for them."""
+    """Whether the program finds a firmware file of that name."""
     found = run_program([program, "-L", "help"], timeout_s=_TIMEOUT_S)
     return any(os.path.isfile(os.path.join(path, name)) for path in found.stdout.splitlines())
 
@@ -83,7 +83,7 @@ def _ask_program(program: str, command: Command) -> Any:
         _, answer, _ = [words["return"] for words in said if "return" in words]
     except ValueError:  # not these three answers, or no JSON
         raise HypervisorError(
-            f"{program} does not say what it can do: {finished.complaint}",
+            f"{program} does not report its abilities: {finished.complaint}",
             hint=f"on Debian: apt install {PACKAGE[program]}",
         ) from None
     return validate_reply(command, answer)

@@ -1,10 +1,10 @@
 """iommufd: one object of QEMU's for all devices of a VM, so that its memory is mapped once.
 
-It belongs to the VM as a root port does, and to no device: the first attach that needs it makes
-it, the next ones find it by its name in QEMU, no journal knows it, and it stays until QEMU ends.
-It takes one descriptor and, while no device uses it, no memory. Removing it would gain nothing:
-QEMU 10 never closes a descriptor that it was given for one, not even when it refuses the object.
-So vmplug looks for it and makes it in one go, before any other client can say a word.
+It belongs to the VM, like a root port, and not to a device. The first attach that needs it creates
+it, and later ones find it by its name in QEMU. It is not in the journal, and stays until QEMU
+ends. It costs one descriptor and, while no device uses it, no memory. Removing it would not help:
+QEMU 10 never closes a descriptor that it got for one, not even when it refuses the object. So
+vmplug looks for it and creates it in one batch, without commands of other clients in between.
 Source: QEMU backends/iommufd.c; measured on QEMU 10.0.
 """
 
@@ -21,16 +21,16 @@ from vmplug.hypervisor.qemu.topology import qom_list
 from vmplug.hypervisor.qmp.monitor import Monitor
 
 IOMMUFD = "vmplug.iommufd"
-"""Its name in QEMU, and until then that of the open /dev/iommu. No device's: see qemu_id."""
+"""Its name in QEMU, and before that of the open /dev/iommu. It is not a device's: see qemu_id."""
 
 
 def needs_iommufd(plug: Plug) -> bool:
-    """Whether anything of it is reached by its own node."""
+    """Whether QEMU uses the own node of any of its devices."""
     return isinstance(plug, VFIODevices) and any(device.cdev_node for device in plug.devices)
 
 
 def iommufd_steps(descriptor: int | None = None) -> tuple[Step, ...]:
-    """The commands that make the object; nothing takes it back."""
+    """The commands that create the object; there is no undo."""
     name = {"fdname": IOMMUFD}
     properties = {"qom-type": TYPE, "id": IOMMUFD, "fd": IOMMUFD}
     return (
@@ -48,7 +48,7 @@ def has_iommufd(monitor: Monitor) -> bool:
 
 
 def missing_steps(plug: Plug, monitor: Monitor) -> tuple[Step, ...]:
-    """Those that make the object, if the plug needs it and the VM has none."""
+    """The commands that create the object, if the plug needs it and the VM has none."""
     return iommufd_steps() if needs_iommufd(plug) and not has_iommufd(monitor) else ()
 
 

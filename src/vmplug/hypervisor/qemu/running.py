@@ -1,4 +1,4 @@
-"""Qemu: the Hypervisor port on a QMP conversation."""
+"""Qemu: the Hypervisor port on a QMP connection."""
 
 import logging
 import os
@@ -41,19 +41,19 @@ _STILL_HELD = ("is in use", "is busy", "which is mapped", "with active reference
 """The last two are those of QEMU 11 for object-del."""
 _LOOK_AGAIN_S = 0.02
 _NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
-"""What the virtiofsd in C and the one in Rust say when they cannot make / private or leave it."""
+"""Errors of virtiofsd (in C and in Rust) when it cannot make / private or leave it."""
 _UNPLUGGING = "in the process of unplug"
-"""QEMU's word when device_del is repeated; the request stands."""
+"""QEMU's error when device_del is repeated; the request stands."""
 _READ_ATTEMPTS = 10
-"""What a device is made of is free a moment after the tree has forgotten it: 50 ms on QEMU 7.2."""
+"""The parts of a device are free a moment after it has left the tree: 50 ms on QEMU 7.2."""
 
 
 class Qemu:
     """A running QEMU to plug into. Thread-safe; see `vmplug.drivers.ports.Hypervisor`.
 
-    `undo_timeout_s` is how long the guest may take to let go of half a group, `release_timeout_s`
-    how long QEMU may hold what a device was made of. `host` is where the nodes are that QEMU gets
-    open, by default the running host.
+    `undo_timeout_s` is how long the guest may take to release half a group, `release_timeout_s`
+    how long QEMU may hold what a device was made of. `host` has the nodes that QEMU gets open, by
+    default the running host.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Qemu:
         timeout_s: float = 10.0,
         command_timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> Self:
-        """Talk to the QEMU behind the QMP socket at path `socket`.
+        """Connect to the QEMU behind the QMP socket at path `socket`.
 
-        Raises ConnectError when nobody answers there within `timeout_s`, also later: the socket is
-        left to others in between. Each answer may take `command_timeout_s`.
+        Raises ConnectError when no process answers within `timeout_s`, also later: others use the
+        socket in between. Each answer may take `command_timeout_s`.
         """
         from vmplug.hypervisor.qmp.client import QmpMonitor  # noqa: PLC0415  asyncio costs 40 ms
 
@@ -98,9 +98,9 @@ class Qemu:
 
     @property
     def endpoint(self) -> Endpoint | None:
-        """Where another process finds this VM, and QEMU's process, if that lives: else its heir's.
+        """The socket of this VM, and QEMU's process, or the one that now serves the socket.
 
-        The conversation is taken up again with whoever answers at the socket.
+        vmplug connects again to the process that answers on the socket.
         """
         known = self._endpoint
         if known and not (known.pid and is_running(known.pid, None, THIS_HOST)):
@@ -109,9 +109,9 @@ class Qemu:
         return self._endpoint
 
     def offer(self) -> Offer:
-        """What the VM has to plug into now.
+        """The places that the VM offers now.
 
-        It takes many commands, and a device that was listed may be gone before it is asked for.
+        This takes many commands, and a listed device may be gone before the next one.
         """
         for _ in range(_READ_ATTEMPTS - 1):
             try:
@@ -122,26 +122,26 @@ class Qemu:
         return read_offer(self._monitor, iommufd=self.abilities.iommufd)
 
     def claim_foreign_names(self, names: Mapping[str, str]) -> None:
-        """Names in QEMU that somebody else gave, each with the id of the device it is of."""
+        """Set the names assigned by others, mapped to the owning device ids."""
         self._foreign = {**self._foreign, **names}
 
     def find_place(self, name: str) -> Place | None:
-        """Where the device of that name in QEMU sits; None when there is none."""
+        """The place of the device with that name in QEMU; None when there is none."""
         return read_place(self._monitor, name)
 
     def _owner(self, name: str) -> str | None:
-        """The id of the device that a name in QEMU is of; None for a stranger's."""
+        """The id of the device that owns a name in QEMU; None for names of others."""
         return self._foreign.get(name) or device_id_of(name)
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
-        """Exactly what `plug` would do; asks at most what QEMU can do and has."""
+        """The exact steps of `plug`; only queries QEMU."""
         missing = missing_steps(plug, self._monitor)
         return (*missing, *plug_steps(plug, place, self.abilities))
 
     def plug(self, plug: Plug, place: Place) -> None:
-        """Plug all of it or none: whatever was done before a failure is undone.
+        """Plug all of it or none: a failure undoes the steps before it.
 
-        Only after a ProtocolError or ConnectError does nobody know what was done.
+        Only after a ProtocolError or ConnectError is it unknown what was done.
         """
         check_hot(plug, place)
         if isinstance(plug, VFIODevices):
@@ -158,14 +158,14 @@ class Qemu:
                 self._daemons.end([plug.id])
                 raise _daemon_failed(plug.daemon, error, started.stderr_tail()) from error
             except BackendTimeout as error:
-                self._daemons.end([plug.id])  # which lets QEMU go on
+                self._daemons.end([plug.id])  # then QEMU continues
                 self._remove_remains({plug.id})
                 raise _daemon_failed(plug.daemon, error, started.stderr_tail()) from error
 
     def _plug_group(self, plug: VFIODevices, place: Place) -> None:
-        """Functions that were plugged before one that is refused must leave by the guest's leave.
+        """The guest must release the functions that were plugged before a refused one.
 
-        UnplugTimeout when they do not: the group is half in the VM.
+        UnplugTimeout when it does not: half of the group stays in the VM.
         """
         with open_nodes(vfio.nodes(plug), self._host) as files:
             if files:
@@ -178,14 +178,14 @@ class Qemu:
                 if left:
                     raise UnplugTimeout(
                         (plug.id,),
-                        f"{error.message}; functions of {plug.node} that were plugged before "
-                        f"are still in the VM after {self.undo_timeout_s:g} s",
-                        hint="vmplug reconcile takes them out once the guest answers",
+                        f"{error.message}; functions of {plug.node} plugged before it are still "
+                        f"in the VM after {self.undo_timeout_s:g} s",
+                        hint="vmplug reconcile unplugs them once the guest answers",
                     ) from error
                 raise
 
     def _do(self, steps: Sequence[Step], file: tuple[str, str] | None = None) -> None:
-        """All or none; `file` is looked at before the last step, which shows it to the guest."""
+        """All or none; `file` is verified before the last step, which shows it to the guest."""
         done: list[Step] = []
         process = self._endpoint if file else None
         try:
@@ -202,14 +202,14 @@ class Qemu:
     def _check_opened(self, path: str, checked: str, pid: int | None) -> None:
         """NoSuchDevice unless QEMU has opened the file that was checked.
 
-        Where it cannot be looked into, or is behind a proxy, the path must do.
+        Where QEMU's files cannot be read, or it is behind a proxy, only the path is checked.
         """
         check_path(path, checked)
         if pid and has_open(pid, checked) is False and self._is_of_guest(pid):
             raise file_replaced(path, THIS_HOST)
 
     def _is_of_guest(self, pid: int) -> bool:
-        """Whether a process has the guest's CPUs: QEMU 7.2 tells them while it is paused too."""
+        """Whether a process has the guest's CPUs: QEMU 7.2 lists them while it is paused too."""
         cpus = self._monitor.execute(Command("query-cpus-fast", {}))
         return any(has_thread(pid, cpu.get("thread-id", 0)) for cpu in cpus)
 
@@ -220,7 +220,7 @@ class Qemu:
             raise refusal
 
     def request_unplug(self, device_id: str) -> None:
-        """Ask the guest to let go; comes back at once, also when it was asked before."""
+        """Ask the guest to release it; returns at once, also when it was asked before."""
         for name in sorted(self._present({device_id})):
             self._unplug_waiter.expect(name)
             try:
@@ -233,9 +233,10 @@ class Qemu:
                     raise
 
     def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
-        """Wait for the guest, then take the devices' remains away.
+        """Wait for the guest, then remove what is left of the devices.
 
-        Gives the reason for each device that is still there. The QMP socket is not held meanwhile.
+        Returns the reason for each device that is still there. Others can use the QMP socket
+        meanwhile.
         """
         wanted = set(device_ids)
         names = self._unplug_waiter.wait(wanted, partial(self._present, wanted), timeout_s)
@@ -244,19 +245,19 @@ class Qemu:
         return left | dict.fromkeys(self._lost(left), "lost")
 
     def close_files(self, device_ids: Iterable[str]) -> None:
-        """Close what an interrupted attach gave QEMU open, and nothing in the VM uses yet."""
+        """Close files that an interrupted attach passed to QEMU and that it does not use yet."""
         for device_id in device_ids:
             for name in (qemu_id(device_id, LINK), vfio.open_node_name(device_id)):
                 self._remove(Command("closefd", {"fdname": name}))
 
     def resize(self, device_id: str, size_bytes: int) -> None:
-        """Tell the guest a disk's new size; a regular file is made to have it."""
+        """Report a disk's new size to the guest; a regular file is resized."""
         name = next(iter(self._present({device_id})), qemu_id(device_id))
         node = self._monitor.execute(qom_get(f"{PERIPHERAL}/{name}", "drive"))
         self._monitor.execute(Command("block_resize", {"node-name": node, "size": size_bytes}))
 
     def find_devices(self) -> dict[str, bool]:
-        """The ids of all devices of which the VM holds any part; True where the guest sees it."""
+        """The ids of all devices of which the VM has any part; True where the guest sees it."""
         devices = {name for name in self._names_in(PERIPHERAL) if self._owner(name)}
         parts = (*self._nodes(), *self._names_in("/objects"), *self._chardevs())
         ids = [self._owner(name) for name in parts]
@@ -274,11 +275,11 @@ class Qemu:
         return str(self._monitor.execute(Command("query-status", {}))["status"])
 
     def power_down(self) -> None:
-        """Press the power button; the guest may heed it."""
+        """Press the power button; the guest may shut down."""
         self._monitor.execute(Command("system_powerdown", {}))
 
     def resume(self) -> None:
-        """Let a VM that stands still run."""
+        """Resume a stopped VM."""
         self._monitor.execute(Command("cont", {}))
 
     def quit(self) -> None:
@@ -286,18 +287,18 @@ class Qemu:
         self._monitor.execute(Command("quit", {}))
 
     def close(self) -> None:
-        """End the conversation; the VM goes on."""
+        """Close the connection; the VM keeps running."""
         self._monitor.close()
 
     def _take_back(self, command: Command | None) -> None:
-        """What is not there any more needs no taking back: a netdev takes its chardev along."""
+        """Undo a step, unless its part has gone already: a netdev takes its chardev along."""
         if command is None:
             return
         try:
             self._monitor.execute(command)
         except CommandError as error:
             if not any(words in error.desc for words in _NOT_THERE):
-                log.warning("cannot undo %s: %s, ignoring", command.arguments, error)
+                log.warning("ignored: cannot undo %s: %s", command.arguments, error)
 
     def _names_in(self, path: str) -> list[str]:
         return [entry["name"] for entry in self._monitor.execute(qom_list(path))]
@@ -307,12 +308,12 @@ class Qemu:
         return [node["node-name"] for node in nodes]
 
     def _chardevs(self) -> dict[str, str]:
-        """The chardevs with what they are connected to, in QEMU's words."""
+        """The chardevs with their peers, in QEMU's words."""
         found = self._monitor.execute(Command("query-chardev", {}))
         return {chardev["label"]: chardev["filename"] for chardev in found}
 
     def _lost(self, device_ids: Iterable[str]) -> set[str]:
-        """Those of the devices whose backend has hung up. Source: `query-chardev` on QEMU 7.2."""
+        """The devices whose backend has disconnected. Source: `query-chardev` on QEMU 7.2."""
         wanted = set(device_ids)
         chardevs = self._chardevs() if wanted else {}
         return {
@@ -323,13 +324,13 @@ class Qemu:
         }
 
     def _present(self, device_ids: Collection[str]) -> set[str]:
-        """The names of what is there of the devices; a group has one for each function."""
+        """The names of the devices' parts that exist; a group has one for each function."""
         return {name for name in self._names_in(PERIPHERAL) if self._owner(name) in device_ids}
 
     def _remove_remains(self, device_ids: set[str]) -> None:
-        """Delete what devices that are gone leave: filters before what they filter, daemons last.
+        """Delete what is left of devices that are gone: filters before their nodes, daemons last.
 
-        Never of a device that is there: QEMU lets a netdev go from under it, and aborts.
+        Never for a device that still exists: QEMU would delete its netdev, and abort.
         """
         if not device_ids:
             return
@@ -345,16 +346,16 @@ class Qemu:
             if self._owner(name) in device_ids:
                 self._remove(Command("object-del", {"id": name}))
         for device_id in device_ids & self._with_daemon:
-            # QEMU tells nobody of a connection that it was given and that nothing uses yet.
+            # QEMU does not list a connection that it got and does not use yet.
             self._remove(Command("closefd", {"fdname": qemu_id(device_id, LINK)}))
         if linked or device_ids & self._with_daemon:  # looking for one reads all of /proc
             self._daemons.end(device_ids)
 
     def _remove(self, command: Command) -> None:
-        """Delete what another thread may have deleted meanwhile.
+        """Delete a part that another thread may have deleted meanwhile.
 
-        The tree forgets a device a moment before QEMU lets go of its parts; the event that tells
-        of it may have gone to a conversation that is over.
+        A device leaves the tree a moment before QEMU releases its parts; the event for that may
+        have gone to an earlier connection.
         """
         deadline = time.monotonic() + self.release_timeout_s
         while True:
@@ -372,7 +373,7 @@ class Qemu:
 
 
 def _daemon_failed(daemon: VirtiofsdSpec, error: HypervisorError, said: str) -> BackendError:
-    words = f"; {daemon.program} says: {said}" if said else ""
+    words = f"; {daemon.program} reports: {said}" if said else ""
     hint = error.hint if isinstance(error, CommandError) else None
     if any(piece in said for piece in _NO_SANDBOX):
         hint = (
@@ -382,5 +383,5 @@ def _daemon_failed(daemon: VirtiofsdSpec, error: HypervisorError, said: str) -> 
         daemon.program,
         f"{daemon.directory} cannot be shared: {error}{words}",
         hint=hint
-        or "nothing is left of it in the VM; try again, or share it as virtio-9p at the start",
+        or "the VM is unchanged; try again, or share it as virtio-9p when you start the VM",
     )

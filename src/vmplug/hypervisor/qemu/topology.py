@@ -1,7 +1,7 @@
-"""What a VM has to plug into, read from QEMU's object tree.
+"""Read the places of a VM from QEMU's object tree.
 
-The object tree is true in every state of the VM. `query-pci` is not: it walks bridges by the bus
-numbers that firmware gives them, so that before boot everything behind a port is missing.
+The object tree is correct in every state of the VM. `query-pci` is not: it uses the bus numbers
+that firmware assigns, so that before boot everything behind a port is missing.
 Source: `qom-list` and `qom-get` on QEMU 7.2; a bus lists its devices as `child[N]` links.
 """
 
@@ -39,7 +39,7 @@ _KINDS = {
 _EXPANDERS = frozenset({"pxb-pcie", "pxb"})
 _VIOMMUS = frozenset({"intel-iommu", "amd-iommu", "virtio-iommu-pci"})
 _UNSAID = (1 << 64) - 1
-"""A window that the port leaves to the firmware."""
+"""The value of a window that the firmware chooses."""
 _BRIDGE_SLOTS = tuple(PciSlot(slot) for slot in range(1, 32))
 _ROOT_BUS = re.compile(r"/machine/(unattached/)?[^/]+/(pcie|pci)\.0\Z")
 _MAX_DEPTH = 10
@@ -72,7 +72,7 @@ def qom_get(path: str, name: str) -> Command:
 
 
 def read_offer(monitor: Monitor, *, iommufd: bool) -> Offer:
-    """All ports, bridges, SCSI controllers and memory slots with what is free on them."""
+    """All ports, bridges, SCSI controllers and memory slots, with their free places."""
     machine, memory, peripherals, others, properties, devices = monitor.execute_all(
         [
             qom_get("/machine", "type"),
@@ -123,7 +123,7 @@ def read_offer(monitor: Monitor, *, iommufd: bool) -> Offer:
 
 
 def _has_kvm(monitor: Monitor) -> bool:
-    """Whether KVM runs the guest. For QEMU 11 query-kvm is old; QEMU 10 has nothing else."""
+    """Whether KVM runs the guest. QEMU 11 deprecates query-kvm; QEMU 10 has only that."""
     try:
         return bool(monitor.execute(Command("query-kvm", {}))["enabled"])
     except CommandError as error:
@@ -133,7 +133,7 @@ def _has_kvm(monitor: Monitor) -> bool:
 
 
 def read_place(monitor: Monitor, name: str) -> Place | None:
-    """Where the device of that name sits; None when there is none, or on no bus of these kinds."""
+    """The place of the device with that name; None if absent, or on another kind of bus."""
     peripherals = dict(_children(monitor.execute(qom_list(PERIPHERAL))))
     if name not in peripherals:
         return None
@@ -161,7 +161,7 @@ def read_place(monitor: Monitor, name: str) -> Place | None:
 def _is_shared(
     backends: Iterable[Mapping[str, Any]], nvdimms: Iterable[Mapping[str, Any]]
 ) -> bool:
-    """Whether all of the guest's own memory is shared; that of NVDIMMs counts for nothing."""
+    """Whether all of the guest's own memory is shared; the memory of NVDIMMs does not count."""
     others = {device["data"].get("memdev", "").rpartition("/")[2] for device in nvdimms}
     own = [backend["share"] for backend in backends if backend.get("id") not in others]
     return bool(own) and all(own)
@@ -208,10 +208,10 @@ _NONE = Windows(0, 0)
 def _read_windows(
     monitor: Monitor, qom_path: str, names: Collection[str], usual: Windows
 ) -> Windows:
-    """What the port asks the firmware for; most ask for nothing and get what is usual.
+    """The windows that the port requests from the firmware; most request none and get the default.
 
-    A bridge with shpc=off gets nothing unless it asks: the guest could not map what comes later.
-    What it asks for is rounded up to what is usual elsewhere. Measured on QEMU 7.2.
+    A bridge with shpc=off gets none unless it requests one: the guest could not map later devices.
+    A request is rounded up to the default of other ports. Measured on QEMU 7.2.
     """
     if "pref64-reserve" not in names:
         return usual

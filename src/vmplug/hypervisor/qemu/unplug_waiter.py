@@ -1,4 +1,4 @@
-"""Waiting for a guest to let go of devices: events wake who waits, the object tree decides.
+"""Wait until a guest releases devices: events wake the waiting thread, the object tree decides.
 
 Events are missed while others have the QMP socket, and QEMU does not repeat them.
 """
@@ -13,17 +13,18 @@ from typing import Any
 from vmplug.hypervisor.qmp.monitor import MISSED
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
-"""How long the QMP socket is left to others between two looks; twice as long each time. The first
-look is at once, as most guests take 0.1 seconds; a silent one must not keep the socket busy."""
+"""The time between two checks, in which others can use the QMP socket; it doubles each time. The
+first check is immediate, as most guests take 0.1 seconds; a silent one must not keep the socket
+busy."""
 
 _OUTCOMES = {"DEVICE_DELETED": "deleted", "DEVICE_UNPLUG_GUEST_ERROR": "refused"}
 
 
 class UnplugWaiter:
-    """The devices of one VM that were asked to go, or are waited for. Thread-safe.
+    """The devices of one VM that were asked to leave, or are waited for. Thread-safe.
 
-    `owner` gives the id of the device that a name in QEMU is of. What nobody here asked for or
-    waits for is not kept: other processes unplug devices too.
+    `owner` returns the id of the device that owns a name in QEMU. Other events are dropped: other
+    processes unplug devices too.
     """
 
     def __init__(self, owner: Callable[[str], str | None]) -> None:
@@ -35,7 +36,7 @@ class UnplugWaiter:
         self._missed = 0
 
     def receive(self, event: str, data: Mapping[str, Any]) -> None:
-        """Note what became of a device; virtio's inner half sends an event that names none."""
+        """Note the outcome for a device; virtio's inner half sends an event without a name."""
         name, outcome = data.get("device", ""), _OUTCOMES.get(event)
         with self._changed:
             if event == MISSED:
@@ -49,9 +50,9 @@ class UnplugWaiter:
             self._changed.notify_all()
 
     def expect(self, name: str) -> None:
-        """The device is about to be asked: that it refused earlier counts no more.
+        """Note that the guest is about to be asked: an earlier refusal no longer counts.
 
-        That it is gone counts for whoever waits for it already; ids are never drawn twice.
+        That a device is gone still counts for a thread that waits for it; ids are never reused.
         """
         with self._changed:
             if self._outcomes.get(name) == "refused":
@@ -59,7 +60,7 @@ class UnplugWaiter:
             self._asked.add(name)
 
     def forget(self, name: str) -> None:
-        """The device could not be asked."""
+        """Note that the guest could not be asked."""
         with self._changed:
             self._asked.discard(name)
 
@@ -68,7 +69,7 @@ class UnplugWaiter:
     ) -> dict[str, str]:
         """Wait until the devices are gone; `look` gives their names in the object tree.
 
-        Gives those that are still there: `refused` by the guest, or `timeout`.
+        Returns those that are still there: `refused` by the guest, or `timeout`.
         """
         deadline = time.monotonic() + timeout_s
         with self._waiting_for(device_ids):
@@ -86,7 +87,7 @@ class UnplugWaiter:
         return {}
 
     def pause(self, timeout_s: float) -> None:
-        """Until something is heard, at most `timeout_s`."""
+        """Wait for an event, at most `timeout_s`."""
         with self._changed:
             self._changed.wait(timeout_s)
 
@@ -95,7 +96,7 @@ class UnplugWaiter:
             return {name for name in self._asked if self._owner(name) in device_ids}
 
     def _hear(self, names: set[str], deadline: float, missed: int | None = None) -> None:
-        """Until all of them are heard of, or events were missed since there were `missed`."""
+        """Wait for events of all of them, or until events were missed after `missed`."""
         with self._changed:
             self._changed.wait_for(
                 lambda: names <= self._outcomes.keys() or missed not in {None, self._missed},
@@ -103,7 +104,7 @@ class UnplugWaiter:
             )
 
     def _refused(self, names: set[str]) -> set[str]:
-        """Those the guest refused to let go of; what is there was not deleted, but one before."""
+        """Those that the guest refused to release; a noted deletion was an earlier one."""
         with self._changed:
             for name in [n for n in names if self._outcomes.get(n) == "deleted"]:
                 del self._outcomes[name]
@@ -111,7 +112,7 @@ class UnplugWaiter:
 
     @contextmanager
     def _waiting_for(self, device_ids: Collection[str]) -> Iterator[None]:
-        """Outcomes are kept until the last thread that waits for them has gone on."""
+        """Keep outcomes until the last thread that waits for them has continued."""
         with self._changed:
             self._waited_for.update(device_ids)
         try:

@@ -1,4 +1,4 @@
-"""The conversation with QEMU: one socket, taken in turns.
+"""The connection to QEMU: one socket, used in turns.
 
-In: commands. Out: answers of a checked shape, events, and errors of ours.
+In: commands. Out: answers of a checked shape, events, and vmplug's errors.
 """

@@ -1,6 +1,6 @@
 """QmpMonitor: the qemu.qmp library behind deadlines and a reconnect.
 
-The library is asynchronous; its event loop runs on a thread of its own and never shows outside.
+The library is asynchronous; its event loop runs on its own thread and is not visible outside.
 """
 
 import asyncio
@@ -34,25 +34,25 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 BACKEND_TIMEOUT_S = 10.0
-"""A backend answers in milliseconds too; while QEMU waits for it, the guest stands still."""
+"""A backend answers in milliseconds too; while QEMU waits for it, the guest is stopped."""
 
 TURN_S = 0.25
-"""How long one conversation lasts. Eight busy clients wait two seconds for each other then, and
-to begin another one takes 1 % of it."""
+"""How long one connection lasts. Then eight busy clients wait two seconds for each other, and a
+new connection takes 1 % of it."""
 
 _END_TIMEOUT_S = 2.0
-"""For ending a conversation with a QEMU that hangs."""
+"""The timeout to close a connection to a QEMU that hangs."""
 
-_STOPPED = "a QEMU that ps shows as stopped (T) goes on with kill -CONT"
+_STOPPED = "if ps shows QEMU as stopped (T), resume it with kill -CONT"
 
 
 class QmpMonitor(Monitor):
-    """Conversations on a QMP socket, one after the other, each begun when a command needs it.
+    """Connections on a QMP socket, one after the other, each opened when a command needs it.
 
-    QEMU serves one client a socket and lets the others wait in the order they came. So none is
-    held for longer than TURN_S, be it in use or not: whoever waits for a guest keeps nobody from
-    the VM. Commands of one `attempt` stay together. `peer_pid` is the process that speaks; None if
-    the kernel cannot say, as for one in another PID namespace.
+    QEMU serves one client per socket, and the others wait in order. So none is kept for longer
+    than TURN_S, in use or not: a thread that waits for a guest does not block the VM for others.
+    Commands of one `attempt` stay together. `peer_pid` is the process at the other end; None if
+    the kernel does not know it, as for one in another PID namespace.
     """
 
     def __init__(self, path: str, *, timeout_s: float, command_timeout_s: float) -> None:
@@ -73,9 +73,9 @@ class QmpMonitor(Monitor):
     def connect(
         cls, path: str, *, timeout_s: float = 10.0, command_timeout_s: float = COMMAND_TIMEOUT_S
     ) -> Self:
-        """A conversation on the QMP socket at `path`; ConnectError says why there is none.
+        """Connect to the QMP socket at `path`; ConnectError has the reason for a failure.
 
-        `timeout_s` is for one's turn on the socket, `command_timeout_s` for each answer.
+        `timeout_s` is for the turn on the socket, `command_timeout_s` for each answer.
         """
         monitor = cls(path, timeout_s=timeout_s, command_timeout_s=command_timeout_s)
         monitor._thread.start()
@@ -120,9 +120,9 @@ class QmpMonitor(Monitor):
         except TimeoutError as error:
             raise ConnectError(
                 self._socket,
-                f"{self._socket} gives no QMP greeting within {self._connect_timeout_s:g} s: "
-                "it is busy with another client, or QEMU hangs",
-                hint="a QMP socket serves one client; give vmplug a -qmp socket of its own; "
+                f"{self._socket} sent no QMP greeting within {self._connect_timeout_s:g} s: it "
+                "is busy with another client, or QEMU hangs",
+                hint="a QMP socket serves one client; give QEMU a -qmp socket for vmplug alone; "
                 + _STOPPED,
             ) from error
         except QmpConnectError as error:
@@ -134,9 +134,9 @@ class QmpMonitor(Monitor):
     async def _negotiate(self, events: EventListener) -> QMPClient:
         """A client that may send commands.
 
-        QEMU may first say what it had for the client before, an answer or an event, which spoils
-        the beginning: hence a second one. Source: measured on QEMU 7.2, after a backend that kept
-        it waiting, and once in some thousand cycles of unplugging.
+        QEMU may first send an answer or event for the previous client, which breaks the greeting:
+        hence a second attempt. Source: measured on QEMU 7.2, after a backend that kept it waiting,
+        and once in some thousand cycles of unplugging.
         """
         for attempts_left in (1, 0):
             client = QMPClient("vmplug", readbuflen=MESSAGE_BYTES_MAX)
@@ -147,18 +147,20 @@ class QmpMonitor(Monitor):
                 is_spoilt = isinstance(error.exc, GreetingError | NegotiationError)
                 if not (attempts_left and is_spoilt):
                     raise
-            except AssertionError as error:  # the library's, when it breaks off as it begins
+            except (
+                AssertionError
+            ) as error:  # the library's, when the connection closes at its start
                 with contextlib.suppress(Exception):
                     await client.disconnect()
-                raise QmpConnectError("broken off", error) from error
+                raise QmpConnectError("closed", error) from error
             else:
                 return client
         raise AssertionError("unreachable")
 
     async def _open_socket(self) -> socket.socket:
-        """A connected socket on which QEMU has begun to speak, or hung up.
+        """A connected socket on which QEMU has sent data, or closed.
 
-        The kernel lets it wait for its turn. Source: unix(7).
+        The kernel queues it until its turn. Source: unix(7).
         """
         connection = self._connected_socket()
         try:
@@ -182,15 +184,15 @@ class QmpMonitor(Monitor):
         except OSError as error:
             connection.close()
             raise self._no_conversation(error) from error
-        connection.settimeout(0)  # as asyncio wants it
+        connection.settimeout(0)  # as asyncio needs it
         return connection
 
     def _no_conversation(self, error: Exception) -> ConnectError:
         return ConnectError(
             self._socket,
-            f"cannot talk QMP on {self._socket}: {_reason(error)}",
-            hint="QEMU needs a QMP socket for vmplug, -qmp unix:PATH,server=on,wait=off; "
-            "if the VM is gone, vmplug reconcile frees what it held",
+            f"cannot open a QMP connection on {self._socket}: {_reason(error)}",
+            hint="start QEMU with a QMP socket for vmplug, -qmp unix:PATH,server=on,wait=off; if "
+            "the VM is gone, vmplug reconcile frees what it held",
         )
 
     async def _relay_events(self, events: EventListener) -> None:
@@ -206,20 +208,20 @@ class QmpMonitor(Monitor):
             await self._disconnect()
 
     async def _end(self) -> None:
-        """End the conversation for good; the end of a turn may be at that already."""
+        """Close the connection for good; the end of a turn may be closing it already."""
         await self._disconnect()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_END_TIMEOUT_S)
 
     async def _disconnect(self) -> None:
-        """End the conversation, if there is one, and tell who waits for its events."""
+        """Close the connection, if there is one, and wake the threads that wait for its events."""
         if self._client is None:
             return
         client, self._client = self._client, None
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        # It raises whatever ended the conversation, which was told then.
+        # It raises the error that closed the connection, which was reported then.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_END_TIMEOUT_S):
                 await client.disconnect()
@@ -227,7 +229,7 @@ class QmpMonitor(Monitor):
             receive(MISSED, {})
 
     async def _attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
-        """One batch at a time, in one conversation: QEMU does one thing after the other anyway."""
+        """One batch at a time, on one connection: QEMU runs one command at a time anyway."""
         answers: list[Any] = []
         async with self._alone:
             client = await self._connected()
@@ -238,12 +240,12 @@ class QmpMonitor(Monitor):
             except CommandError as refusal:
                 return answers, refusal
             except ProtocolError:
-                await self._disconnect()  # a late answer would belong to nobody
+                await self._disconnect()  # a late answer would have no receiver
                 raise
         return answers, None
 
     async def _converse(self, talk: Talk) -> None:
-        """The turn does not end in between either."""
+        """Also keep the turn in between."""
         async with self._alone:
             client = await self._connected()
             command = next_command(talk)
@@ -259,7 +261,7 @@ class QmpMonitor(Monitor):
                 command = next_command(talk, answer, refusal)
 
     async def _connected(self) -> QMPClient:
-        """The client of this conversation, or of a new one when it has ended."""
+        """The client of this connection, or of a new one when it was closed."""
         if self._client is None or self._client.runstate is not Runstate.RUNNING:
             await self._disconnect()
             await self._connect()
@@ -285,16 +287,17 @@ class QmpMonitor(Monitor):
                     command.backend,
                     f"the vhost-user backend {command.backend} keeps QEMU waiting in "
                     f"{command.execute} for more than {timeout_s:g} s",
-                    hint="restart or kill that backend, as QEMU and its guest stand still until "
-                    "then; afterwards vmplug reconcile",
+                    hint="restart or kill that backend: QEMU and its guest are stopped until "
+                    "then; afterwards run vmplug reconcile",
                 ) from error
             raise ProtocolError(
                 f"QEMU did not answer {command.execute} within {timeout_s:g} s",
-                hint="vmplug reconcile finds out what it did, once it answers again; " + _STOPPED,
+                hint="once QEMU answers again, vmplug reconcile finds out what it did; "
+                + _STOPPED,
             ) from error
         except (QMPError, OSError, EOFError) as error:
             raise ProtocolError(
-                f"the QMP conversation on {self._socket} broke off during {command.execute}",
+                f"the QMP connection on {self._socket} was lost during {command.execute}",
                 hint="if the VM died, vmplug reconcile frees what it held",
             ) from error
 
@@ -303,9 +306,10 @@ _CREDENTIALS = struct.Struct("iII")
 
 
 async def _read_speaker(connection: socket.socket) -> int | None:
-    """The process that says the first thing there, which stays to be read.
+    """The process that sent the first data on it, which remains unread.
 
-    Who made the socket (SO_PEERCRED) may be somebody else, such as libvirt, who passed it on.
+    The process that created the socket (SO_PEERCRED) may be another one, such as libvirt, which
+    passed it on.
     Source: unix(7), SO_PASSCRED and SCM_CREDENTIALS.
     """
     loop = asyncio.get_running_loop()
@@ -318,7 +322,7 @@ async def _read_speaker(connection: socket.socket) -> int | None:
     room = socket.CMSG_SPACE(_CREDENTIALS.size)
     try:
         _, told, _, _ = connection.recvmsg(1, room, socket.MSG_PEEK)
-    except ConnectionError:  # the client finds it again, and says it
+    except ConnectionError:  # the client finds and reports it again
         return None
     pids = [
         _CREDENTIALS.unpack(data)[0] for _, kind, data in told if kind == socket.SCM_CREDENTIALS
@@ -327,7 +331,7 @@ async def _read_speaker(connection: socket.socket) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """Why there is no conversation, from the innermost cause."""
+    """Why there is no connection, from the innermost cause."""
     cause: BaseException = error
     while cause.__cause__:
         cause = cause.__cause__
@@ -335,6 +339,6 @@ def _reason(error: Exception) -> str:
         case OSError():
             return cause.strerror or str(cause)
         case EOFError():
-            return "it closed the connection before its greeting"
+            return "the server closed the connection before its greeting"
         case _:
-            return "what listens there does not speak QMP"
+            return "the server does not speak QMP"

@@ -1,4 +1,4 @@
-"""Monitor: a QMP conversation, whoever holds the other end."""
+"""Monitor: a QMP connection, to a real or an in-memory QEMU."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -11,20 +11,20 @@ from vmplug.hypervisor.qmp.schema import validate_reply
 EventReceiver = Callable[[str, Mapping[str, Any]], None]
 
 Talk = Generator[Command, Any, None]
-"""Commands; each is answered, or its refusal is raised, before the next one is asked for."""
+"""Commands; each is answered, or its refusal raised, before the next one is requested."""
 
 COMMAND_TIMEOUT_S = 30.0
-"""QEMU answers in milliseconds; only a dead disk can make it think."""
+"""QEMU answers in milliseconds; only a dead disk can delay it."""
 
 MISSED = "missed"
-"""In the place of an event's name: from now on events are missed, until the next command."""
+"""In place of an event's name: from now on events are missed, until the next command."""
 
 
 class Monitor(Protocol):
     """Commands go in, answers and events come out.
 
-    `peer_pid` is the process that speaks, None where there is none or the kernel cannot say.
-    Raises ProtocolError when the conversation breaks, or makes no sense.
+    `peer_pid` is the process at the other end, None where there is none or it is unknown. Raises
+    ProtocolError when the connection is lost, or an answer makes no sense.
     """
 
     peer_pid: int | None = None
@@ -36,7 +36,7 @@ class Monitor(Protocol):
     def converse(self, talk: Talk) -> None:
         """Run commands of which each depends on the answers before it.
 
-        No other client of this monitor has a word in between. Raises what `talk` does.
+        No other client of this monitor can send commands in between. Raises what `talk` does.
         """
         command = next_command(talk)
         while command:
@@ -46,11 +46,11 @@ class Monitor(Protocol):
 
     @abstractmethod
     def listen(self, receive: EventReceiver) -> None:
-        """Hand every event's name and data to `receive`, on whatever thread it comes in."""
+        """Pass every event's name and data to `receive`, on any thread."""
 
     @abstractmethod
     def close(self) -> None:
-        """End the conversation."""
+        """Close the connection."""
 
     def execute_all(self, commands: Sequence[Command]) -> list[Any]:
         """The answers to many commands; raises CommandError at the first that is refused."""
@@ -67,51 +67,60 @@ class Monitor(Protocol):
 def next_command(
     talk: Talk, answer: Any = None, refusal: CommandError | None = None
 ) -> Command | None:
-    """What comes next, after the answer to the one before or its refusal; None at the end."""
+    """The next command, after the answer to the last one or its refusal; None at the end."""
     try:
         return talk.throw(refusal) if refusal else talk.send(answer)
     except StopIteration:
         return None
 
 
-_GROUP_OPEN = "another process has the group open, or it is not bound"
+_GROUP_OPEN = "another process has the group open, or the group is not bound to VFIO"
 _NO_MORE_MEMORY = (
-    "a vhost-user backend of the VM maps no more pieces of memory: detach its device first"
+    "a vhost-user backend of the VM cannot map more memory regions: detach its device first"
 )
 _HINTS = (
-    ("is not viable", "vmplug check names the function that another driver holds; vmplug bind"),
+    (
+        "is not viable",
+        "vmplug check names the function that is bound to another driver; run vmplug bind",
+    ),
     (
         "Failed to set iommu for container",
-        "the IOMMU does not remap interrupts, or may not be used: vmplug check says which",
+        "the IOMMU does not remap interrupts, or cannot be used: vmplug check shows which",
     ),
     ("No available IOMMU models", "modprobe vfio_iommu_type1"),
     ("error bind device fd", _GROUP_OPEN),
     ("failed to open /dev/vfio/", _GROUP_OPEN),
     ("Could not open '/dev/vfio/", _GROUP_OPEN),
-    ("is already attached", "it is in this VM already, plugged by somebody else"),
-    ("used in multiple address spaces", "start the VM without an IOMMU, or with a bridge"),
-    ("Cannot allocate memory", "QEMU may lock too little memory: LimitMEMLOCK=infinity"),
-    ("caching-mode", "give the VM's IOMMU caching-mode=on, as devices of the host need"),
+    ("is already attached", "it is already in this VM; vmplug did not plug it"),
+    ("used in multiple address spaces", "start the VM without a vIOMMU, or with a bridge"),
+    (
+        "Cannot allocate memory",
+        "QEMU's limit for locked memory is too low: set LimitMEMLOCK=infinity",
+    ),
+    ("caching-mode", "set caching-mode=on for the vIOMMU: host devices need it"),
     (
         '" lock',
         "another process has the disk open: stop it, or share it (read-only or share-rw=on)",
     ),
     (",id=vmplug-", "vmplug reconcile removes what an interrupted attach left in the VM"),
     ("Duplicate", "vmplug reconcile removes what an interrupted attach left in the VM"),
-    ("not available for", "something else was plugged there meanwhile; try again"),
-    ("Permission denied", "QEMU's own user must be allowed to open the disk"),
+    ("not available for", "another device was plugged there meanwhile; try again"),
+    ("Permission denied", "allow QEMU's user to open the disk"),
     ("Failed to connect to", "start the backend that listens there"),
     ("cache-size' not found", "this QEMU has no DAX window for virtio-fs: leave cache-size out"),
     ("vhost backend has no free memory slots left", _NO_MORE_MEMORY),
     ("vhost backend has not enough free memory slots left", _NO_MORE_MEMORY),
-    ("vhost backend memory slots", "the backend cannot map all of the VM's memory: detach a pmem"),
-    ("not enough space, currently", "start the VM with more room for memory: a larger maxmem"),
+    (
+        "vhost backend memory slots",
+        "the backend cannot map all of the VM's memory: detach a pmem device",
+    ),
+    ("not enough space, currently", "start the VM with a larger maxmem"),
     ("does not support hotplugging", "start the VM with root ports (vmplug vm start)"),
 )
-"""What to do about QEMU's words, by a piece of them.
+"""The remedies by a part of QEMU's error.
 
-Where QEMUs word it differently, each has a line: of 7.2 first, then of 10 and 11. Source: measured
-on these three, and what cannot be provoked without devices read from their programs' strings.
+Where QEMU versions differ, each has a line: 7.2 first, then 10 and 11. Source: measured on these
+three; errors that need real devices are from the strings of the programs.
 """
 
 
@@ -120,5 +129,5 @@ def command_error(command: Command, error_class: str, desc: str) -> CommandError
     error = CommandError(command.execute, error_class, desc)
     error.hint = next((hint for words, hint in _HINTS if words in desc), None)
     if error_class == "CommandNotFound":
-        error.hint = "this QEMU is older than vmplug supports: it needs 7.2 or newer"
+        error.hint = "this QEMU is too old: vmplug needs 7.2 or later"
     return error

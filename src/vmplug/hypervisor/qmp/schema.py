@@ -1,7 +1,7 @@
-"""What QEMU's answers look like: checked as they come, so that nobody else need be careful.
+"""Check the shape of QEMU's answers as they arrive, so that other code can trust them.
 
-A QEMU that its guest has taken over says what it likes. An answer of another shape, or of more
-than any VM has, is a ProtocolError; of the rest only the members named here are handed on.
+A QEMU that its guest has compromised may send anything. An answer of another shape, or larger than
+that of any VM, is a ProtocolError. Only the members named here are passed on.
 Source: QEMU qapi/qom.json, qapi/machine.json, qapi/block-core.json, qapi/char.json; QEMU 7.2.
 """
 
@@ -114,13 +114,16 @@ _PROPERTIES: dict[str, Any] = {
 
 
 def validate_reply(command: Command, answer: Any) -> Any:
-    """What is of use in an answer to `command`; ProtocolError when it makes no sense."""
+    """The used members of an answer to `command`; ProtocolError when it makes no sense."""
     try:
         return msgspec.convert(answer, _shape(command))
-    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter: half a letter
+    except (
+        msgspec.ValidationError,
+        UnicodeEncodeError,
+    ) as error:  # the latter: an incomplete character
         raise ProtocolError(
             f"QEMU's answer to {command.execute} makes no sense: {str(error).replace('`', '')}",
-            hint="what listens on that socket is no QEMU, or one that its guest has taken over",
+            hint="the process on that socket is not QEMU, or its guest has compromised it",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Giving functions of the host to VFIO and back, and dividing them.
+"""Bind functions of the host to VFIO and give them back, and create virtual ones.
 
-In: groups and physical functions. Out: what was done, with the journal knowing it beforehand.
+In: groups and physical functions. Out: the results; the journal records each step first.
 """

@@ -1,15 +1,15 @@
-"""Binder: functions given to VFIO and back to the drivers that they had, through any crash.
+"""Binder: bind functions to VFIO and give them back to their drivers, through any crash.
 
 | journal | function | recover |
 | --- | --- | --- |
-| binding, unbinding | anything | given back to what it had |
-| bound, for a device that is no more | with VFIO | given back |
+| binding, unbinding | anything | given back to its former driver |
+| bound, for a device that is gone | with VFIO | given back |
 | bound, by hand or for a device | with VFIO | left |
-| bound by hand | another driver has it | forgotten: somebody gave it away |
+| bound by hand | another driver has it | forgotten: it was bound elsewhere |
 | anything | gone, or of an earlier boot | forgotten |
 
-What a process has open is left as it is. Rows stay when giving back fails, so that it can be
-repeated.
+A function that a process has open stays as it is. Rows stay when giving back fails, so that it can
+be repeated.
 """
 
 import errno
@@ -47,11 +47,11 @@ log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S, _CLOSE_STEP_S = 10.0, 0.02
 _MENDED = frozenset({Code.NOT_BOUND, Code.GROUP_NOT_VIABLE})
-"""Findings that binding mends."""
+"""Findings that binding resolves."""
 
 
 class BindOutcome(StrEnum):
-    """What became of a binding that was not as it should be."""
+    """The outcome for a binding that had to be repaired."""
 
     GIVEN_BACK = "given back"
     FORGOTTEN = "forgotten"
@@ -61,7 +61,7 @@ class BindOutcome(StrEnum):
 
 
 class Returned(NamedTuple):
-    """A function that was to be given back; `error` is set when that failed."""
+    """The result of giving a function back; `error` is set when that failed."""
 
     former: FormerBinding
     outcome: BindOutcome
@@ -70,7 +70,7 @@ class Returned(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One function to be bound: what is journalled of it, and what it is if that fails."""
+    """One function to bind: its row, and its binding and row before, for the undo."""
 
     bdf: Bdf
     driver: str
@@ -80,7 +80,7 @@ class _Step(NamedTuple):
 
 
 class Binder:
-    """Binds functions of `host` and keeps account of it in the journal."""
+    """Binds functions of `host` and records it in the journal."""
 
     def __init__(
         self, journal: Journal, host: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S
@@ -102,12 +102,12 @@ class Binder:
         driver: str | None = None,
         allow: Collection[Code] = (),
     ) -> list[Binding]:
-        """Give every function of a group to VFIO, all or none; gives what vmplug has bound of it.
+        """Bind every function of a group to VFIO, or none; return those that vmplug bound.
 
-        Functions that VFIO has already stay so, unless another `driver` is named, and are not
-        journalled: nobody gives them back. A group that is bound for a device (`device_id`) has
-        been examined already; otherwise InUse is raised for what speaks against it. Raises
-        BindError, NoSuchDevice; then all is as it was. A mediated device needs no binding.
+        Functions that are bound to VFIO already stay so, unless another `driver` is named. They
+        are not journalled, and vmplug does not give them back. A group that is bound for a device
+        (`device_id`) has been checked already; otherwise InUse is raised for findings. Raises
+        BindError, NoSuchDevice; then nothing has changed. A mediated device needs no binding.
         """
         if group.mediated:
             return []
@@ -128,11 +128,11 @@ class Binder:
             return [row for row in self.bindings() if row.bdf in members]
 
     def unbind(self, group: VfioGroup) -> list[Returned]:
-        """Give the functions of a group back to the drivers that they had, and tell which.
+        """Give the functions of a group back to their former drivers, and return them.
 
-        Functions that vmplug has not bound are left as they are. Raises StateError when it has
-        bound none of them, InUse while a VM or a process has the group, BindError for the first
-        that is not taken back; the others are given back all the same.
+        Functions that vmplug has not bound stay as they are. Raises StateError when it has bound
+        none of them, InUse while a VM or a process has the group, BindError for the first that its
+        driver does not take; the others are given back all the same.
         """
         _check_functions(group)
         with self._alone() as rows:
@@ -148,9 +148,9 @@ class Binder:
         return told
 
     def give_back(self, device_id: str) -> list[Returned]:
-        """Give back what was bound for a device, and tell it; nothing when nothing was.
+        """Give back the functions that were bound for a device, and return them; empty for none.
 
-        What is not taken back has an `error` and stays in the journal, for `recover`.
+        One that its driver does not take has an `error` and stays in the journal, for `recover`.
         """
         if not any(row.device_id == device_id for row in self._journal.bindings.all()):
             return []
@@ -158,9 +158,9 @@ class Binder:
             return self._return_all([r for r in rows.values() if r.device_id == device_id])
 
     def recover(self, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> list[Returned]:
-        """Make the journal and the drivers agree after a crash; tells what was done.
+        """Make the journal and the drivers agree after a crash; returns what was done.
 
-        What another process is still at when the time is over is left to it.
+        Functions that another process still works on at the deadline are left to it.
         """
         if not self._journal.bindings.all():
             return []
@@ -175,7 +175,7 @@ class Binder:
         except StoreError as error:
             if not is_locked(error):
                 raise
-        reason = "another process is at it"
+        reason = "another process is working on it"
         begun = [row for row in self.bindings() if row.state is not BindingState.BOUND]
         return [Returned(row.former, BindOutcome.IN_PROGRESS, reason) for row in begun]
 
@@ -198,7 +198,7 @@ class Binder:
     def _plan(
         self, function: PciFunction, driver: str | None, row: Binding | None, device_id: str | None
     ) -> _Step:
-        """What is to be done with a function; the driver is loaded by then."""
+        """The steps for a function; this loads the driver."""
         before = read_former(function.bdf, self._host)
         is_older = row and (row.state is not BindingState.BOUND or self._is_bound(function, None))
         if driver:
@@ -218,7 +218,7 @@ class Binder:
         )
 
     def _bind_all(self, steps: Sequence[_Step]) -> None:
-        """1. Journal. 2. Bind each. 3. Journal. Whatever fails, all is as it was."""
+        """1. Journal. 2. Bind each. 3. Journal. After a failure nothing has changed."""
         rows = self._journal.bindings
         rows.put(step.row for step in steps)
         begun: list[_Step] = []
@@ -237,16 +237,16 @@ class Binder:
             raise BindError(
                 str(step.bdf),
                 "drivers_probe",
-                f"{step.driver} has taken {step.bdf}, but is no driver of VFIO",
-                hint="name vfio-pci or one of its variants with --driver",
+                f"{step.driver} took {step.bdf}, but is not a VFIO driver",
+                hint="pass --driver with vfio-pci or one of its variants",
             )
 
     def _undo(self, steps: Sequence[_Step], begun: Sequence[_Step], error: BaseException) -> None:
-        """Put back what was begun; what cannot be stays in the journal as it is."""
+        """Undo the steps that were begun; those that cannot be undone stay in the journal."""
         stuck = set[Bdf]()
         for step in reversed(begun):
             if step is begun[-1] and getattr(error, "errno", None) == errno.ETIMEDOUT:
-                stuck.add(step.bdf)  # the kernel is still at it
+                stuck.add(step.bdf)  # the kernel is still working on it
                 continue
             try:
                 restore(step.before, self._host, timeout_s=self._timeout_s)
@@ -258,11 +258,11 @@ class Binder:
         self._journal.bindings.put(step.row_before for step in undone if step.row_before)
         if stuck and isinstance(error, DeviceError):
             names = ", ".join(map(str, sorted(stuck)))
-            again = f"{names} could not be put back: vmplug reconcile tries again"
+            again = f"{names} could not be restored: vmplug reconcile tries again"
             error.hint = f"{error.hint}; {again}" if error.hint else again
 
     def _adopt(self, rows: Iterable[Binding], device_id: str | None) -> None:
-        """What a crash, or a device that is no more, left with VFIO is bound for this one now."""
+        """Assign functions that a crash, or a former device, left with VFIO to this device."""
         known = self._journal.device_ids() | {device_id, None}
         self._journal.bindings.put(
             replace(row, state=BindingState.BOUND, device_id=device_id)
@@ -273,9 +273,9 @@ class Binder:
     # giving back
 
     def _return_all(self, rows: Sequence[Binding]) -> list[Returned]:
-        """Give back all of them, and tell what came of each."""
+        """Give back all of them, and return the result of each."""
         self._journal.bindings.put(replace(row, state=BindingState.UNBINDING) for row in rows)
-        return [self._return(row, "it was bound by vmplug") for row in rows]
+        return [self._return(row, "vmplug had bound it") for row in rows]
 
     def _return(self, row: Binding, reason: str) -> Returned:
         former = row.former
@@ -293,9 +293,9 @@ class Binder:
         return told
 
     def _wait_closed(self, former: FormerBinding) -> None:
-        """Nothing is taken from a process that has it open: that would block the function's files.
+        """Wait until no process has it open: an unbind before would block the function's files.
 
-        QEMU closes a device shortly after it has told that the device is gone.
+        QEMU closes a device shortly after it has reported that the device is gone.
         """
         if read_driver(former.bdf, self._host) in {None, former.driver}:
             return
@@ -307,12 +307,12 @@ class Binder:
                     "unbind",
                     user,
                     errno=errno.EBUSY,
-                    hint="end that process; vmplug reconcile then gives it back",
+                    hint="end that process; then vmplug reconcile gives it back",
                 )
             time.sleep(_CLOSE_STEP_S)  # /proc gives no event for a closed file
 
     def _recover_one(self, row: Binding, known: Collection[str]) -> Returned | None:
-        """None when all is well with a row."""
+        """Repair one row; None when there is nothing to repair."""
         function = PciFunction(row.bdf, driver=read_driver(row.bdf, self._host))
         is_with_vfio = is_vfio_driver(function, self._host)
         if row.state is not BindingState.BOUND:
@@ -324,7 +324,7 @@ class Binder:
             return None
         else:
             reason = "its device is detached"
-        # What was bound for a device may have that one's claim in the journal.
+        # A function bound for a device may have the claim of that device in the journal.
         user = find_users(row.bdf, None if row.device_id else self._journal, self._host)
         if user and function.driver != row.former.driver:
             return Returned(row.former, BindOutcome.STILL_OPEN, user)
@@ -337,7 +337,7 @@ class Binder:
 
     @contextmanager
     def _alone(self, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[dict[Bdf, Binding]]:
-        """The rows of this boot, while nobody else binds; those of earlier ones are forgotten."""
+        """The rows of this boot, while no other process binds; earlier ones are forgotten."""
         with self._journal.bindings.alone(timeout_s=timeout_s):
             boot_id = self._boot_id()
             rows = self._journal.bindings.all()
@@ -357,7 +357,7 @@ def give_back_unused(journal: Journal) -> None:
 
 
 def _failed(former: FormerBinding, error: HostError) -> Returned:
-    """Every failure is one to bind, for who handles those."""
+    """Wrap any error as BindError, so that callers handle one type."""
     if not isinstance(error, BindError):
         bdf = str(former.bdf)
         error = BindError(bdf, "read", f"{bdf} cannot be given back: {error.message}")
@@ -372,14 +372,14 @@ def _find(bdf: Bdf, host: HostRoot) -> PciFunction:
 
 
 def _check_functions(group: VfioGroup) -> None:
-    """NoSuchDevice or BindError for a group with nothing in it that can be bound."""
+    """NoSuchDevice or BindError for a group without a function that can be bound."""
     what = group.named or group.host_path
     if not group.members and not group.bridges:
         raise NoSuchDevice(
             what,
-            f"the kernel knows no device behind {what}",
+            f"the kernel has no device behind {what}",
             found="nothing",
-            hint="vmplug host shows what there is",
+            hint="vmplug host lists the devices",
         )
     bridges = {str(f.bdf) for f in (*group.functions, *group.bridges) if f.is_bridge}
     if group.named in bridges or not group.functions:
@@ -387,15 +387,15 @@ def _check_functions(group: VfioGroup) -> None:
             what,
             "choose",
             f"{what} is a PCI bridge, which stays with the host",
-            hint="name a function behind it: vmplug host shows them",
+            hint="name a function behind it: vmplug host lists them",
         )
 
 
 def _not_bound(group: VfioGroup) -> StateError:
     what = group.named or group.host_path
     return StateError(
-        f"vmplug has bound no function of {what}, so it knows no driver to give it back to",
+        f"vmplug did not bind any function of {what}, so it has no driver to give it back to",
         state="not bound by vmplug",
         required="bound by vmplug",
-        hint="what was bound before vmplug came stays so; vmplug host shows the drivers",
+        hint="vmplug gives back only what it bound itself; vmplug host shows the drivers",
     )

@@ -1,4 +1,4 @@
-"""Devices divided into parts, virtual functions and mediated devices, unless a part is in use."""
+"""Create and remove virtual functions and mediated devices, unless one is in use."""
 
 from collections.abc import Collection, Iterable
 
@@ -22,18 +22,18 @@ _NO_USE = frozenset(
         Code.NO_RESET,
     }
 )
-"""Findings that a function cannot be handed over as it is, not that anybody has it."""
+"""Findings that a function cannot be handed over as it is, not that it is in use."""
 
 
 def find_sriov(bdf: Bdf, host: HostRoot) -> Sriov:
-    """How a function is divided. Raises NoSuchDevice, and BindError when it cannot be."""
+    """The virtual functions of one. Raises NoSuchDevice, and BindError without SR-IOV."""
     function = find_function(bdf, host)
     if function is None:
         raise NoSuchDevice(
             str(bdf),
             f"no PCI function {bdf} on this host",
             found="nothing",
-            hint="vmplug host shows what there is",
+            hint="vmplug host lists the devices",
         )
     found = read_sriov(bdf, host)
     if found is None:
@@ -42,7 +42,7 @@ def find_sriov(bdf: Bdf, host: HostRoot) -> Sriov:
             str(bdf),
             "sriov_totalvfs",
             f"{bdf} cannot have virtual functions{owner}",
-            hint="vmplug host shows what can",
+            hint="vmplug host shows which functions can",
         )
     return found
 
@@ -56,11 +56,11 @@ def divide(
     autoprobe: bool | None = None,
     allow: Collection[Code] = (),
 ) -> tuple[Bdf, ...]:
-    """Give a physical function that many virtual ones, and return them; see `set_count`.
+    """Set the number of a physical function's virtual ones, and return them; see `set_count`.
 
-    To change the number takes all away that there are, so none of them may be in use: by a VM, by
-    a process, by the host, or given to VFIO by vmplug. Raises InUse or StateError for those, and
-    then nothing has changed.
+    A new number removes all existing ones first. So none of them may be in use by a VM, a process
+    or the host, or bound to VFIO by vmplug. Raises InUse or StateError for those, and then nothing
+    has changed.
     """
     with journal.bindings.alone():
         found = find_sriov(bdf, host)
@@ -98,14 +98,15 @@ def read_interface(bdf: Bdf, host: HostRoot) -> str:
         raise BindError(
             str(bdf),
             "net",
-            f"{bdf} has no network interface, by which its virtual functions could be told",
-            hint="its driver must have it, and its interface be in this network namespace",
+            f"{bdf} has no network interface, which vmplug needs to configure its virtual "
+            "functions",
+            hint="bind it to its driver, and move its interface to this network namespace",
         )
     return interface
 
 
 def remove_unused(uuid: str, *, journal: Journal, host: HostRoot) -> None:
-    """Take a mediated device away. Raises InUse while a VM or a process has it."""
+    """Remove a mediated device. Raises InUse while a VM or a process has it."""
     with journal.bindings.alone():
         group = find_vfio_device(uuid, host)
         found = find_conflicts(group, journal, host)

@@ -1,4 +1,4 @@
-"""Who uses a function of the host, and may it be taken from them?"""
+"""Find the users of a function of the host, and refuse to unbind it from them."""
 
 from collections.abc import Collection, Iterable
 
@@ -16,13 +16,13 @@ from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
 
 USED_BY_VM = frozenset({Code.IN_USE_BY_VM, Code.OPEN_BY_PROCESS})
-"""Findings that a VM, or another user of VFIO, has it."""
+"""Findings that a VM, or another VFIO user, has it."""
 
 
 def find_conflicts(
     group: VfioGroup, journal: Journal, host: HostRoot, *, only: Bdf | None = None
 ) -> list[Finding]:
-    """Everything that speaks against taking the group, or `only` one function, from its users."""
+    """Every reason not to unbind the group, or `only` one function, from its users."""
     members = group if only is None else _only(only, group, host)
     paths = {str(function.bdf): function.sysfs_path for function in members.functions}
     if group.mediated:
@@ -38,9 +38,9 @@ def find_conflicts(
 
 
 def find_users(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
-    """Who has a function by way of VFIO: a process, or a VM of the journal; None for nobody.
+    """The user of a function through VFIO: a process, or a VM in the journal; None for neither.
 
-    Only links are read: the kernel lets nobody read the function's files while it takes it from
+    This reads only links: readers of the function's files wait while the kernel unbinds it from
     its last user.
     """
     path = f"{host.pci_devices}/{bdf}"
@@ -58,7 +58,7 @@ def find_users(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
 
 
 def _only(bdf: Bdf, group: VfioGroup, host: HostRoot) -> VfioGroup:
-    """The group as if it had that one function."""
+    """The group with only that function."""
     functions = tuple(function for function in group.functions if function.bdf == bdf)
     numbers = {
         number
@@ -81,7 +81,7 @@ def raise_in_use(what: str, findings: Iterable[Finding], allowed: Collection[Cod
     hints = dict.fromkeys(finding.hint for finding in problems)
     if not any(finding.code in NEVER_ALLOWED for finding in problems):
         options = dict.fromkeys(f"--allow {finding.code}" for finding in problems)
-        hints[f"or take the risk with {' '.join(options)}"] = None
+        hints[f"or accept the risk with {' '.join(options)}"] = None
     raise InUse(
         what,
         "; ".join(dict.fromkeys(finding.message for finding in problems)),

@@ -1,4 +1,4 @@
-"""Taking over what Kata Containers has plugged.
+"""Import devices that Kata Containers has plugged.
 
-In: the state that its shim has saved. Out: records in our journal, and what could not be.
+In: the state that its shim has saved. Out: records in our journal, and devices that were left out.
 """

@@ -1,7 +1,7 @@
-"""Adopt: devices that Kata plugged, written into the journal as if vmplug had.
+"""Adopt: record devices that Kata plugged in the journal, as if vmplug had plugged them.
 
-What the VM itself says decides: a device is adopted when QEMU has it under Kata's name, and its
-place is read from QEMU, as what Kata saves of PCI paths is `{}`. Nothing in the VM is changed.
+The VM decides: a device is adopted when QEMU has it under Kata's name, and its place is read from
+QEMU, as Kata saves PCI paths as `{}`. Nothing in the VM is changed.
 """
 
 from enum import StrEnum
@@ -26,14 +26,14 @@ from vmplug.manager.kata.saved_state import KataDevice, KataState
 
 
 class Vm(Protocol):
-    """What is asked of the VM."""
+    """The interface of the VM for this."""
 
     def find_place(self, name: str) -> Place | None:
-        """Where the device of that name sits; None when there is none."""
+        """The place of the device with that name; None when there is none."""
 
 
 class ImportOutcome(StrEnum):
-    """What became of a device of Kata's."""
+    """The outcome for a device of Kata's."""
 
     IMPORTED = "imported"
     KNOWN = "known already"
@@ -50,7 +50,7 @@ class Adopted(NamedTuple):
 
 
 def adopt(state: KataState, vm: str, journal: Journal, hypervisor: Vm) -> list[Adopted]:
-    """Write down what Kata has attached and the journal does not know; tells what became of all.
+    """Record devices of Kata that are not in the journal; returns the outcome for all.
 
     All of it is written in one transaction. Raises HypervisorError, StoreError.
     """
@@ -63,13 +63,13 @@ def adopt(state: KataState, vm: str, journal: Journal, hypervisor: Vm) -> list[A
         if isinstance(record, str):
             told.append(Adopted(device, ImportOutcome.LEFT_OUT, record))
         elif record.identity in known:
-            reason = "the journal has it"
+            reason = "it is in the journal"
             told.append(Adopted(device, ImportOutcome.KNOWN, reason, known[record.identity]))
         else:
             known[record.identity] = record.id
             records.append(record)
             holds += _holds(device, record, state)
-            reason = _shared_with(record, journal) or "QEMU has it"
+            reason = _shared_with(record, journal) or "it is in QEMU"
             told.append(Adopted(device, ImportOutcome.IMPORTED, reason, record.id))
     if records:
         journal.add_devices(records, holds)
@@ -77,13 +77,13 @@ def adopt(state: KataState, vm: str, journal: Journal, hypervisor: Vm) -> list[A
 
 
 def _record(device: KataDevice, vm: str, hypervisor: Vm, host: HostRoot) -> DeviceRecord | str:
-    """The device as the journal would have it, or why it is not for the journal."""
+    """The record of the device for the journal, or why it is left out."""
     if not device.attach_count:
-        return "Kata has not attached it"
+        return "Kata did not attach it"
     if device.kind not in set(DeviceType):
-        return f"{device.kind!r} is no kind of device that vmplug knows"
+        return f"{device.kind!r} is not a kind of device that vmplug supports"
     if device.identity is None:
-        return "the state does not say which device it is, or it has no name in QEMU"
+        return "the state does not identify the device, or the device has no name in QEMU"
     places = [hypervisor.find_place(name) for name in device.fronts]
     found = [place for place in places if place]
     if len(found) < len(places):
@@ -105,7 +105,7 @@ def _record(device: KataDevice, vm: str, hypervisor: Vm, host: HostRoot) -> Devi
 
 
 def _canonical(identity: str, host: HostRoot) -> str:
-    """A file goes by its canonical path, as it does when it is asked for."""
+    """A file by its canonical path, as in a request."""
     kind, _, path = identity.partition(":")
     return f"{kind}:{host.real_path(path)}" if kind in {"file", "socket"} else identity
 
@@ -159,4 +159,4 @@ def _holds(device: KataDevice, record: DeviceRecord, state: KataState) -> list[A
 
 def _shared_with(record: DeviceRecord, journal: Journal) -> str | None:
     claims = journal.find_claims(record.vm, record.identity, [])
-    return f"QEMU has it, and so has VM {claims[0].vm}" if claims else None
+    return f"it is in QEMU, and VM {claims[0].vm} has it too" if claims else None

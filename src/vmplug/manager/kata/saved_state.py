@@ -1,8 +1,8 @@
-"""What Kata Containers' Go runtime saved of a sandbox's devices, as typed values.
+"""The devices of a sandbox as saved by Kata Containers' Go runtime, as typed values.
 
-A sandbox has a persist.json and a directory for each container with another. Only what concerns
-devices is read; everything else may be there and is not looked at. The names are those that Kata
-gives in QEMU. Source: kata-containers src/runtime/virtcontainers/persist/api, persist/fs, qemu.go.
+A sandbox has a persist.json and a directory for each container with another. vmplug reads only the
+parts about devices, and ignores everything else. The names are those that Kata gives in QEMU.
+Source: kata-containers src/runtime/virtcontainers/persist/api, persist/fs, qemu.go.
 """
 
 import os
@@ -23,7 +23,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 SANDBOXES = "/run/vc/sbs"
 _STATE = "persist.json"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
-"""Of what QEMU takes for an id. Source: QEMU util/id.c."""
+"""The characters of an id in QEMU. Source: QEMU util/id.c."""
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -82,9 +82,9 @@ class _Container(_Saved):
 class KataDevice:
     """A device that Kata saved.
 
-    `identity` is what vmplug knows it by, None for one that no longer says what it is. `fronts`
-    are its devices in QEMU, one for each function, and `parts` all its names there; both are empty
-    for what is only counted, and for what has no name in QEMU. `functions` are those of a group.
+    `identity` is its identity in vmplug, None where the state does not show it. `fronts` are its
+    devices in QEMU, one for each function, and `parts` all its names there; both are empty for a
+    device that is only counted, or has no name in QEMU. `functions` are those of a group.
     """
 
     id: str
@@ -111,7 +111,7 @@ class KataHold:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KataState:
-    """The devices of a sandbox in the order they were made, and who holds them."""
+    """The devices of a sandbox in the order of creation, and the holds on them."""
 
     sandbox: str
     devices: tuple[KataDevice, ...]
@@ -121,7 +121,7 @@ class KataState:
 def read_kata(source: str) -> KataState:
     """The state in a persist.json, in the directory of one, or of a sandbox id.
 
-    Raises SpecError, with the JSON path, for what cannot be read or makes no sense.
+    Raises SpecError, with the JSON path, for unreadable or malformed state.
     """
     path = _find(source)
     directory = path.parent
@@ -139,7 +139,7 @@ def decode_devices(data: bytes, file: str) -> tuple[KataDevice, ...]:
 
 
 def decode_holds(data: bytes, container: str, file: str) -> list[KataHold]:
-    """What a container holds, by its own state."""
+    """The holds of a container, from its own state."""
     maps = _decode(data, _Container, file).device_maps or []
     return [KataHold(entry.id, container, entry.container_path) for entry in maps]
 
@@ -159,7 +159,7 @@ def _read(path: Path) -> bytes:
         raise SpecError(
             str(path),
             f"cannot be read: {reason}",
-            hint=f"name a sandbox of Kata below {SANDBOXES}, or its {_STATE}",
+            hint=f"pass a Kata sandbox below {SANDBOXES}, or its {_STATE}",
         ) from error
 
 
@@ -189,7 +189,7 @@ def _device(saved: _Device, where: str) -> KataDevice:
 
 @dataclass(frozen=True, slots=True)
 class _Common:
-    """What all kinds have in common."""
+    """The fields that all kinds have in common."""
 
     saved: _Device
     where: str
@@ -264,13 +264,13 @@ def _function(member: _Vfio) -> str:
 
 
 def _qemu_name(name: str, where: str, prefix: str = "") -> str:
-    """SpecError for what Kata never calls a device: it would be another's, or vmplug's own."""
+    """SpecError for a name that Kata never gives to a device: it could be vmplug's own."""
     if not _NAME.match(name) or not name.startswith(prefix) or name.startswith("vmplug-"):
-        raise SpecError(where, f"{name!r} is no name that Kata gives to a device in QEMU")
+        raise SpecError(where, f"{name!r} is not a name that Kata gives to a device in QEMU")
     return name
 
 
 def _path(path: str, where: str) -> str:
     if not path.startswith("/") or "\0" in path:
-        raise SpecError(where, f"{path!r} is no absolute path")
+        raise SpecError(where, f"{path!r} is not an absolute path")
     return path

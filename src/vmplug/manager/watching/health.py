@@ -1,7 +1,7 @@
-"""Is the host device of an attachment still what it was? A look at the host; no VM is asked.
+"""Check whether the host device of an attachment is unchanged, without asking the VM.
 
-Of a device on its way in or out nothing is said, nor of what cannot be seen: a descriptor that
-was handed over, a socket of another network namespace, a file that this user may not look at.
+There is no result for a device that is plugging or detaching, or that cannot be seen: a descriptor
+that was handed over, a socket of another network namespace, a file that this user cannot access.
 """
 
 import stat
@@ -37,10 +37,10 @@ _LOOP_MAJOR = 7
 
 
 class HostState(StrEnum):
-    """What a host device is now, against what it was when it was attached.
+    """The state of a host device, compared with the time when it was attached.
 
-    `deleted`: its file, or the file behind its loop device, has lost its name. `replaced`:
-    something else has its name. `disconnected`: its backend is there and serves nobody.
+    `deleted`: its file, or the file behind its loop device, has lost its name. `replaced`: another
+    file or device has its name. `disconnected`: its backend exists and has no client.
     """
 
     PRESENT = "present"
@@ -53,7 +53,7 @@ class HostState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DeviceHealth:
-    """`detail` is a sentence about what is not as it was, None when all is.
+    """`detail` is a sentence about the change, None without one.
 
     `size_bytes` is a disk's, None for anything else.
     """
@@ -64,19 +64,19 @@ class DeviceHealth:
 
 
 def is_settled(record: DeviceRecord) -> bool:
-    """Whether a device is in its VM, and not on its way in or out."""
+    """Whether a device is in its VM, and not plugging or detaching."""
     return record.state in {State.ATTACHED, State.RETAINED}
 
 
 def is_served(record: DeviceRecord) -> bool:
-    """Whether a process of the host serves the device, by vhost-user."""
+    """Whether a process of the host serves the device through vhost-user."""
     return record.kind in _SERVED
 
 
 def socket_of(record: DeviceRecord) -> str | None:
     """The path of the socket that a device's backend serves; None where it has none.
 
-    A connection that was handed over has no path, vmplug's own virtiofsd no name.
+    A connection that was handed over and vmplug's own virtiofsd have no path.
     """
     is_own = record.identity.startswith("share:")
     has_path = is_served(record) and not is_own and record.host_path.startswith("/")
@@ -84,7 +84,7 @@ def socket_of(record: DeviceRecord) -> str | None:
 
 
 class HostSnapshot:
-    """The host at one moment: what many devices need of it is read once.
+    """A snapshot of the host: facts that many devices need are read once.
 
     `daemons` are processes known to share directories, by device id; those found are added.
     """
@@ -99,7 +99,7 @@ class HostSnapshot:
         self._marked: Mapping[int, str] | None = None
 
     def of(self, record: DeviceRecord) -> DeviceHealth | None:
-        """What has become of a device; None when it cannot be told."""
+        """The health of a device; None when it is unknown."""
         if not is_settled(record):
             return None
         try:
@@ -125,12 +125,12 @@ class HostSnapshot:
             return None
         sectors = self._host.read_int(f"{base}/{number}/size")
         if sectors is None:
-            return DeviceHealth(
-                HostState.GONE, f"{record.host_path} ({number}) is not there any more"
-            )
+            return DeviceHealth(HostState.GONE, f"{record.host_path} ({number}) no longer exists")
         backing = read_backing_file(f"{base}/{number}", self._host)
         if backing is None and DevNum.parse(number).major == _LOOP_MAJOR:
-            return DeviceHealth(HostState.GONE, f"{record.host_path} loops to no file any more")
+            return DeviceHealth(
+                HostState.GONE, f"{record.host_path} no longer has a file behind it"
+            )
         size_bytes = sectors * SIZE_UNIT_BYTES
         if backing and backing.deleted:
             told = f"{backing.backing_file}, the file behind {record.host_path}, has been deleted"
@@ -143,13 +143,13 @@ class HostSnapshot:
         if status is None:
             return DeviceHealth(HostState.DELETED, f"{path} has been deleted or moved")
         if not stat.S_ISREG(status.st_mode) or f"{path} (deleted)" in self._files_of(record.vm):
-            return DeviceHealth(HostState.REPLACED, f"at {path} there is another file now")
+            return DeviceHealth(HostState.REPLACED, f"{path} is now another file")
         return DeviceHealth(
             HostState.PRESENT, size_bytes=self._size_of_image(record, status.st_size)
         )
 
     def _size_of_image(self, record: DeviceRecord, length: int) -> int | None:
-        """What a guest would see: a qcow2 image grows as it is written to; an NVDIMM is fixed."""
+        """The size that a guest sees: a qcow2 file grows with writes; an NVDIMM is fixed."""
         if not record.can_be_unplugged:
             return None
         if record.options.get("format") != ImageFormat.QCOW2:
@@ -158,7 +158,7 @@ class HostSnapshot:
         return header.virtual_size_bytes if header else None
 
     def _files_of(self, vm: str) -> frozenset[str]:
-        """What the process of a VM has open, as /proc names it; nothing where that is not known.
+        """The files that the process of a VM has open, as /proc names them; empty where unknown.
 
         A file that has lost its name is marked. Source: proc_pid_fd(5).
         """
@@ -171,7 +171,7 @@ class HostSnapshot:
                     found = {
                         host.read_link(f"{directory}/{name}") for name in host.list_dir(directory)
                     }
-                except AttributeReadError:  # another user's: it is only not known then
+                except AttributeReadError:  # another user's process: then it is unknown
                     found = set()
             self._open[vm] = frozenset(name for name in found if name)
         return self._open[vm]
@@ -179,29 +179,27 @@ class HostSnapshot:
     # functions
 
     def _functions(self, record: DeviceRecord, first: str) -> DeviceHealth:
-        """The first of its members that is not as it was speaks for all: they go together."""
+        """The first changed member counts for all: they are handed over together."""
         address = record.guest_address
         members = [function.host for function in address.functions] if address else []
         looks = (self._function(name) for name in members or [first])
         return next((look for look in looks if look), DeviceHealth(HostState.PRESENT))
 
     def _function(self, name: str) -> DeviceHealth | None:
-        """What is not as it was; None when all is."""
+        """The change; None when there is none."""
         bdf = find_bdf(name)
         if bdf is None:
             is_there = self._host.stat(f"{MDEV_DEVICES}/{name}") is not None
-            return (
-                None if is_there else DeviceHealth(HostState.GONE, f"{name} is not there any more")
-            )
+            return None if is_there else DeviceHealth(HostState.GONE, f"{name} no longer exists")
         function = find_function(bdf, self._host)
         if function is None:
-            return DeviceHealth(HostState.GONE, f"{name} is not there any more")
+            return DeviceHealth(HostState.GONE, f"{name} no longer exists")
         if is_vfio_driver(function, self._host):
             return None
         driver = f"the driver {function.driver}" if function.driver else "no driver"
         return DeviceHealth(HostState.OTHER_DRIVER, f"{name} is bound to {driver}, not to VFIO's")
 
-    # what other processes serve
+    # devices that other processes serve
 
     def _backend(self, record: DeviceRecord) -> DeviceHealth | None:
         path = socket_of(record)
@@ -210,14 +208,14 @@ class HostSnapshot:
         if is_connected(path, self._host):
             return DeviceHealth(HostState.PRESENT)
         if not is_listening(path, self._host):
-            return DeviceHealth(HostState.GONE, f"nobody serves {path} any more")
+            return DeviceHealth(HostState.GONE, f"no process serves {path} any more")
         vm = self._vms.get(record.vm)
         if vm is None or has_ended(vm, self._host):
             return DeviceHealth(HostState.PRESENT)
-        return DeviceHealth(HostState.DISCONNECTED, f"the backend at {path} serves nobody")
+        return DeviceHealth(HostState.DISCONNECTED, f"the backend at {path} has no client")
 
     def _daemon(self, record: DeviceRecord) -> DeviceHealth | None:
-        """A virtiofsd of vmplug's own has no socket by which it could be found."""
+        """A virtiofsd that vmplug runs has no socket path by which to find it."""
         if not self._host.is_live:
             return None
         if not is_running(self._daemons.get(record.id, 0), None, self._host):
@@ -239,9 +237,9 @@ class HostSnapshot:
         if kind != "char":
             if status:
                 return DeviceHealth(HostState.PRESENT)
-            return DeviceHealth(HostState.GONE, f"{path} is not there any more")
+            return DeviceHealth(HostState.GONE, f"{path} no longer exists")
         if self._host.stat(f"{self._host.sys_dev}/char/{what}"):
             return DeviceHealth(HostState.PRESENT)
         if status and node_number(status) == DevNum.parse(what):
             return None  # a node without a device, or a device that sysfs does not list
-        return DeviceHealth(HostState.GONE, f"{path} ({what}) is not there any more")
+        return DeviceHealth(HostState.GONE, f"{path} ({what}) no longer exists")

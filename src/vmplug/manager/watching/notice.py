@@ -1,6 +1,6 @@
-"""What a change on the host means for what is plugged: two looks and the events between them.
+"""Explain a change on the host: compare two checks, and the events between them.
 
-Arithmetic: nothing is read here, and nothing is done.
+Arithmetic only: this reads and changes nothing.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from vmplug.manager.watching.health import DeviceHealth, HostState, is_served
 
 
 class EventKind(StrEnum):
-    """What happened; the first are the states of `HostState` that a device can fall into."""
+    """The kinds of event; the first ones are states of `HostState`."""
 
     GONE = "gone"
     DELETED = "deleted"
@@ -31,9 +31,9 @@ class EventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceEvent:
-    """One thing that happened to the host device of one attachment, or to a VM.
+    """One event of the host device of one attachment, or of a VM.
 
-    `message` is a sentence, `meaning` what it is to the guest, `hint` what to do now. `vm` is None
+    `message` is a sentence, `meaning` the effect on the guest, `hint` what to do now. `vm` is None
     only for `events-lost`, `attachment` for that and for `vm-ended`. The sizes are those of a
     resized disk, None for anything else.
     """
@@ -53,7 +53,7 @@ _TAKES_AWAY = {"remove", "unbind"}
 
 
 def was_taken_away(record: DeviceRecord, events: Iterable[Event]) -> bool:
-    """Whether the kernel took the device away, be it for a moment."""
+    """Whether the kernel removed the device, even for a moment."""
     return any(
         isinstance(event, HostEvent) and event.action in _TAKES_AWAY and _is_of(event, record)
         for event in events
@@ -72,7 +72,7 @@ def _is_of(event: HostEvent, record: DeviceRecord) -> bool:
 def compare(
     before: DeviceHealth | None, now: DeviceHealth, *, taken_away: bool
 ) -> EventKind | None:
-    """What happened between two looks; `before` is None at the first. None for nothing."""
+    """The event between two checks; `before` is None at the first one. None for no event."""
     was = before.state if before else HostState.PRESENT
     if now.state is HostState.PRESENT and was is HostState.PRESENT and taken_away:
         return EventKind.REPLACED
@@ -90,7 +90,7 @@ def device_notices(
     before: DeviceHealth | None,
     now: DeviceHealth,
 ) -> Iterator[DeviceEvent]:
-    """One for each hold on the device."""
+    """One notice for each hold on the device."""
     is_resized = what is EventKind.RESIZED
     old_size = before.size_bytes if before and is_resized else None
     for hold in holds:
@@ -108,24 +108,26 @@ def device_notices(
 
 
 def ended_notice(vm: VmRecord, holds: Iterable[Attachment]) -> DeviceEvent:
-    """The one for a VM that has ended."""
+    """The notice for a VM that has ended."""
     count = sum(hold.vm == vm.name for hold in holds)
     return DeviceEvent(
         what=EventKind.VM_ENDED,
         message=f"VM {vm.name} (process {vm.pid}) has ended",
-        meaning=f"it had {count} attachment{'s' * (count != 1)}, which no guest uses any more",
+        meaning=f"it had {count} attachment{'s' * (count != 1)}; no guest uses "
+        f"{'it' if count == 1 else 'them'} now",
         hint=f"vmplug reconcile --vm {vm.name} frees what it held",
         vm=vm.name,
     )
 
 
 def lost_notice() -> DeviceEvent:
-    """The one for events that the kernel could not keep."""
+    """The notice for events that the kernel dropped."""
     return DeviceEvent(
         what=EventKind.EVENTS_LOST,
-        message="the kernel had more events than could be kept, and some are lost",
-        meaning="all has been looked at again; what went and came back meanwhile is unknown",
-        hint="vmplug reconcile shows what the VMs know of lost backends",
+        message="the kernel dropped some events because its buffer was full",
+        meaning="vmplug checked every device again; it cannot report what disappeared and came "
+        "back meanwhile",
+        hint="vmplug reconcile shows the lost backends of the VMs",
     )
 
 
@@ -134,34 +136,33 @@ def _message(
 ) -> str:
     match what:
         case EventKind.BACK:
-            return f"{record.host_path} is as it was again"
+            return f"{record.host_path} is back as it was"
         case EventKind.RESIZED:
-            return f"{record.host_path} has {now.size_bytes} bytes, it had {old_size}"
+            return f"{record.host_path} has {now.size_bytes} bytes; it had {old_size}"
         case EventKind.REPLACED if not now.detail:
-            return f"{record.host_path} was taken away, and something is there again"
+            return f"{record.host_path} was removed, and another device is there now"
         case _:
             return now.detail or record.host_path
 
 
 def _meaning(what: EventKind, record: DeviceRecord) -> str:
     if record.guest_address is None:
-        return "the guest never had it: it was only counted"
+        return "the guest never had it: vmplug only counted it"
     return (_TO_BACKEND_USER if is_served(record) else {}).get(what) or _TO_GUEST[what]
 
 
 _TO_GUEST = {
-    EventKind.GONE: "what the guest reads and writes there fails",
-    EventKind.DELETED: "the guest goes on; what it writes is lost when the VM lets go of it",
-    EventKind.REPLACED: "the guest has what was there before, or nothing, "
-    "but not what is there now",
+    EventKind.GONE: "the guest's reads and writes fail",
+    EventKind.DELETED: "the guest keeps working; its writes are lost when the VM closes the file",
+    EventKind.REPLACED: "the guest has the old device or nothing, not the new one",
     EventKind.OTHER_DRIVER: "the guest has lost it",
-    EventKind.BACK: "a VM that has lost it does not take it up again by itself",
-    EventKind.RESIZED: "the guest sees the size that it was told last",
+    EventKind.BACK: "a VM that lost it does not open it again by itself",
+    EventKind.RESIZED: "the guest sees the size that was last reported to it",
 }
 _TO_BACKEND_USER = {
     EventKind.GONE: "the guest waits for its I/O",
     EventKind.DISCONNECTED: "the guest waits for its I/O: its VM is not connected to the backend",
-    EventKind.BACK: "the guest's I/O goes on",
+    EventKind.BACK: "the guest's I/O continues",
 }
 
 
@@ -173,28 +174,30 @@ def _hint(what: EventKind, record: DeviceRecord, attachment: str) -> str:
     return texts[what].format(detach=f"vmplug detach {attachment}", id=attachment, seconds=seconds)
 
 
-_ANEW = "{detach}, and attach it again when it is there and right"
+_ANEW = "{detach}, and attach it again when the right device is there"
 _TO_DO = {
     EventKind.GONE: _ANEW,
-    EventKind.DELETED: "save what is needed from within the guest, then {detach}",
+    EventKind.DELETED: "save the data from inside the guest, then {detach}",
     EventKind.REPLACED: _ANEW,
     EventKind.OTHER_DRIVER: _ANEW,
     EventKind.BACK: "if the guest does not see it, {detach}, and attach it again",
-    EventKind.RESIZED: "vmplug resize {id} tells it, if that has not just been done",
+    EventKind.RESIZED: "vmplug resize {id} reports the new size to the guest, unless that "
+    "was just done",
 }
 _TO_DO_FOR_BACKEND = {
     EventKind.GONE: "start the backend again, then {detach}, and attach it again",
     EventKind.DISCONNECTED: _ANEW,
-    EventKind.BACK: "nothing is to be done",
+    EventKind.BACK: "no action needed",
 }
 _TO_DO_FOR_RECONNECTING = {
     EventKind.GONE: "start the backend again; QEMU tries to connect every {seconds} s",
-    EventKind.DISCONNECTED: "QEMU tries every {seconds} s; if it stays so, restart the backend",
+    EventKind.DISCONNECTED: "QEMU tries every {seconds} s; if it stays disconnected, "
+    "restart the backend",
 }
 
 
 def _reconnect_s(record: DeviceRecord) -> int:
-    """How often QEMU tries to find the backend again, 0 for never."""
+    """The interval at which QEMU reconnects to the backend, 0 for never."""
     if "reconnect" not in OPTIONS.get(record.kind, {}):
         return 0
     return int(record.options.get("reconnect", RECONNECT_S))

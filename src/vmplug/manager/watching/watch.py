@@ -1,8 +1,8 @@
-"""Watch: tells what happens to the host devices that VMs have, as it happens.
+"""Watch: report events of the host devices that VMs have, as they happen.
 
-Nothing is changed, and neither a VM nor a backend is asked. The kernel tells at once of devices
-that come and go, and of processes that end. All else (files, sockets, what others write to the
-journal) is looked at every LOOK_INTERVAL_S.
+It changes nothing, and asks neither a VM nor a backend. The kernel reports at once devices that
+come and go, and processes that end. Watch checks everything else (files, sockets, changes of the
+journal) every LOOK_INTERVAL_S.
 """
 
 import time
@@ -44,11 +44,10 @@ def watch(
     vm: str | None = None,
     timeout_s: float | None = None,
 ) -> "Watch":
-    """What is wrong already and then what happens, until it is closed or `timeout_s` is over.
+    """Report existing problems and then new events, until it is closed or `timeout_s` is over.
 
-    Only of the VM called `vm`, None for all; `timeout_s` None never ends. Raises StoreError,
-    StateError for a VM that is not known, and HostError when the kernel's events cannot be
-    received.
+    `vm` selects one VM, None all; `timeout_s` None never ends. Raises StoreError, StateError for a
+    VM that is not known, and HostError when the kernel's events cannot be received.
     """
     with ExitStack() as opened:
         journal = opened.enter_context(Journal.open(state_dir))
@@ -61,7 +60,7 @@ def watch(
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What the journal held at a version of it."""
+    """The contents of the journal at one version."""
 
     version: int
     vms: Sequence[VmRecord]
@@ -70,7 +69,7 @@ class _Rows:
 
 
 class Watch(Iterator[DeviceEvent]):
-    """Iterates over notices; a context manager that closes what it was given. Not thread-safe."""
+    """Iterates over notices; a context manager that closes its arguments. Not thread-safe."""
 
     def __init__(
         self,
@@ -95,7 +94,7 @@ class Watch(Iterator[DeviceEvent]):
         self._is_closed = False
 
     def close(self) -> None:
-        """End it: there are no more notices."""
+        """Stop: there are no more notices."""
         if not self._is_closed:
             self._is_closed = True
             self._events.close()
@@ -108,7 +107,7 @@ class Watch(Iterator[DeviceEvent]):
         self.close()
 
     def __next__(self) -> DeviceEvent:
-        """The next notice, waited for; StopIteration when the time is over."""
+        """Wait for the next notice; StopIteration when the time is over."""
         while not self._is_closed:
             if self._waiting:
                 return self._waiting.popleft()
@@ -124,11 +123,11 @@ class Watch(Iterator[DeviceEvent]):
         raise StopIteration
 
     def _look(self, happened: Sequence[Event]) -> None:
-        """Look at everything, and remember notices of what is not as it was.
+        """Check every device, and queue notices of changes.
 
-        A device is judged only if the journal had the same of it before and after it was looked
-        at: else the change may be vmplug's own, such as a function that is given back. And what
-        happened before it was first seen in the VM is no news: it was still being bound.
+        A device counts only if its record in the journal was the same before and after the check.
+        Otherwise the change may be vmplug's own, such as a function that is given back. Events
+        before the device was first seen in the VM do not count: it was still being bound.
         """
         rows = self._rows = self._read()
         self._events.follow(self._pids(rows))
@@ -166,7 +165,7 @@ class Watch(Iterator[DeviceEvent]):
         return any(vm.name == record.vm for vm in self._ended)
 
     def _read(self) -> _Rows:
-        """What the journal holds; read again only when somebody has written to it."""
+        """The contents of the journal; read again only after a change."""
         journal, version = self._journal, self._journal.version()
         if self._rows and self._rows.version == version:
             return self._rows
@@ -179,9 +178,9 @@ class Watch(Iterator[DeviceEvent]):
         return {*vms, *self._daemons.values(), *(pid for pid in self._servers.values() if pid)}
 
     def _find_servers(self, records: Sequence[DeviceRecord]) -> None:
-        """The process behind each socket, so that its end is told at once.
+        """The process behind each socket, so that its end is reported at once.
 
-        It is looked for only when the socket has come back: that goes through all processes.
+        vmplug searches for it only when the socket has come back, as that reads all processes.
         """
         known = self._servers
         self._servers = {}
@@ -198,5 +197,5 @@ class Watch(Iterator[DeviceEvent]):
 
 
 def _key(record: DeviceRecord) -> tuple[str, str]:
-    """The same device in the same state: an id is drawn anew for each plug."""
+    """Whether it is the same device in the same state: each plug has a new id."""
     return record.id, record.state

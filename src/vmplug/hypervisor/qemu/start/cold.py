@@ -1,7 +1,7 @@
-"""Cold plug: the same steps as hot plug, as arguments of a QEMU that is to be started.
+"""Cold plug: the same steps as hot plug, as arguments of a QEMU before its start.
 
-JSON where QEMU takes it. For -chardev and -fsdev it does not: their paths go by -set, which takes
-the rest of its argument as it is, so that no name needs quoting.
+They are JSON where QEMU accepts it. For -chardev and -fsdev it does not: their paths use -set,
+which takes the rest of its argument as it is, so that names need no quoting.
 Source: QEMU softmmu/vl.c, qemu_set_option; measured on QEMU 7.2.
 """
 
@@ -39,7 +39,7 @@ _NOT_WRITTEN = frozenset({START_DAEMON, "getfd"})
 
 
 class ColdQemu:
-    """A QEMU that is to be started: what is plugged into it goes on its command line.
+    """A QEMU before its start: each plug goes on its command line.
 
     It will run in `directory`. See `vmplug.drivers.ports.Hypervisor`. A context manager: daemons
     of shares run from `plug` on, and end with it unless QEMU was started meanwhile (`started`).
@@ -78,34 +78,34 @@ class ColdQemu:
 
     @property
     def qmp_socket(self) -> Path:
-        """Where it will answer QMP."""
+        """The socket on which it will answer QMP."""
         return self.directory / "qmp.sock"
 
     def started(self) -> None:
-        """QEMU has the connections and nodes now: the daemons end when it does."""
+        """Note that QEMU has the connections and nodes: now the daemons end with QEMU."""
         self._close_nodes()
         for started in self._running.values():
             started.close()
         self._running.clear()
 
     def offer(self) -> Offer:
-        """What the VM will have to plug into. QEMU is asked for iommufd where the host has it."""
+        """The places that the VM will offer. iommufd needs both the host and QEMU."""
         offer = cold_offer(self.spec)
         has_node = self._host.stat_or_none(IOMMU_NODE) is not None
         return replace(offer, iommufd=has_node and self.abilities.iommufd)
 
     def claim_foreign_names(self, names: Mapping[str, str]) -> None:
-        """Nobody else plugs into a VM that is still to be started."""
+        """Do nothing: no other program plugs into a VM before its start."""
 
     def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
-        """What `plug` would put on the command line."""
+        """The arguments of `plug` on the command line."""
         steps = plug_steps(plug, place, self.abilities)
         if needs_iommufd(plug) and not self._shares_iommufd:
             return (*iommufd_steps(), *steps)
         return steps
 
     def plug(self, plug: Plug, place: Place) -> None:
-        """Put it on the command line; its daemon is started."""
+        """Add it to the command line, and start its daemon."""
         check_file(plug, place)
         if isinstance(plug, VhostUserDevice) and plug.socket_path is None:
             if plug.daemon:
@@ -145,11 +145,11 @@ class ColdQemu:
 
     @property
     def opens_files(self) -> bool:
-        """Whether it must be looked at before the guest runs: see `check_opened`."""
+        """Whether files must be verified before the guest runs: see `check_opened`."""
         return bool(self._files)
 
     def check_opened(self, pid: int) -> None:
-        """NoSuchDevice unless QEMU, which has come up, opened the files that were checked."""
+        """NoSuchDevice unless QEMU, which has started, opened the files that were checked."""
         for path, checked in self._files.values():
             check_path(path, checked)
             if has_open(pid, checked) is False:
@@ -162,13 +162,13 @@ class ColdQemu:
         return arguments([*shared, *steps], self._connections)
 
     def descriptors(self) -> list[int]:
-        """What QEMU inherits."""
+        """The descriptors that QEMU inherits."""
         commands = [step.do for steps in self._steps.values() for step in steps]
         given = [c.descriptor for c in commands if c.descriptor is not None]
         return list({*self._connections.values(), *given})
 
     def request_unplug(self, device_id: str) -> None:
-        """Leave it out after all."""
+        """Remove it from the command line."""
         self._steps.pop(device_id, None)
         self._files.pop(device_id, None)
         self._connections.pop(qemu_id(device_id, LINK), None)
@@ -179,11 +179,11 @@ class ColdQemu:
             self._daemons.end([device_id])
 
     def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:  # noqa: ARG002
-        """Nothing that is left out stays."""
+        """Return nothing: a removed device leaves no remains."""
         return {}
 
     def close_files(self, device_ids: Collection[str]) -> None:
-        """Nothing that is left out is open."""
+        """Do nothing: no file of a removed device is open."""
 
     def resize(self, device_id: str, size_bytes: int) -> None:  # noqa: ARG002
         """StateError: there is no guest yet."""
@@ -192,7 +192,7 @@ class ColdQemu:
         )
 
     def find_devices(self) -> dict[str, bool]:
-        """What was plugged."""
+        """The plugged devices."""
         return dict.fromkeys(self._steps, True)
 
     def find_lost(self) -> set[str]:
@@ -200,17 +200,17 @@ class ColdQemu:
         return set()
 
     def status(self) -> str:
-        """That it is still to be started."""
+        """The state of a VM before its start."""
         return "cold"
 
     def close(self) -> None:
-        """Nothing is open towards a VM."""
+        """Do nothing: there is no connection."""
 
 
 def arguments(steps: Iterable[Step], descriptors: Mapping[str, int]) -> list[str]:
-    """The steps on the command line; `descriptors` are what QEMU inherits, by `getfd`'s names.
+    """The steps as command line; `descriptors` are those that QEMU inherits, by `getfd`'s names.
 
-    A `getfd` with a descriptor of its own is for the device after it: the next has the name too.
+    A `getfd` with its own descriptor is for the device after it: the next one reuses the name.
     """
     written, named = [], dict(descriptors)
     for command in (step.do for step in steps):

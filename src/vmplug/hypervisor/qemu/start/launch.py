@@ -1,4 +1,4 @@
-"""Start a QEMU that has room to plug into: the embedded default, for who has none."""
+"""Start a QEMU with places to plug into, for users without a VM of their own."""
 
 import os
 import re
@@ -17,18 +17,18 @@ _SOCKET_PATH_MAX = 107
 """Longest path of a unix socket. Source: unix(7), sun_path."""
 _QBOOT = "qboot.rom"
 OLDEST_QEMU = (7, 2)
-"""The oldest that was tried. Source: docs/support.md."""
+"""The oldest tested version. Source: docs/support.md."""
 _VERSION_TIMEOUT_S = 10.0
 _UMASK = 0o077
-"""What QEMU makes, such as the console's log, is for this user alone."""
+"""Files that QEMU creates, such as the console's log, are for this user alone."""
 
 
 def launch(cold: ColdQemu, *, timeout_s: float) -> int:
-    """Start the machine with what was plugged into it; gives QEMU's pid once it answers.
+    """Start the machine with its plugs; returns QEMU's pid once it answers.
 
-    It comes up in its directory and outlives this process. Raises HypervisorError with QEMU's own
-    words when it does not come up, NoSuchDevice when it opened another file than the one that was
-    checked, and leaves no process behind then.
+    It runs in its directory and outlives this process. Raises HypervisorError with QEMU's own
+    words when it does not start, NoSuchDevice when it opened another file than the one that was
+    checked. Then no process is left.
     """
     spec, directory = cold.spec, cold.directory
     log_path = directory / "qemu.log"
@@ -68,27 +68,27 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
             raise
         words = "; ".join(log_path.read_text(errors="replace").splitlines())
         raise HypervisorError(
-            f"QEMU did not come up: {words or error.message}", hint=_advice(BINARY[spec.machine])
+            f"QEMU did not start: {words or error.message}", hint=_advice(BINARY[spec.machine])
         ) from error
     process.returncode = 0  # it is meant to outlive us
     return process.pid
 
 
 def _advice(program: str) -> str:
-    """What to do about a QEMU that does not start; its version explains, and decides nothing."""
+    """The hint for a QEMU that does not start; its version only explains the failure."""
     said = run_program([program, "--version"], timeout_s=_VERSION_TIMEOUT_S).stdout
     version = re.search(r"version (\d+)\.(\d+)", said)
     if version and (int(version[1]), int(version[2])) < OLDEST_QEMU:
         oldest = ".".join(map(str, OLDEST_QEMU))
-        return f"{program} is {version[0]}, and vmplug needs {oldest} or newer"
-    return "vmplug vm start --help shows what can be chosen; --accel tcg needs no KVM"
+        return f"{program} is {version[0]}, and vmplug needs {oldest} or later"
+    return "vmplug vm start --help lists the options; --accel tcg does not need KVM"
 
 
 def _firmware(spec: VmSpec) -> list[str]:
-    """For a microvm with a kernel, the firmware that looks at nothing else.
+    """For a microvm with a kernel, the firmware that does not read the disks.
 
-    Debian 13 made SeaBIOS the default: it reads from every disk too, and waits for a vhost-user
-    disk for ever. But it boots a disk, which qboot cannot. Source: measured on QEMU 7.2 and 10.
+    SeaBIOS, the default of Debian 13, reads from every disk, and hangs on a vhost-user disk. But
+    it boots from a disk, which qboot cannot. Source: measured on QEMU 7.2 and 10.
     """
     is_direct = spec.machine is Machine.MICROVM and spec.kernel is not None
     if is_direct and has_firmware(BINARY[spec.machine], _QBOOT):
@@ -112,7 +112,9 @@ def _listening(path: str) -> socket.socket:
             hint="name a shorter directory",
         )
     listener = socket.socket(socket.AF_UNIX)
-    os.fchmod(listener.fileno(), 0o600)  # which bind gives the file. Source: net/unix/af_unix.c
+    os.fchmod(
+        listener.fileno(), 0o600
+    )  # the mode that bind gives the file. Source: net/unix/af_unix.c
     listener.bind(path)
     listener.listen(1)  # connecting fails when QEMU dies
     return listener

@@ -1,4 +1,4 @@
-"""Machines that vmplug starts: their command line, and what they will have to plug into.
+"""Machines that vmplug starts: their command line, and the places that they offer.
 
 User text goes to QEMU as JSON or as an argument of its own, never inside an option string.
 """
@@ -26,11 +26,11 @@ _FIRST_PORT_SLOT = 0x4
 _SCSI_SLOT, _DISK_SLOT = 0x2, 0x3
 _SCSI_DEVNO, _DISK_DEVNO = CcwDevNo(0, 0xFFFE), CcwDevNo(0, 0xFFFF)
 _MEMORY_ROOM_MIB = 64 << 10
-"""How much memory all NVDIMMs together may have."""
+"""The maximum memory of all NVDIMMs together."""
 
 
 class Machine(StrEnum):
-    """Machines that `vm start` makes, by QEMU's names."""
+    """Machines that `vm start` supports, by QEMU's names."""
 
     Q35 = "q35"
     MICROVM = "microvm"
@@ -56,7 +56,7 @@ class VmSpec:
 
     `ports`, `bridges` and `memory_slots` are for a q35; `windows` are bytes of 64-bit prefetchable
     memory that its first ports have for devices with large BARs; `start_vm` computes them for the
-    functions in `room_for`, which are to be plugged later. `disk` is a raw image to boot
+    functions in `room_for`, to be plugged later. `disk` is a raw image to boot
     from and `kernel`, `initrd`, `append` a direct kernel boot; each may be None. `extra` goes to
     QEMU as it is.
     """
@@ -79,7 +79,7 @@ class VmSpec:
 
 
 def cold_offer(spec: VmSpec) -> Offer:
-    """What the machine will have to plug into, before anything else is on it."""
+    """The places that the machine offers before anything is plugged."""
     is_q35, is_s390 = spec.machine is Machine.Q35, spec.machine is Machine.S390
     ports = range(spec.ports if is_q35 else 0)
     bridges = range(spec.bridges if is_q35 else 0)
@@ -132,7 +132,7 @@ Source: QEMU hw/i386/microvm.c; measured on QEMU 7.2.
 
 
 def _mmio_bus(index: int) -> str:
-    """The guest finds the highest number first: its ACPI table lists them so."""
+    """The guest finds the highest number first: its ACPI table has this order."""
     return f"virtio-mmio-bus.{_MMIO_TRANSPORTS - index}"
 
 
@@ -158,7 +158,7 @@ def _ports(spec: VmSpec) -> list[str]:
 
 
 def command_line(spec: VmSpec, qmp_descriptor: int) -> list[str]:
-    """QEMU's arguments: places to plug into, shared memory, a QMP socket."""
+    """QEMU's arguments: places, shared memory, a QMP socket."""
     arguments = [BINARY[spec.machine], "-name", spec.name]
     machine = f"{spec.machine}{_MACHINE_OPTIONS[spec.machine]},memory-backend=mem"
     arguments += ["-machine", machine, "-accel", spec.accel]
@@ -167,7 +167,7 @@ def command_line(spec: VmSpec, qmp_descriptor: int) -> list[str]:
     size = spec.memory_mib << 20
     arguments += _json("-object", qom_type="memory-backend-memfd", id="mem", size=size, share=True)
     arguments += ["-chardev", f"socket,id=qmp,fd={qmp_descriptor},server=on,wait=off"]
-    arguments += ["-qmp", "chardev:qmp"]  # of -mon, QEMU 11 says that it will go
+    arguments += ["-qmp", "chardev:qmp"]  # QEMU 11 warns that -mon will be removed
     arguments += _console(spec)
     arguments += _ports(spec) if spec.machine is Machine.Q35 else []
     match spec.machine:
@@ -193,7 +193,7 @@ def _memory(spec: VmSpec) -> str:
 
 
 def _console(spec: VmSpec) -> list[str]:
-    """The guest's console goes to a file; a microvm's only serial port may be wanted else."""
+    """The guest's console goes to a file; a microvm's only serial port may have another use."""
     if spec.machine is Machine.MICROVM and "-serial" in spec.extra:
         return []
     arguments = ["-chardev", "file,id=console,path=console.log"]
@@ -230,7 +230,7 @@ _BOOT_DISK: Mapping[Machine, Mapping[str, Any]] = {
 
 
 def _device(driver: str, **properties: str | int) -> list[str]:
-    """A device of the machine's own, in words of ours only.
+    """A device of the machine itself, without user text.
 
     Not as JSON: QEMU 7.2 makes all JSON devices last, and those of `extra` would be first.
     """
@@ -238,7 +238,7 @@ def _device(driver: str, **properties: str | int) -> list[str]:
 
 
 def option_text(what: str, options: Mapping[str, str | int]) -> str:
-    """An option of QEMU's as `what,key=value,...`, for words and numbers of our own only."""
+    """A QEMU option as `what,key=value,...`, only for vmplug's own words and numbers."""
     return ",".join([what, *(f"{key}={_word(value)}" for key, value in options.items())])
 
 

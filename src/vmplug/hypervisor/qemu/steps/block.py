@@ -15,7 +15,7 @@ from vmplug.hypervisor.qemu.steps.frontend import device_step, object_step, virt
 
 
 def plug_steps(drive: BlockDrive, place: Place) -> tuple[Step, ...]:
-    """The commands that plug `drive` at `place`, each with the one that takes it back."""
+    """The commands that plug `drive` at `place`, each with its undo."""
     node = qemu_id(drive.id)
     steps = []
     if drive.throttle:
@@ -41,7 +41,7 @@ def _node(name: str, options: dict[str, Any]) -> Step:
 
 
 def _disk_node(drive: BlockDrive) -> dict[str, Any]:
-    """Format over protocol. `host_device` wants a block device and `file` a regular file."""
+    """Format over protocol. `host_device` needs a block device and `file` a regular file."""
     cache = {"direct": drive.cache.direct, "no-flush": drive.cache.no_flush}
     discard = "unmap" if drive.discard else "ignore"
     options: dict[str, Any] = {
@@ -59,7 +59,7 @@ def _disk_node(drive: BlockDrive) -> dict[str, Any]:
         },
     }
     if drive.format is ImageFormat.QCOW2 and not drive.backing_allowed:
-        options["backing"] = None  # whatever the header says by the time QEMU reads it
+        options["backing"] = None  # whatever the header contains when QEMU reads it
     return options
 
 

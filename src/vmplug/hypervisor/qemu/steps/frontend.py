@@ -16,7 +16,7 @@ from vmplug.drivers.place import (
 from vmplug.drivers.ports import Command, Step
 
 _WITHOUT_SUFFIX = {"vhost-user-blk", "vhost-user-scsi"}
-"""Models that QEMU calls so on virtio-mmio too. Source: `-device help` of QEMU 7.2."""
+"""Models that have the same name on virtio-mmio. Source: `-device help` of QEMU 7.2."""
 
 
 def virtio_step(
@@ -29,8 +29,8 @@ def virtio_step(
 ) -> Step:
     """The step that plugs a virtio device: `virtio-rng` is virtio-rng-pci, -ccw or -device.
 
-    `addr` is always said: QEMU would put it where the guest never looks. `backend` is the process
-    that QEMU waits for in it.
+    `addr` is always set: QEMU would choose a slot that the guest never scans. `backend` is the
+    process that QEMU waits for during the command.
     """
     match place:
         case PciPlace():
@@ -42,7 +42,7 @@ def virtio_step(
             driver = model if model in _WITHOUT_SUFFIX else f"{model}-device"
             where = {"bus": place.bus}
         case ScsiPlace() | MemorySlot() | GroupPlace() | ApPlace():
-            raise AssertionError(f"{model} cannot be at {place}")
+            raise AssertionError(f"{model} cannot be plugged at {place}")
         case _:
             assert_never(place)
     return device_step(driver, device_id, where | properties, backend=backend)
@@ -60,7 +60,7 @@ def device_step(
 
 
 def object_step(qom_type: str, name: str, properties: dict[str, Any]) -> Step:
-    """The step that makes an object."""
+    """The step that creates an object."""
     return Step(
         do=Command("object-add", {"qom-type": qom_type, "id": name, **properties}),
         undo=Command("object-del", {"id": name}),

@@ -12,7 +12,7 @@ from vmplug.hypervisor.qemu.steps.frontend import device_step, object_step
 
 
 def plug_steps(drive: BlockDrive, slot: MemorySlot) -> tuple[Step, ...]:
-    """The commands that plug it; nothing takes the device itself out again."""
+    """The commands that plug it; QEMU cannot unplug the device itself."""
     memory = qemu_id(drive.id, "memory")
     backing = {
         "mem-path": drive.file,

@@ -13,9 +13,9 @@ from vmplug.hypervisor.qemu.steps import block, nvdimm, rng, share, vfio, vhost_
 
 
 def plug_steps(plug: Plug, place: Place, can: Abilities) -> tuple[Step, ...]:
-    """The commands that plug it there, each with the one that takes it back.
+    """The commands that plug it there, each with its undo.
 
-    A QEMU with other abilities gets others.
+    They depend on QEMU's abilities.
     """
     match plug:
         case BlockDrive():
@@ -35,7 +35,7 @@ def plug_steps(plug: Plug, place: Place, can: Abilities) -> tuple[Step, ...]:
 
 
 def check_hot(plug: Plug, place: Place) -> None:
-    """CannotPlug for what a running QEMU does not take, before anything is sent."""
+    """CannotPlug for a device that QEMU accepts only at its start, before anything is sent."""
     if isinstance(plug, SharedFS):
         raise cold_plug_only("a virtio-9p share")
     if isinstance(place, MmioPlace):
@@ -44,7 +44,7 @@ def check_hot(plug: Plug, place: Place) -> None:
 
 
 def opened_file(plug: Plug) -> tuple[str, str] | None:
-    """The path that QEMU itself opens for it, and the id of the file that must be there."""
+    """The path that QEMU itself opens for it, and the id of the file that must be at that path."""
     match plug:
         case BlockDrive(file=path, file_id=str(checked)):
             return path, checked
@@ -57,13 +57,13 @@ def opened_file(plug: Plug) -> tuple[str, str] | None:
 
 
 def check_file(plug: Plug, place: Place) -> None:
-    """CannotPlug when the file of an NVDIMM has gone: QEMU would make an empty one."""
+    """CannotPlug when the file of an NVDIMM has gone: QEMU would create an empty one."""
     match plug, place:
         case BlockDrive(file=path), MemorySlot() if not os.path.exists(path):
             raise CannotPlug(
                 "no-such-file",
-                f"{path} is not there any more",
-                hint="nothing was changed; bring it back, or leave the device out",
+                f"{path} no longer exists",
+                hint="the VM is unchanged; restore it, or leave the device out",
             )
         case _:
             pass

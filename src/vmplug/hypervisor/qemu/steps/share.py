@@ -1,4 +1,4 @@
-"""virtio-9p: a directory that QEMU itself shares, from its start on.
+"""virtio-9p: a directory that QEMU itself shares, only from its start.
 
 QMP has no command for it, so the step is only for the command line.
 Source: QEMU docs/system/devices/virtio-9p; fsdev/qemu-fsdev-opts.c.

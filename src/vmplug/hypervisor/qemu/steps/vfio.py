@@ -1,6 +1,6 @@
 """IOMMU groups, as QMP commands: every function a vfio device of QEMU's.
 
-A slot's other functions come before its function 0: with that the guest looks at all of them.
+A slot's other functions come before its function 0, at which the guest scans the slot.
 Source: QEMU hw/acpi/pcihp.c, hw/vfio/pci.c, hw/vfio/iommufd.c.
 """
 
@@ -17,11 +17,11 @@ from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD
 
 _DOMAIN_MAX = 0xFFFF
-"""QEMU 7.2 takes no larger one for `host`; a function behind an Intel VMD has one."""
+"""QEMU 7.2 rejects larger ones for `host`; a function behind an Intel VMD has one."""
 
 
 def plug_steps(plug: VFIODevices, place: Place) -> tuple[Step, ...]:
-    """The commands that plug the whole group at `place`, each with the one that takes it back."""
+    """The commands that plug the whole group at `place`, each with its undo."""
     steps: list[Step] = []
     match place:
         case GroupPlace():
@@ -69,12 +69,12 @@ def _device(
     driver = device.type.value if device.type in _OWN_MODEL else VFIODeviceType.NORMAL.value
     name = device_name(plug, number)
     if device.cdev_node:
-        # QEMU gets open files, so that it needs no right to the nodes; each is taken at once.
+        # QEMU gets open files, so that it needs no permission for the nodes; each is used at once.
         link = open_node_name(plug.id)
         take = Command("getfd", {"fdname": link}, descriptor=device.descriptor)
         yield Step(do=take, undo=Command("closefd", {"fdname": link}))
         source: dict[str, Any] = {"fd": link, "iommufd": IOMMUFD}
-        if device.sysfs_path:  # QEMU sees by it which devices are mediated ones
+        if device.sysfs_path:  # by it QEMU recognizes mediated devices
             source["sysfsdev"] = device.sysfs_path
     elif device.bdf and device.bdf.domain <= _DOMAIN_MAX:
         source = {"host": str(device.bdf)}
@@ -90,27 +90,29 @@ _OWN_MODEL = {VFIODeviceType.AP, VFIODeviceType.CCW}
 
 
 def open_node_name(device_id: str) -> str:
-    """What a member's open node is called in QEMU from `getfd` until its device has it.
+    """The name of a member's open node in QEMU from `getfd` until its device uses it.
 
-    All members have the same: so one that an attach has left there is found again by the id.
+    It is the same for all members: so one that an attach has left is found again by the id.
     """
     return qemu_id(device_id, "fd")
 
 
 def check_free(place: Place, offer: Offer) -> None:
-    """NoFreePort when somebody else has plugged something there since it was offered.
+    """NoFreePort when another program has used the place since it was offered.
 
-    QEMU 10 keeps the open node of a device that it refuses for its place, and VFIO would not give
-    the device back until QEMU ends.
+    QEMU 10 keeps the open node of a device that it refuses for its place; VFIO could not give the
+    device back until QEMU ends.
     """
     free = {(port.bus, slot.slot) for port in offer.ports for slot in port.free}
     for at in place.places if isinstance(place, GroupPlace) else ():
         if (at.bus, at.slot.slot) not in free:
-            raise NoFreePort(f"something was plugged into {at.bus} meanwhile", hint="try again")
+            raise NoFreePort(
+                f"another device was plugged into {at.bus} meanwhile", hint="try again"
+            )
 
 
 def nodes(plug: VFIODevices) -> dict[str, str]:
-    """The nodes that QEMU gets open, by the devices they are of."""
+    """The nodes that QEMU gets open, by device."""
     return {device.name: device.cdev_node for device in plug.devices if device.cdev_node}
 
 

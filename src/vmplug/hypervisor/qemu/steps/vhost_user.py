@@ -19,7 +19,7 @@ LINK, NETDEV = "link", "net"
 
 
 def plug_steps(device: VhostUserDevice, place: Place, can: Abilities) -> tuple[Step, ...]:
-    """The commands that plug `device` at `place`, each with the one that takes it back."""
+    """The commands that plug `device` at `place`, each with its undo."""
     steps = [*_start(device), *_connect(device, can)]
     link = qemu_id(device.id, LINK)
     backend = device.socket_path or (device.daemon.program if device.daemon else link)
@@ -34,7 +34,7 @@ def plug_steps(device: VhostUserDevice, place: Place, can: Abilities) -> tuple[S
         case DeviceType.VHOST_USER_FS:
             model, properties = "vhost-user-fs", {"chardev": link, **_share(device)}
         case _:
-            raise AssertionError(f"{device.type} is no vhost-user device")
+            raise AssertionError(f"{device.type} is not a vhost-user device")
     return (*steps, virtio_step(model, device.id, place, properties, backend=backend))
 
 
@@ -66,7 +66,7 @@ def _connect(device: VhostUserDevice, can: Abilities) -> list[Step]:
 
 
 def _reconnect(seconds: int, can: Abilities) -> dict[str, int]:
-    """QEMU 9.2 has the first of these too, QEMU 11 has it alone."""
+    """QEMU 9.2 has the first of these too, QEMU 11 only the first."""
     return {RECONNECT_MS: seconds * 1000} if can.reconnect_ms else {RECONNECT: seconds}
 
 
@@ -81,7 +81,7 @@ def _netdev(device: VhostUserDevice, link: str, backend: str) -> Step:
 
 
 def _network(device: VhostUserDevice, place: Place) -> dict[str, Any]:
-    """On PCI with one message interrupt a queue, and two more; elsewhere there are none."""
+    """On PCI with one message interrupt per queue plus two; elsewhere there are none."""
     properties: dict[str, Any] = {
         "netdev": qemu_id(device.id, NETDEV),
         "mac": device.mac_address,
