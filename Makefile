@@ -69,8 +69,8 @@ fuzz: $(BIN)/vmplug
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 faults: test-packages $(BIN)/vmplug $(GUEST)
-	$(BIN)/python -m tests.faults
-	$(BIN)/python -m tests.faults --qemu
+	$(BIN)/python -m tests.system.faults
+	$(BIN)/python -m tests.system.faults --qemu
 
 lab: test-packages $(BIN)/vmplug $(GUEST)
 	lab/build.sh $(KERNELS)
@@ -85,7 +85,7 @@ test-lab: lab
 	$(LAB) --no-remapping -- $(LAB_TESTS) $(RESULTS)/lab-no-remapping.xml
 
 soak: test-packages $(BIN)/vmplug $(GUEST)
-	$(BIN)/python -m tests.soak --cycles $(CYCLES)
+	$(BIN)/python -m tests.system.soak --cycles $(CYCLES)
 
 lint: $(BIN)/vmplug
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """bind, unbind, sriov and mdev: what is refused, that it changes nothing, and what is shown.
 
-What they do is tested where a kernel does it: tests/trees/test_bind.py, tests/lab/test_bind.py.
+What they do is tested where a kernel does it, in tests/unit/manager/binding and tests/lab.
 """
 
 import os

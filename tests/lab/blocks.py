@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.support.checking import WRITING, want, want_file
 from tests.support.disks import detach_loop
 from tests.support.lab import wait_until
-from tests.trees.checking import WRITING, want, want_file
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.finding import Access, Code, Finding
 from vmplug.host.resolve import resolve

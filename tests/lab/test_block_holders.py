@@ -34,8 +34,8 @@ from tests.lab.blocks import (
     swapped_to,
     zram,
 )
+from tests.support.checking import READING
 from tests.support.disks import disk_image
-from tests.trees.checking import READING
 from vmplug import Code
 from vmplug.host.finding import Finding
 

@@ -42,10 +42,10 @@ from tests.lab.blocks import (
     udev,
     zram,
 )
+from tests.support.checking import READING, WRITING, want
 from tests.support.disks import disk_image
 from tests.support.lab import OuterQemu, wait_until
 from tests.support.vm import GuestVm, root_ports, start_vm
-from tests.trees.checking import READING, WRITING, want
 from vmplug import Code, DeviceManager, Qemu, VfioInfo, find_requests
 from vmplug.manager.examine import examine
 from vmplug.oci.spec import parse_config

@@ -1,0 +1,193 @@
+"""Counts: a device is plugged once and unplugged at last, however often it is held."""
+
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from tests.kata.host import TTY, add_device, add_disks, disk, request
+from tests.kata.machine import Machine, katas_calls
+from tests.kata.vector import Adapter, Answer, Case, Deviation, Refusal, error_of, kind_of
+from tests.support.tree import HostTree
+from vmplug.hypervisor.fake.monitor import Guest
+
+_COUNT_MAX = (1 << 63) - 1
+"""What a journal can count to."""
+
+
+def _trace_line(step: str, error: Refusal | str | None, state: str, count: int) -> str:
+    kind = error.kind if isinstance(error, Refusal) else error
+    return f"{step}: {kind or 'done'}, {state} {count}"
+
+
+def _our_line(machine: Machine, step: str, error: Refusal | None) -> str:
+    holds = machine.manager.attachments()
+    state = str(holds[0].state) if holds else "unknown"
+    return _trace_line(step, error, state, machine.count())
+
+
+def _katas_trace(trace: Iterable[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for fact in trace:
+        known = "known" if fact["known"] else "unknown"
+        state = "attached" if fact["is_attached"] else known
+        error = kind_of(fact["error"])
+        lines.append(_trace_line(fact["step"], error, state, fact["attach_count"] or 0))
+    return lines
+
+
+def _life(case: Case) -> Answer:
+    """Kata makes a device known before it attaches it, and removes it after; ours does both."""
+    tree = HostTree(case.path)
+    add_device(tree, case.input["device"])
+    machine = Machine(case, tree)
+    info = request(
+        case.input["device"], driver_options={"block-driver": case.setup["block_driver"]}
+    )
+    acts: dict[str, Callable[[], Refusal | None]] = {
+        "attach unknown id": lambda: error_of(machine.try_attach(request(disk("none")))),
+        "detach unknown id": lambda: machine.try_detach("nowhere"),
+        "remove unknown id": lambda: machine.try_detach("nowhere", whole=True),
+        "attach": lambda: error_of(machine.try_attach(info)),
+        "detach": lambda: machine.try_detach(info.container_path),
+        "remove": lambda: machine.try_detach(info.container_path, whole=True),
+    }
+    trace = []
+    for fact in case.expected["trace"]:
+        step = fact["step"]
+        act = acts.get(step) or acts[step.split(" ")[0]]
+        trace.append(_our_line(machine, step, act()))
+    return Answer(
+        {"trace": trace, "receiver_calls": machine.calls()},
+        {
+            "trace": _katas_trace(case.expected["trace"]),
+            "receiver_calls": katas_calls(case.expected["receiver_calls"]),
+        },
+    )
+
+
+def _failing_removal(case: Case) -> Answer:
+    """A removal that cannot be done; ours fails when the guest does not let go."""
+    tree = HostTree(case.path)
+    disks = add_disks(tree, ["sda"])
+    machine = Machine(case, tree)
+    machine.attach(request(disks["sda"]))
+    machine.monitor.guest = Guest.REFUSES
+    trace, counts = [], []
+    for fact in case.expected["trace"]:
+        if fact["step"] == "detach":
+            machine.monitor.guest = Guest.ANSWERS
+        whole = fact["step"].startswith("remove")
+        error = machine.try_detach("/dev/sda", whole=whole)
+        trace.append(_our_line(machine, fact["step"], error))
+        counts.append(machine.count())
+    katas_count = case.expected["ref_count_after_first_failure"]
+    return Answer(
+        {"trace": trace, "ref_count_after_first_failure": counts[0]},
+        {
+            "trace": _katas_trace(case.expected["trace"]),
+            "ref_count_after_first_failure": katas_count,
+        },
+    )
+
+
+def _bump(case: Case) -> Answer:
+    """`skip` says that only the count changes."""
+    tree = HostTree(case.path)
+    disks = add_disks(tree, ["sda"])
+    machine = Machine(case, tree)
+    for _ in range(int(case.setup["attach_count"])):
+        machine.attach(request(disks["sda"]))
+    before = machine.calls()
+    if case.input["attach"]:
+        error = error_of(machine.try_attach(request(disks["sda"])))
+    else:
+        error = machine.try_detach("/dev/sda")
+    ours = {
+        "attach_count": str(machine.count()),
+        "error": error,
+        "skip": machine.calls() == before,
+    }
+    return Answer(ours, {**case.expected, "error": kind_of(case.expected["error"])})
+
+
+def _reference(case: Case) -> Answer:
+    """One more, and in another life one less; a journal's own maximum stands for Kata's."""
+    count = min(int(case.setup["ref_count"]), _COUNT_MAX)
+    ours: dict[str, Any] = {}
+    for word in ("reference_returns", "dereference_returns"):
+        path = case.path / word
+        tree = HostTree(path)
+        add_device(tree, TTY)
+        machine = Machine(replace(case, path=path), tree)
+        if count:
+            machine.attach(request(TTY))
+            with closing(sqlite3.connect(path / "state/journal.db")) as journal, journal:
+                journal.execute("UPDATE attachment SET count = ?", (count,))
+        if word == "reference_returns":
+            error = error_of(machine.try_attach(request(TTY)))
+        else:
+            error = machine.try_detach("/dev/tty2")
+        ours[word] = error or str(machine.count())
+    return Answer(ours, dict(case.expected))
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "drivers.GenericDevice.bumpAttachCount": _bump,
+    "drivers.GenericDevice.Reference / Dereference": _reference,
+    "manager": _life,
+    "manager.RemoveDevice": _failing_removal,
+}
+
+DEVIATIONS: dict[str, Deviation] = {
+    "ref count 0 saturates": Deviation(
+        None,
+        "letting go of what nobody holds is an error",
+        {
+            "reference_returns": "1",
+            "dereference_returns": "NotAttached(state=absent, required=attached)",
+        },
+    ),
+    "ref count 18446744073709551615 saturates": Deviation(
+        None,
+        "a count that can go no further is an error: one that stays would be let go too soon",
+        {
+            "reference_returns": "StoreError(path=$ROOT/reference_returns/state/journal.db)",
+            "dereference_returns": str(_COUNT_MAX - 1),
+        },
+    ),
+    "manager life cycle of one block device": Deviation(
+        None,
+        "a device is known for exactly as long as somebody holds it",
+        {
+            "trace": [
+                "attach unknown id: NoSuchDevice, unknown 0",
+                "detach unknown id: NotAttached, unknown 0",
+                "remove unknown id: NotAttached, unknown 0",
+                "detach before attach: NotAttached, unknown 0",
+                "attach: done, attached 1",
+                "attach again: done, attached 2",
+                "detach: done, attached 1",
+                "detach again: done, unknown 0",
+                "detach third time: NotAttached, unknown 0",
+                "remove: NotAttached, unknown 0",
+                "remove again: NotAttached, unknown 0",
+            ],
+            "receiver_calls": ["plug at 0", "unplug from 0"],
+        },
+    ),
+    "removing an attached device fails but has already dropped the reference (quirk)": Deviation(
+        29,
+        "a hold stays until the device is gone, so that a failed removal can be repeated",
+        {
+            "trace": [
+                "remove while attached: UnplugRefused, detaching 1",
+                "remove while attached again: UnplugRefused, detaching 1",
+                "detach: done, unknown 0",
+                "remove: NotAttached, unknown 0",
+            ],
+            "ref_count_after_first_failure": 1,
+        },
+    ),
+}

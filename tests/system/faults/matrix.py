@@ -1,0 +1,412 @@
+"""The matrix: for each kind and operation every step, for each step every fault, and a verdict."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import NamedTuple
+
+from tests.system.faults.conductor import Plan
+from tests.system.faults.kinds import (
+    BOUND,
+    FIRST,
+    SECOND,
+    Kind,
+    character_device,
+    functions,
+    images,
+    loop,
+    network,
+    random_source,
+    share_by_socket,
+    share_of_ours,
+    stored,
+)
+from tests.system.faults.process import GO, Answer, Hooks, Process
+from tests.system.faults.steps import FAULTS, KILLED, Fault, Step, StepKind
+from tests.system.faults.world import (
+    OWNER,
+    PATIENT_S,
+    SILENCE_S,
+    UNPLUG_S,
+    VM,
+    Picture,
+    World,
+    world,
+)
+from vmplug.cli.main import main
+from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
+from vmplug.journal.journal import Journal
+from vmplug.manager.binding.binder import Binder
+from vmplug.vms.known import is_gone
+from vmplug.vms.reconcile import release_ended
+
+THROTTLED = {"iothread": "on", "iops-total": "900"}
+KINDS = (
+    Kind(name="virtio-blk image", make=images),
+    Kind(name="virtio-blk loop device", make=loop),
+    Kind(name="virtio-blk iothread, limits", make=partial(images, options=[THROTTLED])),
+    Kind(name="virtio-scsi disk", make=partial(images, options=[{"block-driver": "virtio-scsi"}])),
+    Kind(
+        name="two disks at once",
+        make=partial(images, options=[{}, {"block-driver": "virtio-scsi"}]),
+    ),
+    Kind(name="nvdimm", make=partial(images, pmem=True), is_retained=True),
+    Kind(
+        name="vhost-user-blk", make=partial(stored, major=VHOST_USER_BLK_MAJOR), has_backend=True
+    ),
+    Kind(
+        name="vhost-user-scsi", make=partial(stored, major=VHOST_USER_SCSI_MAJOR), has_backend=True
+    ),
+    Kind(name="vhost-user-net", make=network, has_backend=True),
+    Kind(name="share, own virtiofsd", make=share_of_ours, has_backend=True),
+    Kind(name="share by socket", make=share_by_socket, has_backend=True),
+    Kind(name="rng", make=random_source, has_device=False),
+    Kind(name="vfio, bound before", make=partial(functions, names=[BOUND]), is_vfio=True),
+    Kind(
+        name="vfio by its own node",
+        make=partial(functions, names=[BOUND], has_node=True),
+        is_vfio=True,
+        shares=True,
+    ),
+    Kind(
+        name="vfio group, managed",
+        make=partial(functions, names=[FIRST, SECOND]),
+        is_vfio=True,
+        managed=True,
+    ),
+    Kind(name="counted only", make=character_device, has_device=False),
+)
+
+
+class Op(StrEnum):
+    """What is interrupted."""
+
+    ATTACH = "attach"
+    DETACH = "detach"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One fault at one step: what came of it, and what was wrong, None if nothing."""
+
+    kind: str
+    op: Op
+    step: Step
+    fault: Fault
+    outcome: str
+    problem: str | None
+
+
+# what the processes under test do
+
+
+def attach(world: World, hooks: Hooks, *, patience_s: float = 10.0) -> None:
+    with world.manager(hooks, patience_s=patience_s) as devices:
+        devices.attach_all(world.behind.requests(), owner=OWNER, managed=world.kind.managed)
+
+
+def detach(world: World, hooks: Hooks, *, patience_s: float = 10.0) -> None:
+    with world.manager(hooks, patience_s=patience_s) as devices:
+        devices.detach_owner(OWNER, timeout_s=min(patience_s, UNPLUG_S))
+
+
+def operate(world: World, op: Op, hooks: Hooks, *, patience_s: float) -> None:
+    """The operation; what it needs first is done unobserved."""
+    if op is Op.DETACH:
+        attach(world, hooks)
+    hooks.ask(on=True)
+    {Op.ATTACH: attach, Op.DETACH: detach}[op](world, hooks, patience_s=patience_s)
+
+
+def reconcile(world: World, hooks: Hooks) -> None:
+    """`vmplug reconcile`; for a host that is a tree, what that verb does."""
+    if world.tree is None:
+        words = ["reconcile", "--vm", VM, "--state-dir", str(world.state_dir), "--json"]
+        with redirect_stdout(io.StringIO()):
+            main.main([*words, "--timeout", str(UNPLUG_S)], standalone_mode=False)
+        return
+    with Journal.open(world.state_dir) as journal:
+        record = journal.find_vm(VM)
+        if record is None or is_gone(record, journal.host):
+            if record:
+                release_ended(record, journal)
+        else:
+            with world.manager(hooks) as devices:
+                devices.reconcile(timeout_s=UNPLUG_S)
+        told = Binder(journal, world.host()).recover()
+    for returned in told:
+        if returned.error:
+            raise returned.error
+
+
+def follow(world: World, hooks: Hooks) -> None:
+    """Whatever the matrix says, until it says no more."""
+    words: Mapping[str, Callable[[], None]] = {
+        "reconcile": lambda: reconcile(world, hooks),
+        "attach": lambda: attach(world, hooks),
+        "detach": lambda: detach(world, hooks),
+    }
+    while (word := hooks.ask(next=True)) != GO:
+        words[word]()
+
+
+class Pictures(NamedTuple):
+    """What is right: before an attach, after it, and when all is detached again."""
+
+    before: Picture
+    attached: Picture
+    end: Picture
+
+
+class Grown(AssertionError):
+    """QEMU has more files open than before."""
+
+
+class NeverCame(AssertionError):
+    """The step at which the fault was to be: vmplug had left the socket when the event came."""
+
+
+_TRIES = 6
+
+
+class Column:
+    """One kind and operation in one world: the pictures that are right, and the cells."""
+
+    def __init__(
+        self,
+        world: World,
+        op: Op,
+        right: Pictures | None = None,
+        *,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        self.world = world
+        self.op = op
+        self._silence_s = silence_s
+        if right and world.kind.shares:
+            self._run("attach", "detach")
+            world.behind.renew()
+        self.right = right or self._learn()
+        self.files = world.machine.count_files(0, timeout_s=0.5)
+
+    def _learn(self) -> Pictures:
+        kind = self.world.kind
+        if not kind.is_retained:
+            self._run("attach", "detach")  # what QEMU opens once stays open
+            self.world.behind.renew()
+        before = self.world.picture()
+        self._run("attach")
+        attached = self.world.picture()
+        self._run("detach")
+        end = self.world.picture()
+        assert attached != before
+        assert (end == before) is not kind.is_retained
+        return Pictures(before, attached, end)
+
+    def _run(self, *words: str) -> None:
+        answer = self._follow(lambda: iter(words))
+        assert answer == {}, (answer, self.world.words.read_text())
+
+    def _follow(self, lead: Callable[[], Iterator[str]]) -> Answer | None:
+        words = lead()
+
+        def say(_: Answer) -> str:
+            return next(words, GO)
+
+        process = Process(partial(follow, self.world), self.world.words)
+        return self.world.conductor.serve(process, lead=say)
+
+    def steps(self) -> list[Step]:
+        """The steps of the operation, from a run without a fault."""
+        answer = self._operate(None)
+        assert answer == {}, answer
+        steps = list(self.world.conductor.steps)
+        if self.op is Op.ATTACH:
+            self._run("detach")
+        return steps
+
+    def _operate(self, plan: Plan | None) -> Answer | None:
+        is_silent = plan and plan.fault is Fault.SILENT
+        patience_s = self._silence_s if is_silent else 10.0
+        self.world.behind.renew()
+        work = partial(operate, self.world, self.op, patience_s=patience_s)
+        return self.world.conductor.serve(Process(work, self.world.words), plan)
+
+    def cell(self, step: Step, fault: Fault) -> Cell:
+        """Let one fault happen, recover, and judge."""
+        problem, has_grown = None, False
+        for _ in range(_TRIES):
+            trial = Trial(self, Plan(step, fault))
+            try:
+                problem = None
+                trial.run()
+            except NeverCame as error:
+                problem = str(error)
+                if self.op is Op.DETACH:
+                    continue  # all went well, and it is detached
+            except Grown as error:
+                problem = str(error)  # of what QEMU opens only once it does not open more
+                if not has_grown:
+                    has_grown = True
+                    continue
+            except AssertionError as error:
+                problem = str(error) or repr(error)
+            break
+        return Cell(self.world.kind.name, self.op, step, fault, trial.outcome, problem)
+
+
+class Trial:
+    """One fault, and what came of it."""
+
+    def __init__(self, column: Column, plan: Plan) -> None:
+        self.column = column
+        self.world = column.world
+        self.plan = plan
+        self.outcome = "?"
+        self.told: Answer | None = None
+
+    def run(self) -> None:
+        """AssertionError says what is wrong."""
+        self.told = self.column._operate(self.plan)
+        if not self.world.conductor.has_fired:
+            raise NeverCame(f"the step never came: {self.told}")
+        assert (self.told is None) is (self.plan.fault in KILLED), self.told
+        self._check_answer()
+        if self.plan.fault is Fault.DEVICE_GONE:
+            assert self.told or self.world.behind.is_gone(), "something is in its place"
+        has_died = self.plan.fault is Fault.QEMU_DIES
+        self.world.mend()
+        at_once = None if has_died else self.world.picture()
+        answer = self.column._follow(partial(self._recover, at_once))
+        assert answer == {}, f"recovering failed: {answer} {self.world.words.read_text()[-2000:]}"
+
+    def _check_answer(self) -> None:
+        """An error says what to do, unless QEMU has said why and all is as it was."""
+        told = self.told or {}
+        assert "bug" not in told, told["bug"]
+        is_plain = self.column.op is Op.ATTACH and told.get("code") == "command-failed"
+        assert "error" not in told or told["hint"] or is_plain, f"no hint: {told}"
+
+    def _recover(self, at_once: Picture | None) -> Iterator[str]:
+        column, world = self.column, self.world
+        yield "reconcile"
+        if at_once is None:
+            self._judge_dead()
+            world.start_again()
+            world.behind.renew()
+            self.outcome = "released"
+        else:
+            is_attached = self._judge(at_once)
+            if is_attached:
+                if column.op is Op.ATTACH and not world.kind.is_retained:
+                    yield "attach"
+                yield "detach"
+                self._expect(world.picture(), column.right.end, "after detaching again")
+        world.behind.renew()
+        yield "attach"
+        yield "detach"
+        self._expect(world.picture(), column.right.end, "at the end")
+        files = world.machine.count_files(column.files)
+        if files > column.files and not world.kind.is_retained:
+            column.files, before = files, column.files
+            raise Grown(f"{files} files are open, and {before} were before")
+
+    def _judge_dead(self) -> None:
+        gone = [line for line in self.column.right.before if VM not in line]
+        found = self.world.picture(of_vm=False)
+        missing = [line for line in found if line not in gone]
+        assert not missing, f"left after QEMU died: {missing}"
+
+    def _judge(self, at_once: Picture) -> bool:
+        """Whether it is attached, as it may be; AssertionError for what must not be."""
+        column, world, told = self.column, self.world, self.told
+        is_back = self.plan.fault is Fault.DEVICE_GONE
+        if is_back:
+            world.behind.renew()
+        now = world.picture()
+        has_ended = told == {}
+        if now == column.right.attached:
+            assert not (column.op is Op.DETACH and has_ended), "it says detached and is attached"
+            assert not (column.op is Op.ATTACH and told), f"failed and yet attached: {told}"
+            self.outcome = "attached" if column.op is Op.ATTACH else "still attached"
+            return True
+        if (
+            column.op is Op.DETACH
+            and told
+            and len(world.behind.requests()) > 1
+            and now != column.right.end
+        ):
+            self.outcome = "partly detached"
+            return True
+        right = column.right.before if now == column.right.before else column.right.end
+        self._expect(now, right, "after reconcile")
+        assert not (column.op is Op.ATTACH and has_ended), "it says attached and is not"
+        self.outcome = self._undone(at_once, right)
+        if told and self.plan.fault is Fault.REFUSED and column.op is Op.ATTACH:
+            self._expect(at_once, column.right.before, "at once")
+        return False
+
+    def _undone(self, at_once: Picture, right: Picture) -> str:
+        if self.column.op is Op.DETACH:
+            return "detached" if at_once == right else "detached by reconcile"
+        if right != self.column.right.before:
+            return "retained"
+        return "undone" if at_once == right else "undone by reconcile"
+
+    @staticmethod
+    def _expect(found: Picture, right: Picture, when: str) -> None:
+        more, less = list(found), list(right)
+        for line in found:
+            if line in less:
+                less.remove(line)
+                more.remove(line)
+        assert (more, less) == ([], []), f"{when}: more {more}, less {less}"
+
+
+Table = Mapping[StepKind, tuple[Fault, ...]]
+
+
+def faults_at(kind: Kind, op: Op, step: Step, table: Table) -> list[Fault]:
+    """The faults that there are at a step of that kind of device.
+
+    VFIO lets no function go that a VM has.
+    """
+    lacking = set()
+    is_held = kind.is_vfio and op is Op.DETACH and step.kind is not StepKind.KERNEL
+    if is_held or not kind.has_device:
+        lacking.add(Fault.DEVICE_GONE)
+    if not kind.has_backend:
+        lacking.add(Fault.BACKEND_DIES)
+    return [fault for fault in table[step.kind] if fault not in lacking]
+
+
+def learn(kind: Kind, op: Op) -> tuple[Pictures, list[Step]]:
+    """What is right and which steps there are, in memory."""
+    with world(kind) as made:
+        right = Column(made, op).right
+    with world(kind) as made:
+        return right, Column(made, op, right).steps()
+
+
+def cells(kind: Kind, op: Op, table: Table = FAULTS) -> Iterator[Cell]:
+    """Every cell in memory; after one that went wrong there is another world."""
+    right, steps = learn(kind, op)
+    plans = [(step, fault) for step in steps for fault in faults_at(kind, op, step, table)]
+    patient = False
+    while plans:
+        with world(kind) as made:
+            column = Column(made, op, right, silence_s=PATIENT_S if patient else SILENCE_S)
+            patient = False
+            is_usable = True
+            while plans and is_usable:
+                step, fault = plans.pop(0)
+                done = column.cell(step, fault)
+                if done.problem and fault is Fault.SILENT and not patient:
+                    patient = True  # the machine is busy: QEMU seemed silent before it was
+                    plans.insert(0, (step, fault))
+                    break
+                yield done
+                is_usable = not (done.problem or kind.is_retained)

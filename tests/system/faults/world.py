@@ -1,0 +1,231 @@
+"""One kind of device in one VM, things of other people's around it, and pictures of it all."""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from tests.contract.world import journal_rows
+from tests.support.fake_kernel import FakeKernel
+from tests.system.faults.conductor import Conductor
+from tests.system.faults.kinds import TAKES, THEIRS, Behind, Functions, Kind
+from tests.system.faults.machine import Machine, MemoryMachine
+from tests.system.faults.process import REFUSE, Hooks, trace
+from tests.system.faults.steps import Fault, StepKind
+from vmplug.drivers.plug import VirtiofsdSpec
+from vmplug.drivers.ports import Endpoint
+from vmplug.host.kind import DeviceType
+from vmplug.host.pci.vfio import find_vfio_device
+from vmplug.host.process import find_marked
+from vmplug.host.root import HostRoot
+from vmplug.host.vhost_user.store import VhostUserStore
+from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qmp.client import QmpMonitor
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, record_vm
+from vmplug.journal.state import State
+from vmplug.manager.binding.binder import Binder
+from vmplug.manager.manager import DeviceManager
+
+VM, OTHER_VM, OWNER = "sandbox-1", "their-vm", "ctr1"
+SILENCE_S = 0.1
+PATIENT_S = 3.0
+"""The deadlines for answers of a silent QEMU, at first and when that was too short."""
+UNPLUG_S = 5.0
+
+Picture = list[str]
+
+
+class WatchedKernel(FakeKernel):
+    """The kernel that is a tree; each write to it is a step."""
+
+    hooks: Hooks | None = None
+
+    def write_attribute(self, path: str, text: str) -> int | None:
+        """See HostRoot."""
+        if self.hooks is None:
+            return super().write_attribute(path, text)
+        words = [path.rpartition("/")[2], *re.findall(r"\b[0-9a-f:]+\.[0-7]", f"{path} {text}")]
+        with self.hooks.step(StepKind.KERNEL, " ".join(words)) as word:
+            return 5 if word == REFUSE else super().write_attribute(path, text)
+
+
+class WatchedDaemons(HostVirtiofsdRunner):
+    """vmplug's own daemons; starting one is a step."""
+
+    def __init__(self, vm: str, hooks: Hooks) -> None:
+        super().__init__(vm)
+        self._hooks = hooks
+
+    def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
+        """See VirtiofsdRunner."""
+        with self._hooks.step(StepKind.DAEMON, "start virtiofsd"):
+            return super().start(daemon, device_id)
+
+
+class World:
+    """A VM, its journal and its host, for one kind of device."""
+
+    def __init__(self, stack: ExitStack, directory: Path, kind: Kind, machine: Machine) -> None:
+        self.kind = kind
+        self.machine = machine
+        self.directory = directory
+        self.state_dir = directory / "state"
+        self.words = directory / "words"
+        self.state_dir.mkdir()
+        size = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "faults", str(self.state_dir)]
+        subprocess.run(size, check=True)
+        stack.callback(subprocess.run, ["umount", "--lazy", str(self.state_dir)], check=True)
+        self.conductor = Conductor(directory / "qmp.sock", machine, self)
+        stack.callback(self.conductor.close)
+        behind = directory / "b"
+        behind.mkdir()
+        self.behind: Behind = stack.enter_context(kind.make(behind, self.conductor.path))
+        self.tree = self.behind.tree if isinstance(self.behind, Functions) else None
+        if self.tree and isinstance(machine, MemoryMachine):
+            machine.show(self.tree.path / "sys/bus/pci/devices")
+        self.behind.renew()
+        self._add_strangers()
+
+    # what happens to it
+
+    def spoil(self, fault: Fault) -> None:
+        """See Host."""
+        match fault:
+            case Fault.DISK_FULL:
+                self._fill()
+            case Fault.BACKEND_DIES:
+                self.behind.kill()
+            case _:
+                self.behind.take()
+
+    def _fill(self) -> None:
+        with suppress(OSError), (self.state_dir / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def mend(self) -> None:
+        """There is room on the disk again."""
+        (self.state_dir / "ballast").unlink(missing_ok=True)
+
+    def start_again(self) -> None:
+        """A new VM in the place of one that died."""
+        self._add_to_vm()
+        self.conductor.listen()
+
+    # the product, in a process under test
+
+    def host(self, hooks: Hooks | None = None) -> HostRoot:
+        """The host of this kind."""
+        if self.tree is None:
+            return HostRoot("/")
+        kernel = WatchedKernel(self.tree, takes=TAKES)
+        kernel.hooks = hooks
+        return kernel
+
+    @contextmanager
+    def manager(self, hooks: Hooks, *, patience_s: float = 10.0) -> Iterator[DeviceManager]:
+        """The manager, whose steps are told."""
+        path = str(self.conductor.path)
+        monitor = QmpMonitor.connect(path, timeout_s=patience_s, command_timeout_s=patience_s)
+        endpoint, daemons = Endpoint(path, monitor.peer_pid), WatchedDaemons(path, hooks)
+        hypervisor = Qemu(monitor, endpoint, daemons, self.host())
+        with DeviceManager.open(
+            vm=VM,
+            host=self.host(hooks),
+            hypervisor=hypervisor,
+            state_dir=self.state_dir,
+            vhost_user_store=VhostUserStore(str(self.directory / "b/store")),
+        ) as devices:
+            trace(devices._journal, hooks)
+            yield devices
+
+    # what belongs to others
+
+    def _add_strangers(self) -> None:
+        self._add_to_vm()
+        with Journal.open(self.state_dir) as journal:
+            here = Endpoint(str(self.conductor.path), os.getpid())
+            journal.add_vm(record_vm(VM, here, HostRoot()))
+            journal.add_vm(
+                VmRecord(name=OTHER_VM, qmp_socket="/x", pid=None, started_at=None, is_ours=False)
+            )
+            record = DeviceRecord(
+                id="their-own-device",
+                vm=OTHER_VM,
+                identity="file:/theirs",
+                kind=DeviceType.BLOCK,
+                host_path="/theirs",
+                state=State.PLUGGING,
+                read_only=False,
+                share_rw=False,
+                options={},
+                place="rp0 0",
+                guest_address=None,
+            )
+            hold = Attachment(
+                id="their-attachment",
+                vm=OTHER_VM,
+                owner=OWNER,
+                name="/dev/x",
+                host_path="/theirs",
+                kind=DeviceType.BLOCK,
+                read_only=False,
+                count=1,
+                state=State.PLUGGING,
+                guest_address=None,
+                device_id=record.id,
+                options={},
+            )
+            journal.add_devices([record], [hold])
+            if self.tree:
+                Binder(journal, self.host()).bind(find_vfio_device(THEIRS, self.host()))
+
+    def _add_to_vm(self) -> None:
+        ask = self.machine.ask
+        ask("object-add", qom_type="rng-random", id="their-source", filename="/dev/urandom")
+        ask("blockdev-add", driver="null-co", node_name="their-node", read_zeroes=True)
+        place = {"bus": "rp0", "addr": "0x0"}
+        ask("device_add", driver="virtio-blk-pci", id="their-disk", drive="their-node", **place)
+
+    # pictures
+
+    def picture(self, *, of_vm: bool = True) -> Picture:
+        """The journal, the VM and the host; ids that were drawn look all the same."""
+        rows = journal_rows(self.state_dir)
+        found = [f"{table} {row}" for table, many in rows.items() for row in many]
+        if of_vm:
+            found += self.machine.parts()
+        mine = [
+            mark
+            for mark in find_marked("VMPLUG_DEVICE").values()
+            if f"{self.conductor.path}" in mark
+        ]
+        found += ["a virtiofsd"] * len(set(mine))
+        if self.tree:
+            kernel = FakeKernel(self.tree)
+            found += [f"{bdf}: {is_now}" for bdf, is_now in kernel.picture().items()]
+        here = str(self.directory)
+        return sorted(_without_ids(line.replace(here, "DIR")) for line in found)
+
+
+_ID, _NODE = re.compile(r"\b[0-9a-f]{16}\b"), re.compile(r"#block[0-9]+")
+
+
+def _without_ids(line: str) -> str:
+    return _NODE.sub("#block", _ID.sub("ID", line))
+
+
+@contextmanager
+def world(kind: Kind, machine: Machine | None = None) -> Iterator[World]:
+    """A world in a directory with a short path; its VM is in memory if none is given."""
+    with ExitStack() as stack:
+        made = machine or MemoryMachine()
+        directory = stack.enter_context(tempfile.TemporaryDirectory("", "vmplug-", "/tmp"))
+        if machine is None:
+            stack.callback(made.die)
+        yield World(stack, Path(directory), kind, made)

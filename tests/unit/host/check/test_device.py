@@ -1,0 +1,561 @@
+"""Every reason not to hand a device over, one by one and together."""
+
+import os
+import shlex
+
+import pytest
+
+from tests.support.checking import READING, SHARING, WRITING, claim, codes, findings, want
+from tests.support.tree import HostTree
+from vmplug.devnum import DevNum
+from vmplug.errors import AttributeReadError
+from vmplug.host.block.mounts import MountedDevice, read_usage
+from vmplug.host.check.device import check_device
+from vmplug.host.device import HostDevice
+from vmplug.host.finding import NEVER_ALLOWED, Access, Claim, Code, Finding, Severity, allow
+from vmplug.host.resolve import resolve
+from vmplug.host.vhost_user.store import VhostUserStore
+from vmplug.oci.info import DeviceInfo, DevType
+
+
+@pytest.fixture
+def disk(tree: HostTree) -> HostTree:
+    """A disk 8:0 with two partitions, and nothing against it."""
+    return tree.block_device("8:0", "sda", partitions={"8:1": "sda1", "8:2": "sda2"})
+
+
+@pytest.mark.parametrize("number", ["8:0", "8:1", "8:2"])
+@pytest.mark.parametrize("wish", [READING, WRITING, SHARING])
+def test_nothing_speaks_against_an_idle_disk(disk: HostTree, number: str, wish: Access) -> None:
+    assert findings(disk, number, wish) == []
+
+
+# Mounts
+
+
+def test_a_mounted_disk_is_in_use(disk: HostTree) -> None:
+    disk.mount("/dev/sda", "/mnt", "8:0")
+    assert findings(disk) == [
+        Finding(Code.MOUNTED_ON_HOST, "/dev/sda is mounted on the host at /mnt", "umount /mnt")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mounted", "wanted", "named"),
+    [
+        ("8:1", "8:0", "/dev/sda1"),
+        ("8:0", "8:1", "/dev/sda"),
+        ("8:1", "8:1", "/dev/sda1"),
+        ("8:2", "8:1", None),
+        ("8:16", "8:0", None),
+        ("259:0", "8:0", None),
+    ],
+)
+def test_a_mount_concerns_the_device_its_disk_and_its_partitions(
+    disk: HostTree, mounted: str, wanted: str, named: str | None
+) -> None:
+    disk.mount("/dev/x", "/mnt", mounted)
+    found = findings(disk, wanted)
+    assert codes(found) == (["mounted-on-host"] if named else [])
+    assert all(f"{named} is mounted" in finding.message for finding in found)
+
+
+def test_each_mounted_part_is_one_finding_with_all_its_places(disk: HostTree) -> None:
+    for point in ("/d", "/c", "/b", "/a", "/c"):
+        disk.mount("/dev/sda1", point, "8:1")
+    disk.mount("/dev/sda2", "/other", "8:2")
+    messages = [finding.message for finding in findings(disk)]
+    assert sorted(messages) == [
+        "/dev/sda1 is mounted on the host at /a, /b, /c and 1 more",
+        "/dev/sda2 is mounted on the host at /other",
+    ]
+
+
+def test_a_mount_in_another_namespace_is_seen(disk: HostTree) -> None:
+    disk.mount("/dev/sdb", "/", "8:16")
+    disk.mount("/dev/sda1", "/data", "8:1", pid=4711, namespace="mnt:[4026532999]")
+    assert codes(findings(disk)) == ["mounted-on-host"]
+
+
+def test_a_namespace_is_read_once_however_many_processes_are_in_it(disk: HostTree) -> None:
+    disk.mount("/dev/sdb", "/", "8:16", pid=1).mount("/dev/sda", "/lies", "8:0", pid=2)
+    assert read_usage(disk.root).mounts == (MountedDevice(DevNum(8, 16), "/", read_only=False),)
+
+
+def test_processes_that_are_ending_and_other_files_of_proc_are_passed_over(
+    disk: HostTree,
+) -> None:
+    (disk.path / "proc/30").mkdir(parents=True)
+    disk.file("/proc/31/mountinfo", "").file("/proc/self/mountinfo", "nonsense")
+    disk.file("/proc/uptime", "1 1\n").mount("/dev/sda", "/mnt", "8:0", pid=32)
+    disk.file("/proc/33/mountinfo", "40 1 8:1 / /later rw - ext4 /dev/sda1 rw\n")
+    assert {mount.mount_point for mount in read_usage(disk.root).mounts} == {"/mnt", "/later"}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("/a\\040b", "/a b"),
+        ("/a\\011b", "/a\tb"),
+        ("/a\\012b", "/a\nb"),
+        ("/a\\134040b", "/a\\040b"),
+        ("/a\\043b", "/a#b"),
+        ("/a-b", "/a-b"),
+        ("/a\rb", "/a\rb"),
+        ("/a\x0bb\x1cc", "/a\x0bb\x1cc"),
+        ("/a\u2028b", "/a\u2028b"),
+        ("/a\udcffb", "/a\udcffb"),
+    ],
+)
+def test_mount_points_are_read_as_the_kernel_escapes_them(
+    disk: HostTree, written: str, meant: str
+) -> None:
+    disk.mount("/dev/sdb", written, "8:16").mount("/dev/sda", "/mnt", "8:0")
+    points = {mount.mount_point for mount in read_usage(disk.root).mounts}
+    assert points == {meant, "/mnt"}
+
+
+def test_a_mount_table_without_optional_fields_or_source_is_read(disk: HostTree) -> None:
+    table = (
+        "40 1 0:50 / /a rw - tmpfs  rw,size=4k\n"
+        "41 1 8:0 /sub /b rw master:1 propagate_from:2 - ext4 none rw\n"
+        "42 1 8:1 / /c rw - fuseblk /dev/sda1 rw,user_id=0 - odd\n"
+    )
+    disk.file("/proc/1/mountinfo", table)
+    assert {str(mount.devnum) for mount in read_usage(disk.root).mounts} == {"8:0", "8:1"}
+
+
+@pytest.mark.parametrize("table", ["nonsense\n", "36 1 8:0 /\n", "36 1 x / /a rw - ext4 b rw\n"])
+def test_a_mount_table_that_makes_no_sense_is_refused_with_its_file(
+    disk: HostTree, table: str
+) -> None:
+    disk.file("/proc/1/mountinfo", table)
+    with pytest.raises(AttributeReadError) as caught:
+        read_usage(disk.root)
+    assert caught.value.path == "/proc/1/mountinfo"
+
+
+@pytest.mark.parametrize(
+    "source", ["overlay", "none", "/srv/x", "/dev/gone", "/file/x", "/circle", "/" + "x" * 300]
+)
+def test_a_source_that_is_no_node_concerns_nobody(disk: HostTree, source: str) -> None:
+    disk.file("/srv/x").file("/file").link("/circle", "circle")
+    disk.mount(source, "/mnt", "0:50").mount("/dev/sda1", "/a", "8:1")
+    assert [mount.mount_point for mount in read_usage(disk.root).mounts] == ["/a"]
+
+
+@pytest.mark.root
+def test_btrfs_shows_a_number_of_its_own_and_is_known_by_its_source(disk: HostTree) -> None:
+    disk.node("/dev/mapper/a b", "b", "8:1")
+    disk.mount("/dev/mapper/a\\040b", "/mnt", "0:45")
+    assert codes(findings(disk)) == ["mounted-on-host"]
+
+
+def test_every_device_of_a_btrfs_is_mounted_though_the_kernel_names_one(tree: HostTree) -> None:
+    for number, name in (("8:0", "sda"), ("8:16", "sdb"), ("8:32", "sdc")):
+        tree.block_device(number, name)
+    for name in ("sda", "sdb"):
+        tree.link(
+            f"/sys/fs/btrfs/0b6e/devices/{name}", f"../../../../devices/virtual/block/{name}"
+        )
+    tree.file("/sys/fs/btrfs/features/raid56", "0\n")
+    tree.mount("/dev/sda", "/mnt", "8:0", fs_type="btrfs")
+    (finding,) = findings(tree, "8:16")
+    assert finding.message == "/dev/sdb is mounted on the host at /mnt"
+    assert findings(tree, "8:32") == []
+
+
+def test_a_remedy_is_quoted_for_the_shell(disk: HostTree) -> None:
+    (finding,) = findings(disk.mount("/dev/sda", "/a\\040b", "8:0"))
+    assert finding.hint == "umount '/a b'"
+
+
+@pytest.mark.parametrize(
+    ("fs_options", "mount_options", "wish", "shared"),
+    [
+        ("ro,relatime", "ro", READING, True),
+        ("ro", "rw", READING, True),
+        ("ro", "ro", WRITING, False),
+        ("rw", "ro,relatime", READING, False),
+        ("rw", "rw", READING, False),
+        ("rw,errors=remount-ro", "ro", READING, False),
+    ],
+)
+def test_only_a_read_only_file_system_is_shared_and_only_for_reading(
+    disk: HostTree, fs_options: str, mount_options: str, wish: Access, *, shared: bool
+) -> None:
+    disk.mount("/dev/sda1", "/mnt", "8:1", fs_options=fs_options, mount_options=mount_options)
+    assert codes(findings(disk, "8:0", wish)) == ([] if shared else ["mounted-on-host"])
+
+
+# Holders
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "part"),
+    [
+        ("sda", "8:0", "/dev/sda is part of dm-0"),
+        ("sda1", "8:0", "/dev/sda1 is part of dm-0"),
+        ("sda", "8:1", "/dev/sda is part of dm-0"),
+        ("sda2", "8:1", None),
+    ],
+)
+def test_what_the_kernel_built_on_a_disk_holds_it(
+    disk: HostTree, held: str, wanted: str, part: str | None
+) -> None:
+    disk.hold(held, "dm-0")
+    found = findings(disk, wanted)
+    assert codes(found) == (["has-holders"] if part else [])
+    assert [finding.message for finding in found] == ([part] if part else [])
+
+
+def test_many_holders_are_counted(disk: HostTree) -> None:
+    for number in range(5):
+        disk.hold("sda", f"dm-{number}")
+    (finding,) = findings(disk)
+    assert finding.message == "/dev/sda is part of dm-0, dm-1, dm-2 and 2 more"
+    assert "hand over /dev/dm-0, /dev/dm-1, /dev/dm-2 and 2 more itself" in finding.hint
+
+
+@pytest.mark.parametrize(
+    ("holders", "remedy"),
+    [
+        (["dm-0"], "dmsetup remove 'a b'"),
+        (["dm-0", "dm-1"], "dmsetup remove 'a b' c"),
+        (["md127"], "mdadm --stop /dev/md127"),
+        (["dm-1", "md0"], "dmsetup remove c; mdadm --stop /dev/md0"),
+        (["bcache0"], "dmsetup, lvm, mdadm"),
+    ],
+)
+def test_what_holds_a_disk_is_taken_apart_by_its_name(
+    disk: HostTree, holders: list[str], remedy: str
+) -> None:
+    disk.file("/sys/block/dm-0/dm/name", "a b\n").file("/sys/block/dm-1/dm/name", "c\n")
+    for holder in holders:
+        disk.hold("sda", holder)
+    (finding,) = findings(disk)
+    assert finding.hint.endswith(f"or dismantle it first ({remedy})")
+
+
+@pytest.mark.parametrize(
+    ("ro", "wish", "shared"),
+    [(True, READING, True), (True, WRITING, False), (False, READING, False)],
+)
+def test_a_holder_that_only_reads_is_shared_with_readers(
+    disk: HostTree, wish: Access, *, ro: bool, shared: bool
+) -> None:
+    disk.block_device("253:0", "dm-0", ro=ro).hold("sda", "dm-0")
+    assert codes(findings(disk, "8:0", wish)) == ([] if shared else ["has-holders"])
+
+
+# Loop devices
+
+
+def loop(tree: HostTree, backing_file: str, *, number: int = 0, ro: bool = False) -> HostTree:
+    files = {"backing_file": f"{backing_file}\n", "offset": "0\n", "sizelimit": "0\n"}
+    return tree.block_device(f"7:{number}", f"loop{number}", ro=ro, loop=files)
+
+
+def test_a_file_behind_a_loop_device_is_in_use(tree: HostTree) -> None:
+    loop(tree.file("/a.img", b"x"), "/a.img")
+    assert findings(tree, "/a.img") == [
+        Finding(
+            Code.HAS_HOLDERS,
+            "/a.img is behind the loop device /dev/loop0",
+            "hand over /dev/loop0 itself, or run losetup --detach /dev/loop0",
+        )
+    ]
+    assert findings(tree, "7:0") == []
+
+
+def test_a_file_is_known_behind_a_loop_device_by_any_of_its_names(tree: HostTree) -> None:
+    tree.file("/a.img", b"x")
+    os.link(tree.path / "a.img", tree.path / "b.img")
+    loop(tree, "/b.img")
+    assert codes(findings(tree, "/a.img")) == ["has-holders"]
+
+
+@pytest.mark.parametrize("backing_file", ["/a.img (deleted)", "/b.img", "/circle", "/a.img/x"])
+def test_other_loop_devices_do_not_matter(tree: HostTree, backing_file: str) -> None:
+    tree.file("/a.img", b"x").file("/b.img", b"x").link("/circle", "circle")
+    loop(tree, backing_file)
+    assert findings(tree, "/a.img") == []
+
+
+@pytest.mark.parametrize(
+    ("ro", "wish", "shared"),
+    [(True, READING, True), (True, WRITING, False), (False, READING, False)],
+)
+def test_a_loop_device_that_only_reads_is_shared_with_readers(
+    tree: HostTree, wish: Access, *, ro: bool, shared: bool
+) -> None:
+    loop(tree.file("/a.img", b"x"), "/a.img", ro=ro)
+    assert codes(findings(tree, "/a.img", wish)) == ([] if shared else ["has-holders"])
+
+
+def test_two_loop_devices_on_one_file_show_the_same_bytes(tree: HostTree) -> None:
+    tree.file("/a.img", b"x")
+    loop(loop(tree, "/a.img"), "/a.img", number=1)
+    (finding,) = findings(tree, "7:0")
+    assert finding.message == "/a.img is behind the loop device /dev/loop1"
+
+
+@pytest.mark.parametrize("wanted", ["8:0", "8:1"])
+def test_a_loop_device_on_a_disk_or_its_partition_concerns_both(
+    disk: HostTree, wanted: str
+) -> None:
+    loop(disk, "/dev/sda1")
+    (finding,) = findings(disk, wanted)
+    assert (finding.code, "/dev/sda1 is behind" in finding.message) == (Code.HAS_HOLDERS, True)
+
+
+# Swap
+
+
+@pytest.mark.parametrize(
+    ("area", "wanted", "named"),
+    [
+        ("/dev/sda", "8:0", "/dev/sda"),
+        ("/dev/sda2", "8:0", "/dev/sda"),
+        ("/dev/sda", "8:1", "/dev/sda1"),
+        ("/dev/sda2", "8:1", None),
+        ("/dev/zram0", "8:0", None),
+        ("/swap\\040file", "/swap file", "/swap file"),
+        ("/swap\u00a0file", "/swap\u00a0file", "/swap\u00a0file"),
+        ("/dir/../swap\\040file", "/swap file", "/swap file"),
+    ],
+)
+def test_swap_space_in_use_is_found_by_any_name(
+    disk: HostTree, area: str, wanted: str, named: str | None
+) -> None:
+    disk.file("/swap file", b"x").file("/swap\u00a0file", b"x").file("/dir/x")
+    disk.swap("/dev/sdz", area)
+    found = findings(disk, wanted)
+    assert codes(found) == (["is-swap"] if named else [])
+    for finding in found:
+        name = area.replace("\\040", " ")
+        assert finding.message.startswith(f"{named} contains swap space that the host uses")
+        assert finding.message.endswith("uses" if name == named else f"uses ({name})")
+        assert shlex.split(finding.hint) == ["swapoff", name]
+
+
+@pytest.mark.parametrize("table", ["", "Filename\t\t\t\tType\t\tSize\tUsed\tPriority\n"])
+def test_a_host_without_swap_has_none(disk: HostTree, table: str) -> None:
+    assert read_usage(disk.file("/proc/swaps", table).root).swaps == ()
+
+
+@pytest.mark.root
+def test_swap_on_another_node_of_the_same_disk_is_the_disks(disk: HostTree) -> None:
+    disk.node("/dev/sda", "b", "8:0").node("/dev/alias", "b", "8:0").swap("/dev/alias")
+    (finding,) = findings(disk)
+    assert (finding.code, finding.hint) == (Code.IS_SWAP, "swapoff /dev/alias")
+
+
+# Virtual machines
+
+
+@pytest.mark.parametrize(
+    ("held", "wish", "shared"),
+    [
+        (claim(), WRITING, False),
+        (claim(), READING, False),
+        (claim(read_only=True), WRITING, False),
+        (claim(read_only=True), READING, True),
+        (claim(share_rw=True), SHARING, True),
+        (claim(share_rw=True), WRITING, False),
+        (claim(), SHARING, False),
+        (claim(read_only=True, share_rw=True), SHARING, True),
+        (claim(share_rw=True), READING, False),
+    ],
+)
+def test_vms_share_among_readers_or_when_both_said_so(
+    disk: HostTree, held: Claim, wish: Access, *, shared: bool
+) -> None:
+    found = findings(disk, wish=wish, claims=(held,))
+    assert codes(found) == ([] if shared else ["in-use-by-vm"])
+    assert all("block device 8:0 is already handed to VM 'sb1'" in f.message for f in found)
+
+
+def test_every_vm_is_named(disk: HostTree) -> None:
+    other = Claim(vm="sb2", identity="block:8:1", read_only=True, share_rw=False)
+    messages = [finding.message for finding in findings(disk, claims=(claim(), other))]
+    assert messages == [
+        "block device 8:0 is already handed to VM 'sb1'",
+        "block device 8:1 is already handed to VM 'sb2' for reading",
+    ]
+
+
+def test_another_device_of_the_request_with_the_same_data_is_named(disk: HostTree) -> None:
+    other = Claim(vm=None, identity="block:8:1", read_only=False, share_rw=False)
+    (finding,) = findings(disk, claims=(other,))
+    assert finding.message == "block device 8:1 has the same data, and is in this request too"
+    assert finding.hint.startswith("request only one of them; share it read-only; or set share-rw")
+    assert not finding.hint.endswith("; ")
+
+
+def test_files_are_claimed_like_devices(tree: HostTree) -> None:
+    tree.file("/a.img", b"x")
+    assert codes(findings(tree, "/a.img", claims=(claim(),))) == ["in-use-by-vm"]
+
+
+@pytest.mark.root
+def test_a_vhost_user_disk_has_no_facts_but_its_claims(tree: HostTree) -> None:
+    tree.node("/store/block/devices/d", "b", "241:0").node("/store/block/sockets/d", "s")
+    device = resolve(want("241:0"), tree.root, VhostUserStore("/store", root=tree.root))
+    usage = read_usage(tree.root)
+    assert check_device(device, WRITING, usage=usage, root=tree.root) == []
+    found = check_device(device, WRITING, usage=usage, claims=(claim(),), root=tree.root)
+    assert codes(found) == ["in-use-by-vm"]
+
+
+def test_nothing_is_said_of_character_devices(tree: HostTree) -> None:
+    tree.char_device("10:229", "fuse")
+    info = DeviceInfo(container_path="/dev/fuse", dev_type=DevType.CHAR, devnum=DevNum(10, 229))
+    device: HostDevice = resolve(info, tree.root)
+    assert check_device(device, WRITING, usage=read_usage(tree.root), root=tree.root) == []
+
+
+# The device itself
+
+
+@pytest.mark.parametrize(("wish", "found"), [(WRITING, ["read-only-device"]), (READING, [])])
+def test_a_read_only_disk_is_for_reading(tree: HostTree, wish: Access, found: list[str]) -> None:
+    tree.block_device("8:0", "sda", ro=True)
+    assert codes(findings(tree, wish=wish)) == found
+
+
+@pytest.mark.parametrize(("removable", "code"), [(False, "size-zero"), (True, "no-medium")])
+def test_a_disk_of_size_zero_is_empty_or_has_no_medium(
+    tree: HostTree, code: str, *, removable: bool
+) -> None:
+    tree.block_device("8:0", "sda", size_bytes=0, removable=removable)
+    assert codes(findings(tree, wish=READING)) == [code]
+
+
+@pytest.mark.parametrize(("suspended", "found"), [(0, []), (1, ["unreadable"])])
+def test_a_mapped_device_is_not_handed_over_while_it_is_suspended(
+    tree: HostTree, suspended: int, found: list[str]
+) -> None:
+    tree.block_device("253:0", "dm-0").file("/sys/block/dm-0/dm/name", "a\n")
+    tree.file("/sys/block/dm-0/dm/suspended", f"{suspended}\n")
+    refusal = findings(tree, "253:0", READING)
+    assert codes(refusal) == found
+    assert all(finding.hint == "dmsetup resume a" for finding in refusal)
+
+
+def test_an_empty_file_is_no_disk(tree: HostTree) -> None:
+    assert codes(findings(tree.file("/a.img"), "/a.img")) == ["size-zero"]
+
+
+@pytest.mark.root
+def test_a_disk_without_sysfs_is_refused_and_everything_else_is_still_said(
+    tree: HostTree,
+) -> None:
+    tree.node("/dev/wanted", "b", "8:0").mount("/dev/sda", "/mnt", "8:0").swap("/dev/wanted")
+    found = codes(findings(tree, claims=(claim(),)))
+    assert found == ["not-in-sysfs", "mounted-on-host", "is-swap", "in-use-by-vm"]
+
+
+def test_all_reasons_are_said_at_once(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda", size_bytes=0, ro=True, holders=("md0",))
+    loop(tree.mount("/dev/sda", "/mnt", "8:0").swap("/dev/sda"), "/dev/sda")
+    found = codes(findings(tree, claims=(claim(), claim())))
+    assert found == [
+        "mounted-on-host",
+        "has-holders",
+        "has-holders",
+        "is-swap",
+        "in-use-by-vm",
+        "in-use-by-vm",
+        "read-only-device",
+        "size-zero",
+    ]
+
+
+def test_all_reasons_against_a_file_are_said_at_once(tree: HostTree) -> None:
+    loop(tree.file("/a.img").swap("/a.img"), "/a.img")
+    found = codes(findings(tree, "/a.img", claims=(claim(),)))
+    assert found == ["has-holders", "is-swap", "in-use-by-vm", "size-zero"]
+
+
+# What the operator allows
+
+
+def test_an_allowed_finding_becomes_a_warning_and_stays_visible(disk: HostTree) -> None:
+    disk.mount("/dev/sda", "/mnt", "8:0").hold("sda", "dm-0")
+    found = allow(findings(disk), frozenset({Code.MOUNTED_ON_HOST}))
+    assert [(finding.code, finding.severity) for finding in found] == [
+        (Code.MOUNTED_ON_HOST, Severity.WARNING),
+        (Code.HAS_HOLDERS, Severity.ERROR),
+    ]
+
+
+@pytest.mark.parametrize("code", sorted(NEVER_ALLOWED))
+def test_what_no_permission_mends_is_never_allowed(code: Code) -> None:
+    finding = Finding(code, "message", "hint")
+    assert allow([finding], frozenset(Code)) == [finding]
+
+
+@pytest.mark.root
+def test_a_node_that_is_another_device_is_never_handed_over(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda").node("/dev/sda", "b", "8:16")
+    (finding,) = findings(tree)
+    assert finding.code == "wrong-node"
+    assert finding.message == (
+        "the kernel calls block device 8:0 /dev/sda, but that is block device 8:16"
+    )
+    assert allow([finding], frozenset(Code))[0].severity is Severity.ERROR
+
+
+@pytest.mark.root
+def test_a_char_node_in_place_of_a_disk_is_never_handed_over(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda").node("/dev/sda", "c", "8:0")
+    assert codes(findings(tree)) == ["wrong-node"]
+
+
+@pytest.mark.root
+def test_the_right_node_is_no_finding(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda").node("/dev/sda", "b", "8:0")
+    assert findings(tree) == []
+
+
+def test_what_a_mapped_device_is_built_on_is_related_all_the_way_down(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda", partitions={"8:1": "sda1"})
+    tree.block_device("253:0", "dm-0").block_device("253:1", "dm-1")
+    tree.link("/sys/devices/virtual/block/dm-0/slaves/sda1", "../../sda/sda1")
+    tree.link("/sys/devices/virtual/block/dm-1/slaves/dm-0", "../../dm-0")
+    device = resolve(want("253:1"), tree.root)
+    assert set(device.related_identities) == {"block:253:0", "block:8:1", "block:8:0"}
+
+
+@pytest.mark.root
+def test_the_block_device_behind_a_loop_device_is_related(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda").node("/dev/sda", "b", "8:0")
+    tree.block_device("7:0", "loop0", loop={"backing_file": "/dev/sda\n"})
+    assert "block:8:0" in resolve(want("7:0"), tree.root).related_identities
+
+
+def test_a_file_is_related_to_all_that_is_built_on_its_loop_device(tree: HostTree) -> None:
+    tree.file("/a.img", b"x").block_device("253:0", "dm-0")
+    files = {"backing_file": "/a.img\n"}
+    tree.block_device("7:0", "loop0", partitions={"259:0": "loop0p1"}, loop=files)
+    tree.link("/sys/devices/virtual/block/dm-0/slaves/loop0p1", "../../loop0/loop0p1")
+    for number in ("7:0", "259:0", "253:0"):
+        assert "file:/a.img" in resolve(want(number), tree.root).related_identities
+
+
+@pytest.mark.root
+def test_the_disk_below_a_partition_below_a_loop_device_is_related(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda", partitions={"8:1": "sda1"}).node("/dev/sda1", "b", "8:1")
+    files = {"backing_file": "/dev/sda1\n"}
+    tree.block_device("7:0", "loop0", partitions={"259:0": "loop0p1"}, loop=files)
+    for number in ("7:0", "259:0"):
+        related = resolve(want(number), tree.root).related_identities
+        assert {"block:8:1", "block:8:0"} <= set(related)
+
+
+def test_loop_devices_in_a_circle_are_looked_at_once(tree: HostTree) -> None:
+    tree.block_device("7:0", "loop0").block_device("7:1", "loop1")
+    for one, other in ((0, 1), (1, 0)):
+        tree.link(f"/sys/devices/virtual/block/loop{one}/slaves/x", f"../../loop{other}")
+    assert set(resolve(want("7:0"), tree.root).related_identities) == {"block:7:1", "block:7:0"}

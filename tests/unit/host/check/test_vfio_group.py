@@ -1,0 +1,292 @@
+"""Every reason not to hand an IOMMU group over, each beside the host that gives no such reason."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.checking import WRITING, claim
+from tests.support.pci_tree import PciTree
+from vmplug.host.block.mounts import read_usage
+from vmplug.host.check.device import check_device
+from vmplug.host.check.vfio_group import GuestMemory, check_memlock, check_vm
+from vmplug.host.finding import Claim, Code, Finding, Severity
+from vmplug.host.pci.vfio import find_vfio_device
+
+GPU, AUDIO, OTHER = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"
+VGA, SOUND, ETHERNET, BRIDGE, NVSWITCH = 0x030000, 0x040300, 0x020000, 0x060400, 0x068000
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+
+REMAPPING = "  0:  122  IR-IO-APIC   2-edge      timer\n"
+NO_REMAPPING = "  0:  122  IO-APIC   2-edge      timer\n"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> PciTree:
+    """A host with an IOMMU that remaps interrupts."""
+    tree = PciTree(tmp_path)
+    tree.file("/proc/interrupts", REMAPPING)
+    return tree
+
+
+def bound(tree: PciTree, bdf: str = GPU, **more: object) -> PciTree:
+    """A function that VFIO has."""
+    wanted = {"driver": "vfio-pci", "group": 26, **more}
+    return tree.pci_function(bdf, **wanted)  # type: ignore[arg-type]
+
+
+def findings(
+    tree: PciTree, name: str = GPU, claims: tuple[Claim, ...] = ()
+) -> dict[Code, Finding]:
+    group = find_vfio_device(name, tree.root)
+    usage = read_usage(tree.root)
+    found = check_device(group, WRITING, usage=usage, claims=claims, root=tree.root)
+    assert all(finding.hint and finding.message for finding in found)
+    return {finding.code: finding for finding in found}
+
+
+def test_a_function_that_vfio_has_may_go(tree: PciTree) -> None:
+    bound(tree)
+    assert findings(tree) == {}
+
+
+# isolation
+
+
+def test_a_function_in_no_group_has_no_iommu(tree: PciTree) -> None:
+    bound(tree, group=None)
+    message = findings(tree)[Code.NO_IOMMU].message
+    assert message == f"{GPU} is in no IOMMU group: the host has no IOMMU, or does not use it"
+    bound(tree, OTHER, group=5)
+    assert findings(tree)[Code.NO_IOMMU].message == f"{GPU} is in no IOMMU group"
+
+
+def test_interrupts_that_are_not_remapped_are_a_danger(tree: PciTree) -> None:
+    bound(tree).file("/proc/interrupts", NO_REMAPPING)
+    finding = findings(tree)[Code.NO_INTERRUPT_REMAPPING]
+    assert finding.severity is Severity.ERROR
+    assert "allow_unsafe_interrupts" in finding.hint
+
+
+def test_the_operator_may_have_told_vfio_to_do_without(tree: PciTree) -> None:
+    switch = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+    bound(tree).file("/proc/interrupts", NO_REMAPPING).file(switch, "Y\n")
+    assert findings(tree)[Code.NO_INTERRUPT_REMAPPING].severity is Severity.WARNING
+    tree.file(switch, "N\n")
+    assert findings(tree)[Code.NO_INTERRUPT_REMAPPING].severity is Severity.ERROR
+
+
+def test_a_host_that_does_not_say_how_it_remaps_is_not_suspected(tree: PciTree) -> None:
+    bound(tree).file("/proc/interrupts", " 11:  5  GICv3  27 Level  arch_timer\n")
+    assert findings(tree) == {}
+
+
+# bindings
+
+
+def test_a_function_of_a_host_driver_is_not_bound(tree: PciTree) -> None:
+    tree.pci_function(GPU, driver="nouveau", group=26)
+    finding = findings(tree)[Code.NOT_BOUND]
+    assert finding.message == f"/dev/vfio/26 is not bound to VFIO: {GPU} is bound to nouveau"
+    assert f"vmplug bind {GPU}" in finding.hint
+    assert "--managed" in finding.hint
+
+
+def test_a_function_without_a_driver_is_not_bound_either(tree: PciTree) -> None:
+    tree.pci_function(GPU, group=26)
+    assert f"{GPU} has no driver" in findings(tree)[Code.NOT_BOUND].message
+
+
+def test_the_audio_of_a_gpu_keeps_its_group_from_going_and_is_named(tree: PciTree) -> None:
+    bound(tree, class_code=VGA).pci_function(
+        AUDIO, class_code=SOUND, driver="snd_hda_intel", group=26
+    )
+    found = findings(tree)
+    assert set(found) == {Code.GROUP_NOT_VIABLE}
+    assert f"{AUDIO} is bound to snd_hda_intel" in found[Code.GROUP_NOT_VIABLE].message
+    assert GPU not in found[Code.GROUP_NOT_VIABLE].message
+
+
+def test_a_bridge_stays_with_the_host_and_an_nvswitch_does_not(tree: PciTree) -> None:
+    bound(tree).pci_function(OTHER, class_code=BRIDGE, driver="pcieport", group=26)
+    assert findings(tree) == {}
+    tree.pci_function(AUDIO, class_code=NVSWITCH, driver="nvidia-nvswitch", group=26)
+    assert AUDIO in findings(tree)[Code.GROUP_NOT_VIABLE].message
+
+
+def test_a_variant_driver_is_vfio_too_by_its_name_or_by_what_the_kernel_shows(
+    tree: PciTree,
+) -> None:
+    bound(tree, driver="mlx5_vfio_pci")
+    bound(tree, OTHER, driver="strange", group=5, cdev=3)
+    assert findings(tree) == findings(tree, OTHER) == {}
+
+
+def test_a_member_that_nobody_knows_keeps_the_group(tree: PciTree) -> None:
+    bound(tree).link("/sys/kernel/iommu_groups/26/devices/fsl-mc.1", "../../../../devices/x")
+    assert "fsl-mc.1" in findings(tree)[Code.GROUP_NOT_VIABLE].message
+
+
+# use on the host
+
+
+def test_a_mounted_disk_on_it_keeps_an_nvme(tree: PciTree) -> None:
+    tree.pci_function(GPU, driver="nvme", group=26)
+    tree.pci_disk(GPU, "259:0", "nvme0n1", partitions={"259:1": "nvme0n1p1"})
+    assert set(findings(tree)) == {Code.NOT_BOUND}
+    tree.mount("/dev/nvme0n1p1", "/srv/data", "259:1")
+    finding = findings(tree)[Code.MOUNTED_ON_HOST]
+    assert finding.message == (
+        "/dev/vfio/26 has a disk: /dev/nvme0n1p1 is mounted on the host at /srv/data"
+    )
+    assert finding.hint == "umount /srv/data"
+
+
+def test_what_was_built_on_its_disk_keeps_an_nvme(tree: PciTree) -> None:
+    tree.pci_function(GPU, driver="nvme", group=26).pci_disk(GPU, "259:0", "nvme0n1")
+    tree.hold("nvme0n1", "dm-0")
+    assert "dm-0" in findings(tree)[Code.HAS_HOLDERS].message
+
+
+def test_a_disk_that_a_vm_has_keeps_an_nvme(tree: PciTree) -> None:
+    tree.pci_function(GPU, driver="nvme", group=26).pci_disk(GPU, "259:0", "nvme0n1")
+    assert "block:259:0" in find_vfio_device(GPU, tree.root).related_identities
+    assert Code.IN_USE_BY_VM in findings(tree, claims=(claim(),))
+
+
+def test_the_default_route_keeps_a_nic(tree: PciTree) -> None:
+    tree.pci_function(GPU, class_code=ETHERNET, driver="igb", group=26).network(GPU, "eth0")
+    assert set(findings(tree)) == {Code.NOT_BOUND}
+    tree.route("eth0")
+    finding = findings(tree)[Code.NETWORK_IN_USE]
+    assert "eth0, which has the default route and an address" in finding.message
+    assert "ip addr flush dev eth0" in finding.hint
+
+
+def test_an_address_of_ipv6_keeps_a_nic_and_the_one_of_the_link_does_not(tree: PciTree) -> None:
+    tree.pci_function(GPU, class_code=ETHERNET, driver="igb", group=26).network(GPU, "eth0")
+    tree.address6("eth0", "fe80" + "0" * 28, scope=0x20)
+    assert Code.NETWORK_IN_USE not in findings(tree)
+    tree.address6("eth0", "2001" + "0" * 28, scope=0)
+    assert "an address" in findings(tree)[Code.NETWORK_IN_USE].message
+
+
+def test_a_bond_keeps_a_nic(tree: PciTree) -> None:
+    tree.pci_function(GPU, class_code=ETHERNET, driver="igb", group=26)
+    tree.network(GPU, "eth0", master="bond0")
+    assert "its place in bond0" in findings(tree)[Code.NETWORK_IN_USE].message
+
+
+def test_the_boot_console_keeps_a_gpu_as_long_as_the_host_has_it(tree: PciTree) -> None:
+    tree.pci_function(GPU, class_code=VGA, driver="nouveau", group=26, boot_vga="1\n")
+    assert Code.BOOT_CONSOLE in findings(tree)
+    tree.pci_function(OTHER, class_code=VGA, driver="nouveau", group=5, boot_vga="0\n")
+    assert Code.BOOT_CONSOLE not in findings(tree, OTHER)
+
+
+def test_virtual_functions_keep_the_physical_one(tree: PciTree) -> None:
+    bound(tree, class_code=ETHERNET).sriov(
+        GPU, "0000:3b:10.0", "0000:3b:10.2", group=30, driver="vfio-pci"
+    )
+    finding = findings(tree)[Code.HAS_VIRTUAL_FUNCTIONS]
+    assert "2 virtual functions" in finding.message
+    assert f"vmplug sriov {GPU} --count 0" in finding.hint
+
+
+def test_a_virtual_function_goes_alone_unless_a_vm_has_the_physical_one(tree: PciTree) -> None:
+    bound(tree, class_code=ETHERNET)
+    tree.sriov(GPU, "0000:3b:10.0", group=30, driver="vfio-pci")
+    assert findings(tree, "0000:3b:10.0") == {}
+    group = find_vfio_device("0000:3b:10.0", tree.root)
+    assert group.related_identities == (f"vfio:{GPU}",)
+
+
+def test_a_process_that_has_the_node_open_is_named(tree: PciTree) -> None:
+    bound(tree).link("/proc/77/fd/9", "/dev/vfio/26").file("/proc/77/comm", "dpdk-testpmd\n")
+    assert "process 77 (dpdk-testpmd)" in findings(tree)[Code.OPEN_BY_PROCESS].message
+    assert set(findings(tree, claims=(claim(),))) == {Code.IN_USE_BY_VM}
+
+
+def test_no_way_to_reset_is_a_warning(tree: PciTree) -> None:
+    bound(tree, reset_methods=())
+    assert findings(tree)[Code.NO_RESET].severity is Severity.WARNING
+
+
+def test_before_linux_5_15_no_method_is_named_and_none_is_missed(tree: PciTree) -> None:
+    bound(tree, reset_methods=None, reset="")
+    assert findings(tree) == {}
+
+
+# mediated devices
+
+
+def test_a_mediated_device_needs_no_binding_and_no_remapping(tree: PciTree) -> None:
+    tree.file("/proc/interrupts", NO_REMAPPING)
+    tree.pci_function(GPU, driver="i915", group=1).mdev_type(GPU, "i915-GVTg_V5_4")
+    tree.mdev(UUID, GPU, "i915-GVTg_V5_4", group=27)
+    assert findings(tree, UUID) == {}
+
+
+def test_a_group_that_has_gone_has_nothing_to_hand_over(tree: PciTree) -> None:
+    bound(tree)
+    group = find_vfio_device(GPU, tree.root)._replace(functions=())
+    found = check_device(group, WRITING, usage=read_usage(tree.root), root=tree.root)
+    assert [finding.code for finding in found] == [Code.NO_SUCH_DEVICE]
+
+
+# memory
+
+LIMITS = """Limit                     Soft Limit           Hard Limit           Units
+Max locked memory         {limit:20} {limit:20} bytes
+"""
+NO_CAPABILITIES, ALL_CAPABILITIES = "CapEff:\t0000000000000000\n", "CapEff:\t000001ffffffffff\n"
+
+
+@pytest.mark.parametrize(
+    ("limit", "capabilities", "is_enough"),
+    [
+        ("8388608", NO_CAPABILITIES, False),
+        ("8388608", ALL_CAPABILITIES, True),
+        ("unlimited", NO_CAPABILITIES, True),
+        (str(1 << 30), NO_CAPABILITIES, True),
+        (str((1 << 30) - 1), NO_CAPABILITIES, False),
+    ],
+)
+def test_qemu_must_be_allowed_to_lock_the_guests_memory(
+    tree: PciTree, limit: str, capabilities: str, *, is_enough: bool
+) -> None:
+    bound(tree).file("/proc/88/limits", LIMITS.format(limit=limit))
+    tree.file("/proc/88/status", f"Name:\tqemu\n{capabilities}")
+    found = list(check_memlock(find_vfio_device(GPU, tree.root), 88, 1 << 30, tree.root))
+    assert [finding.code for finding in found] == ([] if is_enough else [Code.MEMLOCK_LIMIT])
+
+
+# what the VM has against it
+
+
+def test_a_qemu_without_iommufd_is_told_of_where_a_device_was_named_by_its_node(
+    tree: PciTree,
+) -> None:
+    bound(tree)
+    group = find_vfio_device(GPU, tree.root)
+    named = group._replace(cdev_nodes=((GPU, "/dev/vfio/devices/vfio0"),))
+    vm = GuestMemory(1 << 30, None)
+    (finding,) = check_vm(named, vm, tree.root, has_iommufd=False)
+    assert (finding.code, finding.severity) == (Code.NO_IOMMUFD, Severity.WARNING)
+    assert "/dev/vfio/26 instead" in finding.message
+    assert list(check_vm(named, vm, tree.root, has_iommufd=True)) == []
+    assert list(check_vm(group, vm, tree.root, has_iommufd=False)) == []
+
+
+def test_the_limit_of_a_vm_that_is_to_be_started_is_this_processs(tree: PciTree) -> None:
+    bound(tree)
+    pid = os.getpid()
+    tree.file(f"/proc/{pid}/status", "CapEff:\t0000000000000000\n")
+    limits = "Max locked memory         8388608              8388608              bytes\n"
+    tree.file(f"/proc/{pid}/limits", limits)
+    group = find_vfio_device(GPU, tree.root)
+    vm = GuestMemory(1 << 30, pid)
+    (finding,) = check_vm(group, vm, tree.root, has_iommufd=False)
+    assert finding.code is Code.MEMLOCK_LIMIT
+    assert finding.message.startswith("QEMU, with the limit of this process, may lock 8192 KiB")
+    assert finding.hint.startswith("ulimit -l")

@@ -1,0 +1,285 @@
+"""Damaged journals: told, left as they are, and set aside with nothing lost that can be read."""
+
+import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.contract.sandbox import Sandbox
+from tests.contract.world import Rows, journal_rows
+from tests.unit.journal.test_journal import DISK, hold
+from tests.unit.journal.test_migration import write_version
+from vmplug.address import Bdf
+from vmplug.errors import StoreError
+from vmplug.host.pci.bind import FormerBinding
+from vmplug.journal.bindings import Binding, BindingState
+from vmplug.journal.database import VERSION
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import VmRecord
+from vmplug.journal.salvage import UNKNOWN_OWNER, check_journal, set_aside
+from vmplug.journal.state import State
+from vmplug.manager.reconcile import RepairOutcome
+
+DEVICES = 120
+PAGE = 4096
+
+BINDING = Binding(
+    former=FormerBinding(Bdf.parse("0000:3b:00.0"), "nvme", None),
+    state=BindingState.BOUND,
+    device_id="0",
+    boot_id="a boot",
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A journal with all that one can hold, on many pages, all of it in one file."""
+    with Journal.open(tmp_path) as store:
+        store.add_vm(VmRecord(name="vm-1", qmp_socket="/s", pid=1, started_at=2, is_ours=False))
+        for index in range(DEVICES):
+            device = replace(DISK, id=f"{index}", identity=f"file:{index}", place=f"{index}")
+            store.add_devices([device], [hold(device)])
+        store.set_state([f"{index}" for index in range(DEVICES)], State.ATTACHED)
+        store.bindings.put([BINDING])
+    assert not list(tmp_path.glob("journal.db-*"))
+    return tmp_path / "journal.db"
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 3 * PAGE)
+
+
+def overwritten(path: Path) -> None:
+    """In the middle of the devices, which fill the last pages."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size - 4 * PAGE)
+        file.write(b"\xa5" * (2 * PAGE))
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def scribbled(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"scribble" * 8)
+
+
+def without_index(path: Path) -> None:
+    """An index over the ids of the holds that has lost all of its entries."""
+    query = "SELECT rootpage FROM sqlite_schema WHERE name = 'sqlite_autoindex_attachment_1'"
+    with closing(sqlite3.connect(path)) as db:
+        page = db.execute(query).fetchone()[0]
+    with path.open("r+b") as file:
+        file.seek((page - 1) * PAGE)
+        file.write(b"\x0a\0\0\0\0\x10\0\0")  # a leaf with no cell; sqlite.org/fileformat2.html
+
+
+def senseless(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE device SET state = 'flying' WHERE id = '7'")
+        db.commit()
+
+
+def undecodable(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE device SET host_path = CAST(x'ff' AS TEXT) WHERE id = '7'")
+        db.commit()
+
+
+def without_holds(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("DROP TABLE attachment")
+        db.commit()
+
+
+Damage = Callable[[Path], None]
+ALL_LOST = (emptied, scribbled)
+SEEN_WHEN_READ = (truncated, overwritten, *ALL_LOST, senseless, undecodable, without_holds)
+
+
+def read_all(state_dir: Path) -> None:
+    with Journal.open(state_dir) as store:
+        store.vms()
+        store.attachments()
+        store.devices("vm-1")
+        store.bindings.all()
+
+
+@pytest.mark.parametrize("damage", SEEN_WHEN_READ)
+def test_a_verb_that_meets_damage_says_what_to_do_and_changes_nothing(
+    path: Path, damage: Damage
+) -> None:
+    damage(path)
+    before = path.read_bytes()
+    with pytest.raises(StoreError) as caught:
+        read_all(path.parent)
+    assert caught.value.hint
+    assert caught.value.hint.startswith("vmplug reconcile --set-aside")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [*SEEN_WHEN_READ, without_index])
+def test_a_damaged_journal_is_kept_and_what_can_be_read_is_carried_over(
+    path: Path, damage: Damage
+) -> None:
+    rows = journal_rows(path.parent)
+    damage(path)
+    before = path.read_bytes()
+    with pytest.raises(StoreError):
+        check_journal(str(path))
+    assert path.read_bytes() == before
+
+    salvage = set_aside(str(path.parent))
+
+    assert salvage
+    assert Path(salvage.kept_as).read_bytes() == before
+    assert Path(salvage.kept_as).stat().st_mode & 0o777 == 0o600
+    assert salvage.damage
+    check_journal(str(path))
+    read_all(path.parent)
+    carried = journal_rows(path.parent)
+    assert len(carried["attachment"]) == len(carried["device"])
+    for table in ("vm", "device", "binding"):
+        assert len(carried[table]) == salvage.carried[table]
+        assert set(carried[table]) <= set(rows[table])
+    if damage in ALL_LOST:
+        assert not any(carried.values())
+    else:
+        assert carried["device"]
+        assert is_whole(carried, rows) or salvage.lost
+    assert {p.name for p in path.parent.iterdir() if not p.name.endswith(("-wal", "-shm"))} == {
+        *("journal.db", "set-aside.lock", Path(salvage.kept_as).name)
+    }
+    assert set_aside(str(path.parent)) is None
+
+
+def is_whole(carried: Rows, rows: Rows) -> bool:
+    return all(sorted(map(repr, carried[t])) == sorted(map(repr, rows[t])) for t in rows)
+
+
+def test_an_index_that_lies_loses_no_row(path: Path) -> None:
+    rows = journal_rows(path.parent)
+    without_index(path)
+    salvage = set_aside(str(path.parent))
+    assert salvage
+    assert salvage.lost == []
+    assert is_whole(journal_rows(path.parent), rows)
+
+
+def test_rows_on_both_sides_of_what_was_overwritten_are_carried_over(path: Path) -> None:
+    overwritten(path)
+    salvage = set_aside(str(path.parent))
+    assert salvage
+    with Journal.open(path.parent) as store:
+        ids = [int(device.id) for device in store.devices("vm-1")]
+    assert (ids[0], ids[-1]) == (0, DEVICES - 1)
+    assert DEVICES / 2 < len(ids) < DEVICES
+    assert salvage.lost[0] == "rows of the table device: database disk image is malformed"
+
+
+def test_one_row_that_makes_no_sense_is_told_and_costs_no_other(path: Path) -> None:
+    senseless(path)
+    salvage = set_aside(str(path.parent))
+    assert salvage
+    assert salvage.carried == {
+        "vm": 1,
+        "device": DEVICES - 1,
+        "attachment": DEVICES - 1,
+        "binding": 1,
+    }
+    assert len(salvage.lost) == 2
+    assert salvage.lost[0] == "device 7 vm-1 file:7: 'flying' is not a valid State"
+    assert salvage.lost[1].startswith("attachment ")
+
+
+def test_devices_whose_holds_were_lost_can_still_be_listed_and_detached(path: Path) -> None:
+    without_holds(path)
+    salvage = set_aside(str(path.parent))
+    assert salvage
+    assert "the owner of /srv/a.img in VM vm-1" in salvage.lost
+    with Journal.open(path.parent) as store:
+        holds = store.attachments("vm-1")
+    assert len(holds) == DEVICES
+    assert {(hold.owner, hold.name) for hold in holds} == {(UNKNOWN_OWNER, "/srv/a.img")}
+
+
+def test_a_claim_stays_when_the_journal_has_lost_where_its_vm_is(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("DELETE FROM vm")
+        db.execute("UPDATE device SET state = 'flying' WHERE id = '7'")
+        db.commit()
+    salvage = set_aside(str(path.parent))
+    assert salvage
+    assert salvage.lost[-1] == "the socket of VM vm-1: run vmplug vm adopt vm-1 --qmp SOCKET"
+    with Journal.open(path.parent) as store:
+        assert len(store.find_claims("vm-2", "file:8", [])) == 1
+
+
+def test_what_was_committed_and_not_yet_in_the_file_is_carried_over(path: Path) -> None:
+    """A process that was killed leaves the last transactions in the log beside the file."""
+    late = replace(DISK, id="late", identity="file:late", place="late")
+    with Journal.open(path.parent) as writer:
+        writer.add_devices([late], [hold(late)])
+        before = {p.name: p.read_bytes() for p in path.parent.glob("journal.db*")}
+    for name, content in before.items():
+        (path.parent / name).write_bytes(content)
+    assert "journal.db-wal" in before
+    overwritten(path)
+    salvage = set_aside(str(path.parent))
+    assert salvage
+    assert Path(f"{salvage.kept_as}-wal").exists()
+    with Journal.open(path.parent) as store:
+        assert len(store.find_claims("vm-2", "file:late", [])) == 1
+
+
+def test_a_damaged_journal_of_an_older_version_is_carried_over_too(tmp_path: Path) -> None:
+    path = write_version(2, tmp_path)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE device SET kind = 'nonsense' WHERE vm = 'vm-2'")
+        db.execute("DELETE FROM device WHERE vm = 'vm-1' AND place IS NULL")  # not its holds
+        db.commit()
+    salvage = set_aside(str(tmp_path))
+    assert salvage
+    assert salvage.carried["vm"] == 2
+    with Journal.open(tmp_path) as store:
+        assert len(store.devices("vm-1")) == 2
+
+
+def test_a_newer_journal_is_no_damaged_one(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version = {VERSION + 1}")
+    before = path.read_bytes()
+    message = f"has version {VERSION + 1}; this vmplug supports version {VERSION}$"
+    with pytest.raises(StoreError, match=message):
+        set_aside(str(path.parent))
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("*damaged*"))
+
+
+def test_a_sound_journal_is_left_where_it_is(path: Path) -> None:
+    before = path.read_bytes()
+    assert set_aside(str(path.parent)) is None
+    check_journal(str(path))
+    assert path.read_bytes() == before
+
+
+def test_what_the_journal_lost_is_told_and_not_taken_from_a_guest(tmp_path: Path) -> None:
+    sandbox = Sandbox(tmp_path)
+    attachment = sandbox.devices.attach(sandbox.disk())
+    sandbox.close()
+    emptied(sandbox.state_dir / "journal.db")
+    assert set_aside(str(sandbox.state_dir))
+    parts = sandbox.side.parts()
+    (repair,) = sandbox.devices.reconcile(keep_unknown=True)
+    assert (repair.device_id, repair.outcome) == (attachment.device_id, RepairOutcome.UNKNOWN)
+    assert not repair.is_gone
+    assert sandbox.side.parts() == parts
+    (repair,) = sandbox.devices.reconcile()
+    assert repair.outcome is RepairOutcome.REMOVED
+    assert not sandbox.vmplugs()
+    sandbox.close()
