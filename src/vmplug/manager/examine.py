@@ -88,37 +88,72 @@ def examine(
     not. A device that the policy does not allow is not checked further. Raises SpecError for
     malformed options only.
     """
-    codes, gate = frozenset(allowed), known.gate
     found = resolve_all(requests, host, vhost_user_store)
-    usage = _try_read_usage(host, found)
+    terms = _Terms(host, known, _try_read_usage(host, found), frozenset(allowed), managed)
     examined: list[CheckedRequest] = []
-    for info, answer in zip(requests, found, strict=True):
-        device = None if isinstance(answer, HostError) else answer
-        error = answer if isinstance(answer, HostError) else None
-        if device and not _is_text(device.host_path):
-            error, device = AttributeReadError(device.host_path, why="its name is not UTF-8"), None
-        driver = select_driver(info, device) if device else None
-        findings = [_unresolved(error)] if error else []
-        verdict = gate.judge(info, device, driver, host) if gate and device else None
-        if verdict and verdict.refusals:
-            findings += verdict.refusals
-        elif device:
-            claims = [*known.find_claims(device), *_overlaps(device, examined)]
-            if isinstance(device, VhostUserSocket) and not (claims or known.is_held(device)):
-                device, findings = ask_backend(device, host)
-            findings += _check(info, driver, device, usage, claims, host)
-            findings += known.find_more(device)
-            if managed:
-                findings = [finding for finding in findings if finding.code not in _BINDABLE]
-        if gate and verdict:
-            findings += not_overruled(findings, codes, verdict, gate.policy.name)
-        findings = allow(findings, codes)
-        examined.append(
-            CheckedRequest(
-                info=info, driver=driver, device=device, error=error, findings=tuple(findings)
-            )
-        )
+    for request, answer in zip(requests, found, strict=True):
+        examined.append(_examine_one(request, answer, examined, terms))
     return examined
+
+
+class _Terms(NamedTuple):
+    """What holds for every request of a batch; see `examine`."""
+
+    host: HostRoot
+    known: CheckContext
+    usage: HostUsage | HostError
+    allowed: frozenset[Code]
+    managed: bool
+
+
+def _examine_one(
+    request: Request,
+    answer: HostDevice | HostError,
+    before: Sequence[CheckedRequest],
+    terms: _Terms,
+) -> CheckedRequest:
+    """`before` are the requests of the batch that were examined already."""
+    if not isinstance(answer, HostError) and not _is_text(answer.host_path):
+        answer = AttributeReadError(answer.host_path, why="its name is not UTF-8")
+    if isinstance(answer, HostError):
+        findings = allow([_unresolved(answer)], terms.allowed)
+        return CheckedRequest(
+            info=request, driver=None, device=None, error=answer, findings=tuple(findings)
+        )
+    device, driver, gate = answer, select_driver(request, answer), terms.known.gate
+    verdict = gate.judge(request, device, driver, terms.host) if gate else None
+    if verdict and verdict.refusals:
+        findings = list(verdict.refusals)
+    else:
+        device, findings = _check_device(driver, request, device, before, terms)
+    if gate and verdict:
+        findings += not_overruled(findings, terms.allowed, verdict, gate.policy.name)
+    return CheckedRequest(
+        info=request,
+        driver=driver,
+        device=device,
+        error=None,
+        findings=tuple(allow(findings, terms.allowed)),
+    )
+
+
+def _check_device(
+    driver: PlugDriver | None,
+    request: Request,
+    device: HostDevice,
+    before: Sequence[CheckedRequest],
+    terms: _Terms,
+) -> tuple[HostDevice, list[Finding]]:
+    """The device, with what its backend says of it, and everything against handing it over."""
+    known, asked = terms.known, list[Finding]()
+    claims = [*known.find_claims(device), *_overlaps(device, before)]
+    if isinstance(device, VhostUserSocket) and not (claims or known.is_held(device)):
+        device, asked = ask_backend(device, terms.host)
+    against = _check(request, driver, device, terms.usage, claims, terms.host)
+    findings = [*asked, *against, *known.find_more(device)]
+    if terms.managed:
+        findings = [finding for finding in findings if finding.code not in _BINDABLE]
+    return device, findings
 
 
 def check_vfio(

@@ -225,31 +225,24 @@ class DeviceManager:
             examined = self.check(requests, owner=holder, allow=allow, managed=managed)
             return self._plan(examined, holder)
 
-        plan, added = plan_and_journal(plan_now, self._journal, self._lock, vm=self._vm)
+        # The steps have the numbers of "One attach" in docs/architecture.md.
+        # 1. Examine, 2. plan, and 3. journal the new devices as plugging.
+        plan, holds = plan_and_journal(plan_now, self._journal, self._lock, vm=self._vm)
         with self._journal.in_progress([new.record.id for new in plan.new]):
+            # 4. Plug each of them.
             done, failure = self._plug(plan.new, managed=managed)
-            if failure is None and plan.new:
-                try:
-                    added += mark_attached(plan, self._journal)
-                except StateError as error:
-                    failure = error
+            # 5. Mark all of them as attached.
+            if failure is None:
+                marked, failure = self._mark_attached(plan)
+                holds += marked
             if isinstance(failure, _UNKNOWN):
                 raise failure  # the journal keeps it for reconcile
             if failure:
                 self._give_up(plan.new, done)
         if failure:
-            try:
-                self._unplug([r for r in done if r.can_be_unplugged], UNPLUG_TIMEOUT_S)
-            except HypervisorError as error:
-                log.warning("ignored: %s; vmplug reconcile tries again", error)
+            self._unplug_again(done)
             raise failure
-        held = {(hold.device_id, hold.name): hold for hold in added}
-        attachments = [
-            replace(held[hold.device_id, hold.name], state=State.ATTACHED) for hold in plan.holds
-        ]
-        for attachment in attachments:
-            log.info("attached %s to VM %s", attachment.host_path, self._vm)
-        return attachments
+        return self._attached(plan, holds)
 
     def detach(
         self, attachment_id: str, *, timeout_s: float = UNPLUG_TIMEOUT_S, whole: bool = False
@@ -399,6 +392,30 @@ class DeviceManager:
                 return done, error
             done.append(device.record)
         return done, None
+
+    def _mark_attached(self, plan: Plan) -> tuple[list[Attachment], StateError | None]:
+        """Mark the new devices as attached: returns their holds, and what prevents it."""
+        try:
+            return mark_attached(plan, self._journal) if plan.new else [], None
+        except StateError as error:
+            return [], error
+
+    def _attached(self, plan: Plan, holds: Sequence[Attachment]) -> list[Attachment]:
+        """The holds of a plan in the order of its requests, now that the VM has the devices."""
+        held = {(hold.device_id, hold.name): hold for hold in holds}
+        attachments = [
+            replace(held[hold.device_id, hold.name], state=State.ATTACHED) for hold in plan.holds
+        ]
+        for attachment in attachments:
+            log.info("attached %s to VM %s", attachment.host_path, self._vm)
+        return attachments
+
+    def _unplug_again(self, done: Sequence[DeviceRecord]) -> None:
+        """Unplug what was plugged before the attach failed; what stays is left to reconcile."""
+        try:
+            self._unplug([r for r in done if r.can_be_unplugged], UNPLUG_TIMEOUT_S)
+        except HypervisorError as error:
+            log.warning("ignored: %s; vmplug reconcile tries again", error)
 
     def _give_up(self, devices: Sequence[NewDevice], done: Sequence[DeviceRecord]) -> None:
         """Forget devices that were never plugged; the others are detaching."""

@@ -129,28 +129,40 @@ class Watch(Iterator[DeviceEvent]):
         Otherwise the change may be vmplug's own, such as a function that is given back. Events
         before the device was first seen in the VM do not count: it was still being bound.
         """
-        rows = self._rows = self._read()
-        self._events.follow(self._pids(rows))
+        before = self._rows = self._read()
+        self._events.follow(self._pids(before))
         happened = [*happened, *self._events.wait(0)]
         self._forget_servers({event.pid for event in happened if isinstance(event, ProcessEnded)})
-        looker = HostSnapshot(self._host, rows.vms, self._daemons)
-        looks = [(r, looker.of(r)) for r in rows.devices if is_settled(r)]
-        ended = [vm for vm in rows.vms if vm not in self._ended and has_ended(vm, self._host)]
-        self._rows = self._read()
+        snapshot = HostSnapshot(self._host, before.vms, self._daemons)
+        checked = [(r, snapshot.of(r)) for r in before.devices if is_settled(r)]
+        ended = [vm for vm in before.vms if vm not in self._ended and has_ended(vm, self._host)]
+        after = self._rows = self._read()
+        # Notices explain those that follow: lost events all, an ended VM its devices.
         if any(isinstance(event, EventsLost) for event in happened):
             self._waiting.append(lost_notice())
-        for vm in ended:
-            if vm in self._rows.vms:
-                self._waiting.append(ended_notice(vm, rows.holds))
-        self._ended = {vm for vm in {*self._ended, *ended} if vm in self._rows.vms}
-        same = set(map(_key, self._rows.devices))
-        for record, now in looks:
+        self._note_ended(ended, before, after)
+        self._note_changes(checked, after, happened)
+        self._find_servers([record for record, _ in checked])
+        self._events.follow(self._pids(after))
+
+    def _note_ended(self, ended: Sequence[VmRecord], before: _Rows, after: _Rows) -> None:
+        """Queue a notice of each VM that has ended and is still in the journal."""
+        self._waiting += [ended_notice(vm, before.holds) for vm in ended if vm in after.vms]
+        self._ended = {vm for vm in {*self._ended, *ended} if vm in after.vms}
+
+    def _note_changes(
+        self,
+        checked: Sequence[tuple[DeviceRecord, DeviceHealth | None]],
+        after: _Rows,
+        happened: Sequence[Event],
+    ) -> None:
+        """Queue the notices of devices whose records are the same after the check."""
+        same = set(map(_key, after.devices))
+        for record, now in checked:
             if now and _key(record) in same and not self._has_ended(record):
                 self._judge(record, now, happened)
-        present = {record.id for record in self._rows.devices}
-        self._seen = {name: look for name, look in self._seen.items() if name in present}
-        self._find_servers([record for record, _ in looks])
-        self._events.follow(self._pids(self._rows))
+        present = {record.id for record in after.devices}
+        self._seen = {name: health for name, health in self._seen.items() if name in present}
 
     def _judge(self, record: DeviceRecord, now: DeviceHealth, happened: Sequence[Event]) -> None:
         assert self._rows
