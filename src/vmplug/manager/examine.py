@@ -198,9 +198,9 @@ def _check(
     """All findings about one device; a failure to check it is one too."""
     if isinstance(usage, HostError):
         return [_unresolved(usage)]
-    wish = Access(read_only=info.read_only, share_rw=driver is not None and driver.share_rw)
+    access = Access(read_only=info.read_only, share_rw=driver is not None and driver.share_rw)
     try:
-        findings = check_device(device, wish, usage=usage, claims=claims, root=host)
+        findings = check_device(device, access, usage=usage, claims=claims, root=host)
     except HostError as error:
         return [_unresolved(error)]
     if driver:

@@ -84,26 +84,26 @@ class Rule:
     share_rw: bool = False
     allow: frozenset[Code] = frozenset()
 
-    def objections(self, asked: PolicySubject) -> list[Objection]:
+    def objections(self, subject: PolicySubject) -> list[Objection]:
         """Every reason why the rule does not allow it; empty when it does."""
         of_device = (
-            Objection(is_of_device=True, wanted=wanted) for wanted in self._other_device(asked)
+            Objection(is_of_device=True, wanted=wanted) for wanted in self._other_device(subject)
         )
         return [
             *of_device,
-            *(Objection(is_of_device=False, wanted=wanted) for wanted in self._other_use(asked)),
+            *(Objection(is_of_device=False, wanted=wanted) for wanted in self._other_use(subject)),
         ]
 
-    def _other_device(self, asked: PolicySubject) -> Iterator[str]:
-        function = asked.function
-        if self.kinds is not None and asked.kind not in self.kinds:
+    def _other_device(self, subject: PolicySubject) -> Iterator[str]:
+        function = subject.function
+        if self.kinds is not None and subject.kind not in self.kinds:
             yield f"is for {_few(sorted(self.kinds))}"
         if self.numbers is not None and not (
-            asked.number and any(pattern.matches(*asked.number) for pattern in self.numbers)
+            subject.number and any(pattern.matches(*subject.number) for pattern in self.numbers)
         ):
             yield f"is for {_few(self.numbers)}"
         if self.paths is not None and not any(
-            pattern.matches(path) for pattern in self.paths for path in asked.paths
+            pattern.matches(path) for pattern in self.paths for path in subject.paths
         ):
             yield f"is for {_few(self.paths)}"
         if self.pci is not None and not (
@@ -115,16 +115,16 @@ class Rule:
         ):
             yield f"is for the PCI classes {_few(self.classes)}"
 
-    def _other_use(self, asked: PolicySubject) -> Iterator[str]:
-        if self.vms is not None and not _is_among(asked.vm, self.vms):
+    def _other_use(self, subject: PolicySubject) -> Iterator[str]:
+        if self.vms is not None and not _is_among(subject.vm, self.vms):
             yield f"is for the VMs {_few(self.vms)}"
-        if self.owners is not None and not _is_among(asked.owner, self.owners):
+        if self.owners is not None and not _is_among(subject.owner, self.owners):
             yield f"is for the owners {_few(self.owners)}"
-        if self.read_only and not asked.read_only:
+        if self.read_only and not subject.read_only:
             yield "allows it only read-only"
-        if self.cold_only and asked.mode is PlugMode.HOT:
+        if self.cold_only and subject.mode is PlugMode.HOT:
             yield "allows it only before the VM starts"
-        if asked.share_rw and not self.share_rw:
+        if subject.share_rw and not self.share_rw:
             yield "does not allow share-rw"
 
 
@@ -155,22 +155,22 @@ class Policy:
         """The verdict on a device, given as its parts, each of which must be allowed."""
         refusals: list[Finding] = []
         allow = frozenset(Code)
-        for asked in parts:
-            allowing = [rule for rule in self.rules if not rule.objections(asked)]
+        for subject in parts:
+            allowing = [rule for rule in self.rules if not rule.objections(subject)]
             if not allowing:
-                refusals.append(self._refusal(asked))
+                refusals.append(self._refusal(subject))
             allow &= frozenset[Code]().union(*(rule.allow for rule in allowing))
         return Verdict(tuple(refusals), allow)
 
-    def _refusal(self, asked: PolicySubject) -> Finding:
+    def _refusal(self, subject: PolicySubject) -> Finding:
         """The finding, with the closest rule: the first of those with the fewest objections."""
-        what = f"{asked.name} ({asked}): "
+        what = f"{subject.name} ({subject}): "
         hint = f"the operator of this host decides in {self.name} which devices may be handed over"
         if not self.rules:
             return Finding(
                 Code.NOT_ALLOWED, f"{what}{self.name} has no rules, so it allows nothing", hint
             )
-        objections = [(rule, rule.objections(asked)) for rule in self.rules]
+        objections = [(rule, rule.objections(subject)) for rule in self.rules]
         rule, objecting = min(objections, key=lambda pair: _distance(pair[1]))
         wanted = " and ".join(objection.wanted for objection in objecting)
         message = f"no rule of {self.name} allows it; the closest, {rule.name!r}, {wanted}"

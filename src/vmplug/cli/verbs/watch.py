@@ -37,30 +37,30 @@ def command(as_json: bool, state_dir: str, timeout_s: float | None, vm: str | No
     vmplug watch --vm sb1 --json | while read -r line; do logger -t vmplug "$line"; done
     vmplug watch --timeout 0
     """
-    with watch(state_dir, vm=vm, timeout_s=timeout_s) as notices:
-        for notice in notices:
-            click.echo(json.dumps(_json(notice)) if as_json else _text(notice))
+    with watch(state_dir, vm=vm, timeout_s=timeout_s) as events:
+        for event in events:
+            click.echo(json.dumps(_json(event)) if as_json else _text(event))
 
 
-def _text(notice: DeviceEvent) -> str:
+def _text(event: DeviceEvent) -> str:
     """Three lines: what, to whom; what it means; what to do."""
-    time = notice.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    hold = notice.attachment
-    whose = f"  VM {notice.vm}" if notice.vm else ""
+    time = event.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    hold = event.attachment
+    whose = f"  VM {event.vm}" if event.vm else ""
     if hold:
         whose += f", {hold.name} of {hold.owner}, attachment {hold.id}"
-    lines = [f"{time}  {notice.what}{whose}", notice.message, notice.meaning]
-    lines.append(f"hint: {notice.hint}")
+    lines = [f"{time}  {event.what}{whose}", event.message, event.meaning]
+    lines.append(f"hint: {event.hint}")
     return "\n  ".join(map(one_line, lines))
 
 
-def _json(notice: DeviceEvent) -> dict[str, Any]:
-    hold = notice.attachment
+def _json(event: DeviceEvent) -> dict[str, Any]:
+    hold = event.attachment
     return {
         "version": 1,
-        "time": notice.time.isoformat(timespec="milliseconds"),
-        "event": str(notice.what),
-        "vm": notice.vm,
+        "time": event.time.isoformat(timespec="milliseconds"),
+        "event": str(event.what),
+        "vm": event.vm,
         "attachment": hold
         and {
             "id": hold.id,
@@ -70,9 +70,9 @@ def _json(notice: DeviceEvent) -> dict[str, Any]:
             "host_path": hold.host_path,
             "kind": str(hold.kind),
         },
-        "message": notice.message,
-        "meaning": notice.meaning,
-        "hint": notice.hint,
-        "old_size_bytes": notice.old_size_bytes,
-        "size_bytes": notice.size_bytes,
+        "message": event.message,
+        "meaning": event.meaning,
+        "hint": event.hint,
+        "old_size_bytes": event.old_size_bytes,
+        "size_bytes": event.size_bytes,
     }

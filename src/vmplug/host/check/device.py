@@ -45,7 +45,7 @@ _NO_DISC, _TRAY_OPEN = 1, 2
 
 def check_device(
     device: HostDevice,
-    wish: Access,
+    access: Access,
     *,
     usage: HostUsage,
     claims: Sequence[Claim] = (),
@@ -58,13 +58,13 @@ def check_device(
     """
     match device:
         case BlockDevice():
-            return list(_check_block(device, wish, usage, claims, root))
+            return list(_check_block(device, access, usage, claims, root))
         case DiskFile():
-            return list(_check_file(device, wish, usage, claims, root))
+            return list(_check_file(device, access, usage, claims, root))
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
-            return list(_claimed(claims, wish))
+            return list(_claimed(claims, access))
         case VfioGroup():
-            return list(_check_vfio(device, wish, usage, claims, root))
+            return list(_check_vfio(device, access, usage, claims, root))
         case CharDevice() | EntropySource():
             return []
         case _:
@@ -72,9 +72,9 @@ def check_device(
 
 
 def _check_vfio(
-    group: VfioGroup, wish: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    group: VfioGroup, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
 ) -> Iterator[Finding]:
-    yield from _claimed(claims, wish)
+    yield from _claimed(claims, access)
     yield from check_group(group, root)
     if not claims:
         yield from check_openers(group, root)
@@ -85,7 +85,7 @@ def _check_vfio(
 
 
 def _check_block(
-    device: BlockDevice, wish: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    device: BlockDevice, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
 ) -> Iterator[Finding]:
     if device.size_bytes is None:
         yield Finding(
@@ -94,19 +94,19 @@ def _check_block(
             "use a device that the kernel lists below /sys/dev/block",
         )
     yield from _wrong_node(device, root)
-    used = _users(device, wish, usage, root)
+    used = _users(device, access, usage, root)
     yield from used
-    yield from _claimed(claims, wish)
+    yield from _claimed(claims, access)
     if root.is_live:
         # A user that could share it with a reader still holds the device exclusively.
-        explained = used or _users(device, replace(wish, read_only=False), usage, root)
+        explained = used or _users(device, replace(access, read_only=False), usage, root)
         closed = list(_opened(device, root, explained=bool(explained)))
         yield from closed
         if not (used or claims or closed):
             for path in (*_nodes(device), *device.below_files):
-                yield from _locked(path, wish, root)
+                yield from _locked(path, access, root)
     yield from _read_only(
-        device, wish, f"make it writable (blockdev --setrw {_quoted(device.device_node)})"
+        device, access, f"make it writable (blockdev --setrw {_quoted(device.device_node)})"
     )
     yield from _suspended(device, root)
     if device.size_bytes == 0:
@@ -126,17 +126,17 @@ def _wrong_node(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
 
 
 def _check_file(
-    device: DiskFile, wish: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    device: DiskFile, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
 ) -> Iterator[Finding]:
     used = [
-        *_looped(device.host_path, wish, usage, root),
+        *_looped(device.host_path, access, usage, root),
         *_swap(device.host_path, (device.host_path,), usage, root),
     ]
     yield from used
-    yield from _claimed(claims, wish)
+    yield from _claimed(claims, access)
     if not used and not claims:
-        yield from _locked(device.host_path, wish, root)
-    yield from _read_only(device, wish, "remount its file system for writing")
+        yield from _locked(device.host_path, access, root)
+    yield from _read_only(device, access, "remount its file system for writing")
     if device.size_bytes == 0:
         yield Finding(
             Code.SIZE_ZERO,
@@ -145,14 +145,14 @@ def _check_file(
         )
 
 
-def _users(device: BlockDevice, wish: Access, usage: HostUsage, root: HostRoot) -> list[Finding]:
+def _users(device: BlockDevice, access: Access, usage: HostUsage, root: HostRoot) -> list[Finding]:
     """Every known user on the host that cannot share the device in this way."""
-    loops = (_looped(node, wish, usage, root) for node in _nodes(device))
+    loops = (_looped(node, access, usage, root) for node in _nodes(device))
     return [
-        *_mounted(device, wish, usage),
-        *_held(device, wish, root),
+        *_mounted(device, access, usage),
+        *_held(device, access, root),
         *chain.from_iterable(loops),
-        *_other_loops(device, wish, usage, root),
+        *_other_loops(device, access, usage, root),
         *_swap(device.device_node, _nodes(device), usage, root),
     ]
 
@@ -161,13 +161,13 @@ def _nodes(device: BlockDevice) -> tuple[str, ...]:
     return (device.device_node, *(part.device_node for part in device.relatives))
 
 
-def _mounted(device: BlockDevice, wish: Access, usage: HostUsage) -> Iterator[Finding]:
+def _mounted(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[Finding]:
     """Mounts of the device, its partitions or its disk; a read-only file system may be shared."""
     names = {part.devnum: part.device_node for part in device.relatives}
     names[device.devnum] = device.device_node
     places: dict[DevNum, list[str]] = {}
     for mount in usage.mounts:
-        if mount.devnum in names and not (mount.read_only and wish.read_only):
+        if mount.devnum in names and not (mount.read_only and access.read_only):
             places.setdefault(mount.devnum, []).append(mount.mount_point)
     for devnum, points in places.items():
         yield Finding(
@@ -179,7 +179,7 @@ def _mounted(device: BlockDevice, wish: Access, usage: HostUsage) -> Iterator[Fi
         )
 
 
-def _held(device: BlockDevice, wish: Access, root: HostRoot) -> Iterator[Finding]:
+def _held(device: BlockDevice, access: Access, root: HostRoot) -> Iterator[Finding]:
     """Devices that the kernel built on it: device-mapper, md, bcache."""
     held = [(device.device_node, device.holders)]
     held += [(part.device_node, part.holders) for part in device.relatives]
@@ -187,7 +187,7 @@ def _held(device: BlockDevice, wish: Access, root: HostRoot) -> Iterator[Finding
         writers = [
             name
             for name in holders
-            if not (wish.read_only and root.read_int(f"/sys/class/block/{name}/ro"))
+            if not (access.read_only and root.read_int(f"/sys/class/block/{name}/ro"))
         ]
         if writers:
             yield Finding(
@@ -212,12 +212,12 @@ def _mapped_name(sysfs_path: str, root: HostRoot) -> str | None:
     return os.fsdecode(name).removesuffix("\n") if name else None
 
 
-def _looped(path: str, wish: Access, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
+def _looped(path: str, access: Access, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
     """Loop devices on top of a node or file."""
     for loop in usage.loops:
         if loop.backing.deleted or not same_file(loop.backing.backing_file, path, root):
             continue
-        if wish.read_only and root.read_int(f"/sys/dev/block/{loop.devnum}/ro"):
+        if access.read_only and root.read_int(f"/sys/dev/block/{loop.devnum}/ro"):
             continue
         yield Finding(
             Code.HAS_HOLDERS,
@@ -227,14 +227,14 @@ def _looped(path: str, wish: Access, usage: HostUsage, root: HostRoot) -> Iterat
 
 
 def _other_loops(
-    device: BlockDevice, wish: Access, usage: HostUsage, root: HostRoot
+    device: BlockDevice, access: Access, usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:
     """Other loop devices on the file behind this one."""
     if device.backing is None or device.backing.deleted:
         return
     others = [loop for loop in usage.loops if loop.devnum != device.devnum]
     remaining = HostUsage(mounts=(), swaps=(), loops=tuple(others))
-    yield from _looped(device.backing.backing_file, wish, remaining, root)
+    yield from _looped(device.backing.backing_file, access, remaining, root)
 
 
 def _swap(
@@ -250,11 +250,11 @@ def _swap(
             )
 
 
-def _claimed(claims: Sequence[Claim], wish: Access) -> Iterator[Finding]:
+def _claimed(claims: Sequence[Claim], access: Access) -> Iterator[Finding]:
     """The holds of VMs; readers may share, and so may writers if all have share-rw."""
     for claim in claims:
-        readers = wish.read_only and claim.read_only
-        sharers = wish.share_rw and claim.share_rw
+        readers = access.read_only and claim.read_only
+        sharers = access.share_rw and claim.share_rw
         if not (readers or sharers):
             yield _conflict(claim)
 
@@ -327,8 +327,8 @@ def _exclusive_errno(path: str, root: HostRoot, *, patience_s: float) -> int | N
     return number
 
 
-def _locked(path: str, wish: Access, root: HostRoot) -> Iterator[Finding]:
-    locks = _LOCKS_AGAINST_READING if wish.read_only else _LOCKS_AGAINST_WRITING
+def _locked(path: str, access: Access, root: HostRoot) -> Iterator[Finding]:
+    locks = _LOCKS_AGAINST_READING if access.read_only else _LOCKS_AGAINST_WRITING
     if any(root.is_range_locked(path, start, length) for start, length in locks):
         yield Finding(
             Code.IMAGE_LOCKED,
@@ -337,8 +337,8 @@ def _locked(path: str, wish: Access, root: HostRoot) -> Iterator[Finding]:
         )
 
 
-def _read_only(device: BlockDevice | DiskFile, wish: Access, remedy: str) -> Iterator[Finding]:
-    if device.read_only and not wish.read_only:
+def _read_only(device: BlockDevice | DiskFile, access: Access, remedy: str) -> Iterator[Finding]:
+    if device.read_only and not access.read_only:
         yield Finding(
             Code.READ_ONLY_DEVICE,
             f"{device.host_path} is read-only, and the request is for writing",
