@@ -10,8 +10,16 @@ from typing import NoReturn
 
 import click
 
-from vmplug import errors
 from vmplug.cli.render.text import one_line
+from vmplug.errors import (
+    DeviceError,
+    HostError,
+    HypervisorError,
+    PolicyError,
+    SpecError,
+    StateError,
+    StoreError,
+)
 
 _VERBS = {
     "host": "what could this host hand over, and what holds it?",
@@ -38,12 +46,12 @@ _VERBS = {
 _BUG, _USAGE, _HOST = 1, 2, 4
 _SIGINT, _SIGPIPE = 130, 141
 _EXIT_STATUS = (
-    (errors.SpecError, 3),
-    (errors.PolicyError, 3),
-    (errors.HostError, _HOST),
-    (errors.HypervisorError, 5),
-    (errors.StateError, 6),
-    (errors.StoreError, 6),
+    (SpecError, 3),
+    (PolicyError, 3),
+    (HostError, _HOST),
+    (HypervisorError, 5),
+    (StateError, 6),
+    (StoreError, 6),
 )
 
 
@@ -118,7 +126,7 @@ def _report(error: Exception, words: Sequence[str]) -> int:
     """Report an error, and return its exit status."""
     wants_json = "--json" in words
     match error:
-        case errors.DeviceError():
+        case DeviceError():
             _print_error(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
             return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
         case click.exceptions.NoArgsIsHelpError():

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError, StoreError
 from vmplug.host.root import HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, has_journal
 from vmplug.manager import UNPLUG_TIMEOUT_S
-from vmplug.manager.setup import Setup
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.policy import DEFAULT_POLICY
 
 if TYPE_CHECKING:
+    from vmplug.address import Bdf
     from vmplug.host.finding import Code
     from vmplug.host.vhost_user.store import VhostUserStore
+    from vmplug.manager.setup import Setup
     from vmplug.oci.requests import Request
     from vmplug.policy.rules import Policy
 
@@ -159,8 +159,10 @@ class RequestArguments(NamedTuple):
     host: HostRoot
     vhost_user_store: "VhostUserStore | None"
 
-    def setup(self, state_dir: str, policy: "Policy | None") -> Setup:
+    def setup(self, state_dir: str, policy: "Policy | None") -> "Setup":
         """The host that is meant, with its journal and the policy that holds."""
+        from vmplug.manager.setup import Setup  # noqa: PLC0415  verbs that only read need none
+
         return Setup(
             host=self.host,
             state_dir=state_dir,
@@ -290,7 +292,8 @@ def _parse_image(text: str, rest: str) -> DeviceInfo:
 
 def _parse_named(text: str, kind: str, rest: str) -> "Request":
     """What OCI has no word for: `net:/s.sock`, `share:/srv/work:work`, `rng`."""
-    from vmplug.oci.requests import (  # noqa: PLC0415  most requests are numbers
+    from vmplug.address import Bdf  # noqa: PLC0415  most requests are numbers
+    from vmplug.oci.requests import (  # noqa: PLC0415
         DEFAULT_SOURCE,
         DESCRIPTOR_PREFIX,
         NetInfo,
@@ -318,8 +321,10 @@ def _parse_named(text: str, kind: str, rest: str) -> "Request":
     return ShareInfo(tag=tag, source=source if is_descriptor else os.path.abspath(source))
 
 
-def parse_function(text: str) -> Bdf:
+def parse_function(text: str) -> "Bdf":
     """`0000:3b:00.0`, or `3b:00.0` for domain 0000. Raises SpecError."""
+    from vmplug.address import Bdf  # noqa: PLC0415  3 ms that most requests need not pay
+
     try:
         return Bdf.parse_written(text)
     except ValueError:

@@ -1,7 +1,6 @@
 """Which host, and what holds on it: passed to every function that serves several VMs."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
@@ -11,8 +10,7 @@ if TYPE_CHECKING:
     from vmplug.policy.rules import Policy
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class Setup(NamedTuple):
     """A host as vmplug serves it.
 
     `state_dir` is where the journal is. `vhost_user_store` is the host's, None when it has none.

@@ -1,13 +1,16 @@
 """Which policy holds on this host?"""
 
 import os
+from typing import TYPE_CHECKING
 
 from vmplug.host.permissions import is_absent
 from vmplug.policy import DEFAULT_POLICY
-from vmplug.policy.rules import Policy
+
+if TYPE_CHECKING:
+    from vmplug.policy.rules import Policy
 
 
-def find_policy(path: str | os.PathLike[str] | None = None) -> Policy | None:
+def find_policy(path: str | os.PathLike[str] | None = None) -> "Policy | None":
     """Return the policy in that file, or else the host's own; None when the host has none.
 
     Raises PolicyError, also for a file that cannot be read.

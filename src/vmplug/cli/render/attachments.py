@@ -1,20 +1,18 @@
 """Attachments: for people and as JSON."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import click
+from typing import TYPE_CHECKING, Any
 
 from vmplug.cli.render.kata_agent import agent_json
 from vmplug.cli.render.output import access, print_table
-from vmplug.cli.render.text import one_line
-from vmplug.drivers.place import GuestAddress
-from vmplug.journal.records import Attachment
-from vmplug.manager.watching.health import DeviceHealth
-from vmplug.vms.attachments import Detached, DetachOutcome
+
+if TYPE_CHECKING:
+    from vmplug.drivers.place import GuestAddress
+    from vmplug.journal.records import Attachment
+    from vmplug.manager.watching.health import DeviceHealth
 
 
-def attachment_json(attachment: Attachment) -> dict[str, Any]:
+def attachment_json(attachment: "Attachment") -> dict[str, Any]:
     """One hold on a device; `guest` is null for a device that is only counted."""
     return {
         "id": attachment.id,
@@ -31,7 +29,7 @@ def attachment_json(attachment: Attachment) -> dict[str, Any]:
     }
 
 
-def guest_json(attachment: Attachment) -> dict[str, Any] | None:
+def guest_json(attachment: "Attachment") -> dict[str, Any] | None:
     """Where the guest sees it; null for a device that is only counted."""
     guest = attachment.guest_address
     if guest is None:
@@ -54,21 +52,21 @@ def guest_json(attachment: Attachment) -> dict[str, Any] | None:
     }
 
 
-def host_json(health: DeviceHealth | None) -> dict[str, Any]:
+def host_json(health: "DeviceHealth | None") -> dict[str, Any]:
     """What a device is on the host now; no key where it cannot be known."""
     return {"host": {"state": str(health.state), "detail": health.detail}} if health else {}
 
 
-def guest_text(guest: GuestAddress | None) -> str:
+def guest_text(guest: "GuestAddress | None") -> str:
     """`PCI 04/00`, `SCSI 0:1`, `/dev/pmem0`, or that there is none."""
     return str(guest) or "-" if guest else "- (counted, not given to the VM)"
 
 
 def print_attachments(
-    attachments: Sequence[Attachment],
+    attachments: "Sequence[Attachment]",
     *,
     with_vm: bool,
-    health: Mapping[str, DeviceHealth] | None = None,
+    health: "Mapping[str, DeviceHealth] | None" = None,
 ) -> None:
     """A table of holds; `health` by device id adds the state of the devices on the host."""
     rows = [
@@ -90,25 +88,5 @@ def print_attachments(
     print_table((*(("VM",) if with_vm else ()), *headings, *host), rows)
 
 
-def _host_text(health: DeviceHealth | None) -> str:
+def _host_text(health: "DeviceHealth | None") -> str:
     return str(health.state) if health else "-"
-
-
-def detached_json(done: Detached) -> dict[str, Any]:
-    """An attachment, and whether it is detached."""
-    return {
-        **attachment_json(done.attachment),
-        "still_held": done.outcome is DetachOutcome.STILL_HELD,
-        "retained": done.outcome is DetachOutcome.RETAINED,
-    }
-
-
-def print_detached(detached: Sequence[Detached]) -> None:
-    """A line for each."""
-    for done in detached:
-        hold = done.attachment
-        what = f"{hold.id}  {one_line(hold.host_path)}"
-        if done.outcome is DetachOutcome.RETAINED:
-            click.echo(f"released {what}  stays in VM {hold.vm} until that ends")
-        else:
-            click.echo(f"{done.outcome} {what}  from VM {hold.vm}")

@@ -3,7 +3,7 @@
 import click
 
 from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
-from vmplug.cli.render.attachments import detached_json, print_detached
+from vmplug.cli.render.detached import detached_json, print_detached
 from vmplug.cli.render.output import print_json, progress
 from vmplug.manager.setup import Setup
 from vmplug.vms.attachments import detach_attachments, detach_owner
