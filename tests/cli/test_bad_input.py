@@ -796,7 +796,7 @@ def test_on_qemu_it_is_refused_in_one_sentence_and_nothing_has_changed(
 def test_a_busy_qemu_is_waited_for_and_nothing_has_changed(qemu_world: QemuWorld) -> None:
     """Both wait at the same time, as that is all they do."""
     words = "attach --device b:{free_no} --vm busy --owner c1"
-    bad = connect(words, "busy with another", "of its own")
+    bad = connect(words, "busy with another", "for vmplug alone")
     before, places = qemu_world.picture(), qemu_world.places
     begun = [qemu_world.vmplug.begin(*said) for said in both_ways(bad, places)]
     text, told = map(ended, begun)
