@@ -69,9 +69,12 @@ class GuestVm:
         if not self._guest:
             raise RuntimeError("this VM was started without a guest")
         if self._console is None:
-            self._console = GuestConsole.connect(
-                self.console_path, clock=running_time(self._process.pid)
-            )
+            clock = running_time(self._process.pid)
+            try:
+                self._console = GuestConsole.connect(self.console_path, clock=clock)
+            except ConnectionError as error:
+                words = f"{self.stderr}\n{self.kernel_log[-2000:]}"
+                raise RuntimeError(f"QEMU ended before the guest listened: {words}") from error
         return self._console
 
     def release_console(self) -> None:
