@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.timing import Ratio, compare
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord
 from vmplug.journal.state import State
@@ -18,7 +18,7 @@ def rows() -> Iterator[Ratio]:
         record = DeviceRecord(
             id="0123456789abcdef",
             vm="bench",
-            identity="block:7:0",
+            identity=Identity.parse("block:7:0"),
             kind=DeviceType.BLOCK,
             host_path="/dev/loop0",
             state=State.PLUGGING,

@@ -137,7 +137,8 @@ MODULES_MAX = 15
 """In a folder; one of verbs has as many as there are verbs."""
 
 IN_HOST = [
-    {"root", "kind", "finding", "program", "permissions", "events"},
+    {"kind"},
+    {"root", "finding", "program", "permissions", "events"},
     {"process", "file_id"},
     {"block"},
     {"pci", "vhost_user"},

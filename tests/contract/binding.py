@@ -12,7 +12,7 @@ import pytest
 
 from vmplug.address import Bdf
 from vmplug.errors import BindError, StateError
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
@@ -46,7 +46,7 @@ def held_by_vm(journal: Journal, identity: str, device_id: str = "d1") -> None:
     record = DeviceRecord(
         id=device_id,
         vm="sb1",
-        identity=identity,
+        identity=Identity.parse(identity),
         kind=DeviceType.VFIO,
         host_path="/dev/vfio/3",
         state=State.PLUGGING,

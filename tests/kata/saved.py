@@ -58,7 +58,7 @@ def _saved(machine: Machine) -> dict[str, Any]:
         (record,) = machine.records()
         facts = {
             "kind": str(record.kind),
-            "number": record.identity.partition(":")[2],
+            "number": record.identity.key,
             "options": dict(record.options),
             "count": hold.count,
             "read_only": hold.read_only,

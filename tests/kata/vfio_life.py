@@ -63,7 +63,7 @@ class _Life:
     def members_on_ports(self) -> list[str] | None:
         """The members of all groups that have a port."""
         records = self.machine.records()
-        members = [r.identity.removeprefix("vfio:") for r in records if _bus(r.place)]
+        members = [r.identity.key for r in records if _bus(r.place)]
         return members or None
 
     def calls(self) -> list[str]:
@@ -245,7 +245,7 @@ def _saved(machine: Machine) -> dict[str, Any]:
     assert guest
     return {
         "kind": str(record.kind),
-        "member": record.identity.removeprefix("vfio:"),
+        "member": record.identity.key,
         "options": dict(record.options),
         "count": hold.count,
         "host_path": record.host_path,

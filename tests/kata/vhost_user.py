@@ -188,7 +188,7 @@ def _saved(machine: Machine) -> dict[str, Any]:
     (record,) = machine.records()
     return {
         "kind": str(record.kind),
-        "number": record.identity.partition(":")[2],
+        "number": record.identity.key,
         "options": dict(record.options),
         "count": hold.count,
         "host_path": record.host_path,

@@ -5,6 +5,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access, Claim, Finding, Severity
+from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
 from vmplug.oci.info import DeviceInfo, DevType
 
@@ -40,4 +41,6 @@ def codes(found: list[Finding]) -> list[str]:
 
 
 def claim(*, read_only: bool = False, share_rw: bool = False) -> Claim:
-    return Claim(vm="sb1", identity="block:8:0", read_only=read_only, share_rw=share_rw)
+    return Claim(
+        vm="sb1", identity=Identity.parse("block:8:0"), read_only=read_only, share_rw=share_rw
+    )

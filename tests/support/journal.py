@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from vmplug.address import PciPath, new_id
 from vmplug.drivers.place import GuestAddress, GuestFunction
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.journal.state import State
@@ -41,7 +41,7 @@ def device_record(
     return DeviceRecord(
         id=id_,
         vm=vm,
-        identity=identity,
+        identity=Identity.parse(identity),
         kind=kind,
         host_path=host_path,
         state=state,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.host.kind import DeviceType, FoundBy, Identity, IdentityKind
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.vhost_user.device import VhostUserSocket
 
@@ -37,12 +37,12 @@ class SharedDirectory(NamedTuple):
         return FoundBy.FILE
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Identity:
         """The tag and the canonical path: a directory under two tags is two devices."""
-        return f"share:{self.tag}:{self.host_path}"
+        return Identity.of_share(self.tag, self.host_path)
 
     @property
-    def related_identities(self) -> tuple[str, ...]:
+    def related_identities(self) -> tuple[Identity, ...]:
         """Empty: a directory may be shared any number of times."""
         return ()
 
@@ -69,12 +69,12 @@ class OpenConnection(NamedTuple):
         return f"socket:[{self.inode}]"
 
     @property
-    def identity(self) -> str:
-        """The socket as /proc names it."""
-        return self.host_path
+    def identity(self) -> Identity:
+        """The inode: two descriptors may be of one connection."""
+        return Identity(IdentityKind.SOCKET, f"[{self.inode}]")
 
     @property
-    def related_identities(self) -> tuple[str, ...]:
+    def related_identities(self) -> tuple[Identity, ...]:
         """None."""
         return ()
 
@@ -99,12 +99,12 @@ class EntropySource(NamedTuple):
         return FoundBy.FILE
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Identity:
         """The path: every VM may have the same source."""
-        return f"rng:{self.host_path}"
+        return Identity(IdentityKind.RNG, self.host_path)
 
     @property
-    def related_identities(self) -> tuple[str, ...]:
+    def related_identities(self) -> tuple[Identity, ...]:
         """None."""
         return ()
 
@@ -124,12 +124,14 @@ class CharDevice:
         return self.device_node
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Identity:
         """Kind and number; for a FIFO, which has no number, its path."""
-        return f"char:{self.devnum}" if self.devnum else f"fifo:{self.device_node}"
+        if self.devnum:
+            return Identity(IdentityKind.CHAR, str(self.devnum))
+        return Identity(IdentityKind.FIFO, self.device_node)
 
     @property
-    def related_identities(self) -> tuple[str, ...]:
+    def related_identities(self) -> tuple[Identity, ...]:
         """None."""
         return ()
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from vmplug.host.kind import Identity
+
 
 class Code(StrEnum):
     """Findings, as stable words for programs and for `--allow`."""
@@ -100,7 +102,7 @@ class Claim:
     """A device that a VM holds, according to the journal; `vm` is None for one of this request."""
 
     vm: str | None
-    identity: str
+    identity: Identity
     read_only: bool
     share_rw: bool
 

@@ -14,7 +14,7 @@ from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.inventory import Disk, Pmem, Use, read_disks, read_pmem
 from vmplug.host.block.mounts import HostUsage, read_usage
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity
 from vmplug.host.pci.function import PciFunction, read_functions, read_reset_methods
 from vmplug.host.pci.iommu import find_group
 from vmplug.host.pci.mdev import (
@@ -117,7 +117,7 @@ def read_inventory(
     *,
     vhost_user_store: "VhostUserStore | None" = None,
     kinds: Collection[Kind] = frozenset(Kind),
-    vms: Mapping[str, str] | None = None,
+    vms: Mapping[Identity, str] | None = None,
 ) -> Inventory:
     """Every device of these kinds, as far as it can be read; one bad device does not make it fail.
 
@@ -143,7 +143,7 @@ def read_inventory(
 class _Reader:
     """Reads the parts in turn, and continues after one that cannot be read."""
 
-    def __init__(self, root: HostRoot, vms: Mapping[str, str]) -> None:
+    def __init__(self, root: HostRoot, vms: Mapping[Identity, str]) -> None:
         self._root = root
         self._vms = vms
         self.unreadable: list[str] = []
@@ -212,10 +212,11 @@ class _Reader:
             if class_code is not None and class_code >> 16 == _DISPLAY:
                 entry = self._with_console(entry)
             if vms:
-                entry = entry._replace(uses=(*entry.uses, *self._vm_uses(f"vfio:{bdf}", str(bdf))))
+                by_vms = self._vm_uses(Identity.of_vfio(bdf), str(bdf))
+                entry = entry._replace(uses=(*entry.uses, *by_vms))
             yield entry
 
-    def _vm_uses(self, identity: str, device: str) -> Iterator[Use]:
+    def _vm_uses(self, identity: Identity, device: str) -> Iterator[Use]:
         if vm := self._vms.get(identity):
             yield Use("vm", device, vm)
 
@@ -261,13 +262,13 @@ class _Reader:
                 iommu_group=group,
                 group_node=None if group is None else self._group_nodes.get(group),
                 cdev_node=self._cdev_nodes.get(uuid),
-                uses=tuple(self._vm_uses(f"vfio:{uuid}", uuid)),
+                uses=tuple(self._vm_uses(Identity.of_vfio(uuid), uuid)),
             )
 
     def sockets(self, vhost_user_store: "VhostUserStore") -> Iterator[StoredSocket]:
         """The numbers of a vhost-user store."""
         for socket in read_sockets(vhost_user_store, self._root):
-            uses = self._vm_uses(f"block:{socket.devnum}", socket.device_node)
+            uses = self._vm_uses(Identity.of_block(socket.devnum), socket.device_node)
             yield socket._replace(uses=tuple(uses))
 
 

@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim
+from vmplug.host.kind import Identity
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.bindings import Bindings
@@ -175,13 +176,13 @@ class Journal:
             )
         return record
 
-    def holders(self) -> dict[str, str]:
+    def holders(self) -> dict[Identity, str]:
         """Return the VMs by the identities of what they hold, each function of a group too."""
-        held = dict[str, str]()
+        held = dict[Identity, str]()
         for vm in self.vms():
             for device in self.devices(vm.name):
                 functions = device.guest_address.functions if device.guest_address else ()
-                members = (f"vfio:{function.host}" for function in functions)
+                members = (Identity.of_vfio(function.host) for function in functions)
                 held |= dict.fromkeys((device.identity, *members), vm.name)
         return held
 
@@ -300,9 +301,11 @@ class Journal:
         """The ids of the devices of all VMs."""
         return set(self._read(lambda row: str(row["id"]), "SELECT id FROM device"))
 
-    def find_claims(self, vm: str | None, own: str, identities: Iterable[str]) -> list[Claim]:
+    def find_claims(
+        self, vm: str | None, own: Identity, identities: Iterable[Identity]
+    ) -> list[Claim]:
         """The claims of VMs of this boot on `identities`, and of VMs other than `vm` on `own`."""
-        wanted = [own, *identities]
+        wanted = [str(identity) for identity in (own, *identities)]
         marks = ", ".join("?" * len(wanted))
         return self._read(
             read_claim,
@@ -310,7 +313,7 @@ class Journal:
             " AND NOT (identity = ? AND vm IS ?)"
             " AND vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?) ORDER BY rowid",
             *wanted,
-            own,
+            str(own),
             vm,
             self._boot_id,
         )

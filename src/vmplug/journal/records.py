@@ -10,7 +10,7 @@ from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
 from vmplug.drivers.ports import Endpoint
 from vmplug.host.finding import Claim
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity
 from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.journal.process import ProcessIdentity
@@ -44,7 +44,7 @@ class DeviceRecord:
 
     id: str
     vm: str
-    identity: str
+    identity: Identity
     kind: DeviceType
     host_path: str
     state: State
@@ -117,7 +117,7 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
     return DeviceRecord(
         id=row["id"],
         vm=row["vm"],
-        identity=row["identity"],
+        identity=Identity.parse(row["identity"]),
         kind=DeviceType(row["kind"]),
         host_path=row["host_path"],
         state=State(row["state"]),
@@ -138,7 +138,7 @@ def insert_device(db: sqlite3.Connection, device: DeviceRecord) -> None:
         (
             device.id,
             device.vm,
-            device.identity,
+            str(device.identity),
             device.kind,
             device.host_path,
             device.state,
@@ -231,7 +231,7 @@ def read_claim(row: sqlite3.Row) -> Claim:
     """A row of the table `device`, as a claim of a VM."""
     return Claim(
         vm=row["vm"],
-        identity=row["identity"],
+        identity=Identity.parse(row["identity"]),
         read_only=bool(row["read_only"]),
         share_rw=bool(row["share_rw"]),
     )

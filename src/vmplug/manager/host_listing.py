@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 
 from vmplug.host.inventory import Inventory, Kind, read_inventory, with_reset_methods
 from vmplug.host.inventory_names import find_named
+from vmplug.host.kind import Identity
 from vmplug.journal import has_journal
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 
@@ -21,7 +22,7 @@ def list_host(
     a UUID. `with_vms` also reads the journal, for the VMs that have it. Raises NoSuchDevice for a
     name that nothing has, and StoreError.
     """
-    vms = dict[str, str]()
+    vms = dict[Identity, str]()
     if with_vms and has_journal(setup.state_dir):
         from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 costs 5 ms
 

@@ -10,6 +10,7 @@ from vmplug.drivers.ports import BIND, UNBIND, Command, NewPlug, PlugDriver, Ste
 from vmplug.errors import CannotPlug, NoFreePort, StateError
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Code, Finding
+from vmplug.host.kind import Identity
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.root import HostRoot
@@ -66,15 +67,15 @@ def make_plan(
     """
     records = {record.identity: record for record in known}
     refuse_not_allowed(examined)
-    refuse([request for request in examined if _identity(request) not in records])
-    wanted: dict[str, list[CheckedRequest]] = {}
+    refuse([request for request in examined if not _is_known(request, records)])
+    wanted: dict[Identity, list[CheckedRequest]] = {}
     for request in examined:
         wanted.setdefault(_identity(request), []).append(request)
     for identity in wanted.keys() & records.keys():
         if records[identity].state not in {State.ATTACHED, State.RETAINED}:
             record = records[identity]
             raise on_its_way(record.vm, record.host_path, record.state)
-    new: dict[str, NewDevice] = {}
+    new: dict[Identity, NewDevice] = {}
     for identity, requests in wanted.items():
         if identity not in records:
             taken = _taken(records.values())
@@ -139,8 +140,13 @@ def _no_place(error: NoFreePort | CannotPlug) -> Finding:
     return Finding(code, error.message, error.hint or "detach something first")
 
 
-def _identity(request: CheckedRequest) -> str:
-    return request.device.identity if request.device else ""
+def _is_known(request: CheckedRequest, records: Mapping[Identity, DeviceRecord]) -> bool:
+    return request.device is not None and request.device.identity in records
+
+
+def _identity(request: CheckedRequest) -> Identity:
+    assert request.device, "a request without a device is refused"
+    return request.device.identity
 
 
 def _new_device(

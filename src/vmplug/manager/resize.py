@@ -1,6 +1,5 @@
 """Decide the new size of a disk."""
 
-from vmplug.devnum import DevNum
 from vmplug.errors import PolicyError
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import HostDevice
@@ -50,10 +49,10 @@ def _size_bytes(device: HostDevice, record: DeviceRecord) -> int:
 
 def _request_for(record: DeviceRecord, hold: Attachment) -> DeviceInfo:
     """A request for the disk of an attachment."""
-    kind, _, what = record.identity.partition(":")
+    identity = record.identity
     return DeviceInfo(
         container_path=hold.name,
         dev_type=DevType.BLOCK,
-        devnum=DevNum.parse(what) if kind == "block" else None,
-        host_path=what if kind == "file" else None,
+        devnum=identity.devnum,
+        host_path=identity.path,
     )

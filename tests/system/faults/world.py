@@ -17,7 +17,7 @@ from tests.system.faults.process import REFUSE, Hooks, trace
 from tests.system.faults.steps import Fault, StepKind
 from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.drivers.ports import Endpoint
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
@@ -157,7 +157,7 @@ class World:
             record = DeviceRecord(
                 id="their-own-device",
                 vm=OTHER_VM,
-                identity="file:/theirs",
+                identity=Identity.parse("file:/theirs"),
                 kind=DeviceType.BLOCK,
                 host_path="/theirs",
                 state=State.PLUGGING,

@@ -32,7 +32,7 @@ from vmplug.drivers.plug import (
     guest_address,
 )
 from vmplug.errors import StoreError
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, guest_text
 from vmplug.journal.state import State
@@ -307,7 +307,7 @@ def record(address: GuestAddress | None, *, place: str | None = "rp0/00") -> Dev
     return DeviceRecord(
         id="0123456789abcdef",
         vm="sb1",
-        identity="file:/srv/a.img",
+        identity=Identity.parse("file:/srv/a.img"),
         kind=DeviceType.BLOCK,
         host_path="/srv/a.img",
         state=State.PLUGGING,

@@ -104,7 +104,7 @@ def test_everybody_may_read_a_source(*, read_only: bool) -> None:
 
 
 def test_a_source_is_known_by_its_path() -> None:
-    assert (SOURCE.identity, SOURCE.kind) == ("rng:/dev/hwrng", DeviceType.VIRTIO_RNG)
+    assert (str(SOURCE.identity), SOURCE.kind) == ("rng:/dev/hwrng", DeviceType.VIRTIO_RNG)
     assert SOURCE.related_identities == ()
 
 

@@ -315,14 +315,15 @@ def test_a_share_is_its_tag_and_its_directory() -> None:
         DIRECTORY._replace(tag="other").identity,
         DIRECTORY._replace(host_path="/srv/other").identity,
     }
-    assert DIRECTORY.identity == "share:work:/srv/work"
+    assert str(DIRECTORY.identity) == "share:work:/srv/work"
     assert len(identities) == 3
     assert BY_QEMU.identity == DIRECTORY._replace(read_only=True).identity == DIRECTORY.identity
     assert DIRECTORY.related_identities == ()
 
 
 def test_a_connection_is_its_socket_whatever_its_number() -> None:
-    assert CONNECTION.identity == CONNECTION._replace(descriptor=9).identity == "socket:[4711]"
+    assert CONNECTION.identity == CONNECTION._replace(descriptor=9).identity
+    assert str(CONNECTION.identity) == "socket:[4711]"
     assert CONNECTION.kind is FS
     assert CONNECTION.related_identities == ()
 

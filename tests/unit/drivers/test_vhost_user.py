@@ -379,7 +379,7 @@ def test_a_stored_controller_takes_no_options_of_a_disk(options: dict[str, str])
 def test_a_stored_socket_is_known_by_its_number_and_any_other_by_its_path() -> None:
     stored = replace(socket_of(BLK), devnum=DevNum(241, 7))
     named = replace(socket_of(NET), found_by=FoundBy.FILE)
-    assert (stored.identity, named.identity) == ("block:241:7", "socket:/run/vu.sock")
+    assert (str(stored.identity), str(named.identity)) == ("block:241:7", "socket:/run/vu.sock")
     assert stored.host_path == named.host_path == "/run/vu.sock"
     assert stored.related_identities == ()
 

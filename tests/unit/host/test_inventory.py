@@ -21,6 +21,7 @@ from vmplug.host.inventory import (
     read_inventory,
     with_reset_methods,
 )
+from vmplug.host.kind import Identity
 from vmplug.host.pci.mdev import MdevType, MediatedDevice, VFIODeviceType, read_mdev_types
 from vmplug.host.pci.pci_ids import PCI_IDS, PciNames
 from vmplug.host.pci.uses import NetInterface
@@ -115,7 +116,8 @@ def test_resets_are_read_when_asked_for(host: PciTree) -> None:
 
 def test_vms_hold_functions_disks_and_mediated_devices(host: PciTree) -> None:
     host.mdev_type(GPU, "i915-1").mdev(UUID, GPU, "i915-1", group=40)
-    vms = {f"vfio:{NVME}": "sb1", "block:259:1": "sb2", f"vfio:{UUID}": "sb3"}
+    held = {f"vfio:{NVME}": "sb1", "block:259:1": "sb2", f"vfio:{UUID}": "sb3"}
+    vms = {Identity.parse(text): vm for text, vm in held.items()}
     inventory = read_inventory(host.root, vms=vms)
     assert set(map(str, entry(inventory, NVME).uses)) == {
         f"{NVME} is in VM sb1",
@@ -340,9 +342,8 @@ def test_the_numbers_of_a_store_with_and_without_a_socket(
         tree.node(f"/store/block/devices/{name}", "b", number)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{store.path}/block/sockets/a")
-    found = read_inventory(
-        HostRoot(), vhost_user_store=store, kinds=[Kind.VHOST_USER], vms={"block:241:0": "sb1"}
-    )
+    vms = {Identity.parse("block:241:0"): "sb1"}
+    found = read_inventory(HostRoot(), vhost_user_store=store, kinds=[Kind.VHOST_USER], vms=vms)
     served, unserved = found.vhost_user
     assert (served.devnum, served.kind, served.problem) == (
         DevNum(241, 0),

@@ -13,7 +13,7 @@ from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.host_path import get_host_path
-from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.host.kind import DeviceType, FoundBy, Identity
 from vmplug.host.resolve import classify, resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
@@ -157,7 +157,7 @@ def test_a_fifo_is_found_at_the_container_path(tree: HostTree) -> None:
     tree.node("/dev/pipe", "p").file("/dev/file")
     device = resolve(want("p", None, "/dev/pipe"), tree.root)
     assert isinstance(device, CharDevice)
-    assert (device.host_path, device.identity) == ("/dev/pipe", "fifo:/dev/pipe")
+    assert (device.host_path, device.identity) == ("/dev/pipe", Identity.parse("fifo:/dev/pipe"))
     assert (device.kind, device.found_by) == (DeviceType.GENERIC, FoundBy.CONTAINER_PATH)
     with pytest.raises(NoSuchDevice, match="is a regular file"):
         resolve(want("p", None, "/dev/file"), tree.root)
@@ -346,7 +346,7 @@ def test_a_vfio_group_is_told_by_its_host_path_and_not_by_the_containers(tree: H
     tree.char_device("243:0", "vfio/12").char_device("10:229", "fuse")
     group = resolve(want("c", "243:0", "/dev/renamed"), tree.root)
     fuse = resolve(want("c", "10:229", "/dev/vfio/12"), tree.root)
-    assert (group.kind, group.identity) == (DeviceType.VFIO, "vfio:12")
+    assert (group.kind, group.identity) == (DeviceType.VFIO, Identity.parse("vfio:12"))
     assert (fuse.kind, fuse.host_path) == (DeviceType.GENERIC, "/dev/fuse")
     assert fuse.found_by is FoundBy.SYSFS
 
@@ -366,7 +366,7 @@ def test_a_regular_file_goes_by_its_canonical_path(tree: HostTree) -> None:
         device = resolve(want_file(spelling), tree.root)
         assert isinstance(device, DiskFile)
         assert (device.host_path, device.size_bytes) == ("/srv/images/a.img", 1000)
-        assert device.identity == "file:/srv/images/a.img"
+        assert device.identity == Identity.parse("file:/srv/images/a.img")
         assert (device.read_only, device.qcow2, device.found_by) == (False, None, FoundBy.FILE)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.support.tree import HostTree
 from vmplug.errors import AttributeReadError, NoSuchDevice, SpecError
 from vmplug.host.device import EntropySource, OpenConnection, SharedDirectory
-from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.host.kind import DeviceType, FoundBy, Identity
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
@@ -94,7 +94,7 @@ def test_a_share_may_be_the_socket_of_somebody_elses_virtiofsd(
 ) -> None:
     found = resolve(share(source), host.root)
     assert found == VhostUserSocket(kind=FS, found_by=FoundBy.FILE, socket_path=SOCKET)
-    assert found.identity == f"socket:{SOCKET}"
+    assert found.identity == Identity.parse(f"socket:{SOCKET}")
 
 
 @pytest.mark.parametrize(

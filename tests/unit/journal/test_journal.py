@@ -22,7 +22,7 @@ from vmplug.address import PciPath, ScsiAddress
 from vmplug.drivers.place import GuestAddress
 from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity
 from vmplug.journal.database import VERSION
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
@@ -34,7 +34,7 @@ EACH = 25
 DISK = DeviceRecord(
     id="00000000000000a1",
     vm="vm-1",
-    identity="file:/srv/a.img",
+    identity=Identity.parse("file:/srv/a.img"),
     kind=DeviceType.BLOCK,
     host_path="/srv/a.img",
     state=State.PLUGGING,
@@ -47,7 +47,7 @@ DISK = DeviceRecord(
 SCSI_DISK = replace(
     DISK,
     id="00000000000000b2",
-    identity="block:8:16",
+    identity=Identity.parse("block:8:16"),
     host_path="/dev/sdb",
     read_only=True,
     share_rw=False,
@@ -61,7 +61,7 @@ HIDDEN_SCSI_DISK = replace(
 COUNTED = replace(
     DISK,
     id="00000000000000c3",
-    identity="char:1:3",
+    identity=Identity.parse("char:1:3"),
     kind=DeviceType.GENERIC,
     host_path="/dev/null",
     options={},
@@ -111,7 +111,10 @@ def test_a_device_comes_back_as_it_was_written(tmp_path: Path, device: DeviceRec
 
 
 def test_everything_comes_in_the_order_it_was_written(store: Journal) -> None:
-    devices = [replace(DISK, id=f"{9 - i}", identity=f"{i}", place=f"{i}") for i in range(5)]
+    devices = [
+        replace(DISK, id=f"{9 - i}", identity=Identity.parse(f"file:{i}"), place=f"{i}")
+        for i in range(5)
+    ]
     store.add_devices(devices, [hold(device) for device in reversed(devices)])
     assert store.devices("vm-1") == devices
     assert store.attachments() == [hold(device) for device in reversed(devices)]
@@ -234,7 +237,7 @@ def test_forgetting_what_somebody_else_forgot_is_no_error(store: Journal) -> Non
     "second",
     [
         replace(DISK, id="e5", place="rp1/00"),
-        replace(DISK, id="e5", identity="file:/srv/b.img"),
+        replace(DISK, id="e5", identity=Identity.parse("file:/srv/b.img")),
         replace(SCSI_DISK, id=DISK.id),
     ],
     ids=["device", "place", "id"],
@@ -248,7 +251,7 @@ def test_nothing_is_given_away_twice(store: Journal, tmp_path: Path, second: Dev
 
 
 def test_devices_without_a_place_do_not_collide(store: Journal) -> None:
-    other = replace(COUNTED, id="e5", identity="char:1:5")
+    other = replace(COUNTED, id="e5", identity=Identity.parse("char:1:5"))
     store.add_devices([COUNTED, other], [])
     assert store.devices("vm-1") == [COUNTED, other]
 
@@ -281,7 +284,9 @@ def test_claims_are_what_other_vms_hold_and_what_shows_the_same_bytes(
     theirs = replace(DISK, id="e5", vm="vm-2")
     sdb = replace(SCSI_DISK, vm="vm-2")
     store.add_devices([DISK, theirs, sdb], [])
-    assert [claim.vm for claim in store.find_claims(vm, own, related)] == claimants
+    wanted = map(Identity.parse, related)
+    found = store.find_claims(vm, Identity.parse(own), wanted)
+    assert [claim.vm for claim in found] == claimants
 
 
 def test_a_claim_says_how_the_device_is_held(store: Journal) -> None:
@@ -391,7 +396,7 @@ def test_a_journal_survives_a_crash_of_the_machine_by_its_settings(tmp_path: Pat
 
 def test_giving_up_one_device_leaves_the_others_in_progress(store: Journal) -> None:
     """Two threads of a process plug at once, and one breaks off."""
-    at_work = replace(DISK, id="d4", identity="block:8:9", place="elsewhere")
+    at_work = replace(DISK, id="d4", identity=Identity.parse("block:8:9"), place="elsewhere")
     store.add_devices([DISK, at_work], [])
     with pytest.raises(KeyboardInterrupt), store.in_progress([DISK.id]):
         raise KeyboardInterrupt
@@ -434,7 +439,9 @@ def test_a_damaged_journal_is_refused_and_kept(tmp_path: Path, garbage: bytes) -
 def test_a_journal_damaged_inside_is_told_when_it_is_read(tmp_path: Path) -> None:
     with Journal.open(tmp_path) as store:
         for index in range(200):
-            device = replace(DISK, id=f"{index}", identity=f"{index}", place=f"{index}")
+            device = replace(
+                DISK, id=f"{index}", identity=Identity.parse(f"file:{index}"), place=f"{index}"
+            )
             store.add_devices([device], [hold(device)])
     path = tmp_path / "journal.db"
     size = path.stat().st_size
@@ -520,7 +527,7 @@ def add_many(state_dir: str, index: int, start: Barrier) -> None:
         start.wait(30)
         for number in range(EACH):
             name = f"{index}-{number}"
-            device = replace(DISK, id=name, identity=name, place=name)
+            device = replace(DISK, id=name, identity=Identity.parse(f"file:{name}"), place=name)
             store.add_devices([device], [hold(device)])
             store.set_state([name], State.ATTACHED, [hold(COUNTED, "everybody")])
             if number % 2:
@@ -600,7 +607,7 @@ def test_threads_of_one_process_may_share_a_store(store: Journal) -> None:
     def work(index: int) -> None:
         for number in range(EACH):
             name = f"{index}-{number}"
-            device = replace(DISK, id=name, identity=name, place=name)
+            device = replace(DISK, id=name, identity=Identity.parse(f"file:{name}"), place=name)
             store.add_devices([device], [hold(device), hold(COUNTED, "everybody")])
             store.attachments("vm-1")
             store.set_state([name], State.ATTACHED)
@@ -625,12 +632,14 @@ def test_who_reads_does_not_wait_for_who_writes(store: Journal, tmp_path: Path) 
 WRITER = """
 import sys
 from dataclasses import replace
+from vmplug.host.kind import Identity
 from vmplug.journal.journal import Journal
 from tests.unit.journal.test_journal import DISK, hold
 
 store = Journal.open(sys.argv[1])
 for number in range(100_000):
-    device = replace(DISK, id=str(number), identity=str(number), place=str(number))
+    identity = Identity.parse(f"file:{number}")
+    device = replace(DISK, id=str(number), identity=identity, place=str(number))
     store.add_devices([device], [hold(device)])
     print(number, flush=True)
 """

@@ -21,6 +21,7 @@ from tests.unit.journal.test_journal import (
     spawn,
 )
 from vmplug.errors import StoreError
+from vmplug.host.kind import Identity
 from vmplug.journal.database import VERSION
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
@@ -69,7 +70,9 @@ ADOPTED = VmRecord(name="vm-2", qmp_socket="/s", pid=None, started_at=None, is_o
 DEVICES = [
     replace(DISK, state=State.ATTACHED),
     replace(SCSI_DISK, state=State.DETACHING),
-    replace(HIDDEN_SCSI_DISK, id="00000000000000d4", identity="block:8:32", vm="vm-2"),
+    replace(
+        HIDDEN_SCSI_DISK, id="00000000000000d4", identity=Identity.parse("block:8:32"), vm="vm-2"
+    ),
     COUNTED,
 ]
 HOLDS = [
@@ -85,7 +88,7 @@ def old_device(device: DeviceRecord) -> tuple[object, ...]:
     return (
         device.id,
         device.vm,
-        device.identity,
+        str(device.identity),
         str(device.kind),
         device.host_path,
         str(device.state),
@@ -214,8 +217,12 @@ def test_a_migrated_journal_is_written_to_like_a_new_one(tmp_path: Path) -> None
         (counted,) = store.set_state([], State.ATTACHED, [again])
         assert (counted.id, counted.count) == (HOLDS[0].id, HOLDS[0].count + 1)
         with pytest.raises(StoreError):
-            store.add_devices([replace(DISK, id="e5", identity="file:/srv/c.img")], [])
-        store.add_devices([replace(DISK, id="e5", identity="file:/c", place="rp1/00")], [])
+            store.add_devices(
+                [replace(DISK, id="e5", identity=Identity.parse("file:/srv/c.img"))], []
+            )
+        store.add_devices(
+            [replace(DISK, id="e5", identity=Identity.parse("file:/c"), place="rp1/00")], []
+        )
         store.forget_devices(["e5", DISK.id])
         assert [held.device_id for held in store.attachments()] == [
             held.device_id for held in HOLDS if held.device_id != DISK.id

@@ -15,6 +15,7 @@ from tests.unit.journal.test_journal import DISK, hold
 from tests.unit.journal.test_migration import write_version
 from vmplug.address import Bdf
 from vmplug.errors import StoreError
+from vmplug.host.kind import Identity
 from vmplug.host.pci.bind import FormerBinding
 from vmplug.journal.bindings import Binding, BindingState
 from vmplug.journal.database import VERSION
@@ -41,7 +42,9 @@ def path(tmp_path: Path) -> Path:
     with Journal.open(tmp_path) as store:
         store.add_vm(VmRecord(name="vm-1", qmp_socket="/s", pid=1, started_at=2, is_ours=False))
         for index in range(DEVICES):
-            device = replace(DISK, id=f"{index}", identity=f"file:{index}", place=f"{index}")
+            device = replace(
+                DISK, id=f"{index}", identity=Identity.parse(f"file:{index}"), place=f"{index}"
+            )
             store.add_devices([device], [hold(device)])
         store.set_state([f"{index}" for index in range(DEVICES)], State.ATTACHED)
         store.bindings.put([BINDING])
@@ -217,12 +220,12 @@ def test_a_claim_stays_when_the_journal_has_lost_where_its_vm_is(path: Path) -> 
     assert salvage
     assert salvage.lost[-1] == "the socket of VM vm-1: run vmplug vm adopt vm-1 --qmp SOCKET"
     with Journal.open(path.parent) as store:
-        assert len(store.find_claims("vm-2", "file:8", [])) == 1
+        assert len(store.find_claims("vm-2", Identity.parse("file:8"), [])) == 1
 
 
 def test_what_was_committed_and_not_yet_in_the_file_is_carried_over(path: Path) -> None:
     """A process that was killed leaves the last transactions in the log beside the file."""
-    late = replace(DISK, id="late", identity="file:late", place="late")
+    late = replace(DISK, id="late", identity=Identity.parse("file:late"), place="late")
     with Journal.open(path.parent) as writer:
         writer.add_devices([late], [hold(late)])
         before = {p.name: p.read_bytes() for p in path.parent.glob("journal.db*")}
@@ -234,7 +237,7 @@ def test_what_was_committed_and_not_yet_in_the_file_is_carried_over(path: Path) 
     assert salvage
     assert Path(f"{salvage.kept_as}-wal").exists()
     with Journal.open(path.parent) as store:
-        assert len(store.find_claims("vm-2", "file:late", [])) == 1
+        assert len(store.find_claims("vm-2", Identity.parse("file:late"), [])) == 1
 
 
 def test_a_damaged_journal_of_an_older_version_is_carried_over_too(tmp_path: Path) -> None:

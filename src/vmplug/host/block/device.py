@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmplug.devnum import DevNum
 from vmplug.host.block.image import Qcow2Header
 from vmplug.host.block.loop import LoopBacking
-from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.host.kind import DeviceType, FoundBy, Identity, IdentityKind
 
 if TYPE_CHECKING:
     from vmplug.host.block.pmem import PfnInfo
@@ -62,16 +62,16 @@ class BlockDevice:
         return True
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Identity:
         """Kind and number: unique to a device, and the same for all requests for it."""
-        return f"block:{self.devnum}"
+        return Identity.of_block(self.devnum)
 
     @property
-    def related_identities(self) -> tuple[str, ...]:
+    def related_identities(self) -> tuple[Identity, ...]:
         """Other devices that show the same bytes."""
         devnums = [*(part.devnum for part in self.relatives), *self.below]
-        files = (f"file:{path}" for path in self.below_files)
-        return (*(f"block:{devnum}" for devnum in devnums), *files)
+        files = (Identity(IdentityKind.FILE, path) for path in self.below_files)
+        return (*map(Identity.of_block, devnums), *files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +100,11 @@ class DiskFile:
         return 512
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Identity:
         """The canonical path."""
-        return f"file:{self.host_path}"
+        return Identity(IdentityKind.FILE, self.host_path)
 
     @property
-    def related_identities(self) -> tuple[str, ...]:
+    def related_identities(self) -> tuple[Identity, ...]:
         """None: the loop devices on it are found as its holders."""
         return ()

@@ -13,7 +13,7 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.mounts import HostUsage, same_file
 from vmplug.host.block.sysfs import read_block_device
-from vmplug.host.kind import FoundBy
+from vmplug.host.kind import FoundBy, Identity
 from vmplug.host.root import HostRoot
 
 _ND_DEVICES = "/sys/bus/nd/devices"
@@ -66,7 +66,7 @@ class Disk(NamedTuple):
 
 
 def read_disks(
-    paths: Mapping[str, str], usage: HostUsage, vms: Mapping[str, str], root: HostRoot
+    paths: Mapping[str, str], usage: HostUsage, vms: Mapping[Identity, str], root: HostRoot
 ) -> list[Disk]:
     """The block devices of those names and directories, partitions after their disks.
 
@@ -84,7 +84,7 @@ def read_disks(
         above = path.split("/")[-2]
         disk = disk._replace(disk=above if above in paths else None)
         uses = [*_uses(disk, mounts, usage, root)]
-        if vm := vms.get(f"block:{disk.devnum}"):
+        if disk.devnum and (vm := vms.get(Identity.of_block(disk.devnum))):
             uses.append(Use("vm", disk.device_node, vm))
         found.append(disk._replace(uses=tuple(uses)))
     return sorted(found, key=_in_order)

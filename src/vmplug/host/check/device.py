@@ -25,7 +25,7 @@ from vmplug.host.device import (
     SharedDirectory,
 )
 from vmplug.host.finding import Access, Claim, Code, Finding
-from vmplug.host.kind import FoundBy
+from vmplug.host.kind import FoundBy, Identity, IdentityKind
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot, describe, node_number
 from vmplug.host.vhost_user.device import VhostUserSocket
@@ -261,7 +261,7 @@ def _claimed(claims: Sequence[Claim], access: Access) -> Iterator[Finding]:
 
 def _conflict(claim: Claim) -> Finding:
     device = _spoken(claim.identity)
-    sharing = "" if claim.identity.startswith("vfio:") else _SHARING
+    sharing = "" if claim.identity.kind is IdentityKind.VFIO else _SHARING
     if claim.vm is None:
         message = f"{device} has the same data, and is in this request too"
         return Finding(
@@ -282,12 +282,11 @@ _SHARING = (
 )
 
 
-def _spoken(identity: str) -> str:
-    """`block device 7:0`, or the path of anything else."""
-    kind, _, what = identity.partition(":")
-    if kind in {"block", "char"}:
-        return f"{kind} device {what}"
-    return what.partition(":")[2] if kind == "share" else what
+def _spoken(identity: Identity) -> str:
+    """`block device 7:0`, or the path or name of anything else."""
+    if identity.devnum:
+        return f"{identity.kind} device {identity.devnum}"
+    return identity.path or identity.key
 
 
 def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.host.block.device import DiskPart
-from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.host.kind import DeviceType, FoundBy, Identity
 
 if TYPE_CHECKING:
     from vmplug.host.pci.function import PciFunction
@@ -55,14 +55,14 @@ class VfioGroup(NamedTuple):
         return f"/dev/vfio/{self.number}"
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Identity:
         """The first member: group numbers change when devices come and go."""
-        return f"vfio:{self.members[0] if self.members else self.number}"
+        return Identity.of_vfio(self.members[0] if self.members else self.number)
 
     @property
-    def related_identities(self) -> tuple[str, ...]:
+    def related_identities(self) -> tuple[Identity, ...]:
         """The other members, the physical function of a virtual one, and the disks."""
         others = self.members[1:]
         physfns = {str(f.physfn) for f in self.functions if f.physfn} - set(self.members)
-        functions = (f"vfio:{name}" for name in (*others, *sorted(physfns)))
-        return (*functions, *(f"block:{disk.devnum}" for disk in self.disks))
+        functions = map(Identity.of_vfio, (*others, *sorted(physfns)))
+        return (*functions, *(Identity.of_block(disk.devnum) for disk in self.disks))

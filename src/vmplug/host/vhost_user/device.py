@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vmplug.devnum import DevNum
-from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.host.kind import DeviceType, FoundBy, Identity, IdentityKind
 
 _BLK_F_RO, _BLK_F_BLK_SIZE = 5, 6
 _SCSI_FEATURES = 0b1111
@@ -68,11 +68,13 @@ class VhostUserSocket:
         return self.socket_path
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Identity:
         """Kind and number, or the socket's canonical path."""
-        return f"block:{self.devnum}" if self.devnum else f"socket:{self.socket_path}"
+        if self.devnum:
+            return Identity.of_block(self.devnum)
+        return Identity(IdentityKind.SOCKET, self.socket_path)
 
     @property
-    def related_identities(self) -> tuple[str, ...]:
+    def related_identities(self) -> tuple[Identity, ...]:
         """Empty: the device that the process serves is unknown."""
         return ()

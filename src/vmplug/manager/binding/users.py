@@ -7,6 +7,7 @@ from vmplug.errors import InUse
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import NEVER_ALLOWED, Access, Code, Finding, Severity, allow
+from vmplug.host.kind import Identity
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import find_group, read_group
 from vmplug.host.pci.uses import read_block_devices
@@ -51,8 +52,8 @@ def find_users(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
     for pid, name in find_openers(nodes, host).items():
         return f"{bdf} is open in process {pid} ({name})"
     if journal:
-        members = [f"vfio:{name}" for name in read_group(number, host)]
-        for claim in journal.find_claims(None, f"vfio:{bdf}", members):
+        members = [Identity.of_vfio(name) for name in read_group(number, host)]
+        for claim in journal.find_claims(None, Identity.of_vfio(bdf), members):
             return f"{bdf} is handed to VM {claim.vm!r}"
     return None
 

@@ -17,7 +17,7 @@ from vmplug.drivers.place import (
     Place,
     ScsiPlace,
 )
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity, IdentityKind
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord
@@ -104,10 +104,11 @@ def _record(device: KataDevice, vm: str, hypervisor: Vm, host: HostRoot) -> Devi
     )
 
 
-def _canonical(identity: str, host: HostRoot) -> str:
+def _canonical(identity: Identity, host: HostRoot) -> Identity:
     """A file by its canonical path, as in a request."""
-    kind, _, path = identity.partition(":")
-    return f"{kind}:{host.real_path(path)}" if kind in {"file", "socket"} else identity
+    if identity.kind not in {IdentityKind.FILE, IdentityKind.SOCKET}:
+        return identity
+    return identity._replace(key=host.real_path(identity.key))
 
 
 def _guest_address(device: KataDevice, places: list[Place]) -> GuestAddress | None:

@@ -16,7 +16,7 @@ import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity, IdentityKind
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -89,7 +89,7 @@ class KataDevice:
 
     id: str
     kind: str
-    identity: str | None
+    identity: Identity | None
     host_path: str
     attach_count: int
     read_only: bool = False
@@ -181,8 +181,10 @@ def _device(saved: _Device, where: str) -> KataDevice:
         case DeviceType.VHOST_USER_BLK | DeviceType.VHOST_USER_SCSI if saved.vhost_user_dev:
             return common.vhost_user(saved.vhost_user_dev)
         case DeviceType.GENERIC if saved.major >= 0:
-            identity = f"char:{_devnum(saved)}" if saved.dev_type in {"c", "u"} else None
-            return common.made(identity, f"{saved.dev_type} {_devnum(saved)}")
+            devnum = str(DevNum(saved.major, saved.minor))
+            is_char = saved.dev_type in {"c", "u"}
+            identity = Identity(IdentityKind.CHAR, devnum) if is_char else None
+            return common.made(identity, f"{saved.dev_type} {devnum}")
         case _:
             return common.made(None, saved.id)
 
@@ -194,7 +196,7 @@ class _Common:
     saved: _Device
     where: str
 
-    def made(self, identity: str | None, host_path: str, **more: object) -> KataDevice:
+    def made(self, identity: Identity | None, host_path: str, **more: object) -> KataDevice:
         saved = self.saved
         return KataDevice(
             id=saved.id,
@@ -213,7 +215,7 @@ class _Common:
         is_pmem = drive.pmem or (self.saved.driver_options or {}).get("block-driver") == "nvdimm"
         front = f"nvdimm{name}" if is_pmem else f"virtio-{name}"
         return self.made(
-            _numbered(self.saved) or f"file:{path}",
+            _numbered(self.saved) or Identity(IdentityKind.FILE, path),
             path,
             read_only=drive.read_only,
             fronts=(front,),
@@ -229,7 +231,7 @@ class _Common:
         ]
         functions = [_function(member) for member in members]
         return self.made(
-            f"vfio:{functions[0]}",
+            Identity.of_vfio(functions[0]),
             members[0].host_path or functions[0],
             fronts=tuple(names),
             parts=(*names, *(f"iommufd{name}" for name in names)),
@@ -242,18 +244,14 @@ class _Common:
         path = _path(device.socket_path, f"{self.where}.VhostUserDev.SocketPath")
         is_hot = self.saved.type == DeviceType.VHOST_USER_BLK
         front, link = (f"virtio-{name}", name) if is_hot else (f"scsi-{name}", f"char-{name}")
-        identity = _numbered(self.saved) or f"socket:{path}"
+        identity = _numbered(self.saved) or Identity(IdentityKind.SOCKET, path)
         return self.made(identity, path, fronts=(front,), parts=(front, link))
 
 
-def _devnum(saved: _Device) -> str:
-    return str(DevNum(saved.major, saved.minor))
-
-
-def _numbered(saved: _Device) -> str | None:
+def _numbered(saved: _Device) -> Identity | None:
     """Kind and number of a block device; a regular file has -1 as its major."""
     is_numbered = saved.dev_type == "b" and saved.major > 0
-    return f"block:{_devnum(saved)}" if is_numbered else None
+    return Identity.of_block(DevNum(saved.major, saved.minor)) if is_numbered else None
 
 
 def _function(member: _Vfio) -> str:

@@ -16,7 +16,7 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block.image import ImageFormat, read_qcow2_header
 from vmplug.host.block.loop import read_backing_file
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.pci.function import find_function
 from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.pci.vfio import is_vfio_driver
@@ -78,7 +78,7 @@ def socket_of(record: DeviceRecord) -> str | None:
 
     A connection that was handed over and vmplug's own virtiofsd have no path.
     """
-    is_own = record.identity.startswith("share:")
+    is_own = record.identity.kind is IdentityKind.SHARE
     has_path = is_served(record) and not is_own and record.host_path.startswith("/")
     return record.host_path if has_path else None
 
@@ -108,18 +108,20 @@ class HostSnapshot:
             return None
 
     def _look_at(self, record: DeviceRecord) -> DeviceHealth | None:
-        kind, _, what = record.identity.partition(":")
+        identity = record.identity
         if is_served(record):
-            return self._daemon(record) if kind == "share" else self._backend(record)
+            is_own = identity.kind is IdentityKind.SHARE
+            return self._daemon(record) if is_own else self._backend(record)
         if record.kind is DeviceType.VFIO:
-            return self._functions(record, what)
+            return self._functions(record)
         if record.kind is DeviceType.BLOCK:
-            return self._block(record, what) if kind == "block" else self._file(record)
+            number = identity.devnum
+            return self._block(record, number) if number else self._file(record)
         return self._node(record)
 
     # disks
 
-    def _block(self, record: DeviceRecord, number: str) -> DeviceHealth | None:
+    def _block(self, record: DeviceRecord, number: DevNum) -> DeviceHealth | None:
         base = f"{self._host.sys_dev}/block"
         if self._host.stat(base) is None:
             return None
@@ -127,7 +129,7 @@ class HostSnapshot:
         if sectors is None:
             return DeviceHealth(HostState.GONE, f"{record.host_path} ({number}) no longer exists")
         backing = read_backing_file(f"{base}/{number}", self._host)
-        if backing is None and DevNum.parse(number).major == _LOOP_MAJOR:
+        if backing is None and number.major == _LOOP_MAJOR:
             return DeviceHealth(
                 HostState.GONE, f"{record.host_path} no longer has a file behind it"
             )
@@ -178,11 +180,11 @@ class HostSnapshot:
 
     # functions
 
-    def _functions(self, record: DeviceRecord, first: str) -> DeviceHealth:
+    def _functions(self, record: DeviceRecord) -> DeviceHealth:
         """The first changed member counts for all: they are handed over together."""
         address = record.guest_address
         members = [function.host for function in address.functions] if address else []
-        looks = (self._function(name) for name in members or [first])
+        looks = (self._function(name) for name in members or [record.identity.key])
         return next((look for look in looks if look), DeviceHealth(HostState.PRESENT))
 
     def _function(self, name: str) -> DeviceHealth | None:
@@ -232,14 +234,14 @@ class HostSnapshot:
     # nodes and directories
 
     def _node(self, record: DeviceRecord) -> DeviceHealth | None:
-        path, (kind, _, what) = record.host_path, record.identity.partition(":")
+        path, number = record.host_path, record.identity.devnum
         status = self._host.stat(path)
-        if kind != "char":
+        if number is None:
             if status:
                 return DeviceHealth(HostState.PRESENT)
             return DeviceHealth(HostState.GONE, f"{path} no longer exists")
-        if self._host.stat(f"{self._host.sys_dev}/char/{what}"):
+        if self._host.stat(f"{self._host.sys_dev}/char/{number}"):
             return DeviceHealth(HostState.PRESENT)
-        if status and node_number(status) == DevNum.parse(what):
+        if status and node_number(status) == number:
             return None  # a node without a device, or a device that sysfs does not list
-        return DeviceHealth(HostState.GONE, f"{path} ({what}) no longer exists")
+        return DeviceHealth(HostState.GONE, f"{path} ({number}) no longer exists")

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from vmplug.drivers.vhost_user import OPTIONS, RECONNECT_S
 from vmplug.host.events import Event, HostEvent
-from vmplug.host.kind import DeviceType
+from vmplug.host.kind import DeviceType, Identity
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.manager.watching.health import DeviceHealth, HostState, is_served
 
@@ -61,12 +61,13 @@ def was_taken_away(record: DeviceRecord, events: Iterable[Event]) -> bool:
 
 
 def _is_of(event: HostEvent, record: DeviceRecord) -> bool:
-    _, _, what = record.identity.partition(":")
     if event.subsystem == "block":
-        return record.kind is DeviceType.BLOCK and record.identity == f"block:{event.devnum}"
+        number = event.devnum
+        is_of = number is not None and record.identity == Identity.of_block(number)
+        return record.kind is DeviceType.BLOCK and is_of
     address = record.guest_address
     members = [function.host for function in address.functions] if address else []
-    return record.kind is DeviceType.VFIO and event.name in {what, *members}
+    return record.kind is DeviceType.VFIO and event.name in {record.identity.key, *members}
 
 
 def compare(

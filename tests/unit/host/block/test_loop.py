@@ -13,6 +13,7 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.loop import LoopBacking, read_backing_file
 from vmplug.host.block.mounts import Loop, read_usage
+from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
@@ -125,7 +126,7 @@ def test_a_number_that_is_none_is_refused_with_its_file(tree: HostTree, attribut
 def test_the_file_is_among_the_devices_relatives(tree: HostTree) -> None:
     backing(tree, backing_file="/a.img\n")
     info = DeviceInfo(container_path="/x", dev_type=DevType.BLOCK, devnum=DevNum(7, 0))
-    assert "file:/a.img" in resolve(info, tree.root).related_identities
+    assert Identity.parse("file:/a.img") in resolve(info, tree.root).related_identities
 
 
 def test_the_usage_of_a_host_lists_configured_loop_devices_only(tree: HostTree) -> None:

@@ -13,6 +13,7 @@ from vmplug.host.block.mounts import MountedDevice, read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import NEVER_ALLOWED, Access, Claim, Code, Finding, Severity, allow
+from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
@@ -377,7 +378,7 @@ def test_vms_share_among_readers_or_when_both_said_so(
 
 
 def test_every_vm_is_named(disk: HostTree) -> None:
-    other = Claim(vm="sb2", identity="block:8:1", read_only=True, share_rw=False)
+    other = Claim(vm="sb2", identity=Identity.parse("block:8:1"), read_only=True, share_rw=False)
     messages = [finding.message for finding in findings(disk, claims=(claim(), other))]
     assert messages == [
         "block device 8:0 is already handed to VM 'sb1'",
@@ -385,8 +386,26 @@ def test_every_vm_is_named(disk: HostTree) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("identity", "words"),
+    [
+        ("char:1:3", "char device 1:3"),
+        ("file:/srv/a:b", "/srv/a:b"),
+        ("share:a:b:/srv", "/srv"),
+        ("socket:/run/vu", "/run/vu"),
+        ("vfio:0000:3b:00.0", "0000:3b:00.0"),
+    ],
+)
+def test_a_claimed_device_is_named_by_its_number_path_or_address(
+    disk: HostTree, identity: str, words: str
+) -> None:
+    held = Claim(vm="sb2", identity=Identity.parse(identity), read_only=False, share_rw=False)
+    (finding,) = findings(disk, claims=(held,))
+    assert finding.message == f"{words} is already handed to VM 'sb2'"
+
+
 def test_another_device_of_the_request_with_the_same_data_is_named(disk: HostTree) -> None:
-    other = Claim(vm=None, identity="block:8:1", read_only=False, share_rw=False)
+    other = Claim(vm=None, identity=Identity.parse("block:8:1"), read_only=False, share_rw=False)
     (finding,) = findings(disk, claims=(other,))
     assert finding.message == "block device 8:1 has the same data, and is in this request too"
     assert finding.hint.startswith("request only one of them; share it read-only; or set share-rw")
@@ -519,20 +538,24 @@ def test_the_right_node_is_no_finding(tree: HostTree) -> None:
     assert findings(tree) == []
 
 
+def identities(*numbers: str) -> set[Identity]:
+    return {Identity.of_block(DevNum.parse(number)) for number in numbers}
+
+
 def test_what_a_mapped_device_is_built_on_is_related_all_the_way_down(tree: HostTree) -> None:
     tree.block_device("8:0", "sda", partitions={"8:1": "sda1"})
     tree.block_device("253:0", "dm-0").block_device("253:1", "dm-1")
     tree.link("/sys/devices/virtual/block/dm-0/slaves/sda1", "../../sda/sda1")
     tree.link("/sys/devices/virtual/block/dm-1/slaves/dm-0", "../../dm-0")
     device = resolve(want("253:1"), tree.root)
-    assert set(device.related_identities) == {"block:253:0", "block:8:1", "block:8:0"}
+    assert set(device.related_identities) == identities("253:0", "8:1", "8:0")
 
 
 @pytest.mark.root
 def test_the_block_device_behind_a_loop_device_is_related(tree: HostTree) -> None:
     tree.block_device("8:0", "sda").node("/dev/sda", "b", "8:0")
     tree.block_device("7:0", "loop0", loop={"backing_file": "/dev/sda\n"})
-    assert "block:8:0" in resolve(want("7:0"), tree.root).related_identities
+    assert identities("8:0") <= {*resolve(want("7:0"), tree.root).related_identities}
 
 
 def test_a_file_is_related_to_all_that_is_built_on_its_loop_device(tree: HostTree) -> None:
@@ -541,7 +564,8 @@ def test_a_file_is_related_to_all_that_is_built_on_its_loop_device(tree: HostTre
     tree.block_device("7:0", "loop0", partitions={"259:0": "loop0p1"}, loop=files)
     tree.link("/sys/devices/virtual/block/dm-0/slaves/loop0p1", "../../loop0/loop0p1")
     for number in ("7:0", "259:0", "253:0"):
-        assert "file:/a.img" in resolve(want(number), tree.root).related_identities
+        related = resolve(want(number), tree.root).related_identities
+        assert Identity.parse("file:/a.img") in related
 
 
 @pytest.mark.root
@@ -551,11 +575,12 @@ def test_the_disk_below_a_partition_below_a_loop_device_is_related(tree: HostTre
     tree.block_device("7:0", "loop0", partitions={"259:0": "loop0p1"}, loop=files)
     for number in ("7:0", "259:0"):
         related = resolve(want(number), tree.root).related_identities
-        assert {"block:8:1", "block:8:0"} <= set(related)
+        assert identities("8:1", "8:0") <= set(related)
 
 
 def test_loop_devices_in_a_circle_are_looked_at_once(tree: HostTree) -> None:
     tree.block_device("7:0", "loop0").block_device("7:1", "loop1")
     for one, other in ((0, 1), (1, 0)):
         tree.link(f"/sys/devices/virtual/block/loop{one}/slaves/x", f"../../loop{other}")
-    assert set(resolve(want("7:0"), tree.root).related_identities) == {"block:7:1", "block:7:0"}
+    related = resolve(want("7:0"), tree.root).related_identities
+    assert set(related) == identities("7:1", "7:0")

@@ -11,6 +11,7 @@ from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.check.vfio_group import GuestMemory, check_memlock, check_vm
 from vmplug.host.finding import Claim, Code, Finding, Severity
+from vmplug.host.kind import Identity
 from vmplug.host.pci.vfio import find_vfio_device
 
 GPU, AUDIO, OTHER = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"
@@ -150,7 +151,7 @@ def test_what_was_built_on_its_disk_keeps_an_nvme(tree: PciTree) -> None:
 
 def test_a_disk_that_a_vm_has_keeps_an_nvme(tree: PciTree) -> None:
     tree.pci_function(GPU, driver="nvme", group=26).pci_disk(GPU, "259:0", "nvme0n1")
-    assert "block:259:0" in find_vfio_device(GPU, tree.root).related_identities
+    assert Identity.parse("block:259:0") in find_vfio_device(GPU, tree.root).related_identities
     assert Code.IN_USE_BY_VM in findings(tree, claims=(claim(),))
 
 
@@ -198,7 +199,7 @@ def test_a_virtual_function_goes_alone_unless_a_vm_has_the_physical_one(tree: Pc
     tree.sriov(GPU, "0000:3b:10.0", group=30, driver="vfio-pci")
     assert findings(tree, "0000:3b:10.0") == {}
     group = find_vfio_device("0000:3b:10.0", tree.root)
-    assert group.related_identities == (f"vfio:{GPU}",)
+    assert group.related_identities == (Identity.of_vfio(GPU),)
 
 
 def test_a_process_that_has_the_node_open_is_named(tree: PciTree) -> None:

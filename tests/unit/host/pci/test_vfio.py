@@ -8,7 +8,7 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import NoSuchDevice, SpecError
-from vmplug.host.kind import FoundBy
+from vmplug.host.kind import FoundBy, Identity
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.mdev import VFIODeviceType, read_mdev_types, read_mediated_devices
 from vmplug.host.pci.vfio import find_vfio_device
@@ -52,7 +52,7 @@ def test_every_name_of_a_group_gives_the_whole_of_it(tree: PciTree) -> None:
     for group in (by_number, by_node, by_address):
         assert (group.number, group.members) == (26, (FIRST, SECOND))
         assert [str(bridge.bdf) for bridge in group.bridges] == [BRIDGE]
-        assert (group.host_path, group.identity) == ("/dev/vfio/26", f"vfio:{FIRST}")
+        assert (group.host_path, group.identity) == ("/dev/vfio/26", Identity.of_vfio(FIRST))
     assert (by_number.found_by, by_node.found_by) == (FoundBy.SYSFS, FoundBy.FILE)
     assert by_address.named == SECOND
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.kata import DISK_ID, block, device, vfio, write_sandbox
 from vmplug.errors import SpecError
+from vmplug.host.kind import Identity
 from vmplug.manager.kata.saved_state import (
     KataDevice,
     KataHold,
@@ -29,7 +30,7 @@ def test_a_disk_goes_by_its_number_and_has_two_names_in_qemu() -> None:
     assert found == KataDevice(
         id=DISK_ID,
         kind="block",
-        identity="block:8:0",
+        identity=Identity.parse("block:8:0"),
         host_path="/dev/sda",
         attach_count=1,
         read_only=True,
@@ -40,7 +41,7 @@ def test_a_disk_goes_by_its_number_and_has_two_names_in_qemu() -> None:
 
 
 def test_a_regular_file_goes_by_its_path() -> None:
-    assert decoded(block("/srv/a.img")).identity == "file:/srv/a.img"
+    assert decoded(block("/srv/a.img")).identity == Identity.parse("file:/srv/a.img")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_group_has_a_name_for_each_function() -> None:
     members = [vfio("vfio-a0", BDF="0000:3b:00.0", HostPath="/dev/vfio/1")]
     members.append(vfio("vfio-a1", BDF="0000:3b:00.1"))
     found = decoded(device("vfio", VFIODevs=members))
-    assert (found.identity, found.host_path) == ("vfio:0000:3b:00.0", "/dev/vfio/1")
+    assert (str(found.identity), found.host_path) == ("vfio:0000:3b:00.0", "/dev/vfio/1")
     assert found.fronts == ("vfio-a0", "vfio-a1")
     assert found.functions == ("0000:3b:00.0", "0000:3b:00.1")
 
@@ -68,7 +69,7 @@ def test_a_mediated_device_goes_by_its_uuid() -> None:
     uuid = "f79944e4-5a3d-11e8-99ce-479cbab002e4"
     member = vfio("vfio-a0", BDF="00:02.0", Type=2)
     member["SysfsDev"] = f"/sys/devices/pci0000:00/0000:00:02.0/{uuid}"
-    assert decoded(device("vfio", VFIODevs=[member])).identity == f"vfio:{uuid}"
+    assert decoded(device("vfio", VFIODevs=[member])).identity == Identity.of_vfio(uuid)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_vhost_user_device_has_its_connection_too(
     attributes = {"DevID": "blk-a", "SocketPath": "/vu/s", "Type": kind, "PCIPath": {}}
     major, minor = number
     found = decoded(device(kind, "b", VhostUserDev=attributes, Major=major, Minor=minor))
-    assert (found.identity, found.host_path, found.parts) == (identity, "/vu/s", parts)
+    assert (str(found.identity), found.host_path, found.parts) == (identity, "/vu/s", parts)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,8 @@ def test_what_has_nothing_in_qemu_has_no_names(
     saved: dict[str, Any], identity: str | None
 ) -> None:
     found = decoded(saved)
-    assert (found.identity, found.fronts, found.parts) == (identity, (), ())
+    assert found.identity == (Identity.parse(identity) if identity else None)
+    assert (found.fronts, found.parts) == ((), ())
 
 
 def test_a_sandbox_is_read_with_its_containers(tmp_path: Path) -> None:
