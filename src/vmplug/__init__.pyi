@@ -21,6 +21,7 @@ from vmplug.drivers.plug import VFIODevices as VFIODevices
 from vmplug.drivers.plug import VhostUserDevice as VhostUserDevice
 from vmplug.drivers.ports import Hypervisor as Hypervisor
 from vmplug.drivers.ports import Step as Step
+from vmplug.drivers.ports import UnplugFailure as UnplugFailure
 from vmplug.errors import AttributeReadError as AttributeReadError
 from vmplug.errors import BackendError as BackendError
 from vmplug.errors import BackendTimeout as BackendTimeout

@@ -43,7 +43,7 @@ from vmplug.drivers.plug import (
     VhostUserDevice,
     VirtiofsdSpec,
 )
-from vmplug.drivers.ports import START_DAEMON, Command, Step
+from vmplug.drivers.ports import START_DAEMON, Command, Step, UnplugFailure
 from vmplug.errors import CannotPlug, CommandError
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.fake.monitor import FakeHypervisor
@@ -301,7 +301,7 @@ def test_a_silent_guest_keeps_the_device_whole(thing: Thing) -> None:
         before = thing.side.parts()
         for _ in range(2):
             vm.request_unplug(ID)
-            assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: "timeout"}
+            assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
         assert vm.find_devices() == {ID: True}
         assert thing.side.parts() == before
 
@@ -383,12 +383,18 @@ def test_a_device_whose_backend_is_gone_is_lost_and_not_only_slow(
         ids = (ID, OTHER_ID)
         for device_id in ids:
             vm.request_unplug(device_id)
-        assert vm.wait_unplugged(ids, AT_ONCE_S) == {ID: "timeout", OTHER_ID: "timeout"}
+        assert vm.wait_unplugged(ids, AT_ONCE_S) == {
+            ID: UnplugFailure.TIMEOUT,
+            OTHER_ID: UnplugFailure.TIMEOUT,
+        }
 
         backend.kill()
         before = throwaway.parts()
 
-        assert vm.wait_unplugged(ids, AT_ONCE_S) == {ID: "lost", OTHER_ID: "timeout"}
+        assert vm.wait_unplugged(ids, AT_ONCE_S) == {
+            ID: UnplugFailure.LOST,
+            OTHER_ID: UnplugFailure.TIMEOUT,
+        }
         assert vm.find_devices() == {ID: True, OTHER_ID: True}
         assert throwaway.parts() == before
 
@@ -418,7 +424,7 @@ def test_a_disk_whose_backend_came_back_can_be_taken_out(
         awake.silence()
         backend.kill()
         vm.request_unplug(ID)
-        assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: "lost"}
+        assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.LOST}
 
         backend.restart()
         awake.wake()
@@ -495,7 +501,7 @@ def test_an_nvdimm_is_plugged_and_counted_and_never_leaves(
             "device_del",
             "nvdimm device hot unplug is not supported yet.",
         )
-        assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: "timeout"}
+        assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
         assert vm.find_devices() == {ID: True}
         assert throwaway.parts() == plugged
 

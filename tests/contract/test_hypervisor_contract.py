@@ -19,7 +19,7 @@ from tests.support.disks import disk_image
 from vmplug.address import PciPath, PciSlot, ScsiAddress, qemu_id
 from vmplug.drivers.place import PciPlace, ScsiPlace
 from vmplug.drivers.plug import BlockDrive, DiskFrontend, Throttle
-from vmplug.drivers.ports import Command
+from vmplug.drivers.ports import Command, UnplugFailure
 from vmplug.errors import CommandError
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, FakeMonitor, Guest
 from vmplug.hypervisor.qemu.running import Qemu
@@ -471,9 +471,9 @@ def test_a_silent_guest_keeps_the_device_whole(side: Side, laden: BlockDrive) ->
         before = side.parts()
 
         vm.request_unplug(ID)
-        assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: "timeout"}
+        assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
         vm.request_unplug(ID)
-        assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: "timeout"}
+        assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
 
         assert vm.find_devices() == {ID: True}
         assert side.parts() == before
@@ -487,7 +487,7 @@ def test_a_guest_that_wakes_lets_go_of_what_it_was_asked_for(
         vm.plug(laden, RP0)
         awake.silence()
         vm.request_unplug(ID)
-        assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: "timeout"}
+        assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
 
         awake.wake()
 
@@ -520,7 +520,7 @@ def test_only_those_are_left_that_the_guest_keeps(
         vm.plug(other_drive, LUN3)
         vm.request_unplug(ID)
         vm.request_unplug(OTHER_ID)
-        assert vm.wait_unplugged([ID, OTHER_ID], AT_ONCE_S) == {ID: "timeout"}
+        assert vm.wait_unplugged([ID, OTHER_ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
         assert vm.find_devices() == {ID: True}
     assert side.parts().vmplugs() == {NAME}
 
@@ -606,7 +606,7 @@ def test_a_guest_that_refuses_is_told_apart_from_a_silent_one(drive: BlockDrive)
     hypervisor.plug(drive, RP0)
     hypervisor.monitor.guest = Guest.REFUSES
     hypervisor.request_unplug(ID)
-    assert hypervisor.wait_unplugged([ID], UNPLUG_S) == {ID: "refused"}
+    assert hypervisor.wait_unplugged([ID], UNPLUG_S) == {ID: UnplugFailure.REFUSED}
     assert hypervisor.find_devices() == {ID: True}
 
     hypervisor.monitor.guest = Guest.ANSWERS
@@ -621,7 +621,7 @@ def test_a_refusal_of_the_past_does_not_count(drive: BlockDrive) -> None:
     hypervisor.request_unplug(ID)
     hypervisor.monitor.guest = Guest.SILENT
     hypervisor.request_unplug(ID)
-    assert hypervisor.wait_unplugged([ID], AT_ONCE_S) == {ID: "timeout"}
+    assert hypervisor.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
 
 
 @pytest.mark.parametrize("name", ["object-add", "blockdev-add", "device_add"])

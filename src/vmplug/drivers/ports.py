@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 from vmplug.drivers.place import Offer, Place
@@ -79,6 +80,18 @@ class NewPlug:
     read_only: bool
 
 
+class UnplugFailure(StrEnum):
+    """Why a device is still in the VM; the first one says most about what to do.
+
+    `refused`: the guest keeps it. `lost`: its vhost-user backend is gone, and the guest waits for
+    its I/O. `timeout`: the guest does not answer.
+    """
+
+    REFUSED = "refused"
+    LOST = "lost"
+    TIMEOUT = "timeout"
+
+
 class Hypervisor(Protocol):
     """The interface of a VM for the manager. Every wait has a deadline.
 
@@ -112,11 +125,12 @@ class Hypervisor(Protocol):
     def request_unplug(self, device_id: str) -> None:
         """Ask the guest to release it; returns at once, also when it was asked before."""
 
-    def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
+    def wait_unplugged(
+        self, device_ids: Sequence[str], timeout_s: float
+    ) -> dict[str, UnplugFailure]:
         """Wait for the guest, then remove what is left of the devices.
 
-        Returns the reason for each device that is still there: `timeout`, `refused` by the guest,
-        or `lost` when its vhost-user backend is gone.
+        Returns the reason for each device that is still there.
         """
 
     def close_files(self, device_ids: Collection[str]) -> None:

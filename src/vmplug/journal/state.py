@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from typing import assert_never
 
 from vmplug.address import qom_path
+from vmplug.drivers.ports import UnplugFailure
 from vmplug.errors import HypervisorError, NotAttached, StateError, UnplugRefused, UnplugTimeout
 
 
@@ -93,7 +95,7 @@ def known_already(name: str, qmp_socket: str | None = None) -> StateError:
 
 
 def unplug_error(
-    left: Mapping[str, str],
+    left: Mapping[str, UnplugFailure],
     paths: Mapping[str, str],
     *,
     timeout_s: float,
@@ -101,25 +103,34 @@ def unplug_error(
 ) -> HypervisorError:
     """The error for devices that are `left` in the VM, by id with the reason.
 
-    `status` gives the VM's run state.
+    `status` gives the VM's run state; it is asked only when the guest does not answer.
     """
     names = ", ".join(paths.get(device_id, device_id) for device_id in left)
-    if "refused" in left.values():
-        return UnplugRefused(
-            qom_path(next(name for name, why in left.items() if why == "refused")),
-            f"the guest refuses to release {names}",
-            hint="unmount it in the guest, then detach again",
-        )
-    lost = [paths.get(name, name) for name, why in left.items() if why == "lost"]
     message = f"the guest did not release {names} within {timeout_s:g} s"
-    if lost:
-        return UnplugTimeout(
-            tuple(left),
-            f"{message}: the backend of {', '.join(lost)} is gone",
-            hint="start that backend again, then detach again; without the backend the guest "
-            "waits for its I/O forever",
-        )
-    hint = "it stays detaching; detach again when the guest has booted and unmounted it"
-    if (now := status()) != "running":
-        hint = f"the VM is {now}: the guest can answer only while the VM runs; detach again then"
-    return UnplugTimeout(tuple(left), message, hint=hint)
+    first = next(reason for reason in UnplugFailure if reason in left.values())
+    theirs = [device_id for device_id, reason in left.items() if reason is first]
+    match first:
+        case UnplugFailure.REFUSED:
+            return UnplugRefused(
+                qom_path(theirs[0]),
+                f"the guest refuses to release {names}",
+                hint="unmount it in the guest, then detach again",
+            )
+        case UnplugFailure.LOST:
+            lost = ", ".join(paths.get(device_id, device_id) for device_id in theirs)
+            return UnplugTimeout(
+                tuple(left),
+                f"{message}: the backend of {lost} is gone",
+                hint="start that backend again, then detach again; without the backend the guest "
+                "waits for its I/O forever",
+            )
+        case UnplugFailure.TIMEOUT:
+            return UnplugTimeout(tuple(left), message, hint=_hint_to_wait(status()))
+        case _:
+            assert_never(first)
+
+
+def _hint_to_wait(status: str) -> str:
+    if status == "running":
+        return "it stays detaching; detach again when the guest has booted and unmounted it"
+    return f"the VM is {status}: the guest can answer only while the VM runs; detach again then"

@@ -17,8 +17,9 @@ in the journal as "retained".
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import assert_never
 
-from vmplug.drivers.ports import Hypervisor
+from vmplug.drivers.ports import Hypervisor, UnplugFailure
 from vmplug.errors import CommandError
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
@@ -46,12 +47,6 @@ _STAYING = {
     RepairOutcome.UNKNOWN,
 }
 _UNFINISHED = {RepairOutcome.UNDONE, RepairOutcome.FINISHED}
-
-_LEFT = {
-    "timeout": "the guest does not answer",
-    "refused": "the guest refuses",
-    "lost": "its vhost-user backend is gone, and the guest waits for it",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,4 +159,16 @@ def _unplug(
                 refused[device_id] = error.message
     parts = [i for i in device_ids if i in held and i not in refused]
     left = hypervisor.wait_unplugged(parts, timeout_s) if parts else {}
-    return refused | {device_id: _LEFT[why] for device_id, why in left.items()}
+    return refused | {device_id: _spoken(why) for device_id, why in left.items()}
+
+
+def _spoken(reason: UnplugFailure) -> str:
+    match reason:
+        case UnplugFailure.REFUSED:
+            return "the guest refuses"
+        case UnplugFailure.LOST:
+            return "its vhost-user backend is gone, and the guest waits for it"
+        case UnplugFailure.TIMEOUT:
+            return "the guest does not answer"
+        case _:
+            assert_never(reason)

@@ -16,7 +16,7 @@ from tests.contract.sandbox import Through
 from vmplug.address import PciPath, PciSlot
 from vmplug.drivers.place import PciPlace
 from vmplug.drivers.plug import RNGDevice
-from vmplug.drivers.ports import Command
+from vmplug.drivers.ports import Command, UnplugFailure
 from vmplug.errors import CommandError
 from vmplug.hypervisor.fake.monitor import FakeMonitor, Guest
 from vmplug.hypervisor.qemu.running import Qemu
@@ -71,7 +71,7 @@ def test_what_is_still_there_after_a_break_is_waited_for() -> None:
         left = waiting.submit(vm.wait_unplugged, [ID], 0.5)
         while not wait([left], timeout=0.01).done:
             monitor.break_off()
-    assert left.result() == {ID: "timeout"}
+    assert left.result() == {ID: UnplugFailure.TIMEOUT}
     assert vm.find_devices() == {ID: True}
 
 

@@ -11,7 +11,7 @@ from tests.support.abilities import NEW
 from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot, device_id_of, qemu_id
 from vmplug.drivers.place import ApPlace, CcwPlace, GroupPlace, PciPlace
 from vmplug.drivers.plug import VFIODevice, VFIODevices
-from vmplug.drivers.ports import Step
+from vmplug.drivers.ports import Step, UnplugFailure
 from vmplug.errors import AttributeReadError, CommandError, UnplugTimeout
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.root import HostRoot
@@ -293,7 +293,7 @@ def test_a_silent_guest_keeps_the_group_and_a_second_request_is_harmless(
     vm.monitor.guest = Guest.SILENT
     for _ in range(2):
         vm.request_unplug(ID)
-        assert vm.wait_unplugged([ID], 0.01) == {ID: "timeout"}
+        assert vm.wait_unplugged([ID], 0.01) == {ID: UnplugFailure.TIMEOUT}
     vm.monitor.wake_guest()
     assert vm.wait_unplugged([ID], 1.0) == {}
 
@@ -302,7 +302,7 @@ def test_a_guest_that_refuses_is_told(vm: FakeHypervisor) -> None:
     vm.plug(group(function(0)), at(place("rp0")))
     vm.monitor.guest = Guest.REFUSES
     vm.request_unplug(ID)
-    assert vm.wait_unplugged([ID], 0.01) == {ID: "refused"}
+    assert vm.wait_unplugged([ID], 0.01) == {ID: UnplugFailure.REFUSED}
 
 
 def test_one_function_is_not_in_one_vm_twice(vm: FakeHypervisor) -> None:

@@ -11,7 +11,7 @@ from typing import Self
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id
 from vmplug.drivers.place import Offer, Place
 from vmplug.drivers.plug import Plug, VFIODevices, VhostUserDevice, VirtiofsdSpec
-from vmplug.drivers.ports import Command, Endpoint, Step
+from vmplug.drivers.ports import Command, Endpoint, Step, UnplugFailure
 from vmplug.errors import (
     BackendError,
     BackendTimeout,
@@ -232,7 +232,9 @@ class Qemu:
                 if error.error_class != "DeviceNotFound":
                     raise
 
-    def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:
+    def wait_unplugged(
+        self, device_ids: Sequence[str], timeout_s: float
+    ) -> dict[str, UnplugFailure]:
         """Wait for the guest, then remove what is left of the devices.
 
         Returns the reason for each device that is still there. Others can use the QMP socket
@@ -242,7 +244,7 @@ class Qemu:
         names = self._unplug_waiter.wait(wanted, partial(self._present, wanted), timeout_s)
         left = {self._owner(name) or "": why for name, why in names.items()}
         self._remove_remains(wanted - left.keys())
-        return left | dict.fromkeys(self._lost(left), "lost")
+        return left | dict.fromkeys(self._lost(left), UnplugFailure.LOST)
 
     def close_files(self, device_ids: Iterable[str]) -> None:
         """Close files that an interrupted attach passed to QEMU and that it does not use yet."""

@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any
 
+from vmplug.drivers.ports import UnplugFailure
 from vmplug.hypervisor.qmp.monitor import MISSED
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
@@ -17,7 +19,15 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
 first check is immediate, as most guests take 0.1 seconds; a silent one must not keep the socket
 busy."""
 
-_OUTCOMES = {"DEVICE_DELETED": "deleted", "DEVICE_UNPLUG_GUEST_ERROR": "refused"}
+
+class _Outcome(StrEnum):
+    """The events that answer a request. Source: QEMU qapi/qdev.json."""
+
+    DELETED = "DEVICE_DELETED"
+    REFUSED = "DEVICE_UNPLUG_GUEST_ERROR"
+
+
+_OUTCOMES = {str(outcome): outcome for outcome in _Outcome}
 
 
 class UnplugWaiter:
@@ -32,7 +42,7 @@ class UnplugWaiter:
         self._changed = threading.Condition()
         self._asked: set[str] = set()
         self._waited_for: Counter[str] = Counter()
-        self._outcomes: dict[str, str] = {}
+        self._outcomes: dict[str, _Outcome] = {}
         self._missed = 0
 
     def receive(self, event: str, data: Mapping[str, Any]) -> None:
@@ -55,7 +65,7 @@ class UnplugWaiter:
         That a device is gone still counts for a thread that waits for it; ids are never reused.
         """
         with self._changed:
-            if self._outcomes.get(name) == "refused":
+            if self._outcomes.get(name) is _Outcome.REFUSED:
                 del self._outcomes[name]
             self._asked.add(name)
 
@@ -66,10 +76,10 @@ class UnplugWaiter:
 
     def wait(
         self, device_ids: Collection[str], look: Callable[[], set[str]], timeout_s: float
-    ) -> dict[str, str]:
+    ) -> dict[str, UnplugFailure]:
         """Wait until the devices are gone; `look` gives their names in the object tree.
 
-        Returns those that are still there: `refused` by the guest, or `timeout`.
+        Returns those that are still there: refused by the guest, or without an answer.
         """
         deadline = time.monotonic() + timeout_s
         with self._waiting_for(device_ids):
@@ -83,7 +93,8 @@ class UnplugWaiter:
                 pending = look()
                 refused = self._refused(pending)
                 if pending <= refused or is_late:
-                    return {n: "refused" if n in refused else "timeout" for n in pending}
+                    left = dict.fromkeys(pending, UnplugFailure.TIMEOUT)
+                    return left | dict.fromkeys(refused, UnplugFailure.REFUSED)
         return {}
 
     def pause(self, timeout_s: float) -> None:
@@ -106,7 +117,7 @@ class UnplugWaiter:
     def _refused(self, names: set[str]) -> set[str]:
         """Those that the guest refused to release; a noted deletion was an earlier one."""
         with self._changed:
-            for name in [n for n in names if self._outcomes.get(n) == "deleted"]:
+            for name in [n for n in names if self._outcomes.get(n) is _Outcome.DELETED]:
                 del self._outcomes[name]
             return names & self._outcomes.keys()
 

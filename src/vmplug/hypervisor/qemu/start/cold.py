@@ -15,7 +15,7 @@ from typing import Self
 from vmplug.address import qemu_id
 from vmplug.drivers.place import Offer, Place
 from vmplug.drivers.plug import Plug, VFIODevices, VhostUserDevice
-from vmplug.drivers.ports import START_DAEMON, Command, Step
+from vmplug.drivers.ports import START_DAEMON, Command, Step, UnplugFailure
 from vmplug.errors import StateError
 from vmplug.host.file_id import check_path, file_replaced, has_open
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
@@ -178,7 +178,11 @@ class ColdQemu:
             started.close()
             self._daemons.end([device_id])
 
-    def wait_unplugged(self, device_ids: Sequence[str], timeout_s: float) -> dict[str, str]:  # noqa: ARG002
+    def wait_unplugged(
+        self,
+        device_ids: Sequence[str],  # noqa: ARG002
+        timeout_s: float,  # noqa: ARG002
+    ) -> dict[str, UnplugFailure]:
         """Return nothing: a removed device leaves no remains."""
         return {}
 
