@@ -3,7 +3,9 @@
 import ast
 import builtins
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,8 +71,14 @@ SAYS_NOTHING = {"utils", "util", "common", "helpers", "helper", "types", "misc"}
 LINES_MAX = 500
 
 
+@cache
 def parse(module: str) -> ast.Module:
     return ast.parse((PACKAGE / module).read_bytes(), module)
+
+
+@cache
+def nodes_of(module: str) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(parse(module)))
 
 
 def part_of(module: str) -> str:
@@ -78,9 +86,14 @@ def part_of(module: str) -> str:
     return module.removeprefix("vmplug.").replace("/", ".").removesuffix(".py").split(".")[0]
 
 
-def imported(module: str) -> Iterator[str]:
+@cache
+def imported(module: str) -> frozenset[str]:
     """Every module of the package that a module imports, wherever in it, also only for types."""
-    for node in ast.walk(parse(module)):
+    return frozenset(_imported(module))
+
+
+def _imported(module: str) -> Iterator[str]:
+    for node in nodes_of(module):
         match node:
             case ast.Import(names=names):
                 yield from (name.name for name in names if name.name.startswith("vmplug"))
@@ -97,7 +110,7 @@ def imported(module: str) -> Iterator[str]:
 def forgiven(module: str) -> set[str]:
     """Names of OSError and its kinds that a module catches or suppresses."""
     names = set[str]()
-    for node in ast.walk(parse(module)):
+    for node in nodes_of(module):
         match node:
             case ast.ExceptHandler(type=ast.expr() as caught):
                 names |= {name.id for name in ast.walk(caught) if isinstance(name, ast.Name)}
@@ -169,17 +182,18 @@ def name_of(module: str) -> str:
     return f"vmplug.{module.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__")
 
 
-def imported_modules(module: str) -> set[str]:
+@cache
+def imported_modules(module: str) -> frozenset[str]:
     """As `imported`, but of `from vmplug.oci import limits` the module `limits`."""
     known = {name_of(each) for each in MODULES}
-    found = set(imported(module)) & known
-    for node in ast.walk(parse(module)):
+    found = imported(module) & known
+    for node in nodes_of(module):
         if isinstance(node, ast.ImportFrom) and node.module in found:
             found |= {f"{node.module}.{alias.name}" for alias in node.names} & known
     return found - {name_of(module)}
 
 
-def on_circles(graph: dict[str, set[str]]) -> set[str]:
+def on_circles(graph: Mapping[str, AbstractSet[str]]) -> set[str]:
     """What is left when all that imports nothing left has been taken away, again and again."""
     left = dict(graph)
     while free := {name for name, names in left.items() if not names & left.keys()}:
@@ -220,12 +234,14 @@ NESTING_MAX = 4
 
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.TryStar, ast.Match)
 BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.match_case)
-FUNCTIONS = [
-    (f"{module}:{node.name}", node)
-    for module in MODULES
-    for node in ast.walk(parse(module))
-    if isinstance(node, ast.FunctionDef)
-]
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every function of the package, by its module and name."""
+    for module in MODULES:
+        for node in nodes_of(module):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{module}:{node.name}", node
 
 
 def complexity(function: ast.AST) -> int:
@@ -268,12 +284,12 @@ def f():
 
 
 def test_no_function_is_too_tangled_to_follow() -> None:
-    found = {name: complexity(node) for name, node in FUNCTIONS}
+    found = {name: complexity(node) for name, node in functions()}
     assert {name: count for name, count in found.items() if count > COMPLEXITY_MAX} == {}
 
 
 def test_no_function_has_too_many_blocks_within_blocks() -> None:
-    found = {name: nesting(node) for name, node in FUNCTIONS}
+    found = {name: nesting(node) for name, node in functions()}
     assert {name: count for name, count in found.items() if count > NESTING_MAX} == {}
 
 

@@ -1,28 +1,32 @@
 """Messages that docs and the README quote are the ones that the source prints."""
 
 import re
+from functools import cache
 
 import pytest
 
-from tests.test_plain_english import CODE, texts
-
-SOURCE = " ".join(
-    " ".join(text.replace(CODE, " ").split())
-    for file, text in texts().items()
-    if file.startswith("src/")
-)
-"""Comments and strings of the package; a message that goes over several lines is one again."""
+from tests.test_plain_english import CODE, pages, texts
 
 VALUE = re.compile(r": '.*|[^ ]*[/\d][^ ]*|'[^']*'|\.\.\.")
 """What a message names: a path, a number, an id, a quoted word, the reason that another gave."""
 
 
+@cache
+def source() -> str:
+    """Comments and strings of the package; a message that goes over several lines is one again."""
+    return " ".join(
+        " ".join(text.replace(CODE, " ").split())
+        for file, text in texts().items()
+        if file.startswith("src/")
+    )
+
+
 def quotes() -> list[tuple[str, str]]:
     """Page and text of each message and hint in the examples of the docs."""
-    pages = {file: text for file, text in texts().items() if file.endswith(".md")}
     return [
         (file, quote)
-        for file, text in pages.items()
+        for file, text in pages().items()
+        if file.endswith(".md")
         for block in re.findall(r"(?ms)^```(?:console)?\n([#$] .*?)^```$", text)
         for quote in re.findall(r"(?m)^(?:vmplug: | *hint: |                +)(\w.*)$", block)
     ]
@@ -39,4 +43,4 @@ def test_a_value_is_no_part_of_the_words() -> None:
 
 @pytest.mark.parametrize(("page", "quote"), quotes())
 def test_a_quoted_message_is_one_of_the_source(page: str, quote: str) -> None:
-    assert longest_words(quote) in SOURCE, f"{page}: {quote!r} is not a message any more"
+    assert longest_words(quote) in source(), f"{page}: {quote!r} is not a message any more"

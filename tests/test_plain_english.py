@@ -6,8 +6,9 @@ To add a pattern: a row in `ODD` with what to write instead and a sentence that 
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ MODULES = ["src", "lab", "guest", "bench"]
 PAGES = ["*.md", "docs/*.md", "Makefile"]
 SCRIPTS = ["examples", "tools", "lab", "guest"]
 CODE = "\0"
-"""Stands for every character that is not prose, so that no pattern matches across it."""
+"""Stands for every word that is not prose, so that no pattern matches across it."""
 
 
 class Odd(NamedTuple):
@@ -123,37 +124,43 @@ ODD = [
 
 
 def prose_of_python(source: str) -> str:
-    """The comments and strings of a module where they stand, and `CODE` for everything else."""
-    lines = source.splitlines(keepends=True)
-    prose = [[c if c.isspace() else CODE for c in line] for line in lines]
+    """The comments and strings of a module on their lines, and `CODE` for each other word."""
+    lines = [0, *accumulate(map(len, io.StringIO(source)))]
+    prose, done = list[str](), 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if tokenize.tok_name[token.type] in TEXT_TOKENS:
-            (row, start), (last, end) = token.start, token.end
-            for at in range(row, last + 1):
-                left = start if at == row else 0
-                right = end if at == last else len(lines[at - 1])
-                prose[at - 1][left:right] = lines[at - 1][left:right]
+            start, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+            prose += [re.sub(r"\S+", CODE, source[done:start]), source[start:end]]
             if token.type == tokenize.COMMENT:
-                prose[row - 1][start] = " "
-    return strings_without_marks("".join("".join(line) for line in prose))
+                prose[-1] = f" {prose[-1][1:]}"
+            done = end
+    return strings_without_marks("".join(prose))
 
 
 def strings_without_marks(text: str) -> str:
     """With spaces for quotes: a sentence goes on from one string to the next."""
-    text = re.sub(r"\{[^{}\n]*\}", lambda found: CODE * len(found[0]), text)
+    text = re.sub(r"\{[^{}\n]*\}", CODE, text)
     return re.sub(r"\b[rf]?(\"\"\"|\")|\"", lambda found: " " * len(found[0]), text)
+
+
+@cache
+def pages() -> dict[str, str]:
+    """The documents, by the name of the file."""
+    return read_all(path for words in PAGES for path in PROJECT.glob(words))
 
 
 @cache
 def texts() -> dict[str, str]:
     """What people read of the project, by the name of its file."""
     modules = (path for folder in MODULES for path in (PROJECT / folder).rglob("*.py"))
-    read = {path: prose_of_python(path.read_text()) for path in modules}
-    pages = [path for words in PAGES for path in PROJECT.glob(words)]
     files = [path for folder in SCRIPTS for path in (PROJECT / folder).iterdir()]
     scripts = [path for path in files if path.is_file() and path.suffix in {"", ".sh"}]
-    read |= {path: path.read_text() for path in [*pages, *scripts]}
-    return {path.relative_to(PROJECT).as_posix(): read[path] for path in sorted(read)}
+    code = {file: prose_of_python(text) for file, text in read_all(modules).items()}
+    return code | pages() | read_all(scripts)
+
+
+def read_all(paths: Iterable[Path]) -> dict[str, str]:
+    return {path.relative_to(PROJECT).as_posix(): path.read_text() for path in sorted(paths)}
 
 
 def odd_words(odd: Odd, text: str) -> Iterator[tuple[int, str]]:
@@ -217,7 +224,7 @@ def sentences(page: str) -> Iterator[tuple[int, str]]:
 def test_no_sentence_of_the_docs_is_too_long_to_follow() -> None:
     found = [
         f"{file}:{line}: {len(sentence.split())} words: {' '.join(sentence.split()[:8])} ..."
-        for file, text in texts().items()
+        for file, text in pages().items()
         if file.endswith(".md")
         for line, sentence in sentences(text)
         if len(sentence.split()) > SENTENCE_WORDS_MAX
