@@ -191,7 +191,11 @@ class Through(Monitor):
 
 
 class Dying(Through):
-    """The process is killed at its `count`-th command: before it is sent, or before its answer."""
+    """The process is killed at its `count`-th command before it is sent.
+
+    Or, of the commands that change the VM, before the answer of the `count`-th: where one only
+    asks, that is the same death as the one before it is sent.
+    """
 
     def __init__(self, inner: Monitor, count: int, *, is_sent: bool) -> None:
         super().__init__(inner)
@@ -200,10 +204,11 @@ class Dying(Through):
 
     def answer(self, command: Command) -> Any:
         """See Through."""
-        self._left -= 1
+        counts = command.execute in CHANGING or not self._is_sent
+        self._left -= counts
         if self._left > 0:
             return super().answer(command)
-        if self._left == 0 and self._is_sent:
+        if self._left == 0 and self._is_sent and counts:
             super().answer(command)
         raise Killed
 
