@@ -18,7 +18,7 @@ CYCLES ?= 10000
 KERNELS ?=
 TESTS ?=
 RELEASE ?= trixie
-FAST := $(BIN)/pytest --in-memory --numprocesses=auto --dist=worksteal -m "not qemu and not root"
+SPREAD := $(BIN)/pytest --in-memory --numprocesses=auto --dist=worksteal
 LAB := $(BIN)/python -m lab --timeout 2400
 LAB_TESTS := $(BIN)/pytest tests/lab --durations=15 --junitxml
 RESULTS := $(CURDIR)/build/lab/results
@@ -52,7 +52,7 @@ test: lab $(FULL_GUEST)
 # Those that need the host's loop devices, mounts and processes cannot be spread as the others are.
 # 5 says that none was chosen.
 test-here:
-	$(FAST) $(TESTS) || [ $$? = 5 ]
+	$(SPREAD) -m "not qemu and not root" $(TESTS) || [ $$? = 5 ]
 	$(BIN)/pytest --durations=15 -m "qemu or root" $(TESTS) || [ $$? = 5 ]
 
 # As a user without the source tree installs it.
@@ -63,7 +63,7 @@ test-fresh:
 	@tools/test-fresh "$(RELEASE)" $(if $(TESTS),TESTS="$(TESTS)") $(if $(KERNELS),KERNELS="$(KERNELS)")
 
 test-fast: $(BIN)/vmplug
-	$(FAST)
+	$(SPREAD) --quick -m "not qemu and not root and not slow"
 
 fuzz: $(BIN)/vmplug
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)

@@ -18,13 +18,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--in-memory", action="store_true", help="keep temporary files in memory, if possible"
     )
+    parser.addoption(
+        "--quick", action="store_true", help="draw a fifth of the examples of each property"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("in_memory"):
         tempfile.tempdir = os.environ["TMPDIR"] = os.environ["PYTEST_DEBUG_TEMPROOT"] = MEMORY
     if not IS_IN_LAB:
-        _let_examples_take_their_time()
+        _settle_examples(20 if config.getoption("quick") else 100)
 
 
 def pytest_collection_finish() -> None:
@@ -34,9 +37,14 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000)
 
 
-def _let_examples_take_their_time() -> None:
+def _settle_examples(count: int) -> None:
     """The fifth of a second that an example may take is the machine's, which may be busy."""
     from hypothesis import HealthCheck, settings  # noqa: PLC0415  the lab has no such tests
 
-    settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile(
+        "tests",
+        max_examples=count,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     settings.load_profile("tests")

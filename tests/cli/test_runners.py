@@ -29,23 +29,25 @@ OF_THIS_RUN = re.compile(r"\b[0-9a-f]{16}\b|\d{4}-\d\d-\d\dT[0-9:.+]+")
 """Names that are drawn, and the time of day."""
 
 LINES = [
-    "",
-    "--help",
     "--version",
     "frobnicate",
+    "info - --root {root}",
+    "attach -d file:{nowhere} --vm sb1 --owner c1 --json",
+    "watch --timeout 0 --vm sb2 --json",
+]
+MORE_LINES = [
+    "",
+    "--help",
     "vm start --help",
     "completion fish --json",
     "host --root {root} --json",
-    "info - --root {root}",
     "resolve -d b:8:16 -d b:8:99 --root {root}",
     "check - --root {root} --json",
     "check -d x:8:0 --json",
     "check -d b:8:16 --policy {nowhere}",
     "plan -d file:{image} --vm sb1",
-    "attach -d file:{nowhere} --vm sb1 --owner c1 --json",
     "detach --owner nobody --json",
     "list --json",
-    "watch --timeout 0 --vm sb2 --json",
     "bind {nvme} --root {root}",
     "mdev create {nvme} x --root {root}",
     "reconcile --vm sb1 --json",
@@ -76,7 +78,9 @@ def places(vmplug: Vmplug, vm: MemoryVm, tmp_path: Path) -> dict[str, object]:
     return {"root": tree.path, "nvme": NVME, "image": image, "nowhere": tmp_path / "nowhere"}
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize(
+    "line", [*LINES, *(pytest.param(line, marks=pytest.mark.slow) for line in MORE_LINES)]
+)
 def test_both_runners_have_one_answer(
     vmplug: Vmplug, places: dict[str, object], line: str
 ) -> None:

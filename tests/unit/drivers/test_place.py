@@ -342,7 +342,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journal]:
         yield opened
 
 
-@settings(max_examples=50)  # each example waits for the disk
+@settings(max_examples=settings().max_examples // 2)  # each example waits for the disk
 @given(address=st.none() | guest_addresses)
 @example(address=GuestAddress())
 def test_an_address_comes_out_of_the_journal_as_it_went_in(
