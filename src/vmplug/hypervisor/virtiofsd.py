@@ -110,10 +110,14 @@ class VirtiofsdRunner(Protocol):
 
 
 class HostVirtiofsdRunner(VirtiofsdRunner):
-    """Daemons of one VM as processes of this host; `vm` is its QMP socket."""
+    """Daemons of one VM as processes of this host; `vm` is its QMP socket.
 
-    def __init__(self, vm: str) -> None:
+    One that `grace_s` after SIGTERM still runs is killed.
+    """
+
+    def __init__(self, vm: str, *, grace_s: float = _END_TIMEOUT_S) -> None:
         self._vm = vm
+        self._grace_s = grace_s
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """See VirtiofsdRunner. It outlives this process, and is not its child."""
@@ -182,10 +186,13 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
     def end(self, device_ids: Iterable[str]) -> None:
         """See VirtiofsdRunner: QEMU has disconnected, and most have ended by themselves."""
         for pids in self._processes(device_ids).values():
-            for ending in (signal.SIGTERM, signal.SIGKILL):
+            for ending, timeout_s in (
+                (signal.SIGTERM, self._grace_s),
+                (signal.SIGKILL, _END_TIMEOUT_S),
+            ):
                 with suppress(ProcessLookupError):
                     os.killpg(os.getpgid(pids[0]), ending)
-                if all(wait_for_end(pid, _END_TIMEOUT_S) for pid in pids):
+                if all(wait_for_end(pid, timeout_s) for pid in pids):
                     break
 
     def _processes(self, device_ids: Iterable[str] | None) -> dict[str, list[int]]:
