@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.contract.world import MemorySide, Parts, Rows, Side, journal_rows
+from tests.support.journal import lay_journal
 from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError
@@ -18,7 +19,6 @@ from vmplug.hypervisor.fake.monitor import FakeMonitor
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor, command_error
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
-from vmplug.journal.journal import Journal
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import Request
@@ -81,7 +81,7 @@ class Sandbox:
         self._is_restored = is_restored
         self._daemons = SandboxRunner(f"{vm} in {directory}")
         directory.mkdir(exist_ok=True)
-        Journal.open(self.state_dir).close()
+        lay_journal(self.state_dir)
         self._wrap: Callable[[Monitor], Monitor] = lambda monitor: monitor
         self._manager: DeviceManager | None = None
 

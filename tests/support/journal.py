@@ -1,16 +1,36 @@
-"""Rows of a journal as an attach leaves them, for tests of what is done with them afterwards."""
+"""A journal, and rows in it as an attach leaves them, for tests of what is done afterwards."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 from vmplug.address import PciPath, new_id
 from vmplug.drivers.place import GuestAddress, GuestFunction
 from vmplug.host.kind import DeviceType, Identity
+from vmplug.journal import journal_path
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.journal.state import State
 
 GUEST = GuestAddress(pci_path=PciPath.parse("04/00"))
+
+
+def lay_journal(state_dir: Path) -> None:
+    """An empty journal, if there is none; a copy of one, as making its tables takes longer."""
+    path = Path(journal_path(state_dir))
+    if not path.exists():
+        state_dir.mkdir(mode=0o700, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_bytes(_empty_journal())
+
+
+@cache
+def _empty_journal() -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        Journal.open(directory).close()
+        return Path(journal_path(directory)).read_bytes()
 
 
 def vm_record(
