@@ -1121,6 +1121,7 @@ def test_threads_get_places_of_their_own(sandbox: Sandbox) -> None:
     assert len(sandbox.vmplugs()) == 8
 
 
+@pytest.mark.slow
 def test_a_device_that_is_being_plugged_is_waited_for_as_long_as_that_takes(
     sandbox: Sandbox,
 ) -> None:

@@ -129,7 +129,10 @@ def test_more_than_there_can_be_is_refused(journal: Journal, kernel: FakeKernel)
     assert numvfs(kernel) == 1
 
 
-@pytest.mark.parametrize("what", [errno.ENOMEM, errno.ENOENT, Fault.NOTHING_HAPPENS])
+@pytest.mark.parametrize(
+    "what",
+    [errno.ENOMEM, errno.ENOENT, pytest.param(Fault.NOTHING_HAPPENS, marks=pytest.mark.slow)],
+)
 def test_a_failure_half_way_puts_the_former_number_back(
     journal: Journal, kernel: FakeKernel, what: int | Fault
 ) -> None:
