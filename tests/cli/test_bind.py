@@ -42,12 +42,12 @@ def host(tmp_path: Path) -> PciTree:
 def snapshot(directory: Path) -> dict[str, str]:
     """Every link and every file's text below a directory."""
     found = {}
-    for path in sorted(directory.rglob("*")):
-        name = str(path.relative_to(directory))
-        if path.is_symlink():
-            found[name] = f"-> {os.readlink(path)}"
-        elif path.is_file():
-            found[name] = path.read_bytes().hex()
+    for above, directories, files in os.walk(directory):
+        for path in (os.path.join(above, name) for name in [*directories, *files]):
+            if os.path.islink(path):
+                found[path] = f"-> {os.readlink(path)}"
+            elif os.path.isfile(path):
+                found[path] = Path(path).read_bytes().hex()
     return found
 
 

@@ -34,7 +34,7 @@ class HostTree:
 
     def link(self, path: str, target: str) -> Self:
         """A symlink."""
-        self._below(path).symlink_to(target)
+        os.symlink(target, self._below(path))
         return self
 
     def node(self, path: str, kind: str, number: str = "0:0") -> Self:
@@ -166,6 +166,8 @@ class HostTree:
         return self.file(f"{directory}/uevent", uevent)
 
     def _below(self, path: str) -> Path:
-        target = self.path / path.lstrip("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target
+        target = os.path.join(self.path, path.lstrip("/"))
+        above = os.path.dirname(target)
+        if not os.path.isdir(above):
+            os.makedirs(above, exist_ok=True)
+        return Path(target)
