@@ -331,7 +331,7 @@ def test_a_vhost_user_disk_has_no_model_and_nothing_is_sent(channels: Channels) 
         storage_daemon(image, socket_path=store / "block/sockets/one"),
         nothing_changes(channels),
     ):
-        with pytest.raises(CannotPlug, match="no vhost-user-blk for a channel") as refused:
+        with pytest.raises(CannotPlug, match="no vhost-user-blk device for a channel") as refused:
             channels.devices.attach_all([channels.disk("a"), wanted])
         assert refused.value.reason == "no-such-model"
 

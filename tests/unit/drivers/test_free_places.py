@@ -27,6 +27,7 @@ from vmplug.drivers.place import (
     PciPort,
     PlugMode,
     ScsiController,
+    Windows,
 )
 from vmplug.errors import CannotPlug, NoFreePort
 
@@ -76,6 +77,12 @@ def test_pci_places_are_all_free_slots_of_all_ports() -> None:
         PciPlace(bus="br0", slot=PciSlot(1), path=PciPath.parse("03/01")),
         PciPlace(bus="br0", slot=PciSlot(31), path=PciPath.parse("03/1f")),
     ]
+
+
+def test_ports_with_large_windows_are_the_last() -> None:
+    large = replace(port("rp0", "01", 0), windows=Windows(1 << 30, 2 << 20))
+    places = pci_places(replace(Q35, ports=(large, *Q35.ports)))
+    assert [str(place) for place in places] == ["rp1/00", "br0/01", "br0/1f", "rp0/00"]
 
 
 def test_ccw_places_are_all_of_the_first_set_but_zero_and_those_in_use() -> None:

@@ -2,6 +2,7 @@
 
 import queue
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,15 +18,17 @@ from vmplug.address import PciPath, PciSlot
 from vmplug.drivers.place import PciPlace
 from vmplug.drivers.plug import RNGDevice
 from vmplug.drivers.ports import Command, UnplugFailure
-from vmplug.errors import CommandError
+from vmplug.errors import BackendTimeout, CommandError, ProtocolError
 from vmplug.hypervisor.fake.monitor import FakeMonitor, Guest
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qmp import client
 from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
 from vmplug.hypervisor.qmp.monitor import MISSED, EventReceiver, Monitor, command_error
 
-ID = "00000000000000a1"
+ID, OTHER_ID = "00000000000000a1", "00000000000000b2"
 PLACE = PciPlace(bus="rp0", slot=PciSlot(0), path=PciPath.parse("10/00"))
-NEVER_S, SOON_S = 300.0, 30.0
+OTHER_PLACE = PciPlace(bus="rp1", slot=PciSlot(0), path=PciPath.parse("11/00"))
+NEVER_S, SOON_S, AT_ONCE_S = 300.0, 30.0, 0.1
 
 
 class Deaf(Through):
@@ -39,10 +42,14 @@ class Deaf(Through):
         """See Monitor."""
         self._receivers.append(receive)
 
+    def tell(self, event: str, **data: str) -> None:
+        """Tell of one event."""
+        for receive in self._receivers:
+            receive(event, data)
+
     def break_off(self) -> None:
         """Tell that nothing more is heard."""
-        for receive in self._receivers:
-            receive(MISSED, {})
+        self.tell(MISSED)
 
 
 def test_a_device_whose_event_was_lost_is_not_waited_for() -> None:
@@ -73,6 +80,28 @@ def test_what_is_still_there_after_a_break_is_waited_for() -> None:
             monitor.break_off()
     assert left.result() == {ID: UnplugFailure.TIMEOUT}
     assert vm.find_devices() == {ID: True}
+
+
+def test_who_refuses_does_not_end_the_wait_for_another_after_a_break() -> None:
+    machine = FakeMonitor()
+    monitor = Deaf(machine)
+    vm = Qemu(monitor)
+    vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
+    vm.plug(RNGDevice(id=OTHER_ID, filename="/dev/urandom"), OTHER_PLACE)
+    machine.guest = Guest.REFUSES
+    vm.request_unplug(ID)
+    machine.guest = Guest.SILENT
+    vm.request_unplug(OTHER_ID)
+    monitor.tell("DEVICE_UNPLUG_GUEST_ERROR", device=f"vmplug-{ID}")
+    with ThreadPoolExecutor(1) as waiting:
+        left = waiting.submit(vm.wait_unplugged, [ID, OTHER_ID], NEVER_S)
+        for _ in range(20):
+            monitor.break_off()
+            assert not wait([left], timeout=0.01).done
+        machine.wake_guest()
+        while not wait([left], timeout=0.01).done:
+            monitor.break_off()
+    assert left.result() == {ID: "refused"}
 
 
 class Holding(Through):
@@ -166,3 +195,50 @@ def test_what_was_for_the_client_before_spoils_no_conversation(tmp_path: Path) -
     with Late(tmp_path / "qmp") as vm, closing(QmpMonitor.connect(str(vm.socket_path))) as monitor:
         assert monitor.execute(Command("query-status", {}))["status"] == "running"
         assert vm.has_said
+
+
+class Hung(MemoryVm):
+    """A QEMU that answers no command of its first client, but says hello to it."""
+
+    def __init__(self, socket_path: Path) -> None:
+        super().__init__(socket_path)
+        self.was_left = threading.Event()
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        answer = super()._answer(request)
+        if request["execute"] != "qmp_capabilities" and not self.was_left.is_set():
+            assert self._client
+            while self._client.recv(1 << 16):
+                pass
+            self.was_left.set()
+            raise ConnectionError
+        return answer
+
+
+def test_who_gets_no_answer_hangs_up_and_is_answered_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A late answer would be taken for that to the next command."""
+    monkeypatch.setattr(client, "TURN_S", NEVER_S)
+    with (
+        Hung(tmp_path / "qmp") as vm,
+        closing(QmpMonitor.connect(str(vm.socket_path), command_timeout_s=AT_ONCE_S)) as monitor,
+    ):
+        with pytest.raises(ProtocolError, match=r"did not answer query-status within 0\.1 s"):
+            monitor.execute(Command("query-status", {}))
+        assert vm.was_left.wait(SOON_S)
+        monitor._command_timeout_s = SOON_S
+        assert monitor.execute(Command("query-status", {}))["status"] == "running"
+
+
+@pytest.mark.parametrize(("command_s", "backend_s"), [(SOON_S, AT_ONCE_S), (AT_ONCE_S, SOON_S)])
+def test_a_backend_is_waited_for_no_longer_than_it_or_a_command_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_s: float, backend_s: float
+) -> None:
+    monkeypatch.setattr(client, "BACKEND_TIMEOUT_S", backend_s)
+    with (
+        Hung(tmp_path / "qmp") as vm,
+        closing(QmpMonitor.connect(str(vm.socket_path), command_timeout_s=command_s)) as monitor,
+        pytest.raises(BackendTimeout, match=r"/run/b\.sock .* for more than 0\.1 s"),
+    ):
+        monitor.execute(Command("query-status", {}, backend="/run/b.sock"))

@@ -23,7 +23,7 @@ from vmplug.drivers.place import GuestAddress
 from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim
 from vmplug.host.kind import DeviceType, Identity
-from vmplug.journal.database import VERSION
+from vmplug.journal.database import VERSION, Transaction
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.journal.state import FOLLOWS, State, check_step
@@ -617,6 +617,15 @@ def test_threads_of_one_process_may_share_a_store(store: Journal) -> None:
     assert len(store.devices("vm-1")) == PROCESSES * EACH + 1
     (common,) = [a for a in store.attachments() if a.owner == "everybody"]
     assert common.count == PROCESSES * EACH
+
+
+def test_a_transaction_keeps_other_writers_out_from_its_beginning(store: Journal) -> None:
+    with (
+        Transaction(store._db, store._lock, store.path),
+        closing(sqlite3.connect(store.path, timeout=0, isolation_level=None)) as other,
+        pytest.raises(sqlite3.OperationalError, match="locked"),
+    ):
+        other.execute("BEGIN IMMEDIATE")
 
 
 def test_who_reads_does_not_wait_for_who_writes(store: Journal, tmp_path: Path) -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.sandbox import CHANGING, Breaking, Dying, Killed, Picture, Refusing, Sandbox
+from tests.contract.sandbox import (
+    CHANGING,
+    Breaking,
+    Dying,
+    Killed,
+    Noticed,
+    Picture,
+    Refusing,
+    Sandbox,
+)
 from tests.contract.world import MemorySide
 from tests.support.daemons import vhost_user_backend
 from vmplug.devnum import DevNum
@@ -106,6 +115,25 @@ def test_nothing_is_done_when_both_agree(sandbox: Sandbox) -> None:
     assert sandbox.devices.reconcile() == []
     assert sandbox.picture() == before
     assert changes(sandbox) == sent
+
+
+def test_what_a_guest_keeps_of_a_failed_attach_is_undone(sandbox: Sandbox) -> None:
+    """Such as the half of a group that the guest does not let go of."""
+
+    def keep(command: Command) -> None:
+        if command.execute == "device_add":
+            raise UnplugTimeout(("kept",), "half of it is still in the VM")
+
+    before = sandbox.picture()
+    sandbox.talk_through(lambda monitor: Noticed(monitor, keep))
+    with pytest.raises(UnplugTimeout, match="still in the VM"):
+        sandbox.devices.attach(sandbox.disk())
+    sandbox.talk_plainly()
+    (interrupted,) = sandbox.devices.attachments()
+    assert interrupted.state is State.PLUGGING
+    (repair,) = sandbox.devices.reconcile()
+    assert (repair.device_id, repair.outcome) == (interrupted.device_id, RepairOutcome.UNDONE)
+    assert sandbox.picture() == before
 
 
 @pytest.mark.parametrize("is_sent", [False, True], ids=["nothing came", "all came"])

@@ -1,10 +1,11 @@
 """Who works on what, which boot a claim is of, and which life of a VM: across processes."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,5 +291,24 @@ def test_a_vm_of_an_earlier_boot_is_another_one_whatever_its_pid(
     with open_manager(Adopted(os.getpid())) as devices:
         assert devices.attachments() == []
         assert [repair.device_id for repair in devices.reconcile()] == [device.id]
+    with Journal.open(tmp_path / "state") as journal:
+        assert not journal.vms()[0].is_of_earlier_boot
+
+
+def test_a_vm_of_an_earlier_boot_is_another_one_whatever_it_has(
+    open_manager: Open, tmp_path: Path
+) -> None:
+    """A guest that was saved before the boot and restored has devices of the same ids."""
+    machine = Adopted(os.getpid())
+    with open_manager(machine) as devices:
+        old = devices.attach(disk_in(tmp_path))
+    with closing(sqlite3.connect(tmp_path / "state" / "journal.db")) as db, db:
+        db.execute("UPDATE vm SET boot_id = 'an earlier boot'")
+    with open_manager(machine) as devices:
+        assert devices.attachments() == []
+        assert [(r.device_id, r.outcome) for r in devices.reconcile()] == [
+            (old.device_id, RepairOutcome.FORGOTTEN),
+            (old.device_id, RepairOutcome.REMOVED),
+        ]
     with Journal.open(tmp_path / "state") as journal:
         assert not journal.vms()[0].is_of_earlier_boot

@@ -39,7 +39,7 @@ HEADER, U64 = struct.Struct("<III"), struct.Struct("<Q")
 REPLY = 0x5
 GET_FEATURES, GET_PROTOCOL_FEATURES, GET_QUEUE_NUM = 1, 15, 17
 HAS_PROTOCOL, HAS_QUEUES = 1 << 30, 1 << 0
-HAS_CONFIG = 1 << 9
+HAS_CONFIG, HAS_MEMORY_SLOTS = 1 << 9, 1 << 15
 
 Talk = Callable[[socket.socket], None]
 
@@ -132,6 +132,12 @@ def device(kind: DeviceType, path: Path | str) -> VhostUserSocket:
         (HAS_PROTOCOL, HAS_QUEUES, 9, Backend(features=HAS_PROTOCOL, queues=9)),
         (HAS_PROTOCOL, HAS_QUEUES, 0, Backend(features=HAS_PROTOCOL, queues=1)),
         (HAS_PROTOCOL, HAS_CONFIG, 9, Backend(features=HAS_PROTOCOL, queues=1, has_config=True)),
+        (
+            HAS_PROTOCOL,
+            HAS_MEMORY_SLOTS,
+            9,
+            Backend(features=HAS_PROTOCOL, queues=1, has_memory_slots=True),
+        ),
         (
             (1 << 64) - 1,
             (1 << 64) - 1,
