@@ -27,7 +27,7 @@ help:
 	@echo "make demo       boot a guest, plug a disk into it, let it read, take the disk out again"
 	@echo "make test       every test (root, QEMU, the lab VM)"
 	@echo "make test-fresh make demo and make test on a new, minimal Debian: RELEASE=trixie"
-	@echo "make test-fast  the tests that need neither root nor QEMU, in a minute"
+	@echo "make test-fast  the tests that need neither root nor QEMU, without the slow"
 	@echo "make fuzz       coverage-guided hostile input for SECONDS=60"
 	@echo "make faults     the whole fault matrix as a table: some minutes, as root"
 	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to pass through"
