@@ -10,6 +10,7 @@ from vmplug.manager.examine import CheckContext, CheckedRequest, FindClaims, exa
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
 from vmplug.policy.gate import PolicyCheck
+from vmplug.vms.connect import connect_vm
 
 
 def check_requests(
@@ -28,8 +29,6 @@ def check_requests(
     is made. Raises StateError for an unknown VM, ConnectError.
     """
     if vm:
-        from vmplug.vms.connect import connect_vm  # noqa: PLC0415  asyncio costs 30 ms
-
         with connect_vm(vm, setup=setup) as devices:
             return devices.check_places(requests, owner=owner, allow=allow, managed=managed)
     gate = PolicyCheck(setup.policy, owner=owner) if setup.policy else None

@@ -10,6 +10,7 @@ from vmplug.errors import ConnectError
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 
 if TYPE_CHECKING:
+    from vmplug.drivers.ports import Hypervisor
     from vmplug.manager.manager import DeviceManager
 
 
@@ -20,7 +21,6 @@ def connect_vm(name: str, *, setup: Setup = DEFAULT_SETUP) -> "DeviceManager":
     """
     from vmplug.hypervisor.qemu.running import Qemu  # noqa: PLC0415
     from vmplug.journal.journal import Journal  # noqa: PLC0415
-    from vmplug.manager.manager import DeviceManager  # noqa: PLC0415
     from vmplug.vms.known import is_gone  # noqa: PLC0415
 
     with Journal.open(setup.state_dir) as journal:
@@ -33,6 +33,13 @@ def connect_vm(name: str, *, setup: Setup = DEFAULT_SETUP) -> "DeviceManager":
             hint = "vmplug reconcile frees what it held"
             raise ConnectError(error.socket, message, hint=hint) from error
         raise
+    return open_manager(name, hypervisor, setup)
+
+
+def open_manager(name: str, hypervisor: "Hypervisor", setup: Setup) -> "DeviceManager":
+    """Return the manager of a VM; it closes the hypervisor with itself. Raises StoreError."""
+    from vmplug.manager.manager import DeviceManager  # noqa: PLC0415
+
     return DeviceManager.open(
         vm=name,
         host=setup.host,

@@ -19,9 +19,9 @@ from vmplug.hypervisor.qemu.start.machine import MAX_MEMORY_SLOTS, MAX_PORTS, Ma
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, VmRecord
 from vmplug.manager.binding.binder import give_back_unused
-from vmplug.manager.manager import DeviceManager
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
+from vmplug.vms.connect import open_manager
 from vmplug.vms.known import check_name, forget_ended, forget_vm
 
 __all__ = ("MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "start_vm")
@@ -72,14 +72,7 @@ def start_vm(
             _make_directory(directory)
             attachments = list[Attachment]()
             if requests:
-                with DeviceManager.open(
-                    vm=spec.name,
-                    host=setup.host,
-                    hypervisor=cold,
-                    state_dir=setup.state_dir,
-                    vhost_user_store=setup.vhost_user_store,
-                    policy=setup.policy,
-                ) as devices:
+                with open_manager(spec.name, cold, setup) as devices:
                     attachments = devices.attach_all(
                         requests, owner=owner, allow=allow, managed=managed
                     )
