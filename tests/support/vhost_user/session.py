@@ -93,7 +93,7 @@ class Session:
     def run(self, messages: int | None = None) -> None:
         """Serves until the front end hangs up or, unless None, so many messages were handled."""
         while messages is None or messages > 0:
-            if self._wait():
+            if self._serve_until_message():
                 message = self._connection.receive()
                 if message is None:
                     return
@@ -105,20 +105,18 @@ class Session:
                 if messages is not None:
                     messages -= 1
 
-    def _wait(self) -> bool:
-        """Waits until there is a message, or else serves the queues that were kicked.
+    def _serve_until_message(self) -> bool:
+        """Waits until something comes, and serves the queues that were kicked.
 
-        A message goes before a kick that came after it, for it may hold the eventfd on which the
-        driver waits to be called.
+        Whether there is a message.
         """
         ready = [key for key, _ in self._selector.select()]
-        if any(key.data is None for key in ready):
-            return True
-        for key in ready:
+        kicked = [key for key in ready if key.data is not None]
+        for key in kicked:
             with suppress(BlockingIOError):
                 os.read(key.fd, 8)
             self._device.serve(key.data, self._queues)
-        return False
+        return len(kicked) < len(ready)
 
     def _watch_queues(self) -> None:
         """Listens for the kicks of queues that run; those that come before stay to be heard."""

@@ -151,9 +151,16 @@ class Virtqueue:
         self.kick = descriptor
 
     def set_call(self, descriptor: int | None) -> None:
-        """Takes over another descriptor and closes the one before."""
+        """Takes over another descriptor and closes the one before.
+
+        The new one is written to at once. Chains that were answered through the old one may not
+        have reached the driver: QEMU lets a queue run before it hands over the descriptor that
+        the driver listens to.
+        """
         _close(self.call)
         self.call = descriptor
+        if descriptor is not None:
+            os.write(descriptor, ONE_EVENT)
 
     def close(self) -> None:
         """Stops the queue and closes its descriptors."""
