@@ -7,8 +7,9 @@ ScsiAddress is `id:lun`, CcwDevNo a device number of the s390 channel subsystem.
 
 import os
 import re
-from dataclasses import dataclass
 from typing import NamedTuple, Self
+
+import msgspec
 
 from vmplug.devnum import is_decimal
 
@@ -58,8 +59,7 @@ class Bdf(NamedTuple):
         return f"{self.domain:04x}:{self.bus:02x}:{self.slot:02x}.{self.function}"
 
 
-@dataclass(frozen=True, slots=True)
-class PciSlot:
+class PciSlot(msgspec.Struct, frozen=True):
     """A device's place on one PCI bus: slot 0..31, function 0..7.
 
     Written `1f`, or `1f.7` for a function other than 0, as Kata's agent reads it.
@@ -91,8 +91,7 @@ class PciSlot:
         return f"{self.slot:02x}" + (f".{self.function}" if self.function else "")
 
 
-@dataclass(frozen=True, slots=True)
-class PciPath:
+class PciPath(msgspec.Struct, frozen=True):
     """Slots from a root bus of the guest down to a device, `02/00`.
 
     Slots are stable; the guest chooses the numbers of the buses behind them, so no path contains
@@ -127,8 +126,7 @@ class PciPath:
         return bus + "/".join(map(str, self.slots))
 
 
-@dataclass(frozen=True, slots=True)
-class ScsiAddress:
+class ScsiAddress(msgspec.Struct, frozen=True):
     """`id:lun` on a virtio-scsi controller, each 0..255.
 
     QEMU takes luns up to 16383, but the guest shows a lun of 256 and more as lun + 16384.
@@ -167,8 +165,7 @@ class ScsiAddress:
         return f"{self.scsi_id}:{self.lun}"
 
 
-@dataclass(frozen=True, slots=True)
-class CcwDevNo:
+class CcwDevNo(msgspec.Struct, frozen=True):
     """A device of the channel subsystem as the guest names it, `0.2.0005`: ssid 0..3, number.
 
     QEMU puts virtual devices into css 0xfe, which the guest sees as its css 0; other numbers abort

@@ -210,7 +210,7 @@ def test_the_end_of_a_process_is_told_once_and_then_it_is_not_followed() -> None
         events.follow({child.pid})
         assert events.wait(0) == []
         child.kill()
-        assert events.wait(DEADLINE_S) == [ProcessEnded(child.pid)]
+        assert events.wait(DEADLINE_S) == [ProcessEnded(pid=child.pid)]
         assert events.wait(0) == []
         child.wait()
         events.follow({child.pid})

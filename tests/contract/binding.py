@@ -5,10 +5,11 @@ drivers are is read beside the product.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from vmplug.address import Bdf
 from vmplug.errors import BindError, StateError

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from msgspec.structs import replace
 
 from tests.contract.sandbox import CHANGING, Refusing
 from tests.contract.test_hypervisor_contract import (
@@ -484,7 +485,12 @@ def test_an_nvdimm_is_plugged_and_counted_and_never_leaves(
         assert (first.memory_slots, first.memory_slots_used, first.nvdimms) == (4, frozenset(), 0)
         vm.plug(replace(nvdimm, read_only=read_only), SLOT2)
         assert vm.find_devices() == {ID: True}
-        assert vm.offer() == replace(first, memory_slots_used=frozenset({2}), nvdimms=1)
+        assert vm.offer() == replace(
+            first,
+            memory_slots_used=frozenset({2}),
+            nvdimms=1,
+            memory_bytes=first.memory_bytes + 4 * MIB,
+        )
 
         plugged = throwaway.parts()
         assert more(plugged, before) == {

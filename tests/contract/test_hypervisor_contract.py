@@ -1,11 +1,11 @@
 """One suite for the hypervisor in memory and for real QEMU: with a guest, and before its boot."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.contract.world import (
     MemorySide,

@@ -2,10 +2,10 @@
 
 import os
 from contextlib import suppress
-from dataclasses import replace
 
 from tests.fuzz.guard import changes_only
 from tests.fuzz.spec import check_request
+from tests.support.requests import with_options
 from vmplug.cli.options import parse_device, parse_function
 from vmplug.errors import SpecError
 
@@ -17,6 +17,6 @@ def check(data: bytes) -> None:
         request = parse_device(text)
         assert parse_device(text) == request
         said = dict(option.partition("=")[::2] for option in options)
-        check_request(replace(request, driver_options=said))
+        check_request(with_options(request, said))
     with suppress(SpecError):
         assert str(parse_function(text)).endswith(text.lower())

@@ -1,8 +1,9 @@
 """The channel subsystem of s390 machines: its numbers, its bridge of Kata's, a disk on it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from tests.kata.host import add_device, request
 from tests.kata.machine import Machine, add_bridge, memory_monitor

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
 from tests.kata.vector import Case, Facts, Refusal, attempt, error_of
 from tests.support.scsi import first_addresses
 from tests.support.tree import HostTree
@@ -52,8 +54,10 @@ class _Vm(Qemu):
 
     def offer(self) -> Offer:
         offer = super().offer()
-        controllers = tuple(replace(c, used=c.used | self._used) for c in offer.controllers)
-        return replace(offer, controllers=controllers)
+        controllers = tuple(
+            structs.replace(c, used=c.used | self._used) for c in offer.controllers
+        )
+        return structs.replace(offer, controllers=controllers)
 
 
 class Machine:

@@ -1,8 +1,9 @@
 """Groups, nodes of single devices, mediated devices: what a request turns out to be."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from tests.kata.machine import Machine, memory_monitor
 from tests.kata.vector import (

@@ -1,9 +1,10 @@
 """Ports, switches, bridges and expanders: those that vmplug makes, and those that it finds."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+
+from msgspec.structs import replace
 
 from tests.kata.machine import Machine, add_behind, memory_monitor
 from tests.kata.vector import (

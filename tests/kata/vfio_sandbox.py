@@ -1,6 +1,5 @@
 """Groups of a whole request: in which order, hot or cold, and what the agent is told of them."""
 
-from dataclasses import replace
 from typing import Any
 
 from tests.kata.cold import ColdMachine
@@ -26,6 +25,7 @@ from tests.kata.vfio_tree import (
 )
 from tests.kata.vfio_vm import ap_monitor, machine_on, ports_monitor
 from tests.support.pci_tree import PciTree
+from tests.support.requests import with_options
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.records import Attachment
@@ -82,7 +82,7 @@ def _agent(case: Case) -> Answer:
     path = case.input.get("container_path", "/dev/vfio/12")
     machine, info = _agents_device(case, said, kind, path)
     options = {**info.driver_options, "mode": mode}
-    record = agent_record(machine.attach(replace(info, driver_options=options)))
+    record = agent_record(machine.attach(with_options(info, options)))
     if "record" in case.expected:
         return Answer(record, case.expected["record"])
     return Answer({key: record[key] for key in case.expected}, dict(case.expected))

@@ -2,9 +2,10 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from vmplug.address import PciPath, new_id
 from vmplug.drivers.place import GuestAddress, GuestFunction
@@ -88,6 +89,11 @@ def hold_on(device: DeviceRecord, owner: str = "c1") -> Attachment:
         device_id=device.id,
         options=device.options,
     )
+
+
+def in_progress(device: DeviceRecord, journal: Journal) -> DeviceRecord:
+    """The device as it comes out of the journal while this process has it in progress."""
+    return replace(device, in_progress_by=journal.worker)
 
 
 def attach_row(journal: Journal, device: DeviceRecord) -> Attachment:

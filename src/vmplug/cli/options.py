@@ -213,13 +213,17 @@ def read_request(
 
 def _wanted(info: "Request", options: Mapping[str, str], *, read_only: bool) -> "Request":
     """The request with what was passed for all of them; what is only counted has no options."""
-    if isinstance(info, DeviceInfo) and info.dev_type is not DevType.BLOCK:
-        return replace(info, read_only=info.read_only or read_only)
-    wanted = replace(info, driver_options={**info.driver_options, **options})
-    can_be_read_only = isinstance(info, DeviceInfo) or info.name.startswith("share:")
-    if read_only and can_be_read_only:
-        wanted = replace(wanted, read_only=True)
-    return wanted
+    wanted = {**info.driver_options, **options}
+    if isinstance(info, DeviceInfo):
+        read_only = info.read_only or read_only
+        if info.dev_type is not DevType.BLOCK:
+            return replace(info, read_only=read_only)
+        return replace(info, read_only=read_only, driver_options=wanted)
+    from msgspec import structs  # noqa: PLC0415  loaded already, as `info` is made with it
+
+    if read_only and info.name.startswith("share:"):
+        return structs.replace(info, driver_options=wanted, read_only=True)
+    return structs.replace(info, driver_options=wanted)
 
 
 def _check_names(requests: "Iterable[Request]") -> None:

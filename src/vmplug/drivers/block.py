@@ -1,8 +1,9 @@
 """Block devices and disk images as disks: their options, their drive, their place."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from vmplug.drivers.free_places import (
     ccw_places,
@@ -38,8 +39,7 @@ _SCSI_SERIAL_BYTES_MAX = 36
 QEMU hw/scsi/scsi-disk.c."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockDiskDriver:
+class BlockDiskDriver(msgspec.Struct, frozen=True, kw_only=True):
     """`driver_options` of a disk, checked.
 
     None leaves the choice to vmplug: `driver` by what the VM offers, `cache` and `aio` by what the
@@ -72,7 +72,7 @@ class BlockDiskDriver:
     def parse(cls, options: Mapping[str, str]) -> Self:
         """The options by their names in `OPTIONS`; SpecError names the one that is wrong."""
         values = parse_options(options, OPTIONS, "a disk")
-        limits = {key: values.pop(key) for key in list(values) if key in Throttle.__slots__}
+        limits = {key: values.pop(key) for key in Throttle.__struct_fields__ if key in values}
         return cls(**values, throttle=Throttle(**limits) if limits else None)
 
     def check(
@@ -135,7 +135,7 @@ def _check_fits(options: BlockDiskDriver, driver: DiskFrontend | None) -> None:
 
 
 def _is_said(options: BlockDiskDriver, field: str) -> bool:
-    owner = options.throttle if field in Throttle.__slots__ else options
+    owner = options.throttle if field in Throttle.__struct_fields__ else options
     return owner is not None and bool(getattr(owner, field))
 
 

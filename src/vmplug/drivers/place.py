@@ -1,8 +1,9 @@
 """Places: the offer of a VM, one place in it, and the guest's address of a device there."""
 
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
+
+import msgspec
 
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 
@@ -14,8 +15,7 @@ class PlugMode(StrEnum):
     COLD = "cold"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PciPlace:
+class PciPlace(msgspec.Struct, frozen=True, kw_only=True):
     """A slot behind a port or bridge: `bus` is QEMU's name for it, `path` the guest's."""
 
     bus: str
@@ -26,8 +26,7 @@ class PciPlace:
         return f"{self.bus}/{self.slot}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupPlace:
+class GroupPlace(msgspec.Struct, frozen=True, kw_only=True):
     """Places for all functions of a group, in their order; as text, one word each."""
 
     places: tuple[PciPlace, ...]
@@ -36,16 +35,14 @@ class GroupPlace:
         return " ".join(map(str, self.places))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApPlace:
+class ApPlace(msgspec.Struct, frozen=True, kw_only=True):
     """The adapter bus of an s390 machine, which supports one matrix."""
 
     def __str__(self) -> str:
         return "ap"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScsiPlace:
+class ScsiPlace(msgspec.Struct, frozen=True, kw_only=True):
     """An address on a virtio-scsi controller; `path` is the controller's, None if unknown."""
 
     bus: str
@@ -56,8 +53,7 @@ class ScsiPlace:
         return f"{self.bus}/{self.address}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CcwPlace:
+class CcwPlace(msgspec.Struct, frozen=True, kw_only=True):
     """A number in the channel subsystem of an s390 machine."""
 
     devno: CcwDevNo
@@ -66,8 +62,7 @@ class CcwPlace:
         return f"ccw/{self.devno}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MmioPlace:
+class MmioPlace(msgspec.Struct, frozen=True, kw_only=True):
     """A virtio-mmio transport of a microvm that is not yet started; `index` is the guest's order.
 
     The guest names virtio disks in this order.
@@ -80,8 +75,7 @@ class MmioPlace:
         return self.bus
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemorySlot:
+class MemorySlot(msgspec.Struct, frozen=True, kw_only=True):
     """A slot for a memory device; `index` is how many NVDIMMs come before it."""
 
     slot: int
@@ -124,8 +118,7 @@ FIRMWARE_WINDOWS = Windows(2 << 20, 2 << 20)
 a BAR of 4 MiB behind it is silently left without an address. Measured on QEMU 7.2, Linux 6.1."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PciPort:
+class PciPort(msgspec.Struct, frozen=True, kw_only=True):
     """A port or bridge that takes hot-plugged devices, and its free slots in order.
 
     `numa_node` is the guest's, None where it is unknown.
@@ -139,8 +132,7 @@ class PciPort:
     numa_node: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScsiController:
+class ScsiController(msgspec.Struct, frozen=True, kw_only=True):
     """A virtio-scsi controller and the addresses in use on it."""
 
     bus: str
@@ -148,8 +140,7 @@ class ScsiController:
     used: frozenset[ScsiAddress]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """The places that a VM offers, as it reports them or, before its start, as they will be.
 
     `shared_memory`: another process can map all guest memory, as every vhost-user device needs.
@@ -176,7 +167,7 @@ class Offer:
     viommu: bool = False
     iommufd: bool = False
     ap: bool = False
-    memory_bytes: int = field(default=0, compare=False)
+    memory_bytes: int = 0
 
     @property
     def is_microvm(self) -> bool:
@@ -194,8 +185,7 @@ class GuestFunction(NamedTuple):
     pci_path: PciPath | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuestAddress:
+class GuestAddress(msgspec.Struct, frozen=True, kw_only=True):
     """Where the guest finds a device.
 
     A PCI device is at `pci_path`; a SCSI disk at `scsi_address` behind the controller at

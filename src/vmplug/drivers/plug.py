@@ -1,8 +1,9 @@
 """Plugs: the devices that can be plugged into a VM, as values, and their guest addresses."""
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import assert_never
+
+import msgspec
 
 from vmplug.address import Bdf, virtio_disk_path
 from vmplug.drivers.place import (
@@ -65,8 +66,7 @@ class Aio(StrEnum):
     IO_URING = "io_uring"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Throttle:
+class Throttle(msgspec.Struct, frozen=True, kw_only=True):
     """Limits per second, in bytes and operations; None means unlimited."""
 
     bps_total: int | None = None
@@ -77,8 +77,7 @@ class Throttle:
     iops_write: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockDrive:
+class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
     """A disk to plug, or with the driver `nvdimm` persistent memory of `size_bytes`.
 
     `file` is a block device node when `is_device`, a regular file otherwise. `file_id` is the file
@@ -110,8 +109,7 @@ DAEMON_MARK = "VMPLUG_DEVICE"
 """The environment variable of such a daemon: its device's id, a blank, and its VM."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VirtiofsdSpec:
+class VirtiofsdSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A virtiofsd that vmplug itself runs for one share of `directory`.
 
     It begins before the share is plugged and ends after it is unplugged. `options` are those that
@@ -127,8 +125,7 @@ class VirtiofsdSpec:
     file_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VhostUserDevice:
+class VhostUserDevice(msgspec.Struct, frozen=True, kw_only=True):
     """A device that another process serves through vhost-user.
 
     QEMU connects to it at `socket_path`; or `descriptor` is a connection to it that this process
@@ -152,8 +149,7 @@ class VhostUserDevice:
     cache_size_mib: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedFS:
+class SharedFS(msgspec.Struct, frozen=True, kw_only=True):
     """A directory shared by QEMU itself, as virtio-9p; `file_id` is as for a BlockDrive."""
 
     id: str
@@ -163,8 +159,7 @@ class SharedFS:
     file_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RNGDevice:
+class RNGDevice(msgspec.Struct, frozen=True, kw_only=True):
     """Random numbers from `filename`; the guest may read `max_bytes` in each period.
 
     `file_id` is as for a BlockDrive.
@@ -177,8 +172,7 @@ class RNGDevice:
     file_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VFIODevice:
+class VFIODevice(msgspec.Struct, frozen=True, kw_only=True):
     """One function of a group, or a mediated device; `bdf` is None if it is not on PCI.
 
     `name` is its BDF or UUID. `cdev_node` is its own node, None where QEMU uses its group.
@@ -193,8 +187,7 @@ class VFIODevice:
     descriptor: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VFIODevices:
+class VFIODevices(msgspec.Struct, frozen=True, kw_only=True):
     """The functions of an IOMMU group that go into the VM; all are plugged or none.
 
     The guest reads `vendor_id` and `device_id` instead of the real ones; `rom`: it sees the option

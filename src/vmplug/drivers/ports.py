@@ -1,9 +1,10 @@
 """The ports: the interfaces of a driver and of a VM for the manager."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
+
+import msgspec
 
 from vmplug.drivers.place import Offer, Place
 from vmplug.drivers.plug import Plug
@@ -11,8 +12,7 @@ from vmplug.host.device import HostDevice
 from vmplug.host.finding import Finding
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(msgspec.Struct, frozen=True):
     """One QMP command; `arguments` are its JSON object.
 
     `descriptor` is sent along. `backend` is the process that QEMU waits for during the command,
@@ -29,16 +29,14 @@ START_DAEMON, END_DAEMON = "start-daemon", "end-daemon"
 BIND, UNBIND = "bind", "unbind"
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """A command, and the one that undoes it; None when there is none."""
 
     do: Command
     undo: Command | None
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(msgspec.Struct, frozen=True):
     """The address of a VM: its QMP socket, and its process.
 
     `pid` may be that of a launcher that made the socket, and is None if it is unknown.
@@ -71,8 +69,7 @@ class PlugDriver(Protocol):
         """The plug for that place. Raises SpecError when the options do not fit the place."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewPlug:
+class NewPlug(msgspec.Struct, frozen=True, kw_only=True):
     """A device to plug, with its new id."""
 
     id: str

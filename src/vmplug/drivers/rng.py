@@ -1,8 +1,9 @@
 """Random numbers for the guest, from a source of the host."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from vmplug.drivers.free_places import virtio_place
 from vmplug.drivers.options import Option, number, parse_options
@@ -22,8 +23,7 @@ OPTIONS: Mapping[str, Option] = {
 PERIOD_MS = 1000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RngDriver:
+class RngDriver(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a random number device, checked; without `max_bytes` there is no limit."""
 
     max_bytes: int | None = None

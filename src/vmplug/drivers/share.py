@@ -1,9 +1,10 @@
 """Directories shared with the guest: virtio-fs, which a virtiofsd serves, and virtio-9p."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
+
+import msgspec
 
 from vmplug.drivers.free_places import check_shared_memory, cold_plug_only, virtio_place
 from vmplug.drivers.options import Option, number, parse_options, power_of_two, word
@@ -60,8 +61,7 @@ OPTIONS: Mapping[str, Option] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShareDriver:
+class ShareDriver(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a shared directory, checked; None leaves the choice to vmplug."""
 
     tag: str

@@ -7,10 +7,12 @@ Source: PCI Express Base specification, 7.5.1; QEMU docs/pcie.txt, docs/pci_expa
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import groupby
 from typing import Self
+
+import msgspec
+from msgspec.structs import replace
 
 from vmplug.address import PciSlot
 from vmplug.drivers.free_places import ccw_places
@@ -71,8 +73,7 @@ OPTIONS: Mapping[str, Option] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VfioDriver:
+class VfioDriver(msgspec.Struct, frozen=True, kw_only=True):
     """Options of an IOMMU group, checked; `port` is None where any that fits will do."""
 
     port: PortKind | None = None
@@ -192,8 +193,7 @@ def _not_on(offer: Offer, what: str) -> CannotPlug:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Cluster:
+class _Cluster(msgspec.Struct, frozen=True, kw_only=True):
     """Functions that share a slot on the host; `functions` are the numbers they get in the guest.
 
     `pcie` is None where it is unknown, or for a mediated device.

@@ -3,8 +3,9 @@
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from vmplug.drivers.free_places import check_memory_regions, check_shared_memory, virtio_place
 from vmplug.drivers.options import Option, number, parse_options, text
@@ -63,8 +64,7 @@ OPTIONS: Mapping[DeviceType, Mapping[str, Option]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VhostUserDriver:
+class VhostUserDriver(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a vhost-user device, checked; None leaves the choice to vmplug.
 
     A vhost-user-scsi device of QEMU 7.2 does not reconnect to its backend, so it has no option for

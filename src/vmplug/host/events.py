@@ -11,8 +11,9 @@ import selectors
 import socket
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Protocol, Self
+
+import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import HostError
@@ -22,8 +23,7 @@ _BUFFER_BYTES = 4 << 20
 """Enough for a burst, such as many new virtual functions; without root the kernel grants less."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostEvent:
+class HostEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One event of a device; `action` is the kernel's: add, remove, change, bind, unbind.
 
     `name` is the kernel's, `sda` or `0000:3b:00.0`; `devnum` is None for a device without a node.
@@ -35,15 +35,13 @@ class HostEvent:
     devnum: DevNum | None
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessEnded:
+class ProcessEnded(msgspec.Struct, frozen=True, kw_only=True):
     """A process that was followed has ended."""
 
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class EventsLost:
+class EventsLost(msgspec.Struct, frozen=True, kw_only=True):
     """The kernel dropped events, as the buffer was full: check everything again."""
 
 
@@ -95,7 +93,7 @@ class HostEvents:
                 happened += _receive_all(self._monitor)
             else:
                 self._forget(key.data)
-                happened.append(ProcessEnded(key.data))
+                happened.append(ProcessEnded(pid=key.data))
         return happened
 
     def _forget(self, pid: int) -> None:

@@ -1,8 +1,10 @@
 """Findings: reasons not to hand a device over; and the requested access to a device."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from enum import StrEnum
+
+import msgspec
+from msgspec.structs import replace
 
 from vmplug.host.kind import Identity
 
@@ -87,8 +89,7 @@ class Severity(StrEnum):
     WARNING = "warning"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """One reason not to hand a device over, and the remedy."""
 
     code: Code
@@ -97,8 +98,7 @@ class Finding:
     severity: Severity = Severity.ERROR
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """A device that a VM holds, according to the journal; `vm` is None for one of this request."""
 
     vm: str | None
@@ -107,8 +107,7 @@ class Claim:
     share_rw: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
+class Access(msgspec.Struct, frozen=True, kw_only=True):
     """The requested access: only for reading; shared with other writers."""
 
     read_only: bool

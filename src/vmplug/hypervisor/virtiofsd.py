@@ -14,8 +14,9 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import IO, Protocol, Self
+
+import msgspec
 
 from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
 from vmplug.errors import BackendError, DeviceError
@@ -67,8 +68,7 @@ def _fuse_options(daemon: VirtiofsdSpec) -> list[str]:
     return [word for option in wanted for word in ("-o", option)]
 
 
-@dataclass(slots=True)
-class VirtiofsdProcess:
+class VirtiofsdProcess(msgspec.Struct):
     """A running daemon, and the connection to it for QEMU; as a context manager closes ours."""
 
     connection: socket.socket

@@ -9,8 +9,9 @@ import sqlite3
 import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from vmplug.address import Bdf
 from vmplug.host.pci.bind import FormerBinding
@@ -28,8 +29,7 @@ class BindingState(StrEnum):
     UNBINDING = "unbinding"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Binding:
+class Binding(msgspec.Struct, frozen=True, kw_only=True):
     """A function that vmplug bound, and its former binding.
 
     `device_id` is the device for which `attach --managed` bound it, None when it was bound by

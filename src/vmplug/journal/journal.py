@@ -7,9 +7,10 @@ import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Self, TypeVar
+
+from msgspec.structs import replace
 
 from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim

@@ -4,8 +4,9 @@ A pid alone is reused; with the start time it names one process of one boot.
 """
 
 import os
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
@@ -18,8 +19,7 @@ def read_boot_id(host: HostRoot) -> str:
     return (host.read_text(_BOOT_ID) or "").strip()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessIdentity:
+class ProcessIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """A process; `started_at` is in clock ticks after boot, None where it is unknown.
 
     As text, `PID STARTED_AT BOOT_ID` with `-` for unknown.

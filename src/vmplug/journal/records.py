@@ -3,8 +3,10 @@
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
 from typing import Any
+
+import msgspec
+from msgspec import structs
 
 from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
@@ -17,8 +19,7 @@ from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.state import State
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmRecord:
+class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that vmplug knows; `is_ours`: `vm start` started it.
 
     `pid` and `started_at` (clock ticks after boot) distinguish the process from a later one with
@@ -34,8 +35,7 @@ class VmRecord:
     is_of_earlier_boot: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceRecord:
+class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A device as the journal knows it; without `place` and `guest_address` it is only counted.
 
     `in_progress_by` is the process that has it in progress, None for none. `parts` are its names
@@ -53,7 +53,7 @@ class DeviceRecord:
     options: Mapping[str, str]
     place: str | None
     guest_address: GuestAddress | None
-    in_progress_by: ProcessIdentity | None = field(default=None, compare=False)
+    in_progress_by: ProcessIdentity | None = None
     parts: tuple[str, ...] = ()
 
     @property
@@ -67,8 +67,7 @@ def foreign_names(devices: Iterable[DeviceRecord]) -> dict[str, str]:
     return {name: device.id for device in devices for name in device.parts}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attachment:
+class Attachment(msgspec.Struct, frozen=True, kw_only=True):
     """One owner's hold on a device; `count` is how often it attached it.
 
     `name` is the name of the request: a path in the container, or `net:eth0`, `share:work`.
@@ -157,7 +156,7 @@ def guest_text(address: GuestAddress | None) -> str | None:
     """A guest address as saved: a JSON object of its known parts."""
     if address is None:
         return None
-    known = {field.name: getattr(address, field.name) for field in fields(address)}
+    known = structs.asdict(address)
     saved = {name: _saved(value) for name, value in known.items() if value not in {None, ()}}
     return json.dumps(saved)
 

@@ -13,8 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
 from functools import partial
+
+import msgspec
 
 from vmplug.address import new_id
 from vmplug.errors import StoreError
@@ -59,14 +60,13 @@ _TABLES: Mapping[str, Callable[[sqlite3.Row], object]] = {
 """The tables in the order of their references, each with the parser that validates a row."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Salvage:
+class Salvage(msgspec.Struct, kw_only=True):
     """The result for a damaged journal: `carried` rows by table, and in words the `lost` ones."""
 
     kept_as: str
     damage: str
-    carried: Counter[str] = field(default_factory=Counter)
-    lost: list[str] = field(default_factory=list)
+    carried: Counter[str] = msgspec.field(default_factory=Counter)
+    lost: list[str] = msgspec.field(default_factory=list)
 
 
 def check_journal(path: str) -> None:

@@ -5,8 +5,10 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 from vmplug.drivers.generic import check_generic
 from vmplug.drivers.place import Offer, PlugMode
@@ -50,8 +52,7 @@ _BINDABLE = {Code.NOT_BOUND, Code.GROUP_NOT_VIABLE}
 """Findings that binding resolves."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedRequest:
+class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request with its result; when `device` is None, `error` is the reason.
 
     `driver` is None for a device that is only counted.

@@ -4,8 +4,9 @@ import logging
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Self
+
+from msgspec.structs import replace
 
 from vmplug.drivers.place import Offer, Place
 from vmplug.drivers.ports import Endpoint, Hypervisor, PlugDriver, Step
@@ -78,7 +79,9 @@ class DeviceManager:
         self._vhost_user_store = vhost_user_store
         self._policy = policy
         self._binder = Binder(journal, host)
-        self._unplugger = Unplugger(vm, journal, hypervisor, self._binder)
+        self._unplugger = Unplugger(
+            vm=vm, journal=journal, hypervisor=hypervisor, binder=self._binder
+        )
         self._lock = threading.RLock()
         self._offer: Offer | None = None
         self._met: Endpoint | None = None

@@ -1,7 +1,9 @@
 """Plan an attach completely before its first step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from vmplug.address import new_id
 from vmplug.drivers.place import MemorySlot, Offer, Place
@@ -24,8 +26,7 @@ Choose = Callable[[PlugDriver, HostDevice, set[str]], tuple[Place, Offer]]
 """Returns a place for a device that is not taken, and the offer that has it."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewDevice:
+class NewDevice(msgspec.Struct, frozen=True, kw_only=True):
     """A device to plug; `plug` and `place` are None for one that is only counted."""
 
     record: DeviceRecord
@@ -34,8 +35,7 @@ class NewDevice:
     place: Place | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """New devices in the order to plug them, and the requested holds on new and known ones.
 
     `revived` are the ids of retained devices, which have an owner again.
@@ -90,7 +90,7 @@ def make_plan(
     # Devices that cannot be unplugged come last.
     ordered = sorted(devices, key=lambda device: not device.record.can_be_unplugged)
     retained = (records[i].id for i in wanted if records[i].state is State.RETAINED)
-    return Plan(tuple(ordered), tuple(holds), tuple(retained))
+    return Plan(new=tuple(ordered), holds=tuple(holds), revived=tuple(retained))
 
 
 def _taken(records: Iterable[DeviceRecord]) -> set[str]:
@@ -172,12 +172,12 @@ def _new_device(
         guest_address=None,
     )
     if driver is None:
-        return NewDevice(record, device)
+        return NewDevice(record=record, device=device)
     place, offer = choose(driver, device, taken)
     new = NewPlug(id=record.id, device=device, read_only=record.read_only)
     plug = driver.plan(new, place, offer)
     record = replace(record, place=str(place), guest_address=guest_address(plug, place))
-    return NewDevice(record, device, plug, place)
+    return NewDevice(record=record, device=device, plug=plug, place=place)
 
 
 def _hold(record: DeviceRecord, info: Request, owner: str) -> Attachment:

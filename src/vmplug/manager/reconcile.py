@@ -15,9 +15,10 @@ in the journal as "retained".
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import assert_never
+
+import msgspec
 
 from vmplug.drivers.ports import Hypervisor, UnplugFailure
 from vmplug.errors import CommandError
@@ -49,8 +50,7 @@ _STAYING = {
 _UNFINISHED = {RepairOutcome.UNDONE, RepairOutcome.FINISHED}
 
 
-@dataclass(frozen=True, slots=True)
-class Repair:
+class Repair(msgspec.Struct, frozen=True):
     """One repaired device; `host_path` is None for one that was not in the journal."""
 
     device_id: str

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from vmplug.drivers.ports import Hypervisor
 from vmplug.errors import BindError, CommandError
@@ -14,8 +15,7 @@ from vmplug.manager.binding.binder import Binder
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Unplugger:
+class Unplugger(msgspec.Struct, frozen=True, kw_only=True):
     """Unplugs devices of one VM that are detaching in the journal."""
 
     vm: str

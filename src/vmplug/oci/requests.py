@@ -6,7 +6,9 @@ bundle (`vmplug.oci.annotations`), from the command line, or from a program.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import ClassVar
+
+import msgspec
 
 from vmplug.devnum import is_decimal
 from vmplug.errors import SpecError
@@ -31,8 +33,16 @@ TAG_BYTES_MAX = 36
 """Longest mount tag of virtio-fs. Source: virtio specification, 5.11.4."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetInfo:
+class _ByName(msgspec.Struct, frozen=True, kw_only=True):
+    driver_options: Mapping[str, str] = msgspec.field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        """Without the options: a Struct would hash each field, and a dict has no hash."""
+        names = (name for name in self.__struct_fields__ if name != "driver_options")
+        return hash(tuple(getattr(self, name) for name in names))
+
+
+class NetInfo(_ByName, frozen=True, kw_only=True):
     """A network device whose other end is a vhost-user backend listening on `socket_path`.
 
     `driver_options` are those of `vmplug.drivers.vhost_user`.
@@ -40,8 +50,7 @@ class NetInfo:
 
     label: str
     socket_path: str
-    driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
-    read_only: bool = field(default=False, init=False)
+    read_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_label("net", self.label)
@@ -58,8 +67,7 @@ class NetInfo:
         return f"vhost-user network {self.socket_path}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShareInfo:
+class ShareInfo(_ByName, frozen=True, kw_only=True):
     """A directory of the host to share with the guest, which mounts it by its `tag`.
 
     `source` is the directory, the socket of a virtiofsd that another program runs, or `fd:N`, a
@@ -70,7 +78,6 @@ class ShareInfo:
     tag: str
     source: str
     read_only: bool = False
-    driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _check_label("share", self.tag)
@@ -98,8 +105,7 @@ class ShareInfo:
         return f"shared directory {self.source}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RngInfo:
+class RngInfo(_ByName, frozen=True, kw_only=True):
     """A source of random numbers: a character device of the host such as /dev/urandom.
 
     `driver_options` are those of `vmplug.drivers.rng`.
@@ -107,8 +113,7 @@ class RngInfo:
 
     label: str = "rng0"
     source: str = DEFAULT_SOURCE
-    driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
-    read_only: bool = field(default=True, init=False)
+    read_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_label("rng", self.label)
@@ -125,8 +130,7 @@ class RngInfo:
         return f"random numbers from {self.source}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VfioInfo:
+class VfioInfo(_ByName, frozen=True, kw_only=True):
     """A device to hand over through VFIO, with its whole IOMMU group.
 
     `device` is a PCI function's address (`0000:3b:00.0`), a mediated device's UUID, or a node
@@ -135,8 +139,7 @@ class VfioInfo:
 
     label: str
     device: str
-    driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
-    read_only: bool = field(default=False, init=False)
+    read_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_label("vfio", self.label)

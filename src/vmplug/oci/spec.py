@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated
 
 import msgspec
@@ -77,8 +77,7 @@ class _Config(msgspec.Struct):
     linux: _Linux | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bundle:
+class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     """The requests of one container; `name` is the bundle directory's, None for standard input.
 
     `annotated` are the requests in annotations, which OCI cannot express.

@@ -1,8 +1,9 @@
 """Ask the policy about a request: the device in the terms that rules use."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from vmplug.devnum import DevNum
 from vmplug.drivers.place import PlugMode

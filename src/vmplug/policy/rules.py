@@ -5,9 +5,10 @@ so that no rule can narrow or widen another one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
+
+import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.drivers.place import PlugMode
@@ -19,8 +20,7 @@ from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciP
 _SHOWN = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySubject:
+class PolicySubject(msgspec.Struct, frozen=True, kw_only=True):
     """One object that would go into a VM: a device, or each function of a group by itself.
 
     `number` has `b` or `c` beside it. `vm`, `owner` and `mode` are None where they are not known
@@ -61,8 +61,7 @@ class Objection(NamedTuple):
     wanted: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """The devices and uses that one rule allows; None is any.
 
     `kinds`, `numbers`, `paths`, `pci` and `classes` select the devices: each one that is given
@@ -144,8 +143,7 @@ class Verdict(NamedTuple):
     allow: frozenset[Code] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """The rules of one file; `name` is its path, for messages."""
 
     name: str = "the policy"

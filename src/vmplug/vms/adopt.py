@@ -1,7 +1,8 @@
 """Plug into a QEMU that somebody else started."""
 
 from contextlib import closing
-from dataclasses import dataclass
+
+import msgspec
 
 from vmplug.host.permissions import can_all_connect
 from vmplug.hypervisor.qemu.running import Qemu
@@ -11,8 +12,7 @@ from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.known import check_name, forget_ended
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdoptedVm:
+class AdoptedVm(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that vmplug serves from now on, and what it offers.
 
     `pid` is None when the process cannot be seen from here. `is_open_to_all` is whether every

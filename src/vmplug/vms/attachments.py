@@ -1,8 +1,9 @@
 """Attachments of all VMs: detached by id or by owner, resized."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from vmplug.errors import HypervisorError, NotAttached
 from vmplug.journal.journal import Journal
@@ -24,8 +25,7 @@ class DetachOutcome(StrEnum):
     """QEMU cannot unplug it: it stays in the VM until that ends."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Detached:
+class Detached(msgspec.Struct, frozen=True, kw_only=True):
     """An attachment as it was before, and what the detach did."""
 
     attachment: Attachment

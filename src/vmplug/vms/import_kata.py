@@ -1,7 +1,8 @@
 """Take over the devices that Kata Containers has attached to a sandbox."""
 
 from contextlib import closing
-from dataclasses import dataclass
+
+import msgspec
 
 from vmplug.errors import StateError
 from vmplug.hypervisor.qemu.running import Qemu
@@ -12,8 +13,7 @@ from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.manager.vm_identity import release_if_restarted
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KataImport:
+class KataImport(msgspec.Struct, frozen=True, kw_only=True):
     """The sandbox, with Kata's name for it, and what was done with each of its devices."""
 
     sandbox: str

@@ -1,7 +1,8 @@
 """What is plugged where, and is it still on the host? No VM is asked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
@@ -10,8 +11,7 @@ from vmplug.manager.watching.health import DeviceHealth, HostSnapshot
 from vmplug.vms.known import find_ended
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listing:
+class Listing(msgspec.Struct, frozen=True, kw_only=True):
     """What is attached, in the order it came.
 
     `health`, by device id, is the state of a device on the host, where that can be known.

@@ -1,6 +1,6 @@
 """Make the journal agree with all VMs and with the host, after a crash of anybody."""
 
-from dataclasses import dataclass
+import msgspec
 
 from vmplug.errors import DeviceError, HypervisorError
 from vmplug.host.kind import DeviceType
@@ -20,24 +20,21 @@ _LOCK_TIMEOUT_S = 10.0
 """A function that is slow to let go is reported as in progress."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmRepair:
+class VmRepair(msgspec.Struct, frozen=True, kw_only=True):
     """What was done about one device of a VM."""
 
     vm: str
     repair: Repair
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RepairFailure:
+class RepairFailure(msgspec.Struct, frozen=True, kw_only=True):
     """What could not be done, in a VM or, where `vm` is None, on the host."""
 
     vm: str | None
     error: DeviceError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostRepairs:
+class HostRepairs(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that did not agree, and what was done about it.
 
     `returned` are PCI functions that were to go back to their drivers. `salvage` says

@@ -3,8 +3,10 @@
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
 
 from vmplug.address import Bdf
 from vmplug.drivers.vfio import window_for
@@ -29,8 +31,7 @@ __all__ = ("MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "s
 _ANSWER_TIMEOUT_S = 20.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartedVm:
+class StartedVm(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that vmplug has started.
 
     `directory` holds its QMP socket, its console's output and its log. `attachments` are the

@@ -1,7 +1,8 @@
 """Which VMs are known, and what does each offer?"""
 
 from contextlib import closing, suppress
-from dataclasses import dataclass
+
+import msgspec
 
 from vmplug.errors import HypervisorError
 from vmplug.hypervisor.qemu.running import Qemu
@@ -13,8 +14,7 @@ from vmplug.vms.known import is_gone
 LIST_TIMEOUT_S = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmStatus:
+class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A VM of the journal as it is now.
 
     `state` is QEMU's run state, `gone` when the VM has ended, or `busy` when another client holds

@@ -1,8 +1,9 @@
 """End a VM that vmplug started, or forget one that it adopted."""
 
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from vmplug.errors import ConnectError, HypervisorError, StillAttached
 from vmplug.host.process import wait_for_end
@@ -17,8 +18,7 @@ POWER_DOWN_TIMEOUT_S = 10.0
 _QUIT_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoppedVm:
+class StoppedVm(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that the journal knows no more.
 
     `was_adopted`: it is only forgotten, and may still run. `released` is what it held.

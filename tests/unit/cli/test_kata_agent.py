@@ -1,10 +1,9 @@
 """What Kata's agent is told of a device, in its words."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.unit.drivers.test_place import guest_addresses
 from vmplug.address import CcwDevNo, PciPath, ScsiAddress

@@ -1,11 +1,11 @@
 """Disks as drives: their options, what speaks against them, and the place they get."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.support.scsi import first_addresses
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress

@@ -1,10 +1,9 @@
 """Places for devices that are no plain disks: the lowest that is free, or why there is none."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.support.scsi import first_addresses
 from vmplug.address import CcwDevNo, PciPath, PciSlot

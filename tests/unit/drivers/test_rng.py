@@ -1,10 +1,9 @@
 """Random numbers: the two options, the place and the plug."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.unit.drivers.test_free_places import MICROVM, Q35, S390X
 from vmplug.drivers.place import Offer, PlugMode

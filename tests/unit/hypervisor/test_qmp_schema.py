@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import Queue
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support.says import AGREED, GREETING, Says
 from vmplug.drivers.ports import Command

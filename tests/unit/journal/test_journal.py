@@ -10,14 +10,15 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.contract.world import journal_rows
+from tests.support.journal import in_progress
 from vmplug.address import PciPath, ScsiAddress
 from vmplug.drivers.place import GuestAddress
 from vmplug.errors import StateError, StoreError
@@ -106,7 +107,7 @@ def test_a_device_comes_back_as_it_was_written(tmp_path: Path, device: DeviceRec
     with Journal.open(tmp_path) as store:
         assert store.add_devices([device], [hold(device)]) == [hold(device)]
     with Journal.open(tmp_path) as store:
-        assert store.devices("vm-1") == [device]
+        assert store.devices("vm-1") == [in_progress(device, store)]
         assert store.attachments("vm-1") == [hold(device)]
 
 
@@ -116,7 +117,7 @@ def test_everything_comes_in_the_order_it_was_written(store: Journal) -> None:
         for i in range(5)
     ]
     store.add_devices(devices, [hold(device) for device in reversed(devices)])
-    assert store.devices("vm-1") == devices
+    assert store.devices("vm-1") == [in_progress(device, store) for device in devices]
     assert store.attachments() == [hold(device) for device in reversed(devices)]
 
 
@@ -124,7 +125,7 @@ def test_vms_are_apart(store: Journal) -> None:
     theirs = replace(DISK, id="d4", vm="vm-2")
     store.add_devices([DISK], [hold(DISK)])
     store.add_devices([theirs], [hold(theirs)])
-    assert store.devices("vm-2") == [theirs]
+    assert store.devices("vm-2") == [in_progress(theirs, store)]
     assert store.attachments("vm-1") == [hold(DISK)]
     assert store.attachments() == [hold(DISK), hold(theirs)]
     assert store.devices("vm-3") == []
@@ -253,7 +254,7 @@ def test_nothing_is_given_away_twice(store: Journal, tmp_path: Path, second: Dev
 def test_devices_without_a_place_do_not_collide(store: Journal) -> None:
     other = replace(COUNTED, id="e5", identity=Identity.parse("char:1:5"))
     store.add_devices([COUNTED, other], [])
-    assert store.devices("vm-1") == [COUNTED, other]
+    assert store.devices("vm-1") == [in_progress(COUNTED, store), in_progress(other, store)]
 
 
 def test_a_hold_on_nothing_is_refused(store: Journal, tmp_path: Path) -> None:
@@ -633,14 +634,14 @@ def test_who_reads_does_not_wait_for_who_writes(store: Journal, tmp_path: Path) 
     with closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("DELETE FROM device")
-        assert store.devices("vm-1") == [DISK]
+        assert store.devices("vm-1") == [in_progress(DISK, store)]
         assert store.attachments() == [hold(DISK)]
         writer.execute("ROLLBACK")
 
 
 WRITER = """
 import sys
-from dataclasses import replace
+from msgspec.structs import replace
 from vmplug.host.kind import Identity
 from vmplug.journal.journal import Journal
 from tests.unit.journal.test_journal import DISK, hold

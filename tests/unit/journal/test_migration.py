@@ -4,11 +4,11 @@ import json
 import sqlite3
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.contract.world import journal_rows
 from tests.unit.journal.test_journal import (

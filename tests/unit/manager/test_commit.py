@@ -1,10 +1,10 @@
 """Who plugs the same device meanwhile is waited for, as long as somebody does."""
 
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.unit.journal.test_journal import DISK, SCSI_DISK, hold
 from vmplug.errors import StateError

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from tests.contract.sandbox import SIZE_BYTES, Breaking, Hooked, Noticed, Refusing, Sandbox
 from tests.contract.world import MemorySide
@@ -126,7 +127,7 @@ def test_the_second_attach_of_one_owner_only_counts(sandbox: Sandbox) -> None:
 
     second = sandbox.devices.attach(sandbox.disk(), owner="c1")
 
-    assert second == replace(first, count=2)
+    assert second == structs.replace(first, count=2)
     assert sandbox.devices.attachments() == [second]
     assert sandbox.side.parts() == parts
     assert sandbox.changes_sent() == sent
@@ -533,7 +534,9 @@ def test_a_silent_guest_keeps_the_device_detaching(sandbox: Sandbox) -> None:
         assert attachment.host_path in caught.value.message
         assert caught.value.hint
         assert "paused" in caught.value.hint
-        assert sandbox.devices.attachments() == [replace(attachment, state=State.DETACHING)]
+        assert sandbox.devices.attachments() == [
+            structs.replace(attachment, state=State.DETACHING)
+        ]
         assert sandbox.side.parts() == parts
 
     sandbox.machine.wake_guest()

@@ -1,12 +1,12 @@
 """Plans with every kind of device: tags, the order, one for several, what stays for ever."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.contract.sandbox import Refusing, Sandbox
 from vmplug.address import PciPath, PciSlot

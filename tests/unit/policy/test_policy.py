@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from tests.support.disks import disk_image, qcow2_image
 from vmplug import Policy
@@ -127,7 +128,7 @@ def test_a_rule_allows_nothing_else(
 def test_what_the_host_does_not_say_of_a_function_is_no_match(
     rules: Callable[..., Policy],
 ) -> None:
-    silent = replace(GPU, function=PciFunction(Bdf.parse("0000:3b:00.0")))
+    silent = structs.replace(GPU, function=PciFunction(Bdf.parse("0000:3b:00.0")))
     assert not allows(rules('name = "it"\npci = ["10de:*"]'), silent)
     assert not allows(rules('name = "it"\nclasses = ["0x03"]'), silent)
 
@@ -157,8 +158,8 @@ def test_a_use_that_the_rule_does_not_allow_is_refused_with_what_it_wants(
     wanted: str,
 ) -> None:
     policy = rules(f"{ANY}{line}")
-    assert allows(policy, replace(DISK, **good))  # type: ignore[arg-type]
-    (refusal,) = policy.judge([replace(DISK, **bad)]).refusals  # type: ignore[arg-type]
+    assert allows(policy, structs.replace(DISK, **good))
+    (refusal,) = policy.judge([structs.replace(DISK, **bad)]).refusals
     assert refusal.message == (
         "/dev/sdb (block, b:8:16, /dev/disk/by-id/nvme-a): no rule of "
         f"{policy.name} allows it; the closest, 'any', {wanted}"
@@ -167,7 +168,7 @@ def test_a_use_that_the_rule_does_not_allow_is_refused_with_what_it_wants(
 
 
 def test_share_rw_is_allowed_where_a_rule_says_so(rules: Callable[..., Policy]) -> None:
-    assert allows(rules(f"{ANY}share-rw = true"), replace(DISK, share_rw=True))
+    assert allows(rules(f"{ANY}share-rw = true"), structs.replace(DISK, share_rw=True))
 
 
 @pytest.mark.parametrize("unsaid", ["vm", "owner", "mode"])
@@ -175,8 +176,8 @@ def test_nothing_is_held_against_what_nobody_has_said_yet(
     rules: Callable[..., Policy], unsaid: str
 ) -> None:
     policy = rules(f'{ANY}vms = ["sb-1"]\nowners = ["ctr1"]\ncold-only = true')
-    cold = replace(DISK, mode=PlugMode.COLD)
-    assert allows(policy, replace(cold, **{unsaid: None}))  # type: ignore[arg-type]
+    cold = structs.replace(DISK, mode=PlugMode.COLD)
+    assert allows(policy, structs.replace(cold, **{unsaid: None}))
 
 
 # several rules, several parts
@@ -189,8 +190,8 @@ def test_one_rule_that_allows_it_is_enough_whatever_their_order(
     wide = 'name = "wide"\nkinds = ["block"]\nvms = ["sb-1"]'
     for policy in (rules(narrow, wide), rules(wide, narrow)):
         assert allows(policy, DISK)
-        assert not allows(policy, replace(DISK, vm="sb-2"))
-        assert allows(policy, replace(DISK, vm="sb-2", read_only=True))
+        assert not allows(policy, structs.replace(DISK, vm="sb-2"))
+        assert allows(policy, structs.replace(DISK, vm="sb-2", read_only=True))
 
 
 def test_no_two_rules_allow_together_what_neither_allows(rules: Callable[..., Policy]) -> None:
@@ -201,7 +202,7 @@ def test_no_two_rules_allow_together_what_neither_allows(rules: Callable[..., Po
 
 
 def test_every_part_of_a_group_must_be_allowed(rules: Callable[..., Policy]) -> None:
-    sound = replace(
+    sound = structs.replace(
         GPU,
         name="0000:3b:00.1",
         function=PciFunction(Bdf.parse("0000:3b:00.1"), 0x040300, 0x10DE, 0x10F2),
@@ -566,4 +567,4 @@ def test_the_policy_of_the_manual_is_one(write: Callable[[str], Path]) -> None:
 
 
 def fields_of_a_rule() -> list[str]:
-    return [field.name.replace("_", "-") for field in fields(Rule)]
+    return [name.replace("_", "-") for name in Rule.__struct_fields__]

@@ -7,8 +7,9 @@ import errno
 import os
 import re
 import stat
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
@@ -16,8 +17,7 @@ from vmplug.host.block.loop import LoopBacking, read_backing_file
 from vmplug.host.root import HostRoot, node_number
 
 
-@dataclass(frozen=True, slots=True)
-class MountedDevice:
+class MountedDevice(msgspec.Struct, frozen=True, kw_only=True):
     """One mounted device; `read_only` is the state of the file system, not of one mount."""
 
     devnum: DevNum
@@ -25,8 +25,7 @@ class MountedDevice:
     read_only: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Loop:
+class Loop(msgspec.Struct, frozen=True, kw_only=True):
     """One configured loop device."""
 
     devnum: DevNum
@@ -34,8 +33,7 @@ class Loop:
     backing: LoopBacking
 
 
-@dataclass(frozen=True, slots=True)
-class HostUsage:
+class HostUsage(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of everything that uses block devices or disk images."""
 
     mounts: tuple[MountedDevice, ...]
@@ -135,7 +133,10 @@ def _parse_mountinfo(table: str, root: HostRoot) -> list[MountedDevice]:
                 continue
             devnum = node_number(status)
         devnums = {devnum, *(_btrfs_devices(devnum, root) if mount.fs_type == "btrfs" else ())}
-        mounts += (MountedDevice(each, mount.path, mount.read_only) for each in devnums)
+        mounts += (
+            MountedDevice(devnum=each, mount_point=mount.path, read_only=mount.read_only)
+            for each in devnums
+        )
     return mounts
 
 
@@ -165,7 +166,7 @@ def _read_loops(root: HostRoot) -> list[Loop]:
         sysfs_path = f"/sys/block/{name}"
         backing = read_backing_file(sysfs_path, root)
         if backing and (devnum := root.read_devnum(f"{sysfs_path}/dev")):
-            loops.append(Loop(devnum, f"/dev/{name}", backing))
+            loops.append(Loop(devnum=devnum, device_node=f"/dev/{name}", backing=backing))
     return loops
 
 

@@ -15,8 +15,9 @@ import os
 import stat
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import HostError, NoSuchDevice
@@ -36,8 +37,7 @@ class _Stamp(NamedTuple):
     changed_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Index:
+class _Index(msgspec.Struct, frozen=True, kw_only=True):
     """Names of the store's block nodes by number, as of one scan.
 
     `settled`: every later change will be noticed. `loose`: an entry is a symlink or could not be
@@ -137,7 +137,9 @@ class VhostUserStore:
                 status = self._root.stat_or_none(path)
             if status and stat.S_ISBLK(status.st_mode):
                 names.setdefault(status.st_rdev, name)
-        return _Index(names, stamp, started_ns - stamp.changed_ns > _RACY_NS, loose)
+        return _Index(
+            names=names, stamp=stamp, settled=started_ns - stamp.changed_ns > _RACY_NS, loose=loose
+        )
 
     def _is_node(self, name: str, rdev: int) -> bool:
         status = self._root.stat_or_none(f"{self._devices}/{name}")

@@ -24,7 +24,8 @@ class FakeBackends:
     """The commands that add and remove the parts of a device, by their QMP names.
 
     `reconnect` is the option of chardevs, that of QEMU 7.2 or that of 11. `iommufd`: there are
-    objects of that type. `kept` are files that QEMU will never close.
+    objects of that type. `sizes` are those of nodes that were resized, `memory` those of memory
+    backends. `kept` are files that QEMU will never close.
     """
 
     nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class FakeBackends:
     netdevs: dict[str, str] = field(default_factory=dict)
     descriptors: set[str] = field(default_factory=set)
     sizes: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     reconnect: str = RECONNECT_MS
     iommufd: bool = False
     kept: list[str] = field(default_factory=list)
@@ -80,6 +82,8 @@ class FakeBackends:
         if id in self.objects:
             raise Refused(f"attempt to add duplicate property '{id}' to object (type 'container')")
         self.objects[id] = qom_type
+        if "size" in properties:
+            self.memory[id] = properties["size"]
         return {}
 
     def _qom_list_types(self, implements: str) -> list[dict[str, str]]:

@@ -237,7 +237,8 @@ class FakeMonitor(FakeBackends, Monitor):
         return [{"cpu-index": 0}]
 
     def _query_memory_size_summary(self) -> dict[str, int]:
-        return {"base-memory": 256 << 20, "plugged-memory": 0}
+        plugged = sum(self.memory[name] for name in self._used("memdev"))
+        return {"base-memory": 256 << 20, "plugged-memory": plugged}
 
     def _query_status(self) -> dict[str, Any]:
         running = self.guest is not Guest.SILENT

@@ -4,9 +4,10 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Self
+
+from msgspec.structs import replace
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id
 from vmplug.drivers.place import Offer, Place

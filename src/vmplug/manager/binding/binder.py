@@ -17,9 +17,10 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import StrEnum
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, HostError, NoSuchDevice, StateError, StoreError

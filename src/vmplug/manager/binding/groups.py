@@ -1,7 +1,8 @@
 """Give a PCI device with its IOMMU group to VFIO, and back to the drivers that it had."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+
+import msgspec
 
 from vmplug.address import Bdf
 from vmplug.host.finding import Code
@@ -12,8 +13,7 @@ from vmplug.manager.binding.binder import Binder, BindOutcome
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoundFunction:
+class BoundFunction(msgspec.Struct, frozen=True, kw_only=True):
     """A function of a group that VFIO has now.
 
     `former_driver` is the one that it goes back to if vmplug has bound it, else the one it had.
@@ -25,8 +25,7 @@ class BoundFunction:
     is_bound_by_vmplug: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoundGroup:
+class BoundGroup(msgspec.Struct, frozen=True, kw_only=True):
     """A group that VFIO has now.
 
     `number` is None for a device in no IOMMU group. A mediated device, known by its UUID, needs no
@@ -43,8 +42,7 @@ class BoundGroup:
         return None if self.number is None else f"/dev/vfio/{self.number}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReturnedFunction:
+class ReturnedFunction(msgspec.Struct, frozen=True, kw_only=True):
     """A function after unbinding; `outcome` is None for one that vmplug has not bound."""
 
     bdf: Bdf
@@ -53,8 +51,7 @@ class ReturnedFunction:
     outcome: BindOutcome | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReturnedGroup:
+class ReturnedGroup(msgspec.Struct, frozen=True, kw_only=True):
     """A group that was given back."""
 
     number: int | None

@@ -1,7 +1,8 @@
 """Mediated devices: created, and removed unless in use."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+
+import msgspec
 
 from vmplug.address import Bdf
 from vmplug.host.pci.mdev_create import create_mediated
@@ -11,8 +12,7 @@ from vmplug.manager.binding.subdevices import remove_unused
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CreatedDevice:
+class CreatedDevice(msgspec.Struct, frozen=True, kw_only=True):
     """A mediated device that was created. A VM opens `/dev/vfio/{iommu_group}`."""
 
     uuid: str

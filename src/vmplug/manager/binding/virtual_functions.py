@@ -2,7 +2,8 @@
 
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+
+import msgspec
 
 from vmplug.address import Bdf
 from vmplug.errors import BindError
@@ -21,8 +22,7 @@ from vmplug.manager.binding.subdevices import divide, find_sriov, read_interface
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VfStatus:
+class VfStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One virtual function. `mac`, `vlan` and `trust` are None where they cannot be read."""
 
     number: int
@@ -34,8 +34,7 @@ class VfStatus:
     trust: bool | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhysicalFunction:
+class PhysicalFunction(msgspec.Struct, frozen=True, kw_only=True):
     """A function that can have `total` virtual ones, and those that it has.
 
     `autoprobe` is whether the host's drivers take new ones; `interface` its network interface.

@@ -8,7 +8,6 @@ Source: kata-containers src/runtime/virtcontainers/persist/api, persist/fs, qemu
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -78,8 +77,7 @@ class _Container(_Saved):
     device_maps: list[_Map] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KataDevice:
+class KataDevice(msgspec.Struct, frozen=True, kw_only=True):
     """A device that Kata saved.
 
     `identity` is its identity in vmplug, None where the state does not show it. `fronts` are its
@@ -93,15 +91,14 @@ class KataDevice:
     host_path: str
     attach_count: int
     read_only: bool = False
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = msgspec.field(default_factory=dict)
     fronts: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     nvdimm_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class KataHold:
+class KataHold(msgspec.Struct, frozen=True, kw_only=True):
     """A container's hold on a device, under its path in the container."""
 
     device: str
@@ -109,8 +106,7 @@ class KataHold:
     container_path: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KataState:
+class KataState(msgspec.Struct, frozen=True, kw_only=True):
     """The devices of a sandbox in the order of creation, and the holds on them."""
 
     sandbox: str
@@ -141,7 +137,10 @@ def decode_devices(data: bytes, file: str) -> tuple[KataDevice, ...]:
 def decode_holds(data: bytes, container: str, file: str) -> list[KataHold]:
     """The holds of a container, from its own state."""
     maps = _decode(data, _Container, file).device_maps or []
-    return [KataHold(entry.id, container, entry.container_path) for entry in maps]
+    return [
+        KataHold(device=entry.id, container=container, container_path=entry.container_path)
+        for entry in maps
+    ]
 
 
 def _find(source: str) -> Path:
@@ -172,7 +171,7 @@ def _decode(data: bytes, kind: type[T], file: str) -> T:
 
 
 def _device(saved: _Device, where: str) -> KataDevice:
-    common = _Common(saved, where)
+    common = _Common(saved=saved, where=where)
     match saved.type:
         case DeviceType.BLOCK if saved.block_drive:
             return common.disk(saved.block_drive)
@@ -189,8 +188,7 @@ def _device(saved: _Device, where: str) -> KataDevice:
             return common.made(None, saved.id)
 
 
-@dataclass(frozen=True, slots=True)
-class _Common:
+class _Common(msgspec.Struct, frozen=True, kw_only=True):
     """The fields that all kinds have in common."""
 
     saved: _Device

@@ -6,8 +6,9 @@ that was handed over, a socket of another network namespace, a file that this us
 
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from vmplug.address import find_bdf
 from vmplug.devnum import DevNum
@@ -51,8 +52,7 @@ class HostState(StrEnum):
     DISCONNECTED = "disconnected"
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceHealth:
+class DeviceHealth(msgspec.Struct, frozen=True):
     """`detail` is a sentence about the change, None without one.
 
     `size_bytes` is a disk's, None for anything else.

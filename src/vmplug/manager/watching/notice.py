@@ -4,9 +4,10 @@ Arithmetic only: this reads and changes nothing.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+
+import msgspec
 
 from vmplug.drivers.vhost_user import OPTIONS, RECONNECT_S
 from vmplug.host.events import Event, HostEvent
@@ -29,8 +30,7 @@ class EventKind(StrEnum):
     EVENTS_LOST = "events-lost"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceEvent:
+class DeviceEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One event of the host device of one attachment, or of a VM.
 
     `message` is a sentence, `meaning` the effect on the guest, `hint` what to do now. `vm` is None
@@ -38,7 +38,7 @@ class DeviceEvent:
     resized disk, None for anything else.
     """
 
-    time: datetime = field(default_factory=lambda: datetime.now(UTC), compare=False)
+    time: datetime = msgspec.field(default_factory=lambda: datetime.now(UTC))
     what: EventKind
     message: str
     meaning: str

@@ -9,8 +9,9 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
 from vmplug.host.root import THIS_HOST, HostRoot
@@ -58,8 +59,7 @@ def watch(
     return Watch(journal, events, host=host, vm=vm, timeout_s=timeout_s)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
+class _Rows(msgspec.Struct, frozen=True, kw_only=True):
     """The contents of the journal at one version."""
 
     version: int
@@ -183,7 +183,9 @@ class Watch(Iterator[DeviceEvent]):
             return self._rows
         vms = [vm for vm in journal.vms() if self._vm in {None, vm.name}]
         devices = [device for vm in vms for device in journal.devices(vm.name)]
-        return _Rows(version, vms, devices, journal.attachments(self._vm))
+        return _Rows(
+            version=version, vms=vms, devices=devices, holds=journal.attachments(self._vm)
+        )
 
     def _pids(self, rows: _Rows) -> set[int]:
         vms = {vm.pid for vm in rows.vms if vm.pid and vm not in self._ended}

@@ -133,7 +133,11 @@ def test_the_usage_of_a_host_lists_configured_loop_devices_only(tree: HostTree) 
     backing(tree, backing_file="/a.img\n")
     tree.block_device("7:1", "loop1").block_device("8:0", "sda", loop={"backing_file": "/b\n"})
     assert read_usage(tree.root).loops == (
-        Loop(DevNum(7, 0), "/dev/loop0", LoopBacking(backing_file="/a.img")),
+        Loop(
+            devnum=DevNum(7, 0),
+            device_node="/dev/loop0",
+            backing=LoopBacking(backing_file="/a.img"),
+        ),
     )
 
 

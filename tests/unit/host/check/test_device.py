@@ -80,7 +80,9 @@ def test_a_mount_in_another_namespace_is_seen(disk: HostTree) -> None:
 
 def test_a_namespace_is_read_once_however_many_processes_are_in_it(disk: HostTree) -> None:
     disk.mount("/dev/sdb", "/", "8:16", pid=1).mount("/dev/sda", "/lies", "8:0", pid=2)
-    assert read_usage(disk.root).mounts == (MountedDevice(DevNum(8, 16), "/", read_only=False),)
+    assert read_usage(disk.root).mounts == (
+        MountedDevice(devnum=DevNum(8, 16), mount_point="/", read_only=False),
+    )
 
 
 def test_processes_that_are_ending_and_other_files_of_proc_are_passed_over(

@@ -5,12 +5,12 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Timer
 
 import pytest
+from msgspec.structs import replace
 
 from tests.contract.binding import BindingContract, Side, held_by_vm
 from tests.support.fake_kernel import DIED, FakeKernel, Fault, fake_modprobe

@@ -115,9 +115,9 @@ def test_a_sandbox_is_read_with_its_containers(tmp_path: Path) -> None:
         assert found.sandbox == "5a1f"
         assert [d.kind for d in found.devices] == ["block", "generic"]
         assert found.holds == (
-            KataHold(DISK_ID, "c1", "/dev/xvda"),
-            KataHold("other", "c1", ""),
-            KataHold(DISK_ID, "c2", "/dev/xvdb"),
+            KataHold(device=DISK_ID, container="c1", container_path="/dev/xvda"),
+            KataHold(device="other", container="c1", container_path=""),
+            KataHold(device=DISK_ID, container="c2", container_path="/dev/xvdb"),
         )
 
 

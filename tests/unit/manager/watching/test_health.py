@@ -2,10 +2,10 @@
 
 import os
 import socket
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support.disks import disk_image, qcow2_image
 from tests.support.journal import device_record, vm_record

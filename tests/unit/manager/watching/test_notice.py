@@ -1,8 +1,7 @@
 """What two looks and the events between them mean for what is plugged."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from tests.support.journal import device_record, hold_on, vm_record
 from vmplug.devnum import DevNum
@@ -109,7 +108,7 @@ def test_events_that_take_a_device_away(record: DeviceRecord, happened: Event) -
         (GROUP, event("remove", "pci", "0000:3b:00.2")),
         (SCSI_BACKEND, event("remove", "block", "x", "242:0")),
         (IMAGE, event("remove", "block", "sdb", "8:16")),
-        (DISK, ProcessEnded(8)),
+        (DISK, ProcessEnded(pid=8)),
         (DISK, EventsLost()),
     ],
 )

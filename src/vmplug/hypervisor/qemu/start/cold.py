@@ -8,9 +8,10 @@ Source: QEMU softmmu/vl.c, qemu_set_option; measured on QEMU 7.2.
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
+
+from msgspec.structs import replace
 
 from vmplug.address import qemu_id
 from vmplug.drivers.place import Offer, Place

@@ -5,9 +5,10 @@ User text goes to QEMU as JSON or as an argument of its own, never inside an opt
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, assert_never
+
+import msgspec
 
 from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot
 from vmplug.drivers.place import (
@@ -50,8 +51,7 @@ PACKAGE = {
 """Debian packages; Debian 12 has the latter in qemu-system-misc, which provides that name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmSpec:
+class VmSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A machine to start.
 
     `ports`, `bridges` and `memory_slots` are for a q35; `windows` are bytes of 64-bit prefetchable

@@ -3,8 +3,9 @@
 Source: QEMU qapi/block-core.json, qapi/qom.json; sequences and traps measured on QEMU 7.2.
 """
 
-from dataclasses import fields
 from typing import Any
+
+from msgspec import structs
 
 from vmplug.address import qemu_id
 from vmplug.drivers.place import Place, ScsiPlace
@@ -83,7 +84,7 @@ def _front_end(drive: BlockDrive, place: Place, node: str) -> Step:
 
 def _limits(throttle: Throttle) -> dict[str, int]:
     return {
-        field.name.replace("_", "-"): limit
-        for field in fields(throttle)
-        if (limit := getattr(throttle, field.name)) is not None
+        name.replace("_", "-"): limit
+        for name, limit in structs.asdict(throttle).items()
+        if limit is not None
     }

@@ -5,8 +5,9 @@ Source: QEMU hw/acpi/pcihp.c, hw/vfio/pci.c, hw/vfio/iommufd.c.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from vmplug.address import qemu_id
 from vmplug.drivers.place import CcwPlace, GroupPlace, Offer, PciPlace, Place
