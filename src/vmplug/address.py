@@ -7,7 +7,7 @@ ScsiAddress is `id:lun`, CcwDevNo a device number of the s390 channel subsystem.
 
 import os
 import re
-from typing import NamedTuple, Self
+from typing import Self
 
 import msgspec
 
@@ -26,7 +26,7 @@ _BDF = re.compile(r"([0-9a-f]{4,8}):([0-9a-f]{2}):([01][0-9a-f])\.([0-7])\Z", re
 _SHORT_BDF = re.compile(r"[0-9a-f]{2}:[01][0-9a-f]\.[0-7]\Z", re.ASCII)
 
 
-class Bdf(NamedTuple):
+class Bdf(msgspec.Struct, frozen=True, order=True):
     """The address of a PCI function of the host, `0000:3b:00.1`; they sort as the bus does.
 
     A domain behind an Intel VMD has five digits and more. Source: `%04x:%02x:%02x.%d`, Linux
@@ -54,6 +54,11 @@ class Bdf(NamedTuple):
         """
         written = text.lower()
         return cls.parse(f"0000:{written}" if _SHORT_BDF.match(written) else written)
+
+    @property
+    def device(self) -> tuple[int, int, int]:
+        """Domain, bus and slot: the same for all functions of one device."""
+        return self.domain, self.bus, self.slot
 
     def __str__(self) -> str:
         return f"{self.domain:04x}:{self.bus:02x}:{self.slot:02x}.{self.function}"

@@ -124,7 +124,7 @@ def journal_of(vmplug: Vmplug) -> Journal:
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_what_is_refused_changes_nothing(vmplug: Vmplug, host: PciTree, wrong: Bad) -> None:
-    former = FormerBinding(Bdf.parse(BOUND), "nvme", None)
+    former = FormerBinding(bdf=Bdf.parse(BOUND), driver="nvme", driver_override=None)
     row = Binding(former=former, state=BindingState.BOUND, device_id=None, boot_id=BOOT_ID)
     with journal_of(vmplug) as journal:
         journal.bindings.put([row])
@@ -254,7 +254,7 @@ def test_on_this_host_nothing_is_changed(vmplug: Vmplug) -> None:
 
 
 def test_reconcile_forgets_what_an_earlier_boot_left(vmplug: Vmplug) -> None:
-    former = FormerBinding(Bdf.parse("ffff:ff:1f.7"), "nvme", None)
+    former = FormerBinding(bdf=Bdf.parse("ffff:ff:1f.7"), driver="nvme", driver_override=None)
     row = Binding(former=former, state=BindingState.BOUND, device_id=None, boot_id="earlier")
     with journal_of(vmplug) as journal:
         journal.bindings.put([row])

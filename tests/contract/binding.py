@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from msgspec.structs import replace
 
 from vmplug.address import Bdf
@@ -257,7 +258,7 @@ class BindingContract:
         before = side.picture()
         (bound,) = binder.bind(side.group(side.single))
         binder.unbind(side.group(side.single))
-        gone = bound.former._replace(bdf=Bdf(0xFFFF, 0xFF, 0x1F, 7))
+        gone = structs.replace(bound.former, bdf=Bdf(0xFFFF, 0xFF, 0x1F, 7))
         journal.bindings.put([replace(bound, former=gone)])
         (told,) = binder.recover()
         assert (told.former, str(told.outcome)) == (gone, "forgotten")

@@ -384,7 +384,9 @@ def test_a_function_is_reset(side: Side) -> None:
     reset_function(Bdf.parse(topology.NIC), side.host)
     assert side.picture() == before
     with pytest.raises(BindError) as caught:
-        Writer("0000:00:00.0", side.host).write("reset", "/sys/bus/pci/devices/none/reset", "1")
+        Writer(device="0000:00:00.0", root=side.host).write(
+            "reset", "/sys/bus/pci/devices/none/reset", "1"
+        )
     assert caught.value.errno == errno.ENOENT
 
 
@@ -404,11 +406,13 @@ def simulated() -> Iterator[str]:
 
 
 def test_a_virtual_function_is_told_and_read_back(simulated: str) -> None:
-    nothing = [VirtualFunction(n, "00:00:00:00:00:00", 0, trust=False) for n in range(3)]
+    nothing = [
+        VirtualFunction(number=n, mac="00:00:00:00:00:00", vlan=0, trust=False) for n in range(3)
+    ]
     assert read_virtual(simulated) == nothing
     wanted = VfSettings(mac="02:00:00:00:00:0A", vlan=100, trust=True)
     told = set_virtual(simulated, 1, wanted)
-    assert told == VirtualFunction(1, "02:00:00:00:00:0a", 100, trust=True)
+    assert told == VirtualFunction(number=1, mac="02:00:00:00:00:0a", vlan=100, trust=True)
     assert read_virtual(simulated) == [nothing[0], told, nothing[2]]
     set_virtual(simulated, 1, VfSettings(vlan=0, trust=False))
     set_virtual(simulated, 1, VfSettings(mac="00:00:00:00:00:00"))

@@ -208,7 +208,7 @@ def read_request(
     )
     _check_names(wanted)
     store = open_store(vhost_user_store, host) if vhost_user_store else None
-    return RequestArguments(wanted, name, host, store)
+    return RequestArguments(requests=wanted, name=name, host=host, vhost_user_store=store)
 
 
 def _wanted(info: "Request", options: Mapping[str, str], *, read_only: bool) -> "Request":

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from vmplug.errors import SpecError
 
 
-class Option(NamedTuple):
+class Option(msgspec.Struct, frozen=True):
     """One option: the field that it sets, the parser of its text, and one line of help.
 
     `parse` raises ValueError with what was expected.

@@ -1,7 +1,6 @@
 """Places: the offer of a VM, one place in it, and the guest's address of a device there."""
 
 from enum import StrEnum
-from typing import NamedTuple
 
 import msgspec
 
@@ -99,7 +98,7 @@ class PortKind(StrEnum):
     BRIDGE_PORT = "bridge-port"
 
 
-class Windows(NamedTuple):
+class Windows(msgspec.Struct, frozen=True):
     """Guest addresses behind a port, in bytes, that BARs of devices fit into.
 
     `prefetchable` is for 64-bit prefetchable memory, `other` for all other memory.
@@ -175,7 +174,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
         return self.machine == "microvm"
 
 
-class GuestFunction(NamedTuple):
+class GuestFunction(msgspec.Struct, frozen=True):
     """A function of a group: its BDF or UUID on the host, and its address in the guest.
 
     `pci_path` is None for a device that is not on PCI.

@@ -207,7 +207,7 @@ class _Cluster(msgspec.Struct, frozen=True, kw_only=True):
 
 def _clusters(functions: Sequence[PciFunction]) -> list[_Cluster]:
     """The slots that a group needs, in the order of its functions."""
-    slots = groupby(functions, key=lambda function: function.bdf[:3])
+    slots = groupby(functions, key=lambda function: function.bdf.device)
     return [_cluster(list(sharing)) for _, sharing in slots]
 
 
@@ -333,7 +333,7 @@ class _Chooser:
         return next((slot for slot in port.free if f"{port.bus}/{slot}" not in used), None)
 
     def _too_small(self, cluster: _Cluster) -> NoFreePort:
-        need = max(cluster.needed)
+        need = max(cluster.needed.prefetchable, cluster.needed.other)
         return NoFreePort(
             f"no free port of the VM has a window large enough for the BARs of {self._what}: "
             f"they need {need >> 20} MiB, and the guest could not assign them an address",

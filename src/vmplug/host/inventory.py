@@ -7,7 +7,10 @@ disks, interfaces and virtual functions are found without reading its directory.
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import msgspec
+from msgspec import structs
 
 from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum, is_decimal
@@ -55,7 +58,7 @@ class Kind(StrEnum):
     MDEV = "mdev"
 
 
-class HostFunction(NamedTuple):
+class HostFunction(msgspec.Struct, frozen=True, kw_only=True):
     """A PCI function, with facts about it from elsewhere on the host.
 
     `group_node` and `cdev_node` are its nodes while VFIO holds it. `disks` and `networks` are the
@@ -73,7 +76,7 @@ class HostFunction(NamedTuple):
     reset_methods: tuple[str, ...] | None = None
 
 
-class HostMediated(NamedTuple):
+class HostMediated(msgspec.Struct, frozen=True, kw_only=True):
     """A mediated device; where `device` is None, `unreadable` is the reason."""
 
     uuid: str
@@ -86,7 +89,7 @@ class HostMediated(NamedTuple):
     unreadable: tuple[str, ...] = ()
 
 
-class StoredSocket(NamedTuple):
+class StoredSocket(msgspec.Struct, frozen=True, kw_only=True):
     """A number of the vhost-user store; without a `socket_path`, `problem` is the reason."""
 
     devnum: DevNum
@@ -97,7 +100,7 @@ class StoredSocket(NamedTuple):
     uses: tuple[Use, ...] = ()
 
 
-class Inventory(NamedTuple):
+class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """The devices of the host; a kind that was not requested is empty.
 
     `unreadable` are sentences about files that belong to no single device.
@@ -201,10 +204,12 @@ class _Reader:
         group_nodes, vms = self._group_nodes, self._vms
         for function in functions:
             bdf, class_code = function.bdf, function.class_code
-            entry = HostFunction(function, (), group_nodes.get(function.iommu_group))
+            entry = HostFunction(
+                function=function, group_node=group_nodes.get(function.iommu_group)
+            )
             if bdf in rich:
-                entry = entry._replace(
-                    virtfns=tuple(virtfns.get(bdf, ())), cdev_node=cdevs.get(bdf)
+                entry = structs.replace(
+                    entry, virtfns=tuple(virtfns.get(bdf, ())), cdev_node=cdevs.get(bdf)
                 )
                 if not function.is_bridge:
                     own = [disks[name] for name in disks_of.get(bdf, ()) if name in disks]
@@ -213,7 +218,7 @@ class _Reader:
                 entry = self._with_console(entry)
             if vms:
                 by_vms = self._vm_uses(Identity.of_vfio(bdf), str(bdf))
-                entry = entry._replace(uses=(*entry.uses, *by_vms))
+                entry = structs.replace(entry, uses=(*entry.uses, *by_vms))
             yield entry
 
     def _vm_uses(self, identity: Identity, device: str) -> Iterator[Use]:
@@ -226,15 +231,19 @@ class _Reader:
         flag = self._attempt(None, self._root.read_attribute, path)
         if (flag or b"").strip() != b"1":
             return entry
-        return entry._replace(uses=(*entry.uses, Use("console", str(entry.function.bdf))))
+        return structs.replace(entry, uses=(*entry.uses, Use("console", str(entry.function.bdf))))
 
     def _networks(self) -> dict[Bdf, list[NetInterface]]:
         by_function = group_by_function(self._attempt({}, read_net_paths, self._root))
-        unknown = NetworkUses(None, None, self._root)
+        unknown = NetworkUses(with_default_route=None, with_address=None, root=self._root)
         uses = self._attempt(unknown, read_network_uses, self._root) if by_function else unknown
         return {
             bdf: [
-                self._attempt(NetInterface(name, None, None, None), uses.interface, name)
+                self._attempt(
+                    NetInterface(name=name, has_default_route=None, has_address=None, master=None),
+                    uses.interface,
+                    name,
+                )
                 for name in names
             ]
             for bdf, names in by_function.items()
@@ -253,11 +262,11 @@ class _Reader:
                 group = find_group(path, self._root)
                 link = self._root.read_link(f"{path}/mdev_type")
             except AttributeReadError as error:
-                yield HostMediated(uuid, None, unreadable=(error.message,))
+                yield HostMediated(uuid=uuid, device=None, unreadable=(error.message,))
                 continue
             yield HostMediated(
-                uuid,
-                device,
+                uuid=uuid,
+                device=device,
                 mdev_type=link.rpartition("/")[2] if link else None,
                 iommu_group=group,
                 group_node=None if group is None else self._group_nodes.get(group),
@@ -269,7 +278,7 @@ class _Reader:
         """The numbers of a vhost-user store."""
         for socket in read_sockets(vhost_user_store, self._root):
             uses = self._vm_uses(Identity.of_block(socket.devnum), socket.device_node)
-            yield socket._replace(uses=tuple(uses))
+            yield structs.replace(socket, uses=tuple(uses))
 
 
 def with_reset_methods(entry: HostFunction, root: HostRoot) -> HostFunction:
@@ -278,16 +287,19 @@ def with_reset_methods(entry: HostFunction, root: HostRoot) -> HostFunction:
     A file that cannot be read is listed in `function.unreadable`.
     """
     try:
-        return entry._replace(reset_methods=read_reset_methods(entry.function.bdf, root))
+        return structs.replace(entry, reset_methods=read_reset_methods(entry.function.bdf, root))
     except AttributeReadError as error:
         unreadable = (*entry.function.unreadable, error.message)
-        return entry._replace(function=entry.function._replace(unreadable=unreadable))
+        return structs.replace(
+            entry, function=structs.replace(entry.function, unreadable=unreadable)
+        )
 
 
 def _with_holdings(
     entry: HostFunction, disks: Sequence[Disk], networks: Sequence[NetInterface]
 ) -> HostFunction:
-    return entry._replace(
+    return structs.replace(
+        entry,
         disks=tuple(disk.device_node for disk in disks),
         networks=tuple(networks),
         uses=(
@@ -321,13 +333,13 @@ def read_sockets(vhost_user_store: "VhostUserStore", root: HostRoot) -> list[Sto
                 nodes.setdefault(devnum, f"{directory}/{name}")
     return [
         StoredSocket(
-            devnum,
-            DeviceType.VHOST_USER_BLK
+            devnum=devnum,
+            kind=DeviceType.VHOST_USER_BLK
             if devnum.major == vhost_user_store.blk_major
             else DeviceType.VHOST_USER_SCSI,
-            nodes[devnum],
-            answer if isinstance(answer, str) else None,
-            None if isinstance(answer, str) else answer.message,
+            device_node=nodes[devnum],
+            socket_path=answer if isinstance(answer, str) else None,
+            problem=None if isinstance(answer, str) else answer.message,
         )
         for devnum, answer in vhost_user_store.find_sockets(nodes).items()
     ]

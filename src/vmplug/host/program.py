@@ -5,14 +5,15 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
+
+import msgspec
 
 _SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 """The directory of modprobe and ip; the PATH of a service or user often lacks it."""
 _KILLED_TIMEOUT_S = 1.0
 
 
-class Finished(NamedTuple):
+class Finished(msgspec.Struct, frozen=True):
     """The result of a program; `status` is None when it did not run, or not to its end."""
 
     status: int | None

@@ -94,7 +94,9 @@ def read_binding(row: sqlite3.Row) -> Binding:
     """A row of the table `binding`."""
     bdf = Bdf.parse(row["bdf"])
     return Binding(
-        former=FormerBinding(bdf, row["driver"], row["driver_override"]),
+        former=FormerBinding(
+            bdf=bdf, driver=row["driver"], driver_override=row["driver_override"]
+        ),
         state=BindingState(row["state"]),
         device_id=row["device"],
         boot_id=row["boot_id"],

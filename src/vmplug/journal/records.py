@@ -167,6 +167,8 @@ def _saved(value: object) -> object:
             return value
         case tuple():
             return [_saved(part) for part in value]
+        case GuestFunction(host=host, pci_path=path):
+            return [host, _saved(path)]
         case None:
             return None
         case _:

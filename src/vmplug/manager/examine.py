@@ -5,7 +5,6 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -33,7 +32,7 @@ from vmplug.policy.gate import PolicyCheck, not_overruled
 FindClaims = Callable[[HostDevice], Sequence[Claim]]
 
 
-class CheckContext(NamedTuple):
+class CheckContext(msgspec.Struct, frozen=True, kw_only=True):
     """Sources of findings besides the host; by default none.
 
     `find_claims` returns the claims of VMs on a device and its relatives. vmplug does not ask the
@@ -90,14 +89,20 @@ def examine(
     malformed options only.
     """
     found = resolve_all(requests, host, vhost_user_store)
-    terms = _Terms(host, known, _try_read_usage(host, found), frozenset(allowed), managed)
+    terms = _Terms(
+        host=host,
+        known=known,
+        usage=_try_read_usage(host, found),
+        allowed=frozenset(allowed),
+        managed=managed,
+    )
     examined: list[CheckedRequest] = []
     for request, answer in zip(requests, found, strict=True):
         examined.append(_examine_one(request, answer, examined, terms))
     return examined
 
 
-class _Terms(NamedTuple):
+class _Terms(msgspec.Struct, frozen=True, kw_only=True):
     """What holds for every request of a batch; see `examine`."""
 
     host: HostRoot
@@ -165,7 +170,7 @@ def check_vfio(
     pid = endpoint.pid if endpoint else None
     if offer.mode is PlugMode.COLD:
         pid = os.getpid()
-    memory = GuestMemory(offer.memory_bytes, pid)
+    memory = GuestMemory(size_bytes=offer.memory_bytes, pid=pid)
     return check_vm(group, memory, host, has_iommufd=offer.iommufd)
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+from msgspec import structs
+
 from vmplug.host.inventory import Inventory, Kind, read_inventory, with_reset_methods
 from vmplug.host.inventory_names import find_named
 from vmplug.host.kind import Identity
@@ -34,4 +36,4 @@ def list_host(
     if names:
         inventory = find_named(inventory, names, setup.host)
     functions = tuple(with_reset_methods(entry, setup.host) for entry in inventory.pci)
-    return inventory._replace(pci=functions)
+    return structs.replace(inventory, pci=functions)

@@ -150,7 +150,10 @@ class DeviceManager:
             self._host,
             vhost_user_store=self._vhost_user_store,
             known=CheckContext(
-                self._find_claims, self._is_held, self._check_vfio, self._gate(owner)
+                find_claims=self._find_claims,
+                is_held=self._is_held,
+                find_more=self._check_vfio,
+                gate=self._gate(owner),
             ),
             allowed=allow,
             managed=managed,
@@ -335,7 +338,9 @@ class DeviceManager:
         """The policy for requests of `owner`."""
         if self._policy is None:
             return None
-        return PolicyCheck(self._policy, self._vm, owner, self._last_offer().mode)
+        return PolicyCheck(
+            policy=self._policy, vm=self._vm, owner=owner, mode=self._last_offer().mode
+        )
 
     def _last_offer(self) -> Offer:
         """The last known offer of the VM."""

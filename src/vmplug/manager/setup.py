@@ -1,6 +1,8 @@
 """Which host, and what holds on it: passed to every function that serves several VMs."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
@@ -10,7 +12,7 @@ if TYPE_CHECKING:
     from vmplug.policy.rules import Policy
 
 
-class Setup(NamedTuple):
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """A host as vmplug serves it.
 
     `state_dir` is where the journal is. `vhost_user_store` is the host's, None when it has none.

@@ -14,7 +14,7 @@ docs/how-to/how-to-set-sandbox-config-kata.md.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -47,7 +47,7 @@ _KATA_WORDS = {*_SHARE_DEFAULTS, "entropy_source"}
 Option = str | int | bool
 
 
-class Annotated(NamedTuple):
+class Annotated(msgspec.Struct, frozen=True, kw_only=True):
     """The contents of one bundle's annotations.
 
     `options` are those of single devices and mounts, by path in the container.
@@ -87,7 +87,7 @@ def read_annotations(annotations: Mapping[str, str]) -> Annotated:
                     "name",
                 )
     check_count("$.annotations", "requests", len(requests), REQUESTS_MAX)
-    return Annotated(tuple(requests), options)
+    return Annotated(requests=tuple(requests), options=options)
 
 
 def annotation_path(key: str) -> str:

@@ -8,7 +8,9 @@ import select
 import sys
 import time
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
+
+import msgspec
 
 from vmplug.errors import SpecError
 from vmplug.oci.limits import CONFIG_BYTES_MAX
@@ -19,7 +21,7 @@ PIPE_TIMEOUT_S = 10.0
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-class Source(NamedTuple):
+class Source(msgspec.Struct, frozen=True, kw_only=True):
     """The bytes that were read, and the name of the bundle directory; None for standard input."""
 
     data: bytes
@@ -34,13 +36,13 @@ def read_source(source: str | os.PathLike[str]) -> Source:
     if source == "-":
         if sys.stdin is None:
             raise SpecError("standard input", "is closed; expected a config.json")
-        return Source(_read("standard input", sys.stdin.buffer), None)
+        return Source(data=_read("standard input", sys.stdin.buffer), name=None)
     path = Path(source)
     if os.path.isdir(path):  # Path.is_dir raises for a name too long to be one
         path /= "config.json"
     try:
         with open(os.open(path, _OPEN), "rb", buffering=0) as file:
-            return Source(_read(str(path), file), _container_name(path.parent.resolve()))
+            return Source(data=_read(str(path), file), name=_container_name(path.parent.resolve()))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "a null byte in its path"
         raise SpecError(

@@ -37,7 +37,7 @@ Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 Word = Annotated[str, msgspec.Meta(max_length=NAME_BYTES_MAX)]
 
 
-class _Device(msgspec.Struct, rename="camel"):
+class _Device(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
     path: str
     type: Word
     major: int | None = None
@@ -47,7 +47,7 @@ class _Device(msgspec.Struct, rename="camel"):
     gid: Id | None = None
 
 
-class _Rule(msgspec.Struct):
+class _Rule(msgspec.Struct, frozen=True, kw_only=True):
     allow: bool = False
     type: Word | None = None
     major: int | None = None
@@ -55,23 +55,23 @@ class _Rule(msgspec.Struct):
     access: Word | None = None
 
 
-class _Mount(msgspec.Struct):
+class _Mount(msgspec.Struct, frozen=True, kw_only=True):
     destination: str
     type: str | None = None
     source: str | None = None
     options: list[str] | None = None
 
 
-class _Resources(msgspec.Struct):
+class _Resources(msgspec.Struct, frozen=True, kw_only=True):
     devices: list[_Rule] | None = None
 
 
-class _Linux(msgspec.Struct):
+class _Linux(msgspec.Struct, frozen=True, kw_only=True):
     devices: list[_Device] | None = None
     resources: _Resources | None = None
 
 
-class _Config(msgspec.Struct):
+class _Config(msgspec.Struct, frozen=True, kw_only=True):
     annotations: dict[str, str] | None = None
     mounts: list[_Mount] | None = None
     linux: _Linux | None = None
@@ -94,8 +94,8 @@ def read_bundle(source: str | os.PathLike[str]) -> Bundle:
 
     Raises SpecError when it cannot be read and for everything wrong inside it.
     """
-    data, name = read_source(source)
-    return parse_config(data, name=name)
+    found = read_source(source)
+    return parse_config(found.data, name=found.name)
 
 
 def parse_config(data: bytes, *, name: str | None) -> Bundle:

@@ -26,7 +26,7 @@ Words = Annotated[list[str], msgspec.Meta(min_length=1)]
 T = TypeVar("T")
 
 
-class _Rule(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
+class _Rule(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen=True, kw_only=True):
     name: Annotated[str, msgspec.Meta(min_length=1)]
     kinds: Annotated[list[DeviceType], msgspec.Meta(min_length=1)] | None = None
     numbers: Words | None = None
@@ -41,7 +41,7 @@ class _Rule(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
     allow: list[Code] = msgspec.field(default_factory=list)
 
 
-class _File(msgspec.Struct, forbid_unknown_fields=True):
+class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     rule: list[_Rule] = msgspec.field(default_factory=list)
 
 

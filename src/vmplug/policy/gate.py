@@ -1,8 +1,8 @@
 """Ask the policy about a request: the device in the terms that rules use."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
 from vmplug.devnum import DevNum
@@ -21,7 +21,7 @@ from vmplug.oci.requests import Request
 from vmplug.policy.rules import Policy, PolicySubject, Verdict
 
 
-class PolicyCheck(NamedTuple):
+class PolicyCheck(msgspec.Struct, frozen=True, kw_only=True):
     """The policy, and the VM, the owner and the time for which a device is requested.
 
     Each is None where it is not known yet.
@@ -43,7 +43,7 @@ class PolicyCheck(NamedTuple):
             parts = list(_parts(device, root))
         except AttributeReadError as error:
             why = f"{self.policy.name} cannot decide about it: {error.message}"
-            return Verdict((Finding(Code.NOT_ALLOWED, why, "check that file"),))
+            return Verdict(refusals=(Finding(Code.NOT_ALLOWED, why, "check that file"),))
         is_disk = device.kind is DeviceType.BLOCK and driver is not None
         return self.policy.judge(
             replace(

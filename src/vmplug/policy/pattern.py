@@ -5,7 +5,9 @@ Each is parsed once; a wrong one raises ValueError with what was expected.
 
 import re
 from fnmatch import fnmatchcase
-from typing import NamedTuple, Self
+from typing import Self
+
+import msgspec
 
 from vmplug.devnum import DevNum
 
@@ -15,7 +17,7 @@ _CLASS = re.compile(r"(?:0x)?((?:[0-9a-f]{2}){1,3})\Z", re.ASCII)
 _ANY_DEPTH = "**"
 
 
-class PathPattern(NamedTuple):
+class PathPattern(msgspec.Struct, frozen=True):
     """Canonical paths: `*`, `?` and `[...]` stay within a name, `**` is any number of names.
 
     At the end `**` is everything inside a directory, and not the directory itself.
@@ -64,7 +66,7 @@ class PathPattern(NamedTuple):
         return after
 
 
-class NumberPattern(NamedTuple):
+class NumberPattern(msgspec.Struct, frozen=True):
     """Devices by number; `minor` is None where it is any."""
 
     kind: str
@@ -87,10 +89,11 @@ class NumberPattern(NamedTuple):
 
     def matches(self, kind: str, number: DevNum) -> bool:
         """Whether it is one of them."""
-        return (kind, number.major) == self[:2] and self.minor in {None, number.minor}
+        is_of_major = (kind, number.major) == (self.kind, self.major)
+        return is_of_major and self.minor in {None, number.minor}
 
 
-class PciPattern(NamedTuple):
+class PciPattern(msgspec.Struct, frozen=True):
     """PCI functions by vendor and device, in hexadecimal; None where it is any."""
 
     vendor_id: int | None
@@ -108,14 +111,15 @@ class PciPattern(NamedTuple):
         return cls(vendor, device)
 
     def __str__(self) -> str:
-        return ":".join("*" if part is None else f"{part:04x}" for part in self)
+        parts = (self.vendor_id, self.device_id)
+        return ":".join("*" if part is None else f"{part:04x}" for part in parts)
 
     def matches(self, vendor_id: int | None, device_id: int | None) -> bool:
         """Whether it is one of them; an unknown ID matches only "any"."""
         return self.vendor_id in {None, vendor_id} and self.device_id in {None, device_id}
 
 
-class ClassPattern(NamedTuple):
+class ClassPattern(msgspec.Struct, frozen=True):
     """PCI functions by the first digits of their class."""
 
     digits: str

@@ -6,7 +6,6 @@ so that no rule can narrow or widen another one.
 
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 import msgspec
 
@@ -54,7 +53,7 @@ def _digits(value: int | None, width: int) -> str:
     return "?" * width if value is None else f"{value:0{width}x}"
 
 
-class Objection(NamedTuple):
+class Objection(msgspec.Struct, frozen=True):
     """Why a rule does not allow it; `is_of_device` means that the rule is for other devices."""
 
     is_of_device: bool
@@ -136,7 +135,7 @@ def _few(patterns: Sequence[object]) -> str:
     return ", ".join(map(str, patterns[:_SHOWN])) + (", ..." if len(patterns) > _SHOWN else "")
 
 
-class Verdict(NamedTuple):
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """The result: refusals, and if there are none, the findings that may be overruled."""
 
     refusals: tuple[Finding, ...]
@@ -158,7 +157,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             if not allowing:
                 refusals.append(self._refusal(subject))
             allow &= frozenset[Code]().union(*(rule.allow for rule in allowing))
-        return Verdict(tuple(refusals), allow)
+        return Verdict(refusals=tuple(refusals), allow=allow)
 
     def _refusal(self, subject: PolicySubject) -> Finding:
         """The finding, with the closest rule: the first of those with the fewest objections."""

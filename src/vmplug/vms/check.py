@@ -31,13 +31,13 @@ def check_requests(
     if vm:
         with connect_vm(vm, setup=setup) as devices:
             return devices.check_places(requests, owner=owner, allow=allow, managed=managed)
-    gate = PolicyCheck(setup.policy, owner=owner) if setup.policy else None
+    gate = PolicyCheck(policy=setup.policy, owner=owner) if setup.policy else None
     with _claims(setup) as find_claims:
         return examine(
             requests,
             setup.host,
             vhost_user_store=setup.vhost_user_store,
-            known=CheckContext(find_claims, gate=gate),
+            known=CheckContext(find_claims=find_claims, gate=gate),
             allowed=allow,
             managed=managed,
         )

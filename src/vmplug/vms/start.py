@@ -110,7 +110,7 @@ def _complete(spec: VmSpec, host: HostRoot) -> VmSpec:
 def _window_of(bdf: Bdf, host: HostRoot) -> int:
     """Bytes that one port needs for the BARs of a function and its neighbours in the slot."""
     functions = find_vfio_device(str(bdf), host).functions
-    return window_for([function for function in functions if function.bdf[:3] == bdf[:3]])
+    return window_for([function for function in functions if function.bdf.device == bdf.device])
 
 
 def _claim_name(cold: ColdQemu, journal: Journal) -> VmRecord:

@@ -367,7 +367,7 @@ def test_the_saved_text_is_json_of_what_is_known(address: GuestAddress) -> None:
     assert saved.keys() == {name for name, value in known.items() if value not in {None, ()}}
     for name, value in saved.items():
         if name == "functions":
-            written = [[host, path and str(path)] for host, path in known[name]]
+            written = [[f.host, f.pci_path and str(f.pci_path)] for f in known[name]]
         else:
             written = list(known[name]) if name == "ap_queues" else known[name]
         assert str(value) == str(written)

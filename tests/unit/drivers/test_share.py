@@ -21,9 +21,13 @@ from vmplug.oci.requests import ShareInfo
 
 ID = "0123456789abcdef"
 FS, P9 = DeviceType.VHOST_USER_FS, DeviceType.VIRTIO_9P
-VIRTIOFSD = Virtiofsd("/usr/libexec/virtiofsd", frozenset({"--shared-dir", "--readonly"}))
-QEMUS_VIRTIOFSD = Virtiofsd("/usr/lib/qemu/virtiofsd", frozenset({"--help", "-o source"}))
-UNKNOWN = Virtiofsd("/usr/libexec/virtiofsd", frozenset({"--help"}))
+VIRTIOFSD = Virtiofsd(
+    path="/usr/libexec/virtiofsd", options=frozenset({"--shared-dir", "--readonly"})
+)
+QEMUS_VIRTIOFSD = Virtiofsd(
+    path="/usr/lib/qemu/virtiofsd", options=frozenset({"--help", "-o source"})
+)
+UNKNOWN = Virtiofsd(path="/usr/libexec/virtiofsd", options=frozenset({"--help"}))
 """One that says nothing of how it takes a directory."""
 
 DIRECTORY = SharedDirectory(FS, "/srv/work", "work", virtiofsd=VIRTIOFSD)
@@ -127,7 +131,7 @@ def test_a_name_with_options_in_it_is_for_a_virtiofsd_that_takes_any_name(
     (finding,) = options(directory).check(directory, read_only=read_only)
     assert finding.code is Code.NO_BACKEND
     assert directory.host_path in finding.message
-    for able in (VIRTIOFSD, QEMUS_VIRTIOFSD, Virtiofsd("/usr/libexec/virtiofsd")):
+    for able in (VIRTIOFSD, QEMUS_VIRTIOFSD, Virtiofsd(path="/usr/libexec/virtiofsd")):
         named = directory._replace(virtiofsd=able)
         assert list(options(named).check(named, read_only=read_only)) == []
 

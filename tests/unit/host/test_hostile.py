@@ -19,7 +19,7 @@ from vmplug.host.host_path import get_host_path
 from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.process import find_openers, read_start_time
 from vmplug.host.resolve import resolve
-from vmplug.host.vhost_user.sockets import find_listener
+from vmplug.host.vhost_user.sockets import Listener, find_listener
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
 UEVENT = "/sys/dev/char/10:7/uevent"
@@ -125,7 +125,7 @@ def test_a_virtual_function_that_is_none_is_told(tree: HostTree, target: str) ->
 def test_a_directory_of_proc_with_another_kind_of_digit_is_no_process(tree: HostTree) -> None:
     tree.process(7, "spdk", "socket:[99]").file("/proc/²/comm", "x")
     tree.unix_socket("/run/a.sock", 99)
-    assert find_listener("/run/a.sock", tree.root) == (7, "spdk")
+    assert find_listener("/run/a.sock", tree.root) == Listener(pid=7, name="spdk")
     assert find_openers(["socket:[99]"], tree.root) == {7: "spdk"}
 
 

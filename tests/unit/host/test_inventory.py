@@ -77,11 +77,13 @@ def test_what_holds_each_function(host: PciTree) -> None:
     assert entry(inventory, NVME).disks == ("/dev/nvme0n1", "/dev/nvme0n1p1")
     assert entry(inventory, NVME).uses == (Use("mount", "/dev/nvme0n1p1", "/srv"),)
     (network,) = entry(inventory, NIC).networks
-    assert network == NetInterface("eth0", has_default_route=True, has_address=True, master=None)
+    assert network == NetInterface(
+        name="eth0", has_default_route=True, has_address=True, master=None
+    )
     assert list(map(str, entry(inventory, NIC).uses)) == ["eth0 has the default route, an address"]
     assert entry(inventory, GPU).uses == (Use("console", GPU),)
     # A bridge stays, whatever is behind it.
-    assert entry(inventory, PORT) == HostFunction(entry(inventory, PORT).function)
+    assert entry(inventory, PORT) == HostFunction(function=entry(inventory, PORT).function)
 
 
 def test_a_function_that_nothing_holds_has_no_uses(host: PciTree) -> None:
@@ -202,7 +204,7 @@ def test_a_malformed_table_of_mounts_is_told_and_the_disks_are_listed(tree: PciT
 def test_a_malformed_table_of_routes_leaves_the_uses_unknown(host: PciTree) -> None:
     host.file("/proc/net/if_inet6", "nonsense\n")
     inventory = read_inventory(host.root)
-    unknown = NetInterface("eth0", has_default_route=None, has_address=None, master=None)
+    unknown = NetInterface(name="eth0", has_default_route=None, has_address=None, master=None)
     assert entry(inventory, NIC).networks == (unknown,)
     assert len(inventory.unreadable) == 1
     assert inventory.unreadable[0].startswith("cannot read /proc/net/if_inet6")
@@ -220,7 +222,14 @@ def test_a_name_with_a_slash_and_one_that_is_not_utf8(tree: PciTree) -> None:
 def test_namespaces_with_their_block_devices(tree: PciTree) -> None:
     tree.pmem("namespace0.0", size_bytes=GIB).mount("/dev/pmem0", "/pmem", "259:64")
     mounted = (Use("mount", "/dev/pmem0", "/pmem"),)
-    expected = Pmem("namespace0.0", "/dev/pmem0", "fsdax", GIB, 0, uses=mounted)
+    expected = Pmem(
+        name="namespace0.0",
+        device_node="/dev/pmem0",
+        mode="fsdax",
+        size_bytes=GIB,
+        numa_node=0,
+        uses=mounted,
+    )
     assert read_inventory(tree.root).pmem == (expected,)
 
 
@@ -242,7 +251,13 @@ def test_a_namespace_in_mode_devdax_has_a_character_device(tree: PciTree) -> Non
     tree.file(f"{region}/dax0.1/dax0.0/dev", "252:0\n")
     tree.link("/sys/bus/nd/devices/namespace0.0", f"../../..{region[4:]}/namespace0.0")
     assert read_inventory(tree.root).pmem == (
-        Pmem("namespace0.0", "/dev/dax0.0", "devdax", None, None),
+        Pmem(
+            name="namespace0.0",
+            device_node="/dev/dax0.0",
+            mode="devdax",
+            size_bytes=None,
+            numa_node=None,
+        ),
     )
 
 
@@ -259,7 +274,9 @@ def test_a_malformed_namespace_is_told(tree: PciTree) -> None:
 
 def test_a_pmem_disk_without_a_namespace_is_listed(tree: PciTree) -> None:
     tree.block_device("259:64", "pmem0", size_bytes=GIB)
-    assert read_inventory(tree.root).pmem == (Pmem(None, "/dev/pmem0", size_bytes=GIB),)
+    assert read_inventory(tree.root).pmem == (
+        Pmem(name=None, device_node="/dev/pmem0", size_bytes=GIB),
+    )
 
 
 # mediated devices
@@ -270,11 +287,21 @@ def test_types_and_instances(tree: PciTree) -> None:
     tree.mdev_type(GPU, "i915-GVTg_V5_4", title="GVTg", available=1)
     tree.mdev(UUID, GPU, "i915-GVTg_V5_4", group=40).vfio_group(40)
     inventory = read_inventory(tree.root)
-    assert inventory.mdev_types == (MdevType(GPU, "i915-GVTg_V5_4", "GVTg", 1, "vfio-pci"),)
+    assert inventory.mdev_types == (
+        MdevType(
+            parent=GPU, name="i915-GVTg_V5_4", title="GVTg", available=1, device_api="vfio-pci"
+        ),
+    )
     path = f"/sys/devices/pci0000:00/{GPU}/{UUID}"
-    device = MediatedDevice(UUID, VFIODeviceType.MEDIATED, GPU, path)
+    device = MediatedDevice(uuid=UUID, type=VFIODeviceType.MEDIATED, parent=GPU, sysfs_path=path)
     assert inventory.mdev == (
-        HostMediated(UUID, device, "i915-GVTg_V5_4", 40, group_node="/dev/vfio/40"),
+        HostMediated(
+            uuid=UUID,
+            device=device,
+            mdev_type="i915-GVTg_V5_4",
+            iommu_group=40,
+            group_node="/dev/vfio/40",
+        ),
     )
     assert [str(e.function.bdf) for e in inventory.pci] == [GPU]
 

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from vmplug.host.program import run_program
+from vmplug.host.program import Finished, run_program
 
 
 def test_what_a_program_says_is_kept() -> None:
     done = run_program(["sh", "-c", "echo out; echo err >&2"], timeout_s=10)
-    assert done == (0, "out\n", "err")
+    assert done == Finished(0, "out\n", "err")
 
 
 def test_a_program_that_fails_in_silence_has_a_status() -> None:
     done = run_program(["sh", "-c", "exit 3"], timeout_s=10)
-    assert done == (3, "", "sh ended with status 3")
+    assert done == Finished(3, "", "sh ended with status 3")
 
 
 def test_only_the_first_words_of_a_long_complaint_are_kept() -> None:
@@ -26,7 +26,7 @@ def test_only_the_first_words_of_a_long_complaint_are_kept() -> None:
 
 def test_a_program_that_is_not_there_is_told() -> None:
     done = run_program(["no-such-program", "x"], timeout_s=10)
-    assert done == (None, "", "the program no-such-program is not installed")
+    assert done == Finished(None, "", "the program no-such-program is not installed")
 
 
 def test_a_program_that_cannot_be_run_is_told(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from tests.support.pci_tree import CONFIG_CUT, CONFIG_PCIE, FLAGS_MEM64, PciTree
 from tests.support.tree import GIB
@@ -61,8 +62,8 @@ def host(tree: PciTree) -> PciTree:
 
 def look(root: HostRoot) -> Inventory:
     inventory = read_inventory(root)
-    return inventory._replace(
-        pci=tuple(with_reset_methods(entry, root) for entry in inventory.pci)
+    return structs.replace(
+        inventory, pci=tuple(with_reset_methods(entry, root) for entry in inventory.pci)
     )
 
 
@@ -448,9 +449,11 @@ def test_what_is_too_large_or_too_many_is_refused(made: Callable[..., str]) -> N
     enough = Limits(members=2, file_bytes=100, whole_bytes=1 << 20)
     with open_record(path, enough) as root:
         assert root.read_attribute("/sys/b") == b"y"
-    assert "holds more than 1 members" in refused(path, enough._replace(members=1))
-    assert "is larger than 99 bytes" in refused(path, enough._replace(file_bytes=99))
-    assert "unpacks to more than 1000 bytes" in refused(path, enough._replace(whole_bytes=1000))
+    assert "holds more than 1 members" in refused(path, structs.replace(enough, members=1))
+    assert "is larger than 99 bytes" in refused(path, structs.replace(enough, file_bytes=99))
+    assert "unpacks to more than 1000 bytes" in refused(
+        path, structs.replace(enough, whole_bytes=1000)
+    )
 
 
 def test_a_small_file_that_unpacks_to_a_lot_is_refused(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_the_hosts_virtiofsd_is_found_wherever_it_is_installed(
     host.file(program)
     found = resolve(share(), host.root)
     assert isinstance(found, SharedDirectory)
-    assert found.virtiofsd == Virtiofsd(program)  # that of another root is not run
+    assert found.virtiofsd == Virtiofsd(path=program)  # that of another root is not run
     own = resolve(share(filesystem="virtio-9p"), host.root)
     assert isinstance(own, SharedDirectory)
     assert own.virtiofsd is None
@@ -85,7 +85,7 @@ def test_of_several_virtiofsds_the_first_is_taken(host: HostTree) -> None:
         host.file(program)
     found = resolve(share(), host.root)
     assert isinstance(found, SharedDirectory)
-    assert found.virtiofsd == Virtiofsd(VIRTIOFSD_PROGRAMS[0])
+    assert found.virtiofsd == Virtiofsd(path=VIRTIOFSD_PROGRAMS[0])
 
 
 @pytest.mark.parametrize("source", [SOCKET, "/run/link.sock", "/var/run/vu.sock"])

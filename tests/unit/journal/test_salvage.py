@@ -29,7 +29,7 @@ DEVICES = 120
 PAGE = 4096
 
 BINDING = Binding(
-    former=FormerBinding(Bdf.parse("0000:3b:00.0"), "nvme", None),
+    former=FormerBinding(bdf=Bdf.parse("0000:3b:00.0"), driver="nvme", driver_override=None),
     state=BindingState.BOUND,
     device_id="0",
     boot_id="a boot",

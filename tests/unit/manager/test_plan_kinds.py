@@ -99,7 +99,7 @@ def share(
     is_9p = options.get("filesystem") == SharedFilesystem.VIRTIO_9P
     info = ShareInfo(tag=tag, source=path, read_only=ro, driver_options=options)
     directory = SharedDirectory(
-        P9 if is_9p else FS, path, tag, virtiofsd=Virtiofsd("/usr/virtiofsd")
+        P9 if is_9p else FS, path, tag, virtiofsd=Virtiofsd(path="/usr/virtiofsd")
     )
     return found(info, directory)
 

@@ -42,7 +42,7 @@ def refusal(key: str, value: str) -> SpecError:
 
 def test_a_bundle_without_annotations_of_ours_asks_for_nothing() -> None:
     theirs = {"org.vmplugin.net.eth0": "[", "org.vmplug": "[", "io.kubernetes.cri.x": "["}
-    assert read_annotations({}) == read_annotations(theirs) == Annotated((), {})
+    assert read_annotations({}) == read_annotations(theirs) == Annotated(requests=(), options={})
 
 
 def test_a_network_is_a_socket_and_its_options() -> None:

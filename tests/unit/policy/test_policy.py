@@ -42,7 +42,9 @@ GPU = PolicySubject(
     name="0000:3b:00.0",
     kind=DeviceType.VFIO,
     paths=("/sys/devices/pci0000:3a/0000:3b:00.0",),
-    function=PciFunction(Bdf.parse("0000:3b:00.0"), 0x030200, 0x10DE, 0x1DB4),
+    function=PciFunction(
+        bdf=Bdf.parse("0000:3b:00.0"), class_code=0x030200, vendor_id=0x10DE, device_id=0x1DB4
+    ),
     vm="sb-1",
     owner="ctr1",
     mode=PlugMode.HOT,
@@ -128,7 +130,7 @@ def test_a_rule_allows_nothing_else(
 def test_what_the_host_does_not_say_of_a_function_is_no_match(
     rules: Callable[..., Policy],
 ) -> None:
-    silent = structs.replace(GPU, function=PciFunction(Bdf.parse("0000:3b:00.0")))
+    silent = structs.replace(GPU, function=PciFunction(bdf=Bdf.parse("0000:3b:00.0")))
     assert not allows(rules('name = "it"\npci = ["10de:*"]'), silent)
     assert not allows(rules('name = "it"\nclasses = ["0x03"]'), silent)
 
@@ -205,7 +207,9 @@ def test_every_part_of_a_group_must_be_allowed(rules: Callable[..., Policy]) -> 
     sound = structs.replace(
         GPU,
         name="0000:3b:00.1",
-        function=PciFunction(Bdf.parse("0000:3b:00.1"), 0x040300, 0x10DE, 0x10F2),
+        function=PciFunction(
+            bdf=Bdf.parse("0000:3b:00.1"), class_code=0x040300, vendor_id=0x10DE, device_id=0x10F2
+        ),
     )
     policy = rules('name = "gpus"\nclasses = ["0x03"]')
     (refusal,) = policy.judge([GPU, sound]).refusals

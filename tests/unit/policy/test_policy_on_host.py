@@ -46,7 +46,7 @@ def gate(tmp_path: Path) -> Gates:
         each = (f'[[rule]]\nname = "r{i}"\n{rule}\n' for i, rule in enumerate(rules))
         path.write_text("".join(each))
         path.chmod(0o600)
-        return PolicyCheck(read_policy(path))
+        return PolicyCheck(policy=read_policy(path))
 
     return read
 

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import NamedTuple
 
 import click
+import msgspec
 
 from vmplug.cli.render.text import one_line
 
@@ -21,7 +21,7 @@ class Style(StrEnum):
     WARNING = "yellow"
 
 
-class Line(NamedTuple):
+class Line(msgspec.Struct, frozen=True):
     """One line: `cells` stand in columns with those of the other lines of the section.
 
     A line of one cell stands by itself, however long it is.

@@ -100,7 +100,7 @@ def command(
 
 
 def _settings(*, mac: str | None, vlan: int | None, trust: str | None) -> VfSettings:
-    return VfSettings(mac, vlan, None if trust is None else trust == "on").checked()
+    return VfSettings(mac=mac, vlan=vlan, trust=None if trust is None else trust == "on").checked()
 
 
 def _check_options(

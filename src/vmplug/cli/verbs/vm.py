@@ -38,7 +38,7 @@ from vmplug.vms.start import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec, start
 from vmplug.vms.status import list_vms
 from vmplug.vms.stop import stop_vm
 
-_NOTHING = RequestArguments((), None, THIS_HOST, None)
+_NOTHING = RequestArguments(requests=(), name=None, host=THIS_HOST, vhost_user_store=None)
 
 
 @click.group("vm")

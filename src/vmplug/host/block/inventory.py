@@ -5,7 +5,9 @@ Source: Documentation/ABI/stable/sysfs-block; proc(5); drivers/nvdimm.
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+
+import msgspec
+from msgspec import structs
 
 from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum
@@ -21,7 +23,7 @@ _NAMESPACE = "namespace"
 _WORDS = re.compile(r"([^0-9]*)([0-9]*)", re.ASCII)
 
 
-class Use(NamedTuple):
+class Use(msgspec.Struct, frozen=True):
     """One use of a device by the host or a VM.
 
     `kind` is a stable word. `detail` is the directory of a `mount`, the kernel name of a `holder`
@@ -48,7 +50,7 @@ _USES = {
 }
 
 
-class Disk(NamedTuple):
+class Disk(msgspec.Struct, frozen=True, kw_only=True):
     """A disk or partition; where its `facts` are None, `unreadable` is the reason.
 
     `disk` is the name of the whole disk that a partition is part of, `function` the PCI function
@@ -82,11 +84,11 @@ def read_disks(
         if disk is None:
             continue
         above = path.split("/")[-2]
-        disk = disk._replace(disk=above if above in paths else None)
+        disk = structs.replace(disk, disk=above if above in paths else None)
         uses = [*_uses(disk, mounts, usage, root)]
         if disk.devnum and (vm := vms.get(Identity.of_block(disk.devnum))):
             uses.append(Use("vm", disk.device_node, vm))
-        found.append(disk._replace(uses=tuple(uses)))
+        found.append(structs.replace(disk, uses=tuple(uses)))
     return sorted(found, key=_in_order)
 
 
@@ -99,15 +101,17 @@ def _in_order(disk: Disk) -> tuple[list[tuple[str, int]], str]:
 def _read_disk(name: str, path: str, root: HostRoot) -> Disk | None:
     node = f"/dev/{name.replace('!', '/')}"
     functions = [bdf for part in path.split("/") if (bdf := find_bdf(part))]
-    bare = Disk(name, node, None, function=functions[-1] if functions else None)
+    bare = Disk(
+        name=name, device_node=node, devnum=None, function=functions[-1] if functions else None
+    )
     try:
         devnum = root.read_devnum(f"{path}/dev")
         if devnum is None:
             return None
         facts = read_block_device(devnum, node, FoundBy.SYSFS, root)
     except AttributeReadError as error:
-        return bare._replace(unreadable=(error.message,))
-    return bare._replace(devnum=devnum, facts=facts)
+        return structs.replace(bare, unreadable=(error.message,))
+    return structs.replace(bare, devnum=devnum, facts=facts)
 
 
 def _uses(
@@ -125,7 +129,7 @@ def _uses(
         yield Use("swap", node)
 
 
-class Pmem(NamedTuple):
+class Pmem(msgspec.Struct, frozen=True, kw_only=True):
     """Persistent memory: a namespace, or a block device of it that belongs to none.
 
     `mode` is the kernel's word: `raw`, `sector`, `fsdax`, `devdax`, or `memory` for one without a
@@ -149,7 +153,14 @@ def read_pmem(paths: Mapping[str, str], disks: Mapping[str, Disk], root: HostRoo
     for name, disk in disks.items():
         if name.startswith("pmem") and not disk.disk and disk.device_node not in taken:
             size = disk.facts.size_bytes if disk.facts else None
-            found.append(Pmem(None, disk.device_node, size_bytes=size, uses=_uses_of(disk, disks)))
+            found.append(
+                Pmem(
+                    name=None,
+                    device_node=disk.device_node,
+                    size_bytes=size,
+                    uses=_uses_of(disk, disks),
+                )
+            )
     return found
 
 

@@ -7,7 +7,6 @@ import errno
 import os
 import re
 import stat
-from typing import NamedTuple
 
 import msgspec
 
@@ -78,7 +77,7 @@ def _read_mounts(root: HostRoot) -> set[MountedDevice]:
     return found
 
 
-class MountPoint(NamedTuple):
+class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     """One line of mountinfo; `shown` is the directory of the file system that it shows.
 
     `read_only` is the state of the file system, `shown_read_only` that of this mount.

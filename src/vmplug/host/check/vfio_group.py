@@ -8,7 +8,8 @@ Source: Documentation/driver-api/vfio.rst; drivers/vfio/group.c.
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
@@ -63,7 +64,7 @@ def check_openers(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
         )
 
 
-class GuestMemory(NamedTuple):
+class GuestMemory(msgspec.Struct, frozen=True, kw_only=True):
     """The size of a guest's memory, and the process that locks it; None where it is unknown.
 
     The process is QEMU, or this one when it will start QEMU, which inherits its limits.

@@ -10,7 +10,9 @@ import errno
 import os
 from collections.abc import Callable, Mapping
 from threading import Thread
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
+
+import msgspec
 
 from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, NoSuchDevice
@@ -44,7 +46,7 @@ _HINTS = {
 _SEE_LOG = "the kernel log (dmesg) may have the reason"
 
 
-class FormerBinding(NamedTuple):
+class FormerBinding(msgspec.Struct, frozen=True, kw_only=True):
     """The former binding; `driver` is None for no driver, `driver_override` None for any."""
 
     bdf: Bdf
@@ -52,7 +54,7 @@ class FormerBinding(NamedTuple):
     driver_override: str | None
 
 
-class Writer(NamedTuple):
+class Writer(msgspec.Struct, frozen=True, kw_only=True):
     """Writes to sysfs on behalf of one device, each write a step with a deadline."""
 
     device: str
@@ -122,7 +124,9 @@ def read_former(bdf: Bdf, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S)
         )
     override = (answers[0] or b"").decode(errors="replace").strip()
     return FormerBinding(
-        bdf, read_driver(bdf, root), None if override in _NO_OVERRIDE else override
+        bdf=bdf,
+        driver=read_driver(bdf, root),
+        driver_override=None if override in _NO_OVERRIDE else override,
     )
 
 
@@ -139,7 +143,7 @@ def bind_function(
 
     Raises BindError, which names the step; the steps before it are not undone: see `restore`.
     """
-    writer = Writer(str(bdf), root, timeout_s)
+    writer = Writer(device=str(bdf), root=root, timeout_s=timeout_s)
     _override(bdf, driver, writer)
     _unbind(bdf, writer)
     _probe(bdf, driver, writer)
@@ -151,7 +155,7 @@ def restore(former: FormerBinding, root: HostRoot, *, timeout_s: float = WRITE_T
     A virtual function is reset before its driver gets it back. Raises BindError, and may then be
     repeated; NoSuchDevice when the function has gone.
     """
-    writer = Writer(str(former.bdf), root, timeout_s)
+    writer = Writer(device=str(former.bdf), root=root, timeout_s=timeout_s)
     now = read_former(former.bdf, root, timeout_s=timeout_s)
     if now.driver != former.driver:
         if former.driver and now.driver_override != former.driver:
@@ -167,7 +171,7 @@ def restore(former: FormerBinding, root: HostRoot, *, timeout_s: float = WRITE_T
 
 def reset_function(bdf: Bdf, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S) -> None:
     """Reset a function, so that no state of its last user is left in it. Raises BindError."""
-    writer = Writer(str(bdf), root, timeout_s)
+    writer = Writer(device=str(bdf), root=root, timeout_s=timeout_s)
     writer.write("reset", f"{root.pci_devices}/{bdf}/reset", "1")
 
 

@@ -5,7 +5,9 @@ Source: Documentation/ABI/testing/sysfs-bus-pci; a function's uevent holds class
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
+
+import msgspec
 
 from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import is_decimal
@@ -38,7 +40,7 @@ _EXPRESS = 0x10
 """Source: include/uapi/linux/pci_regs.h."""
 
 
-class Bar(NamedTuple):
+class Bar(msgspec.Struct, frozen=True, kw_only=True):
     """A base address register of a function: one window of its memory or ports."""
 
     number: int
@@ -54,7 +56,7 @@ class Bar(NamedTuple):
         return self.size_bytes > LARGE_BAR_BYTES
 
 
-class PciFunction(NamedTuple):
+class PciFunction(msgspec.Struct, frozen=True, kw_only=True):
     """A PCI function. Unknown facts are None; an unbound function has `driver` None.
 
     `class_code` has 24 bits. `pcie` is None where the configuration space is truncated before the
@@ -88,7 +90,7 @@ class PciFunction(NamedTuple):
 
 def read_functions(root: HostRoot) -> list[PciFunction]:
     """Every function of the host, in the order of the bus."""
-    return sorted(_read(_addresses(root), root))
+    return sorted(_read(_addresses(root), root), key=lambda function: function.bdf)
 
 
 def _addresses(root: HostRoot) -> dict[str, Bdf]:
@@ -105,7 +107,7 @@ def find_function(bdf: Bdf, root: HostRoot) -> PciFunction | None:
 
 def read_function(bdf: Bdf, root: HostRoot) -> PciFunction:
     """One function, as far as its files can be read."""
-    return next(_read({str(bdf): bdf}, root), PciFunction(bdf))
+    return next(_read({str(bdf): bdf}, root), PciFunction(bdf=bdf))
 
 
 _FILES = ("uevent", "resource", "numa_node")
@@ -146,18 +148,18 @@ class _Parser:
         driver, class_code, vendor_id, device_id, modalias = self._identity(uevent)
         physfn = None if physical is None else self._physfn(physical)
         return PciFunction(
-            bdf,
-            class_code,
-            vendor_id,
-            device_id,
-            modalias,
-            driver,
-            self._iommu_group(iommu_group),
-            self._numa_node(numa_node),
-            True if physfn else self._pcie(config_size),
-            self._bars(resource),
-            physfn,
-            tuple(self._unreadable),
+            bdf=bdf,
+            class_code=class_code,
+            vendor_id=vendor_id,
+            device_id=device_id,
+            modalias=modalias,
+            driver=driver,
+            iommu_group=self._iommu_group(iommu_group),
+            numa_node=self._numa_node(numa_node),
+            pcie=True if physfn else self._pcie(config_size),
+            bars=self._bars(resource),
+            physfn=physfn,
+            unreadable=tuple(self._unreadable),
         )
 
     def _complain(self, file: str, why: str) -> None:
@@ -289,12 +291,12 @@ class _Parser:
             if end > start:
                 bars.append(
                     Bar(
-                        index,
-                        start,
-                        end - start + 1,
-                        flags & _IORESOURCE_MEM != 0,
-                        flags & _IORESOURCE_MEM_64 != 0,
-                        flags & _IORESOURCE_PREFETCH != 0,
+                        number=index,
+                        start=start,
+                        size_bytes=end - start + 1,
+                        is_memory=flags & _IORESOURCE_MEM != 0,
+                        is_64bit=flags & _IORESOURCE_MEM_64 != 0,
+                        is_prefetchable=flags & _IORESOURCE_PREFETCH != 0,
                     )
                 )
         return tuple(bars)

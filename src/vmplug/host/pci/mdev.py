@@ -5,7 +5,8 @@ Source: Documentation/driver-api/vfio-mediated-device.rst, Documentation/arch/s3
 
 import re
 from enum import StrEnum
-from typing import NamedTuple
+
+import msgspec
 
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
@@ -25,7 +26,7 @@ class VFIODeviceType(StrEnum):
     CCW = "vfio-ccw"
 
 
-class MediatedDevice(NamedTuple):
+class MediatedDevice(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a device that its driver provides: of a GPU, of a crypto adapter, of a DASD.
 
     `parent` is the name of the device that it is a part of; `ap_queues` are the queues of an
@@ -68,7 +69,7 @@ def _read_ap_queues(path: str, root: HostRoot) -> tuple[str, ...]:
     return tuple((root.read_attribute(f"{path}/matrix") or b"").decode(errors="replace").split())
 
 
-class MdevType(NamedTuple):
+class MdevType(msgspec.Struct, frozen=True, kw_only=True):
     """A type of mediated device that a parent can make; `available` is how many more it can make.
 
     `unreadable` are sentences about files that are there and could not be read or made no sense.
@@ -109,7 +110,14 @@ def _read_type(parent: str, name: str, root: HostRoot) -> MdevType:
         unreadable.append(f"cannot read {base}/available_instances: {why}")
         available = None
     count = None if available is None else int(available)
-    return MdevType(parent, name, title, count, api, tuple(unreadable))
+    return MdevType(
+        parent=parent,
+        name=name,
+        title=title,
+        available=count,
+        device_api=api,
+        unreadable=tuple(unreadable),
+    )
 
 
 def read_mediated_devices(root: HostRoot) -> list[MediatedDevice]:

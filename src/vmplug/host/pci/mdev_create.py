@@ -51,7 +51,7 @@ def create_mediated(
             f"{parent} cannot make another {type_name}",
             hint="remove one that is not in use (vmplug mdev remove UUID); vmplug host lists them",
         )
-    writer = Writer(uuid, root)
+    writer = Writer(device=uuid, root=root)
     base = f"/sys/class/mdev_bus/{parent}/mdev_supported_types/{type_name}"
     writer.write("create", f"{base}/create", uuid)
     if not _wait(uuid, root, timeout_s):
@@ -79,7 +79,7 @@ def remove_mediated(uuid: str, root: HostRoot) -> None:
             found="nothing",
             hint="vmplug host lists the devices",
         )
-    Writer(uuid, root).write("remove", f"{base}/remove", "1")
+    Writer(device=uuid, root=root).write("remove", f"{base}/remove", "1")
     if root.stat(base) is not None:
         raise BindError(
             uuid,

@@ -9,7 +9,9 @@ import errno
 import json
 import re
 import time
-from typing import NamedTuple
+
+import msgspec
+from msgspec import structs
 
 from vmplug.address import Bdf
 from vmplug.errors import AttributeReadError, BindError, SpecError
@@ -39,7 +41,7 @@ _REPRESENTOR = re.compile(r"(c[0-9]+)?pf[0-9]+(vf|sf)[0-9]+", re.ASCII)
 Source: Documentation/networking/devlink/devlink-port.rst; net/core/devlink.c."""
 
 
-class Sriov(NamedTuple):
+class Sriov(msgspec.Struct, frozen=True, kw_only=True):
     """The virtual functions of a physical one: `virtfns` of at most `total`.
 
     `autoprobe`: the host's drivers take new ones.
@@ -50,7 +52,7 @@ class Sriov(NamedTuple):
     autoprobe: bool
 
 
-class VirtualFunction(NamedTuple):
+class VirtualFunction(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a network's virtual function; None for those that its driver does not have.
 
     `vlan` 0 means no VLAN.
@@ -62,7 +64,7 @@ class VirtualFunction(NamedTuple):
     trust: bool | None = None
 
 
-class VfSettings(NamedTuple):
+class VfSettings(msgspec.Struct, frozen=True, kw_only=True):
     """New settings of a virtual function; None leaves one as it is. SpecError from `checked`."""
 
     mac: str | None = None
@@ -80,7 +82,7 @@ class VfSettings(NamedTuple):
             )
         if self.vlan is not None and not 0 <= self.vlan <= _VLAN_MAX:
             raise SpecError("--vlan", f"{self.vlan} is not in 0..{_VLAN_MAX}; 0 means no VLAN")
-        return self._replace(mac=mac)
+        return structs.replace(self, mac=mac)
 
 
 def read_sriov(bdf: Bdf, root: HostRoot) -> Sriov | None:
@@ -90,7 +92,7 @@ def read_sriov(bdf: Bdf, root: HostRoot) -> Sriov | None:
     if total is None:
         return None
     autoprobe = root.read_int(f"{base}/sriov_drivers_autoprobe")
-    return Sriov(total, read_virtfns(bdf, root), autoprobe != 0)
+    return Sriov(total=total, virtfns=read_virtfns(bdf, root), autoprobe=autoprobe != 0)
 
 
 def set_count(
@@ -105,7 +107,7 @@ def set_count(
     found = read_sriov(bdf, root)
     if found is None or count > found.total:
         raise _too_many(bdf, count, found)
-    writer = Writer(str(bdf), root, COUNT_TIMEOUT_S)
+    writer = Writer(device=str(bdf), root=root, timeout_s=COUNT_TIMEOUT_S)
     is_other_probe = autoprobe is not None and autoprobe != found.autoprobe
     if is_other_probe:
         _set_autoprobe(bdf, writer, on=bool(autoprobe))
@@ -205,7 +207,9 @@ def _parse(entry: dict[str, object]) -> VirtualFunction:
     vlan = 0
     if isinstance(vlans, list) and vlans:
         vlan = int(vlans[0].get("vlan", 0))
-    return VirtualFunction(int(str(entry["vf"])), str(mac) if mac else None, vlan, trust)
+    return VirtualFunction(
+        number=int(str(entry["vf"])), mac=str(mac) if mac else None, vlan=vlan, trust=trust
+    )
 
 
 def set_virtual(interface: str, number: int, wanted: VfSettings) -> VirtualFunction:
@@ -225,7 +229,7 @@ def set_virtual(interface: str, number: int, wanted: VfSettings) -> VirtualFunct
         _check_told(interface, now, wanted)
     except BindError:
         told = {words[0] for words in done}
-        former = VfSettings(before.mac, before.vlan, before.trust)
+        former = VfSettings(mac=before.mac, vlan=before.vlan, trust=before.trust)
         for words in _words(former):
             if words[0] in told:
                 _ip(interface, ["link", "set", "dev", interface, "vf", str(number), *words])
@@ -258,7 +262,7 @@ def _find_virtual(interface: str, number: int) -> VirtualFunction:
 
 def _check_told(interface: str, now: VirtualFunction, wanted: VfSettings) -> None:
     """The kernel reports success even if a driver ignores a setting."""
-    asked = wanted._asdict()
+    asked = structs.asdict(wanted)
     for name, value in asked.items():
         if value is not None and getattr(now, name) != value:
             raise BindError(

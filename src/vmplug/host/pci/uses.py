@@ -8,7 +8,8 @@ Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrcon
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum
@@ -28,7 +29,7 @@ _SCOPE_LINK = 0x20
 """Source: IPV6_ADDR_LINKLOCAL, include/net/ipv6.h."""
 
 
-class NetInterface(NamedTuple):
+class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
     """A network interface and its uses by the host.
 
     `master` is the bridge or bond that it is part of, or else the VLAN built on it; None for
@@ -116,7 +117,7 @@ def _class_paths(directory: str, root: HostRoot) -> Iterator[tuple[str, str]]:
             yield name, root.real_path(path)
 
 
-class NetworkUses(NamedTuple):
+class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
     """The interfaces that have routes and addresses; None where there are no such tables."""
 
     with_default_route: frozenset[str] | None
@@ -145,9 +146,9 @@ def read_network_uses(root: HostRoot) -> NetworkUses:
     addressed = {name for name, _ in routed4}
     addressed |= {name for name, (scope,) in addresses6 or () if scope != _SCOPE_LINK}
     return NetworkUses(
-        None if routes4 is None and routes6 is None else frozenset(defaults),
-        None if routes4 is None and addresses6 is None else frozenset(addressed),
-        root,
+        with_default_route=None if routes4 is None and routes6 is None else frozenset(defaults),
+        with_address=None if routes4 is None and addresses6 is None else frozenset(addressed),
+        root=root,
     )
 
 

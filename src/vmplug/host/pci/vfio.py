@@ -153,12 +153,13 @@ def _read_group(
             continue
         if function := find_function(bdf, root):
             functions.append(function)
-    endpoints = tuple(sorted(f for f in functions if not f.is_bridge))
+    functions.sort(key=lambda function: function.bdf)
+    endpoints = tuple(f for f in functions if not f.is_bridge)
     return VfioGroup(
         number=number,
         device_node=node,
         functions=endpoints,
-        bridges=tuple(sorted(f for f in functions if f.is_bridge)),
+        bridges=tuple(f for f in functions if f.is_bridge),
         mediated=mediated,
         unknown_members=tuple(unknown_members),
         named=named,

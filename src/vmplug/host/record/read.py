@@ -17,7 +17,9 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, NamedTuple, Self, TypeVar
+from typing import IO, Self, TypeVar
+
+import msgspec
 
 from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError, SpecError
@@ -48,7 +50,7 @@ each other."""
 T = TypeVar("T")
 
 
-class Limits(NamedTuple):
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """The limits of a record; 10 000 PCI functions make 300 000 members of 300 MiB."""
 
     members: int = 1_000_000
@@ -59,7 +61,7 @@ class Limits(NamedTuple):
 LIMITS = Limits()
 
 
-class _Node(NamedTuple):
+class _Node(msgspec.Struct, frozen=True, kw_only=True):
     """A device node: its type and permissions, and its number."""
 
     mode: int
@@ -237,7 +239,7 @@ class _Unpacker:
         except ValueError as error:
             raise self._refusal(f"member {member.name!r} has no device number: {error}") from None
         mode = _NODES[member.type] | member.mode & 0o777
-        return _Node(mode, os.makedev(number.major, number.minor))
+        return _Node(mode=mode, number=os.makedev(number.major, number.minor))
 
     def _path_of(self, name: str) -> str:
         """The member's path with a slash before it; SpecError if it leaves the directory."""

@@ -17,7 +17,9 @@ import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import IO, NamedTuple
+from typing import IO
+
+import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, DeviceError, SpecError
@@ -56,7 +58,7 @@ _FUNCTION_FILES = (
 """Read only where a uevent is missing, or by verbs that change a function."""
 
 
-class Recorded(NamedTuple):
+class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     """The contents of a record; `unreadable` are existing files that could not be read."""
 
     files: int
@@ -330,7 +332,12 @@ class _Members:
         """The number of members."""
         unreadable = (f"{path}: {os.strerror(number)}" for path, number in self._errors.items())
         files = len(self._files) - len(self._errors)
-        return Recorded(files, len(self._links), len(self._nodes), tuple(sorted(unreadable)))
+        return Recorded(
+            files=files,
+            links=len(self._links),
+            nodes=len(self._nodes),
+            unreadable=tuple(sorted(unreadable)),
+        )
 
     def write(self, file: IO[bytes], *, is_compressed: bool) -> None:
         """The tar file: the note first, then the members by name."""

@@ -4,7 +4,8 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import NamedTuple
+
+import msgspec
 
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
@@ -17,7 +18,7 @@ _HANG_UP_S = 0.1
 VIRTIOFSD = "virtiofsd"
 
 
-class Listener(NamedTuple):
+class Listener(msgspec.Struct, frozen=True, kw_only=True):
     """The process behind a socket."""
 
     pid: int
@@ -76,7 +77,7 @@ def _find_holder(inodes: Iterable[str], root: HostRoot, name: str | None) -> Lis
             with suppress(AttributeReadError):  # another user's process, or one that is ending
                 comm = (root.read_text(f"/proc/{pid}/comm") or "").rstrip("\n")
                 if name in {None, comm} and links & _open_files(pid, root):
-                    return Listener(int(pid), comm)
+                    return Listener(pid=int(pid), name=comm)
     return None
 
 
@@ -85,7 +86,7 @@ def _open_files(pid: str, root: HostRoot) -> set[str | None]:
     return {root.read_link(f"{directory}/{number}") for number in root.list_dir(directory)}
 
 
-class _Socket(NamedTuple):
+class _Socket(msgspec.Struct, frozen=True, kw_only=True):
     inode: str
     is_listener: bool
     state: int
@@ -105,7 +106,7 @@ def _sockets(path: str, root: HostRoot) -> list[_Socket]:
                 flags, state = int(fields[3], 16), int(fields[5], 16)
             except ValueError as error:
                 raise AttributeReadError("/proc/net/unix", why=str(error)) from error
-            found.append(_Socket(fields[6], bool(flags & _ACCEPTS), state))
+            found.append(_Socket(inode=fields[6], is_listener=bool(flags & _ACCEPTS), state=state))
     return found
 
 

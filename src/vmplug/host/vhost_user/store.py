@@ -15,7 +15,6 @@ import os
 import stat
 import time
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import msgspec
 
@@ -29,7 +28,7 @@ VHOST_USER_SCSI_MAJOR = 242
 _RACY_NS = 20_000_000
 
 
-class _Stamp(NamedTuple):
+class _Stamp(msgspec.Struct, frozen=True):
     """Which directory, and when it last changed."""
 
     device: int

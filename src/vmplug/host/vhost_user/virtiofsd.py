@@ -4,7 +4,8 @@ QEMU before 8.0 contains one in C; the later one, in Rust, has different options
 """
 
 import re
-from typing import NamedTuple
+
+import msgspec
 
 from vmplug.host.program import run_program
 from vmplug.host.root import HostRoot
@@ -16,7 +17,7 @@ _OPTION = re.compile(r"^ +(?:-\w,? +)?(--[a-z-]+|-o [a-z_]+)", re.MULTILINE)
 _HELP_TIMEOUT_S = 10.0
 
 
-class Virtiofsd(NamedTuple):
+class Virtiofsd(msgspec.Struct, frozen=True, kw_only=True):
     """A virtiofsd at `path`.
 
     `options` are those that its --help lists, as `--shared-dir` or `-o source`; None where it was
@@ -32,7 +33,7 @@ def find_virtiofsd(root: HostRoot) -> Virtiofsd | None:
     path = next((path for path in VIRTIOFSD_PROGRAMS if root.stat(path)), None)
     if path is None:
         return None
-    return Virtiofsd(path, ask_options(path) if root.is_live else None)
+    return Virtiofsd(path=path, options=ask_options(path) if root.is_live else None)
 
 
 def ask_options(path: str) -> frozenset[str]:

@@ -7,7 +7,9 @@ Source: `qom-list` and `qom-get` on QEMU 7.2; a bus lists its devices as `child[
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from vmplug.address import PERIPHERAL, CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.place import (
@@ -52,7 +54,7 @@ _NUMA_UNASSIGNED = 128
 """Source: QEMU include/sysemu/numa.h, NUMA_NODE_UNASSIGNED."""
 
 
-class _Expander(NamedTuple):
+class _Expander(msgspec.Struct, frozen=True):
     number: int
     numa_node: int | None
 
@@ -152,7 +154,9 @@ def read_place(monitor: Monitor, name: str) -> Place | None:
         controller = f"{PERIPHERAL}/{bus.removesuffix('.0')}"
         is_pci = peripherals.get(bus.removesuffix(".0"), "").endswith("-pci")
         above = _read_pci_path(monitor, controller, buses) if is_pci else None
-        return ScsiPlace(bus=bus, address=ScsiAddress(*numbers), path=above and above.path)
+        return ScsiPlace(
+            bus=bus, address=ScsiAddress(*numbers), path=above.path if above else None
+        )
     where = _read_pci_path(monitor, path, buses)
     slot = PciSlot.from_devfn(monitor.execute(qom_get(path, "addr")))
     return PciPlace(bus=bus, slot=slot, path=where.path) if where else None
@@ -215,15 +219,17 @@ def _read_windows(
     """
     if "pref64-reserve" not in names:
         return usual
-    asked = monitor.execute_all(
+    prefetchable, other = monitor.execute_all(
         [qom_get(qom_path, "pref64-reserve"), qom_get(qom_path, "mem-reserve")]
     )
     return Windows(
-        *(
-            given if said in {_UNSAID, 0} else max(said, least)
-            for said, given, least in zip(asked, usual, FIRMWARE_WINDOWS, strict=True)
-        )
+        _granted(prefetchable, usual.prefetchable, FIRMWARE_WINDOWS.prefetchable),
+        _granted(other, usual.other, FIRMWARE_WINDOWS.other),
     )
+
+
+def _granted(said: int, usual: int, least: int) -> int:
+    return usual if said in {_UNSAID, 0} else max(said, least)
 
 
 def _slot_of(monitor: Monitor, bus_path: str, link: str) -> PciSlot:
@@ -231,7 +237,7 @@ def _slot_of(monitor: Monitor, bus_path: str, link: str) -> PciSlot:
     return PciSlot.from_devfn(monitor.execute(qom_get(occupant, "addr")))
 
 
-class _Where(NamedTuple):
+class _Where(msgspec.Struct, frozen=True):
     path: PciPath
     numa_node: int | None
 
@@ -288,7 +294,7 @@ def _read_controller(
             if scsi_id <= 0xFF and lun <= 0xFF:
                 used.add(ScsiAddress(scsi_id, lun))
     place = _read_pci_path(monitor, qom_path, buses) if has_pci_path else None
-    return ScsiController(bus=bus, path=place and place.path, used=frozenset(used))
+    return ScsiController(bus=bus, path=place.path if place else None, used=frozenset(used))
 
 
 def _children(entries: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:

@@ -18,8 +18,8 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
 from vmplug.address import Bdf
@@ -61,7 +61,7 @@ class BindOutcome(StrEnum):
     FAILED = "failed"
 
 
-class Returned(NamedTuple):
+class Returned(msgspec.Struct, frozen=True):
     """The result of giving a function back; `error` is set when that failed."""
 
     former: FormerBinding
@@ -70,7 +70,7 @@ class Returned(NamedTuple):
     error: BindError | None = None
 
 
-class _Step(NamedTuple):
+class _Step(msgspec.Struct, frozen=True, kw_only=True):
     """One function to bind: its row, and its binding and row before, for the undo."""
 
     bdf: Bdf
@@ -314,7 +314,7 @@ class Binder:
 
     def _recover_one(self, row: Binding, known: Collection[str]) -> Returned | None:
         """Repair one row; None when there is nothing to repair."""
-        function = PciFunction(row.bdf, driver=read_driver(row.bdf, self._host))
+        function = PciFunction(bdf=row.bdf, driver=read_driver(row.bdf, self._host))
         is_with_vfio = is_vfio_driver(function, self._host)
         if row.state is not BindingState.BOUND:
             reason = "it was interrupted"

@@ -64,7 +64,9 @@ def read_virtual_functions(bdf: Bdf, *, setup: Setup = DEFAULT_SETUP) -> Physica
         autoprobe=found.autoprobe,
         interface=interface,
         functions=tuple(
-            _read_one(number, virtfn, settings.get(number, VirtualFunction(number)), setup.host)
+            _read_one(
+                number, virtfn, settings.get(number, VirtualFunction(number=number)), setup.host
+            )
             for number, virtfn in enumerate(found.virtfns)
         ),
     )

@@ -5,7 +5,9 @@ QEMU, as Kata saves PCI paths as `{}`. Nothing in the VM is changed.
 """
 
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from vmplug.address import new_id
 from vmplug.drivers.place import (
@@ -40,7 +42,7 @@ class ImportOutcome(StrEnum):
     LEFT_OUT = "left out"
 
 
-class Adopted(NamedTuple):
+class Adopted(msgspec.Struct, frozen=True, kw_only=True):
     """One device of Kata's; `device_id` is the journal's, None when it is left out."""
 
     device: KataDevice
@@ -61,16 +63,30 @@ def adopt(state: KataState, vm: str, journal: Journal, hypervisor: Vm) -> list[A
     for device in state.devices:
         record = _record(device, vm, hypervisor, journal.host)
         if isinstance(record, str):
-            told.append(Adopted(device, ImportOutcome.LEFT_OUT, record))
+            told.append(Adopted(device=device, outcome=ImportOutcome.LEFT_OUT, reason=record))
         elif record.identity in known:
             reason = "it is in the journal"
-            told.append(Adopted(device, ImportOutcome.KNOWN, reason, known[record.identity]))
+            told.append(
+                Adopted(
+                    device=device,
+                    outcome=ImportOutcome.KNOWN,
+                    reason=reason,
+                    device_id=known[record.identity],
+                )
+            )
         else:
             known[record.identity] = record.id
             records.append(record)
             holds += _holds(device, record, state)
             reason = _shared_with(record, journal) or "it is in QEMU"
-            told.append(Adopted(device, ImportOutcome.IMPORTED, reason, record.id))
+            told.append(
+                Adopted(
+                    device=device,
+                    outcome=ImportOutcome.IMPORTED,
+                    reason=reason,
+                    device_id=record.id,
+                )
+            )
     if records:
         journal.add_devices(records, holds)
     return told

@@ -27,11 +27,11 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class _Saved(msgspec.Struct, rename="pascal"):
+class _Saved(msgspec.Struct, rename="pascal", frozen=True):
     """Keys as Go writes them: the fields' own names."""
 
 
-class _Drive(_Saved):
+class _Drive(_Saved, frozen=True, kw_only=True):
     id: str = msgspec.field(name="ID")
     file: str
     read_only: bool = False
@@ -39,19 +39,19 @@ class _Drive(_Saved):
     nvdimm_id: str = msgspec.field(name="NvdimmID", default="")
 
 
-class _Vfio(_Saved):
+class _Vfio(_Saved, frozen=True, kw_only=True):
     id: str = msgspec.field(name="ID")
     bdf: str = msgspec.field(name="BDF", default="")
     sysfs_dev: str = ""
     host_path: str = ""
 
 
-class _VhostUser(_Saved):
+class _VhostUser(_Saved, frozen=True, kw_only=True):
     dev_id: str = msgspec.field(name="DevID")
     socket_path: str
 
 
-class _Device(_Saved):
+class _Device(_Saved, frozen=True, kw_only=True):
     id: str = msgspec.field(name="ID")
     type: str
     dev_type: str = ""
@@ -64,16 +64,16 @@ class _Device(_Saved):
     vfio_devs: list[_Vfio] | None = msgspec.field(name="VFIODevs", default=None)
 
 
-class _Sandbox(_Saved):
+class _Sandbox(_Saved, frozen=True, kw_only=True):
     devices: list[_Device] | None = None
 
 
-class _Map(_Saved):
+class _Map(_Saved, frozen=True, kw_only=True):
     id: str = msgspec.field(name="ID")
     container_path: str = ""
 
 
-class _Container(_Saved):
+class _Container(_Saved, frozen=True, kw_only=True):
     device_maps: list[_Map] | None = None
 
 

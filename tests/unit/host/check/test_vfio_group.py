@@ -271,7 +271,7 @@ def test_a_qemu_without_iommufd_is_told_of_where_a_device_was_named_by_its_node(
     bound(tree)
     group = find_vfio_device(GPU, tree.root)
     named = group._replace(cdev_nodes=((GPU, "/dev/vfio/devices/vfio0"),))
-    vm = GuestMemory(1 << 30, None)
+    vm = GuestMemory(size_bytes=1 << 30, pid=None)
     (finding,) = check_vm(named, vm, tree.root, has_iommufd=False)
     assert (finding.code, finding.severity) == (Code.NO_IOMMUFD, Severity.WARNING)
     assert "/dev/vfio/26 instead" in finding.message
@@ -286,7 +286,7 @@ def test_the_limit_of_a_vm_that_is_to_be_started_is_this_processs(tree: PciTree)
     limits = "Max locked memory         8388608              8388608              bytes\n"
     tree.file(f"/proc/{pid}/limits", limits)
     group = find_vfio_device(GPU, tree.root)
-    vm = GuestMemory(1 << 30, pid)
+    vm = GuestMemory(size_bytes=1 << 30, pid=pid)
     (finding,) = check_vm(group, vm, tree.root, has_iommufd=False)
     assert finding.code is Code.MEMLOCK_LIMIT
     assert finding.message.startswith("QEMU, with the limit of this process, may lock 8192 KiB")

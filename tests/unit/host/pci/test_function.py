@@ -76,8 +76,22 @@ def test_a_function_is_read_whole(tree: PciTree) -> None:
         numa_node=1,
         pcie=True,
         bars=(
-            Bar(0, 0x4000000000, 0x4000, is_memory=True, is_64bit=True, is_prefetchable=True),
-            Bar(4, 0xE000, 0x20, is_memory=False, is_64bit=False, is_prefetchable=False),
+            Bar(
+                number=0,
+                start=0x4000000000,
+                size_bytes=0x4000,
+                is_memory=True,
+                is_64bit=True,
+                is_prefetchable=True,
+            ),
+            Bar(
+                number=4,
+                start=0xE000,
+                size_bytes=0x20,
+                is_memory=False,
+                is_64bit=False,
+                is_prefetchable=False,
+            ),
         ),
     )
 

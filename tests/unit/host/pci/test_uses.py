@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
@@ -12,7 +13,7 @@ from vmplug.host.root import HostRoot
 
 PORT, CARD, OTHER = "0000:00:1c.0", "0000:3b:00.0", "0000:00:03.0"
 LINK_LOCAL, GLOBAL = "fe80" + "0" * 28, "2001" + "0" * 28
-UNUSED = NetInterface("eth0", has_default_route=False, has_address=False, master=None)
+UNUSED = NetInterface(name="eth0", has_default_route=False, has_address=False, master=None)
 
 
 @pytest.fixture
@@ -107,32 +108,34 @@ def test_an_interface_that_the_host_does_not_use(wired: PciTree) -> None:
 def test_a_host_without_tables_does_not_say(tree: PciTree) -> None:
     tree.network(CARD, "eth0", master="br0")
     (found,) = networks(tree)
-    assert found == NetInterface("eth0", has_default_route=None, has_address=None, master="br0")
+    assert found == NetInterface(
+        name="eth0", has_default_route=None, has_address=None, master="br0"
+    )
 
 
 def test_the_default_route(wired: PciTree) -> None:
     wired.route("eth0")
-    assert networks(wired) == [UNUSED._replace(has_default_route=True, has_address=True)]
+    assert networks(wired) == [structs.replace(UNUSED, has_default_route=True, has_address=True)]
     assert networks(wired)[0].is_used
 
 
 def test_a_route_to_a_network_comes_with_an_address(wired: PciTree) -> None:
     wired.route("eth0", target="0002A8C0", mask="00FFFFFF")
-    assert networks(wired) == [UNUSED._replace(has_address=True)]
+    assert networks(wired) == [structs.replace(UNUSED, has_address=True)]
 
 
 def test_the_default_route_of_ipv6(wired: PciTree) -> None:
     wired.route6("eth0", target=LINK_LOCAL, length=64)
     assert networks(wired) == [UNUSED]
     wired.route6("eth0")
-    assert networks(wired) == [UNUSED._replace(has_default_route=True)]
+    assert networks(wired) == [structs.replace(UNUSED, has_default_route=True)]
 
 
 def test_a_link_local_address_does_not_count(wired: PciTree) -> None:
     wired.address6("eth0", LINK_LOCAL, scope=0x20)
     assert networks(wired) == [UNUSED]
     wired.address6("eth0", GLOBAL, scope=0x00)
-    assert networks(wired) == [UNUSED._replace(has_address=True)]
+    assert networks(wired) == [structs.replace(UNUSED, has_address=True)]
 
 
 def test_another_interfaces_routes_are_its_own(wired: PciTree) -> None:

@@ -460,8 +460,10 @@ def test_a_virtiofsd_is_known_by_its_name_and_not_asked(
     path = directory / "fs.sock"
     root = HostRoot()
     with virtiofsd(directory, "fs.sock" if is_relative else str(path)) as pid:
-        assert find_listener(str(path), root) == Listener(pid, "virtiofsd")
-        assert find_listener(str(path), root, name="virtiofsd") == Listener(pid, "virtiofsd")
+        assert find_listener(str(path), root) == Listener(pid=pid, name="virtiofsd")
+        assert find_listener(str(path), root, name="virtiofsd") == Listener(
+            pid=pid, name="virtiofsd"
+        )
         assert find_listener(str(path), root, name="virtiofs") is None
         for kind in SERVED:
             code, message = problem(device(kind, path))
@@ -477,7 +479,7 @@ def test_a_virtiofsd_may_have_bound_its_socket_by_a_detour(directory: Path, name
     (directory / "link").symlink_to("real")
     path = directory / "real" / "fs.sock"
     with virtiofsd(directory, f"{directory}/{name}") as pid:
-        assert find_listener(str(path), HostRoot()) == Listener(pid, "virtiofsd")
+        assert find_listener(str(path), HostRoot()) == Listener(pid=pid, name="virtiofsd")
         assert ask_backend(device(FS, path), HostRoot())[1] == []
         assert problem(device(SCSI, path))[0] is Code.WRONG_BACKEND
 
@@ -491,7 +493,7 @@ def test_a_listener_is_found_by_the_path_that_it_bound(tree: HostTree, path: str
     tree.process(7, "other", "socket:[3]").process(8, "backend", "/dev/null", "socket:[2]")
     assert is_listening(path, tree.root)
     assert not is_connected(path, tree.root)
-    assert find_listener(path, tree.root) == Listener(8, "backend")
+    assert find_listener(path, tree.root) == Listener(pid=8, name="backend")
     assert str(find_listener(path, tree.root)) == "backend, process 8"
 
 
@@ -507,14 +509,14 @@ def test_other_paths_are_other_sockets(tree: HostTree, bound: str) -> None:
 @pytest.mark.parametrize("bound", ["s", "./s", "run/s", "../s"])
 def test_a_relative_name_may_be_anywhere(tree: HostTree, bound: str) -> None:
     tree.unix_socket(bound, 2).process(8, "backend", "socket:[2]")
-    assert find_listener("/run/s", tree.root) == Listener(8, "backend")
+    assert find_listener("/run/s", tree.root) == Listener(pid=8, name="backend")
 
 
 def test_a_path_through_a_link_is_the_same_socket(tree: HostTree) -> None:
     tree.file("/run/x").link("/var/run", "../run").unix_socket("/var/run/s", 2)
     tree.process(8, "virtiofsd", "socket:[2]")
     assert is_listening("/run/s", tree.root)
-    assert find_listener("/run/s", tree.root) == Listener(8, "virtiofsd")
+    assert find_listener("/run/s", tree.root) == Listener(pid=8, name="virtiofsd")
 
 
 def test_a_connection_has_its_listeners_path(tree: HostTree) -> None:
@@ -534,7 +536,9 @@ def test_a_connection_alone_is_no_listener(tree: HostTree) -> None:
 def test_of_several_processes_the_one_of_the_name_is_found(tree: HostTree) -> None:
     tree.unix_socket("/run/s", 2)
     tree.process(10, "sh", "socket:[2]").process(9, "virtiofsd", "socket:[2]")
-    assert find_listener("/run/s", tree.root, name="virtiofsd") == Listener(9, "virtiofsd")
+    assert find_listener("/run/s", tree.root, name="virtiofsd") == Listener(
+        pid=9, name="virtiofsd"
+    )
     assert find_listener("/run/s", tree.root, name="vhost") is None
 
 

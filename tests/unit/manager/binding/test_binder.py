@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+from msgspec import structs
 from msgspec.structs import replace
 
 from tests.contract.binding import BindingContract, Side, held_by_vm
@@ -98,7 +99,7 @@ def test_what_is_as_it_was_is_not_written_to(kernel: FakeKernel) -> None:
 
 def test_only_the_override_is_put_back_when_the_driver_is_right(kernel: FakeKernel) -> None:
     kernel.write_attribute(f"/sys/bus/pci/devices/{DISK}/driver_override", "nvme")
-    restore(FormerBinding(Bdf.parse(DISK), "nvme", None), kernel)
+    restore(FormerBinding(bdf=Bdf.parse(DISK), driver="nvme", driver_override=None), kernel)
     assert [write.step for write in kernel.writes] == ["driver_override"] * 2
     assert kernel.override_of(DISK) is None
 
@@ -106,7 +107,7 @@ def test_only_the_override_is_put_back_when_the_driver_is_right(kernel: FakeKern
 def test_no_driver_is_offered_a_function_that_had_none(kernel: FakeKernel) -> None:
     bind_function(Bdf.parse(DISK), "vfio-pci", kernel)
     kernel.writes.clear()
-    restore(FormerBinding(Bdf.parse(DISK), None, None), kernel)
+    restore(FormerBinding(bdf=Bdf.parse(DISK), driver=None, driver_override=None), kernel)
     assert [write.step for write in kernel.writes] == ["unbind", "driver_override"]
     assert kernel.driver_of(DISK) is None
 
@@ -149,7 +150,7 @@ def test_a_former_driver_that_is_no_longer_loaded_is_told(
     bind_function(Bdf.parse(DISK), "vfio-pci", kernel)
     (tree.path / "sys/bus/pci/drivers/nvme").rmdir()
     with pytest.raises(BindError, match="nvme did not take") as caught:
-        restore(FormerBinding(Bdf.parse(DISK), "nvme", None), kernel)
+        restore(FormerBinding(bdf=Bdf.parse(DISK), driver="nvme", driver_override=None), kernel)
     assert caught.value.hint
     assert "modprobe nvme" in caught.value.hint
 
@@ -162,7 +163,7 @@ def test_a_function_that_is_not_there_is_no_such_device(kernel: FakeKernel) -> N
 def test_a_virtual_function_is_reset_on_its_way_back(kernel: FakeKernel) -> None:
     bind_function(Bdf.parse(VIRTFN), "vfio-pci", kernel)
     kernel.writes.clear()
-    restore(FormerBinding(Bdf.parse(VIRTFN), "igbvf", None), kernel)
+    restore(FormerBinding(bdf=Bdf.parse(VIRTFN), driver="igbvf", driver_override=None), kernel)
     steps = [write.step for write in kernel.writes]
     assert steps == ["driver_override", "unbind", "reset", "drivers_probe", "driver_override"]
     assert kernel.driver_of(VIRTFN) == "igbvf"
@@ -173,7 +174,7 @@ def test_a_virtual_function_that_cannot_be_reset_is_given_back_all_the_same(
 ) -> None:
     bind_function(Bdf.parse(VIRTFN), "vfio-pci", kernel)
     kernel.fail("reset", errno.ENOTTY)
-    restore(FormerBinding(Bdf.parse(VIRTFN), "igbvf", None), kernel)
+    restore(FormerBinding(bdf=Bdf.parse(VIRTFN), driver="igbvf", driver_override=None), kernel)
     assert kernel.driver_of(VIRTFN) == "igbvf"
     assert "ignored: " in caplog.text
 
@@ -214,7 +215,7 @@ def test_the_driver_is_the_most_specific_one(tree: PciTree, aliases: str, driver
 def test_without_modules_the_driver_is_vfio_pci(tree: PciTree) -> None:
     function = read_function(Bdf.parse(DISK), tree.root)
     assert choose_driver(function, tree.root) == "vfio-pci"
-    nameless = function._replace(modalias=None)
+    nameless = structs.replace(function, modalias=None)
     with_aliases(tree, ALIASES)
     assert choose_driver(nameless, tree.root) == "vfio-pci"
 
@@ -541,7 +542,7 @@ def test_what_somebody_gave_to_another_driver_is_forgotten(
     kernel: FakeKernel, binder: Binder
 ) -> None:
     binder.bind(group_of(kernel, DISK))
-    restore(FormerBinding(Bdf.parse(DISK), "nvme", None), kernel)
+    restore(FormerBinding(bdf=Bdf.parse(DISK), driver="nvme", driver_override=None), kernel)
     before = kernel.picture()
     (told,) = binder.recover()
     assert told.outcome is BindOutcome.FORGOTTEN
@@ -676,7 +677,7 @@ def test_the_steps_are_as_many_as_the_tests_of_death_think(
 
 
 def test_a_row_outlives_the_process(journal: Journal) -> None:
-    former = FormerBinding(Bdf.parse(DISK), None, "nvme")
+    former = FormerBinding(bdf=Bdf.parse(DISK), driver=None, driver_override="nvme")
     row = Binding(former=former, state=BindingState.UNBINDING, device_id=None, boot_id="b")
     journal.bindings.put([row])
     with Journal.open(Path(journal.path).parent) as again:

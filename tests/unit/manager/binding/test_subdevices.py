@@ -232,9 +232,9 @@ def ip(tmp_path: Path, tree: PciTree, monkeypatch: pytest.MonkeyPatch) -> FakeIp
 def test_a_virtual_function_is_told_and_read_back(ip: FakeIp) -> None:
     wanted = VfSettings(mac="02-00-00-00-00-0A", vlan=100, trust=True)
     told = set_virtual("eth0", 1, wanted)
-    assert told == VirtualFunction(1, "02:00:00:00:00:0a", 100, trust=True)
+    assert told == VirtualFunction(number=1, mac="02:00:00:00:00:0a", vlan=100, trust=True)
     assert read_virtual("eth0") == [
-        VirtualFunction(0, "00:00:00:00:00:00", 0, trust=False),
+        VirtualFunction(number=0, mac="00:00:00:00:00:00", vlan=0, trust=False),
         told,
     ]
     assert ip.commands() == [
@@ -247,7 +247,9 @@ def test_a_virtual_function_is_told_and_read_back(ip: FakeIp) -> None:
 def test_what_is_not_said_stays(ip: FakeIp) -> None:
     set_virtual("eth0", 0, VfSettings(vlan=5))
     set_virtual("eth0", 0, VfSettings(trust=True))
-    assert read_virtual("eth0")[0] == VirtualFunction(0, "00:00:00:00:00:00", 5, trust=True)
+    assert read_virtual("eth0")[0] == VirtualFunction(
+        number=0, mac="00:00:00:00:00:00", vlan=5, trust=True
+    )
     set_virtual("eth0", 0, VfSettings(vlan=0))
     assert read_virtual("eth0")[0].vlan == 0
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, assert_never
 
 import msgspec
+from msgspec import structs
 
 from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot
 from vmplug.drivers.place import (
@@ -92,7 +93,7 @@ def cold_offer(spec: VmSpec) -> Offer:
                 bus=f"rp{index}",
                 path=PciPath((PciSlot(_FIRST_PORT_SLOT + index),)),
                 free=(PciSlot(0),),
-                windows=FIRMWARE_WINDOWS._replace(prefetchable=_window(spec, index)),
+                windows=structs.replace(FIRMWARE_WINDOWS, prefetchable=_window(spec, index)),
             )
             for index in ports
         )
