@@ -15,8 +15,8 @@ _module_of: dict[str, str] = {}
 def _find_modules() -> dict[str, str]:
     """The module of each public name."""
     if not _module_of:
-        import re  # noqa: PLC0415  5 ms that `import vmplug` need not pay
-        from pkgutil import get_data  # noqa: PLC0415  the same
+        import re  # noqa: PLC0415  10 ms that `import vmplug` need not pay
+        from pkgutil import get_data  # noqa: PLC0415  5 ms, the same
 
         stub = (get_data(__name__, "__init__.pyi") or b"").decode()
         found = re.findall(r"^from (vmplug[\w.]*) import \(?\s*(\w+) as \2\b", stub, re.MULTILINE)
@@ -30,9 +30,7 @@ def __getattr__(name: str) -> object:
         return ("__version__", *_find_modules())
     if name.startswith("_") or name not in _find_modules():
         raise AttributeError(f"module 'vmplug' has no attribute {name!r}")
-    from importlib import import_module  # noqa: PLC0415  the same
-
-    value: object = getattr(import_module(_find_modules()[name]), name)
+    value: object = getattr(__import__(_find_modules()[name], fromlist=[name]), name)
     globals()[name] = value
     return value
 

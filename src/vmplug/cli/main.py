@@ -172,7 +172,7 @@ def _print_error(
 ) -> None:
     """Print one error on stderr. A message begins in lower case, unless with a name."""
     if wants_json:
-        import json  # noqa: PLC0415  8 ms that success need not pay
+        import json  # noqa: PLC0415  3 ms, 4 % of `resolve`
 
         error = {"code": code, "message": message, "hint": hint, "facts": facts}
         click.echo(json.dumps({"version": 1, "error": error}, default=str), err=True)

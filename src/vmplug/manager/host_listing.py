@@ -26,7 +26,7 @@ def list_host(
     """
     vms = dict[Identity, str]()
     if with_vms and has_journal(setup.state_dir):
-        from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 costs 5 ms
+        from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 and its users cost 10 ms
 
         with Journal.open(setup.state_dir) as journal:
             vms = journal.holders()

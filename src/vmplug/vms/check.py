@@ -49,7 +49,7 @@ def _claims(setup: Setup) -> Iterator[FindClaims]:
     if not has_journal(setup.state_dir):
         yield lambda _: ()
         return
-    from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 costs 5 ms
+    from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 and its users cost 8 ms
 
     with Journal.open(setup.state_dir) as journal:
 

@@ -1,6 +1,6 @@
 """Connect to a VM that the journal knows.
 
-All is imported when it is used: asyncio, sqlite3 and what needs them cost 80 ms, which help texts
+All is imported when it is used: asyncio, sqlite3 and what needs them cost 50 ms, which help texts
 and bad requests need not pay.
 """
 

@@ -21,7 +21,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One document, version first."""
-    import json  # noqa: PLC0415  8 ms that a table need not pay
+    import json  # noqa: PLC0415  3 ms, 4 % of `resolve` without --json
 
     click.echo(json.dumps({"version": 1, **document}, indent=2))
 
@@ -32,8 +32,8 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         return
     rows = [[one_line(cell) for cell in row] for row in rows]
     if sys.stdout and sys.stdout.isatty():
-        from rich.console import Console  # noqa: PLC0415  40 ms that a pipe need not pay
-        from rich.table import Table  # noqa: PLC0415
+        from rich.console import Console  # noqa: PLC0415  30 ms that a pipe need not pay
+        from rich.table import Table  # noqa: PLC0415  the same
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for heading in headings:
@@ -53,7 +53,7 @@ def progress(what: str) -> AbstractContextManager[object]:
     """Show at a terminal, on stderr, that something takes its time."""
     if not (sys.stderr and sys.stderr.isatty()):
         return nullcontext()
-    from rich.console import Console  # noqa: PLC0415  40 ms that a pipe need not pay
+    from rich.console import Console  # noqa: PLC0415  30 ms that a pipe need not pay
 
     return Console(stderr=True).status(what)
 

@@ -36,8 +36,8 @@ def print_sections(sections: Sequence[Sequence[Line]]) -> None:
     """Sections with an empty line between; colour only at a terminal without NO_COLOR."""
     texts = [_align(section) for section in sections]
     if sys.stdout and sys.stdout.isatty():
-        from rich.console import Console  # noqa: PLC0415  40 ms that a pipe need not pay
-        from rich.text import Text  # noqa: PLC0415
+        from rich.console import Console  # noqa: PLC0415  30 ms that a pipe need not pay
+        from rich.text import Text  # noqa: PLC0415  the same
 
         console = Console(highlight=False, markup=False)
         for number, section in enumerate(texts):

@@ -1,15 +1,11 @@
 """`vmplug info`."""
 
-from typing import TYPE_CHECKING
-
 import click
 
 from vmplug.cli.options import json_option, read_request, request_options
 from vmplug.cli.render.output import access, info_json, print_json, print_table
 from vmplug.oci.info import DeviceInfo
-
-if TYPE_CHECKING:
-    from vmplug.oci.requests import Named, Request
+from vmplug.oci.requests import Named, NetInfo, Request, VfioInfo
 
 
 @click.command("info")
@@ -37,7 +33,7 @@ def command(as_json: bool, **request: object) -> None:
     )
 
 
-def _json(info: "Request") -> dict[str, object]:
+def _json(info: Request) -> dict[str, object]:
     device = info if isinstance(info, DeviceInfo) else None
     return {
         **info_json(info),
@@ -50,7 +46,7 @@ def _json(info: "Request") -> dict[str, object]:
     }
 
 
-def _row(info: "Request") -> tuple[str, ...]:
+def _row(info: Request) -> tuple[str, ...]:
     if not isinstance(info, DeviceInfo):
         kind = info.name.partition(":")[0]
         return (info.name, kind, _source(info), access(read_only=info.read_only), "-", "-", "-")
@@ -60,10 +56,8 @@ def _row(info: "Request") -> tuple[str, ...]:
     return (info.name, info.dev_type, what, access(read_only=info.read_only), mode, *owners)
 
 
-def _source(info: "Named") -> str:
+def _source(info: Named) -> str:
     """The other end that the request names."""
-    from vmplug.oci.requests import NetInfo, VfioInfo  # noqa: PLC0415  there when there is one
-
     match info:
         case NetInfo():
             return info.socket_path

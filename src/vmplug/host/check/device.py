@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from shlex import quote
 from typing import assert_never
 
 from msgspec.structs import replace
@@ -107,7 +108,7 @@ def _check_block(
             for path in (*_nodes(device), *device.below_files):
                 yield from _locked(path, access, root)
     yield from _read_only(
-        device, access, f"make it writable (blockdev --setrw {_quoted(device.device_node)})"
+        device, access, f"make it writable (blockdev --setrw {quote(device.device_node)})"
     )
     yield from _suspended(device, root)
     if device.size_bytes == 0:
@@ -176,7 +177,7 @@ def _mounted(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[
             f"{names[devnum]} is mounted on the host at {_few(sorted(set(points)))}",
             "the host's root file system is on it: hand over another disk"
             if "/" in points
-            else f"umount {_quoted(min(points))}",
+            else f"umount {quote(min(points))}",
         )
 
 
@@ -202,7 +203,7 @@ def _held(device: BlockDevice, access: Access, root: HostRoot) -> Iterator[Findi
 def _take_apart(holders: Sequence[str], root: HostRoot) -> str:
     """The commands for it; the tools of LVM and others know more, but have the same effect."""
     names = [name for holder in holders if (name := _mapped_name(f"/sys/block/{holder}", root))]
-    commands = [f"dmsetup remove {' '.join(map(_quoted, names[:3]))}"] if names else []
+    commands = [f"dmsetup remove {' '.join(map(quote, names[:3]))}"] if names else []
     commands += [f"mdadm --stop /dev/{name}" for name in holders if name.startswith("md")]
     return "; ".join(commands) or "dmsetup, lvm, mdadm"
 
@@ -247,7 +248,7 @@ def _swap(
                 Code.IS_SWAP,
                 f"{name} contains swap space that the host uses"
                 + ("" if area == name else f" ({area})"),
-                f"swapoff {_quoted(area)}",
+                f"swapoff {quote(area)}",
             )
 
 
@@ -333,7 +334,7 @@ def _locked(path: str, access: Access, root: HostRoot) -> Iterator[Finding]:
         yield Finding(
             Code.IMAGE_LOCKED,
             f"{path} is open in another QEMU or in qemu-storage-daemon",
-            f"fuser --verbose {_quoted(path)} names the process; stop it first",
+            f"fuser --verbose {quote(path)} names the process; stop it first",
         )
 
 
@@ -354,7 +355,7 @@ def _suspended(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
         yield Finding(
             Code.UNREADABLE,
             f"{device.device_node} is suspended: it cannot be read until it is resumed",
-            f"dmsetup resume {_quoted(name)}",
+            f"dmsetup resume {quote(name)}",
         )
 
 
@@ -368,13 +369,6 @@ def _empty(device: BlockDevice) -> Finding:
         f"{device.device_node} has size zero",
         "set it up first (a loop device needs a file: losetup)",
     )
-
-
-def _quoted(path: str) -> str:
-    """Quoted for a shell."""
-    from shlex import quote  # noqa: PLC0415  where nothing is found, nothing is quoted
-
-    return quote(path)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -90,7 +90,7 @@ class Qemu:
         Raises ConnectError when no process answers within `timeout_s`, also later: others use the
         socket in between. Each answer may take `command_timeout_s`.
         """
-        from vmplug.hypervisor.qmp.client import QmpMonitor  # noqa: PLC0415  asyncio costs 40 ms
+        from vmplug.hypervisor.qmp.client import QmpMonitor  # noqa: PLC0415  asyncio costs 27 ms
 
         monitor = QmpMonitor.connect(
             socket, timeout_s=timeout_s, command_timeout_s=command_timeout_s
