@@ -45,6 +45,7 @@ CATCHES_OSERROR = {
     "host/file_id.py",
     "host/vhost_user/peer.py",  # a kernel without sock_diag
     "host/process.py",
+    "host/use/namespaces.py",
     "host/program.py",
     "host/record/write.py",
     "host/record/read.py",
@@ -191,7 +192,7 @@ MODULES_MAX = 15
 IN_HOST = [
     {"kind"},
     {"root", "finding", "program", "permissions", "events"},
-    {"process", "file_id"},
+    {"process", "file_id", "use"},
     {"block"},
     {"pci", "vhost_user"},
     {"device"},

@@ -24,13 +24,15 @@ from vmplug.host.host_path import find_sysfs_node
 from vmplug.host.inventory import read_inventory, with_reset_methods
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.mdev import read_mdev_types
+from vmplug.host.pci.nodes import read_nodes
 from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
-from vmplug.host.process import find_openers, read_memlock_limit, read_start_time
+from vmplug.host.process import read_memlock_limit, read_start_time
 from vmplug.host.record.read import open_record
 from vmplug.host.record.write import write_record
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
+from vmplug.host.use.openers import DeviceNode, find_openers
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.sockets import find_listener
 from vmplug.host.vhost_user.store import VhostUserStore
@@ -90,7 +92,8 @@ def _readers(root: HostRoot) -> Iterator[Callable[[], object]]:
     yield lambda: read_sriov(Bdf.parse(NIC), root)
     yield lambda: read_mdev_types(root)
     yield lambda: find_listener("/run/vhost-user/block/sockets/disk1", root)
-    yield lambda: find_openers(["/dev/vfio/26"], root)
+    yield lambda: find_openers([DeviceNode.of_char("/dev/vfio/26", root)], root)
+    yield lambda: read_nodes(NVME, root)
     yield lambda: read_usage(root)
     yield lambda: read_start_time(1, root)
     yield lambda: read_memlock_limit(1, root)

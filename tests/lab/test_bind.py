@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from vmplug.manager.binding.subdevices import divide, find_sriov, remove_unused
 
 MULTI = (topology.MULTI_NVME, topology.MULTI_EDU, topology.MULTI_NIC)
 DIED = 77
+SETTLE_S = 10.0
 SHORT_S = 1.0
 """For a kernel that will not answer while a device is open."""
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -147,6 +149,70 @@ def test_a_driver_that_was_not_made_for_it_is_not_tried(side: Side, journal: Jou
             Binder(journal, side.host).bind(side.group(side.single), driver=driver)
     assert side.picture() == before
     assert journal.bindings.all() == []
+
+
+def test_a_disk_that_is_held_exclusively_keeps_its_controller(
+    side: Side, journal: Journal
+) -> None:
+    """As ZFS and others do, which neither mount it nor show in sysfs."""
+    before = side.picture()
+    disk = namespace_of(side.single)
+    holder = os.open(disk, os.O_RDONLY | os.O_EXCL)
+    try:
+        with pytest.raises(InUse, match=f"{disk} is open exclusively") as caught:
+            Binder(journal, side.host).bind(side.group(side.single))
+    finally:
+        os.close(holder)
+    assert caught.value.codes == (Code.OPEN_EXCLUSIVELY,)
+    assert side.picture() == before
+    Binder(journal, side.host).bind(side.group(side.single))
+
+
+@pytest.mark.parametrize("node", ["/dev/nvme0", "/dev/ng0n1"])
+def test_a_controller_whose_nodes_are_open_is_kept(
+    side: Side, journal: Journal, tmp_path: Path, node: str
+) -> None:
+    """By any name: a container has nodes of its own."""
+    other = tmp_path / "node"
+    os.mknod(other, 0o20600, os.stat(node).st_rdev)
+    before = side.picture()
+    with opened(str(other)):
+        with pytest.raises(InUse, match=f"{node}, a node of {side.single}, is open") as caught:
+            Binder(journal, side.host).bind(side.group(side.single))
+        assert caught.value.codes == (Code.OPEN_BY_PROCESS,)
+        assert side.picture() == before
+    Binder(journal, side.host).bind(side.group(side.single))
+
+
+def wait_left_network_namespace(pid: int) -> None:
+    ours = os.stat("/proc/self/ns/net").st_ino
+    deadline = time.monotonic() + SETTLE_S
+    while os.stat(f"/proc/{pid}/ns/net").st_ino == ours:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_interface_that_a_container_has_is_named_and_taken_back_as_told(
+    side: Side, journal: Journal
+) -> None:
+    before = side.picture()
+    with subprocess.Popen(["unshare", "--net", "sleep", "infinity"]) as container:
+        try:
+            wait_left_network_namespace(container.pid)
+            (interface,) = os.listdir(f"/sys/bus/pci/devices/{topology.NIC}/net")
+            move = ["ip", "link", "set", interface, "netns", str(container.pid)]
+            subprocess.run(move, check=True)
+            with pytest.raises(InUse, match=f"the network interface {interface}") as caught:
+                Binder(journal, side.host).bind(side.group(topology.NIC))
+            assert caught.value.codes == (Code.NETWORK_IN_USE,)
+            assert f"/proc/{container.pid}/ns/net" in caught.value.message
+            assert side.picture() == before
+            assert caught.value.hint
+            remedy = caught.value.hint.partition("nsenter ")[2].partition(";")[0]
+            subprocess.run(["nsenter", *remedy.split()], check=True)
+        finally:
+            container.kill()
+    Binder(journal, side.host).bind(side.group(topology.NIC))
 
 
 def test_what_is_open_is_not_given_back_and_then_is(side: Side, journal: Journal) -> None:

@@ -206,6 +206,23 @@ class PciTree(HostTree):
             self.file(f"{disk}/{part}/partition", f"{index}\n")
         return self
 
+    def class_device(self, place: str, kind: str, number: str, name: str) -> Self:
+        """A device with a node that a driver has made; `kind` is block or char.
+
+        `place` is its directory below /sys, or below a function: `0000:3b:00.0/drm/card1`.
+        """
+        bdf, slash, way = place.partition("/")
+        directory = place if place.startswith("/sys/") else f"{self.real(bdf)}{slash}{way}"
+        self._device_files(directory, number, name)
+        return self.link(f"/sys/dev/{kind}/{number}", f"../..{directory.removeprefix('/sys')}")
+
+    def moved_network(self, bdf: str, *, bus_device: str = "") -> Self:
+        """A network interface of a function, as seen from outside of its network namespace."""
+        self._below("/".join(filter(None, (self.real(bdf), bus_device, "net")))).mkdir(
+            parents=True
+        )
+        return self
+
     def mdev_type(
         self,
         parent: str,

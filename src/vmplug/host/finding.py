@@ -43,6 +43,7 @@ class Code(StrEnum):
     NETWORK_IN_USE = "network-in-use"
     BOOT_CONSOLE = "boot-console"
     OPEN_BY_PROCESS = "open-by-process"
+    UNKNOWN_USE = "unknown-use"
     HAS_VIRTUAL_FUNCTIONS = "has-virtual-functions"
     NO_RESET = "no-reset"
     MEMLOCK_LIMIT = "memlock-limit"

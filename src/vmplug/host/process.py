@@ -1,4 +1,4 @@
-"""Processes: their identity, open files and limits.
+"""Processes: their identity, environment and limits.
 
 Source: proc_pid_stat(5), field 22, starttime in clock ticks after boot.
 """
@@ -6,7 +6,6 @@ Source: proc_pid_stat(5), field 22, starttime in clock ticks after boot.
 import os
 import re
 import select
-from collections.abc import Collection
 from contextlib import suppress
 
 from vmplug.devnum import is_decimal
@@ -48,25 +47,6 @@ def find_marked(variable: str) -> dict[int, str]:
             if is_marked:
                 found[int(pid)] = value.partition("\0")[0]
     return found
-
-
-def find_openers(nodes: Collection[str], root: HostRoot) -> dict[int, str]:
-    """The names of processes that have one of the device nodes open, by number.
-
-    Processes of other users are skipped, and so is this one. Source: proc_pid_fd(5).
-    """
-    found: dict[int, str] = {}
-    for pid in root.list_dir("/proc"):
-        with suppress(AttributeReadError):
-            if is_decimal(pid) and int(pid) != os.getpid() and _has_open(pid, nodes, root):
-                name = root.read_text(f"/proc/{pid}/comm") or ""
-                found[int(pid)] = name.strip()
-    return found
-
-
-def _has_open(pid: str, nodes: Collection[str], root: HostRoot) -> bool:
-    directory = f"/proc/{pid}/fd"
-    return any(root.read_link(f"{directory}/{name}") in nodes for name in root.list_dir(directory))
 
 
 _CAP_IPC_LOCK = 14

@@ -17,8 +17,9 @@ from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access
 from vmplug.host.host_path import get_host_path
 from vmplug.host.pci.sriov import read_sriov
-from vmplug.host.process import find_openers, read_start_time
+from vmplug.host.process import read_start_time
 from vmplug.host.resolve import resolve
+from vmplug.host.use.openers import DeviceNode, Opener, Openers, find_openers
 from vmplug.host.vhost_user.sockets import Listener, find_listener
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
@@ -126,7 +127,9 @@ def test_a_directory_of_proc_with_another_kind_of_digit_is_no_process(tree: Host
     tree.process(7, "spdk", "socket:[99]").file("/proc/²/comm", "x")
     tree.unix_socket("/run/a.sock", 99)
     assert find_listener("/run/a.sock", tree.root) == Listener(pid=7, name="spdk")
-    assert find_openers(["socket:[99]"], tree.root) == {7: "spdk"}
+    tree.process(8, "qemu", "/dev/vfio/26").file("/proc/²/fd/3", "x")
+    openers = find_openers([DeviceNode.of_char("/dev/vfio/26", tree.root)], tree.root)
+    assert openers == Openers(found=(Opener(pid=8, name="qemu", path="/dev/vfio/26"),), unknown=())
 
 
 @pytest.mark.parametrize("line", ["1: 2 0 x 1 01 99 /run/a.sock", "1: 2 0 1 1 x 99 /run/a.sock"])

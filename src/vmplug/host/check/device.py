@@ -82,8 +82,22 @@ def _check_vfio(
         yield from check_openers(group, root)
     for part in group.disks:
         disk = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
-        for finding in _users(disk, Access(read_only=False), usage, root):
+        for finding in _all_users(disk, usage, claims, root):
             yield replace(finding, message=f"{group.host_path} has a disk: {finding.message}")
+
+
+def _all_users(
+    disk: BlockDevice, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+) -> Iterator[Finding]:
+    """Every user of a disk that the host will lose with the function that it is on."""
+    used = _users(disk, Access(read_only=False), usage, root)
+    yield from used
+    if root.is_live and not used:
+        held = [f for f in _opened(disk, root, explained=False) if f.code is Code.OPEN_EXCLUSIVELY]
+        yield from held
+        if not (held or claims):
+            for node in _nodes(disk):
+                yield from _locked(node, Access(read_only=False), root)
 
 
 def _check_block(

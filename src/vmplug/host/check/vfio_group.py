@@ -7,20 +7,35 @@ Source: Documentation/driver-api/vfio.rst; drivers/vfio/group.c.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from vmplug.address import Bdf
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import allows_unsafe_interrupts, has_iommu, remaps_interrupts
-from vmplug.host.pci.uses import NetInterface, read_network_interfaces
+from vmplug.host.pci.nodes import read_nodes
+from vmplug.host.pci.uses import (
+    NetInterface,
+    find_parents_of_moved,
+    read_network_interfaces,
+)
 from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
-from vmplug.host.process import find_openers, read_memlock_limit
+from vmplug.host.process import read_memlock_limit
 from vmplug.host.root import HostRoot
+from vmplug.host.use.openers import DeviceNode, Openers, find_openers
+
+if TYPE_CHECKING:
+    from vmplug.host.use.namespaces import MovedInterface
 
 _DISPLAY = 0x03
+
+_PROBE_S, _PROBE_STEP_S = 0.5, 0.05
+"""How long an open node may be just a probe."""
 
 
 def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
@@ -47,21 +62,58 @@ def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
         if not is_vfio_driver(function, root):
             yield from _console(function, root)
             yield from _networks(function, read_network_interfaces(function.bdf, root))
+            yield from _moved_network(function, root)
         yield from _virtual_functions(function, root)
         yield from _reset(function, root)
 
 
 def check_openers(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
-    """Processes that have the group open: it cannot be opened twice."""
-    if group.number is None:
-        return
-    nodes = {f"/dev/vfio/{group.number}", *(node for _, node in group.cdev_nodes)}
-    for pid, name in find_openers(nodes, root).items():
+    """Processes that have the group open, which cannot be opened twice, or a node of its drivers.
+
+    To unbind a driver waits for those that use its nodes, or takes the device away from them.
+    """
+    own = [node for _, node in group.cdev_nodes]
+    if group.number is not None:
+        own.append(f"/dev/vfio/{group.number}")
+    nodes = {node: DeviceNode.of_char(node, root) for node in own}
+    owners: dict[str, Bdf] = {}
+    for function in group.functions:
+        for node in read_nodes(function.bdf, root):
+            nodes.setdefault(node.path, node)
+            owners.setdefault(node.path, function.bdf)
+    openers = _find_lasting(nodes.values(), root)
+    for opener in openers.found:
+        process, path = f"process {opener.pid} ({opener.name})", opener.path
+        if path in own:
+            yield Finding(
+                Code.OPEN_BY_PROCESS,
+                f"{group.host_path} is open in {process}",
+                "end that process first; if it is a QEMU, register the VM with vmplug vm adopt",
+            )
+        else:
+            yield Finding(
+                Code.OPEN_BY_PROCESS,
+                f"{path}, a node of {owners[path]}, is open in {process}",
+                f"end that process, or the service that it belongs to: fuser --verbose {path}",
+            )
+    if openers.unknown and root.is_live:
         yield Finding(
-            Code.OPEN_BY_PROCESS,
-            f"{group.host_path} is open in process {pid} ({name})",
-            "end that process first; if it is a QEMU, register the VM with vmplug vm adopt",
+            Code.UNKNOWN_USE,
+            f"the open files of process {openers.unknown[0]}"
+            + (f" and of {more} more" if (more := len(openers.unknown) - 1) else "")
+            + f" cannot be read: they may have {group.members[0]} in use",
+            "run vmplug as root, with CAP_SYS_PTRACE, in the host's own PID namespace",
         )
+
+
+def _find_lasting(nodes: Collection[DeviceNode], root: HostRoot) -> Openers:
+    """Those who keep a node open: udev reads each new disk for a moment."""
+    openers = find_openers(nodes, root)
+    deadline = time.monotonic() + _PROBE_S
+    while root.is_live and openers.found and time.monotonic() < deadline:
+        time.sleep(_PROBE_STEP_S)  # /proc gives no event for a closed file
+        openers = find_openers(nodes, root)
+    return openers
 
 
 class GuestMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +243,34 @@ def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iter
                 f"remove it from the host's network first: ip addr flush dev {interface.name}; "
                 f"ip link set {interface.name} nomaster down",
             )
+
+
+def _moved_network(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
+    """An interface in another network namespace, where a container has it."""
+    parents = find_parents_of_moved(function.bdf, root)
+    if not parents:
+        return
+    moved = _find_moved(parents) if root.is_live else None
+    if moved:
+        yield Finding(
+            Code.NETWORK_IN_USE,
+            f"{function.bdf} is the network interface {moved.name} in the network namespace "
+            f"{moved.namespace}",
+            "end what uses it there, then take it back: "
+            f"nsenter --net={moved.namespace} ip link set {moved.name} netns 1",
+        )
+    else:
+        yield Finding(
+            Code.NETWORK_IN_USE,
+            f"the network interface of {function.bdf} is in another network namespace",
+            "lsns --type net lists them; ip link set NAME netns 1, run there, takes it back",
+        )
+
+
+def _find_moved(parents: frozenset[str]) -> "MovedInterface | None":
+    from vmplug.host.use.namespaces import find_moved  # noqa: PLC0415  ctypes costs 2 ms
+
+    return find_moved(parents)
 
 
 def _virtual_functions(function: PciFunction, root: HostRoot) -> Iterator[Finding]:

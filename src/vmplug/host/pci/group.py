@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmplug.devnum import DevNum
 from vmplug.host.block.device import DiskPart
 from vmplug.host.kind import DeviceType, FoundBy, Identity
 
@@ -18,7 +19,7 @@ class VfioGroup(NamedTuple):
     UUID that the request named, `device_node` the node; each is None when the request named the
     other. `number` is None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes
     of the members themselves, by name, when the request named one and iommufd can use them.
-    `disks` are the host's block devices behind the functions.
+    `disks` are the host's disks behind the functions, `partitions` the numbers of theirs.
     """
 
     number: int | None
@@ -31,6 +32,7 @@ class VfioGroup(NamedTuple):
     found_by: FoundBy = FoundBy.SYSFS
     cdev_nodes: tuple[tuple[str, str], ...] = ()
     disks: tuple[DiskPart, ...] = ()
+    partitions: tuple[DevNum, ...] = ()
 
     @property
     def kind(self) -> DeviceType:
@@ -61,8 +63,9 @@ class VfioGroup(NamedTuple):
 
     @property
     def related_identities(self) -> tuple[Identity, ...]:
-        """The other members, the physical function of a virtual one, and the disks."""
+        """The other members, the physical function of a virtual one, disks and partitions."""
         others = self.members[1:]
         physfns = {str(f.physfn) for f in self.functions if f.physfn} - set(self.members)
         functions = map(Identity.of_vfio, (*others, *sorted(physfns)))
-        return (*functions, *(Identity.of_block(disk.devnum) for disk in self.disks))
+        numbers = (*(disk.devnum for disk in self.disks), *self.partitions)
+        return (*functions, *map(Identity.of_block, numbers))

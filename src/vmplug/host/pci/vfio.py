@@ -5,7 +5,7 @@ Source: Documentation/driver-api/vfio.rst, vfio-mediated-device.rst, s390/vfio-a
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from vmplug.address import Bdf
@@ -87,14 +87,10 @@ def find_vfio_device(
         )
     number = find_group(function.sysfs_path, root)
     if number is None:
-        return VfioGroup(
-            number=None,
-            device_node=node,
-            functions=(function,),
-            named=name,
-            found_by=found_by,
-            disks=_read_disks([function], root),
+        alone = VfioGroup(
+            number=None, device_node=node, functions=(function,), named=name, found_by=found_by
         )
+        return with_disks(alone, root)
     return _read_group(number, node, root, found_by, named=name)
 
 
@@ -155,7 +151,7 @@ def _read_group(
             functions.append(function)
     functions.sort(key=lambda function: function.bdf)
     endpoints = tuple(f for f in functions if not f.is_bridge)
-    return VfioGroup(
+    group = VfioGroup(
         number=number,
         device_node=node,
         functions=endpoints,
@@ -164,20 +160,22 @@ def _read_group(
         unknown_members=tuple(unknown_members),
         named=named,
         found_by=found_by,
-        disks=_read_disks(endpoints, root),
     )
+    return with_disks(group, root)
 
 
-def _read_disks(functions: Iterable[PciFunction], root: HostRoot) -> tuple[DiskPart, ...]:
-    """The whole disks that the host's drivers provide behind the functions."""
-    disks = []
-    for function in functions:
+def with_disks(group: VfioGroup, root: HostRoot) -> VfioGroup:
+    """The group with the disks and partitions that the host's drivers provide behind it."""
+    disks, partitions = list[DiskPart](), list[DevNum]()
+    for function in group.functions:
         for devnum in read_block_devices(root.real_path(function.sysfs_path), root):
             directory = f"{root.sys_dev}/block/{devnum}"
-            if root.stat(f"{directory}/partition") is None:
+            if root.stat(f"{directory}/partition"):
+                partitions.append(devnum)
+            else:
                 name = root.real_path(directory).rpartition("/")[2]
                 disks.append(DiskPart(devnum, f"/dev/{name.replace('!', '/')}"))
-    return tuple(disks)
+    return group._replace(disks=tuple(disks), partitions=tuple(partitions))
 
 
 def read_cdev(device: str, root: HostRoot) -> str | None:

@@ -10,10 +10,9 @@ from vmplug.host.finding import NEVER_ALLOWED, Access, Code, Finding, Severity, 
 from vmplug.host.kind import Identity
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import find_group, read_group
-from vmplug.host.pci.uses import read_block_devices
-from vmplug.host.pci.vfio import read_cdev
-from vmplug.host.process import find_openers
+from vmplug.host.pci.vfio import read_cdev, with_disks
 from vmplug.host.root import HostRoot
+from vmplug.host.use.openers import DeviceNode, find_openers
 from vmplug.journal.journal import Journal
 
 USED_BY_VM = frozenset({Code.IN_USE_BY_VM, Code.OPEN_BY_PROCESS})
@@ -48,9 +47,10 @@ def find_users(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
     number = find_group(path, host)
     if number is None:
         return None
-    nodes = {f"/dev/vfio/{number}", read_cdev(path, host) or ""}
-    for pid, name in find_openers(nodes, host).items():
-        return f"{bdf} is open in process {pid} ({name})"
+    paths = filter(None, (f"/dev/vfio/{number}", read_cdev(path, host)))
+    openers = find_openers([DeviceNode.of_char(node, host) for node in paths], host)
+    for opener in openers.found:
+        return f"{bdf} is open in process {opener.pid} ({opener.name})"
     if journal:
         members = [Identity.of_vfio(name) for name in read_group(number, host)]
         for claim in journal.find_claims(None, Identity.of_vfio(bdf), members):
@@ -61,13 +61,7 @@ def find_users(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
 def _only(bdf: Bdf, group: VfioGroup, host: HostRoot) -> VfioGroup:
     """The group with only that function."""
     functions = tuple(function for function in group.functions if function.bdf == bdf)
-    numbers = {
-        number
-        for function in functions
-        for number in read_block_devices(host.real_path(function.sysfs_path), host)
-    }
-    disks = tuple(disk for disk in group.disks if disk.devnum in numbers)
-    return group._replace(functions=functions, bridges=(), disks=disks)
+    return with_disks(group._replace(functions=functions, bridges=()), host)
 
 
 def raise_in_use(what: str, findings: Iterable[Finding], allowed: Collection[Code] = ()) -> None:

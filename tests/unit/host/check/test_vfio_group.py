@@ -208,6 +208,39 @@ def test_a_process_that_has_the_node_open_is_named(tree: PciTree) -> None:
     assert set(findings(tree, claims=(claim(),))) == {Code.IN_USE_BY_VM}
 
 
+def test_a_process_that_uses_the_card_through_its_driver_is_named(tree: PciTree) -> None:
+    tree.pci_function(GPU, class_code=VGA, driver="amdgpu", group=26)
+    tree.class_device(f"{GPU}/drm/card1", "char", "226:1", "dri/card1")
+    tree.process(900, "gnome-shell", "/dev/null", "/dev/dri/card1")
+    found = findings(tree)
+    assert found[Code.OPEN_BY_PROCESS].message == (
+        f"/dev/dri/card1, a node of {GPU}, is open in process 900 (gnome-shell)"
+    )
+    (tree.path / "proc/900/fd/4").unlink()  # the remedy: it has let go
+    assert findings(tree).keys() == found.keys() - {Code.OPEN_BY_PROCESS}
+
+
+def test_another_function_of_the_group_is_looked_at_too(tree: PciTree) -> None:
+    tree.pci_function(GPU, class_code=VGA, driver="amdgpu", group=26)
+    tree.pci_function(AUDIO, class_code=SOUND, driver="snd_hda_intel", group=26)
+    tree.class_device(f"{AUDIO}/sound/card1/pcmC1D3p", "char", "116:9", "snd/pcmC1D3p")
+    tree.process(950, "pipewire", "/dev/snd/pcmC1D3p")
+    assert f"a node of {AUDIO}" in findings(tree)[Code.OPEN_BY_PROCESS].message
+
+
+@pytest.mark.parametrize("bus_device", ["", "virtio4"])
+def test_an_interface_in_another_network_namespace_is_in_use(
+    tree: PciTree, bus_device: str
+) -> None:
+    tree.pci_function(GPU, class_code=ETHERNET, driver="iavf", group=26)
+    free = findings(tree)
+    tree.moved_network(GPU, bus_device=bus_device)
+    finding = findings(tree)[Code.NETWORK_IN_USE]
+    assert finding.message == f"the network interface of {GPU} is in another network namespace"
+    tree.network(GPU, "eth1", bus_device=bus_device)  # the remedy: it has been taken back
+    assert findings(tree).keys() == free.keys()
+
+
 def test_no_way_to_reset_is_a_warning(tree: PciTree) -> None:
     bound(tree, reset_methods=())
     assert findings(tree)[Code.NO_RESET].severity is Severity.WARNING

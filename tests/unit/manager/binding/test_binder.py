@@ -404,6 +404,33 @@ def test_what_a_vm_has_is_not_given_back(
     assert binder.bindings() == bound
 
 
+def test_a_partition_that_a_vm_has_keeps_its_controller(
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Journal
+) -> None:
+    tree.pci_disk(DISK, "259:0", "nvme0n1", partitions={"259:1": "p1", "259:2": "p2"})
+    held_by_vm(journal, "block:259:2")
+    with pytest.raises(InUse) as caught:
+        binder.bind(group_of(kernel, DISK))
+    assert caught.value.codes == (Code.IN_USE_BY_VM,)
+    assert "block device 259:2 is already handed to VM 'sb1'" in caught.value.message
+    assert kernel.writes == []
+    journal.forget_vm("sb1")
+    assert binder.bind(group_of(kernel, DISK))
+
+
+def test_what_a_process_uses_through_its_driver_is_not_bound(
+    tree: PciTree, kernel: FakeKernel, binder: Binder
+) -> None:
+    tree.class_device(f"{SOUND}/sound/card0/pcmC0D0p", "char", "116:2", "snd/pcmC0D0p")
+    tree.process(77, "pipewire", "/dev/snd/pcmC0D0p")
+    with pytest.raises(InUse, match=r"/dev/snd/pcmC0D0p.* is open in process 77") as caught:
+        binder.bind(group_of(kernel, NET))
+    assert caught.value.codes == (Code.OPEN_BY_PROCESS,)
+    assert kernel.writes == []
+    (tree.path / "proc/77/fd/3").unlink()  # the remedy: it has let go
+    assert binder.bind(group_of(kernel, NET))
+
+
 @pytest.mark.parametrize("node", ["/dev/vfio/3", "/dev/vfio/devices/vfio1"])
 def test_what_a_process_has_open_is_not_given_back(
     tree: PciTree, kernel: FakeKernel, binder: Binder, node: str

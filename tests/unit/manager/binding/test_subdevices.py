@@ -190,6 +190,15 @@ def test_the_number_stays_while_a_process_has_one(
     refused(journal, kernel, Code.OPEN_BY_PROCESS)
 
 
+def test_the_number_stays_while_a_container_has_an_interface(
+    journal: Journal, kernel: FakeKernel, tree: PciTree
+) -> None:
+    count_to(2, journal, kernel)
+    tree.moved_network(FIRST)
+    refused(journal, kernel, Code.NETWORK_IN_USE)
+    assert count_to(1, journal, kernel, allow=(Code.NETWORK_IN_USE,)) == [FIRST]
+
+
 def test_the_number_stays_while_the_host_uses_one(
     journal: Journal, kernel: FakeKernel, tree: PciTree
 ) -> None:
