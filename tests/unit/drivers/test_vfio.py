@@ -359,6 +359,7 @@ def test_options_are_read() -> None:
     ("key", "value"),
     [
         ("port", "rp0"),
+        ("port", "no-port"),
         ("mode", "VFIO"),
         ("rom", "yes"),
         ("x-pci-vendor-id", "0x10dea"),

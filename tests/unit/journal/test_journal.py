@@ -180,6 +180,14 @@ def test_the_same_hold_again_counts_and_keeps_its_id(store: Journal) -> None:
     assert (found.id, found.count, found.state) == (hold(DISK).id, 2, State.ATTACHED)
 
 
+def test_a_count_that_can_go_no_further_is_refused_and_stays(store: Journal) -> None:
+    most = replace(hold(DISK), count=(1 << 63) - 1)
+    store.add_devices([DISK], [most])
+    with pytest.raises(StoreError):
+        store.set_state([DISK.id], State.ATTACHED, [hold(DISK)])
+    assert store.attachments() == [most]
+
+
 def test_owners_and_paths_make_holds_of_their_own(store: Journal) -> None:
     holds = [hold(DISK), hold(DISK, "c2"), hold(DISK, "c1", "/dev/y")]
     store.add_devices([DISK], holds)

@@ -257,7 +257,8 @@ def test_without_capabilities_it_is_conventional(tree: PciTree) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size_bytes", "is_large"), [(4 * GIB, False), (4 * GIB + 1, True), (64 * GIB, True)]
+    ("size_bytes", "is_large"),
+    [(4 * GIB, False), (4 * GIB + 1, True), (64 * GIB, True), (1 << 64, True)],
 )
 def test_a_bar_of_more_than_4_gib_is_large(
     tree: PciTree, *, size_bytes: int, is_large: bool
@@ -273,13 +274,20 @@ def test_only_the_six_bars_count(tree: PciTree) -> None:
     assert [bar.number for bar in function(tree).bars] == [5]
 
 
-def test_a_malformed_line_is_told_and_the_others_are_read(tree: PciTree) -> None:
+@pytest.mark.parametrize("line", ["0x1 zebra 0x0", "0x0 0x3ffffffff", "0x0 0x1 0x0 0x0"])
+def test_a_malformed_line_is_told_and_the_others_are_read(tree: PciTree, line: str) -> None:
     tree.pci_function(NVME, bars={2: (0xFE000000, 0x1000, FLAGS_MEM32)})
     lines = resource_text({2: (0xFE000000, 0x1000, FLAGS_MEM32)}).splitlines()
-    rewrite(tree, "resource", "\n".join(["0x1 zebra 0x0", *lines[1:]]))
+    rewrite(tree, "resource", "\n".join([line, *lines[1:]]))
     assert [bar.number for bar in function(tree).bars] == [2]
     (sentence,) = function(tree).unreadable
-    assert sentence.endswith("resource: line 1 is b'0x1 zebra 0x0'")
+    assert sentence.endswith(f"resource: line 1 is b'{line}'")
+
+
+def test_a_range_that_ends_before_it_begins_is_not_a_bar(tree: PciTree) -> None:
+    tree.pci_function(NVME)
+    rewrite(tree, "resource", "0x2000 0x1000 0x140204\n")
+    assert (function(tree).bars, function(tree).unreadable) == ((), ())
 
 
 def test_an_empty_or_cut_resource_has_what_it_has(tree: PciTree) -> None:

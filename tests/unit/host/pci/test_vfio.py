@@ -126,16 +126,17 @@ def test_the_kind_of_a_mediated_device_is_what_its_driver_says(
     )
 
 
-@pytest.mark.parametrize("content", ["", "\n", "05.001f", "05.001f\n"])
+@pytest.mark.parametrize("content", [None, "", "\n", "05.001f", "05.001f\n"])
 def test_a_matrix_is_read_with_and_without_queues_and_a_last_newline(
-    tree: PciTree, content: str
+    tree: PciTree, content: str | None
 ) -> None:
     tree.mdev_type("/sys/devices/vfio_ap/matrix", "t", api="vfio-ap")
     tree.mdev(UUID, "/sys/devices/vfio_ap/matrix", "t", group=27)
-    tree.file(f"/sys/devices/vfio_ap/matrix/{UUID}/matrix", content)
+    if content is not None:
+        tree.file(f"/sys/devices/vfio_ap/matrix/{UUID}/matrix", content)
     mediated = named(UUID, tree).mediated
     assert mediated
-    assert mediated.ap_queues == tuple(content.split())
+    assert mediated.ap_queues == tuple((content or "").split())
 
 
 def test_what_is_not_there_is_told(tree: PciTree) -> None:
@@ -157,6 +158,8 @@ def test_what_is_not_there_is_told(tree: PciTree) -> None:
         "/dev/vfio/devicesX",
         "/dev/vfio/26/",
         "/dev/vfio/٢",
+        "vfio",
+        "/a/b/c",
         "3b:00.0",
         "0000:3b:00.8",
         "0000:3b:20.0",
