@@ -8,7 +8,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     attempt,
     katas_result,
     kind_of,
@@ -95,38 +94,4 @@ ADAPTERS: dict[str, Adapter] = {
     "qemu.bridgePciPath": _bridge_path,
     "utils.GetSCSIIdLun / utils.GetSCSIAddress": _scsi_address,
     "utils.MakeNameID": _name_in_qemu,
-}
-
-
-def _no_name(name: str) -> str:
-    return f"ValueError(message={name!r} cannot name a part of a device in QEMU)"
-
-
-_PREFIX = "one prefix tells ours from everybody else's, the part of the device stands at the end"
-_NEVER_CUT = "a name that is cut may be two devices'"
-
-DEVIATIONS: dict[str, Deviation] = {
-    'pci path str ""': Deviation(
-        None,
-        "no path is None; text without a slot is no path",
-        "ValueError(message='' is not a PCI slot)",
-    ),
-    "bridge full after 30 devices": Deviation(
-        None, "slot 1f of a bridge works as well", {"addr": 0x1F, "next": "NoFreePort()"}
-    ),
-    "name id testType/testID/14": Deviation(None, _PREFIX, "vmplug-testID-testType"),
-    "name id drive/0123456789abcdef/31": Deviation(None, _PREFIX, "vmplug-0123456789abcdef"),
-    "name id char/deadbeef/31": Deviation(None, _PREFIX, "vmplug-deadbeef-char"),
-    "name id image/0123456789abcdef/31": Deviation(None, _PREFIX, "vmplug-0123456789abcdef-image"),
-    "name id drive//31": Deviation(None, "an empty id names nothing", _no_name("vmplug-")),
-    **{
-        f"name id drive/{device_id}/31": Deviation(
-            None, _NEVER_CUT, _no_name(f"vmplug-{device_id}")
-        )
-        for device_id in (
-            "0123456789abcdef0123456789abcdef",
-            "0123456789012345678901234",
-            "01234567890123456789012345",
-        )
-    },
 }

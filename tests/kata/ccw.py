@@ -1,6 +1,6 @@
 """The channel subsystem of s390 machines: its numbers, its bridge of Kata's, a disk on it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec.structs import replace
@@ -12,7 +12,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Facts,
     attempt,
     katas_result,
@@ -148,51 +147,4 @@ def _options(setup: Facts) -> dict[str, str]:
 ADAPTERS: dict[str, Adapter] = {
     "types.CcwDeviceFrom": _number,
     "types.NewBridge": _bridge,
-}
-
-
-def _31_slots(kind: str) -> Iterator[tuple[str, Deviation]]:
-    ours = {
-        "ccw_guest_addr_of_000a": "",
-        "ccw_hotplug_addr_of_000a": "",
-        "has_parent": False,
-        "max_capacity": 31,
-    }
-    yield f"bridge type {kind}", Deviation(None, "slot 1f of a bridge works as well", ours)
-
-
-_CACHED = {"direct": "off", "no-flush": "off"}
-_STATED = {"read-only": "off", "cache": _CACHED, "discard": "ignore"}
-
-_FILE = {"driver": "host_device", "filename": "/dev/null", "aio": "io_uring", **_STATED}
-_FRONT_END = {
-    "driver": "virtio-blk-ccw",
-    "id": "device 1",
-    "devno": "fe.0.0001",
-    "drive": "node 1",
-    "serial": "ID",
-    "discard": "off",
-}
-
-DEVIATIONS: dict[str, Deviation] = {
-    **dict(_31_slots("pci")),
-    **dict(_31_slots("pcie")),
-    "block hot-plug: virtio-blk-ccw": Deviation(
-        37,
-        "a number is free again once QEMU has confirmed the unplug",
-        {
-            "errors": [None, None],
-            "DevNo": "0.0.0001",
-            "places": 0,
-            "qmp": [
-                [
-                    "blockdev-add",
-                    {"node-name": "node 1", "driver": "raw", **_STATED, "file": _FILE},
-                ],
-                ["device_add", _FRONT_END],
-                ["device_del", {"id": "device 1"}],
-                ["blockdev-del", {"node-name": "node 1"}],
-            ],
-        },
-    ),
 }

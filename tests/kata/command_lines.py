@@ -11,7 +11,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Facts,
     Refusal,
     attempt,
@@ -189,97 +188,4 @@ ADAPTERS: dict[str, Adapter] = {
     "govmm qemu.SCSIController.QemuParams": _scsi_controller,
     "qemu.generic9PVolume": _9p_of_kata,
     "qemu.genericBlockDevice": _disk_of_kata,
-}
-
-_GUEST_DECIDES = (
-    "a guest may do without its write cache, and is offered discard only where it reaches the file"
-)
-_PART_OF_MACHINE = "the controller is a part of the machine, and nothing of it can be chosen"
-
-
-def _line(driver: str, *, file: str = "/x", serial: str = "d", **more: dict[str, str]) -> Terms:
-    front = {"driver": driver, "drive": "node 1", "serial": serial, "discard": "off"}
-    node = {"id": "node 1", "file": file, "aio": "threads", "format": "raw"}
-    return [
-        ["-device", front | more.get("front", {})],
-        ["-drive", node | more.get("node", {})],
-    ]
-
-
-DEVIATIONS: dict[str, Deviation] = {
-    "cmdline: block with write cache enabled": Deviation(
-        None, _GUEST_DECIDES, _line("virtio-blk-pci", node={"aio": "io_uring"})
-    ),
-    "cmdline: block on microvm (mmio)": Deviation(
-        None,
-        _GUEST_DECIDES,
-        _line("virtio-blk-device", front={"share-rw": "on"}, node={"readonly": "on"}),
-    ),
-    "cmdline: block ccw": Deviation(
-        None, _GUEST_DECIDES, _line("virtio-blk-ccw", front={"devno": "fe.0.0001"})
-    ),
-    "cmdline: block comma in file name is not escaped (bug)": Deviation(
-        39, "a file name is only a name, in JSON", _line("virtio-blk-pci", file="/a,b")
-    ),
-    "cmdline: block without id is invalid": Deviation(
-        None, "an id is drawn, never asked for", _line("virtio-blk-pci", serial="ID")
-    ),
-    'cold plug drive file="/a" id len 0 format="raw"': Deviation(
-        None,
-        "an id is drawn, never asked for",
-        {"AIO": "threads", "Format": "raw", "ID": "ID"},
-    ),
-    "cmdline: nvdimm writable": Deviation(
-        None,
-        "what the guest writes is in the file, not in a private copy of it",
-        [
-            ["-device", {"driver": "nvdimm", "memdev": "object 1"}],
-            [
-                "-object",
-                {
-                    "id": "object 1",
-                    "qom-type": "memory-backend-file",
-                    "mem-path": "/root",
-                    "size": "65536",
-                    "share": "on",
-                },
-            ],
-        ],
-    ),
-    "cmdline: scsi controller full": Deviation(
-        None, _PART_OF_MACHINE, [["-device", {"driver": "virtio-scsi-pci"}]]
-    ),
-    "cmdline: scsi controller ccw": Deviation(
-        None,
-        "the machine's own devices have the highest numbers, those that are plugged the lowest",
-        [["-device", {"driver": "virtio-scsi-ccw", "devno": "fe.0.fffe"}]],
-    ),
-    "cmdline: scsi controller microvm": Deviation(
-        None, "the disks of a microvm are virtio-blk, so it has no SCSI controller", []
-    ),
-    "cmdline: virtio-9p full": Deviation(
-        None,
-        "virtio stays as QEMU makes it, and its boot ROM as well",
-        [
-            [
-                "-device",
-                {"driver": "virtio-9p-pci", "fsdev": "fsdev 1", "mount_tag": "rootfs"},
-            ],
-            [
-                "-fsdev",
-                {
-                    "id": "fsdev 1",
-                    "fsdriver": "local",
-                    "path": "/var/lib/docker/devicemapper/mnt/e31ebda2",
-                    "security_model": "none",
-                    "multidevs": "remap",
-                },
-            ],
-        ],
-    ),
-    "9p device id is cut to 31": Deviation(
-        None,
-        "a tag that is cut may be two shares' tag: one that is too long is refused",
-        f"SpecError(where=share:{'a' * 40})",
-    ),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.kata.host import TTY, add_device, add_disks, disk, request
 from tests.kata.machine import Machine, katas_calls
-from tests.kata.vector import Adapter, Answer, Case, Deviation, Refusal, error_of, kind_of
+from tests.kata.vector import Adapter, Answer, Case, Refusal, error_of, kind_of
 from tests.support.tree import HostTree
 from vmplug.hypervisor.fake.monitor import Guest
 
@@ -138,56 +138,4 @@ ADAPTERS: dict[str, Adapter] = {
     "drivers.GenericDevice.Reference / Dereference": _reference,
     "manager": _life,
     "manager.RemoveDevice": _failing_removal,
-}
-
-DEVIATIONS: dict[str, Deviation] = {
-    "ref count 0 saturates": Deviation(
-        None,
-        "letting go of what nobody holds is an error",
-        {
-            "reference_returns": "1",
-            "dereference_returns": "NotAttached(state=absent, required=attached)",
-        },
-    ),
-    "ref count 18446744073709551615 saturates": Deviation(
-        None,
-        "a count that can go no further is an error: one that stays would be let go too soon",
-        {
-            "reference_returns": "StoreError(path=$ROOT/reference_returns/state/journal.db)",
-            "dereference_returns": str(_COUNT_MAX - 1),
-        },
-    ),
-    "manager life cycle of one block device": Deviation(
-        None,
-        "a device is known for exactly as long as somebody holds it",
-        {
-            "trace": [
-                "attach unknown id: NoSuchDevice, unknown 0",
-                "detach unknown id: NotAttached, unknown 0",
-                "remove unknown id: NotAttached, unknown 0",
-                "detach before attach: NotAttached, unknown 0",
-                "attach: done, attached 1",
-                "attach again: done, attached 2",
-                "detach: done, attached 1",
-                "detach again: done, unknown 0",
-                "detach third time: NotAttached, unknown 0",
-                "remove: NotAttached, unknown 0",
-                "remove again: NotAttached, unknown 0",
-            ],
-            "receiver_calls": ["plug at 0", "unplug from 0"],
-        },
-    ),
-    "removing an attached device fails but has already dropped the reference (quirk)": Deviation(
-        29,
-        "a hold stays until the device is gone, so that a failed removal can be repeated",
-        {
-            "trace": [
-                "remove while attached: UnplugRefused, detaching 1",
-                "remove while attached again: UnplugRefused, detaching 1",
-                "detach: done, unknown 0",
-                "remove: NotAttached, unknown 0",
-            ],
-            "ref_count_after_first_failure": 1,
-        },
-    ),
 }

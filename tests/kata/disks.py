@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.kata.host import add_device, add_disks, disk, request
-from tests.kata.machine import Machine, index_of, katas_calls, katas_drive, our_drive
+from tests.kata.machine import Machine, index_of, katas_calls, katas_drive
 from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Refusal,
     error_of,
     kind_of,
@@ -167,90 +166,4 @@ ADAPTERS: dict[str, Adapter] = {
     "drivers.BlockDevice.Detach": _attach_and_detach,
     "Sandbox.getAndSetSandboxBlockIndex": _last_index,
     "types.Bridge.AddDevice / RemoveDevice": _slot_allocation,
-}
-
-
-def _plugged(index: int, **changes: object) -> dict[str, Any]:
-    return {
-        "attach_count": 1,
-        "drive": our_drive("/dev/sdx", index, **changes),
-        "error": None,
-        "receiver_calls": [f"plug at {index}"],
-    }
-
-
-def _never_plugged(error: str, **more: object) -> dict[str, Any]:
-    return {"attach_count": 0, "drive": None, "error": error, "receiver_calls": [], **more}
-
-
-_NO_NAME = "the guest's name for a disk is never predicted"
-_AS_OFFERED = "where the driver is left open the VM decides, a port before a SCSI address"
-_NO_FORMAT = "a file system is no format of an image: the agent is told of it, QEMU is not"
-
-DEVIATIONS: dict[str, Deviation] = {
-    "block attach: no options map means SCSI": Deviation(None, _AS_OFFERED, _plugged(0)),
-    "block attach: virtio-blk index 26": Deviation(None, _NO_NAME, _plugged(26)),
-    "block attach: empty options map: name is always vda (quirk)": Deviation(
-        27, _AS_OFFERED, _plugged(3)
-    ),
-    "block attach: unknown driver: name is always vda (quirk)": Deviation(
-        27, "an unknown driver is refused", _never_plugged("SpecError(where=option block-driver)")
-    ),
-    "block attach: fstype option overrides the format (quirk)": Deviation(
-        27,
-        _NO_FORMAT,
-        _plugged(0),
-    ),
-    "block attach: pmem, read-only and discard are copied": Deviation(
-        27,
-        _NO_FORMAT,
-        _plugged(0, ReadOnly=True, DiscardUnmap=True),
-    ),
-    "block attach: index allocation failure: count rolled back, unset(-1) called": Deviation(
-        27, "what was not taken is not given back", _never_plugged("NoFreePort()")
-    ),
-    "block attach: hot-plug failure: index and count rolled back": Deviation(
-        27,
-        "nothing is left of a disk that could not be plugged",
-        {
-            **_never_plugged(
-                "CommandError(command=device_add, error_class=GenericError, "
-                "desc=device_add fails as set by fail_at)"
-            ),
-            "receiver_calls": ["refused at 0"],
-            "index_after": 0,
-        },
-    ),
-    "block index reuse: lowest free index goes to the next device": Deviation(
-        None,
-        _NO_NAME,
-        {
-            "a": our_drive("/dev/a", 0),
-            "b": our_drive("/dev/b", 1),
-            "c": our_drive("/dev/c", 0),
-            "receiver_calls": ["plug at 0", "plug at 1", "unplug from 0", "plug at 0"],
-        },
-    ),
-    "block index: 65535 used (0..65534) is full although SCSI could take 65535": Deviation(
-        None,
-        "all 65536 addresses of a controller are given away",
-        {"error": None, "index": 65535, "next": "NoFreePort()"},
-    ),
-    "bridge slot allocation: lowest free, starting at 1; duplicate ids allowed": Deviation(
-        None,
-        "a device that is attached twice is plugged once",
-        [
-            "a: 1",
-            "b: 2",
-            "c: 3",
-            "b: removed",
-            "d: 2",
-            "e: 4",
-            "zz: NotAttached",
-            ": NotAttached",
-            "a: 1",
-            "a: removed",
-            "a: removed",
-        ],
-    ),
 }

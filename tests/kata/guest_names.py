@@ -2,7 +2,7 @@
 
 from tests.kata.cold import ColdMachine
 from tests.kata.host import add_device, disk, request
-from tests.kata.vector import Adapter, Answer, Case, Deviation, attempt, katas_result
+from tests.kata.vector import Adapter, Answer, Case, attempt, katas_result
 from tests.support.tree import HostTree
 from vmplug.address import virtio_disk_path
 from vmplug.hypervisor.qemu.start.machine import Machine
@@ -31,10 +31,4 @@ def _is_named(case: Case) -> Answer:
 ADAPTERS: dict[str, Adapter] = {
     "utils.GetVirtDriveName": _disk_name,
     "drivers.isVirtioBlkBlockDriver": _is_named,
-}
-
-DEVIATIONS: dict[str, Deviation] = {
-    "uses vd names map[block-driver:virtio-blk-ccw]": Deviation(
-        None, "its number in the channel subsystem finds it, so no name is predicted", ours=False
-    ),
 }

@@ -10,7 +10,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Facts,
     error_of,
     kind_of,
@@ -216,63 +215,3 @@ ADAPTERS: dict[str, Adapter] = {
     "config.PmemDeviceInfo": _volume,
     "govmm QMP.ExecuteNVDIMMDeviceAdd": _add_to_qemu,
 }
-
-_NO_DEVICE = "a mount that shows no device is the runtime's, and no error"
-_NOT_SAID = "nothing says that the host's file lies on persistent memory, so QEMU is not told so"
-_PART_OF_MOUNT = "pmem: good; source is not itself a mount point so fstype defaults to ext4"
-_ODD = "InUse(host_path=$ROOT/image, codes=nvdimm-size)"
-
-
-def _memory(size: int, path: str = _IMAGE) -> Terms:
-    backing = {"mem-path": path, "size": str(size), "share": "on"}
-    module = {"id": "device 1", "driver": "nvdimm", "memdev": "object 1", "slot": "0"}
-    return [
-        ["object-add", {"id": "object 1", "qom-type": "memory-backend-file", **backing}],
-        ["device_add", module],
-    ]
-
-
-def _plugged(error: str | None, *undo: list[Any]) -> dict[str, Any]:
-    refusal = "InUse(host_path=$ROOT/asked/image, codes=size-zero)"
-    return {
-        "as asked": {"commands": [], "error": refusal},
-        "of 2 MiB": {"commands": [*_memory(ALIGNED_BYTES, "/img"), *undo], "error": error},
-    }
-
-
-DEVIATIONS: dict[str, Deviation] = {
-    "pmem: source missing": Deviation(None, _NO_DEVICE, None),
-    "pmem: not on a loop device": Deviation(None, _NO_DEVICE, None),
-    _PART_OF_MOUNT: Deviation(
-        7, "a directory is its file system's image only if it is the whole of it", None
-    ),
-    "qmp: nvdimm hot-plug": Deviation(None, _NOT_SAID, _plugged(None)),
-    "qmp: nvdimm: device_add fails, object-del undoes": Deviation(
-        None,
-        _NOT_SAID,
-        _plugged(
-            "CommandError(command=device_add, error_class=GenericError, "
-            "desc=device_add fails as set by fail_at)",
-            ["object-del", {"id": "object 1"}],
-        ),
-    ),
-    "block hot-plug: pmem drive under virtio-blk becomes an nvdimm": Deviation(
-        None,
-        _NOT_SAID,
-        {"errors": [None], "NvdimmID": "0", "qmp": _memory(8192), "unasked": _ODD},
-    ),
-    "block hot-plug: nvdimm driver add; remove uses ids that were never created (bug)": Deviation(
-        38,
-        "QEMU has no unplug for it: nobody holds it any more, and it stays until the VM ends",
-        {
-            "errors": [None, None],
-            "NvdimmID": "0",
-            "qmp": _memory(8192),
-            "unasked": _ODD,
-            "states": ["retained"],
-        },
-    ),
-}
-
-MENDED: dict[str, Deviation | None] = {_PART_OF_MOUNT: None}
-"""Where the directory is a mount point."""

@@ -14,7 +14,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     attempt,
     error_of,
     kind_of,
@@ -212,88 +211,4 @@ ADAPTERS: dict[str, Adapter] = {
     "govmm QMP.ExecuteDeviceDel": _device_del,
     "govmm QMP.ExecuteSCSIDeviceAdd": _scsi_add,
     "govmm QMP.executeCommand": _answered,
-}
-
-_CACHE = {"direct": "on", "no-flush": "off"}
-_STATED = {"read-only": "off", "cache": _CACHE, "discard": "ignore"}
-_FILE_NODE = {"driver": "file", "filename": "<regular file>", "aio": "native", **_STATED}
-_SCSI_PLACE = {"bus": "scsi0.0", "scsi-id": "1", "lun": "2"}
-
-DEVIATIONS: dict[str, Deviation] = {
-    "qmp: blockdev-add of a missing file is sent as host_device (quirk)": Deviation(
-        None,
-        "a file is looked at before QEMU is asked to open it",
-        {"commands": [], "error": "NoSuchDevice(wanted=file /disk.img, found=nothing)"},
-    ),
-    "qmp: blockdev-add with cache is host_device even for a regular file (bug)": Deviation(
-        41,
-        "a file is opened as a file whatever its cache is",
-        {
-            "commands": [
-                [
-                    "blockdev-add",
-                    {"node-name": "node 1", "driver": "raw", **_STATED, "file": _FILE_NODE},
-                ]
-            ],
-            "error": None,
-        },
-    ),
-    "qmp: blockdev-add swap file": Deviation(
-        None,
-        "QEMU refuses aio=native for what goes through the page cache",
-        {"commands": [], "error": "SpecError(where=option aio)"},
-    ),
-    "qmp: scsi-hd device_add": Deviation(
-        None,
-        "every disk has a serial by which the guest can tell it",
-        {
-            "commands": [
-                [
-                    "device_add",
-                    {
-                        "driver": "scsi-hd",
-                        "id": "device 1",
-                        "drive": "node 1",
-                        "serial": "ID",
-                        "share-rw": "on",
-                        **_SCSI_PLACE,
-                    },
-                ]
-            ],
-            "error": None,
-        },
-    ),
-    "qmp: chardev, server carries wait": Deviation(
-        None,
-        "QEMU connects to a backend that is there; it never waits for one to come",
-        {
-            "commands": [
-                [
-                    "chardev-add",
-                    {
-                        "id": "chardev 1",
-                        "backend": {
-                            "type": "socket",
-                            "data": {
-                                "addr": {"type": "unix", "data": {"path": "/foo.sock"}},
-                                "server": "off",
-                                "reconnect": "1",
-                            },
-                        },
-                    },
-                ]
-            ],
-            "error": None,
-        },
-    ),
-    "qmp: error without desc": Deviation(
-        None,
-        "what is no QMP answer tells nothing, so that QEMU may have done it",
-        {"commands": [["blockdev-del", {"node-name": "node 1"}]], "error": "ProtocolError()"},
-    ),
-    "seed: share-rw and num-queues were strings": Deviation(
-        None,
-        "a switch is a JSON boolean, and the number of a disk's queues is QEMU's to choose",
-        {"share-rw": True, "num-queues": None},
-    ),
 }

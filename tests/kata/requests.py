@@ -18,7 +18,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Refusal,
     attempt,
     error_of,
@@ -184,11 +183,6 @@ def _other_kinds(case: Case) -> Answer:
     )
 
 
-_UNDER_VFIO = (
-    "new device: block device with container path under /dev/vfio and no sysfs entry "
-    "is taken for VFIO (quirk)"
-)
-
 ADAPTERS: dict[str, Adapter] = {
     "manager.NewDevice": _new_device,
     "manager.NewDeviceManager": _block_driver,
@@ -196,105 +190,3 @@ ADAPTERS: dict[str, Adapter] = {
     "Container.createDeviceInfo": _mount_source,
     "Sandbox.HotplugAddDevice": _other_kinds,
 }
-
-
-def _refused(error: str, **facts: object) -> dict[str, Any]:
-    return {"error": error, "kind": "", "devices_in_manager": 0, **facts}
-
-
-def _absent(wanted: str) -> Deviation:
-    return Deviation(
-        3,
-        "a container path is used only if it is a node of the type and number asked for",
-        _refused(f"NoSuchDevice(wanted={wanted}, found=nothing)"),
-    )
-
-
-_NO_SUCH_OPTION = "SpecError(where=option block-driver)"
-_NO_SUCH_PLACE = "CannotPlug(reason=no-channel-subsystem)"
-_ANY_NUMBER = Deviation(
-    32,
-    "what a disk is, the kernel says, not its number; and a char device is no disk",
-    {"b": True, "c": True},
-)
-
-DEVIATIONS: dict[str, Deviation] = {
-    **{
-        f"manager block driver {driver}": Deviation(
-            defect, "a driver that cannot be had is refused, not replaced", error
-        )
-        for driver, defect, error in (
-            ("virtio-blk-ccw", None, _NO_SUCH_PLACE),
-            ("", 27, _NO_SUCH_OPTION),
-            ("bogus", 27, _NO_SUCH_OPTION),
-            ("VIRTIO-BLK", 27, _NO_SUCH_OPTION),
-        )
-    },
-    "new device: renamed VFIO device (container path /dev/foo) is still VFIO by host path": (
-        Deviation(
-            None,
-            "a group is found for what it is, and refused when the kernel knows no member of it",
-            _refused(
-                "InUse(host_path=/dev/vfio/2, codes=no-such-device)",
-                kind="vfio",
-                host_path="/dev/vfio/2",
-            ),
-        )
-    ),
-    _UNDER_VFIO: _absent("block device 8:0"),
-    "new device: /dev/vfio/vfio is generic": _absent("char device 10:196"),
-    "new device: tty is generic": _absent("char device 4:2"),
-    "new device: plain block device": _absent("block device 3:0"),
-    "caller's option map is modified in place (quirk)": Deviation(
-        29,
-        "the caller's map is read only",
-        {
-            "callers_map_after": {"fstype": "xfs"},
-            "our_map_after": {"block-driver": "virtio-blk", "discard": "unmap"},
-        },
-    ),
-    "mount source: block device flagged read-only on the host": Deviation(
-        None,
-        "who wants to write is told that he cannot, and may request it read-only",
-        {
-            "error": "InUse(host_path=/dev/sdb, codes=read-only-device)",
-            "DevType": "b",
-            "Major": 8,
-            "Minor": 16,
-            "ReadOnly": True,
-            "asked_read_only": True,
-        },
-    ),
-    "container device filter: major 2 (floppy)": _ANY_NUMBER,
-    "container device filter: major 25 (CD-ROM)": _ANY_NUMBER,
-    "container device filter: major 29 (CD-ROM)": _ANY_NUMBER,
-    "hot plug of generic or unknown kinds does nothing and succeeds": Deviation(
-        20,
-        "what is said to be plugged has been plugged",
-        {
-            "hypervisor_calls": ["chardev-add", "device_add"],
-            "generic": None,
-            "vhost-user-scsi": None,
-        },
-    ),
-}
-
-MENDED: dict[str, Deviation | None] = {
-    "new device: /dev/vfio/vfio is generic": None,
-    "new device: tty is generic": None,
-    "new device: plain block device": None,
-    _UNDER_VFIO: Deviation(
-        22,
-        "only a char device can be VFIO's",
-        {
-            "error": None,
-            "kind": "block",
-            "host_path": "/dev/vfio/9",
-            "driver_options": {"block-driver": "virtio-blk"},
-            "id_length": 16,
-            "saved_ref_count": 1,
-            "devices_in_manager": 1,
-        },
-    ),
-}
-"""On a host that has the node."""

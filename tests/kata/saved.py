@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from tests.kata.host import DISK, TTY, add_device, request
-from tests.kata.machine import Machine, katas_drive, our_drive
-from tests.kata.vector import Adapter, Answer, Case, Deviation, Refusal, attempt, kind_of
+from tests.kata.machine import Machine, katas_drive
+from tests.kata.vector import Adapter, Answer, Case, Refusal, attempt, kind_of
 from tests.kata.vfio_life import saved_twice as saved_group
 from tests.kata.vhost_user import saved_twice as saved_vhost_user
 from tests.support.tree import HostTree
@@ -161,102 +161,10 @@ def _load(case: Case, name: str, kinds: Mapping[str, str]) -> Any:
     return {hold.host_path.removeprefix("/dev/"): str(hold.kind) for hold in holds}
 
 
-_ATTACHED = (
-    "state: attached block device (PCIPath, HostPath, UID/GID/mode, ReadOnly of the info are lost)"
-)
-
 ADAPTERS: dict[str, Adapter] = {
     "Save / json / LoadDevices / Save": _saved_twice,
     "drivers.BlockDevice after LoadDevices": _attach_restored,
     "drivers.GenericDevice.GetHostPath": _host_path_restored,
     "manager.FindDevice": _find_restored_file,
     "manager.LoadDevices": _load_kinds,
-}
-
-_KINDS = {
-    "a": "block",
-    "b": "vhost-user-fs-pci",
-    "e": "virtio-net-pci",
-    "f": "vhost-user-scsi-pci",
-    "g": "generic",
-    "h": "vfio",
-    "i": "vhost-user-blk-pci",
-}
-_COMPLETE = "everything that is known of a device is saved with it"
-
-DEVIATIONS: dict[str, Deviation] = {
-    _ATTACHED: Deviation(
-        30,
-        _COMPLETE,
-        {
-            "kind": "block",
-            "loaded": True,
-            "host_path_after_load": "/dev/sda",
-            "stable": True,
-            "saved": {
-                "kind": "block",
-                "number": "8:0",
-                "options": {"block-driver": "virtio-blk"},
-                "count": 1,
-                "read_only": True,
-                "host_path": "/dev/sda",
-                "pci_path": "10/00",
-            },
-        },
-    ),
-    "state: block device never attached": Deviation(
-        None,
-        "a device that nobody holds is not remembered",
-        {
-            "kind": "",
-            "loaded": False,
-            "host_path_after_load": "",
-            "stable": True,
-            "saved": {},
-        },
-    ),
-    "state: generic device": Deviation(
-        30,
-        _COMPLETE,
-        {
-            "kind": "generic",
-            "loaded": True,
-            "host_path_after_load": "/dev/other",
-            "stable": True,
-            "saved": {
-                "kind": "generic",
-                "number": "4:2",
-                "options": {},
-                "count": 1,
-                "read_only": False,
-                "host_path": "/dev/other",
-                "pci_path": None,
-            },
-        },
-    ),
-    "BUG: attaching a device restored from state uses drive id 'drive-' and an empty file": (
-        Deviation(
-            30,
-            "a restored device is the one that is plugged: it is only counted",
-            {
-                "drive": our_drive("/dev/sda", 0),
-                "error": None,
-                "count": 2,
-                "receiver_calls": ["plug at 0"],
-            },
-        )
-    ),
-    "BUG: a file-backed device is not found again after a restart": Deviation(
-        30, "a file is known by its canonical path, which is saved", {"found": True}
-    ),
-    "host path of a device without info": Deviation(30, _COMPLETE, "/dev/tty2"),
-    "load: unknown types (and vhost-user-fs) are skipped with a warning": Deviation(
-        30,
-        "no kind is lost, and a journal that makes no sense is not used as if it did",
-        {
-            "known": _KINDS,
-            "with 'nonsense'": "StoreError(path=$ROOT/c/state/journal.db)",
-            "with ''": "StoreError(path=$ROOT/d/state/journal.db)",
-        },
-    ),
 }

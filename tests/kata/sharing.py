@@ -9,7 +9,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Refusal,
     attempt,
     error_of,
@@ -78,58 +77,3 @@ def _after_a_reader(case: Case, tree: HostTree) -> Refusal | None:
 
 
 ADAPTERS: dict[str, Adapter] = {"manager.NewDevice / FindDevice": _second_request}
-
-DEVIATIONS: dict[str, Deviation] = {
-    "dedup: BUG: char 8:0 after block 8:0 returns the block device": Deviation(
-        28,
-        "a number is a device only together with its kind",
-        {
-            "devices": 2,
-            "errors": [None, None],
-            "ref_count": 1,
-            "same_device": False,
-            "second_kind": "generic",
-        },
-    ),
-    "dedup: different minor: two devices": Deviation(
-        None,
-        "a partition shows the bytes of its disk, so the two are not plugged side by side",
-        {
-            "devices": 1,
-            "errors": [None, "InUse(host_path=/dev/sda1, codes=in-use-by-vm)"],
-        },
-    ),
-    "dedup: 0:0 default numbers collide: fifo after unnumbered tty (quirk)": Deviation(
-        28,
-        "a FIFO has no number and goes by its path",
-        {
-            "devices": 2,
-            "errors": [None, None],
-            "ref_count": 1,
-            "same_device": False,
-            "second_kind": "generic",
-        },
-    ),
-    "dedup: read-only flag of the second request is ignored": Deviation(
-        28,
-        "each holder has its own flag, and a writer never gets a disk that is plugged read-only",
-        {
-            "devices": 1,
-            "errors": [None, None],
-            "ref_count": 2,
-            "same_device": True,
-            "second_kind": "block",
-            "read_only": [False, True],
-            "then_to_write": {"told": False, "saved": False},
-            "after_a_reader": "StateError(state=read-only, required=writable)",
-        },
-    ),
-    "dedup: pmem on the same loop number as a block device: shared (quirk)": Deviation(
-        28,
-        "a request names a file or a number, never both",
-        {"devices": 1, "errors": [None, "SpecError(where=/mnt)"]},
-    ),
-}
-
-MENDED: dict[str, Deviation | None] = {"dedup: different minor: two devices": None}
-"""Where the two disks are not related."""

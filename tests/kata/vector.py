@@ -13,6 +13,7 @@ from vmplug.errors import DeviceError
 R = TypeVar("R")
 
 VECTORS = Path(__file__).with_name("vectors.json")
+DEVIATIONS = Path(__file__).with_name("deviations.txt")
 
 
 class Facts(Mapping[str, Any]):
@@ -106,29 +107,32 @@ Adapter = Callable[[Case], Answer]
 
 
 class Deviation(NamedTuple):
-    """Where we differ: from which numbered defect (None: by design), why, our answer in full."""
+    """Where vmplug differs: from which numbered defect of Kata (None: by design), why, and the
+    test that holds what vmplug does instead."""
 
+    name: str
     defect: int | None
     why: str
-    ours: Any
+    test: str
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """An error of ours; Kata's has only a kind."""
+def load_deviations() -> list[Deviation]:
+    """The table: one line for each deviation."""
+    lines = [line.split(" | ") for line in DEVIATIONS.read_text().splitlines()]
+    return [
+        Deviation(name, None if defect == "-" else int(defect), why, test)
+        for name, defect, why, test in lines
+    ]
+
+
+class Refusal(NamedTuple):
+    """An error of vmplug; like Kata's it has only a kind."""
 
     kind: str
-    facts: str
 
     @classmethod
     def of(cls, error: Exception) -> "Refusal":
-        facts = error.facts if isinstance(error, DeviceError) else {"message": str(error)}
-        text = ", ".join(f"{key}={_words(value)}" for key, value in facts.items())
-        return cls(type(error).__name__, re.sub(r"\b[0-9a-f]{16}\b", "ID", text))
-
-
-def _words(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return cls(type(error).__name__)
 
 
 def attempt(act: Callable[[], R]) -> R | Refusal:
@@ -145,27 +149,14 @@ def error_of(answer: object) -> Refusal | None:
 
 
 def plain(answer: Any) -> Any:
-    """An answer with the kinds of its errors only, to be compared with Kata's."""
-    return _map_refusals(answer, lambda error: error.kind)
-
-
-def full(answer: Any, root: Path) -> Any:
-    """An answer with the facts of its errors; what lies below `root` begins with `$ROOT`."""
-
-    def show(error: Refusal) -> str:
-        return f"{error.kind}({error.facts.replace(str(root), '$ROOT')})"
-
-    return _map_refusals(answer, show)
-
-
-def _map_refusals(answer: Any, show: Callable[[Refusal], str]) -> Any:
+    """An answer with the names of its errors, to be compared with Kata's."""
     match answer:
         case Refusal():
-            return show(answer)
+            return answer.kind
         case Mapping():
-            return {key: _map_refusals(value, show) for key, value in answer.items()}
+            return {key: plain(value) for key, value in answer.items()}
         case list():
-            return [_map_refusals(value, show) for value in answer]
+            return [plain(value) for value in answer]
         case _:
             return answer
 

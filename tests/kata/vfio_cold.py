@@ -1,11 +1,9 @@
 """Cold plug of functions, mediated devices, adapters and channel devices: their options."""
 
-from typing import Any
-
 from tests.kata.cold import ColdMachine
 from tests.kata.command_lines import answer, written, written_at
 from tests.kata.terms import Terms, command_line
-from tests.kata.vector import Adapter, Answer, Case, Deviation, Facts, Refusal, attempt
+from tests.kata.vector import Adapter, Answer, Case, Facts, Refusal, attempt
 from tests.kata.vfio_tree import AP_MATRIX, UUID, add_cdev, add_mediated, named
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
@@ -79,55 +77,4 @@ def _function(tree: PciTree, said: Facts) -> VfioInfo:
 ADAPTERS: dict[str, Adapter] = {
     "govmm qemu.VFIODevice.QemuParams": _for_qemu,
     "qemuArchBase.appendVFIODevice": _of_kata,
-}
-
-_SHORT = "SpecError(where=vfio:device)"
-_WHOLE = "an address is never without its domain: the same one exists in each"
-
-
-def _line(**device: str) -> list[list[Any]]:
-    return [["-device", {"driver": "vfio-pci", **device}]]
-
-
-_BY_GROUP = Deviation(
-    None,
-    "a QEMU that is still to be started is not known to have iommufd, and the group serves too",
-    _line(host="0000:41:00.0"),
-)
-_MEDIATED = (
-    "cmdline: vfio-pci: SysfsDev is ignored when host is emitted; a mediated device gets its "
-    "parent's address (bug)"
-)
-
-DEVIATIONS: dict[str, Deviation] = {
-    "cmdline: vfio-pci minimal": Deviation(12, _WHOLE, _SHORT),
-    "cmdline: vfio-pci vendor/device override": Deviation(12, _WHOLE, _SHORT),
-    "cmdline: vfio-pci iommufd cdev": _BY_GROUP,
-    _MEDIATED: Deviation(
-        39,
-        "a mediated device goes by its own directory, never by its parent's address",
-        _line(
-            sysfsdev="/sys/devices/pci0000:00/0000:00:02.0/f79944e4-5a3d-11e8-99ce-479cbab002e4",
-            romfile="",
-        ),
-    ),
-    "cmdline: vfio-ccw: sysfsdev never emitted, host and devno empty (bug)": Deviation(
-        39,
-        "a channel device goes by its own directory, and has a number in the guest",
-        [
-            [
-                "-device",
-                {
-                    "driver": "vfio-ccw",
-                    "sysfsdev": f"{_CSS}/0.0.1234/{UUID}",
-                    "devno": "fe.0.0001",
-                },
-            ]
-        ],
-    ),
-    'cold plug vfio type 1 bdf="0000:41:00.0" cdev="/dev/vfio/devices/vfio3"': _BY_GROUP,
-    **{
-        f'cold plug vfio type 0 bdf="02:10.1" cdev=""{which}': Deviation(12, _WHOLE, _SHORT)
-        for which in ("", " (2)")
-    },
 }

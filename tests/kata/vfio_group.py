@@ -1,6 +1,5 @@
 """Groups, nodes of single devices, mediated devices: what a request turns out to be."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -10,7 +9,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Facts,
     Refusal,
     attempt,
@@ -258,139 +256,3 @@ ADAPTERS: dict[str, Adapter] = {
     "drivers.extractIndex": _by_path,
     "drivers.getMediatedBDF then drivers.GetBDF": _parent,
 }
-
-
-def _device(**facts: object) -> dict[str, Any]:
-    nothing = dict.fromkeys(("BDF", "Class", "VendorID", "DeviceID", "DevfsDev"), "")
-    return {**nothing, "IsPCIe": False, "NUMANode": -1, "APDevices": None, **facts}
-
-
-def _listing(device: dict[str, Any]) -> dict[str, Any]:
-    return {"devices": [device], "error": None}
-
-
-_MEDIATED = "f79944e4-5a3d-11e8-99ce-479cbab002e4"
-_MEDIATED_PATH = f"/sys/devices/pci0000:00/0000:00:02.0/{_MEDIATED}"
-_REFUSED = "SpecError(where=vfio:device)"
-_NO_NODE = "a node of another name is none of VFIO's"
-_OWN = "a mediated device goes by its UUID and its own directory, never by its parent's address"
-_NOT_ITS_PARENT = "a mediated device is not its parent"
-_ABSENT = "only what the host has can be handed over"
-
-
-def _absent(name: str) -> Deviation:
-    error = f"NoSuchDevice(wanted={name}, found=nothing)"
-    return Deviation(None, _ABSENT, {"bdf": "", "error": error, "sysfsdev": "", "type": None})
-
-
-def _names_of(why: str, names: Sequence[tuple[str, str]]) -> dict[str, Deviation]:
-    return {f"cdev BDF: {vector}": Deviation(9, why, name) for vector, name in names}
-
-
-DEVIATIONS: dict[str, Deviation] = {
-    "iommufd id /dev/vfio/devices/foo": Deviation(None, _NO_NODE, ""),
-    "iommufd id /dev/vfio/devicesX/vfio7": Deviation(8, _NO_NODE, ""),
-    "iommufd id /dev/vfio/devices/vfiovfio3": Deviation(None, _NO_NODE, ""),
-    "cdev index /dev/vfio/12": Deviation(
-        None, "the node of a group and that of a device may be named alike", "group 12"
-    ),
-    "cdev index vfio": Deviation(None, "a node is named by its whole path", _REFUSED),
-    f"mediated BDF {_MEDIATED_PATH}": Deviation(
-        12,
-        "an address keeps its domain",
-        {"mediated_bdf": "0000:00:02.0", "stripped_bdf": "0000:00:02.0"},
-    ),
-    "mediated BDF /a/b/c": Deviation(None, "a mediated device is named by a UUID", _REFUSED),
-    "vfio details 0000:02:10.0": _absent("0000:02:10.0"),
-    "vfio details 10000:e1:00.0": _absent("10000:e1:00.0"),
-    "vfio details: mediated device behind a symlink": Deviation(
-        12,
-        _OWN,
-        {"bdf": "", "error": None, "sysfsdev": _MEDIATED_PATH, "type": "vfio-mdev"},
-    ),
-    "ap matrix: no final newline loses the last character (quirk)": Deviation(
-        11, "a line is a queue whether the last one ends or not", ["05.001f"]
-    ),
-    "ap matrix: just a newline": Deviation(11, "an empty matrix has no queues", []),
-    "ap matrix: missing": Deviation(
-        None, "an adapter that has gone is refused by QEMU, which opens it", []
-    ),
-    "iommu group: noiommu group name is used verbatim": Deviation(
-        23,
-        "a group without an IOMMU protects nobody from the VM, and is no group to hand over",
-        {"devices": None, "error": _REFUSED},
-    ),
-    "iommu group: unparsable class aborts the whole group": Deviation(
-        13,
-        "a class that makes no sense is unknown, and its group is handed over all the same",
-        _listing(
-            _device(
-                BDF="0000:01:00.0",
-                SysfsDev="/sys/bus/pci/devices/0000:01:00.0",
-                Type="vfio-pci",
-                VendorID="0x0001",
-                DeviceID="0x0002",
-                IsPCIe=True,
-                HostPath="/dev/vfio/7",
-            )
-        ),
-    ),
-    "iommu group: mediated device: type 2, parent BDF without domain": Deviation(
-        12,
-        _OWN,
-        _listing(_device(SysfsDev=_MEDIATED_PATH, Type="vfio-mdev", HostPath="/dev/vfio/9")),
-    ),
-    "iommu group: AP mediated device: type 3, NUMA -1, no BDF": Deviation(
-        None,
-        "every device keeps the node that it was asked for by",
-        _listing(
-            _device(
-                SysfsDev=f"{AP_MATRIX}/{UUID}",
-                Type="vfio-ap",
-                APDevices=["05.001f"],
-                HostPath="/dev/vfio/42",
-            )
-        ),
-    ),
-    "st_rdev decode 237:256": Deviation(
-        10,
-        "a number has 12 bits of major and 20 of minor",
-        {"major": 237, "minor": 256, "error": None},
-    ),
-    "cdev BDF: not a PCI device (/dev/null)": Deviation(
-        None, "what is none of VFIO's is what it is, and only counted", "generic /dev/null"
-    ),
-    **_names_of(
-        _NOT_ITS_PARENT,
-        [
-            (
-                "mediated device resolves to its parent (bug: the parent gets passed through)",
-                _MEDIATED,
-            ),
-            ("AP matrix device has none", UUID),
-        ],
-    ),
-    **_names_of(
-        "a domain has four digits and more",
-        [
-            (
-                "five-digit domain (VMD) loses its first digit (bug: another device)",
-                "10000:e1:00.0",
-            )
-        ],
-    ),
-    "cdev device missing": Deviation(
-        None,
-        "a node behind which the kernel has no device is a finding, which `check` tells too",
-        {"error": "InUse(host_path=/dev/vfio/devices/vfio999, codes=no-such-device)"},
-    ),
-    "cdev device: mediated device comes back as type normal of its parent (bug)": Deviation(
-        9, _NOT_ITS_PARENT, {"error": None, "BDF": "", "Type": "vfio-mdev", "name": _MEDIATED}
-    ),
-}
-
-MENDED: dict[str, Deviation | None] = {
-    "vfio details 0000:02:10.0": None,
-    "vfio details 10000:e1:00.0": None,
-}
-"""On a host that has the function."""

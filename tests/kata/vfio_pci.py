@@ -6,7 +6,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Refusal,
     attempt,
     katas_result,
@@ -112,64 +111,4 @@ ADAPTERS: dict[str, Adapter] = {
     "drivers.checkIgnorePCIClass": _class,
     "drivers.isPCIeDevice (seed)": _is_pcie_by_slot,
     "manager.isLargeBarSpace": _has_large_bar,
-}
-
-
-def _no_address(text: str) -> str:
-    return f"ValueError(message={text!r} is not DOMAIN:BUS:SLOT.FUNCTION, such as 0000:3b:00.1)"
-
-
-_WHOLE = "an address is never without its domain: the same one exists in each"
-_ABSENT = "what the host does not have is not told of as if it had"
-_SEED = "large BAR (tree of seed commit ee941e5c)"
-_LAST = "large BAR (last 1.x)"
-
-DEVIATIONS: dict[str, Deviation] = {
-    "GetBDF 0000:02:10.0": Deviation(12, _WHOLE, "0000:02:10.0"),
-    "GetBDF ": Deviation(12, _WHOLE, _no_address("")),
-    "GetBDF a:b:c:d": Deviation(12, _WHOLE, _no_address("a:b:c:d")),
-    "ignore pci class 060400": Deviation(
-        None,
-        "a class is a hexadecimal number, with 0x before it or not",
-        ours=True,
-    ),
-    "ignore pci class 0x1ffffffff": Deviation(
-        13,
-        "a class that makes no sense is unknown, and its group is handed over all the same",
-        ours=False,
-    ),
-    "pci properties 0000:ff:00.0": Deviation(
-        None, _ABSENT, "NoSuchDevice(wanted=0000:ff:00.0, found=nothing)"
-    ),
-    "pci properties ": Deviation(None, _ABSENT, "SpecError(where=vfio:device)"),
-    "pcie by config size 0": Deviation(
-        None, "where the host does not say it, it is not known", None
-    ),
-    "seed pcie: slots directory missing": Deviation(
-        None, "a function says it itself, in a slot that the host knows or in none", ours=True
-    ),
-    "seed pcie by slot 04:00.0": Deviation(12, _WHOLE, "SpecError(where=vfio:device)"),
-    "seed pcie by slot 0000:06:00.0": Deviation(
-        None, "where the host does not say it, it is not known", None
-    ),
-    **{
-        f"{version}: 16 GiB bar, two columns": Deviation(
-            None,
-            "the kernel writes three columns: a line that makes no sense is told, not believed",
-            ours=False,
-        )
-        for version in (_SEED, _LAST)
-    },
-    **{
-        f"{_SEED}: {what}": Deviation(
-            26, "a file of any content is read to its end or told of", ours=False
-        )
-        for what in ("start above end", "unused bars and trailing newline")
-    },
-    **{
-        f"{version}: whole 64-bit range wraps to size 0": Deviation(
-            26, "a size is a number of any length, and never wraps", ours=True
-        )
-        for version in (_SEED, _LAST)
-    },
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.kata.machine import Machine
 from tests.kata.terms import Terms, commands
-from tests.kata.vector import Adapter, Answer, Case, Deviation, Facts, kind_of, kinds_of
+from tests.kata.vector import Adapter, Answer, Case, Facts, kind_of, kinds_of
 from tests.kata.vfio_tree import AP_MATRIX, TYPES, UUID, add_cdev, add_mediated, named
 from tests.kata.vfio_vm import (
     IommufdMonitor,
@@ -196,100 +196,4 @@ ADAPTERS: dict[str, Adapter] = {
     "govmm QMP.ExecutePCIVFIODeviceAdd": _on_bridge,
     "govmm QMP.ExecuteVFIODeviceAdd": _on_port,
     "qemu.hotplugVFIODevice": _hot_plug,
-}
-
-
-def _told_to_fail(command: str) -> str:
-    desc = f"{command} fails as set by fail_at"
-    return f"CommandError(command={command}, error_class=GenericError, desc={desc})"
-
-
-def _device_add(**more: str) -> list[Any]:
-    device = {"driver": "vfio-pci", "id": "device 1", "host": "0000:41:00.0", "romfile": ""}
-    return ["device_add", {**device, **more}]
-
-
-_ON_BRIDGE = _device_add(bus="pci-bridge-0", addr="01")
-_IOMMUFD = (
-    "qmp: vfio-pci with iommufd: device_add fails and the iommufd object is left behind (bug)"
-)
-_QUERY_FAILS = (
-    "vfio hot-plug: BUG: PCI path query fails after device_add: device stays plugged and the slot "
-    "stays taken"
-)
-_ADAPTER = "vfio hot-plug: AP device (the PCI path query that follows is x86-only; s390x skips it)"
-
-DEVIATIONS: dict[str, Deviation] = {
-    _IOMMUFD: Deviation(
-        36,
-        "QEMU needs no right to the nodes, and the object is the VM's own: it stays for the next",
-        {
-            "commands": [
-                ["getfd", {"fdname": "vmplug.iommufd"}],
-                [
-                    "object-add",
-                    {"qom-type": "iommufd", "id": "object 1", "fd": "vmplug.iommufd"},
-                ],
-                ["getfd", {"fdname": "vmplug-ID-fd"}],
-                [
-                    "device_add",
-                    {
-                        "driver": "vfio-pci",
-                        "id": "device 1",
-                        "fd": "vmplug-ID-fd",
-                        "sysfsdev": "/sys/bus/pci/devices/0000:04:00.0",
-                        "iommufd": "object 1",
-                        "bus": "rp0",
-                        "romfile": "",
-                    },
-                ],
-            ],
-            "undone": ["closefd", "closefd"],
-        },
-    ),
-    _ADAPTER: Deviation(
-        None,
-        "an adapter is no PCI device, and has no path",
-        {
-            "errors": [None],
-            "GuestPciPath": "",
-            "places": 0,
-            "qmp": [
-                [
-                    "device_add",
-                    {
-                        "driver": "vfio-ap",
-                        "id": "device 1",
-                        "sysfsdev": "/sys/devices/vfio_ap/matrix/uuid",
-                    },
-                ]
-            ],
-        },
-    ),
-    _QUERY_FAILS: Deviation(
-        35,
-        "where the guest will see a device is known before it is plugged",
-        {"errors": [_told_to_fail("qom-get")], "GuestPciPath": "", "places": 0, "qmp": []},
-    ),
-    "vfio hot-plug: addr property not a number": Deviation(
-        35,
-        "where the guest will see a device is known before it is plugged",
-        {
-            "errors": [None],
-            "GuestPciPath": "03/00",
-            "places": 0,
-            "qmp": [_device_add(bus="rp0")],
-        },
-    ),
-    "vfio hot-plug: unplug fails on bridge-port: slot already freed (bug)": Deviation(
-        34,
-        "the slot is kept until QEMU has confirmed the unplug, so that detach can be repeated",
-        {
-            "errors": [None, _told_to_fail("device_del")],
-            "GuestPciPath": "02/01",
-            "places": 1,
-            "qmp": [_ON_BRIDGE, ["device_del", {"id": "device 1"}]],
-            "again": 0,
-        },
-    ),
 }

@@ -11,7 +11,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Refusal,
     attempt,
 )
@@ -194,80 +193,4 @@ ADAPTERS: dict[str, Adapter] = {
     "qemu.genericAppendPCIeRootPort / genericAppendPCIeSwitchPort": _ports,
     "qemu.genericBridges / genericAppendBridges": _bridges,
     "qemu.nestedPCIeBridges / genericAppendBridges / bridgePciPath": _behind_ports,
-}
-
-
-def _root_port(index: int, **more: str) -> dict[str, str]:
-    place = {"id": f"rp{index}", "bus": "pcie.0", "addr": hex(4 + index)}
-    number = str(index + 1)
-    return {"driver": "pcie-root-port", **place, **more, "chassis": number, "slot": number}
-
-
-def _bridge(index: int, addr: str) -> dict[str, str]:
-    return {"driver": "pcie-pci-bridge", "id": f"br{index}", "bus": "pcie.0", "addr": addr}
-
-
-def _no_machine(name: str) -> str:
-    return f"ValueError(message={name!r} is not a valid Machine)"
-
-
-_OWN_NAMES = "a port or bridge is one that the VM has, by its own name"
-_NUMBERED = "every port has a place, a chassis and a slot of its own, which the guest tells it by"
-_BRIDGE = "bridges are PCIe ones on the root bus, which have windows and take what comes later"
-_NO_SWITCH = "ports of another VM's switch are used, and none is made: a root port does as well"
-_MACHINES = "vmplug starts a q35, a microvm or an s390-ccw-virtio, and uses any that is running"
-
-DEVIATIONS: dict[str, Deviation] = {
-    "pcie port bridge-port": Deviation(
-        39, _OWN_NAMES, {"valid": True, "bus_prefix": "pci-bridge-"}
-    ),
-    "pcie port no-port": Deviation(
-        None,
-        "a device that is not to be plugged is not asked for",
-        {"valid": False, "bus_prefix": "SpecError(where=option port)"},
-    ),
-    "bus prefix ": Deviation(None, _OWN_NAMES, "NoFreePort()"),
-    "cmdline: pci-bridge addr is printed in hex": Deviation(None, _BRIDGE, [_bridge(0, "0x7")]),
-    "cmdline: pcie-pci-bridge": Deviation(None, _BRIDGE, [_bridge(0, "0x7")]),
-    "cmdline: root port default": Deviation(None, _NUMBERED, [_root_port(1)]),
-    "cmdline: root port as Kata makes it": Deviation(None, _NUMBERED, [_root_port(0)]),
-    "cmdline: root port full": Deviation(
-        None,
-        "only the room for a device's memory is asked for, the rest is the firmware's to give",
-        [_root_port(2, **{"pref64-reserve": str(16 << 30)})],
-    ),
-    "cmdline: root port without id is invalid": Deviation(
-        None, "a name is given, never asked for", [_root_port(0)]
-    ),
-    "cmdline: switch root port": Deviation(None, _NO_SWITCH, []),
-    "cmdline: switch upstream": Deviation(None, _NO_SWITCH, []),
-    "cmdline: switch downstream": Deviation(None, _NO_SWITCH, []),
-    "cmdline: pxb-pcie for NUMA": Deviation(
-        None, "expanders of another VM are used, and a VM of ours has one node", []
-    ),
-    "two root ports / two switch ports on q35": Deviation(
-        None, _NO_SWITCH, {"made": [_root_port(0), _root_port(1)], "found": _KATAS_PORTS}
-    ),
-    "two root ports / two switch ports on virt": Deviation(
-        None, _MACHINES, {"made": _no_machine("virt"), "found": _KATAS_PORTS}
-    ),
-    "two root ports / two switch ports on pseries": Deviation(
-        None, _MACHINES, {"made": _no_machine("pseries"), "found": [[], []]}
-    ),
-    "bridges on virt": Deviation(None, _MACHINES, _no_machine("virt")),
-    "bridges on pseries": Deviation(None, _MACHINES, _no_machine("pseries")),
-    "bridges on s390-ccw-virtio": Deviation(
-        None,
-        "the channel subsystem has numbers, and no bridges",
-        {"made": [], "bridges": None, "slots": None},
-    ),
-    "bridges on q35 with firmware (OVMF): each behind its own root port": Deviation(
-        None,
-        _BRIDGE,
-        {
-            "made": [_bridge(0, "0xc"), _bridge(1, "0xd")],
-            "path_of_slot_01_on_first": "02/00/01",
-            "path_of_slot_1e_on_second": "03/00/1e",
-        },
-    ),
 }

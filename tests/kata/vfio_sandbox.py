@@ -9,7 +9,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Refusal,
     error_of,
     kind_of,
@@ -202,47 +201,4 @@ ADAPTERS: dict[str, Adapter] = {
     "config.VFIOModeType.VFIOSetMode": _mode,
     "kataAgent.appendVfioDevice": _agent,
     "qemu.createPCIeTopology": _confidential,
-}
-
-_NO_PATH = "agent vfio: device without guest path is left out; none left means no record"
-_REFUSED = "vfio 0000:42:00.0: device is already attached"
-
-DEVIATIONS: dict[str, Deviation] = {
-    "vfio order /dev/sda /dev/vfio/2 /dev/vfio/vfio /dev/vfio/1": Deviation(
-        None,
-        "what is only counted is as good at any place, so the order is that of the request",
-        ["/dev/sda", "/dev/vfio/2", "/dev/vfio/vfio", "/dev/vfio/1"],
-    ),
-    "agent vfio option: host domain is always written 0000 (quirk)": Deviation(
-        12,
-        "an address is never without its domain: the same one exists in each",
-        {"type": "vfio-pci", "id": "12", "options": ["0001:41:00.0=03/00"]},
-    ),
-    "BUG: agent vfio option of a mediated device has no bus number": Deviation(
-        12,
-        "a mediated device goes by its UUID, and is not its parent",
-        {"options": [f"{UUID}=02/01"]},
-    ),
-    _NO_PATH: Deviation(
-        35,
-        "where the guest will see a device is known before it is plugged",
-        {"type": "vfio-pci", "id": "12", "vm_path": "", "options": ["0000:41:00.0=03/00"]},
-    ),
-    "hot plug of a group stops at the first failure without undoing the earlier members": (
-        Deviation(
-            20,
-            "a group is plugged whole or not at all",
-            {
-                "hypervisor_calls": ["add a", "add b"],
-                "removed": ["a"],
-                "error": "CommandError(command=device_add, error_class=GenericError, "
-                f"desc={_REFUSED})",
-            },
-        )
-    ),
-    "confidential guest refuses legacy groups": Deviation(
-        None,
-        "vmplug starts no such guest, and what another's takes is for its QEMU to say",
-        {"error": None},
-    ),
 }

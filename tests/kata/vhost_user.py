@@ -10,7 +10,6 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     error_of,
     kind_of,
 )
@@ -201,66 +200,7 @@ ADAPTERS: dict[str, Adapter] = {
     "drivers.vhostUserReconnect": _reconnect,
 }
 
-_OWN_PLACE = "it has a place of its own on PCI, whatever driver other disks have"
 TOLD_TO_FAIL = (
     "CommandError(command=device_add, error_class=GenericError, "
     "desc=device_add fails as set by fail_at)"
 )
-
-
-def _attached(reconnect_s: int) -> dict[str, Any]:
-    return {
-        "attach_count": 0,
-        "attach_error": None,
-        "attrs": {
-            "DevID": "its own",
-            "Index": 0,
-            "ReconnectTime": reconnect_s,
-            "SocketPath": SOCKET,
-            "Type": "vhost-user-blk-pci",
-        },
-        "detach_error": None,
-        "receiver_calls": ["plug at 0", "unplug from 0"],
-    }
-
-
-DEVIATIONS: dict[str, Deviation] = {
-    "vhost-user-blk: scsi default driver: no index (-1)": Deviation(
-        None, _OWN_PLACE, _attached(0)
-    ),
-    "vhost-user-blk: nvdimm default driver: no index": Deviation(
-        None, f"{_OWN_PLACE}; and a lost backend is looked for, unless not", _attached(1)
-    ),
-    "vhost-user-blk: hot-plug failure rolls back index": Deviation(
-        27,
-        "nothing is left of a disk that could not be plugged",
-        {
-            "attach_count": 0,
-            "attach_error": TOLD_TO_FAIL,
-            "attrs": None,
-            "detach_error": None,
-            "receiver_calls": ["refused at 0"],
-        },
-    ),
-    "reconnect map[]": Deviation(
-        None, "a backend that was restarted is found again unless that is not wanted", 1
-    ),
-    "state: vhost-user-blk device": Deviation(
-        30,
-        "everything that is known of a device is saved with it",
-        {
-            "kind": "vhost-user-blk-pci",
-            "loaded": True,
-            "host_path_after_load": SOCKET,
-            "stable": True,
-            "saved": {
-                "kind": "vhost-user-blk-pci",
-                "number": "241:0",
-                "options": {"reconnect": "3"},
-                "count": 1,
-                "host_path": SOCKET,
-                "pci_path": "10/00",
-            },
-        },
-    ),
-}

@@ -5,7 +5,7 @@ from typing import Any
 from tests.kata.cold import ColdMachine
 from tests.kata.command_lines import answer, written
 from tests.kata.terms import Terms, command_line
-from tests.kata.vector import Adapter, Answer, Case, Deviation, Refusal, attempt, error_of
+from tests.kata.vector import Adapter, Answer, Case, Refusal, attempt, error_of
 from tests.kata.vhost_user import SOCKET, open_store, stored
 from tests.support.tree import HostTree
 from vmplug.drivers.plug import VirtiofsdSpec
@@ -124,53 +124,4 @@ ADAPTERS: dict[str, Adapter] = {
     "drivers.vhost-user-fs": _share_life,
     "govmm qemu.VhostUserDevice.QemuParams": _written_for_qemu,
     "qemuArchBase.appendVhostUserDevice": _appended,
-}
-
-
-def _net(mac: str) -> Terms:
-    link = {"id": "chardev 1", "backend": "socket", "path": "/run/vm/s.sock", "reconnect": "1"}
-    return [
-        ["-chardev", link],
-        ["-device", {"driver": "virtio-net-pci", "netdev": "netdev 1", "mac": mac}],
-        ["-netdev", {"id": "netdev 1", "type": "vhost-user", "chardev": "chardev 1"}],
-    ]
-
-
-DEVIATIONS: dict[str, Deviation] = {
-    "vhost-user-fs: attach appends to the command line, detach only counts": Deviation(
-        30,
-        "what nobody holds any more is not on the command line, and no kind is lost when saved",
-        {
-            "attrs_type": "vhost-user-fs-pci",
-            "count_after_failed_attach": 0,
-            "dev_id_hex_length": 16,
-            "device_type": "vhost-user-fs-pci",
-            "errors": [None, None, f"BackendError(socket={VIRTIOFSD_PROGRAMS[0]})"],
-            "receiver_calls": ["AppendDevice(vhost-user-fs-pci)"],
-            "saved_state_has_vhost_user_dev": True,
-            "saved_state_type": "vhost-user-fs-pci",
-            "left_after_detach": [],
-        },
-    ),
-    "cmdline: vhost-user-net q35": Deviation(
-        None,
-        "QEMU looks for a lost backend again; guests without MSI-X are not forced onto it",
-        _net("00:11:22:33:44:55"),
-    ),
-    "cmdline: vhost-user-net pseries (no pcie.0)": Deviation(
-        None,
-        "vmplug starts no such machine, but plugs into one that runs",
-        "ValueError(message='pseries' is not a valid Machine)",
-    ),
-    "cmdline: vhost-user-net without MAC is invalid": Deviation(
-        None, "an address is drawn where none is asked for", _net("52:54:00:...")
-    ),
-    "cmdline: vhost-user-scsi microvm": Deviation(
-        None,
-        "on virtio-mmio QEMU calls this model by its bare name and knows no other",
-        [
-            ["-chardev", {"id": "chardev 1", "backend": "socket", "path": "/run/vm/s.sock"}],
-            ["-device", {"driver": "vhost-user-scsi", "chardev": "chardev 1"}],
-        ],
-    ),
 }

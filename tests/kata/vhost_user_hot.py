@@ -8,13 +8,12 @@ from tests.kata.vector import (
     Adapter,
     Answer,
     Case,
-    Deviation,
     Refusal,
     error_of,
     kind_of,
     kinds_of,
 )
-from tests.kata.vhost_user import SOCKET, TOLD_TO_FAIL, open_machine, open_store, stored
+from tests.kata.vhost_user import SOCKET, open_machine, open_store, stored
 from tests.support.tree import HostTree
 from vmplug.host.kind import DeviceType
 from vmplug.journal.records import Attachment
@@ -128,73 +127,4 @@ def _net_refused(case: Case, machine: Machine) -> Answer:
 ADAPTERS: dict[str, Adapter] = {
     "qemu.hotplugNetDevice": _net_hot_plug,
     "qemu.hotplugVhostUserDevice": _hot_plug,
-}
-
-_LINK = {
-    "id": "chardev 1",
-    "backend": {
-        "type": "socket",
-        "data": {"addr": {"type": "unix", "data": {"path": SOCKET}}, "server": "off"},
-    },
-}
-
-
-def _front(bus: str, addr: str) -> list[object]:
-    device = {"driver": "vhost-user-blk-pci", "id": "device 1", "chardev": "chardev 1"}
-    return ["device_add", {**device, "bus": bus, "addr": addr}]
-
-
-DEVIATIONS: dict[str, Deviation] = {
-    "vhost-user-blk hot-plug: q35 device_add fails: slot freed, chardev removed": Deviation(
-        27,
-        "no address is told of what could not be plugged",
-        {
-            "errors": [TOLD_TO_FAIL],
-            "PCIPath": "",
-            "places": 0,
-            "qmp": [
-                ["chardev-add", _LINK],
-                _front("pci-bridge-0", "01"),
-                ["chardev-remove", {"id": "chardev 1"}],
-            ],
-        },
-    ),
-    "vhost-user-blk hot-plug: q35 no bridge: chardev removed": Deviation(
-        None,
-        "what cannot be plugged is refused before QEMU connects to the backend",
-        {"errors": ["NoFreePort()"], "PCIPath": "", "places": 0, "qmp": []},
-    ),
-    "vhost-user-blk hot-plug: virt machine uses a root port": Deviation(
-        37,
-        "a root port is free again once QEMU has confirmed the unplug",
-        {
-            "errors": [None, None],
-            "PCIPath": "02/00",
-            "places": 0,
-            "qmp": [
-                ["chardev-add", _LINK],
-                _front("rp0", "00"),
-                ["device_del", {"id": "device 1"}],
-                ["netdev_del", {"id": "netdev 1"}],
-                ["chardev-remove", {"id": "chardev 1"}],
-            ],
-        },
-    ),
-    "vhost-user-scsi/net/fs cannot be hot-plugged": Deviation(
-        None,
-        "QEMU takes them while the VM runs, and so does vmplug",
-        {
-            "scsi": {"error": None, "qmp": ["chardev-add", "device_add"]},
-            "net": {"error": None, "qmp": ["chardev-add", "netdev_add", "device_add"]},
-            "fs": {"error": None, "qmp": ["chardev-add", "device_add"]},
-        },
-    ),
-    "BUG: net device_add fails: the tap is removed but the bridge slot stays taken": Deviation(
-        37,
-        "the slot of a device that was refused is free",
-        {"bridge_slot_freed": True, "netdev_del_sent": True},
-    ),
-    "BUG: net device on virt goes to a root port but its removal looks on the bridge": Deviation(
-        37, "a device is taken out of the place that it was put in", [None, None]
-    ),
 }

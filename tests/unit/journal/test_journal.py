@@ -100,8 +100,11 @@ def hold(device: DeviceRecord, owner: str = "c1", path: str = "/dev/x") -> Attac
 
 @pytest.mark.parametrize(
     "device",
-    [DISK, SCSI_DISK, HIDDEN_SCSI_DISK, COUNTED],
-    ids=["virtio", "scsi", "hidden scsi", "counted"],
+    [
+        *(DISK, SCSI_DISK, HIDDEN_SCSI_DISK, COUNTED),
+        *[replace(DISK, kind=kind) for kind in DeviceType],
+    ],
+    ids=["virtio", "scsi", "hidden scsi", "counted", *DeviceType],
 )
 def test_a_device_comes_back_as_it_was_written(tmp_path: Path, device: DeviceRecord) -> None:
     with Journal.open(tmp_path) as store:
