@@ -18,7 +18,8 @@ CYCLES ?= 10000
 KERNELS ?=
 TESTS ?=
 RELEASE ?= trixie
-SPREAD := $(BIN)/pytest --in-memory --numprocesses=auto --dist=worksteal
+# Thousands of short tests: each costs less without a file for its output and without `caplog`.
+SPREAD := $(BIN)/pytest --in-memory --numprocesses=auto --dist=worksteal --capture=sys -p no:logging
 LAB := $(BIN)/python -m lab --timeout 2400
 LAB_TESTS := $(BIN)/pytest tests/lab --durations=15 --junitxml
 RESULTS := $(CURDIR)/build/lab/results

@@ -39,15 +39,17 @@ def host(tmp_path: Path) -> PciTree:
     return tree.file("/proc/sys/kernel/random/boot_id", f"{BOOT_ID}\n")
 
 
-def snapshot(directory: Path) -> dict[str, str]:
+def snapshot(directory: str | Path) -> dict[str, str]:
     """Every link and every file's text below a directory."""
     found = {}
-    for above, directories, files in os.walk(directory):
-        for path in (os.path.join(above, name) for name in [*directories, *files]):
-            if os.path.islink(path):
-                found[path] = f"-> {os.readlink(path)}"
-            elif os.path.isfile(path):
-                found[path] = Path(path).read_bytes().hex()
+    for entry in os.scandir(directory):
+        if entry.is_symlink():
+            found[entry.path] = f"-> {os.readlink(entry.path)}"
+        elif entry.is_dir():
+            found |= snapshot(entry.path)
+        elif entry.is_file():
+            with open(entry.path, "rb", buffering=0) as file:
+                found[entry.path] = file.read().hex()
     return found
 
 

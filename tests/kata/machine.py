@@ -8,6 +8,7 @@ from typing import Any
 from msgspec import structs
 
 from tests.kata.vector import Case, Facts, Refusal, attempt, error_of
+from tests.support.journal import lay_journal
 from tests.support.scsi import first_addresses
 from tests.support.tree import HostTree
 from vmplug.address import PERIPHERAL, qemu_id
@@ -54,6 +55,8 @@ class _Vm(Qemu):
 
     def offer(self) -> Offer:
         offer = super().offer()
+        if not self._used:
+            return offer
         controllers = tuple(
             structs.replace(c, used=c.used | self._used) for c in offer.controllers
         )
@@ -80,6 +83,7 @@ class Machine:
         self._store = store
         self._restored = case.restored
         self._state_dir = case.path / "state"
+        lay_journal(self._state_dir)
         self._manager = self._open()
         case.at_end.callback(self.close)
 

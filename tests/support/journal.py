@@ -22,7 +22,7 @@ def lay_journal(state_dir: Path) -> None:
     """An empty journal, if there is none; a copy of one, as making its tables takes longer."""
     path = Path(journal_path(state_dir))
     if not path.exists():
-        state_dir.mkdir(mode=0o700, exist_ok=True)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
         path.write_bytes(_empty_journal())
 

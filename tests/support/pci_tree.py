@@ -98,13 +98,13 @@ class PciTree(HostTree):
 
     def pci_driver(self, name: str) -> Self:
         """A driver without functions, if there is none of the name yet."""
-        (self.path / f"sys/bus/pci/drivers/{name}").mkdir(parents=True, exist_ok=True)
+        os.makedirs(f"{self._base}/sys/bus/pci/drivers/{name}", exist_ok=True)
         return self
 
     def iommu_group(self, number: int, *members: str, type_: str = "DMA-FQ") -> Self:
         """Puts functions by their BDF, mediated devices by their UUID, into a group."""
         group = f"/sys/kernel/iommu_groups/{number}"
-        if not (self.path / group.lstrip("/")).is_dir():
+        if not os.path.isdir(f"{self._base}{group}"):
             self.file(f"{group}/type", f"{type_}\n").file(f"{group}/reserved_regions")
         for member in members:
             path = self.real(member)
@@ -278,8 +278,8 @@ class PciTree(HostTree):
         if device.startswith("/"):
             return device
         bus = "mdev" if len(device) == 36 else "pci"
-        real = os.path.realpath(self.path / f"sys/bus/{bus}/devices/{device}")
-        return real.removeprefix(os.path.realpath(self.path))
+        real = os.path.realpath(f"{self._base}/sys/bus/{bus}/devices/{device}")
+        return real.removeprefix(os.path.realpath(self._base))
 
     def _pci_path(self, bdf: str, below: str | None) -> str:
         if below:

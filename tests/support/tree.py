@@ -16,6 +16,7 @@ from vmplug.host.root import HostRoot
 
 MIB, GIB = 1 << 20, 1 << 30
 INIT_NAMESPACE = "mnt:[4026531840]"
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 _KINDS = {"b": stat.S_IFBLK, "c": stat.S_IFCHR, "p": stat.S_IFIFO, "s": stat.S_IFSOCK}
 
 
@@ -25,16 +26,25 @@ class HostTree:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.root = HostRoot(path)
+        self._base = os.path.abspath(path)
 
     def file(self, path: str, content: str | bytes = b"") -> Self:
         """A file with its directories; text keeps undecodable bytes."""
-        target = self._below(path)
-        target.write_bytes(os.fsencode(content) if isinstance(content, str) else content)
+        target = f"{self._base}/{path.lstrip('/')}"
+        try:
+            descriptor = os.open(target, _NEW_FILE, 0o666)
+        except FileNotFoundError:
+            descriptor = os.open(self._below(path), _NEW_FILE, 0o666)
+        os.write(descriptor, os.fsencode(content) if isinstance(content, str) else content)
+        os.close(descriptor)
         return self
 
     def link(self, path: str, target: str) -> Self:
         """A symlink."""
-        os.symlink(target, self._below(path))
+        try:
+            os.symlink(target, f"{self._base}/{path.lstrip('/')}")
+        except FileNotFoundError:
+            os.symlink(target, self._below(path))
         return self
 
     def node(self, path: str, kind: str, number: str = "0:0") -> Self:
@@ -152,7 +162,7 @@ class HostTree:
         name = path.rpartition("/")[2]
         self._device_files(path, number, name.replace("!", "/"))
         self.file(f"{path}/size", f"{size_bytes // 512}\n").file(f"{path}/ro", f"{int(ro)}\n")
-        (self.path / path.lstrip("/") / "holders").mkdir()
+        os.mkdir(f"{self._base}{path}/holders")
         below_sys = path.removeprefix("/sys/")
         self.link(f"/sys/dev/block/{number}", f"../../{below_sys}")
         self.link(f"/sys/class/block/{name}", f"../../{below_sys}")
