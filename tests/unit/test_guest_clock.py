@@ -9,7 +9,7 @@ from guest.console import running_time
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
-def test_it_goes_with_the_cpu_time_of_the_process() -> None:
+def test_the_clock_follows_the_cpu_time_of_the_process() -> None:
     clock = running_time(os.getpid())
     begun, cpu_s = clock(), time.process_time()
     while time.process_time() - cpu_s < 0.1:
@@ -17,7 +17,7 @@ def test_it_goes_with_the_cpu_time_of_the_process() -> None:
     assert clock() - begun >= 0.1 - 2 * TICK_S
 
 
-def test_it_goes_at_an_eighth_when_the_process_stands_still_or_has_ended() -> None:
+def test_the_clock_runs_at_an_eighth_when_the_process_is_idle_or_has_ended() -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
         clock, begun_at = running_time(child.pid), time.monotonic()
         begun = clock()

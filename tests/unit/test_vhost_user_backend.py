@@ -258,7 +258,7 @@ def test_acknowledges_when_asked_to() -> None:
         assert front.ask(Request.GET_QUEUE_NUM) == U64.pack(1)
 
 
-def test_nonsense_ends_the_conversation() -> None:
+def test_nonsense_ends_the_connection() -> None:
     with front_end(partial(converse, device=NET)) as front:
         front.send(Request.SET_VRING_NUM, VRING_STATE.pack(2, 4))
         assert front.connection.receive() is None
@@ -479,7 +479,7 @@ def test_write(disk: Disk, image: Path, cdb: str) -> None:
         ("42", (5, 0x2000)),  # UNMAP
     ],
 )
-def test_what_cannot_be_done_has_its_sense(
+def test_refused_commands_have_their_sense_code(
     disk: Disk, image: Path, cdb: str, sense: tuple[int, int]
 ) -> None:
     before = image.read_bytes()
@@ -487,7 +487,7 @@ def test_what_cannot_be_done_has_its_sense(
     assert image.read_bytes() == before
 
 
-def test_the_rest_of_what_a_driver_asks(disk: Disk) -> None:
+def test_a_driver_gets_an_answer_to_every_other_command(disk: Disk) -> None:
     assert execute(disk, "00") == b""
     assert execute(disk, "1b") == b""
     assert execute(disk, "03 00 00 00 12") == bytes.fromhex("70 00 00 00000000 0a").ljust(
@@ -560,7 +560,7 @@ def test_any_address_answers_arp(target: str) -> None:
         arp_request("192.0.2.1")[:-1],
     ],
 )
-def test_what_nobody_answers_in_arp(frame: bytes) -> None:
+def test_other_arp_packets_get_no_answer(frame: bytes) -> None:
     assert SUBNET.answer(frame) is None
 
 
@@ -592,5 +592,5 @@ def test_any_address_answers_ping(data: bytes) -> None:
         b"",
     ],
 )
-def test_what_nobody_answers_in_ip(frame: bytes) -> None:
+def test_other_ip_packets_get_no_answer(frame: bytes) -> None:
     assert SUBNET.answer(frame) is None

@@ -125,7 +125,7 @@ def test_a_share_is_mounted_by_its_tag_wherever_it_sits(
         (GuestAddress(nvdimm_handle=1), BLOCK),
     ],
 )
-def test_the_agent_is_not_told_of_what_it_has_no_word_for(
+def test_the_agent_gets_no_device_that_it_cannot_describe(
     guest: GuestAddress | None, kind: DeviceType
 ) -> None:
     assert agent_json(attachment(guest, kind)) is None

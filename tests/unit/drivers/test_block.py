@@ -61,7 +61,7 @@ def qcow2(*, backing_file: str | None = None, external_data: bool = False) -> Di
 # Options
 
 
-def test_nothing_said_leaves_every_choice_open() -> None:
+def test_without_options_every_choice_is_open() -> None:
     assert BlockDiskDriver.parse({}) == BlockDiskDriver()
 
 
@@ -94,7 +94,7 @@ def test_every_word_of_an_option_means_what_it_says(
     assert BlockDiskDriver.parse({key: text}) == expected
 
 
-def test_the_options_above_are_all_there_are() -> None:
+def test_the_table_of_options_is_complete() -> None:
     assert set(OPTIONS) == {
         *("block-driver", "format", "cache", "aio", "discard", "share-rw", "serial", "iothread"),
         "fstype",
@@ -543,7 +543,7 @@ WITH_MEMORY = replace(offer(port("rp1", 0)), nvdimm=True, memory_slots=2)
         (S390, DiskFrontend.NVDIMM, "no-nvdimm"),
     ],
 )
-def test_what_a_vm_never_takes_is_refused_and_never_replaced(
+def test_a_driver_that_the_vm_never_takes_is_refused_and_not_replaced(
     machine: Offer, driver: DiskFrontend | None, reason: str
 ) -> None:
     with pytest.raises(CannotPlug) as caught:

@@ -108,7 +108,7 @@ def test_scsi_places_are_all_free_addresses_of_all_controllers() -> None:
 
 
 @pytest.mark.parametrize("offer", [NOTHING, MICROVM])
-def test_what_a_machine_has_not_gives_no_places(offer: Offer) -> None:
+def test_a_machine_has_no_places_of_a_kind_that_it_lacks(offer: Offer) -> None:
     assert [*pci_places(offer), *scsi_places(offer), *ccw_places(offer)] == []
     assert list(mmio_places(NOTHING)) == []
 
@@ -193,7 +193,7 @@ def test_a_microvm_that_runs_takes_nothing(*, is_disk: bool) -> None:
     assert caught.value.hint
 
 
-def test_what_is_cold_plugged_only_is_said_with_the_way_to_do_it() -> None:
+def test_a_device_for_cold_plug_only_is_refused_with_a_remedy() -> None:
     error = cold_plug_only("a virtio-9p share")
     assert (error.reason, error.message) == (
         "cold-plug-only",

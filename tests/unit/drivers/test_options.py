@@ -68,7 +68,7 @@ def test_an_unknown_option_is_answered_with_the_known_ones() -> None:
     assert error.hint == "known options: word, switch, number, power, text"
 
 
-def test_what_has_no_options_says_so() -> None:
+def test_a_device_without_options_refuses_any() -> None:
     assert refusal({"colour": "red"}, {}).hint == "it has no options"
 
 

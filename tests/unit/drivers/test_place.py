@@ -373,7 +373,7 @@ def test_the_saved_text_is_json_of_what_is_known(address: GuestAddress) -> None:
         assert str(value) == str(written)
 
 
-def test_what_is_only_counted_has_no_text() -> None:
+def test_a_counted_device_has_no_text() -> None:
     assert guest_text(None) is None
 
 

@@ -85,7 +85,7 @@ def test_any_options_are_taken_or_refused(options: dict[str, str]) -> None:
         (MICROVM, "virtio-mmio-bus.5"),
     ],
 )
-def test_one_goes_where_every_virtio_device_goes(offer: Offer, place: str) -> None:
+def test_the_device_takes_the_place_of_any_virtio_device(offer: Offer, place: str) -> None:
     assert str(RngDriver().choose_place(SOURCE, offer, ())) == place
 
 

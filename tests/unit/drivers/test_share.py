@@ -53,7 +53,7 @@ def plan(
 # Options
 
 
-def test_nothing_said_leaves_every_choice_open() -> None:
+def test_without_options_every_choice_is_open() -> None:
     assert options() == ShareDriver(tag="work")
     assert options().filesystem is SharedFilesystem.VIRTIO_FS
     assert set(OPTIONS) == {"filesystem", "cache", "cache-size", "queue-size"}
@@ -98,7 +98,7 @@ def test_a_wrong_option_is_refused_with_its_name(key: str, said: str, message: s
 
 
 @pytest.mark.parametrize("other", [{"cache": "none"}, {"cache_size": "1"}, {"queue_size": "64"}])
-def test_what_belongs_to_virtio_fs_does_not_go_with_9p(other: dict[str, str]) -> None:
+def test_options_of_virtio_fs_are_refused_for_9p(other: dict[str, str]) -> None:
     options(DIRECTORY, **other)
     with pytest.raises(SpecError, match="virtio-9p has no cache, cache-size or") as caught:
         options(BY_QEMU, filesystem="virtio-9p", **other)
@@ -295,7 +295,7 @@ def test_somebody_elses_virtiofsd_is_reached_by_its_socket_or_connection() -> No
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_9p_is_qemus_own_affair(*, read_only: bool) -> None:
+def test_qemu_itself_serves_a_9p_share(*, read_only: bool) -> None:
     assert plan(BY_QEMU, read_only=read_only, filesystem="virtio-9p") == SharedFS(
         id=ID, directory="/srv/work", tag="work", read_only=read_only
     )

@@ -51,7 +51,7 @@ def plan(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_said_leaves_every_choice_open(kind: DeviceType) -> None:
+def test_without_options_every_choice_is_open(kind: DeviceType) -> None:
     assert VhostUserDriver.parse(kind, {}) == VhostUserDriver(type=kind)
 
 
@@ -229,7 +229,7 @@ def test_everything_is_told_at_once() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("read_only", [False, True])
-def test_nothing_is_said_of_a_backend_that_was_not_asked(
+def test_a_backend_that_was_not_probed_has_no_findings(
     kind: DeviceType, *, read_only: bool
 ) -> None:
     device = replace(socket_of(kind), backend=None)
@@ -245,7 +245,7 @@ def test_a_backend_serves_one_vm(kind: DeviceType) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_goes_where_every_virtio_device_goes(kind: DeviceType) -> None:
+def test_the_device_takes_the_place_of_any_virtio_device(kind: DeviceType) -> None:
     driver = VhostUserDriver(type=kind)
     assert str(driver.choose_place(socket_of(kind), Q35, ())) == "rp1/00"
     assert str(driver.choose_place(socket_of(kind), Q35, ("rp1/00",))) == "br0/01"

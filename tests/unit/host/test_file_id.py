@@ -104,7 +104,7 @@ def test_the_number_of_a_held_file_is_nobody_elses(image: Path) -> None:
             assert file_id(other.stat()) != checked
 
 
-def test_nobody_can_say_what_the_dead_have_open(image: Path, reader: int) -> None:
+def test_the_open_files_of_a_dead_process_are_unknown(image: Path, reader: int) -> None:
     checked = file_id(image.stat())
     assert has_open(reader, checked) is True
     assert has_open(None, checked) is None

@@ -31,7 +31,7 @@ def modes(directory: Path) -> dict[str, int]:
 
 
 @pytest.mark.usefixtures("lax_umask")
-def test_what_is_made_is_this_users_alone_whatever_the_umask(tmp_path: Path) -> None:
+def test_new_files_are_private_with_any_umask(tmp_path: Path) -> None:
     directory = tmp_path / "state"
     with Journal.open(directory) as store, store.bindings.alone():
         found = modes(directory)
@@ -112,7 +112,7 @@ def test_a_lock_is_not_made_through_a_symlink(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_only_what_is_surely_not_there_is_absent(tmp_path: Path) -> None:
+def test_only_a_file_that_certainly_does_not_exist_is_absent(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "file").touch()
     assert is_absent(str(tmp_path / "nothing"))
@@ -121,7 +121,7 @@ def test_only_what_is_surely_not_there_is_absent(tmp_path: Path) -> None:
     assert not is_absent(str(tmp_path / "file"))
 
 
-def test_what_cannot_be_looked_at_may_be_there(tmp_path: Path) -> None:
+def test_an_unreadable_path_may_exist(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     assert not is_absent(str(tmp_path / "loop/policy.toml"))
 

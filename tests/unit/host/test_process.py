@@ -23,7 +23,7 @@ def test_the_start_is_read_past_any_name(tree: HostTree, name: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["Z", "X"])
-def test_a_corpse_is_no_process(tree: HostTree, state: str) -> None:
+def test_a_zombie_is_not_a_process(tree: HostTree, state: str) -> None:
     tree.file("/proc/42/stat", stat_line("qemu", state, 777))
     assert read_start_time(42, tree.root) is None
     assert not is_running(42, None, tree.root)

@@ -546,7 +546,7 @@ def test_what_is_plugged_is_on_the_command_line_in_its_order() -> None:
     qemu.close()
 
 
-def test_nobody_can_talk_to_what_is_not_started() -> None:
+def test_a_vm_that_is_not_started_has_no_monitor() -> None:
     qemu = cold(machine=Machine.MICROVM)
     assert qemu.endpoint is None
     assert qemu.status() == "cold"
@@ -594,7 +594,7 @@ def test_a_daemon_ends_with_the_device_that_is_left_out() -> None:
         assert (qemu.descriptors(), qemu.arguments(), qemu.find_devices()) == ([], [], {})
 
 
-def test_a_connection_of_somebody_elses_is_inherited_and_not_closed() -> None:
+def test_a_connection_of_another_process_is_inherited_and_not_closed() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         with cold() as qemu:

@@ -68,7 +68,7 @@ def test_a_device_whose_event_was_lost_is_not_waited_for() -> None:
     assert vm.find_devices() == {}
 
 
-def test_what_is_still_there_after_a_break_is_waited_for() -> None:
+def test_a_device_that_remains_after_a_lost_connection_is_waited_for() -> None:
     machine = FakeMonitor(guest=Guest.SILENT)
     monitor = Deaf(machine)
     vm = Qemu(monitor)
@@ -82,7 +82,7 @@ def test_what_is_still_there_after_a_break_is_waited_for() -> None:
     assert vm.find_devices() == {ID: True}
 
 
-def test_who_refuses_does_not_end_the_wait_for_another_after_a_break() -> None:
+def test_a_refusal_does_not_end_the_wait_for_another_device() -> None:
     machine = FakeMonitor()
     monitor = Deaf(machine)
     vm = Qemu(monitor)
@@ -128,7 +128,7 @@ HELD = [
 
 
 @pytest.mark.parametrize("words", HELD)
-def test_what_qemu_still_holds_for_a_moment_is_taken_away(words: str) -> None:
+def test_an_object_that_qemu_still_uses_is_removed_on_another_try(words: str) -> None:
     monitor = Holding(FakeMonitor(), words, times=3)
     vm = Qemu(monitor)
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
@@ -137,7 +137,7 @@ def test_what_qemu_still_holds_for_a_moment_is_taken_away(words: str) -> None:
     assert (monitor.times, vm.find_devices()) == (0, {})
 
 
-def test_what_qemu_never_lets_go_is_told() -> None:
+def test_an_object_that_qemu_never_releases_is_an_error() -> None:
     monitor = Holding(FakeMonitor(), HELD[0], times=10_000)
     vm = Qemu(monitor)
     vm.release_timeout_s = 0.2
@@ -148,7 +148,7 @@ def test_what_qemu_never_lets_go_is_told() -> None:
     assert vm.find_devices() == {ID: False}
 
 
-def test_a_socket_that_breaks_is_told(tmp_path: Path) -> None:
+def test_a_broken_socket_is_an_error(tmp_path: Path) -> None:
     told: queue.Queue[str] = queue.Queue()
 
     def receive(event: str, _: Mapping[str, Any]) -> None:
@@ -163,7 +163,7 @@ def test_a_socket_that_breaks_is_told(tmp_path: Path) -> None:
         monitor.close()
 
 
-def test_a_conversation_closed_as_its_turn_ends_leaves_nobody_there(
+def test_a_connection_closed_as_its_turn_ends_leaves_no_client(
     tmp_path: Path,
 ) -> None:
     def converse(late_ms: int) -> None:
@@ -191,7 +191,7 @@ class Late(MemoryVm):
         super()._converse(client)
 
 
-def test_what_was_for_the_client_before_spoils_no_conversation(tmp_path: Path) -> None:
+def test_an_answer_for_an_earlier_client_does_not_break_the_connection(tmp_path: Path) -> None:
     with Late(tmp_path / "qmp") as vm, closing(QmpMonitor.connect(str(vm.socket_path))) as monitor:
         assert monitor.execute(Command("query-status", {}))["status"] == "running"
         assert vm.has_said
@@ -215,7 +215,7 @@ class Hung(MemoryVm):
         return answer
 
 
-def test_who_gets_no_answer_hangs_up_and_is_answered_the_next_time(
+def test_a_client_without_an_answer_disconnects_and_gets_one_the_next_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A late answer would be taken for that to the next command."""

@@ -58,13 +58,13 @@ from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, validate_reply
         (qom_get("/x", "dev_id"), "\udc80"),
     ],
 )
-def test_an_answer_of_another_shape_is_no_answer(command: Command, answer: object) -> None:
+def test_a_malformed_answer_is_an_error(command: Command, answer: object) -> None:
     with pytest.raises(ProtocolError, match=f"answer to {command.execute} makes no sense") as no:
         validate_reply(command, answer)
     assert no.value.hint
 
 
-def test_what_a_later_qemu_adds_is_passed_over() -> None:
+def test_additions_of_a_later_qemu_are_ignored() -> None:
     entry = {"name": "x", "type": "y", "description": "z"}
     assert validate_reply(qom_list("/"), [entry]) == [{"name": "x", "type": "y"}]
     assert validate_reply(qom_get("/x", "new-property"), {"any": "thing"}) == {"any": "thing"}
@@ -144,13 +144,13 @@ def test_kvm_is_known_without_the_old_question_for_it(accelerator: str, *, kvm: 
         b'{"QMP": "' + b"x" * (MESSAGE_BYTES_MAX + 1) + b'"}\n',
     ],
 )
-def test_what_does_not_speak_qmp_is_no_vm(said: bytes) -> None:
+def test_a_server_without_qmp_is_not_a_vm(said: bytes) -> None:
     with Says(said) as path, pytest.raises((ConnectError, ProtocolError)):
         status(path)
 
 
 @pytest.mark.parametrize("said", [b'{"error": {}}\n', b"\xff\n", b"{}\n", AGREED + b"[]\n"])
-def test_nor_is_what_breaks_off_as_it_begins(said: bytes) -> None:
+def test_a_server_that_fails_after_its_greeting_is_not_a_vm(said: bytes) -> None:
     with Says(GREETING, said) as path, pytest.raises((ConnectError, ProtocolError)):
         status(path)
 
@@ -180,7 +180,7 @@ def status(path: str) -> object:
         b'{"a": "' + b"x" * (MESSAGE_BYTES_MAX + 1) + b'"}\n',
     ],
 )
-def test_a_conversation_that_turns_into_nonsense_is_over(said: bytes) -> None:
+def test_nonsense_closes_the_connection(said: bytes) -> None:
     """And `close`, and the next command, tell nobody's own error either."""
     with Says(GREETING, AGREED, said) as path:
         monitor = QmpMonitor.connect(path)

@@ -227,7 +227,7 @@ def test_nobody_else_can_reach_it(program: str, vm: str) -> None:
         assert not Path(name).parent.exists()
 
 
-def test_it_knows_nothing_of_this_process_but_what_it_needs(program: str, vm: str) -> None:
+def test_a_daemon_inherits_only_what_it_needs(program: str, vm: str) -> None:
     with ExitStack() as stack:
         ours = stack.enter_context(tempfile.TemporaryFile())
         os.set_inheritable(ours.fileno(), True)  # noqa: FBT003  its own word
@@ -273,7 +273,7 @@ def test_only_the_daemons_of_the_devices_that_were_named_are_ended(program: str,
         daemons.end([ID, OTHER_ID])
 
 
-def test_a_daemon_that_does_not_heed_is_killed(program: str, vm: str) -> None:
+def test_a_daemon_that_does_not_stop_in_time_is_killed(program: str, vm: str) -> None:
     with running(vm, daemon("/srv/deaf", program=program)):
         (pid,) = HostVirtiofsdRunner(vm).find().values()
         began = time.monotonic()
@@ -298,7 +298,7 @@ print("done")
 """
 
 
-def test_ending_a_daemon_that_has_just_begun_ends_nobody_else(program: str, vm: str) -> None:
+def test_ending_a_new_daemon_ends_no_other_process(program: str, vm: str) -> None:
     """It is in a group of its own from its first moment; else it would take vmplug's along."""
     command = [sys.executable, "-c", _BEGIN_AND_END, vm, program]
     done = subprocess.run(
@@ -307,7 +307,9 @@ def test_ending_a_daemon_that_has_just_begun_ends_nobody_else(program: str, vm: 
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
-def test_a_program_that_cannot_be_run_is_told_with_its_words(tmp_path: Path, vm: str) -> None:
+def test_a_program_that_cannot_run_is_reported_with_its_own_message(
+    tmp_path: Path, vm: str
+) -> None:
     """What runs it is no child of ours, so its words come after it was started."""
     with HostVirtiofsdRunner(vm).start(daemon(program=str(tmp_path / "none")), ID) as started:
         started.connection.settimeout(TIMEOUT_S)

@@ -268,7 +268,7 @@ def test_devices_without_a_place_do_not_collide(store: Journal) -> None:
     assert store.devices("vm-1") == [in_progress(COUNTED, store), in_progress(other, store)]
 
 
-def test_a_hold_on_nothing_is_refused(store: Journal, tmp_path: Path) -> None:
+def test_a_hold_needs_a_device(store: Journal, tmp_path: Path) -> None:
     before = journal_rows(tmp_path)
     with pytest.raises(StoreError):
         store.add_devices([DISK], [hold(DISK), hold(SCSI_DISK)])
@@ -290,7 +290,7 @@ def test_a_hold_on_nothing_is_refused(store: Journal, tmp_path: Path) -> None:
         ("vm-1", "file:/srv/b.img", [], []),
     ],
 )
-def test_claims_are_what_other_vms_hold_and_what_shows_the_same_bytes(
+def test_claims_include_devices_of_other_vms_and_devices_with_the_same_bytes(
     store: Journal, vm: str | None, own: str, related: list[str], claimants: list[str]
 ) -> None:
     theirs = replace(DISK, id="e5", vm="vm-2")
@@ -448,7 +448,7 @@ def test_a_damaged_journal_is_refused_and_kept(tmp_path: Path, garbage: bytes) -
     assert path.read_bytes() == garbage
 
 
-def test_a_journal_damaged_inside_is_told_when_it_is_read(tmp_path: Path) -> None:
+def test_reading_a_journal_that_is_damaged_inside_is_an_error(tmp_path: Path) -> None:
     with Journal.open(tmp_path) as store:
         for index in range(200):
             device = replace(
@@ -471,7 +471,7 @@ def read_all(state_dir: Path) -> None:
         store.devices("vm-1")
 
 
-def test_an_empty_file_is_no_journal_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_an_empty_file_is_not_a_journal_and_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "journal.db").touch()
     with pytest.raises(StoreError, match="is not a journal of vmplug"):
         Journal.open(tmp_path)
@@ -486,7 +486,7 @@ def test_an_empty_file_is_no_journal_and_stays_as_it_is(tmp_path: Path) -> None:
         pytest.param(lambda tmp_path: tmp_path / "taken", id="on a directory"),
     ],
 )
-def test_a_directory_that_cannot_be_written_is_told(
+def test_an_unwritable_directory_is_an_error(
     tmp_path: Path, blocked: Callable[[Path], Path]
 ) -> None:
     (tmp_path / "file").touch()
@@ -498,7 +498,7 @@ def test_a_directory_that_cannot_be_written_is_told(
 
 
 @pytest.mark.root
-def test_a_directory_of_somebody_else_is_told(tmp_path: Path) -> None:
+def test_a_directory_of_another_user_is_an_error(tmp_path: Path) -> None:
     with Journal.open(tmp_path) as store:
         store.add_devices([DISK], [])
     before = journal_rows(tmp_path)
@@ -572,7 +572,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path, *, is_new: bo
     assert common.count == PROCESSES * EACH
 
 
-def test_what_was_decided_without_another_device_is_not_written(
+def test_a_decision_made_before_another_device_came_is_not_written(
     store: Journal, tmp_path: Path
 ) -> None:
     known = store.device_ids()
@@ -582,7 +582,7 @@ def test_what_was_decided_without_another_device_is_not_written(
     assert journal_rows(tmp_path) == before
 
 
-def test_what_left_the_journal_or_moved_on_contradicts_no_new_device(store: Journal) -> None:
+def test_a_device_that_left_or_changed_state_does_not_contradict_a_new_one(store: Journal) -> None:
     store.add_devices([COUNTED, SCSI_DISK], [])
     known = store.device_ids()
     store.forget_devices([SCSI_DISK.id])
@@ -591,7 +591,7 @@ def test_what_left_the_journal_or_moved_on_contradicts_no_new_device(store: Jour
 
 
 @pytest.mark.parametrize("state", [State.PLUGGING, State.DETACHING, State.RETAINED, None], ids=str)
-def test_nobody_holds_what_somebody_took_away_meanwhile(
+def test_a_device_that_left_meanwhile_gets_no_hold(
     store: Journal, tmp_path: Path, state: State | None
 ) -> None:
     device_in(store, state)
@@ -603,7 +603,9 @@ def test_nobody_holds_what_somebody_took_away_meanwhile(
 
 
 @pytest.mark.parametrize("state", [State.ATTACHED, State.DETACHING])
-def test_whose_last_hold_is_released_is_detaching_at_once(store: Journal, state: State) -> None:
+def test_a_device_is_detaching_as_soon_as_its_last_hold_is_released(
+    store: Journal, state: State
+) -> None:
     store.add_devices([DISK], [hold(DISK)])
     store.set_state([DISK.id], State.ATTACHED)
     store.set_state([DISK.id] if state is State.DETACHING else [], State.DETACHING)
@@ -640,7 +642,7 @@ def test_a_transaction_keeps_other_writers_out_from_its_beginning(store: Journal
         other.execute("BEGIN IMMEDIATE")
 
 
-def test_who_reads_does_not_wait_for_who_writes(store: Journal, tmp_path: Path) -> None:
+def test_a_reader_does_not_wait_for_a_writer(store: Journal, tmp_path: Path) -> None:
     store.add_devices([DISK], [hold(DISK)])
     with closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
@@ -666,7 +668,7 @@ for number in range(100_000):
 """
 
 
-def test_what_a_killed_process_wrote_is_there(tmp_path: Path) -> None:
+def test_the_writes_of_a_killed_process_persist(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as writer:
@@ -685,7 +687,7 @@ def test_what_a_killed_process_wrote_is_there(tmp_path: Path) -> None:
         assert store.devices("vm-1") == []
 
 
-def test_a_full_disk_is_told_and_the_journal_goes_on_when_there_is_room(
+def test_a_full_disk_is_an_error_and_the_journal_works_again_when_there_is_room(
     store: Journal, tmp_path: Path
 ) -> None:
     """SQLite itself takes the transaction back: there is nothing left to roll back."""

@@ -183,7 +183,7 @@ def tables_of(path: Path) -> dict[str, list[tuple[object, ...]]]:
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
-def test_an_older_journal_comes_up_with_all_its_rows(tmp_path: Path, version: int) -> None:
+def test_migration_keeps_every_row_of_an_older_journal(tmp_path: Path, version: int) -> None:
     path = write_version(version, tmp_path)
     with Journal.open(tmp_path) as store:
         assert store.vms() == [VM, ADOPTED]
@@ -201,7 +201,7 @@ def test_an_older_journal_comes_up_with_all_its_rows(tmp_path: Path, version: in
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
-def test_what_was_migrated_has_the_tables_of_a_new_journal(tmp_path: Path, version: int) -> None:
+def test_a_migrated_journal_has_the_tables_of_a_new_one(tmp_path: Path, version: int) -> None:
     (tmp_path / "new").mkdir(mode=0o700)
     path = write_version(version, tmp_path)
     for state_dir in (tmp_path, tmp_path / "new"):

@@ -114,7 +114,7 @@ def read_all(state_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", SEEN_WHEN_READ)
-def test_a_verb_that_meets_damage_says_what_to_do_and_changes_nothing(
+def test_a_verb_reports_a_damaged_journal_with_a_remedy_and_changes_nothing(
     path: Path, damage: Damage
 ) -> None:
     damage(path)
@@ -185,7 +185,7 @@ def test_rows_on_both_sides_of_what_was_overwritten_are_carried_over(path: Path)
     assert salvage.lost[0] == "rows of the table device: database disk image is malformed"
 
 
-def test_one_row_that_makes_no_sense_is_told_and_costs_no_other(path: Path) -> None:
+def test_a_malformed_row_is_reported_and_the_other_rows_are_kept(path: Path) -> None:
     senseless(path)
     salvage = set_aside(str(path.parent))
     assert salvage
@@ -223,7 +223,7 @@ def test_a_claim_stays_when_the_journal_has_lost_where_its_vm_is(path: Path) -> 
         assert len(store.find_claims("vm-2", Identity.parse("file:8"), [])) == 1
 
 
-def test_what_was_committed_and_not_yet_in_the_file_is_carried_over(path: Path) -> None:
+def test_commits_that_are_only_in_the_wal_are_carried_over(path: Path) -> None:
     """A process that was killed leaves the last transactions in the log beside the file."""
     late = replace(DISK, id="late", identity=Identity.parse("file:late"), place="late")
     with Journal.open(path.parent) as writer:
@@ -253,7 +253,7 @@ def test_a_damaged_journal_of_an_older_version_is_carried_over_too(tmp_path: Pat
         assert len(store.devices("vm-1")) == 2
 
 
-def test_a_newer_journal_is_no_damaged_one(path: Path) -> None:
+def test_a_newer_journal_is_not_damaged(path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {VERSION + 1}")
     before = path.read_bytes()
@@ -271,7 +271,7 @@ def test_a_sound_journal_is_left_where_it_is(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_what_the_journal_lost_is_told_and_not_taken_from_a_guest(tmp_path: Path) -> None:
+def test_devices_that_the_journal_lost_are_reported_and_stay_in_the_guest(tmp_path: Path) -> None:
     sandbox = Sandbox(tmp_path)
     attachment = sandbox.devices.attach(sandbox.disk())
     sandbox.close()

@@ -38,7 +38,7 @@ def test_a_disk_and_its_partition_are_not_asked_for_together(tree: HostTree) -> 
     assert codes(examined) == [[], ["in-use-by-vm"]]
 
 
-def test_what_cannot_be_found_out_stops_each_device_and_hides_none(tree: HostTree) -> None:
+def test_an_unreadable_host_stops_each_device_and_hides_none(tree: HostTree) -> None:
     """A mount table that makes no sense says nothing of any device's users."""
     tree.file("/proc/1/mountinfo", "nonsense\n").link("/proc/1/ns/mnt", "mnt:[1]")
     examined = examine([disk("8:0", "/dev/a"), disk("8:99", "/dev/b")], tree.root)

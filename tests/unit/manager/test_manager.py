@@ -110,7 +110,7 @@ def test_the_attachment_says_everything_about_the_hold(sandbox: Sandbox) -> None
     assert sandbox.machine.devices.keys() >= {f"vmplug-{attachment.device_id}"}
 
 
-def test_who_names_no_owner_attaches_for_the_vm(sandbox: Sandbox) -> None:
+def test_an_attach_without_an_owner_belongs_to_the_vm(sandbox: Sandbox) -> None:
     assert sandbox.devices.attach(sandbox.disk()).owner == "sandbox-1"
 
 
@@ -325,7 +325,7 @@ def test_detaching_one_unknown_detaches_none(sandbox: Sandbox) -> None:
     assert sandbox.picture() == before
 
 
-def test_what_is_detached_cannot_be_detached_again(sandbox: Sandbox) -> None:
+def test_a_detached_device_cannot_be_detached_again(sandbox: Sandbox) -> None:
     attachment = sandbox.devices.attach(sandbox.disk())
     sandbox.devices.detach(attachment.id)
     before = sandbox.picture()
@@ -350,7 +350,7 @@ def test_the_same_options_count(sandbox: Sandbox) -> None:
     assert again.count == 2
 
 
-def test_who_states_no_options_takes_what_is_plugged(sandbox: Sandbox) -> None:
+def test_a_request_without_options_accepts_the_plugged_ones(sandbox: Sandbox) -> None:
     sandbox.devices.attach(sandbox.disk(options={"cache": "unsafe"}))
     assert sandbox.devices.attach(sandbox.disk()).count == 2
 
@@ -367,7 +367,7 @@ def test_other_options_than_plugged_are_refused(sandbox: Sandbox, plugged: dict[
     assert sandbox.picture() == before
 
 
-def test_writing_to_what_is_plugged_read_only_is_refused(sandbox: Sandbox) -> None:
+def test_writing_to_a_device_that_is_plugged_read_only_is_refused(sandbox: Sandbox) -> None:
     attachment = sandbox.devices.attach(sandbox.disk(ro=True))
     before = sandbox.picture()
     with pytest.raises(StateError, match="plugged read-only, and the request is for writing"):
@@ -378,7 +378,7 @@ def test_writing_to_what_is_plugged_read_only_is_refused(sandbox: Sandbox) -> No
     assert not sandbox.devices.attach(sandbox.disk(), owner="c2").read_only
 
 
-def test_reading_what_is_plugged_writable_counts(sandbox: Sandbox) -> None:
+def test_reading_a_device_that_is_plugged_writable_counts(sandbox: Sandbox) -> None:
     sandbox.devices.attach(sandbox.disk(), owner="c1")
     reader = sandbox.devices.attach(sandbox.disk(ro=True), owner="c2")
     assert reader.read_only
@@ -482,7 +482,7 @@ def test_a_place_that_somebody_else_has_is_left_out(sandbox: Sandbox) -> None:
     assert [pci(a) for a in attachments] == ["10/00", "12/00", "13/00"]
 
 
-def test_a_place_taken_behind_the_managers_back_is_refused_at_most_once(sandbox: Sandbox) -> None:
+def test_a_place_that_another_client_took_is_refused_at_most_once(sandbox: Sandbox) -> None:
     """The manager does not ask for all places before each attach; it asks again when refused."""
     sandbox.devices.attach(sandbox.disk("a.img"))
     add_stranger(sandbox, "rp1")
@@ -714,7 +714,7 @@ def test_every_problem_of_a_batch_is_told_at_once(sandbox: Sandbox) -> None:
     assert sandbox.picture() == before
 
 
-def test_what_the_guest_keeps_of_a_failed_batch_stays_detaching(sandbox: Sandbox) -> None:
+def test_devices_of_a_failed_batch_that_the_guest_keeps_stay_detaching(sandbox: Sandbox) -> None:
     sandbox.machine.guest = Guest.REFUSES
     sandbox.talk_through(lambda monitor: Refusing(monitor, 3))
     with pytest.raises(CommandError, match="refused by the test"):
@@ -1150,7 +1150,7 @@ def test_a_device_that_is_being_plugged_is_waited_for_as_long_as_that_takes(
     ]
 
 
-def test_who_waits_for_a_guest_keeps_nobody_waiting(sandbox: Sandbox) -> None:
+def test_a_thread_that_waits_for_a_guest_blocks_no_other(sandbox: Sandbox) -> None:
     asked = threading.Event()
 
     def notice(command: Command) -> None:
@@ -1196,7 +1196,7 @@ def test_two_threads_may_detach_one_device(sandbox: Sandbox) -> None:
     assert not sandbox.vmplugs()
 
 
-def test_all_who_wait_for_one_device_hear_that_it_went(sandbox: Sandbox) -> None:
+def test_every_waiting_thread_hears_that_the_device_went(sandbox: Sandbox) -> None:
     asking, have_asked = threading.Barrier(3, timeout=10), set[int]()
 
     def notice(command: Command) -> None:

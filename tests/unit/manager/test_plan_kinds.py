@@ -205,7 +205,7 @@ def test_holds_come_as_asked_with_where_the_guest_sees_each() -> None:
     assert [hold.container_path for hold in made.holds] == ["/dev/m", None, "/dev/null", None]
 
 
-def test_what_is_only_counted_is_shared_by_its_number() -> None:
+def test_a_counted_device_is_shared_by_its_number() -> None:
     made = plan(null_device(), null_device())
     assert len(made.new) == 1
     assert len(made.holds) == 2
@@ -213,7 +213,7 @@ def test_what_is_only_counted_is_shared_by_its_number() -> None:
 
 
 @given(st.lists(st.sampled_from(["disk", "memory", "share", "net", "rng", "null"]), max_size=7))
-def test_no_place_is_given_twice_and_what_stays_for_ever_comes_last(kinds: list[str]) -> None:
+def test_no_place_is_given_twice_and_permanent_devices_come_last(kinds: list[str]) -> None:
     makers: dict[str, Callable[[str], CheckedRequest]] = {
         "disk": disk,
         "memory": memory,
@@ -244,7 +244,7 @@ def test_nvdimms_come_last_and_all_else_as_asked() -> None:
     assert paths(made) == ["/srv/a", "/srv/work", "/srv/b", "/srv/m0", "/srv/m1"]
 
 
-def test_where_nothing_can_be_taken_back_everything_comes_as_asked() -> None:
+def test_a_microvm_gets_devices_in_the_order_of_the_request() -> None:
     made = plan(randomness(), disk("a"), share(), offer=MICROVM)
     assert paths(made) == ["/dev/urandom", "/srv/a", "/srv/work"]
     assert not any(new.record.can_be_unplugged for new in made.new)
@@ -259,7 +259,7 @@ def test_an_nvdimm_that_comes_alone_has_its_number() -> None:
     assert addresses(later)["/dev/m"] == GuestAddress(nvdimm_id=2, nvdimm_handle=3)
 
 
-def test_of_nvdimms_that_come_at_once_only_the_handles_are_known() -> None:
+def test_nvdimms_that_come_at_once_have_known_handles_only() -> None:
     made = plan(memory("m0"), memory("m1"), disk())
     assert {**addresses(made), "/dev/a": None} == {
         "/dev/m0": GuestAddress(nvdimm_handle=1),
@@ -307,7 +307,7 @@ def test_a_tag_is_given_once_in_a_vm(other: CheckedRequest, state: State) -> Non
         assert (error.state, error.required) == ("taken", "free")
 
 
-def test_a_tag_is_no_name_of_anything_else() -> None:
+def test_a_tag_does_not_collide_with_other_names() -> None:
     made = plan(share("eth0"), network(), disk("eth0"))
     assert len(made.new) == 3
 
@@ -335,7 +335,7 @@ def test_a_device_is_plugged_read_only_when_everybody_only_reads(
 
 @pytest.mark.parametrize("state", [State.ATTACHED, State.RETAINED])
 @pytest.mark.parametrize("make", [disk, memory, share])
-def test_what_is_plugged_read_only_serves_no_writer(
+def test_a_device_that_is_plugged_read_only_serves_no_writer(
     make: Callable[..., CheckedRequest], state: State
 ) -> None:
     known = record_of(make(ro=True), state)
@@ -347,7 +347,7 @@ def test_what_is_plugged_read_only_serves_no_writer(
     assert plan(make(ro=True), known=(known,)).new == ()
 
 
-def test_what_is_plugged_for_writing_serves_a_reader() -> None:
+def test_a_device_that_is_plugged_for_writing_serves_a_reader() -> None:
     known = record_of(share())
     (hold,) = plan(share(ro=True), known=(known,)).holds
     assert (hold.device_id, hold.read_only) == (known.id, True)
@@ -367,7 +367,7 @@ def test_what_is_plugged_for_writing_serves_a_reader() -> None:
         (memory(), disk("m")),
     ],
 )
-def test_a_device_serves_whoever_says_the_same_options_or_none(
+def test_a_device_serves_requests_with_the_same_options_or_none(
     plugged: CheckedRequest, wanted: CheckedRequest
 ) -> None:
     known = record_of(plugged)
@@ -410,7 +410,7 @@ def test_other_options_are_another_device_than_the_one_that_is_plugged(
         (disk("m"), disk("m", pmem=True), "block"),
     ],
 )
-def test_what_is_plugged_as_one_kind_is_no_other(
+def test_a_device_that_is_plugged_as_one_kind_serves_no_other(
     plugged: CheckedRequest, wanted: CheckedRequest, words: str
 ) -> None:
     known = record_of(plugged)
@@ -431,7 +431,7 @@ def test_persistent_memory_serves_whoever_wants_its_file() -> None:
 
 @pytest.mark.parametrize("state", [State.PLUGGING, State.DETACHING])
 @pytest.mark.parametrize("request_", [share(), network(), randomness(), memory()])
-def test_what_is_on_its_way_serves_nobody(request_: CheckedRequest, state: State) -> None:
+def test_a_device_in_transition_serves_no_request(request_: CheckedRequest, state: State) -> None:
     known = record_of(request_, state)
     error = refusal(request_, known=(known,))
     assert error.message == f"{known.host_path} is {state}"
@@ -469,20 +469,20 @@ def refused(request: CheckedRequest) -> CheckedRequest:
     return replace(request, findings=(Finding(Code.NO_BACKEND, "no process listens", "start it"),))
 
 
-def test_one_that_may_not_go_stops_them_all() -> None:
+def test_a_device_with_a_finding_stops_the_batch() -> None:
     with pytest.raises(InUse, match="net:eth0: no process listens") as caught:
         plan(disk(), refused(network()), memory())
     assert caught.value.codes == (Code.NO_BACKEND,)
     assert caught.value.hint == "start it"
 
 
-def test_what_the_vm_has_already_is_not_judged_again() -> None:
+def test_a_plugged_device_is_not_checked_again() -> None:
     known = record_of(network())
     (hold,) = plan(refused(network()), known=(known,)).holds
     assert hold.device_id == known.id
 
 
-def test_what_was_not_found_is_told_as_it_was() -> None:
+def test_a_missing_device_raises_its_own_error() -> None:
     error = NoSuchDevice("shared directory /x", "/x cannot be shared", hint="name another")
     info = ShareInfo(tag="x", source="/x")
     missing = CheckedRequest(
@@ -507,7 +507,7 @@ def test_what_was_not_found_is_told_as_it_was() -> None:
         (randomness(), replace(MICROVM, mode=PlugMode.HOT), "cold-plug-only"),
     ],
 )
-def test_what_the_vm_never_takes_stops_them_all(
+def test_a_device_that_the_vm_never_takes_stops_the_batch(
     request_: CheckedRequest, offer: Offer, reason: str
 ) -> None:
     with pytest.raises(CannotPlug) as caught:

@@ -87,7 +87,7 @@ def changes(sandbox: Sandbox) -> int:
 # meanwhile
 
 
-def test_what_is_plugged_between_two_looks_is_left(tmp_path: Path) -> None:
+def test_a_device_plugged_between_two_reads_is_left(tmp_path: Path) -> None:
     """Another process attaches after the journal was read, and before the VM is."""
     sandbox = Sandbox(tmp_path)
     with Journal.open(sandbox.state_dir) as journal, closing(Qemu(sandbox.side.monitor())) as qemu:
@@ -108,7 +108,7 @@ def test_what_is_plugged_between_two_looks_is_left(tmp_path: Path) -> None:
 # the table
 
 
-def test_nothing_is_done_when_both_agree(sandbox: Sandbox) -> None:
+def test_reconcile_does_nothing_when_journal_and_vm_agree(sandbox: Sandbox) -> None:
     assert sandbox.devices.reconcile() == []
     sandbox.devices.attach_all(batch(sandbox))
     before, sent = sandbox.picture(), changes(sandbox)
@@ -117,7 +117,7 @@ def test_nothing_is_done_when_both_agree(sandbox: Sandbox) -> None:
     assert changes(sandbox) == sent
 
 
-def test_what_a_guest_keeps_of_a_failed_attach_is_undone(sandbox: Sandbox) -> None:
+def test_a_failed_attach_that_the_guest_kept_is_undone(sandbox: Sandbox) -> None:
     """Such as the half of a group that the guest does not let go of."""
 
     def keep(command: Command) -> None:
@@ -192,7 +192,9 @@ def test_a_detach_that_was_interrupted_is_finished(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["a node", "a device"])
-def test_what_the_journal_does_not_know_is_removed(sandbox: Sandbox, *, whole: bool) -> None:
+def test_a_device_that_the_journal_does_not_know_is_removed(
+    sandbox: Sandbox, *, whole: bool
+) -> None:
     before = sandbox.picture()
     name = "vmplug-0123456789abcdef"
     sandbox.side.ask(Command("blockdev-add", {"node-name": name, "driver": "null-co"}))
@@ -207,7 +209,7 @@ def test_what_the_journal_does_not_know_is_removed(sandbox: Sandbox, *, whole: b
     assert sandbox.picture() == before
 
 
-def test_what_belongs_to_others_stays(sandbox: Sandbox) -> None:
+def test_devices_of_other_clients_stay(sandbox: Sandbox) -> None:
     for name in ("node0", "vmplugin", "notvmplug-0123456789abcdef"):
         sandbox.side.ask(Command("blockdev-add", {"node-name": name, "driver": "null-co"}))
     sandbox.side.ask(Command("object-add", {"qom-type": "iothread", "id": "thread0"}))
@@ -246,7 +248,7 @@ def test_several_disagreements_are_repaired_at_once(sandbox: Sandbox) -> None:
 # guests that do not let go
 
 
-def test_what_a_silent_guest_keeps_stays_detaching(sandbox: Sandbox) -> None:
+def test_a_device_that_a_silent_guest_keeps_stays_detaching(sandbox: Sandbox) -> None:
     before = sandbox.picture()
     attachment = sandbox.devices.attach(sandbox.disk())
     sandbox.machine.guest = Guest.SILENT
@@ -267,7 +269,7 @@ def test_what_a_silent_guest_keeps_stays_detaching(sandbox: Sandbox) -> None:
     assert sandbox.picture() == before
 
 
-def test_what_a_guest_refuses_to_release_stays_detaching(sandbox: Sandbox) -> None:
+def test_a_device_that_a_guest_refuses_to_release_stays_detaching(sandbox: Sandbox) -> None:
     before = sandbox.picture()
     sandbox.talk_through(lambda monitor: Breaking(monitor, 2, is_sent=True))
     with pytest.raises(ProtocolError):
@@ -326,7 +328,7 @@ def test_a_refused_repair_can_be_tried_again(sandbox: Sandbox) -> None:
 # other VMs
 
 
-def test_a_vm_that_was_started_anew_holds_nothing(sandbox: Sandbox) -> None:
+def test_a_restarted_vm_holds_nothing(sandbox: Sandbox) -> None:
     attachments = sandbox.devices.attach_all(batch(sandbox))
     plugged = {a.device_id for a in attachments if a.guest_address}
     sandbox.close()
@@ -419,7 +421,7 @@ def was_killed(sandbox: Sandbox, verb: Verb) -> bool:
 
 @pytest.mark.parametrize("is_sent", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("life", LIVES)
-def test_killed_at_any_command_reconcile_leaves_nothing(
+def test_reconcile_leaves_nothing_after_a_death_at_any_command(
     tmp_path: Path, life: str, served: tuple[Request, ...], *, is_sent: bool
 ) -> None:
     for sandbox, before in deaths(tmp_path, life, Guest.ANSWERS, served, is_sent=is_sent):
@@ -437,7 +439,7 @@ def on_ports(sandbox: Sandbox) -> set[str]:
 
 @pytest.mark.parametrize("is_sent", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("life", LIVES)
-def test_killed_before_a_silent_guest_it_is_finished_when_the_guest_wakes(
+def test_reconcile_finishes_a_killed_verb_when_the_guest_wakes(
     tmp_path: Path, life: str, served: tuple[Request, ...], *, is_sent: bool
 ) -> None:
     for sandbox, before in deaths(tmp_path, life, Guest.SILENT, served, is_sent=is_sent):

@@ -148,7 +148,7 @@ def test_an_nvdimm_that_came_whole_stays_and_is_told_once(sandbox: Sandbox) -> N
     assert sandbox.picture() == before
 
 
-def test_what_stayed_so_serves_whoever_wants_it_next(sandbox: Sandbox) -> None:
+def test_a_retained_nvdimm_serves_the_next_request(sandbox: Sandbox) -> None:
     interrupted = break_off(sandbox, nvdimm(sandbox), 2, is_sent=True)
     sandbox.devices.reconcile()
     sent = len(sandbox.changes_sent())
@@ -160,7 +160,7 @@ def test_what_stayed_so_serves_whoever_wants_it_next(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("is_sent", [False, True], ids=["before", "after"])
-def test_killed_at_any_command_an_nvdimm_is_undone_or_retained(
+def test_reconcile_undoes_or_retains_an_nvdimm_after_a_death_at_any_command(
     tmp_path: Path, *, is_sent: bool
 ) -> None:
     outcomes = list[RepairOutcome]()
@@ -358,7 +358,7 @@ def test_connections_networks_and_memory_of_others_stay(sandbox: Sandbox) -> Non
 
 @pytest.mark.parametrize("is_sent", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(("kind", "commands"), [(0, 3), (1, 3), (2, 2)], ids=["net", "fs", "rng"])
-def test_an_attach_that_broke_off_is_undone_whatever_came_of_it(
+def test_an_interrupted_attach_of_any_kind_is_undone(
     sandbox: Sandbox, served: tuple[Request, ...], kind: int, commands: int, *, is_sent: bool
 ) -> None:
     before = sandbox.picture()

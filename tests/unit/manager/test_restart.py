@@ -98,9 +98,7 @@ def test_a_worker_lives_as_the_process_of_that_number_start_and_boot() -> None:
 
 
 @pytest.mark.parametrize("state", [State.PLUGGING, State.DETACHING])
-def test_what_a_living_process_has_in_progress_is_left_to_it(
-    sandbox: Sandbox, state: State
-) -> None:
+def test_reconcile_leaves_work_in_progress_to_its_process(sandbox: Sandbox, state: State) -> None:
     node = Command("blockdev-add", {"node-name": f"vmplug-{DISK.id}", "driver": "null-co"})
     sandbox.side.ask(node)
     with at_work(sandbox.state_dir, state) as worker:
@@ -145,7 +143,7 @@ def test_an_attach_that_broke_off_can_be_undone_while_its_process_lives(sandbox:
     assert [repair.outcome for repair in sandbox.devices.reconcile()] == [RepairOutcome.UNDONE]
 
 
-def test_a_detach_that_waited_in_vain_can_be_finished_by_anybody(sandbox: Sandbox) -> None:
+def test_any_process_can_finish_a_detach_that_timed_out(sandbox: Sandbox) -> None:
     attachment = sandbox.devices.attach(sandbox.disk())
     sandbox.machine.guest = Guest.SILENT
     with pytest.raises(UnplugTimeout):
@@ -242,7 +240,7 @@ def disk_in(tmp_path: Path) -> DeviceInfo:
     return DeviceInfo(container_path="/dev/a", dev_type=DevType.BLOCK, host_path=str(image))
 
 
-def test_what_a_former_vm_of_the_name_held_is_released_before_anything_else(
+def test_holds_of_a_former_vm_of_the_name_are_released_first(
     open_manager: Open, tmp_path: Path, ended: int
 ) -> None:
     with open_manager(Adopted(ended)) as former:

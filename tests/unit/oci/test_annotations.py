@@ -163,7 +163,7 @@ def test_katas_other_words_are_passed_over() -> None:
     ],
 )
 @pytest.mark.parametrize("key", [NET, SHARE, RNG, OPTIONS])
-def test_a_value_that_is_no_object_of_words_is_refused_with_its_annotation(
+def test_a_value_that_is_not_an_object_of_words_is_refused_with_its_annotation(
     key: str, value: str, message: str
 ) -> None:
     error = refusal(key, value)
@@ -216,7 +216,7 @@ def test_an_unknown_kind_is_answered_with_the_known_ones() -> None:
         (RNG, annotate(source="fd:0")),
     ],
 )
-def test_a_bundle_names_no_descriptors_which_are_another_processes(key: str, value: str) -> None:
+def test_a_bundle_cannot_name_a_descriptor_of_another_process(key: str, value: str) -> None:
     error = refusal(key, value)
     assert "expected an absolute path" in error.message
     assert "fd:" in error.message
@@ -325,7 +325,7 @@ def test_a_device_without_options_of_its_own_has_none() -> None:
     assert [info.driver_options for info in bundle({}).devices] == [{}]
 
 
-def test_options_of_nothing_are_refused_with_what_there_is_to_name() -> None:
+def test_options_without_a_request_are_refused_with_a_hint() -> None:
     key = f"{PREFIX}options./dev/sdz"
     with pytest.raises(SpecError, match="does not request a device at /dev/sdz") as caught:
         bundle({key: "{}"})

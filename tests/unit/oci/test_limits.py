@@ -187,7 +187,7 @@ def test_a_key_that_is_there_twice_in_an_annotation_is_refused() -> None:
 @pytest.mark.parametrize(
     "text", [b'{"hostname": "\xff"}', b'{"hostname": "\n"}', b'{"x": "\xed\xa0\x80"}']
 )
-def test_what_is_not_looked_at_must_be_json_too(text: bytes) -> None:
+def test_ignored_parts_must_be_json_too(text: bytes) -> None:
     with pytest.raises(SpecError, match="not JSON"):
         parse_config(text, name=None)
 
@@ -210,7 +210,7 @@ def test_a_device_that_never_ends_is_not_read_to_its_end() -> None:
         read_bundle("/dev/zero")
 
 
-def test_nobody_is_waited_for_at_a_fifo_without_a_writer(tmp_path: Path) -> None:
+def test_a_fifo_without_a_writer_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(SpecError, match="empty"):
         read_bundle(tmp_path)

@@ -81,14 +81,14 @@ def test_a_share_may_name_an_open_descriptor(number: int) -> None:
 
 
 @pytest.mark.parametrize("source", ["/fd:3", "/srv", "/"])
-def test_a_path_is_no_descriptor(source: str) -> None:
+def test_a_path_is_not_a_descriptor(source: str) -> None:
     assert ShareInfo(tag="a", source=source).descriptor is None
 
 
 @pytest.mark.parametrize(
     "source", ["fd:٣", "fd:3 ", "fd:+3", "fd:0x3", f"fd:{10**9}", "fd:" + "9" * 5000]
 )
-def test_what_no_process_can_have_open_is_no_descriptor(source: str) -> None:
+def test_a_number_that_no_process_can_have_open_is_not_a_descriptor(source: str) -> None:
     with pytest.raises(SpecError) as caught:
         ShareInfo(tag="a", source=source)
     assert caught.value.where == "share:a"

@@ -134,7 +134,7 @@ def test_a_container_that_asks_for_nothing_gets_nothing(text: str) -> None:
     assert parse(text.encode()) == Bundle(name="c1", devices=())
 
 
-def test_everything_that_is_not_about_devices_is_passed_over() -> None:
+def test_everything_that_is_not_about_devices_is_ignored() -> None:
     data = config({**SDA, "vendor": {"x": 1}}, process={"args": 7}, hooks="no", mounts=[])
     assert len(parse(data).devices) == 1
 
@@ -385,7 +385,7 @@ def test_standard_input_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a\0b", "null byte"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_reason(
+def test_an_unreadable_file_is_named_with_the_reason(
     tmp_path: Path, name: str, message: str
 ) -> None:
     (tmp_path / "empty").mkdir()

@@ -127,7 +127,7 @@ def test_a_rule_allows_nothing_else(
     assert verdict.allow == frozenset()
 
 
-def test_what_the_host_does_not_say_of_a_function_is_no_match(
+def test_an_unknown_fact_of_a_function_matches_no_rule(
     rules: Callable[..., Policy],
 ) -> None:
     silent = structs.replace(GPU, function=PciFunction(bdf=Bdf.parse("0000:3b:00.0")))
@@ -174,7 +174,7 @@ def test_share_rw_is_allowed_where_a_rule_says_so(rules: Callable[..., Policy]) 
 
 
 @pytest.mark.parametrize("unsaid", ["vm", "owner", "mode"])
-def test_nothing_is_held_against_what_nobody_has_said_yet(
+def test_facts_that_are_not_known_yet_match_any_rule(
     rules: Callable[..., Policy], unsaid: str
 ) -> None:
     policy = rules(f'{ANY}vms = ["sb-1"]\nowners = ["ctr1"]\ncold-only = true')
@@ -196,7 +196,7 @@ def test_one_rule_that_allows_it_is_enough_whatever_their_order(
         assert allows(policy, structs.replace(DISK, vm="sb-2", read_only=True))
 
 
-def test_no_two_rules_allow_together_what_neither_allows(rules: Callable[..., Policy]) -> None:
+def test_two_rules_do_not_add_up(rules: Callable[..., Policy]) -> None:
     policy = rules(
         'name = "a"\nkinds = ["block"]\nvms = ["other"]', 'name = "b"\npaths = ["/srv/**"]'
     )
@@ -392,14 +392,14 @@ def test_a_mistake_is_told_with_the_rule_and_key_and_nothing_is_allowed(
     assert "\n" not in caught.value.message
 
 
-def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(PolicyError, match="is not TOML"):
         read_policy(path)
 
 
-def test_what_can_be_overruled_is_just_what_allow_takes(rules: Callable[..., Policy]) -> None:
+def test_a_rule_may_overrule_the_findings_that_allow_accepts(rules: Callable[..., Policy]) -> None:
     codes = sorted(set(Code) - NEVER_ALLOWED)
     words = ", ".join(f'"{code}"' for code in codes)
     policy = rules(f"{ANY}allow = [{words}]")
@@ -408,7 +408,7 @@ def test_what_can_be_overruled_is_just_what_allow_takes(rules: Callable[..., Pol
 
 
 @pytest.mark.parametrize("path", ["missing.toml", "missing/policy.toml", ".", "a\0b", "loop"])
-def test_a_file_that_cannot_be_read_is_no_policy_but_a_mistake(tmp_path: Path, path: str) -> None:
+def test_an_unreadable_policy_is_an_error(tmp_path: Path, path: str) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(PolicyError, match="cannot be read"):
         read_policy(tmp_path / path)
@@ -502,7 +502,7 @@ def test_a_manager_refuses_what_no_rule_allows_and_nothing_has_changed(
     assert devices.attach(disk(good)).host_path == str(good)
 
 
-def test_a_device_that_the_vm_has_is_not_held_by_an_owner_for_whom_no_rule_is(
+def test_an_owner_without_a_rule_gets_no_hold_on_a_plugged_device(
     tmp_path: Path,
     rules: Callable[..., Policy],
     open_manager: Callable[[Policy], DeviceManager],

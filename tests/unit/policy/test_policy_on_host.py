@@ -106,7 +106,7 @@ def test_a_loop_device_is_where_its_file_is(tree: HostTree, gate: Gates) -> None
     assert not is_allowed(disk("7:0"), tree.root, gate('paths = ["/srv/images/*"]'))
 
 
-def test_a_file_that_lost_its_name_is_nowhere(tree: HostTree, gate: Gates) -> None:
+def test_no_rule_matches_a_deleted_file(tree: HostTree, gate: Gates) -> None:
     tree.block_device("7:0", "loop0", loop={"backing_file": "/srv/a.img (deleted)\n"})
     assert not is_allowed(disk("7:0"), tree.root, gate('paths = ["/srv/**"]'))
 
@@ -125,9 +125,7 @@ def test_a_file_that_lost_its_name_is_nowhere(tree: HostTree, gate: Gates) -> No
         "/srv/images/chain",
     ],
 )
-def test_a_path_that_leads_out_is_what_it_leads_to(
-    tree: HostTree, gate: Gates, asked: str
-) -> None:
+def test_a_rule_matches_the_target_of_a_path(tree: HostTree, gate: Gates, asked: str) -> None:
     tree.file("/srv/secret", b"x" * 512).file("/srv/images/t1/a.img", b"x" * 512)
     tree.link("/srv/images/link", "/srv/secret").link("/srv/images/up", "..")
     tree.link("/srv/images/chain", "t1/../link")
@@ -140,18 +138,14 @@ def test_a_path_that_leads_out_is_what_it_leads_to(
     assert is_allowed(image("/srv/images/t1/a.img"), tree.root, rules)
 
 
-def test_a_way_in_through_a_link_is_allowed_as_what_it_leads_to(
-    tree: HostTree, gate: Gates
-) -> None:
+def test_a_link_is_allowed_when_its_target_is_allowed(tree: HostTree, gate: Gates) -> None:
     tree.file("/srv/images/a.img", b"x" * 512).link("/home/t1/mine", "/srv/images/a.img")
     assert is_allowed(image("/home/t1/mine"), tree.root, gate('paths = ["/srv/images/*"]'))
     assert not is_allowed(image("/home/t1/mine"), tree.root, gate('paths = ["/home/**"]'))
 
 
 @needs_root
-def test_a_node_at_a_path_that_the_request_chose_is_what_the_path_leads_to(
-    tree: HostTree, gate: Gates
-) -> None:
+def test_a_rule_matches_the_target_of_the_path_in_a_request(tree: HostTree, gate: Gates) -> None:
     """A number that sysfs does not list is looked for at the path in the container."""
     tree.node("/hidden/disk", "b", "240:1").link("/srv/images/a.img", "/hidden/disk")
     asked = disk("240:1", "/srv/images/a.img")
@@ -211,7 +205,7 @@ def test_a_socket_of_the_store_goes_by_its_number_and_its_path(
         assert not is_allowed(disk("241:0"), tree.root, gate(rule), vhost_user_store=store)
 
 
-def test_what_is_not_allowed_is_not_probed(tmp_path: Path, gate: Gates) -> None:
+def test_a_backend_that_is_not_allowed_is_not_probed(tmp_path: Path, gate: Gates) -> None:
     """A socket of somebody else's service hears nothing of it."""
     with socket.socket(socket.AF_UNIX) as listener:
         path = tmp_path / "s"
@@ -271,9 +265,7 @@ def test_a_mediated_device_goes_by_its_kind_and_its_path(tree: PciTree, gate: Ga
     assert not is_allowed(request, tree.root, gate(f'paths = ["/sys/devices/**/{NIC}/*"]'))
 
 
-def test_a_group_of_nothing_known_is_allowed_by_no_more_than_its_kind(
-    tree: PciTree, gate: Gates
-) -> None:
+def test_a_group_without_facts_is_allowed_by_its_kind_alone(tree: PciTree, gate: Gates) -> None:
     empty = VfioGroup(number=9, device_node="/dev/vfio/9", functions=(), unknown_members=("x",))
     request = VfioInfo(label="a", device="/dev/vfio/9")
     for rule, allowed in (('kinds = ["vfio"]', True), ('paths = ["/**"]', False)):
@@ -281,7 +273,7 @@ def test_a_group_of_nothing_known_is_allowed_by_no_more_than_its_kind(
         assert (not verdict.refusals) is allowed
 
 
-def test_what_cannot_be_looked_at_is_not_allowed(tree: HostTree, gate: Gates) -> None:
+def test_an_unreadable_device_is_not_allowed(tree: HostTree, gate: Gates) -> None:
     tree.link("/srv/a", "/srv/b").link("/srv/b", "/srv/a")
     shared = SharedDirectory(DeviceType.VHOST_USER_FS, "/srv/a", "a")
     request = ShareInfo(tag="a", source="/srv/a")

@@ -55,7 +55,7 @@ def check_device(
 ) -> list[Finding]:
     """Every reason not to hand `device` over; empty when there is none.
 
-    `claims` are the holds of VMs on this device and its relatives. Nodes are opened (for reading,
+    `claims` are those of VMs on this device and its relatives. Nodes are opened (for reading,
     O_EXCL) only on the running host.
     """
     match device:

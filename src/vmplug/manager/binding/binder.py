@@ -325,7 +325,7 @@ class Binder:
             return None
         else:
             reason = "its device is detached"
-        # A function bound for a device may have the claim of that device in the journal.
+        # A function bound for a device may belong to a device that is in the journal.
         user = find_users(row.bdf, None if row.device_id else self._journal, self._host)
         if user and function.driver != row.former.driver:
             return Returned(row.former, BindOutcome.STILL_OPEN, user)

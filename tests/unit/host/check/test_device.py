@@ -27,7 +27,7 @@ def disk(tree: HostTree) -> HostTree:
 
 @pytest.mark.parametrize("number", ["8:0", "8:1", "8:2"])
 @pytest.mark.parametrize("wish", [READING, WRITING, SHARING])
-def test_nothing_speaks_against_an_idle_disk(disk: HostTree, number: str, wish: Access) -> None:
+def test_an_idle_disk_has_no_findings(disk: HostTree, number: str, wish: Access) -> None:
     assert findings(disk, number, wish) == []
 
 
@@ -512,7 +512,7 @@ def test_an_allowed_finding_becomes_a_warning_and_stays_visible(disk: HostTree) 
 
 
 @pytest.mark.parametrize("code", sorted(NEVER_ALLOWED))
-def test_what_no_permission_mends_is_never_allowed(code: Code) -> None:
+def test_some_findings_can_never_be_allowed(code: Code) -> None:
     finding = Finding(code, "message", "hint")
     assert allow([finding], frozenset(Code)) == [finding]
 

@@ -221,7 +221,7 @@ def test_one_whose_queue_is_full_is_silent(directory: Path) -> None:
         assert probe(path, timeout_s=AT_ONCE_S) is Failure.SILENT
 
 
-def test_nobody_at_all_is_absent(directory: Path) -> None:
+def test_a_socket_without_a_listener_is_absent(directory: Path) -> None:
     assert probe(str(directory / "none")) is Failure.ABSENT
     is_absent(directory / "gone")
     assert probe(str(directory / "gone")) is Failure.ABSENT

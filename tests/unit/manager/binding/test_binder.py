@@ -103,7 +103,7 @@ def test_a_bind_is_an_override_an_unbind_and_a_probe(kernel: FakeKernel) -> None
     assert kernel.driver_of(DISK) == "vfio-pci"
 
 
-def test_what_is_as_it_was_is_not_written_to(kernel: FakeKernel) -> None:
+def test_an_unchanged_attribute_is_not_written(kernel: FakeKernel) -> None:
     restore(read_former(Bdf.parse(DISK), kernel), kernel)
     assert kernel.writes == []
 
@@ -290,7 +290,7 @@ def test_a_driver_that_was_not_made_for_it_is_not_tried(
     assert journal.bindings.all() == []
 
 
-def test_a_driver_that_turns_out_to_be_none_of_vfio_is_not_kept(
+def test_a_driver_that_is_not_a_vfio_driver_is_not_kept(
     tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     with_aliases(tree, "alias vfio_pci:v*d*sv*sd*bc*sc*i* odd\n").pci_driver("odd")
@@ -384,7 +384,7 @@ def test_a_bridge_stays_with_the_host(tree: PciTree, kernel: FakeKernel, binder:
     assert kernel.writes == []
 
 
-def test_a_node_of_no_group_is_no_such_device(kernel: FakeKernel, binder: Binder) -> None:
+def test_a_node_without_a_group_is_no_such_device(kernel: FakeKernel, binder: Binder) -> None:
     group = find_vfio_group("/dev/vfio/99", kernel, devnum=None, found_by=FoundBy.FILE)
     with pytest.raises(NoSuchDevice):
         binder.bind(group)
@@ -500,7 +500,7 @@ def test_any_failure_of_a_group_puts_all_of_it_back(
     assert len(binder.bind(group_of(kernel, NET))) == 2
 
 
-def test_what_cannot_be_put_back_stays_in_the_journal_and_is_tried_again(
+def test_a_failed_restore_stays_in_the_journal_and_is_tried_again(
     kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     before = kernel.picture()
@@ -553,7 +553,7 @@ def test_what_failed_to_be_given_back_can_be_bound_again(
     assert kernel.picture() == before
 
 
-def test_what_was_left_with_vfio_is_taken_over(
+def test_a_function_that_was_left_with_vfio_is_taken_over(
     kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     before = kernel.picture()
@@ -577,9 +577,7 @@ def test_a_function_that_goes_while_it_is_bound_is_forgotten(
     assert journal.bindings.all() == []
 
 
-def test_what_somebody_gave_to_another_driver_is_forgotten(
-    kernel: FakeKernel, binder: Binder
-) -> None:
+def test_a_function_with_another_driver_is_forgotten(kernel: FakeKernel, binder: Binder) -> None:
     binder.bind(group_of(kernel, DISK))
     restore(FormerBinding(bdf=Bdf.parse(DISK), driver="nvme", driver_override=None), kernel)
     before = kernel.picture()
@@ -706,9 +704,7 @@ def recover_in(state_dir: Path, kernel: FakeKernel) -> None:
         Binder(journal, kernel).recover()
 
 
-def test_the_steps_are_as_many_as_the_tests_of_death_think(
-    kernel: FakeKernel, binder: Binder
-) -> None:
+def test_the_tests_of_death_know_the_number_of_steps(kernel: FakeKernel, binder: Binder) -> None:
     binder.bind(group_of(kernel, NET))
     assert len(kernel.writes) == WRITES_TO_BIND
     binder.unbind(group_of(kernel, NET))
@@ -725,7 +721,7 @@ def test_a_row_outlives_the_process(journal: Journal) -> None:
     assert journal.bindings.all() == []
 
 
-def test_what_another_process_is_giving_back_is_left_to_it(
+def test_a_function_that_another_process_gives_back_is_left_to_it(
     kernel: FakeKernel, binder: Binder, journal: Journal
 ) -> None:
     binder.bind(group_of(kernel, DISK))
@@ -786,7 +782,7 @@ def test_recovery_leaves_what_a_vm_was_given_meanwhile(
     assert "'sb1'" in told.reason
 
 
-def test_many_that_bind_and_give_back_at_once_do_it_in_turn(tree: PciTree, tmp_path: Path) -> None:
+def test_concurrent_binds_and_returns_take_turns(tree: PciTree, tmp_path: Path) -> None:
     kernel = boot(tree)
     before = kernel.picture()
 

@@ -83,7 +83,7 @@ def test_virtual_functions_are_made_and_taken_away(journal: Journal, kernel: Fak
     assert numvfs(kernel) == 0
 
 
-def test_another_number_goes_by_way_of_none(journal: Journal, kernel: FakeKernel) -> None:
+def test_the_number_changes_through_zero(journal: Journal, kernel: FakeKernel) -> None:
     count_to(1, journal, kernel)
     count_to(3, journal, kernel)
     assert [write.text for write in kernel.writes] == ["1", "0", "3"]
@@ -109,7 +109,9 @@ def test_the_hosts_drivers_can_be_kept_from_them(journal: Journal, kernel: FakeK
     ("bdf", "says"),
     [(OTHER, "cannot have virtual functions"), ("0000:7f:00.0", "no PCI function")],
 )
-def test_what_has_none_is_told(journal: Journal, kernel: FakeKernel, bdf: str, says: str) -> None:
+def test_a_function_without_virtual_functions_is_an_error(
+    journal: Journal, kernel: FakeKernel, bdf: str, says: str
+) -> None:
     with pytest.raises((BindError, NoSuchDevice), match=says) as caught:
         divide(Bdf.parse(bdf), 1, journal=journal, host=kernel)
     assert caught.value.hint
@@ -253,7 +255,7 @@ def test_a_virtual_function_is_told_and_read_back(ip: FakeIp) -> None:
     ]
 
 
-def test_what_is_not_said_stays(ip: FakeIp) -> None:
+def test_unnamed_settings_stay(ip: FakeIp) -> None:
     set_virtual("eth0", 0, VfSettings(vlan=5))
     set_virtual("eth0", 0, VfSettings(trust=True))
     assert read_virtual("eth0")[0] == VirtualFunction(
@@ -276,13 +278,13 @@ def test_what_is_not_said_stays(ip: FakeIp) -> None:
         VfSettings(vlan=4095),
     ],
 )
-def test_what_makes_no_sense_is_not_sent(ip: FakeIp, wanted: VfSettings) -> None:
+def test_malformed_settings_are_not_sent(ip: FakeIp, wanted: VfSettings) -> None:
     with pytest.raises(SpecError):
         set_virtual("eth0", 0, wanted)
     assert ip.commands() == []
 
 
-def test_what_the_driver_does_not_have_takes_the_rest_back(ip: FakeIp) -> None:
+def test_an_unsupported_setting_reverts_the_others(ip: FakeIp) -> None:
     before = ip.functions()
     ip.set(unsupported=["trust"])
     with pytest.raises(BindError, match="Operation not supported") as caught:
@@ -292,7 +294,7 @@ def test_what_the_driver_does_not_have_takes_the_rest_back(ip: FakeIp) -> None:
     assert ip.functions() == before
 
 
-def test_what_the_driver_leaves_as_it_was_is_noticed(ip: FakeIp) -> None:
+def test_a_setting_that_the_driver_ignores_is_noticed(ip: FakeIp) -> None:
     before = ip.functions()
     ip.set(ignored=["trust"])
     with pytest.raises(BindError, match="took trust True"):
@@ -367,7 +369,7 @@ def test_a_mediated_device_is_made_and_taken_away(
         (PARENT, f"../mdev_supported_types/{TYPE}", TYPE),
     ],
 )
-def test_what_is_not_offered_is_not_made(
+def test_a_type_that_is_not_offered_is_not_made(
     parent: PciTree, kernel: FakeKernel, parent_name: str, type_name: str, hint: str
 ) -> None:
     with pytest.raises(NoSuchDevice) as caught:
@@ -383,7 +385,7 @@ def test_a_host_without_parents_says_so(kernel: FakeKernel) -> None:
 
 
 @pytest.mark.parametrize("uuid", ["x", ANY_UUID + "0", ANY_UUID + "\n", "../" + ANY_UUID[3:]])
-def test_what_is_no_uuid_is_not_written(
+def test_text_that_is_not_a_uuid_is_not_written(
     parent: PciTree, kernel: FakeKernel, journal: Journal, uuid: str
 ) -> None:
     with pytest.raises(SpecError):
@@ -410,7 +412,7 @@ def test_a_parent_without_room_makes_none(parent: PciTree, kernel: FakeKernel) -
 
 
 @pytest.mark.parametrize("what", [errno.EINVAL, Fault.NOTHING_HAPPENS])
-def test_what_the_kernel_does_not_make_is_not_there(
+def test_a_mediated_device_that_the_kernel_did_not_make_is_an_error(
     parent: PciTree, kernel: FakeKernel, what: int | Fault
 ) -> None:
     kernel.fail("create", what)

@@ -99,7 +99,7 @@ def test_a_vhost_user_device_has_its_connection_too(
         (device("of-tomorrow"), None),
     ],
 )
-def test_what_has_nothing_in_qemu_has_no_names(
+def test_a_device_without_objects_in_qemu_has_no_names(
     saved: dict[str, Any], identity: str | None
 ) -> None:
     found = decoded(saved)
@@ -163,7 +163,7 @@ def test_a_malformed_device_is_told_with_its_place(
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"[]", b"null", b"\xff", b'{"Devices": 1}', b"[" * 9999]
 )
-def test_what_is_no_state_at_all_is_told(data: bytes) -> None:
+def test_a_malformed_state_is_an_error(data: bytes) -> None:
     with pytest.raises(SpecError) as caught:
         decode_devices(data, "persist.json")
     assert caught.value.where.startswith("persist.json: $")

@@ -57,7 +57,7 @@ def test_a_disk_that_was_pulled_is_gone(tree: PciTree) -> None:
     assert found == DeviceHealth(HostState.GONE, "/dev/sdb (8:16) no longer exists")
 
 
-def test_of_a_host_without_sysfs_nothing_is_said(tree: PciTree) -> None:
+def test_a_host_without_sysfs_has_no_health(tree: PciTree) -> None:
     tree.file("/etc/hostname", "host")
     assert look(tree, DISK) is None
 
@@ -161,7 +161,7 @@ def test_a_backend_that_serves_nobody_is_disconnected_while_the_vm_runs(tree: Pc
     assert HostSnapshot(tree.root, [ended]).of(BACKEND) == DeviceHealth(HostState.PRESENT)
 
 
-def test_of_a_connection_that_was_handed_over_nothing_is_said(tree: PciTree) -> None:
+def test_an_inherited_connection_has_no_health(tree: PciTree) -> None:
     tree.unix_socket("/run/other.sock", 77)
     given = device_record("socket:[77]", "socket:[77]", DeviceType.VHOST_USER_FS)
     assert look(tree, given) is None
@@ -198,13 +198,13 @@ def test_a_directory_or_node_is_there_or_gone(
 
 
 @pytest.mark.parametrize("on_its_way", [State.PLUGGING, State.DETACHING])
-def test_of_a_device_on_its_way_nothing_is_said(tree: PciTree, on_its_way: State) -> None:
+def test_a_device_in_transition_has_no_health(tree: PciTree, on_its_way: State) -> None:
     tree.block_device("8:32", "sdc")
     assert look(tree, replace(DISK, state=on_its_way)) is None
     assert state(tree, replace(DISK, state=State.RETAINED)) is HostState.GONE
 
 
-def test_of_what_makes_no_sense_nothing_is_said(tree: PciTree) -> None:
+def test_a_malformed_size_has_no_health(tree: PciTree) -> None:
     tree.file("/sys/dev/block/8:16/size", "many\n")
     assert look(tree, DISK) is None
 

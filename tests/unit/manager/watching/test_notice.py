@@ -73,13 +73,13 @@ def event(action: str, subsystem: str, name: str, number: str | None = None) -> 
         (None, sized(1), None),
     ],
 )
-def test_what_happened_between_two_looks(
+def test_a_difference_between_two_reads_is_a_notice(
     before: DeviceHealth | None, now: DeviceHealth, what: EventKind | None
 ) -> None:
     assert compare(before, now, taken_away=False) is what
 
 
-def test_what_was_taken_away_for_a_moment_is_not_what_it_was() -> None:
+def test_a_device_that_was_away_for_a_moment_is_another_one() -> None:
     assert compare(HERE, HERE, taken_away=True) is EventKind.REPLACED
     assert compare(HERE, DeviceHealth(HostState.GONE), taken_away=True) is EventKind.GONE
     assert compare(DeviceHealth(HostState.GONE), HERE, taken_away=True) is EventKind.BACK
@@ -112,7 +112,7 @@ def test_events_that_take_a_device_away(record: DeviceRecord, happened: Event) -
         (DISK, EventsLost()),
     ],
 )
-def test_events_that_are_of_something_else(record: DeviceRecord, happened: Event) -> None:
+def test_events_of_other_devices_are_no_notices(record: DeviceRecord, happened: Event) -> None:
     assert not was_taken_away(record, [happened])
 
 
