@@ -18,7 +18,7 @@ from tests.contract.world import journal_rows
 from tests.support.daemons import storage_daemon
 from tests.support.disks import disk_image, loop_device
 from tests.support.journal import attach_row, device_record, vm_record
-from vmplug import EventKind, HostRoot, Watch, watch
+from vmplug import EventKind, Setup, Watch, watch
 from vmplug.host.events import HostEvents, ProcessEnded
 from vmplug.journal.journal import Journal
 
@@ -190,14 +190,14 @@ def test_the_iterator_gives_notices_until_its_time_is_over(tmp_path: Path) -> No
     with Journal.open(tmp_path) as journal:
         journal.add_vm(vm_record())
         hold = attach_row(journal, device_record("file:/no/such", "/no/such"))
-    with watch(tmp_path, timeout_s=0.1) as notices:
+    with watch(timeout_s=0.1, setup=Setup(state_dir=tmp_path)) as notices:
         (notice,) = notices
         assert (notice.what, notice.attachment) == (EventKind.DELETED, hold)
         assert list(notices) == []
 
 
 def test_a_closed_iterator_has_ended(tmp_path: Path) -> None:
-    notices: Watch = watch(tmp_path, host=HostRoot())
+    notices: Watch = watch(setup=Setup(state_dir=tmp_path))
     descriptors = set(os.listdir("/proc/self/fd"))
     notices.close()
     notices.close()

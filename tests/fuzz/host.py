@@ -16,7 +16,7 @@ from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import DeviceError
 from vmplug.host.block.mounts import read_usage
-from vmplug.host.block.pmem import has_pfn_signature
+from vmplug.host.block.pmem import read_pfn_info
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.check.device import check_device as check_safety
 from vmplug.host.finding import Access
@@ -97,7 +97,7 @@ def _readers(root: HostRoot) -> Iterator[Callable[[], object]]:
     yield lambda: read_usage(root)
     yield lambda: read_start_time(1, root)
     yield lambda: read_memlock_limit(1, root)
-    yield lambda: has_pfn_signature("/images/pmem.img", root)
+    yield lambda: read_pfn_info("/images/pmem.img", root)
     yield lambda: find_volumes(
         [
             Mount(destination="/data", source=source, type="bind", read_only=False)

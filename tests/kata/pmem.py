@@ -16,7 +16,7 @@ from tests.kata.vector import (
     kinds_of,
 )
 from tests.support.tree import HostTree
-from vmplug.host.block.pmem import has_pfn_signature
+from vmplug.host.block.pmem import read_pfn_info
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.finding import Code
 from vmplug.journal.records import Attachment
@@ -43,7 +43,7 @@ def _signature(case: Case) -> Answer:
     if content is not None:
         tree.file("/f", content)
     path = case.input["path"].removeprefix("$ROOT")
-    return Answer(has_pfn_signature(path, tree.root), case.expected["result"])
+    return Answer(read_pfn_info(path, tree.root) is not None, case.expected["result"])
 
 
 def _volume(case: Case) -> Answer:

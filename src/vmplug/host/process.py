@@ -30,10 +30,6 @@ def is_running(pid: int, started_at: int | None, root: HostRoot) -> bool:
     return now is not None and started_at in {None, now}
 
 
-_LISTENING = 0x10000
-"""__SO_ACCEPTCON. Source: Linux include/linux/net.h, net/unix/af_unix.c, unix_seq_show."""
-
-
 def find_marked(variable: str) -> dict[int, str]:
     """The value of an environment variable in every process of this host that has it.
 

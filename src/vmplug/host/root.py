@@ -79,15 +79,9 @@ class HostRoot:
     def read_attribute(self, path: str) -> bytes | None:
         """A sysfs attribute in exactly three system calls; None when absent."""
         try:
-            fd = os.open(self._base + path, _READ)
+            return _read_page(None, self._base + path)
         except OSError as error:
             return self._absent(path, error)
-        try:
-            return os.read(fd, PAGE_SIZE)
-        except OSError as error:
-            return self._absent(path, error)
-        finally:
-            os.close(fd)
 
     def read_each(
         self,
@@ -372,7 +366,7 @@ def _attempt(
         return _answer(error, f"{path}/{file}")
 
 
-def _read_page(device: int, file: str) -> bytes:
+def _read_page(device: int | None, file: str) -> bytes:
     attribute = os.open(file, _READ, dir_fd=device)
     try:
         return os.read(attribute, PAGE_SIZE)

@@ -7,6 +7,7 @@ import click
 
 from vmplug.cli.options import complete_vm, state_dir_option
 from vmplug.cli.render.text import one_line
+from vmplug.manager.setup import Setup
 from vmplug.manager.watching.notice import DeviceEvent
 from vmplug.manager.watching.watch import watch
 
@@ -37,7 +38,7 @@ def command(as_json: bool, state_dir: str, timeout_s: float | None, vm: str | No
     vmplug watch --vm sb1 --json | while read -r line; do logger -t vmplug "$line"; done
     vmplug watch --timeout 0
     """
-    with watch(state_dir, vm=vm, timeout_s=timeout_s) as events:
+    with watch(vm=vm, timeout_s=timeout_s, setup=Setup(state_dir=state_dir)) as events:
         for event in events:
             click.echo(json.dumps(_json(event)) if as_json else _text(event))
 

@@ -36,8 +36,3 @@ def read_pfn_info(path: str, root: HostRoot) -> PfnInfo | None:
         return None
     whole = len(block) == _DATA_OFFSET.size
     return PfnInfo(_DATA_OFFSET.unpack(block)[0] if whole else None)
-
-
-def has_pfn_signature(path: str, root: HostRoot) -> bool:
-    """Whether the file has the signature where the kernel expects it."""
-    return read_pfn_info(path, root) is not None

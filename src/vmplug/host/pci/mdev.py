@@ -118,8 +118,3 @@ def _read_type(parent: str, name: str, root: HostRoot) -> MdevType:
         device_api=api,
         unreadable=tuple(unreadable),
     )
-
-
-def read_mediated_devices(root: HostRoot) -> list[MediatedDevice]:
-    """Every mediated device of the host, by UUID."""
-    return [read_mediated(f"{MDEV_DEVICES}/{name}", root) for name in root.list_dir(MDEV_DEVICES)]

@@ -14,11 +14,11 @@ from typing import Self
 import msgspec
 
 from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
-from vmplug.host.root import THIS_HOST, HostRoot
+from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.sockets import find_server
-from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, has_ended
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.manager.watching.health import (
     DeviceHealth,
     HostSnapshot,
@@ -39,11 +39,10 @@ LOOK_INTERVAL_S = 1.0
 
 
 def watch(
-    state_dir: StateDir = DEFAULT_STATE_DIR,
     *,
-    host: HostRoot = THIS_HOST,
     vm: str | None = None,
     timeout_s: float | None = None,
+    setup: Setup = DEFAULT_SETUP,
 ) -> "Watch":
     """Report existing problems and then new events, until it is closed or `timeout_s` is over.
 
@@ -51,12 +50,12 @@ def watch(
     VM that is not known, and HostError when the kernel's events cannot be received.
     """
     with ExitStack() as opened:
-        journal = opened.enter_context(Journal.open(state_dir))
+        journal = opened.enter_context(Journal.open(setup.state_dir))
         if vm is not None:
             journal.require_vm(vm)
         events = opened.enter_context(HostEvents())
         opened.pop_all()
-    return Watch(journal, events, host=host, vm=vm, timeout_s=timeout_s)
+    return Watch(journal, events, host=setup.host, vm=vm, timeout_s=timeout_s)
 
 
 class _Rows(msgspec.Struct, frozen=True, kw_only=True):

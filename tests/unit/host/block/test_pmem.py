@@ -13,7 +13,7 @@ from tests.support.tree import MIB, HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
 from vmplug.host.block.device import DiskFile
-from vmplug.host.block.pmem import PFN_OFFSET_BYTES, PfnInfo, has_pfn_signature, read_pfn_info
+from vmplug.host.block.pmem import PFN_OFFSET_BYTES, PfnInfo, read_pfn_info
 from vmplug.host.block.volumes import find_requests, find_volumes
 from vmplug.host.kind import FoundBy
 from vmplug.host.resolve import resolve
@@ -31,7 +31,6 @@ OFFSET = 2 * MIB
 def test_the_block_says_where_the_data_begins(tree: HostTree) -> None:
     tree.pmem_file(IMAGE, data_offset=OFFSET)
     assert read_pfn_info(IMAGE, tree.root) == PfnInfo(OFFSET)
-    assert has_pfn_signature(IMAGE, tree.root)
 
 
 @given(st.integers(0, (1 << 64) - 1))
@@ -68,7 +67,6 @@ def test_a_block_that_is_cut_short_has_no_offset(tree: HostTree, length: int) ->
 def test_any_other_file_has_no_block(tree: HostTree, content: bytes) -> None:
     tree.file(IMAGE, content)
     assert read_pfn_info(IMAGE, tree.root) is None
-    assert not has_pfn_signature(IMAGE, tree.root)
 
 
 def test_what_cannot_be_read_has_no_block(tree: HostTree) -> None:
