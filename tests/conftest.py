@@ -1,8 +1,12 @@
 """What is collected: the tests of the lab only in the lab. What tests note is below build."""
 
 import gc
+import itertools
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,21 @@ IS_IN_LAB = "LAB_VM" in os.environ
 
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", "build/hypothesis")
 collect_ignore = [] if IS_IN_LAB else ["lab"]
+
+
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def tmp_path(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """As pytest's own, which leaves a link for each test and reads them all for the next one."""
+    path = tmp_path_factory.mktemp(str(next(_NUMBERS)), numbered=False)
+    failures = request.session.testsfailed
+    yield path
+    if request.session.testsfailed == failures:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
