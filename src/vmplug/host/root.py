@@ -294,6 +294,14 @@ class HostRoot:
         except OSError:
             return None
 
+    def ask_node(self, path: str, request: int, length: int) -> bytes | None:
+        """What an ioctl writes into a buffer of that length; None where the device does not."""
+        try:
+            with open(os.open(self._base + path, _READ), "rb", 0) as node:
+                return fcntl.ioctl(node, request, bytes(length))
+        except OSError:
+            return None
+
     def is_writable(self, path: str) -> bool:
         """Whether this process could write to `path`; nothing is opened."""
         return os.access(self._base + path, os.W_OK)

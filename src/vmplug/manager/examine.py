@@ -14,8 +14,9 @@ from vmplug.drivers.place import Offer, PlugMode
 from vmplug.drivers.ports import Hypervisor, PlugDriver
 from vmplug.drivers.select import select_driver
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
-from vmplug.host.block.device import BlockDevice
+from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.mounts import HostUsage, read_usage
+from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.check.device import check_device
 from vmplug.host.check.vfio_group import GuestMemory, check_vm
 from vmplug.host.device import CharDevice, HostDevice
@@ -126,7 +127,8 @@ def _examine_one(
         return CheckedRequest(
             info=request, driver=None, device=None, error=answer, findings=tuple(findings)
         )
-    device, driver, gate = answer, select_driver(request, answer), terms.known.gate
+    device = _relate(answer, terms)
+    driver, gate = select_driver(request, device), terms.known.gate
     verdict = gate.judge(request, device, driver, terms.host) if gate else None
     if verdict and verdict.refusals:
         findings = list(verdict.refusals)
@@ -141,6 +143,20 @@ def _examine_one(
         error=None,
         findings=tuple(allow(findings, terms.allowed)),
     )
+
+
+def _relate(device: HostDevice, terms: _Terms) -> HostDevice:
+    """The device, with everything that shows the same bytes; as it is where that is unknown."""
+    if isinstance(terms.usage, HostError):
+        return device
+    try:
+        if isinstance(device, BlockDevice):
+            return relate_block(device, terms.usage, terms.host)
+        if isinstance(device, DiskFile):
+            return relate_file(device, terms.usage, terms.host)
+    except HostError:
+        pass  # the check will report it
+    return device
 
 
 def _check_device(

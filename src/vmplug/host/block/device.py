@@ -28,7 +28,9 @@ class BlockDevice:
     partitions, or the disk it is a partition of; `below` are block devices that it is built on,
     `below_files` files that it or one of those loops to. `size_bytes` is None only when sysfs has
     no entry for the device; then the other facts are unknown too. `sector_bytes` is the logical
-    block size, which the guest must use too, as the partition table depends on it.
+    block size, which the guest must use too, as the partition table depends on it. `twins` are
+    other names of the same LUN, `loops` the loop devices on all of these with their partitions;
+    both None until a check looks for them.
     """
 
     kind: DeviceType = field(default=DeviceType.BLOCK, init=False)
@@ -45,6 +47,18 @@ class BlockDevice:
     below: tuple[DevNum, ...] = ()
     below_files: tuple[str, ...] = ()
     backing: LoopBacking | None = None
+    twins: tuple[DiskPart, ...] | None = None
+    loops: tuple[DevNum, ...] | None = None
+
+    @property
+    def same_bytes(self) -> tuple[DiskPart, ...]:
+        """The relatives and the twins."""
+        return (*self.relatives, *(self.twins or ()))
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Its node and those of all that shows the same bytes."""
+        return (self.device_node, *(part.device_node for part in self.same_bytes))
 
     @property
     def host_path(self) -> str:
@@ -69,7 +83,8 @@ class BlockDevice:
     @property
     def related_identities(self) -> tuple[Identity, ...]:
         """Other devices that show the same bytes."""
-        devnums = [*(part.devnum for part in self.relatives), *self.below]
+        parts = (part.devnum for part in self.same_bytes)
+        devnums = [*parts, *self.below, *(self.loops or ())]
         files = (Identity(IdentityKind.FILE, path) for path in self.below_files)
         return (*map(Identity.of_block, devnums), *files)
 
@@ -81,7 +96,8 @@ class DiskFile:
     `file_id` identifies the file, whatever has its name later (see `vmplug.host.file_id`); None
     where it was not read. `read_only`: its file system is read-only. `direct_io`: it can be read
     without the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image;
-    `pfn` is the information block of persistent memory, None without one.
+    `pfn` is the information block of persistent memory, None without one. `loops` are the loop
+    devices on it with their partitions, None until a check looks for them.
     """
 
     kind: DeviceType = field(default=DeviceType.BLOCK, init=False)
@@ -93,6 +109,12 @@ class DiskFile:
     qcow2: Qcow2Header | None = None
     pfn: "PfnInfo | None" = None
     direct_io: bool = False
+    loops: tuple[DevNum, ...] | None = None
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Its path."""
+        return (self.host_path,)
 
     @property
     def sector_bytes(self) -> int:
@@ -106,5 +128,5 @@ class DiskFile:
 
     @property
     def related_identities(self) -> tuple[Identity, ...]:
-        """None: the loop devices on it are found as its holders."""
-        return ()
+        """The loop devices on it."""
+        return tuple(map(Identity.of_block, self.loops or ()))

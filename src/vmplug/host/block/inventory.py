@@ -13,7 +13,8 @@ from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
-from vmplug.host.block.mounts import HostUsage, same_file
+from vmplug.host.block.loop_files import same_file
+from vmplug.host.block.mounts import HostUsage
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.kind import FoundBy, Identity
 from vmplug.host.root import HostRoot
@@ -123,7 +124,7 @@ def _uses(
     for holder in disk.facts.holders if disk.facts else ():
         yield Use("holder", node, holder)
     for loop in usage.loops:
-        if not loop.backing.deleted and same_file(loop.backing.backing_file, node, root):
+        if loop.shows(node, root):
             yield Use("loop", node, loop.device_node)
     if any(same_file(area, node, root) for area in usage.swaps):
         yield Use("swap", node)

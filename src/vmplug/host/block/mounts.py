@@ -4,7 +4,6 @@ Source: proc(5), proc_pid_mountinfo(5), Documentation/ABI/testing/sysfs-block-lo
 """
 
 import errno
-import os
 import re
 import stat
 
@@ -12,7 +11,7 @@ import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
-from vmplug.host.block.loop import LoopBacking, read_backing_file
+from vmplug.host.block.loop_files import Loop, read_loops
 from vmplug.host.root import HostRoot, node_number
 
 
@@ -22,14 +21,6 @@ class MountedDevice(msgspec.Struct, frozen=True, kw_only=True):
     devnum: DevNum
     mount_point: str
     read_only: bool
-
-
-class Loop(msgspec.Struct, frozen=True, kw_only=True):
-    """One configured loop device."""
-
-    devnum: DevNum
-    device_node: str
-    backing: LoopBacking
 
 
 class HostUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +39,7 @@ def read_usage(root: HostRoot, *, with_mounts: bool = True) -> HostUsage:
     return HostUsage(
         mounts=tuple(_read_mounts(root)) if with_mounts else (),
         swaps=tuple(_read_swaps(root)),
-        loops=tuple(_read_loops(root)),
+        loops=tuple(read_loops(root)),
     )
 
 
@@ -157,30 +148,6 @@ def _read_swaps(root: HostRoot) -> list[str]:
     return [_unescape(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines if line]
 
 
-def _read_loops(root: HostRoot) -> list[Loop]:
-    loops = []
-    for name in root.list_dir("/sys/block"):
-        if not name.startswith("loop"):
-            continue
-        sysfs_path = f"/sys/block/{name}"
-        backing = read_backing_file(sysfs_path, root)
-        if backing and (devnum := root.read_devnum(f"{sysfs_path}/dev")):
-            loops.append(Loop(devnum=devnum, device_node=f"/dev/{name}", backing=backing))
-    return loops
-
-
 def _unescape(text: str) -> str:
     """Undo the kernel's octal escapes of blank, tab, newline and backslash."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
-
-
-def same_file(path: str, other: str, root: HostRoot) -> bool:
-    """Whether two paths lead to one file or to nodes of one device; False if one leads nowhere."""
-    if path == other:
-        return True
-    a, b = root.stat_or_none(path), root.stat_or_none(other)
-    if a is None or b is None:
-        return False
-    if stat.S_ISBLK(a.st_mode) and stat.S_ISBLK(b.st_mode):
-        return a.st_rdev == b.st_rdev
-    return os.path.samestat(a, b)

@@ -7,16 +7,17 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 from shlex import quote
 from typing import assert_never
 
 from msgspec.structs import replace
 
 from vmplug.devnum import DevNum
-from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.mounts import HostUsage, same_file
+from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
+from vmplug.host.block.loop_files import Loop, same_file
+from vmplug.host.block.mounts import HostUsage
+from vmplug.host.block.relations import loops_on, relate_block, relate_file
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.check.vfio_group import check_group, check_openers
 from vmplug.host.device import (
@@ -26,7 +27,7 @@ from vmplug.host.device import (
     OpenConnection,
     SharedDirectory,
 )
-from vmplug.host.finding import Access, Claim, Code, Finding
+from vmplug.host.finding import Access, Claim, Code, Finding, Severity
 from vmplug.host.kind import FoundBy, Identity, IdentityKind
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot, describe, node_number
@@ -60,9 +61,11 @@ def check_device(
     """
     match device:
         case BlockDevice():
-            return list(_check_block(device, access, usage, claims, root))
+            disk = relate_block(device, usage, root)
+            return list(_check_block(disk, access, usage, claims, root))
         case DiskFile():
-            return list(_check_file(device, access, usage, claims, root))
+            file = relate_file(device, usage, root)
+            return list(_check_file(file, access, usage, claims, root))
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
             return list(_claimed(claims, access))
         case VfioGroup():
@@ -81,7 +84,8 @@ def _check_vfio(
     if not claims:
         yield from check_openers(group, root)
     for part in group.disks:
-        disk = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
+        found = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
+        disk = relate_block(found, usage, root)
         for finding in _all_users(disk, usage, claims, root):
             yield replace(finding, message=f"{group.host_path} has a disk: {finding.message}")
 
@@ -92,11 +96,11 @@ def _all_users(
     """Every user of a disk that the host will lose with the function that it is on."""
     used = _users(disk, Access(read_only=False), usage, root)
     yield from used
-    if root.is_live and not used:
+    if root.is_live and not _is_refused(used):
         held = [f for f in _opened(disk, root, explained=False) if f.code is Code.OPEN_EXCLUSIVELY]
         yield from held
         if not (held or claims):
-            for node in _nodes(disk):
+            for node in disk.nodes:
                 yield from _locked(node, Access(read_only=False), root)
 
 
@@ -115,11 +119,11 @@ def _check_block(
     yield from _claimed(claims, access)
     if root.is_live:
         # A user that could share it with a reader still holds the device exclusively.
-        explained = used or _users(device, replace(access, read_only=False), usage, root)
-        closed = list(_opened(device, root, explained=bool(explained)))
+        explained = used + _users(device, replace(access, read_only=False), usage, root)
+        closed = list(_opened(device, root, explained=_is_refused(explained)))
         yield from closed
-        if not (used or claims or closed):
-            for path in (*_nodes(device), *device.below_files):
+        if not (_is_refused(used) or claims or closed):
+            for path in (*device.nodes, *device.below_files):
                 yield from _locked(path, access, root)
     yield from _read_only(
         device, access, f"make it writable (blockdev --setrw {quote(device.device_node)})"
@@ -145,12 +149,12 @@ def _check_file(
     device: DiskFile, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
 ) -> Iterator[Finding]:
     used = [
-        *_looped(device.host_path, access, usage, root),
+        *_looped(device, access, usage, root),
         *_swap(device.host_path, (device.host_path,), usage, root),
     ]
     yield from used
     yield from _claimed(claims, access)
-    if not used and not claims:
+    if not (_is_refused(used) or claims):
         yield from _locked(device.host_path, access, root)
     yield from _read_only(device, access, "remount its file system for writing")
     if device.size_bytes == 0:
@@ -161,25 +165,23 @@ def _check_file(
         )
 
 
+def _is_refused(findings: Iterable[Finding]) -> bool:
+    return any(finding.severity is Severity.ERROR for finding in findings)
+
+
 def _users(device: BlockDevice, access: Access, usage: HostUsage, root: HostRoot) -> list[Finding]:
     """Every known user on the host that cannot share the device in this way."""
-    loops = (_looped(node, access, usage, root) for node in _nodes(device))
     return [
         *_mounted(device, access, usage),
         *_held(device, access, root),
-        *chain.from_iterable(loops),
-        *_other_loops(device, access, usage, root),
-        *_swap(device.device_node, _nodes(device), usage, root),
+        *_looped(device, access, usage, root),
+        *_swap(device.device_node, device.nodes, usage, root),
     ]
 
 
-def _nodes(device: BlockDevice) -> tuple[str, ...]:
-    return (device.device_node, *(part.device_node for part in device.relatives))
-
-
 def _mounted(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[Finding]:
-    """Mounts of the device, its partitions or its disk; a read-only file system may be shared."""
-    names = {part.devnum: part.device_node for part in device.relatives}
+    """Mounts of all that shows its bytes; a read-only file system may be shared."""
+    names = {part.devnum: _named(part, device) for part in device.same_bytes}
     names[device.devnum] = device.device_node
     places: dict[DevNum, list[str]] = {}
     for mount in usage.mounts:
@@ -195,10 +197,17 @@ def _mounted(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[
         )
 
 
+def _named(part: DiskPart, device: BlockDevice) -> str:
+    """`/dev/sdb`; for another name of the disk, with the name that was asked for."""
+    if part in (device.twins or ()):
+        return f"{part.device_node}, on the same disk as {device.device_node},"
+    return part.device_node
+
+
 def _held(device: BlockDevice, access: Access, root: HostRoot) -> Iterator[Finding]:
     """Devices that the kernel built on it: device-mapper, md, bcache."""
     held = [(device.device_node, device.holders)]
-    held += [(part.device_node, part.holders) for part in device.relatives]
+    held += [(_named(part, device), part.holders) for part in device.same_bytes]
     for node, holders in held:
         writers = [
             name
@@ -228,29 +237,48 @@ def _mapped_name(sysfs_path: str, root: HostRoot) -> str | None:
     return os.fsdecode(name).removesuffix("\n") if name else None
 
 
-def _looped(path: str, access: Access, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
-    """Loop devices on top of a node or file."""
-    for loop in usage.loops:
-        if loop.backing.deleted or not same_file(loop.backing.backing_file, path, root):
-            continue
+def _looped(
+    disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """Loop devices on the disk. One that nothing uses, such as kubelet's, may stay."""
+    for loop in loops_on(disk, usage, root):
         if access.read_only and root.read_int(f"/sys/dev/block/{loop.devnum}/ro"):
             continue
-        yield Finding(
-            Code.HAS_HOLDERS,
-            f"{path} is behind the loop device {loop.device_node}",
-            f"hand over {loop.device_node} itself, or run losetup --detach {loop.device_node}",
-        )
+        shown = next((n for n in disk.nodes if loop.shows(n, root)), loop.backing.backing_file)
+        message = f"{shown} is behind the loop device {loop.device_node}"
+        if _is_idle(loop, usage, root):
+            yield Finding(
+                Code.HAS_HOLDERS,
+                f"{message}, which nothing uses now",
+                f"leave {loop.device_node} unused: kubelet keeps one on each raw block volume",
+                Severity.WARNING,
+            )
+        else:
+            yield Finding(
+                Code.HAS_HOLDERS,
+                message,
+                f"hand over {loop.device_node} itself, or end its use and run losetup --detach "
+                f"{loop.device_node}",
+            )
 
 
-def _other_loops(
-    device: BlockDevice, access: Access, usage: HostUsage, root: HostRoot
-) -> Iterator[Finding]:
-    """Other loop devices on the file behind this one."""
-    if device.backing is None or device.backing.deleted:
-        return
-    others = [loop for loop in usage.loops if loop.devnum != device.devnum]
-    remaining = HostUsage(mounts=(), swaps=(), loops=tuple(others))
-    yield from _looped(device.backing.backing_file, access, remaining, root)
+def _is_idle(loop: Loop, usage: HostUsage, root: HostRoot) -> bool:
+    """Whether nothing that can be seen uses a loop device."""
+    device = read_block_device(loop.devnum, loop.device_node, FoundBy.SYSFS, root)
+    access = Access(read_only=False)
+    used = [
+        *_mounted(device, access, usage),
+        *_held(device, access, root),
+        *_swap(device.device_node, device.nodes, usage, root),
+    ]
+    above = (other for other in usage.loops if any(other.shows(n, root) for n in device.nodes))
+    if used or any(above):
+        return False
+    if not root.is_live:
+        return True
+    is_locked = any(list(_locked(node, access, root)) for node in device.nodes)
+    refusal = _exclusive_errno(device.device_node, root, patience_s=_PROBE_S)
+    return refusal is None and not is_locked
 
 
 def _swap(

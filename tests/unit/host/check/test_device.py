@@ -5,11 +5,22 @@ import shlex
 
 import pytest
 
-from tests.support.checking import READING, SHARING, WRITING, claim, codes, findings, want
+from tests.support.checking import (
+    READING,
+    SHARING,
+    WRITING,
+    claim,
+    codes,
+    findings,
+    want,
+    want_file,
+)
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
+from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.mounts import MountedDevice, read_usage
+from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import NEVER_ALLOWED, Access, Claim, Code, Finding, Severity, allow
@@ -254,9 +265,15 @@ def test_a_holder_that_only_reads_is_shared_with_readers(
 # Loop devices
 
 
-def loop(tree: HostTree, backing_file: str, *, number: int = 0, ro: bool = False) -> HostTree:
+def idle_loop(tree: HostTree, backing_file: str, *, number: int = 0, ro: bool = False) -> HostTree:
     files = {"backing_file": f"{backing_file}\n", "offset": "0\n", "sizelimit": "0\n"}
     return tree.block_device(f"7:{number}", f"loop{number}", ro=ro, loop=files)
+
+
+def loop(tree: HostTree, backing_file: str, *, number: int = 0, ro: bool = False) -> HostTree:
+    """A loop device with a file system that is mounted."""
+    idle_loop(tree, backing_file, number=number, ro=ro)
+    return tree.mount(f"/dev/loop{number}", f"/loop{number}", f"7:{number}")
 
 
 def test_a_file_behind_a_loop_device_is_in_use(tree: HostTree) -> None:
@@ -265,10 +282,48 @@ def test_a_file_behind_a_loop_device_is_in_use(tree: HostTree) -> None:
         Finding(
             Code.HAS_HOLDERS,
             "/a.img is behind the loop device /dev/loop0",
-            "hand over /dev/loop0 itself, or run losetup --detach /dev/loop0",
+            "hand over /dev/loop0 itself, or end its use and run losetup --detach /dev/loop0",
         )
     ]
-    assert findings(tree, "7:0") == []
+
+
+@pytest.mark.parametrize("wanted", ["/a.img", "8:0"])
+def test_a_loop_device_that_nothing_uses_is_only_mentioned(disk: HostTree, wanted: str) -> None:
+    idle_loop(disk.file("/a.img", b"x"), "/dev/sda" if wanted == "8:0" else wanted)
+    (finding,) = findings(disk, wanted)
+    assert (finding.code, finding.severity) == (Code.HAS_HOLDERS, Severity.WARNING)
+    assert finding.message.endswith("is behind the loop device /dev/loop0, which nothing uses now")
+    assert findings(disk, "7:0") == []
+
+
+@pytest.mark.parametrize("use", ["mount", "holder", "swap", "loop", "partition"])
+def test_every_use_of_a_loop_device_counts(tree: HostTree, use: str) -> None:
+    files = {"backing_file": "/a.img\n", "offset": "0\n", "sizelimit": "0\n"}
+    tree.file("/a.img", b"x")
+    tree.block_device("7:0", "loop0", partitions={"259:0": "loop0p1"}, loop=files)
+    match use:
+        case "mount":
+            tree.mount("/dev/loop0", "/mnt", "7:0")
+        case "partition":
+            tree.mount("/dev/loop0p1", "/mnt", "259:0")
+        case "holder":
+            tree.block_device("253:0", "dm-0").hold("loop0p1", "dm-0")
+        case "swap":
+            tree.swap("/dev/loop0")
+        case _:
+            idle_loop(tree, "/dev/loop0p1", number=1)
+    (finding,) = findings(tree, "/a.img")
+    assert (finding.code, finding.severity) == (Code.HAS_HOLDERS, Severity.ERROR)
+
+
+def test_a_vm_that_has_the_loop_device_has_the_file(tree: HostTree) -> None:
+    files = {"backing_file": "/a.img\n", "offset": "0\n", "sizelimit": "0\n"}
+    tree.file("/a.img", b"x")
+    tree.block_device("7:0", "loop0", partitions={"259:0": "loop0p1"}, loop=files)
+    file = resolve(want_file("/a.img"), tree.root)
+    assert isinstance(file, DiskFile)
+    related = relate_file(file, read_usage(tree.root), tree.root).related_identities
+    assert [str(identity) for identity in related] == ["block:7:0", "block:259:0"]
 
 
 def test_a_file_is_known_behind_a_loop_device_by_any_of_its_names(tree: HostTree) -> None:
@@ -298,7 +353,7 @@ def test_a_loop_device_that_only_reads_is_shared_with_readers(
 
 def test_two_loop_devices_on_one_file_show_the_same_bytes(tree: HostTree) -> None:
     tree.file("/a.img", b"x")
-    loop(loop(tree, "/a.img"), "/a.img", number=1)
+    loop(idle_loop(tree, "/a.img"), "/a.img", number=1)
     (finding,) = findings(tree, "7:0")
     assert finding.message == "/a.img is behind the loop device /dev/loop1"
 
@@ -310,6 +365,75 @@ def test_a_loop_device_on_a_disk_or_its_partition_concerns_both(
     loop(disk, "/dev/sda1")
     (finding,) = findings(disk, wanted)
     assert (finding.code, "/dev/sda1 is behind" in finding.message) == (Code.HAS_HOLDERS, True)
+
+
+# Two names of one disk
+
+LUN = "eui.00112233445566770000000000000012\n"
+
+
+@pytest.fixture
+def twins(tree: HostTree) -> HostTree:
+    """A LUN that is nvme3n2 and nvme4n18, and another one."""
+    for major, name in ((1, "nvme3n2"), (2, "nvme4n18"), (3, "nvme5n1")):
+        parts = {f"259:{major}1": f"{name}p1", f"259:{major}2": f"{name}p2"}
+        tree.block_device(f"259:{major}0", name, partitions=parts)
+        wwid = LUN if major < 3 else "eui.00112233445566770000000000000013\n"
+        tree.file(f"/sys/devices/virtual/block/{name}/wwid", wwid)
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("mounted", "wanted", "is_used"),
+    [
+        ("259:21", "259:10", True),
+        ("259:20", "259:11", True),
+        ("259:21", "259:11", True),
+        ("259:21", "259:12", False),
+        ("259:21", "259:30", False),
+        ("259:31", "259:10", False),
+    ],
+)
+def test_a_use_under_another_name_of_the_disk_counts(
+    twins: HostTree, mounted: str, wanted: str, *, is_used: bool
+) -> None:
+    assert findings(twins, wanted) == []
+    twins.mount("/dev/x", "/srv", mounted)
+    found = findings(twins, wanted)
+    assert codes(found) == (["mounted-on-host"] if is_used else [])
+    assert all("on the same disk as /dev/nvme3n2" in finding.message for finding in found)
+
+
+def test_what_is_built_on_another_name_of_the_disk_counts(twins: HostTree) -> None:
+    twins.block_device("253:0", "dm-0").hold("nvme4n18p2", "dm-0")
+    (finding,) = findings(twins, "259:10")
+    assert (finding.code, "nvme4n18p2" in finding.message) == (Code.HAS_HOLDERS, True)
+
+
+def test_a_vm_that_has_one_name_of_a_disk_has_the_others(twins: HostTree) -> None:
+    device = resolve(want("259:10"), twins.root)
+    assert isinstance(device, BlockDevice)
+    related = relate_block(device, read_usage(twins.root), twins.root).related_identities
+    assert {str(identity) for identity in related} == {
+        *("block:259:11", "block:259:12", "block:259:20", "block:259:21", "block:259:22")
+    }
+
+
+def test_scsi_paths_of_one_lun_are_one_disk_unless_their_sizes_differ(tree: HostTree) -> None:
+    for number, name, size_bytes in (("8:0", "sda", 1), ("8:16", "sdb", 1), ("8:32", "sdc", 2)):
+        tree.block_device(number, name, size_bytes=size_bytes << 30)
+        tree.file(f"/sys/devices/virtual/block/{name}/device/wwid", "naa.600\n")
+    tree.mount("/dev/sdb", "/data", "8:16")
+    assert codes(findings(tree, "8:0")) == ["mounted-on-host"]
+    assert findings(tree, "8:32") == []  # another slot of a card reader
+
+
+def test_disks_without_a_name_are_not_taken_for_one(tree: HostTree) -> None:
+    for number, name in (("8:0", "sda"), ("8:16", "sdb")):
+        tree.block_device(number, name)
+        tree.file(f"/sys/devices/virtual/block/{name}/device/wwid", "\n")
+    tree.mount("/dev/sdb", "/data", "8:16")
+    assert findings(tree, "8:0") == []
 
 
 # Swap

@@ -19,7 +19,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskPart
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Access, Code
+from vmplug.host.finding import Access, Code, Severity
 from vmplug.host.kind import FoundBy
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
@@ -141,6 +141,16 @@ sys.stdin.read()
 """
 
 
+@contextmanager
+def held(node: Path) -> Iterator[None]:
+    """This process has a device exclusively."""
+    descriptor = os.open(node, os.O_RDONLY | os.O_EXCL)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @pytest.fixture
 def live() -> HostTree:
     """This host, for reading."""
@@ -258,19 +268,70 @@ def test_the_file_and_the_second_device_on_it_are_found_in_use(
 ) -> None:
     image = disk_image(tmp_path / "a b.img", 1, "x")
     with loop_device(image) as first, loop_device(image, read_only=True) as second:
-        assert codes(findings(live, str(image))) == ["has-holders", "has-holders"]
-        (of_first,) = findings(live, number(first))
+        with held(first), held(second):
+            assert codes(findings(live, str(image))) == ["has-holders", "has-holders"]
+        with held(second):
+            (of_first,) = findings(live, number(first))
         assert of_first.message == f"{image} is behind the loop device {second}"
         assert findings(live, number(first), READING) == []
-        assert codes(findings(live, number(second), READING)) == ["has-holders"]
+        with held(first):
+            assert codes(findings(live, number(second), READING)) == ["has-holders"]
     assert findings(live, str(image)) == []
 
 
 @pytest.mark.root
 def test_a_device_below_another_loop_device_is_found_in_use(live: HostTree, node: Path) -> None:
     with loop_device(node) as upper:
+        with held(upper):
+            (finding,) = findings(live, number(node))
+            assert finding.message == f"{node} is behind the loop device {upper}"
         (finding,) = findings(live, number(node))
-        assert finding.message == f"{node} is behind the loop device {upper}"
+        assert finding.severity is Severity.WARNING
+
+
+@pytest.mark.root
+def test_a_loop_device_that_qemu_has_is_used(live: HostTree, tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 1, "x")
+    with loop_device(image) as node, locked(node):
+        assert codes(findings(live, str(image))) == ["has-holders"]
+
+
+@pytest.mark.root
+def test_a_loop_device_is_known_by_its_file_and_not_by_the_name_of_that(
+    live: HostTree, tmp_path: Path
+) -> None:
+    """The name in sysfs is gone, or that of another file, or of another mount namespace."""
+    image, other = tmp_path / "a.img", tmp_path / "b.img"
+    disk_image(image, 1, "x")
+    with loop_device(image) as node, held(node):
+        other.hardlink_to(image)
+        image.unlink()
+        (finding,) = findings(live, str(other))
+        assert finding.message == f"{other} is behind the loop device {node}"
+        disk_image(image, 1, "another")
+        assert findings(live, str(image)) == []
+    assert findings(live, str(other)) == []
+
+
+@pytest.mark.root
+def test_the_lock_of_kubelet_on_a_volume_is_mentioned_and_no_more(
+    live: HostTree, tmp_path: Path, node: Path
+) -> None:
+    """It binds the node to a file, and keeps a loop device on that."""
+    published = tmp_path / "pod-uid"
+    published.touch()
+    subprocess.run(["mount", "--bind", node, published], check=True)
+    try:
+        with loop_device(published) as lock:
+            (finding,) = findings(live, number(node))
+            assert (finding.code, finding.severity) == (Code.HAS_HOLDERS, Severity.WARNING)
+            assert finding.message == (
+                f"{node} is behind the loop device {lock}, which nothing uses now"
+            )
+            with held(lock):
+                assert codes(findings(live, number(node))) == ["has-holders"]
+    finally:
+        subprocess.run(["umount", published], check=True)
 
 
 @contextmanager
@@ -291,7 +352,7 @@ def test_a_partition_in_use_keeps_its_disk(live: HostTree, tmp_path: Path) -> No
     image = disk_image(tmp_path / "disk.img", 8, "x")
     with loop_with_partition(image) as (disk, part):
         assert findings(live, number(disk)) == findings(live, number(part)) == []
-        with loop_device(part):
+        with loop_device(part) as upper, held(upper):
             (finding,) = findings(live, number(disk))
             assert finding.message.startswith(f"{part} is behind the loop device")
         with waiting([sys.executable, "-c", HOLD_EXCLUSIVELY, str(part)], ready=b"ready"):

@@ -1,0 +1,95 @@
+"""The loop devices of the host, each with the file or block device that it is open on.
+
+sysfs has the name by which a process opened that, in its own mount namespace: now the name may
+lead to another file, or to none. The kernel's numbers are always right.
+Source: include/uapi/linux/loop.h; drivers/block/loop.c, loop_get_status.
+"""
+
+import os
+import stat
+import struct
+
+import msgspec
+
+from vmplug.devnum import DevNum
+from vmplug.host.block.loop import LoopBacking, read_backing_file
+from vmplug.host.root import HostRoot, node_number
+
+
+class Loop(msgspec.Struct, frozen=True, kw_only=True):
+    """One configured loop device.
+
+    `opened` is the file or block device that it is open on, by the kernel's own numbers; None
+    where only the name is known, as below another root.
+    """
+
+    devnum: DevNum
+    device_node: str
+    backing: LoopBacking
+    opened: "OpenedFile | None" = None
+
+    def shows(self, path: str, root: HostRoot) -> bool:
+        """Whether it is on that file, or on the device of that node, whatever their names are."""
+        if self.opened is None:
+            is_named = not self.backing.deleted
+            return is_named and same_file(self.backing.backing_file, path, root)
+        status = root.stat_or_none(path)
+        return status is not None and self.opened == OpenedFile.of(status)
+
+    def is_on_the_same(self, other: "Loop", root: HostRoot) -> bool:
+        """Whether both are on one file or device."""
+        if self.opened is None:
+            return not self.backing.deleted and other.shows(self.backing.backing_file, root)
+        return self.opened == other.opened
+
+
+class OpenedFile(msgspec.Struct, frozen=True):
+    """A file by its device and inode, or a block device by its number alone."""
+
+    device: int
+    inode: int
+    devnum: DevNum | None
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "OpenedFile":
+        """The file with that status."""
+        if stat.S_ISBLK(status.st_mode):
+            return cls(0, 0, node_number(status))
+        return cls(status.st_dev, status.st_ino, None)
+
+
+_LOOP_GET_STATUS64 = 0x4C05
+_STATUS_BYTES = 232
+_STATUS_BEGINS = struct.Struct("=QQQ")
+"""lo_device, lo_inode, lo_rdevice of struct loop_info64."""
+
+
+def read_loops(root: HostRoot) -> list[Loop]:
+    """Every configured loop device. Raises AttributeReadError."""
+    loops = []
+    for name in root.list_dir("/sys/block"):
+        sysfs_path, node = f"/sys/block/{name}", f"/dev/{name}"
+        backing = read_backing_file(sysfs_path, root) if name.startswith("loop") else None
+        if backing and (devnum := root.read_devnum(f"{sysfs_path}/dev")):
+            opened = _read_opened(node, root) if root.is_live else None
+            loops.append(Loop(devnum=devnum, device_node=node, backing=backing, opened=opened))
+    return loops
+
+
+def _read_opened(node: str, root: HostRoot) -> OpenedFile | None:
+    """The name in sysfs is that of another mount namespace, or one that now leads elsewhere."""
+    status = root.ask_node(node, _LOOP_GET_STATUS64, _STATUS_BYTES)
+    if status is None:
+        return None
+    device, inode, number = _STATUS_BEGINS.unpack_from(status)
+    if number:  # of a block device; the inode is that of the node
+        return OpenedFile(0, 0, DevNum(os.major(number), os.minor(number)))
+    return OpenedFile(device, inode, None)
+
+
+def same_file(path: str, other: str, root: HostRoot) -> bool:
+    """Whether two paths lead to one file or to nodes of one device; False if one leads nowhere."""
+    if path == other:
+        return True
+    a, b = root.stat_or_none(path), root.stat_or_none(other)
+    return a is not None and b is not None and OpenedFile.of(a) == OpenedFile.of(b)

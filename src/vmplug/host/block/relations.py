@@ -1,0 +1,60 @@
+"""What else shows the bytes of a disk: other names of it, and the loop devices on it."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from vmplug.devnum import DevNum
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.loop_files import Loop
+from vmplug.host.block.mounts import HostUsage
+from vmplug.host.block.sysfs import read_block_device
+from vmplug.host.block.twins import read_twins
+from vmplug.host.kind import FoundBy
+from vmplug.host.root import HostRoot
+
+
+def relate_block(device: BlockDevice, usage: HostUsage, root: HostRoot) -> BlockDevice:
+    """The device with its twins and loop devices, which only a check needs.
+
+    Raises AttributeReadError.
+    """
+    if device.loops is not None:
+        return device
+    twins = tuple(read_twins(device.sysfs_path, root)) if device.sysfs_path else ()
+    known = replace(device, twins=twins)
+    return replace(known, loops=_numbers(loops_on(known, usage, root), root))
+
+
+def relate_file(file: DiskFile, usage: HostUsage, root: HostRoot) -> DiskFile:
+    """The file with its loop devices. Raises AttributeReadError."""
+    if file.loops is not None:
+        return file
+    return replace(file, loops=_numbers(loops_on(file, usage, root), root))
+
+
+def loops_on(disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot) -> list[Loop]:
+    """The loop devices on the disk, its partitions and its other names, except itself.
+
+    Those on the file behind a loop device show its bytes too.
+    """
+    number = disk.devnum if isinstance(disk, BlockDevice) else None
+    own = next((loop for loop in usage.loops if loop.devnum == number), None)
+    others = [loop for loop in usage.loops if loop is not own]
+    return [
+        loop
+        for loop in others
+        if any(loop.shows(node, root) for node in disk.nodes)
+        or (own and own.is_on_the_same(loop, root))
+    ]
+
+
+def _numbers(loops: Iterable[Loop], root: HostRoot) -> tuple[DevNum, ...]:
+    """The loop devices and their partitions."""
+    devices = (
+        read_block_device(loop.devnum, loop.device_node, FoundBy.SYSFS, root) for loop in loops
+    )
+    return tuple(
+        number
+        for device in devices
+        for number in (device.devnum, *(part.devnum for part in device.relatives))
+    )
