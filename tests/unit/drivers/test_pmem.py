@@ -1,7 +1,5 @@
 """NVDIMMs: which files become one, what speaks against it, which options mean something."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,8 +23,8 @@ PFN = PfnInfo(2 * MIB)
 NVDIMM = {"block-driver": "nvdimm"}
 
 PLAIN = DiskFile(host_path="/srv/a.img", size_bytes=64 * MIB, direct_io=True)
-DAX = replace(PLAIN, pfn=PFN)
-BEHIND_LOOP = replace(DAX, found_by=FoundBy.BACKING_FILE)
+DAX = PLAIN._replace(pfn=PFN)
+BEHIND_LOOP = DAX._replace(found_by=FoundBy.BACKING_FILE)
 DISK = BlockDevice(
     devnum=DevNum(259, 0),
     device_node="/dev/pmem0",
@@ -40,9 +38,9 @@ DISK = BlockDevice(
     [
         (PLAIN, None),
         (DAX, DiskFrontend.NVDIMM),
-        (replace(DAX, pfn=PfnInfo(None)), DiskFrontend.NVDIMM),
+        (DAX._replace(pfn=PfnInfo(None)), DiskFrontend.NVDIMM),
         (BEHIND_LOOP, DiskFrontend.NVDIMM),
-        (replace(PLAIN, found_by=FoundBy.BACKING_FILE), DiskFrontend.NVDIMM),
+        (PLAIN._replace(found_by=FoundBy.BACKING_FILE), DiskFrontend.NVDIMM),
         (DISK, None),
     ],
 )
@@ -71,12 +69,12 @@ def test_what_was_said_counts_more(driver: DiskFrontend) -> None:
         (PLAIN, None, [Code.NO_PFN_SIGNATURE]),
         (DISK, None, []),
         (DISK, "qcow2", [Code.NOT_THAT_FORMAT]),
-        (replace(DAX, size_bytes=3 * MIB), None, [Code.NVDIMM_SIZE]),
-        (replace(DISK, size_bytes=64 * MIB + 512), None, [Code.NVDIMM_SIZE]),
-        (replace(DISK, size_bytes=None), None, []),
-        (replace(DAX, size_bytes=0), None, []),  # which is refused as empty
+        (DAX._replace(size_bytes=3 * MIB), None, [Code.NVDIMM_SIZE]),
+        (DISK._replace(size_bytes=64 * MIB + 512), None, [Code.NVDIMM_SIZE]),
+        (DISK._replace(size_bytes=None), None, []),
+        (DAX._replace(size_bytes=0), None, []),  # which is refused as empty
         (
-            replace(PLAIN, size_bytes=MIB),
+            PLAIN._replace(size_bytes=MIB),
             "qcow2",
             [Code.NOT_THAT_FORMAT, Code.NVDIMM_SIZE, Code.NO_PFN_SIGNATURE],
         ),
@@ -93,7 +91,7 @@ def test_an_nvdimm_is_checked_for_what_the_guest_would_see(
 
 @given(st.integers(1, 1 << 40))
 def test_sizes_are_multiples_of_two_mib(size_bytes: int) -> None:
-    findings = list(check_nvdimm(replace(DAX, size_bytes=size_bytes), None))
+    findings = list(check_nvdimm(DAX._replace(size_bytes=size_bytes), None))
     assert bool(findings) is bool(size_bytes % NVDIMM_ALIGN_BYTES)
     assert all(f"has {size_bytes} bytes" in finding.message for finding in findings)
 
@@ -105,7 +103,7 @@ def test_a_file_without_the_block_is_only_warned_of() -> None:
 
 
 def test_a_wrong_size_can_be_allowed_and_a_wrong_format_cannot() -> None:
-    findings = list(check_nvdimm(replace(DAX, size_bytes=MIB), "qcow2"))
+    findings = list(check_nvdimm(DAX._replace(size_bytes=MIB), "qcow2"))
     allowed = allow(findings, frozenset(Code))
     assert {finding.code: finding.severity for finding in allowed} == {
         Code.NOT_THAT_FORMAT: Severity.ERROR,
@@ -115,7 +113,7 @@ def test_a_wrong_size_can_be_allowed_and_a_wrong_format_cannot() -> None:
 
 
 def test_the_driver_checks_a_file_by_what_it_will_be() -> None:
-    odd = replace(DAX, size_bytes=3 * MIB)
+    odd = DAX._replace(size_bytes=3 * MIB)
     assert [f.code for f in BlockDiskDriver().check(odd, read_only=False)] == [Code.NVDIMM_SIZE]
     as_disk = BlockDiskDriver.parse({"block-driver": "virtio-blk"})
     assert list(as_disk.check(odd, read_only=False)) == []

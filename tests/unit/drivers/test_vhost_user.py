@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec import structs
+from msgspec.structs import replace
 
 from tests.unit.drivers.test_free_places import MICROVM, Q35, S390X
 from vmplug.devnum import DevNum
@@ -232,7 +231,7 @@ def test_everything_is_told_at_once() -> None:
 def test_a_backend_that_was_not_probed_has_no_findings(
     kind: DeviceType, *, read_only: bool
 ) -> None:
-    device = replace(socket_of(kind), backend=None)
+    device = socket_of(kind)._replace(backend=None)
     assert found(device, {QUEUES[kind]: "256"}, read_only=read_only) == []
 
 
@@ -275,7 +274,7 @@ def test_memory_that_is_not_shared_is_refused_before_any_place(
 ) -> None:
     with pytest.raises(CannotPlug, match=f"not shared; a {kind} device needs") as caught:
         VhostUserDriver(type=kind).choose_place(
-            socket_of(kind), structs.replace(offer, shared_memory=False), ()
+            socket_of(kind), replace(offer, shared_memory=False), ()
         )
     assert caught.value.reason == "memory-not-shared"
 
@@ -283,9 +282,7 @@ def test_memory_that_is_not_shared_is_refused_before_any_place(
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_place_left_names_the_kind(kind: DeviceType) -> None:
     with pytest.raises(NoFreePort, match=f"no free PCI port for a {kind} device"):
-        VhostUserDriver(type=kind).choose_place(
-            socket_of(kind), structs.replace(Q35, ports=()), ()
-        )
+        VhostUserDriver(type=kind).choose_place(socket_of(kind), replace(Q35, ports=()), ())
 
 
 # The plug
@@ -318,9 +315,9 @@ def test_a_network_is_planned_with_what_was_said() -> None:
 def test_a_disk_has_a_queue_for_each_cpu_if_the_backend_can(
     kind: DeviceType, cpus: int, queues: int, planned: int
 ) -> None:
-    offer = structs.replace(Q35, cpus=cpus)
+    offer = replace(Q35, cpus=cpus)
     assert plan(kind, socket_of(kind, queues=queues), offer=offer).queues == planned
-    unasked = replace(socket_of(kind), backend=None)
+    unasked = socket_of(kind)._replace(backend=None)
     assert plan(kind, unasked, offer=offer).queues == 1
 
 
@@ -338,7 +335,7 @@ def test_a_lost_backend_is_looked_for_every_second_where_qemu_can(
 def test_a_network_has_message_interrupts_only_with_kvm(
     kind: DeviceType, *, kvm: bool, msix: bool
 ) -> None:
-    assert plan(kind, offer=structs.replace(Q35, kvm=kvm)).msix is msix
+    assert plan(kind, offer=replace(Q35, kvm=kvm)).msix is msix
 
 
 def test_a_network_without_an_address_gets_one_of_qemus_own() -> None:
@@ -380,8 +377,8 @@ def test_a_stored_controller_takes_no_options_of_a_disk(options: dict[str, str])
 
 
 def test_a_stored_socket_is_known_by_its_number_and_any_other_by_its_path() -> None:
-    stored = replace(socket_of(BLK), devnum=DevNum(241, 7))
-    named = replace(socket_of(NET), found_by=FoundBy.FILE)
+    stored = socket_of(BLK)._replace(devnum=DevNum(241, 7))
+    named = socket_of(NET)._replace(found_by=FoundBy.FILE)
     assert (str(stored.identity), str(named.identity)) == ("block:241:7", "socket:/run/vu.sock")
     assert stored.host_path == named.host_path == "/run/vu.sock"
     assert stored.related_identities == ()

@@ -1,6 +1,5 @@
 """A disk: a block device of the host, or a file that becomes one in the VM."""
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.devnum import DevNum
@@ -20,8 +19,7 @@ class DiskPart(NamedTuple):
     holders: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockDevice:
+class BlockDevice(NamedTuple):
     """A block device of the host.
 
     `holders` are kernel names (`dm-0`, `md0`) of what the kernel built on it. `relatives` are its
@@ -33,7 +31,6 @@ class BlockDevice:
     both None until a check looks for them.
     """
 
-    kind: DeviceType = field(default=DeviceType.BLOCK, init=False)
     devnum: DevNum
     device_node: str
     found_by: FoundBy
@@ -59,6 +56,11 @@ class BlockDevice:
     def nodes(self) -> tuple[str, ...]:
         """Its node and those of all that shows the same bytes."""
         return (self.device_node, *(part.device_node for part in self.same_bytes))
+
+    @property
+    def kind(self) -> DeviceType:
+        """A disk."""
+        return DeviceType.BLOCK
 
     @property
     def host_path(self) -> str:
@@ -89,8 +91,7 @@ class BlockDevice:
         return (*map(Identity.of_block, devnums), *files)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskFile:
+class DiskFile(NamedTuple):
     """A regular file that becomes a disk or an NVDIMM; `host_path` is its canonical path.
 
     `file_id` identifies the file, whatever has its name later (see `vmplug.host.file_id`); None
@@ -100,10 +101,9 @@ class DiskFile:
     devices on it with their partitions, None until a check looks for them.
     """
 
-    kind: DeviceType = field(default=DeviceType.BLOCK, init=False)
-    found_by: FoundBy = FoundBy.FILE
     host_path: str
     size_bytes: int
+    found_by: FoundBy = FoundBy.FILE
     file_id: str | None = None
     read_only: bool = False
     qcow2: Qcow2Header | None = None
@@ -115,6 +115,11 @@ class DiskFile:
     def nodes(self) -> tuple[str, ...]:
         """Its path."""
         return (self.host_path,)
+
+    @property
+    def kind(self) -> DeviceType:
+        """A disk."""
+        return DeviceType.BLOCK
 
     @property
     def sector_bytes(self) -> int:

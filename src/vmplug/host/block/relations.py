@@ -1,7 +1,6 @@
 """What else shows the bytes of a disk: other names of it, and the loop devices on it."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
@@ -21,15 +20,15 @@ def relate_block(device: BlockDevice, usage: HostUsage, root: HostRoot) -> Block
     if device.loops is not None:
         return device
     twins = tuple(read_twins(device.sysfs_path, root)) if device.sysfs_path else ()
-    known = replace(device, twins=twins)
-    return replace(known, loops=_numbers(loops_on(known, usage, root), root))
+    known = device._replace(twins=twins)
+    return known._replace(loops=_numbers(loops_on(known, usage, root), root))
 
 
 def relate_file(file: DiskFile, usage: HostUsage, root: HostRoot) -> DiskFile:
     """The file with its loop devices. Raises AttributeReadError."""
     if file.loops is not None:
         return file
-    return replace(file, loops=_numbers(loops_on(file, usage, root), root))
+    return file._replace(loops=_numbers(loops_on(file, usage, root), root))
 
 
 def loops_on(disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot) -> list[Loop]:

@@ -1,6 +1,5 @@
 """The socket of a process that serves a device, and the features of that process."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from vmplug.devnum import DevNum
@@ -48,8 +47,7 @@ class Backend(NamedTuple):
                 return True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VhostUserSocket:
+class VhostUserSocket(NamedTuple):
     """The socket of a process that serves a device: a disk, a network, a directory.
 
     `devnum` is the number that stands for it in the vhost-user store; None when the request named
@@ -57,9 +55,9 @@ class VhostUserSocket:
     """
 
     kind: DeviceType
+    socket_path: str
     found_by: FoundBy = FoundBy.VHOST_USER_STORE
     devnum: DevNum | None = None
-    socket_path: str
     backend: "Backend | None" = None
 
     @property

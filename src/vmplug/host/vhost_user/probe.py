@@ -9,7 +9,6 @@ Source: QEMU docs/interop/vhost-user.rst; virtio specification, 5.1 to 5.11, fea
 import socket
 import struct
 import time
-from dataclasses import replace
 from enum import StrEnum
 
 from vmplug.host.finding import Code, Finding
@@ -108,7 +107,7 @@ def ask_backend(
         return device, [_wrong(device, _who(device.socket_path, root))]
     if device.kind is DeviceType.VHOST_USER_SCSI:
         answer = answer._replace(queues=max(answer.queues - _SCSI_QUEUES_FIXED, 1))
-    return replace(device, backend=answer), []
+    return device._replace(backend=answer), []
 
 
 def _look(device: VhostUserSocket, root: HostRoot) -> Finding | None:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -256,7 +255,7 @@ def test_a_good_backend_is_kept_with_the_device(directory: Path, kind: DeviceTyp
     ) as path:
         asked, findings = ask_backend(device(kind, path), HostRoot())
     assert findings == []
-    assert replace(asked, backend=None) == device(kind, path)
+    assert asked._replace(backend=None) == device(kind, path)
     assert asked.backend
     assert asked.backend.features == HAS_PROTOCOL
 
