@@ -11,7 +11,7 @@ from guest.console import GuestError
 
 from tests.qemu.conftest import PORTS, Lab, losetup, opened_by_another_qemu, request
 from tests.support.disks import detach_loop, disk_image, loop_device, qcow2_image
-from vmplug.errors import CommandError, InUse
+from vmplug.errors import CommandError, InUse, StateError
 from vmplug.host.finding import Code
 from vmplug.journal.state import State
 
@@ -396,6 +396,50 @@ def loop_of_large_sectors(image: Path) -> Iterator[Path]:
         yield Path(node)
     finally:
         detach_loop(Path(node))
+
+
+# another file under the name
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "qcow2"}], ids=["raw", "qcow2"])
+def test_another_file_of_the_same_name_is_not_the_disk(
+    lab: Lab, tmp_path: Path, options: dict[str, str]
+) -> None:
+    make = qcow2_image if options else disk_image
+    image, new = make(tmp_path / "a.img", 8, "first"), make(tmp_path / "b.img", 4, "second")
+    first = lab.attach(image, options)
+    kept = tmp_path / "kept.img"
+    kept.hardlink_to(image)
+    again = request(image, options)
+    before = lab.picture()
+    new.rename(image)
+
+    with pytest.raises(StateError, match="is now another device or file") as caught:
+        lab.devices.attach(again, owner="another")
+    assert (caught.value.state, caught.value.hint is None) == ("replaced", False)
+    for size_bytes in (None, 16 * MIB):
+        with pytest.raises(StateError, match="is now another device or file"):
+            lab.devices.resize(first.id, size_bytes)
+    assert lab.picture() == before
+    assert len(kept.read_bytes()) == len(make(tmp_path / "c.img", 8, "first").read_bytes())
+
+    lab.devices.detach(first.id)  # the remedy
+    second = lab.devices.attach(again, owner="another")
+    assert lab.seen(second).marker == "second"
+    lab.devices.detach(second.id)
+
+
+def test_the_file_is_the_disk_again_when_it_has_its_name_again(lab: Lab, tmp_path: Path) -> None:
+    image, new = disk_image(tmp_path / "a.img", 8, "x"), disk_image(tmp_path / "b.img", 8, "y")
+    first = lab.attach(image)
+    image.rename(tmp_path / "kept.img")
+    new.rename(image)
+    with pytest.raises(StateError):
+        lab.devices.attach(request(image), owner="another")
+    (tmp_path / "kept.img").rename(image)
+    second = lab.devices.attach(request(image), owner="another")
+    assert second.device_id == first.device_id
+    lab.devices.detach_all([first.id, second.id])
 
 
 # sizes

@@ -18,6 +18,7 @@ class Code(StrEnum):
     OPEN_EXCLUSIVELY = "open-exclusively"
     IMAGE_LOCKED = "image-locked"
     IN_USE_BY_VM = "in-use-by-vm"
+    REPLACED = "replaced"
     READ_ONLY_DEVICE = "read-only-device"
     NO_MEDIUM = "no-medium"
     SIZE_ZERO = "size-zero"
@@ -72,6 +73,7 @@ NEVER_ALLOWED = frozenset(
         Code.NOT_BOUND,
         Code.NOT_THAT_FORMAT,
         Code.OPEN_BY_PROCESS,
+        Code.REPLACED,
         Code.SIZE_ZERO,
         Code.SPLIT_GROUP,
         Code.TOO_MANY_QUEUES,

@@ -15,7 +15,7 @@ from vmplug.errors import StoreError
 from vmplug.host.permissions import check_private, make_private
 from vmplug.journal import StateDir, journal_path
 
-VERSION = 4
+VERSION = 5
 """The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -43,6 +43,7 @@ CREATE TABLE device (
     guest TEXT,
     worker TEXT,
     parts TEXT,
+    thing TEXT,
     UNIQUE (vm, identity),
     UNIQUE (vm, place)
 ) STRICT;
@@ -84,6 +85,9 @@ ALTER TABLE attachment RENAME COLUMN container_path TO name;
 ALTER TABLE vm ADD COLUMN boot_id TEXT;
 ALTER TABLE device ADD COLUMN worker TEXT;
 ALTER TABLE device ADD COLUMN parts TEXT;
+""",
+    4: """
+ALTER TABLE device ADD COLUMN thing TEXT;
 """,
 }
 """The statements that turn a journal of that version into one of the next."""

@@ -39,7 +39,8 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A device as the journal knows it; without `place` and `guest_address` it is only counted.
 
     `in_progress_by` is the process that has it in progress, None for none. `parts` are its names
-    in QEMU when another program plugged it, and empty when vmplug did.
+    in QEMU when another program plugged it, and empty when vmplug did. `thing` is what was
+    plugged, whatever has its name now (see `vmplug.host.check.thing`); None where that is unknown.
     """
 
     id: str
@@ -55,6 +56,11 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     guest_address: GuestAddress | None
     in_progress_by: ProcessIdentity | None = None
     parts: tuple[str, ...] = ()
+    thing: str | None = None
+
+    def is_other(self, thing: str | None) -> bool:
+        """Whether what has its name now is surely not what was plugged."""
+        return self.thing is not None and thing is not None and thing != self.thing
 
     @property
     def can_be_unplugged(self) -> bool:
@@ -127,13 +133,14 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
         guest_address=_guest_address(row),
         in_progress_by=ProcessIdentity.parse(row["worker"]) if row["worker"] else None,
         parts=tuple(json.loads(row["parts"])) if row["parts"] else (),
+        thing=row["thing"],
     )
 
 
 def insert_device(db: sqlite3.Connection, device: DeviceRecord) -> None:
     """A new row of the table `device`."""
     db.execute(
-        "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             device.id,
             device.vm,
@@ -148,6 +155,7 @@ def insert_device(db: sqlite3.Connection, device: DeviceRecord) -> None:
             guest_text(device.guest_address),
             str(device.in_progress_by) if device.in_progress_by else None,
             json.dumps(device.parts) if device.parts else None,
+            device.thing,
         ),
     )
 

@@ -18,6 +18,7 @@ class State(StrEnum):
     RETAINED = "retained"
 
 
+REPLACED = "replaced"
 ABSENT = "absent"
 """The name in errors for the state of a device that is not in the journal."""
 
@@ -80,6 +81,16 @@ def holds_nothing(owner: str, vm: str) -> NotAttached:
     return NotAttached(
         f"{owner} holds no device of VM {vm}",
         hint=f"vmplug list --vm {vm} shows the owners and their devices",
+    )
+
+
+def replaced(path: str, vm: str) -> StateError:
+    """The error for a device whose name leads to another thing than the VM has."""
+    return StateError(
+        f"{path} is now another device or file than the one that VM {vm} has under this name",
+        state=REPLACED,
+        required="the same",
+        hint="detach the one that the VM has from every owner first: vmplug list shows them",
     )
 
 

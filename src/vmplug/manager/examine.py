@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import msgspec
 from msgspec.structs import replace
@@ -18,6 +19,7 @@ from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.mounts import HostUsage, read_usage
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.check.device import check_device
+from vmplug.host.check.thing import identify
 from vmplug.host.check.vfio_group import GuestMemory, check_vm
 from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.finding import NEVER_ALLOWED, Access, Claim, Code, Finding, Severity, allow
@@ -55,7 +57,8 @@ _BINDABLE = {Code.NOT_BOUND, Code.GROUP_NOT_VIABLE}
 class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request with its result; when `device` is None, `error` is the reason.
 
-    `driver` is None for a device that is only counted.
+    `driver` is None for a device that is only counted. `thing` is what has the name of the device
+    now (see `vmplug.host.check.thing`), None where that is unknown.
     """
 
     info: Request
@@ -63,6 +66,7 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     device: HostDevice | None
     error: HostError | None
     findings: tuple[Finding, ...]
+    thing: str | None = None
 
     @property
     def is_refused(self) -> bool:
@@ -142,7 +146,14 @@ def _examine_one(
         device=device,
         error=None,
         findings=tuple(allow(findings, terms.allowed)),
+        thing=_identify(device, terms.host),
     )
+
+
+def _identify(device: HostDevice, host: HostRoot) -> str | None:
+    with suppress(HostError):
+        return identify(device, host)
+    return None
 
 
 def _relate(device: HostDevice, terms: _Terms) -> HostDevice:

@@ -290,7 +290,8 @@ class DeviceManager:
         """Report a disk's new size to the guest, and return it in bytes.
 
         None means the current size of the host's device; for a regular file a number makes it
-        grow. Raises PolicyError if data would be lost, NotAttached, HypervisorError.
+        grow. Raises PolicyError if data would be lost, StateError when another disk has its name,
+        NotAttached, HypervisorError.
         """
         hold = next((hold for hold in self.attachments() if hold.id == attachment_id), None)
         devices = {record.id: record for record in self._journal.devices(self._vm)}

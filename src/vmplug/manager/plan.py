@@ -17,7 +17,7 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import Attachment, DeviceRecord
-from vmplug.journal.state import State, on_its_way
+from vmplug.journal.state import State, on_its_way, replaced
 from vmplug.manager.examine import CheckedRequest, refuse, refuse_not_allowed
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request, ShareInfo
@@ -170,6 +170,7 @@ def _new_device(
         options=requests[0].info.driver_options,
         place=None,
         guest_address=None,
+        thing=requests[0].thing,
     )
     if driver is None:
         return NewDevice(record=record, device=device)
@@ -233,6 +234,8 @@ def _check_tag(new: DeviceRecord, records: Iterable[DeviceRecord]) -> None:
 def _check_serves(record: DeviceRecord, request: CheckedRequest) -> None:
     """StateError unless the device, as it is or will be plugged, fits this request."""
     device, guest = request.device, record.guest_address
+    if record.is_other(request.thing):
+        raise replaced(record.host_path, record.vm)
     tag = request.info.tag if isinstance(request.info, ShareInfo) else None
     is_other = device and device.kind is not record.kind
     if is_other or (tag and guest and guest.mount_tag != tag) or _is_other_pmem(record, request):

@@ -151,6 +151,12 @@ CREATE TABLE binding (
 INSERT INTO binding VALUES ('0000:3b:00.0', 'nvme', NULL, 'bound', NULL, 'a boot');
 PRAGMA user_version = 3;
 """
+VERSION_4 = """
+ALTER TABLE vm ADD COLUMN boot_id TEXT;
+ALTER TABLE device ADD COLUMN worker TEXT;
+ALTER TABLE device ADD COLUMN parts TEXT;
+PRAGMA user_version = 4;
+"""
 """What later vmplugs made of a journal of version 1; the third wrote down what it had bound."""
 
 
@@ -158,7 +164,7 @@ def write_version(version: int, state_dir: Path) -> Path:
     """A journal as the vmplug of that version left it."""
     path = write_version_1(state_dir)
     with closing(sqlite3.connect(path)) as db:
-        for script in (VERSION_2, VERSION_3)[: version - 1]:
+        for script in (VERSION_2, VERSION_3, VERSION_4)[: version - 1]:
             db.executescript(script)
     return path
 
@@ -182,7 +188,7 @@ def tables_of(path: Path) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_migration_keeps_every_row_of_an_older_journal(tmp_path: Path, version: int) -> None:
     path = write_version(version, tmp_path)
     with Journal.open(tmp_path) as store:
@@ -192,15 +198,17 @@ def test_migration_keeps_every_row_of_an_older_journal(tmp_path: Path, version: 
             *(device for device in DEVICES if device.vm == "vm-2"),
         ]
         assert store.attachments() == HOLDS
-        assert [str(b.bdf) for b in store.bindings.all()] == ["0000:3b:00.0"] * (version == 3)
-        assert not any(device.in_progress_by or device.parts for device in store.devices("vm-1"))
+        assert [str(b.bdf) for b in store.bindings.all()] == ["0000:3b:00.0"] * (version >= 3)
+        for device in store.devices("vm-1"):
+            assert (device.in_progress_by, device.parts, device.thing) == (None, (), None)
+            assert not device.is_other("anything")
     assert version_of(path) == VERSION
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert db.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_a_migrated_journal_has_the_tables_of_a_new_one(tmp_path: Path, version: int) -> None:
     (tmp_path / "new").mkdir(mode=0o700)
     path = write_version(version, tmp_path)

@@ -17,6 +17,7 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block.image import ImageFormat, read_qcow2_header
 from vmplug.host.block.loop import read_backing_file
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES
+from vmplug.host.check.thing import identify_block, identify_file
 from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.pci.function import find_function
 from vmplug.host.pci.mdev import MDEV_DEVICES
@@ -128,6 +129,12 @@ class HostSnapshot:
         sectors = self._host.read_int(f"{base}/{number}/size")
         if sectors is None:
             return DeviceHealth(HostState.GONE, f"{record.host_path} ({number}) no longer exists")
+        if record.is_other(
+            identify_block(number, self._host.real_path(f"{base}/{number}"), self._host)
+        ):
+            return DeviceHealth(
+                HostState.REPLACED, f"{record.host_path} ({number}) is now another device"
+            )
         backing = read_backing_file(f"{base}/{number}", self._host)
         if backing is None and number.major == _LOOP_MAJOR:
             return DeviceHealth(
@@ -144,7 +151,9 @@ class HostSnapshot:
         status = self._host.stat(path)
         if status is None:
             return DeviceHealth(HostState.DELETED, f"{path} has been deleted or moved")
-        if not stat.S_ISREG(status.st_mode) or f"{path} (deleted)" in self._files_of(record.vm):
+        is_other = record.is_other(identify_file(path, self._host))
+        is_lost = f"{path} (deleted)" in self._files_of(record.vm)
+        if is_other or is_lost or not stat.S_ISREG(status.st_mode):
             return DeviceHealth(HostState.REPLACED, f"{path} is now another file")
         return DeviceHealth(
             HostState.PRESENT, size_bytes=self._size_of_image(record, status.st_size)

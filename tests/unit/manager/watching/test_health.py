@@ -11,6 +11,7 @@ from tests.support.disks import disk_image, qcow2_image
 from tests.support.journal import device_record, vm_record
 from tests.support.pci_tree import PciTree
 from tests.support.tree import GIB, MIB
+from vmplug.host.check.thing import identify_file
 from vmplug.host.kind import DeviceType
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
@@ -102,6 +103,32 @@ def test_a_file_in_the_place_of_the_one_that_the_vm_has_open_is_told(tmp_path: P
         assert HostSnapshot(host, [ended]).of(image) == DeviceHealth(
             HostState.PRESENT, size_bytes=MIB
         )
+
+
+def test_another_file_is_known_by_what_was_plugged_and_not_by_the_vms_files(
+    tmp_path: Path,
+) -> None:
+    """The VM's process is unknown, and the former file has another name."""
+    host, path = HostRoot(), disk_image(tmp_path / "a.img", 1, "first")
+    image = replace(device_record(f"file:{path}", str(path)), thing=identify_file(str(path), host))
+    assert HostSnapshot(host, []).of(image) == DeviceHealth(HostState.PRESENT, size_bytes=MIB)
+    kept = path.rename(tmp_path / "kept.img")
+    disk_image(path, 1, "second")
+    found = HostSnapshot(host, []).of(image)
+    assert found == DeviceHealth(HostState.REPLACED, f"{path} is now another file")
+    kept.rename(path)
+    assert HostSnapshot(host, []).of(image) == DeviceHealth(HostState.PRESENT, size_bytes=MIB)
+
+
+def test_another_disk_of_the_same_number_is_known_by_its_sequence(tree: PciTree) -> None:
+    tree.block_device("8:16", "sdb", size_bytes=GIB)
+    sequence = "/sys/devices/virtual/block/sdb/diskseq"
+    tree.file(sequence, "7\n")
+    disk = replace(DISK, thing="block 8:16 7")
+    assert look(tree, disk) == DeviceHealth(HostState.PRESENT, size_bytes=GIB)
+    tree.file(sequence, "8\n")
+    found = look(tree, disk)
+    assert found == DeviceHealth(HostState.REPLACED, "/dev/sdb (8:16) is now another device")
 
 
 def test_a_qcow2_image_has_the_size_that_a_guest_sees(tmp_path: Path) -> None:
