@@ -1,7 +1,7 @@
 """The matrix: for each kind and operation every step, for each step every fault, and a verdict."""
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from enum import StrEnum
@@ -98,6 +98,12 @@ class Cell:
     fault: Fault
     outcome: str
     problem: str | None
+
+
+def wrong_cells(cells: Sequence[Cell]) -> list[str]:
+    """What was wrong, in words. A column without a cell has tried nothing."""
+    assert cells
+    return [f"{cell.step}, {cell.fault}: {cell.problem}" for cell in cells if cell.problem]
 
 
 # what the processes under test do
