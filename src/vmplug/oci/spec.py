@@ -30,6 +30,7 @@ from vmplug.oci.limits import (
     check_count,
     check_path,
 )
+from vmplug.oci.mount_options import is_read_only
 from vmplug.oci.requests import Named
 from vmplug.oci.source import read_source
 
@@ -143,14 +144,9 @@ def _mount(mount: _Mount, at: str, options: Mapping[str, Mapping[str, str]]) -> 
         destination=mount.destination,
         source=mount.source or "",
         type=mount.type,
-        read_only=_last_of(mount.options or [], "ro", "rw") == "ro",
+        read_only=is_read_only(mount.options or []),
         driver_options=options.get(mount.destination.rstrip("/"), {}),
     )
-
-
-def _last_of(options: list[str], *words: str) -> str | None:
-    """The last of several options that contradict each other counts, as with mount(8)."""
-    return next((option for option in reversed(options) if option in words), None)
 
 
 def _devices(linux: _Linux, options: Mapping[str, Mapping[str, str]]) -> tuple[DeviceInfo, ...]:
