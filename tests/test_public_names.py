@@ -108,7 +108,7 @@ def test_resolving_one_device_imports_nothing_heavy(more: tuple[str, ...]) -> No
 
 
 def test_info_on_a_bundle_imports_no_hypervisor_and_no_journal(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"ociVersion": "1.0.2"}')
     loaded = modules_of_process("info", str(tmp_path))
     assert "msgspec" in loaded
     assert not loaded & {"asyncio", "qemu.qmp", "rich", "sqlite3"}

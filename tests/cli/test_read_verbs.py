@@ -221,12 +221,14 @@ def test_a_bundle_in_the_working_directory_has_that_directorys_name(
 
 @pytest.mark.parametrize("verb", ["info", "resolve", "check"])
 def test_a_bundle_without_devices_is_said_to_be_one(vmplug: Vmplug, verb: str) -> None:
-    assert vmplug(verb, "-", stdin="{}").answer() == "no devices are asked for\n"
+    assert (
+        vmplug(verb, "-", stdin='{"ociVersion": "1.0.2"}').answer() == "no devices are asked for\n"
+    )
 
 
 @pytest.mark.parametrize("verb", ["info", "resolve", "check"])
 def test_a_bundle_without_devices_is_an_empty_list_in_json(vmplug: Vmplug, verb: str) -> None:
-    document = vmplug(verb, "-", "--json", stdin="{}").json()
+    document = vmplug(verb, "-", "--json", stdin='{"ociVersion": "1.0.2"}').json()
     (answers,) = [value for value in document.values() if isinstance(value, list)]
     assert answers == []
 
@@ -414,7 +416,9 @@ def test_absent_and_unreadable_are_two_answers(vmplug: Vmplug, tree: HostTree) -
 
 def test_a_fifo_is_found_at_its_container_path(vmplug: Vmplug, tree: HostTree) -> None:
     tree.node("/run/pipe", "p")
-    text = json.dumps({"linux": {"devices": [{"path": "/run/pipe", "type": "p"}]}})
+    text = json.dumps(
+        {"ociVersion": "1.0.2", "linux": {"devices": [{"path": "/run/pipe", "type": "p"}]}}
+    )
     (found,) = vmplug("resolve", "-", *at(tree), "--json", stdin=text).json()["devices"]
     assert (found["host_path"], found["found_by"]) == ("/run/pipe", "container-path")
     assert (found["kind"], found["major"]) == ("generic", None)

@@ -96,6 +96,9 @@ def request(
         "major": numbers[0],
         "minor": numbers[1],
     }
-    config = {"linux": {"devices": [asked], "resources": {"devices": list(rules)}}}
+    config = {
+        "ociVersion": "1.0.2",
+        "linux": {"devices": [asked], "resources": {"devices": list(rules)}},
+    }
     (info,) = parse_config(json.dumps(config).encode(), name=None).devices
     return replace(info, **more)

@@ -146,7 +146,7 @@ def bundle_with_mount(directory: Path, source: Path, *options: str) -> Path:
         "source": str(source),
         "options": ["rbind", *options],
     }
-    (directory / "config.json").write_text(json.dumps({"mounts": [mount]}))
+    (directory / "config.json").write_text(json.dumps({"ociVersion": "1", "mounts": [mount]}))
     return directory
 
 

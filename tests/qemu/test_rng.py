@@ -85,7 +85,7 @@ def test_the_last_of_two_owners_takes_it_away(life: OpenLab) -> None:
 
 
 def test_what_a_bundle_says_is_done(life: OpenLab) -> None:
-    config = b"""{"annotations": {
+    config = b"""{"ociVersion": "1", "annotations": {
         "org.vmplug.rng.hw": "{\\"source\\": \\"/dev/random\\", \\"max-bytes\\": 512}"
     }}"""
     before = life.picture()

@@ -181,7 +181,7 @@ def test_what_a_bundle_says_is_done(life: OpenLab, directory: Path) -> None:
     member = (
         f'{{\\"source\\": \\"{directory}\\", \\"read-only\\": true, \\"cache\\": \\"never\\"}}'
     )
-    config = f'{{"annotations": {{"org.vmplug.share.{TAG}": "{member}"}}}}'
+    config = f'{{"ociVersion": "1", "annotations": {{"org.vmplug.share.{TAG}": "{member}"}}}}'
     before = life.picture()
     (info,) = parse_config(config.encode(), name="c1").annotated
     attachment = life.devices.attach(info)

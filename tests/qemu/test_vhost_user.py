@@ -647,7 +647,7 @@ def test_a_bundle_may_ask_for_a_network(life: OpenLab) -> None:
     with vhost_user_backend("net") as backend:
         before = life.picture()
         member = json.dumps({"socket": str(backend.socket_path), "mac": MAC})
-        config = json.dumps({"annotations": {"org.vmplug.net.eth0": member}})
+        config = json.dumps({"ociVersion": "1", "annotations": {"org.vmplug.net.eth0": member}})
         (info,) = parse_config(config.encode(), name="c1").annotated
         attachment = life.devices.attach(info)
         assert only_nic(life).mac == MAC

@@ -22,10 +22,14 @@ _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """The bytes that were read, and the name of the bundle directory; None for standard input."""
+    """The bytes that were read, the bundle directory's name, and the file that they are from.
+
+    The latter are None for standard input.
+    """
 
     data: bytes
     name: str | None
+    file: str | None
 
 
 def read_source(source: str | os.PathLike[str]) -> Source:
@@ -36,13 +40,14 @@ def read_source(source: str | os.PathLike[str]) -> Source:
     if source == "-":
         if sys.stdin is None:
             raise SpecError("standard input", "is closed; expected a config.json")
-        return Source(data=_read("standard input", sys.stdin.buffer), name=None)
+        return Source(data=_read("standard input", sys.stdin.buffer), name=None, file=None)
     path = Path(source)
     if os.path.isdir(path):  # Path.is_dir raises for a name too long to be one
         path /= "config.json"
     try:
         with open(os.open(path, _OPEN), "rb", buffering=0) as file:
-            return Source(data=_read(str(path), file), name=_container_name(path.parent.resolve()))
+            data, name = _read(str(path), file), _container_name(path.parent.resolve())
+            return Source(data=data, name=name, file=str(path))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "a null byte in its path"
         raise SpecError(

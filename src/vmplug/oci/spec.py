@@ -26,6 +26,7 @@ from vmplug.oci.limits import (
     MOUNT_OPTIONS_MAX,
     MOUNTS_MAX,
     NAME_BYTES_MAX,
+    PATH_BYTES_MAX,
     RULES_MAX,
     check_count,
     check_path,
@@ -72,10 +73,15 @@ class _Linux(msgspec.Struct, frozen=True, kw_only=True):
     resources: _Resources | None = None
 
 
-class _Config(msgspec.Struct, frozen=True, kw_only=True):
+class _Config(
+    msgspec.Struct, frozen=True, kw_only=True, rename={"oci_version": "ociVersion"}
+):
+    oci_version: str | None = None
     annotations: dict[str, str] | None = None
     mounts: list[_Mount] | None = None
     linux: _Linux | None = None
+    status: object = None
+    bundle: object = None
 
 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,10 +99,16 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 def read_bundle(source: str | os.PathLike[str]) -> Bundle:
     """The devices that the bundle directory, config.json or `-` (standard input) requests.
 
-    Raises SpecError when it cannot be read and for everything wrong inside it.
+    Raises SpecError, which names the file, when it cannot be read and for everything wrong inside.
     """
     found = read_source(source)
-    return parse_config(found.data, name=found.name)
+    try:
+        return parse_config(found.data, name=found.name)
+    except SpecError as error:
+        if found.file is not None:
+            error.message = f"{found.file}: {error.message}"
+            error.args = (error.message,)
+        raise
 
 
 def parse_config(data: bytes, *, name: str | None) -> Bundle:
@@ -118,6 +130,7 @@ def parse_config(data: bytes, *, name: str | None) -> Bundle:
         annotated=annotated.requests,
     )
     _check_paths(annotated.options, bundle)
+    _check_is_config(config, data)
     return bundle
 
 
@@ -182,10 +195,63 @@ def _decode(data: bytes) -> _Config:
             "$", data.decode()
         )  # and that all text is UTF-8, most of which msgspec skips
     except msgspec.ValidationError as error:
+        if data.lstrip()[:1] != b"{":
+            raise _not_a_config(
+                data, "$", _spec_error(error).message.removeprefix("$: ")
+            ) from error
         raise _spec_error(error) from error
     except (msgspec.DecodeError, ValueError) as error:
         raise SpecError("$", f"not JSON: {_json_position(data) or error}") from error
     return config
+
+
+def _check_is_config(config: _Config, data: bytes) -> None:
+    """SpecError for another document: it would be a container that requests nothing."""
+    if config.status is not None and config.bundle is not None:
+        raise SpecError(
+            "$",
+            "this is the state of a container, not its config.json",
+            hint=f"pass its bundle directory, {str(config.bundle)[:PATH_BYTES_MAX]}",
+        )
+    if not config.oci_version:
+        raise _not_a_config(data, "$.ociVersion", "missing")
+
+
+def _not_a_config(data: bytes, where: str, why: str) -> SpecError:
+    try:
+        document = json.loads(data, parse_int=len, parse_float=len)
+    except ValueError:
+        document = None
+    known = next((words for key, *words in _OTHERS if _has(document, key)), None)
+    what, hint = known or ("an OCI config.json is an object with ociVersion", _REMEDY)
+    return SpecError(where, f"{why}; {what}", hint=hint)
+
+
+_REMEDY = "pass the config.json of the container's bundle, or the bundle directory"
+_OTHERS = (
+    (
+        "cdiVersion",
+        "this is a CDI specification, and an OCI config.json is needed",
+        "the container engine adds it to the config.json of a container; pass that one",
+    ),
+    (
+        "info",
+        "this is what crictl inspect prints, and the config.json is inside",
+        "crictl inspect ID | jq .info.runtimeSpec",
+    ),
+    (
+        "Config",
+        "this is what docker or podman inspect prints, and an OCI config.json is needed",
+        "pass the config.json of the container's bundle (podman inspect: .[0].OCIConfigPath)",
+    ),
+)
+"""Documents that are taken for a config.json: a member that only they have, what, and the hint."""
+
+
+def _has(document: object, key: str) -> bool:
+    """Whether the object, or the first of a list of them, has that member."""
+    first = document[0] if isinstance(document, list) and document else document
+    return isinstance(first, dict) and key in first
 
 
 def _spec_error(error: msgspec.ValidationError) -> SpecError:

@@ -301,7 +301,12 @@ SDA = {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}
 
 
 def bundle(annotations: Mapping[str, str], **top: object) -> Bundle:
-    config = {"annotations": annotations, "linux": {"devices": [SDA]}, **top}
+    config = {
+        "ociVersion": "1.0.2",
+        "annotations": annotations,
+        "linux": {"devices": [SDA]},
+        **top,
+    }
     return parse_config(json.dumps(config).encode(), name="c1")
 
 

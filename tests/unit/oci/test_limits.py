@@ -17,7 +17,7 @@ from vmplug.oci.spec import Bundle, parse_config, read_bundle
 
 
 def parse(**top: object) -> Bundle:
-    return parse_config(json.dumps(top).encode(), name=None)
+    return parse_config(json.dumps({"ociVersion": "1.0.2", **top}).encode(), name=None)
 
 
 def disks(count: int) -> Bundle:
@@ -51,7 +51,8 @@ def members(count: int) -> Bundle:
 
 
 def nesting(depth: int) -> Bundle:
-    return parse_config(b'{"x":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}", name=None)
+    deep = b"[" * (depth - 1) + b"]" * (depth - 1)
+    return parse_config(b'{"ociVersion": "1.0.2", "x":' + deep + b"}", name=None)
 
 
 def path_bytes(length: int) -> Bundle:
@@ -201,7 +202,7 @@ def test_no_more_is_read_than_a_configuration_may_have(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(SpecError, match=f"longer than {limits.CONFIG_BYTES_MAX} bytes"):
         read_bundle(tmp_path)
-    path.write_bytes(b"{}".ljust(limits.CONFIG_BYTES_MAX))
+    path.write_bytes(b'{"ociVersion": "1"}'.ljust(limits.CONFIG_BYTES_MAX))
     assert read_bundle(tmp_path).devices == ()
 
 
@@ -221,7 +222,7 @@ def test_a_fifo_is_read_to_its_end_however_slowly_it_comes(tmp_path: Path) -> No
     reading, writing = os.pipe()
 
     def write() -> None:
-        for piece in (b'{"linux": ', b'{"devices": ', b"[]}}"):
+        for piece in (b'{"ociVersion": "1", "linux": ', b'{"devices": ', b"[]}}"):
             os.write(writing, piece)
         os.close(writing)
 

@@ -123,11 +123,11 @@ def test_mounts_keep_their_source_and_whether_they_are_read_only() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{}",
-        '{"linux": null, "mounts": null}',
-        '{"linux": {}}',
-        '{"linux": {"devices": null, "resources": null}}',
-        '{"linux": {"devices": [], "resources": {"devices": null}}, "mounts": []}',
+        '{"ociVersion": "1.0.2"}',
+        '{"ociVersion": "1.0.2", "linux": null, "mounts": null}',
+        '{"ociVersion": "1.0.2", "linux": {}}',
+        '{"ociVersion": "1.0.2", "linux": {"devices": null, "resources": null}}',
+        '{"ociVersion": "1.0.2", "linux": {"resources": {"devices": null}}, "mounts": []}',
     ],
 )
 def test_a_container_that_asks_for_nothing_gets_nothing(text: str) -> None:
@@ -234,6 +234,59 @@ def test_a_malformed_configuration_is_answered_with_the_place(
     assert error.where == where
     assert message in error.message.replace("`", "")
     assert error.message.startswith(f"{where}: ")
+
+
+CRICTL_INSPECT = {"status": {"id": "c1", "mounts": []}, "info": {"runtimeSpec": {}}}
+CDI = {"cdiVersion": "0.6.0", "kind": "vendor.com/gpu", "devices": [], "containerEdits": {}}
+DOCKER_INSPECT = [{"Id": "c1", "Config": {}, "HostConfig": {}, "Mounts": []}]
+
+
+@pytest.mark.parametrize(
+    ("document", "says", "hint"),
+    [
+        ({}, "$.ociVersion: missing; an OCI config.json is", "pass the config.json"),
+        ({"ociVersion": ""}, "$.ociVersion: missing", "pass the config.json"),
+        ({"linux": {"devices": [SDA]}}, "$.ociVersion: missing", "pass the config.json"),
+        (CRICTL_INSPECT, "$.ociVersion: missing; this is what crictl", "jq .info.runtimeSpec"),
+        (CDI, "$.ociVersion: missing; this is a CDI specification", "config.json"),
+        (DOCKER_INSPECT, "got array; this is what docker or podman", ".[0].OCIConfigPath"),
+        ([], "got array; an OCI config.json is an object with ociVersion", "pass the"),
+        (7, "got int; an OCI config.json is an object with ociVersion", "pass the"),
+        ("text", "got str; an OCI config.json is an object with ociVersion", "pass the"),
+        (
+            {"ociVersion": "1.0.2", "id": "c1", "status": "running", "bundle": "/run/b"},
+            "$: this is the state of a container",
+            "pass its bundle directory, /run/b",
+        ),
+    ],
+)
+def test_another_document_is_refused_with_what_is_missing(
+    document: object, says: str, hint: str
+) -> None:
+    error = refusal(json.dumps(document).encode())
+    assert says in error.message
+    assert error.hint
+    assert hint in error.hint
+
+
+def test_a_list_that_is_cut_off_is_refused_too() -> None:
+    assert "ociVersion" in refusal(b'[{"Config": {').message
+
+
+def test_an_error_in_a_file_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.json"
+    for source in (tmp_path, file):
+        file.write_bytes(config({**SDA, "major": -1}))
+        with pytest.raises(SpecError) as caught:
+            read_bundle(source)
+        assert caught.value.where == "$.linux.devices[0].major"
+        assert str(caught.value) == caught.value.message
+        assert caught.value.message.startswith(f"{file}: $.linux.devices[0].major: ")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{}")))
+    with pytest.raises(SpecError, match=r"^\$.ociVersion: missing"):
+        read_bundle("-")
 
 
 @pytest.mark.parametrize(
