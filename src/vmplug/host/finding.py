@@ -102,9 +102,9 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """A device that a VM holds, according to the journal; `vm` is None for one of this request."""
+    """A device that a VM holds, according to the journal."""
 
-    vm: str | None
+    vm: str
     identity: Identity
     read_only: bool
     share_rw: bool

@@ -29,6 +29,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.probe import ask_backend
 from vmplug.host.vhost_user.store import VhostUserStore
+from vmplug.manager.overlaps import Asked, Overlaps
 from vmplug.oci.requests import Request
 from vmplug.policy.gate import PolicyCheck, not_overruled
 
@@ -100,11 +101,12 @@ def examine(
         usage=_try_read_usage(host, found),
         allowed=frozenset(allowed),
         managed=managed,
+        overlaps=Overlaps(),
     )
-    examined: list[CheckedRequest] = []
-    for request, answer in zip(requests, found, strict=True):
-        examined.append(_examine_one(request, answer, examined, terms))
-    return examined
+    return [
+        _examine_one(request, answer, terms)
+        for request, answer in zip(requests, found, strict=True)
+    ]
 
 
 class _Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,15 +117,14 @@ class _Terms(msgspec.Struct, frozen=True, kw_only=True):
     usage: HostUsage | HostError
     allowed: frozenset[Code]
     managed: bool
+    overlaps: Overlaps
 
 
 def _examine_one(
     request: Request,
     answer: HostDevice | HostError,
-    before: Sequence[CheckedRequest],
     terms: _Terms,
 ) -> CheckedRequest:
-    """`before` are the requests of the batch that were examined already."""
     if not isinstance(answer, HostError) and not _is_text(answer.host_path):
         answer = AttributeReadError(answer.host_path, why="its name is not UTF-8")
     if isinstance(answer, HostError):
@@ -137,7 +138,7 @@ def _examine_one(
     if verdict and verdict.refusals:
         findings = list(verdict.refusals)
     else:
-        device, findings = _check_device(driver, request, device, before, terms)
+        device, findings = _check_device(driver, request, device, terms)
     if gate and verdict:
         findings += not_overruled(findings, terms.allowed, verdict, gate.policy.name)
     return CheckedRequest(
@@ -174,16 +175,18 @@ def _check_device(
     driver: PlugDriver | None,
     request: Request,
     device: HostDevice,
-    before: Sequence[CheckedRequest],
     terms: _Terms,
 ) -> tuple[HostDevice, list[Finding]]:
     """The device, with what its backend says of it, and everything against handing it over."""
     known, asked = terms.known, list[Finding]()
-    claims = [*known.find_claims(device), *_overlaps(device, before)]
+    claims = known.find_claims(device)
+    access = Access(read_only=request.read_only, share_rw=driver is not None and driver.share_rw)
+    overlaps = terms.overlaps.find(asked_for := Asked(info=request, device=device, access=access))
+    terms.overlaps.add(asked_for)
     if isinstance(device, VhostUserSocket) and not (claims or known.is_held(device)):
         device, asked = ask_backend(device, terms.host)
-    against = _check(request, driver, device, terms.usage, claims, terms.host)
-    findings = [*asked, *against, *known.find_more(device)]
+    against = _check(driver, device, access, terms.usage, claims, terms.host)
+    findings = [*asked, *against, *overlaps, *known.find_more(device)]
     if terms.managed:
         findings = [finding for finding in findings if finding.code not in _BINDABLE]
     return device, findings
@@ -221,9 +224,9 @@ def _try_read_usage(
 
 
 def _check(
-    info: Request,
     driver: PlugDriver | None,
     device: HostDevice,
+    access: Access,
     usage: HostUsage | HostError,
     claims: Sequence[Claim],
     host: HostRoot,
@@ -231,13 +234,12 @@ def _check(
     """All findings about one device; a failure to check it is one too."""
     if isinstance(usage, HostError):
         return [_unresolved(usage)]
-    access = Access(read_only=info.read_only, share_rw=driver is not None and driver.share_rw)
     try:
         findings = check_device(device, access, usage=usage, claims=claims, root=host)
     except HostError as error:
         return [_unresolved(error)]
     if driver:
-        findings += driver.check(device, read_only=info.read_only)
+        findings += driver.check(device, read_only=access.read_only)
     elif isinstance(device, CharDevice):
         findings += check_generic(device)
     return findings
@@ -286,17 +288,3 @@ def refuse(examined: Sequence[CheckedRequest]) -> None:
 def _unresolved(error: HostError) -> Finding:
     code = Code.NO_SUCH_DEVICE if isinstance(error, NoSuchDevice) else Code.UNREADABLE
     return Finding(code, error.message, error.hint or "check that file")
-
-
-def _overlaps(device: HostDevice, earlier: Iterable[CheckedRequest]) -> list[Claim]:
-    """Devices of the same request with the same bytes under another number."""
-    return [
-        Claim(
-            vm=None,
-            identity=other.device.identity,
-            read_only=other.info.read_only,
-            share_rw=other.driver is not None and other.driver.share_rw,
-        )
-        for other in earlier
-        if other.device and other.device.identity in device.related_identities
-    ]

@@ -73,9 +73,7 @@ class _Linux(msgspec.Struct, frozen=True, kw_only=True):
     resources: _Resources | None = None
 
 
-class _Config(
-    msgspec.Struct, frozen=True, kw_only=True, rename={"oci_version": "ociVersion"}
-):
+class _Config(msgspec.Struct, frozen=True, kw_only=True, rename={"oci_version": "ociVersion"}):
     oci_version: str | None = None
     annotations: dict[str, str] | None = None
     mounts: list[_Mount] | None = None

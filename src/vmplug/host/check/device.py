@@ -306,11 +306,6 @@ def _claimed(claims: Sequence[Claim], access: Access) -> Iterator[Finding]:
 def _conflict(claim: Claim) -> Finding:
     device = _spoken(claim.identity)
     sharing = "" if claim.identity.kind is IdentityKind.VFIO else _SHARING
-    if claim.vm is None:
-        message = f"{device} has the same data, and is in this request too"
-        return Finding(
-            Code.IN_USE_BY_VM, message, f"request only one of them; {sharing}".strip("; ")
-        )
     return Finding(
         Code.IN_USE_BY_VM,
         f"{device} is already handed to VM {claim.vm!r}"

@@ -530,14 +530,6 @@ def test_a_claimed_device_is_named_by_its_number_path_or_address(
     assert finding.message == f"{words} is already handed to VM 'sb2'"
 
 
-def test_another_device_of_the_request_with_the_same_data_is_named(disk: HostTree) -> None:
-    other = Claim(vm=None, identity=Identity.parse("block:8:1"), read_only=False, share_rw=False)
-    (finding,) = findings(disk, claims=(other,))
-    assert finding.message == "block device 8:1 has the same data, and is in this request too"
-    assert finding.hint.startswith("request only one of them; share it read-only; or set share-rw")
-    assert not finding.hint.endswith("; ")
-
-
 def test_files_are_claimed_like_devices(tree: HostTree) -> None:
     tree.file("/a.img", b"x")
     assert codes(findings(tree, "/a.img", claims=(claim(),))) == ["in-use-by-vm"]

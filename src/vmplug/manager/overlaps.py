@@ -1,0 +1,141 @@
+"""Devices of one request that are parts of each other: a disk and its partition, both asked for.
+
+Each device is looked up in what was asked for before it, so that the cost grows with the request
+and not with its square.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.device import HostDevice
+from vmplug.host.finding import Access, Code, Finding
+from vmplug.host.kind import Identity
+from vmplug.host.pci.group import VfioGroup
+from vmplug.oci.requests import Request
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """One device of the request, and how it is wanted."""
+
+    info: Request
+    device: HostDevice
+    access: Access
+
+
+class Overlaps:
+    """What a request has asked for so far."""
+
+    def __init__(self) -> None:
+        self._by_identity = defaultdict[Identity, list[Asked]](list)
+        self._by_relative = defaultdict[Identity, list[Asked]](list)
+        self._disks_of_groups = defaultdict[Identity, list[Asked]](list)
+        self._disks = defaultdict[Identity, list[Asked]](list)
+
+    def find(self, asked: Asked) -> list[Finding]:
+        """One finding for each earlier device that is a part of this one, or it of that."""
+        device = asked.device
+        own, related = device.identity, device.related_identities
+        found = [
+            *self._by_relative.get(own, ()),
+            *_at(self._by_identity, related),
+            *_at(*self._between_groups_and_disks(device, own, related)),
+        ]
+        others = {id(other): other for other in found if other.device.identity != own}
+        return [_finding(asked, other) for other in others.values() if not _share(asked, other)]
+
+    def add(self, asked: Asked) -> None:
+        """From now on the device counts for those that follow."""
+        device = asked.device
+        own, related = device.identity, device.related_identities
+        self._by_identity[own].append(asked)
+        for identity in related:
+            self._by_relative[identity].append(asked)
+        if isinstance(device, VfioGroup):
+            for identity in _disks_of(device):
+                self._disks_of_groups[identity].append(asked)
+        elif isinstance(device, BlockDevice):
+            for identity in {own, *related}:
+                self._disks[identity].append(asked)
+
+    def _between_groups_and_disks(
+        self, device: HostDevice, own: Identity, related: tuple[Identity, ...]
+    ) -> tuple[dict[Identity, list[Asked]], Iterable[Identity]]:
+        """A function takes along whatever is on its disks: partitions, volumes, mirrors."""
+        match device:
+            case VfioGroup():
+                return self._disks, _disks_of(device)
+            case BlockDevice():
+                return self._disks_of_groups, (own, *related)
+            case _:
+                return {}, ()
+
+
+def _at(index: dict[Identity, list[Asked]], keys: Iterable[Identity]) -> Iterator[Asked]:
+    for key in keys:
+        yield from index.get(key, ())
+
+
+def _disks_of(group: VfioGroup) -> list[Identity]:
+    return [Identity.of_block(disk.devnum) for disk in group.disks]
+
+
+def _share(one: Asked, other: Asked) -> bool:
+    """Readers may share, and so may writers if all have share-rw; a function is never shared."""
+    if isinstance(one.device, VfioGroup) or isinstance(other.device, VfioGroup):
+        return False
+    readers = one.access.read_only and other.access.read_only
+    return readers or (one.access.share_rw and other.access.share_rw)
+
+
+def _finding(asked: Asked, other: Asked) -> Finding:
+    name = f" as {other.info.name}" if other.info.name != other.device.host_path else ""
+    is_disk = not isinstance(asked.device, VfioGroup) and not isinstance(other.device, VfioGroup)
+    return Finding(
+        Code.IN_USE_BY_VM,
+        f"{asked.device.host_path} {_relation(asked.device, other.device)}, which this request "
+        f"asks for too{name}",
+        "request only one of them" + (", or both read-only" if is_disk else ""),
+    )
+
+
+_PARTITION = "is a partition of", "has the partition"
+_LOOP = "is a loop device over", "is behind"
+_BUILT = "is built on", "is part of"
+_MEMBER = "belongs to", "has"
+_VIRTUAL = "has a virtual function of", "makes the functions of"
+
+
+def _relation(device: HostDevice, other: HostDevice) -> str:
+    """What the one is of the other: `is a partition of /dev/sda`."""
+    if words := _words(device, other):
+        return f"{words[0]} {other.host_path}"
+    if words := _words(other, device):
+        return f"{words[1]} {other.host_path}"
+    return f"has the same data as {other.host_path}"
+
+
+def _words(upper: HostDevice, lower: HostDevice) -> tuple[str, str] | None:
+    """How `upper` is a part of `lower` or built on it, said of both; None when it is not."""
+    match upper, lower:
+        case BlockDevice(), VfioGroup():
+            return _MEMBER
+        case BlockDevice(), DiskFile():
+            return _LOOP if upper.backing else _BUILT
+        case BlockDevice(), BlockDevice() if _is_partition_of(upper, lower):
+            return _PARTITION
+        case BlockDevice(), BlockDevice() if lower.devnum in upper.below:
+            return _BUILT
+        case VfioGroup(), VfioGroup() if lower.identity in upper.related_identities:
+            return _VIRTUAL
+        case _:
+            return None
+
+
+def _is_partition_of(part: BlockDevice, disk: BlockDevice) -> bool:
+    """Of a disk the directory is the parent of its partitions'."""
+    return bool(
+        part.sysfs_path and disk.sysfs_path and part.sysfs_path.startswith(f"{disk.sysfs_path}/")
+    )

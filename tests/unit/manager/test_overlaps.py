@@ -1,0 +1,148 @@
+"""Devices of one request that are parts of each other: said as that, in whatever order."""
+
+import time
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from tests.support.pci_tree import PciTree
+from tests.support.tree import HostTree
+from vmplug.devnum import DevNum
+from vmplug.host.finding import Finding
+from vmplug.manager.examine import examine
+from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.requests import Request, VfioInfo
+
+NVME, GROUP = "0000:01:00.0", 11
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> HostTree:
+    made = HostTree(tmp_path).file("/srv/a.img", b"\0" * 4096)
+    made.block_device("8:0", "sda", partitions={"8:1": "sda1", "8:2": "sda2"})
+    made.block_device("7:0", "loop0", loop={"backing_file": "/srv/a.img\n"})
+    made.block_device("253:0", "dm-0").hold("sda2", "dm-0")
+    return made.link("/sys/devices/virtual/block/dm-0/slaves/sda2", "../../sda/sda2")
+
+
+def disk(number: str, at: str, *, ro: bool = False, share: bool = False) -> DeviceInfo:
+    return DeviceInfo(
+        container_path=at,
+        dev_type=DevType.BLOCK,
+        devnum=DevNum.parse(number),
+        read_only=ro,
+        driver_options={"share-rw": "on"} if share else {},
+    )
+
+
+def image(at: str = "/dev/i") -> DeviceInfo:
+    return DeviceInfo(container_path=at, dev_type=DevType.BLOCK, host_path="/srv/a.img")
+
+
+def overlaps(tree: HostTree, *requests: Request) -> list[Finding]:
+    """What the last of them is refused for because of the others."""
+    *_, last = examine(requests, tree.root)
+    return [finding for finding in last.findings if "this request" in finding.message]
+
+
+WHOLE, PART, OTHER_PART = disk("8:0", "/dev/a"), disk("8:1", "/dev/b"), disk("8:2", "/dev/c")
+LOOP, MAPPED = disk("7:0", "/dev/l"), disk("253:0", "/dev/m")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        (WHOLE, PART, "/dev/sda1 is a partition of /dev/sda, which"),
+        (PART, WHOLE, "/dev/sda has the partition /dev/sda1, which"),
+        (image(), LOOP, "/dev/loop0 is a loop device over /srv/a.img, which"),
+        (LOOP, image(), "/srv/a.img is behind /dev/loop0, which"),
+        (OTHER_PART, MAPPED, "/dev/dm-0 is built on /dev/sda2, which"),
+        (MAPPED, OTHER_PART, "/dev/sda2 is part of /dev/dm-0, which"),
+        (WHOLE, MAPPED, "/dev/dm-0 is built on /dev/sda, which"),
+        (MAPPED, WHOLE, "/dev/sda is part of /dev/dm-0, which"),
+    ],
+)
+def test_a_part_and_its_whole_are_said_to_be_that(
+    tree: HostTree, first: DeviceInfo, second: DeviceInfo, says: str
+) -> None:
+    (finding,) = overlaps(tree, first, second)
+    assert finding.message.startswith(says)
+    assert finding.message.endswith(f"this request asks for too as {first.name}")
+    assert finding.hint == "request only one of them, or both read-only"
+    assert not overlaps(tree, first)
+    assert not overlaps(tree, second)
+
+
+@pytest.mark.parametrize("pair", list(permutations([PART, OTHER_PART])))
+def test_two_partitions_of_one_disk_are_two_devices(
+    tree: HostTree, pair: tuple[DeviceInfo, DeviceInfo]
+) -> None:
+    assert not overlaps(tree, *pair)
+
+
+@pytest.mark.parametrize("pair", list(permutations([PART, MAPPED])))
+def test_what_is_built_on_one_partition_leaves_the_others(
+    tree: HostTree, pair: tuple[DeviceInfo, DeviceInfo]
+) -> None:
+    assert not overlaps(tree, *pair)
+
+
+def test_one_device_under_two_paths_is_one_device(tree: HostTree) -> None:
+    assert not overlaps(tree, WHOLE, disk("8:0", "/dev/again"))
+
+
+def test_readers_share_a_disk_and_so_do_writers_who_say_so(tree: HostTree) -> None:
+    both = [disk("8:0", "/dev/a", ro=True), disk("8:1", "/dev/b", ro=True)]
+    assert not overlaps(tree, *both)
+    assert overlaps(tree, WHOLE, both[1])
+    assert overlaps(tree, both[0], PART)
+    said = [disk("8:0", "/dev/a", share=True), disk("8:1", "/dev/b", share=True)]
+    assert not overlaps(tree, *said)
+    assert overlaps(tree, said[0], PART)
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> PciTree:
+    made = PciTree(tmp_path).pci_function(NVME, group=GROUP, driver="nvme")
+    return made.pci_disk(NVME, "259:0", "nvme0n1", partitions={"259:1": "nvme0n1p1"})
+
+
+CONTROLLER = VfioInfo(label="drive", device=NVME)
+
+
+@pytest.mark.parametrize("number", ["259:0", "259:1"])
+@pytest.mark.parametrize("ro", [False, True])
+def test_a_drive_and_its_controller_are_refused_in_both_orders(
+    drive: PciTree, number: str, *, ro: bool
+) -> None:
+    wanted = disk(number, "/dev/n", ro=ro)
+    (after,) = overlaps(drive, CONTROLLER, wanted)
+    (before,) = overlaps(drive, wanted, CONTROLLER)
+    node = "/dev/nvme0n1" + ("p1" if number == "259:1" else "")
+    assert after.message.startswith(f"{node} belongs to /dev/vfio/{GROUP}, which this request")
+    assert before.message.startswith(f"/dev/vfio/{GROUP} has {node}, which this request")
+    assert after.hint == before.hint == "request only one of them"
+
+
+def test_another_drive_goes_with_the_controller(drive: PciTree) -> None:
+    drive.block_device("8:0", "sda")
+    for pair in permutations([CONTROLLER, WHOLE]):
+        assert not overlaps(drive, *pair)
+
+
+def test_the_time_does_not_grow_with_the_square_of_the_request(tmp_path: Path) -> None:
+    """Twice as many devices take twice the time: a square would show in the ratio of eight."""
+    tree = HostTree(tmp_path)
+    parts = {f"259:{number}": f"sda{number}" for number in range(1, 5)}
+    tree.block_device("8:0", "sda", partitions=parts)
+    few = [disk(f"259:{1 + number % 4}", f"/dev/d{number}") for number in range(100)]
+    many = [disk(f"259:{1 + number % 4}", f"/dev/d{number}") for number in range(1600)]
+
+    def seconds(requests: list[DeviceInfo]) -> float:
+        started = time.process_time()
+        examine(requests, tree.root)
+        return time.process_time() - started
+
+    seconds(few)
+    assert seconds(many) < 16 * 3 * min(seconds(few) for _ in range(3))
