@@ -52,6 +52,9 @@ class Code(StrEnum):
     CANNOT_PLUG = "cannot-plug"
     SPLIT_GROUP = "split-group"
     NO_DRIVER = "no-driver"
+    PLUGGED_OTHERWISE = "plugged-otherwise"
+    TAG_TAKEN = "tag-taken"
+    ONLY_COUNTED = "only-counted"
     NO_SUCH_DEVICE = "no-such-device"
     UNREADABLE = "unreadable"
     NOT_ALLOWED = "not-allowed"
@@ -73,9 +76,10 @@ NEVER_ALLOWED = frozenset(
         Code.NOT_BOUND,
         Code.NOT_THAT_FORMAT,
         Code.OPEN_BY_PROCESS,
-        Code.REPLACED,
+        Code.PLUGGED_OTHERWISE,
         Code.SIZE_ZERO,
         Code.SPLIT_GROUP,
+        Code.TAG_TAKEN,
         Code.TOO_MANY_QUEUES,
         Code.UNREADABLE,
         Code.WRONG_BACKEND,

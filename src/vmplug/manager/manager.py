@@ -171,7 +171,7 @@ class DeviceManager:
         examined = self.check(requests, owner=owner, allow=allow, managed=managed)
         with self._lock:
             known = self._journal.devices(self._vm)
-            return find_places(examined, known=known, choose=self._choose)
+            return find_places(examined, vm=self._vm, known=known, choose=self._choose)
 
     def plan(
         self,

@@ -17,7 +17,7 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import Attachment, DeviceRecord
-from vmplug.journal.state import State, on_its_way, replaced
+from vmplug.journal.state import REPLACED, State, on_its_way, replaced
 from vmplug.manager.examine import CheckedRequest, refuse, refuse_not_allowed
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request, ShareInfo
@@ -83,7 +83,8 @@ def make_plan(
             _check_tag(new[identity].record, records.values())
             records[identity] = new[identity].record
         for request in requests:
-            _check_serves(records[identity], request)
+            if error := _misfit(records[identity], request, requests):
+                raise error
     devices = _without_numbers(new.values())
     records |= {device.record.identity: device.record for device in devices}
     holds = (_hold(records[_identity(request)], request.info, owner) for request in examined)
@@ -111,32 +112,58 @@ def bind_steps(new: NewDevice, host: HostRoot, *, managed: bool) -> list[Step]:
 
 
 def find_places(
-    examined: Sequence[CheckedRequest], *, known: Iterable[DeviceRecord], choose: Choose
+    examined: Sequence[CheckedRequest],
+    *,
+    vm: str,
+    known: Iterable[DeviceRecord],
+    choose: Choose,
 ) -> list[CheckedRequest]:
-    """The requests, with the VM's findings for those that pass on the host."""
-    records = list(known)
-    held, taken = {record.identity for record in records}, _taken(records)
-    answers = []
-    for request in examined:
-        new = request.device and request.driver and request.device.identity not in held
-        if new and not request.is_refused:
-            assert request.device
-            assert request.driver
-            held.add(request.device.identity)
-            try:
-                taken |= set(str(choose(request.driver, request.device, taken)[0]).split())
-            except (NoFreePort, CannotPlug) as error:
-                answers.append(request.with_finding(_no_place(error)))
-                continue
-        answers.append(request)
+    """The requests, with the VM's findings: all that `make_plan` would refuse them for."""
+    records = {record.identity: record for record in known}
+    answers = list(examined)
+    indices: dict[Identity, list[int]] = {}
+    for index, request in enumerate(examined):
+        if request.device and not (request.is_refused and request.device.identity not in records):
+            indices.setdefault(request.device.identity, []).append(index)
+    for identity, wanted in indices.items():
+        requests = [examined[index] for index in wanted]
+        try:
+            if is_new := identity not in records:
+                records[identity] = _new_record(requests, vm, records, choose)
+            record = records[identity]
+            if record.state not in {State.ATTACHED, State.RETAINED} and not is_new:
+                raise on_its_way(record.vm, record.host_path, record.state)
+        except (NoFreePort, CannotPlug, StateError) as error:
+            answers[wanted[0]] = answers[wanted[0]].with_finding(_no_place(error))
+            continue
+        for index, request in zip(wanted, requests, strict=True):
+            if misfit := _misfit(record, request, requests):
+                answers[index] = answers[index].with_finding(_no_place(misfit))
     return answers
 
 
-def _no_place(error: NoFreePort | CannotPlug) -> Finding:
-    code = Code.NO_PORT
-    if isinstance(error, CannotPlug):
-        is_split = error.reason == Code.SPLIT_GROUP
-        code = Code.SPLIT_GROUP if is_split else Code.CANNOT_PLUG
+def _new_record(
+    requests: Sequence[CheckedRequest],
+    vm: str,
+    records: Mapping[Identity, DeviceRecord],
+    choose: Choose,
+) -> DeviceRecord:
+    """The record that an attach would write. Raises as `make_plan`."""
+    record = _new_device(requests, vm, _taken(records.values()), choose).record
+    _check_tag(record, records.values())
+    return record
+
+
+def _no_place(error: NoFreePort | CannotPlug | StateError) -> Finding:
+    match error:
+        case CannotPlug():
+            is_split = error.reason == Code.SPLIT_GROUP
+            code = Code.SPLIT_GROUP if is_split else Code.CANNOT_PLUG
+        case StateError():
+            codes = {_TAKEN: Code.TAG_TAKEN, REPLACED: Code.REPLACED}
+            code = codes.get(error.state, Code.PLUGGED_OTHERWISE)
+        case _:
+            code = Code.NO_PORT
     return Finding(code, error.message, error.hint or "detach something first")
 
 
@@ -218,6 +245,9 @@ def _without_number(record: DeviceRecord) -> DeviceRecord:
     return replace(record, guest_address=replace(record.guest_address, nvdimm_id=None))
 
 
+_TAKEN = "taken"
+
+
 def _check_tag(new: DeviceRecord, records: Iterable[DeviceRecord]) -> None:
     """StateError when two shares would have one tag, by which the guest mounts them."""
     tag = new.guest_address.mount_tag if new.guest_address else None
@@ -225,22 +255,27 @@ def _check_tag(new: DeviceRecord, records: Iterable[DeviceRecord]) -> None:
         if tag and record.guest_address and record.guest_address.mount_tag == tag:
             raise StateError(
                 f"the VM already has a share with the tag {tag}: {record.host_path}",
-                state="taken",
+                state=_TAKEN,
                 required="free",
                 hint="choose another tag, or detach that share first",
             )
 
 
-def _check_serves(record: DeviceRecord, request: CheckedRequest) -> None:
-    """StateError unless the device, as it is or will be plugged, fits this request."""
+def _misfit(
+    record: DeviceRecord, request: CheckedRequest, batch: Sequence[CheckedRequest]
+) -> StateError | None:
+    """Why the device, as it is or will be plugged, does not fit this request; None when it does.
+
+    `batch` are the requests for the same device: who may write to it anyway may also read it.
+    """
     device, guest = request.device, record.guest_address
     if record.is_other(request.thing):
-        raise replaced(record.host_path, record.vm)
+        return replaced(record.host_path, record.vm)
     tag = request.info.tag if isinstance(request.info, ShareInfo) else None
     is_other = device and device.kind is not record.kind
     if is_other or (tag and guest and guest.mount_tag != tag) or _is_other_pmem(record, request):
         what = f" with the tag {guest.mount_tag}" if guest and guest.mount_tag else ""
-        raise StateError(
+        return StateError(
             f"{record.host_path} is plugged as {record.kind}{what}, and the request is for "
             "another device",
             state="other",
@@ -248,20 +283,29 @@ def _check_serves(record: DeviceRecord, request: CheckedRequest) -> None:
             hint="detach it from every owner first",
         )
     if record.read_only and not request.info.read_only:
-        raise StateError(
+        return StateError(
             f"{record.host_path} is plugged read-only, and the request is for writing",
             state="read-only",
             required="writable",
             hint="detach it from every owner first, or request it read-only",
         )
+    if not record.read_only and all(other.info.read_only for other in batch):
+        return StateError(
+            f"{record.host_path} is plugged for writing, and the request is read-only: the guest "
+            "could still write to it",
+            state="writable",
+            required="read-only",
+            hint="detach it from every owner first, or request it for writing",
+        )
     wanted = request.info.driver_options
     if wanted and dict(wanted) != dict(record.options):
-        raise StateError(
+        return StateError(
             f"{record.host_path} is plugged with other options",
             state=_words(record.options),
             required=_words(wanted),
             hint="detach it from every owner first, or leave the options out",
         )
+    return None
 
 
 def _words(options: Mapping[str, str]) -> str:

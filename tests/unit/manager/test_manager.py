@@ -378,11 +378,31 @@ def test_writing_to_a_device_that_is_plugged_read_only_is_refused(sandbox: Sandb
     assert not sandbox.devices.attach(sandbox.disk(), owner="c2").read_only
 
 
-def test_reading_a_device_that_is_plugged_writable_counts(sandbox: Sandbox) -> None:
-    sandbox.devices.attach(sandbox.disk(), owner="c1")
-    reader = sandbox.devices.attach(sandbox.disk(ro=True), owner="c2")
-    assert reader.read_only
-    assert [a.read_only for a in sandbox.devices.attachments()] == [False, True]
+def test_a_reader_of_a_device_that_is_plugged_for_writing_is_refused(sandbox: Sandbox) -> None:
+    attachment = sandbox.devices.attach(sandbox.disk(), owner="c1")
+    before, reading = sandbox.picture(), [sandbox.disk(ro=True)]
+    (checked,) = sandbox.devices.check_places(reading)
+    assert [finding.code for finding in checked.findings] == [Code.PLUGGED_OTHERWISE]
+    said = checked.findings[0].message
+    assert "plugged for writing, and the request is read-only" in said
+    with pytest.raises(StateError) as planned:
+        sandbox.devices.plan(reading, owner="c2")
+    with pytest.raises(StateError) as attached:
+        sandbox.devices.attach_all(reading, owner="c2")
+    assert planned.value.message == attached.value.message == said
+    assert sandbox.picture() == before
+
+    sandbox.devices.detach(attachment.id)
+    assert sandbox.devices.attach(sandbox.disk(ro=True), owner="c2").read_only
+
+
+def test_other_options_are_refused_beforehand(sandbox: Sandbox) -> None:
+    known = sandbox.devices.attach(sandbox.disk())
+    assert [c.findings for c in sandbox.devices.check_places([sandbox.disk()])] == [()]
+    (other,) = sandbox.devices.check_places([sandbox.disk(options={"discard": "unmap"})])
+    assert [finding.code for finding in other.findings] == [Code.PLUGGED_OTHERWISE]
+    sandbox.devices.detach(known.id)
+    assert not sandbox.devices.check_places([sandbox.disk()])[0].findings
 
 
 @pytest.mark.parametrize(

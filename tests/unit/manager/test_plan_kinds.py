@@ -22,7 +22,17 @@ from vmplug.drivers.place import (
 from vmplug.drivers.plug import BlockDrive, DiskFrontend, RNGDevice, VhostUserDevice
 from vmplug.drivers.ports import PlugDriver
 from vmplug.drivers.select import select_driver
-from vmplug.errors import CannotPlug, CommandError, InUse, NoFreePort, NoSuchDevice, StateError
+from vmplug.errors import (
+    CannotPlug,
+    CommandError,
+    DeviceError,
+    HostError,
+    InUse,
+    NoFreePort,
+    NoSuchDevice,
+    SpecError,
+    StateError,
+)
 from vmplug.host.block.device import DiskFile
 from vmplug.host.block.pmem import PfnInfo
 from vmplug.host.device import CharDevice, EntropySource, HostDevice, SharedDirectory
@@ -33,7 +43,7 @@ from vmplug.host.vhost_user.virtiofsd import Virtiofsd
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import State
 from vmplug.manager.examine import CheckedRequest
-from vmplug.manager.plan import Plan, make_plan
+from vmplug.manager.plan import Plan, find_places, make_plan
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import NetInfo, RngInfo, ShareInfo
 
@@ -109,6 +119,9 @@ def socket_share(tag: str, path: str = "/run/fs.sock") -> CheckedRequest:
     return found(ShareInfo(tag=tag, source=path), socket)
 
 
+FS_SOCKET = VhostUserSocket(kind=FS, found_by=FoundBy.FILE, socket_path="/run/fs.sock")
+
+
 def network(path: str = "/run/net.sock", **options: str) -> CheckedRequest:
     socket = VhostUserSocket(kind=NET, found_by=FoundBy.FILE, socket_path=path)
     return found(NetInfo(label="eth0", socket_path=path, driver_options=options), socket)
@@ -141,7 +154,16 @@ def plan(
     def choose(driver: PlugDriver, device: HostDevice, taken: set[str]) -> tuple[Place, Offer]:
         return driver.choose_place(device, offer, taken), offer
 
-    return make_plan(examined, vm="sb1", owner="c1", known=known, choose=choose)
+    checked = find_places(examined, vm="sb1", known=known, choose=choose)
+    said = [finding.message for request in checked for finding in request.findings]
+    try:
+        made = make_plan(examined, vm="sb1", owner="c1", known=known, choose=choose)
+    except DeviceError as error:
+        agrees = isinstance(error, SpecError | HostError) or error.message in said
+        assert agrees, f"check does not say: {error.message}"
+        raise
+    assert checked == list(examined), f"check says without a reason: {said}"
+    return made
 
 
 def record_of(examined: CheckedRequest, state: State = State.ATTACHED) -> DeviceRecord:
@@ -347,10 +369,43 @@ def test_a_device_that_is_plugged_read_only_serves_no_writer(
     assert plan(make(ro=True), known=(known,)).new == ()
 
 
-def test_a_device_that_is_plugged_for_writing_serves_a_reader() -> None:
-    known = record_of(share())
-    (hold,) = plan(share(ro=True), known=(known,)).holds
-    assert (hold.device_id, hold.read_only) == (known.id, True)
+def read_only(request: CheckedRequest) -> CheckedRequest:
+    assert isinstance(request.info, DeviceInfo)
+    return replace(request, info=replace(request.info, read_only=True))
+
+
+@pytest.mark.parametrize(
+    ("writable", "reader"),
+    [
+        (disk(), disk(ro=True)),
+        (memory(), memory(ro=True)),
+        (share(), share(ro=True)),
+        (
+            socket_share("work"),
+            found(ShareInfo(tag="work", source="/s", read_only=True), FS_SOCKET),
+        ),
+        (null_device(), read_only(null_device())),
+    ],
+    ids=lambda request: request.info.description,
+)
+@pytest.mark.parametrize("state", [State.ATTACHED, State.RETAINED])
+def test_a_device_that_is_plugged_for_writing_serves_nobody_who_must_not_write(
+    writable: CheckedRequest, reader: CheckedRequest, state: State
+) -> None:
+    known = record_of(writable, state)
+    error = refusal(reader, known=(known,))
+    assert error.message == (
+        f"{known.host_path} is plugged for writing, and the request is read-only: the guest could "
+        "still write to it"
+    )
+    assert (error.state, error.required) == ("writable", "read-only")
+    assert plan(writable, known=(known,)).new == ()
+
+
+def test_an_owner_who_writes_may_also_ask_for_the_same_device_read_only() -> None:
+    known = record_of(memory())
+    made = plan(memory(), memory(ro=True), known=(known,))
+    assert [hold.read_only for hold in made.holds] == [False, True]
 
 
 # Options
