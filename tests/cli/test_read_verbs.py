@@ -489,6 +489,23 @@ def test_a_loop_device_of_the_running_host_tells_its_file(vmplug: Vmplug, tmp_pa
     assert found["backing_deleted"] is False
 
 
+@pytest.mark.parametrize("node", ["/dev/vfio/99", "/dev/vfio/devices/vfio99"])
+def test_a_vfio_node_without_a_device_is_an_error(
+    vmplug: Vmplug, host: HostTree, node: str
+) -> None:
+    asked = ("-d", f"vfio:{node}", *at(host))
+    said = f"{node} is a VFIO node, but the kernel has no device behind it"
+    for verb in ("resolve", "check"):
+        failed = vmplug(verb, *asked)
+        assert failed.status == 4
+        assert said in failed.stderr + failed.stdout
+    (device,) = json.loads(vmplug("resolve", *asked, "--json").stdout)["devices"]
+    assert (device["error"]["code"], device["error"]["message"]) == ("no-such-device", said)
+    host.link("/sys/kernel/iommu_groups/99/devices/0000:01:00.0", "../../../../devices/0")
+    host.file("/sys/bus/pci/devices/0000:01:00.0/uevent", "PCI_CLASS=10802\nPCI_ID=8086:0953\n")
+    assert vmplug("resolve", "-d", "vfio:/dev/vfio/99", *at(host)).status == 0
+
+
 # check
 
 

@@ -12,6 +12,7 @@ from vmplug.host.block.sysfs import read_block_device, read_disk_file
 from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.host_path import SYSFS_DIRECTORY, get_host_path, is_in_store
 from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.oci.info import DeviceInfo, DevType
@@ -43,7 +44,10 @@ def resolve(
 def resolve_all(
     requests: Sequence[Request], root: HostRoot, vhost_user_store: VhostUserStore | None = None
 ) -> list[HostDevice | HostError]:
-    """`resolve` for many: the device or the error of each, in the same order."""
+    """`resolve` for many: the device or the error of each, in the same order.
+
+    A VFIO node without a device in the kernel is an error too.
+    """
     sockets = _find_sockets(requests, vhost_user_store)
     answers: list[HostDevice | HostError] = []
     for info in requests:
@@ -51,10 +55,18 @@ def resolve_all(
             if isinstance(info, DeviceInfo) and is_in_store(info, vhost_user_store):
                 answers.append(sockets[info.devnum])
             else:
-                answers.append(resolve(info, root))
+                answers.append(_existing(resolve(info, root)))
         except HostError as error:
             answers.append(error)
     return answers
+
+
+def _existing(device: HostDevice) -> HostDevice:
+    if isinstance(device, VfioGroup):
+        from vmplug.host.pci.vfio import check_exists  # noqa: PLC0415  few requests are for it
+
+        check_exists(device)
+    return device
 
 
 def _find_sockets(

@@ -52,6 +52,17 @@ def find_vfio_group(
     return group._replace(cdev_nodes=_read_cdev_nodes(group, root))
 
 
+def check_exists(group: VfioGroup) -> None:
+    """NoSuchDevice for a node without a device in the kernel."""
+    if not (group.members or group.bridges or group.unknown_members):
+        raise NoSuchDevice(
+            group.host_path,
+            f"{group.host_path} is a VFIO node, but the kernel has no device behind it",
+            found="nothing",
+            hint=_SEE,
+        )
+
+
 def _read_cdev_nodes(group: VfioGroup, root: HostRoot) -> tuple[tuple[str, str], ...]:
     """The members' own nodes, if each of them has one and there is an iommufd for them."""
     if not has_node(IOMMU_NODE, root):
