@@ -512,7 +512,8 @@ def test_a_vfio_node_without_a_device_is_an_error(
 def test_check_says_that_a_device_may_go(vmplug: Vmplug, host: HostTree) -> None:
     asked = ("-d", "b:8:16:/dev/xvda", "-d", "c:10:229:/dev/fuse", *at(host))
     assert vmplug("check", *asked).answer() == (
-        "/dev/xvda: ok, /dev/sdb may be handed over\n/dev/fuse: ok, /dev/fuse may be handed over\n"
+        "/dev/xvda: ok, /dev/sdb may be handed over\n"
+        "/dev/fuse: ok, /dev/fuse is counted, not given to the VM\n"
     )
     document = vmplug("check", *asked, "--json").json()
     assert document == {"ok": True, "problems": []}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from vmplug.devnum import DevNum
-from vmplug.errors import AttributeReadError
+from vmplug.errors import AttributeReadError, BindError, PolicyError
 
 T = TypeVar("T")
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -60,6 +60,18 @@ class HostRoot:
     def is_live(self) -> bool:
         """Whether this is the running host: only then does opening a node reach its device."""
         return not self._base
+
+    def require_live(self, what: str) -> None:
+        """PolicyError unless this is the running host: another one's picture cannot be acted on.
+
+        Devices that are checked there would be this machine's when they are plugged.
+        """
+        if not self.is_live:
+            raise PolicyError(
+                f"{self.path} is a picture of a host: vmplug cannot {what} there, only on the "
+                "host that it runs on",
+                hint="leave --root out; vmplug check and plan work with it",
+            )
 
     @property
     def sys_dev(self) -> str:
@@ -110,8 +122,17 @@ class HostRoot:
     def write_attribute(self, path: str, text: str) -> int | None:
         """Write a sysfs attribute in one system call; the errno if the kernel refuses, else None.
 
-        The file is never made.
+        The file is never made. Raises BindError for the picture of a host, which is not changed.
         """
+        if not self.is_live:
+            *_, device, step = path.split("/")
+            raise BindError(
+                device,
+                step,
+                f"{self.path} is a picture of a host: vmplug changes nothing there, only on the "
+                "host that it runs on",
+                hint="run it on that host, without --root",
+            )
         try:
             fd = os.open(self._base + path, os.O_WRONLY | os.O_CLOEXEC)
             with open(fd, "wb", buffering=0) as file:

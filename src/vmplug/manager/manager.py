@@ -224,6 +224,7 @@ class DeviceManager:
         HostError (InUse for what `check` finds), HypervisorError, and StateError when a device is
         still plugging or detaching.
         """
+        self._require_live("attach devices")
         holder = owner or self._vm
         self._meet()
 
@@ -293,6 +294,7 @@ class DeviceManager:
         grow. Raises PolicyError if data would be lost, StateError when another disk has its name,
         NotAttached, HypervisorError.
         """
+        self._require_live("resize a disk")
         hold = next((hold for hold in self.attachments() if hold.id == attachment_id), None)
         devices = {record.id: record for record in self._journal.devices(self._vm)}
         record = devices.get(hold.device_id) if hold else None
@@ -334,6 +336,14 @@ class DeviceManager:
                 self._unplugger.give_back(repair.device_id for repair in released)
                 self._former += released
                 self._offer = None
+
+    def _require_live(self, what: str) -> None:
+        """PolicyError for the picture of a host, unless the VM is one in memory.
+
+        A QEMU opens what has the same name on this machine.
+        """
+        if self._hypervisor.endpoint:
+            self._host.require_live(what)
 
     def _gate(self, owner: str | None) -> PolicyCheck | None:
         """The policy for requests of `owner`."""

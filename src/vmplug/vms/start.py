@@ -63,6 +63,8 @@ def start_vm(
     name runs or has left files. After a failure nothing is left of the VM.
     """
     check_name(spec.name)
+    if requests:
+        setup.host.require_live("attach devices")
     directory = Path(setup.state_dir).resolve() / "vm" / spec.name
     with (
         Journal.open(setup.state_dir) as journal,

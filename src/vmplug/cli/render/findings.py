@@ -45,7 +45,14 @@ def print_findings(examined: Sequence[CheckedRequest]) -> None:
             click.echo(f"{path}: {finding.severity} {finding.code}: {message}")
             click.echo(f"{' ' * len(path)}  {one_line(finding.hint)}")
         if not request.findings:
-            host_path = one_line(request.device.host_path if request.device else "-")
-            click.echo(f"{path}: ok, {host_path} may be handed over")
+            click.echo(f"{path}: ok, {one_line(_outcome(request))}")
     if not examined:
         click.echo("no devices are asked for")
+
+
+def _outcome(request: CheckedRequest) -> str:
+    """What attach does with a device that nothing was found against."""
+    host_path = request.device.host_path if request.device else "-"
+    if request.driver is None:
+        return f"{host_path} is counted, not given to the VM"
+    return f"{host_path} may be handed over"

@@ -55,7 +55,7 @@ def read_virtual_functions(bdf: Bdf, *, setup: Setup = DEFAULT_SETUP) -> Physica
     found = find_sriov(bdf, setup.host)
     interface = find_interface(bdf, setup.host)
     settings = dict[int, VirtualFunction]()
-    if interface and found.virtfns:
+    if interface and found.virtfns and setup.host.is_live:  # ip asks the running kernel
         with suppress(BindError):  # a host without ip, or an interface in another namespace
             settings = {virtual.number: virtual for virtual in read_virtual(interface)}
     return PhysicalFunction(
@@ -112,5 +112,7 @@ def configure_virtual_function(
     Returns the physical function. Raises SpecError, NoSuchDevice, and BindError when the driver
     refuses or there is no network interface.
     """
-    set_virtual(read_interface(bdf, setup.host), number, settings)
+    interface = read_interface(bdf, setup.host)
+    setup.host.require_live("configure virtual functions")
+    set_virtual(interface, number, settings)
     return read_virtual_functions(bdf, setup=setup)
