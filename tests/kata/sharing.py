@@ -39,7 +39,7 @@ def _second_request(case: Case) -> Answer:
     katas = {**case.expected, "errors": kinds_of(case.expected["errors"])}
     if is_about_flag:
         ours["read_only"] = [hold.read_only for hold in (one, two) if isinstance(hold, Attachment)]
-        ours["then_to_write"] = _asks_again(machine, request(second), owner="second")
+        ours["then_to_write"] = _asks_again(machine, request(second), owner="first")
         ours["after_a_reader"] = _after_a_reader(case, tree)
     return Answer(ours, katas)
 

@@ -114,9 +114,9 @@ class Facts(NamedTuple):
     node: str
     number: str
     size_bytes: int
-    sector_bytes: int
-    read_only: bool
-    removable: bool
+    sector_bytes: int | None
+    read_only: bool | None
+    removable: bool | None
     holders: frozenset[str]
     relatives: frozenset[str]
 
@@ -133,7 +133,7 @@ def facts(node: Path) -> Facts:
         sector_bytes=device.sector_bytes,
         read_only=device.read_only,
         removable=device.removable,
-        holders=frozenset(device.holders),
+        holders=frozenset(device.holders or ()),
         relatives=frozenset(part.device_node for part in device.relatives),
     )
 

@@ -136,7 +136,7 @@ def test_every_kind_of_device_is_known_as_the_kernel_and_lsblk_know_it(tmp_path:
             assert answers == [
                 str(known.size_bytes),
                 str(known.sector_bytes),
-                str(int(known.read_only)),
+                str(int(bool(known.read_only))),
             ], kind
         scsi, loop = facts(devices["SCSI"]), facts(devices["loop"])
         assert (scsi.size_bytes, scsi.sector_bytes, scsi.removable) == (16 * MIB, 4096, True)

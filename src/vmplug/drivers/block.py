@@ -33,6 +33,8 @@ from vmplug.host.block.image import ImageFormat
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Code, Finding
 
+_SECTOR_BYTES = 512
+"""What QEMU takes too, for a device of which the host says nothing."""
 _SERIAL_BYTES_MAX = 20
 _SCSI_SERIAL_BYTES_MAX = 36
 """virtio-blk silently truncates a serial at 20 bytes. Source: virtio specification, 5.2.6;
@@ -274,7 +276,7 @@ def plan_drive(
         aio=options.aio or (Aio.NATIVE if cache.direct else Aio.THREADS),
         discard=options.discard,
         serial=serial,
-        sector_bytes=device.sector_bytes,
+        sector_bytes=device.sector_bytes or _SECTOR_BYTES,
         iothread=options.iothread,
         throttle=options.throttle,
         size_bytes=device.size_bytes,

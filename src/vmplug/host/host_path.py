@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
+from vmplug.host.block.sysfs import find_block_node
 from vmplug.host.root import HostRoot, describe, node_number
 from vmplug.oci.info import DeviceInfo, DevType
 
@@ -28,7 +29,8 @@ def get_host_path(
 ) -> str:
     """The path of a device on the host: a node, a socket of the store, or a disk image.
 
-    For a number in sysfs it reads the kernel's DEVNAME in three system calls. Raises NoSuchDevice
+    For a number in sysfs it reads the kernel's DEVNAME in three system calls; a block device that
+    has none, in a copy of a host, is called as its directory. Raises NoSuchDevice
     when the host has no such device, AttributeReadError when it cannot be read.
     """
     if vhost_user_store and info.devnum and is_in_store(info, vhost_user_store):
@@ -55,7 +57,19 @@ def find_sysfs_node(info: DeviceInfo, root: HostRoot) -> str | None:
         return None
     path = f"{directory}{info.devnum}/uevent"
     uevent = root.read_attribute(path)
+    if (
+        info.dev_type is DevType.BLOCK
+        and info.devnum
+        and (uevent is None or not _has_name(uevent))
+    ):
+        node = find_block_node(info.devnum, root)
+        if node or uevent is None:
+            return node
     return None if uevent is None else _device_node(uevent, path)
+
+
+def _has_name(uevent: bytes) -> bool:
+    return b"\nDEVNAME=" in b"\n" + uevent
 
 
 def _device_node(uevent: bytes, path: str) -> str:
@@ -174,7 +188,7 @@ class HostPathCache:
         # Read again: only text that came through this descriptor may be cached for it.
         uevent = self._root.reread_attribute(descriptor)
         self._open[key] = _CacheEntry(descriptor, uevent or b"", host_path)
-        if uevent is None or _device_node(uevent, path) != host_path:
+        if not (uevent and _has_name(uevent) and _device_node(uevent, path) == host_path):
             self._forget(key)
         elif len(self._open) > self._limit:
             self._forget(next(iter(self._open)))

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from vmplug.devnum import DevNum
 from vmplug.errors import HostError
-from vmplug.host.block.sysfs import read_block_device, read_disk_file
+from vmplug.host.block.sysfs import find_block_directory, read_block_device, read_disk_file
 from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.host_path import SYSFS_DIRECTORY, get_host_path, is_in_store
 from vmplug.host.kind import DeviceType, FoundBy
-from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.oci.info import DeviceInfo, DevType
@@ -44,10 +43,7 @@ def resolve(
 def resolve_all(
     requests: Sequence[Request], root: HostRoot, vhost_user_store: VhostUserStore | None = None
 ) -> list[HostDevice | HostError]:
-    """`resolve` for many: the device or the error of each, in the same order.
-
-    A VFIO node without a device in the kernel is an error too.
-    """
+    """`resolve` for many: the device or the error of each, in the same order."""
     sockets = _find_sockets(requests, vhost_user_store)
     answers: list[HostDevice | HostError] = []
     for info in requests:
@@ -55,18 +51,10 @@ def resolve_all(
             if isinstance(info, DeviceInfo) and is_in_store(info, vhost_user_store):
                 answers.append(sockets[info.devnum])
             else:
-                answers.append(_existing(resolve(info, root)))
+                answers.append(resolve(info, root))
         except HostError as error:
             answers.append(error)
     return answers
-
-
-def _existing(device: HostDevice) -> HostDevice:
-    if isinstance(device, VfioGroup):
-        from vmplug.host.pci.vfio import check_exists  # noqa: PLC0415  few requests are for it
-
-        check_exists(device)
-    return device
 
 
 def _find_sockets(
@@ -109,7 +97,11 @@ def _describe_device(
         and kind in {DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI}
     ):
         return _socket(info.devnum, host_path, vhost_user_store)
-    in_sysfs = info.devnum and root.stat(f"{SYSFS_DIRECTORY[info.dev_type]}{info.devnum}")
+    in_sysfs = info.devnum and (
+        root.stat(find_block_directory(info.devnum, root))
+        if info.dev_type is DevType.BLOCK
+        else root.stat(f"{SYSFS_DIRECTORY[info.dev_type]}{info.devnum}")
+    )
     found_by = FoundBy.SYSFS if in_sysfs else FoundBy.CONTAINER_PATH
     if info.devnum and kind is DeviceType.BLOCK:
         return read_block_device(info.devnum, host_path, found_by, root)

@@ -1,6 +1,7 @@
 """The inventory of whole hosts, complete ones and copies with holes."""
 
 import json
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -242,6 +243,34 @@ def test_a_namespace_whose_block_device_is_its_holders(tree: PciTree) -> None:
     tree._block_directory(f"{region}/pfn0.1/block/pmem0", "259:64", GIB, (), ro=False)
     (pmem,) = read_inventory(tree.root).pmem
     assert (pmem.name, pmem.device_node, pmem.size_bytes) == ("namespace0.0", "/dev/pmem0", 16)
+
+
+def test_memory_of_the_dax_bus_is_listed_once(tree: PciTree) -> None:
+    """dax1.0 is of a namespace; dax2.0 is of a CXL device, and has none."""
+    region = "/sys/devices/platform/e820_pmem/ndbus0/region1"
+    tree.file(f"{region}/namespace1.0/mode", "devdax\n").file(f"{region}/dax1.0/dax1.0/dev")
+    tree.file(f"{region}/namespace1.0/holder", "dax1.0\n")
+    tree.link("/sys/bus/nd/devices/namespace1.0", f"../../..{region[4:]}/namespace1.0")
+    for name in ("dax1.0", "dax2.0"):
+        tree.file(f"/sys/bus/dax/devices/{name}/size", f"{GIB}\n")
+        tree.file(f"/sys/bus/dax/devices/{name}/numa_node", "1\n")
+    assert read_inventory(tree.root).pmem == (
+        Pmem(name="namespace1.0", device_node="/dev/dax1.0", mode="devdax"),
+        Pmem(name=None, device_node="/dev/dax2.0", mode="devdax", size_bytes=GIB, numa_node=1),
+    )
+    tree.file("/sys/bus/dax/devices/dax2.0/size", "x\n")
+    (_, odd) = read_inventory(tree.root).pmem
+    assert odd.size_bytes is None
+    assert odd.unreadable
+
+
+def test_block_devices_of_a_copy_with_one_list_of_the_kernels_are_listed(tree: PciTree) -> None:
+    tree.block_device("8:0", "sda", partitions={"8:1": "sda1"})
+    full = read_inventory(tree.root).block
+    shutil.rmtree(tree.path / "sys/class/block")
+    shutil.rmtree(tree.path / "sys/dev/block")
+    assert [disk.name for disk in full] == ["sda", "sda1"]
+    assert read_inventory(tree.root).block == full
 
 
 def test_a_namespace_in_mode_devdax_has_a_character_device(tree: PciTree) -> None:

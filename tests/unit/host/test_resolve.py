@@ -1,6 +1,7 @@
 """DeviceInfo -> HostDevice below any root: the kernel's own words, and nothing guessed."""
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.device import CharDevice, HostDevice
-from vmplug.host.host_path import get_host_path
+from vmplug.host.host_path import HostPathCache, get_host_path
 from vmplug.host.kind import DeviceType, FoundBy, Identity
 from vmplug.host.resolve import classify, resolve, resolve_all
 from vmplug.host.root import HostRoot
@@ -271,10 +272,56 @@ def test_a_disk_of_a_directory_keeps_it_in_the_names_of_its_partitions(tree: Hos
     assert [part.device_node for part in disk.relatives] == ["/dev/cciss/c0d0p1"]
 
 
-def test_sectors_are_512_bytes_where_the_kernel_does_not_say(tree: HostTree) -> None:
+def test_a_fact_that_a_copy_of_a_host_does_not_have_is_none(tree: HostTree) -> None:
     tree.block_device("8:0", "sda")
-    (tree.path / "sys/block/sda/queue/logical_block_size").unlink()
-    assert block(tree).sector_bytes == 512
+    full = block(tree)
+    assert (full.sector_bytes, full.read_only, full.removable) == (512, False, False)
+    assert full.holders == ()
+    for name in ("queue/logical_block_size", "ro", "removable"):
+        (tree.path / "sys/block/sda" / name).unlink()
+    (tree.path / "sys/block/sda/holders").rmdir()
+    cut = block(tree)
+    assert cut.size_bytes == full.size_bytes
+    assert (cut.sector_bytes, cut.read_only, cut.removable, cut.holders) == (None,) * 4
+
+
+def copied(tree: HostTree, *lists: str) -> HostTree:
+    """Only these lists of the kernel are left, each with directories in place of links."""
+    tree.block_device("8:0", "sda", partitions={"8:1": "sda1"})
+    shutil.rmtree(tree.path / "sys/dev/block")
+    for directory in {"/sys/block", "/sys/class/block"} - set(lists):
+        shutil.rmtree(tree.path / directory.lstrip("/"))
+    return tree
+
+
+@pytest.mark.parametrize("listed", ["/sys/block", "/sys/class/block"])
+@pytest.mark.parametrize(("number", "node"), [("8:0", "/dev/sda"), ("8:1", "/dev/sda1")])
+def test_a_block_device_that_only_a_class_lists_is_found(
+    tree: HostTree, listed: str, number: str, node: str
+) -> None:
+    device = resolve(want("b", number), copied(tree, listed).root)
+    assert isinstance(device, BlockDevice)
+    assert (device.host_path, device.found_by) == (node, FoundBy.SYSFS)
+    assert device.size_bytes
+    with pytest.raises(NoSuchDevice):
+        resolve(want("b", "8:9"), tree.root)
+
+
+@pytest.mark.parametrize("uevent", [None, "", "MAJOR=8\nMINOR=0\n"])
+@pytest.mark.parametrize(
+    ("name", "node"), [("sda", "/dev/sda"), ("cciss!c0d0", "/dev/cciss/c0d0")]
+)
+def test_a_block_device_without_devname_is_called_as_its_directory(
+    tree: HostTree, uevent: str | None, name: str, node: str
+) -> None:
+    tree.block_device("8:0", name)
+    file = tree.path / f"sys/block/{name}/uevent"
+    file.unlink()
+    if uevent is not None:
+        file.write_text(uevent)
+    assert resolve(want("b", "8:0"), tree.root).host_path == node
+    with HostPathCache(tree.root) as cache:
+        assert cache.get_host_path(want("b", "8:0")) == node
 
 
 def test_a_partition_that_goes_while_it_is_read_is_passed_over(tree: HostTree) -> None:

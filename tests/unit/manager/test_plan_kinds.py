@@ -131,8 +131,10 @@ def randomness() -> CheckedRequest:
     return found(RngInfo(), EntropySource("/dev/urandom"))
 
 
-def null_device() -> CheckedRequest:
-    info = DeviceInfo(container_path="/dev/null", dev_type=DevType.CHAR, devnum=DevNum(1, 3))
+def null_device(*, ro: bool = False) -> CheckedRequest:
+    info = DeviceInfo(
+        container_path="/dev/null", dev_type=DevType.CHAR, devnum=DevNum(1, 3), read_only=ro
+    )
     return found(
         info,
         CharDevice(
@@ -369,11 +371,6 @@ def test_a_device_that_is_plugged_read_only_serves_no_writer(
     assert plan(make(ro=True), known=(known,)).new == ()
 
 
-def read_only(request: CheckedRequest) -> CheckedRequest:
-    assert isinstance(request.info, DeviceInfo)
-    return replace(request, info=replace(request.info, read_only=True))
-
-
 @pytest.mark.parametrize(
     ("writable", "reader"),
     [
@@ -384,7 +381,7 @@ def read_only(request: CheckedRequest) -> CheckedRequest:
             socket_share("work"),
             found(ShareInfo(tag="work", source="/s", read_only=True), FS_SOCKET),
         ),
-        (null_device(), read_only(null_device())),
+        (null_device(), null_device(ro=True)),
     ],
     ids=lambda request: request.info.description,
 )

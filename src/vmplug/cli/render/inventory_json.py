@@ -96,7 +96,7 @@ def _disk_json(disk: Disk) -> dict[str, Any]:
         "removable": facts.removable if facts else None,
         "disk": disk.disk,
         "pci": str(disk.function) if disk.function else None,
-        "holders": list(facts.holders) if facts else None,
+        "holders": None if facts is None or facts.holders is None else list(facts.holders),
         "mounts": [use.detail for use in disk.uses if use.kind == "mount"],
         "is_swap": any(use.kind == "swap" for use in disk.uses),
         "backing_file": backing.backing_file if backing else None,

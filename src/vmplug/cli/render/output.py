@@ -66,8 +66,10 @@ def size(size_bytes: int) -> str:
     return f"{amount:.1f}".removesuffix(".0") + f" {_UNITS[unit]}"
 
 
-def access(*, read_only: bool) -> str:
-    """`ro` or `rw`."""
+def access(*, read_only: bool | None) -> str:
+    """`ro` or `rw`; `?` where it is unknown."""
+    if read_only is None:
+        return "?"
     return "ro" if read_only else "rw"
 
 

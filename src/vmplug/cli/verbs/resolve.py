@@ -10,6 +10,7 @@ from vmplug.cli.render.text import one_line
 from vmplug.errors import HostError
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import HostDevice
+from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve_all
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def command(as_json: bool, **request: object) -> None:
     vmplug resolve --device b:241:0 --vhost-user-store /run/vhost-user --json
     """
     asked = read_request(**request)  # type: ignore[arg-type]
-    answers = resolve_all(asked.requests, asked.host, asked.vhost_user_store)
+    found = resolve_all(asked.requests, asked.host, asked.vhost_user_store)
+    answers = list(map(_existing, found))
     pairs = list(zip(asked.requests, answers, strict=True))
     if as_json:
         print_json({"devices": [_json(info, answer) for info, answer in pairs]})
@@ -51,6 +53,18 @@ def command(as_json: bool, **request: object) -> None:
                 click.echo(f"hint: {one_line(error.hint)}", err=True)
     if errors:
         raise click.exceptions.Exit(_HOST_ERROR)
+
+
+def _existing(answer: HostDevice | HostError) -> HostDevice | HostError:
+    """The error for a node of VFIO without a device, of which `check` has a finding."""
+    if isinstance(answer, VfioGroup):
+        from vmplug.host.pci.vfio import check_exists  # noqa: PLC0415  few requests are for it
+
+        try:
+            check_exists(answer)
+        except HostError as error:
+            return error
+    return answer
 
 
 def _json(info: "Request", answer: HostDevice | HostError) -> dict[str, object]:

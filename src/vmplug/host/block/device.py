@@ -24,9 +24,9 @@ class BlockDevice(NamedTuple):
 
     `holders` are kernel names (`dm-0`, `md0`) of what the kernel built on it. `relatives` are its
     partitions, or the disk it is a partition of; `below` are block devices that it is built on,
-    `below_files` files that it or one of those loops to. `size_bytes` is None only when sysfs has
-    no entry for the device; then the other facts are unknown too. `sector_bytes` is the logical
-    block size, which the guest must use too, as the partition table depends on it. `twins` are
+    `below_files` files that it or one of those loops to. `sector_bytes` is the logical block size,
+    which the guest must use too, as the partition table depends on it. A fact that sysfs does not
+    give is None; without a `size_bytes` it has no entry for the device at all. `twins` are
     other names of the same LUN, `loops` the loop devices on all of these with their partitions;
     both None until a check looks for them.
     """
@@ -36,10 +36,10 @@ class BlockDevice(NamedTuple):
     found_by: FoundBy
     sysfs_path: str | None = None
     size_bytes: int | None = None
-    sector_bytes: int = 512
-    read_only: bool = False
-    removable: bool = False
-    holders: tuple[str, ...] = ()
+    sector_bytes: int | None = None
+    read_only: bool | None = None
+    removable: bool | None = None
+    holders: tuple[str, ...] | None = None
     relatives: tuple[DiskPart, ...] = ()
     below: tuple[DevNum, ...] = ()
     below_files: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from vmplug.host.kind import FoundBy, Identity
 from vmplug.host.root import HostRoot
 
 _ND_DEVICES = "/sys/bus/nd/devices"
+_DAX_DEVICES = "/sys/bus/dax/devices"
 _NAMESPACE = "namespace"
 _WORDS = re.compile(r"([^0-9]*)([0-9]*)", re.ASCII)
 
@@ -121,7 +122,7 @@ def _uses(
     node = disk.device_node
     for point in sorted(mounts.get(disk.devnum, ()) if disk.devnum else ()):
         yield Use("mount", node, point)
-    for holder in disk.facts.holders if disk.facts else ():
+    for holder in (disk.facts.holders or ()) if disk.facts else ():
         yield Use("holder", node, holder)
     for loop in usage.loops:
         if loop.shows(node, root):
@@ -147,7 +148,7 @@ class Pmem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_pmem(paths: Mapping[str, str], disks: Mapping[str, Disk], root: HostRoot) -> list[Pmem]:
-    """The namespaces, and the block devices /dev/pmemN without one."""
+    """The namespaces, and the devices /dev/pmemN and /dev/daxN.M without one."""
     names = (name for name in root.list_dir(_ND_DEVICES) if name.startswith(_NAMESPACE))
     found = [_read_namespace(name, paths, disks, root) for name in names]
     taken = {pmem.device_node for pmem in found}
@@ -162,7 +163,34 @@ def read_pmem(paths: Mapping[str, str], disks: Mapping[str, Disk], root: HostRoo
                     uses=_uses_of(disk, disks),
                 )
             )
-    return found
+    taken = {pmem.device_node for pmem in found}
+    dax = (name for name in root.list_dir(_DAX_DEVICES) if f"/dev/{name}" not in taken)
+    return found + [_read_dax(name, root) for name in dax if "." in name]
+
+
+def _read_dax(name: str, root: HostRoot) -> Pmem:
+    """Memory without a namespace: of a CXL device, or set aside by the firmware.
+
+    Source: Documentation/ABI/testing/sysfs-bus-dax.
+    """
+    unreadable = list[str]()
+
+    def number(file: str) -> int | None:
+        try:
+            return root.read_int(f"{_DAX_DEVICES}/{name}/{file}")
+        except AttributeReadError as error:
+            unreadable.append(error.message)
+            return None
+
+    node = number("numa_node")
+    return Pmem(
+        name=None,
+        device_node=f"/dev/{name}",
+        mode="devdax",
+        size_bytes=number("size"),
+        numa_node=None if node is None or node < 0 else node,
+        unreadable=tuple(unreadable),
+    )
 
 
 def _read_namespace(

@@ -19,11 +19,61 @@ SIZE_UNIT_BYTES = 512
 """The unit of a sysfs `size`, whatever the device's own block size."""
 
 
+_CLASSES = ("/sys/class/block", "/sys/block")
+"""Of the latter the partitions are in the directories of their disks."""
+
+
+def find_block_directory(devnum: DevNum, root: HostRoot) -> str:
+    """The way to a block device in sysfs: by its number, or where a copy of a host has it."""
+    link = f"{root.sys_dev}/block/{devnum}"
+    if root.is_live or root.stat_or_none(link):
+        return link
+    return _find_listed(devnum, root) or link
+
+
+def _find_listed(devnum: DevNum, root: HostRoot) -> str | None:
+    paths = list_block_directories(root).values()
+    return next((path for path in paths if root.read_devnum(f"{path}/dev") == devnum), None)
+
+
+def list_block_directories(root: HostRoot) -> dict[str, str]:
+    """A directory of every block device by its kernel name, which may be a link.
+
+    A copy of a host may have only one of the kernel's lists.
+    """
+    found: dict[str, str] = {}
+    for directory in _CLASSES:
+        for name in root.list_dir(directory):
+            found.setdefault(name, f"{directory}/{name}")
+        if root.is_live:
+            return found
+    for disk, path in list(found.items()):
+        for name in root.list_dir(path):
+            if name.startswith(disk) and root.stat_or_none(f"{path}/{name}/partition"):
+                found.setdefault(name, f"{path}/{name}")
+    return found
+
+
+def find_block_node(devnum: DevNum, root: HostRoot) -> str | None:
+    """The node by the name of the device's directory; None when sysfs has no such name.
+
+    In a copy without links the directory may have the number for a name, which says nothing.
+    """
+    link = f"{root.sys_dev}/block/{devnum}"
+    path = root.real_path(link)
+    if path == link or root.stat_or_none(path) is None:
+        found = None if root.is_live else _find_listed(devnum, root)
+        if found is None:
+            return None
+        path = root.real_path(found)
+    return f"/dev/{path.rpartition('/')[2].replace('!', '/')}"
+
+
 def read_block_device(
     devnum: DevNum, device_node: str, found_by: FoundBy, root: HostRoot
 ) -> BlockDevice:
     """The facts of one block device; AttributeReadError when one cannot be read."""
-    link = f"{root.sys_dev}/block/{devnum}"
+    link = find_block_directory(devnum, root)
     sectors = root.read_int(f"{link}/size")
     if sectors is None:
         return BlockDevice(devnum=devnum, device_node=device_node, found_by=found_by)
@@ -36,10 +86,10 @@ def read_block_device(
         found_by=found_by,
         sysfs_path=sysfs_path,
         size_bytes=sectors * SIZE_UNIT_BYTES,
-        sector_bytes=root.read_int(f"{disk_path}/queue/logical_block_size") or 512,
-        read_only=bool(root.read_int(f"{sysfs_path}/ro")),
-        removable=bool(root.read_int(f"{disk_path}/removable")),
-        holders=tuple(root.list_dir(f"{sysfs_path}/holders")),
+        sector_bytes=root.read_int(f"{disk_path}/queue/logical_block_size"),
+        read_only=_read_flag(f"{sysfs_path}/ro", root),
+        removable=_read_flag(f"{disk_path}/removable", root),
+        holders=_read_holders(f"{sysfs_path}/holders", root),
         relatives=_relatives(sysfs_path, disk_path, root),
         below=below,
         below_files=below_files,
@@ -61,6 +111,16 @@ def read_disk_file(path: str, root: HostRoot, found_by: FoundBy = FoundBy.FILE) 
         qcow2=read_qcow2_header(canonical, root),
         pfn=read_pfn_info(canonical, root),
     )
+
+
+def _read_flag(path: str, root: HostRoot) -> bool | None:
+    number = root.read_int(path)
+    return None if number is None else bool(number)
+
+
+def _read_holders(path: str, root: HostRoot) -> tuple[str, ...] | None:
+    names = tuple(root.list_dir(path))
+    return names if names or root.stat(path) else None
 
 
 def _disk_path(sysfs_path: str, root: HostRoot) -> str:

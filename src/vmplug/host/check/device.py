@@ -206,7 +206,7 @@ def _named(part: DiskPart, device: BlockDevice) -> str:
 
 def _held(device: BlockDevice, access: Access, root: HostRoot) -> Iterator[Finding]:
     """Devices that the kernel built on it: device-mapper, md, bcache."""
-    held = [(device.device_node, device.holders)]
+    held = [(device.device_node, device.holders or ())]
     held += [(_named(part, device), part.holders) for part in device.same_bytes]
     for node, holders in held:
         writers = [

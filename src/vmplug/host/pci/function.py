@@ -24,6 +24,7 @@ Class 0680, "other bridge", is not among them: NVSwitches have it.
 LARGE_BAR_BYTES = 4 << 30
 """A BAR of more than this is large: the window of a port must be made for it."""
 
+_HOST_BRIDGE = 0x0600
 _BARS = 6
 _IORESOURCE_MEM, _IORESOURCE_PREFETCH, _IORESOURCE_MEM_64 = 0x200, 0x2000, 0x100000
 """Source: include/linux/ioport.h."""
@@ -156,7 +157,7 @@ class _Parser:
             driver=driver,
             iommu_group=self._iommu_group(iommu_group),
             numa_node=self._numa_node(numa_node),
-            pcie=True if physfn else self._pcie(config_size),
+            pcie=True if physfn else self._pcie(config_size, class_code),
             bars=self._bars(resource),
             physfn=physfn,
             unreadable=tuple(self._unreadable),
@@ -253,18 +254,26 @@ class _Parser:
             return None
         return None if node < 0 else node
 
-    def _pcie(self, answer: int | AttributeReadError | None) -> bool | None:
+    def _pcie(
+        self, answer: int | AttributeReadError | None, class_code: int | None
+    ) -> bool | None:
         """Whether it is PCIe, from the extended configuration space or the Express capability.
 
-        Without root only 64 bytes are visible, and a copy of a host often has no more.
+        Without root only 64 bytes are visible, and a copy of a host often has no more: then a
+        link speed tells, which only PCIe has. Host bridges have the large space whatever they are.
+        Source: Linux drivers/pci/pci-sysfs.c, pcie_dev_attrs_are_visible.
         """
         size_bytes = self._given(answer)
-        if size_bytes is None:
-            return None
-        if size_bytes > _CONFIG_BYTES:
+        is_host_bridge = class_code is not None and class_code >> 8 == _HOST_BRIDGE
+        if size_bytes is not None and size_bytes > _CONFIG_BYTES and not is_host_bridge:
             return True
-        config = self._try(lambda path: self._root.read_at(path, 0, _CONFIG_BYTES), "config")
-        return None if config is None else has_express_capability(config)
+        if size_bytes is not None:
+            config = self._try(lambda path: self._root.read_at(path, 0, _CONFIG_BYTES), "config")
+            known = None if config is None else has_express_capability(config)
+            if known is not None:
+                return known
+        speed = self._try(self._root.read_attribute, "max_link_speed")
+        return True if speed and speed.strip() else None
 
     def _bars(self, answer: bytes | AttributeReadError | None) -> tuple[Bar, ...]:
         text = self._given(answer)
@@ -288,7 +297,7 @@ class _Parser:
                 if line.strip() or index == 0:
                     self._complain("resource", f"line {index + 1} is {line[:60]!r}")
                 continue
-            if end > start:
+            if end > start or end == start != 0:
                 bars.append(
                     Bar(
                         number=index,

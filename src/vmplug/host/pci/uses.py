@@ -14,6 +14,7 @@ import msgspec
 from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
+from vmplug.host.block.sysfs import list_block_directories
 from vmplug.host.root import HostRoot
 
 _BLOCK, _NET = "/sys/class/block", "/sys/class/net"
@@ -65,7 +66,12 @@ def read_block_devices(sysfs_real_path: str, root: HostRoot) -> list[DevNum]:
 
 def read_block_paths(root: HostRoot) -> dict[str, str]:
     """The directory of every block device by its kernel name, without links."""
-    return dict(_class_paths(_BLOCK, root))
+    paths = dict(_class_paths(_BLOCK, root))
+    if not root.is_live:
+        for name, path in list_block_directories(root).items():
+            if name not in paths:
+                paths[name] = root.real_path(path)
+    return paths
 
 
 def group_by_function(paths: Mapping[str, str]) -> dict[Bdf, list[str]]:

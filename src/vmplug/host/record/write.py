@@ -53,7 +53,7 @@ _LINKS_MAX = 40
 
 _FUNCTION_FILES = (
     *("class", "vendor", "device", "subsystem_vendor", "subsystem_device", "revision", "driver"),
-    *("driver_override", "boot_vga", "sriov_totalvfs", "sriov_numvfs"),
+    *("driver_override", "boot_vga", "max_link_speed", "sriov_totalvfs", "sriov_numvfs"),
 )
 """Read only where a uevent is missing, or by verbs that change a function."""
 

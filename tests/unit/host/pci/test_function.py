@@ -268,6 +268,38 @@ def test_a_bar_of_more_than_4_gib_is_large(
     assert (bar.number, bar.size_bytes, bar.is_large) == (2, size_bytes, is_large)
 
 
+@pytest.mark.parametrize(("start", "count"), [(0x3F6, 1), (0, 0)])
+def test_a_bar_may_have_one_byte(tree: PciTree, start: int, count: int) -> None:
+    """As that of an IDE controller's status."""
+    line = f"0x{start:016x} 0x{start:016x} 0x{FLAGS_IO:016x}"
+    tree.pci_function(NVME)
+    rewrite(tree, "resource", "\n".join([line, *[" ".join(["0x" + "0" * 16] * 3)] * 12]) + "\n")
+    bars = function(tree).bars
+    assert [(bar.start, bar.size_bytes) for bar in bars] == [(start, 1)] * count
+
+
+@pytest.mark.parametrize("config", [b"", config_space(0x8086, 0x0953, CONFIG_CUT)])
+@pytest.mark.parametrize(("speed", "pcie"), [("16.0 GT/s PCIe\n", True), ("", None), (None, None)])
+def test_a_link_speed_tells_pcie_where_the_configuration_space_is_cut(
+    tree: PciTree, *, config: bytes, speed: str | None, pcie: bool | None
+) -> None:
+    tree.pci_function(NVME, config=config)
+    if speed is not None:
+        rewrite(tree, "max_link_speed", speed)
+    assert function(tree).pcie is pcie
+    remove(tree, "config")
+    assert function(tree).pcie is pcie
+
+
+@pytest.mark.parametrize(("class_code", "pcie"), [(0x060000, False), (0x010802, True)])
+def test_a_host_bridge_is_not_pcie_for_its_large_configuration_space(
+    tree: PciTree, *, class_code: int, pcie: bool
+) -> None:
+    space = config_space(0x8086, 0x0953, CONFIG_PCIE, is_pcie=False)
+    tree.pci_function(NVME, class_code=class_code, config=space)
+    assert function(tree).pcie is pcie
+
+
 def test_only_the_six_bars_count(tree: PciTree) -> None:
     rom = {6: (0xF0000000, 0x10000, FLAGS_MEM32), 7: (1 << 40, GIB, FLAGS_MEM64)}
     tree.pci_function(NVME, bars={5: (0xFE000000, 0x1000, FLAGS_MEM32), **rom})
