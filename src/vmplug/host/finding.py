@@ -51,10 +51,8 @@ class Code(StrEnum):
     NO_PORT = "no-port"
     CANNOT_PLUG = "cannot-plug"
     SPLIT_GROUP = "split-group"
-    NO_DRIVER = "no-driver"
     PLUGGED_OTHERWISE = "plugged-otherwise"
     TAG_TAKEN = "tag-taken"
-    ONLY_COUNTED = "only-counted"
     NO_SUCH_DEVICE = "no-such-device"
     UNREADABLE = "unreadable"
     NOT_ALLOWED = "not-allowed"
@@ -66,7 +64,6 @@ NEVER_ALLOWED = frozenset(
         Code.CANNOT_PLUG,
         Code.GROUP_NOT_VIABLE,
         Code.NO_BACKEND,
-        Code.NO_DRIVER,
         Code.NO_INTERRUPT_REMAPPING,
         Code.NO_IOMMU,
         Code.NO_IOMMUFD,
