@@ -178,7 +178,9 @@ ROWS = [
         Code.HAS_HOLDERS,
         "file",
         [image()],
-        lambda w: w.tree.block_device("7:0", "loop0", loop={"backing_file": f"{IMAGE}\n"}),
+        lambda w: w.tree.block_device(
+            "7:0", "loop0", holders=("dm-0",), loop={"backing_file": f"{IMAGE}\n"}
+        ),
     ),
     Row(Code.IS_SWAP, "disk", [DISK], lambda w: w.tree.swap("/dev/sda1")),
     Row(Code.IS_SWAP, "file", [image()], lambda w: w.tree.swap(IMAGE)),
@@ -268,6 +270,8 @@ ELSEWHERE = {
     "test_a_qemu_without_iommufd_is_told_of_where_a_device_was_named_by_its_node",
     Code.MEMLOCK_LIMIT: "unit/host/check/test_vfio_group.py::"
     "test_qemu_must_be_allowed_to_lock_the_guests_memory",
+    Code.UNKNOWN_USE: "unit/host/check/test_vfio_group.py::"
+    "test_a_process_whose_files_cannot_be_read_may_have_the_group",
     Code.SPLIT_GROUP: "unit/drivers/test_vfio.py::"
     "test_a_guest_iommu_wants_a_group_behind_one_bridge",
 }

@@ -260,7 +260,7 @@ class _Parser:
         """Whether it is PCIe, from the extended configuration space or the Express capability.
 
         Without root only 64 bytes are visible, and a copy of a host often has no more: then a
-        link speed decides, which only PCIe has. Host bridges have the large space whatever they are.
+        link speed decides, which only PCIe has. A host bridge has the large space in any case.
         Source: Linux drivers/pci/pci-sysfs.c, pcie_dev_attrs_are_visible.
         """
         size_bytes = self._given(answer)

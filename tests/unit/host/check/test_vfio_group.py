@@ -1,5 +1,6 @@
 """Every reason not to hand an IOMMU group over, each beside the host that gives no such reason."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import pytest
 
 from tests.support.checking import WRITING, claim
 from tests.support.pci_tree import PciTree
+from vmplug.errors import AttributeReadError
 from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.check.vfio_group import GuestMemory, check_memlock, check_vm
+from vmplug.host.check.vfio_group import GuestMemory, check_memlock, check_openers, check_vm
 from vmplug.host.finding import Claim, Code, Finding, Severity
 from vmplug.host.kind import Identity
 from vmplug.host.pci.vfio import find_vfio_device
+from vmplug.host.root import HostRoot
 
 GPU, AUDIO, OTHER = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"
 VGA, SOUND, ETHERNET, BRIDGE, NVSWITCH = 0x030000, 0x040300, 0x020000, 0x060400, 0x068000
@@ -266,6 +269,29 @@ def test_a_group_that_has_gone_has_nothing_to_hand_over(tree: PciTree) -> None:
     group = find_vfio_device(GPU, tree.root)._replace(functions=())
     found = check_device(group, WRITING, usage=read_usage(tree.root), root=tree.root)
     assert [finding.code for finding in found] == [Code.NO_SUCH_DEVICE]
+
+
+class Running(HostRoot):
+    """A tree that is taken for the running host; the files of process 42 cannot be read."""
+
+    is_live = True
+
+    def list_dir(self, path: str) -> list[str]:
+        if path == "/proc/42/fd":
+            raise AttributeReadError(path, errno.EACCES)
+        return super().list_dir(path)
+
+
+@pytest.mark.root
+def test_a_process_whose_files_cannot_be_read_may_have_the_group(tree: PciTree) -> None:
+    group = find_vfio_device(GPU, bound(tree).node("/dev/vfio/26", "c", "243:26").root)
+    running = Running(tree.path)
+    assert not list(check_openers(group, running))
+    tree.process(42, "qemu")
+    (finding,) = check_openers(group, running)
+    assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, Severity.ERROR)
+    assert "process 42" in finding.message
+    assert not list(check_openers(group, tree.root))
 
 
 # memory
