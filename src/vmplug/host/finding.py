@@ -74,6 +74,7 @@ NEVER_ALLOWED = frozenset(
         Code.NOT_THAT_FORMAT,
         Code.OPEN_BY_PROCESS,
         Code.PLUGGED_OTHERWISE,
+        Code.REPLACED,
         Code.SIZE_ZERO,
         Code.SPLIT_GROUP,
         Code.TAG_TAKEN,

@@ -45,6 +45,7 @@ class World:
         self.ports = 4
         self.policy: Policy | None = None
         self.before: list[Request] = []
+        self.afterwards: Callable[[], object] = lambda: None
         self.files: list[int] = []
         self.tree.file("/proc/interrupts", REMAPPING)
         self.tree.file("/proc/sys/kernel/random/boot_id", "11111111-2222-3333-4444-555555555555\n")
@@ -144,6 +145,14 @@ def has(*requests: Request) -> Callable[[World], object]:
 
 def take(path: str) -> Callable[[World], object]:
     return lambda world: (world.tree.path / path.lstrip("/")).unlink()
+
+
+def replaced_image(world: World) -> None:
+    """The VM has a file, and another one has its name now."""
+    world.before.append(image())
+    path = world.tree.path / IMAGE[1:]
+    (path.parent / "new").write_bytes(bytes(4 * MIB))
+    world.afterwards = lambda: os.replace(path.parent / "new", path)
 
 
 def odd_size(world: World) -> None:
@@ -248,6 +257,7 @@ ROWS = [
     Row(Code.PLUGGED_OTHERWISE, "writer", [DISK], has(disk(ro=True)), [disk(ro=True)]),
     Row(Code.PLUGGED_OTHERWISE, "options", [disk(discard="unmap")], has(DISK), [DISK]),
     Row(Code.PLUGGED_OTHERWISE, "share", [share(ro=True)], has(share()), [share()]),
+    Row(Code.REPLACED, "file", [image()], replaced_image),
     Row(Code.TAG_TAKEN, "share", [share("work", "/srv")], has(share()), [share()]),
     Row(Code.NO_SUCH_DEVICE, "disk", [disk("8:99")], without=[DISK]),
     Row(Code.NO_SUCH_DEVICE, "file", [image("/srv/none")], without=[image()]),
@@ -330,6 +340,7 @@ def prepared(row: Row, world: World, journal: Journal, *, with_fault: bool) -> D
     manager = world.manager(journal)
     if world.before:
         manager.attach_all(world.before, owner="c0")
+    world.afterwards()
     return manager
 
 
