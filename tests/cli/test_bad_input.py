@@ -622,9 +622,9 @@ ON_QEMU = [
         "read-only-device",
     ),
     in_use(
-        "attach --device file:{free_img} --vm roomy --owner c1",
-        "{free_img} is behind the loop device {free}",
-        "hand over {free} itself",
+        "attach --device file:{mounted_img} --vm roomy --owner c1",
+        "{mounted_img} is behind the loop device {mounted}",
+        "hand over {mounted} itself",
         "has-holders",
     ),
     in_use(

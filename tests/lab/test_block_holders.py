@@ -37,7 +37,7 @@ from tests.lab.blocks import (
 from tests.support.checking import READING
 from tests.support.disks import disk_image
 from vmplug import Code
-from vmplug.host.finding import Finding
+from vmplug.host.finding import Finding, Severity
 
 MAPPED_SECTORS = 32768
 KEY = "ab" * 32
@@ -259,7 +259,13 @@ def test_a_disk_below_a_loop_device_is_free_when_that_is_detached(disk: Path) ->
         assert as_lsblk_says(loop)
         finding = refusal(disk)
         assert finding.code is Code.HAS_HOLDERS
-        assert finding.message == f"{disk} is behind the loop device {loop}"
+        message = f"{disk} is behind the loop device {loop}"
+        assert finding.message == f"{message}, which nothing uses now"
+        assert finding.severity is Severity.WARNING
+        with held(loop):
+            used = refusal(disk)
+            assert used.message == message
+            assert used.severity is Severity.ERROR
         obey(finding)
         assert is_free(disk)
 

@@ -510,9 +510,13 @@ def test_a_file_behind_a_writable_loop_device_is_refused(
     open_lab: OpenLab, tmp_path: Path
 ) -> None:
     image = disk_image(tmp_path / "a.img", SMALL_MIB, "looped")
-    with loop_device(image):
-        for ro in (False, True):
-            refused(open_lab, request(image, NVDIMM, ro=ro), Code.HAS_HOLDERS)
+    with loop_device(image) as node:
+        holder = os.open(node, os.O_RDONLY | os.O_EXCL)
+        try:
+            for ro in (False, True):
+                refused(open_lab, request(image, NVDIMM, ro=ro), Code.HAS_HOLDERS)
+        finally:
+            os.close(holder)
 
 
 @pytest.mark.root

@@ -250,7 +250,8 @@ def _looped(
             yield Finding(
                 Code.HAS_HOLDERS,
                 f"{message}, which nothing uses now",
-                f"leave {loop.device_node} unused: kubelet keeps one on each raw block volume",
+                "leave it unused (kubelet keeps one on each raw block volume), or run "
+                f"losetup --detach {loop.device_node}",
                 Severity.WARNING,
             )
         else:
