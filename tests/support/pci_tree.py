@@ -260,7 +260,10 @@ class PciTree(HostTree):
         self.link(f"/sys/bus/mdev/devices/{uuid}", f"../../..{path[4:]}")
         if matrix is not None:
             self.file(f"{path}/matrix", "".join(f"{queue}\n" for queue in matrix))
-        return self if group is None else self.iommu_group(group, uuid)
+        if group is None:
+            return self
+        self.file(f"/sys/kernel/iommu_groups/{group}/name", "vfio-noiommu\n")
+        return self.iommu_group(group, uuid)
 
     def pmem(self, name: str, *, mode: str = "fsdax", size_bytes: int = GIB) -> Self:
         """A namespace of persistent memory, `namespace0.0`, with its block device pmem0."""

@@ -19,7 +19,7 @@ from vmplug.host.block.inventory import Disk, Pmem, Use, read_disks, read_pmem
 from vmplug.host.block.mounts import HostUsage, read_usage
 from vmplug.host.kind import DeviceType, Identity
 from vmplug.host.pci.function import PciFunction, read_functions, read_reset_methods
-from vmplug.host.pci.iommu import find_group
+from vmplug.host.pci.iommu import NOIOMMU, find_group
 from vmplug.host.pci.mdev import (
     MDEV_DEVICES,
     MdevType,
@@ -167,7 +167,8 @@ class _Reader:
 
     def _read_group_nodes(self) -> dict[int | None, str]:
         names = {*self._names("/sys/class/vfio"), *self._names("/dev/vfio")}
-        return {int(name): f"/dev/vfio/{name}" for name in names if is_decimal(name)}
+        numbers = {name: name.removeprefix(NOIOMMU) for name in names}
+        return {int(n): f"/dev/vfio/{name}" for name, n in numbers.items() if is_decimal(n)}
 
     def _read_cdev_nodes(self) -> dict[str, str]:
         """The nodes of devices by their BDF or UUID, as far as they are in /dev."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vmplug.address import Bdf
+from vmplug.host.check.isolation import check_isolation
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.iommu import allows_unsafe_interrupts, has_iommu, remaps_interrupts
 from vmplug.host.pci.nodes import read_nodes
 from vmplug.host.pci.uses import (
     NetInterface,
@@ -53,7 +53,7 @@ def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
             "vmplug host lists the devices; bridges stay with the host",
         )
         return
-    yield from _isolation(group, root)
+    yield from check_isolation(group, root)
     yield from _bindings(group, root)
     if CDEV_NODE.match(group.host_path) and not has_node(IOMMU_NODE, root):
         why = f"the host has no {IOMMU_NODE}, which {group.host_path} needs"
@@ -74,7 +74,7 @@ def check_openers(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
     """
     own = [node for _, node in group.cdev_nodes]
     if group.number is not None:
-        own.append(f"/dev/vfio/{group.number}")
+        own.append(group.group_node)
     nodes = {node: DeviceNode.of_char(node, root) for node in own}
     owners: dict[str, Bdf] = {}
     for function in group.functions:
@@ -163,32 +163,6 @@ def check_memlock(
             f"needs all of the guest's {memory_bytes >> 20} MiB locked",
             ("ulimit -l unlimited" if is_to_start else f"prlimit --pid {pid} --memlock=unlimited")
             + ", or LimitMEMLOCK=infinity in its unit",
-        )
-
-
-def _isolation(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
-    """Whether the hardware keeps the VM from the host's memory and interrupts."""
-    if group.number is None:
-        yield Finding(
-            Code.NO_IOMMU,
-            f"{group.members[0]} is in no IOMMU group"
-            + ("" if has_iommu(root) else ": the host has no IOMMU, or does not use it"),
-            "enable it: VT-d or AMD-Vi in the firmware, and intel_iommu=on or "
-            "amd_iommu=on on the kernel's command line",
-        )
-    elif not group.mediated and remaps_interrupts(root) is False:
-        is_told = allows_unsafe_interrupts(root)
-        yield Finding(
-            Code.NO_INTERRUPT_REMAPPING,
-            f"the IOMMU does not remap interrupts: through {group.members[0]} the VM could "
-            "inject interrupts into the host",
-            "enable interrupt remapping in the firmware; for a VM that you trust, "
-            + (
-                "allow_unsafe_interrupts=Y is set already"
-                if is_told
-                else "echo Y > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
-            ),
-            Severity.WARNING if is_told else Severity.ERROR,
         )
 
 

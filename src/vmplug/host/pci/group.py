@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import DiskPart
 from vmplug.host.kind import DeviceType, FoundBy, Identity
+from vmplug.host.pci.iommu import group_node
 
 if TYPE_CHECKING:
     from vmplug.host.pci.function import PciFunction
@@ -20,6 +21,7 @@ class VfioGroup(NamedTuple):
     other. `number` is None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes
     of the members themselves, by name, when the request named one and iommufd can use them.
     `disks` are the host's disks behind the functions, `partitions` the numbers of theirs.
+    `is_noiommu`: VFIO made the group for a function without an IOMMU.
     """
 
     number: int | None
@@ -33,6 +35,7 @@ class VfioGroup(NamedTuple):
     cdev_nodes: tuple[tuple[str, str], ...] = ()
     disks: tuple[DiskPart, ...] = ()
     partitions: tuple[DevNum, ...] = ()
+    is_noiommu: bool = False
 
     @property
     def kind(self) -> DeviceType:
@@ -54,7 +57,7 @@ class VfioGroup(NamedTuple):
     @property
     def group_node(self) -> str:
         """The node that the group has while VFIO holds it, if the kernel makes such nodes."""
-        return f"/dev/vfio/{self.number}"
+        return group_node(self.number, is_noiommu=self.is_noiommu)
 
     @property
     def identity(self) -> Identity:

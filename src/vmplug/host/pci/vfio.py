@@ -16,7 +16,7 @@ from vmplug.host.file_id import file_replaced
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.function import PciFunction, find_function
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.iommu import find_group, read_group
+from vmplug.host.pci.iommu import find_group, is_noiommu, read_group
 from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_mediated
 from vmplug.host.pci.uses import read_block_devices
 from vmplug.host.root import HostRoot, node_number
@@ -171,6 +171,7 @@ def _read_group(
         unknown_members=tuple(unknown_members),
         named=named,
         found_by=found_by,
+        is_noiommu=mediated is None and is_noiommu(number, root),
     )
     return with_disks(group, root)
 

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, HostError, NoSuchDevice, StateError, StoreError
-from vmplug.host.finding import Code
+from vmplug.host.finding import Code, Finding
 from vmplug.host.pci.bind import (
     WRITE_TIMEOUT_S,
     FormerBinding,
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S, _CLOSE_STEP_S = 10.0, 0.02
 _MENDED = frozenset({Code.NOT_BOUND, Code.GROUP_NOT_VIABLE})
 """Findings that binding resolves."""
+_UNFIT = frozenset({Code.NO_IOMMU})
+"""Findings that a group which VFIO has already cannot be handed over, and no bind changes that."""
 
 
 class BindOutcome(StrEnum):
@@ -116,9 +118,9 @@ class Binder:
         with self._alone() as rows:
             functions = [_find(function.bdf, self._host) for function in group.functions]
             wanted = [f for f in functions if not self._is_bound(f, driver)]
-            if wanted and device_id is None:
+            if device_id is None:
                 found = find_conflicts(group, self._journal, self._host)
-                raise_in_use(group.host_path, [f for f in found if f.code not in _MENDED], allow)
+                raise_in_use(group.host_path, [f for f in found if _stops(f, wanted)], allow)
             steps = [self._plan(f, driver, rows.get(f.bdf), device_id) for f in wanted]
             if steps:
                 self._bind_all(steps)
@@ -363,6 +365,11 @@ def _failed(former: FormerBinding, error: HostError) -> Returned:
         bdf = str(former.bdf)
         error = BindError(bdf, "read", f"{bdf} cannot be given back: {error.message}")
     return Returned(former, BindOutcome.FAILED, error.message, error)
+
+
+def _stops(finding: Finding, wanted: Collection[PciFunction]) -> bool:
+    """Whether it is a reason not to bind; where nothing is left to bind, the users may stay."""
+    return finding.code not in _MENDED if wanted else finding.code in _UNFIT
 
 
 def _find(bdf: Bdf, host: HostRoot) -> PciFunction:

@@ -9,7 +9,7 @@ from vmplug.host.check.device import check_device
 from vmplug.host.finding import NEVER_ALLOWED, Access, Code, Finding, Severity, allow
 from vmplug.host.kind import Identity
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.iommu import find_group, read_group
+from vmplug.host.pci.iommu import find_group, group_node, is_noiommu, read_group
 from vmplug.host.pci.vfio import read_cdev, with_disks
 from vmplug.host.root import HostRoot
 from vmplug.host.use.openers import DeviceNode, find_openers
@@ -47,7 +47,8 @@ def find_users(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
     number = find_group(path, host)
     if number is None:
         return None
-    paths = filter(None, (f"/dev/vfio/{number}", read_cdev(path, host)))
+    node = group_node(number, is_noiommu=is_noiommu(number, host))
+    paths = filter(None, (node, read_cdev(path, host)))
     openers = find_openers([DeviceNode.of_char(node, host) for node in paths], host)
     for opener in openers.found:
         return f"{bdf} is open in process {opener.pid} ({opener.name})"

@@ -1,0 +1,76 @@
+"""Does the hardware keep a VM that has the group out of the host's memory and interrupts?"""
+
+from collections.abc import Iterator
+
+from vmplug.address import Bdf, find_bdf
+from vmplug.host.finding import Code, Finding, Severity
+from vmplug.host.pci.function import PciFunction
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.iommu import allows_unsafe_interrupts, has_iommu, remaps_interrupts
+from vmplug.host.root import HostRoot
+
+_ENABLE = (
+    "enable it: VT-d or AMD-Vi in the firmware, and intel_iommu=on or amd_iommu=on on the "
+    "kernel's command line"
+)
+
+
+def check_isolation(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+    """Every reason why the VM could reach the host through the group."""
+    if group.number is None:
+        yield _no_group(group, root)
+    elif group.is_noiommu:
+        yield Finding(
+            Code.NO_IOMMU,
+            f"{group.members[0]} is with VFIO in no-IOMMU mode ({group.host_path}): the VM could "
+            "write to all of the host's memory, and QEMU does not take such a group",
+            f"vmplug needs an IOMMU: {_ENABLE}, or give this host one if it is a VM itself",
+        )
+    elif not group.mediated and remaps_interrupts(root) is False:
+        yield _no_remapping(group, root)
+
+
+def _no_group(group: VfioGroup, root: HostRoot) -> Finding:
+    name = group.members[0]
+    controller = _vmd_controller(group.functions[0], root) if group.functions else None
+    if controller:
+        return Finding(
+            Code.NO_IOMMU,
+            f"{name} is behind Intel's volume management device {controller} (VMD), and has no "
+            "IOMMU group of its own there",
+            "turn VMD off for its slot in the firmware, or hand over the controller with every "
+            f"drive behind it: vfio:{controller}",
+        )
+    why = "" if has_iommu(root) else ": the host has no IOMMU, or does not use it"
+    return Finding(Code.NO_IOMMU, f"{name} is in no IOMMU group{why}", _ENABLE)
+
+
+def _vmd_controller(function: PciFunction, root: HostRoot) -> Bdf | None:
+    """The controller that made the function's domain; None for a domain of the machine's own.
+
+    The directory of such a domain is below the controller's:
+    /sys/devices/pci0000:64/0000:64:00.5/pci10000:00/10000:00:02.0/10000:01:00.0.
+    Source: vmd_enable_domain, Linux drivers/pci/controller/vmd.c.
+    """
+    above, found, _ = root.real_path(function.sysfs_path).rpartition("/pci")
+    controller = find_bdf(above.rpartition("/")[2]) if found else None
+    if controller is None:
+        return None
+    driver = root.read_link(f"{root.pci_devices}/{controller}/driver")
+    return controller if driver and driver.rpartition("/")[2] == "vmd" else None
+
+
+def _no_remapping(group: VfioGroup, root: HostRoot) -> Finding:
+    is_allowed = allows_unsafe_interrupts(root)
+    return Finding(
+        Code.NO_INTERRUPT_REMAPPING,
+        f"the IOMMU does not remap interrupts: through {group.members[0]} the VM could "
+        "inject interrupts into the host",
+        "enable interrupt remapping in the firmware; for a VM that you trust, "
+        + (
+            "allow_unsafe_interrupts=Y is set already"
+            if is_allowed
+            else "echo Y > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+        ),
+        Severity.WARNING if is_allowed else Severity.ERROR,
+    )
