@@ -59,7 +59,6 @@ class PciTree(HostTree):
             f"bc{class_code >> 16:02X}sc{class_code >> 8 & 0xFF:02X}i{class_code & 0xFF:02X}"
         )
         lines = {
-            **({"DRIVER": driver} if driver else {}),
             "PCI_CLASS": f"{class_code:X}",
             "PCI_ID": ids,
             "PCI_SUBSYS_ID": f"{subsystem[0]:04X}:{subsystem[1]:04X}",
@@ -87,14 +86,25 @@ class PciTree(HostTree):
         self.link(f"/sys/bus/pci/devices/{bdf}", f"../../..{path.removeprefix('/sys')}")
         self.link(f"{path}/subsystem", up(path) + "bus/pci")
         if driver:
-            self.pci_driver(driver)
-            self.link(f"{path}/driver", up(path) + f"bus/pci/drivers/{driver}")
-            self.link(f"/sys/bus/pci/drivers/{driver}/{bdf}", up("/sys/bus/pci/x/x") + path[5:])
+            self.take(bdf, driver)
         if group is not None:
             self.iommu_group(group, bdf)
         if cdev is not None:
             self.vfio_cdev(bdf, cdev)
         return self
+
+    def take(self, bdf: str, driver: str) -> Self:
+        """Another driver takes a function that is there."""
+        path = self.real(bdf)
+        (self.path / path[1:] / "driver").unlink(missing_ok=True)
+        for former in self.path.glob(f"sys/bus/pci/drivers/*/{bdf}"):
+            former.unlink()
+        uevent = self.path / path[1:] / "uevent"
+        kept = [line for line in uevent.read_text().splitlines() if "DRIVER=" not in line]
+        uevent.write_text("".join(f"{line}\n" for line in (f"DRIVER={driver}", *kept)))
+        self.pci_driver(driver)
+        self.link(f"{path}/driver", up(path) + f"bus/pci/drivers/{driver}")
+        return self.link(f"/sys/bus/pci/drivers/{driver}/{bdf}", up("/sys/bus/pci/x/x") + path[5:])
 
     def pci_driver(self, name: str) -> Self:
         """A driver without functions, if there is none of the name yet."""

@@ -40,6 +40,7 @@ class Code(StrEnum):
     NO_INTERRUPT_REMAPPING = "no-interrupt-remapping"
     NO_IOMMUFD = "no-iommufd"
     GROUP_NOT_VIABLE = "group-not-viable"
+    MEMBER_IN_USE = "member-in-use"
     NOT_BOUND = "not-bound"
     NETWORK_IN_USE = "network-in-use"
     BOOT_CONSOLE = "boot-console"

@@ -16,6 +16,7 @@ import msgspec
 from vmplug.address import Bdf
 from vmplug.host.check.isolation import check_isolation
 from vmplug.host.finding import Code, Finding, Severity
+from vmplug.host.pci.bind import PCI_DRIVERS
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.nodes import read_nodes
@@ -37,6 +38,11 @@ _DISPLAY = 0x03
 _PROBE_S, _PROBE_STEP_S = 0.5, 0.05
 """How long an open node may be just a probe."""
 
+_LEAVES_DMA_ALONE = frozenset({"pcieport", "pci-stub"})
+"""Drivers that the kernel accepts in a group of VFIO: those that set driver_managed_dma. Linux
+before 5.19 accepted any driver of a PCI-to-PCI bridge. A member without a driver is accepted too.
+Source: drivers/pci/pcie/portdrv.c, drivers/pci/pci-stub.c; vfio_dev_viable before."""
+
 
 def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
     """Every reason not to hand the group over, except the users of its disks."""
@@ -55,6 +61,7 @@ def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
         return
     yield from check_isolation(group, root)
     yield from _bindings(group, root)
+    yield from _others(group, root)
     if CDEV_NODE.match(group.host_path) and not has_node(IOMMU_NODE, root):
         why = f"the host has no {IOMMU_NODE}, which {group.host_path} needs"
         yield _by_group_alone(group, why, "modprobe iommufd", root)
@@ -167,13 +174,7 @@ def check_memlock(
 
 
 def _bindings(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
-    """Members that are not bound to VFIO."""
-    for name in group.unknown_members:
-        yield Finding(
-            Code.GROUP_NOT_VIABLE,
-            f"group {group.number} has a member {name} of a kind that vmplug does not support",
-            "hand over another device",
-        )
+    """Functions that are not bound to VFIO."""
     outside = [f for f in group.functions if not is_vfio_driver(f, root)]
     if not outside:
         return
@@ -187,6 +188,26 @@ def _bindings(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
     else:
         blocking = f"group {group.number} cannot be handed over: {words}"
         yield Finding(Code.GROUP_NOT_VIABLE, blocking, hint)
+
+
+def _others(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+    """Members that vmplug never binds, and that keep the kernel from giving the group away."""
+    for name in group.unknown_members:
+        yield Finding(
+            Code.MEMBER_IN_USE,
+            f"group {group.number} has a member {name} of a kind that vmplug does not support",
+            "hand over another device",
+        )
+    for bridge in group.bridges:
+        if bridge.driver in {None, *_LEAVES_DMA_ALONE} or is_vfio_driver(bridge, root):
+            continue
+        yield Finding(
+            Code.MEMBER_IN_USE,
+            f"group {group.number} cannot be handed over: its bridge {bridge.bdf} is bound to "
+            f"{bridge.driver}, which Linux 5.19 and later do not accept beside VFIO",
+            "bridges stay with the host, so vmplug does not bind them; take the bridge from its "
+            f"driver: echo {bridge.bdf} > {PCI_DRIVERS}/{bridge.driver}/unbind",
+        )
 
 
 def _console(function: PciFunction, root: HostRoot) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ _NO_USE = frozenset(
     {
         Code.NOT_BOUND,
         Code.GROUP_NOT_VIABLE,
+        Code.MEMBER_IN_USE,
         Code.NO_IOMMU,
         Code.NO_INTERRUPT_REMAPPING,
         Code.NO_RESET,
