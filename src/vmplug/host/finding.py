@@ -39,6 +39,7 @@ class Code(StrEnum):
     NO_IOMMU = "no-iommu"
     NO_INTERRUPT_REMAPPING = "no-interrupt-remapping"
     NO_IOMMUFD = "no-iommufd"
+    NO_NODE = "no-node"
     GROUP_NOT_VIABLE = "group-not-viable"
     MEMBER_IN_USE = "member-in-use"
     NOT_BOUND = "not-bound"
@@ -68,6 +69,7 @@ NEVER_ALLOWED = frozenset(
         Code.NO_INTERRUPT_REMAPPING,
         Code.NO_IOMMU,
         Code.NO_IOMMUFD,
+        Code.NO_NODE,
         Code.NO_PORT,
         Code.NO_SUCH_DEVICE,
         Code.NOT_ALLOWED,

@@ -15,6 +15,7 @@ import msgspec
 
 from vmplug.address import Bdf
 from vmplug.host.check.isolation import check_isolation
+from vmplug.host.check.vfio_node import check_group_node, check_nodes
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.bind import PCI_DRIVERS
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
@@ -62,6 +63,7 @@ def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
     yield from check_isolation(group, root)
     yield from _bindings(group, root)
     yield from _others(group, root)
+    yield from check_nodes(group, root)
     if CDEV_NODE.match(group.host_path) and not has_node(IOMMU_NODE, root):
         why = f"the host has no {IOMMU_NODE}, which {group.host_path} needs"
         yield _by_group_alone(group, why, "modprobe iommufd", root)
@@ -140,6 +142,7 @@ def check_vm(
     if group.cdev_nodes and not has_iommufd:
         why = f"the VM's QEMU has no iommufd, which {group.host_path} needs"
         yield _by_group_alone(group, why, "start the VM with a newer QEMU (Debian 13's)", root)
+        yield from check_group_node(group, root)
     if group.functions and memory.pid:
         yield from check_memlock(group, memory.pid, memory.size_bytes, root)
 

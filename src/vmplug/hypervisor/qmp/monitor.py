@@ -81,7 +81,7 @@ _NO_MORE_MEMORY = (
 _HINTS = (
     (
         "is not viable",
-        "vmplug check names the function that is bound to another driver; run vmplug bind",
+        "vmplug check names each member with another driver, and the remedy (vmplug bind)",
     ),
     (
         "Failed to set iommu for container",

@@ -20,7 +20,9 @@ _NO_USE = frozenset(
         Code.MEMBER_IN_USE,
         Code.NO_IOMMU,
         Code.NO_INTERRUPT_REMAPPING,
+        Code.NO_NODE,
         Code.NO_RESET,
+        Code.WRONG_NODE,
     }
 )
 """Findings that a function cannot be handed over as it is, not that it is in use."""
