@@ -92,6 +92,7 @@ def test_a_function_in_json(vmplug: Vmplug, host: PciTree) -> None:
                 "is_64bit": True,
                 "is_prefetchable": True,
                 "is_large": True,
+                "is_assigned": True,
             },
             {
                 "number": 4,
@@ -101,6 +102,7 @@ def test_a_function_in_json(vmplug: Vmplug, host: PciTree) -> None:
                 "is_64bit": False,
                 "is_prefetchable": False,
                 "is_large": False,
+                "is_assigned": True,
             },
         ],
         "physfn": None,

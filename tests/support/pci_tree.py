@@ -100,8 +100,8 @@ class PciTree(HostTree):
         for former in self.path.glob(f"sys/bus/pci/drivers/*/{bdf}"):
             former.unlink()
         uevent = self.path / path[1:] / "uevent"
-        kept = [line for line in uevent.read_text().splitlines() if "DRIVER=" not in line]
-        uevent.write_text("".join(f"{line}\n" for line in (f"DRIVER={driver}", *kept)))
+        kept = [line for line in uevent.read_bytes().splitlines() if b"DRIVER=" not in line]
+        uevent.write_bytes(b"\n".join([os.fsencode(f"DRIVER={driver}"), *kept, b""]))
         self.pci_driver(driver)
         self.link(f"{path}/driver", up(path) + f"bus/pci/drivers/{driver}")
         return self.link(f"/sys/bus/pci/drivers/{driver}/{bdf}", up("/sys/bus/pci/x/x") + path[5:])

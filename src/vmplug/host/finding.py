@@ -49,6 +49,10 @@ class Code(StrEnum):
     UNKNOWN_USE = "unknown-use"
     HAS_VIRTUAL_FUNCTIONS = "has-virtual-functions"
     NO_RESET = "no-reset"
+    NO_RESPONSE = "no-response"
+    BAR_UNASSIGNED = "bar-unassigned"
+    VFIO_REFUSES = "vfio-refuses"
+    RESERVED_MEMORY = "reserved-memory"
     MEMLOCK_LIMIT = "memlock-limit"
     NO_PORT = "no-port"
     CANNOT_PLUG = "cannot-plug"
@@ -71,6 +75,7 @@ NEVER_ALLOWED = frozenset(
         Code.NO_IOMMUFD,
         Code.NO_NODE,
         Code.NO_PORT,
+        Code.NO_RESPONSE,
         Code.NO_SUCH_DEVICE,
         Code.NOT_ALLOWED,
         Code.NOT_BOUND,

@@ -66,6 +66,7 @@ def _bar_json(bar: Bar) -> dict[str, Any]:
         "is_64bit": bar.is_64bit,
         "is_prefetchable": bar.is_prefetchable,
         "is_large": bar.is_large,
+        "is_assigned": bar.is_assigned,
     }
 
 

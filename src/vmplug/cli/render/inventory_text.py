@@ -91,6 +91,7 @@ def _bar(bar: Bar) -> str:
         size(bar.size_bytes),
         None if bar.is_memory else "of ports",
         "large" if bar.is_large else None,
+        None if bar.is_assigned else "without an address",
     )
     return f"{bar.number} " + " ".join(filter(None, words))
 

@@ -26,8 +26,10 @@ def check_isolation(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
             "write to all of the host's memory, and QEMU does not take such a group",
             f"vmplug needs an IOMMU: {_ENABLE}, or give this host one if it is a VM itself",
         )
-    elif not group.mediated and remaps_interrupts(root) is False:
-        yield _no_remapping(group, root)
+    elif not group.mediated:
+        if remaps_interrupts(root) is False:
+            yield _no_remapping(group, root)
+        yield from _reserved_memory(group, root)
 
 
 def _no_group(group: VfioGroup, root: HostRoot) -> Finding:
@@ -74,3 +76,22 @@ def _no_remapping(group: VfioGroup, root: HostRoot) -> Finding:
         ),
         Severity.WARNING if is_allowed else Severity.ERROR,
     )
+
+
+def _reserved_memory(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+    """Memory that the firmware goes on using through the device: the kernel keeps it mapped.
+
+    Regions of graphics and USB are `direct-relaxable`, and do no harm.
+    Source: Documentation/ABI/testing/sysfs-kernel-iommu_groups; Linux drivers/iommu/iommu.c.
+    """
+    text = root.read_attribute(f"{root.iommu_groups}/{group.number}/reserved_regions") or b""
+    regions = [line.split() for line in text.decode(errors="replace").splitlines()]
+    direct = [f"{words[0]}-{words[1]}" for words in regions if words[2:3] == ["direct"]]
+    if direct:
+        yield Finding(
+            Code.RESERVED_MEMORY,
+            f"the firmware keeps host memory for group {group.number} ({', '.join(direct[:3])}): "
+            "the kernel refuses to give the group away",
+            "turn off what uses it in the firmware (RMRR; on HP servers 'shared memory "
+            "features'), or put the device into another slot",
+        )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vmplug.address import Bdf
+from vmplug.host.check.function_state import check_function
 from vmplug.host.check.isolation import check_isolation
 from vmplug.host.check.vfio_node import check_group_node, check_nodes
 from vmplug.host.finding import Code, Finding, Severity
@@ -68,7 +69,9 @@ def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
         why = f"the host has no {IOMMU_NODE}, which {group.host_path} needs"
         yield _by_group_alone(group, why, "modprobe iommufd", root)
     for function in group.functions:
-        if not is_vfio_driver(function, root):
+        has_vfio = is_vfio_driver(function, root)
+        yield from check_function(function, root, has_vfio=has_vfio)
+        if not has_vfio:
             yield from _console(function, root)
             yield from _networks(function, read_network_interfaces(function.bdf, root))
             yield from _moved_network(function, root)

@@ -15,8 +15,8 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.pci.iommu import read_membership
 from vmplug.host.root import AttributeBatch, HostRoot
 
-BRIDGES = frozenset({0x0600, 0x0604})
-"""Classes of host bridges and PCI-to-PCI bridges, which are never handed over themselves.
+BRIDGES = frozenset({0x0600, 0x0604, 0x0607, 0x0609})
+"""Classes of host bridges and of bridges to PCI and CardBus, which are never handed over.
 
 Class 0680, "other bridge", is not among them: NVSwitches have it.
 """
@@ -27,6 +27,7 @@ LARGE_BAR_BYTES = 4 << 30
 _HOST_BRIDGE = 0x0600
 _BARS = 6
 _IORESOURCE_MEM, _IORESOURCE_PREFETCH, _IORESOURCE_MEM_64 = 0x200, 0x2000, 0x100000
+_IORESOURCE_UNSET = 0x20000000
 """Source: include/linux/ioport.h."""
 
 _NO_BAR = b" ".join([b"0x0000000000000000"] * 3)
@@ -42,7 +43,10 @@ _EXPRESS = 0x10
 
 
 class Bar(msgspec.Struct, frozen=True, kw_only=True):
-    """A base address register of a function: one window of its memory or ports."""
+    """A base address register of a function: one window of its memory or ports.
+
+    `is_assigned`: the host gave it an address. `size_bytes` is 0 where the kernel lost it.
+    """
 
     number: int
     start: int
@@ -50,6 +54,7 @@ class Bar(msgspec.Struct, frozen=True, kw_only=True):
     is_memory: bool
     is_64bit: bool
     is_prefetchable: bool
+    is_assigned: bool = True
 
     @property
     def is_large(self) -> bool:
@@ -297,17 +302,8 @@ class _Parser:
                 if line.strip() or index == 0:
                     self._complain("resource", f"line {index + 1} is {line[:60]!r}")
                 continue
-            if end > start or end == start != 0:
-                bars.append(
-                    Bar(
-                        number=index,
-                        start=start,
-                        size_bytes=end - start + 1,
-                        is_memory=flags & _IORESOURCE_MEM != 0,
-                        is_64bit=flags & _IORESOURCE_MEM_64 != 0,
-                        is_prefetchable=flags & _IORESOURCE_PREFETCH != 0,
-                    )
-                )
+            if end > start or (end == start and (end or flags)):
+                bars.append(_bar(index, start, end, flags))
         return tuple(bars)
 
     def _physfn(self, answer: str | AttributeReadError) -> Bdf | None:
@@ -321,6 +317,20 @@ class _Parser:
                 return None
             self._physfns[target] = bdf
         return self._physfns[target]
+
+
+def _bar(index: int, start: int, end: int, flags: int) -> Bar:
+    """A BAR; one without an address begins at 0, and may have only its flags."""
+    is_memory = flags & _IORESOURCE_MEM != 0
+    return Bar(
+        number=index,
+        start=start,
+        size_bytes=end - start + 1 if end else 0,
+        is_memory=is_memory,
+        is_64bit=flags & _IORESOURCE_MEM_64 != 0,
+        is_prefetchable=flags & _IORESOURCE_PREFETCH != 0,
+        is_assigned=not flags & _IORESOURCE_UNSET and not (is_memory and start == 0),
+    )
 
 
 def has_express_capability(config: bytes) -> bool | None:

@@ -22,6 +22,10 @@ _NO_USE = frozenset(
         Code.NO_INTERRUPT_REMAPPING,
         Code.NO_NODE,
         Code.NO_RESET,
+        Code.NO_RESPONSE,
+        Code.BAR_UNASSIGNED,
+        Code.VFIO_REFUSES,
+        Code.RESERVED_MEMORY,
         Code.WRONG_NODE,
     }
 )
