@@ -42,6 +42,7 @@ class Code(StrEnum):
     NO_NODE = "no-node"
     GROUP_NOT_VIABLE = "group-not-viable"
     MEMBER_IN_USE = "member-in-use"
+    MACHINE_PART = "machine-part"
     NOT_BOUND = "not-bound"
     NETWORK_IN_USE = "network-in-use"
     BOOT_CONSOLE = "boot-console"

@@ -16,6 +16,7 @@ import msgspec
 from vmplug.address import Bdf
 from vmplug.host.check.function_state import check_function
 from vmplug.host.check.isolation import check_isolation
+from vmplug.host.check.machine_part import check_machine_parts
 from vmplug.host.check.vfio_node import check_group_node, check_nodes
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.bind import PCI_DRIVERS
@@ -64,6 +65,7 @@ def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
     yield from check_isolation(group, root)
     yield from _bindings(group, root)
     yield from _others(group, root)
+    yield from check_machine_parts(group, root)
     yield from check_nodes(group, root)
     if CDEV_NODE.match(group.host_path) and not has_node(IOMMU_NODE, root):
         why = f"the host has no {IOMMU_NODE}, which {group.host_path} needs"
@@ -75,7 +77,7 @@ def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
             yield from _console(function, root)
             yield from _networks(function, read_network_interfaces(function.bdf, root))
             yield from _moved_network(function, root)
-        yield from _virtual_functions(function, root)
+        yield from _virtual_functions(function, group, root)
         yield from _reset(function, root)
 
 
@@ -274,8 +276,21 @@ def _find_moved(parents: frozenset[str]) -> "MovedInterface | None":
     return find_moved(parents)
 
 
-def _virtual_functions(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
-    if virtfns := read_virtfns(function.bdf, root):
+def _virtual_functions(
+    function: PciFunction, group: VfioGroup, root: HostRoot
+) -> Iterator[Finding]:
+    virtfns = read_virtfns(function.bdf, root)
+    inside = [str(bdf) for bdf in virtfns if str(bdf) in group.members]
+    if inside:
+        yield Finding(
+            Code.HAS_VIRTUAL_FUNCTIONS,
+            f"{function.bdf} and {len(inside)} of its virtual functions are in one IOMMU group, "
+            "because no bridge above them keeps them apart (ACS): no virtual function can go "
+            "alone, and all of them disappear when VFIO gets the physical one",
+            f"hand over {function.bdf} whole, without them: vmplug sriov {function.bdf} "
+            "--count 0; or put the card into a slot behind a bridge with ACS",
+        )
+    elif virtfns:
         yield Finding(
             Code.HAS_VIRTUAL_FUNCTIONS,
             f"{function.bdf} has {len(virtfns)} virtual functions, which would disappear or "

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S, _CLOSE_STEP_S = 10.0, 0.02
 _MENDED = frozenset({Code.NOT_BOUND, Code.GROUP_NOT_VIABLE})
 """Findings that binding resolves."""
-_UNFIT = frozenset({Code.NO_IOMMU, Code.MEMBER_IN_USE})
+_UNFIT = frozenset({Code.NO_IOMMU, Code.MEMBER_IN_USE, Code.MACHINE_PART})
 """Findings that a group which VFIO has already cannot be handed over, and no bind changes that."""
 
 

@@ -18,6 +18,7 @@ _NO_USE = frozenset(
         Code.NOT_BOUND,
         Code.GROUP_NOT_VIABLE,
         Code.MEMBER_IN_USE,
+        Code.MACHINE_PART,
         Code.NO_IOMMU,
         Code.NO_INTERRUPT_REMAPPING,
         Code.NO_NODE,
