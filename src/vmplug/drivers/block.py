@@ -10,6 +10,7 @@ from vmplug.drivers.free_places import (
     cold_plug_only,
     memory_slot,
     mmio_places,
+    more_places,
     pci_places,
     scsi_places,
 )
@@ -350,5 +351,5 @@ def _no_free_port(offer: Offer, driver: DiskFrontend | None) -> NoFreePort:
     return NoFreePort(
         f"the VM ({offer.machine}) {what}",
         hint=("set block-driver=virtio-scsi, " if driver and offer.controllers else "")
-        + "detach something, or start it with more ports (vmplug vm start --ports N)",
+        + more_places(offer),
     )

@@ -66,9 +66,20 @@ def virtio_place(
             if str(place) not in taken:
                 return place
     raise NoFreePort(
-        f"the VM ({offer.machine}) has no free PCI port for {what}",
-        hint="detach something, or start it with more ports (vmplug vm start --ports N)",
+        f"the VM ({offer.machine}) has no free PCI port for {what}", hint=more_places(offer)
     )
+
+
+def has_pci(offer: Offer) -> bool:
+    """Whether vmplug can start such a machine with PCIe ports, or this one has some."""
+    return bool(offer.ports) or not (offer.is_microvm or offer.ccw_used is not None)
+
+
+def more_places(offer: Offer) -> str:
+    """What to do when all places of a VM are taken."""
+    if has_pci(offer):
+        return "detach something, or start it with more ports (vmplug vm start --ports N)"
+    return "detach something, or start another VM: this machine cannot have more places"
 
 
 def memory_slot(offer: Offer, taken: Collection[str]) -> MemorySlot:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from vmplug.address import PciSlot
-from vmplug.drivers.free_places import ccw_places
+from vmplug.drivers.free_places import ccw_places, has_pci
 from vmplug.drivers.options import Option, parse_options, switch, word
 from vmplug.drivers.place import (
     ApPlace,
@@ -343,6 +343,12 @@ class _Chooser:
         )
 
     def _none_free(self, cluster: _Cluster, kind: PortKind | None) -> NoFreePort:
+        if not has_pci(self._offer):
+            return NoFreePort(
+                f"the VM ({self._offer.machine}) has no PCIe ports, which {self._what} needs",
+                hint="start a VM that has ports (vmplug vm start NAME --machine q35), or attach "
+                "one of its disks instead",
+            )
         wanted = kind or (PortKind.BRIDGE_PORT if cluster.pcie is False else PortKind.ROOT_PORT)
         how = "--bridges 1" if wanted is PortKind.BRIDGE_PORT else "--ports N"
         why = ": it is a conventional PCI device" if cluster.pcie is False and not kind else ""

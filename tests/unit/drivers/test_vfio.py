@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot
 from vmplug.drivers.place import (
@@ -101,6 +102,19 @@ def test_a_conventional_function_goes_behind_a_bridge() -> None:
     with pytest.raises(NoFreePort, match="conventional PCI device") as refusal:
         choose(conventional, offer(port(0)))
     assert "--bridges" in (refusal.value.hint or "")
+
+
+@pytest.mark.parametrize("more", [{"ccw_used": frozenset()}, {"machine": "microvm"}])
+def test_a_machine_that_never_has_ports_is_not_offered_more(more: dict[str, object]) -> None:
+    """zPCI functions sit on no port, and vm start makes none for such machines."""
+    without = replace(offer(), **more)  # type: ignore[arg-type]
+    with pytest.raises(NoFreePort, match="no PCIe ports") as refusal:
+        choose(group(), without)
+    assert "--ports" not in (refusal.value.hint or "")
+    assert choose(group(), replace(without, ports=(port(0),))) == ["rp0/00"]
+    with pytest.raises(NoFreePort) as refusal:
+        choose(group(), offer())
+    assert "--ports" in (refusal.value.hint or "")
 
 
 def test_where_the_host_does_not_say_a_port_comes_first_and_a_bridge_serves_too() -> None:

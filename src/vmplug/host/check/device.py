@@ -69,7 +69,8 @@ def check_device(
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
             return list(_claimed(claims, access))
         case VfioGroup():
-            return list(_check_vfio(device, access, usage, claims, root))
+            # Functions of one group may share what is in use, such as a disk with two controllers.
+            return list(dict.fromkeys(_check_vfio(device, access, usage, claims, root)))
         case CharDevice() | EntropySource():
             return []
         case _:

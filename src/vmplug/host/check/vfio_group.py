@@ -41,6 +41,10 @@ _DISPLAY = 0x03
 _PROBE_S, _PROBE_STEP_S = 0.5, 0.05
 """How long an open node may be just a probe."""
 
+_OVS_MASTER = "ovs-system"
+"""The master of every port of Open vSwitch, which takes a port back that only the kernel released.
+Source: Linux net/openvswitch/vport-netdev.c."""
+
 _LEAVES_DMA_ALONE = frozenset({"pcieport", "pci-stub"})
 """Drivers that the kernel accepts in a group of VFIO: those that set driver_managed_dma. Linux
 before 5.19 accepted any driver of a PCI-to-PCI bridge. A member without a driver is accepted too.
@@ -233,18 +237,18 @@ def _console(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
 
 def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iterator[Finding]:
     for interface in interfaces:
+        places = dict.fromkeys(filter(None, (interface.master, *interface.uppers)))
         uses = [
             *(["the default route"] if interface.has_default_route else []),
             *(["an address"] if interface.has_address else []),
-            *([f"its place in {interface.master}"] if interface.master else []),
+            *([f"its place in {', '.join(places)}"] if places else []),
         ]
         if uses:
             yield Finding(
                 Code.NETWORK_IN_USE,
                 f"{function.bdf} is the network interface {interface.name}, which has "
                 + " and ".join(uses),
-                f"remove it from the host's network first: ip addr flush dev {interface.name}; "
-                f"ip link set {interface.name} nomaster down",
+                "remove it from the host's network first: " + "; ".join(_retire(interface)),
             )
 
 
@@ -274,6 +278,18 @@ def _find_moved(parents: frozenset[str]) -> "MovedInterface | None":
     from vmplug.host.use.namespaces import find_moved  # noqa: PLC0415  ctypes costs 2 ms
 
     return find_moved(parents)
+
+
+def _retire(interface: NetInterface) -> Iterator[str]:
+    """The commands after which the host does not use an interface."""
+    name = interface.name
+    yield from (f"ip link delete {upper}" for upper in interface.uppers)
+    if interface.master == _OVS_MASTER:
+        yield f"ovs-vsctl del-port {name}"
+    elif interface.master and interface.master not in interface.uppers:
+        yield f"ip link set {name} nomaster"
+    yield f"ip addr flush dev {name}"
+    yield f"ip link set {name} down"
 
 
 def _virtual_functions(

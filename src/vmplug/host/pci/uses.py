@@ -33,16 +33,17 @@ _SCOPE_LINK = 0x20
 class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
     """A network interface and its uses by the host.
 
-    `master` is the bridge or bond that it is part of, or else the VLAN built on it; None for
-    neither. The link-local address that every interface has does not count. An IPv4 address is
-    found by its route. `has_default_route` and `has_address` are None on a host without these
-    tables.
+    `master` is the bridge or bond that it is part of, or else the first of `uppers`, the VLANs and
+    the like built on it; None for neither. The link-local address that every interface has does
+    not count. An IPv4 address is found by its route. `has_default_route` and `has_address` are
+    None on a host without these tables.
     """
 
     name: str
     has_default_route: bool | None
     has_address: bool | None
     master: str | None
+    uppers: tuple[str, ...] = ()
 
     @property
     def is_used(self) -> bool:
@@ -150,11 +151,13 @@ class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
     def interface(self, name: str) -> NetInterface:
         """The uses of one interface by the host. Raises AttributeReadError."""
         routed, addressed = self.with_default_route, self.with_address
+        master, uppers = _read_above(name, self.root)
         return NetInterface(
             name=name,
             has_default_route=None if routed is None else name in routed,
             has_address=None if addressed is None else name in addressed,
-            master=_read_master(name, self.root),
+            master=master or next(iter(uppers), None),
+            uppers=uppers,
         )
 
 
@@ -184,12 +187,14 @@ def _routed(routes: Iterable[tuple[str, list[int]]]) -> list[tuple[str, int]]:
     ]
 
 
-def _read_master(name: str, root: HostRoot) -> str | None:
+def _read_above(name: str, root: HostRoot) -> tuple[str | None, tuple[str, ...]]:
+    """The interface's master, and what else is built on it: a master is listed as upper too."""
     directory = f"{_NET}/{name}"
-    if target := root.read_link(f"{directory}/master"):
-        return target.rpartition("/")[2]
-    uppers = (entry for entry in root.list_dir(directory) if entry.startswith("upper_"))
-    return next((entry.removeprefix("upper_") for entry in uppers), None)
+    target = root.read_link(f"{directory}/master")
+    master = target.rpartition("/")[2] if target else None
+    entries = (entry for entry in root.list_dir(directory) if entry.startswith("upper_"))
+    uppers = (entry.removeprefix("upper_") for entry in entries)
+    return master, tuple(upper for upper in uppers if upper != master)
 
 
 def _read_table(

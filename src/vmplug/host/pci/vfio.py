@@ -177,17 +177,20 @@ def _read_group(
 
 
 def with_disks(group: VfioGroup, root: HostRoot) -> VfioGroup:
-    """The group with the disks and partitions that the host's drivers provide behind it."""
-    disks, partitions = list[DiskPart](), list[DevNum]()
+    """The group with the disks and partitions that the host's drivers provide behind it.
+
+    A disk with several controllers in the group is in it once.
+    """
+    disks, partitions = dict[DevNum, DiskPart](), dict[DevNum, None]()
     for function in group.functions:
         for devnum in read_block_devices(root.real_path(function.sysfs_path), root):
             directory = f"{root.sys_dev}/block/{devnum}"
             if root.stat(f"{directory}/partition"):
-                partitions.append(devnum)
+                partitions[devnum] = None
             else:
                 name = root.real_path(directory).rpartition("/")[2]
-                disks.append(DiskPart(devnum, f"/dev/{name.replace('!', '/')}"))
-    return group._replace(disks=tuple(disks), partitions=tuple(partitions))
+                disks[devnum] = DiskPart(devnum, f"/dev/{name.replace('!', '/')}")
+    return group._replace(disks=tuple(disks.values()), partitions=tuple(partitions))
 
 
 def read_cdev(device: str, root: HostRoot) -> str | None:

@@ -1,0 +1,77 @@
+"""Remedies that can be run on a tree: after the commands of the hint nothing is found any more."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.pci_tree import PciTree
+from tests.support.vfio import findings
+from vmplug.host.block.mounts import read_usage
+from vmplug.host.check.device import check_device
+from vmplug.host.finding import Access, Code
+from vmplug.host.pci.vfio import find_vfio_device
+
+NIC, DRIVES = "0000:3b:00.0", ("0000:04:00.0", "0000:04:00.1")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> PciTree:
+    return PciTree(tmp_path)
+
+
+def run_network(tree: PciTree, commands: str) -> None:
+    """ip(8) and ovs-vsctl(8) on a tree; an unknown command is an error."""
+    nic = tree.path / "sys/class/net/eth0"
+    for command in commands.split("; "):
+        match command.split():
+            case ["ip", "link", "delete", upper]:
+                (nic / f"upper_{upper}").unlink()
+            case ["ip", "link", "set", "eth0", "nomaster"] | ["ovs-vsctl", "del-port", "eth0"]:
+                master = (nic / "master").readlink().name
+                assert master.startswith("ovs-") is command.startswith("ovs-")
+                (nic / "master").unlink()
+                (nic / f"upper_{master}").unlink(missing_ok=True)
+            case ["ip", "addr", "flush", "dev", name]:
+                for table in tree.path.glob("proc/net/*route"):
+                    lines = table.read_text().splitlines(keepends=True)
+                    table.write_text("".join(line for line in lines if name not in line.split()))
+            case ["ip", "link", "set", _, "down"]:
+                pass
+            case words:
+                raise AssertionError(words)
+
+
+@pytest.mark.parametrize(
+    ("master", "uppers", "names"),
+    [
+        ("bond0", ("bond0",), "bond0"),
+        ("br0", (), "br0"),
+        (None, ("eth0.7",), "eth0.7"),
+        (None, ("eth0.7", "macvtap0"), "eth0.7, macvtap0"),
+        ("br0", ("br0", "eth0.7"), "br0, eth0.7"),
+        ("ovs-system", ("ovs-system",), "ovs-system"),
+    ],
+)
+def test_an_interface_leaves_what_is_built_on_it_by_the_commands_for_that(
+    tree: PciTree, master: str | None, uppers: tuple[str, ...], names: str
+) -> None:
+    tree.pci_function(NIC, class_code=0x020000, driver="ice", group=40)
+    tree.network(NIC, "eth0", master=master, uppers=uppers).route("eth0").route("eth1")
+    finding = findings(tree, NIC)[Code.NETWORK_IN_USE]
+    assert finding.message.endswith(f"its place in {names}")
+    run_network(tree, finding.hint.removeprefix("remove it from the host's network first: "))
+    assert set(findings(tree, NIC)) == {Code.NOT_BOUND}
+
+
+def test_a_disk_with_two_controllers_in_the_group_is_named_once(tree: PciTree) -> None:
+    for number, bdf in enumerate(DRIVES):
+        tree.pci_function(bdf, driver="nvme", group=14)
+        hidden = f"{tree.real(bdf)}/nvme/nvme{number}/nvme0c{number}n1"
+        tree.file(f"{hidden}/size", "8\n")
+        tree.link(f"/sys/class/block/nvme0c{number}n1", f"../..{hidden[4:]}")
+    tree.block_device("259:2", "nvme0n1").mount("/dev/nvme0n1", "/srv", "259:2")
+    group = find_vfio_device(DRIVES[0], tree.root)
+    assert [disk.device_node for disk in group.disks] == ["/dev/nvme0n1"]
+    usage = read_usage(tree.root)
+    found = check_device(group, Access(read_only=False), usage=usage, root=tree.root)
+    assert [finding.code for finding in found] == [Code.NOT_BOUND, Code.MOUNTED_ON_HOST]
