@@ -15,6 +15,7 @@ from vmplug.drivers.place import FIRMWARE_WINDOWS, Offer, PortKind, Windows
 from vmplug.drivers.vfio import window_for
 from vmplug.host.pci.function import Bar, PciFunction
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.start.machine import TCG_ADDRESS_BITS
 
 pytestmark = pytest.mark.qemu
 
@@ -116,12 +117,14 @@ def test_every_kind_of_port_is_offered_with_its_window_and_its_node(vm: GuestVm)
 def test_an_offer_says_what_else_the_machine_has(vm: GuestVm) -> None:
     offer = read_offer(vm)
     assert (offer.viommu, offer.ap, offer.memory_bytes) == (False, False, 256 * MIB)
+    assert offer.address_bits == TCG_ADDRESS_BITS
 
 
 def test_an_iommu_of_the_guests_is_seen(tmp_path: Path) -> None:
     iommu: list[Device] = [{"driver": "intel-iommu"}]
     with start_vm(tmp_path, devices=iommu, guest=False, paused=True) as vm:
-        assert read_offer(vm).viommu
+        offer = read_offer(vm)
+        assert (offer.viommu, offer.address_bits) == (True, None)
 
 
 def sysfs_of(path: PciPath) -> str:

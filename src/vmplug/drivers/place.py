@@ -1,5 +1,6 @@
 """Places: the offer of a VM, one place in it, and the guest's address of a device there."""
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 import msgspec
@@ -147,7 +148,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     virtio-mmio transports of a microvm. `memory_slots` and `memory_slots_used` are for memory
     devices, `nvdimms` how many of those are NVDIMMs; `nvdimm`: the machine supports them.
     `viommu`: the guest has a vIOMMU. `iommufd`: QEMU supports it. `ap`: there is an adapter bus.
-    `memory_bytes` is all of the guest's memory, 0 where it is unknown.
+    `memory_bytes` is all of the guest's memory, 0 where it is unknown. `address_bits` are those of
+    its physical addresses, None where they are unknown or no port asks for a large window.
     """
 
     machine: str
@@ -167,11 +169,25 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     iommufd: bool = False
     ap: bool = False
     memory_bytes: int = 0
+    address_bits: int | None = None
 
     @property
     def is_microvm(self) -> bool:
         """Whether the machine has only virtio-mmio transports, and those only for cold plug."""
         return self.machine == "microvm"
+
+
+def lacks_addresses(windows: Iterable[int], address_bits: int, memory_bytes: int) -> int | None:
+    """The bytes that a guest has for 64-bit windows, if all of these do not fit; else None.
+
+    They lie above its memory, and above the first 4 GiB. Firmware has no message for those that do
+    not fit: it makes some port's window the usual one.
+    """
+    room = (1 << address_bits) - memory_bytes - _BELOW_WINDOWS
+    return room if sum(windows) > room else None
+
+
+_BELOW_WINDOWS = 4 << 30
 
 
 class GuestFunction(msgspec.Struct, frozen=True):

@@ -18,6 +18,7 @@ from vmplug.address import PciSlot
 from vmplug.drivers.free_places import ccw_places, has_pci
 from vmplug.drivers.options import Option, parse_options, switch, word
 from vmplug.drivers.place import (
+    FIRMWARE_WINDOWS,
     ApPlace,
     GroupPlace,
     Offer,
@@ -27,6 +28,7 @@ from vmplug.drivers.place import (
     PlugMode,
     PortKind,
     Windows,
+    lacks_addresses,
 )
 from vmplug.drivers.plug import VFIODevice, VFIODevices
 from vmplug.drivers.ports import NewPlug
@@ -241,6 +243,24 @@ def needed_windows(functions: Sequence[PciFunction]) -> Windows:
     own = [size for size, is_pref in zip(sizes, is_prefetchable, strict=True) if is_pref]
     lost = max(0, max(own, default=0) - LARGE_BAR_BYTES)
     return Windows(sum(own) + lost, sum(sizes) - sum(own))
+
+
+def check_address_space(group: VfioGroup, offer: Offer) -> Iterator[Finding]:
+    """Whether the guest has addresses for the windows of all ports, if the group needs one."""
+    if needed_windows(group.functions).prefetchable <= FIRMWARE_WINDOWS.prefetchable:
+        return
+    windows = [port.windows.prefetchable for port in offer.ports]
+    bits = offer.address_bits
+    room = None if bits is None else lacks_addresses(windows, bits, offer.memory_bytes)
+    if room is not None:
+        yield Finding(
+            Code.NO_ADDRESS_SPACE,
+            f"the windows of the VM's ports need {sum(windows) >> 30} GiB of addresses, and its "
+            f"guest has {room >> 30} GiB for them ({bits} bits): some port has none, and no "
+            f"message says so, so BARs of {', '.join(group.members)} may get no address",
+            "start the VM with fewer large windows (--room-for), or with more address bits: with "
+            "KVM it has those of the host",
+        )
 
 
 def window_for(functions: Sequence[PciFunction]) -> int:

@@ -56,6 +56,7 @@ class Code(StrEnum):
     RESERVED_MEMORY = "reserved-memory"
     MEMLOCK_LIMIT = "memlock-limit"
     NO_PORT = "no-port"
+    NO_ADDRESS_SPACE = "no-address-space"
     CANNOT_PLUG = "cannot-plug"
     SPLIT_GROUP = "split-group"
     PLUGGED_OTHERWISE = "plugged-otherwise"

@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -14,6 +14,7 @@ from vmplug.drivers.generic import check_generic
 from vmplug.drivers.place import Offer, PlugMode
 from vmplug.drivers.ports import Hypervisor, PlugDriver
 from vmplug.drivers.select import select_driver
+from vmplug.drivers.vfio import check_address_space
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.mounts import HostUsage, read_usage
@@ -194,14 +195,15 @@ def _check_device(
 
 def check_vfio(
     group: VfioGroup, hypervisor: Hypervisor, offer: Offer, host: HostRoot
-) -> Iterable[Finding]:
+) -> Iterator[Finding]:
     """Findings about a group for the VM's QEMU, or the one that this process will start."""
     endpoint = hypervisor.endpoint
     pid = endpoint.pid if endpoint else None
     if offer.mode is PlugMode.COLD:
         pid = os.getpid()
     memory = GuestMemory(size_bytes=offer.memory_bytes, pid=pid)
-    return check_vm(group, memory, host, has_iommufd=offer.iommufd)
+    yield from check_vm(group, memory, host, has_iommufd=offer.iommufd)
+    yield from check_address_space(group, offer)
 
 
 def _is_text(path: str) -> bool:

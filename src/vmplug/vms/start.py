@@ -9,15 +9,24 @@ import msgspec
 from msgspec.structs import replace
 
 from vmplug.address import Bdf
+from vmplug.drivers.place import lacks_addresses
 from vmplug.drivers.vfio import window_for
 from vmplug.errors import BindError, SpecError, StateError
 from vmplug.host.finding import Code
+from vmplug.host.pci.address_bits import read_address_bits
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.launch import launch
-from vmplug.hypervisor.qemu.start.machine import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec
+from vmplug.hypervisor.qemu.start.machine import (
+    MAX_MEMORY_SLOTS,
+    MAX_PORTS,
+    TCG_ADDRESS_BITS,
+    Machine,
+    VmSpec,
+    most_memory_mib,
+)
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, VmRecord
 from vmplug.manager.binding.binder import give_back_unused
@@ -106,7 +115,24 @@ def _complete(spec: VmSpec, host: HostRoot) -> VmSpec:
     files = {name: getattr(spec, name) for name in ("kernel", "initrd", "disk")}
     absolute = {name: os.path.realpath(path) for name, path in files.items() if path}
     windows = tuple(sorted((_window_of(bdf, host) for bdf in spec.room_for), reverse=True))
-    return replace(spec, **absolute, windows=windows or spec.windows)
+    spec = replace(spec, **absolute, windows=windows or spec.windows)
+    _check_addresses(spec, host)
+    return spec
+
+
+def _check_addresses(spec: VmSpec, host: HostRoot) -> None:
+    """SpecError when the guest has too few addresses for the windows: firmware drops some."""
+    bits = read_address_bits(host) if spec.accel == "kvm" else TCG_ADDRESS_BITS
+    memory_bytes = most_memory_mib(spec) << 20
+    room = None if bits is None else lacks_addresses(spec.windows, bits, memory_bytes)
+    if room is not None:
+        raise SpecError(
+            f"VM {spec.name}",
+            f"the ports need {sum(spec.windows) >> 30} GiB of addresses for their windows, and "
+            f"the guest has {room >> 30} GiB ({bits} bits)",
+            hint="make room for fewer functions, or plug some before the VM starts (--bundle)"
+            + ("" if spec.accel == "kvm" else "; with KVM the guest has the host's bits"),
+        )
 
 
 def _window_of(bdf: Bdf, host: HostRoot) -> int:

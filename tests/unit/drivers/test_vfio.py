@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot
 from vmplug.drivers.place import (
+    FIRMWARE_WINDOWS,
     ApPlace,
     CcwPlace,
     GroupPlace,
@@ -20,7 +21,7 @@ from vmplug.drivers.place import (
 )
 from vmplug.drivers.plug import VFIODevice, VFIODevices, guest_address
 from vmplug.drivers.ports import NewPlug
-from vmplug.drivers.vfio import VfioDriver, needed_windows, window_for
+from vmplug.drivers.vfio import VfioDriver, check_address_space, needed_windows, window_for
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.finding import Code
 from vmplug.host.pci.function import Bar, PciFunction
@@ -107,7 +108,7 @@ def test_a_conventional_function_goes_behind_a_bridge() -> None:
 @pytest.mark.parametrize("more", [{"ccw_used": frozenset()}, {"machine": "microvm"}])
 def test_a_machine_that_never_has_ports_is_not_offered_more(more: dict[str, object]) -> None:
     """zPCI functions sit on no port, and vm start makes none for such machines."""
-    without = replace(offer(), **more)  # type: ignore[arg-type]
+    without = replace(offer(), **more)
     with pytest.raises(NoFreePort, match="no PCIe ports") as refusal:
         choose(group(), without)
     assert "--ports" not in (refusal.value.hint or "")
@@ -351,6 +352,41 @@ def test_the_devices_own_nodes_are_used_only_where_qemu_knows_them() -> None:
     assert plug.devices[0].cdev_node == "/dev/vfio/devices/vfio0"
     plug, place = plan(device, offer(port(0)), VfioDriver())
     assert (plug.devices[0].cdev_node, isinstance(place, GroupPlace)) == (None, True)
+
+
+# addresses of the guest
+
+GPU_BAR = 128 * GIB
+
+
+def large(count: int, window: int = 256 * GIB, **more: object) -> Offer:
+    """A VM with ports that ask for large windows."""
+    windows = replace(FIRMWARE_WINDOWS, prefetchable=window)
+    return offer(*(port(index, windows=windows) for index in range(count)), port(20), **more)
+
+
+@pytest.mark.parametrize(
+    ("count", "bits", "is_enough"),
+    [(5, 40, False), (4, 40, False), (3, 40, True), (5, 46, True), (5, None, True)],
+)
+def test_windows_that_exceed_the_guests_addresses_are_found(
+    count: int, bits: int | None, *, is_enough: bool
+) -> None:
+    vm = large(count, address_bits=bits, memory_bytes=GIB)
+    gpu = group(function("0000:17:00.0", bar(GPU_BAR)))
+    found = list(check_address_space(gpu, vm))
+    assert [finding.code for finding in found] == ([] if is_enough else [Code.NO_ADDRESS_SPACE])
+    if found:
+        assert f"need {count * 256} GiB" in found[0].message
+        assert "has 1019 GiB for them (40 bits)" in found[0].message
+    assert list(check_address_space(group(), vm)) == []
+
+
+def test_the_guests_memory_takes_addresses_too() -> None:
+    gpu = group(function("0000:17:00.0", bar(GPU_BAR)))
+    enough = large(3, address_bits=40, memory_bytes=251 * GIB)
+    assert list(check_address_space(gpu, enough)) == []
+    assert list(check_address_space(gpu, replace(enough, memory_bytes=253 * GIB)))
 
 
 # options

@@ -6,7 +6,7 @@ Source: `qom-list` and `qom-get` on QEMU 7.2; a bus lists its devices as `child[
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -121,7 +121,24 @@ def read_offer(monitor: Monitor, *, iommufd: bool) -> Offer:
         iommufd=iommufd,
         ap="ap-bridge" in names,
         memory_bytes=sizes["base-memory"] + sizes.get("plugged-memory", 0),
+        address_bits=_read_address_bits(monitor, cpus, ports),
     )
+
+
+def _read_address_bits(
+    monitor: Monitor, cpus: Sequence[Mapping[str, Any]], ports: Iterable[PciPort]
+) -> int | None:
+    """The guest's, if a port asks for a large window; None for a processor without the fact."""
+    path = cpus[0].get("qom-path") if cpus else None
+    if path is None or all(port.windows.prefetchable < _LARGE_WINDOW for port in ports):
+        return None
+    if "phys-bits" not in {entry["name"] for entry in monitor.execute(qom_list(path))}:
+        return None
+    return int(monitor.execute(qom_get(path, "phys-bits"))) or None
+
+
+_LARGE_WINDOW = 1 << 30
+"""Fewer than dozens of smaller ones fit into the addresses of every processor."""
 
 
 def _has_kvm(monitor: Monitor) -> bool:

@@ -75,7 +75,7 @@ class _MachineMemory(TypedDict):
     slots: NotRequired[_U16]
 
 
-_Cpu = TypedDict("_Cpu", {"thread-id": NotRequired[_U32]})
+_Cpu = TypedDict("_Cpu", {"thread-id": NotRequired[_U32], "qom-path": NotRequired[str]})
 _Node = TypedDict("_Node", {"node-name": str})
 _Sizes = TypedDict("_Sizes", {"base-memory": _Size, "plugged-memory": NotRequired[_Size]})
 
@@ -105,6 +105,7 @@ _PROPERTIES: dict[str, Any] = {
     "numa_node": _U16,
     "nvdimm": bool,
     "parent_bus": str,
+    "phys-bits": Annotated[int, msgspec.Meta(ge=0, le=64)],
     "pref64-reserve": _Size,
     "scsi-id": _U32,
     "shpc": bool,

@@ -30,6 +30,9 @@ _SCSI_DEVNO, _DISK_DEVNO = CcwDevNo(0, 0xFFFE), CcwDevNo(0, 0xFFFF)
 _MEMORY_ROOM_MIB = 64 << 10
 """The maximum memory of all NVDIMMs together."""
 
+TCG_ADDRESS_BITS = 40
+"""Of a guest's physical addresses without KVM. Source: QEMU target/i386/cpu.h; measured on 7.2."""
+
 
 class Machine(StrEnum):
     """Machines that `vm start` supports, by QEMU's names."""
@@ -189,8 +192,14 @@ def command_line(spec: VmSpec, qmp_descriptor: int) -> list[str]:
 def _memory(spec: VmSpec) -> str:
     if spec.machine is not Machine.Q35 or not spec.memory_slots:
         return f"{spec.memory_mib}M"
-    most = spec.memory_mib + _MEMORY_ROOM_MIB
+    most = most_memory_mib(spec)
     return f"{spec.memory_mib}M,slots={spec.memory_slots},maxmem={most}M"
+
+
+def most_memory_mib(spec: VmSpec) -> int:
+    """The guest's memory with all NVDIMMs that it may get."""
+    has_slots = spec.machine is Machine.Q35 and spec.memory_slots
+    return spec.memory_mib + (_MEMORY_ROOM_MIB if has_slots else 0)
 
 
 def _console(spec: VmSpec) -> list[str]:

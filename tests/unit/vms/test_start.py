@@ -1,0 +1,54 @@
+"""The machine that `vm start` would start, before any QEMU runs."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.pci_tree import FLAGS_MEM64, PciTree
+from tests.support.tree import GIB
+from vmplug.address import Bdf
+from vmplug.errors import SpecError
+from vmplug.manager.setup import Setup
+from vmplug.vms.start import VmSpec, _complete, start_vm
+
+GPUS = tuple(Bdf.parse(f"0000:{0x17 + number:02x}:00.0") for number in range(5))
+CPU = "processor\t: 0\naddress sizes\t: {bits} bits physical, 57 bits virtual\n"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> PciTree:
+    """A host with graphics cards, each with a BAR of 128 GiB."""
+    tree = PciTree(tmp_path / "host")
+    for number, bdf in enumerate(GPUS):
+        bars = {2: (0x210000000000 + (number << 40), 128 * GIB, FLAGS_MEM64)}
+        tree.pci_function(str(bdf), class_code=0x030200, group=25 + number, bars=bars)
+    return tree
+
+
+def test_room_for_more_than_the_guest_has_addresses_is_refused_and_nothing_is_left(
+    tree: PciTree, tmp_path: Path
+) -> None:
+    spec = VmSpec(name="big", accel="tcg", room_for=GPUS)
+    setup = Setup(host=tree.root, state_dir=str(tmp_path / "state"))
+    with pytest.raises(SpecError, match=r"need 1280 GiB .* has 955 GiB \(40 bits\)"):
+        start_vm(spec, setup=setup)
+    assert not (tmp_path / "state/vm/big").exists()
+
+
+def test_room_for_fewer_is_made(tree: PciTree) -> None:
+    spec = VmSpec(name="big", accel="tcg", room_for=GPUS[:3])
+    assert _complete(spec, tree.root).windows == (256 * GIB,) * 3
+
+
+@pytest.mark.parametrize(("bits", "is_enough"), [(39, False), (46, True), (52, True)])
+def test_with_kvm_the_guest_has_the_hosts_bits(
+    tree: PciTree, bits: int, *, is_enough: bool
+) -> None:
+    spec = VmSpec(name="big", room_for=GPUS)
+    assert len(_complete(spec, tree.root).windows) == len(GPUS)
+    tree.file("/proc/cpuinfo", CPU.format(bits=bits))
+    if is_enough:
+        assert len(_complete(spec, tree.root).windows) == len(GPUS)
+        return
+    with pytest.raises(SpecError, match=f"{bits} bits"):
+        _complete(spec, tree.root)
