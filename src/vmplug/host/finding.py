@@ -54,6 +54,7 @@ class Code(StrEnum):
     BAR_UNASSIGNED = "bar-unassigned"
     VFIO_REFUSES = "vfio-refuses"
     RESERVED_MEMORY = "reserved-memory"
+    PHYSFN_WITH_VFIO = "physfn-with-vfio"
     MEMLOCK_LIMIT = "memlock-limit"
     NO_PORT = "no-port"
     NO_ADDRESS_SPACE = "no-address-space"
@@ -71,6 +72,7 @@ NEVER_ALLOWED = frozenset(
         Code.BACKEND_SILENT,
         Code.CANNOT_PLUG,
         Code.GROUP_NOT_VIABLE,
+        Code.PHYSFN_WITH_VFIO,
         Code.NO_BACKEND,
         Code.NO_INTERRUPT_REMAPPING,
         Code.NO_IOMMU,

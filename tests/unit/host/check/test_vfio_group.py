@@ -198,7 +198,7 @@ def test_virtual_functions_keep_the_physical_one(tree: PciTree) -> None:
 
 
 def test_a_virtual_function_goes_alone_unless_a_vm_has_the_physical_one(tree: PciTree) -> None:
-    bound(tree, class_code=ETHERNET)
+    tree.pci_function(GPU, class_code=ETHERNET, driver="igb", group=26)
     tree.sriov(GPU, "0000:3b:10.0", group=30, driver="vfio-pci")
     assert findings(tree, "0000:3b:10.0") == {}
     group = find_vfio_device("0000:3b:10.0", tree.root)
