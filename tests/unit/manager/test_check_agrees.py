@@ -269,7 +269,23 @@ ROWS = [
 
 _LIVE = "unit/host/check/test_device_live.py::"
 _VHOST_USER = "qemu/test_vhost_user.py::"
+_STATE = "unit/host/check/test_function_state.py::"
 ELSEWHERE = {
+    Code.MEMBER_IN_USE: "unit/host/check/test_group_members.py::"
+    "test_managed_does_not_hide_what_it_cannot_mend",
+    Code.MACHINE_PART: "unit/host/check/test_machine_part.py::"
+    "test_the_chipsets_slot_is_named_whole_and_stays_unless_it_is_allowed",
+    Code.NO_NODE: "unit/host/check/test_vfio_node.py::"
+    "test_a_node_that_is_missing_or_renamed_is_found_and_the_remedy_makes_it",
+    Code.NO_RESPONSE: f"{_STATE}test_bind_leaves_a_card_that_does_not_answer_to_its_driver",
+    Code.BAR_UNASSIGNED: f"{_STATE}test_a_bar_without_an_address_is_found_and_can_be_allowed",
+    Code.VFIO_REFUSES: f"{_STATE}"
+    "test_a_bridge_by_its_header_is_refused_before_it_leaves_its_driver",
+    Code.RESERVED_MEMORY: f"{_STATE}test_memory_that_the_firmware_keeps_holds_the_group",
+    Code.PHYSFN_WITH_VFIO: f"{_STATE}"
+    "test_a_virtual_function_whose_owner_vfio_has_needs_a_token_and_the_remedy_does_without",
+    Code.NO_ADDRESS_SPACE: "unit/drivers/test_vfio.py::"
+    "test_windows_that_exceed_the_guests_addresses_are_found",
     Code.OPEN_EXCLUSIVELY: f"{_LIVE}test_a_device_opened_exclusively_by_anybody_is_found",
     Code.NO_DIRECT_IO: "unit/drivers/test_block.py::test_a_disk_is_checked_against_its_options",
     Code.BACKEND_BUSY: f"{_VHOST_USER}test_a_backend_of_another_qemu_is_told",

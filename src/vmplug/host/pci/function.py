@@ -28,6 +28,7 @@ _HOST_BRIDGE = 0x0600
 _BARS = 6
 _IORESOURCE_MEM, _IORESOURCE_PREFETCH, _IORESOURCE_MEM_64 = 0x200, 0x2000, 0x100000
 _IORESOURCE_UNSET = 0x20000000
+_KEPT = _IORESOURCE_MEM | _IORESOURCE_UNSET
 """Source: include/linux/ioport.h."""
 
 _NO_BAR = b" ".join([b"0x0000000000000000"] * 3)
@@ -302,7 +303,7 @@ class _Parser:
                 if line.strip() or index == 0:
                     self._complain("resource", f"line {index + 1} is {line[:60]!r}")
                 continue
-            if end > start or (end == start and (end or flags)):
+            if end > start or (end == start and (end or flags & _KEPT)):
                 bars.append(_bar(index, start, end, flags))
         return tuple(bars)
 
