@@ -356,6 +356,7 @@ def test_a_real_qemu_takes_a_mapping_a_lun_and_compressed_memory(tmp_path: Path)
                 *((str(disk), "in-use-by-vm") for disk in (*disks, loop)),
                 (str(luns[0]), "has-holders"),
                 (str(luns[3]), "has-holders"),
+                (str(luns[3]), "in-use-by-vm"),  # the volume is in this request
             }
 
 
