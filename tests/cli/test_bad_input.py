@@ -185,11 +185,12 @@ REQUESTS = [
     request("check --device b:8", "--device b:8: .*MAJOR:MINOR", "write b:7:0"),
     request(
         "check --device x:8:0",
-        "--device x:8:0: 'x' is not b, c, file, vfio, net, share or rng",
+        "--device x:8:0: 'x' is not b, c, file, nvdimm, vfio, net, share or rng",
         "write b:7:0",
     ),
     request("check --device b:8:0:/dev/../x", "'..'", "without '..'"),
     request("check --device file:", "no image is named", "write file:"),
+    request("check --device nvdimm:", "no image is named", "write nvdimm:"),
     request("check --device b:8:99 -o cache", "--option cache: .*KEY=VALUE"),
     request("check --device file:{free} -o cash=none", "option cash: unknown", "cache, aio"),
     request("check --device file:{free} -o cache=nine", "option cache: 'nine' .*writeback"),

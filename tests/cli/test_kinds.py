@@ -125,7 +125,7 @@ KINDS = {
         agent=None,
     ),
     "nvdimm": Kind(
-        words="--device file:{}/memory.img:/dev/pmem0 -o fstype=ext4 --read-only",
+        words="--device nvdimm:{}/memory.img:/dev/pmem0 -o fstype=ext4 --read-only",
         name="/dev/pmem0",
         kind="block",
         host_path="{}/memory.img",
@@ -253,7 +253,7 @@ def test_resolve_tells_the_device(vmplug: Vmplug, world: World, name: str) -> No
     (told,) = answer.json()["devices"]
     assert (told["name"], told["container_path"]) == (kind.name, kind.container_path)
     assert (told["kind"], told["host_path"]) == (kind.kind, world.path(kind.host_path))
-    assert told["found_by"] in {"file", "vhost-user-store"}
+    assert told["found_by"] in {"file", "backing-file", "vhost-user-store"}
     _, line = text.answer().splitlines()
     assert line.split()[:3] == [kind.name, world.path(kind.host_path), kind.kind]
 

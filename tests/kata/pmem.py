@@ -63,7 +63,7 @@ def _volume(case: Case) -> Answer:
         _mount(tree, "/proc", "proc")
     elif case.mended:
         _mount(tree, source, "ext4")
-    volume = _find(case.input["destination"], source, tree)
+    volume = _find(case.input["destination"], source, tree, is_said=case.mended)
     if case.expected["result"] is None:
         return Answer(volume, kind_of(case.expected["error"]))
     assert case.expected["error"] is None
@@ -81,16 +81,21 @@ def _mount(tree: HostTree, path: str, fs_type: str) -> None:
     tree.file("/proc/1/mountinfo", f"36 1 7:0 / {path} rw shared:1 - {fs_type} /dev/loop0 rw\n")
 
 
-def _find(destination: str, source: str, tree: HostTree) -> dict[str, Any] | None:
-    mount = Mount(destination=destination, source=source, type="bind", read_only=False)
+def _find(
+    destination: str, source: str, tree: HostTree, *, is_said: bool
+) -> dict[str, Any] | None:
+    said = {"block-driver": "nvdimm"} if is_said else {}
+    mount = Mount(destination, source, type="bind", read_only=False, driver_options=said)
     volumes = find_volumes([mount], tree.root)
     if not volumes:
         return None
     (info,) = volumes
+    options = dict(info.driver_options)
+    assert options.pop("block-driver") == "nvdimm"
     return {
         "ContainerPath": info.container_path,
         "DevType": str(info.dev_type),
-        "DriverOptions": dict(info.driver_options),
+        "DriverOptions": options,
         "HostPath": info.host_path,
         "Pmem": info.pmem,
     }
@@ -109,9 +114,8 @@ def mounted_directory(case: Case) -> Answer:
     tree = HostTree(case.path).file("/img", _SIGNED)
     tree.file("/sys/dev/block/7:0/loop/backing_file", "/img\n")
     _mount(tree, "/volume", "xfs")
-    volume = _find("/data", "/volume", tree)
-    assert volume
-    ours = {key: volume[key] for key in ("DevType", "Pmem", "DriverOptions")}
+    volume = _find("/data", "/volume", tree, is_said=case.mended)
+    ours = volume and {key: volume[key] for key in ("DevType", "Pmem", "DriverOptions")}
     options = case.expected["DriverOptions"]
     assert options["fstype"] == "<fs>"
     katas = {key: case.expected[key] for key in ("DevType", "Pmem")}

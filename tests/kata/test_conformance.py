@@ -85,6 +85,8 @@ MENDED = (
     ),
     "dedup: different minor: two devices",
     "pmem: good; source is not itself a mount point so fstype defaults to ext4",
+    "pmem: good; source is a mount point (/proc) so fstype comes from /proc/mounts",
+    "mount source: directory on a PFN-signed loop file",
     "vfio details 0000:02:10.0",
     "vfio details 10000:e1:00.0",
 )

@@ -116,6 +116,7 @@ def device_options(command: F) -> F:
             multiple=True,
             metavar="DEVICE",
             help="Ask for b:MAJOR:MINOR[:PATH], c:MAJOR:MINOR[:PATH], file:IMAGE[:PATH], "
+            "nvdimm:IMAGE[:PATH], "
             "vfio:BDF (also: a mediated device's UUID, /dev/vfio/N), "
             "net:SOCKET, share:DIRECTORY:TAG (also: a virtiofsd's socket, fd:N) or rng[:SOURCE]; "
             "PATH is the one in the container.",
@@ -261,10 +262,10 @@ def open_store(path: str, host: HostRoot) -> "VhostUserStore":
 
 
 def parse_device(text: str) -> "Request":
-    """`b:7:0:/dev/xvda`, `b:7:0` (then /dev/block/7:0), `file:/a.img:/dev/xvda`, `net:/s.sock`."""
+    """`b:7:0:/dev/xvda`, `b:7:0` (/dev/block/7:0), `file:/a.img:/dev/xvda`, `net:/s.sock`."""
     kind, _, rest = text.partition(":")
-    if kind == "file":
-        return _parse_image(text, rest)
+    if kind in {"file", "nvdimm"}:
+        return _parse_image(text, rest, pmem=kind == "nvdimm")
     if kind in {"net", "share", "rng", "vfio"}:
         return _parse_named(text, kind, rest)
     major, _, minor_path = rest.partition(":")
@@ -275,7 +276,7 @@ def parse_device(text: str) -> "Request":
         why = (
             str(error)
             if kind in {"b", "c", "u"}
-            else f"{kind!r} is not b, c, file, vfio, net, share or rng"
+            else f"{kind!r} is not b, c, file, nvdimm, vfio, net, share or rng"
         )
         raise SpecError(
             f"--device {text}", why, hint="write b:7:0, b:7:0:/dev/xvda or file:/images/a.img"
@@ -286,15 +287,20 @@ def parse_device(text: str) -> "Request":
     )
 
 
-def _parse_image(text: str, rest: str) -> DeviceInfo:
+def _parse_image(text: str, rest: str, *, pmem: bool) -> DeviceInfo:
     """`/a.img:/dev/xvda`; without a path it is the image's name below /dev."""
     image, colon, path = rest.rpartition(":/")
     if not colon:
         image, path = rest, f"dev/{os.path.basename(rest)}"
     if not image:
-        raise SpecError(f"--device {text}", "no image is named", hint="write file:/images/a.img")
+        kind = "nvdimm" if pmem else "file"
+        hint = f"write {kind}:/images/a.img"
+        raise SpecError(f"--device {text}", "no image is named", hint=hint)
     return DeviceInfo(
-        container_path=f"/{path}", dev_type=DevType.BLOCK, host_path=os.path.abspath(image)
+        container_path=f"/{path}",
+        dev_type=DevType.BLOCK,
+        host_path=os.path.abspath(image),
+        pmem=pmem,
     )
 
 

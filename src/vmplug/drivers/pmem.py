@@ -20,8 +20,12 @@ Source: measured on QEMU 7.2 and Linux 6.1: after one of 3 MiB the next has no /
 
 
 def is_pmem(device: DiskFile) -> bool:
-    """Whether a file becomes an NVDIMM by default."""
-    return device.pfn is not None or device.found_by is FoundBy.BACKING_FILE
+    """Whether the request for a file was for persistent memory.
+
+    The content never decides: a guest can write `NVDIMM_PFN_INFO` into its disk, and QEMU never
+    releases an NVDIMM.
+    """
+    return device.found_by is FoundBy.BACKING_FILE
 
 
 def check_nvdimm(device: BlockDevice | DiskFile, format_: str | None) -> Iterator[Finding]:

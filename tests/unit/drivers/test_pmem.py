@@ -37,14 +37,14 @@ DISK = BlockDevice(
     ("device", "driver"),
     [
         (PLAIN, None),
-        (DAX, DiskFrontend.NVDIMM),
-        (DAX._replace(pfn=PfnInfo(None)), DiskFrontend.NVDIMM),
+        (DAX, None),  # a guest can write the block
+        (DAX._replace(pfn=PfnInfo(None)), None),
         (BEHIND_LOOP, DiskFrontend.NVDIMM),
         (PLAIN._replace(found_by=FoundBy.BACKING_FILE), DiskFrontend.NVDIMM),
         (DISK, None),
     ],
 )
-def test_a_file_is_an_nvdimm_when_it_was_made_to_be_one(
+def test_a_file_is_an_nvdimm_when_the_host_says_so_whatever_is_in_it(
     device: BlockDevice | DiskFile, driver: DiskFrontend | None
 ) -> None:
     assert BlockDiskDriver().driver_of(device) is driver
@@ -114,9 +114,9 @@ def test_a_wrong_size_can_be_allowed_and_a_wrong_format_cannot() -> None:
 
 def test_the_driver_checks_a_file_by_what_it_will_be() -> None:
     odd = DAX._replace(size_bytes=3 * MIB)
-    assert [f.code for f in BlockDiskDriver().check(odd, read_only=False)] == [Code.NVDIMM_SIZE]
-    as_disk = BlockDiskDriver.parse({"block-driver": "virtio-blk"})
-    assert list(as_disk.check(odd, read_only=False)) == []
+    as_memory = BlockDiskDriver.parse(NVDIMM)
+    assert [f.code for f in as_memory.check(odd, read_only=False)] == [Code.NVDIMM_SIZE]
+    assert list(BlockDiskDriver().check(odd, read_only=False)) == []
 
 
 # Options
@@ -127,28 +127,28 @@ def test_the_options_of_an_nvdimm_are_options_of_a_disk(key: str) -> None:
     assert key in OPTIONS
 
 
-@pytest.mark.parametrize("device", [DAX, BEHIND_LOOP])
 @pytest.mark.parametrize(
     ("key", "said"),
     [("cache", "none"), ("serial", "x"), ("iops-read", "5"), ("discard", "unmap")],
 )
 def test_options_that_mean_nothing_are_refused_also_when_nobody_said_nvdimm(
-    device: DiskFile, key: str, said: str
+    key: str, said: str
 ) -> None:
     options = BlockDiskDriver.parse({key: said})
-    place = options.choose_place(device, Q35, ())
+    place = options.choose_place(BEHIND_LOOP, Q35, ())
     assert isinstance(place, MemorySlot)
     with pytest.raises(SpecError, match="does not apply to an NVDIMM") as caught:
-        options.plan(NewPlug(id=ID, device=device, read_only=False), place, Q35)
+        options.plan(NewPlug(id=ID, device=BEHIND_LOOP, read_only=False), place, Q35)
     assert caught.value.where == f"option {key}"
     assert caught.value.hint
 
 
 def test_an_iothread_is_refused_in_a_file_that_is_to_be_an_nvdimm() -> None:
     options = BlockDiskDriver.parse({"iothread": "on"})
-    assert options.driver_of(DAX) is DiskFrontend.NVDIMM
+    assert options.driver_of(BEHIND_LOOP) is DiskFrontend.NVDIMM
+    new = NewPlug(id=ID, device=BEHIND_LOOP, read_only=False)
     with pytest.raises(SpecError, match="does not apply to an NVDIMM") as caught:
-        options.plan(NewPlug(id=ID, device=DAX, read_only=False), MemorySlot(slot=0, index=0), Q35)
+        options.plan(new, MemorySlot(slot=0, index=0), Q35)
     assert caught.value.where == "option iothread"
 
 
@@ -161,8 +161,8 @@ def test_an_nvdimm_is_planned_with_the_size_of_its_file(
     options: dict[str, str], *, read_only: bool
 ) -> None:
     driver = BlockDiskDriver.parse(options)
-    place = driver.choose_place(DAX, Q35, ("memory/0",))
-    planned = driver.plan(NewPlug(id=ID, device=DAX, read_only=read_only), place, Q35)
+    place = driver.choose_place(BEHIND_LOOP, Q35, ("memory/0",))
+    planned = driver.plan(NewPlug(id=ID, device=BEHIND_LOOP, read_only=read_only), place, Q35)
     assert isinstance(planned, BlockDrive)
     assert (planned.driver, planned.file, planned.size_bytes, planned.read_only) == (
         DiskFrontend.NVDIMM,

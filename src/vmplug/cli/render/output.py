@@ -10,6 +10,7 @@ import click
 from vmplug.cli.render.text import one_line
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import HostDevice
+from vmplug.host.kind import FoundBy
 from vmplug.host.pci.group import VfioGroup
 from vmplug.oci.info import DeviceInfo
 
@@ -112,5 +113,5 @@ def device_json(device: HostDevice) -> dict[str, Any]:
         facts["iommu_group"] = device.number
         facts["members"] = list(device.members)
     if isinstance(device, DiskFile):
-        facts["pmem"] = device.pfn is not None
+        facts["pmem"] = device.found_by is FoundBy.BACKING_FILE
     return facts

@@ -4,6 +4,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from functools import cache
 
+from vmplug.errors import SpecError
 from vmplug.host.block.loop import read_backing_file
 from vmplug.host.block.mounts import MountPoint, read_mount_points
 from vmplug.host.block.pmem import read_pfn_info
@@ -21,8 +22,10 @@ def find_requests(bundle: Bundle, root: HostRoot) -> list[Request]:
 def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
     """The bind mounts whose source is a device, as requests for that device.
 
-    That is a block device, or a file system on persistent memory: it is mounted from a loop device
-    whose backing file the guest can map as an NVDIMM.
+    That is a block device, or, for a mount with the option `block-driver=nvdimm`, a file system on
+    persistent memory: it is mounted from a loop device whose backing file the guest can map as an
+    NVDIMM. Without that option a directory stays a directory, whatever is on its loop device: a
+    guest can have written that. Raises SpecError where that option cannot be followed.
     """
     mount_points = cache(lambda: read_mount_points(root))  # only directories need them
     volumes = []
@@ -41,14 +44,14 @@ def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
                     driver_options=mount.driver_options,
                 )
             )
-        elif status and stat.S_ISDIR(status.st_mode):
-            volumes += _find_pmem(mount, source, mount_points(), root)
+        elif mount.driver_options.get("block-driver") == "nvdimm":
+            volumes.append(_find_pmem(mount, source, mount_points(), root))
     return volumes
 
 
 def _find_pmem(
     mount: Mount, source: str, mount_points: Sequence[MountPoint], root: HostRoot
-) -> list[DeviceInfo]:
+) -> DeviceInfo:
     """The file behind a directory, if the guest would see the same files in it.
 
     So the directory must be the whole file system. The loop device must begin where the guest's
@@ -56,23 +59,36 @@ def _find_pmem(
     """
     shown = next((m for m in reversed(mount_points) if m.path == source), None)
     if shown is None or shown.shown != "/":
-        return []
+        raise _not_pmem(mount, "is not the mount point of a whole file system")
     sysfs_path = f"{root.sys_dev}/block/{shown.devnum}"
     backing = read_backing_file(sysfs_path, root)
-    pfn = read_pfn_info(backing.backing_file, root) if backing else None
-    if not backing or not pfn or backing.deleted or backing.size_limit_bytes:
-        return []
-    if backing.offset_bytes not in {0, pfn.data_offset_bytes}:
-        return []
+    if backing is None or backing.deleted:
+        raise _not_pmem(mount, "is not mounted from a loop device on a file that still exists")
+    pfn = read_pfn_info(backing.backing_file, root)
+    if pfn is None:
+        raise _not_pmem(mount, f"is on {backing.backing_file}, which has no NVDIMM_PFN_INFO block")
+    if backing.size_limit_bytes or backing.offset_bytes not in {0, pfn.data_offset_bytes}:
+        raise _not_pmem(
+            mount,
+            "is on a loop device that does not show the part of "
+            f"{backing.backing_file} that the guest would mount",
+        )
     is_mounted_read_only = shown.read_only or shown.shown_read_only
     is_read_only = is_mounted_read_only or bool(root.read_int(f"{sysfs_path}/ro"))
-    return [
-        DeviceInfo(
-            container_path=mount.destination,
-            dev_type=DevType.BLOCK,
-            host_path=backing.backing_file,
-            pmem=True,
-            read_only=mount.read_only or is_read_only,
-            driver_options={"fstype": shown.fs_type, **mount.driver_options},
-        )
-    ]
+    return DeviceInfo(
+        container_path=mount.destination,
+        dev_type=DevType.BLOCK,
+        host_path=backing.backing_file,
+        pmem=True,
+        read_only=mount.read_only or is_read_only,
+        driver_options={"fstype": shown.fs_type, **mount.driver_options},
+    )
+
+
+def _not_pmem(mount: Mount, why: str) -> SpecError:
+    return SpecError(
+        f"mount {mount.destination}",
+        f"block-driver=nvdimm is not possible: {mount.source} {why}",
+        hint="leave block-driver out to share the directory, or mount a loop device on a file "
+        "that was made for it (ndctl, pmem-csi)",
+    )

@@ -24,6 +24,7 @@ from vmplug.oci.spec import Bundle
 
 IMAGE, MOUNTED, DEVICE = "/srv/pmem.img", "/mnt/volume", "/dev/loop0"
 OFFSET = 2 * MIB
+NVDIMM = {"block-driver": "nvdimm"}
 
 # The information block
 
@@ -98,7 +99,19 @@ def test_a_file_is_found_with_its_block(tree: HostTree) -> None:
 def bind(
     source: str = MOUNTED, *, ro: bool = False, type_: str | None = "bind", **options: str
 ) -> Mount:
-    return Mount("/data", source, type_, ro, options)
+    """A bind mount that the host's operator wants as an NVDIMM."""
+    return Mount("/data", source, type_, ro, {**NVDIMM, **options})
+
+
+def refused(tree: HostTree, mount: Mount | None = None) -> str:
+    """Why the mount cannot be an NVDIMM; without the word for it it is an ordinary directory."""
+    mount = mount or bind()
+    assert find_volumes([mount._replace(driver_options={})], tree.root) == []
+    with pytest.raises(SpecError, match="block-driver=nvdimm is not possible") as caught:
+        find_volumes([mount], tree.root)
+    assert caught.value.where == "mount /data"
+    assert caught.value.hint
+    return caught.value.message
 
 
 def pmem_request(*, ro: bool = False, **options: str) -> DeviceInfo:
@@ -108,7 +121,7 @@ def pmem_request(*, ro: bool = False, **options: str) -> DeviceInfo:
         host_path=IMAGE,
         pmem=True,
         read_only=ro,
-        driver_options={"fstype": "ext4", **options},
+        driver_options={"fstype": "ext4", **NVDIMM, **options},
     )
 
 
@@ -145,9 +158,18 @@ def test_the_mount_point_of_a_file_system_on_persistent_memory_is_its_file(
 def test_the_file_system_is_told_and_options_count_more(tree: HostTree) -> None:
     loop(tree.pmem_file(IMAGE)).mount(DEVICE, MOUNTED, "7:0", fs_type="xfs")
     (plain,) = find_volumes([bind()], tree.root)
-    assert plain.driver_options == {"fstype": "xfs"}
+    assert plain.driver_options == {"fstype": "xfs", **NVDIMM}
     (other,) = find_volumes([bind(fstype="ext4", format="raw")], tree.root)
-    assert other.driver_options == {"fstype": "ext4", "format": "raw"}
+    assert other.driver_options == {"fstype": "ext4", "format": "raw", **NVDIMM}
+
+
+@pytest.mark.parametrize("options", [{}, {"fstype": "ext4"}, {"block-driver": "virtio-blk"}])
+def test_only_the_host_makes_a_directory_an_nvdimm(
+    tree: HostTree, options: dict[str, str]
+) -> None:
+    """A guest can have written the block into what is mounted here, for example before a btrfs."""
+    mount = bind()._replace(driver_options=options)
+    assert find_volumes([mount], volume(tree).root) == []
 
 
 def test_a_file_that_the_whole_loop_device_shows_is_one_too(tree: HostTree) -> None:
@@ -160,46 +182,46 @@ def test_a_loop_device_that_begins_elsewhere_shows_something_else(
     tree: HostTree, offset: int
 ) -> None:
     loop(tree.pmem_file(IMAGE), offset=offset).mount(DEVICE, MOUNTED, "7:0")
-    assert find_volumes([bind()], tree.root) == []
+    assert "does not show the part of" in refused(tree)
 
 
 def test_a_block_that_is_cut_short_fits_no_offset_but_zero(tree: HostTree) -> None:
     tree.pmem_file(IMAGE, size_bytes=PFN_OFFSET_BYTES + 20)
     loop(tree).mount(DEVICE, MOUNTED, "7:0")
-    assert find_volumes([bind()], tree.root) == []
+    assert "does not show the part of" in refused(tree)
 
 
 def test_a_loop_device_that_ends_early_hides_what_the_guest_would_see(tree: HostTree) -> None:
     loop(tree.pmem_file(IMAGE), size_limit=4 * MIB).mount(DEVICE, MOUNTED, "7:0")
-    assert find_volumes([bind()], tree.root) == []
+    assert "does not show the part of" in refused(tree)
 
 
 def test_a_deleted_file_has_no_path_to_its_data(tree: HostTree) -> None:
     tree.pmem_file(f"{IMAGE}.other")
     loop(tree, backing=f"{IMAGE} (deleted)").mount(DEVICE, MOUNTED, "7:0")
-    assert find_volumes([bind()], tree.root) == []
+    assert "a file that still exists" in refused(tree)
     tree.pmem_file(IMAGE)  # another file by now
-    assert find_volumes([bind()], tree.root) == []
+    refused(tree)
 
 
 def test_a_file_without_the_block_is_an_ordinary_volume(tree: HostTree) -> None:
     loop(tree.file(IMAGE, bytes(MIB))).mount(DEVICE, MOUNTED, "7:0")
-    assert find_volumes([bind()], tree.root) == []
+    assert "has no NVDIMM_PFN_INFO block" in refused(tree)
 
 
 @pytest.mark.parametrize("source", [f"{MOUNTED}/part", "/mnt", f"{MOUNTED}/part/file", "/none"])
 def test_only_the_mount_point_itself_is_the_volume(tree: HostTree, source: str) -> None:
-    assert find_volumes([bind(source)], volume(tree).root) == []
+    assert "is not the mount point" in refused(volume(tree), bind(source))
 
 
 def test_a_part_of_the_file_system_is_not_the_volume(tree: HostTree) -> None:
     loop(tree.pmem_file(IMAGE)).mount(DEVICE, MOUNTED, "7:0", shown="/part")
-    assert find_volumes([bind()], tree.root) == []
+    assert "is not the mount point" in refused(tree)
 
 
 def test_the_mount_on_top_counts(tree: HostTree) -> None:
     volume(tree).block_device("8:0", "sda").mount("/dev/sda", MOUNTED, "8:0")
-    assert find_volumes([bind()], tree.root) == []
+    assert "is not mounted from a loop device" in refused(tree)
     tree.mount(DEVICE, MOUNTED, "7:0")
     assert find_volumes([bind()], tree.root) == [pmem_request()]
 
@@ -213,7 +235,7 @@ def test_a_mount_point_may_have_any_name_and_be_reached_by_links(tree: HostTree)
 
 def test_a_file_system_with_a_number_of_its_own_is_no_volume(tree: HostTree) -> None:
     loop(tree.pmem_file(IMAGE)).mount(DEVICE, MOUNTED, "0:42", fs_type="btrfs")
-    assert find_volumes([bind()], tree.root) == []
+    assert "is not mounted from a loop device" in refused(tree)
 
 
 @pytest.mark.parametrize("reason", ["nothing", "mount", "mount point", "file system", "loop"])
@@ -241,7 +263,7 @@ def test_a_source_that_is_no_path_is_passed_over(tree: HostTree, source: str) ->
 
 def test_without_a_table_of_mounts_no_directory_is_a_volume(tree: HostTree) -> None:
     loop(tree.pmem_file(IMAGE))
-    assert find_volumes([bind()], tree.root) == []
+    assert "is not the mount point" in refused(tree)
 
 
 def test_what_persistent_memory_asks_for_must_have_a_file() -> None:
@@ -257,7 +279,7 @@ def test_a_bundle_asks_for_devices_then_volumes_then_annotations(tree: HostTree)
     bundle = Bundle(
         name="c1",
         devices=(device,),
-        mounts=(bind("/nowhere"), bind()),
+        mounts=(bind("/nowhere")._replace(driver_options={}), bind()),
         annotated=(RngInfo(),),
     )
     assert find_requests(bundle, volume(tree).root) == [device, pmem_request(), RngInfo()]
@@ -278,11 +300,11 @@ def test_a_block_device_is_asked_for_itself(tree: HostTree, *, ro: bool) -> None
                 dev_type=DevType.BLOCK,
                 devnum=DevNum(8, 16),
                 read_only=ro,
-                driver_options={"cache": "none"},
+                driver_options={"cache": "none", **NVDIMM},
             )
         ]
     tree.node("/dev/ttyS0", "c", "4:64")
-    assert find_volumes([bind("/dev/ttyS0")], tree.root) == []
+    assert "is not the mount point" in refused(tree, bind("/dev/ttyS0"))
 
 
 @pytest.mark.root
