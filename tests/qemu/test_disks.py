@@ -230,6 +230,68 @@ def test_a_qcow2_image_as_raw_shows_its_own_bytes(lab: Lab, tmp_path: Path) -> N
     lab.devices.detach(attachment.id)
 
 
+@pytest.mark.parametrize("format_", ["vhdx", "vmdk", "vdi", "vpc", "qed", "parallels", "qcow"])
+def test_an_image_that_the_guest_would_destroy_is_refused_until_raw_is_stated(
+    lab: Lab, tmp_path: Path, format_: str
+) -> None:
+    image = tmp_path / "image"
+    raw = disk_image(tmp_path / "raw", 4, "inside")
+    convert = ["qemu-img", "convert", "-f", "raw", "-O", format_, str(raw), str(image)]
+    subprocess.run(convert, check=True)
+    before, content = lab.picture(), image.read_bytes()
+    with pytest.raises(InUse) as caught:
+        lab.attach(image)
+    assert caught.value.codes == (Code.FORMAT_NOT_STATED,)
+    assert (lab.picture(), image.read_bytes()) == (before, content)
+
+    remedy = (caught.value.hint or "").partition("(")[2].partition(")")[0]
+    assert remedy == f"qemu-img convert -f {format_} -O raw OLD NEW"
+    mended = tmp_path / "mended"
+    words = remedy.replace("OLD", str(image)).replace("NEW", str(mended)).split()
+    subprocess.run(words, check=True)
+    assert mended.read_bytes().rstrip(b"\0") == raw.read_bytes().rstrip(b"\0")
+    lab.devices.detach(lab.attach(mended).id)
+    lab.devices.detach(lab.attach(image, {"format": "raw"}).id)
+
+
+def damage(image: Path, offset: int, content: bytes) -> None:
+    with image.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+@pytest.mark.parametrize("fault", ["version", "corrupt", "features", "encryption", "cut short"])
+def test_an_image_that_qemu_cannot_use_is_refused_by_what_is_wrong(
+    lab: Lab, tmp_path: Path, fault: str
+) -> None:
+    image = qcow2_image(tmp_path / "a.qcow2", 8, "inside")
+    before = lab.picture()
+    match fault:
+        case "version":
+            damage(image, 4, b"\0\0\0\1")
+        case "corrupt":
+            damage(image, 79, b"\2")
+        case "features":
+            damage(image, 72, b"\x80")
+        case "encryption":
+            damage(image, 35, b"\1")
+        case _:
+            os.truncate(image, image.stat().st_size - 65536)
+    with pytest.raises(InUse) as caught:
+        lab.attach(image, {"format": "qcow2"})
+    assert caught.value.codes == (Code.UNUSABLE_IMAGE,)
+    assert lab.picture() == before
+    if fault == "cut short":  # and QEMU would not have said so
+        seen = lab.seen(lab.attach(image, {"format": "qcow2"}, allow=(Code.UNUSABLE_IMAGE,)))
+        assert seen.marker == ""
+    elif fault != "corrupt":
+        with pytest.raises(CommandError):
+            lab.attach(image, {"format": "qcow2"}, allow=(Code.UNUSABLE_IMAGE,))
+    else:
+        subprocess.run(["qemu-img", "check", "-q", "-r", "all", str(image)], check=True)
+        assert lab.seen(lab.attach(image, {"format": "qcow2"})).marker == "inside"
+
+
 def qcow2_over(tmp_path: Path, backing: Path) -> Path:
     image = tmp_path / "overlay.qcow2"
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(backing)]

@@ -5,6 +5,7 @@ from typing import Self
 
 import msgspec
 
+from vmplug.drivers.format import check_format, opens_others
 from vmplug.drivers.free_places import (
     ccw_places,
     cold_plug_only,
@@ -30,7 +31,7 @@ from vmplug.drivers.pmem import NVDIMM_OPTIONS, check_nvdimm, is_pmem
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.image import ImageFormat
+from vmplug.host.block.formats import ImageFormat
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Code, Finding
 
@@ -82,13 +83,13 @@ class BlockDiskDriver(msgspec.Struct, frozen=True, kw_only=True):
         self,
         device: HostDevice,
         *,
-        read_only: bool,  # noqa: ARG002  a disk always can be
+        read_only: bool,
     ) -> Iterator[Finding]:
         """See Driver."""
         assert isinstance(device, BlockDevice | DiskFile)
         if self.driver_of(device) is DiskFrontend.NVDIMM:
             return check_nvdimm(device, self.format)
-        return check_disk(device, self)
+        return check_disk(device, self, read_only=read_only)
 
     def driver_of(self, device: BlockDevice | DiskFile) -> DiskFrontend | None:
         """The given driver, or the one that the device or another option implies."""
@@ -193,38 +194,13 @@ OPTIONS: Mapping[str, Option] = {
 """Every option of a disk, with one line of help."""
 
 
-def check_disk(device: BlockDevice | DiskFile, options: BlockDiskDriver) -> Iterator[Finding]:
+def check_disk(
+    device: BlockDevice | DiskFile, options: BlockDiskDriver, *, read_only: bool = False
+) -> Iterator[Finding]:
     """Reasons not to plug this disk with these options."""
+    yield from check_format(device, options.format, read_only=read_only)
     if isinstance(device, BlockDevice):
-        if options.format is ImageFormat.QCOW2:
-            yield Finding(
-                Code.NOT_THAT_FORMAT,
-                f"{device.host_path} is a block device; format=qcow2 is for regular files",
-                "hand it over as raw",
-            )
         return
-    header = device.qcow2
-    if header and options.format is None:
-        yield Finding(
-            Code.FORMAT_NOT_STATED,
-            f"{device.host_path} looks like a qcow2 image, but no format is set",
-            "set format=qcow2, or format=raw if the guest should see the bytes of the file as "
-            "they are",
-        )
-    if options.format is ImageFormat.QCOW2 and header is None:
-        yield Finding(
-            Code.NOT_THAT_FORMAT,
-            f"{device.host_path} is not a qcow2 image",
-            "set format=raw, or name the right file (qemu-img info shows the format)",
-        )
-    if options.format is ImageFormat.QCOW2 and header and _opens_others(device):
-        yield Finding(
-            Code.HAS_BACKING_FILE,
-            f"{device.host_path} makes QEMU open another file: "
-            + (header.backing_file or "its external data file"),
-            "flatten it (qemu-img rebase -b ''), or allow this finding if you made the image "
-            "yourself",
-        )
     cache = options.cache or (Cache.NONE if options.aio is Aio.NATIVE else Cache.WRITEBACK)
     if cache.direct and not device.direct_io:
         yield Finding(
@@ -233,12 +209,6 @@ def check_disk(device: BlockDevice | DiskFile, options: BlockDiskDriver) -> Iter
             + ("" if options.cache else ", which aio=native needs"),
             "leave cache and aio out, or set cache=writeback",
         )
-
-
-def _opens_others(device: DiskFile) -> bool:
-    return device.qcow2 is not None and bool(
-        device.qcow2.backing_file or device.qcow2.external_data
-    )
 
 
 def plan_drive(
@@ -270,7 +240,7 @@ def plan_drive(
         is_device=isinstance(device, BlockDevice),
         driver=driver,
         format=options.format or ImageFormat.RAW,
-        backing_allowed=isinstance(device, DiskFile) and _opens_others(device),
+        backing_allowed=isinstance(device, DiskFile) and opens_others(device),
         read_only=read_only,
         share_rw=options.share_rw,
         cache=cache,

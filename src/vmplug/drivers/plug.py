@@ -18,7 +18,7 @@ from vmplug.drivers.place import (
     Place,
     ScsiPlace,
 )
-from vmplug.host.block.image import ImageFormat
+from vmplug.host.block.formats import ImageFormat
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.mdev import VFIODeviceType
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from vmplug.drivers.format import check_format
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.kind import FoundBy
@@ -30,6 +31,8 @@ def is_pmem(device: DiskFile) -> bool:
 
 def check_nvdimm(device: BlockDevice | DiskFile, format_: str | None) -> Iterator[Finding]:
     """Reasons not to plug this as an NVDIMM."""
+    if format_ is None:
+        yield from check_format(device, None, read_only=False)
     if format_ not in {None, "raw"}:
         yield Finding(
             Code.NOT_THAT_FORMAT,

@@ -27,6 +27,7 @@ class Code(StrEnum):
     HAS_BACKING_FILE = "has-backing-file"
     FORMAT_NOT_STATED = "format-not-stated"
     NOT_THAT_FORMAT = "not-that-format"
+    UNUSABLE_IMAGE = "unusable-image"
     NO_DIRECT_IO = "no-direct-io"
     NO_PFN_SIGNATURE = "no-pfn-signature"
     NVDIMM_SIZE = "nvdimm-size"

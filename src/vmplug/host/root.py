@@ -9,6 +9,7 @@ import fcntl
 import os
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -27,6 +28,7 @@ _TEXT_MAX_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 16  # some files of /proc have no memory for a buffer of megabytes
 PAGE_SIZE = 4096
 """A sysfs attribute is at most one page. Source: Documentation/filesystems/sysfs.rst."""
+_PAUSE_S = 0.001
 _LINKS_MAX = 40
 """As the kernel's own MAXSYMLINKS. Source: include/linux/namei.h."""
 _F_OFD_GETLK = 36
@@ -210,6 +212,32 @@ class HostRoot:
             return b""
         try:
             return os.pread(fd, length, offset)
+        except OSError as error:
+            raise AttributeReadError(path, error.errno) from error
+        finally:
+            os.close(fd)
+
+    def read_within(self, path: str, length: int, patience_s: float) -> bytes | None:
+        """The first bytes of a block device; None when it does not answer within `patience_s`.
+
+        A plain read of a device whose storage is gone cannot be ended, not even by a signal.
+        """
+        try:
+            fd = os.open(self._base + path, _READ | os.O_NONBLOCK)
+        except OSError as error:
+            raise AttributeReadError(path, error.errno) from error
+        deadline, head = time.monotonic() + patience_s, bytearray(length)
+        try:
+            while True:
+                # This starts the read and does not wait for it, as long as there is room in the
+                # device's queue. No event says when the pages are there.
+                os.posix_fadvise(fd, 0, length, os.POSIX_FADV_WILLNEED)
+                try:
+                    return bytes(head[: os.preadv(fd, [head], 0, os.RWF_NOWAIT)])
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        return None
+                time.sleep(_PAUSE_S)
         except OSError as error:
             raise AttributeReadError(path, error.errno) from error
         finally:

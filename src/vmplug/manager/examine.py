@@ -10,12 +10,14 @@ from contextlib import suppress
 import msgspec
 from msgspec.structs import replace
 
+from vmplug.drivers.block import BlockDiskDriver
 from vmplug.drivers.generic import check_generic
 from vmplug.drivers.place import Offer, PlugMode
 from vmplug.drivers.ports import Hypervisor, PlugDriver
 from vmplug.drivers.select import select_driver
 from vmplug.drivers.vfio import check_address_space
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
+from vmplug.host.block.content import look_into
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.mounts import HostUsage, read_usage
 from vmplug.host.block.relations import relate_block, relate_file
@@ -180,6 +182,8 @@ def _check_device(
 ) -> tuple[HostDevice, list[Finding]]:
     """The device, with what its backend says of it, and everything against handing it over."""
     known, asked = terms.known, list[Finding]()
+    if isinstance(driver, BlockDiskDriver):
+        device, asked = _look_into(device, driver, terms.host)
     claims = known.find_claims(device)
     access = Access(read_only=request.read_only, share_rw=driver is not None and driver.share_rw)
     overlaps = terms.overlaps.find(asked_for := Asked(info=request, device=device, access=access))
@@ -191,6 +195,16 @@ def _check_device(
     if terms.managed:
         findings = [finding for finding in findings if finding.code not in _BINDABLE]
     return device, findings
+
+
+def _look_into(
+    device: HostDevice, driver: BlockDiskDriver, host: HostRoot
+) -> tuple[HostDevice, list[Finding]]:
+    assert isinstance(device, BlockDevice | DiskFile)
+    try:
+        return look_into(device, driver.format, host), []
+    except HostError as error:
+        return device, [_unresolved(error)]
 
 
 def check_vfio(

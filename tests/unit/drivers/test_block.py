@@ -38,8 +38,10 @@ from vmplug.drivers.plug import (
 )
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.image import ImageFormat, Qcow2Header
-from vmplug.host.finding import Code
+from vmplug.host.block.formats import ImageFormat
+from vmplug.host.block.image_faults import ImageFault
+from vmplug.host.block.qcow2 import Qcow2Header
+from vmplug.host.finding import Code, Severity
 from vmplug.host.kind import DeviceType, FoundBy
 
 SDB = BlockDevice(
@@ -55,7 +57,19 @@ PAGE_CACHED = DiskFile(host_path="/srv/b.img", size_bytes=1 << 30, direct_io=Fal
 
 def qcow2(*, backing_file: str | None = None, external_data: bool = False) -> DiskFile:
     header = Qcow2Header(1 << 30, backing_file, external_data)
-    return DiskFile(host_path="/srv/q.img", size_bytes=1 << 20, direct_io=True, qcow2=header)
+    return DiskFile(
+        host_path="/srv/q.img",
+        size_bytes=1 << 20,
+        direct_io=True,
+        qcow2=header,
+        looks_like="qcow2",
+    )
+
+
+FAULTY = qcow2()._replace(faults=(ImageFault("is encrypted", "decrypt it"),))
+CORRUPT = qcow2()._replace(
+    faults=(ImageFault("is marked as corrupt", "repair it", only_for_writing=True),)
+)
 
 
 # Options
@@ -241,6 +255,16 @@ def test_any_options_are_taken_or_refused(options: dict[str, str]) -> None:
         (PAGE_CACHED, {"aio": "native"}, [Code.NO_DIRECT_IO]),
         (PAGE_CACHED, {"aio": "io_uring"}, []),
         (PAGE_CACHED, {"cache": "none", "format": "qcow2"}, ["not-that-format", "no-direct-io"]),
+        (IMAGE._replace(looks_like="vhdx"), {}, [Code.FORMAT_NOT_STATED]),
+        (IMAGE._replace(looks_like="luks"), {}, [Code.FORMAT_NOT_STATED]),
+        (IMAGE._replace(looks_like="vhdx"), {"format": "raw"}, []),
+        (IMAGE._replace(looks_like="vhdx"), {"block-driver": "nvdimm"}, ["format-not-stated"]),
+        (SDB._replace(looks_like="qcow2"), {}, [Code.FORMAT_NOT_STATED]),
+        (SDB._replace(looks_like="qcow2"), {"format": "raw"}, []),
+        (SDB._replace(is_silent=True), {}, [Code.UNREADABLE]),
+        (FAULTY, {"format": "qcow2"}, [Code.UNUSABLE_IMAGE]),
+        (FAULTY, {"format": "raw"}, []),
+        (CORRUPT, {"format": "qcow2"}, [Code.UNUSABLE_IMAGE]),
     ],
 )
 def test_a_disk_is_checked_against_its_options(
@@ -250,6 +274,34 @@ def test_a_disk_is_checked_against_its_options(
     assert [finding.code for finding in findings] == codes
     assert all(finding.message.count(device.host_path) == 1 for finding in findings)
     assert all(finding.hint for finding in findings)
+
+
+def test_a_corrupt_image_may_be_read_and_a_slow_device_is_only_warned_of() -> None:
+    options = BlockDiskDriver(format=ImageFormat.QCOW2)
+    (writing,) = check_disk(CORRUPT, options, read_only=False)
+    (reading,) = check_disk(CORRUPT, options, read_only=True)
+    assert (writing.severity, reading.severity) == (Severity.ERROR, Severity.WARNING)
+    (silent,) = check_disk(SDB._replace(is_silent=True), BlockDiskDriver())
+    assert silent.severity is Severity.WARNING
+
+
+@pytest.mark.parametrize(
+    ("device", "remedy"),
+    [
+        (IMAGE._replace(looks_like="vhdx"), "convert it (qemu-img convert -f vhdx -O raw"),
+        (IMAGE._replace(looks_like="qcow"), "convert it (qemu-img convert -f qcow -O raw"),
+        (IMAGE._replace(looks_like="luks"), "open it on the host (cryptsetup open)"),
+        (qcow2(), "set format=qcow2, or set format=raw"),
+        (SDB._replace(looks_like="qcow2"), "convert it (qemu-img convert -f qcow2 -O raw"),
+    ],
+)
+def test_an_image_without_a_stated_format_has_a_remedy(
+    device: BlockDevice | DiskFile, remedy: str
+) -> None:
+    (finding,) = check_disk(device, BlockDiskDriver())
+    assert finding.hint.startswith(remedy)
+    assert "format=raw" in finding.hint
+    assert f"looks like a {device.looks_like} image" in finding.message
 
 
 def test_the_file_that_qemu_would_open_besides_is_named() -> None:

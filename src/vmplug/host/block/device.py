@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.devnum import DevNum
-from vmplug.host.block.image import Qcow2Header
 from vmplug.host.block.loop import LoopBacking
+from vmplug.host.block.qcow2 import Qcow2Header
 from vmplug.host.kind import DeviceType, FoundBy, Identity, IdentityKind
 
 if TYPE_CHECKING:
+    from vmplug.host.block.image_faults import ImageFault
     from vmplug.host.block.pmem import PfnInfo
 
 
@@ -28,7 +29,9 @@ class BlockDevice(NamedTuple):
     which the guest must use too, as the partition table depends on it. A fact that sysfs does not
     give is None; without a `size_bytes` it has no entry for the device at all. `twins` are
     other names of the same LUN, `loops` the loop devices on all of these with their partitions;
-    both None until a check looks for them.
+    both None until a check looks for them. `looks_like` is the format of its content, None for
+    raw, or where the request states one; `is_silent`: it did not answer in time (see
+    `vmplug.host.block.content`).
     """
 
     devnum: DevNum
@@ -46,6 +49,8 @@ class BlockDevice(NamedTuple):
     backing: LoopBacking | None = None
     twins: tuple[DiskPart, ...] | None = None
     loops: tuple[DevNum, ...] | None = None
+    looks_like: str | None = None
+    is_silent: bool = False
 
     @property
     def same_bytes(self) -> tuple[DiskPart, ...]:
@@ -98,7 +103,8 @@ class DiskFile(NamedTuple):
     where it was not read. `read_only`: its file system is read-only. `direct_io`: it can be read
     without the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image;
     `pfn` is the information block of persistent memory, None without one. `loops` are the loop
-    devices on it with their partitions, None until a check looks for them.
+    devices on it with their partitions, None until a check looks for them. `looks_like` is as for
+    a BlockDevice; `faults` are those of an image whose format the request states as qcow2.
     """
 
     host_path: str
@@ -110,6 +116,8 @@ class DiskFile(NamedTuple):
     pfn: "PfnInfo | None" = None
     direct_io: bool = False
     loops: tuple[DevNum, ...] | None = None
+    looks_like: str | None = None
+    faults: "tuple[ImageFault, ...]" = ()
 
     @property
     def nodes(self) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ import stat
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
-from vmplug.host.block.image import read_qcow2_header
 from vmplug.host.block.loop import LoopBacking, read_backing_file
 from vmplug.host.block.pmem import read_pfn_info
+from vmplug.host.block.qcow2 import read_qcow2_header
 from vmplug.host.file_id import file_id
 from vmplug.host.kind import FoundBy
 from vmplug.host.root import HostRoot, node_number

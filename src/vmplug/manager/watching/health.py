@@ -14,8 +14,9 @@ from vmplug.address import find_bdf
 from vmplug.devnum import DevNum
 from vmplug.drivers.plug import DAEMON_MARK
 from vmplug.errors import AttributeReadError
-from vmplug.host.block.image import ImageFormat, read_qcow2_header
+from vmplug.host.block.formats import ImageFormat
 from vmplug.host.block.loop import read_backing_file
+from vmplug.host.block.qcow2 import read_qcow2_header
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES
 from vmplug.host.check.thing import identify_block, identify_file
 from vmplug.host.kind import DeviceType, IdentityKind

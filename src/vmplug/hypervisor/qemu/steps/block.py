@@ -11,7 +11,7 @@ from vmplug.address import qemu_id
 from vmplug.drivers.place import Place, ScsiPlace
 from vmplug.drivers.plug import BlockDrive, Throttle
 from vmplug.drivers.ports import Command, Step
-from vmplug.host.block.image import ImageFormat
+from vmplug.host.block.formats import ImageFormat
 from vmplug.hypervisor.qemu.steps.frontend import device_step, object_step, virtio_step
 
 

@@ -1,6 +1,7 @@
 """Disk image files: the header of qcow2, which a guest may have written, and what the file can."""
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -11,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.tree import GIB, HostTree
-from vmplug.errors import AttributeReadError
-from vmplug.host.block.image import Qcow2Header, read_qcow2_header
+from tests.support.tree import GIB, MIB, HostTree
+from vmplug.host.block.image_faults import find_faults
+from vmplug.host.block.qcow2 import Qcow2Header, read_qcow2_header
 from vmplug.host.block.sysfs import read_disk_file
 from vmplug.host.root import HostRoot
 
@@ -79,10 +80,11 @@ def test_other_features_are_none_of_our_business(tree: HostTree) -> None:
 
 
 @pytest.mark.parametrize("length", [4, 8, 31])
-def test_a_header_cut_short_is_refused(tree: HostTree, length: int) -> None:
-    with pytest.raises(AttributeReadError, match="is truncated") as caught:
-        read(tree, header()[:length])
-    assert caught.value.path == "/a.img"
+def test_a_header_cut_short_has_no_facts_and_a_fault(tree: HostTree, length: int) -> None:
+    """It is no error of the host: a guest can write it into its raw disk."""
+    assert read(tree, header()[:length]) is None
+    (fault,) = find_faults("/a.img", length, tree.root)
+    assert fault.what == "its header is truncated"
 
 
 def test_a_header_of_version_2_may_end_the_file(tree: HostTree) -> None:
@@ -105,15 +107,10 @@ def test_a_name_is_never_longer_than_qemu_reads(tree: HostTree) -> None:
 
 @given(content=st.binary(max_size=120).map(lambda rest: MAGIC + rest))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_header_brings_anything_but_facts_or_an_error_of_the_host(
-    tree: HostTree, content: bytes
-) -> None:
-    try:
-        found = read(tree, content)
-    except AttributeReadError:
-        assert len(content) < 32
-    else:
-        assert isinstance(found, Qcow2Header)
+def test_no_header_brings_anything_but_facts_and_faults(tree: HostTree, content: bytes) -> None:
+    found = read(tree, content)
+    assert (found is None) is (len(content) < 32)
+    assert all(fault.what for fault in find_faults("/a.img", len(content), tree.root))
 
 
 def test_a_disk_file_comes_with_its_facts(tree: HostTree) -> None:
@@ -187,3 +184,121 @@ def test_an_image_with_its_data_elsewhere_is_known(tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, check=True)
     found = read_qcow2_header(str(tmp_path / "a"), HostRoot())
     assert found == Qcow2Header(1 << 20, None, external_data=True)
+
+
+# What is wrong with an image
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An image with data at its begin and its end."""
+    raw, path = tmp_path / "raw", tmp_path / "a.qcow2"
+    raw.write_bytes(b"x" * 65536 + bytes(7 * MIB) + b"y" * 65536)
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+def faults_of(path: Path) -> list[str]:
+    return [fault.what for fault in find_faults(str(path), path.stat().st_size, HostRoot())]
+
+
+def write_at(path: Path, offset: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+needs_qemu_img = pytest.mark.skipif(
+    not shutil.which("qemu-img"), reason="needs qemu-img (qemu-utils)"
+)
+
+
+@needs_qemu_img
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("compat=0.10", "compat=1.1", "cluster_size=512", "cluster_size=2M", "extended_l2=on"),
+        *("lazy_refcounts=on", "refcount_bits=1", "refcount_bits=64", "preallocation=metadata"),
+        *("preallocation=full", "data_file=data", "compression_type=zlib"),
+    ],
+)
+@pytest.mark.parametrize("size", ["0", "1M", "70M", "3T"])
+def test_an_image_that_qemu_made_has_no_fault(tmp_path: Path, options: str, size: str) -> None:
+    if size == "3T" and ("preallocation" in options or "512" in options):
+        size = "100M"
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "a", size]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    write = ["qemu-io", "-f", "qcow2", "-c", "write 100k 900k", "a"]
+    if size != "0":
+        subprocess.run(write, cwd=tmp_path, check=True, capture_output=True)
+    assert faults_of(tmp_path / "a") == []
+
+
+@needs_qemu_img
+def test_a_whole_image_has_no_fault_and_a_raw_disk_none_either(image: Path) -> None:
+    assert faults_of(image) == []
+    assert faults_of(image.with_name("raw")) == []
+
+
+@needs_qemu_img
+@pytest.mark.parametrize(
+    ("kept", "what"),
+    [
+        (50, "its header is truncated"),
+        (196_610, r"has 196610 bytes, and its L1 table ends after them"),
+        (-65536, r"and uses a cluster at \d+"),
+        (300_000, r"has 300000 bytes, and uses a cluster at \d+"),
+    ],
+)
+def test_an_image_that_is_shorter_than_it_says_is_found(image: Path, kept: int, what: str) -> None:
+    """QEMU opens it without a word, and reads zeros where the data was."""
+    size = image.stat().st_size
+    os.truncate(image, kept if kept > 0 else size + kept)
+    (found,) = faults_of(image)
+    assert re.search(what, found)
+
+
+@needs_qemu_img
+@pytest.mark.parametrize(
+    ("offset", "content", "what"),
+    [
+        (4, b"\0\0\0\1", "is a qcow image of version 1"),
+        (4, b"\0\0\0\4", "is a qcow image of version 4"),
+        (72, struct.pack(">Q", 1 << 5), r"features that vmplug does not know \(bit 5\)"),
+        (72, struct.pack(">Q", 1 << 63), r"\(bit 63\)"),
+        (72, struct.pack(">Q", 2), "is marked as corrupt"),
+        (32, struct.pack(">I", 1), "is encrypted"),
+        (32, struct.pack(">I", 2), "is encrypted"),
+        (20, struct.pack(">I", 8), "has a header that no qcow2 image can have"),
+        (20, struct.pack(">I", 22), "has a header that no qcow2 image can have"),
+        (96, struct.pack(">I", 7), "has a header that no qcow2 image can have"),
+        (24, struct.pack(">Q", 1 << 50), "has an L1 table that does not fit its size"),
+        (36, struct.pack(">I", 0), "has an L1 table that does not fit its size"),
+        (36, struct.pack(">I", 0xFFFFFFFF), "has an L1 table that does not fit its size"),
+        (40, struct.pack(">Q", 1 << 40), "its L1 table ends after them"),
+        (48, struct.pack(">Q", 1 << 40), "its refcount table ends after them"),
+    ],
+)
+def test_a_header_that_qemu_refuses_is_found_and_every_fault_has_a_remedy(
+    image: Path, offset: int, content: bytes, what: str
+) -> None:
+    write_at(image, offset, content)
+    faults = find_faults(str(image), image.stat().st_size, HostRoot())
+    assert [bool(re.search(what, fault.what)) for fault in faults] == [True]
+    assert all(fault.remedy for fault in faults)
+    assert faults[0].only_for_writing is ("corrupt" in what)
+    mode = [] if faults[0].only_for_writing else ["-r"]
+    opened = subprocess.run(
+        ["qemu-io", *mode, "-f", "qcow2", "-c", "read 0 512", str(image)],
+        capture_output=True,
+        check=False,
+    )
+    assert opened.returncode != 0 or "ends after them" in what  # it reads zeros there
+
+
+@needs_qemu_img
+def test_an_image_with_stale_refcounts_is_not_judged_by_them(image: Path) -> None:
+    write_at(image, 72, struct.pack(">Q", 1))
+    os.truncate(image, image.stat().st_size - 65536)
+    assert faults_of(image) == []

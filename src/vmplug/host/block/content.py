@@ -1,0 +1,50 @@
+"""What is in a disk that is asked for, as far as the request leaves it open.
+
+The content of a disk whose format is stated as raw belongs to its guest: vmplug never reads it.
+"""
+
+import os
+
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.formats import HEAD_BYTES, LUKS, TAIL_BYTES, ImageFormat, find_format
+from vmplug.host.block.image_faults import find_faults
+from vmplug.host.root import HostRoot
+
+_PATIENCE_S = 1.0
+"""How long a block device may take to answer; the read of a dead one would never end."""
+
+
+def look_into(
+    device: BlockDevice | DiskFile, stated: ImageFormat | None, root: HostRoot
+) -> BlockDevice | DiskFile:
+    """The device with what its content says; AttributeReadError when it cannot be read.
+
+    Block devices are read only on the running host.
+    """
+    match device, stated:
+        case DiskFile(), None:
+            path, size = device.host_path, device.size_bytes
+            head = root.read_at(path, 0, HEAD_BYTES)
+            tail = root.read_at(path, max(size - TAIL_BYTES, 0), TAIL_BYTES)
+            return device._replace(looks_like=find_format(head, tail, path))
+        case DiskFile(), ImageFormat.QCOW2:
+            faults = find_faults(device.host_path, device.size_bytes, root)
+            return device._replace(faults=tuple(faults))
+        case BlockDevice(), None if root.is_live:
+            return _look_into_block(device, root)
+        case _:
+            return device
+
+
+def _look_into_block(device: BlockDevice, root: HostRoot) -> BlockDevice:
+    """A LUKS header does not count: on a block device it is the guest's own encryption.
+
+    What is in use is not read: a mount holds half-read pages, for which there is no read without
+    waiting. Another finding says why it cannot be opened.
+    """
+    if root.open_errno(device.device_node, os.O_EXCL) is not None:
+        return device
+    head = root.read_within(device.device_node, HEAD_BYTES, _PATIENCE_S)
+    found = find_format(head or b"")
+    is_silent = head is None
+    return device._replace(looks_like=None if found == LUKS else found, is_silent=is_silent)

@@ -1,0 +1,120 @@
+"""What keeps QEMU from using a qcow2 image, or would silently lose its data.
+
+Source: QEMU docs/interop/qcow2.txt; block/qcow2.c, qcow2_do_open.
+"""
+
+import struct
+from collections.abc import Iterator
+
+import msgspec
+
+from vmplug.host.block.qcow2 import HEADER, HEADER_3, MAGIC
+from vmplug.host.root import HostRoot
+
+_DIRTY, _CORRUPT, _EXTENDED_L2 = 1 << 0, 1 << 1, 1 << 4
+_KNOWN_FEATURES = 0b11111
+_TABLE_MAX_BYTES = 32 << 20
+
+
+class ImageFault(msgspec.Struct, frozen=True):
+    """Why an image cannot be used, or not for writing, and the remedy."""
+
+    what: str
+    remedy: str
+    only_for_writing: bool = False
+
+
+def find_faults(path: str, size_bytes: int, root: HostRoot) -> list[ImageFault]:
+    """What is wrong with a qcow2 image of that size; only the header and two tables are read."""
+    head = root.read_at(path, 0, HEADER.size + HEADER_3.size)
+    if not head.startswith(MAGIC):
+        return []
+    version = int.from_bytes(head[4:8], "big")
+    if len(head) >= 8 and version not in {2, 3}:
+        return [ImageFault(f"is a qcow image of version {version}", _CONVERT)]
+    needed = HEADER.size + (HEADER_3.size if version == 3 else 0)
+    if len(head) < needed:
+        return [_cut_short("its header is truncated")]
+    layout = _Layout.of(head, version)
+    return list(_wrong_header(layout)) or list(_missing_parts(layout, path, size_bytes, root))
+
+
+_CONVERT = "convert it (qemu-img convert -O qcow2 OLD NEW)"
+_REPAIR = "qemu-img check shows the damage, and -r all repairs what it can; or restore a copy"
+
+
+def _cut_short(what: str) -> ImageFault:
+    return ImageFault(what, "copy the image again, or restore it: the copy is not complete")
+
+
+class _Layout(msgspec.Struct, frozen=True):
+    """The fields of a header that say where the parts of the image are."""
+
+    cluster_bits: int
+    virtual_size: int
+    encryption: int
+    l1_entries: int
+    l1_offset: int
+    refcounts_offset: int
+    refcounts_clusters: int
+    features: int
+    refcount_order: int
+
+    @classmethod
+    def of(cls, head: bytes, version: int) -> "_Layout":
+        _, _, _, _, bits, size, crypt, entries, l1, ref, ref_size, _, _ = HEADER.unpack_from(head)
+        features, order = 0, 4
+        if version >= 3:
+            features, _, _, order, _ = HEADER_3.unpack_from(head, HEADER.size)
+        return cls(bits, size, crypt, entries, l1, ref, ref_size, features, order)
+
+
+def _wrong_header(layout: _Layout) -> Iterator[ImageFault]:
+    if unknown := layout.features & ~_KNOWN_FEATURES:
+        bits = [str(bit) for bit in range(64) if unknown >> bit & 1]
+        yield ImageFault(
+            f"needs features that vmplug does not know (bit {', '.join(bits[:3])})", _CONVERT
+        )
+    if layout.features & _CORRUPT:
+        yield ImageFault("is marked as corrupt", _REPAIR, only_for_writing=True)
+    if layout.encryption:
+        yield ImageFault(
+            "is encrypted, and vmplug has no keys for QEMU",
+            "decrypt it (qemu-img convert --image-opts), and let the guest encrypt its disk",
+        )
+    if not (9 <= layout.cluster_bits <= 21 and layout.refcount_order <= 6):
+        yield ImageFault("has a header that no qcow2 image can have", _REPAIR)
+
+
+def _missing_parts(
+    layout: _Layout, path: str, size_bytes: int, root: HostRoot
+) -> Iterator[ImageFault]:
+    """QEMU reads zeros behind the end of a file: the guest would silently lose its data."""
+    cluster = 1 << layout.cluster_bits
+    entry = 16 if layout.features & _EXTENDED_L2 else 8
+    l1_needed = -(-layout.virtual_size // (cluster * (cluster // entry)))
+    l1_bytes = layout.l1_entries * 8
+    if layout.l1_entries < l1_needed or l1_bytes > _TABLE_MAX_BYTES:
+        yield ImageFault("has an L1 table that does not fit its size", _REPAIR)
+    elif layout.l1_offset + l1_bytes > size_bytes:
+        yield _cut_short(f"has {size_bytes} bytes, and its L1 table ends after them")
+    elif layout.refcounts_offset + layout.refcounts_clusters * cluster > size_bytes:
+        yield _cut_short(f"has {size_bytes} bytes, and its refcount table ends after them")
+    elif not layout.features & _DIRTY:  # else its refcounts say nothing
+        last = _last_cluster(layout, path, root)
+        if last * cluster >= size_bytes:
+            yield _cut_short(f"has {size_bytes} bytes, and uses a cluster at {last * cluster}")
+
+
+def _last_cluster(layout: _Layout, path: str, root: HostRoot) -> int:
+    """The number of the last cluster in use, or one shortly before it."""
+    cluster = 1 << layout.cluster_bits
+    table_bytes = min(layout.refcounts_clusters * cluster, _TABLE_MAX_BYTES)
+    table = root.read_at(path, layout.refcounts_offset, table_bytes).rstrip(b"\0")
+    if not table:
+        return 0
+    index = (len(table) - 1) // 8
+    (block_offset,) = struct.unpack_from(">Q", table.ljust(index * 8 + 8, b"\0"), index * 8)
+    block = root.read_at(path, block_offset & ~511, cluster).rstrip(b"\0")
+    per_block = cluster * 8 >> layout.refcount_order
+    return index * per_block + ((max(len(block) - 1, 0) * 8) >> layout.refcount_order)

@@ -1,0 +1,166 @@
+"""Which format a disk looks like, and when anybody looks."""
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.disks import loop_device
+from tests.support.tree import MIB, HostTree
+from vmplug.devnum import DevNum
+from vmplug.host.block.content import look_into
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.formats import HEAD_BYTES, TAIL_BYTES, ImageFormat, find_format
+from vmplug.host.block.sysfs import read_disk_file
+from vmplug.host.kind import FoundBy
+from vmplug.host.root import HostRoot
+
+BOCHS = b"Bochs Virtual HD Image".ljust(32, b"\0") + b"Redolog".ljust(16, b"\0")
+CLOOP = b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n"
+DESCRIPTOR = b"# Disk DescriptorFile\nversion=1\nCID=163d788f\nparentCID=ffffffff\n"
+IMAGE = "/srv/a.img"
+
+
+@pytest.mark.parametrize(
+    ("head", "format_"),
+    [
+        (b"vhdxfile", "vhdx"),
+        (b"conectix", "vpc"),
+        (b"KDMV\1\0\0\0", "vmdk"),
+        (b"COWD", "vmdk"),
+        (DESCRIPTOR, "vmdk"),
+        (DESCRIPTOR.replace(b"\n", b"\r\n"), "vmdk"),
+        (b"# a\n#b\n \n\nversion=3\n", "vmdk"),
+        (b"QED\0", "qed"),
+        (b"WithoutFreeSpace", "parallels"),
+        (b"WithouFreSpacExt", "parallels"),
+        (b"LUKS\xba\xbe\0\1", "luks"),
+        (b"LUKS\xba\xbe\0\2", "luks"),
+        (BOCHS, "bochs"),
+        (CLOOP, "cloop"),
+        (bytes(64) + struct.pack("<I", 0xBEDA107F), "vdi"),
+        (b"QFI\xfb\0\0\0\1", "qcow"),
+        (b"QFI\xfb\0\0\0\2", "qcow2"),
+        (b"QFI\xfb\0\0\0\3", "qcow2"),
+        (b"QFI\xfb", "qcow2"),
+        # and disks that are none of them
+        (b"", None),
+        (bytes(HEAD_BYTES), None),
+        (b"#!/bin/sh\necho version=1\n", None),
+        (b"# only comments\n", None),
+        (b"version=4\n", None),
+        (b"x\nversion=1\n", None),
+        (b"xvhdxfile", None),
+        (b"KDM", None),
+        (bytes(510) + b"\x55\xaa", None),
+        (b"\xeb\x63\x90GRUB", None),
+    ],
+)
+def test_a_format_is_known_by_its_first_bytes(head: bytes, format_: str | None) -> None:
+    assert find_format(head.ljust(HEAD_BYTES, b"\0")) == format_
+    assert find_format(head) == format_
+
+
+@pytest.mark.parametrize(
+    ("tail", "format_"),
+    [
+        (b"conectix", "vpc"),  # of fixed size: raw but for its footer
+        (b"\0conectix", "vpc"),
+        (b"koly", "dmg"),
+        (b"", None),
+        (bytes(100) + b"conectix", None),
+    ],
+)
+def test_some_are_known_by_their_footer(tail: bytes, format_: str | None) -> None:
+    assert find_format(bytes(HEAD_BYTES), tail.ljust(TAIL_BYTES, b"\0")) == format_
+
+
+def test_a_dmg_image_is_known_by_its_name_as_in_qemu() -> None:
+    assert find_format(b"", name="/srv/a.dmg") == "dmg"
+    assert find_format(b"", name="/srv/dmg") is None
+
+
+@given(st.binary(max_size=HEAD_BYTES))
+def test_any_bytes_have_a_format_or_none(head: bytes) -> None:
+    assert find_format(b"\1" + head) is None or head
+    find_format(head)
+
+
+@pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img (qemu-utils)")
+@pytest.mark.parametrize(
+    ("format_", "more"),
+    [
+        *((f, ()) for f in ("vhdx", "vmdk", "vdi", "vpc", "qed", "parallels", "qcow", "qcow2")),
+        *(("luks", ()), ("raw", ())),
+        *(("vpc", ("subformat=fixed",)), ("vhdx", ("subformat=fixed",))),
+        *(("vmdk", ("subformat=monolithicFlat",)), ("vmdk", ("subformat=streamOptimized",))),
+    ],
+)
+def test_images_of_qemus_own_tools_are_known(
+    tmp_path: Path, format_: str, more: tuple[str, ...]
+) -> None:
+    options = ["-o", *more] if more else []
+    if format_ == "luks":
+        options = ["--object", "secret,id=s,data=x", "-o", "key-secret=s,iter-time=10"]
+    path = tmp_path / "image"
+    command = ["qemu-img", "create", "-q", "-f", format_, *options, str(path), "4M"]
+    subprocess.run(command, check=True)
+    seen = look_into(read_disk_file(str(path), HostRoot()), None, HostRoot())
+    assert seen.looks_like == (None if format_ == "raw" else format_)
+
+
+# When anybody looks
+
+
+def vhdx(tree: HostTree) -> DiskFile:
+    tree.file(IMAGE, b"vhdxfile".ljust(MIB, b"\0"))
+    return read_disk_file(IMAGE, tree.root)
+
+
+def test_a_file_is_looked_into_only_when_no_format_is_stated(tree: HostTree) -> None:
+    disk = vhdx(tree)
+    assert look_into(disk, None, tree.root) == disk._replace(looks_like="vhdx")
+    assert look_into(disk, ImageFormat.RAW, tree.root) == disk
+
+
+def test_a_raw_disk_is_never_read_whatever_a_guest_wrote(tree: HostTree) -> None:
+    for content in (
+        b"QFI\xfb",
+        b"QFI\xfb\0\0\0\7" + bytes(200),
+        bytes(4096) + b"NVDIMM_PFN_INFO\0",
+    ):
+        tree.file(IMAGE, content)
+        disk = read_disk_file(IMAGE, tree.root)
+        assert look_into(disk, ImageFormat.RAW, tree.root) == disk
+
+
+def test_the_node_of_another_host_is_never_opened(tree: HostTree) -> None:
+    tree.file("/dev/sdb", b"vhdxfile")
+    disk = BlockDevice(devnum=DevNum(8, 16), device_node="/dev/sdb", found_by=FoundBy.SYSFS)
+    assert look_into(disk, None, tree.root) == disk
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("content", "looks_like"),
+    [
+        (b"vhdxfile", "vhdx"),
+        (b"QFI\xfb\0\0\0\3", "qcow2"),
+        (b"LUKS\xba\xbe\0\2", None),
+        (b"", None),
+    ],
+)
+def test_a_block_device_is_read_on_the_running_host(
+    tmp_path: Path, content: bytes, looks_like: str | None
+) -> None:
+    image = tmp_path / "a.img"
+    image.write_bytes(content.ljust(MIB, b"\0"))
+    with loop_device(image) as node:
+        disk = BlockDevice(devnum=DevNum(7, 0), device_node=str(node), found_by=FoundBy.SYSFS)
+        seen = look_into(disk, None, HostRoot())
+        assert (seen.looks_like, seen) == (looks_like, disk._replace(looks_like=looks_like))
+        assert look_into(disk, ImageFormat.RAW, HostRoot()) == disk
