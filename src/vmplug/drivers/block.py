@@ -5,6 +5,7 @@ from typing import Self
 
 import msgspec
 
+from vmplug.drivers.disk_limits import check_limits
 from vmplug.drivers.format import check_format, opens_others
 from vmplug.drivers.free_places import (
     ccw_places,
@@ -88,7 +89,7 @@ class BlockDiskDriver(msgspec.Struct, frozen=True, kw_only=True):
         """See Driver."""
         assert isinstance(device, BlockDevice | DiskFile)
         if self.driver_of(device) is DiskFrontend.NVDIMM:
-            return check_nvdimm(device, self.format)
+            return check_nvdimm(device, self.format, read_only=read_only)
         return check_disk(device, self, read_only=read_only)
 
     def driver_of(self, device: BlockDevice | DiskFile) -> DiskFrontend | None:
@@ -200,6 +201,7 @@ def check_disk(
     """Reasons not to plug this disk with these options."""
     yield from check_format(device, options.format, read_only=read_only)
     if isinstance(device, BlockDevice):
+        yield from check_limits(device, read_only=read_only)
         return
     cache = options.cache or (Cache.NONE if options.aio is Aio.NATIVE else Cache.WRITEBACK)
     if cache.direct and not device.direct_io:

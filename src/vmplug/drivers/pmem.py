@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from vmplug.drivers.disk_limits import check_limits
 from vmplug.drivers.format import check_format
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.finding import Code, Finding, Severity
@@ -29,8 +30,12 @@ def is_pmem(device: DiskFile) -> bool:
     return device.found_by is FoundBy.BACKING_FILE
 
 
-def check_nvdimm(device: BlockDevice | DiskFile, format_: str | None) -> Iterator[Finding]:
+def check_nvdimm(
+    device: BlockDevice | DiskFile, format_: str | None, *, read_only: bool = False
+) -> Iterator[Finding]:
     """Reasons not to plug this as an NVDIMM."""
+    if isinstance(device, BlockDevice):
+        yield from check_limits(device, read_only=read_only)
     if format_ is None:
         yield from check_format(device, None, read_only=False)
     if format_ not in {None, "raw"}:

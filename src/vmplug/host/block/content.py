@@ -1,4 +1,4 @@
-"""What is in a disk that is asked for, as far as the request leaves it open.
+"""What `check` and `attach` want to know of a disk besides its identity.
 
 The content of a disk whose format is stated as raw belongs to its guest: vmplug never reads it.
 """
@@ -8,6 +8,8 @@ import os
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.formats import HEAD_BYTES, LUKS, TAIL_BYTES, ImageFormat, find_format
 from vmplug.host.block.image_faults import find_faults
+from vmplug.host.block.queue import read_queue
+from vmplug.host.block.sysfs import find_disk_path
 from vmplug.host.root import HostRoot
 
 _PATIENCE_S = 1.0
@@ -17,10 +19,13 @@ _PATIENCE_S = 1.0
 def look_into(
     device: BlockDevice | DiskFile, stated: ImageFormat | None, root: HostRoot
 ) -> BlockDevice | DiskFile:
-    """The device with what its content says; AttributeReadError when it cannot be read.
+    """The device with the facts of its queue and of the content that the request leaves open.
 
-    Block devices are read only on the running host.
+    Block devices are read only on the running host. Raises AttributeReadError.
     """
+    if isinstance(device, BlockDevice) and device.sysfs_path:
+        disk_path = find_disk_path(device.sysfs_path, root)
+        device = device._replace(queue=read_queue(device.sysfs_path, disk_path, root))
     match device, stated:
         case DiskFile(), None:
             path, size = device.host_path, device.size_bytes

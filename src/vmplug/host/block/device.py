@@ -10,6 +10,7 @@ from vmplug.host.kind import DeviceType, FoundBy, Identity, IdentityKind
 if TYPE_CHECKING:
     from vmplug.host.block.image_faults import ImageFault
     from vmplug.host.block.pmem import PfnInfo
+    from vmplug.host.block.queue import QueueFacts
 
 
 class DiskPart(NamedTuple):
@@ -31,7 +32,7 @@ class BlockDevice(NamedTuple):
     other names of the same LUN, `loops` the loop devices on all of these with their partitions;
     both None until a check looks for them. `looks_like` is the format of its content, None for
     raw, or where the request states one; `is_silent`: it did not answer in time (see
-    `vmplug.host.block.content`).
+    `vmplug.host.block.content`). `queue` is read only for `check` and `attach`.
     """
 
     devnum: DevNum
@@ -51,6 +52,7 @@ class BlockDevice(NamedTuple):
     loops: tuple[DevNum, ...] | None = None
     looks_like: str | None = None
     is_silent: bool = False
+    queue: "QueueFacts | None" = None
 
     @property
     def same_bytes(self) -> tuple[DiskPart, ...]:

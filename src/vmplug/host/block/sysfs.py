@@ -78,7 +78,7 @@ def read_block_device(
     if sectors is None:
         return BlockDevice(devnum=devnum, device_node=device_node, found_by=found_by)
     sysfs_path = root.real_path(link)
-    disk_path = _disk_path(sysfs_path, root)
+    disk_path = find_disk_path(sysfs_path, root)
     below, below_files = _below(disk_path, root)
     return BlockDevice(
         devnum=devnum,
@@ -123,7 +123,7 @@ def _read_holders(path: str, root: HostRoot) -> tuple[str, ...] | None:
     return names if names or root.stat(path) else None
 
 
-def _disk_path(sysfs_path: str, root: HostRoot) -> str:
+def find_disk_path(sysfs_path: str, root: HostRoot) -> str:
     """The directory of the whole disk: the parent of a partition's."""
     if root.stat(f"{sysfs_path}/partition"):
         return sysfs_path.rpartition("/")[0]
@@ -157,7 +157,7 @@ def _below(disk_path: str, root: HostRoot) -> tuple[tuple[DevNum, ...], tuple[st
             slaves += _behind(backing, root)
             files.append(backing.backing_file)
         for slave in slaves:
-            disk = _disk_path(slave, root)
+            disk = find_disk_path(slave, root)
             numbers = (root.read_devnum(f"{each}/dev") for each in (slave, disk))
             devnums.update((number, None) for number in numbers if number)
             waiting.append(disk)
