@@ -1,6 +1,6 @@
 """One suite for the hypervisor in memory and for real QEMU: with a guest, and before its boot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.contract.world import (
+    MEMORY_SIDE_DEVICES,
     MemorySide,
     QemuSide,
     Refusal,
@@ -16,9 +17,11 @@ from tests.contract.world import (
     recorded,
 )
 from tests.support.disks import disk_image
+from tests.support.no_aio import without_aio
+from tests.support.vm import QEMU, start_vm
 from vmplug.address import PciPath, PciSlot, ScsiAddress, qemu_id
 from vmplug.drivers.place import PciPlace, ScsiPlace
-from vmplug.drivers.plug import BlockDrive, DiskFrontend, Throttle
+from vmplug.drivers.plug import Aio, BlockDrive, Cache, DiskFrontend, Throttle
 from vmplug.drivers.ports import Command, UnplugFailure
 from vmplug.errors import CommandError
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, FakeMonitor, Guest
@@ -778,3 +781,49 @@ def test_memory_emits_the_events_that_qemu_does(
         return said
 
     assert deletions(memory_side) == deletions(guest_side)
+
+
+# what vmplug chose and cannot be had
+
+
+@pytest.fixture(params=["memory", pytest.param("qemu", marks=real)])
+def side_without_aio(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Side]:
+    """A VM on a host that has no AIO context left."""
+    if request.param == "memory":
+        memory = MemorySide()
+        memory.machine.aio = False
+        yield memory
+        return
+    qemu = without_aio(QEMU, tmp_path)
+    with start_vm(tmp_path, guest=False, devices=MEMORY_SIDE_DEVICES, qemu=qemu) as vm:
+        yield QemuSide(vm)
+
+
+@pytest.mark.parametrize("place", [RP0, LUN3], ids=["virtio", "scsi"])
+def test_a_disk_is_plugged_with_threads_where_native_aio_was_only_vmplugs_choice(
+    side_without_aio: Side,
+    laden: BlockDrive,
+    place: DiskPlace,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    side = side_without_aio
+    native = replace(laden, cache=Cache.NONE, aio=Aio.NATIVE, iothread=place is RP0)
+    before = side.parts()
+    with Connected(side) as vm:
+        try:  # QEMU 10 uses threads by itself
+            vm.plug(native, place)
+        except CommandError as error:
+            assert "Unable to use native AIO" in error.desc  # noqa: PT017
+            assert side.parts() == before
+            vm.plug(replace(native, aio_is_choice=True), place)
+            assert "vmplug uses aio=threads" in caplog.text
+    assert NAME in side.parts().devices
+
+
+def test_a_disk_is_plugged_as_planned_where_there_is_native_aio(
+    side: Side, drive: BlockDrive, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Connected(side) as vm:
+        vm.plug(replace(drive, cache=Cache.NONE, aio=Aio.NATIVE, aio_is_choice=True), RP0)
+    assert NAME in side.parts().devices
+    assert caplog.text == ""

@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,14 +11,20 @@ from guest.console import GuestError
 
 from tests.qemu.conftest import PORTS, Lab, losetup, opened_by_another_qemu, request
 from tests.support.disks import detach_loop, disk_image, loop_device, qcow2_image
+from vmplug.address import PciPath, PciSlot, ScsiAddress
+from vmplug.drivers.place import PciPlace, ScsiPlace
+from vmplug.drivers.plug import BlockDrive, DiskFrontend
 from vmplug.errors import CommandError, InUse, StateError
 from vmplug.host.finding import Code
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.state import State
 
 pytestmark = pytest.mark.qemu
 
 MIB = 1 << 20
 SCSI = {"block-driver": "virtio-scsi"}
+RP0 = PciPlace(bus="rp0", slot=PciSlot(0), path=PciPath.parse("10/00"))
+LUN3 = ScsiPlace(bus="scsi0.0", address=ScsiAddress(0, 3), path=PciPath.parse("08"))
 
 
 @pytest.fixture(params=["file", pytest.param("loop", marks=pytest.mark.root)])
@@ -653,3 +659,81 @@ def test_a_disk_that_another_vm_writes_is_refused(lab: Lab, second_lab: Lab, dis
     seen = second_lab.attach(disk, ro=True)
     assert second_lab.seen(seen).marker == "disk-marker"
     second_lab.devices.detach(seen.id)
+
+
+# sizes and sectors
+
+
+@pytest.mark.parametrize("options", [{}, SCSI], ids=["virtio", "scsi"])
+def test_a_file_that_ends_within_a_unit_of_direct_io_goes_through_the_page_cache(
+    lab: Lab, tmp_path: Path, options: dict[str, str]
+) -> None:
+    image = tmp_path / "odd.img"
+    image.touch()
+    os.truncate(image, 4 * MIB + 512)  # QEMU finds no unit in a hole, and takes a page for it
+    before = lab.picture()
+    with pytest.raises(InUse) as caught:
+        lab.attach(image, {**options, "cache": "none"})
+    assert caught.value.codes == (Code.ODD_SIZE,)
+    assert str(image) in caught.value.message
+    assert lab.picture() == before
+
+    attachment = lab.attach(image, options)
+    seen = lab.seen(attachment)
+    assert seen.size_bytes == 4 * MIB + 512
+    assert [node["cache"]["direct"] for node in lab.nodes_of(attachment)] == [False, False]
+    lab.guest_vm.console.write(seen.name, 4 * MIB, b"at the end")
+    lab.devices.detach(attachment.id)
+    assert image.read_bytes()[4 * MIB :][:10] == b"at the end"
+
+    remedy = (caught.value.hint or "").partition(",")[0]
+    subprocess.run(remedy.split(), check=True)
+    assert image.stat().st_size == 4 * MIB + 4096
+    attachment = lab.attach(image, {**options, "cache": "none"})
+    assert lab.seen(attachment).size_bytes == 4 * MIB + 4096
+    lab.devices.detach(attachment.id)
+
+
+@pytest.mark.parametrize("place", [RP0, LUN3], ids=["virtio", "scsi"])
+@pytest.mark.parametrize("physical", [512, 4096])
+def test_the_guest_sees_the_physical_sectors_of_a_disk(
+    lab: Lab, tmp_path: Path, place: PciPlace | ScsiPlace, physical: int
+) -> None:
+    drive = BlockDrive(
+        id="00000000000000a1",
+        file=str(disk_image(tmp_path / "a.img", 4, "512e")),
+        is_device=False,
+        driver=DiskFrontend.VIRTIO_BLOCK,
+        serial="A1",
+        physical_bytes=physical,
+    )
+    with closing(Qemu(lab.qemu_side.monitor())) as vm:
+        vm.plug(drive, place)
+        (disk,) = lab.guest_vm.console.wait_for_disks(1)
+        queue = f"/sys/block/{disk.name}/queue"
+        said = lab.guest_vm.console.run(
+            f"cat {queue}/logical_block_size {queue}/physical_block_size"
+        )
+        assert said.split() == ["512", str(physical)]
+        vm.request_unplug(drive.id)
+        assert vm.wait_unplugged([drive.id], 20) == {}
+
+
+@pytest.mark.parametrize("options", [{}, SCSI], ids=["virtio", "scsi"])
+def test_the_last_part_of_a_sector_becomes_a_whole_one(
+    lab: Lab, tmp_path: Path, options: dict[str, str]
+) -> None:
+    image = tmp_path / "odd.img"
+    image.touch()
+    os.truncate(image, 95_000)
+    attachment = lab.attach(image, options)
+    seen = lab.seen(attachment)
+    assert seen.size_bytes == 95_232
+    lab.guest_vm.console.write(seen.name, 95_232 - 512, b"x" * 512)
+    lab.devices.detach(attachment.id)
+    assert image.read_bytes()[-512:] == b"x" * 512
+
+    os.truncate(image, 95_000)
+    attachment = lab.devices.attach(request(image, options, ro=True))
+    assert lab.guest_vm.console.read(lab.seen(attachment).name, 95_232 - 512, 3) == b"xxx"
+    assert lab.nodes_of(attachment)[0]["cache"]["direct"]

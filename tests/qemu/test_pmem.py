@@ -295,7 +295,8 @@ def test_any_disk_may_be_an_nvdimm(life: OpenLab, plain: Path, tmp_path: Path) -
     info = request(plain, NVDIMM)
     (examined,) = life.devices.check([info])
     warnings = {finding.code for finding in examined.findings}
-    assert warnings == ({Code.NO_PFN_SIGNATURE} if plain.is_file() else set())
+    expected = {Code.NO_PFN_SIGNATURE, Code.SPARSE_NVDIMM} if plain.is_file() else set()
+    assert warnings == expected
     assert {finding.severity for finding in examined.findings} <= {Severity.WARNING}
 
     attachment = life.devices.attach(info)
@@ -520,6 +521,38 @@ def refused(lab: OpenLab, info: DeviceInfo, *codes: Code) -> None:
     assert caught.value.codes == codes
     assert caught.value.hint
     assert lab.picture() == before
+
+
+@contextmanager
+def small_file_system(at: Path, size_mib: int) -> Iterator[Path]:
+    at.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}M", "none", at], check=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", at], check=True)  # a VM keeps an NVDIMM
+
+
+@pytest.mark.root
+def test_a_sparse_file_on_a_full_file_system_is_refused(life: OpenLab, tmp_path: Path) -> None:
+    """A write of the guest without room is a bus error, which ends QEMU."""
+    with small_file_system(tmp_path / "full", 12) as full:
+        image, other = disk_image(full / "a.img", SMALL_MIB, "sparse"), full / "other"
+        other.write_bytes(bytes((12 * MIB) - 64 * 1024))
+        refused(life, request(image, NVDIMM), Code.SPARSE_NVDIMM)
+
+        other.unlink()
+        (examined,) = life.devices.check([request(image, NVDIMM)])
+        (sparse,) = [f for f in examined.findings if f.code is Code.SPARSE_NVDIMM]
+        assert sparse.severity is Severity.WARNING
+        subprocess.run(sparse.hint.split(), check=True)
+        (examined,) = life.devices.check([request(image, NVDIMM)])
+        assert Code.SPARSE_NVDIMM not in [finding.code for finding in examined.findings]
+        attachment = life.devices.attach(request(image, NVDIMM))
+        pmem = seen(life, attachment)
+        assert pmem.marker == "sparse"
+        life.guest_vm.console.write(pmem.name, SMALL_MIB * MIB - 4096, b"to the end")
+        life.devices.detach(attachment.id)
 
 
 def test_no_format_but_raw(open_lab: OpenLab, filled: Path) -> None:

@@ -34,7 +34,7 @@ from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import Code, Finding
+from vmplug.host.finding import Code, Finding, Severity
 
 _SECTOR_BYTES = 512
 """What QEMU takes too, for a device of which the host says nothing."""
@@ -200,9 +200,11 @@ def check_disk(
 ) -> Iterator[Finding]:
     """Reasons not to plug this disk with these options."""
     yield from check_format(device, options.format, read_only=read_only)
+    yield from check_aio(device, options, read_only=read_only)
     if isinstance(device, BlockDevice):
         yield from check_limits(device, read_only=read_only)
         return
+    yield from check_size(device, options, read_only=read_only)
     cache = options.cache or (Cache.NONE if options.aio is Aio.NATIVE else Cache.WRITEBACK)
     if cache.direct and not device.direct_io:
         yield Finding(
@@ -211,6 +213,66 @@ def check_disk(
             + ("" if options.cache else ", which aio=native needs"),
             "leave cache and aio out, or set cache=writeback",
         )
+
+
+def choose_io(
+    device: BlockDevice | DiskFile, options: BlockDiskDriver, *, read_only: bool
+) -> tuple[Cache, Aio]:
+    """How QEMU does I/O: as the request says, else without the page cache where that works."""
+    can = device.direct_io and not (
+        isinstance(device, DiskFile) and _is_odd(device, options, read_only=read_only)
+    )
+    wants_direct = can or options.aio is Aio.NATIVE
+    cache = options.cache or (Cache.NONE if wants_direct else Cache.WRITEBACK)
+    native = cache.direct and device.has_aio
+    return cache, options.aio or (Aio.NATIVE if native else Aio.THREADS)
+
+
+def _is_odd(device: DiskFile, options: BlockDiskDriver, *, read_only: bool) -> bool:
+    """Whether the file ends within a unit of direct I/O: then QEMU cannot write it directly."""
+    is_raw = options.format is not ImageFormat.QCOW2  # an image grows by itself
+    unit = device.direct_io_bytes
+    return is_raw and not read_only and unit is not None and device.size_bytes % unit != 0
+
+
+def check_size(
+    device: DiskFile, options: BlockDiskDriver, *, read_only: bool
+) -> Iterator[Finding]:
+    """A file whose size does not fit direct I/O: another cache mode, if the request leaves it."""
+    if not _is_odd(device, options, read_only=read_only):
+        return
+    cache, _ = choose_io(device, options, read_only=read_only)
+    unit, size = device.direct_io_bytes, device.size_bytes
+    why = f"{device.host_path} has {size} bytes, not a multiple of the {unit} of direct I/O"
+    hint = f"truncate --size=%{unit} {_quoted(device.host_path)}"
+    if cache.direct:
+        hint += ", or leave cache and aio out"
+        yield Finding(Code.ODD_SIZE, f"{why}: cache={cache} cannot write it", hint)
+    elif options.cache is None:
+        what = f"{why}: vmplug uses cache={cache}"
+        yield Finding(Code.ODD_SIZE, what, hint, Severity.WARNING)
+
+
+def check_aio(
+    device: BlockDevice | DiskFile, options: BlockDiskDriver, *, read_only: bool
+) -> Iterator[Finding]:
+    """No context left for aio=native: QEMU uses threads, unless the request says native."""
+    cache, _ = choose_io(device, options, read_only=read_only)
+    if device.has_aio or not cache.direct or options.aio not in {None, Aio.NATIVE}:
+        return
+    hint = "raise fs.aio-max-nr (sysctl), or set aio=io_uring or aio=threads"
+    why = f"the host has no AIO contexts left for {device.host_path} (fs.aio-nr, fs.aio-max-nr)"
+    if options.aio is Aio.NATIVE:
+        yield Finding(Code.NO_AIO_CONTEXT, f"{why}: QEMU would refuse aio=native", hint)
+    else:
+        what = f"{why}: vmplug uses aio=threads"
+        yield Finding(Code.NO_AIO_CONTEXT, what, hint, Severity.WARNING)
+
+
+def _quoted(path: str) -> str:
+    from shlex import quote  # noqa: PLC0415  few files need it
+
+    return quote(path)
 
 
 def plan_drive(
@@ -226,10 +288,7 @@ def plan_drive(
     SpecError when the serial is too long for the driver, or an iothread is not possible.
     """
     _check_fits(options, driver)
-    cache = options.cache
-    if cache is None:
-        wants_direct = device.direct_io or options.aio is Aio.NATIVE
-        cache = Cache.NONE if wants_direct else Cache.WRITEBACK
+    cache, aio = choose_io(device, options, read_only=read_only)
     serial = device_id if options.serial is None else options.serial
     limit = _SERIAL_BYTES_MAX
     if driver is DiskFrontend.VIRTIO_SCSI:
@@ -246,10 +305,12 @@ def plan_drive(
         read_only=read_only,
         share_rw=options.share_rw,
         cache=cache,
-        aio=options.aio or (Aio.NATIVE if cache.direct else Aio.THREADS),
+        aio=aio,
+        aio_is_choice=options.aio is None,
         discard=options.discard,
         serial=serial,
         sector_bytes=device.sector_bytes or _SECTOR_BYTES,
+        physical_bytes=device.physical_bytes or _SECTOR_BYTES,
         iothread=options.iothread,
         throttle=options.throttle,
         size_bytes=device.size_bytes,

@@ -16,7 +16,7 @@ _NAMES = {1: "tape drive", 4: "write-once device", 8: "medium changer"}
 
 def check_limits(device: BlockDevice, *, read_only: bool) -> Iterator[Finding]:
     """Reasons why the guest would see less than a plain disk, or no disk at all."""
-    if device.sector_bytes > SECTOR_BYTES_MAX:
+    if (device.sector_bytes or 0) > SECTOR_BYTES_MAX:
         yield Finding(
             Code.SECTOR_SIZE,
             f"{device.device_node} has sectors of {device.sector_bytes} bytes, which guests older "

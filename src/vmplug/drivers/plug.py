@@ -83,7 +83,7 @@ class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
     `file` is a block device node when `is_device`, a regular file otherwise. `file_id` is the file
     that QEMU must have opened by that name (see `vmplug.host.file_id`), None for any.
     `backing_allowed` lets a qcow2 image open the files that its header names. `throttle` is None
-    for no limits.
+    for no limits. `aio_is_choice`: the request leaves `aio` to vmplug.
     """
 
     id: str
@@ -99,6 +99,8 @@ class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
     discard: bool = False
     serial: str = ""
     sector_bytes: int = 512
+    physical_bytes: int = 512
+    aio_is_choice: bool = False
     iothread: bool = False
     throttle: Throttle | None = None
     size_bytes: int | None = None

@@ -1,6 +1,7 @@
 """Persistent memory: a file or block device that the guest maps as an NVDIMM."""
 
 from collections.abc import Iterator
+from shlex import quote
 
 from vmplug.drivers.disk_limits import check_limits
 from vmplug.drivers.format import check_format
@@ -58,6 +59,8 @@ def check_nvdimm(
             "guest could not use the NVDIMMs after it",
             "make its size a multiple of 2 MiB, or attach it as a disk (block-driver=virtio-blk)",
         )
+    if isinstance(device, DiskFile) and device.unallocated_bytes and not read_only:
+        yield _sparse(device)
     if isinstance(device, DiskFile) and device.pfn is None:
         yield Finding(
             Code.NO_PFN_SIGNATURE,
@@ -66,3 +69,17 @@ def check_nvdimm(
             "no action needed for a plain disk in memory; ndctl or pmem-csi write the block",
             Severity.WARNING,
         )
+
+
+def _sparse(device: DiskFile) -> Finding:
+    """A write that finds no room on the disk is a bus error: it ends QEMU, and so the VM."""
+    free = device.free_bytes
+    is_full = free is not None and free < device.unallocated_bytes
+    state = f"its file system has {free} left" if is_full else "its file system may fill up"
+    return Finding(
+        Code.SPARSE_NVDIMM,
+        f"{device.host_path} is sparse: {device.unallocated_bytes} bytes have no place on the "
+        f"disk yet, and {state}; a write of the guest without one ends the whole VM",
+        f"fallocate --length {device.size_bytes} {quote(device.host_path)}",
+        Severity.ERROR if is_full else Severity.WARNING,
+    )

@@ -32,9 +32,12 @@ class Code(StrEnum):
     FORMAT_NOT_STATED = "format-not-stated"
     NOT_THAT_FORMAT = "not-that-format"
     UNUSABLE_IMAGE = "unusable-image"
+    ODD_SIZE = "odd-size"
+    NO_AIO_CONTEXT = "no-aio-context"
     NO_DIRECT_IO = "no-direct-io"
     NO_PFN_SIGNATURE = "no-pfn-signature"
     NVDIMM_SIZE = "nvdimm-size"
+    SPARSE_NVDIMM = "sparse-nvdimm"
     NO_BACKEND = "no-backend"
     BACKEND_BUSY = "backend-busy"
     BACKEND_SILENT = "backend-silent"
@@ -89,6 +92,7 @@ NEVER_ALLOWED = frozenset(
         Code.NOT_ALLOWED,
         Code.NOT_BOUND,
         Code.NOT_THAT_FORMAT,
+        Code.ODD_SIZE,
         Code.OPEN_BY_PROCESS,
         Code.PLUGGED_OTHERWISE,
         Code.REPLACED,

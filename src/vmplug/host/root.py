@@ -6,6 +6,7 @@ AttributeReadError.
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -29,6 +30,8 @@ _PIECE_BYTES = 1 << 16  # some files of /proc have no memory for a buffer of meg
 PAGE_SIZE = 4096
 """A sysfs attribute is at most one page. Source: Documentation/filesystems/sysfs.rst."""
 _PAUSE_S = 0.001
+_DIRECT_UNITS = (1, 512, 1024, 2048, PAGE_SIZE)
+"""Source: QEMU block/file-posix.c, raw_probe_alignment."""
 _LINKS_MAX = 40
 """As the kernel's own MAXSYMLINKS. Source: include/linux/namei.h."""
 _F_OFD_GETLK = 36
@@ -335,6 +338,31 @@ class HostRoot:
             return error.errno
         return None
 
+    def direct_io_unit(self, path: str) -> int:
+        """The smallest piece of a file that can be read without the page cache, as QEMU finds it.
+
+        QEMU takes a file system that has no such unit for one of a page.
+        """
+        try:
+            fd = os.open(self._base + path, _READ | os.O_DIRECT)
+        except OSError:
+            return PAGE_SIZE
+        try:
+            with mmap.mmap(-1, PAGE_SIZE) as page, memoryview(page) as buffer:
+                can = (unit for unit in _DIRECT_UNITS if _can_read(fd, buffer, unit))
+                unit = next(can, PAGE_SIZE)
+                return unit if unit > 1 else PAGE_SIZE
+        finally:
+            os.close(fd)
+
+    def free_bytes(self, path: str) -> int:
+        """What a program that is not root may still write to the file system at `path`."""
+        try:
+            facts = os.statvfs(self._base + path)
+        except OSError as error:
+            raise AttributeReadError(path, error.errno) from error
+        return facts.f_bavail * facts.f_frsize
+
     def drive_status(self, path: str) -> int | None:
         """A CD drive's status, CDS_... of linux/cdrom.h; None for any other device."""
         try:
@@ -441,6 +469,16 @@ def _read_size(device: int, file: str) -> int:
 
 def _answer(error: OSError, path: str) -> AttributeReadError | None:
     return None if error.errno in _ABSENT else AttributeReadError(path, error.errno)
+
+
+def _can_read(fd: int, buffer: memoryview, length: int) -> bool:
+    try:
+        os.preadv(fd, [buffer[:length]], 0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise AttributeReadError(f"/proc/self/fd/{fd}", error.errno) from error
+        return False
+    return True
 
 
 def _log_write(text: str, path: str) -> None:

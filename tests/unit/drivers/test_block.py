@@ -41,6 +41,7 @@ from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.block.image_faults import ImageFault
 from vmplug.host.block.qcow2 import Qcow2Header
+from vmplug.host.block.queue import QueueFacts
 from vmplug.host.finding import Code, Severity
 from vmplug.host.kind import DeviceType, FoundBy
 
@@ -66,6 +67,7 @@ def qcow2(*, backing_file: str | None = None, external_data: bool = False) -> Di
     )
 
 
+ODD = IMAGE._replace(size_bytes=(1 << 30) + 512, direct_io_bytes=4096)
 FAULTY = qcow2()._replace(faults=(ImageFault("is encrypted", "decrypt it"),))
 CORRUPT = qcow2()._replace(
     faults=(ImageFault("is marked as corrupt", "repair it", only_for_writing=True),)
@@ -265,6 +267,17 @@ def test_any_options_are_taken_or_refused(options: dict[str, str]) -> None:
         (FAULTY, {"format": "qcow2"}, [Code.UNUSABLE_IMAGE]),
         (FAULTY, {"format": "raw"}, []),
         (CORRUPT, {"format": "qcow2"}, [Code.UNUSABLE_IMAGE]),
+        (ODD, {}, [Code.ODD_SIZE]),
+        (ODD, {"cache": "none"}, [Code.ODD_SIZE]),
+        (ODD, {"aio": "native"}, [Code.ODD_SIZE]),
+        (ODD, {"cache": "writeback"}, []),
+        (ODD, {"format": "qcow2"}, [Code.NOT_THAT_FORMAT]),
+        (IMAGE._replace(has_aio=False), {}, [Code.NO_AIO_CONTEXT]),
+        (SDB._replace(has_aio=False), {}, [Code.NO_AIO_CONTEXT]),
+        (SDB._replace(has_aio=False), {"aio": "native"}, [Code.NO_AIO_CONTEXT]),
+        (SDB._replace(has_aio=False), {"aio": "io_uring"}, []),
+        (SDB._replace(has_aio=False), {"cache": "writeback"}, []),
+        (PAGE_CACHED._replace(has_aio=False), {}, []),
     ],
 )
 def test_a_disk_is_checked_against_its_options(
@@ -343,9 +356,61 @@ def test_a_block_device_passes_the_page_cache_by_in_its_own_sectors() -> None:
         aio=Aio.NATIVE,
         serial="0123456789abcdef",
         sector_bytes=4096,
+        physical_bytes=4096,
+        aio_is_choice=True,
         size_bytes=1 << 30,
         file_id="block 8:16",
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "cache", "aio", "severity"),
+    [
+        (ODD, {}, Cache.WRITEBACK, Aio.THREADS, Severity.WARNING),
+        (ODD, {"cache": "none"}, Cache.NONE, Aio.NATIVE, Severity.ERROR),
+        (SDB._replace(has_aio=False), {}, Cache.NONE, Aio.THREADS, Severity.WARNING),
+        (SDB._replace(has_aio=False), {"aio": "native"}, Cache.NONE, Aio.NATIVE, Severity.ERROR),
+    ],
+)
+def test_what_vmplug_would_choose_and_cannot_work_is_replaced_and_said(
+    device: BlockDevice | DiskFile,
+    options: dict[str, str],
+    cache: Cache,
+    aio: Aio,
+    severity: Severity,
+) -> None:
+    planned = drive(device, DiskFrontend.VIRTIO_BLOCK, **options)
+    assert (planned.cache, planned.aio) == (cache, aio)
+    (finding,) = check_disk(device, BlockDiskDriver.parse(options))
+    assert finding.severity is severity
+    if severity is Severity.WARNING:
+        assert f"vmplug uses {'cache=' + cache if device is ODD else 'aio=' + aio}" in (
+            finding.message
+        )
+
+
+def test_a_file_of_odd_size_is_read_directly() -> None:
+    planned = plan_drive(
+        "0123456789abcdef",
+        ODD,
+        BlockDiskDriver(),
+        read_only=True,
+        driver=DiskFrontend.VIRTIO_BLOCK,
+    )
+    assert planned.cache is Cache.NONE
+    assert list(check_disk(ODD, BlockDiskDriver(), read_only=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("logical", "physical", "expected"),
+    [(512, 4096, 4096), (512, None, 512), (4096, 512, 4096), (4096, None, 4096), (512, 512, 512)],
+)
+def test_the_guest_sees_the_physical_sectors(
+    logical: int, physical: int | None, expected: int
+) -> None:
+    device = SDB._replace(sector_bytes=logical, queue=QueueFacts(physical_bytes=physical))
+    planned = drive(device)
+    assert (planned.sector_bytes, planned.physical_bytes) == (logical, expected)
 
 
 def test_an_image_is_raw_unless_the_format_is_stated() -> None:

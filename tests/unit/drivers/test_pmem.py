@@ -96,6 +96,24 @@ def test_sizes_are_multiples_of_two_mib(size_bytes: int) -> None:
     assert all(f"has {size_bytes} bytes" in finding.message for finding in findings)
 
 
+@pytest.mark.parametrize(
+    ("unallocated", "free", "severity"),
+    [
+        (MIB, 0, Severity.ERROR),
+        (MIB, MIB - 1, Severity.ERROR),
+        (MIB, MIB, Severity.WARNING),
+        (MIB, 1 << 40, Severity.WARNING),
+    ],
+)
+def test_a_sparse_file_may_end_the_vm(unallocated: int, free: int, severity: Severity) -> None:
+    sparse = DAX._replace(unallocated_bytes=unallocated, free_bytes=free)
+    (finding,) = check_nvdimm(sparse, None)
+    assert (finding.code, finding.severity) == (Code.SPARSE_NVDIMM, severity)
+    assert finding.hint == f"fallocate --length {64 * MIB} /srv/a.img"
+    assert list(check_nvdimm(sparse, None, read_only=True)) == []
+    assert list(check_nvdimm(DAX, None)) == []
+
+
 def test_a_file_without_the_block_is_only_warned_of() -> None:
     (finding,) = check_nvdimm(PLAIN, None)
     assert finding.severity is Severity.WARNING

@@ -9,9 +9,13 @@ from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.formats import HEAD_BYTES, LUKS, TAIL_BYTES, ImageFormat, find_format
 from vmplug.host.block.image_faults import find_faults
 from vmplug.host.block.queue import read_queue
-from vmplug.host.block.sysfs import find_disk_path
+from vmplug.host.block.sysfs import SIZE_UNIT_BYTES, find_disk_path
 from vmplug.host.root import HostRoot
 
+_AIO_EVENTS = 1024
+"""What one context of QEMU takes. Source: QEMU block/linux-aio.c, MAX_EVENTS."""
+_DIRECT_IO_MAX = 4096
+"""QEMU tries no larger unit. Source: QEMU block/file-posix.c, raw_probe_alignment."""
 _PATIENCE_S = 1.0
 """How long a block device may take to answer; the read of a dead one would never end."""
 
@@ -23,9 +27,12 @@ def look_into(
 
     Block devices are read only on the running host. Raises AttributeReadError.
     """
+    device = device._replace(has_aio=has_aio_context(root))
     if isinstance(device, BlockDevice) and device.sysfs_path:
         disk_path = find_disk_path(device.sysfs_path, root)
         device = device._replace(queue=read_queue(device.sysfs_path, disk_path, root))
+    if isinstance(device, DiskFile):
+        device = _with_room(device, root)
     match device, stated:
         case DiskFile(), None:
             path, size = device.host_path, device.size_bytes
@@ -39,6 +46,26 @@ def look_into(
             return _look_into_block(device, root)
         case _:
             return device
+
+
+def has_aio_context(root: HostRoot) -> bool:
+    """Whether another QEMU would get its context for aio=native; True where nothing says no."""
+    used, most = (root.read_int(f"/proc/sys/fs/aio-{name}") for name in ("nr", "max-nr"))
+    return used is None or most is None or used + _AIO_EVENTS <= most
+
+
+def _with_room(device: DiskFile, root: HostRoot) -> DiskFile:
+    """The file with its unit of direct I/O where its end needs one, and what it lacks on disk."""
+    status = root.stat(device.host_path)
+    if status is None:
+        return device
+    is_odd = device.direct_io and device.size_bytes % _DIRECT_IO_MAX
+    unallocated = max(device.size_bytes - status.st_blocks * SIZE_UNIT_BYTES, 0)
+    return device._replace(
+        direct_io_bytes=root.direct_io_unit(device.host_path) if is_odd else None,
+        unallocated_bytes=unallocated,
+        free_bytes=root.free_bytes(device.host_path) if unallocated else None,
+    )
 
 
 def _look_into_block(device: BlockDevice, root: HostRoot) -> BlockDevice:

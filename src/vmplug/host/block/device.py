@@ -32,7 +32,8 @@ class BlockDevice(NamedTuple):
     other names of the same LUN, `loops` the loop devices on all of these with their partitions;
     both None until a check looks for them. `looks_like` is the format of its content, None for
     raw, or where the request states one; `is_silent`: it did not answer in time (see
-    `vmplug.host.block.content`). `queue` is read only for `check` and `attach`.
+    `vmplug.host.block.content`). `queue` is read only for `check` and `attach`, as is
+    `has_aio`: whether the host has a context left for aio=native.
     """
 
     devnum: DevNum
@@ -53,6 +54,7 @@ class BlockDevice(NamedTuple):
     looks_like: str | None = None
     is_silent: bool = False
     queue: "QueueFacts | None" = None
+    has_aio: bool = True
 
     @property
     def same_bytes(self) -> tuple[DiskPart, ...]:
@@ -85,6 +87,12 @@ class BlockDevice(NamedTuple):
         return True
 
     @property
+    def physical_bytes(self) -> int:
+        """The unit that the disk writes without reading first; the logical block size at least."""
+        known = self.queue.physical_bytes if self.queue else None
+        return max(known or 0, self.sector_bytes or 0)
+
+    @property
     def identity(self) -> Identity:
         """Kind and number: unique to a device, and the same for all requests for it."""
         return Identity.of_block(self.devnum)
@@ -107,6 +115,10 @@ class DiskFile(NamedTuple):
     `pfn` is the information block of persistent memory, None without one. `loops` are the loop
     devices on it with their partitions, None until a check looks for them. `looks_like` is as for
     a BlockDevice; `faults` are those of an image whose format the request states as qcow2.
+
+    For `check` and `attach` also: `direct_io_bytes` is the unit of direct I/O, None where it does
+    not matter; `unallocated_bytes` are those of a sparse file that have no place on the disk yet,
+    and `free_bytes` what its file system has left for them. `has_aio` is as for a BlockDevice.
     """
 
     host_path: str
@@ -120,6 +132,10 @@ class DiskFile(NamedTuple):
     loops: tuple[DevNum, ...] | None = None
     looks_like: str | None = None
     faults: "tuple[ImageFault, ...]" = ()
+    direct_io_bytes: int | None = None
+    unallocated_bytes: int = 0
+    free_bytes: int | None = None
+    has_aio: bool = True
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -135,6 +151,11 @@ class DiskFile(NamedTuple):
     def sector_bytes(self) -> int:
         """The logical block size a disk image is made for."""
         return 512
+
+    @property
+    def physical_bytes(self) -> int:
+        """That of the logical blocks: what is below the file system is not the guest's concern."""
+        return self.sector_bytes
 
     @property
     def identity(self) -> Identity:

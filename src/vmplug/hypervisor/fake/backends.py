@@ -10,6 +10,11 @@ from typing import Any
 
 from vmplug.hypervisor.qemu.abilities import IOMMUFD, RECONNECT, RECONNECT_MS
 
+_NO_AIO = (
+    "Unable to use native AIO: failed to create linux AIO context: "
+    "Resource temporarily unavailable"
+)
+
 
 class Refused(Exception):
     """A refusal in QEMU's words."""
@@ -25,7 +30,8 @@ class FakeBackends:
 
     `reconnect` is the option of chardevs, that of QEMU 7.2 or that of 11. `iommufd`: there are
     objects of that type. `sizes` are those of nodes that were resized, `memory` those of memory
-    backends. `kept` are files that QEMU will never close.
+    backends. `kept` are files that QEMU will never close. `aio`: the host has contexts for
+    aio=native.
     """
 
     nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -38,6 +44,7 @@ class FakeBackends:
     reconnect: str = RECONNECT_MS
     iommufd: bool = False
     kept: list[str] = field(default_factory=list)
+    aio: bool = True
 
     @abstractmethod
     def _used(self, key: str) -> set[Any]:
@@ -60,6 +67,8 @@ class FakeBackends:
             raise Refused(f"Cannot find device='{file}' nor node-name='{file}'")
         if node_name in self.nodes:
             raise Refused(f"Duplicate nodes with node-name='{node_name}'")
+        if isinstance(file, Mapping) and file.get("aio") == "native" and not self.aio:
+            raise Refused(_NO_AIO)
         self.nodes[node_name] = options
         return {}
 

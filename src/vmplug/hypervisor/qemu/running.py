@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id
 from vmplug.drivers.place import Offer, Place
-from vmplug.drivers.plug import Plug, VFIODevices, VhostUserDevice, VirtiofsdSpec
+from vmplug.drivers.plug import Aio, BlockDrive, Plug, VFIODevices, VhostUserDevice, VirtiofsdSpec
 from vmplug.drivers.ports import Command, Endpoint, Step, UnplugFailure
 from vmplug.errors import (
     BackendError,
@@ -43,6 +43,7 @@ _STILL_HELD = ("is in use", "is busy", "which is mapped", "with active reference
 _LOOK_AGAIN_S = 0.02
 _NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
 """Errors of virtiofsd (in C and in Rust) when it cannot make / private or leave it."""
+_NO_AIO = "Unable to use native AIO"
 _UNPLUGGING = "in the process of unplug"
 """QEMU's error when device_del is repeated; the request stands."""
 _READ_ATTEMPTS = 10
@@ -149,7 +150,7 @@ class Qemu:
             self._plug_group(plug, place)
             return
         if not (isinstance(plug, VhostUserDevice) and plug.daemon):
-            self._do(self.steps(plug, place), opened_file(plug))
+            self._plug_plain(plug, place)
             return
         with self._daemons.start(plug.daemon, plug.id) as started:
             connected = replace(plug, daemon=None, descriptor=started.descriptor)
@@ -162,6 +163,22 @@ class Qemu:
                 self._daemons.end([plug.id])  # then QEMU continues
                 self._remove_remains({plug.id})
                 raise _daemon_failed(plug.daemon, error, started.stderr_tail()) from error
+
+    def _plug_plain(self, plug: Plug, place: Place) -> None:
+        """A disk that QEMU refuses only for the `aio` that vmplug chose is plugged with threads.
+
+        QEMU 7.2 refuses a native one without a context left; QEMU 10 then uses threads by itself.
+        """
+        try:
+            self._do(self.steps(plug, place), opened_file(plug))
+        except CommandError as error:
+            is_choice = isinstance(plug, BlockDrive) and plug.aio_is_choice
+            if _NO_AIO not in error.desc or not is_choice:
+                raise
+            assert isinstance(plug, BlockDrive)
+            log.warning("%s: vmplug uses aio=threads, as QEMU says: %s", plug.file, error.desc)
+            plain = replace(plug, aio=Aio.THREADS)
+            self._do(self.steps(plain, place), opened_file(plain))
 
     def _plug_group(self, plug: VFIODevices, place: Place) -> None:
         """The guest must release the functions that were plugged before a refused one.

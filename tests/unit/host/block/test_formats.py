@@ -1,5 +1,6 @@
 """Which format a disk looks like, and when anybody looks."""
 
+import os
 import shutil
 import struct
 import subprocess
@@ -15,7 +16,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.content import look_into
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.formats import HEAD_BYTES, TAIL_BYTES, ImageFormat, find_format
-from vmplug.host.block.sysfs import read_disk_file
+from vmplug.host.block.sysfs import read_block_device, read_disk_file
 from vmplug.host.kind import FoundBy
 from vmplug.host.root import HostRoot
 
@@ -23,6 +24,7 @@ BOCHS = b"Bochs Virtual HD Image".ljust(32, b"\0") + b"Redolog".ljust(16, b"\0")
 CLOOP = b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n"
 DESCRIPTOR = b"# Disk DescriptorFile\nversion=1\nCID=163d788f\nparentCID=ffffffff\n"
 IMAGE = "/srv/a.img"
+SDA = "/sys/devices/virtual/block/sda"
 
 
 @pytest.mark.parametrize(
@@ -127,13 +129,86 @@ def test_a_file_is_looked_into_only_when_no_format_is_stated(tree: HostTree) -> 
     assert look_into(disk, ImageFormat.RAW, tree.root) == disk
 
 
+@pytest.mark.parametrize(
+    ("used", "most", "has_aio"),
+    [
+        ("0", "65536", True),
+        ("64512", "65536", True),
+        ("64513", "65536", False),
+        ("65536", "65536", False),
+        ("0", "0", False),
+        (None, "65536", True),
+    ],
+)
+def test_a_context_for_native_aio_must_be_left(
+    tree: HostTree, used: str | None, most: str, *, has_aio: bool
+) -> None:
+    tree.file("/proc/sys/fs/aio-max-nr", f"{most}\n")
+    if used:
+        tree.file("/proc/sys/fs/aio-nr", f"{used}\n")
+    assert look_into(vhdx(tree), ImageFormat.RAW, tree.root).has_aio is has_aio
+
+
+@pytest.mark.parametrize(
+    ("physical", "offset", "expected"),
+    [
+        ("4096", None, 4096),
+        ("4096", "0", 4096),
+        ("4096", "3584", None),  # a partition off the grid
+        ("0", None, None),
+        ("6144", None, None),
+        (str(4 << 20), None, None),  # QEMU takes 2 MiB at most
+        (None, None, None),
+    ],
+)
+def test_the_physical_sectors_are_those_of_the_queue(
+    tree: HostTree, physical: str | None, offset: str | None, expected: int | None
+) -> None:
+    tree.block_device("8:0", "sda", partitions={"8:1": "sda1"})
+    if physical:
+        tree.file(f"{SDA}/queue/physical_block_size", f"{physical}\n")
+    if offset:
+        tree.file(f"{SDA}/sda1/alignment_offset", f"{offset}\n")
+    disk = read_block_device(DevNum(8, 1), "/dev/sda1", FoundBy.SYSFS, tree.root)
+    seen = look_into(disk, None, tree.root)
+    assert isinstance(seen, BlockDevice)
+    assert seen.queue
+    assert seen.queue.physical_bytes == expected
+    assert seen.physical_bytes == (expected or 512)
+
+
+def test_a_sparse_file_lacks_room_and_says_how_much_is_left(tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    image.touch()
+    os.truncate(image, 8 * MIB)
+    sparse = look_into(read_disk_file(str(image), HostRoot()), ImageFormat.RAW, HostRoot())
+    assert isinstance(sparse, DiskFile)
+    assert (sparse.unallocated_bytes, bool(sparse.free_bytes)) == (8 * MIB, True)
+    os.posix_fallocate(os.open(image, os.O_RDWR), 0, 8 * MIB)
+    whole = look_into(read_disk_file(str(image), HostRoot()), ImageFormat.RAW, HostRoot())
+    assert isinstance(whole, DiskFile)
+    assert (whole.unallocated_bytes, whole.free_bytes) == (0, None)
+
+
+def test_the_unit_of_direct_io_is_asked_for_only_where_a_file_ends_in_one(tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    for size, is_asked in ((MIB, False), (MIB + 512, True), (MIB + 100, True)):
+        image.write_bytes(bytes(size))
+        disk = read_disk_file(str(image), HostRoot())
+        if not disk.direct_io:
+            pytest.skip("the file system of temporary files has no direct I/O")
+        seen = look_into(disk, ImageFormat.RAW, HostRoot())
+        assert isinstance(seen, DiskFile)
+        assert (seen.direct_io_bytes in {512, 1024, 2048, 4096}) is is_asked
+
+
 def test_a_raw_disk_is_never_read_whatever_a_guest_wrote(tree: HostTree) -> None:
     for content in (
         b"QFI\xfb",
         b"QFI\xfb\0\0\0\7" + bytes(200),
         bytes(4096) + b"NVDIMM_PFN_INFO\0",
     ):
-        tree.file(IMAGE, content)
+        tree.file(IMAGE, content.ljust(2 * MIB, b"\0"))
         disk = read_disk_file(IMAGE, tree.root)
         assert look_into(disk, ImageFormat.RAW, tree.root) == disk
 

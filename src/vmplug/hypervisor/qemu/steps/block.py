@@ -71,7 +71,7 @@ def _front_end(drive: BlockDrive, place: Place, node: str) -> Step:
         "share-rw": drive.share_rw,
         "write-cache": "on" if drive.cache.write_cache else "off",
         "logical_block_size": drive.sector_bytes,
-        "physical_block_size": drive.sector_bytes,
+        "physical_block_size": max(drive.physical_bytes, drive.sector_bytes),
     }
     if isinstance(place, ScsiPlace):
         address = {"scsi-id": place.address.scsi_id, "lun": place.address.lun}
