@@ -719,6 +719,46 @@ def test_the_guest_sees_the_physical_sectors_of_a_disk(
         assert vm.wait_unplugged([drive.id], 20) == {}
 
 
+def test_disks_whose_serials_begin_alike_are_not_one_disk_to_the_guest(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """By QEMU's default both have the first 20 bytes as their name, and multipathd merges them."""
+    images = [disk_image(tmp_path / f"{i}.img", 4, f"disk-{i}") for i in range(2)]
+    serials = [f"WD-0123456789ABCDEF0123-{i}" for i in range(2)]
+    names = []
+    for _ in range(2):
+        held = [
+            lab.attach(image, {**SCSI, "serial": serial})
+            for image, serial in zip(images, serials, strict=True)
+        ]
+        disks = lab.guest_vm.console.wait_for_disks(2)
+        at = {disk.marker: f"/sys/block/{disk.name}/device" for disk in disks}
+        console = lab.guest_vm.console
+        names.append([console.run(f"cat {at[f'disk-{i}']}/wwid").strip() for i in range(2)])
+        pages = [console.read_file(f"{at[f'disk-{i}']}/vpd_pg83") for i in range(2)]
+        assert [serials[i].encode() in pages[i] for i in range(2)] == [True, True]
+        assert [lab.property_of(h, "device_id") for h in held] == serials
+        for each in held:
+            lab.devices.detach(each.id)
+        lab.guest_vm.console.wait_for_disks(0)
+    first, again = names
+    assert first == again
+    assert len(set(first)) == 2
+    assert all(name.startswith("naa.3") for name in first)
+
+
+def test_a_scsi_disk_without_a_serial_keeps_its_name(lab: Lab, tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 4, "named")
+    names = set()
+    for _ in range(2):
+        attachment = lab.attach(image, SCSI)
+        disk = lab.seen(attachment)
+        names.add(lab.guest_vm.console.run(f"cat /sys/block/{disk.name}/device/wwid").strip())
+        lab.devices.detach(attachment.id)
+        lab.guest_vm.console.wait_for_disks(0)
+    assert len(names) == 1
+
+
 @pytest.mark.parametrize("options", [{}, SCSI], ids=["virtio", "scsi"])
 def test_the_last_part_of_a_sector_becomes_a_whole_one(
     lab: Lab, tmp_path: Path, options: dict[str, str]

@@ -1,5 +1,6 @@
 """Block devices and disk images as disks: their options, their drive, their place."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Self
 
@@ -38,6 +39,7 @@ from vmplug.host.finding import Code, Finding, Severity
 
 _SECTOR_BYTES = 512
 """What QEMU takes too, for a device of which the host says nothing."""
+_LOCALLY_ASSIGNED = 3 << 60
 _SERIAL_BYTES_MAX = 20
 _SCSI_SERIAL_BYTES_MAX = 36
 """virtio-blk silently truncates a serial at 20 bytes. Source: virtio specification, 5.2.6;
@@ -269,6 +271,17 @@ def check_aio(
         yield Finding(Code.NO_AIO_CONTEXT, what, hint, Severity.WARNING)
 
 
+def _wwn(device: BlockDevice | DiskFile) -> int:
+    """A name of a disk for guests: another one for every disk, and the same whenever it comes.
+
+    It is a locally assigned one (NAA 3), of 60 bits. Source: SPC-5, 7.7.6.6.
+    """
+    from hashlib import sha256  # noqa: PLC0415  only a plan needs it
+
+    digest = sha256(os.fsencode(device.host_path)).digest()
+    return _LOCALLY_ASSIGNED | int.from_bytes(digest[:8], "big") >> 4
+
+
 def _quoted(path: str) -> str:
     from shlex import quote  # noqa: PLC0415  few files need it
 
@@ -290,6 +303,7 @@ def plan_drive(
     _check_fits(options, driver)
     cache, aio = choose_io(device, options, read_only=read_only)
     serial = device_id if options.serial is None else options.serial
+    wwn = _wwn(device)
     limit = _SERIAL_BYTES_MAX
     if driver is DiskFrontend.VIRTIO_SCSI:
         limit = _SCSI_SERIAL_BYTES_MAX
@@ -309,6 +323,8 @@ def plan_drive(
         aio_is_choice=options.aio is None,
         discard=options.discard,
         serial=serial,
+        disk_id=options.serial or f"{wwn:016x}",
+        wwn=wwn,
         sector_bytes=device.sector_bytes or _SECTOR_BYTES,
         physical_bytes=device.physical_bytes or _SECTOR_BYTES,
         iothread=options.iothread,

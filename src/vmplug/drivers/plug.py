@@ -83,7 +83,8 @@ class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
     `file` is a block device node when `is_device`, a regular file otherwise. `file_id` is the file
     that QEMU must have opened by that name (see `vmplug.host.file_id`), None for any.
     `backing_allowed` lets a qcow2 image open the files that its header names. `throttle` is None
-    for no limits. `aio_is_choice`: the request leaves `aio` to vmplug.
+    for no limits. `aio_is_choice`: the request leaves `aio` to vmplug. A guest knows a SCSI disk
+    by `disk_id` and `wwn` (VPD page 0x83); None for QEMU's, the first 20 bytes of `serial`.
     """
 
     id: str
@@ -101,6 +102,8 @@ class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
     sector_bytes: int = 512
     physical_bytes: int = 512
     aio_is_choice: bool = False
+    disk_id: str | None = None
+    wwn: int | None = None
     iothread: bool = False
     throttle: Throttle | None = None
     size_bytes: int | None = None

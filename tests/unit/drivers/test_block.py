@@ -358,6 +358,8 @@ def test_a_block_device_passes_the_page_cache_by_in_its_own_sectors() -> None:
         sector_bytes=4096,
         physical_bytes=4096,
         aio_is_choice=True,
+        disk_id=f"{drive(SDB).wwn:016x}",
+        wwn=drive(SDB).wwn,
         size_bytes=1 << 30,
         file_id="block 8:16",
     )
@@ -411,6 +413,22 @@ def test_the_guest_sees_the_physical_sectors(
     device = SDB._replace(sector_bytes=logical, queue=QueueFacts(physical_bytes=physical))
     planned = drive(device)
     assert (planned.sector_bytes, planned.physical_bytes) == (logical, expected)
+
+
+def test_a_disk_has_one_name_for_guests_and_no_other_disk_has_it() -> None:
+    names = [IMAGE._replace(host_path=f"/srv/{number}.img") for number in range(1000)]
+    wwns = [drive(device).wwn for device in names]
+    assert len(set(wwns)) == 1000
+    assert wwns == [drive(device).wwn for device in names]
+    assert {wwn and wwn >> 60 for wwn in wwns} == {3}
+    assert drive(IMAGE).disk_id == f"{drive(IMAGE).wwn:016x}"
+
+
+def test_a_serial_is_told_whole_beside_the_name() -> None:
+    first = drive(IMAGE, DiskFrontend.VIRTIO_SCSI, serial="WD-0123456789ABCDEF0123-1")
+    second = drive(PAGE_CACHED, DiskFrontend.VIRTIO_SCSI, serial="WD-0123456789ABCDEF0123-2")
+    assert (first.disk_id, second.disk_id) == (first.serial, second.serial)
+    assert first.wwn != second.wwn
 
 
 def test_an_image_is_raw_unless_the_format_is_stated() -> None:

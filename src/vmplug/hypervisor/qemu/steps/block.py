@@ -76,10 +76,16 @@ def _front_end(drive: BlockDrive, place: Place, node: str) -> Step:
     if isinstance(place, ScsiPlace):
         address = {"scsi-id": place.address.scsi_id, "lun": place.address.lun}
         where = {"bus": place.bus, "channel": 0, **address}
-        return device_step("scsi-hd", drive.id, where | common)
+        return device_step("scsi-hd", drive.id, where | common | _names(drive))
     thread = {"iothread": qemu_id(drive.id, "thread")} if drive.iothread else {}
     own = {"discard": drive.discard, **thread}
     return virtio_step("virtio-blk", drive.id, place, common | own)
+
+
+def _names(drive: BlockDrive) -> dict[str, Any]:
+    """By VPD page 0x83 a guest takes disks for paths to one disk. Source: SPC-5, 7.7.6."""
+    names = {"device_id": drive.disk_id, "wwn": drive.wwn}
+    return {key: name for key, name in names.items() if name is not None}
 
 
 def _limits(throttle: Throttle) -> dict[str, int]:
