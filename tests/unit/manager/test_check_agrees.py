@@ -76,6 +76,8 @@ def qcow2(backing: bytes = b"") -> bytes:
     """A header of version 3, and after it the name of a backing file."""
     offset = 512 if backing else 0
     head = struct.pack(">4sIQIIQ", b"QFI\xfb", 3, offset, len(backing), 16, MIB)
+    head += struct.pack(">IIQQIIQ", 0, 1, 1 << 16, 2 << 16, 1, 0, 0)  # L1 and refcount tables
+    head += struct.pack(">QQQII", 0, 0, 0, 4, 104)
     return (head.ljust(512, b"\0") + backing).ljust(MIB, b"\0")
 
 
@@ -268,6 +270,7 @@ ROWS = [
 ]
 
 _LIVE = "unit/host/check/test_device_live.py::"
+_LIMITS = "unit/drivers/test_disk_limits.py::"
 _VHOST_USER = "qemu/test_vhost_user.py::"
 _STATE = "unit/host/check/test_function_state.py::"
 ELSEWHERE = {
@@ -287,6 +290,15 @@ ELSEWHERE = {
     Code.NO_ADDRESS_SPACE: "unit/drivers/test_vfio.py::"
     "test_windows_that_exceed_the_guests_addresses_are_found",
     Code.OPEN_EXCLUSIVELY: f"{_LIVE}test_a_device_opened_exclusively_by_anybody_is_found",
+    Code.NOT_A_DISK: f"{_LIMITS}test_what_a_guests_disk_cannot_carry_is_a_finding",
+    Code.ZONED: f"{_LIMITS}test_what_a_guests_disk_cannot_carry_is_a_finding",
+    Code.HAS_INTEGRITY: f"{_LIMITS}test_what_a_guests_disk_cannot_carry_is_a_finding",
+    Code.SECTOR_SIZE: f"{_LIMITS}test_what_a_guests_disk_cannot_carry_is_a_finding",
+    Code.UNUSABLE_IMAGE: "qemu/test_disks.py::"
+    "test_an_image_that_qemu_cannot_use_is_refused_by_what_is_wrong",
+    Code.ODD_SIZE: "unit/drivers/test_block.py::test_a_disk_is_checked_against_its_options",
+    Code.NO_AIO_CONTEXT: "unit/drivers/test_block.py::test_a_disk_is_checked_against_its_options",
+    Code.SPARSE_NVDIMM: "unit/drivers/test_pmem.py::test_a_sparse_file_may_end_the_vm",
     Code.NO_DIRECT_IO: "unit/drivers/test_block.py::test_a_disk_is_checked_against_its_options",
     Code.BACKEND_BUSY: f"{_VHOST_USER}test_a_backend_of_another_qemu_is_told",
     Code.BACKEND_SILENT: f"{_VHOST_USER}test_a_silent_backend_is_told",
