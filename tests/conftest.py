@@ -2,10 +2,12 @@
 
 import gc
 import itertools
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,12 @@ def _settle_examples(count: int) -> None:
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("tests")
+
+
+@pytest.fixture
+def logged() -> Iterator[BufferingHandler]:
+    """What vmplug logs; pytest's own handler costs every other test more than this one."""
+    handler, logger = BufferingHandler(100), logging.getLogger("vmplug")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)

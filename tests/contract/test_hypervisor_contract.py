@@ -1,6 +1,7 @@
 """One suite for the hypervisor in memory and for real QEMU: with a guest, and before its boot."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -804,7 +805,7 @@ def test_a_disk_is_plugged_with_threads_where_native_aio_was_only_vmplugs_choice
     side_without_aio: Side,
     laden: BlockDrive,
     place: DiskPlace,
-    caplog: pytest.LogCaptureFixture,
+    logged: BufferingHandler,
 ) -> None:
     side = side_without_aio
     native = replace(laden, cache=Cache.NONE, aio=Aio.NATIVE, iothread=place is RP0)
@@ -816,14 +817,15 @@ def test_a_disk_is_plugged_with_threads_where_native_aio_was_only_vmplugs_choice
             assert "Unable to use native AIO" in error.desc  # noqa: PT017
             assert side.parts() == before
             vm.plug(replace(native, aio_is_choice=True), place)
-            assert "vmplug uses aio=threads" in caplog.text
+            (record,) = logged.buffer
+            assert "vmplug uses aio=threads" in record.getMessage()
     assert NAME in side.parts().devices
 
 
 def test_a_disk_is_plugged_as_planned_where_there_is_native_aio(
-    side: Side, drive: BlockDrive, caplog: pytest.LogCaptureFixture
+    side: Side, drive: BlockDrive, logged: BufferingHandler
 ) -> None:
     with Connected(side) as vm:
         vm.plug(replace(drive, cache=Cache.NONE, aio=Aio.NATIVE, aio_is_choice=True), RP0)
     assert NAME in side.parts().devices
-    assert caplog.text == ""
+    assert logged.buffer == []

@@ -1,7 +1,6 @@
 """Binding on a kernel that is a tree: the contract, every failure, and death at every step."""
 
 import errno
-import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,15 +51,6 @@ def tree(tmp_path: Path) -> PciTree:
 @pytest.fixture
 def kernel(tree: PciTree) -> FakeKernel:
     return boot(tree)
-
-
-@pytest.fixture
-def logged() -> Iterator[BufferingHandler]:
-    """What vmplug logs; pytest's own handler costs every other test more than this one."""
-    handler, logger = BufferingHandler(100), logging.getLogger("vmplug")
-    logger.addHandler(handler)
-    yield handler
-    logger.removeHandler(handler)
 
 
 def boot(tree: PciTree) -> FakeKernel:
