@@ -444,7 +444,11 @@ LONG_TAG = "ä" * 18 + "b"
         ("--device share:/x:", "is not complete", "write share:/srv/work:work"),
         ("--device share:/x:a/b", "share 'a/b': a name must be printable", None),
         (f"--device share:/x:{LONG_TAG}", "a mount tag has at most 36 bytes", None),
-        ("--device fd:99:t", "'fd' is not b, c, file, vfio, net, share or rng", "write b:7:0"),
+        (
+            "--device fd:99:t",
+            "'fd' is not b, c, file, nvdimm, vfio, net, share or rng",
+            "write b:7:0",
+        ),
         ("--device share:fd:x:t", "share:t: 'fd:x' is not an absolute path", None),
         ("--device share:fd:-1:t", "share:t: 'fd:-1' is not an absolute path", None),
         (f"--device share:fd:{'9' * 20}:t", "is not an absolute path", None),

@@ -108,7 +108,9 @@ def test_a_loop_device_that_was_detached_is_marked(
                 assert marks(vmplug) == {"/dev/a": "gone"}
             finally:
                 subprocess.run(["losetup", node, image], check=True)  # to be detached as usual
-            assert watch.events(1) == [("back", attachment)]
+            # The same number and file, and another disk to the kernel.
+            assert watch.events(1) == [("replaced", attachment)]
+            assert marks(vmplug) == {"/dev/a": "replaced"}
 
 
 def test_what_is_attached_later_is_followed_and_what_is_detached_no_more(

@@ -353,13 +353,13 @@ class HostRoot:
         facts = os.statvfs(self._base + path)
         return facts.f_bavail * facts.f_frsize
 
-    def drive_status(self, path: str) -> int | None:
-        """A CD drive's status, CDS_... of linux/cdrom.h; None for any other device."""
+    def lacks_disc(self, path: str) -> bool:
+        """Whether it is a CD drive without a disc, or with an open tray. Source: linux/cdrom.h."""
         try:
             with open(os.open(self._base + path, _READ), "rb", 0) as drive:
-                return fcntl.ioctl(drive, 0x5326, 0x7FFFFFFF)  # CDROM_DRIVE_STATUS, CDSL_CURRENT
+                return fcntl.ioctl(drive, 0x5326, 0x7FFFFFFF) in {1, 2}  # CDROM_DRIVE_STATUS
         except OSError:
-            return None
+            return False
 
     def ask_node(self, path: str, request: int, length: int) -> bytes | None:
         """What an ioctl writes into a buffer of that length; None where the device does not."""

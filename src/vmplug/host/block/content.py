@@ -72,9 +72,12 @@ def _look_into_block(device: BlockDevice, root: HostRoot) -> BlockDevice:
     """A LUKS header does not count: on a block device it is the guest's own encryption.
 
     What is in use is not read: a mount holds half-read pages, for which there is no read without
-    waiting. Another finding says why it cannot be opened.
+    waiting. Neither is what cannot answer. Another finding gives the reason in each case.
     """
-    if root.open_errno(device.device_node, os.O_EXCL) is not None:
+    is_suspended = root.read_int(f"{device.sysfs_path}/dm/suspended")
+    lacks_disc = device.removable and root.lacks_disc(device.device_node)
+    is_closed = root.open_errno(device.device_node, os.O_EXCL) is not None
+    if is_suspended or lacks_disc or is_closed:
         return device
     head = root.read_within(device.device_node, HEAD_BYTES, _PATIENCE_S)
     found = find_format(head or b"")

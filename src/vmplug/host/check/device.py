@@ -42,9 +42,6 @@ _PROBE_S = 0.25
 """How long an exclusive open may be just a probe, for example of another vmplug, which a busy host
 may suspend for a while."""
 
-_NO_DISC, _TRAY_OPEN = 1, 2
-"""Of CD drives. Source: include/uapi/linux/cdrom.h, CDS_NO_DISC and CDS_TRAY_OPEN."""
-
 
 def check_device(
     device: HostDevice,
@@ -335,8 +332,7 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
     match _exclusive_errno(device.device_node, root, patience_s=0 if explained else _PROBE_S):
         case None:
             # The drive was opened without its disc.
-            status = root.drive_status(device.device_node) if device.removable else None
-            if status in {_NO_DISC, _TRAY_OPEN}:
+            if device.removable and root.lacks_disc(device.device_node):
                 yield _empty(device)
         case errno.EBUSY:
             if not explained:

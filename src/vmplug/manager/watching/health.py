@@ -130,16 +130,16 @@ class HostSnapshot:
         sectors = self._host.read_int(f"{base}/{number}/size")
         if sectors is None:
             return DeviceHealth(HostState.GONE, f"{record.host_path} ({number}) no longer exists")
+        backing = read_backing_file(f"{base}/{number}", self._host)
+        if backing is None and number.major == _LOOP_MAJOR:
+            return DeviceHealth(
+                HostState.GONE, f"{record.host_path} no longer has a file behind it"
+            )
         if record.is_other(
             identify_block(number, self._host.real_path(f"{base}/{number}"), self._host)
         ):
             return DeviceHealth(
                 HostState.REPLACED, f"{record.host_path} ({number}) is now another device"
-            )
-        backing = read_backing_file(f"{base}/{number}", self._host)
-        if backing is None and number.major == _LOOP_MAJOR:
-            return DeviceHealth(
-                HostState.GONE, f"{record.host_path} no longer has a file behind it"
             )
         size_bytes = sectors * SIZE_UNIT_BYTES
         if backing and backing.deleted:
