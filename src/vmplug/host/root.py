@@ -223,7 +223,8 @@ class HostRoot:
     def read_within(self, path: str, length: int, patience_s: float) -> bytes | None:
         """The first bytes of a block device; None when it does not answer within `patience_s`.
 
-        A plain read of a device whose storage is gone cannot be ended, not even by a signal.
+        Empty where the kernel cannot read it without waiting, as some of device-mapper and zram:
+        a plain read of a device whose storage is gone cannot be ended, not even by a signal.
         """
         try:
             fd = os.open(self._base + path, _READ | os.O_NONBLOCK)
@@ -232,7 +233,7 @@ class HostRoot:
         deadline, head = time.monotonic() + patience_s, bytearray(length)
         try:
             while True:
-                # This starts the read without waiting. No event says when the pages are there.
+                # This starts the read; no event says when the pages are there.
                 os.posix_fadvise(fd, 0, length, os.POSIX_FADV_WILLNEED)
                 try:
                     return bytes(head[: os.preadv(fd, [head], 0, os.RWF_NOWAIT)])
@@ -241,6 +242,8 @@ class HostRoot:
                         return None
                 time.sleep(_PAUSE_S)
         except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return b""
             raise AttributeReadError(path, error.errno) from error
         finally:
             os.close(fd)
@@ -320,10 +323,7 @@ class HostRoot:
     def _link_target(self, path: str) -> str | None:
         try:
             return os.readlink(self._base + path)
-        except (
-            OSError,
-            ValueError,
-        ):  # not a link, or not readable: as realpath(3) -m
+        except (OSError, ValueError):  # not a link, or not readable: as realpath(3) -m
             return None
 
     def open_errno(self, path: str, flags: int) -> int | None:
