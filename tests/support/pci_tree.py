@@ -140,13 +140,17 @@ class PciTree(HostTree):
             self.link(f"{base}/virtfn{number}", f"../{virtfn}")
         return self
 
-    def vfio_cdev(self, member: str, number: int) -> Self:
-        """The directory that a member has while VFIO holds it, Linux 6.1; the node is apart."""
+    def vfio_cdev(self, member: str, number: int, *, devnum: str | None = None) -> Self:
+        """The directory that a member has while VFIO holds it, Linux 6.1; the node is apart.
+
+        `devnum` is that of a device that can really be opened, where the node is to be.
+        """
         path = f"{self.real(member)}/vfio-dev/vfio{number}"
         name = f"vfio/devices/vfio{number}"
-        self._device_files(path, f"{_CDEV_MAJOR}:{number}", name)
+        devnum = devnum or f"{_CDEV_MAJOR}:{number}"
+        self._device_files(path, devnum, name)
         self.link(f"/sys/class/vfio-dev/vfio{number}", f"../..{path.removeprefix('/sys')}")
-        return self.link(f"/sys/dev/char/{_CDEV_MAJOR}:{number}", f"../..{path[4:]}")
+        return self.link(f"/sys/dev/char/{devnum}", f"../..{path[4:]}")
 
     def vfio_group(self, number: int) -> Self:
         """What the kernel shows of a group that VFIO holds; its node in /dev is apart."""

@@ -64,6 +64,22 @@ class Kind:
     shares: bool = False
 
 
+AWAY = ".away"
+
+
+def put_away(path: Path) -> None:
+    """Take the name from a file or directory. It is the same when it has its name again."""
+    if path.exists():
+        path.rename(path.with_suffix(AWAY))
+
+
+def put_back(path: Path) -> None:
+    """Undo `put_away`."""
+    away = path.with_suffix(AWAY)
+    if away.exists() and not path.exists():
+        away.rename(path)
+
+
 @dataclass(slots=True)
 class Files:
     """Disks in files, or what is always there."""
@@ -79,11 +95,12 @@ class Files:
     def renew(self) -> None:
         """See Behind."""
         for path in self.paths:
+            put_back(path)
             disk_image(path, 2, "faults")
 
     def take(self) -> None:
         """See Behind: the first of them."""
-        self.paths[0].unlink(missing_ok=True)
+        put_away(self.paths[0])
 
     def is_gone(self) -> bool:
         """See Behind."""
@@ -254,11 +271,12 @@ class Shared:
 
     def renew(self) -> None:
         """See Behind."""
+        put_back(self.directory)
         self.directory.mkdir(exist_ok=True)
 
     def take(self) -> None:
         """See Behind."""
-        shutil.rmtree(self.directory)
+        put_away(self.directory)
 
     def is_gone(self) -> bool:
         """See Behind."""
@@ -279,8 +297,8 @@ def share_of_ours(directory: Path, qmp_socket: Path) -> Iterator[Behind]:
 
 
 FIRST, SECOND, BOUND, THEIRS = "0000:3b:00.0", "0000:3b:00.1", "0000:3d:00.0", "0000:3e:00.0"
-CDEV_NODE = "/dev/vfio/devices/vfio0"
-CDEV_LINKS = ("/sys/class/vfio-dev/vfio0", "/sys/dev/char/511:0")
+CDEV_NODE, CDEV_NUMBER = "/dev/vfio/devices/vfio0", "1:3"
+CDEV_LINKS = ("/sys/class/vfio-dev/vfio0", f"/sys/dev/char/{CDEV_NUMBER}")
 BOOT_ID = "11111111-2222-3333-4444-555555555555\n"
 TAKES = {"nouveau": [FIRST], "snd_hda_intel": [SECOND], "e1000e": [THEIRS]}
 
@@ -306,7 +324,9 @@ class Functions:
             if not (self.tree.path / f"sys/bus/pci/devices/{bdf}").exists():
                 add_function(self.tree, bdf)
         if self.has_node and not (self.tree.path / CDEV_NODE[1:]).exists():
-            self.tree.vfio_cdev(self.names[0], 0).file(CDEV_NODE).file(IOMMU_NODE)
+            self.tree.vfio_cdev(self.names[0], 0, devnum=CDEV_NUMBER)
+            self.tree.node(CDEV_NODE, "c", CDEV_NUMBER)
+            self.tree.file(IOMMU_NODE)
 
     def take(self) -> None:
         """See Behind: the first of them is pulled."""

@@ -214,10 +214,12 @@ class World:
 
 
 _ID, _NODE = re.compile(r"\b[0-9a-f]{16}\b"), re.compile(r"#block[0-9]+")
+_THING = re.compile(r"'(file|block|vfio) [^']+'")
+"""What the journal says was plugged, which is another file or device in each world."""
 
 
 def _without_ids(line: str) -> str:
-    return _NODE.sub("#block", _ID.sub("ID", line))
+    return _NODE.sub("#block", _ID.sub("ID", _THING.sub(r"'\1 THING'", line)))
 
 
 @contextmanager
