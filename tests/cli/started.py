@@ -4,7 +4,7 @@ import os
 import select
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,8 @@ def no_qemu_left(directory: Path) -> Iterator[None]:
         yield
     finally:
         for pid in processes_below(directory):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # one may take another along
+                os.kill(pid, signal.SIGKILL)
 
 
 def sharers_of(directory: Path) -> set[int]:

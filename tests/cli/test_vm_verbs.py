@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,8 @@ def no_qemu_left(directory: Path) -> Iterator[None]:
         yield
     finally:
         for pid in processes_below(directory):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # one may take another along
+                os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager

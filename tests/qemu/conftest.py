@@ -1,11 +1,12 @@
 """VMs with a guest, started once for all tests, and what a test may do with one."""
 
 import os
+import signal
 import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from vmplug.address import device_id_of, qemu_id
 from vmplug.devnum import DevNum
 from vmplug.drivers.ports import Command, Endpoint
 from vmplug.host.finding import Code
+from vmplug.host.process import wait_for_end
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VhostUserStore
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.records import Attachment
@@ -176,6 +178,14 @@ def daemons_below(directory: Path) -> list[int]:
         if str(directory).encode() in words and parent != os.getpid():
             found.append(int(process.name))
     return found
+
+
+def kill_daemons(directory: Path) -> None:
+    """Kill what `daemons_below` finds, and wait for the ends."""
+    for pid in daemons_below(directory):
+        with suppress(ProcessLookupError):  # the first one takes its sandbox along
+            os.kill(pid, signal.SIGKILL)
+        wait_for_end(pid, timeout_s=5)
 
 
 class OpenLab(Lab):

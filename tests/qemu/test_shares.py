@@ -2,12 +2,11 @@
 
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from guest.console import GuestError
 
 from tests.contract.sandbox import Hooked, Killed, Sandbox, Through
-from tests.qemu.conftest import OpenLab, OpenSide, daemons_below, leave_missing
+from tests.qemu.conftest import OpenLab, OpenSide, daemons_below, kill_daemons, leave_missing
 from tests.support.daemons import VIRTIOFSD, Daemon, virtiofsd, virtiofsd_on
 from tests.support.vm import root_ports, start_vm
 from vmplug.drivers.ports import Command
@@ -31,7 +30,6 @@ from vmplug.errors import (
 )
 from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
-from vmplug.host.process import wait_for_end
 from vmplug.host.vhost_user.virtiofsd import ask_options
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.manager.reconcile import RepairOutcome
@@ -574,13 +572,6 @@ def test_a_vm_whose_memory_is_not_shared_is_told(tmp_path: Path, directory: Path
 
 
 # daemons that die
-
-
-def kill_daemons(directory: Path) -> None:
-    for pid in daemons_below(directory):
-        with suppress(ProcessLookupError):  # the first one takes its sandbox along
-            os.kill(pid, signal.SIGKILL)
-        wait_for_end(pid, timeout_s=5)
 
 
 def test_an_idle_share_whose_daemon_died_goes(life: OpenLab, directory: Path) -> None:

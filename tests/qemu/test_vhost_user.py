@@ -5,7 +5,6 @@ Never `x-query-virtio-status`: it crashes QEMU 7.2 on a SCSI adapter, and QEMU 1
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from tests.contract.sandbox import Sandbox
 from tests.contract.world import SHARED_MACHINE, SHARED_MEMORY
 from tests.qemu.conftest import (
     OpenLab,
-    daemons_below,
+    kill_daemons,
     leave_missing,
     opened,
     request,
@@ -564,8 +563,7 @@ def test_what_a_guest_waits_for_in_vain_is_told_and_stays(image: Path, tmp_path:
         adapter = lab.devices.attach(lab.stored(backend.socket_path, major=SCSI))
         seen(lab, adapter)
         lab.guest_vm.console.wait_until("mkdir -p /mnt/work; mount -t virtiofs work /mnt/work")
-        for pid in daemons_below(directory):
-            os.kill(pid, signal.SIGKILL)
+        kill_daemons(directory)
         backend.kill()
         lab.guest("ls /mnt/work >/dev/null 2>&1 &")
         for attachment in (share, adapter, adapter):
