@@ -21,17 +21,17 @@ def relate_block(device: BlockDevice, usage: HostUsage, root: HostRoot) -> Block
         return device
     twins = tuple(read_twins(device.sysfs_path, root)) if device.sysfs_path else ()
     known = device._replace(twins=twins)
-    return known._replace(loops=_numbers(loops_on(known, usage, root), root))
+    return known._replace(loops=_numbers(_loops_on(known, usage, root), root))
 
 
 def relate_file(file: DiskFile, usage: HostUsage, root: HostRoot) -> DiskFile:
     """The file with its loop devices. Raises AttributeReadError."""
     if file.loops is not None:
         return file
-    return file._replace(loops=_numbers(loops_on(file, usage, root), root))
+    return file._replace(loops=_numbers(_loops_on(file, usage, root), root))
 
 
-def loops_on(disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot) -> list[Loop]:
+def _loops_on(disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot) -> list[Loop]:
     """The loop devices on the disk, its partitions and its other names, except itself.
 
     Those on the file behind a loop device show its bytes too.

@@ -17,7 +17,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
 from vmplug.host.block.loop_files import Loop, same_file
 from vmplug.host.block.mounts import HostUsage
-from vmplug.host.block.relations import loops_on, relate_block, relate_file
+from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.check.vfio_group import check_group, check_openers
 from vmplug.host.device import (
@@ -239,7 +239,9 @@ def _looped(
     disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:
     """Loop devices on the disk. One that nothing uses, such as kubelet's, may stay."""
-    for loop in loops_on(disk, usage, root):
+    for loop in usage.loops:
+        if loop.devnum not in (disk.loops or ()):
+            continue
         if access.read_only and root.read_int(f"/sys/dev/block/{loop.devnum}/ro"):
             continue
         shown = next((n for n in disk.nodes if loop.shows(n, root)), loop.backing.backing_file)

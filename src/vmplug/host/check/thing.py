@@ -7,6 +7,7 @@ then. Only equal or not matters.
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.sysfs import find_disk_path
 from vmplug.host.device import HostDevice, SharedDirectory
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
@@ -26,7 +27,7 @@ def identify(device: HostDevice, root: HostRoot) -> str | None:
         case BlockDevice(sysfs_path=str(path)):
             return identify_block(device.devnum, path, root)
         case VfioGroup():
-            parts = [_identify_member(path, root) for path in _member_paths(device)]
+            parts = [_identify_member(path, root) for path in device.member_paths.values()]
             return " ".join(["vfio", *parts]) if parts and all(parts) else None
         case _:
             return None
@@ -47,16 +48,10 @@ def identify_file(path: str, root: HostRoot) -> str | None:
 
 def identify_block(number: DevNum, sysfs_path: str, root: HostRoot) -> str:
     """The block device that has a number now; the path has no links. Raises AttributeReadError."""
-    is_part = root.stat_or_none(f"{sysfs_path}/partition") is not None
-    disk = sysfs_path.rpartition("/")[0] if is_part else sysfs_path
-    names = [f"{disk}/diskseq", *([f"{sysfs_path}/start"] if is_part else [])]
+    disk = find_disk_path(sysfs_path, root)
+    names = [f"{disk}/diskseq", *([f"{sysfs_path}/start"] if disk != sysfs_path else [])]
     words = [root.read_int(name) for name in names]
     return " ".join(["block", str(number), *(str(word or "-") for word in words)])
-
-
-def _member_paths(group: VfioGroup) -> list[str]:
-    functions = [function.sysfs_path for function in group.functions]
-    return [*functions, *([group.mediated.sysfs_path] if group.mediated else [])]
 
 
 def _identify_member(path: str, root: HostRoot) -> str:

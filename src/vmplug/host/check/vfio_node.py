@@ -24,9 +24,7 @@ def check_nodes(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
         return
     if not group.cdev_nodes:
         yield from check_group_node(group, root)
-    paths = {str(function.bdf): function.sysfs_path for function in group.functions}
-    if group.mediated:
-        paths[group.mediated.uuid] = group.mediated.sysfs_path
+    paths = group.member_paths
     for name, node in group.cdev_nodes:
         number = root.read_devnum(f"{paths[name]}/vfio-dev/{node.rpartition('/')[2]}/dev")
         if number:

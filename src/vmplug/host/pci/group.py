@@ -50,6 +50,14 @@ class VfioGroup(NamedTuple):
         )
 
     @property
+    def member_paths(self) -> dict[str, str]:
+        """The directories of the members in sysfs, by BDF or UUID."""
+        paths = {str(function.bdf): function.sysfs_path for function in self.functions}
+        if self.mediated:
+            paths[self.mediated.uuid] = self.mediated.sysfs_path
+        return paths
+
+    @property
     def host_path(self) -> str:
         """The node that was named, or the one that the group has while VFIO holds it."""
         return self.device_node or (self.named or "" if self.number is None else self.group_node)

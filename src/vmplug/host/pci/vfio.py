@@ -67,9 +67,7 @@ def _read_cdev_nodes(group: VfioGroup, root: HostRoot) -> tuple[tuple[str, str],
     """The members' own nodes, if each of them has one and there is an iommufd for them."""
     if not has_node(IOMMU_NODE, root):
         return ()
-    paths = {str(function.bdf): function.sysfs_path for function in group.functions}
-    if group.mediated:
-        paths[group.mediated.uuid] = group.mediated.sysfs_path
+    paths = group.member_paths
     nodes = tuple((name, node) for name, path in paths.items() if (node := read_cdev(path, root)))
     return nodes if len(nodes) == len(paths) else ()
 

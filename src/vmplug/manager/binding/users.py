@@ -24,9 +24,7 @@ def find_conflicts(
 ) -> list[Finding]:
     """Every reason not to unbind the group, or `only` one function, from its users."""
     members = group if only is None else _only(only, group, host)
-    paths = {str(function.bdf): function.sysfs_path for function in members.functions}
-    if group.mediated:
-        paths[group.mediated.uuid] = group.mediated.sysfs_path
+    paths = members.member_paths
     nodes = ((name, node) for name, path in paths.items() if (node := read_cdev(path, host)))
     return check_device(
         members._replace(cdev_nodes=tuple(nodes)),
