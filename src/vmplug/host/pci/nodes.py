@@ -13,10 +13,10 @@ import stat
 from collections.abc import Iterator
 
 from vmplug.devnum import DevNum
+from vmplug.host.pci.uses import class_paths
 from vmplug.host.root import HostRoot
 from vmplug.host.use.openers import DeviceNode
 
-_USUAL_TARGET = "../../devices/"
 _SUBSYSTEMS = "/sys/class/nvme-subsystem"
 _CONTROLLER = re.compile(r"/nvme/(nvme[0-9]+)\Z", re.ASCII)
 _DEVNAME = re.compile(r"^DEVNAME=(.+)$", re.MULTILINE)
@@ -47,10 +47,8 @@ def read_nodes(bdf: object, root: HostRoot) -> list[DeviceNode]:
 def _device_paths(root: HostRoot) -> Iterator[tuple[tuple[int, DevNum], str]]:
     """The directory of every device that has a node, by kind and number, without links."""
     for name, kind in (("block", stat.S_IFBLK), ("char", stat.S_IFCHR)):
-        for number in root.list_dir(f"{root.sys_dev}/{name}"):
-            target = root.read_link(f"{root.sys_dev}/{name}/{number}") or ""
-            if target.startswith(_USUAL_TARGET) and "/../" not in target[len("../..") :]:
-                yield (kind, DevNum.parse(number)), f"/sys/{target.removeprefix('../../')}"
+        for number, path in class_paths(f"{root.sys_dev}/{name}", root):
+            yield (kind, DevNum.parse(number)), path
 
 
 def _subsystems(controllers: set[str], root: HostRoot) -> Iterator[str]:

@@ -67,7 +67,7 @@ def read_block_devices(sysfs_real_path: str, root: HostRoot) -> list[DevNum]:
 
 def read_block_paths(root: HostRoot) -> dict[str, str]:
     """The directory of every block device by its kernel name, without links."""
-    paths = dict(_class_paths(_BLOCK, root))
+    paths = dict(class_paths(_BLOCK, root))
     if not root.is_live:
         for name, path in list_block_directories(root).items():
             if name not in paths:
@@ -98,7 +98,7 @@ def read_network_interfaces(bdf: Bdf | str, root: HostRoot) -> list[NetInterface
     """The network interfaces that come from a function. Raises AttributeReadError."""
     directory = f"{root.pci_devices}/{bdf}"
     real = root.real_path(directory)
-    below = {name for name, path in _class_paths(_NET, root) if path.startswith(f"{real}/")}
+    below = {name for name, path in class_paths(_NET, root) if path.startswith(f"{real}/")}
     names = sorted(below | set(root.list_dir(f"{directory}/net")))
     if not names:
         return []
@@ -125,10 +125,11 @@ def find_parents_of_moved(bdf: Bdf | str, root: HostRoot) -> frozenset[str]:
 
 def read_net_paths(root: HostRoot) -> dict[str, str]:
     """The directory of every network interface by its name, without links."""
-    return dict(_class_paths(_NET, root))
+    return dict(class_paths(_NET, root))
 
 
-def _class_paths(directory: str, root: HostRoot) -> Iterator[tuple[str, str]]:
+def class_paths(directory: str, root: HostRoot) -> Iterator[tuple[str, str]]:
+    """The directory of every device that a directory has links to, by their names."""
     for name in root.list_dir(directory):
         path = f"{directory}/{name}"
         try:
