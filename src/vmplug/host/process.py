@@ -6,7 +6,10 @@ Source: proc_pid_stat(5), field 22, starttime in clock ticks after boot.
 import os
 import re
 import select
-from contextlib import suppress
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
@@ -65,11 +68,50 @@ def read_memlock_limit(pid: int, root: HostRoot) -> int | None:
 
 def wait_for_end(pid: int, timeout_s: float) -> bool:
     """Whether the process ends within `timeout_s`. Source: pidfd_open(2)."""
+    with _opened(pid) as descriptor:
+        return descriptor is None or _has_ended(descriptor, timeout_s)
+
+
+_KILL_TIMEOUT_S = 2.0
+"""It ends at once, unless a device or a file system holds it up."""
+
+
+def end_processes(pids: Iterable[int], grace_s: float) -> None:
+    """End them all; kill those that still run `grace_s` after SIGTERM.
+
+    Each is signalled alone: others may be in its group, which it may just be leaving.
+    """
+    with ExitStack() as stack:
+        opened = [stack.enter_context(_opened(pid)) for pid in pids]
+        running = [descriptor for descriptor in opened if descriptor is not None]
+        for ending, timeout_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_TIMEOUT_S)):
+            for descriptor in running:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptor, ending)
+            deadline = time.monotonic() + timeout_s
+            running = [
+                descriptor
+                for descriptor in running
+                if not _has_ended(descriptor, max(0, deadline - time.monotonic()))
+            ]
+
+
+@contextmanager
+def _opened(pid: int) -> Iterator[int | None]:
+    """A descriptor of the process; None when it does not exist."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
-        return True
+        yield None
+        return
     try:
-        return bool(select.select([descriptor], [], [], timeout_s)[0])
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _has_ended(descriptor: int, timeout_s: float) -> bool:
+    """Whether it ends in time. Not by select(2), which knows no descriptor above 1023."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))

@@ -6,14 +6,12 @@ Its environment has its device's id and its VM, so that every vmplug can find it
 Source: virtiofsd(1); measured on that of QEMU 7.2, in C, and on 1.13, in Rust.
 """
 
-import os
-import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import IO, Protocol, Self
 
 import msgspec
@@ -21,11 +19,11 @@ import msgspec
 from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
 from vmplug.errors import BackendError, DeviceError
 from vmplug.host.file_id import file_id, file_replaced
-from vmplug.host.process import find_marked, wait_for_end
+from vmplug.host.process import end_processes, find_marked
 from vmplug.host.root import THIS_HOST
 
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-_END_TIMEOUT_S = 2.0
+_GRACE_S = 2.0
 _SANDBOX_TIMEOUT_S, _SANDBOX_STEP_S = 10.0, 0.005
 _SUBMOUNTS, _FUSE_SUBMOUNTS = "--announce-submounts", "-o announce_submounts"
 """The guest sees mounts below as such: else two of its files could have one inode number."""
@@ -115,7 +113,7 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
     One that `grace_s` after SIGTERM still runs is killed.
     """
 
-    def __init__(self, vm: str, *, grace_s: float = _END_TIMEOUT_S) -> None:
+    def __init__(self, vm: str, *, grace_s: float = _GRACE_S) -> None:
         self._vm = vm
         self._grace_s = grace_s
 
@@ -185,18 +183,15 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
 
     def end(self, device_ids: Iterable[str]) -> None:
         """See VirtiofsdRunner: QEMU has disconnected, and most have ended by themselves."""
-        for pids in self._processes(device_ids).values():
-            for ending, timeout_s in (
-                (signal.SIGTERM, self._grace_s),
-                (signal.SIGKILL, _END_TIMEOUT_S),
-            ):
-                with suppress(ProcessLookupError):
-                    os.killpg(os.getpgid(pids[0]), ending)
-                if all(wait_for_end(pid, timeout_s) for pid in pids):
-                    break
+        found = self._processes(device_ids).values()
+        end_processes([pid for pids in found for pid in pids], self._grace_s)
 
     def _processes(self, device_ids: Iterable[str] | None) -> dict[str, list[int]]:
-        """A daemon's processes: its sandbox is a child of the first."""
+        """A daemon's processes: its sandbox is a child of the first.
+
+        One that is just being executed has no environment for a moment, and is not found. It ends
+        when its connection does.
+        """
         wanted = None if device_ids is None else set(device_ids)
         found: dict[str, list[int]] = {}
         for pid, mark in sorted(find_marked(DAEMON_MARK).items()):

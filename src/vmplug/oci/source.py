@@ -63,7 +63,9 @@ def _read(where: str, file: IO[bytes]) -> bytes:
     deadline = time.monotonic() + PIPE_TIMEOUT_S
     while left > 0 and (piece := file.read(left)) != b"":
         if piece is None:  # an empty FIFO that a process has open for writing
-            if not select.select([file], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            poll = select.poll()  # select(2) knows no descriptor above 1023
+            poll.register(file, select.POLLIN)
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise SpecError(where, f"no configuration arrived within {PIPE_TIMEOUT_S:g} s")
             continue
         pieces.append(piece)

@@ -1,13 +1,15 @@
 """Processes: is it still the same one?"""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from tests.support.tree import HostTree
-from vmplug.host.process import is_running, read_start_time, wait_for_end
+from vmplug.host.process import end_processes, is_running, read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
 
 
@@ -49,6 +51,45 @@ def test_a_child_is_running_until_it_ends_also_while_nobody_has_reaped_it() -> N
         assert wait_for_end(child.pid, 30)
         assert not is_running(child.pid, started, root)
     assert wait_for_end(child.pid, 0)
+
+
+def test_the_end_is_also_seen_where_a_thousand_files_are_open() -> None:
+    """select(2) knows no descriptor above 1023."""
+    former = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(1200, former[0]), former[1]))
+    null = os.open("/dev/null", os.O_RDONLY)
+    copies = [os.dup(null) for _ in range(1050)]
+    try:
+        with subprocess.Popen(["sleep", "60"]) as child:
+            assert not wait_for_end(child.pid, 0)
+            end_processes([child.pid], 30)
+            assert child.wait(30) == -signal.SIGTERM
+    finally:
+        for copy in [null, *copies]:
+            os.close(copy)
+        resource.setrlimit(resource.RLIMIT_NOFILE, former)
+
+
+_DEAF = """
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_who_does_not_end_in_time_is_killed_alone() -> None:
+    """The others of its group, this process among them, go on."""
+    with (
+        subprocess.Popen([sys.executable, "-c", _DEAF], stdout=subprocess.PIPE) as deaf,
+        subprocess.Popen(["sleep", "60"]) as tame,
+    ):
+        assert deaf.stdout
+        deaf.stdout.readline()
+        end_processes([deaf.pid, tame.pid], 0.1)
+        assert (deaf.wait(30), tame.wait(30)) == (-signal.SIGKILL, -signal.SIGTERM)
+    end_processes([deaf.pid, tame.pid], 0.1)
 
 
 def test_we_are_running() -> None:
