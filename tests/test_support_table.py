@@ -1,6 +1,5 @@
 """docs/support.md: what it says is proven has a test, and what has none says so."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -18,12 +17,8 @@ def devices() -> list[list[str]]:
 
 def test_every_test_that_is_named_is_there() -> None:
     functions = {
-        file: {
-            node.name
-            for node in ast.walk(ast.parse((PROJECT / "tests" / file).read_text()))
-            if isinstance(node, ast.FunctionDef)
-        }
-        for file, _ in NAMED
+        file: set(re.findall(r"(?m)^def (\w+)\(", (PROJECT / "tests" / file).read_text()))
+        for file in {file for file, _ in NAMED}
     }
     assert NAMED
     assert [f"{file}::{name}" for file, name in NAMED if name not in functions[file]] == []

@@ -108,6 +108,7 @@ class ThreadHand:
         self._manager.detach(mine[0].id)
 
 
+@pytest.mark.slow
 def test_eight_threads_of_one_manager_lose_nothing(tmp_path: Path) -> None:
     side, state_dir = MemorySide(), tmp_path / "state"
     before = side.parts()

@@ -97,7 +97,8 @@ def test_any_bytes_have_a_format_or_none(head: bytes) -> None:
     ("format_", "more"),
     [
         *((f, ()) for f in ("vhdx", "vmdk", "vdi", "vpc", "qed", "parallels", "qcow", "qcow2")),
-        *(("luks", ()), ("raw", ())),
+        pytest.param("luks", (), marks=pytest.mark.slow),  # it tries out how fast this machine is
+        ("raw", ()),
         *(("vpc", ("subformat=fixed",)), ("vhdx", ("subformat=fixed",))),
         *(("vmdk", ("subformat=monolithicFlat",)), ("vmdk", ("subformat=streamOptimized",))),
     ],
