@@ -224,6 +224,15 @@ def new_id() -> str:
     return os.urandom(8).hex()
 
 
+def new_uuid() -> str:
+    """A random UUID of version 4; importing `uuid` would take longer than the rest of a verb."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return "-".join(
+        (digits[:8], digits[8:12], f"4{digits[13:16]}", variant + digits[17:20], digits[20:])
+    )
+
+
 def qemu_id(device_id: str, part: str = "") -> str:
     """The name in QEMU of one part of a device: `vmplug-0123456789abcdef`, `...-limit`.
 

@@ -23,3 +23,4 @@ def test_a_program_can_what_it_can_once_it_runs(machine: Machine, tmp_path: Path
     ):
         assert told.reconnect_ms == running.abilities.reconnect_ms
         assert told.iommufd == running.abilities.iommufd
+        assert told.vf_token == running.abilities.vf_token

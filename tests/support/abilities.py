@@ -9,10 +9,11 @@ class Told:
 
     reconnect_ms: bool
     iommufd: bool
+    vf_token: bool
 
 
-OLD = Told(reconnect_ms=False, iommufd=False)
+OLD = Told(reconnect_ms=False, iommufd=False, vf_token=False)
 """As QEMU 7.2."""
 
-NEW = Told(reconnect_ms=True, iommufd=True)
+NEW = Told(reconnect_ms=True, iommufd=True, vf_token=True)
 """As QEMU 10 and 11."""

@@ -181,7 +181,8 @@ class VFIODevice(msgspec.Struct, frozen=True, kw_only=True):
     """One function of a group, or a mediated device; `bdf` is None if it is not on PCI.
 
     `name` is its BDF or UUID. `cdev_node` is its own node, None where QEMU uses its group.
-    `descriptor` is that node, open in this process, None until it is plugged.
+    `descriptor` is that node, open in this process, None until it is plugged. `vf_token` is the
+    secret that a physical function shares with its virtual ones, None where there is none.
     """
 
     name: str
@@ -190,6 +191,7 @@ class VFIODevice(msgspec.Struct, frozen=True, kw_only=True):
     sysfs_path: str | None = None
     cdev_node: str | None = None
     descriptor: int | None = None
+    vf_token: str | None = None
 
 
 class VFIODevices(msgspec.Struct, frozen=True, kw_only=True):

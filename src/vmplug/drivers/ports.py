@@ -24,6 +24,16 @@ class Command(msgspec.Struct, frozen=True):
     descriptor: int | None = None
     backend: str | None = None
 
+    @property
+    def shown(self) -> Mapping[str, Any]:
+        """The arguments for a log, without secrets."""
+        hidden = {VF_UUID: HIDDEN} if VF_UUID in self.arguments else {}
+        return {**self.arguments, **hidden}
+
+
+VF_UUID = "vf-token"
+"""QEMU's property of a function with its VF token, which is a secret."""
+HIDDEN = "(secret)"
 
 START_DAEMON, END_DAEMON = "start-daemon", "end-daemon"
 BIND, UNBIND = "bind", "unbind"
@@ -99,6 +109,10 @@ class Hypervisor(Protocol):
     @property
     def endpoint(self) -> Endpoint | None:
         """The address at which other processes find this VM."""
+
+    @property
+    def takes_vf_token(self) -> bool:
+        """Whether a function of the host can be plugged with a VF token."""
 
     def offer(self) -> Offer:
         """The places that the VM offers now."""

@@ -15,7 +15,7 @@ from vmplug.errors import StoreError
 from vmplug.host.permissions import check_private, make_private
 from vmplug.journal import StateDir, journal_path
 
-VERSION = 5
+VERSION = 6
 """The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -68,7 +68,16 @@ CREATE TABLE binding (
 ) STRICT;
 """
 """`device` is not a foreign key: a function may be given back after its device is gone."""
-_SCHEMA += _BINDING
+_VF_UUIDS = """
+CREATE TABLE vf_token (
+    bdf TEXT PRIMARY KEY,
+    device TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    token TEXT NOT NULL
+) STRICT;
+"""
+"""`device` is not a foreign key here either: virtual functions may be in use for longer."""
+_SCHEMA += _BINDING + _VF_UUIDS
 
 
 _MIGRATIONS = {
@@ -89,6 +98,7 @@ ALTER TABLE device ADD COLUMN parts TEXT;
     4: """
 ALTER TABLE device ADD COLUMN thing TEXT;
 """,
+    5: _VF_UUIDS,
 }
 """The statements that turn a journal of that version into one of the next."""
 

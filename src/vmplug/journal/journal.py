@@ -40,6 +40,7 @@ from vmplug.journal.state import (
     not_in_journal,
     on_its_way,
 )
+from vmplug.journal.vf_tokens import VfTokens
 
 T = TypeVar("T")
 
@@ -72,6 +73,7 @@ class Journal:
         self.host = host
         self.worker = ProcessIdentity.own(host)
         self.bindings = Bindings(connection, self._lock, path)
+        self.vf_tokens = VfTokens(connection, self._lock, path, self.worker.boot_id)
 
     @classmethod
     def open(

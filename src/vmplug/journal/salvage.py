@@ -33,6 +33,7 @@ from vmplug.journal.database import (
     store_error,
 )
 from vmplug.journal.records import read_device, read_vm
+from vmplug.journal.vf_tokens import read_vf_token
 
 _LOCK_TIMEOUT_S = 10.0
 _MOST_SKIPPED = 1000
@@ -56,6 +57,7 @@ _TABLES: Mapping[str, Callable[[sqlite3.Row], object]] = {
     "device": read_device,
     "attachment": _read_attachment,
     "binding": read_binding,
+    "vf_token": read_vf_token,
 }
 """The tables in the order of their references, each with the parser that validates a row."""
 

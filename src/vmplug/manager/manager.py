@@ -32,6 +32,7 @@ from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
 from vmplug.journal.state import State, holds_nothing, not_attached
 from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.manager.binding.binder import Binder
+from vmplug.manager.binding.vf_tokens import HiddenTokens, check_tokens, with_tokens
 from vmplug.manager.commit import mark_attached, plan_and_journal
 from vmplug.manager.examine import CheckContext, CheckedRequest, check_vfio, examine
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
@@ -196,7 +197,10 @@ class DeviceManager:
                 if new.plug and new.place
                 for step in (
                     *bind_steps(new, self._host, managed=managed),
-                    *self._hypervisor.steps(new.plug, new.place),
+                    *self._hypervisor.steps(
+                        with_tokens(new.plug, HiddenTokens(), self._hypervisor, self._host),
+                        new.place,
+                    ),
                 )
             )
             # Steps that devices of the VM share are done once.
@@ -368,7 +372,10 @@ class DeviceManager:
     def _check_vfio(self, device: HostDevice) -> Iterable[Finding]:
         if not isinstance(device, VfioGroup):
             return ()
-        return check_vfio(device, self._hypervisor, self._last_offer(), self._host)
+        return (
+            *check_vfio(device, self._hypervisor, self._last_offer(), self._host),
+            *check_tokens(device, self._journal.vf_tokens, self._hypervisor, self._host),
+        )
 
     def _plan(self, examined: Sequence[CheckedRequest], owner: str) -> Plan:
         check_text("owner", owner, NAME_BYTES_MAX)
@@ -405,7 +412,9 @@ class DeviceManager:
                 if managed and isinstance(device.device, VfioGroup):
                     self._binder.bind(device.device, device_id=device.record.id)
                 if device.plug and device.place:
-                    self._hypervisor.plug(device.plug, device.place)
+                    tokens = self._journal.vf_tokens
+                    plug = with_tokens(device.plug, tokens, self._hypervisor, self._host)
+                    self._hypervisor.plug(plug, device.place)
             except DeviceError as error:
                 self._offer = None
                 return done, error

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import Claim, Code
+from vmplug.host.finding import Claim, Code, Finding
+from vmplug.host.pci.group import VfioGroup
 from vmplug.journal import has_journal
-from vmplug.manager.examine import CheckContext, CheckedRequest, FindClaims, examine
+from vmplug.manager.binding.vf_tokens import Tokens, check_tokens
+from vmplug.manager.examine import CheckContext, CheckedRequest, examine
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
 from vmplug.policy.gate import PolicyCheck
@@ -32,22 +35,22 @@ def check_requests(
         with connect_vm(vm, setup=setup) as devices:
             return devices.check_places(requests, owner=owner, allow=allow, managed=managed)
     gate = PolicyCheck(policy=setup.policy, owner=owner) if setup.policy else None
-    with _claims(setup) as find_claims:
+    with _known(setup, gate) as known:
         return examine(
             requests,
             setup.host,
             vhost_user_store=setup.vhost_user_store,
-            known=CheckContext(find_claims=find_claims, gate=gate),
+            known=known,
             allowed=allow,
             managed=managed,
         )
 
 
 @contextmanager
-def _claims(setup: Setup) -> Iterator[FindClaims]:
-    """What VMs hold, inside the `with`."""
+def _known(setup: Setup, gate: PolicyCheck | None) -> Iterator[CheckContext]:
+    """What VMs hold, inside the `with`, and the policy."""
     if not has_journal(setup.state_dir):
-        yield lambda _: ()
+        yield CheckContext(gate=gate, find_more=partial(_check_tokens, setup, None))
         return
     from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 and its users cost 8 ms
 
@@ -56,4 +59,12 @@ def _claims(setup: Setup) -> Iterator[FindClaims]:
         def find_claims(device: HostDevice) -> Sequence[Claim]:
             return journal.find_claims(None, device.identity, device.related_identities)
 
-        yield find_claims
+        yield CheckContext(
+            gate=gate,
+            find_claims=find_claims,
+            find_more=partial(_check_tokens, setup, journal.vf_tokens),
+        )
+
+
+def _check_tokens(setup: Setup, tokens: Tokens | None, device: HostDevice) -> Iterable[Finding]:
+    return check_tokens(device, tokens, None, setup.host) if isinstance(device, VfioGroup) else ()

@@ -54,6 +54,14 @@ def test_the_program_says_whether_it_has_iommufd(directory: Path, types: list[ob
     assert of_program(PROGRAM).iommufd == bool(types)
 
 
+@pytest.mark.parametrize("names", [["host"], ["host", "vf-token"]])
+def test_the_program_says_whether_a_device_takes_a_vf_token(
+    directory: Path, names: list[str]
+) -> None:
+    install(directory, answering([{"name": name, "type": "str"} for name in names]))
+    assert of_program(PROGRAM).vf_token == ("vf-token" in names)
+
+
 def test_nothing_is_asked_before_it_is_needed(directory: Path) -> None:
     install(directory, "exit 1")
     of_program(PROGRAM)
@@ -112,7 +120,9 @@ def test_an_ability_is_asked_for_once() -> None:
     for _ in range(2):
         assert memory.abilities.reconnect_ms
         assert memory.abilities.iommufd
+        assert not memory.abilities.vf_token
     assert [command.execute for command in memory.monitor.sent] == [
         "query-command-line-options",
         "qom-list-types",
+        "device-list-properties",
     ]

@@ -52,6 +52,10 @@ REFUSALS = [
         "Failed to add chardev 'c0': Failed to connect to '/s': Connection refused",
     ),
     ("DAX", "Property 'vhost-user-fs-pci.cache-size' not found"),
+    (
+        "only their VF token",
+        "vfio 0000:09:00.1: error getting device from group 30: Permission denied",
+    ),
     ("cannot map more memory regions", "a used vhost backend has no free memory slots left"),
     (
         "cannot map more memory regions",

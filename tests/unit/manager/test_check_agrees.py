@@ -285,8 +285,8 @@ ELSEWHERE = {
     Code.VFIO_REFUSES: f"{_STATE}"
     "test_a_bridge_by_its_header_is_refused_before_it_leaves_its_driver",
     Code.RESERVED_MEMORY: f"{_STATE}test_memory_that_the_firmware_keeps_holds_the_group",
-    Code.PHYSFN_WITH_VFIO: f"{_STATE}"
-    "test_a_virtual_function_whose_owner_vfio_has_needs_a_token_and_the_remedy_does_without",
+    Code.PHYSFN_WITH_VFIO: "unit/manager/binding/test_vf_tokens.py::"
+    "test_a_vm_that_takes_no_token_gets_no_virtual_function",
     Code.NO_ADDRESS_SPACE: "unit/drivers/test_vfio.py::"
     "test_windows_that_exceed_the_guests_addresses_are_found",
     Code.OPEN_EXCLUSIVELY: f"{_LIVE}test_a_device_opened_exclusively_by_anybody_is_found",

@@ -30,6 +30,7 @@ from vmplug.host.device import (
 from vmplug.host.finding import Access, Claim, Code, Finding, Severity
 from vmplug.host.kind import FoundBy, Identity, IdentityKind
 from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.vfio import find_vfio_owner
 from vmplug.host.root import HostRoot, describe, node_number
 from vmplug.host.vhost_user.device import VhostUserSocket
 
@@ -77,6 +78,10 @@ def check_device(
 def _check_vfio(
     group: VfioGroup, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
 ) -> Iterator[Finding]:
+    # A VM that has the physical function of a virtual one may share it: see manager's vf_tokens.
+    owners = {str(o.bdf) for f in group.functions if (o := find_vfio_owner(f, root))}
+    shared = {Identity.of_vfio(bdf) for bdf in owners - set(group.members)}
+    claims = [claim for claim in claims if claim.identity not in shared]
     yield from _claimed(claims, access)
     yield from check_group(group, root)
     if not claims:

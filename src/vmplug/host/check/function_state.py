@@ -7,8 +7,7 @@ sleep again.
 from collections.abc import Iterator
 
 from vmplug.host.finding import Code, Finding, Severity
-from vmplug.host.pci.function import PciFunction, find_function
-from vmplug.host.pci.vfio import is_vfio_driver
+from vmplug.host.pci.function import PciFunction
 from vmplug.host.root import HostRoot
 
 _HEADER_BYTES, _HEADER_TYPE, _KIND_OF_HEADER = 64, 0x0E, 0x7F
@@ -33,7 +32,6 @@ def check_function(function: PciFunction, root: HostRoot, *, has_vfio: bool) -> 
         )
         return
     yield from _bars_without_address(function)
-    yield from _vf_token(function, root)
     if not has_vfio:
         yield from _refused_by_vfio(function, root)
 
@@ -76,23 +74,6 @@ def _bars_without_address(function: PciFunction) -> Iterator[Finding]:
         "allow large BARs in the firmware (Above 4G Decoding), or boot the host with pci=realloc",
         Severity.ERROR if any(bar.is_memory for bar in lost) else Severity.WARNING,
     )
-
-
-def _vf_token(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
-    """A virtual function whose owner VFIO has: the kernel opens it only with the owner's token.
-
-    Source: vfio_pci_validate_vf_token, Linux drivers/vfio/pci/vfio_pci_core.c.
-    """
-    owner = find_function(function.physfn, root) if function.physfn else None
-    if owner and is_vfio_driver(owner, root):
-        yield Finding(
-            Code.PHYSFN_WITH_VFIO,
-            f"{function.bdf} is a virtual function of {owner.bdf}, which VFIO has: the kernel "
-            "opens it only with a VF token, and vmplug has none for it",
-            f"give {owner.bdf} back to a driver of the host (vmplug unbind {owner.bdf} if vmplug "
-            f"bound it), make the virtual functions there (vmplug sriov {owner.bdf} --count N), "
-            "and hand over one of them",
-        )
 
 
 def _size(size_bytes: int) -> str:

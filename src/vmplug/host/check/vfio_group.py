@@ -306,6 +306,13 @@ def _virtual_functions(
             f"hand over {function.bdf} whole, without them: vmplug sriov {function.bdf} "
             "--count 0; or put the card into a slot behind a bridge with ACS",
         )
+    elif virtfns and is_vfio_driver(function, root):
+        yield Finding(
+            Code.HAS_VIRTUAL_FUNCTIONS,
+            f"{function.bdf} has {len(virtfns)} virtual functions, and a VM that has it can stop "
+            "them and disturb their users",
+            f"hand over one of them, or remove them: vmplug sriov {function.bdf} --count 0",
+        )
     elif virtfns:
         yield Finding(
             Code.HAS_VIRTUAL_FUNCTIONS,

@@ -25,7 +25,8 @@ COUNT_TIMEOUT_S = 180.0
 _LINKS_TIMEOUT_S = 2.0
 
 _NUMVFS_HINTS = {
-    errno.ENOENT: "it has no driver, or its driver does not support virtual functions",
+    errno.ENOENT: "it has no driver, or its driver does not support virtual functions; vfio-pci "
+    "does with: echo Y > /sys/module/vfio_pci/parameters/enable_sriov",
     errno.ENOMEM: "no bus numbers or memory windows are left for them: enable SR-IOV in the "
     "firmware, or try pci=realloc on the kernel's command line",
     errno.EBUSY: "the driver reports that they are in use: detach them from their VMs",

@@ -14,7 +14,7 @@ from vmplug.errors import AttributeReadError, NoSuchDevice, SpecError
 from vmplug.host.block.device import DiskPart
 from vmplug.host.file_id import file_replaced
 from vmplug.host.kind import FoundBy
-from vmplug.host.pci.function import PciFunction, find_function
+from vmplug.host.pci.function import PciFunction, find_function, read_virtfns
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import find_group, is_noiommu, read_group
 from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_mediated
@@ -239,3 +239,27 @@ def is_vfio_driver(function: PciFunction, root: HostRoot) -> bool:
         return bool(root.list_dir(f"{function.sysfs_path}/vfio-dev"))
     except AttributeReadError:
         return False
+
+
+_ENABLE_SRIOV = "/sys/module/vfio_pci/parameters/enable_sriov"
+
+
+def find_vfio_owner(function: PciFunction, root: HostRoot) -> PciFunction | None:
+    """The physical function of a virtual one, if VFIO has it; else None.
+
+    The kernel opens the virtual function then only with the physical one's VF token.
+    """
+    owner = find_function(function.physfn, root) if function.physfn else None
+    return owner if owner and is_vfio_driver(owner, root) else None
+
+
+def can_have_virtfns(bdf: Bdf, root: HostRoot) -> bool:
+    """Whether a function has virtual functions, or can get some while vfio-pci has it.
+
+    The kernel has VF tokens since there is the parameter `enable_sriov`, which is off by default.
+    Source: vfio_pci_sriov_configure, Linux drivers/vfio/pci/vfio_pci.c.
+    """
+    if root.read_int(f"{root.pci_devices}/{bdf}/sriov_totalvfs") is None:
+        return False
+    enabled = (root.read_attribute(_ENABLE_SRIOV) or b"").strip() == b"Y"
+    return enabled or bool(read_virtfns(bdf, root))

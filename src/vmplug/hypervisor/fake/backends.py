@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vmplug.drivers.ports import VF_UUID
 from vmplug.hypervisor.qemu.abilities import IOMMUFD, RECONNECT, RECONNECT_MS
 
 _NO_AIO = (
@@ -29,9 +30,9 @@ class FakeBackends:
     """The commands that add and remove the parts of a device, by their QMP names.
 
     `reconnect` is the option of chardevs, that of QEMU 7.2 or that of 11. `iommufd`: there are
-    objects of that type. `sizes` are those of nodes that were resized, `memory` those of memory
-    backends. `kept` are files that QEMU will never close. `aio`: the host has contexts for
-    aio=native.
+    objects of that type. `vf_token`: vfio-pci has the property. `sizes` are those of nodes that
+    were resized, `memory` those of memory backends. `kept` are files that QEMU will never close.
+    `aio`: the host has contexts for aio=native.
     """
 
     nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class FakeBackends:
     memory: dict[str, int] = field(default_factory=dict)
     reconnect: str = RECONNECT_MS
     iommufd: bool = False
+    vf_token: bool = False
     kept: list[str] = field(default_factory=list)
     aio: bool = True
 
@@ -98,6 +100,10 @@ class FakeBackends:
     def _qom_list_types(self, implements: str) -> list[dict[str, str]]:
         known = {IOMMUFD} if self.iommufd else set()
         return [{"name": name, "parent": "object"} for name in known & {implements}]
+
+    def _device_list_properties(self, typename: str) -> list[dict[str, str]]:
+        names = ["host", "sysfsdev", *([VF_UUID] if self.vf_token else [])]
+        return [{"name": name, "type": "str"} for name in names]
 
     def _object_del(self, id: str) -> dict[str, Any]:
         if id not in self.objects:

@@ -14,7 +14,7 @@ from typing import Any
 
 from vmplug.address import PERIPHERAL
 from vmplug.drivers.plug import VirtiofsdSpec
-from vmplug.drivers.ports import Command
+from vmplug.drivers.ports import VF_UUID, Command
 from vmplug.errors import CommandError
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.fake.backends import FakeBackends, Refused
@@ -41,9 +41,9 @@ class Guest(StrEnum):
 class FakeHypervisor(Qemu):
     """A q35 machine in memory with up to 15 root ports and, if wanted, a virtio-scsi controller.
 
-    It has room for `memory_slots` NVDIMMs, and has `iommufd` or not. It starts no process for a
-    shared directory. On `monitor`, `fail_at` sets a command that fails, and `guest` the guest's
-    behaviour. `host` is as for Qemu.
+    It has room for `memory_slots` NVDIMMs, and has `iommufd` and `vf_token` or not. It starts no
+    process for a shared directory. On `monitor`, `fail_at` sets a command that fails, and `guest`
+    the guest's behaviour. `host` is as for Qemu.
     """
 
     def __init__(
@@ -53,10 +53,15 @@ class FakeHypervisor(Qemu):
         scsi: bool = True,
         memory_slots: int = 4,
         iommufd: bool = False,
+        vf_token: bool = False,
         host: HostRoot = THIS_HOST,
     ) -> None:
         self.monitor = FakeMonitor(
-            root_ports=root_ports, scsi=scsi, memory_slots=memory_slots, iommufd=iommufd
+            root_ports=root_ports,
+            scsi=scsi,
+            memory_slots=memory_slots,
+            iommufd=iommufd,
+            vf_token=vf_token,
         )
         super().__init__(self.monitor, daemons=_NoVirtiofsdRunner(), host=host)
 
@@ -296,6 +301,8 @@ class FakeMonitor(FakeBackends, Monitor):
                 raise Refused(f"Property '{inner}.{key}' can't take value '{name}'{why}")
         if IOMMUFD in properties and not self.iommufd:
             raise Refused(f"Property '{driver}.{IOMMUFD}' not found")
+        if "vf_token" in properties and not self.vf_token:
+            raise Refused(f"Property '{driver}.{VF_UUID}' not found")
         for key in ("iothread", "memdev", "rng", IOMMUFD):
             if (name := properties.get(key)) not in {None, *self.objects}:
                 raise Refused(f"Device '{name}' not found", "DeviceNotFound")

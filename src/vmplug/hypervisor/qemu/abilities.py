@@ -9,8 +9,9 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Protocol
 
-from vmplug.drivers.ports import Command
-from vmplug.errors import HypervisorError
+from vmplug.drivers.ports import VF_UUID, Command
+from vmplug.errors import CommandError, HypervisorError
+from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.program import run_program
 from vmplug.hypervisor.qemu.start.machine import PACKAGE
 from vmplug.hypervisor.qmp.schema import validate_reply
@@ -32,6 +33,10 @@ class Abilities(Protocol):
     @property
     def iommufd(self) -> bool:
         """Whether there are iommufd objects."""
+
+    @property
+    def vf_token(self) -> bool:
+        """Whether a vfio-pci device takes a VF token."""
 
 
 class QueriedAbilities(Abilities):
@@ -58,6 +63,15 @@ class QueriedAbilities(Abilities):
     def iommufd(self) -> bool:
         """See Abilities. QEMU 8.2 and later have the type."""
         return bool(self._execute(Command("qom-list-types", {"implements": IOMMUFD})))
+
+    @cached_property
+    def vf_token(self) -> bool:
+        """See Abilities. QEMU 8.1 and later have the property."""
+        asked = Command("device-list-properties", {"typename": VFIODeviceType.NORMAL.value})
+        try:
+            return any(entry["name"] == VF_UUID for entry in self._execute(asked))
+        except CommandError:  # a QEMU without VFIO
+            return False
 
 
 def of_program(program: str) -> Abilities:

@@ -110,6 +110,11 @@ class Qemu:
             self._endpoint = replace(known, pid=self._monitor.peer_pid)
         return self._endpoint
 
+    @property
+    def takes_vf_token(self) -> bool:
+        """Whether QEMU itself says so."""
+        return self.abilities.vf_token
+
     def offer(self) -> Offer:
         """The places that the VM offers now.
 

@@ -6,6 +6,7 @@ The library is asynchronous; its event loop runs on its own thread and is not vi
 import asyncio
 import contextlib
 import logging
+import re
 import socket
 import struct
 import threading
@@ -16,7 +17,7 @@ from qemu.qmp import ConnectError as QmpConnectError
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
-from vmplug.drivers.ports import Command
+from vmplug.drivers.ports import HIDDEN, VF_UUID, Command
 from vmplug.errors import BackendTimeout, CommandError, ConnectError, ProtocolError
 from vmplug.hypervisor.qmp.monitor import (
     COMMAND_TIMEOUT_S,
@@ -140,6 +141,7 @@ class QmpMonitor(Monitor):
         """
         for attempts_left in (1, 0):
             client = QMPClient("vmplug", readbuflen=MESSAGE_BYTES_MAX)
+            client.logger.addFilter(_hide_secrets)
             client.register_listener(events)
             try:
                 await client.connect(await self._open_socket())
@@ -269,7 +271,7 @@ class QmpMonitor(Monitor):
         return self._client
 
     async def _execute(self, client: QMPClient, command: Command) -> Any:
-        log.debug("%s %s", command.execute, command.arguments)
+        log.debug("%s %s", command.execute, command.shown)
         timeout_s = self._command_timeout_s
         if command.backend:
             timeout_s = min(timeout_s, BACKEND_TIMEOUT_S)
@@ -342,3 +344,13 @@ def _reason(error: Exception) -> str:
             return "the server closed the connection before its greeting"
         case _:
             return "the server does not speak QMP"
+
+
+_SECRET = re.compile(rf'("{VF_UUID}": )"[^"]*"')
+
+
+def _hide_secrets(record: logging.LogRecord) -> bool:
+    """Keep VF tokens out of the messages that qemu.qmp itself logs, of this program alone."""
+    if VF_UUID in (words := record.getMessage()):
+        record.msg, record.args = _SECRET.sub(rf'\1"{HIDDEN}"', words), ()
+    return True

@@ -105,6 +105,10 @@ _HINTS = (
     (",id=vmplug-", "vmplug reconcile removes what an interrupted attach left in the VM"),
     ("Duplicate", "vmplug reconcile removes what an interrupted attach left in the VM"),
     ("not available for", "another device was plugged there meanwhile; try again"),
+    (
+        "error getting device from group",
+        "if virtual functions of it are in use, only their VF token opens it: detach them first",
+    ),
     ("Permission denied", "allow QEMU's user to open the disk"),
     ("Failed to connect to", "start the backend that listens there"),
     ("cache-size' not found", "this QEMU has no DAX window for virtio-fs: leave cache-size out"),

@@ -80,6 +80,7 @@ _Node = TypedDict("_Node", {"node-name": str})
 _Sizes = TypedDict("_Sizes", {"base-memory": _Size, "plugged-memory": NotRequired[_Size]})
 
 _ANSWERS: dict[str, Any] = {
+    "device-list-properties": Annotated[list[_Parameter], _Many],
     "qom-list": Annotated[list[_Property], _Many],
     "qom-list-types": list[Any],
     "query-accelerators": _Accelerators,

@@ -42,7 +42,13 @@ from vmplug.journal.bindings import LOCK_TIMEOUT_S, Binding, BindingState
 from vmplug.journal.database import is_locked
 from vmplug.journal.journal import Journal
 from vmplug.journal.process import read_boot_id
-from vmplug.manager.binding.users import USED_BY_VM, find_conflicts, find_users, raise_in_use
+from vmplug.manager.binding.users import (
+    USED_BY_VM,
+    find_conflicts,
+    find_users,
+    raise_in_use,
+    virtfn_users,
+)
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +149,9 @@ class Binder:
             if not mine:
                 raise _not_bound(group)
             found = find_conflicts(group, self._journal, self._host)
-            raise_in_use(group.host_path, [f for f in found if f.code in USED_BY_VM])
+            used = [finding for finding in found if finding.code in USED_BY_VM]
+            below = virtfn_users(group, self._journal, self._host)
+            raise_in_use(group.host_path, [*used, *below])
             told = self._return_all(mine)
         for returned in told:
             if returned.error:

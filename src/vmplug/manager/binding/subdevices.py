@@ -27,7 +27,6 @@ _NO_USE = frozenset(
         Code.BAR_UNASSIGNED,
         Code.VFIO_REFUSES,
         Code.RESERVED_MEMORY,
-        Code.PHYSFN_WITH_VFIO,
         Code.WRONG_NODE,
     }
 )

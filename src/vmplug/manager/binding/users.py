@@ -1,6 +1,6 @@
 """Find the users of a function of the host, and refuse to unbind it from them."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from vmplug.address import Bdf
 from vmplug.errors import InUse
@@ -8,6 +8,7 @@ from vmplug.host.block.mounts import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import NEVER_ALLOWED, Access, Code, Finding, Severity, allow
 from vmplug.host.kind import Identity
+from vmplug.host.pci.function import read_virtfns
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import find_group, group_node, is_noiommu, read_group
 from vmplug.host.pci.vfio import read_cdev, with_disks
@@ -36,7 +37,29 @@ def find_conflicts(
 
 
 def find_users(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
-    """The user of a function through VFIO: a process, or a VM in the journal; None for neither.
+    """The user of a function, or of one of its virtual ones, through VFIO; None for none.
+
+    It is a process, or a VM in the journal. The virtual functions end with the function's driver,
+    and the kernel waits for their users.
+    """
+    functions = (bdf, *read_virtfns(bdf, host))
+    return next(filter(None, (_find_user(one, journal, host) for one in functions)), None)
+
+
+def virtfn_users(group: VfioGroup, journal: Journal, host: HostRoot) -> Iterator[Finding]:
+    """The virtual functions of a group's functions that somebody uses through VFIO."""
+    for function in group.functions:
+        for virtfn in read_virtfns(function.bdf, host):
+            if user := _find_user(virtfn, journal, host):
+                yield Finding(
+                    Code.IN_USE_BY_VM,
+                    f"{user}, a virtual function of {function.bdf}, which would disappear",
+                    f"detach {virtfn} there, or end that process",
+                )
+
+
+def _find_user(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
+    """The user of one function.
 
     This reads only links: readers of the function's files wait while the kernel unbinds it from
     its last user.

@@ -197,23 +197,3 @@ def test_memory_that_the_firmware_keeps_holds_the_group(
     assert set(found) == ({Code.RESERVED_MEMORY} if is_refused else set())
     if is_refused:
         assert "0xad000000-0xae7fffff" in found[Code.RESERVED_MEMORY].message
-
-
-# the token of a virtual function
-
-
-def test_a_virtual_function_whose_owner_vfio_has_needs_a_token_and_the_remedy_does_without(
-    tree: PciTree, tmp_path: Path
-) -> None:
-    tree.pci_function(PHYSFN, class_code=0x020000, driver="igb", group=3).pci_driver("vfio-pci")
-    tree.sriov(PHYSFN, VIRTFN, driver="vfio-pci", group=4)
-    kernel = FakeKernel(tree, takes={"igb": [PHYSFN]})
-    assert findings(tree, VIRTFN) == {}
-    with Journal.open(tmp_path / "state") as journal:
-        binder, allowed = Binder(journal, kernel), [Code.HAS_VIRTUAL_FUNCTIONS]
-        binder.bind(find_vfio_device(PHYSFN, kernel), allow=allowed)
-        (code,) = found = findings(tree, VIRTFN)
-        assert code is Code.PHYSFN_WITH_VFIO
-        assert f"vmplug unbind {PHYSFN}" in found[code].hint
-        binder.unbind(find_vfio_device(PHYSFN, kernel))
-    assert findings(tree, VIRTFN) == {}

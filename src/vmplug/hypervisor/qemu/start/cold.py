@@ -89,6 +89,11 @@ class ColdQemu:
             started.close()
         self._running.clear()
 
+    @property
+    def takes_vf_token(self) -> bool:
+        """Never: every user of the host can read QEMU's command line."""
+        return False
+
     def offer(self) -> Offer:
         """The places that the VM will offer. iommufd needs both the host and QEMU."""
         offer = cold_offer(self.spec)

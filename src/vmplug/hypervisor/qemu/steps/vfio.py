@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from vmplug.address import qemu_id
 from vmplug.drivers.place import CcwPlace, GroupPlace, Offer, PciPlace, Place
 from vmplug.drivers.plug import VFIODevice, VFIODevices
-from vmplug.drivers.ports import Command, Step
+from vmplug.drivers.ports import VF_UUID, Command, Step
 from vmplug.errors import NoFreePort
 from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD
@@ -81,6 +81,8 @@ def _device(
         source = {"host": str(device.bdf)}
     else:
         source = {"sysfsdev": device.sysfs_path}
+    if device.vf_token:
+        source[VF_UUID] = device.vf_token
     yield Step(
         do=Command("device_add", {"driver": driver, "id": name, **source, **properties}),
         undo=Command("device_del", {"id": name}),
