@@ -10,7 +10,8 @@ import pytest
 from tests.contract.world import Recorder
 from tests.qemu.conftest import OpenLab, leave_missing
 from vmplug.devnum import DevNum
-from vmplug.errors import NoSuchDevice, SpecError, StateError
+from vmplug.errors import InUse, NoSuchDevice, SpecError, StateError
+from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.journal.records import Attachment
@@ -128,6 +129,22 @@ def test_what_gives_no_random_numbers_is_refused(
         open_lab.devices.attach(RngInfo(source=str(path)))
     assert str(path) in caught.value.message
     assert caught.value.hint
+    assert open_lab.picture() == before
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("number", [(1, 11), (1, 3), (10, 130)], ids=["kmsg", "null", "watchdog"])
+def test_a_device_that_gives_no_random_numbers_is_refused(
+    open_lab: OpenLab, tmp_path: Path, number: tuple[int, int]
+) -> None:
+    path = tmp_path / "urandom"
+    os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(*number))
+    before, asked = open_lab.picture(), RngInfo(source=str(path))
+    (checked,) = open_lab.devices.check_places([asked], allow=Code)
+    with pytest.raises(InUse) as caught:
+        open_lab.devices.attach(asked, allow=Code)
+    assert caught.value.codes == (Code.NOT_RANDOM,)
+    assert [finding.code for finding in checked.findings] == [Code.NOT_RANDOM]
     assert open_lab.picture() == before
 
 

@@ -5,6 +5,7 @@ from typing import Self
 
 import msgspec
 
+from vmplug.devnum import DevNum
 from vmplug.drivers.free_places import virtio_place
 from vmplug.drivers.options import Option, number, parse_options
 from vmplug.drivers.place import Offer, Place
@@ -12,7 +13,7 @@ from vmplug.drivers.plug import RNGDevice
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
 from vmplug.host.device import EntropySource, HostDevice
-from vmplug.host.finding import Finding
+from vmplug.host.finding import Code, Finding
 
 OPTIONS: Mapping[str, Option] = {
     "max-bytes": Option(
@@ -21,6 +22,8 @@ OPTIONS: Mapping[str, Option] = {
     "period": Option("period_ms", number(1, 1 << 31), "milliseconds; default 1000"),
 }
 PERIOD_MS = 1000
+_RANDOM = {DevNum(1, 8), DevNum(1, 9), DevNum(10, 183)}
+"""/dev/random, /dev/urandom, /dev/hwrng. Source: Documentation/admin-guide/devices.txt."""
 
 
 class RngDriver(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,8 +46,16 @@ class RngDriver(msgspec.Struct, frozen=True, kw_only=True):
         return parsed
 
     def check(self, device: HostDevice, *, read_only: bool) -> Iterator[Finding]:  # noqa: ARG002
-        """See Driver: there are none."""
-        return iter(())
+        """See Driver: QEMU reads whatever the node gives it, and some drivers act on a read."""
+        number = device.devnum if isinstance(device, EntropySource) else None
+        if number is not None and number not in _RANDOM:
+            yield Finding(
+                Code.NOT_RANDOM,
+                f"{device.host_path} is char device {number}, which is not a source of random "
+                "numbers of the kernel's",
+                "name /dev/urandom, /dev/random or /dev/hwrng; a policy can name another device "
+                "(docs/security.md)",
+            )
 
     def choose_place(
         self,

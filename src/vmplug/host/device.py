@@ -89,6 +89,12 @@ class EntropySource(NamedTuple):
     file_id: str | None = None
 
     @property
+    def devnum(self) -> DevNum | None:
+        """The number of the node, whatever its name; None where it is unknown."""
+        kind, _, number = (self.file_id or "").partition(" ")
+        return DevNum.parse(number) if kind == "char" else None
+
+    @property
     def kind(self) -> DeviceType:
         """Random numbers."""
         return DeviceType.VIRTIO_RNG

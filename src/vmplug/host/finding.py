@@ -44,6 +44,7 @@ class Code(StrEnum):
     WRONG_BACKEND = "wrong-backend"
     TOO_MANY_QUEUES = "too-many-queues"
     CANNOT_BE_READ_ONLY = "cannot-be-read-only"
+    NOT_RANDOM = "not-random"
     NO_IOMMU = "no-iommu"
     NO_INTERRUPT_REMAPPING = "no-interrupt-remapping"
     NO_IOMMUFD = "no-iommufd"
@@ -91,6 +92,7 @@ NEVER_ALLOWED = frozenset(
         Code.NO_SUCH_DEVICE,
         Code.NOT_ALLOWED,
         Code.NOT_BOUND,
+        Code.NOT_RANDOM,
         Code.NOT_THAT_FORMAT,
         Code.ODD_SIZE,
         Code.OPEN_BY_PROCESS,

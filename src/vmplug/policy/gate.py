@@ -10,7 +10,7 @@ from vmplug.drivers.place import PlugMode
 from vmplug.drivers.ports import PlugDriver
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
-from vmplug.host.device import CharDevice, HostDevice
+from vmplug.host.device import CharDevice, EntropySource, HostDevice
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.kind import DeviceType
 from vmplug.host.paths import find_paths
@@ -83,7 +83,7 @@ def _number(device: HostDevice) -> tuple[str, DevNum] | None:
             return "b", devnum
         case VhostUserSocket(devnum=devnum) if devnum:
             return "b", devnum
-        case CharDevice(devnum=devnum) if devnum:
+        case CharDevice(devnum=devnum) | EntropySource(devnum=devnum) if devnum:
             return "c", devnum
         case _:
             return None

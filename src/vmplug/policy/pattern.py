@@ -15,6 +15,7 @@ _NUMBER = re.compile(r"([bc]):([0-9]{1,10})(?::([0-9]{1,10}|\*))?\Z", re.ASCII)
 _PCI = re.compile(r"([0-9a-f]{4}|\*):([0-9a-f]{4}|\*)\Z", re.ASCII)
 _CLASS = re.compile(r"(?:0x)?((?:[0-9a-f]{2}){1,3})\Z", re.ASCII)
 _ANY_DEPTH = "**"
+_WILDCARDS = frozenset("*?[")
 
 
 class PathPattern(msgspec.Struct, frozen=True):
@@ -43,6 +44,11 @@ class PathPattern(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         is_inside = self.names[-2:] == (_ANY_DEPTH, "*")
         return "/" + "/".join(self.names[:-1] if is_inside else self.names)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it names one path, without any wildcard."""
+        return not any(_WILDCARDS.intersection(name) for name in self.names)
 
     def matches(self, path: str) -> bool:
         """Whether the path matches, in a time limited by the product of both lengths."""

@@ -82,6 +82,17 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     share_rw: bool = False
     allow: frozenset[Code] = frozenset()
 
+    def names(self, subject: PolicySubject) -> bool:
+        """Whether one of its numbers or paths is that of this very device."""
+        return any(
+            subject.number and pattern.minor is not None and pattern.matches(*subject.number)
+            for pattern in self.numbers or ()
+        ) or any(
+            pattern.is_one and pattern.matches(path)
+            for pattern in self.paths or ()
+            for path in subject.paths
+        )
+
     def objections(self, subject: PolicySubject) -> list[Objection]:
         """Every reason why the rule does not allow it; empty when it does."""
         of_device = (
@@ -136,10 +147,14 @@ def _few(patterns: Sequence[object]) -> str:
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """The result: refusals, and if there are none, the findings that may be overruled."""
+    """The result: refusals, and if there are none, the findings that may be overruled.
+
+    `is_named`: a rule that allows the device names it and no other.
+    """
 
     refusals: tuple[Finding, ...]
     allow: frozenset[Code] = frozenset()
+    is_named: bool = False
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,13 +166,14 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     def judge(self, parts: Iterable[PolicySubject]) -> Verdict:
         """The verdict on a device, given as its parts, each of which must be allowed."""
         refusals: list[Finding] = []
-        allow = frozenset(Code)
+        allow, is_named = frozenset(Code), True
         for subject in parts:
             allowing = [rule for rule in self.rules if not rule.objections(subject)]
             if not allowing:
                 refusals.append(self._refusal(subject))
             allow &= frozenset[Code]().union(*(rule.allow for rule in allowing))
-        return Verdict(refusals=tuple(refusals), allow=allow)
+            is_named = is_named and any(rule.names(subject) for rule in allowing)
+        return Verdict(refusals=tuple(refusals), allow=allow, is_named=is_named)
 
     def _refusal(self, subject: PolicySubject) -> Finding:
         """The finding, with the closest rule: the first of those with the fewest objections."""

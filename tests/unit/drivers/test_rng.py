@@ -13,6 +13,7 @@ from vmplug.drivers.rng import OPTIONS, RngDriver
 from vmplug.drivers.select import select_driver
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.device import EntropySource
+from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
 from vmplug.oci.requests import RngInfo
 
@@ -112,3 +113,27 @@ def test_the_request_finds_its_driver() -> None:
     assert select_driver(info, SOURCE) == RngDriver(max_bytes=1024)
     with pytest.raises(SpecError, match="has no effect without max-bytes"):
         select_driver(RngInfo(driver_options={"period": "1"}), SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("number", "is_random"),
+    [
+        ("1:8", True),
+        ("1:9", True),
+        ("10:183", True),
+        ("1:3", False),  # /dev/null
+        ("1:11", False),  # /dev/kmsg
+        ("10:130", False),  # /dev/watchdog, which a reader starts
+        ("4:64", False),  # /dev/ttyS0
+        ("1:1", False),  # /dev/mem
+    ],
+)
+@pytest.mark.parametrize("name", ["/dev/hwrng", "/tmp/urandom", "/dev/kmsg"])
+def test_a_source_is_one_by_its_number_whatever_its_name(
+    name: str, number: str, *, is_random: bool
+) -> None:
+    source = EntropySource(name, f"char {number}")
+    found = list(RngDriver().check(source, read_only=True))
+    assert [finding.code for finding in found] == ([] if is_random else [Code.NOT_RANDOM])
+    for finding in found:
+        assert (number in finding.message, "/dev/urandom" in finding.hint) == (True, True)

@@ -287,6 +287,7 @@ ELSEWHERE = {
     Code.RESERVED_MEMORY: f"{_STATE}test_memory_that_the_firmware_keeps_holds_the_group",
     Code.PHYSFN_WITH_VFIO: "unit/manager/binding/test_vf_tokens.py::"
     "test_a_vm_that_takes_no_token_gets_no_virtual_function",
+    Code.NOT_RANDOM: "qemu/test_rng.py::test_a_device_that_gives_no_random_numbers_is_refused",
     Code.NO_ADDRESS_SPACE: "unit/drivers/test_vfio.py::"
     "test_windows_that_exceed_the_guests_addresses_are_found",
     Code.OPEN_EXCLUSIVELY: f"{_LIVE}test_a_device_opened_exclusively_by_anybody_is_found",

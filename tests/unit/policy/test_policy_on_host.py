@@ -190,6 +190,30 @@ def test_each_kind_goes_by_its_word(tree: PciTree, gate: Gates) -> None:
 
 
 @needs_root
+@pytest.mark.parametrize(
+    ("rule", "is_named"),
+    [
+        ('numbers = ["c:10:200"]', True),
+        ('paths = ["/dev/own-rng"]', True),
+        ('kinds = ["virtio-rng-pci"]', False),
+        ('numbers = ["c:10"]', False),
+        ('paths = ["/dev/*"]', False),
+        ('paths = ["/dev/**"]', False),
+    ],
+)
+def test_a_rule_makes_a_source_of_the_device_that_it_names(
+    tree: HostTree, gate: Gates, rule: str, *, is_named: bool
+) -> None:
+    tree.node("/dev/own-rng", "c", "10:200").node("/dev/urandom", "c", "1:9")
+    found = look(RngInfo(source="/dev/own-rng"), tree.root, gate(rule)).findings
+    assert [finding.code for finding in found] == ([] if is_named else [Code.NOT_RANDOM])
+    overruled = look(RngInfo(source="/dev/own-rng"), tree.root, gate(rule), allowed=Code)
+    assert overruled.is_refused is not is_named
+    kernels = look(RngInfo(), tree.root, gate('kinds = ["virtio-rng-pci"]'))
+    assert not kernels.findings
+
+
+@needs_root
 def test_a_socket_of_the_store_goes_by_its_number_and_its_path(
     tree: HostTree, gate: Gates
 ) -> None:
