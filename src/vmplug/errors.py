@@ -251,6 +251,10 @@ class UnplugTimeout(HypervisorError):
         self.ids = ids
 
 
+CLOSED = "closed"
+"""The state of a connection that another thread has closed."""
+
+
 class StateError(DeviceError):
     """The wrong moment: the object is in `state`, the verb needs `required`."""
 

@@ -7,12 +7,13 @@ import os
 import re
 import select
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from vmplug.devnum import is_decimal
-from vmplug.errors import AttributeReadError
+from vmplug.errors import AttributeReadError, StateError
 from vmplug.host.root import THIS_HOST, HostRoot
 
 
@@ -115,3 +116,45 @@ def _has_ended(descriptor: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(timeout_s * 1000))
+
+
+class ProcessLock:
+    """A lock of the process that made it; a thread that has it may take it again.
+
+    A child of fork(2) must use neither the connections nor the database of its parent, and a lock
+    that another thread had would never be free there. It gets StateError instead.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process made it."""
+        return os.getpid() == self._pid
+
+    def check(self) -> None:
+        """Raise StateError in another process."""
+        if not self.is_ours:
+            raise StateError(
+                f"process {self._pid} opened this, and its child {os.getpid()} cannot use it",
+                state="opened before fork",
+                required="opened by this process",
+                hint="open it again after the fork",
+            )
+
+    def acquire(self) -> None:
+        """Take it."""
+        self.check()
+        self._lock.acquire()
+
+    def release(self) -> None:
+        """Release it once."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()

@@ -6,13 +6,13 @@ machine, and readers never wait. Source: sqlite.org/wal.html, sqlite.org/pragma.
 
 import os
 import sqlite3
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
 from vmplug.address import new_id
 from vmplug.errors import StoreError
 from vmplug.host.permissions import check_private, make_private
+from vmplug.host.process import ProcessLock
 from vmplug.journal import StateDir, journal_path
 
 VERSION = 6
@@ -112,7 +112,7 @@ def migrate(connection: sqlite3.Connection, path: str) -> int:
         version: int = connection.execute("PRAGMA user_version").fetchone()[0]
         if version not in _MIGRATIONS:
             return version
-        with Transaction(connection, threading.RLock(), path) as db:
+        with Transaction(connection, ProcessLock(), path) as db:
             # Another process may have been faster.
             if db.execute("PRAGMA user_version").fetchone()[0] == version:
                 for statement in _MIGRATIONS[version].split(";"):
@@ -183,7 +183,7 @@ def alone(path: str, timeout_s: float) -> Iterator[None]:
         connection = sqlite3.connect(path, timeout=timeout_s, isolation_level=None)
     except (OSError, sqlite3.Error) as error:
         raise store_error(path, error) from error
-    with closing(connection), Transaction(connection, threading.RLock(), path):
+    with closing(connection), Transaction(connection, ProcessLock(), path):
         yield
 
 
@@ -192,7 +192,7 @@ class Transaction:
 
     __slots__ = ("_db", "_lock", "_path")
 
-    def __init__(self, db: sqlite3.Connection, lock: threading.RLock, path: str) -> None:
+    def __init__(self, db: sqlite3.Connection, lock: ProcessLock, path: str) -> None:
         self._db = db
         self._lock = lock
         self._path = path

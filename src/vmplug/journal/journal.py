@@ -4,7 +4,6 @@ Everything that is allocated is written here first.
 """
 
 import sqlite3
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,6 +14,7 @@ from msgspec.structs import replace
 from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim
 from vmplug.host.kind import Identity
+from vmplug.host.process import ProcessLock
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.bindings import Bindings
@@ -68,7 +68,7 @@ class Journal:
 
     def __init__(self, connection: sqlite3.Connection, path: str, host: HostRoot) -> None:
         self._db = connection
-        self._lock = threading.RLock()
+        self._lock = ProcessLock()
         self.path = path
         self.host = host
         self.worker = ProcessIdentity.own(host)
@@ -95,8 +95,13 @@ class Journal:
         return journal
 
     def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+        """Close the file, unless it is that of a parent process.
+
+        SQLite crashes if another thread is using it meanwhile: hence the lock.
+        """
+        if self._lock.is_ours:
+            with self._lock:
+                self._db.close()
 
     def __enter__(self) -> Self:
         return self

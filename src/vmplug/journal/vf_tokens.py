@@ -6,12 +6,12 @@ Source: vfio_pci_validate_vf_token, Linux drivers/vfio/pci/vfio_pci_core.c; the 
 """
 
 import sqlite3
-import threading
 
 import msgspec
 
 from vmplug.address import Bdf, new_uuid
 from vmplug.host.pci.mdev import UUID
+from vmplug.host.process import ProcessLock
 from vmplug.journal.database import Transaction, store_error
 
 _FIND_KEPT = "SELECT token FROM vf_token WHERE bdf = ? AND boot_id = ?"
@@ -33,9 +33,7 @@ class VfToken(msgspec.Struct, frozen=True, kw_only=True):
 class VfTokens:
     """The table `vf_token` of an open journal; every method is one transaction."""
 
-    def __init__(
-        self, db: sqlite3.Connection, lock: threading.RLock, path: str, boot_id: str
-    ) -> None:
+    def __init__(self, db: sqlite3.Connection, lock: ProcessLock, path: str, boot_id: str) -> None:
         self._db = db
         self._lock = lock
         self._path = path

@@ -1,9 +1,8 @@
 """DeviceManager: attach and detach, counted by owner and remembered."""
 
 import logging
-import threading
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Self
 
 from msgspec.structs import replace
@@ -11,6 +10,7 @@ from msgspec.structs import replace
 from vmplug.drivers.place import Offer, Place
 from vmplug.drivers.ports import Endpoint, Hypervisor, PlugDriver, Step
 from vmplug.errors import (
+    CLOSED,
     ConnectError,
     DeviceError,
     HypervisorError,
@@ -24,6 +24,7 @@ from vmplug.errors import (
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code, Finding
 from vmplug.host.pci.group import VfioGroup
+from vmplug.host.process import ProcessLock
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
@@ -83,7 +84,7 @@ class DeviceManager:
         self._unplugger = Unplugger(
             vm=vm, journal=journal, hypervisor=hypervisor, binder=self._binder
         )
-        self._lock = threading.RLock()
+        self._lock = ProcessLock()
         self._offer: Offer | None = None
         self._met: Endpoint | None = None
         self._former: list[Repair] = []  # devices released from a former VM of the name
@@ -104,22 +105,28 @@ class DeviceManager:
         `vhost_user_store` is the vhost-user store of the host, None when it has none. Without a
         `policy` every device that passes `check` may be handed over. A VM that is not in the
         journal is added, and the devices of a former one with its name are released. Closing the
-        manager closes the hypervisor's connection. Raises StoreError.
+        manager, and a failure to open it, closes the hypervisor's connection. Raises StoreError.
         """
-        journal = Journal.open(state_dir)
-        manager = cls(
-            vm=vm,
-            host=host,
-            hypervisor=hypervisor,
-            journal=journal,
-            vhost_user_store=vhost_user_store,
-            policy=policy,
-        )
-        manager._meet()
+        with ExitStack() as undo:
+            undo.callback(hypervisor.close)
+            journal = undo.enter_context(Journal.open(state_dir))
+            manager = cls(
+                vm=vm,
+                host=host,
+                hypervisor=hypervisor,
+                journal=journal,
+                vhost_user_store=vhost_user_store,
+                policy=policy,
+            )
+            manager._meet()
+            undo.pop_all()
         return manager
 
     def close(self) -> None:
-        """Close the connection to the VM and the journal; devices stay attached."""
+        """Close the connection to the VM and the journal; devices stay attached.
+
+        A call that waits in another thread ends with StateError.
+        """
         self._hypervisor.close()
         self._journal.close()
 
@@ -246,7 +253,7 @@ class DeviceManager:
             if failure is None:
                 marked, failure = self._mark_attached(plan)
                 holds += marked
-            if isinstance(failure, _UNKNOWN):
+            if failure and (isinstance(failure, _UNKNOWN) or _is_closed(failure)):
                 raise failure  # the journal keeps it for reconcile
             if failure:
                 self._give_up(plan.new, done)
@@ -473,3 +480,7 @@ class DeviceManager:
             raise
         finally:
             self._offer = None
+
+
+def _is_closed(failure: DeviceError) -> bool:
+    return isinstance(failure, StateError) and failure.state == CLOSED

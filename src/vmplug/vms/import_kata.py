@@ -1,6 +1,6 @@
 """Take over the devices that Kata Containers has attached to a sandbox."""
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import msgspec
 
@@ -46,13 +46,15 @@ def _connect(journal: Journal, vm: str, socket: str | None) -> Qemu:
     """The VM at the named socket, which must be the journal's when that knows the VM."""
     record = journal.require_vm(vm) if socket is None else journal.find_vm(vm)
     qemu = Qemu.connect(socket or (record.qmp_socket if record else ""))
-    named = qemu.endpoint.qmp_socket if qemu.endpoint else None
-    if record and named != record.qmp_socket:
-        qemu.close()
-        raise StateError(
-            f"VM {vm} is known at {record.qmp_socket}, not at {socket}",
-            state="another VM",
-            required="this one",
-            hint="leave out --qmp, or choose another name with --vm",
-        )
+    with ExitStack() as undo:
+        undo.callback(qemu.close)
+        named = qemu.endpoint.qmp_socket if qemu.endpoint else None
+        if record and named != record.qmp_socket:
+            raise StateError(
+                f"VM {vm} is known at {record.qmp_socket}, not at {socket}",
+                state="another VM",
+                required="this one",
+                hint="leave out --qmp, or choose another name with --vm",
+            )
+        undo.pop_all()
     return qemu

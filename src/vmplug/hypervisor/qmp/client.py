@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from typing import Any, Self, TypeVar, cast
 
 from qemu.qmp import ConnectError as QmpConnectError
@@ -18,7 +19,15 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
 from vmplug.drivers.ports import HIDDEN, VF_UUID, Command
-from vmplug.errors import BackendTimeout, CommandError, ConnectError, ProtocolError
+from vmplug.errors import (
+    CLOSED,
+    BackendTimeout,
+    CommandError,
+    ConnectError,
+    ProtocolError,
+    StateError,
+)
+from vmplug.host.process import ProcessLock
 from vmplug.hypervisor.qmp.monitor import (
     COMMAND_TIMEOUT_S,
     MISSED,
@@ -66,6 +75,9 @@ class QmpMonitor(Monitor):
         self._tasks: list[asyncio.Task[None]] = []
         self._alone = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
+        self._lock = ProcessLock()
+        self._is_closed = False
+        self._waiting: set[Future[Any]] = set()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="vmplug-qmp", daemon=True
         )
@@ -83,7 +95,7 @@ class QmpMonitor(Monitor):
         try:
             monitor._run(monitor._connect())
         except BaseException:
-            monitor._stop()
+            monitor.close()
             raise
         return monitor
 
@@ -100,13 +112,36 @@ class QmpMonitor(Monitor):
         self._receivers.append(receive)
 
     def close(self) -> None:
-        """See Monitor."""
-        if self._thread.is_alive():
-            self._run(self._end())
-            self._stop()
+        """See Monitor. A command that another thread waits for ends with StateError."""
+        if not self._lock.is_ours:
+            return  # it is the parent's, and so is the thread
+        with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
+            waiting = list(self._waiting)
+        if was_closed:
+            return
+        for answer in waiting:
+            answer.cancel()
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._stop()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        try:
+            with self._lock:
+                if self._is_closed:
+                    raise _closed(self._socket)
+                answer = asyncio.run_coroutine_threadsafe(work, self._loop)
+                self._waiting.add(answer)
+        except StateError:
+            work.close()
+            raise
+        try:
+            return answer.result()
+        except CancelledError:
+            raise _closed(self._socket) from None
+        finally:
+            with self._lock:
+                self._waiting.discard(answer)
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -330,6 +365,15 @@ async def _read_speaker(connection: socket.socket) -> int | None:
         _CREDENTIALS.unpack(data)[0] for _, kind, data in told if kind == socket.SCM_CREDENTIALS
     ]
     return pids[0] or None if pids else None
+
+
+def _closed(path: str) -> StateError:
+    return StateError(
+        f"the connection to the QEMU on {path} was closed meanwhile",
+        state=CLOSED,
+        required="open",
+        hint="vmplug reconcile finishes or undoes what was begun",
+    )
 
 
 def _reason(error: Exception) -> str:

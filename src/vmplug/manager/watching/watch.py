@@ -14,6 +14,7 @@ from typing import Self
 import msgspec
 
 from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
+from vmplug.host.process import ProcessLock
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.sockets import find_server
 from vmplug.journal.journal import Journal
@@ -68,7 +69,10 @@ class _Rows(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Watch(Iterator[DeviceEvent]):
-    """Iterates over notices; a context manager that closes its arguments. Not thread-safe."""
+    """Iterates over notices; a context manager that closes its arguments.
+
+    One thread iterates. Another one may close it, which ends the iteration.
+    """
 
     def __init__(
         self,
@@ -91,13 +95,15 @@ class Watch(Iterator[DeviceEvent]):
         self._daemons: dict[str, int] = {}
         self._waiting: deque[DeviceEvent] = deque()
         self._is_closed = False
+        self._in_use = ProcessLock()
 
     def close(self) -> None:
-        """Stop: there are no more notices."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._events.close()
-            self._journal.close()
+        """Stop: there are no more notices. It waits for a check in another thread."""
+        was_closed, self._is_closed = self._is_closed, True
+        if not was_closed:
+            with self._in_use:
+                self._events.close()
+                self._journal.close()
 
     def __enter__(self) -> Self:
         return self
@@ -107,19 +113,19 @@ class Watch(Iterator[DeviceEvent]):
 
     def __next__(self) -> DeviceEvent:
         """Wait for the next notice; StopIteration when the time is over."""
-        while not self._is_closed:
-            if self._waiting:
-                return self._waiting.popleft()
-            if self._rows is None:
-                self._look([])
-                continue
+        while not self._waiting:
             left = LOOK_INTERVAL_S
-            if self._deadline is not None:
+            if self._deadline is not None and self._rows is not None:
                 left = min(left, self._deadline - time.monotonic())
             if left <= 0:
                 break
-            self._look(self._events.wait(left))
-        raise StopIteration
+            with self._in_use:
+                if self._is_closed:
+                    break
+                self._look([] if self._rows is None else self._events.wait(left))
+        if self._is_closed or not self._waiting:
+            raise StopIteration
+        return self._waiting.popleft()
 
     def _look(self, happened: Sequence[Event]) -> None:
         """Check every device, and queue notices of changes.
