@@ -20,20 +20,32 @@ from pathlib import Path
 
 from tests.cli.here import answered_here
 from tests.cli.result import Result
+from vmplug.host.program import PROGRAM_PATH
 
 __all__ = [
+    "PROGRAMS",
     "VMPLUG",
     "Result",
     "Vmplug",
     "config",
     "device",
     "ended",
+    "first_in_path",
     "number_of",
     "write_bundle",
 ]
 
 VMPLUG = Path(sys.executable).with_name("vmplug")
 TIMEOUT_S = 90.0
+PROGRAMS = "PROGRAMS_OF_THIS_TEST"
+"""In `env`: the directories in which vmplug finds programs, which no user can choose."""
+_WITH_PROGRAMS = """
+import sys
+import vmplug.host.program as program
+program.PROGRAM_PATH = sys.argv.pop(1)
+from vmplug.cli.main import run
+run()
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +83,7 @@ class Vmplug:
     ) -> Result:
         """Run the installed program to its end."""
         done = subprocess.run(
-            [VMPLUG, *arguments],
+            [*_program(env), *arguments],
             input=stdin.encode(),
             capture_output=True,
             env={**self.environment, **(env or {})},
@@ -88,7 +100,7 @@ class Vmplug:
             file.write(stdin.encode())
             file.seek(0)
             return subprocess.Popen(
-                [VMPLUG, *arguments],
+                [*_program(env), *arguments],
                 stdin=file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -114,6 +126,17 @@ class Vmplug:
             _, stderr = process.communicate(timeout=TIMEOUT_S)
         text = shown.decode().replace("\r\n", "\n")
         return Result(text, stderr.decode(), process.returncode)
+
+
+def first_in_path(directory: Path) -> dict[str, str]:
+    """For `env`: programs in this directory stand in for the real ones."""
+    return {PROGRAMS: f"{directory}:{PROGRAM_PATH}"}
+
+
+def _program(env: Mapping[str, str] | None) -> list[str]:
+    """The installed program, or the same with other directories for programs."""
+    path = (env or {}).get(PROGRAMS)
+    return [sys.executable, "-c", _WITH_PROGRAMS, path] if path else [str(VMPLUG)]
 
 
 def _read_terminal(descriptor: int) -> bytes:

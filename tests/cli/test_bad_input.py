@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Result, Vmplug, config, device, ended, number_of
+from tests.cli.command import PROGRAMS, Result, Vmplug, config, device, ended, number_of
 from tests.cli.monitors import MemoryVm, Talker
 from tests.cli.world import Picture, processes_below, take_picture
 from tests.contract.world import journal_rows
@@ -533,7 +533,7 @@ def test_a_newline_in_what_was_asked_makes_no_second_line(vmplug: Vmplug, tmp_pa
 
 
 def test_without_qemu_it_says_what_to_install(vmplug: Vmplug) -> None:
-    done = vmplug("vm", "start", "new", "--accel", "tcg", env={"PATH": "/nowhere"})
+    done = vmplug("vm", "start", "new", "--accel", "tcg", env={PROGRAMS: "/nowhere"})
     message, hint = sentence(done)
     assert (done.status, message) == (HYPERVISOR, "qemu-system-x86_64 is not installed")
     assert hint == "on Debian: apt install qemu-system-x86"

@@ -16,7 +16,16 @@ from typing import Any
 import pytest
 from guest.console import GuestConsole, GuestError, GuestPmem
 
-from tests.cli.command import VMPLUG, Result, Vmplug, device, ended, number_of
+from tests.cli.command import (
+    PROGRAMS,
+    VMPLUG,
+    Result,
+    Vmplug,
+    device,
+    ended,
+    first_in_path,
+    number_of,
+)
 from tests.cli.started import (
     StartedVm,
     booted,
@@ -523,7 +532,7 @@ def test_a_qemu_that_is_not_installed_is_named(small: Small) -> None:
     for program in ("setsid", "unshare", "sh"):
         (path / program).symlink_to(shutil.which(program) or "")
     said = ("vm", "start", "sb1", "--machine", "s390-ccw-virtio", *small.words, "--json")
-    refused = small.vmplug(*said, env={"PATH": str(path)})
+    refused = small.vmplug(*said, env={PROGRAMS: str(path)})
     assert refused.status == 5
     error = refused.error()
     assert error["message"] == "qemu-system-s390x is not installed"
@@ -547,7 +556,7 @@ def test_a_qemu_that_is_too_old_is_named(small: Small, version: str, hint: str) 
     qemu.write_text(f"#!/bin/sh\n{answer}\n{refusal}\n")
     qemu.chmod(0o755)
     said = ("vm", "start", "sb1", "--machine", "s390-ccw-virtio", *small.words, "--json")
-    refused = small.vmplug(*said, env={"PATH": f"{path}:{os.environ['PATH']}"})
+    refused = small.vmplug(*said, env=first_in_path(path))
     assert refused.status == 5
     error = refused.error()
     assert error["message"] == "QEMU did not start: '{' is not a valid device model name"
@@ -571,9 +580,9 @@ def test_a_start_that_was_killed_takes_its_daemon_along(small: Small) -> None:
     fake.parent.mkdir()
     fake.write_text(f'#!/bin/sh\necho "$$" >{ready}\nexec sleep 600\n')
     fake.chmod(0o755)
-    path = f"{fake.parent}:{os.environ['PATH']}"
+    path = first_in_path(fake.parent)
     said = ("vm", "start", "sb1", "--accel", "tcg", *small.words)
-    starting = small.vmplug.begin(*said, env={"PATH": path})
+    starting = small.vmplug.begin(*said, env=path)
     qemu = int(ready.read_text())
     sharers = sharers_of(small.directory)
     assert sharers

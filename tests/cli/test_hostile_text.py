@@ -5,14 +5,13 @@ QMP and QEMU's command line.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.command import Result, Vmplug, config
+from tests.cli.command import Result, Vmplug, config, first_in_path
 from tests.cli.monitors import MemoryVm
 from tests.support.disks import disk_image
 
@@ -174,7 +173,7 @@ def test_names_reach_qemus_command_line_as_they_are(
         for index, name in enumerate(NAMES)
         for word in ("--device", f"share:{directory / 'shares' / name}:tag{index}")
     ]
-    path = {"PATH": f"{directory / 'bin'}:{os.environ['PATH']}"}
+    path = first_in_path(directory / "bin")
     kernel = directory / NAMES[0]
     words = ("--kernel", kernel, "--append", NAMES[7], "--owner", "c1", "--ports", "20")
     for devices in (files(directory), [*shares, "-o", "filesystem=virtio-9p"]):

@@ -1,6 +1,5 @@
 """--policy on the command line: each verb that hands over asks it, and says what it says."""
 
-import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import VMPLUG, Result, Vmplug, config
+from tests.cli.command import VMPLUG, Result, Vmplug, config, first_in_path
 from tests.cli.monitors import MemoryVm
 from tests.contract.world import journal_rows
 from tests.support.disks import disk_image
@@ -198,7 +197,7 @@ def start(world: World, name: str, *words: str) -> Result:
     fake.write_text("#!/bin/sh\necho QEMU was started; exit 1\n")
     fake.chmod(0o755)
     request = ("--device", world.asked(name), "--owner", "ctr1", "--policy", str(world.policy))
-    path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    path = first_in_path(programs)
     return world.vmplug("vm", "start", "sb9", *request, *words, env=path)
 
 

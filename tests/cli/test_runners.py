@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Vmplug, config, device
+from tests.cli.command import Vmplug, config, device, first_in_path
 from tests.cli.monitors import MemoryVm
 from tests.contract.world import journal_rows
 from tests.support.disks import disk_image
@@ -175,7 +175,7 @@ def test_a_qemu_is_never_a_child_of_the_tests(vmplug: Vmplug, tmp_path: Path) ->
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\necho "of $PPID"\nexit 1\n')
     fake.chmod(0o755)
-    path = {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    path = first_in_path(fake.parent)
     done = vmplug("vm", "start", "sb1", "--accel", "tcg", env=path)
     assert "QEMU did not start: of " in done.stderr
     assert f"of {os.getpid()}" not in done.stderr

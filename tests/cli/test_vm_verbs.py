@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 from guest.console import GuestConsole, GuestDisk, running_time
 
-from tests.cli.command import Vmplug, device, ended, number_of, write_bundle
+from tests.cli.command import (
+    Vmplug,
+    device,
+    ended,
+    first_in_path,
+    number_of,
+    write_bundle,
+)
 from tests.cli.monitors import Gate, MemoryVm, Talker
 from tests.cli.world import loops_below, names_in_qemu, processes_below, take_picture
 from tests.contract.world import journal_rows
@@ -322,9 +329,9 @@ def test_a_start_that_was_killed_can_be_cleaned_up(vmplug: Vmplug, tmp_path: Pat
     fake.parent.mkdir()
     fake.write_text(f'#!/bin/sh\necho "$$" >{ready}\nexec sleep 600\n')
     fake.chmod(0o755)
-    path = f"{fake.parent}:{os.environ['PATH']}"
+    path = first_in_path(fake.parent)
     with no_qemu_left(vmplug.state_dir.parent):
-        starting = vmplug.begin("vm", "start", "sb2", "--accel", "tcg", env={"PATH": path})
+        starting = vmplug.begin("vm", "start", "sb2", "--accel", "tcg", env=path)
         pid = int(ready.read_text())
         starting.kill()
         assert ended(starting).status == -signal.SIGKILL

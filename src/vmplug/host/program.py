@@ -8,8 +8,10 @@ from contextlib import suppress
 
 import msgspec
 
-_SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""The directory of modprobe and ip; the PATH of a service or user often lacks it."""
+PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where every program is found: never by the PATH of the caller, who may not be root."""
+PROGRAM_UMASK = 0o077
+"""Files that a program creates are for its user alone, whatever the caller's umask."""
 _KILLED_TIMEOUT_S = 1.0
 
 
@@ -21,17 +23,21 @@ class Finished(msgspec.Struct, frozen=True):
     complaint: str
 
 
+def program_environment(**more: str) -> dict[str, str]:
+    """All of the environment of a program: none of the caller's variables changes what it does."""
+    return {"PATH": PROGRAM_PATH, "LC_ALL": "C", **more}
+
+
 def run_program(arguments: Sequence[str], *, timeout_s: float, stdin: str = "") -> Finished:
     """Run a program with that text on its stdin; one that overruns the deadline is killed."""
-    path = os.environ.get("PATH", "")
-    environment = {**os.environ, "LC_ALL": "C", "PATH": f"{path}:{_SYSTEM_PATH}".lstrip(":")}
     try:
         process = subprocess.Popen(
             arguments,
             stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment,
+            env=program_environment(),
+            umask=PROGRAM_UMASK,
             start_new_session=True,
         )
     except FileNotFoundError:

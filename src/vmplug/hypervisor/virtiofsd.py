@@ -20,9 +20,11 @@ from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
 from vmplug.errors import BackendError, DeviceError
 from vmplug.host.file_id import file_id, file_replaced
 from vmplug.host.process import end_processes, find_marked
+from vmplug.host.program import program_environment
 from vmplug.host.root import THIS_HOST
 
-_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_UMASK = 0o022
+"""A virtiofsd sets its own to 0, as the guest has its own; this is for one that does not."""
 _GRACE_S = 2.0
 _SANDBOX_TIMEOUT_S, _SANDBOX_STEP_S = 10.0, 0.005
 _SUBMOUNTS, _FUSE_SUBMOUNTS = "--announce-submounts", "-o announce_submounts"
@@ -127,7 +129,8 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
                     ["setsid", "--fork", *command_line(daemon, listener.fileno())],
                     check=True,
                     cwd="/",
-                    env={"PATH": _PATH, DAEMON_MARK: f"{device_id} {self._vm}"},
+                    env=program_environment(**{DAEMON_MARK: f"{device_id} {self._vm}"}),
+                    umask=_UMASK,
                     stdin=subprocess.DEVNULL,
                     stdout=words,
                     stderr=words,

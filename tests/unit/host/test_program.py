@@ -1,12 +1,14 @@
 """Programs of the host: how they ended, and what they said."""
 
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
-from vmplug.host.program import Finished, run_program
+import vmplug
+from vmplug.host.program import PROGRAM_PATH, Finished, run_program
 
 
 def test_what_a_program_says_is_kept() -> None:
@@ -38,6 +40,9 @@ def test_a_program_that_cannot_be_run_is_told(tmp_path: Path) -> None:
     assert "Exec format error" in done.complaint
 
 
+STARTS = re.compile(r"\bsubprocess\b|os\.(exec|spawn|posix_spawn|system|popen|fork)")
+
+
 @pytest.mark.parametrize("script", ["sleep 60", "trap '' TERM; sleep 60; true", "exec yes"])
 def test_a_program_has_a_deadline(script: str) -> None:
     begun = time.monotonic()
@@ -47,11 +52,53 @@ def test_a_program_has_a_deadline(script: str) -> None:
     assert time.monotonic() - begun < 5
 
 
-def test_programs_of_the_system_are_found_without_a_path(
+def test_programs_are_found_whatever_the_callers_path(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert run_program(["true"], timeout_s=10).status == 0
+    for name in ("true", "ip", "modprobe", "setsid", "qemu-system-x86_64"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 99\n")
+        (tmp_path / name).chmod(0o755)
+    for path in (f"{tmp_path}:{os.environ['PATH']}", str(tmp_path), ".", ""):
+        monkeypatch.setenv("PATH", path)
+        monkeypatch.chdir(tmp_path)
+        assert run_program(["true"], timeout_s=10).status == 0
     monkeypatch.delenv("PATH")
     assert run_program(["true"], timeout_s=10).status == 0
-    assert "PATH" not in os.environ
+
+
+def test_nothing_of_the_callers_environment_changes_what_a_program_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("LD_PRELOAD", "LD_LIBRARY_PATH", "MODPROBE_OPTIONS", "LC_ALL", "TMPDIR"):
+        monkeypatch.setenv(name, "of the caller")
+    before = os.umask(0)
+    try:
+        done = run_program(["sh", "-c", f"umask; env; > {tmp_path}/made"], timeout_s=10)
+    finally:
+        os.umask(before)
+    umask, *variables = done.stdout.split("\n")
+    assert umask == "0077"
+    named = {line.partition("=")[0] for line in variables} - {"", "PWD", "OLDPWD", "SHLVL", "_"}
+    assert named == {"PATH", "LC_ALL"}
+    assert f"PATH={PROGRAM_PATH}" in variables
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o600
+
+
+def test_every_program_is_started_in_the_same_environment() -> None:
+    """Another way to start one would need its own answer to what a caller can change."""
+    source = Path(vmplug.__file__).parent
+    starts = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        if re.search(
+            r"\bsubprocess\b|os\.(exec|spawn|posix_spawn|system|popen|fork)", path.read_text()
+        )
+    }
+    assert starts == {
+        "host/program.py",
+        "hypervisor/qemu/start/launch.py",
+        "hypervisor/virtiofsd.py",
+    }
+    for path in starts:
+        text = (source / path).read_text()
+        assert text.count("env=program_environment(") == text.count("umask=") == 1, path

@@ -1,12 +1,12 @@
 """What a QEMU can do is asked of it; here of programs that answer as one does, or do not."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from vmplug.errors import HypervisorError, ProtocolError
+from vmplug.host import program
 from vmplug.hypervisor.fake.monitor import FakeHypervisor
 from vmplug.hypervisor.qemu.abilities import has_firmware, of_program
 
@@ -18,14 +18,14 @@ BYE = {"event": "SHUTDOWN", "data": {"guest": False}}
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the program is looked for first."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(program, "PROGRAM_PATH", f"{tmp_path}:{program.PROGRAM_PATH}")
     return tmp_path
 
 
 def install(directory: Path, script: str) -> None:
-    program = directory / PROGRAM
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
+    file = directory / PROGRAM
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
 
 
 def answering(answer: object) -> str:
@@ -87,8 +87,7 @@ def test_a_program_that_does_not_answer_is_told(directory: Path, script: str, wo
 def test_a_program_that_is_not_there_is_told_with_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("vmplug.host.program._SYSTEM_PATH", str(tmp_path))
+    monkeypatch.setattr(program, "PROGRAM_PATH", str(tmp_path))
     with pytest.raises(HypervisorError) as told:
         _ = of_program(PROGRAM).iommufd
     assert f"the program {PROGRAM} is not installed" in str(told.value)

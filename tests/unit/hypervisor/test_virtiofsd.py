@@ -19,6 +19,7 @@ from tests.support.vhost_user.messages import HEADER, U64, VERSION, Request
 from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.errors import BackendError
 from vmplug.host.process import find_marked, wait_for_end
+from vmplug.host.program import PROGRAM_PATH
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.virtiofsd import ask_options
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess, command_line
@@ -234,7 +235,8 @@ def test_a_daemon_inherits_only_what_it_needs(program: str, vm: str) -> None:
         stack.enter_context(running(vm, daemon(program=program)))
         (pid,) = HostVirtiofsdRunner(vm).find().values()
         variables = Path(f"/proc/{pid}/environ").read_bytes().rstrip(b"\0").split(b"\0")
-        assert {v.partition(b"=")[0] for v in variables} == {b"PATH", b"VMPLUG_DEVICE"}
+        assert {v.partition(b"=")[0] for v in variables} == {b"PATH", b"LC_ALL", b"VMPLUG_DEVICE"}
+        assert b"PATH=" + PROGRAM_PATH.encode() in variables
         assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
         opened = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
         assert not any(f"/#{os.fstat(ours.fileno()).st_ino}" in name for name in opened)

@@ -19,6 +19,7 @@ from tests.support.fake_kernel import DIED, FakeKernel, Fault, fake_modprobe
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, InUse, NoSuchDevice, StoreError
+from vmplug.host import program
 from vmplug.host.finding import Code
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.bind import FormerBinding, bind_function, read_former, restore
@@ -238,7 +239,7 @@ def test_a_variant_driver_is_loaded_and_used(
 ) -> None:
     with_aliases(tree, ALIASES)
     programs = fake_modprobe(tmp_path / "bin", tree, exact_vfio_pci=driver)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr(program, "PROGRAM_PATH", f"{programs}:{program.PROGRAM_PATH}")
     before = kernel.picture()
     binder.bind(group_of(kernel, DISK))
     assert kernel.driver_of(DISK) == driver

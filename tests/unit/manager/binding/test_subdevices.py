@@ -1,7 +1,6 @@
 """Virtual functions and mediated devices, made and taken away on a kernel that is a tree."""
 
 import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tests.support.fake_kernel import FakeKernel, Fault
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.errors import BindError, InUse, NoSuchDevice, SpecError, StateError
+from vmplug.host import program
 from vmplug.host.finding import Code
 from vmplug.host.pci.iommu import find_group
 from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_mdev_types
@@ -236,7 +236,7 @@ def test_the_number_stays_while_one_is_bound(journal: Journal, kernel: FakeKerne
 def ip(tmp_path: Path, tree: PciTree, monkeypatch: pytest.MonkeyPatch) -> FakeIp:
     tree.network(PHYSFN, "eth0")
     made = fake_ip(tmp_path / "bin", "eth0", 2)
-    monkeypatch.setenv("PATH", f"{made.directory}:{os.environ['PATH']}")
+    monkeypatch.setattr(program, "PROGRAM_PATH", f"{made.directory}:{program.PROGRAM_PATH}")
     return made
 
 

@@ -7,7 +7,7 @@ import subprocess
 from contextlib import closing
 
 from vmplug.errors import ConnectError, DeviceError, HypervisorError, SpecError
-from vmplug.host.program import run_program
+from vmplug.host.program import PROGRAM_UMASK, program_environment, run_program
 from vmplug.hypervisor.qemu.abilities import has_firmware
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
@@ -19,8 +19,6 @@ _QBOOT = "qboot.rom"
 OLDEST_QEMU = (7, 2)
 """The oldest tested version. Source: docs/support.md."""
 _VERSION_TIMEOUT_S = 10.0
-_UMASK = 0o077
-"""Files that QEMU creates, such as the console's log, are for this user alone."""
 
 
 def launch(cold: ColdQemu, *, timeout_s: float) -> int:
@@ -48,7 +46,8 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
                 stderr=log,
                 pass_fds=[listener.fileno(), *cold.descriptors()],
                 start_new_session=True,
-                umask=_UMASK,
+                env=program_environment(),
+                umask=PROGRAM_UMASK,
             )
         except FileNotFoundError:
             program = BINARY[spec.machine]
