@@ -2,7 +2,7 @@
 
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access, Claim, Finding, Severity
 from vmplug.host.kind import Identity

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from msgspec.structs import replace
+
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code
 from vmplug.journal import has_journal
-from vmplug.manager.examine import CheckContext, CheckedRequest, FindClaims, examine
+from vmplug.manager.examine import CheckContext, CheckedRequest, examine
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
 from vmplug.policy.gate import PolicyCheck
@@ -32,22 +34,22 @@ def check_requests(
         with connect_vm(vm, setup=setup) as devices:
             return devices.check_places(requests, owner=owner, allow=allow, managed=managed)
     gate = PolicyCheck(policy=setup.policy, owner=owner) if setup.policy else None
-    with _claims(setup) as find_claims:
+    with _known(setup) as known:
         return examine(
             requests,
             setup.host,
             vhost_user_store=setup.vhost_user_store,
-            known=CheckContext(find_claims=find_claims, gate=gate),
+            known=replace(known, gate=gate),
             allowed=allow,
             managed=managed,
         )
 
 
 @contextmanager
-def _claims(setup: Setup) -> Iterator[FindClaims]:
-    """What VMs hold, inside the `with`."""
+def _known(setup: Setup) -> Iterator[CheckContext]:
+    """What VMs hold, and their processes, inside the `with`."""
     if not has_journal(setup.state_dir):
-        yield lambda _: ()
+        yield CheckContext()
         return
     from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 and its users cost 8 ms
 
@@ -56,4 +58,4 @@ def _claims(setup: Setup) -> Iterator[FindClaims]:
         def find_claims(device: HostDevice) -> Sequence[Claim]:
             return journal.find_claims(None, device.identity, device.related_identities)
 
-        yield find_claims
+        yield CheckContext(find_claims=find_claims, vm_pids=journal.vm_pids(setup.host))

@@ -1,18 +1,23 @@
-"""Users of block devices on the host: mounts, swap areas and loop devices, read once for many.
+"""Mounts and swap areas: which block devices they use.
 
-Source: proc(5), proc_pid_mountinfo(5), Documentation/ABI/testing/sysfs-block-loop.
+Source: proc(5), proc_pid_mountinfo(5).
 """
 
-import errno
 import re
 import stat
+from collections.abc import Mapping
+from functools import cache
 
 import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
-from vmplug.host.block.loop_files import Loop, read_loops
 from vmplug.host.root import HostRoot, node_number
+from vmplug.host.use.mountinfo import unescape
+
+_ANYBODY_MOUNTS = frozenset({"binder", "bpf", "cgroup", "cgroup2", "devpts", "fuse", "mqueue"}) | {
+    *("overlay", "proc", "ramfs", "sysfs", "tmpfs")
+}
 
 
 class MountedDevice(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,49 +28,43 @@ class MountedDevice(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool
 
 
-class HostUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of everything that uses block devices or disk images."""
-
-    mounts: tuple[MountedDevice, ...]
-    swaps: tuple[str, ...]
-    loops: tuple[Loop, ...]
-
-
-def read_usage(root: HostRoot, *, with_mounts: bool = True) -> HostUsage:
-    """The users of block devices on the host now.
-
-    Without mounts it is enough for disk images: a file can be mounted only through a loop device.
-    """
-    return HostUsage(
-        mounts=tuple(_read_mounts(root)) if with_mounts else (),
-        swaps=tuple(_read_swaps(root)),
-        loops=tuple(read_loops(root)),
-    )
-
-
-def _read_mounts(root: HostRoot) -> set[MountedDevice]:
-    """The mounts of every mount namespace that can be seen, each namespace read once."""
+def parse_mounted_devices(tables: Mapping[str, str], root: HostRoot) -> set[MountedDevice]:
+    """The mounted devices of several mount tables, by the files of which they are the text."""
     found: set[MountedDevice] = set()
-    seen: set[str] = set()
-    for pid in root.list_dir("/proc"):
-        if not pid.isdigit():
-            continue
+    sources = cache(lambda source: _node_number(source, root))
+    file_systems = cache(lambda devnum: _btrfs_devices(devnum, root))
+    for path, table in tables.items():
         try:
-            namespace = root.read_link(f"/proc/{pid}/ns/mnt") or pid
-            if namespace in seen:
-                continue
-            table = root.read_text(f"/proc/{pid}/mountinfo")
-        except AttributeReadError as error:
-            if error.errno not in {errno.EACCES, errno.EPERM, errno.EINVAL}:
-                raise
-            continue  # another user's process, or one that is ending
-        if table:
-            seen.add(namespace)
-            try:
-                found.update(_parse_mountinfo(table, root))
-            except (ValueError, IndexError) as error:
-                raise AttributeReadError(f"/proc/{pid}/mountinfo", why=str(error)) from error
+            for mount in _parse_lines(table):
+                number: DevNum | None = mount.devnum
+                if mount.devnum.major == 0:  # btrfs and others show a number of their own
+                    number = None if _anybody_mounts(mount.fs_type) else sources(mount.source)
+                if number is None:
+                    continue
+                is_btrfs = mount.fs_type == "btrfs"
+                for each in {number, *(file_systems(number) if is_btrfs else ())}:
+                    found.add(
+                        MountedDevice(
+                            devnum=each, mount_point=mount.path, read_only=mount.read_only
+                        )
+                    )
+        except (ValueError, IndexError) as error:
+            raise AttributeReadError(path, why=str(error)) from error
     return found
+
+
+def _anybody_mounts(fs_type: str) -> bool:
+    """Whether any user may mount it, in a namespace of his own, with a source that is only text.
+
+    Source: FS_USERNS_MOUNT in Linux fs/.
+    """
+    return fs_type in _ANYBODY_MOUNTS or fs_type.startswith("fuse.")
+
+
+def _node_number(source: str, root: HostRoot) -> DevNum | None:
+    """The block device that a path leads to; None for anything else: it is the mounter's text."""
+    status = root.stat_or_none(source) if source.startswith("/") else None
+    return node_number(status) if status and stat.S_ISBLK(status.st_mode) else None
 
 
 class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,31 +100,13 @@ def _parse_lines(table: str) -> list[MountPoint]:
         mounts.append(
             MountPoint(
                 devnum=DevNum.parse(fields[2]),
-                shown=_unescape(fields[3]),
-                path=_unescape(fields[4]),
+                shown=unescape(fields[3]),
+                path=unescape(fields[4]),
                 fs_type=fs_type,
-                source=_unescape(source),
+                source=unescape(source),
                 read_only="ro" in super_options.split(","),
                 shown_read_only="ro" in fields[5].split(","),
             )
-        )
-    return mounts
-
-
-def _parse_mountinfo(table: str, root: HostRoot) -> list[MountedDevice]:
-    mounts = list[MountedDevice]()
-    for mount in _parse_lines(table):
-        devnum = mount.devnum
-        if devnum.major == 0:  # btrfs and others show a number of their own
-            # The mounter chose this text: it may lead anywhere.
-            status = root.stat_or_none(mount.source) if mount.source.startswith("/") else None
-            if status is None or not stat.S_ISBLK(status.st_mode):
-                continue
-            devnum = node_number(status)
-        devnums = {devnum, *(_btrfs_devices(devnum, root) if mount.fs_type == "btrfs" else ())}
-        mounts += (
-            MountedDevice(devnum=each, mount_point=mount.path, read_only=mount.read_only)
-            for each in devnums
         )
     return mounts
 
@@ -143,11 +124,7 @@ def _btrfs_devices(devnum: DevNum, root: HostRoot) -> set[DevNum]:
     return set()
 
 
-def _read_swaps(root: HostRoot) -> list[str]:
+def read_swaps(root: HostRoot) -> list[str]:
+    """The files and devices that the host swaps to."""
     lines = (root.read_text("/proc/swaps") or "").split("\n")[1:]
-    return [_unescape(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines if line]
-
-
-def _unescape(text: str) -> str:
-    """Undo the kernel's octal escapes of blank, tab, newline and backslash."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+    return [unescape(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines if line]

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.loop_files import Loop
-from vmplug.host.block.mounts import HostUsage
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.block.twins import read_twins
+from vmplug.host.block.usage import HostUsage
 from vmplug.host.kind import FoundBy
 from vmplug.host.root import HostRoot
 

@@ -16,9 +16,10 @@ from msgspec.structs import replace
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
 from vmplug.host.block.loop_files import Loop, same_file
-from vmplug.host.block.mounts import HostUsage
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.sysfs import read_block_device
+from vmplug.host.block.usage import HostUsage
+from vmplug.host.check.open_disk import check_open_disk
 from vmplug.host.check.vfio_group import check_group, check_openers
 from vmplug.host.device import (
     CharDevice,
@@ -78,9 +79,9 @@ def _check_vfio(
     group: VfioGroup, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
 ) -> Iterator[Finding]:
     yield from _claimed(claims, access)
-    yield from check_group(group, root)
+    yield from check_group(group, usage, root)
     if not claims:
-        yield from check_openers(group, root)
+        yield from check_openers(group, usage, root)
     for part in group.disks:
         found = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
         disk = relate_block(found, usage, root)
@@ -113,16 +114,18 @@ def _check_block(
         )
     yield from _wrong_node(device, root)
     used = _users(device, access, usage, root)
-    yield from used
-    yield from _claimed(claims, access)
+    found = [*used, *_claimed(claims, access)]
     if root.is_live:
         # A user that could share it with a reader still holds the device exclusively.
         explained = used + _users(device, replace(access, read_only=False), usage, root)
         closed = list(_opened(device, root, explained=_is_refused(explained)))
-        yield from closed
+        found += closed
         if not (_is_refused(used) or claims or closed):
             for path in (*device.nodes, *device.below_files):
-                yield from _locked(path, access, root)
+                found += _locked(path, access, root)
+    yield from found
+    if not _is_refused(found):
+        yield from check_open_disk(device, access, usage, root)
     yield from _read_only(
         device, access, f"make it writable (blockdev --setrw {quote(device.device_node)})"
     )
@@ -150,10 +153,12 @@ def _check_file(
         *_looped(device, access, usage, root),
         *_swap(device.host_path, (device.host_path,), usage, root),
     ]
-    yield from used
-    yield from _claimed(claims, access)
+    found = [*used, *_claimed(claims, access)]
     if not (_is_refused(used) or claims):
-        yield from _locked(device.host_path, access, root)
+        found += _locked(device.host_path, access, root)
+    yield from found
+    if not _is_refused(found):
+        yield from check_open_disk(device, access, usage, root)
     yield from _read_only(device, access, "remount its file system for writing")
     if device.size_bytes == 0:
         yield Finding(
@@ -182,9 +187,10 @@ def _mounted(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[
     names = {part.devnum: _named(part, device) for part in device.same_bytes}
     names[device.devnum] = device.device_node
     places: dict[DevNum, list[str]] = {}
-    for mount in usage.mounts:
-        if mount.devnum in names and not (mount.read_only and access.read_only):
-            places.setdefault(mount.devnum, []).append(mount.mount_point)
+    for devnum in names:
+        for mount in usage.mounts_of.get(devnum, ()):
+            if not (mount.read_only and access.read_only):
+                places.setdefault(devnum, []).append(mount.mount_point)
     for devnum, points in places.items():
         yield Finding(
             Code.MOUNTED_ON_HOST,

@@ -9,7 +9,7 @@ import pytest
 from tests.support.checking import WRITING, claim
 from tests.support.pci_tree import PciTree
 from vmplug.errors import AttributeReadError
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.check.vfio_group import GuestMemory, check_memlock, check_openers, check_vm
 from vmplug.host.finding import Claim, Code, Finding, Severity
@@ -286,12 +286,12 @@ class Running(HostRoot):
 def test_a_process_whose_files_cannot_be_read_may_have_the_group(tree: PciTree) -> None:
     group = find_vfio_device(GPU, bound(tree).node("/dev/vfio/26", "c", "243:26").root)
     running = Running(tree.path)
-    assert not list(check_openers(group, running))
+    assert not list(check_openers(group, read_usage(running), running))
     tree.process(42, "qemu")
-    (finding,) = check_openers(group, running)
+    (finding,) = check_openers(group, read_usage(running), running)
     assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, Severity.ERROR)
     assert "process 42" in finding.message
-    assert not list(check_openers(group, tree.root))
+    assert not list(check_openers(group, read_usage(tree.root), tree.root))
 
 
 # memory
