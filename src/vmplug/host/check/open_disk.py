@@ -11,6 +11,7 @@ from shlex import quote
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.sysfs import find_block_node
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.finding import Access, Code, Finding, Severity
 from vmplug.host.root import HostRoot
@@ -66,7 +67,7 @@ def _wanted(disk: BlockDevice | DiskFile, root: HostRoot) -> Wanted:
     """The disk and all that shows its bytes."""
     wanted: Wanted = {}
     for number in disk.loops or ():
-        wanted |= _wanted_block(number, f"/dev/block/{number}", root)
+        wanted |= _wanted_block(number, None, root)
     if isinstance(disk, DiskFile):
         return wanted | _wanted_file(disk.host_path, root)
     for part in disk.same_bytes:
@@ -79,13 +80,14 @@ def _wanted_below(disk: BlockDevice | DiskFile, root: HostRoot) -> Wanted:
     wanted: Wanted = {}
     if isinstance(disk, BlockDevice):
         for number in disk.below:
-            wanted |= _wanted_block(number, f"/dev/block/{number}", root)
+            wanted |= _wanted_block(number, None, root)
         for path in disk.below_files:
             wanted |= _wanted_file(path, root)
     return wanted
 
 
-def _wanted_block(devnum: DevNum, node: str, root: HostRoot) -> Wanted:
+def _wanted_block(devnum: DevNum, node: str | None, root: HostRoot) -> Wanted:
+    node = node or find_block_node(devnum, root) or f"/dev/block/{devnum}"
     return wanted_node(DeviceNode(path=node, kind=stat.S_IFBLK, number=devnum), root)
 
 

@@ -95,7 +95,8 @@ class _Found:
             if table:
                 seen.add(view)
                 self.tables[f"/proc/{pid}/mountinfo"] = table
-                self._add_mounted(f"/proc/{pid}/root", table)
+                if not isinstance(view, str):
+                    self._add_mounted(f"/proc/{pid}/root", table)
 
     def _read_view(self, process: str) -> object:
         """The mount namespace and the root in it: processes with the same see the same mounts."""
@@ -107,7 +108,7 @@ class _Found:
         except AttributeReadError as error:
             if error.errno not in _UNSEEN:
                 raise
-            return process  # its mount table may be read nevertheless
+            return process  # its mount table may be read nevertheless, if not its files
         if mount and network:
             self._mounts.setdefault(mount.key.inode, names[0])
             self.networks.setdefault(network.key.inode, names[1])
