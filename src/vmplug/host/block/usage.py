@@ -5,8 +5,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vmplug.devnum import DevNum
-from vmplug.host.block.loop_files import Loop, read_loops
+from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
 from vmplug.host.block.mounts import MountedDevice, parse_mounted_devices, read_swaps
+from vmplug.host.block.twins import Lun, read_luns
 from vmplug.host.root import HostRoot
 from vmplug.host.use.namespaces import Namespaces, read_namespaces
 from vmplug.host.use.openers import OpenFiles, read_open_files
@@ -59,6 +60,16 @@ class HostUsage:
     def loops(self) -> tuple[Loop, ...]:
         """The loop devices that have a file."""
         return tuple(read_loops(self._root))
+
+    @cached_property
+    def loop_index(self) -> LoopIndex:
+        """The same by what they are on."""
+        return LoopIndex(self.loops)
+
+    @cached_property
+    def luns(self) -> Mapping[Lun, Sequence[str]]:
+        """The names of the disks of each LUN that has a name."""
+        return read_luns(self._root)
 
     @cached_property
     def moved_interfaces(self) -> "Mapping[str, MovedInterface]":

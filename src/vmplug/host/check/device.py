@@ -245,9 +245,8 @@ def _looped(
     disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:
     """Loop devices on the disk. One that nothing uses, such as kubelet's, may stay."""
-    for loop in usage.loops:
-        if loop.devnum not in (disk.loops or ()):
-            continue
+    loops = map(usage.loop_index.by_number.get, disk.loops or ())
+    for loop in filter(None, loops):
         if access.read_only and root.read_int(f"/sys/dev/block/{loop.devnum}/ro"):
             continue
         shown = next((n for n in disk.nodes if loop.shows(n, root)), loop.backing.backing_file)
@@ -278,8 +277,7 @@ def _is_idle(loop: Loop, usage: HostUsage, root: HostRoot) -> bool:
         *_held(device, access, root),
         *_swap(device.device_node, device.nodes, usage, root),
     ]
-    above = (other for other in usage.loops if any(other.shows(n, root) for n in device.nodes))
-    if used or any(above):
+    if used or any(usage.loop_index.find_on(node, root) for node in device.nodes):
         return False
     if not root.is_live:
         return True
