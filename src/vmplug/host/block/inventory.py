@@ -14,10 +14,10 @@ from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.loop_files import Loop, same_file
-from vmplug.host.block.mounts import MountedDevice
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.kind import FoundBy, Identity
 from vmplug.host.root import HostRoot
+from vmplug.host.use.mounts import MountedDevice
 
 _ND_DEVICES = "/sys/bus/nd/devices"
 _DAX_DEVICES = "/sys/bus/dax/devices"

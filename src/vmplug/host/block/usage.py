@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
-from vmplug.host.block.mounts import MountedDevice, parse_mounted_devices, read_swaps
 from vmplug.host.block.twins import Lun, read_luns
 from vmplug.host.root import HostRoot
+from vmplug.host.use.mounts import MountedDevice, parse_mounted_devices, read_swaps
 from vmplug.host.use.namespaces import Namespaces, read_namespaces
 from vmplug.host.use.openers import OpenFiles, read_open_files
 

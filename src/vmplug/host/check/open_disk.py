@@ -29,7 +29,7 @@ def check_open_disk(
         is_in_the_way = opener.writes or (opener.path in own.values() and not access.read_only)
         if is_in_the_way and opener.pid not in usage.vms:
             yield _open_by(opener, access)
-    # Those that even root may not look into cannot be told from harmless ones: docs/safety.md.
+    # Those that even root may not look into are not counted here: docs/safety.md.
     yield from check_unknown(disk.host_path, usage.open_files.unlisted, root)
 
 

@@ -2,16 +2,17 @@
 
 import os
 import stat
-from typing import NamedTuple, Self
+from typing import Self
+
+import msgspec
 
 from vmplug.devnum import DevNum
 
 
-class FileKey(NamedTuple):
+class FileKey(msgspec.Struct, frozen=True):
     """A device by its number, anything else by its file system and inode.
 
     `kind` is S_IFBLK, S_IFREG and so on; `device` is st_rdev of a device node, whose `inode` is 0.
-    A tuple: one is made for every open file of the host.
     """
 
     kind: int

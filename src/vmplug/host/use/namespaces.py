@@ -1,6 +1,6 @@
 """The namespaces of the host for mounts and for networks, and the mount tables of all of them.
 
-A namespace lives as long as a process is in it, a file of it is mounted somewhere (ip-netns(8),
+A namespace exists as long as a process is in it, a file of it is mounted somewhere (ip-netns(8),
 unshare(1) --mount=FILE), or a process has such a file open. Each of these is looked for.
 Source: namespaces(7); proc_pid_mountinfo(5): a process sees only the mounts below its root.
 """
@@ -16,7 +16,7 @@ import msgspec
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
-from vmplug.host.use.mountinfo import unescape
+from vmplug.host.use.mounts import unescape
 from vmplug.host.use.openers import OpenFiles
 
 _NAMED = "/run/netns"

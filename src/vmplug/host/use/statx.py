@@ -10,7 +10,8 @@ import errno
 import os
 import stat
 import struct
-from typing import NamedTuple
+
+import msgspec
 
 from vmplug.errors import AttributeReadError
 from vmplug.host.use.file_key import FileKey
@@ -28,7 +29,7 @@ _ABSENT = frozenset({errno.ENOENT, errno.ESRCH, errno.ENOTDIR})
 _statx = ctypes.CDLL(None, use_errno=True).statx
 
 
-class Place(NamedTuple):
+class Place(msgspec.Struct, frozen=True):
     """A file, and the number of the mount through which it is seen."""
 
     key: FileKey

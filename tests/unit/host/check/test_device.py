@@ -19,7 +19,6 @@ from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.mounts import MountedDevice
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
@@ -27,6 +26,7 @@ from vmplug.host.device import HostDevice
 from vmplug.host.finding import NEVER_ALLOWED, Access, Claim, Code, Finding, Severity, allow
 from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
+from vmplug.host.use.mounts import MountedDevice
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
 

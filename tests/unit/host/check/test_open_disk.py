@@ -132,6 +132,7 @@ class Counting(HostRoot):
 def test_what_is_asked_of_all_processes_is_asked_once_for_a_request(tree: HostTree) -> None:
     for disk in range(5):
         tree.block_device(f"8:{16 * disk}", f"sd{disk}")
+        tree.file(f"/sys/block/sd{disk}/wwid", f"naa.{disk}\n")
     tree.mount("/dev/x", "/", "9:9", pid=5).process(5, "init", "/dev/null").swap("/dev/x")
     root = Counting(tree.root)
     usage = read_usage(root)
@@ -141,6 +142,7 @@ def test_what_is_asked_of_all_processes_is_asked_once_for_a_request(tree: HostTr
     once = ("/proc/5/fd", "/proc/5/mountinfo", "/proc/swaps")
     assert [root.reads[path] for path in once] == [1, 1, 1]
     assert root.reads["/proc"] == 2  # for open files and for namespaces
+    assert root.reads["/sys/block"] == 2  # for loop devices and for names of LUNs
 
 
 # on the running host

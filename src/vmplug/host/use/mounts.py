@@ -13,7 +13,6 @@ import msgspec
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot, node_number
-from vmplug.host.use.mountinfo import unescape
 
 _ANYBODY_MOUNTS = frozenset({"binder", "bpf", "cgroup", "cgroup2", "devpts", "fuse", "mqueue"}) | {
     *("overlay", "proc", "ramfs", "sysfs", "tmpfs")
@@ -128,3 +127,8 @@ def read_swaps(root: HostRoot) -> list[str]:
     """The files and devices that the host swaps to."""
     lines = (root.read_text("/proc/swaps") or "").split("\n")[1:]
     return [unescape(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines if line]
+
+
+def unescape(text: str) -> str:
+    """Undo the kernel's octal escapes of blank, tab, newline and backslash."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
