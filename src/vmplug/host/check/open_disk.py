@@ -24,10 +24,9 @@ def check_open_disk(
 ) -> Iterator[Finding]:
     """Processes that keep it open, or what shows its bytes; those of vmplug's own VMs may."""
     own, below = _wanted(disk, root), _wanted_below(disk, root)
-    for opener in usage.open_files.find_lasting(below | own):
+    for opener in usage.open_files.find_lasting(below | own, ignored=usage.vms):
         # multipathd reads the paths that a disk is built on, and may.
-        is_in_the_way = opener.writes or (opener.path in own.values() and not access.read_only)
-        if is_in_the_way and opener.pid not in usage.vms:
+        if opener.writes or (opener.path in own.values() and not access.read_only):
             yield _open_by(opener, access)
     # Those that even root may not look into are not counted here: docs/safety.md.
     yield from check_unknown(disk.host_path, usage.open_files.unlisted, root)
