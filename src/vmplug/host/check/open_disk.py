@@ -24,10 +24,14 @@ def check_open_disk(
 ) -> Iterator[Finding]:
     """Processes that keep it open, or what shows its bytes; those of vmplug's own VMs may."""
     own, below = _wanted(disk, root), _wanted_below(disk, root)
-    for opener in usage.open_files.find_lasting(below | own, ignored=usage.vms):
+
+    def matters(opener: Opener) -> bool:
         # multipathd reads the paths that a disk is built on, and may.
-        if opener.writes or (opener.path in own.values() and not access.read_only):
-            yield _open_by(opener, access)
+        sees_guest = opener.path in own.values() and not access.read_only
+        return opener.pid not in usage.vms and (opener.writes or sees_guest)
+
+    for opener in usage.open_files.find_lasting(below | own, matters):
+        yield _open_by(opener, access)
     # Those that even root may not look into are not counted here: docs/safety.md.
     yield from check_unknown(disk.host_path, usage.open_files.unlisted, root)
 

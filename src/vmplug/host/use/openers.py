@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 import msgspec
@@ -93,15 +93,15 @@ class OpenFiles(msgspec.Struct, frozen=True, kw_only=True):
                     found[opener.pid] = opener
         return [found[pid] for pid in sorted(found)]
 
-    def find_lasting(self, wanted: Wanted, *, ignored: Collection[int] = ()) -> list[Opener]:
-        """Those that keep one open, which on the running host takes a second look.
-
-        Processes that are `ignored` are neither found nor waited for.
-        """
-        found = [opener for opener in self.find(wanted) if opener.pid not in ignored]
+    def find_lasting(
+        self, wanted: Wanted, matters: Callable[[Opener], bool] = lambda _: True
+    ) -> list[Opener]:
+        """Those that matter and keep one open, which on the running host takes a second look."""
+        found = [opener for opener in self.find(wanted) if matters(opener)]
         deadline = self.read_at_s + _PROBE_S
         while found and self.root.is_live:
-            found = _read_again([opener.pid for opener in found], self.root).find(wanted)
+            now = _read_again([opener.pid for opener in found], self.root)
+            found = [opener for opener in now.find(wanted) if matters(opener)]
             if time.monotonic() >= deadline:
                 break
             if found:
