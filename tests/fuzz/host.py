@@ -24,7 +24,7 @@ from vmplug.host.host_path import find_sysfs_node
 from vmplug.host.inventory import read_inventory, with_reset_methods
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.mdev import read_mdev_types
-from vmplug.host.pci.nodes import read_nodes
+from vmplug.host.pci.nodes import read_node_paths, read_nodes
 from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.process import read_memlock_limit, read_start_time
@@ -93,7 +93,7 @@ def _readers(root: HostRoot) -> Iterator[Callable[[], object]]:
     yield lambda: read_mdev_types(root)
     yield lambda: find_listener("/run/vhost-user/block/sockets/disk1", root)
     yield lambda: read_open_files(root)
-    yield lambda: read_nodes(NVME, root)
+    yield lambda: read_nodes(NVME, read_node_paths(root), root)
     usage = read_usage(root)
     yield lambda: (usage.mounts, usage.swaps, usage.loops)
     yield lambda: read_start_time(1, root)

@@ -1,8 +1,8 @@
 """What uses the devices of the host: one value for each request, which reads each table once."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
@@ -15,6 +15,8 @@ from vmplug.host.use.openers import OpenFiles, read_open_files
 if TYPE_CHECKING:
     from vmplug.host.use.interfaces import MovedInterface
 
+T = TypeVar("T")
+
 
 class HostUsage:
     """Everything on the host that can use a device, each table read when it is first needed.
@@ -26,6 +28,7 @@ class HostUsage:
 
     def __init__(self, root: HostRoot, *, vms: Collection[int] = ()) -> None:
         self._root = root
+        self._answers: dict[object, Any] = {}  # by its reader, whose type says the answer's
         self.vms = frozenset(vms)
 
     @cached_property
@@ -70,6 +73,13 @@ class HostUsage:
     def luns(self) -> Mapping[Lun, Sequence[str]]:
         """The names of the disks of each LUN that has a name."""
         return read_luns(self._root)
+
+    def once(self, read: Callable[[HostRoot], T]) -> T:
+        """What a reader of the whole host answers, which is asked once."""
+        answers: dict[object, T] = self._answers
+        if read not in answers:
+            answers[read] = read(self._root)
+        return answers[read]
 
     @cached_property
     def moved_interfaces(self) -> "Mapping[str, MovedInterface]":

@@ -22,11 +22,12 @@ from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.bind import PCI_DRIVERS
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.nodes import read_nodes
+from vmplug.host.pci.nodes import read_node_paths, read_nodes
 from vmplug.host.pci.uses import (
     NetInterface,
     find_parents_of_moved,
     read_network_interfaces,
+    read_network_uses,
 )
 from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
 from vmplug.host.process import read_memlock_limit
@@ -73,7 +74,10 @@ def check_group(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[
         yield from check_function(function, root, has_vfio=has_vfio)
         if not has_vfio:
             yield from _console(function, root)
-            yield from _networks(function, read_network_interfaces(function.bdf, root))
+            yield from _networks(
+                function,
+                read_network_interfaces(function.bdf, root, lambda: usage.once(read_network_uses)),
+            )
             yield from _moved_network(function, usage, root)
         yield from _virtual_functions(function, group, root)
         yield from _reset(function, root)
@@ -90,7 +94,7 @@ def check_openers(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterato
     nodes = {node: DeviceNode.of_char(node, root) for node in own}
     owners: dict[str, Bdf] = {}
     for function in group.functions:
-        for node in read_nodes(function.bdf, root):
+        for node in read_nodes(function.bdf, usage.once(read_node_paths), root):
             nodes.setdefault(node.path, node)
             owners.setdefault(node.path, function.bdf)
     wanted = {k: p for node in nodes.values() for k, p in wanted_node(node, root).items()}

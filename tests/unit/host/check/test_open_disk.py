@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checking import READING, SHARING, WRITING, findings, want, want_file
+from tests.support.checking import READING, SHARING, WRITING, Counting, findings, want, want_file
 from tests.support.disks import loop_device
 from tests.support.tree import MIB, HostTree
 from vmplug.errors import AttributeReadError
@@ -111,22 +111,6 @@ def test_a_vm_of_vmplug_is_no_stranger(disk: HostTree) -> None:
         found = check_device(device, WRITING, usage=usage, root=disk.root)
         assert all(any(e in finding.message for finding in found) for e in expected)
         assert bool(found) == bool(expected)
-
-
-class Counting(HostRoot):
-    """A tree that counts how often a table of all processes or devices is read."""
-
-    def __init__(self, root: HostRoot) -> None:
-        super().__init__(root.path)
-        self.reads: dict[str, int] = {}
-
-    def list_dir(self, path: str) -> list[str]:
-        self.reads[path] = self.reads.get(path, 0) + 1
-        return super().list_dir(path)
-
-    def read_text(self, path: str) -> str | None:
-        self.reads[path] = self.reads.get(path, 0) + 1
-        return super().read_text(path)
 
 
 def test_what_is_asked_of_all_processes_is_asked_once_for_a_request(tree: HostTree) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checking import WRITING, claim
+from tests.support.checking import WRITING, Counting, claim
 from tests.support.pci_tree import PciTree
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.usage import read_usage
@@ -229,6 +229,20 @@ def test_another_function_of_the_group_is_looked_at_too(tree: PciTree) -> None:
     tree.class_device(f"{AUDIO}/sound/card1/pcmC1D3p", "char", "116:9", "snd/pcmC1D3p")
     tree.process(950, "pipewire", "/dev/snd/pcmC1D3p")
     assert f"a node of {AUDIO}" in findings(tree)[Code.OPEN_BY_PROCESS].message
+
+
+def test_the_nodes_and_the_networks_of_the_host_are_read_once_for_a_group(tree: PciTree) -> None:
+    for function in (GPU, AUDIO):
+        tree.pci_function(function, class_code=ETHERNET, driver="igb", group=26)
+        tree.class_device(
+            f"{function}/sound/pcm{function[-1]}", "char", f"116:{function[-1]}", "x"
+        )
+        tree.network(function, f"eth{function[-1]}").route("eth9")
+    root = Counting(tree.root)
+    group = find_vfio_device(GPU, root)
+    root.reads.clear()
+    check_device(group, WRITING, usage=read_usage(root), root=root)
+    assert {root.reads[path] for path in ("/sys/dev/char", "/proc/net/route")} == {1}
 
 
 @pytest.mark.parametrize("bus_device", ["", "virtio4"])
