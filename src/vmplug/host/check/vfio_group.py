@@ -32,7 +32,7 @@ from vmplug.host.pci.uses import (
 from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
 from vmplug.host.process import read_memlock_limit
 from vmplug.host.root import HostRoot
-from vmplug.host.use.openers import DeviceNode, wanted_node
+from vmplug.host.use.openers import DeviceNode, sees_all_processes, wanted_node
 
 _DISPLAY = 0x03
 
@@ -115,6 +115,17 @@ def check_openers(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterato
     if wanted and group.members:
         unknown = sorted({*usage.open_files.unlisted, *usage.open_files.guarded})
         yield from check_unknown(group.members[0], unknown, root)
+        yield from _unseen(group.members[0], root)
+
+
+def _unseen(member: str, root: HostRoot) -> Iterator[Finding]:
+    if root.is_live and not sees_all_processes(root):
+        yield Finding(
+            Code.UNKNOWN_USE,
+            f"vmplug sees only the processes of its own PID namespace: others may have {member} "
+            "in use",
+            "run vmplug in the host's own PID namespace: in a container, share it (--pid=host)",
+        )
 
 
 class GuestMemory(msgspec.Struct, frozen=True, kw_only=True):

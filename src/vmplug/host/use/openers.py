@@ -22,6 +22,9 @@ from vmplug.host.use.file_key import FileKey
 _PROBE_S, _PROBE_STEP_S = 0.5, 0.05
 """How long an open file may be just a probe: udev reads each new disk for a moment."""
 
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+"""Source: include/linux/proc_ns.h, PROC_PID_INIT_INO."""
+
 _FLAGS = re.compile(r"^flags:\t([0-7]+)$", re.MULTILINE)
 _PF_KTHREAD = 0x200000
 """Source: include/linux/sched.h."""
@@ -118,6 +121,12 @@ def read_open_files(root: HostRoot) -> OpenFiles:
     files = _read_again([pid for pid in pids if pid != os.getpid()], root)
     unlisted = (pid for pid in files.unlisted if not _is_kernel_thread(pid, root))
     return msgspec.structs.replace(files, unlisted=tuple(unlisted))
+
+
+def sees_all_processes(root: HostRoot) -> bool:
+    """Whether /proc lists the processes of the whole host, not of a PID namespace in it."""
+    status = root.stat_or_none("/proc/self/ns/pid")
+    return status is None or status.st_ino == _INITIAL_PID_NAMESPACE
 
 
 def wanted_node(node: DeviceNode, root: HostRoot) -> Wanted:

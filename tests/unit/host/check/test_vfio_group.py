@@ -308,6 +308,17 @@ def test_a_process_whose_files_cannot_be_read_may_have_the_group(tree: PciTree) 
     assert not list(check_openers(group, read_usage(tree.root), tree.root))
 
 
+@pytest.mark.root
+def test_processes_outside_of_a_pid_namespace_may_have_the_group(tree: PciTree) -> None:
+    group = find_vfio_device(GPU, bound(tree).node("/dev/vfio/26", "c", "243:26").root)
+    running = Running(tree.path)
+    assert not list(check_openers(group, read_usage(running), running))
+    tree.file("/proc/self/ns/pid")  # which has another number than that of the host
+    (finding,) = check_openers(group, read_usage(running), running)
+    assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, Severity.ERROR)
+    assert "PID namespace" in finding.message
+
+
 # memory
 
 LIMITS = """Limit                     Soft Limit           Hard Limit           Units
