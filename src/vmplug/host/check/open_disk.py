@@ -15,7 +15,7 @@ from vmplug.host.block.sysfs import find_block_node
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.finding import Access, Code, Finding, Severity
 from vmplug.host.root import HostRoot
-from vmplug.host.use.file_key import FileKey
+from vmplug.host.use.file_key import key_of
 from vmplug.host.use.openers import DeviceNode, Opener, Wanted, wanted_node
 
 
@@ -97,4 +97,4 @@ def _wanted_block(devnum: DevNum, node: str | None, root: HostRoot) -> Wanted:
 def _wanted_file(path: str, root: HostRoot) -> Wanted:
     status = root.stat_or_none(path)
     wanted: Wanted = {} if root.is_live else {path: path}
-    return wanted | ({FileKey.of(status): path} if status else {})
+    return wanted | ({key_of(status): path} if status else {})

@@ -2,32 +2,24 @@
 
 import os
 import stat
-from typing import Self
-
-import msgspec
 
 from vmplug.devnum import DevNum
 
+FileKey = tuple[int, int, int]
+"""A device by its kind and number, with 0; anything else by kind, file system and inode.
 
-class FileKey(msgspec.Struct, frozen=True):
-    """A device by its number, anything else by its file system and inode.
+The kind is S_IFBLK, S_IFREG and so on. One is made for every open file of the host.
+"""
 
-    `kind` is S_IFBLK, S_IFREG and so on; `device` is st_rdev of a device node, whose `inode` is 0.
-    """
 
-    kind: int
-    device: int
-    inode: int
+def key_of(status: os.stat_result) -> FileKey:
+    """The file with that status."""
+    kind = stat.S_IFMT(status.st_mode)
+    if kind in {stat.S_IFBLK, stat.S_IFCHR}:
+        return kind, status.st_rdev, 0
+    return kind, status.st_dev, status.st_ino
 
-    @classmethod
-    def of(cls, status: os.stat_result) -> Self:
-        """The file with that status."""
-        kind = stat.S_IFMT(status.st_mode)
-        if kind in {stat.S_IFBLK, stat.S_IFCHR}:
-            return cls(kind, status.st_rdev, 0)
-        return cls(kind, status.st_dev, status.st_ino)
 
-    @classmethod
-    def of_node(cls, kind: int, number: DevNum) -> Self:
-        """The device with that number; `kind` is S_IFBLK or S_IFCHR."""
-        return cls(kind, os.makedev(number.major, number.minor), 0)
+def key_of_node(kind: int, number: DevNum) -> FileKey:
+    """The device with that number; the kind is S_IFBLK or S_IFCHR."""
+    return kind, os.makedev(number.major, number.minor), 0

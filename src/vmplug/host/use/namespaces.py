@@ -110,8 +110,8 @@ class _Found:
                 raise
             return process  # its mount table may be read nevertheless, if not its files
         if mount and network:
-            self._mounts.setdefault(mount.key.inode, names[0])
-            self.networks.setdefault(network.key.inode, names[1])
+            self._mounts.setdefault(mount[0][2], names[0])
+            self.networks.setdefault(network[0][2], names[1])
         return mount, base
 
     def _add_mounted(self, base: str, table: str) -> None:
@@ -122,7 +122,7 @@ class _Found:
         """The namespaces that a process has open."""
         device = os.stat("/proc/self/ns/mnt").st_dev
         for key, links in opened.links.items():
-            if isinstance(key, str) or (key.device, key.kind) != (device, stat.S_IFREG):
+            if key[:2] != (stat.S_IFREG, device):
                 continue
             if match := _OPENED.match(self._root.read_link(links[0]) or ""):
                 self._add(match[1], int(match[2]), links[0])

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Self
 
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot, node_number
-from vmplug.host.use.file_key import FileKey
+from vmplug.host.use.file_key import FileKey, key_of, key_of_node
 
 _PROBE_S, _PROBE_STEP_S = 0.5, 0.05
 """How long an open file may be just a probe: udev reads each new disk for a moment."""
@@ -55,7 +55,7 @@ class DeviceNode(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> FileKey | None:
         """What the node is; None where there is none."""
-        return FileKey.of_node(self.kind, self.number) if self.number else None
+        return key_of_node(self.kind, self.number) if self.number else None
 
 
 class Opener(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +68,9 @@ class Opener(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     path: str
     writes: bool = True
+
+
+_ReadKeys = Callable[[str, Iterable[str]], Iterator[tuple[str, FileKey | str]]]
 
 
 class OpenFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,9 +147,8 @@ def _read_again(pids: Sequence[int], root: HostRoot) -> OpenFiles:
         try:
             numbers = root.list_dir(directory)
             failed = guarded
-            for link in (f"{directory}/{number}" for number in numbers):
-                for key in read_keys(link):
-                    links.setdefault(key, []).append(link)
+            for number, key in read_keys(directory, numbers):
+                links.setdefault(key, []).append(f"{directory}/{number}")
         except AttributeReadError:
             failed.append(pid)
     return OpenFiles(
@@ -158,22 +160,23 @@ def _read_again(pids: Sequence[int], root: HostRoot) -> OpenFiles:
     )
 
 
-def _choose_reader(root: HostRoot) -> Callable[[str], Sequence[FileKey | str]]:
+def _choose_reader(root: HostRoot) -> _ReadKeys:
     if root.is_live:
-        from vmplug.host.use.statx import read_place  # noqa: PLC0415  ctypes costs 2 ms
+        from vmplug.host.use.statx import read_places  # noqa: PLC0415  ctypes costs 2 ms
 
         base = root.path.removesuffix("/")
 
-        def read(link: str) -> Sequence[FileKey | str]:
-            place = read_place(base + link)
-            return (place.key,) if place else ()
+        def read(directory: str, numbers: Iterable[str]) -> Iterator[tuple[str, FileKey]]:
+            return ((n, place[0]) for n, place in read_places(base + directory, numbers))
 
         return read
 
-    def read_copied(link: str) -> Sequence[FileKey | str]:
-        target = root.read_link(link) or ""
-        status = root.stat_or_none(target) if target.startswith("/") else None
-        return (target, FileKey.of(status)) if status else (target,)
+    def read_copied(directory: str, numbers: Iterable[str]) -> Iterator[tuple[str, FileKey | str]]:
+        for number in numbers:
+            target = root.read_link(f"{directory}/{number}") or ""
+            yield number, target
+            if target.startswith("/") and (status := root.stat_or_none(target)):
+                yield number, key_of(status)
 
     return read_copied
 

@@ -10,8 +10,7 @@ import errno
 import os
 import stat
 import struct
-
-import msgspec
+from collections.abc import Iterable, Iterator
 
 from vmplug.errors import AttributeReadError
 from vmplug.host.use.file_key import FileKey
@@ -26,26 +25,34 @@ _LAYOUT = struct.Struct("=28xH2xQ88x4IQ")
 """stx_mode, stx_ino, stx_rdev_*, stx_dev_* and stx_mnt_id of struct statx."""
 
 _ABSENT = frozenset({errno.ENOENT, errno.ESRCH, errno.ENOTDIR})
+_KIND_MASK = 0o170000
+_DEVICES = frozenset({stat.S_IFBLK, stat.S_IFCHR})
+_unpack = _LAYOUT.unpack_from
 _statx = ctypes.CDLL(None, use_errno=True).statx
 
 
-class Place(msgspec.Struct, frozen=True):
-    """A file, and the number of the mount through which it is seen."""
-
-    key: FileKey
-    mount: int
+Place = tuple[FileKey, int]
+"""A file, and the number of the mount through which it is seen."""
 
 
 def read_place(path: str) -> Place | None:
     """What a path, or a link of /proc, leads to; None when absent. Raises AttributeReadError."""
-    buffer = ctypes.create_string_buffer(_BUFFER_BYTES)
-    if _statx(_AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _WANTED, buffer):
-        number = ctypes.get_errno()
-        if number in _ABSENT:
-            return None
-        raise AttributeReadError(path, number)
-    mode, inode, major, minor, dev_major, dev_minor, mount = _LAYOUT.unpack_from(buffer)
-    kind = stat.S_IFMT(mode)
-    if kind in {stat.S_IFBLK, stat.S_IFCHR}:
-        return Place(FileKey(kind, os.makedev(major, minor), 0), mount)
-    return Place(FileKey(kind, os.makedev(dev_major, dev_minor), inode), mount)
+    directory, _, name = path.rpartition("/")
+    return next((place for _, place in read_places(directory, [name])), None)
+
+
+def read_places(directory: str, names: Iterable[str]) -> Iterator[tuple[str, Place]]:
+    """The same for names in a directory, without those that are absent."""
+    buffer, above = ctypes.create_string_buffer(_BUFFER_BYTES), os.fsencode(f"{directory}/")
+    for name in names:
+        if _statx(_AT_FDCWD, above + os.fsencode(name), _AT_STATX_DONT_SYNC, _WANTED, buffer):
+            number = ctypes.get_errno()
+            if number in _ABSENT:
+                continue
+            raise AttributeReadError(f"{directory}/{name}", number)
+        mode, inode, major, minor, dev_major, dev_minor, mount = _unpack(buffer)
+        kind = mode & _KIND_MASK
+        if kind in _DEVICES:
+            yield name, ((kind, os.makedev(major, minor), 0), mount)
+        else:
+            yield name, ((kind, os.makedev(dev_major, dev_minor), inode), mount)
