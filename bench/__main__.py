@@ -2,14 +2,14 @@
 
 import sys
 
-from bench import attach, inventory, journal, lookup, start
+from bench import attach, check, inventory, journal, lookup, start
 
 
 def main() -> int:
     """Measure every row, printing each as soon as it is known."""
     print(f"{'ratio':>6} {'target':>6}  {'ours':>10} {'other':>10}  what")
     missed = 0
-    for module in (lookup, inventory, start, attach, journal):
+    for module in (lookup, inventory, start, check, attach, journal):
         for row in module.rows():
             mark = " " if row.is_met else "!"
             print(

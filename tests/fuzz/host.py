@@ -15,8 +15,8 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import DeviceError
-from vmplug.host.block.mounts import read_usage
 from vmplug.host.block.pmem import read_pfn_info
+from vmplug.host.block.usage import read_usage
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.check.device import check_device as check_safety
 from vmplug.host.finding import Access
@@ -24,7 +24,7 @@ from vmplug.host.host_path import find_sysfs_node
 from vmplug.host.inventory import read_inventory, with_reset_methods
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.mdev import read_mdev_types
-from vmplug.host.pci.nodes import read_nodes
+from vmplug.host.pci.nodes import read_node_paths, read_nodes
 from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.process import read_memlock_limit, read_start_time
@@ -32,7 +32,7 @@ from vmplug.host.record.read import open_record
 from vmplug.host.record.write import write_record
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
-from vmplug.host.use.openers import DeviceNode, find_openers
+from vmplug.host.use.openers import read_open_files
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.sockets import find_listener
 from vmplug.host.vhost_user.store import VhostUserStore
@@ -92,9 +92,10 @@ def _readers(root: HostRoot) -> Iterator[Callable[[], object]]:
     yield lambda: read_sriov(Bdf.parse(NIC), root)
     yield lambda: read_mdev_types(root)
     yield lambda: find_listener("/run/vhost-user/block/sockets/disk1", root)
-    yield lambda: find_openers([DeviceNode.of_char("/dev/vfio/26", root)], root)
-    yield lambda: read_nodes(NVME, root)
-    yield lambda: read_usage(root)
+    yield lambda: read_open_files(root)
+    yield lambda: read_nodes(NVME, read_node_paths(root), root)
+    usage = read_usage(root)
+    yield lambda: (usage.mounts, usage.swaps, usage.loops)
     yield lambda: read_start_time(1, root)
     yield lambda: read_memlock_limit(1, root)
     yield lambda: read_pfn_info("/images/pmem.img", root)

@@ -2,11 +2,12 @@
 
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access, Claim, Finding, Severity
 from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
+from vmplug.host.root import HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
 
 READING, WRITING = Access(read_only=True), Access(read_only=False)
@@ -44,3 +45,19 @@ def claim(*, read_only: bool = False, share_rw: bool = False) -> Claim:
     return Claim(
         vm="sb1", identity=Identity.parse("block:8:0"), read_only=read_only, share_rw=share_rw
     )
+
+
+class Counting(HostRoot):
+    """A tree that counts how often a table of all processes or devices is read."""
+
+    def __init__(self, root: HostRoot) -> None:
+        super().__init__(root.path)
+        self.reads: dict[str, int] = {}
+
+    def list_dir(self, path: str) -> list[str]:
+        self.reads[path] = self.reads.get(path, 0) + 1
+        return super().list_dir(path)
+
+    def read_text(self, path: str) -> str | None:
+        self.reads[path] = self.reads.get(path, 0) + 1
+        return super().read_text(path)

@@ -2,7 +2,7 @@
 
 from tests.support.checking import WRITING
 from tests.support.pci_tree import PciTree
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Claim, Code, Finding
 from vmplug.host.pci.vfio import find_named_group

@@ -15,8 +15,8 @@ from msgspec import structs
 from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
-from vmplug.host.block.inventory import Disk, Pmem, Use, read_disks, read_pmem
-from vmplug.host.block.mounts import HostUsage, read_usage
+from vmplug.host.block.inventory import Disk, DiskUses, Pmem, Use, read_disks, read_pmem
+from vmplug.host.block.usage import read_usage
 from vmplug.host.kind import DeviceType, Identity
 from vmplug.host.pci.function import PciFunction, read_functions, read_reset_methods
 from vmplug.host.pci.iommu import NOIOMMU, find_group
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 _DISPLAY = 0x03
 _CDEVS = "/sys/class/vfio-dev"
-_NO_USAGE = HostUsage(mounts=(), swaps=(), loops=())
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -182,8 +181,13 @@ class _Reader:
 
     def disks(self) -> dict[str, Disk]:
         """All block devices by name."""
-        usage = self._attempt(_NO_USAGE, read_usage, self._root)
-        found = self._attempt([], read_disks, self._block_paths, usage, self._vms, self._root)
+        usage = read_usage(self._root)
+        uses = DiskUses(
+            mounts=self._attempt((), lambda: usage.mounts),
+            swaps=self._attempt((), lambda: usage.swaps),
+            loops=self._attempt((), lambda: usage.loops),
+        )
+        found = self._attempt([], read_disks, self._block_paths, uses, self._vms, self._root)
         return {disk.name: disk for disk in found}
 
     def pmem(self, disks: Mapping[str, Disk]) -> list[Pmem]:

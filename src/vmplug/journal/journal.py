@@ -24,6 +24,7 @@ from vmplug.journal.records import (
     Attachment,
     DeviceRecord,
     VmRecord,
+    has_ended,
     insert_device,
     read_attachment,
     read_claim,
@@ -165,6 +166,11 @@ class Journal:
         """Every known VM, by name."""
         parse = partial(read_vm, boot_id=self.worker.boot_id)
         return self._read(parse, "SELECT * FROM vm ORDER BY name")
+
+    def vm_pids(self, host: HostRoot) -> list[int]:
+        """The processes of the VMs that run now."""
+        running = (vm for vm in self.vms() if not (vm.is_of_earlier_boot or has_ended(vm, host)))
+        return [vm.pid for vm in running if vm.pid]
 
     def find_vm(self, name: str) -> VmRecord | None:
         """The VM of that name; None when it is not known."""

@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -19,8 +19,8 @@ from vmplug.drivers.vfio import check_address_space
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
 from vmplug.host.block.content import look_into
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.mounts import HostUsage, read_usage
 from vmplug.host.block.relations import relate_block, relate_file
+from vmplug.host.block.usage import HostUsage, read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.check.thing import identify
 from vmplug.host.check.vfio_group import GuestMemory, check_vm
@@ -44,13 +44,14 @@ class CheckContext(msgspec.Struct, frozen=True, kw_only=True):
 
     `find_claims` returns the claims of VMs on a device and its relatives. vmplug does not ask the
     backend of a device that the VM already has (`is_held`), as it serves that VM. `find_more`
-    returns the VM's findings about a device. `gate` is the operator's policy, None where there is
-    none.
+    returns the VM's findings about a device. `vm_pids` are the processes of vmplug's own VMs.
+    `gate` is the operator's policy, None where there is none.
     """
 
     find_claims: FindClaims = lambda _: ()
     is_held: Callable[[HostDevice], bool] = lambda _: False
     find_more: Callable[[HostDevice], Iterable[Finding]] = lambda _: ()
+    vm_pids: Collection[int] = ()
     gate: PolicyCheck | None = None
 
 
@@ -101,7 +102,7 @@ def examine(
     terms = _Terms(
         host=host,
         known=known,
-        usage=_try_read_usage(host, found),
+        usage=read_usage(host, vms=known.vm_pids),
         allowed=frozenset(allowed),
         managed=managed,
         overlaps=Overlaps(),
@@ -117,7 +118,7 @@ class _Terms(msgspec.Struct, frozen=True, kw_only=True):
 
     host: HostRoot
     known: CheckContext
-    usage: HostUsage | HostError
+    usage: HostUsage
     allowed: frozenset[Code]
     managed: bool
     overlaps: Overlaps
@@ -164,8 +165,6 @@ def _identify(device: HostDevice, host: HostRoot) -> str | None:
 
 def _relate(device: HostDevice, terms: _Terms) -> HostDevice:
     """The device, with everything that shows the same bytes; as it is where that is unknown."""
-    if isinstance(terms.usage, HostError):
-        return device
     try:
         if isinstance(device, BlockDevice):
             return relate_block(device, terms.usage, terms.host)
@@ -231,27 +230,15 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def _try_read_usage(
-    host: HostRoot, found: Iterable[HostDevice | HostError]
-) -> HostUsage | HostError:
-    has_nodes = any(isinstance(device, BlockDevice | VfioGroup) for device in found)
-    try:
-        return read_usage(host, with_mounts=has_nodes)
-    except HostError as error:
-        return error
-
-
 def _check(
     driver: PlugDriver | None,
     device: HostDevice,
     access: Access,
-    usage: HostUsage | HostError,
+    usage: HostUsage,
     claims: Sequence[Claim],
     host: HostRoot,
 ) -> list[Finding]:
     """All findings about one device; a failure to check it is one too."""
-    if isinstance(usage, HostError):
-        return [_unresolved(usage)]
     try:
         findings = check_device(device, access, usage=usage, claims=claims, root=host)
     except HostError as error:

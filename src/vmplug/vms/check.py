@@ -48,7 +48,7 @@ def check_requests(
 
 @contextmanager
 def _known(setup: Setup, gate: PolicyCheck | None) -> Iterator[CheckContext]:
-    """What VMs hold, inside the `with`, and the policy."""
+    """What VMs hold, and their processes, inside the `with`, and the policy."""
     if not has_journal(setup.state_dir):
         yield CheckContext(gate=gate, find_more=partial(_check_tokens, setup, None))
         return
@@ -63,6 +63,7 @@ def _known(setup: Setup, gate: PolicyCheck | None) -> Iterator[CheckContext]:
             gate=gate,
             find_claims=find_claims,
             find_more=partial(_check_tokens, setup, journal.vf_tokens),
+            vm_pids=journal.vm_pids(setup.host),
         )
 
 

@@ -11,7 +11,7 @@ from tests.support.tree import HostTree
 from vmplug.address import Bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, NoSuchDevice
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access
@@ -19,7 +19,7 @@ from vmplug.host.host_path import get_host_path
 from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.process import read_start_time
 from vmplug.host.resolve import resolve
-from vmplug.host.use.openers import DeviceNode, Opener, Openers, find_openers
+from vmplug.host.use.openers import DeviceNode, Opener, read_open_files, wanted_node
 from vmplug.host.vhost_user.sockets import Listener, find_listener
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
@@ -89,7 +89,7 @@ def test_a_table_without_end_is_not_read_to_its_end(tree: HostTree, target: str)
     with (tree.path / "proc/endless").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(AttributeReadError, match="longer than 67108864 bytes"):
-        read_usage(tree.root)
+        assert read_usage(tree.root).swaps
 
 
 def test_a_backing_file_with_a_nul_in_its_name_is_nowhere(tree: HostTree) -> None:
@@ -128,8 +128,10 @@ def test_a_directory_of_proc_with_another_kind_of_digit_is_no_process(tree: Host
     tree.unix_socket("/run/a.sock", 99)
     assert find_listener("/run/a.sock", tree.root) == Listener(pid=7, name="spdk")
     tree.process(8, "qemu", "/dev/vfio/26").file("/proc/²/fd/3", "x")
-    openers = find_openers([DeviceNode.of_char("/dev/vfio/26", tree.root)], tree.root)
-    assert openers == Openers(found=(Opener(pid=8, name="qemu", path="/dev/vfio/26"),), unknown=())
+    wanted = wanted_node(DeviceNode.of_char("/dev/vfio/26", tree.root), tree.root)
+    opened = read_open_files(tree.root)
+    assert opened.find(wanted) == [Opener(pid=8, name="qemu", path="/dev/vfio/26")]
+    assert (opened.unlisted, opened.guarded) == ((), ())
 
 
 @pytest.mark.parametrize("line", ["1: 2 0 x 1 01 99 /run/a.sock", "1: 2 0 1 1 x 99 /run/a.sock"])

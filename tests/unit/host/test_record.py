@@ -17,7 +17,7 @@ from tests.support.pci_tree import CONFIG_CUT, CONFIG_PCIE, FLAGS_MEM64, PciTree
 from tests.support.tree import GIB
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, DeviceError, SpecError
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access, Finding
 from vmplug.host.inventory import Inventory, read_inventory, with_reset_methods

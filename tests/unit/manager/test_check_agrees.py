@@ -252,6 +252,8 @@ ROWS = [
         [CARD],
         lambda w: w.tree.process(42, "qemu", "/dev/vfio/26"),
     ),
+    Row(Code.OPEN_BY_PROCESS, "disk", [DISK], lambda w: w.tree.process(42, "mysqld", "/dev/sda")),
+    Row(Code.OPEN_BY_PROCESS, "file", [image()], lambda w: w.tree.process(42, "dd", IMAGE)),
     Row(Code.NO_RESET, "vfio", [CARD], gpu={"reset_methods": ()}, warns=True),
     Row(Code.NO_PORT, "vm", [disk(block_driver="virtio-blk")], lambda w: setattr(w, "ports", 0)),
     Row(Code.CANNOT_PLUG, "vm", [disk(block_driver="virtio-mmio")], without=[DISK]),

@@ -13,16 +13,24 @@ from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
-from vmplug.host.block.loop_files import same_file
-from vmplug.host.block.mounts import HostUsage
+from vmplug.host.block.loop_files import Loop, same_file
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.kind import FoundBy, Identity
 from vmplug.host.root import HostRoot
+from vmplug.host.use.mounts import MountedDevice
 
 _ND_DEVICES = "/sys/bus/nd/devices"
 _DAX_DEVICES = "/sys/bus/dax/devices"
 _NAMESPACE = "namespace"
 _WORDS = re.compile(r"([^0-9]*)([0-9]*)", re.ASCII)
+
+
+class DiskUses(msgspec.Struct, frozen=True, kw_only=True):
+    """What uses disks, as far as it could be read; see `vmplug.host.block.usage`."""
+
+    mounts: tuple[MountedDevice, ...]
+    swaps: tuple[str, ...]
+    loops: tuple[Loop, ...]
 
 
 class Use(msgspec.Struct, frozen=True):
@@ -70,7 +78,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_disks(
-    paths: Mapping[str, str], usage: HostUsage, vms: Mapping[Identity, str], root: HostRoot
+    paths: Mapping[str, str], usage: DiskUses, vms: Mapping[Identity, str], root: HostRoot
 ) -> list[Disk]:
     """The block devices of those names and directories, partitions after their disks.
 
@@ -117,7 +125,7 @@ def _read_disk(name: str, path: str, root: HostRoot) -> Disk | None:
 
 
 def _uses(
-    disk: Disk, mounts: Mapping[DevNum, set[str]], usage: HostUsage, root: HostRoot
+    disk: Disk, mounts: Mapping[DevNum, set[str]], usage: DiskUses, root: HostRoot
 ) -> Iterator[Use]:
     node = disk.device_node
     for point in sorted(mounts.get(disk.devnum, ()) if disk.devnum else ()):

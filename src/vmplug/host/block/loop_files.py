@@ -8,6 +8,7 @@ Source: include/uapi/linux/loop.h; drivers/block/loop.c, loop_get_status.
 import os
 import stat
 import struct
+from collections.abc import Iterable
 
 import msgspec
 
@@ -36,12 +37,6 @@ class Loop(msgspec.Struct, frozen=True, kw_only=True):
         status = root.stat_or_none(path)
         return status is not None and self.opened == OpenedFile.of(status)
 
-    def is_on_the_same(self, other: "Loop", root: HostRoot) -> bool:
-        """Whether both are on one file or device."""
-        if self.opened is None:
-            return not self.backing.deleted and other.shows(self.backing.backing_file, root)
-        return self.opened == other.opened
-
 
 class OpenedFile(msgspec.Struct, frozen=True):
     """A file by its device and inode, or a block device by its number alone."""
@@ -56,6 +51,29 @@ class OpenedFile(msgspec.Struct, frozen=True):
         if stat.S_ISBLK(status.st_mode):
             return cls(0, 0, node_number(status))
         return cls(status.st_dev, status.st_ino, None)
+
+
+class LoopIndex:
+    """The loop devices by what they are on, so that not each of them is asked for each disk."""
+
+    def __init__(self, loops: Iterable[Loop]) -> None:
+        self.by_number = {loop.devnum: loop for loop in loops}
+        self._by_file: dict[OpenedFile | None, list[Loop]] = {}
+        for loop in self.by_number.values():
+            self._by_file.setdefault(loop.opened, []).append(loop)
+
+    def find_on(self, path: str, root: HostRoot) -> list[Loop]:
+        """Those on that file, or on the device of that node."""
+        status = root.stat_or_none(path)
+        known = self._by_file.get(OpenedFile.of(status), ()) if status else ()
+        named = self._by_file.get(None, ())  # where only the names are known
+        return [*known, *(loop for loop in named if loop.shows(path, root))]
+
+    def find_beside(self, loop: Loop, root: HostRoot) -> list[Loop]:
+        """Those on the file or device that a loop device is on, with itself."""
+        if loop.opened is not None:
+            return self._by_file[loop.opened]
+        return [] if loop.backing.deleted else self.find_on(loop.backing.backing_file, root)
 
 
 _LOOP_GET_STATUS64 = 0x4C05

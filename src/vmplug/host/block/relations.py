@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.loop_files import Loop
-from vmplug.host.block.mounts import HostUsage
 from vmplug.host.block.sysfs import read_block_device
-from vmplug.host.block.twins import read_twins
+from vmplug.host.block.twins import read_lun, read_twins
+from vmplug.host.block.usage import HostUsage
 from vmplug.host.kind import FoundBy
 from vmplug.host.root import HostRoot
 
@@ -19,7 +19,9 @@ def relate_block(device: BlockDevice, usage: HostUsage, root: HostRoot) -> Block
     """
     if device.loops is not None:
         return device
-    twins = tuple(read_twins(device.sysfs_path, root)) if device.sysfs_path else ()
+    lun = read_lun(device.sysfs_path, root) if device.sysfs_path else None
+    names = usage.luns.get(lun, ()) if lun else ()
+    twins = tuple(read_twins(device.sysfs_path, names, root)) if device.sysfs_path else ()
     known = device._replace(twins=twins)
     return known._replace(loops=_numbers(_loops_on(known, usage, root), root))
 
@@ -37,13 +39,14 @@ def _loops_on(disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot) ->
     Those on the file behind a loop device show its bytes too.
     """
     number = disk.devnum if isinstance(disk, BlockDevice) else None
-    own = next((loop for loop in usage.loops if loop.devnum == number), None)
-    others = [loop for loop in usage.loops if loop is not own]
+    index = usage.loop_index
+    own = index.by_number.get(number) if number else None
+    found = [loop for node in disk.nodes for loop in index.find_on(node, root)]
+    found += index.find_beside(own, root) if own else []
+    others = {loop.devnum: loop for loop in found if loop is not own}
     return [
-        loop
-        for loop in others
-        if any(loop.shows(node, root) for node in disk.nodes)
-        or (own and own.is_on_the_same(loop, root))
+        others[number]
+        for number in sorted(others, key=lambda number: (number.major, number.minor))
     ]
 
 

@@ -5,7 +5,7 @@ another is written to. The LUN's name shows that they are one.
 Source: Documentation/ABI/stable/sysfs-block, wwid; drivers/scsi/scsi_sysfs.c, wwid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from vmplug.host.block.device import DiskPart
 from vmplug.host.root import HostRoot
@@ -13,28 +13,42 @@ from vmplug.host.root import HostRoot
 _BLOCK = "/sys/block"
 
 
-def read_twins(sysfs_path: str, root: HostRoot) -> list[DiskPart]:
+Lun = tuple[bytes, bytes | None]
+"""The name and size of a LUN: card readers have one name for all of their slots."""
+
+
+def read_luns(root: HostRoot) -> dict[Lun, list[str]]:
+    """The disks of each LUN that has a name. Raises AttributeReadError."""
+    found: dict[Lun, list[str]] = {}
+    for disk in (f"{_BLOCK}/{name}" for name in root.list_dir(_BLOCK)):
+        if lun := _read_lun(disk, root):
+            found.setdefault(lun, []).append(disk)
+    return found
+
+
+def read_lun(sysfs_path: str, root: HostRoot) -> Lun | None:
+    """The LUN of a disk, or of the disk of a partition; None where it has no name."""
+    return _read_lun(_disk_of(sysfs_path, root), root)
+
+
+def read_twins(sysfs_path: str, names: Iterable[str], root: HostRoot) -> list[DiskPart]:
     """The other names of the disk, or of the disk of the partition, with their partitions.
 
     Of a partition, only that partition under the other names, with their disks. `sysfs_path` has
-    no links. Empty for a disk whose LUN has no name. Raises AttributeReadError.
+    no links; `names` are the disks of its LUN. Raises AttributeReadError.
     """
     number = root.read_attribute(f"{sysfs_path}/partition")
-    disk = sysfs_path if number is None else sysfs_path.rpartition("/")[0]
-    own = _lun_of(disk, root)
-    if own is None:
-        return []
-    others = (f"{_BLOCK}/{name}" for name in root.list_dir(_BLOCK))
-    return [
-        part
-        for other in others
-        if root.real_path(other) != disk and _lun_of(other, root) == own
-        for part in _parts(other, number, root)
-    ]
+    disk = _disk_of(sysfs_path, root)
+    others = (other for other in names if root.real_path(other) != disk)
+    return [part for other in others for part in _parts(other, number, root)]
 
 
-def _lun_of(disk: str, root: HostRoot) -> tuple[bytes, bytes | None] | None:
-    """The name and size of a disk's LUN: card readers have one name for all of their slots."""
+def _disk_of(sysfs_path: str, root: HostRoot) -> str:
+    is_part = root.read_attribute(f"{sysfs_path}/partition") is not None
+    return sysfs_path.rpartition("/")[0] if is_part else sysfs_path
+
+
+def _read_lun(disk: str, root: HostRoot) -> Lun | None:
     wwid = root.read_attribute(f"{disk}/wwid") or root.read_attribute(f"{disk}/device/wwid")
     return (wwid, root.read_attribute(f"{disk}/size")) if wwid and wwid.strip() else None
 

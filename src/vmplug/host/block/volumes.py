@@ -6,9 +6,9 @@ from functools import cache
 
 from vmplug.errors import SpecError
 from vmplug.host.block.loop import read_backing_file
-from vmplug.host.block.mounts import MountPoint, read_mount_points
 from vmplug.host.block.pmem import read_pfn_info
 from vmplug.host.root import HostRoot, node_number
+from vmplug.host.use.mounts import MountPoint, read_mount_points
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 from vmplug.oci.requests import Request
 from vmplug.oci.spec import Bundle

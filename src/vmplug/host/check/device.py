@@ -16,9 +16,10 @@ from msgspec.structs import replace
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
 from vmplug.host.block.loop_files import Loop, same_file
-from vmplug.host.block.mounts import HostUsage
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.sysfs import read_block_device
+from vmplug.host.block.usage import HostUsage
+from vmplug.host.check.open_disk import check_open_disk
 from vmplug.host.check.vfio_group import check_group, check_openers
 from vmplug.host.device import (
     CharDevice,
@@ -83,9 +84,9 @@ def _check_vfio(
     shared = {Identity.of_vfio(bdf) for bdf in owners - set(group.members)}
     claims = [claim for claim in claims if claim.identity not in shared]
     yield from _claimed(claims, access)
-    yield from check_group(group, root)
+    yield from check_group(group, usage, root)
     if not claims:
-        yield from check_openers(group, root)
+        yield from check_openers(group, usage, root)
     for part in group.disks:
         found = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
         disk = relate_block(found, usage, root)
@@ -118,16 +119,18 @@ def _check_block(
         )
     yield from _wrong_node(device, root)
     used = _users(device, access, usage, root)
-    yield from used
-    yield from _claimed(claims, access)
+    found = [*used, *_claimed(claims, access)]
     if root.is_live:
         # A user that could share it with a reader still holds the device exclusively.
         explained = used + _users(device, replace(access, read_only=False), usage, root)
         closed = list(_opened(device, root, explained=_is_refused(explained)))
-        yield from closed
+        found += closed
         if not (_is_refused(used) or claims or closed):
             for path in (*device.nodes, *device.below_files):
-                yield from _locked(path, access, root)
+                found += _locked(path, access, root)
+    yield from found
+    if not _is_refused(found):
+        yield from check_open_disk(device, access, usage, root)
     yield from _read_only(
         device, access, f"make it writable (blockdev --setrw {quote(device.device_node)})"
     )
@@ -155,10 +158,12 @@ def _check_file(
         *_looped(device, access, usage, root),
         *_swap(device.host_path, (device.host_path,), usage, root),
     ]
-    yield from used
-    yield from _claimed(claims, access)
+    found = [*used, *_claimed(claims, access)]
     if not (_is_refused(used) or claims):
-        yield from _locked(device.host_path, access, root)
+        found += _locked(device.host_path, access, root)
+    yield from found
+    if not _is_refused(found):
+        yield from check_open_disk(device, access, usage, root)
     yield from _read_only(device, access, "remount its file system for writing")
     if device.size_bytes == 0:
         yield Finding(
@@ -187,9 +192,10 @@ def _mounted(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[
     names = {part.devnum: _named(part, device) for part in device.same_bytes}
     names[device.devnum] = device.device_node
     places: dict[DevNum, list[str]] = {}
-    for mount in usage.mounts:
-        if mount.devnum in names and not (mount.read_only and access.read_only):
-            places.setdefault(mount.devnum, []).append(mount.mount_point)
+    for devnum in names:
+        for mount in usage.mounts_of.get(devnum, ()):
+            if not (mount.read_only and access.read_only):
+                places.setdefault(devnum, []).append(mount.mount_point)
     for devnum, points in places.items():
         yield Finding(
             Code.MOUNTED_ON_HOST,
@@ -244,9 +250,8 @@ def _looped(
     disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:
     """Loop devices on the disk. One that nothing uses, such as kubelet's, may stay."""
-    for loop in usage.loops:
-        if loop.devnum not in (disk.loops or ()):
-            continue
+    loops = map(usage.loop_index.by_number.get, disk.loops or ())
+    for loop in filter(None, loops):
         if access.read_only and root.read_int(f"/sys/dev/block/{loop.devnum}/ro"):
             continue
         shown = next((n for n in disk.nodes if loop.shows(n, root)), loop.backing.backing_file)
@@ -277,8 +282,7 @@ def _is_idle(loop: Loop, usage: HostUsage, root: HostRoot) -> bool:
         *_held(device, access, root),
         *_swap(device.device_node, device.nodes, usage, root),
     ]
-    above = (other for other in usage.loops if any(other.shows(n, root) for n in device.nodes))
-    if used or any(above):
+    if used or any(usage.loop_index.find_on(node, root) for node in device.nodes):
         return False
     if not root.is_live:
         return True

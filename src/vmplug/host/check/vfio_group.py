@@ -7,39 +7,34 @@ Source: Documentation/driver-api/vfio.rst; drivers/vfio/group.c.
 """
 
 import os
-import time
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from vmplug.address import Bdf
+from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.function_state import check_function
 from vmplug.host.check.isolation import check_isolation
 from vmplug.host.check.machine_part import check_machine_parts
+from vmplug.host.check.open_disk import check_unknown
 from vmplug.host.check.vfio_node import check_group_node, check_nodes
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.bind import PCI_DRIVERS
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.nodes import read_nodes
+from vmplug.host.pci.nodes import read_node_paths, read_nodes
 from vmplug.host.pci.uses import (
     NetInterface,
     find_parents_of_moved,
     read_network_interfaces,
+    read_network_uses,
 )
 from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
 from vmplug.host.process import read_memlock_limit
 from vmplug.host.root import HostRoot
-from vmplug.host.use.openers import DeviceNode, Openers, find_openers
-
-if TYPE_CHECKING:
-    from vmplug.host.use.namespaces import MovedInterface
+from vmplug.host.use.openers import DeviceNode, sees_all_processes, wanted_node
 
 _DISPLAY = 0x03
-
-_PROBE_S, _PROBE_STEP_S = 0.5, 0.05
-"""How long an open node may be just a probe."""
 
 _OVS_MASTER = "ovs-system"
 """The master of every port of Open vSwitch, which takes a port back that only the kernel released.
@@ -51,7 +46,7 @@ before 5.19 accepted any driver of a PCI-to-PCI bridge. A member without a drive
 Source: drivers/pci/pcie/portdrv.c, drivers/pci/pci-stub.c; vfio_dev_viable before."""
 
 
-def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+def check_group(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
     """Every reason not to hand the group over, except the users of its disks."""
     if not group.members:
         others = [*(str(bridge.bdf) for bridge in group.bridges), *group.unknown_members]
@@ -79,13 +74,16 @@ def check_group(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
         yield from check_function(function, root, has_vfio=has_vfio)
         if not has_vfio:
             yield from _console(function, root)
-            yield from _networks(function, read_network_interfaces(function.bdf, root))
-            yield from _moved_network(function, root)
+            yield from _networks(
+                function,
+                read_network_interfaces(function.bdf, root, lambda: usage.once(read_network_uses)),
+            )
+            yield from _moved_network(function, usage, root)
         yield from _virtual_functions(function, group, root)
         yield from _reset(function, root)
 
 
-def check_openers(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+def check_openers(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
     """Processes that have the group open, which cannot be opened twice, or a node of its drivers.
 
     To unbind a driver waits for those that use its nodes, or takes the device away from them.
@@ -96,11 +94,11 @@ def check_openers(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
     nodes = {node: DeviceNode.of_char(node, root) for node in own}
     owners: dict[str, Bdf] = {}
     for function in group.functions:
-        for node in read_nodes(function.bdf, root):
+        for node in read_nodes(function.bdf, usage.once(read_node_paths), root):
             nodes.setdefault(node.path, node)
             owners.setdefault(node.path, function.bdf)
-    openers = _find_lasting(nodes.values(), root)
-    for opener in openers.found:
+    wanted = {k: p for node in nodes.values() for k, p in wanted_node(node, root).items()}
+    for opener in usage.open_files.find_lasting(wanted) if wanted else ():
         process, path = f"process {opener.pid} ({opener.name})", opener.path
         if path in own:
             yield Finding(
@@ -114,24 +112,20 @@ def check_openers(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
                 f"{path}, a node of {owners[path]}, is open in {process}",
                 f"end that process, or the service that it belongs to: fuser --verbose {path}",
             )
-    if openers.unknown and root.is_live:
+    if wanted and group.members:
+        unknown = sorted({*usage.open_files.unlisted, *usage.open_files.guarded})
+        yield from check_unknown(group.members[0], unknown, root)
+        yield from _unseen(group.members[0], root)
+
+
+def _unseen(member: str, root: HostRoot) -> Iterator[Finding]:
+    if root.is_live and not sees_all_processes(root):
         yield Finding(
             Code.UNKNOWN_USE,
-            f"the open files of process {openers.unknown[0]}"
-            + (f" and of {more} more" if (more := len(openers.unknown) - 1) else "")
-            + f" cannot be read: they may have {group.members[0]} in use",
-            "run vmplug as root, with CAP_SYS_PTRACE, in the host's own PID namespace",
+            f"vmplug sees only the processes of its own PID namespace: others may have {member} "
+            "in use",
+            "run vmplug in the host's own PID namespace: in a container, share it (--pid=host)",
         )
-
-
-def _find_lasting(nodes: Collection[DeviceNode], root: HostRoot) -> Openers:
-    """Those who keep a node open: udev reads each new disk for a moment."""
-    openers = find_openers(nodes, root)
-    deadline = time.monotonic() + _PROBE_S
-    while root.is_live and openers.found and time.monotonic() < deadline:
-        time.sleep(_PROBE_STEP_S)  # /proc gives no event for a closed file
-        openers = find_openers(nodes, root)
-    return openers
 
 
 class GuestMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -252,12 +246,13 @@ def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iter
             )
 
 
-def _moved_network(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
+def _moved_network(function: PciFunction, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
     """An interface in another network namespace, where a container has it."""
     parents = find_parents_of_moved(function.bdf, root)
     if not parents:
         return
-    moved = _find_moved(parents) if root.is_live else None
+    found = (usage.moved_interfaces.get(parent) for parent in sorted(parents))
+    moved = next(filter(None, found), None)
     if moved:
         yield Finding(
             Code.NETWORK_IN_USE,
@@ -272,12 +267,6 @@ def _moved_network(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
             f"the network interface of {function.bdf} is in another network namespace",
             "lsns --type net lists them; ip link set NAME netns 1, run there, takes it back",
         )
-
-
-def _find_moved(parents: frozenset[str]) -> "MovedInterface | None":
-    from vmplug.host.use.namespaces import find_moved  # noqa: PLC0415  ctypes costs 2 ms
-
-    return find_moved(parents)
 
 
 def _retire(interface: NetInterface) -> Iterator[str]:

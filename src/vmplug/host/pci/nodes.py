@@ -10,7 +10,7 @@ chapter "Sample /proc/driver/nvidia".
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from vmplug.devnum import DevNum
 from vmplug.host.pci.uses import class_paths
@@ -25,10 +25,18 @@ _NVIDIA_MAJOR = 195
 _NVIDIA_MINOR = re.compile(r"^Device Minor:\s*([0-9]{1,3})\s*$", re.MULTILINE | re.ASCII)
 
 
-def read_nodes(bdf: object, root: HostRoot) -> list[DeviceNode]:
+NodePaths = Mapping[tuple[int, DevNum], str]
+"""The directory of every device that has a node, by kind and number, without links."""
+
+
+def read_node_paths(root: HostRoot) -> NodePaths:
+    """The directories of all devices of the host that have a node. Raises AttributeReadError."""
+    return dict(_device_paths(root))
+
+
+def read_nodes(bdf: object, paths: NodePaths, root: HostRoot) -> list[DeviceNode]:
     """The nodes of one function, block and character devices. Raises AttributeReadError."""
     directory = root.real_path(f"{root.pci_devices}/{bdf}")
-    paths = dict(_device_paths(root))
     places = [f"{directory}/"]
     controllers = {
         match[1]
@@ -45,7 +53,6 @@ def read_nodes(bdf: object, root: HostRoot) -> list[DeviceNode]:
 
 
 def _device_paths(root: HostRoot) -> Iterator[tuple[tuple[int, DevNum], str]]:
-    """The directory of every device that has a node, by kind and number, without links."""
     for name, kind in (("block", stat.S_IFBLK), ("char", stat.S_IFCHR)):
         for number, path in class_paths(f"{root.sys_dev}/{name}", root):
             yield (kind, DevNum.parse(number)), path

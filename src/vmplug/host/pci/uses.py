@@ -7,7 +7,7 @@ Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrcon
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -94,15 +94,20 @@ def _with_heads(names: set[str], known: Mapping[str, str]) -> set[str]:
     return names | {name for name in known if parts.match(name)}
 
 
-def read_network_interfaces(bdf: Bdf | str, root: HostRoot) -> list[NetInterface]:
-    """The network interfaces that come from a function. Raises AttributeReadError."""
+def read_network_interfaces(
+    bdf: Bdf | str, root: HostRoot, read_uses: "Callable[[], NetworkUses] | None" = None
+) -> list[NetInterface]:
+    """The network interfaces that come from a function. Raises AttributeReadError.
+
+    `read_uses` has the uses of all of the host's, where they are read for several functions.
+    """
     directory = f"{root.pci_devices}/{bdf}"
     real = root.real_path(directory)
     below = {name for name, path in class_paths(_NET, root) if path.startswith(f"{real}/")}
     names = sorted(below | set(root.list_dir(f"{directory}/net")))
     if not names:
         return []
-    uses = read_network_uses(root)
+    uses = read_uses() if read_uses else read_network_uses(root)
     return [uses.interface(name) for name in names]
 
 

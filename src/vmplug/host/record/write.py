@@ -22,8 +22,8 @@ from typing import IO
 import msgspec
 
 from vmplug.devnum import DevNum
-from vmplug.errors import AttributeReadError, DeviceError, SpecError
-from vmplug.host.block.mounts import HostUsage, read_usage
+from vmplug.errors import DeviceError, SpecError
+from vmplug.host.block.usage import HostUsage, read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Access
@@ -120,9 +120,7 @@ def _write_file(path: str, members: "_Members", *, replace: bool) -> None:
 def _read_everything(root: "_RecordingRoot") -> None:
     """Read everything that the reading verbs would read, for every device of the host."""
     inventory = read_inventory(root)
-    usage = HostUsage(mounts=(), swaps=(), loops=())
-    with suppress(AttributeReadError):
-        usage = read_usage(root)
+    usage = read_usage(root)
     for directory, dev_type in (("block", DevType.BLOCK), ("char", DevType.CHAR)):
         for number in root.list_dir(f"{root.sys_dev}/{directory}"):
             with suppress(DeviceError, ValueError):

@@ -1,4 +1,4 @@
-"""What uses a thing of the host? Processes and network namespaces, each read once.
+"""What uses a thing of the host? Open files, mounts and namespaces of all processes.
 
-In: device nodes, names of devices. Out: what has them, and which processes could not be read.
+In: what files and devices are. Out: what has them, and which processes could not be read.
 """

@@ -1,129 +1,149 @@
-"""Find the network namespace that an interface was moved to.
+"""The namespaces of the host for mounts and for networks, and the mount tables of all of them.
 
-The kernel names the device behind an interface in every namespace; sysfs shows only the interfaces
-of the namespace that it was mounted in.
-Source: rtnetlink(7), RTM_GETLINK; IFLA_PARENT_DEV_NAME since Linux 5.14; setns(2).
+A namespace exists as long as a process is in it, a file of it is mounted somewhere (ip-netns(8),
+unshare(1) --mount=FILE), or a process has such a file open. Each of these is looked for.
+Source: namespaces(7); proc_pid_mountinfo(5): a process sees only the mounts below its root.
 """
 
-import ctypes
+import errno
 import os
-import socket
-import struct
-from collections.abc import Iterator
-from contextlib import suppress
-from threading import Thread
+import re
+import stat
+from collections.abc import Mapping
 
 import msgspec
 
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
-from vmplug.host.root import THIS_HOST
+from vmplug.host.root import HostRoot
+from vmplug.host.use.mounts import unescape
+from vmplug.host.use.openers import OpenFiles
 
 _NAMED = "/run/netns"
-"""Where ip-netns(8) and container engines keep the namespaces that have a name."""
+"""Where ip-netns(8) and container engines keep the network namespaces that have a name."""
 
-_CLONE_NEWNET = 0x40000000
-_RTM_GETLINK, _NLMSG_DONE, _NLMSG_ERROR = 18, 3, 2
-_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
-_IFLA_IFNAME, _IFLA_PARENT_DEV_NAME = 3, 56
-_HEADER = struct.Struct("=IHHII")
-_LINK_BYTES = 16
-_ATTRIBUTE = struct.Struct("=HH")
-_BUFFER_BYTES = 1 << 18
+_NSFS = " - nsfs "
+_MOUNTED = re.compile(rf" (mnt|net):\[([0-9]+)\] (\S+) [^\n]*{_NSFS}", re.ASCII)
+_OPENED = re.compile(r"(mnt|net):\[([0-9]+)\]\Z", re.ASCII)
+_UNSEEN = frozenset({errno.EACCES, errno.EPERM, errno.EINVAL})
+"""Another user's process, or one that is ending."""
 
 
-class MovedInterface(msgspec.Struct, frozen=True, kw_only=True):
-    """An interface in another network namespace; `namespace` is a file that leads to that."""
+class Namespaces(msgspec.Struct, frozen=True, kw_only=True):
+    """What leads to the namespaces, other than this process's: a file for each number.
 
-    name: str
-    namespace: str
-
-
-def find_moved(parents: frozenset[str]) -> MovedInterface | None:
-    """The interface of the device of one of these names, such as a BDF or `virtio4`.
-
-    None when no namespace that can be seen has it. This enters the other namespaces, in threads.
+    `tables` are mount tables, by the file that each was read from.
     """
-    for path in _namespaces():
-        for name, parent in _read_links(path):
-            if parent in parents:
-                return MovedInterface(name=name, namespace=path)
-    return None
+
+    networks: Mapping[int, str]
+    tables: Mapping[str, str]
 
 
-def _namespaces() -> Iterator[str]:
-    """One file for each network namespace other than this process's."""
-    known = {os.stat("/proc/self/ns/net").st_ino}
-    names = [f"{_NAMED}/{name}" for name in THIS_HOST.list_dir(_NAMED)]
-    pids = [pid for pid in THIS_HOST.list_dir("/proc") if is_decimal(pid)]
-    for path in (*names, *(f"/proc/{pid}/ns/net" for pid in pids)):
-        status = THIS_HOST.stat_or_none(path)
-        if status and status.st_ino not in known:
-            known.add(status.st_ino)
-            yield path
+def read_namespaces(opened: OpenFiles, root: HostRoot) -> Namespaces:
+    """Every namespace that a process is in, is mounted or is open. Raises AttributeReadError."""
+    if not root.is_live:
+        return Namespaces(networks={}, tables=_read_copied_tables(root))
+    found = _Found(root)
+    found.read_processes()
+    found.read_links(opened)
+    found.enter_others()
+    return Namespaces(networks=found.networks, tables=found.tables)
 
 
-def _read_links(namespace: str) -> list[tuple[str, str]]:
-    """The names of interfaces and of the devices behind them; empty where it may not be seen."""
-    links = list[tuple[str, str]]()
-
-    def read() -> None:
-        with suppress(OSError, AttributeReadError):
-            _enter(namespace)
-            links.extend(_dump_links())
-
-    thread = Thread(target=read)
-    thread.start()
-    thread.join()
-    return links
-
-
-def _enter(namespace: str) -> None:
-    """Move this thread, which must end afterwards, into a network namespace."""
-    descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "setns", namespace)
-    finally:
-        os.close(descriptor)
+def _read_copied_tables(root: HostRoot) -> dict[str, str]:
+    """The first table of each namespace that a copy of a host has."""
+    found, seen = dict[str, str](), set[str]()
+    for pid in filter(is_decimal, root.list_dir("/proc")):
+        try:
+            namespace = root.read_link(f"/proc/{pid}/ns/mnt") or pid
+            table = None if namespace in seen else root.read_text(f"/proc/{pid}/mountinfo")
+        except AttributeReadError as error:
+            if error.errno not in _UNSEEN:
+                raise
+            continue
+        if table:
+            seen.add(namespace)
+            found[f"/proc/{pid}/mountinfo"] = table
+    return found
 
 
-def _dump_links() -> Iterator[tuple[str, str]]:
-    for body in _dump_bodies():
-        texts = dict(_attributes(body[_LINK_BYTES:]))
-        if parent := texts.get(_IFLA_PARENT_DEV_NAME):
-            yield texts.get(_IFLA_IFNAME, ""), parent
+class _Found:
+    """Collects the files that lead to namespaces; the first that was found of each is kept."""
 
+    def __init__(self, root: HostRoot) -> None:
+        self.tables: dict[str, str] = {}
+        self.networks: dict[int, str] = {}
+        self._mounts: dict[int, str] = {}
+        self._root = root
+        for name in root.list_dir(_NAMED):
+            if status := root.stat_or_none(f"{_NAMED}/{name}"):
+                self.networks.setdefault(status.st_ino, f"{_NAMED}/{name}")
 
-def _dump_bodies() -> Iterator[bytes]:
-    """What the kernel says of every link of this thread's namespace."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
-        flags = _NLM_F_REQUEST | _NLM_F_DUMP
-        length = _HEADER.size + _LINK_BYTES
-        netlink.send(_HEADER.pack(length, _RTM_GETLINK, flags, 1, 0) + bytes(_LINK_BYTES))
-        while True:
-            for kind, body in _messages(netlink.recv(_BUFFER_BYTES)):
-                if kind in {_NLMSG_DONE, _NLMSG_ERROR}:
-                    return
-                yield body
+    def read_processes(self) -> None:
+        """The namespaces of all processes, and one mount table for each root in each of them."""
+        seen = set[object]()
+        for pid in filter(is_decimal, self._root.list_dir("/proc")):
+            view = self._read_view(f"/proc/{pid}")
+            if view in seen:
+                continue
+            try:
+                table = self._root.read_text(f"/proc/{pid}/mountinfo")
+            except AttributeReadError as error:
+                if error.errno not in _UNSEEN:
+                    raise
+                continue
+            if table:
+                seen.add(view)
+                self.tables[f"/proc/{pid}/mountinfo"] = table
+                if not isinstance(view, str):
+                    self._add_mounted(f"/proc/{pid}/root", table)
 
+    def _read_view(self, process: str) -> object:
+        """The mount namespace and the root in it: processes with the same see the same mounts."""
+        from vmplug.host.use.statx import read_place  # noqa: PLC0415  ctypes costs 2 ms
 
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The messages of a datagram."""
-    while len(data) >= _HEADER.size:
-        length, kind, *_ = _HEADER.unpack_from(data)
-        yield kind, data[_HEADER.size : length]
-        data = data[max(_aligned(length), _HEADER.size) :]
+        names = (f"{process}/ns/mnt", f"{process}/ns/net", f"{process}/root")
+        try:
+            mount, network, base = map(read_place, names)
+        except AttributeReadError as error:
+            if error.errno not in _UNSEEN:
+                raise
+            return process  # its mount table may be read nevertheless, if not its files
+        if mount and network:
+            self._mounts.setdefault(mount[0][2], names[0])
+            self.networks.setdefault(network[0][2], names[1])
+        return mount, base
 
+    def _add_mounted(self, base: str, table: str) -> None:
+        for kind, number, path in _MOUNTED.findall(table) if _NSFS in table else ():
+            self._add(kind, int(number), base + unescape(path))
 
-def _attributes(data: bytes) -> Iterator[tuple[int, str]]:
-    """The attributes of a message that are texts."""
-    while len(data) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        if kind in {_IFLA_IFNAME, _IFLA_PARENT_DEV_NAME}:
-            yield kind, os.fsdecode(data[_ATTRIBUTE.size : length].rstrip(b"\0"))
-        data = data[max(_aligned(length), _ATTRIBUTE.size) :]
+    def read_links(self, opened: OpenFiles) -> None:
+        """The namespaces that a process has open."""
+        device = os.stat("/proc/self/ns/mnt").st_dev
+        for key, links in opened.links.items():
+            if key[:2] != (stat.S_IFREG, device):
+                continue
+            if match := _OPENED.match(self._root.read_link(links[0]) or ""):
+                self._add(match[1], int(match[2]), links[0])
 
+    def _add(self, kind: str, number: int, path: str) -> None:
+        (self._mounts if kind == "mnt" else self.networks).setdefault(number, path)
 
-def _aligned(length: int) -> int:
-    return (length + 3) & ~3
+    def enter_others(self) -> None:
+        """Read the whole table of each: the only process in it may be in a chroot, or have ended.
+
+        It leaves this process's own networks out.
+        """
+        self.networks.pop(os.stat("/proc/self/ns/net").st_ino, None)
+        self._mounts.pop(os.stat("/proc/self/ns/mnt").st_ino, None)
+        if not self._mounts:
+            return
+        from vmplug.host.use.enter import (  # noqa: PLC0415  threading costs 4 ms
+            CLONE_NEWNS,
+            ask_inside,
+            read_mount_table,
+        )
+
+        others = self._mounts.values()
+        self.tables.update(ask_inside(others, CLONE_NEWNS, read_mount_table))

@@ -1,11 +1,15 @@
-"""Find the processes that have a device node open.
+"""Find the processes that have a file or a device node open.
 
-Source: proc_pid_fd(5): a link there leads to the open file, whatever its name is now.
+One pass over all processes keeps what each descriptor leads to, by what it is and not by its name:
+another name, a chroot or another mount namespace hides nothing.
+Source: proc_pid_fd(5); proc_pid_fdinfo(5).
 """
 
 import os
+import re
 import stat
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Self
 
 import msgspec
@@ -13,6 +17,21 @@ import msgspec
 from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot, node_number
+from vmplug.host.use.file_key import FileKey, key_of, key_of_node
+
+_PROBE_S, _PROBE_STEP_S = 0.5, 0.05
+"""How long an open file may be just a probe: udev reads each new disk for a moment."""
+
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+"""Source: include/linux/proc_ns.h, PROC_PID_INIT_INO."""
+
+_FLAGS = re.compile(r"^flags:\t([0-7]+)$", re.MULTILINE)
+_PF_KTHREAD = 0x200000
+"""Source: include/linux/sched.h."""
+
+
+Wanted = dict[FileKey | str, str]
+"""The names of files by what they are; in a copy of a host also by their paths."""
 
 
 class DeviceNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,65 +52,160 @@ class DeviceNode(msgspec.Struct, frozen=True, kw_only=True):
             number=node_number(status) if status and is_char else None,
         )
 
+    @property
+    def key(self) -> FileKey | None:
+        """What the node is; None where there is none."""
+        return key_of_node(self.kind, self.number) if self.number else None
+
 
 class Opener(msgspec.Struct, frozen=True, kw_only=True):
-    """A process that has a node open. `name` is its command; `path` that of the node."""
+    """A process that has a file open. `name` is its command; `path` that of the file.
+
+    `writes` is true where the mode of the open file is unknown.
+    """
 
     pid: int
     name: str
     path: str
+    writes: bool = True
 
 
-class Openers(msgspec.Struct, frozen=True, kw_only=True):
-    """The processes that have nodes open; `unknown` are those whose files could not be read."""
-
-    found: tuple[Opener, ...]
-    unknown: tuple[int, ...]
+_ReadKeys = Callable[[str, Iterable[str]], Iterator[tuple[str, FileKey | str]]]
 
 
-def find_openers(nodes: Collection[DeviceNode], root: HostRoot) -> Openers:
-    """The processes that have one of the nodes open, each with the first of them; not this one.
+class OpenFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """What the processes had open at one time, except this process.
 
-    A node is known by its number, so another name of it, or a chroot, does not hide it; below
-    another root, where there may be no nodes, also by its path. Source: proc_pid_fd(5).
+    `links` are those of /proc that lead to a file. `unlisted` are the processes whose descriptors
+    this user may not list, `guarded` those that even root may not look into: a security module or
+    a user namespace forbids it. `read_at_s` is that time, of time.monotonic().
     """
-    numbers = {(node.kind, node.number): node for node in nodes if node.number}
-    paths = {} if root.is_live else {node.path: node for node in nodes}
-    found, unknown = list[Opener](), list[int]()
-    for pid in root.list_dir("/proc") if numbers or paths else ():
-        if not is_decimal(pid) or int(pid) == os.getpid():
-            continue
+
+    links: Mapping[FileKey | str, Sequence[str]]
+    unlisted: tuple[int, ...]
+    guarded: tuple[int, ...]
+    read_at_s: float
+    root: HostRoot
+
+    def find(self, wanted: Wanted) -> list[Opener]:
+        """The processes that have one of these files open, each once; a writer as one."""
+        found = dict[int, Opener]()
+        for key, path in wanted.items():
+            for link in self.links.get(key, ()):
+                opener = _opener(link, path, self.root)
+                if opener and (
+                    opener.pid not in found or opener.writes > found[opener.pid].writes
+                ):
+                    found[opener.pid] = opener
+        return [found[pid] for pid in sorted(found)]
+
+    def find_lasting(
+        self, wanted: Wanted, matters: Callable[[Opener], bool] = lambda _: True
+    ) -> list[Opener]:
+        """Those that matter and keep one open, which on the running host takes a second look."""
+        found = [opener for opener in self.find(wanted) if matters(opener)]
+        deadline = self.read_at_s + _PROBE_S
+        while found and self.root.is_live:
+            now = _read_again([opener.pid for opener in found], self.root)
+            found = [opener for opener in now.find(wanted) if matters(opener)]
+            if time.monotonic() >= deadline:
+                break
+            if found:
+                time.sleep(_PROBE_STEP_S)  # /proc gives no event for a closed file
+        return found
+
+
+def read_open_files(root: HostRoot) -> OpenFiles:
+    """What every process has open now.
+
+    A file system that does not answer is not waited for. The kernel's own threads have no files.
+    """
+    pids = [int(pid) for pid in root.list_dir("/proc") if is_decimal(pid)]
+    files = _read_again([pid for pid in pids if pid != os.getpid()], root)
+    unlisted = (pid for pid in files.unlisted if not _is_kernel_thread(pid, root))
+    return msgspec.structs.replace(files, unlisted=tuple(unlisted))
+
+
+def sees_all_processes(root: HostRoot) -> bool:
+    """Whether /proc lists the processes of the whole host, not of a PID namespace in it."""
+    status = root.stat_or_none("/proc/self/ns/pid")
+    return status is None or status.st_ino == _INITIAL_PID_NAMESPACE
+
+
+def wanted_node(node: DeviceNode, root: HostRoot) -> Wanted:
+    """A node to look for: a copy of a host may have no nodes, only their names."""
+    wanted: Wanted = {} if root.is_live else {node.path: node.path}
+    return wanted | ({node.key: node.path} if node.key else {})
+
+
+def _read_again(pids: Sequence[int], root: HostRoot) -> OpenFiles:
+    read_keys = _choose_reader(root)
+    links, now = dict[FileKey | str, list[str]](), time.monotonic()
+    unlisted, guarded = list[int](), list[int]()
+    for pid in pids:
+        directory, failed = f"/proc/{pid}/fd", unlisted
         try:
-            if node := _find_open(f"/proc/{pid}/fd", paths, numbers, root):
-                name = root.read_text(f"/proc/{pid}/comm") or ""
-                found.append(Opener(pid=int(pid), name=name.strip(), path=node.path))
+            numbers = root.list_dir(directory)
+            failed = guarded
+            for number, key in read_keys(directory, numbers):
+                links.setdefault(key, []).append(f"{directory}/{number}")
         except AttributeReadError:
-            unknown.append(int(pid))
-    return Openers(found=tuple(found), unknown=tuple(unknown))
+            failed.append(pid)
+    return OpenFiles(
+        links=links,
+        unlisted=tuple(unlisted),
+        guarded=tuple(guarded),
+        read_at_s=now,
+        root=root,
+    )
 
 
-def _find_open(
-    directory: str,
-    paths: Mapping[str, DeviceNode],
-    numbers: Mapping[tuple[int, DevNum], DeviceNode],
-    root: HostRoot,
-) -> DeviceNode | None:
-    for name in root.list_dir(directory):
-        target = root.read_link(f"{directory}/{name}") or ""
-        node = paths.get(target)
-        if not node and numbers and target.startswith("/"):  # not pipe:[..], anon_inode:..
-            number = _read_number(f"{directory}/{name}", root)
-            node = numbers.get(number) if number else None
-        if node:
-            return node
-    return None
-
-
-def _read_number(link: str, root: HostRoot) -> tuple[int, DevNum] | None:
-    """What a descriptor is open on; a file system that hangs is not waited for."""
+def _choose_reader(root: HostRoot) -> _ReadKeys:
     if root.is_live:
-        from vmplug.host.use.statx import read_node  # noqa: PLC0415  ctypes costs 2 ms
+        from vmplug.host.use.statx import read_places  # noqa: PLC0415  ctypes costs 2 ms
 
-        return read_node(link)
-    status = root.stat_or_none(root.read_link(link) or "")
-    return (stat.S_IFMT(status.st_mode), node_number(status)) if status else None
+        base = root.path.removesuffix("/")
+
+        def read(directory: str, numbers: Iterable[str]) -> Iterator[tuple[str, FileKey]]:
+            return ((n, place[0]) for n, place in read_places(base + directory, numbers))
+
+        return read
+
+    def read_copied(directory: str, numbers: Iterable[str]) -> Iterator[tuple[str, FileKey | str]]:
+        for number in numbers:
+            target = root.read_link(f"{directory}/{number}") or ""
+            yield number, target
+            if target.startswith("/") and (status := root.stat_or_none(target)):
+                yield number, key_of(status)
+
+    return read_copied
+
+
+def _opener(link: str, path: str, root: HostRoot) -> Opener | None:
+    """None for a descriptor that only names its file (O_PATH), or that is closed now."""
+    _, _, pid, _, number = link.split("/")
+    writes = True
+    for flags in _read_flags(f"/proc/{pid}/fdinfo/{number}", root):
+        if flags & os.O_PATH:
+            return None
+        writes = flags & os.O_ACCMODE in {os.O_WRONLY, os.O_RDWR}
+    name = root.read_text(f"/proc/{pid}/comm") or ""
+    return Opener(pid=int(pid), name=name.strip(), path=path, writes=writes)
+
+
+def _read_flags(path: str, root: HostRoot) -> Iterator[int]:
+    """The flags that a file was opened with; none where they are not shown."""
+    try:
+        match = _FLAGS.search(root.read_text(path) or "")
+    except AttributeReadError:
+        return
+    if match:
+        yield int(match[1], 8)
+
+
+def _is_kernel_thread(pid: int, root: HostRoot) -> bool:
+    try:
+        fields = (root.read_text(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
+    except AttributeReadError:
+        return False
+    return len(fields) > 6 and is_decimal(fields[6]) and bool(int(fields[6]) & _PF_KTHREAD)

@@ -1,40 +1,58 @@
 """statx(2) without asking the file system again, which Python has no call for.
 
-stat(2) of a file on FUSE or NFS waits for its server, forever if that has stopped. The kind and
-number of a device node never change, so what the kernel remembers is enough.
+stat(2) of a file on FUSE or NFS waits for its server, forever if that has stopped. What a file is
+never changes, so what the kernel remembers is enough.
 Source: statx(2), AT_STATX_DONT_SYNC; include/uapi/linux/stat.h.
 """
 
 import ctypes
 import errno
 import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator
 
-from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
+from vmplug.host.use.file_key import FileKey
 
 _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
-_STATX_TYPE = 0x1
-_BUFFER_BYTES = 256
-_MODE, _RDEV_MAJOR, _RDEV_MINOR = 28, 128, 132
-_KIND_MASK = 0o170000
+_WANTED = 0x1 | 0x100 | 0x1000
+"""STATX_TYPE, STATX_INO and, since Linux 5.8, STATX_MNT_ID."""
 
+_BUFFER_BYTES = 256
+_LAYOUT = struct.Struct("=28xH2xQ88x4IQ")
+"""stx_mode, stx_ino, stx_rdev_*, stx_dev_* and stx_mnt_id of struct statx."""
+
+_ABSENT = frozenset({errno.ENOENT, errno.ESRCH, errno.ENOTDIR})
+_KIND_MASK = 0o170000
+_DEVICES = frozenset({stat.S_IFBLK, stat.S_IFCHR})
+_unpack = _LAYOUT.unpack_from
 _statx = ctypes.CDLL(None, use_errno=True).statx
 
 
-def read_node(path: str) -> tuple[int, DevNum] | None:
-    """The kind of a file, such as S_IFCHR, and its device number; None when absent.
+Place = tuple[FileKey, int]
+"""A file, and the number of the mount through which it is seen."""
 
-    Raises AttributeReadError.
-    """
-    buffer = ctypes.create_string_buffer(_BUFFER_BYTES)
-    if _statx(_AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_TYPE, buffer):
-        number = ctypes.get_errno()
-        if number in {errno.ENOENT, errno.ESRCH}:
-            return None
-        raise AttributeReadError(path, number)
-    mode = int.from_bytes(buffer.raw[_MODE : _MODE + 2], "little")
-    major, minor = (
-        int.from_bytes(buffer.raw[at : at + 4], "little") for at in (_RDEV_MAJOR, _RDEV_MINOR)
-    )
-    return mode & _KIND_MASK, DevNum(major, minor)
+
+def read_place(path: str) -> Place | None:
+    """What a path, or a link of /proc, leads to; None when absent. Raises AttributeReadError."""
+    directory, _, name = path.rpartition("/")
+    return next((place for _, place in read_places(directory, [name])), None)
+
+
+def read_places(directory: str, names: Iterable[str]) -> Iterator[tuple[str, Place]]:
+    """The same for names in a directory, without those that are absent."""
+    buffer, above = ctypes.create_string_buffer(_BUFFER_BYTES), os.fsencode(f"{directory}/")
+    for name in names:
+        if _statx(_AT_FDCWD, above + os.fsencode(name), _AT_STATX_DONT_SYNC, _WANTED, buffer):
+            number = ctypes.get_errno()
+            if number in _ABSENT:
+                continue
+            raise AttributeReadError(f"{directory}/{name}", number)
+        mode, inode, major, minor, dev_major, dev_minor, mount = _unpack(buffer)
+        kind = mode & _KIND_MASK
+        if kind in _DEVICES:
+            yield name, ((kind, os.makedev(major, minor), 0), mount)
+        else:
+            yield name, ((kind, os.makedev(dev_major, dev_minor), inode), mount)

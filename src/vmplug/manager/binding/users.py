@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from vmplug.address import Bdf
 from vmplug.errors import InUse
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import NEVER_ALLOWED, Access, Code, Finding, Severity, allow
 from vmplug.host.kind import Identity
@@ -13,7 +13,7 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import find_group, group_node, is_noiommu, read_group
 from vmplug.host.pci.vfio import read_cdev, with_disks
 from vmplug.host.root import HostRoot
-from vmplug.host.use.openers import DeviceNode, find_openers
+from vmplug.host.use.openers import DeviceNode, read_open_files, wanted_node
 from vmplug.journal.journal import Journal
 
 USED_BY_VM = frozenset({Code.IN_USE_BY_VM, Code.OPEN_BY_PROCESS})
@@ -30,7 +30,7 @@ def find_conflicts(
     return check_device(
         members._replace(cdev_nodes=tuple(nodes)),
         Access(read_only=False),
-        usage=read_usage(host),
+        usage=read_usage(host, vms=journal.vm_pids(host)),
         claims=journal.find_claims(None, group.identity, group.related_identities),
         root=host,
     )
@@ -64,14 +64,18 @@ def _find_user(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
     This reads only links: readers of the function's files wait while the kernel unbinds it from
     its last user.
     """
-    path = f"{host.pci_devices}/{bdf}"
-    number = find_group(path, host)
+    device = f"{host.pci_devices}/{bdf}"
+    number = find_group(device, host)
     if number is None:
         return None
     node = group_node(number, is_noiommu=is_noiommu(number, host))
-    paths = filter(None, (node, read_cdev(path, host)))
-    openers = find_openers([DeviceNode.of_char(node, host) for node in paths], host)
-    for opener in openers.found:
+    paths = filter(None, (node, read_cdev(device, host)))
+    wanted = {
+        key: name
+        for path in paths
+        for key, name in wanted_node(DeviceNode.of_char(path, host), host).items()
+    }
+    for opener in read_open_files(host).find(wanted) if wanted else ():
         return f"{bdf} is open in process {opener.pid} ({opener.name})"
     if journal:
         members = [Identity.of_vfio(name) for name in read_group(number, host)]

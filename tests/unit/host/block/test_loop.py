@@ -13,7 +13,7 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.loop import LoopBacking, read_backing_file
 from vmplug.host.block.loop_files import Loop
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot

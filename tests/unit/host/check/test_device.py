@@ -19,13 +19,14 @@ from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.mounts import MountedDevice, read_usage
 from vmplug.host.block.relations import relate_block, relate_file
+from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import NEVER_ALLOWED, Access, Claim, Code, Finding, Severity, allow
 from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
+from vmplug.host.use.mounts import MountedDevice
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType
 
@@ -145,7 +146,7 @@ def test_a_mount_table_that_makes_no_sense_is_refused_with_its_file(
 ) -> None:
     disk.file("/proc/1/mountinfo", table)
     with pytest.raises(AttributeReadError) as caught:
-        read_usage(disk.root)
+        assert read_usage(disk.root).mounts
     assert caught.value.path == "/proc/1/mountinfo"
 
 

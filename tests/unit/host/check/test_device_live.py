@@ -17,7 +17,7 @@ from tests.support.disks import add_partition, detach_loop, disk_image, loop_dev
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskPart
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access, Code, Severity
 from vmplug.host.kind import FoundBy

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.pci_tree import PciTree
 from tests.support.vfio import findings
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access, Code
 from vmplug.host.pci.vfio import find_vfio_device

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checking import WRITING, claim
+from tests.support.checking import WRITING, Counting, claim
 from tests.support.pci_tree import PciTree
 from vmplug.errors import AttributeReadError
-from vmplug.host.block.mounts import read_usage
+from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.check.vfio_group import GuestMemory, check_memlock, check_openers, check_vm
 from vmplug.host.finding import Claim, Code, Finding, Severity
@@ -231,6 +231,20 @@ def test_another_function_of_the_group_is_looked_at_too(tree: PciTree) -> None:
     assert f"a node of {AUDIO}" in findings(tree)[Code.OPEN_BY_PROCESS].message
 
 
+def test_the_nodes_and_the_networks_of_the_host_are_read_once_for_a_group(tree: PciTree) -> None:
+    for function in (GPU, AUDIO):
+        tree.pci_function(function, class_code=ETHERNET, driver="igb", group=26)
+        tree.class_device(
+            f"{function}/sound/pcm{function[-1]}", "char", f"116:{function[-1]}", "x"
+        )
+        tree.network(function, f"eth{function[-1]}").route("eth9")
+    root = Counting(tree.root)
+    group = find_vfio_device(GPU, root)
+    root.reads.clear()
+    check_device(group, WRITING, usage=read_usage(root), root=root)
+    assert {root.reads[path] for path in ("/sys/dev/char", "/proc/net/route")} == {1}
+
+
 @pytest.mark.parametrize("bus_device", ["", "virtio4"])
 def test_an_interface_in_another_network_namespace_is_in_use(
     tree: PciTree, bus_device: str
@@ -286,12 +300,23 @@ class Running(HostRoot):
 def test_a_process_whose_files_cannot_be_read_may_have_the_group(tree: PciTree) -> None:
     group = find_vfio_device(GPU, bound(tree).node("/dev/vfio/26", "c", "243:26").root)
     running = Running(tree.path)
-    assert not list(check_openers(group, running))
+    assert not list(check_openers(group, read_usage(running), running))
     tree.process(42, "qemu")
-    (finding,) = check_openers(group, running)
+    (finding,) = check_openers(group, read_usage(running), running)
     assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, Severity.ERROR)
     assert "process 42" in finding.message
-    assert not list(check_openers(group, tree.root))
+    assert not list(check_openers(group, read_usage(tree.root), tree.root))
+
+
+@pytest.mark.root
+def test_processes_outside_of_a_pid_namespace_may_have_the_group(tree: PciTree) -> None:
+    group = find_vfio_device(GPU, bound(tree).node("/dev/vfio/26", "c", "243:26").root)
+    running = Running(tree.path)
+    assert not list(check_openers(group, read_usage(running), running))
+    tree.file("/proc/self/ns/pid")  # which has another number than that of the host
+    (finding,) = check_openers(group, read_usage(running), running)
+    assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, Severity.ERROR)
+    assert "PID namespace" in finding.message
 
 
 # memory

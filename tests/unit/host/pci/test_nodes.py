@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.pci_tree import PciTree
-from vmplug.host.pci.nodes import read_nodes
+from vmplug.host.pci.nodes import read_node_paths, read_nodes
 
 PORT, CARD, OTHER = "0000:00:1c.0", "0000:3b:00.0", "0000:00:03.0"
 
@@ -18,7 +18,10 @@ def tree(tmp_path: Path) -> PciTree:
 
 
 def nodes(tree: PciTree, bdf: str = CARD) -> dict[str, str]:
-    return {node.path: str(node.number) for node in read_nodes(bdf, tree.root)}
+    return {
+        node.path: str(node.number)
+        for node in read_nodes(bdf, read_node_paths(tree.root), tree.root)
+    }
 
 
 def test_a_function_without_a_driver_has_no_nodes(tree: PciTree) -> None:

@@ -1,0 +1,54 @@
+"""Whole checks of one disk image, with more and more processes on the host to ask."""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bench.timing import Ratio, of_pairs, timed
+
+_FEW = 10
+_ROUNDS = 7
+_TARGETS = {100: 1.3, 1000: 3.0}
+
+
+def rows() -> Iterator[Ratio]:
+    """`vmplug check` with 100 and with 1 000 more processes / with 10."""
+    with TemporaryDirectory(prefix="vmplug-bench-") as directory:
+        image = Path(directory, "a.img")
+        with image.open("wb") as file:
+            file.truncate(1 << 20)
+        vmplug = str(Path(sys.executable).with_name("vmplug"))
+        command = [vmplug, "check", "--device", f"file:{image}"]
+        for count, target in _TARGETS.items():
+            pairs = [_pair(command, count) for _ in range(_ROUNDS + 1)][1:]
+            name = f"vmplug check of one image, {count} idle processes / {_FEW}"
+            yield of_pairs(name, pairs, target=target)
+
+
+def _pair(command: Sequence[str], count: int) -> tuple[float, float]:
+    with _idle(_FEW):
+        few = timed(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True))
+    with _idle(count):
+        return timed(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True)), few
+
+
+@contextmanager
+def _idle(count: int) -> Iterator[None]:
+    """That many processes which do nothing."""
+    # One forks the others: to start a thousand from here takes longer than what is measured.
+    script = "i=0; while [ $i -lt $0 ]; do sleep 600 & i=$((i+1)); done; echo; read line; kill 0"
+    with subprocess.Popen(
+        ["setsid", "sh", "-c", script, str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as shell:
+        assert shell.stdout
+        shell.stdout.readline()
+        yield
+        assert shell.stdin
+        shell.stdin.close()
+        shell.wait()

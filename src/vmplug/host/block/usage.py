@@ -1,0 +1,96 @@
+"""What uses the devices of the host: one value for each request, which reads each table once."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vmplug.devnum import DevNum
+from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
+from vmplug.host.block.twins import Lun, read_luns
+from vmplug.host.root import HostRoot
+from vmplug.host.use.mounts import MountedDevice, parse_mounted_devices, read_swaps
+from vmplug.host.use.namespaces import Namespaces, read_namespaces
+from vmplug.host.use.openers import OpenFiles, read_open_files
+
+if TYPE_CHECKING:
+    from vmplug.host.use.interfaces import MovedInterface
+
+T = TypeVar("T")
+
+
+class HostUsage:
+    """Everything on the host that can use a device, each table read when it is first needed.
+
+    One request has one, so that what is asked of all processes is asked once, and the answers of
+    one request agree. `vms` are the processes of vmplug's own VMs, whose open files the journal
+    explains.
+    """
+
+    def __init__(self, root: HostRoot, *, vms: Collection[int] = ()) -> None:
+        self._root = root
+        self._answers: dict[object, Any] = {}  # by its reader, whose type says the answer's
+        self.vms = frozenset(vms)
+
+    @cached_property
+    def open_files(self) -> OpenFiles:
+        """What processes have open."""
+        return read_open_files(self._root)
+
+    @cached_property
+    def namespaces(self) -> Namespaces:
+        """The namespaces for mounts and networks."""
+        return read_namespaces(self.open_files, self._root)
+
+    @cached_property
+    def mounts(self) -> tuple[MountedDevice, ...]:
+        """The mounts of every mount namespace that can be seen."""
+        return tuple(parse_mounted_devices(self.namespaces.tables, self._root))
+
+    @cached_property
+    def mounts_of(self) -> Mapping[DevNum, Sequence[MountedDevice]]:
+        """The same by device."""
+        found: dict[DevNum, list[MountedDevice]] = {}
+        for mount in self.mounts:
+            found.setdefault(mount.devnum, []).append(mount)
+        return found
+
+    @cached_property
+    def swaps(self) -> tuple[str, ...]:
+        """The swap areas."""
+        return tuple(read_swaps(self._root))
+
+    @cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The loop devices that have a file."""
+        return tuple(read_loops(self._root))
+
+    @cached_property
+    def loop_index(self) -> LoopIndex:
+        """The same by what they are on."""
+        return LoopIndex(self.loops)
+
+    @cached_property
+    def luns(self) -> Mapping[Lun, Sequence[str]]:
+        """The names of the disks of each LUN that has a name."""
+        return read_luns(self._root)
+
+    def once(self, read: Callable[[HostRoot], T]) -> T:
+        """What a reader of the whole host answers, which is asked once."""
+        answers: dict[object, T] = self._answers
+        if read not in answers:
+            answers[read] = read(self._root)
+        return answers[read]
+
+    @cached_property
+    def moved_interfaces(self) -> "Mapping[str, MovedInterface]":
+        """The network interfaces in other namespaces, by their devices; none in a copy."""
+        if not self.namespaces.networks:
+            return {}
+        from vmplug.host.use.interfaces import read_moved  # noqa: PLC0415  socket costs 5 ms
+
+        return read_moved(self.namespaces.networks.values())
+
+
+def read_usage(root: HostRoot, *, vms: Collection[int] = ()) -> HostUsage:
+    """What uses the devices of the host now, for one request."""
+    return HostUsage(root, vms=vms)

@@ -1,0 +1,100 @@
+"""Does a process have a disk open that did not claim it? sysfs and the kernel let it in.
+
+A writer destroys what the guest writes, or the guest what it writes: a database, another VMM, a
+program that exports the disk. A reader sees what the guest writes, and harms nothing: smartd, a
+backup.
+"""
+
+import stat
+from collections.abc import Iterator, Sequence
+from shlex import quote
+
+from vmplug.devnum import DevNum
+from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.sysfs import find_block_node
+from vmplug.host.block.usage import HostUsage
+from vmplug.host.finding import Access, Code, Finding, Severity
+from vmplug.host.root import HostRoot
+from vmplug.host.use.file_key import key_of
+from vmplug.host.use.openers import DeviceNode, Opener, Wanted, wanted_node
+
+
+def check_open_disk(
+    disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """Processes that keep it open, or what shows its bytes; those of vmplug's own VMs may."""
+    own, below = _wanted(disk, root), _wanted_below(disk, root)
+
+    def matters(opener: Opener) -> bool:
+        # multipathd reads the paths that a disk is built on, and may.
+        sees_guest = opener.path in own.values() and not access.read_only
+        return opener.pid not in usage.vms and (opener.writes or sees_guest)
+
+    for opener in usage.open_files.find_lasting(below | own, matters):
+        yield _open_by(opener, access)
+    # Those that even root may not look into are not counted here: docs/safety.md.
+    yield from check_unknown(disk.host_path, usage.open_files.unlisted, root)
+
+
+def check_unknown(what: str, unknown: Sequence[int], root: HostRoot) -> Iterator[Finding]:
+    """Processes of the running host that may have it open."""
+    if unknown and root.is_live:
+        yield Finding(
+            Code.UNKNOWN_USE,
+            f"the open files of process {unknown[0]}"
+            + (f" and of {more} more" if (more := len(unknown) - 1) else "")
+            + f" cannot be read: they may have {what} in use",
+            "run vmplug as root, with CAP_SYS_PTRACE, in the host's own PID namespace",
+        )
+
+
+def _open_by(opener: Opener, access: Access) -> Finding:
+    process, path = f"process {opener.pid} ({opener.name})", opener.path
+    end = f"end that process, or the service that it belongs to: fuser --verbose {quote(path)}"
+    if not opener.writes:
+        return Finding(
+            Code.OPEN_BY_PROCESS,
+            f"{path} is open for reading in {process}, which can see what the guest writes",
+            f"leave it if it may see that; else {end}",
+            Severity.WARNING,
+        )
+    return Finding(
+        Code.OPEN_BY_PROCESS,
+        f"{path} is open for writing in {process}",
+        f"{end}; or set share-rw=on if its file system supports several writers",
+        Severity.WARNING if access.share_rw else Severity.ERROR,
+    )
+
+
+def _wanted(disk: BlockDevice | DiskFile, root: HostRoot) -> Wanted:
+    """The disk and all that shows its bytes."""
+    wanted: Wanted = {}
+    for number in disk.loops or ():
+        wanted |= _wanted_block(number, None, root)
+    if isinstance(disk, DiskFile):
+        return wanted | _wanted_file(disk.host_path, root)
+    for part in disk.same_bytes:
+        wanted |= _wanted_block(part.devnum, part.device_node, root)
+    return wanted | _wanted_block(disk.devnum, disk.device_node, root)
+
+
+def _wanted_below(disk: BlockDevice | DiskFile, root: HostRoot) -> Wanted:
+    """What a block device is built on."""
+    wanted: Wanted = {}
+    if isinstance(disk, BlockDevice):
+        for number in disk.below:
+            wanted |= _wanted_block(number, None, root)
+        for path in disk.below_files:
+            wanted |= _wanted_file(path, root)
+    return wanted
+
+
+def _wanted_block(devnum: DevNum, node: str | None, root: HostRoot) -> Wanted:
+    node = node or find_block_node(devnum, root) or f"/dev/block/{devnum}"
+    return wanted_node(DeviceNode(path=node, kind=stat.S_IFBLK, number=devnum), root)
+
+
+def _wanted_file(path: str, root: HostRoot) -> Wanted:
+    status = root.stat_or_none(path)
+    wanted: Wanted = {} if root.is_live else {path: path}
+    return wanted | ({key_of(status): path} if status else {})

@@ -1,0 +1,62 @@
+"""Enter other namespaces for a moment, in a thread that ends afterwards.
+
+Source: setns(2): a thread enters a mount namespace only with a root and a directory of its own.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from threading import Thread
+from typing import TypeVar
+
+from vmplug.errors import AttributeReadError
+
+CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
+_CLONE_FS = 0x200
+_PROC = "/proc/"
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+T = TypeVar("T")
+
+
+def ask_inside(namespaces: Iterable[str], kind: int, ask: Callable[[int], T]) -> dict[str, T]:
+    """The answer inside of each namespace, by the file that leads to it.
+
+    `kind` is CLONE_NEWNS or CLONE_NEWNET. `ask` gets a descriptor of this process's /proc: a
+    container may have another one, or none. A namespace that may not be entered has no answer.
+    """
+    answers = dict[str, T]()
+
+    def run(proc: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if kind == CLONE_NEWNS and libc.unshare(_CLONE_FS):
+            return
+        for path in namespaces:
+            with suppress(OSError, AttributeReadError):
+                _enter(os.open(path.removeprefix(_PROC), _READ, dir_fd=proc), kind, libc)
+                answers[path] = ask(proc)
+
+    proc = os.open(_PROC, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        thread = Thread(target=run, args=(proc,))
+        thread.start()
+        thread.join()
+    finally:
+        os.close(proc)
+    return answers
+
+
+def read_mount_table(proc: int) -> str:
+    """The mount table of this thread; `proc` is a descriptor of /proc."""
+    descriptor = os.open("thread-self/mountinfo", _READ, dir_fd=proc)
+    with open(descriptor, encoding="utf-8", errors="surrogateescape", newline="\n") as table:
+        return table.read()
+
+
+def _enter(namespace: int, kind: int, libc: ctypes.CDLL) -> None:
+    try:
+        if libc.setns(namespace, kind):
+            raise OSError(ctypes.get_errno(), "setns")
+    finally:
+        os.close(namespace)

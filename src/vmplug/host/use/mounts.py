@@ -1,0 +1,134 @@
+"""Mounts and swap areas: which block devices they use.
+
+Source: proc(5), proc_pid_mountinfo(5).
+"""
+
+import re
+import stat
+from collections.abc import Mapping
+from functools import cache
+
+import msgspec
+
+from vmplug.devnum import DevNum
+from vmplug.errors import AttributeReadError
+from vmplug.host.root import HostRoot, node_number
+
+_ANYBODY_MOUNTS = frozenset({"binder", "bpf", "cgroup", "cgroup2", "devpts", "fuse", "mqueue"}) | {
+    *("overlay", "proc", "ramfs", "sysfs", "tmpfs")
+}
+
+
+class MountedDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """One mounted device; `read_only` is the state of the file system, not of one mount."""
+
+    devnum: DevNum
+    mount_point: str
+    read_only: bool
+
+
+def parse_mounted_devices(tables: Mapping[str, str], root: HostRoot) -> set[MountedDevice]:
+    """The mounted devices of several mount tables, by the files of which they are the text."""
+    found: set[MountedDevice] = set()
+    sources = cache(lambda source: _node_number(source, root))
+    file_systems = cache(lambda devnum: _btrfs_devices(devnum, root))
+    for path, table in tables.items():
+        try:
+            for mount in _parse_lines(table):
+                number: DevNum | None = mount.devnum
+                if mount.devnum.major == 0:  # btrfs and others show a number of their own
+                    number = None if _anybody_mounts(mount.fs_type) else sources(mount.source)
+                if number is None:
+                    continue
+                is_btrfs = mount.fs_type == "btrfs"
+                for each in {number, *(file_systems(number) if is_btrfs else ())}:
+                    found.add(
+                        MountedDevice(
+                            devnum=each, mount_point=mount.path, read_only=mount.read_only
+                        )
+                    )
+        except (ValueError, IndexError) as error:
+            raise AttributeReadError(path, why=str(error)) from error
+    return found
+
+
+def _anybody_mounts(fs_type: str) -> bool:
+    """Whether any user may mount it, in a namespace of his own, with a source that is only text.
+
+    Source: FS_USERNS_MOUNT in Linux fs/.
+    """
+    return fs_type in _ANYBODY_MOUNTS or fs_type.startswith("fuse.")
+
+
+def _node_number(source: str, root: HostRoot) -> DevNum | None:
+    """The block device that a path leads to; None for anything else: it is the mounter's text."""
+    status = root.stat_or_none(source) if source.startswith("/") else None
+    return node_number(status) if status and stat.S_ISBLK(status.st_mode) else None
+
+
+class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of mountinfo; `shown` is the directory of the file system that it shows.
+
+    `read_only` is the state of the file system, `shown_read_only` that of this mount.
+    """
+
+    devnum: DevNum
+    shown: str
+    path: str
+    fs_type: str
+    source: str
+    read_only: bool
+    shown_read_only: bool
+
+
+def read_mount_points(root: HostRoot) -> list[MountPoint]:
+    """The mounts that this process sees; in another root, that its first process saw."""
+    path = "/proc/self/mountinfo" if root.is_live else "/proc/1/mountinfo"
+    try:
+        return _parse_lines(root.read_text(path) or "")
+    except (ValueError, IndexError) as error:
+        raise AttributeReadError(path, why=str(error)) from error
+
+
+def _parse_lines(table: str) -> list[MountPoint]:
+    mounts = []
+    # Only "\n" ends a line: the kernel leaves "\r" and U+2028 in names as they are.
+    for line in table.removesuffix("\n").split("\n") if table else ():
+        mount, _, file_system = line.partition(" - ")
+        fields, (fs_type, source, super_options) = mount.split(" "), file_system.split(" ")[:3]
+        mounts.append(
+            MountPoint(
+                devnum=DevNum.parse(fields[2]),
+                shown=unescape(fields[3]),
+                path=unescape(fields[4]),
+                fs_type=fs_type,
+                source=unescape(source),
+                read_only="ro" in super_options.split(","),
+                shown_read_only="ro" in fields[5].split(","),
+            )
+        )
+    return mounts
+
+
+def _btrfs_devices(devnum: DevNum, root: HostRoot) -> set[DevNum]:
+    """All devices of the file system that this one is part of: mountinfo names only one.
+
+    Source: Linux fs/btrfs/sysfs.c, /sys/fs/btrfs/UUID/devices.
+    """
+    for uuid in root.list_dir("/sys/fs/btrfs"):
+        devices = f"/sys/fs/btrfs/{uuid}/devices"
+        numbers = (root.read_devnum(f"{devices}/{name}/dev") for name in root.list_dir(devices))
+        if devnum in (found := {number for number in numbers if number}):
+            return found
+    return set()
+
+
+def read_swaps(root: HostRoot) -> list[str]:
+    """The files and devices that the host swaps to."""
+    lines = (root.read_text("/proc/swaps") or "").split("\n")[1:]
+    return [unescape(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines if line]
+
+
+def unescape(text: str) -> str:
+    """Undo the kernel's octal escapes of blank, tab, newline and backslash."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

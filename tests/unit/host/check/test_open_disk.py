@@ -1,0 +1,216 @@
+"""Processes that have a disk open without a claim on it, or an image without a lock."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.checking import READING, SHARING, WRITING, Counting, findings, want, want_file
+from tests.support.disks import loop_device
+from tests.support.tree import MIB, HostTree
+from vmplug.errors import AttributeReadError
+from vmplug.host.block.usage import read_usage
+from vmplug.host.check.device import check_device
+from vmplug.host.finding import Access, Code, Finding, Severity
+from vmplug.host.resolve import resolve
+from vmplug.host.root import HostRoot
+
+ERROR, WARNING = Severity.ERROR, Severity.WARNING
+
+
+# on a tree
+
+
+@pytest.fixture
+def disk(tree: HostTree) -> HostTree:
+    return tree.block_device("8:0", "sda", partitions={"8:1": "sda1", "8:2": "sda2"})
+
+
+@pytest.mark.parametrize(
+    ("opened", "wanted", "is_found"),
+    [
+        ("sda", "8:0", True),
+        ("sda", "8:1", True),
+        ("sda1", "8:1", True),
+        ("sda1", "8:0", True),
+        ("sda1", "8:2", False),
+        ("sdb", "8:0", False),
+    ],
+)
+def test_a_process_concerns_the_disk_and_its_parts_as_a_mount_does(
+    disk: HostTree, opened: str, wanted: str, *, is_found: bool
+) -> None:
+    disk.block_device("8:16", "sdb").process(77, "mysqld", "/dev/null", f"/dev/{opened}")
+    found = findings(disk, wanted)
+    assert found == (
+        [
+            Finding(
+                Code.OPEN_BY_PROCESS,
+                f"/dev/{opened} is open for writing in process 77 (mysqld)",
+                "end that process, or the service that it belongs to: fuser --verbose "
+                f"/dev/{opened}; or set share-rw=on if its file system supports several writers",
+            )
+        ]
+        if is_found
+        else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "wish", "severity"),
+    [
+        (os.O_RDWR, WRITING, ERROR),
+        (os.O_WRONLY | os.O_DIRECT, WRITING, ERROR),
+        (os.O_RDWR, READING, ERROR),
+        (os.O_RDWR, SHARING, WARNING),
+        (os.O_RDONLY, WRITING, WARNING),
+        (os.O_RDONLY, SHARING, WARNING),
+        (os.O_RDONLY, READING, None),
+        (os.O_PATH, WRITING, None),
+    ],
+)
+def test_a_writer_is_in_the_way_and_a_reader_is_mentioned(
+    disk: HostTree, flags: int, wish: Access, severity: Severity | None
+) -> None:
+    disk.process(77, "smartd", "/dev/sda").file(
+        "/proc/77/fdinfo/3", f"pos:\t0\nflags:\t0{flags:o}\nmnt_id:\t29\n"
+    )
+    found = findings(disk, wish=wish)
+    assert [(each.code, each.severity) for each in found] == (
+        [(Code.OPEN_BY_PROCESS, severity)] if severity else []
+    )
+
+
+def test_who_reads_a_part_of_what_a_disk_is_built_on_is_multipathd(disk: HostTree) -> None:
+    disk.block_device("254:0", "dm-0")
+    disk.link("/sys/devices/virtual/block/dm-0/slaves/sda", "../../sda")
+    disk.process(77, "multipathd", "/dev/sda")
+    written = findings(disk, "254:0")
+    disk.file("/proc/77/fdinfo/3", "flags:\t0100000\n")
+    assert findings(disk, "254:0") == []
+    assert [finding.code for finding in written] == [Code.OPEN_BY_PROCESS]
+
+
+def test_a_process_that_has_an_image_open_is_named(tree: HostTree) -> None:
+    tree.file("/srv/a.img", bytes(MIB)).process(77, "cloud-hypervisor", "/srv/a.img")
+    (finding,) = findings(tree, "/srv/a.img")
+    assert finding.message == ("/srv/a.img is open for writing in process 77 (cloud-hypervisor)")
+    (tree.path / "proc/77/fd/3").unlink()  # the remedy: it has let go
+    assert findings(tree, "/srv/a.img") == []
+
+
+def test_a_vm_of_vmplug_is_no_stranger(disk: HostTree) -> None:
+    disk.process(77, "qemu", "/dev/sda").process(78, "qemu", "/dev/sda")
+    device = resolve(want("8:0"), disk.root)
+    for vms, expected in (((77, 78), []), ((77,), ["process 78"]), ((), ["process 77"])):
+        usage = read_usage(disk.root, vms=vms)
+        found = check_device(device, WRITING, usage=usage, root=disk.root)
+        assert all(any(e in finding.message for finding in found) for e in expected)
+        assert bool(found) == bool(expected)
+
+
+def test_what_is_asked_of_all_processes_is_asked_once_for_a_request(tree: HostTree) -> None:
+    for disk in range(5):
+        tree.block_device(f"8:{16 * disk}", f"sd{disk}")
+        tree.file(f"/sys/block/sd{disk}/wwid", f"naa.{disk}\n")
+    tree.mount("/dev/x", "/", "9:9", pid=5).process(5, "init", "/dev/null").swap("/dev/x")
+    root = Counting(tree.root)
+    usage = read_usage(root)
+    for disk in range(5):
+        device = resolve(want(f"8:{16 * disk}"), root)
+        assert check_device(device, WRITING, usage=usage, root=root) == []
+    once = ("/proc/5/fd", "/proc/5/mountinfo", "/proc/swaps")
+    assert [root.reads[path] for path in once] == [1, 1, 1]
+    assert root.reads["/proc"] == 2  # for open files and for namespaces
+    assert root.reads["/sys/block"] == 2  # for loop devices and for names of LUNs
+
+
+# on the running host
+
+
+@contextmanager
+def holding(path: Path, mode: str = "r+b", *, seconds: float = 600) -> Iterator[int]:
+    """A process that has a file open for that time; its number."""
+    code = (
+        "import sys, select; file = open(sys.argv[1], sys.argv[2], 0); print(flush=True);"
+        "select.select([0], [], [], float(sys.argv[3])); file.close(); sys.stdin.read()"
+    )
+    command = [sys.executable, "-IS", "-c", code, str(path), mode, str(seconds)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        yield process.pid
+        process.communicate()
+
+
+def look(wanted: str, wish: Access = WRITING) -> list[tuple[Code, Severity]]:
+    found = findings(HostTree(Path("/")), wanted, wish)
+    return [(finding.code, finding.severity) for finding in found]
+
+
+OPEN = (Code.OPEN_BY_PROCESS, ERROR)
+
+
+def test_an_image_is_known_by_any_of_its_names(tmp_path: Path) -> None:
+    image, other = tmp_path / "a.img", tmp_path / "other name"
+    image.write_bytes(bytes(MIB))
+    os.link(image, other)
+    with holding(other) as pid:
+        (finding,) = findings(HostTree(Path("/")), str(image))
+        assert f"process {pid} (" in finding.message
+        assert look(str(image), READING) == [OPEN]
+    with holding(other, "rb"):
+        assert look(str(image)) == [(Code.OPEN_BY_PROCESS, WARNING)]
+        assert look(str(image), READING) == []
+    assert look(str(image)) == []
+
+
+def test_who_has_it_open_for_a_moment_is_not_taken_for_a_user(tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    image.write_bytes(bytes(MIB))
+    with holding(image, seconds=0.1):
+        assert look(str(image)) == []
+
+
+@pytest.mark.root
+def test_a_node_in_a_chroot_by_another_name_hides_no_process(tmp_path: Path) -> None:
+    image, node = tmp_path / "a.img", tmp_path / "node"
+    image.write_bytes(bytes(8 * MIB))
+    with loop_device(image) as loop:
+        os.mknod(node, 0o60600, loop.stat().st_rdev)
+        number = f"{os.major(loop.stat().st_rdev)}:{os.minor(loop.stat().st_rdev)}"
+        assert look(number) == []
+        with holding(node):
+            assert look(number) == [OPEN]
+        with holding(node, "rb"):
+            assert look(number) == [(Code.OPEN_BY_PROCESS, WARNING)]
+        with holding(image):  # what it is built on
+            assert look(number) == [OPEN]
+        with holding(image, "rb"):
+            assert look(number) == []
+        assert look(number) == []
+
+
+@pytest.mark.root
+def test_a_process_that_this_user_may_not_look_into_may_have_it(tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    image.write_bytes(bytes(MIB))
+
+    class Guest(HostRoot):
+        """This host, for a user that may not list the files of process 1."""
+
+        def list_dir(self, path: str) -> list[str]:
+            if path == "/proc/1/fd":
+                raise AttributeReadError(path, 13)
+            return super().list_dir(path)
+
+    root = Guest()
+    found = check_device(
+        resolve(want_file(str(image)), root), WRITING, usage=read_usage(root), root=root
+    )
+    assert [(finding.code, finding.severity) for finding in found] == [(Code.UNKNOWN_USE, ERROR)]
+    assert "process 1 cannot be read" in found[0].message

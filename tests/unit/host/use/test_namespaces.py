@@ -1,0 +1,140 @@
+"""Namespaces without a process, and mounts that a chroot hides, on the running host."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.disks import loop_device
+from tests.support.tree import HostTree
+from vmplug.devnum import DevNum
+from vmplug.host.block.usage import read_usage
+from vmplug.host.root import THIS_HOST
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Path]:
+    """A loop device with a file system."""
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    with loop_device(image) as path:
+        yield path
+
+
+def points(node: Path) -> list[str]:
+    number = node.stat().st_rdev
+    found = read_usage(THIS_HOST).mounts_of.get(DevNum(os.major(number), os.minor(number)), ())
+    return sorted(mount.mount_point for mount in found)
+
+
+@contextmanager
+def inside(script: str, *unshare: str) -> Iterator[None]:
+    """A shell in namespaces of its own, which has run the script and waits."""
+    command = ["unshare", *unshare, "sh", "-ec", f"{script}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        yield
+        process.communicate()
+
+
+WAIT = "echo ready; read line"
+
+
+def test_a_process_in_a_chroot_does_not_hide_the_mounts_of_its_namespace(
+    node: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mnt").mkdir()
+    script = f"mount {node} {tmp_path}/mnt; exec {sys.executable} -c '{CHROOT}' {tmp_path}/mnt"
+    with inside(script, "--mount"):
+        assert points(node) == [f"{tmp_path}/mnt"]
+    assert points(node) == []
+
+
+CHROOT = (
+    'import os, sys; os.mkdir(sys.argv[1] + "/in"); os.chroot(sys.argv[1] + "/in");'
+    'os.chdir("/"); print("ready", flush=True); sys.stdin.read()'
+)
+
+
+@contextmanager
+def kept_by_a_file(script: str, kind: str, place: Path) -> Iterator[None]:
+    """A namespace without a process: a mount of its file keeps it."""
+    place.mkdir()
+    subprocess.run(["mount", "--bind", place, place], check=True)
+    try:
+        subprocess.run(["mount", "--make-private", place], check=True)
+        (place / "file").touch()
+        subprocess.run(["unshare", f"--{kind}={place}/file", "sh", "-ec", script], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", place / "file"], check=False)
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_mount_in_a_namespace_that_only_a_file_keeps_is_found(
+    node: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mnt").mkdir()
+    with kept_by_a_file(f"mount {node} {tmp_path}/mnt", "mount", tmp_path / "ns"):
+        assert points(node) == [f"{tmp_path}/mnt"]
+    assert points(node) == []
+
+
+def test_a_mount_in_a_namespace_that_only_a_descriptor_keeps_is_found(
+    node: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mnt").mkdir()
+    hold = (
+        f"mount {node} {tmp_path}/mnt; exec 3</proc/self/ns/mnt;"
+        f"exec nsenter --mount=/proc/{os.getpid()}/ns/mnt sh -c '{WAIT}'"
+    )
+    with inside(hold, "--mount"):
+        assert points(node) == [f"{tmp_path}/mnt"]
+    assert points(node) == []
+
+
+def test_a_network_that_only_a_file_keeps_is_known(tmp_path: Path) -> None:
+    before = set(read_usage(THIS_HOST).namespaces.networks)
+    with kept_by_a_file("true", "net", tmp_path / "ns"):
+        kept = (tmp_path / "ns/file").stat().st_ino
+        networks = read_usage(THIS_HOST).namespaces.networks
+        assert kept in networks.keys() - before
+        assert os.stat(networks[kept]).st_ino == kept
+
+
+def test_this_threads_namespaces_stay_as_they_are() -> None:
+    names = ("mnt", "net")
+    before = [os.stat(f"/proc/thread-self/ns/{name}").st_ino for name in names]
+    with inside(WAIT, "--mount", "--net"):
+        usage = read_usage(THIS_HOST)
+        assert len(usage.namespaces.tables) > 1
+        assert "no-such-device" not in usage.moved_interfaces
+    assert before == [os.stat(f"/proc/thread-self/ns/{name}").st_ino for name in names]
+    assert not [path for path in os.listdir("/proc/self/fd") if _leads_to_proc(path)]
+
+
+def _leads_to_proc(number: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{number}") == "/proc"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_decoy_of_any_user_names_a_disk_and_does_not_use_it(node: Path, tmp_path: Path) -> None:
+    with inside(f"mount -t tmpfs {node} {tmp_path}; {WAIT}", "-Urm"):
+        assert points(node) == []
+
+
+def test_on_a_copy_of_a_host_a_decoy_is_none_either(tree: HostTree) -> None:
+    tree.node("/dev/sda", "b", "8:0").mount("/dev/sda", "/mnt", "0:50", fs_type="tmpfs")
+    tree.mount("/dev/sda", "/mnt", "0:51", fs_type="fuse.sshfs")
+    assert read_usage(tree.root).mounts == ()
