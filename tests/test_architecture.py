@@ -204,6 +204,7 @@ IN_HOST = [
     {"resolve"},
     {"inventory"},
     {"inventory_names"},
+    {"thing"},
     {"record"},
 ]
 """The folders and modules of `host`: each may know those above its row, and no neighbour."""

@@ -53,6 +53,7 @@ from vmplug.host.device import SharedDirectory as SharedDirectory
 from vmplug.host.finding import Code as Code
 from vmplug.host.finding import Finding as Finding
 from vmplug.host.finding import Severity as Severity
+from vmplug.host.finding import UsedBy as UsedBy
 from vmplug.host.host_path import HostPathCache as HostPathCache
 from vmplug.host.host_path import get_host_path as get_host_path
 from vmplug.host.inventory import Inventory as Inventory
@@ -68,6 +69,10 @@ from vmplug.host.pci.sriov import VfSettings as VfSettings
 from vmplug.host.resolve import resolve as resolve
 from vmplug.host.resolve import resolve_all as resolve_all
 from vmplug.host.root import HostRoot as HostRoot
+from vmplug.host.thing.thing import Relation as Relation
+from vmplug.host.thing.thing import Thing as Thing
+from vmplug.host.thing.thing import ThingKind as ThingKind
+from vmplug.host.thing.thing import ThingUse as ThingUse
 from vmplug.host.vhost_user.device import VhostUserSocket as VhostUserSocket
 from vmplug.host.vhost_user.store import VhostUserStore as VhostUserStore
 from vmplug.hypervisor.fake.monitor import FakeHypervisor as FakeHypervisor
@@ -101,6 +106,7 @@ from vmplug.manager.binding.virtual_functions import (
 )
 from vmplug.manager.examine import CheckedRequest as CheckedRequest
 from vmplug.manager.host_listing import list_host as list_host
+from vmplug.manager.host_listing import show_thing as show_thing
 from vmplug.manager.kata.adopt import Adopted as Adopted
 from vmplug.manager.kata.adopt import ImportOutcome as ImportOutcome
 from vmplug.manager.manager import DeviceManager as DeviceManager

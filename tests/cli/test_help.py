@@ -1,5 +1,6 @@
 """What the tool says of itself: help, examples, usage errors, completion, version."""
 
+import os
 import re
 import socket
 import subprocess
@@ -182,6 +183,12 @@ def test_bash_takes_the_script(vmplug: Vmplug) -> None:
 def test_verbs_are_completed(vmplug: Vmplug, line: str, words: set[str]) -> None:
     done = complete(vmplug, line)
     assert {entry.partition(",")[2] for entry in done.answer().split()} == words
+
+
+def test_things_are_completed(vmplug: Vmplug) -> None:
+    functions = os.listdir("/sys/bus/pci/devices")
+    done = complete(vmplug, "vmplug host 0000:")
+    assert {entry.partition(",")[2] for entry in done.answer().split()} == set(functions)
 
 
 def adopt(vmplug: Vmplug, *names: str) -> None:

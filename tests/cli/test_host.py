@@ -315,6 +315,7 @@ def test_one_thing_by_its_name(
     vmplug: Vmplug, host: PciTree, name: str, found: dict[str, list[str]]
 ) -> None:
     document = vmplug("host", *at(host), name, "--json").json()
+    assert document.pop("thing")["name"]
     del document["unreadable"]
     keys = {"pci": "address", "mdev": "uuid"}
     named = {
@@ -331,12 +332,91 @@ def test_a_link_in_dev_names_what_it_leads_to(vmplug: Vmplug, host: PciTree) -> 
     assert [disk["name"] for disk in document["block"]] == ["nvme0n1", "nvme0n1p1"]
 
 
+def test_one_thing_as_a_tree(vmplug: Vmplug, host: PciTree) -> None:
+    assert vmplug("host", *at(host), "3b:00.0").answer().splitlines() == [
+        f"{NVME} (Intel Corporation PCIe Data Center SSD): function, driver nvme",
+        f"  identity: vfio {NVME}:-",
+        "  unknown: swap: the copy has no /proc/swaps",
+        "  unknown: who has its disks open (O_EXCL): this is a copy of a host",
+        "  unknown: who has its nodes open: the copy has no open files of processes",
+        "  /dev/nvme0n1: disk, 1 GiB, its disk",
+        "    /dev/nvme0n1p1: partition, 512 MiB",
+        "      in use by a mounted file system: /srv [mounted-on-host]",
+        "        found by the mount tables of all mount namespaces",
+        "        to free it: umount /srv",
+    ]
+    assert "  in use by nothing that vmplug can see" in vmplug("host", *at(host), UUID).answer()
+
+
+def test_one_thing_in_json(vmplug: Vmplug, host: PciTree) -> None:
+    document = vmplug("host", *at(host), "/dev/nvme0n1", "--json").json()
+    thing = document["thing"]
+    assert (thing["kind"], thing["identity"], thing["uses"]) == ("disk", "block 259:0 -", [])
+    (part,) = thing["made_of"]
+    assert part["relation"] == "partition"
+    assert part["uses"] == [
+        {
+            "code": "mounted-on-host",
+            "who": "a mounted file system",
+            "where": "/srv",
+            "found_by": "the mount tables of all mount namespaces",
+            "message": "/dev/nvme0n1p1 is mounted on the host at /srv",
+            "hint": "umount /srv",
+            "severity": "error",
+        }
+    ]
+    assert set(part) == {
+        *("kind", "name", "identity", "relation", "title", "driver", "size_bytes"),
+        *("made_of", "uses", "unknown"),
+    }
+
+
+def test_several_things(vmplug: Vmplug, host: PciTree) -> None:
+    document = vmplug("host", *at(host), "nvme0n1p1", "28", "--json").json()
+    assert [thing["name"] for thing in document["things"]] == ["/dev/nvme0n1p1", "28"]
+    assert "thing" not in document
+    assert [f["address"] for f in document["pci"]] == ["0000:3c:02.0"]
+    shown = vmplug("host", *at(host), "nvme0n1p1", "28").answer()
+    trees = [tree.splitlines()[0] for tree in shown.split("\n\n")]
+    assert trees == ["/dev/nvme0n1p1: partition, 512 MiB", "28: IOMMU group"]
+
+
+def test_a_thing_that_the_list_does_not_have(vmplug: Vmplug, host: PciTree) -> None:
+    document = vmplug("host", *at(host.file("/srv/a.img", b"x")), "/srv/a.img", "--json").json()
+    assert document["thing"]["kind"] == "file"
+    assert all(document[kind] == [] for kind in KINDS)
+    assert vmplug("host", *at(host), "i915-1").answer().startswith("i915-1 (GVTg): mediated type")
+
+
+def test_with_a_kind_a_name_chooses_rows(vmplug: Vmplug, host: PciTree) -> None:
+    assert "held: /dev/nvme0n1p1" in vmplug("host", *at(host), "--kind", "pci", NVME).answer()
+    document = vmplug("host", *at(host), "--kind", "pci", NVME, "--json").json()
+    assert "thing" not in document
+    assert len(document["pci"]) == 1
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_tree_fits_the_terminal(vmplug: Vmplug, host: PciTree, columns: int) -> None:
+    shown = vmplug.at_terminal("host", *at(host), NIC, columns=columns)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.stdout)
+    assert max(map(len, plain.splitlines())) <= columns
+    words = vmplug("host", *at(host), NIC).answer().split()
+    assert plain.split() == words
+    assert "\x1b[33m" in shown.stdout
+
+
 def test_a_name_that_nothing_goes_by_is_an_error(vmplug: Vmplug, host: PciTree) -> None:
     refused = vmplug("host", *at(host), NVME, "0000:ff:00.0")
     assert (refused.status, refused.stdout) == (4, "")
     assert refused.stderr.startswith("vmplug: nothing on this host goes by '0000:ff:00.0'\nhint: ")
     error = vmplug("host", *at(host), "None", "--json").error()
     assert (error["code"], error["facts"]["wanted"]) == ("no-such-device", "None")
+
+
+def test_an_empty_name_is_not_this_directory(vmplug: Vmplug) -> None:
+    for name in ("", "no such thing"):
+        assert vmplug("host", name, "--json").error()["code"] == "no-such-device"
+    assert vmplug("host", "9999:0").status == 3
 
 
 def test_kinds(vmplug: Vmplug, host: PciTree) -> None:
@@ -402,7 +482,9 @@ def test_what_is_mounted_and_what_a_vm_holds(vmplug: Vmplug, tmp_path: Path) -> 
         vmplug("attach", "--device", f"b:{number}", "--vm", "sb1", "--owner", "c1").answer()
         after = vmplug("host", str(loop), "--json").json()["block"][0]
         assert after["held_by"] == [{"kind": "vm", "device": str(loop), "detail": "sb1"}]
-        assert f"held: {loop} is in VM sb1" in vmplug("host", str(loop)).answer()
+        assert "in use by VM 'sb1' [in-use-by-vm]" in vmplug("host", str(loop)).answer()
+        listed = vmplug("host", "--kind", "block", str(loop)).answer()
+        assert f"held: {loop} is in VM sb1" in listed
 
 
 @pytest.mark.parametrize("written", ["3b:00.0", "3B:00.0", "0000:3B:00.0"])

@@ -36,6 +36,8 @@ from vmplug.host.use.openers import read_open_files
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.sockets import find_listener
 from vmplug.host.vhost_user.store import VhostUserStore
+from vmplug.manager.host_listing import show_thing
+from vmplug.manager.setup import Setup
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo
 
@@ -96,6 +98,8 @@ def _readers(root: HostRoot) -> Iterator[Callable[[], object]]:
     yield lambda: read_nodes(NVME, read_node_paths(root), root)
     usage = read_usage(root)
     yield lambda: (usage.mounts, usage.swaps, usage.loops)
+    for name in ("loop0", NIC):
+        yield partial(show_thing, name, with_vms=False, setup=Setup(host=root))
     yield lambda: read_start_time(1, root)
     yield lambda: read_memlock_limit(1, root)
     yield lambda: read_pfn_info("/images/pmem.img", root)

@@ -1,6 +1,7 @@
 """`vmplug host` beside the kernel's own files and lspci, also when devices come and go."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from lab.topology import FREE_PORT, NVME, Device, device_behind
 
+from tests.lab.blocks import mapped
 from tests.lab.nested import paused_vm
 from tests.support.lab import OuterQemu, namespace_of, wait_until
 
@@ -135,3 +137,23 @@ def test_what_holds_a_function_is_shown(state: Path) -> None:
     namespace = namespace_of(NVME)
     (function,) = [f for f in vmplug("host", NVME)["pci"] if f["address"] == NVME]
     assert str(namespace) in json.dumps(function)
+
+
+def test_a_function_is_shown_with_what_is_on_it_and_who_uses_that() -> None:
+    namespace = namespace_of(NVME)
+    controllers = list((PCI / NVME / "nvme").iterdir())
+    controller = Path("/dev") / controllers[0].name
+    with mapped("lab", f"0 2048 linear {namespace} 0") as volume, controller.open("rb"):
+        name = f"/dev/dm-{os.minor(volume.stat().st_rdev)}"
+        thing = vmplug("host", NVME)["thing"]
+    (disk,) = (part for part in thing["made_of"] if part["relation"] == "disk")
+    (node,) = (part for part in thing["made_of"] if part["name"] == str(controller))
+    (above,) = (part for part in disk["made_of"] if part["relation"] == "built-on-it")
+    assert (thing["kind"], thing["driver"], disk["name"]) == ("function", "nvme", str(namespace))
+    assert [use["code"] for use in disk["uses"]] == ["has-holders"]
+    assert (above["name"], above["title"]) == (name, "lab")
+    assert [use["code"] for use in node["uses"]] == ["open-by-process"]
+    inode = (PCI / NVME).stat().st_ino
+    assert thing["identity"] == f"vfio {NVME}:{inode}"
+    after = vmplug("host", NVME)["thing"]
+    assert not any(part["uses"] for part in after["made_of"])

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from vmplug.devnum import DevNum
-from vmplug.errors import SpecError, StoreError
-from vmplug.host.root import HostRoot
+from vmplug.errors import AttributeReadError, SpecError, StoreError
+from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, has_journal
 from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
@@ -83,6 +83,18 @@ def complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
             return [vm.name for vm in journal.vms() if vm.name.startswith(incomplete)]
     except StoreError:
         return []
+
+
+def complete_thing(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001  click's
+    """Addresses of functions, and nodes of block devices."""
+    try:
+        functions = THIS_HOST.list_dir(THIS_HOST.pci_devices)
+        disks = [
+            f"/dev/{name.replace('!', '/')}" for name in THIS_HOST.list_dir("/sys/class/block")
+        ]
+    except AttributeReadError:
+        return []
+    return [name for name in (*functions, *disks) if name.startswith(incomplete)]
 
 
 vm_option = click.option(

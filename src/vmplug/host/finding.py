@@ -117,13 +117,49 @@ class Severity(StrEnum):
     WARNING = "warning"
 
 
+USES = frozenset(
+    {
+        Code.BACKEND_BUSY,
+        Code.BOOT_CONSOLE,
+        Code.HAS_HOLDERS,
+        Code.HAS_VIRTUAL_FUNCTIONS,
+        Code.IMAGE_LOCKED,
+        Code.IN_USE_BY_VM,
+        Code.IS_SWAP,
+        Code.MACHINE_PART,
+        Code.MEMBER_IN_USE,
+        Code.MOUNTED_ON_HOST,
+        Code.NETWORK_IN_USE,
+        Code.OPEN_BY_PROCESS,
+        Code.OPEN_EXCLUSIVELY,
+        Code.UNKNOWN_USE,
+    }
+)
+"""Findings that are uses: each has `used_by`. All others are about the device itself."""
+
+
+class UsedBy(msgspec.Struct, frozen=True, kw_only=True):
+    """The user of a device and what it uses, of a finding that is a use.
+
+    `on` is the part that is in use: a node, the address of a function, the name of an interface,
+    a path, or the text of an `Identity`. `where` is a mount point, a node, a namespace; None where
+    there is no such place. `how` is what shows it.
+    """
+
+    on: str
+    who: str
+    where: str | None = None
+    how: str
+
+
 class Finding(msgspec.Struct, frozen=True):
-    """One reason not to hand a device over, and the remedy."""
+    """One reason not to hand a device over, and the remedy; `used_by` is set for a use."""
 
     code: Code
     message: str
     hint: str
     severity: Severity = Severity.ERROR
+    used_by: UsedBy | None = None
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):

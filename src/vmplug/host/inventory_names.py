@@ -9,8 +9,14 @@ from vmplug.host.inventory import HostFunction, HostMediated, Inventory, StoredS
 from vmplug.host.root import HostRoot
 
 
-def find_named(inventory: Inventory, names: Sequence[str], host: HostRoot) -> Inventory:
-    """Return only what has one of the names. Raises NoSuchDevice for a name that nothing has."""
+def find_named(
+    inventory: Inventory, names: Sequence[str], host: HostRoot, *, require_all: bool = True
+) -> Inventory:
+    """Return only what has one of the names.
+
+    With `require_all`, raises NoSuchDevice for a name that nothing has. Else the names are those
+    of things, such as files, that an inventory may not list.
+    """
     wanted = {_canonical(name, host): name for name in names}
     known: set[str] = set()
 
@@ -29,7 +35,7 @@ def find_named(inventory: Inventory, names: Sequence[str], host: HostRoot) -> In
         unreadable=inventory.unreadable,
     )
     for canonical, name in wanted.items():
-        if canonical not in known:
+        if require_all and canonical not in known:
             raise NoSuchDevice(
                 name,
                 f"nothing on this host goes by {name!r}",

@@ -332,6 +332,15 @@ class Journal:
             self._boot_id,
         )
 
+    def claims(self) -> list[Claim]:
+        """The claims of all VMs of this boot, on whatever they have."""
+        return self._read(
+            read_claim,
+            "SELECT * FROM device"
+            " WHERE vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?) ORDER BY rowid",
+            self._boot_id,
+        )
+
     def attachments(self, vm: str | None = None) -> list[Attachment]:
         """Every hold on a device of `vm`, or of all VMs."""
         return self._read(

@@ -1,12 +1,18 @@
-"""What could a host hand over, and which VM has it?"""
+"""What could a host hand over, what is one thing of it, and which VM has it?"""
 
 from collections.abc import Collection, Sequence
 
 from msgspec import structs
 
+from vmplug.errors import NoSuchDevice
+from vmplug.host.block.usage import read_usage
+from vmplug.host.finding import Claim
 from vmplug.host.inventory import Inventory, Kind, read_inventory, with_reset_methods
 from vmplug.host.inventory_names import find_named
 from vmplug.host.kind import Identity
+from vmplug.host.thing.describe import describe_other, describe_thing, relate
+from vmplug.host.thing.name import find_named_device, no_such
+from vmplug.host.thing.thing import Thing
 from vmplug.journal import has_journal
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 
@@ -16,13 +22,14 @@ def list_host(
     *,
     kinds: Collection[Kind] = frozenset(Kind),
     with_vms: bool = True,
+    require_all: bool = True,
     setup: Setup = DEFAULT_SETUP,
 ) -> Inventory:
     """Return everything of those kinds that the host has, or only what has one of the names.
 
     A name is the address of a function, the number of an IOMMU group, a node such as /dev/sda, or
-    a UUID. `with_vms` also reads the journal, for the VMs that have it. Raises NoSuchDevice for a
-    name that nothing has, and StoreError.
+    a UUID. `with_vms` also reads the journal, for the VMs that have it. Raises StoreError, and
+    NoSuchDevice for a name that nothing has, unless `require_all` is false.
     """
     vms = dict[Identity, str]()
     if with_vms and has_journal(setup.state_dir):
@@ -34,6 +41,39 @@ def list_host(
         setup.host, vhost_user_store=setup.vhost_user_store, kinds=kinds, vms=vms
     )
     if names:
-        inventory = find_named(inventory, names, setup.host)
+        inventory = find_named(inventory, names, setup.host, require_all=require_all)
     functions = tuple(with_reset_methods(entry, setup.host) for entry in inventory.pci)
     return structs.replace(inventory, pci=functions)
+
+
+def show_thing(name: str, *, with_vms: bool = True, setup: Setup = DEFAULT_SETUP) -> Thing:
+    """Return what one thing of the host is, what it is made of, and who uses it.
+
+    A name is the address of a function, the number of an IOMMU group, `b:MAJOR:MINOR`, a UUID, the
+    path of a node, file, directory or socket, or a name of the kernel's such as sda. Nothing is
+    changed. `with_vms` also reads the journal, for the VMs that have it; without it they are
+    `unknown`. Raises NoSuchDevice for a name that nothing has, SpecError for a number that no
+    device can have, AttributeReadError, and StoreError.
+    """
+    host = setup.host
+    try:
+        device = find_named_device(name, host, setup.vhost_user_store)
+    except NoSuchDevice as error:
+        try:
+            return describe_other(name, read_usage(host), host)
+        except NoSuchDevice:
+            raise no_such(name) from error
+    claims, vms = _read_vms(setup) if with_vms else (None, ())
+    usage = read_usage(host, vms=vms)
+    device = relate(device, usage, host)
+    return describe_thing(device, usage=usage, claims=claims, root=host)
+
+
+def _read_vms(setup: Setup) -> tuple[Sequence[Claim], Sequence[int]]:
+    """What all VMs have, and their processes."""
+    if not has_journal(setup.state_dir):
+        return (), ()
+    from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 and its users cost 10 ms
+
+    with Journal.open(setup.state_dir) as journal:
+        return journal.claims(), journal.vm_pids(setup.host)

@@ -11,7 +11,7 @@ import msgspec
 
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import Access, Code, Finding
+from vmplug.host.finding import Access, Code, Finding, UsedBy
 from vmplug.host.kind import Identity
 from vmplug.host.pci.group import VfioGroup
 from vmplug.oci.requests import Request
@@ -98,6 +98,12 @@ def _finding(asked: Asked, other: Asked) -> Finding:
         f"{asked.device.host_path} {_relation(asked.device, other.device)}, which this request "
         f"asks for too{name}",
         "request only one of them" + (", or both read-only" if is_disk else ""),
+        used_by=UsedBy(
+            on=asked.device.host_path,
+            who="another device of this request",
+            where=other.info.name,
+            how="the request itself",
+        ),
     )
 
 

@@ -10,6 +10,7 @@ import msgspec
 from vmplug.cli.render.text import one_line
 
 _INDENT = "  "
+_WIDTH_MIN = 40
 
 
 class Style(StrEnum):
@@ -47,6 +48,31 @@ def print_sections(sections: Sequence[Sequence[Line]]) -> None:
                 console.print(Text(text, style=style), soft_wrap=True)
         return
     click.echo("\n\n".join("\n".join(text for text, _ in section) for section in texts))
+
+
+def print_wrapped(lines: Sequence[Line]) -> None:
+    """Lines that a terminal shows in its width, the rest of a long one below its beginning."""
+    texts = [(line, "  ".join(map(one_line, line.cells))) for line in lines]
+    if not (sys.stdout and sys.stdout.isatty()):
+        click.echo("\n".join(_INDENT * line.depth + text for line, text in texts))
+        return
+    from textwrap import wrap  # noqa: PLC0415  2 ms that a pipe need not pay
+
+    from rich.console import Console  # noqa: PLC0415  30 ms, the same
+    from rich.text import Text  # noqa: PLC0415  the same
+
+    console = Console(highlight=False, markup=False)
+    for line, text in texts:
+        pieces = wrap(
+            text,
+            width=max(console.width, _WIDTH_MIN),
+            initial_indent=_INDENT * line.depth,
+            subsequent_indent=_INDENT * (line.depth + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        # A path that does not fit stays whole, to be copied: the terminal breaks it.
+        console.print(Text("\n".join(pieces), style=line.style), soft_wrap=True)
 
 
 def _align(lines: Sequence[Line]) -> list[tuple[str, Style]]:

@@ -28,7 +28,7 @@ from vmplug.host.device import (
     OpenConnection,
     SharedDirectory,
 )
-from vmplug.host.finding import Access, Claim, Code, Finding, Severity
+from vmplug.host.finding import Access, Claim, Code, Finding, Severity, UsedBy
 from vmplug.host.kind import FoundBy, Identity, IdentityKind
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import find_vfio_owner
@@ -66,7 +66,7 @@ def check_device(
             file = relate_file(device, usage, root)
             return list(_check_file(file, access, usage, claims, root))
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
-            return list(_claimed(claims, access))
+            return list(find_claimed(claims, access))
         case VfioGroup():
             # Functions of one group may share what is in use, such as a disk with two controllers.
             return list(dict.fromkeys(_check_vfio(device, access, usage, claims, root)))
@@ -83,7 +83,7 @@ def _check_vfio(
     owners = {str(o.bdf) for f in group.functions if (o := find_vfio_owner(f, root))}
     shared = {Identity.of_vfio(bdf) for bdf in owners - set(group.members)}
     claims = [claim for claim in claims if claim.identity not in shared]
-    yield from _claimed(claims, access)
+    yield from find_claimed(claims, access)
     yield from check_group(group, usage, root)
     if not claims:
         yield from check_openers(group, usage, root)
@@ -108,6 +108,13 @@ def _all_users(
                 yield from _locked(node, Access(read_only=False), root)
 
 
+def find_disk_users(disk: BlockDevice, usage: HostUsage, root: HostRoot) -> list[Finding]:
+    """Every user of what was built on another device, such as a volume."""
+    loops = (loop for node in disk.nodes for loop in usage.loop_index.find_on(node, root))
+    known = disk._replace(twins=(), loops=tuple(loop.devnum for loop in loops))
+    return list(_all_users(known, usage, (), root))
+
+
 def _check_block(
     device: BlockDevice, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
 ) -> Iterator[Finding]:
@@ -119,7 +126,7 @@ def _check_block(
         )
     yield from _wrong_node(device, root)
     used = _users(device, access, usage, root)
-    found = [*used, *_claimed(claims, access)]
+    found = [*used, *find_claimed(claims, access)]
     if root.is_live:
         # A user that could share it with a reader still holds the device exclusively.
         explained = used + _users(device, replace(access, read_only=False), usage, root)
@@ -158,7 +165,7 @@ def _check_file(
         *_looped(device, access, usage, root),
         *_swap(device.host_path, (device.host_path,), usage, root),
     ]
-    found = [*used, *_claimed(claims, access)]
+    found = [*used, *find_claimed(claims, access)]
     if not (_is_refused(used) or claims):
         found += _locked(device.host_path, access, root)
     yield from found
@@ -191,6 +198,7 @@ def _mounted(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[
     """Mounts of all that shows its bytes; a read-only file system may be shared."""
     names = {part.devnum: _named(part, device) for part in device.same_bytes}
     names[device.devnum] = device.device_node
+    nodes = {part.devnum: part.device_node for part in device.same_bytes}
     places: dict[DevNum, list[str]] = {}
     for devnum in names:
         for mount in usage.mounts_of.get(devnum, ()):
@@ -203,6 +211,12 @@ def _mounted(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[
             "the host's root file system is on it: hand over another disk"
             if "/" in points
             else f"umount {quote(min(points))}",
+            used_by=UsedBy(
+                on=nodes.get(devnum, device.device_node),
+                who="a mounted file system",
+                where=", ".join(sorted(set(points))),
+                how="the mount tables of all mount namespaces",
+            ),
         )
 
 
@@ -215,9 +229,9 @@ def _named(part: DiskPart, device: BlockDevice) -> str:
 
 def _held(device: BlockDevice, access: Access, root: HostRoot) -> Iterator[Finding]:
     """Devices that the kernel built on it: device-mapper, md, bcache."""
-    held = [(device.device_node, device.holders or ())]
-    held += [(_named(part, device), part.holders) for part in device.same_bytes]
-    for node, holders in held:
+    held = [(device.device_node, device.device_node, device.holders or ())]
+    held += [(p.device_node, _named(p, device), p.holders) for p in device.same_bytes]
+    for node, named, holders in held:
         writers = [
             name
             for name in holders
@@ -226,10 +240,20 @@ def _held(device: BlockDevice, access: Access, root: HostRoot) -> Iterator[Findi
         if writers:
             yield Finding(
                 Code.HAS_HOLDERS,
-                f"{node} is part of {_few(writers)}",
+                f"{named} is part of {_few(writers)}",
                 f"hand over {_few([f'/dev/{name}' for name in writers])} itself, or dismantle it "
                 f"first ({_take_apart(writers, root)})",
+                used_by=UsedBy(
+                    on=node,
+                    who=", ".join(_with_title(name, root) for name in writers),
+                    how="holders in sysfs",
+                ),
             )
+
+
+def _with_title(name: str, root: HostRoot) -> str:
+    title = _mapped_name(f"/sys/block/{name}", root)
+    return f"{name} ({title})" if title else name
 
 
 def _take_apart(holders: Sequence[str], root: HostRoot) -> str:
@@ -256,6 +280,11 @@ def _looped(
             continue
         shown = next((n for n in disk.nodes if loop.shows(n, root)), loop.backing.backing_file)
         message = f"{shown} is behind the loop device {loop.device_node}"
+        used_by = UsedBy(
+            on=shown,
+            who=f"the loop device {loop.device_node}",
+            how="the file that the kernel has open for it",
+        )
         if _is_idle(loop, usage, root):
             yield Finding(
                 Code.HAS_HOLDERS,
@@ -263,6 +292,7 @@ def _looped(
                 "leave it unused (kubelet keeps one on each raw block volume), or run "
                 f"losetup --detach {loop.device_node}",
                 Severity.WARNING,
+                used_by=used_by,
             )
         else:
             yield Finding(
@@ -270,6 +300,7 @@ def _looped(
                 message,
                 f"hand over {loop.device_node} itself, or end its use and run losetup --detach "
                 f"{loop.device_node}",
+                used_by=used_by,
             )
 
 
@@ -295,16 +326,18 @@ def _swap(
     name: str, paths: tuple[str, ...], usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:
     for area in usage.swaps:
-        if any(same_file(area, path, root) for path in paths):
+        on = next((path for path in paths if same_file(area, path, root)), None)
+        if on:
             yield Finding(
                 Code.IS_SWAP,
                 f"{name} contains swap space that the host uses"
                 + ("" if area == name else f" ({area})"),
                 f"swapoff {quote(area)}",
+                used_by=UsedBy(on=on, who="the host's swap", where=area, how="/proc/swaps"),
             )
 
 
-def _claimed(claims: Sequence[Claim], access: Access) -> Iterator[Finding]:
+def find_claimed(claims: Sequence[Claim], access: Access) -> Iterator[Finding]:
     """The holds of VMs; readers may share, and so may writers if all have share-rw."""
     for claim in claims:
         readers = access.read_only and claim.read_only
@@ -322,6 +355,9 @@ def _conflict(claim: Claim) -> Finding:
         + (" for reading" if claim.read_only else ""),
         f"detach it from VM {claim.vm!r} first (vmplug detach); {sharing}"
         "if that VM is gone, run vmplug reconcile",
+        used_by=UsedBy(
+            on=str(claim.identity), who=f"VM {claim.vm!r}", how="the journal of vmplug"
+        ),
     )
 
 
@@ -351,6 +387,11 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
                     Code.OPEN_EXCLUSIVELY,
                     f"{device.device_node} is open exclusively (O_EXCL) on the host",
                     f"fuser --verbose {device.device_node} may name the process; stop it first",
+                    used_by=UsedBy(
+                        on=device.device_node,
+                        who="a program or a part of the kernel",
+                        how="an exclusive open (O_EXCL), which the kernel refused",
+                    ),
                 )
         case errno.ENOMEDIUM:
             if device.size_bytes != 0:
@@ -381,6 +422,9 @@ def _locked(path: str, access: Access, root: HostRoot) -> Iterator[Finding]:
             Code.IMAGE_LOCKED,
             f"{path} is open in another QEMU or in qemu-storage-daemon",
             f"fuser --verbose {quote(path)} names the process; stop it first",
+            used_by=UsedBy(
+                on=path, who="a QEMU or qemu-storage-daemon", how="the lock bytes of QEMU"
+            ),
         )
 
 

@@ -6,7 +6,7 @@ group with them: a VM would get the host's flash memory, sensors and power manag
 
 from collections.abc import Iterator
 
-from vmplug.host.finding import Code, Finding
+from vmplug.host.finding import Code, Finding, UsedBy
 from vmplug.host.pci.function import PciFunction
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
@@ -63,6 +63,12 @@ def check_machine_parts(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
             f"with it: {', '.join(parts)}",
             "leave the whole group to the host, and hand over a device in a group of its own: "
             "vmplug host lists them",
+            used_by=UsedBy(
+                on=group.host_path,
+                who="this machine itself",
+                where=", ".join(parts),
+                how="the classes of the functions",
+            ),
         )
 
 

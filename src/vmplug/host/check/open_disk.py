@@ -13,7 +13,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.sysfs import find_block_node
 from vmplug.host.block.usage import HostUsage
-from vmplug.host.finding import Access, Code, Finding, Severity
+from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_key import key_of
 from vmplug.host.use.openers import DeviceNode, Opener, Wanted, wanted_node
@@ -45,24 +45,32 @@ def check_unknown(what: str, unknown: Sequence[int], root: HostRoot) -> Iterator
             + (f" and of {more} more" if (more := len(unknown) - 1) else "")
             + f" cannot be read: they may have {what} in use",
             "run vmplug as root, with CAP_SYS_PTRACE, in the host's own PID namespace",
+            used_by=UsedBy(
+                on=what,
+                who=f"process {unknown[0]}, perhaps",
+                how="the files of /proc, which may not be read",
+            ),
         )
 
 
 def _open_by(opener: Opener, access: Access) -> Finding:
     process, path = f"process {opener.pid} ({opener.name})", opener.path
     end = f"end that process, or the service that it belongs to: fuser --verbose {quote(path)}"
+    used_by = UsedBy(on=path, who=process, how="the open files of all processes")
     if not opener.writes:
         return Finding(
             Code.OPEN_BY_PROCESS,
             f"{path} is open for reading in {process}, which can see what the guest writes",
             f"leave it if it may see that; else {end}",
             Severity.WARNING,
+            used_by=used_by,
         )
     return Finding(
         Code.OPEN_BY_PROCESS,
         f"{path} is open for writing in {process}",
         f"{end}; or set share-rw=on if its file system supports several writers",
         Severity.WARNING if access.share_rw else Severity.ERROR,
+        used_by=used_by,
     )
 
 

@@ -27,7 +27,7 @@ def identify(device: HostDevice, root: HostRoot) -> str | None:
         case BlockDevice(sysfs_path=str(path)):
             return identify_block(device.devnum, path, root)
         case VfioGroup():
-            parts = [_identify_member(path, root) for path in device.member_paths.values()]
+            parts = [identify_member(path, root) for path in device.member_paths.values()]
             return " ".join(["vfio", *parts]) if parts and all(parts) else None
         case _:
             return None
@@ -54,6 +54,7 @@ def identify_block(number: DevNum, sysfs_path: str, root: HostRoot) -> str:
     return " ".join(["block", str(number), *(str(word or "-") for word in words)])
 
 
-def _identify_member(path: str, root: HostRoot) -> str:
+def identify_member(path: str, root: HostRoot) -> str:
+    """The function or mediated device that has a directory in sysfs now; empty when absent."""
     status = root.stat_or_none(path)
     return f"{path.rpartition('/')[2]}:{status.st_ino}" if status else ""

@@ -18,7 +18,7 @@ from vmplug.host.check.isolation import check_isolation
 from vmplug.host.check.machine_part import check_machine_parts
 from vmplug.host.check.open_disk import check_unknown
 from vmplug.host.check.vfio_node import check_group_node, check_nodes
-from vmplug.host.finding import Code, Finding, Severity
+from vmplug.host.finding import Code, Finding, Severity, UsedBy
 from vmplug.host.pci.bind import PCI_DRIVERS
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.pci.group import VfioGroup
@@ -74,11 +74,7 @@ def check_group(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[
         yield from check_function(function, root, has_vfio=has_vfio)
         if not has_vfio:
             yield from _console(function, root)
-            yield from _networks(
-                function,
-                read_network_interfaces(function.bdf, root, lambda: usage.once(read_network_uses)),
-            )
-            yield from _moved_network(function, usage, root)
+            yield from check_networks(function, usage, root)
         yield from _virtual_functions(function, group, root)
         yield from _reset(function, root)
 
@@ -100,17 +96,20 @@ def check_openers(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterato
     wanted = {k: p for node in nodes.values() for k, p in wanted_node(node, root).items()}
     for opener in usage.open_files.find_lasting(wanted) if wanted else ():
         process, path = f"process {opener.pid} ({opener.name})", opener.path
+        used_by = UsedBy(on=path, who=process, how="the open files of all processes")
         if path in own:
             yield Finding(
                 Code.OPEN_BY_PROCESS,
                 f"{group.host_path} is open in {process}",
                 "end that process first; if it is a QEMU, register the VM with vmplug vm adopt",
+                used_by=used_by,
             )
         else:
             yield Finding(
                 Code.OPEN_BY_PROCESS,
                 f"{path}, a node of {owners[path]}, is open in {process}",
                 f"end that process, or the service that it belongs to: fuser --verbose {path}",
+                used_by=used_by,
             )
     if wanted and group.members:
         unknown = sorted({*usage.open_files.unlisted, *usage.open_files.guarded})
@@ -125,6 +124,11 @@ def _unseen(member: str, root: HostRoot) -> Iterator[Finding]:
             f"vmplug sees only the processes of its own PID namespace: others may have {member} "
             "in use",
             "run vmplug in the host's own PID namespace: in a container, share it (--pid=host)",
+            used_by=UsedBy(
+                on=member,
+                who="a process that cannot be seen, perhaps",
+                how="the PID namespace of vmplug, which is not the host's",
+            ),
         )
 
 
@@ -203,6 +207,7 @@ def _others(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
             Code.MEMBER_IN_USE,
             f"group {group.number} has a member {name} of a kind that vmplug does not support",
             "hand over another device",
+            used_by=UsedBy(on=name, who="the host", how="the members of the group"),
         )
     for bridge in group.bridges:
         if bridge.driver in {None, *_LEAVES_DMA_ALONE} or is_vfio_driver(bridge, root):
@@ -213,6 +218,9 @@ def _others(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
             f"{bridge.driver}, which Linux 5.19 and later do not accept beside VFIO",
             "bridges stay with the host, so vmplug does not bind them; take the bridge from its "
             f"driver: echo {bridge.bdf} > {PCI_DRIVERS}/{bridge.driver}/unbind",
+            used_by=UsedBy(
+                on=str(bridge.bdf), who=f"driver {bridge.driver}", how="the driver of the bridge"
+            ),
         )
 
 
@@ -226,7 +234,19 @@ def _console(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
             f"{function.bdf} is the graphics card that the host booted with",
             "choose another graphics card in the firmware, or allow this finding if the host "
             "needs no console",
+            used_by=UsedBy(
+                on=str(function.bdf), who="the host's console", how="boot_vga in sysfs"
+            ),
         )
+
+
+def check_networks(function: PciFunction, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
+    """The uses of a function's network interfaces, by the host and in other namespaces."""
+    yield from _networks(
+        function,
+        read_network_interfaces(function.bdf, root, lambda: usage.once(read_network_uses)),
+    )
+    yield from _moved_network(function, usage, root)
 
 
 def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iterator[Finding]:
@@ -243,6 +263,12 @@ def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iter
                 f"{function.bdf} is the network interface {interface.name}, which has "
                 + " and ".join(uses),
                 "remove it from the host's network first: " + "; ".join(_retire(interface)),
+                used_by=UsedBy(
+                    on=interface.name,
+                    who="the host's network",
+                    where=" and ".join(uses),
+                    how="routes, addresses and links of the interface",
+                ),
             )
 
 
@@ -260,13 +286,24 @@ def _moved_network(function: PciFunction, usage: HostUsage, root: HostRoot) -> I
             f"{moved.namespace}",
             "end what uses it there, then take it back: "
             f"nsenter --net={moved.namespace} ip link set {moved.name} netns 1",
+            used_by=_elsewhere(function, moved.namespace),
         )
     else:
         yield Finding(
             Code.NETWORK_IN_USE,
             f"the network interface of {function.bdf} is in another network namespace",
             "lsns --type net lists them; ip link set NAME netns 1, run there, takes it back",
+            used_by=_elsewhere(function, None),
         )
+
+
+def _elsewhere(function: PciFunction, namespace: str | None) -> UsedBy:
+    return UsedBy(
+        on=str(function.bdf),
+        who="another network namespace",
+        where=namespace,
+        how="its empty directory net in sysfs, and the links of all network namespaces",
+    )
 
 
 def _retire(interface: NetInterface) -> Iterator[str]:
@@ -285,6 +322,12 @@ def _virtual_functions(
     function: PciFunction, group: VfioGroup, root: HostRoot
 ) -> Iterator[Finding]:
     virtfns = read_virtfns(function.bdf, root)
+    used_by = UsedBy(
+        on=str(function.bdf),
+        who="its virtual functions",
+        where=" ".join(map(str, virtfns)),
+        how="virtfn links in sysfs",
+    )
     inside = [str(bdf) for bdf in virtfns if str(bdf) in group.members]
     if inside:
         yield Finding(
@@ -294,6 +337,7 @@ def _virtual_functions(
             "alone, and all of them disappear when VFIO gets the physical one",
             f"hand over {function.bdf} whole, without them: vmplug sriov {function.bdf} "
             "--count 0; or put the card into a slot behind a bridge with ACS",
+            used_by=used_by,
         )
     elif virtfns and is_vfio_driver(function, root):
         yield Finding(
@@ -308,6 +352,7 @@ def _virtual_functions(
             f"{function.bdf} has {len(virtfns)} virtual functions, which would disappear or "
             "follow it",
             f"hand over one of them, or remove them: vmplug sriov {function.bdf} --count 0",
+            used_by=used_by,
         )
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 from vmplug.devnum import DevNum
 from vmplug.host.pci.uses import class_paths
@@ -54,8 +55,9 @@ def read_nodes(bdf: object, paths: NodePaths, root: HostRoot) -> list[DeviceNode
 
 def _device_paths(root: HostRoot) -> Iterator[tuple[tuple[int, DevNum], str]]:
     for name, kind in (("block", stat.S_IFBLK), ("char", stat.S_IFCHR)):
-        for number, path in class_paths(f"{root.sys_dev}/{name}", root):
-            yield (kind, DevNum.parse(number)), path
+        for text, path in class_paths(f"{root.sys_dev}/{name}", root):
+            with suppress(ValueError):  # a copy of a host may have any file there
+                yield (kind, DevNum.parse(text)), path
 
 
 def _subsystems(controllers: set[str], root: HostRoot) -> Iterator[str]:

@@ -11,7 +11,7 @@ import struct
 import time
 from enum import StrEnum
 
-from vmplug.host.finding import Code, Finding
+from vmplug.host.finding import Code, Finding, UsedBy
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import Backend, VhostUserSocket
@@ -113,13 +113,18 @@ def ask_backend(
 def _look(device: VhostUserSocket, root: HostRoot) -> Finding | None:
     """A finding about the backend that needs no connection to it."""
     path = device.socket_path
-    if stays_connected(path, root):
-        return _busy(device, root)
+    if busy := find_client(device, root):
+        return busy
     is_share = device.kind is DeviceType.VHOST_USER_FS
     if is_share and not is_listening(path, root):
         return _failed(device, Failure.ABSENT, root)
     virtiofsd = None if is_share else find_listener(path, root, name=VIRTIOFSD)
     return _wrong(device, str(virtiofsd)) if virtiofsd else None
+
+
+def find_client(device: VhostUserSocket, root: HostRoot) -> Finding | None:
+    """The use of the backend by a client that it has already; nothing connects to it."""
+    return _busy(device, root) if stays_connected(device.socket_path, root) else None
 
 
 def _failed(device: VhostUserSocket, failure: Failure, root: HostRoot) -> Finding:
@@ -137,6 +142,11 @@ def _busy(device: VhostUserSocket, root: HostRoot) -> Finding:
         Code.BACKEND_BUSY,
         f"{_who(device.socket_path, root)} already serves a client on {device.socket_path}",
         "stop that client, or allow this finding if the backend serves several",
+        used_by=UsedBy(
+            on=device.socket_path,
+            who=f"a client of {_who(device.socket_path, root)}",
+            how="/proc/net/unix",
+        ),
     )
 
 

@@ -23,7 +23,16 @@ from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import NEVER_ALLOWED, Access, Claim, Code, Finding, Severity, allow
+from vmplug.host.finding import (
+    NEVER_ALLOWED,
+    Access,
+    Claim,
+    Code,
+    Finding,
+    Severity,
+    UsedBy,
+    allow,
+)
 from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
 from vmplug.host.use.mounts import MountedDevice
@@ -49,7 +58,17 @@ def test_an_idle_disk_has_no_findings(disk: HostTree, number: str, wish: Access)
 def test_a_mounted_disk_is_in_use(disk: HostTree) -> None:
     disk.mount("/dev/sda", "/mnt", "8:0")
     assert findings(disk) == [
-        Finding(Code.MOUNTED_ON_HOST, "/dev/sda is mounted on the host at /mnt", "umount /mnt")
+        Finding(
+            Code.MOUNTED_ON_HOST,
+            "/dev/sda is mounted on the host at /mnt",
+            "umount /mnt",
+            used_by=UsedBy(
+                on="/dev/sda",
+                who="a mounted file system",
+                where="/mnt",
+                how="the mount tables of all mount namespaces",
+            ),
+        )
     ]
 
 
@@ -284,6 +303,11 @@ def test_a_file_behind_a_loop_device_is_in_use(tree: HostTree) -> None:
             Code.HAS_HOLDERS,
             "/a.img is behind the loop device /dev/loop0",
             "hand over /dev/loop0 itself, or end its use and run losetup --detach /dev/loop0",
+            used_by=UsedBy(
+                on="/a.img",
+                who="the loop device /dev/loop0",
+                how="the file that the kernel has open for it",
+            ),
         )
     ]
 

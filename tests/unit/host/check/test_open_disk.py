@@ -15,7 +15,7 @@ from tests.support.tree import MIB, HostTree
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Access, Code, Finding, Severity
+from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 
@@ -53,6 +53,11 @@ def test_a_process_concerns_the_disk_and_its_parts_as_a_mount_does(
                 f"/dev/{opened} is open for writing in process 77 (mysqld)",
                 "end that process, or the service that it belongs to: fuser --verbose "
                 f"/dev/{opened}; or set share-rw=on if its file system supports several writers",
+                used_by=UsedBy(
+                    on=f"/dev/{opened}",
+                    who="process 77 (mysqld)",
+                    how="the open files of all processes",
+                ),
             )
         ]
         if is_found

@@ -66,3 +66,9 @@ def test_nvidias_own_driver_tells_its_node_in_proc_alone(tree: PciTree) -> None:
     tree.file(f"{gpus}/{CARD}/information", "Model: \t H100\nDevice Minor: \t 3\n")
     assert nodes(tree) == {"/dev/nvidia3": "195:3"}
     assert nodes(tree, OTHER) == {}
+
+
+def test_other_names_among_the_nodes_of_a_copy_are_passed_over(tree: PciTree) -> None:
+    tree.class_device(f"{CARD}/nvme/nvme0", "char", "245:0", "nvme0")
+    tree.file("/sys/dev/char/notes").file("/sys/dev/block/8:")
+    assert nodes(tree) == {"/dev/nvme0": "245:0"}
