@@ -1,6 +1,9 @@
 """A journal on a disk that outlives the host's boot: its claims do not."""
 
+import fcntl
+import os
 import sqlite3
+import struct
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,27 @@ def test_a_claim_of_an_earlier_boot_hinders_nobody(rebooted: Vmplug, image: Path
     (repair,) = rebooted("reconcile", "--json").json()["repairs"]
     assert (repair["outcome"], repair["reason"]) == ("forgotten", "the host has booted since")
     assert not any(journal_rows(rebooted.state_dir).values())
+
+
+def test_check_says_that_the_vm_has_it_and_what_is_only_counted(
+    vmplug: Vmplug, image: Path
+) -> None:
+    vmplug.state_dir.parent.mkdir(exist_ok=True)
+    with MemoryVm(vmplug.state_dir.parent / "qmp.sock") as vm, image.open("rb+") as file:
+        vmplug("vm", "adopt", "sb1", "--qmp", vm.socket_path).answer()
+        asked = ("-d", f"file:{image}:/dev/data", "--vm", "sb1")
+        assert vmplug("check", *asked, "--json").json()["counted"] == []
+        vmplug("attach", *asked, "--owner", "c1").answer()
+        lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 201, 1, 0)
+        fcntl.fcntl(file, 37, lock)  # F_OFD_SETLK, as the VM's QEMU holds it
+        assert "image-locked" not in vmplug("check", *asked).answer()
+        document = vmplug("check", *asked, "--json").json()
+        assert document == {"ok": True, "problems": [], "counted": ["/dev/data"]}
+        assert vmplug("check", *asked).answer() == (
+            f"/dev/data: ok, the VM has {image} already: attach only counts it\n"
+        )
+        (hold,) = vmplug("attach", *asked, "--owner", "c2", "--json").json()["attachments"]
+        assert hold["host_path"] == str(image)
 
 
 @pytest.mark.parametrize("name", ["sb1", "sb2"])

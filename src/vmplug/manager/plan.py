@@ -120,10 +120,12 @@ def find_places(
 ) -> list[CheckedRequest]:
     """The requests, with the VM's findings: all that `make_plan` would refuse them for."""
     records = {record.identity: record for record in known}
-    answers = list(examined)
+    answers = [
+        request.as_counted() if _is_known(request, records) else request for request in examined
+    ]
     indices: dict[Identity, list[int]] = {}
-    for index, request in enumerate(examined):
-        if request.device and not (request.is_refused and request.device.identity not in records):
+    for index, request in enumerate(answers):
+        if request.device and not request.is_refused:
             indices.setdefault(request.device.identity, []).append(index)
     for identity, wanted in indices.items():
         requests = [examined[index] for index in wanted]

@@ -49,25 +49,29 @@ def check_device(
     *,
     usage: HostUsage,
     claims: Sequence[Claim] = (),
+    is_held: bool = False,
     root: HostRoot,
 ) -> list[Finding]:
     """Every reason not to hand `device` over; empty when there is none.
 
-    `claims` are those of VMs on this device and its relatives. Nodes are opened (for reading,
-    O_EXCL) only on the running host.
+    `claims` are those of VMs on this device and its relatives. The QEMU of one of these, or of the
+    VM that asks and has it already (`is_held`), has it open: that is not another reason. Nodes are
+    opened (for reading, O_EXCL) only on the running host.
     """
+    in_vm = is_held or bool(claims)
     match device:
         case BlockDevice():
             disk = relate_block(device, usage, root)
-            return list(_check_block(disk, access, usage, claims, root))
+            return list(_check_block(disk, access, usage, claims, root, in_vm=in_vm))
         case DiskFile():
             file = relate_file(device, usage, root)
-            return list(_check_file(file, access, usage, claims, root))
+            return list(_check_file(file, access, usage, claims, root, in_vm=in_vm))
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
             return list(_claimed(claims, access))
         case VfioGroup():
             # Functions of one group may share what is in use, such as a disk with two controllers.
-            return list(dict.fromkeys(_check_vfio(device, access, usage, claims, root)))
+            found = _check_vfio(device, access, usage, claims, root, in_vm=in_vm)
+            return list(dict.fromkeys(found))
         case CharDevice() | EntropySource():
             return []
         case _:
@@ -75,21 +79,27 @@ def check_device(
 
 
 def _check_vfio(
-    group: VfioGroup, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    group: VfioGroup,
+    access: Access,
+    usage: HostUsage,
+    claims: Sequence[Claim],
+    root: HostRoot,
+    *,
+    in_vm: bool,
 ) -> Iterator[Finding]:
     yield from _claimed(claims, access)
     yield from check_group(group, root)
-    if not claims:
+    if not in_vm:
         yield from check_openers(group, root)
     for part in group.disks:
         found = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
         disk = relate_block(found, usage, root)
-        for finding in _all_users(disk, usage, claims, root):
+        for finding in _all_users(disk, usage, root, in_vm=in_vm):
             yield replace(finding, message=f"{group.host_path} has a disk: {finding.message}")
 
 
 def _all_users(
-    disk: BlockDevice, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    disk: BlockDevice, usage: HostUsage, root: HostRoot, *, in_vm: bool
 ) -> Iterator[Finding]:
     """Every user of a disk that the host will lose with the function that it is on."""
     used = _users(disk, Access(read_only=False), usage, root)
@@ -97,13 +107,19 @@ def _all_users(
     if root.is_live and not _is_refused(used):
         held = [f for f in _opened(disk, root, explained=False) if f.code is Code.OPEN_EXCLUSIVELY]
         yield from held
-        if not (held or claims):
+        if not (held or in_vm):
             for node in disk.nodes:
                 yield from _locked(node, Access(read_only=False), root)
 
 
 def _check_block(
-    device: BlockDevice, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    device: BlockDevice,
+    access: Access,
+    usage: HostUsage,
+    claims: Sequence[Claim],
+    root: HostRoot,
+    *,
+    in_vm: bool,
 ) -> Iterator[Finding]:
     if device.size_bytes is None:
         yield Finding(
@@ -120,7 +136,7 @@ def _check_block(
         explained = used + _users(device, replace(access, read_only=False), usage, root)
         closed = list(_opened(device, root, explained=_is_refused(explained)))
         yield from closed
-        if not (_is_refused(used) or claims or closed):
+        if not (_is_refused(used) or in_vm or closed):
             for path in (*device.nodes, *device.below_files):
                 yield from _locked(path, access, root)
     yield from _read_only(
@@ -144,7 +160,13 @@ def _wrong_node(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
 
 
 def _check_file(
-    device: DiskFile, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    device: DiskFile,
+    access: Access,
+    usage: HostUsage,
+    claims: Sequence[Claim],
+    root: HostRoot,
+    *,
+    in_vm: bool,
 ) -> Iterator[Finding]:
     used = [
         *_looped(device, access, usage, root),
@@ -152,7 +174,7 @@ def _check_file(
     ]
     yield from used
     yield from _claimed(claims, access)
-    if not (_is_refused(used) or claims):
+    if not (_is_refused(used) or in_vm):
         yield from _locked(device.host_path, access, root)
     yield from _read_only(device, access, "remount its file system for writing")
     if device.size_bytes == 0:
