@@ -16,7 +16,7 @@ from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.inventory import Disk, Pmem, Use, read_disks, read_pmem
-from vmplug.host.block.mounts import HostUsage, read_usage
+from vmplug.host.block.mounts import MOUNTS, SWAP, HostUsage, read_usage
 from vmplug.host.kind import DeviceType, Identity
 from vmplug.host.pci.function import PciFunction, read_functions, read_reset_methods
 from vmplug.host.pci.iommu import NOIOMMU, find_group
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _DISPLAY = 0x03
 _CDEVS = "/sys/class/vfio-dev"
-_NO_USAGE = HostUsage(mounts=(), swaps=(), loops=())
+_NO_USAGE = HostUsage(mounts=(), swaps=(), loops=(), unknown=(MOUNTS, SWAP))
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -42,8 +42,8 @@ FindClaims = Callable[[HostDevice], Sequence[Claim]]
 class CheckContext(msgspec.Struct, frozen=True, kw_only=True):
     """Sources of findings besides the host; by default none.
 
-    `find_claims` returns the claims of VMs on a device and its relatives. Of a device that the VM
-    already has (`is_held`) vmplug does not ask the backend, or who has it open: that VM does.
+    `find_claims` returns the claims of VMs on a device and its relatives. vmplug does not ask the
+    backend of a device that the VM already has (`is_held`), or who has it open: that VM does.
     `find_more` returns the VM's findings about a device. `gate` is the operator's policy, None
     where there is none.
     """

@@ -45,6 +45,7 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tree = PciTree(directory / "host")
+        self.proc = self.tree.path / "proc"
         self.ports = 4
         self.offer: Mapping[str, object] = {}
         self.policy: Policy | None = None
@@ -391,6 +392,15 @@ ROWS = [
         [CARD],
         lambda w: w.tree.process(42, "qemu", "/dev/vfio/26"),
     ),
+    Row(Code.UNKNOWN_USE, "vfio", [CARD], lambda w: (w.proc / "1/fd").rmdir(), warns=True),
+    Row(Code.UNKNOWN_USE, "disk", [DISK], lambda w: (w.proc / "swaps").unlink(), warns=True),
+    Row(
+        Code.UNKNOWN_USE,
+        "file",
+        [image()],
+        lambda w: (w.proc / "swaps").unlink(),
+        warns=True,
+    ),
     Row(Code.NO_RESET, "vfio", [CARD], gpu={"reset_methods": ()}, warns=True),
     Row(Code.NO_PORT, "vm", [disk(block_driver="virtio-blk")], lambda w: setattr(w, "ports", 0)),
     Row(Code.CANNOT_PLUG, "vm", [disk(block_driver="virtio-mmio")], without=[DISK]),
@@ -418,8 +428,6 @@ ELSEWHERE = {
     Code.BACKEND_SILENT: f"{_VHOST_USER}test_a_silent_backend_is_told",
     Code.WRONG_BACKEND: f"{_VHOST_USER}test_a_backend_of_another_kind_is_told",
     Code.TOO_MANY_QUEUES: f"{_VHOST_USER}test_more_queues_than_the_backend_serves_are_refused",
-    Code.UNKNOWN_USE: "unit/host/check/test_vfio_group.py::"
-    "test_a_process_whose_files_cannot_be_read_may_have_the_group",
 }
 """Codes that need a live kernel, a process at the other end, or a QEMU: where they are tested."""
 

@@ -14,7 +14,7 @@ from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.loop_files import same_file
-from vmplug.host.block.mounts import HostUsage
+from vmplug.host.block.mounts import MOUNTS, SWAP, HostUsage
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.kind import FoundBy, Identity
 from vmplug.host.root import HostRoot
@@ -52,9 +52,13 @@ _USES = {
 }
 
 
+_UNKNOWN = {MOUNTS: "mount", SWAP: "swap"}
+
+
 class Disk(msgspec.Struct, frozen=True, kw_only=True):
     """A disk or partition; where its `facts` are None, `unreadable` is the reason.
 
+    `unknown` are kinds of uses that could not be looked for: `mount`, `swap`.
     `disk` is the name of the whole disk that a partition is part of, `function` the PCI function
     that it comes from.
     """
@@ -66,6 +70,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     function: Bdf | None = None
     facts: BlockDevice | None = None
     uses: tuple[Use, ...] = ()
+    unknown: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
 
 
@@ -80,6 +85,7 @@ def read_disks(
     mounts: dict[DevNum, set[str]] = {}
     for mount in usage.mounts:
         mounts.setdefault(mount.devnum, set()).add(mount.mount_point)
+    unknown = tuple(_UNKNOWN[what.partition(" (")[0]] for what in usage.unknown)
     found = []
     for name, path in paths.items():
         disk = _read_disk(name, path, root)
@@ -90,7 +96,7 @@ def read_disks(
         uses = [*_uses(disk, mounts, usage, root)]
         if disk.devnum and (vm := vms.get(Identity.of_block(disk.devnum))):
             uses.append(Use("vm", disk.device_node, vm))
-        found.append(structs.replace(disk, uses=tuple(uses)))
+        found.append(structs.replace(disk, uses=tuple(uses), unknown=unknown))
     return sorted(found, key=_in_order)
 
 

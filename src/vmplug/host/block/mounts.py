@@ -14,6 +14,10 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block.loop_files import Loop, read_loops
 from vmplug.host.root import HostRoot, node_number
 
+MOUNTS, SWAP = "mounts", "swap space"
+"""What `HostUsage.unknown` begins with."""
+_NO_SWAPS = f"{SWAP} (no /proc/swaps)"
+
 
 class MountedDevice(msgspec.Struct, frozen=True, kw_only=True):
     """One mounted device; `read_only` is the state of the file system, not of one mount."""
@@ -24,11 +28,15 @@ class MountedDevice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of everything that uses block devices or disk images."""
+    """A snapshot of everything that uses block devices or disk images.
+
+    `unknown` is what could not be looked for, such as `swap space (no /proc/swaps)`.
+    """
 
     mounts: tuple[MountedDevice, ...]
     swaps: tuple[str, ...]
     loops: tuple[Loop, ...]
+    unknown: tuple[str, ...] = ()
 
 
 def read_usage(root: HostRoot, *, with_mounts: bool = True) -> HostUsage:
@@ -36,36 +44,58 @@ def read_usage(root: HostRoot, *, with_mounts: bool = True) -> HostUsage:
 
     Without mounts it is enough for disk images: a file can be mounted only through a loop device.
     """
+    mounts, unknown = _read_mounts(root) if with_mounts else (set[MountedDevice](), None)
+    swaps = _read_swaps(root)
+    has_table = swaps is not None or root.is_live  # a kernel may be built without swap
     return HostUsage(
-        mounts=tuple(_read_mounts(root)) if with_mounts else (),
-        swaps=tuple(_read_swaps(root)),
+        mounts=tuple(mounts),
+        swaps=tuple(swaps or ()),
         loops=tuple(read_loops(root)),
+        unknown=tuple(filter(None, (unknown, None if has_table else _NO_SWAPS))),
     )
 
 
-def _read_mounts(root: HostRoot) -> set[MountedDevice]:
-    """The mounts of every mount namespace that can be seen, each namespace read once."""
+def _read_mounts(root: HostRoot) -> tuple[set[MountedDevice], str | None]:
+    """The mounts of every mount namespace that can be seen, each namespace read once.
+
+    Then what is unknown of them, None for nothing.
+    """
     found: set[MountedDevice] = set()
-    seen: set[str] = set()
+    seen, known, hidden = set[str](), 0, list[str]()
     for pid in root.list_dir("/proc"):
         if not pid.isdigit():
             continue
+        namespace = _namespace(pid, root)
+        if namespace in seen:
+            continue
         try:
-            namespace = root.read_link(f"/proc/{pid}/ns/mnt") or pid
-            if namespace in seen:
-                continue
             table = root.read_text(f"/proc/{pid}/mountinfo")
         except AttributeReadError as error:
             if error.errno not in {errno.EACCES, errno.EPERM, errno.EINVAL}:
                 raise
-            continue  # another user's process, or one that is ending
+            if error.errno != errno.EINVAL:  # the answer for a process that is ending
+                hidden.append(pid)
+            continue
+        known += table is not None
         if table:
             seen.add(namespace)
             try:
                 found.update(_parse_mountinfo(table, root))
             except (ValueError, IndexError) as error:
                 raise AttributeReadError(f"/proc/{pid}/mountinfo", why=str(error)) from error
-    return found
+    if hidden:
+        return found, f"{MOUNTS} (/proc/{hidden[0]}/mountinfo cannot be read)"
+    return found, None if known else f"{MOUNTS} (no /proc/PID/mountinfo)"
+
+
+def _namespace(pid: str, root: HostRoot) -> str:
+    """The mount namespace of a process; its own number where only its mounts may be read."""
+    try:
+        return root.read_link(f"/proc/{pid}/ns/mnt") or pid
+    except AttributeReadError as error:
+        if error.errno not in {errno.EACCES, errno.EPERM}:
+            raise
+        return pid
 
 
 class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +109,7 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     fs_type: str
     source: str
+    fs_options: tuple[str, ...]
     read_only: bool
     shown_read_only: bool
 
@@ -105,6 +136,7 @@ def _parse_lines(table: str) -> list[MountPoint]:
                 path=_unescape(fields[4]),
                 fs_type=fs_type,
                 source=_unescape(source),
+                fs_options=tuple(super_options.split(",")),
                 read_only="ro" in super_options.split(","),
                 shown_read_only="ro" in fields[5].split(","),
             )
@@ -143,9 +175,15 @@ def _btrfs_devices(devnum: DevNum, root: HostRoot) -> set[DevNum]:
     return set()
 
 
-def _read_swaps(root: HostRoot) -> list[str]:
-    lines = (root.read_text("/proc/swaps") or "").split("\n")[1:]
-    return [_unescape(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines if line]
+def _read_swaps(root: HostRoot) -> list[str] | None:
+    """The swap areas; None without the table."""
+    table = root.read_text("/proc/swaps")
+    lines = (table or "").split("\n")[1:]
+    return (
+        None
+        if table is None
+        else [_unescape(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines if line]
+    )
 
 
 def _unescape(text: str) -> str:

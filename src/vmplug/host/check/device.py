@@ -19,6 +19,7 @@ from vmplug.host.block.loop_files import Loop, same_file
 from vmplug.host.block.mounts import HostUsage
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.sysfs import read_block_device
+from vmplug.host.check.unknown import gather_unknown, not_looked_for
 from vmplug.host.check.vfio_group import check_group, check_openers
 from vmplug.host.device import (
     CharDevice,
@@ -37,6 +38,9 @@ _LOCKS_AGAINST_WRITING = ((100, 200),)
 _LOCKS_AGAINST_READING = ((101, 1), (103, 1), (200, 1))
 """QEMU locks byte 100 + n for a permission it has and 200 + n for one it denies others; 0 is to
 read, 1 to write, 3 to resize. Source: QEMU block/file-posix.c, include/block/block-common.h."""
+
+_NOT_ASKED = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT})
+"""The device itself did not answer: this process may not open it, or has no node for it."""
 
 _PROBE_S = 0.25
 """How long an exclusive open may be just a probe, for example of another vmplug, which a busy host
@@ -59,6 +63,19 @@ def check_device(
     opened (for reading, O_EXCL) only on the running host.
     """
     in_vm = is_held or bool(claims)
+    found = _check(device, access, usage, claims, root, in_vm=in_vm)
+    return gather_unknown(found, device.host_path, root)
+
+
+def _check(
+    device: HostDevice,
+    access: Access,
+    usage: HostUsage,
+    claims: Sequence[Claim],
+    root: HostRoot,
+    *,
+    in_vm: bool,
+) -> list[Finding]:
     match device:
         case BlockDevice():
             disk = relate_block(device, usage, root)
@@ -91,6 +108,8 @@ def _check_vfio(
     yield from check_group(group, root)
     if not in_vm:
         yield from check_openers(group, root)
+    if group.disks:
+        yield from _unknown(usage, root)
     for part in group.disks:
         found = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
         disk = relate_block(found, usage, root)
@@ -105,8 +124,12 @@ def _all_users(
     used = _users(disk, Access(read_only=False), usage, root)
     yield from used
     if root.is_live and not _is_refused(used):
-        held = [f for f in _opened(disk, root, explained=False) if f.code is Code.OPEN_EXCLUSIVELY]
+        number = _exclusive_errno(disk.device_node, root, patience_s=_PROBE_S)
+        held = [_exclusively(disk)] if number == errno.EBUSY else []
         yield from held
+        if number in _NOT_ASKED:
+            why = os.strerror(number).lower()
+            yield not_looked_for(f"users of {disk.device_node} ({why})")
         if not (held or in_vm):
             for node in disk.nodes:
                 yield from _locked(node, Access(read_only=False), root)
@@ -130,6 +153,7 @@ def _check_block(
     yield from _wrong_node(device, root)
     used = _users(device, access, usage, root)
     yield from used
+    yield from _unknown(usage, root)
     yield from _claimed(claims, access)
     if root.is_live:
         # A user that could share it with a reader still holds the device exclusively.
@@ -173,6 +197,7 @@ def _check_file(
         *_swap(device.host_path, (device.host_path,), usage, root),
     ]
     yield from used
+    yield from _unknown(usage, root)
     yield from _claimed(claims, access)
     if not (_is_refused(used) or in_vm):
         yield from _locked(device.host_path, access, root)
@@ -183,6 +208,12 @@ def _check_file(
             f"{device.host_path} is empty",
             "give it a size, for example with truncate --size=1G",
         )
+
+
+def _unknown(usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
+    """On the running host an exclusive open finds what no mount table shows."""
+    if not root.is_live:
+        yield from map(not_looked_for, usage.unknown)
 
 
 def _is_refused(findings: Iterable[Finding]) -> bool:
@@ -360,11 +391,7 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
                 yield _empty(device)
         case errno.EBUSY:
             if not explained:
-                yield Finding(
-                    Code.OPEN_EXCLUSIVELY,
-                    f"{device.device_node} is open exclusively (O_EXCL) on the host",
-                    f"fuser --verbose {device.device_node} may name the process; stop it first",
-                )
+                yield _exclusively(device)
         case errno.ENOMEDIUM:
             if device.size_bytes != 0:
                 yield _empty(device)
@@ -373,9 +400,17 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
                 Code.UNREADABLE,
                 f"{device.device_node} cannot be opened: {os.strerror(number)}",
                 "vmplug needs root, and a node in /dev for each device that it hands over"
-                if number in {errno.EACCES, errno.EPERM, errno.ENOENT}
+                if number in _NOT_ASKED
                 else "the kernel log may have the reason: dmesg",
             )
+
+
+def _exclusively(device: BlockDevice) -> Finding:
+    return Finding(
+        Code.OPEN_EXCLUSIVELY,
+        f"{device.device_node} is open exclusively (O_EXCL) on the host",
+        f"fuser --verbose {device.device_node} may name the process; stop it first",
+    )
 
 
 def _exclusive_errno(path: str, root: HostRoot, *, patience_s: float) -> int | None:

@@ -17,7 +17,9 @@ from vmplug.address import Bdf
 from vmplug.host.check.function_state import check_function
 from vmplug.host.check.isolation import check_isolation
 from vmplug.host.check.machine_part import check_machine_parts
+from vmplug.host.check.unknown import not_looked_for
 from vmplug.host.check.vfio_node import check_group_node, check_nodes
+from vmplug.host.check.visible import why_not_all_processes
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.bind import PCI_DRIVERS
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
@@ -114,14 +116,21 @@ def check_openers(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
                 f"{path}, a node of {owners[path]}, is open in {process}",
                 f"end that process, or the service that it belongs to: fuser --verbose {path}",
             )
-    if openers.unknown and root.is_live:
-        yield Finding(
-            Code.UNKNOWN_USE,
-            f"the open files of process {openers.unknown[0]}"
-            + (f" and of {more} more" if (more := len(openers.unknown) - 1) else "")
-            + f" cannot be read: they may have {group.members[0]} in use",
-            "run vmplug as root, with CAP_SYS_PTRACE, in the host's own PID namespace",
+    yield from map(not_looked_for, _unseen(openers, root))
+
+
+def _unseen(openers: Openers, root: HostRoot) -> Iterator[str]:
+    """The open files that could not be read."""
+    if openers.unknown:
+        more = len(openers.unknown) - 1
+        yield f"open files of process {openers.unknown[0]}" + (
+            f" and of {more} more (permission denied)" if more else " (permission denied)"
         )
+    if root.is_live:
+        if why := why_not_all_processes(root):
+            yield f"open files of processes {why}"
+    elif not any(root.stat_or_none(f"/proc/{name}/fd") for name in root.list_dir("/proc")):
+        yield "open files of processes (no /proc/PID/fd)"
 
 
 def _find_lasting(nodes: Collection[DeviceNode], root: HostRoot) -> Openers:
@@ -237,6 +246,8 @@ def _console(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
 
 def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iterator[Finding]:
     for interface in interfaces:
+        if interface.has_default_route is None or interface.has_address is None:
+            yield not_looked_for(f"routes and addresses of {interface.name} (no /proc/net)")
         places = dict.fromkeys(filter(None, (interface.master, *interface.uppers)))
         uses = [
             *(["the default route"] if interface.has_default_route else []),
