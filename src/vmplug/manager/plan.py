@@ -17,7 +17,12 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import Attachment, DeviceRecord
-from vmplug.journal.state import REPLACED, State, on_its_way, replaced
+from vmplug.journal.state import (
+    REPLACED,
+    UNIDENTIFIED,
+    State,
+    on_its_way,
+)
 from vmplug.manager.examine import CheckedRequest, refuse, refuse_not_allowed
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request, ShareInfo
@@ -162,7 +167,11 @@ def _no_place(error: NoFreePort | CannotPlug | StateError) -> Finding:
             is_split = error.reason == Code.SPLIT_GROUP
             code = Code.SPLIT_GROUP if is_split else Code.CANNOT_PLUG
         case StateError():
-            codes = {_TAKEN: Code.TAG_TAKEN, REPLACED: Code.REPLACED}
+            codes = {
+                _TAKEN: Code.TAG_TAKEN,
+                REPLACED: Code.REPLACED,
+                UNIDENTIFIED: Code.UNIDENTIFIED,
+            }
             code = codes.get(error.state, Code.PLUGGED_OTHERWISE)
         case _:
             code = Code.NO_PORT
@@ -271,8 +280,8 @@ def _misfit(
     `batch` are the requests for the same device: who may write to it anyway may also read it.
     """
     device, guest = request.device, record.guest_address
-    if record.is_other(request.thing):
-        return replaced(record.host_path, record.vm)
+    if other := record.why_not(request.thing):
+        return other
     tag = request.info.tag if isinstance(request.info, ShareInfo) else None
     is_other = device and device.kind is not record.kind
     if is_other or (tag and guest and guest.mount_tag != tag) or _is_other_pmem(record, request):

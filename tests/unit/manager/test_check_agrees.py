@@ -6,6 +6,7 @@ the fault, and without. A code that needs a live kernel, a process or a QEMU nam
 
 import fcntl
 import os
+import sqlite3
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,6 +172,18 @@ def replaced_image(world: World) -> None:
     path = world.tree.path / IMAGE[1:]
     (path.parent / "new").write_bytes(bytes(4 * MIB))
     world.afterwards = lambda: os.replace(path.parent / "new", path)
+
+
+def brought_over(world: World) -> None:
+    """The VM has a file that a vmplug attached before journals recorded which one it was."""
+    world.before.append(image())
+
+    def forget() -> None:
+        with sqlite3.connect(world.directory / "state/journal.db") as db:
+            db.execute("UPDATE device SET thing = NULL")
+        db.close()
+
+    world.afterwards = forget
 
 
 def odd_size(world: World) -> None:
@@ -409,6 +422,7 @@ ROWS = [
     Row(Code.PLUGGED_OTHERWISE, "options", [disk(discard="unmap")], has(DISK), [DISK]),
     Row(Code.PLUGGED_OTHERWISE, "share", [share(ro=True)], has(share()), [share()]),
     Row(Code.REPLACED, "file", [image()], replaced_image),
+    Row(Code.UNIDENTIFIED, "file", [image()], brought_over),
     Row(Code.TAG_TAKEN, "share", [share("work", "/srv")], has(share()), [share()]),
     Row(Code.NO_SUCH_DEVICE, "disk", [disk("8:99")], without=[DISK]),
     Row(Code.NO_SUCH_DEVICE, "file", [image("/srv/none")], without=[image()]),
