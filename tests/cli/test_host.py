@@ -134,7 +134,7 @@ def test_uses_and_facts_that_a_copy_does_not_hold_are_null(vmplug: Vmplug, tree:
     assert entry(known, "block", name="loop0")["mounts"] == []
     assert entry(known, "block", name="loop0")["is_swap"] is False
     shutil.rmtree(tree.path / "proc")
-    for name in ("ro", "removable", "queue/logical_block_size"):
+    for name in ("ro", "removable", "queue/logical_block_size", "loop/offset"):
         (tree.path / "sys/block/loop0" / name).unlink()
     (tree.path / "sys/block/loop0/holders").rmdir()
     (tree.path / tree.real(GPU)[1:] / "resource").unlink()

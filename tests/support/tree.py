@@ -74,7 +74,8 @@ class HostTree:
         partitions: Mapping[str, str] | None = None,
         loop: Mapping[str, str | bytes] | None = None,
     ) -> Self:
-        """A whole disk; `partitions` are numbers with their names, `loop` the files of loop/."""
+        """A whole disk; `partitions` are numbers with their names, `loop` the files of loop/,
+        with offset 0 unless they have another."""
         disk = f"/sys/devices/virtual/block/{name}"
         self._block_directory(disk, number, size_bytes, holders, ro=ro)
         self.file(f"{disk}/removable", f"{int(removable)}\n")
@@ -83,7 +84,7 @@ class HostTree:
         for index, (part_number, part) in enumerate((partitions or {}).items(), start=1):
             self._block_directory(f"{disk}/{part}", part_number, size_bytes // 2, (), ro=ro)
             self.file(f"{disk}/{part}/partition", f"{index}\n")
-        for attribute, content in (loop or {}).items():
+        for attribute, content in ({"offset": "0\n", **loop} if loop else {}).items():
             self.file(f"{disk}/loop/{attribute}", content)
         return self
 

@@ -10,6 +10,7 @@ from vmplug.host.block.formats import HEAD_BYTES, LUKS, TAIL_BYTES, ImageFormat,
 from vmplug.host.block.image_faults import find_faults
 from vmplug.host.block.queue import read_queue
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES, find_disk_path
+from vmplug.host.block.twins import read_own_name
 from vmplug.host.root import HostRoot
 
 _AIO_EVENTS = 1024
@@ -30,7 +31,10 @@ def look_into(
     device = device._replace(has_aio=has_aio_context(root))
     if isinstance(device, BlockDevice) and device.sysfs_path:
         disk_path = find_disk_path(device.sysfs_path, root)
-        device = device._replace(queue=read_queue(device.sysfs_path, disk_path, root))
+        device = device._replace(
+            queue=read_queue(device.sysfs_path, disk_path, root),
+            own_name=read_own_name(device.sysfs_path, disk_path, root),
+        )
     if isinstance(device, DiskFile):
         device = _with_room(device, root)
     match device, stated:
