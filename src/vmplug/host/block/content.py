@@ -11,6 +11,7 @@ from vmplug.host.block.image_faults import find_faults
 from vmplug.host.block.queue import read_queue
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES, find_disk_path
 from vmplug.host.block.twins import read_own_name
+from vmplug.host.program import read_start
 from vmplug.host.root import HostRoot
 
 _AIO_EVENTS = 1024
@@ -84,6 +85,8 @@ def _look_into_block(device: BlockDevice, root: HostRoot) -> BlockDevice:
     if is_suspended or lacks_disc or is_closed:
         return device
     head = root.read_within(device.device_node, HEAD_BYTES, _PATIENCE_S)
+    if head == b"":  # some of device-mapper, and zram on Linux 6.12
+        head = read_start(device.device_node, HEAD_BYTES, timeout_s=_PATIENCE_S)
     found = find_format(head or b"")
     is_silent = head is None
     return device._replace(looks_like=None if found == LUKS else found, is_silent=is_silent)
