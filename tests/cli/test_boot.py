@@ -1,6 +1,9 @@
 """A journal on a disk that outlives the host's boot: its claims do not."""
 
+import fcntl
+import os
 import sqlite3
+import struct
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,58 @@ def test_a_claim_of_an_earlier_boot_hinders_nobody(rebooted: Vmplug, image: Path
     (repair,) = rebooted("reconcile", "--json").json()["repairs"]
     assert (repair["outcome"], repair["reason"]) == ("forgotten", "the host has booted since")
     assert not any(journal_rows(rebooted.state_dir).values())
+
+
+def test_what_an_earlier_vmplug_attached_is_reported_never_acted_on_and_given_back(
+    vmplug: Vmplug, image: Path
+) -> None:
+    vmplug.state_dir.parent.mkdir(exist_ok=True)
+    with MemoryVm(vmplug.state_dir.parent / "qmp.sock") as vm:
+        vmplug("vm", "adopt", "sb1", "--qmp", vm.socket_path).answer()
+        asked = ("-d", f"file:{image}:/dev/data", "--vm", "sb1")
+        vmplug("attach", *asked, "--owner", "c1").answer()
+        with sqlite3.connect(vmplug.state_dir / "journal.db") as db:
+            db.execute("UPDATE device SET thing = NULL")  # as a journal before version 5 had it
+        db.close()
+        (hold,) = vmplug("list", "--json").json()["attachments"]
+        assert hold["host"]["state"] == "unidentified"
+        watched = vmplug("watch", "--timeout", "0", "--json")
+        assert watched.json()["event"] == "unidentified"
+        checked = vmplug("check", *asked, "--json")
+        assert checked.status == 4
+        assert [p["code"] for p in checked.json()["problems"]] == ["unidentified"]
+        before, names = journal_rows(vmplug.state_dir), vm.names()
+        for verb in (("attach", *asked, "--owner", "c2"), ("resize", hold["id"])):
+            refused = vmplug(*verb)
+            assert refused.status == 6
+            assert f"does not know whether {image} is still what VM sb1 has" in refused.stderr
+        assert (journal_rows(vmplug.state_dir), vm.names()) == (before, names)
+        vmplug("detach", hold["id"]).answer()  # the remedy
+        assert not any(name.startswith("vmplug-") for name in vm.names())
+        vmplug("attach", *asked, "--owner", "c2").answer()
+        (again,) = vmplug("list", "--json").json()["attachments"]
+        assert again["host"]["state"] == "present"
+
+
+def test_check_says_that_the_vm_has_it_and_what_is_only_counted(
+    vmplug: Vmplug, image: Path
+) -> None:
+    vmplug.state_dir.parent.mkdir(exist_ok=True)
+    with MemoryVm(vmplug.state_dir.parent / "qmp.sock") as vm, image.open("rb+") as file:
+        vmplug("vm", "adopt", "sb1", "--qmp", vm.socket_path).answer()
+        asked = ("-d", f"file:{image}:/dev/data", "--vm", "sb1")
+        assert vmplug("check", *asked, "--json").json()["counted"] == []
+        vmplug("attach", *asked, "--owner", "c1").answer()
+        lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 201, 1, 0)
+        fcntl.fcntl(file, 37, lock)  # F_OFD_SETLK, as the VM's QEMU holds it
+        assert "image-locked" not in vmplug("check", *asked).answer()
+        document = vmplug("check", *asked, "--json").json()
+        assert document == {"ok": True, "problems": [], "counted": ["/dev/data"]}
+        assert vmplug("check", *asked).answer() == (
+            f"/dev/data: ok, the VM has {image} already: attach only counts it\n"
+        )
+        (hold,) = vmplug("attach", *asked, "--owner", "c2", "--json").json()["attachments"]
+        assert hold["host_path"] == str(image)
 
 
 @pytest.mark.parametrize("name", ["sb1", "sb2"])

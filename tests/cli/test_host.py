@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,32 @@ def test_absent_facts_are_null(vmplug: Vmplug, tree: PciTree) -> None:
     tree.link(f"/sys/bus/pci/devices/{NVME}", f"../../../devices/pci0000:3b/{NVME}")
     (function,) = vmplug("host", *at(tree), "--json").json()["pci"]
     assert function.pop("address") == NVME
-    assert function.pop("is_bridge") is False
-    lists = ("bars", "virtfns", "block", "networks", "held_by", "unreadable")
+    lists = ("virtfns", "block", "networks", "held_by", "unreadable")
     assert [function.pop(key) for key in lists] == [[]] * len(lists)
     assert set(function.values()) == {None}
+
+
+def test_uses_and_facts_that_a_copy_does_not_hold_are_null(vmplug: Vmplug, tree: PciTree) -> None:
+    tree.pci_function(GPU, driver="i915")
+    tree.block_device("7:0", "loop0", loop={"backing_file": "/a.img\n"})
+    known = vmplug("host", *at(tree), "--json").json()
+    assert entry(known, "block", name="loop0")["mounts"] == []
+    assert entry(known, "block", name="loop0")["is_swap"] is False
+    shutil.rmtree(tree.path / "proc")
+    for name in ("ro", "removable", "queue/logical_block_size", "loop/offset"):
+        (tree.path / "sys/block/loop0" / name).unlink()
+    (tree.path / "sys/block/loop0/holders").rmdir()
+    (tree.path / tree.real(GPU)[1:] / "resource").unlink()
+    document = vmplug("host", *at(tree), "--json").json()
+    disk = entry(document, "block", name="loop0")
+    keys = ("mounts", "is_swap", "read_only", "removable", "sector_bytes", "holders")
+    assert {disk[key] for key in (*keys, "backing_offset_bytes")} == {None}
+    assert entry(document, "pci", address=GPU)["bars"] is None
+    checked = vmplug("check", "-d", "b:7:0:/dev/xvda", *at(tree), "--json").json()
+    assert checked["ok"] is True
+    (problem,) = checked["problems"]
+    assert (problem["code"], problem["severity"]) == ("unknown-use", "warning")
+    assert "mounts (no /proc/PID/mountinfo), swap space (no /proc/swaps)" in problem["message"]
 
 
 def test_virtual_functions_interfaces_and_unknown_pcie_in_json(
@@ -212,7 +235,7 @@ def test_unreadable_files_are_listed_with_their_function(vmplug: Vmplug, host: P
     path.symlink_to("resource")
     (host.path / host.real(GPU)[1:] / "numa_node").write_bytes(b"caf\xe9\n")
     document = vmplug("host", *at(host), "--json").json()
-    assert entry(document, "pci", address=NVME)["bars"] == []
+    assert entry(document, "pci", address=NVME)["bars"] is None
     assert entry(document, "pci", address=NVME)["unreadable"] == [
         f"cannot read /sys/bus/pci/devices/{NVME}/resource: Too many levels of symbolic links"
     ]
@@ -336,9 +359,7 @@ def test_one_thing_as_a_tree(vmplug: Vmplug, host: PciTree) -> None:
     assert vmplug("host", *at(host), "3b:00.0").answer().splitlines() == [
         f"{NVME} (Intel Corporation PCIe Data Center SSD): function, driver nvme",
         f"  identity: vfio {NVME}:-",
-        "  unknown: swap: the copy has no /proc/swaps",
         "  unknown: who has its disks open (O_EXCL): this is a copy of a host",
-        "  unknown: who has its nodes open: the copy has no open files of processes",
         "  /dev/nvme0n1: disk, 1 GiB, its disk",
         "    /dev/nvme0n1p1: partition, 512 MiB",
         "      in use by a mounted file system: /srv [mounted-on-host]",
@@ -504,6 +525,7 @@ def shown(vmplug: Vmplug, *arguments: str | Path) -> Result:
 
 def test_every_reading_verb_takes_a_record(vmplug: Vmplug, host: PciTree, tmp_path: Path) -> None:
     (host.path / "usr/share/misc/pci.ids").unlink()
+    (host.path / "proc/1/fd").rmdir()  # a record does not hold it
     report = tmp_path / "report.tar"
     told = vmplug("record", report, *at(host)).answer()
     assert re.fullmatch(rf"{report} holds \d+ files, \d+ links and \d+ device nodes\n", told)

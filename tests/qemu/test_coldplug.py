@@ -4,11 +4,13 @@ a device is the same whether it was plugged before the start or after it.
 
 import os
 import re
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from msgspec.structs import replace
 from tests.cli.started import ending, sharers_of
 from tests.support.daemons import VIRTIOFSD, storage_daemon, vhost_user_backend, virtiofsd
 from tests.support.disks import disk_image
+from tests.support.no_aio import without_aio
 from tests.support.raw_qmp import QmpError, RawQmp
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.place import (
@@ -408,3 +411,27 @@ def start(spec: VmSpec, plugs: Iterable[tuple[Plug, Place]]) -> None:
     """Start a QEMU that hangs; it has a second to answer."""
     with paused(spec, plugs, timeout_s=1.0):
         pass
+
+
+# what vmplug chose and cannot be had
+
+
+def test_a_vm_starts_with_threads_where_native_aio_was_only_vmplugs_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: BufferingHandler
+) -> None:
+    program = shutil.which("qemu-system-x86_64")
+    assert program
+    Path(without_aio(program, tmp_path)).rename(tmp_path / "qemu-system-x86_64")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    native = drive(image, cache=Cache.NONE, aio=Aio.NATIVE)
+    try:  # QEMU 10 uses threads by itself
+        with paused(VmSpec(name="vm0"), [(native, PCI)]):
+            pass
+    except HypervisorError as error:
+        assert "Unable to use native AIO" in error.message  # noqa: PT017
+        with paused(VmSpec(name="vm0"), [(replace(native, aio_is_choice=True), PCI)]) as vm:
+            nodes = vm.oracle.execute("query-named-block-nodes")
+            assert str(image) in {node["file"] for node in nodes}
+        said = [record.getMessage() for record in logged.buffer]
+        assert [text for text in said if f"{image}: vmplug uses aio=threads" in text]

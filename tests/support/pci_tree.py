@@ -173,6 +173,8 @@ class PciTree(HostTree):
         self.file(f"{path}/address", "52:54:00:12:34:56\n")
         self.link(f"{path}/device", f"../../../{path.split('/')[-3]}")
         self.link(f"/sys/class/net/{name}", f"../..{path.removeprefix('/sys')}")
+        for table in ("route", "if_inet6"):
+            self._below(f"/proc/net/{table}").touch()
         if master:
             self.link(f"{path}/master", f"{up(path)}devices/virtual/net/{master}")
         for upper in uppers:

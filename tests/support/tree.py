@@ -17,16 +17,24 @@ from vmplug.host.root import HostRoot
 MIB, GIB = 1 << 20, 1 << 30
 INIT_NAMESPACE = "mnt:[4026531840]"
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+_NO_SWAPS = "Filename\t\t\t\tType\t\tSize\tUsed\tPriority\n"
 _KINDS = {"b": stat.S_IFBLK, "c": stat.S_IFCHR, "p": stat.S_IFIFO, "s": stat.S_IFSOCK}
 
 
 class HostTree:
-    """Builds the files below `path`; every method may be chained."""
+    """Builds the files below `path`; every method may be chained.
+
+    From the start it has one process, without mounts and open files, and no swap space.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.root = HostRoot(path)
         self._base = os.path.abspath(path)
+        if self._base == "/":  # the running host has its own
+            return
+        os.makedirs(f"{self._base}/proc/1/fd", exist_ok=True)
+        self.file("/proc/1/mountinfo").file("/proc/swaps", _NO_SWAPS)
 
     def file(self, path: str, content: str | bytes = b"") -> Self:
         """A file with its directories; text keeps undecodable bytes."""
@@ -66,7 +74,8 @@ class HostTree:
         partitions: Mapping[str, str] | None = None,
         loop: Mapping[str, str | bytes] | None = None,
     ) -> Self:
-        """A whole disk; `partitions` are numbers with their names, `loop` the files of loop/."""
+        """A whole disk; `partitions` are numbers with their names, `loop` the files of loop/,
+        with offset 0 unless they have another."""
         disk = f"/sys/devices/virtual/block/{name}"
         self._block_directory(disk, number, size_bytes, holders, ro=ro)
         self.file(f"{disk}/removable", f"{int(removable)}\n")
@@ -75,7 +84,7 @@ class HostTree:
         for index, (part_number, part) in enumerate((partitions or {}).items(), start=1):
             self._block_directory(f"{disk}/{part}", part_number, size_bytes // 2, (), ro=ro)
             self.file(f"{disk}/{part}/partition", f"{index}\n")
-        for attribute, content in (loop or {}).items():
+        for attribute, content in ({"offset": "0\n", **loop} if loop else {}).items():
             self.file(f"{disk}/loop/{attribute}", content)
         return self
 
@@ -154,7 +163,7 @@ class HostTree:
     def swap(self, *paths: str) -> Self:
         """The whole of /proc/swaps."""
         lines = "".join(f"{path:<40}partition\t1048572\t0\t-2\n" for path in paths)
-        return self.file("/proc/swaps", "Filename\t\t\t\tType\t\tSize\tUsed\tPriority\n" + lines)
+        return self.file("/proc/swaps", _NO_SWAPS + lines)
 
     def _block_directory(
         self, path: str, number: str, size_bytes: int, holders: Sequence[str], *, ro: bool

@@ -274,11 +274,13 @@ def check_aio(
 def _wwn(device: BlockDevice | DiskFile) -> int:
     """A name of a disk for guests: another one for every disk, and the same whenever it comes.
 
-    It is a locally assigned one (NAA 3), of 60 bits. Source: SPC-5, 7.7.6.6.
+    The way to it does not matter where the disk has a name of its own. The guest's is a locally
+    assigned one (NAA 3), of 60 bits. Source: SPC-5, 7.7.6.6.
     """
     from hashlib import sha256  # noqa: PLC0415  only a plan needs it
 
-    digest = sha256(os.fsencode(device.host_path)).digest()
+    own = device.own_name if isinstance(device, BlockDevice) else None
+    digest = sha256(os.fsencode(own or device.host_path)).digest()
     return _LOCALLY_ASSIGNED | int.from_bytes(digest[:8], "big") >> 4
 
 

@@ -237,7 +237,7 @@ def needed_windows(functions: Sequence[PciFunction]) -> Windows:
     that part of the window may be below the first address that a BAR can have. Measured on QEMU
     7.2: 8 GiB fit into a window of 16 and not into one of 8.
     """
-    bars = [bar for function in functions for bar in function.bars if bar.is_memory]
+    bars = [bar for function in functions for bar in function.bars or () if bar.is_memory]
     is_prefetchable = [bar.is_64bit and bar.is_prefetchable for bar in bars]
     sizes = [bar.size_bytes for bar in bars]
     own = [size for size, is_pref in zip(sizes, is_prefetchable, strict=True) if is_pref]

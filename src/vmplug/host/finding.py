@@ -19,6 +19,7 @@ class Code(StrEnum):
     IMAGE_LOCKED = "image-locked"
     IN_USE_BY_VM = "in-use-by-vm"
     REPLACED = "replaced"
+    UNIDENTIFIED = "unidentified"
     READ_ONLY_DEVICE = "read-only-device"
     NO_MEDIUM = "no-medium"
     NOT_A_DISK = "not-a-disk"
@@ -102,6 +103,7 @@ NEVER_ALLOWED = frozenset(
         Code.SPLIT_GROUP,
         Code.TAG_TAKEN,
         Code.TOO_MANY_QUEUES,
+        Code.UNIDENTIFIED,
         Code.UNREADABLE,
         Code.WRONG_BACKEND,
         Code.WRONG_NODE,

@@ -182,10 +182,17 @@ class _Reader:
     def disks(self) -> dict[str, Disk]:
         """All block devices by name."""
         usage = read_usage(self._root)
+        mounts = self._attempt(None, lambda: usage.mounts)
+        swaps = self._attempt(None, lambda: usage.swaps)
+        unknown = {
+            "mount": mounts is None or usage.unknown_mounts,
+            "swap": swaps is None or usage.unknown_swap,
+        }
         uses = DiskUses(
-            mounts=self._attempt((), lambda: usage.mounts),
-            swaps=self._attempt((), lambda: usage.swaps),
+            mounts=mounts or (),
+            swaps=swaps or (),
             loops=self._attempt((), lambda: usage.loops),
+            unknown=tuple(kind for kind, is_unknown in unknown.items() if is_unknown),
         )
         found = self._attempt([], read_disks, self._block_paths, uses, self._vms, self._root)
         return {disk.name: disk for disk in found}

@@ -53,14 +53,19 @@ _CAP_IPC_LOCK = 14
 """Source: capabilities(7), include/uapi/linux/capability.h."""
 
 
+def has_capability(pid: str, number: int, root: HostRoot) -> bool:
+    """Whether a process, by its pid or `self`, has a capability now."""
+    status = root.read_text(f"/proc/{pid}/status") or ""
+    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return capabilities is not None and bool(int(capabilities[1], 16) >> number & 1)
+
+
 def read_memlock_limit(pid: int, root: HostRoot) -> int | None:
     """How many bytes of memory a process may lock; None for no limit, or where it is unknown.
 
-    Source: proc_pid_limits(5), proc_pid_status(5).
+    Source: proc_pid_limits(5).
     """
-    status = root.read_text(f"/proc/{pid}/status") or ""
-    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    if capabilities and int(capabilities[1], 16) >> _CAP_IPC_LOCK & 1:
+    if has_capability(str(pid), _CAP_IPC_LOCK, root):
         return None
     limits = root.read_text(f"/proc/{pid}/limits") or ""
     soft = re.search(r"^Max locked memory\s+([0-9]+)\s", limits, re.MULTILINE)

@@ -8,6 +8,8 @@ from contextlib import suppress
 
 import msgspec
 
+from vmplug.errors import AttributeReadError
+
 PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where every program is found: never by the PATH of the caller, who may not be root."""
 PROGRAM_UMASK = 0o077
@@ -31,15 +33,7 @@ def program_environment(**more: str) -> dict[str, str]:
 def run_program(arguments: Sequence[str], *, timeout_s: float, stdin: str = "") -> Finished:
     """Run a program with that text on its stdin; one that overruns the deadline is killed."""
     try:
-        process = subprocess.Popen(
-            arguments,
-            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=program_environment(),
-            umask=PROGRAM_UMASK,
-            start_new_session=True,
-        )
+        process = _start(arguments, subprocess.PIPE if stdin else subprocess.DEVNULL)
     except FileNotFoundError:
         return Finished(None, "", f"the program {arguments[0]} is not installed")
     except OSError as error:
@@ -52,6 +46,35 @@ def run_program(arguments: Sequence[str], *, timeout_s: float, stdin: str = "") 
     said = "; ".join(stderr.decode(errors="replace").split("\n")[:3]).strip("; ")
     complaint = said or f"{arguments[0]} ended with status {process.returncode}"
     return Finished(process.returncode, stdout.decode(errors="replace"), complaint)
+
+
+def read_start(path: str, length: int, *, timeout_s: float) -> bytes | None:
+    """The first bytes of a device that may never answer; None when it has not within `timeout_s`.
+
+    Another process reads them: the kernel ends nothing that waits for storage, so a thread would
+    keep this process. Raises AttributeReadError.
+    """
+    process = _start(["head", f"--bytes={length}", path], subprocess.DEVNULL)
+    try:
+        data, complaint = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return None
+    if process.returncode:
+        raise AttributeReadError(path, why=complaint.decode(errors="replace").strip())
+    return data
+
+
+def _start(arguments: Sequence[str], stdin: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        arguments,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=program_environment(),
+        umask=PROGRAM_UMASK,
+        start_new_session=True,
+    )
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -11,12 +11,13 @@ from msgspec import structs
 from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
 from vmplug.drivers.ports import Endpoint
+from vmplug.errors import StateError
 from vmplug.host.finding import Claim
 from vmplug.host.kind import DeviceType, Identity
 from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.journal.process import ProcessIdentity
-from vmplug.journal.state import State
+from vmplug.journal.state import State, replaced, unidentified
 
 
 class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +62,17 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     def is_other(self, thing: str | None) -> bool:
         """Whether what has its name now is surely not what was plugged."""
         return self.thing is not None and thing is not None and thing != self.thing
+
+    def why_not(self, thing: str | None) -> StateError | None:
+        """Why what has its name now may not be taken for what was plugged; None when it may.
+
+        A kind that has no identity besides its name has None for both.
+        """
+        if self.is_other(thing):
+            return replaced(self.host_path, self.vm)
+        if (self.thing is None) is not (thing is None):
+            return unidentified(self.host_path, self.vm)
+        return None
 
     @property
     def can_be_unplugged(self) -> bool:

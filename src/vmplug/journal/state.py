@@ -18,7 +18,7 @@ class State(StrEnum):
     RETAINED = "retained"
 
 
-REPLACED = "replaced"
+REPLACED, UNIDENTIFIED = "replaced", "unidentified"
 ABSENT = "absent"
 """The name in errors for the state of a device that is not in the journal."""
 
@@ -91,6 +91,17 @@ def replaced(path: str, vm: str) -> StateError:
         state=REPLACED,
         required="the same",
         hint="detach the one that the VM has from every owner first: vmplug list shows them",
+    )
+
+
+def unidentified(path: str, vm: str) -> StateError:
+    """The error for a device of which it is unknown whether its name still leads to it."""
+    return StateError(
+        f"vmplug does not know whether {path} is still what VM {vm} has under this name: another "
+        "program or an earlier vmplug attached it, or it cannot be read now",
+        state=UNIDENTIFIED,
+        required="identified",
+        hint="detach it from every owner first, then attach it again: vmplug list shows them",
     )
 
 

@@ -43,9 +43,9 @@ class CheckContext(msgspec.Struct, frozen=True, kw_only=True):
     """Sources of findings besides the host; by default none.
 
     `find_claims` returns the claims of VMs on a device and its relatives. vmplug does not ask the
-    backend of a device that the VM already has (`is_held`), as it serves that VM. `find_more`
-    returns the VM's findings about a device. `vm_pids` are the processes of vmplug's own VMs.
-    `gate` is the operator's policy, None where there is none.
+    backend of a device that the VM already has (`is_held`), or who has it open: that VM does.
+    `find_more` returns the VM's findings about a device. `vm_pids` are the processes of vmplug's
+    own VMs. `gate` is the operator's policy, None where there is none.
     """
 
     find_claims: FindClaims = lambda _: ()
@@ -63,7 +63,8 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request with its result; when `device` is None, `error` is the reason.
 
     `driver` is None for a device that is only counted. `thing` is what has the name of the device
-    now (see `vmplug.host.check.thing`), None where that is unknown.
+    now (see `vmplug.host.check.thing`), None where that is unknown. `is_counted`: the VM has it
+    already, so that `attach` only counts it; None as long as no VM was asked.
     """
 
     info: Request
@@ -72,6 +73,7 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     error: HostError | None
     findings: tuple[Finding, ...]
     thing: str | None = None
+    is_counted: bool | None = None
 
     @property
     def is_refused(self) -> bool:
@@ -81,6 +83,16 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
     def with_finding(self, finding: Finding) -> "CheckedRequest":
         """The same with one more finding."""
         return replace(self, findings=(*self.findings, finding))
+
+    def as_counted(self) -> "CheckedRequest":
+        """The same for a device that the VM has already: only the policy may refuse it."""
+        findings = (
+            finding
+            if finding.code is Code.NOT_ALLOWED
+            else replace(finding, severity=Severity.WARNING)
+            for finding in self.findings
+        )
+        return replace(self, findings=tuple(findings), is_counted=True)
 
 
 def examine(
@@ -185,13 +197,13 @@ def _check_device(
     known, asked = terms.known, list[Finding]()
     if isinstance(driver, BlockDiskDriver):
         device, asked = _look_into(device, driver, terms.host)
-    claims = known.find_claims(device)
+    claims, is_held = known.find_claims(device), known.is_held(device)
     access = Access(read_only=request.read_only, share_rw=driver is not None and driver.share_rw)
     overlaps = terms.overlaps.find(asked_for := Asked(info=request, device=device, access=access))
     terms.overlaps.add(asked_for)
-    if isinstance(device, VhostUserSocket) and not (claims or known.is_held(device)):
+    if isinstance(device, VhostUserSocket) and not (claims or is_held):
         device, asked = ask_backend(device, terms.host)
-    against = _check(driver, device, access, terms.usage, claims, terms.host)
+    against = _check(driver, device, access, claims, terms, is_held=is_held)
     findings = [*asked, *against, *overlaps, *known.find_more(device)]
     if terms.managed:
         findings = [finding for finding in findings if finding.code not in _BINDABLE]
@@ -234,13 +246,17 @@ def _check(
     driver: PlugDriver | None,
     device: HostDevice,
     access: Access,
-    usage: HostUsage,
     claims: Sequence[Claim],
-    host: HostRoot,
+    terms: _Terms,
+    *,
+    is_held: bool,
 ) -> list[Finding]:
     """All findings about one device; a failure to check it is one too."""
+    host, usage = terms.host, terms.usage
     try:
-        findings = check_device(device, access, usage=usage, claims=claims, root=host)
+        findings = check_device(
+            device, access, usage=usage, claims=claims, is_held=is_held, root=host
+        )
     except HostError as error:
         return [_unresolved(error)]
     if driver:

@@ -17,7 +17,12 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import Attachment, DeviceRecord
-from vmplug.journal.state import REPLACED, State, on_its_way, replaced
+from vmplug.journal.state import (
+    REPLACED,
+    UNIDENTIFIED,
+    State,
+    on_its_way,
+)
 from vmplug.manager.examine import CheckedRequest, refuse, refuse_not_allowed
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request, ShareInfo
@@ -120,10 +125,12 @@ def find_places(
 ) -> list[CheckedRequest]:
     """The requests, with the VM's findings: all that `make_plan` would refuse them for."""
     records = {record.identity: record for record in known}
-    answers = list(examined)
+    answers = [
+        request.as_counted() if _is_known(request, records) else request for request in examined
+    ]
     indices: dict[Identity, list[int]] = {}
-    for index, request in enumerate(examined):
-        if request.device and not (request.is_refused and request.device.identity not in records):
+    for index, request in enumerate(answers):
+        if request.device and not request.is_refused:
             indices.setdefault(request.device.identity, []).append(index)
     for identity, wanted in indices.items():
         requests = [examined[index] for index in wanted]
@@ -160,7 +167,11 @@ def _no_place(error: NoFreePort | CannotPlug | StateError) -> Finding:
             is_split = error.reason == Code.SPLIT_GROUP
             code = Code.SPLIT_GROUP if is_split else Code.CANNOT_PLUG
         case StateError():
-            codes = {_TAKEN: Code.TAG_TAKEN, REPLACED: Code.REPLACED}
+            codes = {
+                _TAKEN: Code.TAG_TAKEN,
+                REPLACED: Code.REPLACED,
+                UNIDENTIFIED: Code.UNIDENTIFIED,
+            }
             code = codes.get(error.state, Code.PLUGGED_OTHERWISE)
         case _:
             code = Code.NO_PORT
@@ -269,8 +280,8 @@ def _misfit(
     `batch` are the requests for the same device: who may write to it anyway may also read it.
     """
     device, guest = request.device, record.guest_address
-    if record.is_other(request.thing):
-        return replaced(record.host_path, record.vm)
+    if other := record.why_not(request.thing):
+        return other
     tag = request.info.tag if isinstance(request.info, ShareInfo) else None
     is_other = device and device.kind is not record.kind
     if is_other or (tag and guest and guest.mount_tag != tag) or _is_other_pmem(record, request):

@@ -8,7 +8,6 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import Attachment, DeviceRecord
-from vmplug.journal.state import replaced
 from vmplug.oci.info import DeviceInfo, DevType
 
 
@@ -23,12 +22,12 @@ def new_size(
 ) -> int:
     """The new size in bytes for the guest; `size_bytes` is the requested one.
 
-    Raises StateError if another disk has the name now, PolicyError if data would be lost, or only
-    the host can resize it.
+    Raises StateError if another disk has the name now, or may have it; PolicyError if data would
+    be lost, or only the host can resize it.
     """
     device = resolve(_request_for(record, hold), host)
-    if record.is_other(identify(device, host)):
-        raise replaced(record.host_path, record.vm)
+    if error := record.why_not(identify(device, host)):
+        raise error
     now = _size_bytes(device, record)
     wanted = now if size_bytes is None else size_bytes
     if wanted < now:

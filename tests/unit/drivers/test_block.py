@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from tests.support.checking import want
 from tests.support.scsi import first_addresses
+from tests.support.tree import HostTree
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.devnum import DevNum
 from vmplug.drivers.block import OPTIONS, BlockDiskDriver, check_disk, choose_place, plan_drive
@@ -44,6 +46,7 @@ from vmplug.host.block.qcow2 import Qcow2Header
 from vmplug.host.block.queue import QueueFacts
 from vmplug.host.finding import Code, Severity
 from vmplug.host.kind import DeviceType, FoundBy
+from vmplug.manager.examine import examine
 
 SDB = BlockDevice(
     devnum=DevNum(8, 16),
@@ -422,6 +425,46 @@ def test_a_disk_has_one_name_for_guests_and_no_other_disk_has_it() -> None:
     assert wwns == [drive(device).wwn for device in names]
     assert {wwn and wwn >> 60 for wwn in wwns} == {3}
     assert drive(IMAGE).disk_id == f"{drive(IMAGE).wwn:016x}"
+
+
+def scsi_name(tree: HostTree, number: str) -> int | None:
+    """The WWN with which a request for this number is planned."""
+    (asked,) = examine([want(number)], tree.root)
+    assert isinstance(asked.device, BlockDevice)
+    return drive(asked.device, DiskFrontend.VIRTIO_SCSI).wwn
+
+
+def test_a_lun_has_one_name_for_guests_over_every_path_and_so_has_each_partition(
+    tree: HostTree,
+) -> None:
+    numbers = {"8:0": "sda", "8:16": "sdb", "8:32": "sdc"}
+    for number, name in numbers.items():
+        major, minor = number.split(":")
+        tree.block_device(number, name, partitions={f"{major}:{int(minor) + 1}": f"{name}1"})
+    for name, wwid in (("sda", "naa.6001"), ("sdb", "naa.6001"), ("sdc", "naa.6002")):
+        tree.file(f"/sys/devices/virtual/block/{name}/device/wwid", f"{wwid}\n")
+    tree.block_device("253:0", "dm-0")
+    multipath = "/sys/devices/virtual/block/dm-0"
+    tree.file(f"{multipath}/dm/uuid", "mpath-36001\n").link(f"{multipath}/slaves/sdb", "../../sdb")
+    assert scsi_name(tree, "8:0") == scsi_name(tree, "8:16") == scsi_name(tree, "253:0")
+    assert scsi_name(tree, "8:1") == scsi_name(tree, "8:17")
+    assert len({scsi_name(tree, n) for n in ("8:0", "8:1", "8:32", "8:33")}) == 4
+
+
+def test_a_volume_and_a_file_behind_a_loop_device_keep_their_name_on_another_node(
+    tree: HostTree,
+) -> None:
+    loop = {"backing_file": "/srv/a.img\n", "offset": "0\n"}
+    tree.block_device("7:0", "loop0", loop=loop).block_device("7:5", "loop5", loop=loop)
+    tree.block_device("7:6", "loop6", loop={**loop, "offset": "512\n"})
+    assert scsi_name(tree, "7:0") == scsi_name(tree, "7:5") != scsi_name(tree, "7:6")
+    for number, name, uuid in (("253:1", "dm-1", "LVM-a"), ("253:2", "dm-2", "LVM-b")):
+        tree.block_device(number, name)
+        tree.file(f"/sys/devices/virtual/block/{name}/dm/uuid", f"{uuid}\n")
+    first, second = scsi_name(tree, "253:1"), scsi_name(tree, "253:2")
+    assert first != second
+    tree.file("/sys/devices/virtual/block/dm-2/dm/uuid", "LVM-a\n")
+    assert scsi_name(tree, "253:2") == first
 
 
 def test_a_serial_is_told_whole_beside_the_name() -> None:

@@ -58,6 +58,7 @@ def test_nor_is_one_that_somebody_else_has_open(tree: HostTree) -> None:
     try:
         with pytest.raises(AttributeReadError, match="temporarily unavailable"):
             get_host_path(want(), tree.root)
+        (tree.path / "proc/swaps").unlink()
         tree.node("/proc/swaps", "p")
         assert read_usage(tree.root).swaps == ()
     finally:
@@ -85,6 +86,7 @@ def test_an_attribute_is_one_page_wherever_a_link_leads(tree: HostTree, target: 
 
 @pytest.mark.parametrize("target", ["/dev/zero", "endless"])
 def test_a_table_without_end_is_not_read_to_its_end(tree: HostTree, target: str) -> None:
+    (tree.path / "proc/swaps").unlink()
     tree.link("/proc/swaps", target)
     with (tree.path / "proc/endless").open("wb") as file:
         file.truncate(1 << 40)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import vmplug
-from vmplug.host.program import PROGRAM_PATH, Finished, run_program
+from vmplug.errors import AttributeReadError
+from vmplug.host.program import PROGRAM_PATH, Finished, read_start, run_program
 
 
 def test_what_a_program_says_is_kept() -> None:
@@ -64,6 +65,7 @@ def test_programs_are_found_whatever_the_callers_path(
         assert run_program(["true"], timeout_s=10).status == 0
     monkeypatch.delenv("PATH")
     assert run_program(["true"], timeout_s=10).status == 0
+    assert "PATH" not in os.environ
 
 
 def test_nothing_of_the_callers_environment_changes_what_a_program_does(
@@ -102,3 +104,34 @@ def test_every_program_is_started_in_the_same_environment() -> None:
     for path in starts:
         text = (source / path).read_text()
         assert text.count("env=program_environment(") == text.count("umask=") == 1, path
+
+
+# what may never answer
+
+
+def test_the_start_of_a_device_is_read_by_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(bytes(range(256)) * 2)
+    assert read_start(str(path), 300, timeout_s=10) == path.read_bytes()[:300]
+    assert read_start(str(path), 1000, timeout_s=10) == path.read_bytes()
+
+
+def test_what_does_not_answer_is_given_up_and_leaves_no_process(tmp_path: Path) -> None:
+    os.mkfifo(path := tmp_path / "fifo")
+    begun = time.monotonic()
+    assert read_start(str(path), 10, timeout_s=0.05) is None
+    assert time.monotonic() - begun < 5
+    readers = [read for read in Path("/proc").glob("[0-9]*/cmdline") if names(read, path)]
+    assert readers == []
+
+
+def names(cmdline: Path, path: Path) -> bool:
+    try:
+        return os.fsencode(path) in cmdline.read_bytes()
+    except OSError:  # it has ended
+        return False
+
+
+def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AttributeReadError, match="Is a directory"):
+        read_start(str(tmp_path), 10, timeout_s=10)

@@ -6,18 +6,22 @@ the fault, and without. A code that needs a live kernel, a process or a QEMU nam
 
 import fcntl
 import os
+import sqlite3
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 import tests
 from tests.support.fake_kernel import FakeKernel
-from tests.support.pci_tree import PciTree
-from tests.support.tree import MIB
+from tests.support.pci_tree import FLAGS_MEM64, PciTree
+from tests.support.tree import GIB, MIB
+from vmplug.address import PciPath, PciSlot
 from vmplug.devnum import DevNum
+from vmplug.drivers.place import Offer, PciPort, PlugMode, Windows
 from vmplug.errors import AttributeReadError, DeviceError, InUse, PolicyError
 from vmplug.host.finding import NEVER_ALLOWED, Code, Severity
 from vmplug.host.pci.vfio import find_vfio_device
@@ -30,7 +34,7 @@ from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import Request, ShareInfo, VfioInfo
 from vmplug.policy.rules import Policy
 
-GPU, SOUND, VF = "0000:3b:00.0", "0000:3b:00.1", "0000:3b:10.0"
+GPU, SOUND, PF, VF = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0", "0000:3c:10.0"
 REMAPPING = "  0:  122  IR-IO-APIC   2-edge      timer\n"
 IMAGE, COW, ODD = "/srv/a.img", "/srv/a.qcow2", "/srv/odd.img"
 F_OFD_SETLK = 37
@@ -42,7 +46,9 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tree = PciTree(directory / "host")
+        self.proc = self.tree.path / "proc"
         self.ports = 4
+        self.offer: Mapping[str, object] = {}
         self.policy: Policy | None = None
         self.before: list[Request] = []
         self.afterwards: Callable[[], object] = lambda: None
@@ -66,10 +72,21 @@ class World:
         return DeviceManager(
             vm="sb1",
             host=self.tree.root,
-            hypervisor=FakeHypervisor(root_ports=self.ports),
+            hypervisor=_Offering(self.offer, root_ports=self.ports),
             journal=journal,
             policy=self.policy,
         )
+
+
+class _Offering(FakeHypervisor):
+    """A VM whose offer has some other values."""
+
+    def __init__(self, values: Mapping[str, object], **more: int) -> None:
+        super().__init__(**more)  # type: ignore[arg-type]
+        self._values = values
+
+    def offer(self) -> Offer:
+        return replace(super().offer(), **self._values)
 
 
 def qcow2(backing: bytes = b"") -> bytes:
@@ -157,6 +174,18 @@ def replaced_image(world: World) -> None:
     world.afterwards = lambda: os.replace(path.parent / "new", path)
 
 
+def brought_over(world: World) -> None:
+    """The VM has a file that a vmplug attached before journals recorded which one it was."""
+    world.before.append(image())
+
+    def forget() -> None:
+        with sqlite3.connect(world.directory / "state/journal.db") as db:
+            db.execute("UPDATE device SET thing = NULL")
+        db.close()
+
+    world.afterwards = forget
+
+
 def odd_size(world: World) -> None:
     world.tree.block_device("8:16", "sdb")
     (world.tree.path / "sys/block/sdb/size").write_text("x\n")
@@ -171,12 +200,80 @@ def no_policy(world: World) -> None:
     world.policy = Policy(name="/etc/vmplug/policy.toml", rules=())
 
 
+def member(driver: str | None, class_code: int, **more: object) -> Callable[[World], object]:
+    """Another function in the card's group, on the root bus."""
+    made = {"class_code": class_code, "driver": driver, "group": 26, **more}
+    return lambda world: world.tree.pci_function(SOUND, **made)  # type: ignore[arg-type]
+
+
+def reserve(world: World) -> None:
+    regions = "0xad000000 0xae7fffff direct\n"
+    world.tree.file("/sys/kernel/iommu_groups/26/reserved_regions", regions)
+
+
+def no_group_node(world: World) -> None:
+    """/dev/vfio/26 was removed; the container's own node is there."""
+    world.tree.vfio_group(26).file("/dev/vfio/vfio")
+
+
+def device_node_alone(world: World) -> None:
+    """A node of the function itself, which needs iommufd, and none of its group."""
+    directory = f"{world.tree.real(GPU)}/vfio-dev/vfio0"
+    world.tree.file("/dev/iommu").file("/dev/vfio/devices/vfio0").file(f"{directory}/uevent")
+    world.tree.link("/sys/class/vfio-dev/vfio0", f"../..{directory.removeprefix('/sys')}")
+
+
+def virtual_function(world: World) -> None:
+    """VFIO has its physical function too."""
+    world.tree.pci_function(PF, class_code=0x020000, driver="vfio-pci", group=27)
+    world.tree.sriov(PF, VF, driver="vfio-pci", group=28)
+
+
+def large_windows(world: World) -> None:
+    """Four of 512 GiB, and a guest with addresses for one TiB."""
+    large = Windows(512 * GIB, 2 * MIB)
+    path = PciPath.parse("03")
+    port = PciPort(bus="rp9", path=path, free=(PciSlot(0),), windows=large)
+    world.offer = {"ports": (port,) * 4, "address_bits": 40}
+
+
+def guest_iommu(world: World) -> None:
+    world.offer = {"viommu": True}
+    member("vfio-pci", 0x040300)(world)
+
+
+def memlock(world: World) -> None:
+    world.offer = {"mode": PlugMode.COLD, "memory_bytes": GIB}
+    line = "Max locked memory         8388608              8388608              bytes\n"
+    world.tree.file(f"/proc/{os.getpid()}/limits", line)
+
+
+def queue(**facts: str) -> Callable[[World], object]:
+    """What the kernel says of the disk; `queue__zoned` is the file queue/zoned."""
+
+    def write(world: World) -> None:
+        for name, content in facts.items():
+            path = f"/sys/devices/virtual/block/sda/{name.replace('__', '/')}"
+            world.tree.file(path, f"{content}\n")
+
+    return write
+
+
+def no_aio(world: World) -> None:
+    world.tree.file("/proc/sys/fs/aio-nr", "65536\n").file("/proc/sys/fs/aio-max-nr", "65536\n")
+
+
+def sparse(world: World) -> None:
+    os.truncate(world.tree.file(IMAGE).path / IMAGE[1:], 4 * MIB)
+
+
 def mounted_part(world: World) -> None:
     world.tree.pci_disk(GPU, "259:0", "nvme0n1", way="nvme/nvme0")
     world.tree.mount("/dev/nvme0n1", "/data", "259:0")
 
 
-NIC = {"class_code": 0x020000}
+NOUVEAU = {"driver": "nouveau"}
+LARGE_BAR = {0: (0xF0000000, 256 * GIB, FLAGS_MEM64)}
 SDB, DISK, PART = disk("8:16"), disk(), disk("8:1")
 
 
@@ -246,6 +343,62 @@ ROWS = [
     ),
     Row(Code.BOOT_CONSOLE, "vfio", [CARD], gpu={"boot_vga": "1\n"}, binds=True),
     Row(Code.HAS_VIRTUAL_FUNCTIONS, "vfio", [CARD], lambda w: w.tree.sriov(GPU, VF), binds=True),
+    Row(Code.MEMBER_IN_USE, "bridge", [CARD], member("shpchp", 0x060400), binds=True),
+    Row(Code.MACHINE_PART, "vfio", [CARD], member(None, 0x0C0500), binds=True),
+    Row(Code.NO_NODE, "vfio", [CARD], no_group_node),
+    Row(Code.NO_RESPONSE, "vfio", [CARD], gpu={**NOUVEAU, "config": b"\xff" * 4096}, binds=True),
+    Row(
+        Code.BAR_UNASSIGNED,
+        "vfio",
+        [CARD],
+        gpu={**NOUVEAU, "bars": {2: (0, GIB, 0x20000000 | FLAGS_MEM64)}},
+        binds=True,
+    ),
+    Row(
+        Code.VFIO_REFUSES,
+        "vfio",
+        [CARD],
+        gpu={**NOUVEAU, "class_code": 0x0B4000, "device": 0x37C8},
+        binds=True,
+    ),
+    Row(Code.RESERVED_MEMORY, "vfio", [CARD], reserve, binds=True),
+    Row(
+        Code.PHYSFN_WITH_VFIO,
+        "vfio",
+        [VfioInfo(label="vf", device=VF)],
+        virtual_function,
+        [CARD],
+    ),
+    Row(Code.NO_ADDRESS_SPACE, "vfio", [CARD], large_windows, gpu={"bars": LARGE_BAR}),
+    Row(Code.SPLIT_GROUP, "vfio", [CARD], guest_iommu),
+    Row(Code.MEMLOCK_LIMIT, "vfio", [CARD], memlock),
+    Row(
+        Code.NO_IOMMUFD,
+        "vfio",
+        [VfioInfo(label="card", device="/dev/vfio/devices/vfio0")],
+        device_node_alone,
+        [CARD],
+        warns=True,
+    ),
+    Row(Code.NOT_A_DISK, "tape", [DISK], queue(device__type="1", device__scsi_level="7")),
+    Row(Code.ZONED, "disk", [DISK], queue(queue__zoned="host-managed")),
+    Row(
+        Code.HAS_INTEGRITY,
+        "disk",
+        [DISK],
+        queue(integrity__format="T10-DIF-TYPE1-CRC"),
+        warns=True,
+    ),
+    Row(Code.SECTOR_SIZE, "disk", [DISK], disk={"sector_bytes": 8192}),
+    Row(Code.NO_AIO_CONTEXT, "disk", [disk(aio="native")], no_aio),
+    Row(Code.NO_AIO_CONTEXT, "chosen", [DISK], no_aio, warns=True),
+    Row(
+        Code.UNUSABLE_IMAGE,
+        "file",
+        [image(COW, format="qcow2")],
+        lambda w: w.tree.file(COW, qcow2()[:4096]),
+    ),
+    Row(Code.SPARSE_NVDIMM, "file", [image(block_driver="nvdimm")], sparse, warns=True),
     Row(
         Code.OPEN_BY_PROCESS,
         "vfio",
@@ -254,6 +407,15 @@ ROWS = [
     ),
     Row(Code.OPEN_BY_PROCESS, "disk", [DISK], lambda w: w.tree.process(42, "mysqld", "/dev/sda")),
     Row(Code.OPEN_BY_PROCESS, "file", [image()], lambda w: w.tree.process(42, "dd", IMAGE)),
+    Row(Code.UNKNOWN_USE, "vfio", [CARD], lambda w: (w.proc / "1/fd").rmdir(), warns=True),
+    Row(Code.UNKNOWN_USE, "disk", [DISK], lambda w: (w.proc / "swaps").unlink(), warns=True),
+    Row(
+        Code.UNKNOWN_USE,
+        "file",
+        [image()],
+        lambda w: (w.proc / "swaps").unlink(),
+        warns=True,
+    ),
     Row(Code.NO_RESET, "vfio", [CARD], gpu={"reset_methods": ()}, warns=True),
     Row(Code.NO_PORT, "vm", [disk(block_driver="virtio-blk")], lambda w: setattr(w, "ports", 0)),
     Row(Code.CANNOT_PLUG, "vm", [disk(block_driver="virtio-mmio")], without=[DISK]),
@@ -262,6 +424,7 @@ ROWS = [
     Row(Code.PLUGGED_OTHERWISE, "options", [disk(discard="unmap")], has(DISK), [DISK]),
     Row(Code.PLUGGED_OTHERWISE, "share", [share(ro=True)], has(share()), [share()]),
     Row(Code.REPLACED, "file", [image()], replaced_image),
+    Row(Code.UNIDENTIFIED, "file", [image()], brought_over),
     Row(Code.TAG_TAKEN, "share", [share("work", "/srv")], has(share()), [share()]),
     Row(Code.NO_SUCH_DEVICE, "disk", [disk("8:99")], without=[DISK]),
     Row(Code.NO_SUCH_DEVICE, "file", [image("/srv/none")], without=[image()]),
@@ -272,49 +435,16 @@ ROWS = [
 ]
 
 _LIVE = "unit/host/check/test_device_live.py::"
-_LIMITS = "unit/drivers/test_disk_limits.py::"
 _VHOST_USER = "qemu/test_vhost_user.py::"
-_STATE = "unit/host/check/test_function_state.py::"
 ELSEWHERE = {
-    Code.MEMBER_IN_USE: "unit/host/check/test_group_members.py::"
-    "test_managed_does_not_hide_what_it_cannot_mend",
-    Code.MACHINE_PART: "unit/host/check/test_machine_part.py::"
-    "test_the_chipsets_slot_is_named_whole_and_stays_unless_it_is_allowed",
-    Code.NO_NODE: "unit/host/check/test_vfio_node.py::"
-    "test_a_node_that_is_missing_or_renamed_is_found_and_the_remedy_makes_it",
-    Code.NO_RESPONSE: f"{_STATE}test_bind_leaves_a_card_that_does_not_answer_to_its_driver",
-    Code.BAR_UNASSIGNED: f"{_STATE}test_a_bar_without_an_address_is_found_and_can_be_allowed",
-    Code.VFIO_REFUSES: f"{_STATE}"
-    "test_a_bridge_by_its_header_is_refused_before_it_leaves_its_driver",
-    Code.RESERVED_MEMORY: f"{_STATE}test_memory_that_the_firmware_keeps_holds_the_group",
-    Code.PHYSFN_WITH_VFIO: "unit/manager/binding/test_vf_tokens.py::"
-    "test_a_vm_that_takes_no_token_gets_no_virtual_function",
     Code.NOT_RANDOM: "qemu/test_rng.py::test_a_device_that_gives_no_random_numbers_is_refused",
-    Code.NO_ADDRESS_SPACE: "unit/drivers/test_vfio.py::"
-    "test_windows_that_exceed_the_guests_addresses_are_found",
     Code.OPEN_EXCLUSIVELY: f"{_LIVE}test_a_device_opened_exclusively_by_anybody_is_found",
-    Code.NOT_A_DISK: f"{_LIMITS}test_what_a_guests_disk_cannot_carry_is_a_finding",
-    Code.ZONED: f"{_LIMITS}test_what_a_guests_disk_cannot_carry_is_a_finding",
-    Code.HAS_INTEGRITY: f"{_LIMITS}test_what_a_guests_disk_cannot_carry_is_a_finding",
-    Code.SECTOR_SIZE: f"{_LIMITS}test_what_a_guests_disk_cannot_carry_is_a_finding",
-    Code.UNUSABLE_IMAGE: "qemu/test_disks.py::"
-    "test_an_image_that_qemu_cannot_use_is_refused_by_what_is_wrong",
     Code.ODD_SIZE: "unit/drivers/test_block.py::test_a_disk_is_checked_against_its_options",
-    Code.NO_AIO_CONTEXT: "unit/drivers/test_block.py::test_a_disk_is_checked_against_its_options",
-    Code.SPARSE_NVDIMM: "unit/drivers/test_pmem.py::test_a_sparse_file_may_end_the_vm",
     Code.NO_DIRECT_IO: "unit/drivers/test_block.py::test_a_disk_is_checked_against_its_options",
     Code.BACKEND_BUSY: f"{_VHOST_USER}test_a_backend_of_another_qemu_is_told",
     Code.BACKEND_SILENT: f"{_VHOST_USER}test_a_silent_backend_is_told",
     Code.WRONG_BACKEND: f"{_VHOST_USER}test_a_backend_of_another_kind_is_told",
     Code.TOO_MANY_QUEUES: f"{_VHOST_USER}test_more_queues_than_the_backend_serves_are_refused",
-    Code.NO_IOMMUFD: "unit/host/check/test_vfio_group.py::"
-    "test_a_qemu_without_iommufd_is_told_of_where_a_device_was_named_by_its_node",
-    Code.MEMLOCK_LIMIT: "unit/host/check/test_vfio_group.py::"
-    "test_qemu_must_be_allowed_to_lock_the_guests_memory",
-    Code.UNKNOWN_USE: "unit/host/check/test_vfio_group.py::"
-    "test_a_process_whose_files_cannot_be_read_may_have_the_group",
-    Code.SPLIT_GROUP: "unit/drivers/test_vfio.py::"
-    "test_a_guest_iommu_wants_a_group_behind_one_bridge",
 }
 """Codes that need a live kernel, a process at the other end, or a QEMU: where they are tested."""
 
@@ -412,6 +542,56 @@ def test_without_the_fault_nothing_is_refused(row: Row, world: World, journal: J
 def _opens_files(request: Request) -> bool:
     """Whether a plug opens files of this machine, which the tree's are not."""
     return isinstance(request, VfioInfo) or "nvdimm" in request.driver_options.values()
+
+
+def no_longer_writable(world: World) -> None:
+    (world.tree.path / "sys/block/sda/ro").write_text("1\n")
+
+
+HELD = {
+    "file locked": ([image()], lock, None),
+    "disk mounted": (
+        [DISK],
+        lambda w: w.tree.mount("/dev/sda", "/m", "8:0"),
+        Code.MOUNTED_ON_HOST,
+    ),
+    "disk read-only": ([DISK], no_longer_writable, Code.READ_ONLY_DEVICE),
+    "share": ([share()], take("/usr/libexec/virtiofsd"), Code.NO_BACKEND),
+}
+"""What the VM has, what happens to it then, and what `check` mentions."""
+
+
+@pytest.mark.parametrize(("asked", "fault", "warned"), HELD.values(), ids=HELD)
+def test_what_the_vm_has_is_counted_and_check_says_so(
+    world: World,
+    journal: Journal,
+    asked: Sequence[Request],
+    fault: Callable[[World], object],
+    warned: Code | None,
+) -> None:
+    world.build({}, {})
+    manager = world.manager(journal)
+    manager.attach_all(asked, owner="c0")
+    fault(world)
+    checked = manager.check_places(asked, owner="c1")
+    assert refusals(checked) == {}
+    assert all(request.is_counted for request in checked)
+    assert {f.code for request in checked for f in request.findings} == ({warned} - {None})
+    assert attempt(manager.plan, asked, managed=False) is None
+    held = manager.attach_all(asked, owner="c1")
+    assert {hold.owner for hold in manager.attachments()} == {"c0", "c1"}
+    assert {hold.device_id for hold in held} == {h.device_id for h in manager.attachments()}
+
+
+def test_what_the_vm_has_is_refused_where_the_policy_does_not_allow_it(
+    world: World, journal: Journal
+) -> None:
+    world.build({}, {})
+    world.manager(journal).attach(DISK, owner="c0")
+    no_policy(world)
+    manager = world.manager(journal)
+    assert refusals(manager.check_places([DISK], owner="c1")).keys() == {Code.NOT_ALLOWED}
+    assert isinstance(attempt(manager.attach_all, [DISK], managed=False), PolicyError)
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,13 @@ def plan(
         if not (isinstance(error, SpecError | HostError) or error.message in said):
             pytest.fail(f"check does not say: {error.message}")
         raise
-    assert checked == list(examined), f"check says without a reason: {said}"
+    held = {record.identity for record in known}
+    for now, before in zip(checked, examined, strict=True):
+        assert not now.is_refused, f"check says without a reason: {said}"
+        if before.device and before.device.identity in held:
+            assert now == before.as_counted()
+        else:
+            assert now == before
     return made
 
 

@@ -36,6 +36,11 @@ def problems_json(examined: Sequence[CheckedRequest]) -> list[dict[str, str | No
     ]
 
 
+def counted_json(examined: Sequence[CheckedRequest]) -> list[str]:
+    """The names of the requests for what the VM has already."""
+    return [request.info.name for request in examined if request.is_counted]
+
+
 def print_findings(examined: Sequence[CheckedRequest]) -> None:
     """Each request with what was found, and the remedies."""
     for request in examined:
@@ -44,15 +49,17 @@ def print_findings(examined: Sequence[CheckedRequest]) -> None:
             message = one_line(finding.message)
             click.echo(f"{path}: {finding.severity} {finding.code}: {message}")
             click.echo(f"{' ' * len(path)}  {one_line(finding.hint)}")
-        if not request.findings:
+        if not request.is_refused and (request.is_counted or not request.findings):
             click.echo(f"{path}: ok, {one_line(_outcome(request))}")
     if not examined:
         click.echo("no devices are asked for")
 
 
 def _outcome(request: CheckedRequest) -> str:
-    """What attach does with a device that nothing was found against."""
+    """What attach does with a device that it does not refuse."""
     host_path = request.device.host_path if request.device else "-"
+    if request.is_counted:
+        return f"the VM has {host_path} already: attach only counts it"
     if request.driver is None:
         return f"{host_path} is counted, not given to the VM"
     return f"{host_path} may be handed over"

@@ -43,8 +43,8 @@ def _function_json(entry: HostFunction, names: PciNames) -> dict[str, Any]:
         "iommu_group": function.iommu_group,
         "numa_node": function.numa_node,
         "pcie": function.pcie,
-        "is_bridge": function.is_bridge,
-        "bars": [_bar_json(bar) for bar in function.bars],
+        "is_bridge": None if function.class_code is None else function.is_bridge,
+        "bars": None if function.bars is None else [_bar_json(bar) for bar in function.bars],
         "physfn": str(function.physfn) if function.physfn else None,
         "virtfns": [str(bdf) for bdf in entry.virtfns],
         "reset_methods": None if entry.reset_methods is None else list(entry.reset_methods),
@@ -98,8 +98,12 @@ def _disk_json(disk: Disk) -> dict[str, Any]:
         "disk": disk.disk,
         "pci": str(disk.function) if disk.function else None,
         "holders": None if facts is None or facts.holders is None else list(facts.holders),
-        "mounts": [use.detail for use in disk.uses if use.kind == "mount"],
-        "is_swap": any(use.kind == "swap" for use in disk.uses),
+        "mounts": None
+        if "mount" in disk.unknown
+        else [use.detail for use in disk.uses if use.kind == "mount"],
+        "is_swap": None
+        if "swap" in disk.unknown
+        else any(use.kind == "swap" for use in disk.uses),
         "backing_file": backing.backing_file if backing else None,
         "backing_offset_bytes": backing.offset_bytes if backing else None,
         "backing_deleted": backing.deleted if backing else None,

@@ -14,7 +14,12 @@ from vmplug.cli.options import (
     request_options,
     state_dir_option,
 )
-from vmplug.cli.render.findings import check_status, print_findings, problems_json
+from vmplug.cli.render.findings import (
+    check_status,
+    counted_json,
+    print_findings,
+    problems_json,
+)
 from vmplug.cli.render.output import print_json
 from vmplug.policy.find import find_policy
 from vmplug.vms.check import check_requests
@@ -68,7 +73,8 @@ def command(
     )
     status = check_status(examined)
     if as_json:
-        print_json({"ok": status == 0, "problems": problems_json(examined)})
+        answer = {"ok": status == 0, "problems": problems_json(examined)}
+        print_json(answer | ({"counted": counted_json(examined)} if vm else {}))
     else:
         print_findings(examined)
     if status:

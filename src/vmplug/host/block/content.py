@@ -10,6 +10,8 @@ from vmplug.host.block.formats import HEAD_BYTES, LUKS, TAIL_BYTES, ImageFormat,
 from vmplug.host.block.image_faults import find_faults
 from vmplug.host.block.queue import read_queue
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES, find_disk_path
+from vmplug.host.block.twins import read_own_name
+from vmplug.host.program import read_start
 from vmplug.host.root import HostRoot
 
 _AIO_EVENTS = 1024
@@ -30,7 +32,10 @@ def look_into(
     device = device._replace(has_aio=has_aio_context(root))
     if isinstance(device, BlockDevice) and device.sysfs_path:
         disk_path = find_disk_path(device.sysfs_path, root)
-        device = device._replace(queue=read_queue(device.sysfs_path, disk_path, root))
+        device = device._replace(
+            queue=read_queue(device.sysfs_path, disk_path, root),
+            own_name=read_own_name(device.sysfs_path, disk_path, root),
+        )
     if isinstance(device, DiskFile):
         device = _with_room(device, root)
     match device, stated:
@@ -80,6 +85,8 @@ def _look_into_block(device: BlockDevice, root: HostRoot) -> BlockDevice:
     if is_suspended or lacks_disc or is_closed:
         return device
     head = root.read_within(device.device_node, HEAD_BYTES, _PATIENCE_S)
+    if head == b"":  # some of device-mapper, and zram on Linux 6.12
+        head = read_start(device.device_node, HEAD_BYTES, timeout_s=_PATIENCE_S)
     found = find_format(head or b"")
     is_silent = head is None
     return device._replace(looks_like=None if found == LUKS else found, is_silent=is_silent)

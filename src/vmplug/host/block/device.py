@@ -32,7 +32,8 @@ class BlockDevice(NamedTuple):
     other names of the same LUN, `loops` the loop devices on all of these with their partitions;
     both None until a check looks for them. `looks_like` is the format of its content, None for
     raw, or where the request states one; `is_silent`: it did not answer in time (see
-    `vmplug.host.block.content`). `queue` is read only for `check` and `attach`, as is
+    `vmplug.host.block.content`). `queue` is read only for `check` and `attach`, as are
+    `own_name`, which is one for every way to the same LUN (see `vmplug.host.block.twins`), and
     `has_aio`: whether the host has a context left for aio=native.
     """
 
@@ -54,6 +55,7 @@ class BlockDevice(NamedTuple):
     looks_like: str | None = None
     is_silent: bool = False
     queue: "QueueFacts | None" = None
+    own_name: str | None = None
     has_aio: bool = True
 
     @property

@@ -26,11 +26,15 @@ _WORDS = re.compile(r"([^0-9]*)([0-9]*)", re.ASCII)
 
 
 class DiskUses(msgspec.Struct, frozen=True, kw_only=True):
-    """What uses disks, as far as it could be read; see `vmplug.host.block.usage`."""
+    """What uses disks, as far as it could be read; see `vmplug.host.block.usage`.
+
+    `unknown` are kinds of uses that could not be looked for: `mount`, `swap`.
+    """
 
     mounts: tuple[MountedDevice, ...]
     swaps: tuple[str, ...]
     loops: tuple[Loop, ...]
+    unknown: tuple[str, ...] = ()
 
 
 class Use(msgspec.Struct, frozen=True):
@@ -63,6 +67,7 @@ _USES = {
 class Disk(msgspec.Struct, frozen=True, kw_only=True):
     """A disk or partition; where its `facts` are None, `unreadable` is the reason.
 
+    `unknown` are kinds of uses that could not be looked for: `mount`, `swap`.
     `disk` is the name of the whole disk that a partition is part of, `function` the PCI function
     that it comes from.
     """
@@ -74,6 +79,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     function: Bdf | None = None
     facts: BlockDevice | None = None
     uses: tuple[Use, ...] = ()
+    unknown: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
 
 
@@ -98,7 +104,7 @@ def read_disks(
         uses = [*_uses(disk, mounts, usage, root)]
         if disk.devnum and (vm := vms.get(Identity.of_block(disk.devnum))):
             uses.append(Use("vm", disk.device_node, vm))
-        found.append(structs.replace(disk, uses=tuple(uses)))
+        found.append(structs.replace(disk, uses=tuple(uses), unknown=usage.unknown))
     return sorted(found, key=_in_order)
 
 

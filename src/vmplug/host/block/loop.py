@@ -14,12 +14,13 @@ _DELETED = " (deleted)"
 class LoopBacking(NamedTuple):
     """The part of a file that a loop device shows.
 
-    `size_limit_bytes` is None when the device reaches to the end of the file. `deleted`: the file
-    has lost the name it was opened by. The device works, but no path leads to its data.
+    `offset_bytes` is None where the host does not say, `size_limit_bytes` when the device reaches
+    to the end of the file. `deleted`: the file has lost the name it was opened by. The device
+    works, but no path leads to its data.
     """
 
     backing_file: str
-    offset_bytes: int = 0
+    offset_bytes: int | None = 0
     size_limit_bytes: int | None = None
     deleted: bool = False
 
@@ -37,7 +38,7 @@ def read_backing_file(sysfs_path: str, root: HostRoot) -> LoopBacking | None:
     deleted = path.endswith(_DELETED) and root.stat_or_none(path) is None
     return LoopBacking(
         backing_file=path.removesuffix(_DELETED) if deleted else path,
-        offset_bytes=root.read_int(f"{sysfs_path}/loop/offset") or 0,
+        offset_bytes=root.read_int(f"{sysfs_path}/loop/offset"),
         size_limit_bytes=root.read_int(f"{sysfs_path}/loop/sizelimit") or None,
         deleted=deleted,
     )

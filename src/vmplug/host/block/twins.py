@@ -5,9 +5,11 @@ another is written to. The LUN's name shows that they are one.
 Source: Documentation/ABI/stable/sysfs-block, wwid; drivers/scsi/scsi_sysfs.c, wwid.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 
 from vmplug.host.block.device import DiskPart
+from vmplug.host.block.loop import read_backing_file
 from vmplug.host.root import HostRoot
 
 _BLOCK = "/sys/block"
@@ -48,9 +50,35 @@ def _disk_of(sysfs_path: str, root: HostRoot) -> str:
     return sysfs_path.rpartition("/")[0] if is_part else sysfs_path
 
 
-def _read_lun(disk: str, root: HostRoot) -> Lun | None:
+def read_own_name(sysfs_path: str, disk_path: str, root: HostRoot) -> str | None:
+    """The name of a disk or partition that does not depend on the way to it; None without one.
+
+    That is the LUN's, also for multipath over it; a volume's uuid; the file behind a loop device.
+    Clones of a virtual disk may have one serial number, so that is not a name.
+    """
+    uuid = root.read_attribute(f"{disk_path}/dm/uuid") or b""
+    luns = [disk_path]
+    if uuid.startswith(b"mpath-"):
+        luns = [f"{disk_path}/slaves/{name}" for name in root.list_dir(f"{disk_path}/slaves")]
+    names = (wwid for lun in luns if (wwid := _wwid(lun, root)))
+    name = next(names, None) or uuid.strip() or None
+    if name is None:
+        backing = read_backing_file(disk_path, root)
+        if backing is None:
+            return None
+        name = os.fsencode(f"{backing.backing_file} {backing.offset_bytes}")
+    part = root.read_attribute(f"{sysfs_path}/partition") or b""
+    return os.fsdecode(b" part ".join(filter(None, (name, part.strip()))))
+
+
+def _wwid(disk: str, root: HostRoot) -> bytes | None:
     wwid = root.read_attribute(f"{disk}/wwid") or root.read_attribute(f"{disk}/device/wwid")
-    return (wwid, root.read_attribute(f"{disk}/size")) if wwid and wwid.strip() else None
+    return (wwid or b"").strip() or None
+
+
+def _read_lun(disk: str, root: HostRoot) -> Lun | None:
+    wwid = _wwid(disk, root)
+    return (wwid, root.read_attribute(f"{disk}/size")) if wwid else None
 
 
 def _parts(disk: str, number: bytes | None, root: HostRoot) -> Iterator[DiskPart]:

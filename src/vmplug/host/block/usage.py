@@ -46,6 +46,12 @@ class HostUsage:
         """The mounts of every mount namespace that can be seen."""
         return tuple(parse_mounted_devices(self.namespaces.tables, self._root))
 
+    @property
+    def unknown_mounts(self) -> str | None:
+        """Why not all mounts are known; None when they are."""
+        why = self.namespaces.unread
+        return f"mounts ({why})" if why else None
+
     @cached_property
     def mounts_of(self) -> Mapping[DevNum, Sequence[MountedDevice]]:
         """The same by device."""
@@ -57,7 +63,18 @@ class HostUsage:
     @cached_property
     def swaps(self) -> tuple[str, ...]:
         """The swap areas."""
-        return tuple(read_swaps(self._root))
+        return tuple(self._swap_table or ())
+
+    @property
+    def unknown_swap(self) -> str | None:
+        """Why the swap areas are unknown; None when they are not."""
+        # The kernel of a running host may be built without swap.
+        has_table = self._swap_table is not None or self._root.is_live
+        return None if has_table else "swap space (no /proc/swaps)"
+
+    @cached_property
+    def _swap_table(self) -> list[str] | None:
+        return read_swaps(self._root)
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:

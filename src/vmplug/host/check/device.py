@@ -19,7 +19,9 @@ from vmplug.host.block.loop_files import Loop, same_file
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.block.usage import HostUsage
+from vmplug.host.check.claimed import find_claimed, without_shared
 from vmplug.host.check.open_disk import check_open_disk
+from vmplug.host.check.unknown import gather_unknown, not_looked_for
 from vmplug.host.check.vfio_group import check_group, check_openers
 from vmplug.host.device import (
     CharDevice,
@@ -29,9 +31,8 @@ from vmplug.host.device import (
     SharedDirectory,
 )
 from vmplug.host.finding import Access, Claim, Code, Finding, Severity, UsedBy
-from vmplug.host.kind import FoundBy, Identity, IdentityKind
+from vmplug.host.kind import FoundBy
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.vfio import find_vfio_owner
 from vmplug.host.root import HostRoot, describe, node_number
 from vmplug.host.vhost_user.device import VhostUserSocket
 
@@ -39,6 +40,9 @@ _LOCKS_AGAINST_WRITING = ((100, 200),)
 _LOCKS_AGAINST_READING = ((101, 1), (103, 1), (200, 1))
 """QEMU locks byte 100 + n for a permission it has and 200 + n for one it denies others; 0 is to
 read, 1 to write, 3 to resize. Source: QEMU block/file-posix.c, include/block/block-common.h."""
+
+_NOT_ASKED = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT})
+"""The device itself did not answer: this process may not open it, or has no node for it."""
 
 _PROBE_S = 0.25
 """How long an exclusive open may be just a probe, for example of another vmplug, which a busy host
@@ -51,25 +55,44 @@ def check_device(
     *,
     usage: HostUsage,
     claims: Sequence[Claim] = (),
+    is_held: bool = False,
     root: HostRoot,
 ) -> list[Finding]:
     """Every reason not to hand `device` over; empty when there is none.
 
-    `claims` are those of VMs on this device and its relatives. Nodes are opened (for reading,
-    O_EXCL) only on the running host.
+    `claims` are those of VMs on this device and its relatives. The QEMU of one of these, or of the
+    VM that asks and has it already (`is_held`), has it open: that is not another reason. Nodes are
+    opened (for reading, O_EXCL) only on the running host.
     """
+    if isinstance(device, VfioGroup):
+        claims = without_shared(claims, device, root)
+    in_vm = is_held or bool(claims)
+    found = _check(device, access, usage, claims, root, in_vm=in_vm)
+    return gather_unknown(found, device.host_path, root)
+
+
+def _check(
+    device: HostDevice,
+    access: Access,
+    usage: HostUsage,
+    claims: Sequence[Claim],
+    root: HostRoot,
+    *,
+    in_vm: bool,
+) -> list[Finding]:
     match device:
         case BlockDevice():
             disk = relate_block(device, usage, root)
-            return list(_check_block(disk, access, usage, claims, root))
+            return list(_check_block(disk, access, usage, claims, root, in_vm=in_vm))
         case DiskFile():
             file = relate_file(device, usage, root)
-            return list(_check_file(file, access, usage, claims, root))
+            return list(_check_file(file, access, usage, claims, root, in_vm=in_vm))
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
             return list(find_claimed(claims, access))
         case VfioGroup():
             # Functions of one group may share what is in use, such as a disk with two controllers.
-            return list(dict.fromkeys(_check_vfio(device, access, usage, claims, root)))
+            found = _check_vfio(device, access, usage, claims, root, in_vm=in_vm)
+            return list(dict.fromkeys(found))
         case CharDevice() | EntropySource():
             return []
         case _:
@@ -77,33 +100,41 @@ def check_device(
 
 
 def _check_vfio(
-    group: VfioGroup, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    group: VfioGroup,
+    access: Access,
+    usage: HostUsage,
+    claims: Sequence[Claim],
+    root: HostRoot,
+    *,
+    in_vm: bool,
 ) -> Iterator[Finding]:
-    # A VM that has the physical function of a virtual one may share it: see manager's vf_tokens.
-    owners = {str(o.bdf) for f in group.functions if (o := find_vfio_owner(f, root))}
-    shared = {Identity.of_vfio(bdf) for bdf in owners - set(group.members)}
-    claims = [claim for claim in claims if claim.identity not in shared]
     yield from find_claimed(claims, access)
     yield from check_group(group, usage, root)
-    if not claims:
+    if not in_vm:
         yield from check_openers(group, usage, root)
+    if group.disks:
+        yield from _unknown(usage, root)
     for part in group.disks:
         found = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
         disk = relate_block(found, usage, root)
-        for finding in _all_users(disk, usage, claims, root):
+        for finding in _all_users(disk, usage, root, in_vm=in_vm):
             yield replace(finding, message=f"{group.host_path} has a disk: {finding.message}")
 
 
 def _all_users(
-    disk: BlockDevice, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    disk: BlockDevice, usage: HostUsage, root: HostRoot, *, in_vm: bool
 ) -> Iterator[Finding]:
     """Every user of a disk that the host will lose with the function that it is on."""
     used = _users(disk, Access(read_only=False), usage, root)
     yield from used
     if root.is_live and not _is_refused(used):
-        held = [f for f in _opened(disk, root, explained=False) if f.code is Code.OPEN_EXCLUSIVELY]
+        number = _exclusive_errno(disk.device_node, root, patience_s=_PROBE_S)
+        held = [_exclusively(disk)] if number == errno.EBUSY else []
         yield from held
-        if not (held or claims):
+        if number in _NOT_ASKED:
+            why = os.strerror(number).lower()
+            yield not_looked_for(f"users of {disk.device_node} ({why})")
+        if not (held or in_vm):
             for node in disk.nodes:
                 yield from _locked(node, Access(read_only=False), root)
 
@@ -112,11 +143,18 @@ def find_disk_users(disk: BlockDevice, usage: HostUsage, root: HostRoot) -> list
     """Every user of what was built on another device, such as a volume."""
     loops = (loop for node in disk.nodes for loop in usage.loop_index.find_on(node, root))
     known = disk._replace(twins=(), loops=tuple(loop.devnum for loop in loops))
-    return list(_all_users(known, usage, (), root))
+    found = _all_users(known, usage, root, in_vm=False)
+    return gather_unknown(found, disk.host_path, root)
 
 
 def _check_block(
-    device: BlockDevice, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    device: BlockDevice,
+    access: Access,
+    usage: HostUsage,
+    claims: Sequence[Claim],
+    root: HostRoot,
+    *,
+    in_vm: bool,
 ) -> Iterator[Finding]:
     if device.size_bytes is None:
         yield Finding(
@@ -125,6 +163,7 @@ def _check_block(
             "use a device that the kernel lists below /sys/dev/block",
         )
     yield from _wrong_node(device, root)
+    yield from _unknown(usage, root)
     used = _users(device, access, usage, root)
     found = [*used, *find_claimed(claims, access)]
     if root.is_live:
@@ -132,7 +171,7 @@ def _check_block(
         explained = used + _users(device, replace(access, read_only=False), usage, root)
         closed = list(_opened(device, root, explained=_is_refused(explained)))
         found += closed
-        if not (_is_refused(used) or claims or closed):
+        if not (_is_refused(used) or in_vm or closed):
             for path in (*device.nodes, *device.below_files):
                 found += _locked(path, access, root)
     yield from found
@@ -159,14 +198,22 @@ def _wrong_node(device: BlockDevice, root: HostRoot) -> Iterator[Finding]:
 
 
 def _check_file(
-    device: DiskFile, access: Access, usage: HostUsage, claims: Sequence[Claim], root: HostRoot
+    device: DiskFile,
+    access: Access,
+    usage: HostUsage,
+    claims: Sequence[Claim],
+    root: HostRoot,
+    *,
+    in_vm: bool,
 ) -> Iterator[Finding]:
+    # It can be mounted only through a loop device.
+    yield from _unknown(usage, root, mounts=bool(device.loops))
     used = [
         *_looped(device, access, usage, root),
         *_swap(device.host_path, (device.host_path,), usage, root),
     ]
     found = [*used, *find_claimed(claims, access)]
-    if not (_is_refused(used) or claims):
+    if not (_is_refused(used) or in_vm):
         found += _locked(device.host_path, access, root)
     yield from found
     if not _is_refused(found):
@@ -178,6 +225,13 @@ def _check_file(
             f"{device.host_path} is empty",
             "give it a size, for example with truncate --size=1G",
         )
+
+
+def _unknown(usage: HostUsage, root: HostRoot, *, mounts: bool = True) -> Iterator[Finding]:
+    """On the running host an exclusive open finds what no mount table shows."""
+    if not root.is_live:
+        unknown = (usage.unknown_mounts if mounts else None, usage.unknown_swap)
+        yield from map(not_looked_for, filter(None, unknown))
 
 
 def _is_refused(findings: Iterable[Finding]) -> bool:
@@ -337,43 +391,6 @@ def _swap(
             )
 
 
-def find_claimed(claims: Sequence[Claim], access: Access) -> Iterator[Finding]:
-    """The holds of VMs; readers may share, and so may writers if all have share-rw."""
-    for claim in claims:
-        readers = access.read_only and claim.read_only
-        sharers = access.share_rw and claim.share_rw
-        if not (readers or sharers):
-            yield _conflict(claim)
-
-
-def _conflict(claim: Claim) -> Finding:
-    device = _spoken(claim.identity)
-    sharing = "" if claim.identity.kind is IdentityKind.VFIO else _SHARING
-    return Finding(
-        Code.IN_USE_BY_VM,
-        f"{device} is already handed to VM {claim.vm!r}"
-        + (" for reading" if claim.read_only else ""),
-        f"detach it from VM {claim.vm!r} first (vmplug detach); {sharing}"
-        "if that VM is gone, run vmplug reconcile",
-        used_by=UsedBy(
-            on=str(claim.identity), who=f"VM {claim.vm!r}", how="the journal of vmplug"
-        ),
-    )
-
-
-_SHARING = (
-    "share it read-only; or set share-rw=on on both sides if its file system "
-    "supports several writers; "
-)
-
-
-def _spoken(identity: Identity) -> str:
-    """`block device 7:0`, or the path or name of anything else."""
-    if identity.devnum:
-        return f"{identity.kind} device {identity.devnum}"
-    return identity.path or identity.key
-
-
 def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator[Finding]:
     """An exclusive open finds users that sysfs does not list: btrfs, zfs, a database, a daemon."""
     match _exclusive_errno(device.device_node, root, patience_s=0 if explained else _PROBE_S):
@@ -383,16 +400,7 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
                 yield _empty(device)
         case errno.EBUSY:
             if not explained:
-                yield Finding(
-                    Code.OPEN_EXCLUSIVELY,
-                    f"{device.device_node} is open exclusively (O_EXCL) on the host",
-                    f"fuser --verbose {device.device_node} may name the process; stop it first",
-                    used_by=UsedBy(
-                        on=device.device_node,
-                        who="a program or a part of the kernel",
-                        how="an exclusive open (O_EXCL), which the kernel refused",
-                    ),
-                )
+                yield _exclusively(device)
         case errno.ENOMEDIUM:
             if device.size_bytes != 0:
                 yield _empty(device)
@@ -401,9 +409,22 @@ def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator
                 Code.UNREADABLE,
                 f"{device.device_node} cannot be opened: {os.strerror(number)}",
                 "vmplug needs root, and a node in /dev for each device that it hands over"
-                if number in {errno.EACCES, errno.EPERM, errno.ENOENT}
+                if number in _NOT_ASKED
                 else "the kernel log may have the reason: dmesg",
             )
+
+
+def _exclusively(device: BlockDevice) -> Finding:
+    return Finding(
+        Code.OPEN_EXCLUSIVELY,
+        f"{device.device_node} is open exclusively (O_EXCL) on the host",
+        f"fuser --verbose {device.device_node} may name the process; stop it first",
+        used_by=UsedBy(
+            on=device.device_node,
+            who="a program or a part of the kernel",
+            how="an exclusive open (O_EXCL), which the kernel refused",
+        ),
+    )
 
 
 def _exclusive_errno(path: str, root: HostRoot, *, patience_s: float) -> int | None:

@@ -60,7 +60,7 @@ def _word(function: PciFunction, file: str, root: HostRoot) -> str | None:
 
 def _bars_without_address(function: PciFunction) -> Iterator[Finding]:
     """The guest does not see such a BAR, and no message says so; drivers do without ports."""
-    lost = [bar for bar in function.bars if not bar.is_assigned]
+    lost = [bar for bar in function.bars or () if not bar.is_assigned]
     if not lost:
         return
     words = ", ".join(

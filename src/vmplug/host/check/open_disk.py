@@ -6,13 +6,15 @@ backup.
 """
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from shlex import quote
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.sysfs import find_block_node
 from vmplug.host.block.usage import HostUsage
+from vmplug.host.check.unknown import not_looked_for
+from vmplug.host.check.visible import find_unread
 from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_key import key_of
@@ -33,24 +35,7 @@ def check_open_disk(
     for opener in usage.open_files.find_lasting(below | own, matters):
         yield _open_by(opener, access)
     # Those that even root may not look into are not counted here: docs/safety.md.
-    yield from check_unknown(disk.host_path, usage.open_files.unlisted, root)
-
-
-def check_unknown(what: str, unknown: Sequence[int], root: HostRoot) -> Iterator[Finding]:
-    """Processes of the running host that may have it open."""
-    if unknown and root.is_live:
-        yield Finding(
-            Code.UNKNOWN_USE,
-            f"the open files of process {unknown[0]}"
-            + (f" and of {more} more" if (more := len(unknown) - 1) else "")
-            + f" cannot be read: they may have {what} in use",
-            "run vmplug as root, with CAP_SYS_PTRACE, in the host's own PID namespace",
-            used_by=UsedBy(
-                on=what,
-                who=f"process {unknown[0]}, perhaps",
-                how="the files of /proc, which may not be read",
-            ),
-        )
+    yield from map(not_looked_for, find_unread(usage.open_files, usage.open_files.unlisted))
 
 
 def _open_by(opener: Opener, access: Access) -> Finding:

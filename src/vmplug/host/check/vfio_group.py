@@ -16,8 +16,9 @@ from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.function_state import check_function
 from vmplug.host.check.isolation import check_isolation
 from vmplug.host.check.machine_part import check_machine_parts
-from vmplug.host.check.open_disk import check_unknown
+from vmplug.host.check.unknown import not_looked_for
 from vmplug.host.check.vfio_node import check_group_node, check_nodes
+from vmplug.host.check.visible import find_unread, why_not_all_processes
 from vmplug.host.finding import Code, Finding, Severity, UsedBy
 from vmplug.host.pci.bind import PCI_DRIVERS
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
@@ -32,7 +33,7 @@ from vmplug.host.pci.uses import (
 from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
 from vmplug.host.process import read_memlock_limit
 from vmplug.host.root import HostRoot
-from vmplug.host.use.openers import DeviceNode, sees_all_processes, wanted_node
+from vmplug.host.use.openers import DeviceNode, wanted_node
 
 _DISPLAY = 0x03
 
@@ -112,24 +113,15 @@ def check_openers(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterato
                 used_by=used_by,
             )
     if wanted and group.members:
-        unknown = sorted({*usage.open_files.unlisted, *usage.open_files.guarded})
-        yield from check_unknown(group.members[0], unknown, root)
-        yield from _unseen(group.members[0], root)
+        yield from map(not_looked_for, _unseen(usage, root))
 
 
-def _unseen(member: str, root: HostRoot) -> Iterator[Finding]:
-    if root.is_live and not sees_all_processes(root):
-        yield Finding(
-            Code.UNKNOWN_USE,
-            f"vmplug sees only the processes of its own PID namespace: others may have {member} "
-            "in use",
-            "run vmplug in the host's own PID namespace: in a container, share it (--pid=host)",
-            used_by=UsedBy(
-                on=member,
-                who="a process that cannot be seen, perhaps",
-                how="the PID namespace of vmplug, which is not the host's",
-            ),
-        )
+def _unseen(usage: HostUsage, root: HostRoot) -> Iterator[str]:
+    """The processes whose open files are unknown."""
+    opened = usage.open_files
+    yield from find_unread(opened, sorted({*opened.unlisted, *opened.guarded}))
+    if root.is_live and (why := why_not_all_processes(root)):
+        yield f"open files of processes {why}"
 
 
 class GuestMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -251,6 +243,8 @@ def check_networks(function: PciFunction, usage: HostUsage, root: HostRoot) -> I
 
 def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iterator[Finding]:
     for interface in interfaces:
+        if interface.has_default_route is None or interface.has_address is None:
+            yield not_looked_for(f"routes and addresses of {interface.name} (no /proc/net)")
         places = dict.fromkeys(filter(None, (interface.master, *interface.uppers)))
         uses = [
             *(["the default route"] if interface.has_default_route else []),

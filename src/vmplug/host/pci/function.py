@@ -80,7 +80,7 @@ class PciFunction(msgspec.Struct, frozen=True, kw_only=True):
     iommu_group: int | None = None
     numa_node: int | None = None
     pcie: bool | None = None
-    bars: tuple[Bar, ...] = ()
+    bars: tuple[Bar, ...] | None = None
     physfn: Bdf | None = None
     unreadable: tuple[str, ...] = ()
 
@@ -281,10 +281,10 @@ class _Parser:
         speed = self._try(self._root.read_attribute, "max_link_speed")
         return True if speed and speed.strip() else None
 
-    def _bars(self, answer: bytes | AttributeReadError | None) -> tuple[Bar, ...]:
+    def _bars(self, answer: bytes | AttributeReadError | None) -> tuple[Bar, ...] | None:
         text = self._given(answer)
         if text is None:
-            return ()
+            return None
         bars = []
         lines = (text[:_LINE],) if text[_LINE:_BARS_END] == _NO_MORE else text.split(b"\n", _BARS)
         for index, line in enumerate(lines[:_BARS]):

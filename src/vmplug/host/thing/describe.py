@@ -6,12 +6,12 @@ from typing import assert_never
 
 from msgspec.structs import replace
 
-from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError, HostError
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import HostUsage
-from vmplug.host.check.device import check_device, find_claimed
+from vmplug.host.check.claimed import find_claimed
+from vmplug.host.check.device import check_device
 from vmplug.host.check.thing import identify
 from vmplug.host.device import (
     CharDevice,
@@ -153,7 +153,10 @@ def _socket(device: VhostUserSocket, root: HostRoot) -> Thing:
 
 
 def _unknown(device: HostDevice, root: HostRoot) -> Iterator[str]:
-    """What could not be looked for, of the uses that this kind of thing may have."""
+    """What could not be looked for, of the uses that this kind of thing may have.
+
+    Tables that a copy of a host does not hold are a finding (`unknown-use`).
+    """
     match device:
         case BlockDevice() | VfioGroup() if root.is_live:
             if not _sees_mounts(root):
@@ -161,28 +164,12 @@ def _unknown(device: HostDevice, root: HostRoot) -> Iterator[str]:
         case DiskFile() | VhostUserSocket() if root.is_live:
             pass
         case BlockDevice() | DiskFile():
-            yield from _tables(device, root)
             yield "who has it open (O_EXCL, the locks of QEMU): this is a copy of a host"
         case VfioGroup():
             if device.disks:
-                yield from _tables(device, root)
                 yield "who has its disks open (O_EXCL): this is a copy of a host"
-            if not any(root.list_dir(f"/proc/{pid}/fd") for pid in _pids(root)):
-                yield "who has its nodes open: the copy has no open files of processes"
         case _:
             yield "who has it open: vmplug looks only for VMs of its own"
-
-
-def _tables(device: HostDevice, root: HostRoot) -> Iterator[str]:
-    if root.stat_or_none("/proc/swaps") is None:
-        yield "swap: the copy has no /proc/swaps"
-    has_mounts = any(root.stat_or_none(f"/proc/{pid}/mountinfo") for pid in _pids(root))
-    if not (has_mounts or isinstance(device, DiskFile)):
-        yield "mounts: the copy has no mount tables"
-
-
-def _pids(root: HostRoot) -> list[str]:
-    return [name for name in root.list_dir("/proc") if is_decimal(name)]
 
 
 def _sees_mounts(root: HostRoot) -> bool:

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from vmplug.address import Bdf, find_bdf
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.thing import identify, identify_member
+from vmplug.host.check.unknown import gather_unknown
 from vmplug.host.check.vfio_group import check_networks
 from vmplug.host.pci.function import PciFunction, find_function, read_virtfns
 from vmplug.host.pci.group import VfioGroup
@@ -138,7 +139,8 @@ class FunctionReader:
                 parts = [*self._interfaces(address), *self._mediated_of(str(address))]
                 thing = replace(thing, made_of=tuple(parts))
                 if not is_vfio_driver(function, self._root):
-                    thing = place_uses(thing, check_networks(function, self._usage, self._root))
+                    found = check_networks(function, self._usage, self._root)
+                    thing = place_uses(thing, gather_unknown(found, str(address), self._root))
                 yield thing
 
     def _mediated(self, device: MediatedDevice, relation: Relation | None) -> Thing:

@@ -77,6 +77,7 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     fs_type: str
     source: str
+    fs_options: tuple[str, ...]
     read_only: bool
     shown_read_only: bool
 
@@ -103,6 +104,7 @@ def _parse_lines(table: str) -> list[MountPoint]:
                 path=unescape(fields[4]),
                 fs_type=fs_type,
                 source=unescape(source),
+                fs_options=tuple(super_options.split(",")),
                 read_only="ro" in super_options.split(","),
                 shown_read_only="ro" in fields[5].split(","),
             )
@@ -123,9 +125,12 @@ def _btrfs_devices(devnum: DevNum, root: HostRoot) -> set[DevNum]:
     return set()
 
 
-def read_swaps(root: HostRoot) -> list[str]:
-    """The files and devices that the host swaps to."""
-    lines = (root.read_text("/proc/swaps") or "").split("\n")[1:]
+def read_swaps(root: HostRoot) -> list[str] | None:
+    """The files and devices that the host swaps to; None without the table."""
+    table = root.read_text("/proc/swaps")
+    if table is None:
+        return None
+    lines = table.split("\n")[1:]
     return [unescape(re.split("[ \t]", line, maxsplit=1)[0]) for line in lines if line]
 
 

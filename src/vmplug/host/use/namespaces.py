@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -25,46 +25,72 @@ _NAMED = "/run/netns"
 _NSFS = " - nsfs "
 _MOUNTED = re.compile(rf" (mnt|net):\[([0-9]+)\] (\S+) [^\n]*{_NSFS}", re.ASCII)
 _OPENED = re.compile(r"(mnt|net):\[([0-9]+)\]\Z", re.ASCII)
-_UNSEEN = frozenset({errno.EACCES, errno.EPERM, errno.EINVAL})
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM})
+_UNSEEN = _FORBIDDEN | {errno.EINVAL}
 """Another user's process, or one that is ending."""
 
 
 class Namespaces(msgspec.Struct, frozen=True, kw_only=True):
     """What leads to the namespaces, other than this process's: a file for each number.
 
-    `tables` are mount tables, by the file that each was read from.
+    `tables` are mount tables, by the file that each was read from; `unread` says why not all of
+    them are there, None when they are.
     """
 
     networks: Mapping[int, str]
     tables: Mapping[str, str]
+    unread: str | None = None
 
 
 def read_namespaces(opened: OpenFiles, root: HostRoot) -> Namespaces:
     """Every namespace that a process is in, is mounted or is open. Raises AttributeReadError."""
     if not root.is_live:
-        return Namespaces(networks={}, tables=_read_copied_tables(root))
+        return _read_copied(root)
     found = _Found(root)
     found.read_processes()
     found.read_links(opened)
     found.enter_others()
-    return Namespaces(networks=found.networks, tables=found.tables)
+    return Namespaces(
+        networks=found.networks,
+        tables=found.tables,
+        unread=_why_unread(found.hidden) if found.hidden else None,
+    )
 
 
-def _read_copied_tables(root: HostRoot) -> dict[str, str]:
-    """The first table of each namespace that a copy of a host has."""
-    found, seen = dict[str, str](), set[str]()
+def _read_copied(root: HostRoot) -> Namespaces:
+    """The first mount table of each namespace that a copy of a host has."""
+    found, seen, hidden, has_table = dict[str, str](), set[str](), list[str](), False
     for pid in filter(is_decimal, root.list_dir("/proc")):
+        namespace, path = _copied_namespace(pid, root), f"/proc/{pid}/mountinfo"
+        if namespace in seen:
+            continue
         try:
-            namespace = root.read_link(f"/proc/{pid}/ns/mnt") or pid
-            table = None if namespace in seen else root.read_text(f"/proc/{pid}/mountinfo")
+            table = root.read_text(path)
         except AttributeReadError as error:
             if error.errno not in _UNSEEN:
                 raise
+            hidden += [path] if error.errno in _FORBIDDEN else []
             continue
+        has_table |= table is not None
         if table:
             seen.add(namespace)
-            found[f"/proc/{pid}/mountinfo"] = table
-    return found
+            found[path] = table
+    unread = _why_unread(hidden) if hidden or not has_table else None
+    return Namespaces(networks={}, tables=found, unread=unread)
+
+
+def _copied_namespace(pid: str, root: HostRoot) -> str:
+    """The mount namespace of a process; its own number where only its mounts may be read."""
+    try:
+        return root.read_link(f"/proc/{pid}/ns/mnt") or pid
+    except AttributeReadError as error:
+        if error.errno not in _UNSEEN:
+            raise
+        return pid
+
+
+def _why_unread(hidden: Sequence[str]) -> str:
+    return f"{hidden[0]} cannot be read" if hidden else "no /proc/PID/mountinfo"
 
 
 class _Found:
@@ -72,6 +98,7 @@ class _Found:
 
     def __init__(self, root: HostRoot) -> None:
         self.tables: dict[str, str] = {}
+        self.hidden: list[str] = []
         self.networks: dict[int, str] = {}
         self._mounts: dict[int, str] = {}
         self._root = root
@@ -91,6 +118,7 @@ class _Found:
             except AttributeReadError as error:
                 if error.errno not in _UNSEEN:
                     raise
+                self.hidden += [f"/proc/{pid}/mountinfo"] if error.errno in _FORBIDDEN else []
                 continue
             if table:
                 seen.add(view)

@@ -22,9 +22,6 @@ from vmplug.host.use.file_key import FileKey, key_of, key_of_node
 _PROBE_S, _PROBE_STEP_S = 0.5, 0.05
 """How long an open file may be just a probe: udev reads each new disk for a moment."""
 
-_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
-"""Source: include/linux/proc_ns.h, PROC_PID_INIT_INO."""
-
 _FLAGS = re.compile(r"^flags:\t([0-7]+)$", re.MULTILINE)
 _PF_KTHREAD = 0x200000
 """Source: include/linux/sched.h."""
@@ -78,7 +75,8 @@ class OpenFiles(msgspec.Struct, frozen=True, kw_only=True):
 
     `links` are those of /proc that lead to a file. `unlisted` are the processes whose descriptors
     this user may not list, `guarded` those that even root may not look into: a security module or
-    a user namespace forbids it. `read_at_s` is that time, of time.monotonic().
+    a user namespace forbids it. `is_known` is false for a copy of a host without descriptors.
+    `read_at_s` is that time, of time.monotonic().
     """
 
     links: Mapping[FileKey | str, Sequence[str]]
@@ -86,6 +84,7 @@ class OpenFiles(msgspec.Struct, frozen=True, kw_only=True):
     guarded: tuple[int, ...]
     read_at_s: float
     root: HostRoot
+    is_known: bool = True
 
     def find(self, wanted: Wanted) -> list[Opener]:
         """The processes that have one of these files open, each once; a writer as one."""
@@ -123,13 +122,8 @@ def read_open_files(root: HostRoot) -> OpenFiles:
     pids = [int(pid) for pid in root.list_dir("/proc") if is_decimal(pid)]
     files = _read_again([pid for pid in pids if pid != os.getpid()], root)
     unlisted = (pid for pid in files.unlisted if not _is_kernel_thread(pid, root))
-    return msgspec.structs.replace(files, unlisted=tuple(unlisted))
-
-
-def sees_all_processes(root: HostRoot) -> bool:
-    """Whether /proc lists the processes of the whole host, not of a PID namespace in it."""
-    status = root.stat_or_none("/proc/self/ns/pid")
-    return status is None or status.st_ino == _INITIAL_PID_NAMESPACE
+    is_known = root.is_live or any(root.stat_or_none(f"/proc/{pid}/fd") for pid in pids)
+    return msgspec.structs.replace(files, unlisted=tuple(unlisted), is_known=is_known)
 
 
 def wanted_node(node: DeviceNode, root: HostRoot) -> Wanted:

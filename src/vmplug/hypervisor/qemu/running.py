@@ -43,7 +43,8 @@ _STILL_HELD = ("is in use", "is busy", "which is mapped", "with active reference
 _LOOK_AGAIN_S = 0.02
 _NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
 """Errors of virtiofsd (in C and in Rust) when it cannot make / private or leave it."""
-_NO_AIO = "Unable to use native AIO"
+NO_AIO = "Unable to use native AIO"
+"""QEMU 7.2's error when the host has no AIO context left; QEMU 10 uses threads by itself."""
 _UNPLUGGING = "in the process of unplug"
 """QEMU's error when device_del is repeated; the request stands."""
 _READ_ATTEMPTS = 10
@@ -178,7 +179,7 @@ class Qemu:
             self._do(self.steps(plug, place), opened_file(plug))
         except CommandError as error:
             is_choice = isinstance(plug, BlockDrive) and plug.aio_is_choice
-            if _NO_AIO not in error.desc or not is_choice:
+            if NO_AIO not in error.desc or not is_choice:
                 raise
             assert isinstance(plug, BlockDrive)
             log.warning("%s: vmplug uses aio=threads, as QEMU says: %s", plug.file, error.desc)

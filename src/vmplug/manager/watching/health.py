@@ -35,6 +35,8 @@ _SERVED = {
     DeviceType.VHOST_USER_NET,
     DeviceType.VHOST_USER_FS,
 }
+_IDENTIFIED = {DeviceType.BLOCK, DeviceType.VFIO}
+"""Kinds of which `vmplug.host.check.thing` knows every device."""
 _LOOP_MAJOR = 7
 """Source: Documentation/admin-guide/devices.txt."""
 
@@ -42,11 +44,13 @@ _LOOP_MAJOR = 7
 class HostState(StrEnum):
     """The state of a host device, compared with the time when it was attached.
 
+    `unidentified`: something has its name, and it is unknown whether that is what the VM has.
     `deleted`: its file, or the file behind its loop device, has lost its name. `replaced`: another
     file or device has its name. `disconnected`: its backend exists and has no client.
     """
 
     PRESENT = "present"
+    UNIDENTIFIED = "unidentified"
     GONE = "gone"
     DELETED = "deleted"
     REPLACED = "replaced"
@@ -85,6 +89,15 @@ def socket_of(record: DeviceRecord) -> str | None:
     return record.host_path if has_path else None
 
 
+def _unless_unidentified(record: DeviceRecord, health: DeviceHealth) -> DeviceHealth:
+    """What is there may be another thing, where the journal does not say what was plugged."""
+    has_thing = record.kind in _IDENTIFIED or record.identity.kind is IdentityKind.SHARE
+    if record.thing or not has_thing or health.state is not HostState.PRESENT:
+        return health
+    told = f"vmplug does not know whether {record.host_path} is still what the VM has"
+    return DeviceHealth(HostState.UNIDENTIFIED, told, health.size_bytes)
+
+
 class HostSnapshot:
     """A snapshot of the host: facts that many devices need are read once.
 
@@ -105,7 +118,8 @@ class HostSnapshot:
         if not is_settled(record):
             return None
         try:
-            return self._look_at(record)
+            health = self._look_at(record)
+            return _unless_unidentified(record, health) if health else None
         except (AttributeReadError, ValueError):
             return None
 

@@ -20,6 +20,7 @@ class EventKind(StrEnum):
     """The kinds of event; the first ones are states of `HostState`."""
 
     GONE = "gone"
+    UNIDENTIFIED = "unidentified"
     DELETED = "deleted"
     REPLACED = "replaced"
     OTHER_DRIVER = "other-driver"
@@ -154,6 +155,7 @@ def _meaning(what: EventKind, record: DeviceRecord) -> str:
 
 _TO_GUEST = {
     EventKind.GONE: "the guest's reads and writes fail",
+    EventKind.UNIDENTIFIED: "the guest keeps what it has; vmplug neither counts nor resizes it",
     EventKind.DELETED: "the guest keeps working; its writes are lost when the VM closes the file",
     EventKind.REPLACED: "the guest has the old device or nothing, not the new one",
     EventKind.OTHER_DRIVER: "the guest has lost it",
@@ -178,6 +180,7 @@ def _hint(what: EventKind, record: DeviceRecord, attachment: str) -> str:
 _ANEW = "{detach}, and attach it again when the right device is there"
 _TO_DO = {
     EventKind.GONE: _ANEW,
+    EventKind.UNIDENTIFIED: "{detach}, and attach it again when it can be spared",
     EventKind.DELETED: "save the data from inside the guest, then {detach}",
     EventKind.REPLACED: _ANEW,
     EventKind.OTHER_DRIVER: _ANEW,

@@ -240,3 +240,25 @@ def test_a_block_device_is_read_on_the_running_host(
         seen = look_into(disk, None, HostRoot())
         assert (seen.looks_like, seen) == (looks_like, disk._replace(looks_like=looks_like))
         assert look_into(disk, ImageFormat.RAW, HostRoot()) == disk
+
+
+class Slow(HostRoot):
+    """This host, whose kernel reads no device without waiting, as Linux 6.12 does of zram."""
+
+    def read_within(self, path: str, length: int, patience_s: float) -> bytes | None:
+        assert path.startswith("/")
+        assert length
+        assert patience_s
+        return b""
+
+
+@pytest.mark.parametrize(("content", "format_"), [(b"vhdxfile", "vhdx"), (b"data", None)])
+def test_a_device_that_the_kernel_cannot_read_without_waiting_is_read_all_the_same(
+    tmp_path: Path, content: bytes, format_: str | None
+) -> None:
+    node = tmp_path / "zram0"
+    node.write_bytes(content.ljust(MIB, b"\0"))
+    device = BlockDevice(DevNum(252, 0), str(node), FoundBy.SYSFS, sysfs_path=str(tmp_path))
+    found = look_into(device, None, Slow())
+    assert isinstance(found, BlockDevice)
+    assert (found.looks_like, found.is_silent) == (format_, False)

@@ -218,4 +218,4 @@ def test_a_process_that_this_user_may_not_look_into_may_have_it(tmp_path: Path) 
         resolve(want_file(str(image)), root), WRITING, usage=read_usage(root), root=root
     )
     assert [(finding.code, finding.severity) for finding in found] == [(Code.UNKNOWN_USE, ERROR)]
-    assert "process 1 cannot be read" in found[0].message
+    assert "open files of process 1 (permission denied)" in found[0].message

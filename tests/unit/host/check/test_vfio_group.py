@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.support.pci_tree import PciTree
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
+from vmplug.host.check.unknown import gather_unknown
 from vmplug.host.check.vfio_group import GuestMemory, check_memlock, check_openers, check_vm
 from vmplug.host.finding import Claim, Code, Finding, Severity
 from vmplug.host.kind import Identity
@@ -302,21 +304,80 @@ def test_a_process_whose_files_cannot_be_read_may_have_the_group(tree: PciTree) 
     running = Running(tree.path)
     assert not list(check_openers(group, read_usage(running), running))
     tree.process(42, "qemu")
-    (finding,) = check_openers(group, read_usage(running), running)
+    found = check_openers(group, read_usage(running), running)
+    (finding,) = gather_unknown(found, GPU, running)
     assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, Severity.ERROR)
-    assert "process 42" in finding.message
+    assert finding.message == (
+        f"{GPU} may be in use: vmplug could not look for open files of process 42 (permission "
+        "denied)"
+    )
     assert not list(check_openers(group, read_usage(tree.root), tree.root))
 
 
 @pytest.mark.root
-def test_processes_outside_of_a_pid_namespace_may_have_the_group(tree: PciTree) -> None:
+@pytest.mark.parametrize(
+    ("namespace", "hidepid", "capabilities", "hidden"),
+    [
+        ("4026531836", "", "0", None),
+        (None, "", "0", None),
+        ("4026532999", "", "1ffffffffff", "outside of this PID namespace"),
+        ("4026531836", ",hidepid=ptraceable", "0", "that /proc hides (hidepid)"),
+        ("4026531836", ",hidepid=2", "0", "that /proc hides (hidepid)"),
+        ("4026531836", ",hidepid=2", "1ffffffffff", None),
+        ("4026531836", ",hidepid=noaccess", "0", None),  # these are listed
+    ],
+)
+def test_processes_that_proc_does_not_list_are_unknown(
+    tree: PciTree, namespace: str | None, hidepid: str, capabilities: str, hidden: str | None
+) -> None:
+    tree.file("/proc/self/status", f"CapEff:\t{capabilities:0>16}\n")
+    tree.mount("proc", "/proc", "0:21", fs_type="proc", fs_options=f"rw{hidepid}", pid=1)
+    (tree.path / "proc/1/mountinfo").rename(tree.path / "proc/self/mountinfo")
+    if namespace:
+        tree.link("/proc/self/ns/pid", f"pid:[{namespace}]")
     group = find_vfio_device(GPU, bound(tree).node("/dev/vfio/26", "c", "243:26").root)
     running = Running(tree.path)
-    assert not list(check_openers(group, read_usage(running), running))
-    tree.file("/proc/self/ns/pid")  # which has another number than that of the host
-    (finding,) = check_openers(group, read_usage(running), running)
-    assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, Severity.ERROR)
-    assert "PID namespace" in finding.message
+    opened = check_openers(group, read_usage(running), running)
+    found = gather_unknown(opened, GPU, running)
+    assert [hidden in finding.message for finding in found if hidden] == [True] * bool(hidden)
+    assert bool(found) is bool(hidden)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("proc/1/fd", "open files of processes (no /proc/PID/fd)"),
+        ("proc/1/mountinfo", "mounts (no /proc/PID/mountinfo)"),
+        ("proc/swaps", "swap space (no /proc/swaps)"),
+        ("proc/net/route", "routes and addresses of eth0 (no /proc/net)"),
+    ],
+)
+def test_what_a_copy_does_not_hold_is_one_warning(tree: PciTree, path: str, said: str) -> None:
+    tree.pci_function(GPU, class_code=ETHERNET, driver="igb", group=26).network(GPU, "eth0")
+    tree.pci_disk(GPU, "259:0", "nvme0n1")
+    assert Code.UNKNOWN_USE not in findings(tree)
+    (tree.path / "proc/net/if_inet6").unlink()
+    gone = tree.path / path
+    gone.rmdir() if gone.is_dir() else gone.unlink()
+    finding = findings(tree)[Code.UNKNOWN_USE]
+    assert finding.severity is Severity.WARNING
+    assert said in finding.message
+    shutil.rmtree(tree.path / "proc")
+    message = findings(tree)[Code.UNKNOWN_USE].message
+    assert message.count("(no /proc") == 4
+
+
+def test_a_process_of_which_only_the_mounts_can_be_read_is_not_left_out(tree: PciTree) -> None:
+    class NoLinks(HostRoot):
+        """Linux lets a process read the mounts of another, and not the link to its namespace."""
+
+        def read_link(self, path: str) -> str | None:
+            if path.endswith("/ns/mnt"):
+                raise AttributeReadError(path, errno.EACCES)
+            return super().read_link(path)
+
+    tree.mount("/dev/sda", "/data", "8:0", pid=7)
+    assert [mount.mount_point for mount in read_usage(NoLinks(tree.path)).mounts] == ["/data"]
 
 
 # memory

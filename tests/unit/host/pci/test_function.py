@@ -264,7 +264,7 @@ def test_a_bar_of_more_than_4_gib_is_large(
     tree: PciTree, *, size_bytes: int, is_large: bool
 ) -> None:
     tree.pci_function(NVME, bars={2: (1 << 40, size_bytes, FLAGS_MEM64)})
-    (bar,) = function(tree).bars
+    (bar,) = function(tree).bars or ()
     assert (bar.number, bar.size_bytes, bar.is_large) == (2, size_bytes, is_large)
 
 
@@ -274,7 +274,7 @@ def test_a_bar_may_have_one_byte(tree: PciTree, start: int, count: int) -> None:
     line = f"0x{start:016x} 0x{start:016x} 0x{FLAGS_IO:016x}"
     tree.pci_function(NVME)
     rewrite(tree, "resource", "\n".join([line, *[" ".join(["0x" + "0" * 16] * 3)] * 12]) + "\n")
-    bars = function(tree).bars
+    bars = function(tree).bars or ()
     assert [(bar.start, bar.size_bytes) for bar in bars] == [(start, 1)] * count
 
 
@@ -303,7 +303,7 @@ def test_a_host_bridge_is_not_pcie_for_its_large_configuration_space(
 def test_only_the_six_bars_count(tree: PciTree) -> None:
     rom = {6: (0xF0000000, 0x10000, FLAGS_MEM32), 7: (1 << 40, GIB, FLAGS_MEM64)}
     tree.pci_function(NVME, bars={5: (0xFE000000, 0x1000, FLAGS_MEM32), **rom})
-    assert [bar.number for bar in function(tree).bars] == [5]
+    assert [bar.number for bar in function(tree).bars or ()] == [5]
 
 
 @pytest.mark.parametrize("line", ["0x1 zebra 0x0", "0x0 0x3ffffffff", "0x0 0x1 0x0 0x0"])
@@ -311,7 +311,7 @@ def test_a_malformed_line_is_told_and_the_others_are_read(tree: PciTree, line: s
     tree.pci_function(NVME, bars={2: (0xFE000000, 0x1000, FLAGS_MEM32)})
     lines = resource_text({2: (0xFE000000, 0x1000, FLAGS_MEM32)}).splitlines()
     rewrite(tree, "resource", "\n".join([line, *lines[1:]]))
-    assert [bar.number for bar in function(tree).bars] == [2]
+    assert [bar.number for bar in function(tree).bars or ()] == [2]
     (sentence,) = function(tree).unreadable
     assert sentence.endswith(f"resource: line 1 is b'{line}'")
 
@@ -326,7 +326,7 @@ def test_an_empty_or_cut_resource_has_what_it_has(tree: PciTree) -> None:
     whole = resource_text({0: (0xFE000000, 0x1000, FLAGS_MEM32)})
     tree.pci_function(NVME)
     rewrite(tree, "resource", whole[:57])
-    assert (len(function(tree).bars), function(tree).unreadable) == (1, ())
+    assert (len(function(tree).bars or ()), function(tree).unreadable) == (1, ())
     rewrite(tree, "resource", "")
     assert (function(tree).bars, len(function(tree).unreadable)) == ((), 1)
 
@@ -390,7 +390,7 @@ def test_a_file_that_cannot_be_read_is_told_and_the_rest_is_read(
         f"cannot read /sys/bus/pci/devices/{NVME}/{name}: Too many levels of symbolic links",
     )
     assert (found.class_code, found.iommu_group, found.driver) == (0x010802, 26, "nvme")
-    assert (found.pcie is None, found.bars == ()) == (name == "config", name == "resource")
+    assert (found.pcie is None, found.bars is None) == (name == "config", name == "resource")
 
 
 def test_a_directory_that_cannot_be_entered_is_told(tree: PciTree) -> None:

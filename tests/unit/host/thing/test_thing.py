@@ -4,6 +4,7 @@ One generated test holds it to `check`: what `check` has of a thing is in its tr
 in the tree that `check` does not have.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -412,19 +413,24 @@ def test_an_inode_of_a_copy_is_not_an_identity(host: PciTree) -> None:
 
 
 def test_what_a_copy_cannot_tell_is_unknown_and_not_absent(host: PciTree) -> None:
-    (host.path / "proc/swaps").unlink()
+    shutil.rmtree(host.path / "proc")
     disk, card, port = show(host, "sda", None), show(host, CARD), show(host, PORTS)
     assert [sentence.partition(":")[0] for sentence in disk.unknown] == [
-        "swap",
-        "mounts",
         "who has it open (O_EXCL, the locks of QEMU)",
         "the VMs of vmplug",
     ]
-    assert card.unknown == ("who has its nodes open: the copy has no open files of processes",)
+    (use,) = disk.uses
+    assert use.code is Code.UNKNOWN_USE
+    assert use.message.endswith(
+        "mounts (no /proc/PID/mountinfo), swap space (no /proc/swaps), open files of processes "
+        "(no /proc/PID/fd)"
+    )
+    assert [(use.code, use.message.count("(no ")) for use in card.uses] == [(Code.UNKNOWN_USE, 1)]
     interface = next(part for part in port.walk() if part.name == "eth0")
     assert interface.unknown == ("its addresses and routes",)
-    host.mount("/dev/sdb", "/", "8:16").swap()
-    assert len(show(host, "sda").unknown) == 1
+    host.mount("/dev/sdb", "/", "8:16").swap().process(5, "init", "/dev/null")
+    disk = show(host, "sda")
+    assert (len(disk.unknown), disk.uses) == (1, ())
 
 
 def test_a_neighbour_that_cannot_be_read_hides_no_other(disks: PciTree) -> None:
@@ -553,6 +559,10 @@ def test_a_recorded_host_shows_the_same_tree(host: PciTree, tmp_path: Path) -> N
     expected = {name: tree_of(host, name) for name in names}
     write_record(str(tmp_path / "report.tar"), host.root)
     with open_record(str(tmp_path / "report.tar")) as root:
-        assert {name: list(outline(show(root, name))) for name in names} == expected
+        found = {name: "\n".join(outline(show(root, name))) for name in names}
+        # A record has no open files of processes.
+        seen = {name: text.replace(" unknown-use", "") for name, text in found.items()}
+        assert {name: text.split("\n") for name, text in seen.items()} == expected
+        assert "unknown-use" in found[UUID]
         for name in names:
             assert_agrees(root, name)

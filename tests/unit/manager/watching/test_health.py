@@ -8,16 +8,18 @@ import pytest
 from msgspec.structs import replace
 
 from tests.support.disks import disk_image, qcow2_image
-from tests.support.journal import device_record, vm_record
+from tests.support.journal import device_record, hold_on, vm_record
 from tests.support.pci_tree import PciTree
 from tests.support.tree import GIB, MIB
-from vmplug.host.check.thing import identify_file
-from vmplug.host.kind import DeviceType
+from vmplug.devnum import DevNum
+from vmplug.host.check.thing import identify_block, identify_file
+from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import DeviceRecord
 from vmplug.journal.state import State
 from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, HostState
+from vmplug.manager.watching.notice import EventKind, compare, device_notices
 
 BDFS = ("0000:3b:00.0", "0000:3b:00.1")
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -28,8 +30,25 @@ def tree(tmp_path: Path) -> PciTree:
     return PciTree(tmp_path / "host")
 
 
+def plugged(record: DeviceRecord, root: HostRoot) -> DeviceRecord:
+    """The record of what has its name now."""
+    thing: str | None = None
+    match record.identity.kind:
+        case IdentityKind.BLOCK if record.kind is DeviceType.BLOCK:
+            number = DevNum.parse(record.identity.key)
+            thing = identify_block(number, root.real_path(f"/sys/dev/block/{number}"), root)
+        case IdentityKind.FILE | IdentityKind.SHARE:
+            thing = identify_file(record.host_path, root)
+        case IdentityKind.VFIO:
+            thing = f"vfio {record.identity.key}"
+        case _:
+            pass
+    return replace(record, thing=thing)
+
+
 def look(tree: PciTree, record: DeviceRecord) -> DeviceHealth | None:
-    return HostSnapshot(tree.root, [vm_record()]).of(record)
+    known = record if record.thing else plugged(record, tree.root)
+    return HostSnapshot(tree.root, [vm_record()]).of(known)
 
 
 def state(tree: PciTree, record: DeviceRecord) -> HostState | None:
@@ -44,12 +63,37 @@ LOOP = device_record("block:7:3", "/dev/loop3")
 GROUP = device_record(f"vfio:{BDFS[0]}", "/dev/vfio/26", DeviceType.VFIO, functions=BDFS)
 MDEV = device_record(f"vfio:{UUID}", "/dev/vfio/27", DeviceType.VFIO, functions=(UUID,))
 BACKEND = device_record("socket:/run/vu.sock", "/run/vu.sock", DeviceType.VHOST_USER_BLK)
+IMAGE = device_record("file:/srv/a.img", "/srv/a.img")
+SHARE = device_record("share:work:/srv/work", "/srv/work", DeviceType.VIRTIO_9P)
 CHAR = device_record("char:10:183", "/dev/hwrng", DeviceType.GENERIC)
 
 
 def test_a_disk_that_is_there_has_its_size(tree: PciTree) -> None:
     tree.block_device("8:16", "sdb", size_bytes=3 * GIB)
     assert look(tree, DISK) == DeviceHealth(HostState.PRESENT, size_bytes=3 * GIB)
+
+
+@pytest.mark.parametrize("record", [DISK, IMAGE, GROUP, SHARE], ids=lambda r: r.host_path)
+def test_what_the_journal_does_not_identify_is_reported_and_what_is_gone_is_gone(
+    tree: PciTree, record: DeviceRecord
+) -> None:
+    tree.file("/sys/dev/block/uevent")  # a host with sysfs
+    snapshot = HostSnapshot(tree.root, [vm_record()])
+    found = snapshot.of(record)
+    assert found
+    assert found.state in {HostState.GONE, HostState.DELETED}
+    tree.block_device("8:16", "sdb").file("/srv/a.img").file("/srv/work/file")
+    for bdf in BDFS:
+        tree.pci_function(bdf, driver="vfio-pci")
+    found = snapshot.of(record)
+    assert found
+    assert found.state is HostState.UNIDENTIFIED
+    assert f"vmplug does not know whether {record.host_path} is still" in (found.detail or "")
+    assert state(tree, record) is HostState.PRESENT
+    event = compare(None, found, taken_away=False)
+    assert event is EventKind.UNIDENTIFIED
+    (notice,) = device_notices(event, record, [hold_on(record)], before=None, now=found)
+    assert "vmplug detach" in notice.hint
 
 
 def test_a_disk_that_was_pulled_is_gone(tree: PciTree) -> None:
@@ -93,16 +137,16 @@ def test_a_file_in_the_place_of_the_one_that_the_vm_has_open_is_told(tmp_path: P
     vm = vm_record(pid=os.getpid(), started_at=read_start_time(os.getpid(), host))
     image = device_record(f"file:{path}", str(path))
     with path.open("rb"):
-        assert HostSnapshot(host, [vm]).of(image) == DeviceHealth(
+        assert HostSnapshot(host, [vm]).of(plugged(image, host)) == DeviceHealth(
             HostState.PRESENT, size_bytes=MIB
         )
         disk_image(tmp_path / "b.img", 1, "second").rename(path)
         found = HostSnapshot(host, [vm]).of(image)
         assert found == DeviceHealth(HostState.REPLACED, f"{path} is now another file")
         ended = replace(vm, started_at=1)
-        assert HostSnapshot(host, [ended]).of(image) == DeviceHealth(
-            HostState.PRESENT, size_bytes=MIB
-        )
+        found = HostSnapshot(host, [ended]).of(image)
+        assert found
+        assert found.state is HostState.UNIDENTIFIED
 
 
 def test_another_file_is_known_by_what_was_plugged_and_not_by_the_vms_files(
@@ -134,6 +178,7 @@ def test_another_disk_of_the_same_number_is_known_by_its_sequence(tree: PciTree)
 def test_a_qcow2_image_has_the_size_that_a_guest_sees(tmp_path: Path) -> None:
     path = qcow2_image(tmp_path / "a.qcow2", 8, "a")
     image = device_record(f"file:{path}", str(path), options={"format": "qcow2"})
+    image = plugged(image, HostRoot())
     found = HostSnapshot(HostRoot(), []).of(image)
     assert found == DeviceHealth(HostState.PRESENT, size_bytes=8 * MIB)
     raw = replace(image, options={})
@@ -201,7 +246,7 @@ def test_a_virtiofsd_of_vmplugs_own_is_told_by_its_mark() -> None:
         HostState.GONE, "the virtiofsd that shares /srv has ended"
     )
     running = HostSnapshot(HostRoot(), [], {shared.id: os.getpid()})
-    assert running.of(shared) == DeviceHealth(HostState.PRESENT)
+    assert running.of(plugged(shared, HostRoot())) == DeviceHealth(HostState.PRESENT)
 
 
 def test_a_character_device_is_there_or_gone(tree: PciTree) -> None:

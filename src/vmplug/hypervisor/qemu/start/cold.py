@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from vmplug.address import qemu_id
 from vmplug.drivers.place import Offer, Place
-from vmplug.drivers.plug import Plug, VFIODevices, VhostUserDevice
+from vmplug.drivers.plug import Aio, BlockDrive, Plug, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import START_DAEMON, Command, Step, UnplugFailure
 from vmplug.errors import StateError
 from vmplug.host.file_id import check_path, file_replaced, has_open
@@ -66,6 +66,7 @@ class ColdQemu:
         self._running: dict[str, VirtiofsdProcess] = {}
         self._nodes: dict[str, ExitStack] = {}
         self._files: dict[str, tuple[str, str]] = {}
+        self._drives: dict[str, tuple[BlockDrive, Place]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +127,17 @@ class ColdQemu:
         self._steps[plug.id] = plug_steps(plug, place, self.abilities)
         if file := opened_file(plug):
             self._files[plug.id] = file
+        if isinstance(plug, BlockDrive) and plug.aio is Aio.NATIVE and plug.aio_is_choice:
+            self._drives[plug.id] = plug, place
+
+    def use_threads(self) -> list[str]:
+        """Replace aio=native by threads wherever vmplug chose it; returns these files."""
+        for plug, place in self._drives.values():
+            plain = replace(plug, aio=Aio.THREADS)
+            self._steps[plug.id] = plug_steps(plain, place, self.abilities)
+        files = [plug.file for plug, _ in self._drives.values()]
+        self._drives.clear()
+        return files
 
     @property
     def _shares_iommufd(self) -> bool:
@@ -176,6 +188,7 @@ class ColdQemu:
     def request_unplug(self, device_id: str) -> None:
         """Remove it from the command line."""
         self._steps.pop(device_id, None)
+        self._drives.pop(device_id, None)
         self._files.pop(device_id, None)
         self._connections.pop(qemu_id(device_id, LINK), None)
         if opened := self._nodes.pop(device_id, None):

@@ -1,5 +1,6 @@
 """Start a QEMU with places to plug into, for users without a VM of their own."""
 
+import logging
 import os
 import re
 import socket
@@ -9,9 +10,11 @@ from contextlib import closing
 from vmplug.errors import ConnectError, DeviceError, HypervisorError, SpecError
 from vmplug.host.program import PROGRAM_UMASK, program_environment, run_program
 from vmplug.hypervisor.qemu.abilities import has_firmware
-from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.running import NO_AIO, Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.machine import BINARY, PACKAGE, Machine, VmSpec, command_line
+
+log = logging.getLogger(__name__)
 
 _SOCKET_PATH_MAX = 107
 """Longest path of a unix socket. Source: unix(7), sun_path."""
@@ -26,12 +29,25 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
 
     It runs in its directory and outlives this process. Raises HypervisorError with QEMU's own
     words when it does not start, NoSuchDevice when it opened another file than the one that was
-    checked. Then no process is left.
+    checked. Then no process is left. Where QEMU refuses only the aio=native that vmplug chose, as
+    the host has no AIO context left, it is started again with threads.
     """
+    try:
+        return _launch(cold, timeout_s)
+    except HypervisorError as error:
+        files = cold.use_threads() if NO_AIO in error.message else []
+        if not files:
+            raise
+        log.warning("%s: vmplug uses aio=threads: %s", ", ".join(files), error.message)
+    cold.qmp_socket.unlink()
+    return _launch(cold, timeout_s)
+
+
+def _launch(cold: ColdQemu, timeout_s: float) -> int:
     spec, directory = cold.spec, cold.directory
     log_path = directory / "qemu.log"
     path = str(cold.qmp_socket)
-    with _listening(path) as listener, open(log_path, "wb", opener=_private) as log:
+    with _listening(path) as listener, open(log_path, "wb", opener=_private) as output:
         arguments = [*command_line(spec, listener.fileno()), *_firmware(spec), *cold.arguments()]
         arguments += spec.extra
         stands_still = cold.opens_files and "-S" not in spec.extra
@@ -42,8 +58,8 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
                 arguments,
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 pass_fds=[listener.fileno(), *cold.descriptors()],
                 start_new_session=True,
                 env=program_environment(),

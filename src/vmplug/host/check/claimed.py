@@ -1,0 +1,53 @@
+"""Which VMs of vmplug have it already?"""
+
+from collections.abc import Iterator, Sequence
+
+from vmplug.host.finding import Access, Claim, Code, Finding, UsedBy
+from vmplug.host.kind import Identity, IdentityKind
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.vfio import find_vfio_owner
+from vmplug.host.root import HostRoot
+
+
+def without_shared(claims: Sequence[Claim], group: VfioGroup, root: HostRoot) -> Sequence[Claim]:
+    """A VM that has the physical function of a virtual one may share it: manager's vf_tokens."""
+    owners = {str(o.bdf) for f in group.functions if (o := find_vfio_owner(f, root))}
+    shared = {Identity.of_vfio(bdf) for bdf in owners - set(group.members)}
+    return [claim for claim in claims if claim.identity not in shared]
+
+
+def find_claimed(claims: Sequence[Claim], access: Access) -> Iterator[Finding]:
+    """The holds of VMs; readers may share, and so may writers if all have share-rw."""
+    for claim in claims:
+        readers = access.read_only and claim.read_only
+        sharers = access.share_rw and claim.share_rw
+        if not (readers or sharers):
+            yield _conflict(claim)
+
+
+def _conflict(claim: Claim) -> Finding:
+    device = _spoken(claim.identity)
+    sharing = "" if claim.identity.kind is IdentityKind.VFIO else _SHARING
+    return Finding(
+        Code.IN_USE_BY_VM,
+        f"{device} is already handed to VM {claim.vm!r}"
+        + (" for reading" if claim.read_only else ""),
+        f"detach it from VM {claim.vm!r} first (vmplug detach); {sharing}"
+        "if that VM is gone, run vmplug reconcile",
+        used_by=UsedBy(
+            on=str(claim.identity), who=f"VM {claim.vm!r}", how="the journal of vmplug"
+        ),
+    )
+
+
+_SHARING = (
+    "share it read-only; or set share-rw=on on both sides if its file system "
+    "supports several writers; "
+)
+
+
+def _spoken(identity: Identity) -> str:
+    """`block device 7:0`, or the path or name of anything else."""
+    if identity.devnum:
+        return f"{identity.kind} device {identity.devnum}"
+    return identity.path or identity.key
