@@ -99,10 +99,11 @@ def _at_path(name: str, root: HostRoot, store: "VhostUserStore | None") -> HostD
         return _numbered(DevType.BLOCK if is_block else DevType.CHAR, number, root, store)
     if kind in {stat.S_IFDIR, stat.S_IFSOCK}:
         return resolve(ShareInfo(tag=_ANY_TAG, source=path), root)
-    if path.startswith("/dev/"):  # a copy of a host may have an empty file there, or none
-        return _of_kernel(path.removeprefix("/dev/").replace("/", "!"), root, store)
-    if kind == stat.S_IFREG:
+    # A copy of a host may have an empty file for a node; the host may have files in /dev/shm.
+    if kind == stat.S_IFREG and (root.is_live or not path.startswith("/dev/")):
         return read_disk_file(path, root)
+    if path.startswith("/dev/"):
+        return _of_kernel(path.removeprefix("/dev/").replace("/", "!"), root, store)
     raise no_such(name)
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -124,3 +125,9 @@ def test_the_name_of_a_loop_devices_file_is_not_taken_for_the_file(
     assert (file.name, file.identity, file.size_bytes) == (str(image), None, None)
     assert "no name that vmplug can see leads to it" in file.unknown[0]
     assert (mounted.made_of, mounted.size_bytes) == ((), 1 << 20)
+
+
+def test_a_file_below_dev_is_a_file(show: Callable[[object], Thing]) -> None:
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        path = disk_image(Path(directory) / "a.img", 1, "x")
+        assert (show(path).kind, show(path).name) == (ThingKind.FILE, str(path))
