@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support.checking import READING, SHARING, WRITING, Counting, findings, want, want_file
 from tests.support.disks import loop_device
@@ -219,3 +220,24 @@ def test_a_process_that_this_user_may_not_look_into_may_have_it(tmp_path: Path) 
     )
     assert [(finding.code, finding.severity) for finding in found] == [(Code.UNKNOWN_USE, ERROR)]
     assert "open files of process 1 (permission denied)" in found[0].message
+
+
+@pytest.mark.root
+def test_a_process_that_even_root_may_not_look_into_does_not_count(tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    image.write_bytes(bytes(MIB))
+    root = HostRoot()
+    usage = read_usage(root)
+    vars(usage)["open_files"] = replace(usage.open_files, guarded=(1,))
+    device = resolve(want_file(str(image)), root)
+    assert check_device(device, WRITING, usage=usage, root=root) == []
+
+
+def test_a_copy_without_open_files_cannot_say_who_has_a_disk_open(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda")
+    (tree.path / "proc/1/fd").rmdir()
+    (finding,) = findings(tree)
+    assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, WARNING)
+    assert finding.message.endswith("open files of processes (no /proc/PID/fd)")
+    assert finding.used_by
+    assert finding.used_by.on == "/dev/sda"

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support.checking import WRITING, Counting, claim
 from tests.support.pci_tree import PciTree
@@ -312,6 +313,17 @@ def test_a_process_whose_files_cannot_be_read_may_have_the_group(tree: PciTree) 
         "denied)"
     )
     assert not list(check_openers(group, read_usage(tree.root), tree.root))
+
+
+@pytest.mark.root
+def test_a_process_that_even_root_may_not_look_into_counts_for_a_function(tree: PciTree) -> None:
+    group = find_vfio_device(GPU, bound(tree).node("/dev/vfio/26", "c", "243:26").root)
+    running = Running(tree.path)
+    usage = read_usage(running)
+    vars(usage)["open_files"] = replace(usage.open_files, guarded=(7,))
+    (finding,) = gather_unknown(check_openers(group, usage, running), GPU, running)
+    assert finding.severity is Severity.ERROR
+    assert "open files of process 7 (permission denied)" in finding.message
 
 
 @pytest.mark.root
