@@ -8,7 +8,7 @@ import re
 import select
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from vmplug.devnum import is_decimal
@@ -31,6 +31,39 @@ def is_running(pid: int, started_at: int | None, root: HostRoot) -> bool:
     """Whether the process exists and, if that is known, began at that time."""
     now = read_start_time(pid, root)
     return now is not None and started_at in {None, now}
+
+
+def find_guest_process(threads: Collection[int], peer: int | None, root: HostRoot) -> int | None:
+    """The process that runs a guest's CPUs in `threads`, numbered as QEMU itself sees them.
+
+    It is the `peer` that answers on the socket, or a QEMU of our PID namespace that a proxy at the
+    socket speaks for. None when neither has all of them. Source: proc_pid_status(5), NSpid.
+    """
+    if not threads:
+        return None
+    if peer and set(threads) <= _threads_of(peer, root).keys():
+        return peer
+    status = root.read_text(f"/proc/{next(iter(threads))}/status") or ""
+    group = re.search(r"^Tgid:\s*([0-9]+)$", status, re.MULTILINE)
+    pid = int(group[1]) if group else 0
+    # A process of another namespace may have given its threads the same numbers.
+    if not {number: number for number in threads}.items() <= _threads_of(pid, root).items():
+        return None
+    try:
+        program = root.read_link(f"/proc/{pid}/exe") or ""
+    except AttributeReadError:  # another user's
+        return None
+    return pid if os.path.basename(program).startswith("qemu") else None
+
+
+def _threads_of(pid: int, root: HostRoot) -> dict[int, int]:
+    """The threads of a process: their numbers here by those in its own PID namespace."""
+    found = dict[int, int]()
+    for name in root.list_dir(f"/proc/{pid}/task"):
+        status = root.read_text(f"/proc/{pid}/task/{name}/status") or ""
+        if numbers := re.search(r"^NSpid:.*?([0-9]+)$", status, re.MULTILINE):
+            found[int(numbers[1])] = int(name)
+    return found
 
 
 def find_marked(variable: str) -> dict[int, str]:

@@ -13,7 +13,7 @@ from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
 from vmplug.drivers.ports import Endpoint
 from vmplug.host.finding import Claim
 from vmplug.host.kind import DeviceType, Identity
-from vmplug.host.process import is_running, read_start_time
+from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
 from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.state import State
@@ -251,13 +251,12 @@ def has_ended(vm: VmRecord, host: HostRoot) -> bool:
     return bool(vm.pid) and not is_running(vm.pid or 0, vm.started_at, host)
 
 
-def record_vm(name: str, endpoint: Endpoint, host: HostRoot) -> VmRecord:
-    """A VM that another program started, in its current state."""
-    started_at = read_start_time(endpoint.pid, host) if endpoint.pid else None
+def record_vm(name: str, endpoint: Endpoint) -> VmRecord:
+    """A VM that another program started."""
     return VmRecord(
         name=name,
         qmp_socket=endpoint.qmp_socket,
         pid=endpoint.pid,
-        started_at=started_at,
+        started_at=endpoint.started_at,
         is_ours=False,
     )

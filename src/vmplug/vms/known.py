@@ -23,26 +23,22 @@ def check_name(name: str) -> None:
 
 
 def is_gone(record: VmRecord, host: HostRoot) -> bool:
-    """Whether the VM has surely ended: nobody listens on its QMP socket, or the host has booted.
+    """Whether the VM has surely ended: its process has, or the host has booted since.
 
-    A missing socket file proves nothing while the process that made it runs.
+    A socket that refuses proves nothing while the process runs: it may be that of a proxy. Only
+    where the process was never known does the socket decide; a missing file proves nothing.
     """
     if record.is_of_earlier_boot:
         return True
-    listening = is_listening(record.qmp_socket)
-    if listening is not None:
-        return not listening
+    if record.pid is None:
+        return is_listening(record.qmp_socket) is False
     return has_ended(record, host)
 
 
 def find_ended(journal: Journal, names: Iterable[str]) -> list[str]:
     """Return those of the named VMs that seem to have ended. No VM is asked."""
     wanted = set(names)
-    return [
-        vm.name
-        for vm in journal.vms()
-        if vm.name in wanted and (is_gone(vm, journal.host) or has_ended(vm, journal.host))
-    ]
+    return [vm.name for vm in journal.vms() if vm.name in wanted and is_gone(vm, journal.host)]
 
 
 def forget_vm(journal: Journal, record: VmRecord) -> None:

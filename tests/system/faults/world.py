@@ -150,7 +150,7 @@ class World:
         self._add_to_vm()
         with Journal.open(self.state_dir) as journal:
             here = Endpoint(str(self.conductor.path), os.getpid())
-            journal.add_vm(record_vm(VM, here, HostRoot()))
+            journal.add_vm(record_vm(VM, here))
             journal.add_vm(
                 VmRecord(name=OTHER_VM, qmp_socket="/x", pid=None, started_at=None, is_ours=False)
             )
