@@ -99,10 +99,22 @@ def read_memlock_limit(pid: int, root: HostRoot) -> int | None:
     return int(soft[1]) if soft else None
 
 
-def wait_for_end(pid: int, timeout_s: float) -> bool:
-    """Whether the process ends within `timeout_s`. Source: pidfd_open(2)."""
+def wait_for_end(pid: int, timeout_s: float, *, started_at: int | None = None) -> bool:
+    """Whether the process (that began then) ends in time. Source: pidfd_open(2)."""
     with _opened(pid) as descriptor:
-        return descriptor is None or _has_ended(descriptor, timeout_s)
+        is_there = descriptor is not None and is_running(pid, started_at, THIS_HOST)
+        return descriptor is None or not is_there or _has_ended(descriptor, timeout_s)
+
+
+def end_process(pid: int, started_at: int | None, grace_s: float) -> bool:
+    """Whether the process that began then has ended: killed `grace_s` after SIGTERM.
+
+    A process that is stopped takes SIGKILL, and no other signal.
+    """
+    with _opened(pid) as descriptor:
+        if descriptor is None or not is_running(pid, started_at, THIS_HOST):
+            return True
+        return not _end([descriptor], grace_s)
 
 
 _KILL_TIMEOUT_S = 2.0
@@ -116,17 +128,22 @@ def end_processes(pids: Iterable[int], grace_s: float) -> None:
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(_opened(pid)) for pid in pids]
-        running = [descriptor for descriptor in opened if descriptor is not None]
-        for ending, timeout_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_TIMEOUT_S)):
-            for descriptor in running:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(descriptor, ending)
-            deadline = time.monotonic() + timeout_s
-            running = [
-                descriptor
-                for descriptor in running
-                if not _has_ended(descriptor, max(0, deadline - time.monotonic()))
-            ]
+        _end([descriptor for descriptor in opened if descriptor is not None], grace_s)
+
+
+def _end(running: list[int], grace_s: float) -> list[int]:
+    """End the processes of these descriptors; returns those that do not end."""
+    for ending, timeout_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_TIMEOUT_S)):
+        for descriptor in running:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, ending)
+        deadline = time.monotonic() + timeout_s
+        running = [
+            descriptor
+            for descriptor in running
+            if not _has_ended(descriptor, max(0, deadline - time.monotonic()))
+        ]
+    return running
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from vmplug.errors import StoreError
 from vmplug.host.permissions import check_private, make_private
 from vmplug.journal import StateDir, journal_path
 
-VERSION = 5
+VERSION = 6
 """The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -27,7 +27,8 @@ CREATE TABLE vm (
     pid INTEGER,
     started_at INTEGER,
     is_ours INTEGER NOT NULL,
-    boot_id TEXT
+    boot_id TEXT,
+    worker TEXT
 ) STRICT;
 CREATE TABLE device (
     id TEXT PRIMARY KEY,
@@ -88,6 +89,9 @@ ALTER TABLE device ADD COLUMN parts TEXT;
 """,
     4: """
 ALTER TABLE device ADD COLUMN thing TEXT;
+""",
+    5: """
+ALTER TABLE vm ADD COLUMN worker TEXT;
 """,
 }
 """The statements that turn a journal of that version into one of the next."""

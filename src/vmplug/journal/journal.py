@@ -139,8 +139,9 @@ class Journal:
             self._insert_vm(db, vm)
 
     def _insert_vm(self, db: sqlite3.Connection, vm: VmRecord) -> None:
-        row = (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours, self._boot_id)
-        db.execute("INSERT INTO vm VALUES (?, ?, ?, ?, ?, ?)", row)
+        worker = str(vm.starting_by) if vm.starting_by else None
+        row = (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours, self._boot_id, worker)
+        db.execute("INSERT INTO vm VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def set_process(self, name: str, pid: int, started_at: int | None) -> None:
         """Record the process of a known VM."""
@@ -148,6 +149,11 @@ class Journal:
             db.execute(
                 "UPDATE vm SET pid = ?, started_at = ? WHERE name = ?", (pid, started_at, name)
             )
+
+    def finish_start(self, name: str) -> None:
+        """Record that a VM runs, which this process has started."""
+        with Transaction(self._db, self._lock, self.path) as db:
+            db.execute("UPDATE vm SET worker = NULL WHERE name = ?", (name,))
 
     def forget_vm(self, name: str) -> None:
         """Forget a VM and every device it held."""

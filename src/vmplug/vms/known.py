@@ -5,12 +5,17 @@ import re
 import shutil
 from collections.abc import Iterable
 
-from vmplug.errors import SpecError
+from vmplug.errors import HypervisorError, SpecError, StateError
+from vmplug.host.kind import DeviceType
+from vmplug.host.process import end_process
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.listening import is_listening
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.journal.journal import Journal
-from vmplug.journal.records import VmRecord, has_ended
+from vmplug.journal.records import DeviceRecord, VmRecord, has_ended
 
+_GRACE_S = 2.0
+"""For QEMU to close its files after SIGTERM."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
 
@@ -30,9 +35,57 @@ def is_gone(record: VmRecord, host: HostRoot) -> bool:
     """
     if record.is_of_earlier_boot:
         return True
+    if record.starting_by and record.pid is None:  # QEMU does not run before its pid is recorded
+        return not is_starting(record, host)
     if record.pid is None:
         return is_listening(record.qmp_socket) is False
     return has_ended(record, host)
+
+
+def is_starting(record: VmRecord, host: HostRoot) -> bool:
+    """Whether a running process is starting it."""
+    return record.starting_by is not None and record.starting_by.is_alive(host)
+
+
+def require_started(record: VmRecord, host: HostRoot) -> None:
+    """StateError while a VM is being started, or when its start was interrupted."""
+    if record.starting_by is None:
+        return
+    is_alive = is_starting(record, host)
+    told = f"process {record.starting_by.pid} is starting it" if is_alive else "interrupted start"
+    raise StateError(
+        f"VM {record.name} does not run yet: {told}",
+        state="starting" if is_alive else "interrupted",
+        required="started",
+        hint="try again when that process has finished"
+        if is_alive
+        else "vmplug reconcile removes what it left; then start the VM again",
+    )
+
+
+def end_vm(record: VmRecord) -> None:
+    """End the process of a VM that vmplug started. HypervisorError when it does not end."""
+    if record.pid and not end_process(record.pid, record.started_at, _GRACE_S):
+        raise HypervisorError(
+            f"process {record.pid} of VM {record.name} does not end, even when killed",
+            hint=f"a device or a file system holds it up: cat /proc/{record.pid}/stack",
+        )
+
+
+def abandon_start(journal: Journal, record: VmRecord) -> None:
+    """End the QEMU of a start that was interrupted, if it runs already, and forget the VM."""
+    end_vm(record)
+    release_vm(journal, record)
+
+
+def release_vm(journal: Journal, record: VmRecord) -> list[DeviceRecord]:
+    """Forget a VM that has ended, with the devices that it held, and return those."""
+    held = journal.devices(record.name)
+    shares = [device.id for device in held if device.kind is DeviceType.VHOST_USER_FS]
+    if shares:
+        HostVirtiofsdRunner(record.qmp_socket).end(shares)
+    forget_vm(journal, record)
+    return held
 
 
 def find_ended(journal: Journal, names: Iterable[str]) -> list[str]:
@@ -42,10 +95,13 @@ def find_ended(journal: Journal, names: Iterable[str]) -> list[str]:
 
 
 def forget_vm(journal: Journal, record: VmRecord) -> None:
-    """Forget a VM that has ended, or that vmplug no longer serves, and remove vmplug's files."""
-    journal.forget_vm(record.name)
+    """Forget a VM that has ended, or that vmplug no longer serves, and remove vmplug's files.
+
+    The files first: without its row in the journal nothing leads to them after a crash.
+    """
     if record.is_ours:
         shutil.rmtree(os.path.dirname(record.qmp_socket), ignore_errors=True)
+    journal.forget_vm(record.name)
 
 
 def forget_ended(journal: Journal, name: str) -> None:

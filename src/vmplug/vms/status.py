@@ -10,7 +10,7 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-from vmplug.vms.known import is_gone
+from vmplug.vms.known import is_gone, is_starting
 
 LIST_TIMEOUT_S = 2.0
 
@@ -18,10 +18,10 @@ LIST_TIMEOUT_S = 2.0
 class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A VM of the journal as it is now.
 
-    `state` is QEMU's run state, `gone` when the VM has ended, `unreachable` when its QMP socket
-    takes no client, or `busy` when another client holds the socket or QEMU hangs. `pid` is QEMU's
-    process, None where it is unknown. The offer (`machine` to `shared_memory`) is None unless the
-    VM answered.
+    `state` is QEMU's run state; `starting` while a process starts it, `interrupted` when that has
+    died; `gone` when the VM has ended; `unreachable` when its QMP socket takes no client, `busy`
+    when another client holds the socket or QEMU hangs. `pid` is QEMU's process, None where it is
+    unknown. The offer (`machine` to `shared_memory`) is None unless the VM answered.
     """
 
     name: str
@@ -47,7 +47,9 @@ def list_vms(
 
 def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStatus:
     state, offer = "gone", None
-    if not is_gone(record, journal.host):
+    if record.starting_by:
+        state = "starting" if is_starting(record, journal.host) else "interrupted"
+    elif not is_gone(record, journal.host):
         state = "busy" if is_listening(record.qmp_socket) else "unreachable"
         with (
             suppress(HypervisorError),

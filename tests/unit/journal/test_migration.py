@@ -157,6 +157,10 @@ ALTER TABLE device ADD COLUMN worker TEXT;
 ALTER TABLE device ADD COLUMN parts TEXT;
 PRAGMA user_version = 4;
 """
+VERSION_5 = """
+ALTER TABLE device ADD COLUMN thing TEXT;
+PRAGMA user_version = 5;
+"""
 """What later vmplugs made of a journal of version 1; the third wrote down what it had bound."""
 
 
@@ -164,7 +168,7 @@ def write_version(version: int, state_dir: Path) -> Path:
     """A journal as the vmplug of that version left it."""
     path = write_version_1(state_dir)
     with closing(sqlite3.connect(path)) as db:
-        for script in (VERSION_2, VERSION_3, VERSION_4)[: version - 1]:
+        for script in (VERSION_2, VERSION_3, VERSION_4, VERSION_5)[: version - 1]:
             db.executescript(script)
     return path
 
@@ -188,7 +192,7 @@ def tables_of(path: Path) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 def test_migration_keeps_every_row_of_an_older_journal(tmp_path: Path, version: int) -> None:
     path = write_version(version, tmp_path)
     with Journal.open(tmp_path) as store:
