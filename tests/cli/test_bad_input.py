@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -599,6 +599,29 @@ def test_one_vm_that_is_gone_keeps_no_other_from_detaching(vmplug: Vmplug, tmp_p
         assert [hold["vm"] for hold in vmplug("list", "--json").json()["attachments"]] == ["gone"]
         assert told.status == HYPERVISOR
         assert str(sockets["gone"]) in told.stderr
+
+
+def test_each_vm_has_its_turn_whatever_stops_others_and_each_error_is_told(
+    vmplug: Vmplug, tmp_path: Path
+) -> None:
+    names = ("a-plugging", "b-gone", "c-there")
+    sockets = {name: vmplug.state_dir.with_name(f"{name}.sock") for name in names}
+    with ExitStack() as stack:
+        vms = {name: stack.enter_context(MemoryVm(path)) for name, path in sockets.items()}
+        nothing = vms["c-there"].names()
+        for name, socket in sockets.items():
+            vmplug("vm", "adopt", name, "--qmp", socket).answer()
+            attach(vmplug, disk_image(tmp_path / name, 1, name), name, "ctr1")
+        with closing(sqlite3.connect(vmplug.state_dir / "journal.db")) as db, db:
+            db.execute("UPDATE device SET state = 'plugging' WHERE vm = 'a-plugging'")
+        vms["b-gone"].end()
+        told = vmplug("detach", "--owner", "ctr1")
+        assert vms["c-there"].names() == nothing
+        first, *others = [line for line in told.stderr.splitlines() if line[:5] != "hint:"]
+        assert (told.status, first) == (STATE, f"vmplug: {tmp_path / 'a-plugging'} is plugging")
+        assert [line[:19] for line in others] == ["vmplug: VM b-gone: "]
+        assert vmplug("reconcile").status == 0
+        assert vmplug("list").answer() == "nothing is attached\n"
 
 
 # on real QEMU, with real disks

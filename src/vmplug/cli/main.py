@@ -128,6 +128,8 @@ def _report(error: Exception, words: Sequence[str]) -> int:
     match error:
         case DeviceError():
             _print_error(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
+            for note in () if wants_json else getattr(error, "__notes__", ()):
+                click.echo(f"vmplug: {one_line(note)}", err=True)
             return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
         case click.exceptions.NoArgsIsHelpError():
             click.echo(error.format_message(), err=True)

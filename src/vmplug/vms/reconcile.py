@@ -2,7 +2,7 @@
 
 import msgspec
 
-from vmplug.errors import DeviceError, HypervisorError
+from vmplug.errors import DeviceError
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, VmRecord
 from vmplug.journal.salvage import Salvage, check_journal
@@ -69,7 +69,7 @@ def reconcile_host(
         for record in [journal.require_vm(vm)] if vm else journal.vms():
             try:
                 done = _repair(record, journal, timeout_s, salvage, setup)
-            except HypervisorError as error:  # one VM that does not answer stops no other
+            except DeviceError as error:  # what stops one VM stops no other
                 failures.append(RepairFailure(vm=record.name, error=error))
             else:
                 repairs += [VmRepair(vm=record.name, repair=repair) for repair in done]
