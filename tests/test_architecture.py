@@ -54,6 +54,7 @@ CATCHES_OSERROR = {
     "hypervisor/qemu/start/launch.py",
     "hypervisor/qmp/client.py",
     "journal/database.py",
+    "journal/lock.py",
     "manager/kata/saved_state.py",
     "policy/file.py",
     "host/permissions.py",

@@ -6,7 +6,6 @@ restored. A binding does not outlive the host's boot, so neither does the row.
 
 import os
 import sqlite3
-import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from enum import StrEnum
@@ -16,6 +15,7 @@ import msgspec
 from vmplug.address import Bdf
 from vmplug.host.pci.bind import FormerBinding
 from vmplug.journal.database import Transaction, alone, store_error
+from vmplug.journal.lock import JournalLock
 
 LOCK_TIMEOUT_S = 120.0
 """The others wait for a function that is slow to unbind."""
@@ -50,7 +50,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True):
 class Bindings:
     """The table `binding` of an open journal; every method is one transaction."""
 
-    def __init__(self, db: sqlite3.Connection, lock: threading.RLock, path: str) -> None:
+    def __init__(self, db: sqlite3.Connection, lock: JournalLock, path: str) -> None:
         self._db = db
         self._lock = lock
         self._path = path

@@ -14,6 +14,7 @@ from vmplug.address import new_id
 from vmplug.errors import StoreError
 from vmplug.host.permissions import check_private, make_private
 from vmplug.journal import StateDir, journal_path
+from vmplug.journal.lock import JournalLock
 
 VERSION = 6
 """The version of the tables, kept in `user_version`."""
@@ -114,8 +115,8 @@ def migrate(connection: sqlite3.Connection, path: str) -> int:
                 db.execute(f"PRAGMA user_version = {version + 1}")
 
 
-def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, str]:
-    """A connection to the journal below `state_dir`, created if absent, and its path.
+def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, JournalLock, str]:
+    """A connection to the journal below `state_dir`, created if absent, its lock and its path.
 
     Raises StoreError when it cannot be opened or created.
     """
@@ -125,7 +126,8 @@ def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, str]:
         check_private(state_dir, path)
         if not os.path.exists(path):
             _create(path)
-        return connect(path), path
+        opened = os.stat(path)
+        return connect(path), JournalLock(path, opened), path
     except (OSError, sqlite3.Error) as error:
         raise store_error(path, error) from error
 
@@ -186,7 +188,9 @@ class Transaction:
 
     __slots__ = ("_db", "_lock", "_path")
 
-    def __init__(self, db: sqlite3.Connection, lock: threading.RLock, path: str) -> None:
+    def __init__(
+        self, db: sqlite3.Connection, lock: "threading.RLock | JournalLock", path: str
+    ) -> None:
         self._db = db
         self._lock = lock
         self._path = path

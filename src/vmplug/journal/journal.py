@@ -4,7 +4,6 @@ Everything that is allocated is written here first.
 """
 
 import sqlite3
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +18,7 @@ from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.bindings import Bindings
 from vmplug.journal.database import Transaction, check_version, migrate, open_database, store_error
+from vmplug.journal.lock import JournalLock
 from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.records import (
     Attachment,
@@ -65,9 +65,11 @@ class Journal:
     those of `host`; a device that this process has in progress says `in_progress_by`.
     """
 
-    def __init__(self, connection: sqlite3.Connection, path: str, host: HostRoot) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, lock: JournalLock, path: str, host: HostRoot
+    ) -> None:
         self._db = connection
-        self._lock = threading.RLock()
+        self._lock = lock
         self.path = path
         self.host = host
         self.worker = ProcessIdentity.own(host)
@@ -81,10 +83,10 @@ class Journal:
         host: HostRoot = THIS_HOST,
     ) -> Self:
         """The journal below `state_dir`, created if absent."""
-        connection, path = open_database(state_dir)
-        journal = cls(connection, path, host)
+        connection, lock, path = open_database(state_dir)
+        journal = cls(connection, lock, path, host)
         try:
-            with journal._errors():
+            with lock, journal._errors():
                 version = migrate(connection, path)
             check_version(version, path)
         except BaseException:
@@ -95,6 +97,7 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self
