@@ -24,6 +24,8 @@ from vmplug.vms.status import list_vms
 
 pytestmark = pytest.mark.qemu
 
+BOOT_S = 60.0
+
 
 class Vms:
     """VMs that take turns behind one socket; the tests made the sockets and passed them on."""
@@ -132,3 +134,19 @@ def test_a_proxy_that_starts_again_takes_nothing_from_its_vm(vms: Vms, tmp_path:
             assert [hold.id for hold in devices.attachments()] == [held.id]
     vms.first.kill()
     assert [vm.state for vm in list_vms(setup=setup)] == ["gone"]
+
+
+def test_a_detach_that_a_booting_guest_loses_is_asked_for_again(tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    with (
+        start_vm(tmp_path, devices=root_ports(1)) as vm,
+        DeviceManager.open(
+            vm="sb1",
+            host=HostRoot(),
+            hypervisor=Qemu.connect(str(vm.qmp_path)),
+            state_dir=tmp_path / "state",
+        ) as devices,
+    ):
+        held = devices.attach(request(image))
+        devices.detach(held.id, timeout_s=BOOT_S)
+        assert devices.attachments() == []

@@ -258,14 +258,23 @@ class Qemu:
     ) -> dict[str, UnplugFailure]:
         """Wait for the guest, then remove what is left of the devices.
 
-        Returns the reason for each device that is still there. Others can use the QMP socket
-        meanwhile.
+        A guest that boots loses a request, so it is repeated. Returns the reason for each device
+        that is still there. Others can use the QMP socket meanwhile.
         """
         wanted = set(device_ids)
-        names = self._unplug_waiter.wait(wanted, partial(self._present, wanted), timeout_s)
+        look = partial(self._present, wanted)
+        names = self._unplug_waiter.wait(wanted, look, self._ask_again, timeout_s)
         left = {self._owner(name) or "": why for name, why in names.items()}
         self._remove_remains(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), UnplugFailure.LOST)
+
+    def _ask_again(self, names: Iterable[str]) -> None:
+        """Repeat requests that may be lost. QEMU refuses those that are in progress."""
+        for name in names:
+            try:
+                self._monitor.execute(Command("device_del", {"id": name}))
+            except CommandError as error:
+                log.debug("device_del %s: %s", name, error.desc)
 
     def close_files(self, device_ids: Iterable[str]) -> None:
         """Close files that an interrupted attach passed to QEMU and that it does not use yet."""
