@@ -50,6 +50,7 @@ CATCHES_OSERROR = {
     "host/record/write.py",
     "host/record/read.py",
     "host/root.py",
+    "hypervisor/listening.py",
     "hypervisor/virtiofsd.py",
     "hypervisor/qemu/start/launch.py",
     "hypervisor/qmp/client.py",

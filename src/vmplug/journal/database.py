@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
 from vmplug.address import new_id
-from vmplug.errors import StoreError
+from vmplug.errors import SpecError, StoreError
 from vmplug.host.permissions import check_private, make_private
 from vmplug.journal import StateDir, journal_path
 from vmplug.journal.lock import JournalLock
@@ -219,6 +219,8 @@ class Transaction:
                 with suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
             self._lock.release()
+        if isinstance(error, UnicodeEncodeError):
+            raise not_text(error) from error
         if isinstance(error, sqlite3.Error):
             raise store_error(self._path, error) from error
 
@@ -273,6 +275,12 @@ def store_error(path: str, error: Exception) -> StoreError:
     elif means_damage(error):
         return damaged(path, why)
     return StoreError(path, f"cannot use the journal {path}: {why}", hint=hint)
+
+
+def not_text(error: UnicodeEncodeError) -> SpecError:
+    """The error for a name that the journal cannot hold; nothing is damaged."""
+    name = os.fsencode(error.object).decode(errors="backslashreplace")
+    return SpecError(name, "it is not UTF-8, and vmplug keeps names as text")
 
 
 def damaged(path: str, why: str) -> StoreError:

@@ -17,7 +17,14 @@ from vmplug.host.kind import Identity
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.bindings import Bindings
-from vmplug.journal.database import Transaction, check_version, migrate, open_database, store_error
+from vmplug.journal.database import (
+    Transaction,
+    check_version,
+    migrate,
+    not_text,
+    open_database,
+    store_error,
+)
 from vmplug.journal.lock import JournalLock
 from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.records import (
@@ -109,6 +116,8 @@ class Journal:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except UnicodeEncodeError as error:
+            raise not_text(error) from error
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise store_error(self.path, error) from error
 
