@@ -33,7 +33,8 @@ from vmplug.manager.binding.binder import give_back_unused
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
 from vmplug.vms.connect import open_manager
-from vmplug.vms.known import abandon_start, check_name, forget_ended
+from vmplug.vms.known import check_name, forget_ended
+from vmplug.vms.release import abandon_start
 
 __all__ = ("MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "start_vm")
 
