@@ -577,10 +577,10 @@ def test_a_start_that_was_killed_takes_its_daemon_along(small: Small) -> None:
     qemu = int(ready.read_text())
     sharers = sharers_of(small.directory)
     assert sharers
-    starting.kill()
-    assert ended(starting).status == -signal.SIGKILL
-    (repair, *_) = small.vmplug("reconcile", "--json").json()["repairs"]
     with ending({qemu, *sharers}):
+        starting.kill()
+        assert ended(starting).status == -signal.SIGKILL
+        (repair, *_) = small.vmplug("reconcile", "--json").json()["repairs"]
         assert repair["reason"] == "the start of its VM was interrupted"
     small.assert_nothing()
 
