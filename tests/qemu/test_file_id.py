@@ -189,7 +189,7 @@ def test_a_vm_that_opened_another_file_at_its_start_never_runs(kind: str, tmp_pa
     with cold(tmp_path, request) as qemu:
         Swap(path, other).away()
         with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"):
-            launch(qemu, timeout_s=20)
+            launch(qemu, lambda _: None, timeout_s=20)
         assert not processes_of(qemu.directory)
 
 
@@ -197,7 +197,7 @@ def test_a_vm_that_opened_another_file_at_its_start_never_runs(kind: str, tmp_pa
 def test_a_vm_that_opened_the_right_files_runs(kind: str, tmp_path: Path) -> None:
     request, *_ = (KINDS | COLD_KINDS)[kind](tmp_path)
     with cold(tmp_path, request) as started:
-        launch(started, timeout_s=20)
+        launch(started, lambda _: None, timeout_s=20)
         with closing(Qemu.connect(str(started.qmp_socket))) as qemu:
             assert qemu.status() == "running"
             qemu.quit()

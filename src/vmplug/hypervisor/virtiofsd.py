@@ -121,7 +121,14 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """See VirtiofsdRunner. It outlives this process, and is not its child."""
-        words = tempfile.TemporaryFile()  # noqa: SIM115  VirtiofsdProcess closes it
+        try:
+            words = tempfile.TemporaryFile()  # noqa: SIM115  VirtiofsdProcess closes it
+        except OSError as error:
+            raise BackendError(
+                daemon.program,
+                f"{daemon.program} cannot be started on {daemon.directory}: {error.strerror}",
+                hint="virtiofsd needs a temporary directory: set TMPDIR to one",
+            ) from error
         with _nameless_listener() as (listener, connection):
             started = VirtiofsdProcess(connection, words)
             try:

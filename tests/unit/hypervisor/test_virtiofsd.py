@@ -453,3 +453,12 @@ def test_the_mount_of_a_real_virtiofsd_takes_writes_unless_only_a_mount_refuses_
             is_mounted_so = read_only and "--readonly" not in made.options
             assert bool(os.statvfs(path).f_flag & os.ST_RDONLY) is is_mounted_so
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_without_a_temporary_directory_there_is_no_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(BackendError, match="No such file or directory") as caught:
+        HostVirtiofsdRunner("here").start(daemon(tmp_path), ID)
+    assert "TMPDIR" in (caught.value.hint or "")

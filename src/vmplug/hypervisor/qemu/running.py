@@ -23,7 +23,7 @@ from vmplug.errors import (
 )
 from vmplug.host.file_id import check_path, file_replaced, has_open, has_thread, pinned
 from vmplug.host.pci.vfio import open_nodes
-from vmplug.host.process import is_running
+from vmplug.host.process import find_guest_process, is_running, read_start_time
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import Abilities, QueriedAbilities
 from vmplug.hypervisor.qemu.iommufd import make_iommufd, missing_steps
@@ -96,18 +96,21 @@ class Qemu:
         monitor = QmpMonitor.connect(
             socket, timeout_s=timeout_s, command_timeout_s=command_timeout_s
         )
-        return cls(monitor, Endpoint(os.path.realpath(socket), monitor.peer_pid))
+        return cls(monitor, Endpoint(os.path.realpath(socket), None))
 
     @property
     def endpoint(self) -> Endpoint | None:
-        """The socket of this VM, and QEMU's process, or the one that now serves the socket.
+        """The socket of this VM, and QEMU's process, or that of the QEMU that now has the socket.
 
         vmplug connects again to the process that answers on the socket.
         """
         known = self._endpoint
-        if known and not (known.pid and is_running(known.pid, None, THIS_HOST)):
-            self.status()
-            self._endpoint = replace(known, pid=self._monitor.peer_pid)
+        if known and not (known.pid and is_running(known.pid, known.started_at, THIS_HOST)):
+            cpus = self._monitor.execute(Command("query-cpus-fast", {}))
+            threads = {cpu["thread-id"] for cpu in cpus if "thread-id" in cpu}
+            pid = find_guest_process(threads, self._monitor.peer_pid, THIS_HOST)
+            started_at = read_start_time(pid, THIS_HOST) if pid else None
+            self._endpoint = replace(known, pid=pid, started_at=started_at)
         return self._endpoint
 
     @property
@@ -210,7 +213,7 @@ class Qemu:
     def _do(self, steps: Sequence[Step], file: tuple[str, str] | None = None) -> None:
         """All or none; `file` is verified before the last step, which shows it to the guest."""
         done: list[Step] = []
-        process = self._endpoint if file else None
+        process = self.endpoint if file else None
         try:
             if file and process:
                 with pinned(*file):
@@ -260,14 +263,23 @@ class Qemu:
     ) -> dict[str, UnplugFailure]:
         """Wait for the guest, then remove what is left of the devices.
 
-        Returns the reason for each device that is still there. Others can use the QMP socket
-        meanwhile.
+        A guest that boots loses a request, so it is repeated. Returns the reason for each device
+        that is still there. Others can use the QMP socket meanwhile.
         """
         wanted = set(device_ids)
-        names = self._unplug_waiter.wait(wanted, partial(self._present, wanted), timeout_s)
+        look = partial(self._present, wanted)
+        names = self._unplug_waiter.wait(wanted, look, self._ask_again, timeout_s)
         left = {self._owner(name) or "": why for name, why in names.items()}
         self._remove_remains(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), UnplugFailure.LOST)
+
+    def _ask_again(self, names: Iterable[str]) -> None:
+        """Repeat requests that may be lost. QEMU refuses those that are in progress."""
+        for name in names:
+            try:
+                self._monitor.execute(Command("device_del", {"id": name}))
+            except CommandError as error:
+                log.debug("device_del %s: %s", name, error.desc)
 
     def close_files(self, device_ids: Iterable[str]) -> None:
         """Close files that an interrupted attach passed to QEMU and that it does not use yet."""
