@@ -57,7 +57,7 @@ def launch(cold: ColdQemu, *, timeout_s: float) -> int:
             ) from None
     try:
         with closing(Qemu.connect(path, timeout_s=timeout_s)) as qemu:
-            cold.check_opened(process.pid)
+            cold.check_opened(process.pid, qemu)
             if stands_still:
                 qemu.resume()
     except DeviceError as error:
