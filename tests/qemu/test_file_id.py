@@ -27,6 +27,7 @@ from vmplug.host.file_id import file_id
 from vmplug.host.finding import Code
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
+from vmplug.host.vhost_user.virtiofsd import find_virtiofsd
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.launch import launch
@@ -436,7 +437,7 @@ def test_whoever_writes_an_image_never_shows_the_guest_another_file(
     assert not files_of(any_vm)[evil]
 
 
-RACE_S, ENOUGH = 8.0, 3
+RACE_S, ENOUGH, MANY = 8.0, 3, 20
 
 
 def test_a_vm_whose_image_got_a_data_file_at_its_start_never_runs(tmp_path: Path) -> None:
@@ -498,3 +499,63 @@ def test_a_backing_file_that_is_replaced_before_vmplug_opens_it_is_refused(
         devices.attach(qcow2_disk(top), allow=[Code.HAS_BACKING_FILE])
     assert not files_of(running_vm)[file_id(top.stat())]
     assert not left_in_sets(running_vm)
+
+
+RENAMING = """
+import os, sys
+path, other = sys.argv[1:]
+while True:
+    os.rename(path, path + ".kept")
+    os.rename(other, path)
+    os.rename(path, other)
+    os.rename(path + ".kept", path)
+"""
+
+
+def is_read_only(pid: str) -> bool:
+    """Whether the root directory of a process is on a mount that is read-only."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+    return all("ro" in line[5].split(",") for line in lines if line[4] == "/")
+
+
+def test_a_read_only_share_is_never_writable_whoever_renames_the_directory(
+    tmp_path: Path,
+) -> None:
+    """As it was won, on the third try: one path was mounted read-only, and another was shared."""
+    work, other = folder(tmp_path / "work"), folder(tmp_path / "other")
+    program = find_virtiofsd(HostRoot("/"))
+    assert program
+    daemon = VirtiofsdSpec(
+        program=program.path,
+        options=(program.options or frozenset()) - {"--readonly"},
+        directory=str(work),
+        cache="auto",
+        read_only=True,
+        file_id=file_id(work.stat()),
+    )
+    runner, shared = HostVirtiofsdRunner(f"VM in {tmp_path}"), 0
+    attack = [sys.executable, "-c", RENAMING, str(work), str(other)]
+    deadline = time.monotonic() + RACE_S
+    with subprocess.Popen(attack) as attacker:
+        try:
+            while shared < MANY and time.monotonic() < deadline:
+                try:
+                    started = runner.start(daemon, "0123456789abcdef")
+                except DeviceError:
+                    continue
+                with started:
+                    roots = sandboxes("0123456789abcdef", daemon.file_id or "")
+                    shared += len(roots)
+                    assert all(map(is_read_only, roots))
+                runner.end(["0123456789abcdef"])
+        finally:
+            attacker.kill()
+            runner.end(["0123456789abcdef"])
+    assert shared, "the attacker always came in between"
+
+
+def sandboxes(device_id: str, directory: str) -> list[str]:
+    """The processes of a daemon that have confined themselves to the directory."""
+    found = find_marked("VMPLUG_DEVICE").items()
+    pids = [str(pid) for pid, mark in found if mark.startswith(device_id)]
+    return [pid for pid in pids if file_id(os.stat(f"/proc/{pid}/root")) == directory]
