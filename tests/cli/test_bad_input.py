@@ -308,7 +308,7 @@ ON_THE_HOST = [
 IN_THE_VM = [
     connect("vm adopt new --qmp {nowhere}", "{nowhere}: No such file", "-qmp"),
     connect("vm adopt new --qmp {free}", "{free}: Connection refused", "-qmp"),
-    connect("vm adopt new --qmp {long}", "{long}: Connection refused", "-qmp"),
+    connect("vm adopt new --qmp {far}", "{far}: No such file or directory", "-qmp"),
     connect("vm adopt new --qmp {garbage}", "{garbage}.*(greeting|speak QMP)", "-qmp"),
     connect("vm adopt new --qmp {other_json}", "{other_json}.*(greeting|speak QMP)", "-qmp"),
     connect("vm adopt new --qmp {closing}", "{closing}.*(greeting|hung up|closed)", "-qmp"),
@@ -454,8 +454,14 @@ def make_files(directory: Path) -> dict[str, str]:
     (blank / "config.json").touch()
     store = directory / "store"
     (store / "block" / "devices").mkdir(parents=True)
-    long = directory / ("long" * 30)
-    more = {"blank": blank, "store": store, "long": long, "below_file": names["free"] / "state"}
+    long, far = directory / ("long" * 30), directory / ("far" * 40)
+    more = {
+        "blank": blank,
+        "store": store,
+        "long": long,
+        "far": far,
+        "below_file": names["free"] / "state",
+    }
     return {name: str(path) for name, path in {**names, **more}.items()} | {"nowhere": NOWHERE}
 
 

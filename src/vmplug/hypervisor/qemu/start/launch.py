@@ -44,8 +44,7 @@ def launch(cold: ColdQemu, record: Callable[[int], None], *, timeout_s: float) -
         stands_still = cold.opens_files and "-S" not in spec.extra
         if stands_still:
             arguments.append("-S")
-        environment = program_environment()
-        _require_program(arguments[0], environment["PATH"])
+        _require_program(arguments[0])
         process = subprocess.Popen(
             ["/bin/sh", "-c", _WAIT_FOR_WORD, "sh", *arguments],
             cwd=directory,
@@ -54,7 +53,7 @@ def launch(cold: ColdQemu, record: Callable[[int], None], *, timeout_s: float) -
             stderr=log,
             pass_fds=[listener.fileno(), *cold.descriptors()],
             start_new_session=True,
-            env=environment,
+            env=program_environment(),
             umask=PROGRAM_UMASK,
         )
     try:
@@ -63,7 +62,7 @@ def launch(cold: ColdQemu, record: Callable[[int], None], *, timeout_s: float) -
         with suppress(BrokenPipeError), process.stdin as word:
             word.write(b"\n")
         with closing(Qemu.connect(path, timeout_s=timeout_s)) as qemu:
-            cold.check_opened(process.pid)
+            cold.check_opened(process.pid, qemu)
             if stands_still:
                 qemu.resume()
     except BaseException as error:
@@ -79,8 +78,8 @@ def launch(cold: ColdQemu, record: Callable[[int], None], *, timeout_s: float) -
     return process.pid
 
 
-def _require_program(program: str, path: str) -> None:
-    if shutil.which(program, path=path) is None:
+def _require_program(program: str) -> None:
+    if shutil.which(program, path=program_environment()["PATH"]) is None:
         raise HypervisorError(
             f"{program} is not installed", hint=f"on Debian: apt install {PACKAGE[program]}"
         )
