@@ -133,8 +133,8 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """See VirtiofsdRunner. It outlives this process, and is not its child."""
-        with _entered(daemon) as directory, _nameless_listener() as (listener, connection):
-            words = _words(daemon)
+        with _entered(daemon) as directory, _nameless_listener(daemon) as (listener, connection):
+            words = tempfile.TemporaryFile()  # noqa: SIM115  VirtiofsdProcess closes it
             started = VirtiofsdProcess(connection, words)
             try:
                 subprocess.run(
@@ -221,18 +221,6 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
         return found
 
 
-def _words(daemon: VirtiofsdSpec) -> IO[bytes]:
-    """A file without a name for its error output."""
-    try:
-        return tempfile.TemporaryFile()
-    except OSError as error:
-        raise BackendError(
-            daemon.program,
-            f"{daemon.program} cannot be started on {daemon.directory}: {error.strerror}",
-            hint="virtiofsd needs a temporary directory: set TMPDIR to one",
-        ) from error
-
-
 def _has_hung_up(connection: socket.socket) -> bool:
     """Whether the peer of a connection, on which no data was sent yet, is gone."""
     try:
@@ -260,13 +248,21 @@ def _entered(daemon: VirtiofsdSpec) -> Iterator[str]:
 
 
 @contextmanager
-def _nameless_listener() -> Iterator[tuple[socket.socket, socket.socket]]:
+def _nameless_listener(daemon: VirtiofsdSpec) -> Iterator[tuple[socket.socket, socket.socket]]:
     """A listening socket, and a connection to it; its name was never visible to others."""
-    connection = socket.socket(socket.AF_UNIX)
+    try:
+        private = tempfile.TemporaryDirectory(prefix="vmplug-")
+    except OSError as error:
+        raise BackendError(
+            daemon.program,
+            f"{daemon.program} cannot be started on {daemon.directory}: {error.strerror}",
+            hint="virtiofsd needs a temporary directory: set TMPDIR to one",
+        ) from error
     with socket.socket(socket.AF_UNIX) as listener:
-        with tempfile.TemporaryDirectory(prefix="vmplug-") as directory:
+        with private as directory:
             path = f"{directory}/s"
             listener.bind(path)
             listener.listen(1)
+            connection = socket.socket(socket.AF_UNIX)
             connection.connect(path)
         yield listener, connection
