@@ -8,13 +8,13 @@ import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.cli.command import PROGRAMS, Result, Vmplug, config, device, ended, number_of
+from tests.cli.command import PROGRAMS, VMPLUG, Result, Vmplug, config, device, ended, number_of
 from tests.cli.monitors import MemoryVm, Talker
 from tests.cli.world import Picture, processes_below, take_picture
 from tests.contract.world import journal_rows
@@ -308,7 +308,7 @@ ON_THE_HOST = [
 IN_THE_VM = [
     connect("vm adopt new --qmp {nowhere}", "{nowhere}: No such file", "-qmp"),
     connect("vm adopt new --qmp {free}", "{free}: Connection refused", "-qmp"),
-    connect("vm adopt new --qmp {long}", "{long}: .*too long", "-qmp"),
+    connect("vm adopt new --qmp {far}", "{far}: No such file or directory", "-qmp"),
     connect("vm adopt new --qmp {garbage}", "{garbage}.*(greeting|speak QMP)", "-qmp"),
     connect("vm adopt new --qmp {other_json}", "{other_json}.*(greeting|speak QMP)", "-qmp"),
     connect("vm adopt new --qmp {closing}", "{closing}.*(greeting|hung up|closed)", "-qmp"),
@@ -454,8 +454,14 @@ def make_files(directory: Path) -> dict[str, str]:
     (blank / "config.json").touch()
     store = directory / "store"
     (store / "block" / "devices").mkdir(parents=True)
-    long = directory / ("long" * 30)
-    more = {"blank": blank, "store": store, "long": long, "below_file": names["free"] / "state"}
+    long, far = directory / ("long" * 30), directory / ("far" * 40)
+    more = {
+        "blank": blank,
+        "store": store,
+        "long": long,
+        "far": far,
+        "below_file": names["free"] / "state",
+    }
     return {name: str(path) for name, path in {**names, **more}.items()} | {"nowhere": NOWHERE}
 
 
@@ -599,6 +605,81 @@ def test_one_vm_that_is_gone_keeps_no_other_from_detaching(vmplug: Vmplug, tmp_p
         assert [hold["vm"] for hold in vmplug("list", "--json").json()["attachments"]] == ["gone"]
         assert told.status == HYPERVISOR
         assert str(sockets["gone"]) in told.stderr
+
+
+def test_each_vm_has_its_turn_whatever_stops_others_and_each_error_is_told(
+    vmplug: Vmplug, tmp_path: Path
+) -> None:
+    names = ("a-plugging", "b-gone", "c-there")
+    sockets = {name: vmplug.state_dir.with_name(f"{name}.sock") for name in names}
+    with ExitStack() as stack:
+        vms = {name: stack.enter_context(MemoryVm(path)) for name, path in sockets.items()}
+        nothing = vms["c-there"].names()
+        for name, socket in sockets.items():
+            vmplug("vm", "adopt", name, "--qmp", socket).answer()
+            attach(vmplug, disk_image(tmp_path / name, 1, name), name, "ctr1")
+        with closing(sqlite3.connect(vmplug.state_dir / "journal.db")) as db, db:
+            db.execute("UPDATE device SET state = 'plugging' WHERE vm = 'a-plugging'")
+        vms["b-gone"].end()
+        told = vmplug("detach", "--owner", "ctr1")
+        assert vms["c-there"].names() == nothing
+        first, *others = [line for line in told.stderr.splitlines() if line[:5] != "hint:"]
+        assert (told.status, first) == (STATE, f"vmplug: {tmp_path / 'a-plugging'} is plugging")
+        assert [line[:19] for line in others] == ["vmplug: VM b-gone: "]
+        assert vmplug("reconcile").status == 0
+        assert vmplug("list").answer() == "nothing is attached\n"
+
+
+NOT_UTF8 = "\udcff"
+"""The byte 0xff, as Python has it in arguments."""
+
+
+def test_names_that_are_not_utf8_are_a_mistake_and_no_damage(
+    vmplug: Vmplug, tmp_path: Path
+) -> None:
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    with MemoryVm(vmplug.state_dir.with_name("qmp.sock")) as vm:
+        vmplug("vm", "adopt", "sb1", "--qmp", vm.socket_path).answer()
+        before, names = journal_rows(vmplug.state_dir), vm.names()
+        for words in (
+            ("attach", "-d", f"file:{image}", "--vm", "sb1", "--owner", NOT_UTF8),
+            ("attach", "-d", f"file:{image}:/dev/{NOT_UTF8}", "--vm", "sb1", "--owner", "c1"),
+            ("list", "--vm", NOT_UTF8),
+        ):
+            refused = vmplug(*words)
+            assert refused.status == REQUEST
+            assert "\\xff: it is not UTF-8, and vmplug keeps names as text" in refused.stderr
+            assert (journal_rows(vmplug.state_dir), vm.names()) == (before, names)
+        assert vmplug("detach", "--owner", NOT_UTF8).status == STATE
+        assert vmplug("reconcile").status == 0
+
+
+def test_a_socket_behind_a_symlink_may_have_a_long_path(vmplug: Vmplug) -> None:
+    short, link = (vmplug.state_dir.with_name(name) for name in ("qmp.sock", "link"))
+    long = vmplug.state_dir.with_name("d" * 120) / "qmp.sock"
+    long.parent.mkdir()
+    with MemoryVm(short):
+        short.rename(long)
+        link.symlink_to(long)
+        vmplug("vm", "adopt", "sb1", "--qmp", link).answer()
+        (known,) = vmplug("vm", "list", "--json").json()["vms"]
+        assert (known["qmp"], known["state"]) == (str(long), "running")
+        assert vmplug("reconcile").status == 0
+        assert vmplug("vm", "adopt", "sb2", "--qmp", long).status == STATE
+        assert vmplug("vm", "stop", "sb1").status == 0
+
+
+def test_a_working_directory_that_was_deleted_is_named(vmplug: Vmplug, tmp_path: Path) -> None:
+    script = 'cd "$0" && rmdir "$0" && exec "$@"'
+    for words in (("check", "-d", "file:a.img"), ("vm", "start", "sb1", "--state-dir", "s")):
+        (tmp_path / "gone").mkdir()
+        command = ["sh", "-c", script, str(tmp_path / "gone"), str(VMPLUG), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (HOST, "")
+        assert done.stderr.splitlines()[0] == (
+            "vmplug: the working directory does not exist any more"
+        )
+    assert vmplug("vm", "list").answer() == "no VM is known\n"
 
 
 # on real QEMU, with real disks

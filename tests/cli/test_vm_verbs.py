@@ -25,6 +25,7 @@ from tests.cli.command import (
     write_bundle,
 )
 from tests.cli.monitors import Gate, MemoryVm, Talker
+from tests.cli.started import ending
 from tests.cli.world import loops_below, names_in_qemu, processes_below, take_picture
 from tests.contract.world import journal_rows
 from tests.support.disks import disk_image, loop_device
@@ -191,6 +192,7 @@ def test_a_started_vm_is_known_and_outlives_the_command(vm: Running) -> None:
     assert known == {
         "name": "sb1",
         "state": "running",
+        "pid": vm.pid,
         "machine": machine_of(vm.oracle),
         "free_ports": 4,
         "scsi_controllers": 1,
@@ -321,8 +323,59 @@ def test_one_of_two_starts_of_one_name_wins(vmplug: Vmplug, attempt: int) -> Non
         assert vmplug("vm", "stop", "sb2", "--timeout", "0").status == 0
 
 
-def test_a_start_that_was_killed_can_be_cleaned_up(vmplug: Vmplug, tmp_path: Path) -> None:
-    """QEMU is stood in for by a program that says when it runs, and then hangs."""
+@pytest.mark.parametrize("words", [("reconcile",), ("vm", "stop", "sb2")])
+def test_a_start_that_was_killed_is_undone_with_its_qemu(
+    vmplug: Vmplug, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    with silent_start(vmplug, tmp_path) as (starting, qemu):
+        refused = vmplug("vm", "stop", "sb2", "--json")
+        assert (refused.status, refused.error()["facts"]["state"]) == (6, "starting")
+        assert vmplug("reconcile").status == 0
+        (known,) = vmplug("vm", "list", "--json").json()["vms"]
+        assert (known["state"], known["pid"]) == ("starting", qemu)
+        starting.kill()
+        assert ended(starting).status == -signal.SIGKILL
+        (known,) = vmplug("vm", "list", "--json").json()["vms"]
+        assert known["state"] == "interrupted"
+        assert vmplug("attach", "--device", "rng", "--vm", "sb2", "--owner", "c").status == 6
+        with ending({qemu}):
+            assert vmplug(*words).status == 0
+        assert vmplug("vm", "list").answer() == "no VM is known\n"
+    assert not any(journal_rows(vmplug.state_dir).values())
+    assert list((vmplug.state_dir / "vm").iterdir()) == []
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_start_that_is_interrupted_leaves_no_qemu(
+    vmplug: Vmplug, tmp_path: Path, *, again: bool
+) -> None:
+    """As by Ctrl-C, at the moment that waits for QEMU."""
+    with silent_start(vmplug, tmp_path) as (starting, qemu):
+        with ending({qemu}):
+            starting.send_signal(signal.SIGINT)
+            assert ended(starting).status == 130
+        assert vmplug("vm", "list").answer() == "no VM is known\n"
+        assert list((vmplug.state_dir / "vm").iterdir()) == []
+        if again:
+            vmplug(*start_words("sb2", tmp_path, guest=False)).answer()
+            assert vmplug("vm", "stop", "sb2", "--timeout", "0").status == 0
+
+
+def test_a_qemu_that_hangs_is_ended_in_time(vmplug: Vmplug) -> None:
+    directory = vmplug.state_dir.parent
+    with no_qemu_left(directory):
+        pid = vmplug(*start_words("sb2", directory, guest=False)).json()["vm"]["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        (known,) = vmplug("vm", "list", "--json").json()["vms"]
+        assert (known["state"], known["pid"]) == ("busy", pid)
+        with ending({pid}):
+            assert vmplug("vm", "stop", "sb2", "--timeout", "1").status == 0
+    assert not any(journal_rows(vmplug.state_dir).values())
+
+
+@contextmanager
+def silent_start(vmplug: Vmplug, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`vm start sb2`, with a program for QEMU that says when it runs and then hangs; its pid."""
     ready = tmp_path / "ready"
     os.mkfifo(ready)
     fake = tmp_path / "bin" / "qemu-system-x86_64"
@@ -332,14 +385,11 @@ def test_a_start_that_was_killed_can_be_cleaned_up(vmplug: Vmplug, tmp_path: Pat
     path = first_in_path(fake.parent)
     with no_qemu_left(vmplug.state_dir.parent):
         starting = vmplug.begin("vm", "start", "sb2", "--accel", "tcg", env=path)
-        pid = int(ready.read_text())
-        starting.kill()
-        assert ended(starting).status == -signal.SIGKILL
-        os.kill(pid, signal.SIGKILL)
-        assert vmplug("reconcile").status == 0
-        assert vmplug("vm", "stop", "sb2", "--timeout", "0").status in {0, 6}
-        assert vmplug("vm", "list").answer() == "no VM is known\n"
-    assert not any(journal_rows(vmplug.state_dir).values())
+        try:
+            yield starting, int(ready.read_text())
+        finally:
+            starting.kill()
+            starting.communicate()
 
 
 # plan, attach, list, detach

@@ -28,6 +28,7 @@ CHANGING = frozenset(
     {
         *("blockdev-add", "blockdev-del", "object-add", "object-del", "device_add", "device_del"),
         *("chardev-add", "chardev-remove", "netdev_add", "netdev_del", "getfd", "closefd"),
+        *("add-fd", "remove-fd"),
     }
 )
 

@@ -26,6 +26,7 @@ from vmplug.drivers.plug import Aio, BlockDrive, Cache, DiskFrontend, Throttle
 from vmplug.drivers.ports import Command, UnplugFailure
 from vmplug.errors import CommandError
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, FakeMonitor, Guest
+from vmplug.hypervisor.qemu.graph import QUERY
 from vmplug.hypervisor.qemu.running import Qemu
 
 MIB = 1 << 20
@@ -262,7 +263,8 @@ def test_steps_are_exactly_what_plug_sends(
         steps = vm.steps(drive, place)
         assert recorder.sent == []
         vm.plug(drive, place)
-        assert recorder.sent == [step.do for step in steps]
+        *opening, shows = [step.do for step in steps]
+        assert recorder.sent == [*opening, QUERY, shows]
     finally:
         vm.close()
 

@@ -1,6 +1,7 @@
 """VMs with a guest, started once for all tests, and what a test may do with one."""
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -166,14 +167,18 @@ class OpenSide(QemuSide):
         super().clean()
 
 
+_DIRECTORY = re.compile(rb"\0VMPLUG_DIRECTORY=[^\0]*")
+
+
 def daemons_below(directory: Path) -> list[int]:
     """Processes that were started on something in the directory, but not by the tests."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = process.joinpath("cmdline").read_bytes()
+            words += b"".join(_DIRECTORY.findall(process.joinpath("environ").read_bytes()))
             parent = int(process.joinpath("stat").read_text().rpartition(") ")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
         if str(directory).encode() in words and parent != os.getpid():
             found.append(int(process.name))

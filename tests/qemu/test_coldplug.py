@@ -88,7 +88,7 @@ def paused(
         cold = stack.enter_context(ColdQemu(spec, Path(directory)))
         for plug, place in plugs:
             cold.plug(plug, place)
-        pid = launch(cold, timeout_s=timeout_s)
+        pid = launch(cold, lambda _: None, timeout_s=timeout_s)
         stack.callback(os.waitpid, pid, 0)
         stack.callback(os.kill, pid, signal.SIGKILL)
         cold.started()

@@ -5,22 +5,29 @@ half of the tests the right file is back by the time one could look at the path 
 """
 
 import os
+import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from tests.contract.sandbox import Hooked, Picture
 from tests.contract.world import journal_rows, memory_side_vm, qemu_parts
-from tests.support.disks import disk_image
+from tests.support.disks import disk_image, qcow2_image
 from tests.support.vm import GuestVm
 from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.drivers.ports import Command, Endpoint
-from vmplug.errors import NoSuchDevice
+from vmplug.errors import DeviceError, NoSuchDevice
+from vmplug.host.file_id import file_id
+from vmplug.host.finding import Code
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
+from vmplug.host.vhost_user.virtiofsd import find_virtiofsd
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.launch import launch
@@ -87,6 +94,10 @@ def disk(path: Path, **options: str) -> DeviceInfo:
     )
 
 
+def read_only(path: Path) -> DeviceInfo:
+    return replace(disk(path, block_driver="virtio-scsi"), read_only=True)
+
+
 def folder(path: Path) -> Path:
     path.mkdir()
     return path
@@ -108,32 +119,124 @@ KINDS: dict[str, Callable[[Path], tuple[Request, Path, Path]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_is_replaced_just_before_it_is_opened_is_not_plugged(
-    vm: GuestVm, kind: str, tmp_path: Path, *, puts_back: bool
+ASKED_BEFORE = {"query-status", "query-cpus-fast"}
+"""What vmplug asks between its check and its open."""
+
+
+@pytest.fixture(scope="module")
+def running_vm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestVm]:
+    with memory_side_vm(tmp_path_factory.mktemp("vm"), guest=False) as vm:
+        yield vm
+
+
+@pytest.fixture(params=["paused", "running"])
+def any_vm(request: pytest.FixtureRequest) -> GuestVm:
+    name = "vm" if request.param == "paused" else "running_vm"
+    found: GuestVm = request.getfixturevalue(name)
+    return found
+
+
+@contextmanager
+def meddled(
+    vm: GuestVm, tmp_path: Path, before: Callable[[Command], None], after: Callable[[], None]
+) -> Iterator[DeviceManager]:
+    monitor = QmpMonitor.connect(str(vm.qmp_path))
+    with DeviceManager.open(
+        vm="sandbox-1",
+        host=HostRoot("/"),
+        hypervisor=Qemu(
+            Meddled(monitor, before, after), Endpoint(str(vm.qmp_path), monitor.peer_pid)
+        ),
+        state_dir=tmp_path / "state",
+    ) as devices:
+        yield devices
+
+
+def files_of(vm: GuestVm) -> Counter[str]:
+    """What QEMU has open, each by its device and inode."""
+    links = list(Path(f"/proc/{vm.pid}/fd").iterdir())
+    return Counter(file_id(link.stat()) for link in links if os.path.exists(link))
+
+
+def left_in_sets(vm: GuestVm) -> list[object]:
+    """QEMU 7.2 lists a set that a node uses, without the descriptor that it was made with."""
+    return [fd for found in vm.oracle.execute("query-fdsets") for fd in found["fds"]]
+
+
+@pytest.mark.parametrize("kind", ["virtio-blk", "scsi", "rng"])
+def test_a_file_that_is_replaced_before_vmplug_opens_it_is_not_plugged(
+    running_vm: GuestVm, kind: str, tmp_path: Path
+) -> None:
+    request, path, other = KINDS[kind](tmp_path)
+    swap = Swap(path, other, puts_back=False)
+
+    def meddle(command: Command) -> None:
+        if command.execute in ASKED_BEFORE and journal_rows(tmp_path / "state")["device"]:
+            swap.away()
+
+    with meddled(running_vm, tmp_path, meddle, lambda: None) as devices:
+        before = Picture(journal_rows(tmp_path / "state"), qemu_parts(running_vm))
+        with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"):
+            devices.attach(request)
+        assert Picture(journal_rows(tmp_path / "state"), qemu_parts(running_vm)) == before
+    assert swap.kept.exists(), "it was never replaced"
+    assert not left_in_sets(running_vm)
+
+
+@pytest.mark.parametrize("kind", ["scsi", "nvdimm", "rng"])
+def test_the_checked_file_is_plugged_whatever_has_its_name_when_qemu_opens_it(
+    any_vm: GuestVm, kind: str, tmp_path: Path, *, puts_back: bool
 ) -> None:
     request, path, other = KINDS[kind](tmp_path)
     swap = Swap(path, other, puts_back)
+    checked, wrong = file_id(path.stat()), file_id(other.stat())
+    before = files_of(any_vm)
+    swapped = list[str]()
 
     def meddle(command: Command) -> None:
         if command.execute in OPENING and not swap.kept.exists():
             swap.away()
-        elif command.execute not in OPENING:
-            swap.back()
+            swapped.append(command.execute)
 
-    monitor = QmpMonitor.connect(str(vm.qmp_path))
-    endpoint = Endpoint(str(vm.qmp_path), monitor.peer_pid)
-    with DeviceManager.open(
-        vm="sandbox-1",
-        host=HostRoot("/"),
-        hypervisor=Qemu(Meddled(monitor, meddle, swap.back), endpoint),
-        state_dir=tmp_path / "state",
-    ) as devices:
-        before = Picture(journal_rows(tmp_path / "state"), qemu_parts(vm))
-        with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"):
-            devices.attach(request)
-        assert Picture(journal_rows(tmp_path / "state"), qemu_parts(vm)) == before
-    assert swap.kept.exists() is not puts_back, "it was never replaced"
+    with meddled(any_vm, tmp_path, meddle, swap.back) as devices:
+        devices.attach(request)
+    opened = files_of(any_vm) - before
+    assert opened[checked] >= 1
+    assert wrong not in opened
+    assert swapped
+    assert not left_in_sets(any_vm)
+
+
+def test_one_file_of_two_names_does_not_stand_for_another(vm: GuestVm, tmp_path: Path) -> None:
+    """A descriptor that the VM has already of the checked file proves nothing."""
+    first, second, other = image(tmp_path / "a"), tmp_path / "b", image(tmp_path / "c")
+    swap = Swap(second, other)
+    before = files_of(vm)
+
+    def meddle(command: Command) -> None:
+        if second.exists() and command.execute in OPENING and not swap.kept.exists():
+            swap.away()
+
+    with meddled(vm, tmp_path, meddle, swap.back) as devices:
+        devices.attach(read_only(first))
+        second.hardlink_to(first)
+        wrong = file_id(other.stat())
+        devices.attach(read_only(second))
+        opened = files_of(vm) - before
+    assert opened[file_id(first.stat())] == 2
+    assert wrong not in opened
+
+
+def test_a_paused_vm_keeps_no_file_of_a_disk_that_has_left(
+    any_vm: GuestVm, tmp_path: Path
+) -> None:
+    request, path, _ = KINDS["scsi"](tmp_path)
+    checked = file_id(path.stat())
+    with meddled(any_vm, tmp_path, lambda _: None, lambda: None) as devices:
+        for _ in range(3):
+            devices.detach(devices.attach(request).id)
+    assert not files_of(any_vm)[checked]
+    assert not left_in_sets(any_vm)
 
 
 class Meddled(Hooked):
@@ -189,7 +292,7 @@ def test_a_vm_that_opened_another_file_at_its_start_never_runs(kind: str, tmp_pa
     with cold(tmp_path, request) as qemu:
         Swap(path, other).away()
         with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"):
-            launch(qemu, timeout_s=20)
+            launch(qemu, lambda _: None, timeout_s=20)
         assert not processes_of(qemu.directory)
 
 
@@ -197,7 +300,7 @@ def test_a_vm_that_opened_another_file_at_its_start_never_runs(kind: str, tmp_pa
 def test_a_vm_that_opened_the_right_files_runs(kind: str, tmp_path: Path) -> None:
     request, *_ = (KINDS | COLD_KINDS)[kind](tmp_path)
     with cold(tmp_path, request) as started:
-        launch(started, timeout_s=20)
+        launch(started, lambda _: None, timeout_s=20)
         with closing(Qemu.connect(str(started.qmp_socket))) as qemu:
             assert qemu.status() == "running"
             qemu.quit()
@@ -245,3 +348,215 @@ def test_a_directory_that_is_replaced_is_not_shared(
             devices.attach(ShareInfo(tag="work", source=str(work), read_only=read_only))
         assert Picture(journal_rows(tmp_path / "state"), qemu_parts(vm)) == before
     assert socket not in " ".join(find_marked("VMPLUG_DEVICE").values())
+
+
+def with_data_file(path: Path, data_file: Path) -> Path:
+    options = ["-o", f"data_file={data_file}"]
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, str(path), "1M"]
+    subprocess.run(command, check=True)
+    return path
+
+
+class Header:
+    """Somebody who can write an image, and changes its header in place."""
+
+    def __init__(self, directory: Path) -> None:
+        self.evil = image(directory / "evil")
+        self.image = qcow2_image(directory / "a", 1, "inside")
+        good = self.image.read_bytes()[:HEADER_BYTES]
+        bad = with_data_file(directory / "b", self.evil).read_bytes()[:HEADER_BYTES]
+        self.headers = (good, bad)
+
+    def write(self, header: bytes) -> None:
+        with self.image.open("r+b") as file:
+            file.write(header)
+
+    def flip_for_ever(self) -> "subprocess.Popen[bytes]":
+        """In a process of its own."""
+        texts = [header.hex() for header in self.headers]
+        return subprocess.Popen([sys.executable, "-c", FLIPPING, str(self.image), *texts])
+
+
+HEADER_BYTES = 4096
+FLIPPING = """
+import os, sys, itertools
+file = os.open(sys.argv[1], os.O_WRONLY)
+for header in itertools.cycle(map(bytes.fromhex, sys.argv[2:])):
+    os.pwrite(file, header, 0)
+"""
+
+
+def qcow2_disk(path: Path) -> DeviceInfo:
+    return disk(path, block_driver="virtio-scsi", format="qcow2")
+
+
+def test_an_image_that_gets_a_data_file_before_qemu_reads_it_is_not_plugged(
+    any_vm: GuestVm, tmp_path: Path
+) -> None:
+    header = Header(tmp_path)
+    good, bad = header.headers
+
+    def meddle(command: Command) -> None:
+        header.write(bad if command.execute == "blockdev-add" else good)
+
+    with meddled(any_vm, tmp_path, meddle, lambda: header.write(good)) as devices:
+        before = Picture(journal_rows(tmp_path / "state"), qemu_parts(any_vm))
+        with pytest.raises(NoSuchDevice, match="QEMU opened other files for it"):
+            devices.attach(qcow2_disk(header.image))
+        assert Picture(journal_rows(tmp_path / "state"), qemu_parts(any_vm)) == before
+    assert not files_of(any_vm)[file_id(header.evil.stat())]
+    assert not files_of(any_vm)[file_id(header.image.stat())]
+    assert not left_in_sets(any_vm)
+
+
+def test_whoever_writes_an_image_never_shows_the_guest_another_file(
+    any_vm: GuestVm, tmp_path: Path
+) -> None:
+    """As it was won: the header is rewritten all the time. Before, after 18 tries."""
+    header = Header(tmp_path)
+    evil, refused, tries = file_id(header.evil.stat()), 0, 0
+    deadline = time.monotonic() + RACE_S
+    with (
+        header.flip_for_ever() as attacker,
+        meddled(any_vm, tmp_path, lambda _: None, lambda: None) as devices,
+    ):
+        try:
+            while refused < ENOUGH and time.monotonic() < deadline:
+                tries += 1
+                try:
+                    attachment = devices.attach(qcow2_disk(header.image))
+                except NoSuchDevice:
+                    refused += 1
+                except DeviceError:
+                    continue
+                else:
+                    assert not files_of(any_vm)[evil]
+                    devices.detach(attachment.id)
+        finally:
+            attacker.kill()
+    assert tries, "nothing was tried"
+    assert not files_of(any_vm)[evil]
+
+
+RACE_S, ENOUGH, MANY = 8.0, 3, 20
+
+
+def test_a_vm_whose_image_got_a_data_file_at_its_start_never_runs(tmp_path: Path) -> None:
+    header = Header(tmp_path)
+    with cold(tmp_path, qcow2_disk(header.image)) as qemu:
+        header.write(header.headers[1])
+        with pytest.raises(NoSuchDevice, match="QEMU opened other files for it"):
+            launch(qemu, lambda _: None, timeout_s=20)
+        assert not processes_of(qemu.directory)
+
+
+def overlay(path: Path, backing: Path, format_: str = "raw") -> Path:
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", format_, "-b", str(backing)]
+    subprocess.run([*command, str(path)], check=True)
+    return path
+
+
+def test_backing_and_data_files_are_those_that_were_checked(
+    any_vm: GuestVm, tmp_path: Path
+) -> None:
+    base, other, data = (image(tmp_path / name) for name in ("base", "other", "data"))
+    middle = overlay(tmp_path / "middle", base)
+    os.truncate(data, 2 << 20)
+    top = tmp_path / "top"
+    options = ["-o", f"data_file={data}", "-F", "qcow2", "-b", str(middle)]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, str(top)], check=True)
+    swap = Swap(base, other)
+    checked = [file_id(path.stat()) for path in (top, middle, base, data)]
+    before = files_of(any_vm)
+
+    def meddle(command: Command) -> None:
+        if command.execute in OPENING and not swap.kept.exists():
+            swap.away()
+
+    with meddled(any_vm, tmp_path, meddle, swap.back) as devices:
+        attachment = devices.attach(qcow2_disk(top), allow=[Code.HAS_BACKING_FILE])
+        opened = files_of(any_vm) - before
+        assert [opened[found] for found in checked] == [1, 1, 1, 1]
+        assert not opened[file_id(other.stat())]
+        devices.detach(attachment.id)
+    assert not any(files_of(any_vm)[found] for found in checked)
+    assert not left_in_sets(any_vm)
+
+
+def test_a_backing_file_that_is_replaced_before_vmplug_opens_it_is_refused(
+    running_vm: GuestVm, tmp_path: Path
+) -> None:
+    base, other = image(tmp_path / "base"), image(tmp_path / "other")
+    top, swap = overlay(tmp_path / "top", base), Swap(base, other, puts_back=False)
+
+    def meddle(command: Command) -> None:
+        if command.execute in ASKED_BEFORE and journal_rows(tmp_path / "state")["device"]:
+            swap.away()
+
+    with (
+        meddled(running_vm, tmp_path, meddle, lambda: None) as devices,
+        pytest.raises(NoSuchDevice, match="base was replaced after vmplug checked it"),
+    ):
+        devices.attach(qcow2_disk(top), allow=[Code.HAS_BACKING_FILE])
+    assert not files_of(running_vm)[file_id(top.stat())]
+    assert not left_in_sets(running_vm)
+
+
+RENAMING = """
+import os, sys
+path, other = sys.argv[1:]
+while True:
+    os.rename(path, path + ".kept")
+    os.rename(other, path)
+    os.rename(path, other)
+    os.rename(path + ".kept", path)
+"""
+
+
+def is_read_only(pid: str) -> bool:
+    """Whether the root directory of a process is on a mount that is read-only."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+    return all("ro" in line[5].split(",") for line in lines if line[4] == "/")
+
+
+def test_a_read_only_share_is_never_writable_whoever_renames_the_directory(
+    tmp_path: Path,
+) -> None:
+    """As it was won, on the third try: one path was mounted read-only, and another was shared."""
+    work, other = folder(tmp_path / "work"), folder(tmp_path / "other")
+    program = find_virtiofsd(HostRoot("/"))
+    assert program
+    daemon = VirtiofsdSpec(
+        program=program.path,
+        options=(program.options or frozenset()) - {"--readonly"},
+        directory=str(work),
+        cache="auto",
+        read_only=True,
+        file_id=file_id(work.stat()),
+    )
+    runner, shared = HostVirtiofsdRunner(f"VM in {tmp_path}"), 0
+    attack = [sys.executable, "-c", RENAMING, str(work), str(other)]
+    deadline = time.monotonic() + RACE_S
+    with subprocess.Popen(attack) as attacker:
+        try:
+            while shared < MANY and time.monotonic() < deadline:
+                try:
+                    started = runner.start(daemon, "0123456789abcdef")
+                except DeviceError:
+                    continue
+                with started:
+                    roots = sandboxes("0123456789abcdef", daemon.file_id or "")
+                    shared += len(roots)
+                    assert all(map(is_read_only, roots))
+                runner.end(["0123456789abcdef"])
+        finally:
+            attacker.kill()
+            runner.end(["0123456789abcdef"])
+    assert shared, "the attacker always came in between"
+
+
+def sandboxes(device_id: str, directory: str) -> list[str]:
+    """The processes of a daemon that have confined themselves to the directory."""
+    found = find_marked("VMPLUG_DEVICE").items()
+    pids = [str(pid) for pid, mark in found if mark.startswith(device_id)]
+    return [pid for pid in pids if file_id(os.stat(f"/proc/{pid}/root")) == directory]

@@ -6,17 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.monitors import Gate
 from tests.qemu.conftest import request
 from tests.support.disks import disk_image
 from tests.support.vm import GuestVm, root_ports, start_vm
-from vmplug.errors import NotAttached, ProtocolError
+from vmplug.errors import ConnectError, NotAttached, ProtocolError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import RepairOutcome
+from vmplug.manager.setup import Setup
+from vmplug.vms.adopt import adopt_vm
+from vmplug.vms.connect import connect_vm
+from vmplug.vms.reconcile import reconcile_host
+from vmplug.vms.status import list_vms
 
 pytestmark = pytest.mark.qemu
+
+BOOT_S = 60.0
 
 
 class Vms:
@@ -105,3 +113,40 @@ def test_a_vm_that_goes_on_keeps_what_it_holds(vms: Vms, tmp_path: Path) -> None
         assert [hold.id for hold in devices.attachments()] == [old.id]
         assert devices.attach(request(image)).count == 2
         assert devices.reconcile() == []
+
+
+def test_a_proxy_that_starts_again_takes_nothing_from_its_vm(vms: Vms, tmp_path: Path) -> None:
+    """Its socket refuses meanwhile, and its process was never the VM's."""
+    setup, proxy = Setup(state_dir=tmp_path / "state"), vms.socket.with_name("proxy")
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    with Gate(proxy, vms.socket):
+        assert adopt_vm("sb1", str(proxy), setup=setup).pid == vms.first.pid
+        with connect_vm("sb1", setup=setup) as devices:
+            held = devices.attach(request(image))
+    (failure,) = reconcile_host(setup=setup).failures
+    assert isinstance(failure.error, ConnectError)
+    assert [vm.state for vm in list_vms(setup=setup)] == ["unreachable"]
+    proxy.unlink()
+    with Gate(proxy, vms.socket):
+        told = reconcile_host(setup=setup)
+        assert (told.repairs, told.failures) == ((), ())
+        with connect_vm("sb1", setup=setup) as devices:
+            assert [hold.id for hold in devices.attachments()] == [held.id]
+    vms.first.kill()
+    assert [vm.state for vm in list_vms(setup=setup)] == ["gone"]
+
+
+def test_a_detach_that_a_booting_guest_loses_is_asked_for_again(tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    with (
+        start_vm(tmp_path, devices=root_ports(1)) as vm,
+        DeviceManager.open(
+            vm="sb1",
+            host=HostRoot(),
+            hypervisor=Qemu.connect(str(vm.qmp_path)),
+            state_dir=tmp_path / "state",
+        ) as devices,
+    ):
+        held = devices.attach(request(image))
+        devices.detach(held.id, timeout_s=BOOT_S)
+        assert devices.attachments() == []

@@ -128,6 +128,8 @@ def _report(error: Exception, words: Sequence[str]) -> int:
     match error:
         case DeviceError():
             _print_error(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
+            for note in () if wants_json else getattr(error, "__notes__", ()):
+                click.echo(f"vmplug: {one_line(note)}", err=True)
             return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
         case click.exceptions.NoArgsIsHelpError():
             click.echo(error.format_message(), err=True)
@@ -139,6 +141,11 @@ def _report(error: Exception, words: Sequence[str]) -> int:
                 "usage", message[:1].lower() + message[1:], hint, {}, wants_json=wants_json
             )
             return _USAGE
+        case FileNotFoundError(filename=None) if not _has_working_directory():
+            message = "the working directory does not exist any more"
+            hint = "change to another directory, or pass absolute paths"
+            _print_error("no-directory", message, hint, {}, wants_json=wants_json)
+            return _HOST
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG | errno.EIO, filename=None):
             message = f"the answer cannot be written: {error.strerror}"
             _print_error("cannot-write", message, None, {}, wants_json=wants_json)
@@ -150,6 +157,14 @@ def _report(error: Exception, words: Sequence[str]) -> int:
             hint = "set VMPLUG_DEBUG=1 and report what it prints"
             _print_error("bug", message, hint, {}, wants_json=wants_json)
             return _BUG
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _verb(words: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.formats import ImageFormat
+from vmplug.host.block.qcow2 import ImageFile
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Code, Finding, Severity
 
@@ -303,6 +304,7 @@ def plan_drive(
     SpecError when the serial is too long for the driver, or an iothread is not possible.
     """
     _check_fits(options, driver)
+    image = _image_of(device)
     cache, aio = choose_io(device, options, read_only=read_only)
     serial = device_id if options.serial is None else options.serial
     wwn = _wwn(device)
@@ -317,7 +319,8 @@ def plan_drive(
         is_device=isinstance(device, BlockDevice),
         driver=driver,
         format=options.format or ImageFormat.RAW,
-        backing_allowed=isinstance(device, DiskFile) and opens_others(device),
+        backing=image.backing if image else None,
+        data_file=image.data_file if image else None,
         read_only=read_only,
         share_rw=options.share_rw,
         cache=cache,
@@ -334,6 +337,19 @@ def plan_drive(
         size_bytes=device.size_bytes,
         file_id=device.file_id,
     )
+
+
+def _image_of(device: BlockDevice | DiskFile) -> ImageFile | None:
+    """What an image opens besides; CannotPlug where vmplug could not follow its header."""
+    if isinstance(device, BlockDevice) or not opens_others(device):
+        return None
+    if device.image is None:
+        raise CannotPlug(
+            "unusable-image",
+            f"{device.host_path} names other files that vmplug cannot check",
+            hint="flatten it (qemu-img convert -O qcow2 OLD NEW)",
+        )
+    return device.image
 
 
 def choose_place(

@@ -19,6 +19,7 @@ from vmplug.drivers.place import (
     ScsiPlace,
 )
 from vmplug.host.block.formats import ImageFormat
+from vmplug.host.block.qcow2 import ImageFile
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.mdev import VFIODeviceType
 
@@ -82,9 +83,10 @@ class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
 
     `file` is a block device node when `is_device`, a regular file otherwise. `file_id` is the file
     that QEMU must have opened by that name (see `vmplug.host.file_id`), None for any.
-    `backing_allowed` lets a qcow2 image open the files that its header names. `throttle` is None
-    for no limits. `aio_is_choice`: the request leaves `aio` to vmplug. A guest knows a SCSI disk
-    by `disk_id` and `wwn` (VPD page 0x83); None for QEMU's, the first 20 bytes of `serial`.
+    `backing` and `data_file` are what a qcow2 image may open besides, None for nothing, whatever
+    its header says. `throttle` is None for no limits. `aio_is_choice`: the request leaves `aio` to
+    vmplug. A guest knows a SCSI disk by `disk_id` and `wwn` (VPD page 0x83); None for QEMU's, the
+    first 20 bytes of `serial`.
     """
 
     id: str
@@ -92,7 +94,8 @@ class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
     is_device: bool
     driver: DiskFrontend
     format: ImageFormat = ImageFormat.RAW
-    backing_allowed: bool = False
+    backing: ImageFile | None = None
+    data_file: ImageFile | None = None
     read_only: bool = False
     share_rw: bool = False
     cache: Cache = Cache.WRITEBACK

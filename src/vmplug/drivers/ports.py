@@ -47,13 +47,15 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """The address of a VM: its QMP socket, and its process.
+    """The address of a VM: its QMP socket, and the process that runs its guest.
 
-    `pid` may be that of a launcher that made the socket, and is None if it is unknown.
+    `started_at` (clock ticks after boot) distinguishes that process from a later one with its pid.
+    Both are None where the process is unknown.
     """
 
     qmp_socket: str
     pid: int | None
+    started_at: int | None = None
 
 
 class PlugDriver(Protocol):

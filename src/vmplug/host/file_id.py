@@ -1,15 +1,18 @@
-"""Verify that a process has opened the file that was checked.
+"""Open the file that was checked, or verify that a process has opened it.
 
-Between a check and QEMU's open(2) the path may change: a symlink has another target, a node is
-made again, a file is renamed over it. So vmplug verifies the file that QEMU opened before the
-guest sees it.
+Between a check and an open(2) the path may change: a symlink has another target, a node is made
+again, a file is renamed over it. So vmplug opens a path once without using it (O_PATH), compares
+that, and opens the rest through /proc/self/fd, or it verifies what another process opened.
 Source: proc_pid_fd(5): stat(2) of such a link is that of the open file, whatever its name is now.
 """
 
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.root import THIS_HOST, HostRoot, describe, node_number
@@ -26,8 +29,17 @@ def file_id(status: os.stat_result) -> str:
             return f"inode {status.st_dev}:{status.st_ino}"
 
 
+class CheckedFile(NamedTuple):
+    """A file for QEMU to open; `direct`: without the page cache."""
+
+    path: str
+    file_id: str
+    read_only: bool = False
+    direct: bool = False
+
+
 @contextmanager
-def pinned(path: str, checked: str) -> Iterator[None]:
+def pinned(path: str, checked: str) -> Iterator[int]:
     """NoSuchDevice unless the path leads to the file of that id, which is held open meanwhile.
 
     Otherwise another file could get its inode number at once: QEMU creates an empty file where
@@ -40,7 +52,23 @@ def pinned(path: str, checked: str) -> Iterator[None]:
     try:
         if file_id(os.fstat(descriptor)) != checked:
             raise file_replaced(path, THIS_HOST)
-        yield
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def opened(pin: int, file: CheckedFile) -> Iterator[int | None]:
+    """The pinned file, open as QEMU needs it; None where this process cannot, and QEMU may."""
+    flags = os.O_RDONLY if file.read_only else os.O_RDWR
+    flags |= os.O_DIRECT if file.direct else 0
+    try:
+        descriptor = os.open(f"/proc/self/fd/{pin}", flags | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -66,9 +94,43 @@ def has_open(pid: int | None, checked: str) -> bool | None:
     return is_open if names else None
 
 
-def has_thread(pid: int, thread_id: int) -> bool:
-    """Whether it is a thread of that process. Source: proc_pid_task(5)."""
-    return THIS_HOST.stat_or_none(f"/proc/{pid}/task/{thread_id}") is not None
+def find_open(pid: int, checked: str) -> frozenset[int]:
+    """The numbers of the process's descriptors on the file of that id, which are readable."""
+    numbers = map(int, THIS_HOST.list_dir(f"/proc/{pid}/fd"))
+    return frozenset(number for number in numbers if number_leads_to(pid, number, checked))
+
+
+def number_leads_to(pid: int, number: int, checked: str) -> bool:
+    """Whether that descriptor of the process is open on the file of that id."""
+    status = THIS_HOST.stat_or_none(f"/proc/{pid}/fd/{number}")
+    return status is not None and file_id(status) == checked
+
+
+def find_missing(pid: int, files: Iterable[CheckedFile]) -> CheckedFile | None:
+    """A file that the process has open less often, for reading or for writing, than it should.
+
+    None also where its files cannot be read. Source: proc_pid_fdinfo(5), `flags`.
+    """
+    root, found = THIS_HOST, Counter[tuple[str, bool]]()
+    try:
+        numbers = root.list_dir(f"/proc/{pid}/fd")
+    except AttributeReadError:
+        return None
+    for number in numbers:
+        status = root.stat_or_none(f"/proc/{pid}/fd/{number}")
+        flags = re.search(
+            r"^flags:\s*([0-7]+)$",
+            root.read_text(f"/proc/{pid}/fdinfo/{number}") or "",
+            re.MULTILINE,
+        )
+        if status and flags:
+            is_read_only = int(flags[1], 8) & os.O_ACCMODE == os.O_RDONLY
+            found[file_id(status), is_read_only] += 1
+    for file in files:
+        found[file.file_id, file.read_only] -= 1
+        if found[file.file_id, file.read_only] < 0:
+            return file
+    return None
 
 
 def file_replaced(path: str, root: HostRoot) -> NoSuchDevice:

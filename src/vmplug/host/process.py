@@ -9,7 +9,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from vmplug.devnum import is_decimal
@@ -32,6 +32,39 @@ def is_running(pid: int, started_at: int | None, root: HostRoot) -> bool:
     """Whether the process exists and, if that is known, began at that time."""
     now = read_start_time(pid, root)
     return now is not None and started_at in {None, now}
+
+
+def find_guest_process(threads: Collection[int], peer: int | None, root: HostRoot) -> int | None:
+    """The process that runs a guest's CPUs in `threads`, numbered as QEMU itself sees them.
+
+    It is the `peer` that answers on the socket, or a QEMU of our PID namespace that a proxy at the
+    socket speaks for. None when neither has all of them. Source: proc_pid_status(5), NSpid.
+    """
+    if not threads:
+        return None
+    if peer and set(threads) <= _threads_of(peer, root).keys():
+        return peer
+    status = root.read_text(f"/proc/{next(iter(threads))}/status") or ""
+    group = re.search(r"^Tgid:\s*([0-9]+)$", status, re.MULTILINE)
+    pid = int(group[1]) if group else 0
+    # A process of another namespace may have given its threads the same numbers.
+    if not {number: number for number in threads}.items() <= _threads_of(pid, root).items():
+        return None
+    try:
+        program = root.read_link(f"/proc/{pid}/exe") or ""
+    except AttributeReadError:  # another user's
+        return None
+    return pid if os.path.basename(program).startswith("qemu") else None
+
+
+def _threads_of(pid: int, root: HostRoot) -> dict[int, int]:
+    """The threads of a process: their numbers here by those in its own PID namespace."""
+    found = dict[int, int]()
+    for name in root.list_dir(f"/proc/{pid}/task"):
+        status = root.read_text(f"/proc/{pid}/task/{name}/status") or ""
+        if numbers := re.search(r"^NSpid:.*?([0-9]+)$", status, re.MULTILINE):
+            found[int(numbers[1])] = int(name)
+    return found
 
 
 def find_marked(variable: str) -> dict[int, str]:
@@ -72,10 +105,22 @@ def read_memlock_limit(pid: int, root: HostRoot) -> int | None:
     return int(soft[1]) if soft else None
 
 
-def wait_for_end(pid: int, timeout_s: float) -> bool:
-    """Whether the process ends within `timeout_s`. Source: pidfd_open(2)."""
+def wait_for_end(pid: int, timeout_s: float, *, started_at: int | None = None) -> bool:
+    """Whether the process (that began then) ends in time. Source: pidfd_open(2)."""
     with _opened(pid) as descriptor:
-        return descriptor is None or _has_ended(descriptor, timeout_s)
+        is_there = descriptor is not None and is_running(pid, started_at, THIS_HOST)
+        return descriptor is None or not is_there or _has_ended(descriptor, timeout_s)
+
+
+def end_process(pid: int, started_at: int | None, grace_s: float) -> bool:
+    """Whether the process that began then has ended: killed `grace_s` after SIGTERM.
+
+    A process that is stopped takes SIGKILL, and no other signal.
+    """
+    with _opened(pid) as descriptor:
+        if descriptor is None or not is_running(pid, started_at, THIS_HOST):
+            return True
+        return not _end([descriptor], grace_s)
 
 
 _KILL_TIMEOUT_S = 2.0
@@ -89,17 +134,22 @@ def end_processes(pids: Iterable[int], grace_s: float) -> None:
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(_opened(pid)) for pid in pids]
-        running = [descriptor for descriptor in opened if descriptor is not None]
-        for ending, timeout_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_TIMEOUT_S)):
-            for descriptor in running:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(descriptor, ending)
-            deadline = time.monotonic() + timeout_s
-            running = [
-                descriptor
-                for descriptor in running
-                if not _has_ended(descriptor, max(0, deadline - time.monotonic()))
-            ]
+        _end([descriptor for descriptor in opened if descriptor is not None], grace_s)
+
+
+def _end(running: list[int], grace_s: float) -> list[int]:
+    """End the processes of these descriptors; returns those that do not end."""
+    for ending, timeout_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_TIMEOUT_S)):
+        for descriptor in running:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, ending)
+        deadline = time.monotonic() + timeout_s
+        running = [
+            descriptor
+            for descriptor in running
+            if not _has_ended(descriptor, max(0, deadline - time.monotonic()))
+        ]
+    return running
 
 
 @contextmanager

@@ -1,7 +1,26 @@
-"""Does a process listen on a VM's QMP socket?"""
+"""Connect to a VM's QMP socket, whose path may be longer than a socket's address."""
 
 import errno
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_ADDRESS_BYTES_MAX = 107
+"""Source: unix(7), sun_path."""
+
+
+@contextmanager
+def socket_address(path: str) -> Iterator[str]:
+    """The address of the socket at `path` for connect(2) inside the `with`. Raises OSError."""
+    if len(os.fsencode(path)) <= _ADDRESS_BYTES_MAX:
+        yield path
+        return
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def is_listening(path: str) -> bool | None:
@@ -12,5 +31,9 @@ def is_listening(path: str) -> bool | None:
     """
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(0)
-        number = client.connect_ex(path)
+        try:
+            with socket_address(path) as address:
+                number = client.connect_ex(address)
+        except FileNotFoundError:
+            return None
     return None if number == errno.ENOENT else number != errno.ECONNREFUSED

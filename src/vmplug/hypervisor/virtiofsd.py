@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from typing import IO, Protocol, Self
 
 import msgspec
+from msgspec.structs import replace
 
 from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
 from vmplug.errors import BackendError, DeviceError
-from vmplug.host.file_id import file_id, file_replaced
+from vmplug.host.file_id import file_id, file_replaced, pinned
 from vmplug.host.process import end_processes, find_marked
 from vmplug.host.program import program_environment
 from vmplug.host.root import THIS_HOST
@@ -30,18 +31,29 @@ _SANDBOX_TIMEOUT_S, _SANDBOX_STEP_S = 10.0, 0.005
 _SUBMOUNTS, _FUSE_SUBMOUNTS = "--announce-submounts", "-o announce_submounts"
 """The guest sees mounts below as such: else two of its files could have one inode number."""
 _READ_ONLY = "--readonly"
-_MOUNT = 'mount -o bind,ro -- "$0" "$0" && exec "$@"'
-"""In its own mount namespace, for a virtiofsd without that option. The directory is `$0`."""
+_DIRECTORY = "VMPLUG_DIRECTORY"
+"""For people who look at the processes: a mount hides it from the arguments."""
+_MOUNT_POINT = "/sys"
+_MOUNT = f'mount -c -o bind,ro -- . {_MOUNT_POINT} && cd / && exec "$@"'
+"""For a virtiofsd without that option: its working directory, which is the one that was checked,
+read-only at a place that every host has, in a mount namespace of its own. That directory stays,
+whatever its name leads to by now; without `-c`, mount(8) would go back to the name."""
 
 
 def command_line(daemon: VirtiofsdSpec, descriptor: int | str) -> list[str]:
     """The daemon's arguments, with the options that it supports."""
+    if _is_mounted(daemon):
+        there = replace(daemon, directory=_MOUNT_POINT, read_only=False)
+        arguments = command_line(there, descriptor)
+        return ["unshare", "--mount", "sh", "-c", _MOUNT, daemon.directory, *arguments]
     has_own = "--shared-dir" in daemon.options
     options = _long_options(daemon) if has_own else _fuse_options(daemon)
-    arguments = [daemon.program, f"--fd={descriptor}", *options]
-    if daemon.read_only and _READ_ONLY not in arguments:
-        return ["unshare", "--mount", "sh", "-c", _MOUNT, daemon.directory, *arguments]
-    return arguments
+    return [daemon.program, f"--fd={descriptor}", *options]
+
+
+def _is_mounted(daemon: VirtiofsdSpec) -> bool:
+    """Whether it can share the directory read-only only by a mount."""
+    return daemon.read_only and _READ_ONLY not in daemon.options
 
 
 def _long_options(daemon: VirtiofsdSpec) -> list[str]:
@@ -121,15 +133,20 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """See VirtiofsdRunner. It outlives this process, and is not its child."""
-        words = tempfile.TemporaryFile()  # noqa: SIM115  VirtiofsdProcess closes it
-        with _nameless_listener() as (listener, connection):
+        with _entered(daemon) as directory, _nameless_listener(daemon) as (listener, connection):
+            words = tempfile.TemporaryFile()  # noqa: SIM115  VirtiofsdProcess closes it
             started = VirtiofsdProcess(connection, words)
             try:
                 subprocess.run(
                     ["setsid", "--fork", *command_line(daemon, listener.fileno())],
                     check=True,
-                    cwd="/",
-                    env=program_environment(**{DAEMON_MARK: f"{device_id} {self._vm}"}),
+                    cwd=directory,
+                    env=program_environment(
+                        **{
+                            DAEMON_MARK: f"{device_id} {self._vm}",
+                            _DIRECTORY: daemon.directory,
+                        }
+                    ),
                     umask=_UMASK,
                     stdin=subprocess.DEVNULL,
                     stdout=words,
@@ -215,13 +232,37 @@ def _has_hung_up(connection: socket.socket) -> bool:
 
 
 @contextmanager
-def _nameless_listener() -> Iterator[tuple[socket.socket, socket.socket]]:
+def _entered(daemon: VirtiofsdSpec) -> Iterator[str]:
+    """Where it starts: in the directory that was checked if it is mounted from there, else in /.
+
+    The path is one that nobody can turn. NoSuchDevice when another directory is there by now.
+    """
+    if not _is_mounted(daemon):
+        yield "/"
+        return
+    if daemon.file_id is None:
+        yield daemon.directory
+        return
+    with pinned(daemon.directory, daemon.file_id) as descriptor:
+        yield f"/proc/self/fd/{descriptor}"
+
+
+@contextmanager
+def _nameless_listener(daemon: VirtiofsdSpec) -> Iterator[tuple[socket.socket, socket.socket]]:
     """A listening socket, and a connection to it; its name was never visible to others."""
-    connection = socket.socket(socket.AF_UNIX)
+    try:
+        private = tempfile.TemporaryDirectory(prefix="vmplug-")
+    except OSError as error:
+        raise BackendError(
+            daemon.program,
+            f"{daemon.program} cannot be started on {daemon.directory}: {error.strerror}",
+            hint="virtiofsd needs a temporary directory: set TMPDIR to one",
+        ) from error
     with socket.socket(socket.AF_UNIX) as listener:
-        with tempfile.TemporaryDirectory(prefix="vmplug-") as directory:
+        with private as directory:
             path = f"{directory}/s"
             listener.bind(path)
             listener.listen(1)
+            connection = socket.socket(socket.AF_UNIX)
             connection.connect(path)
         yield listener, connection

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
 from vmplug.address import new_id
-from vmplug.errors import StoreError
+from vmplug.errors import SpecError, StoreError
 from vmplug.host.permissions import check_private, make_private
 from vmplug.host.process import ProcessLock
 from vmplug.journal import StateDir, journal_path
+from vmplug.journal.lock import JournalLock
 
 VERSION = 6
 """The version of the tables, kept in `user_version`."""
@@ -27,7 +28,8 @@ CREATE TABLE vm (
     pid INTEGER,
     started_at INTEGER,
     is_ours INTEGER NOT NULL,
-    boot_id TEXT
+    boot_id TEXT,
+    worker TEXT
 ) STRICT;
 CREATE TABLE device (
     id TEXT PRIMARY KEY,
@@ -98,7 +100,10 @@ ALTER TABLE device ADD COLUMN parts TEXT;
     4: """
 ALTER TABLE device ADD COLUMN thing TEXT;
 """,
-    5: _VF_UUIDS,
+    5: _VF_UUIDS
+    + """
+ALTER TABLE vm ADD COLUMN worker TEXT;
+""",
 }
 """The statements that turn a journal of that version into one of the next."""
 
@@ -120,8 +125,8 @@ def migrate(connection: sqlite3.Connection, path: str) -> int:
                 db.execute(f"PRAGMA user_version = {version + 1}")
 
 
-def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, str]:
-    """A connection to the journal below `state_dir`, created if absent, and its path.
+def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, JournalLock, str]:
+    """A connection to the journal below `state_dir`, created if absent, its lock and its path.
 
     Raises StoreError when it cannot be opened or created.
     """
@@ -131,7 +136,8 @@ def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, str]:
         check_private(state_dir, path)
         if not os.path.exists(path):
             _create(path)
-        return connect(path), path
+        opened = os.stat(path)
+        return connect(path), JournalLock(path, opened), path
     except (OSError, sqlite3.Error) as error:
         raise store_error(path, error) from error
 
@@ -221,6 +227,8 @@ class Transaction:
                 with suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
             self._lock.release()
+        if isinstance(error, UnicodeEncodeError):
+            raise not_text(error) from error
         if isinstance(error, sqlite3.Error):
             raise store_error(self._path, error) from error
 
@@ -275,6 +283,12 @@ def store_error(path: str, error: Exception) -> StoreError:
     elif means_damage(error):
         return damaged(path, why)
     return StoreError(path, f"cannot use the journal {path}: {why}", hint=hint)
+
+
+def not_text(error: UnicodeEncodeError) -> SpecError:
+    """The error for a name that the journal cannot hold; nothing is damaged."""
+    name = os.fsencode(error.object).decode(errors="backslashreplace")
+    return SpecError(name, "it is not UTF-8, and vmplug keeps names as text")
 
 
 def damaged(path: str, why: str) -> StoreError:

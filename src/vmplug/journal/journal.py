@@ -14,11 +14,18 @@ from msgspec.structs import replace
 from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim
 from vmplug.host.kind import Identity
-from vmplug.host.process import ProcessLock
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.bindings import Bindings
-from vmplug.journal.database import Transaction, check_version, migrate, open_database, store_error
+from vmplug.journal.database import (
+    Transaction,
+    check_version,
+    migrate,
+    not_text,
+    open_database,
+    store_error,
+)
+from vmplug.journal.lock import JournalLock
 from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.records import (
     Attachment,
@@ -67,9 +74,11 @@ class Journal:
     those of `host`; a device that this process has in progress says `in_progress_by`.
     """
 
-    def __init__(self, connection: sqlite3.Connection, path: str, host: HostRoot) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, lock: JournalLock, path: str, host: HostRoot
+    ) -> None:
         self._db = connection
-        self._lock = ProcessLock()
+        self._lock = lock
         self.path = path
         self.host = host
         self.worker = ProcessIdentity.own(host)
@@ -84,10 +93,10 @@ class Journal:
         host: HostRoot = THIS_HOST,
     ) -> Self:
         """The journal below `state_dir`, created if absent."""
-        connection, path = open_database(state_dir)
-        journal = cls(connection, path, host)
+        connection, lock, path = open_database(state_dir)
+        journal = cls(connection, lock, path, host)
         try:
-            with journal._errors():
+            with lock, journal._errors():
                 version = migrate(connection, path)
             check_version(version, path)
         except BaseException:
@@ -101,7 +110,7 @@ class Journal:
         SQLite crashes if another thread is using it meanwhile: hence the lock.
         """
         if self._lock.is_ours:
-            with self._lock:
+            with self._lock.closing():
                 self._db.close()
 
     def __enter__(self) -> Self:
@@ -114,6 +123,8 @@ class Journal:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except UnicodeEncodeError as error:
+            raise not_text(error) from error
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise store_error(self.path, error) from error
 
@@ -147,8 +158,9 @@ class Journal:
             self._insert_vm(db, vm)
 
     def _insert_vm(self, db: sqlite3.Connection, vm: VmRecord) -> None:
-        row = (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours, self._boot_id)
-        db.execute("INSERT INTO vm VALUES (?, ?, ?, ?, ?, ?)", row)
+        worker = str(vm.starting_by) if vm.starting_by else None
+        row = (vm.name, vm.qmp_socket, vm.pid, vm.started_at, vm.is_ours, self._boot_id, worker)
+        db.execute("INSERT INTO vm VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def set_process(self, name: str, pid: int, started_at: int | None) -> None:
         """Record the process of a known VM."""
@@ -156,6 +168,11 @@ class Journal:
             db.execute(
                 "UPDATE vm SET pid = ?, started_at = ? WHERE name = ?", (pid, started_at, name)
             )
+
+    def finish_start(self, name: str) -> None:
+        """Record that a VM runs, which this process has started."""
+        with Transaction(self._db, self._lock, self.path) as db:
+            db.execute("UPDATE vm SET worker = NULL WHERE name = ?", (name,))
 
     def forget_vm(self, name: str) -> None:
         """Forget a VM and every device it held."""

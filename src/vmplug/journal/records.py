@@ -14,7 +14,7 @@ from vmplug.drivers.ports import Endpoint
 from vmplug.errors import StateError
 from vmplug.host.finding import Claim
 from vmplug.host.kind import DeviceType, Identity
-from vmplug.host.process import is_running, read_start_time
+from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
 from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.state import State, replaced, unidentified
@@ -25,7 +25,8 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `pid` and `started_at` (clock ticks after boot) distinguish the process from a later one with
     its number; both are None where the process is unknown. When `is_of_earlier_boot` the host has
-    booted since, and the process with its number is another one.
+    booted since, and the process with its number is another one. `starting_by` is the process that
+    is still starting it, or has died meanwhile; None once it runs.
     """
 
     name: str
@@ -34,6 +35,7 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
     started_at: int | None
     is_ours: bool
     is_of_earlier_boot: bool = False
+    starting_by: ProcessIdentity | None = None
 
 
 class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,7 +128,12 @@ def read_vm(row: sqlite3.Row, boot_id: str) -> VmRecord:
         started_at=row["started_at"],
         is_ours=bool(row["is_ours"]),
         is_of_earlier_boot=bool(boot_id and row["boot_id"]) and row["boot_id"] != boot_id,
+        starting_by=_process(row["worker"]),
     )
+
+
+def _process(text: str | None) -> ProcessIdentity | None:
+    return ProcessIdentity.parse(text) if text else None
 
 
 def read_device(row: sqlite3.Row) -> DeviceRecord:
@@ -143,7 +150,7 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
         options=_options(row["options"]),
         place=row["place"],
         guest_address=_guest_address(row),
-        in_progress_by=ProcessIdentity.parse(row["worker"]) if row["worker"] else None,
+        in_progress_by=_process(row["worker"]),
         parts=tuple(json.loads(row["parts"])) if row["parts"] else (),
         thing=row["thing"],
     )
@@ -263,13 +270,12 @@ def has_ended(vm: VmRecord, host: HostRoot) -> bool:
     return bool(vm.pid) and not is_running(vm.pid or 0, vm.started_at, host)
 
 
-def record_vm(name: str, endpoint: Endpoint, host: HostRoot) -> VmRecord:
-    """A VM that another program started, in its current state."""
-    started_at = read_start_time(endpoint.pid, host) if endpoint.pid else None
+def record_vm(name: str, endpoint: Endpoint) -> VmRecord:
+    """A VM that another program started."""
     return VmRecord(
         name=name,
         qmp_socket=endpoint.qmp_socket,
         pid=endpoint.pid,
-        started_at=started_at,
+        started_at=endpoint.started_at,
         is_ours=False,
     )

@@ -23,7 +23,6 @@ from vmplug.journal import StateDir, journal_path
 from vmplug.journal.bindings import read_binding
 from vmplug.journal.database import (
     VERSION,
-    alone,
     check_version,
     connect,
     damaged,
@@ -32,10 +31,10 @@ from vmplug.journal.database import (
     migrate,
     store_error,
 )
+from vmplug.journal.lock import in_place_of
 from vmplug.journal.records import read_device, read_vm
 from vmplug.journal.vf_tokens import read_vf_token
 
-_LOCK_TIMEOUT_S = 10.0
 _MOST_SKIPPED = 1000
 """Row numbers to try on an unreadable page: it has room for 40 rows, and deleted ones had numbers
 too."""
@@ -117,7 +116,7 @@ def set_aside(state_dir: StateDir) -> Salvage | None:
     if not os.path.exists(path):
         return None
     with (
-        alone(os.path.join(state_dir, "set-aside.lock"), _LOCK_TIMEOUT_S),
+        in_place_of(path),
         tempfile.TemporaryDirectory(dir=state_dir, prefix="set-aside-") as directory,
     ):
         try:

@@ -14,6 +14,7 @@ release stays "detaching". Devices that QEMU cannot unplug, NVDIMMs and virtio-m
 in the journal as "retained".
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import assert_never
@@ -21,10 +22,12 @@ from typing import assert_never
 import msgspec
 
 from vmplug.drivers.ports import Hypervisor, UnplugFailure
-from vmplug.errors import CommandError
+from vmplug.errors import CommandError, StateError
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State
+
+log = logging.getLogger(__name__)
 
 
 class RepairOutcome(StrEnum):
@@ -64,6 +67,9 @@ class Repair(msgspec.Struct, frozen=True):
         return self.outcome not in {*_STAYING, RepairOutcome.STILL_DETACHING}
 
 
+_ATTEMPTS = 5
+
+
 def reconcile(
     vm: str,
     journal: Journal,
@@ -76,6 +82,17 @@ def reconcile(
 
     `keep_unknown` leaves devices in the VM that are not in the journal, as it may have lost them.
     """
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return _reconcile(vm, journal, hypervisor, timeout_s, keep_unknown=keep_unknown)
+        except StateError as error:  # another reconcile, or a detach, has just been faster
+            log.debug("VM %s is checked again: %s", vm, error)
+    return _reconcile(vm, journal, hypervisor, timeout_s, keep_unknown=keep_unknown)
+
+
+def _reconcile(
+    vm: str, journal: Journal, hypervisor: Hypervisor, timeout_s: float, *, keep_unknown: bool
+) -> list[Repair]:
     # In this order: a device that a process plugs or unplugs meanwhile is in one of the two.
     records = {record.id: record for record in journal.devices(vm)}
     hypervisor.claim_foreign_names(foreign_names(records.values()))
@@ -85,7 +102,7 @@ def reconcile(
         for record in records.values()
         if (repair := _in_progress(record, journal) or _judge(record, held))
     }
-    for device_id in held.keys() - journal.device_ids():
+    for device_id in held.keys() - journal.device_ids() - records.keys():
         reason = "it is in the VM, but not in the journal"
         outcome = RepairOutcome.UNKNOWN if keep_unknown else RepairOutcome.REMOVED
         repairs[device_id] = Repair(device_id, None, outcome, reason)

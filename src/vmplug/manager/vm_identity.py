@@ -7,7 +7,6 @@ have them. vmplug releases the former devices in the journal before it uses the 
 from collections.abc import Sequence
 
 from vmplug.drivers.ports import Endpoint, Hypervisor
-from vmplug.host.process import read_start_time
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, VmRecord, foreign_names, has_ended, record_vm
 from vmplug.manager.reconcile import Repair, RepairOutcome
@@ -22,25 +21,18 @@ def release_if_restarted(vm: str, journal: Journal, hypervisor: Hypervisor) -> l
     if endpoint is None:
         return []
     if record is None:
-        journal.add_vm(record_vm(vm, endpoint, journal.host))
+        journal.add_vm(record_vm(vm, endpoint))
         return []
-    if not _may_have_ended(record, journal):
+    if not (record.is_of_earlier_boot or has_ended(record, journal.host)):
         return []
     devices = journal.devices(vm)
     if not record.is_of_earlier_boot and _holds_any(devices, hypervisor):
         _correct(record, endpoint, journal)
         return []
-    journal.replace_vm(record_vm(vm, endpoint, journal.host))
+    journal.replace_vm(record_vm(vm, endpoint))
     hypervisor.wait_unplugged([device.id for device in devices], 0)  # ends their daemons
     reason = "its VM has ended, and another QEMU has its name"
     return [Repair(d.id, d.host_path, RepairOutcome.FORGOTTEN, reason) for d in devices]
-
-
-def _may_have_ended(record: VmRecord, journal: Journal) -> bool:
-    """Whether the process in the journal has ended."""
-    if record.is_of_earlier_boot:
-        return True
-    return has_ended(record, journal.host)
 
 
 def _holds_any(devices: Sequence[DeviceRecord], hypervisor: Hypervisor) -> bool:
@@ -55,5 +47,4 @@ def _holds_any(devices: Sequence[DeviceRecord], hypervisor: Hypervisor) -> bool:
 
 def _correct(record: VmRecord, endpoint: Endpoint, journal: Journal) -> None:
     if endpoint.pid:
-        started_at = read_start_time(endpoint.pid, journal.host)
-        journal.set_process(record.name, endpoint.pid, started_at)
+        journal.set_process(record.name, endpoint.pid, endpoint.started_at)

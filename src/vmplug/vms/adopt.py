@@ -45,7 +45,7 @@ def adopt_vm(
         with closing(Qemu.connect(qmp_socket)) as qemu:
             endpoint, offer = qemu.endpoint, qemu.offer()
         assert endpoint
-        journal.add_vm(record_vm(name, endpoint, journal.host))
+        journal.add_vm(record_vm(name, endpoint))
     return AdoptedVm(
         name=name,
         qmp_socket=endpoint.qmp_socket,

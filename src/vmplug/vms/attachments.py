@@ -5,7 +5,7 @@ from enum import StrEnum
 
 import msgspec
 
-from vmplug.errors import HypervisorError, NotAttached
+from vmplug.errors import DeviceError, NotAttached
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
@@ -41,7 +41,8 @@ def detach_attachments(
     """Take one count of each attachment back, in whatever VMs they are; the last one unplugs.
 
     Guests have `timeout_s` to let go. Raises NotAttached before anything is changed; the first
-    HypervisorError of a VM after the other VMs had their turn. The call may be repeated.
+    error of a VM after the other VMs had their turn, with a note for each further one. The call
+    may be repeated.
     """
     with Journal.open(setup.state_dir) as journal:
         known = {hold.id: hold for hold in read_attachments(journal, None) if _is_held(hold)}
@@ -111,16 +112,19 @@ def _detach(
     setup: Setup,
 ) -> list[Detached]:
     """Detach in one VM after the other; one that is gone keeps no other from its turn."""
-    failures = []
+    failures = dict[str, DeviceError]()
     for name in dict.fromkeys(hold.vm for hold in chosen):
         ids = [hold.id for hold in chosen if hold.vm == name]
         try:
             with connect_vm(name, setup=setup) as devices:
                 devices.detach_all(ids, timeout_s=timeout_s, whole=whole)
-        except HypervisorError as error:
-            failures.append(error)
+        except DeviceError as error:  # by whosever fault: the other VMs have their turn
+            failures[name] = error
     if failures:
-        raise failures[0]
+        first, *others = failures
+        for vm in others:
+            failures[first].add_note(f"VM {vm}: {failures[vm].message}")
+        raise failures[first]
     with Journal.open(setup.state_dir) as journal:
         left = {hold.id: hold.state for hold in journal.attachments()}
     return [Detached(attachment=hold, outcome=_outcome(left.get(hold.id))) for hold in chosen]

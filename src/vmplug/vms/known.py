@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Iterable
 
-from vmplug.errors import SpecError
+from vmplug.errors import SpecError, StateError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.listening import is_listening
 from vmplug.journal.journal import Journal
@@ -23,33 +23,55 @@ def check_name(name: str) -> None:
 
 
 def is_gone(record: VmRecord, host: HostRoot) -> bool:
-    """Whether the VM has surely ended: nobody listens on its QMP socket, or the host has booted.
+    """Whether the VM has surely ended: its process has, or the host has booted since.
 
-    A missing socket file proves nothing while the process that made it runs.
+    A socket that refuses proves nothing while the process runs: it may be that of a proxy. Only
+    where the process was never known does the socket decide; a missing file proves nothing.
     """
     if record.is_of_earlier_boot:
         return True
-    listening = is_listening(record.qmp_socket)
-    if listening is not None:
-        return not listening
+    if record.starting_by and record.pid is None:  # QEMU does not run before its pid is recorded
+        return not is_starting(record, host)
+    if record.pid is None:
+        return is_listening(record.qmp_socket) is False
     return has_ended(record, host)
+
+
+def is_starting(record: VmRecord, host: HostRoot) -> bool:
+    """Whether a running process is starting it."""
+    return record.starting_by is not None and record.starting_by.is_alive(host)
+
+
+def require_started(record: VmRecord, host: HostRoot) -> None:
+    """StateError while a VM is being started, or when its start was interrupted."""
+    if record.starting_by is None:
+        return
+    is_alive = is_starting(record, host)
+    told = f"process {record.starting_by.pid} is starting it" if is_alive else "interrupted start"
+    raise StateError(
+        f"VM {record.name} does not run yet: {told}",
+        state="starting" if is_alive else "interrupted",
+        required="started",
+        hint="try again when that process has finished"
+        if is_alive
+        else "vmplug reconcile removes what it left; then start the VM again",
+    )
 
 
 def find_ended(journal: Journal, names: Iterable[str]) -> list[str]:
     """Return those of the named VMs that seem to have ended. No VM is asked."""
     wanted = set(names)
-    return [
-        vm.name
-        for vm in journal.vms()
-        if vm.name in wanted and (is_gone(vm, journal.host) or has_ended(vm, journal.host))
-    ]
+    return [vm.name for vm in journal.vms() if vm.name in wanted and is_gone(vm, journal.host)]
 
 
 def forget_vm(journal: Journal, record: VmRecord) -> None:
-    """Forget a VM that has ended, or that vmplug no longer serves, and remove vmplug's files."""
-    journal.forget_vm(record.name)
+    """Forget a VM that has ended, or that vmplug no longer serves, and remove vmplug's files.
+
+    The files first: without its row in the journal nothing leads to them after a crash.
+    """
     if record.is_ours:
         shutil.rmtree(os.path.dirname(record.qmp_socket), ignore_errors=True)
+    journal.forget_vm(record.name)
 
 
 def forget_ended(journal: Journal, name: str) -> None:

@@ -2,11 +2,9 @@
 
 import msgspec
 
-from vmplug.errors import DeviceError, HypervisorError
-from vmplug.host.kind import DeviceType
-from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
+from vmplug.errors import DeviceError
 from vmplug.journal.journal import Journal
-from vmplug.journal.records import VmRecord
+from vmplug.journal.records import DeviceRecord, VmRecord
 from vmplug.journal.salvage import Salvage, check_journal
 from vmplug.journal.salvage import set_aside as put_aside
 from vmplug.manager import UNPLUG_TIMEOUT_S
@@ -14,7 +12,8 @@ from vmplug.manager.binding.binder import Binder, Returned
 from vmplug.manager.reconcile import Repair, RepairOutcome
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.connect import connect_vm
-from vmplug.vms.known import forget_vm, is_gone
+from vmplug.vms.known import is_gone, is_starting
+from vmplug.vms.release import end_vm, release_vm
 
 _LOCK_TIMEOUT_S = 10.0
 """A function that is slow to let go is reported as in progress."""
@@ -71,7 +70,7 @@ def reconcile_host(
         for record in [journal.require_vm(vm)] if vm else journal.vms():
             try:
                 done = _repair(record, journal, timeout_s, salvage, setup)
-            except HypervisorError as error:  # one VM that does not answer stops no other
+            except DeviceError as error:  # what stops one VM stops no other
                 failures.append(RepairFailure(vm=record.name, error=error))
             else:
                 repairs += [VmRepair(vm=record.name, repair=repair) for repair in done]
@@ -90,19 +89,27 @@ def reconcile_host(
 def _repair(
     record: VmRecord, journal: Journal, timeout_s: float, salvage: Salvage | None, setup: Setup
 ) -> list[Repair]:
-    if is_gone(record, journal.host):
+    if is_starting(record, journal.host):
+        return [_starting(record, device) for device in journal.devices(record.name)]
+    if record.starting_by or is_gone(record, journal.host):
         return release_ended(record, journal)
     with connect_vm(record.name, setup=setup) as devices:
         return devices.reconcile(timeout_s=timeout_s, keep_unknown=salvage is not None)
 
 
+def _starting(record: VmRecord, device: DeviceRecord) -> Repair:
+    assert record.starting_by
+    reason = f"process {record.starting_by.pid} is starting the VM"
+    return Repair(device.id, device.host_path, RepairOutcome.IN_PROGRESS, reason)
+
+
 def release_ended(record: VmRecord, journal: Journal) -> list[Repair]:
-    """Forget a VM that has ended, with what it held, and return that."""
-    held = journal.devices(record.name)
-    shares = [device.id for device in held if device.kind is DeviceType.VHOST_USER_FS]
-    HostVirtiofsdRunner(record.qmp_socket).end(shares)
-    forget_vm(journal, record)
+    """Forget a VM that has ended, or whose start was interrupted; return what it held."""
     reason = "the VM is not running any more"
     if record.is_of_earlier_boot:
         reason = "the host has booted since"
+    elif record.starting_by:
+        end_vm(record)
+        reason = "the start of its VM was interrupted"
+    held = release_vm(journal, record)
     return [Repair(d.id, d.host_path, RepairOutcome.FORGOTTEN, reason) for d in held]

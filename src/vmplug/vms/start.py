@@ -33,7 +33,8 @@ from vmplug.manager.binding.binder import give_back_unused
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
 from vmplug.vms.connect import open_manager
-from vmplug.vms.known import check_name, forget_ended, forget_vm
+from vmplug.vms.known import check_name, forget_ended
+from vmplug.vms.release import abandon_start
 
 __all__ = ("MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "start_vm")
 
@@ -79,7 +80,7 @@ def start_vm(
         Journal.open(setup.state_dir) as journal,
         ColdQemu(_complete(spec, setup.host), directory) as cold,
     ):
-        record = _claim_name(cold, journal)
+        _claim_name(cold, journal)
         try:
             _make_directory(directory)
             attachments = list[Attachment]()
@@ -88,17 +89,21 @@ def start_vm(
                     attachments = devices.attach_all(
                         requests, owner=owner, allow=allow, managed=managed
                     )
-            pid = launch(cold, timeout_s=_ANSWER_TIMEOUT_S)
+
+            def record_process(pid: int) -> None:
+                journal.set_process(spec.name, pid, read_start_time(pid, journal.host))
+
+            pid = launch(cold, record_process, timeout_s=_ANSWER_TIMEOUT_S)
+            cold.started()
+            journal.finish_start(spec.name)
         except BaseException:
-            forget_vm(journal, record)
+            abandon_start(journal, journal.require_vm(spec.name))
             with suppress(BindError):  # why it failed matters more, and reconcile tries again
                 give_back_unused(journal)
             raise
-        cold.started()
-        journal.set_process(spec.name, pid, read_start_time(pid, journal.host))
     return StartedVm(
         name=spec.name,
-        qmp_socket=record.qmp_socket,
+        qmp_socket=str(cold.qmp_socket),
         pid=pid,
         directory=str(directory),
         attachments=tuple(attachments),
@@ -141,7 +146,7 @@ def _window_of(bdf: Bdf, host: HostRoot) -> int:
     return window_for([function for function in functions if function.bdf.device == bdf.device])
 
 
-def _claim_name(cold: ColdQemu, journal: Journal) -> VmRecord:
+def _claim_name(cold: ColdQemu, journal: Journal) -> None:
     """Write the VM into the journal. Raises StateError when the name is taken."""
     name, socket, directory = cold.spec.name, str(cold.qmp_socket), cold.directory
     forget_ended(journal, name)
@@ -153,9 +158,15 @@ def _claim_name(cold: ColdQemu, journal: Journal) -> VmRecord:
             hint=f"if its QEMU runs, vmplug vm adopt {name} --qmp {socket}; "
             "else remove the directory",
         )
-    record = VmRecord(name=name, qmp_socket=socket, pid=None, started_at=None, is_ours=True)
+    record = VmRecord(
+        name=name,
+        qmp_socket=socket,
+        pid=None,
+        started_at=None,
+        is_ours=True,
+        starting_by=journal.worker,
+    )
     journal.add_vm(record)
-    return record
 
 
 def _make_directory(directory: Path) -> None:

@@ -5,11 +5,12 @@ from contextlib import closing, suppress
 import msgspec
 
 from vmplug.errors import HypervisorError
+from vmplug.hypervisor.listening import is_listening
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-from vmplug.vms.known import is_gone
+from vmplug.vms.known import is_gone, is_starting
 
 LIST_TIMEOUT_S = 2.0
 
@@ -17,12 +18,15 @@ LIST_TIMEOUT_S = 2.0
 class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A VM of the journal as it is now.
 
-    `state` is QEMU's run state, `gone` when the VM has ended, or `busy` when another client holds
-    its QMP socket. The offer (`machine` to `shared_memory`) is None unless the VM answered.
+    `state` is QEMU's run state; `starting` while a process starts it, `interrupted` when that has
+    died; `gone` when the VM has ended; `unreachable` when its QMP socket takes no client, `busy`
+    when another client holds the socket or QEMU hangs. `pid` is QEMU's process, None where it is
+    unknown. The offer (`machine` to `shared_memory`) is None unless the VM answered.
     """
 
     name: str
     state: str
+    pid: int | None
     machine: str | None
     free_ports: int | None
     scsi_controllers: int | None
@@ -43,8 +47,10 @@ def list_vms(
 
 def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStatus:
     state, offer = "gone", None
-    if not is_gone(record, journal.host):
-        state = "busy"
+    if record.starting_by:
+        state = "starting" if is_starting(record, journal.host) else "interrupted"
+    elif not is_gone(record, journal.host):
+        state = "busy" if is_listening(record.qmp_socket) else "unreachable"
         with (
             suppress(HypervisorError),
             closing(Qemu.connect(record.qmp_socket, timeout_s=timeout_s)) as qemu,
@@ -53,6 +59,7 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
     return VmStatus(
         name=record.name,
         state=state,
+        pid=record.pid,
         machine=offer.machine if offer else None,
         free_ports=sum(len(port.free) for port in offer.ports) if offer else None,
         scsi_controllers=len(offer.controllers) if offer else None,

@@ -22,6 +22,7 @@ CHANGING = frozenset(
     {
         *("blockdev-add", "blockdev-del", "object-add", "object-del", "device_add", "device_del"),
         *("chardev-add", "chardev-remove", "netdev_add", "netdev_del", "getfd", "closefd"),
+        *("add-fd", "remove-fd"),
     }
 )
 DEADLINE_S = 30.0
@@ -196,6 +197,7 @@ class Conductor:
     def _hang_up(self) -> None:
         if self._client:
             self._client.connection.close()
+            self._client.close_descriptors()
         if self._link:
             self._link.close()
         self._client = self._link = self._from_vm = None
@@ -208,9 +210,9 @@ class Conductor:
             return
         for request in requests:
             if not self._is_silent and self._link:
-                self._on_request(request)
+                self._on_request(client, request)
 
-    def _on_request(self, request: Message) -> None:
+    def _on_request(self, client: Reader, request: Message) -> None:
         execute = request["execute"]
         kind = StepKind.COMMAND if execute in CHANGING else StepKind.QUERIES
         name = _label(request) if execute in CHANGING else execute
@@ -223,6 +225,7 @@ class Conductor:
             case Fault.REFUSED:
                 error = {"class": "GenericError", "desc": "refused by the test"}
                 same = {key: request[key] for key in request.keys() & {"id"}}
+                client.close_descriptors()
                 self._tell({"error": error, **same})
             case Fault.LOST_BEFORE:
                 self._hang_up()

@@ -1,5 +1,6 @@
 """The VMs behind the conductor: in memory, with real connections to backends, and real QEMUs."""
 
+import io
 import json
 import os
 import socket
@@ -99,9 +100,24 @@ class WiredMonitor(FakeMonitor):
 
     def _blockdev_add(self, node_name: str, **options: Any) -> dict[str, Any]:
         file = options.get("file")
-        if isinstance(file, dict) and not os.path.exists(file["filename"]):
-            raise Refused(f"Could not open '{file['filename']}': No such file or directory")
+        if isinstance(file, dict):
+            set_name = file["filename"].partition("/dev/fdset/")[2]
+            is_there = os.path.exists(file["filename"]) or f"set {set_name}" in self.open
+            if not is_there:
+                raise Refused(f"Could not open '{file['filename']}': No such file or directory")
         return super()._blockdev_add(node_name, **options)
+
+    def _add_fd(self, opaque: str) -> dict[str, Any]:
+        """A name is enough: a loop device that is open does not go when it is taken."""
+        answer = super()._add_fd(opaque)
+        os.close(self.received.pop())
+        self.open[f"set {answer['fdset-id']}"] = io.BytesIO()
+        return answer
+
+    def _remove_fd(self, fdset_id: int) -> dict[str, Any]:
+        answer = super()._remove_fd(fdset_id)
+        self.open.pop(f"set {fdset_id}").close()
+        return answer
 
     def _object_add(self, qom_type: str, id: str, **properties: Any) -> dict[str, Any]:
         """QEMU makes the file of a memory that is not there."""
@@ -379,3 +395,9 @@ class Reader:
             if data:
                 return list(self._messages.take(data))
         return None
+
+    def close_descriptors(self) -> None:
+        """Close what was not passed on."""
+        for number in self.descriptors:
+            os.close(number)
+        self.descriptors.clear()

@@ -1,6 +1,5 @@
 """One kind of device in one VM, things of other people's around it, and pictures of it all."""
 
-import os
 import re
 import subprocess
 import tempfile
@@ -65,6 +64,15 @@ class WatchedDaemons(HostVirtiofsdRunner):
         """See VirtiofsdRunner."""
         with self._hooks.step(StepKind.DAEMON, "start virtiofsd"):
             return super().start(daemon, device_id)
+
+
+class Proxied(Qemu):
+    """A QEMU whose process is not to be seen: its socket decides whether it has ended."""
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """See Hypervisor."""
+        return self._endpoint
 
 
 class World:
@@ -132,8 +140,8 @@ class World:
         """The manager, whose steps are told."""
         path = str(self.conductor.path)
         monitor = QmpMonitor.connect(path, timeout_s=patience_s, command_timeout_s=patience_s)
-        endpoint, daemons = Endpoint(path, monitor.peer_pid), WatchedDaemons(path, hooks)
-        hypervisor = Qemu(monitor, endpoint, daemons, self.host())
+        endpoint, daemons = Endpoint(path, None), WatchedDaemons(path, hooks)
+        hypervisor = Proxied(monitor, endpoint, daemons, self.host())
         with DeviceManager.open(
             vm=VM,
             host=self.host(hooks),
@@ -149,8 +157,8 @@ class World:
     def _add_strangers(self) -> None:
         self._add_to_vm()
         with Journal.open(self.state_dir) as journal:
-            here = Endpoint(str(self.conductor.path), os.getpid())
-            journal.add_vm(record_vm(VM, here, HostRoot()))
+            here = Endpoint(str(self.conductor.path), None)
+            journal.add_vm(record_vm(VM, here))
             journal.add_vm(
                 VmRecord(name=OTHER_VM, qmp_socket="/x", pid=None, started_at=None, is_ours=False)
             )

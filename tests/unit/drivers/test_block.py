@@ -42,7 +42,7 @@ from vmplug.errors import CannotPlug, NoFreePort, SpecError
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.block.image_faults import ImageFault
-from vmplug.host.block.qcow2 import Qcow2Header
+from vmplug.host.block.qcow2 import ImageFile, Qcow2Header
 from vmplug.host.block.queue import QueueFacts
 from vmplug.host.finding import Code, Severity
 from vmplug.host.kind import DeviceType, FoundBy
@@ -527,20 +527,33 @@ def test_the_switches_reach_the_drive() -> None:
     assert planned.throttle == Throttle(iops_total=9)
 
 
+BASE = ImageFile("/srv/base.img", ImageFormat.RAW, is_device=False, file_id="inode 8:1")
+OVER_BASE = ImageFile(
+    "/srv/a.qcow2", ImageFormat.QCOW2, is_device=False, file_id="inode 8:2", backing=BASE
+)
+
+
 @pytest.mark.parametrize(
-    ("device", "allowed"),
+    ("device", "backing"),
     [
-        (SDB, False),
-        (IMAGE, False),
-        (qcow2(), False),
-        (qcow2(backing_file="base.img"), True),
-        (qcow2(external_data=True), True),
+        (SDB, None),
+        (IMAGE, None),
+        (qcow2(), None),
+        (qcow2(backing_file="base.img")._replace(image=OVER_BASE), BASE),
+        (qcow2()._replace(image=OVER_BASE), None),
     ],
 )
 def test_only_an_image_that_names_other_files_may_open_them(
-    device: BlockDevice | DiskFile, *, allowed: bool
+    device: BlockDevice | DiskFile, backing: ImageFile | None
 ) -> None:
-    assert drive(device).backing_allowed is allowed
+    assert drive(device).backing == backing
+
+
+@pytest.mark.parametrize("device", [qcow2(backing_file="x"), qcow2(external_data=True)])
+def test_an_image_whose_files_cannot_be_checked_is_never_plugged(device: DiskFile) -> None:
+    with pytest.raises(CannotPlug) as caught:
+        drive(device)
+    assert caught.value.reason == "unusable-image"
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,13 @@
 
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from vmplug.errors import NoSuchDevice
-from vmplug.host.file_id import check_path, file_id, has_open, has_thread, pinned
+from vmplug.host.file_id import check_path, file_id, has_open, pinned
 
 
 @pytest.fixture
@@ -111,8 +110,3 @@ def test_the_open_files_of_a_dead_process_are_unknown(image: Path, reader: int) 
     with subprocess.Popen(["true"]) as process:
         process.wait()
         assert has_open(process.pid, checked) is None
-
-
-def test_a_thread_belongs_to_its_process() -> None:
-    assert has_thread(os.getpid(), threading.get_native_id())
-    assert not has_thread(os.getpid(), os.getppid())

@@ -102,13 +102,14 @@ def test_one_that_can_is_asked_to_write_nothing() -> None:
 
 @pytest.mark.parametrize("options", [OF_C, OF_RUST - {"--readonly"}])
 def test_another_that_must_not_write_gets_a_read_only_mount_first(options: frozenset[str]) -> None:
-    plain = command_line(daemon("/srv/a b", options=options), 7)
+    plain = command_line(daemon("/sys", options=options), 7)
     unshare, mount, shell, dash_c, script, directory, *rest = command_line(
         daemon("/srv/a b", options=options, read_only=True), 7
     )
     assert (unshare, mount, shell, dash_c) == ("unshare", "--mount", "sh", "-c")
     assert (directory, rest) == ("/srv/a b", plain)
     assert "bind,ro" in script
+    assert " . /sys " in script  # the working directory, by no name
     assert "/srv" not in script  # it is an argument, never text of the script
 
 
@@ -235,7 +236,12 @@ def test_a_daemon_inherits_only_what_it_needs(program: str, vm: str) -> None:
         stack.enter_context(running(vm, daemon(program=program)))
         (pid,) = HostVirtiofsdRunner(vm).find().values()
         variables = Path(f"/proc/{pid}/environ").read_bytes().rstrip(b"\0").split(b"\0")
-        assert {v.partition(b"=")[0] for v in variables} == {b"PATH", b"LC_ALL", b"VMPLUG_DEVICE"}
+        assert {v.partition(b"=")[0] for v in variables} == {
+            b"PATH",
+            b"LC_ALL",
+            b"VMPLUG_DEVICE",
+            b"VMPLUG_DIRECTORY",
+        }
         assert b"PATH=" + PROGRAM_PATH.encode() in variables
         assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
         opened = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
@@ -423,15 +429,22 @@ def test_a_real_virtiofsd_ends_when_its_client_hangs_up(tmp_path: Path, vm: str)
 
 @pytest.mark.root
 @needs_virtiofsd
-@pytest.mark.parametrize("read_only", [False, True], ids=["rw", "ro"])
-def test_a_directory_that_has_gone_is_told_in_its_words(
-    tmp_path: Path, vm: str, *, read_only: bool
-) -> None:
-    made = real(tmp_path / "none", read_only=read_only)
-    with HostVirtiofsdRunner(vm).start(made, ID) as started:
+def test_a_directory_that_has_gone_is_told_in_its_words(tmp_path: Path, vm: str) -> None:
+    with HostVirtiofsdRunner(vm).start(real(tmp_path / "none"), ID) as started:
         started.connection.settimeout(TIMEOUT_S)
         assert hung_up(started.connection)
         assert started.stderr_tail()
+    assert HostVirtiofsdRunner(vm).find() == {}
+
+
+@pytest.mark.root
+@needs_virtiofsd
+def test_a_directory_that_has_gone_before_it_is_mounted_is_told_at_once(
+    tmp_path: Path, vm: str
+) -> None:
+    made = daemon(tmp_path / "none", program=str(VIRTIOFSD), options=OF_C, read_only=True)
+    with pytest.raises(BackendError, match="No such file"):
+        HostVirtiofsdRunner(vm).start(made, ID)
     assert HostVirtiofsdRunner(vm).find() == {}
 
 
@@ -453,3 +466,12 @@ def test_the_mount_of_a_real_virtiofsd_takes_writes_unless_only_a_mount_refuses_
             is_mounted_so = read_only and "--readonly" not in made.options
             assert bool(os.statvfs(path).f_flag & os.ST_RDONLY) is is_mounted_so
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_without_a_temporary_directory_there_is_no_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(BackendError, match="No such file or directory") as caught:
+        HostVirtiofsdRunner("here").start(daemon(tmp_path), ID)
+    assert "TMPDIR" in (caught.value.hint or "")

@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -286,3 +287,37 @@ def test_devices_that_the_journal_lost_are_reported_and_stay_in_the_guest(tmp_pa
     assert repair.outcome is RepairOutcome.REMOVED
     assert not sandbox.vmplugs()
     sandbox.close()
+
+
+def test_a_process_that_has_the_old_journal_open_writes_no_more_to_it(path: Path) -> None:
+    """VMs in two journals would get one disk."""
+    with Journal.open(path.parent) as open_before:
+        known = open_before.vms()[0]
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE device SET state = 'flying'")
+        assert set_aside(path.parent)
+        with Journal.open(path.parent) as opened_after:
+            before = [vm.name for vm in opened_after.vms()]
+            for use in (
+                lambda: open_before.add_vm(replace(known, name="new", qmp_socket="/new")),
+                open_before.vms,
+                open_before.bindings.all,
+            ):
+                with pytest.raises(StoreError, match="another journal has been put in place of"):
+                    use()
+            assert [vm.name for vm in opened_after.vms()] == before
+
+
+def test_a_journal_is_not_replaced_in_the_middle_of_a_transaction(path: Path) -> None:
+    with Journal.open(path.parent) as journal:
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE device SET state = 'flying'")
+        replaced = threading.Thread(target=set_aside, args=[path.parent])
+        with journal._lock:
+            replaced.start()
+            replaced.join(0.05)
+            assert replaced.is_alive()
+            assert journal.vms()
+        replaced.join()
+        with pytest.raises(StoreError):
+            journal.vms()

@@ -1,15 +1,23 @@
 """The machine that `vm start` would start, before any QEMU runs."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support.pci_tree import FLAGS_MEM64, PciTree
 from tests.support.tree import GIB
 from vmplug.address import Bdf
-from vmplug.errors import SpecError
+from vmplug.errors import SpecError, StateError
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import VmRecord
 from vmplug.manager.setup import Setup
+from vmplug.vms.connect import connect_vm
+from vmplug.vms.reconcile import reconcile_host
 from vmplug.vms.start import VmSpec, _complete, start_vm
+from vmplug.vms.status import list_vms
+from vmplug.vms.stop import stop_vm
 
 GPUS = tuple(Bdf.parse(f"0000:{0x17 + number:02x}:00.0") for number in range(5))
 CPU = "processor\t: 0\naddress sizes\t: {bits} bits physical, 57 bits virtual\n"
@@ -52,3 +60,48 @@ def test_with_kvm_the_guest_has_the_hosts_bits(
         return
     with pytest.raises(SpecError, match=f"{bits} bits"):
         _complete(spec, tree.root)
+
+
+@pytest.mark.parametrize("has_directory", [False, True])
+def test_a_start_that_died_before_there_was_a_qemu_is_undone(
+    tmp_path: Path, *, has_directory: bool
+) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    directory = tmp_path / "vm" / "sb1"
+    with Journal.open(tmp_path) as journal:
+        record = VmRecord(
+            name="sb1",
+            qmp_socket=str(directory / "qmp.sock"),
+            pid=None,
+            started_at=None,
+            is_ours=True,
+            starting_by=replace(journal.worker, pid=process.pid),
+        )
+        journal.add_vm(record)
+    if has_directory:
+        directory.mkdir(parents=True)
+    setup = Setup(state_dir=tmp_path)
+    assert [vm.state for vm in list_vms(setup=setup)] == ["interrupted"]
+    with pytest.raises(StateError, match="interrupted start"):
+        connect_vm("sb1", setup=setup)
+    assert reconcile_host(setup=setup).failures == ()
+    assert (list_vms(setup=setup), directory.exists()) == ([], False)
+
+
+def test_a_start_in_progress_is_left_to_its_process(tmp_path: Path) -> None:
+    setup = Setup(state_dir=tmp_path)
+    with Journal.open(tmp_path) as journal:
+        record = VmRecord(
+            name="sb1",
+            qmp_socket=str(tmp_path / "vm/sb1/qmp.sock"),
+            pid=None,
+            started_at=None,
+            is_ours=True,
+            starting_by=journal.worker,
+        )
+        journal.add_vm(record)
+    assert reconcile_host(setup=setup).failures == ()
+    with pytest.raises(StateError, match="is starting it"):
+        stop_vm("sb1", setup=setup)
+    assert [vm.state for vm in list_vms(setup=setup)] == ["starting"]

@@ -70,6 +70,7 @@ def status_json(vm: VmStatus) -> dict[str, Any]:
     return {
         "name": vm.name,
         "state": vm.state,
+        "pid": vm.pid,
         "machine": vm.machine,
         "free_ports": vm.free_ports,
         "scsi_controllers": vm.scsi_controllers,
@@ -81,10 +82,9 @@ def status_json(vm: VmStatus) -> dict[str, Any]:
 
 def print_statuses(vms: Sequence[VmStatus]) -> None:
     """A table of known VMs."""
-    print_table(
-        ("VM", "STATE", "MACHINE", "FREE PORTS", "SCSI", "SHARED MEMORY", "ATTACHED", "QMP"),
-        [tuple(_word(value) for value in status_json(vm).values()) for vm in vms],
-    )
+    headings = ("VM", "STATE", "PID", "MACHINE", "FREE PORTS", "SCSI", "SHARED MEMORY", "ATTACHED")
+    rows = [tuple(_word(value) for value in status_json(vm).values()) for vm in vms]
+    print_table((*headings, "QMP"), rows)
     if not vms:
         click.echo("no VM is known")
 

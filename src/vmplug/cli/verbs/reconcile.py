@@ -45,4 +45,7 @@ def command(
     else:
         print_repairs(done)
     if done.failures:
-        raise done.failures[0].error
+        first, *others = done.failures
+        for failure in others:
+            first.error.add_note(f"VM {failure.vm or '-'}: {failure.error.message}")
+        raise first.error

@@ -208,7 +208,8 @@ def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
 def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
     """End a VM that `vm start` started, or forget one that was adopted.
 
-    An adopted VM keeps running, and is forgotten only when nothing is attached to it.
+    An adopted VM keeps running, and is forgotten only when nothing is attached to it. A QEMU that
+    does not answer is ended too.
 
     \b
     vmplug vm stop sb1

@@ -7,7 +7,8 @@ import os
 
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.formats import HEAD_BYTES, LUKS, TAIL_BYTES, ImageFormat, find_format
-from vmplug.host.block.image_faults import find_faults
+from vmplug.host.block.image_faults import ImageFault, find_faults
+from vmplug.host.block.qcow2 import read_image
 from vmplug.host.block.queue import read_queue
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES, find_disk_path
 from vmplug.host.block.twins import read_own_name
@@ -18,6 +19,7 @@ _AIO_EVENTS = 1024
 """What one context of QEMU takes. Source: QEMU block/linux-aio.c, MAX_EVENTS."""
 _DIRECT_IO_MAX = 4096
 """QEMU tries no larger unit. Source: QEMU block/file-posix.c, raw_probe_alignment."""
+_FLATTEN = "flatten it (qemu-img convert -O qcow2 OLD NEW): vmplug opens only what it can check"
 _PATIENCE_S = 1.0
 """How long a block device may take to answer; the read of a dead one would never end."""
 
@@ -45,12 +47,23 @@ def look_into(
             tail = root.read_at(path, max(size - TAIL_BYTES, 0), TAIL_BYTES)
             return device._replace(looks_like=find_format(head, tail, path))
         case DiskFile(), ImageFormat.QCOW2:
-            faults = find_faults(device.host_path, device.size_bytes, root)
-            return device._replace(faults=tuple(faults))
+            return _look_into_image(device, root)
         case BlockDevice(), None if root.is_live:
             return _look_into_block(device, root)
         case _:
             return device
+
+
+def _look_into_image(device: DiskFile, root: HostRoot) -> DiskFile:
+    """The image with its faults and, where its header names other files, with those."""
+    faults = find_faults(device.host_path, device.size_bytes, root)
+    header, image = device.qcow2, None
+    if header and (header.backing_file or header.external_data):
+        try:
+            image = read_image(device.host_path, root)
+        except ValueError as error:
+            faults.append(ImageFault(str(error), _FLATTEN))
+    return device._replace(faults=tuple(faults), image=image)
 
 
 def has_aio_context(root: HostRoot) -> bool:

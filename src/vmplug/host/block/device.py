@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop import LoopBacking
-from vmplug.host.block.qcow2 import Qcow2Header
+from vmplug.host.block.qcow2 import ImageFile, Qcow2Header
 from vmplug.host.kind import DeviceType, FoundBy, Identity, IdentityKind
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class DiskFile(NamedTuple):
     `file_id` identifies the file, whatever has its name later (see `vmplug.host.file_id`); None
     where it was not read. `read_only`: its file system is read-only. `direct_io`: it can be read
     without the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image;
+    `image` has the files that it makes QEMU open, None where they are not known or not followed.
     `pfn` is the information block of persistent memory, None without one. `loops` are the loop
     devices on it with their partitions, None until a check looks for them. `looks_like` is as for
     a BlockDevice; `faults` are those of an image whose format the request states as qcow2.
@@ -129,6 +130,7 @@ class DiskFile(NamedTuple):
     file_id: str | None = None
     read_only: bool = False
     qcow2: Qcow2Header | None = None
+    image: ImageFile | None = None
     pfn: "PfnInfo | None" = None
     direct_io: bool = False
     loops: tuple[DevNum, ...] | None = None

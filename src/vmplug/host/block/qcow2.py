@@ -3,9 +3,14 @@
 Source: QEMU docs/interop/qcow2.txt.
 """
 
+import os
+import stat
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from vmplug.host.block.formats import ImageFormat
+from vmplug.host.file_id import file_id
 from vmplug.host.root import HostRoot
 
 MAGIC = b"QFI\xfb"
@@ -56,3 +61,81 @@ def read_qcow2_header(path: str, root: HostRoot) -> Qcow2Header | None:
         backing_file=backing.decode(errors="replace") or None,
         external_data=bool(features & _EXTERNAL_DATA),
     )
+
+
+class ImageFile(NamedTuple):
+    """A file of an image, with those that QEMU opens for it: what was checked of all of them."""
+
+    path: str
+    format: ImageFormat
+    is_device: bool
+    file_id: str
+    backing: "ImageFile | None" = None
+    data_file: "ImageFile | None" = None
+
+
+def read_image(
+    path: str, root: HostRoot, format_: ImageFormat = ImageFormat.QCOW2, depth: int = 0
+) -> ImageFile:
+    """The file of an image, and its backing and data files, by their canonical paths.
+
+    ValueError says which of them vmplug cannot follow.
+    """
+    path = root.real_path(path)
+    status = root.stat(path)
+    if status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        raise ValueError(f"needs {path}, which is not there")
+    image = ImageFile(path, format_, stat.S_ISBLK(status.st_mode), file_id(status))
+    if format_ is ImageFormat.RAW:
+        return image
+    if depth > _CHAIN_MAX:
+        raise ValueError(f"has more than {_CHAIN_MAX} backing files")
+    header = read_qcow2_header(path, root)
+    if header is None:
+        raise ValueError(f"needs {path}, which is not a qcow2 image")
+    extensions = dict(_extensions(path, root))
+    if header.external_data:
+        name = extensions.get(_DATA_FILE, b"").decode(errors="replace")
+        if not name.startswith("/"):
+            raise ValueError(f"has a data file without an absolute path ({name!r})")
+        image = image._replace(data_file=read_image(name, root, ImageFormat.RAW))
+    if header.backing_file is not None:
+        image = image._replace(
+            backing=_backing(image, header.backing_file, extensions, root, depth)
+        )
+    return image
+
+
+_CHAIN_MAX = 32
+_BACKING_FORMAT, _DATA_FILE = 0xE2792ACA, 0x44415441
+_EXTENSIONS_BYTES = 1 << 16
+
+
+def _backing(
+    image: ImageFile, name: str, extensions: dict[int, bytes], root: HostRoot, depth: int
+) -> ImageFile:
+    """QEMU takes a name with a colon before a slash for a protocol.
+
+    Source: QEMU block.c, path_has_protocol and bdrv_get_full_backing_filename.
+    """
+    if ":" in name.partition("/")[0]:
+        raise ValueError(f"has the backing file {name!r}, which is not a path")
+    said = extensions.get(_BACKING_FORMAT, b"").decode(errors="replace")
+    if said not in set(ImageFormat):
+        what = f"of the format {said!r}" if said else "of no stated format"
+        raise ValueError(f"has a backing file {what} ({name})")
+    path = os.path.join(os.path.dirname(image.path), name)
+    return read_image(path, root, ImageFormat(said), depth + 1)
+
+
+def _extensions(path: str, root: HostRoot) -> Iterator[tuple[int, bytes]]:
+    """The header's extensions, by their types; they end with type 0."""
+    head = root.read_at(path, 0, _EXTENSIONS_BYTES)
+    is_3 = int.from_bytes(head[4:8], "big") >= 3
+    at = int.from_bytes(head[100:104], "big") if is_3 else HEADER.size
+    while at + 8 <= len(head):
+        kind, length = struct.unpack_from(">II", head, at)
+        if kind == 0 or at + 8 + length > len(head):
+            return
+        yield kind, head[at + 8 : at + 8 + length]
+        at += 8 + -(-length // 8) * 8

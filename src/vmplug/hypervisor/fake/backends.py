@@ -32,7 +32,8 @@ class FakeBackends:
     `reconnect` is the option of chardevs, that of QEMU 7.2 or that of 11. `iommufd`: there are
     objects of that type. `vf_token`: vfio-pci has the property. `sizes` are those of nodes that
     were resized, `memory` those of memory backends. `kept` are files that QEMU will never close.
-    `aio`: the host has contexts for aio=native.
+    `aio`: the host has contexts for aio=native. `fdsets` are the opaque words of
+    sets by their numbers.
     """
 
     nodes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class FakeBackends:
     vf_token: bool = False
     kept: list[str] = field(default_factory=list)
     aio: bool = True
+    fdsets: dict[int, str] = field(default_factory=dict)
 
     @abstractmethod
     def _used(self, key: str) -> set[Any]:
@@ -117,6 +119,40 @@ class FakeBackends:
     def _getfd(self, fdname: str) -> dict[str, Any]:
         self.descriptors.add(fdname)
         return {}
+
+    def _add_fd(self, opaque: str) -> dict[str, Any]:
+        number = max(self.fdsets, default=-1) + 1
+        self.fdsets[number] = opaque
+        return {"fdset-id": number, "fd": 0}
+
+    def _remove_fd(self, fdset_id: int) -> dict[str, Any]:
+        if self.fdsets.pop(fdset_id, None) is None:
+            raise Refused(f"File descriptor named 'fdset-id:{fdset_id}' not found")
+        return {}
+
+    def _query_fdsets(self) -> list[dict[str, Any]]:
+        return [
+            {"fdset-id": number, "fds": [{"fd": 0, "opaque": opaque}]}
+            for number, opaque in self.fdsets.items()
+        ]
+
+    def _x_debug_query_block_graph(self) -> dict[str, Any]:
+        """A node for each name, and one for each child that was described in its place."""
+        nodes: list[dict[str, Any]] = []
+        edges: list[dict[str, Any]] = []
+
+        def add(name: str, options: Mapping[str, Any]) -> int:
+            number = len(nodes)
+            nodes.append({"id": number, "type": "block-driver", "name": name})
+            for role in ("file", "backing", "data-file"):
+                if isinstance(below := options.get(role), Mapping):
+                    child = add(f"#block{len(nodes)}", below)
+                    edges.append({"parent": number, "name": role, "child": child})
+            return number
+
+        for name, options in self.nodes.items():
+            add(name, options)
+        return {"nodes": nodes, "edges": edges}
 
     def _take_file(self, name: str) -> None:
         """From now on a file that was passed belongs to a device or an object."""

@@ -3,14 +3,14 @@
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Self
 
 from msgspec.structs import replace
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id
-from vmplug.drivers.place import Offer, Place
+from vmplug.drivers.place import MemorySlot, Offer, Place
 from vmplug.drivers.plug import Aio, BlockDrive, Plug, VFIODevices, VhostUserDevice, VirtiofsdSpec
 from vmplug.drivers.ports import Command, Endpoint, Step, UnplugFailure
 from vmplug.errors import (
@@ -21,14 +21,16 @@ from vmplug.errors import (
     HypervisorError,
     UnplugTimeout,
 )
-from vmplug.host.file_id import check_path, file_replaced, has_open, has_thread, pinned
+from vmplug.host.file_id import has_open
 from vmplug.host.pci.vfio import open_nodes
-from vmplug.host.process import is_running
+from vmplug.host.process import find_guest_process, is_running, read_start_time
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import Abilities, QueriedAbilities
+from vmplug.hypervisor.qemu.graph import check_graph
+from vmplug.hypervisor.qemu.handover import Handover, take_back_all
 from vmplug.hypervisor.qemu.iommufd import make_iommufd, missing_steps
 from vmplug.hypervisor.qemu.steps import vfio
-from vmplug.hypervisor.qemu.steps.plug import check_hot, opened_file, plug_steps
+from vmplug.hypervisor.qemu.steps.plug import check_hot, opened_files, plug_steps, renamed
 from vmplug.hypervisor.qemu.steps.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.qemu.topology import qom_get, qom_list, read_offer, read_place
 from vmplug.hypervisor.qemu.unplug_waiter import UnplugWaiter
@@ -97,18 +99,21 @@ class Qemu:
         monitor = QmpMonitor.connect(
             socket, timeout_s=timeout_s, command_timeout_s=command_timeout_s
         )
-        return cls(monitor, Endpoint(os.path.realpath(socket), monitor.peer_pid))
+        return cls(monitor, Endpoint(os.path.realpath(socket), None))
 
     @property
     def endpoint(self) -> Endpoint | None:
-        """The socket of this VM, and QEMU's process, or the one that now serves the socket.
+        """The socket of this VM, and QEMU's process, or that of the QEMU that now has the socket.
 
         vmplug connects again to the process that answers on the socket.
         """
         known = self._endpoint
-        if known and not (known.pid and is_running(known.pid, None, THIS_HOST)):
-            self.status()
-            self._endpoint = replace(known, pid=self._monitor.peer_pid)
+        if known and not (known.pid and is_running(known.pid, known.started_at, THIS_HOST)):
+            cpus = self._monitor.execute(Command("query-cpus-fast", {}))
+            threads = {cpu["thread-id"] for cpu in cpus if "thread-id" in cpu}
+            pid = find_guest_process(threads, self._monitor.peer_pid, THIS_HOST)
+            started_at = read_start_time(pid, THIS_HOST) if pid else None
+            self._endpoint = replace(known, pid=pid, started_at=started_at)
         return self._endpoint
 
     @property
@@ -176,15 +181,39 @@ class Qemu:
         QEMU 7.2 refuses a native one without a context left; QEMU 10 then uses threads by itself.
         """
         try:
-            self._do(self.steps(plug, place), opened_file(plug))
+            self._plug_files(plug, place)
         except CommandError as error:
             is_choice = isinstance(plug, BlockDrive) and plug.aio_is_choice
             if NO_AIO not in error.desc or not is_choice:
                 raise
             assert isinstance(plug, BlockDrive)
             log.warning("%s: vmplug uses aio=threads, as QEMU says: %s", plug.file, error.desc)
-            plain = replace(plug, aio=Aio.THREADS)
-            self._do(self.steps(plain, place), opened_file(plain))
+            self._plug_files(replace(plug, aio=Aio.THREADS), place)
+
+    def _plug_files(self, plug: Plug, place: Place) -> None:
+        """Verify what QEMU opened before the last step, which shows it to the guest."""
+        files = opened_files(plug) if self._endpoint else ()
+        drive = plug if isinstance(plug, BlockDrive) else None
+        is_memory = isinstance(place, MemorySlot)
+        sets = bool(files) and not is_memory and self.status() == "running"
+        handover = Handover(self._monitor, plug.id, self._guest_pid, sets=sets)
+
+        def verify() -> None:
+            if drive and not is_memory:
+                self.check_graph(drive)
+            handover.finish()
+
+        with handover.names(files) as names:
+            self._do(self.steps(renamed(plug, names), place), verify)
+
+    def check_graph(self, drive: BlockDrive) -> None:
+        """NoSuchDevice unless its node opened exactly the files that were checked."""
+        check_graph(drive, self._monitor)
+
+    def _guest_pid(self) -> int | None:
+        """QEMU's process, if its files can be read."""
+        pid = self.endpoint.pid if self.endpoint else None
+        return None if pid is None or has_open(pid, "") is None else pid
 
     def _plug_group(self, plug: VFIODevices, place: Place) -> None:
         """The guest must release the functions that were plugged before a refused one.
@@ -208,34 +237,18 @@ class Qemu:
                     ) from error
                 raise
 
-    def _do(self, steps: Sequence[Step], file: tuple[str, str] | None = None) -> None:
-        """All or none; `file` is verified before the last step, which shows it to the guest."""
+    def _do(self, steps: Sequence[Step], verify: Callable[[], None] | None = None) -> None:
+        """All or none; `verify` raises before the last step, which shows it to the guest."""
         done: list[Step] = []
-        process = self._endpoint if file else None
         try:
-            if file and process:
-                with pinned(*file):
-                    self._do_each(steps[:-1], done)
-                    self._check_opened(*file, process.pid)
+            if verify:
+                self._do_each(steps[:-1], done)
+                verify()
             self._do_each(steps[len(done) :], done)
         except (CommandError, HostError):
             for step in reversed(done):
                 self._take_back(step.undo)
             raise
-
-    def _check_opened(self, path: str, checked: str, pid: int | None) -> None:
-        """NoSuchDevice unless QEMU has opened the file that was checked.
-
-        Where QEMU's files cannot be read, or it is behind a proxy, only the path is checked.
-        """
-        check_path(path, checked)
-        if pid and has_open(pid, checked) is False and self._is_of_guest(pid):
-            raise file_replaced(path, THIS_HOST)
-
-    def _is_of_guest(self, pid: int) -> bool:
-        """Whether a process has the guest's CPUs: QEMU 7.2 lists them while it is paused too."""
-        cpus = self._monitor.execute(Command("query-cpus-fast", {}))
-        return any(has_thread(pid, cpu.get("thread-id", 0)) for cpu in cpus)
 
     def _do_each(self, steps: Sequence[Step], done: list[Step]) -> None:
         answers, refusal = self._monitor.attempt([step.do for step in steps])
@@ -261,20 +274,30 @@ class Qemu:
     ) -> dict[str, UnplugFailure]:
         """Wait for the guest, then remove what is left of the devices.
 
-        Returns the reason for each device that is still there. Others can use the QMP socket
-        meanwhile.
+        A guest that boots loses a request, so it is repeated. Returns the reason for each device
+        that is still there. Others can use the QMP socket meanwhile.
         """
         wanted = set(device_ids)
-        names = self._unplug_waiter.wait(wanted, partial(self._present, wanted), timeout_s)
+        look = partial(self._present, wanted)
+        names = self._unplug_waiter.wait(wanted, look, self._ask_again, timeout_s)
         left = {self._owner(name) or "": why for name, why in names.items()}
         self._remove_remains(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), UnplugFailure.LOST)
+
+    def _ask_again(self, names: Iterable[str]) -> None:
+        """Repeat requests that may be lost. QEMU refuses those that are in progress."""
+        for name in names:
+            try:
+                self._monitor.execute(Command("device_del", {"id": name}))
+            except CommandError as error:
+                log.debug("device_del %s: %s", name, error.desc)
 
     def close_files(self, device_ids: Iterable[str]) -> None:
         """Close files that an interrupted attach passed to QEMU and that it does not use yet."""
         for device_id in device_ids:
             for name in (qemu_id(device_id, LINK), vfio.open_node_name(device_id)):
                 self._remove(Command("closefd", {"fdname": name}))
+            take_back_all(self._monitor, device_id)
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Report a disk's new size to the guest; a regular file is resized."""

@@ -18,6 +18,10 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
 """The time between two checks, in which others can use the QMP socket; it doubles each time. The
 first check is immediate, as most guests take 0.1 seconds; a silent one must not keep the socket
 busy."""
+ASK_AGAIN_S = 2.0
+"""A guest that boots loses a request. QEMU refuses a repeated one while the guest may be at work
+on the first: 1 s with ACPI, 5 s with PCIe's own hot plug.
+Source: QEMU hw/acpi/pcihp.c, hw/pci/pcie.c."""
 
 
 class _Outcome(StrEnum):
@@ -34,11 +38,12 @@ class UnplugWaiter:
     """The devices of one VM that were asked to leave, or are waited for. Thread-safe.
 
     `owner` returns the id of the device that owns a name in QEMU. Other events are dropped: other
-    processes unplug devices too.
+    processes unplug devices too. A request without an answer is repeated every `ask_again_s`.
     """
 
     def __init__(self, owner: Callable[[str], str | None]) -> None:
         self._owner = owner
+        self.ask_again_s = ASK_AGAIN_S
         self._changed = threading.Condition()
         self._asked: set[str] = set()
         self._waited_for: Counter[str] = Counter()
@@ -75,18 +80,24 @@ class UnplugWaiter:
             self._asked.discard(name)
 
     def wait(
-        self, device_ids: Collection[str], look: Callable[[], set[str]], timeout_s: float
+        self,
+        device_ids: Collection[str],
+        look: Callable[[], set[str]],
+        ask: Callable[[set[str]], None],
+        timeout_s: float,
     ) -> dict[str, UnplugFailure]:
         """Wait until the devices are gone; `look` gives their names in the object tree.
 
-        Returns those that are still there: refused by the guest, or without an answer.
+        `ask` asks the guest for some again. Returns those that are still there: refused by the
+        guest, or without an answer.
         """
-        deadline = time.monotonic() + timeout_s
+        asked = time.monotonic()
+        deadline = asked + timeout_s
         with self._waiting_for(device_ids):
             missed, pause_s = self._missed, 0.0
             pending = look() | self._names_asked(device_ids)
             while pending:
-                self._hear(pending, deadline, missed)
+                self._hear(pending, min(deadline, asked + self.ask_again_s), missed)
                 self._hear(pending, min(deadline, time.monotonic() + pause_s))
                 missed, pause_s = self._missed, min(2 * pause_s or _FIRST_PAUSE_S, _LAST_PAUSE_S)
                 is_late = time.monotonic() >= deadline
@@ -95,6 +106,9 @@ class UnplugWaiter:
                 if pending <= refused or is_late:
                     left = dict.fromkeys(pending, UnplugFailure.TIMEOUT)
                     return left | dict.fromkeys(refused, UnplugFailure.REFUSED)
+                if time.monotonic() - asked >= self.ask_again_s:
+                    ask(pending - refused)
+                    asked = time.monotonic()
         return {}
 
     def pause(self, timeout_s: float) -> None:

@@ -28,6 +28,7 @@ from vmplug.errors import (
     StateError,
 )
 from vmplug.host.process import ProcessLock
+from vmplug.hypervisor.listening import socket_address
 from vmplug.hypervisor.qmp.monitor import (
     COMMAND_TIMEOUT_S,
     MISSED,
@@ -214,7 +215,8 @@ class QmpMonitor(Monitor):
         deadline = struct.pack("ll", whole_s, int((self._connect_timeout_s - whole_s) * 1e6))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
         try:
-            connection.connect(self._socket)
+            with socket_address(self._socket) as address:
+                connection.connect(address)
         except BlockingIOError as error:
             connection.close()
             raise TimeoutError from error

@@ -79,7 +79,35 @@ _Cpu = TypedDict("_Cpu", {"thread-id": NotRequired[_U32], "qom-path": NotRequire
 _Node = TypedDict("_Node", {"node-name": str})
 _Sizes = TypedDict("_Sizes", {"base-memory": _Size, "plugged-memory": NotRequired[_Size]})
 
+
+class _Fd(TypedDict):
+    fd: int
+    opaque: NotRequired[str]
+
+
+_FdSet = TypedDict("_FdSet", {"fdset-id": int, "fds": Annotated[list[_Fd], _Many]})
+_NewFd = TypedDict("_NewFd", {"fdset-id": Annotated[int, msgspec.Meta(ge=0)]})
+
+
+class _GraphNode(TypedDict):
+    id: _Size
+    type: str
+    name: str
+
+
+class _GraphEdge(TypedDict):
+    parent: _Size
+    name: str
+    child: _Size
+
+
+class _Graph(TypedDict):
+    nodes: Annotated[list[_GraphNode], _Many]
+    edges: Annotated[list[_GraphEdge], _Many]
+
+
 _ANSWERS: dict[str, Any] = {
+    "add-fd": _NewFd,
     "device-list-properties": Annotated[list[_Parameter], _Many],
     "qom-list": Annotated[list[_Property], _Many],
     "qom-list-types": list[Any],
@@ -87,12 +115,14 @@ _ANSWERS: dict[str, Any] = {
     "query-command-line-options": Annotated[list[_Option], _Many],
     "query-chardev": Annotated[list[_Chardev], _Many],
     "query-cpus-fast": Annotated[list[_Cpu], _Many],
+    "query-fdsets": Annotated[list[_FdSet], _Many],
     "query-kvm": _Kvm,
     "query-memdev": Annotated[list[_Backend], _Many],
     "query-memory-devices": Annotated[list[_MemoryDevice], _Many],
     "query-memory-size-summary": _Sizes,
     "query-named-block-nodes": Annotated[list[_Node], _Many],
     "query-status": _Status,
+    "x-debug-query-block-graph": _Graph,
 }
 _PROPERTIES: dict[str, Any] = {
     "addr": _Byte,

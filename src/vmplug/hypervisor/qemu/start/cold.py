@@ -15,17 +15,25 @@ from msgspec.structs import replace
 
 from vmplug.address import qemu_id
 from vmplug.drivers.place import Offer, Place
-from vmplug.drivers.plug import Aio, BlockDrive, Plug, VFIODevices, VhostUserDevice
+from vmplug.drivers.plug import (
+    Aio,
+    BlockDrive,
+    DiskFrontend,
+    Plug,
+    VFIODevices,
+    VhostUserDevice,
+)
 from vmplug.drivers.ports import START_DAEMON, Command, Step, UnplugFailure
 from vmplug.errors import StateError
-from vmplug.host.file_id import check_path, file_replaced, has_open
+from vmplug.host.file_id import CheckedFile, check_path, file_replaced, find_missing
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps, needs_iommufd
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.start.machine import BINARY, VmSpec, cold_offer, option_text
 from vmplug.hypervisor.qemu.steps import vfio
-from vmplug.hypervisor.qemu.steps.plug import check_file, opened_file, plug_steps
+from vmplug.hypervisor.qemu.steps.plug import check_file, opened_files, plug_steps
 from vmplug.hypervisor.qemu.steps.vhost_user import LINK
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess, VirtiofsdRunner
 
@@ -65,8 +73,7 @@ class ColdQemu:
         self._connections: dict[str, int] = {}
         self._running: dict[str, VirtiofsdProcess] = {}
         self._nodes: dict[str, ExitStack] = {}
-        self._files: dict[str, tuple[str, str]] = {}
-        self._drives: dict[str, tuple[BlockDrive, Place]] = {}
+        self._plugs: dict[str, tuple[Plug, Place]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -124,19 +131,19 @@ class ColdQemu:
         if needs_iommufd(plug):
             assert isinstance(plug, VFIODevices)
             plug = self._open_nodes(plug)
+        self._set(plug, place)
+
+    def _set(self, plug: Plug, place: Place) -> None:
         self._steps[plug.id] = plug_steps(plug, place, self.abilities)
-        if file := opened_file(plug):
-            self._files[plug.id] = file
-        if isinstance(plug, BlockDrive) and plug.aio is Aio.NATIVE and plug.aio_is_choice:
-            self._drives[plug.id] = plug, place
+        self._plugs[plug.id] = plug, place
 
     def use_threads(self) -> list[str]:
         """Replace aio=native by threads wherever vmplug chose it; returns these files."""
-        for plug, place in self._drives.values():
-            plain = replace(plug, aio=Aio.THREADS)
-            self._steps[plug.id] = plug_steps(plain, place, self.abilities)
-        files = [plug.file for plug, _ in self._drives.values()]
-        self._drives.clear()
+        files = list[str]()
+        for plug, place in list(self._plugs.values()):
+            if isinstance(plug, BlockDrive) and plug.aio is Aio.NATIVE and plug.aio_is_choice:
+                self._set(replace(plug, aio=Aio.THREADS), place)
+                files.append(plug.file)
         return files
 
     @property
@@ -164,14 +171,24 @@ class ColdQemu:
     @property
     def opens_files(self) -> bool:
         """Whether files must be verified before the guest runs: see `check_opened`."""
-        return bool(self._files)
+        return bool(self._files())
 
-    def check_opened(self, pid: int) -> None:
-        """NoSuchDevice unless QEMU, which has started, opened the files that were checked."""
-        for path, checked in self._files.values():
-            check_path(path, checked)
-            if has_open(pid, checked) is False:
-                raise file_replaced(path, THIS_HOST)
+    def _files(self) -> list[CheckedFile]:
+        return [file for plug, _ in self._plugs.values() for file in opened_files(plug)]
+
+    def check_opened(self, pid: int, qemu: Qemu) -> None:
+        """NoSuchDevice unless QEMU, which has started, opened exactly the files that were checked.
+
+        Each as often as it was asked for: one disk's file does not stand for that of another.
+        """
+        files = self._files()
+        for file in files:
+            check_path(file.path, file.file_id)
+        if missing := find_missing(pid, files):
+            raise file_replaced(missing.path, THIS_HOST)
+        for plug, _ in self._plugs.values():
+            if isinstance(plug, BlockDrive) and plug.driver is not DiskFrontend.NVDIMM:
+                qemu.check_graph(plug)
 
     def arguments(self) -> list[str]:
         """Everything that was plugged, for the command line."""
@@ -188,8 +205,7 @@ class ColdQemu:
     def request_unplug(self, device_id: str) -> None:
         """Remove it from the command line."""
         self._steps.pop(device_id, None)
-        self._drives.pop(device_id, None)
-        self._files.pop(device_id, None)
+        self._plugs.pop(device_id, None)
         self._connections.pop(qemu_id(device_id, LINK), None)
         if opened := self._nodes.pop(device_id, None):
             opened.close()

@@ -3,11 +3,13 @@
 import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 
-from vmplug.errors import ConnectError, DeviceError, HypervisorError, SpecError
+from vmplug.errors import ConnectError, HypervisorError, SpecError
 from vmplug.host.program import PROGRAM_UMASK, program_environment, run_program
 from vmplug.hypervisor.qemu.abilities import has_firmware
 from vmplug.hypervisor.qemu.running import NO_AIO, Qemu
@@ -24,26 +26,31 @@ OLDEST_QEMU = (7, 2)
 _VERSION_TIMEOUT_S = 10.0
 
 
-def launch(cold: ColdQemu, *, timeout_s: float) -> int:
+_WAIT_FOR_WORD = 'read -r word && exec "$@" </dev/null'
+"""QEMU's process begins as a shell that waits for a line, and ends when we end before that."""
+
+
+def launch(cold: ColdQemu, record: Callable[[int], None], *, timeout_s: float) -> int:
     """Start the machine with its plugs; returns QEMU's pid once it answers.
 
-    It runs in its directory and outlives this process. Raises HypervisorError with QEMU's own
+    It runs in its directory and outlives this process. `record` gets its pid before QEMU runs, so
+    that no QEMU is unknown whenever this process dies. Raises HypervisorError with QEMU's own
     words when it does not start, NoSuchDevice when it opened another file than the one that was
-    checked. Then no process is left. Where QEMU refuses only the aio=native that vmplug chose, as
-    the host has no AIO context left, it is started again with threads.
+    checked. After any exception no process is left. Where QEMU refuses only the aio=native that
+    vmplug chose, as the host has no AIO context left, it is started again with threads.
     """
     try:
-        return _launch(cold, timeout_s)
+        return _launch(cold, record, timeout_s)
     except HypervisorError as error:
         files = cold.use_threads() if NO_AIO in error.message else []
         if not files:
             raise
         log.warning("%s: vmplug uses aio=threads: %s", ", ".join(files), error.message)
     cold.qmp_socket.unlink()
-    return _launch(cold, timeout_s)
+    return _launch(cold, record, timeout_s)
 
 
-def _launch(cold: ColdQemu, timeout_s: float) -> int:
+def _launch(cold: ColdQemu, record: Callable[[int], None], timeout_s: float) -> int:
     spec, directory = cold.spec, cold.directory
     log_path = directory / "qemu.log"
     path = str(cold.qmp_socket)
@@ -53,30 +60,28 @@ def _launch(cold: ColdQemu, timeout_s: float) -> int:
         stands_still = cold.opens_files and "-S" not in spec.extra
         if stands_still:
             arguments.append("-S")
-        try:
-            process = subprocess.Popen(
-                arguments,
-                cwd=directory,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[listener.fileno(), *cold.descriptors()],
-                start_new_session=True,
-                env=program_environment(),
-                umask=PROGRAM_UMASK,
-            )
-        except FileNotFoundError:
-            program = BINARY[spec.machine]
-            raise HypervisorError(
-                f"{program} is not installed",
-                hint=f"on Debian: apt install {PACKAGE[program]}",
-            ) from None
+        _require_program(arguments[0])
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", _WAIT_FOR_WORD, "sh", *arguments],
+            cwd=directory,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=[listener.fileno(), *cold.descriptors()],
+            start_new_session=True,
+            env=program_environment(),
+            umask=PROGRAM_UMASK,
+        )
     try:
+        record(process.pid)
+        assert process.stdin
+        with suppress(BrokenPipeError), process.stdin as word:
+            word.write(b"\n")
         with closing(Qemu.connect(path, timeout_s=timeout_s)) as qemu:
-            cold.check_opened(process.pid)
+            cold.check_opened(process.pid, qemu)
             if stands_still:
                 qemu.resume()
-    except DeviceError as error:
+    except BaseException as error:
         process.kill()
         process.wait()
         if not isinstance(error, ConnectError):
@@ -87,6 +92,13 @@ def _launch(cold: ColdQemu, timeout_s: float) -> int:
         ) from error
     process.returncode = 0  # it is meant to outlive us
     return process.pid
+
+
+def _require_program(program: str) -> None:
+    if shutil.which(program, path=program_environment()["PATH"]) is None:
+        raise HypervisorError(
+            f"{program} is not installed", hint=f"on Debian: apt install {PACKAGE[program]}"
+        )
 
 
 def _advice(program: str) -> str:

@@ -12,6 +12,7 @@ from vmplug.drivers.place import Place, ScsiPlace
 from vmplug.drivers.plug import BlockDrive, Throttle
 from vmplug.drivers.ports import Command, Step
 from vmplug.host.block.formats import ImageFormat
+from vmplug.host.block.qcow2 import ImageFile
 from vmplug.hypervisor.qemu.steps.frontend import device_step, object_step, virtio_step
 
 
@@ -43,25 +44,44 @@ def _node(name: str, options: dict[str, Any]) -> Step:
 
 def _disk_node(drive: BlockDrive) -> dict[str, Any]:
     """Format over protocol. `host_device` needs a block device and `file` a regular file."""
-    cache = {"direct": drive.cache.direct, "no-flush": drive.cache.no_flush}
-    discard = "unmap" if drive.discard else "ignore"
-    options: dict[str, Any] = {
-        "driver": str(drive.format),
+    how = {
         "read-only": drive.read_only,
-        "cache": cache,
-        "discard": discard,
-        "file": {
-            "driver": "host_device" if drive.is_device else "file",
-            "filename": drive.file,
-            "aio": str(drive.aio),
-            "read-only": drive.read_only,
-            "cache": cache,
-            "discard": discard,
-        },
+        "cache": {"direct": drive.cache.direct, "no-flush": drive.cache.no_flush},
+        "discard": "unmap" if drive.discard else "ignore",
     }
-    if drive.format is ImageFormat.QCOW2 and not drive.backing_allowed:
-        options["backing"] = None  # whatever the header contains when QEMU reads it
-    return options
+    file = {**_protocol(drive.file, is_device=drive.is_device), "aio": str(drive.aio), **how}
+    others = _others(drive.backing, drive.data_file, how)
+    return {"driver": str(drive.format), **how, "file": file} | (
+        others if drive.format is ImageFormat.QCOW2 else {}
+    )
+
+
+def _others(
+    backing: ImageFile | None, data_file: ImageFile | None, how: dict[str, Any]
+) -> dict[str, Any]:
+    """What a qcow2 image opens besides itself, whatever its header says when QEMU reads it.
+
+    QEMU takes no word for "no data file": see `vmplug.hypervisor.qemu.graph`.
+    """
+    others: dict[str, Any] = {"backing": _image(backing, how) if backing else None}
+    if data_file:
+        others["data-file"] = {**_protocol(data_file.path, is_device=data_file.is_device), **how}
+    return others
+
+
+def _image(image: ImageFile, how: dict[str, Any]) -> dict[str, Any]:
+    how = {"read-only": True, "cache": how["cache"]}
+    is_qcow2 = image.format is ImageFormat.QCOW2
+    return {
+        "driver": str(image.format),
+        **how,
+        "file": {**_protocol(image.path, is_device=image.is_device), **how},
+        **(_others(image.backing, image.data_file, how) if is_qcow2 else {}),
+    }
+
+
+def _protocol(path: str, *, is_device: bool) -> dict[str, str]:
+    return {"driver": "host_device" if is_device else "file", "filename": path}
 
 
 def _front_end(drive: BlockDrive, place: Place, node: str) -> Step:
