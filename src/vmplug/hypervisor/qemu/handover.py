@@ -32,6 +32,9 @@ from vmplug.hypervisor.qmp.monitor import Monitor
 
 log = logging.getLogger(__name__)
 
+_NO_DESCRIPTOR = "No file descriptor supplied via SCM_RIGHTS"
+"""Source: QEMU monitor/fds.c."""
+
 Verify = Callable[[], None]
 """NoSuchDevice unless QEMU opened the file that was checked."""
 
@@ -91,10 +94,14 @@ class Handover:
     def _give(self, file: CheckedFile) -> str:
         pin = self._pins.enter_context(pinned(file.path, file.file_id))
         with opened(pin, file) as descriptor:
-            if descriptor is not None and self._sets:
-                return self._give_set(descriptor)
-            if descriptor is not None and self._pid is not None:
-                return self._give_number(self._pid, descriptor, file)
+            try:
+                if descriptor is not None and self._sets:
+                    return self._give_set(descriptor)
+                if descriptor is not None and self._pid is not None:
+                    return self._give_number(self._pid, descriptor, file)
+            except CommandError as error:
+                if _NO_DESCRIPTOR not in error.desc:  # a proxy at the socket passes none on
+                    raise
         self._checks.append(lambda: self._verify_path(file))
         return file.path
 
