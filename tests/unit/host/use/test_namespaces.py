@@ -36,17 +36,19 @@ def points(node: Path) -> list[str]:
 
 
 @contextmanager
-def inside(script: str, *unshare: str) -> Iterator[None]:
-    """A shell in namespaces of its own, which has run the script and waits."""
+def inside(script: str, *unshare: str) -> Iterator[int]:
+    """A shell in namespaces of its own, which has run the script and waits; its pid."""
     command = ["unshare", *unshare, "sh", "-ec", f"{script}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
-        yield
+        yield process.pid
         process.communicate()
 
 
-WAIT = "echo ready; read line"
+WAIT = "echo ready; read line || true"
+NAMES = {"mount": "mnt", "net": "net"}
+"""What unshare(1) calls a namespace, and /proc."""
 
 
 def test_a_process_in_a_chroot_does_not_hide_the_mounts_of_its_namespace(
@@ -73,7 +75,10 @@ def kept_by_a_file(script: str, kind: str, place: Path) -> Iterator[None]:
     try:
         subprocess.run(["mount", "--make-private", place], check=True)
         (place / "file").touch()
-        subprocess.run(["unshare", f"--{kind}={place}/file", "sh", "-ec", script], check=True)
+        # unshare(1) can do it too; that of Debian 13 has failed: Invalid argument.
+        with inside(f"{script}; {WAIT}", f"--{kind}") as pid:
+            file = f"/proc/{pid}/ns/{NAMES[kind]}"
+            subprocess.run(["mount", "--bind", file, place / "file"], check=True)
         yield
     finally:
         subprocess.run(["umount", place / "file"], check=False)
