@@ -47,6 +47,7 @@ from tests.support.disks import disk_image
 from tests.support.lab import OuterQemu, wait_until
 from tests.support.vm import GuestVm, root_ports, start_vm
 from vmplug import Code, DeviceManager, Qemu, VfioInfo, find_requests
+from vmplug.host.file_id import file_id, has_open
 from vmplug.manager.examine import examine
 from vmplug.oci.spec import parse_config
 
@@ -342,9 +343,7 @@ def test_a_real_qemu_takes_a_mapping_a_lun_and_compressed_memory(tmp_path: Path)
             state_dir=state,
         ) as devices:
             devices.attach_all([want(number(disk)) for disk in disks])
-            nodes = vm.oracle.execute("query-named-block-nodes")
-            files = {node["file"] for node in nodes if node["drv"] == "host_device"}
-            assert files == {facts(disk).node for disk in disks}
+            assert [has_open(vm.pid, file_id(disk.stat())) for disk in disks] == [True] * 3
             assert sector_sizes(vm) == [4096, 4096, 4096]
             # What is built on a disk that a VM has is that VM's too.
             above = stack.enter_context(mapped("lab-above", f"0 4096 linear {luns[0]} 0"))

@@ -11,7 +11,7 @@ from shlex import quote
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.sysfs import find_block_node
+from vmplug.host.block.sysfs import find_block_node, find_disk_path
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.unknown import not_looked_for
 from vmplug.host.check.visible import find_unread
@@ -24,18 +24,34 @@ from vmplug.host.use.openers import DeviceNode, Opener, Wanted, wanted_node
 def check_open_disk(
     disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:
-    """Processes that keep it open, or what shows its bytes; those of vmplug's own VMs may."""
+    """Processes that keep it open, or what shows its bytes; those of vmplug's own VMs may.
+
+    So may the one that makes a network disk out of what a server sends.
+    """
     own, below = _wanted(disk, root), _wanted_below(disk, root)
+    client = _network_client(disk, root)
 
     def matters(opener: Opener) -> bool:
         # multipathd reads the paths that a disk is built on, and may.
         sees_guest = opener.path in own.values() and not access.read_only
-        return opener.pid not in usage.vms and (opener.writes or sees_guest)
+        if opener.pid in usage.vms or not (opener.writes or sees_guest):
+            return False
+        return not (client and root.stat_or_none(f"/proc/{opener.pid}/task/{client}"))
 
     for opener in usage.open_files.find_lasting(below | own, matters):
         yield _open_by(opener, access)
     # Those that even root may not look into are not counted here: docs/safety.md.
     yield from map(not_looked_for, find_unread(usage.open_files, usage.open_files.unlisted))
+
+
+def _network_client(disk: BlockDevice | DiskFile, root: HostRoot) -> int | None:
+    """The thread that makes a network disk; None for other disks.
+
+    Source: Linux drivers/block/nbd.c, pid_show.
+    """
+    if isinstance(disk, DiskFile) or disk.sysfs_path is None:
+        return None
+    return root.read_int(f"{find_disk_path(disk.sysfs_path, root)}/pid")
 
 
 def _open_by(opener: Opener, access: Access) -> Finding:

@@ -31,6 +31,18 @@ def disk(tree: HostTree) -> HostTree:
     return tree.block_device("8:0", "sda", partitions={"8:1": "sda1", "8:2": "sda2"})
 
 
+def test_the_client_of_a_network_disk_is_no_user_of_it(tree: HostTree) -> None:
+    """It has its own disk open for as long as it makes it; a thread of it does."""
+    tree.block_device("43:0", "nbd0", partitions={"43:1": "nbd0p1"})
+    tree.process(77, "qemu-nbd", "/dev/nbd0")
+    tree.file("/sys/block/nbd0/pid", "78\n")
+    assert {f.code for f in findings(tree, "43:1")} == {Code.OPEN_BY_PROCESS}
+    tree.file("/proc/77/task/78/comm", "qemu-nbd\n")
+    assert findings(tree, "43:0") == findings(tree, "43:1") == []
+    tree.process(79, "mysqld", "/dev/nbd0p1")
+    assert {f.code for f in findings(tree, "43:0")} == {Code.OPEN_BY_PROCESS}
+
+
 @pytest.mark.parametrize(
     ("opened", "wanted", "is_found"),
     [
