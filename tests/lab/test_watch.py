@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from lab.topology import FREE_PORT, device_behind
+from msgspec import structs
 
 from lab import topology
 from tests.cli.command import Vmplug
@@ -31,8 +32,12 @@ from vmplug import (
     VfioInfo,
     Watch,
 )
+from vmplug.devnum import DevNum
+from vmplug.host.check.thing import identify, identify_block
 from vmplug.host.events import EventsLost, HostEvents
+from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.journal.journal import Journal
+from vmplug.journal.records import DeviceRecord
 from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, HostState
 
 DEADLINE_S = 120.0
@@ -106,8 +111,20 @@ def loop_on(image: Path) -> Iterator[Path]:
         detach_loop(node)
 
 
+def disk_record(node: Path) -> DeviceRecord:
+    devnum, host = number(node), HostRoot()
+    thing = identify_block(DevNum.parse(devnum), host.real_path(f"/sys/dev/block/{devnum}"), host)
+    return structs.replace(device_record(f"block:{devnum}", str(node)), thing=thing)
+
+
+def function_record(bdf: str, node: str) -> DeviceRecord:
+    record = device_record(f"vfio:{bdf}", node, DeviceType.VFIO, functions=(bdf,))
+    thing = identify(find_vfio_device(bdf, HostRoot()), HostRoot())
+    return structs.replace(record, thing=thing)
+
+
 def block(node: Path, journal: Journal) -> Attachment:
-    return attach_row(journal, device_record(f"block:{number(node)}", str(node)))
+    return attach_row(journal, disk_record(node))
 
 
 def test_a_disk_is_pulled(scsi_disk: Path, journal: Journal, notices: Watch) -> None:
@@ -149,10 +166,7 @@ def test_a_function_goes_to_another_driver_and_comes_back(
     group = Path(f"/sys/bus/pci/devices/{bdf}/iommu_group").resolve().name
     bind(bdf, "vfio-pci")
     try:
-        record = device_record(
-            f"vfio:{bdf}", f"/dev/vfio/{group}", DeviceType.VFIO, functions=(bdf,)
-        )
-        attachment = attach_row(journal, record)
+        attachment = attach_row(journal, function_record(bdf, f"/dev/vfio/{group}"))
         begin(notices)
         assert look(journal, attachment) == DeviceHealth(HostState.PRESENT)
         bind(bdf, "e1000e")
@@ -175,10 +189,7 @@ def test_a_function_is_pulled(journal: Journal, notices: Watch) -> None:
     device = device_behind(FREE_PORT, "edu", qdev_id="pulled-edu")
     with OuterQemu.connect() as outer:
         outer.add(device)
-        record = device_record(
-            f"vfio:{device.bdf}", "/dev/vfio/99", DeviceType.VFIO, functions=(device.bdf,)
-        )
-        attach_row(journal, record)
+        attach_row(journal, function_record(device.bdf, "/dev/vfio/99"))
         first = next(notices)
         assert first.what is EventKind.OTHER_DRIVER
         assert "no driver" in first.message
@@ -211,7 +222,7 @@ def test_what_is_detached_by_vmplug_itself_is_no_news(
     journal: Journal, notices: Watch, tmp_path: Path
 ) -> None:
     with loop_on(disk_image(tmp_path / "disk.img", 8, "loop")) as node:
-        attach_row(journal, record := device_record(f"block:{number(node)}", str(node)))
+        attach_row(journal, record := disk_record(node))
         begin(notices)
         journal.forget_devices([record.id])
         run("losetup", "--detach", node)

@@ -4,6 +4,7 @@ Everything that is allocated is written here first.
 """
 
 import sqlite3
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -62,6 +63,8 @@ DELETE FROM attachment
 WHERE device = (SELECT id FROM device WHERE id = ? AND state = 'retained')
 """
 """A retained device keeps its last hold so that it is listed; the next hold replaces it."""
+_CLOSE_TIMEOUT_S = 5.0
+"""A thread that is held up by the kernel loses the journal all the same."""
 _GIVE_UP = "UPDATE device SET worker = NULL WHERE id = ? AND worker = ?"
 _RELEASE_ONE = "UPDATE attachment SET count = count - 1 WHERE id = ?"
 
@@ -84,6 +87,8 @@ class Journal:
         self.worker = ProcessIdentity.own(host)
         self.bindings = Bindings(connection, self._lock, path)
         self.vf_tokens = VfTokens(connection, self._lock, path, self.worker.boot_id)
+        self._works = 0
+        self._work_ended = threading.Condition()
 
     @classmethod
     def open(
@@ -107,9 +112,12 @@ class Journal:
     def close(self) -> None:
         """Close the file, unless it is that of a parent process.
 
+        A thread that has devices in progress gives them up first, as its VM has just been closed.
         SQLite crashes if another thread is using it meanwhile: hence the lock.
         """
         if self._lock.is_ours:
+            with self._work_ended:
+                self._work_ended.wait_for(lambda: not self._works, _CLOSE_TIMEOUT_S)
             with self._lock.closing():
                 self._db.close()
 
@@ -272,12 +280,18 @@ class Journal:
     @contextmanager
     def in_progress(self, device_ids: Sequence[str]) -> Iterator[None]:
         """Mark these devices as in progress here; any process may finish them after a crash."""
+        with self._work_ended:
+            self._works += 1
         try:
             yield
         except BaseException:
             with suppress(StoreError):
                 self.give_up(device_ids)
             raise
+        finally:
+            with self._work_ended:
+                self._works -= 1
+                self._work_ended.notify_all()
 
     def give_up(self, device_ids: Collection[str]) -> None:
         """Mark these devices as no longer in progress here: any process may finish them."""

@@ -80,6 +80,28 @@ def test_closing_ends_a_command_that_another_thread_waits_for(tmp_path: Path) ->
             monitor.execute(Command("query-status", {}))
 
 
+def test_a_journal_is_closed_when_its_devices_are_given_up(tmp_path: Path) -> None:
+    """Else they would be in progress for as long as this process lives."""
+    journal = Journal.open(tmp_path / "state")
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with journal.in_progress([]):
+            has_begun.set()
+            may_end.wait(SOON_S)
+            assert journal.device_ids() == set()
+
+    with ThreadPoolExecutor(2) as threads:
+        working = threads.submit(work)
+        assert has_begun.wait(SOON_S)
+        closing_it = threads.submit(journal.close)
+        time.sleep(0.05)
+        assert not closing_it.done()
+        may_end.set()
+        working.result(SOON_S)
+        closing_it.result(SOON_S)
+
+
 def test_closing_ends_the_wait_for_a_guest_and_reconcile_finishes(
     vm: MemoryVm, tmp_path: Path
 ) -> None:
