@@ -317,11 +317,12 @@ def test_the_names_that_udev_gives_lead_to_the_devices(tmp_path: Path) -> None:
         run("udevadm", "trigger", "--settle", "--action=change", f"/sys/block/{second.name}")
         assert requested_by(str(label)) == [str(second)]
         run("swapon", label)
-        settle()  # udev has looked at what mkswap has closed
+        settle()  # udev looks at what somebody has closed
         obey(refusal(second))
         with looped(label):
+            settle()
             obey(refusal(second))
-        settle()  # udev looks at what somebody has closed
+        settle()
         assert is_free(second)
 
 
