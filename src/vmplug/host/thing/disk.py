@@ -27,6 +27,11 @@ _KINDS = {
 }
 
 
+def _kind_of(name: str) -> ThingKind:
+    """By the kernel's name; that of a partition looks like its disk's."""
+    return next((kind for text, kind in _KINDS.items() if name.startswith(text)), ThingKind.DISK)
+
+
 class DiskReader:
     """Reads the things on disks; each block device is in the tree once."""
 
@@ -80,12 +85,11 @@ class DiskReader:
 
     def _thing(self, device: BlockDevice, relation: Relation | None) -> Thing:
         path, root = device.sysfs_path, self._root
-        name = device.device_node.removeprefix("/dev/")
-        kind = next((kind for text, kind in _KINDS.items() if name.startswith(text)), None)
+        kind = _kind_of(device.device_node.removeprefix("/dev/"))
         if path and root.stat_or_none(f"{path}/partition"):
             kind = ThingKind.PARTITION
         return Thing(
-            kind=kind or ThingKind.DISK,
+            kind=kind,
             name=device.device_node,
             identity=identify_block(device.devnum, path, root) if path else None,
             relation=relation,
@@ -127,9 +131,8 @@ class DiskReader:
             if above:
                 yield above
             elif not number:  # as in an incomplete copy
-                kind = next((k for text, k in _KINDS.items() if name.startswith(text)), None)
                 yield Thing(
-                    kind=kind or ThingKind.DISK,
+                    kind=_kind_of(name),
                     name=f"/dev/{name.replace('!', '/')}",
                     relation=Relation.BUILT_ON_IT,
                 )

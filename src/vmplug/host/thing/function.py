@@ -144,13 +144,6 @@ class FunctionReader:
                 yield thing
 
     def _mediated(self, device: MediatedDevice, relation: Relation | None) -> Thing:
-        bdf = find_bdf(device.parent)
-        function = find_function(bdf, self._root) if bdf else None
-        parent = (
-            self._bare(function, Relation.PARENT)
-            if function
-            else Thing(kind=ThingKind.OTHER_DEVICE, name=device.parent, relation=Relation.PARENT)
-        )
         queues = " ".join(device.ap_queues)
         return Thing(
             kind=ThingKind.MEDIATED_DEVICE,
@@ -158,8 +151,16 @@ class FunctionReader:
             identity=self._identity(device.sysfs_path),
             relation=relation,
             title=f"{device.type}, queues {queues}" if queues else str(device.type),
-            made_of=() if relation else (parent,),
+            made_of=() if relation else (self._parent(device.parent),),
         )
+
+    def _parent(self, name: str) -> Thing:
+        """A parent of mediated devices: a function, or another device such as `matrix`."""
+        bdf = find_bdf(name)
+        function = find_function(bdf, self._root) if bdf else None
+        if function:
+            return self._bare(function, Relation.PARENT)
+        return Thing(kind=ThingKind.OTHER_DEVICE, name=name, relation=Relation.PARENT)
 
     def _mediated_of(self, parent: str) -> Iterator[Thing]:
         for uuid in self._root.list_dir(MDEV_DEVICES):
@@ -176,15 +177,9 @@ class FunctionReader:
         offered = [kind for kind in types if kind.name == name]
         if not offered:
             return None
-        parents = []
-        for kind in offered:
-            bdf = find_bdf(kind.parent)
-            function = find_function(bdf, self._root) if bdf else None
-            bare = Thing(kind=ThingKind.OTHER_DEVICE, name=kind.parent, relation=Relation.PARENT)
-            parents.append(self._bare(function, Relation.PARENT) if function else bare)
         return Thing(
             kind=ThingKind.MEDIATED_TYPE,
             name=name,
             title=offered[0].title,
-            made_of=tuple(parents),
+            made_of=tuple(self._parent(kind.parent) for kind in offered),
         )

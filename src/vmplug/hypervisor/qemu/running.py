@@ -212,7 +212,8 @@ class Qemu:
 
     def _guest_pid(self) -> int | None:
         """QEMU's process, if its files can be read."""
-        pid = self.endpoint.pid if self.endpoint else None
+        endpoint = self.endpoint  # may ask QEMU
+        pid = endpoint.pid if endpoint else None
         return None if pid is None or has_open(pid, "") is None else pid
 
     def _plug_group(self, plug: VFIODevices, place: Place) -> None:
