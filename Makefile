@@ -19,9 +19,11 @@ KERNELS ?=
 TESTS ?=
 RELEASE ?= trixie
 # Thousands of short tests: each costs less without a file for its output and without `caplog`.
-SPREAD := $(BIN)/pytest --in-memory --numprocesses=auto --dist=worksteal --capture=sys -p no:logging
+# Many failures have one cause: what they print is worth more than the rest of the run.
+PYTEST := $(BIN)/pytest --maxfail=10
+SPREAD := $(PYTEST) --in-memory --numprocesses=auto --dist=worksteal --capture=sys -p no:logging
 LAB := $(BIN)/python -m lab --timeout 2400
-LAB_TESTS := $(BIN)/pytest tests/lab --durations=15 --junitxml
+LAB_TESTS := $(PYTEST) tests/lab --durations=15 --junitxml
 RESULTS := $(CURDIR)/build/lab/results
 
 help:
@@ -54,7 +56,7 @@ test: lab $(FULL_GUEST)
 # 5 says that none was chosen.
 test-here:
 	$(SPREAD) -m "not qemu and not root" $(TESTS) || [ $$? = 5 ]
-	$(BIN)/pytest --durations=15 -m "qemu or root" $(TESTS) || [ $$? = 5 ]
+	$(PYTEST) --durations=15 -m "qemu or root" $(TESTS) || [ $$? = 5 ]
 
 # As a user without the source tree installs it.
 test-install: test-packages

@@ -5,8 +5,9 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from logging.handlers import BufferingHandler
 from pathlib import Path
 
@@ -21,6 +22,7 @@ collect_ignore = [] if IS_IN_LAB else ["lab"]
 
 
 _NUMBERS = itertools.count()
+_HAS_FAILED = pytest.StashKey[bool]()
 
 
 @pytest.fixture
@@ -45,6 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so would be those of every child
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("in_memory"):
         tempfile.tempdir = os.environ["TMPDIR"] = os.environ["PYTEST_DEBUG_TEMPROOT"] = MEMORY
     runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
@@ -57,6 +61,31 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note what has failed."""
+    report = yield
+    if report.failed:
+        item.stash[_HAS_FAILED] = True
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """A VM that a test failed in is not the next one's: its guest may hang."""
+    try:
+        yield
+    except BaseException:
+        item.stash[_HAS_FAILED] = True
+        raise
+    finally:
+        uses_vm = item.get_closest_marker("qemu") or item.get_closest_marker("lab")
+        if uses_vm and item.stash.get(_HAS_FAILED, False):
+            item.session._setupstate.teardown_exact(None)  # pytest has no other way
 
 
 def _settle_examples(count: int) -> None:

@@ -130,7 +130,9 @@ def start_vm(
     heard. Raises RuntimeError with QEMU's words when it does not start, FileNotFoundError when the
     guest has not been built.
     """
-    arguments = [qemu, "-accel", "tcg", "-machine", machine, "-cpu", "max"]
+    # QEMU 10 with a thread for each of two CPUs: now and then the timer of one never fires again.
+    arguments = [qemu, "-accel", "tcg,thread=single" if smp > 1 else "tcg"]
+    arguments += ["-machine", machine, "-cpu", "max"]
     arguments += ["-m", memory, "-smp", str(smp), "-nodefaults", "-no-user-config"]
     arguments += ["-display", "none", "-no-reboot"]
     if guest:
