@@ -7,10 +7,11 @@ half of the tests the right file is back by the time one could look at the path 
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from tests.contract.sandbox import Hooked, Picture
 from tests.contract.world import journal_rows, memory_side_vm, qemu_parts
 from tests.support.disks import disk_image, qcow2_image
 from tests.support.vm import GuestVm
-from vmplug.drivers.plug import VirtiofsdSpec
+from vmplug.address import PciPath, PciSlot
+from vmplug.drivers.place import PciPlace
+from vmplug.drivers.plug import SharedFS, VirtiofsdSpec
 from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import DeviceError, NoSuchDevice
 from vmplug.host.file_id import file_id
@@ -286,7 +289,7 @@ def cold(directory: Path, request: Request) -> ColdQemu:
     return qemu
 
 
-@pytest.mark.parametrize("kind", ["virtio-blk", "nvdimm", "rng", "9p"])
+@pytest.mark.parametrize("kind", ["virtio-blk", "nvdimm", "rng"])
 def test_a_vm_that_opened_another_file_at_its_start_never_runs(kind: str, tmp_path: Path) -> None:
     request, path, other = (KINDS | COLD_KINDS)[kind](tmp_path)
     with cold(tmp_path, request) as qemu:
@@ -315,25 +318,86 @@ def processes_of(directory: Path) -> list[str]:
     ]
 
 
-class SwappingDaemons(HostVirtiofsdRunner):
-    """Somebody replaces the directory as virtiofsd starts."""
+def test_qemu_shares_the_directory_that_was_checked_whatever_its_name_is_now(
+    tmp_path: Path,
+) -> None:
+    request, path, other = COLD_KINDS["9p"](tmp_path)
+    checked, wrong = file_id(path.stat()), file_id(other.stat())
+    with cold(tmp_path, request) as started:
+        Swap(path, other).away()
+        pid = launch(started, lambda _: None, timeout_s=20)
+        links = list(Path(f"/proc/{pid}/fd").iterdir())
+        opened = [file_id(link.stat()) for link in links if os.path.exists(link)]
+        with closing(Qemu.connect(str(started.qmp_socket))) as qemu:
+            qemu.quit()
+    assert checked in opened
+    assert wrong not in opened
 
-    def __init__(self, vm: str, swap: Swap) -> None:
+
+def test_a_directory_that_is_replaced_before_vmplug_opens_it_is_not_shared_by_qemu(
+    tmp_path: Path,
+) -> None:
+    path, other = folder(tmp_path / "a"), folder(tmp_path / "b")
+    plug = SharedFS(
+        id="0123456789abcdef",
+        directory=str(path),
+        tag="work",
+        read_only=False,
+        file_id=file_id(path.stat()),
+    )
+    Swap(path, other).away()
+    place = PciPlace(bus="rp0", slot=PciSlot(0), path=PciPath.parse("02/00"))
+    with (
+        ColdQemu(VmSpec(name="cold", accel="tcg"), tmp_path / "vm") as qemu,
+        pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"),
+    ):
+        qemu.plug(plug, place)
+    assert qemu.descriptors() == []
+
+
+class SwappingDaemons(HostVirtiofsdRunner):
+    """Somebody replaces the directory before virtiofsd starts, or just after it was opened."""
+
+    def __init__(self, vm: str, swap: Swap, *, late: bool = False) -> None:
         super().__init__(vm)
         self._swap = swap
+        self._late = late
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
-        self._swap.away()
-        return super().start(daemon, device_id)
+        if not self._late:
+            self._swap.away()
+            return super().start(daemon, device_id)
+        with watched(self._swap.path, self._swap.away):
+            return super().start(daemon, device_id)
+
+
+@contextmanager
+def watched(path: Path, act: Callable[[], None]) -> Iterator[None]:
+    """Act once, as soon as this process has the path open."""
+    seen, is_over = os.stat(path), threading.Event()
+
+    def wait() -> None:
+        while not is_over.is_set():
+            for number in os.listdir("/proc/self/fd"):
+                with suppress(OSError):
+                    if os.path.samestat(os.fstat(int(number)), seen):
+                        act()
+                        return
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_directory_that_is_replaced_is_not_shared(
     vm: GuestVm, tmp_path: Path, *, read_only: bool
 ) -> None:
-    work, other = tmp_path / "work", tmp_path / "other"
-    work.mkdir()
-    other.mkdir()
+    work, other = folder(tmp_path / "work"), folder(tmp_path / "other")
     socket = str(vm.qmp_path)
     monitor = QmpMonitor.connect(socket)
     daemons = SwappingDaemons(socket, Swap(work, other))
@@ -348,6 +412,22 @@ def test_a_directory_that_is_replaced_is_not_shared(
             devices.attach(ShareInfo(tag="work", source=str(work), read_only=read_only))
         assert Picture(journal_rows(tmp_path / "state"), qemu_parts(vm)) == before
     assert socket not in " ".join(find_marked("VMPLUG_DEVICE").values())
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_the_directory_that_was_opened_is_shared_whatever_its_name_is_by_then(
+    tmp_path: Path, *, read_only: bool
+) -> None:
+    work, other = folder(tmp_path / "work"), folder(tmp_path / "other")
+    daemon = checked_daemon(work, read_only=read_only)
+    swap = Swap(work, other)
+    runner = SwappingDaemons(f"VM in {tmp_path}", swap, late=True)
+    try:
+        with runner.start(daemon, "0123456789abcdef"):
+            assert swap.kept.exists(), "it was never replaced"
+            assert sandboxes("0123456789abcdef", daemon.file_id or "")
+    finally:
+        runner.end(["0123456789abcdef"])
 
 
 def with_data_file(path: Path, data_file: Path) -> Path:
@@ -515,26 +595,32 @@ while True:
 
 def is_read_only(pid: str) -> bool:
     """Whether the root directory of a process is on a mount that is read-only."""
-    lines = [line.split() for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
-    return all("ro" in line[5].split(",") for line in lines if line[4] == "/")
+    return bool(os.statvfs(f"/proc/{pid}/root").f_flag & os.ST_RDONLY)
 
 
-def test_a_read_only_share_is_never_writable_whoever_renames_the_directory(
-    tmp_path: Path,
+def checked_daemon(work: Path, *, read_only: bool, but: str = "") -> VirtiofsdSpec:
+    """The host's virtiofsd for a directory, without an option that it may have."""
+    program = find_virtiofsd(HostRoot("/"))
+    assert program
+    return VirtiofsdSpec(
+        program=program.path,
+        options=(program.options or frozenset()) - {but},
+        directory=str(work),
+        cache="auto",
+        read_only=read_only,
+        file_id=file_id(work.stat()),
+    )
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["rw", "ro"])
+def test_a_share_is_of_the_checked_directory_whoever_renames_it(
+    tmp_path: Path, *, read_only: bool
 ) -> None:
     """As it was won, on the third try: one path was mounted read-only, and another was shared."""
     work, other = folder(tmp_path / "work"), folder(tmp_path / "other")
-    program = find_virtiofsd(HostRoot("/"))
-    assert program
-    daemon = VirtiofsdSpec(
-        program=program.path,
-        options=(program.options or frozenset()) - {"--readonly"},
-        directory=str(work),
-        cache="auto",
-        read_only=True,
-        file_id=file_id(work.stat()),
-    )
+    daemon = checked_daemon(work, read_only=read_only, but="--readonly")
     runner, shared = HostVirtiofsdRunner(f"VM in {tmp_path}"), 0
+    wrong = file_id(other.stat())
     attack = [sys.executable, "-c", RENAMING, str(work), str(other)]
     deadline = time.monotonic() + RACE_S
     with subprocess.Popen(attack) as attacker:
@@ -542,12 +628,13 @@ def test_a_read_only_share_is_never_writable_whoever_renames_the_directory(
             while shared < MANY and time.monotonic() < deadline:
                 try:
                     started = runner.start(daemon, "0123456789abcdef")
-                except DeviceError:
+                except NoSuchDevice:  # another directory, when vmplug opened it
                     continue
                 with started:
+                    assert not sandboxes("0123456789abcdef", wrong)
                     roots = sandboxes("0123456789abcdef", daemon.file_id or "")
                     shared += len(roots)
-                    assert all(map(is_read_only, roots))
+                    assert all(is_read_only(root) is read_only for root in roots)
                 runner.end(["0123456789abcdef"])
         finally:
             attacker.kill()

@@ -515,7 +515,7 @@ def test_a_directory_that_goes_meanwhile_is_told(open_lab: OpenLab, directory: P
 
     open_lab.talk_through(lambda monitor: Hooked(monitor, remove))
     info = ShareInfo(tag=TAG, source=str(directory))
-    error = expect(open_lab, info, BackendError, "No such file or directory|does not exist")
+    error = expect(open_lab, info, NoSuchDevice, "was removed after vmplug checked it")
     assert str(directory) in error.message
     open_lab.talk_plainly()
     assert not directory.exists()

@@ -134,11 +134,12 @@ def find_missing(pid: int, files: Iterable[CheckedFile]) -> CheckedFile | None:
 
 
 def file_replaced(path: str, root: HostRoot) -> NoSuchDevice:
-    """The error for a path that now leads to another file."""
-    found = describe(root.stat_or_none(path))
+    """The error for a path that now leads to another file, or to none."""
+    status = root.stat_or_none(path)
+    found = describe(status)
     return NoSuchDevice(
         path,
-        f"{path} was replaced after vmplug checked it",
+        f"{path} was {'replaced' if status else 'removed'} after vmplug checked it",
         found=found,
         hint=f"the VM is unchanged; the path is now {found}: check it, then try again",
     )

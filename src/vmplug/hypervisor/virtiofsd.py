@@ -34,24 +34,36 @@ _READ_ONLY = "--readonly"
 _DIRECTORY = "VMPLUG_DIRECTORY"
 """For people who look at the processes: a mount hides it from the arguments."""
 _MOUNT_POINT = "/sys"
-_MOUNT = f'mount -c -o bind,ro -- . {_MOUNT_POINT} && cd / && exec "$@"'
-"""For a virtiofsd without that option: its working directory, which is the one that was checked,
-read-only at a place that every host has, in a mount namespace of its own. That directory stays,
-whatever its name leads to by now; without `-c`, mount(8) would go back to the name."""
+_MOUNT = f'mount -c -o "$0" -- . {_MOUNT_POINT} && cd / && exec "$@"'
+"""Its working directory, which is the one that was checked, at a place that every host has, in a
+mount namespace of its own: that directory stays, whatever its name leads to by now. Without `-c`,
+mount(8) would go back to the name."""
 
 
 def command_line(daemon: VirtiofsdSpec, descriptor: int | str) -> list[str]:
     """The daemon's arguments, with the options that it supports."""
-    if _is_mounted(daemon):
-        there = replace(daemon, directory=_MOUNT_POINT, read_only=False)
-        arguments = command_line(there, descriptor)
-        return ["unshare", "--mount", "sh", "-c", _MOUNT, daemon.directory, *arguments]
-    has_own = "--shared-dir" in daemon.options
-    options = _long_options(daemon) if has_own else _fuse_options(daemon)
-    return [daemon.program, f"--fd={descriptor}", *options]
+    if not _is_mounted(daemon):
+        return _plain(daemon, descriptor)
+    if _is_mounted_read_only(daemon):
+        namespace, how = ["--mount"], "bind,ro"  # without mounts below, which would be writable
+    else:
+        # What the host mounts below it later appears in the share, as without a namespace.
+        namespace, how = ["--mount", "--propagation=slave"], "rbind"
+    there = replace(daemon, directory=_MOUNT_POINT)
+    return ["unshare", *namespace, "sh", "-c", _MOUNT, how, *_plain(there, descriptor)]
+
+
+def _plain(daemon: VirtiofsdSpec, descriptor: int | str) -> list[str]:
+    options = _long_options if "--shared-dir" in daemon.options else _fuse_options
+    return [daemon.program, f"--fd={descriptor}", *options(daemon)]
 
 
 def _is_mounted(daemon: VirtiofsdSpec) -> bool:
+    """Whether it shares a private mount of the directory, and not what its name leads to."""
+    return daemon.file_id is not None or _is_mounted_read_only(daemon)
+
+
+def _is_mounted_read_only(daemon: VirtiofsdSpec) -> bool:
     """Whether it can share the directory read-only only by a mount."""
     return daemon.read_only and _READ_ONLY not in daemon.options
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.support.daemons import VIRTIOFSD
 from tests.support.vhost_user.messages import HEADER, U64, VERSION, Request
@@ -103,14 +104,26 @@ def test_one_that_can_is_asked_to_write_nothing() -> None:
 @pytest.mark.parametrize("options", [OF_C, OF_RUST - {"--readonly"}])
 def test_another_that_must_not_write_gets_a_read_only_mount_first(options: frozenset[str]) -> None:
     plain = command_line(daemon("/sys", options=options), 7)
-    unshare, mount, shell, dash_c, script, directory, *rest = command_line(
+    unshare, mount, shell, dash_c, script, how, *rest = command_line(
         daemon("/srv/a b", options=options, read_only=True), 7
     )
     assert (unshare, mount, shell, dash_c) == ("unshare", "--mount", "sh", "-c")
-    assert (directory, rest) == ("/srv/a b", plain)
-    assert "bind,ro" in script
+    assert (how, rest) == ("bind,ro", plain)
     assert " . /sys " in script  # the working directory, by no name
-    assert "/srv" not in script  # it is an argument, never text of the script
+
+
+@pytest.mark.parametrize("options", [OF_C, OF_RUST])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_directory_that_was_checked_is_named_by_nothing(
+    options: frozenset[str], *, read_only: bool
+) -> None:
+    """Whoever turns its name afterwards changes nothing."""
+    checked = replace(daemon("/srv/a b", options=options, read_only=read_only), file_id="inode 1")
+    words = command_line(checked, 7)
+    assert words[:2] == ["unshare", "--mount"]
+    assert not any("/srv" in word for word in words)
+    is_mounted_so = read_only and "--readonly" not in options
+    assert ("bind,ro" if is_mounted_so else "rbind") in words
 
 
 @pytest.mark.parametrize(

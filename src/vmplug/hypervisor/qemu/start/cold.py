@@ -20,12 +20,13 @@ from vmplug.drivers.plug import (
     BlockDrive,
     DiskFrontend,
     Plug,
+    SharedFS,
     VFIODevices,
     VhostUserDevice,
 )
 from vmplug.drivers.ports import START_DAEMON, Command, Step, UnplugFailure
 from vmplug.errors import StateError
-from vmplug.host.file_id import CheckedFile, check_path, file_replaced, find_missing
+from vmplug.host.file_id import CheckedFile, check_path, file_replaced, find_missing, pinned
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program
@@ -131,6 +132,8 @@ class ColdQemu:
         if needs_iommufd(plug):
             assert isinstance(plug, VFIODevices)
             plug = self._open_nodes(plug)
+        if isinstance(plug, SharedFS) and plug.file_id:
+            plug = self._open_directory(plug, plug.file_id)
         self._set(plug, place)
 
     def _set(self, plug: Plug, place: Place) -> None:
@@ -162,6 +165,14 @@ class ColdQemu:
                 self._connections |= opened
             self._nodes[plug.id] = stack.pop_all()
         return vfio.opened(plug, files)
+
+    def _open_directory(self, plug: SharedFS, checked: str) -> SharedFS:
+        """The share of the directory that was checked, which QEMU inherits, by no name."""
+        with ExitStack() as stack:
+            descriptor = stack.enter_context(pinned(plug.directory, checked))
+            self._nodes[plug.id] = stack.pop_all()
+        self._connections[qemu_id(plug.id, LINK)] = descriptor
+        return replace(plug, directory=f"/proc/self/fd/{descriptor}")
 
     def _close_nodes(self) -> None:
         for opened in self._nodes.values():

@@ -58,8 +58,6 @@ def opened_files(plug: Plug) -> tuple[CheckedFile, ...]:
             return own, *(file._replace(direct=direct) for file in others)
         case RNGDevice(filename=path, file_id=str(checked)):
             return (CheckedFile(path, checked, read_only=True),)
-        case SharedFS(directory=path, file_id=str(checked)):
-            return (CheckedFile(path, checked, read_only=True),)
         case _:
             return ()
 
