@@ -199,7 +199,8 @@ MODULES_MAX = 15
 IN_HOST = [
     {"kind"},
     {"root", "finding", "program", "permissions", "events"},
-    {"process", "file_id", "use"},
+    {"process", "use"},
+    {"file_id"},
     {"block"},
     {"pci", "vhost_user"},
     {"device"},

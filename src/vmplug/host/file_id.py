@@ -11,22 +11,28 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from vmplug.errors import AttributeReadError, NoSuchDevice
-from vmplug.host.root import THIS_HOST, HostRoot, describe, node_number
+from vmplug.host.root import THIS_HOST, HostRoot, describe
+from vmplug.host.use.file_key import FileKey, key_of
 
 
 def file_id(status: os.stat_result) -> str:
     """An id that two paths share only if they lead to one file, or to nodes of one device."""
-    match stat.S_IFMT(status.st_mode):
+    return _id_of(key_of(status))
+
+
+def _id_of(key: FileKey) -> str:
+    kind, device, inode = key
+    match kind:
         case stat.S_IFBLK:
-            return f"block {node_number(status)}"
+            return f"block {os.major(device)}:{os.minor(device)}"
         case stat.S_IFCHR:
-            return f"char {node_number(status)}"
+            return f"char {os.major(device)}:{os.minor(device)}"
         case _:
-            return f"inode {status.st_dev}:{status.st_ino}"
+            return f"inode {device}:{inode}"
 
 
 class CheckedFile(NamedTuple):
@@ -83,27 +89,38 @@ def check_path(path: str, checked: str) -> None:
 
 def has_open(pid: int | None, checked: str) -> bool | None:
     """Whether the process has the file of that id open; None where its files cannot be read."""
-    root, directory = THIS_HOST, f"/proc/{pid}/fd"
-    try:
-        names = root.list_dir(directory) if pid else []
-    except AttributeReadError:
-        return None
-    newest_first = sorted(map(int, names), reverse=True)
-    statuses = (root.stat_or_none(f"{directory}/{number}") for number in newest_first)
-    is_open = any(status and file_id(status) == checked for status in statuses)
-    return is_open if names else None
+    found = _read_open(pid) if pid else None
+    return checked in found.values() if found else None
 
 
 def find_open(pid: int, checked: str) -> frozenset[int]:
     """The numbers of the process's descriptors on the file of that id, which are readable."""
-    numbers = map(int, THIS_HOST.list_dir(f"/proc/{pid}/fd"))
-    return frozenset(number for number in numbers if number_leads_to(pid, number, checked))
+    found = _read_open(pid) or {}
+    return frozenset(number for number, opened in found.items() if opened == checked)
 
 
 def number_leads_to(pid: int, number: int, checked: str) -> bool:
     """Whether that descriptor of the process is open on the file of that id."""
-    status = THIS_HOST.stat_or_none(f"/proc/{pid}/fd/{number}")
-    return status is not None and file_id(status) == checked
+    return number in find_open(pid, checked)
+
+
+def _read_open(pid: int) -> dict[int, str] | None:
+    """The ids of the files that a process has open; None where they cannot be read.
+
+    No storage is asked: one that does not answer must not matter to the files of others.
+    """
+    from vmplug.host.use.statx import read_place  # noqa: PLC0415  ctypes costs 2 ms
+
+    directory, found = f"/proc/{pid}/fd", dict[int, str]()
+    try:
+        names = THIS_HOST.list_dir(directory)
+    except AttributeReadError:
+        return None
+    for name in names:
+        with suppress(AttributeReadError):  # a broken neighbour
+            if place := read_place(f"{directory}/{name}"):
+                found[int(name)] = _id_of(place[0])
+    return found
 
 
 def find_missing(pid: int, files: Iterable[CheckedFile]) -> CheckedFile | None:
@@ -111,21 +128,14 @@ def find_missing(pid: int, files: Iterable[CheckedFile]) -> CheckedFile | None:
 
     None also where its files cannot be read. Source: proc_pid_fdinfo(5), `flags`.
     """
-    root, found = THIS_HOST, Counter[tuple[str, bool]]()
-    try:
-        numbers = root.list_dir(f"/proc/{pid}/fd")
-    except AttributeReadError:
+    known, found = _read_open(pid), Counter[tuple[str, bool]]()
+    if known is None:
         return None
-    for number in numbers:
-        status = root.stat_or_none(f"/proc/{pid}/fd/{number}")
-        flags = re.search(
-            r"^flags:\s*([0-7]+)$",
-            root.read_text(f"/proc/{pid}/fdinfo/{number}") or "",
-            re.MULTILINE,
-        )
-        if status and flags:
+    for number, opened_id in known.items():
+        text = THIS_HOST.read_text(f"/proc/{pid}/fdinfo/{number}") or ""
+        if flags := re.search(r"^flags:\s*([0-7]+)$", text, re.MULTILINE):
             is_read_only = int(flags[1], 8) & os.O_ACCMODE == os.O_RDONLY
-            found[file_id(status), is_read_only] += 1
+            found[opened_id, is_read_only] += 1
     for file in files:
         found[file.file_id, file.read_only] -= 1
         if found[file.file_id, file.read_only] < 0:

@@ -3,8 +3,10 @@
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from typing import Self
 
 import msgspec
 
@@ -15,6 +17,8 @@ PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROGRAM_UMASK = 0o077
 """Files that a program creates are for its user alone, whatever the caller's umask."""
 _KILLED_TIMEOUT_S = 1.0
+LOOK_TIMEOUT_S = 4.0
+"""For the storage of files that a VM has: a busy one takes long, and one that is gone forever."""
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -65,12 +69,62 @@ def read_start(path: str, length: int, *, timeout_s: float) -> bytes | None:
     return data
 
 
-def _start(arguments: Sequence[str], stdin: int) -> subprocess.Popen[bytes]:
+class Looks:
+    """Looks at paths whose storage may not answer, each in a process that can wait instead of us.
+
+    A process that waits is kept: until it ends, its path does not answer, and nobody waits for it
+    a second time. A context manager, which ends those that wait.
+    """
+
+    def __init__(self, timeout_s: float = LOOK_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._waiting: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End those that wait."""
+        for process in self._waiting.values():
+            _kill(process)
+        self._waiting.clear()
+
+    def find_silent(self, paths: Collection[str]) -> set[str]:
+        """Those of the paths whose storage does not answer; the new ones share one deadline."""
+        waiting = self._waiting = {p: w for p, w in self._waiting.items() if w.poll() is None}
+        if new := [path for path in paths if path not in waiting]:
+            half_s = self._timeout_s / 2
+            together = _ask(new)
+            if not _ends(together, time.monotonic() + half_s):
+                _kill(together)
+                asked, deadline = {p: _ask([p]) for p in new}, time.monotonic() + half_s
+                waiting |= {p: one for p, one in asked.items() if not _ends(one, deadline)}
+        return waiting.keys() & set(paths)
+
+
+def _ask(paths: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """Ask the storage itself, and not the kernel, which remembers a file for a while."""
+    words = ["stat", "--dereference", "--cached=never", "--format=", "--", *paths]
+    return _start(words, subprocess.DEVNULL, subprocess.DEVNULL)
+
+
+def _ends(process: "subprocess.Popen[bytes]", deadline: float) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.0, deadline - time.monotonic()))
+    return process.returncode is not None
+
+
+def _start(
+    arguments: Sequence[str], stdin: int, output: int = subprocess.PIPE
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         arguments,
         stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         env=program_environment(),
         umask=PROGRAM_UMASK,
         start_new_session=True,

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import msgspec
 
+from vmplug.host.program import Looks
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-from vmplug.manager.watching.health import DeviceHealth, HostSnapshot
+from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, find_silent
 from vmplug.vms.known import find_ended
 
 
@@ -35,8 +36,10 @@ def list_attachments(
     with Journal.open(setup.state_dir) as journal:
         held = read_attachments(journal, vm)
         vms = [record for record in journal.vms() if vm in {None, record.name}]
-        snapshot = HostSnapshot(journal.host, vms)
         devices = [device for record in vms for device in journal.devices(record.name)]
+        with Looks() as looks:
+            silent = find_silent(devices, looks, journal.host)
+        snapshot = HostSnapshot(journal.host, vms, silent=silent)
         found = {device.id: snapshot.of(device) for device in devices}
         return Listing(
             attachments=tuple(held),

@@ -2,14 +2,18 @@
 
 import os
 import re
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import vmplug
+from tests.support.silent_files import SilentFiles, silent_files
 from vmplug.errors import AttributeReadError
-from vmplug.host.program import PROGRAM_PATH, Finished, read_start, run_program
+from vmplug.host.program import PROGRAM_PATH, Finished, Looks, read_start, run_program
 
 
 def test_what_a_program_says_is_kept() -> None:
@@ -125,7 +129,70 @@ def test_what_does_not_answer_is_given_up_and_leaves_no_process(tmp_path: Path) 
     assert readers == []
 
 
-def names(cmdline: Path, path: Path) -> bool:
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[SilentFiles]:
+    below, mounted = tmp_path / "below", tmp_path / "mounted"
+    for directory in (below, mounted):
+        directory.mkdir()
+    (below / "a").write_bytes(b"a")
+    with silent_files(below, mounted) as made:
+        yield made
+
+
+@pytest.mark.root
+def test_only_what_does_not_answer_is_silent_and_is_waited_for_once(
+    tmp_path: Path, files: SilentFiles
+) -> None:
+    silent, here, absent = (str(tmp_path / name) for name in ("mounted/a", "here", "absent"))
+    Path(here).touch()
+    with Looks(timeout_s=2.0) as looks:
+        assert looks.find_silent([silent, here, absent]) == set()
+        files.stop()
+        assert looks.find_silent([silent, here, absent]) == {silent}
+        begun = time.monotonic()
+        assert looks.find_silent([silent, here, absent]) == {silent}
+        assert looks.find_silent([here]) == set()
+        assert time.monotonic() - begun < 1
+        files.go_on()
+        while silent in looks.find_silent([silent]):
+            assert time.monotonic() - begun < 20, "it answers again"
+        files.stop()
+        assert looks.find_silent([silent]) == {silent}
+    assert [read for read in Path("/proc").glob("[0-9]*/cmdline") if names(read, silent)] == []
+
+
+@pytest.mark.root
+def test_what_others_have_open_is_known_while_its_storage_does_not_answer(
+    tmp_path: Path, files: SilentFiles
+) -> None:
+    """In a process: one that hangs is ended by the file system when that ends."""
+    here = tmp_path / "here"
+    here.touch()
+    script = """
+import sys
+from vmplug.host.file_id import CheckedFile, file_id, find_missing, find_open, has_open
+import os
+pid, name = int(sys.argv[1]), file_id(os.stat(sys.argv[2]))
+print(has_open(pid, name), len(find_open(pid, name)), find_missing(pid, [CheckedFile("", name)]))
+"""
+    with open(files.mounted / "a", "rb") as silent, open(here, "r+b") as other:
+        command = ["sleep", "60"]
+        with subprocess.Popen(command, stdin=silent, stdout=other) as holder:
+            try:
+                files.stop()
+                words = [sys.executable, "-c", script, str(holder.pid), str(here)]
+                asking = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+                try:
+                    assert asking.communicate(timeout=10)[0] == "True 1 None\n"
+                finally:
+                    asking.kill()
+                    files.go_on()
+                    asking.wait()
+            finally:
+                holder.kill()
+
+
+def names(cmdline: Path, path: Path | str) -> bool:
     try:
         return os.fsencode(path) in cmdline.read_bytes()
     except OSError:  # it has ended

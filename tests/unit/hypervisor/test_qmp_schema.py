@@ -52,7 +52,7 @@ from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, validate_reply
         (Command("query-accelerators", {}), {"enabled": True}),
         (Command("query-command-line-options", {}), [{"option": "chardev"}]),
         (Command("query-memory-size-summary", {}), {"base-memory": -1}),
-        (Command("query-named-block-nodes", {}), [{"node-name": 1}]),
+        (Command("query-blockstats", {}), [{"node-name": 1}]),
         (Command("query-chardev", {}), [{"label": "x"}]),
         (Command("query-status", {}), {"status": 1}),
         (qom_get("/x", "dev_id"), "\udc80"),

@@ -54,7 +54,7 @@ class FakeBackends:
     def _used(self, key: str) -> set[Any]:
         """The values of that property in devices, and for a chardev also in networks."""
 
-    def _query_named_block_nodes(self, *, flat: bool) -> list[dict[str, str]]:
+    def _query_blockstats(self, *, query_nodes: bool) -> list[dict[str, str]]:
         return [{"node-name": name} for name in self.nodes]
 
     def _query_chardev(self) -> list[dict[str, Any]]:

@@ -354,7 +354,9 @@ class Qemu:
         return [entry["name"] for entry in self._monitor.execute(qom_list(path))]
 
     def _nodes(self) -> list[str]:
-        nodes = self._monitor.execute(Command("query-named-block-nodes", {"flat": True}))
+        # Not query-named-block-nodes, which asks the storage of every file for its size: while one
+        # does not answer, QEMU's main thread stands still, and with it the guest.
+        nodes = self._monitor.execute(Command("query-blockstats", {"query-nodes": True}))
         return [node["node-name"] for node in nodes]
 
     def _chardevs(self) -> dict[str, str]:

@@ -113,6 +113,7 @@ _ANSWERS: dict[str, Any] = {
     "qom-list-types": list[Any],
     "query-accelerators": _Accelerators,
     "query-command-line-options": Annotated[list[_Option], _Many],
+    "query-blockstats": Annotated[list[_Node], _Many],
     "query-chardev": Annotated[list[_Chardev], _Many],
     "query-cpus-fast": Annotated[list[_Cpu], _Many],
     "query-fdsets": Annotated[list[_FdSet], _Many],
@@ -120,7 +121,6 @@ _ANSWERS: dict[str, Any] = {
     "query-memdev": Annotated[list[_Backend], _Many],
     "query-memory-devices": Annotated[list[_MemoryDevice], _Many],
     "query-memory-size-summary": _Sizes,
-    "query-named-block-nodes": Annotated[list[_Node], _Many],
     "query-status": _Status,
     "x-debug-query-block-graph": _Graph,
 }

@@ -5,7 +5,7 @@ that was handed over, a socket of another network namespace, a file that this us
 """
 
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 
 import msgspec
@@ -24,6 +24,7 @@ from vmplug.host.pci.function import find_function
 from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.process import find_marked, is_running
+from vmplug.host.program import Looks
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.vhost_user.sockets import is_connected, is_listening
 from vmplug.journal.records import DeviceRecord, VmRecord, has_ended
@@ -46,7 +47,8 @@ class HostState(StrEnum):
 
     `unidentified`: something has its name, and it is unknown whether that is what the VM has.
     `deleted`: its file, or the file behind its loop device, has lost its name. `replaced`: another
-    file or device has its name. `disconnected`: its backend exists and has no client.
+    file or device has its name. `disconnected`: its backend exists and has no client. `not
+    answering`: nobody knows, as the storage of its file does not answer.
     """
 
     PRESENT = "present"
@@ -56,6 +58,7 @@ class HostState(StrEnum):
     REPLACED = "replaced"
     OTHER_DRIVER = "other-driver"
     DISCONNECTED = "disconnected"
+    NOT_ANSWERING = "not answering"
 
 
 class DeviceHealth(msgspec.Struct, frozen=True):
@@ -98,19 +101,40 @@ def _unless_unidentified(record: DeviceRecord, health: DeviceHealth) -> DeviceHe
     return DeviceHealth(HostState.UNIDENTIFIED, told, health.size_bytes)
 
 
+def _file_of(record: DeviceRecord) -> str | None:
+    """The path of a file or directory whose storage may not answer; None for anything else."""
+    is_file = not (is_served(record) or record.kind is DeviceType.VFIO or record.identity.devnum)
+    return record.host_path if is_file and record.host_path.startswith("/") else None
+
+
+def find_silent(records: Iterable[DeviceRecord], looks: Looks, host: HostRoot) -> set[str]:
+    """The paths of devices whose storage does not answer: looking at one would never end.
+
+    That is for the moment before a snapshot; a storage that stops just then still holds it up.
+    """
+    paths = {path for record in records if is_settled(record) and (path := _file_of(record))}
+    return looks.find_silent(sorted(paths)) if host.is_live and paths else set()
+
+
 class HostSnapshot:
     """A snapshot of the host: facts that many devices need are read once.
 
     `daemons` are processes known to share directories, by device id; those found are added.
+    `silent` are the paths whose storage does not answer: see `find_silent`.
     """
 
     def __init__(
-        self, host: HostRoot, vms: Iterable[VmRecord], daemons: dict[str, int] | None = None
+        self,
+        host: HostRoot,
+        vms: Iterable[VmRecord],
+        daemons: dict[str, int] | None = None,
+        silent: Collection[str] = (),
     ) -> None:
         self._host = host
         self._vms = {vm.name: vm for vm in vms}
         self._open: dict[str, frozenset[str]] = {}
         self._daemons = {} if daemons is None else daemons
+        self._silent = silent
         self._marked: Mapping[int, str] | None = None
 
     def of(self, record: DeviceRecord) -> DeviceHealth | None:
@@ -125,6 +149,8 @@ class HostSnapshot:
 
     def _look_at(self, record: DeviceRecord) -> DeviceHealth | None:
         identity = record.identity
+        if (path := _file_of(record)) in self._silent:
+            return DeviceHealth(HostState.NOT_ANSWERING, f"the storage of {path} does not answer")
         if is_served(record):
             is_own = identity.kind is IdentityKind.SHARE
             return self._daemon(record) if is_own else self._backend(record)

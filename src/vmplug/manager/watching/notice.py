@@ -25,6 +25,7 @@ class EventKind(StrEnum):
     REPLACED = "replaced"
     OTHER_DRIVER = "other-driver"
     DISCONNECTED = "disconnected"
+    NOT_ANSWERING = "not answering"
     BACK = "back"
     RESIZED = "resized"
     VM_ENDED = "vm-ended"
@@ -159,6 +160,7 @@ _TO_GUEST = {
     EventKind.DELETED: "the guest keeps working; its writes are lost when the VM closes the file",
     EventKind.REPLACED: "the guest has the old device or nothing, not the new one",
     EventKind.OTHER_DRIVER: "the guest has lost it",
+    EventKind.NOT_ANSWERING: "the guest's reads and writes wait, and all of the VM may",
     EventKind.BACK: "a VM that lost it does not open it again by itself",
     EventKind.RESIZED: "the guest sees the size that was last reported to it",
 }
@@ -184,6 +186,8 @@ _TO_DO = {
     EventKind.DELETED: "save the data from inside the guest, then {detach}",
     EventKind.REPLACED: _ANEW,
     EventKind.OTHER_DRIVER: _ANEW,
+    EventKind.NOT_ANSWERING: "bring its storage back; to detach the disk would stop the guest "
+    "until then",
     EventKind.BACK: "if the guest does not see it, {detach}, and attach it again",
     EventKind.RESIZED: "vmplug resize {id} reports the new size to the guest, unless that "
     "was just done",

@@ -15,6 +15,7 @@ import msgspec
 
 from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
 from vmplug.host.process import ProcessLock
+from vmplug.host.program import Looks
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.sockets import find_server
 from vmplug.journal.journal import Journal
@@ -24,6 +25,7 @@ from vmplug.manager.watching.health import (
     DeviceHealth,
     HostSnapshot,
     HostState,
+    find_silent,
     is_settled,
     socket_of,
 )
@@ -93,6 +95,7 @@ class Watch(Iterator[DeviceEvent]):
         self._ended: set[VmRecord] = set()
         self._servers: dict[str, int | None] = {}
         self._daemons: dict[str, int] = {}
+        self._looks = Looks()
         self._waiting: deque[DeviceEvent] = deque()
         self._is_closed = False
         self._in_use = ProcessLock()
@@ -102,6 +105,7 @@ class Watch(Iterator[DeviceEvent]):
         was_closed, self._is_closed = self._is_closed, True
         if not was_closed:
             with self._in_use:
+                self._looks.close()
                 self._events.close()
                 self._journal.close()
 
@@ -138,7 +142,8 @@ class Watch(Iterator[DeviceEvent]):
         self._events.follow(self._pids(before))
         happened = [*happened, *self._events.wait(0)]
         self._forget_servers({event.pid for event in happened if isinstance(event, ProcessEnded)})
-        snapshot = HostSnapshot(self._host, before.vms, self._daemons)
+        silent = find_silent(before.devices, self._looks, self._host)
+        snapshot = HostSnapshot(self._host, before.vms, self._daemons, silent)
         checked = [(r, snapshot.of(r)) for r in before.devices if is_settled(r)]
         ended = [vm for vm in before.vms if vm not in self._ended and has_ended(vm, self._host)]
         after = self._rows = self._read()
