@@ -1,5 +1,6 @@
 """The life of VMs by library calls alone, on real QEMUs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import vmplug
+from tests.cli.command import Vmplug
 from tests.support.disks import disk_image
 from tests.support.vm import guest_files
 from vmplug import DetachOutcome, DeviceInfo, DevType, InUse, NotAttached, Setup, VmSpec
@@ -106,6 +108,26 @@ def test_an_owner_is_detached_from_all_vms(setup: Setup, disk: DeviceInfo, tmp_p
     with pytest.raises(NotAttached, match="no attachment ffff"):
         vmplug.detach_attachments([left[0].id, "ffff"], setup=setup)
     assert vmplug.list_attachments(setup=setup).attachments == left
+
+
+def test_what_was_detached_is_told_beside_the_error_of_another_vm(
+    setup: Setup, disk: DeviceInfo, tmp_path: Path
+) -> None:
+    other = disk_image(tmp_path / "other.img", 1, "another")
+    held = {}
+    for name, path in {"dead": str(disk.host_path), "next": str(other)}.items():
+        started = vmplug.start_vm(spec(name), setup=setup)
+        with vmplug.connect_vm(name, setup=setup) as devices:
+            held[name] = devices.attach(replace(disk, host_path=path), owner="ctr1")
+        if name == "dead":
+            end(started.pid)
+    told = Vmplug(tmp_path / "state")("detach", "--owner", "ctr1", "--json")
+    assert [done["id"] for done in json.loads(told.stdout)["detached"]] == [held["next"].id]
+    assert "VM dead is not running any more" in told.stderr
+    assert told.status == 5
+    again = Vmplug(tmp_path / "state")("detach", "--owner", "ctr1")
+    assert (again.stdout, again.status) == ("", 5)
+    assert "VM dead is not running any more" in again.stderr
 
 
 def test_a_refused_start_leaves_nothing(setup: Setup, disk: DeviceInfo, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Attachments of all VMs: detached by id or by owner, resized."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -32,6 +32,22 @@ class Detached(msgspec.Struct, frozen=True, kw_only=True):
     outcome: DetachOutcome
 
 
+class DetachReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was detached, and what stopped the rest, by the name of the VM."""
+
+    detached: tuple[Detached, ...]
+    failures: Mapping[str, DeviceError]
+
+    def require(self) -> list[Detached]:
+        """Raise the first failure if there is one, with a note for each further one."""
+        if self.failures:
+            first, *others = self.failures
+            for vm in others:
+                self.failures[first].add_note(f"VM {vm}: {self.failures[vm].message}")
+            raise self.failures[first]
+        return list(self.detached)
+
+
 def detach_attachments(
     attachment_ids: Sequence[str],
     *,
@@ -44,6 +60,13 @@ def detach_attachments(
     error of a VM after the other VMs had their turn, with a note for each further one. The call
     may be repeated.
     """
+    return report_detach(attachment_ids, timeout_s=timeout_s, setup=setup).require()
+
+
+def report_detach(
+    attachment_ids: Sequence[str], *, timeout_s: float, setup: Setup
+) -> DetachReport:
+    """`detach_attachments`, which reports what was detached also when a VM fails."""
     with Journal.open(setup.state_dir) as journal:
         known = {hold.id: hold for hold in read_attachments(journal, None) if _is_held(hold)}
     for attachment_id in attachment_ids:
@@ -64,6 +87,13 @@ def detach_owner(
 
     Raises NotAttached when it holds none; otherwise as `detach_attachments`.
     """
+    return report_detach_owner(owner, vm=vm, timeout_s=timeout_s, setup=setup).require()
+
+
+def report_detach_owner(
+    owner: str, *, vm: str | None, timeout_s: float, setup: Setup
+) -> DetachReport:
+    """`detach_owner`, which reports what was detached also when a VM fails."""
     with Journal.open(setup.state_dir) as journal:
         known = filter(_is_held, read_attachments(journal, vm))
         held = [hold for hold in known if hold.owner == owner]
@@ -110,7 +140,7 @@ def _detach(
     *,
     whole: bool,
     setup: Setup,
-) -> list[Detached]:
+) -> DetachReport:
     """Detach in one VM after the other; one that is gone keeps no other from its turn."""
     failures = dict[str, DeviceError]()
     for name in dict.fromkeys(hold.vm for hold in chosen):
@@ -120,21 +150,20 @@ def _detach(
                 devices.detach_all(ids, timeout_s=timeout_s, whole=whole)
         except DeviceError as error:  # by whosever fault: the other VMs have their turn
             failures[name] = error
-    if failures:
-        first, *others = failures
-        for vm in others:
-            failures[first].add_note(f"VM {vm}: {failures[vm].message}")
-        raise failures[first]
     with Journal.open(setup.state_dir) as journal:
-        left = {hold.id: hold.state for hold in journal.attachments()}
-    return [Detached(attachment=hold, outcome=_outcome(left.get(hold.id))) for hold in chosen]
+        left = {hold.id: hold for hold in journal.attachments()}
+    detached = (
+        Detached(attachment=hold, outcome=outcome)
+        for hold in chosen
+        if (outcome := _outcome(hold, left.get(hold.id), failed=hold.vm in failures))
+    )
+    return DetachReport(detached=tuple(detached), failures=failures)
 
 
-def _outcome(state: State | None) -> DetachOutcome:
-    match state:
-        case None:
-            return DetachOutcome.DETACHED
-        case State.RETAINED:
-            return DetachOutcome.RETAINED
-        case _:
-            return DetachOutcome.STILL_HELD
+def _outcome(hold: Attachment, left: Attachment | None, *, failed: bool) -> DetachOutcome | None:
+    """None when the detach failed before it changed anything for good."""
+    if left is None:
+        return DetachOutcome.DETACHED
+    if left.state is State.RETAINED:
+        return DetachOutcome.RETAINED
+    return DetachOutcome.STILL_HELD if left.count < hold.count or not failed else None

@@ -6,7 +6,7 @@ from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeo
 from vmplug.cli.render.detached import detached_json, print_detached
 from vmplug.cli.render.output import print_json, progress
 from vmplug.manager.setup import Setup
-from vmplug.vms.attachments import detach_attachments, detach_owner
+from vmplug.vms.attachments import report_detach, report_detach_owner
 
 
 @click.command("detach")
@@ -40,14 +40,15 @@ def command(
         raise click.UsageError("name the attachments, or an --owner")
     with progress("waiting for the guest to let go"):
         if owner:
-            detached = detach_owner(
+            report = report_detach_owner(
                 owner, vm=vm, timeout_s=timeout_s, setup=Setup(state_dir=state_dir)
             )
         else:
-            detached = detach_attachments(
+            report = report_detach(
                 attachments, timeout_s=timeout_s, setup=Setup(state_dir=state_dir)
             )
-    if as_json:
-        print_json({"detached": [detached_json(done) for done in detached]})
-    else:
-        print_detached(detached)
+    if as_json and (report.detached or not report.failures):
+        print_json({"detached": [detached_json(done) for done in report.detached]})
+    elif not as_json:
+        print_detached(report.detached)
+    report.require()
