@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,11 @@ from tests.cli.command import Vmplug
 from tests.support.disks import disk_image
 from tests.support.vm import guest_files
 from vmplug import DetachOutcome, DeviceInfo, DevType, InUse, NotAttached, Setup, VmSpec
+from vmplug.drivers.ports import Command
+from vmplug.host.file_id import CheckedFile, file_id
+from vmplug.hypervisor.qemu.handover import Handover
+from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
+from vmplug.hypervisor.qmp.monitor import MISSED
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu]
 
@@ -110,6 +117,28 @@ def test_an_owner_is_detached_from_all_vms(setup: Setup, disk: DeviceInfo, tmp_p
     assert vmplug.list_attachments(setup=setup).attachments == left
 
 
+def test_a_file_that_was_handed_over_stays_however_long_its_plugging_takes(
+    setup: Setup, disk: DeviceInfo
+) -> None:
+    """QEMU 7.2 forgets fd sets when its last monitor is left."""
+    vmplug.start_vm(spec("slow"), setup=setup)
+    socket, path = vmplug.list_vms(setup=setup)[0].qmp_socket, str(disk.host_path)
+    has_left = threading.Event()
+    with closing(QmpMonitor.connect(socket, timeout_s=10)) as monitor:
+        monitor.listen(lambda event, _: has_left.set() if event == MISSED else None)
+        handover = Handover(monitor, "0123456789abcdef", lambda: None, sets=True)
+        with handover.names([CheckedFile(path, file_id(os.stat(path)))]) as names:
+            assert not has_left.wait(3 * TURN_S)
+            file = {"driver": "file", "filename": names[path]}
+            monitor.execute(
+                Command("blockdev-add", {"node-name": "n", "driver": "raw", "file": file})
+            )
+            handover.finish()
+        assert has_left.wait(10), "then others have their turn"
+        monitor.execute(Command("blockdev-del", {"node-name": "n"}))
+        assert monitor.execute(Command("query-fdsets", {})) == []
+
+
 def test_what_was_detached_is_told_beside_the_error_of_another_vm(
     setup: Setup, disk: DeviceInfo, tmp_path: Path
 ) -> None:
@@ -119,6 +148,7 @@ def test_what_was_detached_is_told_beside_the_error_of_another_vm(
         started = vmplug.start_vm(spec(name), setup=setup)
         with vmplug.connect_vm(name, setup=setup) as devices:
             held[name] = devices.attach(replace(disk, host_path=path), owner="ctr1")
+            devices.attach(replace(disk, host_path=path), owner="ctr2")
         if name == "dead":
             end(started.pid)
     told = Vmplug(tmp_path / "state")("detach", "--owner", "ctr1", "--json")

@@ -10,7 +10,7 @@ Source: QEMU monitor/fds.c; measured on QEMU 7.2, 10.0 and 11.1.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from itertools import count
 
@@ -84,7 +84,7 @@ class Handover:
 
         Raises NoSuchDevice when another file is there by now.
         """
-        with self._pins:
+        with self._pins, self._monitor.keep_turn() if files else nullcontext():
             try:
                 yield {file.path: self._give(file) for file in files}
             finally:

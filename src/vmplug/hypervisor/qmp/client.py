@@ -10,7 +10,7 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any, Self, TypeVar, cast
 
@@ -61,9 +61,9 @@ class QmpMonitor(Monitor):
     """Connections on a QMP socket, one after the other, each opened when a command needs it.
 
     QEMU serves one client per socket, and the others wait in order. So none is kept for longer
-    than TURN_S, in use or not: a thread that waits for a guest does not block the VM for others.
-    Commands of one `attempt` stay together. `peer_pid` is the process at the other end; None if
-    the kernel does not know it, as for one in another PID namespace.
+    than TURN_S, in use or not, except in `keep_turn`: a thread that waits for a guest does not
+    block the VM for others. Commands of one `attempt` stay together. `peer_pid` is the process at
+    the other end; None if the kernel does not know it, as for one in another PID namespace.
     """
 
     def __init__(self, path: str, *, timeout_s: float, command_timeout_s: float) -> None:
@@ -77,6 +77,7 @@ class QmpMonitor(Monitor):
         self._alone = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         self._lock = ProcessLock()
+        self._keeping = 0
         self._is_closed = False
         self._waiting: set[Future[Any]] = set()
         self._thread = threading.Thread(
@@ -103,6 +104,17 @@ class QmpMonitor(Monitor):
     def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
         """See Monitor."""
         return self._run(self._attempt(commands))
+
+    @contextlib.contextmanager
+    def keep_turn(self) -> Iterator[None]:
+        """See Monitor."""
+        with self._lock:
+            self._keeping += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._keeping -= 1
 
     def converse(self, talk: Talk) -> None:
         """See Monitor."""
@@ -242,9 +254,12 @@ class QmpMonitor(Monitor):
 
     async def _end_turn(self) -> None:
         """Leave the socket to the next client; our next command queues up behind it."""
-        await asyncio.sleep(TURN_S)
-        async with self._alone:
-            await self._disconnect()
+        while True:
+            await asyncio.sleep(TURN_S)
+            async with self._alone:
+                if not self._keeping:
+                    await self._disconnect()
+                    return
 
     async def _end(self) -> None:
         """Close the connection for good; the end of a turn may be closing it already."""

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from vmplug.drivers.ports import Command
@@ -43,6 +44,10 @@ class Monitor(Protocol):
             answers, refusal = self.attempt([command])
             answer = None if refusal else validate_reply(command, answers[0])
             command = next_command(talk, answer, refusal)
+
+    def keep_turn(self) -> AbstractContextManager[None]:
+        """Keep the turn on the socket meanwhile: QEMU 7.2 forgets fd sets when it ends."""
+        return nullcontext()
 
     @abstractmethod
     def listen(self, receive: EventReceiver) -> None:
