@@ -86,7 +86,8 @@ class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
     `backing` and `data_file` are what a qcow2 image may open besides, None for nothing, whatever
     its header says. `throttle` is None for no limits. `aio_is_choice`: the request leaves `aio` to
     vmplug. A guest knows a SCSI disk by `disk_id` and `wwn` (VPD page 0x83); None for QEMU's, the
-    first 20 bytes of `serial`.
+    first 20 bytes of `serial`. `lock` is the file of persistent memory, open in this process with
+    QEMU's lock on it, None until it is plugged.
     """
 
     id: str
@@ -111,6 +112,7 @@ class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
     throttle: Throttle | None = None
     size_bytes: int | None = None
     file_id: str | None = None
+    lock: int | None = None
 
 
 DAEMON_MARK = "VMPLUG_DEVICE"

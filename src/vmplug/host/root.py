@@ -9,7 +9,6 @@ import fcntl
 import mmap
 import os
 import stat
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -34,9 +33,6 @@ _DIRECT_UNITS = (1, 512, 1024, 2048, PAGE_SIZE)
 """Source: QEMU block/file-posix.c, raw_probe_alignment."""
 _LINKS_MAX = 40
 """As the kernel's own MAXSYMLINKS. Source: include/linux/namei.h."""
-_F_OFD_GETLK = 36
-_LOCK_LAYOUT = "hhqqi4x"
-"""struct flock on 64-bit Linux. Source: include/uapi/asm-generic/fcntl.h."""
 
 AttributeBatch = tuple[
     list[bytes | AttributeReadError | None],
@@ -381,21 +377,19 @@ class HostRoot:
             self._absent(path, error)
             return False
 
-    def is_range_locked(self, path: str, start: int, length: int) -> bool:
-        """Whether another open file holds an OFD lock in that range; False when absent."""
+    def ask_open(self, path: str, ask: Callable[[int], bool]) -> bool:
+        """The answer about the file, open for reading; False when absent."""
         try:
             fd = os.open(self._base + path, _READ)
         except (OSError, ValueError) as error:
             self._absent(path, error)
             return False
         try:
-            wanted = struct.pack(_LOCK_LAYOUT, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-            answer = fcntl.fcntl(fd, _F_OFD_GETLK, wanted)
+            return ask(fd)
         except OSError as error:  # ENOLCK: a network file system without its lock daemon
             raise AttributeReadError(path, error.errno) from error
         finally:
             os.close(fd)
-        return bool(struct.unpack(_LOCK_LAYOUT, answer)[0] != fcntl.F_UNLCK)
 
     @staticmethod
     def _absent(path: str, error: OSError | ValueError) -> None:

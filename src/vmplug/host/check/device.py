@@ -8,6 +8,7 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from shlex import quote
 from typing import assert_never
 
@@ -34,12 +35,8 @@ from vmplug.host.finding import Access, Claim, Code, Finding, Severity, UsedBy
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot, describe, node_number
+from vmplug.host.use.qemu_lock import is_locked
 from vmplug.host.vhost_user.device import VhostUserSocket
-
-_LOCKS_AGAINST_WRITING = ((100, 200),)
-_LOCKS_AGAINST_READING = ((101, 1), (103, 1), (200, 1))
-"""QEMU locks byte 100 + n for a permission it has and 200 + n for one it denies others; 0 is to
-read, 1 to write, 3 to resize. Source: QEMU block/file-posix.c, include/block/block-common.h."""
 
 _NOT_ASKED = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT})
 """The device itself did not answer: this process may not open it, or has no node for it."""
@@ -437,8 +434,7 @@ def _exclusive_errno(path: str, root: HostRoot, *, patience_s: float) -> int | N
 
 
 def _locked(path: str, access: Access, root: HostRoot) -> Iterator[Finding]:
-    locks = _LOCKS_AGAINST_READING if access.read_only else _LOCKS_AGAINST_WRITING
-    if any(root.is_range_locked(path, start, length) for start, length in locks):
+    if root.ask_open(path, partial(is_locked, read_only=access.read_only)):
         yield Finding(
             Code.IMAGE_LOCKED,
             f"{path} is open in another QEMU or in qemu-storage-daemon",

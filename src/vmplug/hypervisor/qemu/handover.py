@@ -32,7 +32,7 @@ from vmplug.hypervisor.qmp.monitor import Monitor
 
 log = logging.getLogger(__name__)
 
-_NO_DESCRIPTOR = "No file descriptor supplied via SCM_RIGHTS"
+NO_DESCRIPTOR = "No file descriptor supplied via SCM_RIGHTS"
 """Source: QEMU monitor/fds.c."""
 
 Verify = Callable[[], None]
@@ -100,7 +100,7 @@ class Handover:
                 if descriptor is not None and self._pid is not None:
                     return self._give_number(self._pid, descriptor, file)
             except CommandError as error:
-                if _NO_DESCRIPTOR not in error.desc:  # a proxy at the socket passes none on
+                if NO_DESCRIPTOR not in error.desc:  # a proxy at the socket passes none on
                     raise
         self._checks.append(lambda: self._verify_path(file))
         return file.path

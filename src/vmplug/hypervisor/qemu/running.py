@@ -21,15 +21,16 @@ from vmplug.errors import (
     HypervisorError,
     UnplugTimeout,
 )
-from vmplug.host.file_id import has_open
+from vmplug.host.file_id import CheckedFile, has_open
 from vmplug.host.pci.vfio import open_nodes
 from vmplug.host.process import find_guest_process, is_running, read_start_time
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import Abilities, QueriedAbilities
 from vmplug.hypervisor.qemu.graph import check_graph
-from vmplug.hypervisor.qemu.handover import Handover, take_back_all
+from vmplug.hypervisor.qemu.handover import NO_DESCRIPTOR, Handover, take_back_all
 from vmplug.hypervisor.qemu.iommufd import make_iommufd, missing_steps
-from vmplug.hypervisor.qemu.steps import vfio
+from vmplug.hypervisor.qemu.nvdimm_lock import locked
+from vmplug.hypervisor.qemu.steps import nvdimm, vfio
 from vmplug.hypervisor.qemu.steps.plug import check_hot, opened_files, plug_steps, renamed
 from vmplug.hypervisor.qemu.steps.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.qemu.topology import qom_get, qom_list, read_offer, read_place
@@ -191,8 +192,30 @@ class Qemu:
             self._plug_files(replace(plug, aio=Aio.THREADS), place)
 
     def _plug_files(self, plug: Plug, place: Place) -> None:
-        """Verify what QEMU opened before the last step, which shows it to the guest."""
         files = opened_files(plug) if self._endpoint else ()
+        if isinstance(plug, BlockDrive) and isinstance(place, MemorySlot):
+            self._plug_memory(plug, place, files)
+        else:
+            self._hand_over(plug, place, files)
+
+    def _plug_memory(
+        self, drive: BlockDrive, slot: MemorySlot, files: Sequence[CheckedFile]
+    ) -> None:
+        """Lock its file, except behind a proxy that passes no descriptors on."""
+        if files:
+            with locked(drive) as held:
+                try:
+                    self._hand_over(held, slot, files)
+                except CommandError as error:
+                    if NO_DESCRIPTOR not in error.desc:
+                        raise
+                    log.warning("%s is plugged without a lock: %s", drive.file, error.desc)
+                else:
+                    return
+        self._hand_over(replace(drive, file_id=None), slot, files)
+
+    def _hand_over(self, plug: Plug, place: Place, files: Sequence[CheckedFile]) -> None:
+        """Verify what QEMU opened before the last step, which shows it to the guest."""
         drive = plug if isinstance(plug, BlockDrive) else None
         is_memory = isinstance(place, MemorySlot)
         sets = bool(files) and not is_memory and self.status() == "running"
@@ -296,7 +319,8 @@ class Qemu:
     def close_files(self, device_ids: Iterable[str]) -> None:
         """Close files that an interrupted attach passed to QEMU and that it does not use yet."""
         for device_id in device_ids:
-            for name in (qemu_id(device_id, LINK), vfio.open_node_name(device_id)):
+            link, node = qemu_id(device_id, LINK), vfio.open_node_name(device_id)
+            for name in (link, node, nvdimm.lock_name(device_id)):
                 self._remove(Command("closefd", {"fdname": name}))
             take_back_all(self._monitor, device_id)
 
@@ -395,8 +419,10 @@ class Qemu:
             self._remove(Command("netdev_del", {"id": qemu_id(device_id, NETDEV)}))
             self._remove(Command("chardev-remove", {"id": name}))
         for name in self._names_in("/objects"):
-            if self._owner(name) in device_ids:
+            if (owner := self._owner(name)) in device_ids and owner:
                 self._remove(Command("object-del", {"id": name}))
+                if name == qemu_id(owner, nvdimm.MEMORY):
+                    self._remove(Command("closefd", {"fdname": nvdimm.lock_name(owner)}))
         for device_id in device_ids & self._with_daemon:
             # QEMU does not list a connection that it got and does not use yet.
             self._remove(Command("closefd", {"fdname": qemu_id(device_id, LINK)}))

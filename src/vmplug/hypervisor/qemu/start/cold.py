@@ -14,7 +14,7 @@ from typing import Self
 from msgspec.structs import replace
 
 from vmplug.address import qemu_id
-from vmplug.drivers.place import Offer, Place
+from vmplug.drivers.place import MemorySlot, Offer, Place
 from vmplug.drivers.plug import (
     Aio,
     BlockDrive,
@@ -31,6 +31,7 @@ from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps, needs_iommufd
+from vmplug.hypervisor.qemu.nvdimm_lock import locked
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.start.machine import BINARY, VmSpec, cold_offer, option_text
 from vmplug.hypervisor.qemu.steps import vfio
@@ -45,7 +46,7 @@ _JSON_OPTIONS = {
     "device_add": "-device",
 }
 _NOT_WRITTEN = frozenset({START_DAEMON, "getfd"})
-"""A daemon runs before QEMU does, and QEMU inherits the connection to it."""
+"""A daemon runs before QEMU does, and QEMU inherits the connection to it, and any open file."""
 
 
 class ColdQemu:
@@ -134,6 +135,8 @@ class ColdQemu:
             plug = self._open_nodes(plug)
         if isinstance(plug, SharedFS) and plug.file_id:
             plug = self._open_directory(plug, plug.file_id)
+        if isinstance(plug, BlockDrive) and isinstance(place, MemorySlot) and plug.file_id:
+            plug = self._lock(plug)
         self._set(plug, place)
 
     def _set(self, plug: Plug, place: Place) -> None:
@@ -174,6 +177,13 @@ class ColdQemu:
         self._connections[qemu_id(plug.id, LINK)] = descriptor
         return replace(plug, directory=f"/proc/self/fd/{descriptor}")
 
+    def _lock(self, plug: BlockDrive) -> BlockDrive:
+        """The memory with its file locked, until QEMU has the lock or it is left out."""
+        with ExitStack() as stack:
+            held = stack.enter_context(locked(plug))
+            self._nodes[plug.id] = stack.pop_all()
+        return held
+
     def _close_nodes(self) -> None:
         for opened in self._nodes.values():
             opened.close()
@@ -185,7 +195,14 @@ class ColdQemu:
         return bool(self._files())
 
     def _files(self) -> list[CheckedFile]:
-        return [file for plug, _ in self._plugs.values() for file in opened_files(plug)]
+        """A memory's file is open twice: QEMU inherits the one with the lock."""
+        plugs = [plug for plug, _ in self._plugs.values()]
+        locks = [
+            CheckedFile(plug.file, plug.file_id, read_only=True)
+            for plug in plugs
+            if isinstance(plug, BlockDrive) and plug.lock is not None and plug.file_id
+        ]
+        return [*locks, *(file for plug in plugs for file in opened_files(plug))]
 
     def check_opened(self, pid: int, qemu: Qemu) -> None:
         """NoSuchDevice unless QEMU, which has started, opened exactly the files that were checked.
