@@ -17,6 +17,7 @@ NODE_NAME_MAX = 31
 """Longest node-name of the block graph. Source: QEMU include/block/block_int-common.h."""
 
 QEMU_ID_PREFIX = "vmplug-"
+JOURNAL_ID_DIGITS = 6
 
 PERIPHERAL = "/machine/peripheral"
 """Where QEMU keeps devices that have an id. Source: QEMU docs/devel/qom.rst."""
@@ -219,9 +220,18 @@ def virtio_disk_path(index: int) -> str:
     return f"/dev/vd{letters}"
 
 
-def new_id() -> str:
-    """A fresh device id: 16 hexadecimal digits, as Kata's."""
-    return os.urandom(8).hex()
+def new_id(journal_id: str = "") -> str:
+    """A fresh id: 16 hexadecimal digits, as Kata's; that of a device begins with its journal's.
+
+    So every name that has a device's id says whose device it is, and none is longer: a virtio
+    serial has at most 20 characters.
+    """
+    return journal_id + os.urandom(8).hex()[len(journal_id) :]
+
+
+def journal_id_of(device_id: str) -> str:
+    """The id of the journal that drew a device's id; digits of nobody for an earlier vmplug's."""
+    return device_id[:JOURNAL_ID_DIGITS]
 
 
 def new_uuid() -> str:

@@ -46,6 +46,9 @@ def test_a_damaged_journal_is_told_by_every_verb_and_set_aside_by_one(
         vmplug("vm", "adopt", "sb1", "--qmp", vm.socket_path).answer()
         assert vm.names() == names
         (repair,) = vmplug("reconcile", "--json").json()["repairs"]
+        assert repair["outcome"] == "another journal"
+        assert vm.names() == names
+        (repair,) = vmplug("reconcile", "--take-over", "--json").json()["repairs"]
         assert repair["outcome"] == "removed"
         assert vmplug(*attach).status == 0
 
@@ -67,12 +70,12 @@ def test_what_was_carried_over_goes_on_and_what_was_not_is_left_for_the_next(
         said = vmplug("reconcile", "--set-aside").answer()
         assert "the journal was damaged ('flying' is not a valid State)" in said
         assert "carried over: 1 of vm, 1 of device, 1 of attachment" in said
-        assert "unknown" in said
+        assert "another journal" in said
         assert vm.names() == names
         (hold,) = vmplug("list", "--json").json()["attachments"]
         assert hold["host_path"] == str(images[0])
 
-        (repair,) = vmplug("reconcile", "--json").json()["repairs"]
+        (repair,) = vmplug("reconcile", "--take-over", "--json").json()["repairs"]
         assert repair["outcome"] == "removed"
         vmplug("detach", hold["id"]).answer()
         assert vmplug("reconcile", "--set-aside").answer() == "the journal and the VMs agree\n"

@@ -283,6 +283,7 @@ def test_an_adopted_vm_is_left_running_and_keeps_what_it_holds(
             "pid": vm.pid,
             "machine": machine_of(vm.oracle),
             "qmp_open_to_all": False,
+            "foreign_devices": 0,
         }
         asked = ("--device", f"b:{number_of(node)}", "--vm", "sb3", "--owner", "ctr1")
         vmplug("attach", *asked).answer()
@@ -811,16 +812,27 @@ def test_a_killed_attach_that_is_only_counted_leaves_the_disk_where_it_is(
     gated.vmplug("detach", "--owner", "ctr1").answer()
 
 
-def test_a_lost_journal_is_made_up_for_by_adopting_again(
+def test_what_another_journal_has_in_a_vm_stays_until_it_is_taken_over(
     gated: Gated, make_loop: Callable[[str], Path]
 ) -> None:
     node = make_loop("a")
     gated.vmplug(*attach_words(node)).answer()
     gated.vm.console.wait_for_disks(1)
+    before = gated.vmplug("list", "--json").json()
     elsewhere = Vmplug(gated.vmplug.state_dir.with_name("new"))
     socket = gated.gate.socket_path
-    elsewhere("vm", "adopt", "sb1", "--qmp", socket).answer()
-    (repair,) = elsewhere("reconcile", "--json").json()["repairs"]
+    said = elsewhere("vm", "adopt", "sb1", "--qmp", socket).answer()
+    told = "VM sb1 has 1 device of another journal: vmplug reconcile --vm sb1 lists them\n"
+    assert said.endswith(told)
+    assert elsewhere("vm", "list").answer().endswith(told)
+    for _ in range(2):
+        (repair,) = elsewhere("reconcile", "--json").json()["repairs"]
+        assert (repair["host_path"], repair["outcome"]) == (None, "another journal")
+        assert f"virtio-blk-pci of journal {repair['device'][:6]}" in repair["reason"]
+    assert gated.vmplug("reconcile", "--json").json()["repairs"] == []
+    assert gated.vmplug("list", "--json").json() == before
+    assert len(gated.vm.console.wait_for_disks(1)) == 1
+    (repair,) = elsewhere("reconcile", "--take-over", "--json").json()["repairs"]
     assert (repair["host_path"], repair["outcome"]) == (None, "removed")
     (repair,) = gated.vmplug("reconcile", "--json").json()["repairs"]
     assert (repair["host_path"], repair["outcome"]) == (str(node), "forgotten")

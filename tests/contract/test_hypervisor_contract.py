@@ -232,6 +232,7 @@ def test_what_is_plugged_is_found_and_nothing_else_came(
         assert vm.find_devices() == {}
         vm.plug(drive, place)
         assert vm.find_devices() == {ID: True}
+        assert vm.find_drivers() == {ID: front_end(place)["driver"]}
 
     after = side.parts()
     assert after.vmplugs() == {NAME}

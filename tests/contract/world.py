@@ -426,10 +426,11 @@ def recorded(side: Side) -> tuple[Qemu, Recorder]:
 
 
 def journal_rows(state_dir: Path) -> Rows:
-    """Every row of every table of the journal, read with plain SQLite."""
+    """Every row of every table of the journal but its own id, read with plain SQLite."""
     path = state_dir / "journal.db"
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
-        tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+        names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'journal'"
+        tables = db.execute(f"{names} ORDER BY name")
         return {
             name: db.execute(f'SELECT * FROM "{name}" ORDER BY rowid').fetchall()
             for (name,) in tables.fetchall()

@@ -105,6 +105,29 @@ def test_a_manager_that_outlives_its_vm_serves_the_next_one(vms: Vms, tmp_path: 
         assert [vm.pid for vm in journal.vms()] == [vms.second.pid]
 
 
+def test_what_another_journal_plugged_is_left_alone(vms: Vms, tmp_path: Path) -> None:
+    """Two state directories, one QEMU: neither unplugs a live disk of the other."""
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    elsewhere = Setup(state_dir=tmp_path / "elsewhere")
+    with vms.manager() as devices:
+        held = devices.attach(request(image))
+    assert adopt_vm("theirs", str(vms.socket), setup=elsewhere).foreign_devices == 1
+    with (
+        Journal.open(tmp_path / "state") as journal,
+        Journal.open(tmp_path / "elsewhere") as other,
+    ):
+        assert held.device_id.startswith(journal.id)
+        assert journal.id != other.id
+    for _ in range(2):
+        ((repair,),) = [[one.repair for one in reconcile_host(setup=elsewhere).repairs]]
+        assert (repair.device_id, repair.is_gone) == (held.device_id, False)
+        assert repair.outcome is RepairOutcome.ANOTHER_JOURNAL
+    assert [vm.foreign_devices for vm in list_vms(setup=elsewhere)] == [1]
+    with vms.manager() as devices:
+        assert devices.reconcile() == []
+        assert devices.attachments() == [held]
+
+
 def test_a_vm_that_goes_on_keeps_what_it_holds(vms: Vms, tmp_path: Path) -> None:
     image = disk_image(tmp_path / "a.img", 1, "a")
     with vms.manager() as devices:

@@ -1,7 +1,9 @@
 """A journal, and rows in it as an attach leaves them, for tests of what is done afterwards."""
 
+import sqlite3
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
@@ -18,8 +20,14 @@ from vmplug.journal.state import State
 GUEST = GuestAddress(pci_path=PciPath.parse("04/00"))
 
 
+JOURNAL_ID = "012345"
+
+
 def lay_journal(state_dir: Path) -> None:
-    """An empty journal, if there is none; a copy of one, as making its tables takes longer."""
+    """An empty journal, if there is none; a copy of one, as making its tables takes longer.
+
+    All of them have the id JOURNAL_ID.
+    """
     path = Path(journal_path(state_dir))
     if not path.exists():
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -31,7 +39,9 @@ def lay_journal(state_dir: Path) -> None:
 def _empty_journal() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         Journal.open(directory).close()
-        return Path(journal_path(directory)).read_bytes()
+        with closing(sqlite3.connect(path := journal_path(directory))) as db, db:
+            db.execute("UPDATE journal SET id = ?", [JOURNAL_ID])
+        return Path(path).read_bytes()
 
 
 def vm_record(

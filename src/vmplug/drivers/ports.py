@@ -155,6 +155,9 @@ class Hypervisor(Protocol):
     def find_devices(self) -> dict[str, bool]:
         """The ids of all devices of which the VM has any part; True where the guest sees it."""
 
+    def find_drivers(self) -> dict[str, str]:
+        """The drivers in QEMU, such as virtio-blk-pci, of the devices that the guest sees."""
+
     def find_lost(self) -> set[str]:
         """The ids of devices whose vhost-user backend is gone: the guest waits for its I/O."""
 

@@ -5,21 +5,23 @@ machine, and readers never wait. Source: sqlite.org/wal.html, sqlite.org/pragma.
 """
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
-from vmplug.address import new_id
+from vmplug.address import JOURNAL_ID_DIGITS, new_id
 from vmplug.errors import SpecError, StoreError
 from vmplug.host.permissions import check_private, make_private
 from vmplug.host.process import ProcessLock
 from vmplug.journal import StateDir, journal_path
 from vmplug.journal.lock import JournalLock
 
-VERSION = 6
+VERSION = 7
 """The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
+_JOURNAL_ID = re.compile(f"[0-9a-f]{{{JOURNAL_ID_DIGITS}}}")
 
 _SCHEMA = """
 CREATE TABLE vm (
@@ -79,7 +81,12 @@ CREATE TABLE vf_token (
 ) STRICT;
 """
 """`device` is not a foreign key here either: virtual functions may be in use for longer."""
-_SCHEMA += _BINDING + _VF_UUIDS
+_OWNER = """
+CREATE TABLE journal (id TEXT NOT NULL) STRICT;
+INSERT INTO journal VALUES (lower(hex(randomblob(3))));
+"""
+"""One row: the digits with which the id of each new device begins."""
+_SCHEMA += _BINDING + _VF_UUIDS + _OWNER
 
 
 _MIGRATIONS = {
@@ -104,6 +111,7 @@ ALTER TABLE device ADD COLUMN thing TEXT;
     + """
 ALTER TABLE vm ADD COLUMN worker TEXT;
 """,
+    6: _OWNER,
 }
 """The statements that turn a journal of that version into one of the next."""
 
@@ -283,6 +291,14 @@ def store_error(path: str, error: Exception) -> StoreError:
     elif means_damage(error):
         return damaged(path, why)
     return StoreError(path, f"cannot use the journal {path}: {why}", hint=hint)
+
+
+def read_journal_id(db: sqlite3.Connection) -> str:
+    """The id of a journal. Raises ValueError for one without, or with two."""
+    ids = [str(row[0]) for row in db.execute("SELECT id FROM journal")]
+    if len(ids) != 1 or not _JOURNAL_ID.fullmatch(ids[0]):
+        raise ValueError(f"{ids!r} is not the id of a journal")
+    return ids[0]
 
 
 def not_text(error: UnicodeEncodeError) -> SpecError:

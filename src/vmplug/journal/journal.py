@@ -12,6 +12,7 @@ from typing import Self, TypeVar
 
 from msgspec.structs import replace
 
+from vmplug.address import journal_id_of
 from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim
 from vmplug.host.kind import Identity
@@ -24,6 +25,7 @@ from vmplug.journal.database import (
     migrate,
     not_text,
     open_database,
+    read_journal_id,
     store_error,
 )
 from vmplug.journal.lock import JournalLock
@@ -74,7 +76,8 @@ class Journal:
 
     Every method is one transaction. Raises StoreError for a file that is not a journal, comes from
     a newer version, or stays locked for 10 seconds. The processes and boots in the journal are
-    those of `host`; a device that this process has in progress says `in_progress_by`.
+    those of `host`; a device that this process has in progress says `in_progress_by`. `id` is what
+    the ids of its new devices begin with; no other journal has it.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Journal:
         self._db = connection
         self._lock = lock
         self.path = path
+        self.id = ""
         self.host = host
         self.worker = ProcessIdentity.own(host)
         self.bindings = Bindings(connection, self._lock, path)
@@ -104,6 +108,8 @@ class Journal:
             with lock, journal._errors():
                 version = migrate(connection, path)
             check_version(version, path)
+            with lock, journal._errors():
+                journal.id = read_journal_id(connection)
         except BaseException:
             journal.close()
             raise
@@ -345,6 +351,14 @@ class Journal:
     def device_ids(self) -> set[str]:
         """The ids of the devices of all VMs."""
         return set(self._read(lambda row: str(row["id"]), "SELECT id FROM device"))
+
+    def find_foreign(self, device_ids: Iterable[str]) -> set[str]:
+        """The ids that are not this journal's: it has no row of them, and did not draw them.
+
+        They are another journal's, a lost one's or an earlier vmplug's.
+        """
+        drawn_elsewhere = {i for i in device_ids if journal_id_of(i) != self.id}
+        return drawn_elsewhere - self.device_ids() if drawn_elsewhere else set()
 
     def find_claims(
         self, vm: str | None, own: Identity, identities: Iterable[Identity]

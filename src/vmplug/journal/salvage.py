@@ -2,7 +2,8 @@
 
 vmplug never writes to a damaged file. It reads a copy of the file, and then replaces the file in
 one step by a complete journal. A row is copied when it can be read, makes sense, and refers to
-rows that do; every other row is reported as lost.
+rows that do; every other row is reported as lost. The new journal has an id of its own: what VMs
+have and it does not know is another journal's, and stays in them.
 """
 
 import os
@@ -29,6 +30,7 @@ from vmplug.journal.database import (
     make_draft,
     means_damage,
     migrate,
+    read_journal_id,
     store_error,
 )
 from vmplug.journal.lock import in_place_of
@@ -104,6 +106,8 @@ def _find_damage(db: sqlite3.Connection, path: str) -> str | None:
     for table, parse in _TABLES.items() if version == VERSION else ():
         for row in db.execute(f"SELECT * FROM {table}"):  # noqa: S608  ours
             parse(row)
+    if version == VERSION:
+        read_journal_id(db)
     return None
 
 

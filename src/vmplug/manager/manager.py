@@ -318,9 +318,12 @@ class DeviceManager:
         return wanted
 
     def reconcile(
-        self, *, timeout_s: float = UNPLUG_TIMEOUT_S, keep_unknown: bool = False
+        self, *, timeout_s: float = UNPLUG_TIMEOUT_S, take_over: bool = False
     ) -> list[Repair]:
-        """Make the journal and the VM agree, except `keep_unknown` parts; return the repairs."""
+        """Make the journal and the VM agree, and return the repairs.
+
+        Devices of other journals are reported and left alone, unless `take_over` unplugs them.
+        """
         self._offer = None
         self._meet()
         repairs = reconcile(
@@ -328,7 +331,7 @@ class DeviceManager:
             self._journal,
             self._hypervisor,
             timeout_s=timeout_s,
-            keep_unknown=keep_unknown,
+            take_over=take_over,
         )
         self._unplugger.give_back(repair.device_id for repair in repairs if repair.is_gone)
         former, self._former = self._former, []
@@ -393,6 +396,7 @@ class DeviceManager:
             owner=owner,
             known=self._journal.devices(self._vm),
             choose=self._choose,
+            journal_id=self._journal.id,
         )
 
     def _choose(

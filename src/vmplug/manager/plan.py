@@ -63,12 +63,14 @@ def make_plan(
     owner: str,
     known: Iterable[DeviceRecord],
     choose: Choose,
+    journal_id: str,
 ) -> Plan:
     """The plan for requests that all passed the checks; nothing is changed.
 
     A device that the VM already has only gets one more hold, whatever `check` finds now, if the
-    policy allows it to this owner too. Raises PolicyError, the errors of `refuse` and `choose`,
-    and StateError when a known device does not fit a request.
+    policy allows it to this owner too. The ids of new ones begin with `journal_id`. Raises
+    PolicyError, the errors of `refuse` and `choose`, and StateError when a known device does not
+    fit a request.
     """
     records = {record.identity: record for record in known}
     refuse_not_allowed(examined)
@@ -84,7 +86,7 @@ def make_plan(
     for identity, requests in wanted.items():
         if identity not in records:
             taken = _taken(records.values())
-            new[identity] = _new_device(requests, vm, taken, choose)
+            new[identity] = _new_device(requests, vm, taken, choose, new_id(journal_id))
             _check_tag(new[identity].record, records.values())
             records[identity] = new[identity].record
         for request in requests:
@@ -156,7 +158,7 @@ def _new_record(
     choose: Choose,
 ) -> DeviceRecord:
     """The record that an attach would write. Raises as `make_plan`."""
-    record = _new_device(requests, vm, _taken(records.values()), choose).record
+    record = _new_device(requests, vm, _taken(records.values()), choose, new_id()).record
     _check_tag(record, records.values())
     return record
 
@@ -192,12 +194,13 @@ def _new_device(
     vm: str,
     taken: set[str],
     choose: Choose,
+    device_id: str,
 ) -> NewDevice:
     """A record, plug and place for one device of one or more requests."""
     device, driver = requests[0].device, requests[0].driver
     assert device
     record = DeviceRecord(
-        id=new_id(),
+        id=device_id,
         vm=vm,
         identity=device.identity,
         kind=device.kind,

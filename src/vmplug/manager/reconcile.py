@@ -7,7 +7,8 @@
 | attached | remains, or none | remains removed, forgotten |
 | detaching | any part, or none | unplugged |
 | retained | the device, or none | nothing, or forgotten |
-| nothing, for no VM | a part named by vmplug | unplugged |
+| nothing, for no VM | a part whose name has this journal's id | unplugged |
+| nothing, for no VM | a part named by another vmplug | nothing, unless taken over: unplugged |
 
 A device that a running process has in progress is left to it. A device that the guest does not
 release stays "detaching". Devices that QEMU cannot unplug, NVDIMMs and virtio-mmio devices, stay
@@ -15,12 +16,13 @@ in the journal as "retained".
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from typing import assert_never
 
 import msgspec
 
+from vmplug.address import journal_id_of
 from vmplug.drivers.ports import Hypervisor, UnplugFailure
 from vmplug.errors import CommandError, StateError
 from vmplug.journal.journal import Journal
@@ -41,14 +43,14 @@ class RepairOutcome(StrEnum):
     BACKEND_LOST = "backend lost"
     STILL_DETACHING = "still detaching"
     IN_PROGRESS = "in progress"
-    UNKNOWN = "unknown"
+    ANOTHER_JOURNAL = "another journal"
 
 
 _STAYING = {
     RepairOutcome.RETAINED,
     RepairOutcome.BACKEND_LOST,
     RepairOutcome.IN_PROGRESS,
-    RepairOutcome.UNKNOWN,
+    RepairOutcome.ANOTHER_JOURNAL,
 }
 _UNFINISHED = {RepairOutcome.UNDONE, RepairOutcome.FINISHED}
 
@@ -76,22 +78,22 @@ def reconcile(
     hypervisor: Hypervisor,
     *,
     timeout_s: float,
-    keep_unknown: bool = False,
+    take_over: bool = False,
 ) -> list[Repair]:
     """Repair every device of `vm` that does not agree, and return the repairs.
 
-    `keep_unknown` leaves devices in the VM that are not in the journal, as it may have lost them.
+    `take_over` unplugs devices of other journals too, as if this one had lost them.
     """
     for _ in range(_ATTEMPTS - 1):
         try:
-            return _reconcile(vm, journal, hypervisor, timeout_s, keep_unknown=keep_unknown)
+            return _reconcile(vm, journal, hypervisor, timeout_s, take_over=take_over)
         except StateError as error:  # another reconcile, or a detach, has just been faster
             log.debug("VM %s is checked again: %s", vm, error)
-    return _reconcile(vm, journal, hypervisor, timeout_s, keep_unknown=keep_unknown)
+    return _reconcile(vm, journal, hypervisor, timeout_s, take_over=take_over)
 
 
 def _reconcile(
-    vm: str, journal: Journal, hypervisor: Hypervisor, timeout_s: float, *, keep_unknown: bool
+    vm: str, journal: Journal, hypervisor: Hypervisor, timeout_s: float, *, take_over: bool
 ) -> list[Repair]:
     # In this order: a device that a process plugs or unplugs meanwhile is in one of the two.
     records = {record.id: record for record in journal.devices(vm)}
@@ -102,10 +104,10 @@ def _reconcile(
         for record in records.values()
         if (repair := _in_progress(record, journal) or _judge(record, held))
     }
-    for device_id in held.keys() - journal.device_ids() - records.keys():
-        reason = "it is in the VM, but not in the journal"
-        outcome = RepairOutcome.UNKNOWN if keep_unknown else RepairOutcome.REMOVED
-        repairs[device_id] = Repair(device_id, None, outcome, reason)
+    unknown = held.keys() - journal.device_ids() - records.keys()
+    foreign = set() if take_over else journal.find_foreign(unknown)
+    repairs |= {device_id: _not_in_journal(device_id) for device_id in unknown - foreign}
+    repairs |= _foreign(foreign, journal, hypervisor)
     for device_id in hypervisor.find_lost() & records.keys() - repairs.keys():
         path, reason = (
             records[device_id].host_path,
@@ -131,6 +133,25 @@ def _reconcile(
         else repair
         for device_id, repair in repairs.items()
     ]
+
+
+def _not_in_journal(device_id: str) -> Repair:
+    reason = "it is in the VM, but not in the journal"
+    return Repair(device_id, None, RepairOutcome.REMOVED, reason)
+
+
+def _foreign(
+    device_ids: Collection[str], journal: Journal, hypervisor: Hypervisor
+) -> dict[str, Repair]:
+    """Devices that other journals have, which know what they are and who uses them."""
+    drivers = hypervisor.find_drivers() if device_ids else {}
+    repairs = {}
+    for device_id in device_ids:
+        what, whose = drivers.get(device_id, "remains"), journal_id_of(device_id)
+        reason = f"{what} of journal {whose}, and this is {journal.id}: --take-over unplugs it"
+        outcome = RepairOutcome.ANOTHER_JOURNAL
+        repairs[device_id] = Repair(device_id, None, outcome, reason)
+    return repairs
 
 
 def _in_progress(record: DeviceRecord, journal: Journal) -> Repair | None:

@@ -16,7 +16,8 @@ class AdoptedVm(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that vmplug serves from now on, and what it offers.
 
     `pid` is None when the process cannot be seen from here. `is_open_to_all` is whether every
-    user of the host may connect to the socket, and so control the VM.
+    user of the host may connect to the socket, and so control the VM. `foreign_devices` are those
+    that another journal's vmplug plugged: `reconcile_host` lists them and leaves them alone.
     """
 
     name: str
@@ -26,6 +27,7 @@ class AdoptedVm(msgspec.Struct, frozen=True, kw_only=True):
     free_pci_places: int
     scsi_controllers: int
     is_open_to_all: bool
+    foreign_devices: int
 
 
 def adopt_vm(
@@ -43,9 +45,10 @@ def adopt_vm(
     with Journal.open(setup.state_dir) as journal:
         forget_ended(journal, name)
         with closing(Qemu.connect(qmp_socket)) as qemu:
-            endpoint, offer = qemu.endpoint, qemu.offer()
+            endpoint, offer, drivers = qemu.endpoint, qemu.offer(), qemu.find_drivers()
         assert endpoint
         journal.add_vm(record_vm(name, endpoint))
+        foreign = journal.find_foreign(drivers)
     return AdoptedVm(
         name=name,
         qmp_socket=endpoint.qmp_socket,
@@ -54,4 +57,5 @@ def adopt_vm(
         free_pci_places=sum(len(port.free) for port in offer.ports),
         scsi_controllers=len(offer.controllers),
         is_open_to_all=can_all_connect(endpoint.qmp_socket),
+        foreign_devices=len(foreign),
     )

@@ -51,6 +51,7 @@ def reconcile_host(
     *,
     vm: str | None = None,
     set_aside: bool = False,
+    take_over: bool = False,
     timeout_s: float = UNPLUG_TIMEOUT_S,
     setup: Setup = DEFAULT_SETUP,
 ) -> HostRepairs:
@@ -59,7 +60,8 @@ def reconcile_host(
     An interrupted attach is undone, an interrupted detach is finished, and what a VM that has
     ended held is free again. `vm` restricts that to one VM; PCI functions are given back all the
     same. Guests have `timeout_s` to let go. `set_aside` puts a new journal in place of a damaged
-    one, with what can still be read; VMs then keep what the new one does not know.
+    one, with what can still be read. What VMs have of other journals, or of one that was lost, is
+    reported and left alone, unless `take_over` unplugs it.
 
     Raises StateError for an unknown VM, StoreError for a damaged journal.
     """
@@ -69,7 +71,7 @@ def reconcile_host(
         check_journal(journal.path)
         for record in [journal.require_vm(vm)] if vm else journal.vms():
             try:
-                done = _repair(record, journal, timeout_s, salvage, setup)
+                done = _repair(record, journal, timeout_s, setup, take_over=take_over)
             except DeviceError as error:  # what stops one VM stops no other
                 failures.append(RepairFailure(vm=record.name, error=error))
             else:
@@ -87,14 +89,14 @@ def reconcile_host(
 
 
 def _repair(
-    record: VmRecord, journal: Journal, timeout_s: float, salvage: Salvage | None, setup: Setup
+    record: VmRecord, journal: Journal, timeout_s: float, setup: Setup, *, take_over: bool
 ) -> list[Repair]:
     if is_starting(record, journal.host):
         return [_starting(record, device) for device in journal.devices(record.name)]
     if record.starting_by or is_gone(record, journal.host):
         return release_ended(record, journal)
     with connect_vm(record.name, setup=setup) as devices:
-        return devices.reconcile(timeout_s=timeout_s, keep_unknown=salvage is not None)
+        return devices.reconcile(timeout_s=timeout_s, take_over=take_over)
 
 
 def _starting(record: VmRecord, device: DeviceRecord) -> Repair:

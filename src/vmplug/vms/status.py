@@ -21,7 +21,8 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     `state` is QEMU's run state; `starting` while a process starts it, `interrupted` when that has
     died; `gone` when the VM has ended; `unreachable` when its QMP socket takes no client, `busy`
     when another client holds the socket or QEMU hangs. `pid` is QEMU's process, None where it is
-    unknown. The offer (`machine` to `shared_memory`) is None unless the VM answered.
+    unknown. The offer (`machine` to `shared_memory`) is None unless the VM answered, and so is the
+    number of devices that another journal's vmplug plugged.
     """
 
     name: str
@@ -32,6 +33,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     scsi_controllers: int | None
     shared_memory: bool | None
     attachments: int
+    foreign_devices: int | None
     qmp_socket: str
 
 
@@ -46,7 +48,7 @@ def list_vms(
 
 
 def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStatus:
-    state, offer = "gone", None
+    state, offer, foreign = "gone", None, None
     if record.starting_by:
         state = "starting" if is_starting(record, journal.host) else "interrupted"
     elif not is_gone(record, journal.host):
@@ -56,6 +58,7 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
             closing(Qemu.connect(record.qmp_socket, timeout_s=timeout_s)) as qemu,
         ):
             state, offer = qemu.status(), qemu.offer()
+            foreign = len(journal.find_foreign(qemu.find_drivers()))
     return VmStatus(
         name=record.name,
         state=state,
@@ -65,5 +68,6 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
         scsi_controllers=len(offer.controllers) if offer else None,
         shared_memory=offer.shared_memory if offer else None,
         attachments=len(journal.attachments(record.name)),
+        foreign_devices=foreign,
         qmp_socket=record.qmp_socket,
     )

@@ -31,6 +31,7 @@ from vmplug.manager.binding.binder import Binder
 from vmplug.manager.manager import DeviceManager
 
 VM, OTHER_VM, OWNER = "sandbox-1", "their-vm", "ctr1"
+FOREIGN = "vmplug-f0e1d2c3b4a59687"
 SILENCE_S = 0.1
 PATIENT_S = 3.0
 """The deadlines for answers of a silent QEMU, at first and when that was too short."""
@@ -194,11 +195,12 @@ class World:
                 Binder(journal, self.host()).bind(find_vfio_device(THEIRS, self.host()))
 
     def _add_to_vm(self) -> None:
+        """Things without an owner, and a disk that another journal has in this VM."""
         ask = self.machine.ask
         ask("object-add", qom_type="rng-random", id="their-source", filename="/dev/urandom")
-        ask("blockdev-add", driver="null-co", node_name="their-node", read_zeroes=True)
+        ask("blockdev-add", driver="null-co", node_name=FOREIGN, read_zeroes=True)
         place = {"bus": "rp0", "addr": "0x0"}
-        ask("device_add", driver="virtio-blk-pci", id="their-disk", drive="their-node", **place)
+        ask("device_add", driver="virtio-blk-pci", id=FOREIGN, drive=FOREIGN, **place)
 
     # pictures
 

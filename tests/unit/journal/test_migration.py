@@ -20,6 +20,7 @@ from tests.unit.journal.test_journal import (
     hold,
     spawn,
 )
+from vmplug.address import new_id
 from vmplug.errors import StoreError
 from vmplug.host.kind import Identity
 from vmplug.journal.database import VERSION
@@ -113,6 +114,7 @@ def old_vm(vm: VmRecord) -> tuple[object, ...]:
 
 def write_version_1(state_dir: Path, *more: str) -> Path:
     """A journal of version 1 with everything that one could hold; `more` is done to it."""
+    state_dir.mkdir(mode=0o700, exist_ok=True)
     path = state_dir / "journal.db"
     rows: list[tuple[str, Iterable[tuple[object, ...]]]] = [
         ("INSERT INTO vm VALUES (?, ?, ?, ?, ?)", map(old_vm, (VM, ADOPTED))),
@@ -161,6 +163,17 @@ VERSION_5 = """
 ALTER TABLE device ADD COLUMN thing TEXT;
 PRAGMA user_version = 5;
 """
+VERSION_6 = """
+CREATE TABLE vf_token (
+    bdf TEXT PRIMARY KEY,
+    device TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    token TEXT NOT NULL
+) STRICT;
+ALTER TABLE vm ADD COLUMN worker TEXT;
+PRAGMA user_version = 6;
+"""
+LATER = (VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6)
 """What later vmplugs made of a journal of version 1; the third wrote down what it had bound."""
 
 
@@ -168,7 +181,7 @@ def write_version(version: int, state_dir: Path) -> Path:
     """A journal as the vmplug of that version left it."""
     path = write_version_1(state_dir)
     with closing(sqlite3.connect(path)) as db:
-        for script in (VERSION_2, VERSION_3, VERSION_4, VERSION_5)[: version - 1]:
+        for script in LATER[: version - 1]:
             db.executescript(script)
     return path
 
@@ -192,7 +205,7 @@ def tables_of(path: Path) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("version", range(1, VERSION))
 def test_migration_keeps_every_row_of_an_older_journal(tmp_path: Path, version: int) -> None:
     path = write_version(version, tmp_path)
     with Journal.open(tmp_path) as store:
@@ -212,13 +225,27 @@ def test_migration_keeps_every_row_of_an_older_journal(tmp_path: Path, version: 
         assert db.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("version", range(1, VERSION))
 def test_a_migrated_journal_has_the_tables_of_a_new_one(tmp_path: Path, version: int) -> None:
     (tmp_path / "new").mkdir(mode=0o700)
     path = write_version(version, tmp_path)
     for state_dir in (tmp_path, tmp_path / "new"):
         Journal.open(state_dir).close()
     assert tables_of(path) == tables_of(tmp_path / "new" / "journal.db")
+
+
+def test_a_migrated_journal_gets_an_id_and_knows_its_old_devices_by_their_rows(
+    tmp_path: Path,
+) -> None:
+    write_version(6, tmp_path / "a")
+    write_version(6, tmp_path / "b")
+    with Journal.open(tmp_path / "a") as one, Journal.open(tmp_path / "b") as another:
+        assert one.id != another.id
+        assert one.find_foreign([*one.device_ids(), new_id(one.id)]) == set()
+        assert one.find_foreign([strange := new_id(another.id), "old"]) == {strange, "old"}
+        drawn = one.id
+    with Journal.open(tmp_path / "a") as again:
+        assert again.id == drawn
 
 
 def test_a_migrated_journal_is_written_to_like_a_new_one(tmp_path: Path) -> None:

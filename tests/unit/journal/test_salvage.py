@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from tests.contract.sandbox import Sandbox
 from tests.contract.world import Rows, journal_rows
+from tests.support.journal import JOURNAL_ID
 from tests.unit.journal.test_journal import DISK, hold
 from tests.unit.journal.test_migration import write_version
 from vmplug.address import Bdf
@@ -175,6 +176,23 @@ def test_an_index_that_lies_loses_no_row(path: Path) -> None:
     assert is_whole(journal_rows(path.parent), rows)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    ["DELETE FROM journal", "UPDATE journal SET id = 'x'", "INSERT INTO journal VALUES ('a')"],
+)
+def test_a_journal_without_one_id_is_damaged(path: Path, damage: str) -> None:
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(damage)
+    with pytest.raises(StoreError, match="is damaged"):
+        Journal.open(path.parent)
+    with pytest.raises(StoreError, match="not the id of a journal"):
+        check_journal(str(path))
+    salvage = set_aside(str(path.parent))
+    assert salvage
+    assert salvage.lost == []
+    Journal.open(path.parent).close()
+
+
 def test_rows_on_both_sides_of_what_was_overwritten_are_carried_over(path: Path) -> None:
     overwritten(path)
     salvage = set_aside(str(path.parent))
@@ -276,14 +294,16 @@ def test_devices_that_the_journal_lost_are_reported_and_stay_in_the_guest(tmp_pa
     sandbox = Sandbox(tmp_path)
     attachment = sandbox.devices.attach(sandbox.disk())
     sandbox.close()
+    assert attachment.device_id.startswith(JOURNAL_ID)
     emptied(sandbox.state_dir / "journal.db")
     assert set_aside(str(sandbox.state_dir))
     parts = sandbox.side.parts()
-    (repair,) = sandbox.devices.reconcile(keep_unknown=True)
-    assert (repair.device_id, repair.outcome) == (attachment.device_id, RepairOutcome.UNKNOWN)
+    (repair,) = sandbox.devices.reconcile()
+    assert repair.device_id == attachment.device_id
+    assert repair.outcome is RepairOutcome.ANOTHER_JOURNAL
     assert not repair.is_gone
     assert sandbox.side.parts() == parts
-    (repair,) = sandbox.devices.reconcile()
+    (repair,) = sandbox.devices.reconcile(take_over=True)
     assert repair.outcome is RepairOutcome.REMOVED
     assert not sandbox.vmplugs()
     sandbox.close()

@@ -159,7 +159,9 @@ def plan(
     checked = find_places(examined, vm="sb1", known=known, choose=choose)
     said = [finding.message for request in checked for finding in request.findings]
     try:
-        made = make_plan(examined, vm="sb1", owner="c1", known=known, choose=choose)
+        made = make_plan(
+            examined, vm="sb1", owner="c1", known=known, choose=choose, journal_id="a1b2c3"
+        )
     except DeviceError as error:
         if not (isinstance(error, SpecError | HostError) or error.message in said):
             pytest.fail(f"check does not say: {error.message}")

@@ -35,16 +35,18 @@ def adopted_json(vm: AdoptedVm) -> dict[str, Any]:
             "pid": vm.pid,
             "qmp_open_to_all": vm.is_open_to_all,
             "machine": vm.machine,
+            "foreign_devices": vm.foreign_devices,
         }
     }
 
 
 def print_adopted(vm: AdoptedVm) -> None:
-    """What it offers, and a warning about a socket that is open to all."""
+    """What it offers, whose devices it has, and a warning about a socket that is open to all."""
     click.echo(
         f"VM {vm.name} is adopted: {vm.machine} with {vm.free_pci_places} free PCI places and "
         f"{vm.scsi_controllers} SCSI controller{'s' * (vm.scsi_controllers != 1)}"
     )
+    _print_foreign(vm.name, vm.foreign_devices)
     if vm.is_open_to_all:
         socket = one_line(vm.qmp_socket)
         click.echo(
@@ -77,16 +79,40 @@ def status_json(vm: VmStatus) -> dict[str, Any]:
         "shared_memory": vm.shared_memory,
         "attachments": vm.attachments,
         "qmp": vm.qmp_socket,
+        "foreign_devices": vm.foreign_devices,
     }
+
+
+_COLUMNS = {
+    "name": "VM",
+    "state": "STATE",
+    "pid": "PID",
+    "machine": "MACHINE",
+    "free_ports": "FREE PORTS",
+    "scsi_controllers": "SCSI",
+    "shared_memory": "SHARED MEMORY",
+    "attachments": "ATTACHED",
+    "qmp": "QMP",
+}
 
 
 def print_statuses(vms: Sequence[VmStatus]) -> None:
     """A table of known VMs."""
-    headings = ("VM", "STATE", "PID", "MACHINE", "FREE PORTS", "SCSI", "SHARED MEMORY", "ATTACHED")
-    rows = [tuple(_word(value) for value in status_json(vm).values()) for vm in vms]
-    print_table((*headings, "QMP"), rows)
+    rows = [tuple(_word(status_json(vm)[key]) for key in _COLUMNS) for vm in vms]
+    print_table(tuple(_COLUMNS.values()), rows)
+    for vm in vms:
+        _print_foreign(vm.name, vm.foreign_devices)
     if not vms:
         click.echo("no VM is known")
+
+
+def _print_foreign(name: str, count: int | None) -> None:
+    """Devices of another journal, which no other line counts."""
+    if count:
+        devices = f"{count} device{'s' * (count != 1)}"
+        click.echo(
+            f"VM {name} has {devices} of another journal: vmplug reconcile --vm {name} lists them"
+        )
 
 
 def _word(value: object) -> str:

@@ -16,29 +16,45 @@ from vmplug.vms.reconcile import reconcile_host
     is_flag=True,
     help="Replace a damaged journal by a new one, and keep the damaged one.",
 )
+@click.option(
+    "--take-over", is_flag=True, help="Unplug devices of other journals and of lost ones too."
+)
 @timeout_option
 @state_dir_option
 @json_option
 def command(
-    as_json: bool, state_dir: str, timeout_s: float, vm: str | None, *, set_aside: bool
+    as_json: bool,
+    state_dir: str,
+    timeout_s: float,
+    vm: str | None,
+    *,
+    set_aside: bool,
+    take_over: bool,
 ) -> None:
     """Make the journal and the VMs agree, after a crash of anybody.
 
     Undoes an interrupted attach, finishes an interrupted detach, and frees what a dead VM held.
     PCI functions that were bound for it go back to their former drivers.
 
+    The VMs may have devices that another state directory's journal knows, or that a lost journal
+    knew. They are listed as "another journal" and left alone; --take-over unplugs them.
+
     With --set-aside, vmplug carries over into a new journal what can still be read of a damaged
-    one. It lists and leaves what the VMs hold and the new journal does not know; the next
-    reconcile removes that.
+    one. What it cannot read is then another journal's.
 
     \b
     vmplug reconcile
     vmplug reconcile --vm sb1 --json
     vmplug reconcile --set-aside
+    vmplug reconcile --vm sb1 --take-over
     """
     with progress("making the journal agree with the VMs"):
         done = reconcile_host(
-            vm=vm, set_aside=set_aside, timeout_s=timeout_s, setup=Setup(state_dir=state_dir)
+            vm=vm,
+            set_aside=set_aside,
+            take_over=take_over,
+            timeout_s=timeout_s,
+            setup=Setup(state_dir=state_dir),
         )
     if as_json:
         print_json(repairs_json(done))

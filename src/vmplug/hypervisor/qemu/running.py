@@ -33,7 +33,7 @@ from vmplug.hypervisor.qemu.nvdimm_lock import locked
 from vmplug.hypervisor.qemu.steps import nvdimm, vfio
 from vmplug.hypervisor.qemu.steps.plug import check_hot, opened_files, plug_steps, renamed
 from vmplug.hypervisor.qemu.steps.vhost_user import LINK, NETDEV
-from vmplug.hypervisor.qemu.topology import qom_get, qom_list, read_offer, read_place
+from vmplug.hypervisor.qemu.topology import children, qom_get, qom_list, read_offer, read_place
 from vmplug.hypervisor.qemu.unplug_waiter import UnplugWaiter
 from vmplug.hypervisor.qmp.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdRunner
@@ -332,12 +332,17 @@ class Qemu:
 
     def find_devices(self) -> dict[str, bool]:
         """The ids of all devices of which the VM has any part; True where the guest sees it."""
-        devices = {name for name in self._names_in(PERIPHERAL) if self._owner(name)}
+        drivers = self.find_drivers()
         parts = (*self._nodes(), *self._names_in("/objects"), *self._chardevs())
         ids = [self._owner(name) for name in parts]
         self._with_daemon = set(self._daemons.find())
         found = {device_id: False for device_id in (*ids, *self._with_daemon) if device_id}
-        return found | {name_id: True for name in devices if (name_id := self._owner(name))}
+        return found | dict.fromkeys(drivers, True)
+
+    def find_drivers(self) -> dict[str, str]:
+        """The drivers of the devices that the guest sees, by id."""
+        entries = self._monitor.execute(qom_list(PERIPHERAL))
+        return {i: driver for name, driver in children(entries) if (i := self._owner(name))}
 
     def find_lost(self) -> set[str]:
         """The ids of devices whose vhost-user backend is gone: the guest waits for its I/O."""

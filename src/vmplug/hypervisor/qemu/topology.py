@@ -88,8 +88,8 @@ def read_offer(monitor: Monitor, *, iommufd: bool) -> Offer:
     cpus, sizes = monitor.execute_all(
         [Command("query-cpus-fast", {}), Command("query-memory-size-summary", {})]
     )
-    types = dict(_children(peripherals))
-    kinds = {*types.values(), *dict(_children(others)).values()}
+    types = dict(children(peripherals))
+    kinds = {*types.values(), *dict(children(others)).values()}
     buses = _read_expanders(monitor, types)
     ports = [
         port
@@ -153,7 +153,7 @@ def _has_kvm(monitor: Monitor) -> bool:
 
 def read_place(monitor: Monitor, name: str) -> Place | None:
     """The place of the device with that name; None if absent, or on another kind of bus."""
-    peripherals = dict(_children(monitor.execute(qom_list(PERIPHERAL))))
+    peripherals = dict(children(monitor.execute(qom_list(PERIPHERAL))))
     if name not in peripherals:
         return None
     path = f"{PERIPHERAL}/{name}"
@@ -314,7 +314,8 @@ def _read_controller(
     return ScsiController(bus=bus, path=place.path if place else None, used=frozenset(used))
 
 
-def _children(entries: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+def children(entries: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    """The names and types of the children among the entries of `qom-list`."""
     for entry in entries:
         if entry["type"].startswith("child<"):
             yield entry["name"], entry["type"][len("child<") : -1]

@@ -83,6 +83,10 @@ _GROUP_OPEN = "another process has the group open, or the group is not bound to 
 _NO_MORE_MEMORY = (
     "a vhost-user backend of the VM cannot map more memory regions: detach its device first"
 )
+_LEFT = (
+    "vmplug reconcile removes what an interrupted attach left in the VM, and lists what another "
+    "journal has there"
+)
 _HINTS = (
     (
         "is not viable",
@@ -107,8 +111,8 @@ _HINTS = (
         '" lock',
         "another process has the disk open: stop it, or share it (read-only or share-rw=on)",
     ),
-    (",id=vmplug-", "vmplug reconcile removes what an interrupted attach left in the VM"),
-    ("Duplicate", "vmplug reconcile removes what an interrupted attach left in the VM"),
+    (",id=vmplug-", _LEFT),
+    ("Duplicate", _LEFT),
     ("not available for", "another device was plugged there meanwhile; try again"),
     (
         "error getting device from group",

@@ -61,7 +61,7 @@ def adopt(state: KataState, vm: str, journal: Journal, hypervisor: Vm) -> list[A
     records: list[DeviceRecord] = []
     holds: list[Attachment] = []
     for device in state.devices:
-        record = _record(device, vm, hypervisor, journal.host)
+        record = _record(device, vm, hypervisor, journal)
         if isinstance(record, str):
             told.append(Adopted(device=device, outcome=ImportOutcome.LEFT_OUT, reason=record))
         elif record.identity in known:
@@ -92,7 +92,7 @@ def adopt(state: KataState, vm: str, journal: Journal, hypervisor: Vm) -> list[A
     return told
 
 
-def _record(device: KataDevice, vm: str, hypervisor: Vm, host: HostRoot) -> DeviceRecord | str:
+def _record(device: KataDevice, vm: str, hypervisor: Vm, journal: Journal) -> DeviceRecord | str:
     """The record of the device for the journal, or why it is left out."""
     if not device.attach_count:
         return "Kata did not attach it"
@@ -105,9 +105,9 @@ def _record(device: KataDevice, vm: str, hypervisor: Vm, host: HostRoot) -> Devi
     if len(found) < len(places):
         return f"the VM does not hold {device.fronts[places.index(None)]}"
     return DeviceRecord(
-        id=new_id(),
+        id=new_id(journal.id),
         vm=vm,
-        identity=_canonical(device.identity, host),
+        identity=_canonical(device.identity, journal.host),
         kind=DeviceType(device.kind),
         host_path=device.host_path,
         state=State.ATTACHED,

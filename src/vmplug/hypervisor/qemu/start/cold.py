@@ -262,6 +262,10 @@ class ColdQemu:
         """The plugged devices."""
         return dict.fromkeys(self._steps, True)
 
+    def find_drivers(self) -> dict[str, str]:
+        """None yet."""
+        return {}
+
     def find_lost(self) -> set[str]:
         """None yet."""
         return set()
