@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.contract.world import MemorySide, Parts, Rows, Side, journal_rows
 from tests.support.journal import lay_journal
+from tests.support.lonely_host import LonelyHost
 from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ProtocolError
@@ -77,7 +78,8 @@ class Sandbox:
         self.vm = vm
         self.directory = directory
         self.state_dir = directory / "state"
-        self.root = root or HostRoot("/")
+        is_in_memory = isinstance(self.side, MemorySide)
+        self.root = root or (LonelyHost() if is_in_memory else HostRoot("/"))
         self.served = served
         self._is_restored = is_restored
         self._daemons = SandboxRunner(f"{vm} in {directory}")
