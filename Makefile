@@ -21,7 +21,7 @@ RELEASE ?= trixie
 # Thousands of short tests: each costs less without a file for its output and without `caplog`.
 # Many failures have one cause: what they print is worth more than the rest of the run.
 PYTEST := $(BIN)/pytest --maxfail=10
-SPREAD := $(PYTEST) --in-memory --numprocesses=auto --dist=worksteal --capture=sys -p no:logging
+SPREAD := $(PYTEST) --in-memory --spread --capture=sys -p no:logging
 LAB := $(BIN)/python -m lab --timeout 2400
 LAB_TESTS := $(PYTEST) tests/lab --durations=15 --junitxml
 RESULTS := $(CURDIR)/build/lab/results

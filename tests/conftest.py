@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.memory import MEMORY
+from tests.support.spread import Spread
 
 IS_IN_LAB = "LAB_VM" in os.environ
 
@@ -38,6 +39,7 @@ def tmp_path(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--spread", action="store_true", help="run the tests on all CPUs")
     parser.addoption(
         "--in-memory", action="store_true", help="keep temporary files in memory, if possible"
     )
@@ -49,10 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so would be those of every child
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.getoption("spread"):
+        config.pluginmanager.register(Spread())
     if config.getoption("in_memory"):
         tempfile.tempdir = os.environ["TMPDIR"] = os.environ["PYTEST_DEBUG_TEMPROOT"] = MEMORY
-    runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
-    if runs_tests and not IS_IN_LAB:
+    if not IS_IN_LAB:
         _settle_examples(20 if config.getoption("quick") else 100)
 
 

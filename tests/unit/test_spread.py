@@ -1,0 +1,85 @@
+"""The tests of `make test-fast` run in forked processes: nothing that they find may be lost."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+CONFTEST = """
+from tests.support.spread import Spread
+
+def pytest_configure(config):
+    config.pluginmanager.register(Spread())
+"""
+TESTS = """
+import os
+import pytest
+
+@pytest.mark.parametrize("number", range(100))
+def test_many(number, tmp_path):
+    tmp_path.joinpath("file").touch()
+    assert number != 50
+    if number == 60:
+        pytest.skip("there is no 60")
+
+@pytest.fixture
+def broken():
+    yield
+    raise ValueError("broken at its end")
+
+def test_at_its_end(broken): pass
+
+def test_at_its_start(unknown): pass
+
+@pytest.mark.xfail
+def test_that_fails(): assert False
+"""
+DYING = """
+def test_that_dies():
+    os._exit(9)
+"""
+
+
+def run(directory: Path, tests: str, *arguments: str) -> str:
+    directory.joinpath("conftest.py").write_text(CONFTEST)
+    directory.joinpath("test_it.py").write_text(tests)
+    command = [sys.executable, "-m", "pytest", "-qra", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(
+        [*command, directory],
+        cwd=PROJECT,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_everything_is_reported_once(tmp_path: Path) -> None:
+    told = run(tmp_path, TESTS)
+    assert "1 failed, 99 passed, 1 skipped, 1 xfailed, 2 errors in" in told
+    assert "::test_many[50] - assert 50 != 50" in told
+    assert "there is no 60" in told
+    assert "ValueError: broken at its end" in told
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_fails_the_test_that_it_ran(tmp_path: Path) -> None:
+    told = run(tmp_path, TESTS + DYING)
+    assert "::test_that_dies - the process that ran it last ended with status 9" in told
+
+
+@pytest.mark.slow
+def test_the_run_can_end_with_the_first_failure(tmp_path: Path) -> None:
+    told = run(tmp_path, TESTS.replace("range(100)", "range(9999)"), "-x")
+    assert "1 failed" in told
+    passed = re.search(r"(\d+) passed", told)
+    assert passed
+    assert int(passed[1]) < 9990
