@@ -34,6 +34,7 @@ from vmplug.host.vhost_user.probe import ask_backend
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.manager.overlaps import Asked, Overlaps
 from vmplug.oci.requests import Request
+from vmplug.policy.budget import Budget
 from vmplug.policy.gate import PolicyCheck, not_overruled
 
 FindClaims = Callable[[HostDevice], Sequence[Claim]]
@@ -45,7 +46,8 @@ class CheckContext(msgspec.Struct, frozen=True, kw_only=True):
     `find_claims` returns the claims of VMs on a device and its relatives. vmplug does not ask the
     backend of a device that the VM already has (`is_held`), or who has it open: that VM does.
     `find_more` returns the VM's findings about a device. `vm_pids` are the processes of vmplug's
-    own VMs. `gate` is the operator's policy, None where there is none.
+    own VMs. `gate` is the operator's policy, None where there is none. `budget` is the time of
+    the request, None for the default from now on.
     """
 
     find_claims: FindClaims = lambda _: ()
@@ -53,6 +55,7 @@ class CheckContext(msgspec.Struct, frozen=True, kw_only=True):
     find_more: Callable[[HostDevice], Iterable[Finding]] = lambda _: ()
     vm_pids: Collection[int] = ()
     gate: PolicyCheck | None = None
+    budget: Budget | None = None
 
 
 _BINDABLE = {Code.NOT_BOUND, Code.GROUP_NOT_VIABLE}
@@ -98,8 +101,8 @@ class CheckedRequest(msgspec.Struct, frozen=True, kw_only=True):
 def examine(
     requests: Sequence[Request],
     host: HostRoot,
-    *,
     vhost_user_store: VhostUserStore | None = None,
+    *,
     known: CheckContext = CheckContext(),  # noqa: B008  it is frozen
     allowed: Iterable[Code] = (),
     managed: bool = False,
@@ -108,8 +111,9 @@ def examine(
 
     `allowed` findings become warnings; `managed`: functions will be bound to VFIO where they are
     not. A device that the policy does not allow is not checked further. Raises SpecError for
-    malformed options only.
+    malformed options, and PolicyError when the time of the request is spent.
     """
+    budget = known.budget or Budget(known.gate.policy if known.gate else None)
     found = resolve_all(requests, host, vhost_user_store)
     terms = _Terms(
         host=host,
@@ -118,6 +122,7 @@ def examine(
         allowed=frozenset(allowed),
         managed=managed,
         overlaps=Overlaps(),
+        budget=budget,
     )
     return [
         _examine_one(request, answer, terms)
@@ -134,6 +139,7 @@ class _Terms(msgspec.Struct, frozen=True, kw_only=True):
     allowed: frozenset[Code]
     managed: bool
     overlaps: Overlaps
+    budget: Budget
 
 
 def _examine_one(
@@ -141,6 +147,7 @@ def _examine_one(
     answer: HostDevice | HostError,
     terms: _Terms,
 ) -> CheckedRequest:
+    terms.budget.check()
     if not isinstance(answer, HostError) and not _is_text(answer.host_path):
         answer = AttributeReadError(answer.host_path, why="its name is not UTF-8")
     if isinstance(answer, HostError):
@@ -196,13 +203,13 @@ def _check_device(
     """The device, with what its backend says of it, and everything against handing it over."""
     known, asked = terms.known, list[Finding]()
     if isinstance(driver, BlockDiskDriver):
-        device, asked = _look_into(device, driver, terms.host)
+        device, asked = _look_into(device, driver, terms)
     claims, is_held = known.find_claims(device), known.is_held(device)
     access = Access(read_only=request.read_only, share_rw=driver is not None and driver.share_rw)
     overlaps = terms.overlaps.find(asked_for := Asked(info=request, device=device, access=access))
     terms.overlaps.add(asked_for)
     if isinstance(device, VhostUserSocket) and not (claims or is_held):
-        device, asked = ask_backend(device, terms.host)
+        device, asked = ask_backend(device, terms.host, terms.usage.questions)
     against = _check(driver, device, access, claims, terms, is_held=is_held)
     findings = [*asked, *against, *overlaps, *known.find_more(device)]
     if terms.managed:
@@ -211,11 +218,11 @@ def _check_device(
 
 
 def _look_into(
-    device: HostDevice, driver: BlockDiskDriver, host: HostRoot
+    device: HostDevice, driver: BlockDiskDriver, terms: _Terms
 ) -> tuple[HostDevice, list[Finding]]:
     assert isinstance(device, BlockDevice | DiskFile)
     try:
-        return look_into(device, driver.format, host), []
+        return look_into(device, driver.format, terms.host, terms.usage.questions), []
     except HostError as error:
         return device, [_unresolved(error)]
 

@@ -43,6 +43,7 @@ from vmplug.manager.unplug import Unplugger
 from vmplug.manager.vm_identity import release_if_restarted
 from vmplug.oci.limits import NAME_BYTES_MAX, check_text
 from vmplug.oci.requests import Request
+from vmplug.policy.budget import Budget
 from vmplug.policy.gate import PolicyCheck
 from vmplug.policy.rules import Policy
 
@@ -153,20 +154,7 @@ class DeviceManager:
         Places in the VM are not checked: see `check_places`. Without an `owner` the policy does
         not check owners.
         """
-        return examine(
-            requests,
-            self._host,
-            vhost_user_store=self._vhost_user_store,
-            known=CheckContext(
-                find_claims=self._find_claims,
-                is_held=self._is_held,
-                find_more=self._check_vfio,
-                vm_pids=self._journal.vm_pids(self._host),
-                gate=self._gate(owner),
-            ),
-            allowed=allow,
-            managed=managed,
-        )
+        return self._examine(requests, owner, Budget(self._policy), allow, managed=managed)
 
     def check_places(
         self,
@@ -238,10 +226,11 @@ class DeviceManager:
         """
         self._require_live("attach devices")
         holder = owner or self._vm
+        budget = Budget(self._policy)
         self._meet()
 
         def plan_now() -> Plan:
-            examined = self.check(requests, owner=holder, allow=allow, managed=managed)
+            examined = self._examine(requests, holder, budget, allow, managed=managed)
             return self._plan(examined, holder)
 
         # The steps have the numbers of "One attach" in docs/architecture.md.
@@ -249,7 +238,7 @@ class DeviceManager:
         plan, holds = plan_and_journal(plan_now, self._journal, self._lock, vm=self._vm)
         with self._journal.in_progress([new.record.id for new in plan.new]):
             # 4. Plug each of them.
-            done, failure = self._plug(plan.new, managed=managed)
+            done, failure = self._plug(plan.new, budget, managed=managed)
             # 5. Mark all of them as attached.
             if failure is None:
                 marked, failure = self._mark_attached(plan)
@@ -360,6 +349,20 @@ class DeviceManager:
         if self._hypervisor.endpoint:
             self._host.require_live(what)
 
+    def _examine(
+        self, requests: Batch, owner: str | None, budget: Budget, allow: Codes, *, managed: bool
+    ) -> list[CheckedRequest]:
+        known = CheckContext(
+            find_claims=self._find_claims,
+            is_held=self._is_held,
+            find_more=self._check_vfio,
+            vm_pids=self._journal.vm_pids(self._host),
+            gate=self._gate(owner),
+            budget=budget,
+        )
+        store = self._vhost_user_store
+        return examine(requests, self._host, store, known=known, allowed=allow, managed=managed)
+
     def _gate(self, owner: str | None) -> PolicyCheck | None:
         """The policy for requests of `owner`."""
         if self._policy is None:
@@ -415,12 +418,13 @@ class DeviceManager:
     # acting
 
     def _plug(
-        self, devices: Sequence[NewDevice], *, managed: bool
+        self, devices: Sequence[NewDevice], budget: Budget, *, managed: bool
     ) -> tuple[list[DeviceRecord], DeviceError | None]:
         """Plug in turn, up to the first that fails: returns what was done, and the failure."""
         done: list[DeviceRecord] = []
         for device in devices:
             try:
+                budget.check()
                 if managed and isinstance(device.device, VfioGroup):
                     self._binder.bind(device.device, device_id=device.record.id)
                 if device.plug and device.place:

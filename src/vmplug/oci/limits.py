@@ -45,6 +45,10 @@ OPTIONS_MAX = 64
 OPTION_BYTES_MAX = 4096
 """An option's text; the longest are paths."""
 
+REQUEST_S = 300.0
+"""How long vmplug works on one request, unless the policy sets it: a thousand devices take a
+tenth of that."""
+
 PATH_BYTES_MAX = 4095
 """A path. Source: Linux include/uapi/linux/limits.h, PATH_MAX, which counts the NUL."""
 

@@ -16,10 +16,12 @@ from vmplug.errors import PolicyError
 from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.permissions import who_writes, whose_link
+from vmplug.oci.limits import REQUEST_S
 from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
 from vmplug.policy.rules import Policy, Rule
 
 _BYTES_MAX = 1 << 20
+_REQUEST_S_MAX = 86400
 
 _OVERRULED = sorted(set(Code) - NEVER_ALLOWED)
 Words = Annotated[list[str], msgspec.Meta(min_length=1)]
@@ -41,8 +43,15 @@ class _Rule(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen=T
     allow: list[Code] = msgspec.field(default_factory=list)
 
 
+class _Limits(
+    msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen=True, kw_only=True
+):
+    request_seconds: Annotated[float, msgspec.Meta(gt=0, le=_REQUEST_S_MAX)] = REQUEST_S
+
+
 class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     rule: list[_Rule] = msgspec.field(default_factory=list)
+    limits: _Limits = _Limits()
 
 
 def read_policy(path: str | os.PathLike[str]) -> Policy:
@@ -51,25 +60,29 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
     PolicyError when it cannot be read, when anything in it is wrong or unknown, and when others
     than root and this user may write to it.
     """
-    return Policy(name=os.fspath(path), rules=_read_rules(path))
-
-
-def _read_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
-    """The rules in a file. Raises PolicyError."""
     name = os.fspath(path)
-    data = _read(name)
+    said = _parse(name, _read(name))
+    return Policy(
+        name=name,
+        rules=tuple(_parse_rule(rule, name) for rule in said.rule),
+        request_s=said.limits.request_seconds,
+    )
+
+
+def _parse(name: str, data: bytes) -> _File:
+    """The tables of the file `name`. Raises PolicyError."""
     try:
         tables = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError
         _wrong(name, f"is not TOML: {error}")
     try:
-        rules = msgspec.convert(tables, type=_File).rule
+        said = msgspec.convert(tables, type=_File)
     except msgspec.ValidationError as error:
         _wrong(name, _in_words(error, tables))
-    names = [rule.name for rule in rules]
+    names = [rule.name for rule in said.rule]
     for twice in (rule for rule in names if names.count(rule) > 1):
         _wrong(name, f"has two rules named {twice!r}")
-    return tuple(_parse_rule(rule, name) for rule in rules)
+    return said
 
 
 def _read(path: str) -> bytes:

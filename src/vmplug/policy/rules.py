@@ -14,6 +14,7 @@ from vmplug.drivers.place import PlugMode
 from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.function import PciFunction
+from vmplug.oci.limits import REQUEST_S
 from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
 
 _SHOWN = 4
@@ -158,10 +159,14 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """The rules of one file; `name` is its path, for messages."""
+    """The rules of one file; `name` is its path, for messages.
+
+    One request may take `request_s` seconds.
+    """
 
     name: str = "the policy"
     rules: tuple[Rule, ...]
+    request_s: float = REQUEST_S
 
     def judge(self, parts: Iterable[PolicySubject]) -> Verdict:
         """The verdict on a device, given as its parts, each of which must be allowed."""

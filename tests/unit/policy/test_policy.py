@@ -25,6 +25,7 @@ from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import FakeHypervisor
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.limits import REQUEST_S
 from vmplug.policy.file import read_policy
 from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
 from vmplug.policy.rules import PolicySubject, Rule
@@ -572,3 +573,24 @@ def test_the_policy_of_the_manual_is_one(write: Callable[[str], Path]) -> None:
 
 def fields_of_a_rule() -> list[str]:
     return [name.replace("_", "-") for name in Rule.__struct_fields__]
+
+
+# the limits
+
+
+def test_a_policy_sets_the_time_of_a_request(write: Callable[[str], Path]) -> None:
+    assert read_policy(write(f"[[rule]]\n{ANY}")).request_s == REQUEST_S
+    limited = read_policy(write(f"[limits]\nrequest-seconds = 20\n[[rule]]\n{ANY}"))
+    assert limited.request_s == 20
+    assert [rule.name for rule in limited.rules] == ["any"]
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "nan", "inf", "86401", '"20"', "true"])
+def test_a_time_that_is_none_is_refused(write: Callable[[str], Path], said: str) -> None:
+    with pytest.raises(PolicyError, match=r"is wrong at limits\.request-seconds"):
+        read_policy(write(f"[limits]\nrequest-seconds = {said}\n"))
+
+
+def test_an_unknown_limit_is_refused(write: Callable[[str], Path]) -> None:
+    with pytest.raises(PolicyError, match="is wrong at limits: unknown field request_seconds"):
+        read_policy(write("[limits]\nrequest_seconds = 20\n"))

@@ -14,22 +14,28 @@ from vmplug.host.block.sysfs import SIZE_UNIT_BYTES, find_disk_path
 from vmplug.host.block.twins import read_own_name
 from vmplug.host.program import read_start
 from vmplug.host.root import HostRoot
+from vmplug.host.use.questions import Questions
 
 _AIO_EVENTS = 1024
 """What one context of QEMU takes. Source: QEMU block/linux-aio.c, MAX_EVENTS."""
 _DIRECT_IO_MAX = 4096
 """QEMU tries no larger unit. Source: QEMU block/file-posix.c, raw_probe_alignment."""
 _FLATTEN = "flatten it (qemu-img convert -O qcow2 OLD NEW): vmplug opens only what it can check"
-_PATIENCE_S = 1.0
-"""How long a block device may take to answer; the read of a dead one would never end."""
+_PATIENCE_S, _LEAST_S = 1.0, 0.1
+"""How long a block device may take to answer; the read of a dead one would never end. The latter
+also after others of the request were silent: no tenant can make many of them."""
 
 
 def look_into(
-    device: BlockDevice | DiskFile, stated: ImageFormat | None, root: HostRoot
+    device: BlockDevice | DiskFile,
+    stated: ImageFormat | None,
+    root: HostRoot,
+    questions: Questions | None = None,
 ) -> BlockDevice | DiskFile:
     """The device with the facts of its queue and of the content that the request leaves open.
 
-    Block devices are read only on the running host. Raises AttributeReadError.
+    Block devices are read only on the running host, once for the `questions` of a request. Raises
+    AttributeReadError.
     """
     device = device._replace(has_aio=has_aio_context(root))
     if isinstance(device, BlockDevice) and device.sysfs_path:
@@ -49,7 +55,11 @@ def look_into(
         case DiskFile(), ImageFormat.QCOW2:
             return _look_into_image(device, root)
         case BlockDevice(), None if root.is_live:
-            return _look_into_block(device, root)
+            asked = questions or Questions()
+            facts = asked.once(
+                ("content", device.devnum), lambda: _read_block(device, asked, root)
+            )
+            return device._replace(looks_like=facts.looks_like, is_silent=facts.is_silent)
         case _:
             return device
 
@@ -86,7 +96,7 @@ def _with_room(device: DiskFile, root: HostRoot) -> DiskFile:
     )
 
 
-def _look_into_block(device: BlockDevice, root: HostRoot) -> BlockDevice:
+def _read_block(device: BlockDevice, asked: Questions, root: HostRoot) -> BlockDevice:
     """A LUKS header does not count: on a block device it is the guest's own encryption.
 
     What is in use is not read: a mount holds half-read pages, for which there is no read without
@@ -97,9 +107,18 @@ def _look_into_block(device: BlockDevice, root: HostRoot) -> BlockDevice:
     is_closed = root.open_errno(device.device_node, os.O_EXCL) is not None
     if is_suspended or lacks_disc or is_closed:
         return device
-    head = root.read_within(device.device_node, HEAD_BYTES, _PATIENCE_S)
-    if head == b"":  # some of device-mapper, and zram on Linux 6.12
-        head = read_start(device.device_node, HEAD_BYTES, timeout_s=_PATIENCE_S)
+    head = asked.within(
+        lambda patience_s: _read_head(device.device_node, max(patience_s, _LEAST_S), root),
+        _PATIENCE_S,
+        is_vain=lambda found: found is None,
+    )
     found = find_format(head or b"")
     is_silent = head is None
     return device._replace(looks_like=None if found == LUKS else found, is_silent=is_silent)
+
+
+def _read_head(path: str, patience_s: float, root: HostRoot) -> bytes | None:
+    head = root.read_within(path, HEAD_BYTES, patience_s)
+    if head == b"":  # some of device-mapper, and zram on Linux 6.12
+        return read_start(path, HEAD_BYTES, timeout_s=patience_s)
+    return head

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
@@ -11,6 +11,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.use.mounts import MountedDevice, parse_mounted_devices, read_swaps
 from vmplug.host.use.namespaces import Namespaces, read_namespaces
 from vmplug.host.use.openers import OpenFiles, read_open_files
+from vmplug.host.use.questions import Questions
 
 if TYPE_CHECKING:
     from vmplug.host.use.interfaces import MovedInterface
@@ -23,12 +24,12 @@ class HostUsage:
 
     One request has one, so that what is asked of all processes is asked once, and the answers of
     one request agree. `vms` are the processes of vmplug's own VMs, whose open files the journal
-    explains.
+    explains. `questions` are those to things that may not answer.
     """
 
     def __init__(self, root: HostRoot, *, vms: Collection[int] = ()) -> None:
         self._root = root
-        self._answers: dict[object, Any] = {}  # by its reader, whose type says the answer's
+        self.questions = Questions()
         self.vms = frozenset(vms)
 
     @cached_property
@@ -93,10 +94,7 @@ class HostUsage:
 
     def once(self, read: Callable[[HostRoot], T]) -> T:
         """What a reader of the whole host answers, which is asked once."""
-        answers: dict[object, T] = self._answers
-        if read not in answers:
-            answers[read] = read(self._root)
-        return answers[read]
+        return self.questions.once(read, lambda: read(self._root))
 
     @cached_property
     def moved_interfaces(self) -> "Mapping[str, MovedInterface]":

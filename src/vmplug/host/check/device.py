@@ -6,7 +6,6 @@ A finding of severity `error` stops `attach`. An operator may allow single findi
 import errno
 import os
 import stat
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from shlex import quote
@@ -21,6 +20,7 @@ from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed, without_shared
+from vmplug.host.check.exclusive import exclusive_errno
 from vmplug.host.check.open_disk import check_open_disk
 from vmplug.host.check.unknown import gather_unknown, not_looked_for
 from vmplug.host.check.vfio_group import check_group, check_openers
@@ -40,10 +40,6 @@ from vmplug.host.vhost_user.device import VhostUserSocket
 
 _NOT_ASKED = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT})
 """The device itself did not answer: this process may not open it, or has no node for it."""
-
-_PROBE_S = 0.25
-"""How long an exclusive open may be just a probe, for example of another vmplug, which a busy host
-may suspend for a while."""
 
 
 def check_device(
@@ -125,7 +121,7 @@ def _all_users(
     used = _users(disk, Access(read_only=False), usage, root)
     yield from used
     if root.is_live and not _is_refused(used):
-        number = _exclusive_errno(disk.device_node, root, patience_s=_PROBE_S)
+        number = exclusive_errno(disk.device_node, usage, root)
         held = [_exclusively(disk)] if number == errno.EBUSY else []
         yield from held
         if number in _NOT_ASKED:
@@ -166,7 +162,7 @@ def _check_block(
     if root.is_live:
         # A user that could share it with a reader still holds the device exclusively.
         explained = used + _users(device, replace(access, read_only=False), usage, root)
-        closed = list(_opened(device, root, explained=_is_refused(explained)))
+        closed = list(_opened(device, usage, root, explained=_is_refused(explained)))
         found += closed
         if not (_is_refused(used) or in_vm or closed):
             for path in (*device.nodes, *device.below_files):
@@ -369,7 +365,7 @@ def _is_idle(loop: Loop, usage: HostUsage, root: HostRoot) -> bool:
     if not root.is_live:
         return True
     is_locked = any(list(_locked(node, access, root)) for node in device.nodes)
-    refusal = _exclusive_errno(device.device_node, root, patience_s=_PROBE_S)
+    refusal = exclusive_errno(device.device_node, usage, root)
     return refusal is None and not is_locked
 
 
@@ -388,9 +384,11 @@ def _swap(
             )
 
 
-def _opened(device: BlockDevice, root: HostRoot, *, explained: bool) -> Iterator[Finding]:
+def _opened(
+    device: BlockDevice, usage: HostUsage, root: HostRoot, *, explained: bool
+) -> Iterator[Finding]:
     """An exclusive open finds users that sysfs does not list: btrfs, zfs, a database, a daemon."""
-    match _exclusive_errno(device.device_node, root, patience_s=0 if explained else _PROBE_S):
+    match exclusive_errno(device.device_node, usage, root, explained=explained):
         case None:
             # The drive was opened without its disc.
             if device.removable and root.lacks_disc(device.device_node):
@@ -422,15 +420,6 @@ def _exclusively(device: BlockDevice) -> Finding:
             how="an exclusive open (O_EXCL), which the kernel refused",
         ),
     )
-
-
-def _exclusive_errno(path: str, root: HostRoot, *, patience_s: float) -> int | None:
-    deadline = time.monotonic() + patience_s
-    while (number := root.open_errno(path, os.O_EXCL)) == errno.EBUSY:
-        if time.monotonic() >= deadline:
-            break
-        os.sched_yield()
-    return number
 
 
 def _locked(path: str, access: Access, root: HostRoot) -> Iterator[Finding]:

@@ -14,11 +14,15 @@ from enum import StrEnum
 from vmplug.host.finding import Code, Finding, UsedBy
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
+from vmplug.host.use.questions import PATIENCE_S, Questions
 from vmplug.host.vhost_user.device import Backend, VhostUserSocket
-from vmplug.host.vhost_user.sockets import VIRTIOFSD, find_listener, is_listening, stays_connected
-
-PROBE_TIMEOUT_S = 2.0
-"""A backend answers in a millisecond; one that serves another client does not answer at all."""
+from vmplug.host.vhost_user.sockets import (
+    HANG_UP_S,
+    VIRTIOFSD,
+    find_listener,
+    is_listening,
+    stays_connected,
+)
 
 _HEADER, _NUMBER = struct.Struct("<III"), struct.Struct("<Q")
 _VERSION = 0x1
@@ -38,10 +42,11 @@ class Failure(StrEnum):
     SILENT = (
         "the backend accepts a connection and does not answer: it hangs, or serves another client"
     )
+    UNASKED = "vmplug did not ask its backend, as others in the request did not answer in time"
     CLOSED = "the backend closes the connection: it does not speak vhost-user"
 
 
-def probe(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Backend | Failure:
+def probe(path: str, *, timeout_s: float = PATIENCE_S) -> Backend | Failure:
     """Ask the backend at `path` for its features, and disconnect."""
     deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX) as connection:
@@ -89,62 +94,91 @@ def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
 
 
 def ask_backend(
-    device: VhostUserSocket, root: HostRoot, *, timeout_s: float = PROBE_TIMEOUT_S
+    device: VhostUserSocket, root: HostRoot, questions: Questions | None = None
 ) -> tuple[VhostUserSocket, list[Finding]]:
     """The device with the features of its backend, and the findings about the backend.
 
-    Only sockets of the running host can be asked; for another root there are no findings.
+    A request has one value of `questions`: it asks each backend once, and all that are silent
+    share its patience. Only sockets of the running host can be asked; for another root there are
+    no findings.
     """
     if not root.is_live:
         return device, []
-    problem = _look(device, root)
+    asked = questions or Questions()
+    problem = _look(device, root, asked)
     if problem or device.kind is DeviceType.VHOST_USER_FS:
         return device, [problem] if problem else []
-    answer = probe(device.socket_path, timeout_s=timeout_s)
+    path = device.socket_path
+    answer = asked.once(("features", path), lambda: _ask_once(path, asked))
     if isinstance(answer, Failure):
-        return device, [_failed(device, answer, root)]
+        return device, [_failed(device, answer, root, asked)]
     if not answer.can_be(device.kind):
-        return device, [_wrong(device, _who(device.socket_path, root))]
+        return device, [_wrong(device, _who(path, root, asked))]
     if device.kind is DeviceType.VHOST_USER_SCSI:
         answer = answer._replace(queues=max(answer.queues - _SCSI_QUEUES_FIXED, 1))
     return device._replace(backend=answer), []
 
 
-def _look(device: VhostUserSocket, root: HostRoot) -> Finding | None:
+def _ask_once(path: str, asked: Questions) -> Backend | Failure:
+    if not asked.patience_s:
+        return Failure.UNASKED
+    return asked.within(
+        lambda patience_s: probe(path, timeout_s=patience_s),
+        PATIENCE_S,
+        is_vain=lambda answer: answer is Failure.SILENT,
+    )
+
+
+def _look(device: VhostUserSocket, root: HostRoot, asked: Questions) -> Finding | None:
     """A finding about the backend that needs no connection to it."""
     path = device.socket_path
-    if busy := find_client(device, root):
+    if busy := find_client(device, root, asked):
         return busy
-    is_share = device.kind is DeviceType.VHOST_USER_FS
-    if is_share and not is_listening(path, root):
-        return _failed(device, Failure.ABSENT, root)
-    virtiofsd = None if is_share else find_listener(path, root, name=VIRTIOFSD)
+    if device.kind is DeviceType.VHOST_USER_FS:
+        is_served = asked.once(("listening", path), lambda: is_listening(path, root))
+        return None if is_served else _failed(device, Failure.ABSENT, root, asked)
+    virtiofsd = asked.once(("virtiofsd", path), lambda: find_listener(path, root, name=VIRTIOFSD))
     return _wrong(device, str(virtiofsd)) if virtiofsd else None
 
 
-def find_client(device: VhostUserSocket, root: HostRoot) -> Finding | None:
+def find_client(
+    device: VhostUserSocket, root: HostRoot, questions: Questions | None = None
+) -> Finding | None:
     """The use of the backend by a client that it has already; nothing connects to it."""
-    return _busy(device, root) if stays_connected(device.socket_path, root) else None
+    asked, path = questions or Questions(), device.socket_path
+
+    def has_client() -> bool:
+        return asked.within(
+            lambda patience_s: stays_connected(path, root, patience_s), HANG_UP_S, is_vain=bool
+        )
+
+    has = asked.once(("client", path), has_client)
+    return _busy(device, root, asked) if has else None
 
 
-def _failed(device: VhostUserSocket, failure: Failure, root: HostRoot) -> Finding:
+def _failed(
+    device: VhostUserSocket, failure: Failure, root: HostRoot, asked: Questions
+) -> Finding:
     path = device.socket_path
     if failure is Failure.ABSENT:
         code, hint = Code.NO_BACKEND, "start its backend"
+    elif failure is Failure.UNASKED:
+        code, hint = Code.BACKEND_SILENT, "mend the others first: vmplug check names them"
     else:
         code = Code.BACKEND_SILENT
-        hint = f"check {_who(path, root)}: restart it, or stop its other client"
+        hint = f"check {_who(path, root, asked)}: restart it, or stop its other client"
     return Finding(code, f"{path} cannot be used: {failure}", hint)
 
 
-def _busy(device: VhostUserSocket, root: HostRoot) -> Finding:
+def _busy(device: VhostUserSocket, root: HostRoot, asked: Questions) -> Finding:
+    who = _who(device.socket_path, root, asked)
     return Finding(
         Code.BACKEND_BUSY,
-        f"{_who(device.socket_path, root)} already serves a client on {device.socket_path}",
+        f"{who} already serves a client on {device.socket_path}",
         "stop that client, or allow this finding if the backend serves several",
         used_by=UsedBy(
             on=device.socket_path,
-            who=f"a client of {_who(device.socket_path, root)}",
+            who=f"a client of {who}",
             how="/proc/net/unix",
         ),
     )
@@ -158,6 +192,6 @@ def _wrong(device: VhostUserSocket, who: str) -> Finding:
     )
 
 
-def _who(path: str, root: HostRoot) -> str:
-    listener = find_listener(path, root)
+def _who(path: str, root: HostRoot, asked: Questions) -> str:
+    listener = asked.once(("listener", path), lambda: find_listener(path, root))
     return str(listener) if listener else "the backend"

@@ -12,7 +12,7 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.peer import has_hung_up
 
-_HANG_UP_S = 0.1
+HANG_UP_S = 0.1
 """How long a client may be just a probe, such as vmplug's own, that will soon disconnect."""
 
 VIRTIOFSD = "virtiofsd"
@@ -50,9 +50,9 @@ def is_connected(path: str, root: HostRoot) -> bool:
     return any(not (root.is_live and has_hung_up(int(socket.inode))) for socket in served)
 
 
-def stays_connected(path: str, root: HostRoot) -> bool:
+def stays_connected(path: str, root: HostRoot, patience_s: float = HANG_UP_S) -> bool:
     """Whether the listener serves a client for longer than a probe lasts."""
-    deadline = time.monotonic() + _HANG_UP_S
+    deadline = time.monotonic() + patience_s
     while is_connected(path, root):
         if time.monotonic() >= deadline:
             return True

@@ -21,8 +21,9 @@ from tests.support.vhost_user.session import converse
 from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
+from vmplug.host.use.questions import PATIENCE_S, Questions
 from vmplug.host.vhost_user.device import Backend, VhostUserSocket
-from vmplug.host.vhost_user.probe import PROBE_TIMEOUT_S, Failure, ask_backend, probe
+from vmplug.host.vhost_user.probe import Failure, ask_backend, probe
 from vmplug.host.vhost_user.sockets import Listener, find_listener, is_connected, is_listening
 
 BLK, SCSI = DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI
@@ -238,10 +239,10 @@ def test_a_socket_of_another_kind_speaks_no_vhost_user(directory: Path, kind: in
 
 
 def problem(
-    found: VhostUserSocket, root: HostRoot | None = None, *, timeout_s: float = PROBE_TIMEOUT_S
+    found: VhostUserSocket, root: HostRoot | None = None, *, timeout_s: float = PATIENCE_S
 ) -> tuple[Code, str]:
     """The only finding, of a device that stays as it was."""
-    asked, (finding,) = ask_backend(found, root or HostRoot(), timeout_s=timeout_s)
+    asked, (finding,) = ask_backend(found, root or HostRoot(), Questions(timeout_s))
     assert asked == found
     assert finding.hint
     assert found.socket_path in finding.message

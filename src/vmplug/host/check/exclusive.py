@@ -1,0 +1,37 @@
+"""Ask the kernel whether a block device is held exclusively: an open with O_EXCL finds it."""
+
+import errno
+import os
+import time
+
+from vmplug.host.block.usage import HostUsage
+from vmplug.host.root import HostRoot
+
+_PROBE_S = 0.25
+"""How long an exclusive open may be just a probe, for example of another vmplug, which a busy host
+may suspend for a while."""
+
+
+def exclusive_errno(
+    path: str, usage: HostUsage, root: HostRoot, *, explained: bool = False
+) -> int | None:
+    """Why it cannot be opened exclusively; a holder that is `explained` is not waited for."""
+    asked, most_s = usage.questions, 0 if explained else _PROBE_S
+
+    def ask() -> int | None:
+        return asked.within(
+            lambda patience_s: _try_exclusively(path, root, patience_s),
+            most_s,
+            is_vain=lambda number: number == errno.EBUSY,
+        )
+
+    return asked.once(("open exclusively", path), ask)
+
+
+def _try_exclusively(path: str, root: HostRoot, patience_s: float) -> int | None:
+    deadline = time.monotonic() + patience_s
+    while (number := root.open_errno(path, os.O_EXCL)) == errno.EBUSY:
+        if time.monotonic() >= deadline:
+            break
+        os.sched_yield()
+    return number
