@@ -129,7 +129,7 @@ KINDS = {
         name="/dev/pmem0",
         kind="block",
         host_path="{}/memory.img",
-        steps=(OBJECT, ("device_add", None)),
+        steps=(("getfd", "closefd"), OBJECT, ("device_add", None)),
         guest={"nvdimm_id": "0"},
         agent={
             "type": "nvdimm",
