@@ -1,8 +1,9 @@
 """What Kata plugged, taken over: real QEMUs in which the tests plug as Kata does."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tests.cli.command import Vmplug
 from tests.contract.world import journal_rows
 from tests.qemu.conftest import Lab
-from tests.support.disks import disk_image
+from tests.support.disks import disk_image, loop_device
 from tests.support.kata import DISK_ID, block, device, plug_commands, vfio, write_sandbox
 from tests.support.vm import GuestVm, root_ports, scsi_controller, start_vm
 from vmplug.hypervisor.qemu.running import Qemu
@@ -92,6 +93,60 @@ def test_a_disk_of_katas_is_taken_over_and_can_be_detached(
     assert names_in(vm) == before
     assert vmplug("list").answer() == "nothing is attached\n"
     assert vmplug("check", "-d", f"file:{image}").status == 0
+
+
+def state_of(vmplug: Vmplug) -> str | None:
+    """What `list` says of the only hold's device on the host."""
+    (hold,) = vmplug("list", "--json").json()["attachments"]
+    return str(hold["host"]["state"]) if hold["host"] else None
+
+
+@pytest.mark.parametrize("is_device", [False, True], ids=["file", "loop"])
+def test_what_qemu_has_open_is_counted_for_one_more_owner(
+    vm: GuestVm, vmplug: Vmplug, image: Path, tmp_path: Path, *, is_device: bool
+) -> None:
+    with loop_device(image) if is_device else nullcontext(image) as disk:
+        plug(vm, disk, SCSI)
+        plugged = names_in(vm)
+        number = disk.stat().st_rdev
+        words = f"{os.major(number)}:{os.minor(number)}" if number else "-1:0"
+        state = write_sandbox(tmp_path / "5a1f", block(str(disk), number=words))
+        vmplug(*import_words(vm, state)).json()
+        assert state_of(vmplug) == "present"
+        asked = ("-d", f"b:{words}" if number else f"file:{disk}")
+        vmplug("attach", "--vm", "sb1", "--owner", "ours", *asked).answer()
+        held = vmplug("list", "--json").json()["attachments"]
+        assert {hold["owner"] for hold in held} == {"5a1f", "ours"}
+        assert names_in(vm) == plugged
+        for owner in ("5a1f", "ours"):
+            vmplug("detach", "--owner", owner).answer()
+        assert vmplug("list").answer() == "nothing is attached\n"
+
+
+def test_a_name_that_leads_elsewhere_by_now_proves_nothing(
+    vm: GuestVm, vmplug: Vmplug, image: Path, tmp_path: Path
+) -> None:
+    plug(vm, image, SCSI)
+    image.rename(tmp_path / "first.img")
+    disk_image(image, 1, "another")
+    vmplug(*import_words(vm, write_sandbox(tmp_path / "5a1f", block(str(image))))).json()
+    assert state_of(vmplug) == "unidentified"
+    words = ("attach", "--vm", "sb1", "--owner", "ours", "-d", f"file:{image}", "--json")
+    assert "unidentified" in vmplug(*words).stderr
+
+
+def test_a_file_with_the_name_of_another_disk_proves_neither(
+    vm: GuestVm, vmplug: Vmplug, image: Path, tmp_path: Path
+) -> None:
+    other = disk_image(tmp_path / "b.img", 1, "other")
+    plug(vm, image, SCSI)
+    plug(vm, other, {**SCSI, "scsi-id": 3}, device_id="other-disk")
+    other.rename(image)
+    other.hardlink_to(image)
+    devices = block(str(image)), block(str(other), name="other-disk")
+    vmplug(*import_words(vm, write_sandbox(tmp_path / "5a1f", *devices))).json()
+    held = vmplug("list", "--json").json()["attachments"]
+    assert [hold["host"]["state"] for hold in held] == ["replaced", "unidentified"]
 
 
 def test_importing_twice_changes_nothing(

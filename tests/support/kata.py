@@ -101,9 +101,10 @@ def write_sandbox(
 def plug_commands(
     file: str, front: Mapping[str, Any], *, device_id: str = DISK_ID
 ) -> list[tuple[str, dict[str, Any]]]:
-    """What Kata sends to plug a regular file; `front` is the device and where it sits."""
+    """What Kata sends to plug a file or block device; `front` is the device and where it sits."""
     name = f"drive-{device_id}"
-    protocol = {"aio": "threads", "driver": "file", "filename": file}
+    driver = "host_device" if Path(file).is_block_device() else "file"
+    protocol = {"aio": "threads", "driver": driver, "filename": file}
     node = {"driver": "raw", "file": protocol, "node-name": name, "read-only": False}
     return [
         ("blockdev-add", node),

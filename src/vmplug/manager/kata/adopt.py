@@ -19,16 +19,22 @@ from vmplug.drivers.place import (
     Place,
     ScsiPlace,
 )
+from vmplug.drivers.ports import Endpoint
 from vmplug.host.kind import DeviceType, Identity, IdentityKind
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import State
+from vmplug.manager.kata.proof import with_things
 from vmplug.manager.kata.saved_state import KataDevice, KataState
 
 
 class Vm(Protocol):
     """The interface of the VM for this."""
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Its socket, and QEMU's process."""
 
     def find_place(self, name: str) -> Place | None:
         """The place of the device with that name; None when there is none."""
@@ -88,7 +94,8 @@ def adopt(state: KataState, vm: str, journal: Journal, hypervisor: Vm) -> list[A
                 )
             )
     if records:
-        journal.add_devices(records, holds)
+        pid = hypervisor.endpoint.pid if hypervisor.endpoint else None
+        journal.add_devices(with_things(records, pid, journal.host), holds)
     return told
 
 
