@@ -19,6 +19,8 @@ from vmplug.drivers.plug import Throttle as Throttle
 from vmplug.drivers.plug import VFIODevice as VFIODevice
 from vmplug.drivers.plug import VFIODevices as VFIODevices
 from vmplug.drivers.plug import VhostUserDevice as VhostUserDevice
+from vmplug.drivers.ports import DiskError as DiskError
+from vmplug.drivers.ports import FailedDisk as FailedDisk
 from vmplug.drivers.ports import Hypervisor as Hypervisor
 from vmplug.drivers.ports import Step as Step
 from vmplug.drivers.ports import UnplugFailure as UnplugFailure
@@ -118,7 +120,6 @@ from vmplug.manager.watching.health import HostState as HostState
 from vmplug.manager.watching.notice import DeviceEvent as DeviceEvent
 from vmplug.manager.watching.notice import EventKind as EventKind
 from vmplug.manager.watching.watch import Watch as Watch
-from vmplug.manager.watching.watch import watch as watch
 from vmplug.oci.info import DeviceInfo as DeviceInfo
 from vmplug.oci.info import DevType as DevType
 from vmplug.oci.requests import NetInfo as NetInfo
@@ -143,6 +144,8 @@ from vmplug.vms.check import check_requests as check_requests
 from vmplug.vms.connect import connect_vm as connect_vm
 from vmplug.vms.import_kata import KataImport as KataImport
 from vmplug.vms.import_kata import import_kata as import_kata
+from vmplug.vms.io_errors import ResumedVm as ResumedVm
+from vmplug.vms.io_errors import resume_vm as resume_vm
 from vmplug.vms.listing import Listing as Listing
 from vmplug.vms.listing import list_attachments as list_attachments
 from vmplug.vms.reconcile import HostRepairs as HostRepairs
@@ -155,5 +158,6 @@ from vmplug.vms.status import VmStatus as VmStatus
 from vmplug.vms.status import list_vms as list_vms
 from vmplug.vms.stop import StoppedVm as StoppedVm
 from vmplug.vms.stop import stop_vm as stop_vm
+from vmplug.vms.watch import watch as watch
 
 __version__: str

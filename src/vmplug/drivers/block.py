@@ -28,7 +28,7 @@ from vmplug.drivers.place import (
     PlugMode,
     ScsiPlace,
 )
-from vmplug.drivers.plug import Aio, BlockDrive, Cache, DiskFrontend, Throttle
+from vmplug.drivers.plug import Aio, BlockDrive, Cache, DiskFrontend, ErrorAction, Throttle
 from vmplug.drivers.pmem import NVDIMM_OPTIONS, check_nvdimm, is_pmem
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug, NoFreePort, SpecError
@@ -51,8 +51,8 @@ class BlockDiskDriver(msgspec.Struct, frozen=True, kw_only=True):
     """`driver_options` of a disk, checked.
 
     None leaves the choice to vmplug: `driver` by what the VM offers, `cache` and `aio` by what the
-    file supports, `serial` the device id. An unset `format` is raw: a guest can write any header
-    into a raw disk, so vmplug never guesses from contents.
+    file supports, `serial` the device id; or to QEMU: `werror` and `rerror`. An unset `format` is
+    raw: a guest can write any header into a raw disk, so vmplug never guesses from contents.
     """
 
     driver: DiskFrontend | None = None
@@ -64,6 +64,8 @@ class BlockDiskDriver(msgspec.Struct, frozen=True, kw_only=True):
     serial: str | None = None
     iothread: bool = False
     throttle: Throttle | None = None
+    werror: ErrorAction | None = None
+    rerror: ErrorAction | None = None
     fs_type: str | None = None
 
     def __post_init__(self) -> None:
@@ -191,6 +193,16 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "iothread": Option(
         "iothread", switch("on", "off"), "on for a thread of its own; default: off"
+    ),
+    "werror": Option(
+        "werror",
+        word(ErrorAction.ENOSPC, ErrorAction.STOP, ErrorAction.REPORT),
+        "when a write fails: stop, report, or (default) enospc: stop on a full disk",
+    ),
+    "rerror": Option(
+        "rerror",
+        word(ErrorAction.REPORT, ErrorAction.STOP),
+        "when a read fails: report (default) or stop",
     ),
     "fstype": Option("fs_type", text, "the file system on it, for the agent"),
     **_LIMITS,
@@ -334,6 +346,8 @@ def plan_drive(
         physical_bytes=device.physical_bytes or _SECTOR_BYTES,
         iothread=options.iothread,
         throttle=options.throttle,
+        werror=options.werror,
+        rerror=options.rerror,
         size_bytes=device.size_bytes,
         file_id=device.file_id,
     )

@@ -67,6 +67,18 @@ class Aio(StrEnum):
     IO_URING = "io_uring"
 
 
+class ErrorAction(StrEnum):
+    """What QEMU does when I/O on a disk fails. Source: QEMU qapi/block-core.json, BlockdevOnError.
+
+    `enospc` stops the VM where the host has no space left, and reports any other error. QEMU's
+    `ignore` is not offered: the guest would take a failed write for one that succeeded.
+    """
+
+    REPORT = "report"
+    STOP = "stop"
+    ENOSPC = "enospc"
+
+
 class Throttle(msgspec.Struct, frozen=True, kw_only=True):
     """Limits per second, in bytes and operations; None means unlimited."""
 
@@ -87,7 +99,8 @@ class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
     its header says. `throttle` is None for no limits. `aio_is_choice`: the request leaves `aio` to
     vmplug. A guest knows a SCSI disk by `disk_id` and `wwn` (VPD page 0x83); None for QEMU's, the
     first 20 bytes of `serial`. `lock` is the file of persistent memory, open in this process with
-    QEMU's lock on it, None until it is plugged.
+    QEMU's lock on it, None until it is plugged. `werror` and `rerror` are for writes
+    and reads that fail, None for QEMU's own choice, `enospc` and `report`.
     """
 
     id: str
@@ -110,6 +123,8 @@ class BlockDrive(msgspec.Struct, frozen=True, kw_only=True):
     wwn: int | None = None
     iothread: bool = False
     throttle: Throttle | None = None
+    werror: ErrorAction | None = None
+    rerror: ErrorAction | None = None
     size_bytes: int | None = None
     file_id: str | None = None
     lock: int | None = None

@@ -101,6 +101,29 @@ class UnplugFailure(StrEnum):
     TIMEOUT = "timeout"
 
 
+class DiskError(StrEnum):
+    """Why I/O on a disk failed. Source: QEMU qapi/block-core.json, BlockDeviceIoStatus."""
+
+    NO_SPACE = "nospace"
+    FAILED = "failed"
+
+
+class FailedDisk(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk of which an error has stopped its VM.
+
+    `file` is its file or device node, `device_id` None for a disk that vmplug did not plug. QEMU
+    does not forget an error when the VM runs again: a disk may be among them for an earlier one.
+    """
+
+    file: str
+    error: DiskError
+    device_id: str | None
+
+    def __str__(self) -> str:
+        is_full = self.error is DiskError.NO_SPACE
+        return f"{'no space left for writes to' if is_full else 'I/O fails on'} {self.file}"
+
+
 class Hypervisor(Protocol):
     """The interface of a VM for the manager. Every wait has a deadline.
 

@@ -1,14 +1,16 @@
-"""What is plugged where, and is it still on the host? No VM is asked."""
+"""What is plugged where, is it still on the host, and has an error on it stopped its VM?"""
 
 from collections.abc import Mapping
 
 import msgspec
 
+from vmplug.drivers.ports import FailedDisk
 from vmplug.host.program import Looks
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, find_silent
+from vmplug.vms.io_errors import find_failed_disks
 from vmplug.vms.known import find_ended
 
 
@@ -17,11 +19,13 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
 
     `health`, by device id, is the state of a device on the host, where that can be known.
     `ended_vms` are the VMs of the list that seem to have ended: reconcile frees what they held.
+    `stopped_vms` are those that an error has stopped, with the disks: `resume_vm` lets them run.
     """
 
     attachments: tuple[Attachment, ...]
     health: Mapping[str, DeviceHealth]
     ended_vms: tuple[str, ...]
+    stopped_vms: Mapping[str, tuple[FailedDisk, ...]]
 
 
 def list_attachments(
@@ -29,8 +33,9 @@ def list_attachments(
     vm: str | None = None,
     setup: Setup = DEFAULT_SETUP,
 ) -> Listing:
-    """Return what is attached to all VMs or to one. Reads the journal and the host; asks no VM.
+    """Return what is attached to all VMs or to one. Reads the journal and the host.
 
+    All VMs together have two seconds to say whether an error has stopped them.
     Raises StateError when the VM is not known.
     """
     with Journal.open(setup.state_dir) as journal:
@@ -45,6 +50,11 @@ def list_attachments(
             attachments=tuple(held),
             health={device_id: health for device_id, health in found.items() if health},
             ended_vms=tuple(find_ended(journal, {hold.vm for hold in held})),
+            stopped_vms={
+                name: disks
+                for name, disks in find_failed_disks(vms, devices, journal.host).items()
+                if disks
+            },
         )
 
 

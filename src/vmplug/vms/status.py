@@ -4,12 +4,14 @@ from contextlib import closing, suppress
 
 import msgspec
 
+from vmplug.drivers.ports import FailedDisk
 from vmplug.errors import HypervisorError
 from vmplug.hypervisor.listening import is_listening
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.vms.io_errors import read_failed_disks
 from vmplug.vms.known import is_gone, is_starting
 
 LIST_TIMEOUT_S = 2.0
@@ -22,7 +24,8 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     died; `gone` when the VM has ended; `unreachable` when its QMP socket takes no client, `busy`
     when another client holds the socket or QEMU hangs. `pid` is QEMU's process, None where it is
     unknown. The offer (`machine` to `shared_memory`) is None unless the VM answered, and so is the
-    number of devices that another journal's vmplug plugged.
+    number of devices that another journal's vmplug plugged. `failed_disks` are those that have
+    stopped it, in state `io-error`.
     """
 
     name: str
@@ -35,6 +38,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     attachments: int
     foreign_devices: int | None
     qmp_socket: str
+    failed_disks: tuple[FailedDisk, ...]
 
 
 def list_vms(
@@ -49,6 +53,7 @@ def list_vms(
 
 def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStatus:
     state, offer, foreign = "gone", None, None
+    failed = tuple[FailedDisk, ...]()
     if record.starting_by:
         state = "starting" if is_starting(record, journal.host) else "interrupted"
     elif not is_gone(record, journal.host):
@@ -59,6 +64,7 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
         ):
             state, offer = qemu.status(), qemu.offer()
             foreign = len(journal.find_foreign(qemu.find_drivers()))
+            failed = read_failed_disks(qemu, journal.devices(record.name))
     return VmStatus(
         name=record.name,
         state=state,
@@ -70,4 +76,5 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
         attachments=len(journal.attachments(record.name)),
         foreign_devices=foreign,
         qmp_socket=record.qmp_socket,
+        failed_disks=failed,
     )

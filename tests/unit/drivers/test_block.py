@@ -31,6 +31,7 @@ from vmplug.drivers.plug import (
     BlockDrive,
     Cache,
     DiskFrontend,
+    ErrorAction,
     Plug,
     RNGDevice,
     SharedFS,
@@ -98,6 +99,11 @@ def test_without_options_every_choice_is_open() -> None:
         ("serial", "disk 1,x=é", BlockDiskDriver(serial="disk 1,x=é")),
         ("iothread", "on", BlockDiskDriver(iothread=True)),
         ("iothread", "off", BlockDiskDriver(iothread=False)),
+        ("werror", "enospc", BlockDiskDriver(werror=ErrorAction.ENOSPC)),
+        ("werror", "stop", BlockDiskDriver(werror=ErrorAction.STOP)),
+        ("werror", "report", BlockDiskDriver(werror=ErrorAction.REPORT)),
+        ("rerror", "stop", BlockDiskDriver(rerror=ErrorAction.STOP)),
+        ("rerror", "report", BlockDiskDriver(rerror=ErrorAction.REPORT)),
         ("fstype", "ext4", BlockDiskDriver(fs_type="ext4")),
         ("bps-total", "1", BlockDiskDriver(throttle=Throttle(bps_total=1))),
         ("bps-read", "10K", BlockDiskDriver(throttle=Throttle(bps_read=10 << 10))),
@@ -116,7 +122,7 @@ def test_every_word_of_an_option_means_what_it_says(
 def test_the_table_of_options_is_complete() -> None:
     assert set(OPTIONS) == {
         *("block-driver", "format", "cache", "aio", "discard", "share-rw", "serial", "iothread"),
-        "fstype",
+        *("fstype", "werror", "rerror"),
         *("bps-total", "bps-read", "bps-write", "iops-total", "iops-read", "iops-write"),
     }
     assert all(option.help for option in OPTIONS.values())
@@ -139,6 +145,8 @@ def test_limits_of_bytes_and_operations_go_together() -> None:
         ("block-driver", "", "'' is not one of"),
         ("fstype", "", "'' is not printable text"),
         ("fstype", "a\nb", "is not printable text"),
+        ("werror", "ignore", "'ignore' is not one of enospc, stop, report"),
+        ("rerror", "enospc", "'enospc' is not one of report, stop"),
         ("format", "vmdk", "'vmdk' is not one of raw, qcow2"),
         ("format", "QCOW2", "is not one of raw, qcow2"),
         ("cache", "writeBack", "is not one of none, writeback"),
@@ -192,6 +200,8 @@ def test_an_unknown_option_is_answered_with_the_known_ones() -> None:
                 ("share-rw", "on"),
                 ("serial", "x"),
                 ("iothread", "on"),
+                ("werror", "enospc"),
+                ("rerror", "report"),
                 ("bps-total", "5"),
                 ("iops-write", "5"),
             )

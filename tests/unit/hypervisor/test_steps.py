@@ -8,7 +8,15 @@ import pytest
 from tests.support.abilities import NEW
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.place import CcwPlace, MemorySlot, PciPlace, Place, ScsiPlace
-from vmplug.drivers.plug import Aio, BlockDrive, Cache, DiskFrontend, Plug, VhostUserDevice
+from vmplug.drivers.plug import (
+    Aio,
+    BlockDrive,
+    Cache,
+    DiskFrontend,
+    ErrorAction,
+    Plug,
+    VhostUserDevice,
+)
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.qemu.steps.plug import plug_steps
 
@@ -108,6 +116,13 @@ def test_a_scsi_disk_states_every_property_and_its_address() -> None:
         "logical_block_size": 512,
         "physical_block_size": 512,
     }
+
+
+@pytest.mark.parametrize("place", [PCI, CCW, SCSI], ids=str)
+def test_a_disk_states_what_happens_on_an_error_only_if_asked(place: Place) -> None:
+    (_, plain) = sent(drive(), place)[-1]
+    (_, device) = sent(drive(werror=ErrorAction.STOP, rerror=ErrorAction.REPORT), place)[-1]
+    assert device == {**plain, "werror": "stop", "rerror": "report"}
 
 
 def test_a_disk_gets_a_thread_of_its_own() -> None:

@@ -1,6 +1,6 @@
 """VMs: for people and as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -8,7 +8,9 @@ import click
 from vmplug.cli.render.attachments import attachment_json, print_attachments
 from vmplug.cli.render.output import print_table
 from vmplug.cli.render.text import one_line
+from vmplug.drivers.ports import FailedDisk
 from vmplug.vms.adopt import AdoptedVm
+from vmplug.vms.io_errors import ResumedVm
 from vmplug.vms.start import StartedVm
 from vmplug.vms.status import VmStatus
 from vmplug.vms.stop import StoppedVm
@@ -80,6 +82,7 @@ def status_json(vm: VmStatus) -> dict[str, Any]:
         "attachments": vm.attachments,
         "qmp": vm.qmp_socket,
         "foreign_devices": vm.foreign_devices,
+        "failed_disks": [failed_disk_json(disk) for disk in vm.failed_disks],
     }
 
 
@@ -96,12 +99,40 @@ _COLUMNS = {
 }
 
 
+def failed_disk_json(disk: FailedDisk) -> dict[str, Any]:
+    """A disk that has stopped its VM."""
+    return {"file": disk.file, "error": str(disk.error)}
+
+
+def print_stopped_vms(stopped: Mapping[str, Sequence[FailedDisk]]) -> None:
+    """Which disks have stopped these VMs, and what to do."""
+    for name, disks in stopped.items():
+        told = "; ".join(one_line(str(disk)) for disk in disks)
+        click.echo(
+            f"an error has stopped VM {name}: {told}\n"
+            f"make room or mend the disk, then vmplug vm resume {name}"
+        )
+
+
+def resumed_json(vm: ResumedVm) -> dict[str, Any]:
+    """A VM that runs again."""
+    disks = [failed_disk_json(disk) for disk in vm.failed_disks]
+    return {"vm": {"name": vm.name}, "failed_disks": disks}
+
+
+def print_resumed(vm: ResumedVm) -> None:
+    """Which disks had stopped it."""
+    files = ", ".join(one_line(disk.file) for disk in vm.failed_disks)
+    click.echo(f"VM {vm.name} runs again" + (f", with {files}" if files else ""))
+
+
 def print_statuses(vms: Sequence[VmStatus]) -> None:
     """A table of known VMs."""
     rows = [tuple(_word(status_json(vm)[key]) for key in _COLUMNS) for vm in vms]
     print_table(tuple(_COLUMNS.values()), rows)
     for vm in vms:
         _print_foreign(vm.name, vm.foreign_devices)
+    print_stopped_vms({vm.name: vm.failed_disks for vm in vms if vm.failed_disks})
     if not vms:
         click.echo("no VM is known")
 

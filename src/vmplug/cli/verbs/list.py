@@ -5,6 +5,7 @@ import click
 from vmplug.cli.options import complete_vm, json_option, state_dir_option
 from vmplug.cli.render.attachments import attachment_json, host_json, print_attachments
 from vmplug.cli.render.output import print_json
+from vmplug.cli.render.vms import failed_disk_json, print_stopped_vms
 from vmplug.manager.setup import Setup
 from vmplug.vms.listing import list_attachments
 
@@ -16,9 +17,9 @@ from vmplug.vms.listing import list_attachments
 def command(as_json: bool, state_dir: str, vm: str | None) -> None:
     """What is plugged where?
 
-    Reads the journal and asks no VM; `vmplug reconcile` makes the two agree. HOST is the state of
-    the device on the host, - where that cannot be known; `vmplug watch` prints changes as they
-    happen.
+    Reads the journal; `vmplug reconcile` makes it and the VMs agree. HOST is the state of the
+    device on the host, - where that cannot be known; `vmplug watch` prints changes as they happen.
+    Asks each VM only which disk has stopped it; `vmplug vm resume` lets it run again.
 
     \b
     vmplug list
@@ -30,9 +31,15 @@ def command(as_json: bool, state_dir: str, vm: str | None) -> None:
             attachment_json(hold) | host_json(listing.health.get(hold.device_id))
             for hold in listing.attachments
         ]
-        print_json({"attachments": listed, "ended_vms": list(listing.ended_vms)})
+        stopped = {
+            vm: [failed_disk_json(disk) for disk in disks]
+            for vm, disks in listing.stopped_vms.items()
+        }
+        ended = list(listing.ended_vms)
+        print_json({"attachments": listed, "ended_vms": ended, "stopped_vms": stopped})
         return
     print_attachments(listing.attachments, with_vm=True, health=listing.health)
+    print_stopped_vms(listing.stopped_vms)
     for name in listing.ended_vms:
         click.echo(f"VM {name} seems to have ended: vmplug reconcile frees what it held")
     if not listing.attachments:

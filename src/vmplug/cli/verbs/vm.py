@@ -1,4 +1,4 @@
-"""`vmplug vm`: start, adopt, stop, list."""
+"""`vmplug vm`: start, adopt, stop, resume, list."""
 
 from typing import Any
 
@@ -23,9 +23,11 @@ from vmplug.cli.render.output import print_json, progress
 from vmplug.cli.render.vms import (
     adopted_json,
     print_adopted,
+    print_resumed,
     print_started,
     print_statuses,
     print_stopped,
+    resumed_json,
     started_json,
     status_json,
     stopped_json,
@@ -34,6 +36,7 @@ from vmplug.host.root import THIS_HOST
 from vmplug.manager.setup import Setup
 from vmplug.policy.find import find_policy
 from vmplug.vms.adopt import adopt_vm
+from vmplug.vms.io_errors import resume_vm
 from vmplug.vms.start import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec, start_vm
 from vmplug.vms.status import list_vms
 from vmplug.vms.stop import stop_vm
@@ -43,7 +46,7 @@ _NOTHING = RequestArguments(requests=(), name=None, host=THIS_HOST, vhost_user_s
 
 @click.group("vm")
 def command() -> None:
-    """Start, adopt, stop and list VMs."""
+    """Start, adopt, stop, resume and list VMs."""
 
 
 @command.command("start", context_settings={"ignore_unknown_options": False})
@@ -220,6 +223,28 @@ def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
         print_json(stopped_json(stopped))
     else:
         print_stopped(stopped)
+
+
+@command.command("resume")
+@click.argument("name", shell_complete=complete_vm)
+@state_dir_option
+@json_option
+def resume(as_json: bool, state_dir: str, name: str) -> None:
+    """Let a VM run again that an error on a disk has stopped.
+
+    `vmplug vm list` shows such a VM as io-error, and names the disk. Make room first, or mend the
+    disk: QEMU repeats the guest's writes, and none of them is lost. Fails when the disk stops the
+    VM again, and when no error has stopped it.
+
+    \b
+    vmplug vm resume sb1
+    vmplug vm resume sb1 --json
+    """
+    resumed = resume_vm(name, setup=Setup(state_dir=state_dir))
+    if as_json:
+        print_json(resumed_json(resumed))
+    else:
+        print_resumed(resumed)
 
 
 @command.command("list")

@@ -9,7 +9,7 @@ from vmplug.cli.options import complete_vm, state_dir_option
 from vmplug.cli.render.text import one_line
 from vmplug.manager.setup import Setup
 from vmplug.manager.watching.notice import DeviceEvent
-from vmplug.manager.watching.watch import watch
+from vmplug.vms.watch import watch
 
 
 @click.command("watch")
@@ -30,8 +30,9 @@ def command(as_json: bool, state_dir: str, timeout_s: float | None, vm: str | No
 
     Prints what is already wrong, then what happens, until Ctrl-C: a disk or a function that is
     removed or given to another driver, a resized disk, a deleted image, a backend that ends or
-    comes back, a VM that ends. Each event says what it means for the guest, and what to do.
-    Changes nothing, and asks no VM.
+    comes back, a VM that ends or that an error on a disk has stopped. Each event says what it
+    means for the guest, and what to do. Changes nothing, and asks a VM only which disk has stopped
+    it.
 
     \b
     vmplug watch

@@ -5,7 +5,7 @@ that of any VM, is a ProtocolError. Only the members named here are passed on.
 Source: QEMU qapi/qom.json, qapi/machine.json, qapi/block-core.json, qapi/char.json; QEMU 7.2.
 """
 
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
 
@@ -89,6 +89,20 @@ _FdSet = TypedDict("_FdSet", {"fdset-id": int, "fds": Annotated[list[_Fd], _Many
 _NewFd = TypedDict("_NewFd", {"fdset-id": Annotated[int, msgspec.Meta(ge=0)]})
 
 
+class _Inserted(TypedDict):
+    file: str
+
+
+_Drive = TypedDict(
+    "_Drive",
+    {
+        "qdev": NotRequired[str],
+        "io-status": NotRequired[Literal["ok", "failed", "nospace"]],
+        "inserted": NotRequired[_Inserted],
+    },
+)
+
+
 class _GraphNode(TypedDict):
     id: _Size
     type: str
@@ -113,6 +127,7 @@ _ANSWERS: dict[str, Any] = {
     "qom-list-types": list[Any],
     "query-accelerators": _Accelerators,
     "query-command-line-options": Annotated[list[_Option], _Many],
+    "query-block": Annotated[list[_Drive], _Many],
     "query-blockstats": Annotated[list[_Node], _Many],
     "query-chardev": Annotated[list[_Chardev], _Many],
     "query-cpus-fast": Annotated[list[_Cpu], _Many],

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 import msgspec
 
+from vmplug.drivers.ports import FailedDisk
 from vmplug.drivers.vhost_user import OPTIONS, RECONNECT_S
 from vmplug.host.events import Event, HostEvent
 from vmplug.host.kind import DeviceType, Identity
@@ -28,6 +29,8 @@ class EventKind(StrEnum):
     NOT_ANSWERING = "not answering"
     BACK = "back"
     RESIZED = "resized"
+    VM_STOPPED = "vm-stopped"
+    VM_RESUMED = "vm-resumed"
     VM_ENDED = "vm-ended"
     EVENTS_LOST = "events-lost"
 
@@ -36,8 +39,8 @@ class DeviceEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One event of the host device of one attachment, or of a VM.
 
     `message` is a sentence, `meaning` the effect on the guest, `hint` what to do now. `vm` is None
-    only for `events-lost`, `attachment` for that and for `vm-ended`. The sizes are those of a
-    resized disk, None for anything else.
+    only for `events-lost`, `attachment` for that and for what concerns a whole VM. The sizes are
+    those of a resized disk, None for anything else.
     """
 
     time: datetime = msgspec.field(default_factory=lambda: datetime.now(UTC))
@@ -120,6 +123,28 @@ def ended_notice(vm: VmRecord, holds: Iterable[Attachment]) -> DeviceEvent:
         f"{'it' if count == 1 else 'them'} now",
         hint=f"vmplug reconcile --vm {vm.name} frees what it held",
         vm=vm.name,
+    )
+
+
+def stopped_notice(vm: str, disks: Iterable[FailedDisk]) -> DeviceEvent:
+    """The notice for a VM that an error on these disks has stopped."""
+    return DeviceEvent(
+        what=EventKind.VM_STOPPED,
+        message=f"an error has stopped VM {vm}: " + "; ".join(map(str, disks)),
+        meaning="the guest stands still, and loses nothing: QEMU keeps the writes that failed",
+        hint=f"make room or mend the disk, then vmplug vm resume {vm}",
+        vm=vm,
+    )
+
+
+def resumed_notice(vm: str) -> DeviceEvent:
+    """The notice for a VM that runs again."""
+    return DeviceEvent(
+        what=EventKind.VM_RESUMED,
+        message=f"VM {vm} runs again",
+        meaning="QEMU has repeated what had failed",
+        hint="no action needed",
+        vm=vm,
     )
 
 

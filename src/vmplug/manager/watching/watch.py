@@ -1,18 +1,18 @@
 """Watch: report events of the host devices that VMs have, as they happen.
 
-It changes nothing, and asks neither a VM nor a backend. The kernel reports at once devices that
-come and go, and processes that end. Watch checks everything else (files, sockets, changes of the
-journal) every LOOK_INTERVAL_S.
+It changes nothing, and asks no backend. The kernel reports at once devices that come and go, and
+processes that end. Watch checks everything else (files, sockets, changes of the journal) every
+LOOK_INTERVAL_S, and asks the VMs every ASK_INTERVAL_S whether an error has stopped them.
 """
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Self
 
 import msgspec
 
+from vmplug.drivers.ports import FailedDisk
 from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
 from vmplug.host.process import ProcessLock
 from vmplug.host.program import Looks
@@ -20,7 +20,6 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.sockets import find_server
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, has_ended
-from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.manager.watching.health import (
     DeviceHealth,
     HostSnapshot,
@@ -35,30 +34,20 @@ from vmplug.manager.watching.notice import (
     device_notices,
     ended_notice,
     lost_notice,
+    resumed_notice,
+    stopped_notice,
     was_taken_away,
 )
 
 LOOK_INTERVAL_S = 1.0
+ASK_INTERVAL_S = 5.0
+"""A QMP socket serves one client at a time: a watch must not be in the way of the others."""
 
 
-def watch(
-    *,
-    vm: str | None = None,
-    timeout_s: float | None = None,
-    setup: Setup = DEFAULT_SETUP,
-) -> "Watch":
-    """Report existing problems and then new events, until it is closed or `timeout_s` is over.
-
-    `vm` selects one VM, None all; `timeout_s` None never ends. Raises StoreError, StateError for a
-    VM that is not known, and HostError when the kernel's events cannot be received.
-    """
-    with ExitStack() as opened:
-        journal = opened.enter_context(Journal.open(setup.state_dir))
-        if vm is not None:
-            journal.require_vm(vm)
-        events = opened.enter_context(HostEvents())
-        opened.pop_all()
-    return Watch(journal, events, host=setup.host, vm=vm, timeout_s=timeout_s)
+FindFailedDisks = Callable[
+    [Sequence[VmRecord], Sequence[DeviceRecord], HostRoot], Mapping[str, tuple[FailedDisk, ...]]
+]
+"""By VM, the disks that have stopped it; a VM that does not answer is left out."""
 
 
 class _Rows(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +71,7 @@ class Watch(Iterator[DeviceEvent]):
         events: HostEvents,
         *,
         host: HostRoot,
+        find_failed_disks: FindFailedDisks = lambda *_: {},
         vm: str | None = None,
         timeout_s: float | None = None,
     ) -> None:
@@ -93,6 +83,9 @@ class Watch(Iterator[DeviceEvent]):
         self._rows: _Rows | None = None
         self._seen: dict[str, DeviceHealth] = {}
         self._ended: set[VmRecord] = set()
+        self._find_failed_disks = find_failed_disks
+        self._stopped: dict[str, tuple[FailedDisk, ...]] = {}
+        self._asked_at = -ASK_INTERVAL_S
         self._servers: dict[str, int | None] = {}
         self._daemons: dict[str, int] = {}
         self._looks = Looks()
@@ -152,6 +145,7 @@ class Watch(Iterator[DeviceEvent]):
             self._waiting.append(lost_notice())
         self._note_ended(ended, before, after)
         self._note_changes(checked, after, happened)
+        self._note_stopped(after)
         self._find_servers([record for record, _ in checked])
         self._events.follow(self._pids(after))
 
@@ -159,6 +153,22 @@ class Watch(Iterator[DeviceEvent]):
         """Queue a notice of each VM that has ended and is still in the journal."""
         self._waiting += [ended_notice(vm, before.holds) for vm in ended if vm in after.vms]
         self._ended = {vm for vm in {*self._ended, *ended} if vm in after.vms}
+
+    def _note_stopped(self, rows: _Rows) -> None:
+        """Ask the VMs now and then, and queue a notice of each that stopped or runs again."""
+        if time.monotonic() < self._asked_at + ASK_INTERVAL_S:
+            return
+        self._asked_at = time.monotonic()
+        vms = [vm for vm in rows.vms if vm not in self._ended]
+        answers = self._find_failed_disks(vms, rows.devices, self._host)
+        for name, disks in answers.items():
+            before = self._stopped.pop(name, ())
+            if disks and disks != before:
+                self._waiting.append(stopped_notice(name, disks))
+            if before and not disks:
+                self._waiting.append(resumed_notice(name))
+            if disks:
+                self._stopped[name] = disks
 
     def _note_changes(
         self,

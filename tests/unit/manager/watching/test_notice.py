@@ -5,6 +5,7 @@ from msgspec.structs import replace
 
 from tests.support.journal import device_record, hold_on, vm_record
 from vmplug.devnum import DevNum
+from vmplug.drivers.ports import DiskError, FailedDisk
 from vmplug.host.events import Event, EventsLost, HostEvent, ProcessEnded
 from vmplug.host.kind import DeviceType
 from vmplug.journal.records import DeviceRecord
@@ -16,6 +17,8 @@ from vmplug.manager.watching.notice import (
     device_notices,
     ended_notice,
     lost_notice,
+    resumed_notice,
+    stopped_notice,
     was_taken_away,
 )
 
@@ -136,7 +139,12 @@ def test_every_hold_on_the_device_is_told() -> None:
     assert [hold.id in n.hint for hold, n in zip(holds[:2], made, strict=True)] == [True, True]
 
 
-OF_NO_DEVICE = {EventKind.VM_ENDED, EventKind.EVENTS_LOST}
+OF_NO_DEVICE = {
+    EventKind.VM_STOPPED,
+    EventKind.VM_RESUMED,
+    EventKind.VM_ENDED,
+    EventKind.EVENTS_LOST,
+}
 OF_A_BACKEND = {EventKind.DISCONNECTED}
 
 
@@ -203,4 +211,9 @@ def test_a_vm_that_ended_is_told_once_with_what_it_had() -> None:
 
 
 def test_lost_events_belong_to_no_vm() -> None:
+    disk = FailedDisk(file="/srv/a.img", error=DiskError.NO_SPACE, device_id=None)
+    stopped = stopped_notice("sb1", [disk])
+    assert (stopped.what, stopped.vm) == (EventKind.VM_STOPPED, "sb1")
+    assert stopped.message.endswith("VM sb1: no space left for writes to /srv/a.img")
+    assert resumed_notice("sb1").what is EventKind.VM_RESUMED
     assert (lost_notice().what, lost_notice().vm) == (EventKind.EVENTS_LOST, None)

@@ -93,6 +93,8 @@ def _front_end(drive: BlockDrive, place: Place, node: str) -> Step:
         "logical_block_size": drive.sector_bytes,
         "physical_block_size": max(drive.physical_bytes, drive.sector_bytes),
     }
+    on_error = {"werror": drive.werror, "rerror": drive.rerror}
+    common |= {name: str(action) for name, action in on_error.items() if action}
     if isinstance(place, ScsiPlace):
         address = {"scsi-id": place.address.scsi_id, "lun": place.address.lun}
         where = {"bus": place.bus, "channel": 0, **address}
