@@ -92,18 +92,38 @@ def _share(one: Asked, other: Asked) -> bool:
 
 def _finding(asked: Asked, other: Asked) -> Finding:
     name = f" as {other.info.name}" if other.info.name != other.device.host_path else ""
-    is_disk = not isinstance(asked.device, VfioGroup) and not isinstance(other.device, VfioGroup)
     return Finding(
         Code.IN_USE_BY_VM,
         f"{asked.device.host_path} {_relation(asked.device, other.device)}, which this request "
         f"asks for too{name}",
-        "request only one of them" + (", or both read-only" if is_disk else ""),
+        _remedy(asked.device, other.device),
         used_by=UsedBy(
             on=asked.device.host_path,
             who="another device of this request",
             where=other.info.name,
             how="the request itself",
         ),
+    )
+
+
+def _remedy(device: HostDevice, other: HostDevice) -> str:
+    match device, other:
+        case VfioGroup(), VfioGroup() if other.identity in device.related_identities:
+            return _one_after_the_other(other, device)
+        case VfioGroup(), VfioGroup() if device.identity in other.related_identities:
+            return _one_after_the_other(device, other)
+        case (VfioGroup(), _) | (_, VfioGroup()):
+            return "request only one of them"
+        case _:
+            return "request only one of them, or both read-only"
+
+
+def _one_after_the_other(physfn: VfioGroup, virtfn: VfioGroup) -> str:
+    owner, name = physfn.members[0], virtfn.members[0]
+    return (
+        f"request only {name}: it disappears when VFIO gets {owner}. If VFIO has {owner} already, "
+        f"attach {owner} first and {name} after it: the VM that has {owner} makes the token that "
+        "opens the other"
     )
 
 

@@ -41,9 +41,9 @@ def image(at: str = "/dev/i") -> DeviceInfo:
     return DeviceInfo(container_path=at, dev_type=DevType.BLOCK, host_path="/srv/a.img")
 
 
-def overlaps(tree: HostTree, *requests: Request) -> list[Finding]:
+def overlaps(tree: HostTree, *requests: Request, managed: bool = False) -> list[Finding]:
     """What the last of them is refused for because of the others."""
-    *_, last = examine(requests, tree.root)
+    *_, last = examine(requests, tree.root, managed=managed)
     return [finding for finding in last.findings if "this request" in finding.message]
 
 
@@ -124,6 +124,27 @@ def test_a_drive_and_its_controller_are_refused_in_both_orders(
     assert after.message.startswith(f"{node} belongs to /dev/vfio/{GROUP}, which this request")
     assert before.message.startswith(f"/dev/vfio/{GROUP} has {node}, which this request")
     assert after.hint == before.hint == "request only one of them"
+
+
+PHYSFN, VIRTFN = "0000:02:00.0", "0000:02:10.0"
+
+
+def test_a_physical_function_and_its_virtual_one_are_refused_with_the_way_to_get_both(
+    tmp_path: Path,
+) -> None:
+    tree = PciTree(tmp_path).pci_function(PHYSFN, group=12, driver="vfio-pci", class_code=0x020000)
+    tree.sriov(PHYSFN, VIRTFN, group=13, driver="vfio-pci")
+    both = VfioInfo(label="pf", device=PHYSFN), VfioInfo(label="vf", device=VIRTFN)
+    for managed in (False, True):
+        (after,) = overlaps(tree, *both, managed=managed)
+        (before,) = overlaps(tree, *reversed(both), managed=managed)
+        assert after.message.startswith("/dev/vfio/13 has a virtual function of /dev/vfio/12")
+        assert before.message.startswith("/dev/vfio/12 makes the functions of /dev/vfio/13")
+        assert after.hint == before.hint
+        assert after.hint.startswith(
+            f"request only {VIRTFN}: it disappears when VFIO gets {PHYSFN}"
+        )
+        assert f"attach {PHYSFN} first and {VIRTFN} after it" in after.hint
 
 
 def test_another_drive_goes_with_the_controller(drive: PciTree) -> None:
