@@ -21,6 +21,7 @@ from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed, without_shared
 from vmplug.host.check.exclusive import exclusive_errno
+from vmplug.host.check.open_char import check_open_char
 from vmplug.host.check.open_disk import check_open_disk
 from vmplug.host.check.unknown import gather_unknown, not_looked_for
 from vmplug.host.check.vfio_group import check_group, check_openers
@@ -86,7 +87,9 @@ def _check(
             # Functions of one group may share what is in use, such as a disk with two controllers.
             found = _check_vfio(device, access, usage, claims, root, in_vm=in_vm)
             return list(dict.fromkeys(found))
-        case CharDevice() | EntropySource():
+        case CharDevice():
+            return list(check_open_char(device, usage, root))
+        case EntropySource():
             return []
         case _:
             assert_never(device)

@@ -12,7 +12,9 @@ from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed
 from vmplug.host.check.device import check_device
+from vmplug.host.check.open_char import may_have_users
 from vmplug.host.check.thing import identify
+from vmplug.host.check.visible import find_unread
 from vmplug.host.device import (
     CharDevice,
     EntropySource,
@@ -57,7 +59,7 @@ def describe_thing(
     thing = _read(device, usage, root)
     found, unknown = list[Finding](), list(thing.unknown)
     try:
-        unknown += _unknown(device, root)
+        unknown += _unknown(device, usage, root)
         found = _find_uses(device, thing, usage, claims or (), root)
     except HostError as error:
         unknown.append(f"the uses: {error.message}")
@@ -152,7 +154,7 @@ def _socket(device: VhostUserSocket, root: HostRoot) -> Thing:
     )
 
 
-def _unknown(device: HostDevice, root: HostRoot) -> Iterator[str]:
+def _unknown(device: HostDevice, usage: HostUsage, root: HostRoot) -> Iterator[str]:
     """What could not be looked for, of the uses that this kind of thing may have.
 
     Tables that a copy of a host does not hold are a finding (`unknown-use`).
@@ -168,6 +170,11 @@ def _unknown(device: HostDevice, root: HostRoot) -> Iterator[str]:
         case VfioGroup():
             if device.disks:
                 yield "who has its disks open (O_EXCL): this is a copy of a host"
+        case CharDevice() if not may_have_users(device):
+            yield "who has it open: every process may have it"
+        case CharDevice():
+            opened = usage.open_files
+            yield from find_unread(opened, sorted({*opened.unlisted, *opened.guarded}))
         case _:
             yield "who has it open: vmplug looks only for VMs of its own"
 

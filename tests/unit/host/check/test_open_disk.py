@@ -1,4 +1,4 @@
-"""Processes that have a disk open without a claim on it, or an image without a lock."""
+"""Processes that have a disk open without a claim on it, an image without a lock, or a node."""
 
 import os
 import subprocess
@@ -13,14 +13,52 @@ from msgspec.structs import replace
 from tests.support.checking import READING, SHARING, WRITING, Counting, findings, want, want_file
 from tests.support.disks import loop_device
 from tests.support.tree import MIB, HostTree
+from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
+from vmplug.oci.info import DeviceInfo, DevType
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
+
+
+# character devices
+
+
+def of_char(path: str, number: str, root: HostRoot) -> list[Finding]:
+    """What is found of a character device that a container has."""
+    devnum = DevNum.parse(number)
+    info = DeviceInfo(container_path=path, dev_type=DevType.CHAR, devnum=devnum)
+    return check_device(resolve(info, root), WRITING, usage=read_usage(root), root=root)
+
+
+def test_who_has_a_character_device_open_is_mentioned(tree: HostTree) -> None:
+    tree.char_device("10:232", "kvm").char_device("1:3", "null").process(77, "dnsmasq")
+    assert of_char("/dev/kvm", "10:232", tree.root) == []
+    tree.process(78, "firecracker", "/dev/kvm", "/dev/null")
+    (finding,) = of_char("/dev/kvm", "10:232", tree.root)
+    assert (finding.code, finding.severity) == (Code.OPEN_BY_PROCESS, WARNING)
+    assert finding.message == "/dev/kvm is open in process 78 (firecracker)"
+    assert finding.hint.endswith("fuser --verbose /dev/kvm")
+    assert of_char("/dev/null", "1:3", tree.root) == []
+
+
+def test_a_character_device_is_known_by_its_number() -> None:
+    """A terminal, as it needs no privilege; the other end has no name."""
+    ours, theirs = os.openpty()
+    path, number = os.ttyname(theirs), os.fstat(theirs).st_rdev
+    words = f"{os.major(number)}:{os.minor(number)}"
+    root = HostRoot("/")
+    assert of_char(path, words, root) == []  # this process does not count
+    with subprocess.Popen(["cat"], stdin=theirs, stdout=subprocess.DEVNULL) as process:
+        (finding,) = of_char(path, words, root)
+        os.close(theirs)
+        os.close(ours)
+        process.terminate()
+    assert finding.message == f"{path} is open in process {process.pid} (cat)"
 
 
 # on a tree

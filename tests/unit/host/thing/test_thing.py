@@ -234,6 +234,17 @@ def test_a_file_of_persistent_memory_is_a_file(disks: PciTree) -> None:
     assert show(disks.pmem("namespace0.0"), "namespace0.0").name == "/dev/pmem0"
 
 
+def test_a_character_device_has_its_users(disks: PciTree) -> None:
+    disks.char_device("10:232", "kvm").char_device("1:3", "null")
+    disks.process(99, "firecracker", "/dev/kvm", "/dev/null")
+    assert tree_of(disks, "c:10:232") == ["character-device /dev/kvm open-by-process"]
+    thing = show(disks, "c:10:232")
+    assert [use.severity for use in thing.uses] == [Severity.WARNING]
+    assert not [words for words in thing.unknown if "open" in words]
+    assert tree_of(disks, "c:1:3") == ["character-device /dev/null"]
+    assert "who has it open: every process may have it" in show(disks, "c:1:3").unknown
+
+
 # Functions
 
 

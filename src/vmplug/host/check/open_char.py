@@ -1,0 +1,49 @@
+"""Does a process have a character device open? It may go on: it is only mentioned.
+
+No VM gets a character device: it is counted for its container, which shares it with the host.
+"""
+
+from collections.abc import Iterator
+from shlex import quote
+
+from vmplug.host.block.usage import HostUsage
+from vmplug.host.device import CharDevice
+from vmplug.host.finding import Code, Finding, Severity, UsedBy
+from vmplug.host.root import HostRoot
+from vmplug.host.use.file_key import key_of
+from vmplug.host.use.openers import DeviceNode, wanted_node
+
+_EVERYBODYS = frozenset({1, 5})
+"""Memory (null, zero, urandom) and terminals (tty, ptmx), which every container has.
+
+Source: Documentation/admin-guide/devices.txt; OCI runtime-spec, config-linux.md, default devices.
+"""
+
+
+def may_have_users(device: CharDevice) -> bool:
+    """Whether the processes that have it open say anything: any may have /dev/null."""
+    return device.devnum is None or device.devnum.major not in _EVERYBODYS
+
+
+def check_open_char(device: CharDevice, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
+    """Processes that have it open, other than vmplug's own VMs."""
+    if not may_have_users(device):
+        return
+    node = DeviceNode.of_char(device.device_node, root)
+    wanted = wanted_node(node, root)
+    status = None if node.key else root.stat_or_none(device.device_node)  # a FIFO
+    wanted |= {key_of(status): device.device_node} if status else {}
+    for opener in usage.open_files.find(wanted):
+        if opener.pid not in usage.vms:
+            yield Finding(
+                Code.OPEN_BY_PROCESS,
+                f"{opener.path} is open in process {opener.pid} ({opener.name})",
+                "leave it if both may use it; else end that process: fuser --verbose "
+                + quote(opener.path),
+                Severity.WARNING,
+                used_by=UsedBy(
+                    on=opener.path,
+                    who=f"process {opener.pid} ({opener.name})",
+                    how="the open files of all processes",
+                ),
+            )
