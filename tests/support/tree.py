@@ -47,6 +47,12 @@ class HostTree:
         os.close(descriptor)
         return self
 
+    def hole(self, path: str, size_bytes: int) -> Self:
+        """A file of zeros, which takes no space and no time."""
+        self.file(path)
+        os.truncate(f"{self._base}/{path.lstrip('/')}", size_bytes)
+        return self
+
     def link(self, path: str, target: str) -> Self:
         """A symlink."""
         try:

@@ -55,7 +55,7 @@ class World:
         self.files: list[int] = []
         self.tree.file("/proc/interrupts", REMAPPING)
         self.tree.file("/proc/sys/kernel/random/boot_id", "11111111-2222-3333-4444-555555555555\n")
-        self.tree.file(IMAGE, bytes(4 * MIB)).file(ODD, bytes(3 * MIB))
+        self.tree.hole(IMAGE, 4 * MIB).hole(ODD, 3 * MIB)
         self.tree.file(COW, qcow2()).file("/srv/work/file").file(
             "/usr/libexec/virtiofsd", "#!/bin/sh\n"
         )
