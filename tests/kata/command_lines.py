@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from msgspec.structs import replace
+
 from tests.kata.cold import LIVE, ColdMachine
 from tests.kata.pmem import image, memory
 from tests.kata.terms import Terms, command_line
@@ -19,6 +21,7 @@ from tests.kata.vector import (
 from tests.support.tree import HostTree
 from vmplug.address import CcwDevNo, new_id
 from vmplug.drivers.place import CcwPlace, Place
+from vmplug.drivers.plug import SharedFS
 from vmplug.drivers.ports import NewPlug
 from vmplug.host.finding import Code
 from vmplug.hypervisor.qemu.start import machine as machines
@@ -138,12 +141,13 @@ def _by_9p(tag: str, source: str, filesystem: str) -> ShareInfo:
 
 
 def written_at(machine: ColdMachine, info: Request, place: Place) -> Terms:
-    """As it is written for a place that is given."""
+    """As it is written for a place that is given; the directory of a copied host is not opened."""
     (examined,) = machine.manager.check([info])
     assert examined.device
     assert examined.driver
     new = NewPlug(id=new_id(), device=examined.device, read_only=False)
-    machine.qemu.plug(examined.driver.plan(new, place, machine.qemu.offer()), place)
+    plug = examined.driver.plan(new, place, machine.qemu.offer())
+    machine.qemu.plug(replace(plug, file_id=None) if isinstance(plug, SharedFS) else plug, place)
     return machine.terms()
 
 
