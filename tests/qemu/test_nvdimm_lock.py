@@ -175,6 +175,8 @@ def test_memory_that_no_journal_knows_goes_with_its_lock(
         devices.attach(nvdimm(image))
     with manager(vm, tmp_path / "another") as devices:
         devices.reconcile()
+        assert refusal(image, writes=True)
+        devices.reconcile(take_over=True)
     assert not refusal(image, writes=True)
 
 

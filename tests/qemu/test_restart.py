@@ -10,14 +10,17 @@ from tests.cli.monitors import Gate
 from tests.qemu.conftest import request
 from tests.support.disks import disk_image
 from tests.support.vm import GuestVm, root_ports, start_vm
-from vmplug.errors import ConnectError, NotAttached, ProtocolError
+from vmplug.errors import ConnectError, InUse, NotAttached, ProtocolError
+from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
+from vmplug.manager.host_listing import show_thing
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import RepairOutcome
 from vmplug.manager.setup import Setup
 from vmplug.vms.adopt import adopt_vm
+from vmplug.vms.check import check_requests
 from vmplug.vms.connect import connect_vm
 from vmplug.vms.reconcile import reconcile_host
 from vmplug.vms.status import list_vms
@@ -126,6 +129,25 @@ def test_what_another_journal_plugged_is_left_alone(vms: Vms, tmp_path: Path) ->
     with vms.manager() as devices:
         assert devices.reconcile() == []
         assert devices.attachments() == [held]
+
+
+def test_a_disk_that_the_vm_has_of_another_journal_is_found(vms: Vms, tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    elsewhere = Setup(state_dir=tmp_path / "elsewhere")
+    with vms.manager() as devices:
+        held = devices.attach(request(image))
+        adopt_vm("theirs", str(vms.socket), setup=elsewhere)
+        (checked,) = check_requests([request(image)], vm="theirs", setup=elsewhere)
+        assert [finding.code for finding in checked.findings] == [Code.IMAGE_LOCKED]
+        assert "VM 'theirs', which did not get it from this journal" in checked.findings[0].message
+        (use,) = show_thing(str(image), setup=elsewhere).uses
+        assert use.who == "VM 'theirs' (not from this journal)"
+        with (
+            connect_vm("theirs", setup=elsewhere) as others,
+            pytest.raises(InUse, match="did not get it from this journal"),
+        ):
+            others.attach(request(image))
+        assert (devices.reconcile(), devices.attachments()) == ([], [held])
 
 
 def test_a_vm_that_goes_on_keeps_what_it_holds(vms: Vms, tmp_path: Path) -> None:

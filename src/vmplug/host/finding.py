@@ -173,6 +173,13 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     share_rw: bool
 
 
+class VmProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """The process of a VM, and what the journal says that the VM has."""
+
+    vm: str
+    holds: frozenset[Identity]
+
+
 class Access(msgspec.Struct, frozen=True, kw_only=True):
     """The requested access: only for reading; shared with other writers."""
 

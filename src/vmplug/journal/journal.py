@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from vmplug.address import journal_id_of
 from vmplug.errors import StateError, StoreError
-from vmplug.host.finding import Claim
+from vmplug.host.finding import Claim, VmProcess
 from vmplug.host.kind import Identity
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
@@ -198,10 +198,17 @@ class Journal:
         parse = partial(read_vm, boot_id=self.worker.boot_id)
         return self._read(parse, "SELECT * FROM vm ORDER BY name")
 
-    def vm_pids(self, host: HostRoot) -> list[int]:
-        """The processes of the VMs that run now."""
+    def vm_processes(self, host: HostRoot) -> dict[int, VmProcess]:
+        """The processes of the VMs that run now, by pid, with what they hold."""
+        held: dict[str, set[Identity]] = {}
+        for claim in self.claims():
+            held.setdefault(claim.vm, set()).add(claim.identity)
         running = (vm for vm in self.vms() if not (vm.is_of_earlier_boot or has_ended(vm, host)))
-        return [vm.pid for vm in running if vm.pid]
+        return {
+            vm.pid: VmProcess(vm=vm.name, holds=frozenset(held.get(vm.name, ())))
+            for vm in running
+            if vm.pid
+        }
 
     def find_vm(self, name: str) -> VmRecord | None:
         """The VM of that name; None when it is not known."""

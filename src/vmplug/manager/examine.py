@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -20,12 +20,21 @@ from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, Po
 from vmplug.host.block.content import look_into
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.relations import relate_block, relate_file
-from vmplug.host.block.usage import HostUsage, read_usage
+from vmplug.host.block.usage import NO_VMS, HostUsage, read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.check.thing import identify
 from vmplug.host.check.vfio_group import GuestMemory, check_vm
 from vmplug.host.device import CharDevice, HostDevice
-from vmplug.host.finding import NEVER_ALLOWED, Access, Claim, Code, Finding, Severity, allow
+from vmplug.host.finding import (
+    NEVER_ALLOWED,
+    Access,
+    Claim,
+    Code,
+    Finding,
+    Severity,
+    VmProcess,
+    allow,
+)
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
@@ -45,15 +54,15 @@ class CheckContext(msgspec.Struct, frozen=True, kw_only=True):
 
     `find_claims` returns the claims of VMs on a device and its relatives. vmplug does not ask the
     backend of a device that the VM already has (`is_held`), or who has it open: that VM does.
-    `find_more` returns the VM's findings about a device. `vm_pids` are the processes of vmplug's
-    own VMs. `gate` is the operator's policy, None where there is none. `budget` is the time of
+    `find_more` returns the VM's findings about a device. `vms` are the processes of vmplug's own
+    VMs, by pid. `gate` is the operator's policy, None where there is none. `budget` is the time of
     the request, None for the default from now on.
     """
 
     find_claims: FindClaims = lambda _: ()
     is_held: Callable[[HostDevice], bool] = lambda _: False
     find_more: Callable[[HostDevice], Iterable[Finding]] = lambda _: ()
-    vm_pids: Collection[int] = ()
+    vms: Mapping[int, VmProcess] = NO_VMS
     gate: PolicyCheck | None = None
     budget: Budget | None = None
 
@@ -118,7 +127,7 @@ def examine(
     terms = _Terms(
         host=host,
         known=known,
-        usage=read_usage(host, vms=known.vm_pids),
+        usage=read_usage(host, vms=known.vms),
         allowed=frozenset(allowed),
         managed=managed,
         overlaps=Overlaps(),

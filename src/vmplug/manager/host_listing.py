@@ -1,12 +1,12 @@
 """What could a host hand over, what is one thing of it, and which VM has it?"""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from msgspec import structs
 
 from vmplug.errors import NoSuchDevice
-from vmplug.host.block.usage import read_usage
-from vmplug.host.finding import Claim
+from vmplug.host.block.usage import NO_VMS, read_usage
+from vmplug.host.finding import Claim, VmProcess
 from vmplug.host.inventory import Inventory, Kind, read_inventory, with_reset_methods
 from vmplug.host.inventory_names import find_named
 from vmplug.host.kind import Identity
@@ -63,17 +63,17 @@ def show_thing(name: str, *, with_vms: bool = True, setup: Setup = DEFAULT_SETUP
             return describe_other(name, read_usage(host), host)
         except NoSuchDevice:
             raise no_such(name) from error
-    claims, vms = _read_vms(setup) if with_vms else (None, ())
+    claims, vms = _read_vms(setup) if with_vms else (None, NO_VMS)
     usage = read_usage(host, vms=vms)
     device = relate(device, usage, host)
     return describe_thing(device, usage=usage, claims=claims, root=host)
 
 
-def _read_vms(setup: Setup) -> tuple[Sequence[Claim], Sequence[int]]:
+def _read_vms(setup: Setup) -> tuple[Sequence[Claim], Mapping[int, VmProcess]]:
     """What all VMs have, and their processes."""
     if not has_journal(setup.state_dir):
-        return (), ()
+        return (), NO_VMS
     from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 and its users cost 10 ms
 
     with Journal.open(setup.state_dir) as journal:
-        return journal.claims(), journal.vm_pids(setup.host)
+        return journal.claims(), journal.vm_processes(setup.host)

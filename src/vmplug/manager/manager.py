@@ -356,7 +356,7 @@ class DeviceManager:
             find_claims=self._find_claims,
             is_held=self._is_held,
             find_more=self._check_vfio,
-            vm_pids=self._journal.vm_pids(self._host),
+            vms=self._journal.vm_processes(self._host),
             gate=self._gate(owner),
             budget=budget,
         )

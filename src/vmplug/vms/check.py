@@ -63,7 +63,7 @@ def _known(setup: Setup, gate: PolicyCheck | None) -> Iterator[CheckContext]:
             gate=gate,
             find_claims=find_claims,
             find_more=partial(_check_tokens, setup, journal.vf_tokens),
-            vm_pids=journal.vm_pids(setup.host),
+            vms=journal.vm_processes(setup.host),
         )
 
 

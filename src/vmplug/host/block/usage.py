@@ -1,12 +1,14 @@
 """What uses the devices of the host: one value for each request, which reads each table once."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
 from vmplug.host.block.twins import Lun, read_luns
+from vmplug.host.finding import VmProcess
 from vmplug.host.root import HostRoot
 from vmplug.host.use.mounts import MountedDevice, parse_mounted_devices, read_swaps
 from vmplug.host.use.namespaces import Namespaces, read_namespaces
@@ -17,20 +19,22 @@ if TYPE_CHECKING:
     from vmplug.host.use.interfaces import MovedInterface
 
 T = TypeVar("T")
+NO_VMS: Mapping[int, VmProcess] = MappingProxyType({})
 
 
 class HostUsage:
     """Everything on the host that can use a device, each table read when it is first needed.
 
     One request has one, so that what is asked of all processes is asked once, and the answers of
-    one request agree. `vms` are the processes of vmplug's own VMs, whose open files the journal
-    explains. `questions` are those to things that may not answer.
+    one request agree. `vms` are the processes of vmplug's own VMs, with what the journal says that
+    each has: it explains the files of these that are open. `questions` are those to things that
+    may not answer.
     """
 
-    def __init__(self, root: HostRoot, *, vms: Collection[int] = ()) -> None:
+    def __init__(self, root: HostRoot, *, vms: Mapping[int, VmProcess] = NO_VMS) -> None:
         self._root = root
         self.questions = Questions()
-        self.vms = frozenset(vms)
+        self.vms = vms
 
     @cached_property
     def open_files(self) -> OpenFiles:
@@ -106,6 +110,6 @@ class HostUsage:
         return read_moved(self.namespaces.networks.values())
 
 
-def read_usage(root: HostRoot, *, vms: Collection[int] = ()) -> HostUsage:
+def read_usage(root: HostRoot, *, vms: Mapping[int, VmProcess] = NO_VMS) -> HostUsage:
     """What uses the devices of the host now, for one request."""
     return HostUsage(root, vms=vms)

@@ -22,7 +22,7 @@ from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed, without_shared
 from vmplug.host.check.exclusive import exclusive_errno
 from vmplug.host.check.open_char import check_open_char
-from vmplug.host.check.open_disk import check_open_disk
+from vmplug.host.check.open_disk import check_open_disk, open_in_vm
 from vmplug.host.check.unknown import gather_unknown, not_looked_for
 from vmplug.host.check.vfio_group import check_group, check_openers
 from vmplug.host.device import (
@@ -169,7 +169,7 @@ def _check_block(
         found += closed
         if not (_is_refused(used) or in_vm or closed):
             for path in (*device.nodes, *device.below_files):
-                found += _locked(path, access, root)
+                found += _in_a_qemu(path, device, access, usage, root)
     yield from found
     if not _is_refused(found):
         yield from check_open_disk(device, access, usage, root)
@@ -210,7 +210,7 @@ def _check_file(
     ]
     found = [*used, *find_claimed(claims, access)]
     if not (_is_refused(used) or in_vm):
-        found += _locked(device.host_path, access, root)
+        found += _in_a_qemu(device.host_path, device, access, usage, root)
     yield from found
     if not _is_refused(found):
         yield from check_open_disk(device, access, usage, root)
@@ -435,6 +435,15 @@ def _locked(path: str, access: Access, root: HostRoot) -> Iterator[Finding]:
                 on=path, who="a QEMU or qemu-storage-daemon", how="the lock bytes of QEMU"
             ),
         )
+
+
+def _in_a_qemu(
+    path: str, disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """`_locked`, with the name of the VM if it is one of the journal."""
+    for locked in _locked(path, access, root):
+        vm = next(open_in_vm(disk, usage, root), None)
+        yield replace(vm, code=locked.code, severity=locked.severity) if vm else locked
 
 
 def _read_only(device: BlockDevice | DiskFile, access: Access, remedy: str) -> Iterator[Finding]:

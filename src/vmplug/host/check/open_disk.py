@@ -24,9 +24,9 @@ from vmplug.host.use.openers import DeviceNode, Opener, Wanted, wanted_node
 def check_open_disk(
     disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:
-    """Processes that keep it open, or what shows its bytes; those of vmplug's own VMs may.
+    """Processes that keep it open, or what shows its bytes.
 
-    So may the one that makes a network disk out of what a server sends.
+    The one that makes a network disk out of what a server sends may.
     """
     own, below = _wanted(disk, root), _wanted_below(disk, root)
     client = _network_client(disk, root)
@@ -40,8 +40,28 @@ def check_open_disk(
 
     for opener in usage.open_files.find_lasting(below | own, matters):
         yield _open_by(opener, access)
+    yield from open_in_vm(disk, usage, root)
     # Those that even root may not look into are not counted here: docs/safety.md.
     yield from map(not_looked_for, find_unread(usage.open_files, usage.open_files.unlisted))
+
+
+def open_in_vm(
+    disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """VMs that write to it, and do not have it as the journal says.
+
+    A warning: QEMU's own lock refuses what may not be shared.
+    """
+    identities = {disk.identity, *disk.related_identities}
+    vms = {pid: vm.vm for pid, vm in usage.vms.items() if not vm.holds & identities}
+
+    def matters(opener: Opener) -> bool:
+        return opener.writes and opener.pid in vms
+
+    if vms:
+        wanted = _wanted(disk, root) | _wanted_below(disk, root)
+        for opener in usage.open_files.find_lasting(wanted, matters):
+            yield _open_by_vm(opener, vms[opener.pid])
 
 
 def _network_client(disk: BlockDevice | DiskFile, root: HostRoot) -> int | None:
@@ -52,6 +72,21 @@ def _network_client(disk: BlockDevice | DiskFile, root: HostRoot) -> int | None:
     if isinstance(disk, DiskFile) or disk.sysfs_path is None:
         return None
     return root.read_int(f"{find_disk_path(disk.sysfs_path, root)}/pid")
+
+
+def _open_by_vm(opener: Opener, vm: str) -> Finding:
+    return Finding(
+        Code.OPEN_BY_PROCESS,
+        f"{opener.path} is open for writing in VM {vm!r}, which did not get it from this journal",
+        f"detach it where it was attached: another journal's vmplug did it (vmplug reconcile --vm "
+        f"{vm} lists what it has of others), or QEMU's command line",
+        Severity.WARNING,
+        used_by=UsedBy(
+            on=opener.path,
+            who=f"VM {vm!r} (not from this journal)",
+            how="the open files of all processes",
+        ),
+    )
 
 
 def _open_by(opener: Opener, access: Access) -> Finding:

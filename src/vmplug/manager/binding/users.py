@@ -30,7 +30,7 @@ def find_conflicts(
     return check_device(
         members._replace(cdev_nodes=tuple(nodes)),
         Access(read_only=False),
-        usage=read_usage(host, vms=journal.vm_pids(host)),
+        usage=read_usage(host, vms=journal.vm_processes(host)),
         claims=journal.find_claims(None, group.identity, group.related_identities),
         root=host,
     )

@@ -17,7 +17,8 @@ from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
+from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy, VmProcess
+from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
@@ -162,11 +163,34 @@ def test_a_process_that_has_an_image_open_is_named(tree: HostTree) -> None:
 def test_a_vm_of_vmplug_is_no_stranger(disk: HostTree) -> None:
     disk.process(77, "qemu", "/dev/sda").process(78, "qemu", "/dev/sda")
     device = resolve(want("8:0"), disk.root)
-    for vms, expected in (((77, 78), []), ((77,), ["process 78"]), ((), ["process 77"])):
-        usage = read_usage(disk.root, vms=vms)
+    for pids, expected in (((77, 78), []), ((77,), ["process 78"]), ((), ["process 77"])):
+        usage = read_usage(disk.root, vms=dict.fromkeys(pids, vm_with("block:8:0")))
         found = check_device(device, WRITING, usage=usage, root=disk.root)
         assert all(any(e in finding.message for finding in found) for e in expected)
         assert bool(found) == bool(expected)
+
+
+def vm_with(*identities: str) -> VmProcess:
+    return VmProcess(vm="sb1", holds=frozenset(map(Identity.parse, identities)))
+
+
+@pytest.mark.parametrize("held", [(), ("block:8:32",)])
+def test_a_vm_that_got_it_elsewhere_is_reported_and_its_lock_decides(
+    disk: HostTree, held: tuple[str, ...]
+) -> None:
+    """Another journal's vmplug plugged it, or it was on QEMU's command line."""
+    disk.process(77, "qemu", "/dev/sda")
+    usage = read_usage(disk.root, vms={77: vm_with(*held)})
+    found = check_device(resolve(want("8:0"), disk.root), WRITING, usage=usage, root=disk.root)
+    ((code, severity, message, used_by),) = [
+        (f.code, f.severity, f.message, f.used_by) for f in found
+    ]
+    assert (code, severity) == (Code.OPEN_BY_PROCESS, Severity.WARNING)
+    assert message.startswith(
+        "/dev/sda is open for writing in VM 'sb1', which did not get it from"
+    )
+    assert used_by
+    assert used_by.who == "VM 'sb1' (not from this journal)"
 
 
 def test_what_is_asked_of_all_processes_is_asked_once_for_a_request(tree: HostTree) -> None:
