@@ -32,6 +32,7 @@ from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.virtiofsd import ask_options
 from vmplug.hypervisor.qmp.monitor import Monitor
+from vmplug.journal.journal import Journal
 from vmplug.manager.reconcile import RepairOutcome
 from vmplug.oci.requests import ShareInfo
 from vmplug.oci.spec import parse_config
@@ -126,6 +127,26 @@ def test_a_share_outlives_the_process_that_made_it(open_lab: OpenLab, directory:
     assert open_lab.devices.reconcile() == []
     assert_shared(open_lab, directory)
     assert daemons_below(directory) == daemons
+    open_lab.devices.detach(attachment.id)
+    assert open_lab.picture() == before
+
+
+def test_the_daemon_of_another_journals_share_goes_on(
+    open_lab: OpenLab, directory: Path, tmp_path: Path
+) -> None:
+    before = open_lab.picture()
+    attachment = open_lab.devices.attach(ShareInfo(tag=TAG, source=str(directory)))
+    daemons = daemons_below(directory)
+    Journal.open(tmp_path / "another").close()
+    ours, open_lab.state_dir = open_lab.state_dir, tmp_path / "another"
+    open_lab.close()
+    (repair,) = [r for r in open_lab.devices.reconcile() if r.device_id == attachment.device_id]
+    assert repair.outcome is RepairOutcome.ANOTHER_JOURNAL
+    assert repair.reason.startswith("vhost-user-fs-pci of journal ")
+    open_lab.close()
+    open_lab.state_dir = ours
+    assert daemons_below(directory) == daemons
+    assert_shared(open_lab, directory)
     open_lab.devices.detach(attachment.id)
     assert open_lab.picture() == before
 

@@ -19,7 +19,9 @@ from vmplug.host.finding import Code
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
 from vmplug.journal.journal import Journal
 from vmplug.journal.state import State
+from vmplug.manager.binding.binder import Binder
 from vmplug.manager.manager import DeviceManager
+from vmplug.manager.reconcile import RepairOutcome
 from vmplug.oci.requests import VfioInfo
 
 GPU, SOUND, NET = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"
@@ -200,3 +202,23 @@ def test_an_attach_that_was_interrupted_is_taken_back_with_its_drivers(
     assert (drivers(kernel), plugged(vm)) == (BEFORE, set())
     assert (journal.devices("sb1"), journal.bindings.all()) == ([], [])
     assert held.device_id not in vm.find_devices()
+
+
+def test_what_another_journal_bound_and_plugged_is_left_bound_and_plugged(
+    manager: Managers, kernel: FakeKernel, vm: FakeHypervisor, tmp_path: Path
+) -> None:
+    held = manager.now.attach(want(GPU), managed=True)
+    before = kernel.picture()
+    with Journal.open(tmp_path / "another") as journal:
+        theirs = DeviceManager(vm="sb1", host=kernel, hypervisor=vm, journal=journal)
+        (repair,) = theirs.reconcile()
+        assert (repair.device_id, repair.is_gone) == (held.device_id, False)
+        assert repair.outcome is RepairOutcome.ANOTHER_JOURNAL
+        assert Binder(journal, kernel).recover() == []
+        assert (kernel.picture(), plugged(vm)) == (before, {GPU, SOUND})
+
+        (repair,) = theirs.reconcile(take_over=True)
+        assert repair.outcome is RepairOutcome.REMOVED
+        assert (kernel.picture(), plugged(vm)) == (before, set())
+    manager.now.reconcile()
+    assert drivers(kernel) == BEFORE
