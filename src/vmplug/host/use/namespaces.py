@@ -25,6 +25,8 @@ _NAMED = "/run/netns"
 _NSFS = " - nsfs "
 _MOUNTED = re.compile(rf" (mnt|net):\[([0-9]+)\] (\S+) [^\n]*{_NSFS}", re.ASCII)
 _OPENED = re.compile(r"(mnt|net):\[([0-9]+)\]\Z", re.ASCII)
+_NLINK_OF_ONE_TASK = 3
+"""Links of a directory task: `.`, `..`, and one for each thread. Source: fs/proc/base.c."""
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM})
 _UNSEEN = _FORBIDDEN | {errno.EINVAL}
 """Another user's process, or one that is ending."""
@@ -101,6 +103,7 @@ class _Found:
         self.hidden: list[str] = []
         self.networks: dict[int, str] = {}
         self._mounts: dict[int, str] = {}
+        self._of_threads = set[str]()
         self._root = root
         for name in root.list_dir(_NAMED):
             if status := root.stat_or_none(f"{_NAMED}/{name}"):
@@ -111,6 +114,7 @@ class _Found:
         seen = set[object]()
         for pid in filter(is_decimal, self._root.list_dir("/proc")):
             view = self._read_view(f"/proc/{pid}")
+            self._read_threads(pid)
             if view in seen:
                 continue
             try:
@@ -141,6 +145,24 @@ class _Found:
             self._mounts.setdefault(mount[0][2], names[0])
             self.networks.setdefault(network[0][2], names[1])
         return mount, base
+
+    def _read_threads(self, pid: str) -> None:
+        """A thread of root's may leave the namespaces of its process, as network tools do."""
+        tasks = f"/proc/{pid}/task"
+        status = self._root.stat_or_none(tasks)
+        if status is None or status.st_uid or status.st_nlink == _NLINK_OF_ONE_TASK:
+            return
+        try:
+            for tid in self._root.list_dir(tasks):
+                for kind in ("mnt", "net"):
+                    path = f"{tasks}/{tid}/ns/{kind}"
+                    link = self._root.read_link(path)
+                    if link and link not in self._of_threads:
+                        self._of_threads.add(link)
+                        self._add(kind, int(link[len(kind) + 2 : -1]), path)
+        except AttributeReadError as error:
+            if error.errno not in _UNSEEN:
+                raise
 
     def _add_mounted(self, base: str, table: str) -> None:
         for kind, number, path in _MOUNTED.findall(table) if _NSFS in table else ():

@@ -67,6 +67,36 @@ CHROOT = (
 )
 
 
+def test_namespaces_that_only_a_thread_is_in_are_found(node: Path, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "thread.py").write_text(THREAD)
+    before = set(read_usage(THIS_HOST).namespaces.networks)
+    with inside(f"exec {sys.executable} {tmp_path}/thread.py {node} {tmp_path}/mnt") as pid:
+        assert points(node) == [f"{tmp_path}/mnt"]
+        found = read_usage(THIS_HOST).namespaces.networks
+        (its_own,) = {
+            task.joinpath("ns/net").stat().st_ino for task in Path(f"/proc/{pid}/task").iterdir()
+        } - {Path(f"/proc/{pid}/ns/net").stat().st_ino}
+        assert its_own in found.keys() - before
+    assert points(node) == []
+
+
+THREAD = """
+import ctypes, os, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNS, CLONE_NEWNET, MS_PRIVATE_REC = 0x20000, 0x40000000, 0x44000
+node, place = map(os.fsencode, sys.argv[1:])
+def run():
+    assert not libc.unshare(CLONE_NEWNS | CLONE_NEWNET)
+    assert not libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_PRIVATE_REC), None)
+    assert not libc.mount(node, place, b"ext4", ctypes.c_ulong(0), None)
+    print("ready", flush=True)
+    threading.Event().wait()
+threading.Thread(target=run, daemon=True).start()
+sys.stdin.read()
+"""
+
+
 @contextmanager
 def kept_by_a_file(script: str, kind: str, place: Path) -> Iterator[None]:
     """A namespace without a process: a mount of its file keeps it."""
