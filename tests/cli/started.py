@@ -148,15 +148,17 @@ def no_qemu_left(directory: Path) -> Iterator[None]:
 def sharers_of(directory: Path) -> set[int]:
     """The processes that were started to share a directory or what is below it.
 
-    A corpse has no arguments any more.
+    A daemon of vmplug's knows the directory by its environment. A corpse has no words any more.
     """
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            said = (Path(f"/proc/{pid}", name).read_bytes() for name in ("cmdline", "environ"))
+            words = b"\0".join(said).split(b"\0")
         except OSError:  # it has ended
             continue
-        told = tuple(option + os.fsencode(directory) for option in (b"source=", b"--shared-dir="))
+        names = (b"source=", b"--shared-dir=", b"VMPLUG_DIRECTORY=")
+        told = tuple(name + os.fsencode(directory) for name in names)
         if any(word.startswith(told) for word in words):
             found.add(int(pid))
     return found
