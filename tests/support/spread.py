@@ -9,14 +9,19 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 from multiprocessing.connection import Connection, Pipe, wait
 
 import pytest
 
-_CHUNK = 8
-"""How many tests a process takes at a time: few, so that all processes end at the same time."""
-_START = struct.Struct("=I")
+_CHUNK = 40
+"""How many tests of a file a process takes at a time.
+
+More, and the processes do not end together; fewer, and each makes what the tests of a file share.
+"""
+_NUMBER = struct.Struct("=I")
+_Numbered = tuple[int, pytest.Item]
+"""A test and its number in the session."""
 
 
 @dataclass
@@ -36,16 +41,16 @@ class Spread:
         """A forked process returns too, and ends its session as pytest does, but on no screen."""
         if session.testsfailed or session.config.option.collectonly:
             return None
+        chunks = _chunks(session.items)
         todo, give = os.pipe()
-        for start in range(0, len(session.items), _CHUNK):
-            os.write(give, _START.pack(start))
+        os.write(give, b"".join(map(_NUMBER.pack, range(len(chunks)))))
         os.close(give)
         processes = list[_Process]()
         for _ in os.sched_getaffinity(0):
             sys.stdout.flush()
             told, tell = Pipe(duplex=False)
             if (pid := os.fork()) == 0:
-                _run(session, _take(session.items, todo), tell)
+                _run(session, _take(chunks, todo), tell)
                 return True
             tell.close()
             processes.append(_Process(pid, told))
@@ -61,10 +66,17 @@ class Spread:
         return True
 
 
-def _take(items: Sequence[pytest.Item], todo: int) -> Iterator[tuple[int, pytest.Item]]:
-    while start := os.read(todo, _START.size):
-        (first,) = _START.unpack(start)
-        yield from enumerate(items[first : first + _CHUNK], first)
+def _chunks(items: Sequence[pytest.Item]) -> list[list[_Numbered]]:
+    found = list[list[_Numbered]]()
+    for _, group in groupby(enumerate(items), lambda numbered: numbered[1].path):
+        tests = list(group)
+        found += [tests[start : start + _CHUNK] for start in range(0, len(tests), _CHUNK)]
+    return found
+
+
+def _take(chunks: Sequence[Sequence[_Numbered]], todo: int) -> Iterator[_Numbered]:
+    while number := os.read(todo, _NUMBER.size):
+        yield from chunks[_NUMBER.unpack(number)[0]]
 
 
 def _begin_no_other(todo: int) -> None:
@@ -72,9 +84,7 @@ def _begin_no_other(todo: int) -> None:
         pass
 
 
-def _run(
-    session: pytest.Session, items: Iterator[tuple[int, pytest.Item]], tell: Connection
-) -> None:
+def _run(session: pytest.Session, items: Iterator[_Numbered], tell: Connection) -> None:
     plugins = session.config.pluginmanager
     plugins.unregister(name="terminalreporter")
     plugins.register(_Teller(session.config, tell))
