@@ -8,6 +8,7 @@ function's own configuration space begins with FFFF.
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 from tests.support.tree import GIB, HostTree
@@ -96,9 +97,10 @@ class PciTree(HostTree):
     def take(self, bdf: str, driver: str) -> Self:
         """Another driver takes a function that is there."""
         path = self.real(bdf)
-        (self.path / path[1:] / "driver").unlink(missing_ok=True)
-        for former in self.path.glob(f"sys/bus/pci/drivers/*/{bdf}"):
-            former.unlink()
+        with suppress(FileNotFoundError):
+            former = os.path.basename(os.readlink(f"{self._base}{path}/driver"))
+            os.unlink(f"{self._base}{path}/driver")
+            os.unlink(f"{self._base}/sys/bus/pci/drivers/{former}/{bdf}")
         uevent = self.path / path[1:] / "uevent"
         kept = [line for line in uevent.read_bytes().splitlines() if b"DRIVER=" not in line]
         uevent.write_bytes(b"\n".join([os.fsencode(f"DRIVER={driver}"), *kept, b""]))
@@ -296,9 +298,12 @@ class PciTree(HostTree):
         """The directory of a BDF, a UUID or a path, without links."""
         if device.startswith("/"):
             return device
-        bus = "mdev" if len(device) == 36 else "pci"
-        real = os.path.realpath(f"{self._base}/sys/bus/{bus}/devices/{device}")
-        return real.removeprefix(os.path.realpath(self._base))
+        devices = f"/sys/bus/{'mdev' if len(device) == 36 else 'pci'}/devices"
+        try:
+            target = os.readlink(f"{self._base}{devices}/{device}")
+        except OSError:
+            return f"{devices}/{device}"
+        return os.path.normpath(f"{devices}/{target}")
 
     def _pci_path(self, bdf: str, below: str | None) -> str:
         if below:
