@@ -1,4 +1,4 @@
-"""The fault matrix: every step of attach and detach of every kind, and one fault at each.
+"""The fault matrix: every step of every operation with every kind, and one fault at each.
 
 An operation runs in a process of its own. What it does is seen from outside: its QMP commands and
 events pass through a `Conductor` on the VM's socket, and it halts before and after each journal

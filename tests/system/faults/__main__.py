@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator
 
 from tests.system.faults.columns import ColumnName, pool, run
 from tests.system.faults.kinds import Kind
-from tests.system.faults.matrix import KINDS, Cell, Op
-from tests.system.faults.steps import Fault
+from tests.system.faults.matrix import KINDS, Cell, learn, step_lines
+from tests.system.faults.steps import Fault, Op
 
 
 def table(done: Iterable[Cell]) -> Iterator[str]:
     """One line for each cell."""
     for cell in done:
         outcome = f"WRONG: {cell.problem}" if cell.problem else cell.outcome
-        yield f"{cell.kind:26} {cell.op:6} {cell.step!s:44} {cell.fault:18} {outcome}"
+        yield f"{cell.kind:26} {cell.op:9} {cell.step!s:44} {cell.fault:18} {outcome}"
 
 
 def totals(done: Iterable[Cell]) -> Iterator[str]:
@@ -53,14 +53,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.system.faults", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="what every run of the tests does")
     parser.add_argument("--qemu", action="store_true", help="against a real QEMU")
+    parser.add_argument("--steps", action="store_true", help="print what steps.txt lists")
     parser.add_argument("words", nargs="*")
     said = parser.parse_args()
     columns = [
         ColumnName(kind.name, op, said.qemu, said.quick)
         for kind in chosen(said.words)
-        for op in Op
-        if not (said.qemu and kind.is_vfio)
+        for op in ((Op.ATTACH, Op.DETACH) if said.qemu else kind.ops)
+        if not (said.qemu and (kind.is_vfio or kind.own))
     ]
+    if said.steps:
+        for kind in chosen(said.words):
+            for op in kind.ops:
+                print("\n".join(step_lines(kind.name, op, learn(kind, op)[1])), flush=True)
+        return 0
     done: list[Cell] = []
     with pool() as workers:
         for found in workers.map(run, columns):

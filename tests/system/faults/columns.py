@@ -11,8 +11,16 @@ from typing import NamedTuple
 from tests.contract.world import memory_side_vm
 from tests.system.faults.kinds import Kind
 from tests.system.faults.machine import QemuMachine
-from tests.system.faults.matrix import KINDS, Cell, Column, Op, Pictures, Table, cells, faults_at
-from tests.system.faults.steps import AGAINST_QEMU, FAULTS, QUICK, QUICK_AGAINST_QEMU, Fault, Step
+from tests.system.faults.matrix import KINDS, Cell, Column, Pictures, Table, cells, faults_at
+from tests.system.faults.steps import (
+    AGAINST_QEMU,
+    FAULTS,
+    QUICK,
+    QUICK_AGAINST_QEMU,
+    Fault,
+    Op,
+    Step,
+)
 from tests.system.faults.world import world
 
 

@@ -15,14 +15,15 @@ from typing import NamedTuple, Protocol
 
 from tests.system.faults.machine import Link, Machine, Message, Reader
 from tests.system.faults.process import GO, REFUSE, Answer, Process
-from tests.system.faults.steps import Fault, Step, StepKind
+from tests.system.faults.steps import GUEST, Fault, Step, StepKind
 from vmplug.address import device_id_of
+from vmplug.hypervisor.fake.monitor import Guest
 
 CHANGING = frozenset(
     {
         *("blockdev-add", "blockdev-del", "object-add", "object-del", "device_add", "device_del"),
         *("chardev-add", "chardev-remove", "netdev_add", "netdev_del", "getfd", "closefd"),
-        *("add-fd", "remove-fd"),
+        *("add-fd", "remove-fd", "block_resize"),
     }
 )
 DEADLINE_S = 30.0
@@ -181,6 +182,8 @@ class Conductor:
         if fault is Fault.QEMU_DIES:
             self._machine.die()
             self.close()
+        elif fault in GUEST:
+            self._machine.guest(Guest.SILENT if fault is Fault.GUEST_SILENT else Guest.REFUSES)
         elif fault in {Fault.BACKEND_DIES, Fault.DEVICE_GONE, Fault.DISK_FULL}:
             self._host.spoil(fault)
         return fault

@@ -15,7 +15,8 @@ Columns = Mapping[ColumnName, Future[list[Cell]]]
 def columns(request: pytest.FixtureRequest) -> Iterator[Columns]:
     """The columns of a module, which run while its first tests wait for theirs."""
     mine = (item for item in request.session.items if isinstance(item, pytest.Function))
-    params = [item.callspec.params for item in mine if item.module is request.module]
-    chosen = [name for param in params if isinstance(name := param["column"], ColumnName)]
+    specs = [getattr(item, "callspec", None) for item in mine if item.module is request.module]
+    names = dict.fromkeys(spec.params["column"] for spec in specs if spec)
+    chosen = [name for name in names if isinstance(name, ColumnName)]
     with pool() as workers:
         yield {column: workers.submit(run, column) for column in chosen}

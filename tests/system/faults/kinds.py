@@ -15,6 +15,7 @@ from tests.support.daemons import Daemon, storage_daemon, vhost_user_backend, vi
 from tests.support.disks import detach_loop, disk_image
 from tests.support.fake_kernel import FakeKernel
 from tests.support.pci_tree import PciTree
+from tests.system.faults.steps import Op
 from vmplug.devnum import DevNum
 from vmplug.host.pci.vfio import IOMMU_NODE
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR
@@ -51,7 +52,8 @@ class Kind:
     `make` gives what is behind it, in a directory with a short path; the second argument is the
     QMP socket. `is_vfio` is whether it needs VFIO, which a tree plays here and no real QEMU has;
     `is_retained` whether it stays until the VM ends, `shares` whether the first one makes what all
-    of its kind share and what stays: the contract has the faults of making that.
+    of its kind share and what stays: the contract has the faults of making that. `more` is what is
+    done beside attach and detach, `own` what is done instead, with a VM that vmplug starts.
     """
 
     name: str
@@ -62,6 +64,13 @@ class Kind:
     is_vfio: bool = False
     is_retained: bool = False
     shares: bool = False
+    more: tuple[Op, ...] = ()
+    own: tuple[Op, ...] = ()
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """What is done with it."""
+        return self.own or (Op.ATTACH, Op.DETACH, *self.more)
 
 
 AWAY = ".away"
@@ -374,3 +383,47 @@ def functions(
         path = directory / "host"
         stack.callback(shutil.rmtree, path)
         yield Functions(host_tree(path), names, has_node)
+
+
+MEDIATED, MEDIATED_TYPE = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "nvidia-35"
+
+
+@dataclass(slots=True)
+class Mediated:
+    """A mediated device of a function that stays with its own driver."""
+
+    tree: PciTree
+
+    def requests(self) -> Sequence[Request]:
+        """See Behind."""
+        return [VfioInfo(label="vgpu", device=MEDIATED)]
+
+    def renew(self) -> None:
+        """See Behind."""
+        if self.is_gone():
+            parent = f"/sys/bus/pci/devices/{FIRST}"
+            create = f"{parent}/mdev_supported_types/{MEDIATED_TYPE}/create"
+            assert FakeKernel(self.tree).write_attribute(create, MEDIATED) is None
+
+    def take(self) -> None:
+        """See Behind."""
+        path = f"/sys/bus/mdev/devices/{MEDIATED}/remove"
+        assert FakeKernel(self.tree).write_attribute(path, "1") is None
+
+    def is_gone(self) -> bool:
+        """See Behind."""
+        return not (self.tree.path / f"sys/bus/mdev/devices/{MEDIATED}").exists()
+
+    def kill(self) -> None:
+        """See Behind."""
+        raise AssertionError("nobody serves it")
+
+
+@contextmanager
+def mediated(directory: Path, _: Path) -> Iterator[Behind]:
+    with ExitStack() as stack:
+        path = directory / "host"
+        stack.callback(shutil.rmtree, path)
+        tree = host_tree(path)
+        tree.mdev_type(FIRST, MEDIATED_TYPE)
+        yield Mediated(tree)

@@ -17,7 +17,7 @@ from tests.contract.world import Parts, qemu_parts
 from tests.support.vm import GuestVm
 from vmplug.drivers.ports import Command
 from vmplug.hypervisor.fake.backends import Refused
-from vmplug.hypervisor.fake.monitor import FakeMonitor
+from vmplug.hypervisor.fake.monitor import FakeMonitor, Guest
 
 Message = Mapping[str, Any]
 
@@ -63,6 +63,9 @@ class Machine(Protocol):
 
     def count_files(self, most: int, timeout_s: float = _SETTLE_S) -> int:
         """How many files it has open, once those are no more than `most` or that takes long."""
+
+    def guest(self, guest: Guest) -> None:
+        """From now on the guest answers like that; what it was asked meanwhile when it answers."""
 
     def die(self) -> None:
         """End as a crash would."""
@@ -176,6 +179,10 @@ class WiredMonitor(FakeMonitor):
     def _device_add(self, driver: str, id: str, **rest: Any) -> dict[str, Any]:
         if "host" in rest and self.functions and not (self.functions / rest["host"]).exists():
             raise Refused(f"vfio {rest['host']}: no such host device")
+        if "sysfsdev" in rest and "fd" not in rest and self.functions:
+            path = self.functions.parents[3] / rest["sysfsdev"].lstrip("/")
+            if not path.exists():
+                raise Refused(f"vfio {rest['sysfsdev']}: no such host device")
         chardev = rest.get("chardev") or self.netdevs.get(rest.get("netdev", ""))
         if isinstance(connection := self.open.get(str(chardev)), socket.socket):
             self._greet(connection)
@@ -309,11 +316,18 @@ class MemoryMachine:
             netdevs=frozenset(m.netdevs),
         )
         opened = [f"descriptor {name}" for name in [*m.open, *m.descriptors]]
+        opened += [f"size {size} of {name}" for name, size in m.sizes.items() if name in m.nodes]
         return names_of(parts, m._query_memory_devices()) + opened
 
     def count_files(self, most: int, timeout_s: float = _SETTLE_S) -> int:  # noqa: ARG002
         """See Machine; what it has open is among its parts."""
         return 0
+
+    def guest(self, guest: Guest) -> None:
+        """See Machine."""
+        self.monitor.guest = guest
+        if guest is Guest.ANSWERS:
+            self.monitor.wake_guest()
 
     def die(self) -> None:
         """See Machine; another one is in its place at once, empty."""
@@ -373,6 +387,10 @@ class QemuMachine:
                 break
             time.sleep(_LOOK_AGAIN_S)
         return count
+
+    def guest(self, guest: Guest) -> None:
+        """See Machine; its guest always answers."""
+        assert guest is Guest.ANSWERS, "the contract has the others with a real guest"
 
     def die(self) -> None:
         """See Machine."""

@@ -1,13 +1,11 @@
 """The matrix: for each kind and operation every step, for each step every fault, and a verdict."""
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
+from tests.system.faults import ops
 from tests.system.faults.conductor import Plan
 from tests.system.faults.kinds import (
     BOUND,
@@ -19,16 +17,17 @@ from tests.system.faults.kinds import (
     functions,
     images,
     loop,
+    mediated,
     network,
     random_source,
     share_by_socket,
     share_of_ours,
     stored,
 )
-from tests.system.faults.process import GO, Answer, Hooks, Process
-from tests.system.faults.steps import FAULTS, KILLED, Fault, Step, StepKind
+from tests.system.faults.ops import OPERATIONS
+from tests.system.faults.process import GO, Answer, Process
+from tests.system.faults.steps import FAULTS, GUEST, KILLED, Fault, Op, Step, StepKind
 from tests.system.faults.world import (
-    OWNER,
     PATIENT_S,
     SILENCE_S,
     UNPLUG_S,
@@ -37,16 +36,11 @@ from tests.system.faults.world import (
     World,
     world,
 )
-from vmplug.cli.main import main
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
-from vmplug.journal.journal import Journal
-from vmplug.manager.binding.binder import Binder
-from vmplug.vms.known import is_gone
-from vmplug.vms.reconcile import release_ended
 
 THROTTLED = {"iothread": "on", "iops-total": "900"}
 KINDS = (
-    Kind(name="virtio-blk image", make=images),
+    Kind(name="virtio-blk image", make=images, more=(Op.RECONCILE, Op.RESIZE)),
     Kind(name="virtio-blk loop device", make=loop),
     Kind(name="virtio-blk iothread, limits", make=partial(images, options=[THROTTLED])),
     Kind(name="virtio-scsi disk", make=partial(images, options=[{"block-driver": "virtio-scsi"}])),
@@ -61,10 +55,15 @@ KINDS = (
     Kind(
         name="vhost-user-scsi", make=partial(stored, major=VHOST_USER_SCSI_MAJOR), has_backend=True
     ),
-    Kind(name="vhost-user-net", make=network, has_backend=True),
-    Kind(name="share, own virtiofsd", make=share_of_ours, has_backend=True),
+    Kind(name="vhost-user-net", make=network, has_backend=True, more=(Op.RECONCILE,)),
+    Kind(name="share, own virtiofsd", make=share_of_ours, has_backend=True, more=(Op.RECONCILE,)),
     Kind(name="share by socket", make=share_by_socket, has_backend=True),
-    Kind(name="rng", make=random_source, has_device=False),
+    Kind(
+        name="cold disks",
+        make=partial(images, options=[{}, {"block-driver": "virtio-scsi"}]),
+        own=(Op.START, Op.STOP),
+    ),
+    Kind(name="rng", make=random_source, has_device=False, more=(Op.ADOPT, Op.FORGET)),
     Kind(name="vfio, bound before", make=partial(functions, names=[BOUND]), is_vfio=True),
     Kind(
         name="vfio by its own node",
@@ -72,21 +71,16 @@ KINDS = (
         is_vfio=True,
         shares=True,
     ),
+    Kind(name="vfio, mediated", make=mediated, is_vfio=True),
     Kind(
         name="vfio group, managed",
         make=partial(functions, names=[FIRST, SECOND]),
         is_vfio=True,
         managed=True,
+        more=(Op.RECONCILE,),
     ),
     Kind(name="counted only", make=character_device, has_device=False),
 )
-
-
-class Op(StrEnum):
-    """What is interrupted."""
-
-    ATTACH = "attach"
-    DETACH = "detach"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,71 +95,32 @@ class Cell:
     problem: str | None
 
 
+def step_lines(kind: str, op: Op, steps: Iterable[Step]) -> list[str]:
+    """The steps that change something, a line for each: the tests compare them with their list.
+
+    On a busy machine vmplug may miss an event, and asks again.
+    """
+    changing = (s for s in steps if s.kind not in {StepKind.QUERIES, StepKind.EVENT})
+    return [f"{kind} | {op} | {step}" for step in dict.fromkeys(changing)]
+
+
 def wrong_cells(cells: Sequence[Cell]) -> list[str]:
     """What was wrong, in words. A column without a cell has tried nothing."""
     assert cells
     return [f"{cell.step}, {cell.fault}: {cell.problem}" for cell in cells if cell.problem]
 
 
-# what the processes under test do
-
-
-def attach(world: World, hooks: Hooks, *, patience_s: float = 10.0) -> None:
-    with world.manager(hooks, patience_s=patience_s) as devices:
-        devices.attach_all(world.behind.requests(), owner=OWNER, managed=world.kind.managed)
-
-
-def detach(world: World, hooks: Hooks, *, patience_s: float = 10.0) -> None:
-    with world.manager(hooks, patience_s=patience_s) as devices:
-        devices.detach_owner(OWNER, timeout_s=min(patience_s, UNPLUG_S))
-
-
-def operate(world: World, op: Op, hooks: Hooks, *, patience_s: float) -> None:
-    """The operation; what it needs first is done unobserved."""
-    if op is Op.DETACH:
-        attach(world, hooks)
-    hooks.ask(on=True)
-    {Op.ATTACH: attach, Op.DETACH: detach}[op](world, hooks, patience_s=patience_s)
-
-
-def reconcile(world: World, hooks: Hooks) -> None:
-    """`vmplug reconcile`; for a host that is a tree, what that verb does."""
-    if world.tree is None:
-        words = ["reconcile", "--vm", VM, "--state-dir", str(world.state_dir), "--json"]
-        with redirect_stdout(io.StringIO()):
-            main.main([*words, "--timeout", str(UNPLUG_S)], standalone_mode=False)
-        return
-    with Journal.open(world.state_dir) as journal:
-        record = journal.find_vm(VM)
-        if record is None or is_gone(record, journal.host):
-            if record:
-                release_ended(record, journal)
-        else:
-            with world.manager(hooks) as devices:
-                devices.reconcile(timeout_s=UNPLUG_S)
-        told = Binder(journal, world.host()).recover()
-    for returned in told:
-        if returned.error:
-            raise returned.error
-
-
-def follow(world: World, hooks: Hooks) -> None:
-    """Whatever the matrix says, until it says no more."""
-    words: Mapping[str, Callable[[], None]] = {
-        "reconcile": lambda: reconcile(world, hooks),
-        "attach": lambda: attach(world, hooks),
-        "detach": lambda: detach(world, hooks),
-    }
-    while (word := hooks.ask(next=True)) != GO:
-        words[word]()
-
-
 class Pictures(NamedTuple):
-    """What is right: before an attach, after it, and when all is detached again."""
+    """What is right: before an attach, after it, and when all is detached again.
+
+    `begun` and `done` are from before and after the operation, where it is another one.
+    """
 
     before: Picture
     attached: Picture
     end: Picture
+    begun: Picture | None = None
+    done: Picture | None = None
 
 
 class Grown(AssertionError):
@@ -207,11 +162,28 @@ class Column:
         before = self.world.picture()
         self._run("attach")
         attached = self.world.picture()
+        begun, done = None, None
+        if self.op is Op.RESIZE:
+            begun, done = attached, self._pictured("resize")
         self._run("detach")
         end = self.world.picture()
+        if self.op is Op.FORGET:
+            begun, done = end, self._pictured("forget")
+            self._run("adopt")
+        elif self.op is Op.ADOPT:
+            begun, done = self._pictured("forget"), self._pictured("adopt")
+        elif self.op is Op.START:
+            begun, done = end, self._pictured("start")
+            self._run("stop")
+        elif self.op is Op.STOP:
+            begun, done = self._pictured("start"), self._pictured("stop")
         assert attached != before
         assert (end == before) is not kind.is_retained
-        return Pictures(before, attached, end)
+        return Pictures(before, attached, end, begun, done)
+
+    def _pictured(self, word: str) -> Picture:
+        self._run(word)
+        return self.world.picture()
 
     def _run(self, *words: str) -> None:
         answer = self._follow(lambda: iter(words))
@@ -223,7 +195,7 @@ class Column:
         def say(_: Answer) -> str:
             return next(words, GO)
 
-        process = Process(partial(follow, self.world), self.world.words)
+        process = Process(partial(ops.follow, self.world), self.world.words)
         return self.world.conductor.serve(process, lead=say)
 
     def steps(self) -> list[Step]:
@@ -231,16 +203,27 @@ class Column:
         answer = self._operate(None)
         assert answer == {}, answer
         steps = list(self.world.conductor.steps)
-        if self.op is Op.ATTACH:
-            self._run("detach")
+        self._run(*OPERATIONS[self.op].back)
         return steps
 
     def _operate(self, plan: Plan | None) -> Answer | None:
-        is_silent = plan and plan.fault is Fault.SILENT
-        patience_s = self._silence_s if is_silent else 10.0
+        fault = plan.fault if plan else None
+        waits = ops.Waits(
+            answer_s=self._silence_s if fault is Fault.SILENT else 10.0,
+            guest_s=SILENCE_S if fault in GUEST else UNPLUG_S,
+        )
         self.world.behind.renew()
-        work = partial(operate, self.world, self.op, patience_s=patience_s)
+        if self.op is Op.RECONCILE:
+            self._interrupt()
+        work = partial(ops.operate, self.world, self.op, waits=waits)
         return self.world.conductor.serve(Process(work, self.world.words), plan)
+
+    def _interrupt(self) -> None:
+        """Leave an attach that was killed when the guest had just seen the device."""
+        plan = Plan(_last_command(self.world.kind), Fault.KILLED_AFTER)
+        work = partial(ops.operate, self.world, Op.ATTACH, waits=ops.Waits())
+        told = self.world.conductor.serve(Process(work, self.world.words), plan)
+        assert told is None, told
 
     def cell(self, step: Step, fault: Fault) -> Cell:
         """Let one fault happen, recover, and judge."""
@@ -263,6 +246,13 @@ class Column:
                 problem = str(error) or repr(error)
             break
         return Cell(self.world.kind.name, self.op, step, fault, trial.outcome, problem)
+
+
+@cache
+def _last_command(kind: Kind) -> Step:
+    """The one of an attach that shows the guest the device."""
+    commands = [step for step in learn(kind, Op.ATTACH)[1] if step.name.startswith("device_add")]
+    return commands[-1]
 
 
 class Trial:
@@ -294,17 +284,22 @@ class Trial:
         """An error says what to do, unless QEMU has said why and all is as it was."""
         told = self.told or {}
         assert "bug" not in told, told["bug"]
-        is_plain = self.column.op is Op.ATTACH and told.get("code") == "command-failed"
+        is_plain = self.column.op is not Op.DETACH and told.get("code") == "command-failed"
         assert "error" not in told or told["hint"] or is_plain, f"no hint: {told}"
 
     def _recover(self, at_once: Picture | None) -> Iterator[str]:
         column, world = self.column, self.world
+        is_there = self.plan.fault is not Fault.DEVICE_GONE  # else the host is another one now
+        if column.op is Op.RECONCILE and self.told == {} and is_there:
+            assert at_once == column.right.before or at_once is None, "it says done and is not"
         yield "reconcile"
         if at_once is None:
             self._judge_dead()
             world.start_again()
             world.behind.renew()
             self.outcome = "released"
+        elif column.right.done:
+            yield from self._judge_change()
         else:
             is_attached = self._judge(at_once)
             if is_attached:
@@ -320,6 +315,21 @@ class Trial:
         if files > column.files and not world.kind.is_retained:
             column.files, before = files, column.files
             raise Grown(f"{files} files are open, and {before} were before")
+
+    def _judge_change(self) -> Iterator[str]:
+        """Of an operation that neither attaches nor detaches: done, or not done and can be."""
+        column, now = self.column, self.world.picture()
+        op = OPERATIONS[column.op]
+        self.outcome = "done" if now == column.right.done else "not done"
+        if now != column.right.done:
+            assert column.right.begun
+            self._expect(now, column.right.begun, "after reconcile")
+            assert self.told != {}, "it says done and is not"
+            yield column.op
+            assert column.right.done
+            self._expect(self.world.picture(), column.right.done, "done again")
+        yield from op.back
+        self._expect(self.world.picture(), column.right.end, "taken back")
 
     def _is_another(self) -> bool:
         """Whether the device that came back is another one, which is not counted: a loop device.
@@ -388,13 +398,21 @@ def faults_at(kind: Kind, op: Op, step: Step, table: Table) -> list[Fault]:
 
     VFIO lets no function go that a VM has.
     """
-    lacking = set()
+    lacking = set(() if _asks_guest(op, step) else GUEST)
+    if op in {Op.ADOPT, Op.FORGET, Op.START, Op.STOP}:
+        lacking.add(Fault.SILENT)  # they wait for longer than the matrix does
+    if op in {Op.START, Op.STOP}:
+        lacking |= {Fault.QEMU_DIES, Fault.DEVICE_GONE, Fault.REFUSED}  # of the other VM
     is_held = kind.is_vfio and op is Op.DETACH and step.kind is not StepKind.KERNEL
     if is_held or not kind.has_device:
         lacking.add(Fault.DEVICE_GONE)
     if not kind.has_backend:
         lacking.add(Fault.BACKEND_DIES)
     return [fault for fault in table[step.kind] if fault not in lacking]
+
+
+def _asks_guest(op: Op, step: Step) -> bool:
+    return op in {Op.DETACH, Op.RECONCILE} and step.name.startswith("device_del")
 
 
 def learn(kind: Kind, op: Op) -> tuple[Pictures, list[Step]]:

@@ -6,6 +6,7 @@ import select
 import signal
 import socket
 import sqlite3
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -141,7 +142,20 @@ class TracedConnection:
         return getattr(self._inner, name)
 
 
+def trace_programs(hooks: Hooks) -> None:
+    """Make the start of each program in this process a step. Source: Python's audit events."""
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen":
+            with hooks.step(StepKind.DAEMON, f"start {Path(arguments[1][0]).name}"):
+                pass
+
+    sys.addaudithook(note)
+
+
 def trace(journal: Any, hooks: Hooks) -> None:
     """Make the transactions of an open journal steps."""
+    if isinstance(journal._db, TracedConnection):
+        return
     traced = cast(sqlite3.Connection, TracedConnection(journal._db, hooks))
     journal._db = journal.bindings._db = traced

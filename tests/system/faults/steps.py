@@ -5,6 +5,19 @@ from enum import StrEnum
 from typing import NamedTuple
 
 
+class Op(StrEnum):
+    """What is interrupted."""
+
+    ATTACH = "attach"
+    DETACH = "detach"
+    RECONCILE = "reconcile"
+    RESIZE = "resize"
+    ADOPT = "adopt"
+    FORGET = "forget"
+    START = "start"
+    STOP = "stop"
+
+
 class StepKind(StrEnum):
     """What a step is done to."""
 
@@ -36,6 +49,8 @@ class Fault(StrEnum):
     LOST_BEFORE = "socket lost before"
     LOST_AFTER = "socket lost after"
     SILENT = "QEMU silent"
+    GUEST_SILENT = "guest silent"
+    GUEST_REFUSES = "guest refuses"
     QEMU_DIES = "QEMU dies"
     BACKEND_DIES = "backend dies"
     DEVICE_GONE = "device gone"
@@ -45,6 +60,8 @@ class Fault(StrEnum):
 KILLED = frozenset({Fault.KILLED_BEFORE, Fault.KILLED_AFTER})
 _KILLED = (Fault.KILLED_BEFORE, Fault.KILLED_AFTER)
 _LOST = (Fault.LOST_BEFORE, Fault.LOST_AFTER)
+GUEST = (Fault.GUEST_SILENT, Fault.GUEST_REFUSES)
+"""Of the guest, when it is asked to let a device go."""
 _ANYWHERE = (Fault.BACKEND_DIES, Fault.DEVICE_GONE)
 
 FAULTS: Mapping[StepKind, tuple[Fault, ...]] = {
@@ -55,6 +72,7 @@ FAULTS: Mapping[StepKind, tuple[Fault, ...]] = {
         Fault.REFUSED,
         *_LOST,
         Fault.SILENT,
+        *GUEST,
         Fault.QEMU_DIES,
         *_ANYWHERE,
     ),
@@ -83,6 +101,7 @@ QUICK: Mapping[StepKind, tuple[Fault, ...]] = {
         Fault.REFUSED,
         *_LOST,
         Fault.SILENT,
+        *GUEST,
         Fault.QEMU_DIES,
         *_ANYWHERE,
     ),

@@ -4,13 +4,14 @@ import pytest
 
 from tests.system.faults.columns import ColumnName
 from tests.system.faults.conftest import Columns
-from tests.system.faults.matrix import KINDS, Op, wrong_cells
+from tests.system.faults.matrix import KINDS, wrong_cells
+from tests.system.faults.steps import Op
 
 COLUMNS = [
     ColumnName(kind.name, op, is_real=True, is_quick=True)
     for kind in KINDS
-    for op in Op
-    if not kind.is_vfio
+    for op in (Op.ATTACH, Op.DETACH)
+    if not (kind.is_vfio or kind.own)
 ]
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu]

@@ -1,5 +1,6 @@
 """One kind of device in one VM, things of other people's around it, and pictures of it all."""
 
+import os
 import re
 import subprocess
 import tempfile
@@ -9,8 +10,9 @@ from pathlib import Path
 
 from tests.contract.world import journal_rows
 from tests.support.fake_kernel import FakeKernel
+from tests.support.pci_tree import PciTree
 from tests.system.faults.conductor import Conductor
-from tests.system.faults.kinds import TAKES, THEIRS, Behind, Functions, Kind
+from tests.system.faults.kinds import TAKES, THEIRS, Behind, Kind
 from tests.system.faults.machine import Machine, MemoryMachine
 from tests.system.faults.process import REFUSE, Hooks, trace
 from tests.system.faults.steps import Fault, StepKind
@@ -21,6 +23,7 @@ from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
+from vmplug.hypervisor.fake.monitor import Guest
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
@@ -30,7 +33,7 @@ from vmplug.journal.state import State
 from vmplug.manager.binding.binder import Binder
 from vmplug.manager.manager import DeviceManager
 
-VM, OTHER_VM, OWNER = "sandbox-1", "their-vm", "ctr1"
+VM, OTHER_VM, OWN_VM, OWNER = "sandbox-1", "their-vm", "own", "ctr1"
 FOREIGN = "vmplug-f0e1d2c3b4a59687"
 SILENCE_S = 0.1
 PATIENT_S = 3.0
@@ -94,7 +97,7 @@ class World:
         behind = directory / "b"
         behind.mkdir()
         self.behind: Behind = stack.enter_context(kind.make(behind, self.conductor.path))
-        self.tree = self.behind.tree if isinstance(self.behind, Functions) else None
+        self.tree: PciTree | None = getattr(self.behind, "tree", None)
         if self.tree and isinstance(machine, MemoryMachine):
             machine.show(self.tree.path / "sys/bus/pci/devices")
         self.behind.renew()
@@ -118,7 +121,8 @@ class World:
                 file.write(bytes(4096))
 
     def mend(self) -> None:
-        """There is room on the disk again."""
+        """There is room on the disk again, and the guest answers."""
+        self.machine.guest(Guest.ANSWERS)
         (self.state_dir / "ballast").unlink(missing_ok=True)
 
     def start_again(self) -> None:
@@ -216,6 +220,8 @@ class World:
             if f"{self.conductor.path}" in mark
         ]
         found += ["a virtiofsd"] * len(set(mine))
+        found += [f"directory {path.name}" for path in (self.state_dir / "vm").glob("*")]
+        found += [f"a QEMU in {where}" for where in _working_below(self.state_dir)]
         if self.tree:
             kernel = FakeKernel(self.tree)
             found += [f"{bdf}: {is_now}" for bdf, is_now in kernel.picture().items()]
@@ -223,13 +229,24 @@ class World:
         return sorted(_without_ids(line.replace(here, "DIR")) for line in found)
 
 
+def _working_below(directory: Path) -> Iterator[str]:
+    """The working directories of processes that are below a directory, of each process one."""
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):
+            where = os.readlink(link)
+            if where.startswith(f"{directory}/"):
+                yield where
+
+
+_PROCESS = re.compile(r"(qmp\.sock', )[0-9]+, [0-9]+")
 _ID, _NODE = re.compile(r"\b[0-9a-f]{16}\b"), re.compile(r"#block[0-9]+")
 _THING = re.compile(r"'(file|block|vfio) [^']+'")
 """What the journal says was plugged, which is another file or device in each world."""
 
 
 def _without_ids(line: str) -> str:
-    return _NODE.sub("#block", _ID.sub("ID", _THING.sub(r"'\1 THING'", line)))
+    line = _PROCESS.sub(r"\1PROCESS", _THING.sub(r"'\1 THING'", line))
+    return _NODE.sub("#block", _ID.sub("ID", line))
 
 
 @contextmanager
