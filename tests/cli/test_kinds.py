@@ -349,7 +349,8 @@ def test_attach_list_and_detach(vm: StartedVm, world: World, name: str) -> None:
     assert len(vm.vmplugs_devices()) == 1
 
     present = {"host": {"state": "present", "detail": None}}
-    assert vmplug("list", "--json").json() == {"attachments": [hold | present], "ended_vms": []}
+    listed = {"attachments": [hold | present], "ended_vms": [], "stopped_vms": {}}
+    assert vmplug("list", "--json").json() == listed
     heading, line = vmplug("list").answer().splitlines()
     assert heading.split()[:3] == ["VM", "ATTACHMENT", "OWNER"]
     assert line.split()[:5] == ["sb1", hold["id"], "ctr1", kind.name, hold["host_path"]]
