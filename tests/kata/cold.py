@@ -42,7 +42,9 @@ class ColdMachine:
     ) -> None:
         disk = "/boot.img" if boot_disk else None
         self.spec = VmSpec(name=VM, machine=machine, disk=disk)
-        self.qemu = ColdQemu(self.spec, case.path / "vm", daemons, OLD)  # as the QEMUs of Kata
+        self.qemu = ColdQemu(
+            self.spec, case.path / "vm", daemons, OLD, root
+        )  # as the QEMUs of Kata
         self._root = root
         self._store = store
         self._restored = case.restored

@@ -153,11 +153,12 @@ class VirtiofsdSpec(msgspec.Struct, frozen=True, kw_only=True):
 class VhostUserDevice(msgspec.Struct, frozen=True, kw_only=True):
     """A device that another process serves through vhost-user.
 
-    QEMU connects to it at `socket_path`; or `descriptor` is a connection to it that this process
-    holds open; or vmplug runs its `daemon`. The others are None. `queues` are request queues, for
-    a network pairs. `reconnect_s` is the interval at which QEMU reconnects to a lost backend, 0
-    for never. `msix`: the device may use message interrupts. Shares have `tag`, `queue_size` and
-    `cache_size_mib`, networks `mac_address`.
+    QEMU connects to it at `socket_path`, unless `descriptor` is a connection to it that this
+    process holds open; or vmplug runs its `daemon`. What is not used is None.
+    `queues` are request queues, for a network pairs. `reconnect_s` is the interval at which QEMU
+    reconnects to a lost backend, 0 for never. `msix`: the device may use message interrupts.
+    `file_id` is the file at `socket_path` that QEMU must be connected to, None for any. Shares
+    have `tag`, `queue_size` and `cache_size_mib`, networks `mac_address`.
     """
 
     id: str
@@ -165,6 +166,7 @@ class VhostUserDevice(msgspec.Struct, frozen=True, kw_only=True):
     socket_path: str | None = None
     descriptor: int | None = None
     daemon: VirtiofsdSpec | None = None
+    file_id: str | None = None
     queues: int = 1
     reconnect_s: int = 0
     msix: bool = True

@@ -152,6 +152,7 @@ class ShareDriver(msgspec.Struct, frozen=True, kw_only=True):
             socket_path=device.host_path if isinstance(device, VhostUserSocket) else None,
             descriptor=device.descriptor if isinstance(device, OpenConnection) else None,
             daemon=self._daemon(device, read_only=new.read_only),
+            file_id=device.file_id if isinstance(device, VhostUserSocket) else None,
             tag=self.tag,
             queue_size=self.queue_size or QUEUE_SIZE,
             cache_size_mib=self.cache_size_mib,

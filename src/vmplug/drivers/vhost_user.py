@@ -144,6 +144,7 @@ class VhostUserDriver(msgspec.Struct, frozen=True, kw_only=True):
             id=new.id,
             type=self.type,
             socket_path=device.socket_path,
+            file_id=device.file_id,
             queues=self._queues(device, offer),
             reconnect_s=0 if self.type is DeviceType.VHOST_USER_SCSI else reconnect_s,
             msix=offer.kvm or not is_net,

@@ -10,6 +10,7 @@ from vmplug.devnum import DevNum
 from vmplug.errors import HostError
 from vmplug.host.block.sysfs import find_block_directory, read_block_device, read_disk_file
 from vmplug.host.device import CharDevice, HostDevice
+from vmplug.host.file_id import file_id
 from vmplug.host.host_path import SYSFS_DIRECTORY, get_host_path, is_in_store
 from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.root import HostRoot
@@ -44,7 +45,7 @@ def resolve_all(
     requests: Sequence[Request], root: HostRoot, vhost_user_store: VhostUserStore | None = None
 ) -> list[HostDevice | HostError]:
     """`resolve` for many: the device or the error of each, in the same order."""
-    sockets = _find_sockets(requests, vhost_user_store)
+    sockets = _find_sockets(requests, vhost_user_store, root)
     answers: list[HostDevice | HostError] = []
     for info in requests:
         try:
@@ -58,7 +59,7 @@ def resolve_all(
 
 
 def _find_sockets(
-    requests: Iterable[Request], vhost_user_store: VhostUserStore | None
+    requests: Iterable[Request], vhost_user_store: VhostUserStore | None, root: HostRoot
 ) -> Mapping[DevNum | None, HostDevice | HostError]:
     """The sockets behind the numbers of the store, from one scan of it."""
     stored = (
@@ -71,17 +72,23 @@ def _find_sockets(
         return {}
     try:
         return {
-            devnum: _socket(devnum, path, vhost_user_store) if isinstance(path, str) else path
+            devnum: _socket(devnum, path, vhost_user_store, root)
+            if isinstance(path, str)
+            else path
             for devnum, path in vhost_user_store.find_sockets(owned).items()
         }
     except HostError as error:
         return dict.fromkeys(owned, error)
 
 
-def _socket(devnum: DevNum, path: str, vhost_user_store: VhostUserStore) -> VhostUserSocket:
+def _socket(
+    devnum: DevNum, path: str, vhost_user_store: VhostUserStore, root: HostRoot
+) -> VhostUserSocket:
     is_blk = devnum.major == vhost_user_store.blk_major
     kind = DeviceType.VHOST_USER_BLK if is_blk else DeviceType.VHOST_USER_SCSI
-    return VhostUserSocket(kind=kind, devnum=devnum, socket_path=path)
+    status = root.stat_or_none(path)
+    checked = file_id(status) if status else None
+    return VhostUserSocket(kind=kind, devnum=devnum, socket_path=path, file_id=checked)
 
 
 def _describe_device(
@@ -96,7 +103,7 @@ def _describe_device(
         and info.devnum
         and kind in {DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI}
     ):
-        return _socket(info.devnum, host_path, vhost_user_store)
+        return _socket(info.devnum, host_path, vhost_user_store, root)
     in_sysfs = info.devnum and (
         root.stat(find_block_directory(info.devnum, root))
         if info.dev_type is DevType.BLOCK

@@ -44,7 +44,10 @@ def _share(request: ShareInfo, root: HostRoot) -> HostDevice:
     )
     if stat.S_ISSOCK(status.st_mode):
         return VhostUserSocket(
-            kind=DeviceType.VHOST_USER_FS, found_by=FoundBy.FILE, socket_path=path
+            kind=DeviceType.VHOST_USER_FS,
+            found_by=FoundBy.FILE,
+            socket_path=path,
+            file_id=file_id(status),
         )
     is_9p = request.driver_options.get("filesystem") == SharedFilesystem.VIRTIO_9P
     return SharedDirectory(
@@ -74,7 +77,7 @@ def _group(request: VfioInfo, root: HostRoot) -> HostDevice:
 
 
 def _network(request: NetInfo, root: HostRoot) -> VhostUserSocket:
-    path, _ = _look(
+    path, status = _look(
         request,
         request.socket_path,
         root,
@@ -82,7 +85,12 @@ def _network(request: NetInfo, root: HostRoot) -> VhostUserSocket:
         wrong="is not the socket of a vhost-user backend",
         hint="start the backend that serves it, or name its socket",
     )
-    return VhostUserSocket(kind=DeviceType.VHOST_USER_NET, found_by=FoundBy.FILE, socket_path=path)
+    return VhostUserSocket(
+        kind=DeviceType.VHOST_USER_NET,
+        found_by=FoundBy.FILE,
+        socket_path=path,
+        file_id=file_id(status),
+    )
 
 
 def _source(request: RngInfo, root: HostRoot) -> EntropySource:

@@ -13,6 +13,7 @@ from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.device import CharDevice, HostDevice
+from vmplug.host.file_id import file_id
 from vmplug.host.host_path import HostPathCache, get_host_path
 from vmplug.host.kind import DeviceType, FoundBy, Identity
 from vmplug.host.resolve import classify, resolve, resolve_all
@@ -529,6 +530,7 @@ def test_a_batch_answers_as_one_by_one_would(tree: HostTree) -> None:
         kind=DeviceType.VHOST_USER_BLK,
         devnum=DevNum(241, 0),
         socket_path="/store/block/sockets/blk",
+        file_id=file_id((tree.path / "store/block/sockets/blk").stat()),
     )
     assert summary(batch[2]) == "/store/block/sockets/scsi"
 

@@ -10,6 +10,7 @@ import pytest
 from tests.support.tree import HostTree
 from vmplug.errors import AttributeReadError, NoSuchDevice, SpecError
 from vmplug.host.device import EntropySource, OpenConnection, SharedDirectory
+from vmplug.host.file_id import file_id
 from vmplug.host.kind import DeviceType, FoundBy, Identity
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
@@ -93,7 +94,10 @@ def test_a_share_may_be_the_socket_of_somebody_elses_virtiofsd(
     host: HostTree, source: str
 ) -> None:
     found = resolve(share(source), host.root)
-    assert found == VhostUserSocket(kind=FS, found_by=FoundBy.FILE, socket_path=SOCKET)
+    checked = file_id((host.path / SOCKET[1:]).stat())
+    assert found == VhostUserSocket(
+        kind=FS, found_by=FoundBy.FILE, socket_path=SOCKET, file_id=checked
+    )
     assert found.identity == Identity.parse(f"socket:{SOCKET}")
 
 
@@ -164,7 +168,10 @@ def test_a_descriptor_that_is_not_open_is_refused(number: int) -> None:
 @pytest.mark.parametrize("path", [SOCKET, "/run/link.sock", "/var/run/vu.sock", "/run/./vu.sock"])
 def test_a_network_is_the_socket_by_its_one_path(host: HostTree, path: str) -> None:
     assert resolve(net(path), host.root) == VhostUserSocket(
-        kind=DeviceType.VHOST_USER_NET, found_by=FoundBy.FILE, socket_path=SOCKET
+        kind=DeviceType.VHOST_USER_NET,
+        found_by=FoundBy.FILE,
+        socket_path=SOCKET,
+        file_id=file_id((host.path / SOCKET[1:]).stat()),
     )
 
 

@@ -52,6 +52,7 @@ class VhostUserSocket(NamedTuple):
 
     `devnum` is the number that stands for it in the vhost-user store; None when the request named
     the socket itself. `backend` are the features of the process, None before it was asked.
+    `file_id` is the file at that path (see `vmplug.host.file_id`), None where there is none.
     """
 
     kind: DeviceType
@@ -59,6 +60,7 @@ class VhostUserSocket(NamedTuple):
     found_by: FoundBy = FoundBy.VHOST_USER_STORE
     devnum: DevNum | None = None
     backend: "Backend | None" = None
+    file_id: str | None = None
 
     @property
     def host_path(self) -> str:

@@ -1,19 +1,33 @@
-"""Whether the peer of a unix socket has hung up, which its process may not have noticed.
+"""What is at the other end of a unix socket, which /proc/net/unix does not show.
 
-/proc/net/unix does not show it; the kernel answers it for a single socket. Source: sock_diag(7),
-Linux net/unix/diag.c and net/unix/af_unix.c, unix_release_sock.
+The kernel answers it for a single socket: whether the peer has hung up, which its process may not
+have noticed, and which file the peer was bound to, whatever has its name by now.
+Source: sock_diag(7), Linux net/unix/diag.c and net/unix/af_unix.c, unix_release_sock.
 """
 
+import os
+import re
 import socket
 import struct
+from collections.abc import Iterable, Mapping
+
+from vmplug.errors import AttributeReadError
+from vmplug.host.root import THIS_HOST
+from vmplug.host.use.enter import CLONE_NEWNET, ask_inside
 
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, _NLMSG_ERROR = 4, 20, 1, 2
-_DIAG_SHUTDOWN = 6
+_SHOW_FILE, _SHOW_PEER = 0x2, 0x4
+_DIAG_FILE, _DIAG_PEER, _DIAG_SHUTDOWN = 1, 2, 6
 _RECEIVES_NO_MORE = 1
 _ANY = 0xFFFFFFFF
 
 _HEADER, _REQUEST, _ANSWER = struct.Struct("=IHHII"), struct.Struct("=BBHIIIII"), 16
-_ATTRIBUTE = struct.Struct("=HH")
+_ATTRIBUTE, _NUMBER, _FILE = struct.Struct("=HH"), struct.Struct("=I"), struct.Struct("=II")
+_MINOR_BITS = 20
+"""Source: Linux include/linux/kdev_t.h."""
+
+BoundFile = tuple[int, int]
+"""A socket's inode, of which the kernel reports 32 bits, and its file system."""
 
 
 def has_hung_up(inode: int) -> bool:
@@ -21,24 +35,82 @@ def has_hung_up(inode: int) -> bool:
 
     False where it is unknown: the kernel may lack sock_diag, or the socket be closed.
     """
-    request = _REQUEST.pack(socket.AF_UNIX, 0, 0, _ANY, inode, 0, _ANY, _ANY)
-    length = _HEADER.size + len(request)
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
-            header = _HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
-            kernel.send(header + request)
-            return bool(_shutdown(kernel.recv(1 << 12)) & _RECEIVES_NO_MORE)
+        with _kernel() as kernel:
+            shut = _ask(kernel, inode, 0).get(_DIAG_SHUTDOWN, b"\0")
     except OSError:
         return False
+    return bool(shut[0] & _RECEIVES_NO_MORE)
 
 
-def _shutdown(message: bytes) -> int:
-    """Which directions of a socket are shut; 0 when that is not in the kernel's answer."""
+def find_bound_file(descriptor: int) -> BoundFile | None:
+    """The socket that a descriptor of this process names, as the kernel reports it of peers.
+
+    On btrfs and overlayfs stat(2) has other numbers. None where the mount is unknown.
+    """
+    told = THIS_HOST.read_text(f"/proc/self/fdinfo/{descriptor}") or ""
+    facts = dict(re.findall(r"^(\w+):\s*(\d+)$", told, re.MULTILINE))
+    inode = int(facts.get("ino", os.fstat(descriptor).st_ino))  # Linux 5.14
+    for line in (THIS_HOST.read_text("/proc/self/mountinfo") or "").splitlines():
+        mount, _, number, *_ = line.split()
+        if mount == facts.get("mnt_id"):
+            major, minor = map(int, number.split(":"))
+            return inode & _ANY, major << _MINOR_BITS | minor
+    return None
+
+
+def find_connections(pid: int) -> Mapping[int, BoundFile] | None:
+    """By inode, the sockets of a process that are connected to a named one, and its file.
+
+    None where that is unknown: its descriptors or its network namespace are closed to this user,
+    or the kernel lacks sock_diag.
+    """
+    root, inside = THIS_HOST, f"/proc/{pid}/ns/net"
+    try:
+        links = [root.read_link(f"/proc/{pid}/fd/{n}") for n in root.list_dir(f"/proc/{pid}/fd")]
+        is_here = root.read_link(inside) == root.read_link("/proc/self/ns/net")
+    except AttributeReadError:
+        return None
+    sockets = (re.fullmatch(r"socket:\[(\d+)\]", link or "") for link in links)
+    inodes = [int(found[1]) for found in sockets if found]
+    if is_here:
+        return _find_files(inodes)
+    return ask_inside([inside], CLONE_NEWNET, lambda _: _find_files(inodes)).get(inside)
+
+
+def _find_files(inodes: Iterable[int]) -> Mapping[int, BoundFile] | None:
+    """Only sockets of this network namespace are found."""
+    found = dict[int, BoundFile]()
+    one, other = socket.socketpair()
+    try:
+        with one, other, _kernel() as kernel:
+            if _DIAG_PEER not in _ask(kernel, os.fstat(one.fileno()).st_ino, _SHOW_PEER):
+                return None
+            for inode in inodes:
+                peer = _ask(kernel, inode, _SHOW_PEER).get(_DIAG_PEER)
+                other_end = _NUMBER.unpack(peer)[0] if peer else 0
+                if told := _ask(kernel, other_end, _SHOW_FILE).get(_DIAG_FILE):
+                    number, file_system = _FILE.unpack(told)
+                    found[inode] = number, file_system
+    except OSError:
+        return None
+    return found
+
+
+def _kernel() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
+
+
+def _ask(kernel: socket.socket, inode: int, show: int) -> dict[int, bytes]:
+    """The attributes of a socket; empty when there is no such socket."""
+    request = _REQUEST.pack(socket.AF_UNIX, 0, 0, _ANY, inode, show, _ANY, _ANY)
+    length = _HEADER.size + len(request)
+    kernel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0) + request)
+    message = kernel.recv(1 << 12)
     length, kind, *_ = _HEADER.unpack_from(message)
-    at = _HEADER.size + _ANSWER
+    found, at = dict[int, bytes](), _HEADER.size + _ANSWER
     while kind != _NLMSG_ERROR and at < length:
         size, attribute = _ATTRIBUTE.unpack_from(message, at)
-        if attribute == _DIAG_SHUTDOWN:
-            return message[at + _ATTRIBUTE.size]
+        found[attribute] = message[at + _ATTRIBUTE.size : at + size]
         at += max(-(-size // 4) * 4, _ATTRIBUTE.size)
-    return 0
+    return found

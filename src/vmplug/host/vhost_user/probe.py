@@ -73,6 +73,19 @@ def probe(path: str, *, timeout_s: float = PATIENCE_S) -> Backend | Failure:
     )
 
 
+def connect_to(pin: int) -> socket.socket | OSError:
+    """A connection to the socket that a descriptor names (O_PATH), or why there is none."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(0)  # the queue of a listener may be full
+        connection.connect(f"/proc/self/fd/{pin}")
+    except OSError as error:
+        connection.close()
+        return error
+    connection.settimeout(None)
+    return connection
+
+
 def _ask(connection: socket.socket, request: int, deadline: float) -> int:
     """The number that answers `request`; EOFError when it is not a number."""
     connection.sendall(_HEADER.pack(request, _VERSION, 0))

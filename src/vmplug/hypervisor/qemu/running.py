@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Self
 
@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id
 from vmplug.drivers.place import MemorySlot, Offer, Place
-from vmplug.drivers.plug import Aio, BlockDrive, Plug, VFIODevices, VhostUserDevice, VirtiofsdSpec
+from vmplug.drivers.plug import Aio, BlockDrive, Plug, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import (
     Command,
     Endpoint,
@@ -20,18 +20,22 @@ from vmplug.drivers.ports import (
     UnplugFailure,
 )
 from vmplug.errors import (
-    BackendError,
     BackendTimeout,
     CommandError,
-    HostError,
-    HypervisorError,
     UnplugTimeout,
 )
-from vmplug.host.file_id import CheckedFile, has_open
+from vmplug.host.file_id import CheckedFile, has_open, pinned
 from vmplug.host.pci.vfio import open_nodes
 from vmplug.host.process import find_guest_process, is_running, read_start_time
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import Abilities, QueriedAbilities
+from vmplug.hypervisor.qemu.connection import (
+    CheckedSocket,
+    connect_by_name,
+    connected,
+    daemon_failed,
+    takes_connection,
+)
 from vmplug.hypervisor.qemu.failed_disks import IO_ERROR, find_failed_disks
 from vmplug.hypervisor.qemu.graph import check_graph
 from vmplug.hypervisor.qemu.handover import NO_DESCRIPTOR, Handover, take_back_all
@@ -41,18 +45,16 @@ from vmplug.hypervisor.qemu.steps import nvdimm, vfio
 from vmplug.hypervisor.qemu.steps.plug import check_hot, opened_files, plug_steps, renamed
 from vmplug.hypervisor.qemu.steps.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.qemu.topology import children, qom_get, qom_list, read_offer, read_place
+from vmplug.hypervisor.qemu.transaction import NOT_THERE, do_all
 from vmplug.hypervisor.qemu.unplug_waiter import UnplugWaiter
 from vmplug.hypervisor.qmp.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdRunner
 
 log = logging.getLogger(__name__)
 
-_NOT_THERE = ("Failed to find node", "not found")
 _STILL_HELD = ("is in use", "is busy", "which is mapped", "with active references")
 """The last two are those of QEMU 11 for object-del."""
 _LOOK_AGAIN_S = 0.02
-_NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
-"""Errors of virtiofsd (in C and in Rust) when it cannot make / private or leave it."""
 NO_AIO = "Unable to use native AIO"
 """QEMU 7.2's error when the host has no AIO context left; QEMU 10 uses threads by itself."""
 _UNPLUGGING = "in the process of unplug"
@@ -138,7 +140,7 @@ class Qemu:
             try:
                 return read_offer(self._monitor, iommufd=self.abilities.iommufd)
             except CommandError as error:
-                if not any(words in error.desc for words in _NOT_THERE):
+                if not any(words in error.desc for words in NOT_THERE):
                     raise
         return read_offer(self._monitor, iommufd=self.abilities.iommufd)
 
@@ -168,20 +170,47 @@ class Qemu:
         if isinstance(plug, VFIODevices):
             self._plug_group(plug, place)
             return
+        if isinstance(plug, VhostUserDevice) and plug.socket_path:
+            self._plug_socket(plug, plug.socket_path, place)
+            return
         if not (isinstance(plug, VhostUserDevice) and plug.daemon):
             self._plug_plain(plug, place)
             return
         with self._daemons.start(plug.daemon, plug.id) as started:
             connected = replace(plug, daemon=None, descriptor=started.descriptor)
             try:
-                self._do(self.steps(connected, place))
+                do_all(self._monitor, self.steps(connected, place))
             except CommandError as error:
                 self._daemons.end([plug.id])
-                raise _daemon_failed(plug.daemon, error, started.stderr_tail()) from error
+                raise daemon_failed(plug.daemon, error, started.stderr_tail()) from error
             except BackendTimeout as error:
                 self._daemons.end([plug.id])  # then QEMU continues
                 self._remove_remains({plug.id})
-                raise _daemon_failed(plug.daemon, error, started.stderr_tail()) from error
+                raise daemon_failed(plug.daemon, error, started.stderr_tail()) from error
+
+    def _plug_socket(self, plug: VhostUserDevice, path: str, place: Place) -> None:
+        """Connect QEMU to the socket that was checked: see `vmplug.hypervisor.qemu.connection`."""
+        checked = plug.file_id if self._endpoint else None
+        if checked is None:
+            do_all(self._monitor, self.steps(plug, place))
+            return
+        with pinned(path, checked) as pin:
+            if takes_connection(plug) and self._hand_connection(plug, path, pin, place):
+                return
+            socket = CheckedSocket(path, checked, pin)
+            connect = partial(connect_by_name, self._monitor, socket, self._guest_pid())
+            do_all(self._monitor, self.steps(plug, place), begin=connect)
+
+    def _hand_connection(self, plug: VhostUserDevice, path: str, pin: int, place: Place) -> bool:
+        """Plug it with a connection of vmplug's; False where a proxy passes none on to QEMU."""
+        with connected(path, pin) as descriptor:
+            try:
+                do_all(self._monitor, self.steps(replace(plug, descriptor=descriptor), place))
+            except CommandError as error:
+                if NO_DESCRIPTOR not in error.desc:
+                    raise
+                return False
+        return True
 
     def _plug_plain(self, plug: Plug, place: Place) -> None:
         """A disk that QEMU refuses only for the `aio` that vmplug chose is plugged with threads.
@@ -234,7 +263,7 @@ class Qemu:
             handover.finish()
 
         with handover.names(files) as names:
-            self._do(self.steps(renamed(plug, names), place), verify)
+            do_all(self._monitor, self.steps(renamed(plug, names), place), verify)
 
     def check_graph(self, drive: BlockDrive) -> None:
         """NoSuchDevice unless its node opened exactly the files that were checked."""
@@ -256,7 +285,7 @@ class Qemu:
                 vfio.check_free(place, self.offer())
                 make_iommufd(self._monitor, self._host)
             try:
-                self._do(plug_steps(vfio.opened(plug, files), place, self.abilities))
+                do_all(self._monitor, plug_steps(vfio.opened(plug, files), place, self.abilities))
             except CommandError as error:
                 left = self.wait_unplugged([plug.id], self.undo_timeout_s)
                 if left:
@@ -267,25 +296,6 @@ class Qemu:
                         hint="vmplug reconcile unplugs them once the guest answers",
                     ) from error
                 raise
-
-    def _do(self, steps: Sequence[Step], verify: Callable[[], None] | None = None) -> None:
-        """All or none; `verify` raises before the last step, which shows it to the guest."""
-        done: list[Step] = []
-        try:
-            if verify:
-                self._do_each(steps[:-1], done)
-                verify()
-            self._do_each(steps[len(done) :], done)
-        except (CommandError, HostError):
-            for step in reversed(done):
-                self._take_back(step.undo)
-            raise
-
-    def _do_each(self, steps: Sequence[Step], done: list[Step]) -> None:
-        answers, refusal = self._monitor.attempt([step.do for step in steps])
-        done += steps[: len(answers)]
-        if refusal:
-            raise refusal
 
     def request_unplug(self, device_id: str) -> None:
         """Ask the guest to release it; returns at once, also when it was asked before."""
@@ -393,16 +403,6 @@ class Qemu:
         """Close the connection; the VM keeps running."""
         self._monitor.close()
 
-    def _take_back(self, command: Command | None) -> None:
-        """Undo a step, unless its part has gone already: a netdev takes its chardev along."""
-        if command is None:
-            return
-        try:
-            self._monitor.execute(command)
-        except CommandError as error:
-            if not any(words in error.desc for words in _NOT_THERE):
-                log.warning("ignored: cannot undo %s: %s", command.arguments, error)
-
     def _names_in(self, path: str) -> list[str]:
         return [entry["name"] for entry in self._monitor.execute(qom_list(path))]
 
@@ -469,7 +469,7 @@ class Qemu:
             try:
                 self._monitor.execute(command)
             except CommandError as error:
-                if any(words in error.desc for words in _NOT_THERE):
+                if any(words in error.desc for words in NOT_THERE):
                     return
                 is_held = any(words in error.desc for words in _STILL_HELD)
                 if not is_held or time.monotonic() >= deadline:
@@ -477,18 +477,3 @@ class Qemu:
             else:
                 return
             self._unplug_waiter.pause(_LOOK_AGAIN_S)
-
-
-def _daemon_failed(daemon: VirtiofsdSpec, error: HypervisorError, said: str) -> BackendError:
-    words = f"; {daemon.program} reports: {said}" if said else ""
-    hint = error.hint if isinstance(error, CommandError) else None
-    if any(piece in said for piece in _NO_SANDBOX):
-        hint = (
-            "where vmplug runs, / must be a mount point: mount --bind it on itself before chroot"
-        )
-    return BackendError(
-        daemon.program,
-        f"{daemon.directory} cannot be shared: {error}{words}",
-        hint=hint
-        or "the VM is unchanged; try again, or share it as virtio-9p when you start the VM",
-    )

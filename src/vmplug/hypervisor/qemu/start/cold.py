@@ -30,6 +30,7 @@ from vmplug.host.file_id import CheckedFile, check_path, file_replaced, find_mis
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program
+from vmplug.hypervisor.qemu.connection import check_connected, connected, takes_connection
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps, needs_iommufd
 from vmplug.hypervisor.qemu.nvdimm_lock import locked
 from vmplug.hypervisor.qemu.running import Qemu
@@ -123,21 +124,35 @@ class ColdQemu:
     def plug(self, plug: Plug, place: Place) -> None:
         """Add it to the command line, and start its daemon."""
         check_file(plug, place)
-        if isinstance(plug, VhostUserDevice) and plug.socket_path is None:
-            if plug.daemon:
-                started = self._daemons.start(plug.daemon, plug.id)
-                self._running[plug.id] = started
-                plug = replace(plug, daemon=None, descriptor=started.descriptor)
-            assert plug.descriptor is not None
-            self._connections[qemu_id(plug.id, LINK)] = plug.descriptor
+        if isinstance(plug, VhostUserDevice):
+            plug = self._connect(plug)
         if needs_iommufd(plug):
             assert isinstance(plug, VFIODevices)
             plug = self._open_nodes(plug)
-        if isinstance(plug, SharedFS) and plug.file_id:
+        if isinstance(plug, SharedFS) and plug.file_id and self._host.is_live:
             plug = self._open_directory(plug, plug.file_id)
         if isinstance(plug, BlockDrive) and isinstance(place, MemorySlot) and plug.file_id:
             plug = self._lock(plug)
         self._set(plug, place)
+
+    def _connect(self, plug: VhostUserDevice) -> VhostUserDevice:
+        """With a connection for QEMU, unless QEMU must be able to connect again by itself."""
+        if plug.daemon:
+            started = self._daemons.start(plug.daemon, plug.id)
+            self._running[plug.id] = started
+            plug = replace(plug, daemon=None, descriptor=started.descriptor)
+        elif plug.socket_path and plug.file_id and self._can_connect(plug):
+            with pinned(plug.socket_path, plug.file_id) as pin, ExitStack() as stack:
+                descriptor = stack.enter_context(connected(plug.socket_path, pin))
+                self._nodes[plug.id] = stack.pop_all()
+            plug = replace(plug, descriptor=descriptor)
+        if plug.descriptor is not None:
+            self._connections[qemu_id(plug.id, LINK)] = plug.descriptor
+        return plug
+
+    def _can_connect(self, plug: VhostUserDevice) -> bool:
+        """Whether vmplug connects for QEMU; in the picture of a host nobody can."""
+        return takes_connection(plug) and self._host.is_live
 
     def _set(self, plug: Plug, place: Place) -> None:
         self._steps[plug.id] = plug_steps(plug, place, self.abilities)
@@ -192,7 +207,7 @@ class ColdQemu:
     @property
     def opens_files(self) -> bool:
         """Whether files must be verified before the guest runs: see `check_opened`."""
-        return bool(self._files())
+        return bool(self._files() or self._sockets())
 
     def _files(self) -> list[CheckedFile]:
         """A memory's file is open twice: QEMU inherits the one with the lock."""
@@ -204,6 +219,15 @@ class ColdQemu:
         ]
         return [*locks, *(file for plug in plugs for file in opened_files(plug))]
 
+    def _sockets(self) -> list[tuple[str, str]]:
+        """Those that QEMU connects to by their names, and their ids."""
+        return [
+            (plug.socket_path, plug.file_id)
+            for plug, _ in self._plugs.values()
+            if isinstance(plug, VhostUserDevice) and plug.descriptor is None
+            if plug.socket_path and plug.file_id
+        ]
+
     def check_opened(self, pid: int, qemu: Qemu) -> None:
         """NoSuchDevice unless QEMU, which has started, opened exactly the files that were checked.
 
@@ -214,6 +238,7 @@ class ColdQemu:
             check_path(file.path, file.file_id)
         if missing := find_missing(pid, files):
             raise file_replaced(missing.path, THIS_HOST)
+        check_connected(pid, self._sockets())
         for plug, _ in self._plugs.values():
             if isinstance(plug, BlockDrive) and plug.driver is not DiskFrontend.NVDIMM:
                 qemu.check_graph(plug)

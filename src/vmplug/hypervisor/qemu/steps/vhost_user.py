@@ -50,7 +50,7 @@ def _start(device: VhostUserDevice) -> list[Step]:
 def _connect(device: VhostUserDevice, can: Abilities) -> list[Step]:
     link = qemu_id(device.id, LINK)
     steps = []
-    if device.socket_path is None:
+    if device.socket_path is None or device.descriptor is not None:
         take = Command("getfd", {"fdname": link}, descriptor=device.descriptor)
         steps.append(Step(do=take, undo=Command("closefd", {"fdname": link})))
         address = {"type": "fd", "data": {"str": link}}
