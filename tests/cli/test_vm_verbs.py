@@ -197,6 +197,7 @@ def test_a_started_vm_is_known_and_outlives_the_command(vm: Running) -> None:
         "free_ports": 4,
         "scsi_controllers": 1,
         "shared_memory": True,
+        "foreign_devices": 0,
         "attachments": 0,
         "qmp": str(vm.vmplug.state_dir / "vm" / "sb1" / "qmp.sock"),
     }
