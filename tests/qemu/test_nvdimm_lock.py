@@ -180,6 +180,21 @@ def test_memory_that_no_journal_knows_goes_with_its_lock(
     assert not refusal(image, writes=True)
 
 
+def test_a_proxy_that_passes_no_descriptors_on_leaves_it_without_a_lock(
+    vm: GuestVm, tmp_path: Path, image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def drop(command: Command) -> None:
+        if command.execute == "getfd":
+            why = "No file descriptor supplied via SCM_RIGHTS"
+            raise CommandError(command.execute, "GenericError", why)
+
+    with manager(vm, tmp_path / "state", drop) as devices:
+        attachment = devices.attach(nvdimm(image))
+        assert attachment.device_id in {held.device_id for held in devices.attachments()}
+    assert f"{image} is plugged without a lock" in caplog.text
+    assert not refusal(image, writes=True)
+
+
 @pytest.mark.parametrize("read_only", [False, True], ids=["rw", "ro"])
 def test_a_vm_that_starts_with_it_has_the_lock_until_its_end(
     tmp_path: Path, image: Path, *, read_only: bool
