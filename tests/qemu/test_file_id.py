@@ -492,7 +492,11 @@ def test_an_image_that_gets_a_data_file_before_qemu_reads_it_is_not_plugged(
 def test_whoever_writes_an_image_never_shows_the_guest_another_file(
     any_vm: GuestVm, tmp_path: Path
 ) -> None:
-    """As it was won: the header is rewritten all the time. Before, after 18 tries."""
+    """As it was won: the header is rewritten all the time. Before, after 18 tries.
+
+    It need not see a refusal: who comes first is chance. That the other file is refused, is shown
+    by test_an_image_that_gets_a_data_file_before_qemu_reads_it_is_not_plugged, at the one moment.
+    """
     header = Header(tmp_path)
     evil, refused, tries = file_id(header.evil.stat()), 0, 0
     deadline = time.monotonic() + RACE_S
@@ -616,7 +620,11 @@ def checked_daemon(work: Path, *, read_only: bool, but: str = "") -> VirtiofsdSp
 def test_a_share_is_of_the_checked_directory_whoever_renames_it(
     tmp_path: Path, *, read_only: bool
 ) -> None:
-    """As it was won, on the third try: one path was mounted read-only, and another was shared."""
+    """As it was won, on the third try: one path was mounted read-only, and another was shared.
+
+    It need not see a refusal: test_a_directory_that_is_replaced_is_not_shared shows that one, and
+    test_the_directory_that_was_opened_is_shared_whatever_its_name_is_by_then what is shared.
+    """
     work, other = folder(tmp_path / "work"), folder(tmp_path / "other")
     daemon = checked_daemon(work, read_only=read_only, but="--readonly")
     runner, shared = HostVirtiofsdRunner(f"VM in {tmp_path}"), 0
