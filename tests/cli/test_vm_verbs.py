@@ -199,6 +199,7 @@ def test_a_started_vm_is_known_and_outlives_the_command(vm: Running) -> None:
         "shared_memory": True,
         "foreign_devices": 0,
         "attachments": 0,
+        "failed_disks": [],
         "qmp": str(vm.vmplug.state_dir / "vm" / "sb1" / "qmp.sock"),
     }
     assert processes_below(vm.vmplug.state_dir) == [vm.pid]
