@@ -146,6 +146,8 @@ from vmplug.vms.import_kata import KataImport as KataImport
 from vmplug.vms.import_kata import import_kata as import_kata
 from vmplug.vms.io_errors import ResumedVm as ResumedVm
 from vmplug.vms.io_errors import resume_vm as resume_vm
+from vmplug.vms.known import EndedLogs as EndedLogs
+from vmplug.vms.known import list_ended_logs as list_ended_logs
 from vmplug.vms.listing import Listing as Listing
 from vmplug.vms.listing import list_attachments as list_attachments
 from vmplug.vms.reconcile import HostRepairs as HostRepairs

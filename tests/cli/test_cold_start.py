@@ -35,7 +35,7 @@ from tests.cli.started import (
     start_words,
     started,
 )
-from tests.cli.world import processes_below
+from tests.cli.world import processes_below, qemus_below
 from tests.contract.world import journal_rows
 from tests.support.daemons import storage_daemon, vhost_user_backend, virtiofsd
 from tests.support.disks import disk_image, loop_device
@@ -519,7 +519,7 @@ def test_a_name_that_runs_is_left_alone(small: Small) -> None:
     assert (refused.status, refused.error()["code"]) == (6, "wrong-state")
     assert journal_rows(small.vmplug.state_dir) == before
     assert sharers_of(small.directory) == sharers
-    assert processes_below(small.vmplug.state_dir) == [started["vm"]["pid"]]
+    assert qemus_below(small.vmplug.state_dir) == [started["vm"]["pid"]]
     assert small.vmplug("vm", "list", "--json").json()["vms"][0]["state"] == "prelaunch"
     with ending(sharers):
         assert small.vmplug("vm", "stop", "sb1", "--timeout", "0").status == 0

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tests.contract.world import Rows, journal_rows
 from tests.support.raw_qmp import RawQmp
+from vmplug.host.process import find_marked
+from vmplug.hypervisor.qemu.start.console import CONSOLE_MARK
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +59,9 @@ def processes_below(directory: Path) -> list[int]:
         if working_directory.startswith(f"{directory}/"):
             found.append(int(pid))
     return found
+
+
+def qemus_below(directory: Path) -> list[int]:
+    """Those of them that are not the keeper of a VM's console."""
+    keepers = find_marked(CONSOLE_MARK)
+    return [pid for pid in processes_below(directory) if pid not in keepers]

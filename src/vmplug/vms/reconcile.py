@@ -12,7 +12,13 @@ from vmplug.manager.binding.binder import Binder, Returned
 from vmplug.manager.reconcile import Repair, RepairOutcome
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.connect import connect_vm
-from vmplug.vms.known import is_gone, is_starting
+from vmplug.vms.known import (
+    EndedLogs,
+    is_gone,
+    is_starting,
+    keep_ended_logs,
+    list_ended_logs,
+)
 from vmplug.vms.release import end_vm, release_vm
 
 _LOCK_TIMEOUT_S = 10.0
@@ -38,13 +44,15 @@ class HostRepairs(msgspec.Struct, frozen=True, kw_only=True):
 
     `returned` are PCI functions that were to go back to their drivers. `salvage` says
     what was carried over from a damaged journal. `failures` is empty when all agrees now, except
-    for what the outcomes report as in progress or waiting for a guest.
+    for what the outcomes report as in progress or waiting for a guest. `kept_logs` are those of
+    the VMs that vmplug found to have ended.
     """
 
     repairs: tuple[VmRepair, ...]
     returned: tuple[Returned, ...]
     failures: tuple[RepairFailure, ...]
     salvage: Salvage | None
+    kept_logs: tuple[EndedLogs, ...]
 
 
 def reconcile_host(
@@ -67,6 +75,7 @@ def reconcile_host(
     """
     salvage = put_aside(setup.state_dir) if set_aside else None
     repairs, failures = list[VmRepair](), list[RepairFailure]()
+    logs = list_ended_logs(setup=setup)
     with Journal.open(setup.state_dir) as journal:
         check_journal(journal.path)
         for record in [journal.require_vm(vm)] if vm else journal.vms():
@@ -85,6 +94,7 @@ def reconcile_host(
         returned=tuple(returned),
         failures=tuple(failures),
         salvage=salvage,
+        kept_logs=tuple(kept for kept in list_ended_logs(setup=setup) if kept not in logs),
     )
 
 
@@ -113,5 +123,6 @@ def release_ended(record: VmRecord, journal: Journal) -> list[Repair]:
     elif record.starting_by:
         end_vm(record)
         reason = "the start of its VM was interrupted"
+    keep_ended_logs(record)
     held = release_vm(journal, record)
     return [Repair(d.id, d.host_path, RepairOutcome.FORGOTTEN, reason) for d in held]

@@ -1,5 +1,6 @@
 """Which VMs are known, and what does each offer?"""
 
+import os
 from contextlib import closing, suppress
 
 import msgspec
@@ -25,7 +26,8 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     when another client holds the socket or QEMU hangs. `pid` is QEMU's process, None where it is
     unknown. The offer (`machine` to `shared_memory`) is None unless the VM answered, and so is the
     number of devices that another journal's vmplug plugged. `failed_disks` are those that have
-    stopped it, in state `io-error`.
+    stopped it, in state `io-error`. `logs` is the directory with the logs of one that vmplug
+    started, None for another.
     """
 
     name: str
@@ -38,6 +40,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     attachments: int
     foreign_devices: int | None
     qmp_socket: str
+    logs: str | None
     failed_disks: tuple[FailedDisk, ...]
 
 
@@ -76,5 +79,6 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
         attachments=len(journal.attachments(record.name)),
         foreign_devices=foreign,
         qmp_socket=record.qmp_socket,
+        logs=os.path.dirname(record.qmp_socket) if record.is_ours else None,
         failed_disks=failed,
     )

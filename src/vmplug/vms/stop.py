@@ -12,7 +12,7 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, VmRecord
 from vmplug.manager.binding.binder import give_back_unused
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-from vmplug.vms.known import is_gone, is_starting, require_started
+from vmplug.vms.known import is_gone, is_starting, keep_ended_logs, require_started
 from vmplug.vms.release import end_vm, release_vm
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ def stop_vm(
             if record.starting_by is None:
                 _power_down(record, timeout_s)
             end_vm(record)
+        if not is_alive:
+            keep_ended_logs(record)
         release_vm(journal, record)
         give_back_unused(journal)
     return StoppedVm(name=name, was_adopted=not record.is_ours, released=tuple(held))

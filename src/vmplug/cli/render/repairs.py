@@ -6,6 +6,7 @@ import click
 
 from vmplug.cli.render.output import print_table
 from vmplug.cli.render.text import one_line
+from vmplug.cli.render.vms import logs_json, print_logs
 from vmplug.journal.salvage import Salvage
 from vmplug.manager.binding.binder import Returned
 from vmplug.vms.reconcile import HostRepairs, RepairFailure, VmRepair
@@ -13,11 +14,13 @@ from vmplug.vms.reconcile import HostRepairs, RepairFailure, VmRepair
 
 def repairs_json(done: HostRepairs) -> dict[str, Any]:
     """Everything that did not agree."""
+    logs = {"logs": [*map(logs_json, done.kept_logs)]} if done.kept_logs else {}
     salvage = {"salvage": _salvage_json(done.salvage)} if done.salvage else {}
     return {
         "repairs": [_repair_json(repair) for repair in done.repairs],
         "bindings": [_returned_json(returned) for returned in done.returned],
         "errors": [_failure_json(failure) for failure in done.failures],
+        **logs,
         **salvage,
     }
 
@@ -35,6 +38,7 @@ def print_repairs(done: HostRepairs) -> None:
     print_table(("VM", "DEVICE", "HOST PATH", "DONE", "WHY"), rows)
     if not rows and not done.failures and not done.salvage:
         click.echo("the journal and the VMs agree")
+    print_logs(done.kept_logs)
 
 
 def _repair_json(done: VmRepair) -> dict[str, str | None]:

@@ -11,6 +11,7 @@ from vmplug.cli.render.text import one_line
 from vmplug.drivers.ports import FailedDisk
 from vmplug.vms.adopt import AdoptedVm
 from vmplug.vms.io_errors import ResumedVm
+from vmplug.vms.known import EndedLogs
 from vmplug.vms.start import StartedVm
 from vmplug.vms.status import VmStatus
 from vmplug.vms.stop import StoppedVm
@@ -82,6 +83,7 @@ def status_json(vm: VmStatus) -> dict[str, Any]:
         "attachments": vm.attachments,
         "qmp": vm.qmp_socket,
         "foreign_devices": vm.foreign_devices,
+        "logs": vm.logs,
         "failed_disks": [failed_disk_json(disk) for disk in vm.failed_disks],
     }
 
@@ -97,6 +99,18 @@ _COLUMNS = {
     "attachments": "ATTACHED",
     "qmp": "QMP",
 }
+
+
+def logs_json(logs: EndedLogs) -> dict[str, Any]:
+    """The logs of a VM that has ended by itself."""
+    found_at = logs.found_at.isoformat(timespec="seconds")
+    return {"vm": logs.name, "found_at": found_at, "directory": logs.directory}
+
+
+def print_logs(kept: Sequence[EndedLogs]) -> None:
+    """Where these logs are."""
+    for logs in kept:
+        click.echo(f"VM {logs.name} has ended; its last logs are in {one_line(logs.directory)}")
 
 
 def failed_disk_json(disk: FailedDisk) -> dict[str, Any]:
@@ -126,8 +140,8 @@ def print_resumed(vm: ResumedVm) -> None:
     click.echo(f"VM {vm.name} runs again" + (f", with {files}" if files else ""))
 
 
-def print_statuses(vms: Sequence[VmStatus]) -> None:
-    """A table of known VMs."""
+def print_statuses(vms: Sequence[VmStatus], ended: Sequence[EndedLogs]) -> None:
+    """A table of known VMs, and the logs of those that have ended."""
     rows = [tuple(_word(status_json(vm)[key]) for key in _COLUMNS) for vm in vms]
     print_table(tuple(_COLUMNS.values()), rows)
     for vm in vms:
@@ -135,6 +149,7 @@ def print_statuses(vms: Sequence[VmStatus]) -> None:
     print_stopped_vms({vm.name: vm.failed_disks for vm in vms if vm.failed_disks})
     if not vms:
         click.echo("no VM is known")
+    print_logs(ended)
 
 
 def _print_foreign(name: str, count: int | None) -> None:

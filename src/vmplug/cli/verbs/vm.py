@@ -22,6 +22,7 @@ from vmplug.cli.options import (
 from vmplug.cli.render.output import print_json, progress
 from vmplug.cli.render.vms import (
     adopted_json,
+    logs_json,
     print_adopted,
     print_resumed,
     print_started,
@@ -37,6 +38,7 @@ from vmplug.manager.setup import Setup
 from vmplug.policy.find import find_policy
 from vmplug.vms.adopt import adopt_vm
 from vmplug.vms.io_errors import resume_vm
+from vmplug.vms.known import list_ended_logs
 from vmplug.vms.start import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec, start_vm
 from vmplug.vms.status import list_vms
 from vmplug.vms.stop import stop_vm
@@ -133,8 +135,8 @@ def start(
     """Start a QEMU to plug into, with devices in it from the start.
 
     A q35 machine has root ports, a virtio-scsi controller, slots for NVDIMMs, and shared memory.
-    QEMU writes the console to STATE_DIR/vm/NAME/console.log. Arguments after -- are passed to QEMU
-    unchanged.
+    STATE_DIR/vm/NAME/console.log has what the guest prints, up to 1 MiB, and console.log.1 the MiB
+    before. Arguments after -- are passed to QEMU unchanged.
 
     \b
     vmplug vm start sb1 --kernel vmlinuz --initrd initrd.img --append "console=ttyS0"
@@ -253,11 +255,15 @@ def resume(as_json: bool, state_dir: str, name: str) -> None:
 def list_known(as_json: bool, state_dir: str) -> None:
     """Print the known VMs and what they offer.
 
+    With --json also the directory of their logs. vmplug keeps the last logs of VMs that ended by
+    themselves below STATE_DIR/ended: two of a name, and eight altogether.
+
     \b
     vmplug vm list
     """
-    vms = list_vms(setup=Setup(state_dir=state_dir))
+    setup = Setup(state_dir=state_dir)
+    vms, ended = list_vms(setup=setup), list_ended_logs(setup=setup)
     if as_json:
-        print_json({"vms": [status_json(vm) for vm in vms]})
+        print_json({"vms": [*map(status_json, vms)], "ended": [*map(logs_json, ended)]})
     else:
-        print_statuses(vms)
+        print_statuses(vms, ended)

@@ -14,6 +14,7 @@ from vmplug.host.program import PROGRAM_UMASK, program_environment, run_program
 from vmplug.hypervisor.qemu.abilities import has_firmware
 from vmplug.hypervisor.qemu.running import NO_AIO, Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
+from vmplug.hypervisor.qemu.start.console import console_keeper, end_console_keeper
 from vmplug.hypervisor.qemu.start.machine import BINARY, PACKAGE, Machine, VmSpec, command_line
 
 log = logging.getLogger(__name__)
@@ -54,20 +55,24 @@ def _launch(cold: ColdQemu, record: Callable[[int], None], timeout_s: float) -> 
     spec, directory = cold.spec, cold.directory
     log_path = directory / "qemu.log"
     path = str(cold.qmp_socket)
-    with _listening(path) as listener, open(log_path, "wb", opener=_private) as output:
-        arguments = [*command_line(spec, listener.fileno()), *_firmware(spec), *cold.arguments()]
-        arguments += spec.extra
+    _require_program(BINARY[spec.machine])
+    with (
+        _listening(path) as listener,
+        open(log_path, "wb", opener=_private) as output,
+        console_keeper(directory, path) as console,
+    ):
+        arguments = command_line(spec, listener.fileno(), f"/proc/self/fd/{console}")
+        arguments += [*_firmware(spec), *cold.arguments(), *spec.extra]
         stands_still = cold.opens_files and "-S" not in spec.extra
         if stands_still:
             arguments.append("-S")
-        _require_program(arguments[0])
         process = subprocess.Popen(
             ["/bin/sh", "-c", _WAIT_FOR_WORD, "sh", *arguments],
             cwd=directory,
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
-            pass_fds=[listener.fileno(), *cold.descriptors()],
+            pass_fds=[listener.fileno(), console, *cold.descriptors()],
             start_new_session=True,
             env=program_environment(),
             umask=PROGRAM_UMASK,
@@ -84,6 +89,7 @@ def _launch(cold: ColdQemu, record: Callable[[int], None], timeout_s: float) -> 
     except BaseException as error:
         process.kill()
         process.wait()
+        end_console_keeper(path)  # the next one writes to the same file
         if not isinstance(error, ConnectError):
             raise
         words = "; ".join(log_path.read_text(errors="replace").splitlines())
