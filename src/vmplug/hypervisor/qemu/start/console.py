@@ -3,7 +3,7 @@
 QEMU writes the guest's console into the pipe. The keeper ends when QEMU does, and needs neither
 vmplug nor the journal. When it is killed, QEMU drops the console's output and the guest goes on.
 Its environment has its VM, so that every vmplug can find it again. It is a shell and dd(1), with
-1 MiB of memory of their own, where a Python takes 9. Source: measured on Debian 12.
+0.3 MiB of memory each where the programs are shared (Pss). Source: measured on Debian 12.
 """
 
 import os
