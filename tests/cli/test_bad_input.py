@@ -717,8 +717,8 @@ ON_QEMU = [
     ),
     in_use(
         "attach --device file:{foreign_img} --vm roomy --owner c1",
-        "{foreign_img} is open in another QEMU",
-        "fuser",
+        "{foreign_img} is open for writing in VM 'bare', which did not get it from this journal",
+        "vmplug reconcile --vm bare",
         "image-locked",
     ),
     in_use(

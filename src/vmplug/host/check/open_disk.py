@@ -78,8 +78,8 @@ def _open_by_vm(opener: Opener, vm: str) -> Finding:
     return Finding(
         Code.OPEN_BY_PROCESS,
         f"{opener.path} is open for writing in VM {vm!r}, which did not get it from this journal",
-        f"detach it where it was attached: another journal's vmplug did it (vmplug reconcile --vm "
-        f"{vm} lists what it has of others), or QEMU's command line",
+        f"detach it where it was attached: by the vmplug of another journal (vmplug reconcile --vm "
+        f"{vm} lists such devices), or on QEMU's command line",
         Severity.WARNING,
         used_by=UsedBy(
             on=opener.path,
