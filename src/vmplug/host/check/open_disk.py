@@ -78,7 +78,7 @@ def _open_by_vm(opener: Opener, vm: str) -> Finding:
     return Finding(
         Code.OPEN_BY_PROCESS,
         f"{opener.path} is open for writing in VM {vm!r}, which did not get it from this journal",
-        f"detach it where it was attached: by the vmplug of another journal (vmplug reconcile --vm "
+        f"detach it where it was attached: by another journal's vmplug (vmplug reconcile --vm "
         f"{vm} lists such devices), or on QEMU's command line",
         Severity.WARNING,
         used_by=UsedBy(
