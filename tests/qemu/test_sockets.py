@@ -22,7 +22,7 @@ from vmplug.drivers.place import Place
 from vmplug.drivers.plug import VhostUserDevice
 from vmplug.drivers.ports import Command, Endpoint
 from vmplug.drivers.vhost_user import VhostUserDriver
-from vmplug.errors import NoSuchDevice
+from vmplug.errors import BackendError, NoSuchDevice
 from vmplug.host.file_id import file_id, pinned
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
@@ -47,7 +47,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.root]
 
 BLK, NET = DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_NET
 ID = "0123456789abcdef"
-RACE_S, MANY, TIMEOUT_S = 8.0, 40, 10.0
+RACE_S, MANY, TIMEOUT_S = 30.0, 40, 10.0
 
 
 def nothing(*_: Command) -> None:
@@ -266,7 +266,7 @@ def test_qemu_never_serves_another_socket_whoever_renames_it(
                 try:
                     with pinned(path, checked) as pin:
                         add(monitor, CheckedSocket(path, checked, pin), vm.pid, chardev)
-                except NoSuchDevice:
+                except (NoSuchDevice, BackendError):  # another one, or none that answered
                     refused += 1
                 else:
                     plugged += 1
