@@ -101,26 +101,31 @@ def find_open(pid: int, checked: str) -> frozenset[int]:
 
 def number_leads_to(pid: int, number: int, checked: str) -> bool:
     """Whether that descriptor of the process is open on the file of that id."""
-    return number in find_open(pid, checked)
+    return _read_id(f"/proc/{pid}/fd/{number}") == checked
 
 
 def _read_open(pid: int) -> dict[int, str] | None:
-    """The ids of the files that a process has open; None where they cannot be read.
+    """The ids of the files that a process has open; None where they cannot be read."""
+    directory = f"/proc/{pid}/fd"
+    try:
+        names = THIS_HOST.list_dir(directory)
+    except AttributeReadError:
+        return None
+    ids = {int(name): _read_id(f"{directory}/{name}") for name in names}
+    return {number: opened for number, opened in ids.items() if opened}
+
+
+def _read_id(link: str) -> str | None:
+    """The id of the file that a descriptor is open on; None where it cannot be read.
 
     No storage is asked: one that does not answer must not matter to the files of others.
     """
     from vmplug.host.use.statx import read_place  # noqa: PLC0415  ctypes costs 2 ms
 
-    directory, found = f"/proc/{pid}/fd", dict[int, str]()
-    try:
-        names = THIS_HOST.list_dir(directory)
-    except AttributeReadError:
-        return None
-    for name in names:
-        with suppress(AttributeReadError):  # a broken neighbour
-            if place := read_place(f"{directory}/{name}"):
-                found[int(name)] = _id_of(place[0])
-    return found
+    with suppress(AttributeReadError):  # a broken neighbour
+        if place := read_place(link):
+            return _id_of(place[0])
+    return None
 
 
 def find_missing(pid: int, files: Iterable[CheckedFile]) -> CheckedFile | None:
