@@ -18,7 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
-from vmplug.errors import BackendError, DeviceError
+from vmplug.errors import BackendError, CommandError, DeviceError, HypervisorError
 from vmplug.host.file_id import file_id, file_replaced, pinned
 from vmplug.host.process import end_processes, find_marked
 from vmplug.host.program import program_environment
@@ -33,6 +33,8 @@ _SUBMOUNTS, _FUSE_SUBMOUNTS = "--announce-submounts", "-o announce_submounts"
 _READ_ONLY = "--readonly"
 _DIRECTORY = "VMPLUG_DIRECTORY"
 """For people who look at the processes: a mount hides it from the arguments."""
+_NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
+"""Errors of virtiofsd (in C and in Rust) when it cannot make / private or leave it."""
 _MOUNT_POINT = "/sys"
 _MOUNT = f'mount -c -o "$0" -- . {_MOUNT_POINT} && cd / && exec "$@"'
 """Its working directory, which is the one that was checked, at a place that every host has, in a
@@ -231,6 +233,22 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
             if vm == self._vm and (wanted is None or device_id in wanted):
                 found.setdefault(device_id, []).append(pid)
         return found
+
+
+def daemon_failed(daemon: VirtiofsdSpec, error: HypervisorError, said: str) -> BackendError:
+    """The error for a share that was refused, with what its daemon has said."""
+    words = f"; {daemon.program} reports: {said}" if said else ""
+    hint = error.hint if isinstance(error, CommandError) else None
+    if any(piece in said for piece in _NO_SANDBOX):
+        hint = (
+            "where vmplug runs, / must be a mount point: mount --bind it on itself before chroot"
+        )
+    return BackendError(
+        daemon.program,
+        f"{daemon.directory} cannot be shared: {error}{words}",
+        hint=hint
+        or "the VM is unchanged; try again, or share it as virtio-9p when you start the VM",
+    )
 
 
 def _has_hung_up(connection: socket.socket) -> bool:

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 
 import msgspec
 
-from vmplug.drivers.plug import VhostUserDevice, VirtiofsdSpec
+from vmplug.drivers.plug import VhostUserDevice
 from vmplug.drivers.ports import Command
-from vmplug.errors import BackendError, CommandError, HypervisorError
+from vmplug.errors import BackendError
 from vmplug.host.file_id import check_path, file_replaced, pinned
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import THIS_HOST
@@ -24,8 +24,6 @@ from vmplug.host.vhost_user.peer import BoundFile, find_bound_file, find_connect
 from vmplug.host.vhost_user.probe import connect_to
 from vmplug.hypervisor.qmp.monitor import Monitor, Talk
 
-_NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
-"""Errors of virtiofsd (in C and in Rust) when it cannot make / private or leave it."""
 _TIMEOUT_S = 5.0
 """QEMU connects within milliseconds, in the background, and an idle backend accepts that."""
 
@@ -111,19 +109,3 @@ def check_connected(pid: int, sockets: Iterable[tuple[str, str]]) -> None:
             left[file] -= 1
             if left[file] < 0:
                 raise file_replaced(path, THIS_HOST)
-
-
-def daemon_failed(daemon: VirtiofsdSpec, error: HypervisorError, said: str) -> BackendError:
-    """The error for a share that was refused, with what its daemon has said."""
-    words = f"; {daemon.program} reports: {said}" if said else ""
-    hint = error.hint if isinstance(error, CommandError) else None
-    if any(piece in said for piece in _NO_SANDBOX):
-        hint = (
-            "where vmplug runs, / must be a mount point: mount --bind it on itself before chroot"
-        )
-    return BackendError(
-        daemon.program,
-        f"{daemon.directory} cannot be shared: {error}{words}",
-        hint=hint
-        or "the VM is unchanged; try again, or share it as virtio-9p when you start the VM",
-    )

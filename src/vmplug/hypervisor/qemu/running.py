@@ -33,7 +33,6 @@ from vmplug.hypervisor.qemu.connection import (
     CheckedSocket,
     connect_by_name,
     connected,
-    daemon_failed,
     takes_connection,
 )
 from vmplug.hypervisor.qemu.failed_disks import IO_ERROR, find_failed_disks
@@ -48,7 +47,7 @@ from vmplug.hypervisor.qemu.topology import children, qom_get, qom_list, read_of
 from vmplug.hypervisor.qemu.transaction import NOT_THERE, do_all
 from vmplug.hypervisor.qemu.unplug_waiter import UnplugWaiter
 from vmplug.hypervisor.qmp.monitor import COMMAND_TIMEOUT_S, Monitor
-from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdRunner
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdRunner, daemon_failed
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from vmplug.hypervisor.qemu.abilities import has_firmware
 from vmplug.hypervisor.qemu.running import NO_AIO, Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.console import console_keeper, end_console_keeper
+from vmplug.hypervisor.qemu.start.ended_logs import QEMU_LOG
 from vmplug.hypervisor.qemu.start.machine import BINARY, PACKAGE, Machine, VmSpec, command_line
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def launch(cold: ColdQemu, record: Callable[[int], None], *, timeout_s: float) -
 
 def _launch(cold: ColdQemu, record: Callable[[int], None], timeout_s: float) -> int:
     spec, directory = cold.spec, cold.directory
-    log_path = directory / "qemu.log"
+    log_path = directory / QEMU_LOG
     path = str(cold.qmp_socket)
     _require_program(BINARY[spec.machine])
     with (
