@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -243,17 +243,22 @@ def test_a_paused_vm_keeps_no_file_of_a_disk_that_has_left(
 
 
 class Meddled(Hooked):
-    """Calls `after` too, when QEMU has answered."""
+    """Calls `after` too, when QEMU has answered a command in `opening`."""
 
     def __init__(
-        self, inner: QmpMonitor, before: Callable[[Command], None], after: Callable[[], None]
+        self,
+        inner: QmpMonitor,
+        before: Callable[[Command], None],
+        after: Callable[[], None],
+        opening: Collection[str] = frozenset(OPENING),
     ) -> None:
         super().__init__(inner, before)
         self._after = after
+        self._opening = opening
 
     def answer(self, command: Command) -> object:
         answer = super().answer(command)
-        if command.execute in OPENING:
+        if command.execute in self._opening:
             self._after()
         return answer
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.contract.sandbox import Hooked, Picture
 from tests.contract.world import journal_rows, memory_side_vm, qemu_parts
-from tests.qemu.test_file_id import RENAMING, Swap, cold, processes_of
+from tests.qemu.test_file_id import RENAMING, Meddled, Swap, cold, processes_of
 from tests.support.daemons import VIRTIOFSD, storage_daemon, vhost_user_backend, virtiofsd
 from tests.support.disks import disk_image
 from tests.support.vm import GuestVm
@@ -119,22 +119,6 @@ def bound(path: Path) -> BoundFile:
     return found
 
 
-class Meddled(Hooked):
-    """Calls `after` when QEMU has answered `chardev-add`."""
-
-    def __init__(
-        self, inner: QmpMonitor, before: Callable[[Command], None], after: Callable[[], None]
-    ) -> None:
-        super().__init__(inner, before)
-        self._after = after
-
-    def answer(self, command: Command) -> object:
-        answer = super().answer(command)
-        if command.execute == "chardev-add":
-            self._after()
-        return answer
-
-
 @contextmanager
 def managed(
     vm: GuestVm,
@@ -147,7 +131,7 @@ def managed(
     with DeviceManager.open(
         vm="sandbox-1",
         host=HostRoot("/"),
-        hypervisor=Qemu(Meddled(monitor, before, after), endpoint),
+        hypervisor=Qemu(Meddled(monitor, before, after, {"chardev-add"}), endpoint),
         state_dir=tmp_path / "state",
     ) as devices:
         yield devices
