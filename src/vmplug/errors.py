@@ -9,8 +9,8 @@ DeviceError
  │  └ InUse               something on the host still uses it
  ├ PolicyError        the operator's rules do not allow it
  ├ HypervisorError    the VM cannot take it or does not answer
- │  ├ ConnectError        the QMP connection could not be opened │  ├ ProtocolError       the
- connection was lost or overran its deadline
+ │  ├ ConnectError        the QMP connection could not be opened
+ │  ├ ProtocolError       the connection was lost or overran its deadline
  │  ├ CommandError        QEMU refused a command
  │  ├ BackendError        the process behind a vhost-user socket failed; QEMU is as it was
  │  ├ BackendTimeout      it made QEMU overrun the deadline; nobody knows what QEMU did
@@ -23,8 +23,8 @@ DeviceError
  │  └ StillAttached
  └ StoreError         saved state unreadable, or from a newer version
 
-The message is one sentence; `hint` is the remedy where there is one; every other public attribute
-is a fact, and `facts` gives them all.
+The message is one sentence; `hint` is the remedy where there is one, and a traceback shows it as a
+note; every other public attribute is a fact, and `facts` gives them all.
 """
 
 import os
@@ -64,14 +64,34 @@ class DeviceError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
+        self._hint: str | None = None
         self.hint = hint
+
+    @property
+    def hint(self) -> str | None:
+        """The remedy, None where there is none."""
+        return self._hint
+
+    @hint.setter
+    def hint(self, hint: str | None) -> None:
+        others = self.notes
+        self._hint = hint
+        if hasattr(self, "__notes__"):
+            del self.__notes__
+        for note in (*([f"hint: {hint}"] if hint else []), *others):
+            self.add_note(note)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was noted beside the hint: further errors, for example."""
+        notes: list[str] = getattr(self, "__notes__", [])
+        return tuple(note for note in notes if note != f"hint: {self._hint}")
 
     @property
     def facts(self) -> dict[str, object]:
         """The attributes of this error beside its message and hint."""
-        attributes = {k: v for k, v in vars(self).items() if k not in {"message", "hint"}}
-        attributes.pop("__notes__", None)
-        return attributes
+        others = {"message", "_hint", "__notes__"}
+        return {name: value for name, value in vars(self).items() if name not in others}
 
 
 class SpecError(DeviceError):

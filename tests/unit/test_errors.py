@@ -1,5 +1,7 @@
 """Errors carry their facts as values, for programs."""
 
+import traceback
+
 from vmplug.errors import AttributeReadError, DeviceError, NoSuchDevice, SpecError
 
 
@@ -13,6 +15,23 @@ def test_a_note_of_python_is_no_fact() -> None:
     error = SpecError("$", "wrong")
     error.add_note("seen while reading a bundle")
     assert error.facts == {"where": "$"}
+
+
+def test_a_traceback_shows_the_hint_before_other_notes() -> None:
+    error = SpecError("$", "wrong")
+    error.add_note("VM sb2: wrong too")
+    error.hint = "write it in another way"
+    error.hint = "write it right"
+    shown = "".join(traceback.format_exception(error)).splitlines()
+    assert shown == [
+        "vmplug.errors.SpecError: $: wrong",
+        "hint: write it right",
+        "VM sb2: wrong too",
+    ]
+    assert error.notes == ("VM sb2: wrong too",)
+    error.hint = None
+    assert error.notes == ("VM sb2: wrong too",)
+    assert "hint" not in "".join(traceback.format_exception(error))
 
 
 def test_an_unreadable_file_says_why() -> None:

@@ -128,7 +128,7 @@ def _report(error: Exception, words: Sequence[str]) -> int:
     match error:
         case DeviceError():
             _print_error(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
-            for note in () if wants_json else getattr(error, "__notes__", ()):
+            for note in () if wants_json else error.notes:
                 click.echo(f"vmplug: {one_line(note)}", err=True)
             return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
         case click.exceptions.NoArgsIsHelpError():

@@ -29,6 +29,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.journal import Journal
+from vmplug.journal.names import check_owner, check_vm_name
 from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
 from vmplug.journal.state import State, holds_nothing, not_attached
 from vmplug.manager import UNPLUG_TIMEOUT_S
@@ -41,7 +42,6 @@ from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.resize import is_disk, new_size
 from vmplug.manager.unplug import Unplugger
 from vmplug.manager.vm_identity import release_if_restarted
-from vmplug.oci.limits import NAME_BYTES_MAX, check_text
 from vmplug.oci.requests import Request
 from vmplug.policy.budget import Budget
 from vmplug.policy.gate import PolicyCheck
@@ -75,6 +75,8 @@ class DeviceManager:
         vhost_user_store: VhostUserStore | None = None,
         policy: Policy | None = None,
     ) -> None:
+        if journal.find_vm(vm) is None:
+            check_vm_name(vm)
         self._vm = vm
         self._host = host
         self._hypervisor = hypervisor
@@ -106,7 +108,8 @@ class DeviceManager:
         `vhost_user_store` is the vhost-user store of the host, None when it has none. Without a
         `policy` every device that passes `check` may be handed over. A VM that is not in the
         journal is added, and the devices of a former one with its name are released. Closing the
-        manager, and a failure to open it, closes the hypervisor's connection. Raises StoreError.
+        manager, and a failure to open it, closes the hypervisor's connection. Raises StoreError,
+        and SpecError for a name that `vm start` refuses.
         """
         with ExitStack() as undo:
             undo.callback(hypervisor.close)
@@ -183,7 +186,7 @@ class DeviceManager:
         Ids are new each time. Raises as `attach_all` does.
         """
         with self._lock:
-            owner = owner or self._vm
+            owner = self._vm if owner is None else owner
             plan = self._plan(
                 self.check(requests, owner=owner, allow=allow, managed=managed), owner
             )
@@ -225,7 +228,7 @@ class DeviceManager:
         still plugging or detaching.
         """
         self._require_live("attach devices")
-        holder = owner or self._vm
+        holder = self._vm if owner is None else owner
         budget = Budget(self._policy)
         self._meet()
 
@@ -392,7 +395,7 @@ class DeviceManager:
         )
 
     def _plan(self, examined: Sequence[CheckedRequest], owner: str) -> Plan:
-        check_text("owner", owner, NAME_BYTES_MAX)
+        check_owner(owner)
         return make_plan(
             examined,
             vm=self._vm,

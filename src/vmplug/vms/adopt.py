@@ -7,9 +7,10 @@ import msgspec
 from vmplug.host.permissions import can_all_connect
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
+from vmplug.journal.names import check_vm_name
 from vmplug.journal.records import record_vm
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-from vmplug.vms.known import check_name, forget_ended
+from vmplug.vms.known import forget_ended
 
 
 class AdoptedVm(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +42,7 @@ def adopt_vm(
     Give QEMU a QMP socket for vmplug alone. Raises SpecError, ConnectError, and StateError when
     another VM has the name.
     """
-    check_name(name)
+    check_vm_name(name)
     with Journal.open(setup.state_dir) as journal:
         forget_ended(journal, name)
         with closing(Qemu.connect(qmp_socket)) as qemu:

@@ -7,6 +7,7 @@ import msgspec
 from vmplug.errors import StateError
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
+from vmplug.journal.names import check_vm_name
 from vmplug.manager.kata.adopt import Adopted, adopt
 from vmplug.manager.kata.saved_state import read_kata
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
@@ -45,6 +46,8 @@ def import_kata(
 def _connect(journal: Journal, vm: str, socket: str | None) -> Qemu:
     """The VM at the named socket, which must be the journal's when that knows the VM."""
     record = journal.require_vm(vm) if socket is None else journal.find_vm(vm)
+    if record is None:
+        check_vm_name(vm)
     qemu = Qemu.connect(socket or (record.qmp_socket if record else ""))
     with ExitStack() as undo:
         undo.callback(qemu.close)

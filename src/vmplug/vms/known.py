@@ -1,12 +1,11 @@
 """The VMs that the journal knows: which of them still run, and how one is forgotten."""
 
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from vmplug.errors import SpecError, StateError
+from vmplug.errors import StateError
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.listening import is_listening
 from vmplug.hypervisor.qemu.start.console import end_console_keeper
@@ -18,7 +17,6 @@ from vmplug.manager.setup import DEFAULT_SETUP, Setup
 
 __all__ = (
     "EndedLogs",
-    "check_name",
     "find_ended",
     "forget_ended",
     "forget_vm",
@@ -28,16 +26,6 @@ __all__ = (
     "list_ended_logs",
     "require_started",
 )
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
-
-
-def check_name(name: str) -> None:
-    """Raise SpecError for a name that cannot be a VM's."""
-    if not _NAME.match(name):
-        raise SpecError(
-            f"VM name {name!r}", "it is made of letters, digits, '.', '_' and '-', 63 at most"
-        )
 
 
 def is_gone(record: VmRecord, host: HostRoot) -> bool:

@@ -28,12 +28,13 @@ from vmplug.hypervisor.qemu.start.machine import (
     most_memory_mib,
 )
 from vmplug.journal.journal import Journal
+from vmplug.journal.names import check_vm_name
 from vmplug.journal.records import Attachment, VmRecord
 from vmplug.manager.binding.binder import give_back_unused
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
 from vmplug.vms.connect import open_manager
-from vmplug.vms.known import check_name, forget_ended
+from vmplug.vms.known import forget_ended
 from vmplug.vms.release import abandon_start
 
 __all__ = ("MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "start_vm")
@@ -72,7 +73,7 @@ def start_vm(
     Raises SpecError, PolicyError, HostError, HypervisorError, and StateError when a VM of that
     name runs or has left files. After a failure nothing is left of the VM.
     """
-    check_name(spec.name)
+    check_vm_name(spec.name)
     if requests:
         setup.host.require_live("attach devices")
     directory = Path(setup.state_dir).resolve() / "vm" / spec.name
