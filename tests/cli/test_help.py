@@ -38,8 +38,9 @@ VERBS = (
     "vm list",
     "record",
     "completion",
+    "help",
 )
-JSON_VERBS = [verb for verb in VERBS if verb != "completion"]
+JSON_VERBS = [verb for verb in VERBS if verb not in {"completion", "help"}]
 READING_VERBS = ("host", "info", "resolve", "check", "plan", "attach")
 VM_OPTION_VERBS = ("plan", "attach", "detach", "list", "watch", "reconcile", "import-kata")
 
@@ -148,6 +149,51 @@ def test_a_missing_value_is_remedied_by_the_help_of_the_verb(vmplug: Vmplug) -> 
 
 def test_a_misspelt_option_is_guessed(vmplug: Vmplug) -> None:
     assert "--read-only" in vmplug("check", "--readonly").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("atach", "attach"),
+        ("lst", "list"),
+        ("vm strat", "start"),
+        ("mdev craete", "create"),
+        ("start", "vm start"),
+        ("help reconsile", "reconcile"),
+        ("help vm lst", "list"),
+    ],
+)
+def test_a_mistyped_verb_is_guessed(vmplug: Vmplug, words: str, meant: str) -> None:
+    refused = vmplug(*words.split())
+    assert (refused.status, refused.stdout) == (2, "")
+    word = words.rpartition(" ")[2]
+    assert refused.stderr.splitlines()[0] == (
+        f"vmplug: no such verb {word!r}. Did you mean {meant!r}?"
+    )
+
+
+def test_a_word_that_is_like_no_verb_is_not_guessed(vmplug: Vmplug) -> None:
+    assert vmplug("frobnicate").stderr.startswith("vmplug: no such verb 'frobnicate'\n")
+
+
+def test_help_of_a_verb_is_what_its_option_prints(vmplug: Vmplug) -> None:
+    assert vmplug("help").answer() == vmplug("--help").answer()
+    for verb in (*VERBS, "vm"):
+        assert vmplug("help", *verb.split()).answer() == help_of(verb)
+
+
+def test_help_of_a_verb_that_has_none_below_says_so(vmplug: Vmplug) -> None:
+    refused = vmplug("help", "list", "all")
+    assert refused.stderr.startswith("vmplug: vmplug list has no verbs of its own\n")
+    assert refused.status == 2
+
+
+@pytest.mark.parametrize("size", ["0", "2X", "2g", "2GiB", "-1", "1.5G", "9999999T", ""])
+def test_a_size_says_which_letters_it_takes(vmplug: Vmplug, size: str) -> None:
+    refused = vmplug("resize", "0123456789abcdef", "--size", size)
+    assert refused.status == 2
+    assert f"'--size': '{size}' is not a number from 1 to 9223372036854775807, " in refused.stderr
+    assert "optionally with K, M, G or T\n" in refused.stderr
 
 
 def test_the_version_is_the_installed_one(vmplug: Vmplug) -> None:

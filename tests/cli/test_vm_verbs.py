@@ -580,7 +580,7 @@ def test_a_file_grows_while_the_guest_runs(vm: Running, tmp_path: Path) -> None:
     asked = ("--device", f"file:{image}", "--vm", "sb1", "--owner", "ctr1", "--json")
     (attached,) = vm.vmplug("attach", *asked).json()["attachments"]
     disk = only_disk(vm)
-    told = vm.vmplug("resize", attached["id"], "--size", str(16 * MIB), "--json").json()
+    told = vm.vmplug("resize", attached["id"], "--size", "16M", "--json").json()
     assert told == {"id": attached["id"], "size_bytes": 16 * MIB}
     wait_for_size(vm, disk.name, 16 * MIB)
     assert image.stat().st_size == 16 * MIB

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import click
 
+from vmplug.cli.group import VerbGroup
 from vmplug.cli.render.text import one_line
 from vmplug.errors import (
     DeviceError,
@@ -41,6 +42,7 @@ _VERBS = {
     "vm": "start, adopt, stop and list VMs",
     "record": "write what vmplug reads of this host into a file, for a bug report",
     "completion": "shell completion for bash, zsh or fish",
+    "help": "how is a verb used?",
 }
 
 _BUG, _USAGE, _HOST = 1, 2, 4
@@ -55,7 +57,7 @@ _EXIT_STATUS = (
 )
 
 
-class _Verbs(click.Group):
+class _Verbs(VerbGroup):
     """Imports a verb's module only when that verb is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's

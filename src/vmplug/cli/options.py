@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from vmplug.devnum import DevNum
+from vmplug.cli.device import names_device, parse_device, request_read_only
 from vmplug.errors import AttributeReadError, SpecError, StoreError
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, has_journal
@@ -103,7 +103,7 @@ vm_option = click.option(
 
 
 def request_options(command: F) -> F:
-    """BUNDLE, --device and how the devices are wanted."""
+    """BUNDLE (or a device in its place), --device and how the devices are wanted."""
     return click.argument("bundle", required=False, type=click.Path())(device_options(command))
 
 
@@ -127,11 +127,11 @@ def device_options(command: F) -> F:
             "devices",
             multiple=True,
             metavar="DEVICE",
-            help="Ask for b:MAJOR:MINOR[:PATH], c:MAJOR:MINOR[:PATH], file:IMAGE[:PATH], "
-            "nvdimm:IMAGE[:PATH], "
+            help="Ask for NODE[:PATH] such as /dev/sdb, b:MAJOR:MINOR[:PATH], "
+            "c:MAJOR:MINOR[:PATH], file:IMAGE[:PATH], nvdimm:IMAGE[:PATH], "
             "vfio:BDF (also: a mediated device's UUID, /dev/vfio/N), "
             "net:SOCKET, share:DIRECTORY:TAG (also: a virtiofsd's socket, fd:N) or rng[:SOURCE]; "
-            "PATH is the one in the container.",
+            "PATH is the one in the container. :ro at the end asks for it read-only.",
         ),
     ):
         command = decorate(command)
@@ -206,7 +206,10 @@ def read_request(
 ) -> RequestArguments:
     """The request that `request_options` describe. Raises UsageError or SpecError."""
     host = open_root(root)
-    requests: list[Request] = [parse_device(text) for text in devices]
+    if bundle is not None and names_device(bundle, host):
+        devices = (os.path.abspath(bundle), *devices)
+        bundle = None
+    requests: list[Request] = [parse_device(text, host) for text in devices]
     options = _parse_options(driver_options)
     annotated: Sequence[Request] = ()
     name = None
@@ -230,16 +233,12 @@ def read_request(
 
 def _wanted(info: "Request", options: Mapping[str, str], *, read_only: bool) -> "Request":
     """The request with what was passed for all of them; what is only counted has no options."""
+    info = request_read_only(info) if read_only else info
     wanted = {**info.driver_options, **options}
     if isinstance(info, DeviceInfo):
-        read_only = info.read_only or read_only
-        if info.dev_type is not DevType.BLOCK:
-            return replace(info, read_only=read_only)
-        return replace(info, read_only=read_only, driver_options=wanted)
+        return replace(info, driver_options=wanted) if info.dev_type is DevType.BLOCK else info
     from msgspec import structs  # noqa: PLC0415  as `info` was made with it
 
-    if read_only and info.name.startswith("share:"):
-        return structs.replace(info, driver_options=wanted, read_only=True)
     return structs.replace(info, driver_options=wanted)
 
 
@@ -271,80 +270,6 @@ def open_store(path: str, host: HostRoot) -> "VhostUserStore":
     from vmplug.host.vhost_user.store import VhostUserStore  # noqa: PLC0415  msgspec
 
     return VhostUserStore(os.path.abspath(path), root=host)  # QEMU works in another directory
-
-
-def parse_device(text: str) -> "Request":
-    """`b:7:0:/dev/xvda`, `b:7:0` (/dev/block/7:0), `file:/a.img:/dev/xvda`, `net:/s.sock`."""
-    kind, _, rest = text.partition(":")
-    if kind in {"file", "nvdimm"}:
-        return _parse_image(text, rest, pmem=kind == "nvdimm")
-    if kind in {"net", "share", "rng", "vfio"}:
-        return _parse_named(text, kind, rest)
-    major, _, minor_path = rest.partition(":")
-    minor, _, path = minor_path.partition(":")
-    try:
-        dev_type, devnum = DevType(kind), DevNum.parse(f"{major}:{minor}")
-    except ValueError as error:
-        why = (
-            str(error)
-            if kind in {"b", "c", "u"}
-            else f"{kind!r} is not b, c, file, nvdimm, vfio, net, share or rng"
-        )
-        raise SpecError(
-            f"--device {text}", why, hint="write b:7:0, b:7:0:/dev/xvda or file:/images/a.img"
-        ) from None
-    directory = "/dev/block" if dev_type is DevType.BLOCK else "/dev/char"
-    return DeviceInfo(
-        container_path=path or f"{directory}/{devnum}", dev_type=dev_type, devnum=devnum
-    )
-
-
-def _parse_image(text: str, rest: str, *, pmem: bool) -> DeviceInfo:
-    """`/a.img:/dev/xvda`; without a path it is the image's name below /dev."""
-    image, colon, path = rest.rpartition(":/")
-    if not colon:
-        image, path = rest, f"dev/{os.path.basename(rest)}"
-    if not image:
-        kind = "nvdimm" if pmem else "file"
-        hint = f"write {kind}:/images/a.img"
-        raise SpecError(f"--device {text}", "no image is named", hint=hint)
-    return DeviceInfo(
-        container_path=f"/{path}",
-        dev_type=DevType.BLOCK,
-        host_path=os.path.abspath(image),
-        pmem=pmem,
-    )
-
-
-def _parse_named(text: str, kind: str, rest: str) -> "Request":
-    """What OCI has no word for: `net:/s.sock`, `share:/srv/work:work`, `rng`."""
-    from vmplug.address import Bdf  # noqa: PLC0415  msgspec
-    from vmplug.oci.requests import (  # noqa: PLC0415  msgspec
-        DEFAULT_SOURCE,
-        DESCRIPTOR_PREFIX,
-        NetInfo,
-        RngInfo,
-        ShareInfo,
-        VfioInfo,
-    )
-
-    if kind == "vfio":
-        try:
-            device = str(Bdf.parse_written(rest))
-        except ValueError:  # a UUID, a node, or a mistake that resolving explains
-            device = rest
-        return VfioInfo(label=device.replace("/", "-").strip("-") or "-", device=device)
-    if kind == "rng":
-        return RngInfo(source=os.path.abspath(rest or DEFAULT_SOURCE))
-    if kind == "net" and os.path.basename(rest):
-        label = os.path.basename(rest).removesuffix(".sock").lstrip(".") or "net0"
-        return NetInfo(label=label, socket_path=os.path.abspath(rest))
-    source, colon, tag = rest.rpartition(":")
-    if not (kind == "share" and colon and source and tag):
-        hint = "write net:/run/vpp/eth0.sock" if kind == "net" else "write share:/srv/work:work"
-        raise SpecError(f"--device {text}", "is not complete", hint=hint)
-    is_descriptor = source.startswith(DESCRIPTOR_PREFIX)
-    return ShareInfo(tag=tag, source=source if is_descriptor else os.path.abspath(source))
 
 
 def parse_function(text: str) -> "Bdf":

@@ -61,17 +61,17 @@ def switch(on: str, off: str) -> Callable[[str], bool]:
     return parse
 
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def number(least: int, most: int) -> Callable[[str], int]:
-    """A whole number, with K, M or G for powers of 1024."""
+    """A whole number, with K, M, G or T for powers of 1024."""
 
     def parse(said: str) -> int:
-        match = re.fullmatch(r"([0-9]{1,16})([KMG]?)", said, re.ASCII)
+        match = re.fullmatch(r"([0-9]{1,16})([KMGT]?)", said, re.ASCII)
         value = int(match[1]) * _UNITS[match[2]] if match else -1
         if not least <= value <= most:
-            raise ValueError(f"a number from {least} to {most}, optionally with K, M or G")
+            raise ValueError(f"a number from {least} to {most}, optionally with K, M, G or T")
         return value
 
     return parse

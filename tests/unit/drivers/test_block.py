@@ -158,7 +158,11 @@ def test_limits_of_bytes_and_operations_go_together() -> None:
         ("serial", "a\nb", "is not printable text"),
         ("serial", "a\0b", "is not printable text"),
         *[
-            ("bps-total", text, f"is not a number from 1 to {10**15}, optionally with K, M or G")
+            (
+                "bps-total",
+                text,
+                f"is not a number from 1 to {10**15}, optionally with K, M, G or T",
+            )
             for text in ("", "0", "-1", "1.5", "1k", "1KB", "K", "0x10", " 1", "1\n", "٣")
         ],
         ("iops-read", "1000000000000001", "is not a number from 1 to"),

@@ -90,6 +90,7 @@ def test_a_wrong_value_is_answered_with_what_was_said_and_expected() -> None:
         ("1K", 1 << 10),
         ("3M", 3 << 20),
         ("1024G", 1 << 40),
+        ("1T", 1 << 40),
         (str(1 << 40), 1 << 40),
     ],
 )
@@ -98,10 +99,10 @@ def test_a_number_may_be_in_powers_of_1024(said: str, value: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ["", "-1", "+1", "1.5", "1k", "1T", "1KB", "K", "0x10", " 1", "1\n", "٣", "²", "1_0"]
+    "said", ["", "-1", "+1", "1.5", "1k", "1P", "1KB", "K", "0x10", " 1", "1\n", "٣", "²", "1_0"]
 )
 def test_anything_else_is_no_number(said: str) -> None:
-    with pytest.raises(ValueError, match=r"a number from 0 to 9, optionally with K, M or G"):
+    with pytest.raises(ValueError, match=r"a number from 0 to 9, optionally with K, M, G or T"):
         number(0, 9)(said)
 
 

@@ -67,7 +67,7 @@ def command(
 
     \b
     vmplug attach bundle/ --vm sb1
-    vmplug attach --device b:7:0:/dev/xvda --vm sb1 --owner ctr1 -o cache=none -o discard=unmap
+    vmplug attach --device /dev/sdb:/dev/xvda --vm sb1 --owner ctr1 -o discard=unmap
     vmplug attach --device file:/images/a.qcow2 -o format=qcow2 --vm sb1 --owner ctr1
     vmplug attach --device share:/srv/work:work --read-only --vm sb1 --owner ctr1
     vmplug attach --device vfio:0000:3b:00.0 --managed --vm sb1 --owner ctr1

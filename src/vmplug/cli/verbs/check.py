@@ -58,7 +58,8 @@ def command(
 
     \b
     vmplug check bundle/
-    vmplug check --device b:8:16 --read-only
+    vmplug check /dev/sdb:ro
+    vmplug check --device /dev/disk/by-id/wwn-0x5000c500a1b2c3d4
     vmplug check bundle/ --allow mounted-on-host
     vmplug check --device vfio:0000:3b:00.0 --managed --vm sb1
     """

@@ -2,6 +2,7 @@
 
 import click
 
+from vmplug.cli.group import VerbGroup
 from vmplug.cli.options import json_option, root_option, state_dir_option
 from vmplug.cli.render.output import print_json
 from vmplug.host.root import HostRoot
@@ -9,7 +10,7 @@ from vmplug.manager.binding.mediated import create_mediated_device, remove_media
 from vmplug.manager.setup import Setup
 
 
-@click.group("mdev")
+@click.group("mdev", cls=VerbGroup)
 def command() -> None:
     """Create and remove mediated devices."""
 

@@ -5,14 +5,29 @@ import click
 from vmplug.cli.options import json_option, state_dir_option
 from vmplug.cli.render.output import print_json, size
 from vmplug.cli.render.text import one_line
+from vmplug.drivers.options import number
 from vmplug.manager.setup import Setup
 from vmplug.vms.attachments import resize_attachment
+
+_parse = number(1, (1 << 63) - 1)
+"""A size as the limits of a disk are written. The most is that of a file. Source: lseek(2)."""
+
+
+def _parse_size(ctx: click.Context, param: click.Parameter, said: str | None) -> int | None:
+    try:
+        return None if said is None else _parse(said)
+    except ValueError as error:
+        raise click.BadParameter(f"{said!r} is not {error}.", ctx, param) from None
 
 
 @click.command("resize")
 @click.argument("attachment")
 @click.option(
-    "--size", "size_bytes", type=click.IntRange(min=1), metavar="BYTES", help="Grow a file to it."
+    "--size",
+    "size_bytes",
+    callback=_parse_size,
+    metavar="BYTES",
+    help="Grow a file to it; K, M, G and T are powers of 1024.",
 )
 @state_dir_option
 @json_option
@@ -23,7 +38,7 @@ def command(as_json: bool, state_dir: str, size_bytes: int | None, attachment: s
 
     \b
     lvextend --size +1G vg/data && vmplug resize 0123456789abcdef
-    vmplug resize 0123456789abcdef --size 2147483648
+    vmplug resize 0123456789abcdef --size 2G
     """
     hold, now = resize_attachment(attachment, size_bytes, setup=Setup(state_dir=state_dir))
     if as_json:

@@ -29,7 +29,7 @@ def command(as_json: bool, **request: object) -> None:
 
     \b
     vmplug resolve bundle/
-    vmplug resolve --device b:8:16 --device c:10:229:/dev/fuse
+    vmplug resolve --device /dev/sdb --device c:10:229:/dev/fuse
     vmplug resolve --device b:241:0 --vhost-user-store /run/vhost-user --json
     """
     asked = read_request(**request)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from vmplug.cli.group import VerbGroup
 from vmplug.cli.options import (
     RequestArguments,
     allow_option,
@@ -46,7 +47,7 @@ from vmplug.vms.stop import stop_vm
 _NOTHING = RequestArguments(requests=(), name=None, host=THIS_HOST, vhost_user_store=None)
 
 
-@click.group("vm")
+@click.group("vm", cls=VerbGroup)
 def command() -> None:
     """Start, adopt, stop, resume and list VMs."""
 
