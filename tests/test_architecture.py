@@ -82,6 +82,7 @@ MADE_WITHOUT_MSGSPEC = {
     "DiskFile",
     "DiskPart",
     "CheckedFile",
+    "Column",
     "EntropySource",
     "ImageFile",
     "Identity",

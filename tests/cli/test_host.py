@@ -309,7 +309,7 @@ def test_a_terminal_gets_colour_and_a_pipe_or_no_color_none(vmplug: Vmplug, host
     assert (shown.status, shown.stderr) == (0, "")
     assert "\x1b[33m" in shown.stdout
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.stdout)
-    assert plain == piped  # the terminal breaks long lines, not vmplug
+    assert plain.split() == piped.split()
     grey = vmplug.at_terminal("host", *at(host), env={"NO_COLOR": "1"}).stdout
     assert "\x1b[33m" not in grey
     assert "\x1b" not in piped
@@ -423,7 +423,7 @@ def test_a_tree_fits_the_terminal(vmplug: Vmplug, host: PciTree, columns: int) -
     assert max(map(len, plain.splitlines())) <= columns
     words = vmplug("host", *at(host), NIC).answer().split()
     assert plain.split() == words
-    assert "\x1b[33m" in shown.stdout
+    assert "\x1b[31m" in shown.stdout
 
 
 def test_a_name_that_nothing_goes_by_is_an_error(vmplug: Vmplug, host: PciTree) -> None:

@@ -106,8 +106,10 @@ def in_progress(device: DeviceRecord, journal: Journal) -> DeviceRecord:
     return replace(device, in_progress_by=journal.worker)
 
 
-def attach_row(journal: Journal, device: DeviceRecord) -> Attachment:
+def attach_row(journal: Journal, device: DeviceRecord, *, owner: str | None = None) -> Attachment:
     """The device in the journal, on the way that every device takes, with one hold on it."""
-    (hold,) = journal.add_devices([replace(device, state=State.PLUGGING)], [hold_on(device)]) or []
+    wanted = hold_on(device)
+    wanted = replace(wanted, owner=owner or wanted.owner)
+    (hold,) = journal.add_devices([replace(device, state=State.PLUGGING)], [wanted]) or []
     journal.set_state([device.id], State.ATTACHED)
     return hold

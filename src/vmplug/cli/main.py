@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from vmplug.cli.group import VerbGroup
+from vmplug.cli.render.terminal import Style, say
 from vmplug.cli.render.text import one_line
 from vmplug.errors import (
     DeviceError,
@@ -131,7 +132,7 @@ def _report(error: Exception, words: Sequence[str]) -> int:
         case DeviceError():
             _print_error(error.code, error.message, error.hint, error.facts, wants_json=wants_json)
             for note in () if wants_json else error.notes:
-                click.echo(f"vmplug: {one_line(note)}", err=True)
+                say(f"vmplug: {one_line(note)}", Style.ERROR, err=True)
             return next(status for kind, status in _EXIT_STATUS if isinstance(error, kind))
         case click.exceptions.NoArgsIsHelpError():
             click.echo(error.format_message(), err=True)
@@ -194,6 +195,6 @@ def _print_error(
         error = {"code": code, "message": message, "hint": hint, "facts": facts}
         click.echo(json.dumps({"version": 1, "error": error}, default=str), err=True)
         return
-    click.echo(f"vmplug: {one_line(message.rstrip('.'))}", err=True)
+    say(f"vmplug: {one_line(message.rstrip('.'))}", Style.ERROR, err=True)
     if hint:
-        click.echo(f"hint: {one_line(hint)}", err=True)
+        say(f"hint: {one_line(hint)}", err=True)

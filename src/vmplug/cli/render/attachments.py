@@ -4,7 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmplug.cli.render.kata_agent import agent_json
-from vmplug.cli.render.output import access, print_table
+from vmplug.cli.render.output import access
+from vmplug.cli.render.table import (
+    Column,
+    name_column,
+    path_column,
+    print_table,
+    state_column,
+)
 
 if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress
@@ -83,9 +90,20 @@ def print_attachments(
         )
         for hold in attachments
     ]
-    headings = ("ATTACHMENT", "OWNER", "CONTAINER PATH", "HOST PATH", "RO/RW", "STATE", "GUEST")
-    host = () if health is None else ("HOST",)
-    print_table((*(("VM",) if with_vm else ()), *headings, *host), rows)
+    vm = (name_column("VM"),) if with_vm else ()
+    host = () if health is None else (state_column("HOST", 1),)
+    print_table((*vm, *_COLUMNS, *host), rows)
+
+
+_COLUMNS = (
+    Column("ATTACHMENT"),
+    name_column("OWNER", 2),
+    path_column("CONTAINER PATH", 4),
+    path_column("HOST PATH"),
+    Column("RO/RW", 5),
+    state_column("STATE"),
+    Column("GUEST", 3),
+)
 
 
 def _host_text(health: "DeviceHealth | None") -> str:

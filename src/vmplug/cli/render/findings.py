@@ -1,12 +1,12 @@
 """What `vmplug check` found: for people, as JSON, and as an exit status."""
 
+import sys
 from collections.abc import Sequence
 
-import click
-
 from vmplug.cli.render.output import container_path
+from vmplug.cli.render.terminal import Style, paint, say, width_of, wrapped
 from vmplug.cli.render.text import one_line
-from vmplug.host.finding import Code
+from vmplug.host.finding import Code, Severity
 from vmplug.manager.examine import CheckedRequest
 
 _NOT_ALLOWED, _HOST_ERROR = 3, 4
@@ -46,13 +46,31 @@ def print_findings(examined: Sequence[CheckedRequest]) -> None:
     for request in examined:
         path = one_line(request.info.name)
         for finding in request.findings:
-            message = one_line(finding.message)
-            click.echo(f"{path}: {finding.severity} {finding.code}: {message}")
-            click.echo(f"{' ' * len(path)}  {one_line(finding.hint)}")
+            style = Style.ERROR if finding.severity is Severity.ERROR else Style.WARNING
+            told = f"{finding.severity} {finding.code}: {one_line(finding.message)}"
+            _print_told(path, told, str(finding.severity), style)
+            below = _below(path)
+            for line in wrapped(one_line(finding.hint), first=below, rest=below):
+                say(line)
         if not request.is_refused and (request.is_counted or not request.findings):
-            click.echo(f"{path}: ok, {one_line(_outcome(request))}")
+            _print_told(path, f"ok, {one_line(_outcome(request))}", "ok", Style.OK)
     if not examined:
-        click.echo("no devices are asked for")
+        say("no devices are asked for")
+
+
+def _print_told(path: str, told: str, word: str, style: Style) -> None:
+    """`PATH: WORD ...`, the word in its colour."""
+    first, *others = wrapped(told, first=f"{path}: ", rest=_below(path))
+    after = first.removeprefix(f"{path}: {word}")
+    say(f"{path}: {paint(word, style)}{after}")
+    for line in others:
+        say(line)
+
+
+def _below(path: str) -> str:
+    """The space before what goes on below the path; few terminals have room beside a long one."""
+    width = width_of(sys.stdout)
+    return " " * (len(path) + 2 if width is None else min(len(path) + 2, width // 4))
 
 
 def _outcome(request: CheckedRequest) -> str:

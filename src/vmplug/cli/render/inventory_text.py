@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from vmplug.cli.render.output import access, size
-from vmplug.cli.render.tree import Line, Style
+from vmplug.cli.render.terminal import Style
+from vmplug.cli.render.tree import Line
 from vmplug.host.block.inventory import Disk, Use
 from vmplug.host.inventory import HostFunction, HostMediated, Inventory, StoredSocket
 from vmplug.host.pci.function import Bar, PciFunction

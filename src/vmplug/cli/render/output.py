@@ -1,13 +1,10 @@
-"""What stands on stdout: one JSON document, or a table."""
+"""What stands on stdout: one JSON document, and words that several verbs have in common."""
 
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmplug.cli.render.text import one_line
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import HostDevice
 from vmplug.host.kind import FoundBy
@@ -25,38 +22,6 @@ def print_json(document: Mapping[str, Any]) -> None:
     import json  # noqa: PLC0415  3 ms, 4 % of `resolve` without --json
 
     click.echo(json.dumps({"version": 1, **document}, indent=2))
-
-
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns; colour only at a terminal, by rich, which respects NO_COLOR."""
-    if not rows:
-        return
-    rows = [[one_line(cell) for cell in row] for row in rows]
-    if sys.stdout and sys.stdout.isatty():
-        from rich.console import Console  # noqa: PLC0415  30 ms that a pipe need not pay
-        from rich.table import Table  # noqa: PLC0415  the same
-
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in headings:
-            table.add_column(heading, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        Console(highlight=False, markup=False).print(table)
-        return
-    lines = [headings, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
-
-
-def progress(what: str) -> AbstractContextManager[object]:
-    """Show at a terminal, on stderr, that something takes its time."""
-    if not (sys.stderr and sys.stderr.isatty()):
-        return nullcontext()
-    from rich.console import Console  # noqa: PLC0415  30 ms that a pipe need not pay
-
-    return Console(stderr=True).status(what)
 
 
 def size(size_bytes: int) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from vmplug.cli.render.output import print_table
+from vmplug.cli.render.table import name_column, path_column, print_table, reason_column
 from vmplug.cli.render.text import one_line
 from vmplug.cli.render.vms import logs_json, print_logs
 from vmplug.journal.salvage import Salvage
@@ -35,7 +35,16 @@ def print_repairs(done: HostRepairs) -> None:
         for r in [one.repair]
     ]
     rows += [("-", str(r.former.bdf), "-", str(r.outcome), r.reason) for r in done.returned]
-    print_table(("VM", "DEVICE", "HOST PATH", "DONE", "WHY"), rows)
+    print_table(
+        (
+            name_column("VM"),
+            "DEVICE",
+            path_column("HOST PATH", 1),
+            "DONE",
+            reason_column("WHY"),
+        ),
+        rows,
+    )
     if not rows and not done.failures and not done.salvage:
         click.echo("the journal and the VMs agree")
     print_logs(done.kept_logs)

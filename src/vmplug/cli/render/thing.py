@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 
 from vmplug.cli.render.output import size
-from vmplug.cli.render.tree import Line, Style
+from vmplug.cli.render.terminal import Style
+from vmplug.cli.render.tree import Line
 from vmplug.host.finding import Severity
 from vmplug.host.thing.thing import Relation, Thing, ThingKind, ThingUse
 
@@ -84,7 +85,7 @@ def _use(use: ThingUse, depth: int) -> Iterator[Line]:
     is_error = use.severity is Severity.ERROR
     who = f"{use.who}: {use.where}" if use.where else use.who
     stays = "" if is_error else ", which may stay"
-    style = Style.WARNING if is_error else Style.PLAIN
+    style = Style.ERROR if is_error else Style.PLAIN
     yield Line(depth, (f"in use by {who}{stays} [{use.code}]",), style)
     yield Line(depth + 1, (f"found by {use.found_by}",), Style.DETAIL)
     yield Line(depth + 1, (f"to free it: {use.hint}",), Style.DETAIL)

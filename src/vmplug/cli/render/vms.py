@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from vmplug.cli.render.attachments import attachment_json, print_attachments
-from vmplug.cli.render.output import print_table
+from vmplug.cli.render.table import Column, name_column, path_column, print_table, state_column
+from vmplug.cli.render.terminal import Style, say, wrapped
 from vmplug.cli.render.text import one_line
 from vmplug.drivers.ports import FailedDisk
 from vmplug.vms.adopt import AdoptedVm
@@ -52,11 +53,9 @@ def print_adopted(vm: AdoptedVm) -> None:
     _print_foreign(vm.name, vm.foreign_devices)
     if vm.is_open_to_all:
         socket = one_line(vm.qmp_socket)
-        click.echo(
-            f"vmplug: every user of this host can connect to {socket} and control the VM\n"
-            f"hint: chmod 600 {socket}",
-            err=True,
-        )
+        sentence = f"vmplug: every user of this host can connect to {socket} and control the VM"
+        say(sentence, Style.WARNING, err=True)
+        say(f"hint: chmod 600 {socket}", err=True)
 
 
 def stopped_json(vm: StoppedVm) -> dict[str, Any]:
@@ -89,15 +88,15 @@ def status_json(vm: VmStatus) -> dict[str, Any]:
 
 
 _COLUMNS = {
-    "name": "VM",
-    "state": "STATE",
-    "pid": "PID",
-    "machine": "MACHINE",
-    "free_ports": "FREE PORTS",
-    "scsi_controllers": "SCSI",
-    "shared_memory": "SHARED MEMORY",
-    "attachments": "ATTACHED",
-    "qmp": "QMP",
+    "name": name_column("VM"),
+    "state": state_column("STATE"),
+    "pid": Column("PID", 1),
+    "machine": Column("MACHINE", 2),
+    "free_ports": Column("FREE PORTS", 2),
+    "scsi_controllers": Column("SCSI", 3),
+    "shared_memory": Column("SHARED MEMORY", 4),
+    "attachments": Column("ATTACHED", 1),
+    "qmp": path_column("QMP", 3),
 }
 
 
@@ -122,10 +121,9 @@ def print_stopped_vms(stopped: Mapping[str, Sequence[FailedDisk]]) -> None:
     """Which disks have stopped these VMs, and what to do."""
     for name, disks in stopped.items():
         told = "; ".join(one_line(str(disk)) for disk in disks)
-        click.echo(
-            f"an error has stopped VM {name}: {told}\n"
-            f"make room or mend the disk, then vmplug vm resume {name}"
-        )
+        for line in wrapped(f"an error has stopped VM {name}: {told}", rest="  "):
+            say(line, Style.ERROR)
+        click.echo(f"make room or mend the disk, then vmplug vm resume {name}")
 
 
 def resumed_json(vm: ResumedVm) -> dict[str, Any]:

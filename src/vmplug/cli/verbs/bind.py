@@ -9,7 +9,9 @@ from vmplug.cli.options import (
     root_option,
     state_dir_option,
 )
-from vmplug.cli.render.output import print_json, print_table, progress
+from vmplug.cli.progress import progress
+from vmplug.cli.render.output import print_json
+from vmplug.cli.render.table import print_table
 from vmplug.host.root import HostRoot
 from vmplug.manager.binding.groups import BoundFunction, bind_device
 from vmplug.manager.setup import Setup

@@ -3,8 +3,9 @@
 import click
 
 from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
+from vmplug.cli.progress import progress
 from vmplug.cli.render.detached import detached_json, print_detached
-from vmplug.cli.render.output import print_json, progress
+from vmplug.cli.render.output import print_json
 from vmplug.manager.setup import Setup
 from vmplug.vms.attachments import report_detach, report_detach_owner
 

@@ -15,7 +15,7 @@ from vmplug.cli.render.inventory_json import inventory_json
 from vmplug.cli.render.inventory_text import inventory_lines
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.thing import thing_json, thing_lines
-from vmplug.cli.render.tree import print_sections, print_wrapped
+from vmplug.cli.render.tree import print_sections
 from vmplug.host.inventory import Inventory, Kind
 from vmplug.host.pci.pci_ids import PciNames
 from vmplug.manager.host_listing import list_host, show_thing
@@ -76,7 +76,7 @@ def command(
     if things and not as_json:
         for number, thing in enumerate(things):
             click.echo("\n" * bool(number), nl=False)
-            print_wrapped(thing_lines(thing))
+            print_sections([thing_lines(thing)])
         return
     inventory = list_host(
         names,

@@ -3,7 +3,8 @@
 import click
 
 from vmplug.cli.options import json_option, state_dir_option, vm_option
-from vmplug.cli.render.output import print_json, print_table
+from vmplug.cli.render.output import print_json
+from vmplug.cli.render.table import path_column, print_table, reason_column
 from vmplug.manager.kata.adopt import Adopted
 from vmplug.manager.setup import Setup
 from vmplug.vms.import_kata import import_kata
@@ -38,7 +39,9 @@ def command(as_json: bool, state_dir: str, socket: str | None, vm: str, state: s
         (one.device.id, one.device.kind, one.device.host_path, str(one.outcome), one.reason)
         for one in done.devices
     ]
-    print_table(("KATA DEVICE", "KIND", "HOST PATH", "DONE", "WHY"), rows)
+    print_table(
+        ("KATA DEVICE", "KIND", path_column("HOST PATH"), "DONE", reason_column("WHY")), rows
+    )
     if not done.devices:
         click.echo(f"Kata has saved no device of sandbox {done.sandbox}")
 

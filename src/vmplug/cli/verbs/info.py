@@ -3,7 +3,8 @@
 import click
 
 from vmplug.cli.options import json_option, read_request, request_options
-from vmplug.cli.render.output import access, info_json, print_json, print_table
+from vmplug.cli.render.output import access, info_json, print_json
+from vmplug.cli.render.table import path_column, print_table
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Named, NetInfo, Request, VfioInfo
 
@@ -28,7 +29,15 @@ def command(as_json: bool, **request: object) -> None:
     if not asked.requests:
         click.echo("no devices are asked for")
     print_table(
-        ("CONTAINER PATH", "TYPE", "NUMBER", "RO/RW", "MODE", "UID", "GID"),
+        (
+            path_column("CONTAINER PATH"),
+            "TYPE",
+            path_column("NUMBER"),
+            "RO/RW",
+            "MODE",
+            "UID",
+            "GID",
+        ),
         [_row(info) for info in asked.requests],
     )
 

@@ -5,6 +5,7 @@ import click
 from vmplug.cli.options import complete_vm, json_option, state_dir_option
 from vmplug.cli.render.attachments import attachment_json, host_json, print_attachments
 from vmplug.cli.render.output import print_json
+from vmplug.cli.render.terminal import Style, say
 from vmplug.cli.render.vms import failed_disk_json, print_stopped_vms
 from vmplug.manager.setup import Setup
 from vmplug.vms.listing import list_attachments
@@ -41,6 +42,7 @@ def command(as_json: bool, state_dir: str, vm: str | None) -> None:
     print_attachments(listing.attachments, with_vm=True, health=listing.health)
     print_stopped_vms(listing.stopped_vms)
     for name in listing.ended_vms:
-        click.echo(f"VM {name} seems to have ended: vmplug reconcile frees what it held")
+        sentence = f"VM {name} seems to have ended: vmplug reconcile frees what it held"
+        say(sentence, Style.WARNING)
     if not listing.attachments:
         click.echo("nothing is attached")

@@ -3,7 +3,8 @@
 import click
 
 from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
-from vmplug.cli.render.output import print_json, progress
+from vmplug.cli.progress import progress
+from vmplug.cli.render.output import print_json
 from vmplug.cli.render.repairs import print_repairs, repairs_json
 from vmplug.manager.setup import Setup
 from vmplug.vms.reconcile import reconcile_host

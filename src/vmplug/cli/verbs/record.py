@@ -3,7 +3,8 @@
 import click
 
 from vmplug.cli.options import json_option, root_option
-from vmplug.cli.render.output import print_json, progress
+from vmplug.cli.progress import progress
+from vmplug.cli.render.output import print_json
 from vmplug.cli.render.text import one_line
 from vmplug.host.record.write import write_record
 from vmplug.host.root import HostRoot

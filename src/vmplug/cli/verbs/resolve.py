@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 import click
 
 from vmplug.cli.options import json_option, read_request, request_options
-from vmplug.cli.render.output import device_json, info_json, print_json, print_table, size
+from vmplug.cli.render.output import device_json, info_json, print_json, size
+from vmplug.cli.render.table import path_column, print_table
+from vmplug.cli.render.terminal import Style, say
 from vmplug.cli.render.text import one_line
 from vmplug.errors import HostError
 from vmplug.host.block.device import BlockDevice, DiskFile
@@ -40,7 +42,7 @@ def command(as_json: bool, **request: object) -> None:
         print_json({"devices": [_json(info, answer) for info, answer in pairs]})
     else:
         print_table(
-            ("CONTAINER PATH", "HOST PATH", "KIND", "SIZE", "FOUND BY"),
+            (path_column("CONTAINER PATH"), path_column("HOST PATH"), "KIND", "SIZE", "FOUND BY"),
             [_row(info, answer) for info, answer in pairs if not isinstance(answer, HostError)],
         )
         if not pairs:
@@ -48,9 +50,9 @@ def command(as_json: bool, **request: object) -> None:
     errors = [answer for answer in answers if isinstance(answer, HostError)]
     if not as_json:
         for error in errors:
-            click.echo(f"vmplug: {one_line(error.message)}", err=True)
+            say(f"vmplug: {one_line(error.message)}", Style.ERROR, err=True)
             if error.hint:
-                click.echo(f"hint: {one_line(error.hint)}", err=True)
+                say(f"hint: {one_line(error.hint)}", err=True)
     if errors:
         raise click.exceptions.Exit(_HOST_ERROR)
 

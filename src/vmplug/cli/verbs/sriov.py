@@ -12,7 +12,9 @@ from vmplug.cli.options import (
     root_option,
     state_dir_option,
 )
-from vmplug.cli.render.output import print_json, print_table, progress
+from vmplug.cli.progress import progress
+from vmplug.cli.render.output import print_json
+from vmplug.cli.render.table import print_table
 from vmplug.host.pci.sriov import VfSettings
 from vmplug.host.root import HostRoot
 from vmplug.manager.binding.virtual_functions import (

@@ -3,7 +3,9 @@
 import click
 
 from vmplug.cli.options import json_option, root_option, state_dir_option
-from vmplug.cli.render.output import print_json, print_table, progress
+from vmplug.cli.progress import progress
+from vmplug.cli.render.output import print_json
+from vmplug.cli.render.table import print_table
 from vmplug.host.root import HostRoot
 from vmplug.manager.binding.groups import ReturnedFunction, unbind_device
 from vmplug.manager.setup import Setup

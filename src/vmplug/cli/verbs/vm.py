@@ -20,7 +20,8 @@ from vmplug.cli.options import (
     require_owner,
     state_dir_option,
 )
-from vmplug.cli.render.output import print_json, progress
+from vmplug.cli.progress import progress
+from vmplug.cli.render.output import print_json
 from vmplug.cli.render.vms import (
     adopted_json,
     logs_json,

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from vmplug.cli.options import complete_vm, state_dir_option
+from vmplug.cli.render.terminal import paint, say, style_of, wrapped
 from vmplug.cli.render.text import one_line
 from vmplug.manager.setup import Setup
 from vmplug.manager.watching.notice import DeviceEvent
@@ -41,19 +42,26 @@ def command(as_json: bool, state_dir: str, timeout_s: float | None, vm: str | No
     """
     with watch(vm=vm, timeout_s=timeout_s, setup=Setup(state_dir=state_dir)) as events:
         for event in events:
-            click.echo(json.dumps(_json(event)) if as_json else _text(event))
+            if as_json:
+                click.echo(json.dumps(_json(event)))
+            else:
+                _print(event)
 
 
-def _text(event: DeviceEvent) -> str:
-    """Three lines: what, to whom; what it means; what to do."""
+def _print(event: DeviceEvent) -> None:
+    """What, to whom; what it means; what to do."""
     time = event.time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
     hold = event.attachment
     whose = f"  VM {event.vm}" if event.vm else ""
     if hold:
         whose += f", {hold.name} of {hold.owner}, attachment {hold.id}"
-    lines = [f"{time}  {event.what}{whose}", event.message, event.meaning]
-    lines.append(f"hint: {event.hint}")
-    return "\n  ".join(map(one_line, lines))
+    first, *others = wrapped(one_line(f"{event.what}{whose}"), first=f"{time}  ", rest="    ")
+    style = style_of(event.what)
+    say(first.replace(str(event.what), paint(str(event.what), style), 1))
+    for sentence in (event.message, event.meaning, f"hint: {event.hint}"):
+        others += wrapped(one_line(sentence), first="  ", rest="    ")
+    for line in others:
+        say(line)
 
 
 def _json(event: DeviceEvent) -> dict[str, Any]:
