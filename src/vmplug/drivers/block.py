@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from typing import Self
 
 import msgspec
@@ -377,18 +378,18 @@ def choose_place(
     if driver is DiskFrontend.NVDIMM:
         return driver, memory_slot(offer, taken)
     _check_machine(offer, driver)
-    for place in _places(offer, driver):
+    for place in _places(offer, driver, taken):
         if str(place) not in taken:
             return _DRIVER_AT[type(place)], place
     raise _no_free_port(offer, driver)
 
 
-def _places(offer: Offer, driver: DiskFrontend | None) -> Iterator[Place]:
+def _places(offer: Offer, driver: DiskFrontend | None, taken: Collection[str]) -> Iterator[Place]:
     for kind, places in (
         (DiskFrontend.VIRTIO_BLOCK, pci_places),
         (DiskFrontend.VIRTIO_BLOCK_CCW, ccw_places),
         (DiskFrontend.VIRTIO_MMIO, mmio_places),
-        (DiskFrontend.VIRTIO_SCSI, scsi_places),
+        (DiskFrontend.VIRTIO_SCSI, partial(scsi_places, taken=taken)),
     ):
         if driver in {None, kind}:
             yield from places(offer)

@@ -23,14 +23,19 @@ def pci_places(offer: Offer) -> Iterator[PciPlace]:
             yield PciPlace(bus=port.bus, slot=slot, path=port.path.child(slot))
 
 
-def scsi_places(offer: Offer) -> Iterator[ScsiPlace]:
-    """Free addresses of virtio-scsi controllers."""
+def scsi_places(offer: Offer, taken: Collection[str] = ()) -> Iterator[ScsiPlace]:
+    """Free addresses of virtio-scsi controllers. Many may be `taken`: they cost no object."""
     for controller in offer.controllers:
         used = {address.index for address in controller.used}
         for index in range(1 << 16):
-            if index not in used:
+            if index not in used and _scsi_text(controller.bus, index) not in taken:
                 address = ScsiAddress.from_index(index)
                 yield ScsiPlace(bus=controller.bus, address=address, path=controller.path)
+
+
+def _scsi_text(bus: str, index: int) -> str:
+    """The text of a ScsiPlace at `ScsiAddress.from_index(index)`."""
+    return f"{bus}/{index >> 8}:{index & 0xFF}"
 
 
 def ccw_places(offer: Offer) -> Iterator[CcwPlace]:

@@ -83,12 +83,13 @@ def make_plan(
             record = records[identity]
             raise on_its_way(record.vm, record.host_path, record.state)
     new: dict[Identity, NewDevice] = {}
+    taken = _taken(records.values())
     for identity, requests in wanted.items():
         if identity not in records:
-            taken = _taken(records.values())
             new[identity] = _new_device(requests, vm, taken, choose, new_id(journal_id))
             _check_tag(new[identity].record, records.values())
             records[identity] = new[identity].record
+            taken |= _taken([records[identity]])
         for request in requests:
             if error := _misfit(records[identity], request, requests):
                 raise error
@@ -130,6 +131,7 @@ def find_places(
     answers = [
         request.as_counted() if _is_known(request, records) else request for request in examined
     ]
+    taken = _taken(records.values())
     indices: dict[Identity, list[int]] = {}
     for index, request in enumerate(answers):
         if request.device and not request.is_refused:
@@ -138,7 +140,8 @@ def find_places(
         requests = [examined[index] for index in wanted]
         try:
             if is_new := identity not in records:
-                records[identity] = _new_record(requests, vm, records, choose)
+                records[identity] = _new_record(requests, vm, records, taken, choose)
+                taken |= _taken([records[identity]])
             record = records[identity]
             if record.state not in {State.ATTACHED, State.RETAINED} and not is_new:
                 raise on_its_way(record.vm, record.host_path, record.state)
@@ -155,10 +158,11 @@ def _new_record(
     requests: Sequence[CheckedRequest],
     vm: str,
     records: Mapping[Identity, DeviceRecord],
+    taken: set[str],
     choose: Choose,
 ) -> DeviceRecord:
     """The record that an attach would write. Raises as `make_plan`."""
-    record = _new_device(requests, vm, _taken(records.values()), choose, new_id()).record
+    record = _new_device(requests, vm, taken, choose, new_id()).record
     _check_tag(record, records.values())
     return record
 
@@ -265,8 +269,8 @@ _TAKEN = "taken"
 def _check_tag(new: DeviceRecord, records: Iterable[DeviceRecord]) -> None:
     """StateError when two shares would have one tag, by which the guest mounts them."""
     tag = new.guest_address.mount_tag if new.guest_address else None
-    for record in records:
-        if tag and record.guest_address and record.guest_address.mount_tag == tag:
+    for record in records if tag else ():
+        if record.guest_address and record.guest_address.mount_tag == tag:
             raise StateError(
                 f"the VM already has a share with the tag {tag}: {record.host_path}",
                 state=_TAKEN,

@@ -1,5 +1,7 @@
 """Places for devices that are no plain disks: the lowest that is free, or why there is none."""
 
+from itertools import islice
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,6 +107,13 @@ def test_scsi_places_are_all_free_addresses_of_all_controllers() -> None:
     first, second = next(places), next(places)
     assert (str(first), first.path) == ("a.0/255:255", None)
     assert (str(second), second.path) == ("b.0/0:0", PciPath.parse("05"))
+
+
+def test_scsi_places_leave_out_what_is_taken() -> None:
+    offer = replace(Q35, controllers=(ScsiController(bus="a.0", path=None, used=frozenset()),))
+    taken = {str(place) for place in islice(scsi_places(offer), 300)} - {"a.0/1:3"}
+    free = [str(place) for place in islice(scsi_places(offer, taken), 2)]
+    assert free == ["a.0/1:3", "a.0/1:44"]
 
 
 @pytest.mark.parametrize("offer", [NOTHING, MICROVM])
