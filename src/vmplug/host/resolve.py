@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from vmplug.devnum import DevNum
@@ -18,6 +19,7 @@ from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
+    from vmplug.host.pci.uses import BlockDevices
     from vmplug.host.vhost_user.store import VhostUserStore
     from vmplug.oci.requests import Request
 
@@ -32,13 +34,13 @@ def resolve(
 
     Raises NoSuchDevice or AttributeReadError.
     """
-    if not isinstance(info, DeviceInfo):
-        from vmplug.host.resolve_named import resolve_named  # noqa: PLC0415  msgspec: 20 ms
+    return _resolve(info, root, vhost_user_store, partial(_block_devices, root))
 
-        return resolve_named(info, root)
-    return _describe_device(
-        info, get_host_path(info, root, vhost_user_store), root, vhost_user_store
-    )
+
+def _block_devices(root: HostRoot) -> BlockDevices:
+    from vmplug.host.pci.uses import BlockDevices  # noqa: PLC0415  msgspec: 13 ms
+
+    return BlockDevices(root)
 
 
 def resolve_all(
@@ -47,15 +49,30 @@ def resolve_all(
     """`resolve` for many: the device or the error of each, in the same order."""
     sockets = _find_sockets(requests, vhost_user_store, root)
     answers: list[HostDevice | HostError] = []
+    get_blocks = cache(partial(_block_devices, root))
     for info in requests:
         try:
             if isinstance(info, DeviceInfo) and is_in_store(info, vhost_user_store):
                 answers.append(sockets[info.devnum])
             else:
-                answers.append(resolve(info, root))
+                answers.append(_resolve(info, root, None, get_blocks))
         except HostError as error:
             answers.append(error)
     return answers
+
+
+def _resolve(
+    info: Request,
+    root: HostRoot,
+    vhost_user_store: VhostUserStore | None,
+    get_blocks: Callable[[], BlockDevices],
+) -> HostDevice:
+    if not isinstance(info, DeviceInfo):
+        from vmplug.host.resolve_named import resolve_named  # noqa: PLC0415  msgspec: 20 ms
+
+        return resolve_named(info, root, get_blocks())
+    host_path = get_host_path(info, root, vhost_user_store)
+    return _describe_device(info, host_path, root, vhost_user_store, get_blocks)
 
 
 def _find_sockets(
@@ -92,7 +109,11 @@ def _socket(
 
 
 def _describe_device(
-    info: DeviceInfo, host_path: str, root: HostRoot, vhost_user_store: VhostUserStore | None
+    info: DeviceInfo,
+    host_path: str,
+    root: HostRoot,
+    vhost_user_store: VhostUserStore | None,
+    get_blocks: Callable[[], BlockDevices],
 ) -> HostDevice:
     if info.host_path is not None:
         found_by = FoundBy.BACKING_FILE if info.pmem else FoundBy.FILE
@@ -115,7 +136,9 @@ def _describe_device(
     if kind is DeviceType.VFIO:
         from vmplug.host.pci.vfio import find_vfio_group  # noqa: PLC0415  msgspec: 13 ms
 
-        return find_vfio_group(host_path, root, devnum=info.devnum, found_by=found_by)
+        return find_vfio_group(
+            host_path, root, devnum=info.devnum, found_by=found_by, blocks=get_blocks()
+        )
     return CharDevice(device_node=host_path, devnum=info.devnum, found_by=found_by)
 
 

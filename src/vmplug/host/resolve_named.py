@@ -9,6 +9,7 @@ from vmplug.errors import NoSuchDevice, SpecError
 from vmplug.host.device import EntropySource, HostDevice, OpenConnection, SharedDirectory
 from vmplug.host.file_id import file_id
 from vmplug.host.kind import DeviceType, FoundBy, SharedFilesystem
+from vmplug.host.pci.uses import BlockDevices
 from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.root import HostRoot, describe
 from vmplug.host.vhost_user.device import VhostUserSocket
@@ -16,8 +17,13 @@ from vmplug.host.vhost_user.virtiofsd import find_virtiofsd
 from vmplug.oci.requests import Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 
 
-def resolve_named(request: Named, root: HostRoot) -> HostDevice:
-    """The device at that path; NoSuchDevice names what was found in its place."""
+def resolve_named(
+    request: Named, root: HostRoot, blocks: BlockDevices | None = None
+) -> HostDevice:
+    """The device at that path; NoSuchDevice names what was found in its place.
+
+    `blocks` are for several VFIO devices of one request.
+    """
     match request:
         case NetInfo():
             return _network(request, root)
@@ -26,7 +32,7 @@ def resolve_named(request: Named, root: HostRoot) -> HostDevice:
         case RngInfo():
             return _source(request, root)
         case VfioInfo():
-            return _group(request, root)
+            return _group(request, root, blocks)
         case _:
             assert_never(request)
 
@@ -70,10 +76,12 @@ def _connection(request: ShareInfo, descriptor: int, root: HostRoot) -> OpenConn
     return OpenConnection(descriptor, status.st_ino)
 
 
-def _group(request: VfioInfo, root: HostRoot) -> HostDevice:
+def _group(request: VfioInfo, root: HostRoot, blocks: BlockDevices | None) -> HostDevice:
     if request.device.startswith("/"):
-        return find_vfio_group(request.device, root, devnum=None, found_by=FoundBy.FILE)
-    return find_vfio_device(request.device, root)
+        return find_vfio_group(
+            request.device, root, devnum=None, found_by=FoundBy.FILE, blocks=blocks
+        )
+    return find_vfio_device(request.device, root, blocks=blocks)
 
 
 def _network(request: NetInfo, root: HostRoot) -> VhostUserSocket:

@@ -8,6 +8,7 @@ Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrcon
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 
 import msgspec
 
@@ -23,6 +24,8 @@ _USUAL_TARGET = "../../devices/"
 _NVME_PATH = re.compile(r"nvme([0-9]+)c[0-9]+(n[0-9]+)\Z", re.ASCII)
 """One path of a disk with several controllers, without a device number; the disk itself is not
 below a PCI function. Source: nvme_mpath_set_disk_name, Linux drivers/nvme/host/multipath.c."""
+
+_NVME_DISK = re.compile(r"(nvme[0-9]+n[0-9]+)(?:p[0-9]+)?\Z", re.ASCII)
 
 _RTF_UP, _RTF_REJECT = 0x1, 0x200
 """Source: include/uapi/linux/route.h."""
@@ -51,18 +54,25 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.has_default_route or self.has_address or self.master)
 
 
-def read_block_devices(sysfs_real_path: str, root: HostRoot) -> list[DevNum]:
-    """The block devices, disks and partitions, that come from the device of that directory.
+class BlockDevices:
+    """The host's block devices by the functions that they come from, read when first needed."""
 
-    The path must not contain a link: /sys/devices/pci0000:00/0000:00:1f.2. Raises
-    AttributeReadError.
-    """
-    paths = read_block_paths(root)
-    below = {name for name, path in paths.items() if path.startswith(f"{sysfs_real_path}/")}
-    numbers = (
-        root.read_devnum(f"{paths[name]}/dev") for name in sorted(_with_heads(below, paths))
-    )
-    return [number for number in numbers if number]
+    def __init__(self, root: HostRoot) -> None:
+        self._root = root
+
+    @cached_property
+    def _paths(self) -> Mapping[str, str]:
+        return read_block_paths(self._root)
+
+    @cached_property
+    def _names(self) -> Mapping[Bdf, Sequence[str]]:
+        return group_by_function(self._paths)
+
+    def of(self, bdf: Bdf) -> list[DevNum]:
+        """The disks and partitions that come from a function. Raises AttributeReadError."""
+        names = self._names.get(bdf, ())
+        numbers = (self._root.read_devnum(f"{self._paths[name]}/dev") for name in names)
+        return [number for number in numbers if number]
 
 
 def read_block_paths(root: HostRoot) -> dict[str, str]:
@@ -78,20 +88,22 @@ def read_block_paths(root: HostRoot) -> dict[str, str]:
 def group_by_function(paths: Mapping[str, str]) -> dict[Bdf, list[str]]:
     """The names of devices by the functions above their directories."""
     found: dict[Bdf, set[str]] = {}
+    find = cache(find_bdf)
     for name, path in paths.items():
         for part in path.split("/"):
-            if bdf := find_bdf(part):
+            if bdf := find(part):
                 found.setdefault(bdf, set()).add(name)
-    return {bdf: sorted(_with_heads(names, paths)) for bdf, names in found.items()}
+    heads: dict[str, set[str]] = {}
+    for name in paths:
+        if match := _NVME_DISK.match(name):
+            heads.setdefault(match[1], set()).add(name)
+    return {bdf: sorted(_with_heads(names, heads)) for bdf, names in found.items()}
 
 
-def _with_heads(names: set[str], known: Mapping[str, str]) -> set[str]:
-    """The names, and the multipath disks of those that are only paths."""
-    heads = [f"nvme{match[1]}{match[2]}" for name in names if (match := _NVME_PATH.match(name))]
-    if not heads:
-        return names
-    parts = re.compile(f"({'|'.join(heads)})(p[0-9]+)?\\Z", re.ASCII)
-    return names | {name for name in known if parts.match(name)}
+def _with_heads(names: set[str], heads: Mapping[str, set[str]]) -> set[str]:
+    """The names, and the multipath disks of those that are only paths, with their partitions."""
+    matches = filter(None, map(_NVME_PATH.match, names))
+    return names.union(*(heads.get(f"nvme{match[1]}{match[2]}", ()) for match in matches))
 
 
 def read_network_interfaces(

@@ -18,7 +18,7 @@ from vmplug.host.pci.function import PciFunction, find_function, read_virtfns
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import find_group, is_noiommu, read_group
 from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_mediated
-from vmplug.host.pci.uses import read_block_devices
+from vmplug.host.pci.uses import BlockDevices
 from vmplug.host.root import HostRoot, node_number
 
 GROUP_NODE = re.compile(r"/dev/vfio/([0-9]{1,9})\Z", re.ASCII)
@@ -31,14 +31,21 @@ _SEE = "vmplug host lists the devices"
 
 
 def find_vfio_group(
-    node: str, root: HostRoot, *, devnum: DevNum | None, found_by: FoundBy
+    node: str,
+    root: HostRoot,
+    *,
+    devnum: DevNum | None,
+    found_by: FoundBy,
+    blocks: BlockDevices | None = None,
 ) -> VfioGroup:
     """The group behind a node such as /dev/vfio/26 or /dev/vfio/devices/vfio0.
 
-    A node without a device in the kernel gives a group without members.
+    A node without a device in the kernel gives a group without members. `blocks` are for several
+    groups of one request.
     """
+    blocks = blocks or BlockDevices(root)
     if match := GROUP_NODE.match(node):
-        return _read_group(int(match[1]), node, root, found_by)
+        return _read_group(int(match[1]), node, root, found_by, blocks)
     name = node.rpartition("/")[2]
     # The link leads to .../<device>/vfio-dev/vfio0, the device's own directory being two up.
     link = f"{root.sys_dev}/char/{devnum}" if devnum else f"/sys/class/vfio-dev/{name}"
@@ -48,7 +55,8 @@ def find_vfio_group(
         real == link or not found or cdev != name
     ):  # as for a group that has gone: `check` reports it
         return VfioGroup(number=None, device_node=node, functions=(), found_by=found_by)
-    group = find_vfio_device(device.rpartition("/")[2], root, node=node, found_by=found_by)
+    name = device.rpartition("/")[2]
+    group = find_vfio_device(name, root, node=node, found_by=found_by, blocks=blocks)
     return group._replace(cdev_nodes=_read_cdev_nodes(group, root))
 
 
@@ -78,13 +86,19 @@ def has_node(node: str, root: HostRoot) -> bool:
 
 
 def find_vfio_device(
-    name: str, root: HostRoot, *, node: str | None = None, found_by: FoundBy = FoundBy.SYSFS
+    name: str,
+    root: HostRoot,
+    *,
+    node: str | None = None,
+    found_by: FoundBy = FoundBy.SYSFS,
+    blocks: BlockDevices | None = None,
 ) -> VfioGroup:
     """The group of a PCI function by its BDF, or of a mediated device by its UUID.
 
     Raises NoSuchDevice when the host has no such device; a device without a group gives a group
-    with `number` None.
+    with `number` None. `blocks` are for several groups of one request.
     """
+    blocks = blocks or BlockDevices(root)
     try:
         bdf = Bdf.parse(name)
     except ValueError:
@@ -99,8 +113,8 @@ def find_vfio_device(
         alone = VfioGroup(
             number=None, device_node=node, functions=(function,), named=name, found_by=found_by
         )
-        return with_disks(alone, root)
-    return _read_group(number, node, root, found_by, named=name)
+        return with_disks(alone, root, blocks)
+    return _read_group(number, node, root, found_by, blocks, named=name)
 
 
 def find_named_group(text: str, root: HostRoot) -> VfioGroup:
@@ -141,7 +155,12 @@ def _find_mediated(name: str, root: HostRoot, node: str | None, found_by: FoundB
 
 
 def _read_group(
-    number: int, node: str | None, root: HostRoot, found_by: FoundBy, named: str | None = None
+    number: int,
+    node: str | None,
+    root: HostRoot,
+    found_by: FoundBy,
+    blocks: BlockDevices,
+    named: str | None = None,
 ) -> VfioGroup:
     functions: list[PciFunction] = []
     unknown_members: list[str] = []
@@ -171,17 +190,17 @@ def _read_group(
         found_by=found_by,
         is_noiommu=mediated is None and is_noiommu(number, root),
     )
-    return with_disks(group, root)
+    return with_disks(group, root, blocks)
 
 
-def with_disks(group: VfioGroup, root: HostRoot) -> VfioGroup:
+def with_disks(group: VfioGroup, root: HostRoot, blocks: BlockDevices) -> VfioGroup:
     """The group with the disks and partitions that the host's drivers provide behind it.
 
     A disk with several controllers in the group is in it once.
     """
     disks, partitions = dict[DevNum, DiskPart](), dict[DevNum, None]()
     for function in group.functions:
-        for devnum in read_block_devices(root.real_path(function.sysfs_path), root):
+        for devnum in blocks.of(function.bdf):
             directory = f"{root.sys_dev}/block/{devnum}"
             if root.stat(f"{directory}/partition"):
                 partitions[devnum] = None

@@ -16,8 +16,8 @@ from vmplug.host.pci.mdev import MDEV_DEVICES, MediatedDevice, read_mdev_types, 
 from vmplug.host.pci.nodes import read_node_paths, read_nodes
 from vmplug.host.pci.pci_ids import PciNames
 from vmplug.host.pci.uses import (
+    BlockDevices,
     NetworkUses,
-    read_block_devices,
     read_network_interfaces,
     read_network_uses,
 )
@@ -103,7 +103,7 @@ class FunctionReader:
 
     def _disks_of(self, function: PciFunction) -> Iterator[Thing]:
         root = self._root
-        for number in read_block_devices(root.real_path(function.sysfs_path), root):
+        for number in self._usage.once(BlockDevices).of(function.bdf):
             is_part = root.stat_or_none(f"{root.sys_dev}/block/{number}/partition")
             if not is_part and (disk := self._disks.of_function(number)):
                 yield disk

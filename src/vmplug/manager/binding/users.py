@@ -11,6 +11,7 @@ from vmplug.host.kind import Identity
 from vmplug.host.pci.function import read_virtfns
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import find_group, group_node, is_noiommu, read_group
+from vmplug.host.pci.uses import BlockDevices
 from vmplug.host.pci.vfio import read_cdev, with_disks
 from vmplug.host.root import HostRoot
 from vmplug.host.use.openers import DeviceNode, read_open_files, wanted_node
@@ -87,7 +88,7 @@ def _find_user(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
 def _only(bdf: Bdf, group: VfioGroup, host: HostRoot) -> VfioGroup:
     """The group with only that function."""
     functions = tuple(function for function in group.functions if function.bdf == bdf)
-    return with_disks(group._replace(functions=functions, bridges=()), host)
+    return with_disks(group._replace(functions=functions, bridges=()), host, BlockDevices(host))
 
 
 def raise_in_use(what: str, findings: Iterable[Finding], allowed: Collection[Code] = ()) -> None:

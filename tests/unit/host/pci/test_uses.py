@@ -9,8 +9,11 @@ from msgspec import structs
 from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.errors import AttributeReadError
-from vmplug.host.pci.uses import NetInterface, read_block_devices, read_network_interfaces
+from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.uses import BlockDevices, NetInterface, read_network_interfaces
+from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
+from vmplug.oci.requests import VfioInfo
 
 PORT, CARD, OTHER = "0000:00:1c.0", "0000:3b:00.0", "0000:00:03.0"
 LINK_LOCAL, GLOBAL = "fe80" + "0" * 28, "2001" + "0" * 28
@@ -32,8 +35,7 @@ def wired(tree: PciTree) -> PciTree:
 
 
 def blocks(tree: PciTree, bdf: str) -> list[str]:
-    real = tree.root.real_path(f"/sys/bus/pci/devices/{bdf}")
-    return [str(number) for number in read_block_devices(real, tree.root)]
+    return [str(number) for number in BlockDevices(tree.root).of(Bdf.parse(bdf))]
 
 
 def networks(tree: PciTree, bdf: str = CARD) -> list[NetInterface]:
@@ -55,9 +57,24 @@ def test_disks_and_partitions_of_a_function(tree: PciTree) -> None:
 def test_a_function_without_disks_has_none(tree: PciTree) -> None:
     assert blocks(tree, CARD) == []
     tree.pci_disk(CARD, "259:0", "nvme0n1")
-    # 0000:3b:00.0 is no beginning of 0000:3b:00.01.
-    assert read_block_devices(tree.real(CARD) + "1", tree.root) == []
-    assert read_block_devices(tree.real(CARD)[:-1], tree.root) == []
+    assert blocks(tree, OTHER) == []
+
+
+def test_functions_read_the_class_once(tree: PciTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree.pci_disk(CARD, "259:0", "nvme0n1")
+    requests = [VfioInfo(label=bdf, device=bdf) for bdf in (CARD, OTHER)]
+    listed, list_dir = list[str](), HostRoot.list_dir
+
+    def count(root: HostRoot, path: str) -> list[str]:
+        listed.append(path)
+        return list_dir(root, path)
+
+    monkeypatch.setattr(HostRoot, "list_dir", count)
+    resolve_all(requests[:1], tree.root)
+    once = listed.count("/sys/class/block")
+    found = resolve_all(requests * 8, tree.root)
+    assert [len(group.disks) for group in found if isinstance(group, VfioGroup)] == [1, 0] * 8
+    assert listed.count("/sys/class/block") == 2 * once
 
 
 def test_a_disk_of_several_controllers_is_found_by_its_hidden_ways(tree: PciTree) -> None:
@@ -178,6 +195,6 @@ def test_this_host_can_be_asked() -> None:
     root = HostRoot()
     for name in root.list_dir(root.pci_devices):
         real = root.real_path(f"{root.pci_devices}/{name}")
-        for number in read_block_devices(real, root):
+        for number in BlockDevices(root).of(Bdf.parse(name)):
             assert root.real_path(f"{root.sys_dev}/block/{number}").startswith(real)
         read_network_interfaces(name, root)
