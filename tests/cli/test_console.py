@@ -1,7 +1,8 @@
-"""What guests print is bounded, and what the last of them printed outlives a crash."""
+"""What guests and QEMU print is bounded, and what the last of them printed outlives a crash."""
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from guest.console import GuestConsole
 from tests.cli.command import Vmplug
 from tests.cli.started import booted, ending, started
 from vmplug.host.process import find_marked, wait_for_end
-from vmplug.hypervisor.qemu.start.console import CONSOLE_LOG_BYTES, CONSOLE_MARK
+from vmplug.hypervisor.keeper import KEEPER_MARK, LOG_BYTES
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu]
 
@@ -20,7 +21,7 @@ PRINT_S = 120.0
 
 def keepers(directory: Path) -> set[int]:
     """The processes that keep the consoles of VMs below the directory."""
-    found = find_marked(CONSOLE_MARK)
+    found = find_marked(KEEPER_MARK)
     return {pid for pid, vm in found.items() if vm.startswith(f"{directory}/")}
 
 
@@ -58,14 +59,33 @@ def test_what_a_guest_prints_is_bounded_and_outlives_its_vm(vmplug: Vmplug) -> N
         assert keepers(vmplug.state_dir) == set()
     kept = Path(logs["directory"])
     assert {path.name for path in kept.iterdir()} == {"console.log", "console.log.1", "qemu.log"}
-    assert (kept / "console.log").stat().st_size < CONSOLE_LOG_BYTES
-    assert (kept / "console.log.1").stat().st_size == CONSOLE_LOG_BYTES
+    assert (kept / "console.log").stat().st_size < LOG_BYTES
+    assert (kept / "console.log.1").stat().st_size == LOG_BYTES
     printed = (kept / "console.log.1").read_text() + (kept / "console.log").read_text()
     lines = printed.splitlines()
     assert lines[-1] == "the last words"
     numbers = list(map(int, lines[1:-1]))  # the first one may be cut
     assert numbers == list(range(numbers[0], 285_001))
     assert f"in {kept}\n" in vmplug("vm", "list").answer()
+
+
+def test_what_qemu_prints_is_bounded(vmplug: Vmplug) -> None:
+    """Some output is longer than any pipe; a VM that is stopped leaves nothing of it."""
+    with started(vmplug, "sb1", extra=["-d", "in_asm,op"]) as vm:  # prints all of the firmware
+        vm.oracle.execute("cont")
+        directory = Path(vm.told["vm"]["directory"])
+        older, deadline = directory / "qemu.log.1", time.monotonic() + PRINT_S
+        while not older.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert older.stat().st_size == LOG_BYTES
+        assert (directory / "qemu.log").stat().st_size <= LOG_BYTES
+        crash(vm.pid)
+        vmplug("reconcile").answer()
+    (logs,) = ended(vmplug)
+    kept = {path.name: path.stat().st_size for path in Path(logs["directory"]).iterdir()}
+    assert {"qemu.log", "qemu.log.1"} <= kept.keys()
+    assert max(kept.values()) == LOG_BYTES
 
 
 def test_the_logs_of_the_last_two_crashes_are_kept(vmplug: Vmplug) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.contract.world import Rows, journal_rows
 from tests.support.raw_qmp import RawQmp
 from vmplug.host.process import find_marked
-from vmplug.hypervisor.qemu.start.console import CONSOLE_MARK
+from vmplug.hypervisor.keeper import KEEPER_MARK
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,5 +63,5 @@ def processes_below(directory: Path) -> list[int]:
 
 def qemus_below(directory: Path) -> list[int]:
     """Those of them that are not the keeper of a VM's console."""
-    keepers = find_marked(CONSOLE_MARK)
+    keepers = find_marked(KEEPER_MARK)
     return [pid for pid in processes_below(directory) if pid not in keepers]

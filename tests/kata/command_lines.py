@@ -103,7 +103,7 @@ def _scsi_controller(case: Case) -> Answer:
     """The machine's own."""
     case.input.skip("of the machine's own nothing can be chosen", *case.input)
     spec = machines.VmSpec(name="vm", machine=Machine(case.setup["machine"]))
-    arguments = machines.command_line(spec, 3)
+    arguments = machines.command_line(spec, 3, 4)
     pairs = pairwise(arguments)
     found = [pair for pair in pairs if pair[0] == "-device" and "virtio-scsi" in pair[1]]
     return answer(case, command_line([word for pair in found for word in pair]))

@@ -43,7 +43,7 @@ def _devices(arguments: Sequence[str], drivers: Iterable[str]) -> Devices:
 
 
 def _made(spec: VmSpec, drivers: Iterable[str]) -> Devices:
-    return _devices(machines.command_line(spec, 3), drivers)
+    return _devices(machines.command_line(spec, 3, 4), drivers)
 
 
 def _spec(machine: str, **more: Any) -> VmSpec | Refusal:

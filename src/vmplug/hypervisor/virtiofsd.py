@@ -2,17 +2,24 @@
 
 A daemon inherits a listening socket whose name was removed, and serves the one connection that was
 made before it started. No other process can connect, and it ends when QEMU closes the connection.
-Its environment has its device's id and its VM, so that every vmplug can find it again.
+Its environment has its device's id and its VM, so that every vmplug can find it again. What it
+prints is in TMPDIR/vmplug-ID-*/virtiofsd.log until the share is gone.
 Source: virtiofsd(1); measured on that of QEMU 7.2, in C, and on 1.13, in Rust.
 """
 
+import logging
+import os
+import re
+import select
+import shutil
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, Protocol, Self
+from pathlib import Path
+from typing import Protocol, Self
 
 import msgspec
 from msgspec.structs import replace
@@ -23,6 +30,9 @@ from vmplug.host.file_id import file_id, file_replaced, pinned
 from vmplug.host.process import end_processes, find_marked
 from vmplug.host.program import program_environment
 from vmplug.host.root import THIS_HOST
+from vmplug.hypervisor.keeper import start_keeper
+
+log = logging.getLogger(__name__)
 
 _UMASK = 0o022
 """A virtiofsd sets its own to 0, as the guest has its own; this is for one that does not."""
@@ -35,6 +45,8 @@ _DIRECTORY = "VMPLUG_DIRECTORY"
 """For people who look at the processes: a mount hides it from the arguments."""
 _NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
 """Errors of virtiofsd (in C and in Rust) when it cannot make / private or leave it."""
+_PIPE_BYTES = 1 << 16
+_LOG, _LOGS, _KEEPER = "virtiofsd.log", re.compile(r"vmplug-(.+)-\w+"), ".log"
 _MOUNT_POINT = "/sys"
 _MOUNT = f'mount -c -o "$0" -- . {_MOUNT_POINT} && cd / && exec "$@"'
 """Its working directory, which is the one that was checked, at a place that every host has, in a
@@ -94,11 +106,43 @@ def _fuse_options(daemon: VirtiofsdSpec) -> list[str]:
     return [word for option in wanted for word in ("-o", option)]
 
 
+class _Output(msgspec.Struct):
+    """What a daemon prints: it stays in a pipe until the daemon is left to itself."""
+
+    reading: int
+    device_id: str
+    vm: str
+    said: bytes = b""
+
+    def tail(self) -> str:
+        while _events(self.reading) & select.POLLIN:
+            self.said += os.read(self.reading, _PIPE_BYTES)
+        return "; ".join(self.said.decode(errors="replace").splitlines()[-3:])
+
+    def leave(self) -> None:
+        """Leave the pipe to a keeper. Without one, output is lost, and the share works as well."""
+        try:
+            if not _events(self.reading) & select.POLLHUP:  # while it lives
+                self._keep()
+        except (OSError, subprocess.CalledProcessError) as error:
+            log.warning("what the virtiofsd of %s prints is lost: %s", self.device_id, error)
+        finally:
+            os.close(self.reading)
+
+    def _keep(self) -> None:
+        directory = tempfile.mkdtemp(prefix=f"vmplug-{self.device_id}-")
+        mark = f"{DAEMON_MARK}={_keeper_id(self.device_id)} {self.vm}"
+        start_keeper(self.reading, Path(directory, _LOG), mark=mark)
+
+
 class VirtiofsdProcess(msgspec.Struct):
-    """A running daemon, and the connection to it for QEMU; as a context manager closes ours."""
+    """A running daemon, and the connection to it for QEMU; as a context manager closes ours.
+
+    `_output` is None for one whose output nobody has.
+    """
 
     connection: socket.socket
-    _words: IO[bytes]
+    _output: _Output | None = None
 
     @property
     def descriptor(self) -> int:
@@ -107,13 +151,14 @@ class VirtiofsdProcess(msgspec.Struct):
 
     def stderr_tail(self) -> str:
         """Its error output so far."""
-        self._words.seek(0)
-        return "; ".join(self._words.read().decode(errors="replace").splitlines()[-3:])
+        return self._output.tail() if self._output else ""
 
     def close(self) -> None:
         """Close our end of it; the daemon keeps serving QEMU."""
         self.connection.close()
-        self._words.close()
+        if self._output:
+            self._output.leave()
+            self._output = None
 
     def __enter__(self) -> Self:
         return self
@@ -148,26 +193,10 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """See VirtiofsdRunner. It outlives this process, and is not its child."""
         with _entered(daemon) as directory, _nameless_listener(daemon) as (listener, connection):
-            words = tempfile.TemporaryFile()  # noqa: SIM115  VirtiofsdProcess closes it
-            started = VirtiofsdProcess(connection, words)
+            reading, writing = os.pipe()
+            started = VirtiofsdProcess(connection, _Output(reading, device_id, self._vm))
             try:
-                subprocess.run(
-                    ["setsid", "--fork", *command_line(daemon, listener.fileno())],
-                    check=True,
-                    cwd=directory,
-                    env=program_environment(
-                        **{
-                            DAEMON_MARK: f"{device_id} {self._vm}",
-                            _DIRECTORY: daemon.directory,
-                        }
-                    ),
-                    umask=_UMASK,
-                    stdin=subprocess.DEVNULL,
-                    stdout=words,
-                    stderr=words,
-                    pass_fds=[listener.fileno()],
-                    start_new_session=True,  # setsid(1) leaves our session a moment later
-                )
+                self._run(daemon, listener, device_id, directory, writing)
             except (OSError, subprocess.CalledProcessError) as error:
                 with started:
                     why = started.stderr_tail() or error
@@ -179,10 +208,35 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
         try:
             self._check_directory(daemon, device_id, connection)
         except DeviceError:
-            started.close()
             self.end([device_id])
+            started.close()
             raise
         return started
+
+    def _run(
+        self,
+        daemon: VirtiofsdSpec,
+        listener: socket.socket,
+        device_id: str,
+        directory: str,
+        output: int,
+    ) -> None:
+        marks = {DAEMON_MARK: f"{device_id} {self._vm}", _DIRECTORY: daemon.directory}
+        try:
+            subprocess.run(
+                ["setsid", "--fork", *command_line(daemon, listener.fileno())],
+                check=True,
+                cwd=directory,
+                env=program_environment(**marks),
+                umask=_UMASK,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,  # setsid(1) leaves our session a moment later
+            )
+        finally:
+            os.close(output)
 
     def _check_directory(
         self, daemon: VirtiofsdSpec, device_id: str, connection: socket.socket
@@ -213,12 +267,15 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
         """See VirtiofsdRunner."""
-        return {device_id: pids[0] for device_id, pids in self._processes(device_ids).items()}
+        found = self._processes(device_ids)
+        return {i: pids[0] for i, pids in found.items() if not i.endswith(_KEEPER)}
 
     def end(self, device_ids: Iterable[str]) -> None:
         """See VirtiofsdRunner: QEMU has disconnected, and most have ended by themselves."""
-        found = self._processes(device_ids).values()
+        wanted = list(device_ids)
+        found = self._processes([*wanted, *map(_keeper_id, wanted)]).values()
         end_processes([pid for pids in found for pid in pids], self._grace_s)
+        _remove_logs(wanted)
 
     def _processes(self, device_ids: Iterable[str] | None) -> dict[str, list[int]]:
         """A daemon's processes: its sandbox is a child of the first.
@@ -249,6 +306,27 @@ def daemon_failed(daemon: VirtiofsdSpec, error: HypervisorError, said: str) -> B
         hint=hint
         or "the VM is unchanged; try again, or share it as virtio-9p when you start the VM",
     )
+
+
+def _events(reading: int) -> int:
+    poll = select.poll()
+    poll.register(reading, select.POLLIN)
+    return next((events for _, events in poll.poll(0)), 0)
+
+
+def _keeper_id(device_id: str) -> str:
+    """What the keeper of a daemon's output is marked with, in place of the device's id."""
+    return device_id + _KEEPER
+
+
+def _remove_logs(device_ids: Collection[str]) -> None:
+    """Remove what is left of the output of daemons of this user."""
+    with os.scandir(tempfile.gettempdir()) as entries:
+        for entry in entries:
+            named = _LOGS.fullmatch(entry.name)
+            is_of_these = named is not None and named[1] in device_ids
+            if is_of_these and entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _has_hung_up(connection: socket.socket) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vmplug.errors import StateError
 from vmplug.host.root import HostRoot
+from vmplug.hypervisor.keeper import end_keepers
 from vmplug.hypervisor.listening import is_listening
-from vmplug.hypervisor.qemu.start.console import end_console_keeper
 from vmplug.hypervisor.qemu.start.ended_logs import EndedLogs, keep_logs
 from vmplug.hypervisor.qemu.start.ended_logs import list_ended_logs as list_logs
 from vmplug.journal.journal import Journal
@@ -81,7 +81,7 @@ def list_ended_logs(*, setup: Setup = DEFAULT_SETUP) -> list[EndedLogs]:
 def keep_ended_logs(record: VmRecord) -> None:
     """Keep the logs of a VM that vmplug started, and that has ended by itself."""
     if record.is_ours and not record.starting_by:
-        end_console_keeper(record.qmp_socket)
+        end_keepers(record.qmp_socket)
         keep_logs(Path(record.qmp_socket).parent, record.name)
 
 
@@ -91,7 +91,7 @@ def forget_vm(journal: Journal, record: VmRecord) -> None:
     The files first: without its row in the journal nothing leads to them after a crash.
     """
     if record.is_ours:
-        end_console_keeper(record.qmp_socket)
+        end_keepers(record.qmp_socket)
         shutil.rmtree(os.path.dirname(record.qmp_socket), ignore_errors=True)
     journal.forget_vm(record.name)
 

@@ -217,7 +217,7 @@ class World:
         mine = [
             mark
             for mark in find_marked("VMPLUG_DEVICE").values()
-            if f"{self.conductor.path}" in mark
+            if f"{self.conductor.path}" in mark and ".log " not in mark  # its keeper
         ]
         found += ["a virtiofsd"] * len(set(mine))
         found += [f"directory {path.name}" for path in (self.state_dir / "vm").glob("*")]

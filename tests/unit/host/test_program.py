@@ -102,7 +102,7 @@ def test_every_program_is_started_in_the_same_environment() -> None:
     }
     assert starts == {
         "host/program.py",
-        "hypervisor/qemu/start/console.py",
+        "hypervisor/keeper.py",
         "hypervisor/qemu/start/launch.py",
         "hypervisor/virtiofsd.py",
     }

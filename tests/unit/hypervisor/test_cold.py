@@ -1,6 +1,5 @@
 """Cold plug: every step as an argument, read back the way QEMU reads it; names stay literal."""
 
-import io
 import json
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,7 +49,7 @@ from vmplug.hypervisor.virtiofsd import VirtiofsdProcess
 
 ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"
 NAME = f"vmplug-{ID}"
-QMP_DESCRIPTOR = 5
+DESCRIPTORS = QMP_DESCRIPTOR, _ = 5, 6
 DESCRIPTOR = 7
 
 PCI = PciPlace(bus="rp0", slot=PciSlot(0), path=PciPath.parse("04/00"))
@@ -343,14 +342,14 @@ def test_any_name_is_literal(path: str) -> None:
 def test_what_is_booted_is_literal(machine: Machine, path: str, words: str) -> None:
     spec = VmSpec(name="sb1", machine=machine, kernel=path, initrd=path, append=words, disk=path)
     plain = VmSpec(name="sb1", machine=machine, kernel="k", initrd="i", append="a", disk="d")
-    found = command_line(spec, QMP_DESCRIPTOR)
+    found = command_line(spec, *DESCRIPTORS)
     booted = [found[found.index(option) + 1] for option in ("-kernel", "-initrd", "-append")]
     assert booted == [path, path, words]
     nodes = [json.loads(after) for word, after in pairwise(found) if word == "-blockdev" != words]
     assert path in [node["file"]["filename"] for node in nodes] or words == "-blockdev"
     changed = [
         (one, other)
-        for one, other in zip(found, command_line(plain, QMP_DESCRIPTOR), strict=True)
+        for one, other in zip(found, command_line(plain, *DESCRIPTORS), strict=True)
         if one != other
     ]
     assert {one for one, _ in changed if not one.startswith("{")} <= {path, words}
@@ -381,7 +380,7 @@ def option(words: Sequence[str], name: str) -> str:
 @given(ports=st.integers(0, MAX_PORTS), slots=st.integers(0, MAX_MEMORY_SLOTS))
 def test_a_q35_has_just_what_is_offered(disk: str | None, ports: int, slots: int) -> None:
     spec = VmSpec(name="sb1", ports=ports, memory_slots=slots, disk=disk)
-    offer, words = cold_offer(spec), command_line(spec, QMP_DESCRIPTOR)
+    offer, words = cold_offer(spec), command_line(spec, *DESCRIPTORS)
     devices = devices_on(words)
     roots = [device for device in devices if device["driver"] == "pcie-root-port"]
     assert [(port.bus, str(port.path)) for port in offer.ports] == [
@@ -406,7 +405,7 @@ def test_other_machines_have_no_ports_and_no_memory_slots(
     machine: Machine, disk: str | None
 ) -> None:
     spec = VmSpec(name="sb1", machine=machine, ports=8, memory_slots=4, disk=disk)
-    offer, words = cold_offer(spec), command_line(spec, QMP_DESCRIPTOR)
+    offer, words = cold_offer(spec), command_line(spec, *DESCRIPTORS)
     assert offer.ports == ()
     assert (offer.nvdimm, offer.memory_slots) == (False, 0)
     assert option(words, "-m") == "512M"
@@ -417,7 +416,7 @@ def test_other_machines_have_no_ports_and_no_memory_slots(
 def test_a_microvms_disk_to_boot_from_has_the_first_transport(disk: str | None) -> None:
     spec = VmSpec(name="sb1", machine=Machine.MICROVM, disk=disk)
     offer = cold_offer(spec)
-    used = [device["bus"] for device in devices_on(command_line(spec, QMP_DESCRIPTOR))]
+    used = [device["bus"] for device in devices_on(command_line(spec, *DESCRIPTORS))]
     assert not {place.bus for place in offer.mmio} & set(used)
     assert offer.mmio[0].index == (1 if disk else 0)
     assert len({place.bus for place in offer.mmio} | set(used)) == 23
@@ -429,7 +428,7 @@ def test_a_microvms_disk_to_boot_from_has_the_first_transport(disk: str | None) 
 def test_an_s390s_own_numbers_are_not_offered(disk: str | None) -> None:
     spec = VmSpec(name="sb1", machine=Machine.S390, disk=disk)
     offer = cold_offer(spec)
-    words = command_line(spec, QMP_DESCRIPTOR)
+    words = command_line(spec, *DESCRIPTORS)
     own = {CcwDevNo.parse(device["devno"]) for device in devices_on(words)}
     assert offer.ccw_used is not None
     assert own <= offer.ccw_used
@@ -450,7 +449,7 @@ def test_every_machine_shares_its_memory_and_answers_qmp(
     machine: Machine, program: str, accel: str, cpu: str
 ) -> None:
     spec = VmSpec(name="sb1", machine=machine, memory_mib=300, cpus=3, accel=accel)
-    words = command_line(spec, QMP_DESCRIPTOR)
+    words = command_line(spec, *DESCRIPTORS)
     assert words[0] == program
     assert option(words, "-name") == "sb1"
     kind, *options = option(words, "-machine").split(",")
@@ -469,17 +468,17 @@ def test_every_machine_shares_its_memory_and_answers_qmp(
 
 
 @pytest.mark.parametrize("machine", Machine)
-def test_the_console_is_a_file(machine: Machine) -> None:
-    words = command_line(VmSpec(name="sb1", machine=machine), QMP_DESCRIPTOR)
-    assert "file,id=console,path=console.log" in words
+def test_the_console_is_a_pipe(machine: Machine) -> None:
+    words = command_line(VmSpec(name="sb1", machine=machine), *DESCRIPTORS)
+    assert "file,id=console,path=/proc/self/fd/6" in words
 
 
 def test_a_microvms_only_serial_port_may_be_wanted_for_something_else() -> None:
     extra = ("-chardev", "null,id=mine", "-serial", "chardev:mine")
     spec = VmSpec(name="sb1", machine=Machine.MICROVM, extra=extra)
-    assert "-serial" not in command_line(spec, QMP_DESCRIPTOR)
+    assert "-serial" not in command_line(spec, *DESCRIPTORS)
     spec = VmSpec(name="sb1", machine=Machine.Q35, extra=extra)
-    assert option(command_line(spec, QMP_DESCRIPTOR), "-serial") == "chardev:console"
+    assert option(command_line(spec, *DESCRIPTORS), "-serial") == "chardev:console"
 
 
 # ColdQemu
@@ -499,7 +498,7 @@ class FakeDaemons:
         ours, theirs = socket.socketpair()
         theirs.close()
         self.running[device_id] = daemon
-        self.started.append(VirtiofsdProcess(ours, io.BytesIO()))
+        self.started.append(VirtiofsdProcess(ours))
         return self.started[-1]
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:

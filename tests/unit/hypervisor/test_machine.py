@@ -12,7 +12,7 @@ SCSI = "virtio-scsi-pci,id=scsi0,bus=pcie.0,addr=0x2"
 
 def devices(spec: VmSpec) -> Iterator[str]:
     """The machine's own devices, as QEMU gets them."""
-    return (value for option, value in pairwise(command_line(spec, 5)) if option == "-device")
+    return (value for option, value in pairwise(command_line(spec, 5, 6)) if option == "-device")
 
 
 @pytest.mark.parametrize("machine", ["virt", "pseries", "pc", ""])

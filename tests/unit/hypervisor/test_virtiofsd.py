@@ -1,6 +1,7 @@
 """The virtiofsd processes of vmplug: how they are called, and their whole life on this host."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -187,7 +188,8 @@ with socket.socket(fileno=descriptor) as listener:
     with connection:
         print("serving", source, file=sys.stderr, flush=True)
         connection.sendall(source.encode() + b"\\n")
-        while connection.recv(64) or source.endswith("deaf"):
+        while (more := connection.recv(64)) or source.endswith("deaf"):
+            print(more.decode(), file=sys.stderr, flush=True)
             signal.pause() if source.endswith("deaf") else None
 """
 
@@ -313,6 +315,54 @@ def test_a_daemon_that_does_not_stop_in_time_is_killed(program: str, vm: str) ->
         HostVirtiofsdRunner(vm, grace_s=0.1).end([ID])
         assert 0.1 < time.monotonic() - began < TIMEOUT_S
         assert wait_for_end(pid, 0)
+
+
+def test_what_it_prints_later_is_kept_until_its_share_is_gone(
+    program: str, vm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it has died: by then somebody wants to know why."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with HostVirtiofsdRunner(vm).start(daemon(program=program), ID) as started:
+        first_words(started)
+        client = started.connection.dup()  # as QEMU has one
+    with client:
+        client.sendall(b"no space left")
+    marked = [pid for pid, mark in find_marked("VMPLUG_DEVICE").items() if mark.endswith(vm)]
+    assert all(wait_for_end(pid, TIMEOUT_S) for pid in marked)
+    (log,) = tmp_path.glob(f"vmplug-{ID}-*/virtiofsd.log")
+    assert log.read_text() == "serving /srv/work\nno space left\n"
+    assert log.parent.stat().st_mode & 0o777 == 0o700
+    HostVirtiofsdRunner(vm).end([OTHER_ID])
+    assert log.exists()
+    HostVirtiofsdRunner(vm).end([ID])
+    assert not log.parent.exists()
+
+
+def test_the_keeper_of_its_output_is_not_taken_for_it(program: str, vm: str) -> None:
+    with HostVirtiofsdRunner(vm).start(daemon(program=program), ID) as started:
+        first_words(started)
+        client = started.connection.dup()
+    with client:
+        runner = HostVirtiofsdRunner(vm)
+        (pid,) = runner.find().values()
+        assert runner.find([ID]) == {ID: pid}
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for_end(pid, TIMEOUT_S)
+        assert runner.find() == {}
+
+
+def test_without_room_for_its_output_the_share_works_as_well(
+    program: str, vm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HostVirtiofsdRunner(vm).start(daemon(program=program), ID) as started:
+        first_words(started)
+        client = started.connection.dup()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with client:
+        client.sendall(b"nobody reads this")
+        (pid,) = HostVirtiofsdRunner(vm).find().values()
+        client.shutdown(socket.SHUT_WR)
+        assert wait_for_end(pid, TIMEOUT_S)
 
 
 _BEGIN_AND_END = """

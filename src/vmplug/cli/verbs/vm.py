@@ -138,7 +138,7 @@ def start(
 
     A q35 machine has root ports, a virtio-scsi controller, slots for NVDIMMs, and shared memory.
     STATE_DIR/vm/NAME/console.log has what the guest prints, up to 1 MiB, and console.log.1 the MiB
-    before. Arguments after -- are passed to QEMU unchanged.
+    before; qemu.log has what QEMU prints. Arguments after -- are passed to QEMU unchanged.
 
     \b
     vmplug vm start sb1 --kernel vmlinuz --initrd initrd.img --append "console=ttyS0"

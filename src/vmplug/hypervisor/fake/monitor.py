@@ -4,7 +4,6 @@ The contract tests compare its answers with those of a real QEMU. It supports on
 that vmplug sends.
 """
 
-import io
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -73,7 +72,7 @@ class _NoVirtiofsdRunner(VirtiofsdRunner):
         """See VirtiofsdRunner."""
         ours, theirs = socket.socketpair()
         theirs.close()
-        return VirtiofsdProcess(ours, io.BytesIO())
+        return VirtiofsdProcess(ours)
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
         """See VirtiofsdRunner: there are none."""

@@ -13,15 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from vmplug.hypervisor.qemu.start.console import CONSOLE_LOG
-
 log = logging.getLogger(__name__)
 
 KEPT_OF_A_NAME = 2
 KEPT = 8
-QEMU_LOG = "qemu.log"
-_QEMU_LOG_BYTES = 1 << 20
-_LOGS = {CONSOLE_LOG, f"{CONSOLE_LOG}.1", QEMU_LOG}
+CONSOLE_LOG, QEMU_LOG = "console.log", "qemu.log"
+_LOGS = {f"{log}{age}" for log in (CONSOLE_LOG, QEMU_LOG) for age in ("", ".1")}
 _STAMP = "%Y%m%dT%H%M%S.%fZ"
 _DIRECTORY = re.compile(r"([0-9]{8}T[0-9]{6}\.[0-9]{6}Z)-(.+)")
 
@@ -29,8 +26,8 @@ _DIRECTORY = re.compile(r"([0-9]{8}T[0-9]{6}\.[0-9]{6}Z)-(.+)")
 class EndedLogs(msgspec.Struct, frozen=True, kw_only=True):
     """The logs of a VM that has ended by itself.
 
-    `directory` has `console.log` with what the guest printed, `console.log.1` with what it printed
-    before, and QEMU's own `qemu.log`. `found_at` is when vmplug found the end.
+    `directory` has `console.log` with what the guest printed, and `qemu.log` with QEMU's own
+    words: each the end, and its `.1` what came before. `found_at` is when vmplug found the end.
     """
 
     name: str
@@ -73,17 +70,7 @@ def _move(directory: Path, name: str) -> None:
     for path in kept.iterdir():
         if path.name not in _LOGS:
             path.unlink()
-    _keep_end(kept / QEMU_LOG)
     _remove_older(state_dir)
-
-
-def _keep_end(path: Path) -> None:
-    """Only the end of QEMU's own log: the console's are bounded already."""
-    if path.exists() and path.stat().st_size > _QEMU_LOG_BYTES:
-        with path.open("rb") as file:
-            file.seek(-_QEMU_LOG_BYTES, os.SEEK_END)
-            end = file.read()
-        path.write_bytes(end)
 
 
 def _remove_older(state_dir: Path) -> None:

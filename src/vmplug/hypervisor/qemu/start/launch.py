@@ -11,11 +11,11 @@ from contextlib import closing, suppress
 
 from vmplug.errors import ConnectError, HypervisorError, SpecError
 from vmplug.host.program import PROGRAM_UMASK, program_environment, run_program
+from vmplug.hypervisor.keeper import end_keepers, kept_output, read_log
 from vmplug.hypervisor.qemu.abilities import has_firmware
 from vmplug.hypervisor.qemu.running import NO_AIO, Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
-from vmplug.hypervisor.qemu.start.console import console_keeper, end_console_keeper
-from vmplug.hypervisor.qemu.start.ended_logs import QEMU_LOG
+from vmplug.hypervisor.qemu.start.ended_logs import CONSOLE_LOG, QEMU_LOG
 from vmplug.hypervisor.qemu.start.machine import BINARY, PACKAGE, Machine, VmSpec, command_line
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ _QBOOT = "qboot.rom"
 OLDEST_QEMU = (7, 2)
 """The oldest tested version. Source: docs/support.md."""
 _VERSION_TIMEOUT_S = 10.0
+_MOST_LINES = 20
+"""Of QEMU's words, in an error. Its last line says why it ends."""
 
 
 _WAIT_FOR_WORD = 'read -r word && exec "$@" </dev/null'
@@ -54,15 +56,14 @@ def launch(cold: ColdQemu, record: Callable[[int], None], *, timeout_s: float) -
 
 def _launch(cold: ColdQemu, record: Callable[[int], None], timeout_s: float) -> int:
     spec, directory = cold.spec, cold.directory
-    log_path = directory / QEMU_LOG
     path = str(cold.qmp_socket)
     _require_program(BINARY[spec.machine])
     with (
         _listening(path) as listener,
-        open(log_path, "wb", opener=_private) as output,
-        console_keeper(directory, path) as console,
+        kept_output(directory / QEMU_LOG, path) as output,
+        kept_output(directory / CONSOLE_LOG, path) as console,
     ):
-        arguments = command_line(spec, listener.fileno(), f"/proc/self/fd/{console}")
+        arguments = command_line(spec, listener.fileno(), console)
         arguments += [*_firmware(spec), *cold.arguments(), *spec.extra]
         stands_still = cold.opens_files and "-S" not in spec.extra
         if stands_still:
@@ -90,10 +91,10 @@ def _launch(cold: ColdQemu, record: Callable[[int], None], timeout_s: float) -> 
     except BaseException as error:
         process.kill()
         process.wait()
-        end_console_keeper(path)  # the next one writes to the same file
+        end_keepers(path)  # they have read all, and the next ones write to the same files
         if not isinstance(error, ConnectError):
             raise
-        words = "; ".join(log_path.read_text(errors="replace").splitlines())
+        words = "; ".join(read_log(directory / QEMU_LOG).splitlines()[-_MOST_LINES:])
         raise HypervisorError(
             f"QEMU did not start: {words or error.message}", hint=_advice(BINARY[spec.machine])
         ) from error
@@ -128,10 +129,6 @@ def _firmware(spec: VmSpec) -> list[str]:
     if is_direct and has_firmware(BINARY[spec.machine], _QBOOT):
         return ["-bios", _QBOOT]
     return []
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _listening(path: str) -> socket.socket:

@@ -161,8 +161,8 @@ def _ports(spec: VmSpec) -> list[str]:
     return arguments
 
 
-def command_line(spec: VmSpec, qmp_descriptor: int, console: str = "console.log") -> list[str]:
-    """QEMU's arguments: places, shared memory, a QMP socket, the file for the guest's console."""
+def command_line(spec: VmSpec, qmp_descriptor: int, console_descriptor: int) -> list[str]:
+    """QEMU's arguments: places, shared memory, a QMP socket, the pipe for the guest's console."""
     arguments = [BINARY[spec.machine], "-name", spec.name]
     machine = f"{spec.machine}{_MACHINE_OPTIONS[spec.machine]},memory-backend=mem"
     arguments += ["-machine", machine, "-accel", spec.accel]
@@ -172,7 +172,7 @@ def command_line(spec: VmSpec, qmp_descriptor: int, console: str = "console.log"
     arguments += _json("-object", qom_type="memory-backend-memfd", id="mem", size=size, share=True)
     arguments += ["-chardev", f"socket,id=qmp,fd={qmp_descriptor},server=on,wait=off"]
     arguments += ["-qmp", "chardev:qmp"]  # QEMU 11 warns that -mon will be removed
-    arguments += _console(spec, console)
+    arguments += _console(spec, console_descriptor)
     arguments += _ports(spec) if spec.machine is Machine.Q35 else []
     match spec.machine:
         case Machine.Q35:
@@ -202,11 +202,11 @@ def most_memory_mib(spec: VmSpec) -> int:
     return spec.memory_mib + (_MEMORY_ROOM_MIB if has_slots else 0)
 
 
-def _console(spec: VmSpec, path: str) -> list[str]:
-    """The guest's console goes to a file; a microvm's only serial port may have another use."""
+def _console(spec: VmSpec, descriptor: int) -> list[str]:
+    """The guest's console goes to a pipe; a microvm's only serial port may have another use."""
     if spec.machine is Machine.MICROVM and "-serial" in spec.extra:
         return []
-    arguments = ["-chardev", f"file,id=console,path={path}"]
+    arguments = ["-chardev", f"file,id=console,path=/proc/self/fd/{descriptor}"]
     if spec.machine is Machine.S390:
         return [*arguments, "-device", "sclpconsole,chardev=console"]
     return [*arguments, "-serial", "chardev:console"]

@@ -1,4 +1,4 @@
-"""The process that keeps what a guest prints, and the logs of VMs that have ended."""
+"""The processes that keep what programs print, and the logs of VMs that have ended."""
 
 import os
 import signal
@@ -10,18 +10,14 @@ from pathlib import Path
 import pytest
 
 from vmplug.host.process import find_marked, wait_for_end
-from vmplug.hypervisor.qemu.start.console import (
-    CONSOLE_MARK,
-    console_keeper,
-    end_console_keeper,
-)
+from vmplug.hypervisor.keeper import KEEPER_MARK, end_keepers, kept_output, read_log
 from vmplug.hypervisor.qemu.start.ended_logs import keep_logs, list_ended_logs
 
 BOUND = 64
 
 
 def keepers(vm: str) -> list[int]:
-    return [pid for pid, marked in find_marked(CONSOLE_MARK).items() if marked == vm]
+    return [pid for pid, marked in find_marked(KEEPER_MARK).items() if marked == vm]
 
 
 def kill_keepers(vm: str) -> None:
@@ -52,11 +48,11 @@ def say(console: int, text: str) -> None:
 def test_a_short_console_is_kept_whole_and_its_keeper_ends_with_the_pipe(
     tmp_path: Path, vm: str
 ) -> None:
-    with console_keeper(tmp_path, vm, bound_bytes=BOUND) as console:
+    with kept_output(tmp_path / "console.log", vm, bound_bytes=BOUND) as console:
         assert contents(tmp_path) == {"console.log": ""}
         assert keepers(vm)
         say(console, "hello")
-    end_console_keeper(vm)
+    end_keepers(vm)
     assert contents(tmp_path) == {"console.log": "hello"}
     assert keepers(vm) == []
 
@@ -64,28 +60,29 @@ def test_a_short_console_is_kept_whole_and_its_keeper_ends_with_the_pipe(
 @pytest.mark.parametrize("rest", [0, 1, BOUND - 1])
 def test_only_the_end_of_a_long_console_is_kept(tmp_path: Path, vm: str, rest: int) -> None:
     printed = "".join(f"{number:07}\n" for number in range(5 * BOUND // 8)) + "x" * rest
-    with console_keeper(tmp_path, vm, bound_bytes=BOUND) as console:
+    with kept_output(tmp_path / "console.log", vm, bound_bytes=BOUND) as console:
         say(console, printed)
-    end_console_keeper(vm)
+    end_keepers(vm)
     last = contents(tmp_path)
     assert last == {
         "console.log": printed[len(printed) - rest :],
         "console.log.1": printed[len(printed) - rest - BOUND : len(printed) - rest],
     }
+    assert read_log(tmp_path / "console.log") == printed[-rest - BOUND :]
 
 
 def test_a_keeper_outlives_a_term_signal_and_its_children(tmp_path: Path, vm: str) -> None:
     """What a VM that was killed had printed is read to the end."""
-    with console_keeper(tmp_path, vm, bound_bytes=BOUND) as console:
+    with kept_output(tmp_path / "console.log", vm, bound_bytes=BOUND) as console:
         for pid in keepers(vm):
             os.kill(pid, signal.SIGTERM)
         say(console, "the last words")
-    end_console_keeper(vm)
+    end_keepers(vm)
     assert contents(tmp_path)["console.log"] == "the last words"
 
 
 def test_a_killed_keeper_breaks_the_pipe_and_holds_up_nobody(tmp_path: Path, vm: str) -> None:
-    with console_keeper(tmp_path, vm) as console:
+    with kept_output(tmp_path / "console.log", vm) as console:
         kill_keepers(vm)
         with pytest.raises(BrokenPipeError):
             say(console, "x")
@@ -95,9 +92,9 @@ def test_a_keeper_on_a_full_disk_drops_some_output_and_tries_again(
     tmp_path: Path, vm: str
 ) -> None:
     (tmp_path / "console.log").symlink_to("/dev/full")
-    with console_keeper(tmp_path, vm, bound_bytes=BOUND) as console:
+    with kept_output(tmp_path / "console.log", vm, bound_bytes=BOUND) as console:
         say(console, "x" * (1 + 4096) + "there is room")
-    end_console_keeper(vm)
+    end_keepers(vm)
     assert (tmp_path / "console.log").read_text() == "there is room"
     assert not (tmp_path / "console.log").is_symlink()
 
@@ -135,14 +132,6 @@ def test_two_of_a_name_and_eight_altogether_are_kept(tmp_path: Path) -> None:
         *(f"x{count}" for count in range(7)),
     ]
     assert len(list((tmp_path / "ended").iterdir())) == 8
-
-
-def test_only_the_end_of_a_long_log_of_qemu_is_kept(tmp_path: Path) -> None:
-    keep_logs(a_vm(tmp_path, "sb1", qemu="x" * (2 << 20) + "the end"), "sb1")
-    (logs,) = list_ended_logs(tmp_path)
-    text = Path(logs.directory, "qemu.log").read_text()
-    assert len(text) == 1 << 20
-    assert text.endswith("the end")
 
 
 def test_a_vm_without_a_directory_has_no_logs(tmp_path: Path) -> None:
