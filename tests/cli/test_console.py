@@ -79,7 +79,6 @@ def test_what_qemu_prints_is_bounded(vmplug: Vmplug) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert older.stat().st_size == LOG_BYTES
-        assert (directory / "qemu.log").stat().st_size <= LOG_BYTES
         crash(vm.pid)
         vmplug("reconcile").answer()
     (logs,) = ended(vmplug)

@@ -34,7 +34,8 @@ def parse_options(
         try:
             values[option.field] = option.parse(said)
         except ValueError as error:
-            raise SpecError(f"option {key}", f"{said!r} is not {error}") from None
+            wrong = f"{said!r} is not {error}"
+            raise SpecError(f"option {key}", wrong, hint=f"{key}: {option.help}") from None
     return values
 
 

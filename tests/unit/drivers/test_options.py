@@ -76,6 +76,7 @@ def test_a_wrong_value_is_answered_with_what_was_said_and_expected() -> None:
     error = refusal({"text": "fine", "word": "RED"})
     assert error.where == "option word"
     assert error.message == "option word: 'RED' is not one of red, dark-blue"
+    assert error.hint == f"word: {KNOWN['word'].help}"
 
 
 # The readers
