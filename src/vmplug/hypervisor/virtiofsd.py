@@ -122,7 +122,7 @@ class _Output(msgspec.Struct):
     def leave(self) -> None:
         """Leave the pipe to a keeper. Without one, output is lost, and the share works as well."""
         try:
-            if not _events(self.reading) & select.POLLHUP:  # while it lives
+            if not _events(self.reading) & select.POLLHUP:  # while it runs
                 self._keep()
         except (OSError, subprocess.CalledProcessError) as error:
             log.warning("what the virtiofsd of %s prints is lost: %s", self.device_id, error)
