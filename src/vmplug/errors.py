@@ -56,6 +56,11 @@ __all__ = [
 ]
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 device`, `2 devices`: for messages."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 class DeviceError(Exception):
     """The base of every vmplug error; `code` is a stable word for programs."""
 

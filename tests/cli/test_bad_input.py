@@ -19,6 +19,7 @@ from tests.cli.monitors import MemoryVm, Talker
 from tests.cli.world import Picture, processes_below, take_picture
 from tests.contract.world import journal_rows
 from tests.support.disks import disk_image, loop_device
+from tests.support.journal import lay_journal
 from tests.support.memory import MEMORY
 from tests.support.raw_qmp import RawQmp
 from tests.support.vm import GuestVm, root_ports, start_vm
@@ -361,8 +362,8 @@ IN_THE_JOURNAL = [
     *(
         state(
             f"{command} --state-dir {{below_file}}",
-            "{below_file}/journal.db.*: Not a dir",
-            "writable",
+            "there is no state directory {below_file}",
+            "vm start or vm adopt",
             "bad-state",
         )
         for command in ("list", "attach --device file:{free} --vm roomy --owner c1")
@@ -475,7 +476,7 @@ def make_journals(vmplug: Vmplug, directory: Path) -> dict[str, str]:
         if name == "folder":
             (path / "journal.db").mkdir()
             continue
-        Vmplug(path)("list").answer()
+        lay_journal(path)
         assert not list(path.glob("journal.db-*")), "the journal is in one file"
     (names["scribbled"] / "journal.db").write_bytes(b"scribble" * 4096)
     os.truncate(names["cut"] / "journal.db", 5000)
@@ -553,7 +554,7 @@ def test_a_state_directory_that_may_not_be_written_is_told(vmplug: Vmplug) -> No
     else:
         vmplug.state_dir.mkdir(mode=0o500)
         directory = str(vmplug.state_dir)
-    done = vmplug("list", "--state-dir", directory)
+    done = vmplug("vm", "adopt", "sb1", "--qmp", "/no/such", "--state-dir", directory)
     message, hint = sentence(done)
     assert done.status == STATE
     assert f"{directory}/journal.db" in message

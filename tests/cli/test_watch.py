@@ -21,6 +21,7 @@ from tests.support.journal import attach_row, device_record, vm_record
 from vmplug import EventKind, Setup, Watch, watch
 from vmplug.host.events import HostEvents, ProcessEnded
 from vmplug.journal.journal import Journal
+from vmplug.journal.state import State
 
 MIB = 1 << 20
 
@@ -142,7 +143,7 @@ def test_only_one_vm_is_told_of(vmplug: Vmplug, memory_vm: MemoryVm) -> None:
 
 
 def test_with_no_time_it_tells_what_is_wrong_now_and_ends(vmplug: Vmplug) -> None:
-    assert vmplug("watch", "--timeout", "0").answer() == ""
+    assert vmplug("watch", "--timeout", "0").answer() == "nothing is attached\n"
     with Journal.open(vmplug.state_dir) as journal:
         journal.add_vm(vm_record())
         hold = attach_row(journal, device_record("file:/no/such\n", "/no/such\n"))
@@ -155,6 +156,28 @@ def test_with_no_time_it_tells_what_is_wrong_now_and_ends(vmplug: Vmplug) -> Non
         "  the guest keeps working; its writes are lost when the VM closes the file",
         f"  hint: save the data from inside the guest, then vmplug detach {hold.id}",
     ]
+
+
+def test_with_nothing_wrong_it_says_what_it_checked(
+    vmplug: Vmplug, memory_vm: MemoryVm, tmp_path: Path
+) -> None:
+    assert vmplug("watch", "--timeout", "0").answer() == (
+        "nothing is wrong: 1 VM, 0 devices checked\n"
+    )
+    image = disk_image(tmp_path / "a.img", 1, "a")
+    attached(vmplug, "sb1", "-d", f"file:{image}")
+    told = "nothing is wrong: 1 VM, 1 device checked"
+    assert vmplug("watch", "--timeout", "0").answer() == f"{told}\n"
+    assert vmplug("watch", "--timeout", "0.1").answer() == f"{told}\n"
+    assert vmplug("watch", "--timeout", "0", "--json").answer() == ""
+    with Journal.open(vmplug.state_dir) as journal:
+        journal.add_vm(vm_record("silent"))
+        record = device_record("file:/no/such", "/no/such", vm="silent", state=State.PLUGGING)
+        journal.add_devices([record], [])
+    assert vmplug("watch", "--timeout", "0").answer() == (
+        "nothing is wrong: 2 VMs, 1 device checked; the state of 1 device cannot be known; "
+        "VM silent did not answer\n"
+    )
 
 
 def test_a_vm_that_had_ended_before_is_told_first_and_its_devices_are_not(vmplug: Vmplug) -> None:

@@ -32,6 +32,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples/two_vms.py"
 @pytest.fixture
 def setup(tmp_path: Path) -> Iterator[Setup]:
     setup = Setup(state_dir=tmp_path / "state")
+    (tmp_path / "state").mkdir(mode=0o700)
     yield setup
     for vm in vmplug.list_vms(setup=setup):
         vmplug.stop_vm(vm.name, timeout_s=0, setup=setup)

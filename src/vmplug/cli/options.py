@@ -14,7 +14,7 @@ import click
 from vmplug.cli.device import names_device, parse_device, request_read_only
 from vmplug.errors import AttributeReadError, SpecError, StoreError
 from vmplug.host.root import THIS_HOST, HostRoot
-from vmplug.journal import DEFAULT_STATE_DIR, has_journal
+from vmplug.journal import DEFAULT_STATE_DIR, STATE_DIR_VARIABLE, has_journal
 from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.policy import DEFAULT_POLICY
@@ -49,7 +49,7 @@ state_dir_option = click.option(
     "--state-dir",
     type=click.Path(file_okay=False),
     default=DEFAULT_STATE_DIR,
-    envvar="VMPLUG_STATE_DIR",
+    envvar=STATE_DIR_VARIABLE,
     show_default=True,
     show_envvar=True,
     help="Where the journal is.",
@@ -74,11 +74,11 @@ store_option = click.option(
 def complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001  click's
     """Names of known VMs; none where there is no journal to be read."""
     state_dir = ctx.params.get("state_dir") or DEFAULT_STATE_DIR
-    if not has_journal(state_dir):
-        return []
     from vmplug.journal.journal import Journal  # noqa: PLC0415  msgspec, sqlite3
 
     try:
+        if not has_journal(state_dir):
+            return []
         with Journal.open(state_dir) as journal:
             return [vm.name for vm in journal.vms() if vm.name.startswith(incomplete)]
     except StoreError:

@@ -6,7 +6,11 @@ on the parts that decide.
 
 import os
 
+from vmplug.errors import StoreError
+from vmplug.host.permissions import is_absent
+
 DEFAULT_STATE_DIR = "/run/vmplug"
+STATE_DIR_VARIABLE = "VMPLUG_STATE_DIR"
 StateDir = str | os.PathLike[str]
 """The directory that the journal is in."""
 
@@ -17,5 +21,20 @@ def journal_path(state_dir: StateDir) -> str:
 
 
 def has_journal(state_dir: StateDir) -> bool:
-    """Whether vmplug ever wrote there."""
-    return os.path.exists(journal_path(state_dir))
+    """Whether vmplug ever wrote there. A file that cannot be read may be one.
+
+    Raises StoreError for a missing directory, unless it is the default one, which the environment
+    may set: nothing is attached where vmplug never ran, but a mistyped name is an error.
+    """
+    if not is_absent(journal_path(state_dir)):
+        return True
+    directory = os.path.normpath(state_dir)
+    default = os.environ.get(STATE_DIR_VARIABLE) or DEFAULT_STATE_DIR
+    if directory != os.path.normpath(default) and not os.path.isdir(directory):
+        raise StoreError(
+            directory,
+            f"there is no state directory {directory}",
+            hint=f"pass the --state-dir of vm start or vm adopt; without one it is "
+            f"{DEFAULT_STATE_DIR}",
+        )
+    return False

@@ -6,6 +6,7 @@ machine, and readers never wait. Source: sqlite.org/wal.html, sqlite.org/pragma.
 
 import os
 import re
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -14,13 +15,20 @@ from vmplug.address import JOURNAL_ID_DIGITS, new_id
 from vmplug.errors import SpecError, StoreError
 from vmplug.host.permissions import check_private, make_private
 from vmplug.host.process import ProcessLock
-from vmplug.journal import StateDir, journal_path
-from vmplug.journal.lock import JournalLock
+from vmplug.journal import StateDir, has_journal, journal_path
+from vmplug.journal.lock import JournalLock, in_place_of
 
 VERSION = 7
 """The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
+SQLITE_FILES = ("", "-wal", "-shm", "-journal")
+"""The ends of a database's name, and of the files that SQLite has beside it.
+
+Source: sqlite.org/tempfiles.html, sqlite.org/walformat.html."""
+SALVAGE_PREFIX = "set-aside-"
+"""With this the name of a directory begins in which a new journal is made from a damaged one."""
+_DRAFT = re.compile(r"journal\.db\.[0-9a-f]{16}(-[a-z]+)?")
 _JOURNAL_ID = re.compile(f"[0-9a-f]{{{JOURNAL_ID_DIGITS}}}")
 
 _SCHEMA = """
@@ -133,8 +141,27 @@ def migrate(connection: sqlite3.Connection, path: str) -> int:
                 db.execute(f"PRAGMA user_version = {version + 1}")
 
 
-def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, JournalLock, str]:
-    """A connection to the journal below `state_dir`, created if absent, its lock and its path.
+Opened = tuple[sqlite3.Connection, JournalLock, str]
+"""A connection to a journal, its lock, and its path."""
+
+
+def open_existing(state_dir: StateDir) -> Opened:
+    """The journal below `state_dir`, or an empty one in memory where vmplug never ran.
+
+    Raises StoreError when it cannot be opened, and as `has_journal`.
+    """
+    if has_journal(state_dir):
+        return open_database(state_dir)
+    path = journal_path(state_dir)
+    if os.path.isdir(state_dir):
+        check_private(state_dir, path)
+    connection = connect(":memory:")
+    _make_tables(connection)
+    return connection, JournalLock(path, None), path
+
+
+def open_database(state_dir: StateDir) -> Opened:
+    """The journal below `state_dir`, created if absent.
 
     Raises StoreError when it cannot be opened or created.
     """
@@ -143,7 +170,8 @@ def open_database(state_dir: StateDir) -> tuple[sqlite3.Connection, JournalLock,
         os.makedirs(state_dir, mode=0o700, exist_ok=True)
         check_private(state_dir, path)
         if not os.path.exists(path):
-            _create(path)
+            with in_place_of(path):
+                _create(path)
         opened = os.stat(path)
         return connect(path), JournalLock(path, opened), path
     except (OSError, sqlite3.Error) as error:
@@ -165,25 +193,46 @@ def connect(path: str) -> sqlite3.Connection:
     return connection
 
 
-def make_draft(path: str) -> str:
-    """A complete empty journal beside `path` under a temporary name."""
-    draft = f"{path}.{new_id()}"
-    make_private(draft)
-    with closing(connect(draft)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(_SCHEMA)
-        connection.execute(f"PRAGMA user_version = {VERSION}")
-    return draft
+def make_journal(path: str) -> None:
+    """A complete empty journal at `path`, or nothing when that fails, as on a full disk."""
+    try:
+        make_private(path)
+        with closing(connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            _make_tables(connection)
+    except BaseException:
+        for more in SQLITE_FILES:
+            with suppress(FileNotFoundError):
+                os.unlink(path + more)
+        raise
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    connection.executescript(_SCHEMA)
+    connection.execute(f"PRAGMA user_version = {VERSION}")
 
 
 def _create(path: str) -> None:
-    """Create an empty journal and then give it its name; the first process wins."""
-    draft = make_draft(path)
-    try:
-        with suppress(FileExistsError):
-            os.link(draft, path)
-    finally:
-        os.unlink(draft)
+    """Create an empty journal and then give it its name, unless another process was faster.
+
+    No other process creates one meanwhile.
+    """
+    remove_remains(path)
+    if not os.path.exists(path):
+        make_journal(draft := f"{path}.{new_id()}")
+        os.rename(draft, path)
+
+
+def remove_remains(path: str) -> None:
+    """Remove the drafts that killed processes left beside the journal at `path`.
+
+    Only inside `in_place_of`: then no other process is making one.
+    """
+    for entry in list(os.scandir(os.path.dirname(path))):
+        if _DRAFT.fullmatch(entry.name):
+            os.unlink(entry)
+        elif entry.name.startswith(SALVAGE_PREFIX) and entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Everything that is allocated is written here first.
 """
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -16,15 +17,18 @@ from vmplug.address import journal_id_of
 from vmplug.errors import StateError, StoreError
 from vmplug.host.finding import Claim, VmProcess
 from vmplug.host.kind import Identity
+from vmplug.host.permissions import is_absent
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.bindings import Bindings
 from vmplug.journal.database import (
+    Opened,
     Transaction,
     check_version,
     migrate,
     not_text,
     open_database,
+    open_existing,
     read_journal_id,
     store_error,
 )
@@ -95,14 +99,30 @@ class Journal:
         self._work_ended = threading.Condition()
 
     @classmethod
-    def open(
-        cls,
-        state_dir: StateDir = DEFAULT_STATE_DIR,
-        *,
-        host: HostRoot = THIS_HOST,
-    ) -> Self:
+    def open(cls, state_dir: StateDir = DEFAULT_STATE_DIR, *, host: HostRoot = THIS_HOST) -> Self:
         """The journal below `state_dir`, created if absent."""
-        connection, lock, path = open_database(state_dir)
+        return cls._complete(open_database(state_dir), host)
+
+    @classmethod
+    def open_existing(
+        cls, state_dir: StateDir = DEFAULT_STATE_DIR, *, host: HostRoot = THIS_HOST
+    ) -> Self:
+        """The journal below `state_dir`, or an empty one in memory: nothing is created.
+
+        Raises StoreError for a missing directory, unless it is the default one.
+        """
+        return cls._complete(open_existing(state_dir), host)
+
+    def renewed(self) -> Self:
+        """This journal; the one in its place if this is in memory, and there is one by now."""
+        if self._lock.has_file or is_absent(self.path):
+            return self
+        self.close()
+        return self.open(os.path.dirname(self.path), host=self.host)
+
+    @classmethod
+    def _complete(cls, opened: Opened, host: HostRoot) -> Self:
+        connection, lock, path = opened
         journal = cls(connection, lock, path, host)
         try:
             with lock, journal._errors():

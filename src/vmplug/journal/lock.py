@@ -22,15 +22,21 @@ _TIMEOUT_S, _AGAIN_S = 10.0, 0.01
 class JournalLock(ProcessLock):
     """Held, no other thread uses this connection, and its file stays the journal at `path`.
 
-    `opened` is that file's status. Raises StoreError when another one has been put in its place.
+    `opened` is that file's status, None for a journal in memory, which nothing can replace. Raises
+    StoreError when another file has been put in its place.
     """
 
-    def __init__(self, path: str, opened: os.stat_result) -> None:
+    def __init__(self, path: str, opened: os.stat_result | None) -> None:
         super().__init__()
         self._path = path
-        self._opened = (opened.st_dev, opened.st_ino)
+        self._opened = (opened.st_dev, opened.st_ino) if opened else None
         self._depth = 0
-        self._descriptor = _open(path)
+        self._descriptor = _open(path) if opened else -1
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the journal is a file, not in memory."""
+        return self._opened is not None
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -64,7 +70,7 @@ class JournalLock(ProcessLock):
 
     def _enter(self) -> None:
         if self._descriptor < 0:
-            return  # closed, which the connection reports
+            return  # in memory, or closed, which the connection reports
         _lock(self._descriptor, fcntl.LOCK_SH, self._path)
         try:
             now = os.stat(self._path)

@@ -23,14 +23,16 @@ from vmplug.errors import StoreError
 from vmplug.journal import StateDir, journal_path
 from vmplug.journal.bindings import read_binding
 from vmplug.journal.database import (
+    SALVAGE_PREFIX,
     VERSION,
     check_version,
     connect,
     damaged,
-    make_draft,
+    make_journal,
     means_damage,
     migrate,
     read_journal_id,
+    remove_remains,
     store_error,
 )
 from vmplug.journal.lock import in_place_of
@@ -78,13 +80,13 @@ def check_journal(path: str) -> None:
         raise damaged(path, damage)
 
 
-def find_damage(path: str) -> str | None:
-    """The damage in the contents of the file; None when all of it makes sense.
+def find_damage(path: str, *, copy: str | None = None) -> str | None:
+    """The damage in the contents of the file, or of its `copy`; None when all of it makes sense.
 
-    Raises StoreError when it cannot be read at all, or is a newer vmplug's.
+    Raises StoreError, which names `path`, when it cannot be read or is a newer vmplug's.
     """
     try:
-        with closing(connect(path)) as db:
+        with closing(connect(copy or path)) as db:
             return _find_damage(db, path)
     except (sqlite3.Error, ValueError, TypeError) as error:
         if means_damage(error):
@@ -119,28 +121,32 @@ def set_aside(state_dir: StateDir) -> Salvage | None:
     path = journal_path(state_dir)
     if not os.path.exists(path):
         return None
-    with (
-        in_place_of(path),
-        tempfile.TemporaryDirectory(dir=state_dir, prefix="set-aside-") as directory,
-    ):
-        try:
-            kept, copy = (os.path.join(directory, name) for name in ("kept", "copy"))
-            _copy(path, kept)
-            _copy(kept, copy)
-            # A copy: closing a database may write to it.
-            damage = find_damage(copy)
-            if damage is None:
-                return None
-            salvage = Salvage(kept_as=_dated_name(path), damage=damage)
-            with closing(connect(draft := make_draft(kept))) as new:
-                _carry_over(copy, new, salvage)
-            _move(kept, salvage.kept_as)
-            for more in _MORE:
-                with suppress(FileNotFoundError):
-                    os.unlink(path + more)
-            os.replace(draft, path)
-        except (OSError, sqlite3.Error) as error:
-            raise store_error(path, error) from error
+    try:
+        with in_place_of(path):
+            remove_remains(path)
+            with tempfile.TemporaryDirectory(dir=state_dir, prefix=SALVAGE_PREFIX) as directory:
+                return _replace(path, directory)
+    except (OSError, sqlite3.Error) as error:
+        raise store_error(path, error) from error
+
+
+def _replace(path: str, directory: str) -> Salvage | None:
+    """Replace a damaged journal with one that is made in an empty `directory`."""
+    kept, copy, draft = (os.path.join(directory, name) for name in ("kept", "copy", "draft"))
+    _copy(path, kept)
+    _copy(kept, copy)
+    damage = find_damage(path, copy=copy)  # a copy: closing a database may write to it
+    if damage is None:
+        return None
+    salvage = Salvage(kept_as=_dated_name(path), damage=damage)
+    make_journal(draft)
+    with closing(connect(draft)) as new:
+        _carry_over(copy, new, salvage)
+    _move(kept, salvage.kept_as)
+    for more in _MORE:
+        with suppress(FileNotFoundError):
+            os.unlink(path + more)
+    os.replace(draft, path)
     return salvage
 
 

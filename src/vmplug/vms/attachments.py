@@ -67,7 +67,7 @@ def report_detach(
     attachment_ids: Sequence[str], *, timeout_s: float, setup: Setup
 ) -> DetachReport:
     """`detach_attachments`, which reports what was detached also when a VM fails."""
-    with Journal.open(setup.state_dir) as journal:
+    with Journal.open_existing(setup.state_dir) as journal:
         known = {hold.id: hold for hold in read_attachments(journal, None) if _is_held(hold)}
     for attachment_id in attachment_ids:
         if attachment_id not in known:
@@ -94,7 +94,7 @@ def report_detach_owner(
     owner: str, *, vm: str | None, timeout_s: float, setup: Setup
 ) -> DetachReport:
     """`detach_owner`, which reports what was detached also when a VM fails."""
-    with Journal.open(setup.state_dir) as journal:
+    with Journal.open_existing(setup.state_dir) as journal:
         known = filter(_is_held, read_attachments(journal, vm))
         held = [hold for hold in known if hold.owner == owner]
     if not held:
@@ -116,7 +116,7 @@ def resize_attachment(
     None takes the size that the host's device has now; a number makes a regular file grow.
     Raises NotAttached, PolicyError for what would cut data off, HypervisorError.
     """
-    with Journal.open(setup.state_dir) as journal:
+    with Journal.open_existing(setup.state_dir) as journal:
         hold = next((hold for hold in journal.attachments() if hold.id == attachment_id), None)
     if hold is None:
         raise _not_attached(attachment_id)
@@ -150,7 +150,7 @@ def _detach(
                 devices.detach_all(ids, timeout_s=timeout_s, whole=whole)
         except DeviceError as error:  # by whosever fault: the other VMs have their turn
             failures[name] = error
-    with Journal.open(setup.state_dir) as journal:
+    with Journal.open_existing(setup.state_dir) as journal:
         left = {hold.id: hold for hold in journal.attachments()}
     detached = (
         Detached(attachment=hold, outcome=outcome)

@@ -23,7 +23,7 @@ def connect_vm(name: str, *, setup: Setup = DEFAULT_SETUP) -> "DeviceManager":
     from vmplug.journal.journal import Journal  # noqa: PLC0415
     from vmplug.vms.known import is_gone, require_started  # noqa: PLC0415
 
-    with Journal.open(setup.state_dir) as journal:
+    with Journal.open_existing(setup.state_dir) as journal:
         record, this_host = journal.require_vm(name), journal.host
     require_started(record, this_host)
     try:

@@ -36,7 +36,7 @@ def import_kata(
     """
     saved = read_kata(state)
     with (
-        Journal.open(setup.state_dir) as journal,
+        (Journal.open if qmp_socket else Journal.open_existing)(setup.state_dir) as journal,
         closing(_connect(journal, vm, qmp_socket)) as qemu,
     ):
         release_if_restarted(vm, journal, qemu)

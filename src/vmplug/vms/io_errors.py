@@ -38,7 +38,7 @@ def resume_vm(name: str, *, setup: Setup = DEFAULT_SETUP) -> ResumedVm:
     not known, runs, was stopped by something else, or when the error stops it again at once;
     ConnectError when it does not answer.
     """
-    with Journal.open(setup.state_dir) as journal:
+    with Journal.open_existing(setup.state_dir) as journal:
         record = journal.require_vm(name)
         require_started(record, journal.host)
         if is_gone(record, journal.host):

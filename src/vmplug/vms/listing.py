@@ -38,7 +38,7 @@ def list_attachments(
     All VMs together have two seconds to say whether an error has stopped them.
     Raises StateError when the VM is not known.
     """
-    with Journal.open(setup.state_dir) as journal:
+    with Journal.open_existing(setup.state_dir) as journal:
         held = read_attachments(journal, vm)
         vms = [record for record in journal.vms() if vm in {None, record.name}]
         devices = [device for record in vms for device in journal.devices(record.name)]

@@ -3,6 +3,7 @@
 import msgspec
 
 from vmplug.errors import DeviceError
+from vmplug.journal import has_journal
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, VmRecord
 from vmplug.journal.salvage import Salvage, check_journal
@@ -76,8 +77,9 @@ def reconcile_host(
     salvage = put_aside(setup.state_dir) if set_aside else None
     repairs, failures = list[VmRepair](), list[RepairFailure]()
     logs = list_ended_logs(setup=setup)
-    with Journal.open(setup.state_dir) as journal:
-        check_journal(journal.path)
+    with Journal.open_existing(setup.state_dir) as journal:
+        if has_journal(setup.state_dir):
+            check_journal(journal.path)
         for record in [journal.require_vm(vm)] if vm else journal.vms():
             try:
                 done = _repair(record, journal, timeout_s, setup, take_over=take_over)

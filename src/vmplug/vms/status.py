@@ -50,7 +50,7 @@ def list_vms(
     setup: Setup = DEFAULT_SETUP,
 ) -> list[VmStatus]:
     """Return every known VM; each that runs has `timeout_s` to answer."""
-    with Journal.open(setup.state_dir) as journal:
+    with Journal.open_existing(setup.state_dir) as journal:
         return [_read_status(vm, journal, timeout_s) for vm in journal.vms()]
 
 

@@ -47,7 +47,7 @@ def stop_vm(
     adopted one that runs and holds devices, and HypervisorError when QEMU does not end; then
     nothing is released.
     """
-    with Journal.open(setup.state_dir) as journal:
+    with Journal.open_existing(setup.state_dir) as journal:
         record = journal.require_vm(name)
         held = journal.attachments(name)
         if is_starting(record, journal.host):

@@ -21,7 +21,7 @@ def watch(
     VM that is not known, and HostError when the kernel's events cannot be received.
     """
     with ExitStack() as opened:
-        journal = opened.enter_context(Journal.open(setup.state_dir))
+        journal = opened.enter_context(Journal.open_existing(setup.state_dir))
         if vm is not None:
             journal.require_vm(vm)
         events = opened.enter_context(HostEvents())

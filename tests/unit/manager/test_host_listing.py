@@ -7,7 +7,7 @@ import pytest
 from tests.support.journal import attach_row, device_record, lay_journal, vm_record
 from tests.support.pci_tree import PciTree
 from tests.support.tree import HostTree
-from vmplug.errors import NoSuchDevice
+from vmplug.errors import NoSuchDevice, StoreError
 from vmplug.host.finding import Code, Severity
 from vmplug.host.kind import DeviceType
 from vmplug.host.thing.thing import Thing
@@ -25,8 +25,12 @@ def test_a_vm_is_named_at_what_it_has(tmp_path: Path) -> None:
     tree = HostTree(tmp_path / "host").file("/srv/a.img", b"x").file("/srv/work/file")
     tree.block_device("8:0", "sda", partitions={"8:1": "sda1"})
     setup = Setup(host=tree.root, state_dir=str(tmp_path / "state"))
+    with pytest.raises(StoreError, match="there is no state directory"):
+        show_thing("sda", setup=setup)
+    (tmp_path / "state").mkdir()
     assert users(show_thing("sda", setup=setup)) == []  # no journal, and none is made
-    assert not (tmp_path / "state").exists()
+    assert not list((tmp_path / "state").iterdir())
+    (tmp_path / "state").rmdir()
     lay_journal(tmp_path / "state")
     with Journal.open(str(tmp_path / "state")) as journal:
         journal.add_vm(vm_record())
@@ -47,7 +51,7 @@ def test_a_vm_is_named_at_what_it_has(tmp_path: Path) -> None:
 
 def test_a_socket_is_served_and_perhaps_in_use(tmp_path: Path) -> None:
     tree = HostTree(tmp_path / "host").node("/run/fs.sock", "s")
-    setup = Setup(host=tree.root, state_dir=str(tmp_path / "state"))
+    setup = Setup(host=tree.root, state_dir=str(tmp_path))
     thing = show_thing("/run/fs.sock", setup=setup)
     assert (thing.kind, thing.title, thing.uses) == ("socket", None, ())
     assert "none can be seen" in thing.unknown[0]

@@ -8,8 +8,10 @@ import click
 from vmplug.cli.options import complete_vm, state_dir_option
 from vmplug.cli.render.terminal import paint, say, style_of, wrapped
 from vmplug.cli.render.text import one_line
+from vmplug.errors import counted
 from vmplug.manager.setup import Setup
 from vmplug.manager.watching.notice import DeviceEvent
+from vmplug.manager.watching.watch import Looked
 from vmplug.vms.watch import watch
 
 
@@ -41,11 +43,27 @@ def command(as_json: bool, state_dir: str, timeout_s: float | None, vm: str | No
     vmplug watch --timeout 0
     """
     with watch(vm=vm, timeout_s=timeout_s, setup=Setup(state_dir=state_dir)) as events:
+        is_quiet = True
         for event in events:
+            is_quiet = False
             if as_json:
                 click.echo(json.dumps(_json(event)))
             else:
                 _print(event)
+        if is_quiet and not as_json:
+            click.echo(_nothing(events.looked))
+
+
+def _nothing(looked: Looked) -> str:
+    """What was found to be in order, and what could not be checked."""
+    if not looked.vms:
+        return "nothing is attached"
+    known = looked.devices - looked.unknown
+    told = [f"nothing is wrong: {counted(looked.vms, 'VM')}, {counted(known, 'device')} checked"]
+    if looked.unknown:
+        told.append(f"the state of {counted(looked.unknown, 'device')} cannot be known")
+    told += [f"VM {name} did not answer" for name in looked.silent_vms]
+    return "; ".join(told)
 
 
 def _print(event: DeviceEvent) -> None:

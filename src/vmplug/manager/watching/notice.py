@@ -11,6 +11,7 @@ import msgspec
 
 from vmplug.drivers.ports import FailedDisk
 from vmplug.drivers.vhost_user import OPTIONS, RECONNECT_S
+from vmplug.errors import counted
 from vmplug.host.events import Event, HostEvent
 from vmplug.host.kind import DeviceType, Identity
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
@@ -119,7 +120,7 @@ def ended_notice(vm: VmRecord, holds: Iterable[Attachment]) -> DeviceEvent:
     return DeviceEvent(
         what=EventKind.VM_ENDED,
         message=f"VM {vm.name} (process {vm.pid}) has ended",
-        meaning=f"it had {count} attachment{'s' * (count != 1)}; no guest uses "
+        meaning=f"it had {counted(count, 'attachment')}; no guest uses "
         f"{'it' if count == 1 else 'them'} now",
         hint=f"vmplug reconcile --vm {vm.name} frees what it held",
         vm=vm.name,

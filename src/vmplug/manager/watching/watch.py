@@ -59,10 +59,24 @@ class _Rows(msgspec.Struct, frozen=True, kw_only=True):
     holds: Sequence[Attachment]
 
 
+class Looked(msgspec.Struct, frozen=True, kw_only=True):
+    """What the last check covered.
+
+    `unknown` of the `devices` cannot be judged: they are on their way, or not visible. The VMs in
+    `silent_vms` did not say whether an error on a disk has stopped them.
+    """
+
+    vms: int = 0
+    devices: int = 0
+    unknown: int = 0
+    silent_vms: tuple[str, ...] = ()
+
+
 class Watch(Iterator[DeviceEvent]):
     """Iterates over notices; a context manager that closes its arguments.
 
-    One thread iterates. Another one may close it, which ends the iteration.
+    One thread iterates. Another one may close it, which ends the iteration. `looked` says what the
+    last check covered: no notice means that nothing of that is wrong.
     """
 
     def __init__(
@@ -90,7 +104,9 @@ class Watch(Iterator[DeviceEvent]):
         self._daemons: dict[str, int] = {}
         self._looks = Looks()
         self._waiting: deque[DeviceEvent] = deque()
+        self._silent_vms: tuple[str, ...] = ()
         self._is_closed = False
+        self.looked = Looked()
         self._in_use = ProcessLock()
 
     def close(self) -> None:
@@ -146,6 +162,12 @@ class Watch(Iterator[DeviceEvent]):
         self._note_ended(ended, before, after)
         self._note_changes(checked, after, happened)
         self._note_stopped(after)
+        self.looked = Looked(
+            vms=len(after.vms),
+            devices=len(before.devices),
+            unknown=len(before.devices) - sum(health is not None for _, health in checked),
+            silent_vms=self._silent_vms,
+        )
         self._find_servers([record for record, _ in checked])
         self._events.follow(self._pids(after))
 
@@ -161,6 +183,7 @@ class Watch(Iterator[DeviceEvent]):
         self._asked_at = time.monotonic()
         vms = [vm for vm in rows.vms if vm not in self._ended]
         answers = self._find_failed_disks(vms, rows.devices, self._host)
+        self._silent_vms = tuple(vm.name for vm in vms if vm.name not in answers)
         for name, disks in answers.items():
             before = self._stopped.pop(name, ())
             if disks and disks != before:
@@ -198,8 +221,9 @@ class Watch(Iterator[DeviceEvent]):
 
     def _read(self) -> _Rows:
         """The contents of the journal; read again only after a change."""
-        journal, version = self._journal, self._journal.version()
-        if self._rows and self._rows.version == version:
+        before, journal = self._journal, self._journal.renewed()
+        self._journal, version = journal, journal.version()
+        if self._rows and journal is before and self._rows.version == version:
             return self._rows
         vms = [vm for vm in journal.vms() if self._vm in {None, vm.name}]
         devices = [device for vm in vms for device in journal.devices(vm.name)]

@@ -257,6 +257,7 @@ def test_check_without_a_vm_knows_the_tokens(
     owner: Vm, kernel: FakeKernel, journal: Journal, tmp_path: Path
 ) -> None:
     make_virtfns(kernel, journal)
+    (tmp_path / "none").mkdir()
     for state_dir, refuses in ((tmp_path / "none", True), (tmp_path / "state", True)):
         setup = Setup(host=kernel, state_dir=str(state_dir))
         (checked,) = check_requests([want(FIRST)], setup=setup)
