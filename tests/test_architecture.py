@@ -53,6 +53,7 @@ CATCHES_OSERROR = {
     "hypervisor/listening.py",
     "hypervisor/virtiofsd.py",
     "hypervisor/qemu/nvdimm_lock.py",  # a file system without locks
+    "hypervisor/qemu/start/accel.py",  # what cannot be kept is found out again
     "hypervisor/qemu/start/ended_logs.py",  # what a VM held is freed all the same
     "hypervisor/qemu/start/launch.py",
     "hypervisor/qmp/client.py",

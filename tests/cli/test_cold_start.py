@@ -641,7 +641,7 @@ def test_the_text_tells_the_vm_and_its_devices(small: Small) -> None:
     said = start_words("sb1", small.vmplug.state_dir.parent, *small.words)
     said.remove("--json")
     first, heading, *holds = small.vmplug(*said).answer().splitlines()
-    assert first.startswith("VM sb1 runs as process ")
+    assert first.startswith("VM sb1 runs with TCG as process ")
     assert heading.split()[:2] == ["ATTACHMENT", "OWNER"]
     assert [line.split()[2] for line in holds] == ["/dev/disk.img", "rng:rng0", "share:work"]
     assert holds[2].endswith("PCI 06/00 tag work")

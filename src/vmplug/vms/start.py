@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -17,9 +17,11 @@ from vmplug.host.pci.address_bits import read_address_bits
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
+from vmplug.hypervisor.qemu.start.accel import ACCELS, AUTO, Accel, choose_accel
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.launch import launch
 from vmplug.hypervisor.qemu.start.machine import (
+    BINARY,
     MAX_MEMORY_SLOTS,
     MAX_PORTS,
     TCG_ADDRESS_BITS,
@@ -37,7 +39,7 @@ from vmplug.vms.connect import open_manager
 from vmplug.vms.known import forget_ended
 from vmplug.vms.release import abandon_start
 
-__all__ = ("MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "start_vm")
+__all__ = ("ACCELS", "MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "start_vm")
 
 _ANSWER_TIMEOUT_S = 20.0
 
@@ -45,14 +47,17 @@ _ANSWER_TIMEOUT_S = 20.0
 class StartedVm(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that vmplug has started.
 
-    `directory` holds its QMP socket, its console's output and its log. `attachments` are the
-    devices that it started with.
+    `directory` holds its QMP socket, its console's output and its log. `accel` is kvm or tcg;
+    where vmplug chose tcg, `why_not_kvm` is the reason. `attachments` are the devices that it
+    started with.
     """
 
     name: str
     qmp_socket: str
     pid: int
     directory: str
+    accel: str
+    why_not_kvm: str | None
     attachments: tuple[Attachment, ...]
 
 
@@ -77,10 +82,11 @@ def start_vm(
     if requests:
         setup.host.require_live("attach devices")
     directory = Path(setup.state_dir).resolve() / "vm" / spec.name
-    with (
-        Journal.open(setup.state_dir) as journal,
-        ColdQemu(_complete(spec, setup.host), directory) as cold,
-    ):
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal.open(setup.state_dir))
+        accel = _accel(spec, setup)
+        spec = _complete(replace(spec, accel=accel.name), setup.host)
+        cold = stack.enter_context(ColdQemu(spec, directory))
         _claim_name(cold, journal)
         try:
             _make_directory(directory)
@@ -107,8 +113,17 @@ def start_vm(
         qmp_socket=str(cold.qmp_socket),
         pid=pid,
         directory=str(directory),
+        accel=accel.name,
+        why_not_kvm=accel.why_not_kvm,
         attachments=tuple(attachments),
     )
+
+
+def _accel(spec: VmSpec, setup: Setup) -> Accel:
+    """The one that is named; else KVM, if it runs a guest."""
+    if spec.accel != AUTO:
+        return Accel(name=spec.accel)
+    return choose_accel(BINARY[spec.machine], Path(setup.state_dir), setup.host)
 
 
 def _complete(spec: VmSpec, host: HostRoot) -> VmSpec:

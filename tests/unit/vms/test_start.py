@@ -52,7 +52,7 @@ def test_room_for_fewer_is_made(tree: PciTree) -> None:
 def test_with_kvm_the_guest_has_the_hosts_bits(
     tree: PciTree, bits: int, *, is_enough: bool
 ) -> None:
-    spec = VmSpec(name="big", room_for=GPUS)
+    spec = VmSpec(name="big", accel="kvm", room_for=GPUS)
     assert len(_complete(spec, tree.root).windows) == len(GPUS)
     tree.file("/proc/cpuinfo", CPU.format(bits=bits))
     if is_enough:

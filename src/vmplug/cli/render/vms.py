@@ -20,13 +20,23 @@ from vmplug.vms.stop import StoppedVm
 
 def started_json(vm: StartedVm) -> dict[str, Any]:
     """A VM that was started, and what it has from the start."""
-    facts = {"name": vm.name, "qmp": vm.qmp_socket, "pid": vm.pid, "directory": vm.directory}
+    facts = {
+        "name": vm.name,
+        "qmp": vm.qmp_socket,
+        "pid": vm.pid,
+        "directory": vm.directory,
+        "accel": vm.accel,
+        "why_not_kvm": vm.why_not_kvm,
+    }
     return {"vm": facts, "attachments": [attachment_json(hold) for hold in vm.attachments]}
 
 
 def print_started(vm: StartedVm) -> None:
     """Its process, its files and what it has from the start."""
-    click.echo(f"VM {vm.name} runs as process {vm.pid}; its files are in {vm.directory}")
+    accel = f"with {vm.accel.upper()} as process {vm.pid}"
+    click.echo(f"VM {vm.name} runs {accel}; its files are in {vm.directory}")
+    if vm.why_not_kvm:
+        click.echo(f"TCG is slow, and KVM cannot be used: {one_line(vm.why_not_kvm)}")
     print_attachments(vm.attachments, with_vm=False)
 
 

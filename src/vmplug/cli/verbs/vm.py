@@ -41,7 +41,7 @@ from vmplug.policy.find import find_policy
 from vmplug.vms.adopt import adopt_vm
 from vmplug.vms.io_errors import resume_vm
 from vmplug.vms.known import list_ended_logs
-from vmplug.vms.start import MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec, start_vm
+from vmplug.vms.start import ACCELS, MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec, start_vm
 from vmplug.vms.status import list_vms
 from vmplug.vms.stop import stop_vm
 
@@ -107,10 +107,10 @@ def command() -> None:
 )
 @click.option(
     "--accel",
-    type=click.Choice(["kvm", "tcg"]),
-    default="kvm",
+    type=click.Choice(ACCELS),
+    default=ACCELS[0],
     show_default=True,
-    help="tcg needs no KVM and is slow.",
+    help="auto is KVM if it runs a small guest within 10 s, else TCG, which is slow.",
 )
 @click.option("--bundle", metavar="BUNDLE", help="Plug its devices before the VM starts.")
 @device_options
@@ -151,19 +151,21 @@ def start(
     asked = _read_devices(options)
     if options["ports"] + options["bridges"] > MAX_PORTS:
         raise click.UsageError(f"--ports and --bridges together are at most {MAX_PORTS}")
-    started = start_vm(
-        VmSpec(
-            name=name,
-            extra=qemu_args,
-            room_for=tuple(map(parse_function, room_for)),
-            **options | {"machine": Machine(options["machine"])},
-        ),
-        asked.requests,
-        owner=None if asked is _NOTHING else require_owner(owner, asked),
-        allow=parse_allow(allow),
-        managed=managed,
-        setup=asked.setup(state_dir, find_policy(policy)),
+    spec = VmSpec(
+        name=name,
+        extra=qemu_args,
+        room_for=tuple(map(parse_function, room_for)),
+        **options | {"machine": Machine(options["machine"])},
     )
+    with progress(f"starting VM {name}"):
+        started = start_vm(
+            spec,
+            asked.requests,
+            owner=None if asked is _NOTHING else require_owner(owner, asked),
+            allow=parse_allow(allow),
+            managed=managed,
+            setup=asked.setup(state_dir, find_policy(policy)),
+        )
     if as_json:
         print_json(started_json(started))
     else:

@@ -61,7 +61,8 @@ class VmSpec(msgspec.Struct, frozen=True, kw_only=True):
     `ports`, `bridges` and `memory_slots` are for a q35; `windows` are bytes of 64-bit prefetchable
     memory that its first ports have for devices with large BARs; `start_vm` computes them for the
     functions in `room_for`, to be plugged later. `disk` is a raw image to boot
-    from and `kernel`, `initrd`, `append` a direct kernel boot; each may be None. `extra` goes to
+    from and `kernel`, `initrd`, `append` a direct kernel boot; each may be None. `accel` is kvm,
+    tcg, or auto: KVM where it runs a guest, else TCG, which `start_vm` finds out. `extra` goes to
     QEMU as it is.
     """
 
@@ -74,7 +75,7 @@ class VmSpec(msgspec.Struct, frozen=True, kw_only=True):
     windows: tuple[int, ...] = ()
     room_for: tuple[Bdf, ...] = ()
     memory_slots: int = 4
-    accel: str = "kvm"
+    accel: str = "auto"
     kernel: str | None = None
     initrd: str | None = None
     append: str | None = None
