@@ -36,7 +36,7 @@ from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.use.openers import read_open_files
 from vmplug.host.vhost_user.device import VhostUserSocket
-from vmplug.host.vhost_user.sockets import find_listener
+from vmplug.host.vhost_user.sockets import UnixSockets
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.manager.host_listing import show_thing
 from vmplug.manager.setup import Setup
@@ -95,7 +95,7 @@ def _readers(root: HostRoot) -> Iterator[Callable[[], object]]:
     )
     yield lambda: read_sriov(Bdf.parse(NIC), root)
     yield lambda: read_mdev_types(root)
-    yield lambda: find_listener("/run/vhost-user/block/sockets/disk1", root)
+    yield lambda: UnixSockets(root).find_listener("/run/vhost-user/block/sockets/disk1")
     opened = partial(read_open_files, root)
     yield lambda: replace(opened(), read_at_s=0)
     yield lambda: read_nodes(NVME, read_node_paths(root), root)

@@ -20,7 +20,7 @@ from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.process import read_start_time
 from vmplug.host.resolve import resolve
 from vmplug.host.use.openers import DeviceNode, Opener, read_open_files, wanted_node
-from vmplug.host.vhost_user.sockets import Listener, find_listener
+from vmplug.host.vhost_user.sockets import Listener, UnixSockets
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 
 UEVENT = "/sys/dev/char/10:7/uevent"
@@ -128,7 +128,7 @@ def test_a_virtual_function_that_is_none_is_told(tree: HostTree, target: str) ->
 def test_a_directory_of_proc_with_another_kind_of_digit_is_no_process(tree: HostTree) -> None:
     tree.process(7, "spdk", "socket:[99]").file("/proc/²/comm", "x")
     tree.unix_socket("/run/a.sock", 99)
-    assert find_listener("/run/a.sock", tree.root) == Listener(pid=7, name="spdk")
+    assert UnixSockets(tree.root).find_listener("/run/a.sock") == Listener(pid=7, name="spdk")
     tree.process(8, "qemu", "/dev/vfio/26").file("/proc/²/fd/3", "x")
     wanted = wanted_node(DeviceNode.of_char("/dev/vfio/26", tree.root), tree.root)
     opened = read_open_files(tree.root)
@@ -140,7 +140,7 @@ def test_a_directory_of_proc_with_another_kind_of_digit_is_no_process(tree: Host
 def test_a_table_of_sockets_with_words_for_numbers_is_told(tree: HostTree, line: str) -> None:
     tree.file("/proc/net/unix", f"Num\n{line}\n")
     with pytest.raises(AttributeReadError, match="/proc/net/unix: invalid literal"):
-        find_listener("/run/a.sock", tree.root)
+        UnixSockets(tree.root).find_listener("/run/a.sock")
 
 
 @pytest.mark.parametrize("text", ["", "1 (init) S", "1 (x) S " + "x " * 40])

@@ -33,7 +33,7 @@ from vmplug.host.thing.thing import Thing, ThingKind
 from vmplug.host.thing.uses import names_in, place_uses
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.probe import find_client
-from vmplug.host.vhost_user.sockets import find_server
+from vmplug.host.vhost_user.sockets import UnixSockets
 
 
 def relate(device: HostDevice, usage: HostUsage, root: HostRoot) -> HostDevice:
@@ -96,7 +96,7 @@ def _find_uses(
             shares = [claim for claim in claims if _is_of(claim, device)]
             uses = find_claimed(shares, access)
             return [replace(use, severity=Severity.WARNING) for use in uses]
-        case VhostUserSocket() if client := find_client(device, root):
+        case VhostUserSocket() if client := find_client(device, root, usage.questions):
             return [*found, client]
         case _:
             return found
@@ -117,7 +117,7 @@ def _read(device: HostDevice, usage: HostUsage, root: HostRoot) -> Thing:
         case VfioGroup():
             return FunctionReader(usage, root).group(device)
         case VhostUserSocket():
-            return _socket(device, root)
+            return _socket(device, usage)
         case _:
             return _simple(device, root)
 
@@ -140,10 +140,10 @@ def _simple(
     return Thing(kind=kind, name=device.host_path, identity=identity)
 
 
-def _socket(device: VhostUserSocket, root: HostRoot) -> Thing:
+def _socket(device: VhostUserSocket, usage: HostUsage) -> Thing:
     """A socket with the process that serves it."""
     try:
-        server = find_server(device.socket_path, root)
+        server = usage.once(UnixSockets).find_server(device.socket_path)
     except HostError:
         server = None
     return Thing(

@@ -19,8 +19,7 @@ from vmplug.host.vhost_user.device import Backend, VhostUserSocket
 from vmplug.host.vhost_user.sockets import (
     HANG_UP_S,
     VIRTIOFSD,
-    find_listener,
-    is_listening,
+    UnixSockets,
     stays_connected,
 )
 
@@ -148,10 +147,15 @@ def _look(device: VhostUserSocket, root: HostRoot, asked: Questions) -> Finding 
     if busy := find_client(device, root, asked):
         return busy
     if device.kind is DeviceType.VHOST_USER_FS:
-        is_served = asked.once(("listening", path), lambda: is_listening(path, root))
+        is_served = _sockets(root, asked).is_listening(path)
         return None if is_served else _failed(device, Failure.ABSENT, root, asked)
-    virtiofsd = asked.once(("virtiofsd", path), lambda: find_listener(path, root, name=VIRTIOFSD))
+    virtiofsd = _sockets(root, asked).find_listener(path, name=VIRTIOFSD)
     return _wrong(device, str(virtiofsd)) if virtiofsd else None
+
+
+def _sockets(root: HostRoot, asked: Questions) -> UnixSockets:
+    """As of the first question of a request."""
+    return asked.once(UnixSockets, lambda: UnixSockets(root))
 
 
 def find_client(
@@ -162,7 +166,9 @@ def find_client(
 
     def has_client() -> bool:
         return asked.within(
-            lambda patience_s: stays_connected(path, root, patience_s), HANG_UP_S, is_vain=bool
+            lambda patience_s: stays_connected(path, _sockets(root, asked), root, patience_s),
+            HANG_UP_S,
+            is_vain=bool,
         )
 
     has = asked.once(("client", path), has_client)
@@ -206,5 +212,5 @@ def _wrong(device: VhostUserSocket, who: str) -> Finding:
 
 
 def _who(path: str, root: HostRoot, asked: Questions) -> str:
-    listener = asked.once(("listener", path), lambda: find_listener(path, root))
+    listener = _sockets(root, asked).find_listener(path)
     return str(listener) if listener else "the backend"

@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache, cached_property, partial
 
 import msgspec
 
@@ -36,54 +37,71 @@ _CONNECTED = 3
 """A socket that was accepted has the listener's path. Source: include/uapi/linux/net.h."""
 
 
-def is_listening(path: str, root: HostRoot) -> bool:
-    """Whether a process listens on the socket at `path`, without connecting to it."""
-    return bool(_listeners(path, root))
+class UnixSockets:
+    """The unix sockets of this network namespace, and who has them open, as of one look.
 
-
-def is_connected(path: str, root: HostRoot) -> bool:
-    """Whether the listener on the socket at `path` serves a client that has not hung up.
-
-    On a busy host a backend notices late that its client has gone.
+    Each table is read when it is first needed.
     """
-    served = [socket for socket in _sockets(path, root) if socket.state == _CONNECTED]
-    return any(not (root.is_live and has_hung_up(int(socket.inode))) for socket in served)
+
+    def __init__(self, root: HostRoot) -> None:
+        self._root = root
+        self._holders_of = cache(partial(_read_holders, root))
+
+    @cached_property
+    def _lines(self) -> Mapping[str, Sequence[str]]:
+        """The lines of /proc/net/unix by the last name of their path. Source: proc_net(5)."""
+        found: dict[str, list[str]] = {}
+        for line in (self._root.read_text(_TABLE) or "").split("\n")[1:]:
+            _, slash, name = line.rpartition("/")
+            if not slash and len(fields := line.split(None, 7)) == 8:
+                name = fields[7]
+            if slash or name != line:
+                found.setdefault(name, []).append(line)
+        return found
+
+    def is_listening(self, path: str) -> bool:
+        """Whether a process listens on the socket at `path`, without connecting to it."""
+        return any(socket.is_listener for socket in self._at(path))
+
+    def is_connected(self, path: str) -> bool:
+        """Whether the listener on the socket at `path` serves a client that has not hung up.
+
+        On a busy host a backend notices late that its client has gone.
+        """
+        served = [socket for socket in self._at(path) if socket.state == _CONNECTED]
+        return any(
+            not (self._root.is_live and has_hung_up(int(socket.inode))) for socket in served
+        )
+
+    def find_listener(self, path: str, *, name: str | None = None) -> Listener | None:
+        """The process that holds the listening socket, if visible; only one called `name`."""
+        return self._find_holder([s for s in self._at(path) if s.is_listener], name)
+
+    def find_server(self, path: str) -> Listener | None:
+        """The process behind a socket, even if it serves its only client and does not listen."""
+        return self._find_holder(self._at(path), None)
+
+    def _find_holder(self, sockets: Sequence["_Socket"], name: str | None) -> Listener | None:
+        holders = self._holders_of(name) if sockets else {}
+        found = (holders.get(f"socket:[{socket.inode}]") for socket in sockets)
+        return next(filter(None, found), None)
+
+    def _at(self, path: str) -> list["_Socket"]:
+        """The sockets that were bound to `path`."""
+        found, path = [], self._root.real_path(path)
+        for line in self._lines.get(os.path.basename(path), ()):
+            fields = line.split(None, 7)
+            if len(fields) == 8 and _same_path(fields[7], path, self._root):
+                try:
+                    flags, state = int(fields[3], 16), int(fields[5], 16)
+                except ValueError as error:
+                    raise AttributeReadError(_TABLE, why=str(error)) from error
+                is_listener = bool(flags & _ACCEPTS)
+                found.append(_Socket(inode=fields[6], is_listener=is_listener, state=state))
+        return found
 
 
-def stays_connected(path: str, root: HostRoot, patience_s: float = HANG_UP_S) -> bool:
-    """Whether the listener serves a client for longer than a probe lasts."""
-    deadline = time.monotonic() + patience_s
-    while is_connected(path, root):
-        if time.monotonic() >= deadline:
-            return True
-        os.sched_yield()
-    return False
-
-
-def find_listener(path: str, root: HostRoot, *, name: str | None = None) -> Listener | None:
-    """The process that holds the listening socket, if visible; only one called `name`."""
-    return _find_holder(_listeners(path, root), root, name)
-
-
-def find_server(path: str, root: HostRoot) -> Listener | None:
-    """The process behind a socket, even if it serves its only client and no longer listens."""
-    return _find_holder([socket.inode for socket in _sockets(path, root)], root, None)
-
-
-def _find_holder(inodes: Iterable[str], root: HostRoot, name: str | None) -> Listener | None:
-    links = {f"socket:[{inode}]" for inode in inodes}
-    for pid in root.list_dir("/proc") if links else ():
-        if is_decimal(pid):
-            with suppress(AttributeReadError):  # another user's process, or one that is ending
-                comm = (root.read_text(f"/proc/{pid}/comm") or "").rstrip("\n")
-                if name in {None, comm} and links & _open_files(pid, root):
-                    return Listener(pid=int(pid), name=comm)
-    return None
-
-
-def _open_files(pid: str, root: HostRoot) -> set[str | None]:
-    directory = f"/proc/{pid}/fd"
-    return {root.read_link(f"{directory}/{number}") for number in root.list_dir(directory)}
+_TABLE = "/proc/net/unix"
 
 
 class _Socket(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,22 +110,34 @@ class _Socket(msgspec.Struct, frozen=True, kw_only=True):
     state: int
 
 
-def _listeners(path: str, root: HostRoot) -> list[str]:
-    return [socket.inode for socket in _sockets(path, root) if socket.is_listener]
+def stays_connected(
+    path: str, first: UnixSockets, root: HostRoot, patience_s: float = HANG_UP_S
+) -> bool:
+    """Whether the listener serves a client at the first look, and longer than a probe lasts."""
+    deadline, sockets = time.monotonic() + patience_s, first
+    while sockets.is_connected(path):
+        if time.monotonic() >= deadline:
+            return True
+        os.sched_yield()
+        sockets = UnixSockets(root)
+    return False
 
 
-def _sockets(path: str, root: HostRoot) -> list[_Socket]:
-    """The sockets that were bound to `path`. Source: proc_net(5), /proc/net/unix."""
-    found, path = [], root.real_path(path)
-    for line in (root.read_text("/proc/net/unix") or "").split("\n")[1:]:
-        fields = line.split(None, 7)
-        if len(fields) == 8 and _same_path(fields[7], path, root):
-            try:
-                flags, state = int(fields[3], 16), int(fields[5], 16)
-            except ValueError as error:
-                raise AttributeReadError("/proc/net/unix", why=str(error)) from error
-            found.append(_Socket(inode=fields[6], is_listener=bool(flags & _ACCEPTS), state=state))
-    return found
+def _read_holders(root: HostRoot, name: str | None) -> Mapping[str, Listener]:
+    """The first process that has each socket open, by the socket's link; only those of a name."""
+    holders: dict[str, Listener] = {}
+    for pid in filter(is_decimal, root.list_dir("/proc")):
+        with suppress(AttributeReadError):  # another user's process, or one that is ending
+            comm = (root.read_text(f"/proc/{pid}/comm") or "").rstrip("\n")
+            for link in _open_files(pid, root) if name in {None, comm} else ():
+                holders.setdefault(link, Listener(pid=int(pid), name=comm))
+    return holders
+
+
+def _open_files(pid: str, root: HostRoot) -> list[str]:
+    directory = f"/proc/{pid}/fd"
+    links = (root.read_link(f"{directory}/{number}") for number in root.list_dir(directory))
+    return [link for link in links if link and link.startswith("socket:")]
 
 
 def _same_path(bound: str, path: str, root: HostRoot) -> bool:

@@ -26,7 +26,7 @@ from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.process import find_marked, is_running
 from vmplug.host.program import Looks
 from vmplug.host.root import HostRoot, node_number
-from vmplug.host.vhost_user.sockets import is_connected, is_listening
+from vmplug.host.vhost_user.sockets import UnixSockets
 from vmplug.journal.records import DeviceRecord, VmRecord, has_ended
 from vmplug.journal.state import State
 
@@ -136,6 +136,7 @@ class HostSnapshot:
         self._daemons = {} if daemons is None else daemons
         self._silent = silent
         self._marked: Mapping[int, str] | None = None
+        self._sockets = UnixSockets(host)
 
     def of(self, record: DeviceRecord) -> DeviceHealth | None:
         """The health of a device; None when it is unknown."""
@@ -257,9 +258,9 @@ class HostSnapshot:
         path = socket_of(record)
         if path is None:
             return None
-        if is_connected(path, self._host):
+        if self._sockets.is_connected(path):
             return DeviceHealth(HostState.PRESENT)
-        if not is_listening(path, self._host):
+        if not self._sockets.is_listening(path):
             return DeviceHealth(HostState.GONE, f"no process serves {path} any more")
         vm = self._vms.get(record.vm)
         if vm is None or has_ended(vm, self._host):

@@ -17,7 +17,7 @@ from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
 from vmplug.host.process import ProcessLock
 from vmplug.host.program import Looks
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user.sockets import find_server
+from vmplug.host.vhost_user.sockets import UnixSockets
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, has_ended
 from vmplug.manager.watching.health import (
@@ -240,15 +240,16 @@ class Watch(Iterator[DeviceEvent]):
 
         vmplug searches for it only when the socket has come back, as that reads all processes.
         """
-        known = self._servers
-        self._servers = {}
+        there = set[str]()
         for record in records:
             path, look = socket_of(record), self._seen.get(record.id)
             if path and look and look.state is not HostState.GONE:
-                if path not in known:
-                    server = find_server(path, self._host)
-                    known[path] = server.pid if server else None
-                self._servers[path] = known[path]
+                there.add(path)
+        sockets = UnixSockets(self._host)
+        for path in there - self._servers.keys():
+            server = sockets.find_server(path)
+            self._servers[path] = server.pid if server else None
+        self._servers = {path: self._servers[path] for path in there}
 
     def _forget_servers(self, ended: Collection[int]) -> None:
         self._servers = {path: pid for path, pid in self._servers.items() if pid not in ended}

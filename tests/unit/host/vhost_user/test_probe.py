@@ -24,7 +24,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.use.questions import PATIENCE_S, Questions
 from vmplug.host.vhost_user.device import Backend, VhostUserSocket
 from vmplug.host.vhost_user.probe import Failure, ask_backend, probe
-from vmplug.host.vhost_user.sockets import Listener, find_listener, is_connected, is_listening
+from vmplug.host.vhost_user.sockets import Listener, UnixSockets
 
 BLK, SCSI = DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI
 NET, FS = DeviceType.VHOST_USER_NET, DeviceType.VHOST_USER_FS
@@ -347,7 +347,7 @@ def test_one_that_serves_somebody_is_left_alone(directory: Path, kind: DeviceTyp
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
             assert client.recv(1) == b"!"
-            assert is_connected(path, HostRoot())
+            assert UnixSockets(HostRoot()).is_connected(path)
             code, message = problem(device(kind, path))
         assert code is Code.BACKEND_BUSY
         assert f"process {os.getpid()} already serves a client on {path}" in message
@@ -382,8 +382,8 @@ def test_a_client_that_has_hung_up_is_served_no_more_though_the_backend_sleeps(
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
             assert talking.wait(10)
-            assert is_connected(path, HostRoot())
-        assert not is_connected(path, HostRoot())
+            assert UnixSockets(HostRoot()).is_connected(path)
+        assert not UnixSockets(HostRoot()).is_connected(path)
         may_go_on.set()
 
 
@@ -393,8 +393,8 @@ def test_one_that_has_not_taken_its_client_yet_serves_nobody(directory: Path) ->
         listener.bind(path)
         listener.listen(4)
         client.connect(path)
-        assert is_listening(path, HostRoot())
-        assert not is_connected(path, HostRoot())
+        assert UnixSockets(HostRoot()).is_listening(path)
+        assert not UnixSockets(HostRoot()).is_connected(path)
 
 
 def test_a_share_is_never_connected_to(directory: Path) -> None:
@@ -460,11 +460,11 @@ def test_a_virtiofsd_is_known_by_its_name_and_not_asked(
     path = directory / "fs.sock"
     root = HostRoot()
     with virtiofsd(directory, "fs.sock" if is_relative else str(path)) as pid:
-        assert find_listener(str(path), root) == Listener(pid=pid, name="virtiofsd")
-        assert find_listener(str(path), root, name="virtiofsd") == Listener(
+        assert UnixSockets(root).find_listener(str(path)) == Listener(pid=pid, name="virtiofsd")
+        assert UnixSockets(root).find_listener(str(path), name="virtiofsd") == Listener(
             pid=pid, name="virtiofsd"
         )
-        assert find_listener(str(path), root, name="virtiofs") is None
+        assert UnixSockets(root).find_listener(str(path), name="virtiofs") is None
         for kind in SERVED:
             code, message = problem(device(kind, path))
             assert code is Code.WRONG_BACKEND
@@ -479,7 +479,9 @@ def test_a_virtiofsd_may_have_bound_its_socket_by_a_detour(directory: Path, name
     (directory / "link").symlink_to("real")
     path = directory / "real" / "fs.sock"
     with virtiofsd(directory, f"{directory}/{name}") as pid:
-        assert find_listener(str(path), HostRoot()) == Listener(pid=pid, name="virtiofsd")
+        assert UnixSockets(HostRoot()).find_listener(str(path)) == Listener(
+            pid=pid, name="virtiofsd"
+        )
         assert ask_backend(device(FS, path), HostRoot())[1] == []
         assert problem(device(SCSI, path))[0] is Code.WRONG_BACKEND
 
@@ -491,10 +493,10 @@ def test_a_virtiofsd_may_have_bound_its_socket_by_a_detour(directory: Path, name
 def test_a_listener_is_found_by_the_path_that_it_bound(tree: HostTree, path: str) -> None:
     tree.unix_socket("@abstract", 1).unix_socket(path, 2).unix_socket("/run/other", 3)
     tree.process(7, "other", "socket:[3]").process(8, "backend", "/dev/null", "socket:[2]")
-    assert is_listening(path, tree.root)
-    assert not is_connected(path, tree.root)
-    assert find_listener(path, tree.root) == Listener(pid=8, name="backend")
-    assert str(find_listener(path, tree.root)) == "backend, process 8"
+    assert UnixSockets(tree.root).is_listening(path)
+    assert not UnixSockets(tree.root).is_connected(path)
+    assert UnixSockets(tree.root).find_listener(path) == Listener(pid=8, name="backend")
+    assert str(UnixSockets(tree.root).find_listener(path)) == "backend, process 8"
 
 
 @pytest.mark.parametrize(
@@ -502,58 +504,78 @@ def test_a_listener_is_found_by_the_path_that_it_bound(tree: HostTree, path: str
 )
 def test_other_paths_are_other_sockets(tree: HostTree, bound: str) -> None:
     tree.unix_socket(bound, 2).process(8, "backend", "socket:[2]")
-    assert not is_listening("/run/s", tree.root)
-    assert find_listener("/run/s", tree.root) is None
+    assert not UnixSockets(tree.root).is_listening("/run/s")
+    assert UnixSockets(tree.root).find_listener("/run/s") is None
 
 
 @pytest.mark.parametrize("bound", ["s", "./s", "run/s", "../s"])
 def test_a_relative_name_may_be_anywhere(tree: HostTree, bound: str) -> None:
     tree.unix_socket(bound, 2).process(8, "backend", "socket:[2]")
-    assert find_listener("/run/s", tree.root) == Listener(pid=8, name="backend")
+    assert UnixSockets(tree.root).find_listener("/run/s") == Listener(pid=8, name="backend")
 
 
 def test_a_path_through_a_link_is_the_same_socket(tree: HostTree) -> None:
     tree.file("/run/x").link("/var/run", "../run").unix_socket("/var/run/s", 2)
     tree.process(8, "virtiofsd", "socket:[2]")
-    assert is_listening("/run/s", tree.root)
-    assert find_listener("/run/s", tree.root) == Listener(pid=8, name="virtiofsd")
+    assert UnixSockets(tree.root).is_listening("/run/s")
+    assert UnixSockets(tree.root).find_listener("/run/s") == Listener(pid=8, name="virtiofsd")
 
 
 def test_a_connection_has_its_listeners_path(tree: HostTree) -> None:
     tree.unix_socket("/run/s", 2).unix_socket("/run/s", 3, listens=False)
     tree.process(8, "backend", "socket:[2]", "socket:[3]")
-    assert is_listening("/run/s", tree.root)
-    assert is_connected("/run/s", tree.root)
+    assert UnixSockets(tree.root).is_listening("/run/s")
+    assert UnixSockets(tree.root).is_connected("/run/s")
 
 
 def test_a_connection_alone_is_no_listener(tree: HostTree) -> None:
     tree.unix_socket("/run/s", 3, listens=False).process(8, "backend", "socket:[3]")
-    assert is_connected("/run/s", tree.root)
-    assert not is_listening("/run/s", tree.root)
-    assert find_listener("/run/s", tree.root) is None
+    assert UnixSockets(tree.root).is_connected("/run/s")
+    assert not UnixSockets(tree.root).is_listening("/run/s")
+    assert UnixSockets(tree.root).find_listener("/run/s") is None
 
 
 def test_of_several_processes_the_one_of_the_name_is_found(tree: HostTree) -> None:
     tree.unix_socket("/run/s", 2)
     tree.process(10, "sh", "socket:[2]").process(9, "virtiofsd", "socket:[2]")
-    assert find_listener("/run/s", tree.root, name="virtiofsd") == Listener(
+    assert UnixSockets(tree.root).find_listener("/run/s", name="virtiofsd") == Listener(
         pid=9, name="virtiofsd"
     )
-    assert find_listener("/run/s", tree.root, name="vhost") is None
+    assert UnixSockets(tree.root).find_listener("/run/s", name="vhost") is None
 
 
 def test_a_listener_whose_process_cannot_be_seen_has_no_name(tree: HostTree) -> None:
     tree.unix_socket("/run/s", 2).process(8, "other", "socket:[22]")
-    assert is_listening("/run/s", tree.root)
-    assert find_listener("/run/s", tree.root) is None
+    assert UnixSockets(tree.root).is_listening("/run/s")
+    assert UnixSockets(tree.root).find_listener("/run/s") is None
+
+
+def test_all_sockets_of_a_request_are_found_in_one_look(
+    tree: HostTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        tree.unix_socket(f"/run/s{number}", 100 + number, listens=False)
+    tree.process(8, "backend", *(f"socket:[{100 + number}]" for number in range(8)))
+    read, read_text = list[str](), HostRoot.read_text
+
+    def count(root: HostRoot, path: str) -> str | None:
+        read.append(path)
+        return read_text(root, path)
+
+    monkeypatch.setattr(HostRoot, "read_text", count)
+    sockets = UnixSockets(tree.root)
+    found = [sockets.find_server(f"/run/s{number}") for number in range(8)]
+    assert [server and server.pid for server in found] == [8] * 8
+    assert [sockets.is_connected(f"/run/s{number}") for number in range(8)] == [True] * 8
+    assert len(read) == len(set(read)), "each file is read once"
 
 
 @pytest.mark.parametrize("table", ["", "Num RefCount Protocol Flags Type St Inode Path\n"])
 def test_a_host_without_sockets_has_no_listeners(tree: HostTree, table: str) -> None:
-    assert not is_listening("/run/s", tree.root)
+    assert not UnixSockets(tree.root).is_listening("/run/s")
     tree.file("/proc/net/unix", table)
-    assert not is_listening("/run/s", tree.root)
-    assert find_listener("/run/s", tree.root) is None
+    assert not UnixSockets(tree.root).is_listening("/run/s")
+    assert UnixSockets(tree.root).find_listener("/run/s") is None
 
 
 def test_sockets_without_a_name_are_passed_over(directory: Path) -> None:
@@ -561,4 +583,4 @@ def test_sockets_without_a_name_are_passed_over(directory: Path) -> None:
     with closing(ours), closing(theirs), socket.socket(socket.AF_UNIX) as abstract:
         abstract.bind(f"\0{directory}")
         abstract.listen()
-        assert not is_listening(str(directory), HostRoot())
+        assert not UnixSockets(HostRoot()).is_listening(str(directory))

@@ -288,12 +288,13 @@ def test_a_real_listener_is_seen_without_a_connection(tmp_path: Path) -> None:
         try:
             listener.bind(path)
             listener.listen()
-            looker = HostSnapshot(HostRoot(), [vm_record()])
-            assert looker.of(record) == DeviceHealth(
+            before = HostSnapshot(HostRoot(), [vm_record()])
+            assert before.of(record) == DeviceHealth(
                 HostState.DISCONNECTED, f"the backend at {path} has no client"
             )
             client.connect(path)
             with listener.accept()[0]:
-                assert looker.of(record) == DeviceHealth(HostState.PRESENT)
+                now = HostSnapshot(HostRoot(), [vm_record()])
+                assert now.of(record) == DeviceHealth(HostState.PRESENT)
         finally:
             os.unlink(path)
