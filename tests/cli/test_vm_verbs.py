@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.root, pytest.mark.qemu]
 
 MIB = 1 << 20
 ROOT = Path(__file__).parents[2]
-END_S = 10.0
+END_S = 60.0
 
 ATTACHMENT_KEYS = {
     "id",

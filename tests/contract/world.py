@@ -44,7 +44,7 @@ MEMORY_SIDE_DEVICES: list[Device] = [
 MEMORY_SIDE_MACHINE = "q35,nvdimm=on,memory-backend=mem"
 MEMORY_SIDE_MEMORY = "256M,slots=4,maxmem=8G"
 
-END_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 60.0
 
 Rows = Mapping[str, list[tuple[object, ...]]]
 

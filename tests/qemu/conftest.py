@@ -190,7 +190,7 @@ def kill_daemons(directory: Path) -> None:
     for pid in daemons_below(directory):
         with suppress(ProcessLookupError):  # the first one takes its sandbox along
             os.kill(pid, signal.SIGKILL)
-        wait_for_end(pid, timeout_s=5)
+        wait_for_end(pid, timeout_s=60)
 
 
 class OpenLab(Lab):

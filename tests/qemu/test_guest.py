@@ -303,12 +303,12 @@ def test_waiting_for_disks_that_do_not_come(q35: GuestVm) -> None:
     start = time.monotonic()
     with pytest.raises(GuestTimeoutError, match=r"no 2 disks in the guest after 0\.3 s: none"):
         q35.console.wait_for_disks(2, timeout_s=0.3)
-    assert 0.3 <= time.monotonic() - start < 5
+    assert 0.3 <= time.monotonic() - start < console_module.ANSWER_TIMEOUT_S
 
 
 def test_waiting_sees_a_disk_that_comes_later(q35: GuestVm, tmp_path: Path) -> None:
     image = disk_image(tmp_path / "a.img", 1, "later")
-    q35.console.run("(wait_for_disks 1 500 >/tmp/new; mv /tmp/new /tmp/seen) >/dev/null 2>&1 &")
+    q35.console.run("(wait_for_disks 1 6000 >/tmp/new; mv /tmp/new /tmp/seen) >/dev/null 2>&1 &")
     with plugged(q35, raw_file(image), on_root_port()):
         assert "name=vda" in q35.console.run(
             "until cat /tmp/seen 2>/dev/null; do usleep 10000; done"

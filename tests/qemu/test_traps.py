@@ -42,7 +42,7 @@ from vmplug.oci.info import DeviceInfo, DevType
 
 pytestmark = pytest.mark.qemu
 
-AT_ONCE_S = 0.3
+AT_ONCE_S, SOON_S, PATIENT_S = 0.3, 60.0, 300.0
 """For what will not answer anyway."""
 SCSI = {"block-driver": "virtio-scsi"}
 PERIPHERAL = "/machine/peripheral"
@@ -401,14 +401,14 @@ def test_who_waits_for_a_silent_guest_keeps_nobody_waiting(lab: Lab, image: Path
     manager = lab.devices
     second_image = disk_image(image.with_name("b.img"), 1, "second")
     with ThreadPoolExecutor(1) as pool:
-        detached = pool.submit(manager.detach, first.id, timeout_s=20)
-        assert asked.wait(10)
+        detached = pool.submit(manager.detach, first.id, timeout_s=PATIENT_S)
+        assert asked.wait(SOON_S)
         second = manager.attach(request(second_image))
         assert str(second.guest_address) == "PCI 11/00"
         assert manager.attach(request(second_image)).count == 2
         assert not detached.done()
         lab.query("cont")
-        detached.result(20)
+        detached.result(SOON_S)
     assert [a.id for a in manager.attachments()] == [second.id]
     assert lab.seen(second).marker == "second"
     manager.detach_owner("lab-1")
@@ -549,11 +549,11 @@ def test_a_qemu_that_dies_while_its_guest_is_waited_for_is_told(
     lab.talk_through(lambda monitor: Hooked(monitor, notice))
     manager = lab.devices
     with ThreadPoolExecutor(1) as pool:
-        detached = pool.submit(manager.detach, attachment.id, timeout_s=1)
-        assert waiting.wait(10)
+        detached = pool.submit(manager.detach, attachment.id, timeout_s=PATIENT_S)
+        assert waiting.wait(SOON_S)
         vm.kill()
         with pytest.raises(HypervisorError) as caught:
-            detached.result(20)
+            detached.result(SOON_S)
     assert caught.value.code in {"connection-lost", "cannot-connect"}
     assert [a.state for a in lab.devices.attachments()] == [State.DETACHING]
     expect_reborn(lab, tmp_path / "reborn", outcomes={RepairOutcome.FINISHED})
@@ -648,7 +648,7 @@ def server(path: Path, serve: Callable[[socket.socket], None]) -> Iterator[None]
             yield
         finally:
             listener.shutdown(socket.SHUT_RDWR)
-            serving.result(10)
+            serving.result(SOON_S)
 
 
 def hang_up(connection: socket.socket) -> None:
@@ -848,7 +848,7 @@ def test_a_conversation_lost_between_commands_is_taken_up_again(
 
 
 def test_several_threads_take_a_lost_conversation_up_together(proxy: Proxy) -> None:
-    hypervisor = Qemu.connect(str(proxy.path), timeout_s=3)
+    hypervisor = Qemu.connect(str(proxy.path), timeout_s=SOON_S)
     try:
         for _ in range(3):
             lose(hypervisor, proxy)
@@ -907,10 +907,10 @@ def test_an_event_that_was_lost_is_made_up_for(cuttable: Lab, proxy: Proxy, imag
     lab.talk_through(lambda monitor: Noticed(monitor, notice))
     manager = lab.devices
     with ThreadPoolExecutor(1) as pool:
-        detached = pool.submit(manager.detach, attachment.id, timeout_s=2)
-        assert waiting.wait(10)
+        detached = pool.submit(manager.detach, attachment.id, timeout_s=PATIENT_S)
+        assert waiting.wait(SOON_S)
         proxy.cut()
         lab.query("cont")
-        detached.result(20)
+        detached.result(SOON_S)
     assert manager.attachments() == []
     assert lab.vmplugs() == set()

@@ -32,8 +32,7 @@ TESTPMD = Path("/usr/bin/dpdk-testpmd")
 """In the Debian package dpdk-dev."""
 
 PROJECT = Path(__file__).parents[2]
-START_TIMEOUT_S = 20.0
-END_TIMEOUT_S = 5.0
+START_TIMEOUT_S = END_TIMEOUT_S = 60.0
 
 
 class Daemon:
@@ -145,7 +144,7 @@ class _Output:
 
     def close(self) -> None:
         """Frees what the process has left; only once it has ended."""
-        self._reader.join(END_TIMEOUT_S)
+        self._reader.join(5.0)
         self._stdin.close()
         self._stdout.close()
 

@@ -23,13 +23,14 @@ class QmpError(Exception):
 class RawQmp:
     """A QMP session; made by `connect`, a context manager. Nothing waits beyond its deadline.
 
-    `greeting` is QEMU's first message. `events` has those nobody waited for yet, oldest first.
-    Answers are what JSON holds, hence Any. ConnectionError when QEMU ends.
+    `greeting` is QEMU's first message; `events` has those nobody waited for yet, oldest first; an
+    answer may take `timeout_s`. Answers are what JSON holds, hence Any. ConnectionError when QEMU
+    ends.
     """
 
     def __init__(self, connection: socket.socket, timeout_s: float) -> None:
         self._socket = connection
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._received = b""
         self._last_id = 0
         self.events: list[dict[str, Any]] = []
@@ -66,9 +67,9 @@ class RawQmp:
         message = {"execute": command, "id": self._last_id}
         if arguments or more:
             message["arguments"] = {**(arguments or {}), **more}
-        self._socket.settimeout(self._timeout_s)
+        self._socket.settimeout(self.timeout_s)
         self._socket.sendall(json.dumps(message).encode() + b"\n")
-        return self._read_answer(command, time.monotonic() + self._timeout_s)
+        return self._read_answer(command, time.monotonic() + self.timeout_s)
 
     def wait_event(
         self, name: str, timeout_s: float = TIMEOUT_S, **data: object

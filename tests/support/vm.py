@@ -23,8 +23,9 @@ Flavour = Literal["cloud", "full"]
 QEMU = "qemu-system-x86_64"
 BUILT_GUEST = Path(__file__).parents[2] / "build" / "guest"
 BUILT_GUESTS: Mapping[Flavour, Path] = {"cloud": BUILT_GUEST, "full": BUILT_GUEST / "full"}
-START_TIMEOUT_S = 20.0
-END_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 60.0
+TERM_TIMEOUT_S, END_TIMEOUT_S = 5.0, 60.0
+"""After SIGTERM, which a QEMU may be deaf to, and after SIGKILL."""
 
 MICROVM_TSC_KHZ = 2_500_000
 """About what the host's counter does, so that the guest need not find out.
@@ -213,10 +214,11 @@ def _listening(path: Path) -> socket.socket:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    for ending in (signal.SIGTERM, signal.SIGKILL):
+    endings = {signal.SIGTERM: TERM_TIMEOUT_S, signal.SIGKILL: END_TIMEOUT_S}
+    for ending, timeout_s in endings.items():
         process.send_signal(ending)  # does nothing once it has been reaped
         try:
-            process.wait(END_TIMEOUT_S)
+            process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             continue
         return

@@ -43,7 +43,7 @@ from tests.support.vhost_user.session import (
 from tests.support.vhost_user.virtqueue import Virtqueue
 
 BLOCK = 512
-TIMEOUT_S = 5.0
+TIMEOUT_S = 60.0
 MAC = bytes.fromhex("02000000beef")
 GUEST_MAC = bytes.fromhex("525400aabbcc")
 SUBNET = Subnet(IPv4Network("192.0.2.0/24"), MAC)

@@ -24,7 +24,7 @@ from vmplug.manager.manager import DeviceManager
 from vmplug.manager.reconcile import RepairOutcome
 
 SCSI = {"block-driver": "virtio-scsi"}
-AT_ONCE_S = 0.05
+AT_ONCE_S, SOON_S, PATIENT_S = 0.05, 60.0, 300.0
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ class Gate:
         """Wait; from the second time on pass by."""
         if not self.is_reached.is_set():
             self.is_reached.set()
-            assert self._is_open.wait(30)
+            assert self._is_open.wait(SOON_S)
 
     def open(self) -> None:
         """Let it go on."""
@@ -79,14 +79,14 @@ def test_reconcile_that_waits_for_a_guest_keeps_nobody_waiting(sandbox: Sandbox)
     sandbox.talk_through(lambda monitor: Hooked(monitor, notice))
     manager = sandbox.devices
     with ThreadPoolExecutor(1) as pool:
-        repaired = pool.submit(manager.reconcile, timeout_s=30)
-        assert asked.wait(10)
+        repaired = pool.submit(manager.reconcile, timeout_s=PATIENT_S)
+        assert asked.wait(SOON_S)
         other = manager.attach(sandbox.disk("b.img", options=SCSI))
-        manager.detach(other.id, timeout_s=10)
+        manager.detach(other.id, timeout_s=SOON_S)
         assert [a.id for a in manager.attachments()] == [stuck.id]
         assert not repaired.done()
         sandbox.memory.wake()
-        assert [repair.outcome for repair in repaired.result(10)] == [RepairOutcome.FINISHED]
+        assert [repair.outcome for repair in repaired.result(SOON_S)] == [RepairOutcome.FINISHED]
     assert manager.attachments() == []
     assert not sandbox.vmplugs()
 
@@ -103,12 +103,12 @@ def test_a_plug_that_takes_its_time_keeps_nobody_waiting(sandbox: Sandbox) -> No
         ThreadPoolExecutor(1) as pool,
     ):
         slow = pool.submit(manager.attach, sandbox.disk("a.img"))
-        assert gate.is_reached.wait(10)
+        assert gate.is_reached.wait(SOON_S)
         other = manager.attach(sandbox.disk("b.img"))
-        manager.detach(other.id, timeout_s=10)
+        manager.detach(other.id, timeout_s=SOON_S)
         assert not slow.done()
         gate.open()
-        assert str(slow.result(10).guest_address) == "PCI 10/00"
+        assert str(slow.result(SOON_S).guest_address) == "PCI 10/00"
         assert str(other.guest_address) == "PCI 11/00"
         assert [a.container_path for a in manager.attachments()] == ["/dev/a.img"]
 
@@ -124,10 +124,10 @@ def test_who_wants_what_another_plugs_just_now_shares_it(sandbox: Sandbox) -> No
     manager = sandbox.devices
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(manager.attach, sandbox.disk(), owner="c1")
-        assert gate.is_reached.wait(10)
+        assert gate.is_reached.wait(SOON_S)
         second = pool.submit(manager.attach, sandbox.disk(), owner="c2")
         gate.open()
-        assert first.result(10).device_id == second.result(10).device_id
+        assert first.result(SOON_S).device_id == second.result(SOON_S).device_id
     assert {a.owner for a in manager.attachments()} == {"c1", "c2"}
 
 
@@ -207,7 +207,8 @@ def test_a_process_that_waits_for_a_silent_guest_keeps_no_other_from_the_vm(
         where = ("--vm", "one", "--owner", "c1")
         stuck_image = disk_image(tmp_path / "stuck.img", 1, "stuck")
         vmplug("attach", "--device", f"file:{stuck_image}", *where).answer()
-        waiting = vmplug.begin("detach", "--vm", "one", "--owner", "c1", "--timeout", "60")
+        patience = ("--timeout", f"{PATIENT_S:g}")
+        waiting = vmplug.begin("detach", "--vm", "one", "--owner", "c1", *patience)
         try:
             while "detaching" not in str(journal_rows(vmplug.state_dir)["device"]):
                 assert waiting.poll() is None
@@ -219,13 +220,13 @@ def test_a_process_that_waits_for_a_silent_guest_keeps_no_other_from_the_vm(
                 state_dir=vmplug.state_dir,
             ) as manager:
                 for _ in range(5):
-                    manager.detach(manager.attach(request(image), owner="c2").id, timeout_s=10)
+                    manager.detach(manager.attach(request(image), owner="c2").id, timeout_s=SOON_S)
             (listed,) = vmplug("list", "--json").json()["attachments"]
             assert listed["host_path"] == str(stuck_image)
             assert waiting.poll() is None
         finally:
             waiting.terminate()
-            waiting.communicate(timeout=10)
+            waiting.communicate(timeout=SOON_S)
         assert qemu_parts(vm).vmplugs() == {name_of_only_device(vmplug.state_dir)}
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from tests.system.faults.steps import StepKind
 from vmplug.errors import DeviceError
 
-END_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 30.0
 Answer = dict[str, Any]
 
 GO, REFUSE = "go", "refuse"

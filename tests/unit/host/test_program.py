@@ -54,7 +54,7 @@ def test_a_program_has_a_deadline(script: str) -> None:
     done = run_program(["sh", "-c", script], timeout_s=0.1)
     assert done.status is None
     assert "did not end within 0.1 s" in done.complaint
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
 
 
 def test_programs_are_found_whatever_the_callers_path(
@@ -125,7 +125,7 @@ def test_what_does_not_answer_is_given_up_and_leaves_no_process(tmp_path: Path) 
     os.mkfifo(path := tmp_path / "fifo")
     begun = time.monotonic()
     assert read_start(str(path), 10, timeout_s=0.05) is None
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     readers = [read for read in Path("/proc").glob("[0-9]*/cmdline") if names(read, path)]
     assert readers == []
 
@@ -146,17 +146,17 @@ def test_only_what_does_not_answer_is_silent_and_is_waited_for_once(
 ) -> None:
     silent, here, absent = (str(tmp_path / name) for name in ("mounted/a", "here", "absent"))
     Path(here).touch()
-    with Looks(timeout_s=2.0) as looks:
+    with Looks(timeout_s=4.0) as looks:
         assert looks.find_silent([silent, here, absent]) == set()
         files.stop()
         assert looks.find_silent([silent, here, absent]) == {silent}
         begun = time.monotonic()
         assert looks.find_silent([silent, here, absent]) == {silent}
         assert looks.find_silent([here]) == set()
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 2, "a second wait takes half of its time at least"
         files.go_on()
         while silent in looks.find_silent([silent]):
-            assert time.monotonic() - begun < 20, "it answers again"
+            assert time.monotonic() - begun < 60, "it answers again"
         files.stop()
         assert looks.find_silent([silent]) == {silent}
     assert [read for read in Path("/proc").glob("[0-9]*/cmdline") if names(read, silent)] == []
@@ -184,7 +184,7 @@ print(has_open(pid, name), len(find_open(pid, name)), find_missing(pid, [Checked
                 words = [sys.executable, "-c", script, str(holder.pid), str(here)]
                 asking = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
                 try:
-                    assert asking.communicate(timeout=10)[0] == "True 1 None\n"
+                    assert asking.communicate(timeout=60)[0] == "True 1 None\n"
                 finally:
                     asking.kill()
                     files.go_on()

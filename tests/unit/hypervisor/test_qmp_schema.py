@@ -210,5 +210,5 @@ def test_events_that_say_nothing_do_not_end_those_that_do() -> None:
         monitor = QmpMonitor.connect(path)
         monitor.listen(lambda event, data: heard.put((event, dict(data))))
         monitor.execute(Command("query-status", {}))
-        assert heard.get(timeout=5) == ("DEVICE_DELETED", {"device": "d1"})
+        assert heard.get(timeout=60) == ("DEVICE_DELETED", {"device": "d1"})
         monitor.close()

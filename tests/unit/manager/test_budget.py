@@ -28,7 +28,8 @@ from vmplug.oci.requests import NetInfo
 from vmplug.policy.rules import Policy, Rule
 
 MANY = 40
-BUDGET_S = 1.0
+BUDGETS_S = (1.0, 4.0, 16.0, 64.0)
+"""A busy host may spend a short one before anything is plugged."""
 
 
 @contextmanager
@@ -166,23 +167,24 @@ def test_what_was_plugged_is_undone_when_the_time_is_spent(
     tmp_path: Path, images: list[DeviceInfo]
 ) -> None:
     machine, plugged = FakeMonitor(), list[str]()
-    ends_at = time.monotonic() + BUDGET_S
+    before = set(machine.devices)
+    for budget_s in BUDGETS_S:
 
-    def dawdle(command: Command) -> None:
-        if command.execute == "device_add":
-            plugged.append(command.arguments["id"])
-            time.sleep(max(ends_at - time.monotonic() + 0.1, 0))  # the time itself is the matter
+        def dawdle(command: Command, budget_s: float = budget_s) -> None:
+            if command.execute == "device_add":
+                plugged.append(command.arguments["id"])
+                time.sleep(budget_s)  # the time itself is the matter
 
-    with closing(managed(tmp_path, Qemu(Hooked(machine, dawdle)), BUDGET_S)) as devices:
-        ends_at = time.monotonic() + BUDGET_S
-        before = set(machine.devices)
-        with pytest.raises(PolicyError, match="longer than the 1 s"):
-            devices.attach_all(images)
-        assert devices.attachments() == []
-        assert devices.reconcile() == []
+        with closing(managed(tmp_path, Qemu(Hooked(machine, dawdle)), budget_s)) as devices:
+            with pytest.raises(PolicyError, match=f"longer than the {budget_s:g} s"):
+                devices.attach_all(images)
+            assert devices.attachments() == []
+            assert devices.reconcile() == []
+        assert not machine.nodes
+        assert set(machine.devices) == before
+        if plugged:
+            break
     assert len(plugged) == 1
-    assert not machine.nodes
-    assert set(machine.devices) == before
 
 
 def test_a_request_within_its_time_is_done(tmp_path: Path, images: list[DeviceInfo]) -> None:

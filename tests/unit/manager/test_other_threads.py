@@ -27,7 +27,7 @@ from vmplug.manager.manager import DeviceManager
 from vmplug.manager.watching.watch import Watch
 from vmplug.oci.requests import RngInfo
 
-NEVER_S, SOON_S = 300.0, 10.0
+NEVER_S, SOON_S = 300.0, 60.0
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from vmplug.manager.binding.binder import Binder, BindOutcome
 DISK, NET, SOUND, BRIDGE = "0000:01:00.0", "0000:02:00.0", "0000:02:00.1", "0000:00:1c.0"
 PHYSFN, VIRTFN = "0000:03:00.0", "0000:03:10.0"
 BOOT_ID = "11111111-2222-3333-4444-555555555555\n"
-IN_TIME_S, AT_ONCE_S = 1.0, 0.2
+IN_TIME_S, AT_ONCE_S = 30.0, 0.2
 
 
 @pytest.fixture
