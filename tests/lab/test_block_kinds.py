@@ -5,8 +5,6 @@ some of them.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 
 from lab import topology
+from tests.cli.command import Vmplug
 from tests.lab.blocks import (
     HOST,
     MIB,
@@ -51,7 +50,6 @@ from vmplug.host.file_id import file_id, has_open
 from vmplug.manager.examine import examine
 from vmplug.oci.spec import parse_config
 
-VMPLUG = Path(sys.executable).with_name("vmplug")
 RAM_DISK = Path("/dev/ram0")
 VIRTIO_DISK = Path("/dev/vda")
 CHECK_REFUSES = 4
@@ -90,8 +88,8 @@ def namespace(serial: str) -> Path:
 
 def vmplug(*words: str | Path) -> tuple[int, Any]:
     """A command's exit status, and its answer in JSON."""
-    done = subprocess.run([VMPLUG, *words, "--json"], capture_output=True, check=False, timeout=60)
-    return done.returncode, json.loads(done.stdout or done.stderr)
+    done = Vmplug(Path("/run/vmplug"))(*words, "--json")
+    return done.status, json.loads(done.stdout or done.stderr)
 
 
 def on_the_command_line(*nodes: Path) -> list[str]:

@@ -10,7 +10,6 @@ import pwd
 import resource
 import signal
 import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,8 @@ from typing import Any
 import pytest
 
 from lab import topology
+from tests.cli.command import Vmplug
+from tests.cli.result import Result
 from tests.contract.sandbox import Through
 from tests.lab.nested import MEMORY, NestedGuest, devices, paused_vm
 from tests.support.raw_qmp import RawQmp
@@ -45,7 +46,6 @@ from vmplug.hypervisor.qemu.abilities import of_program
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import Monitor
 
-VMPLUG = Path(sys.executable).with_name("vmplug")
 MULTI = (topology.MULTI_NVME, topology.MULTI_EDU, topology.MULTI_NIC)
 MDEVS = Path("/sys/bus/mdev/devices")
 ROUNDS = 20
@@ -96,11 +96,16 @@ def vm(tmp_path: Path) -> Iterator[GuestVm]:
 
 def vmplug(state: Path, *words: str, check: bool = True) -> Any:
     """The verb's JSON answer, or its error."""
+    return said(Vmplug(state)(*in_json(words)), check=check)
+
+
+def in_json(words: Sequence[str]) -> list[str]:
     verb = words[:2] if words[0] in {"vm", "mdev"} else words[:1]
-    options: list[str | Path] = ["--state-dir", state] if "create" not in words else []
-    command = [VMPLUG, *verb, *options, "--json", *words[len(verb) :]]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-    assert not check or done.returncode == 0, done.stderr
+    return [*verb, "--json", *words[len(verb) :]]
+
+
+def said(done: Result, *, check: bool = True) -> Any:
+    assert not check or done.status == 0, done
     return json.loads(done.stdout or done.stderr)
 
 
@@ -491,7 +496,8 @@ def test_processes_that_attach_at_once_share_it(vm: GuestVm, bound: Path) -> Non
 
     def attach(device: str) -> None:
         words = ("--vm", "sb1", "--owner", device)
-        answers.append(vmplug(bound, "attach", *words_for(device), *words))
+        done = Vmplug(bound).as_process(*in_json(["attach", *words_for(device), *words]))
+        answers.append(said(done))
 
     names = (topology.NVME, MULTI[0])
     threads = [threading.Thread(target=attach, args=[name]) for name in names]

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import pytest
 
 from lab import topology
+from tests.cli.command import Vmplug
 from tests.support.raw_qmp import RawQmp
 from vmplug import Qemu
 from vmplug.drivers.place import Windows
 
-VMPLUG = Path(sys.executable).with_name("vmplug")
 MULTI = (topology.MULTI_NVME, topology.MULTI_EDU, topology.MULTI_NIC)
 GIB = 1 << 30
 
@@ -36,16 +35,8 @@ def state(tmp_path: Path) -> Iterator[Path]:
 def vmplug(state: Path, *words: str, check: bool = True) -> Any:
     """The verb's JSON answer, or its error."""
     verb = words[:2] if words[0] == "vm" else words[:1]
-    command: list[str | Path] = [
-        VMPLUG,
-        *verb,
-        "--state-dir",
-        state,
-        "--json",
-        *words[len(verb) :],
-    ]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-    assert not check or done.returncode == 0, done.stderr
+    done = Vmplug(state)(*verb, "--json", *words[len(verb) :])
+    assert not check or done.status == 0, done
     return json.loads(done.stdout or done.stderr)
 
 

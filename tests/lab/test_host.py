@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from typing import Any
 import pytest
 from lab.topology import FREE_PORT, NVME, Device, device_behind
 
+from tests.cli.command import Vmplug
 from tests.lab.blocks import mapped
 from tests.lab.nested import paused_vm
 from tests.support.lab import OuterQemu, namespace_of, wait_until
 
-VMPLUG = Path(sys.executable).with_name("vmplug")
 PCI = Path("/sys/bus/pci/devices")
 GROUPS = Path("/sys/kernel/iommu_groups")
 
@@ -42,8 +41,8 @@ def state(tmp_path: Path) -> Path:
 
 
 def vmplug(*words: str | Path, status: int = 0) -> Any:
-    done = subprocess.run([VMPLUG, *words, "--json"], capture_output=True, text=True, check=False)
-    assert done.returncode == status, done
+    done = Vmplug(Path("/run/vmplug"))(*words, "--json")
+    assert done.status == status, done
     return json.loads(done.stdout or done.stderr)
 
 

@@ -3,52 +3,51 @@
 import os
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lab import topology
+from tests.cli.command import Vmplug
 
-VMPLUG = Path(sys.executable).with_name("vmplug")
 DEVICE = ("--device", f"vfio:{topology.EDU}")
 
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Path]:
     """The node of a group that VFIO has."""
-    state = ("--state-dir", tmp_path / "state")
+    vmplug = Vmplug(tmp_path / "state")
     subprocess.run(["modprobe", "vfio-pci"], check=True)
-    subprocess.run([VMPLUG, "bind", topology.EDU, *state], check=True)
+    vmplug("bind", topology.EDU).answer()
     group = os.readlink(f"/sys/bus/pci/devices/{topology.EDU}/iommu_group")
     yield Path("/dev/vfio") / group.rpartition("/")[2]
-    subprocess.run([VMPLUG, "unbind", topology.EDU, *state], check=True)
+    vmplug("unbind", topology.EDU).answer()
     (Path("/dev/vfio") / group.rpartition("/")[2]).unlink()  # the kernel removes only its own
 
 
-def check() -> tuple[int, str, str]:
+def check(state_dir: Path) -> tuple[int, str, str]:
     """The status of `check`, and the code and the remedy of the first error."""
-    done = subprocess.run([VMPLUG, "check", *DEVICE], check=False, text=True, capture_output=True)
+    done = Vmplug(state_dir)("check", *DEVICE)
     lines = done.stdout.splitlines()
     at = next((number for number, line in enumerate(lines) if ": error " in line), None)
     if at is None:
-        return done.returncode, "", ""
-    return done.returncode, lines[at].split(": error ")[1].split(":")[0], lines[at + 1].strip()
+        return done.status, "", ""
+    return done.status, lines[at].split(": error ")[1].split(":")[0], lines[at + 1].strip()
 
 
 @pytest.mark.parametrize("stale", [True, False], ids=["stale", "missing"])
 def test_a_node_that_is_not_the_kernels_is_found_and_the_remedy_makes_the_right_one(
-    node: Path, *, stale: bool
+    node: Path, tmp_path: Path, *, stale: bool
 ) -> None:
-    assert check()[0] == 0
+    assert check(tmp_path)[0] == 0
     number = node.stat().st_rdev
     node.unlink()
     if stale:
         wrong = os.makedev(os.major(number), os.minor(number) + 100)
         os.mknod(node, stat.S_IFCHR | 0o600, wrong)
-    status, code, remedy = check()
+    status, code, remedy = check(tmp_path)
     assert (status, code) == (4, "wrong-node" if stale else "no-node")
     subprocess.run(["sh", "-ec", remedy.partition("; in a container")[0]], check=True)
     assert node.stat().st_rdev == number
-    assert check()[0] == 0
+    assert check(tmp_path)[0] == 0

@@ -5,13 +5,13 @@ but the guest's own part, which `test_guest.py` has.
 """
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lab import topology
+from tests.cli.command import Vmplug
 from tests.support.vm import Device, GuestVm, start_vm
 from vmplug import Code, DeviceManager, HostRoot, InUse, NoFreePort, Qemu, VfioInfo
 from vmplug.errors import CannotPlug, CommandError
@@ -102,12 +102,7 @@ def hosts_in(vm: GuestVm) -> dict[str, str]:
 def end(vm: GuestVm, directory: Path) -> None:
     """The VM ends as in a crash, and what it held goes back to the host."""
     vm.kill()
-    subprocess.run(
-        [VMPLUG, "reconcile", "--state-dir", directory / "state"], check=True, timeout=60
-    )
-
-
-VMPLUG = Path(sys.executable).with_name("vmplug")
+    assert Vmplug(directory / "state")("reconcile").status == 0
 
 
 MULTI = (topology.MULTI_NVME, topology.MULTI_EDU, topology.MULTI_NIC)
@@ -241,17 +236,17 @@ def test_a_virtual_function_goes_alone_and_keeps_the_count_as_it_is(
     vm: GuestVm, devices: DeviceManager, tmp_path: Path
 ) -> None:
     count = Path(f"/sys/bus/pci/devices/{topology.SRIOV}/sriov_numvfs")
-    state = ("--state-dir", tmp_path / "state")
-    subprocess.run([VMPLUG, "sriov", topology.SRIOV, "--count", "2", *state], check=True)
+    vmplug = Vmplug(tmp_path / "state")
+    assert vmplug("sriov", topology.SRIOV, "--count", "2").status == 0
     virtual = Path(f"/sys/bus/pci/devices/{topology.SRIOV}/virtfn1").resolve().name
     devices.attach(vfio(virtual), managed=True)
     assert list(hosts_in(vm).values()) == [virtual]
-    change: list[str | Path] = [VMPLUG, "sriov", topology.SRIOV, "--count", "0", *state]
-    assert subprocess.run(change, check=False).returncode == 4
+    change = ("sriov", topology.SRIOV, "--count", "0")
+    assert vmplug(*change).status == 4
     assert count.read_text() == "2\n"
     end(vm, tmp_path)
     assert driver_of(virtual) != "vfio-pci"
-    subprocess.run(change, check=True)
+    assert vmplug(*change).status == 0
     assert count.read_text() == "0\n"
 
 
