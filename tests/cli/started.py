@@ -14,15 +14,15 @@ from guest.console import GuestConsole, running_time
 from tests.cli.command import Result, Vmplug
 from tests.cli.world import names_in_qemu, processes_below
 from tests.support.raw_qmp import RawQmp
-from tests.support.vm import BUILT_GUESTS, MICROVM_TSC_KHZ, Flavour
+from tests.support.vm import BUILT_GUESTS, BUSY_HOST, MICROVM_TSC_KHZ, Flavour
 
 END_S = 60.0
 START_S = 60.0
 
 _APPEND = {
-    "q35": "console=ttyS0 quiet panic=-1",
+    "q35": f"console=ttyS0 quiet panic=-1 {BUSY_HOST}",
     "microvm": "ctl=ttyS0 modules=virtio_mmio quiet loglevel=0 panic=-1 "
-    f"tsc_early_khz={MICROVM_TSC_KHZ}",
+    f"tsc_early_khz={MICROVM_TSC_KHZ} {BUSY_HOST}",
 }
 
 

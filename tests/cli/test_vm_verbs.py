@@ -36,7 +36,7 @@ from tests.cli.world import (
 from tests.contract.world import journal_rows
 from tests.support.disks import disk_image, loop_device
 from tests.support.raw_qmp import RawQmp
-from tests.support.vm import BUILT_GUEST, GuestVm, root_ports, scsi_controller, start_vm
+from tests.support.vm import BUILT_GUEST, BUSY_HOST, GuestVm, root_ports, scsi_controller, start_vm
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu]
 
@@ -115,7 +115,7 @@ def start_words(name: str, directory: Path, *, guest: bool = True, ports: int = 
     if guest:
         words += ["--kernel", str(BUILT_GUEST / "vmlinuz")]
         words += ["--initrd", str(BUILT_GUEST / "initrd.img")]
-        words += ["--append", "console=ttyS0 quiet panic=-1"]
+        words += ["--append", f"console=ttyS0 quiet panic=-1 {BUSY_HOST}"]
     words += ["--json", "--"]
     for channel in ("oracle", "guest"):
         path = directory / f"{name}-{channel}.sock"
