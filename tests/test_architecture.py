@@ -57,6 +57,7 @@ CATCHES_OSERROR = {
     "hypervisor/qemu/start/ended_logs.py",  # what a VM held is freed all the same
     "hypervisor/qemu/start/launch.py",
     "hypervisor/qmp/client.py",
+    "hypervisor/qmp/wire.py",
     "journal/database.py",
     "journal/lock.py",
     "host/use/qemu_lock.py",  # the lock of another

@@ -5,6 +5,7 @@ used: what a test sees then was in the journal or in the VM, and never in a live
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,14 @@ class Through(Monitor):
     def answer(self, command: Command) -> Any:
         """The answer to one command."""
         return self._inner.execute(command)
+
+    def keep_turn(self) -> AbstractContextManager[None]:
+        """See Monitor."""
+        return self._inner.keep_turn()
+
+    def hear_events(self) -> AbstractContextManager[None]:
+        """See Monitor."""
+        return self._inner.hear_events()
 
     def listen(self, receive: EventReceiver) -> None:
         """See Monitor."""

@@ -276,9 +276,13 @@ class QemuSide:
         return int(image["virtual-size"])
 
     def wait_gone(self, name: str) -> None:
-        """See Side. The tree forgets a device before its node is free; the event comes after."""
+        """See Side. The tree forgets a device before its node is free; the event comes after.
+
+        The first event may be late news of a device that had the name before.
+        """
         self._vm.oracle.wait_event("DEVICE_DELETED", device=name)
-        assert name not in self.parts().devices
+        while name in self.parts().devices:
+            self._vm.oracle.wait_event("DEVICE_DELETED", device=name)
 
     def deletions(self, name: str) -> list[Mapping[str, Any]]:
         """See Side. The tests' own conversation lasts; the product's is over after its turn."""
@@ -409,6 +413,14 @@ class Recorder(Monitor):
         answers, refusal = self._inner.attempt(commands)
         self.sent += commands[: len(answers) + bool(refusal)]
         return answers, refusal
+
+    def keep_turn(self) -> AbstractContextManager[None]:
+        """See Monitor."""
+        return self._inner.keep_turn()
+
+    def hear_events(self) -> AbstractContextManager[None]:
+        """See Monitor."""
+        return self._inner.hear_events()
 
     def listen(self, receive: EventReceiver) -> None:
         """See Monitor."""

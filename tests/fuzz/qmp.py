@@ -1,6 +1,5 @@
 """A QMP socket on which somebody else answers: bytes, in place of QEMU's messages."""
 
-import logging
 from contextlib import suppress
 
 from tests.support.says import AGREED, GREETING, QUIET_S, Says
@@ -14,7 +13,6 @@ def check(data: bytes) -> None:
 
     The first byte says how much of the beginning is QEMU's.
     """
-    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
     before = ((), (GREETING,), (GREETING, AGREED))[data[0] % 3] if data else ()
     with Says(*before, data[1:]) as path, suppress(HypervisorError):
         monitor = QmpMonitor.connect(path, timeout_s=QUIET_S)

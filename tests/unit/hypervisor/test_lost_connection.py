@@ -1,6 +1,7 @@
 """What a conversation that breaks off while somebody waits for a guest comes to."""
 
 import queue
+import signal
 import socket
 import threading
 import time
@@ -22,7 +23,7 @@ from vmplug.errors import BackendTimeout, CommandError, ProtocolError
 from vmplug.hypervisor.fake.monitor import FakeMonitor, Guest
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp import client
-from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
+from vmplug.hypervisor.qmp.client import IDLE_S, QmpMonitor
 from vmplug.hypervisor.qmp.monitor import MISSED, EventReceiver, Monitor, command_error
 
 ID, OTHER_ID = "00000000000000a1", "00000000000000b2"
@@ -171,10 +172,96 @@ def test_a_connection_closed_as_its_turn_ends_leaves_no_client(
             MemoryVm(tmp_path / f"qmp{late_ms}") as vm,  # which waits for the last client to go
             closing(QmpMonitor.connect(str(vm.socket_path))),
         ):
-            time.sleep(TURN_S + late_ms / 1000)
+            time.sleep(IDLE_S + late_ms / 1000)
 
     with ThreadPoolExecutor(8) as talking:
         list(talking.map(converse, range(-3, 5)))
+
+
+def connected(vm: MemoryVm) -> QmpMonitor:
+    return QmpMonitor.connect(str(vm.socket_path))
+
+
+def test_a_connection_without_a_command_is_left_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "TURN_S", NEVER_S)
+    with MemoryVm(tmp_path / "qmp") as vm, closing(connected(vm)) as one:
+        vm.wait_idle()
+        assert one.execute(Command("query-status", {}))["status"] == "running"
+
+
+def test_a_connection_in_use_is_left_after_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "IDLE_S", NEVER_S)
+    has_left = threading.Event()
+    with MemoryVm(tmp_path / "qmp") as vm, closing(connected(vm)) as one:
+        one.listen(lambda event, _: has_left.set() if event == MISSED else None)
+        while not has_left.is_set():
+            one.execute(Command("query-status", {}))
+
+
+def test_a_thread_that_waits_for_events_keeps_the_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "TURN_S", NEVER_S)
+    told: queue.Queue[str] = queue.Queue()
+    with MemoryVm(tmp_path / "qmp") as vm, closing(connected(vm)) as one:
+        one.listen(lambda event, _: told.put(event))
+        with one.hear_events():
+            one.execute(Command("query-status", {}))
+            while not told.empty():  # the connection before
+                told.get()
+            time.sleep(5 * IDLE_S)
+            vm._tell("RESUME", {})
+            assert told.get(timeout=SOON_S) == "RESUME"
+        assert told.get(timeout=SOON_S) == MISSED
+
+
+class Numbering(MemoryVm):
+    """Answers each query twice: first to somebody who has gone, then as its count."""
+
+    count = 0
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if request["execute"] == "qmp_capabilities":
+            return super()._answer(request)
+        self.count += 1
+        self._send({"return": {"status": "late"}, "id": request["id"] - 1})
+        return {"return": {"status": str(self.count)}}
+
+
+def test_an_answer_to_somebody_else_is_not_taken(tmp_path: Path) -> None:
+    with (
+        Numbering(tmp_path / "qmp") as vm,
+        closing(QmpMonitor.connect(str(vm.socket_path))) as one,
+    ):
+        for count in ("1", "2"):
+            assert one.execute(Command("query-status", {}))["status"] == count
+
+
+class Interrupting(Numbering):
+    """Interrupts the client's thread before the first answer."""
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if request["execute"] != "qmp_capabilities" and not self.count:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return super()._answer(request)
+
+
+def test_the_answer_to_an_interrupted_command_is_not_taken_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "IDLE_S", NEVER_S)
+    monkeypatch.setattr(client, "TURN_S", NEVER_S)
+    with (
+        Interrupting(tmp_path / "qmp") as vm,
+        closing(QmpMonitor.connect(str(vm.socket_path))) as monitor,
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            monitor.execute(Command("query-status", {}))
+        assert monitor.execute(Command("query-status", {}))["status"] == "2"
 
 
 class Late(MemoryVm):
@@ -219,6 +306,7 @@ def test_a_client_without_an_answer_disconnects_and_gets_one_the_next_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A late answer would be taken for that to the next command."""
+    monkeypatch.setattr(client, "IDLE_S", NEVER_S)
     monkeypatch.setattr(client, "TURN_S", NEVER_S)
     with (
         Hung(tmp_path / "qmp") as vm,

@@ -18,7 +18,8 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.topology import qom_get, qom_list
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor
-from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, validate_reply
+from vmplug.hypervisor.qmp.schema import validate_reply
+from vmplug.hypervisor.qmp.wire import MESSAGE_BYTES_MAX
 
 # Shapes
 
@@ -171,11 +172,11 @@ def status(path: str) -> object:
         b"{}\n{",
         b'{"id": []}\n',
         b'{"id": {}, "error": 1}\n',
-        b'{"id": "__qmp#00000"}\n',
-        b'{"id": "__qmp#00000", "error": 1}\n',
-        b'{"id": "__qmp#00000", "error": {"class": 1, "desc": 2}}\n',
-        b'{"id": "__qmp#00000", "return": []}\n',
-        b'{"id": "__qmp#00000", "return": {"status": null}}\n',
+        b'{"id": 1}\n',
+        b'{"id": 1, "error": 1}\n',
+        b'{"id": 1, "error": {"class": 1, "desc": 2}}\n',
+        b'{"id": 1, "return": []}\n',
+        b'{"id": 1, "return": {"status": null}}\n',
         b'{"a":' + b"[" * 10_000 + b"\n",
         b'{"a": "' + b"x" * (MESSAGE_BYTES_MAX + 1) + b'"}\n',
     ],
@@ -192,7 +193,7 @@ def test_nonsense_closes_the_connection(said: bytes) -> None:
 
 def test_a_long_answer_is_an_answer() -> None:
     answer = {"status": "x" * (MESSAGE_BYTES_MAX - 100)}
-    said = json.dumps({"id": "__qmp#00000", "return": answer}).encode() + b"\n"
+    said = json.dumps({"id": 1, "return": answer}).encode() + b"\n"
     with Says(GREETING, AGREED, said) as path:
         assert status(path) == answer
 
@@ -204,7 +205,7 @@ def test_events_that_say_nothing_do_not_end_those_that_do() -> None:
     events = b"".join(
         json.dumps({"event": "DEVICE_DELETED", **rest}).encode() + b"\n" for rest in _EVENTS
     )
-    answer = b'{"id": "__qmp#00000", "return": {"status": "running"}}\n'
+    answer = b'{"id": 1, "return": {"status": "running"}}\n'
     heard: Queue[object] = Queue()
     with Says(GREETING, AGREED, events + answer) as path:
         monitor = QmpMonitor.connect(path)

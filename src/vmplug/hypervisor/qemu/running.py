@@ -46,6 +46,7 @@ from vmplug.hypervisor.qemu.steps.vhost_user import LINK, NETDEV
 from vmplug.hypervisor.qemu.topology import children, qom_get, qom_list, read_offer, read_place
 from vmplug.hypervisor.qemu.transaction import NOT_THERE, do_all
 from vmplug.hypervisor.qemu.unplug_waiter import UnplugWaiter
+from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdRunner, daemon_failed
 
@@ -103,8 +104,6 @@ class Qemu:
         Raises ConnectError when no process answers within `timeout_s`, also later: others use the
         socket in between. Each answer may take `command_timeout_s`.
         """
-        from vmplug.hypervisor.qmp.client import QmpMonitor  # noqa: PLC0415  asyncio costs 27 ms
-
         monitor = QmpMonitor.connect(
             socket, timeout_s=timeout_s, command_timeout_s=command_timeout_s
         )
@@ -319,7 +318,8 @@ class Qemu:
         """
         wanted = set(device_ids)
         look = partial(self._present, wanted)
-        names = self._unplug_waiter.wait(wanted, look, self._ask_again, timeout_s)
+        with self._monitor.hear_events():
+            names = self._unplug_waiter.wait(wanted, look, self._ask_again, timeout_s)
         left = {self._owner(name) or "": why for name, why in names.items()}
         self._remove_remains(wanted - left.keys())
         return left | dict.fromkeys(self._lost(left), UnplugFailure.LOST)

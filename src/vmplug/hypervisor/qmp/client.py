@@ -1,24 +1,14 @@
-"""QmpMonitor: the qemu.qmp library behind deadlines and a reconnect.
+"""QmpMonitor: turns on a QMP socket, with deadlines."""
 
-The library is asynchronous; its event loop runs on its own thread and is not visible outside.
-"""
-
-import asyncio
-import contextlib
 import logging
-import re
-import socket
-import struct
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
-from typing import Any, Self, TypeVar, cast
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, Self
 
-from qemu.qmp import ConnectError as QmpConnectError
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
-from qemu.qmp.qmp_client import GreetingError, NegotiationError
-
-from vmplug.drivers.ports import HIDDEN, VF_UUID, Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import (
     CLOSED,
     BackendTimeout,
@@ -28,7 +18,6 @@ from vmplug.errors import (
     StateError,
 )
 from vmplug.host.process import ProcessLock
-from vmplug.hypervisor.listening import socket_address
 from vmplug.hypervisor.qmp.monitor import (
     COMMAND_TIMEOUT_S,
     MISSED,
@@ -38,9 +27,8 @@ from vmplug.hypervisor.qmp.monitor import (
     command_error,
     next_command,
 )
-from vmplug.hypervisor.qmp.schema import MESSAGE_BYTES_MAX, validate_reply
-
-T = TypeVar("T")
+from vmplug.hypervisor.qmp.schema import validate_reply
+from vmplug.hypervisor.qmp.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +39,9 @@ TURN_S = 0.25
 """How long one connection lasts. Then eight busy clients wait two seconds for each other, and a
 new connection takes 1 % of it."""
 
-_END_TIMEOUT_S = 2.0
-"""The timeout to close a connection to a QEMU that hangs."""
+IDLE_S = 0.003
+"""How long a connection lasts without a command, unless a thread waits for events. A new one
+costs 0.5 ms; an attach has no longer pause."""
 
 _STOPPED = "if ps shows QEMU as stopped (T), resume it with kill -CONT"
 
@@ -60,10 +49,12 @@ _STOPPED = "if ps shows QEMU as stopped (T), resume it with kill -CONT"
 class QmpMonitor(Monitor):
     """Connections on a QMP socket, one after the other, each opened when a command needs it.
 
-    QEMU serves one client per socket, and the others wait in order. So none is kept for longer
-    than TURN_S, in use or not, except in `keep_turn`: a thread that waits for a guest does not
-    block the VM for others. Commands of one `attempt` stay together. `peer_pid` is the process at
-    the other end; None if the kernel does not know it, as for one in another PID namespace.
+    QEMU serves one client per socket, and the others wait in order. So one lasts for IDLE_S after
+    its last command, or while a thread waits for events, and at most for TURN_S, except in
+    `keep_turn`: a thread that waits for a guest does not block the VM for others. Commands of one
+    `attempt` stay together. The thread that sends a command reads its answer; between commands a
+    thread of the monitor passes events on, and leaves. `peer_pid` is the process at the other
+    end; None if the kernel does not know it, as for one in another PID namespace.
     """
 
     def __init__(self, path: str, *, timeout_s: float, command_timeout_s: float) -> None:
@@ -72,17 +63,16 @@ class QmpMonitor(Monitor):
         self._command_timeout_s = command_timeout_s
         self.peer_pid: int | None = None
         self._receivers: list[EventReceiver] = []
-        self._client: QMPClient | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._alone = asyncio.Lock()
-        self._loop = asyncio.new_event_loop()
-        self._lock = ProcessLock()
-        self._keeping = 0
-        self._is_closed = False
-        self._waiting: set[Future[Any]] = set()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="vmplug-qmp", daemon=True
-        )
+        self._numbers = count(1)
+        self._alone = ProcessLock()
+        """The thread that has it uses the connection."""
+        self._closing = threading.Lock()
+        self._closed = threading.Event()
+        self._wire: Wire | None = None
+        self._is_open = threading.Event()
+        self._minder: threading.Thread | None = None
+        self._begun = self._idle_since = 0.0
+        self._keeping = self._hearing = 0
 
     @classmethod
     def connect(
@@ -93,32 +83,54 @@ class QmpMonitor(Monitor):
         `timeout_s` is for the turn on the socket, `command_timeout_s` for each answer.
         """
         monitor = cls(path, timeout_s=timeout_s, command_timeout_s=command_timeout_s)
-        monitor._thread.start()
-        try:
-            monitor._run(monitor._connect())
-        except BaseException:
-            monitor.close()
-            raise
-        return monitor
+        with monitor._connection():
+            return monitor
 
     def attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
-        """See Monitor."""
-        return self._run(self._attempt(commands))
+        """See Monitor. One batch at a time: QEMU runs one command at a time anyway."""
+        answers: list[Any] = []
+        with self._connection() as wire:
+            try:
+                for command in commands:
+                    answer = self._execute(wire, command)
+                    answers.append(answer)
+            except CommandError as refusal:
+                return answers, refusal
+        return answers, None
 
-    @contextlib.contextmanager
+    def converse(self, talk: Talk) -> None:
+        """See Monitor. Also keep the turn in between."""
+        with self._connection() as wire:
+            command = next_command(talk)
+            while command:
+                answer, refusal = None, None
+                try:
+                    answer = validate_reply(command, self._execute(wire, command))
+                except CommandError as error:
+                    refusal = error
+                command = next_command(talk, answer, refusal)
+
+    @contextmanager
     def keep_turn(self) -> Iterator[None]:
         """See Monitor."""
-        with self._lock:
+        with self._alone:
             self._keeping += 1
         try:
             yield
         finally:
-            with self._lock:
+            with self._alone:
                 self._keeping -= 1
 
-    def converse(self, talk: Talk) -> None:
+    @contextmanager
+    def hear_events(self) -> Iterator[None]:
         """See Monitor."""
-        self._run(self._converse(talk))
+        with self._alone:
+            self._hearing += 1
+        try:
+            yield
+        finally:
+            with self._alone:
+                self._hearing -= 1
 
     def listen(self, receive: EventReceiver) -> None:
         """See Monitor."""
@@ -126,119 +138,175 @@ class QmpMonitor(Monitor):
 
     def close(self) -> None:
         """See Monitor. A command that another thread waits for ends with StateError."""
-        if not self._lock.is_ours:
-            return  # it is the parent's, and so is the thread
-        with self._lock:
-            was_closed, self._is_closed = self._is_closed, True
-            waiting = list(self._waiting)
-        if was_closed:
-            return
-        for answer in waiting:
-            answer.cancel()
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-        self._stop()
+        if not self._alone.is_ours:
+            return  # it is the parent's
+        with self._closing:
+            self._closed.set()
+            self._is_open.set()
+            if self._wire:
+                self._wire.hang_up()
+        with self._alone:
+            self._disconnect()
+        if self._minder:
+            self._minder.join()
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+    @contextmanager
+    def _connection(self) -> Iterator[Wire]:
+        """The connection, or a new one when it was closed, for this thread alone.
+
+        It is closed after a ProtocolError: a late answer would have no receiver.
+        """
+        with self._alone:
+            if self._closed.is_set():
+                raise _closed(self._socket)
+            if self._wire and not self._hears(self._wire):
+                self._disconnect()
+            wire = self._wire or self._connect()
+            self._keeping += 1
+            try:
+                yield wire
+            except ProtocolError:
+                self._disconnect()
+                raise
+            finally:
+                self._keeping -= 1
+                self._idle_since = time.monotonic()
+                if self._is_over(idle_s=0):
+                    self._disconnect()
+
+    def _connect(self) -> Wire:
+        deadline = time.monotonic() + self._connect_timeout_s
         try:
-            with self._lock:
-                if self._is_closed:
-                    raise _closed(self._socket)
-                answer = asyncio.run_coroutine_threadsafe(work, self._loop)
-                self._waiting.add(answer)
-        except StateError:
-            work.close()
+            wire = self._negotiated(deadline)
+        except (OSError, EOFError, ValueError) as error:
+            self._disconnect()
+            if self._closed.is_set():
+                raise _closed(self._socket) from None
+            raise self._no_connection(error) from error
+        except BaseException:
+            self._disconnect()
             raise
-        try:
-            return answer.result()
-        except CancelledError:
-            raise _closed(self._socket) from None
-        finally:
-            with self._lock:
-                self._waiting.discard(answer)
+        self._begun = self._idle_since = time.monotonic()
+        self._is_open.set()
+        if self._minder is None:
+            self._minder = threading.Thread(target=self._mind, name="vmplug-qmp", daemon=True)
+            self._minder.start()
+        return wire
 
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _connect(self) -> None:
-        events = EventListener()
-        try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                client = await self._negotiate(events)
-        except TimeoutError as error:
-            raise ConnectError(
-                self._socket,
-                f"{self._socket} sent no QMP greeting within {self._connect_timeout_s:g} s: it "
-                "is busy with another client, or QEMU hangs",
-                hint="a QMP socket serves one client; give QEMU a -qmp socket for vmplug alone; "
-                + _STOPPED,
-            ) from error
-        except QmpConnectError as error:
-            raise self._no_conversation(error) from error
-        self._client = client
-        relay, turn = self._relay_events(events), self._end_turn()
-        self._tasks = [asyncio.create_task(relay), asyncio.create_task(turn)]
-
-    async def _negotiate(self, events: EventListener) -> QMPClient:
-        """A client that may send commands.
+    def _negotiated(self, deadline: float) -> Wire:
+        """A connection on which QEMU takes commands.
 
         QEMU may first send an answer or event for the previous client, which breaks the greeting:
         hence a second attempt. Source: measured on QEMU 7.2, after a backend that kept it waiting,
         and once in some thousand cycles of unplugging.
         """
-        for attempts_left in (1, 0):
-            client = QMPClient("vmplug", readbuflen=MESSAGE_BYTES_MAX)
-            client.logger.addFilter(_hide_secrets)
-            client.register_listener(events)
-            try:
-                await client.connect(await self._open_socket())
-            except QmpConnectError as error:
-                is_spoilt = isinstance(error.exc, GreetingError | NegotiationError)
-                if not (attempts_left and is_spoilt):
-                    raise
-            except (
-                AssertionError
-            ) as error:  # the library's, when the connection closes at its start
-                with contextlib.suppress(Exception):
-                    await client.disconnect()
-                raise QmpConnectError("closed", error) from error
-            else:
-                return client
-        raise AssertionError("unreachable")
+        try:
+            return self._greeted(deadline)
+        except ValueError:
+            self._disconnect()
+            return self._greeted(deadline)
 
-    async def _open_socket(self) -> socket.socket:
-        """A connected socket on which QEMU has sent data, or closed.
+    def _greeted(self, deadline: float) -> Wire:
+        wire = Wire.connect(self._socket, max(0.001, deadline - time.monotonic()))
+        with self._closing:
+            self._wire = wire
+            if self._closed.is_set():
+                raise EOFError
+        self.peer_pid = wire.read_speaker(deadline)
+        if not isinstance(wire.receive(deadline).get("QMP"), Mapping):
+            raise ValueError("no greeting")  # noqa: TRY004  of the other end
+        wire.send({"execute": "qmp_capabilities"})
+        if "return" not in wire.receive(deadline):
+            raise ValueError("no agreement")
+        return wire
 
-        The kernel queues it until its turn. Source: unix(7).
+    def _disconnect(self) -> None:
+        """Close the connection, if there is one, and wake the threads that wait for its events."""
+        with self._closing:
+            wire, self._wire = self._wire, None
+            if not self._closed.is_set():
+                self._is_open.clear()
+        if wire:
+            wire.close()
+            for receive in self._receivers:
+                receive(MISSED, {})
+
+    def _mind(self) -> None:
+        """Between commands pass on what arrives, and leave the socket to the next client.
+
+        Our next command queues up behind it.
         """
-        connection = self._connected_socket()
-        try:
-            self.peer_pid = await _read_speaker(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        while self._is_open.wait() and not self._closed.wait(IDLE_S):
+            with self._alone:
+                idle_s = time.monotonic() - self._idle_since
+                if self._wire and (self._is_over(idle_s) or not self._hears(self._wire)):
+                    self._disconnect()
 
-    def _connected_socket(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        whole_s = int(self._connect_timeout_s)
-        deadline = struct.pack("ll", whole_s, int((self._connect_timeout_s - whole_s) * 1e6))
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
-        try:
-            with socket_address(self._socket) as address:
-                connection.connect(address)
-        except BlockingIOError as error:
-            connection.close()
-            raise TimeoutError from error
-        except OSError as error:
-            connection.close()
-            raise self._no_conversation(error) from error
-        connection.settimeout(0)  # as asyncio needs it
-        return connection
+    def _is_over(self, idle_s: float) -> bool:
+        """Whether it is another client's turn, after that time without a command."""
+        is_long = time.monotonic() - self._begun >= TURN_S
+        is_idle = idle_s >= IDLE_S and not self._hearing
+        return not self._keeping and (is_long or is_idle)
 
-    def _no_conversation(self, error: Exception) -> ConnectError:
+    def _hears(self, wire: Wire) -> bool:
+        """Pass on what is there; False when the other end has gone."""
+        try:
+            while True:
+                self._pass_on(wire.receive(deadline=0))
+        except TimeoutError:
+            return True
+        except (OSError, EOFError, ValueError):
+            return False
+
+    def _pass_on(self, message: Mapping[str, Any]) -> None:
+        event, data = message.get("event"), message.get("data", {})
+        for receive in self._receivers if event and isinstance(data, Mapping) else ():
+            receive(str(event), data)
+
+    def _execute(self, wire: Wire, command: Command) -> Any:
+        log.debug("%s %s", command.execute, command.shown)
+        timeout_s = self._command_timeout_s
+        if command.backend:
+            timeout_s = min(timeout_s, BACKEND_TIMEOUT_S)
+        try:
+            return self._answer(wire, command, time.monotonic() + timeout_s)
+        except TimeoutError as error:
+            raise _no_answer(command, timeout_s) from error
+        except (OSError, EOFError, ValueError) as error:
+            if self._closed.is_set():
+                raise _closed(self._socket) from None
+            raise ProtocolError(
+                f"the QMP connection on {self._socket} was lost during {command.execute}",
+                hint="if the VM died, vmplug reconcile frees what it held",
+            ) from error
+
+    def _answer(self, wire: Wire, command: Command, deadline: float) -> Any:
+        """Send it, and pass on what comes before its answer.
+
+        An answer with another number is for a command that was given up, maybe another client's.
+        """
+        number = next(self._numbers)
+        arguments = {"arguments": command.arguments} if command.arguments else {}
+        wire.send({"execute": command.execute, **arguments, "id": number}, command.descriptor)
+        while (message := wire.receive(deadline)).get("id") != number:
+            self._pass_on(message)
+        match message:
+            case {"error": {"class": str(error_class), "desc": str(desc)}}:
+                raise command_error(command, error_class, desc)
+            case {"return": answer}:
+                return answer
+            case _:
+                raise ValueError("neither an answer nor an error")
+
+    def _no_connection(self, error: Exception) -> ConnectError:
+        if isinstance(error, TimeoutError):
+            return ConnectError(
+                self._socket,
+                f"{self._socket} sent no QMP greeting within {self._connect_timeout_s:g} s: it "
+                "is busy with another client, or QEMU hangs",
+                hint="a QMP socket serves one client; give QEMU a -qmp socket for vmplug alone; "
+                + _STOPPED,
+            )
         return ConnectError(
             self._socket,
             f"cannot open a QMP connection on {self._socket}: {_reason(error)}",
@@ -246,142 +314,20 @@ class QmpMonitor(Monitor):
             "the VM is gone, vmplug reconcile frees what it held",
         )
 
-    async def _relay_events(self, events: EventListener) -> None:
-        async for event in events:
-            data = event.get("data", {})
-            for receive in self._receivers if isinstance(data, Mapping) else ():
-                receive(str(event["event"]), cast("Mapping[str, Any]", data))
 
-    async def _end_turn(self) -> None:
-        """Leave the socket to the next client; our next command queues up behind it."""
-        while True:
-            await asyncio.sleep(TURN_S)
-            async with self._alone:
-                if not self._keeping:
-                    await self._disconnect()
-                    return
-
-    async def _end(self) -> None:
-        """Close the connection for good; the end of a turn may be closing it already."""
-        await self._disconnect()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_END_TIMEOUT_S)
-
-    async def _disconnect(self) -> None:
-        """Close the connection, if there is one, and wake the threads that wait for its events."""
-        if self._client is None:
-            return
-        client, self._client = self._client, None
-        for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
-        # It raises the error that closed the connection, which was reported then.
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(_END_TIMEOUT_S):
-                await client.disconnect()
-        for receive in self._receivers:
-            receive(MISSED, {})
-
-    async def _attempt(self, commands: Sequence[Command]) -> tuple[list[Any], CommandError | None]:
-        """One batch at a time, on one connection: QEMU runs one command at a time anyway."""
-        answers: list[Any] = []
-        async with self._alone:
-            client = await self._connected()
-            try:
-                for command in commands:
-                    answer = await self._execute(client, command)
-                    answers.append(answer)
-            except CommandError as refusal:
-                return answers, refusal
-            except ProtocolError:
-                await self._disconnect()  # a late answer would have no receiver
-                raise
-        return answers, None
-
-    async def _converse(self, talk: Talk) -> None:
-        """Also keep the turn in between."""
-        async with self._alone:
-            client = await self._connected()
-            command = next_command(talk)
-            while command:
-                answer, refusal = None, None
-                try:
-                    answer = validate_reply(command, await self._execute(client, command))
-                except CommandError as error:
-                    refusal = error
-                except ProtocolError:
-                    await self._disconnect()
-                    raise
-                command = next_command(talk, answer, refusal)
-
-    async def _connected(self) -> QMPClient:
-        """The client of this connection, or of a new one when it was closed."""
-        if self._client is None or self._client.runstate is not Runstate.RUNNING:
-            await self._disconnect()
-            await self._connect()
-        assert self._client
-        return self._client
-
-    async def _execute(self, client: QMPClient, command: Command) -> Any:
-        log.debug("%s %s", command.execute, command.shown)
-        timeout_s = self._command_timeout_s
-        if command.backend:
-            timeout_s = min(timeout_s, BACKEND_TIMEOUT_S)
-        try:
-            if command.descriptor is not None:
-                client.send_fd_scm(command.descriptor)
-            async with asyncio.timeout(timeout_s):
-                return await client.execute(command.execute, dict(command.arguments))
-        except ExecuteError as error:
-            refusal = error.error.error
-            raise command_error(command, refusal.class_, refusal.desc) from error
-        except TimeoutError as error:
-            if command.backend:
-                raise BackendTimeout(
-                    command.backend,
-                    f"the vhost-user backend {command.backend} keeps QEMU waiting in "
-                    f"{command.execute} for more than {timeout_s:g} s",
-                    hint="restart or kill that backend: QEMU and its guest are stopped until "
-                    "then; afterwards run vmplug reconcile",
-                ) from error
-            raise ProtocolError(
-                f"QEMU did not answer {command.execute} within {timeout_s:g} s",
-                hint="once QEMU answers again, vmplug reconcile finds out what it did; "
-                + _STOPPED,
-            ) from error
-        except (QMPError, OSError, EOFError) as error:
-            raise ProtocolError(
-                f"the QMP connection on {self._socket} was lost during {command.execute}",
-                hint="if the VM died, vmplug reconcile frees what it held",
-            ) from error
-
-
-_CREDENTIALS = struct.Struct("iII")
-
-
-async def _read_speaker(connection: socket.socket) -> int | None:
-    """The process that sent the first data on it, which remains unread.
-
-    The process that created the socket (SO_PEERCRED) may be another one, such as libvirt, which
-    passed it on.
-    Source: unix(7), SO_PASSCRED and SCM_CREDENTIALS.
-    """
-    loop = asyncio.get_running_loop()
-    spoken = asyncio.Event()
-    loop.add_reader(connection, spoken.set)
-    try:
-        await spoken.wait()
-    finally:
-        loop.remove_reader(connection)
-    room = socket.CMSG_SPACE(_CREDENTIALS.size)
-    try:
-        _, told, _, _ = connection.recvmsg(1, room, socket.MSG_PEEK)
-    except ConnectionError:  # the client finds and reports it again
-        return None
-    pids = [
-        _CREDENTIALS.unpack(data)[0] for _, kind, data in told if kind == socket.SCM_CREDENTIALS
-    ]
-    return pids[0] or None if pids else None
+def _no_answer(command: Command, timeout_s: float) -> ProtocolError:
+    if command.backend:
+        return BackendTimeout(
+            command.backend,
+            f"the vhost-user backend {command.backend} keeps QEMU waiting in "
+            f"{command.execute} for more than {timeout_s:g} s",
+            hint="restart or kill that backend: QEMU and its guest are stopped until "
+            "then; afterwards run vmplug reconcile",
+        )
+    return ProtocolError(
+        f"QEMU did not answer {command.execute} within {timeout_s:g} s",
+        hint="once QEMU answers again, vmplug reconcile finds out what it did; " + _STOPPED,
+    )
 
 
 def _closed(path: str) -> StateError:
@@ -394,24 +340,11 @@ def _closed(path: str) -> StateError:
 
 
 def _reason(error: Exception) -> str:
-    """Why there is no connection, from the innermost cause."""
-    cause: BaseException = error
-    while cause.__cause__:
-        cause = cause.__cause__
-    match cause:
+    """Why there is no connection."""
+    match error:
         case OSError():
-            return cause.strerror or str(cause)
+            return error.strerror or str(error)
         case EOFError():
             return "the server closed the connection before its greeting"
         case _:
             return "the server does not speak QMP"
-
-
-_SECRET = re.compile(rf'("{VF_UUID}": )"[^"]*"')
-
-
-def _hide_secrets(record: logging.LogRecord) -> bool:
-    """Keep VF tokens out of the messages that qemu.qmp itself logs, of this program alone."""
-    if VF_UUID in (words := record.getMessage()):
-        record.msg, record.args = _SECRET.sub(rf'\1"{HIDDEN}"', words), ()
-    return True

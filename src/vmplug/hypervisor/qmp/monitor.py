@@ -49,6 +49,10 @@ class Monitor(Protocol):
         """Keep the turn on the socket meanwhile: QEMU 7.2 forgets fd sets when it ends."""
         return nullcontext()
 
+    def hear_events(self) -> AbstractContextManager[None]:
+        """Keep listening for events meanwhile, as long as a turn on the socket may last."""
+        return nullcontext()
+
     @abstractmethod
     def listen(self, receive: EventReceiver) -> None:
         """Pass every event's name and data to `receive`, on any thread."""

@@ -12,9 +12,6 @@ import msgspec
 from vmplug.drivers.ports import Command
 from vmplug.errors import ProtocolError
 
-MESSAGE_BYTES_MAX = 10 << 20
-"""The longest message, as libvirt's limit. Source: qemu.qmp, QMPClient."""
-
 _ENTRIES_MAX = 1 << 14
 """PCI has room for 65 536 functions on 256 buses; no VM comes near."""
 
