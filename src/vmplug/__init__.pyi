@@ -198,14 +198,14 @@ from vmplug.vms.import_kata import KataImport as KataImport
 from vmplug.vms.import_kata import import_kata as import_kata
 from vmplug.vms.io_errors import ResumedVm as ResumedVm
 from vmplug.vms.io_errors import resume_vm as resume_vm
-from vmplug.vms.known import EndedLogs as EndedLogs
-from vmplug.vms.known import list_ended_logs as list_ended_logs
 from vmplug.vms.listing import Listing as Listing
 from vmplug.vms.listing import list_attachments as list_attachments
 from vmplug.vms.reconcile import HostRepairs as HostRepairs
 from vmplug.vms.reconcile import RepairFailure as RepairFailure
 from vmplug.vms.reconcile import VmRepair as VmRepair
 from vmplug.vms.reconcile import reconcile_host as reconcile_host
+from vmplug.vms.release import EndedLogs as EndedLogs
+from vmplug.vms.release import list_ended_logs as list_ended_logs
 from vmplug.vms.start import StartedVm as StartedVm
 from vmplug.vms.start import start_vm as start_vm
 from vmplug.vms.status import VmStatus as VmStatus

@@ -10,7 +10,7 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.names import check_vm_name
 from vmplug.journal.records import record_vm
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-from vmplug.vms.known import forget_ended
+from vmplug.vms.release import forget_ended
 
 
 class AdoptedVm(msgspec.Struct, frozen=True, kw_only=True):

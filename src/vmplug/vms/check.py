@@ -8,12 +8,12 @@ from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code, Finding
 from vmplug.host.pci.group import VfioGroup
 from vmplug.journal import has_journal
+from vmplug.journal.journal import Journal
 from vmplug.manager.binding.vf_tokens import Tokens, check_tokens
 from vmplug.manager.examine import CheckContext, CheckedRequest, examine
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
 from vmplug.policy.gate import PolicyCheck
-from vmplug.vms.connect import connect_vm
 
 
 def check_requests(
@@ -32,6 +32,8 @@ def check_requests(
     is made. Raises StateError for an unknown VM, ConnectError.
     """
     if vm:
+        from vmplug.vms.connect import connect_vm  # noqa: PLC0415  17 ms that most checks save
+
         with connect_vm(vm, setup=setup) as devices:
             return devices.check_places(requests, owner=owner, allow=allow, managed=managed)
     gate = PolicyCheck(policy=setup.policy, owner=owner) if setup.policy else None
@@ -52,8 +54,6 @@ def _known(setup: Setup, gate: PolicyCheck | None) -> Iterator[CheckContext]:
     if not has_journal(setup.state_dir):
         yield CheckContext(gate=gate, find_more=partial(_check_tokens, setup, None))
         return
-    from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 and its users cost 8 ms
-
     with Journal.open(setup.state_dir) as journal:
 
         def find_claims(device: HostDevice) -> Sequence[Claim]:

@@ -1,28 +1,19 @@
-"""Connect to a VM that the journal knows.
+"""Connect to a VM that the journal knows."""
 
-All is imported when it is used: asyncio, sqlite3 and what needs them cost 50 ms, which help texts
-and bad requests need not pay.
-"""
-
-from typing import TYPE_CHECKING
-
+from vmplug.drivers.ports import Hypervisor
 from vmplug.errors import ConnectError
+from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.journal.journal import Journal
+from vmplug.manager.manager import DeviceManager
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-
-if TYPE_CHECKING:
-    from vmplug.drivers.ports import Hypervisor
-    from vmplug.manager.manager import DeviceManager
+from vmplug.vms.known import is_gone, require_started
 
 
-def connect_vm(name: str, *, setup: Setup = DEFAULT_SETUP) -> "DeviceManager":
+def connect_vm(name: str, *, setup: Setup = DEFAULT_SETUP) -> DeviceManager:
     """Return the manager of a VM that was started or adopted; close it when done.
 
     Raises StateError when the VM is not known, ConnectError when it does not answer.
     """
-    from vmplug.hypervisor.qemu.running import Qemu  # noqa: PLC0415
-    from vmplug.journal.journal import Journal  # noqa: PLC0415
-    from vmplug.vms.known import is_gone, require_started  # noqa: PLC0415
-
     with Journal.open_existing(setup.state_dir) as journal:
         record, this_host = journal.require_vm(name), journal.host
     require_started(record, this_host)
@@ -37,10 +28,8 @@ def connect_vm(name: str, *, setup: Setup = DEFAULT_SETUP) -> "DeviceManager":
     return open_manager(name, hypervisor, setup)
 
 
-def open_manager(name: str, hypervisor: "Hypervisor", setup: Setup) -> "DeviceManager":
+def open_manager(name: str, hypervisor: Hypervisor, setup: Setup) -> DeviceManager:
     """Return the manager of a VM; it closes the hypervisor with itself. Raises StoreError."""
-    from vmplug.manager.manager import DeviceManager  # noqa: PLC0415
-
     return DeviceManager.open(
         vm=name,
         host=setup.host,

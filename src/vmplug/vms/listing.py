@@ -1,17 +1,28 @@
 """What is plugged where, is it still on the host, and has an error on it stopped its VM?"""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import msgspec
+from msgspec.structs import replace
 
+from vmplug.address import device_id_of
 from vmplug.drivers.ports import FailedDisk
+from vmplug.errors import HypervisorError
 from vmplug.host.program import Looks
+from vmplug.host.root import HostRoot
+from vmplug.hypervisor.listening import is_listening
+from vmplug.hypervisor.qemu import failed_disks
+from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.journal.journal import Journal
-from vmplug.journal.records import Attachment
+from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, foreign_names
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, find_silent
-from vmplug.vms.io_errors import find_failed_disks
-from vmplug.vms.known import find_ended
+from vmplug.vms.known import find_ended, is_gone
+
+ANSWER_TIMEOUT_S = 2.0
+_ASKED_AT_ONCE = 16
 
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,3 +75,50 @@ def read_attachments(journal: Journal, vm: str | None) -> list[Attachment]:
     if vm and not held:
         journal.require_vm(vm)
     return held
+
+
+def of_requests(
+    disks: Iterable[FailedDisk], devices: Iterable[DeviceRecord]
+) -> tuple[FailedDisk, ...]:
+    """Those disks, with the paths of the requests for `devices` in place of QEMU's."""
+    paths = {device.id: device.host_path for device in devices}
+    return tuple(replace(disk, file=paths.get(disk.device_id or "", disk.file)) for disk in disks)
+
+
+def find_failed_disks(
+    vms: Sequence[VmRecord], devices: Sequence[DeviceRecord], host: HostRoot
+) -> dict[str, tuple[FailedDisk, ...]]:
+    """By VM, the disks that have stopped it, none for one that runs.
+
+    All are asked at once, and a VM that does not answer in time is left out.
+    """
+    asked = [vm for vm in vms if not vm.starting_by and not is_gone(vm, host)]
+    held = {vm.name: [device for device in devices if device.vm == vm.name] for vm in asked}
+    if not asked:
+        return {}
+    with ThreadPoolExecutor(max_workers=min(len(asked), _ASKED_AT_ONCE)) as pool:
+        answers = pool.map(lambda vm: _ask(vm, held[vm.name]), asked)
+        answered: Mapping[str, tuple[FailedDisk, ...] | None] = dict(
+            zip((vm.name for vm in asked), answers, strict=True)
+        )
+    return {name: disks for name, disks in answered.items() if disks is not None}
+
+
+def _ask(record: VmRecord, devices: Sequence[DeviceRecord]) -> tuple[FailedDisk, ...] | None:
+    if not is_listening(record.qmp_socket):
+        return None
+    foreign = foreign_names(devices)
+    try:
+        with closing(
+            QmpMonitor.connect(
+                record.qmp_socket,
+                timeout_s=ANSWER_TIMEOUT_S,
+                command_timeout_s=ANSWER_TIMEOUT_S,
+            )
+        ) as monitor:
+            disks = failed_disks.find_failed_disks(
+                monitor, lambda name: foreign.get(name) or device_id_of(name)
+            )
+    except HypervisorError:  # busy, hung or ending: `vm list` says which
+        return None
+    return of_requests(disks, devices)

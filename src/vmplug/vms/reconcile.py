@@ -13,14 +13,8 @@ from vmplug.manager.binding.binder import Binder, Returned
 from vmplug.manager.reconcile import Repair, RepairOutcome
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.connect import connect_vm
-from vmplug.vms.known import (
-    EndedLogs,
-    is_gone,
-    is_starting,
-    keep_ended_logs,
-    list_ended_logs,
-)
-from vmplug.vms.release import end_vm, release_vm
+from vmplug.vms.known import is_gone, is_starting
+from vmplug.vms.release import EndedLogs, end_vm, keep_ended_logs, list_ended_logs, release_vm
 
 _LOCK_TIMEOUT_S = 10.0
 """A function that is slow to let go is reported as in progress."""

@@ -1,12 +1,31 @@
-"""End a VM that vmplug started, and release what it held."""
+"""End a VM that vmplug started, release what it held, keep its last logs, and forget it."""
+
+import os
+import shutil
+from pathlib import Path
 
 from vmplug.errors import HypervisorError
 from vmplug.host.kind import DeviceType
 from vmplug.host.process import end_process
+from vmplug.hypervisor.keeper import end_keepers
+from vmplug.hypervisor.qemu.start.ended_logs import EndedLogs, keep_logs
+from vmplug.hypervisor.qemu.start.ended_logs import list_ended_logs as list_logs
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, VmRecord
-from vmplug.vms.known import forget_vm
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.vms.known import is_gone
+
+__all__ = (
+    "EndedLogs",
+    "abandon_start",
+    "end_vm",
+    "forget_ended",
+    "forget_vm",
+    "keep_ended_logs",
+    "list_ended_logs",
+    "release_vm",
+)
 
 _GRACE_S = 2.0
 """For QEMU to close its files after SIGTERM."""
@@ -35,3 +54,43 @@ def release_vm(journal: Journal, record: VmRecord) -> list[DeviceRecord]:
         HostVirtiofsdRunner(record.qmp_socket).end(shares)
     forget_vm(journal, record)
     return held
+
+
+def list_ended_logs(*, setup: Setup = DEFAULT_SETUP) -> list[EndedLogs]:
+    """Return the logs of VMs that ended by themselves, the latest last.
+
+    vmplug keeps two of a name at most, and eight altogether.
+    """
+    return list_logs(Path(setup.state_dir).resolve())
+
+
+def keep_ended_logs(record: VmRecord) -> None:
+    """Keep the logs of a VM that vmplug started, and that has ended by itself."""
+    if record.is_ours and not record.starting_by:
+        end_keepers(record.qmp_socket)
+        keep_logs(Path(record.qmp_socket).parent, record.name)
+
+
+def forget_vm(journal: Journal, record: VmRecord) -> None:
+    """Forget a VM that has ended, or that vmplug no longer serves, and remove vmplug's files.
+
+    The files first: without its row in the journal nothing leads to them after a crash.
+    """
+    if record.is_ours:
+        end_keepers(record.qmp_socket)
+        shutil.rmtree(os.path.dirname(record.qmp_socket), ignore_errors=True)
+    journal.forget_vm(record.name)
+
+
+def forget_ended(journal: Journal, name: str) -> None:
+    """Forget the VM of that name if it has ended and nothing is left attached to it.
+
+    VMs of an earlier boot are forgotten too: the boot released whatever they held.
+    """
+    for record in journal.vms():
+        has_left = (
+            record.name == name and is_gone(record, journal.host) and not journal.devices(name)
+        )
+        if record.is_of_earlier_boot or has_left:
+            keep_ended_logs(record)
+            forget_vm(journal, record)

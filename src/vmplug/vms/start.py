@@ -36,8 +36,7 @@ from vmplug.manager.binding.binder import give_back_unused
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
 from vmplug.vms.connect import open_manager
-from vmplug.vms.known import forget_ended
-from vmplug.vms.release import abandon_start
+from vmplug.vms.release import abandon_start, forget_ended
 
 __all__ = ("ACCELS", "MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "start_vm")
 

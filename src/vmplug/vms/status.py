@@ -10,10 +10,10 @@ from vmplug.errors import HypervisorError
 from vmplug.hypervisor.listening import is_listening
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
-from vmplug.journal.records import VmRecord
+from vmplug.journal.records import VmRecord, foreign_names
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-from vmplug.vms.io_errors import read_failed_disks
 from vmplug.vms.known import is_gone, is_starting
+from vmplug.vms.listing import of_requests
 
 LIST_TIMEOUT_S = 2.0
 
@@ -67,7 +67,9 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
         ):
             state, offer = qemu.status(), qemu.offer()
             foreign = len(journal.find_foreign(qemu.find_drivers()))
-            failed = read_failed_disks(qemu, journal.devices(record.name))
+            devices = journal.devices(record.name)
+            qemu.claim_foreign_names(foreign_names(devices))
+            failed = of_requests(qemu.find_failed_disks(), devices)
     return VmStatus(
         name=record.name,
         state=state,

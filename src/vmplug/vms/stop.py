@@ -12,8 +12,8 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, VmRecord
 from vmplug.manager.binding.binder import give_back_unused
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-from vmplug.vms.known import is_gone, is_starting, keep_ended_logs, require_started
-from vmplug.vms.release import end_vm, release_vm
+from vmplug.vms.known import is_gone, is_starting, require_started
+from vmplug.vms.release import end_vm, keep_ended_logs, release_vm
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from vmplug.host.events import HostEvents
 from vmplug.journal.journal import Journal
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.manager.watching.watch import Watch
-from vmplug.vms.io_errors import find_failed_disks
+from vmplug.vms.listing import find_failed_disks
 
 
 def watch(

@@ -1,7 +1,7 @@
 """VMs: for people and as JSON."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,16 +9,18 @@ from vmplug.cli.render.attachments import attachment_json, print_attachments
 from vmplug.cli.render.table import Column, name_column, path_column, print_table, state_column
 from vmplug.cli.render.terminal import Style, say, wrapped
 from vmplug.cli.render.text import one_line
-from vmplug.drivers.ports import FailedDisk
-from vmplug.vms.adopt import AdoptedVm
-from vmplug.vms.io_errors import ResumedVm
-from vmplug.vms.known import EndedLogs
-from vmplug.vms.start import StartedVm
-from vmplug.vms.status import VmStatus
-from vmplug.vms.stop import StoppedVm
+
+if TYPE_CHECKING:  # each is of one verb
+    from vmplug.drivers.ports import FailedDisk
+    from vmplug.vms.adopt import AdoptedVm
+    from vmplug.vms.io_errors import ResumedVm
+    from vmplug.vms.release import EndedLogs
+    from vmplug.vms.start import StartedVm
+    from vmplug.vms.status import VmStatus
+    from vmplug.vms.stop import StoppedVm
 
 
-def started_json(vm: StartedVm) -> dict[str, Any]:
+def started_json(vm: "StartedVm") -> dict[str, Any]:
     """A VM that was started, and what it has from the start."""
     facts = {
         "name": vm.name,
@@ -31,7 +33,7 @@ def started_json(vm: StartedVm) -> dict[str, Any]:
     return {"vm": facts, "attachments": [attachment_json(hold) for hold in vm.attachments]}
 
 
-def print_started(vm: StartedVm) -> None:
+def print_started(vm: "StartedVm") -> None:
     """Its process, its files and what it has from the start."""
     accel = f"with {vm.accel.upper()} as process {vm.pid}"
     click.echo(f"VM {vm.name} runs {accel}; its files are in {vm.directory}")
@@ -40,7 +42,7 @@ def print_started(vm: StartedVm) -> None:
     print_attachments(vm.attachments, with_vm=False)
 
 
-def adopted_json(vm: AdoptedVm) -> dict[str, Any]:
+def adopted_json(vm: "AdoptedVm") -> dict[str, Any]:
     """A VM that was adopted."""
     return {
         "vm": {
@@ -54,7 +56,7 @@ def adopted_json(vm: AdoptedVm) -> dict[str, Any]:
     }
 
 
-def print_adopted(vm: AdoptedVm) -> None:
+def print_adopted(vm: "AdoptedVm") -> None:
     """What it offers, whose devices it has, and a warning about a socket that is open to all."""
     click.echo(
         f"VM {vm.name} is adopted: {vm.machine} with {vm.free_pci_places} free PCI places and "
@@ -68,18 +70,18 @@ def print_adopted(vm: AdoptedVm) -> None:
         say(f"hint: chmod 600 {socket}", err=True)
 
 
-def stopped_json(vm: StoppedVm) -> dict[str, Any]:
+def stopped_json(vm: "StoppedVm") -> dict[str, Any]:
     """A VM that was stopped, and what it held."""
     return {"vm": {"name": vm.name}, "released": [hold.id for hold in vm.released]}
 
 
-def print_stopped(vm: StoppedVm) -> None:
+def print_stopped(vm: "StoppedVm") -> None:
     """Whether it was stopped or forgotten."""
     released = f", {len(vm.released)} attachments released" if vm.released else ""
     click.echo(f"VM {vm.name} is {'forgotten' if vm.was_adopted else 'stopped'}{released}")
 
 
-def status_json(vm: VmStatus) -> dict[str, Any]:
+def status_json(vm: "VmStatus") -> dict[str, Any]:
     """A known VM."""
     return {
         "name": vm.name,
@@ -110,24 +112,24 @@ _COLUMNS = {
 }
 
 
-def logs_json(logs: EndedLogs) -> dict[str, Any]:
+def logs_json(logs: "EndedLogs") -> dict[str, Any]:
     """The logs of a VM that has ended by itself."""
     found_at = logs.found_at.isoformat(timespec="seconds")
     return {"vm": logs.name, "found_at": found_at, "directory": logs.directory}
 
 
-def print_logs(kept: Sequence[EndedLogs]) -> None:
+def print_logs(kept: "Sequence[EndedLogs]") -> None:
     """Where these logs are."""
     for logs in kept:
         click.echo(f"VM {logs.name} has ended; its last logs are in {one_line(logs.directory)}")
 
 
-def failed_disk_json(disk: FailedDisk) -> dict[str, Any]:
+def failed_disk_json(disk: "FailedDisk") -> dict[str, Any]:
     """A disk that has stopped its VM."""
     return {"file": disk.file, "error": str(disk.error)}
 
 
-def print_stopped_vms(stopped: Mapping[str, Sequence[FailedDisk]]) -> None:
+def print_stopped_vms(stopped: "Mapping[str, Sequence[FailedDisk]]") -> None:
     """Which disks have stopped these VMs, and what to do."""
     for name, disks in stopped.items():
         told = "; ".join(one_line(str(disk)) for disk in disks)
@@ -136,19 +138,19 @@ def print_stopped_vms(stopped: Mapping[str, Sequence[FailedDisk]]) -> None:
         click.echo(f"make room or mend the disk, then vmplug vm resume {name}")
 
 
-def resumed_json(vm: ResumedVm) -> dict[str, Any]:
+def resumed_json(vm: "ResumedVm") -> dict[str, Any]:
     """A VM that runs again."""
     disks = [failed_disk_json(disk) for disk in vm.failed_disks]
     return {"vm": {"name": vm.name}, "failed_disks": disks}
 
 
-def print_resumed(vm: ResumedVm) -> None:
+def print_resumed(vm: "ResumedVm") -> None:
     """Which disks had stopped it."""
     files = ", ".join(one_line(disk.file) for disk in vm.failed_disks)
     click.echo(f"VM {vm.name} runs again" + (f", with {files}" if files else ""))
 
 
-def print_statuses(vms: Sequence[VmStatus], ended: Sequence[EndedLogs]) -> None:
+def print_statuses(vms: "Sequence[VmStatus]", ended: "Sequence[EndedLogs]") -> None:
     """A table of known VMs, and the logs of those that have ended."""
     rows = [tuple(_word(status_json(vm)[key]) for key in _COLUMNS) for vm in vms]
     print_table(tuple(_COLUMNS.values()), rows)

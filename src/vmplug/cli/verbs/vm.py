@@ -40,7 +40,7 @@ from vmplug.manager.setup import Setup
 from vmplug.policy.find import find_policy
 from vmplug.vms.adopt import adopt_vm
 from vmplug.vms.io_errors import resume_vm
-from vmplug.vms.known import list_ended_logs
+from vmplug.vms.release import list_ended_logs
 from vmplug.vms.start import ACCELS, MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec, start_vm
 from vmplug.vms.status import list_vms
 from vmplug.vms.stop import stop_vm
