@@ -84,7 +84,9 @@ def adopt(state: KataState, vm: str, journal: Journal, hypervisor: Vm) -> list[A
             known[record.identity] = record.id
             records.append(record)
             holds += _holds(device, record, state)
-            reason = _shared_with(record, journal) or "it is in QEMU"
+            reason = _shared_with(record, journal) or (
+                "it is in QEMU" if record.place else "counted; no VM gets a character device"
+            )
             told.append(
                 Adopted(
                     device=device,
