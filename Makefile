@@ -37,7 +37,7 @@ help:
 	@echo "make test-lab   the tests that run in it"
 	@echo "make soak       attach and detach 10000 times (CYCLES=N), and print what has grown"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      the speed table of docs/performance.md"
+	@echo "make bench      measure the speed that docs/performance.md explains"
 	@echo "make clean      remove everything that these have built"
 
 demo: can-demo packages $(BIN)/vmplug $(GUEST) \

@@ -26,6 +26,7 @@ HELP: Mapping[str, str] = {
     "vmplug resolve": "help_about_the_host",
     "vmplug check": "help_about_the_host",
     "vmplug completion": "help_about_the_host",
+    "vmplug help": "help_about_the_host",
     "vmplug plan": "help_about_devices",
     "vmplug list": "help_about_devices",
     "vmplug watch": "help_about_devices",
@@ -87,8 +88,13 @@ def blocks() -> list[Block]:
     pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
     return [
         *(block for page in pages for block in page_blocks(page)),
-        *sorted(help_blocks("vmplug", main), key=lambda block: [*HELP].index(block.words)),
+        *sorted(help_blocks("vmplug", main), key=_turn),
     ]
+
+
+def _turn(block: Block) -> int:
+    """When the help of this verb has its turn."""
+    return [*HELP].index(block.words) if block.words in HELP else len(HELP)
 
 
 def page_blocks(path: Path) -> Iterator[Block]:

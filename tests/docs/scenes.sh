@@ -19,6 +19,7 @@ loop_device() {
     node=$(losetup --find --show "$file")
     echo "$node" >>"$LOOPS"
     number=$(cat "/sys/block/${node#/dev/}/dev")
+    instead /dev/sdb "$node"
     for old; do
         instead "$old" "$number"
     done

@@ -52,7 +52,7 @@ def test_no_page_has_commands_that_are_not_in_a_block() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a root of its own")
 @pytest.mark.parametrize("run", runs(), ids=lambda run: run[0].name)
 def test_it_does_what_is_said(run: list[Block]) -> None:
-    words = [HERE / "fresh-root", PROJECT, sys.base_prefix, sys.executable]
+    words = [str(HERE / "fresh-root"), str(PROJECT), sys.base_prefix, sys.executable]
     done = subprocess.run(
         [*words, "-m", "tests.docs.run_block", str(run[0].scene)],
         input=json.dumps([asdict(block) for block in run]),

@@ -52,9 +52,11 @@ def command(
 ) -> None:
     """May it be handed over?
 
-    Prints every problem with its remedy, and changes nothing. `vmplug attach` refuses exactly what
-    this refuses. The exit status is 3 for what the operator's policy does not allow, 4 for every
-    other problem. Without --vm, rules of the policy for single VMs are taken to match.
+    Prints every problem with its remedy, and changes nothing. With --vm and --owner it refuses
+    what `vmplug attach` would refuse before it plugs. Without --vm it does not know which devices
+    that VM has already, nor whether it has a place, and takes rules of the policy for single VMs
+    to match. The exit status is 3 for what the operator's policy does not allow, 4 for every other
+    problem.
 
     \b
     vmplug check bundle/
