@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterator
 
 from vmplug.host.block.device import BlockDevice
-from vmplug.host.device import HostDevice, OpenConnection
+from vmplug.host.device import CharDevice, HostDevice, OpenConnection
+from vmplug.host.file_id import pinned
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 
@@ -22,20 +23,35 @@ def find_paths(device: HostDevice, root: HostRoot) -> tuple[str, ...]:
     """The paths of the device; empty for a connection or a group.
 
     A group's functions have their own; a loop device also has the path of its file. Raises
-    AttributeReadError.
+    AttributeReadError, and NoSuchDevice where another file than the one that was found has the
+    path by now.
     """
     match device:
         case OpenConnection() | VfioGroup():
             return ()
         case BlockDevice():
             return (root.real_path(device.host_path), *_block_names(device, root))
-        case _:
+        case CharDevice():
             return (root.real_path(device.host_path),)
+        case _:
+            return (_path_of(device.host_path, device.file_id, root),)
+
+
+def _path_of(path: str, found: str | None, root: HostRoot) -> str:
+    """The path of the file of that id: on the running host, as the kernel names that file.
+
+    Resolved for itself, it may be another one: a tenant can make a link of a file for a moment.
+    """
+    if found is None or not root.is_live:
+        return root.real_path(path)
+    with pinned(path, found) as pin:
+        return root.read_link(f"/proc/self/fd/{pin}") or path
 
 
 def _block_names(device: BlockDevice, root: HostRoot) -> Iterator[str]:
     if device.backing and not device.backing.deleted:
-        yield root.real_path(device.backing.backing_file)
+        named = device.backing.backing_file
+        yield named if root.is_live else root.real_path(named)  # the kernel's text has no links
     if device.sysfs_path and (mapped := root.read_attribute(f"{device.sysfs_path}/dm/name")):
         yield f"/dev/mapper/{os.fsdecode(mapped).removesuffix(chr(10))}"
     for line in (root.read_text(f"/run/udev/data/b{device.devnum}") or "").split("\n"):

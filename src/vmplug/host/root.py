@@ -202,10 +202,23 @@ class HostRoot:
         except ValueError:
             raise AttributeReadError(path, why=f"{(data or b'')[:40]!r} is not {what}") from None
 
-    def read_at(self, path: str, offset: int, length: int) -> bytes:
-        """Up to `length` bytes of a regular file from `offset`; empty when absent."""
+    def _open_data(self, path: str, flags: int = 0) -> int:
+        """A descriptor on a file or block device, for reading; OSError for anything else.
+
+        It may be a link by now, to a watchdog that starts when it is opened, or a tape.
+        """
+        pin = os.open(self._base + path, os.O_PATH | os.O_CLOEXEC)
         try:
-            fd = os.open(self._base + path, _READ)
+            if stat.S_IFMT(os.fstat(pin).st_mode) not in {stat.S_IFREG, stat.S_IFBLK}:
+                raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), path)
+            return os.open(f"/proc/self/fd/{pin}", _READ | flags)
+        finally:
+            os.close(pin)
+
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        """Up to `length` bytes of a file or block device from `offset`; empty when absent."""
+        try:
+            fd = self._open_data(path)
         except (OSError, ValueError) as error:
             self._absent(path, error)
             return b""
@@ -223,7 +236,7 @@ class HostRoot:
         a plain read of a device whose storage is gone cannot be ended, not even by a signal.
         """
         try:
-            fd = os.open(self._base + path, _READ | os.O_NONBLOCK)
+            fd = os.open(self._base + path, _READ)
         except OSError as error:
             raise AttributeReadError(path, error.errno) from error
         deadline, head = time.monotonic() + patience_s, bytearray(length)
@@ -323,12 +336,9 @@ class HostRoot:
             return None
 
     def open_errno(self, path: str, flags: int) -> int | None:
-        """The errno with which the kernel refuses to open `path` for reading; None if it allows.
-
-        `flags` such as O_EXCL or O_DIRECT are what is probed. Nothing is read.
-        """
+        """The errno with which the kernel refuses to open `path` so; None if it allows that."""
         try:
-            os.close(os.open(self._base + path, _READ | flags))
+            os.close(self._open_data(path, flags))
         except OSError as error:
             return error.errno
         return None
@@ -336,7 +346,7 @@ class HostRoot:
     def direct_io_unit(self, path: str) -> int:
         """The smallest piece of a file to read without the page cache; as in QEMU, else a page."""
         try:
-            fd = os.open(self._base + path, _READ | os.O_DIRECT)
+            fd = self._open_data(path, os.O_DIRECT)
         except OSError:
             return PAGE_SIZE
         with open(fd, "rb", 0), mmap.mmap(-1, PAGE_SIZE) as page, memoryview(page) as buffer:
@@ -360,7 +370,7 @@ class HostRoot:
     def ask_node(self, path: str, request: int, length: int) -> bytes | None:
         """What an ioctl writes into a buffer of that length; None where the device does not."""
         try:
-            with open(os.open(self._base + path, _READ), "rb", 0) as node:
+            with open(self._open_data(path), "rb", 0) as node:
                 return fcntl.ioctl(node, request, bytes(length))
         except OSError:
             return None
@@ -380,7 +390,7 @@ class HostRoot:
     def ask_open(self, path: str, ask: Callable[[int], bool]) -> bool:
         """The answer about the file, open for reading; False when absent."""
         try:
-            fd = os.open(self._base + path, _READ)
+            fd = self._open_data(path)
         except (OSError, ValueError) as error:
             self._absent(path, error)
             return False
@@ -484,11 +494,7 @@ def describe(status: os.stat_result | None) -> str:
 
 
 _FILE_KINDS = {
-    stat.S_IFBLK: "block device",
-    stat.S_IFCHR: "char device",
-    stat.S_IFIFO: "FIFO",
-    stat.S_IFSOCK: "socket",
+    **{stat.S_IFBLK: "block device", stat.S_IFCHR: "char device", stat.S_IFREG: "regular file"},
+    **{stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFLNK: "symlink"},
     stat.S_IFDIR: "directory",
-    stat.S_IFREG: "regular file",
-    stat.S_IFLNK: "symlink",
 }

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from vmplug.devnum import DevNum
 from vmplug.drivers.place import PlugMode
 from vmplug.drivers.ports import PlugDriver
-from vmplug.errors import AttributeReadError
+from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.device import CharDevice, EntropySource, HostDevice
 from vmplug.host.finding import Code, Finding, Severity
@@ -41,7 +41,7 @@ class PolicyCheck(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             parts = list(_parts(device, root))
-        except AttributeReadError as error:
+        except (AttributeReadError, NoSuchDevice) as error:
             why = f"{self.policy.name} cannot decide about it: {error.message}"
             return Verdict(refusals=(Finding(Code.NOT_ALLOWED, why, "check that file"),))
         is_disk = device.kind is DeviceType.BLOCK and driver is not None

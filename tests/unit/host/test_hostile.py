@@ -1,8 +1,11 @@
 """A tree that somebody else wrote: nobody is waited for, nothing without end is read."""
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from termios import FIONREAD
 from types import FrameType
 
 import pytest
@@ -19,6 +22,7 @@ from vmplug.host.host_path import get_host_path
 from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.process import read_start_time
 from vmplug.host.resolve import resolve
+from vmplug.host.root import HostRoot
 from vmplug.host.use.openers import DeviceNode, Opener, read_open_files, wanted_node
 from vmplug.host.vhost_user.sockets import Listener, UnixSockets
 from vmplug.oci.info import DeviceInfo, DevType, Mount
@@ -92,6 +96,19 @@ def test_a_table_without_end_is_not_read_to_its_end(tree: HostTree, target: str)
         file.truncate(1 << 40)
     with pytest.raises(AttributeReadError, match="longer than 67108864 bytes"):
         assert read_usage(tree.root).swaps
+
+
+@pytest.mark.parametrize("leads_to", ["/dev/zero", "/dev/ptmx"])
+def test_a_disk_that_is_a_link_to_a_character_device_by_now_is_not_opened(
+    tmp_path: Path, leads_to: str
+) -> None:
+    """To open a watchdog starts it, and a tape rewinds."""
+    path, root = str(tmp_path / "a.img"), HostRoot()
+    os.symlink(leads_to, path)
+    assert {root.open_errno(path, flags) for flags in (0, os.O_EXCL)} == {errno.ENXIO}
+    assert root.read_at(path, 0, 4) == b""
+    assert not root.ask_open(path, lambda _: True)
+    assert root.ask_node(path, FIONREAD, 4) is None
 
 
 def test_a_backing_file_with_a_nul_in_its_name_is_nowhere(tree: HostTree) -> None:

@@ -153,6 +153,41 @@ def test_a_rule_matches_the_target_of_the_path_in_a_request(tree: HostTree, gate
     assert is_allowed(asked, tree.root, gate('paths = ["/hidden/*"]'))
 
 
+class Attacked(HostRoot):
+    """This host, with a tenant who shows an innocent name whenever that is asked for."""
+
+    def __init__(self, path: Path, innocent: Path, secret: Path) -> None:
+        super().__init__()
+        self._path, self._innocent, self._secret = path, innocent, secret
+        self._turn(secret)
+
+    def _turn(self, target: Path) -> None:
+        draft = self._path.with_name("draft")
+        draft.symlink_to(target) if target == self._secret else os.link(target, draft)
+        draft.rename(self._path)
+
+    def real_path(self, path: str) -> str:
+        """See HostRoot."""
+        self._turn(self._innocent)
+        try:
+            return super().real_path(path)
+        finally:
+            self._turn(self._secret)
+
+
+def test_a_name_is_that_of_the_file_which_was_found(tmp_path: Path, gate: Gates) -> None:
+    """A tenant may turn a path of his own into a link and back, at any moment."""
+    mine, innocent, secret = (tmp_path / name for name in ("mine/a.img", "good", "secret"))
+    mine.parent.mkdir()
+    innocent.write_bytes(b"x" * 512)
+    secret.write_bytes(b"y" * 512)
+    root, check = Attacked(mine, innocent, secret), gate(f'paths = ["{mine.parent}/*"]')
+    assert not is_allowed(image(str(mine)), root, check)
+    mine.unlink()
+    mine.write_bytes(b"x" * 512)
+    assert is_allowed(image(str(mine)), HostRoot(), check)
+
+
 def test_a_directory_above_what_is_allowed_is_not(tree: HostTree, gate: Gates) -> None:
     tree.file("/srv/t1/work/a").file("/srv/t2/a")
     rules = gate('paths = ["/srv/t1/**"]')
