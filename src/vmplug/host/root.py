@@ -11,6 +11,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from vmplug.devnum import DevNum
@@ -107,8 +108,7 @@ class HostRoot:
     ) -> Iterator[AttributeBatch]:
         """The same few files of many devices, the directories `names` of `directory`.
 
-        An answer is the result of `read_attribute`, `read_link` or `size`, or the error that they
-        raise.
+        An answer is that of `read_attribute`, `read_link` or `size`, or the error that it raises.
         """
         try:
             above = os.open(self._base + directory, _ENTER)
@@ -361,19 +361,15 @@ class HostRoot:
 
     def lacks_disc(self, path: str) -> bool:
         """Whether it is a CD drive without a disc, or with an open tray. Source: linux/cdrom.h."""
-        try:
-            with open(os.open(self._base + path, _READ), "rb", 0) as drive:
-                return fcntl.ioctl(drive, 0x5326, 0x7FFFFFFF) in {1, 2}  # CDROM_DRIVE_STATUS
-        except OSError:
-            return False
+        with suppress(OSError), open(os.open(self._base + path, _READ), "rb", 0) as drive:
+            return fcntl.ioctl(drive, 0x5326, 0x7FFFFFFF) in {1, 2}  # CDROM_DRIVE_STATUS
+        return False
 
     def ask_node(self, path: str, request: int, length: int) -> bytes | None:
         """What an ioctl writes into a buffer of that length; None where the device does not."""
-        try:
-            with open(self._open_data(path), "rb", 0) as node:
-                return fcntl.ioctl(node, request, bytes(length))
-        except OSError:
-            return None
+        with suppress(OSError), open(self._open_data(path), "rb", 0) as node:
+            return fcntl.ioctl(node, request, bytes(length))
+        return None
 
     def is_writable(self, path: str) -> bool:
         """Whether this process could write to `path`; nothing is opened."""
@@ -494,7 +490,11 @@ def describe(status: os.stat_result | None) -> str:
 
 
 _FILE_KINDS = {
-    **{stat.S_IFBLK: "block device", stat.S_IFCHR: "char device", stat.S_IFREG: "regular file"},
-    **{stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFLNK: "symlink"},
+    stat.S_IFBLK: "block device",
+    stat.S_IFCHR: "char device",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
     stat.S_IFDIR: "directory",
+    stat.S_IFREG: "regular file",
+    stat.S_IFLNK: "symlink",
 }
