@@ -110,6 +110,8 @@ def answer(words: Sequence[str]) -> int:
     Errors become one sentence and a hint.
     """
     stdout = sys.stdout
+    if "_VMPLUG_COMPLETE" in os.environ:
+        import_module("vmplug.cli.complete")
     try:
         status = main.main(args=[*words], prog_name="vmplug", standalone_mode=False)
         if sys.stdout:

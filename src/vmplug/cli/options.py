@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from vmplug.cli.device import names_device, parse_device, request_read_only
-from vmplug.errors import AttributeReadError, SpecError, StoreError
-from vmplug.host.root import THIS_HOST, HostRoot
-from vmplug.journal import DEFAULT_STATE_DIR, STATE_DIR_VARIABLE, has_journal
+from vmplug.errors import SpecError
+from vmplug.host.root import HostRoot
+from vmplug.journal import DEFAULT_STATE_DIR, STATE_DIR_VARIABLE
 from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.policy import DEFAULT_POLICY
@@ -71,34 +71,24 @@ store_option = click.option(
 )
 
 
-def complete_vm(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001  click's
-    """Names of known VMs; none where there is no journal to be read."""
-    state_dir = ctx.params.get("state_dir") or DEFAULT_STATE_DIR
-    from vmplug.journal.journal import Journal  # noqa: PLC0415  msgspec, sqlite3
+def completes(what: str) -> Callable[..., Any]:
+    """What <Tab> offers: a function of `vmplug.cli.complete`."""
 
-    try:
-        if not has_journal(state_dir):
-            return []
-        with Journal.open(state_dir) as journal:
-            return [vm.name for vm in journal.vms() if vm.name.startswith(incomplete)]
-    except StoreError:
-        return []
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:  # noqa: ARG001  click's
+        from vmplug.cli import complete as offers  # noqa: PLC0415  30 ms, only for <Tab>
 
+        return getattr(offers, what)(ctx, incomplete)
 
-def complete_thing(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001  click's
-    """Addresses of functions, and nodes of block devices."""
-    try:
-        functions = THIS_HOST.list_dir(THIS_HOST.pci_devices)
-        disks = [
-            f"/dev/{name.replace('!', '/')}" for name in THIS_HOST.list_dir("/sys/class/block")
-        ]
-    except AttributeReadError:
-        return []
-    return [name for name in (*functions, *disks) if name.startswith(incomplete)]
+    return complete
 
 
 vm_option = click.option(
-    "--vm", "vm", required=True, metavar="NAME", shell_complete=complete_vm, help="The VM's name."
+    "--vm",
+    "vm",
+    required=True,
+    metavar="NAME",
+    shell_complete=completes("vm"),
+    help="The VM's name.",
 )
 
 
@@ -118,6 +108,7 @@ def device_options(command: F) -> F:
             "driver_options",
             multiple=True,
             metavar="KEY=VALUE",
+            shell_complete=completes("option"),
             help="An option of every disk and --device; `vmplug attach --help` lists them.",
         ),
         click.option("--read-only", is_flag=True, help="Ask for every device read-only."),
@@ -127,6 +118,7 @@ def device_options(command: F) -> F:
             "devices",
             multiple=True,
             metavar="DEVICE",
+            shell_complete=completes("device"),
             help="Ask for NODE[:PATH] such as /dev/sdb, b:MAJOR:MINOR[:PATH], "
             "c:MAJOR:MINOR[:PATH], file:IMAGE[:PATH], nvdimm:IMAGE[:PATH], "
             "vfio:BDF (also: a mediated device's UUID, /dev/vfio/N), "
@@ -139,13 +131,17 @@ def device_options(command: F) -> F:
 
 
 owner_option = click.option(
-    "--owner", metavar="ID", help="The owner of the devices; default: the bundle directory's name."
+    "--owner",
+    metavar="ID",
+    shell_complete=completes("owner"),
+    help="The owner of the devices; default: the bundle directory's name.",
 )
 allow_option = click.option(
     "--allow",
     "allow",
     multiple=True,
     metavar="CODE",
+    shell_complete=completes("allow"),
     help="Hand over in spite of this finding of `check`; pass it once for each code.",
 )
 

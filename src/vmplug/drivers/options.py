@@ -20,6 +20,11 @@ class Option(msgspec.Struct, frozen=True):
     parse: Callable[[str], object]
     help: str
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words of which it takes one; none where it takes other text."""
+        return self.parse.words if isinstance(self.parse, _Word | _Switch) else ()
+
 
 def parse_options(
     options: Mapping[str, str], known: Mapping[str, Option], what: str
@@ -39,27 +44,34 @@ def parse_options(
     return values
 
 
-def word(*words: StrEnum) -> Callable[[str], StrEnum]:
-    """One of the words."""
+class _Word(msgspec.Struct, frozen=True):
+    words: tuple[StrEnum, ...]
 
-    def parse(said: str) -> StrEnum:
-        for known in words:
+    def __call__(self, said: str) -> StrEnum:
+        for known in self.words:
             if known == said:
                 return known
-        raise ValueError(f"one of {', '.join(words)}")
+        raise ValueError(f"one of {', '.join(self.words)}")
 
-    return parse
+
+def word(*words: StrEnum) -> Callable[[str], StrEnum]:
+    """One of the words."""
+    return _Word(words)
+
+
+class _Switch(msgspec.Struct, frozen=True):
+    words: tuple[str, str]
+
+    def __call__(self, said: str) -> bool:
+        on, off = self.words
+        if said not in self.words:
+            raise ValueError(f"{on} or {off}")
+        return said == on
 
 
 def switch(on: str, off: str) -> Callable[[str], bool]:
     """True for the one word, False for the other."""
-
-    def parse(said: str) -> bool:
-        if said not in {on, off}:
-            raise ValueError(f"{on} or {off}")
-        return said == on
-
-    return parse
+    return _Switch((on, off))
 
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

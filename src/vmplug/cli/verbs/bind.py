@@ -4,6 +4,7 @@ import click
 
 from vmplug.cli.options import (
     allow_option,
+    completes,
     json_option,
     parse_allow,
     root_option,
@@ -18,7 +19,7 @@ from vmplug.manager.setup import Setup
 
 
 @click.command("bind")
-@click.argument("function")
+@click.argument("function", shell_complete=completes("function"))
 @click.option(
     "--driver",
     metavar="NAME",

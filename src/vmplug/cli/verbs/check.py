@@ -4,7 +4,7 @@ import click
 
 from vmplug.cli.options import (
     allow_option,
-    complete_vm,
+    completes,
     json_option,
     managed_option,
     owner_option,
@@ -34,7 +34,7 @@ from vmplug.vms.check import check_requests
 @click.option(
     "--vm",
     metavar="NAME",
-    shell_complete=complete_vm,
+    shell_complete=completes("vm"),
     help="Also check that this VM has a place for each.",
 )
 @state_dir_option

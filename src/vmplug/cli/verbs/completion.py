@@ -3,6 +3,8 @@
 import click
 from click.shell_completion import get_completion_class
 
+from vmplug.cli import complete  # noqa: F401  it has the class for bash
+
 
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))

@@ -2,7 +2,7 @@
 
 import click
 
-from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
+from vmplug.cli.options import completes, json_option, state_dir_option, timeout_option
 from vmplug.cli.progress import progress
 from vmplug.cli.render.detached import detached_json, print_detached
 from vmplug.cli.render.output import print_json
@@ -11,10 +11,17 @@ from vmplug.vms.attachments import report_detach, report_detach_owner
 
 
 @click.command("detach")
-@click.argument("attachments", nargs=-1, metavar="[ATTACHMENT]...")
-@click.option("--owner", metavar="ID", help="Detach everything that this owner holds.")
+@click.argument(
+    "attachments", nargs=-1, metavar="[ATTACHMENT]...", shell_complete=completes("attachment")
+)
 @click.option(
-    "--vm", metavar="NAME", shell_complete=complete_vm, help="Only in this VM, with --owner."
+    "--owner",
+    metavar="ID",
+    shell_complete=completes("owner"),
+    help="Detach everything that this owner holds.",
+)
+@click.option(
+    "--vm", metavar="NAME", shell_complete=completes("vm"), help="Only in this VM, with --owner."
 )
 @timeout_option
 @state_dir_option

@@ -2,9 +2,11 @@
 
 import click
 
+from vmplug.cli.options import completes
+
 
 @click.command("help")
-@click.argument("verbs", nargs=-1, metavar="[VERB]...")
+@click.argument("verbs", nargs=-1, metavar="[VERB]...", shell_complete=completes("verb"))
 @click.pass_context
 def command(ctx: click.Context, verbs: tuple[str, ...]) -> None:
     """How is a verb used? The same as `vmplug VERB --help`.

@@ -3,7 +3,7 @@
 import click
 
 from vmplug.cli.options import (
-    complete_thing,
+    completes,
     host_option,
     json_option,
     open_root,
@@ -23,7 +23,7 @@ from vmplug.manager.setup import Setup
 
 
 @click.command("host")
-@click.argument("names", nargs=-1, metavar="[THING]...", shell_complete=complete_thing)
+@click.argument("names", nargs=-1, metavar="[THING]...", shell_complete=completes("thing"))
 @click.option(
     "--kind",
     "kinds",

@@ -2,7 +2,7 @@
 
 import click
 
-from vmplug.cli.options import complete_vm, json_option, state_dir_option
+from vmplug.cli.options import completes, json_option, state_dir_option
 from vmplug.cli.render.attachments import attachment_json, host_json, print_attachments
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.terminal import Style, say
@@ -12,7 +12,7 @@ from vmplug.vms.listing import list_attachments
 
 
 @click.command("list")
-@click.option("--vm", metavar="NAME", shell_complete=complete_vm, help="Only of this VM.")
+@click.option("--vm", metavar="NAME", shell_complete=completes("vm"), help="Only of this VM.")
 @state_dir_option
 @json_option
 def command(as_json: bool, state_dir: str, vm: str | None) -> None:

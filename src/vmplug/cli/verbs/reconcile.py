@@ -2,7 +2,7 @@
 
 import click
 
-from vmplug.cli.options import complete_vm, json_option, state_dir_option, timeout_option
+from vmplug.cli.options import completes, json_option, state_dir_option, timeout_option
 from vmplug.cli.progress import progress
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.repairs import print_repairs, repairs_json
@@ -11,7 +11,7 @@ from vmplug.vms.reconcile import reconcile_host
 
 
 @click.command("reconcile")
-@click.option("--vm", metavar="NAME", shell_complete=complete_vm, help="Only this VM.")
+@click.option("--vm", metavar="NAME", shell_complete=completes("vm"), help="Only this VM.")
 @click.option(
     "--set-aside",
     is_flag=True,

@@ -2,7 +2,7 @@
 
 import click
 
-from vmplug.cli.options import json_option, state_dir_option
+from vmplug.cli.options import completes, json_option, state_dir_option
 from vmplug.cli.render.output import print_json, size
 from vmplug.cli.render.text import one_line
 from vmplug.drivers.options import number
@@ -21,7 +21,7 @@ def _parse_size(ctx: click.Context, param: click.Parameter, said: str | None) ->
 
 
 @click.command("resize")
-@click.argument("attachment")
+@click.argument("attachment", shell_complete=completes("attachment"))
 @click.option(
     "--size",
     "size_bytes",

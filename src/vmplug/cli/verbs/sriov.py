@@ -6,6 +6,7 @@ import click
 
 from vmplug.cli.options import (
     allow_option,
+    completes,
     json_option,
     parse_allow,
     parse_function,
@@ -28,7 +29,7 @@ from vmplug.manager.setup import Setup
 
 
 @click.command("sriov")
-@click.argument("function")
+@click.argument("function", shell_complete=completes("function"))
 @click.option(
     "--count",
     type=click.IntRange(min=0),

@@ -2,7 +2,7 @@
 
 import click
 
-from vmplug.cli.options import json_option, root_option, state_dir_option
+from vmplug.cli.options import completes, json_option, root_option, state_dir_option
 from vmplug.cli.progress import progress
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.table import print_table
@@ -12,7 +12,7 @@ from vmplug.manager.setup import Setup
 
 
 @click.command("unbind")
-@click.argument("function")
+@click.argument("function", shell_complete=completes("function"))
 @root_option
 @state_dir_option
 @json_option

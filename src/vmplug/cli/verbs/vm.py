@@ -8,7 +8,7 @@ from vmplug.cli.group import VerbGroup
 from vmplug.cli.options import (
     RequestArguments,
     allow_option,
-    complete_vm,
+    completes,
     device_options,
     json_option,
     managed_option,
@@ -202,7 +202,7 @@ def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
 
 
 @command.command("stop")
-@click.argument("name", shell_complete=complete_vm)
+@click.argument("name", shell_complete=completes("vm"))
 @click.option(
     "--timeout",
     "timeout_s",
@@ -232,7 +232,7 @@ def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
 
 
 @command.command("resume")
-@click.argument("name", shell_complete=complete_vm)
+@click.argument("name", shell_complete=completes("vm"))
 @state_dir_option
 @json_option
 def resume(as_json: bool, state_dir: str, name: str) -> None:

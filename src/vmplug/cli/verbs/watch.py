@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from vmplug.cli.options import complete_vm, state_dir_option
+from vmplug.cli.options import completes, state_dir_option
 from vmplug.cli.render.terminal import paint, say, style_of, wrapped
 from vmplug.cli.render.text import one_line
 from vmplug.errors import counted
@@ -16,7 +16,7 @@ from vmplug.vms.watch import watch
 
 
 @click.command("watch")
-@click.option("--vm", metavar="NAME", shell_complete=complete_vm, help="Only of this VM.")
+@click.option("--vm", metavar="NAME", shell_complete=completes("vm"), help="Only of this VM.")
 @click.option(
     "--timeout",
     "timeout_s",
