@@ -93,7 +93,7 @@ def test_every_verb_that_reads_the_host_takes_a_root() -> None:
     ("device", "kind", "least"),
     [
         ("file:{image}", "a disk", 11),
-        ("share:{directory}:work", "a shared directory", 4),
+        ("share:{directory}:work", "a share", 4),
         ("rng:/dev/null", "random numbers", 2),
         ("net:{socket}", "a vhost-user network", 3),
     ],

@@ -501,7 +501,7 @@ DISK = f"--vhost-user-store {{}}/store --device b:{BLK}"
         (f"{SHARE} -o cache=writeback", "'writeback' is not one of none, never, auto", None),
         (
             f"{SHARE} -o mac={MAC}",
-            "option mac: unknown for a shared directory",
+            "option mac: unknown for a share",
             "known options: file",
         ),
         (f"{VIRTIO_9P} -o cache=auto", "virtio-9p has no cache", "leave them out"),

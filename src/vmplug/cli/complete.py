@@ -163,7 +163,7 @@ _WORDS = {
     "nvdimm:": "persistent memory made of an image",
     "vfio:": "a PCI function with its group",
     "net:": "a vhost-user network by its socket",
-    "share:": "a shared DIRECTORY:TAG",
+    "share:": "a share by DIRECTORY:TAG",
     "rng": "random numbers",
 }
 """Without commas: click's script for fish ends a description there."""

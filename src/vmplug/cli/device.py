@@ -122,7 +122,7 @@ def _parse_path(said: str, host: HostRoot) -> DeviceInfo:
 
 _OTHER_WORDS = {
     stat.S_IFREG: "write file:{path} to make a disk of a file",
-    stat.S_IFDIR: "write share:{path}:TAG to share a directory",
+    stat.S_IFDIR: "write share:{path}:TAG for a share",
     stat.S_IFSOCK: "write net:{path} for a vhost-user network, share:{path}:TAG for a virtiofsd",
 }
 

@@ -62,7 +62,7 @@ OPTIONS: Mapping[str, Option] = {
 
 
 class ShareDriver(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of a shared directory, checked; None leaves the choice to vmplug."""
+    """Options of a share, checked; None leaves the choice to vmplug."""
 
     tag: str
     filesystem: SharedFilesystem = SharedFilesystem.VIRTIO_FS
@@ -78,7 +78,7 @@ class ShareDriver(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def parse(cls, tag: str, device: HostDevice | None, options: Mapping[str, str]) -> Self:
         """The options by their names in `OPTIONS`; SpecError names the one that is wrong."""
-        parsed = cls(tag=tag, **parse_options(options, OPTIONS, "a shared directory"))
+        parsed = cls(tag=tag, **parse_options(options, OPTIONS, "a share"))
         is_9p = parsed.filesystem is SharedFilesystem.VIRTIO_9P
         if is_9p and (parsed.cache or parsed.cache_size_mib or parsed.queue_size):
             raise SpecError(

@@ -19,12 +19,27 @@ class DeviceType(StrEnum):
     VIRTIO_9P = "virtio-9p-pci"
     VIRTIO_RNG = "virtio-rng-pci"
 
+    @property
+    def word(self) -> str:
+        """The kind in messages and in the policy: a share has that of its option `filesystem`."""
+        return _SHARES.get(self, self.value)
+
+    @classmethod
+    def _missing_(cls, value: object) -> "DeviceType | None":
+        return next((kind for kind, word in _SHARES.items() if word == value), None)
+
 
 class SharedFilesystem(StrEnum):
     """How a directory is shared, in the words of Kata's config.go."""
 
     VIRTIO_9P = "virtio-9p"
     VIRTIO_FS = "virtio-fs"
+
+
+_SHARES = {
+    DeviceType.VHOST_USER_FS: str(SharedFilesystem.VIRTIO_FS),
+    DeviceType.VIRTIO_9P: str(SharedFilesystem.VIRTIO_9P),
+}
 
 
 class FoundBy(StrEnum):

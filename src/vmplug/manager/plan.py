@@ -294,7 +294,7 @@ def _misfit(
     if is_other or (tag and guest and guest.mount_tag != tag) or _is_other_pmem(record, request):
         what = f" with the tag {guest.mount_tag}" if guest and guest.mount_tag else ""
         return StateError(
-            f"{record.host_path} is plugged as {record.kind}{what}, and the request is for "
+            f"{record.host_path} is plugged as {record.kind.word}{what}, and the request is for "
             "another device",
             state="other",
             required="the same",

@@ -102,7 +102,7 @@ class ShareInfo(_ByName, frozen=True, kw_only=True):
     @property
     def description(self) -> str:
         """The share in a few words, for messages."""
-        return f"shared directory {self.source}"
+        return f"share of {self.source}"
 
 
 class RngInfo(_ByName, frozen=True, kw_only=True):

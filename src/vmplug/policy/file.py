@@ -23,6 +23,7 @@ from vmplug.policy.rules import Policy, Rule
 _BYTES_MAX = 1 << 20
 _REQUEST_S_MAX = 86400
 
+_KINDS = [kind.word for kind in DeviceType]
 _OVERRULED = sorted(set(Code) - NEVER_ALLOWED)
 Words = Annotated[list[str], msgspec.Meta(min_length=1)]
 T = TypeVar("T")
@@ -133,7 +134,7 @@ def _in_words(error: msgspec.ValidationError, tables: dict[str, object]) -> str:
         what = (
             what.removeprefix("Invalid enum value ")
             + " is not one of "
-            + ", ".join(DeviceType if ".kinds" in where else _OVERRULED)
+            + ", ".join(_KINDS if ".kinds" in where else _OVERRULED)
         )
     return f"is wrong at {where}: {what[:1].lower() + what[1:]}"
 

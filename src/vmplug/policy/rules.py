@@ -40,7 +40,7 @@ class PolicySubject(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         """The terms that a rule can match."""
-        facts = [str(self.kind)]
+        facts = [self.kind.word]
         if self.number:
             facts.append(f"{self.number[0]}:{self.number[1]}")
         if self.function:
@@ -107,7 +107,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     def _other_device(self, subject: PolicySubject) -> Iterator[str]:
         function = subject.function
         if self.kinds is not None and subject.kind not in self.kinds:
-            yield f"is for {_few(sorted(self.kinds))}"
+            yield f"is for {_few(sorted(kind.word for kind in self.kinds))}"
         if self.numbers is not None and not (
             subject.number and any(pattern.matches(*subject.number) for pattern in self.numbers)
         ):

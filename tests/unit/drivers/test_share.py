@@ -87,8 +87,8 @@ def test_every_option_means_what_it_says(key: str, said: str, expected: dict[str
         ("queue-size", "0", "'0' is not a power of two from 1 to 1024"),
         ("queue-size", "100", "'100' is not a power of two"),
         ("queue-size", "2048", "'2048' is not a power of two"),
-        ("tag", "x", "unknown for a shared directory"),
-        ("read-only", "on", "unknown for a shared directory"),
+        ("tag", "x", "unknown for a share"),
+        ("read-only", "on", "unknown for a share"),
     ],
 )
 def test_a_wrong_option_is_refused_with_its_name(key: str, said: str, message: str) -> None:

@@ -117,7 +117,7 @@ def test_what_cannot_be_shared_is_refused_with_what_is_there(
     with pytest.raises(NoSuchDevice) as caught:
         resolve(share(source), host.root)
     assert caught.value.message == f"{source} cannot be shared: found {found}"
-    assert (caught.value.wanted, caught.value.found) == (f"shared directory {source}", found)
+    assert (caught.value.wanted, caught.value.found) == (f"share of {source}", found)
     assert "virtiofsd" in (caught.value.hint or "")
 
 

@@ -462,11 +462,11 @@ def test_other_options_are_another_device_than_the_one_that_is_plugged(
 @pytest.mark.parametrize(
     ("plugged", "wanted", "words"),
     [
-        (socket_share("a"), socket_share("b"), "vhost-user-fs-pci with the tag a"),
+        (socket_share("a"), socket_share("b"), "virtio-fs with the tag a"),
         (network("/run/s"), socket_share("a", "/run/s"), "virtio-net-pci"),
-        (socket_share("a", "/run/s"), network("/run/s"), "vhost-user-fs-pci with the tag a"),
-        (share(), share(filesystem="virtio-9p"), "vhost-user-fs-pci with the tag work"),
-        (share(filesystem="virtio-9p"), share(), "virtio-9p-pci with the tag work"),
+        (socket_share("a", "/run/s"), network("/run/s"), "virtio-fs with the tag a"),
+        (share(), share(filesystem="virtio-9p"), "virtio-fs with the tag work"),
+        (share(filesystem="virtio-9p"), share(), "virtio-9p with the tag work"),
         (disk("m"), disk("m", pmem=True), "block"),
     ],
 )

@@ -24,7 +24,7 @@ def make(kind: str, label: str = "a", path: str = "/p") -> NetInfo | ShareInfo |
     ("request_", "name", "wanted", "read_only"),
     [
         (make("net", "eth0", "/run/e"), "net:eth0", "vhost-user network /run/e", False),
-        (make("share", "work", "/srv"), "share:work", "shared directory /srv", False),
+        (make("share", "work", "/srv"), "share:work", "share of /srv", False),
         (make("rng", "r", "/dev/hwrng"), "rng:r", "random numbers from /dev/hwrng", True),
         (RngInfo(), "rng:rng0", "random numbers from /dev/urandom", True),
     ],

@@ -207,8 +207,8 @@ def test_each_kind_goes_by_its_word(tree: PciTree, gate: Gates) -> None:
     requests: dict[str, Request] = {
         "virtio-rng-pci": RngInfo(),
         "virtio-net-pci": NetInfo(label="eth0", socket_path="/run/vpp/eth0.sock"),
-        "vhost-user-fs-pci": ShareInfo(tag="work", source="/srv/work"),
-        "virtio-9p-pci": ShareInfo(
+        "virtio-fs": ShareInfo(tag="work", source="/srv/work"),
+        "virtio-9p": ShareInfo(
             tag="work", source="/srv/work", driver_options={"filesystem": "virtio-9p"}
         ),
         "generic": DeviceInfo(
@@ -217,7 +217,8 @@ def test_each_kind_goes_by_its_word(tree: PciTree, gate: Gates) -> None:
         "vfio": VfioInfo(label="gpu0", device=GPU),
         "block": disk("8:16"),
     }
-    assert requests.keys() | {"vhost-user-blk-pci", "vhost-user-scsi-pci"} == set(DeviceType)
+    others = {"vhost-user-blk-pci", "vhost-user-scsi-pci"}
+    assert requests.keys() | others == {kind.word for kind in DeviceType}
     for word in requests:
         rules = gate(f'kinds = ["{word}"]')
         allowed = {kind for kind, asked in requests.items() if is_allowed(asked, tree.root, rules)}
@@ -340,3 +341,16 @@ def test_an_unreadable_device_is_not_allowed(tree: HostTree, gate: Gates) -> Non
     (refusal,) = verdict.refusals
     assert refusal.code is Code.NOT_ALLOWED
     assert "cannot decide about it: cannot read /srv/a" in refusal.message
+
+
+@pytest.mark.parametrize("word", ["virtio-fs", "vhost-user-fs-pci"])
+def test_a_share_has_the_word_of_its_option_in_messages(
+    tree: HostTree, gate: Gates, word: str
+) -> None:
+    tree.file("/srv/work/a")
+    shared = SharedDirectory(DeviceType.VIRTIO_9P, "/srv/work", "work")
+    request = ShareInfo(tag="work", source="/srv/work")
+    verdict = gate(f'kinds = ["{word}"]').judge(request, shared, None, tree.root)
+    (refusal,) = verdict.refusals
+    assert refusal.message.startswith("/srv/work (virtio-9p): no rule of ")
+    assert refusal.message.endswith("is for virtio-fs")

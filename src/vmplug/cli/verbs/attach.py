@@ -26,7 +26,7 @@ _KINDS = {
     "a vhost-user-blk device": vhost_user.BLK_OPTIONS,
     "a vhost-user-scsi device": vhost_user.SCSI_OPTIONS,
     "a vhost-user network": vhost_user.NET_OPTIONS,
-    "a shared directory": share.OPTIONS,
+    "a share": share.OPTIONS,
     "random numbers": rng.OPTIONS,
     "a VFIO device": vfio.OPTIONS,
 }

@@ -81,7 +81,7 @@ def _row(info: "Request", device: HostDevice) -> tuple[str, ...]:
     return (
         info.name,
         device.host_path,
-        device.kind,
+        device.kind.word,
         "-" if size_bytes is None else size(size_bytes),
         device.found_by,
     )
