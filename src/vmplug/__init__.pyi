@@ -42,6 +42,7 @@ from vmplug.drivers.ports import NewPlug as NewPlug
 from vmplug.drivers.ports import PlugDriver as PlugDriver
 from vmplug.drivers.ports import Step as Step
 from vmplug.drivers.ports import UnplugFailure as UnplugFailure
+from vmplug.errors import AmbiguousId as AmbiguousId
 from vmplug.errors import AttributeReadError as AttributeReadError
 from vmplug.errors import BackendError as BackendError
 from vmplug.errors import BackendTimeout as BackendTimeout
@@ -162,6 +163,7 @@ from vmplug.manager.watching.health import DeviceHealth as DeviceHealth
 from vmplug.manager.watching.health import HostState as HostState
 from vmplug.manager.watching.notice import DeviceEvent as DeviceEvent
 from vmplug.manager.watching.notice import EventKind as EventKind
+from vmplug.manager.watching.watch import Looked as Looked
 from vmplug.manager.watching.watch import Watch as Watch
 from vmplug.oci.info import DeviceInfo as DeviceInfo
 from vmplug.oci.info import DevType as DevType

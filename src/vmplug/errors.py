@@ -20,6 +20,7 @@ DeviceError
  │  └ UnplugTimeout       the guest did not answer in time; the device stays "detaching"
  ├ StateError         the wrong moment for this verb
  │  ├ NotAttached
+ │  ├ AmbiguousId         several attachments or devices have that id, or ids that begin so
  │  └ StillAttached
  └ StoreError         saved state unreadable, or from a newer version
 
@@ -31,6 +32,7 @@ import os
 from typing import ClassVar
 
 __all__ = [
+    "AmbiguousId",
     "AttributeReadError",
     "BackendError",
     "BackendTimeout",
@@ -300,6 +302,17 @@ class NotAttached(StateError):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message, state="absent", required="attached", hint=hint)
+
+
+class AmbiguousId(StateError):
+    """`name` means several attachments, those with these `ids`."""
+
+    code = "ambiguous-id"
+
+    def __init__(self, name: str, message: str, *, ids: tuple[str, ...], hint: str) -> None:
+        super().__init__(message, state="ambiguous", required="one attachment", hint=hint)
+        self.name = name
+        self.ids = ids
 
 
 class StillAttached(StateError):

@@ -342,10 +342,15 @@ IN_THE_JOURNAL = [
     state("vm adopt again --qmp {full_socket}", "full", "full"),
     state("vm adopt again --qmp {full_link}", "full", "full"),
     state("detach {held_id} 0123456789abcdef", "0123456789abcdef", "list", "not-attached"),
-    state("detach --owner nobody", "nobody holds no device", "vmplug list", "not-attached"),
+    state(
+        "detach --owner nobody",
+        "nothing is attached for owner .nobody.",
+        "vmplug list",
+        "not-attached",
+    ),
     state(
         "detach --owner ctr0 --vm spare",
-        "ctr0 holds no device of VM spare",
+        "nothing is attached for owner .ctr0. in VM spare",
         "list",
         "not-attached",
     ),

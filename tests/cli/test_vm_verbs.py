@@ -46,6 +46,7 @@ END_S = 60.0
 
 ATTACHMENT_KEYS = {
     "id",
+    "device_id",
     "vm",
     "owner",
     "name",

@@ -149,7 +149,9 @@ def test_with_no_time_it_tells_what_is_wrong_now_and_ends(vmplug: Vmplug) -> Non
         hold = attach_row(journal, device_record("file:/no/such\n", "/no/such\n"))
     first, *others = vmplug("watch", "--timeout", "0").answer().splitlines()
     time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
-    wanted = rf"{time}  deleted  VM sb1, /dev/xvda of c1, attachment {hold.id}"
+    wanted = (
+        rf"{time}  deleted  VM sb1, /dev/xvda of c1, attachment {hold.id}, device {hold.device_id}"
+    )
     assert re.fullmatch(wanted, first)
     assert others == [
         "  /no/such\\n has been deleted or moved",

@@ -79,7 +79,7 @@ def not_attached(attachment_id: str, vm: str, *, has_ended: bool) -> NotAttached
 def holds_nothing(owner: str, vm: str) -> NotAttached:
     """The error for an owner without a device."""
     return NotAttached(
-        f"{owner} holds no device of VM {vm}",
+        f"nothing is attached for owner {owner!r} in VM {vm}",
         hint=f"vmplug list --vm {vm} shows the owners and their devices",
     )
 

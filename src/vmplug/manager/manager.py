@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Self
 
 from msgspec.structs import replace
@@ -30,6 +31,7 @@ from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.journal import Journal
 from vmplug.journal.names import check_owner, check_vm_name
+from vmplug.journal.naming import choose_device, choose_hold
 from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
 from vmplug.journal.state import State, holds_nothing, not_attached
 from vmplug.manager import UNPLUG_TIMEOUT_S
@@ -274,11 +276,10 @@ class DeviceManager:
     ) -> None:
         """`detach` for many: ask the guest for all of them first and wait once."""
         self._meet()
-        known = {hold.id for hold in self.attachments()}
-        for attachment_id in attachment_ids:
-            if attachment_id not in known:
-                raise not_attached(attachment_id, self._vm, has_ended=bool(self._former))
-        self._release(attachment_ids, timeout_s, whole=whole)
+        held = self.attachments()
+        absent = partial(not_attached, vm=self._vm, has_ended=bool(self._former))
+        ids = [choose_hold(name, held, absent(name)).id for name in attachment_ids]
+        self._release(ids, timeout_s, whole=whole)
 
     def detach_owner(self, owner: str, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Attachment]:
         """Release everything that `owner` holds, with all counts; see `detach`.
@@ -299,11 +300,12 @@ class DeviceManager:
         NotAttached, HypervisorError.
         """
         self._require_live("resize a disk")
-        hold = next((hold for hold in self.attachments() if hold.id == attachment_id), None)
+        absent = NotAttached(f"no disk is attached as {attachment_id} in VM {self._vm}")
+        hold = choose_device(attachment_id, self.attachments(), absent)
         devices = {record.id: record for record in self._journal.devices(self._vm)}
-        record = devices.get(hold.device_id) if hold else None
-        if hold is None or record is None or not is_disk(record):
-            raise NotAttached(f"no disk is attached as {attachment_id} in VM {self._vm}")
+        record = devices.get(hold.device_id)
+        if record is None or not is_disk(record):
+            raise absent
         wanted = new_size(record, hold, self._host, size_bytes)
         self._hypervisor.claim_foreign_names(foreign_names([record]))
         self._hypervisor.resize(hold.device_id, wanted)

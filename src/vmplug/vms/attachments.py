@@ -1,12 +1,13 @@
 """Attachments of all VMs: detached by id or by owner, resized."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
 
 from vmplug.errors import DeviceError, NotAttached
 from vmplug.journal.journal import Journal
+from vmplug.journal.naming import choose_device, choose_hold
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
 from vmplug.manager import UNPLUG_TIMEOUT_S
@@ -19,6 +20,9 @@ class DetachOutcome(StrEnum):
     """What a detach did to an attachment."""
 
     DETACHED = "detached"
+    """The VM no longer has the device."""
+    RELEASED = "released"
+    """Its owner has let go. Others hold the device in the VM, or it was only counted."""
     STILL_HELD = "still held"
     """It was attached more than once, and has lost one count."""
     RETAINED = "retained"
@@ -26,10 +30,15 @@ class DetachOutcome(StrEnum):
 
 
 class Detached(msgspec.Struct, frozen=True, kw_only=True):
-    """An attachment as it was before, and what the detach did."""
+    """An attachment as it was before, and what the detach did.
+
+    `left_count` is how often its owner still has it attached, `held_by` who holds the device now.
+    """
 
     attachment: Attachment
     outcome: DetachOutcome
+    left_count: int = 0
+    held_by: tuple[str, ...] = ()
 
 
 class DetachReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,11 +77,8 @@ def report_detach(
 ) -> DetachReport:
     """`detach_attachments`, which reports what was detached also when a VM fails."""
     with Journal.open_existing(setup.state_dir) as journal:
-        known = {hold.id: hold for hold in read_attachments(journal, None) if _is_held(hold)}
-    for attachment_id in attachment_ids:
-        if attachment_id not in known:
-            raise _not_attached(attachment_id)
-    chosen = [known[attachment_id] for attachment_id in attachment_ids]
+        known = journal.attachments()
+    chosen = [choose_hold(name, known, _not_attached(name)) for name in attachment_ids]
     return _detach(chosen, timeout_s, whole=False, setup=setup)
 
 
@@ -99,8 +105,8 @@ def report_detach_owner(
         held = [hold for hold in known if hold.owner == owner]
     if not held:
         raise NotAttached(
-            f"{owner} holds no device" + (f" of VM {vm}" if vm else ""),
-            hint="vmplug list shows who holds what",
+            f"nothing is attached for owner {owner!r}" + (f" in VM {vm}" if vm else ""),
+            hint="vmplug list shows the owners and their devices",
         )
     return _detach(held, timeout_s, whole=True, setup=setup)
 
@@ -117,11 +123,9 @@ def resize_attachment(
     Raises NotAttached, PolicyError for what would cut data off, HypervisorError.
     """
     with Journal.open_existing(setup.state_dir) as journal:
-        hold = next((hold for hold in journal.attachments() if hold.id == attachment_id), None)
-    if hold is None:
-        raise _not_attached(attachment_id)
+        hold = choose_device(attachment_id, journal.attachments(), _not_attached(attachment_id))
     with connect_vm(hold.vm, setup=setup) as devices:
-        return hold, devices.resize(attachment_id, size_bytes)
+        return hold, devices.resize(hold.id, size_bytes)
 
 
 def _is_held(hold: Attachment) -> bool:
@@ -130,7 +134,8 @@ def _is_held(hold: Attachment) -> bool:
 
 def _not_attached(attachment_id: str) -> NotAttached:
     return NotAttached(
-        f"there is no attachment {attachment_id}", hint="vmplug list shows what there is"
+        f"no attachment or device has the id {attachment_id!r}",
+        hint="vmplug list shows what there is; the beginning of an id is enough",
     )
 
 
@@ -151,19 +156,27 @@ def _detach(
         except DeviceError as error:  # by whosever fault: the other VMs have their turn
             failures[name] = error
     with Journal.open_existing(setup.state_dir) as journal:
-        left = {hold.id: hold for hold in journal.attachments()}
-    detached = (
-        Detached(attachment=hold, outcome=outcome)
-        for hold in chosen
-        if (outcome := _outcome(hold, left.get(hold.id), failed=hold.vm in failures))
-    )
-    return DetachReport(detached=tuple(detached), failures=failures)
+        left = journal.attachments()
+    told = (_detached(hold, left, failed=hold.vm in failures) for hold in chosen)
+    return DetachReport(detached=tuple(filter(None, told)), failures=failures)
 
 
-def _outcome(hold: Attachment, left: Attachment | None, *, failed: bool) -> DetachOutcome | None:
+def _detached(hold: Attachment, left: Iterable[Attachment], *, failed: bool) -> Detached | None:
     """None when the detach failed before it changed anything for good."""
-    if left is None:
-        return DetachOutcome.DETACHED
-    if left.state is State.RETAINED:
-        return DetachOutcome.RETAINED
-    return DetachOutcome.STILL_HELD if left.count < hold.count or not failed else None
+    holds = [other for other in left if other.device_id == hold.device_id]
+    own = next((other for other in holds if other.id == hold.id), None)
+    if own is None:
+        is_gone = hold.guest_address is not None and not holds
+        outcome = DetachOutcome.DETACHED if is_gone else DetachOutcome.RELEASED
+    elif own.state is State.RETAINED:
+        return Detached(attachment=hold, outcome=DetachOutcome.RETAINED)
+    elif own.count == hold.count and failed:
+        return None
+    else:
+        outcome = DetachOutcome.STILL_HELD
+    return Detached(
+        attachment=hold,
+        outcome=outcome,
+        left_count=own.count if own else 0,
+        held_by=tuple(dict.fromkeys(other.owner for other in holds)),
+    )

@@ -23,6 +23,7 @@ def attachment_json(attachment: "Attachment") -> dict[str, Any]:
     """One hold on a device; `guest` is null for a device that is only counted."""
     return {
         "id": attachment.id,
+        "device_id": attachment.device_id,
         "vm": attachment.vm,
         "owner": attachment.owner,
         "name": attachment.name,
@@ -80,9 +81,10 @@ def print_attachments(
         (
             *((hold.vm,) if with_vm else ()),
             hold.id,
-            hold.owner,
+            "-" if hold.state == "retained" else hold.owner,
             hold.name,
             hold.host_path,
+            hold.device_id,
             access(read_only=hold.read_only),
             str(hold.state) + (f" x{hold.count}" if hold.count > 1 else ""),
             guest_text(hold.guest_address),
@@ -100,6 +102,7 @@ _COLUMNS = (
     name_column("OWNER", 2),
     path_column("CONTAINER PATH", 4),
     path_column("HOST PATH"),
+    Column("DEVICE", 3),
     Column("RO/RW", 5),
     state_column("STATE"),
     Column("GUEST", 3),

@@ -36,7 +36,9 @@ def command(
 ) -> None:
     """Take devices out of a VM.
 
-    An ATTACHMENT that was attached several times loses one count. vmplug unplugs a device when its
+    ATTACHMENT is an id of `vmplug list`, of an attachment or of a device with only one, or as much
+    of its beginning as no other id has. One that was attached several times loses one count.
+    vmplug unplugs a device when its
     last owner detaches it. If the guest does not answer in time the device stays "detaching", and
     the same command tries again.
 

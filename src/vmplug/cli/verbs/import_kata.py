@@ -36,11 +36,19 @@ def command(as_json: bool, state_dir: str, socket: str | None, vm: str, state: s
         print_json({"vm": vm, "sandbox": done.sandbox, "devices": devices})
         return
     rows = [
-        (one.device.id, one.device.kind, one.device.host_path, str(one.outcome), one.reason)
+        (
+            one.device.id,
+            one.device_id or "-",
+            one.device.kind,
+            one.device.host_path,
+            str(one.outcome),
+            one.reason,
+        )
         for one in done.devices
     ]
     print_table(
-        ("KATA DEVICE", "KIND", path_column("HOST PATH"), "DONE", reason_column("WHY")), rows
+        ("KATA DEVICE", "DEVICE", "KIND", path_column("HOST PATH"), "DONE", reason_column("WHY")),
+        rows,
     )
     if not done.devices:
         click.echo(f"Kata has saved no device of sandbox {done.sandbox}")
@@ -54,4 +62,5 @@ def _json(one: Adopted) -> dict[str, str | None]:
         "outcome": str(one.outcome),
         "reason": one.reason,
         "device": one.device_id,
+        "device_id": one.device_id,
     }

@@ -34,7 +34,9 @@ def _parse_size(ctx: click.Context, param: click.Parameter, said: str | None) ->
 def command(as_json: bool, state_dir: str, size_bytes: int | None, attachment: str) -> None:
     """Give the guest a disk's new size, while it runs.
 
-    Without --size the guest gets the size that the host's device has now: grow that first.
+    ATTACHMENT is an id of `vmplug list`, of the disk or of an attachment, or as much of its
+    beginning as no other id has. Without --size the guest gets the size that the host's device
+    has now: grow that first.
 
     \b
     lvextend --size +1G vg/data && vmplug resize 0123456789abcdef
@@ -42,6 +44,6 @@ def command(as_json: bool, state_dir: str, size_bytes: int | None, attachment: s
     """
     hold, now = resize_attachment(attachment, size_bytes, setup=Setup(state_dir=state_dir))
     if as_json:
-        print_json({"id": attachment, "size_bytes": now})
+        print_json({"id": hold.id, "device_id": hold.device_id, "size_bytes": now})
     else:
         click.echo(f"{one_line(hold.host_path)} has {size(now)} in VM {hold.vm}")

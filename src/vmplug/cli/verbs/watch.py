@@ -72,7 +72,7 @@ def _print(event: DeviceEvent) -> None:
     hold = event.attachment
     whose = f"  VM {event.vm}" if event.vm else ""
     if hold:
-        whose += f", {hold.name} of {hold.owner}, attachment {hold.id}"
+        whose += f", {hold.name} of {hold.owner}, attachment {hold.id}, device {hold.device_id}"
     first, *others = wrapped(one_line(f"{event.what}{whose}"), first=f"{time}  ", rest="    ")
     style = style_of(event.what)
     say(first.replace(str(event.what), paint(str(event.what), style), 1))
@@ -92,6 +92,7 @@ def _json(event: DeviceEvent) -> dict[str, Any]:
         "attachment": hold
         and {
             "id": hold.id,
+            "device_id": hold.device_id,
             "owner": hold.owner,
             "name": hold.name,
             "container_path": hold.container_path,
