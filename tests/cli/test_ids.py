@@ -94,7 +94,7 @@ def test_an_id_that_nothing_has_is_said_to_be_none(
         assert refused.status == 6
 
 
-# what became of it
+# what happened to it
 
 
 def test_what_another_owner_holds_is_only_released(

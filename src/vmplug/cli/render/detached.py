@@ -12,7 +12,7 @@ from vmplug.vms.attachments import Detached, DetachOutcome
 
 
 def detached_json(done: Detached) -> dict[str, Any]:
-    """An attachment, what became of it, and the owners that hold the device now."""
+    """An attachment, what happened to it, and the owners that hold the device now."""
     return {
         **attachment_json(done.attachment),
         "outcome": str(done.outcome),
