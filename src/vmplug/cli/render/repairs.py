@@ -54,7 +54,6 @@ def _repair_json(done: VmRepair) -> dict[str, str | None]:
     return {
         "vm": done.vm,
         "device": done.repair.device_id,
-        "device_id": done.repair.device_id,
         "host_path": done.repair.host_path,
         "outcome": str(done.repair.outcome),
         "reason": done.repair.reason,

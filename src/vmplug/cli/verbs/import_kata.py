@@ -62,5 +62,4 @@ def _json(one: Adopted) -> dict[str, str | None]:
         "outcome": str(one.outcome),
         "reason": one.reason,
         "device": one.device_id,
-        "device_id": one.device_id,
     }
