@@ -30,7 +30,7 @@ from vmplug.host.pci.nodes import read_node_paths, read_nodes
 from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.pci.vfio import find_vfio_device, find_vfio_group
 from vmplug.host.process import read_memlock_limit, read_start_time
-from vmplug.host.record.read import open_record
+from vmplug.host.record.read import read_record
 from vmplug.host.record.write import write_record
 from vmplug.host.resolve import resolve, resolve_all
 from vmplug.host.root import HostRoot
@@ -68,8 +68,7 @@ def check(data: bytes) -> None:
 def _record_and_read(path: str, root: HostRoot) -> None:
     with suppress(DeviceError):
         write_record(path, root, replace=True)
-        with open_record(path) as recorded:
-            read_inventory(recorded)
+        read_inventory(read_record(path))
 
 
 def _words(read: Callable[[], object]) -> str:

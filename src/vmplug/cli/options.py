@@ -250,15 +250,15 @@ def _check_names(requests: "Iterable[Request]") -> None:
 
 
 def open_root(path: str) -> HostRoot:
-    """The host below a directory, or in a file that `vmplug record` wrote until the verb ends.
+    """The host below a directory, or in a file that `vmplug record` wrote.
 
     Raises SpecError for a file that is not a record.
     """
     if os.path.isdir(path):
         return HostRoot(path)
-    from vmplug.host.record.read import open_record  # noqa: PLC0415  tarfile too, 29 ms in all
+    from vmplug.host.record.read import read_record  # noqa: PLC0415  tarfile too, 29 ms in all
 
-    return click.get_current_context().with_resource(open_record(path))
+    return read_record(path)
 
 
 def open_store(path: str, host: HostRoot) -> "VhostUserStore":

@@ -1,29 +1,36 @@
 """Read a host from a file that `vmplug record` wrote.
 
-The file is not trusted. vmplug unpacks it into a private directory by itself, not with tarfile's
-extraction: only directories, regular files and links that stay inside; links are made last, so
-that nothing is written through one. A device node is only kept in memory: none is created, so no
-root is needed and no device can be opened.
+The file is not trusted. It is read into memory and nothing is unpacked: so no link can be written
+through, no root is needed and no device can be opened. Only directories, regular files, device
+nodes and links that stay inside are taken.
 """
 
 import errno
 import gzip
 import io
 import os
-import shutil
 import stat
-import tarfile
-import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Self, TypeVar
+from typing import IO, Any, TypeVar
 
 import msgspec
 
 from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError, SpecError
-from vmplug.host.root import AttributeBatch, HostRoot
+from vmplug.host.record.tar import (
+    DIRECTORY,
+    FILE,
+    LINK,
+    NODES,
+    Member,
+    TarError,
+    read_content,
+    read_members,
+)
+from vmplug.host.root import PAGE_SIZE, AttributeBatch, HostRoot
+from vmplug.oci.limits import NAME_BYTES_MAX
 
 FORMAT = 1
 NOTE = "vmplug-record"
@@ -32,19 +39,12 @@ ERRNO_KEYWORD = "VMPLUG.errno"
 
 _LINKS_MAX, _DEPTH_MAX = 40, 64
 _GZIP = b"\x1f\x8b"
-_REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE}
-_NODES = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK}
-_EXTENSIONS = {
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-}
-_EXTENSION_MAX_BYTES = 1 << 16
-"""The limit for a member's name, link and keywords, which tarfile reads at once."""
-_NOTE_MAX_BYTES = 4096
+_SECTOR_BYTES = 512
+_NOTE_BYTES_MAX = 4096
+_BUFFER_BYTES = 1 << 16
 _SEE = "vmplug record writes such a file"
-_UNREADABLE = (EOFError, ValueError, RecursionError, zlib.error, tarfile.TarError)
-"""The errors of tarfile: ValueError for malformed numbers, RecursionError when extensions extend
-each other."""
+_UNREADABLE = (EOFError, ValueError, zlib.error, TarError)
+"""The errors of gzip and of what is malformed inside."""
 
 
 T = TypeVar("T")
@@ -68,40 +68,81 @@ class _Node(msgspec.Struct, frozen=True, kw_only=True):
     number: int
 
 
+class _Members(msgspec.Struct, kw_only=True):
+    """What a record holds, by path; no path contains a link.
+
+    `names` are those in each directory. A node and a file that could not be read have no bytes.
+    """
+
+    names: dict[str, list[str]] = msgspec.field(default_factory=lambda: {"": []})
+    files: dict[str, bytes] = msgspec.field(default_factory=dict)
+    links: dict[str, str] = msgspec.field(default_factory=dict)
+    nodes: dict[str, _Node] = msgspec.field(default_factory=dict)
+    errors: dict[str, int] = msgspec.field(default_factory=dict)
+
+
 class RecordedRoot(HostRoot):
-    """The unpacked files, with the nodes and the errors that the host had."""
+    """The host in a record, as this process sees it; `path` is the file's."""
 
-    def __init__(self, path: str, nodes: Mapping[str, _Node], errors: Mapping[str, int]) -> None:
+    def __init__(self, path: str, members: _Members) -> None:
         super().__init__(path)
-        self._nodes = nodes
-        self._errors = errors
+        self._members = members
+        self._real_directories: dict[str, str] = {}
 
-    def _refuse(self, path: str) -> None:
-        """The error that the host returned for a file."""
-        if self._errors:
-            number = self._errors.get(self.real_path(path))
-            if number is not None:
-                raise AttributeReadError(path, number)
+    def _real_directory(self, path: str) -> str:
+        if path not in self._real_directories:
+            self._real_directories[path] = super().real_path(path).removesuffix("/")
+        return self._real_directories[path]
+
+    def _place(self, path: str) -> str:
+        """The path with all links resolved, except for the last name; empty for the root."""
+        directory, _, name = path.rpartition("/")
+        if name in {"", ".", ".."}:
+            return self._real_directory(path)
+        return f"{self._real_directory(directory)}/{name}"
+
+    def _real(self, path: str) -> str:
+        place = self._place(path)
+        return self._real_directory(place) if place in self._members.links else place
+
+    def real_path(self, path: str) -> str:
+        """As on the host."""
+        return self._real(path) or "/"
+
+    def _link_target(self, path: str) -> str | None:
+        return self._members.links.get(path)
+
+    def _read(self, path: str) -> bytes | None:
+        """The file's bytes; the error that the host had, and that of a directory."""
+        real = self._real(path)
+        number = self._members.errors.get(real)
+        if number is None and real in self._members.names:
+            number = errno.EISDIR
+        if number is not None:
+            raise AttributeReadError(path, number)
+        return b"" if real in self._members.nodes else self._members.files.get(real)
 
     def read_attribute(self, path: str) -> bytes | None:
         """As on the host."""
-        self._refuse(path)
-        return super().read_attribute(path)
+        data = self._read(path)
+        return None if data is None else data[:PAGE_SIZE]
 
     def read_text(self, path: str) -> str | None:
         """As on the host."""
-        self._refuse(path)
-        return super().read_text(path)
+        data = self._read(path)
+        return None if data is None else os.fsdecode(data)
 
     def read_at(self, path: str, offset: int, length: int) -> bytes:
         """As on the host, except for nodes, which have no device behind them."""
-        self._refuse(path)
-        return super().read_at(path, offset, length)
+        return (self._read(path) or b"")[offset : offset + length]
 
     def read_link(self, path: str) -> str | None:
         """As on the host."""
-        self._refuse(path)
-        return super().read_link(path)
+        place = self._place(path)
+        target = self._members.links.get(place)
+        if target is None and self._status(place) is not None:
+            raise AttributeReadError(path, self._members.errors.get(place, errno.EINVAL))
+        return target
 
     def read_each(
         self,
@@ -113,8 +154,7 @@ class RecordedRoot(HostRoot):
         sizes: Sequence[str],
     ) -> Iterator[AttributeBatch]:
         """As on the host."""
-        if not self._errors:
-            yield from super().read_each(directory, names, files=files, links=links, sizes=sizes)
+        if self._real_directory(directory) not in self._members.names:
             return
         for name in names:
             base = f"{directory}/{name}"
@@ -125,21 +165,44 @@ class RecordedRoot(HostRoot):
             )
 
     def stat(self, path: str) -> os.stat_result | None:
-        """As on the host, with type, permissions and number only."""
-        return self._as_node(path, super().stat(path))
+        """As on the host, with type, permissions, number and size only."""
+        return self._status(self._real(path))
 
     def stat_or_none(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
-        """As on the host, with type, permissions and number only."""
-        status = super().stat_or_none(path, follow_symlinks=follow_symlinks)
-        if status and stat.S_ISLNK(status.st_mode):
-            return status
-        return self._as_node(path, status)
+        """As on the host, with type, permissions, number and size only."""
+        try:
+            return self._status(self._real(path) if follow_symlinks else self._place(path))
+        except AttributeReadError:
+            return None
 
-    def _as_node(self, path: str, status: os.stat_result | None) -> os.stat_result | None:
-        node = self._nodes.get(self.real_path(path)) if status and self._nodes else None
-        if status is None or node is None:
-            return status
-        return os.stat_result((node.mode, *status[1:]), {"st_rdev": node.number})
+    def _status(self, real: str) -> os.stat_result | None:
+        known, size_bytes, number = self._members, 0, 0
+        if real in known.files:
+            mode, size_bytes = stat.S_IFREG | 0o600, len(known.files[real])
+        elif real in known.names:
+            mode = stat.S_IFDIR | 0o700
+        elif real in known.nodes:
+            mode, number = known.nodes[real].mode, known.nodes[real].number
+        elif real in known.links:
+            mode = stat.S_IFLNK | 0o777
+        else:
+            return None
+        inode = hash(real) & 0xFFFFFFFF
+        blocks = -(-size_bytes // _SECTOR_BYTES)
+        facts = (mode, inode, 0, 1, 0, 0, size_bytes, 0, 0, 0)
+        return os.stat_result(facts, {"st_rdev": number, "st_blocks": blocks, "st_ctime_ns": 0})
+
+    def list_dir(self, path: str) -> list[str]:
+        """As on the host."""
+        return sorted(self._members.names.get(self._real(path), ()))
+
+    def is_writable(self, path: str) -> bool:
+        """Whether it is there."""
+        return self.stat_or_none(path) is not None
+
+    def open_errno(self, path: str, flags: int) -> int | None:  # noqa: ARG002
+        """The same: nothing that the kernel would refuse is known."""
+        return None if self.is_writable(path) else errno.ENOENT
 
 
 def _answer(read: Callable[[str], T], path: str) -> T | AttributeReadError:
@@ -149,105 +212,103 @@ def _answer(read: Callable[[str], T], path: str) -> T | AttributeReadError:
         return error
 
 
-@contextmanager
-def open_record(path: str, limits: Limits = LIMITS) -> Iterator[RecordedRoot]:
-    """The host in a tar file, compressed by gzip or not; the files are removed at the end.
+def read_record(path: str, limits: Limits = LIMITS) -> RecordedRoot:
+    """The host in a tar file, compressed by gzip or not.
 
     Raises SpecError for a file that is not a record, or has forbidden contents.
     """
-    directory = tempfile.mkdtemp(prefix="vmplug-root-")
+    reader = _Reader(path, limits)
     try:
-        unpacker = _Unpacker(path, directory, limits)
-        try:
-            unpacker.unpack()
-        except (OSError, *_UNREADABLE) as error:
-            why = (isinstance(error, OSError) and error.strerror) or str(error)
-            raise SpecError(path, f"cannot be read as a tar file: {why}", hint=_SEE) from error
-        yield RecordedRoot(directory, unpacker.nodes, unpacker.errors)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        reader.read()
+    except (OSError, *_UNREADABLE) as error:
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise SpecError(path, f"cannot be read as a tar file: {why}", hint=_SEE) from error
+    return RecordedRoot(path, reader.members)
 
 
-class _Unpacker:
-    """Unpacks one file into an empty directory of its own."""
+class _Reader:
+    """Reads the members of one file."""
 
-    def __init__(self, path: str, directory: str, limits: Limits) -> None:
+    def __init__(self, path: str, limits: Limits) -> None:
         self._path = path
-        self._directory = directory
         self._limits = limits
-        self._directories = {""}
-        self._leaves: set[str] = set()
-        self._links: dict[str, str] = {}
         self._promised: int | None = None
-        self.nodes: dict[str, _Node] = {}
-        self.errors: dict[str, int] = {}
+        self.members = _Members()
 
-    def unpack(self) -> None:
-        """Make directories and files as they come, then the links."""
+    def read(self) -> None:
+        """Take the members as they come, then look where the links lead."""
         count = 0
-        descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file, self._open_tar(file) as tar:
-            for member in tar:
+        with self._open() as file:
+            for member in read_members(file):
                 count += 1
                 if count > self._limits.members:
                     raise self._refusal(f"holds more than {self._limits.members} members")
-                self._take(member, tar)
+                self._take(member, file)
         if self._promised is not None and self._promised != count - 1:
             raise self._refusal(f"is truncated: it has {count - 1} of {self._promised} members")
-        for path, target in self._links.items():
+        for path, target in self.members.links.items():
             self._check_link(path, target)
-        for path, target in self._links.items():
-            os.symlink(target, self._directory + path)
 
     @contextmanager
-    def _open_tar(self, file: IO[bytes]) -> Iterator[tarfile.TarFile]:
-        is_compressed = file.read(len(_GZIP)) == _GZIP
-        file.seek(0)
+    def _open(self) -> Iterator[IO[bytes]]:
         most = self._limits.whole_bytes
         too_much = self._refusal(f"unpacks to more than {most} bytes")
-        stream = _Limited(gzip.GzipFile(fileobj=file) if is_compressed else file, most, too_much)
-        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as tar:
-            yield tar
+        with open(self._path, "rb", buffering=0, opener=_open_at_once) as file:
+            is_compressed = os.pread(file.fileno(), len(_GZIP), 0) == _GZIP
+            stream = gzip.GzipFile(fileobj=file) if is_compressed else file
+            yield io.BufferedReader(_Limited(stream, most, too_much), _BUFFER_BYTES)
 
     def _refusal(self, why: str) -> SpecError:
         return SpecError(self._path, why, hint=_SEE)
 
-    def _take(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
+    def _take(self, member: Member, file: IO[bytes]) -> None:
         if member.name == NOTE:
-            self._read_note(tar.extractfile(member))
+            self._read_note(self._content(member, file))
             return
-        path = self._path_of(member.name)
-        if member.isdir():
+        path, members = self._path_of(member.name), self.members
+        if member.type == DIRECTORY:
             self._make_directory(path)
             return
-        self._make_directory(path.rpartition("/")[0])
-        if path in self._directories or path in self._leaves:
+        directory, _, name = path.rpartition("/")
+        self._make_directory(directory)
+        if path in members.names or self._is_leaf(path):
             raise self._refusal(f"member {member.name!r} appears twice")
-        self._leaves.add(path)
-        if member.issym():
-            self._links[path] = member.linkname
-            return
-        if member.type in _NODES:
-            self.nodes[path] = self._node(member)
-        elif member.type not in _REGULAR or member.issparse():
+        members.names[directory].append(name)
+        if member.type == LINK:
+            members.links[path] = member.target
+        elif member.type in NODES:
+            members.nodes[path] = self._node(member)
+        elif member.type == FILE:
+            members.files[path] = self._content(member, file)
+            if ERRNO_KEYWORD in member.keywords:
+                members.errors[path] = self._errno(member)
+        else:
             raise self._refusal(f"member {member.name!r} is not a file, a link or a device node")
-        self._write(path, member, tar)
 
-    def _node(self, member: tarfile.TarInfo) -> _Node:
+    def _is_leaf(self, path: str) -> bool:
+        members = self.members
+        return path in members.files or path in members.links or path in members.nodes
+
+    def _node(self, member: Member) -> _Node:
         try:
-            number = DevNum(member.devmajor, member.devminor)
+            number = DevNum(*member.number)
         except ValueError as error:
             raise self._refusal(f"member {member.name!r} has no device number: {error}") from None
-        mode = _NODES[member.type] | member.mode & 0o777
-        return _Node(mode=mode, number=os.makedev(number.major, number.minor))
+        return _Node(mode=member.mode, number=os.makedev(number.major, number.minor))
 
     def _path_of(self, name: str) -> str:
         """The member's path with a slash before it; SpecError if it leaves the directory."""
+        above, _, last = name.rpartition("/")
+        is_plain = last.isascii() and last.isprintable() and len(last) <= NAME_BYTES_MAX
+        if is_plain and last not in {"", ".", ".."} and f"/{above}" in self.members.names:
+            return f"/{name}"
         parts = [part for part in name.split("/") if part not in {"", "."}]
         if name.startswith("/") or ".." in parts or "\0" in name:
             raise self._refusal(
                 f"member {name!r} would leave the directory that it is unpacked into"
             )
+        if any(len(os.fsencode(part)) > NAME_BYTES_MAX for part in parts):
+            raise self._refusal(f"member {name[:40]!r}...: File name too long")
         if len(parts) > _DEPTH_MAX:
             raise self._refusal(
                 f"member {name[:40]!r}... is nested deeper than any file of a host"
@@ -255,37 +316,34 @@ class _Unpacker:
         return "".join(f"/{part}" for part in parts)
 
     def _make_directory(self, path: str) -> None:
-        here = ""
-        for part in path.split("/")[1:]:
-            here = f"{here}/{part}"
-            if here in self._leaves:
-                raise self._refusal(f"member {here[1:]!r} is both a directory and something else")
-            if here not in self._directories:
-                os.mkdir(self._directory + here, 0o700)
-                self._directories.add(here)
+        if path in self.members.names:
+            return
+        if self._is_leaf(path):
+            raise self._refusal(f"member {path[1:]!r} is both a directory and something else")
+        above, _, name = path.rpartition("/")
+        self._make_directory(above)
+        self.members.names[above].append(name)
+        self.members.names[path] = []
 
-    def _write(self, path: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
+    def _content(self, member: Member, file: IO[bytes]) -> bytes:
         most = self._limits.file_bytes
-        if member.size > most:
+        if not 0 <= member.size_bytes <= most:
             raise self._refusal(f"member {member.name!r} is larger than {most} bytes")
-        keyword = member.pax_headers.get(ERRNO_KEYWORD)
-        if keyword is not None:
-            if keyword not in map(str, errno.errorcode):
-                raise self._refusal(f"member {member.name!r} has the error {keyword[:20]!r}")
-            self.errors[path] = int(keyword)
-        content = tar.extractfile(member) if member.isreg() else None
-        data = content.read() if content else b""
-        if len(data) != member.size and member.isreg():
+        data = read_content(member, file)
+        if len(data) != member.size_bytes:
             raise self._refusal(f"is truncated in {member.name!r}")
-        with open(self._directory + path, "xb") as file:
-            file.write(data)
+        return data
 
-    def _read_note(self, note: IO[bytes] | None) -> None:
+    def _errno(self, member: Member) -> int:
+        number = member.keywords[ERRNO_KEYWORD]
+        if number not in map(str, errno.errorcode):
+            raise self._refusal(f"member {member.name!r} has the error {number[:20]!r}")
+        return int(number)
+
+    def _read_note(self, note: bytes) -> None:
         words = dict(
             line.split(" ", 1)
-            for line in (note.read(_NOTE_MAX_BYTES) if note else b"")
-            .decode(errors="replace")
-            .split("\n")
+            for line in note[:_NOTE_BYTES_MAX].decode(errors="replace").split("\n")
             if " " in line
         )
         if words.get("format") != str(FORMAT):
@@ -297,7 +355,7 @@ class _Unpacker:
 
     def _check_link(self, path: str, target: str) -> None:
         """SpecError for a link that would lead out, by itself or through others."""
-        real, rest, links = path.split("/")[1:-1], target.split("/")[::-1], 0
+        real, rest, links = path.rpartition("/")[0], target.split("/")[::-1], 0
         is_out = target.startswith("/") or not target or "\0" in target
         while rest and not is_out:
             match rest.pop():
@@ -305,34 +363,25 @@ class _Unpacker:
                     continue
                 case "..":
                     is_out = not real
-                    real = real[:-1]
+                    real = real.rpartition("/")[0]
                     continue
                 case name:
-                    real.append(name)
-            further = self._links.get("".join(f"/{part}" for part in real))
-            if further is not None:
-                links += 1
-                if links > _LINKS_MAX:
-                    return  # leads nowhere: the kernel would fail too
-                real.pop()
-                is_out = further.startswith("/")
-                rest += further.split("/")[::-1]
+                    here = f"{real}/{name}"
+            further = self.members.links.get(here)
+            if further is None:
+                real = here
+                continue
+            links += 1
+            if links > _LINKS_MAX:
+                return  # leads nowhere: the kernel would fail too
+            is_out = further.startswith("/")
+            rest += further.split("/")[::-1]
         if is_out:
             raise self._refusal(f"link {path[1:]!r} leads out of the record, to {target!r}")
 
 
-class _Header(tarfile.TarInfo):
-    """A member's header, which may not announce more than is sensible."""
-
-    def _proc_member(self, tar: tarfile.TarFile) -> Self:
-        """Called by tarfile for every header, before it reads the member.
-
-        Python 3.13 does not call `frombuf` of a subclass any more.
-        """
-        if self.type in _EXTENSIONS and self.size > _EXTENSION_MAX_BYTES:
-            raise tarfile.ReadError(f"{self.size} bytes are announced for one member")
-        found: Self = super()._proc_member(tar)  # type: ignore[misc]
-        return found
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 class _Limited(io.RawIOBase):
@@ -344,10 +393,15 @@ class _Limited(io.RawIOBase):
         self._left = size_bytes
         self._too_much = too_much
 
-    def read(self, size: int = -1) -> bytes:
-        """At most `size` bytes."""
-        data = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """At most as much as fits."""
+        data = self._stream.read(min(len(buffer), self._left + 1)) or b""
         self._left -= len(data)
         if self._left < 0:
             raise self._too_much
-        return data
+        buffer[: len(data)] = data
+        return len(data)

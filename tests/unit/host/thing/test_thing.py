@@ -19,7 +19,7 @@ from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import USES, Access, Claim, Code, Finding, Severity
 from vmplug.host.kind import Identity
-from vmplug.host.record.read import open_record
+from vmplug.host.record.read import read_record
 from vmplug.host.record.write import write_record
 from vmplug.host.root import HostRoot
 from vmplug.host.thing.describe import describe_other, describe_thing, relate
@@ -569,11 +569,11 @@ def test_a_recorded_host_shows_the_same_tree(host: PciTree, tmp_path: Path) -> N
     names = ("sda", "loop0", NVME, PORTS, "29", UUID)
     expected = {name: tree_of(host, name) for name in names}
     write_record(str(tmp_path / "report.tar"), host.root)
-    with open_record(str(tmp_path / "report.tar")) as root:
-        found = {name: "\n".join(outline(show(root, name))) for name in names}
-        # A record has no open files of processes.
-        seen = {name: text.replace(" unknown-use", "") for name, text in found.items()}
-        assert {name: text.split("\n") for name, text in seen.items()} == expected
-        assert "unknown-use" in found[UUID]
-        for name in names:
-            assert_agrees(root, name)
+    root = read_record(str(tmp_path / "report.tar"))
+    found = {name: "\n".join(outline(show(root, name))) for name in names}
+    # A record has no open files of processes.
+    seen = {name: text.replace(" unknown-use", "") for name, text in found.items()}
+    assert {name: text.split("\n") for name, text in seen.items()} == expected
+    assert "unknown-use" in found[UUID]
+    for name in names:
+        assert_agrees(root, name)
