@@ -15,18 +15,39 @@ import vmplug
 PACKAGE = Path(vmplug.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-_BELOW_VMS = {"errors", "devnum", "address", "oci", "host", "drivers", "journal", "policy"}
+_BELOW_VMS = {
+    "errors",
+    "waiting",
+    "devnum",
+    "address",
+    "oci",
+    "host",
+    "drivers",
+    "journal",
+    "policy",
+}
 MAY_IMPORT = {
     "errors": set[str](),
+    "waiting": set[str](),
     "devnum": set[str](),
     "address": {"devnum"},
     "oci": {"errors", "devnum", "address"},
-    "host": {"errors", "devnum", "address", "oci"},
+    "host": {"errors", "waiting", "devnum", "address", "oci"},
     "drivers": {"errors", "devnum", "address", "oci", "host"},
-    "hypervisor": {"errors", "devnum", "address", "oci", "host", "drivers"},
-    "journal": {"errors", "devnum", "address", "oci", "host", "drivers"},
+    "hypervisor": {"errors", "waiting", "devnum", "address", "oci", "host", "drivers"},
+    "journal": {"errors", "waiting", "devnum", "address", "oci", "host", "drivers"},
     "policy": {"errors", "devnum", "address", "oci", "host", "drivers"},
-    "manager": {"errors", "devnum", "address", "oci", "host", "drivers", "journal", "policy"},
+    "manager": {
+        "errors",
+        "waiting",
+        "devnum",
+        "address",
+        "oci",
+        "host",
+        "drivers",
+        "journal",
+        "policy",
+    },
     "vms": {*_BELOW_VMS, "hypervisor", "manager"},
     "cli": {*_BELOW_VMS, "manager", "vms"},
 }

@@ -1,12 +1,22 @@
-"""What a person sees: the screen of a terminal after a run, by an emulator of one."""
+"""What a person sees: the screen of a terminal during and after a run, by an emulator of one."""
 
-from collections.abc import Mapping
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyte
 
-from tests.cli.command import Vmplug
+from tests.cli.command import TIMEOUT_S, VMPLUG, Vmplug
 
 WIDTHS = (60, 80, 100, 200)
 _ROWS = 300
@@ -59,3 +69,75 @@ def on_screen(
     shown = vmplug.at_terminal(*arguments, columns=columns, env=env)
     assert shown.stderr == "", shown
     return emulate(shown.stdout, columns)
+
+
+class Session:
+    """A run with all its streams at a terminal; what it shows is read as it comes."""
+
+    def __init__(self, process: subprocess.Popen[bytes], terminal: int, columns: int) -> None:
+        self._process = process
+        self._terminal = terminal
+        self._columns = columns
+        self._output = ""
+
+    @property
+    def screen(self) -> Screen:
+        """What is shown now."""
+        return emulate(self._output.replace("\r\n", "\n"), self._columns)
+
+    def wait_for(self, is_shown: Callable[[Screen], bool]) -> Screen:
+        """The first screen of which that is so."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not is_shown(screen := self.screen):
+            assert self._read(deadline), f"it has ended: {screen.text}"
+        return screen
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C."""
+        self._process.send_signal(signal.SIGINT)
+
+    def end(self) -> tuple[Screen, int]:
+        """The last screen and the exit status."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while self._read(deadline):
+            pass
+        return self.screen, self._process.wait(TIMEOUT_S)
+
+    def _read(self, deadline: float) -> bool:
+        """Whether there was more, which Linux tells as EIO for the end. Source: pty(7)."""
+        ready, _, _ = select.select(
+            [self._terminal], [], [], max(0.0, deadline - time.monotonic())
+        )
+        assert ready, f"nothing more is shown: {self.screen.text}"
+        try:
+            piece = os.read(self._terminal, 1 << 16)
+        except OSError:
+            return False
+        self._output += piece.decode()
+        return bool(piece)
+
+
+@contextmanager
+def session(
+    vmplug: Vmplug,
+    *arguments: str | Path,
+    columns: int = 100,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Session]:
+    """A run at a terminal, for as long as the `with` lasts."""
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        [VMPLUG, *arguments],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**vmplug.environment, "TERM": "xterm-256color", **(env or {})},
+    )
+    os.close(terminal)
+    try:
+        yield Session(process, main, columns)
+    finally:
+        process.kill()
+        process.wait(TIMEOUT_S)
+        os.close(main)

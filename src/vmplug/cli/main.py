@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from vmplug.cli.group import VerbGroup
+from vmplug.cli.progress import Interrupted, with_verbose
 from vmplug.cli.render.terminal import Style, say
 from vmplug.cli.render.text import one_line
 from vmplug.errors import (
@@ -68,8 +69,7 @@ class _Verbs(VerbGroup):
         if cmd_name not in _VERBS:
             return None
         module = import_module(f"vmplug.cli.verbs.{cmd_name.replace('-', '_')}")
-        command: click.Command = module.command
-        return command
+        return with_verbose(module.command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Verbs"):
@@ -119,6 +119,11 @@ def answer(words: Sequence[str]) -> int:
         return int(status or 0)
     except SystemExit as end:  # click ends shell completion so, and a broken pipe
         return _SIGPIPE if sys.stdout is not stdout else int(end.code or 0)
+    except Interrupted as interrupt:
+        for what, hint in interrupt.told(as_one="--json" in words):
+            message = f"interrupted: {what}"
+            _print_error("interrupted", message, hint, {}, wants_json="--json" in words)
+        return _SIGINT
     except (click.Abort, KeyboardInterrupt):
         return _SIGINT
     except BrokenPipeError:

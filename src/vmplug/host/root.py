@@ -134,13 +134,13 @@ class HostRoot:
                 "host that it runs on",
                 hint="run it on that host, without --root",
             )
+        _log_write(text, path)  # before it, as some writes last
         try:
             fd = os.open(self._base + path, os.O_WRONLY | os.O_CLOEXEC)
             with open(fd, "wb", buffering=0) as file:
                 file.write(text.encode())
         except OSError as error:
             return error.errno
-        _log_write(text, path)
         return None
 
     def size(self, path: str) -> int | None:
@@ -473,7 +473,7 @@ def _can_read(fd: int, buffer: memoryview, length: int) -> bool:
 def _log_write(text: str, path: str) -> None:
     import logging  # noqa: PLC0415  5 ms that reading need not pay
 
-    logging.getLogger(__name__).debug("wrote %r to %s", text, path)
+    logging.getLogger(__name__).debug("write %r to %s", text, path)
 
 
 def node_number(status: os.stat_result) -> DevNum:

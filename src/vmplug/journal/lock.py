@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from vmplug.errors import StoreError
 from vmplug.host.permissions import make_private
 from vmplug.host.process import ProcessLock
+from vmplug.waiting import waiting
 
 _TIMEOUT_S, _AGAIN_S = 10.0, 0.01
 
@@ -103,17 +104,24 @@ def _open(path: str) -> int:
 
 
 def _lock(descriptor: int, kind: int, path: str) -> None:
+    if _try_lock(descriptor, kind):
+        return
     deadline = time.monotonic() + _TIMEOUT_S
-    while True:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with waiting(f"another process to unlock the journal {path}", _TIMEOUT_S):
+        while not _try_lock(descriptor, kind):
             if time.monotonic() >= deadline:
                 raise StoreError(
                     path,
                     f"cannot use the journal {path}: another process has locked it",
                     hint="try again when that process has finished",
-                ) from error
+                )
             time.sleep(_AGAIN_S)  # flock(2) has no deadline, and held locks last milliseconds
-        else:
-            return
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    """Lock it, unless another process has: returns whether it is ours now."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

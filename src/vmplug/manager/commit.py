@@ -10,6 +10,7 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import ABSENT, State
 from vmplug.manager.plan import Plan
+from vmplug.waiting import waiting
 
 _ATTEMPTS = 20
 _PLUG_TIMEOUT_S, _PLUG_STEP_S = 30.0, 0.02
@@ -35,9 +36,12 @@ def plan_and_journal(
             with lock:
                 return _decide_now(plan_now, journal)
         except StateError as error:
-            if not _is_passing(error, vm, journal) or time.monotonic() >= deadline:
+            left_s = deadline - time.monotonic()
+            if not _is_passing(error, vm, journal) or left_s <= 0:
                 raise
-        time.sleep(_PLUG_STEP_S)  # other processes plug too, and SQLite reports no changes
+            what = f"another process that plugs the same device into VM {vm}"
+        with waiting(what, left_s):
+            time.sleep(_PLUG_STEP_S)  # other processes plug too, and SQLite reports no changes
 
 
 def _is_passing(error: StateError, vm: str, journal: Journal) -> bool:

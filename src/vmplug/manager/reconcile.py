@@ -28,6 +28,7 @@ from vmplug.errors import CommandError, StateError
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State
+from vmplug.waiting import waiting
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +197,10 @@ def _unplug(
             except CommandError as error:
                 refused[device_id] = error.message
     parts = [i for i in device_ids if i in held and i not in refused]
-    left = hypervisor.wait_unplugged(parts, timeout_s) if parts else {}
+    left = dict[str, UnplugFailure]()
+    if parts:
+        with waiting(f"a guest to release {len(parts)} devices", timeout_s):
+            left = hypervisor.wait_unplugged(parts, timeout_s)
     return refused | {device_id: _spoken(why) for device_id, why in left.items()}
 
 

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from vmplug.drivers.ports import Hypervisor
+from vmplug.drivers.ports import Hypervisor, UnplugFailure
 from vmplug.errors import BindError, CommandError
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State, unplug_error
 from vmplug.manager.binding.binder import Binder
+from vmplug.waiting import waiting
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Unplugger(msgspec.Struct, frozen=True, kw_only=True):
             except CommandError as error:
                 self.journal.set_state([device_id], State.ATTACHED)
                 failed = error
-        left = self.hypervisor.wait_unplugged(asked, timeout_s) if asked else {}
+        left = self._wait(asked, records, timeout_s) if asked else {}
         stay = {*left, *(set(plugged) - set(asked))}
         gone = [record.id for record in records if record.id not in stay]
         unreturned = self.give_back(gone)
@@ -59,6 +60,14 @@ class Unplugger(msgspec.Struct, frozen=True, kw_only=True):
         if unreturned:
             raise unreturned
 
+    def _wait(
+        self, asked: Sequence[str], records: Sequence[DeviceRecord], timeout_s: float
+    ) -> dict[str, UnplugFailure]:
+        paths = [record.host_path for record in records if record.id in asked]
+        what = f"the guest of VM {self.vm} to release {_few(paths)}"
+        with waiting(what, timeout_s):
+            return self.hypervisor.wait_unplugged(asked, timeout_s)
+
     def give_back(self, device_ids: Iterable[str]) -> BindError | None:
         """Give functions that `managed` bound back to their drivers; returns the failure, if any.
 
@@ -69,3 +78,13 @@ class Unplugger(msgspec.Struct, frozen=True, kw_only=True):
             for told in self.binder.give_back(device_id):
                 failure = told.error or failure
         return failure
+
+
+def _few(paths: Sequence[str]) -> str:
+    """`/dev/sdb`, `/dev/sdb and /dev/sdc`, `/dev/sdb and 3 others`."""
+    first, *others = paths
+    return (
+        f"{first} and {others[0] if len(others) == 1 else f'{len(others)} others'}"
+        if others
+        else first
+    )

@@ -14,6 +14,7 @@ from vmplug.manager.binding.binder import give_back_unused
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.known import is_gone, is_starting, require_started
 from vmplug.vms.release import end_vm, keep_ended_logs, release_vm
+from vmplug.waiting import waiting
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,9 @@ def _power_down(record: VmRecord, timeout_s: float) -> None:
         ) as qemu:
             if qemu.status() == "running" and timeout_s and record.pid:
                 qemu.power_down()
-                if wait_for_end(record.pid, timeout_s, started_at=record.started_at):
+                with waiting(f"VM {record.name} to power down", timeout_s):
+                    has_ended = wait_for_end(record.pid, timeout_s, started_at=record.started_at)
+                if has_ended:
                     return
             qemu.quit()
     except HypervisorError as error:  # it hangs, or has ended just now
@@ -87,4 +90,5 @@ def _power_down(record: VmRecord, timeout_s: float) -> None:
         log.info("VM %s does not answer, and is ended: %s", record.name, error)
         return
     if record.pid:
-        wait_for_end(record.pid, _QUIT_TIMEOUT_S, started_at=record.started_at)
+        with waiting(f"the QEMU of VM {record.name} to end", _QUIT_TIMEOUT_S):
+            wait_for_end(record.pid, _QUIT_TIMEOUT_S, started_at=record.started_at)

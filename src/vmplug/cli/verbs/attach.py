@@ -15,6 +15,7 @@ from vmplug.cli.options import (
     state_dir_option,
     vm_option,
 )
+from vmplug.cli.progress import at_work
 from vmplug.cli.render.attachments import attachment_json, print_attachments
 from vmplug.cli.render.output import print_json
 from vmplug.drivers import block, rng, share, vfio, vhost_user
@@ -74,7 +75,7 @@ def command(
     """
     asked = read_request(**request)  # type: ignore[arg-type]
     setup = asked.setup(state_dir, find_policy(policy))
-    with connect_vm(vm, setup=setup) as devices:
+    with at_work(f"attaching to VM {vm}", setup), connect_vm(vm, setup=setup) as devices:
         attachments = devices.attach_all(
             asked.requests,
             owner=require_owner(owner, asked),

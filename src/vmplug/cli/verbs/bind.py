@@ -10,7 +10,7 @@ from vmplug.cli.options import (
     root_option,
     state_dir_option,
 )
-from vmplug.cli.progress import progress
+from vmplug.cli.progress import at_work
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.table import print_table
 from vmplug.host.root import HostRoot
@@ -49,12 +49,13 @@ def command(
     vmplug bind 3b:00.0 --allow network-in-use --json
     """
     allowed = parse_allow(allow)
-    with progress(f"binding {function} to VFIO"):
+    setup = Setup(host=HostRoot(root), state_dir=state_dir)
+    with at_work(f"binding {function} to VFIO", setup):
         group = bind_device(
             function,
             driver=driver,
             allow=allowed,
-            setup=Setup(host=HostRoot(root), state_dir=state_dir),
+            setup=setup,
         )
     if as_json:
         functions = [_json(member) for member in group.functions]

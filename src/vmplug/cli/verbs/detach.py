@@ -3,7 +3,7 @@
 import click
 
 from vmplug.cli.options import completes, json_option, state_dir_option, timeout_option
-from vmplug.cli.progress import progress
+from vmplug.cli.progress import at_work
 from vmplug.cli.render.detached import detached_json, print_detached
 from vmplug.cli.render.output import print_json
 from vmplug.manager.setup import Setup
@@ -48,15 +48,12 @@ def command(
     """
     if bool(attachments) == bool(owner):
         raise click.UsageError("name the attachments, or an --owner")
-    with progress("waiting for the guest to let go"):
+    setup = Setup(state_dir=state_dir)
+    with at_work("detaching", setup):
         if owner:
-            report = report_detach_owner(
-                owner, vm=vm, timeout_s=timeout_s, setup=Setup(state_dir=state_dir)
-            )
+            report = report_detach_owner(owner, vm=vm, timeout_s=timeout_s, setup=setup)
         else:
-            report = report_detach(
-                attachments, timeout_s=timeout_s, setup=Setup(state_dir=state_dir)
-            )
+            report = report_detach(attachments, timeout_s=timeout_s, setup=setup)
     if as_json and (report.detached or not report.failures):
         print_json({"detached": [detached_json(done) for done in report.detached]})
     elif not as_json:

@@ -3,6 +3,7 @@
 import click
 
 from vmplug.cli.options import json_option, state_dir_option, vm_option
+from vmplug.cli.progress import at_work
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.table import path_column, print_table, reason_column
 from vmplug.manager.kata.adopt import Adopted
@@ -30,7 +31,9 @@ def command(as_json: bool, state_dir: str, socket: str | None, vm: str, state: s
     vmplug import-kata 5a1f --vm sb1 --qmp /run/vc/vm/5a1f/extra-monitor.sock
     vmplug import-kata /run/vc/sbs/5a1f/persist.json --vm sb1
     """
-    done = import_kata(state, vm, qmp_socket=socket, setup=Setup(state_dir=state_dir))
+    setup = Setup(state_dir=state_dir)
+    with at_work(f"taking over what VM {vm} has", setup):
+        done = import_kata(state, vm, qmp_socket=socket, setup=setup)
     if as_json:
         devices = [_json(one) for one in done.devices]
         print_json({"vm": vm, "sandbox": done.sandbox, "devices": devices})

@@ -3,7 +3,7 @@
 import click
 
 from vmplug.cli.options import completes, json_option, state_dir_option, timeout_option
-from vmplug.cli.progress import progress
+from vmplug.cli.progress import at_work
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.repairs import print_repairs, repairs_json
 from vmplug.manager.setup import Setup
@@ -49,13 +49,14 @@ def command(
     vmplug reconcile --set-aside
     vmplug reconcile --vm sb1 --take-over
     """
-    with progress("making the journal agree with the VMs"):
+    setup = Setup(state_dir=state_dir)
+    with at_work("making the journal agree with the VMs", setup):
         done = reconcile_host(
             vm=vm,
             set_aside=set_aside,
             take_over=take_over,
             timeout_s=timeout_s,
-            setup=Setup(state_dir=state_dir),
+            setup=setup,
         )
     if as_json:
         print_json(repairs_json(done))

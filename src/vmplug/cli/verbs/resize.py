@@ -3,6 +3,7 @@
 import click
 
 from vmplug.cli.options import completes, json_option, state_dir_option
+from vmplug.cli.progress import at_work
 from vmplug.cli.render.output import print_json, size
 from vmplug.cli.render.text import one_line
 from vmplug.drivers.options import number
@@ -42,7 +43,9 @@ def command(as_json: bool, state_dir: str, size_bytes: int | None, attachment: s
     lvextend --size +1G vg/data && vmplug resize 0123456789abcdef
     vmplug resize 0123456789abcdef --size 2G
     """
-    hold, now = resize_attachment(attachment, size_bytes, setup=Setup(state_dir=state_dir))
+    setup = Setup(state_dir=state_dir)
+    with at_work("resizing", setup):
+        hold, now = resize_attachment(attachment, size_bytes, setup=setup)
     if as_json:
         print_json({"id": hold.id, "device_id": hold.device_id, "size_bytes": now})
     else:

@@ -13,7 +13,7 @@ from vmplug.cli.options import (
     root_option,
     state_dir_option,
 )
-from vmplug.cli.progress import progress
+from vmplug.cli.progress import at_work
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.table import print_table
 from vmplug.host.pci.sriov import VfSettings
@@ -86,7 +86,7 @@ def command(
     if number is not None:
         now = configure_virtual_function(bdf, number, settings, setup=setup)
     elif count is not None:
-        with progress(f"dividing {bdf}"):
+        with at_work(f"dividing {bdf}", setup):
             now = set_virtual_function_count(
                 bdf,
                 count,

@@ -3,7 +3,7 @@
 import click
 
 from vmplug.cli.options import completes, json_option, root_option, state_dir_option
-from vmplug.cli.progress import progress
+from vmplug.cli.progress import at_work
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.table import print_table
 from vmplug.host.root import HostRoot
@@ -26,8 +26,9 @@ def command(as_json: bool, state_dir: str, root: str, function: str) -> None:
     vmplug unbind 0000:3b:00.0
     vmplug unbind /dev/vfio/26 --json
     """
-    with progress(f"giving {function} back"):
-        group = unbind_device(function, setup=Setup(host=HostRoot(root), state_dir=state_dir))
+    setup = Setup(host=HostRoot(root), state_dir=state_dir)
+    with at_work(f"giving {function} back", setup):
+        group = unbind_device(function, setup=setup)
     if as_json:
         functions = [_json(member) for member in group.functions]
         print_json({"iommu_group": group.number, "functions": functions})

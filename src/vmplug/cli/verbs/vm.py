@@ -20,7 +20,7 @@ from vmplug.cli.options import (
     require_owner,
     state_dir_option,
 )
-from vmplug.cli.progress import progress
+from vmplug.cli.progress import at_work
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.vms import (
     adopted_json,
@@ -157,14 +157,15 @@ def start(
         room_for=tuple(map(parse_function, room_for)),
         **options | {"machine": Machine(options["machine"])},
     )
-    with progress(f"starting VM {name}"):
+    setup = asked.setup(state_dir, find_policy(policy))
+    with at_work(f"starting VM {name}", setup):
         started = start_vm(
             spec,
             asked.requests,
             owner=None if asked is _NOTHING else require_owner(owner, asked),
             allow=parse_allow(allow),
             managed=managed,
-            setup=asked.setup(state_dir, find_policy(policy)),
+            setup=setup,
         )
     if as_json:
         print_json(started_json(started))
@@ -223,8 +224,10 @@ def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
     \b
     vmplug vm stop sb1
     """
-    with progress(f"waiting for VM {name} to power down"):
-        stopped = stop_vm(name, timeout_s=timeout_s, setup=Setup(state_dir=state_dir))
+    setup = Setup(state_dir=state_dir)
+    left = f"VM {name} may be powering down, and is still known", f"vmplug vm stop {name} ends it"
+    with at_work(f"stopping VM {name}", setup, otherwise=left):
+        stopped = stop_vm(name, timeout_s=timeout_s, setup=setup)
     if as_json:
         print_json(stopped_json(stopped))
     else:
@@ -246,7 +249,9 @@ def resume(as_json: bool, state_dir: str, name: str) -> None:
     vmplug vm resume sb1
     vmplug vm resume sb1 --json
     """
-    resumed = resume_vm(name, setup=Setup(state_dir=state_dir))
+    setup = Setup(state_dir=state_dir)
+    with at_work(f"resuming VM {name}", setup):
+        resumed = resume_vm(name, setup=setup)
     if as_json:
         print_json(resumed_json(resumed))
     else:

@@ -17,6 +17,7 @@ import msgspec
 from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, NoSuchDevice
 from vmplug.host.root import HostRoot
+from vmplug.waiting import waiting
 
 T = TypeVar("T")
 
@@ -66,7 +67,8 @@ class Writer(msgspec.Struct, frozen=True, kw_only=True):
 
         A write that overruns it continues in the kernel; its result is known when it has ended.
         """
-        answers = _within(self.timeout_s, lambda: self.root.write_attribute(path, text))
+        with waiting(f"the kernel to take {text.strip()!r} in {path}", self.timeout_s):
+            answers = _within(self.timeout_s, lambda: self.root.write_attribute(path, text))
         number = answers[0] if answers else errno.ETIMEDOUT
         if number is not None:
             raise BindError(
@@ -112,7 +114,8 @@ def read_former(bdf: Bdf, root: HostRoot, *, timeout_s: float = WRITE_TIMEOUT_S)
     base = f"{root.pci_devices}/{bdf}"
     if root.stat(base) is None:
         raise NoSuchDevice(str(bdf), f"no PCI function {bdf} on this host", found="nothing")
-    answers = _within(timeout_s, lambda: root.read_attribute(f"{base}/driver_override"))
+    with waiting(f"the kernel to unbind {bdf}", timeout_s):
+        answers = _within(timeout_s, lambda: root.read_attribute(f"{base}/driver_override"))
     if not answers:
         raise BindError(
             str(bdf),

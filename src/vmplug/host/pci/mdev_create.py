@@ -12,6 +12,7 @@ from vmplug.host.pci.bind import Writer
 from vmplug.host.pci.iommu import find_group
 from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, MdevType, read_mdev_types
 from vmplug.host.root import HostRoot
+from vmplug.waiting import waiting
 
 MADE_TIMEOUT_S = 10.0
 _STEP_S = 0.01
@@ -54,7 +55,9 @@ def create_mediated(
     writer = Writer(device=uuid, root=root)
     base = f"/sys/class/mdev_bus/{parent}/mdev_supported_types/{type_name}"
     writer.write("create", f"{base}/create", uuid)
-    if not _wait(uuid, root, timeout_s):
+    with waiting(f"the kernel to make mediated device {uuid}", timeout_s):
+        is_made = _wait(uuid, root, timeout_s)
+    if not is_made:
         with suppress(NoSuchDevice):
             remove_mediated(uuid, root)
         raise BindError(

@@ -1,5 +1,6 @@
 """QmpMonitor: turns on a QMP socket, with deadlines."""
 
+import json
 import logging
 import threading
 import time
@@ -29,6 +30,7 @@ from vmplug.hypervisor.qmp.monitor import (
 )
 from vmplug.hypervisor.qmp.schema import validate_reply
 from vmplug.hypervisor.qmp.wire import Wire
+from vmplug.waiting import waiting
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +179,8 @@ class QmpMonitor(Monitor):
     def _connect(self) -> Wire:
         deadline = time.monotonic() + self._connect_timeout_s
         try:
-            wire = self._negotiated(deadline)
+            with waiting(f"QEMU to answer on {self._socket}", self._connect_timeout_s):
+                wire = self._negotiated(deadline)
         except (OSError, EOFError, ValueError) as error:
             self._disconnect()
             if self._closed.is_set():
@@ -264,12 +267,14 @@ class QmpMonitor(Monitor):
             receive(str(event), data)
 
     def _execute(self, wire: Wire, command: Command) -> Any:
-        log.debug("%s %s", command.execute, command.shown)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("QMP %s %s", command.execute, json.dumps(dict(command.shown)))
         timeout_s = self._command_timeout_s
         if command.backend:
             timeout_s = min(timeout_s, BACKEND_TIMEOUT_S)
         try:
-            return self._answer(wire, command, time.monotonic() + timeout_s)
+            with waiting(f"QEMU's answer to {command.execute}", timeout_s):
+                return self._answer(wire, command, time.monotonic() + timeout_s)
         except TimeoutError as error:
             raise _no_answer(command, timeout_s) from error
         except (OSError, EOFError, ValueError) as error:

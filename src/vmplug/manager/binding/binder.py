@@ -16,7 +16,7 @@ import errno
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 
 import msgspec
@@ -49,6 +49,7 @@ from vmplug.manager.binding.users import (
     raise_in_use,
     virtfn_users,
 )
+from vmplug.waiting import waiting
 
 log = logging.getLogger(__name__)
 
@@ -349,7 +350,9 @@ class Binder:
     @contextmanager
     def _alone(self, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[dict[Bdf, Binding]]:
         """The rows of this boot, while no other process binds; earlier ones are forgotten."""
-        with self._journal.bindings.alone(timeout_s=timeout_s):
+        with ExitStack() as locked:
+            with waiting("another process that binds functions", timeout_s):
+                locked.enter_context(self._journal.bindings.alone(timeout_s=timeout_s))
             boot_id = self._boot_id()
             rows = self._journal.bindings.all()
             if stale := [row.bdf for row in rows if row.boot_id != boot_id]:

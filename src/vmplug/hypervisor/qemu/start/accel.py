@@ -17,6 +17,7 @@ import msgspec
 
 from vmplug.host.program import program_environment, run_program
 from vmplug.host.root import HostRoot
+from vmplug.waiting import waiting
 
 ACCELS = AUTO, KVM, TCG = "auto", "kvm", "tcg"
 PROBE_TIMEOUT_S = 10.0
@@ -105,7 +106,8 @@ def choose_accel(program: str, state_dir: Path, host: HostRoot) -> Accel:
     verdicts, now = _read(state_dir / _FILE), time.clock_gettime(time.CLOCK_BOOTTIME)
     verdict = verdicts.get(program)
     if verdict is None or verdict.key != key or not verdict.holds(now):
-        why = why_not(program, KVM, timeout_s=PROBE_TIMEOUT_S)
+        with waiting("KVM to run a small guest", PROBE_TIMEOUT_S):
+            why = why_not(program, KVM, timeout_s=PROBE_TIMEOUT_S)
         verdict = _Verdict(key=key, at=now, why_not_kvm=why)
         _write(state_dir / _FILE, {**verdicts, program: verdict})
     why = verdict.why_not_kvm
