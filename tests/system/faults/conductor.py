@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from tests.system.faults.machine import Link, Machine, Message, Reader
 from tests.system.faults.process import GO, REFUSE, Answer, Process
-from tests.system.faults.steps import GUEST, Fault, Step, StepKind
+from tests.system.faults.steps import GUEST, OWN, Fault, Step, StepKind
 from vmplug.address import device_id_of
 from vmplug.hypervisor.fake.monitor import Guest
 
@@ -184,7 +184,7 @@ class Conductor:
             self.close()
         elif fault in GUEST:
             self._machine.guest(Guest.SILENT if fault is Fault.GUEST_SILENT else Guest.REFUSES)
-        elif fault in {Fault.BACKEND_DIES, Fault.DEVICE_GONE, Fault.DISK_FULL}:
+        elif fault in {Fault.BACKEND_DIES, Fault.DEVICE_GONE, Fault.DISK_FULL, *OWN}:
             self._host.spoil(fault)
         return fault
 

@@ -7,16 +7,18 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tests.system.faults.kinds import FIRST, MEDIATED, MEDIATED_TYPE
 from tests.system.faults.process import GO, Hooks, trace, trace_programs
-from tests.system.faults.steps import Op
+from tests.system.faults.steps import Op, StepKind
 from tests.system.faults.world import OWN_VM, OWNER, UNPLUG_S, VM, World
 from vmplug.cli.main import main
 from vmplug.errors import HypervisorError
-from vmplug.host.root import THIS_HOST, HostRoot
-from vmplug.journal import StateDir
+from vmplug.host.root import HostRoot
+from vmplug.journal.database import Opened
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.manager.binding.binder import Binder
+from vmplug.manager.binding.mediated import create_mediated_device, remove_mediated_device
 from vmplug.manager.reconcile import RepairOutcome
 from vmplug.manager.setup import Setup
 from vmplug.vms.adopt import adopt_vm
@@ -72,7 +74,22 @@ def start(world: World, hooks: Hooks, _: Waits) -> None:
 
 def stop(world: World, hooks: Hooks, _: Waits) -> None:
     _trace_all(hooks)
+    with hooks.step(StepKind.COMMAND, "quit"):
+        pass  # its commands go past the conductor: this is before the first of them
     stop_vm(OWN_VM, timeout_s=0, setup=Setup(state_dir=world.state_dir))
+
+
+def create(world: World, hooks: Hooks, _: Waits) -> None:
+    """`mdev create`."""
+    setup = Setup(state_dir=world.state_dir, host=world.host(hooks))
+    create_mediated_device(FIRST, MEDIATED_TYPE, uuid=MEDIATED, setup=setup)
+
+
+def remove(world: World, hooks: Hooks, _: Waits) -> None:
+    """`mdev remove`."""
+    _trace_all(hooks)
+    setup = Setup(state_dir=world.state_dir, host=world.host(hooks))
+    remove_mediated_device(MEDIATED, setup=setup)
 
 
 def reconcile(world: World, hooks: Hooks, waits: Waits) -> None:
@@ -123,14 +140,14 @@ def _trace_all(hooks: Hooks) -> None:
 
     The verbs open their journals themselves, and this process ends soon.
     """
-    opened = Journal.open
+    complete = Journal._complete
 
-    def open_traced(state_dir: StateDir, *, host: HostRoot = THIS_HOST) -> Journal:
-        journal = opened(state_dir, host=host)
+    def complete_traced(opened: Opened, host: HostRoot) -> Journal:
+        journal = complete(opened, host)
         trace(journal, hooks)
         return journal
 
-    Journal.open = open_traced  # type: ignore[method-assign, assignment]
+    Journal._complete = complete_traced  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +168,8 @@ OPERATIONS = {
     Op.FORGET: Operation(forget, back=(Op.ADOPT,)),
     Op.START: Operation(start, back=(Op.STOP,)),
     Op.STOP: Operation(stop, first=(Op.START,)),
+    Op.CREATE: Operation(create, first=(Op.REMOVE,)),
+    Op.REMOVE: Operation(remove, back=(Op.CREATE,)),
 }
 
 

@@ -16,6 +16,8 @@ class Op(StrEnum):
     FORGET = "forget"
     START = "start"
     STOP = "stop"
+    CREATE = "create"
+    REMOVE = "remove"
 
 
 class StepKind(StrEnum):
@@ -41,7 +43,10 @@ class Step(NamedTuple):
 
 
 class Fault(StrEnum):
-    """What goes wrong at a step. `silent`: what was asked is done, and never answered."""
+    """What goes wrong at a step. `silent`: what was asked is done, and never answered.
+
+    The last two are of the QEMU that vmplug itself starts and stops.
+    """
 
     KILLED_BEFORE = "killed before"
     KILLED_AFTER = "killed after"
@@ -55,11 +60,14 @@ class Fault(StrEnum):
     BACKEND_DIES = "backend dies"
     DEVICE_GONE = "device gone"
     DISK_FULL = "disk full"
+    OWN_DIES = "its QEMU dies"
+    OWN_HANGS = "its QEMU hangs"
 
 
 KILLED = frozenset({Fault.KILLED_BEFORE, Fault.KILLED_AFTER})
 _KILLED = (Fault.KILLED_BEFORE, Fault.KILLED_AFTER)
 _LOST = (Fault.LOST_BEFORE, Fault.LOST_AFTER)
+OWN = (Fault.OWN_DIES, Fault.OWN_HANGS)
 GUEST = (Fault.GUEST_SILENT, Fault.GUEST_REFUSES)
 """Of the guest, when it is asked to let a device go."""
 _ANYWHERE = (Fault.BACKEND_DIES, Fault.DEVICE_GONE)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from vmplug.host.process import find_marked
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.fake.monitor import Guest
+from vmplug.hypervisor.keeper import KEEPER_MARK
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
@@ -112,6 +114,10 @@ class World:
                 self._fill()
             case Fault.BACKEND_DIES:
                 self.behind.kill()
+            case Fault.OWN_DIES:
+                self._signal_own(signal.SIGKILL)
+            case Fault.OWN_HANGS:
+                self._signal_own(signal.SIGSTOP)
             case _:
                 self.behind.take()
 
@@ -120,9 +126,17 @@ class World:
             while True:
                 file.write(bytes(4096))
 
+    def _signal_own(self, number: signal.Signals) -> None:
+        """To the QEMU that vmplug has started."""
+        keepers, directory = find_marked(KEEPER_MARK), self.state_dir / "vm" / OWN_VM
+        for pid, where in _working_below(self.state_dir):
+            if where == str(directory) and pid not in keepers:
+                os.kill(pid, number)
+
     def mend(self) -> None:
-        """There is room on the disk again, and the guest answers."""
+        """There is room on the disk again, and the guest and QEMU answer."""
         self.machine.guest(Guest.ANSWERS)
+        self._signal_own(signal.SIGCONT)
         (self.state_dir / "ballast").unlink(missing_ok=True)
 
     def start_again(self) -> None:
@@ -221,21 +235,23 @@ class World:
         ]
         found += ["a virtiofsd"] * len(set(mine))
         found += [f"directory {path.name}" for path in (self.state_dir / "vm").glob("*")]
-        found += [f"a QEMU in {where}" for where in _working_below(self.state_dir)]
+        found += [f"a QEMU in {where}" for _, where in _working_below(self.state_dir)]
         if self.tree:
             kernel = FakeKernel(self.tree)
             found += [f"{bdf}: {is_now}" for bdf, is_now in kernel.picture().items()]
+            made = (self.tree.path / "sys/bus/mdev/devices").glob("*")
+            found += [f"mediated device {path.name}" for path in made]
         here = str(self.directory)
         return sorted(_without_ids(line.replace(here, "DIR")) for line in found)
 
 
-def _working_below(directory: Path) -> Iterator[str]:
-    """The working directories of processes that are below a directory, of each process one."""
+def _working_below(directory: Path) -> Iterator[tuple[int, str]]:
+    """The processes whose working directory is below a directory, with that."""
     for link in Path("/proc").glob("[0-9]*/cwd"):
         with suppress(OSError):
             where = os.readlink(link)
             if where.startswith(f"{directory}/"):
-                yield where
+                yield int(link.parent.name), where
 
 
 _PROCESS = re.compile(r"(qmp\.sock', )[0-9]+, [0-9]+")
