@@ -16,7 +16,7 @@ from tests.cli.started import started
 from tests.cli.watching import DEADLINE_S, watching
 from tests.contract.world import journal_rows
 from tests.support.daemons import storage_daemon
-from tests.support.disks import disk_image, loop_device
+from tests.support.disks import disk_image, own_loop_device
 from tests.support.journal import attach_row, device_record, vm_record
 from vmplug import EventKind, Setup, Watch, watch
 from vmplug.host.events import HostEvents, ProcessEnded
@@ -98,7 +98,7 @@ def test_a_loop_device_that_was_detached_is_marked(
     vmplug: Vmplug, memory_vm: MemoryVm, tmp_path: Path
 ) -> None:
     image = disk_image(tmp_path / "a.img", 8, "a")
-    with loop_device(image) as node:
+    with own_loop_device(image) as node:
         number = Path(f"/sys/block/{node.name}/dev").read_text().strip()
         (attachment,) = attached(vmplug, "sb1", "-d", f"b:{number}:/dev/a")
         assert marks(vmplug) == {"/dev/a": "present"}

@@ -216,7 +216,7 @@ def test_loop_device_with_a_window(q35: GuestVm, tmp_path: Path) -> None:
         with plugged(q35, blockdev, on_root_port()) as disk:
             assert (disk.marker, disk.size_bytes) == ("inside", 2 * MIB)
             assert disk.read_only
-    assert str(node) not in subprocess.check_output(["losetup", "--all"], text=True)
+    assert str(image) not in subprocess.check_output(["losetup", "--all"], text=True)
 
 
 def test_what_the_guest_writes_is_on_the_host(q35: GuestVm, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import os
 import struct
 import subprocess
 import uuid
@@ -16,6 +17,8 @@ PFN_DATA_OFFSET = 2 * MIB
 
 TIMEOUT_S = 30.0
 
+_FIRST_OWN, _OWN, _LOOP_CTL_REMOVE = 1000, 100_000, 0x4C81
+"""Source: Linux include/uapi/linux/loop.h."""
 _BLKPG, _ADD_PARTITION, _PARTITION_BYTES = 0x1269, 1, 152
 
 
@@ -94,6 +97,23 @@ def loop_device(
         yield Path(node)
     finally:
         detach_loop(Path(node))
+
+
+@contextmanager
+def own_loop_device(path: Path) -> Iterator[Path]:
+    """One that the test may let go of and take again, and has let go of or not at the end.
+
+    Nobody gets it meanwhile: who looks for a free one finds the first, and its number is high.
+    """
+    number = _FIRST_OWN + os.getpid() % _OWN
+    node = Path(f"/dev/loop{number}")
+    _run("losetup", str(node), str(path))
+    try:
+        yield node
+    finally:
+        detach_loop(node)
+        with open("/dev/loop-control", "rb") as control, suppress(OSError):  # still busy
+            fcntl.ioctl(control, _LOOP_CTL_REMOVE, number)
 
 
 def detach_loop(node: Path) -> None:

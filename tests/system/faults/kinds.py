@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.support.daemons import Daemon, storage_daemon, vhost_user_backend, virtiofsd
-from tests.support.disks import detach_loop, disk_image
+from tests.support.disks import disk_image, own_loop_device
 from tests.support.fake_kernel import FakeKernel
 from tests.support.pci_tree import PciTree
 from tests.system.faults.steps import Op
@@ -184,12 +184,8 @@ class Loop:
 @contextmanager
 def loop(directory: Path, _: Path) -> Iterator[Behind]:
     image = disk_image(directory / "loop.img", 2, "faults")
-    command = ["losetup", "--find", "--show", str(image)]
-    node = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    try:
-        yield Loop(node, image)
-    finally:
-        detach_loop(Path(node))
+    with own_loop_device(image) as node:
+        yield Loop(str(node), image)
 
 
 @dataclass(slots=True)
