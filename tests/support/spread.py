@@ -4,21 +4,26 @@ With pytest-xdist each process collects thousands of tests again, and the one in
 five messages for each test: a third of all the CPU time of the fast tests. Measured with 3.8.
 """
 
+import json
 import os
 import struct
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import chain, groupby, pairwise
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 
 import pytest
 
-_CHUNK = 40
-"""How many tests of a file a process takes at a time.
+_CHUNK, _CHUNK_S = 40, 0.5
+"""How many tests of a file a process takes at a time, and for how long they may take it.
 
 More, and the processes do not end together; fewer, and each makes what the tests of a file share.
 """
+_TIMES = Path("build", "test-times.json")
+"""What a test of each file took on average when they were last run: the slowest begin."""
 _NUMBER = struct.Struct("=I")
 _Numbered = tuple[int, pytest.Item]
 """A test and its number in the session."""
@@ -41,7 +46,8 @@ class Spread:
         """A forked process returns too, and ends its session as pytest does, but on no screen."""
         if session.testsfailed or session.config.option.collectonly:
             return None
-        chunks = _chunks(session.items)
+        times = _Times(session.config.rootpath)
+        chunks = times.sort(session.items)
         todo, give = os.pipe()
         os.write(give, b"".join(map(_NUMBER.pack, range(len(chunks)))))
         os.close(give)
@@ -55,7 +61,7 @@ class Spread:
             tell.close()
             processes.append(_Process(pid, told))
         try:
-            _repeat(session, processes, todo)
+            _repeat(session, processes, todo, times)
         finally:
             _begin_no_other(todo)
             os.close(todo)
@@ -63,15 +69,45 @@ class Spread:
                 _wait_for(process, session)
         if session.shouldfail:
             raise session.Failed(session.shouldfail)
+        times.note()
         return True
 
 
-def _chunks(items: Sequence[pytest.Item]) -> list[list[_Numbered]]:
-    found = list[list[_Numbered]]()
-    for _, group in groupby(enumerate(items), lambda numbered: numbered[1].path):
-        tests = list(group)
-        found += [tests[start : start + _CHUNK] for start in range(0, len(tests), _CHUNK)]
-    return found
+@dataclass
+class _Times:
+    """How long the tests of each file take; a file that is new is taken to be slow."""
+
+    root: Path
+    taken: dict[str, list[float]] = field(default_factory=dict)
+
+    def sort(self, items: Sequence[pytest.Item]) -> list[list[_Numbered]]:
+        """Chunks of tests, those that will take longest first."""
+        known, found = self._read(), list[tuple[float, list[_Numbered]]]()
+        for path, group in groupby(enumerate(items), lambda numbered: numbered[1].path):
+            tests, each_s = list(group), known.get(self._name(path), _CHUNK_S)
+            size = max(1, min(_CHUNK, int(_CHUNK_S / max(each_s, 1e-6)))) if known else _CHUNK
+            chunks = (tests[start : start + size] for start in range(0, len(tests), size))
+            found += [(each_s * len(chunk), chunk) for chunk in chunks]
+        return [chunk for _, chunk in sorted(found, key=lambda timed: -timed[0])]
+
+    def add(self, path: Path, seconds: float) -> None:
+        """Count one test."""
+        self.taken.setdefault(self._name(path), []).append(seconds)
+
+    def note(self) -> None:
+        """Keep it for the next time; other files' times stay."""
+        mean = {name: sum(times) / len(times) for name, times in self.taken.items()}
+        file = self.root / _TIMES
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({**self._read(), **mean}))
+
+    def _read(self) -> Mapping[str, float]:
+        with suppress(FileNotFoundError, ValueError):
+            return dict[str, float](json.loads((self.root / _TIMES).read_text()))
+        return {}
+
+    def _name(self, path: Path) -> str:
+        return os.path.relpath(path, self.root)
 
 
 def _take(chunks: Sequence[Sequence[_Numbered]], todo: int) -> Iterator[_Numbered]:
@@ -108,7 +144,9 @@ class _Teller:
             self._tell.send(hook.pytest_report_to_serializable(config=self._config, report=report))
 
 
-def _repeat(session: pytest.Session, processes: Sequence[_Process], todo: int) -> None:
+def _repeat(
+    session: pytest.Session, processes: Sequence[_Process], todo: int, times: _Times
+) -> None:
     hook, by_pipe = session.config.hook, {process.told: process for process in processes}
     while by_pipe:
         if session.shouldfail:
@@ -125,6 +163,8 @@ def _repeat(session: pytest.Session, processes: Sequence[_Process], todo: int) -
             else:
                 report = hook.pytest_report_from_serializable(config=session.config, data=message)
                 hook.pytest_runtest_logreport(report=report)
+                if (last := by_pipe[pipe].last) is not None:
+                    times.add(session.items[last].path, report.duration)
 
 
 def _wait_for(process: _Process, session: pytest.Session) -> None:
