@@ -14,10 +14,11 @@ from tests.cli.command import Vmplug
 from tests.cli.started import StartedVm, booted, started
 from vmplug import Setup, StateError, resume_vm, watch
 from vmplug.manager.watching.notice import EventKind
+from vmplug.vms import io_errors
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu]
 
-MIB = 1 << 20
+MIB, PATIENCE_S = 1 << 20, 600.0
 SCSI = "block-driver=virtio-scsi"
 VIRTIO = "block-driver=virtio-blk"
 
@@ -64,7 +65,12 @@ def listed(vmplug: Vmplug) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("driver", "is_cold"), [(VIRTIO, False), (SCSI, True)])
 def test_a_full_disk_is_named_and_its_vm_runs_again(
-    vmplug: Vmplug, full: Path, driver: str, *, is_cold: bool
+    vmplug: Vmplug,
+    full: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    driver: str,
+    *,
+    is_cold: bool,
 ) -> None:
     image = sparse(full)
     disk = ("--device", f"file:{image}", "-o", driver)
@@ -74,7 +80,7 @@ def test_a_full_disk_is_named_and_its_vm_runs_again(
         vm = stack.enter_context(started(vmplug, "sb1", *cold, flavour="cloud"))
         if not is_cold:
             vm.attached(*disk)
-        events = stack.enter_context(watch(timeout_s=60, setup=setup))
+        events = stack.enter_context(watch(timeout_s=PATIENCE_S, setup=setup))
         said = stack.enter_context(writing(vm))
         stopped = next(events)
         assert stopped.what is EventKind.VM_STOPPED
@@ -85,7 +91,9 @@ def test_a_full_disk_is_named_and_its_vm_runs_again(
         assert vmplug("list", "--json").json()["stopped_vms"] == {"sb1": failed}
         for verb in (("list",), ("vm", "list")):
             assert f"VM sb1: no space left for writes to {image}" in vmplug(*verb).answer()
-        refused = vmplug("vm", "resume", "sb1", "--json")
+        with monkeypatch.context() as patient:
+            patient.setattr(io_errors, "_WATCHED_S", PATIENCE_S)
+            refused = vmplug("vm", "resume", "sb1", "--json")
         assert refused.status == 6
         assert (
             f"stopped it again: no space left for writes to {image}" in refused.error()["message"]
