@@ -1,5 +1,6 @@
 """DeviceInfo and Mount: what a container asks for in OCI's own words."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -48,7 +49,8 @@ class DeviceInfo:
 
     def __post_init__(self) -> None:
         path = normal_container_path(self.container_path)
-        object.__setattr__(self, "container_path", path)
+        if path is not self.container_path:
+            object.__setattr__(self, "container_path", path)
         if self.host_path == "":
             raise SpecError(self.container_path, "the path of the file is empty")
         if self.host_path is not None and (self.devnum or self.dev_type is not DevType.BLOCK):
@@ -105,11 +107,18 @@ class Mount(NamedTuple):
     driver_options: Mapping[str, str] = MappingProxyType({})
 
 
+_PLAIN = re.compile(r"(?:/(?!\.\.?(?:/|\Z))[^/\0]{1,63})+\Z")
+"""Most paths: in their one spelling, with names that are short in any encoding."""
+_PLAIN_LENGTH_MAX = 1023
+
+
 def normal_container_path(path: str, where: str = "container path") -> str:
     """`path` in its one spelling, without `//` and `/.`; SpecError unless it is absolute.
 
     It may not contain `..` or NUL, or be `/` itself.
     """
+    if len(path) <= _PLAIN_LENGTH_MAX and _PLAIN.match(path):
+        return path
     if not path:
         raise SpecError(where, "path is empty", hint="give the device's path in the container")
     check_path(where, path)
