@@ -1,73 +1,175 @@
-"""Attaching disks to a paused QEMU, against the same commands sent raw."""
+"""Attaching disks to a paused QEMU, against a client that sends the least for the same safety."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Self
 
-from tests.support.vm import GuestVm, root_ports, start_vm
+from tests.support.vm import Device, GuestVm, root_ports, scsi_controller, start_vm
 
-from bench.timing import Ratio, of_pairs, timed
-from vmplug import DeviceInfo, DeviceManager, DevNum, DevType, HostRoot, Qemu, Step
+from bench.timing import Ratio, of_pairs, rounds, timed
+from vmplug import DeviceInfo, DeviceManager, DevNum, DevType, HostRoot, Qemu
 
-_ROUNDS = 9
+_COUNT = 9
 _NULL = DeviceInfo(container_path="/dev/null", dev_type=DevType.CHAR, devnum=DevNum(1, 3))
 """Only counted: QEMU hears nothing of it."""
 _PORTS = 32
 
 
 def rows() -> Iterator[Ratio]:
-    """N = 1 and N = 32."""
-    for count in (1, 32):
-        with TemporaryDirectory(prefix="vmplug-bench-") as directory:
-            infos = _disks(Path(directory), count)
-            pairs = [_round(Path(directory), infos) for _ in range(_ROUNDS + 1)][1:]
-        name = f"attaching {count} disk{'s' * (count > 1)} / the same QMP commands sent raw"
-        yield of_pairs(name, pairs, target=1.3)
+    """N = 1 and N = 32; one disk beside many ports and disks."""
+    with TemporaryDirectory(prefix="vmplug-bench-") as name:
+        directory = Path(name)
+        images = _images(directory, _PORTS)
+        for count in (1, 32):
+            pairs = []
+            for _ in rounds(_COUNT):
+                ours_s = _ours(directory, images[:count], root_ports(_PORTS))
+                pairs.append((ours_s, _least(directory, images[:count])))
+            disks = "1 disk" if count == 1 else f"{count} disks"
+            yield of_pairs(f"attaching {disks} / the least that is as safe", pairs, target=1.4)
+        for title, many, few in (
+            ("root ports", root_ports(120), root_ports(8)),
+            ("SCSI disks", _scsi_disks(200), _scsi_disks(10)),
+        ):
+            driver = "virtio-blk" if title == "root ports" else "virtio-scsi"
+            pairs = []
+            for _ in rounds(_COUNT):
+                many_s = _ours(directory, images[:1], many, driver)
+                pairs.append((many_s, _ours(directory, images[:1], few, driver)))
+            numbers = "120 / 8" if title == "root ports" else "200 / 10"
+            yield of_pairs(f"attaching 1 disk, {numbers} {title}", pairs, target=1.3)
 
 
-def _disks(directory: Path, count: int) -> list[DeviceInfo]:
-    infos = []
-    for index in range(count):
-        image = directory / f"disk{index}.img"
+def _images(directory: Path, count: int) -> list[Path]:
+    images = [directory / f"disk{index}.img" for index in range(count)]
+    for image in images:
         image.touch()
-        with image.open("r+b") as file:
-            file.truncate(1 << 20)
-        info = DeviceInfo(
-            container_path=f"/dev/d{index}", dev_type=DevType.BLOCK, host_path=str(image)
-        )
-        infos.append(info)
-    return infos
+        os.truncate(image, 1 << 20)
+    return images
 
 
-def _round(directory: Path, infos: list[DeviceInfo]) -> tuple[float, float]:
-    """One QEMU for either, as a paused VM lets nothing go again.
+def _scsi_disks(count: int) -> list[Device]:
+    """So many drives of one controller, each empty."""
+    drives: list[Device] = [
+        {"driver": "scsi-cd", "id": f"cd{number}", "bus": "scsi0.0", "scsi-id": number, "lun": 0}
+        for number in range(1, count + 1)
+    ]
+    return [*scsi_controller(), *drives]
+
+
+def _ours(
+    directory: Path, images: Sequence[Path], devices: list[Device], driver: str = "virtio-blk"
+) -> float:
+    """Seconds of an attach; one QEMU for each, as a paused VM may let nothing go again.
 
     The manager is up, as in a service: connected, the topology read, the journal written to
     before. Its time holds finding the disks, the safety checks, two journal transactions and the
     QMP commands.
     """
+    infos = [
+        DeviceInfo(
+            container_path=f"/dev/{image.stem}",
+            dev_type=DevType.BLOCK,
+            host_path=str(image),
+            driver_options={"block-driver": driver},
+        )
+        for image in images
+    ]
     with (
-        _paused_vm(directory) as vm,
+        _paused_vm(directory, devices) as vm,
         TemporaryDirectory(prefix="vmplug-bench-", dir="/dev/shm") as state_dir,
         DeviceManager.open(
             vm="bench",
             host=HostRoot("/"),
             hypervisor=Qemu.connect(str(vm.qmp_path)),
             state_dir=state_dir,
-        ) as devices,
+        ) as manager,
     ):
-        devices.detach(devices.attach(_NULL).id)
-        steps = devices.plan(infos)
-        ours = timed(lambda: devices.attach_all(infos))
-    with _paused_vm(directory) as vm:
-        return ours, timed(lambda: _send(vm, steps))
+        manager.detach(manager.attach(_NULL).id)
+        seconds, _ = timed(lambda: manager.attach_all(infos))
+        _check(vm, images)
+        return seconds
 
 
-def _paused_vm(directory: Path) -> AbstractContextManager[GuestVm]:
-    return start_vm(directory, devices=root_ports(_PORTS), guest=False, paused=True)
+def _least(directory: Path, images: Sequence[Path]) -> float:
+    """Seconds of the least: open each, hand it over, plug it, and look at what QEMU opened."""
+    with (
+        _paused_vm(directory, root_ports(_PORTS)) as vm,
+        closing(_Client.connect(vm.qmp_path)) as client,
+    ):
+
+        def plug() -> None:
+            for number, image in enumerate(images):
+                client.plug(number, image, vm.pid)
+
+        seconds, _ = timed(plug)
+        _check(vm, images)
+        return seconds
 
 
-def _send(vm: GuestVm, steps: list[Step]) -> None:
-    for step in steps:
-        vm.oracle.execute(step.do.execute, step.do.arguments)
+def _paused_vm(directory: Path, devices: list[Device]) -> AbstractContextManager[GuestVm]:
+    return start_vm(directory, devices=devices, guest=False, paused=True)
+
+
+def _check(vm: GuestVm, images: Sequence[Path]) -> None:
+    """AssertionError unless QEMU has a disk of every image."""
+    descriptors = f"/proc/{vm.pid}/fd"
+    opened = [os.path.realpath(f"{descriptors}/{fd}") for fd in os.listdir(descriptors)]
+    assert {str(image) for image in images} <= {*opened}
+    drives = [drive for drive in vm.oracle.execute("query-block") if drive.get("inserted")]
+    assert len(drives) == len(images)
+
+
+class _Client:
+    """A QMP client that does nothing but send, and read up to the answer."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._lines = connection.makefile("rb")
+        self._lines.readline()
+        self.execute("qmp_capabilities")
+
+    @classmethod
+    def connect(cls, path: Path) -> Self:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(path))
+        return cls(connection)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        descriptors: Sequence[int] = (),
+    ) -> Any:
+        message = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        data = json.dumps(message, separators=(",", ":")).encode()
+        socket.send_fds(self._socket, [data], descriptors)
+        while "event" in (message := json.loads(self._lines.readline())):
+            pass
+        return message["return"]
+
+    def plug(self, number: int, image: Path, pid: int) -> None:
+        """A disk on a root port, of the file that this process has open."""
+        descriptor = os.open(image, os.O_RDWR)
+        try:
+            given = self.execute("add-fd", descriptors=[descriptor])["fdset-id"]
+            node = f"n{number}"
+            file = {"driver": "file", "filename": f"/dev/fdset/{given}", "node-name": node}
+            self.execute("blockdev-add", file)
+            wanted = os.fstat(descriptor)
+            opened = (os.stat(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+            assert any(os.path.samestat(one, wanted) for one in opened)
+        finally:
+            os.close(descriptor)
+        device = {"driver": "virtio-blk-pci", "drive": node, "bus": f"rp{number}"}
+        self.execute("device_add", device)
+        self.execute("remove-fd", {"fdset-id": given})

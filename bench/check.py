@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.timing import Ratio, of_pairs, timed
+from bench.timing import Ratio, of_pairs, rounds, scaled, timed
 
 _FEW = 10
 _ROUNDS = 7
@@ -23,16 +23,22 @@ def rows() -> Iterator[Ratio]:
         vmplug = str(Path(sys.executable).with_name("vmplug"))
         command = [vmplug, "check", "--device", f"file:{image}"]
         for count, target in _TARGETS.items():
-            pairs = [_pair(command, count) for _ in range(_ROUNDS + 1)][1:]
+            pairs = [_pair(command, count) for _ in rounds(_ROUNDS)]
             name = f"vmplug check of one image, {count} idle processes / {_FEW}"
             yield of_pairs(name, pairs, target=target)
 
 
 def _pair(command: Sequence[str], count: int) -> tuple[float, float]:
     with _idle(_FEW):
-        few = timed(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True))
-    with _idle(count):
-        return timed(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True)), few
+        few_s = _check(command)
+    with _idle(scaled(count)):
+        return _check(command), few_s
+
+
+def _check(command: Sequence[str]) -> float:
+    seconds, done = timed(lambda: subprocess.run(command, stdout=subprocess.PIPE, check=True))
+    assert command[-1].removeprefix("file:").encode() in done.stdout
+    return seconds
 
 
 @contextmanager

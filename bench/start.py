@@ -3,39 +3,126 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
 
-from bench.timing import Ratio, of_pairs, timed
+from tests.support.vm import root_ports, scsi_controller, start_vm
 
-_ROUNDS = 25
+from bench.timing import Ratio, of_pairs, rounds, timed
+
+_COUNT = 25
+_CLICK = [sys.executable, "-c", "import click"]
+_VMPLUG = str(Path(sys.executable).with_name("vmplug"))
+
+
+class Bench:
+    """A journal with a paused VM that never boots, and one image to hand over."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._state_dir = directory / "state"
+        self.images = [directory / f"{index}.img" for index in range(8)]
+        for image in self.images:
+            image.touch()
+            os.truncate(image, 1 << 20)
+
+    @classmethod
+    @contextmanager
+    def open(cls) -> Iterator[Self]:
+        """In memory, as /run is. The VM takes SCSI disks out again without its guest."""
+        devices = [*root_ports(8), *scsi_controller()]
+        with TemporaryDirectory(prefix="vmplug-bench-", dir="/dev/shm") as name:
+            bench = cls(Path(name))
+            with start_vm(bench.directory, devices=devices, guest=False, paused=True) as vm:
+                bench.run("vm", "adopt", "bench", "--qmp", str(vm.qmp_path))
+                yield bench
+
+    def command(self, *words: str) -> list[str]:
+        """A verb with this journal."""
+        return [_VMPLUG, *words, "--state-dir", str(self._state_dir)]
+
+    def run(self, *words: str) -> str:
+        """The answer of a verb, which must succeed."""
+        return _output(self.command(*words))
+
+    def attach(self, image: Path) -> list[str]:
+        """The words that attach an image as a SCSI disk."""
+        options = ["-o", "block-driver=virtio-scsi", "--owner", image.stem]
+        return ["attach", "--device", f"file:{image}", "--vm", "bench", *options]
+
+    def detach(self, image: Path) -> None:
+        """Take it out again."""
+        self.run("detach", "--owner", image.stem)
 
 
 def rows() -> Iterator[Ratio]:
     """Start-up ratios, with byte-compiled modules as pip installs them."""
     number = min(os.listdir("/sys/dev/block"))
-    vmplug = str(Path(sys.executable).with_name("vmplug"))
-    yield _compare(
-        "vmplug resolve --device, whole process / python -c 'import click'",
-        [vmplug, "resolve", "--device", f"b:{number}"],
-        [sys.executable, "-c", "import click"],
-        target=1.25,
-    )
-    yield _compare(
-        "import vmplug / python -c pass",
-        [sys.executable, "-c", "import vmplug"],
-        [sys.executable, "-c", "pass"],
-        target=2.5,
-    )
+    imported = [sys.executable, "-c", "import vmplug; print(vmplug.__name__)"]
+    yield _compare("import vmplug", imported, "vmplug", 1.1)
+    with Bench.open() as bench:
+        image = bench.images[0]
+        resolve = [_VMPLUG, "resolve", "--device", f"b:{number}"]
+        yield _compare("vmplug resolve", resolve, "/dev/", 1.0)
+        check = bench.command("check", "--device", f"file:{image}")
+        yield _compare("vmplug check", check, str(image), 1.6)
+        yield _compare("vmplug host", bench.command("host"), "/dev/", 2.0)
+        attach = bench.command(*bench.attach(image))
+        yield _compare("vmplug attach", attach, "attached", 3.2, lambda: bench.detach(image))
+        bench.run(*bench.attach(image))
+        yield _compare("vmplug list", bench.command("list"), str(image), 1.5)
+        bench.detach(image)
+        start = bench.command("vm", "start", "other", "--accel", "tcg")
+        stop = bench.command("vm", "stop", "other", "--timeout", "0")
+        yield _compare("vmplug vm start", start, "other", 2.5, lambda: _output(stop))
+        yield _at_once(bench)
 
 
-def _compare(name: str, ours: Sequence[str], other: Sequence[str], *, target: float) -> Ratio:
-    pairs = [(_run(ours), _run(other)) for _ in range(_ROUNDS + 1)][1:]
-    return of_pairs(name, pairs, target=target)
+def _compare(
+    name: str,
+    ours: Sequence[str],
+    says: str,
+    target: float,
+    undo: Callable[[], object] = lambda: None,
+) -> Ratio:
+    base = _CLICK if ours[0] == _VMPLUG else [sys.executable, "-c", "pass"]
+    pairs = []
+    for _ in rounds(_COUNT):
+        ours_s, said = timed(lambda: _output(ours))
+        assert says in said, said
+        pairs.append((ours_s, timed(lambda: _output(base))[0]))
+        undo()
+    return of_pairs(f"{name}, whole process / python -c {base[-1]!r}", pairs, target=target)
 
 
-def _run(command: Sequence[str]) -> float:
-    def process() -> None:
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+def _at_once(bench: Bench) -> Ratio:
+    """Eight images from eight processes, and one from one."""
+    pairs = []
+    for _ in rounds(5):
+        eight_s, one_s = (_attach(bench, bench.images[:count]) for count in (8, 1))
+        pairs.append((eight_s, one_s))
+    return of_pairs("vmplug attach, eight at once / one", pairs, target=5.5)
 
-    return timed(process)
+
+def _attach(bench: Bench, images: Sequence[Path]) -> float:
+    """Seconds to attach them all at once."""
+
+    def attach() -> list[int]:
+        running = [
+            subprocess.Popen(bench.command(*bench.attach(image)), stdout=subprocess.DEVNULL)
+            for image in images
+        ]
+        return [process.wait() for process in running]
+
+    seconds, statuses = timed(attach)
+    assert statuses == [0] * len(images)
+    for image in images:
+        bench.detach(image)
+    return seconds
+
+
+def _output(command: Sequence[str]) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout

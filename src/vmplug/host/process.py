@@ -201,7 +201,8 @@ class ProcessLock:
 
     def acquire(self) -> None:
         """Take it."""
-        self.check()
+        if os.getpid() != self._pid:  # as in `check`, which would take as long as the rest
+            self.check()
         self._lock.acquire()
 
     def release(self) -> None:

@@ -93,6 +93,7 @@ class Journal:
         self.id = ""
         self.host = host
         self.worker = ProcessIdentity.own(host)
+        self._worker_text = str(self.worker)
         self.bindings = Bindings(connection, self._lock, path)
         self.vf_tokens = VfTokens(connection, self._lock, path, self.worker.boot_id)
         self._works = 0
@@ -296,7 +297,7 @@ class Journal:
         """
         worker = self._worker_in(state)
         with Transaction(self._db, self._lock, self.path) as db:
-            if state is State.ATTACHED:
+            if holds and state is State.ATTACHED:
                 db.executemany(_DROP_FORMER, [(hold.device_id,) for hold in holds])
             for device_id in device_ids:
                 done = db.execute(_SET_STATE[state], (worker, device_id))
@@ -308,7 +309,7 @@ class Journal:
             return _add_holds(db, holds)
 
     def _worker_in(self, state: State) -> str | None:
-        return str(self.worker) if state in ON_ITS_WAY else None
+        return self._worker_text if state in ON_ITS_WAY else None
 
     @contextmanager
     def in_progress(self, device_ids: Sequence[str]) -> Iterator[None]:
@@ -331,7 +332,7 @@ class Journal:
         if not device_ids:
             return
         with Transaction(self._db, self._lock, self.path) as db:
-            db.executemany(_GIVE_UP, [(i, str(self.worker)) for i in device_ids])
+            db.executemany(_GIVE_UP, [(i, self._worker_text) for i in device_ids])
 
     def forget_devices(self, device_ids: Sequence[str]) -> None:
         """Forget devices that the VM no longer holds, their places and their holds."""
