@@ -8,6 +8,7 @@ from vmplug.address import ScsiAddress as ScsiAddress
 from vmplug.devnum import DevNum as DevNum
 from vmplug.drivers.place import ApPlace as ApPlace
 from vmplug.drivers.place import CcwPlace as CcwPlace
+from vmplug.drivers.place import Controller as Controller
 from vmplug.drivers.place import GroupPlace as GroupPlace
 from vmplug.drivers.place import GuestAddress as GuestAddress
 from vmplug.drivers.place import GuestFunction as GuestFunction
@@ -16,7 +17,9 @@ from vmplug.drivers.place import MmioPlace as MmioPlace
 from vmplug.drivers.place import Offer as Offer
 from vmplug.drivers.place import PciPlace as PciPlace
 from vmplug.drivers.place import PciPort as PciPort
+from vmplug.drivers.place import Places as Places
 from vmplug.drivers.place import PlugMode as PlugMode
+from vmplug.drivers.place import Port as Port
 from vmplug.drivers.place import PortKind as PortKind
 from vmplug.drivers.place import ScsiController as ScsiController
 from vmplug.drivers.place import ScsiPlace as ScsiPlace

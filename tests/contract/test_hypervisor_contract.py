@@ -17,7 +17,7 @@ from tests.contract.world import (
     in_old_words,
     recorded,
 )
-from tests.support.disks import disk_image
+from tests.support.disks import disk_image, qcow2_image
 from tests.support.no_aio import without_aio
 from tests.support.vm import QEMU, start_vm
 from vmplug.address import PciPath, PciSlot, ScsiAddress, qemu_id
@@ -25,6 +25,7 @@ from vmplug.drivers.place import PciPlace, ScsiPlace
 from vmplug.drivers.plug import Aio, BlockDrive, Cache, DiskFrontend, Throttle
 from vmplug.drivers.ports import Command, UnplugFailure
 from vmplug.errors import CommandError
+from vmplug.host.block.formats import ImageFormat
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, FakeMonitor, Guest
 from vmplug.hypervisor.qemu.graph import QUERY
 from vmplug.hypervisor.qemu.running import Qemu
@@ -264,7 +265,20 @@ def test_steps_are_exactly_what_plug_sends(
         steps = vm.steps(drive, place)
         assert recorder.sent == []
         vm.plug(drive, place)
-        *opening, shows = [step.do for step in steps]
+        assert recorder.sent == [step.do for step in steps]
+    finally:
+        vm.close()
+
+
+def test_what_an_image_with_a_header_opened_is_looked_at_before_the_guest_sees_it(
+    side: Side, drive: BlockDrive, tmp_path: Path
+) -> None:
+    image = qcow2_image(tmp_path / "a.qcow2", 2, "contract")
+    named = replace(drive, file=str(image), format=ImageFormat.QCOW2)
+    vm, recorder = recorded(side)
+    try:
+        vm.plug(named, RP0)
+        *opening, shows = [step.do for step in vm.steps(named, RP0)]
         assert recorder.sent == [*opening, QUERY, shows]
     finally:
         vm.close()

@@ -1,7 +1,7 @@
 """A VM in memory with its manager, and what was said to it, in the words of Kata's receiver."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from vmplug.host.finding import Code
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.fake.monitor import FakeMonitor
 from vmplug.hypervisor.qemu.abilities import RECONNECT
-from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.running import NO_PLACES, Qemu
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.manager.manager import DeviceManager
@@ -61,6 +61,9 @@ class _Vm(Qemu):
             structs.replace(c, used=c.used | self._used) for c in offer.controllers
         )
         return structs.replace(offer, controllers=controllers)
+
+    def places(self, known: Mapping[str, str] = NO_PLACES) -> Offer:  # noqa: ARG002
+        return self.offer()
 
 
 class Machine:
@@ -227,7 +230,7 @@ def add_behind(
 ) -> None:
     """A port, switch or bridge behind another one; on the root bus where `parent` is None."""
     bus = f"{PERIPHERAL}/{parent}/{parent}" if parent else _PORT.bus
-    properties = {"addr": devfn}
+    properties = {"addr": devfn, "hotplug": True}
     monitor.devices[name] = replace(_PORT, driver=driver, bus=bus, properties=properties)
 
 

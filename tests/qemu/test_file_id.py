@@ -22,8 +22,8 @@ from tests.contract.world import journal_rows, memory_side_vm, qemu_parts
 from tests.support.disks import disk_image, qcow2_image
 from tests.support.vm import GuestVm
 from vmplug.address import PciPath, PciSlot
-from vmplug.drivers.place import PciPlace
-from vmplug.drivers.plug import SharedFS, VirtiofsdSpec
+from vmplug.drivers.place import PciPlace, Place
+from vmplug.drivers.plug import Plug, SharedFS, VirtiofsdSpec
 from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import DeviceError, NoSuchDevice
 from vmplug.host.file_id import file_id
@@ -122,8 +122,15 @@ KINDS: dict[str, Callable[[Path], tuple[Request, Path, Path]]] = {
 }
 
 
-ASKED_BEFORE = {"query-status", "query-cpus-fast"}
-"""What vmplug asks between its check and its open."""
+class Begun(Qemu):
+    """Calls `begin` after the check and the journal, and before vmplug opens a file."""
+
+    begin: Callable[[], None]
+
+    def plug(self, plug: Plug, place: Place) -> None:
+        """See Qemu."""
+        self.begin()
+        super().plug(plug, place)
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +148,20 @@ def any_vm(request: pytest.FixtureRequest) -> GuestVm:
 
 @contextmanager
 def meddled(
-    vm: GuestVm, tmp_path: Path, before: Callable[[Command], None], after: Callable[[], None]
+    vm: GuestVm,
+    tmp_path: Path,
+    before: Callable[[Command], None] = lambda _: None,
+    after: Callable[[], None] = lambda: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Iterator[DeviceManager]:
     monitor = QmpMonitor.connect(str(vm.qmp_path))
+    meddled = Meddled(monitor, before, after)
+    qemu = Begun(meddled, Endpoint(str(vm.qmp_path), monitor.peer_pid))
+    qemu.begin = begin
     with DeviceManager.open(
         vm="sandbox-1",
         host=HostRoot("/"),
-        hypervisor=Qemu(
-            Meddled(monitor, before, after), Endpoint(str(vm.qmp_path), monitor.peer_pid)
-        ),
+        hypervisor=qemu,
         state_dir=tmp_path / "state",
     ) as devices:
         yield devices
@@ -173,11 +185,7 @@ def test_a_file_that_is_replaced_before_vmplug_opens_it_is_not_plugged(
     request, path, other = KINDS[kind](tmp_path)
     swap = Swap(path, other, puts_back=False)
 
-    def meddle(command: Command) -> None:
-        if command.execute in ASKED_BEFORE and journal_rows(tmp_path / "state")["device"]:
-            swap.away()
-
-    with meddled(running_vm, tmp_path, meddle, lambda: None) as devices:
+    with meddled(running_vm, tmp_path, begin=swap.away) as devices:
         before = Picture(journal_rows(tmp_path / "state"), qemu_parts(running_vm))
         with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"):
             devices.attach(request)
@@ -578,12 +586,8 @@ def test_a_backing_file_that_is_replaced_before_vmplug_opens_it_is_refused(
     base, other = image(tmp_path / "base"), image(tmp_path / "other")
     top, swap = overlay(tmp_path / "top", base), Swap(base, other, puts_back=False)
 
-    def meddle(command: Command) -> None:
-        if command.execute in ASKED_BEFORE and journal_rows(tmp_path / "state")["device"]:
-            swap.away()
-
     with (
-        meddled(running_vm, tmp_path, meddle, lambda: None) as devices,
+        meddled(running_vm, tmp_path, begin=swap.away) as devices,
         pytest.raises(NoSuchDevice, match="base was replaced after vmplug checked it"),
     ):
         devices.attach(qcow2_disk(top), allow=[Code.HAS_BACKING_FILE])

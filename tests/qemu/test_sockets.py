@@ -282,7 +282,7 @@ def connect_for_it(monitor: QmpMonitor, checked: CheckedSocket, _: int, chardev:
 def connect_by_path(monitor: QmpMonitor, checked: CheckedSocket, pid: int, chardev: str) -> None:
     option = "reconnect-ms" if QueriedAbilities(monitor.execute).reconnect_ms else "reconnect"
     address = {"type": "unix", "data": {"path": checked.path}}
-    connect_by_name(monitor, checked, pid, chardev_add(chardev, address, **{option: 1}))
+    monitor.converse(connect_by_name(checked, pid, chardev_add(chardev, address, **{option: 1})))
 
 
 def chardev_add(chardev: str, address: Mapping[str, object], **options: object) -> Command:

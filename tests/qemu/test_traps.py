@@ -90,11 +90,12 @@ def behind(lab: Lab, bus: str) -> list[tuple[int, int]]:
 
 def test_an_occupied_port_is_an_error_and_never_slot_1(lab: Lab, image: Path) -> None:
     held = lab.attach(disk_image(image.with_name("held.img"), 1, "held"))
+    lab.devices.plan([request(image)])
     add_stranger(lab, "rp1", id="stranger")
     before = lab.picture()
 
     with pytest.raises(CommandError) as caught:
-        lab.attach(image)  # the manager remembers what was free
+        lab.attach(image)  # the manager remembers that rp1 was free
 
     assert caught.value.desc == (
         "PCI: slot 0 function 0 not available for virtio-blk-pci, "

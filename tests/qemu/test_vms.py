@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +20,9 @@ from tests.support.vm import guest_files
 from vmplug import DetachOutcome, DeviceInfo, DevType, InUse, NotAttached, Setup, VmSpec
 from vmplug.drivers.ports import Command
 from vmplug.host.file_id import CheckedFile, file_id
-from vmplug.hypervisor.qemu.handover import Handover
+from vmplug.hypervisor.qemu.handover import Handover, OpenedFile, held_open
 from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
-from vmplug.hypervisor.qmp.monitor import MISSED
+from vmplug.hypervisor.qmp.monitor import MISSED, Talk
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu]
 
@@ -125,16 +125,19 @@ def test_a_file_that_was_handed_over_stays_however_long_its_plugging_takes(
     vmplug.start_vm(spec("slow"), setup=setup)
     socket, path = vmplug.list_vms(setup=setup)[0].qmp_socket, str(disk.host_path)
     has_left = threading.Event()
+    handover = Handover("0123456789abcdef", None)
+
+    def plug(files: Sequence[OpenedFile]) -> Talk:
+        names = yield from handover.give(files)
+        assert not has_left.wait(3 * TURN_S)
+        file = {"driver": "file", "filename": names[path]}
+        yield Command("blockdev-add", {"node-name": "n", "driver": "raw", "file": file})
+        yield from handover.finish()
+
     with closing(QmpMonitor.connect(socket, timeout_s=10)) as monitor:
         monitor.listen(lambda event, _: has_left.set() if event == MISSED else None)
-        handover = Handover(monitor, "0123456789abcdef", lambda: None, sets=True)
-        with handover.names([CheckedFile(path, file_id(os.stat(path)))]) as names:
-            assert not has_left.wait(3 * TURN_S)
-            file = {"driver": "file", "filename": names[path]}
-            monitor.execute(
-                Command("blockdev-add", {"node-name": "n", "driver": "raw", "file": file})
-            )
-            handover.finish()
+        with held_open([CheckedFile(path, file_id(os.stat(path)))]) as files:
+            monitor.converse(plug(files))
         assert has_left.wait(10), "then others have their turn"
         monitor.execute(Command("blockdev-del", {"node-name": "n"}))
         assert monitor.execute(Command("query-fdsets", {})) == []

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
 from typing import Self
 
 import msgspec
@@ -23,9 +22,9 @@ from vmplug.drivers.place import (
     CcwPlace,
     MemorySlot,
     MmioPlace,
-    Offer,
     PciPlace,
     Place,
+    Places,
     PlugMode,
     ScsiPlace,
 )
@@ -106,12 +105,12 @@ class BlockDiskDriver(msgspec.Struct, frozen=True, kw_only=True):
             return DiskFrontend.VIRTIO_BLOCK
         return self.driver
 
-    def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
+    def choose_place(self, device: HostDevice, offer: Places, taken: Collection[str]) -> Place:
         """See Driver."""
         assert isinstance(device, BlockDevice | DiskFile)
         return choose_place(offer, self.driver_of(device), taken)[1]
 
-    def plan(self, new: NewPlug, place: Place, offer: Offer) -> BlockDrive:  # noqa: ARG002
+    def plan(self, new: NewPlug, place: Place, offer: Places) -> BlockDrive:  # noqa: ARG002
         """See Driver."""
         assert isinstance(new.device, BlockDevice | DiskFile)
         driver = _DRIVER_AT[type(place)]
@@ -368,7 +367,7 @@ def _image_of(device: BlockDevice | DiskFile) -> ImageFile | None:
 
 
 def choose_place(
-    offer: Offer, driver: DiskFrontend | None, taken: Collection[str]
+    offer: Places, driver: DiskFrontend | None, taken: Collection[str]
 ) -> tuple[DiskFrontend, Place]:
     """The lowest free place for a disk, and the driver for that place.
 
@@ -384,18 +383,18 @@ def choose_place(
     raise _no_free_port(offer, driver)
 
 
-def _places(offer: Offer, driver: DiskFrontend | None, taken: Collection[str]) -> Iterator[Place]:
+def _places(offer: Places, driver: DiskFrontend | None, taken: Collection[str]) -> Iterator[Place]:
     for kind, places in (
-        (DiskFrontend.VIRTIO_BLOCK, pci_places),
-        (DiskFrontend.VIRTIO_BLOCK_CCW, ccw_places),
-        (DiskFrontend.VIRTIO_MMIO, mmio_places),
-        (DiskFrontend.VIRTIO_SCSI, partial(scsi_places, taken=taken)),
+        (DiskFrontend.VIRTIO_BLOCK, pci_places(offer, taken)),
+        (DiskFrontend.VIRTIO_BLOCK_CCW, ccw_places(offer)),
+        (DiskFrontend.VIRTIO_MMIO, mmio_places(offer)),
+        (DiskFrontend.VIRTIO_SCSI, scsi_places(offer, taken)),
     ):
         if driver in {None, kind}:
-            yield from places(offer)
+            yield from places
 
 
-def _check_machine(offer: Offer, driver: DiskFrontend | None) -> None:
+def _check_machine(offer: Places, driver: DiskFrontend | None) -> None:
     """CannotPlug when this VM never has a place for the driver."""
     if driver is DiskFrontend.VIRTIO_MMIO and not offer.is_microvm:
         raise CannotPlug(
@@ -409,19 +408,22 @@ def _check_machine(offer: Offer, driver: DiskFrontend | None) -> None:
             f"the VM ({offer.machine}) has no channel subsystem, which s390 machines have",
             hint="leave block-driver out",
         )
-    has_no_pci = offer.is_microvm or (offer.ccw_used is not None and not offer.ports)
-    if driver is DiskFrontend.VIRTIO_BLOCK and has_no_pci:
+    if driver is DiskFrontend.VIRTIO_BLOCK and _has_no_pci(offer):
         raise CannotPlug(
             "no-pci",
             f"the VM ({offer.machine}) has no PCI ports",
             hint="leave block-driver out",
         )
-    wants_mmio = offer.is_microvm and driver in {None, DiskFrontend.VIRTIO_MMIO}
-    if wants_mmio and offer.mode is PlugMode.HOT:
+    may_be_mmio = driver in {None, DiskFrontend.VIRTIO_MMIO}
+    if may_be_mmio and offer.mode is PlugMode.HOT and offer.is_microvm:
         raise cold_plug_only("a virtio-mmio disk")
 
 
-def _no_free_port(offer: Offer, driver: DiskFrontend | None) -> NoFreePort:
+def _has_no_pci(offer: Places) -> bool:
+    return offer.is_microvm or (not offer.ports and offer.ccw_used is not None)
+
+
+def _no_free_port(offer: Places, driver: DiskFrontend | None) -> NoFreePort:
     if driver is DiskFrontend.VIRTIO_SCSI:
         return NoFreePort(
             "the VM has no virtio-scsi controller with a free address",

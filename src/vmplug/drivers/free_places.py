@@ -1,29 +1,51 @@
 """The free places of a VM for a device, lowest first, or the reason why there are none."""
 
 from collections.abc import Collection, Iterator
+from itertools import chain
 
-from vmplug.address import CcwDevNo, ScsiAddress
+from vmplug.address import CcwDevNo, PciSlot, ScsiAddress
 from vmplug.drivers.place import (
+    FIRMWARE_WINDOWS,
     CcwPlace,
     MemorySlot,
     MmioPlace,
-    Offer,
     PciPlace,
     Place,
+    Places,
     PlugMode,
+    Port,
+    PortKind,
     ScsiPlace,
 )
 from vmplug.errors import CannotPlug, NoFreePort
 
 
-def pci_places(offer: Offer) -> Iterator[PciPlace]:
-    """Free slots of ports and bridges; those with the large windows last."""
-    for port in sorted(offer.ports, key=lambda port: port.windows.prefetchable):
-        for slot in port.free:
-            yield PciPlace(bus=port.bus, slot=slot, path=port.path.child(slot))
+def pci_places(offer: Places, taken: Collection[str] = ()) -> Iterator[PciPlace]:
+    """Free slots of ports and bridges; those with the large windows last.
+
+    A running VM is asked port by port, and not about one whose only slot is `taken`.
+    """
+    large = list[Port]()
+    for port in offer.ports:
+        if port.kind is not PortKind.BRIDGE_PORT and f"{port.bus}/{_ONLY_SLOT}" in taken:
+            continue
+        if port.free and port.windows.prefetchable > FIRMWARE_WINDOWS.prefetchable:
+            large.append(port)
+        else:
+            yield from _slots(port)
+    for port in sorted(large, key=lambda port: port.windows.prefetchable):
+        yield from _slots(port)
 
 
-def scsi_places(offer: Offer, taken: Collection[str] = ()) -> Iterator[ScsiPlace]:
+_ONLY_SLOT = PciSlot(0)
+
+
+def _slots(port: Port) -> Iterator[PciPlace]:
+    for slot in port.free:
+        yield PciPlace(bus=port.bus, slot=slot, path=port.path.child(slot))
+
+
+def scsi_places(offer: Places, taken: Collection[str] = ()) -> Iterator[ScsiPlace]:
     """Free addresses of virtio-scsi controllers. Many may be `taken`: they cost no object."""
     for controller in offer.controllers:
         used = {address.index for address in controller.used}
@@ -38,7 +60,7 @@ def _scsi_text(bus: str, index: int) -> str:
     return f"{bus}/{index >> 8}:{index & 0xFF}"
 
 
-def ccw_places(offer: Offer) -> Iterator[CcwPlace]:
+def ccw_places(offer: Places) -> Iterator[CcwPlace]:
     """Free numbers of the channel subsystem, in its first set; 0 is reserved for the machine."""
     if offer.ccw_used is not None:
         for number in range(1, 1 << 16):
@@ -47,17 +69,17 @@ def ccw_places(offer: Offer) -> Iterator[CcwPlace]:
                 yield CcwPlace(devno=devno)
 
 
-def mmio_places(offer: Offer) -> Iterator[MmioPlace]:
+def mmio_places(offer: Places) -> Iterator[MmioPlace]:
     """Free virtio-mmio transports, for disks: the guest names those in this order."""
     yield from offer.mmio
 
 
-def _mmio_places_for_others(offer: Offer) -> Iterator[MmioPlace]:
+def _mmio_places_for_others(offer: Places) -> Iterator[MmioPlace]:
     yield from reversed(offer.mmio)
 
 
 def virtio_place(
-    offer: Offer, taken: Collection[str], what: str, *, is_disk: bool = False
+    offer: Places, taken: Collection[str], what: str, *, is_disk: bool = False
 ) -> Place:
     """The first free place for a virtio device, named `what` in errors.
 
@@ -66,28 +88,28 @@ def virtio_place(
     if offer.is_microvm and offer.mode is PlugMode.HOT:
         raise cold_plug_only(what)
     transports = mmio_places if is_disk else _mmio_places_for_others
-    for places in (pci_places, ccw_places, transports):
-        for place in places(offer):
-            if str(place) not in taken:
-                return place
+    ports, others = pci_places(offer, taken), (ccw_places(offer), transports(offer))
+    for place in chain[Place](ports, *others):
+        if str(place) not in taken:
+            return place
     raise NoFreePort(
         f"the VM ({offer.machine}) has no free PCI port for {what}", hint=more_places(offer)
     )
 
 
-def has_pci(offer: Offer) -> bool:
+def has_pci(offer: Places) -> bool:
     """Whether vmplug can start such a machine with PCIe ports, or this one has some."""
     return bool(offer.ports) or not (offer.is_microvm or offer.ccw_used is not None)
 
 
-def more_places(offer: Offer) -> str:
+def more_places(offer: Places) -> str:
     """What to do when all places of a VM are taken."""
     if has_pci(offer):
         return "detach something, or start it with more ports (vmplug vm start --ports N)"
     return "detach something, or start another VM: this machine cannot have more places"
 
 
-def memory_slot(offer: Offer, taken: Collection[str]) -> MemorySlot:
+def memory_slot(offer: Places, taken: Collection[str]) -> MemorySlot:
     """The lowest free memory slot, for an NVDIMM.
 
     The guest numbers NVDIMMs in the order of plugging; none is ever unplugged.
@@ -112,7 +134,7 @@ def memory_slot(offer: Offer, taken: Collection[str]) -> MemorySlot:
     )
 
 
-def check_shared_memory(offer: Offer, what: str) -> None:
+def check_shared_memory(offer: Places, what: str) -> None:
     """CannotPlug unless a vhost-user backend can map the guest's memory.
 
     Without it QEMU plugs the device all the same, and all its I/O hangs.
@@ -133,7 +155,7 @@ Source: QEMU hw/virtio/vhost-user.c, VHOST_MEMORY_BASELINE_NREGIONS; hw/i386/pc.
 """
 
 
-def check_memory_regions(offer: Offer, taken: Collection[str], what: str) -> None:
+def check_memory_regions(offer: Places, taken: Collection[str], what: str) -> None:
     """CannotPlug when the guest's memory has more regions than the backend maps.
 
     QEMU 7.2 would try without end to plug a network all the same, and do nothing else. Measured.

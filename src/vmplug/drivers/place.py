@@ -1,7 +1,9 @@
 """Places: the offer of a VM, one place in it, and the guest's address of a device there."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from enum import StrEnum
+from typing import Protocol
 
 import msgspec
 
@@ -118,11 +120,135 @@ FIRMWARE_WINDOWS = Windows(2 << 20, 2 << 20)
 a BAR of 4 MiB behind it is silently left without an address. Measured on QEMU 7.2, Linux 6.1."""
 
 
-class PciPort(msgspec.Struct, frozen=True, kw_only=True):
-    """A port or bridge that takes hot-plugged devices, and its free slots in order.
+class Port(Protocol):
+    """A port or bridge that may take hot-plugged devices."""
 
-    `numa_node` is the guest's, None where it is unknown.
-    """
+    @property
+    def bus(self) -> str:
+        """QEMU's name for it."""
+
+    @property
+    def kind(self) -> PortKind:
+        """Its kind."""
+
+    @property
+    def free(self) -> tuple[PciSlot, ...]:
+        """Its free slots in order; none where nothing can be hot-plugged."""
+
+    @property
+    def path(self) -> PciPath:
+        """The guest's path of the port itself."""
+
+    @property
+    def windows(self) -> Windows:
+        """The guest addresses behind it."""
+
+    @property
+    def numa_node(self) -> int | None:
+        """The guest's, None where it is unknown."""
+
+
+class Controller(Protocol):
+    """A virtio-scsi controller."""
+
+    @property
+    def bus(self) -> str:
+        """QEMU's name for it."""
+
+    @property
+    def path(self) -> PciPath | None:
+        """The guest's, None if it is unknown."""
+
+    @property
+    def used(self) -> AbstractSet[ScsiAddress]:
+        """The addresses in use, if not only by devices that the journal has."""
+
+
+class Places(Protocol):
+    """What a VM offers; a running one is asked for each value when it is first used."""
+
+    @property
+    def machine(self) -> str:
+        """The machine's type, without QEMU's suffix."""
+
+    @property
+    def mode(self) -> PlugMode:
+        """Whether the VM runs."""
+
+    @property
+    def ports(self) -> Sequence[Port]:
+        """Ports and bridges for hot-plugged devices."""
+
+    @property
+    def controllers(self) -> Sequence[Controller]:
+        """The virtio-scsi controllers."""
+
+    @property
+    def shared_memory(self) -> bool:
+        """Whether another process can map all guest memory, as vhost-user needs."""
+
+    @property
+    def kvm(self) -> bool:
+        """Whether KVM runs the guest."""
+
+    @property
+    def cpus(self) -> int:
+        """How many CPUs the guest has."""
+
+    @property
+    def ccw_used(self) -> AbstractSet[CcwDevNo] | None:
+        """The numbers in use in a channel subsystem, None without one."""
+
+    @property
+    def mmio(self) -> tuple[MmioPlace, ...]:
+        """The free virtio-mmio transports of a microvm."""
+
+    @property
+    def nvdimm(self) -> bool:
+        """Whether the machine supports NVDIMMs."""
+
+    @property
+    def memory_slots(self) -> int:
+        """How many memory devices there can be."""
+
+    @property
+    def memory_slots_used(self) -> AbstractSet[int]:
+        """The slots of memory devices that are in use."""
+
+    @property
+    def nvdimms(self) -> int:
+        """How many memory devices are NVDIMMs."""
+
+    @property
+    def viommu(self) -> bool:
+        """Whether the guest has a vIOMMU."""
+
+    @property
+    def iommufd(self) -> bool:
+        """Whether QEMU supports iommufd."""
+
+    @property
+    def ap(self) -> bool:
+        """Whether there is an adapter bus."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """All of the guest's memory, 0 where it is unknown."""
+
+    @property
+    def address_bits(self) -> int | None:
+        """Those of the guest's physical addresses.
+
+        None where they are unknown, or no port asks for a large window.
+        """
+
+    @property
+    def is_microvm(self) -> bool:
+        """Whether the machine has only virtio-mmio transports, for cold plug alone."""
+
+
+class PciPort(msgspec.Struct, frozen=True, kw_only=True):
+    """A port or bridge that takes hot-plugged devices; see Port."""
 
     bus: str
     path: PciPath
@@ -141,15 +267,9 @@ class ScsiController(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
-    """The places that a VM offers, as it reports them or, before its start, as they will be.
+    """All places that a VM offers, as it reports them or, before its start, as they will be.
 
-    `shared_memory`: another process can map all guest memory, as every vhost-user device needs.
-    `ccw_used` are the numbers in use in a channel subsystem, None without one; `mmio` the free
-    virtio-mmio transports of a microvm. `memory_slots` and `memory_slots_used` are for memory
-    devices, `nvdimms` how many of those are NVDIMMs; `nvdimm`: the machine supports them.
-    `viommu`: the guest has a vIOMMU. `iommufd`: QEMU supports it. `ap`: there is an adapter bus.
-    `memory_bytes` is all of the guest's memory, 0 where it is unknown. `address_bits` are those of
-    its physical addresses, None where they are unknown or no port asks for a large window.
+    See Places for its values; it has only ports that can take a device.
     """
 
     machine: str

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from vmplug.drivers.place import Offer, Place
+from vmplug.drivers.place import Place, Places
 from vmplug.drivers.plug import Plug
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Finding
@@ -71,13 +71,13 @@ class PlugDriver(Protocol):
     def check(self, device: HostDevice, *, read_only: bool) -> Iterator[Finding]:
         """Reasons not to plug this device with these options."""
 
-    def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
+    def choose_place(self, device: HostDevice, offer: Places, taken: Collection[str]) -> Place:
         """A free place that is not among the taken ones, which are places as text.
 
         Raises NoFreePort, and CannotPlug when the VM never has one.
         """
 
-    def plan(self, new: "NewPlug", place: Place, offer: Offer) -> Plug:
+    def plan(self, new: "NewPlug", place: Place, offer: Places) -> Plug:
         """The plug for that place. Raises SpecError when the options do not fit the place."""
 
 
@@ -139,8 +139,11 @@ class Hypervisor(Protocol):
     def takes_vf_token(self) -> bool:
         """Whether a function of the host can be plugged with a VF token."""
 
-    def offer(self) -> Offer:
-        """The places that the VM offers now."""
+    def places(self, known: Mapping[str, str]) -> Places:
+        """The places of the VM; `known` are those of the caller's devices, by their ids.
+
+        Addresses of `known` SCSI disks need not be among those in use.
+        """
 
     def claim_foreign_names(self, names: Mapping[str, str]) -> None:
         """Set the names that others assigned in the VM, mapped to the owning device ids.

@@ -8,7 +8,7 @@ import msgspec
 from vmplug.devnum import DevNum
 from vmplug.drivers.free_places import virtio_place
 from vmplug.drivers.options import Option, number, parse_options
-from vmplug.drivers.place import Offer, Place
+from vmplug.drivers.place import Place, Places
 from vmplug.drivers.plug import RNGDevice
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
@@ -60,13 +60,13 @@ class RngDriver(msgspec.Struct, frozen=True, kw_only=True):
     def choose_place(
         self,
         device: HostDevice,  # noqa: ARG002  one is as good as another
-        offer: Offer,
+        offer: Places,
         taken: Collection[str],
     ) -> Place:
         """See Driver."""
         return virtio_place(offer, taken, "a random number device")
 
-    def plan(self, new: NewPlug, place: Place, offer: Offer) -> RNGDevice:  # noqa: ARG002
+    def plan(self, new: NewPlug, place: Place, offer: Places) -> RNGDevice:  # noqa: ARG002
         """See Driver."""
         limit = self.max_bytes
         return RNGDevice(

@@ -8,7 +8,7 @@ import msgspec
 
 from vmplug.drivers.free_places import check_shared_memory, cold_plug_only, virtio_place
 from vmplug.drivers.options import Option, number, parse_options, power_of_two, word
-from vmplug.drivers.place import Offer, Place, PlugMode
+from vmplug.drivers.place import Place, Places, PlugMode
 from vmplug.drivers.plug import SharedFS, VhostUserDevice, VirtiofsdSpec
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import SpecError
@@ -126,7 +126,7 @@ class ShareDriver(msgspec.Struct, frozen=True, kw_only=True):
         if device.kind is DeviceType.VHOST_USER_FS:
             yield from _check_virtiofsd(device)
 
-    def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
+    def choose_place(self, device: HostDevice, offer: Places, taken: Collection[str]) -> Place:
         """See Driver."""
         if device.kind is DeviceType.VIRTIO_9P:
             if offer.mode is PlugMode.HOT:
@@ -135,7 +135,7 @@ class ShareDriver(msgspec.Struct, frozen=True, kw_only=True):
         check_shared_memory(offer, "a virtio-fs share")
         return virtio_place(offer, taken, "a virtio-fs share")
 
-    def plan(self, new: NewPlug, place: Place, offer: Offer) -> VhostUserDevice | SharedFS:  # noqa: ARG002
+    def plan(self, new: NewPlug, place: Place, offer: Places) -> VhostUserDevice | SharedFS:  # noqa: ARG002
         """See Driver."""
         device = new.device
         if device.kind is DeviceType.VIRTIO_9P:

@@ -21,11 +21,11 @@ from vmplug.drivers.place import (
     FIRMWARE_WINDOWS,
     ApPlace,
     GroupPlace,
-    Offer,
     PciPlace,
-    PciPort,
     Place,
+    Places,
     PlugMode,
+    Port,
     PortKind,
     Windows,
     lacks_addresses,
@@ -103,7 +103,7 @@ class VfioDriver(msgspec.Struct, frozen=True, kw_only=True):
                 "request it for reading and writing, or attach one of its disks instead",
             )
 
-    def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
+    def choose_place(self, device: HostDevice, offer: Places, taken: Collection[str]) -> Place:
         """See Driver."""
         assert isinstance(device, VfioGroup)
         if device.mediated and device.mediated.type is not VFIODeviceType.NORMAL:
@@ -115,7 +115,7 @@ class VfioDriver(msgspec.Struct, frozen=True, kw_only=True):
         return chooser.each(clusters, self.port)
 
     def _place_mediated(
-        self, group: VfioGroup, mediated: MediatedDevice, offer: Offer, taken: Collection[str]
+        self, group: VfioGroup, mediated: MediatedDevice, offer: Places, taken: Collection[str]
     ) -> Place:
         match mediated.type:
             case VFIODeviceType.AP:
@@ -142,7 +142,7 @@ class VfioDriver(msgspec.Struct, frozen=True, kw_only=True):
         }
         return next((option for option, is_said in said.items() if is_said), None)
 
-    def plan(self, new: NewPlug, place: Place, offer: Offer) -> VFIODevices:  # noqa: ARG002
+    def plan(self, new: NewPlug, place: Place, offer: Places) -> VFIODevices:  # noqa: ARG002
         """See Driver."""
         group = new.device
         assert isinstance(group, VfioGroup)
@@ -187,7 +187,7 @@ def _mediated(mediated: MediatedDevice) -> VFIODevice:
     return VFIODevice(name=mediated.uuid, type=mediated.type, sysfs_path=mediated.sysfs_path)
 
 
-def _not_on(offer: Offer, what: str) -> CannotPlug:
+def _not_on(offer: Places, what: str) -> CannotPlug:
     return CannotPlug(
         "wrong-machine",
         f"the VM ({offer.machine}) does not support {what}",
@@ -245,7 +245,7 @@ def needed_windows(functions: Sequence[PciFunction]) -> Windows:
     return Windows(sum(own) + lost, sum(sizes) - sum(own))
 
 
-def check_address_space(group: VfioGroup, offer: Offer) -> Iterator[Finding]:
+def check_address_space(group: VfioGroup, offer: Places) -> Iterator[Finding]:
     """Whether the guest has addresses for the windows of all ports, if the group needs one."""
     if needed_windows(group.functions).prefetchable <= FIRMWARE_WINDOWS.prefetchable:
         return
@@ -275,7 +275,7 @@ def window_for(functions: Sequence[PciFunction]) -> int:
 class _Chooser:
     """Finds a different place for each slot of one group."""
 
-    def __init__(self, group: VfioGroup, offer: Offer, taken: Collection[str]) -> None:
+    def __init__(self, group: VfioGroup, offer: Places, taken: Collection[str]) -> None:
         self._what = f"{group.host_path} ({', '.join(group.members)})"
         self._offer = offer
         self._taken = set(taken)
@@ -306,10 +306,10 @@ class _Chooser:
             "a vIOMMU",
         )
 
-    def _bridges(self) -> list[PciPort]:
+    def _bridges(self) -> list[Port]:
         return [port for port in self._offer.ports if port.kind is PortKind.BRIDGE_PORT]
 
-    def _ports(self, cluster: _Cluster, kind: PortKind | None) -> list[PciPort]:
+    def _ports(self, cluster: _Cluster, kind: PortKind | None) -> list[Port]:
         """Ports that fit, the best first: near, and with no more room than is needed."""
         wants_bridge = cluster.pcie is False
         ports = [
@@ -324,14 +324,14 @@ class _Chooser:
         return sorted(ports, key=lambda port: self._distance(port, cluster))
 
     @staticmethod
-    def _distance(port: PciPort, cluster: _Cluster) -> tuple[int, bool, int]:
+    def _distance(port: Port, cluster: _Cluster) -> tuple[int, bool, int]:
         is_near = port.numa_node == cluster.numa_node
         is_far = port.numa_node is not None and not is_near
         is_bridge = port.kind is PortKind.BRIDGE_PORT
         return (0 if is_near else 2 if is_far else 1, is_bridge, port.windows.prefetchable)
 
     def _place(
-        self, cluster: _Cluster, ports: Sequence[PciPort], kind: PortKind | None
+        self, cluster: _Cluster, ports: Sequence[Port], kind: PortKind | None
     ) -> list[PciPlace]:
         too_small = None
         for port in ports:
@@ -346,7 +346,7 @@ class _Chooser:
             return [PciPlace(bus=port.bus, slot=s, path=port.path.child(s)) for s in slots]
         raise self._too_small(cluster) if too_small else self._none_free(cluster, kind)
 
-    def _free_slot(self, port: PciPort) -> PciSlot | None:
+    def _free_slot(self, port: Port) -> PciSlot | None:
         """A slot with no function taken."""
         places = (place.rpartition("/") for place in self._taken)
         used = {f"{bus}/{slot.partition('.')[0]}" for bus, _, slot in places}

@@ -9,7 +9,7 @@ import msgspec
 
 from vmplug.drivers.free_places import check_memory_regions, check_shared_memory, virtio_place
 from vmplug.drivers.options import Option, number, parse_options, text
-from vmplug.drivers.place import CcwPlace, Offer, Place
+from vmplug.drivers.place import CcwPlace, Place, Places
 from vmplug.drivers.plug import VhostUserDevice
 from vmplug.drivers.ports import NewPlug
 from vmplug.errors import CannotPlug
@@ -117,7 +117,7 @@ class VhostUserDriver(msgspec.Struct, frozen=True, kw_only=True):
                 "request it read-only, or make the backend serve it writable",
             )
 
-    def choose_place(self, device: HostDevice, offer: Offer, taken: Collection[str]) -> Place:
+    def choose_place(self, device: HostDevice, offer: Places, taken: Collection[str]) -> Place:
         """See Driver."""
         what = f"a {device.kind} device"
         check_shared_memory(offer, what)
@@ -134,7 +134,7 @@ class VhostUserDriver(msgspec.Struct, frozen=True, kw_only=True):
             )
         return place
 
-    def plan(self, new: NewPlug, place: Place, offer: Offer) -> VhostUserDevice:  # noqa: ARG002
+    def plan(self, new: NewPlug, place: Place, offer: Places) -> VhostUserDevice:  # noqa: ARG002
         """See Driver. Without KVM, QEMU 7.2 dies when a network driver starts with MSI-X."""
         device = new.device
         assert isinstance(device, VhostUserSocket)
@@ -151,7 +151,7 @@ class VhostUserDriver(msgspec.Struct, frozen=True, kw_only=True):
             mac_address=(self.mac or _drawn_mac()) if is_net else None,
         )
 
-    def _queues(self, device: VhostUserSocket, offer: Offer) -> int:
+    def _queues(self, device: VhostUserSocket, offer: Places) -> int:
         """The given number; by default for a disk one per CPU, if the backend supports it."""
         if self.queues:
             return self.queues

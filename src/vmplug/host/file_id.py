@@ -93,10 +93,17 @@ def has_open(pid: int | None, checked: str) -> bool | None:
     return checked in found.values() if found else None
 
 
-def find_open(pid: int, checked: str) -> frozenset[int]:
-    """The numbers of the process's descriptors on the file of that id, which are readable."""
-    found = _read_open(pid) or {}
-    return frozenset(number for number, opened in found.items() if opened == checked)
+def list_open(pid: int) -> frozenset[int]:
+    """The numbers of the process's descriptors; none where they cannot be listed."""
+    try:
+        return frozenset(map(int, THIS_HOST.list_dir(f"/proc/{pid}/fd")))
+    except AttributeReadError:
+        return frozenset()
+
+
+def shows_open(pid: int) -> bool:
+    """Whether this process may see which files that one has open."""
+    return any(_read_id(f"/proc/{pid}/fd/{number}") for number in sorted(list_open(pid)))
 
 
 def number_leads_to(pid: int, number: int, checked: str) -> bool:

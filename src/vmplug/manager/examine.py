@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from vmplug.drivers.block import BlockDiskDriver
 from vmplug.drivers.generic import check_generic
-from vmplug.drivers.place import Offer, PlugMode
+from vmplug.drivers.place import Places, PlugMode
 from vmplug.drivers.ports import Hypervisor, PlugDriver
 from vmplug.drivers.select import select_driver
 from vmplug.drivers.vfio import check_address_space
@@ -237,7 +237,7 @@ def _look_into(
 
 
 def check_vfio(
-    group: VfioGroup, hypervisor: Hypervisor, offer: Offer, host: HostRoot
+    group: VfioGroup, hypervisor: Hypervisor, offer: Places, host: HostRoot
 ) -> Iterator[Finding]:
     """Findings about a group for the VM's QEMU, or the one that this process will start."""
     endpoint = hypervisor.endpoint

@@ -8,7 +8,7 @@ from typing import Self
 
 from msgspec.structs import replace
 
-from vmplug.drivers.place import Offer, Place
+from vmplug.drivers.place import Place, Places
 from vmplug.drivers.ports import Endpoint, Hypervisor, PlugDriver, Step
 from vmplug.errors import (
     CLOSED,
@@ -90,7 +90,7 @@ class DeviceManager:
             vm=vm, journal=journal, hypervisor=hypervisor, binder=self._binder
         )
         self._lock = ProcessLock()
-        self._offer: Offer | None = None
+        self._offer: Places | None = None
         self._met: Endpoint | None = None
         self._former: list[Repair] = []  # devices released from a former VM of the name
 
@@ -376,10 +376,12 @@ class DeviceManager:
             policy=self._policy, vm=self._vm, owner=owner, mode=self._last_offer().mode
         )
 
-    def _last_offer(self) -> Offer:
+    def _last_offer(self) -> Places:
         """The last known offer of the VM."""
         with self._lock:
-            self._offer = self._offer or self._hypervisor.offer()
+            if self._offer is None:
+                known = {r.id: r.place for r in self._journal.devices(self._vm) if r.place}
+                self._offer = self._hypervisor.places(known)
             return self._offer
 
     def _find_claims(self, device: HostDevice) -> list[Claim]:
@@ -409,16 +411,12 @@ class DeviceManager:
 
     def _choose(
         self, driver: PlugDriver, device: HostDevice, taken: set[str]
-    ) -> tuple[Place, Offer]:
-        """A place in the last known offer of the VM or, if that is full, in its current one.
-
-        The manager asks for a new offer after a refusal and after each unplug.
-        """
-        if offer := self._offer:
-            with suppress(NoFreePort):
-                return driver.choose_place(device, offer, taken), offer
-        self._offer = offer = self._hypervisor.offer()
-        return driver.choose_place(device, offer, taken), offer
+    ) -> tuple[Place, Places]:
+        """A place in the last known offer; in a new one if that is full, or after an unplug."""
+        with suppress(NoFreePort):
+            return driver.choose_place(device, offer := self._last_offer(), taken), offer
+        self._offer = None
+        return driver.choose_place(device, offer := self._last_offer(), taken), offer
 
     # acting
 

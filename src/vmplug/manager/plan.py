@@ -6,7 +6,7 @@ import msgspec
 from msgspec.structs import replace
 
 from vmplug.address import new_id
-from vmplug.drivers.place import MemorySlot, Offer, Place
+from vmplug.drivers.place import MemorySlot, Place, Places
 from vmplug.drivers.plug import Plug, guest_address
 from vmplug.drivers.ports import BIND, UNBIND, Command, NewPlug, PlugDriver, Step
 from vmplug.errors import CannotPlug, NoFreePort, StateError
@@ -27,7 +27,7 @@ from vmplug.manager.examine import CheckedRequest, refuse, refuse_not_allowed
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request, ShareInfo
 
-Choose = Callable[[PlugDriver, HostDevice, set[str]], tuple[Place, Offer]]
+Choose = Callable[[PlugDriver, HostDevice, set[str]], tuple[Place, Places]]
 """Returns a place for a device that is not taken, and the offer that has it."""
 
 

@@ -14,8 +14,8 @@ from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError, ConnectError, ProtocolError
 from vmplug.hypervisor.fake.backends import Refused
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, FakeMonitor
+from vmplug.hypervisor.qemu.qom import qom_get, qom_list
 from vmplug.hypervisor.qemu.running import Qemu
-from vmplug.hypervisor.qemu.topology import qom_get, qom_list
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import EventReceiver, Monitor
 from vmplug.hypervisor.qmp.schema import validate_reply

@@ -26,6 +26,7 @@ from vmplug.errors import AttributeReadError, DeviceError, InUse, PolicyError
 from vmplug.host.finding import NEVER_ALLOWED, Code, Severity
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.hypervisor.fake.monitor import FakeHypervisor
+from vmplug.hypervisor.qemu.running import NO_PLACES
 from vmplug.journal.journal import Journal
 from vmplug.manager.binding.binder import Binder
 from vmplug.manager.examine import CheckedRequest
@@ -85,8 +86,8 @@ class _Offering(FakeHypervisor):
         super().__init__(**more)  # type: ignore[arg-type]
         self._values = values
 
-    def offer(self) -> Offer:
-        return replace(super().offer(), **self._values)
+    def places(self, known: Mapping[str, str] = NO_PLACES) -> Offer:  # noqa: ARG002
+        return replace(self.offer(), **self._values)
 
 
 def qcow2(backing: bytes = b"") -> bytes:

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
@@ -36,7 +36,7 @@ from vmplug.errors import (
 from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
-from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu.running import NO_PLACES, Qemu
 from vmplug.hypervisor.qmp.monitor import Monitor
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
@@ -1248,9 +1248,9 @@ class Intruded(Qemu):
         super().__init__(monitor)
         self._intrude = intrude
 
-    def offer(self) -> Offer:
+    def places(self, known: Mapping[str, str] = NO_PLACES) -> Offer:  # noqa: ARG002
         """The offer as it was before the intrusion."""
-        offer = super().offer()
+        offer = self.offer()
         self._intrude()
         return offer
 

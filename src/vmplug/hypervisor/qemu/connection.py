@@ -22,7 +22,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.root import THIS_HOST
 from vmplug.host.vhost_user.peer import BoundFile, find_bound_file, find_connections
 from vmplug.host.vhost_user.probe import connect_to
-from vmplug.hypervisor.qmp.monitor import Monitor, Talk
+from vmplug.hypervisor.qmp.monitor import Talk
 
 _TIMEOUT_S = 5.0
 """QEMU connects within milliseconds, in the background, and an idle backend accepts that."""
@@ -55,18 +55,13 @@ class CheckedSocket(msgspec.Struct, frozen=True):
     pin: int
 
 
-def connect_by_name(
-    monitor: Monitor, checked: CheckedSocket, pid: int | None, add: Command
-) -> None:
+def connect_by_name(checked: CheckedSocket, pid: int | None, add: Command) -> Talk:
     """Let `add` make QEMU connect to the path; NoSuchDevice unless it is the checked socket.
 
     `pid` is QEMU's process, None where it may not be read: then the path must still lead to that
-    socket. Also raises CommandError and BackendError.
+    socket. Also raises CommandError and BackendError. It is one talk, so that vmplug makes no
+    other connection meanwhile.
     """
-    monitor.converse(_connect(checked, pid, add))  # so that vmplug makes no other connection
-
-
-def _connect(checked: CheckedSocket, pid: int | None, add: Command) -> Talk:
     wanted = find_bound_file(checked.pin)
     before = find_connections(pid) if pid else None
     yield add

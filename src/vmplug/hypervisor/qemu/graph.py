@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vmplug.address import qemu_id
-from vmplug.drivers.plug import BlockDrive
+from vmplug.drivers.plug import BlockDrive, DiskFrontend, Plug
 from vmplug.drivers.ports import Command
 from vmplug.errors import NoSuchDevice
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.block.qcow2 import ImageFile
-from vmplug.hypervisor.qmp.monitor import Monitor
+from vmplug.hypervisor.qmp.monitor import Talk
 
 QUERY = Command("x-debug-query-block-graph", {})
 
@@ -23,18 +23,26 @@ Children = Mapping[str, "Children"]
 """The children of a node by their roles: `file`, `backing`, `data-file`."""
 
 
-def check_graph(drive: BlockDrive, monitor: Monitor) -> None:
-    """NoSuchDevice unless the node of `drive` has exactly the children that were checked."""
-    graph = monitor.execute(QUERY)
+def check_graph(plug: Plug) -> Talk:
+    """NoSuchDevice unless the node of a disk has exactly the children that were checked.
+
+    QEMU is not asked about a raw image, which has no header: its node has the file that it was
+    given, and can have no other child. Nor about persistent memory, which has no node.
+    """
+    if not isinstance(plug, BlockDrive) or plug.format is ImageFormat.RAW:
+        return
+    if plug.driver is DiskFrontend.NVDIMM:
+        return
+    graph = yield QUERY
     names = {node["name"]: node["id"] for node in graph["nodes"] if node["type"] == _BLOCK}
     children: dict[int, dict[str, int]] = {}
     for edge in graph["edges"]:
         children.setdefault(edge["parent"], {})[edge["name"]] = edge["child"]
-    found = names.get(qemu_id(drive.id))
-    if found is None or not _has(found, _expected(drive), children):
+    found = names.get(qemu_id(plug.id))
+    if found is None or not _has(found, _expected(plug), children):
         raise NoSuchDevice(
-            drive.file,
-            f"{drive.file} was changed after vmplug checked it: QEMU opened other files for it",
+            plug.file,
+            f"{plug.file} was changed after vmplug checked it: QEMU opened other files for it",
             found="an image that names other files",
             hint="the VM is unchanged; qemu-img info shows which files the image names now",
         )

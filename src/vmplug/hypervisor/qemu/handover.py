@@ -9,26 +9,34 @@ Source: QEMU monitor/fds.c; measured on QEMU 7.2, 10.0 and 11.1.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import count
+from typing import Any
+
+import msgspec
 
 from vmplug.address import qemu_id
+from vmplug.drivers.place import Place
+from vmplug.drivers.plug import Plug
 from vmplug.drivers.ports import Command
-from vmplug.errors import CommandError, HypervisorError
+from vmplug.errors import CommandError
 from vmplug.host.file_id import (
     CheckedFile,
     check_path,
     file_replaced,
-    find_open,
     has_open,
+    list_open,
     number_leads_to,
     opened,
     pinned,
 )
 from vmplug.host.root import THIS_HOST
-from vmplug.hypervisor.qmp.monitor import Monitor
+from vmplug.hypervisor.qemu.abilities import Abilities
+from vmplug.hypervisor.qemu.graph import check_graph
+from vmplug.hypervisor.qemu.steps.plug import plug_steps, renamed
+from vmplug.hypervisor.qemu.transaction import UNDONE, transaction
+from vmplug.hypervisor.qmp.monitor import Monitor, Talk
 
 log = logging.getLogger(__name__)
 
@@ -38,36 +46,71 @@ NO_DESCRIPTOR = "No file descriptor supplied via SCM_RIGHTS"
 Verify = Callable[[], None]
 """NoSuchDevice unless QEMU opened the file that was checked."""
 
+_ATTEMPTS = 3
+
 
 def _file_name(device_id: str, index: int) -> str:
     """What a file of a device is called in QEMU between `getfd` and `closefd`."""
     return qemu_id(device_id, f"f{index}")
 
 
-class Handover:
-    """The files of one device on their way to a QEMU.
+class OpenedFile(msgspec.Struct, frozen=True):
+    """A checked file, and the descriptor for QEMU; None where only QEMU itself may open it."""
 
-    `find_pid` gives QEMU's process, None where its files cannot be read; it is asked only where
-    that matters. `sets`: QEMU can use fd sets.
+    file: CheckedFile
+    descriptor: int | None
+
+
+@contextmanager
+def held_open(files: Sequence[CheckedFile]) -> Iterator[list[OpenedFile]]:
+    """The files as QEMU needs them; until this ends no other file gets the inode of one.
+
+    Raises NoSuchDevice when another file is there by now.
+    """
+    with ExitStack() as held:
+        pins = [held.enter_context(pinned(file.path, file.file_id)) for file in files]
+        yield [
+            OpenedFile(file, held.enter_context(opened(pin, file)))
+            for pin, file in zip(pins, files, strict=True)
+        ]
+
+
+class Handover:
+    """The files of one device on their way to a QEMU, as parts of one talk with it.
+
+    `pid` is QEMU's process, None where its files cannot be read. QEMU can use fd `sets` unless the
+    file is for memory. Without `descriptors` it opens each file by its path.
     """
 
     def __init__(
-        self, monitor: Monitor, device_id: str, find_pid: Callable[[], int | None], *, sets: bool
+        self, device_id: str, pid: int | None, *, sets: bool = True, descriptors: bool = True
     ) -> None:
-        self._monitor = monitor
         self._device_id = device_id
-        self._find_pid = find_pid
-        self._sets = sets
+        self._pid = pid
+        self._descriptors = descriptors
+        self._sets = sets and descriptors
         self._checks: list[Verify] = []
         self._given: list[Command] = []
         self._numbers = count()
-        self._pins = ExitStack()
 
-    @cached_property
-    def _pid(self) -> int | None:
-        return self._find_pid()
+    def give(self, files: Sequence[OpenedFile]) -> Generator[Command, Any, Mapping[str, str]]:
+        """By their paths, the names at which QEMU opens the files. Raises as `finish`."""
+        sets = self._sets and any(file.descriptor is not None for file in files)
+        if sets:
+            sets = (yield Command("query-status", {}))["status"] == "running"
+        names = {}
+        for opened_file in files:
+            file, descriptor = opened_file.file, opened_file.descriptor
+            if descriptor is not None and sets:
+                names[file.path] = yield from self._give_set(descriptor)
+            elif descriptor is not None and self._descriptors and self._pid is not None:
+                names[file.path] = yield from self._give_number(self._pid, descriptor, file)
+            else:
+                names[file.path] = file.path
+                self._check_path_of(file)
+        return names
 
-    def finish(self) -> None:
+    def finish(self) -> Talk:
         """NoSuchDevice unless QEMU opened the files that were checked; then close them in QEMU.
 
         The device has its own descriptors by now. No set stays that nothing could close later.
@@ -75,74 +118,77 @@ class Handover:
         for check in self._checks:
             check()
         while self._given:
-            self._monitor.execute(self._given[-1])
+            yield self._given[-1]
             self._given.pop()
 
-    @contextmanager
-    def names(self, files: Sequence[CheckedFile]) -> Iterator[Mapping[str, str]]:
-        """By their paths, the names at which QEMU opens the files until this ends.
-
-        Raises NoSuchDevice when another file is there by now.
-        """
-        with self._pins, self._monitor.keep_turn() if files else nullcontext():
+    def take_back(self) -> Talk:
+        """After a failure; when the connection is lost, reconcile does it."""
+        for command in reversed(self._given):
             try:
-                yield {file.path: self._give(file) for file in files}
-            finally:
-                for command in reversed(self._given):
-                    self._take_back(command)
-
-    def _give(self, file: CheckedFile) -> str:
-        pin = self._pins.enter_context(pinned(file.path, file.file_id))
-        with opened(pin, file) as descriptor:
-            try:
-                if descriptor is not None and self._sets:
-                    return self._give_set(descriptor)
-                if descriptor is not None and self._pid is not None:
-                    return self._give_number(self._pid, descriptor, file)
+                yield command
             except CommandError as error:
-                if NO_DESCRIPTOR not in error.desc:  # a proxy at the socket passes none on
-                    raise
-        self._checks.append(lambda: self._verify_path(file))
-        return file.path
+                log.warning("ignored: cannot undo %s: %s", command.arguments, error)
 
-    def _give_set(self, descriptor: int) -> str:
+    def _give_set(self, descriptor: int) -> Generator[Command, Any, str]:
         """QEMU chooses the number: in a set that exists it could choose an older file."""
         told = {"opaque": qemu_id(self._device_id)}
-        answer = self._monitor.execute(Command("add-fd", told, descriptor=descriptor))
-        number = answer["fdset-id"]
+        number = (yield Command("add-fd", told, descriptor=descriptor))["fdset-id"]
         self._given.append(Command("remove-fd", {"fdset-id": number}))
         return f"/dev/fdset/{number}"
 
-    def _give_number(self, pid: int, descriptor: int, file: CheckedFile) -> str:
-        before = find_open(pid, file.file_id)
-        named = {"fdname": _file_name(self._device_id, next(self._numbers))}
-        self._monitor.execute(Command("getfd", named, descriptor=descriptor))
-        self._given.append(Command("closefd", named))
-        new = find_open(pid, file.file_id) - before
-        if not new:
-            raise file_replaced(file.path, THIS_HOST)
-        number = min(new)
+    def _give_number(
+        self, pid: int, descriptor: int, file: CheckedFile
+    ) -> Generator[Command, Any, str]:
+        """Its number is one that QEMU did not use before, or it is given again.
 
+        QEMU may close a file at the same time, and use the number of that.
+        """
+        named = {"fdname": _file_name(self._device_id, next(self._numbers))}
+        back = Command("closefd", named)
+        for _ in range(_ATTEMPTS):
+            before = list_open(pid)
+            yield Command("getfd", named, descriptor=descriptor)
+            self._given.append(back)
+            new = sorted(list_open(pid) - before)
+            number = next((n for n in new if number_leads_to(pid, n, file.file_id)), None)
+            if number is not None:
+                self._check_number(pid, number, file)
+                return f"/proc/self/fd/{number}"
+            yield self._given.pop()
+        raise file_replaced(file.path, THIS_HOST)
+
+    def _check_number(self, pid: int, number: int, file: CheckedFile) -> None:
         def verify() -> None:
             if not number_leads_to(pid, number, file.file_id):
                 raise file_replaced(file.path, THIS_HOST)
 
         self._checks.append(verify)
-        return f"/proc/self/fd/{number}"
 
-    def _verify_path(self, file: CheckedFile) -> None:
-        check_path(file.path, file.file_id)
-        if self._pid is not None and has_open(self._pid, file.file_id) is False:
-            raise file_replaced(file.path, THIS_HOST)
+    def _check_path_of(self, file: CheckedFile) -> None:
+        def verify() -> None:
+            check_path(file.path, file.file_id)
+            if self._pid is not None and has_open(self._pid, file.file_id) is False:
+                raise file_replaced(file.path, THIS_HOST)
 
-    def _take_back(self, command: Command) -> None:
-        """After a failure; when the connection is lost, reconcile does it."""
-        try:
-            self._monitor.execute(command)
-        except CommandError as error:
-            log.warning("ignored: cannot undo %s: %s", command.arguments, error)
-        except HypervisorError as error:
-            log.debug("%s is left to reconcile: %s", command.execute, error)
+        self._checks.append(verify)
+
+
+def plug_opened(
+    plug: Plug, place: Place, files: Sequence[OpenedFile], handover: Handover, can: Abilities
+) -> Talk:
+    """Plug it with these files; what QEMU opened is verified before the guest sees it."""
+
+    def verify() -> Talk:
+        yield from check_graph(plug)
+        yield from handover.finish()
+
+    try:
+        names = yield from handover.give(files)
+        steps = plug_steps(renamed(plug, names), place, can)
+        yield from transaction(steps, verify=verify())
+    except UNDONE:
+        yield from handover.take_back()
+        raise
 
 
 def take_back_all(monitor: Monitor, device_id: str) -> None:

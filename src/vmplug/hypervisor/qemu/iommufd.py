@@ -17,7 +17,7 @@ from vmplug.errors import CommandError
 from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.abilities import IOMMUFD as TYPE
-from vmplug.hypervisor.qemu.topology import qom_list
+from vmplug.hypervisor.qemu.qom import qom_list
 from vmplug.hypervisor.qmp.monitor import Monitor
 
 IOMMUFD = "vmplug.iommufd"

@@ -5,13 +5,20 @@ import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Self
 
 from msgspec.structs import replace
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id
-from vmplug.drivers.place import MemorySlot, Offer, Place
-from vmplug.drivers.plug import Aio, BlockDrive, Plug, VFIODevices, VhostUserDevice
+from vmplug.drivers.place import MemorySlot, Offer, Place, Places
+from vmplug.drivers.plug import (
+    Aio,
+    BlockDrive,
+    Plug,
+    VFIODevices,
+    VhostUserDevice,
+)
 from vmplug.drivers.ports import (
     Command,
     Endpoint,
@@ -24,7 +31,7 @@ from vmplug.errors import (
     CommandError,
     UnplugTimeout,
 )
-from vmplug.host.file_id import CheckedFile, has_open, pinned
+from vmplug.host.file_id import CheckedFile, pinned, shows_open
 from vmplug.host.pci.vfio import open_nodes
 from vmplug.host.process import find_guest_process, is_running, read_start_time
 from vmplug.host.root import THIS_HOST, HostRoot
@@ -37,14 +44,21 @@ from vmplug.hypervisor.qemu.connection import (
 )
 from vmplug.hypervisor.qemu.failed_disks import IO_ERROR, find_failed_disks
 from vmplug.hypervisor.qemu.graph import check_graph
-from vmplug.hypervisor.qemu.handover import NO_DESCRIPTOR, Handover, take_back_all
+from vmplug.hypervisor.qemu.handover import (
+    NO_DESCRIPTOR,
+    Handover,
+    held_open,
+    plug_opened,
+    take_back_all,
+)
 from vmplug.hypervisor.qemu.iommufd import make_iommufd, missing_steps
 from vmplug.hypervisor.qemu.nvdimm_lock import locked
+from vmplug.hypervisor.qemu.qom import children, qom_get, qom_list, steadily
 from vmplug.hypervisor.qemu.steps import nvdimm, vfio
-from vmplug.hypervisor.qemu.steps.plug import check_hot, opened_files, plug_steps, renamed
+from vmplug.hypervisor.qemu.steps.plug import check_hot, opened_files, plug_steps
 from vmplug.hypervisor.qemu.steps.vhost_user import LINK, NETDEV
-from vmplug.hypervisor.qemu.topology import children, qom_get, qom_list, read_offer, read_place
-from vmplug.hypervisor.qemu.transaction import NOT_THERE, do_all
+from vmplug.hypervisor.qemu.topology import Topology, read_offer, read_place
+from vmplug.hypervisor.qemu.transaction import NOT_THERE, do_all, transaction
 from vmplug.hypervisor.qemu.unplug_waiter import UnplugWaiter
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import COMMAND_TIMEOUT_S, Monitor
@@ -59,8 +73,7 @@ NO_AIO = "Unable to use native AIO"
 """QEMU 7.2's error when the host has no AIO context left; QEMU 10 uses threads by itself."""
 _UNPLUGGING = "in the process of unplug"
 """QEMU's error when device_del is repeated; the request stands."""
-_READ_ATTEMPTS = 10
-"""The parts of a device are free a moment after it has left the tree: 50 ms on QEMU 7.2."""
+NO_PLACES: Mapping[str, str] = MappingProxyType({})
 
 
 class Qemu:
@@ -129,18 +142,17 @@ class Qemu:
         """Whether QEMU itself says so."""
         return self.abilities.vf_token
 
-    def offer(self) -> Offer:
-        """The places that the VM offers now.
+    def places(self, known: Mapping[str, str] = NO_PLACES) -> Places:
+        """The places of the VM, each asked for when it is first used: see Topology."""
 
-        This takes many commands, and a listed device may be gone before the next one.
-        """
-        for _ in range(_READ_ATTEMPTS - 1):
-            try:
-                return read_offer(self._monitor, iommufd=self.abilities.iommufd)
-            except CommandError as error:
-                if not any(words in error.desc for words in NOT_THERE):
-                    raise
-        return read_offer(self._monitor, iommufd=self.abilities.iommufd)
+        def find_known(name: str) -> str | None:
+            return known.get(self._owner(name) or "")
+
+        return Topology(self._monitor, self.abilities, find_known)
+
+    def offer(self) -> Offer:
+        """All places that the VM offers now."""
+        return steadily(lambda: read_offer(Topology(self._monitor, self.abilities)))
 
     def claim_foreign_names(self, names: Mapping[str, str]) -> None:
         """Set the names assigned by others, mapped to the owning device ids."""
@@ -196,7 +208,7 @@ class Qemu:
             if takes_connection(plug) and self._hand_connection(plug, path, pin, place):
                 return
             socket = CheckedSocket(path, checked, pin)
-            connect = partial(connect_by_name, self._monitor, socket, self._guest_pid())
+            connect = partial(connect_by_name, socket, self._guest_pid())
             do_all(self._monitor, self.steps(plug, place), begin=connect)
 
     def _hand_connection(self, plug: VhostUserDevice, path: str, pin: int, place: Place) -> bool:
@@ -249,29 +261,35 @@ class Qemu:
         self._hand_over(replace(drive, file_id=None), slot, files)
 
     def _hand_over(self, plug: Plug, place: Place, files: Sequence[CheckedFile]) -> None:
-        """Verify what QEMU opened before the last step, which shows it to the guest."""
-        drive = plug if isinstance(plug, BlockDrive) else None
-        is_memory = isinstance(place, MemorySlot)
-        sets = bool(files) and not is_memory and self.status() == "running"
-        handover = Handover(self._monitor, plug.id, self._guest_pid, sets=sets)
+        """By descriptor, or by path where a proxy at the socket passes no descriptors on."""
+        if not files:
+            steps = self.steps(plug, place)  # may ask QEMU
+            self._monitor.converse(transaction(steps, verify=check_graph(plug)))
+            return
 
-        def verify() -> None:
-            if drive and not is_memory:
-                self.check_graph(drive)
-            handover.finish()
+        with held_open(files) as opened:
+            pid, sets = self._guest_pid(), not isinstance(place, MemorySlot)
 
-        with handover.names(files) as names:
-            do_all(self._monitor, self.steps(renamed(plug, names), place), verify)
+            def hand_over(*, descriptors: bool) -> None:
+                given = Handover(plug.id, pid, sets=sets, descriptors=descriptors)
+                self._monitor.converse(plug_opened(plug, place, opened, given, self.abilities))
 
-    def check_graph(self, drive: BlockDrive) -> None:
+            try:
+                hand_over(descriptors=True)
+            except CommandError as error:
+                if NO_DESCRIPTOR not in error.desc:
+                    raise
+                hand_over(descriptors=False)
+
+    def check_graph(self, plug: Plug) -> None:
         """NoSuchDevice unless its node opened exactly the files that were checked."""
-        check_graph(drive, self._monitor)
+        self._monitor.converse(check_graph(plug))
 
     def _guest_pid(self) -> int | None:
         """QEMU's process, if its files can be read."""
         endpoint = self.endpoint  # may ask QEMU
         pid = endpoint.pid if endpoint else None
-        return None if pid is None or has_open(pid, "") is None else pid
+        return pid if pid is not None and shows_open(pid) else None
 
     def _plug_group(self, plug: VFIODevices, place: Place) -> None:
         """The guest must release the functions that were plugged before a refused one.
@@ -280,7 +298,7 @@ class Qemu:
         """
         with open_nodes(vfio.nodes(plug), self._host) as files:
             if files:
-                vfio.check_free(place, self.offer())
+                vfio.check_free(place, self.places())
                 make_iommufd(self._monitor, self._host)
             try:
                 do_all(self._monitor, plug_steps(vfio.opened(plug, files), place, self.abilities))

@@ -6,139 +6,269 @@ Source: `qom-list` and `qom-get` on QEMU 7.2; a bus lists its devices as `child[
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
-
-import msgspec
 
 from vmplug.address import PERIPHERAL, CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.place import (
-    FIRMWARE_WINDOWS,
     CcwPlace,
     MemorySlot,
+    MmioPlace,
     Offer,
     PciPlace,
     PciPort,
     Place,
+    PlugMode,
     PortKind,
     ScsiController,
     ScsiPlace,
-    Windows,
 )
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
+from vmplug.hypervisor.qemu.abilities import Abilities
+from vmplug.hypervisor.qemu.pci_port import KINDS, Buses, PortOfQemu, Types, read_pci_path
+from vmplug.hypervisor.qemu.qom import children, is_occupant, qom_get, qom_list, steadily
 from vmplug.hypervisor.qmp.monitor import Monitor
 
-_PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
-"""They hold one device, in slot 0. On any other slot the guest never sees it."""
-_KINDS = {
-    "pcie-root-port": PortKind.ROOT_PORT,
-    "ioh3420": PortKind.ROOT_PORT,
-    "xio3130-downstream": PortKind.SWITCH_PORT,
-    "pci-bridge": PortKind.BRIDGE_PORT,
-    "pcie-pci-bridge": PortKind.BRIDGE_PORT,
-}
-_EXPANDERS = frozenset({"pxb-pcie", "pxb"})
 _VIOMMUS = frozenset({"intel-iommu", "amd-iommu", "virtio-iommu-pci"})
-_UNSAID = (1 << 64) - 1
-"""The value of a window that the firmware chooses."""
-_BRIDGE_SLOTS = tuple(PciSlot(slot) for slot in range(1, 32))
-_ROOT_BUS = re.compile(r"/machine/(unattached/)?[^/]+/(pcie|pci)\.0\Z")
-_MAX_DEPTH = 10
+
+
 _SCSI_CONTROLLERS = frozenset({"virtio-scsi-pci", "virtio-scsi-ccw"})
+
+
+_SCSI_DISK = "scsi-"
+
+
+ANONYMOUS = "/machine/peripheral-anon"
+"""Where devices without an id are."""
+
+
 _CSS_BRIDGE = "virtual-css-bridge"
+
+
 _CSS_BUS = f"/machine/{_CSS_BRIDGE}/virtual-css"
 
 
-_NUMA_UNASSIGNED = 128
-"""Source: QEMU include/sysemu/numa.h, NUMA_NODE_UNASSIGNED."""
+class Topology:
+    """The places of a running VM, each asked for when it is first used, and kept.
 
+    `find_known` gives the places that the caller knows, by the names of devices in QEMU: a SCSI
+    disk with one is not asked for its address, and its address is not among those in use.
+    """
 
-class _Expander(msgspec.Struct, frozen=True):
-    number: int
-    numa_node: int | None
+    def __init__(
+        self,
+        monitor: Monitor,
+        abilities: Abilities,
+        find_known: Callable[[str], str | None] = lambda _: None,
+    ) -> None:
+        self.monitor = monitor
+        self._abilities = abilities
+        self._find_known = find_known
 
+    mode = PlugMode.HOT
+    mmio: tuple[MmioPlace, ...] = ()
 
-Buses = Mapping[str, _Expander]
-"""Root buses besides the machine's own, by the id of their pxb-pcie."""
+    @cached_property
+    def machine(self) -> str:
+        """See Places."""
+        return str(self._ask(qom_get("/machine", "type"))).removesuffix("-machine")
 
+    @property
+    def is_microvm(self) -> bool:
+        """See Places."""
+        return self.machine == "microvm"
 
-def qom_list(path: str) -> Command:
-    """The properties of an object."""
-    return Command("qom-list", {"path": path})
-
-
-def qom_get(path: str, name: str) -> Command:
-    """One property of an object."""
-    return Command("qom-get", {"path": path, "property": name})
-
-
-def read_offer(monitor: Monitor, *, iommufd: bool) -> Offer:
-    """All ports, bridges, SCSI controllers and memory slots, with their free places."""
-    machine, memory, peripherals, others, properties, devices = monitor.execute_all(
-        [
-            qom_get("/machine", "type"),
-            Command("query-memdev", {}),
-            qom_list(PERIPHERAL),
-            qom_list("/machine/peripheral-anon"),
-            qom_list("/machine"),
-            Command("query-memory-devices", {}),
+    @cached_property
+    def ports(self) -> Sequence["PortOfQemu"]:
+        """Root ports first, and rp2 before rp10; also those that cannot take a device."""
+        buses = Buses(self.monitor, self._types)
+        types = Types(self.monitor)
+        ports = [
+            PortOfQemu(self.monitor, name, driver, buses, types)
+            for name, driver in self._types.items()
+            if driver in KINDS
         ]
-    )
-    cpus, sizes = monitor.execute_all(
-        [Command("query-cpus-fast", {}), Command("query-memory-size-summary", {})]
-    )
-    types = dict(children(peripherals))
-    kinds = {*types.values(), *dict(children(others)).values()}
-    buses = _read_expanders(monitor, types)
-    ports = [
-        port
-        for name, kind in types.items()
-        if kind in _KINDS and (port := _read_port(monitor, name, kind, buses))
-    ]
-    controllers = [
-        _read_controller(monitor, name, buses, has_pci_path=kind.endswith("-pci"))
-        for name, kind in types.items()
-        if kind in _SCSI_CONTROLLERS
-    ]
-    names = {entry["name"] for entry in properties}
-    nvdimms = [device for device in devices if device["type"] == "nvdimm"]
-    return Offer(
-        machine=str(machine).removesuffix("-machine"),
-        ports=tuple(sorted(ports, key=lambda port: str(port.path))),
-        controllers=tuple(sorted(controllers, key=lambda controller: controller.bus)),
-        shared_memory=_is_shared(memory, nvdimms),
-        kvm=_has_kvm(monitor),
-        cpus=len(cpus),
-        ccw_used=_read_ccw(monitor) if _CSS_BRIDGE in names else None,
-        nvdimm="nvdimm" in names and bool(monitor.execute(qom_get("/machine", "nvdimm"))),
-        memory_slots=_read_memory_slots(monitor) if "memory" in names else 0,
-        memory_slots_used=frozenset(
-            device["data"]["slot"] for device in devices if "slot" in device["data"]
-        ),
-        nvdimms=len(nvdimms),
-        viommu=bool(kinds & _VIOMMUS),
-        iommufd=iommufd,
-        ap="ap-bridge" in names,
-        memory_bytes=sizes["base-memory"] + sizes.get("plugged-memory", 0),
-        address_bits=_read_address_bits(monitor, cpus, ports),
-    )
+        return sorted(ports, key=lambda port: (_ORDER.index(port.kind), _natural(port.bus)))
 
+    @cached_property
+    def controllers(self) -> Sequence["_Controller"]:
+        """See Places."""
+        buses = Buses(self.monitor, self._types)
+        found = [
+            _Controller(self, name, driver, buses)
+            for name, driver in self._types.items()
+            if driver in _SCSI_CONTROLLERS
+        ]
+        return sorted(found, key=lambda controller: controller.bus)
 
-def _read_address_bits(
-    monitor: Monitor, cpus: Sequence[Mapping[str, Any]], ports: Iterable[PciPort]
-) -> int | None:
-    """The guest's, if a port asks for a large window; None for a processor without the fact."""
-    path = cpus[0].get("qom-path") if cpus else None
-    if path is None or all(port.windows.prefetchable < _LARGE_WINDOW for port in ports):
-        return None
-    if "phys-bits" not in {entry["name"] for entry in monitor.execute(qom_list(path))}:
-        return None
-    return int(monitor.execute(qom_get(path, "phys-bits"))) or None
+    def count_known(self, prefix: str) -> int:
+        """How many devices of the VM have a known place with that prefix."""
+        return sum((self._find_known(name) or "").startswith(prefix) for name in self._types)
+
+    def strange_disks(self) -> list[str]:
+        """The paths of SCSI disks without a known place."""
+        named = [name for name, driver in self._types.items() if driver.startswith(_SCSI_DISK)]
+        strange = [f"{PERIPHERAL}/{name}" for name in named if not self._find_known(name)]
+        other = [name for name, driver in self._anonymous.items() if driver.startswith(_SCSI_DISK)]
+        return strange + [f"{ANONYMOUS}/{name}" for name in other]
+
+    @cached_property
+    def _types(self) -> Mapping[str, str]:
+        return dict(children(self._ask(qom_list(PERIPHERAL))))
+
+    @cached_property
+    def _anonymous(self) -> Mapping[str, str]:
+        return dict(children(self._ask(qom_list(ANONYMOUS))))
+
+    @cached_property
+    def _parts(self) -> frozenset[str]:
+        return frozenset(entry["name"] for entry in self._ask(qom_list("/machine")))
+
+    @cached_property
+    def _memory_devices(self) -> Sequence[Mapping[str, Any]]:
+        devices: Sequence[Mapping[str, Any]] = self._ask(Command("query-memory-devices", {}))
+        return devices
+
+    @cached_property
+    def _nvdimms(self) -> Sequence[Mapping[str, Any]]:
+        return [device for device in self._memory_devices if device["type"] == "nvdimm"]
+
+    @cached_property
+    def _cpus(self) -> Sequence[Mapping[str, Any]]:
+        cpus: Sequence[Mapping[str, Any]] = self._ask(Command("query-cpus-fast", {}))
+        return cpus
+
+    @cached_property
+    def shared_memory(self) -> bool:
+        """See Places."""
+        return _is_shared(self._ask(Command("query-memdev", {})), self._nvdimms)
+
+    @cached_property
+    def kvm(self) -> bool:
+        """See Places."""
+        return _has_kvm(self.monitor)
+
+    @cached_property
+    def cpus(self) -> int:
+        """See Places."""
+        return len(self._cpus)
+
+    @cached_property
+    def ccw_used(self) -> frozenset[CcwDevNo] | None:
+        """See Places."""
+        return steadily(self._read_ccw) if _CSS_BRIDGE in self._parts else None
+
+    @cached_property
+    def nvdimm(self) -> bool:
+        """See Places."""
+        return "nvdimm" in self._parts and bool(self._ask(qom_get("/machine", "nvdimm")))
+
+    @cached_property
+    def memory_slots(self) -> int:
+        """See Places."""
+        if "memory" not in self._parts:
+            return 0
+        return int(self._ask(qom_get("/machine", "memory")).get("slots", 0))
+
+    @cached_property
+    def memory_slots_used(self) -> frozenset[int]:
+        """See Places."""
+        devices = self._memory_devices
+        return frozenset(d["data"]["slot"] for d in devices if "slot" in d["data"])
+
+    @property
+    def nvdimms(self) -> int:
+        """See Places."""
+        return len(self._nvdimms)
+
+    @cached_property
+    def viommu(self) -> bool:
+        """See Places."""
+        return bool({*self._types.values(), *self._anonymous.values()} & _VIOMMUS)
+
+    @property
+    def iommufd(self) -> bool:
+        """See Places."""
+        return self._abilities.iommufd
+
+    @property
+    def ap(self) -> bool:
+        """See Places."""
+        return "ap-bridge" in self._parts
+
+    @cached_property
+    def memory_bytes(self) -> int:
+        """See Places."""
+        sizes = self._ask(Command("query-memory-size-summary", {}))
+        return int(sizes["base-memory"] + sizes.get("plugged-memory", 0))
+
+    @cached_property
+    def address_bits(self) -> int | None:
+        """See Places: None also for a processor without the fact."""
+        path = self._cpus[0].get("qom-path") if self._cpus else None
+        if path is None or all(p.windows.prefetchable < _LARGE_WINDOW for p in self.ports):
+            return None
+        if "phys-bits" not in {entry["name"] for entry in self._ask(qom_list(path))}:
+            return None
+        return int(self._ask(qom_get(path, "phys-bits"))) or None
+
+    def _ask(self, command: Command) -> Any:
+        return self.monitor.execute(command)
+
+    def _read_ccw(self) -> frozenset[CcwDevNo]:
+        return _read_ccw(self.monitor)
 
 
 _LARGE_WINDOW = 1 << 30
 """Fewer than dozens of smaller ones fit into the addresses of every processor."""
+
+
+_ORDER = (PortKind.ROOT_PORT, PortKind.SWITCH_PORT, PortKind.BRIDGE_PORT)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(word or 0), text) for text, word in re.findall(r"([^0-9]*)([0-9]*)", name)]
+
+
+def read_offer(topology: Topology) -> Offer:
+    """All of it now: the ports and controllers of the VM with their free places, by their paths.
+
+    A device that is listed may be gone before it is asked for its place: then CommandError.
+    """
+    ports = (
+        PciPort(
+            bus=port.bus,
+            path=port.path,
+            free=port.free,
+            kind=port.kind,
+            windows=port.windows,
+            numa_node=port.numa_node,
+        )
+        for port in topology.ports
+        if port.is_usable
+    )
+    return Offer(
+        machine=topology.machine,
+        ports=tuple(sorted(ports, key=lambda port: str(port.path))),
+        controllers=tuple(
+            ScsiController(bus=c.bus, path=c.path, used=c.used) for c in topology.controllers
+        ),
+        shared_memory=topology.shared_memory,
+        kvm=topology.kvm,
+        cpus=topology.cpus,
+        ccw_used=topology.ccw_used,
+        nvdimm=topology.nvdimm,
+        memory_slots=topology.memory_slots,
+        memory_slots_used=topology.memory_slots_used,
+        nvdimms=topology.nvdimms,
+        viommu=topology.viommu,
+        iommufd=topology.iommufd,
+        ap=topology.ap,
+        memory_bytes=topology.memory_bytes,
+        address_bits=topology.address_bits,
+    )
 
 
 def _has_kvm(monitor: Monitor) -> bool:
@@ -165,16 +295,16 @@ def read_place(monitor: Monitor, name: str) -> Place | None:
     if not {"addr", "scsi-id"} & names:
         return None
     bus_path = str(monitor.execute(qom_get(path, "parent_bus")))
-    bus, buses = bus_path.rpartition("/")[2], _read_expanders(monitor, peripherals)
+    bus, buses = bus_path.rpartition("/")[2], Buses(monitor, peripherals)
     if "scsi-id" in names:
         numbers = monitor.execute_all([qom_get(path, "scsi-id"), qom_get(path, "lun")])
         controller = f"{PERIPHERAL}/{bus.removesuffix('.0')}"
         is_pci = peripherals.get(bus.removesuffix(".0"), "").endswith("-pci")
-        above = _read_pci_path(monitor, controller, buses) if is_pci else None
+        above = read_pci_path(monitor, controller, buses) if is_pci else None
         return ScsiPlace(
             bus=bus, address=ScsiAddress(*numbers), path=above.path if above else None
         )
-    where = _read_pci_path(monitor, path, buses)
+    where = read_pci_path(monitor, path, buses)
     slot = PciSlot.from_devfn(monitor.execute(qom_get(path, "addr")))
     return PciPlace(bus=bus, slot=slot, path=where.path) if where else None
 
@@ -188,138 +318,56 @@ def _is_shared(
     return bool(own) and all(own)
 
 
-def _read_memory_slots(monitor: Monitor) -> int:
-    return int(monitor.execute(qom_get("/machine", "memory")).get("slots", 0))
-
-
-def _read_port(monitor: Monitor, name: str, kind: str, buses: Buses) -> PciPort | None:
-    """The port, or None when nothing can be hot-plugged behind it."""
-    qom_path = f"{PERIPHERAL}/{name}"
-    properties, bus = monitor.execute_all([qom_list(qom_path), qom_list(f"{qom_path}/{name}")])
-    names = {entry["name"] for entry in properties}
-    if "hotplug" in names and not monitor.execute(qom_get(qom_path, "hotplug")):
-        return None
-    has_shpc = "shpc" not in names or monitor.execute(qom_get(qom_path, "shpc"))
-    windows = _read_windows(monitor, qom_path, names, FIRMWARE_WINDOWS if has_shpc else _NONE)
-    if windows == _NONE:
-        return None
-    place = _read_pci_path(monitor, qom_path, buses)
-    if place is None or "hotplug-handler" not in {entry["name"] for entry in bus}:
-        return None
-    occupants = [entry["name"] for entry in bus if _is_occupant(entry)]
-    free: tuple[PciSlot, ...]
-    if kind in _PORTS:
-        free = () if occupants else (PciSlot(0),)
-    else:
-        used = {_slot_of(monitor, f"{qom_path}/{name}", link).slot for link in occupants}
-        free = tuple(slot for slot in _BRIDGE_SLOTS if slot.slot not in used)
-    return PciPort(
-        bus=name,
-        path=place.path,
-        free=free,
-        kind=_KINDS[kind],
-        windows=windows,
-        numa_node=place.numa_node,
-    )
-
-
-_NONE = Windows(0, 0)
-
-
-def _read_windows(
-    monitor: Monitor, qom_path: str, names: Collection[str], usual: Windows
-) -> Windows:
-    """The windows that the port requests from the firmware; most request none and get the default.
-
-    A bridge with shpc=off gets none unless it requests one: the guest could not map later devices.
-    A request is rounded up to the default of other ports. Measured on QEMU 7.2.
-    """
-    if "pref64-reserve" not in names:
-        return usual
-    prefetchable, other = monitor.execute_all(
-        [qom_get(qom_path, "pref64-reserve"), qom_get(qom_path, "mem-reserve")]
-    )
-    return Windows(
-        _granted(prefetchable, usual.prefetchable, FIRMWARE_WINDOWS.prefetchable),
-        _granted(other, usual.other, FIRMWARE_WINDOWS.other),
-    )
-
-
-def _granted(said: int, usual: int, least: int) -> int:
-    return usual if said in {_UNSAID, 0} else max(said, least)
-
-
-def _slot_of(monitor: Monitor, bus_path: str, link: str) -> PciSlot:
-    occupant = monitor.execute(qom_get(bus_path, link))
-    return PciSlot.from_devfn(monitor.execute(qom_get(occupant, "addr")))
-
-
-class _Where(msgspec.Struct, frozen=True):
-    path: PciPath
-    numa_node: int | None
-
-
-def _read_pci_path(monitor: Monitor, qom_path: str, buses: Buses) -> _Where | None:
-    """Slots from a root bus down: the machine's own, or that of an expander, which has a number.
-
-    None for any other bus.
-    """
-    slots: list[PciSlot] = []
-    for _ in range(_MAX_DEPTH):
-        devfn, bus = monitor.execute_all(
-            [qom_get(qom_path, "addr"), qom_get(qom_path, "parent_bus")]
-        )
-        slots.insert(0, PciSlot.from_devfn(devfn))
-        if _ROOT_BUS.match(bus):
-            return _Where(PciPath(tuple(slots)), None)
-        if expander := buses.get(bus.rpartition("/")[2]):
-            return _Where(PciPath(tuple(slots), expander.number), expander.numa_node)
-        qom_path = bus.rpartition("/")[0]
-        if not qom_path.startswith(PERIPHERAL + "/"):
-            return None
-    return None
-
-
-def _read_expanders(monitor: Monitor, types: Mapping[str, str]) -> Buses:
-    expanders = {}
-    for name in (name for name, kind in types.items() if kind in _EXPANDERS):
-        path = f"{PERIPHERAL}/{name}"
-        number, node = monitor.execute_all([qom_get(path, "bus_nr"), qom_get(path, "numa_node")])
-        expanders[name] = _Expander(number, None if node >= _NUMA_UNASSIGNED else node)
-    return expanders
-
-
 def _read_ccw(monitor: Monitor) -> frozenset[CcwDevNo]:
     """The device numbers in use, of cold devices without an id too."""
-    links = [e["name"] for e in monitor.execute(qom_list(_CSS_BUS)) if _is_occupant(e)]
+    links = [e["name"] for e in monitor.execute(qom_list(_CSS_BUS)) if is_occupant(e)]
     paths = monitor.execute_all([qom_get(_CSS_BUS, link) for link in links])
     numbers = monitor.execute_all([qom_get(path, "dev_id") for path in paths])
     return frozenset(CcwDevNo.parse(number) for number in numbers)
 
 
-def _read_controller(
-    monitor: Monitor, name: str, buses: Buses, *, has_pci_path: bool
-) -> ScsiController:
-    qom_path = f"{PERIPHERAL}/{name}"
-    bus = f"{name}.0"
-    bus_path = f"{qom_path}/virtio-backend/{bus}"
-    used = set()
-    for entry in monitor.execute(qom_list(bus_path)):
-        if _is_occupant(entry):
-            disk = monitor.execute(qom_get(bus_path, entry["name"]))
-            scsi_id, lun = monitor.execute_all([qom_get(disk, "scsi-id"), qom_get(disk, "lun")])
-            if scsi_id <= 0xFF and lun <= 0xFF:
-                used.add(ScsiAddress(scsi_id, lun))
-    place = _read_pci_path(monitor, qom_path, buses) if has_pci_path else None
-    return ScsiController(bus=bus, path=place.path if place else None, used=frozenset(used))
+class _Controller:
+    """A virtio-scsi controller; `topology` has the disks that may be on it."""
 
+    def __init__(self, topology: Topology, name: str, driver: str, buses: Buses) -> None:
+        self._topology = topology
+        self._monitor = topology.monitor
+        self._qom_path = f"{PERIPHERAL}/{name}"
+        self._has_pci_path = driver.endswith("-pci")
+        self._buses = buses
+        self.bus = f"{name}.0"
 
-def children(entries: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
-    """The names and types of the children among the entries of `qom-list`."""
-    for entry in entries:
-        if entry["type"].startswith("child<"):
-            yield entry["name"], entry["type"][len("child<") : -1]
+    @cached_property
+    def path(self) -> PciPath | None:
+        """See Controller."""
+        if not self._has_pci_path:
+            return None
+        where = read_pci_path(self._monitor, self._qom_path, self._buses)
+        return where.path if where else None
 
+    @cached_property
+    def used(self) -> frozenset[ScsiAddress]:
+        """See Controller. A disk is asked for its address only if the caller may not know it."""
+        return steadily(self._read_used)
 
-def _is_occupant(entry: Mapping[str, Any]) -> bool:
-    return str(entry["name"]).startswith("child[") and str(entry["type"]).startswith("link<")
+    def _read_used(self) -> frozenset[ScsiAddress]:
+        bus_path = f"{self._qom_path}/virtio-backend/{self.bus}"
+        listed = self._monitor.execute(qom_list(bus_path))
+        links = [entry["name"] for entry in listed if is_occupant(entry)]
+        known = self._topology.count_known(f"{self.bus}/")
+        if len(links) == known:
+            return frozenset()
+        disks = [path for path in self._topology.strange_disks() if self._has(path)]
+        if known + len(disks) != len(links):  # such as those of -drive if=scsi
+            disks = self._monitor.execute_all([qom_get(bus_path, link) for link in links])
+        return frozenset(filter(None, map(self._address_of, disks)))
+
+    def _has(self, disk: str) -> bool:
+        above = str(self._monitor.execute(qom_get(disk, "parent_bus")))
+        return above.rpartition("/")[2] == self.bus
+
+    def _address_of(self, disk: str) -> ScsiAddress | None:
+        """None for one that vmplug does not use."""
+        asked = [qom_get(disk, "scsi-id"), qom_get(disk, "lun")]
+        scsi_id, lun = self._monitor.execute_all(asked)
+        return ScsiAddress(scsi_id, lun) if scsi_id <= 0xFF and lun <= 0xFF else None

@@ -19,6 +19,7 @@ from vmplug.errors import (
     StateError,
 )
 from vmplug.host.process import ProcessLock
+from vmplug.hypervisor.qmp.defaults import sent_arguments
 from vmplug.hypervisor.qmp.monitor import (
     COMMAND_TIMEOUT_S,
     MISSED,
@@ -291,7 +292,8 @@ class QmpMonitor(Monitor):
         An answer with another number is for a command that was given up, maybe another client's.
         """
         number = next(self._numbers)
-        arguments = {"arguments": command.arguments} if command.arguments else {}
+        said = sent_arguments(command)
+        arguments = {"arguments": said} if said else {}
         wire.send({"execute": command.execute, **arguments, "id": number}, command.descriptor)
         while (message := wire.receive(deadline)).get("id") != number:
             self._pass_on(message)

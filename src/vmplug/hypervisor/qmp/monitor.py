@@ -37,13 +37,15 @@ class Monitor(Protocol):
     def converse(self, talk: Talk) -> None:
         """Run commands of which each depends on the answers before it.
 
-        No other client of this monitor can send commands in between. Raises what `talk` does.
+        No other client of this monitor can send commands in between, and it keeps the turn. Raises
+        what `talk` does.
         """
-        command = next_command(talk)
-        while command:
-            answers, refusal = self.attempt([command])
-            answer = None if refusal else validate_reply(command, answers[0])
-            command = next_command(talk, answer, refusal)
+        with self.keep_turn():
+            command = next_command(talk)
+            while command:
+                answers, refusal = self.attempt([command])
+                answer = None if refusal else validate_reply(command, answers[0])
+                command = next_command(talk, answer, refusal)
 
     def keep_turn(self) -> AbstractContextManager[None]:
         """Keep the turn on the socket meanwhile: QEMU 7.2 forgets fd sets when it ends."""

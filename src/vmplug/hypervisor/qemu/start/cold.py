@@ -111,6 +111,10 @@ class ColdQemu:
         has_node = self._host.stat_or_none(IOMMU_NODE) is not None
         return replace(offer, iommufd=has_node and self.abilities.iommufd)
 
+    def places(self, known: Mapping[str, str]) -> Offer:  # noqa: ARG002
+        """The same: no device of a VM that is not started has an address of its own choice."""
+        return self.offer()
+
     def claim_foreign_names(self, names: Mapping[str, str]) -> None:
         """Do nothing: no other program plugs into a VM before its start."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from vmplug.address import qemu_id
-from vmplug.drivers.place import CcwPlace, GroupPlace, Offer, PciPlace, Place
+from vmplug.drivers.place import CcwPlace, GroupPlace, PciPlace, Place, Places
 from vmplug.drivers.plug import VFIODevice, VFIODevices
 from vmplug.drivers.ports import VF_UUID, Command, Step
 from vmplug.errors import NoFreePort
@@ -100,14 +100,17 @@ def open_node_name(device_id: str) -> str:
     return qemu_id(device_id, "fd")
 
 
-def check_free(place: Place, offer: Offer) -> None:
+def check_free(place: Place, offer: Places) -> None:
     """NoFreePort when another program has used the place since it was offered.
 
     QEMU 10 keeps the open node of a device that it refuses for its place; VFIO could not give the
     device back until QEMU ends.
     """
-    free = {(port.bus, slot.slot) for port in offer.ports for slot in port.free}
-    for at in place.places if isinstance(place, GroupPlace) else ():
+    wanted = place.places if isinstance(place, GroupPlace) else ()
+    buses = {at.bus for at in wanted}
+    ports = [port for port in offer.ports if port.bus in buses]
+    free = {(port.bus, slot.slot) for port in ports for slot in port.free}
+    for at in wanted:
         if (at.bus, at.slot.slot) not in free:
             raise NoFreePort(
                 f"another device was plugged into {at.bus} meanwhile", hint="try again"
