@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import Vmplug, config, number_of
+from tests.cli.monitors import MemoryVm
 from tests.support.disks import disk_image, loop_device
 from tests.support.tree import HostTree
 
@@ -194,3 +195,20 @@ def test_check_of_a_disk_checks_the_disk(vmplug: Vmplug, tmp_path: Path) -> None
         assert checked.stdout.startswith(f"{node}: error read-only-device: {node} is read-only")
         assert vmplug("check", f"{node}:ro").status == 0
         assert vmplug("check", "-d", f"b:{number_of(node)}:/dev/xvda:ro").status == 0
+
+
+@pytest.mark.root
+def test_ro_reaches_qemu_and_without_it_the_disk_is_writable(
+    vmplug: Vmplug, tmp_path: Path
+) -> None:
+    socket = vmplug.state_dir.with_name("qmp.sock")
+    with MemoryVm(socket), loop_device(disk_image(tmp_path / "a.img", 2, "a disk")) as node:
+        vmplug("vm", "adopt", "sb1", "--qmp", socket).answer()
+        for suffix, read_only in ((":ro", True), (":/dev/xvda:ro", True), (":/dev/xvda", False)):
+            for words in (("-d", f"{node}{suffix}"), (f"{node}{suffix}",)):
+                steps = vmplug("plan", *words, "--vm", "sb1", "--json").json()["steps"]
+                (disk,) = (step["do"] for step in steps if step["do"]["execute"] == "blockdev-add")
+                assert disk["arguments"]["read-only"] is read_only
+        attached = vmplug("attach", f"{node}:ro", "--vm", "sb1", "--owner", "ctr1", "--json")
+        (hold,) = attached.json()["attachments"]
+        assert (hold["read_only"], hold["host_path"]) == (True, str(node))

@@ -196,6 +196,14 @@ def test_a_size_says_which_letters_it_takes(vmplug: Vmplug, size: str) -> None:
     assert "optionally with K, M, G or T\n" in refused.stderr
 
 
+@pytest.mark.parametrize("memory", ["63", "2X", "2g", "64K", "1.5G", "-1", "2GB", ""])
+def test_memory_says_which_letters_it_takes(vmplug: Vmplug, memory: str) -> None:
+    refused = vmplug.here("vm", "start", "sb1", "--memory", memory)
+    assert refused.status == 2
+    wanted = "a number of MiB from 64, optionally with M, G or T"
+    assert f"'--memory': '{memory}' is not {wanted}\n" in refused.stderr
+
+
 def test_the_version_is_the_installed_one(vmplug: Vmplug) -> None:
     assert vmplug("--version").answer() == f"vmplug {version('vmplug')}\n"
 

@@ -1,5 +1,6 @@
 """`vmplug vm`: start, adopt, stop, resume, list."""
 
+import re
 from typing import Any
 
 import click
@@ -45,7 +46,20 @@ from vmplug.vms.start import ACCELS, MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpe
 from vmplug.vms.status import list_vms
 from vmplug.vms.stop import stop_vm
 
+_MEMORY = re.compile(r"([0-9]{1,9})([MGT]?)", re.ASCII)
+_MIB = {"": 1, "M": 1, "G": 1 << 10, "T": 1 << 20}
+_MEMORY_MIN_MIB = 64
 _NOTHING = RequestArguments(requests=(), name=None, host=THIS_HOST, vhost_user_store=None)
+
+
+def _parse_memory(ctx: click.Context, param: click.Parameter, said: str) -> int:
+    """MiB; the letters are those of all sizes."""
+    match = _MEMORY.fullmatch(said)
+    mib = int(match[1]) * _MIB[match[2]] if match else 0
+    if mib < _MEMORY_MIN_MIB:
+        wanted = f"a number of MiB from {_MEMORY_MIN_MIB}, optionally with M, G or T"
+        raise click.BadParameter(f"{said!r} is not {wanted}.", ctx, param)
+    return mib
 
 
 @click.group("vm", cls=VerbGroup)
@@ -64,11 +78,11 @@ def command() -> None:
 @click.option(
     "--memory",
     "memory_mib",
-    type=click.IntRange(min=64),
-    default=512,
+    callback=_parse_memory,
+    default="512",
     show_default=True,
     metavar="MIB",
-    help="Guest memory in MiB.",
+    help="Guest memory in MiB, or as 2G or 1T.",
 )
 @click.option(
     "--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="Virtual CPUs."

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from vmplug.errors import AttributeReadError
 from vmplug.host.program import program_environment, run_program
 from vmplug.host.root import HostRoot
 from vmplug.waiting import waiting
@@ -97,8 +98,11 @@ def choose_accel(program: str, state_dir: Path, host: HostRoot) -> Accel:
     node = host.stat_or_none(_KVM)
     if node is None:
         return Accel(name=TCG, why_not_kvm=f"this host has no {_KVM}")
-    if (refused := host.open_errno(_KVM, os.O_RDWR)) is not None:
-        return Accel(name=TCG, why_not_kvm=f"{_KVM} cannot be opened: {os.strerror(refused)}")
+    try:
+        os.close(host.open_node(_KVM))
+    except AttributeReadError as error:
+        refused = os.strerror(error.errno or 0)
+        return Accel(name=TCG, why_not_kvm=f"{_KVM} cannot be opened: {refused}")
     binary = shutil.which(program, path=program_environment()["PATH"])
     status = host.stat_or_none(os.path.realpath(binary)) if binary else None
     boot = (host.read_text("/proc/sys/kernel/random/boot_id") or "-").strip()
