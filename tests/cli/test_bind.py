@@ -77,7 +77,7 @@ WRONG = [
     bad("bind 00:1c.0", HOST, "bind-failed", "is a PCI bridge", "behind it"),
     bad("bind /dev/vfio/1", HOST, "bind-failed", "is a PCI bridge", "behind it"),
     bad("bind 01:00.0", HOST, "in-use", "/dev/nvme0n1 is mounted", "--allow mounted-on-host"),
-    bad("bind 03:00.0", HOST, "in-use", "has 1 virtual functions", "vmplug sriov"),
+    bad("bind 03:00.0", HOST, "in-use", "has 1 virtual function, which", "vmplug sriov"),
     bad("bind 04:00.0", HOST, "bind-failed", "vfio-pci cannot be loaded", "CONFIG_VFIO_PCI"),
     bad(
         "bind 04:00.0 --driver nvme",

@@ -582,7 +582,8 @@ def test_a_file_grows_while_the_guest_runs(vm: Running, tmp_path: Path) -> None:
     (attached,) = vm.vmplug("attach", *asked).json()["attachments"]
     disk = only_disk(vm)
     told = vm.vmplug("resize", attached["id"], "--size", "16M", "--json").json()
-    assert told == {"id": attached["id"], "size_bytes": 16 * MIB}
+    ids = {key: attached[key] for key in ("id", "device_id")}
+    assert told == {**ids, "size_bytes": 16 * MIB}
     wait_for_size(vm, disk.name, 16 * MIB)
     assert image.stat().st_size == 16 * MIB
     assert vm.vmplug("resize", attached["id"]).answer() == f"{image} has 16 MiB in VM sb1\n"
@@ -668,8 +669,10 @@ def test_a_guest_that_does_not_answer_leaves_the_disk_detaching(
     again = ("--device", f"b:{number_of(node)}", "--vm", "sb1", "--owner", "ctr2", "--json")
     refused = vm.vmplug("attach", *again)
     assert (refused.status, refused.error()["facts"]["state"]) == (6, "detaching")
-    (repair,) = vm.vmplug("reconcile", "--timeout", "0.3", "--json").json()["repairs"]
+    told = vm.vmplug("reconcile", "--timeout", "0.3", "--json")
+    (repair,) = json.loads(told.stdout)["repairs"]
     assert (repair["host_path"], repair["outcome"]) == (str(node), "still detaching")
+    assert (told.status, told.error()["code"]) == (5, "unplug-timeout")
     vm.oracle.execute("cont")
     assert vm.vmplug("detach", attached["id"]).answer().startswith("detached ")
 

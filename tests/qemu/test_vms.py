@@ -106,8 +106,8 @@ def test_an_owner_is_detached_from_all_vms(setup: Setup, disk: DeviceInfo, tmp_p
             devices.attach(request, owner="ctr2")
     detached = vmplug.detach_owner("ctr1", setup=setup)
     assert [(done.attachment.vm, done.outcome) for done in detached] == [
-        ("a", DetachOutcome.DETACHED),
-        ("b", DetachOutcome.DETACHED),
+        ("a", DetachOutcome.RELEASED),
+        ("b", DetachOutcome.RELEASED),
     ]
     left = vmplug.list_attachments(setup=setup).attachments
     assert [(hold.vm, hold.owner) for hold in left] == [("a", "ctr2"), ("b", "ctr2")]

@@ -298,8 +298,9 @@ def refuse_not_allowed(examined: Iterable[CheckedRequest]) -> None:
 def refuse(examined: Sequence[CheckedRequest]) -> None:
     """Raise the errors of the requests: that of one, or one report of several."""
     refused = [request for request in examined if request.is_refused]
-    if len(refused) == 1 and refused[0].error:
-        raise refused[0].error
+    unresolved = [request.error for request in refused if request.error]
+    if len(unresolved) == len(refused) == 1:
+        raise unresolved[0]
     problems = [
         (request, finding)
         for request in refused
@@ -309,14 +310,20 @@ def refuse(examined: Sequence[CheckedRequest]) -> None:
     if not problems:
         return
     request, first = problems[0]
+    message = "; ".join(f"{r.info.name}: {finding.message}" for r, finding in problems)
     hint = first.hint
     if len(problems) > 1:
         hint = "vmplug check shows each finding with its remedy"
     elif first.code not in NEVER_ALLOWED:
         hint += f"; or accept the risk with --allow {first.code}"
+    missing = [error for error in unresolved if isinstance(error, NoSuchDevice)]
+    if missing and len(missing) == len(refused):
+        raise NoSuchDevice(", ".join(error.wanted for error in missing), message, hint=hint)
+    if len(unresolved) == len(refused):  # nothing of it is in use
+        raise HostError(message, hint=hint)
     raise InUse(
         request.device.host_path if request.device else request.info.name,
-        "; ".join(f"{r.info.name}: {finding.message}" for r, finding in problems),
+        message,
         codes=tuple(finding.code for _, finding in problems),
         hint=hint,
     )

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from vmplug.errors import DeviceError
+from vmplug.errors import DeviceError, UnplugTimeout
 from vmplug.journal import has_journal
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, VmRecord
@@ -48,6 +48,31 @@ class HostRepairs(msgspec.Struct, frozen=True, kw_only=True):
     failures: tuple[RepairFailure, ...]
     salvage: Salvage | None
     kept_logs: tuple[EndedLogs, ...]
+
+    def require(self) -> "HostRepairs":
+        """This, when all is done; an error, with a note for each further one, when it is not.
+
+        UnplugTimeout stands for devices that guests did not release: they are still detaching.
+        """
+        told = [(failure.vm or "-", failure.error) for failure in self.failures]
+        told += [("-", error) for error in [self._still_detaching()] if error]
+        if not told:
+            return self
+        (_, first), *others = told
+        for vm, error in others:
+            first.add_note(f"VM {vm}: {error.message}")
+        raise first
+
+    def _still_detaching(self) -> UnplugTimeout | None:
+        left = [r for r in self.repairs if r.repair.outcome is RepairOutcome.STILL_DETACHING]
+        if not left:
+            return None
+        names = ", ".join(f"{r.repair.host_path or r.repair.device_id} in VM {r.vm}" for r in left)
+        return UnplugTimeout(
+            tuple(r.repair.device_id for r in left),
+            f"still detaching: {names}",
+            hint="reconcile again when the guest can release it: it has booted and unmounted it",
+        )
 
 
 def reconcile_host(

@@ -23,11 +23,11 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     `state` is QEMU's run state; `starting` while a process starts it, `interrupted` when that has
     died; `gone` when the VM has ended; `unreachable` when its QMP socket takes no client, `busy`
-    when another client holds the socket or QEMU hangs. `pid` is QEMU's process, None where it is
-    unknown. The offer (`machine` to `shared_memory`) is None unless the VM answered, and so is the
-    number of devices that another journal's vmplug plugged. `failed_disks` are those that have
-    stopped it, in state `io-error`. `logs` is the directory with the logs of one that vmplug
-    started, None for another.
+    when another client holds the socket or QEMU hangs. `pid` is QEMU's process, None where it has
+    ended or is unknown. The offer (`machine` to `shared_memory`) is None unless the VM answered,
+    and so is the number of devices that another journal's vmplug plugged. `failed_disks` are those
+    that have stopped it, in state `io-error`. `logs` is the directory with the logs of one that
+    vmplug started, None for another.
     """
 
     name: str
@@ -73,7 +73,7 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
     return VmStatus(
         name=record.name,
         state=state,
-        pid=record.pid,
+        pid=None if state == "gone" else record.pid,
         machine=offer.machine if offer else None,
         free_ports=sum(len(port.free) for port in offer.ports) if offer else None,
         scsi_controllers=len(offer.controllers) if offer else None,

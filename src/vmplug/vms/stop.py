@@ -5,7 +5,7 @@ from contextlib import closing
 
 import msgspec
 
-from vmplug.errors import HypervisorError, StillAttached
+from vmplug.errors import HypervisorError, StillAttached, counted
 from vmplug.host.process import wait_for_end
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
@@ -56,7 +56,7 @@ def stop_vm(
         is_alive = not is_gone(record, journal.host)
         if is_alive and not record.is_ours and held:
             raise StillAttached(
-                f"{len(held)} attachments are left in the adopted VM {name}",
+                f"the adopted VM {name} still has {counted(len(held), 'attachment')}",
                 hint="vmplug detach them first",
             )
         if is_alive and record.is_ours:

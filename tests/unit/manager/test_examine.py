@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
-from vmplug.errors import AttributeReadError, InUse, NoSuchDevice
+from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice
 from vmplug.manager.examine import CheckedRequest, examine, refuse
 from vmplug.oci.info import DeviceInfo, DevType
 
@@ -43,6 +43,22 @@ def test_an_unreadable_host_stops_each_device_and_hides_none(tree: HostTree) -> 
     tree.file("/proc/1/mountinfo", "nonsense\n").link("/proc/1/ns/mnt", "mnt:[1]")
     examined = examine([disk("8:0", "/dev/a"), disk("8:99", "/dev/b")], tree.root)
     assert codes(examined) == [["unreadable"], ["no-such-device"]]
+
+
+def test_several_that_do_not_exist_are_no_such_device(tree: HostTree) -> None:
+    examined = examine([disk("8:98", "/dev/a"), disk("8:99", "/dev/b")], tree.root)
+    with pytest.raises(NoSuchDevice, match=r"/dev/a: .*; /dev/b: ") as caught:
+        refuse(examined)
+    assert len(caught.value.wanted.split(", ")) == 2
+    assert caught.value.hint == "vmplug check shows each finding with its remedy"
+
+
+def test_what_cannot_be_read_is_not_in_use(tree: HostTree) -> None:
+    tree.block_device("8:16", "sdb").file("/sys/devices/virtual/block/sdb/size", "x\n")
+    examined = examine([disk("8:99", "/dev/a"), disk("8:16", "/dev/b")], tree.root)
+    with pytest.raises(HostError) as caught:
+        refuse(examined)
+    assert type(caught.value) is HostError
 
 
 def test_one_error_is_raised_as_it_is_and_several_as_one_report(tree: HostTree) -> None:

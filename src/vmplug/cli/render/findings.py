@@ -52,7 +52,8 @@ def print_findings(examined: Sequence[CheckedRequest]) -> None:
             below = _below(path)
             for line in wrapped(one_line(finding.hint), first=below, rest=below):
                 say(line)
-        if not request.is_refused and (request.is_counted or not request.findings):
+        says_more = request.is_counted or request.driver is None or not request.findings
+        if says_more and not request.is_refused:
             _print_told(path, f"ok, {one_line(_outcome(request))}", "ok", Style.OK)
     if not examined:
         say("no devices are asked for")

@@ -9,6 +9,7 @@ from vmplug.cli.render.attachments import attachment_json, print_attachments
 from vmplug.cli.render.table import Column, name_column, path_column, print_table, state_column
 from vmplug.cli.render.terminal import Style, say, wrapped
 from vmplug.cli.render.text import one_line
+from vmplug.errors import counted
 
 if TYPE_CHECKING:  # each is of one verb
     from vmplug.drivers.ports import FailedDisk
@@ -58,10 +59,9 @@ def adopted_json(vm: "AdoptedVm") -> dict[str, Any]:
 
 def print_adopted(vm: "AdoptedVm") -> None:
     """What it offers, whose devices it has, and a warning about a socket that is open to all."""
-    click.echo(
-        f"VM {vm.name} is adopted: {vm.machine} with {vm.free_pci_places} free PCI places and "
-        f"{vm.scsi_controllers} SCSI controller{'s' * (vm.scsi_controllers != 1)}"
-    )
+    places = counted(vm.free_pci_places, "free PCI place")
+    controllers = counted(vm.scsi_controllers, "SCSI controller")
+    click.echo(f"VM {vm.name} is adopted: {vm.machine} with {places} and {controllers}")
     _print_foreign(vm.name, vm.foreign_devices)
     if vm.is_open_to_all:
         socket = one_line(vm.qmp_socket)
@@ -77,7 +77,8 @@ def stopped_json(vm: "StoppedVm") -> dict[str, Any]:
 
 def print_stopped(vm: "StoppedVm") -> None:
     """Whether it was stopped or forgotten."""
-    released = f", {len(vm.released)} attachments released" if vm.released else ""
+    count = counted(len(vm.released), "attachment")
+    released = f", {count} released" if vm.released else ""
     click.echo(f"VM {vm.name} is {'forgotten' if vm.was_adopted else 'stopped'}{released}")
 
 
@@ -165,7 +166,7 @@ def print_statuses(vms: "Sequence[VmStatus]", ended: "Sequence[EndedLogs]") -> N
 def _print_foreign(name: str, count: int | None) -> None:
     """Devices of another journal, which no other line counts."""
     if count:
-        devices = f"{count} device{'s' * (count != 1)}"
+        devices = counted(count, "device")
         click.echo(
             f"VM {name} has {devices} of another journal: vmplug reconcile --vm {name} lists them"
         )

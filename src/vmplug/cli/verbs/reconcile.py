@@ -35,7 +35,8 @@ def command(
     """Make the journal and the VMs agree, after a crash of anybody.
 
     Undoes an interrupted attach, finishes an interrupted detach, and frees what a dead VM held.
-    PCI functions that were bound for it go back to their former drivers.
+    PCI functions that were bound for it go back to their former drivers. The exit status is 5 as
+    long as a guest does not release a device: it is still detaching.
 
     The VMs may have devices that another state directory's journal knows, or that a lost journal
     knew. They are listed as "another journal" and left alone; --take-over unplugs them.
@@ -62,8 +63,4 @@ def command(
         print_json(repairs_json(done))
     else:
         print_repairs(done)
-    if done.failures:
-        first, *others = done.failures
-        for failure in others:
-            first.error.add_note(f"VM {failure.vm or '-'}: {failure.error.message}")
-        raise first.error
+    done.require()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from vmplug.address import Bdf
+from vmplug.errors import counted
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.function_state import check_function
 from vmplug.host.check.isolation import check_isolation
@@ -336,15 +337,15 @@ def _virtual_functions(
     elif virtfns and is_vfio_driver(function, root):
         yield Finding(
             Code.HAS_VIRTUAL_FUNCTIONS,
-            f"{function.bdf} has {len(virtfns)} virtual functions, and a VM that has it can stop "
-            "them and disturb their users",
+            f"{function.bdf} has {counted(len(virtfns), 'virtual function')}, and a VM that has "
+            "it can stop them and disturb their users",
             f"hand over one of them, or remove them: vmplug sriov {function.bdf} --count 0",
         )
     elif virtfns:
         yield Finding(
             Code.HAS_VIRTUAL_FUNCTIONS,
-            f"{function.bdf} has {len(virtfns)} virtual functions, which would disappear or "
-            "follow it",
+            f"{function.bdf} has {counted(len(virtfns), 'virtual function')}, which would "
+            "disappear or follow it",
             f"hand over one of them, or remove them: vmplug sriov {function.bdf} --count 0",
             used_by=used_by,
         )
