@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 VMPLUG = Path(sys.executable).with_name("vmplug")
-TIMEOUT_S = 90.0
+TIMEOUT_S = 300.0
 PROGRAMS = "PROGRAMS_OF_THIS_TEST"
 """In `env`: the directories in which vmplug finds programs, which no user can choose."""
 _WITH_PROGRAMS = """

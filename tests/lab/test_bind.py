@@ -262,8 +262,8 @@ def device_open(side: Side, bdf: str, *, hidden: bool) -> Iterator[None]:
 
 def test_what_a_process_has_open_is_not_taken_from_it(side: Side, journal: Journal) -> None:
     before = side.picture()
-    binder = Binder(journal, side.host, timeout_s=SHORT_S)
-    binder.bind(side.group(side.single), device_id="d1")
+    patient, binder = Binder(journal, side.host), Binder(journal, side.host, timeout_s=SHORT_S)
+    patient.bind(side.group(side.single), device_id="d1")
     between = side.picture()
     with device_open(side, side.single, hidden=False):
         (told,) = binder.give_back("d1")
@@ -273,7 +273,7 @@ def test_what_a_process_has_open_is_not_taken_from_it(side: Side, journal: Journ
         (told,) = binder.recover()
         assert told.outcome is BindOutcome.STILL_OPEN
         assert side.picture() == between
-    (told,) = binder.recover()
+    (told,) = patient.recover()
     assert told.outcome is BindOutcome.GIVEN_BACK
     assert side.picture() == before
 
@@ -283,8 +283,8 @@ def test_an_unbind_that_the_kernel_does_not_finish_has_a_deadline_and_is_finishe
 ) -> None:
     """Nobody can see who has it. Until it is let go, nobody can read the function either."""
     before = side.picture()
-    binder = Binder(journal, side.host, timeout_s=SHORT_S)
-    binder.bind(side.group(side.single), device_id="d1")
+    patient, binder = Binder(journal, side.host), Binder(journal, side.host, timeout_s=SHORT_S)
+    patient.bind(side.group(side.single), device_id="d1")
     with device_open(side, side.single, hidden=True):
         (told,) = binder.give_back("d1")
         assert told.error
@@ -293,7 +293,7 @@ def test_an_unbind_that_the_kernel_does_not_finish_has_a_deadline_and_is_finishe
         assert len(journal.bindings.all()) == 1
         (told,) = binder.recover()
         assert told.outcome is BindOutcome.FAILED
-    (told,) = Binder(journal, side.host).recover()
+    (told,) = patient.recover()
     assert told.outcome is BindOutcome.GIVEN_BACK
     assert side.picture() == before
 

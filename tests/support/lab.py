@@ -19,7 +19,7 @@ MONITOR_PORT = "lab.monitor"
 PORTS = Path("/sys/class/virtio-ports")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 120.0
 POLL_S = 0.01
 
 
