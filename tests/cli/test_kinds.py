@@ -309,6 +309,7 @@ def test_plan_tells_each_step_and_its_undo(vm: StartedVm, world: World, name: st
     with as_it_was(vm):
         document = vm.vmplug(*asked, "--json").json()
         text = vm.vmplug(*asked).answer()
+        commands = vm.vmplug(*asked, "-v").stdout
         assert sharers_of(world.directory) == set()
     assert document.keys() == {"vm", "steps"}
     steps = tuple(
@@ -317,10 +318,13 @@ def test_plan_tells_each_step_and_its_undo(vm: StartedVm, world: World, name: st
     )
     assert steps == kind.steps
     lines = text.splitlines()
-    assert [line.split()[1] for line in lines[::2]] == [do for do, _ in steps]
-    undone = [line.split()[1] for line in lines[1::2]]
-    assert undone == [undo or "none," for _, undo in steps]
+    assert [line.split()[0] for line in lines[::2]] == [str(n) for n in range(1, len(steps) + 1)]
     assert all(line.startswith("    undo: ") for line in lines[1::2])
+    undone = [line.partition("undo: ")[2] for line in lines[1::2]]
+    assert [words.startswith("none, ") for words in undone] == [not undo for _, undo in steps]
+    assert not any("{" in line or "for it" in line for line in lines)
+    told = [line.split()[0] for line in commands.splitlines() if line.startswith(" " * 8)]
+    assert told == [execute for step in steps for execute in step if execute]
 
 
 @pytest.mark.parametrize("name", NAMES)  # the NVDIMM comes last: it stays

@@ -493,17 +493,25 @@ def test_what_plan_tells_can_be_done_and_undone_by_hand(
             vm.oracle.wait_event("DEVICE_DELETED", device=step["undo"]["arguments"]["id"])
 
 
-def test_plan_as_text_has_a_line_for_each_step_and_one_for_its_undo(
+def test_plan_is_sentences_and_with_v_the_commands_too(
     vm: Running, make_loop: Callable[[str], Path]
 ) -> None:
-    asked = ("plan", "--device", f"b:{number_of(make_loop('a'))}", "--vm", "sb1")
-    first, undo_first, second, undo_second = vm.vmplug(*asked).answer().splitlines()
-    assert first.startswith(" 1  blockdev-add {")
-    assert undo_first.startswith("    undo: blockdev-del {")
-    assert second.startswith(" 2  device_add {")
-    assert undo_second.startswith("    undo: device_del {")
-    node_name = json.loads(first.partition("blockdev-add ")[2])["node-name"]
-    assert json.loads(undo_first.partition("blockdev-del ")[2]) == {"node-name": node_name}
+    node = make_loop("a")
+    asked = ("plan", "--device", f"b:{number_of(node)}", "--vm", "sb1")
+    told = [
+        f" 1  open {node} for writing, direct I/O",
+        "    undo: close it",
+        " 2  show it to the guest at port rp0, PCI path 04/00",
+        "    undo: ask the guest to release it, and take it out",
+    ]
+    assert vm.vmplug(*asked).answer().splitlines() == told
+    lines = vm.vmplug(*asked, "-v").stdout.splitlines()
+    assert lines[::2] == told
+    commands = [line.strip().partition(" ")[::2] for line in lines[1::2]]
+    steps = ["blockdev-add", "blockdev-del", "device_add", "device_del"]
+    assert [execute for execute, _ in commands] == steps
+    node_name = json.loads(commands[0][1])["node-name"]
+    assert json.loads(commands[1][1]) == {"node-name": node_name}
 
 
 def test_options_reach_the_guest(vm: Running, make_loop: Callable[[str], Path]) -> None:

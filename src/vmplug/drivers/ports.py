@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from vmplug.drivers.place import Place, Places
+from vmplug.drivers.place import GuestAddress, Place, Places
 from vmplug.drivers.plug import Plug
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Finding
@@ -40,10 +40,15 @@ BIND, UNBIND = "bind", "unbind"
 
 
 class Step(msgspec.Struct, frozen=True):
-    """A command, and the one that undoes it; None when there is none."""
+    """A command, and the one that undoes it; None when there is none.
+
+    A planned step has the device for which it is done, and where the guest will see that.
+    """
 
     do: Command
     undo: Command | None
+    host_path: str | None = None
+    guest: GuestAddress | None = None
 
 
 class Endpoint(msgspec.Struct, frozen=True):

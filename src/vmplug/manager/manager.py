@@ -193,7 +193,7 @@ class DeviceManager:
                 self.check(requests, owner=owner, allow=allow, managed=managed), owner
             )
             steps = (
-                step
+                replace(step, host_path=new.record.host_path, guest=new.record.guest_address)
                 for new in plan.new
                 if new.plug and new.place
                 for step in (

@@ -1,7 +1,5 @@
 """`vmplug plan`."""
 
-import json
-
 import click
 
 from vmplug.cli.options import (
@@ -16,8 +14,12 @@ from vmplug.cli.options import (
     state_dir_option,
     vm_option,
 )
+from vmplug.cli.progress import is_verbose
 from vmplug.cli.render.output import print_json
-from vmplug.drivers.ports import Command
+from vmplug.cli.render.terminal import Style, say, wrapped
+from vmplug.cli.render.text import one_line
+from vmplug.cli.steps import raw, sentences
+from vmplug.drivers.ports import Command, Step
 from vmplug.policy.find import find_policy
 from vmplug.vms.connect import connect_vm
 
@@ -44,7 +46,8 @@ def command(
 ) -> None:
     """What would `vmplug attach` do? Every step with the one that undoes it.
 
-    Asks the VM what it offers, and changes nothing. Device ids are drawn at random each time.
+    Asks the VM what it offers, and changes nothing. Device ids are drawn at random each time. -v
+    adds the command of each step, and --json has only those.
 
     \b
     vmplug plan bundle/ --vm sb1
@@ -64,8 +67,7 @@ def command(
         print_json({"vm": vm, "steps": listed})
         return
     for number, step in enumerate(steps, 1):
-        click.echo(f"{number:2}  {_text(step.do)}")
-        click.echo(f"    undo: {_text(step.undo)}")
+        _print(number, step)
     if not steps:
         click.echo("nothing to plug: every device is there already, or only counted")
 
@@ -76,7 +78,14 @@ def _json(command: Command | None) -> dict[str, object] | None:
     return {"execute": command.execute, "arguments": dict(command.arguments)}
 
 
-def _text(command: Command | None) -> str:
-    if command is None:
-        return "none, QEMU cannot take it back"
-    return f"{command.execute} {json.dumps(dict(command.arguments))}"
+def _print(number: int, step: Step) -> None:
+    """The sentence of a step, and below it what undoes it; with -v also the commands."""
+    do, undo = sentences(step)
+    for label, sentence, command in (
+        (f"{number:2}  ", do, step.do),
+        ("    undo: ", undo, step.undo),
+    ):
+        for line in wrapped(one_line(sentence), first=label, rest=" " * 8):
+            say(line)
+        if is_verbose() and command:
+            say(f"        {one_line(raw(command))}", Style.DETAIL)
