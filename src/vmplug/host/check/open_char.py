@@ -6,12 +6,13 @@ No VM gets a character device: it is counted for its container, which shares it 
 from collections.abc import Iterator
 from shlex import quote
 
+from vmplug.devnum import is_decimal
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.device import CharDevice
 from vmplug.host.finding import Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
-from vmplug.host.use.file_key import key_of
-from vmplug.host.use.openers import DeviceNode, wanted_node
+from vmplug.host.use.file_key import FileKey, key_of
+from vmplug.host.use.openers import DeviceNode, Wanted, wanted_node
 
 _EVERYBODYS = frozenset({1, 5})
 """Memory (null, zero, urandom) and terminals (tty, ptmx), which every container has.
@@ -33,17 +34,30 @@ def check_open_char(device: CharDevice, usage: HostUsage, root: HostRoot) -> Ite
     wanted = wanted_node(node, root)
     status = None if node.key else root.stat_or_none(device.device_node)  # a FIFO
     wanted |= {key_of(status): device.device_node} if status else {}
+    yield from mention_openers(wanted, usage)
+
+
+def mention_openers(wanted: Wanted, usage: HostUsage) -> Iterator[Finding]:
+    """The processes that have one of these files open, other than vmplug's own VMs."""
     for opener in usage.open_files.find(wanted):
         if opener.pid not in usage.vms:
-            yield Finding(
-                Code.OPEN_BY_PROCESS,
-                f"{opener.path} is open in process {opener.pid} ({opener.name})",
-                "leave it if both may use it; else end that process: fuser --verbose "
-                + quote(opener.path),
-                Severity.WARNING,
-                used_by=UsedBy(
-                    on=opener.path,
-                    who=f"process {opener.pid} ({opener.name})",
-                    how="the open files of all processes",
-                ),
-            )
+            yield _mention(opener.path, f"process {opener.pid} ({opener.name})")
+
+
+def mention_roots(path: str, key: FileKey, root: HostRoot) -> Iterator[Finding]:
+    """The processes that have a directory as their root, as a virtiofsd has what it shares."""
+    for pid in filter(is_decimal, root.list_dir("/proc")):
+        status = root.stat_or_none(f"/proc/{pid}/root")
+        if status and key_of(status) == key:
+            name = (root.read_text(f"/proc/{pid}/comm") or "?").strip()
+            yield _mention(path, f"process {pid} ({name})")
+
+
+def _mention(path: str, who: str) -> Finding:
+    return Finding(
+        Code.OPEN_BY_PROCESS,
+        f"{path} is open in {who}",
+        f"leave it if both may use it; else end that process: fuser --verbose {quote(path)}",
+        Severity.WARNING,
+        used_by=UsedBy(on=path, who=who, how="the open files of all processes"),
+    )

@@ -8,9 +8,14 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from tests.support.daemons import VIRTIOFSD
 from tests.support.disks import add_partition, detach_loop, disk_image, loop_device
-from vmplug.host.finding import Code
+from vmplug.drivers.plug import VirtiofsdSpec
+from vmplug.host.file_id import file_id
+from vmplug.host.finding import Code, Severity
 from vmplug.host.thing.thing import Relation, Thing, ThingKind
+from vmplug.host.vhost_user.virtiofsd import ask_options
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.manager.host_listing import show_thing
 from vmplug.manager.setup import Setup
 
@@ -37,6 +42,7 @@ def disk(image: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def show(tmp_path: Path) -> Callable[[object], Thing]:
+    (tmp_path / "state").mkdir(mode=0o700)
     setup = Setup(state_dir=str(tmp_path / "state"))
     return lambda name: show_thing(str(name), setup=setup)
 
@@ -108,6 +114,34 @@ def test_a_file_and_a_directory_have_an_identity_that_a_name_cannot_fake(
     assert first == show(tmp_path / "d.img").identity != show(path).identity
     assert (show(tmp_path).kind, show(tmp_path).uses) == (ThingKind.DIRECTORY, ())
     assert show(tmp_path).identity
+
+
+@pytest.mark.skipif(not VIRTIOFSD.exists(), reason="needs a virtiofsd")
+def test_a_directory_that_somebody_else_shares_says_so(
+    tmp_path: Path, show: Callable[[object], Thing]
+) -> None:
+    """Also another vmplug, whose journal nobody reads here."""
+    directory = tmp_path / "shared"
+    directory.mkdir()
+    daemon = VirtiofsdSpec(
+        program=str(VIRTIOFSD),
+        options=ask_options(str(VIRTIOFSD)),
+        directory=str(directory),
+        cache="auto",
+        read_only=False,
+        file_id=file_id(directory.stat()),
+    )
+    others, device_id = HostVirtiofsdRunner(f"{tmp_path}/other/qmp.sock"), "0123456789abcdef"
+    try:
+        with others.start(daemon, device_id):
+            uses = show(directory).uses
+            assert {use.code for use in uses} == {Code.OPEN_BY_PROCESS}
+            assert any("(virtiofsd)" in use.who for use in uses), uses
+            assert {use.severity for use in uses} == {Severity.WARNING}
+    finally:
+        others.end([device_id])
+    assert show(directory).uses == ()
+    assert any("NFS" in unknown for unknown in show(directory).unknown)
 
 
 def test_the_name_of_a_loop_devices_file_is_not_taken_for_the_file(
