@@ -15,39 +15,21 @@ import vmplug
 PACKAGE = Path(vmplug.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-_BELOW_VMS = {
-    "errors",
-    "waiting",
-    "devnum",
-    "address",
-    "oci",
-    "host",
-    "drivers",
-    "journal",
-    "policy",
-}
+_FIRST = {"errors", "arguments", "devnum", "address"}
+_BELOW_VMS = {*_FIRST, "waiting", "oci", "host", "drivers", "journal", "policy"}
 MAY_IMPORT = {
     "errors": set[str](),
+    "arguments": set[str](),
     "waiting": set[str](),
     "devnum": set[str](),
     "address": {"devnum"},
-    "oci": {"errors", "devnum", "address"},
-    "host": {"errors", "waiting", "devnum", "address", "oci"},
-    "drivers": {"errors", "devnum", "address", "oci", "host"},
-    "hypervisor": {"errors", "waiting", "devnum", "address", "oci", "host", "drivers"},
-    "journal": {"errors", "waiting", "devnum", "address", "oci", "host", "drivers"},
-    "policy": {"errors", "devnum", "address", "oci", "host", "drivers"},
-    "manager": {
-        "errors",
-        "waiting",
-        "devnum",
-        "address",
-        "oci",
-        "host",
-        "drivers",
-        "journal",
-        "policy",
-    },
+    "oci": _FIRST,
+    "host": {*_FIRST, "waiting", "oci"},
+    "drivers": {*_FIRST, "oci", "host"},
+    "hypervisor": {*_FIRST, "waiting", "oci", "host", "drivers"},
+    "journal": {*_FIRST, "waiting", "oci", "host", "drivers"},
+    "policy": {*_FIRST, "oci", "host", "drivers"},
+    "manager": {*_FIRST, "waiting", "oci", "host", "drivers", "journal", "policy"},
     "vms": {*_BELOW_VMS, "hypervisor", "manager"},
     "cli": {*_BELOW_VMS, "manager", "vms"},
 }

@@ -30,7 +30,9 @@ def __getattr__(name: str) -> object:
         return ("__version__", *_find_modules())
     if name.startswith("_") or name not in _find_modules():
         raise AttributeError(f"module 'vmplug' has no attribute {name!r}")
-    value: object = getattr(__import__(_find_modules()[name], fromlist=[name]), name)
+    from vmplug.arguments import checked  # noqa: PLC0415  when the first name is used
+
+    value: object = checked(getattr(__import__(_find_modules()[name], fromlist=[name]), name))
     globals()[name] = value
     return value
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from vmplug.arguments import check_fields
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 
@@ -24,6 +25,9 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     state_dir: StateDir = DEFAULT_STATE_DIR
     vhost_user_store: "VhostUserStore | None" = None
     policy: "Policy | None" = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 DEFAULT_SETUP = Setup()

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import msgspec
 
+from vmplug.arguments import check_fields
 from vmplug.devnum import is_decimal
 from vmplug.errors import SpecError
 from vmplug.oci.info import DeviceInfo
@@ -53,6 +54,7 @@ class NetInfo(_ByName, frozen=True, kw_only=True):
     read_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_label("net", self.label)
         _check_source(self.name, self.socket_path)
 
@@ -80,6 +82,7 @@ class ShareInfo(_ByName, frozen=True, kw_only=True):
     read_only: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_label("share", self.tag)
         if len(self.tag.encode()) > TAG_BYTES_MAX:
             raise SpecError(self.name, f"a mount tag has at most {TAG_BYTES_MAX} bytes")
@@ -116,6 +119,7 @@ class RngInfo(_ByName, frozen=True, kw_only=True):
     read_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_label("rng", self.label)
         _check_source(self.name, self.source)
 
@@ -142,6 +146,7 @@ class VfioInfo(_ByName, frozen=True, kw_only=True):
     read_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_label("vfio", self.label)
         if not VFIO_DEVICE.match(self.device):
             raise SpecError(

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import structs
 
 from vmplug.address import Bdf
+from vmplug.arguments import check_fields
 from vmplug.errors import AttributeReadError, BindError, SpecError
 from vmplug.host.pci.bind import Writer
 from vmplug.host.pci.function import read_virtfns
@@ -64,6 +65,9 @@ class VirtualFunction(msgspec.Struct, frozen=True, kw_only=True):
     vlan: int | None = None
     trust: bool | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 class VfSettings(msgspec.Struct, frozen=True, kw_only=True):
     """New settings of a virtual function; None leaves one as it is. SpecError from `checked`."""
@@ -71,6 +75,9 @@ class VfSettings(msgspec.Struct, frozen=True, kw_only=True):
     mac: str | None = None
     vlan: int | None = None
     trust: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def checked(self) -> "VfSettings":
         """The same in the kernel's spelling."""

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import structs
 
 from vmplug.address import Bdf, CcwDevNo, PciPath, PciSlot
+from vmplug.arguments import check_fields
 from vmplug.drivers.place import (
     FIRMWARE_WINDOWS,
     MmioPlace,
@@ -81,6 +82,9 @@ class VmSpec(msgspec.Struct, frozen=True, kw_only=True):
     append: str | None = None
     disk: str | None = None
     extra: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def cold_offer(spec: VmSpec) -> Offer:
