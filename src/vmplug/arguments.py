@@ -4,7 +4,7 @@ The package wraps a public function, and the methods of a public class, when `vm
 used. Modules of vmplug import from each other, so a verb pays nothing. Structs that authors make
 have no method to wrap, and call `check_fields`.
 
-A call that changes something is checked before it begins. A look-up takes microseconds and changes
+A call that changes something is checked before it begins. A lookup takes microseconds and changes
 nothing: it is checked only after it has failed.
 """
 

@@ -295,6 +295,11 @@ class StateError(DeviceError):
         self.required = required
 
 
+def is_closed(error: DeviceError) -> bool:
+    """Whether it is that of a connection which another thread has closed."""
+    return isinstance(error, StateError) and error.state == CLOSED
+
+
 class NotAttached(StateError):
     """Nothing of that name is attached."""
 

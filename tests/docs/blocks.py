@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from vmplug.cli.main import main
+from vmplug.manager.manager import DeviceManager
 
 PROJECT = Path(__file__).parents[2]
 RUN = {"sh", "console", "python", "json", "toml"}
@@ -85,9 +86,14 @@ class Block:
 
 def blocks() -> list[Block]:
     """All of them."""
-    pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
     return [
-        *(block for page in pages for block in page_blocks(page)),
+        *page_blocks(PROJECT / "README.md"),
+        manager_block(),
+        *(
+            block
+            for page in sorted((PROJECT / "docs").glob("*.md"))
+            for block in page_blocks(page)
+        ),
         *sorted(help_blocks("vmplug", main), key=_turn),
     ]
 
@@ -110,6 +116,19 @@ def page_blocks(path: Path) -> Iterator[Block]:
             scene=match["what"] if is_run else None,
             why=None if is_run else match["what"],
         )
+
+
+def manager_block() -> Block:
+    """What `help(vmplug.DeviceManager)` begins with."""
+    _, code, _ = inspect.cleandoc(DeviceManager.__doc__ or "").split("\n\n", 2)
+    code = inspect.cleandoc(f"\n{code}")
+    return Block(
+        page="help(vmplug.DeviceManager)",
+        line=3,
+        language="python",
+        text=f"import vmplug\n\n{code}\n",
+        scene="running_vm",
+    )
 
 
 def help_blocks(words: str, command: click.Command) -> Iterator[Block]:

@@ -50,7 +50,7 @@ first_id() {
 
 nothing() { :; }
 
-# VM sb1 has booted, and bundle/ asks for a loop device.
+# VM sb1 has booted, bundle/ asks for a loop device, and there is an image.
 running_vm() {
     guest_files
     loop_device
@@ -58,6 +58,8 @@ running_vm() {
         --append 'console=ttyS0 quiet' -- -chardev socket,id=guest,path=/run/guest,server=on,wait=off \
         -serial chardev:guest
     python3 "$PROJECT/guest/console.py" /run/guest true
+    image /srv/a.img
+    instead 'detach_owner("ctr1")' 'detach_owner("ctr1", timeout_s=300)'
 }
 
 # sb1 had an image and has ended.

@@ -125,7 +125,9 @@ class _Output(msgspec.Struct):
             if not _events(self.reading) & select.POLLHUP:  # while it runs
                 self._keep()
         except (OSError, subprocess.CalledProcessError) as error:
-            log.warning("what the virtiofsd of %s prints is lost: %s", self.device_id, error)
+            facts = {"device_id": self.device_id}
+            log.debug("virtiofsd: %s", error)
+            log.warning("what the virtiofsd of %s prints is lost", self.device_id, extra=facts)
         finally:
             os.close(self.reading)
 

@@ -11,7 +11,6 @@ from msgspec.structs import replace
 from vmplug.drivers.place import Place, Places
 from vmplug.drivers.ports import Endpoint, Hypervisor, PlugDriver, Step
 from vmplug.errors import (
-    CLOSED,
     ConnectError,
     DeviceError,
     HypervisorError,
@@ -21,6 +20,7 @@ from vmplug.errors import (
     StateError,
     StoreError,
     UnplugTimeout,
+    is_closed,
 )
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code, Finding
@@ -39,6 +39,7 @@ from vmplug.manager.binding.binder import Binder
 from vmplug.manager.binding.vf_tokens import HiddenTokens, check_tokens, with_tokens
 from vmplug.manager.commit import mark_attached, plan_and_journal
 from vmplug.manager.examine import CheckContext, CheckedRequest, check_vfio, examine
+from vmplug.manager.logged import log_holds
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.resize import is_disk, new_size
@@ -60,11 +61,17 @@ error QEMU is unchanged."""
 
 
 class DeviceManager:
-    """The devices of one VM. Thread-safe: no thread waits for another's guest.
+    """The devices of one VM.
 
-    Several managers may serve one VM, also in several processes: they share the journal below
-    `state_dir`, and take turns on the QMP socket. The lock is held while the manager decides, and
-    never while it acts.
+        with vmplug.connect_vm("sb1") as devices:
+            disk = vmplug.DeviceInfo(
+                container_path="/dev/xvda", dev_type=vmplug.DevType.BLOCK, host_path="/srv/a.img"
+            )
+            print(devices.attach(disk, owner="ctr1").guest_address)
+            devices.detach_owner("ctr1")
+
+    Thread-safe: no thread waits for another's guest. Several managers may serve one VM, also in
+    several processes: they share the journal below `state_dir`, and take turns on the QMP socket.
     """
 
     def __init__(
@@ -248,7 +255,7 @@ class DeviceManager:
             if failure is None:
                 marked, failure = self._mark_attached(plan)
                 holds += marked
-            if failure and (isinstance(failure, _UNKNOWN) or _is_closed(failure)):
+            if failure and (isinstance(failure, _UNKNOWN) or is_closed(failure)):
                 raise failure  # the journal keeps it for reconcile
             if failure:
                 self._give_up(plan.new, done)
@@ -278,8 +285,9 @@ class DeviceManager:
         self._meet()
         held = self.attachments()
         absent = partial(not_attached, vm=self._vm, has_ended=bool(self._former))
-        ids = [choose_hold(name, held, absent(name)).id for name in attachment_ids]
-        self._release(ids, timeout_s, whole=whole)
+        chosen = [choose_hold(name, held, absent(name)) for name in attachment_ids]
+        self._release([hold.id for hold in chosen], timeout_s, whole=whole)
+        log_holds("released", chosen)
 
     def detach_owner(self, owner: str, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Attachment]:
         """Release everything that `owner` holds, with all counts; see `detach`.
@@ -418,8 +426,6 @@ class DeviceManager:
         self._offer = None
         return driver.choose_place(device, offer := self._last_offer(), taken), offer
 
-    # acting
-
     def _plug(
         self, devices: Sequence[NewDevice], budget: Budget, *, managed: bool
     ) -> tuple[list[DeviceRecord], DeviceError | None]:
@@ -453,8 +459,7 @@ class DeviceManager:
         attachments = [
             replace(held[hold.device_id, hold.name], state=State.ATTACHED) for hold in plan.holds
         ]
-        for attachment in attachments:
-            log.info("attached %s to VM %s", attachment.host_path, self._vm)
+        log_holds("attached", attachments)
         return attachments
 
     def _unplug_again(self, done: Sequence[DeviceRecord]) -> None:
@@ -462,7 +467,8 @@ class DeviceManager:
         try:
             self._unplug([r for r in done if r.can_be_unplugged], UNPLUG_TIMEOUT_S)
         except HypervisorError as error:
-            log.warning("ignored: %s; vmplug reconcile tries again", error)
+            facts = {"vm": self._vm}
+            log.warning("ignored: %s; vmplug reconcile tries again", error.code, extra=facts)
 
     def _give_up(self, devices: Sequence[NewDevice], done: Sequence[DeviceRecord]) -> None:
         """Forget devices that were never plugged; the others are detaching."""
@@ -492,7 +498,3 @@ class DeviceManager:
             raise
         finally:
             self._offer = None
-
-
-def _is_closed(failure: DeviceError) -> bool:
-    return isinstance(failure, StateError) and failure.state == CLOSED

@@ -33,7 +33,8 @@ class Unplugger(msgspec.Struct, frozen=True, kw_only=True):
         with self.journal.in_progress([record.id for record in records]):
             self._unplug(records, timeout_s)
         for record in records:
-            log.info("detached %s from VM %s", record.host_path, self.vm)
+            facts = {"vm": self.vm, "device_id": record.id}
+            log.info("unplugged device %s: VM %s", record.id, self.vm, extra=facts)
 
     def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
         self.hypervisor.claim_foreign_names(foreign_names(records))

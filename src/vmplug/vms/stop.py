@@ -87,7 +87,8 @@ def _power_down(record: VmRecord, timeout_s: float) -> None:
     except HypervisorError as error:  # it hangs, or has ended just now
         if not record.pid:
             raise
-        log.info("VM %s does not answer, and is ended: %s", record.name, error)
+        facts = {"vm": record.name}
+        log.info("VM %s is ended, as it does not answer: %s", record.name, error.code, extra=facts)
         return
     if record.pid:
         with waiting(f"the QEMU of VM {record.name} to end", _QUIT_TIMEOUT_S):

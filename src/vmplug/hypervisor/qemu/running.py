@@ -234,7 +234,8 @@ class Qemu:
             if NO_AIO not in error.desc or not is_choice:
                 raise
             assert isinstance(plug, BlockDrive)
-            log.warning("%s: vmplug uses aio=threads, as QEMU says: %s", plug.file, error.desc)
+            facts = {"device_id": plug.id}
+            log.warning("device %s: vmplug uses aio=threads", plug.id, extra=facts)
             self._plug_files(replace(plug, aio=Aio.THREADS), place)
 
     def _plug_files(self, plug: Plug, place: Place) -> None:
@@ -255,7 +256,8 @@ class Qemu:
                 except CommandError as error:
                     if NO_DESCRIPTOR not in error.desc:
                         raise
-                    log.warning("%s is plugged without a lock: %s", drive.file, error.desc)
+                    facts = {"device_id": drive.id}
+                    log.warning("device %s is plugged without a lock", drive.id, extra=facts)
                 else:
                     return
         self._hand_over(replace(drive, file_id=None), slot, files)

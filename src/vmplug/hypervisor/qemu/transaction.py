@@ -58,4 +58,4 @@ def _take_back(command: Command | None) -> Talk:
         yield command
     except CommandError as error:
         if not any(words in error.desc for words in NOT_THERE):
-            log.warning("ignored: cannot undo %s: %s", command.arguments, error)
+            log.warning("ignored: cannot undo %s: %s", command.execute, error.error_class)

@@ -131,7 +131,8 @@ class Binder:
             steps = [self._plan(f, driver, rows.get(f.bdf), device_id) for f in wanted]
             if steps:
                 self._bind_all(steps)
-                log.info("bound %s to VFIO", ", ".join(str(step.bdf) for step in steps))
+                bound = ", ".join(str(step.bdf) for step in steps)
+                log.info("bound %s to VFIO", bound, extra={"device_id": device_id})
             held = [rows[f.bdf] for f in functions if f.bdf in rows and f not in wanted]
             self._adopt(held, device_id)
             members = {function.bdf for function in functions}

@@ -59,7 +59,8 @@ def keep_logs(directory: Path, name: str) -> None:
         if directory.is_dir():
             _move(directory, name)
     except OSError as error:
-        log.warning("the logs in %s cannot be kept: %s", directory, error.strerror)
+        facts = {"vm": name}
+        log.warning("the logs of VM %s cannot be kept: %s", name, error.strerror, extra=facts)
 
 
 def _move(directory: Path, name: str) -> None:

@@ -49,7 +49,9 @@ def launch(cold: ColdQemu, record: Callable[[int], None], *, timeout_s: float) -
         files = cold.use_threads() if NO_AIO in error.message else []
         if not files:
             raise
-        log.warning("%s: vmplug uses aio=threads: %s", ", ".join(files), error.message)
+        vm, count = cold.spec.name, len(files)
+        words = "VM %s: vmplug uses aio=threads for %d of its disks"
+        log.warning(words, vm, count, extra={"vm": vm})
     cold.qmp_socket.unlink()
     return _launch(cold, record, timeout_s)
 
