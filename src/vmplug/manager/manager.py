@@ -339,8 +339,6 @@ class DeviceManager:
         former, self._former = self._former, []
         return former + repairs
 
-    # planning
-
     def _meet(self) -> None:
         """Release the devices of a VM of this name that has ended since the last check."""
         with self._lock:
