@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import vmplug
+from tests.contract.sandbox import Hooked
 from tests.test_public_closure import PUBLIC, hints
 from vmplug.arguments import INSIDE, LOOKUPS, check_arguments
 
@@ -123,6 +124,16 @@ def test_nothing_is_begun_when_one_argument_is_wrong(tmp_path: Path) -> None:
             devices.attach(DISK, owner=7)  # type: ignore[arg-type]
         assert devices.attachments() == []
         assert devices.attach(DISK, owner="ctr1").owner == "ctr1"
+
+
+def test_the_check_of_a_hypervisor_asks_it_nothing(tmp_path: Path) -> None:
+    machine = vmplug.FakeHypervisor()
+    asked = list[str]()
+    machine._monitor = Hooked(machine._monitor, lambda command: asked.append(command.execute))
+    vmplug.DeviceManager.open(
+        vm="sb1", host=HOST, hypervisor=machine, state_dir=tmp_path / "state"
+    ).close()
+    assert asked == []
 
 
 def test_an_iterator_is_not_read_before_its_time() -> None:

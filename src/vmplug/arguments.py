@@ -154,7 +154,8 @@ def _test_of(annotation: Any) -> _Test:
             "_is_protocol"
         ):
             names = [name for name in vars(kind) if not name.startswith("_")]
-            return lambda value: all(hasattr(value, name) for name in names)
+            # Its class's: a property of a hypervisor asks QEMU.
+            return lambda value: all(hasattr(type(value), name) for name in names)
         case type() as kind if issubclass(kind, Iterable) and not issubclass(kind, str):
             return _test_of_many(kind, [_test_of(part) for part in parts if part is not Ellipsis])
         case type() as kind:

@@ -137,8 +137,10 @@ watched() {
 # The backend of /dev/v has ended.
 backend_gone() {
     watched
-    kill "$(cat /run/d0.pid)"
-    timeout 60 tail --pid "$(cat /run/d0.pid)" --follow /dev/null
+    local pid
+    pid=$(cat /run/d0.pid)
+    kill "$pid"
+    timeout 60 tail --pid "$pid" --follow /dev/null
     instead timeout_s=60 timeout_s=1
 }
 
