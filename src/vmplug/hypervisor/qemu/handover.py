@@ -127,7 +127,7 @@ class Handover:
             try:
                 yield command
             except CommandError as error:
-                log.warning("ignored: cannot undo %s: %s", command.arguments, error)
+                log.warning("ignored: cannot undo %s: %s", command.execute, error.error_class)
 
     def _give_set(self, descriptor: int) -> Generator[Command, Any, str]:
         """QEMU chooses the number: in a set that exists it could choose an older file."""
