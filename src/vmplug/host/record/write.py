@@ -9,13 +9,12 @@ keyword of its pax header. Source: pax(1), POSIX.1-2001; tar(5).
 """
 
 import errno
-import io
+import gzip
 import os
 import re
 import stat
-import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import IO
 
@@ -30,6 +29,15 @@ from vmplug.host.finding import Access
 from vmplug.host.inventory import read_inventory, with_reset_methods
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.record.read import ERRNO_KEYWORD, FORMAT, NOTE
+from vmplug.host.record.tar import (
+    BLOCK_BYTES,
+    DIRECTORY,
+    FILE,
+    LINK,
+    NODES,
+    make_header,
+    padding,
+)
 from vmplug.host.resolve import resolve
 from vmplug.host.root import PAGE_SIZE, AttributeBatch, HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
@@ -47,7 +55,7 @@ _CONFIG_BYTES = 256
 device."""
 
 _NAMESPACE = "/ns/mnt"
-_NODES = {stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFBLK: tarfile.BLKTYPE}
+_NODES = {mode: kind for kind, mode in NODES.items()}
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESRCH}
 _LINKS_MAX = 40
 
@@ -105,7 +113,11 @@ def _write_file(path: str, members: "_Members", *, replace: bool) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=".vmplug-record-")
     try:
         with open(descriptor, "wb") as file:
-            members.write(file, is_compressed=path.endswith((".gz", ".tgz")))
+            if path.endswith((".gz", ".tgz")):
+                with gzip.GzipFile(fileobj=file, mode="wb") as compressed:
+                    members.write(compressed)
+            else:
+                members.write(file)
             file.flush()
             os.fsync(descriptor)
         if replace:
@@ -337,40 +349,32 @@ class _Members:
             unreadable=tuple(sorted(unreadable)),
         )
 
-    def write(self, file: IO[bytes], *, is_compressed: bool) -> None:
+    def write(self, file: IO[bytes] | gzip.GzipFile) -> None:
         """The tar file: the note first, then the members by name."""
         paths = sorted({*self._directories, *self._links, *self._files, *self._nodes})
         note = "".join(f"unreadable {line}\n" for line in self.summary().unreadable)
         text = f"format {FORMAT}\nmembers {len(paths)}\n{note}".encode(errors="surrogateescape")
-        with tarfile.open(
-            fileobj=file, mode="w:gz" if is_compressed else "w", format=tarfile.PAX_FORMAT
-        ) as tar:
-            tar.addfile(_header(NOTE, size=len(text)), io.BytesIO(text))
-            for path in paths:
-                self._write_member(path, tar)
+        file.write(_file(NOTE, text))
+        for path in paths:
+            file.write(self._member(path))
+        file.write(bytes(2 * BLOCK_BYTES))
 
-    def _write_member(self, path: str, tar: tarfile.TarFile) -> None:
+    def _member(self, path: str) -> bytes:
+        name = path.lstrip("/")
         if path in self._directories:
-            tar.addfile(_header(path, type=tarfile.DIRTYPE, mode=0o755))
-        elif path in self._links:
-            tar.addfile(_header(path, type=tarfile.SYMTYPE, linkname=self._links[path]))
-        elif path in self._nodes:
+            return make_header(name, DIRECTORY)
+        if path in self._links:
+            return make_header(name, LINK, target=self._links[path])
+        if path in self._nodes:
             status = self._nodes[path]
-            numbers = {"devmajor": os.major(status.st_rdev), "devminor": os.minor(status.st_rdev)}
-            kind = _NODES[stat.S_IFMT(status.st_mode)]
-            tar.addfile(_header(path, type=kind, mode=status.st_mode & 0o777, **numbers))
-        else:
-            data, number = self._files[path], self._errors.get(path)
-            keywords = {} if number is None else {ERRNO_KEYWORD: str(number)}
-            header = _header(path, size=len(data), pax_headers=keywords)
-            tar.addfile(header, io.BytesIO(data))
+            return make_header(name, _NODES[stat.S_IFMT(status.st_mode)], node=status)
+        error = self._errors.get(path)
+        return _file(name, self._files[path], {} if error is None else {ERRNO_KEYWORD: str(error)})
 
 
-def _header(path: str, **fields: object) -> tarfile.TarInfo:
-    header = tarfile.TarInfo(path.lstrip("/"))
-    for name, value in fields.items():
-        setattr(header, name, value)
-    return header
+def _file(name: str, data: bytes, keywords: Mapping[str, str] | None = None) -> bytes:
+    header = make_header(name, FILE, size_bytes=len(data), keywords=keywords)
+    return header + data + padding(len(data))
 
 
 def _stays_inside(path: str, target: str) -> bool:
