@@ -133,7 +133,7 @@ def _regular_file(path: str, root: HostRoot) -> str:
             f"file {path}",
             f"{path} cannot be a disk: found {found}, expected a regular file",
             found=found,
-            hint="request a device by its number, a file by its absolute path",
+            hint="name a device as /dev/sdb, without file:, and a file by its absolute path",
         )
     return real
 
