@@ -18,6 +18,8 @@ CYCLES ?= 10000
 KERNELS ?=
 TESTS ?=
 RELEASE ?= trixie
+# If set, of the tests that need neither root nor QEMU `make test` runs what `make test-fast` does.
+QUICK ?=
 # Thousands of short tests: each costs less without a file for its output and without `caplog`.
 # Many failures have one cause: what they print is worth more than the rest of the run.
 PYTEST := $(BIN)/pytest --maxfail=10
@@ -60,7 +62,8 @@ test-lab-then-faults: test-lab
 # Those that need the host's loop devices, mounts and processes cannot be spread as the others are.
 # 5 says that none was chosen.
 test-here:
-	$(SPREAD) -m "not qemu and not root" $(TESTS) || [ $$? = 5 ]
+	$(SPREAD) $(if $(QUICK),--quick) -m "not qemu and not root$(if $(QUICK), and not slow)" $(TESTS) || \
+		[ $$? = 5 ]
 	$(if $(OTHERS),$(PYTEST) --durations=15 -m "qemu or root" $(OTHERS) || [ $$? = 5 ])
 
 # Beside the others, which may look for a loop device while they take one again.
@@ -75,7 +78,8 @@ test-install: test-packages
 	tools/try-wheel
 
 test-fresh:
-	@tools/test-fresh "$(RELEASE)" $(if $(TESTS),TESTS="$(TESTS)") $(if $(KERNELS),KERNELS="$(KERNELS)")
+	@tools/test-fresh "$(RELEASE)" $(if $(TESTS),TESTS="$(TESTS)") $(if $(KERNELS),KERNELS="$(KERNELS)") \
+		$(if $(QUICK),QUICK="$(QUICK)")
 
 test-fast: $(BIN)/vmplug
 	$(SPREAD) --quick -m "not qemu and not root and not slow"
