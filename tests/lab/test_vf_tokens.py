@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lab import topology
-from tests.lab.nested import paused_vm
+from tests.lab.nested import PCI_DEVICES, NestedGuest, paused_vm
 from tests.support.raw_qmp import QmpError
 from tests.support.vm import QEMU, GuestVm
 from vmplug import Code, DeviceManager, HostRoot, InUse, Qemu, VfioInfo
@@ -28,6 +28,9 @@ PHYSFN = topology.SRIOV
 FIRST, SECOND = "0000:09:00.1", "0000:09:00.2"
 PARAMETER = Path("/sys/module/vfio_pci/parameters/enable_sriov")
 NUMVFS = Path(f"/sys/bus/pci/devices/{PHYSFN}/sriov_numvfs")
+
+NVME_IDS = "1b36:0010"
+UNPLUG_S = 60.0
 
 DENIED = r"error getting device from group [0-9]+: Permission denied"
 
@@ -132,6 +135,34 @@ def test_a_new_token_opens_once_nobody_has_a_virtual_function(
                     refused(user, FIRST)
         divide(Bdf.parse(PHYSFN), 0, journal=journal, host=HostRoot())
     assert len(tokens) == (2 if ABLE else 1)
+
+
+def test_a_running_guest_uses_a_virtual_function(
+    journal: Journal, guest: NestedGuest, tmp_path: Path
+) -> None:
+    """Its driver maps the registers. The controller is offline, as nobody has made it ready."""
+    qemu = Qemu.connect(str(guest.vm.qmp_path))
+    state_dir = tmp_path / "state"
+    with (
+        managed_vm("owner", tmp_path) as (_, owner),
+        closing(
+            DeviceManager.open(vm="guest", host=HostRoot(), hypervisor=qemu, state_dir=state_dir)
+        ) as user,
+    ):
+        owner.attach(want(PHYSFN))
+        make_virtfns(journal)
+        before = guest.pci_ids()
+        if not ABLE:
+            refused(user, FIRST)
+            return
+        held = user.attach(want(FIRST))
+        guest.wait_until(f"[ $(echo {PCI_DEVICES}/* | wc -w) -gt {len(before)} ]")
+        ((bdf, ids),) = guest.pci_ids().items() - before.items()
+        assert ids == NVME_IDS
+        guest.wait_until(f"dmesg | grep -q 'nvme.*pci function {bdf}'")
+        user.detach(held.id, timeout_s=UNPLUG_S)
+        assert guest.pci_ids() == before
+    journal.forget_vm("guest")
 
 
 def test_without_a_token_the_reason_is_told_and_nothing_is_asked_of_qemu(
