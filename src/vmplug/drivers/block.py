@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping
+from shlex import quote
 from typing import Self
 
 import msgspec
@@ -298,8 +299,6 @@ def _wwn(device: BlockDevice | DiskFile) -> int:
 
 
 def _quoted(path: str) -> str:
-    from shlex import quote  # noqa: PLC0415  few files need it
-
     return quote(path)
 
 

@@ -6,7 +6,6 @@ machine, and readers never wait. Source: sqlite.org/wal.html, sqlite.org/pragma.
 
 import os
 import re
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -232,7 +231,9 @@ def remove_remains(path: str) -> None:
         if _DRAFT.fullmatch(entry.name):
             os.unlink(entry)
         elif entry.name.startswith(SALVAGE_PREFIX) and entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry)
+            for file in list(os.scandir(entry)):
+                os.unlink(file)
+            os.rmdir(entry)
 
 
 @contextmanager

@@ -425,7 +425,7 @@ def test_a_journal_of_a_newer_version_is_refused_and_kept(tmp_path: Path, newer:
         db.execute("ALTER TABLE device ADD COLUMN novelty TEXT")
         db.commit()
     before = journal_rows(tmp_path)
-    message = f"has version {newer}; this vmplug supports version {VERSION}$"
+    message = f"(?m)has version {newer}; this vmplug supports version {VERSION}$"  # then the hint
     with pytest.raises(StoreError, match=message) as caught:
         Journal.open(tmp_path)
     assert caught.value.path == str(tmp_path / "journal.db")

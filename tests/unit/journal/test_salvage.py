@@ -276,7 +276,7 @@ def test_a_newer_journal_is_not_damaged(path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {VERSION + 1}")
     before = path.read_bytes()
-    message = f"^{path} has version {VERSION + 1}; this vmplug supports version {VERSION}$"
+    message = f"(?m)^{path} has version {VERSION + 1}; this vmplug supports version {VERSION}$"
     with pytest.raises(StoreError, match=message):
         set_aside(str(path.parent))
     assert path.read_bytes() == before

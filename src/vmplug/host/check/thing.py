@@ -11,6 +11,7 @@ from vmplug.host.block.sysfs import find_disk_path
 from vmplug.host.device import HostDevice, SharedDirectory
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
+from vmplug.host.use.file_handle import read_file_mark
 
 
 def identify(device: HostDevice, root: HostRoot) -> str | None:
@@ -40,8 +41,6 @@ def identify_file(path: str, root: HostRoot) -> str | None:
         return None
     mark = None
     if root.is_live:
-        from vmplug.host.use.file_handle import read_file_mark  # noqa: PLC0415  ctypes: 2 ms
-
         mark = read_file_mark(path, root)
     return f"file {status.st_dev}:{status.st_ino} {mark or 'without a handle'}"
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from vmplug.host.use.enter import CLONE_NEWNET, ask_inside
+
 _RTM_GETLINK, _NLMSG_DONE, _NLMSG_ERROR = 18, 3, 2
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
 _IFLA_IFNAME, _IFLA_PARENT_DEV_NAME = 3, 56
@@ -33,8 +35,6 @@ def read_moved(namespaces: Iterable[str]) -> dict[str, MovedInterface]:
 
     `namespaces` are files that lead to them. A namespace that may not be entered has none.
     """
-    from vmplug.host.use.enter import CLONE_NEWNET, ask_inside  # noqa: PLC0415  ctypes costs 2 ms
-
     links = ask_inside(namespaces, CLONE_NEWNET, lambda _: list(_dump_links()))
     return {
         parent: MovedInterface(name=name, namespace=namespace)

@@ -16,8 +16,10 @@ import msgspec
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
+from vmplug.host.use.enter import CLONE_NEWNS, ask_inside, read_mount_table
 from vmplug.host.use.mounts import unescape
 from vmplug.host.use.openers import OpenFiles
+from vmplug.host.use.statx import read_place
 
 _NAMED = "/run/netns"
 """Where ip-netns(8) and container engines keep the network namespaces that have a name."""
@@ -132,8 +134,6 @@ class _Found:
 
     def _read_view(self, process: str) -> object:
         """The mount namespace and the root in it: processes with the same see the same mounts."""
-        from vmplug.host.use.statx import read_place  # noqa: PLC0415  ctypes costs 2 ms
-
         names = (f"{process}/ns/mnt", f"{process}/ns/net", f"{process}/root")
         try:
             mount, network, base = map(read_place, names)
@@ -189,11 +189,5 @@ class _Found:
         self._mounts.pop(os.stat("/proc/self/ns/mnt").st_ino, None)
         if not self._mounts:
             return
-        from vmplug.host.use.enter import (  # noqa: PLC0415  threading costs 4 ms
-            CLONE_NEWNS,
-            ask_inside,
-            read_mount_table,
-        )
-
         others = self._mounts.values()
         self.tables.update(ask_inside(others, CLONE_NEWNS, read_mount_table))
