@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from tests.support.vm import Device, GuestVm, root_ports, scsi_controller, start_vm
 
-from bench.timing import Ratio, of_pairs, rounds, timed
+from bench.timing import Ratio, of_pairs, rounds, scaled, timed
 from vmplug import DeviceInfo, DeviceManager, DevNum, DevType, HostRoot, Qemu
 
 _COUNT = 9
@@ -32,17 +32,10 @@ def rows() -> Iterator[Ratio]:
                 pairs.append((ours_s, _least(directory, images[:count])))
             disks = "1 disk" if count == 1 else f"{count} disks"
             yield of_pairs(f"attaching {disks} / the least that is as safe", pairs, target=1.4)
-        for title, many, few in (
-            ("root ports", root_ports(120), root_ports(8)),
-            ("SCSI disks", _scsi_disks(200), _scsi_disks(10)),
-        ):
-            driver = "virtio-blk" if title == "root ports" else "virtio-scsi"
-            pairs = []
-            for _ in rounds(_COUNT):
-                many_s = _ours(directory, images[:1], many, driver)
-                pairs.append((many_s, _ours(directory, images[:1], few, driver)))
-            numbers = "120 / 8" if title == "root ports" else "200 / 10"
-            yield of_pairs(f"attaching 1 disk, {numbers} {title}", pairs, target=1.3)
+        for title, beside in (("root ports", _beside_ports), ("SCSI disks", _beside_disks)):
+            many, few = (120, 8) if beside is _beside_ports else (scaled(200), 10)
+            pairs = [(beside(directory, many), beside(directory, few)) for _ in rounds(_COUNT)]
+            yield of_pairs(f"attaching 1 disk, {many} / {few} {title}", pairs, target=1.3)
 
 
 def _images(directory: Path, count: int) -> list[Path]:
@@ -53,25 +46,51 @@ def _images(directory: Path, count: int) -> list[Path]:
     return images
 
 
-def _scsi_disks(count: int) -> list[Device]:
-    """So many drives of one controller, each empty."""
-    drives: list[Device] = [
-        {"driver": "scsi-cd", "id": f"cd{number}", "bus": "scsi0.0", "scsi-id": number, "lun": 0}
-        for number in range(1, count + 1)
-    ]
-    return [*scsi_controller(), *drives]
+def _beside_ports(directory: Path, count: int) -> float:
+    """Seconds of the first attach of a manager, to a VM with so many ports."""
+    return _ours(directory, _images(directory, 1), root_ports(count), is_first=True)
+
+
+def _beside_disks(directory: Path, count: int) -> float:
+    """Seconds of the first attach of a manager, to a VM with so many disks on one controller."""
+    with (
+        _paused_vm(directory, [*scsi_controller()]) as vm,
+        TemporaryDirectory(prefix="vmplug-bench-", dir="/dev/shm") as state_dir,
+    ):
+        *others, last = _infos(_images(directory, count), "virtio-scsi")
+        with _manager(vm, state_dir) as manager:
+            manager.attach_all(others)
+        with _manager(vm, state_dir) as manager:
+            seconds, _ = timed(lambda: manager.attach(last))
+        _check(vm, _images(directory, count))
+        return seconds
 
 
 def _ours(
-    directory: Path, images: Sequence[Path], devices: list[Device], driver: str = "virtio-blk"
+    directory: Path, images: Sequence[Path], devices: list[Device], *, is_first: bool = False
 ) -> float:
     """Seconds of an attach; one QEMU for each, as a paused VM may let nothing go again.
 
-    The manager is up, as in a service: connected, the topology read, the journal written to
-    before. Its time holds finding the disks, the safety checks, two journal transactions and the
-    QMP commands.
+    The manager is up, as in a service: connected, and it has asked the VM for its places unless
+    this `is_first`. The time holds finding the disks, the safety checks, two journal transactions
+    and the QMP commands.
     """
-    infos = [
+    infos = _infos(images, "virtio-blk")
+    with (
+        _paused_vm(directory, devices) as vm,
+        TemporaryDirectory(prefix="vmplug-bench-", dir="/dev/shm") as state_dir,
+        _manager(vm, state_dir) as manager,
+    ):
+        manager.detach(manager.attach(_NULL).id)
+        if not is_first:
+            manager.plan(infos)
+        seconds, _ = timed(lambda: manager.attach_all(infos))
+        _check(vm, images)
+        return seconds
+
+
+def _infos(images: Sequence[Path], driver: str) -> list[DeviceInfo]:
+    return [
         DeviceInfo(
             container_path=f"/dev/{image.stem}",
             dev_type=DevType.BLOCK,
@@ -80,20 +99,15 @@ def _ours(
         )
         for image in images
     ]
-    with (
-        _paused_vm(directory, devices) as vm,
-        TemporaryDirectory(prefix="vmplug-bench-", dir="/dev/shm") as state_dir,
-        DeviceManager.open(
-            vm="bench",
-            host=HostRoot("/"),
-            hypervisor=Qemu.connect(str(vm.qmp_path)),
-            state_dir=state_dir,
-        ) as manager,
-    ):
-        manager.detach(manager.attach(_NULL).id)
-        seconds, _ = timed(lambda: manager.attach_all(infos))
-        _check(vm, images)
-        return seconds
+
+
+def _manager(vm: GuestVm, state_dir: str) -> DeviceManager:
+    return DeviceManager.open(
+        vm="bench",
+        host=HostRoot("/"),
+        hypervisor=Qemu.connect(str(vm.qmp_path)),
+        state_dir=state_dir,
+    )
 
 
 def _least(directory: Path, images: Sequence[Path]) -> float:

@@ -20,7 +20,7 @@ from tests.support.vm import guest_files
 from vmplug import DetachOutcome, DeviceInfo, DevType, InUse, NotAttached, Setup, VmSpec
 from vmplug.drivers.ports import Command
 from vmplug.host.file_id import CheckedFile, file_id
-from vmplug.hypervisor.qemu.handover import Handover, OpenedFile, held_open
+from vmplug.hypervisor.qemu.handover import Handover, OpenedFile, RunState, held_open
 from vmplug.hypervisor.qmp.client import TURN_S, QmpMonitor
 from vmplug.hypervisor.qmp.monitor import MISSED, Talk
 
@@ -125,7 +125,7 @@ def test_a_file_that_was_handed_over_stays_however_long_its_plugging_takes(
     vmplug.start_vm(spec("slow"), setup=setup)
     socket, path = vmplug.list_vms(setup=setup)[0].qmp_socket, str(disk.host_path)
     has_left = threading.Event()
-    handover = Handover("0123456789abcdef", None)
+    handover = Handover("0123456789abcdef", None, RunState())
 
     def plug(files: Sequence[OpenedFile]) -> Talk:
         names = yield from handover.give(files)

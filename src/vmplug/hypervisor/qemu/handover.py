@@ -75,29 +75,56 @@ def held_open(files: Sequence[CheckedFile]) -> Iterator[list[OpenedFile]]:
         ]
 
 
+class RunState:
+    """Whether the VM runs: asked for once, and again after any event.
+
+    QEMU reports each change by an event.
+    """
+
+    def __init__(self) -> None:
+        self._is_running: bool | None = None
+
+    def receive(self, event: str, data: Mapping[str, Any]) -> None:  # noqa: ARG002
+        """See EventReceiver."""
+        self._is_running = None
+
+    def ask(self) -> Generator[Command, Any, bool]:
+        """The answer, in a talk."""
+        if self._is_running is None:
+            status = (yield Command("query-status", {}))["status"]
+            self._is_running = status == "running"
+        return self._is_running
+
+
 class Handover:
     """The files of one device on their way to a QEMU, as parts of one talk with it.
 
-    `pid` is QEMU's process, None where its files cannot be read. QEMU can use fd `sets` unless the
-    file is for memory. Without `descriptors` it opens each file by its path.
+    `pid` is QEMU's process, None where its files cannot be read. QEMU can use fd sets while it
+    runs, and never for memory: then `running` is None. Without `descriptors` it opens each file by
+    its path.
     """
 
     def __init__(
-        self, device_id: str, pid: int | None, *, sets: bool = True, descriptors: bool = True
+        self,
+        device_id: str,
+        pid: int | None,
+        running: RunState | None,
+        *,
+        descriptors: bool = True,
     ) -> None:
         self._device_id = device_id
         self._pid = pid
         self._descriptors = descriptors
-        self._sets = sets and descriptors
+        self._running = running if descriptors else None
         self._checks: list[Verify] = []
         self._given: list[Command] = []
         self._numbers = count()
 
     def give(self, files: Sequence[OpenedFile]) -> Generator[Command, Any, Mapping[str, str]]:
         """By their paths, the names at which QEMU opens the files. Raises as `finish`."""
-        sets = self._sets and any(file.descriptor is not None for file in files)
-        if sets:
-            sets = (yield Command("query-status", {}))["status"] == "running"
+        sets = False
+        if self._running and any(file.descriptor is not None for file in files):
+            sets = yield from self._running.ask()
         names = {}
         for opened_file in files:
             file, descriptor = opened_file.file, opened_file.descriptor

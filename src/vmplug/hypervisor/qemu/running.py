@@ -47,6 +47,7 @@ from vmplug.hypervisor.qemu.graph import check_graph
 from vmplug.hypervisor.qemu.handover import (
     NO_DESCRIPTOR,
     Handover,
+    RunState,
     held_open,
     plug_opened,
     take_back_all,
@@ -103,6 +104,8 @@ class Qemu:
         self._unplug_waiter = UnplugWaiter(self._owner)
         self.abilities: Abilities = QueriedAbilities(monitor.execute)
         monitor.listen(self._unplug_waiter.receive)
+        self._run_state = RunState()
+        monitor.listen(self._run_state.receive)
 
     @classmethod
     def connect(
@@ -270,10 +273,11 @@ class Qemu:
             return
 
         with held_open(files) as opened:
-            pid, sets = self._guest_pid(), not isinstance(place, MemorySlot)
+            pid = self._guest_pid()
+            running = None if isinstance(place, MemorySlot) else self._run_state
 
             def hand_over(*, descriptors: bool) -> None:
-                given = Handover(plug.id, pid, sets=sets, descriptors=descriptors)
+                given = Handover(plug.id, pid, running, descriptors=descriptors)
                 self._monitor.converse(plug_opened(plug, place, opened, given, self.abilities))
 
             try:
