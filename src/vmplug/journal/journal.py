@@ -376,6 +376,16 @@ class Journal:
         """Every device of a VM, in the order of plugging."""
         return self._read(read_device, "SELECT * FROM device WHERE vm = ? ORDER BY rowid", vm)
 
+    def has_device(self, vm: str, identity: Identity) -> bool:
+        """Whether a VM has that device, without reading all that it has."""
+        query = "SELECT id FROM device WHERE vm = ? AND identity = ?"
+        return bool(self._read(tuple, query, vm, str(identity)))
+
+    def places(self, vm: str) -> dict[str, str]:
+        """The places in a VM of its devices, by their ids."""
+        query = "SELECT id, place FROM device WHERE vm = ? AND place IS NOT NULL"
+        return dict(self._read(lambda row: (str(row["id"]), str(row["place"])), query, vm))
+
     def device_ids(self) -> set[str]:
         """The ids of the devices of all VMs."""
         return set(self._read(lambda row: str(row["id"]), "SELECT id FROM device"))

@@ -386,15 +386,14 @@ class DeviceManager:
         """The last known offer of the VM."""
         with self._lock:
             if self._offer is None:
-                known = {r.id: r.place for r in self._journal.devices(self._vm) if r.place}
-                self._offer = self._hypervisor.places(known)
+                self._offer = self._hypervisor.places(self._journal.places(self._vm))
             return self._offer
 
     def _find_claims(self, device: HostDevice) -> list[Claim]:
         return self._journal.find_claims(self._vm, device.identity, device.related_identities)
 
     def _is_held(self, device: HostDevice) -> bool:
-        return any(r.identity == device.identity for r in self._journal.devices(self._vm))
+        return self._journal.has_device(self._vm, device.identity)
 
     def _check_vfio(self, device: HostDevice) -> Iterable[Finding]:
         if not isinstance(device, VfioGroup):
