@@ -125,9 +125,8 @@ def test_a_file_that_was_handed_over_stays_however_long_its_plugging_takes(
     vmplug.start_vm(spec("slow"), setup=setup)
     socket, path = vmplug.list_vms(setup=setup)[0].qmp_socket, str(disk.host_path)
     has_left = threading.Event()
-    handover = Handover("0123456789abcdef", None, RunState())
 
-    def plug(files: Sequence[OpenedFile]) -> Talk:
+    def plug(handover: Handover, files: Sequence[OpenedFile]) -> Talk:
         names = yield from handover.give(files)
         assert not has_left.wait(3 * TURN_S)
         file = {"driver": "file", "filename": names[path]}
@@ -137,7 +136,8 @@ def test_a_file_that_was_handed_over_stays_however_long_its_plugging_takes(
     with closing(QmpMonitor.connect(socket, timeout_s=10)) as monitor:
         monitor.listen(lambda event, _: has_left.set() if event == MISSED else None)
         with held_open([CheckedFile(path, file_id(os.stat(path)))]) as files:
-            monitor.converse(plug(files))
+            handover = Handover("0123456789abcdef", None, RunState(monitor))
+            monitor.converse(plug(handover, files))
         assert has_left.wait(10), "then others have their turn"
         monitor.execute(Command("blockdev-del", {"node-name": "n"}))
         assert monitor.execute(Command("query-fdsets", {})) == []

@@ -81,11 +81,11 @@ class RunState:
     QEMU reports each change by an event.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, monitor: Monitor) -> None:
         self._is_running: bool | None = None
+        monitor.listen(self._forget)
 
-    def receive(self, event: str, data: Mapping[str, Any]) -> None:  # noqa: ARG002
-        """See EventReceiver."""
+    def _forget(self, event: str, data: Mapping[str, Any]) -> None:  # noqa: ARG002
         self._is_running = None
 
     def ask(self) -> Generator[Command, Any, bool]:

@@ -104,8 +104,7 @@ class Qemu:
         self._unplug_waiter = UnplugWaiter(self._owner)
         self.abilities: Abilities = QueriedAbilities(monitor.execute)
         monitor.listen(self._unplug_waiter.receive)
-        self._run_state = RunState()
-        monitor.listen(self._run_state.receive)
+        self._run_state = RunState(monitor)
 
     @classmethod
     def connect(
@@ -293,8 +292,7 @@ class Qemu:
 
     def _guest_pid(self) -> int | None:
         """QEMU's process, if its files can be read."""
-        endpoint = self.endpoint  # may ask QEMU
-        pid = endpoint.pid if endpoint else None
+        pid = endpoint.pid if (endpoint := self.endpoint) else None  # may ask QEMU
         return pid if pid is not None and shows_open(pid) else None
 
     def _plug_group(self, plug: VFIODevices, place: Place) -> None:
