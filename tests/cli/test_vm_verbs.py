@@ -219,6 +219,13 @@ def test_a_started_vm_is_known_and_outlives_the_command(vm: Running) -> None:
     assert lines[1].split()[:2] == ["sb1", "running"]
 
 
+def test_the_list_of_vms_says_what_each_is_doing(vm: Running) -> None:
+    for command, state in (("stop", "paused"), ("cont", "running")):
+        vm.oracle.execute(command)
+        _, line = vm.vmplug("vm", "list").answer().splitlines()
+        assert line.split()[:3] == ["sb1", state, str(vm.pid)]
+
+
 def test_a_vm_gets_what_the_options_say(vmplug: Vmplug, tmp_path: Path) -> None:
     directory = vmplug.state_dir.parent
     disk = disk_image(tmp_path / "a disk, with a comma.raw", 1, "boot")
@@ -680,7 +687,8 @@ def test_a_guest_that_does_not_answer_leaves_the_disk_detaching(
     told = vm.vmplug("reconcile", "--timeout", "0.3", "--json")
     (repair,) = json.loads(told.stdout)["repairs"]
     assert (repair["host_path"], repair["outcome"]) == (str(node), "still detaching")
-    assert (told.status, told.error()["code"]) == (5, "unplug-timeout")
+    error = json.loads(told.stderr)["error"]
+    assert (told.status, error["code"]) == (5, "unplug-timeout")
     vm.oracle.execute("cont")
     assert vm.vmplug("detach", attached["id"]).answer().startswith("detached ")
 
@@ -885,7 +893,7 @@ def test_what_a_killed_vm_held_is_free_after_reconcile(
         vmplug("attach", *asked, "--vm", "sb2", "--owner", "ctr1").answer()
         kill(pid)
         (known,) = vmplug("vm", "list", "--json").json()["vms"]
-        assert (known["state"], known["attachments"]) == ("gone", 1)
+        assert (known["state"], known["attachments"], known["pid"]) == ("gone", 1, None)
         listed = vmplug("list", "--json").json()
         assert [hold["vm"] for hold in listed["attachments"]] == listed["ended_vms"] == ["sb2"]
         assert "VM sb2 seems to have ended: vmplug reconcile" in vmplug("list").answer()
