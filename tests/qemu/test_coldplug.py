@@ -426,11 +426,13 @@ def test_a_vm_starts_with_threads_where_native_aio_was_only_vmplugs_choice(
     image = disk_image(tmp_path / "a.img", 1, "a")
     native = drive(image, cache=Cache.NONE, aio=Aio.NATIVE)
     try:  # QEMU 10 uses threads by itself
-        with paused(VmSpec(name="vm0"), [(native, PCI)]):
+        with paused(VmSpec(name="vm0", accel="tcg"), [(native, PCI)]):
             pass
     except HypervisorError as error:
         assert "Unable to use native AIO" in error.message  # noqa: PT017
-        with paused(VmSpec(name="vm0"), [(replace(native, aio_is_choice=True), PCI)]) as vm:
+        with paused(
+            VmSpec(name="vm0", accel="tcg"), [(replace(native, aio_is_choice=True), PCI)]
+        ) as vm:
             nodes = vm.oracle.execute("query-named-block-nodes")
             assert str(image) in {node["file"] for node in nodes}
         said = [record.getMessage() for record in logged.buffer]
