@@ -138,7 +138,8 @@ class MemoryVm(QmpServer):
 
     def _tell(self, event: str, data: Mapping[str, Any]) -> None:
         timestamp = {"seconds": 0, "microseconds": 0}
-        self._send({"event": event, "data": dict(data), "timestamp": timestamp})
+        with suppress(OSError):  # the client has just gone: as with QEMU, nobody hears it
+            self._send({"event": event, "data": dict(data), "timestamp": timestamp})
 
     def _send(self, message: Mapping[str, Any]) -> None:
         if self._client:
