@@ -86,7 +86,9 @@ def names_device(text: str, host: HostRoot) -> bool:
         status = _longest_path(text.removesuffix(_READ_ONLY), host)[1]
     except DeviceError:  # reading it as a bundle says why
         return False
-    return text.startswith("/dev/") if status is None else _is_node(status)
+    if status is not None:
+        return _is_node(status)
+    return text.startswith("/dev/") and THIS_HOST.stat_or_none(text) is None
 
 
 def _is_node(status: os.stat_result | None) -> bool:

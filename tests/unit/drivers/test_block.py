@@ -139,7 +139,7 @@ def test_limits_of_bytes_and_operations_go_together() -> None:
         (
             "block-driver",
             "virtio-nvme",
-            f"'virtio-nvme' is not one of {', '.join(DiskFrontend)}$",
+            f"'virtio-nvme' is not one of {', '.join(DiskFrontend)}\nhint: ",
         ),
         ("block-driver", "NVDIMM", "'NVDIMM' is not one of virtio-mmio"),
         ("block-driver", "", "'' is not one of"),
