@@ -816,14 +816,10 @@ def cuttable(lab: Lab, proxy: Proxy) -> Iterator[Lab]:
 
 
 def lose(hypervisor: Qemu, proxy: Proxy) -> None:
-    """Cut the conversation, until a command has noticed it."""
-    for _ in range(100):
-        proxy.cut()
-        try:
-            hypervisor.status()
-        except ProtocolError:
-            return
-    pytest.fail("no command noticed that the conversation was cut")
+    """Cut the conversation; a command may notice it, or the next one begins another."""
+    proxy.cut()
+    with suppress(ProtocolError):
+        hypervisor.status()
 
 
 def test_a_conversation_lost_between_commands_is_taken_up_again(
