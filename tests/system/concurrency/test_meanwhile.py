@@ -185,7 +185,7 @@ def test_a_device_that_goes_while_the_vm_is_looked_at_is_no_failure(sandbox: San
         held = other.attach(sandbox.disk("a.img", options=SCSI), owner="c1")
 
         def leave(sent: Command) -> None:
-            is_listed = str(sent.arguments.get("property", "")).startswith("child[")
+            is_listed = str(sent.arguments.get("path", "")).endswith("/scsi0.0")
             if is_listed and other.attachments():
                 other.detach(held.id)
 
