@@ -82,7 +82,8 @@ def test_v_adds_the_commands_that_json_has(vmplug: Vmplug, vm: MemoryVm, image: 
 def test_a_plan_fits_the_terminal(vmplug: Vmplug, vm: MemoryVm, image: Path, columns: int) -> None:
     asked = ("plan", "--vm", "sb1", "-d", f"file:{image}", "-o", "discard=unmap")
     screen = on_screen(vmplug, *asked, columns=columns)
-    assert screen.text.split() == vmplug(*asked).answer().split()
+    # A path that is wider than the terminal is broken, too.
+    assert "".join(screen.text.split()) == "".join(vmplug(*asked).answer().split())
     assert [row for row in screen.rows if row.startswith("    undo: ")] == [CLOSE, RELEASE]
 
 
