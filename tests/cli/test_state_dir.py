@@ -1,6 +1,7 @@
 """The state directory of a reading verb: it is never made, and a mistyped one is an error."""
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,21 @@ def test_the_default_directory_is_not_made_either(verb: str) -> None:
     assert "state directory" not in told.stderr
     assert told.stdout.splitlines()[-1].startswith("status ")
     assert expected is None or told.stdout == f"{expected}status 0\n"
+
+
+@pytest.mark.root
+def test_the_library_has_its_default_where_the_environment_names_another() -> None:
+    """The variable is the command line's: a library call without a Setup names no directory."""
+    ask = "import vmplug; print(vmplug.list_vms())"
+    told = on_new_host(f"VMPLUG_STATE_DIR=/elsewhere {sys.executable} -c '{ask}'")
+    assert told == Result("[]\n", "", 0)
+
+
+def test_the_hint_names_the_directory_that_is_taken_without_the_option(
+    tmp_path: Path, vmplug: Vmplug
+) -> None:
+    told = vmplug("list", "--state-dir", tmp_path / "typo")
+    assert told.stderr.endswith(f"without one it is {vmplug.state_dir}\n")
 
 
 def on_new_host(script: str) -> Result:

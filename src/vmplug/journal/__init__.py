@@ -23,18 +23,18 @@ def journal_path(state_dir: StateDir) -> str:
 def has_journal(state_dir: StateDir) -> bool:
     """Whether vmplug ever wrote there. A file that cannot be read may be one.
 
-    Raises StoreError for a missing directory, unless it is the default one, which the environment
-    may set: nothing is attached where vmplug never ran, but a mistyped name is an error.
+    Raises StoreError for a missing directory, unless it is the default one or the environment's:
+    nothing is attached where vmplug never ran, but a mistyped name is an error.
     """
     if not is_absent(journal_path(state_dir)):
         return True
     directory = os.path.normpath(state_dir)
     default = os.environ.get(STATE_DIR_VARIABLE) or DEFAULT_STATE_DIR
-    if directory != os.path.normpath(default) and not os.path.isdir(directory):
+    usual = {os.path.normpath(default), DEFAULT_STATE_DIR}
+    if directory not in usual and not os.path.isdir(directory):
         raise StoreError(
             directory,
             f"there is no state directory {directory}",
-            hint=f"pass the --state-dir of vm start or vm adopt; without one it is "
-            f"{DEFAULT_STATE_DIR}",
+            hint=f"pass the --state-dir of vm start or vm adopt; without one it is {default}",
         )
     return False
