@@ -63,6 +63,33 @@ def pinned(path: str, checked: str) -> Iterator[int]:
         os.close(descriptor)
 
 
+def real_path_of(pin: int, path: str) -> str:
+    """The path of the pinned file, without links; NoSuchDevice when this host has none for it.
+
+    The kernel's text may be that of another mount namespace: /proc/PID/root leads to those that
+    any user can make. So it is followed from our root directory, and through no link.
+    """
+    named = THIS_HOST.read_link(f"/proc/self/fd/{pin}") or path
+    if not _is_at(named, file_id(os.fstat(pin))):
+        raise file_replaced(path, THIS_HOST)
+    return named
+
+
+def _is_at(path: str, checked: str) -> bool:
+    """Whether the path leads to the file of that id through directories alone."""
+    reached = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        for name in filter(None, path.split("/")):
+            further = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=reached)
+            os.close(reached)
+            reached = further
+        return file_id(os.fstat(reached)) == checked
+    except OSError:  # ENOTDIR for a link, with O_PATH
+        return False
+    finally:
+        os.close(reached)
+
+
 @contextmanager
 def opened(pin: int, file: CheckedFile) -> Iterator[int | None]:
     """The pinned file, open as QEMU needs it; None where this process cannot, and QEMU may."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.device import CharDevice, HostDevice, OpenConnection
-from vmplug.host.file_id import pinned
+from vmplug.host.file_id import pinned, real_path_of
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 
@@ -38,14 +38,14 @@ def find_paths(device: HostDevice, root: HostRoot) -> tuple[str, ...]:
 
 
 def _path_of(path: str, found: str | None, root: HostRoot) -> str:
-    """The path of the file of that id: on the running host, as the kernel names that file.
+    """The path of the file of that id: on the running host, that of the file itself.
 
     Resolved for itself, it may be another one: a tenant can make a link of a file for a moment.
     """
     if found is None or not root.is_live:
         return root.real_path(path)
     with pinned(path, found) as pin:
-        return root.read_link(f"/proc/self/fd/{pin}") or path
+        return real_path_of(pin, path)
 
 
 def _block_names(device: BlockDevice, root: HostRoot) -> Iterator[str]:

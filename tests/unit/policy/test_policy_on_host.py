@@ -2,15 +2,18 @@
 
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
 from tests.support.pci_tree import PciTree
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
-from vmplug.errors import PolicyError
+from vmplug.errors import NoSuchDevice, PolicyError
+from vmplug.host.block.device import DiskFile
 from vmplug.host.device import SharedDirectory
 from vmplug.host.finding import Code
 from vmplug.host.kind import DeviceType
@@ -186,6 +189,36 @@ def test_a_name_is_that_of_the_file_which_was_found(tmp_path: Path, gate: Gates)
     mine.unlink()
     mine.write_bytes(b"x" * 512)
     assert is_allowed(image(str(mine)), HostRoot(), check)
+
+
+_SHOW_INNOCENT = """
+mount -t tmpfs none "$0"
+touch "$0/a.img"
+mount --bind "$1" "$0/a.img"
+echo
+read -r end
+"""
+
+
+@pytest.mark.root
+def test_a_name_in_the_mounts_of_another_process_is_none(tmp_path: Path, gate: Gates) -> None:
+    """Any user can make a mount namespace, and mount a file there under an innocent name."""
+    mine, secret = tmp_path / "mine", tmp_path / "secret"
+    mine.mkdir()
+    secret.write_bytes(b"y" * 512)
+    command = ["unshare", "--mount", "sh", "-ec", _SHOW_INNOCENT, str(mine), str(secret)]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE) as tenant:
+        assert tenant.stdin
+        assert tenant.stdout
+        assert tenant.stdout.readline() == b"\n"
+        found = resolve(image(str(secret)), HostRoot())
+        assert isinstance(found, DiskFile)
+        (mine / "a.img").symlink_to(f"/proc/{tenant.pid}/root{mine}/a.img")
+        turned = found._replace(host_path=f"{mine}/a.img")  # since it was found there
+        with pytest.raises(NoSuchDevice, match=r"mine/a\.img was replaced"):
+            find_paths(turned, HostRoot())
+        assert find_paths(found, HostRoot()) == (str(secret),)
+        tenant.stdin.close()
 
 
 def test_a_directory_above_what_is_allowed_is_not(tree: HostTree, gate: Gates) -> None:
