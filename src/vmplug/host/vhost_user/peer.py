@@ -59,6 +59,36 @@ def find_bound_file(descriptor: int) -> BoundFile | None:
     return None
 
 
+def find_file_at(path: str) -> BoundFile | None:
+    """The socket at a path, whatever others have given that name elsewhere."""
+    try:
+        pin = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return find_bound_file(pin)
+    finally:
+        os.close(pin)
+
+
+def find_own_file(inode: int) -> BoundFile | None:
+    """The file that the socket with this inode is bound to, whatever it called that.
+
+    A connection that was accepted has its listener's. None where it is unknown.
+    """
+    try:
+        with _kernel() as kernel:
+            told = _ask(kernel, inode, _SHOW_FILE).get(_DIAG_FILE)
+    except OSError:
+        return None
+    return _bound_file(told) if told else None
+
+
+def _bound_file(told: bytes) -> BoundFile:
+    number, file_system = _FILE.unpack(told)
+    return number, file_system
+
+
 def find_connections(pid: int) -> Mapping[int, BoundFile] | None:
     """By inode, the sockets of a process that are connected to a named one, and its file.
 
@@ -90,8 +120,7 @@ def _find_files(inodes: Iterable[int]) -> Mapping[int, BoundFile] | None:
                 peer = _ask(kernel, inode, _SHOW_PEER).get(_DIAG_PEER)
                 other_end = _NUMBER.unpack(peer)[0] if peer else 0
                 if told := _ask(kernel, other_end, _SHOW_FILE).get(_DIAG_FILE):
-                    number, file_system = _FILE.unpack(told)
-                    found[inode] = number, file_system
+                    found[inode] = _bound_file(told)
     except OSError:
         return None
     return found

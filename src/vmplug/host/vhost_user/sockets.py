@@ -11,7 +11,7 @@ import msgspec
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user.peer import has_hung_up
+from vmplug.host.vhost_user.peer import find_file_at, find_own_file, has_hung_up
 
 HANG_UP_S = 0.1
 """How long a client may be just a probe, such as vmplug's own, that will soon disconnect."""
@@ -46,6 +46,7 @@ class UnixSockets:
     def __init__(self, root: HostRoot) -> None:
         self._root = root
         self._holders_of = cache(partial(_read_holders, root))
+        self._at = cache(self._read_at)
 
     @cached_property
     def _lines(self) -> Mapping[str, Sequence[str]]:
@@ -86,10 +87,12 @@ class UnixSockets:
         found = (holders.get(f"socket:[{socket.inode}]") for socket in sockets)
         return next(filter(None, found), None)
 
-    def _at(self, path: str) -> list["_Socket"]:
-        """The sockets that were bound to `path`."""
+    def _read_at(self, path: str) -> list["_Socket"]:
+        """The sockets that were bound to `path`, as far as their names and the kernel say."""
         found, path = [], self._root.real_path(path)
-        for line in self._lines.get(os.path.basename(path), ()):
+        lines = self._lines.get(os.path.basename(path), ())
+        bound = find_file_at(path) if lines and self._root.is_live else None
+        for line in lines:
             fields = line.split(None, 7)
             if len(fields) == 8 and _same_path(fields[7], path, self._root):
                 try:
@@ -97,7 +100,9 @@ class UnixSockets:
                 except ValueError as error:
                     raise AttributeReadError(_TABLE, why=str(error)) from error
                 is_listener = bool(flags & _ACCEPTS)
-                found.append(_Socket(inode=fields[6], is_listener=is_listener, state=state))
+                # Any user can bind a name like it in another directory or mount namespace.
+                if bound is None or find_own_file(int(fields[6])) in {None, bound}:
+                    found.append(_Socket(inode=fields[6], is_listener=is_listener, state=state))
         return found
 
 

@@ -488,6 +488,29 @@ def test_a_virtiofsd_may_have_bound_its_socket_by_a_detour(directory: Path, name
         assert problem(device(SCSI, path))[0] is Code.WRONG_BACKEND
 
 
+@pytest.mark.parametrize("kind", [*SERVED, FS])
+def test_a_decoy_of_any_user_does_not_make_a_socket_look_used_or_served(
+    directory: Path, kind: DeviceType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative name may be anywhere; an absolute one is that of another mount namespace."""
+    path = directory / "s"
+    (directory / "other").mkdir()
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(path))  # the file stays, and nobody listens
+    monkeypatch.chdir(directory / "other")
+    with (
+        socket.socket(socket.AF_UNIX) as decoy,
+        socket.socket(socket.AF_UNIX) as client,
+        virtiofsd(directory / "other", "../other/s"),
+    ):
+        (directory / "other" / "s").unlink()
+        decoy.bind("s")
+        decoy.listen()
+        client.connect("s")
+        with decoy.accept()[0]:
+            assert problem(device(kind, path))[0] is Code.NO_BACKEND
+
+
 # The list of sockets, on other hosts
 
 
