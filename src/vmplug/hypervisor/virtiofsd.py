@@ -323,7 +323,12 @@ def _keeper_id(device_id: str) -> str:
 
 def _remove_logs(device_ids: Collection[str]) -> None:
     """Remove what is left of the output of daemons of this user."""
-    with os.scandir(tempfile.gettempdir()) as entries:
+    try:
+        entries = os.scandir(tempfile.gettempdir())
+    except OSError as error:  # all of them are full, say: the share has gone without this
+        log.debug("virtiofsd: %s", error)
+        return
+    with entries:
         for entry in entries:
             named = _LOGS.fullmatch(entry.name)
             is_of_these = named is not None and named[1] in device_ids

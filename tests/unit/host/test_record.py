@@ -468,6 +468,25 @@ def test_what_is_too_large_or_too_many_is_refused(made: Callable[..., str]) -> N
     )
 
 
+def test_a_small_member_that_names_many_directories_is_counted_with_all_of_them(
+    made: Callable[..., str],
+) -> None:
+    path = made(*(member(f"{i}/" + "long/" * 60 + "x") for i in range(4)))
+    enough = Limits(path_bytes=4 * 61 * 60 * 5)
+    assert read_record(path, enough).list_dir("/") == ["0", "1", "2", "3"]
+    half = structs.replace(enough, path_bytes=enough.path_bytes // 4)
+    assert "has paths of more than" in refused(path, half)
+
+
+def test_a_link_that_leads_through_a_crowd_of_names_is_not_followed(
+    made: Callable[..., str],
+) -> None:
+    """Each of a million links could lead through forty of them."""
+    assert read_record(made(member("sys/a"), link("sys/x", "./" * 200 + "a"))).stat("/sys/x")
+    chain = [link(f"sys/{i}", "./" * 200 + str(i + 1)) for i in range(10)]
+    assert "leads through too many directories" in refused(made(*chain))
+
+
 def test_a_small_file_that_unpacks_to_a_lot_is_refused(tmp_path: Path) -> None:
     header = tarfile.TarInfo("sys/a")
     header.size = 8 << 20

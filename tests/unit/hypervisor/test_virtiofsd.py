@@ -458,6 +458,25 @@ def test_a_program_that_cannot_be_run_has_no_options(tmp_path: Path) -> None:
     assert ask_options(str(tmp_path / "none")) == frozenset()
 
 
+_END = """
+mount -t tmpfs -o ro none /tmp
+mount -t tmpfs -o ro none /var/tmp
+cd /proc
+exec "$0" -c "$1"
+"""
+_PYTHON = "from vmplug.hypervisor.virtiofsd import *; HostVirtiofsdRunner('/qmp').end(['1'])"
+
+
+@pytest.mark.root
+def test_a_share_goes_where_no_directory_for_temporary_files_is_left() -> None:
+    """As when all of them are full: its log cannot be looked for."""
+    command = ["unshare", "--mount", "sh", "-ec", _END, sys.executable, _PYTHON]
+    said = subprocess.run(
+        command, env=os.environ | {"TMPDIR": "/proc"}, capture_output=True, text=True, check=False
+    )
+    assert (said.returncode, said.stderr) == (0, "")
+
+
 @pytest.mark.root
 @needs_virtiofsd
 @pytest.mark.parametrize("read_only", [False, True], ids=["rw", "ro"])

@@ -38,6 +38,8 @@ NOTE = "vmplug-record"
 ERRNO_KEYWORD = "VMPLUG.errno"
 
 _LINKS_MAX, _DEPTH_MAX = 40, 64
+_STEPS_MAX = 256
+"""Names on the way to where a link leads; on a host there are fewer than 50."""
 _GZIP = b"\x1f\x8b"
 _SECTOR_BYTES = 512
 _NOTE_BYTES_MAX = 4096
@@ -51,11 +53,15 @@ T = TypeVar("T")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """The limits of a record; 10 000 PCI functions make 300 000 members of 300 MiB."""
+    """The limits of a record; 10 000 PCI functions make 300 000 members of 300 MiB.
+
+    `path_bytes` are those of all paths: a member of a few bytes may name many directories.
+    """
 
     members: int = 1_000_000
     file_bytes: int = 4 << 20
     whole_bytes: int = 1 << 30
+    path_bytes: int = 256 << 20
 
 
 LIMITS = Limits()
@@ -233,6 +239,7 @@ class _Reader:
         self._path = path
         self._limits = limits
         self._promised: int | None = None
+        self._path_bytes = 0
         self.members = _Members()
 
     def read(self) -> None:
@@ -273,7 +280,7 @@ class _Reader:
         self._make_directory(directory)
         if path in members.names or self._is_leaf(path):
             raise self._refusal(f"member {member.name!r} appears twice")
-        members.names[directory].append(name)
+        self._add_name(directory, name)
         if member.type == LINK:
             members.links[path] = member.target
         elif member.type in NODES:
@@ -322,8 +329,15 @@ class _Reader:
             raise self._refusal(f"member {path[1:]!r} is both a directory and something else")
         above, _, name = path.rpartition("/")
         self._make_directory(above)
-        self.members.names[above].append(name)
+        self._add_name(above, name)
         self.members.names[path] = []
+
+    def _add_name(self, directory: str, name: str) -> None:
+        most = self._limits.path_bytes
+        self._path_bytes += len(directory) + len(name)
+        if self._path_bytes > most:
+            raise self._refusal(f"has paths of more than {most} bytes")
+        self.members.names[directory].append(name)
 
     def _content(self, member: Member, file: IO[bytes]) -> bytes:
         most = self._limits.file_bytes
@@ -356,8 +370,11 @@ class _Reader:
     def _check_link(self, path: str, target: str) -> None:
         """SpecError for a link that would lead out, by itself or through others."""
         real, rest, links = path.rpartition("/")[0], target.split("/")[::-1], 0
+        steps = len(rest)
         is_out = target.startswith("/") or not target or "\0" in target
         while rest and not is_out:
+            if steps > _STEPS_MAX:
+                raise self._refusal(f"link {path[1:]!r} leads through too many directories")
             match rest.pop():
                 case "" | ".":
                     continue
@@ -376,6 +393,7 @@ class _Reader:
                 return  # leads nowhere: the kernel would fail too
             is_out = further.startswith("/")
             rest += further.split("/")[::-1]
+            steps += further.count("/")
         if is_out:
             raise self._refusal(f"link {path[1:]!r} leads out of the record, to {target!r}")
 
