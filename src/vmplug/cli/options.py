@@ -174,7 +174,7 @@ class RequestArguments(NamedTuple):
 
     def setup(self, state_dir: str, policy: "Policy | None") -> "Setup":
         """The host that is meant, with its journal and the policy that holds."""
-        from vmplug.manager.setup import Setup  # noqa: PLC0415  msgspec
+        from vmplug.manager.setup import Setup  # noqa: PLC0415  msgspec: 9 ms
 
         return Setup(
             host=self.host,
@@ -210,8 +210,8 @@ def read_request(
     annotated: Sequence[Request] = ()
     name = None
     if bundle is not None:
-        from vmplug.host.block.volumes import find_requests  # noqa: PLC0415  msgspec
-        from vmplug.oci.spec import read_bundle  # noqa: PLC0415  msgspec
+        from vmplug.host.block.volumes import find_requests  # noqa: PLC0415  msgspec: 9 ms
+        from vmplug.oci.spec import read_bundle  # noqa: PLC0415  msgspec: 9 ms
 
         asked = read_bundle(bundle)
         requests = [*find_requests(asked, host), *requests]
@@ -233,7 +233,7 @@ def _wanted(info: "Request", options: Mapping[str, str], *, read_only: bool) -> 
     wanted = {**info.driver_options, **options}
     if isinstance(info, DeviceInfo):
         return replace(info, driver_options=wanted) if info.dev_type is DevType.BLOCK else info
-    from msgspec import structs  # noqa: PLC0415  as `info` was made with it
+    from msgspec import structs  # noqa: PLC0415  9 ms, but `info` was made with it
 
     return structs.replace(info, driver_options=wanted)
 
@@ -263,14 +263,14 @@ def open_root(path: str) -> HostRoot:
 
 def open_store(path: str, host: HostRoot) -> "VhostUserStore":
     """The vhost-user store in that directory of the host."""
-    from vmplug.host.vhost_user.store import VhostUserStore  # noqa: PLC0415  msgspec
+    from vmplug.host.vhost_user.store import VhostUserStore  # noqa: PLC0415  msgspec: 9 ms
 
     return VhostUserStore(os.path.abspath(path), root=host)  # QEMU works in another directory
 
 
 def parse_function(text: str) -> "Bdf":
     """`0000:3b:00.0`, or `3b:00.0` for domain 0000. Raises SpecError."""
-    from vmplug.address import Bdf  # noqa: PLC0415  msgspec
+    from vmplug.address import Bdf  # noqa: PLC0415  msgspec: 9 ms
 
     try:
         return Bdf.parse_written(text)
@@ -295,7 +295,7 @@ def _parse_options(texts: Sequence[str]) -> dict[str, str]:
 
 def parse_allow(words: Sequence[str]) -> "frozenset[Code]":
     """The codes of `--allow`; SpecError for a word that is not one, such as `all`."""
-    from vmplug.host.finding import NEVER_ALLOWED, Code  # noqa: PLC0415  msgspec
+    from vmplug.host.finding import NEVER_ALLOWED, Code  # noqa: PLC0415  msgspec: 9 ms
 
     known = {str(code): code for code in Code if code not in NEVER_ALLOWED}
     for word in words:

@@ -291,7 +291,7 @@ def _wwn(device: BlockDevice | DiskFile) -> int:
     The way to it does not matter where the disk has a name of its own. The guest's is a locally
     assigned one (NAA 3), of 60 bits. Source: SPC-5, 7.7.6.6.
     """
-    from hashlib import sha256  # noqa: PLC0415  only a plan needs it
+    from hashlib import sha256  # noqa: PLC0415  5 ms that only a plan needs
 
     own = device.own_name if isinstance(device, BlockDevice) else None
     digest = sha256(os.fsencode(own or device.host_path)).digest()

@@ -3,7 +3,9 @@
 import os
 import sys
 from enum import StrEnum
+from textwrap import wrap
 from typing import TextIO
+from unicodedata import combining, east_asian_width
 
 import click
 
@@ -93,8 +95,6 @@ def folded(text: str, width: int, *, first: str = "", rest: str = "") -> list[st
     """
     if columns_of(first + text) <= width:
         return [first + text]
-    from textwrap import wrap  # noqa: PLC0415  2 ms that a pipe need not pay
-
     return wrap(
         text,
         width=width,
@@ -111,8 +111,6 @@ def columns_of(text: str) -> int:
 
 
 def _columns_of_letter(letter: str) -> int:
-    from unicodedata import combining, east_asian_width  # noqa: PLC0415  1 ms that ASCII need not
-
     if combining(letter):
         return 0
     return 2 if east_asian_width(letter) in {"F", "W"} else 1

@@ -51,7 +51,8 @@ def command(as_json: bool, state_dir: str, timeout_s: float | None, vm: str | No
             else:
                 _print(event)
         if is_quiet and not as_json:
-            click.echo(_nothing(events.looked))
+            for line in wrapped(_nothing(events.looked), rest="  "):
+                click.echo(line)
 
 
 def _nothing(looked: Looked) -> str:
