@@ -25,6 +25,7 @@ from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qmp import client
 from vmplug.hypervisor.qmp.client import IDLE_S, QmpMonitor
 from vmplug.hypervisor.qmp.monitor import MISSED, EventReceiver, Monitor, command_error
+from vmplug.hypervisor.qmp.wire import Wire
 
 ID, OTHER_ID = "00000000000000a1", "00000000000000b2"
 PLACE = PciPlace(bus="rp0", slot=PciSlot(0), path=PciPath.parse("10/00"))
@@ -330,3 +331,78 @@ def test_a_backend_is_waited_for_no_longer_than_it_or_a_command_may_take(
         pytest.raises(BackendTimeout, match=r"/run/b\.sock .* for more than 0\.1 s"),
     ):
         monitor.execute(Command("query-status", {}, backend="/run/b.sock"))
+
+
+EVENT = {"event": "RTC_CHANGE", "data": {"offset": 1}}
+
+
+class Flooding(MemoryVm):
+    """A QEMU that sends events for a long time before it answers a query."""
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if request["execute"] != "qmp_capabilities":
+            end = time.monotonic() + SOON_S
+            while time.monotonic() < end:
+                self._send(EVENT)
+        return super()._answer(request)
+
+
+def test_events_without_end_do_not_put_a_deadline_off(tmp_path: Path) -> None:
+    with (
+        Flooding(tmp_path / "qmp") as vm,
+        closing(QmpMonitor.connect(str(vm.socket_path), command_timeout_s=AT_ONCE_S)) as monitor,
+        pytest.raises(ProtocolError, match="did not answer query-status"),
+    ):
+        monitor.execute(Command("query-status", {}))
+
+
+class Endless(Wire):
+    """A connection on which there is always one more event, for a long time."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + SOON_S
+
+    def receive(self, deadline: float) -> dict[str, Any]:
+        """See Wire."""
+        if time.monotonic() >= self._end:
+            raise TimeoutError(deadline)
+        return EVENT
+
+
+def test_a_connection_whose_events_have_no_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "TURN_S", AT_ONCE_S)
+    monitor = QmpMonitor("/run/qmp", timeout_s=SOON_S, command_timeout_s=SOON_S)
+    assert not monitor._hears(Endless())
+
+
+def test_a_signal_while_it_waits_for_its_turn_does_not_spoil_the_connection(
+    tmp_path: Path,
+) -> None:
+    address = str(tmp_path / "qmp")
+    main = threading.main_thread().ident or 0
+
+    def signal_and_accept(listener: socket.socket) -> None:
+        for _ in range(20):
+            signal.pthread_kill(main, signal.SIGUSR1)
+            time.sleep(0.01)
+        listener.accept()[0].close()
+        with listener.accept()[0] as connection:
+            connection.sendall(b'{"QMP": {}}\r\n')
+
+    former = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with (
+            socket.socket(socket.AF_UNIX) as listener,
+            socket.socket(socket.AF_UNIX) as first,
+            ThreadPoolExecutor(1) as serving,
+        ):
+            listener.bind(address)
+            listener.listen(0)
+            listener.settimeout(SOON_S)
+            first.connect(address)
+            served = serving.submit(signal_and_accept, listener)
+            with closing(Wire.connect(address, SOON_S)) as wire:
+                assert wire.receive(time.monotonic() + SOON_S) == {"QMP": {}}
+            served.result(SOON_S)
+    finally:
+        signal.signal(signal.SIGUSR1, former)

@@ -1,6 +1,7 @@
 """What another thread closes, what a child of fork(2) inherits, and what fails to open."""
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from vmplug.host.events import HostEvents
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import Guest
 from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qmp import client
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.journal.journal import Journal
 from vmplug.journal.state import State
@@ -207,6 +209,25 @@ def test_a_lock_that_a_thread_had_at_the_fork_does_not_hold_a_child(
         finally:
             done.set()
             keeping.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_does_not_keep_the_connection_that_it_inherited(
+    vm: MemoryVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "TURN_S", NEVER_S)
+    with closing(QmpMonitor.connect(str(vm.socket_path))) as monitor:
+        with monitor.hear_events():
+            monitor.execute(Command("query-status", {}))
+            child = os.fork()
+            if child == 0:
+                signal.pause()
+        try:
+            vm.wait_idle()
+            assert monitor.execute(Command("query-status", {}))["status"] == "running"
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 # what fails to open

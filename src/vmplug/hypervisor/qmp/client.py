@@ -253,14 +253,16 @@ class QmpMonitor(Monitor):
         return not self._keeping and (is_long or is_idle)
 
     def _hears(self, wire: Wire) -> bool:
-        """Pass on what is there; False when the other end has gone."""
+        """Pass on what is there; False when the other end has gone, or never stops talking."""
+        end = time.monotonic() + TURN_S
         try:
-            while True:
+            while time.monotonic() < end:
                 self._pass_on(wire.receive(deadline=0))
         except TimeoutError:
             return True
         except (OSError, EOFError, ValueError):
             return False
+        return False
 
     def _pass_on(self, message: Mapping[str, Any]) -> None:
         event, data = message.get("event"), message.get("data", {})
@@ -297,6 +299,8 @@ class QmpMonitor(Monitor):
         wire.send({"execute": command.execute, **arguments, "id": number}, command.descriptor)
         while (message := wire.receive(deadline)).get("id") != number:
             self._pass_on(message)
+            if time.monotonic() >= deadline:  # a QEMU that its guest has compromised may not stop
+                raise TimeoutError
         match message:
             case {"error": {"class": str(error_class), "desc": str(desc)}}:
                 raise command_error(command, error_class, desc)

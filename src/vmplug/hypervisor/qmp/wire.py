@@ -3,6 +3,7 @@
 Source: QEMU docs/interop/qmp-spec.rst.
 """
 
+import errno
 import select
 import socket
 import struct
@@ -38,13 +39,15 @@ class Wire:
     def connect(cls, path: str, timeout_s: float) -> Self:
         """Connect to the socket at `path`, where the kernel queues clients. Source: unix(7)."""
         connection = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + timeout_s
         try:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            whole_s = int(timeout_s)
-            deadline = struct.pack("ll", whole_s, int((timeout_s - whole_s) * 1e6))
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
             with socket_address(path) as address:
+                _limit_sending(connection, deadline)
                 connection.connect(address)
+                while not _is_connected(connection):
+                    _limit_sending(connection, deadline)
+                    connection.connect(address)
         except BlockingIOError as error:  # the deadline
             connection.close()
             raise TimeoutError from error
@@ -61,7 +64,8 @@ class Wire:
             return
 
     def close(self) -> None:
-        """Close it."""
+        """End the connection, also where a child of fork(2) has a copy of it, and close it."""
+        self.hang_up()
         self._socket.close()
 
     def read_speaker(self, deadline: float) -> int | None:
@@ -123,3 +127,24 @@ class Wire:
         left_s = max(0.0, deadline - time.monotonic())
         if not self._ready.poll(left_s * 1000):
             raise TimeoutError
+
+
+def _limit_sending(connection: socket.socket, deadline: float) -> None:
+    left_s = max(0.001, deadline - time.monotonic())
+    whole_s = int(left_s)
+    limit = struct.pack("ll", whole_s, int((left_s - whole_s) * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def _is_connected(connection: socket.socket) -> bool:
+    """False after a connect(2) that a signal or a stop of this process interrupted.
+
+    Python takes it for one that goes on; a unix socket has then left the queue. Source: signal(7).
+    """
+    try:
+        connection.getpeername()
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return False
+    return True
