@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from vmplug.drivers.place import Place, Places
 from vmplug.drivers.ports import Endpoint, Hypervisor, PlugDriver, Step
 from vmplug.errors import (
+    CommandError,
     ConnectError,
     DeviceError,
     HypervisorError,
@@ -385,9 +386,9 @@ class DeviceManager:
     def _last_offer(self) -> Places:
         """The last known offer of the VM."""
         with self._lock:
-            if self._offer is None:
-                self._offer = self._hypervisor.places(self._journal.places(self._vm))
-            return self._offer
+            if (offer := self._offer) is None:  # another thread may take it away
+                offer = self._offer = self._hypervisor.places(self._journal.places(self._vm))
+            return offer
 
     def _find_claims(self, device: HostDevice) -> list[Claim]:
         return self._journal.find_claims(self._vm, device.identity, device.related_identities)
@@ -417,8 +418,8 @@ class DeviceManager:
     def _choose(
         self, driver: PlugDriver, device: HostDevice, taken: set[str]
     ) -> tuple[Place, Places]:
-        """A place in the last known offer; in a new one if that is full, or after an unplug."""
-        with suppress(NoFreePort):
+        """A place in the last known offer; in a new one if that is full, or has lost a part."""
+        with suppress(NoFreePort, CommandError):
             return driver.choose_place(device, offer := self._last_offer(), taken), offer
         self._offer = None
         return driver.choose_place(device, offer := self._last_offer(), taken), offer

@@ -465,6 +465,17 @@ def test_the_lowest_free_place_is_given(sandbox: Sandbox) -> None:
     assert pci(sandbox.devices.attach(sandbox.disk("next.img"))) == "13/00"
 
 
+def test_a_controller_in_place_of_another_is_found(sandbox: Sandbox) -> None:
+    """Another program replaces it after this manager has asked for the parts of the VM."""
+    sandbox.devices.attach(sandbox.disk("a.img"))
+    sandbox.machine.devices["scsi9"] = sandbox.machine.devices.pop("scsi0")
+    attached = sandbox.devices.attach(
+        sandbox.disk("b.img", options={"block-driver": "virtio-scsi"})
+    )
+    assert attached.guest_address
+    assert str(attached.guest_address.scsi_address) == "0:0"
+
+
 def test_when_the_ports_are_full_a_disk_goes_to_scsi(sandbox: Sandbox) -> None:
     attachments = sandbox.devices.attach_all([sandbox.disk(f"{i}.img") for i in range(6)])
     addresses = [a.guest_address.scsi_address for a in attachments if a.guest_address]
