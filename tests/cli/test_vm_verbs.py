@@ -233,7 +233,7 @@ def test_a_vm_gets_what_the_options_say(vmplug: Vmplug, tmp_path: Path) -> None:
     more = ("--cpus", "2", "--disk", str(disk))
     with no_qemu_left(directory):
         told = vmplug(*words[:3], *more, *words[3:]).json()["vm"]
-        assert told.keys() == {"name", "qmp", "pid", "directory"}
+        assert told.keys() == {"name", "qmp", "pid", "directory", "accel", "why_not_kvm"}
         with RawQmp.connect(directory / "sb2-oracle.sock") as oracle:
             assert len(oracle.execute("query-cpus-fast")) == 2
             memory = oracle.execute("query-memory-size-summary")

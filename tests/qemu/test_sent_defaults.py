@@ -92,5 +92,4 @@ def test_qemu_has_every_option_that_was_not_sent(tmp_path: Path) -> None:
         "physical_block_size",
         "read-only",
         "share-rw",
-        "write-cache",
     }

@@ -17,7 +17,6 @@ _INHERITED = ("read-only", "cache")
 """What the file of a raw image gets from the image, unless it says otherwise."""
 _OF_DEVICE = {
     "share-rw": False,
-    "write-cache": "on",
     "logical_block_size": 512,
     "physical_block_size": 512,
     "channel": 0,
