@@ -101,12 +101,12 @@ def _missing_parts(
     elif layout.refcounts_offset + layout.refcounts_clusters * cluster > size_bytes:
         yield _cut_short(f"has {size_bytes} bytes, and its refcount table ends after them")
     elif not layout.features & _DIRTY:  # else its refcounts say nothing
-        last = _last_cluster(layout, path, root)
+        last = _last_cluster(layout, path, size_bytes, root)
         if last * cluster >= size_bytes:
             yield _cut_short(f"has {size_bytes} bytes, and uses a cluster at {last * cluster}")
 
 
-def _last_cluster(layout: _Layout, path: str, root: HostRoot) -> int:
+def _last_cluster(layout: _Layout, path: str, size_bytes: int, root: HostRoot) -> int:
     """The number of the last cluster in use, or one shortly before it."""
     cluster = 1 << layout.cluster_bits
     table_bytes = min(layout.refcounts_clusters * cluster, _TABLE_MAX_BYTES)
@@ -115,6 +115,9 @@ def _last_cluster(layout: _Layout, path: str, root: HostRoot) -> int:
         return 0
     index = (len(table) - 1) // 8
     (block_offset,) = struct.unpack_from(">Q", table.ljust(index * 8 + 8, b"\0"), index * 8)
-    block = root.read_at(path, block_offset & ~511, cluster).rstrip(b"\0")
+    block_at: int = block_offset & ~511
+    if block_at >= size_bytes:  # up to 2 ** 64, which no file has
+        return -(-block_at // cluster)
+    block = root.read_at(path, block_at, cluster).rstrip(b"\0")
     per_block = cluster * 8 >> layout.refcount_order
     return index * per_block + ((max(len(block) - 1, 0) * 8) >> layout.refcount_order)

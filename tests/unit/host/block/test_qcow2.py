@@ -260,6 +260,16 @@ def test_an_image_that_is_shorter_than_it_says_is_found(image: Path, kept: int, 
 
 
 @needs_qemu_img
+@pytest.mark.parametrize("block_at", [1 << 40, 1 << 63, (1 << 64) - 1])
+def test_a_table_that_points_behind_the_end_is_found(image: Path, block_at: int) -> None:
+    """A tenant may write any number there, also one that is no offset of a file."""
+    (table_at,) = struct.unpack_from(">Q", image.read_bytes(), 48)
+    write_at(image, table_at, struct.pack(">Q", block_at))
+    (found,) = faults_of(image)
+    assert "and uses a cluster at" in found
+
+
+@needs_qemu_img
 @pytest.mark.parametrize(
     ("offset", "content", "what"),
     [
