@@ -15,6 +15,7 @@ from vmplug.hypervisor.qmp.defaults import sent_arguments
 
 pytestmark = pytest.mark.qemu
 
+BLOCK = "logical_block_size"
 VARIANTS = list(product(Cache, (False, True), (False, True), (False, True)))
 
 
@@ -27,6 +28,14 @@ def places(index: int) -> tuple[PciPlace, ScsiPlace]:
     )
 
 
+GLOBALS = [
+    word
+    for driver, name in product(("virtio-blk-device", "scsi-hd"), ("share-rw=on", f"{BLOCK}=4096"))
+    for word in ("-global", f"{driver}.{name}")
+]
+"""Another default of a QEMU that others have started, for what data depends on."""
+
+
 NAMES = {"drive", "driver", "id", "bus", "addr", "write-cache"}
 """Not properties to read back; the cache is read from the nodes."""
 
@@ -35,7 +44,7 @@ def test_qemu_has_every_option_that_was_not_sent(tmp_path: Path) -> None:
     devices = [*root_ports(len(VARIANTS)), *scsi_controller()]
     left_out = set[str]()
     with (
-        start_vm(tmp_path, devices=devices, guest=False, paused=True) as vm,
+        start_vm(tmp_path, devices=devices, extra=GLOBALS, guest=False, paused=True) as vm,
         closing(Qemu.connect(str(vm.qmp_path))) as qemu,
     ):
         plugs = (
@@ -88,8 +97,6 @@ def test_qemu_has_every_option_that_was_not_sent(tmp_path: Path) -> None:
         "cache",
         "channel",
         "discard",
-        "logical_block_size",
         "physical_block_size",
         "read-only",
-        "share-rw",
     }

@@ -2,7 +2,9 @@
 
 QEMU reads QMP one byte per turn of its main loop, 3 us each, which is most of the time of an
 attach. So steps, `vmplug plan` and the log state every option, and the socket gets only those that
-differ. Only defaults that hold for all machine types: the `discard` of virtio-blk does not.
+differ. Only defaults that hold for all machine types: the `discard` of virtio-blk does not. What
+data depends on is always sent, as `-global` in a QEMU that others have started changes it for hot
+plug too: who may write at the same time, and the size of a sector.
 Source: QEMU block.c, bdrv_inherited_options; hw/block/block.c; measured on QEMU 7.2 and 10.0.
 """
 
@@ -16,8 +18,6 @@ _OF_FILE = {"aio": "threads"}
 _INHERITED = ("read-only", "cache")
 """What the file of a raw image gets from the image, unless it says otherwise."""
 _OF_DEVICE = {
-    "share-rw": False,
-    "logical_block_size": 512,
     "physical_block_size": 512,
     "channel": 0,
 }
