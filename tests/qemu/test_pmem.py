@@ -378,7 +378,8 @@ def test_a_detached_one_stays_and_counts_again(life: OpenLab, tmp_path: Path) ->
     assert seen(life, second).marker == "stays"
     assert life.devices.reconcile() == []
     rows = life.rows()
-    life.devices.detach(second.id)
+    with pytest.raises(NotAttached, match=r"c2 has released .* already"):
+        life.devices.detach(second.id)
     assert life.rows() == rows
 
     third = life.devices.attach(info, owner="c3")

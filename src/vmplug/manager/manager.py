@@ -293,11 +293,13 @@ class DeviceManager:
     def detach_owner(self, owner: str, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> list[Attachment]:
         """Release everything that `owner` holds, with all counts; see `detach`.
 
-        Returns the released holds. Raises NotAttached when there are none.
+        Returns the released holds. Raises NotAttached when there are none, also when all of them
+        were released before.
         """
-        held = [hold for hold in self.attachments() if hold.owner == owner]
-        if not held:
+        known = [hold for hold in self.attachments() if hold.owner == owner]
+        if not known:
             raise holds_nothing(owner, self._vm)
+        held = [hold for hold in known if hold.state is not State.RETAINED] or known
         self.detach_all([hold.id for hold in held], timeout_s=timeout_s, whole=True)
         return held
 

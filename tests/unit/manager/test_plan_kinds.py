@@ -671,6 +671,14 @@ def test_letting_go_of_it_again_changes_nothing(sandbox: Sandbox) -> None:
         assert sandbox.picture() == before
 
 
+def test_an_owner_lets_go_of_what_he_still_holds(sandbox: Sandbox) -> None:
+    retain(sandbox, nvdimm(sandbox))
+    disk = sandbox.devices.attach(sandbox.disk("a.img"), owner="first")
+    assert [hold.id for hold in sandbox.devices.detach_owner("first")] == [disk.id]
+    (left,) = sandbox.devices.attachments()
+    assert left.state is State.RETAINED
+
+
 def test_a_retained_nvdimm_serves_no_other_wish(sandbox: Sandbox) -> None:
     retain(sandbox, nvdimm(sandbox, ro=True))
     before = sandbox.picture()
