@@ -21,6 +21,7 @@ from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed, without_shared
 from vmplug.host.check.exclusive import exclusive_errno
+from vmplug.host.check.image_files import list_image_files
 from vmplug.host.check.open_char import check_open_char
 from vmplug.host.check.open_disk import check_open_disk, open_in_vm
 from vmplug.host.check.unknown import gather_unknown, not_looked_for
@@ -80,13 +81,17 @@ def _check(
             return list(_check_block(disk, access, usage, claims, root, in_vm=in_vm))
         case DiskFile():
             file = relate_file(device, usage, root)
-            return list(_check_file(file, access, usage, claims, root, in_vm=in_vm))
+            found = list(_check_file(file, access, usage, claims, root, in_vm=in_vm))
+            # QEMU's own locks keep it from what another QEMU has.
+            for other, how in list_image_files(None if in_vm else device.image, access, root):
+                found += _check(other, how, usage, (), root, in_vm=True)
+            return found
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
             return list(find_claimed(claims, access))
         case VfioGroup():
             # Functions of one group may share what is in use, such as a disk with two controllers.
-            found = _check_vfio(device, access, usage, claims, root, in_vm=in_vm)
-            return list(dict.fromkeys(found))
+            members = _check_vfio(device, access, usage, claims, root, in_vm=in_vm)
+            return list(dict.fromkeys(members))
         case CharDevice():
             return list(check_open_char(device, usage, root))
         case EntropySource():

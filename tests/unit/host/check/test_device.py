@@ -19,6 +19,8 @@ from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.formats import ImageFormat
+from vmplug.host.block.qcow2 import ImageFile
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
@@ -310,6 +312,26 @@ def test_a_file_behind_a_loop_device_is_in_use(tree: HostTree) -> None:
             ),
         )
     ]
+
+
+@pytest.mark.parametrize("is_data", [True, False])
+def test_a_use_of_the_files_of_an_image_counts(disk: HostTree, *, is_data: bool) -> None:
+    """A data file is written; a backing file is only read, which a loop device does too."""
+    disk.file("/a.qcow2", b"x").file("/b.raw", b"y")
+    loop(disk, "/b.raw").file("/sys/dev/block/7:0/ro", "1\n")
+    raw = ImageFile("/b.raw", ImageFormat.RAW, is_device=False, file_id="")
+    image = ImageFile("/a.qcow2", ImageFormat.QCOW2, is_device=False, file_id="")
+    image = image._replace(data_file=raw) if is_data else image._replace(backing=raw)
+    device = DiskFile(host_path="/a.qcow2", size_bytes=1, image=image)
+    found = check_device(device, WRITING, usage=read_usage(disk.root), root=disk.root)
+    assert [finding.message for finding in found] == (
+        ["/b.raw is behind the loop device /dev/loop0"] if is_data else []
+    )
+    chain = image._replace(backing=image, data_file=None)
+    found = check_device(
+        device._replace(image=chain), WRITING, usage=read_usage(disk.root), root=disk.root
+    )
+    assert codes(found) == []  # the data file of a backing file is only read, too
 
 
 @pytest.mark.parametrize("wanted", ["/a.img", "8:0"])
