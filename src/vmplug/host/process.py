@@ -205,6 +205,11 @@ class ProcessLock:
             self.check()
         self._lock.acquire()
 
+    def take_if_free(self) -> bool:
+        """Take it, unless another thread has it: returns whether it is this one's now."""
+        self.check()
+        return self._lock.acquire(blocking=False)
+
     def release(self) -> None:
         """Release it once."""
         self._lock.release()

@@ -82,6 +82,26 @@ def test_closing_ends_a_command_that_another_thread_waits_for(tmp_path: Path) ->
             monitor.execute(Command("query-status", {}))
 
 
+def test_a_signal_handler_may_close_what_its_thread_uses(tmp_path: Path) -> None:
+    """The thread that minds the connection is not waited for while it waits for this one."""
+    with Hung(tmp_path / "qmp") as vm, ThreadPoolExecutor(1) as other:
+        monitor = QmpMonitor.connect(str(vm.socket_path), command_timeout_s=NEVER_S)
+
+        def interrupt() -> None:
+            assert vm.asked.wait(SOON_S)
+            time.sleep(10 * client.IDLE_S)  # so that it would have begun to wait
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+        former = signal.signal(signal.SIGUSR1, lambda *_: monitor.close())
+        try:
+            done = other.submit(interrupt)
+            with pytest.raises(StateError, match="closed"):
+                monitor.execute(Command("query-status", {}))
+            done.result(SOON_S)
+        finally:
+            signal.signal(signal.SIGUSR1, former)
+
+
 def test_a_journal_is_closed_when_its_devices_are_given_up(tmp_path: Path) -> None:
     """Else they would be in progress for as long as this process lives."""
     journal = Journal.open(tmp_path / "state")

@@ -69,7 +69,7 @@ class QmpMonitor(Monitor):
         self._numbers = count(1)
         self._alone = ProcessLock()
         """The thread that has it uses the connection."""
-        self._closing = threading.Lock()
+        self._closing = threading.RLock()  # a signal handler may close it
         self._closed = threading.Event()
         self._wire: Wire | None = None
         self._is_open = threading.Event()
@@ -238,13 +238,20 @@ class QmpMonitor(Monitor):
     def _mind(self) -> None:
         """Between commands pass on what arrives, and leave the socket to the next client.
 
-        Our next command queues up behind it.
+        Our next command queues up behind it. A thread that has a command under way is not waited
+        for: it may have to wait for this one, when its signal handler closes the monitor.
         """
         while self._is_open.wait() and not self._closed.wait(IDLE_S):
-            with self._alone:
-                idle_s = time.monotonic() - self._idle_since
-                if self._wire and (self._is_over(idle_s) or not self._hears(self._wire)):
-                    self._disconnect()
+            if self._alone.take_if_free():
+                try:
+                    self._look()
+                finally:
+                    self._alone.release()
+
+    def _look(self) -> None:
+        idle_s = time.monotonic() - self._idle_since
+        if self._wire and (self._is_over(idle_s) or not self._hears(self._wire)):
+            self._disconnect()
 
     def _is_over(self, idle_s: float) -> bool:
         """Whether it is another client's turn, after that time without a command."""
