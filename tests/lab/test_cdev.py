@@ -28,6 +28,7 @@ from tests.lab.nested import MEMORY, NestedGuest, devices, paused_vm
 from tests.support.raw_qmp import RawQmp
 from tests.support.vm import QEMU, GuestVm, start_vm
 from vmplug import (
+    Code,
     CommandError,
     DeviceInfo,
     DeviceManager,
@@ -412,7 +413,7 @@ def test_what_the_kernel_refuses_is_undone(bound: Path, device: str) -> None:
     """QEMU may lock less than was seen, and says so too late."""
     with unprivileged(8 * MIB) as vm, manager(vm, bound) as devices:
         with pytest.raises(CommandError) as caught:
-            devices.attach(ask(device), allow=["memlock-limit"])  # type: ignore[list-item]
+            devices.attach(ask(device), allow=[Code.MEMLOCK_LIMIT])
         assert "Cannot allocate memory" in caught.value.desc or not ABLE
         assert caught.value.hint
         assert devices.attachments() == []

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,25 @@ def test_what_holds_a_function_is_shown(state: Path) -> None:
     assert str(namespace) in json.dumps(function)
 
 
+@contextmanager
+def held_open(path: Path) -> Iterator[None]:
+    """By another process: what the one that runs the verb has open is its own."""
+    with subprocess.Popen(
+        ["sh", "-c", 'exec 3<"$0"; echo; exec cat', str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        yield
+        holder.communicate()
+
+
 def test_a_function_is_shown_with_what_is_on_it_and_who_uses_that() -> None:
     namespace = namespace_of(NVME)
     controllers = list((PCI / NVME / "nvme").iterdir())
     controller = Path("/dev") / controllers[0].name
-    with mapped("lab", f"0 2048 linear {namespace} 0") as volume, controller.open("rb"):
+    with mapped("lab", f"0 2048 linear {namespace} 0") as volume, held_open(controller):
         name = f"/dev/dm-{os.minor(volume.stat().st_rdev)}"
         thing = vmplug("host", NVME)["thing"]
     (disk,) = (part for part in thing["made_of"] if part["relation"] == "disk")

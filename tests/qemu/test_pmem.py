@@ -430,7 +430,7 @@ def test_what_fails_behind_an_nvdimm_leaves_it_retained(open_lab: OpenLab, tmp_p
     bad = disk_image(tmp_path / "bad.img", SMALL_MIB, "bad")
 
     def remove(command: Command) -> None:
-        if command.execute == "query-memdev":
+        if command.execute == "query-memory-devices":
             bad.unlink()
 
     open_lab.talk_through(lambda monitor: Hooked(monitor, remove))
@@ -456,7 +456,7 @@ def test_a_file_that_has_gone_is_never_made_anew(life: OpenLab, tmp_path: Path) 
     before = life.picture()
 
     def remove(command: Command) -> None:
-        if command.execute == "query-memdev":
+        if command.execute == "query-memory-devices":
             image.unlink()
 
     life.talk_through(lambda monitor: Hooked(monitor, remove))

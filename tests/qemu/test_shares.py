@@ -511,14 +511,23 @@ def test_a_file_system_that_takes_no_writes_is_shared_read_only(
 
 
 def test_a_daemon_ends_when_its_port_is_occupied(open_lab: OpenLab, directory: Path) -> None:
-    held = open_lab.devices.attach(open_lab.disk())  # the manager remembers what was free
-    open_lab.query("blockdev-add", **{"node-name": "stranger-node", "driver": "null-co"})
-    device = {"driver": "virtio-blk-pci", "id": "stranger", "drive": "stranger-node"}
-    open_lab.query("device_add", bus="rp1", addr="0x0", **device)
+    held = open_lab.devices.attach(open_lab.disk())
 
+    def occupy(command: Command) -> None:
+        """The port was free when it was chosen."""
+        if command.execute == "chardev-add":
+            open_lab.query("blockdev-add", **{"node-name": "stranger-node", "driver": "null-co"})
+            device = {"driver": "virtio-blk-pci", "id": "stranger", "drive": "stranger-node"}
+            open_lab.query("device_add", bus="rp1", addr="0x0", **device)
+
+    open_lab.talk_through(lambda monitor: Hooked(monitor, occupy))
     info = ShareInfo(tag=TAG, source=str(directory))
-    error = expect(open_lab, info, BackendError, "not available for vhost-user-fs-pci")
-    assert error.hint
+    before = open_lab.rows()
+    with pytest.raises(BackendError, match="not available for vhost-user-fs-pci") as caught:
+        open_lab.devices.attach(info)
+    assert caught.value.hint
+    open_lab.talk_plainly()
+    assert open_lab.rows() == before
     assert daemons_below(directory) == []
 
     attachment = open_lab.devices.attach(info)
