@@ -565,7 +565,9 @@ def test_what_a_guest_waits_for_in_vain_is_told_and_stays(image: Path, tmp_path:
         lab.guest_vm.console.wait_until("mkdir -p /mnt/work; mount -t virtiofs work /mnt/work")
         kill_daemons(directory)
         backend.kill()
-        lab.guest("ls /mnt/work >/dev/null 2>&1 &")
+        lab.guest("ls /mnt/work >/dev/null 2>&1 & echo $! >/tmp/waiter")
+        waits = "grep -Eq 'fuse|request_wait' /proc/$(cat /tmp/waiter)/wchan"
+        lab.guest_vm.console.wait_until(waits)
         for attachment in (share, adapter, adapter):
             with pytest.raises(UnplugTimeout) as caught:
                 lab.devices.detach(attachment.id, timeout_s=AT_ONCE_S)
