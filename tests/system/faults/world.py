@@ -21,7 +21,7 @@ from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.drivers.ports import Endpoint
 from vmplug.host.kind import DeviceType, Identity
 from vmplug.host.pci.vfio import find_vfio_device
-from vmplug.host.process import find_marked
+from vmplug.host.process import find_marked, wait_for_end
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.hypervisor.fake.monitor import Guest
@@ -115,7 +115,8 @@ class World:
             case Fault.BACKEND_DIES:
                 self.behind.kill()
             case Fault.OWN_DIES:
-                self._signal_own(signal.SIGKILL)
+                for pid in self._signal_own(signal.SIGKILL):
+                    assert wait_for_end(pid, 60)  # it still listens while it dies
             case Fault.OWN_HANGS:
                 self._signal_own(signal.SIGSTOP)
             case _:
@@ -126,12 +127,16 @@ class World:
             while True:
                 file.write(bytes(4096))
 
-    def _signal_own(self, number: signal.Signals) -> None:
-        """To the QEMU that vmplug has started."""
-        keepers, directory = find_marked(KEEPER_MARK), self.state_dir / "vm" / OWN_VM
-        for pid, where in _working_below(self.state_dir):
-            if where == str(directory) and pid not in keepers:
+    def _signal_own(self, number: signal.Signals) -> list[int]:
+        """To the QEMU that vmplug has started; gives its pid."""
+        directory = str(self.state_dir / "vm" / OWN_VM)
+        there = [pid for pid, where in _working_below(self.state_dir) if where == directory]
+        keepers = find_marked(KEEPER_MARK)  # looked for later: its dd is a new one now and then
+        found = [pid for pid in there if pid not in keepers]
+        for pid in found:
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
+        return found
 
     def mend(self) -> None:
         """There is room on the disk again, and the guest and QEMU answer."""
