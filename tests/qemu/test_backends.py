@@ -301,7 +301,7 @@ def test_storage_daemon_stopped_and_continued(vm: GuestVm, image: Path) -> None:
 
 
 def start_reading(vm: GuestVm, disk: GuestDisk) -> None:
-    job = f"(read_disk {disk.name} 1048576 512; echo $? >/tmp/read) >/dev/null 2>&1 &"
+    job = f"(read_disk {disk.name} 1048576 512; echo $? >/tmp/read) </dev/null >/dev/null 2>&1 &"
     vm.console.run(f"rm -f /tmp/read; {job}")
 
 

@@ -97,7 +97,8 @@ class Wire:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, number) for number in passed]
         try:
             sent = self._socket.sendmsg([data], rights)
-            self._socket.sendall(data[sent:])
+            if rest := data[sent:]:  # else a peer that obeyed, as to quit, may have gone
+                self._socket.sendall(rest)
         except BlockingIOError as error:
             raise TimeoutError from error
 
