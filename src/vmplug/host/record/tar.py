@@ -18,7 +18,7 @@ FILE, LINK, DIRECTORY = b"0", b"2", b"5"
 NODES = {b"3": stat.S_IFCHR, b"4": stat.S_IFBLK}
 
 _ZEROS = bytes(BLOCK_BYTES)
-_EXTENSIONS = frozenset(b"xXgLK"[i : i + 1] for i in range(5))
+_EXTENSIONS = frozenset({b"x", b"X", b"g", b"L", b"K"})
 _EXTENSIONS_MAX = 8
 """In a row; tar(1) writes at most three."""
 _EXTENSION_MAX_BYTES = 1 << 16
