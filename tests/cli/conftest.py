@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import Vmplug
+from tests.cli.monitors import MemoryVm
 from tests.support.memory import MEMORY
 from tests.support.tree import HostTree
 
@@ -22,6 +23,14 @@ def vmplug() -> Iterator[Vmplug]:
     """A command line whose journal is not there yet; sockets below it need a short path."""
     with tempfile.TemporaryDirectory(prefix="vmplug-", dir=MEMORY) as directory:
         yield Vmplug(Path(directory) / "state")
+
+
+@pytest.fixture
+def vm(vmplug: Vmplug) -> Iterator[MemoryVm]:
+    """A VM in memory that vmplug knows as sb1."""
+    with MemoryVm(vmplug.state_dir.with_name("qmp.sock")) as made:
+        vmplug("vm", "adopt", "sb1", "--qmp", made.socket_path).answer()
+        yield made
 
 
 @pytest.fixture

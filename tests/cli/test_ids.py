@@ -1,7 +1,6 @@
 """What people call an attachment: by its id, its device's, or as much of one as is enough."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,6 @@ from tests.cli.monitors import MemoryVm
 from tests.support.disks import disk_image
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def vm(vmplug: Vmplug) -> Iterator[MemoryVm]:
-    with MemoryVm(vmplug.state_dir.with_name("qmp.sock")) as memory_vm:
-        vmplug("vm", "adopt", "sb1", "--qmp", memory_vm.socket_path).answer()
-        yield memory_vm
 
 
 @pytest.fixture

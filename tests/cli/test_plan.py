@@ -1,7 +1,6 @@
 """`plan` reads as sentences, each with its undo; -v and --json have the commands."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from vmplug.address import PciPath
 from vmplug.cli.steps import sentences
 from vmplug.drivers.place import GuestAddress
 from vmplug.drivers.ports import BIND, UNBIND, Command, Step
-
-
-@pytest.fixture
-def vm(vmplug: Vmplug) -> Iterator[MemoryVm]:
-    with MemoryVm(vmplug.state_dir.with_name("qmp.sock")) as made:
-        vmplug("vm", "adopt", "sb1", "--qmp", made.socket_path).answer()
-        yield made
 
 
 @pytest.fixture

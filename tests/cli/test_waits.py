@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,6 @@ from vmplug.journal.state import State
 from vmplug.manager.setup import Setup
 from vmplug.manager.unfinished import list_unfinished
 from vmplug.waiting import waiting
-
-
-@pytest.fixture
-def vm(vmplug: Vmplug) -> Iterator[MemoryVm]:
-    with MemoryVm(vmplug.state_dir.with_name("qmp.sock")) as made:
-        vmplug("vm", "adopt", "sb1", "--qmp", made.socket_path).answer()
-        yield made
 
 
 @pytest.fixture
