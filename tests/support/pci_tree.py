@@ -294,6 +294,15 @@ class PciTree(HostTree):
         self.link(f"/sys/block/pmem{number}", f"../{disk[5:]}")
         return self.link(f"/sys/bus/nd/devices/{name}", f"../../..{path[4:]}")
 
+    def swap_function(self, bdf: str) -> Self:
+        """Another function at that address, which is like the one before in all it says."""
+        directory = self.path / self.real(bdf)[1:]
+        kept = directory.rename(directory.with_name("kept"))
+        directory.mkdir()
+        for file in kept.iterdir():
+            file.rename(directory / file.name)
+        return self
+
     def real(self, device: str) -> str:
         """The directory of a BDF, a UUID or a path, without links."""
         if device.startswith("/"):

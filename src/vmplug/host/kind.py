@@ -1,5 +1,6 @@
 """The kinds of device, how a request names one, and what identifies it."""
 
+import re
 from enum import StrEnum
 from typing import NamedTuple, Self
 
@@ -117,3 +118,11 @@ class Identity(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.key}"
+
+
+def is_other_thing(then: str, now: str) -> bool:
+    """Whether two texts of `vmplug.host.check.thing` are of two devices.
+
+    A vmplug before journal version 8 did not write the vendor and device of a function.
+    """
+    return then not in {now, re.sub(r"(?<=\.[0-7]):[0-9a-f]{4}:[0-9a-f]{4}(?=:)", "", now)}

@@ -33,13 +33,15 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True):
     """A function that vmplug bound, and its former binding.
 
     `device_id` is the device for which `attach --managed` bound it, None when it was bound by
-    hand.
+    hand. `thing` is that function (see `vmplug.host.check.thing`), None where an older vmplug
+    bound it.
     """
 
     former: FormerBinding
     state: BindingState
     device_id: str | None
     boot_id: str
+    thing: str | None = None
 
     @property
     def bdf(self) -> Bdf:
@@ -73,7 +75,7 @@ class Bindings:
         with Transaction(self._db, self._lock, self._path) as db:
             for binding in bindings:
                 db.execute(
-                    "INSERT OR REPLACE INTO binding VALUES (?, ?, ?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO binding VALUES (?, ?, ?, ?, ?, ?, ?)",
                     (
                         str(binding.bdf),
                         binding.former.driver,
@@ -81,6 +83,7 @@ class Bindings:
                         binding.state,
                         binding.device_id,
                         binding.boot_id,
+                        binding.thing,
                     ),
                 )
 
@@ -100,4 +103,5 @@ def read_binding(row: sqlite3.Row) -> Binding:
         state=BindingState(row["state"]),
         device_id=row["device"],
         boot_id=row["boot_id"],
+        thing=row["thing"],
     )

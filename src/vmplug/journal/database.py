@@ -17,7 +17,7 @@ from vmplug.host.process import ProcessLock
 from vmplug.journal import StateDir, has_journal, journal_path
 from vmplug.journal.lock import JournalLock, in_place_of
 
-VERSION = 7
+VERSION = 8
 """The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -79,6 +79,8 @@ CREATE TABLE binding (
 ) STRICT;
 """
 """`device` is not a foreign key: a function may be given back after its device is gone."""
+_FUNCTION = "ALTER TABLE binding ADD COLUMN thing TEXT;"
+"""Which function had the address (see `vmplug.host.check.thing`)."""
 _VF_UUIDS = """
 CREATE TABLE vf_token (
     bdf TEXT PRIMARY KEY,
@@ -93,7 +95,7 @@ CREATE TABLE journal (id TEXT NOT NULL) STRICT;
 INSERT INTO journal VALUES (lower(hex(randomblob(3))));
 """
 """One row: the digits with which the id of each new device begins."""
-_SCHEMA += _BINDING + _VF_UUIDS + _OWNER
+_SCHEMA += _BINDING + _FUNCTION + _VF_UUIDS + _OWNER
 
 
 _MIGRATIONS = {
@@ -119,6 +121,7 @@ ALTER TABLE device ADD COLUMN thing TEXT;
 ALTER TABLE vm ADD COLUMN worker TEXT;
 """,
     6: _OWNER,
+    7: _FUNCTION,
 }
 """The statements that turn a journal of that version into one of the next."""
 

@@ -13,7 +13,7 @@ from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
 from vmplug.drivers.ports import Endpoint
 from vmplug.errors import StateError
 from vmplug.host.finding import Claim
-from vmplug.host.kind import DeviceType, Identity
+from vmplug.host.kind import DeviceType, Identity, is_other_thing
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
 from vmplug.journal.process import ProcessIdentity
@@ -63,7 +63,7 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     def is_other(self, thing: str | None) -> bool:
         """Whether what has its name now is surely not what was plugged."""
-        return self.thing is not None and thing is not None and thing != self.thing
+        return bool(self.thing and thing) and is_other_thing(self.thing or "", thing or "")
 
     def why_not(self, thing: str | None) -> StateError | None:
         """Why what has its name now may not be taken for what was plugged; None when it may.

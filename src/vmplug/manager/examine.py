@@ -22,9 +22,10 @@ from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import NO_VMS, HostUsage, read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.check.thing import identify
+from vmplug.host.check.thing import has_changed, identify
 from vmplug.host.check.vfio_group import GuestMemory, check_vm
 from vmplug.host.device import CharDevice, HostDevice
+from vmplug.host.file_id import file_replaced
 from vmplug.host.finding import (
     NEVER_ALLOWED,
     Access,
@@ -41,6 +42,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.probe import ask_backend
 from vmplug.host.vhost_user.store import VhostUserStore
+from vmplug.journal.records import DeviceRecord
 from vmplug.manager.overlaps import Asked, Overlaps
 from vmplug.oci.requests import Request
 from vmplug.policy.budget import Budget
@@ -168,8 +170,9 @@ def _examine_one(
     driver, gate = select_driver(request, device), terms.known.gate
     verdict = gate.judge(request, device, driver, terms.host) if gate else None
     if verdict and verdict.refusals:
-        findings = list(verdict.refusals)
+        thing, findings = None, list(verdict.refusals)
     else:
+        thing = _identify(device, terms.host)  # before the check, which must hold for it
         device, findings = _check_device(driver, request, device, terms)
     if verdict and verdict.is_named:  # the operator says that it gives random numbers
         findings = [finding for finding in findings if finding.code is not Code.NOT_RANDOM]
@@ -181,7 +184,7 @@ def _examine_one(
         device=device,
         error=None,
         findings=tuple(allow(findings, terms.allowed)),
-        thing=_identify(device, terms.host),
+        thing=thing,
     )
 
 
@@ -247,6 +250,16 @@ def check_vfio(
     memory = GuestMemory(size_bytes=offer.memory_bytes, pid=pid)
     yield from check_vm(group, memory, host, has_iommufd=offer.iommufd)
     yield from check_address_space(group, offer)
+
+
+def require_same(records: Iterable[DeviceRecord], host: HostRoot) -> None:
+    """NoSuchDevice if another device has the number or the address that was checked.
+
+    A card may be swapped, or a loop device get another file, while QEMU opens it.
+    """
+    for record in records:
+        if has_changed(record.thing, host):
+            raise file_replaced(record.host_path, host)
 
 
 def _is_text(path: str) -> bool:

@@ -39,7 +39,7 @@ from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.manager.binding.binder import Binder
 from vmplug.manager.binding.vf_tokens import HiddenTokens, check_tokens, with_tokens
 from vmplug.manager.commit import mark_attached, plan_and_journal
-from vmplug.manager.examine import CheckContext, CheckedRequest, check_vfio, examine
+from vmplug.manager.examine import CheckContext, CheckedRequest, check_vfio, examine, require_same
 from vmplug.manager.logged import log_holds
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
@@ -381,9 +381,8 @@ class DeviceManager:
         """The policy for requests of `owner`."""
         if self._policy is None:
             return None
-        return PolicyCheck(
-            policy=self._policy, vm=self._vm, owner=owner, mode=self._last_offer().mode
-        )
+        mode = self._last_offer().mode
+        return PolicyCheck(policy=self._policy, vm=self._vm, owner=owner, mode=mode)
 
     def _last_offer(self) -> Places:
         """The last known offer of the VM."""
@@ -430,20 +429,21 @@ class DeviceManager:
         self, devices: Sequence[NewDevice], budget: Budget, *, managed: bool
     ) -> tuple[list[DeviceRecord], DeviceError | None]:
         """Plug in turn, up to the first that fails: returns what was done, and the failure."""
-        done: list[DeviceRecord] = []
-        for device in devices:
-            try:
+        done, tokens = list[DeviceRecord](), self._journal.vf_tokens
+        try:
+            for device in devices:
                 budget.check()
+                require_same([device.record], self._host)
                 if managed and isinstance(device.device, VfioGroup):
                     self._binder.bind(device.device, device_id=device.record.id)
                 if device.plug and device.place:
-                    tokens = self._journal.vf_tokens
                     plug = with_tokens(device.plug, tokens, self._hypervisor, self._host)
                     self._hypervisor.plug(plug, device.place)
-            except DeviceError as error:
-                self._offer = None
-                return done, error
-            done.append(device.record)
+                done.append(device.record)
+            require_same(done, self._host)
+        except DeviceError as error:
+            self._offer = None
+            return done, error
         return done, None
 
     def _mark_attached(self, plan: Plan) -> tuple[list[Attachment], StateError | None]:

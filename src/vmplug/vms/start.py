@@ -33,6 +33,7 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.names import check_vm_name
 from vmplug.journal.records import Attachment, VmRecord
 from vmplug.manager.binding.binder import give_back_unused
+from vmplug.manager.examine import require_same
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
 from vmplug.vms.connect import open_manager
@@ -101,6 +102,7 @@ def start_vm(
 
             pid = launch(cold, record_process, timeout_s=_ANSWER_TIMEOUT_S)
             cold.started()
+            require_same(journal.devices(spec.name), setup.host)
             journal.finish_start(spec.name)
         except BaseException:
             abandon_start(journal, journal.require_vm(spec.name))

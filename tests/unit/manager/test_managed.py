@@ -5,16 +5,26 @@ that), the VM is in memory; `tests/lab` has the same with a real kernel and a re
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from tests.support.fake_kernel import FakeKernel
 from tests.support.pci_tree import PciTree
+from vmplug.drivers.place import Place, Places
+from vmplug.drivers.plug import Plug
 from vmplug.drivers.ports import Command
-from vmplug.errors import BindError, CommandError, InUse, NoFreePort, UnplugTimeout
+from vmplug.errors import (
+    BindError,
+    CommandError,
+    InUse,
+    NoFreePort,
+    NoSuchDevice,
+    UnplugTimeout,
+)
 from vmplug.host.finding import Code
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
 from vmplug.journal.journal import Journal
@@ -165,6 +175,42 @@ def test_a_plug_that_is_refused_gives_everything_back(
     assert (journal.devices("sb1"), journal.bindings.all()) == ([], [])
     manager.now.attach(want(GPU), managed=True)
     assert plugged(vm) == {GPU, SOUND}
+
+
+class Swapping(FakeHypervisor):
+    """A VM in whose host the sound card is swapped at one moment of an attach."""
+
+    def __init__(self, kernel: FakeKernel, moment: str) -> None:
+        super().__init__(root_ports=2)
+        self._kernel, self._moment = kernel, moment
+
+    def _swap_at(self, moment: str) -> None:
+        if moment == self._moment:
+            self._moment = "done"
+            self._kernel.tree.swap_function(SOUND)
+
+    def places(self, known: Mapping[str, str] = MappingProxyType({})) -> Places:
+        self._swap_at("planned")
+        return super().places(known)
+
+    def plug(self, plug: Plug, place: Place) -> None:
+        super().plug(plug, place)
+        self._swap_at("plugged")
+
+
+@pytest.mark.parametrize("moment", ["planned", "plugged"])
+def test_a_card_that_is_swapped_during_an_attach_is_not_handed_over(
+    kernel: FakeKernel, journal: Journal, moment: str
+) -> None:
+    """What was checked is what is plugged, and nothing is done to what nobody asked for."""
+    vm = Swapping(kernel, moment)
+    devices = DeviceManager(vm="sb1", host=kernel, hypervisor=vm, journal=journal)
+    with pytest.raises(NoSuchDevice, match="after vmplug checked it"):
+        devices.attach(want(GPU), managed=True)
+    assert plugged(vm) == set()
+    assert (journal.devices("sb1"), journal.bindings.all()) == ([], [])
+    assert all(write.device != SOUND for write in kernel.writes) or moment == "plugged"
+    assert kernel.driver_of(GPU) == "nouveau"
 
 
 def test_a_second_device_without_a_port_takes_the_first_back_before_anything_is_bound(

@@ -2,16 +2,24 @@
 
 A name, a number and an address can each lead to another thing: a file is replaced under its name,
 a loop device gets another file, a function is swapped. The text that `identify` makes differs
-then. Only equal or not matters.
+then. Only equal or not matters: see `vmplug.host.kind.is_other_thing`.
 """
+
+import re
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.sysfs import find_disk_path
+from vmplug.host.block.sysfs import find_block_directory, find_disk_path
 from vmplug.host.device import HostDevice, SharedDirectory
+from vmplug.host.kind import is_other_thing
 from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_handle import read_file_mark
+
+_PCI_ID = re.compile(rb"^PCI_ID=([0-9A-F]+:[0-9A-F]+)$", re.MULTILINE)
+_ADDRESS_WORDS = 3
+"""A function's address has two colons, the UUID of a mediated device none."""
 
 
 def identify(device: HostDevice, root: HostRoot) -> str | None:
@@ -19,7 +27,8 @@ def identify(device: HostDevice, root: HostRoot) -> str | None:
 
     A file or directory is its device and inode with its handle, else its generation. A block
     device is its number and `diskseq`, a partition also its start: it may grow. A function is its
-    address with the inode of its directory in sysfs, which a swapped one does not have.
+    address, vendor and device, with the inode of its directory in sysfs, which a swapped one does
+    not have.
     Source: Documentation/ABI/testing/sysfs-block, diskseq. Raises AttributeReadError.
     """
     match device:
@@ -53,7 +62,51 @@ def identify_block(number: DevNum, sysfs_path: str, root: HostRoot) -> str:
     return " ".join(["block", str(number), *(str(word or "-") for word in words)])
 
 
+def identify_function(path: str, root: HostRoot) -> str | None:
+    """`identify` of the function, or mediated device, that has a directory in sysfs now."""
+    member = identify_member(path, root)
+    return f"vfio {member}" if member else None
+
+
 def identify_member(path: str, root: HostRoot) -> str:
-    """The function or mediated device that has a directory in sysfs now; empty when absent."""
+    """The function or mediated device that has a directory in sysfs now; empty when absent.
+
+    In the copy of a host the inode is the copy's. Raises AttributeReadError.
+    """
     status = root.stat_or_none(path)
-    return f"{path.rpartition('/')[2]}:{status.st_ino}" if status else ""
+    return f"{name_member(path, root)}:{status.st_ino}" if status else ""
+
+
+def name_member(path: str, root: HostRoot) -> str:
+    """A function by its address, vendor and device, or a mediated device by its UUID."""
+    name = path.rpartition("/")[2]
+    if match := _PCI_ID.search(root.read_attribute(f"{path}/uevent") or b""):
+        return f"{name}:{match[1].decode().lower()}"
+    ids = (root.read_attribute(f"{path}/{file}") for file in ("vendor", "device"))
+    return ":".join([name, *(text.decode().strip().removeprefix("0x") for text in ids if text)])
+
+
+def has_changed(thing: str | None, root: HostRoot) -> bool:
+    """Whether a block device, or a function, is surely another one at its number or address now.
+
+    False for what is gone, and for files: vmplug holds those open, whatever their names are.
+    Raises AttributeReadError.
+    """
+    kind, *words = (thing or "").split(" ")
+    now = ""
+    if kind == "block":
+        number = DevNum.parse(words[0])
+        path = root.real_path(find_block_directory(number, root))
+        now = identify_block(number, path, root) if root.stat_or_none(path) else ""
+    elif kind == "vfio":
+        members = [identify_member(_path_of(word), root) for word in words]
+        now = " ".join([kind, *members]) if all(members) else ""
+    return bool(thing and now) and is_other_thing(thing or "", now)
+
+
+def _path_of(member: str) -> str:
+    """The directory of a member, of which the text is that of `identify_member`."""
+    words = member.split(":")
+    if len(words) > _ADDRESS_WORDS:
+        return f"/sys/bus/pci/devices/{':'.join(words[:_ADDRESS_WORDS])}"
+    return f"{MDEV_DEVICES}/{words[0]}"

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from vmplug.address import Bdf, find_bdf
 from vmplug.host.block.usage import HostUsage
-from vmplug.host.check.thing import identify, identify_member
+from vmplug.host.check.thing import identify, identify_member, name_member
 from vmplug.host.check.unknown import gather_unknown
 from vmplug.host.check.vfio_group import check_networks
 from vmplug.host.pci.function import PciFunction, find_function, read_virtfns
@@ -99,7 +99,7 @@ class FunctionReader:
         """In a copy of a host the inode is the copy's."""
         if self._root.is_live:
             return f"vfio {identify_member(path, self._root)}"
-        return f"vfio {path.rpartition('/')[2]}:-"
+        return f"vfio {name_member(path, self._root)}:-"
 
     def _disks_of(self, function: PciFunction) -> Iterator[Thing]:
         root = self._root

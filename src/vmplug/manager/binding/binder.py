@@ -7,6 +7,7 @@
 | bound, by hand or for a device | with VFIO | left |
 | bound by hand | another driver has it | forgotten: it was bound elsewhere |
 | anything | gone, or of an earlier boot | forgotten |
+| anything | another has its address | forgotten: that one is not touched |
 
 A function that a process has open stays as it is. Rows stay when giving back fails, so that it can
 be repeated.
@@ -16,14 +17,23 @@ import errno
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 
 import msgspec
 from msgspec.structs import replace
 
 from vmplug.address import Bdf
-from vmplug.errors import BindError, DeviceError, HostError, NoSuchDevice, StateError, StoreError
+from vmplug.errors import (
+    AttributeReadError,
+    BindError,
+    DeviceError,
+    HostError,
+    NoSuchDevice,
+    StateError,
+    StoreError,
+)
+from vmplug.host.check.thing import has_changed, identify_function
 from vmplug.host.finding import Code, Finding
 from vmplug.host.pci.bind import (
     WRITE_TIMEOUT_S,
@@ -177,10 +187,10 @@ class Binder:
         """
         if not self._journal.bindings.all():
             return []
-        boot_id = self._boot_id()
-        stale = [row for row in self._journal.bindings.all() if row.boot_id != boot_id]
         told = [
-            Returned(r.former, BindOutcome.FORGOTTEN, "the host has booted since") for r in stale
+            Returned(row.former, BindOutcome.FORGOTTEN, why)
+            for row in self._journal.bindings.all()
+            if (why := self._why_stale(row))
         ]
         try:
             with self._alone(lock_timeout_s) as rows:
@@ -225,6 +235,7 @@ class Binder:
                 state=BindingState.BINDING,
                 device_id=device_id,
                 boot_id=self._boot_id(),
+                thing=identify_function(function.sysfs_path, self._host),
             ),
             before=before,
             row_before=row,
@@ -350,15 +361,26 @@ class Binder:
 
     @contextmanager
     def _alone(self, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[dict[Bdf, Binding]]:
-        """The rows of this boot, while no other process binds; earlier ones are forgotten."""
+        """The rows of this boot, while no other process binds; stale ones are forgotten."""
         with ExitStack() as locked:
             with waiting("another process that binds functions", timeout_s):
                 locked.enter_context(self._journal.bindings.alone(timeout_s=timeout_s))
-            boot_id = self._boot_id()
-            rows = self._journal.bindings.all()
-            if stale := [row.bdf for row in rows if row.boot_id != boot_id]:
+            rows = {row.bdf: row for row in self._journal.bindings.all()}
+            stale = {bdf: why for bdf, row in rows.items() if (why := self._why_stale(row))}
+            if stale:
                 self._journal.bindings.forget(stale)
-            yield {row.bdf: row for row in rows if row.boot_id == boot_id}
+                bound = ", ".join(map(str, stale))
+                log.info("forgot %s, which vmplug had bound: gone or replaced", bound)
+            yield {bdf: row for bdf, row in rows.items() if bdf not in stale}
+
+    def _why_stale(self, row: Binding) -> str | None:
+        """Why a row no longer says anything about a function; None while it does."""
+        if row.boot_id != self._boot_id():
+            return "the host has booted since"
+        with suppress(AttributeReadError):
+            if has_changed(row.thing, self._host):
+                return "another function has its address now"
+        return None
 
 
 def give_back_unused(journal: Journal) -> None:

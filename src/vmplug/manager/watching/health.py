@@ -18,7 +18,7 @@ from vmplug.host.block.formats import ImageFormat
 from vmplug.host.block.loop import read_backing_file
 from vmplug.host.block.qcow2 import read_qcow2_header
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES
-from vmplug.host.check.thing import identify_block, identify_file
+from vmplug.host.check.thing import has_changed, identify_block, identify_file
 from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.pci.function import find_function
 from vmplug.host.pci.mdev import MDEV_DEVICES
@@ -236,7 +236,12 @@ class HostSnapshot:
         address = record.guest_address
         members = [function.host for function in address.functions] if address else []
         looks = (self._function(name) for name in members or [record.identity.key])
-        return next((look for look in looks if look), DeviceHealth(HostState.PRESENT))
+        if changed := next((look for look in looks if look), None):
+            return changed
+        if has_changed(record.thing, self._host):
+            told = f"{record.host_path} is now another device than the VM has"
+            return DeviceHealth(HostState.REPLACED, told)
+        return DeviceHealth(HostState.PRESENT)
 
     def _function(self, name: str) -> DeviceHealth | None:
         """The change; None when there is none."""

@@ -8,12 +8,13 @@ from tests.support.checking import want, want_file
 from tests.support.disks import disk_image, loop_device
 from tests.support.pci_tree import PciTree
 from tests.support.tree import HostTree
-from vmplug.host.check.thing import identify
+from vmplug.host.check.thing import has_changed, identify
+from vmplug.host.kind import is_other_thing
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.resolve import resolve
 from vmplug.host.root import THIS_HOST, HostRoot
 
-BDF = "0000:3b:00.0"
+BDF, OTHER = "0000:3b:00.0", "0000:3b:00.1"
 
 
 def thing(name: str, root: HostRoot = THIS_HOST) -> str | None:
@@ -76,14 +77,55 @@ def test_a_loop_device_with_another_file_is_another(tmp_path: Path) -> None:
     assert len(seen) == 3
 
 
-def test_a_function_is_another_when_it_was_swapped(tmp_path: Path) -> None:
-    tree = PciTree(tmp_path / "host")
-    tree.pci_function(BDF, driver="nvme", group=26)
-    before = identify(find_vfio_device(BDF, tree.root), tree.root)
-    assert before == identify(find_vfio_device(BDF, tree.root), tree.root)
-    directory = tree.path / tree.real(BDF)[1:]
-    directory.rename(directory.with_name("kept"))
-    directory.mkdir()
-    for file in directory.with_name("kept").iterdir():
-        file.rename(directory / file.name)
-    assert identify(find_vfio_device(BDF, tree.root), tree.root) != before
+@pytest.fixture
+def pci(tmp_path: Path) -> PciTree:
+    return PciTree(tmp_path / "host").pci_function(BDF, driver="nvme", group=26)
+
+
+def function(tree: PciTree) -> str:
+    found = identify(find_vfio_device(BDF, tree.root), tree.root)
+    assert found
+    return found
+
+
+def test_a_function_is_another_when_it_was_swapped(pci: PciTree) -> None:
+    before = function(pci)
+    assert (function(pci), has_changed(before, pci.root)) == (before, False)
+    pci.swap_function(BDF)
+    assert is_other_thing(before, function(pci))
+    assert has_changed(before, pci.root)
+
+
+def test_a_function_is_its_address_its_vendor_and_device_and_its_directory(pci: PciTree) -> None:
+    inode = (pci.path / pci.real(BDF)[1:]).stat().st_ino
+    assert function(pci) == f"vfio {BDF}:8086:0953:{inode}"
+    pci.file(f"{pci.real(BDF)}/uevent", "PCI_ID=8086:0A55\n")
+    assert function(pci) == f"vfio {BDF}:8086:0a55:{inode}"
+
+
+def test_a_function_that_an_older_vmplug_knew_is_still_that_one(pci: PciTree) -> None:
+    now = function(pci)
+    older = now.replace(":8086:0953:", ":")
+    assert not is_other_thing(older, now)
+    assert not has_changed(older, pci.root)
+    pci.swap_function(BDF)
+    assert has_changed(older, pci.root)
+
+
+def test_a_member_that_another_group_has_now_is_another_group(pci: PciTree) -> None:
+    pci.pci_function(OTHER, driver="nvme", group=26)
+    both = function(pci)
+    assert both.count("8086") == 2
+    pci.swap_function(OTHER)
+    assert has_changed(both, pci.root)
+
+
+@pytest.mark.parametrize("thing", [None, "vfio 0000:ff:00.0:8086:0953:9", "block 240:9 3 -"])
+def test_what_is_gone_is_not_another(pci: PciTree, thing: str | None) -> None:
+    assert not has_changed(thing, pci.root)
+
+
+def test_a_disk_whose_number_was_given_again_has_changed(tree: HostTree) -> None:
+    tree.block_device("8:0", "sda").file("/sys/devices/virtual/block/sda/diskseq", "3\n")
+    assert not has_changed("block 8:0 3", tree.root)
+    assert has_changed("block 8:0 2", tree.root)

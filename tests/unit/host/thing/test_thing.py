@@ -419,7 +419,7 @@ def test_the_identity_is_what_no_name_can_fake(disks: PciTree) -> None:
 
 def test_an_inode_of_a_copy_is_not_an_identity(host: PciTree) -> None:
     assert show(host, IMAGE).identity is None
-    assert show(host, NVME).identity == f"vfio {NVME}:-"
+    assert show(host, NVME).identity == f"vfio {NVME}:8086:0953:-"
     assert show(host, "29").identity == f"vfio {CARD}:- {SOUND}:-"
 
 

@@ -568,6 +568,36 @@ def test_a_function_that_goes_while_it_is_bound_is_forgotten(
     assert journal.bindings.all() == []
 
 
+@pytest.mark.parametrize("ask", [lambda b: b.give_back("d1"), lambda b: b.recover()])
+def test_the_function_in_the_place_of_one_that_was_bound_is_not_touched(
+    kernel: FakeKernel, binder: Binder, journal: Journal, ask: Callable[[Binder], object]
+) -> None:
+    """A card was swapped: its driver and its override are those that somebody chose for it."""
+    binder.bind(group_of(kernel, DISK), device_id="d1")
+    kernel.tree.swap_function(DISK)
+    before, kernel.writes[:] = kernel.picture(), []
+    ask(binder)
+    assert (kernel.writes, kernel.picture(), journal.bindings.all()) == ([], before, [])
+
+
+def test_a_swapped_function_is_reported(kernel: FakeKernel, binder: Binder) -> None:
+    binder.bind(group_of(kernel, DISK))
+    kernel.tree.swap_function(DISK)
+    (told,) = binder.recover()
+    assert told.outcome is BindOutcome.FORGOTTEN
+    assert told.reason == "another function has its address now"
+
+
+def test_a_function_that_an_older_vmplug_bound_is_given_back(
+    kernel: FakeKernel, binder: Binder, journal: Journal
+) -> None:
+    before = kernel.picture()
+    (bound,) = binder.bind(group_of(kernel, DISK), device_id="d1")
+    journal.bindings.put([replace(bound, thing=None)])
+    (told,) = binder.give_back("d1")
+    assert (told.outcome, kernel.picture()) == (BindOutcome.GIVEN_BACK, before)
+
+
 def test_a_function_with_another_driver_is_forgotten(kernel: FakeKernel, binder: Binder) -> None:
     binder.bind(group_of(kernel, DISK))
     restore(FormerBinding(bdf=Bdf.parse(DISK), driver="nvme", driver_override=None), kernel)

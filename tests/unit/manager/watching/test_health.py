@@ -12,7 +12,12 @@ from tests.support.journal import device_record, hold_on, vm_record
 from tests.support.pci_tree import PciTree
 from tests.support.tree import GIB, MIB
 from vmplug.devnum import DevNum
-from vmplug.host.check.thing import identify_block, identify_file
+from vmplug.host.check.thing import (
+    identify_block,
+    identify_file,
+    identify_function,
+    identify_member,
+)
 from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
@@ -40,7 +45,9 @@ def plugged(record: DeviceRecord, root: HostRoot) -> DeviceRecord:
         case IdentityKind.FILE | IdentityKind.SHARE:
             thing = identify_file(record.host_path, root)
         case IdentityKind.VFIO:
-            thing = f"vfio {record.identity.key}"
+            key = record.identity.key
+            bus = "mdev" if record is MDEV else "pci"
+            thing = identify_function(f"/sys/bus/{bus}/devices/{key}", root)
         case _:
             pass
     return replace(record, thing=thing)
@@ -201,6 +208,20 @@ def test_a_function_that_another_driver_has_is_told_for_its_group(
     assert found
     assert found.state is HostState.OTHER_DRIVER
     assert found.detail == f"{BDFS[1]} is bound to {says}, not to VFIO's"
+
+
+def test_a_function_that_was_swapped_is_another(tree: PciTree) -> None:
+    tree.pci_function(BDFS[0], driver="vfio-pci").pci_function(BDFS[1], driver="vfio-pci")
+    things = " ".join(identify_member(f"/sys/bus/pci/devices/{bdf}", tree.root) for bdf in BDFS)
+    known = replace(GROUP, thing=f"vfio {things}")
+    assert look(tree, known) == DeviceHealth(HostState.PRESENT)
+    tree.swap_function(BDFS[1])
+    found = look(tree, known)
+    assert found
+    assert (found.state, found.detail) == (
+        HostState.REPLACED,
+        "/dev/vfio/26 is now another device than the VM has",
+    )
 
 
 def test_a_function_that_was_pulled_is_gone(tree: PciTree) -> None:
