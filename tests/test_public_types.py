@@ -136,6 +136,23 @@ def test_the_check_of_a_hypervisor_asks_it_nothing(tmp_path: Path) -> None:
     assert asked == []
 
 
+def test_a_call_is_checked_though_one_like_it_has_passed() -> None:
+    for options in ({}, {"cache": "none"}):
+        api.ShareInfo(tag="work", source="/srv", driver_options=options)
+        api.DevNum(1, 3)
+        api.DeviceInfo(container_path="/dev/x", dev_type=vmplug.DevType.FIFO, uid=0)
+    with pytest.raises(TypeError, match="driver_options must be"):
+        api.ShareInfo(tag="work", source="/srv", driver_options={"cache": 1})
+    with pytest.raises(TypeError, match="minor must be int, not str"):
+        api.DevNum(1, "3")
+    with pytest.raises(TypeError, match="gid must be int or None, not str"):
+        api.DeviceInfo(container_path="/dev/x", dev_type=vmplug.DevType.FIFO, gid="0")
+    with pytest.raises(TypeError, match="driver_options must be"):
+        api.DeviceInfo(
+            container_path="/dev/x", dev_type=vmplug.DevType.FIFO, driver_options={"a": 1}
+        )
+
+
 def test_an_iterator_is_not_read_before_its_time() -> None:
     codes = iter([vmplug.Code.IS_SWAP])
     vmplug.check_requests([DISK], allow=codes)

@@ -4,8 +4,9 @@ The package wraps a public function, and the methods of a public class, when `vm
 used. Modules of vmplug import from each other, so a verb pays nothing. Structs that authors make
 have no method to wrap, and call `check_fields`.
 
-A call that changes something is checked before it begins. A lookup takes microseconds and changes
-nothing: it is checked only after it has failed.
+A call that changes something is checked before it begins, and at once if types like these have
+passed before. A lookup takes microseconds and changes nothing: it is checked only after it has
+failed.
 """
 
 import re
@@ -14,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, wraps
-from typing import Any
+from typing import Any, TypeGuard
 
 LOOKUPS = frozenset({"HostPathCache", "get_host_path", "resolve", "resolve_all"})
 """Classes and functions whose calls are checked after they have failed."""
@@ -67,10 +68,15 @@ def _check_methods(kind: type) -> None:
 def _checked_function(function: types.FunctionType, *, is_lookup: bool) -> Any:
     if hasattr(function, "__wrapped__") or not function.__annotations__.keys() - {"return"}:
         return function
+    passed = set[tuple[object, ...]]()
 
     @wraps(function)
     def check_first(*arguments: object, **named: object) -> object:
-        check_arguments(function, arguments, named)
+        types_given = (*map(type, arguments), *named, *map(type, named.values()))
+        if types_given not in passed:
+            check_arguments(function, arguments, named)
+            if not any(map(_has_parts, (*arguments, *named.values()))):
+                passed.add(types_given)
         return function(*arguments, **named)
 
     @wraps(function)
@@ -94,6 +100,11 @@ def check_arguments(
             raise _wrong_type(function, name, value)
 
 
+def _has_parts(value: object) -> TypeGuard[Collection[object]]:
+    """Whether more is tested of a value than its type."""
+    return isinstance(value, Collection) and not isinstance(value, str | bytes)
+
+
 def _wrong_type(annotated: Any, name: str, value: object) -> TypeError:
     """`annotated` is a function or a class."""
     wanted = _annotation(annotated, name)
@@ -106,7 +117,7 @@ def _wrong_type(annotated: Any, name: str, value: object) -> TypeError:
 def _kind_of(value: object) -> str:
     """`list of int`."""
     kind = type(value).__name__
-    if isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping) and value:
+    if _has_parts(value) and not isinstance(value, Mapping) and value:
         return f"{kind} of " + ", ".join(sorted({type(part).__name__ for part in value}))
     return kind
 
