@@ -21,9 +21,6 @@ class DevType(StrEnum):
     FIFO = "p"
 
 
-NUMBERED = frozenset({DevType.BLOCK, DevType.CHAR, DevType.CHAR_UNBUFFERED})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceInfo:
     """One device as a container asks for it.
@@ -51,22 +48,27 @@ class DeviceInfo:
         path = normal_container_path(self.container_path)
         if path is not self.container_path:
             object.__setattr__(self, "container_path", path)
-        if self.host_path == "":
-            raise SpecError(self.container_path, "the path of the file is empty")
-        if self.host_path is not None and (self.devnum or self.dev_type is not DevType.BLOCK):
-            raise SpecError(self.container_path, "a regular file has type b and no number")
-        if self.pmem and self.host_path is None:
+        if self.host_path is not None:
+            self._check_file(self.host_path)
+        elif self.pmem:
             raise SpecError(self.container_path, "persistent memory needs the path of its file")
-        if self.devnum is not None and self.dev_type not in NUMBERED:
-            raise SpecError(self.container_path, f"type {self.dev_type} has no number")
-        check_path(self.container_path, self.host_path or "")
-        if "\0" in (self.host_path or ""):
-            raise SpecError(self.container_path, f"{self.host_path!r} contains a NUL character")
-        if self.devnum is None and self.host_path is None and self.dev_type in NUMBERED:
+        elif self.dev_type is DevType.FIFO:
+            if self.devnum is not None:
+                raise SpecError(self.container_path, f"type {self.dev_type} has no number")
+        elif self.devnum is None:
             raise SpecError(
                 self.container_path, f"a device of type {self.dev_type} needs major and minor"
             )
         object.__setattr__(self, "driver_options", dict(self.driver_options))
+
+    def _check_file(self, path: str) -> None:
+        if not path:
+            raise SpecError(self.container_path, "the path of the file is empty")
+        if self.devnum or self.dev_type is not DevType.BLOCK:
+            raise SpecError(self.container_path, "a regular file has type b and no number")
+        check_path(self.container_path, path)
+        if "\0" in path:
+            raise SpecError(self.container_path, f"{path!r} contains a NUL character")
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
 from vmplug.oci.annotations import PREFIX, annotation_path, read_annotations
 from vmplug.oci.document import check_nesting, check_repeats
-from vmplug.oci.info import NUMBERED, DeviceInfo, DevType, Mount, normal_container_path
+from vmplug.oci.info import DeviceInfo, DevType, Mount, normal_container_path
 from vmplug.oci.limits import (
     CONFIG_BYTES_MAX,
     DEVICES_MAX,
@@ -171,7 +171,8 @@ def _devices(linux: _Linux, options: Mapping[str, Mapping[str, str]]) -> tuple[D
             info = replace(info, read_only=True)
         if info.container_path in options:
             info = replace(info, driver_options=options[info.container_path])
-        if (known := devices.setdefault(info.container_path, info)) != info:
+        known = devices.setdefault(info.container_path, info)
+        if known is not info and known != info:
             raise SpecError(
                 f"{where}.path",
                 f"{info.container_path} is requested twice with different settings: as "
@@ -268,18 +269,20 @@ def _json_position(data: bytes) -> str | None:
     return None
 
 
+_DEV_TYPES = {dev_type.value: dev_type for dev_type in DevType}
+
+
 def _device_info(device: _Device, where: str) -> DeviceInfo:
     path = normal_container_path(device.path, f"{where}.path")
-    try:
-        dev_type = DevType(device.type)
-    except ValueError:
+    dev_type = _DEV_TYPES.get(device.type)
+    if dev_type is None:
         raise SpecError(
             f"{where}.type", f"{device.type!r} is not a device type; expected b, c, u or p"
-        ) from None
+        )
     return DeviceInfo(
         container_path=path,
         dev_type=dev_type,
-        devnum=_devnum(device, where) if dev_type in NUMBERED else None,
+        devnum=_devnum(device, where) if dev_type is not DevType.FIFO else None,
         file_mode=_file_mode(device, dev_type, where),
         uid=device.uid,
         gid=device.gid,
