@@ -57,6 +57,8 @@ def find_sysfs_node(info: DeviceInfo, root: HostRoot) -> str | None:
         return None
     path = f"{directory}{info.devnum}/uevent"
     uevent = root.read_attribute(path)
+    if uevent is None and root.is_live:  # where every device has one
+        return None
     if (
         info.dev_type is DevType.BLOCK
         and info.devnum
@@ -92,7 +94,8 @@ def _container_node(info: DeviceInfo, root: HostRoot) -> str:
 
     Used only when it is a node of the requested type and number.
     """
-    status = root.stat(root.real_path(info.container_path))
+    path = info.container_path
+    status = root.stat(path if root.is_live else root.real_path(path))
     if status and _is_node_of(info, status):
         return info.container_path
     found = describe(status)
