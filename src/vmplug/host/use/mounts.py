@@ -32,9 +32,12 @@ def parse_mounted_devices(tables: Mapping[str, str], root: HostRoot) -> set[Moun
     found: set[MountedDevice] = set()
     sources = cache(lambda source: _node_number(source, root))
     file_systems = cache(lambda devnum: _btrfs_devices(devnum, root))
+    known: set[str] = set()
     for path, table in tables.items():
         try:
-            for mount in _parse_lines(table):
+            lines = set(_lines(table)) - known  # a namespace begins as a copy of another
+            known |= lines
+            for mount in map(_parse_line, lines):
                 number: DevNum | None = mount.devnum
                 if mount.devnum.major == 0:  # btrfs and others show a number of their own
                     number = None if _anybody_mounts(mount.fs_type) else sources(mount.source)
@@ -86,30 +89,31 @@ def read_mount_points(root: HostRoot) -> list[MountPoint]:
     """The mounts that this process sees; in another root, that its first process saw."""
     path = "/proc/self/mountinfo" if root.is_live else "/proc/1/mountinfo"
     try:
-        return _parse_lines(root.read_text(path) or "")
+        return [_parse_line(line) for line in _lines(root.read_text(path) or "")]
     except (ValueError, IndexError) as error:
         raise AttributeReadError(path, why=str(error)) from error
 
 
-def _parse_lines(table: str) -> list[MountPoint]:
-    mounts = []
+def _lines(table: str) -> list[str]:
+    """The lines, without the two ids that begin each and that no other table has."""
     # Only "\n" ends a line: the kernel leaves "\r" and U+2028 in names as they are.
-    for line in table.removesuffix("\n").split("\n") if table else ():
-        mount, _, file_system = line.partition(" - ")
-        fields, (fs_type, source, super_options) = mount.split(" "), file_system.split(" ")[:3]
-        mounts.append(
-            MountPoint(
-                devnum=DevNum.parse(fields[2]),
-                shown=unescape(fields[3]),
-                path=unescape(fields[4]),
-                fs_type=fs_type,
-                source=unescape(source),
-                fs_options=tuple(super_options.split(",")),
-                read_only="ro" in super_options.split(","),
-                shown_read_only="ro" in fields[5].split(","),
-            )
-        )
-    return mounts
+    lines = table.removesuffix("\n").split("\n") if table else ()
+    return [line.split(" ", 2)[2] for line in lines]
+
+
+def _parse_line(line: str) -> MountPoint:
+    mount, _, file_system = line.partition(" - ")
+    fields, (fs_type, source, super_options) = mount.split(" "), file_system.split(" ")[:3]
+    return MountPoint(
+        devnum=DevNum.parse(fields[0]),
+        shown=unescape(fields[1]),
+        path=unescape(fields[2]),
+        fs_type=fs_type,
+        source=unescape(source),
+        fs_options=tuple(super_options.split(",")),
+        read_only="ro" in super_options.split(","),
+        shown_read_only="ro" in fields[3].split(","),
+    )
 
 
 def _btrfs_devices(devnum: DevNum, root: HostRoot) -> set[DevNum]:
