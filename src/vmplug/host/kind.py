@@ -30,6 +30,17 @@ class DeviceType(StrEnum):
         return next((kind for kind, word in _SHARES.items() if word == value), None)
 
 
+SERVED = frozenset(
+    {
+        DeviceType.VHOST_USER_BLK,
+        DeviceType.VHOST_USER_SCSI,
+        DeviceType.VHOST_USER_NET,
+        DeviceType.VHOST_USER_FS,
+    }
+)
+"""Kinds that a process of the host serves through vhost-user."""
+
+
 class SharedFilesystem(StrEnum):
     """How a directory is shared, in the words of Kata's config.go."""
 

@@ -354,10 +354,12 @@ class HostRoot:
             unit = next(can, PAGE_SIZE)
             return unit if unit > 1 else PAGE_SIZE
 
-    def free_bytes(self, path: str) -> int:
-        """What a program that is not root may still write to the file system at `path`."""
-        facts = os.statvfs(self._base + path)
-        return facts.f_bavail * facts.f_frsize
+    def read_file_system(self, path: str) -> os.statvfs_result | None:
+        """The flags and the room of the file system at `path`; None when absent."""
+        try:
+            return os.statvfs(self._base + path)
+        except (OSError, ValueError) as error:
+            return self._absent(path, error)
 
     def lacks_disc(self, path: str) -> bool:
         """Whether it is a CD drive without a disc, or with an open tray. Source: linux/cdrom.h."""
@@ -377,11 +379,8 @@ class HostRoot:
 
     def is_mounted_read_only(self, path: str) -> bool:
         """Whether the file system at `path` is read-only; False when absent."""
-        try:
-            return bool(os.statvfs(self._base + path).f_flag & os.ST_RDONLY)
-        except (OSError, ValueError) as error:
-            self._absent(path, error)
-            return False
+        facts = self.read_file_system(path)
+        return bool(facts and facts.f_flag & os.ST_RDONLY)
 
     def ask_open(self, path: str, ask: Callable[[int], bool]) -> bool:
         """The answer about the file, open for reading; False when absent."""

@@ -70,11 +70,19 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
         A kind that has no identity besides its name has None for both.
         """
+        if self.follows_its_path:
+            return None
         if self.is_other(thing):
             return replaced(self.host_path, self.vm)
         if (self.thing is None) is not (thing is None):
             return unidentified(self.host_path, self.vm)
         return None
+
+    @property
+    def follows_its_path(self) -> bool:
+        """Whether QEMU reconnects to what serves the path of its socket, whatever that is."""
+        can = self.kind in {DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_NET}
+        return can and int(self.options.get("reconnect", "1")) > 0
 
     @property
     def can_be_unplugged(self) -> bool:

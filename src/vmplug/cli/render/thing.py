@@ -13,6 +13,7 @@ from vmplug.host.thing.thing import Relation, Thing, ThingKind, ThingUse
 
 _RELATIONS = {
     Relation.BACKING_FILE: "its backing file",
+    Relation.DATA_FILE: "its data file",
     Relation.BRIDGE: "in the same group",
     Relation.BUILT_FROM: "it is built from this",
     Relation.BUILT_ON_IT: "built on it",

@@ -92,8 +92,14 @@ def _with_room(device: DiskFile, root: HostRoot) -> DiskFile:
     return device._replace(
         direct_io_bytes=root.direct_io_unit(device.host_path) if is_odd else None,
         unallocated_bytes=unallocated,
-        free_bytes=root.free_bytes(device.host_path) if unallocated else None,
+        free_bytes=_free_bytes(device.host_path, root) if unallocated else None,
     )
+
+
+def _free_bytes(path: str, root: HostRoot) -> int | None:
+    """What a program that is not root may still write there; None for a file that has gone."""
+    facts = root.read_file_system(path)
+    return facts.f_bavail * facts.f_frsize if facts else None
 
 
 def _read_block(device: BlockDevice, asked: Questions, root: HostRoot) -> BlockDevice:

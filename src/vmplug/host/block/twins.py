@@ -72,8 +72,8 @@ def read_own_name(sysfs_path: str, disk_path: str, root: HostRoot) -> str | None
 
 
 def _wwid(disk: str, root: HostRoot) -> bytes | None:
-    wwid = root.read_attribute(f"{disk}/wwid") or root.read_attribute(f"{disk}/device/wwid")
-    return (wwid or b"").strip() or None
+    found = (root.read_attribute(f"{disk}/{name}") for name in ("wwid", "device/wwid", "nguid"))
+    return next((name for text in found if (name := (text or b"").strip())), None)
 
 
 def _read_lun(disk: str, root: HostRoot) -> Lun | None:

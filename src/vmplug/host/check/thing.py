@@ -16,6 +16,7 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_handle import read_file_mark
+from vmplug.host.vhost_user.device import VhostUserSocket
 
 _PCI_ID = re.compile(rb"^PCI_ID=([0-9A-F]+:[0-9A-F]+)$", re.MULTILINE)
 _ADDRESS_WORDS = 3
@@ -25,14 +26,15 @@ _ADDRESS_WORDS = 3
 def identify(device: HostDevice, root: HostRoot) -> str | None:
     """The thing that a device is now; None for a kind without one, or where it is unknown.
 
-    A file or directory is its device and inode with its handle, else its generation. A block
+    A file, directory or named socket is its device and inode with its handle, else its
+    generation: a backend that starts again makes a new socket. A block
     device is its number and `diskseq`, a partition also its start: it may grow. A function is its
     address, vendor and device, with the inode of its directory in sysfs, which a swapped one does
     not have.
     Source: Documentation/ABI/testing/sysfs-block, diskseq. Raises AttributeReadError.
     """
     match device:
-        case DiskFile() | SharedDirectory():
+        case DiskFile() | SharedDirectory() | VhostUserSocket():
             return identify_file(device.host_path, root)
         case BlockDevice(sysfs_path=str(path)):
             return identify_block(device.devnum, path, root)

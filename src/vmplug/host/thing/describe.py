@@ -2,12 +2,14 @@
 
 import errno
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import assert_never
 
 from msgspec.structs import replace
 
 from vmplug.errors import AttributeReadError, HostError
 from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.qcow2 import read_image
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed
@@ -38,14 +40,24 @@ from vmplug.host.vhost_user.sockets import UnixSockets
 
 
 def relate(device: HostDevice, usage: HostUsage, root: HostRoot) -> HostDevice:
-    """The device with everything that shows the same bytes; VMs may have claims on that."""
+    """The device with everything that shows the same bytes; VMs may have claims on that.
+
+    An image also has the files that its header names, where vmplug can follow them.
+    """
     match device:
         case BlockDevice():
             return relate_block(device, usage, root)
         case DiskFile():
-            return relate_file(device, usage, root)
+            return relate_file(_with_image(device, root), usage, root)
         case _:
             return device
+
+
+def _with_image(file: DiskFile, root: HostRoot) -> DiskFile:
+    if file.qcow2 and (file.qcow2.backing_file or file.qcow2.external_data):
+        with suppress(HostError, ValueError):
+            return file._replace(image=read_image(file.host_path, root))
+    return file
 
 
 def describe_thing(
@@ -133,7 +145,7 @@ def _read(device: HostDevice, usage: HostUsage, root: HostRoot) -> Thing:
         case VfioGroup():
             return FunctionReader(usage, root).group(device)
         case VhostUserSocket():
-            return _socket(device, usage)
+            return _socket(device, usage, root)
         case _:
             return _simple(device, root)
 
@@ -156,7 +168,7 @@ def _simple(
     return Thing(kind=kind, name=device.host_path, identity=identity)
 
 
-def _socket(device: VhostUserSocket, usage: HostUsage) -> Thing:
+def _socket(device: VhostUserSocket, usage: HostUsage, root: HostRoot) -> Thing:
     """A socket with the process that serves it."""
     try:
         server = usage.once(UnixSockets).find_server(device.socket_path)
@@ -165,6 +177,7 @@ def _socket(device: VhostUserSocket, usage: HostUsage) -> Thing:
     return Thing(
         kind=ThingKind.SOCKET,
         name=device.socket_path,
+        identity=identify(device, root) if root.is_live else None,
         title=f"served by {server}" if server else None,
         unknown=() if server else ("the process that serves it: none can be seen",),
     )

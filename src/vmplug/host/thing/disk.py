@@ -9,16 +9,18 @@ from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, HostError
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
 from vmplug.host.block.loop import LoopBacking
+from vmplug.host.block.qcow2 import ImageFile
 from vmplug.host.block.relations import relate_block
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.device import find_disk_users
 from vmplug.host.check.thing import identify_block, identify_file
 from vmplug.host.kind import FoundBy
-from vmplug.host.root import HostRoot
+from vmplug.host.root import HostRoot, node_number
 from vmplug.host.thing.thing import Relation, Thing, ThingKind
 from vmplug.host.thing.uses import place_uses
 
+_NOT_FOLLOWED = "vmplug does not follow what its header names"
 _KINDS = {
     "dm-": ThingKind.DEVICE_MAPPER,
     "md": ThingKind.MD,
@@ -68,11 +70,11 @@ class DiskReader:
 
     def file(self, file: DiskFile) -> Thing:
         """A disk image, an NVDIMM file or any other."""
-        parts = list(self._loops(file))
-        if file.qcow2 and file.qcow2.backing_file:
-            parts.append(
-                self._file(file.qcow2.backing_file, Relation.BACKING_FILE, file.host_path)
-            )
+        parts, header = [*self._loops(file), *self._files_of(file.image)], file.qcow2
+        names = (header.backing_file, header.external_data) if header else ()
+        is_followed = file.image or not any(names)
+        if header and header.backing_file and not is_followed:
+            parts.append(self._file(header.backing_file, Relation.BACKING_FILE, file.host_path))
         return Thing(
             kind=ThingKind.FILE,
             name=file.host_path,
@@ -81,7 +83,26 @@ class DiskReader:
             title="like an NVDIMM" if file.pfn else "like qcow2" if file.qcow2 else None,
             size_bytes=file.size_bytes,
             made_of=tuple(parts),
+            unknown=() if is_followed else ("the other files of the image: " + _NOT_FOLLOWED,),
         )
+
+    def _files_of(self, image: ImageFile | None) -> Iterator[Thing]:
+        """The data file and the backing file of an image, each with those that it names."""
+        if image is None:
+            return
+        for file, relation in (
+            (image.data_file, Relation.DATA_FILE),
+            (image.backing, Relation.BACKING_FILE),
+        ):
+            if file:
+                thing = self._image_file(file, relation)
+                yield replace(thing, made_of=tuple(self._files_of(file)))
+
+    def _image_file(self, file: ImageFile, relation: Relation) -> Thing:
+        status = self._root.stat_or_none(file.path)
+        if file.is_device and status:
+            return self._thing(self._read(node_number(status)), relation)
+        return self._file(file.path, relation, file.path)
 
     def _thing(self, device: BlockDevice, relation: Relation | None) -> Thing:
         path, root = device.sysfs_path, self._root

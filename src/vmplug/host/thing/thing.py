@@ -47,14 +47,15 @@ class ThingKind(StrEnum):
 class Relation(StrEnum):
     """What a thing is to the thing that it is listed in.
 
-    `disk`, `backing-file`, `file`, `built-from`, `physical-function` and `parent` are what that
-    thing depends on. All others are on it, or go with it.
+    `disk`, `backing-file`, `data-file`, `file`, `built-from`, `physical-function` and `parent`
+    are what that thing depends on. All others are on it, or go with it.
     """
 
     BACKING_FILE = "backing-file"
     BRIDGE = "bridge"
     BUILT_FROM = "built-from"
     BUILT_ON_IT = "built-on-it"
+    DATA_FILE = "data-file"
     DISK = "disk"
     FILE = "file"
     FUNCTION = "function"

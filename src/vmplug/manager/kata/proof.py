@@ -16,9 +16,10 @@ from vmplug.errors import HostError
 from vmplug.host.block.sysfs import find_block_directory
 from vmplug.host.check.thing import identify, identify_block, identify_file
 from vmplug.host.file_id import file_id, has_open
-from vmplug.host.kind import Identity, IdentityKind
+from vmplug.host.kind import SERVED, IdentityKind
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
+from vmplug.host.vhost_user.peer import find_connections, find_file_at
 from vmplug.journal.records import DeviceRecord
 
 
@@ -28,7 +29,7 @@ def with_things(
     """The records with what QEMU's process was proven to have; the others as they are."""
     if not host.is_live:  # the processes are those of the running host
         return list(records)
-    things = [_prove(record.identity, pid, host) for record in records]
+    things = [_prove(record, pid, host) for record in records]
     often = Counter(things)
     return [
         replace(record, thing=thing if often[thing] == 1 else None)
@@ -36,8 +37,14 @@ def with_things(
     ]
 
 
-def _prove(identity: Identity, pid: int | None, host: HostRoot) -> str | None:
+def _prove(record: DeviceRecord, pid: int | None, host: HostRoot) -> str | None:
+    identity, path = record.identity, record.host_path
     with suppress(HostError):
+        if record.kind in SERVED:  # also by a number of the vhost-user store
+            peers = find_connections(pid) if pid else None
+            return (
+                identify_file(path, host) if find_file_at(path) in (peers or {}).values() else None
+            )
         match identity.kind:
             case IdentityKind.FILE:
                 if _is_open(identity.key, pid, host):

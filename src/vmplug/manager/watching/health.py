@@ -19,7 +19,7 @@ from vmplug.host.block.loop import read_backing_file
 from vmplug.host.block.qcow2 import read_qcow2_header
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES
 from vmplug.host.check.thing import has_changed, identify_block, identify_file
-from vmplug.host.kind import DeviceType, IdentityKind
+from vmplug.host.kind import SERVED, DeviceType, IdentityKind
 from vmplug.host.pci.function import find_function
 from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.pci.vfio import is_vfio_driver
@@ -30,12 +30,6 @@ from vmplug.host.vhost_user.sockets import UnixSockets
 from vmplug.journal.records import DeviceRecord, VmRecord, has_ended
 from vmplug.journal.state import State
 
-_SERVED = {
-    DeviceType.VHOST_USER_BLK,
-    DeviceType.VHOST_USER_SCSI,
-    DeviceType.VHOST_USER_NET,
-    DeviceType.VHOST_USER_FS,
-}
 _IDENTIFIED = {DeviceType.BLOCK, DeviceType.VFIO}
 """Kinds of which `vmplug.host.check.thing` knows every device."""
 _LOOP_MAJOR = 7
@@ -79,7 +73,7 @@ def is_settled(record: DeviceRecord) -> bool:
 
 def is_served(record: DeviceRecord) -> bool:
     """Whether a process of the host serves the device through vhost-user."""
-    return record.kind in _SERVED
+    return record.kind in SERVED
 
 
 def socket_of(record: DeviceRecord) -> str | None:
@@ -264,6 +258,9 @@ class HostSnapshot:
         if path is None:
             return None
         if self._sockets.is_connected(path):
+            is_other = record.is_other(identify_file(path, self._host))
+            if is_other and not record.follows_its_path:
+                return DeviceHealth(HostState.REPLACED, f"another socket has the path {path} now")
             return DeviceHealth(HostState.PRESENT)
         if not self._sockets.is_listening(path):
             return DeviceHealth(HostState.GONE, f"no process serves {path} any more")

@@ -191,6 +191,22 @@ def test_a_sparse_file_lacks_room_and_says_how_much_is_left(tmp_path: Path) -> N
     assert (whole.unallocated_bytes, whole.free_bytes) == (0, None)
 
 
+def test_a_file_that_goes_while_vmplug_looks_into_it_is_no_crash(tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    image.touch()
+    os.truncate(image, 8 * MIB)
+
+    class Racing(HostRoot):
+        def stat(self, path: str) -> os.stat_result | None:
+            status = super().stat(path)
+            image.unlink()
+            return status
+
+    found = look_into(read_disk_file(str(image), HostRoot()), ImageFormat.RAW, Racing())
+    assert isinstance(found, DiskFile)
+    assert (found.unallocated_bytes, found.free_bytes) == (8 * MIB, None)
+
+
 def test_the_unit_of_direct_io_is_asked_for_only_where_a_file_ends_in_one(tmp_path: Path) -> None:
     image = tmp_path / "a.img"
     for size, is_asked in ((MIB, False), (MIB + 512, True), (MIB + 100, True)):
