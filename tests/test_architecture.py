@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "devnum": set[str](),
     "address": {"devnum"},
     "oci": _FIRST,
+    "cdi": {"errors"},
     "host": {*_FIRST, "waiting", "oci"},
     "drivers": {*_FIRST, "oci", "host"},
     "hypervisor": {*_FIRST, "waiting", "oci", "host", "drivers"},
@@ -42,6 +43,10 @@ VERB_LINES_MAX = 30
 """The body of a verb, without its help."""
 
 CATCHES_OSERROR = {
+    "cdi/node.py",  # a node that is not there
+    "cdi/read.py",
+    "cdi/registry.py",  # a directory that may not be read
+    "cdi/write.py",  # its draft has gone
     "cli/main.py",  # the answer cannot be written: its reader has gone, the disk is full
     "host/vhost_user/probe.py",
     "host/events.py",
