@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "policy": {*_FIRST, "oci", "host", "drivers"},
     "manager": {*_FIRST, "waiting", "oci", "host", "drivers", "journal", "policy"},
     "vms": {*_BELOW_VMS, "hypervisor", "manager"},
+    "aio": {*_BELOW_VMS, "hypervisor", "manager", "vms"},
     "cli": {*_BELOW_VMS, "manager", "vms"},
 }
 """Each part with the parts to its left.

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 LOGGER = "vmplug.waiting"
 
@@ -24,3 +25,25 @@ def waiting(what: str, timeout_s: float) -> Iterator[None]:
     finally:
         waited_s = time.monotonic() - began
         log.debug("waited %.1f s for %s", waited_s, what, extra={**told, "waited_s": waited_s})
+
+
+class Caller:
+    """Who waits for a call that runs in another thread, and may leave before it ends."""
+
+    has_left = False
+
+
+CALLER: ContextVar[Caller | None] = ContextVar("CALLER", default=None)
+"""That of the call which the thread runs; None where it runs for itself."""
+_ASK_AGAIN_S = 0.1
+
+
+def caller_has_left() -> bool:
+    """Whether nobody waits any more for what this thread waits for."""
+    caller = CALLER.get()
+    return caller is not None and caller.has_left
+
+
+def next_pause_s(left_s: float) -> float:
+    """How long a wait may last before `caller_has_left` is asked again, of what is left."""
+    return left_s if CALLER.get() is None else min(left_s, _ASK_AGAIN_S)

@@ -10,9 +10,11 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import ABSENT, State
 from vmplug.manager.plan import Plan
-from vmplug.waiting import waiting
+from vmplug.waiting import caller_has_left, waiting
 
-_ATTEMPTS = 20
+_ATTEMPTS, _DECIDE_TIMEOUT_S = 20, 10.0
+"""How often a plan is made before vmplug gives up, and for how long at least. Of the threads that
+attach to many VMs at once one succeeds each time; with eight, one in 15 would fail 20 times."""
 _PLUG_TIMEOUT_S, _PLUG_STEP_S = 30.0, 0.02
 """The longest wait for a running process that plugs the same device: a QEMU that does not answer
 can delay it this long. Usually it takes milliseconds."""
@@ -37,7 +39,7 @@ def plan_and_journal(
                 return _decide_now(plan_now, journal)
         except StateError as error:
             left_s = deadline - time.monotonic()
-            if not _is_passing(error, vm, journal) or left_s <= 0:
+            if not _is_passing(error, vm, journal) or left_s <= 0 or caller_has_left():
                 raise
             what = f"another process that plugs the same device into VM {vm}"
         with waiting(what, left_s):
@@ -63,7 +65,9 @@ def mark_attached(plan: Plan, journal: Journal) -> list[Attachment]:
 
 def _decide_now(plan_now: Callable[[], Plan], journal: Journal) -> tuple[Plan, list[Attachment]]:
     """A plan that was journalled before any other process had journalled another device."""
-    for _ in range(_ATTEMPTS):
+    attempts, deadline = 0, time.monotonic() + _DECIDE_TIMEOUT_S
+    while attempts < _ATTEMPTS or time.monotonic() < deadline:
+        attempts += 1
         known = journal.device_ids()
         plan = plan_now()
         records = [new.record for new in plan.new]

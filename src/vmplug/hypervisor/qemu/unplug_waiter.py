@@ -13,6 +13,7 @@ from typing import Any
 
 from vmplug.drivers.ports import UnplugFailure
 from vmplug.hypervisor.qmp.monitor import MISSED
+from vmplug.waiting import caller_has_left, next_pause_s
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
 """The time between two checks, in which others can use the QMP socket; it doubles each time. The
@@ -89,7 +90,7 @@ class UnplugWaiter:
         """Wait until the devices are gone; `look` gives their names in the object tree.
 
         `ask` asks the guest for some again. Returns those that are still there: refused by the
-        guest, or without an answer.
+        guest, or without an answer, also because the caller has left.
         """
         asked = time.monotonic()
         deadline = asked + timeout_s
@@ -100,7 +101,7 @@ class UnplugWaiter:
                 self._hear(pending, min(deadline, asked + self.ask_again_s), missed)
                 self._hear(pending, min(deadline, time.monotonic() + pause_s))
                 missed, pause_s = self._missed, min(2 * pause_s or _FIRST_PAUSE_S, _LAST_PAUSE_S)
-                is_late = time.monotonic() >= deadline
+                is_late = time.monotonic() >= deadline or caller_has_left()
                 pending = look()
                 refused = self._refused(pending)
                 if pending <= refused or is_late:
@@ -123,10 +124,13 @@ class UnplugWaiter:
     def _hear(self, names: set[str], deadline: float, missed: int | None = None) -> None:
         """Wait for events of all of them, or until events were missed after `missed`."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: names <= self._outcomes.keys() or missed not in {None, self._missed},
-                max(0.0, deadline - time.monotonic()),
-            )
+            while not (
+                names <= self._outcomes.keys()
+                or missed not in {None, self._missed}
+                or caller_has_left()
+                or (left_s := deadline - time.monotonic()) <= 0
+            ):
+                self._changed.wait(next_pause_s(left_s))
 
     def _refused(self, names: set[str]) -> set[str]:
         """Those that the guest refused to release; a noted deletion was an earlier one."""

@@ -126,19 +126,36 @@ class Watch(Iterator[DeviceEvent]):
 
     def __next__(self) -> DeviceEvent:
         """Wait for the next notice; StopIteration when the time is over."""
-        while not self._waiting:
-            left = LOOK_INTERVAL_S
-            if self._deadline is not None and self._rows is not None:
-                left = min(left, self._deadline - time.monotonic())
-            if left <= 0:
-                break
-            with self._in_use:
-                if self._is_closed:
-                    break
-                self._look([] if self._rows is None else self._events.wait(left))
+        while not self._waiting and self._wait():
+            pass
         if self._is_closed or not self._waiting:
             raise StopIteration
         return self._waiting.popleft()
+
+    def take(self) -> list[DeviceEvent] | None:
+        """The notices that wait, or those of the next check; None when the time is over.
+
+        It takes about LOOK_INTERVAL_S, so that a thread may stop in between.
+        """
+        is_going_on = bool(self._waiting) or self._wait()
+        if self._is_closed or not is_going_on:
+            return None
+        taken = list(self._waiting)
+        self._waiting.clear()
+        return taken
+
+    def _wait(self) -> bool:
+        """Wait for events, and check once; False when the time is over, or it is closed."""
+        left = LOOK_INTERVAL_S
+        if self._deadline is not None and self._rows is not None:
+            left = min(left, self._deadline - time.monotonic())
+        if left <= 0:
+            return False
+        with self._in_use:
+            if self._is_closed:
+                return False
+            self._look([] if self._rows is None else self._events.wait(left))
+        return True
 
     def _look(self, happened: Sequence[Event]) -> None:
         """Check every device, and queue notices of changes.
