@@ -28,7 +28,7 @@ def waiting(what: str, timeout_s: float) -> Iterator[None]:
 
 
 class Caller:
-    """Who waits for a call that runs in another thread, and may leave before it ends."""
+    """The waiting end of a call that runs in another thread; it may leave before that ends."""
 
     has_left = False
 
