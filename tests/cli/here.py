@@ -11,7 +11,7 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 from tests.cli.result import Result
-from vmplug.cli.main import answer
+from vmplug.cli.answer import answer
 
 _ALONE = threading.Lock()
 """What a run changes meanwhile belongs to the whole process."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from vmplug.cli.main import main
+from vmplug.cli.answer import main
 from vmplug.manager.manager import DeviceManager
 
 PROJECT = Path(__file__).parents[2]

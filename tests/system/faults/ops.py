@@ -11,7 +11,7 @@ from tests.system.faults.kinds import FIRST, MEDIATED, MEDIATED_TYPE
 from tests.system.faults.process import GO, Hooks, trace, trace_programs
 from tests.system.faults.steps import Op, StepKind
 from tests.system.faults.world import OWN_VM, OWNER, UNPLUG_S, VM, World
-from vmplug.cli.main import main
+from vmplug.cli.answer import main
 from vmplug.errors import HypervisorError
 from vmplug.host.root import HostRoot
 from vmplug.journal.database import Opened
