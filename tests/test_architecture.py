@@ -16,21 +16,23 @@ PACKAGE = Path(vmplug.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 _FIRST = {"errors", "arguments", "devnum", "address"}
-_BELOW_VMS = {*_FIRST, "waiting", "oci", "host", "drivers", "journal", "policy"}
+_LOG = {"log", "waiting"}
+_BELOW_VMS = {*_FIRST, *_LOG, "oci", "host", "drivers", "journal", "policy"}
 MAY_IMPORT = {
     "errors": set[str](),
     "arguments": set[str](),
-    "waiting": set[str](),
+    "log": set[str](),
+    "waiting": {"log"},
     "devnum": set[str](),
     "address": {"devnum"},
     "oci": _FIRST,
     "cdi": {"errors"},
-    "host": {*_FIRST, "waiting", "oci"},
+    "host": {*_FIRST, *_LOG, "oci"},
     "drivers": {*_FIRST, "oci", "host"},
-    "hypervisor": {*_FIRST, "waiting", "oci", "host", "drivers"},
-    "journal": {*_FIRST, "waiting", "oci", "host", "drivers"},
+    "hypervisor": {*_FIRST, *_LOG, "oci", "host", "drivers"},
+    "journal": {*_FIRST, *_LOG, "oci", "host", "drivers"},
     "policy": {*_FIRST, "oci", "host", "drivers"},
-    "manager": {*_FIRST, "waiting", "oci", "host", "drivers", "journal", "policy"},
+    "manager": {*_FIRST, *_LOG, "oci", "host", "drivers", "journal", "policy"},
     "vms": {*_BELOW_VMS, "hypervisor", "manager"},
     "aio": {*_BELOW_VMS, "hypervisor", "manager", "vms"},
     "cli": {*_BELOW_VMS, "manager", "vms"},

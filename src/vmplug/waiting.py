@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-LOGGER = "vmplug.waiting"
+from vmplug.log import Log
+
+log = Log(__name__)
 
 
 @contextmanager
@@ -15,9 +17,7 @@ def waiting(what: str, timeout_s: float) -> Iterator[None]:
     Both records have `wait_for` and `deadline`, a time of time.monotonic(), and the second one
     `waited_s`.
     """
-    import logging  # noqa: PLC0415  5 ms that reading need not pay
-
-    log, began = logging.getLogger(LOGGER), time.monotonic()
+    began = time.monotonic()
     told = {"wait_for": what, "deadline": began + timeout_s}
     log.debug("waiting for %s, at most %g s", what, timeout_s, extra=told)
     try:

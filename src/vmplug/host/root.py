@@ -16,6 +16,9 @@ from typing import TypeVar
 
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError, BindError, PolicyError
+from vmplug.log import Log
+
+log = Log(__name__)
 
 T = TypeVar("T")
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -134,7 +137,7 @@ class HostRoot:
                 "host that it runs on",
                 hint="run it on that host, without --root",
             )
-        _log_write(text, path)  # before it, as some writes last
+        log.debug("write %r to %s", text, path)  # before it, as some writes last
         try:
             fd = os.open(self._base + path, os.O_WRONLY | os.O_CLOEXEC)
             with open(fd, "wb", buffering=0) as file:
@@ -467,12 +470,6 @@ def _can_read(fd: int, buffer: memoryview, length: int) -> bool:
     except OSError as error:
         return error.errno != errno.EINVAL
     return True
-
-
-def _log_write(text: str, path: str) -> None:
-    import logging  # noqa: PLC0415  5 ms that reading need not pay
-
-    logging.getLogger(__name__).debug("write %r to %s", text, path)
 
 
 def node_number(status: os.stat_result) -> DevNum:

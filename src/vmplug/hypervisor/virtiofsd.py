@@ -7,7 +7,6 @@ prints is in TMPDIR/vmplug-ID-*/virtiofsd.log until the share is gone.
 Source: virtiofsd(1); measured on that of QEMU 7.2, in C, and on 1.13, in Rust.
 """
 
-import logging
 import os
 import re
 import select
@@ -31,8 +30,9 @@ from vmplug.host.process import end_processes, find_marked
 from vmplug.host.program import program_environment
 from vmplug.host.root import THIS_HOST
 from vmplug.hypervisor.keeper import start_keeper
+from vmplug.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _UMASK = 0o022
 """A virtiofsd sets its own to 0, as the guest has its own; this is for one that does not."""

@@ -1,11 +1,11 @@
 """What the log says of holds: who has which device of which VM, and nothing of what was asked."""
 
-import logging
 from collections.abc import Iterable
 
 from vmplug.journal.records import Attachment
+from vmplug.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 def log_holds(done: str, holds: Iterable[Attachment]) -> None:

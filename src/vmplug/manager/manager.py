@@ -1,6 +1,5 @@
 """DeviceManager: attach and detach, counted by owner and remembered."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -35,6 +34,7 @@ from vmplug.journal.names import check_owner, check_vm_name
 from vmplug.journal.naming import choose_device, choose_hold
 from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
 from vmplug.journal.state import State, holds_nothing, not_attached
+from vmplug.log import Log
 from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.manager.binding.binder import Binder
 from vmplug.manager.binding.vf_tokens import HiddenTokens, check_tokens, with_tokens
@@ -51,7 +51,7 @@ from vmplug.policy.budget import Budget
 from vmplug.policy.gate import PolicyCheck
 from vmplug.policy.rules import Policy
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 Batch = Sequence[Request]
 Codes = Iterable[Code]

@@ -15,7 +15,6 @@ release stays "detaching". Devices that QEMU cannot unplug, NVDIMMs and virtio-m
 in the journal as "retained".
 """
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from typing import assert_never
@@ -28,9 +27,10 @@ from vmplug.errors import CommandError, StateError
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State
+from vmplug.log import Log
 from vmplug.waiting import waiting
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class RepairOutcome(StrEnum):

@@ -1,6 +1,5 @@
 """Unplug devices: ask the guest, wait for it, and give functions back to the host."""
 
-import logging
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -10,10 +9,11 @@ from vmplug.errors import BindError, CommandError
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State, unplug_error
+from vmplug.log import Log
 from vmplug.manager.binding.binder import Binder
 from vmplug.waiting import waiting
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class Unplugger(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,6 @@
 """What is plugged where, is it still on the host, and has an error on it stopped its VM?"""
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import msgspec
@@ -96,12 +95,20 @@ def find_failed_disks(
     held = {vm.name: [device for device in devices if device.vm == vm.name] for vm in asked}
     if not asked:
         return {}
+    answers = _ask_all([(vm, held[vm.name]) for vm in asked])
+    answered = zip((vm.name for vm in asked), answers, strict=True)
+    return {name: disks for name, disks in answered if disks is not None}
+
+
+def _ask_all(
+    asked: Sequence[tuple[VmRecord, Sequence[DeviceRecord]]],
+) -> "list[tuple[FailedDisk, ...] | None]":
+    if len(asked) == 1:
+        return [_ask(*asked[0])]
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  5 ms, with logging
+
     with ThreadPoolExecutor(max_workers=min(len(asked), _ASKED_AT_ONCE)) as pool:
-        answers = pool.map(lambda vm: _ask(vm, held[vm.name]), asked)
-        answered: Mapping[str, tuple[FailedDisk, ...] | None] = dict(
-            zip((vm.name for vm in asked), answers, strict=True)
-        )
-    return {name: disks for name, disks in answered.items() if disks is not None}
+        return [*pool.map(lambda one: _ask(*one), asked)]
 
 
 def _ask(record: VmRecord, devices: Sequence[DeviceRecord]) -> tuple[FailedDisk, ...] | None:

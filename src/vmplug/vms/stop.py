@@ -1,6 +1,5 @@
 """End a VM that vmplug started, or forget one that it adopted."""
 
-import logging
 from contextlib import closing
 
 import msgspec
@@ -10,13 +9,14 @@ from vmplug.host.process import wait_for_end
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, VmRecord
+from vmplug.log import Log
 from vmplug.manager.binding.binder import give_back_unused
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.known import is_gone, is_starting, require_started
 from vmplug.vms.release import end_vm, keep_ended_logs, release_vm
 from vmplug.waiting import waiting
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 POWER_DOWN_TIMEOUT_S = 10.0
 _QUIT_TIMEOUT_S = 10.0

@@ -17,7 +17,10 @@ import msgspec
 from vmplug.address import Bdf
 from vmplug.errors import BindError, DeviceError, NoSuchDevice
 from vmplug.host.root import HostRoot
+from vmplug.log import Log
 from vmplug.waiting import waiting
+
+log = Log(__name__)
 
 T = TypeVar("T")
 
@@ -214,8 +217,4 @@ def _reset_virtual(bdf: Bdf, writer: Writer) -> None:
     try:
         reset_function(bdf, writer.root, timeout_s=writer.timeout_s)
     except BindError as error:
-        import logging  # noqa: PLC0415  5 ms that reading the journal need not pay
-
-        logging.getLogger(__name__).warning(
-            "ignored: %s; vmplug gives it back without a reset", error
-        )
+        log.warning("ignored: %s; vmplug gives it back without a reset", error)

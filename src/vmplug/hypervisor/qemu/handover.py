@@ -8,7 +8,6 @@ the path, and vmplug verifies the file as far as it can.
 Source: QEMU monitor/fds.c; measured on QEMU 7.2, 10.0 and 11.1.
 """
 
-import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -37,8 +36,9 @@ from vmplug.hypervisor.qemu.graph import check_graph
 from vmplug.hypervisor.qemu.steps.plug import plug_steps, renamed
 from vmplug.hypervisor.qemu.transaction import UNDONE, transaction
 from vmplug.hypervisor.qmp.monitor import Monitor, Talk
+from vmplug.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 NO_DESCRIPTOR = "No file descriptor supplied via SCM_RIGHTS"
 """Source: QEMU monitor/fds.c."""

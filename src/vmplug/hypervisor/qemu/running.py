@@ -1,6 +1,5 @@
 """Qemu: the Hypervisor port on a QMP connection."""
 
-import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -64,8 +63,9 @@ from vmplug.hypervisor.qemu.unplug_waiter import UnplugWaiter
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import COMMAND_TIMEOUT_S, Monitor
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdRunner, daemon_failed
+from vmplug.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _STILL_HELD = ("is in use", "is busy", "which is mapped", "with active references")
 """The last two are those of QEMU 11 for object-del."""

@@ -1,13 +1,13 @@
 """Do the steps of a plug: all of them, or none."""
 
-import logging
 from collections.abc import Callable, Sequence
 
 from vmplug.drivers.ports import Command, Step
 from vmplug.errors import BackendError, CommandError, HostError
 from vmplug.hypervisor.qmp.monitor import Monitor, Talk
+from vmplug.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 NOT_THERE = ("Failed to find node", "not found")
 """Parts of QEMU's errors for a part that has gone."""

@@ -1,7 +1,6 @@
 """QmpMonitor: turns on a QMP socket, with deadlines."""
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +30,10 @@ from vmplug.hypervisor.qmp.monitor import (
 )
 from vmplug.hypervisor.qmp.schema import validate_reply
 from vmplug.hypervisor.qmp.wire import Wire
+from vmplug.log import Log
 from vmplug.waiting import waiting
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 BACKEND_TIMEOUT_S = 10.0
 """A backend answers in milliseconds too; while QEMU waits for it, the guest is stopped."""
@@ -277,7 +277,7 @@ class QmpMonitor(Monitor):
             receive(str(event), data)
 
     def _execute(self, wire: Wire, command: Command) -> Any:
-        if log.isEnabledFor(logging.DEBUG):
+        if log.is_debug:
             log.debug("QMP %s %s", command.execute, json.dumps(dict(command.shown)))
         timeout_s = self._command_timeout_s
         if command.backend:

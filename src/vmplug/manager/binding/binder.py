@@ -14,7 +14,6 @@ be repeated.
 """
 
 import errno
-import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -52,6 +51,7 @@ from vmplug.journal.bindings import LOCK_TIMEOUT_S, Binding, BindingState
 from vmplug.journal.database import is_locked
 from vmplug.journal.journal import Journal
 from vmplug.journal.process import read_boot_id
+from vmplug.log import Log
 from vmplug.manager.binding.users import (
     USED_BY_VM,
     find_conflicts,
@@ -61,7 +61,7 @@ from vmplug.manager.binding.users import (
 )
 from vmplug.waiting import waiting
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _CLOSE_TIMEOUT_S, _CLOSE_STEP_S = 10.0, 0.02
 _MENDED = frozenset({Code.NOT_BOUND, Code.GROUP_NOT_VIABLE})

@@ -4,7 +4,6 @@ The VMs that run have a directory each in one directory; beside that, `ended` ha
 the last that have ended. Nothing else has to remember them.
 """
 
-import logging
 import os
 import re
 import shutil
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-log = logging.getLogger(__name__)
+from vmplug.log import Log
+
+log = Log(__name__)
 
 KEPT_OF_A_NAME = 2
 KEPT = 8

@@ -1,6 +1,5 @@
 """Start a QEMU with places to plug into, for users without a VM of their own."""
 
-import logging
 import os
 import re
 import shutil
@@ -17,8 +16,9 @@ from vmplug.hypervisor.qemu.running import NO_AIO, Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.ended_logs import CONSOLE_LOG, QEMU_LOG
 from vmplug.hypervisor.qemu.start.machine import BINARY, PACKAGE, Machine, VmSpec, command_line
+from vmplug.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _SOCKET_PATH_MAX = 107
 """Longest path of a unix socket. Source: unix(7), sun_path."""
