@@ -167,11 +167,11 @@ def _test_of(annotation: Any) -> _Test:
             names = [name for name in vars(kind) if not name.startswith("_")]
             # Its class's: a property of a hypervisor asks QEMU.
             return lambda value: all(hasattr(type(value), name) for name in names)
-        case type() as kind if issubclass(kind, Iterable) and not issubclass(kind, str):
+        case type() as kind if issubclass(kind, Iterable) and not issubclass(kind, str | bytes):
             return _test_of_many(kind, [_test_of(part) for part in parts if part is not Ellipsis])
-        case type() as kind:
+        case type() as kind if kind is not Any:
             return lambda value: isinstance(value, kind)
-        case _:  # Any, Self
+        case _:  # Any, which is a class since Python 3.11, and Self
             return lambda _: True
 
 
