@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "devnum": set[str](),
     "address": {"devnum"},
     "oci": _FIRST,
-    "cdi": {"errors"},
+    "cdi": {"errors", "arguments"},
     "host": {*_FIRST, *_LOG, "oci"},
     "drivers": {*_FIRST, "oci", "host"},
     "hypervisor": {*_FIRST, *_LOG, "oci", "host", "drivers"},

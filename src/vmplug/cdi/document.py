@@ -9,6 +9,7 @@ Source: sigs.k8s.io/yaml, goyaml.v2 resolve.go and decode.go.
 
 import base64
 import binascii
+import json
 import re
 import struct
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ _EXPONENT_FROM = 6
 
 _OTHER_YAML = re.compile(rb"(?:[ \t]*(?:#.*)?\r?\n|%(?!YAML).*\n)*%YAML[ \t]+(?!1\.1\s)")
 _ESCAPED_SLASH = re.compile(r"(?<!\\)(?:\\\\)*\\/")
+
+_WORD = re.compile(r"[A-Za-z0-9_]+")
+_SHOWN_MAX = 60
 
 _PLAIN = "plain"
 _TAG = "tag:yaml.org,2002:"
@@ -87,8 +91,9 @@ def _describe(error: Any) -> str:
 
 
 def child(path: str, key: str) -> str:
-    """The path of a value in a mapping."""
-    return f"{path}.{key}" if re.fullmatch(r"\w+", key, re.ASCII) else f'{path}["{key}"]'
+    """The path of a value in a mapping, whatever its key is: that is shortened and escaped."""
+    name = key[:_SHOWN_MAX]
+    return f"{path}.{name}" if _WORD.fullmatch(name) else f"{path}[{json.dumps(name)}]"
 
 
 class _Values:
@@ -173,7 +178,7 @@ def _resolve(tag: str, text: str) -> object:
     if kind == "float" and type(value) is int:
         return float(value)
     if type(value) is not _DECODED[kind]:
-        raise DocumentError(f"!!{kind} of {text!r}, which is not one")
+        raise DocumentError(f"!!{kind} of {text!r:.60}, which is not one")
     return value
 
 

@@ -29,16 +29,16 @@ def find_kind_problem(kind: str) -> str | None:
     """What is wrong with a kind, VENDOR/CLASS; None if it is one."""
     vendor, slash, device_class = kind.partition("/")
     if not (slash and vendor and device_class):
-        return f"{kind!r} is not a kind, expected VENDOR/CLASS"
+        return f"{kind!r:.60} is not a kind, expected VENDOR/CLASS"
     for word, label in (("vendor", vendor), ("class", device_class)):
         if not _LABEL.fullmatch(label):
-            return f"{label!r} is not a {word}, expected {_LABEL_RULE}"
+            return f"{label!r:.60} is not a {word}, expected {_LABEL_RULE}"
     return None
 
 
 def find_name_problem(name: str) -> str | None:
     """What is wrong with the name of a device within its kind; None if it is one."""
-    return None if is_device_name(name) else f"{name!r} is not a name, expected {_NAME_RULE}"
+    return None if is_device_name(name) else f"{name!r:.60} is not a name, expected {_NAME_RULE}"
 
 
 class QualifiedName(msgspec.Struct, frozen=True):

@@ -51,7 +51,7 @@ def find_problems(spec: Spec, versioned: Iterable[tuple[str, str]] = ()) -> _Fou
 def _find_version_problems(spec: Spec, versioned: Iterable[tuple[str, str]]) -> _Found:
     version = find_version(spec.cdi_version)
     if version is None:
-        said = f"unknown version {spec.cdi_version!r}" if spec.cdi_version else "is missing"
+        said = f"unknown version {spec.cdi_version!r:.60}" if spec.cdi_version else "is missing"
         yield "$.cdiVersion", f"{said}, expected one of {', '.join(VERSIONS)}"
         return
     said = f"the file declares {version}"
@@ -63,8 +63,8 @@ def _find_version_problems(spec: Spec, versioned: Iterable[tuple[str, str]]) -> 
             told.add(path)
             only = "from 1.1.0 on" if is_new else "before 1.1.0"
             yield path, f"is only valid {only}, {said}"
-    for needed, path in find_needs(spec):
-        if needed > version and path not in told:
+    for needed, path in find_needs(spec, version):
+        if path not in told:
             yield path, f"needs cdiVersion {needed} or later, {said}"
 
 
@@ -90,7 +90,7 @@ def _find_name_problems(names: list[str]) -> _Found:
         elif problem := find_name_problem(name):
             yield path, problem
         elif first < index:
-            yield path, f"{name!r} is already the name of $.devices[{first}], expected another"
+            yield path, f"{name!r:.60} is already the name of $.devices[{first}], expected another"
 
 
 def _below(path: str, problems: Iterable[tuple[str, str]]) -> _Found:
@@ -124,7 +124,7 @@ def _find_env_problems(field: str, env: tuple[str, ...]) -> _Found:
     for index, entry in enumerate(env):
         if entry.find("=") < 1:
             what = "has no name before '='" if "=" in entry else "has no '='"
-            yield f"{field}[{index}]", f"{entry!r} {what}, expected KEY=VALUE"
+            yield f"{field}[{index}]", f"{entry!r:.60} {what}, expected KEY=VALUE"
 
 
 def _find_node_problem(node: DeviceNode) -> tuple[str, str] | None:
@@ -132,14 +132,15 @@ def _find_node_problem(node: DeviceNode) -> tuple[str, str] | None:
     if not node.path:
         return "path", "is missing, expected the path of the node in the container"
     if node.type not in _NODE_TYPES:
-        return "type", f"{node.type!r} is not a type of node, expected b, c, u or p"
+        return "type", f"{node.type!r:.60} is not a type of node, expected b, c, u or p"
     # A cgroup rule with -1 would be one for every device.
     if node.major is not None and node.major < 0:
         return "major", f"{node.major} is negative, expected the major number of a device"
     if node.minor is not None and node.minor < 0:
         return "minor", f"{node.minor} is negative, expected the minor number of a device"
     if node.permissions.strip("rwm") and node.permissions != "none":
-        return "permissions", f"{node.permissions!r} is not r, w and m, expected some or 'none'"
+        said = f"{node.permissions!r:.60} is not r, w and m"
+        return "permissions", f"{said}, expected some of these, or 'none'"
     return None
 
 
@@ -151,13 +152,16 @@ def _find_net_problems(devices: tuple[NetDevice, ...]) -> _Found:
             if not name:
                 yield f"netDevices[{index}].{field}", "is missing, expected an interface's name"
             elif name in seen:
-                yield f"netDevices[{index}].{field}", f"{name!r} is there twice, expected it once"
+                yield (
+                    f"netDevices[{index}].{field}",
+                    f"{name!r:.60} is there twice, expected it once",
+                )
             seen.add(name)
 
 
 def _find_hook_problems(hook: Hook) -> _Found:
     if hook.hook_name not in HOOK_NAMES:
-        said = f"{hook.hook_name!r} is not a hook" if hook.hook_name else "is missing"
+        said = f"{hook.hook_name!r:.60} is not a hook" if hook.hook_name else "is missing"
         yield "hookName", f"{said}, expected one of {', '.join(HOOK_NAMES)}"
     if not hook.path:
         yield "path", "is missing, expected the path of a program"

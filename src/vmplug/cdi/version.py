@@ -38,32 +38,39 @@ def find_removed(spec: Spec) -> Iterator[tuple[str, str]]:
             yield "enableMBM", f"{path}.containerEdits.intelRdt.enableMBM"
 
 
-def find_needs(spec: Spec) -> Iterator[tuple[str, str]]:
-    """Each version above the first that something in the spec needs, with the field's path."""
+def find_needs(spec: Spec, above: str = VERSIONS[0]) -> Iterator[tuple[str, str]]:
+    """Each version above this one that something in the spec needs, with the field's path."""
+    return (need for need in _find_needs(spec, above) if need[0] > above)
+
+
+def _find_needs(spec: Spec, above: str) -> Iterator[tuple[str, str]]:
+    """Among them all that are above; lower ones are left out where that saves time."""
+    has_old = above < "0.5.0"
     if "." in spec.kind.partition("/")[2]:
         yield "0.6.0", "$.kind"
     if spec.annotations:
         yield "0.6.0", "$.annotations"
-    for version, field in _list_edits_needs(spec.container_edits):
+    for version, field in _list_edits_needs(spec.container_edits, has_old=has_old):
         yield version, f"$.containerEdits.{field}"
     for index, device in enumerate(spec.devices):
-        if device.name[:1].isdigit():
+        if has_old and device.name[:1].isdigit():
             yield "0.5.0", f"$.devices[{index}].name"
         if device.annotations:
             yield "0.6.0", f"$.devices[{index}].annotations"
-        for version, field in _list_edits_needs(device.container_edits):
+        for version, field in _list_edits_needs(device.container_edits, has_old=has_old):
             yield version, f"$.devices[{index}].containerEdits.{field}"
 
 
-def _list_edits_needs(edits: ContainerEdits) -> list[tuple[str, str]]:
+def _list_edits_needs(edits: ContainerEdits, *, has_old: bool) -> list[tuple[str, str]]:
     """What edits need; called for thousands that need nothing, so it makes no generator."""
     found: list[tuple[str, str]] = []
-    for index, node in enumerate(edits.device_nodes):
-        if node.host_path:
-            found.append(("0.5.0", f"deviceNodes[{index}].hostPath"))
-    for index, mount in enumerate(edits.mounts):
-        if mount.type:
-            found.append(("0.4.0", f"mounts[{index}].type"))
+    if has_old:
+        for index, node in enumerate(edits.device_nodes):
+            if node.host_path:
+                found.append(("0.5.0", f"deviceNodes[{index}].hostPath"))
+        for index, mount in enumerate(edits.mounts):
+            if mount.type:
+                found.append(("0.4.0", f"mounts[{index}].type"))
     if edits.additional_gids:
         found.append(("0.7.0", "additionalGids"))
     if edits.net_devices:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from vmplug.cdi.fields import Fields
 from vmplug.cdi.problem import CdiError, Problem
 from vmplug.cdi.spec import Spec
 from vmplug.cdi.validate import find_problems
@@ -33,12 +34,12 @@ def format_spec(
     declared = version or minimum_version(spec)
     if declared not in VERSIONS:
         raise SpecError("version", f"unknown {declared!r}, expected one of {', '.join(VERSIONS)}")
-    spec = msgspec.structs.replace(spec, cdi_version=declared)
-    found = find_problems(spec)
+    tree = _as_tree(msgspec.structs.replace(spec, cdi_version=declared))
+    fields = Fields()
+    found = [*find_problems(fields.read(tree)), *fields.problems]
     problems = [Problem(file=file, field=field, message=message) for field, message in found]
     if problems:
         raise CdiError(problems)
-    tree = _order(msgspec.to_builtins(spec))
     return _format_yaml(tree) if is_yaml else _format_json(tree)
 
 
@@ -69,15 +70,9 @@ def write_spec(spec: Spec, path: str | os.PathLike[str], *, version: str | None 
         raise
 
 
-def _order(tree: Any) -> Any:
-    """Lists for tuples, so that every writer knows them."""
-    match tree:
-        case dict():
-            return {key: _order(value) for key, value in tree.items()}
-        case list() | tuple():
-            return [_order(value) for value in tree]
-        case _:
-            return tree
+def _as_tree(spec: Spec) -> Any:
+    """Dicts, lists and scalars, as they are read from a file."""
+    return msgspec.json.decode(msgspec.json.encode(spec))
 
 
 def _format_json(tree: Any) -> str:

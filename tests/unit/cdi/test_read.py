@@ -36,7 +36,7 @@ TOLD = {
     "{deviceNodes: [{path: /dev/a, minor: -1}]}": f"{EDITS}.deviceNodes[0].minor: -1 is negative, "
     "expected the minor number of a device",
     "{deviceNodes: [{path: /dev/a, permissions: rwx}]}": f"{EDITS}.deviceNodes[0].permissions: "
-    "'rwx' is not r, w and m, expected some or 'none'",
+    "'rwx' is not r, w and m, expected some of these, or 'none'",
     "{deviceNodes: [null]}": f"{EDITS}.deviceNodes[0]: it is null, expected a mapping",
     "{hooks: [{hookName: before, path: /bin/a}]}": f"{EDITS}.hooks[0].hookName: 'before' is not a "
     "hook, expected one of prestart, createRuntime, createContainer, startContainer, poststart, "
