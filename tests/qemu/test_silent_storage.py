@@ -100,3 +100,17 @@ def test_other_disks_come_and_go_and_the_guest_goes_on(world: World) -> None:
     ):
         world.run(*words)
     assert world.vm.console.run("echo goes on") == "goes on"
+
+
+def test_a_disk_there_is_not_plugged_and_nothing_is_left_of_it(world: World) -> None:
+    late = world.files.directory / "late.img"
+    disk_image(late, 2, "late")
+    before = world.run("list", "--json").json()["attachments"]
+    world.files.stop()
+    words = ("attach", "--vm", "sb1", "--owner", "ctr1")
+    refused = world.run(*words, "--device", f"file:{world.files.mounted / late.name}")
+    assert refused.status == 4
+    assert "its storage does not answer" in refused.stderr
+    world.files.go_on()
+    after = world.run("list", "--json").json()["attachments"]
+    assert [hold["id"] for hold in after] == [hold["id"] for hold in before]

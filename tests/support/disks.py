@@ -41,6 +41,23 @@ def qcow2_image(path: Path, size_mib: int, marker: str) -> Path:
     return path
 
 
+def qcow2_header(*, backing: bytes = b"", data_file: bytes = b"") -> bytes:
+    """The header of an image, version 3, whose other files are qcow2 (backing) and raw (data)."""
+    said = ((0xE2792ACA, b"qcow2" if backing else b""), (0x44415441, data_file))
+    extensions = b"".join(
+        kind.to_bytes(4, "big")
+        + len(text).to_bytes(4, "big")
+        + text.ljust(-(-len(text) // 8) * 8, b"\0")
+        for kind, text in said
+        if text
+    ) + bytes(8)
+    at = 104 + len(extensions) if backing else 0
+    head = struct.pack(">4sIQII", b"QFI\xfb", 3, at, len(backing), 16)
+    head = (head + (8 << 20).to_bytes(8, "big")).ljust(72, b"\0")
+    head += (4 if data_file else 0).to_bytes(8, "big")
+    return head.ljust(100, b"\0") + (104).to_bytes(4, "big") + extensions + backing
+
+
 def dax_image(path: Path, size_mib: int, content: Path | None = None) -> Path:
     """Makes an image whose header says that the pages' structures are in ordinary memory.
 

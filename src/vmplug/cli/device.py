@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from vmplug.devnum import DevNum
 from vmplug.errors import DeviceError, NoSuchDevice, SpecError
 from vmplug.host.root import THIS_HOST, HostRoot, describe, node_number
+from vmplug.host.use.silent import find_silent, require_answer
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.limits import check_path
 
@@ -80,6 +81,8 @@ def names_device(text: str, host: HostRoot) -> bool:
     """
     if text.startswith(_OWN_DESCRIPTORS):
         return False
+    if find_silent([text], THIS_HOST):  # reading it as a bundle says so
+        return False
     if not text.startswith("/"):
         return _is_node(THIS_HOST.stat_or_none(text))
     try:
@@ -132,6 +135,7 @@ _OTHER_WORDS = {
 def _longest_path(said: str, host: HostRoot) -> tuple[str, os.stat_result | None]:
     """The longest part before a colon that exists, as names in /dev may have colons too."""
     check_path("--device", said)
+    require_answer(said.partition(":")[0], host)
     path = said
     while (status := host.stat(host.real_path(path))) is None and ":" in path:
         path = path.rpartition(":")[0]

@@ -13,7 +13,8 @@ import click
 
 from vmplug.cli.device import names_device, parse_device, request_read_only
 from vmplug.errors import SpecError
-from vmplug.host.root import HostRoot
+from vmplug.host.root import THIS_HOST, HostRoot
+from vmplug.host.use.silent import require_answer
 from vmplug.journal import DEFAULT_STATE_DIR, STATE_DIR_VARIABLE
 from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
     from vmplug.policy.rules import Policy
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class AnsweringPath(click.Path):
+    """A path of the caller. Raises AttributeReadError when its storage does not answer."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click."""
+        require_answer(os.fspath(value), THIS_HOST)
+        return super().convert(value, param, ctx)
+
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Answer with one JSON document."
@@ -94,7 +105,7 @@ vm_option = click.option(
 
 def request_options(command: F) -> F:
     """BUNDLE (or a device in its place), --device and how the devices are wanted."""
-    return click.argument("bundle", required=False, type=click.Path())(device_options(command))
+    return click.argument("bundle", required=False, type=AnsweringPath())(device_options(command))
 
 
 def device_options(command: F) -> F:
@@ -213,6 +224,7 @@ def read_request(
         from vmplug.host.block.volumes import find_requests  # noqa: PLC0415  msgspec: 9 ms
         from vmplug.oci.spec import read_bundle  # noqa: PLC0415  msgspec: 9 ms
 
+        require_answer(os.path.join(bundle, "config.json"), THIS_HOST)
         asked = read_bundle(bundle)
         requests = [*find_requests(asked, host), *requests]
         name, annotated = asked.name, asked.annotated

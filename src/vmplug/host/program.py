@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Self
 
@@ -76,8 +76,9 @@ class Looks:
     a second time. A context manager, which ends those that wait.
     """
 
-    def __init__(self, timeout_s: float = LOOK_TIMEOUT_S) -> None:
+    def __init__(self, timeout_s: float = LOOK_TIMEOUT_S, ask: "Ask | None" = None) -> None:
         self._timeout_s = timeout_s
+        self._ask = ask or ask_status
         self._waiting: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -97,17 +98,31 @@ class Looks:
         waiting = self._waiting = {p: w for p, w in self._waiting.items() if w.poll() is None}
         if new := [path for path in paths if path not in waiting]:
             half_s = self._timeout_s / 2
-            together = _ask(new)
+            together = self._ask(new)
             if not _ends(together, time.monotonic() + half_s):
                 _kill(together)
-                asked, deadline = {p: _ask([p]) for p in new}, time.monotonic() + half_s
+                asked, deadline = {p: self._ask([p]) for p in new}, time.monotonic() + half_s
                 waiting |= {p: one for p, one in asked.items() if not _ends(one, deadline)}
         return waiting.keys() & set(paths)
 
 
-def _ask(paths: Sequence[str]) -> "subprocess.Popen[bytes]":
+Ask = Callable[[Sequence[str]], "subprocess.Popen[bytes]"]
+"""Starts a process that ends when the storage of all paths has answered."""
+
+
+def ask_status(paths: Sequence[str]) -> "subprocess.Popen[bytes]":
     """Ask the storage itself, and not the kernel, which remembers a file for a while."""
     words = ["stat", "--dereference", "--cached=never", "--format=", "--", *paths]
+    return _start(words, subprocess.DEVNULL, subprocess.DEVNULL)
+
+
+def ask_content(paths: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """Ask for the first byte of regular files too: the kernel may remember the rest of a file.
+
+    Nothing else is opened, as it may be a FIFO or a watchdog.
+    """
+    read = ("-type", "f", "-exec", "head", "--bytes=1", "--", "{}", "+")
+    words = ["find", "-L", *paths, "-maxdepth", "0", *read]
     return _start(words, subprocess.DEVNULL, subprocess.DEVNULL)
 
 

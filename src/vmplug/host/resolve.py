@@ -15,6 +15,7 @@ from vmplug.host.file_id import file_id
 from vmplug.host.host_path import SYSFS_DIRECTORY, get_host_path, is_in_store
 from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.root import HostRoot
+from vmplug.host.use.silent import find_silent, no_answer
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.oci.info import DeviceInfo, DevType
 
@@ -34,6 +35,8 @@ def resolve(
 
     Raises NoSuchDevice or AttributeReadError.
     """
+    if find_silent(paths := _paths_of([info]), root):
+        raise no_answer(paths[0])
     return _resolve(info, root, vhost_user_store, partial(_block_devices, root))
 
 
@@ -50,8 +53,11 @@ def resolve_all(
     sockets = _find_sockets(requests, vhost_user_store, root)
     answers: list[HostDevice | HostError] = []
     get_blocks = cache(partial(_block_devices, root))
+    silent = find_silent(_paths_of(requests), root)
     for info in requests:
         try:
+            if silent.intersection(paths := _paths_of([info])):
+                raise no_answer(paths[0])
             if isinstance(info, DeviceInfo) and is_in_store(info, vhost_user_store):
                 answers.append(sockets[info.devnum])
             else:
@@ -59,6 +65,16 @@ def resolve_all(
         except HostError as error:
             answers.append(error)
     return answers
+
+
+def _paths_of(requests: Iterable[Request]) -> list[str]:
+    """The paths at which vmplug will look: of an image, a socket, a directory, a node."""
+    named = (
+        getattr(info, name, None)
+        for info in requests
+        for name in ("host_path", "source", "socket_path", "device")
+    )
+    return [path for path in named if path and path.startswith("/")]
 
 
 def _resolve(

@@ -7,6 +7,7 @@ import click
 
 from vmplug.cli.group import VerbGroup
 from vmplug.cli.options import (
+    AnsweringPath,
     RequestArguments,
     allow_option,
     completes,
@@ -69,11 +70,13 @@ def command() -> None:
 
 @command.command("start", context_settings={"ignore_unknown_options": False})
 @click.argument("name")
-@click.option("--kernel", type=click.Path(exists=True, dir_okay=False), help="The kernel to boot.")
-@click.option("--initrd", type=click.Path(exists=True, dir_okay=False), help="Its initrd.")
+@click.option(
+    "--kernel", type=AnsweringPath(exists=True, dir_okay=False), help="The kernel to boot."
+)
+@click.option("--initrd", type=AnsweringPath(exists=True, dir_okay=False), help="Its initrd.")
 @click.option("--append", metavar="TEXT", help="The kernel's command line.")
 @click.option(
-    "--disk", type=click.Path(exists=True, dir_okay=False), help="Boot from this raw image."
+    "--disk", type=AnsweringPath(exists=True, dir_okay=False), help="Boot from this raw image."
 )
 @click.option(
     "--memory",

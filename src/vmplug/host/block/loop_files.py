@@ -15,6 +15,7 @@ import msgspec
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop import LoopBacking, read_backing_file
 from vmplug.host.root import HostRoot, node_number
+from vmplug.host.use.silent import find_silent
 
 
 class Loop(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +77,8 @@ class LoopIndex:
         return [] if loop.backing.deleted else self.find_on(loop.backing.backing_file, root)
 
 
+_SILENT = OpenedFile(-1, -1, None)
+"""A file whose storage does not answer: nothing that was asked for is on it, or it would wait."""
 _LOOP_GET_STATUS64 = 0x4C05
 _STATUS_BYTES = 232
 _STATUS_BEGINS = struct.Struct("=QQQ")
@@ -84,12 +87,17 @@ _STATUS_BEGINS = struct.Struct("=QQQ")
 
 def read_loops(root: HostRoot) -> list[Loop]:
     """Every configured loop device. Raises AttributeReadError."""
-    loops = []
-    for name in root.list_dir("/sys/block"):
-        sysfs_path, node = f"/sys/block/{name}", f"/dev/{name}"
-        backing = read_backing_file(sysfs_path, root) if name.startswith("loop") else None
+    loops, paths = [], [f"/sys/block/{name}" for name in root.list_dir("/sys/block")]
+    found = {path: read_backing_file(path, root) for path in paths if "/loop" in path}
+    silent = find_silent({backing.backing_file for backing in found.values() if backing}, root)
+    for sysfs_path, backing in found.items():
+        node = sysfs_path.replace("/sys/block", "/dev")
         if backing and (devnum := root.read_devnum(f"{sysfs_path}/dev")):
-            opened = _read_opened(node, root) if root.is_live else None
+            opened = None
+            if backing.backing_file in silent:  # the kernel would ask the file who it is
+                opened = _SILENT
+            elif root.is_live:
+                opened = _read_opened(node, root)
             loops.append(Loop(devnum=devnum, device_node=node, backing=backing, opened=opened))
     return loops
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.file_id import file_id
 from vmplug.host.root import HostRoot
+from vmplug.host.use.silent import require_answer
 
 MAGIC = b"QFI\xfb"
 HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
@@ -81,6 +82,7 @@ def read_image(
 
     ValueError says which of them vmplug cannot follow.
     """
+    require_answer(path, root)
     path = root.real_path(path)
     status = root.stat(path)
     if status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):

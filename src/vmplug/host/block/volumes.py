@@ -9,6 +9,7 @@ from vmplug.host.block.loop import read_backing_file
 from vmplug.host.block.pmem import read_pfn_info
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.use.mounts import MountPoint, read_mount_points
+from vmplug.host.use.silent import require_answer
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 from vmplug.oci.requests import Request
 from vmplug.oci.spec import Bundle
@@ -32,6 +33,7 @@ def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
     for mount in mounts:
         if mount.type not in {None, "", "none", "bind"} or not mount.source.startswith("/"):
             continue
+        require_answer(mount.source, root)
         source = root.real_path(mount.source)
         status = root.stat_or_none(source)
         if status and stat.S_ISBLK(status.st_mode):

@@ -21,6 +21,7 @@ from vmplug.host.pci.vfio import (
 )
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot, node_number
+from vmplug.host.use.silent import require_answer
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import ShareInfo
 
@@ -88,6 +89,7 @@ def _group(node: str, root: HostRoot) -> HostDevice:
 
 
 def _at_path(name: str, root: HostRoot, store: "VhostUserStore | None") -> HostDevice:
+    require_answer(name, root)
     path = root.real_path(name)
     if GROUP_NODE.match(path) or CDEV_NODE.match(path):
         return _group(path, root)

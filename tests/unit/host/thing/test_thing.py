@@ -5,7 +5,6 @@ in the tree that `check` does not have.
 """
 
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from tests.support.disks import qcow2_header
 from tests.support.pci_tree import PciTree
 from tests.support.tree import GIB, MIB
 from vmplug.errors import NoSuchDevice, SpecError
@@ -229,27 +229,10 @@ def test_an_image_has_the_file_that_it_refers_to(disks: PciTree) -> None:
     )
 
 
-def qcow2(*, backing: bytes = b"", data_file: bytes = b"") -> bytes:
-    """The header of an image, version 3, whose other files are qcow2 (backing) and raw (data)."""
-    said = ((0xE2792ACA, b"qcow2" if backing else b""), (0x44415441, data_file))
-    extensions = b"".join(
-        kind.to_bytes(4, "big")
-        + len(text).to_bytes(4, "big")
-        + text.ljust(-(-len(text) // 8) * 8, b"\0")
-        for kind, text in said
-        if text
-    ) + bytes(8)
-    at = 104 + len(extensions) if backing else 0
-    head = struct.pack(">4sIQII", b"QFI\xfb", 3, at, len(backing), 16)
-    head = (head + (8 << 20).to_bytes(8, "big")).ljust(72, b"\0")
-    head += (4 if data_file else 0).to_bytes(8, "big")
-    return head.ljust(100, b"\0") + (104).to_bytes(4, "big") + extensions + backing
-
-
 def test_an_image_has_the_whole_chain_and_the_uses_of_each_file(disks: PciTree) -> None:
-    disks.file("/srv/top.qcow2", qcow2(backing=b"mid.qcow2", data_file=b"/srv/top.raw"))
-    disks.file("/srv/mid.qcow2", qcow2(backing=b"/srv/base.qcow2"))
-    disks.file("/srv/base.qcow2", qcow2()).file("/srv/top.raw", b"12345678")
+    disks.file("/srv/top.qcow2", qcow2_header(backing=b"mid.qcow2", data_file=b"/srv/top.raw"))
+    disks.file("/srv/mid.qcow2", qcow2_header(backing=b"/srv/base.qcow2"))
+    disks.file("/srv/base.qcow2", qcow2_header()).file("/srv/top.raw", b"12345678")
     disks.process(99, "qemu-nbd", "/srv/top.raw").process(98, "cp", "/srv/base.qcow2")
     assert tree_of(disks, "/srv/top.qcow2") == [
         "file /srv/top.qcow2",
@@ -260,7 +243,7 @@ def test_an_image_has_the_whole_chain_and_the_uses_of_each_file(disks: PciTree) 
 
 
 def test_an_image_whose_chain_cannot_be_followed_says_so(disks: PciTree) -> None:
-    disks.file("/srv/top.qcow2", qcow2(data_file=b"top.raw"))
+    disks.file("/srv/top.qcow2", qcow2_header(data_file=b"top.raw"))
     thing = show(disks, "/srv/top.qcow2")
     assert thing.unknown[0] == (
         "the other files of the image: vmplug does not follow what its header names"

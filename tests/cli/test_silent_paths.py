@@ -1,0 +1,88 @@
+"""A path whose storage does not answer: each verb says so, and does not wait for it."""
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import Vmplug
+from tests.support.disks import disk_image, loop_device, qcow2_header
+from tests.support.silent_files import SilentFiles, silent_files
+
+pytestmark = pytest.mark.root
+
+PATIENCE_S = 60.0
+"""Well above the deadline of a look, also on a busy host."""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[SilentFiles]:
+    below, mounted = tmp_path / "below", tmp_path / "mounted"
+    mounted.mkdir()
+    (below / "dir").mkdir(parents=True)
+    (below / "config.json").write_text('{"ociVersion": "1.0.2"}')
+    disk_image(below / "a.img", 1, "silent")
+    with silent_files(below, mounted) as files:
+        yield files
+
+
+def run(vmplug: Vmplug, files: SilentFiles, *words: str) -> tuple[str, str, int]:
+    """A verb as a process, which is killed if it hangs."""
+    process = vmplug.begin(*words)
+    try:
+        out, err = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        files.go_on()
+        process.communicate()
+        pytest.fail(f"vmplug {' '.join(words)} hangs")
+    return out.decode(), err.decode(), process.returncode
+
+
+ASKED = {
+    "file": ("resolve", "--device", "file:PATH/a.img"),
+    "check": ("check", "--device", "file:PATH/a.img"),
+    "directory": ("check", "--device", "share:PATH/dir:work"),
+    "node": ("check", "--device", "PATH/node"),
+    "bundle": ("resolve", "PATH"),
+    "thing": ("host", "PATH/a.img"),
+}
+
+
+@pytest.mark.parametrize("words", ASKED.values(), ids=ASKED)
+def test_a_verb_says_that_the_storage_does_not_answer(
+    vmplug: Vmplug, files: SilentFiles, words: tuple[str, ...]
+) -> None:
+    files.stop()
+    said = [word.replace("PATH", str(files.mounted)) for word in words]
+    out, err, status = run(vmplug, files, *said)
+    assert "its storage does not answer" in out + err
+    assert status == 4
+
+
+def test_an_image_is_not_waited_for_whose_backing_file_does_not_answer(
+    vmplug: Vmplug, files: SilentFiles, tmp_path: Path
+) -> None:
+    top = tmp_path / "top.qcow2"
+    top.write_bytes(qcow2_header(backing=bytes(files.mounted / "a.img")).ljust(1 << 20, b"\0"))
+    files.stop()
+    words = ("check", "--device", f"file:{top}", "-o", "format=qcow2")
+    out, err, status = run(vmplug, files, *words)
+    assert "its storage does not answer" in out + err
+    assert status
+
+
+def test_another_disk_is_checked_while_a_loop_device_does_not_answer(
+    vmplug: Vmplug, files: SilentFiles, tmp_path: Path
+) -> None:
+    other = disk_image(tmp_path / "b.img", 1, "here")
+    with loop_device(files.mounted / "a.img"):
+        files.stop()
+        begun = time.monotonic()
+        out, err, status = run(vmplug, files, "check", "--json", "--device", f"file:{other}")
+        assert (json.loads(out)["problems"], err, status) == ([], "", 0)
+        assert time.monotonic() - begun < PATIENCE_S
+        files.go_on()
