@@ -1,6 +1,6 @@
-"""What podman makes of a spec, vmplug makes too: of podman's config without devices.
+"""What podman makes of a spec, vmplug makes too, of podman's config without devices.
 
-podman 4.3 has the CDI library 0.5, podman 5.4 has 0.8 and later fixes.
+podman 4.3 has the CDI library 0.5, podman 5.4 has 0.8.
 """
 
 import os
@@ -70,7 +70,8 @@ def test_config(devices: Sequence[str], tmp_path: Path) -> None:
     made = make_config(tmp_path / "with", SPECS, devices)
     registry = cdi.read_directories([tmp_path / "with" / "specs"])
     injected = cdi.inject(without, devices, registry)
-    assert _sort_mounts(injected) == _sort_mounts(made)
+    own = len(without["process"]["env"])
+    assert _settle(injected, own) == _settle(made, own)
     assert _find_depths(injected) == _find_depths(made)
 
 
@@ -108,6 +109,9 @@ def _find_depths(config: dict[str, Any]) -> list[int]:
     return [mount["destination"].count("/") for mount in config["mounts"]]
 
 
-def _sort_mounts(config: dict[str, Any]) -> dict[str, Any]:
-    """podman's own mounts of one depth come in another order each time."""
-    return config | {"mounts": sorted(config["mounts"], key=lambda mount: mount["destination"])}
+def _settle(config: dict[str, Any], own: int) -> dict[str, Any]:
+    """podman's own entries of env, and mounts of one depth, come in another order each time."""
+    env = config["process"]["env"]
+    process = config["process"] | {"env": sorted(env[:own]) + env[own:]}
+    mounts = sorted(config["mounts"], key=lambda mount: mount["destination"])
+    return config | {"process": process, "mounts": mounts}
