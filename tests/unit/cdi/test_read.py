@@ -177,6 +177,18 @@ def test_json_and_yaml_are_read_the_same() -> None:
     )
 
 
+@pytest.mark.parametrize("escaped", ["\\u003a", "\\u0026", "\\n", "\\\\", '\\"', "\\ud83d\\ude00"])
+def test_a_key_twice_is_found_whatever_is_escaped(escaped: str) -> None:
+    text = f'{{"kind": "a{escaped}", "kind": "a"}}'
+    assert len(problems_of(text)) == 1
+
+
+def test_an_empty_field_of_another_version_is_found_whatever_is_escaped() -> None:
+    text = spec_text("{env: [A=1], netDevices: []}", as_json=True)
+    first, *_ = problems_of(text.replace("netDevices", "\\u006eetDevices"))
+    assert first.startswith(f"a.yaml: {EDITS}.netDevices: is only valid from 1.1.0 on")
+
+
 def test_every_mistake_of_a_file_is_told_at_once() -> None:
     devices = "[{name: -}, {name: a}]"
     text = f"{{cdiVersion: 9, kind: vendor, devices: {devices}, containerEdits: {{env: [A]}}}}"
