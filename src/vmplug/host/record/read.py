@@ -305,10 +305,11 @@ class _Reader:
 
     def _path_of(self, name: str) -> str:
         """The member's path with a slash before it; SpecError if it leaves the directory."""
-        above, _, last = name.rpartition("/")
+        plain = name.removesuffix("/")  # tar(1) writes it behind a directory
+        above, _, last = plain.rpartition("/")
         is_plain = last.isascii() and last.isprintable() and len(last) <= NAME_BYTES_MAX
         if is_plain and last not in {"", ".", ".."} and f"/{above}" in self.members.names:
-            return f"/{name}"
+            return f"/{plain}"
         parts = [part for part in name.split("/") if part not in {"", "."}]
         if name.startswith("/") or ".." in parts or "\0" in name:
             raise self._refusal(
@@ -367,8 +368,17 @@ class _Reader:
         promised = words.get("members", "")
         self._promised = int(promised) if is_decimal(promised) else None
 
+    def _leads_to_directory(self, path: str, target: str) -> bool:
+        """Whether it leads up and then through directories alone, as most links of sysfs do."""
+        directory = path.rpartition("/")[0]
+        while directory and target.startswith("../"):
+            directory, target = directory.rpartition("/")[0], target[3:]
+        return f"{directory}/{target}" in self.members.names
+
     def _check_link(self, path: str, target: str) -> None:
         """SpecError for a link that would lead out, by itself or through others."""
+        if self._leads_to_directory(path, target):
+            return
         real, rest, links = path.rpartition("/")[0], target.split("/")[::-1], 0
         steps = len(rest)
         is_out = target.startswith("/") or not target or "\0" in target
