@@ -11,6 +11,8 @@ from vmplug.host.root import HostRoot
 
 def without_shared(claims: Sequence[Claim], group: VfioGroup, root: HostRoot) -> Sequence[Claim]:
     """A VM that has the physical function of a virtual one may share it: manager's vf_tokens."""
+    if not claims:
+        return claims
     owners = {str(o.bdf) for f in group.functions if (o := find_vfio_owner(f, root))}
     shared = {Identity.of_vfio(bdf) for bdf in owners - set(group.members)}
     return [claim for claim in claims if claim.identity not in shared]

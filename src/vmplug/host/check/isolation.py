@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from vmplug.address import Bdf, find_bdf
+from vmplug.host.block.usage import HostUsage
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.function import PciFunction
 from vmplug.host.pci.group import VfioGroup
@@ -15,7 +16,7 @@ _ENABLE = (
 )
 
 
-def check_isolation(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+def check_isolation(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
     """Every reason why the VM could reach the host through the group."""
     if group.number is None:
         yield _no_group(group, root)
@@ -27,7 +28,7 @@ def check_isolation(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
             f"vmplug needs an IOMMU: {_ENABLE}, or give this host one if it is a VM itself",
         )
     elif not group.mediated:
-        if remaps_interrupts(root) is False:
+        if usage.once(remaps_interrupts) is False:
             yield _no_remapping(group, root)
         yield from _reserved_memory(group, root)
 

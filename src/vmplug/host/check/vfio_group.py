@@ -63,7 +63,7 @@ def check_group(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[
             "vmplug host lists the devices; bridges stay with the host",
         )
         return
-    yield from check_isolation(group, root)
+    yield from check_isolation(group, usage, root)
     yield from _bindings(group, root)
     yield from _others(group, root)
     yield from check_machine_parts(group, root)

@@ -114,7 +114,7 @@ def find_vfio_device(
             number=None, device_node=node, functions=(function,), named=name, found_by=found_by
         )
         return with_disks(alone, root, blocks)
-    return _read_group(number, node, root, found_by, blocks, named=name)
+    return _read_group(number, node, root, found_by, blocks, named=function)
 
 
 def find_named_group(text: str, root: HostRoot) -> VfioGroup:
@@ -160,8 +160,9 @@ def _read_group(
     root: HostRoot,
     found_by: FoundBy,
     blocks: BlockDevices,
-    named: str | None = None,
+    named: PciFunction | None = None,
 ) -> VfioGroup:
+    """`named` is the member that the request names."""
     functions: list[PciFunction] = []
     unknown_members: list[str] = []
     mediated = None
@@ -175,7 +176,8 @@ def _read_group(
             else:
                 unknown_members.append(name)
             continue
-        if function := find_function(bdf, root):
+        is_named = named is not None and named.bdf == bdf
+        if function := named if is_named else find_function(bdf, root):
             functions.append(function)
     functions.sort(key=lambda function: function.bdf)
     endpoints = tuple(f for f in functions if not f.is_bridge)
@@ -186,7 +188,7 @@ def _read_group(
         bridges=tuple(f for f in functions if f.is_bridge),
         mediated=mediated,
         unknown_members=tuple(unknown_members),
-        named=named,
+        named=str(named.bdf) if named else None,
         found_by=found_by,
         is_noiommu=mediated is None and is_noiommu(number, root),
     )

@@ -50,6 +50,7 @@ _PROC = re.compile(
 _TABLE_MAX_BYTES = 4 << 20
 _PIECE = 1 << 16
 """Some files of /proc cannot be read with a buffer of megabytes."""
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _CONFIG_BYTES = 256
 """The part of a configuration space that the kernel has read itself; reading more can upset a
 device."""
@@ -83,18 +84,9 @@ def write_record(path: str, root: HostRoot, *, replace: bool = False) -> Recorde
     """
     if not replace and os.path.lexists(path):
         raise _exists(path)
-    noting = _RecordingRoot(root)
-    _read_everything(noting)
-    members = _Members(root)
-    for noted in sorted(noting.noted):
-        # A process counts for its mount namespace if its mounts were read.
-        if (
-            not noted.endswith(_NAMESPACE)
-            or noted.replace(_NAMESPACE, "/mountinfo") in noting.noted
-        ):
-            members.add(noted)
-    for listed in sorted(noting.listed):
-        members.add_names(listed)
+    noting, members = _RecordingRoot(root), _Members(root)
+    for _ in _read_everything(noting):
+        members.add_asked(noting)
     try:
         _write_file(path, members, replace=replace)
     except FileExistsError:
@@ -129,8 +121,11 @@ def _write_file(path: str, members: "_Members", *, replace: bool) -> None:
             os.unlink(temporary)
 
 
-def _read_everything(root: "_RecordingRoot") -> None:
-    """Read everything that the reading verbs would read, for every device of the host."""
+def _read_everything(root: "_RecordingRoot") -> Iterator[None]:
+    """Read everything that the reading verbs would read, one device of the host after the other.
+
+    The paths of all devices together would take more memory than what is recorded.
+    """
     inventory = read_inventory(root)
     usage = read_usage(root)
     for directory, dev_type in (("block", DevType.BLOCK), ("char", DevType.CHAR)):
@@ -140,6 +135,7 @@ def _read_everything(root: "_RecordingRoot") -> None:
                 devnum = DevNum.parse(number)
                 info = DeviceInfo(container_path=path, dev_type=dev_type, devnum=devnum)
                 _check(resolve(info, root), usage, root)
+            yield
     seen: set[int] = set()
     for entry in inventory.pci:
         with_reset_methods(entry, root)
@@ -149,10 +145,12 @@ def _read_everything(root: "_RecordingRoot") -> None:
             seen.update(() if group is None else (group,))
             with suppress(DeviceError):
                 _check(find_vfio_device(str(entry.function.bdf), root), usage, root)
+        yield
     for mediated in inventory.mdev:
         with suppress(DeviceError):
             _check(find_vfio_device(mediated.uuid, root), usage, root)
     root.read_text("/proc/sys/kernel/osrelease")
+    yield
 
 
 def _check(device: HostDevice, usage: HostUsage, root: HostRoot) -> None:
@@ -235,19 +233,53 @@ class _Members:
 
     def __init__(self, root: HostRoot) -> None:
         self._base = "" if root.is_live else root.path
+        self._real_directories: dict[str, str | None] = {}
         self._directories: set[str] = set()
         self._links: dict[str, str] = {}
         self._files: dict[str, bytes] = {}
+        self._longer: dict[str, int] = {}  # configuration spaces, of which the rest is zeros
         self._nodes: dict[str, os.stat_result] = {}
         self._errors: dict[str, int] = {}
 
-    def add(self, path: str) -> str | None:
+    def add_asked(self, root: "_RecordingRoot") -> None:
+        """Add what was asked for since the last time."""
+        for path in root.noted:
+            # A process counts for its mount namespace if its mounts were read.
+            if (
+                not path.endswith(_NAMESPACE)
+                or path.replace(_NAMESPACE, "/mountinfo") in root.noted
+            ):
+                self._add(path)
+        for path in root.listed:
+            self._add_names(path)
+        root.noted.clear()
+        root.listed.clear()
+
+    def _add(self, path: str) -> None:
+        """Add what is at `path`, with the links and directories on the way to it."""
+        if path.startswith("/proc/"):
+            self._add_table(path)
+            return
+        directory, _, name = path.rpartition("/")
+        if name in {"", ".", ".."}:
+            self._follow(path)
+        elif real := self._real_directory(directory):
+            target = self._add_entry(f"{real}/{name}")
+            if target is not None:
+                self._follow(f"{real}/{target}")
+
+    def _real_directory(self, path: str) -> str | None:
+        """The directory without links; None for anything else."""
+        if path not in self._real_directories:
+            real = self._follow(path, with_content=False)
+            self._real_directories[path] = real if real in self._directories else None
+        return self._real_directories[path]
+
+    def _follow(self, path: str, *, with_content: bool = True) -> str | None:
         """Add what is at `path`, with the links and directories on the way to it.
 
         Gives the path without links; None when it does not exist, or is not recorded.
         """
-        if path.startswith("/proc/"):
-            return self._add_table(path)
         real, rest, links = "", path.split("/")[::-1], 0
         while rest:
             match rest.pop():
@@ -261,7 +293,7 @@ class _Members:
             if here in self._directories:
                 real = here
                 continue
-            target = self._add_entry(here, with_content=not rest)
+            target = self._add_entry(here, with_content=with_content and not rest)
             if target is not None:
                 links += 1
                 rest += target.split("/")[::-1]
@@ -271,22 +303,25 @@ class _Members:
                 return here if here in self._files or here in self._nodes else None
         return real
 
-    def add_names(self, path: str) -> None:
+    def _add_names(self, path: str) -> None:
         """Add what a directory lists: its links, directories and nodes, but no file's content."""
-        real = self.add(path)
+        real = self._real_directory(path)
         if real is None:
             return
         try:
-            names = os.listdir(self._base + real)
+            with os.scandir(self._base + real) as entries:
+                others = [one.name for one in entries if not one.is_file(follow_symlinks=False)]
         except OSError:
             return  # this path has been recorded before
-        for name in names:
+        for name in others:
             self._add_entry(f"{real}/{name}", with_content=False)
 
     def _add_entry(self, path: str, *, with_content: bool = True) -> str | None:
         """Add one thing; the target, if it is a link that may be followed."""
         if path in self._links:
             return self._links[path]
+        if path in self._files or path in self._nodes:
+            return None
         try:
             status = os.lstat(self._base + path)
             if stat.S_ISLNK(status.st_mode):
@@ -307,8 +342,6 @@ class _Members:
         return None
 
     def _add_attribute(self, path: str, size_bytes: int) -> None:
-        if path in self._files:
-            return
         is_config = path.endswith("/config")
         length = _CONFIG_BYTES if is_config else PAGE_SIZE
         try:
@@ -317,10 +350,10 @@ class _Members:
             self._add_error(path, error)
             return
         if is_config and size_bytes > _CONFIG_BYTES:
-            data = data.ljust(min(size_bytes, PAGE_SIZE), b"\0")
+            self._longer[path] = min(size_bytes, PAGE_SIZE)
         self._files[path] = data
 
-    def _add_table(self, path: str) -> str | None:
+    def _add_table(self, path: str) -> None:
         """A file or link of /proc; files of another user's process are skipped."""
         try:
             if path.endswith(_NAMESPACE):
@@ -330,8 +363,6 @@ class _Members:
         except OSError as error:
             if not path.endswith(("/mountinfo", _NAMESPACE)):
                 self._add_error(path, error)
-            return None
-        return path
 
     def _add_error(self, path: str, error: OSError) -> None:
         if error.errno not in _GONE and error.errno is not None:
@@ -368,8 +399,9 @@ class _Members:
         if path in self._nodes:
             status = self._nodes[path]
             return make_header(name, _NODES[stat.S_IFMT(status.st_mode)], node=status)
-        error = self._errors.get(path)
-        return _file(name, self._files[path], {} if error is None else {ERRNO_KEYWORD: str(error)})
+        data, error = self._files[path], self._errors.get(path)
+        data = data.ljust(self._longer.get(path, 0), b"\0")
+        return _file(name, data, {} if error is None else {ERRNO_KEYWORD: str(error)})
 
 
 def _file(name: str, data: bytes, keywords: Mapping[str, str] | None = None) -> bytes:
@@ -384,12 +416,10 @@ def _stays_inside(path: str, target: str) -> bool:
 
 
 def _read(path: str, length: int) -> bytes:
-    with open(path, "rb", buffering=0, opener=_open_calmly) as file:
-        data = b""
-        while len(data) < length and (piece := file.read(min(length - len(data), _PIECE))):
+    descriptor, data = os.open(path, _READ), b""
+    try:
+        while piece := os.read(descriptor, min(length - len(data), _PIECE)):
             data += piece
         return data
-
-
-def _open_calmly(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    finally:
+        os.close(descriptor)
