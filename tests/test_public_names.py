@@ -91,6 +91,15 @@ def test_resolving_one_device_imports_nothing_heavy(more: tuple[str, ...]) -> No
     assert not loaded & {"asyncio", "msgspec", "rich", "sqlite3"}
 
 
+@pytest.mark.parametrize("words", [("list",), ("check", "--device", "c:1:3:/dev/null")])
+def test_a_verb_imports_nothing_that_only_few_requests_need(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    loaded = modules_of_process(*words, "--state-dir", str(tmp_path))
+    assert {"msgspec", "sqlite3"} <= loaded
+    assert not loaded & {"asyncio", "concurrent.futures", "logging", "pathlib", "tempfile"}
+
+
 def test_info_on_a_bundle_imports_no_hypervisor_and_no_journal(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"ociVersion": "1.0.2"}')
     loaded = modules_of_process("info", str(tmp_path))

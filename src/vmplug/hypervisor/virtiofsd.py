@@ -5,19 +5,19 @@ made before it started. No other process can connect, and it ends when QEMU clos
 Its environment has its device's id and its VM, so that every vmplug can find it again. What it
 prints is in TMPDIR/vmplug-ID-*/virtiofsd.log until the share is gone.
 Source: virtiofsd(1); measured on that of QEMU 7.2, in C, and on 1.13, in Rust.
+
+pathlib, shutil and tempfile are imported where they are used: every attach imports this module,
+and few VMs have a share.
 """
 
 import os
 import re
 import select
-import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol, Self
 
 import msgspec
@@ -29,7 +29,6 @@ from vmplug.host.file_id import file_id, file_replaced, pinned
 from vmplug.host.process import end_processes, find_marked
 from vmplug.host.program import program_environment
 from vmplug.host.root import THIS_HOST
-from vmplug.hypervisor.keeper import start_keeper
 from vmplug.log import Log
 
 log = Log(__name__)
@@ -132,7 +131,12 @@ class _Output(msgspec.Struct):
             os.close(self.reading)
 
     def _keep(self) -> None:
-        directory = tempfile.mkdtemp(prefix=f"vmplug-{self.device_id}-")
+        from pathlib import Path  # noqa: PLC0415  3 ms
+        from tempfile import mkdtemp  # noqa: PLC0415  2 ms
+
+        from vmplug.hypervisor.keeper import start_keeper  # noqa: PLC0415  it has pathlib too
+
+        directory = mkdtemp(prefix=f"vmplug-{self.device_id}-")
         mark = f"{DAEMON_MARK}={_keeper_id(self.device_id)} {self.vm}"
         start_keeper(self.reading, Path(directory, _LOG), mark=mark)
 
@@ -323,8 +327,11 @@ def _keeper_id(device_id: str) -> str:
 
 def _remove_logs(device_ids: Collection[str]) -> None:
     """Remove what is left of the output of daemons of this user."""
+    from shutil import rmtree  # noqa: PLC0415  1 ms
+    from tempfile import gettempdir  # noqa: PLC0415  2 ms
+
     try:
-        entries = os.scandir(tempfile.gettempdir())
+        entries = os.scandir(gettempdir())
     except OSError as error:  # all of them are full, say: the share has gone without this
         log.debug("virtiofsd: %s", error)
         return
@@ -333,7 +340,7 @@ def _remove_logs(device_ids: Collection[str]) -> None:
             named = _LOGS.fullmatch(entry.name)
             is_of_these = named is not None and named[1] in device_ids
             if is_of_these and entry.stat(follow_symlinks=False).st_uid == os.geteuid():
-                shutil.rmtree(entry.path, ignore_errors=True)
+                rmtree(entry.path, ignore_errors=True)
 
 
 def _has_hung_up(connection: socket.socket) -> bool:
@@ -365,8 +372,10 @@ def _entered(daemon: VirtiofsdSpec) -> Iterator[str]:
 @contextmanager
 def _nameless_listener(daemon: VirtiofsdSpec) -> Iterator[tuple[socket.socket, socket.socket]]:
     """A listening socket, and a connection to it; its name was never visible to others."""
+    from tempfile import TemporaryDirectory  # noqa: PLC0415  2 ms
+
     try:
-        private = tempfile.TemporaryDirectory(prefix="vmplug-")
+        private = TemporaryDirectory(prefix="vmplug-")
     except OSError as error:
         raise BackendError(
             daemon.program,

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from vmplug.host.permissions import is_absent
 from vmplug.policy import DEFAULT_POLICY
-from vmplug.policy.file import read_policy
 
 if TYPE_CHECKING:
     from vmplug.policy.rules import Policy
@@ -18,4 +17,6 @@ def find_policy(path: str | os.PathLike[str] | None = None) -> "Policy | None":
     """
     if path is None and is_absent(DEFAULT_POLICY):
         return None
+    from vmplug.policy.file import read_policy  # noqa: PLC0415  tomllib: 2.5 ms
+
     return read_policy(DEFAULT_POLICY if path is None else path)

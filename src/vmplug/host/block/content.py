@@ -12,7 +12,6 @@ from vmplug.host.block.qcow2 import read_image
 from vmplug.host.block.queue import read_queue
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES, find_disk_path
 from vmplug.host.block.twins import read_own_name
-from vmplug.host.program import read_start
 from vmplug.host.root import HostRoot
 from vmplug.host.use.questions import Questions
 
@@ -126,5 +125,7 @@ def _read_block(device: BlockDevice, asked: Questions, root: HostRoot) -> BlockD
 def _read_head(path: str, patience_s: float, root: HostRoot) -> bytes | None:
     head = root.read_within(path, HEAD_BYTES, patience_s)
     if head == b"":  # some of device-mapper, and zram on Linux 6.12
+        from vmplug.host.program import read_start  # noqa: PLC0415  subprocess: 2 ms
+
         return read_start(path, HEAD_BYTES, timeout_s=patience_s)
     return head

@@ -7,7 +7,6 @@ import re
 
 import msgspec
 
-from vmplug.host.program import run_program
 from vmplug.host.root import HostRoot
 
 VIRTIOFSD_PROGRAMS = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
@@ -38,5 +37,7 @@ def find_virtiofsd(root: HostRoot) -> Virtiofsd | None:
 
 def ask_options(path: str) -> frozenset[str]:
     """The options that the program lists, which takes 4 ms; none if it cannot be run."""
+    from vmplug.host.program import run_program  # noqa: PLC0415  subprocess: 2 ms
+
     asked = run_program([path, "--help"], timeout_s=_HELP_TIMEOUT_S)
     return frozenset(_OPTION.findall(asked.stdout))
