@@ -352,6 +352,8 @@ class Binder:
         user = find_users(row.bdf, None if row.device_id else self._journal, self._host)
         if user and function.driver != row.former.driver:
             return Returned(row.former, BindOutcome.STILL_OPEN, user)
+        if row.state is BindingState.BOUND:  # half given back it would look bound elsewhere
+            self._journal.bindings.put([replace(row, state=BindingState.UNBINDING)])
         return self._return(row, reason)
 
     # the journal
