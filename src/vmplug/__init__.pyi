@@ -12,6 +12,7 @@ from vmplug.drivers.place import Controller as Controller
 from vmplug.drivers.place import GroupPlace as GroupPlace
 from vmplug.drivers.place import GuestAddress as GuestAddress
 from vmplug.drivers.place import GuestFunction as GuestFunction
+from vmplug.drivers.place import LeasePlace as LeasePlace
 from vmplug.drivers.place import MemorySlot as MemorySlot
 from vmplug.drivers.place import MmioPlace as MmioPlace
 from vmplug.drivers.place import Offer as Offer
@@ -130,6 +131,17 @@ from vmplug.hypervisor.qemu.start.machine import VmSpec as VmSpec
 from vmplug.journal.records import Attachment as Attachment
 from vmplug.journal.salvage import Salvage as Salvage
 from vmplug.journal.state import State as State
+from vmplug.leases.device import LeasedDevice as LeasedDevice
+from vmplug.leases.device import LeasedFunction as LeasedFunction
+from vmplug.leases.holder import LeaseLock as LeaseLock
+from vmplug.leases.holder import LeaseTerms as LeaseTerms
+from vmplug.leases.holder import Passing as Passing
+from vmplug.leases.lease import Lease as Lease
+from vmplug.leases.lease import lease as lease
+from vmplug.leases.life import LeaseState as LeaseState
+from vmplug.leases.life import LeaseStatus as LeaseStatus
+from vmplug.leases.life import end_lease as end_lease
+from vmplug.leases.life import list_leases as list_leases
 from vmplug.manager.binding.binder import BindOutcome as BindOutcome
 from vmplug.manager.binding.binder import Returned as Returned
 from vmplug.manager.binding.groups import BoundFunction as BoundFunction

@@ -40,6 +40,10 @@ HELP: Mapping[str, str] = {
     "vmplug vm start": "help_about_starting",
     "vmplug vm adopt": "another_qemu",
     "vmplug import-kata": "kata_sandbox",
+    "vmplug lease run": "help_about_leases",
+    "vmplug lease list": "help_about_leases",
+    "vmplug lease": "help_about_leases",
+    "vmplug lease end": "another_lease",
 }
 """The scene of the help of each verb that is run; the order is that in which one can do it."""
 

@@ -180,6 +180,18 @@ help_about_repair() {
     paused_vm sb1 --device file:/images/a.img --owner ctr1
 }
 
+# A lease that is held until the root ends.
+another_lease() {
+    image /images/b.img
+    vmplug lease --owner job-17 --device file:/images/b.img -- sleep infinity </dev/null &>/dev/null &
+    until vmplug lease list | grep --quiet held; do sleep 0.1; done
+}
+
+help_about_leases() {
+    image /images/a.img
+    another_lease
+}
+
 help_about_starting() {
     guest_files
     mkdir -p /srv/work

@@ -18,7 +18,7 @@ from click.shell_completion import (
 from vmplug.drivers import block, rng, share, vfio, vhost_user
 from vmplug.drivers.options import Option
 from vmplug.errors import HostError, StoreError
-from vmplug.host.finding import NEVER_ALLOWED, Code
+from vmplug.host.finding import LEASE_PREFIX, NEVER_ALLOWED, Code
 from vmplug.host.root import THIS_HOST
 from vmplug.journal import DEFAULT_STATE_DIR
 from vmplug.journal.journal import Journal
@@ -83,6 +83,12 @@ add_completion_class(_Bash)
 def vm(ctx: click.Context, incomplete: str) -> list[Item]:
     """VMs that the journal knows."""
     return _starting(_read(ctx, lambda journal: [vm.name for vm in journal.vms()]), incomplete)
+
+
+def lease(ctx: click.Context, incomplete: str) -> list[Item]:
+    """Leases that the journal knows."""
+    records = _read(ctx, lambda journal: [r for r in journal.all_holders() if r.is_lease])
+    return _starting([record.name.removeprefix(LEASE_PREFIX) for record in records], incomplete)
 
 
 def attachment(ctx: click.Context, incomplete: str) -> list[Item]:

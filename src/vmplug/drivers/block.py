@@ -114,7 +114,8 @@ class BlockDiskDriver(msgspec.Struct, frozen=True, kw_only=True):
     def plan(self, new: NewPlug, place: Place, offer: Places) -> BlockDrive:  # noqa: ARG002
         """See Driver."""
         assert isinstance(new.device, BlockDevice | DiskFile)
-        driver = _DRIVER_AT[type(place)]
+        driver = _DRIVER_AT.get(type(place)) or self.driver_of(new.device)
+        driver = driver or DiskFrontend.VIRTIO_BLOCK  # of a lease: the VMM chooses
         return plan_drive(new.id, new.device, self, read_only=new.read_only, driver=driver)
 
 

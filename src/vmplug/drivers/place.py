@@ -11,10 +11,11 @@ from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 
 
 class PlugMode(StrEnum):
-    """Whether the VM is running, or not yet started."""
+    """Whether the VM is running, not yet started, or the business of another program (a lease)."""
 
     HOT = "hot"
     COLD = "cold"
+    LEASE = "lease"
 
 
 class PciPlace(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +88,18 @@ class MemorySlot(msgspec.Struct, frozen=True, kw_only=True):
         return f"memory/{self.slot}"
 
 
-Place = PciPlace | GroupPlace | ApPlace | ScsiPlace | CcwPlace | MmioPlace | MemorySlot
+class LeasePlace(msgspec.Struct, frozen=True, kw_only=True):
+    """A device of a lease: another program decides where its guest sees it."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"lease/{self.number}"
+
+
+Place = (
+    PciPlace | GroupPlace | ApPlace | ScsiPlace | CcwPlace | MmioPlace | MemorySlot | LeasePlace
+)
 
 UNPLUGGED_NEVER = ("memory/", "virtio-mmio-bus.")
 """The prefixes of places that a device never leaves: QEMU has no unplug for them."""

@@ -12,6 +12,7 @@ from vmplug.drivers.place import (
     GroupPlace,
     GuestAddress,
     GuestFunction,
+    LeasePlace,
     MemorySlot,
     MmioPlace,
     PciPlace,
@@ -253,8 +254,9 @@ def guest_address(plug: Plug, place: Place) -> GuestAddress:
             return GuestAddress(pci_path=place.path, scsi_address=place.address)
         case CcwPlace():
             return GuestAddress(ccw_devno=place.devno, mount_tag=tag, mac_address=mac)
-        case MmioPlace():
-            virt_path = virtio_disk_path(place.index) if is_disk else None
+        case MmioPlace() | LeasePlace():
+            index = place.index if isinstance(place, MmioPlace) else None
+            virt_path = None if index is None or not is_disk else virtio_disk_path(index)
             return GuestAddress(virt_path=virt_path, mount_tag=tag, mac_address=mac)
         case MemorySlot():
             return GuestAddress(nvdimm_id=place.index, nvdimm_handle=place.slot + 1)
@@ -271,5 +273,8 @@ def _group_address(plug: VFIODevices, place: Place) -> GuestAddress:
         case CcwPlace():
             function = GuestFunction(plug.devices[0].name, None)
             return GuestAddress(ccw_devno=place.devno, functions=(function,))
+        case LeasePlace():
+            functions = tuple(GuestFunction(device.name, None) for device in plug.devices)
+            return GuestAddress(functions=functions, ap_queues=plug.ap_queues)
         case _:
             return GuestAddress(ap_queues=plug.ap_queues)

@@ -164,13 +164,33 @@ class Finding(msgspec.Struct, frozen=True):
     used_by: UsedBy | None = None
 
 
+LEASE_PREFIX = "lease:"
+"""The beginning of a lease's name in the journal, where it stands for a VM's; no VM has it."""
+
+
+def is_lease(name: str) -> bool:
+    """Whether the journal's name of a holder is that of a lease, and not that of a VM."""
+    return name.startswith(LEASE_PREFIX)
+
+
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """A device that a VM holds, according to the journal."""
+    """A device that a VM or a lease holds, according to the journal.
+
+    `process` is that of a lease, in words; None for a VM.
+    """
 
     vm: str
     identity: Identity
     read_only: bool
     share_rw: bool
+    process: str | None = None
+
+    @property
+    def holder(self) -> str:
+        """`VM 'sb1'`, or `lease job-17, process 4711 (cloud-hypervisor)`."""
+        if not is_lease(self.vm):
+            return f"VM {self.vm!r}"
+        return ", ".join(filter(None, (self.vm.replace(":", " ", 1), self.process)))
 
 
 class VmProcess(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from vmplug.address import journal_id_of
 from vmplug.errors import StateError, StoreError
-from vmplug.host.finding import Claim, VmProcess
+from vmplug.host.finding import Claim, VmProcess, is_lease
 from vmplug.host.kind import Identity
 from vmplug.host.permissions import is_absent
 from vmplug.host.root import THIS_HOST, HostRoot
@@ -44,6 +44,7 @@ from vmplug.journal.records import (
     read_claim,
     read_device,
     read_vm,
+    spoken_process,
     state_without_holds,
 )
 from vmplug.journal.state import (
@@ -209,15 +210,25 @@ class Journal:
         with Transaction(self._db, self._lock, self.path) as db:
             db.execute("UPDATE vm SET worker = NULL WHERE name = ?", (name,))
 
+    def hand_over(self, name: str, pid: int, started_at: int) -> None:
+        """Record the process that has a lease from now on, in place of its maker."""
+        change = "UPDATE vm SET pid = ?, started_at = ?, worker = NULL WHERE name = ?"
+        with Transaction(self._db, self._lock, self.path) as db:
+            db.execute(change, (pid, started_at, name))
+
     def forget_vm(self, name: str) -> None:
         """Forget a VM and every device it held."""
         with Transaction(self._db, self._lock, self.path) as db:
             _forget_vm(db, name)
 
-    def vms(self) -> list[VmRecord]:
-        """Every known VM, by name."""
+    def all_holders(self) -> list[VmRecord]:
+        """Every known VM and lease, by name."""
         parse = partial(read_vm, boot_id=self.worker.boot_id)
         return self._read(parse, "SELECT * FROM vm ORDER BY name")
+
+    def vms(self) -> list[VmRecord]:
+        """Every known VM, by name."""
+        return [record for record in self.all_holders() if not record.is_lease]
 
     def vm_processes(self, host: HostRoot) -> dict[int, VmProcess]:
         """The processes of the VMs that run now, by pid, with what they hold."""
@@ -232,15 +243,15 @@ class Journal:
         }
 
     def find_vm(self, name: str) -> VmRecord | None:
-        """The VM of that name; None when it is not known."""
-        return next((vm for vm in self.vms() if vm.name == name), None)
+        """The VM or lease of that name; None when it is not known."""
+        return next((vm for vm in self.all_holders() if vm.name == name), None)
 
     # devices
 
     def require_vm(self, name: str) -> VmRecord:
         """Return the VM of that name. Raises StateError when the journal does not know it."""
         record = self.find_vm(name)
-        if record is None:
+        if record is None or record.is_lease:
             raise StateError(
                 f"no VM {name!r} is known",
                 state="unknown",
@@ -252,7 +263,7 @@ class Journal:
     def holders(self) -> dict[Identity, str]:
         """Return the VMs by the identities of what they hold, each function of a group too."""
         held = dict[Identity, str]()
-        for vm in self.vms():
+        for vm in self.all_holders():
             for device in self.devices(vm.name):
                 functions = device.guest_address.functions if device.guest_address else ()
                 members = (Identity.of_vfio(function.host) for function in functions)
@@ -404,7 +415,7 @@ class Journal:
         """The claims of VMs of this boot on `identities`, and of VMs other than `vm` on `own`."""
         wanted = [str(identity) for identity in (own, *identities)]
         marks = ", ".join("?" * len(wanted))
-        return self._read(
+        claims = self._read(
             read_claim,
             f"SELECT * FROM device WHERE identity IN ({marks})"  # noqa: S608  only marks
             " AND NOT (identity = ? AND vm IS ?)"
@@ -414,6 +425,11 @@ class Journal:
             vm,
             self._boot_id,
         )
+        return [self._with_process(claim) if is_lease(claim.vm) else claim for claim in claims]
+
+    def _with_process(self, claim: Claim) -> Claim:
+        record = self.find_vm(claim.vm)
+        return replace(claim, process=spoken_process(record, self.host)) if record else claim
 
     def claims(self) -> list[Claim]:
         """The claims of all VMs of this boot, on whatever they have."""

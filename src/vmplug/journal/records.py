@@ -12,7 +12,7 @@ from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
 from vmplug.drivers.ports import Endpoint
 from vmplug.errors import StateError
-from vmplug.host.finding import Claim
+from vmplug.host.finding import Claim, is_lease
 from vmplug.host.kind import DeviceType, Identity, is_other_thing
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
@@ -36,6 +36,11 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
     is_ours: bool
     is_of_earlier_boot: bool = False
     starting_by: ProcessIdentity | None = None
+
+    @property
+    def is_lease(self) -> bool:
+        """Whether it is a lease: a process, and what it holds (see `vmplug.leases`)."""
+        return is_lease(self.name)
 
 
 class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,6 +281,13 @@ def read_claim(row: sqlite3.Row) -> Claim:
 def has_ended(vm: VmRecord, host: HostRoot) -> bool:
     """Whether the process of a VM has surely ended; False where it was never known."""
     return bool(vm.pid) and not is_running(vm.pid or 0, vm.started_at, host)
+
+
+def spoken_process(vm: VmRecord, host: HostRoot) -> str:
+    """The process that has it, in words: `process 4711 (cloud-hypervisor)`."""
+    pid = vm.pid or (vm.starting_by.pid if vm.starting_by else None)
+    name = (host.read_text(f"/proc/{pid}/comm") or "").strip()
+    return f"process {pid} ({name or 'ended'})"
 
 
 def record_vm(name: str, endpoint: Endpoint) -> VmRecord:

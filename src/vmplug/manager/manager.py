@@ -41,7 +41,7 @@ from vmplug.manager.binding.vf_tokens import HiddenTokens, check_tokens, with_to
 from vmplug.manager.commit import mark_attached, plan_and_journal
 from vmplug.manager.examine import CheckContext, CheckedRequest, check_vfio, examine, require_same
 from vmplug.manager.logged import log_holds
-from vmplug.manager.plan import NewDevice, Plan, bind_steps, find_places, make_plan
+from vmplug.manager.plan import NewDevice, Plan, bind_steps, choose_place, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
 from vmplug.manager.resize import is_disk, new_size
 from vmplug.manager.unplug import Unplugger
@@ -421,9 +421,9 @@ class DeviceManager:
     ) -> tuple[Place, Places]:
         """A place in the last known offer; in a new one if that is full, or has lost a part."""
         with suppress(NoFreePort, CommandError):
-            return driver.choose_place(device, offer := self._last_offer(), taken), offer
+            return choose_place(driver, device, offer := self._last_offer(), taken), offer
         self._offer = None
-        return driver.choose_place(device, offer := self._last_offer(), taken), offer
+        return choose_place(driver, device, offer := self._last_offer(), taken), offer
 
     def _plug(
         self, devices: Sequence[NewDevice], budget: Budget, *, managed: bool

@@ -1,12 +1,13 @@
 """Plan an attach completely before its first step."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import count
 
 import msgspec
 from msgspec.structs import replace
 
 from vmplug.address import new_id
-from vmplug.drivers.place import MemorySlot, Place, Places
+from vmplug.drivers.place import LeasePlace, MemorySlot, Place, Places, PlugMode
 from vmplug.drivers.plug import Plug, guest_address
 from vmplug.drivers.ports import BIND, UNBIND, Command, NewPlug, PlugDriver, Step
 from vmplug.errors import CannotPlug, NoFreePort, StateError
@@ -29,6 +30,17 @@ from vmplug.oci.requests import Request, ShareInfo
 
 Choose = Callable[[PlugDriver, HostDevice, set[str]], tuple[Place, Places]]
 """Returns a place for a device that is not taken, and the offer that has it."""
+
+
+def choose_place(
+    driver: PlugDriver, device: HostDevice, offer: Places, taken: Collection[str]
+) -> Place:
+    """A free place; of a lease any number will do. Raises as `PlugDriver.choose_place`."""
+    if offer.mode is not PlugMode.LEASE:
+        return driver.choose_place(device, offer, taken)
+    return next(
+        place for number in count() if str(place := LeasePlace(number=number)) not in taken
+    )
 
 
 class NewDevice(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from vmplug.drivers.ports import Hypervisor
 from vmplug.errors import ConnectError
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
+from vmplug.leases.life import end_ended
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.known import is_gone, require_started
@@ -12,10 +13,13 @@ from vmplug.vms.known import is_gone, require_started
 def connect_vm(name: str, *, setup: Setup = DEFAULT_SETUP) -> DeviceManager:
     """Return the manager of a VM that was started or adopted; close it when done.
 
+    Leases whose process has ended are given back first.
+
     Raises StateError when the VM is not known, ConnectError when it does not answer.
     """
     with Journal.open_existing(setup.state_dir) as journal:
         record, this_host = journal.require_vm(name), journal.host
+        end_ended(journal, setup.host)
     require_started(record, this_host)
     try:
         hypervisor = Qemu.connect(record.qmp_socket)

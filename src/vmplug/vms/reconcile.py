@@ -8,6 +8,7 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, VmRecord
 from vmplug.journal.salvage import Salvage, check_journal
 from vmplug.journal.salvage import set_aside as put_aside
+from vmplug.leases.life import leases_of, repair_lease
 from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.manager.binding.binder import Binder, Returned
 from vmplug.manager.reconcile import Repair, RepairOutcome
@@ -86,10 +87,10 @@ def reconcile_host(
     """Make the journal agree with the VMs and with the drivers of the host's PCI functions.
 
     An interrupted attach is undone, an interrupted detach is finished, and what a VM that has
-    ended held is free again. `vm` restricts that to one VM; PCI functions are given back all the
-    same. Guests have `timeout_s` to let go. `set_aside` puts a new journal in place of a damaged
-    one, with what can still be read. What VMs have of other journals, or of one that was lost, is
-    reported and left alone, unless `take_over` unplugs it.
+    ended held is free again, as are leases whose process has. `vm` restricts that to one VM; PCI
+    functions are given back all the same. Guests have `timeout_s` to let go. `set_aside` puts a
+    new journal in place of a damaged one, with what can still be read. What VMs have of other
+    journals, or of one that was lost, is reported and left alone, unless `take_over` unplugs it.
 
     Raises StateError for an unknown VM, StoreError for a damaged journal.
     """
@@ -106,6 +107,9 @@ def reconcile_host(
                 failures.append(RepairFailure(vm=record.name, error=error))
             else:
                 repairs += [VmRepair(vm=record.name, repair=repair) for repair in done]
+        for record in () if vm else leases_of(journal):
+            done = repair_lease(record, journal, journal.host)
+            repairs += [VmRepair(vm=record.name, repair=repair) for repair in done]
         # A device that the damaged journal has lost may still use what was bound for it.
         binder = Binder(journal, journal.host)
         returned = [] if salvage else binder.recover(lock_timeout_s=_LOCK_TIMEOUT_S)

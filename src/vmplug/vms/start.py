@@ -32,6 +32,7 @@ from vmplug.hypervisor.qemu.start.machine import (
 from vmplug.journal.journal import Journal
 from vmplug.journal.names import check_vm_name
 from vmplug.journal.records import Attachment, VmRecord
+from vmplug.leases.life import end_ended
 from vmplug.manager.binding.binder import give_back_unused
 from vmplug.manager.examine import require_same
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
@@ -84,6 +85,7 @@ def start_vm(
     directory = Path(setup.state_dir).resolve() / "vm" / spec.name
     with ExitStack() as stack:
         journal = stack.enter_context(Journal.open(setup.state_dir))
+        end_ended(journal, setup.host)
         accel = _accel(spec, setup)
         spec = _complete(replace(spec, accel=accel.name), setup.host)
         cold = stack.enter_context(ColdQemu(spec, directory))

@@ -39,8 +39,13 @@ from tests.system.faults.world import (
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
 
 THROTTLED = {"iothread": "on", "iops-total": "900"}
+_SHARED = (Op.RECONCILE, Op.LEASE, Op.END)
 KINDS = (
-    Kind(name="virtio-blk image", make=images, more=(Op.RECONCILE, Op.RESIZE)),
+    Kind(
+        name="virtio-blk image",
+        make=images,
+        more=(Op.RECONCILE, Op.RESIZE, Op.LEASE, Op.END),
+    ),
     Kind(name="virtio-blk loop device", make=loop),
     Kind(name="virtio-blk iothread, limits", make=partial(images, options=[THROTTLED])),
     Kind(name="virtio-scsi disk", make=partial(images, options=[{"block-driver": "virtio-scsi"}])),
@@ -56,7 +61,7 @@ KINDS = (
         name="vhost-user-scsi", make=partial(stored, major=VHOST_USER_SCSI_MAJOR), has_backend=True
     ),
     Kind(name="vhost-user-net", make=network, has_backend=True, more=(Op.RECONCILE,)),
-    Kind(name="share, own virtiofsd", make=share_of_ours, has_backend=True, more=(Op.RECONCILE,)),
+    Kind(name="share, own virtiofsd", make=share_of_ours, has_backend=True, more=_SHARED),
     Kind(name="share by socket", make=share_by_socket, has_backend=True),
     Kind(
         name="cold disks",
@@ -77,9 +82,14 @@ KINDS = (
         make=partial(functions, names=[FIRST, SECOND]),
         is_vfio=True,
         managed=True,
-        more=(Op.RECONCILE,),
+        more=(Op.RECONCILE, Op.LEASE, Op.END),
     ),
-    Kind(name="counted only", make=character_device, has_device=False),
+    Kind(
+        name="counted only",
+        make=character_device,
+        has_device=False,
+        more=(Op.LEASE, Op.END),
+    ),
 )
 
 
@@ -179,6 +189,11 @@ class Column:
             self._run("stop")
         elif self.op is Op.STOP:
             begun, done = self._pictured("start"), self._pictured("stop")
+        elif self.op is Op.LEASE:
+            begun, done = end, self._pictured("lease")
+            self._run("end")
+        elif self.op is Op.END:
+            begun, done = self._pictured("lease"), self._pictured("end")
         elif self.op in {Op.CREATE, Op.REMOVE}:
             gone = self._pictured("remove")
             begun, done = (gone, end) if self.op is Op.CREATE else (end, gone)
@@ -335,7 +350,10 @@ class Trial:
 
     def _judge_change(self) -> Iterator[str]:
         """Of an operation that neither attaches nor detaches: done, or not done and can be."""
-        column, now = self.column, self.world.picture()
+        column = self.column
+        if column.op in _LEASING and self.plan.fault is Fault.DEVICE_GONE:
+            self.world.behind.renew()
+        now = self.world.picture()
         op = OPERATIONS[column.op]
         self.outcome = "done" if now == column.right.done else "not done"
         if now != column.right.done:
@@ -408,6 +426,8 @@ class Trial:
         assert (more, less) == ([], []), f"{when}: more {more}, less {less}"
 
 
+_LEASING = {Op.LEASE, Op.END}
+
 Table = Mapping[StepKind, tuple[Fault, ...]]
 
 
@@ -422,6 +442,8 @@ def faults_at(kind: Kind, op: Op, step: Step, table: Table) -> list[Fault]:
     if op in {Op.START, Op.STOP}:
         of_other = {Fault.QEMU_DIES, Fault.DEVICE_GONE, Fault.REFUSED}
         lacking |= of_other | {Fault.LOST_BEFORE, Fault.LOST_AFTER}
+    if op in _LEASING:
+        lacking |= {Fault.QEMU_DIES, Fault.BACKEND_DIES}  # no VM and no client has it
     if op is Op.CREATE:
         lacking.add(Fault.DEVICE_GONE)  # there is none
     is_held = kind.is_vfio and op is Op.DETACH and step.kind is not StepKind.KERNEL

@@ -12,11 +12,15 @@ from tests.system.faults.process import GO, Hooks, trace, trace_programs
 from tests.system.faults.steps import Op, StepKind
 from tests.system.faults.world import OWN_VM, OWNER, UNPLUG_S, VM, World
 from vmplug.cli.answer import main
+from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.errors import HypervisorError
 from vmplug.host.root import HostRoot
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
 from vmplug.journal.database import Opened
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
+from vmplug.leases.lease import make_lease
+from vmplug.leases.life import end_lease, leases_of, repair_lease
 from vmplug.manager.binding.binder import Binder
 from vmplug.manager.binding.mediated import create_mediated_device, remove_mediated_device
 from vmplug.manager.reconcile import RepairOutcome
@@ -92,6 +96,22 @@ def remove(world: World, hooks: Hooks, _: Waits) -> None:
     remove_mediated_device(MEDIATED, setup=setup)
 
 
+def lease(world: World, hooks: Hooks, _: Waits) -> None:
+    """`vmplug lease`, which gives the devices to a process that uses none of them."""
+    _trace_all(hooks)
+    _trace_daemons(hooks)
+    setup = Setup(state_dir=world.state_dir, host=world.host(hooks))
+    managed = world.kind.managed
+    made = make_lease(world.behind.requests(), owner=OWNER, managed=managed, setup=setup)
+    made.give_to(world.holder.pid)
+
+
+def end(world: World, hooks: Hooks, _: Waits) -> None:
+    """`vmplug lease end`."""
+    _trace_all(hooks)
+    end_lease(OWNER, setup=Setup(state_dir=world.state_dir, host=world.host(hooks)))
+
+
 def reconcile(world: World, hooks: Hooks, waits: Waits) -> None:
     """`vmplug reconcile`; what that verb does for a host that is a tree, or a QEMU without words.
 
@@ -100,6 +120,8 @@ def reconcile(world: World, hooks: Hooks, waits: Waits) -> None:
     _trace_all(hooks)
     with Journal.open(world.state_dir) as journal:
         record = journal.find_vm(VM)
+        for leased in leases_of(journal):
+            repair_lease(leased, journal, world.host(hooks), grace_s=0)
         own = journal.find_vm(OWN_VM)
     if own:
         done = reconcile_host(vm=OWN_VM, setup=Setup(state_dir=world.state_dir))
@@ -119,6 +141,19 @@ def _reconcile_by_verb(world: World, waits: Waits) -> list[str]:
     with redirect_stdout(io.StringIO()) as told:
         main.main([*words, "--timeout", str(waits.guest_s)], standalone_mode=False)
     return [repair["outcome"] for repair in json.loads(told.getvalue())["repairs"]]
+
+
+def _trace_daemons(hooks: Hooks) -> None:
+    """The same for the daemons of a lease."""
+    start = HostVirtiofsdRunner.start
+
+    def start_traced(
+        runner: HostVirtiofsdRunner, daemon: VirtiofsdSpec, device_id: str
+    ) -> VirtiofsdProcess:
+        with hooks.step(StepKind.DAEMON, "start virtiofsd"):
+            return start(runner, daemon, device_id)
+
+    HostVirtiofsdRunner.start = start_traced  # type: ignore[assignment]
 
 
 def _reconcile_by_hand(record: VmRecord, world: World, hooks: Hooks, waits: Waits) -> list[str]:
@@ -170,6 +205,8 @@ OPERATIONS = {
     Op.STOP: Operation(stop, first=(Op.START,)),
     Op.CREATE: Operation(create, first=(Op.REMOVE,)),
     Op.REMOVE: Operation(remove, back=(Op.CREATE,)),
+    Op.LEASE: Operation(lease, back=(Op.END,)),
+    Op.END: Operation(end, first=(Op.LEASE,)),
 }
 
 

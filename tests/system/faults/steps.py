@@ -18,6 +18,8 @@ class Op(StrEnum):
     STOP = "stop"
     CREATE = "create"
     REMOVE = "remove"
+    LEASE = "lease"
+    END = "end"
 
 
 class StepKind(StrEnum):

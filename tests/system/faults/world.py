@@ -103,6 +103,9 @@ class World:
         if self.tree and isinstance(machine, MemoryMachine):
             machine.show(self.tree.path / "sys/bus/pci/devices")
         self.behind.renew()
+        self.holder = subprocess.Popen(["sleep", "infinity"])  # what a lease is given to
+        stack.callback(self.holder.wait)
+        stack.callback(self.holder.kill)
         self._add_strangers()
 
     # what happens to it
@@ -259,7 +262,7 @@ def _working_below(directory: Path) -> Iterator[tuple[int, str]]:
                 yield int(link.parent.name), where
 
 
-_PROCESS = re.compile(r"(qmp\.sock', )[0-9]+, [0-9]+")
+_PROCESS = re.compile(r"(qmp\.sock', |'lease:[^']+', )[0-9]+, [0-9]+")
 _ID, _NODE = re.compile(r"\b[0-9a-f]{16}\b"), re.compile(r"#block[0-9]+")
 _THING = re.compile(r"'(file|block|vfio) [^']+'")
 """What the journal says was plugged, which is another file or device in each world."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from vmplug.host.finding import Access, Claim, Code, Finding, UsedBy
+from vmplug.host.finding import Access, Claim, Code, Finding, UsedBy, is_lease
 from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import find_vfio_owner
@@ -30,15 +30,26 @@ def find_claimed(claims: Sequence[Claim], access: Access) -> Iterator[Finding]:
 def _conflict(claim: Claim) -> Finding:
     device = _spoken(claim.identity)
     sharing = "" if claim.identity.kind is IdentityKind.VFIO else _SHARING
+    held, remedy = (
+        f"is already handed to {claim.holder}",
+        (
+            f"detach it from {claim.holder} first (vmplug detach); {sharing}"
+            "if that VM is gone, run vmplug reconcile"
+        ),
+    )
+    if is_lease(claim.vm):
+        held, remedy = (
+            f"is held by {claim.holder}",
+            (
+                f"end that process, or run vmplug lease end; {sharing}"
+                "if it has ended, run vmplug reconcile"
+            ),
+        )
     return Finding(
         Code.IN_USE_BY_VM,
-        f"{device} is already handed to VM {claim.vm!r}"
-        + (" for reading" if claim.read_only else ""),
-        f"detach it from VM {claim.vm!r} first (vmplug detach); {sharing}"
-        "if that VM is gone, run vmplug reconcile",
-        used_by=UsedBy(
-            on=str(claim.identity), who=f"VM {claim.vm!r}", how="the journal of vmplug"
-        ),
+        f"{device} {held}" + (" for reading" if claim.read_only else ""),
+        remedy,
+        used_by=UsedBy(on=str(claim.identity), who=claim.holder, how="the journal of vmplug"),
     )
 
 

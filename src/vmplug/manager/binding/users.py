@@ -81,7 +81,7 @@ def _find_user(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
     if journal:
         members = [Identity.of_vfio(name) for name in read_group(number, host)]
         for claim in journal.find_claims(None, Identity.of_vfio(bdf), members):
-            return f"{bdf} is handed to VM {claim.vm!r}"
+            return f"{bdf} is handed to {claim.holder}"
     return None
 
 

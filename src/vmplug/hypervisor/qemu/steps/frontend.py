@@ -7,6 +7,7 @@ from vmplug.drivers.place import (
     ApPlace,
     CcwPlace,
     GroupPlace,
+    LeasePlace,
     MemorySlot,
     MmioPlace,
     PciPlace,
@@ -41,7 +42,7 @@ def virtio_step(
         case MmioPlace():
             driver = model if model in _WITHOUT_SUFFIX else f"{model}-device"
             where = {"bus": place.bus}
-        case ScsiPlace() | MemorySlot() | GroupPlace() | ApPlace():
+        case ScsiPlace() | MemorySlot() | GroupPlace() | ApPlace() | LeasePlace():
             raise AssertionError(f"{model} cannot be plugged at {place}")
         case _:
             assert_never(place)

@@ -1,0 +1,292 @@
+"""Lease devices of this host to a process, whatever it is."""
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Self
+
+from msgspec.structs import replace
+
+from vmplug.errors import DeviceError, SpecError, StateError
+from vmplug.host.process import read_start_time, wait_for_end
+from vmplug.host.root import HostRoot
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
+from vmplug.journal.journal import Journal
+from vmplug.journal.names import check_owner
+from vmplug.journal.records import Attachment, VmRecord
+from vmplug.leases.device import LeasedDevice, Opened, describe
+from vmplug.leases.holder import DEFAULT_TERMS, LeaseHolder, LeaseTerms
+from vmplug.leases.life import (
+    LeaseState,
+    end_ended,
+    end_or_pass_on,
+    find_state,
+    give_back,
+    lease_id_of,
+    record_lease,
+    release,
+)
+from vmplug.leases.template import find_named, render
+from vmplug.manager.binding.binder import Binder
+from vmplug.manager.manager import DeviceManager
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.oci.requests import Request
+
+_MOST_OF_ONE_OWNER = 1000
+
+
+class Lease:
+    """Devices that this process has leased, until it gives them to another one.
+
+        with vmplug.lease(requests, owner="job-17", managed=True) as lease:
+            words = lease.render("--device path={sysfs_path}", kind="vfio")
+            vmm = subprocess.Popen(
+                ["cloud-hypervisor", *words], pass_fds=lease.descriptors
+            )
+            lease.give_to(vmm.pid)
+            vmm.wait()
+
+    The end of the `with` gives the devices back, unless a process that was given them still runs.
+    Each method opens the journal for itself, and may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        record: VmRecord,
+        owner: str,
+        devices: tuple[LeasedDevice, ...],
+        holder: LeaseHolder,
+        setup: Setup,
+    ) -> None:
+        self._record = record
+        self._holder = holder
+        self._setup = setup
+        self._process: int | None = None
+        self._is_over = False
+        self.id = lease_id_of(record)
+        self.owner = owner
+        self.devices = devices
+
+    @property
+    def process(self) -> int | None:
+        """The process that it was given to; None before that."""
+        return self._process
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The open files for the process to inherit, as `pass_fds`; none once it was given."""
+        opened = self._holder.opened.values()
+        return tuple(sorted(number for one in opened for number in one.all()))
+
+    def render(
+        self, template: str | Sequence[str], *, kind: str | None = None, name: str | None = None
+    ) -> list[str]:
+        """Return the words of a template for each device, and each function of a group.
+
+        `{FIELD}` is a field of `LeasedDevice` or `LeasedFunction`. A text is split at blanks; what
+        a field brings stays in its word. `kind` and `name` select devices. Raises SpecError.
+        """
+        devices: Iterable[LeasedDevice] = self.devices
+        for wanted in filter(None, (kind, name)):
+            devices = find_named(devices, wanted)
+        return render(devices, template)
+
+    def give_to(self, pid: int) -> None:
+        """Give the lease to a process, and close what this process has open of it.
+
+        From now on it ends with that process. Raises StateError for a process that has
+        ended, also one that is a zombie, and for a lease that has ended.
+        """
+        with Journal.open_existing(self._setup.state_dir) as journal:
+            self._require_held(journal)
+            started_at = read_start_time(pid, journal.host)
+            if started_at is None:
+                raise StateError(
+                    f"process {pid} has ended: lease {self.id} cannot be given to it",
+                    state="ended",
+                    required="running",
+                    hint="its output says why; the devices are still leased by this process",
+                )
+            journal.hand_over(self._record.name, pid, started_at)
+        self._process = pid
+        self._holder.close_all()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the process that it was given to, and give the devices back; False if it runs.
+
+        Raises StateError when it was not given, BindError.
+        """
+        if self._process is None:
+            raise StateError(
+                f"lease {self.id} was not given to a process",
+                state=LeaseState.MADE,
+                required=LeaseState.HELD,
+            )
+        with Journal.open_existing(self._setup.state_dir) as journal:
+            record = journal.find_vm(self._record.name)
+        if record and record.pid:
+            forever_s = 1e6  # poll(2) takes no more
+            if not wait_for_end(
+                record.pid,
+                forever_s if timeout_s is None else timeout_s,
+                started_at=record.started_at,
+            ):
+                return False
+        self.settle()
+        return True
+
+    def settle(self) -> str | None:
+        """Give back what the process had, if it has ended; in words, who uses it instead.
+
+        None when it is given back, or its process runs. Before `give_to` this process lets it go.
+        Raises BindError.
+        """
+        if self._process is None:
+            self._holder.close_all()
+        with Journal.open_existing(self._setup.state_dir) as journal:
+            record = journal.find_vm(self._record.name)
+            if record is None or self._is_over:
+                return None
+            if self._process and find_state(record, journal.host) is not LeaseState.ENDED:
+                return None
+            repairs = end_or_pass_on(record, journal, self._setup.host)
+            if journal.find_vm(self._record.name):
+                return repairs[0].reason if repairs else None
+            self._is_over = True
+            failures = [r.error for r in Binder(journal, self._setup.host).recover() if r.error]
+            if failures:
+                raise failures[0]
+        return None
+
+    def release(self) -> None:
+        """Give the devices back now. A second call does nothing.
+
+        Raises StateError while a process uses one of them: end it first; and BindError for a
+        function that its driver does not take, which `reconcile` tries again.
+        """
+        with Journal.open_existing(self._setup.state_dir) as journal:
+            record = journal.find_vm(self._record.name)
+            if record is None or self._is_over:
+                self._holder.close_all()
+                return
+            release(record, journal, self._setup.host)
+        self._is_over = True
+        self._holder.close_all()
+
+    def _require_held(self, journal: Journal) -> None:
+        if self._is_over or journal.find_vm(self._record.name) is None:
+            raise StateError(
+                f"lease {self.id} has ended", state=LeaseState.ENDED, required=LeaseState.MADE
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Give back what no process was given, or had that has ended."""
+        self.settle()
+
+
+def lease(
+    requests: Sequence[Request],
+    *,
+    owner: str | None = None,
+    managed: bool = False,
+    terms: LeaseTerms = DEFAULT_TERMS,
+    host: HostRoot | None = None,
+    setup: Setup = DEFAULT_SETUP,
+) -> Lease:
+    """Lease all of the devices or none: resolve, check, bind, open and lock them.
+
+    `owner` is who they are for, by default this process; `managed` binds PCI functions to VFIO
+    where they are not, until the lease ends. `host` stands for that of the `setup`. What the
+    policy does not allow, and what a VM, another lease or the host uses, is refused. Leases whose
+    process has ended are given back first. Raises SpecError, PolicyError, HostError, and
+    HypervisorError for a virtiofsd.
+    """
+    setup = replace(setup, host=host) if host else setup
+    setup.host.require_live("lease devices")
+    return make_lease(
+        requests,
+        owner=owner or f"process-{os.getpid()}",
+        managed=managed,
+        terms=terms,
+        setup=setup,
+    )
+
+
+def make_lease(
+    requests: Sequence[Request],
+    *,
+    owner: str,
+    managed: bool = False,
+    terms: LeaseTerms = DEFAULT_TERMS,
+    setup: Setup,
+) -> Lease:
+    """`lease`, also on the picture of a host."""
+    check_owner(owner)
+    if not requests:
+        raise SpecError("lease", "no devices are asked for")
+    with Journal.open(setup.state_dir) as journal:
+        end_ended(journal, setup.host)
+        record = _claim_name(owner, journal)
+        holder = LeaseHolder(HostVirtiofsdRunner(record.qmp_socket), setup.host, terms)
+        try:
+            with _manager(record, holder, setup) as devices:
+                holds = devices.attach_all(
+                    requests, owner=owner, allow=terms.allow, managed=managed
+                )
+            described = _describe(record, holds, holder, journal)
+        except BaseException:
+            holder.close_all()
+            with suppress(DeviceError):  # why it failed matters more, and reconcile tries again
+                give_back(record, journal, setup.host)
+            raise
+    return Lease(record, owner, described, holder, setup)
+
+
+def _claim_name(owner: str, journal: Journal) -> VmRecord:
+    """A row for a new lease: with the name of its owner, or that and a number."""
+    known = {record.name for record in journal.all_holders()}
+    for number in range(1, _MOST_OF_ONE_OWNER):
+        record = record_lease(owner if number == 1 else f"{owner}.{number}", journal)
+        if record.name in known:
+            continue
+        with suppress(StateError):  # another process was faster
+            journal.add_vm(record)
+            return record
+    raise StateError(
+        f"owner {owner!r} has {_MOST_OF_ONE_OWNER} leases",
+        state="too many",
+        required="fewer",
+        hint="vmplug lease list shows them",
+    )
+
+
+def _manager(record: VmRecord, holder: LeaseHolder, setup: Setup) -> DeviceManager:
+    return DeviceManager.open(
+        vm=record.name,
+        host=setup.host,
+        hypervisor=holder,
+        state_dir=setup.state_dir,
+        vhost_user_store=setup.vhost_user_store,
+        policy=setup.policy,
+    )
+
+
+def _describe(
+    record: VmRecord, holds: Sequence[Attachment], holder: LeaseHolder, journal: Journal
+) -> tuple[LeasedDevice, ...]:
+    records = {device.id: device for device in journal.devices(record.name)}
+    for hold in holds:
+        number = records[hold.device_id].identity.devnum
+        if hold.device_id not in holder.plugs and number:
+            holder.open_char(hold.device_id, hold.host_path, number, read_only=hold.read_only)
+    return tuple(
+        describe(
+            hold,
+            holder.plugs.get(hold.device_id),
+            holder.opened.get(hold.device_id, Opened()),
+        )
+        for hold in holds
+    )

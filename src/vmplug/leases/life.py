@@ -1,0 +1,320 @@
+"""The life of leases: which process has one, when has it ended, and what is given back then?
+
+A lease ends with its process. Until it is given to one, that is its maker. A child may have the
+devices too: while a process has a function open, or a disk for writing, the lease does not end.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
+
+import msgspec
+
+from vmplug.devnum import is_decimal
+from vmplug.errors import AttributeReadError, DeviceError, NotAttached, StateError
+from vmplug.host.finding import LEASE_PREFIX
+from vmplug.host.kind import DeviceType, IdentityKind
+from vmplug.host.pci.iommu import find_group, group_node, is_noiommu
+from vmplug.host.pci.vfio import read_cdev
+from vmplug.host.process import is_running, read_start_time
+from vmplug.host.root import THIS_HOST, HostRoot
+from vmplug.host.use.file_key import FileKey, key_of, key_of_node
+from vmplug.host.use.openers import DeviceNode, Opener, Wanted, read_open_files, wanted_node
+from vmplug.host.use.statx import read_places
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, spoken_process
+from vmplug.manager.binding.binder import Binder
+from vmplug.manager.reconcile import Repair, RepairOutcome
+from vmplug.manager.setup import DEFAULT_SETUP, Setup
+
+GRACE_S = 2.0
+"""How long a process that has inherited nothing may take to open what it was started for, when
+its launcher died before it said that the lease is this process's."""
+_STEP_S = 0.05
+
+
+class LeaseState(StrEnum):
+    """What has a lease. `made`: its maker, so far. `held`: the process that it was given to.
+
+    `ended`: that process has ended. `unknown`: it is one of another PID namespace.
+    """
+
+    MADE = "made"
+    HELD = "held"
+    ENDED = "ended"
+    UNKNOWN = "unknown"
+
+
+class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A lease of the journal as it is now; `process` is its number, `program` its command."""
+
+    id: str
+    owner: str
+    state: LeaseState
+    process: int | None
+    program: str | None
+    devices: tuple[Attachment, ...]
+
+
+def lease_name(lease_id: str) -> str:
+    """The name of a lease in the journal."""
+    return LEASE_PREFIX + lease_id
+
+
+def lease_id_of(record: VmRecord) -> str:
+    """The id of a lease."""
+    return record.name.removeprefix(LEASE_PREFIX)
+
+
+def record_lease(lease_id: str, journal: Journal) -> VmRecord:
+    """A new lease, which this process makes.
+
+    In place of a QMP socket is the PID namespace in which its process has its number.
+    """
+    return VmRecord(
+        name=lease_name(lease_id),
+        qmp_socket=f"{LEASE_PREFIX}{_pid_namespace()}:{lease_id}",
+        pid=None,
+        started_at=None,
+        is_ours=False,
+        starting_by=journal.worker,
+    )
+
+
+def _pid_namespace() -> int:
+    status = THIS_HOST.stat_or_none("/proc/self/ns/pid")
+    return status.st_ino if status else 0
+
+
+def find_state(record: VmRecord, host: HostRoot) -> LeaseState:
+    """Whether the process of a lease still runs."""
+    if record.is_of_earlier_boot:
+        return LeaseState.ENDED
+    if record.qmp_socket.split(":")[1] != str(_pid_namespace()):
+        return LeaseState.UNKNOWN
+    if record.pid:
+        is_held = is_running(record.pid, record.started_at, host)
+        return LeaseState.HELD if is_held else LeaseState.ENDED
+    is_made = record.starting_by is not None and record.starting_by.is_alive(host)
+    return LeaseState.MADE if is_made else LeaseState.ENDED
+
+
+def leases_of(journal: Journal) -> list[VmRecord]:
+    """Every lease of the journal."""
+    return [record for record in journal.all_holders() if record.is_lease]
+
+
+def list_leases(*, setup: Setup = DEFAULT_SETUP) -> list[LeaseStatus]:
+    """Return every lease of the journal; reads only."""
+    with Journal.open_existing(setup.state_dir) as journal:
+        return [_status(record, journal) for record in leases_of(journal)]
+
+
+def _status(record: VmRecord, journal: Journal) -> LeaseStatus:
+    held = journal.attachments(record.name)
+    state = find_state(record, journal.host)
+    pid = record.pid or (record.starting_by.pid if record.starting_by else None)
+    is_there = state in {LeaseState.MADE, LeaseState.HELD}
+    name = (journal.host.read_text(f"/proc/{pid}/comm") or "").strip() if is_there else ""
+    return LeaseStatus(
+        id=lease_id_of(record),
+        owner=held[0].owner if held else lease_id_of(record),
+        state=state,
+        process=pid,
+        program=name or None,
+        devices=tuple(held),
+    )
+
+
+def end_lease(lease_id: str, *, setup: Setup = DEFAULT_SETUP) -> LeaseStatus:
+    """Take a lease back, and return it as it was.
+
+    Its process may still run, but not use the devices. Raises NotAttached for one that is not
+    known, StateError while a process makes it or uses a device, and BindError for a function that
+    its driver does not take; `reconcile` tries that again.
+    """
+    with Journal.open_existing(setup.state_dir) as journal:
+        record = journal.find_vm(lease_name(lease_id))
+        if record is None:
+            raise NotAttached(
+                f"there is no lease {lease_id}", hint="vmplug lease list shows the leases"
+            )
+        was = _status(record, journal)
+        if was.state is LeaseState.MADE and was.process != os.getpid():
+            raise _in_use(record, f"{spoken_process(record, journal.host)} is making it")
+        release(record, journal, setup.host)
+    return was
+
+
+def release(record: VmRecord, journal: Journal, host: HostRoot) -> None:
+    """Take a lease back, whose process may run. Raises StateError while one uses a device."""
+    state = find_state(record, journal.host)
+    if state is LeaseState.UNKNOWN:
+        raise _in_use(record, "its process is in another PID namespace")
+    for user in find_users(journal.devices(record.name), host):
+        raise _in_use(record, f"process {user.pid} ({user.name}) has {user.path} open")
+    give_back(record, journal, host)
+
+
+def _in_use(record: VmRecord, why: str) -> StateError:
+    return StateError(
+        f"lease {lease_id_of(record)} cannot end: {why}",
+        state="in use",
+        required="not in use",
+        hint="end that process first: then the lease has ended too",
+    )
+
+
+def give_back(record: VmRecord, journal: Journal, host: HostRoot) -> None:
+    """Forget a lease that nobody uses; end its daemons, and give its functions to their drivers.
+
+    Raises BindError for the first that fails, after the others; `reconcile` tries again.
+    """
+    forget(record, journal)
+    failures = [done.error for done in Binder(journal, host).recover() if done.error]
+    if failures:
+        raise failures[0]
+
+
+def forget(record: VmRecord, journal: Journal) -> list[DeviceRecord]:
+    """End the daemons of a lease, and forget it: what was bound for it is free to go back."""
+    held = journal.devices(record.name)
+    shares = [device.id for device in held if device.kind is DeviceType.VHOST_USER_FS]
+    if shares:
+        HostVirtiofsdRunner(record.qmp_socket).end(shares)
+    journal.forget_vm(record.name)
+    return held
+
+
+def repair_lease(
+    record: VmRecord, journal: Journal, host: HostRoot, *, grace_s: float = GRACE_S
+) -> list[Repair]:
+    """What `reconcile` does about a lease: forget it when it has ended, and nobody uses it.
+
+    The functions that were bound for it are left to `Binder.recover`.
+    """
+    state = find_state(record, journal.host)
+    devices = journal.devices(record.name)
+    if state is LeaseState.UNKNOWN:
+        why = "its process is in another PID namespace"
+        return [Repair(d.id, d.host_path, RepairOutcome.IN_PROGRESS, why) for d in devices]
+    if state is not LeaseState.ENDED:
+        return []
+    return end_or_pass_on(record, journal, host, grace_s=grace_s)
+
+
+def end_or_pass_on(
+    record: VmRecord, journal: Journal, host: HostRoot, *, grace_s: float = 0
+) -> list[Repair]:
+    """Forget a lease that its process no longer has, unless another one uses it: then it has it.
+
+    The functions that were bound for it are left to `Binder.recover`.
+    """
+    devices = journal.devices(record.name)
+    if not record.is_of_earlier_boot and (heir := _find_heir(record, devices, host, grace_s)):
+        _pass_on(record, heir, journal)
+        why = f"process {heir.pid} ({heir.name}) has it open: the lease is its now"
+        return [Repair(d.id, d.host_path, RepairOutcome.IN_PROGRESS, why) for d in devices]
+    reason = f"{spoken_process(record, journal.host)} has ended"
+    if record.is_of_earlier_boot:
+        reason = "the host has booted since"
+    forgotten = forget(record, journal)
+    return [Repair(d.id, d.host_path, RepairOutcome.FORGOTTEN, reason) for d in forgotten]
+
+
+def end_ended(journal: Journal, host: HostRoot) -> None:
+    """Give back what leases held whose process has ended; what fails is left to `reconcile`."""
+    ended = [r for r in leases_of(journal) if find_state(r, journal.host) is LeaseState.ENDED]
+    if not ended:
+        return
+    for record in ended:
+        repair_lease(record, journal, host)
+    try:
+        Binder(journal, host).recover()
+    except DeviceError:  # a request for that very device is refused
+        return
+
+
+def _find_heir(
+    record: VmRecord, devices: Sequence[DeviceRecord], host: HostRoot, grace_s: float
+) -> Opener | None:
+    """A process that uses a device of a lease that has ended.
+
+    Of one that was never given to a process, the process may be about to open them.
+    """
+    deadline = time.monotonic() + (grace_s if record.starting_by and devices else 0)
+    while True:
+        if heir := next(find_users(devices, host), None):
+            return heir
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(_STEP_S)  # /proc gives no event for an opened file
+
+
+def _pass_on(record: VmRecord, heir: Opener, journal: Journal) -> None:
+    started_at = read_start_time(heir.pid, journal.host)
+    if started_at is not None:
+        journal.hand_over(record.name, heir.pid, started_at)
+
+
+def find_users(devices: Iterable[DeviceRecord], host: HostRoot) -> Iterator[Opener]:
+    """The processes besides this one that have a function open, or a disk open for writing.
+
+    A file that is mapped counts, although its descriptor is closed.
+    """
+    nodes, disks = Wanted(), Wanted()
+    for device in devices:
+        match device.identity.kind:
+            case IdentityKind.VFIO:
+                nodes |= _wanted_nodes(device, host)
+            case IdentityKind.BLOCK | IdentityKind.FILE if not device.read_only:
+                disks |= _wanted_disk(device, host)
+    if not (nodes or disks):
+        return
+    found = read_open_files(host)
+    yield from found.find(nodes)
+    yield from (opener for opener in found.find(disks) if opener.writes)
+    yield from _find_mapped({k: v for k, v in disks.items() if not isinstance(k, str)}, host)
+
+
+def _wanted_nodes(device: DeviceRecord, host: HostRoot) -> Wanted:
+    functions = device.guest_address.functions if device.guest_address else ()
+    wanted = Wanted()
+    for function in functions:
+        directory = f"{host.pci_devices}/{function.host}"
+        number = find_group(directory, host)
+        names = [read_cdev(directory, host)]
+        if number is not None:
+            names.append(group_node(number, is_noiommu=is_noiommu(number, host)))
+        for name in filter(None, names):
+            wanted |= wanted_node(DeviceNode.of_char(name, host), host)
+    return wanted
+
+
+def _wanted_disk(device: DeviceRecord, host: HostRoot) -> Wanted:
+    if number := device.identity.devnum:
+        return {key_of_node(stat.S_IFBLK, number): device.host_path}
+    status = host.stat_or_none(device.host_path)
+    return {key_of(status): device.host_path} if status else {}
+
+
+def _find_mapped(wanted: dict[FileKey, str], host: HostRoot) -> Iterator[Opener]:
+    """Processes that have a file mapped for writing, whatever they have closed."""
+    regular = {key: path for key, path in wanted.items() if key[0] == stat.S_IFREG}
+    if not regular or not host.is_live:
+        return
+    for pid in filter(is_decimal, host.list_dir("/proc")):
+        if int(pid) == os.getpid():
+            continue
+        directory = f"/proc/{pid}/map_files"
+        try:
+            names = host.list_dir(directory)
+            keys = {place[0] for _, place in read_places(directory, names)}
+        except AttributeReadError:  # another user's, or it has ended
+            continue
+        if key := next((key for key in regular if key in keys), None):
+            name = (host.read_text(f"/proc/{pid}/comm") or "").strip()
+            yield Opener(pid=int(pid), name=name, path=regular[key])

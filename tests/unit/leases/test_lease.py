@@ -1,0 +1,261 @@
+"""Leases of files to processes, through the library."""
+
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import vmplug
+from tests.support.disks import disk_image
+from vmplug import DeviceInfo, DevNum, DevType, InUse, LeaseLock, LeaseTerms, RngInfo, Setup
+from vmplug.errors import DeviceError, StateError
+from vmplug.host.use.qemu_lock import is_locked
+from vmplug.journal.journal import Journal
+
+SLEEP = ["sleep", "infinity"]
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(state_dir=tmp_path / "state")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return disk_image(tmp_path / "a.img", 1, "a")
+
+
+def disk(path: Path, *, read_only: bool = False) -> DeviceInfo:
+    return DeviceInfo(
+        container_path=f"/dev/{path.stem}",
+        dev_type=DevType.BLOCK,
+        host_path=str(path),
+        read_only=read_only,
+    )
+
+
+@contextmanager
+def process(*pass_fds: int) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(SLEEP, pass_fds=pass_fds) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def rows(setup: Setup) -> int:
+    with Journal.open(setup.state_dir) as journal:
+        return len(journal.all_holders()) + len(journal.device_ids())
+
+
+def test_a_lease_ends_with_the_process_that_it_is_given_to(setup: Setup, image: Path) -> None:
+    with vmplug.lease([disk(image)], owner="job", setup=setup) as lease:
+        (device,) = lease.devices
+        assert (device.host_path, device.size_bytes) == (str(image), 1 << 20)
+        assert device.descriptor in lease.descriptors
+        with process(*lease.descriptors) as vmm:
+            lease.give_to(vmm.pid)
+            assert lease.descriptors == ()
+            (status,) = vmplug.list_leases(setup=setup)
+            assert (status.id, status.state, status.process) == ("job", "held", vmm.pid)
+            assert status.program == "sleep"
+            assert not lease.wait(0)
+            vmm.kill()
+            assert lease.wait(60)
+    assert rows(setup) == 0
+
+
+def test_leaving_the_with_block_while_the_process_runs_changes_nothing(
+    setup: Setup, image: Path
+) -> None:
+    with process() as vmm:
+        with vmplug.lease([disk(image)], owner="job", setup=setup) as lease:
+            lease.give_to(vmm.pid)
+        with pytest.raises(InUse, match=rf"held by lease job, process {vmm.pid} \(sleep\)"):
+            vmplug.lease([disk(image)], setup=setup)
+    with vmplug.lease([disk(image)], owner="job", setup=setup) as again:  # it has ended
+        assert again.id == "job"
+
+
+def test_what_was_given_to_nobody_is_given_back(setup: Setup, image: Path) -> None:
+    with vmplug.lease([disk(image)], setup=setup) as lease:
+        (number,) = lease.descriptors
+    assert rows(setup) == 0
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+
+
+def test_what_was_given_to_nobody_is_left_to_a_child_that_has_it(
+    setup: Setup, image: Path
+) -> None:
+    with vmplug.lease([disk(image)], owner="job", setup=setup) as lease:
+        child = subprocess.Popen(SLEEP, pass_fds=lease.descriptors)
+    (status,) = vmplug.list_leases(setup=setup)
+    assert (status.process, status.state) == (child.pid, "held")
+    child.kill()
+    child.wait()
+    (repair,) = vmplug.reconcile_host(setup=setup).repairs
+    assert repair.repair.outcome == "forgotten"
+    assert rows(setup) == 0
+
+
+def test_all_devices_are_leased_or_none(setup: Setup, image: Path, tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(DeviceError):
+        vmplug.lease([disk(image), disk(tmp_path / "absent.img")], setup=setup)
+    assert rows(setup) == 0
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_ended_process_is_given_nothing(setup: Setup, image: Path) -> None:
+    with (
+        vmplug.lease([disk(image)], setup=setup) as lease,
+        subprocess.Popen(["true"]) as ended,
+    ):
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie
+        with pytest.raises(StateError, match="has ended"):
+            lease.give_to(ended.pid)
+        assert lease.process is None
+    assert rows(setup) == 0
+
+
+def test_a_process_that_has_a_disk_open_inherits_the_lease(setup: Setup, image: Path) -> None:
+    with process() as vmm, vmplug.lease([disk(image)], owner="job", setup=setup) as lease:
+        with process(*lease.descriptors) as child:
+            lease.give_to(vmm.pid)
+            vmm.kill()
+            vmm.wait()
+            assert f"process {child.pid} (sleep)" in str(lease.settle())
+            (status,) = vmplug.list_leases(setup=setup)
+            assert (status.process, status.state) == (child.pid, "held")
+            with pytest.raises(StateError, match=rf"process {child.pid} \(sleep\) has .* open"):
+                lease.release()
+        assert lease.settle() is None
+    assert rows(setup) == 0
+
+
+def test_a_mapped_file_is_in_use(setup: Setup, image: Path) -> None:
+    mapper = (
+        "import mmap, os, sys, signal\n"
+        "fd = os.open(sys.argv[1], os.O_RDWR)\n"
+        "held = mmap.mmap(fd, 4096)\n"
+        "os.close(fd)\n"
+        "print('mapped', flush=True)\n"
+        "signal.pause()\n"
+    )
+    with vmplug.lease([disk(image)], owner="job", setup=setup) as lease, process() as vmm:
+        lease.give_to(vmm.pid)
+        words = ["python3", "-c", mapper, str(image)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as child:
+            assert child.stdout
+            assert child.stdout.readline() == b"mapped\n"
+            vmm.kill()
+            vmm.wait()
+            assert f"process {child.pid} " in str(lease.settle())
+            child.kill()
+        assert lease.settle() is None
+    assert rows(setup) == 0
+
+
+def test_the_locks_last_as_long_as_the_process(setup: Setup, image: Path) -> None:
+    terms = LeaseTerms(lock=LeaseLock.FULL)
+    with vmplug.lease([disk(image)], owner="job", terms=terms, setup=setup) as lease:
+        with process(*lease.descriptors) as vmm:
+            lease.give_to(vmm.pid)
+            assert locks(image) == (True, True)
+        assert locks(image) == (False, False)
+
+
+def test_without_locks_of_its_own_a_lease_shuts_no_vmm_out(setup: Setup, image: Path) -> None:
+    with vmplug.lease([disk(image)], setup=setup):
+        assert locks(image) == (False, False)
+
+
+def test_a_file_that_another_program_locked_is_refused(setup: Setup, image: Path) -> None:
+    with image.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with pytest.raises(InUse, match="is locked by another program"):
+            vmplug.lease([disk(image)], terms=LeaseTerms(lock=LeaseLock.FLOCK), setup=setup)
+    assert rows(setup) == 0
+
+
+def test_readers_share_a_file(setup: Setup, image: Path) -> None:
+    terms, asked = LeaseTerms(lock=LeaseLock.FULL), [disk(image, read_only=True)]
+    with (
+        vmplug.lease(asked, owner="job", terms=terms, setup=setup) as one,
+        vmplug.lease(asked, owner="job", terms=terms, setup=setup) as two,
+    ):
+        assert (one.id, two.id) == ("job", "job.2")
+    assert rows(setup) == 0
+
+
+def locks(path: Path) -> tuple[bool, bool]:
+    """Whether a QEMU, and a program that takes flock(2), is kept from writing to it."""
+    with path.open("rb") as file:
+        is_qemu = is_locked(file.fileno(), read_only=False)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return is_qemu, True
+        return is_qemu, False
+
+
+def test_random_numbers_and_a_character_device_are_passed_open(setup: Setup) -> None:
+    null = DeviceInfo(container_path="/dev/null", dev_type=DevType.CHAR, devnum=DevNum(1, 3))
+    with vmplug.lease([RngInfo(), null], setup=setup) as lease:
+        rng, char = lease.devices
+        assert rng.descriptor is not None
+        assert len(os.read(rng.descriptor, 8)) == 8
+        assert char.descriptor is not None
+        assert os.fstat(char.descriptor).st_rdev == os.stat("/dev/null").st_rdev
+        assert lease.render("{name}={host_path}") == [
+            "rng:rng0=/dev/urandom",
+            "/dev/null=/dev/null",
+        ]
+        assert lease.render("{descriptor}", kind="rng") == [str(rng.descriptor)]
+
+
+def test_an_ended_lease_cannot_be_given(setup: Setup, image: Path) -> None:
+    lease = vmplug.lease([disk(image)], setup=setup)
+    lease.release()
+    lease.release()
+    with process() as vmm, pytest.raises(StateError, match="has ended"):
+        lease.give_to(vmm.pid)
+    with pytest.raises(vmplug.NotAttached):
+        vmplug.end_lease(lease.id, setup=setup)
+
+
+def test_a_lease_in_another_pid_namespace_is_left_alone(setup: Setup, image: Path) -> None:
+    with (
+        vmplug.lease([disk(image)], owner="job", setup=setup),
+        Journal.open(setup.state_dir) as journal,
+    ):
+        (record,) = journal.all_holders()
+        away = record.qmp_socket.replace(record.qmp_socket.split(":")[1], "1")
+        journal._db.execute("UPDATE vm SET qmp_socket = ?, pid = 1 << 22", [away])
+        (status,) = vmplug.list_leases(setup=setup)
+        assert status.state == "unknown"
+        (repair,) = vmplug.reconcile_host(setup=setup).repairs
+        assert repair.repair.outcome == "in progress"
+        with pytest.raises(StateError, match="another PID namespace"):
+            vmplug.end_lease("job", setup=setup)
+        journal._db.execute("UPDATE vm SET qmp_socket = ?, pid = NULL", [record.qmp_socket])
+
+
+def test_a_vm_verb_names_the_lease(setup: Setup, image: Path) -> None:
+    with vmplug.lease([disk(image)], owner="job", setup=setup):
+        (hold,) = vmplug.list_attachments(setup=setup).attachments
+        assert (hold.vm, hold.owner) == ("lease:job", "job")
+        (checked,) = vmplug.check_requests([disk(image)], setup=setup)
+        (finding,) = [f for f in checked.findings if f.used_by]
+        assert finding.used_by
+        assert finding.used_by.who.startswith(f"lease job, process {os.getpid()} (")
+        assert vmplug.list_vms(setup=setup) == []
+        with pytest.raises(StateError, match="lease:job"):
+            vmplug.stop_vm("lease:job", setup=setup)
+        with pytest.raises(StateError):
+            vmplug.detach_owner("job", setup=setup)
