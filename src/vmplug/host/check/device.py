@@ -24,6 +24,7 @@ from vmplug.host.check.exclusive import exclusive_errno
 from vmplug.host.check.image_files import list_image_files
 from vmplug.host.check.open_char import check_open_char
 from vmplug.host.check.open_disk import check_open_disk, open_in_vm
+from vmplug.host.check.shared import check_shared
 from vmplug.host.check.unknown import gather_unknown, not_looked_for
 from vmplug.host.check.vfio_group import check_group, check_openers
 from vmplug.host.device import (
@@ -87,7 +88,10 @@ def _check(
                 found += _check(other, how, usage, (), root, in_vm=True)
             return found
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
-            return list(find_claimed(claims, access))
+            found = list(find_claimed(claims, access))
+            if isinstance(device, SharedDirectory) and not in_vm:
+                found += check_shared(device, usage, root)
+            return found
         case VfioGroup():
             # Functions of one group may share what is in use, such as a disk with two controllers.
             members = _check_vfio(device, access, usage, claims, root, in_vm=in_vm)

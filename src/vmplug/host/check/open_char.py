@@ -6,12 +6,11 @@ No VM gets a character device: it is counted for its container, which shares it 
 from collections.abc import Iterator
 from shlex import quote
 
-from vmplug.devnum import is_decimal
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.device import CharDevice
 from vmplug.host.finding import Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
-from vmplug.host.use.file_key import FileKey, key_of
+from vmplug.host.use.file_key import key_of
 from vmplug.host.use.openers import DeviceNode, Wanted, wanted_node
 
 _EVERYBODYS = frozenset({1, 5})
@@ -41,19 +40,11 @@ def mention_openers(wanted: Wanted, usage: HostUsage) -> Iterator[Finding]:
     """The processes that have one of these files open, other than vmplug's own VMs."""
     for opener in usage.open_files.find(wanted):
         if opener.pid not in usage.vms:
-            yield _mention(opener.path, f"process {opener.pid} ({opener.name})")
+            yield mention(opener.path, f"process {opener.pid} ({opener.name})")
 
 
-def mention_roots(path: str, key: FileKey, root: HostRoot) -> Iterator[Finding]:
-    """The processes that have a directory as their root, as a virtiofsd has what it shares."""
-    for pid in filter(is_decimal, root.list_dir("/proc")):
-        status = root.stat_or_none(f"/proc/{pid}/root")
-        if status and key_of(status) == key:
-            name = (root.read_text(f"/proc/{pid}/comm") or "?").strip()
-            yield _mention(path, f"process {pid} ({name})")
-
-
-def _mention(path: str, who: str) -> Finding:
+def mention(path: str, who: str) -> Finding:
+    """A user that may go on."""
     return Finding(
         Code.OPEN_BY_PROCESS,
         f"{path} is open in {who}",

@@ -14,7 +14,8 @@ from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed
 from vmplug.host.check.device import check_device
-from vmplug.host.check.open_char import may_have_users, mention_openers, mention_roots
+from vmplug.host.check.open_char import may_have_users
+from vmplug.host.check.shared import check_shared
 from vmplug.host.check.thing import identify
 from vmplug.host.check.visible import find_unread
 from vmplug.host.device import (
@@ -33,7 +34,6 @@ from vmplug.host.thing.function import FunctionReader
 from vmplug.host.thing.name import no_such
 from vmplug.host.thing.thing import Thing, ThingKind
 from vmplug.host.thing.uses import names_in, place_uses
-from vmplug.host.use.file_key import key_of
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.probe import find_client
 from vmplug.host.vhost_user.sockets import UnixSockets
@@ -107,27 +107,12 @@ def _find_uses(
     match device:
         case SharedDirectory():  # any number of VMs may have it, under any tags
             shares = [claim for claim in claims if _is_of(claim, device)]
-            uses = [*find_claimed(shares, access), *_open_directory(device, usage, root)]
+            uses = [*find_claimed(shares, access), *check_shared(device, usage, root)]
             return [replace(use, severity=Severity.WARNING) for use in uses]
         case VhostUserSocket() if client := find_client(device, root, usage.questions):
             return [*found, client]
         case _:
             return found
-
-
-def _open_directory(
-    directory: SharedDirectory, usage: HostUsage, root: HostRoot
-) -> Iterator[Finding]:
-    """A virtiofsd has it as its root, a QEMU with virtio-9p has it open."""
-    path, status = directory.host_path, root.stat_or_none(directory.host_path)
-    outside = root.stat_or_none("/")
-    if status is None or outside is None or key_of(status) == key_of(outside):
-        return
-    found = [
-        *mention_roots(path, key_of(status), root),
-        *mention_openers({key_of(status): path}, usage),
-    ]
-    yield from dict.fromkeys(found)
 
 
 def _is_of(claim: Claim, directory: SharedDirectory) -> bool:
@@ -203,7 +188,7 @@ def _unknown(device: HostDevice, usage: HostUsage, root: HostRoot) -> Iterator[s
             yield "who has it open: every process may have it"
         case CharDevice() | SharedDirectory():
             if isinstance(device, SharedDirectory):
-                yield "other machines: vmplug does not look for exports, as of NFS"
+                yield "other machines: vmplug looks for exports of the kernel's NFS server only"
             opened = usage.open_files
             yield from find_unread(opened, sorted({*opened.unlisted, *opened.guarded}))
         case _:
