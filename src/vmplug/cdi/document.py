@@ -13,6 +13,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 ALIASED_MAX = 50_000
@@ -101,6 +102,7 @@ class _Values:
 
     def __init__(self, data: bytes) -> None:
         self._slashes = data.decode() if b"\\/" in data else None
+        self._has_marks = b"?" in data
         self._seen = set[int]()
         self._open = set[int]()
         self._aliased = 0
@@ -129,7 +131,19 @@ class _Values:
                 line = node.start_mark.line + 1
                 raise DocumentError(f"not YAML or JSON: found unknown escape \\/, line {line}")
 
+    def _check_marks(self, node: Any) -> None:
+        """Refuse a ? in plain text in brackets: it began a key, before libyaml 0.2."""
+        pairs = node.value if node.id == "mapping" else [node.value]
+        for each in chain.from_iterable(pairs):
+            if each.id == "scalar" and each.style not in {"'", '"'} and "?" in each.value:
+                line = each.start_mark.line + 1
+                raise DocumentError(
+                    f"not YAML or JSON: found ? in text without quotes, line {line}"
+                )
+
     def _read_inside(self, node: Any, path: str) -> object:
+        if self._has_marks and node.flow_style:
+            self._check_marks(node)
         if node.id == "sequence":
             return [self.read(each, f"{path}[{index}]") for index, each in enumerate(node.value)]
         found = dict[str, object]()
@@ -169,7 +183,8 @@ def _resolve(tag: str, text: str) -> object:
     kind = tag.removeprefix(_TAG)
     if kind == "binary":
         try:
-            return base64.b64decode(text).decode(errors="replace")
+            encoded = text.translate({ord("\r"): None, ord("\n"): None})
+            return base64.b64decode(encoded, validate=True).decode(errors="replace")
         except binascii.Error as error:
             raise DocumentError(f"!!binary of something else than base64: {error}") from error
     if kind not in _DECODED:
