@@ -1,5 +1,7 @@
 """What `check` says of a request: the words that tests of safety share."""
 
+from collections.abc import Iterable, Iterator, Sequence
+
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.host.block.usage import read_usage
@@ -7,7 +9,7 @@ from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access, Claim, Finding, Severity
 from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
-from vmplug.host.root import HostRoot
+from vmplug.host.root import AttributeBatch, HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
 
 READING, WRITING = Access(read_only=True), Access(read_only=False)
@@ -48,11 +50,25 @@ def claim(*, read_only: bool = False, share_rw: bool = False) -> Claim:
 
 
 class Counting(HostRoot):
-    """A tree that counts how often a table of all processes or devices is read."""
+    """A tree that counts how often a table, or a file of a function, is read."""
 
     def __init__(self, root: HostRoot) -> None:
         super().__init__(root.path)
         self.reads: dict[str, int] = {}
+
+    def read_each(
+        self,
+        directory: str,
+        names: Iterable[str],
+        *,
+        files: Sequence[str],
+        links: Sequence[str],
+        sizes: Sequence[str],
+    ) -> Iterator[AttributeBatch]:
+        names = list(names)
+        for path in (f"{directory}/{name}/{file}" for name in names for file in files):
+            self.reads[path] = self.reads.get(path, 0) + 1
+        return super().read_each(directory, names, files=files, links=links, sizes=sizes)
 
     def list_dir(self, path: str) -> list[str]:
         self.reads[path] = self.reads.get(path, 0) + 1

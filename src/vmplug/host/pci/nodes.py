@@ -10,8 +10,10 @@ chapter "Sample /proc/driver/nvidia".
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from operator import itemgetter
 
 from vmplug.devnum import DevNum
 from vmplug.host.pci.uses import class_paths
@@ -26,45 +28,48 @@ _NVIDIA_MAJOR = 195
 _NVIDIA_MINOR = re.compile(r"^Device Minor:\s*([0-9]{1,3})\s*$", re.MULTILINE | re.ASCII)
 
 
-NodePaths = Mapping[tuple[int, DevNum], str]
-"""The directory of every device that has a node, by kind and number, without links."""
+NodePaths = Sequence[tuple[str, int, DevNum]]
+"""The directory of every device that has a node, without links, its kind and number; sorted."""
+_get_path = itemgetter(0)
 
 
 def read_node_paths(root: HostRoot) -> NodePaths:
     """The directories of all devices of the host that have a node. Raises AttributeReadError."""
-    return dict(_device_paths(root))
+    return sorted(_device_paths(root), key=_get_path)
 
 
 def read_nodes(bdf: object, paths: NodePaths, root: HostRoot) -> list[DeviceNode]:
     """The nodes of one function, block and character devices. Raises AttributeReadError."""
     directory = root.real_path(f"{root.pci_devices}/{bdf}")
-    places = [f"{directory}/"]
-    controllers = {
-        match[1]
-        for path in paths.values()
-        if path.startswith(places[0]) and (match := _CONTROLLER.search(path))
-    }
-    places += _subsystems(controllers, root)
+    nodes = [*_below(directory, paths)]
+    controllers = {match[1] for path, _, _ in nodes if (match := _CONTROLLER.search(path))}
+    for subsystem in _subsystems(controllers, root):
+        nodes += _below(subsystem, paths)
     found = [
         DeviceNode(path=_node_path(path, root), kind=kind, number=number)
-        for (kind, number), path in paths.items()
-        if path.startswith(tuple(places))
+        for path, kind, number in nodes
     ]
     return [*found, *_nvidia_nodes(bdf, root)]
 
 
-def _device_paths(root: HostRoot) -> Iterator[tuple[tuple[int, DevNum], str]]:
+def _below(directory: str, paths: NodePaths) -> NodePaths:
+    """The devices in a directory, which are beside each other."""
+    start = bisect_left(paths, f"{directory}/", key=_get_path)
+    return paths[start : bisect_left(paths, f"{directory}0", start, key=_get_path)]  # "0" > "/"
+
+
+def _device_paths(root: HostRoot) -> Iterator[tuple[str, int, DevNum]]:
     for name, kind in (("block", stat.S_IFBLK), ("char", stat.S_IFCHR)):
         for text, path in class_paths(f"{root.sys_dev}/{name}", root):
             with suppress(ValueError):  # a copy of a host may have any file there
-                yield (kind, DevNum.parse(text)), path
+                yield path, kind, DevNum.parse(text)
 
 
 def _subsystems(controllers: set[str], root: HostRoot) -> Iterator[str]:
     """The directories of the NVMe subsystems that these controllers are part of."""
     for name in root.list_dir(_SUBSYSTEMS) if controllers else ():
         if controllers & set(root.list_dir(f"{_SUBSYSTEMS}/{name}")):
-            yield f"{root.real_path(f'{_SUBSYSTEMS}/{name}')}/"
+            yield root.real_path(f"{_SUBSYSTEMS}/{name}")
 
 
 def _node_path(directory: str, root: HostRoot) -> str:

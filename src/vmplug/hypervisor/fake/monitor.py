@@ -293,9 +293,11 @@ class FakeMonitor(FakeBackends, Monitor):
             ("chardev", self.chardevs),
             ("netdev", self.netdevs),
         ):
-            if (name := properties.get(key)) not in {None, *known}:
+            if (name := properties.get(key)) is None:
+                continue
+            if name not in known:
                 raise Refused(f"Property '{inner}.{key}' can't find value '{name}'")
-            if name in self._used(key) and key in _IN_USE:
+            if key in _IN_USE and name in self._used(key):
                 why = _IN_USE[key].format(name)
                 raise Refused(f"Property '{inner}.{key}' can't take value '{name}'{why}")
         if IOMMUFD in properties and not self.iommufd:

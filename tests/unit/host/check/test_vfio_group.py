@@ -22,6 +22,7 @@ from vmplug.host.root import HostRoot
 
 GPU, AUDIO, OTHER = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"
 VGA, SOUND, ETHERNET, BRIDGE, NVSWITCH = 0x030000, 0x040300, 0x020000, 0x060400, 0x068000
+VIRTUAL = "0000:3c:10.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 
 REMAPPING = "  0:  122  IR-IO-APIC   2-edge      timer\n"
@@ -246,6 +247,18 @@ def test_the_nodes_and_the_networks_of_the_host_are_read_once_for_a_group(tree: 
     root.reads.clear()
     check_device(group, WRITING, usage=read_usage(root), root=root)
     assert {root.reads[path] for path in ("/sys/dev/char", "/proc/net/route")} == {1}
+
+
+def test_a_request_reads_a_table_once_for_all_groups_and_each_function_once(tree: PciTree) -> None:
+    bound(tree).pci_function(OTHER, class_code=ETHERNET, driver="ixgbe", group=27)
+    tree.sriov(OTHER, VIRTUAL, group=28).file("/proc/interrupts", REMAPPING)
+    root = Counting(tree.root)
+    usage = read_usage(root)
+    for name in (GPU, VIRTUAL):
+        check_device(find_vfio_device(name, root), WRITING, usage=usage, root=root)
+    uevents = (f"/sys/bus/pci/devices/{name}/uevent" for name in (GPU, VIRTUAL, OTHER))
+    assert [root.reads.get(path) for path in uevents] == [1, 1, None]
+    assert root.reads["/proc/interrupts"] == 1
 
 
 @pytest.mark.parametrize("bus_device", ["", "virtio4"])

@@ -1,10 +1,12 @@
 """The device nodes of a function, below any root."""
 
+import stat
 from pathlib import Path
 
 import pytest
 
 from tests.support.pci_tree import PciTree
+from vmplug.devnum import DevNum
 from vmplug.host.pci.nodes import read_node_paths, read_nodes
 
 PORT, CARD, OTHER = "0000:00:1c.0", "0000:3b:00.0", "0000:00:03.0"
@@ -27,6 +29,16 @@ def nodes(tree: PciTree, bdf: str = CARD) -> dict[str, str]:
 def test_a_function_without_a_driver_has_no_nodes(tree: PciTree) -> None:
     tree.char_device("1:3", "null")
     assert nodes(tree) == {}
+
+
+def test_only_what_is_below_the_directory_of_a_function_is_its_own(tree: PciTree) -> None:
+    below = ("!x", "-a/b", ".1/x", "/a", "/b/c", "0", "0/a")
+    paths = sorted(
+        (f"{directory}{name}", stat.S_IFCHR, DevNum(10, number))
+        for directory in (tree.real(CARD), tree.real(OTHER))
+        for number, name in enumerate(below)
+    )
+    assert [node.path for node in read_nodes(CARD, paths, tree.root)] == ["/dev/a", "/dev/c"]
 
 
 def test_nodes_of_every_class_are_found(tree: PciTree) -> None:
