@@ -18,7 +18,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.use.file_handle import read_file_mark
 from vmplug.host.vhost_user.device import VhostUserSocket
 
-_PCI_ID = re.compile(rb"^PCI_ID=([0-9A-F]+:[0-9A-F]+)$", re.MULTILINE)
+_PCI_ID = re.compile(rb"^PCI_ID=([0-9A-F]+):([0-9A-F]+)$", re.MULTILINE)
 _ADDRESS_WORDS = 3
 """A function's address has two colons, the UUID of a mediated device none."""
 
@@ -82,10 +82,12 @@ def identify_member(path: str, root: HostRoot) -> str:
 def name_member(path: str, root: HostRoot) -> str:
     """A function by its address, vendor and device, or a mediated device by its UUID."""
     name = path.rpartition("/")[2]
-    if match := _PCI_ID.search(root.read_attribute(f"{path}/uevent") or b""):
-        return f"{name}:{match[1].decode().lower()}"
-    ids = (root.read_attribute(f"{path}/{file}") for file in ("vendor", "device"))
-    return ":".join([name, *(text.decode().strip().removeprefix("0x") for text in ids if text)])
+    ids = [root.read_attribute(f"{path}/{file}") for file in ("vendor", "device")]
+    if not any(ids) and not root.is_live:  # a kernel that unbinds it lets nobody read its uevent
+        match = _PCI_ID.search(root.read_attribute(f"{path}/uevent") or b"")
+        ids = list(match.groups()) if match else []
+    words = (text.decode().strip().lower().removeprefix("0x") for text in ids if text)
+    return ":".join([name, *words])
 
 
 def has_changed(thing: str | None, root: HostRoot) -> bool:

@@ -99,8 +99,25 @@ def test_a_function_is_another_when_it_was_swapped(pci: PciTree) -> None:
 def test_a_function_is_its_address_its_vendor_and_device_and_its_directory(pci: PciTree) -> None:
     inode = (pci.path / pci.real(BDF)[1:]).stat().st_ino
     assert function(pci) == f"vfio {BDF}:8086:0953:{inode}"
-    pci.file(f"{pci.real(BDF)}/uevent", "PCI_ID=8086:0A55\n")
+    pci.file(f"{pci.real(BDF)}/device", "0x0a55\n")
     assert function(pci) == f"vfio {BDF}:8086:0a55:{inode}"
+    for name in ("vendor", "device"):  # a capture may lack them
+        (pci.path / pci.real(BDF)[1:] / name).unlink()
+    assert function(pci) == f"vfio {BDF}:8086:0953:{inode}"
+
+
+def test_a_function_that_a_kernel_unbinds_is_identified_without_its_uevent(pci: PciTree) -> None:
+    """The kernel locks the device meanwhile: a read of that file waits as long as the unbind."""
+
+    class Locked(HostRoot):
+        def read_attribute(self, path: str) -> bytes | None:
+            assert not path.endswith("/uevent")
+            return super().read_attribute(path)
+
+    before = function(pci)
+    assert not has_changed(before, Locked(pci.path))
+    pci.swap_function(BDF)
+    assert has_changed(before, Locked(pci.path))
 
 
 def test_a_function_that_an_older_vmplug_knew_is_still_that_one(pci: PciTree) -> None:
