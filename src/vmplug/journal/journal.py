@@ -32,6 +32,7 @@ from vmplug.journal.database import (
     read_journal_id,
     store_error,
 )
+from vmplug.journal.lease_rows import LeaseRows
 from vmplug.journal.lock import JournalLock
 from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.records import (
@@ -96,6 +97,7 @@ class Journal:
         self.worker = ProcessIdentity.own(host)
         self._worker_text = str(self.worker)
         self.bindings = Bindings(connection, self._lock, path)
+        self.leases = LeaseRows(connection, self._lock, path)
         self.vf_tokens = VfTokens(connection, self._lock, path, self.worker.boot_id)
         self._works = 0
         self._work_ended = threading.Condition()
@@ -209,12 +211,6 @@ class Journal:
         """Record that a VM runs, which this process has started."""
         with Transaction(self._db, self._lock, self.path) as db:
             db.execute("UPDATE vm SET worker = NULL WHERE name = ?", (name,))
-
-    def hand_over(self, name: str, pid: int, started_at: int) -> None:
-        """Record the process that has a lease from now on, in place of its maker."""
-        change = "UPDATE vm SET pid = ?, started_at = ?, worker = NULL WHERE name = ?"
-        with Transaction(self._db, self._lock, self.path) as db:
-            db.execute(change, (pid, started_at, name))
 
     def forget_vm(self, name: str) -> None:
         """Forget a VM and every device it held."""

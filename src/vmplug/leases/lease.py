@@ -98,7 +98,7 @@ class Lease:
         ended, also one that is a zombie, and for a lease that has ended.
         """
         with Journal.open_existing(self._setup.state_dir) as journal:
-            self._require_held(journal)
+            record = self._require_held(journal)
             started_at = read_start_time(pid, journal.host)
             if started_at is None:
                 raise StateError(
@@ -107,7 +107,8 @@ class Lease:
                     required="running",
                     hint="its output says why; the devices are still leased by this process",
                 )
-            journal.hand_over(self._record.name, pid, started_at)
+            if not journal.leases.hand_over(record, pid, started_at):
+                raise self._ended()
         self._process = pid
         self._holder.close_all()
 
@@ -123,7 +124,7 @@ class Lease:
                 required=LeaseState.HELD,
             )
         with Journal.open_existing(self._setup.state_dir) as journal:
-            record = journal.find_vm(self._record.name)
+            record = self._find(journal)
         if record and record.pid:
             forever_s = 1e6  # poll(2) takes no more
             if not wait_for_end(
@@ -144,13 +145,13 @@ class Lease:
         if self._process is None:
             self._holder.close_all()
         with Journal.open_existing(self._setup.state_dir) as journal:
-            record = journal.find_vm(self._record.name)
+            record = self._find(journal)
             if record is None or self._is_over:
                 return None
             if self._process and find_state(record, journal.host) is not LeaseState.ENDED:
                 return None
             repairs = end_or_pass_on(record, journal, self._setup.host)
-            if journal.find_vm(self._record.name):
+            if self._find(journal):
                 return repairs[0].reason if repairs else None
             self._is_over = True
             failures = [r.error for r in Binder(journal, self._setup.host).recover() if r.error]
@@ -165,7 +166,7 @@ class Lease:
         function that its driver does not take, which `reconcile` tries again.
         """
         with Journal.open_existing(self._setup.state_dir) as journal:
-            record = journal.find_vm(self._record.name)
+            record = self._find(journal)
             if record is None or self._is_over:
                 self._holder.close_all()
                 return
@@ -173,11 +174,20 @@ class Lease:
         self._is_over = True
         self._holder.close_all()
 
-    def _require_held(self, journal: Journal) -> None:
-        if self._is_over or journal.find_vm(self._record.name) is None:
-            raise StateError(
-                f"lease {self.id} has ended", state=LeaseState.ENDED, required=LeaseState.MADE
-            )
+    def _find(self, journal: Journal) -> VmRecord | None:
+        """It as the journal has it now; None when it has ended, whatever has its name."""
+        record = journal.find_vm(self._record.name)
+        return record if record and record.qmp_socket == self._record.qmp_socket else None
+
+    def _require_held(self, journal: Journal) -> VmRecord:
+        record = self._find(journal)
+        if self._is_over or record is None:
+            raise self._ended()
+        return record
+
+    def _ended(self) -> StateError:
+        words = f"lease {self.id} has ended, or another process has it"
+        return StateError(words, state=LeaseState.ENDED, required=LeaseState.MADE)
 
     def __enter__(self) -> Self:
         return self

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 import msgspec
 
+from vmplug.address import new_id
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError, DeviceError, NotAttached, StateError
 from vmplug.host.finding import LEASE_PREFIX
@@ -72,11 +73,12 @@ def lease_id_of(record: VmRecord) -> str:
 def record_lease(lease_id: str, journal: Journal) -> VmRecord:
     """A new lease, which this process makes.
 
-    In place of a QMP socket is the PID namespace in which its process has its number.
+    In place of a QMP socket are the PID namespace in which its process has its number, and what
+    no other lease has.
     """
     return VmRecord(
         name=lease_name(lease_id),
-        qmp_socket=f"{LEASE_PREFIX}{_pid_namespace()}:{lease_id}",
+        qmp_socket=f"{LEASE_PREFIX}{_pid_namespace()}:{new_id()}",
         pid=None,
         started_at=None,
         is_ours=False,
@@ -180,12 +182,14 @@ def give_back(record: VmRecord, journal: Journal, host: HostRoot) -> None:
 
 
 def forget(record: VmRecord, journal: Journal) -> list[DeviceRecord]:
-    """End the daemons of a lease, and forget it: what was bound for it is free to go back."""
-    held = journal.devices(record.name)
+    """Forget a lease, so that what was bound for it is free to go back, and end its daemons.
+
+    Returns what it held, nothing when another process has changed it. A daemon ends by itself too.
+    """
+    held = journal.leases.forget(record) or []
     shares = [device.id for device in held if device.kind is DeviceType.VHOST_USER_FS]
     if shares:
         HostVirtiofsdRunner(record.qmp_socket).end(shares)
-    journal.forget_vm(record.name)
     return held
 
 
@@ -257,7 +261,7 @@ def _find_heir(
 def _pass_on(record: VmRecord, heir: Opener, journal: Journal) -> None:
     started_at = read_start_time(heir.pid, journal.host)
     if started_at is not None:
-        journal.hand_over(record.name, heir.pid, started_at)
+        journal.leases.hand_over(record, heir.pid, started_at)
 
 
 def find_users(devices: Iterable[DeviceRecord], host: HostRoot) -> Iterator[Opener]:

@@ -158,4 +158,4 @@ def trace(journal: Any, hooks: Hooks) -> None:
     if isinstance(journal._db, TracedConnection):
         return
     traced = cast(sqlite3.Connection, TracedConnection(journal._db, hooks))
-    journal._db = journal.bindings._db = traced
+    journal._db = journal.bindings._db = journal.leases._db = traced
