@@ -1,0 +1,100 @@
+"""A function leased to a QEMU that vmplug did not start: it comes back once, and never earlier."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lab import topology
+from tests.cli.command import Vmplug
+from tests.lab.conftest import HAS_IOMMUFD
+from tests.support.lab import namespace_of
+from vmplug.host.process import wait_for_end
+
+WAIT_S = 120.0
+QEMU = (
+    *("qemu-system-x86_64", "-S", "-nodefaults", "-display", "none"),
+    *("-machine", "q35", "-accel", "tcg", "-m", "64"),
+)
+BY_GROUP = ["{vfio -device vfio-pci,host={bdf}}"]
+BY_NODE = ["-object", "iommufd,id=i0", "{vfio -device vfio-pci,iommufd=i0,fd={descriptor}}"]
+
+
+@pytest.fixture
+def vmplug(tmp_path: Path) -> Vmplug:
+    return Vmplug(tmp_path / "state")
+
+
+def driver() -> str:
+    return os.path.basename(os.path.realpath(f"/sys/bus/pci/devices/{topology.NVME}/driver"))
+
+
+def has_open(pid: int) -> bool:
+    """Whether a process has a node of VFIO open besides the container."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    return any(link.startswith("/dev/vfio/") and link != "/dev/vfio/vfio" for link in links)
+
+
+@contextmanager
+def leased(vmplug: Vmplug, words: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`vmplug lease`, and the QEMU that has the function."""
+    asked = ["--owner", "job", "--device", f"vfio:{topology.NVME}", "--managed"]
+    with vmplug.begin("lease", *asked, "--", *QEMU, *words) as process:
+        deadline, pid = time.monotonic() + WAIT_S, None
+        try:
+            while pid is None or not has_open(pid):
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                found = vmplug("lease", "list", "--json").json()["leases"]
+                pid = next((one["process"] for one in found if one["state"] == "held"), None)
+                time.sleep(0.1)
+            yield process, pid
+        finally:
+            process.kill()
+            if pid and Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(BY_GROUP, id="by group"),
+        pytest.param(
+            BY_NODE,
+            id="by its own node",
+            marks=pytest.mark.skipif(not HAS_IOMMUFD, reason="this kernel has no iommufd"),
+        ),
+    ],
+)
+def test_it_outlives_vmplug_and_ends_with_qemu(vmplug: Vmplug, words: list[str]) -> None:
+    namespace_of(topology.NVME)
+    assert driver() == "nvme"
+    with leased(vmplug, words) as (process, pid):
+        process.kill()
+        process.wait()
+        assert vmplug("reconcile").answer() == "the journal and the VMs agree\n"
+        assert driver() == "vfio-pci"
+        assert vmplug("lease", "end", "job").status == 6
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for_end(pid, WAIT_S)
+        done = vmplug("reconcile", "--json").json()
+        assert [repair["outcome"] for repair in done["repairs"]] == ["forgotten"]
+        (returned,) = done["bindings"]
+        assert (returned["address"], returned["outcome"]) == (topology.NVME, "given back")
+    assert driver() == "nvme"
+    assert namespace_of(topology.NVME).is_block_device()
+    assert vmplug("reconcile").answer() == "the journal and the VMs agree\n"
+
+
+def test_it_comes_back_when_its_command_ends(vmplug: Vmplug) -> None:
+    namespace_of(topology.NVME)
+    asked = ("--device", f"vfio:{topology.NVME}", "--managed")
+    done = vmplug("lease", *asked, "--", "sh", "-c", 'test -e "$0"', "{vfio.group_node}")
+    assert (done.stderr, done.status) == ("", 0)
+    assert driver() == "nvme"
+    assert namespace_of(topology.NVME).is_block_device()
