@@ -138,10 +138,10 @@ from vmplug.leases.holder import LeaseTerms as LeaseTerms
 from vmplug.leases.holder import Passing as Passing
 from vmplug.leases.lease import Lease as Lease
 from vmplug.leases.lease import lease as lease
-from vmplug.leases.life import LeaseState as LeaseState
 from vmplug.leases.life import LeaseStatus as LeaseStatus
 from vmplug.leases.life import end_lease as end_lease
 from vmplug.leases.life import list_leases as list_leases
+from vmplug.leases.state import LeaseState as LeaseState
 from vmplug.manager.binding.binder import BindOutcome as BindOutcome
 from vmplug.manager.binding.binder import Returned as Returned
 from vmplug.manager.binding.groups import BoundFunction as BoundFunction

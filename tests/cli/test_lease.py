@@ -172,6 +172,10 @@ def test_the_next_verb_gives_back_what_an_ended_process_had(vmplug: Vmplug, imag
     os.kill(pid, signal.SIGKILL)
     assert wait_for_end(pid, WAIT_S)
     assert [one["state"] for one in leases(vmplug)] == ["ended"]
+    listed = vmplug("list").answer().splitlines()
+    assert listed[-1] == "lease job seems to have ended: vmplug reconcile frees what it held"
+    watched = vmplug("watch", "--timeout=0").answer()
+    assert f"lease job (process {pid}) has ended" in watched
     assert vmplug("lease", "--device", f"file:{image}", "--", "true").answer() == ""
     nothing_is_leased(vmplug)
 

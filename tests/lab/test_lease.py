@@ -60,17 +60,7 @@ def leased(vmplug: Vmplug, words: list[str]) -> Iterator[tuple[subprocess.Popen[
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        pytest.param(BY_GROUP, id="by group"),
-        pytest.param(
-            BY_NODE,
-            id="by its own node",
-            marks=pytest.mark.skipif(not HAS_IOMMUFD, reason="this kernel has no iommufd"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("words", [BY_GROUP, *([BY_NODE] if HAS_IOMMUFD else [])])
 def test_it_outlives_vmplug_and_ends_with_qemu(vmplug: Vmplug, words: list[str]) -> None:
     namespace_of(topology.NVME)
     assert driver() == "nvme"

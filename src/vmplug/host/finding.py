@@ -173,6 +173,11 @@ def is_lease(name: str) -> bool:
     return name.startswith(LEASE_PREFIX)
 
 
+def spoken_holder(name: str) -> str:
+    """`VM sb1`, or `lease job-17`."""
+    return name.replace(":", " ", 1) if is_lease(name) else f"VM {name}"
+
+
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """A device that a VM or a lease holds, according to the journal.
 
@@ -190,7 +195,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         """`VM 'sb1'`, or `lease job-17, process 4711 (cloud-hypervisor)`."""
         if not is_lease(self.vm):
             return f"VM {self.vm!r}"
-        return ", ".join(filter(None, (self.vm.replace(":", " ", 1), self.process)))
+        return ", ".join(filter(None, (spoken_holder(self.vm), self.process)))
 
 
 class VmProcess(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,12 @@ def read_boot_id(host: HostRoot) -> str:
     return (host.read_text(_BOOT_ID) or "").strip()
 
 
+def read_pid_namespace(host: HostRoot) -> int:
+    """The number of this process's PID namespace, in which it knows others; 0 where unknown."""
+    status = host.stat_or_none("/proc/self/ns/pid")
+    return status.st_ino if status else 0
+
+
 class ProcessIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """A process; `started_at` is in clock ticks after boot, None where it is unknown.
 

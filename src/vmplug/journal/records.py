@@ -16,7 +16,7 @@ from vmplug.host.finding import Claim, is_lease
 from vmplug.host.kind import DeviceType, Identity, is_other_thing
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
-from vmplug.journal.process import ProcessIdentity
+from vmplug.journal.process import ProcessIdentity, read_pid_namespace
 from vmplug.journal.state import State, replaced, unidentified
 
 
@@ -280,7 +280,17 @@ def read_claim(row: sqlite3.Row) -> Claim:
 
 def has_ended(vm: VmRecord, host: HostRoot) -> bool:
     """Whether the process of a VM has surely ended; False where it was never known."""
-    return bool(vm.pid) and not is_running(vm.pid or 0, vm.started_at, host)
+    if vm.pid is None or is_elsewhere(vm, host):
+        return False
+    return not is_running(vm.pid, vm.started_at, host)
+
+
+def is_elsewhere(vm: VmRecord, host: HostRoot) -> bool:
+    """Whether it is a lease whose process has its number in another PID namespace than ours.
+
+    A lease has that namespace in place of a QMP socket.
+    """
+    return vm.is_lease and vm.qmp_socket.split(":")[1] != str(read_pid_namespace(host))
 
 
 def spoken_process(vm: VmRecord, host: HostRoot) -> str:

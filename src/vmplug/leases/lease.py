@@ -17,15 +17,14 @@ from vmplug.journal.records import Attachment, VmRecord
 from vmplug.leases.device import LeasedDevice, Opened, describe
 from vmplug.leases.holder import DEFAULT_TERMS, LeaseHolder, LeaseTerms
 from vmplug.leases.life import (
-    LeaseState,
     end_ended,
     end_or_pass_on,
-    find_state,
     give_back,
     lease_id_of,
     record_lease,
     release,
 )
+from vmplug.leases.state import LeaseState, find_state
 from vmplug.leases.template import find_named, render
 from vmplug.manager.binding.binder import Binder
 from vmplug.manager.manager import DeviceManager

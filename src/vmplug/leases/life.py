@@ -8,7 +8,6 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from enum import StrEnum
 
 import msgspec
 
@@ -19,14 +18,21 @@ from vmplug.host.finding import LEASE_PREFIX
 from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.pci.iommu import find_group, group_node, is_noiommu
 from vmplug.host.pci.vfio import read_cdev
-from vmplug.host.process import is_running, read_start_time
-from vmplug.host.root import THIS_HOST, HostRoot
+from vmplug.host.process import read_start_time
+from vmplug.host.root import HostRoot
 from vmplug.host.use.file_key import FileKey, key_of, key_of_node
 from vmplug.host.use.openers import DeviceNode, Opener, Wanted, read_open_files, wanted_node
 from vmplug.host.use.statx import read_places
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.journal.journal import Journal
-from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, spoken_process
+from vmplug.journal.process import read_pid_namespace
+from vmplug.journal.records import (
+    Attachment,
+    DeviceRecord,
+    VmRecord,
+    spoken_process,
+)
+from vmplug.leases.state import LeaseState, find_state
 from vmplug.manager.binding.binder import Binder
 from vmplug.manager.reconcile import Repair, RepairOutcome
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
@@ -35,18 +41,6 @@ GRACE_S = 2.0
 """How long a process that has inherited nothing may take to open what it was started for, when
 its launcher died before it said that the lease is this process's."""
 _STEP_S = 0.05
-
-
-class LeaseState(StrEnum):
-    """What has a lease. `made`: its maker, so far. `held`: the process that it was given to.
-
-    `ended`: that process has ended. `unknown`: it is one of another PID namespace.
-    """
-
-    MADE = "made"
-    HELD = "held"
-    ENDED = "ended"
-    UNKNOWN = "unknown"
 
 
 class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,30 +72,12 @@ def record_lease(lease_id: str, journal: Journal) -> VmRecord:
     """
     return VmRecord(
         name=lease_name(lease_id),
-        qmp_socket=f"{LEASE_PREFIX}{_pid_namespace()}:{new_id()}",
+        qmp_socket=f"{LEASE_PREFIX}{read_pid_namespace(journal.host)}:{new_id()}",
         pid=None,
         started_at=None,
         is_ours=False,
         starting_by=journal.worker,
     )
-
-
-def _pid_namespace() -> int:
-    status = THIS_HOST.stat_or_none("/proc/self/ns/pid")
-    return status.st_ino if status else 0
-
-
-def find_state(record: VmRecord, host: HostRoot) -> LeaseState:
-    """Whether the process of a lease still runs."""
-    if record.is_of_earlier_boot:
-        return LeaseState.ENDED
-    if record.qmp_socket.split(":")[1] != str(_pid_namespace()):
-        return LeaseState.UNKNOWN
-    if record.pid:
-        is_held = is_running(record.pid, record.started_at, host)
-        return LeaseState.HELD if is_held else LeaseState.ENDED
-    is_made = record.starting_by is not None and record.starting_by.is_alive(host)
-    return LeaseState.MADE if is_made else LeaseState.ENDED
 
 
 def leases_of(journal: Journal) -> list[VmRecord]:

@@ -7,6 +7,7 @@ from vmplug.host.root import HostRoot
 from vmplug.hypervisor.listening import is_listening
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord, has_ended
+from vmplug.leases.state import LeaseState, find_state
 
 
 def is_gone(record: VmRecord, host: HostRoot) -> bool:
@@ -46,6 +47,13 @@ def require_started(record: VmRecord, host: HostRoot) -> None:
 
 
 def find_ended(journal: Journal, names: Iterable[str]) -> list[str]:
-    """Return those of the named VMs that seem to have ended. No VM is asked."""
+    """Return those of the named VMs and leases that seem to have ended. No VM is asked."""
     wanted = set(names)
-    return [vm.name for vm in journal.vms() if vm.name in wanted and is_gone(vm, journal.host)]
+    known = (record for record in journal.all_holders() if record.name in wanted)
+    return [record.name for record in known if _seems_ended(record, journal.host)]
+
+
+def _seems_ended(record: VmRecord, host: HostRoot) -> bool:
+    if record.is_lease:
+        return find_state(record, host) is LeaseState.ENDED
+    return is_gone(record, host)

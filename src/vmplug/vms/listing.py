@@ -28,7 +28,8 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     """What is attached, in the order it came.
 
     `health`, by device id, is the state of a device on the host, where that can be known.
-    `ended_vms` are the VMs of the list that seem to have ended: reconcile frees what they held.
+    `ended_vms` are the VMs and leases of the list that seem to have ended: reconcile frees what
+    they held.
     `stopped_vms` are those that an error has stopped, with the disks: `resume_vm` lets them run.
     """
 
@@ -50,7 +51,7 @@ def list_attachments(
     """
     with Journal.open_existing(setup.state_dir) as journal:
         held = read_attachments(journal, vm)
-        vms = [record for record in journal.vms() if vm in {None, record.name}]
+        vms = [record for record in journal.all_holders() if vm in {None, record.name}]
         devices = [device for record in vms for device in journal.devices(record.name)]
         with Looks() as looks:
             silent = find_silent(devices, looks, journal.host)
@@ -91,7 +92,7 @@ def find_failed_disks(
 
     All are asked at once, and a VM that does not answer in time is left out.
     """
-    asked = [vm for vm in vms if not vm.starting_by and not is_gone(vm, host)]
+    asked = [vm for vm in vms if not (vm.is_lease or vm.starting_by or is_gone(vm, host))]
     held = {vm.name: [device for device in devices if device.vm == vm.name] for vm in asked}
     if not asked:
         return {}

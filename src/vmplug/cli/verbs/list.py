@@ -7,6 +7,7 @@ from vmplug.cli.render.attachments import attachment_json, host_json, print_atta
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.terminal import Style, say
 from vmplug.cli.render.vms import failed_disk_json, print_stopped_vms
+from vmplug.host.finding import spoken_holder
 from vmplug.manager.setup import Setup
 from vmplug.vms.listing import list_attachments
 
@@ -42,7 +43,8 @@ def command(as_json: bool, state_dir: str, vm: str | None) -> None:
     print_attachments(listing.attachments, with_vm=True, health=listing.health)
     print_stopped_vms(listing.stopped_vms)
     for name in listing.ended_vms:
-        sentence = f"VM {name} seems to have ended: vmplug reconcile frees what it held"
+        who = spoken_holder(name)
+        sentence = f"{who} seems to have ended: vmplug reconcile frees what it held"
         say(sentence, Style.WARNING)
     if not listing.attachments:
         click.echo("nothing is attached")

@@ -13,6 +13,7 @@ from vmplug.drivers.ports import FailedDisk
 from vmplug.drivers.vhost_user import OPTIONS, RECONNECT_S
 from vmplug.errors import counted
 from vmplug.host.events import Event, HostEvent
+from vmplug.host.finding import spoken_holder
 from vmplug.host.kind import DeviceType, Identity
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.manager.watching.health import DeviceHealth, HostState, is_served
@@ -119,10 +120,10 @@ def ended_notice(vm: VmRecord, holds: Iterable[Attachment]) -> DeviceEvent:
     count = sum(hold.vm == vm.name for hold in holds)
     return DeviceEvent(
         what=EventKind.VM_ENDED,
-        message=f"VM {vm.name} (process {vm.pid}) has ended",
+        message=f"{spoken_holder(vm.name)} (process {vm.pid}) has ended",
         meaning=f"it had {counted(count, 'attachment')}; no guest uses "
         f"{'it' if count == 1 else 'them'} now",
-        hint=f"vmplug reconcile --vm {vm.name} frees what it held",
+        hint=f"vmplug reconcile{'' if vm.is_lease else f' --vm {vm.name}'} frees what it held",
         vm=vm.name,
     )
 

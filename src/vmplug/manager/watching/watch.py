@@ -180,7 +180,7 @@ class Watch(Iterator[DeviceEvent]):
         self._note_changes(checked, after, happened)
         self._note_stopped(after)
         self.looked = Looked(
-            vms=len(after.vms),
+            vms=sum(not vm.is_lease for vm in after.vms),
             devices=len(before.devices),
             unknown=len(before.devices) - sum(health is not None for _, health in checked),
             silent_vms=self._silent_vms,
@@ -198,7 +198,7 @@ class Watch(Iterator[DeviceEvent]):
         if time.monotonic() < self._asked_at + ASK_INTERVAL_S:
             return
         self._asked_at = time.monotonic()
-        vms = [vm for vm in rows.vms if vm not in self._ended]
+        vms = [vm for vm in rows.vms if vm not in self._ended and not vm.is_lease]
         answers = self._find_failed_disks(vms, rows.devices, self._host)
         self._silent_vms = tuple(vm.name for vm in vms if vm.name not in answers)
         for name, disks in answers.items():
@@ -242,8 +242,9 @@ class Watch(Iterator[DeviceEvent]):
         self._journal, version = journal, journal.version()
         if self._rows and journal is before and self._rows.version == version:
             return self._rows
-        vms = [vm for vm in journal.vms() if self._vm in {None, vm.name}]
-        devices = [device for vm in vms for device in journal.devices(vm.name)]
+        vms = [vm for vm in journal.all_holders() if self._vm in {None, vm.name}]
+        # The process of a lease is watched, and not its devices, which no verb detaches.
+        devices = [d for vm in vms if not vm.is_lease for d in journal.devices(vm.name)]
         return _Rows(
             version=version, vms=vms, devices=devices, holds=journal.attachments(self._vm)
         )
