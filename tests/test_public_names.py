@@ -100,6 +100,13 @@ def test_a_verb_imports_nothing_that_only_few_requests_need(
     assert not loaded & {"asyncio", "concurrent.futures", "logging", "pathlib", "tempfile"}
 
 
+def test_a_check_imports_what_talks_only_for_what_can_answer(tmp_path: Path) -> None:
+    device = ("--device", f"file:{disk_image(tmp_path / 'a.img', 1, 'a')}")
+    loaded = modules_of_process("check", *device, "--state-dir", str(tmp_path))
+    assert "vmplug.manager.examine" in loaded
+    assert not loaded & {"socket", "subprocess"}
+
+
 def test_info_on_a_bundle_imports_no_hypervisor_and_no_journal(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"ociVersion": "1.0.2"}')
     loaded = modules_of_process("info", str(tmp_path))

@@ -40,7 +40,6 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
-from vmplug.host.vhost_user.probe import ask_backend
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.journal.records import DeviceRecord
 from vmplug.manager.overlaps import Asked, Overlaps
@@ -221,6 +220,8 @@ def _check_device(
     overlaps = terms.overlaps.find(asked_for := Asked(info=request, device=device, access=access))
     terms.overlaps.add(asked_for)
     if isinstance(device, VhostUserSocket) and not (claims or is_held):
+        from vmplug.host.vhost_user.probe import ask_backend  # noqa: PLC0415  socket: 2.5 ms
+
         device, asked = ask_backend(device, terms.host, terms.usage.questions)
     against = _check(driver, device, access, claims, terms, is_held=is_held)
     findings = [*asked, *against, *overlaps, *known.find_more(device)]

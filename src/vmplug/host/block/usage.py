@@ -10,7 +10,6 @@ from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
 from vmplug.host.block.twins import Lun, read_luns
 from vmplug.host.finding import VmProcess
 from vmplug.host.root import HostRoot
-from vmplug.host.use.interfaces import read_moved
 from vmplug.host.use.mounts import MountedDevice, parse_mounted_devices, read_swaps
 from vmplug.host.use.namespaces import Namespaces, read_namespaces
 from vmplug.host.use.openers import OpenFiles, read_open_files
@@ -106,6 +105,8 @@ class HostUsage:
         """The network interfaces in other namespaces, by their devices; none in a copy."""
         if not self.namespaces.networks:
             return {}
+        from vmplug.host.use.interfaces import read_moved  # noqa: PLC0415  socket: 2.5 ms
+
         return read_moved(self.namespaces.networks.values())
 
 
