@@ -358,7 +358,7 @@ def test_a_link_in_dev_names_what_it_leads_to(vmplug: Vmplug, host: PciTree) -> 
 def test_one_thing_as_a_tree(vmplug: Vmplug, host: PciTree) -> None:
     assert vmplug("host", *at(host), "3b:00.0").answer().splitlines() == [
         f"{NVME} (Intel Corporation PCIe Data Center SSD): function, driver nvme",
-        f"  identity: vfio {NVME}:-",
+        f"  identity: vfio {NVME}:8086:0953:-",
         "  unknown: who has its disks open (O_EXCL): this is a copy of a host",
         "  /dev/nvme0n1: disk, 1 GiB, its disk",
         "    /dev/nvme0n1p1: partition, 512 MiB",
