@@ -19,6 +19,10 @@ from vmplug.errors import NoSuchDevice, SpecError
 
 Config = dict[str, Any]
 
+_USER = {"uid": 0, "gid": 0}
+_MADE = {("process",): {"user": _USER, "cwd": ""}, ("process", "user"): _USER}
+"""What must be in these, also in a config that has none."""
+
 
 class MissingNode(CdiError):
     """A device node of a spec is not on the host, or is another there than the spec says."""
@@ -118,9 +122,8 @@ class _Editor:
         for depth, key in enumerate(keys, 1):
             wanted = kind if depth == len(keys) else dict
             if inside.get(key) is None:
-                # A process must have these two, also in a config that had none.
-                is_process = keys[:depth] == ("process",)
-                inside[key] = {"user": {"uid": 0, "gid": 0}, "cwd": ""} if is_process else wanted()
+                made = _MADE.get(keys[:depth])
+                inside[key] = wanted() if made is None else copy.deepcopy(made)
             inside = inside[key]
             if not isinstance(inside, wanted):
                 what = "a list" if wanted is list else "a mapping"
@@ -170,7 +173,7 @@ class _Editor:
 
     def _owner(self, which: str) -> int | None:
         """The user or group of the process, None for root and where there is no process."""
-        if self.config.get("process") is None:
+        if self.config.get("process") is None or self.mapping("process").get("user") is None:
             return None
         number = self.mapping("process", "user").get(which)
         return number if isinstance(number, int) and number > 0 else None

@@ -187,3 +187,20 @@ def test_what_a_node_allows() -> None:
         "m",
         "none",
     ]
+
+
+def test_null_in_the_config_is_as_good_as_nothing(tmp_path: Path) -> None:
+    edits = (
+        "{env: [A=b], deviceNodes: [{path: /dev/null}], hooks: [{hookName: prestart, path: /h}]}"
+    )
+    config = {
+        "process": {"env": None, "user": None},
+        "linux": {"devices": None, "resources": None},
+        "hooks": {"prestart": None},
+        "mounts": None,
+    }
+    result = injected(tmp_path, edits, config)
+    assert result["process"] == {"env": ["A=b"], "user": None}
+    assert result["hooks"] == {"prestart": [{"path": "/h"}]}
+    assert result["mounts"] is None
+    assert [device["path"] for device in result["linux"]["devices"]] == ["/dev/null"]
