@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import time
@@ -146,6 +147,27 @@ def test_signals_are_passed_on(
     nothing_is_leased(vmplug)
 
 
+def test_what_a_terminal_sends_comes_once(vmplug: Vmplug, image: Path, tmp_path: Path) -> None:
+    ready, main_side = tmp_path / "ready", pty.openpty()
+    script = (
+        'trap "echo int >>\\"$0.int\\"" INT; : >"$0"; '
+        'while [ ! -e "$0.stop" ]; do sleep 0.05; done; exit 5'
+    )
+    words = ("lease", "--device", f"file:{image}", "--", "sh", "-c", script, str(ready))
+    with subprocess.Popen(
+        ["setsid", "--ctty", "vmplug", *words], stdin=main_side[1], env=vmplug.environment
+    ) as process:
+        until(ready.exists)
+        os.write(main_side[0], b"\x03")
+        until(tmp_path.joinpath("ready.int").exists)
+        tmp_path.joinpath("ready.stop").touch()
+        assert process.wait(WAIT_S) == 5
+    assert tmp_path.joinpath("ready.int").read_text() == "int\n"
+    for side in main_side:
+        os.close(side)
+    nothing_is_leased(vmplug)
+
+
 def test_a_lease_outlives_vmplug_and_ends_with_its_process(vmplug: Vmplug, image: Path) -> None:
     with leased(vmplug, image, "sleep", "infinity") as process:
         pid = pid_of(vmplug)
@@ -211,7 +233,9 @@ def test_a_lease_holds_locks_for_a_vmm_without_any(vmplug: Vmplug, image: Path) 
 
 def test_the_policy_decides_about_leases(vmplug: Vmplug, image: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.toml"
-    policy.write_text(f'[[rule]]\nname = "jobs"\npaths = ["{image}"]\nowners = ["job-*"]\n')
+    policy.write_text(
+        f'[[rule]]\nname = "jobs"\npaths = ["{image}"]\nowners = ["job-*"]\nvms = ["lease:*"]\n'
+    )
     policy.chmod(0o600)
     asked = ("lease", "--device", f"file:{image}", "--policy", policy)
     assert vmplug(*asked, "--owner", "job-1", "--", "true").status == 0
