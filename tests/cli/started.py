@@ -167,7 +167,10 @@ def sharers_of(directory: Path) -> set[int]:
 @contextmanager
 def ending(pids: set[int]) -> Iterator[None]:
     """All these processes end in the `with`, or soon after it. Source: pidfd_open(2)."""
-    descriptors = [os.pidfd_open(pid) for pid in pids]
+    descriptors = []
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it has ended already
+            descriptors.append(os.pidfd_open(pid))
     try:
         yield
         for descriptor in descriptors:
