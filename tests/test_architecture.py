@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "leases": {*_BELOW_VMS, "hypervisor", "manager"},
     "vms": {*_BELOW_VMS, "hypervisor", "manager", "leases"},
     "aio": {*_BELOW_VMS, "hypervisor", "manager", "leases", "vms"},
-    "cli": {*_BELOW_VMS, "manager", "leases", "vms"},
+    "cli": {*_BELOW_VMS, "cdi", "manager", "leases", "vms"},
 }
 """Each part with the parts to its left.
 

@@ -49,6 +49,9 @@ ASKED = {
     "node": ("check", "--device", "PATH/node"),
     "bundle": ("resolve", "PATH"),
     "thing": ("host", "PATH/a.img"),
+    "specs": ("cdi", "list", "--spec-dir", "PATH/dir"),
+    "spec": ("cdi", "validate", "PATH/a.json"),
+    "config": ("cdi", "inject", "PATH", "a/b=c"),
 }
 
 

@@ -187,6 +187,30 @@ another_lease() {
     until vmplug lease list | grep --quiet held; do sleep 0.1; done
 }
 
+# Specs of CDI for engines, and others in the working directory.
+cdi_specs() {
+    bundle '{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}'
+    mkdir -p /etc/cdi cdi
+    cat >/etc/cdi/disk.yaml <<EOF
+cdiVersion: 0.5.0
+kind: vendor.com/disk
+containerEdits: {env: [DISKS=all]}
+devices:
+- name: data
+  containerEdits:
+    env: [DISK=data]
+    deviceNodes: [{path: /dev/data, hostPath: /dev/zero, permissions: r}]
+EOF
+    sed 's/=data]/]/' /etc/cdi/disk.yaml >disk.yaml
+    cat >/etc/cdi/vendor.json <<EOF
+{"cdiVersion": "0.5.0", "kind": "vendor.com/gpu", "devices": [
+    {"name": "gpu0", "containerEdits": {"deviceNodes": [{"path": "/dev/null"}]}},
+    {"name": "gpu1", "containerEdits": {"deviceNodes": [{"path": "/dev/full"}]}}]}
+EOF
+    cp /etc/cdi/vendor.json vendor.json
+    cp /etc/cdi/vendor.json vendor.yaml
+}
+
 help_about_leases() {
     image /images/a.img
     another_lease

@@ -15,6 +15,7 @@ from click.shell_completion import (
     split_arg_string,
 )
 
+from vmplug.cdi.registry import DEFAULT_DIRECTORIES, read_directories
 from vmplug.drivers import block, rng, share, vfio, vhost_user
 from vmplug.drivers.options import Option
 from vmplug.errors import HostError, StoreError
@@ -159,6 +160,14 @@ def device(ctx: click.Context, incomplete: str) -> list[Item]:  # noqa: ARG001  
     elif kind == "vfio" and colon:
         known = dict.fromkeys(f"vfio:{name}" for name in _functions())
     return _starting(known, incomplete)
+
+
+def cdi_device(ctx: click.Context, incomplete: str) -> list[Item]:
+    """CDI devices of the directories on the line, each with its file; not those named already."""
+    registry = read_directories(ctx.params.get("spec_dirs") or DEFAULT_DIRECTORIES)
+    said = ctx.params.get("names") or ()
+    files = {name: d.source.file for name, d in registry.devices.items() if name not in said}
+    return _starting(files, incomplete)
 
 
 _PATHS = frozenset({"file", "nvdimm", "share", "net", "rng"})
