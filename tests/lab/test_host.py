@@ -168,6 +168,7 @@ def test_a_function_is_shown_with_what_is_on_it_and_who_uses_that() -> None:
     assert (above["name"], above["title"]) == (name, "lab")
     assert [use["code"] for use in node["uses"]] == ["open-by-process"]
     inode = (PCI / NVME).stat().st_ino
-    assert thing["identity"] == f"vfio {NVME}:{inode}"
+    ids = ":".join((PCI / NVME / name).read_text()[2:6] for name in ("vendor", "device"))
+    assert thing["identity"] == f"vfio {NVME}:{ids}:{inode}"
     after = vmplug("host", NVME)["thing"]
     assert not any(part["uses"] for part in after["made_of"])
