@@ -233,9 +233,10 @@ def _do(work: Callable[[], T], caller: Caller) -> T:
         raise asyncio.CancelledError
     try:
         return work()
-    except DeviceError as error:
+    except Exception as error:
         if caller.has_left:
-            log.info("a cancelled call has ended: %s", error.code)
+            code = error.code if isinstance(error, DeviceError) else type(error).__name__
+            log.info("a cancelled call has ended: %s", code)
         raise
 
 

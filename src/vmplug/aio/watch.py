@@ -46,13 +46,21 @@ class AsyncWatch(AsyncIterator[DeviceEvent]):
         if not self._threads.is_ours:
             return  # it is the parent's
         self._threads.check()
+        await self._threads.result_of(self._finish())
+
+    def _finish(self) -> Future[None]:
+        """Close in a thread, when the step in progress has ended."""
         if self._closing is None:
             after = [self._step[0]] if self._step else []
             self._closing = self._threads.finish(self._close, after=after)
-        await self._threads.result_of(self._closing)
+        return self._closing
 
     async def __aenter__(self) -> Self:
-        await self._advance(self._begin)
+        try:
+            await self._advance(self._begin)
+        except asyncio.CancelledError:  # `__aexit__` is not called then
+            self._finish()
+            raise
         return self
 
     async def __aexit__(self, *exception: object) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from vmplug.errors import StateError
+from vmplug.host.kind import Identity
+from vmplug.host.pci.group import VfioGroup
 from vmplug.journal.database import written_too_fast
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
@@ -12,9 +14,7 @@ from vmplug.journal.state import ABSENT, State
 from vmplug.manager.plan import Plan
 from vmplug.waiting import caller_has_left, waiting
 
-_ATTEMPTS, _DECIDE_TIMEOUT_S = 20, 10.0
-"""How often a plan is made before vmplug gives up, and for how long at least. Of the threads that
-attach to many VMs at once one succeeds each time; with eight, one in 15 would fail 20 times."""
+_ATTEMPTS = 20
 _PLUG_TIMEOUT_S, _PLUG_STEP_S = 30.0, 0.02
 """The longest wait for a running process that plugs the same device: a QEMU that does not answer
 can delay it this long. Usually it takes milliseconds."""
@@ -63,17 +63,27 @@ def mark_attached(plan: Plan, journal: Journal) -> list[Attachment]:
     return journal.set_state(ids, State.ATTACHED, plan.holds_on(new=False))
 
 
+def _identities(plan: Plan) -> set[Identity] | None:
+    """The things of the host that a plan is about; None where it may be about any.
+
+    The tokens of virtual functions are those of other devices too.
+    """
+    devices = [new.device for new in plan.new]
+    if any(isinstance(device, VfioGroup) for device in devices):
+        return None
+    return {one for device in devices for one in (device.identity, *device.related_identities)}
+
+
 def _decide_now(plan_now: Callable[[], Plan], journal: Journal) -> tuple[Plan, list[Attachment]]:
-    """A plan that was journalled before any other process had journalled another device."""
-    attempts, deadline = 0, time.monotonic() + _DECIDE_TIMEOUT_S
-    while attempts < _ATTEMPTS or time.monotonic() < deadline:
-        attempts += 1
+    """A plan that was journalled before any process had journalled a device that matters."""
+    for _ in range(_ATTEMPTS):
         known = journal.device_ids()
         plan = plan_now()
         records = [new.record for new in plan.new]
         if not records:
             return plan, mark_attached(plan, journal)
-        added = journal.add_devices(records, plan.holds_on(new=True), known=known)
+        held, about = plan.holds_on(new=True), _identities(plan)
+        added = journal.add_devices(records, held, known=known, about=about)
         if added is not None:
             return plan, added
     raise written_too_fast(journal.path)

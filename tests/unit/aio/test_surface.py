@@ -1,4 +1,4 @@
-"""Everything of the library that can block is a coroutine, and none of it runs in the loop."""
+"""Nothing of the library that can block runs in the thread of the loop."""
 
 import asyncio
 import fcntl
@@ -15,61 +15,9 @@ import pytest
 
 import vmplug
 from tests.support.loop_thread import watched
-from tests.test_public_closure import PUBLIC
-from vmplug import DeviceManager, FakeHypervisor, HostRoot, RngInfo, Setup, Watch, aio
-from vmplug.aio import AsyncDeviceManager, AsyncWatch
-
-ONLY_COMPUTES = {"parse_config"}
-"""Public functions that need no thread."""
-OWN = {"in_thread"}
-"""What only an event loop needs."""
-
-FUNCTIONS = sorted(name for name, value in PUBLIC.items() if inspect.isfunction(value))
-METHODS = sorted(
-    name
-    for name, value in vars(DeviceManager).items()
-    if not name.startswith("_") and inspect.isroutine(value)
-)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether both take the same; what they return differs in its kind alone."""
-    parameters = [inspect.signature(each).parameters for each in (one, other)]
-    return [str(p) for p in parameters[0].values()] == [str(p) for p in parameters[1].values()]
-
-
-def test_every_function_has_its_coroutine() -> None:
-    names = {name for name in vars(aio) if inspect.isfunction(getattr(aio, name))}
-    assert names - OWN == {*FUNCTIONS} - ONLY_COMPUTES, "vmplug/aio/calls.py has a row for each"
-
-
-@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - ONLY_COMPUTES))
-def test_a_coroutine_takes_what_its_function_takes(name: str) -> None:
-    function, coroutine = getattr(vmplug, name), getattr(aio, name)
-    assert same(function, coroutine)
-    assert inspect.iscoroutinefunction(coroutine) == (name != "watch")
-    assert coroutine.__doc__
-
-
-def test_every_method_of_the_manager_has_its_coroutine() -> None:
-    found = {name for name in vars(AsyncDeviceManager) if not name.startswith("_")}
-    assert found == {*METHODS}, "vmplug/aio/manager.py has a row for each"
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_coroutine_of_the_manager_takes_what_its_method_takes(name: str) -> None:
-    method, coroutine = getattr(DeviceManager, name), getattr(AsyncDeviceManager, name)
-    assert same(method, coroutine)
-    assert inspect.iscoroutinefunction(coroutine)
-
-
-def test_a_watch_has_what_a_watch_has() -> None:
-    public = {name for name in vars(AsyncWatch) if not name.startswith("_")}
-    assert public == {"close", "looked"}
-    assert {name for name in vars(Watch) if not name.startswith("_")} == {"close", "take"}
-
-
-# nothing of it runs in the thread of the loop
+from tests.test_asyncio_names import COROUTINES, METHODS
+from vmplug import FakeHypervisor, HostRoot, RngInfo, Setup, aio
+from vmplug.aio import AsyncDeviceManager
 
 
 def test_what_would_block_is_seen(tmp_path: Path) -> None:
@@ -102,7 +50,7 @@ class Nonsense:
     """Of no type that an argument has."""
 
 
-@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - ONLY_COMPUTES - {"watch"}))
+@pytest.mark.parametrize("name", sorted({*COROUTINES} - {"watch"}))
 def test_a_function_runs_in_another_thread(name: str) -> None:
     """Also its check of arguments, which may import."""
     coroutine = getattr(aio, name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.aio.test_cancel import in_loop
+from tests.unit.aio.test_cancel import SOON_S, in_loop
 from vmplug import DeviceEvent, EventKind, Looked, Setup, StateError, StoreError, aio
 from vmplug.aio.watch import AsyncWatch
 from vmplug.manager.watching.watch import Watch
@@ -114,6 +114,26 @@ async def test_a_watch_that_is_dropped_stops_at_its_next_check() -> None:
     checks = script.checks
     await asyncio.sleep(0.3)
     assert script.checks == checks
+
+
+@in_loop
+async def test_a_watch_that_is_cancelled_while_it_opens_is_closed() -> None:
+    script, may_open = Scripted(), threading.Event()
+
+    def open_slowly() -> Watch:
+        assert may_open.wait(SOON_S)
+        return script
+
+    async def work() -> None:
+        async with AsyncWatch(open_slowly):
+            pass
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    may_open.set()
+    assert await asyncio.to_thread(script.was_closed.wait, SOON_S)
 
 
 def own_setup(directory: Path) -> Setup:

@@ -582,6 +582,23 @@ def test_a_decision_made_before_another_device_came_is_not_written(
     assert journal_rows(tmp_path) == before
 
 
+def test_a_device_of_another_vm_matters_only_if_the_decision_was_about_it(
+    store: Journal, tmp_path: Path
+) -> None:
+    """Otherwise many VMs that get devices of their own would contradict each other for ever."""
+    known = store.device_ids()
+    theirs = replace(SCSI_DISK, vm="another")
+    store.add_devices([theirs], [])
+    before = journal_rows(tmp_path)
+    for about in (None, {DISK.identity, theirs.identity}):
+        assert store.add_devices([DISK], [hold(DISK)], known=known, about=about) is None
+    assert journal_rows(tmp_path) == before
+    about = {DISK.identity}
+    assert store.add_devices([DISK], [hold(DISK)], known=known, about=about) == [hold(DISK)]
+    own = store.device_ids() - {DISK.id}  # it came to this VM, and may have taken the place
+    assert store.add_devices([COUNTED], [], known=own, about={COUNTED.identity}) is None
+
+
 def test_a_device_that_left_or_changed_state_does_not_contradict_a_new_one(store: Journal) -> None:
     store.add_devices([COUNTED, SCSI_DISK], [])
     known = store.device_ids()
