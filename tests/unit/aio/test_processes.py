@@ -130,6 +130,8 @@ def test_each_loop_has_its_own_threads_and_leaves_none(tmp_path: Path) -> None:
 
     asyncio.run(last())  # a new loop ends the threads of those that are closed
     until(lambda: not aio_threads())
+    for devices in forgotten:
+        devices._devices.close()
 
 
 VMS = 100
