@@ -47,6 +47,7 @@ VERB_LINES_MAX = 30
 """The body of a verb, without its help."""
 
 CATCHES_OSERROR = {
+    "aio/lease.py",  # a process that has ended
     "cdi/node.py",  # a node that is not there
     "cdi/read.py",
     "cdi/registry.py",  # a directory that may not be read

@@ -7,8 +7,8 @@ import pytest
 
 import vmplug
 from tests.test_public_closure import PUBLIC
-from vmplug import DeviceManager, Watch, aio
-from vmplug.aio import AsyncDeviceManager, AsyncWatch
+from vmplug import DeviceManager, Lease, Watch, aio
+from vmplug.aio import AsyncDeviceManager, AsyncLease, AsyncWatch
 
 ONLY_COMPUTES = {"parse_config"}
 """Public functions that need no thread."""
@@ -56,6 +56,14 @@ def test_a_coroutine_of_the_manager_takes_what_its_method_takes(name: str) -> No
     method, coroutine = getattr(DeviceManager, name), getattr(AsyncDeviceManager, name)
     assert same(method, coroutine)
     assert inspect.iscoroutinefunction(coroutine)
+
+
+def test_a_lease_has_what_a_lease_has() -> None:
+    names = {name for name in vars(Lease) if not name.startswith("_")}
+    assert {name for name in vars(AsyncLease) if not name.startswith("_")} == names
+    for name in names - {"process", "descriptors"}:
+        assert same(getattr(Lease, name), getattr(AsyncLease, name))
+        assert inspect.iscoroutinefunction(getattr(AsyncLease, name)) == (name != "render")
 
 
 def test_a_watch_has_what_a_watch_has() -> None:

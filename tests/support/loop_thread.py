@@ -26,7 +26,7 @@ BLOCKING = {
 """Modules in C whose functions enter the kernel and may stay there."""
 NAMES = {"sleep", "acquire", "__enter__", "acquire_lock"}
 """Functions of C without a module, or of one that has others: time.sleep, and locks."""
-HARMLESS = {"getpid", "fspath"}
+HARMLESS = {"getpid", "fspath", "pidfd_open", "close"}
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from vmplug.aio.calls import configure_virtual_function as configure_virtual_fun
 from vmplug.aio.calls import create_mediated_device as create_mediated_device
 from vmplug.aio.calls import detach_attachments as detach_attachments
 from vmplug.aio.calls import detach_owner as detach_owner
+from vmplug.aio.calls import end_lease as end_lease
 from vmplug.aio.calls import find_policy as find_policy
 from vmplug.aio.calls import find_requests as find_requests
 from vmplug.aio.calls import get_host_path as get_host_path
@@ -27,6 +28,7 @@ from vmplug.aio.calls import in_thread as in_thread
 from vmplug.aio.calls import list_attachments as list_attachments
 from vmplug.aio.calls import list_ended_logs as list_ended_logs
 from vmplug.aio.calls import list_host as list_host
+from vmplug.aio.calls import list_leases as list_leases
 from vmplug.aio.calls import list_vms as list_vms
 from vmplug.aio.calls import read_bundle as read_bundle
 from vmplug.aio.calls import read_functions as read_functions
@@ -43,6 +45,8 @@ from vmplug.aio.calls import show_thing as show_thing
 from vmplug.aio.calls import start_vm as start_vm
 from vmplug.aio.calls import stop_vm as stop_vm
 from vmplug.aio.calls import unbind_device as unbind_device
+from vmplug.aio.lease import AsyncLease as AsyncLease
+from vmplug.aio.lease import lease as lease
 from vmplug.aio.manager import AsyncDeviceManager as AsyncDeviceManager
 from vmplug.aio.manager import connect_vm as connect_vm
 from vmplug.aio.watch import AsyncWatch as AsyncWatch

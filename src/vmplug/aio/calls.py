@@ -12,6 +12,7 @@ from vmplug.host import resolve as resolving
 from vmplug.host.block import volumes
 from vmplug.host.pci import function as functions
 from vmplug.hypervisor.qemu.start.machine import VmSpec
+from vmplug.leases import life as leases
 from vmplug.manager import host_listing
 from vmplug.manager.binding import groups, mediated, virtual_functions
 from vmplug.oci import spec as specs
@@ -83,6 +84,9 @@ detach_owner = _in_thread(attachments.detach_owner, vm="vm")
 resize_attachment = _in_thread(attachments.resize_attachment, Scope.ALL_VMS)
 reconcile_host = _in_thread(reconcile.reconcile_host, vm="vm")
 import_kata = _in_thread(kata.import_kata, vm="vm")
+
+list_leases = _in_thread(leases.list_leases)
+end_lease = _in_thread(leases.end_lease, vm="lease_id")
 
 list_host = _in_thread(host_listing.list_host)
 show_thing = _in_thread(host_listing.show_thing)

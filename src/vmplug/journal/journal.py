@@ -40,6 +40,7 @@ from vmplug.journal.records import (
     DeviceRecord,
     VmRecord,
     has_ended,
+    has_more,
     insert_device,
     read_attachment,
     read_claim,
@@ -282,33 +283,18 @@ class Journal:
         """Record devices that are about to be plugged, or that the VM has, and the holds on them.
 
         Returns None, and writes nothing, when the journal has devices besides the `known` ids: a
-        decision without them, such as that no VM holds the device, may be wrong. Those of other
-        VMs matter only if their identity is one of `about`, None for all. Devices that have left
-        the journal or changed state do not matter for a new one.
+        decision without them, such as that no VM holds the device, may be wrong; see `has_more`.
+        Devices that have left the journal or changed state do not matter for a new one.
         """
         devices = list(devices)
         with Transaction(self._db, self._lock, self.path) as db:
-            if known is not None and self._has_more(db, known, {d.vm for d in devices}, about):
+            if known is not None and has_more(db, known, {d.vm for d in devices}, about):
                 return None
             for device in devices:
                 check_step(device.host_path, None, device.state)
                 worker = self.worker if device.state in ON_ITS_WAY else None
                 insert_device(db, replace(device, in_progress_by=worker))
             return _add_holds(db, holds)
-
-    def _has_more(
-        self,
-        db: sqlite3.Connection,
-        known: Collection[str],
-        vms: Collection[str],
-        about: Collection[Identity] | None,
-    ) -> bool:
-        """Whether there is a device that a decision for these VMs should have known."""
-        names = None if about is None else {str(identity) for identity in about}
-        return any(
-            id_ not in known and (names is None or vm in vms or identity in names)
-            for id_, vm, identity in db.execute("SELECT id, vm, identity FROM device")
-        )
 
     def set_state(
         self, device_ids: Sequence[str], state: State, holds: Sequence[Attachment] = ()

@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -166,6 +166,23 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
         in_progress_by=_process(row["worker"]),
         parts=tuple(json.loads(row["parts"])) if row["parts"] else (),
         thing=row["thing"],
+    )
+
+
+def has_more(
+    db: sqlite3.Connection,
+    known: Collection[str],
+    vms: Collection[str],
+    about: Collection[Identity] | None,
+) -> bool:
+    """Whether there is a device, besides the known ids, that a decision for these VMs must know.
+
+    One of another VM matters only if its identity is one of `about`, None for all.
+    """
+    names = None if about is None else {str(identity) for identity in about}
+    return any(
+        device_id not in known and (names is None or vm in vms or identity in names)
+        for device_id, vm, identity in db.execute("SELECT id, vm, identity FROM device")
     )
 
 
