@@ -7,8 +7,12 @@ from types import FrameType
 
 MAY_RUN = ("vmplug.aio", "vmplug.waiting")
 """Modules of vmplug whose code the loop's thread may run."""
-MAY_CALL = {"ProcessLock.__init__", "ProcessLock.check", "ProcessLock.is_ours"}
-"""Of others: they compare a number."""
+MAY_CALL = {
+    *("ProcessLock.__init__", "ProcessLock.check", "ProcessLock.is_ours"),
+    *("Lease.process", "Lease.descriptors", "Lease.descriptors.<locals>.<genexpr>"),
+    *("Opened.all", "Opened.all.<locals>.<listcomp>"),
+}
+"""Of others: they compare or list numbers."""
 LOOPS_OWN = ("asyncio", "selectors", "concurrent.futures", "threading", "weakref")
 """The loop waits for events itself, and hands calls over: that takes locks for microseconds."""
 BLOCKING = {
