@@ -233,10 +233,9 @@ def _do(work: Callable[[], T], caller: Caller) -> T:
         raise asyncio.CancelledError
     try:
         return work()
-    except Exception as error:
+    except DeviceError as error:
         if caller.has_left:
-            code = error.code if isinstance(error, DeviceError) else type(error).__name__
-            log.info("a cancelled call has ended: %s", code)
+            log.info("a cancelled call has ended: %s", error.code)
         raise
 
 
