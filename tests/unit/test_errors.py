@@ -1,7 +1,10 @@
 """Errors carry their facts as values, for programs."""
 
+import importlib
+import pkgutil
 import traceback
 
+import vmplug
 from vmplug.errors import AttributeReadError, DeviceError, NoSuchDevice, SpecError
 
 
@@ -41,6 +44,9 @@ def test_an_unreadable_file_says_why() -> None:
 
 
 def test_every_error_has_a_stable_word_of_its_own() -> None:
+    for module in pkgutil.walk_packages(vmplug.__path__, "vmplug."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     kinds = _below(DeviceError)
     assert NoSuchDevice in kinds
     assert len({kind.code for kind in kinds}) == len(kinds)

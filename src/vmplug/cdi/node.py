@@ -21,6 +21,8 @@ class HostNode(msgspec.Struct, frozen=True, kw_only=True):
 class OtherType(NoSuchDevice):
     """The node on the host is of another type than the spec says."""
 
+    code = "other-device-type"
+
 
 FindNode = Callable[[str], HostNode]
 """The node of a path on the host; NoSuchDevice if there is none."""

@@ -132,6 +132,8 @@ def test_each_loop_has_its_own_threads_and_leaves_none(tmp_path: Path) -> None:
     until(lambda: not aio_threads())
     for devices in forgotten:
         devices._devices.close()
+    for devices in forgotten:
+        devices._devices.close()
 
 
 VMS = 100
