@@ -335,12 +335,19 @@ def _remove_logs(device_ids: Collection[str]) -> None:
     except OSError as error:  # all of them are full, say: the share has gone without this
         log.debug("virtiofsd: %s", error)
         return
-    with entries:
-        for entry in entries:
+    with entries as found:
+        for entry in found:
             named = _LOGS.fullmatch(entry.name)
-            is_of_these = named is not None and named[1] in device_ids
-            if is_of_these and entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+            if named and named[1] in device_ids and _is_of_this_user(entry):
                 rmtree(entry.path, ignore_errors=True)
+
+
+def _is_of_this_user(entry: "os.DirEntry[str]") -> bool:
+    """False also for one that another vmplug, which ended the same daemon, has just removed."""
+    try:
+        return entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+    except FileNotFoundError:
+        return False
 
 
 def _has_hung_up(connection: socket.socket) -> bool:

@@ -13,6 +13,7 @@ from tests.system.faults.kinds import (
     SECOND,
     Kind,
     Loop,
+    Served,
     character_device,
     functions,
     images,
@@ -368,11 +369,14 @@ class Trial:
         self._expect(self.world.picture(), column.right.end, "taken back")
 
     def _is_another(self) -> bool:
-        """Whether the device that came back is another one, which is not counted: a loop device.
+        """Whether the device that came back is another one, which is not counted.
 
-        The kernel gives each loop device that is set up a number in a sequence of its own.
+        The kernel gives each loop device that is set up a number in a sequence of its own, and a
+        daemon that serves once makes a new socket.
         """
-        return self.plan.fault is Fault.DEVICE_GONE and isinstance(self.world.behind, Loop)
+        behind = self.world.behind
+        is_new = isinstance(behind, Loop) or (isinstance(behind, Served) and behind.serves_once)
+        return self.plan.fault is Fault.DEVICE_GONE and is_new
 
     def _judge_dead(self) -> None:
         gone = [line for line in self.column.right.before if VM not in line]

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -178,7 +178,7 @@ def test_processes_are_found_by_what_they_were_given() -> None:
 # A life, with a program that stands in for virtiofsd
 
 _STAND_IN = """#!{python} -S
-import os, signal, socket, sys
+import contextlib, os, signal, socket, sys
 descriptor = int(sys.argv[1].removeprefix("--fd="))
 source = sys.argv[3].removeprefix("source=")
 if source.endswith("deaf"):
@@ -189,7 +189,8 @@ with socket.socket(fileno=descriptor) as listener:
         print("serving", source, file=sys.stderr, flush=True)
         connection.sendall(source.encode() + b"\\n")
         while (more := connection.recv(64)) or source.endswith("deaf"):
-            print(more.decode(), file=sys.stderr, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # a daemon goes on when nobody reads it
+                print(more.decode(), file=sys.stderr, flush=True)
             signal.pause() if source.endswith("deaf") else None
 """
 
@@ -363,6 +364,26 @@ def test_without_room_for_its_output_the_share_works_as_well(
         (pid,) = HostVirtiofsdRunner(vm).find().values()
         client.shutdown(socket.SHUT_WR)
         assert wait_for_end(pid, TIMEOUT_S)
+
+
+def test_a_log_that_another_vmplug_removes_meanwhile_is_gone(
+    vm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / f"vmplug-{ID}-x"
+    directory.mkdir()
+    list_entries = os.scandir
+
+    def lose_after_listing(path: str) -> nullcontext[list["os.DirEntry[str]"]]:
+        with list_entries(path) as entries:
+            found = list(entries)
+        directory.rmdir()
+        return nullcontext(found)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", lose_after_listing)
+        HostVirtiofsdRunner(vm).end([ID])
+    assert not directory.exists()
 
 
 _BEGIN_AND_END = """
