@@ -203,7 +203,9 @@ def test_the_next_verb_gives_back_what_an_ended_process_had(vmplug: Vmplug, imag
 
 
 def test_a_child_that_has_the_disk_open_keeps_it(vmplug: Vmplug, image: Path) -> None:
-    script = 'exec 9<>"$0"; sleep infinity >/dev/null 2>&1 &'
+    script = """exec 9<>"$0"
+        sleep infinity >/dev/null 2>&1 &
+        until grep -q sleep /proc/$!/comm; do :; done"""
     done = vmplug(
         *("lease", "--device", f"file:{image}", "--owner", "job", "--"),
         *("sh", "-c", script, str(image)),

@@ -59,7 +59,7 @@ async def test_a_lease_that_is_cancelled_while_it_is_made_is_given_back(
         await asyncio.wait([task])
         if not task.cancelled():
             await task.result().release()
-    await soon(lambda: rows(setup) == 0)
+        await soon(lambda: rows(setup) == 0)
 
 
 @in_loop
