@@ -147,6 +147,23 @@ def test_signals_are_passed_on(
     nothing_is_leased(vmplug)
 
 
+def test_what_vmplug_ignores_the_command_ignores_too(
+    vmplug: Vmplug, image: Path, tmp_path: Path
+) -> None:
+    """With nohup(1) it outlives its terminal."""
+    ready = tmp_path / "ready"
+    script = 'trap "exit 9" TERM; : >"$0"; while :; do sleep 0.05; done'
+    words = ("lease", "--device", f"file:{image}", "--", "sh", "-c", script, str(ready))
+    with subprocess.Popen(
+        ["setsid", "nohup", "vmplug", *words], env=vmplug.environment
+    ) as process:
+        until(ready.exists)
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 9
+    nothing_is_leased(vmplug)
+
+
 def test_what_a_terminal_sends_comes_once(vmplug: Vmplug, image: Path, tmp_path: Path) -> None:
     ready, main_side = tmp_path / "ready", pty.openpty()
     script = (

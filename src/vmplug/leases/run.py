@@ -109,7 +109,11 @@ def _passing_signals() -> Iterator[Callable[[Send], None]]:
         for number in early:
             send(number)
 
-    before = {number: signal.signal(number, handle) for number in _PASSED_ON}
+    before = {
+        number: signal.signal(number, handle)
+        for number in _PASSED_ON
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup(1): the command ignores it too
+    }
     try:
         yield pass_to
     finally:
