@@ -7,7 +7,8 @@ devices too: while a process has a function open, or a disk for writing, the lea
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import msgspec
 
@@ -18,7 +19,7 @@ from vmplug.host.finding import LEASE_PREFIX
 from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.pci.iommu import find_group, group_node, is_noiommu
 from vmplug.host.pci.vfio import read_cdev
-from vmplug.host.process import read_start_time
+from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_key import FileKey, key_of, key_of_node
 from vmplug.host.use.openers import DeviceNode, Opener, Wanted, read_open_files, wanted_node
@@ -30,6 +31,7 @@ from vmplug.journal.records import (
     Attachment,
     DeviceRecord,
     VmRecord,
+    is_elsewhere,
     spoken_process,
 )
 from vmplug.leases.state import LeaseState, find_state
@@ -132,7 +134,7 @@ def release(record: VmRecord, journal: Journal, host: HostRoot) -> None:
     state = find_state(record, journal.host)
     if state is LeaseState.UNKNOWN:
         raise _in_use(record, "its process is in another PID namespace")
-    for user in find_users(journal.devices(record.name), host):
+    for user in find_users(record, journal, host):
         raise _in_use(record, f"process {user.pid} ({user.name}) has {user.path} open")
     give_back(record, journal, host)
 
@@ -194,7 +196,7 @@ def end_or_pass_on(
     The functions that were bound for it are left to `Binder.recover`.
     """
     devices = journal.devices(record.name)
-    if not record.is_of_earlier_boot and (heir := _find_heir(record, devices, host, grace_s)):
+    if not record.is_of_earlier_boot and (heir := _find_heir(record, journal, host, grace_s)):
         _pass_on(record, heir, journal)
         why = f"process {heir.pid} ({heir.name}) has it open: the lease is its now"
         return [Repair(d.id, d.host_path, RepairOutcome.IN_PROGRESS, why) for d in devices]
@@ -219,15 +221,16 @@ def end_ended(journal: Journal, host: HostRoot) -> None:
 
 
 def _find_heir(
-    record: VmRecord, devices: Sequence[DeviceRecord], host: HostRoot, grace_s: float
+    record: VmRecord, journal: Journal, host: HostRoot, grace_s: float
 ) -> Opener | None:
     """A process that uses a device of a lease that has ended.
 
     Of one that was never given to a process, the process may be about to open them.
     """
-    deadline = time.monotonic() + (grace_s if record.starting_by and devices else 0)
+    may_come = record.starting_by and journal.devices(record.name)
+    deadline = time.monotonic() + (grace_s if may_come else 0)
     while True:
-        if heir := next(find_users(devices, host), None):
+        if heir := next(find_users(record, journal, host), None):
             return heir
         if time.monotonic() >= deadline:
             return None
@@ -240,12 +243,14 @@ def _pass_on(record: VmRecord, heir: Opener, journal: Journal) -> None:
         journal.leases.hand_over(record, heir.pid, started_at)
 
 
-def find_users(devices: Iterable[DeviceRecord], host: HostRoot) -> Iterator[Opener]:
+def find_users(record: VmRecord, journal: Journal, host: HostRoot) -> Iterator[Opener]:
     """The processes besides this one that have a function open, or a disk open for writing.
 
-    A file that is mapped counts, although its descriptor is closed.
+    A file that is mapped counts, although its descriptor is closed. A process that has the same
+    disk (share-rw) by a VM or a lease of its own does not.
     """
     nodes, disks = Wanted(), Wanted()
+    devices = journal.devices(record.name)
     for device in devices:
         match device.identity.kind:
             case IdentityKind.VFIO:
@@ -254,10 +259,27 @@ def find_users(devices: Iterable[DeviceRecord], host: HostRoot) -> Iterator[Open
                 disks |= _wanted_disk(device, host)
     if not (nodes or disks):
         return
-    found = read_open_files(host)
+    found, sharers = read_open_files(host), _find_sharers(record, devices, journal)
     yield from found.find(nodes)
-    yield from (opener for opener in found.find(disks) if opener.writes)
-    yield from _find_mapped({k: v for k, v in disks.items() if not isinstance(k, str)}, host)
+    writers = (one for key, path in disks.items() for one in found.find({key: path}) if one.writes)
+    mapped = _find_mapped({k: v for k, v in disks.items() if not isinstance(k, str)}, host)
+    for user in chain(writers, mapped):
+        if user.pid not in sharers.get(user.path, ()):
+            yield user
+
+
+def _find_sharers(
+    record: VmRecord, devices: Sequence[DeviceRecord], journal: Journal
+) -> dict[str, set[int]]:
+    """By the paths of devices, the processes that have them by another VM or lease."""
+    paths, sharers = {one.identity: one.host_path for one in devices}, dict[str, set[int]]()
+    for other in journal.all_holders():
+        is_one = other.name != record.name and not is_elsewhere(other, journal.host)
+        if is_one and other.pid and is_running(other.pid, other.started_at, journal.host):
+            for device in journal.devices(other.name):
+                if path := paths.get(device.identity):
+                    sharers.setdefault(path, set()).add(other.pid)
+    return sharers
 
 
 def _wanted_nodes(device: DeviceRecord, host: HostRoot) -> Wanted:
@@ -295,6 +317,6 @@ def _find_mapped(wanted: dict[FileKey, str], host: HostRoot) -> Iterator[Opener]
             keys = {place[0] for _, place in read_places(directory, names)}
         except AttributeReadError:  # another user's, or it has ended
             continue
-        if key := next((key for key in regular if key in keys), None):
+        for key in regular.keys() & keys:
             name = (host.read_text(f"/proc/{pid}/comm") or "").strip()
             yield Opener(pid=int(pid), name=name, path=regular[key])

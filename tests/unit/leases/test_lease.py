@@ -29,12 +29,13 @@ def image(tmp_path: Path) -> Path:
     return disk_image(tmp_path / "a.img", 1, "a")
 
 
-def disk(path: Path, *, read_only: bool = False) -> DeviceInfo:
+def disk(path: Path, *, read_only: bool = False, share_rw: bool = False) -> DeviceInfo:
     return DeviceInfo(
         container_path=f"/dev/{path.stem}",
         dev_type=DevType.BLOCK,
         host_path=str(path),
         read_only=read_only,
+        driver_options={"share-rw": "on"} if share_rw else {},
     )
 
 
@@ -136,6 +137,28 @@ def test_a_process_that_has_a_disk_open_inherits_the_lease(setup: Setup, image: 
                 lease.release()
         assert lease.settle() is None
     assert rows(setup) == 0
+
+
+def test_a_process_that_shares_a_disk_by_a_lease_of_its_own_inherits_none(
+    setup: Setup, image: Path, tmp_path: Path
+) -> None:
+    """The other disk of the lease would be its too, for as long as it runs."""
+    shared, own = disk(image, share_rw=True), disk(disk_image(tmp_path / "b.img", 1, "b"))
+    with (
+        vmplug.lease([shared, own], owner="one", setup=setup) as one,
+        vmplug.lease([shared], owner="two", setup=setup) as two,
+        process(*one.descriptors) as first,
+        process(*two.descriptors) as second,
+    ):
+        one.give_to(first.pid)
+        two.give_to(second.pid)
+        first.kill()
+        first.wait()
+        assert one.settle() is None
+        assert [lease.id for lease in vmplug.list_leases(setup=setup)] == ["two"]
+        vmplug.lease([own], owner="one", setup=setup).release()
+        with pytest.raises(StateError, match=rf"process {second.pid} \(sleep\) has .* open"):
+            two.release()
 
 
 def test_a_mapped_file_is_in_use(setup: Setup, image: Path) -> None:
