@@ -8,7 +8,7 @@ from typing import Self
 from msgspec.structs import replace
 
 from vmplug.errors import DeviceError, SpecError, StateError
-from vmplug.host.process import read_start_time, wait_for_end
+from vmplug.host.process import ProcessLock, read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.journal.journal import Journal
@@ -46,7 +46,8 @@ class Lease:
             vmm.wait()
 
     The end of the `with` gives the devices back, unless a process that was given them still runs.
-    Each method opens the journal for itself, and may be called from any thread.
+    Each method opens the journal for itself, and may be called from any thread. A child of fork(2)
+    gets StateError, and the end of its `with` does nothing: the lease is its parent's.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Lease:
         self._holder = holder
         self._setup = setup
         self._process: int | None = None
+        self._maker = ProcessLock()
         self._is_over = False
         self.id = lease_id_of(record)
         self.owner = owner
@@ -96,6 +98,7 @@ class Lease:
         From now on it ends with that process. Raises StateError for a process that has
         ended, also one that is a zombie, and for a lease that has ended.
         """
+        self._maker.check()
         with Journal.open_existing(self._setup.state_dir) as journal:
             record = self._require_held(journal)
             started_at = read_start_time(pid, journal.host)
@@ -116,6 +119,7 @@ class Lease:
 
         Raises StateError when it was not given, BindError.
         """
+        self._maker.check()
         if self._process is None:
             raise StateError(
                 f"lease {self.id} was not given to a process",
@@ -141,6 +145,7 @@ class Lease:
         None when it is given back, or its process runs. Before `give_to` this process lets it go.
         Raises BindError.
         """
+        self._maker.check()
         if self._process is None:
             self._holder.close_all()
         with Journal.open_existing(self._setup.state_dir) as journal:
@@ -164,6 +169,7 @@ class Lease:
         Raises StateError while a process uses one of them: end it first; and BindError for a
         function that its driver does not take, which `reconcile` tries again.
         """
+        self._maker.check()
         with Journal.open_existing(self._setup.state_dir) as journal:
             record = self._find(journal)
             if record is None or self._is_over:
@@ -193,7 +199,8 @@ class Lease:
 
     def __exit__(self, *exception: object) -> None:
         """Give back what no process was given, or had that has ended."""
-        self.settle()
+        if self._maker.is_ours:
+            self.settle()
 
 
 def lease(

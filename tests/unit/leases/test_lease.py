@@ -4,7 +4,7 @@ import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -250,6 +250,24 @@ def test_an_ended_lease_cannot_be_given(setup: Setup, image: Path) -> None:
         lease.give_to(vmm.pid)
     with pytest.raises(vmplug.NotAttached):
         vmplug.end_lease(lease.id, setup=setup)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_of_fork_does_not_end_the_lease_of_its_parent(setup: Setup, image: Path) -> None:
+    read_only = disk(image, read_only=True)  # whoever has it open for reading does not count
+    with vmplug.lease([read_only], owner="job", setup=setup) as lease:
+        pid = os.fork()
+        if pid == 0:
+            with suppress(BaseException):
+                lease.__exit__()
+                lease.release()
+            with suppress(StateError):
+                lease.give_to(os.getpid())
+            os._exit(0)
+        os.waitpid(pid, 0)
+        (status,) = vmplug.list_leases(setup=setup)
+        assert (status.state, status.process) == ("made", os.getpid())
+    assert rows(setup) == 0
 
 
 def test_a_lease_in_another_pid_namespace_is_left_alone(setup: Setup, image: Path) -> None:
