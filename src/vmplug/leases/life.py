@@ -8,16 +8,18 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 
 import msgspec
 
-from vmplug.address import new_id
+from vmplug.address import find_bdf, new_id
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError, DeviceError, NotAttached, StateError
 from vmplug.host.finding import LEASE_PREFIX
 from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.pci.iommu import find_group, group_node, is_noiommu
+from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.pci.vfio import read_cdev
 from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
@@ -213,11 +215,10 @@ def end_ended(journal: Journal, host: HostRoot) -> None:
     if not ended:
         return
     for record in ended:
-        repair_lease(record, journal, host)
-    try:
+        with suppress(DeviceError):
+            repair_lease(record, journal, host)
+    with suppress(DeviceError):  # a request for that very device is refused
         Binder(journal, host).recover()
-    except DeviceError:  # a request for that very device is refused
-        return
 
 
 def _find_heir(
@@ -286,11 +287,12 @@ def _wanted_nodes(device: DeviceRecord, host: HostRoot) -> Wanted:
     functions = device.guest_address.functions if device.guest_address else ()
     wanted = Wanted()
     for function in functions:
-        directory = f"{host.pci_devices}/{function.host}"
+        is_pci = find_bdf(function.host) is not None
+        directory = f"{host.pci_devices if is_pci else MDEV_DEVICES}/{function.host}"
         number = find_group(directory, host)
         names = [read_cdev(directory, host)]
         if number is not None:
-            names.append(group_node(number, is_noiommu=is_noiommu(number, host)))
+            names.append(group_node(number, is_noiommu=is_pci and is_noiommu(number, host)))
         for name in filter(None, names):
             wanted |= wanted_node(DeviceNode.of_char(name, host), host)
     return wanted

@@ -108,8 +108,12 @@ def reconcile_host(
             else:
                 repairs += [VmRepair(vm=record.name, repair=repair) for repair in done]
         for record in () if vm else leases_of(journal):
-            done = repair_lease(record, journal, journal.host)
-            repairs += [VmRepair(vm=record.name, repair=repair) for repair in done]
+            try:
+                done = repair_lease(record, journal, journal.host)
+            except DeviceError as error:
+                failures.append(RepairFailure(vm=record.name, error=error))
+            else:
+                repairs += [VmRepair(vm=record.name, repair=repair) for repair in done]
         # A device that the damaged journal has lost may still use what was bound for it.
         binder = Binder(journal, journal.host)
         returned = [] if salvage else binder.recover(lock_timeout_s=_LOCK_TIMEOUT_S)

@@ -1,0 +1,68 @@
+"""Who uses what a lease has, and what one that cannot be repaired stops."""
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from tests.support.disks import disk_image
+from tests.support.journal import attach_row, device_record
+from tests.support.pci_tree import PciTree
+from vmplug import DeviceInfo, DevType, Setup
+from vmplug.errors import AttributeReadError
+from vmplug.host.kind import DeviceType
+from vmplug.journal.journal import Journal
+from vmplug.journal.records import VmRecord
+from vmplug.leases import life
+from vmplug.leases.lease import lease
+from vmplug.leases.life import find_users, leases_of, record_lease
+from vmplug.vms import reconcile
+
+FUNCTION = "0000:3b:00.0"
+UUID = "7a3b1c52-0d52-4c8f-9a57-3b6f0e5d2c11"
+
+
+@pytest.mark.parametrize("name", [FUNCTION, UUID], ids=["function", "mediated"])
+def test_who_has_a_function_or_a_mediated_device_open_uses_it(tmp_path: Path, name: str) -> None:
+    tree = PciTree(tmp_path / "host").pci_function(FUNCTION, driver="vfio-pci", group=2)
+    tree.mdev_type(FUNCTION, "type-1").mdev(UUID, FUNCTION, "type-1", group=3)
+    node = "/dev/vfio/2" if name == FUNCTION else "/dev/vfio/3"
+    with Journal.open(tmp_path / "state") as journal:
+        journal.add_vm(record := record_lease("job", journal))
+        attach_row(
+            journal,
+            device_record(
+                f"vfio:{name}", node, DeviceType.VFIO, vm="lease:job", functions=(name,)
+            ),
+        )
+        assert list(find_users(record, journal, tree.root)) == []
+        tree.process(77, "qemu", node)
+        assert [user.pid for user in find_users(record, journal, tree.root)] == [77]
+
+
+def test_a_lease_that_cannot_be_repaired_stops_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(state_dir=tmp_path / "state")
+    with Journal.open(setup.state_dir) as journal:
+        for number, name in enumerate(("bad", "good")):
+            ended = replace(record_lease(name, journal), starting_by=None, pid=1, started_at=1)
+            journal.add_vm(ended)
+            path = disk_image(tmp_path / f"{name}.img", 1, name)
+            attach_row(journal, device_record(f"file:{path}", str(path), vm=ended.name))
+            assert len(leases_of(journal)) == number + 1
+    forget = life.forget
+
+    def fail(record: VmRecord, journal: Journal) -> list[object]:
+        if record.name == "lease:bad":
+            raise AttributeReadError("/proc/1/stat", why="it has no start time")
+        return [*forget(record, journal)]
+
+    monkeypatch.setattr(life, "forget", fail)
+    info = DeviceInfo(
+        container_path="/dev/x", dev_type=DevType.BLOCK, host_path=str(tmp_path / "good.img")
+    )
+    with lease([info], owner="next", setup=setup) as made:
+        assert made.id == "next"
+    done = reconcile.reconcile_host(setup=setup)
+    assert [failure.vm for failure in done.failures] == ["lease:bad"]
