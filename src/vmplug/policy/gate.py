@@ -45,7 +45,7 @@ class PolicyCheck(msgspec.Struct, frozen=True, kw_only=True):
             why = f"{self.policy.name} cannot decide about it: {error.message}"
             return Verdict(refusals=(Finding(Code.NOT_ALLOWED, why, "check that file"),))
         is_disk = device.kind is DeviceType.BLOCK and driver is not None
-        return self.policy.judge(
+        verdict = self.policy.judge(
             replace(
                 part,
                 read_only=request.read_only,
@@ -55,6 +55,19 @@ class PolicyCheck(msgspec.Struct, frozen=True, kw_only=True):
                 mode=self.mode,
             )
             for part in parts
+        )
+        # A VM never gets one, so a rule for all of them may be about counting.
+        is_opened = self.mode is PlugMode.LEASE and isinstance(device, CharDevice)
+        if is_opened and not (verdict.refusals or verdict.is_named):
+            return replace(verdict, refusals=(self._not_named(device),))
+        return verdict
+
+    def _not_named(self, device: HostDevice) -> Finding:
+        return Finding(
+            Code.NOT_ALLOWED,
+            f"{device.host_path}: a lease hands it over open, and no rule of {self.policy.name} "
+            "names it alone",
+            "a rule names it by its number or by a path without wildcards",
         )
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support.pci_tree import PciTree
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
+from vmplug.drivers.place import PlugMode
 from vmplug.errors import NoSuchDevice, PolicyError
 from vmplug.host.block.device import DiskFile
 from vmplug.host.device import SharedDirectory
@@ -70,6 +72,31 @@ def look(request: Request, root: HostRoot, gate: PolicyCheck, **more: object) ->
 def is_allowed(request: Request, root: HostRoot, gate: PolicyCheck, **more: object) -> bool:
     """Whether the policy has nothing against it, whatever else there may be."""
     return Code.NOT_ALLOWED not in {f.code for f in look(request, root, gate, **more).findings}
+
+
+# what only a lease opens
+
+
+def test_a_lease_opens_a_character_device_only_where_a_rule_names_it_alone(
+    tree: PciTree, gate: Gates
+) -> None:
+    """A watchdog starts when somebody opens it; in a VM's request it is only counted."""
+    tree.file("/dev/watchdog").class_device(
+        "/sys/devices/virtual/misc/watchdog", "char", "10:130", "watchdog"
+    )
+    asked = DeviceInfo(
+        container_path="/dev/watchdog", dev_type=DevType.CHAR, devnum=DevNum(10, 130)
+    )
+    for rule, may_open in (
+        ('kinds = ["generic"]', False),
+        ('numbers = ["c:10"]', False),
+        ('paths = ["/dev/*"]', False),
+        ('numbers = ["c:10:130"]', True),
+        ('paths = ["/dev/watchdog"]', True),
+    ):
+        for mode, is_enough in ((PlugMode.HOT, True), (PlugMode.LEASE, may_open)):
+            policy = replace(gate(rule), mode=mode)
+            assert is_allowed(asked, tree.root, policy) is is_enough, (rule, mode)
 
 
 # the names of a disk
