@@ -17,6 +17,9 @@ PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROGRAM_UMASK = 0o077
 """Files that a program creates are for its user alone, whatever the caller's umask."""
 _KILLED_TIMEOUT_S = 1.0
+_ASKED_TOGETHER = 256
+"""Paths that one process is asked for: all words of a program have 2 MiB, and a path may be 4 KiB.
+Source: execve(2)."""
 LOOK_TIMEOUT_S = 4.0
 """For the storage of files that a VM has: a busy one takes long, and one that is gone forever."""
 
@@ -94,16 +97,30 @@ class Looks:
         self._waiting.clear()
 
     def find_silent(self, paths: Collection[str]) -> set[str]:
-        """Those of the paths whose storage does not answer; the new ones share one deadline."""
+        """Those of the paths whose storage does not answer; the new ones share one deadline.
+
+        One for which that leaves no time counts as silent.
+        """
         waiting = self._waiting = {p: w for p, w in self._waiting.items() if w.poll() is None}
-        if new := [path for path in paths if path not in waiting]:
-            half_s = self._timeout_s / 2
-            together = self._ask(new)
-            if not _ends(together, time.monotonic() + half_s):
-                _kill(together)
-                asked, deadline = {p: self._ask([p]) for p in new}, time.monotonic() + half_s
-                waiting |= {p: one for p, one in asked.items() if not _ends(one, deadline)}
-        return waiting.keys() & set(paths)
+        new = [path for path in paths if path not in waiting]
+        parts = [
+            new[first : first + _ASKED_TOGETHER] for first in range(0, len(new), _ASKED_TOGETHER)
+        ]
+        together = [self._ask(part) for part in parts]
+        deadline, slow = time.monotonic() + self._timeout_s / 2, list[str]()
+        for part, asking in zip(parts, together, strict=True):
+            if not _ends(asking, deadline):
+                _kill(asking)
+                slow += part
+        asked, deadline = (
+            dict[str, subprocess.Popen[bytes]](),
+            time.monotonic() + self._timeout_s / 2,
+        )
+        for path in slow:
+            if time.monotonic() < deadline:
+                asked[path] = self._ask([path])
+        waiting |= {p: one for p, one in asked.items() if not _ends(one, deadline)}
+        return (waiting.keys() | (set(slow) - asked.keys())) & set(paths)
 
 
 Ask = Callable[[Sequence[str]], "subprocess.Popen[bytes]"]

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,19 @@ import pytest
 import vmplug
 from tests.support.silent_files import SilentFiles, silent_files
 from vmplug.errors import AttributeReadError
-from vmplug.host.program import PROGRAM_PATH, Finished, Looks, read_start, run_program
+from vmplug.host import program
+from vmplug.host.block.volumes import find_volumes
+from vmplug.host.program import (
+    PROGRAM_PATH,
+    Finished,
+    Looks,
+    ask_content,
+    read_start,
+    run_program,
+)
+from vmplug.host.root import HostRoot
+from vmplug.host.use import silent
+from vmplug.oci.info import Mount
 
 
 def test_what_a_program_says_is_kept() -> None:
@@ -166,6 +178,42 @@ def test_only_what_does_not_answer_is_silent_and_is_waited_for_once(
         files.stop()
         assert looks.find_silent([silent]) == {silent}
     assert [read for read in Path("/proc").glob("[0-9]*/cmdline") if names(read, silent)] == []
+
+
+def test_more_paths_are_looked_at_than_a_program_may_have_words() -> None:
+    """As many as one request may have. Before, OSError: Argument list too long."""
+    paths = [f"/{'n' * 250}/{number}" for number in range(16384)]
+    with Looks(timeout_s=120, ask=ask_content) as looks:
+        assert looks.find_silent(paths) == set()
+
+
+def test_the_mounts_of_a_bundle_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant chooses how many there are, and how long each takes."""
+    asked = list[Sequence[str]]()
+
+    def ask(paths: Sequence[str]) -> "subprocess.Popen[bytes]":
+        asked.append(paths)
+        return ask_content(paths)
+
+    monkeypatch.setattr(silent, "_may_be_silent", lambda _: True)
+    monkeypatch.setattr(program, "ask_content", ask)
+    mounts = [
+        Mount(destination=f"/{number}", source=f"/absent/{number}", type="bind", read_only=False)
+        for number in range(100)
+    ]
+    assert find_volumes(mounts, HostRoot()) == []
+    assert [len(paths) for paths in asked] == [100]
+
+
+@pytest.mark.root
+def test_the_storage_behind_a_link_and_back_is_asked(tmp_path: Path, files: SilentFiles) -> None:
+    """By its text alone the path is another one, which answers."""
+    (tmp_path / "below" / "dir").mkdir()
+    (tmp_path / "link").symlink_to(files.mounted / "dir")
+    path = str(tmp_path / "link" / ".." / "a")
+    assert silent.find_silent([path], HostRoot()) == set()
+    files.stop()
+    assert silent.find_silent([path], HostRoot()) == {path}
 
 
 @pytest.mark.root

@@ -9,10 +9,12 @@ from vmplug.host.block.loop import read_backing_file
 from vmplug.host.block.pmem import read_pfn_info
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.use.mounts import MountPoint, read_mount_points
-from vmplug.host.use.silent import require_answer
+from vmplug.host.use.silent import find_silent, no_answer
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 from vmplug.oci.requests import Request
 from vmplug.oci.spec import Bundle
+
+_BIND = frozenset({None, "", "none", "bind"})
 
 
 def find_requests(bundle: Bundle, root: HostRoot) -> list[Request]:
@@ -30,10 +32,11 @@ def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
     """
     mount_points = cache(lambda: read_mount_points(root))  # only directories need them
     volumes = []
-    for mount in mounts:
-        if mount.type not in {None, "", "none", "bind"} or not mount.source.startswith("/"):
-            continue
-        require_answer(mount.source, root)
+    bound = [mount for mount in mounts if mount.type in _BIND and mount.source.startswith("/")]
+    silent = find_silent({mount.source for mount in bound}, root)
+    for mount in bound:
+        if mount.source in silent:
+            raise no_answer(mount.source)
         source = root.real_path(mount.source)
         status = root.stat_or_none(source)
         if status and stat.S_ISBLK(status.st_mode):

@@ -27,7 +27,12 @@ def find_silent(paths: Collection[str], root: HostRoot) -> set[str]:
         return set()
     from vmplug.host.program import Looks, ask_content  # noqa: PLC0415  subprocess: 6 ms
 
-    asked = {path: os.path.abspath(path) for path in paths if "\0" not in path}
+    # Not abspath: `..` behind a link leads elsewhere than the text says.
+    asked = {
+        path: path if path.startswith("/") else os.path.join(os.getcwd(), path)
+        for path in paths
+        if "\0" not in path
+    }
     with Looks(ask=ask_content) as looks:
         silent = looks.find_silent(sorted(set(asked.values())))
     return {path for path, absolute in asked.items() if absolute in silent}
