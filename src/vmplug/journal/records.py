@@ -307,7 +307,12 @@ def is_elsewhere(vm: VmRecord, host: HostRoot) -> bool:
 
     A lease has that namespace in place of a QMP socket.
     """
-    return vm.is_lease and vm.qmp_socket.split(":")[1] != str(read_pid_namespace(host))
+    return vm.is_lease and namespace_of(vm) != str(read_pid_namespace(host))
+
+
+def namespace_of(lease: VmRecord) -> str:
+    """The PID namespace in which the process of a lease has its number."""
+    return lease.qmp_socket.split(":")[1]
 
 
 def spoken_process(vm: VmRecord, host: HostRoot) -> str:

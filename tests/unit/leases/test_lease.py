@@ -3,6 +3,7 @@
 import fcntl
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from vmplug import DeviceInfo, DevNum, DevType, InUse, LeaseLock, LeaseTerms, Rn
 from vmplug.errors import DeviceError, StateError
 from vmplug.host.use.qemu_lock import is_locked
 from vmplug.journal.journal import Journal
+from vmplug.leases import state
 
 SLEEP = ["sleep", "infinity"]
 
@@ -270,7 +272,35 @@ def test_a_child_of_fork_does_not_end_the_lease_of_its_parent(setup: Setup, imag
     assert rows(setup) == 0
 
 
-def test_a_lease_in_another_pid_namespace_is_left_alone(setup: Setup, image: Path) -> None:
+@pytest.mark.root
+def test_a_lease_ends_with_the_pid_namespace_of_its_process(setup: Setup, image: Path) -> None:
+    """Nobody could say more of it, and its devices would be held until the host boots."""
+    with vmplug.lease([disk(image)], owner="job", setup=setup) as lease, process() as outside:
+        lease.give_to(outside.pid)
+        words = ["unshare", "--pid", "--fork", "--kill-child", *SLEEP]
+        with subprocess.Popen(words) as inside, Journal.open(setup.state_dir) as journal:
+            link = Path(f"/proc/{inside.pid}/ns/pid_for_children")
+            own = os.stat("/proc/self/ns/pid").st_ino
+            while (number := link.stat().st_ino) == own:
+                time.sleep(0.01)
+            while not Path(f"/proc/{inside.pid}/task/{inside.pid}/children").read_text():
+                time.sleep(0.01)
+            (record,) = journal.all_holders()
+            away = record.qmp_socket.replace(f":{own}:", f":{number}:")
+            journal._db.execute("UPDATE vm SET qmp_socket = ?, pid = 1", [away])
+            assert [one.state for one in vmplug.list_leases(setup=setup)] == ["unknown"]
+            inside.kill()
+        while vmplug.list_leases(setup=setup)[0].state == "unknown":
+            time.sleep(0.01)
+    (repair,) = vmplug.reconcile_host(setup=setup).repairs
+    assert repair.repair.outcome == "forgotten"
+    assert rows(setup) == 0
+
+
+def test_a_lease_in_another_pid_namespace_is_left_alone(
+    setup: Setup, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "_INITIAL_NAMESPACE", 0)  # from here one does not see them all
     with (
         vmplug.lease([disk(image)], owner="job", setup=setup),
         Journal.open(setup.state_dir) as journal,
