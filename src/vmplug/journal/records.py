@@ -19,6 +19,8 @@ from vmplug.host.root import HostRoot
 from vmplug.journal.process import ProcessIdentity, read_pid_namespace
 from vmplug.journal.state import State, replaced, unidentified
 
+_LEASE_COLONS = 2
+
 
 class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that vmplug knows; `is_ours`: `vm start` started it.
@@ -134,6 +136,8 @@ def state_without_holds(place: str | None) -> State:
 
 def read_vm(row: sqlite3.Row, boot_id: str) -> VmRecord:
     """A row of the table `vm`, as of that boot; an older vmplug did not record the boot."""
+    if is_lease(row["name"]) and row["qmp_socket"].count(":") != _LEASE_COLONS:
+        raise ValueError(f"{row['qmp_socket']!r} is not lease:NAMESPACE:KEY")
     return VmRecord(
         name=row["name"],
         qmp_socket=row["qmp_socket"],

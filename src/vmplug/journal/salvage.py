@@ -20,6 +20,8 @@ import msgspec
 
 from vmplug.address import new_id
 from vmplug.errors import StoreError
+from vmplug.host.finding import LEASE_PREFIX, is_lease, spoken_holder
+from vmplug.host.root import THIS_HOST
 from vmplug.journal import StateDir, journal_path
 from vmplug.journal.bindings import read_binding
 from vmplug.journal.database import (
@@ -36,6 +38,7 @@ from vmplug.journal.database import (
     store_error,
 )
 from vmplug.journal.lock import in_place_of
+from vmplug.journal.process import read_pid_namespace
 from vmplug.journal.records import read_device, read_vm
 from vmplug.journal.vf_tokens import read_vf_token
 
@@ -243,7 +246,14 @@ def _name_holders(new: sqlite3.Connection, salvage: Salvage) -> None:
         new.execute("INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)", hold)
         salvage.lost.append(f"the owner of {row['host_path']} in VM {row['vm']}")
     names = "SELECT name FROM vm"
-    for row in new.execute(f"SELECT DISTINCT vm FROM device WHERE vm NOT IN ({names})"):  # noqa: S608
-        salvage.lost.append(
-            f"the socket of VM {row['vm']}: run vmplug vm adopt {row['vm']} --qmp SOCKET"
-        )
+    query = f"SELECT DISTINCT vm FROM device WHERE vm NOT IN ({names})"  # noqa: S608
+    for (name,) in new.execute(query).fetchall():
+        if is_lease(name):
+            told = (
+                f"the process of {spoken_holder(name)}: reconcile finds who has its devices open"
+            )
+            key = f"{LEASE_PREFIX}{read_pid_namespace(THIS_HOST)}:{new_id()}"
+            new.execute("INSERT INTO vm VALUES (?, ?, NULL, NULL, 0, NULL, NULL)", (name, key))
+        else:
+            told = f"the socket of VM {name}: run vmplug vm adopt {name} --qmp SOCKET"
+        salvage.lost.append(told)

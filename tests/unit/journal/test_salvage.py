@@ -12,7 +12,8 @@ from msgspec.structs import replace
 
 from tests.contract.sandbox import Sandbox
 from tests.contract.world import Rows, journal_rows
-from tests.support.journal import JOURNAL_ID
+from tests.support.disks import disk_image
+from tests.support.journal import JOURNAL_ID, attach_row, device_record
 from tests.unit.journal.test_journal import DISK, hold
 from tests.unit.journal.test_migration import write_version
 from vmplug.address import Bdf
@@ -25,7 +26,10 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.journal.salvage import UNKNOWN_OWNER, check_journal, set_aside
 from vmplug.journal.state import State
+from vmplug.leases.life import record_lease
 from vmplug.manager.reconcile import RepairOutcome
+from vmplug.manager.setup import Setup
+from vmplug.vms.reconcile import reconcile_host
 
 DEVICES = 120
 PAGE = 4096
@@ -240,6 +244,27 @@ def test_a_claim_stays_when_the_journal_has_lost_where_its_vm_is(path: Path) -> 
     assert salvage.lost[-1] == "the socket of VM vm-1: run vmplug vm adopt vm-1 --qmp SOCKET"
     with Journal.open(path.parent) as store:
         assert len(store.find_claims("vm-2", Identity.parse("file:8"), [])) == 1
+
+
+@pytest.mark.parametrize("damage", ["DELETE FROM vm", "UPDATE vm SET qmp_socket = '/s'"])
+def test_a_lease_whose_process_was_lost_has_ended_unless_somebody_uses_it(
+    tmp_path: Path, damage: str
+) -> None:
+    setup = Setup(state_dir=tmp_path / "state")
+    with Journal.open(setup.state_dir) as journal:
+        journal.add_vm(replace(record_lease("job", journal), starting_by=None, pid=1))
+        for name in ("a.img", "b.img"):
+            image = disk_image(tmp_path / name, 1, name)
+            attach_row(journal, device_record(f"file:{image}", str(image), vm="lease:job"))
+    with closing(sqlite3.connect(journal.path)) as db, db:
+        db.execute(damage)
+        db.execute("UPDATE device SET state = 'flying' WHERE host_path LIKE '%b.img'")
+    told = reconcile_host(set_aside=True, setup=setup)
+    assert told.salvage
+    assert told.salvage.lost[-1].startswith("the process of lease job: ")
+    assert [(one.vm, one.repair.outcome) for one in told.repairs] == [
+        ("lease:job", RepairOutcome.FORGOTTEN)
+    ]
 
 
 def test_commits_that_are_only_in_the_wal_are_carried_over(path: Path) -> None:
