@@ -16,6 +16,7 @@ import msgspec
 from vmplug.address import find_bdf, new_id
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError, DeviceError, NotAttached, StateError
+from vmplug.host.check.thing import find_place
 from vmplug.host.finding import LEASE_PREFIX
 from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.pci.iommu import find_group, group_node, is_noiommu
@@ -301,6 +302,8 @@ def _wanted_nodes(device: DeviceRecord, host: HostRoot) -> Wanted:
 def _wanted_disk(device: DeviceRecord, host: HostRoot) -> Wanted:
     if number := device.identity.devnum:
         return {key_of_node(stat.S_IFBLK, number): device.host_path}
+    if device.thing and (place := find_place(device.thing)):  # its name may lead elsewhere now
+        return {(stat.S_IFREG, *place): device.host_path}
     status = host.stat_or_none(device.host_path)
     return {key_of(status): device.host_path} if status else {}
 

@@ -141,6 +141,19 @@ def test_a_process_that_has_a_disk_open_inherits_the_lease(setup: Setup, image: 
     assert rows(setup) == 0
 
 
+def test_a_disk_is_in_use_whatever_has_its_name_by_now(setup: Setup, image: Path) -> None:
+    with vmplug.lease([disk(image)], owner="job", setup=setup) as lease, process() as vmm:
+        with process(*lease.descriptors) as child:
+            lease.give_to(vmm.pid)
+            image.rename(image.with_name("old.img"))
+            disk_image(image, 1, "another")
+            vmm.kill()
+            vmm.wait()
+            assert f"process {child.pid} (sleep)" in str(lease.settle())
+        assert lease.settle() is None
+    assert rows(setup) == 0
+
+
 def test_a_process_that_shares_a_disk_by_a_lease_of_its_own_inherits_none(
     setup: Setup, image: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from vmplug.host.use.file_handle import read_file_mark
 from vmplug.host.vhost_user.device import VhostUserSocket
 
 _PCI_ID = re.compile(rb"^PCI_ID=([0-9A-F]+):([0-9A-F]+)$", re.MULTILINE)
+_FILE = re.compile(r"file ([0-9]+):([0-9]+) ")
 _ADDRESS_WORDS = 3
 """A function's address has two colons, the UUID of a mediated device none."""
 
@@ -54,6 +55,12 @@ def identify_file(path: str, root: HostRoot) -> str | None:
     if root.is_live:
         mark = read_file_mark(path, root)
     return f"file {status.st_dev}:{status.st_ino} {mark or 'without a handle'}"
+
+
+def find_place(thing: str) -> tuple[int, int] | None:
+    """The file system and the inode in what `identify_file` has made; None for other things."""
+    match = _FILE.match(thing)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def identify_block(number: DevNum, sysfs_path: str, root: HostRoot) -> str:
