@@ -296,7 +296,11 @@ def test_a_lease_ends_with_the_pid_namespace_of_its_process(setup: Setup, image:
             own = os.stat("/proc/self/ns/pid").st_ino
             while (number := link.stat().st_ino) == own:
                 time.sleep(0.01)
-            while not Path(f"/proc/{inside.pid}/task/{inside.pid}/children").read_text():
+            children = Path(f"/proc/{inside.pid}/task/{inside.pid}/children")
+            while not (child := children.read_text().strip()):
+                time.sleep(0.01)
+            # Before that it would outlive unshare: it asks for its end only after the fork.
+            while Path(f"/proc/{child}/comm").read_text() != "sleep\n":
                 time.sleep(0.01)
             (record,) = journal.all_holders()
             away = record.qmp_socket.replace(f":{own}:", f":{number}:")
