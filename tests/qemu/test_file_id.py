@@ -5,9 +5,9 @@ half of the tests the right file is back by the time one could look at the path 
 """
 
 import os
+import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -379,31 +379,19 @@ class SwappingDaemons(HostVirtiofsdRunner):
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         if not self._late:
             self._swap.away()
-            return super().start(daemon, device_id)
-        with watched(self._swap.path, self._swap.away):
-            return super().start(daemon, device_id)
+        return super().start(daemon, device_id)
 
-
-@contextmanager
-def watched(path: Path, act: Callable[[], None]) -> Iterator[None]:
-    """Act once, as soon as this process has the path open."""
-    seen, is_over = os.stat(path), threading.Event()
-
-    def wait() -> None:
-        while not is_over.is_set():
-            for number in os.listdir("/proc/self/fd"):
-                with suppress(OSError):
-                    if os.path.samestat(os.fstat(int(number)), seen):
-                        act()
-                        return
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
+    def _run(
+        self,
+        daemon: VirtiofsdSpec,
+        listener: socket.socket,
+        device_id: str,
+        directory: str,
+        output: int,
+    ) -> None:
+        if self._late:
+            self._swap.away()
+        super()._run(daemon, listener, device_id, directory, output)
 
 
 @pytest.mark.parametrize("read_only", [False, True])
