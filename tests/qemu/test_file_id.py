@@ -5,7 +5,6 @@ half of the tests the right file is back by the time one could look at the path 
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -381,17 +381,10 @@ class SwappingDaemons(HostVirtiofsdRunner):
             self._swap.away()
         return super().start(daemon, device_id)
 
-    def _run(
-        self,
-        daemon: VirtiofsdSpec,
-        listener: socket.socket,
-        device_id: str,
-        directory: str,
-        output: int,
-    ) -> None:
+    def _run(self, *arguments: Any) -> None:
         if self._late:
             self._swap.away()
-        super()._run(daemon, listener, device_id, directory, output)
+        super()._run(*arguments)
 
 
 @pytest.mark.parametrize("read_only", [False, True])

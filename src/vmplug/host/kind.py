@@ -131,9 +131,12 @@ class Identity(NamedTuple):
         return f"{self.kind}:{self.key}"
 
 
-def is_other_thing(then: str, now: str) -> bool:
-    """Whether two texts of `vmplug.host.check.thing` are of two devices.
+def is_other_thing(then: str | None, now: str | None) -> bool:
+    """Whether two texts of `vmplug.host.check.thing` are surely of two devices.
 
+    False where one is unknown.
     A vmplug before journal version 8 did not write the vendor and device of a function.
     """
+    if not (then and now):
+        return False
     return then not in {now, re.sub(r"(?<=\.[0-7]):[0-9a-f]{4}:[0-9a-f]{4}(?=:)", "", now)}

@@ -112,10 +112,8 @@ class Looks:
             if not _ends(asking, deadline):
                 _kill(asking)
                 slow += part
-        asked, deadline = (
-            dict[str, subprocess.Popen[bytes]](),
-            time.monotonic() + self._timeout_s / 2,
-        )
+        asked = dict[str, subprocess.Popen[bytes]]()
+        deadline = time.monotonic() + self._timeout_s / 2
         for path in slow:
             if time.monotonic() < deadline:
                 asked[path] = self._ask([path])

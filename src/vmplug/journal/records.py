@@ -70,7 +70,7 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     def is_other(self, thing: str | None) -> bool:
         """Whether what has its name now is surely not what was plugged."""
-        return bool(self.thing and thing) and is_other_thing(self.thing or "", thing or "")
+        return is_other_thing(self.thing, thing)
 
     def why_not(self, thing: str | None) -> StateError | None:
         """Why what has its name now may not be taken for what was plugged; None when it may.

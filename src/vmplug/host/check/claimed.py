@@ -30,25 +30,18 @@ def find_claimed(claims: Sequence[Claim], access: Access) -> Iterator[Finding]:
 def _conflict(claim: Claim) -> Finding:
     device = _spoken(claim.identity)
     sharing = "" if claim.identity.kind is IdentityKind.VFIO else _SHARING
-    held, remedy = (
-        f"is already handed to {claim.holder}",
-        (
-            f"detach it from {claim.holder} first (vmplug detach); {sharing}"
-            "if that VM is gone, run vmplug reconcile"
-        ),
-    )
     if is_lease(claim.vm):
-        held, remedy = (
-            f"is held by {claim.holder}",
-            (
-                f"end that process, or run vmplug lease end; {sharing}"
-                "if it has ended, run vmplug reconcile"
-            ),
-        )
+        held = "held by"
+        remedy = "end that process, or run vmplug lease end"
+        otherwise = "if it has ended, run vmplug reconcile"
+    else:
+        held = "already handed to"
+        remedy = f"detach it from {claim.holder} first (vmplug detach)"
+        otherwise = "if that VM is gone, run vmplug reconcile"
     return Finding(
         Code.IN_USE_BY_VM,
-        f"{device} {held}" + (" for reading" if claim.read_only else ""),
-        remedy,
+        f"{device} is {held} {claim.holder}" + (" for reading" if claim.read_only else ""),
+        f"{remedy}; {sharing}{otherwise}",
         used_by=UsedBy(on=str(claim.identity), who=claim.holder, how="the journal of vmplug"),
     )
 

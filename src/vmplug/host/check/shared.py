@@ -5,7 +5,6 @@ exports it to other machines.
 Source: exports(5); exportfs(8), /var/lib/nfs/etab; nfsd(7), /proc/fs/nfsd/exports.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
@@ -17,10 +16,10 @@ from vmplug.host.device import SharedDirectory
 from vmplug.host.finding import Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_key import FileKey, key_of
+from vmplug.host.use.mounts import unescape
 from vmplug.host.use.statx import read_place
 
 _EXPORTS = ("/proc/fs/nfsd/exports", "/var/lib/nfs/etab")
-_OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def check_shared(
@@ -70,13 +69,8 @@ def _read_exports(root: HostRoot) -> Mapping[str, str]:
                 path, _, clients = line.partition("\t")
                 if path.startswith("/") and clients:
                     names = {word.partition("(")[0] for word in clients.split()}
-                    found.setdefault(_plain(path), set()).update(names)
+                    found.setdefault(unescape(path), set()).update(names)
     return {path: " ".join(sorted(names)) for path, names in found.items()}
-
-
-def _plain(text: str) -> str:
-    """The path; a space in it is an octal number."""
-    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
 
 
 def _overlap(path: str, exported: str) -> bool:

@@ -112,7 +112,7 @@ def has_changed(thing: str | None, root: HostRoot) -> bool:
     elif kind == "vfio":
         members = [identify_member(_path_of(word), root) for word in words]
         now = " ".join([kind, *members]) if all(members) else ""
-    return bool(thing and now) and is_other_thing(thing or "", now)
+    return is_other_thing(thing, now)
 
 
 def _path_of(member: str) -> str:

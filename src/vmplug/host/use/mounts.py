@@ -139,5 +139,5 @@ def read_swaps(root: HostRoot) -> list[str] | None:
 
 
 def unescape(text: str) -> str:
-    """Undo the kernel's octal escapes of blank, tab, newline and backslash."""
+    """Undo octal escapes, as the kernel and exportfs(8) write a blank, tab or newline."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
