@@ -14,7 +14,7 @@ import pytest
 from lab import topology
 from tests.cli.command import Vmplug
 from tests.contract.binding import BindingContract, Side, held_by_vm
-from tests.support.lab import namespace_of
+from tests.support.lab import PCI_DEVICES, namespace_of
 from vmplug.address import Bdf
 from vmplug.errors import BindError, InUse, StateError
 from vmplug.host.finding import Code
@@ -168,11 +168,14 @@ def test_a_disk_that_is_held_exclusively_keeps_its_controller(
     Binder(journal, side.host).bind(side.group(side.single))
 
 
-@pytest.mark.parametrize("node", ["/dev/nvme0", "/dev/ng0n1"])
+@pytest.mark.parametrize("found_at", ["nvme/nvme*", "nvme/nvme*/ng*n1"])
 def test_a_controller_whose_nodes_are_open_is_kept(
-    side: Side, journal: Journal, tmp_path: Path, node: str
+    side: Side, journal: Journal, tmp_path: Path, found_at: str
 ) -> None:
     """By any name: a container has nodes of its own."""
+    namespace_of(side.single)
+    (named,) = (PCI_DEVICES / side.single).glob(found_at)  # any controller may have become nvme0
+    node = f"/dev/{named.name}"
     other = tmp_path / "node"
     os.mknod(other, 0o20600, os.stat(node).st_rdev)
     before = side.picture()
