@@ -49,8 +49,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so would be those of every child
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # nohup(1) ignores SIGHUP, and sh the others in what it starts with `&`; so would every child.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if config.getoption("spread"):
         config.pluginmanager.register(Spread())
     if config.getoption("in_memory"):

@@ -31,11 +31,12 @@ _Numbered = tuple[int, pytest.Item]
 
 @dataclass
 class _Process:
-    """Tells a number when it begins a test, and then the reports of that test."""
+    """Tells a number when it begins a test, and then the reports of that test; at its end None."""
 
     pid: int
     told: Connection
     last: int | None = None
+    has_ended: bool = False
 
 
 class Spread:
@@ -129,7 +130,10 @@ def _run(session: pytest.Session, items: Iterator[_Numbered], tell: Connection) 
         tell.send(number)
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.shouldfail:
-            raise session.Failed(session.shouldfail)
+            break
+    tell.send(None)
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
 
 
 class _Teller:
@@ -158,7 +162,9 @@ def _repeat(
             except EOFError:
                 del by_pipe[pipe]
                 continue
-            if isinstance(message, int):
+            if message is None:
+                by_pipe[pipe].has_ended = True
+            elif isinstance(message, int):
                 by_pipe[pipe].last = message
             else:
                 report = hook.pytest_report_from_serializable(config=session.config, data=message)
@@ -171,7 +177,8 @@ def _wait_for(process: _Process, session: pytest.Session) -> None:
     """A process that did not end as pytest does failed in its last test, or after it."""
     process.told.close()
     status = os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1])
-    if status in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED} or process.last is None:
+    is_done = status in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED} and process.has_ended
+    if is_done or process.last is None:
         return
     item = session.items[process.last]
     why = f"the process that ran it last ended with status {status}; others may not have run"

@@ -39,8 +39,10 @@ def test_at_its_start(unknown): pass
 def test_that_fails(): assert False
 """
 DYING = """
+import os
+
 def test_that_dies():
-    os._exit(9)
+    os._exit({status})
 """
 
 
@@ -71,9 +73,10 @@ def test_everything_is_reported_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_fails_the_test_that_it_ran(tmp_path: Path) -> None:
-    told = run(tmp_path, TESTS + DYING)
-    assert "::test_that_dies - the process that ran it last ended with status 9" in told
+@pytest.mark.parametrize("status", [0, 1, 9])
+def test_a_process_that_dies_fails_the_test_that_it_ran(tmp_path: Path, status: int) -> None:
+    told = run(tmp_path, DYING.format(status=status))
+    assert f"::test_that_dies - the process that ran it last ended with status {status}" in told
 
 
 @pytest.mark.slow
