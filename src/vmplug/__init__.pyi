@@ -83,6 +83,7 @@ from vmplug.host.block.qcow2 import ImageFile as ImageFile
 from vmplug.host.block.qcow2 import Qcow2Header as Qcow2Header
 from vmplug.host.block.queue import QueueFacts as QueueFacts
 from vmplug.host.block.volumes import find_requests as find_requests
+from vmplug.host.cdi.find import find_cdi_devices as find_cdi_devices
 from vmplug.host.device import CharDevice as CharDevice
 from vmplug.host.device import EntropySource as EntropySource
 from vmplug.host.device import OpenConnection as OpenConnection
@@ -193,6 +194,7 @@ from vmplug.oci.spec import parse_config as parse_config
 from vmplug.oci.spec import read_bundle as read_bundle
 from vmplug.policy.file import read_policy as read_policy
 from vmplug.policy.find import find_policy as find_policy
+from vmplug.policy.pattern import CdiKindPattern as CdiKindPattern
 from vmplug.policy.pattern import ClassPattern as ClassPattern
 from vmplug.policy.pattern import NumberPattern as NumberPattern
 from vmplug.policy.pattern import PathPattern as PathPattern

@@ -20,6 +20,7 @@ from vmplug.aio.calls import create_mediated_device as create_mediated_device
 from vmplug.aio.calls import detach_attachments as detach_attachments
 from vmplug.aio.calls import detach_owner as detach_owner
 from vmplug.aio.calls import end_lease as end_lease
+from vmplug.aio.calls import find_cdi_devices as find_cdi_devices
 from vmplug.aio.calls import find_policy as find_policy
 from vmplug.aio.calls import find_requests as find_requests
 from vmplug.aio.calls import get_host_path as get_host_path

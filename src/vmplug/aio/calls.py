@@ -10,6 +10,7 @@ from vmplug.arguments import checked
 from vmplug.host import host_path
 from vmplug.host import resolve as resolving
 from vmplug.host.block import volumes
+from vmplug.host.cdi import find as cdi_devices
 from vmplug.host.pci import function as functions
 from vmplug.hypervisor.qemu.start.machine import VmSpec
 from vmplug.leases import life as leases
@@ -104,6 +105,7 @@ remove_mediated_device = _in_thread(mediated.remove_mediated_device, Scope.DRIVE
 
 read_bundle = _in_thread(specs.read_bundle)
 find_requests = _in_thread(volumes.find_requests)
+find_cdi_devices = _in_thread(cdi_devices.find_cdi_devices)
 read_policy = _in_thread(policies.read_policy)
 find_policy = _in_thread(policy_search.find_policy)
 read_functions = _in_thread(functions.read_functions)

@@ -50,7 +50,7 @@ def apply(
 ) -> Config:
     """A copy of the config with the edits of the devices, those of each spec before its first."""
     editor = _Editor(copy.deepcopy(dict(config)), find)
-    edits = list(_list_edits(devices))
+    edits = list(list_edits(devices))
     for each in edits:
         editor.set_env(each.edits.env)
     for each in edits:
@@ -71,23 +71,26 @@ def apply(
     return editor.config
 
 
-class _Edits(msgspec.Struct, frozen=True):
-    """Edits of a file, which are at that path in it."""
+class Edits(msgspec.Struct, frozen=True):
+    """Edits of a file, which are at that path in it, and the device that brings them."""
 
+    name: str
     file: str
     field: str
     edits: ContainerEdits
 
 
-def _list_edits(devices: Iterable[FoundDevice]) -> Iterator[_Edits]:
+def list_edits(devices: Iterable[FoundDevice]) -> Iterator[Edits]:
+    """The edits of the devices in their order, those of each spec before its first."""
     begun = set[str]()
     for found in devices:
         source = found.source
         if source.file not in begun:
             begun.add(source.file)
-            yield _Edits(source.file, "$.containerEdits", source.spec.container_edits)
+            common = source.spec.container_edits
+            yield Edits(found.name, source.file, "$.containerEdits", common)
         field = f"$.devices[{found.index}].containerEdits"
-        yield _Edits(source.file, field, found.device.container_edits)
+        yield Edits(found.name, source.file, field, found.device.container_edits)
 
 
 def _drop_empty(part: Hook | IntelRdt, *others: str) -> dict[str, Any]:
@@ -138,7 +141,7 @@ class _Editor:
             index = places.get(_key(entry), len(env))
             env[index : index + 1] = [entry]
 
-    def add_node(self, node: DeviceNode, edits: _Edits, index: int) -> None:
+    def add_node(self, node: DeviceNode, edits: Edits, index: int) -> None:
         """Add a node in place of the one with its path, and the cgroup rule for it."""
         try:
             host_node = complete(node, self._find)

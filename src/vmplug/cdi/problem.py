@@ -1,10 +1,12 @@
 """What is wrong with a spec, where, and what is right; the errors that carry it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from vmplug.errors import NoSuchDevice, SpecError
+
+_SHOWN = 8
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,11 +49,13 @@ class UnresolvableDevices(NoSuchDevice):
         directories: Iterable[str],
         conflicts: Mapping[str, tuple[str, ...]],
         problems: Iterable[Problem],
+        known: Iterable[str] = (),
     ) -> None:
         self.names = tuple(names)
         self.directories = tuple(directories)
         self.conflicts = {name: conflicts[name] for name in self.names if name in conflicts}
         self.problems = tuple(problems)
+        self._known = tuple(known)
         wanted = ", ".join(self.names)
         super().__init__(
             wanted,
@@ -66,4 +70,18 @@ class UnresolvableDevices(NoSuchDevice):
             return f"remove {name} from all but one of {', '.join(files)}"
         if self.problems:
             return f"mend {self.problems[0].file}, which could not be used"
-        return None
+        kind, _, name = self.names[0].partition("=")
+        named = [other.removeprefix(f"{kind}=") for other in self._known if f"{kind}=" in other]
+        if named:
+            return f"{kind} has {_few(named)}"
+        kinds = sorted({other.partition("=")[0] for other in self._known})
+        if kinds:
+            return f"no file defines the kind {kind}; there are {_few(kinds)}"
+        return (
+            "no file there defines a device; vmplug cdi validate FILE says what is wrong with one"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown}, ... (vmplug cdi list)" if len(names) > _SHOWN else shown

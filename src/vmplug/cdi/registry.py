@@ -72,6 +72,7 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True):
                 directories=self.directories,
                 conflicts=self.conflicts,
                 problems=self.problems,
+                known=self.devices,
             )
         return [self.devices[name] for name in asked]
 

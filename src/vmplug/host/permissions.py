@@ -40,6 +40,14 @@ def who_writes(status: os.stat_result) -> str | None:
     return None
 
 
+def why_not_trusted(path: str) -> str | None:
+    """Why what has that path is not root's or this user's word; None if it is."""
+    try:
+        return whose_link(path) or who_writes(os.stat(path))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
 def _is_trusted(status: os.stat_result) -> bool:
     return status.st_uid in {0, os.geteuid()}
 

@@ -5,10 +5,11 @@
     org.vmplug.vfio.NAME      {"device": "0000:3b:00.0", "mode": "guest-kernel"}
     org.vmplug.rng.NAME       {"source": "/dev/hwrng", "max-bytes": 1024, "period": 1000}
     org.vmplug.options.PATH   {"block-driver": "virtio-scsi", "cache": "none"}
+    cdi.k8s.io/NAME           vendor.com/class=name,vendor.com/class=other
 
 Annotations, not a file of our own: they travel with config.json through every container engine,
-and through standard input. Each value is one JSON object; an unknown member is an error. Kata's
-sandbox annotations are read where they mean the same, as defaults.
+and through standard input. The value of ours is one JSON object; an unknown member is an error.
+Kata's sandbox annotations are read where they mean the same, as defaults.
 Source: opencontainers/runtime-spec config.md, Annotations; Kata Containers
 docs/how-to/how-to-set-sandbox-config-kata.md.
 """
@@ -33,6 +34,7 @@ from vmplug.oci.limits import (
 from vmplug.oci.requests import DEFAULT_SOURCE, Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 
 PREFIX = "org.vmplug."
+_CDI_PREFIX = "cdi.k8s.io/"
 _KATA = "io.katacontainers.config.hypervisor."
 
 _SHARE_DEFAULTS = {
@@ -88,6 +90,22 @@ def read_annotations(annotations: Mapping[str, str]) -> Annotated:
                 )
     check_count("$.annotations", "requests", len(requests), REQUESTS_MAX)
     return Annotated(requests=tuple(requests), options=options)
+
+
+def read_cdi_annotations(annotations: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The names that annotations of CDI ask for, by their keys. SpecError for a malformed one."""
+    named = {key: value for key, value in annotations.items() if key.startswith(_CDI_PREFIX)}
+    if not named:
+        return {}
+    for key, value in named.items():
+        check_text("$.annotations", key, ANNOTATION_KEY_BYTES_MAX)
+        check_text(annotation_path(key), value, ANNOTATION_BYTES_MAX)
+    from vmplug.cdi.names import parse_annotations  # noqa: PLC0415  most bundles have none
+
+    asked = parse_annotations(named)
+    count = sum(map(len, asked.values()))
+    check_count("$.annotations", "CDI devices", count, REQUESTS_MAX)
+    return asked
 
 
 def annotation_path(key: str) -> str:

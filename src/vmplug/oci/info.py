@@ -28,7 +28,8 @@ class DeviceInfo:
     `devnum` is None for a FIFO, which has no number, and for a regular file that becomes a disk.
     Only such a file has a `host_path`. `pmem` requests that file as persistent memory (an NVDIMM).
     `file_mode` holds permission bits only. `driver_options` are those of the driver in
-    `vmplug.drivers` that will plug it.
+    `vmplug.drivers` that will plug it. `cdi_names` are the CDI devices that brought it;
+    the request is the same without them.
 
     Raises SpecError when the parts do not fit each other.
     """
@@ -43,6 +44,7 @@ class DeviceInfo:
     uid: int | None = None
     gid: int | None = None
     driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
+    cdi_names: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         path = normal_container_path(self.container_path)
@@ -84,6 +86,11 @@ class DeviceInfo:
     def minor(self) -> int | None:
         """Minor number; None where there is none."""
         return self.devnum.minor if self.devnum else None
+
+    @property
+    def cdi_kinds(self) -> tuple[str, ...]:
+        """The kinds of the CDI devices that brought it: `vendor.com/class`."""
+        return tuple(dict.fromkeys(name.partition("=")[0] for name in self.cdi_names))
 
     @property
     def description(self) -> str:

@@ -14,10 +14,16 @@ from dataclasses import replace
 from typing import Annotated
 
 import msgspec
+from msgspec.structs import replace as replace_fields
 
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
-from vmplug.oci.annotations import PREFIX, annotation_path, read_annotations
+from vmplug.oci.annotations import (
+    PREFIX,
+    annotation_path,
+    read_annotations,
+    read_cdi_annotations,
+)
 from vmplug.oci.document import check_nesting, check_repeats
 from vmplug.oci.info import DeviceInfo, DevType, Mount, normal_container_path
 from vmplug.oci.limits import (
@@ -85,13 +91,28 @@ class _Config(msgspec.Struct, frozen=True, kw_only=True, rename={"oci_version": 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     """The requests of one container; `name` is the bundle directory's, None for standard input.
 
-    `annotated` are the requests in annotations, which OCI cannot express.
+    `annotated` are the requests in annotations, which OCI cannot express. `cdi_annotations` are
+    the names of CDI devices by their annotations, and `cdi_options` the options, by path, for what
+    these names bring: `find_requests` looks for them on the host.
     """
 
     name: str | None
     devices: tuple[DeviceInfo, ...]
     mounts: tuple[Mount, ...] = ()
     annotated: tuple[Named, ...] = ()
+    cdi_annotations: Mapping[str, tuple[str, ...]] = {}
+    cdi_options: Mapping[str, Mapping[str, str]] = {}
+
+    @property
+    def resolved_annotations(self) -> tuple[str, ...]:
+        """The annotations that no guest may get: an agent would wait for such a device there."""
+        return tuple(self.cdi_annotations)
+
+    @property
+    def cdi_names(self) -> tuple[str, ...]:
+        """The CDI devices that annotations name, each once."""
+        named = (name for names in self.cdi_annotations.values() for name in names)
+        return tuple(dict.fromkeys(named))
 
 
 def read_bundle(source: str | os.PathLike[str]) -> Bundle:
@@ -117,6 +138,7 @@ def parse_config(data: bytes, *, name: str | None) -> Bundle:
     config = _decode(data)
     check_count("$.mounts", "mounts", len(config.mounts or []), MOUNTS_MAX)
     annotated = read_annotations(config.annotations or {})
+    cdi_annotations = read_cdi_annotations(config.annotations or {})
     bundle = Bundle(
         name=name,
         devices=_devices(config.linux or _Linux(), annotated.options),
@@ -126,23 +148,34 @@ def parse_config(data: bytes, *, name: str | None) -> Bundle:
             if mount.source
         ),
         annotated=annotated.requests,
+        cdi_annotations=cdi_annotations,
     )
-    _check_paths(annotated.options, bundle)
+    unknown = _find_unknown(annotated.options, bundle)
+    if cdi_annotations:
+        bundle = replace_fields(bundle, cdi_options=unknown)
+    else:
+        check_paths(unknown)
     _check_is_config(config, data)
     return bundle
 
 
-def _check_paths(options: Iterable[str], bundle: Bundle) -> None:
-    """SpecError for options of a device that the bundle does not request."""
+def _find_unknown(
+    options: Mapping[str, Mapping[str, str]], bundle: Bundle
+) -> dict[str, Mapping[str, str]]:
+    """The options of what is neither a device nor a mount of the bundle."""
     known = {device.container_path for device in bundle.devices}
     known |= {mount.destination.rstrip("/") for mount in bundle.mounts}
-    for path in options:
-        if path not in known:
-            raise SpecError(
-                annotation_path(f"{PREFIX}options.{path}"),
-                f"the bundle does not request a device at {path}",
-                hint="name the path of an entry of linux.devices, or the destination of a mount",
-            )
+    return {path: options[path] for path in options if path not in known}
+
+
+def check_paths(unknown: Iterable[str]) -> None:
+    """SpecError for options of a device that the bundle does not request."""
+    for path in unknown:
+        raise SpecError(
+            annotation_path(f"{PREFIX}options.{path}"),
+            f"the bundle does not request a device at {path}",
+            hint="name the path of an entry of linux.devices, or the destination of a mount",
+        )
 
 
 def _mount(mount: _Mount, at: str, options: Mapping[str, Mapping[str, str]]) -> Mount:

@@ -17,13 +17,20 @@ from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.kind import DeviceType
 from vmplug.host.permissions import who_writes, whose_link
 from vmplug.oci.limits import REQUEST_S
-from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
+from vmplug.policy.pattern import (
+    CdiKindPattern,
+    ClassPattern,
+    NumberPattern,
+    PathPattern,
+    PciPattern,
+)
 from vmplug.policy.rules import Policy, Rule
 
 _BYTES_MAX = 1 << 20
 _REQUEST_S_MAX = 86400
 
 _KINDS = [kind.word for kind in DeviceType]
+_DEVICE_KEYS = ("kinds", "numbers", "paths", "pci", "classes", "cdi_kinds")
 _OVERRULED = sorted(set(Code) - NEVER_ALLOWED)
 Words = Annotated[list[str], msgspec.Meta(min_length=1)]
 T = TypeVar("T")
@@ -36,6 +43,7 @@ class _Rule(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen=T
     paths: Words | None = None
     pci: Words | None = None
     classes: Words | None = None
+    cdi_kinds: Words | None = None
     vms: Words | None = None
     owners: Words | None = None
     read_only: bool = False
@@ -50,9 +58,14 @@ class _Limits(
     request_seconds: Annotated[float, msgspec.Meta(gt=0, le=_REQUEST_S_MAX)] = REQUEST_S
 
 
+class _Cdi(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    directories: list[str]
+
+
 class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     rule: list[_Rule] = msgspec.field(default_factory=list)
     limits: _Limits = _Limits()
+    cdi: _Cdi | None = None
 
 
 def read_policy(path: str | os.PathLike[str]) -> Policy:
@@ -67,6 +80,7 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
         name=name,
         rules=tuple(_parse_rule(rule, name) for rule in said.rule),
         request_s=said.limits.request_seconds,
+        cdi_directories=None if said.cdi is None else tuple(said.cdi.directories),
     )
 
 
@@ -83,6 +97,9 @@ def _parse(name: str, data: bytes) -> _File:
     names = [rule.name for rule in said.rule]
     for twice in (rule for rule in names if names.count(rule) > 1):
         _wrong(name, f"has two rules named {twice!r}")
+    for directory in said.cdi.directories if said.cdi else ():
+        if not directory.startswith("/") or "\0" in directory:
+            _wrong(name, f"is wrong at cdi.directories: {directory!r} is not an absolute path")
     return said
 
 
@@ -150,11 +167,11 @@ def _parse_rule(said: _Rule, path: str) -> Rule:
 
     for code in NEVER_ALLOWED & set(said.allow):
         _wrong(path, f"is wrong at allow of rule {said.name!r}: {code} cannot be overruled")
-    if not (said.kinds or said.numbers or said.paths or said.pci or said.classes):
+    if not any(getattr(said, key) for key in _DEVICE_KEYS):
+        keys = ", ".join(_DEVICE_KEYS[:-1]).replace("_", "-")
         _wrong(
             path,
-            f"has a rule {said.name!r} that names no devices: add kinds, numbers, paths, pci or "
-            "classes",
+            f"has a rule {said.name!r} that names no devices: add {keys} or cdi-kinds",
         )
     return Rule(
         name=said.name,
@@ -163,6 +180,7 @@ def _parse_rule(said: _Rule, path: str) -> Rule:
         paths=parse("paths", said.paths, PathPattern.parse),
         pci=parse("pci", said.pci, PciPattern.parse),
         classes=parse("classes", said.classes, ClassPattern.parse),
+        cdi_kinds=parse("cdi-kinds", said.cdi_kinds, CdiKindPattern.parse),
         vms=None if said.vms is None else tuple(said.vms),
         owners=None if said.owners is None else tuple(said.owners),
         read_only=said.read_only,

@@ -17,6 +17,7 @@ from vmplug.host.paths import find_paths
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.device import VhostUserSocket
+from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request
 from vmplug.policy.rules import Policy, PolicySubject, Verdict
 
@@ -48,6 +49,7 @@ class PolicyCheck(msgspec.Struct, frozen=True, kw_only=True):
         verdict = self.policy.judge(
             replace(
                 part,
+                cdi_kinds=request.cdi_kinds if isinstance(request, DeviceInfo) else (),
                 read_only=request.read_only,
                 share_rw=is_disk and driver is not None and driver.share_rw,
                 vm=self.vm,

@@ -1,4 +1,4 @@
-"""Patterns of a policy: paths, device numbers, PCI ids and classes.
+"""Patterns of a policy: paths, device numbers, PCI ids and classes, kinds of CDI.
 
 Each is parsed once; a wrong one raises ValueError with what was expected.
 """
@@ -14,6 +14,7 @@ from vmplug.devnum import DevNum
 _NUMBER = re.compile(r"([bc]):([0-9]{1,10})(?::([0-9]{1,10}|\*))?\Z", re.ASCII)
 _PCI = re.compile(r"([0-9a-f]{4}|\*):([0-9a-f]{4}|\*)\Z", re.ASCII)
 _CLASS = re.compile(r"(?:0x)?((?:[0-9a-f]{2}){1,3})\Z", re.ASCII)
+_CDI_KIND = re.compile(r"[A-Za-z0-9_.*?\[\]-]+/[A-Za-z0-9_.*?\[\]-]+\Z", re.ASCII)
 _ANY_DEPTH = "**"
 _WILDCARDS = frozenset("*?[")
 
@@ -123,6 +124,26 @@ class PciPattern(msgspec.Struct, frozen=True):
     def matches(self, vendor_id: int | None, device_id: int | None) -> bool:
         """Whether it is one of them; an unknown ID matches only "any"."""
         return self.vendor_id in {None, vendor_id} and self.device_id in {None, device_id}
+
+
+class CdiKindPattern(msgspec.Struct, frozen=True):
+    """Devices that a CDI name brought, by its kind."""
+
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`vendor.com/gpu` or `vendor.com/*`."""
+        if not _CDI_KIND.match(text):
+            raise ValueError(f"{text!r} is not a CDI kind: write vendor.com/gpu or vendor.com/*")
+        return cls(text)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def matches(self, kind: str) -> bool:
+        """Whether it is one of them."""
+        return fnmatchcase(kind, self.text)
 
 
 class ClassPattern(msgspec.Struct, frozen=True):

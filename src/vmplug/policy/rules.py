@@ -15,7 +15,13 @@ from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.function import PciFunction
 from vmplug.oci.limits import REQUEST_S
-from vmplug.policy.pattern import ClassPattern, NumberPattern, PathPattern, PciPattern
+from vmplug.policy.pattern import (
+    CdiKindPattern,
+    ClassPattern,
+    NumberPattern,
+    PathPattern,
+    PciPattern,
+)
 
 _SHOWN = 4
 
@@ -32,6 +38,7 @@ class PolicySubject(msgspec.Struct, frozen=True, kw_only=True):
     number: tuple[str, DevNum] | None = None
     paths: tuple[str, ...] = ()
     function: PciFunction | None = None
+    cdi_kinds: tuple[str, ...] = ()
     read_only: bool = False
     share_rw: bool = False
     vm: str | None = None
@@ -47,6 +54,7 @@ class PolicySubject(msgspec.Struct, frozen=True, kw_only=True):
             vendor, device = self.function.vendor_id, self.function.device_id
             facts.append(f"{_digits(vendor, 4)}:{_digits(device, 4)}")
             facts.append(f"class 0x{_digits(self.function.class_code, 6)}")
+        facts += [f"CDI {kind}" for kind in self.cdi_kinds]
         return ", ".join([*facts, *(path for path in self.paths if path != self.name)])
 
 
@@ -64,10 +72,10 @@ class Objection(msgspec.Struct, frozen=True):
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """The devices and uses that one rule allows; None is any.
 
-    `kinds`, `numbers`, `paths`, `pci` and `classes` select the devices: each one that is given
-    must match. `vms` and `owners` are patterns of names. `read_only` allows them only for reading,
-    `cold_only` only before the VM starts; `share_rw` also with other writers, and `allow` lists
-    the findings that `--allow` may overrule.
+    `kinds`, `numbers`, `paths`, `pci`, `classes` and `cdi_kinds` select the devices: each one that
+    is given must match. `vms` and `owners` are patterns of names. `read_only` allows them only for
+    reading, `cold_only` only before the VM starts; `share_rw` also with other writers, and `allow`
+    lists the findings that `--allow` may overrule.
     """
 
     name: str
@@ -76,6 +84,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     paths: tuple[PathPattern, ...] | None = None
     pci: tuple[PciPattern, ...] | None = None
     classes: tuple[ClassPattern, ...] | None = None
+    cdi_kinds: tuple[CdiKindPattern, ...] | None = None
     vms: tuple[str, ...] | None = None
     owners: tuple[str, ...] | None = None
     read_only: bool = False
@@ -124,6 +133,10 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
             function and any(pattern.matches(function.class_code) for pattern in self.classes)
         ):
             yield f"is for the PCI classes {_few(self.classes)}"
+        if self.cdi_kinds is not None and not any(
+            pattern.matches(kind) for pattern in self.cdi_kinds for kind in subject.cdi_kinds
+        ):
+            yield f"is for the CDI kinds {_few(self.cdi_kinds)}"
 
     def _other_use(self, subject: PolicySubject) -> Iterator[str]:
         if self.vms is not None and not _is_among(subject.vm, self.vms):
@@ -161,12 +174,15 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """The rules of one file; `name` is its path, for messages.
 
-    One request may take `request_s` seconds.
+    One request may take `request_s` seconds. Names of CDI devices are looked for in
+    `cdi_directories`, lowest priority first: None for those that engines read, none where CDI is
+    off.
     """
 
     name: str = "the policy"
     rules: tuple[Rule, ...]
     request_s: float = REQUEST_S
+    cdi_directories: tuple[str, ...] | None = None
 
     def judge(self, parts: Iterable[PolicySubject]) -> Verdict:
         """The verdict on a device, given as its parts, each of which must be allowed."""

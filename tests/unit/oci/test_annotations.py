@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vmplug.errors import SpecError
 from vmplug.oci.annotations import PREFIX, Annotated, read_annotations
+from vmplug.oci.limits import ANNOTATION_BYTES_MAX, REQUESTS_MAX
 from vmplug.oci.requests import Named, NetInfo, RngInfo, ShareInfo
 from vmplug.oci.spec import Bundle, parse_config
 
@@ -350,3 +351,39 @@ def test_annotations_are_an_object_of_texts(annotations: object, where: str) -> 
     with pytest.raises(SpecError) as caught:
         parse_config(json.dumps({"annotations": annotations}).encode(), name=None)
     assert caught.value.where == where
+
+
+# CDI
+
+
+def cdi(**named: str) -> dict[str, str]:
+    return {f"cdi.k8s.io/{key}": names for key, names in named.items()}
+
+
+def test_annotations_of_cdi_are_names_by_key() -> None:
+    asked = bundle(cdi(b="vendor.com/x=2,vendor.com/x=1", a="vendor.com/x=1"))
+    assert asked.cdi_annotations == {
+        "cdi.k8s.io/a": ("vendor.com/x=1",),
+        "cdi.k8s.io/b": ("vendor.com/x=2", "vendor.com/x=1"),
+    }
+    assert asked.cdi_names == ("vendor.com/x=1", "vendor.com/x=2")
+    assert asked.resolved_annotations == ("cdi.k8s.io/a", "cdi.k8s.io/b")
+    assert bundle({"cdi.k8s.iox/a": "?"}).resolved_annotations == ()
+
+
+@pytest.mark.parametrize("value", ["", "vendor.com/x", "vendor.com/x=1,", "vendor.com/x=1, y/z=1"])
+def test_a_malformed_annotation_of_cdi_is_refused(value: str) -> None:
+    with pytest.raises(SpecError, match=r"annotation cdi\.k8s\.io/a: "):
+        bundle(cdi(a=value))
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("vendor.com/x=1" + "1" * ANNOTATION_BYTES_MAX, "bytes; at most"),
+        (",".join(["v/x=1"] * (REQUESTS_MAX + 1)), "1025 CDI devices; at most 1024"),
+    ],
+)
+def test_too_many_names_are_refused(value: str, what: str) -> None:
+    with pytest.raises(SpecError, match=what):
+        bundle(cdi(a=value))

@@ -50,6 +50,7 @@ GPU = PolicySubject(
     owner="ctr1",
     mode=PlugMode.HOT,
 )
+NAMED = structs.replace(DISK, cdi_kinds=("vendor.com/disk", "other.com/disk"))
 ANY = 'name = "any"\nkinds = ["block", "vfio"]\n'
 
 
@@ -92,6 +93,9 @@ MATCHERS = [
     ('classes = ["0302"]', GPU),
     ('classes = ["0x030200"]', GPU),
     ('kinds = ["vfio"]\npci = ["10de:*"]\nclasses = ["0x03"]', GPU),
+    ('cdi-kinds = ["vendor.com/disk"]', NAMED),
+    ('cdi-kinds = ["a.b/c", "vendor.com/*"]\nkinds = ["block"]', NAMED),
+    ('kinds = ["block"]', NAMED),
 ]
 OTHERS = [
     ('kinds = ["generic"]', DISK),
@@ -107,6 +111,9 @@ OTHERS = [
     ('classes = ["0x0300"]', GPU),
     ('classes = ["0x03"]', DISK),
     ('kinds = ["vfio"]\npci = ["10de:*"]\nclasses = ["0x02"]', GPU),
+    ('cdi-kinds = ["*/*"]', DISK),
+    ('cdi-kinds = ["vendor.com/dis", "vendor/disk", "a/*"]', NAMED),
+    ('cdi-kinds = ["vendor.com/disk"]\nkinds = ["vfio"]', NAMED),
 ]
 
 
@@ -373,6 +380,11 @@ MISTAKES = [
     (f'[[rule]]\n{ANY}pci = ["8086"]', "'8086' is not a PCI ID"),
     (f'[[rule]]\n{ANY}pci = ["8086:1*"]', "'8086:1*' is not a PCI ID"),
     (f'[[rule]]\n{ANY}classes = ["0x3"]', "'0x3' is not a PCI class"),
+    (f'[[rule]]\n{ANY}cdi-kinds = ["vendor.com"]', "'vendor.com' is not a CDI kind"),
+    (f'[[rule]]\n{ANY}cdi-kinds = ["a/b=c"]', "'a/b=c' is not a CDI kind"),
+    ("[cdi]", "is wrong at cdi: object missing required field directories"),
+    ('[cdi]\ndirectories = ["cdi"]', "is wrong at cdi.directories: 'cdi' is not an absolute path"),
+    ("[cdi]\ndirectories = []\nkinds = []", "is wrong at cdi: unknown field kinds"),
     ("[[rule]\n", "is not TOML: "),
     ('[[rule]]\nname = "a"\nname = "b"\n', "is not TOML: Cannot overwrite a value (at line 3"),
     ("x = " + "[" * 5000, "is not TOML: "),
@@ -594,3 +606,18 @@ def test_a_time_that_is_none_is_refused(write: Callable[[str], Path], said: str)
 def test_an_unknown_limit_is_refused(write: Callable[[str], Path]) -> None:
     with pytest.raises(PolicyError, match="is wrong at limits: unknown field request_seconds"):
         read_policy(write("[limits]\nrequest_seconds = 20\n"))
+
+
+def test_the_file_says_where_names_of_cdi_are_looked_for(write: Callable[[str], Path]) -> None:
+    read = {
+        text: read_policy(write(text)).cdi_directories
+        for text in ("", "[cdi]\ndirectories = []", '[cdi]\ndirectories = ["/a", "/b"]')
+    }
+    assert list(read.values()) == [None, (), ("/a", "/b")]
+
+
+def test_a_refusal_says_by_which_kinds_it_came(rules: Callable[..., Policy]) -> None:
+    policy = rules('name = "x"\ncdi-kinds = ["vendor.com/gpu"]')
+    (refusal,) = policy.judge([NAMED]).refusals
+    assert "CDI vendor.com/disk, CDI other.com/disk" in refusal.message
+    assert "the closest, 'x', is for the CDI kinds vendor.com/gpu" in refusal.message

@@ -12,14 +12,34 @@ from vmplug.host.use.mounts import MountPoint, read_mount_points
 from vmplug.host.use.silent import find_silent, no_answer
 from vmplug.oci.info import DeviceInfo, DevType, Mount
 from vmplug.oci.requests import Request
-from vmplug.oci.spec import Bundle
+from vmplug.oci.spec import Bundle, check_paths
 
 _BIND = frozenset({None, "", "none", "bind"})
 
 
-def find_requests(bundle: Bundle, root: HostRoot) -> list[Request]:
-    """Devices, then volumes, then the requests in annotations."""
-    return [*bundle.devices, *find_volumes(bundle.mounts, root), *bundle.annotated]
+def find_requests(
+    bundle: Bundle, root: HostRoot, cdi_directories: Sequence[str] | None = None
+) -> list[Request]:
+    """Devices, those that CDI names bring too, then volumes, then the requests in annotations.
+
+    `cdi_directories` have the CDI specs; see `find_cdi_devices`, also for what it raises.
+    """
+    devices = _find_devices(bundle, root, cdi_directories)
+    return [*devices, *find_volumes(bundle.mounts, root), *bundle.annotated]
+
+
+def _find_devices(
+    bundle: Bundle, root: HostRoot, cdi_directories: Sequence[str] | None
+) -> Sequence[DeviceInfo]:
+    if not bundle.cdi_annotations:
+        return bundle.devices
+    from vmplug.host.cdi.find import find_cdi_devices  # noqa: PLC0415  most bundles name none
+    from vmplug.host.cdi.join import add_cdi_devices  # noqa: PLC0415  the same
+
+    named = find_cdi_devices(bundle.cdi_names, root, cdi_directories)
+    paths = {device.container_path for device in named}
+    check_paths(path for path in bundle.cdi_options if path not in paths)
+    return add_cdi_devices(bundle.devices, named, bundle.cdi_options)
 
 
 def find_volumes(mounts: Iterable[Mount], root: HostRoot) -> list[DeviceInfo]:
