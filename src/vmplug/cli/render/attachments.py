@@ -1,6 +1,6 @@
 """Attachments: for people and as JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmplug.cli.render.kata_agent import agent_json
@@ -12,14 +12,26 @@ from vmplug.cli.render.table import (
     print_table,
     state_column,
 )
+from vmplug.manager.kata.annotations import find_agent_annotations
 
 if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress
     from vmplug.journal.records import Attachment
+    from vmplug.manager.kata.annotations import AgentAnnotations
     from vmplug.manager.watching.health import DeviceHealth
 
 
-def attachment_json(attachment: "Attachment") -> dict[str, Any]:
+def attachments_json(
+    attachments: "Iterable[Attachment]", held: "Iterable[Attachment]"
+) -> list[dict[str, Any]]:
+    """Each of them; `held` is everything that their VMs have."""
+    annotations = find_agent_annotations(held)
+    return [attachment_json(attachment, annotations) for attachment in attachments]
+
+
+def attachment_json(
+    attachment: "Attachment", annotations: "AgentAnnotations | None" = None
+) -> dict[str, Any]:
     """One hold on a device; `guest` is null for a device that is only counted."""
     return {
         "id": attachment.id,
@@ -33,11 +45,13 @@ def attachment_json(attachment: "Attachment") -> dict[str, Any]:
         "read_only": attachment.read_only,
         "count": attachment.count,
         "state": str(attachment.state),
-        "guest": guest_json(attachment),
+        "guest": guest_json(attachment, annotations),
     }
 
 
-def guest_json(attachment: "Attachment") -> dict[str, Any] | None:
+def guest_json(
+    attachment: "Attachment", annotations: "AgentAnnotations | None" = None
+) -> dict[str, Any] | None:
     """Where the guest sees it; null for a device that is only counted."""
     guest = attachment.guest_address
     if guest is None:
@@ -56,7 +70,7 @@ def guest_json(attachment: "Attachment") -> dict[str, Any] | None:
             for function in guest.functions
         ],
         "ap_queues": list(guest.ap_queues),
-        "agent": agent_json(attachment),
+        "agent": agent_json(attachment, annotations),
     }
 
 

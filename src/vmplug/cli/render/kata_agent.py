@@ -10,19 +10,26 @@ from vmplug.host.kind import DeviceType
 if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress
     from vmplug.journal.records import Attachment
+    from vmplug.manager.kata.annotations import AgentAnnotations
 
 _NO_WORD = {DeviceType.VHOST_USER_SCSI, DeviceType.VHOST_USER_NET, DeviceType.VIRTIO_RNG}
 """Kata's agent needs no message about these: the guest's kernel finds them."""
 
 
-def agent_json(attachment: "Attachment") -> dict[str, Any] | None:
-    """`type`, `id`, `vm_path` and `options`; None for what the agent has no word for."""
+def agent_json(
+    attachment: "Attachment", annotations: "AgentAnnotations | None" = None
+) -> dict[str, Any] | None:
+    """`type`, `id`, `vm_path` and `options`; None for what the agent has no word for.
+
+    `annotations` of the container that holds it are there for a device that has some.
+    """
     guest = attachment.guest_address
     is_unnamed = guest is not None and guest.nvdimm_handle and guest.nvdimm_id is None
     if guest is None or is_unnamed or attachment.kind in _NO_WORD:
         return None
     if attachment.kind is DeviceType.VFIO:
-        return _vfio(attachment, guest)
+        own = (annotations or {}).get(attachment.id)
+        return _vfio(attachment, guest) | ({"annotations": dict(own)} if own else {})
     if guest.mount_tag:
         is_9p = attachment.kind is DeviceType.VIRTIO_9P
         return {

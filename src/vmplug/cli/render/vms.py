@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmplug.cli.render.attachments import attachment_json, print_attachments
+from vmplug.cli.render.attachments import attachments_json, print_attachments
 from vmplug.cli.render.table import Column, name_column, path_column, print_table, state_column
 from vmplug.cli.render.terminal import Style, say, wrapped
 from vmplug.cli.render.text import one_line
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # each is of one verb
     from vmplug.vms.stop import StoppedVm
 
 
-def started_json(vm: "StartedVm") -> dict[str, Any]:
+def started_json(vm: "StartedVm", resolved_annotations: Sequence[str] = ()) -> dict[str, Any]:
     """A VM that was started, and what it has from the start."""
     facts = {
         "name": vm.name,
@@ -31,7 +31,11 @@ def started_json(vm: "StartedVm") -> dict[str, Any]:
         "accel": vm.accel,
         "why_not_kvm": vm.why_not_kvm,
     }
-    return {"vm": facts, "attachments": [attachment_json(hold) for hold in vm.attachments]}
+    return {
+        "vm": facts,
+        "attachments": attachments_json(vm.attachments, vm.attachments),
+        "resolved_annotations": list(resolved_annotations),
+    }
 
 
 def print_started(vm: "StartedVm") -> None:

@@ -3,7 +3,7 @@
 import click
 
 from vmplug.cli.options import completes, json_option, state_dir_option
-from vmplug.cli.render.attachments import attachment_json, host_json, print_attachments
+from vmplug.cli.render.attachments import attachments_json, host_json, print_attachments
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.terminal import Style, say
 from vmplug.cli.render.vms import failed_disk_json, print_stopped_vms
@@ -29,9 +29,10 @@ def command(as_json: bool, state_dir: str, vm: str | None) -> None:
     """
     listing = list_attachments(vm=vm, setup=Setup(state_dir=state_dir))
     if as_json:
+        holds = listing.attachments
         listed = [
-            attachment_json(hold) | host_json(listing.health.get(hold.device_id))
-            for hold in listing.attachments
+            shown | host_json(listing.health.get(hold.device_id))
+            for hold, shown in zip(holds, attachments_json(holds, holds), strict=True)
         ]
         stopped = {
             vm: [failed_disk_json(disk) for disk in disks]
