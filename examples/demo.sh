@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly KINDS='disk vfio nvdimm vhost-user-blk vhost-user-scsi vhost-user-net virtio-fs virtio-9p rng virtio-mmio virtio-blk-ccw generic'
+readonly KINDS='disk vfio nvdimm vhost-user-blk vhost-user-scsi vhost-user-net virtio-fs virtio-9p rng virtio-mmio virtio-blk-ccw generic cdi'
 
 # `fail SENTENCE HINT`
 fail() {
@@ -132,6 +132,41 @@ demo_disk() {
     head -c 20 "$loop"
     echo
     refused vmplug check "$work/ctr1"
+    detach_all
+}
+
+demo_cdi() {
+    make_image 64M 'a disk that has a name.'
+    loop=$(losetup --find --show "$work/disk.img")
+    mkdir "$work/cdi"
+    cat >"$work/cdi/disk.yaml" <<YAML
+cdiVersion: 0.5.0
+kind: vmplug.example/disk
+devices:
+- name: data
+  containerEdits:
+    deviceNodes: [{path: /dev/xvda, hostPath: $loop, permissions: r}]
+YAML
+    cat >"$work/policy.toml" <<TOML
+[cdi]
+directories = ["$work/cdi"]
+
+[[rule]]
+name = "disks that have names"
+cdi-kinds = ["vmplug.example/disk"]
+TOML
+    export VMPLUG_POLICY=$work/policy.toml
+    say 'The operator gives a disk a name, and allows what has such names:'
+    cat "$work/cdi/disk.yaml" "$work/policy.toml"
+    make_bundle '' '"cdi.k8s.io/vmplug_disk": "vmplug.example/disk=data"'
+    show vmplug info "$work/ctr1"
+    show vmplug check "$work/ctr1"
+    refused vmplug check "$loop"
+    start_vm
+    show vmplug attach "$work/ctr1" --vm demo
+    in_guest 'wait_for_disks 1 3000'
+    in_guest 'head -c 23 /dev/vda; echo'
+    in_guest 'cat /sys/block/vda/ro'
     detach_all
 }
 
