@@ -220,8 +220,8 @@ MODULES_MAX = 15
 IN_HOST = [
     {"kind"},
     {"root", "finding", "program", "permissions", "events"},
-    {"process", "use", "cdi"},
-    {"file_id"},
+    {"process", "use"},
+    {"file_id", "cdi"},
     {"block"},
     {"pci", "vhost_user"},
     {"device"},

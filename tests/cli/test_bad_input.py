@@ -186,7 +186,7 @@ REQUESTS = [
     request("check --device b:8", "--device b:8: .*MAJOR:MINOR", "write /dev/sdb, b:8:16"),
     request(
         "check --device x:8:0",
-        "--device x:8:0: 'x' is not b, c, file, nvdimm, vfio, net, share or rng, or a path",
+        "--device x:8:0: 'x' is not b, c, file, nvdimm, vfio, net, share, rng, a CDI name",
         "write /dev/sdb, b:8:16",
     ),
     request("check --device b:8:0:/dev/../x", "'..'", "without '..'"),

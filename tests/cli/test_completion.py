@@ -1,5 +1,6 @@
 """What <Tab> offers; bash itself is asked at a terminal, as it splits words at ':' and '='."""
 
+import json
 import os
 import pty
 import select
@@ -25,6 +26,25 @@ def offered(vmplug: Vmplug, line: str) -> list[str]:
     shown = vmplug(env=asked)
     assert (shown.stderr, shown.status) == ("", 0)
     return [entry.partition(",")[2] for entry in shown.stdout.splitlines() if entry]
+
+
+def test_cdi_names_are_offered_as_devices(vmplug: Vmplug, tmp_path: Path) -> None:
+    policy, specs = tmp_path / "policy.toml", tmp_path / "cdi"
+    specs.mkdir()
+    edits = {"deviceNodes": [{"path": "/dev/null"}]}
+    devices = [{"name": name, "containerEdits": edits} for name in ("a", "b:c")]
+    spec = {"cdiVersion": "0.5.0", "kind": "vendor.com/disk", "devices": devices}
+    (specs / "a.json").write_text(json.dumps(spec))
+    policy.write_text(f'[cdi]\ndirectories = ["{specs}"]\n')
+    policy.chmod(0o600)
+    names = ["vendor.com/disk=a", "vendor.com/disk=b:c"]
+    line = f"vmplug check --policy {policy} --device "
+    assert offered(vmplug, f"{line}vendor") == names
+    assert set(offered(vmplug, line)) >= {*names, "vfio:"}
+    policy.write_text("[cdi]\ndirectories = []\n")
+    assert offered(vmplug, f"{line}vendor") == []
+    policy.write_text("wrong")
+    assert offered(vmplug, f"{line}vendor") == []
 
 
 @pytest.fixture

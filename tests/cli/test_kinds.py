@@ -452,7 +452,7 @@ LONG_TAG = "ä" * 18 + "b"
         (f"--device share:/x:{LONG_TAG}", "a mount tag has at most 36 bytes", None),
         (
             "--device fd:99:t",
-            "'fd' is not b, c, file, nvdimm, vfio, net, share or rng",
+            "'fd' is not b, c, file, nvdimm, vfio, net, share, rng",
             "write /dev/sdb, b:8:16",
         ),
         ("--device share:fd:x:t", "share:t: 'fd:x' is not an absolute path", None),

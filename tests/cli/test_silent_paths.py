@@ -66,6 +66,25 @@ def test_a_verb_says_that_the_storage_does_not_answer(
     assert status == 4
 
 
+@pytest.mark.parametrize("at", ["directory", "node"])
+def test_a_cdi_name_is_not_waited_for(
+    vmplug: Vmplug, files: SilentFiles, tmp_path: Path, at: str
+) -> None:
+    policy, specs = tmp_path / "policy.toml", tmp_path / "cdi"
+    specs.mkdir(mode=0o755)
+    node = {"path": "/dev/x", "hostPath": f"{files.mounted}/node"}
+    devices = [{"name": "a", "containerEdits": {"deviceNodes": [node]}}]
+    spec = {"cdiVersion": "0.5.0", "kind": "vendor.com/disk", "devices": devices}
+    (specs / "a.json").write_text(json.dumps(spec))
+    directory = files.mounted / "dir" if at == "directory" else specs
+    policy.write_text(f'[cdi]\ndirectories = ["{directory}"]\n')
+    files.stop()
+    words = ("resolve", "--device", "vendor.com/disk=a", "--policy", str(policy))
+    out, err, status = run(vmplug, files, *words)
+    assert (out, status) == ("", 4)
+    assert "its storage does not answer" in err
+
+
 def test_an_image_is_not_waited_for_whose_backing_file_does_not_answer(
     vmplug: Vmplug, files: SilentFiles, tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ help_about_the_host() {
 
 # VM sb1 is paused, and has two disks.
 help_about_devices() {
+    cdi_disk
     loop_device
     loop_device 7:0
     mkdir -p /images /srv/work
@@ -209,6 +210,22 @@ EOF
 EOF
     cp /etc/cdi/vendor.json vendor.json
     cp /etc/cdi/vendor.json vendor.yaml
+}
+
+# vendor.com/disk=data is a new disk.
+cdi_disk() {
+    mkdir -p /etc/cdi
+    image /srv/data.img
+    losetup --find --show /srv/data.img >>"$LOOPS"
+    cat >/etc/cdi/data.json <<EOF
+{"cdiVersion": "0.5.0", "kind": "vendor.com/disk", "devices": [{"name": "data", "containerEdits": {
+    "deviceNodes": [{"path": "/dev/data", "hostPath": "$(tail -n 1 "$LOOPS")"}]}}]}
+EOF
+}
+
+cdi_plug() {
+    paused_vm sb1
+    cdi_disk
 }
 
 help_about_leases() {

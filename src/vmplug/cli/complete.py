@@ -18,12 +18,13 @@ from click.shell_completion import (
 from vmplug.cdi.registry import DEFAULT_DIRECTORIES, read_directories
 from vmplug.drivers import block, rng, share, vfio, vhost_user
 from vmplug.drivers.options import Option
-from vmplug.errors import HostError, StoreError
+from vmplug.errors import HostError, PolicyError, StoreError
 from vmplug.host.finding import LEASE_PREFIX, NEVER_ALLOWED, Code
 from vmplug.host.root import THIS_HOST
 from vmplug.journal import DEFAULT_STATE_DIR
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment
+from vmplug.policy.find import find_policy
 
 T = TypeVar("T")
 Item = CompletionItem[str]
@@ -149,12 +150,12 @@ def function(ctx: click.Context, incomplete: str) -> list[Item]:  # noqa: ARG001
     return _starting(_functions(), incomplete)
 
 
-def device(ctx: click.Context, incomplete: str) -> list[Item]:  # noqa: ARG001  as the others
-    """Paths, `b:8:16`, `vfio:0000:3b:00.0`, or the words that these begin with."""
+def device(ctx: click.Context, incomplete: str) -> list[Item]:
+    """Paths, `b:8:16`, `vfio:0000:3b:00.0`, CDI names, or the words that these begin with."""
     kind, colon, rest = incomplete.partition(":")
     if incomplete.startswith("/") or (kind in _PATHS and colon and ":" not in rest):
         return [Item(rest if colon else incomplete, type="file")]
-    known: Mapping[str, str | None] = {**dict.fromkeys(_disks()), **_WORDS}
+    known: Mapping[str, str | None] = {**dict.fromkeys(_disks()), **_WORDS, **_cdi_names(ctx)}
     if kind == "b" and colon:
         known = {f"b:{number}": node for number, node in _numbers()}
     elif kind == "vfio" and colon:
@@ -168,6 +169,17 @@ def cdi_device(ctx: click.Context, incomplete: str) -> list[Item]:
     said = ctx.params.get("names") or ()
     files = {name: d.source.file for name, d in registry.devices.items() if name not in said}
     return _starting(files, incomplete)
+
+
+def _cdi_names(ctx: click.Context) -> dict[str, str]:
+    """Each with its file, of the directories that the policy lists."""
+    try:
+        policy = find_policy(ctx.params.get("policy"))
+    except PolicyError:
+        return {}
+    directories = None if policy is None else policy.cdi_directories
+    registry = read_directories(DEFAULT_DIRECTORIES if directories is None else directories)
+    return {name: found.source.file for name, found in registry.devices.items()}
 
 
 _PATHS = frozenset({"file", "nvdimm", "share", "net", "rng"})

@@ -11,6 +11,7 @@ msgspec, and what is made with it, are imported where they are used: it costs 9 
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _READ_ONLY = ":ro"
 _NAMED = frozenset({"net", "share", "rng", "vfio"})
 _NEVER_READ_ONLY = frozenset({"net", "vfio"})
-_WORDS = "b, c, file, nvdimm, vfio, net, share or rng"
+_WORDS = "b, c, file, nvdimm, vfio, net, share, rng, a CDI name such as vendor.com/gpu=gpu0"
 _REMEDY = "write /dev/sdb, b:8:16, file:/images/a.img, each also with :/dev/xvda and :ro"
 _MISTAKEN_MODE = re.compile(
     r":(?![0-9a-f]{2}:)\s*(?:[A-Za-z][A-Za-z0-9_,=-]{0,9})?\s*(?=:|\Z)", re.ASCII
@@ -63,6 +64,21 @@ def parse_device(text: str, host: HostRoot = THIS_HOST) -> "Request":
     return request_read_only(request)
 
 
+def names_cdi_device(text: str) -> bool:
+    """Whether it is meant as a CDI name: `vendor.com/class=name`."""
+    kind, equals, _ = text.partition("=")
+    return bool(equals) and "/" in kind and ":" not in kind and text[0] not in "/."
+
+
+def parse_cdi_names(texts: Iterable[str]) -> dict[str, bool]:
+    """The CDI names, and whether each is wanted read-only: `vendor.com/class=name:ro`."""
+    wanted = dict[str, bool]()
+    for text in texts:
+        name = text.removesuffix(_READ_ONLY)
+        wanted[name] = wanted.get(name, False) or name != text
+    return wanted
+
+
 def request_read_only(request: "Request") -> "Request":
     """The same request, for reading; what cannot be read-only stays as it is."""
     if isinstance(request, DeviceInfo):
@@ -75,14 +91,14 @@ def request_read_only(request: "Request") -> "Request":
 
 
 def names_device(text: str, host: HostRoot) -> bool:
-    """Whether a BUNDLE is a device instead: a node, or an absent name below /dev.
+    """Whether a BUNDLE is a device instead: a node, an absent name below /dev, or a CDI name.
 
     Nothing reads a node as a config.json, but the standard input and what a shell opened for it.
     """
-    if text.startswith(_OWN_DESCRIPTORS):
-        return False
-    if find_silent([text], THIS_HOST):  # reading it as a bundle says so
-        return False
+    if text.startswith(_OWN_DESCRIPTORS) or find_silent([text], THIS_HOST):
+        return False  # reading it as a bundle says so
+    if names_cdi_device(text):
+        return THIS_HOST.stat_or_none(text) is None
     if not text.startswith("/"):
         return _is_node(THIS_HOST.stat_or_none(text))
     try:

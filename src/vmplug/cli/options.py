@@ -7,11 +7,18 @@ of `resolve`, which does without.
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from vmplug.cli.device import names_device, parse_device, request_read_only
+from vmplug.cli.device import (
+    names_cdi_device,
+    names_device,
+    parse_cdi_names,
+    parse_device,
+    request_read_only,
+)
 from vmplug.errors import SpecError
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.host.use.silent import require_answer
@@ -19,6 +26,7 @@ from vmplug.journal import DEFAULT_STATE_DIR, STATE_DIR_VARIABLE
 from vmplug.manager import UNPLUG_TIMEOUT_S
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.policy import DEFAULT_POLICY
+from vmplug.policy.find import find_policy
 
 if TYPE_CHECKING:
     from vmplug.address import Bdf
@@ -103,6 +111,18 @@ vm_option = click.option(
 )
 
 
+policy_option = click.option(
+    "--policy",
+    "policy",
+    type=click.Path(),
+    metavar="FILE",
+    envvar="VMPLUG_POLICY",
+    show_envvar=True,
+    help="Rules for what may be handed over, and where CDI names are looked for; default: "
+    f"{DEFAULT_POLICY}, if it exists.",
+)
+
+
 def request_options(command: F) -> F:
     """BUNDLE (or a device in its place), --device and how the devices are wanted."""
     return click.argument("bundle", required=False, type=AnsweringPath())(device_options(command))
@@ -111,6 +131,7 @@ def request_options(command: F) -> F:
 def device_options(command: F) -> F:
     """--device and how the devices are wanted."""
     for decorate in (
+        policy_option,
         store_option,
         host_option,
         click.option(
@@ -133,7 +154,8 @@ def device_options(command: F) -> F:
             help="Ask for NODE[:PATH] such as /dev/sdb, b:MAJOR:MINOR[:PATH], "
             "c:MAJOR:MINOR[:PATH], file:IMAGE[:PATH], nvdimm:IMAGE[:PATH], "
             "vfio:BDF (also: a mediated device's UUID, /dev/vfio/N), "
-            "net:SOCKET, share:DIRECTORY:TAG (also: a virtiofsd's socket, fd:N) or rng[:SOURCE]; "
+            "net:SOCKET, share:DIRECTORY:TAG (also: a virtiofsd's socket, fd:N), rng[:SOURCE] or "
+            "a CDI name, VENDOR/CLASS=NAME; "
             "PATH is the one in the container. :ro at the end asks for it read-only.",
         ),
     ):
@@ -157,17 +179,6 @@ allow_option = click.option(
 )
 
 
-policy_option = click.option(
-    "--policy",
-    "policy",
-    type=click.Path(),
-    metavar="FILE",
-    envvar="VMPLUG_POLICY",
-    show_envvar=True,
-    help=f"Rules for what may be handed over; default: {DEFAULT_POLICY}, if it exists.",
-)
-
-
 managed_option = click.option(
     "--managed",
     is_flag=True,
@@ -176,14 +187,19 @@ managed_option = click.option(
 
 
 class RequestArguments(NamedTuple):
-    """What the arguments ask for: the devices, the bundle's name, and where to look."""
+    """What the arguments ask for: the devices, the bundle's name, and where to look.
+
+    `resolved_annotations` are those of the bundle that no guest may get.
+    """
 
     requests: "tuple[Request, ...]"
     name: str | None
     host: HostRoot
     vhost_user_store: "VhostUserStore | None"
+    find_policy: "Callable[[], Policy | None]"
+    resolved_annotations: tuple[str, ...] = ()
 
-    def setup(self, state_dir: str, policy: "Policy | None") -> "Setup":
+    def setup(self, state_dir: str) -> "Setup":
         """The host that is meant, with its journal and the policy that holds."""
         from vmplug.manager.setup import Setup  # noqa: PLC0415  msgspec: 9 ms
 
@@ -191,7 +207,7 @@ class RequestArguments(NamedTuple):
             host=self.host,
             state_dir=state_dir,
             vhost_user_store=self.vhost_user_store,
-            policy=policy,
+            policy=self.find_policy(),
         )
 
 
@@ -210,24 +226,28 @@ def read_request(
     driver_options: Sequence[str],
     root: str,
     vhost_user_store: str | None,
+    policy: str | None,
 ) -> RequestArguments:
-    """The request that `request_options` describe. Raises UsageError or SpecError."""
-    host = open_root(root)
+    """The request that `request_options` describe. Raises UsageError, SpecError or HostError."""
+    host, load_policy = open_root(root), cache(partial(find_policy, policy))
     if bundle is not None and names_device(bundle, host):
-        devices = (os.path.abspath(bundle), *devices)
+        devices = (bundle if names_cdi_device(bundle) else os.path.abspath(bundle), *devices)
         bundle = None
-    requests: list[Request] = [parse_device(text, host) for text in devices]
+    requests = _parse_devices(devices, host, load_policy)
     options = _parse_options(driver_options)
     annotated: Sequence[Request] = ()
     name = None
+    resolved: tuple[str, ...] = ()
     if bundle is not None:
         from vmplug.host.block.volumes import find_requests  # noqa: PLC0415  msgspec: 9 ms
         from vmplug.oci.spec import read_bundle  # noqa: PLC0415  msgspec: 9 ms
 
         require_answer(os.path.join(bundle, "config.json"), THIS_HOST)
         asked = read_bundle(bundle)
-        requests = [*find_requests(asked, host), *requests]
+        directories = _cdi_directories(load_policy) if asked.cdi_annotations else None
+        requests = [*find_requests(asked, host, directories), *requests]
         name, annotated = asked.name, asked.annotated
+        resolved = asked.resolved_annotations
     elif not requests:
         raise click.UsageError("name a BUNDLE, or a device with --device")
     wanted = tuple(
@@ -236,7 +256,36 @@ def read_request(
     )
     _check_names(wanted)
     store = open_store(vhost_user_store, host) if vhost_user_store else None
-    return RequestArguments(requests=wanted, name=name, host=host, vhost_user_store=store)
+    return RequestArguments(
+        requests=wanted,
+        name=name,
+        host=host,
+        vhost_user_store=store,
+        find_policy=load_policy,
+        resolved_annotations=resolved,
+    )
+
+
+def _parse_devices(
+    texts: Sequence[str], host: HostRoot, load_policy: "Callable[[], Policy | None]"
+) -> "list[Request]":
+    """What `--device` asks for, and then what its CDI names bring."""
+    named = parse_cdi_names(filter(names_cdi_device, texts))
+    requests: list[Request] = [
+        parse_device(text, host) for text in texts if not names_cdi_device(text)
+    ]
+    if named:
+        from vmplug.host.cdi.find import find_cdi_devices  # noqa: PLC0415  msgspec: 9 ms
+
+        for info in find_cdi_devices(named, host, _cdi_directories(load_policy)):
+            is_read_only = any(named[name] for name in info.cdi_names)
+            requests.append(request_read_only(info) if is_read_only else info)
+    return requests
+
+
+def _cdi_directories(load_policy: "Callable[[], Policy | None]") -> Sequence[str] | None:
+    policy = load_policy()
+    return None if policy is None else policy.cdi_directories
 
 
 def _wanted(info: "Request", options: Mapping[str, str], *, read_only: bool) -> "Request":

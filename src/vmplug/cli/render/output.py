@@ -1,6 +1,6 @@
 """What stands on stdout: one JSON document, and words that several verbs have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -50,7 +50,10 @@ def container_path(info: "Request") -> str | None:
 
 
 def info_json(info: "Request") -> dict[str, Any]:
-    """What is asked for; what OCI has no word for has neither path, type nor number."""
+    """What is asked for; what OCI has no word for has neither path, type nor number.
+
+    What a CDI name brought has `cdi_names`.
+    """
     device = info if isinstance(info, DeviceInfo) else None
     return {
         "name": info.name,
@@ -59,7 +62,13 @@ def info_json(info: "Request") -> dict[str, Any]:
         "major": device.major if device else None,
         "minor": device.minor if device else None,
         "read_only": info.read_only,
+        **({"cdi_names": list(device.cdi_names)} if device and device.cdi_names else {}),
     }
+
+
+def resolved_json(annotations: Sequence[str]) -> dict[str, Any]:
+    """The annotations of the bundle that no guest may get; no key where there are none."""
+    return {"resolved_annotations": list(annotations)} if annotations else {}
 
 
 def device_json(device: HostDevice) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmplug.cli.render.attachments import attachments_json, print_attachments
+from vmplug.cli.render.output import resolved_json
 from vmplug.cli.render.table import Column, name_column, path_column, print_table, state_column
 from vmplug.cli.render.terminal import Style, say, wrapped
 from vmplug.cli.render.text import one_line
@@ -34,7 +35,7 @@ def started_json(vm: "StartedVm", resolved_annotations: Sequence[str] = ()) -> d
     return {
         "vm": facts,
         "attachments": attachments_json(vm.attachments, vm.attachments),
-        "resolved_annotations": list(resolved_annotations),
+        **resolved_json(resolved_annotations),
     }
 
 

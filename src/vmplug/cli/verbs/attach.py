@@ -8,7 +8,6 @@ from vmplug.cli.options import (
     managed_option,
     owner_option,
     parse_allow,
-    policy_option,
     read_request,
     request_options,
     require_owner,
@@ -16,10 +15,9 @@ from vmplug.cli.options import (
     vm_option,
 )
 from vmplug.cli.progress import at_work
-from vmplug.cli.render.attachments import attachment_json, print_attachments
-from vmplug.cli.render.output import print_json
+from vmplug.cli.render.attachments import attachments_json, print_attachments
+from vmplug.cli.render.output import print_json, resolved_json
 from vmplug.drivers import block, rng, share, vfio, vhost_user
-from vmplug.policy.find import find_policy
 from vmplug.vms.connect import connect_vm
 
 _KINDS = {
@@ -47,7 +45,6 @@ _OPTIONS_HELP = "\n\n".join(
 @owner_option
 @allow_option
 @managed_option
-@policy_option
 @state_dir_option
 @json_option
 def command(
@@ -58,7 +55,6 @@ def command(
     managed: bool,
     owner: str | None,
     vm: str,
-    policy: str | None,
     **request: object,
 ) -> None:
     """Plug the devices into a VM, all of them or none, and print where the guest sees them.
@@ -72,9 +68,10 @@ def command(
     vmplug attach --device file:/images/a.qcow2 -o format=qcow2 --vm sb1 --owner ctr1
     vmplug attach --device share:/srv/work:work --read-only --vm sb1 --owner ctr1
     vmplug attach --device vfio:0000:3b:00.0 --managed --vm sb1 --owner ctr1
+    vmplug attach --device vendor.com/disk=data --vm sb1 --owner ctr1
     """
     asked = read_request(**request)  # type: ignore[arg-type]
-    setup = asked.setup(state_dir, find_policy(policy))
+    setup = asked.setup(state_dir)
     with at_work(f"attaching to VM {vm}", setup), connect_vm(vm, setup=setup) as devices:
         attachments = devices.attach_all(
             asked.requests,
@@ -82,9 +79,11 @@ def command(
             allow=parse_allow(allow),
             managed=managed,
         )
+        held = devices.attachments()
     if as_json:
-        listed = [attachment_json(attachment) for attachment in attachments]
-        print_json({"vm": vm, "attachments": listed})
+        listed = attachments_json(attachments, held)
+        resolved = resolved_json(asked.resolved_annotations)
+        print_json({"vm": vm, "attachments": listed, **resolved})
         return
     print_attachments(attachments, with_vm=False)
     if not attachments:

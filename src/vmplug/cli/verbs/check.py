@@ -9,7 +9,6 @@ from vmplug.cli.options import (
     managed_option,
     owner_option,
     parse_allow,
-    policy_option,
     read_request,
     request_options,
     state_dir_option,
@@ -21,7 +20,6 @@ from vmplug.cli.render.findings import (
     problems_json,
 )
 from vmplug.cli.render.output import print_json
-from vmplug.policy.find import find_policy
 from vmplug.vms.check import check_requests
 
 
@@ -30,7 +28,6 @@ from vmplug.vms.check import check_requests
 @allow_option
 @managed_option
 @owner_option
-@policy_option
 @click.option(
     "--vm",
     metavar="NAME",
@@ -47,7 +44,6 @@ def command(
     managed: bool,
     vm: str | None,
     owner: str | None,
-    policy: str | None,
     **request: object,
 ) -> None:
     """May it be handed over?
@@ -72,7 +68,7 @@ def command(
         owner=owner or asked.name,
         allow=parse_allow(allow),
         managed=managed,
-        setup=asked.setup(state_dir, find_policy(policy)),
+        setup=asked.setup(state_dir),
     )
     status = check_status(examined)
     if as_json:

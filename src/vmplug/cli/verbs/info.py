@@ -3,7 +3,7 @@
 import click
 
 from vmplug.cli.options import json_option, read_request, request_options
-from vmplug.cli.render.output import access, info_json, print_json
+from vmplug.cli.render.output import access, info_json, print_json, resolved_json
 from vmplug.cli.render.table import path_column, print_table
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Named, NetInfo, Request, VfioInfo
@@ -24,7 +24,9 @@ def command(as_json: bool, **request: object) -> None:
     """
     asked = read_request(**request)  # type: ignore[arg-type]
     if as_json:
-        print_json({"name": asked.name, "devices": [_json(info) for info in asked.requests]})
+        devices = [_json(info) for info in asked.requests]
+        resolved = resolved_json(asked.resolved_annotations)
+        print_json({"name": asked.name, "devices": devices, **resolved})
         return
     if not asked.requests:
         click.echo("no devices are asked for")

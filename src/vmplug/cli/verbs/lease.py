@@ -11,7 +11,6 @@ from vmplug.cli.options import (
     managed_option,
     owner_option,
     parse_allow,
-    policy_option,
     read_request,
     state_dir_option,
 )
@@ -24,7 +23,6 @@ from vmplug.leases.life import end_lease, list_leases
 from vmplug.leases.run import check_command, passing_for, run_command, write_description
 from vmplug.leases.template import render_command
 from vmplug.manager.setup import Setup
-from vmplug.policy.find import find_policy
 
 
 class _LeaseGroup(VerbGroup):
@@ -71,7 +69,6 @@ def command() -> None:
     metavar="FILE",
     help="Write the lease as JSON into this file before the command starts.",
 )
-@policy_option
 @state_dir_option
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND...")
 @click.pass_context
@@ -80,7 +77,6 @@ def run(
     /,
     *,
     state_dir: str,
-    policy: str | None,
     describe: str | None,
     lock: str,
     managed: bool,
@@ -104,7 +100,7 @@ def run(
     """
     check_command(words)
     asked = read_request(**request)  # type: ignore[arg-type]
-    setup = asked.setup(state_dir, find_policy(policy))
+    setup = asked.setup(state_dir)
     with at_work("leasing the devices", setup):
         leased = lease(
             asked.requests,

@@ -8,7 +8,6 @@ from vmplug.cli.options import (
     managed_option,
     owner_option,
     parse_allow,
-    policy_option,
     read_request,
     request_options,
     state_dir_option,
@@ -20,7 +19,6 @@ from vmplug.cli.render.terminal import Style, say, wrapped
 from vmplug.cli.render.text import one_line
 from vmplug.cli.steps import raw, sentences
 from vmplug.drivers.ports import Command, Step
-from vmplug.policy.find import find_policy
 from vmplug.vms.connect import connect_vm
 
 
@@ -30,7 +28,6 @@ from vmplug.vms.connect import connect_vm
 @allow_option
 @managed_option
 @owner_option
-@policy_option
 @state_dir_option
 @json_option
 def command(
@@ -41,7 +38,6 @@ def command(
     managed: bool,
     vm: str,
     owner: str | None,
-    policy: str | None,
     **request: object,
 ) -> None:
     """What would `vmplug attach` do? Every step with the one that undoes it.
@@ -54,7 +50,7 @@ def command(
     vmplug plan --device b:7:0 --vm sb1 --json
     """
     asked = read_request(**request)  # type: ignore[arg-type]
-    setup = asked.setup(state_dir, find_policy(policy))
+    setup = asked.setup(state_dir)
     with connect_vm(vm, setup=setup) as devices:
         steps = devices.plan(
             asked.requests,

@@ -1,6 +1,7 @@
 """`vmplug vm`: start, adopt, stop, resume, list."""
 
 import re
+from functools import partial
 from typing import Any
 
 import click
@@ -17,7 +18,6 @@ from vmplug.cli.options import (
     owner_option,
     parse_allow,
     parse_function,
-    policy_option,
     read_request,
     require_owner,
     state_dir_option,
@@ -50,7 +50,15 @@ from vmplug.vms.stop import stop_vm
 _MEMORY = re.compile(r"([0-9]{1,9})([MGT]?)", re.ASCII)
 _MIB = {"": 1, "M": 1, "G": 1 << 10, "T": 1 << 20}
 _MEMORY_MIN_MIB = 64
-_NOTHING = RequestArguments(requests=(), name=None, host=THIS_HOST, vhost_user_store=None)
+_REQUEST = (
+    "bundle",
+    "devices",
+    "read_only",
+    "driver_options",
+    "root",
+    "vhost_user_store",
+    "policy",
+)
 
 
 def _parse_memory(ctx: click.Context, param: click.Parameter, said: str) -> int:
@@ -134,7 +142,6 @@ def command() -> None:
 @owner_option
 @allow_option
 @managed_option
-@policy_option
 @click.argument("qemu_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU_ARGS...]")
 @state_dir_option
 @json_option
@@ -144,7 +151,6 @@ def start(
     state_dir: str,
     allow: tuple[str, ...],
     owner: str | None,
-    policy: str | None,
     name: str,
     qemu_args: tuple[str, ...],
     managed: bool,
@@ -165,6 +171,7 @@ def start(
         --owner ctr1
     vmplug vm start sb5 --kernel vmlinuz --room-for 0000:3b:00.0 --bridges 1
     """
+    wants_devices = options["bundle"] is not None or bool(options["devices"])
     asked = _read_devices(options)
     if options["ports"] + options["bridges"] > MAX_PORTS:
         raise click.UsageError(f"--ports and --bridges together are at most {MAX_PORTS}")
@@ -174,28 +181,33 @@ def start(
         room_for=tuple(map(parse_function, room_for)),
         **options | {"machine": Machine(options["machine"])},
     )
-    setup = asked.setup(state_dir, find_policy(policy))
+    setup = asked.setup(state_dir)
     with at_work(f"starting VM {name}", setup):
         started = start_vm(
             spec,
             asked.requests,
-            owner=None if asked is _NOTHING else require_owner(owner, asked),
+            owner=require_owner(owner, asked) if wants_devices else None,
             allow=parse_allow(allow),
             managed=managed,
             setup=setup,
         )
     if as_json:
-        print_json(started_json(started))
+        print_json(started_json(started, asked.resolved_annotations))
     else:
         print_started(started)
 
 
 def _read_devices(options: dict[str, Any]) -> RequestArguments:
     """Take the request for devices out of the verb's options."""
-    keys = ("bundle", "devices", "read_only", "driver_options", "root", "vhost_user_store")
-    request = {key: options.pop(key) for key in keys}
+    request = {key: options.pop(key) for key in _REQUEST}
     if request["bundle"] is None and not request["devices"]:
-        return _NOTHING
+        return RequestArguments(
+            requests=(),
+            name=None,
+            host=THIS_HOST,
+            vhost_user_store=None,
+            find_policy=partial(find_policy, request["policy"]),
+        )
     return read_request(**request)
 
 

@@ -21,6 +21,7 @@ from vmplug.errors import NoSuchDevice, PolicyError
 from vmplug.host.cdi.join import join
 from vmplug.host.permissions import why_not_trusted
 from vmplug.host.root import HostRoot
+from vmplug.host.use.silent import find_silent, no_answer
 from vmplug.oci.info import DeviceInfo, DevType, normal_container_path
 
 
@@ -38,7 +39,8 @@ def find_cdi_devices(
     `directories` have the specs, lowest priority first: None for those that engines read, none for
     a host where CDI is off. vmplug checks each node. Raises SpecError for a malformed name, for a
     device that leaves nothing to plug and for a node that the host lacks, NoSuchDevice for a name
-    that no spec defines, PolicyError when CDI is off or others can write to a spec.
+    that no spec defines, AttributeReadError for storage that does not answer, PolicyError when CDI
+    is off or others can write to a spec.
     """
     asked = list(dict.fromkeys(str(QualifiedName.parse(name)) for name in names))
     if not asked:
@@ -50,18 +52,29 @@ def find_cdi_devices(
             hint="the operator lists the directories of specs in the policy: directories, in the "
             "table cdi",
         )
+    _require_answers(searched, root)
     registry = read_directories(_place(directory, root) for directory in searched)
     found = registry.resolve(asked)
     for device in found:
         _check_writers(device.source.file)
         _check_nodes(device)
     requests = dict[str, DeviceInfo]()
-    for edits in list_edits(found):
+    listed = list(list_edits(found))
+    nodes = [node for edits in listed for node in edits.edits.device_nodes]
+    _require_answers([node.host_path or node.path for node in nodes], root)
+    for edits in listed:
         for index in range(len(edits.edits.device_nodes)):
             request = _read_request(edits, index, root)
             path = request.container_path
             requests[path] = join(requests.get(path, request), request)
     return list(requests.values())
+
+
+def _require_answers(paths: Sequence[str], root: HostRoot) -> None:
+    silent = find_silent(set(paths), root)
+    for path in paths:
+        if path in silent:
+            raise no_answer(path)
 
 
 def _place(path: str, root: HostRoot) -> str:
