@@ -3,6 +3,7 @@
 podman 4.3 has the CDI library 0.5, podman 5.4 has 0.8.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.cdi.podman import make_config
+from tests.cli.command import Vmplug
 from vmplug import cdi
 
 pytestmark = pytest.mark.root
@@ -70,6 +72,7 @@ def test_config(devices: Sequence[str], tmp_path: Path) -> None:
     made = make_config(tmp_path / "with", SPECS, devices)
     registry = cdi.read_directories([tmp_path / "with" / "specs"])
     injected = cdi.inject(without, devices, registry)
+    assert _inject_by_verb(without, devices, tmp_path) == injected
     own = len(without["process"]["env"])
     assert _settle(injected, own) == _settle(made, own)
     assert _find_depths(injected) == _find_depths(made)
@@ -103,6 +106,17 @@ def test_missing_node(tmp_path: Path) -> None:
         make_config(tmp_path, {"all.yaml": spec}, [name])
     with pytest.raises(cdi.MissingNode):
         cdi.inject({}, [name], cdi.read_directories([tmp_path / "specs"]))
+
+
+def _inject_by_verb(
+    config: dict[str, Any], devices: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    file = folder / "without.json"
+    file.write_text(json.dumps(config))
+    specs = folder / "with" / "specs"
+    done = Vmplug(folder / "state")("cdi", "inject", file, *devices, "--spec-dir", specs)
+    made: dict[str, Any] = json.loads(done.answer())
+    return made
 
 
 def _find_depths(config: dict[str, Any]) -> list[int]:

@@ -1,15 +1,20 @@
 """A config.json: what is accepted is what the rest of vmplug takes for granted."""
 
+from dataclasses import replace
+
 from tests.fuzz.guard import changes_only
+from vmplug.cdi.names import QualifiedName
+from vmplug.cli.device import names_cdi_device, parse_cdi_names
 from vmplug.drivers.block import BlockDiskDriver
 from vmplug.drivers.rng import RngDriver
 from vmplug.drivers.share import ShareDriver
 from vmplug.drivers.vfio import VfioDriver
 from vmplug.drivers.vhost_user import VhostUserDriver
 from vmplug.errors import SpecError
+from vmplug.host.cdi.join import add_cdi_devices
 from vmplug.host.kind import DeviceType
 from vmplug.oci.info import DeviceInfo, DevType
-from vmplug.oci.limits import NAME_BYTES_MAX, PATH_BYTES_MAX
+from vmplug.oci.limits import NAME_BYTES_MAX, PATH_BYTES_MAX, REQUESTS_MAX
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.spec import Bundle, parse_config
 
@@ -24,6 +29,7 @@ def check(data: bytes) -> None:
         return
     for request in (*first.devices, *first.annotated):
         check_request(request)
+    _check_cdi(first)
 
 
 def _parse(data: bytes) -> Bundle | str:
@@ -46,6 +52,31 @@ def check_request(request: Request) -> None:
     elif isinstance(request, ShareInfo | RngInfo):
         assert request.source.startswith(("/", "fd:"))
     _check_options(request)
+
+
+def _check_cdi(bundle: Bundle) -> None:
+    """Names that can be looked up, and options only for what these names may bring."""
+    assert all(key.startswith("cdi.k8s.io/") for key in bundle.resolved_annotations)
+    assert all(bundle.cdi_annotations.values())
+    assert len(bundle.cdi_names) <= REQUESTS_MAX
+    for name in bundle.cdi_names:
+        assert str(QualifiedName.parse(name)) == name
+        assert parse_cdi_names([name]).keys() <= {name, name.removesuffix(":ro")}
+        assert names_cdi_device(name)
+    assert not bundle.cdi_options or bundle.cdi_annotations
+    for path in bundle.cdi_options:
+        _check_path(path)
+    _check_brought(bundle)
+
+
+def _check_brought(bundle: Bundle) -> None:
+    """A device that is in the bundle already, whatever it is, is one with what a name brings."""
+    if not bundle.cdi_names:
+        return
+    brought = [replace(device, cdi_names=bundle.cdi_names) for device in bundle.devices]
+    joined = add_cdi_devices(bundle.devices, brought, bundle.cdi_options)
+    assert tuple(joined) == bundle.devices
+    assert all(device.cdi_names == bundle.cdi_names for device in joined)
 
 
 def _check_path(path: str) -> None:

@@ -4,6 +4,8 @@ QEMU opens the group, maps the guest's memory through the IOMMU and reads the de
 but the guest's own part, which `test_guest.py` has.
 """
 
+import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +105,53 @@ def end(vm: GuestVm, directory: Path) -> None:
     """The VM ends as in a crash, and what it held goes back to the host."""
     vm.kill()
     assert Vmplug(directory / "state")("reconcile").status == 0
+
+
+def test_a_bundle_with_nothing_but_a_cdi_annotation_plugs_a_function(
+    vm: GuestVm, tmp_path: Path
+) -> None:
+    """The spec has the nodes that a device plugin hands out: VFIO's own, and the group's."""
+    vmplug = Vmplug(tmp_path / "state")
+    vmplug("vm", "adopt", "sb1", "--qmp", vm.qmp_path).answer()
+    vmplug("bind", topology.NVME).answer()
+    group = os.readlink(f"/sys/bus/pci/devices/{topology.NVME}/iommu_group").rpartition("/")[2]
+    asked = write_cdi_spec(tmp_path, f"/dev/vfio/{group}")
+    told = vmplug("attach", *asked, "--vm", "sb1", "--json").json()
+    counted, plugged = told["attachments"]
+    assert (counted["name"], counted["guest"]) == ("/dev/vfio/vfio", None)
+    assert (plugged["name"], plugged["kind"]) == (f"/dev/vfio/{group}", "vfio")
+    assert plugged["guest"]["agent"]["type"] == "vfio-pci-gk"
+    assert told["resolved_annotations"] == ["cdi.k8s.io/vmplug_nvme"]
+    assert hosts_in(vm) == {"rp0/00.0": topology.NVME}
+    vm.kill()
+    assert vmplug("reconcile").status == 0
+    vmplug("unbind", topology.NVME).answer()
+    absent = vmplug("check", *asked)
+    assert absent.status == 3
+    assert f"deviceNodes[1].path: /dev/vfio/{group} is not a device node" in absent.stderr
+    assert driver_of(topology.NVME) == "nvme"
+
+
+def write_cdi_spec(directory: Path, node: str) -> tuple[str, ...]:
+    """A bundle for that device, and the policy that knows its name: words for vmplug."""
+    specs, bundle, policy = directory / "cdi", directory / "ctr1", directory / "policy.toml"
+    specs.mkdir()
+    bundle.mkdir()
+    edits = {"deviceNodes": [{"path": "/dev/vfio/vfio"}, {"path": node}]}
+    devices = [{"name": "a", "containerEdits": edits}]
+    spec = {"cdiVersion": "0.5.0", "kind": "vmplug.example/nvme", "devices": devices}
+    (specs / "nvme.json").write_text(json.dumps(spec))
+    policy.write_text(
+        f'[cdi]\ndirectories = ["{specs}"]\n'
+        '[[rule]]\nname = "named"\ncdi-kinds = ["vmplug.example/nvme"]\n'
+    )
+    annotations = {
+        "cdi.k8s.io/vmplug_nvme": "vmplug.example/nvme=a",
+        f"org.vmplug.options.{node}": '{"mode": "guest-kernel"}',
+    }
+    config = {"ociVersion": "1.0.2", "annotations": annotations}
+    (bundle / "config.json").write_text(json.dumps(config))
+    return (str(bundle), "--policy", str(policy))
 
 
 MULTI = (topology.MULTI_NVME, topology.MULTI_EDU, topology.MULTI_NIC)
