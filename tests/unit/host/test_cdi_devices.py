@@ -143,6 +143,11 @@ def test_a_device_without_nodes_is_refused_with_what_it_has(tmp_path: Path) -> N
             "No such",
         ),
         ({"type": "c", "major": 1 << 40, "minor": 3}, "path", "major"),
+        (
+            {"path": "/dev/null", "type": "c", "major": 1, "minor": 5},
+            "path",
+            r"/dev/null is c 1:3 on the host, the spec says c 1:5",
+        ),
     ],
 )
 def test_a_node_that_is_not_the_one_of_the_spec_is_refused(
@@ -154,7 +159,7 @@ def test_a_node_that_is_not_the_one_of_the_spec_is_refused(
 
 
 def test_a_number_alone_is_what_a_spec_asks_for(tmp_path: Path) -> None:
-    """As OCI does; without a `hostPath` nothing says which node of the host it was."""
+    """As OCI does, where the path is one of the container alone."""
     number = {"type": "c", "major": 1, "minor": 3}
     write_spec(tmp_path, {"a": nodes({"path": "/dev/x", **number})})
     assert find(tmp_path, "a") == [char("/dev/x", NULL)]

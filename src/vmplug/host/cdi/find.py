@@ -157,14 +157,16 @@ def _find_host_node(node: DeviceNode, root: HostRoot) -> HostNode:
     no number.
     """
     meant = complete(node, lambda path: find_node(_place(path, root)))
-    if not node.host_path:
-        return meant
-    found = find_node(_place(node.host_path, root))
+    path = node.host_path or node.path
+    try:
+        found = find_node(_place(path, root))
+    except NoSuchDevice:
+        if node.host_path:
+            raise
+        return meant  # of a path that is the container's alone
     if _kind_and_number(found) != _kind_and_number(meant):
-        message = (
-            f"{node.host_path} is {_spoken(found)} on the host, the spec says {_spoken(meant)}"
-        )
-        raise NoSuchDevice(node.host_path, message, found=_spoken(found))
+        message = f"{path} is {_spoken(found)} on the host, the spec says {_spoken(meant)}"
+        raise NoSuchDevice(path, message, found=_spoken(found))
     return meant
 
 
