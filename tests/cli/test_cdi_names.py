@@ -264,3 +264,30 @@ def test_a_spec_of_an_earlier_boot_is_refused(world: World) -> None:
         )
         told = unchanged(world, world.run("attach", "--device", DATA), REFUSED)
         assert f"{disk} is b {major}:{minor} on the host, the spec says b " in told
+
+
+@pytest.mark.qemu
+@pytest.mark.root
+def test_a_vm_starts_with_the_disk_of_an_annotation(world: World, tmp_path: Path) -> None:
+    vmplug = world.vmplug
+    bundle = tmp_path / "ctr1"
+    bundle.mkdir()
+    (bundle / "config.json").write_text(asks(DATA))
+    with loop_device(disk_image(tmp_path / "a.img", 2, "a disk")) as disk:
+        world.write_spec(data=node("/dev/xvda", str(disk)))
+        words = (
+            "--accel",
+            "tcg",
+            "--memory",
+            "64",
+            "--policy",
+            tmp_path / "policy.toml",
+            "--json",
+        )
+        started = vmplug("vm", "start", "cdi1", *words, "--bundle", bundle, "--", "-S").json()
+        try:
+            (hold,) = started["attachments"]
+            assert (hold["name"], hold["host_path"]) == ("/dev/xvda", str(disk))
+            assert started["resolved_annotations"] == [KEY]
+        finally:
+            vmplug("vm", "stop", "cdi1", "--timeout", "0").answer()
