@@ -15,6 +15,7 @@ from vmplug.cdi.version import VERSIONED
 
 _VERSIONED_KEYS = tuple(f'"{name}"'.encode() for name in VERSIONED)
 _BLANK = b" \r\n"
+_COMMENTS = re.compile(rb"(?:#[ -~]*\n)*")
 _ODD_ESCAPES = re.compile(rb"\\/|\\u[dD]|\\u003[aA]")
 """A slash and half a character, which YAML lacks; a colon, which `_is_written_as` counts."""
 _DECODER = msgspec.json.Decoder(Spec)
@@ -60,10 +61,12 @@ def _read_file(file: str) -> bytes:
 def _read_plain_json(data: bytes) -> Spec | None:
     """The spec, if its text is JSON that has one meaning for every parser: most are.
 
-    Such JSON is ASCII, has no key twice and no odd escapes: it is read fifty times as fast. None
-    says nothing about what the text is.
+    Such JSON is ASCII, has no key twice and no odd escapes: it is read fifty times as fast, also
+    below comments, where it is YAML. None says nothing about what the text is.
     """
     text = data.strip(_BLANK)
+    if comments := _COMMENTS.match(text):
+        text = text[comments.end() :]
     if not (text.startswith(b"{") and text.isascii()) or b"\x7f" in text:
         return None
     if b"\\" in text and _ODD_ESCAPES.search(text):

@@ -28,6 +28,19 @@ def test_it_needs_nothing_of_the_rest_of_vmplug() -> None:
     assert not loaded & {"yaml", "click", "sqlite3", "asyncio"}
 
 
+def test_json_below_comments_is_read_without_yaml() -> None:
+    """As `vmplug cdi write` makes it."""
+    spec = (
+        '# one\\n{"cdiVersion": "0.5.0", "kind": "vendor.com/class", '
+        '"devices": [{"name": "a", "containerEdits": {"env": ["A=b"]}}]}'
+    )
+    code = f"import sys; from vmplug import cdi; cdi.parse_spec('{spec}'); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert "yaml" not in done.stdout.split()
+
+
 def classes_in(annotation: object) -> list[type]:
     parts = [annotation, *typing.get_args(annotation)]
     others = [kind for part in parts[1:] for kind in classes_in(part)]
