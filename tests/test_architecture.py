@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "hypervisor": {*_FIRST, *_LOG, "oci", "host", "drivers"},
     "journal": {*_FIRST, *_LOG, "oci", "host", "drivers"},
     "policy": {*_FIRST, "oci", "host", "drivers"},
-    "manager": {*_FIRST, *_LOG, "oci", "host", "drivers", "journal", "policy"},
+    "manager": {*_FIRST, *_LOG, "oci", "cdi", "host", "drivers", "journal", "policy"},
     "leases": {*_BELOW_VMS, "hypervisor", "manager"},
     "vms": {*_BELOW_VMS, "hypervisor", "manager", "leases"},
     "aio": {*_BELOW_VMS, "hypervisor", "manager", "leases", "vms"},
@@ -49,6 +49,7 @@ VERB_LINES_MAX = 30
 CATCHES_OSERROR = {
     "aio/lease.py",  # a process that has ended
     "cdi/node.py",  # a node that is not there
+    "cdi/own.py",
     "cdi/read.py",
     "cdi/registry.py",  # a directory that may not be read
     "cdi/write.py",  # its draft has gone

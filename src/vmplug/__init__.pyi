@@ -172,6 +172,10 @@ from vmplug.manager.kata.adopt import Adopted as Adopted
 from vmplug.manager.kata.adopt import ImportOutcome as ImportOutcome
 from vmplug.manager.kata.saved_state import KataDevice as KataDevice
 from vmplug.manager.manager import DeviceManager as DeviceManager
+from vmplug.manager.naming.devices import CdiDevice as CdiDevice
+from vmplug.manager.naming.devices import LeftOut as LeftOut
+from vmplug.manager.naming.specs import WrittenSpecs as WrittenSpecs
+from vmplug.manager.naming.specs import write_cdi_specs as write_cdi_specs
 from vmplug.manager.reconcile import Repair as Repair
 from vmplug.manager.reconcile import RepairOutcome as RepairOutcome
 from vmplug.manager.setup import Setup as Setup

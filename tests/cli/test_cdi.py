@@ -427,7 +427,7 @@ def test_names_are_completed_once(vmplug: Vmplug, specs: Path) -> None:
     assert offered(vmplug, f"{line}vendor.com/d") == [DATA, LOGS]
     assert offered(vmplug, f"{line}{DATA} vendor.com/d") == [LOGS]
     assert offered(vmplug, f"vmplug cdi inject --spec-dir {specs} bundle {LOGS[:17]}") == [LOGS]
-    assert offered(vmplug, "vmplug cdi ") == ["inject", "list", "show", "validate"]
+    assert offered(vmplug, "vmplug cdi ") == ["inject", "list", "show", "validate", "write"]
 
 
 def test_reading_creates_nothing(vmplug: Vmplug, tmp_path: Path) -> None:

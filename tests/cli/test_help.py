@@ -40,6 +40,7 @@ VERBS = (
     "cdi show",
     "cdi validate",
     "cdi inject",
+    "cdi write",
     "record",
     "completion",
     "help",

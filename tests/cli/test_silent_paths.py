@@ -52,6 +52,7 @@ ASKED = {
     "specs": ("cdi", "list", "--spec-dir", "PATH/dir"),
     "spec": ("cdi", "validate", "PATH/a.json"),
     "config": ("cdi", "inject", "PATH", "a/b=c"),
+    "directory of specs": ("cdi", "write", "--directory", "PATH/dir"),
 }
 
 

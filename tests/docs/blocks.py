@@ -45,6 +45,7 @@ HELP: Mapping[str, str] = {
     "vmplug cdi show": "cdi_specs",
     "vmplug cdi validate": "cdi_specs",
     "vmplug cdi inject": "cdi_specs",
+    "vmplug cdi write": "cdi_specs",
     "vmplug lease run": "help_about_leases",
     "vmplug lease list": "help_about_leases",
     "vmplug lease": "help_about_leases",
@@ -59,6 +60,7 @@ CANNOT = {
     r"crictl": "needs a CRI engine",
     r"lvextend": "needs a volume group",
     r"vmplug watch( --vm sb1 --json \|.*)?$": "runs until it is stopped: tests/cli/test_watch.py",
+    r"cdi write --watch": "runs until it is stopped: tests/cli/test_cdi_watch.py",
     r"vm resume": "needs a VM that an error has stopped: tests/cli/test_io_errors.py",
 }
 """Examples in the help of verbs, and why they are not run."""

@@ -210,6 +210,24 @@ EOF
 EOF
     cp /etc/cdi/vendor.json vendor.json
     cp /etc/cdi/vendor.json vendor.yaml
+    named_disk
+}
+
+# A loop device that udev knows by a name, and a policy for it.
+named_disk() {
+    loop_device 8:0
+    local number
+    number=$(sed -n 's/^8:0\t//p' "$EDITS")
+    instead /dev/sda "/dev/$(basename "$(readlink "/sys/dev/block/$number")")"
+    mkdir -p /run/udev/data /etc/vmplug
+    printf 'S:disk/by-id/%s\n' wwn-0x5000c500a1b2c3d4 >"/run/udev/data/b$number"
+    cat >policy.toml <<EOF
+[[rule]]
+name = "disks, for reading"
+kinds = ["block"]
+read-only = true
+EOF
+    cp policy.toml /etc/vmplug/policy.toml
 }
 
 # vendor.com/disk=data is a new disk.

@@ -46,6 +46,7 @@ from vmplug.aio.calls import show_thing as show_thing
 from vmplug.aio.calls import start_vm as start_vm
 from vmplug.aio.calls import stop_vm as stop_vm
 from vmplug.aio.calls import unbind_device as unbind_device
+from vmplug.aio.calls import write_cdi_specs as write_cdi_specs
 from vmplug.aio.lease import AsyncLease as AsyncLease
 from vmplug.aio.lease import lease as lease
 from vmplug.aio.manager import AsyncDeviceManager as AsyncDeviceManager

@@ -16,6 +16,7 @@ from vmplug.hypervisor.qemu.start.machine import VmSpec
 from vmplug.leases import life as leases
 from vmplug.manager import host_listing
 from vmplug.manager.binding import groups, mediated, virtual_functions
+from vmplug.manager.naming import specs as cdi_specs
 from vmplug.oci import spec as specs
 from vmplug.policy import file as policies
 from vmplug.policy import find as policy_search
@@ -102,6 +103,8 @@ configure_virtual_function = _in_thread(
 )
 create_mediated_device = _in_thread(mediated.create_mediated_device, Scope.DRIVERS)
 remove_mediated_device = _in_thread(mediated.remove_mediated_device, Scope.DRIVERS)
+
+write_cdi_specs = _in_thread(cdi_specs.write_cdi_specs)
 
 read_bundle = _in_thread(specs.read_bundle)
 find_requests = _in_thread(volumes.find_requests)

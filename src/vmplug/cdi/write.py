@@ -4,7 +4,8 @@ import os
 import re
 import stat
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from vmplug.errors import SpecError
 _MODE = 0o644
 """Engines that do not run as root read it too."""
 _SUFFIXES = (".json", ".yaml")
+DRAFT_SUFFIX = ".tmp"
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./=:-]*[A-Za-z0-9]")
 _HAS_MEANING = re.compile(r"y|n|yes|no|true|false|on|off|null", re.IGNORECASE)
 
@@ -55,19 +57,27 @@ def write_spec(spec: Spec, path: str | os.PathLike[str], *, version: str | None 
     text = format_spec(spec, version=version, file=file, is_yaml=file.endswith(".yaml"))
     directory = os.path.dirname(file) or "."
     os.makedirs(directory, exist_ok=True)
-    # No engine reads a file of that suffix.
-    descriptor, draft = tempfile.mkstemp(prefix="spec.", suffix=".tmp", dir=directory)
+    with draft_of(text, directory) as draft:
+        os.replace(draft, file)
+
+
+@contextmanager
+def draft_of(text: str, directory: str, prefix: str = "spec.") -> Iterator[str]:
+    """A file beside those of a directory, to be renamed inside the `with`; its path.
+
+    No engine reads it by its name. It is gone after the `with`, renamed or not. Raises OSError.
+    """
+    descriptor, draft = tempfile.mkstemp(prefix=prefix, suffix=DRAFT_SUFFIX, dir=directory)
     try:
         with open(descriptor, "w", encoding="utf-8") as writer:
             writer.write(text)
             writer.flush()
             os.fchmod(descriptor, stat.S_IFREG | _MODE)
             os.fsync(descriptor)
-        os.replace(draft, file)
-    except BaseException:
+        yield draft
+    finally:
         with suppress(FileNotFoundError):
             os.unlink(draft)
-        raise
 
 
 def _as_tree(spec: Spec) -> Any:

@@ -41,7 +41,7 @@ _VERBS = {
     "import-kata": "take over what Kata Containers has plugged",
     "vm": "start, adopt, stop and list VMs",
     "lease": "hand devices to any process for as long as it runs",
-    "cdi": "devices by name: list, show, validate, inject into a config.json",
+    "cdi": "devices by name: list, show, validate, inject into a config.json, write",
     "record": "write what vmplug reads of this host into a file, for a bug report",
     "completion": "shell completion for bash, zsh or fish",
     "help": "how is a verb used?",

@@ -1,4 +1,4 @@
-"""`vmplug cdi`: devices by name; list, show, validate and inject."""
+"""`vmplug cdi`: devices by name; list, show, validate, inject and write."""
 
 import click
 
@@ -15,11 +15,19 @@ from vmplug.cli.cdi.render import (
     registry_json,
 )
 from vmplug.cli.group import VerbGroup
-from vmplug.cli.options import AnsweringPath, completes, json_option
+from vmplug.cli.options import (
+    AnsweringPath,
+    completes,
+    host_option,
+    json_option,
+    open_root,
+    policy_option,
+    store_option,
+)
 from vmplug.cli.render.output import print_document, print_json
 from vmplug.cli.render.tree import print_sections
 
-_INVALID = 3
+_INVALID, _LEFT_OUT = 3, 4
 
 _spec_dir_option = click.option(
     "--spec-dir",
@@ -37,13 +45,14 @@ def command() -> None:
     """Which devices have names for containers, and what does a name stand for?
 
     The Container Device Interface: files in /etc/cdi and /var/run/cdi define devices by names as
-    vendor.com/class=name. Nothing is created or run. See docs/cdi.md.
+    vendor.com/class=name. `write` makes such files; the others only read. See docs/cdi.md.
 
     \b
     vmplug cdi list
     vmplug cdi show vendor.com/gpu=gpu0
     vmplug cdi validate ./vendor.yaml
     vmplug cdi inject bundle/ vendor.com/gpu=gpu0
+    vmplug cdi write --dry-run
     """
 
 
@@ -150,3 +159,62 @@ def inject(as_json: bool, spec_dirs: tuple[str, ...], names: tuple[str, ...], bu
         print_json({"devices": [each.name for each in found], "config": injected})
     else:
         print_document(injected)
+
+
+@command.command("write")
+@click.option(
+    "--directory",
+    type=AnsweringPath(),
+    metavar="DIR",
+    help=f"Write to this directory; default: {DEFAULT_DIRECTORIES[-1]}.",
+)
+@click.option("--watch", is_flag=True, help="Keep the files true until Ctrl-C or SIGTERM.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and change nothing.")
+@policy_option
+@store_option
+@host_option
+@json_option
+@click.pass_context
+def write(
+    ctx: click.Context,
+    /,
+    *,
+    as_json: bool,
+    root: str,
+    vhost_user_store: str | None,
+    policy: str | None,
+    dry_run: bool,
+    watch: bool,
+    directory: str | None,
+) -> None:
+    """Give names to what the policy lets this host hand over.
+
+    Writes a file for each kind: vmplug.org/vfio-VENDOR-CLASS and vmplug.org/mdev-TYPE, whose
+    devices are vfioN or the number of the IOMMU group; vmplug.org/disk, by the names in
+    /dev/disk/by-id; and vmplug.org/vhost-user-blk and vhost-user-scsi, the nodes of the store.
+    What the policy allows only read-only is written so. A device in use keeps its name: `vmplug
+    check` asks about that.
+
+    Files of kinds that have gone are removed. A file that vmplug did not write, or that somebody
+    has edited since, is left alone. The exit status is 4 if something that the policy allows could
+    get no name.
+
+    \b
+    vmplug cdi write --dry-run
+    vmplug cdi write --policy ./policy.toml --directory ./cdi --json
+    vmplug cdi write --watch --vhost-user-store /run/vhost-user
+    """
+    if dry_run and watch:
+        raise click.UsageError("--dry-run changes nothing, and --watch keeps changing: pass one")
+    host = open_root(root)
+    if not host.is_live and (watch or directory is None):
+        raise click.UsageError("with --root, pass --directory, and no --watch: it is another host")
+    from vmplug.cli.cdi import write as writing  # noqa: PLC0415  300 ms that the others do without
+
+    where = directory or DEFAULT_DIRECTORIES[-1]
+    read_setup = writing.setup_reader(host, policy=policy, vhost_user_store=vhost_user_store)
+    if watch:
+        writing.keep_printing(where, read_setup, as_json=as_json)
+    else:
+        is_whole = writing.write_once(where, read_setup(), dry_run=dry_run, as_json=as_json)
+        ctx.exit(0 if is_whole else _LEFT_OUT)

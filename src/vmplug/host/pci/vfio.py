@@ -57,7 +57,7 @@ def find_vfio_group(
         return VfioGroup(number=None, device_node=node, functions=(), found_by=found_by)
     name = device.rpartition("/")[2]
     group = find_vfio_device(name, root, node=node, found_by=found_by, blocks=blocks)
-    return group._replace(cdev_nodes=_read_cdev_nodes(group, root))
+    return group._replace(cdev_nodes=read_cdev_nodes(group, root))
 
 
 def check_exists(group: VfioGroup) -> None:
@@ -71,7 +71,7 @@ def check_exists(group: VfioGroup) -> None:
         )
 
 
-def _read_cdev_nodes(group: VfioGroup, root: HostRoot) -> tuple[tuple[str, str], ...]:
+def read_cdev_nodes(group: VfioGroup, root: HostRoot) -> tuple[tuple[str, str], ...]:
     """The members' own nodes, if each of them has one and there is an iommufd for them."""
     if not has_node(IOMMU_NODE, root):
         return ()

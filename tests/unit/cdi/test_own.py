@@ -1,0 +1,92 @@
+"""vmplug's own files in a directory of specs: a process that writes them may be killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from vmplug.cdi.own import OwnFiles
+from vmplug.errors import HostError
+
+PREFIX = "vmplug.org-"
+ROUNDS, ATTEMPTS = 12, 10
+TEXTS = {
+    f"{PREFIX}{name}.yaml": f"kind: vmplug.org/{name}\n" + "devices: []\n" * 2000
+    for name in ("disk", "vfio-8086-0108", "vhost-user-blk")
+}
+WRITER = """
+import sys
+from vmplug.cdi.own import OwnFiles
+from tests.unit.cdi.test_own import PREFIX, TEXTS, other
+
+names = [*TEXTS]
+with OwnFiles(sys.argv[1], PREFIX) as own:
+    own.update(TEXTS)
+    print("begun", flush=True)
+    while True:
+        own.update(TEXTS)
+        own.update({name: other(TEXTS[name]) for name in names[1:]})
+"""
+
+
+def other(text: str) -> str:
+    return text.replace("[]", "[{}]")
+
+
+def test_a_killed_writer_leaves_whole_files(tmp_path: Path) -> None:
+    directory = tmp_path / "cdi"
+    drafts = 0
+    for number in range(ROUNDS):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, directory], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout
+        process.stdout.readline()
+        time.sleep(number / 1000)  # each at another moment of its work
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for path in directory.iterdir():
+            if path.suffix == ".tmp":
+                drafts += 1
+                continue
+            below = path.read_text().partition("\n")[2].partition("\n")[2]
+            assert below in {TEXTS[path.name], other(TEXTS[path.name])}
+        with OwnFiles(str(directory), PREFIX) as own:
+            own.update(TEXTS)
+        assert sorted(os.listdir(directory)) == sorted(TEXTS)
+    assert drafts, "no writer was killed while it wrote"
+
+
+def test_a_file_that_others_make_in_that_moment_stays(tmp_path: Path) -> None:
+    """Between the look at what is there and the end of the writing, which takes its time."""
+    name = f"{PREFIX}disk.yaml"
+    for number in range(ATTEMPTS):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        made = threading.Thread(target=make_when_written, args=(directory, name))
+        made.start()
+        said = None
+        try:
+            with OwnFiles(str(directory), PREFIX) as own:
+                own.update({name: "a" * (30 << 20)})
+        except HostError as error:
+            said = error.message
+        made.join()
+        if said:
+            assert "File exists" in said
+            assert (os.listdir(directory), (directory / name).read_text()) == ([name], "theirs")
+            return
+    pytest.fail("nobody was in time")
+
+
+def make_when_written(directory: Path, name: str) -> None:
+    while not os.listdir(directory):
+        pass
+    with suppress(FileExistsError), (directory / name).open("x") as file:
+        file.write("theirs")
