@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from tests.cdi.podman import make_config
+from tests.cdi.written import DISK, STABLE, write_disk
 from tests.cli.command import Vmplug
+from tests.support.disks import disk_image, loop_device
 from vmplug import cdi
 
 pytestmark = pytest.mark.root
@@ -117,6 +119,21 @@ def _inject_by_verb(
     done = Vmplug(folder / "state")("cdi", "inject", file, *devices, "--spec-dir", specs)
     made: dict[str, Any] = json.loads(done.answer())
     return made
+
+
+def test_what_cdi_write_makes(tmp_path: Path) -> None:
+    """A disk of this host under its stable name, for reading alone."""
+    with loop_device(disk_image(tmp_path / "a.img", 1, "a")) as node:
+        written = write_disk(node, tmp_path)
+        specs = {written.name: written.read_text()}
+        without = make_config(tmp_path / "without", specs, [])
+        made = make_config(tmp_path / "with", specs, [DISK])
+        injected = cdi.inject(without, [DISK], cdi.read_directories([written.parent]))
+    own = len(without["process"]["env"])
+    assert _settle(injected, own) == _settle(made, own)
+    devices = made["linux"]["devices"]
+    assert {"path": f"/dev/disk/by-id/{STABLE}", "type": "b"}.items() <= devices[-1].items()
+    assert made["linux"]["resources"]["devices"][-1]["access"] == "r"
 
 
 def _find_depths(config: dict[str, Any]) -> list[int]:
