@@ -19,9 +19,9 @@ from vmplug.drivers.vfio import check_address_space
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
 from vmplug.host.block.content import look_into
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import NO_VMS, HostUsage, read_usage
 from vmplug.host.check.device import check_device
+from vmplug.host.check.relate import relate_device
 from vmplug.host.check.thing import has_changed, identify
 from vmplug.host.check.vfio_group import GuestMemory, check_vm
 from vmplug.host.device import CharDevice, HostDevice
@@ -196,13 +196,9 @@ def _identify(device: HostDevice, host: HostRoot) -> str | None:
 def _relate(device: HostDevice, terms: _Terms) -> HostDevice:
     """The device, with everything that shows the same bytes; as it is where that is unknown."""
     try:
-        if isinstance(device, BlockDevice):
-            return relate_block(device, terms.usage, terms.host)
-        if isinstance(device, DiskFile):
-            return relate_file(device, terms.usage, terms.host)
+        return relate_device(device, terms.usage, terms.host)
     except HostError:
-        pass  # the check will report it
-    return device
+        return device  # the check will report it
 
 
 def _check_device(

@@ -108,9 +108,9 @@ def _finding(asked: Asked, other: Asked) -> Finding:
 
 def _remedy(device: HostDevice, other: HostDevice) -> str:
     match device, other:
-        case VfioGroup(), VfioGroup() if other.identity in device.related_identities:
+        case VfioGroup(), VfioGroup() if _is_above(other, device):
             return _one_after_the_other(other, device)
-        case VfioGroup(), VfioGroup() if device.identity in other.related_identities:
+        case VfioGroup(), VfioGroup() if _is_above(device, other):
             return _one_after_the_other(device, other)
         case (VfioGroup(), _) | (_, VfioGroup()):
             return "request only one of them"
@@ -120,6 +120,8 @@ def _remedy(device: HostDevice, other: HostDevice) -> str:
 
 def _one_after_the_other(physfn: VfioGroup, virtfn: VfioGroup) -> str:
     owner, name = physfn.members[0], virtfn.members[0]
+    if virtfn.mediated:
+        return f"request only one of them: {name} disappears when VFIO gets {owner}"
     return (
         f"request only {name}: it disappears when VFIO gets {owner}. If VFIO has {owner} already, "
         f"attach {owner} first and {name} after it: the VM that has {owner} makes the token that "
@@ -131,6 +133,7 @@ _PARTITION = "is a partition of", "has the partition"
 _LOOP = "is a loop device over", "is behind"
 _BUILT = "is built on", "is part of"
 _MEMBER = "belongs to", "has"
+_MEDIATED = "is a mediated device of", "is the parent of"
 _VIRTUAL = "has a virtual function of", "makes the functions of"
 
 
@@ -154,10 +157,17 @@ def _words(upper: HostDevice, lower: HostDevice) -> tuple[str, str] | None:
             return _PARTITION
         case BlockDevice(), BlockDevice() if lower.devnum in upper.below:
             return _BUILT
-        case VfioGroup(), VfioGroup() if lower.identity in upper.related_identities:
-            return _VIRTUAL
+        case VfioGroup(), VfioGroup() if _is_above(lower, upper):
+            return _MEDIATED if upper.mediated else _VIRTUAL
         case _:
             return None
+
+
+def _is_above(group: VfioGroup, other: VfioGroup) -> bool:
+    """Whether the other is a part of it: virtual functions, a mediated device."""
+    parent = {other.mediated.parent} if other.mediated else set()
+    above = parent | {str(function.physfn) for function in other.functions}
+    return not above.isdisjoint(group.members)
 
 
 def _is_partition_of(part: BlockDevice, disk: BlockDevice) -> bool:

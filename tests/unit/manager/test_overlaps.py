@@ -147,6 +147,19 @@ def test_a_physical_function_and_its_virtual_one_are_refused_with_the_way_to_get
         assert f"attach {PHYSFN} first and {VIRTFN} after it" in after.hint
 
 
+def test_a_mediated_device_and_its_parent_are_refused_in_both_orders(tmp_path: Path) -> None:
+    uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+    tree = PciTree(tmp_path).pci_function(PHYSFN, group=12, driver="i915", class_code=0x030000)
+    tree.mdev_type(PHYSFN, "i915-1").mdev(uuid, PHYSFN, "i915-1", group=13)
+    both = VfioInfo(label="gpu", device=PHYSFN), VfioInfo(label="part", device=uuid)
+    (after,) = overlaps(tree, *both)
+    (before,) = overlaps(tree, *reversed(both))
+    assert after.message.startswith("/dev/vfio/13 is a mediated device of /dev/vfio/12")
+    assert before.message.startswith("/dev/vfio/12 is the parent of /dev/vfio/13")
+    assert after.hint == before.hint
+    assert after.hint == f"request only one of them: {uuid} disappears when VFIO gets {PHYSFN}"
+
+
 def test_another_drive_goes_with_the_controller(drive: PciTree) -> None:
     drive.block_device("8:0", "sda")
     assert not overlaps(drive, CONTROLLER, WHOLE)

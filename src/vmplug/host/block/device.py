@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 
 class DiskPart(NamedTuple):
-    """A partition of a disk, or the disk of a partition."""
+    """Another device that shows bytes of a disk: a partition, its disk, another name.
+
+    `is_whole`: it is the very device under another name, or what a loop device is on.
+    """
 
     devnum: DevNum
     device_node: str
     holders: tuple[str, ...] = ()
+    is_whole: bool = False
 
 
 class BlockDevice(NamedTuple):
@@ -29,11 +33,12 @@ class BlockDevice(NamedTuple):
     `below_files` files that it or one of those loops to. `sector_bytes` is the logical block size,
     which the guest must use too, as the partition table depends on it. A fact that sysfs does not
     give is None; without a `size_bytes` it has no entry for the device at all. `twins` are
-    other names of the same LUN, `loops` the loop devices on all of these with their partitions;
-    both None until a check looks for them. `looks_like` is the format of its content, None for
-    raw, or where the request states one; `is_silent`: it did not answer in time (see
-    `vmplug.host.block.content`). `queue` is read only for `check` and `attach`, as are
-    `own_name`, which is one for every way to the same LUN (see `vmplug.host.block.twins`), and
+    other names of the same LUN, `behind` the devices below it that others can use nevertheless:
+    what a loop device is on, and other names of a LUN; `loops` are the loop devices on all of
+    these with their partitions. All three are None until a check looks for them. `looks_like` is
+    the format of its content, None for raw, or where the request states one; `is_silent`: it did
+    not answer in time (see `vmplug.host.block.content`). `queue` is read only for `check` and
+    `attach`, as are `own_name`, which is one for every way to the same LUN (see `vmplug.host.block.twins`), and
     `has_aio`: whether the host has a context left for aio=native.
     """
 
@@ -51,6 +56,7 @@ class BlockDevice(NamedTuple):
     below_files: tuple[str, ...] = ()
     backing: LoopBacking | None = None
     twins: tuple[DiskPart, ...] | None = None
+    behind: tuple[DiskPart, ...] | None = None
     loops: tuple[DevNum, ...] | None = None
     looks_like: str | None = None
     is_silent: bool = False
@@ -60,8 +66,8 @@ class BlockDevice(NamedTuple):
 
     @property
     def same_bytes(self) -> tuple[DiskPart, ...]:
-        """The relatives and the twins."""
-        return (*self.relatives, *(self.twins or ()))
+        """The relatives, the twins, and what is behind it."""
+        return (*self.relatives, *(self.twins or ()), *(self.behind or ()))
 
     @property
     def nodes(self) -> tuple[str, ...]:

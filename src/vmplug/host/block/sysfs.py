@@ -166,10 +166,22 @@ def _below(disk_path: str, root: HostRoot) -> tuple[tuple[DevNum, ...], tuple[st
 
 def _behind(backing: LoopBacking, root: HostRoot) -> list[str]:
     """The directory of the block device behind a loop device; None for a regular file."""
-    status = root.stat_or_none(backing.backing_file)
-    if status is None or not stat.S_ISBLK(status.st_mode):
-        return []
-    return [root.real_path(f"{root.sys_dev}/block/{node_number(status)}")]
+    number = find_named_block(backing.backing_file, root)
+    return [root.real_path(find_block_directory(number, root))] if number else []
+
+
+def find_named_block(path: str, root: HostRoot) -> DevNum | None:
+    """The number of the block device of that name; None for a regular file, or one that is absent.
+
+    A copy of a host may have no nodes, only their names.
+    """
+    status = root.stat_or_none(path)
+    if status and stat.S_ISBLK(status.st_mode):
+        return node_number(status)
+    if root.is_live or not path.startswith("/dev/"):
+        return None
+    name = root.real_path(path).removeprefix("/dev/").replace("/", "!")
+    return root.read_devnum(f"{list_block_directories(root).get(name, '/nowhere')}/dev")
 
 
 def _part(sysfs_path: str, root: HostRoot) -> DiskPart | None:

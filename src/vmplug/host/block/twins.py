@@ -6,6 +6,7 @@ Source: Documentation/ABI/stable/sysfs-block, wwid; drivers/scsi/scsi_sysfs.c, w
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 
 from vmplug.host.block.device import DiskPart
@@ -13,24 +14,26 @@ from vmplug.host.block.loop import read_backing_file
 from vmplug.host.root import HostRoot
 
 _BLOCK = "/sys/block"
+_NAMELESS = ("loop", "ram", "zram", "nbd", "dm-", "md", "bcache")
 
 
-Lun = tuple[bytes, bytes | None]
-"""The name and size of a LUN: card readers have one name for all of their slots."""
+LunName = tuple[str, bytes | None]
+"""A name and the size of a LUN: card readers have one name for all of their slots."""
 
 
-def read_luns(root: HostRoot) -> dict[Lun, list[str]]:
-    """The disks of each LUN that has a name. Raises AttributeReadError."""
-    found: dict[Lun, list[str]] = {}
-    for disk in (f"{_BLOCK}/{name}" for name in root.list_dir(_BLOCK)):
-        if lun := _read_lun(disk, root):
-            found.setdefault(lun, []).append(disk)
+def read_luns(root: HostRoot) -> dict[LunName, list[str]]:
+    """The disks that have each name of a LUN. Raises AttributeReadError."""
+    found: dict[LunName, list[str]] = {}
+    names = (name for name in root.list_dir(_BLOCK) if not name.startswith(_NAMELESS))
+    for disk in (f"{_BLOCK}/{name}" for name in names):
+        for name in _read_names(disk, root):
+            found.setdefault(name, []).append(disk)
     return found
 
 
-def read_lun(sysfs_path: str, root: HostRoot) -> Lun | None:
-    """The LUN of a disk, or of the disk of a partition; None where it has no name."""
-    return _read_lun(_disk_of(sysfs_path, root), root)
+def read_lun_names(sysfs_path: str, root: HostRoot) -> list[LunName]:
+    """Every name of the LUN of a disk, or of the disk of a partition; empty where it has none."""
+    return _read_names(_disk_of(sysfs_path, root), root)
 
 
 def read_twins(sysfs_path: str, names: Iterable[str], root: HostRoot) -> list[DiskPart]:
@@ -76,9 +79,63 @@ def _wwid(disk: str, root: HostRoot) -> bytes | None:
     return next((name for text in found if (name := (text or b"").strip())), None)
 
 
-def _read_lun(disk: str, root: HostRoot) -> Lun | None:
-    wwid = _wwid(disk, root)
-    return (wwid, root.read_attribute(f"{disk}/size")) if wwid else None
+def _read_names(disk: str, root: HostRoot) -> list[LunName]:
+    """Each path may show other names, or a copy of a host only some of their files."""
+    texts = [
+        *((f"{kind}{_word(f'{disk}/{file}', root)}") for file, kind in _NAME_FILES),
+        *_designators(root.read_attribute(f"{disk}/device/vpd_pg83") or b""),
+    ]
+    names = dict.fromkeys(text for text in texts if text.rpartition(".")[2].strip("0-"))
+    size = root.read_attribute(f"{disk}/size") if names else None
+    return [(name, size) for name in names]
+
+
+_NAME_FILES = (
+    ("wwid", ""),
+    ("device/wwid", ""),
+    ("nguid", "eui."),
+    ("eui", "eui."),
+    ("uuid", "uuid."),
+)
+"""Where a disk has its names, and what the kernel puts before those in its `wwid`.
+
+Source: wwid_show, Linux drivers/nvme/host/sysfs.c.
+"""
+
+
+def _word(path: str, root: HostRoot) -> str:
+    text = (root.read_attribute(path) or b"").decode(errors="replace").strip().lower()
+    if path.endswith("/uuid"):
+        return text
+    return re.sub("[- ]", "", text) if path.endswith(("/nguid", "/eui")) else text
+
+
+_PAGE_83, _HEADER_BYTES = 0x83, 4
+
+
+def _designators(page: bytes) -> Iterator[str]:
+    """The names of the LUN itself in its VPD page 0x83, as the kernel writes them in `wwid`.
+
+    Those of a vendor say nothing by themselves. Source: SPC-4, 7.8.6; scsi_vpd_lun_id.
+    """
+    if len(page) < _HEADER_BYTES or page[1] != _PAGE_83:
+        return
+    at = _HEADER_BYTES
+    while at + _HEADER_BYTES <= len(page):
+        kind, length = page[at + 1], page[at + 3]
+        name = page[at + _HEADER_BYTES : at + _HEADER_BYTES + length]
+        at += _HEADER_BYTES + length
+        if kind & 0x30:  # of a port or a target
+            continue
+        match kind & 0xF:
+            case 2:
+                yield f"eui.{name.hex()}"
+            case 3:
+                yield f"naa.{name.hex()}"
+            case 8:
+                yield name.rstrip(b"\0").decode(errors="replace").lower()
+            case _:
+                pass
 
 
 def _parts(disk: str, number: bytes | None, root: HostRoot) -> Iterator[DiskPart]:
@@ -91,4 +148,5 @@ def _parts(disk: str, number: bytes | None, root: HostRoot) -> Iterator[DiskPart
         name = directory.rpartition("/")[2].replace("!", "/")
         holders = tuple(root.list_dir(f"{directory}/holders"))
         if devnum := root.read_devnum(f"{directory}/dev"):
-            yield DiskPart(devnum=devnum, device_node=f"/dev/{name}", holders=holders)
+            is_whole = (directory == disk) is (number is None)
+            yield DiskPart(devnum, f"/dev/{name}", holders, is_whole)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
-from vmplug.host.block.twins import Lun, read_luns
+from vmplug.host.block.twins import LunName, read_luns
 from vmplug.host.finding import VmProcess
 from vmplug.host.root import HostRoot
 from vmplug.host.use.mounts import MountedDevice, parse_mounted_devices, read_swaps
@@ -92,8 +92,8 @@ class HostUsage:
         return LoopIndex(self.loops)
 
     @cached_property
-    def luns(self) -> Mapping[Lun, Sequence[str]]:
-        """The names of the disks of each LUN that has a name."""
+    def luns(self) -> Mapping[LunName, Sequence[str]]:
+        """The disks that have each name of a LUN."""
         return read_luns(self._root)
 
     def once(self, read: Callable[[HostRoot], T]) -> T:

@@ -122,8 +122,19 @@ def _check_vfio(
     for part in group.disks:
         found = read_block_device(part.devnum, part.device_node, FoundBy.SYSFS, root)
         disk = relate_block(found, usage, root)
-        for finding in _all_users(disk, usage, root, in_vm=in_vm):
+        used = list(_all_users(disk, usage, root, in_vm=in_vm))
+        if not (in_vm or _is_refused(used)):
+            used += _open_elsewhere(disk, usage, root)
+        for finding in used:
             yield replace(finding, message=f"{group.host_path} has a disk: {finding.message}")
+
+
+def _open_elsewhere(disk: BlockDevice, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
+    """Openers of loop devices on it and of its other names: `check_openers` has its own nodes."""
+    own = {disk.device_node, *(part.device_node for part in disk.relatives)}
+    for finding in check_open_disk(disk, Access(read_only=False), usage, root):
+        if finding.used_by and finding.used_by.on not in own:
+            yield finding
 
 
 def _all_users(
@@ -134,7 +145,8 @@ def _all_users(
     yield from used
     if root.is_live and not _is_refused(used):
         number = exclusive_errno(disk.device_node, usage, root)
-        held = [_exclusively(disk)] if number == errno.EBUSY else []
+        held = [_exclusively(disk.device_node)] if number == errno.EBUSY else []
+        held += _claimed_elsewhere(disk, usage, root, explained=False)
         yield from held
         if number in _NOT_ASKED:
             why = os.strerror(number).lower()
@@ -147,7 +159,7 @@ def _all_users(
 def find_disk_users(disk: BlockDevice, usage: HostUsage, root: HostRoot) -> list[Finding]:
     """Every user of what was built on another device, such as a volume."""
     loops = (loop for node in disk.nodes for loop in usage.loop_index.find_on(node, root))
-    known = disk._replace(twins=(), loops=tuple(loop.devnum for loop in loops))
+    known = disk._replace(twins=(), behind=(), loops=tuple(loop.devnum for loop in loops))
     found = _all_users(known, usage, root, in_vm=False)
     return gather_unknown(found, disk.host_path, root)
 
@@ -175,6 +187,7 @@ def _check_block(
         # A user that could share it with a reader still holds the device exclusively.
         explained = used + _users(device, replace(access, read_only=False), usage, root)
         closed = list(_opened(device, usage, root, explained=_is_refused(explained)))
+        closed += _claimed_elsewhere(device, usage, root, explained=_is_refused(explained))
         found += closed
         if not (_is_refused(used) or in_vm or closed):
             for path in (*device.nodes, *device.below_files):
@@ -249,7 +262,7 @@ def _users(device: BlockDevice, access: Access, usage: HostUsage, root: HostRoot
         *_mounted(device, access, usage),
         *_held(device, access, root),
         *_looped(device, access, usage, root),
-        *_swap(device.device_node, device.nodes, usage, root),
+        *_swap(device.device_node, (*device.nodes, *device.below_files), usage, root),
     ]
 
 
@@ -283,6 +296,8 @@ def _named(part: DiskPart, device: BlockDevice) -> str:
     """`/dev/sdb`; for another name of the disk, with the name that was asked for."""
     if part in (device.twins or ()):
         return f"{part.device_node}, on the same disk as {device.device_node},"
+    if part in (device.behind or ()):
+        return f"{part.device_node}, which is below {device.device_node},"
     return part.device_node
 
 
@@ -407,7 +422,7 @@ def _opened(
                 yield _empty(device)
         case errno.EBUSY:
             if not explained:
-                yield _exclusively(device)
+                yield _exclusively(device.device_node)
         case errno.ENOMEDIUM:
             if device.size_bytes != 0:
                 yield _empty(device)
@@ -421,13 +436,24 @@ def _opened(
             )
 
 
-def _exclusively(device: BlockDevice) -> Finding:
+def _claimed_elsewhere(
+    device: BlockDevice, usage: HostUsage, root: HostRoot, *, explained: bool
+) -> Iterator[Finding]:
+    """The kernel keeps claims for each name of a LUN, and none for what a loop device is on."""
+    for part in (*(device.twins or ()), *(device.behind or ())):
+        if part.is_whole and not explained:
+            number = exclusive_errno(part.device_node, usage, root)
+            if number == errno.EBUSY:
+                yield _exclusively(part.device_node)
+
+
+def _exclusively(node: str) -> Finding:
     return Finding(
         Code.OPEN_EXCLUSIVELY,
-        f"{device.device_node} is open exclusively (O_EXCL) on the host",
-        f"fuser --verbose {device.device_node} may name the process; stop it first",
+        f"{node} is open exclusively (O_EXCL) on the host",
+        f"fuser --verbose {node} may name the process; stop it first",
         used_by=UsedBy(
-            on=device.device_node,
+            on=node,
             who="a program or a part of the kernel",
             how="an exclusive open (O_EXCL), which the kernel refused",
         ),

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from vmplug.address import Bdf
 from vmplug.errors import counted
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.function_state import check_function
@@ -31,7 +30,7 @@ from vmplug.host.pci.uses import (
     read_network_interfaces,
     read_network_uses,
 )
-from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
+from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver, list_vfio_nodes
 from vmplug.host.process import read_memlock_limit
 from vmplug.host.root import HostRoot
 from vmplug.host.use.openers import DeviceNode, wanted_node
@@ -90,11 +89,15 @@ def check_openers(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterato
     if group.number is not None:
         own.append(group.group_node)
     nodes = {node: DeviceNode.of_char(node, root) for node in own}
-    owners: dict[str, Bdf] = {}
+    owners: dict[str, str] = {}
     for function in group.functions:
         for node in read_nodes(function.bdf, usage.once(read_node_paths), root):
             nodes.setdefault(node.path, node)
-            owners.setdefault(node.path, function.bdf)
+            owners.setdefault(node.path, str(function.bdf))
+    for child in group.children:
+        for path in list_vfio_nodes(child.sysfs_path, root):
+            nodes.setdefault(path, DeviceNode.of_char(path, root))
+            owners.setdefault(path, f"{child.uuid}, a mediated device of {child.parent}")
     wanted = {k: p for node in nodes.values() for k, p in wanted_node(node, root).items()}
     for opener in usage.open_files.find_lasting(wanted) if wanted else ():
         process, path = f"process {opener.pid} ({opener.name})", opener.path

@@ -20,8 +20,10 @@ class VfioGroup(NamedTuple):
     UUID that the request named, `device_node` the node; each is None when the request named the
     other. `number` is None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes
     of the members themselves, by name, when the request named one and iommufd can use them.
-    `disks` are the host's disks behind the functions, `partitions` the numbers of theirs.
-    `is_noiommu`: VFIO made the group for a function without an IOMMU.
+    `disks` are the host's disks behind the functions, `partitions` the numbers of theirs; after a
+    check has looked for them, also of all else that shows bytes of these disks.
+    `children` are the mediated devices that are parts of the functions. `is_noiommu`: VFIO made
+    the group for a function without an IOMMU.
     """
 
     number: int | None
@@ -35,6 +37,7 @@ class VfioGroup(NamedTuple):
     cdev_nodes: tuple[tuple[str, str], ...] = ()
     disks: tuple[DiskPart, ...] = ()
     partitions: tuple[DevNum, ...] = ()
+    children: tuple["MediatedDevice", ...] = ()
     is_noiommu: bool = False
 
     @property
@@ -74,9 +77,14 @@ class VfioGroup(NamedTuple):
 
     @property
     def related_identities(self) -> tuple[Identity, ...]:
-        """The other members, the physical function of a virtual one, disks and partitions."""
+        """The other members, what they are parts of and have as parts, disks and partitions.
+
+        A virtual function is a part of the physical one, a mediated device of its parent.
+        """
         others = self.members[1:]
-        physfns = {str(f.physfn) for f in self.functions if f.physfn} - set(self.members)
-        functions = map(Identity.of_vfio, (*others, *sorted(physfns)))
+        above = {str(f.physfn) for f in self.functions if f.physfn}
+        above |= {self.mediated.parent} if self.mediated else set()
+        children = [child.uuid for child in self.children]
+        functions = map(Identity.of_vfio, (*others, *sorted(above - set(self.members)), *children))
         numbers = (*(disk.devnum for disk in self.disks), *self.partitions)
         return (*functions, *map(Identity.of_block, numbers))

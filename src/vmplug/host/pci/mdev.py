@@ -4,6 +4,7 @@ Source: Documentation/driver-api/vfio-mediated-device.rst, Documentation/arch/s3
 """
 
 import re
+from collections.abc import Collection
 from enum import StrEnum
 
 import msgspec
@@ -62,6 +63,19 @@ def read_mediated(path: str, root: HostRoot) -> MediatedDevice:
         sysfs_path=real,
         ap_queues=_read_ap_queues(path, root) if kind is VFIODeviceType.AP else (),
     )
+
+
+def read_children(parents: Collection[str], root: HostRoot) -> list[MediatedDevice]:
+    """The mediated devices that are parts of these devices, which are named as in sysfs."""
+    uuids = list_children(parents, root)
+    return [read_mediated(f"{MDEV_DEVICES}/{uuid}", root) for uuid in uuids]
+
+
+def list_children(parents: Collection[str], root: HostRoot) -> list[str]:
+    """Their UUIDs, for which only links are read."""
+    paths = [root.real_path(f"{MDEV_DEVICES}/{name}") for name in root.list_dir(MDEV_DEVICES)]
+    split = (path.split("/")[-2:] for path in paths)
+    return [uuid for parent, uuid in split if parent in parents]
 
 
 def _read_ap_queues(path: str, root: HostRoot) -> tuple[str, ...]:

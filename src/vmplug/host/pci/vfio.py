@@ -16,8 +16,8 @@ from vmplug.host.file_id import file_replaced
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.function import PciFunction, find_function, read_virtfns
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.iommu import find_group, is_noiommu, read_group
-from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_mediated
+from vmplug.host.pci.iommu import find_group, group_node, is_noiommu, read_group
+from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_children, read_mediated
 from vmplug.host.pci.uses import BlockDevices
 from vmplug.host.root import HostRoot, node_number
 
@@ -113,7 +113,7 @@ def find_vfio_device(
         alone = VfioGroup(
             number=None, device_node=node, functions=(function,), named=name, found_by=found_by
         )
-        return with_disks(alone, root, blocks)
+        return with_parts(alone, root, blocks)
     return _read_group(number, node, root, found_by, blocks, named=function)
 
 
@@ -192,11 +192,11 @@ def _read_group(
         found_by=found_by,
         is_noiommu=mediated is None and is_noiommu(number, root),
     )
-    return with_disks(group, root, blocks)
+    return with_parts(group, root, blocks)
 
 
-def with_disks(group: VfioGroup, root: HostRoot, blocks: BlockDevices) -> VfioGroup:
-    """The group with the disks and partitions that the host's drivers provide behind it.
+def with_parts(group: VfioGroup, root: HostRoot, blocks: BlockDevices) -> VfioGroup:
+    """The group with the disks, partitions and mediated devices that the host's drivers provide.
 
     A disk with several controllers in the group is in it once.
     """
@@ -209,7 +209,10 @@ def with_disks(group: VfioGroup, root: HostRoot, blocks: BlockDevices) -> VfioGr
             else:
                 name = root.real_path(directory).rpartition("/")[2]
                 disks[devnum] = DiskPart(devnum, f"/dev/{name.replace('!', '/')}")
-    return group._replace(disks=tuple(disks.values()), partitions=tuple(partitions))
+    children = read_children({str(function.bdf) for function in group.functions}, root)
+    return group._replace(
+        disks=tuple(disks.values()), partitions=tuple(partitions), children=tuple(children)
+    )
 
 
 def read_cdev(device: str, root: HostRoot) -> str | None:
@@ -220,6 +223,20 @@ def read_cdev(device: str, root: HostRoot) -> str | None:
     name = next(iter(root.list_dir(f"{device}/vfio-dev")), None)
     node = f"/dev/vfio/devices/{name}"
     return node if name and root.stat_or_none(node) else None
+
+
+def list_vfio_nodes(device: str, root: HostRoot) -> list[str]:
+    """The nodes by which VFIO gives a device away: that of its group, and its own if it has one.
+
+    This reads only links: readers of the device's files wait while the kernel unbinds it.
+    """
+    number = find_group(device, root)
+    if number is None:
+        return []
+    # The group of a mediated device has that name too, and an ordinary node.
+    is_unsafe = not UUID.match(device.rpartition("/")[2]) and is_noiommu(number, root)
+    cdev = read_cdev(device, root)
+    return [group_node(number, is_noiommu=is_unsafe), *([cdev] if cdev else [])]
 
 
 @contextmanager

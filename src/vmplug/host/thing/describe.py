@@ -10,11 +10,11 @@ from msgspec.structs import replace
 from vmplug.errors import AttributeReadError, HostError
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.qcow2 import read_image
-from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed
 from vmplug.host.check.device import check_device
 from vmplug.host.check.open_char import may_have_users
+from vmplug.host.check.relate import relate_device
 from vmplug.host.check.shared import check_shared
 from vmplug.host.check.thing import identify
 from vmplug.host.check.visible import find_unread
@@ -44,13 +44,9 @@ def relate(device: HostDevice, usage: HostUsage, root: HostRoot) -> HostDevice:
 
     An image also has the files that its header names, where vmplug can follow them.
     """
-    match device:
-        case BlockDevice():
-            return relate_block(device, usage, root)
-        case DiskFile():
-            return relate_file(_with_image(device, root), usage, root)
-        case _:
-            return device
+    if isinstance(device, DiskFile):
+        device = _with_image(device, root)
+    return relate_device(device, usage, root)
 
 
 def _with_image(file: DiskFile, root: HostRoot) -> DiskFile:

@@ -12,7 +12,7 @@ from vmplug.host.check.unknown import gather_unknown
 from vmplug.host.check.vfio_group import check_networks
 from vmplug.host.pci.function import PciFunction, find_function, read_virtfns
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.mdev import MDEV_DEVICES, MediatedDevice, read_mdev_types, read_mediated
+from vmplug.host.pci.mdev import MediatedDevice, read_children, read_mdev_types
 from vmplug.host.pci.nodes import read_node_paths, read_nodes
 from vmplug.host.pci.pci_ids import PciNames
 from vmplug.host.pci.uses import (
@@ -163,10 +163,8 @@ class FunctionReader:
         return Thing(kind=ThingKind.OTHER_DEVICE, name=name, relation=Relation.PARENT)
 
     def _mediated_of(self, parent: str) -> Iterator[Thing]:
-        for uuid in self._root.list_dir(MDEV_DEVICES):
-            device = read_mediated(f"{MDEV_DEVICES}/{uuid}", self._root)
-            if device.parent == parent:
-                yield self._mediated(device, Relation.MEDIATED_DEVICE)
+        for device in read_children({parent}, self._root):
+            yield self._mediated(device, Relation.MEDIATED_DEVICE)
 
     def parent_or_type(self, name: str) -> Thing | None:
         """A parent of mediated devices, such as `matrix`, or a type of them; None for neither."""

@@ -11,7 +11,12 @@ from vmplug.host.pci.sriov import Sriov, find_interface, read_sriov, set_count
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
-from vmplug.manager.binding.users import USED_BY_VM, find_conflicts, raise_in_use
+from vmplug.manager.binding.users import (
+    USED_BY_VM,
+    children_users,
+    find_conflicts,
+    raise_in_use,
+)
 
 _NO_USE = frozenset(
     {
@@ -67,18 +72,22 @@ def divide(
     """Set the number of a physical function's virtual ones, and return them; see `set_count`.
 
     A new number removes all existing ones first. So none of them may be in use by a VM, a process
-    or the host, or bound to VFIO by vmplug. Raises InUse or StateError for those, and then nothing
-    has changed.
+    or the host, or bound to VFIO by vmplug; nor may a mediated device of the physical function be
+    in use. Raises InUse or StateError for those, and then nothing has changed.
     """
     with journal.bindings.alone():
         found = find_sriov(bdf, host)
         if count != len(found.virtfns):
-            _refuse_used(found.virtfns, journal, host, allow)
+            _refuse_used(bdf, found.virtfns, journal, host, allow)
         return set_count(bdf, count, host, autoprobe=autoprobe)
 
 
 def _refuse_used(
-    virtfns: Iterable[Bdf], journal: Journal, host: HostRoot, allow: Collection[Code]
+    physfn: Bdf,
+    virtfns: Iterable[Bdf],
+    journal: Journal,
+    host: HostRoot,
+    allow: Collection[Code],
 ) -> None:
     findings = [
         finding
@@ -86,7 +95,8 @@ def _refuse_used(
         for finding in find_conflicts(find_vfio_device(str(bdf), host), journal, host, only=bdf)
         if finding.code not in _NO_USE
     ]
-    raise_in_use(", ".join(map(str, virtfns)), findings, allow)
+    findings += children_users(physfn, journal, host)
+    raise_in_use(", ".join(map(str, virtfns)) or str(physfn), findings, allow)
     known = {row.bdf for row in journal.bindings.all()}
     bound = [bdf for bdf in virtfns if bdf in known]
     if bound:

@@ -6,13 +6,15 @@ from vmplug.address import Bdf
 from vmplug.errors import InUse
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
+from vmplug.host.check.relate import relate_group
 from vmplug.host.finding import NEVER_ALLOWED, Access, Code, Finding, Severity, allow
 from vmplug.host.kind import Identity
 from vmplug.host.pci.function import read_virtfns
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.iommu import find_group, group_node, is_noiommu, read_group
+from vmplug.host.pci.iommu import find_group, read_group
+from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, list_children
 from vmplug.host.pci.uses import BlockDevices
-from vmplug.host.pci.vfio import read_cdev, with_disks
+from vmplug.host.pci.vfio import list_vfio_nodes, read_cdev, with_parts
 from vmplug.host.root import HostRoot
 from vmplug.host.use.openers import DeviceNode, read_open_files, wanted_node
 from vmplug.journal.journal import Journal
@@ -28,30 +30,45 @@ def find_conflicts(
     members = group if only is None else _only(only, group, host)
     paths = members.member_paths
     nodes = ((name, node) for name, path in paths.items() if (node := read_cdev(path, host)))
+    usage = read_usage(host, vms=journal.vm_processes(host))
+    members = relate_group(members._replace(cdev_nodes=tuple(nodes)), usage, host)
+    related = (*group.related_identities, *members.related_identities)
     return check_device(
-        members._replace(cdev_nodes=tuple(nodes)),
+        members,
         Access(read_only=False),
-        usage=read_usage(host, vms=journal.vm_processes(host)),
-        claims=journal.find_claims(None, group.identity, group.related_identities),
+        usage=usage,
+        claims=journal.find_claims(None, group.identity, dict.fromkeys(related)),
         root=host,
     )
 
 
 def find_users(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
-    """The user of a function, or of one of its virtual ones, through VFIO; None for none.
+    """The user of a function, or of a part of it, through VFIO; None for none.
 
-    It is a process, or a VM in the journal. The virtual functions end with the function's driver,
-    and the kernel waits for their users.
+    It is a process, or a VM in the journal. The virtual functions and mediated devices end with
+    the function's driver, and the kernel waits for their users.
     """
-    functions = (bdf, *read_virtfns(bdf, host))
-    return next(filter(None, (_find_user(one, journal, host) for one in functions)), None)
+    names = [str(one) for one in (bdf, *read_virtfns(bdf, host))]
+    names += list_children(names, host)
+    return next(filter(None, (_find_user(one, journal, host) for one in names)), None)
+
+
+def children_users(bdf: Bdf, journal: Journal, host: HostRoot) -> Iterator[Finding]:
+    """The mediated devices of one function that somebody uses through VFIO."""
+    for uuid in list_children({str(bdf)}, host):
+        if user := _find_user(uuid, journal, host):
+            yield Finding(
+                Code.IN_USE_BY_VM,
+                f"{user}, a mediated device of {bdf}, which may disappear",
+                f"detach {uuid} there, or end that process",
+            )
 
 
 def virtfn_users(group: VfioGroup, journal: Journal, host: HostRoot) -> Iterator[Finding]:
     """The virtual functions of a group's functions that somebody uses through VFIO."""
     for function in group.functions:
         for virtfn in read_virtfns(function.bdf, host):
-            if user := _find_user(virtfn, journal, host):
+            if user := _find_user(str(virtfn), journal, host):
                 yield Finding(
                     Code.IN_USE_BY_VM,
                     f"{user}, a virtual function of {function.bdf}, which would disappear",
@@ -59,36 +76,30 @@ def virtfn_users(group: VfioGroup, journal: Journal, host: HostRoot) -> Iterator
                 )
 
 
-def _find_user(bdf: Bdf, journal: Journal | None, host: HostRoot) -> str | None:
-    """The user of one function.
-
-    This reads only links: readers of the function's files wait while the kernel unbinds it from
-    its last user.
-    """
-    device = f"{host.pci_devices}/{bdf}"
+def _find_user(name: str, journal: Journal | None, host: HostRoot) -> str | None:
+    """The user of one function, or of a mediated device by its UUID."""
+    device = f"{MDEV_DEVICES if UUID.match(name) else host.pci_devices}/{name}"
     number = find_group(device, host)
     if number is None:
         return None
-    node = group_node(number, is_noiommu=is_noiommu(number, host))
-    paths = filter(None, (node, read_cdev(device, host)))
     wanted = {
-        key: name
-        for path in paths
-        for key, name in wanted_node(DeviceNode.of_char(path, host), host).items()
+        key: path
+        for node in list_vfio_nodes(device, host)
+        for key, path in wanted_node(DeviceNode.of_char(node, host), host).items()
     }
     for opener in read_open_files(host).find(wanted) if wanted else ():
-        return f"{bdf} is open in process {opener.pid} ({opener.name})"
+        return f"{name} is open in process {opener.pid} ({opener.name})"
     if journal:
-        members = [Identity.of_vfio(name) for name in read_group(number, host)]
-        for claim in journal.find_claims(None, Identity.of_vfio(bdf), members):
-            return f"{bdf} is handed to {claim.holder}"
+        members = [Identity.of_vfio(member) for member in read_group(number, host)]
+        for claim in journal.find_claims(None, Identity.of_vfio(name), members):
+            return f"{name} is handed to {claim.holder}"
     return None
 
 
 def _only(bdf: Bdf, group: VfioGroup, host: HostRoot) -> VfioGroup:
     """The group with only that function."""
     functions = tuple(function for function in group.functions if function.bdf == bdf)
-    return with_disks(group._replace(functions=functions, bridges=()), host, BlockDevices(host))
+    return with_parts(group._replace(functions=functions, bridges=()), host, BlockDevices(host))
 
 
 def raise_in_use(what: str, findings: Iterable[Finding], allowed: Collection[Code] = ()) -> None:

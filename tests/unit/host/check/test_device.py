@@ -414,6 +414,78 @@ def test_a_loop_device_on_a_disk_or_its_partition_concerns_both(
     assert (finding.code, "/dev/sda1 is behind" in finding.message) == (Code.HAS_HOLDERS, True)
 
 
+@pytest.mark.parametrize("backing_file", ["/dev/sda1", "/dev/disk/by-id/wwn-1-part1"])
+@pytest.mark.parametrize("wanted", ["7:0", "259:0"])
+@pytest.mark.parametrize("use", ["mount", "mount-of-disk", "holder", "swap", "opener", "twin"])
+def test_a_use_of_what_is_behind_a_loop_device_counts(
+    disk: HostTree, use: str, wanted: str, backing_file: str
+) -> None:
+    """A loop device claims nothing of what it is on."""
+    disk.link("/dev/disk/by-id/wwn-1-part1", "../../sda1")
+    files = {"backing_file": f"{backing_file}\n", "offset": "0\n", "sizelimit": "0\n"}
+    disk.block_device("7:0", "loop0", partitions={"259:0": "loop0p1"}, loop=files)
+    disk.mount("/dev/sda2", "/", "8:2")  # another partition does not matter
+    assert findings(disk, wanted) == []
+    code, node = "mounted-on-host", "/dev/sda1"
+    match use:
+        case "mount":
+            disk.mount("/dev/sda1", "/mnt", "8:1")
+        case "mount-of-disk":
+            disk.mount("/dev/sda", "/mnt", "8:0")
+            node = "/dev/sda"
+        case "holder":
+            code = "has-holders"
+            disk.block_device("253:0", "dm-0").hold("sda1", "dm-0")
+        case "swap":
+            code = "is-swap"
+            disk.swap("/dev/sda1")
+        case "opener":
+            code = "open-by-process"
+            disk.process(77, "mysqld", "/dev/sda1")
+        case _:
+            node = "/dev/sdb1"
+            disk.block_device("8:16", "sdb", partitions={"8:17": "sdb1", "8:18": "sdb2"})
+            for name in ("sda", "sdb"):
+                disk.file(f"/sys/devices/virtual/block/{name}/device/wwid", "naa.600\n")
+            disk.mount("/dev/sdb1", "/mnt", "8:17")
+    (finding,) = findings(disk, wanted)
+    assert (finding.code, finding.severity) == (code, Severity.ERROR)
+    assert finding.used_by
+    assert finding.used_by.on == node
+
+
+def test_swap_on_the_file_behind_a_loop_device_counts(tree: HostTree) -> None:
+    idle_loop(tree.file("/swap.img", b"x"), "/swap.img").swap("/swap.img")
+    assert codes(findings(tree, "7:0")) == ["is-swap"]
+
+
+def test_a_vm_that_has_what_is_behind_a_loop_device_has_that(disk: HostTree) -> None:
+    """Also by another loop device, and through one that is on a loop device."""
+    idle_loop(disk, "/dev/sda1")
+    idle_loop(disk, "/dev/sda", number=1)
+    idle_loop(disk, "/dev/loop0", number=2)
+    device = resolve(want("7:2"), disk.root)
+    assert isinstance(device, BlockDevice)
+    related = relate_block(device, read_usage(disk.root), disk.root).related_identities
+    assert {str(one) for one in related} >= {"block:7:0", "block:7:1", "block:8:0", "block:8:1"}
+
+
+def test_another_name_of_what_a_volume_is_built_on_counts(disk: HostTree) -> None:
+    """As long as the volume is not built on that too, as multipath is."""
+    disk.block_device("8:16", "sdb").block_device("253:0", "dm-0").hold("sda", "dm-0")
+    disk.link("/sys/devices/virtual/block/dm-0/slaves/sda", "../../sda")
+    for name in ("sda", "sdb"):
+        disk.file(f"/sys/devices/virtual/block/{name}/wwid", "naa.600\n")
+    assert findings(disk, "253:0") == []
+    disk.mount("/dev/sdb", "/mnt", "8:16")
+    (finding,) = findings(disk, "253:0")
+    assert finding.message == (
+        "/dev/sdb, which is below /dev/dm-0, is mounted on the host at /mnt"
+    )
+    disk.hold("sdb", "dm-0").link("/sys/devices/virtual/block/dm-0/slaves/sdb", "../../sdb")
+    assert findings(disk, "253:0") == []
+
+
 # Two names of one disk
 
 LUN = "eui.00112233445566770000000000000012\n"
@@ -473,6 +545,66 @@ def test_scsi_paths_of_one_lun_are_one_disk_unless_their_sizes_differ(tree: Host
     tree.mount("/dev/sdb", "/data", "8:16")
     assert codes(findings(tree, "8:0")) == ["mounted-on-host"]
     assert findings(tree, "8:32") == []  # another slot of a card reader
+
+
+def page_83(*designators: tuple[int, bytes]) -> bytes:
+    """A VPD page with names of these kinds. Source: SPC-4, 7.8.6."""
+    body = b"".join(bytes((1, kind, 0, len(name))) + name for kind, name in designators)
+    return bytes((0, 0x83)) + len(body).to_bytes(2, "big") + body
+
+
+NAA, OTHER = bytes.fromhex("60014051234567890123456789abcdef"), bytes.fromhex("5000c50012345678")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            {"wwid": f"eui.{NAA.hex()}\n"},
+            {"nguid": "60014051-2345-6789-0123-456789abcdef\n", "wwid": "uuid.1-2\n"},
+        ),
+        ({"wwid": "eui.0025385b\n"}, {"eui": "00 25 38 5b\n"}),
+        ({"wwid": "uuid.1-2\n"}, {"uuid": "1-2\n", "wwid": f"eui.{NAA.hex()}\n"}),
+        ({"device/vpd_pg83": page_83((3, NAA))}, {"device/wwid": f"naa.{NAA.hex()}\n"}),
+        (
+            {"device/vpd_pg83": page_83((1, b"LIO a"), (3, NAA))},
+            {"device/vpd_pg83": page_83((0x13, OTHER), (3, NAA), (1, b"LIO b"))},
+        ),
+        (
+            {"device/vpd_pg83": page_83((2, NAA), (8, b"iqn.x\0"))},
+            {"device/vpd_pg83": page_83((8, b"iqn.x\0\0"))},
+        ),
+    ],
+)
+def test_one_common_name_makes_two_disks_one_lun(
+    tree: HostTree, one: dict[str, str | bytes], other: dict[str, str | bytes]
+) -> None:
+    """Whichever of its names each path shows, or a copy of a host has."""
+    for number, name, names in (("8:0", "sda", one), ("8:16", "sdb", other)):
+        tree.block_device(number, name)
+        for file, content in names.items():
+            tree.file(f"/sys/devices/virtual/block/{name}/{file}", content)
+    tree.mount("/dev/sdb", "/data", "8:16")
+    assert codes(findings(tree, "8:0")) == ["mounted-on-host"]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        page_83((0x13, OTHER), (0x23, OTHER)),  # the port and the target of both
+        page_83((0, b"vendor"), (4, b"\0\1")),
+        page_83((3, bytes(8))),
+        page_83((3, NAA))[:6],
+        b"\0\x80\0\4abcd",
+    ],
+)
+def test_what_is_no_name_of_a_lun_makes_none(tree: HostTree, page: bytes) -> None:
+    for number, name in (("8:0", "sda"), ("8:16", "sdb")):
+        tree.block_device(number, name)
+        tree.file(f"/sys/devices/virtual/block/{name}/device/vpd_pg83", page)
+        tree.file(f"/sys/devices/virtual/block/{name}/nguid", f"{'0' * 8}-{'0' * 4}\n")
+    tree.mount("/dev/sdb", "/data", "8:16")
+    assert findings(tree, "8:0") == []
 
 
 def test_disks_without_a_name_are_not_taken_for_one(tree: HostTree) -> None:

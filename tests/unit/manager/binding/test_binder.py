@@ -421,6 +421,89 @@ def test_a_partition_that_a_vm_has_keeps_its_controller(
     assert binder.bind(group_of(kernel, DISK))
 
 
+@pytest.mark.parametrize("identity", ["block:7:0", "block:259:8", "block:8:0", "block:8:1"])
+def test_whoever_has_bytes_of_a_disk_by_another_name_keeps_its_controller(
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Journal, identity: str
+) -> None:
+    """A loop device on a partition, its own partition, and another path to the LUN."""
+    tree.pci_disk(DISK, "259:0", "nvme0n1", partitions={"259:1": "nvme0n1p1"})
+    files = {"backing_file": "/dev/nvme0n1p1\n"}
+    tree.block_device("7:0", "loop0", partitions={"259:8": "loop0p1"}, loop=files)
+    tree.block_device("8:0", "sda", partitions={"8:1": "sda1"})
+    for disk in ("nvme0n1", "sda"):
+        tree.file(f"/sys/class/block/{disk}/wwid", "naa.600\n")
+    held_by_vm(journal, identity)
+    with pytest.raises(InUse, match="is already handed to VM 'sb1'") as caught:
+        binder.bind(group_of(kernel, DISK))
+    assert caught.value.codes == (Code.IN_USE_BY_VM,)
+    assert kernel.writes == []
+    journal.forget_vm("sb1")
+    assert binder.bind(group_of(kernel, DISK))
+
+
+def test_whoever_has_a_loop_device_on_a_disk_open_keeps_its_controller(
+    tree: PciTree, kernel: FakeKernel, binder: Binder
+) -> None:
+    tree.pci_disk(DISK, "259:0", "nvme0n1")
+    tree.block_device("7:0", "loop0", loop={"backing_file": "/dev/nvme0n1\n"})
+    tree.process(77, "mysqld", "/dev/loop0")
+    with pytest.raises(InUse, match=r"/dev/loop0 is open for writing in process 77") as caught:
+        binder.bind(group_of(kernel, DISK))
+    assert caught.value.codes == (Code.OPEN_BY_PROCESS,)
+    assert kernel.writes == []
+    (tree.path / "proc/77/fd/3").unlink()  # the remedy
+    assert binder.bind(group_of(kernel, DISK))
+
+
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+
+
+@pytest.fixture
+def parent(tree: PciTree) -> PciTree:
+    """A disk controller with a mediated device in a group of its own."""
+    return tree.mdev_type(DISK, "i915-1").mdev(UUID, DISK, "i915-1", group=9)
+
+
+def test_a_mediated_device_that_a_vm_has_keeps_its_parent(
+    parent: PciTree, kernel: FakeKernel, binder: Binder, journal: Journal
+) -> None:
+    held_by_vm(journal, f"vfio:{UUID}")
+    with pytest.raises(InUse, match=f"{UUID} is already handed to VM 'sb1'") as caught:
+        binder.bind(group_of(kernel, DISK))
+    assert caught.value.codes == (Code.IN_USE_BY_VM,)
+    assert kernel.writes == []
+    journal.forget_vm("sb1")
+    assert binder.bind(group_of(kernel, DISK))
+    assert parent.root.list_dir("/sys/bus/mdev/devices") == [UUID]  # the tree has no driver
+
+
+def test_a_mediated_device_that_a_process_has_open_keeps_its_parent(
+    parent: PciTree, kernel: FakeKernel, binder: Binder
+) -> None:
+    parent.process(77, "qemu", "/dev/vfio/9")
+    with pytest.raises(InUse, match="is open in process 77") as caught:
+        binder.bind(group_of(kernel, DISK))
+    assert caught.value.codes == (Code.OPEN_BY_PROCESS,)
+    assert f"/dev/vfio/9, a node of {UUID}, a mediated device of {DISK}," in caught.value.message
+    assert kernel.writes == []
+    (parent.path / "proc/77/fd/3").unlink()  # the remedy
+    assert binder.bind(group_of(kernel, DISK))
+
+
+def test_a_mediated_device_keeps_a_parent_that_vmplug_bound(
+    tree: PciTree, kernel: FakeKernel, binder: Binder, journal: Journal
+) -> None:
+    """Drivers of VFIO may make mediated devices too."""
+    bound = binder.bind(group_of(kernel, DISK))
+    tree.mdev_type(DISK, "i915-1").mdev(UUID, DISK, "i915-1", group=9)
+    held_by_vm(journal, f"vfio:{UUID}")
+    with pytest.raises(InUse, match=f"{UUID} is already handed to VM 'sb1'"):
+        binder.unbind(group_of(kernel, DISK))
+    assert binder.bindings() == bound
+    journal.forget_vm("sb1")
+    assert binder.unbind(group_of(kernel, DISK))
+
+
 def test_what_a_process_uses_through_its_driver_is_not_bound(
     tree: PciTree, kernel: FakeKernel, binder: Binder
 ) -> None:

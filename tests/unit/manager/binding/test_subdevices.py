@@ -446,3 +446,26 @@ def test_a_mediated_device_that_will_not_go_is_told(
         remove_unused(ANY_UUID, journal=journal, host=kernel)
     assert caught.value.hint
     remove_unused(ANY_UUID, journal=journal, host=kernel)
+
+
+@pytest.mark.parametrize("parent", [PHYSFN, FIRST])
+def test_the_number_stays_while_a_mediated_device_is_in_use(
+    tree: PciTree, journal: Journal, kernel: FakeKernel, parent: str
+) -> None:
+    """Of the physical function, or of one of the virtual ones, which would end with it."""
+    count_to(1, journal, kernel)
+    tree.mdev_type(parent, TYPE).mdev(ANY_UUID, parent, TYPE, group=9)
+    kernel.writes.clear()
+    held_by_vm(journal, f"vfio:{ANY_UUID}")
+    with pytest.raises(InUse, match=f"{ANY_UUID} is .*handed to VM 'sb1'") as caught:
+        count_to(0, journal, kernel)
+    assert caught.value.codes == (Code.IN_USE_BY_VM,)
+    assert kernel.writes == []
+    journal.forget_vm("sb1")
+    tree.process(77, "qemu", "/dev/vfio/9")
+    with pytest.raises(InUse, match="is open in process 77"):
+        count_to(0, journal, kernel)
+    assert kernel.writes == []
+    (tree.path / "proc/77/fd/3").unlink()
+    (tree.path / f"sys/bus/mdev/devices/{ANY_UUID}").unlink()
+    assert count_to(0, journal, kernel) == []
