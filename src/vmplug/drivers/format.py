@@ -62,10 +62,11 @@ def _remedy(found: str, *, is_file: bool) -> str:
 
 def _check_qcow2(device: DiskFile, *, read_only: bool) -> Iterator[Finding]:
     for fault in device.faults:
-        is_harmless = fault.only_for_writing and read_only
+        is_harmless = fault.only_for_writing and (read_only or fault.file is not None)
+        which = f"needs {fault.file}, which " if fault.file else ""
         yield Finding(
             Code.UNUSABLE_IMAGE,
-            f"{device.host_path} {fault.what}",
+            f"{device.host_path} {which}{fault.what}",
             fault.remedy,
             Severity.WARNING if is_harmless else Severity.ERROR,
         )

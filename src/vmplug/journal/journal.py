@@ -32,6 +32,7 @@ from vmplug.journal.database import (
     read_journal_id,
     store_error,
 )
+from vmplug.journal.images import ImageClaims
 from vmplug.journal.lease_rows import LeaseRows
 from vmplug.journal.lock import JournalLock
 from vmplug.journal.process import ProcessIdentity
@@ -100,6 +101,7 @@ class Journal:
         self.bindings = Bindings(connection, self._lock, path)
         self.leases = LeaseRows(connection, self._lock, path)
         self.vf_tokens = VfTokens(connection, self._lock, path, self.worker.boot_id)
+        self._image_claims = ImageClaims(host)
         self._works = 0
         self._work_ended = threading.Condition()
 
@@ -411,7 +413,10 @@ class Journal:
     def find_claims(
         self, vm: str | None, own: Identity, identities: Iterable[Identity]
     ) -> list[Claim]:
-        """The claims of VMs of this boot on `identities`, and of VMs other than `vm` on `own`."""
+        """The claims of VMs of this boot on `identities`, and of VMs other than `vm` on `own`.
+
+        A VM that has an image has the other files that its header names too.
+        """
         wanted = [str(identity) for identity in (own, *identities)]
         marks = ", ".join("?" * len(wanted))
         claims = self._read(
@@ -424,7 +429,23 @@ class Journal:
             vm,
             self._boot_id,
         )
+        claims += [
+            claim
+            for record in self._images()
+            if (record.vm, record.identity) != (vm, own)
+            for claim in self._image_claims.of(record)
+            if str(claim.identity) in wanted
+        ]
         return [self._with_process(claim) if is_lease(claim.vm) else claim for claim in claims]
+
+    def _images(self) -> list[DeviceRecord]:
+        """The devices of this boot that are images, of which the header may name other files."""
+        return self._read(
+            read_device,
+            "SELECT * FROM device WHERE options LIKE '%qcow2%'"
+            " AND vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?) ORDER BY rowid",
+            self._boot_id,
+        )
 
     def _with_process(self, claim: Claim) -> Claim:
         record = self.find_vm(claim.vm)
@@ -432,12 +453,13 @@ class Journal:
 
     def claims(self) -> list[Claim]:
         """The claims of all VMs of this boot, on whatever they have."""
-        return self._read(
+        claims = self._read(
             read_claim,
             "SELECT * FROM device"
             " WHERE vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?) ORDER BY rowid",
             self._boot_id,
         )
+        return [*claims, *(c for record in self._images() for c in self._image_claims.of(record))]
 
     def attachments(self, vm: str | None = None) -> list[Attachment]:
         """Every hold on a device of `vm`, or of all VMs."""

@@ -21,7 +21,7 @@ from vmplug.host.block.content import look_into
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.usage import NO_VMS, HostUsage, read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.check.relate import relate_device
+from vmplug.host.check.relate import relate_device, relate_image
 from vmplug.host.check.thing import has_changed, identify
 from vmplug.host.check.vfio_group import GuestMemory, check_vm
 from vmplug.host.device import CharDevice, HostDevice
@@ -231,9 +231,12 @@ def _look_into(
 ) -> tuple[HostDevice, list[Finding]]:
     assert isinstance(device, BlockDevice | DiskFile)
     try:
-        return look_into(device, driver.format, terms.host, terms.usage.questions), []
+        device = look_into(device, driver.format, terms.host, terms.usage.questions)
+        if isinstance(device, DiskFile) and device.image:
+            device = relate_image(device, terms.usage, terms.host)
     except HostError as error:
         return device, [_unresolved(error)]
+    return device, []
 
 
 def check_vfio(

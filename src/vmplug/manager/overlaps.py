@@ -86,8 +86,15 @@ def _share(one: Asked, other: Asked) -> bool:
     """Readers may share, and so may writers if all have share-rw; a function is never shared."""
     if isinstance(one.device, VfioGroup) or isinstance(other.device, VfioGroup):
         return False
-    readers = one.access.read_only and other.access.read_only
+    readers = _only_reads(one, other) and _only_reads(other, one)
     return readers or (one.access.share_rw and other.access.share_rw)
+
+
+def _only_reads(one: Asked, other: Asked) -> bool:
+    """Whether the one only reads what it has of the other: backing files it never writes."""
+    device = one.device
+    is_backing = isinstance(device, DiskFile) and other.device.identity in device.only_read
+    return one.access.read_only or is_backing
 
 
 def _finding(asked: Asked, other: Asked) -> Finding:

@@ -5,13 +5,17 @@ The content of a disk whose format is stated as raw belongs to its guest: vmplug
 
 import os
 
+from msgspec.structs import replace
+
+from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.formats import HEAD_BYTES, LUKS, TAIL_BYTES, ImageFormat, find_format
 from vmplug.host.block.image_faults import ImageFault, find_faults
 from vmplug.host.block.qcow2 import read_image
 from vmplug.host.block.queue import read_queue
-from vmplug.host.block.sysfs import SIZE_UNIT_BYTES, find_disk_path
+from vmplug.host.block.sysfs import SIZE_UNIT_BYTES, find_disk_path, read_block_device
 from vmplug.host.block.twins import read_own_name
+from vmplug.host.kind import FoundBy
 from vmplug.host.root import HostRoot
 from vmplug.host.use.questions import Questions
 
@@ -72,6 +76,15 @@ def _look_into_image(device: DiskFile, root: HostRoot) -> DiskFile:
             image = read_image(device.host_path, root)
         except ValueError as error:
             faults.append(ImageFault(str(error), _FLATTEN))
+    below = image.backing if image else None
+    while below and below.format is ImageFormat.QCOW2:
+        size = root.size(below.path)
+        if below.is_device:
+            number = DevNum.parse(below.identity.key)
+            size = read_block_device(number, below.path, FoundBy.FILE, root).size_bytes
+        found = find_faults(below.path, size or 0, root)
+        faults += [replace(fault, file=below.path) for fault in found]
+        below = below.backing
     return device._replace(faults=tuple(faults), image=image)
 
 

@@ -38,8 +38,8 @@ class BlockDevice(NamedTuple):
     these with their partitions. All three are None until a check looks for them. `looks_like` is
     the format of its content, None for raw, or where the request states one; `is_silent`: it did
     not answer in time (see `vmplug.host.block.content`). `queue` is read only for `check` and
-    `attach`, as are `own_name`, which is one for every way to the same LUN (see `vmplug.host.block.twins`), and
-    `has_aio`: whether the host has a context left for aio=native.
+    `attach`, as are `own_name`, which is one for every way to the same LUN (see
+    `vmplug.host.block.twins`), and `has_aio`: whether the host has a context left for aio=native.
     """
 
     devnum: DevNum
@@ -120,7 +120,8 @@ class DiskFile(NamedTuple):
     `file_id` identifies the file, whatever has its name later (see `vmplug.host.file_id`); None
     where it was not read. `read_only`: its file system is read-only. `direct_io`: it can be read
     without the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image;
-    `image` has the files that it makes QEMU open, None where they are not known or not followed.
+    `image` has the files that it makes QEMU open, None where they are not known or not followed;
+    `written` are these with all that shows their bytes, `only_read` those that are only read.
     `pfn` is the information block of persistent memory, None without one. `loops` are the loop
     devices on it with their partitions, None until a check looks for them. `looks_like` is as for
     a BlockDevice; `faults` are those of an image whose format the request states as qcow2.
@@ -142,6 +143,8 @@ class DiskFile(NamedTuple):
     loops: tuple[DevNum, ...] | None = None
     looks_like: str | None = None
     faults: "tuple[ImageFault, ...]" = ()
+    written: tuple[Identity, ...] = ()
+    only_read: tuple[Identity, ...] = ()
     direct_io_bytes: int | None = None
     unallocated_bytes: int = 0
     free_bytes: int | None = None
@@ -174,5 +177,6 @@ class DiskFile(NamedTuple):
 
     @property
     def related_identities(self) -> tuple[Identity, ...]:
-        """The loop devices on it."""
-        return tuple(map(Identity.of_block, self.loops or ()))
+        """The loop devices on it, and the other files of the image."""
+        loops = map(Identity.of_block, self.loops or ())
+        return (*loops, *self.written, *self.only_read)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from vmplug.host.block.qcow2 import HEADER, HEADER_3, MAGIC
+from vmplug.host.block.qcow2 import HEADER, HEADER_3, MAGIC, VERSIONS
 from vmplug.host.root import HostRoot
 
 _DIRTY, _CORRUPT, _EXTENDED_L2 = 1 << 0, 1 << 1, 1 << 4
@@ -17,11 +17,15 @@ _TABLE_MAX_BYTES = 32 << 20
 
 
 class ImageFault(msgspec.Struct, frozen=True):
-    """Why an image cannot be used, or not for writing, and the remedy."""
+    """Why an image cannot be used, or not for writing, and the remedy.
+
+    `file` is the backing file that has the fault, None for the image itself.
+    """
 
     what: str
     remedy: str
     only_for_writing: bool = False
+    file: str | None = None
 
 
 def find_faults(path: str, size_bytes: int, root: HostRoot) -> list[ImageFault]:
@@ -30,7 +34,7 @@ def find_faults(path: str, size_bytes: int, root: HostRoot) -> list[ImageFault]:
     if not head.startswith(MAGIC):
         return []
     version = int.from_bytes(head[4:8], "big")
-    if len(head) >= 8 and version not in {2, 3}:
+    if len(head) >= 8 and version not in VERSIONS:
         return [ImageFault(f"is a qcow image of version {version}", _CONVERT)]
     needed = HEADER.size + (HEADER_3.size if version == 3 else 0)
     if len(head) < needed:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.file_id import file_id
+from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.root import HostRoot
 from vmplug.host.use.silent import require_answer
 
@@ -19,6 +20,7 @@ HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
 """Magic, version, backing file offset and length, cluster bits, virtual size in bytes, encryption,
 entries and offset of the L1 table, offset and clusters of the refcount table, snapshots."""
 _FACTS_BYTES = 32
+VERSIONS = frozenset({2, 3})
 HEADER_3 = struct.Struct(">QQQII")
 """What version 3 has after that: three sets of features, refcount order, length of the header."""
 _EXTERNAL_DATA = 1 << 2
@@ -74,6 +76,13 @@ class ImageFile(NamedTuple):
     backing: "ImageFile | None" = None
     data_file: "ImageFile | None" = None
 
+    @property
+    def identity(self) -> Identity:
+        """That of a disk or a file; a device's `file_id` begins as that does."""
+        if self.is_device:
+            return Identity(IdentityKind.BLOCK, self.file_id.partition(" ")[2])
+        return Identity(IdentityKind.FILE, self.path)
+
 
 def read_image(
     path: str, root: HostRoot, format_: ImageFormat = ImageFormat.QCOW2, depth: int = 0
@@ -95,6 +104,9 @@ def read_image(
     header = read_qcow2_header(path, root)
     if header is None:
         raise ValueError(f"needs {path}, which is not a qcow2 image")
+    version = int.from_bytes(root.read_at(path, 4, 4), "big")
+    if depth and version not in VERSIONS:
+        raise ValueError(f"needs {path}, which is a qcow image of version {version}")
     extensions = dict(_extensions(path, root))
     if header.external_data:
         name = extensions.get(_DATA_FILE, b"").decode(errors="replace")

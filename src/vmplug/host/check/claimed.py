@@ -1,6 +1,6 @@
 """Which VMs of vmplug have it already?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from vmplug.host.finding import Access, Claim, Code, Finding, UsedBy, is_lease
 from vmplug.host.kind import Identity, IdentityKind
@@ -18,10 +18,15 @@ def without_shared(claims: Sequence[Claim], group: VfioGroup, root: HostRoot) ->
     return [claim for claim in claims if claim.identity not in shared]
 
 
-def find_claimed(claims: Sequence[Claim], access: Access) -> Iterator[Finding]:
-    """The holds of VMs; readers may share, and so may writers if all have share-rw."""
+def find_claimed(
+    claims: Sequence[Claim], access: Access, only_read: Collection[Identity] = ()
+) -> Iterator[Finding]:
+    """The holds of VMs; readers may share, and so may writers if all have share-rw.
+
+    `only_read` are parts that the VM would only read: backing files.
+    """
     for claim in claims:
-        readers = access.read_only and claim.read_only
+        readers = claim.read_only and (access.read_only or claim.identity in only_read)
         sharers = access.share_rw and claim.share_rw
         if not (readers or sharers):
             yield _conflict(claim)

@@ -24,6 +24,7 @@ from vmplug.host.check.exclusive import exclusive_errno
 from vmplug.host.check.image_files import list_image_files
 from vmplug.host.check.open_char import check_open_char
 from vmplug.host.check.open_disk import check_open_disk, open_in_vm
+from vmplug.host.check.relate import relate_device
 from vmplug.host.check.shared import check_shared
 from vmplug.host.check.unknown import gather_unknown, not_looked_for
 from vmplug.host.check.vfio_group import check_group, check_openers
@@ -62,7 +63,11 @@ def check_device(
     """
     if isinstance(device, VfioGroup):
         claims = without_shared(claims, device, root)
-    in_vm = is_held or bool(claims)
+    own = claims
+    if isinstance(device, DiskFile):
+        of_others = {*device.written, *device.only_read}
+        own = [claim for claim in claims if claim.identity not in of_others]
+    in_vm = is_held or bool(own)
     found = _check(device, access, usage, claims, root, in_vm=in_vm)
     return gather_unknown(found, device.host_path, root)
 
@@ -83,9 +88,11 @@ def _check(
         case DiskFile():
             file = relate_file(device, usage, root)
             found = list(_check_file(file, access, usage, claims, root, in_vm=in_vm))
-            # QEMU's own locks keep it from what another QEMU has.
             for other, how in list_image_files(None if in_vm else device.image, access, root):
-                found += _check(other, how, usage, (), root, in_vm=True)
+                related = relate_device(other, usage, root)
+                names = {related.identity, *related.related_identities}
+                is_claimed = any(claim.identity in names for claim in claims)
+                found += _check(related, how, usage, (), root, in_vm=is_claimed)
             return found
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
             found = list(find_claimed(claims, access))
@@ -230,7 +237,7 @@ def _check_file(
         *_looped(device, access, usage, root),
         *_swap(device.host_path, (device.host_path,), usage, root),
     ]
-    found = [*used, *find_claimed(claims, access)]
+    found = [*used, *find_claimed(claims, access, device.only_read)]
     if not (_is_refused(used) or in_vm):
         found += _in_a_qemu(device.host_path, device, access, usage, root)
     yield from found
