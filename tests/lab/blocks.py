@@ -30,7 +30,7 @@ NULL_DISKS = Path("/sys/kernel/config/nullb")
 ZRAM = Path("/sys/class/zram-control")
 UDEV_SOCKET = Path("/run/udev/control")
 
-_REMEDY = re.compile(r"\b(?:umount|swapoff|losetup|dmsetup|mdadm|blockdev) [^)]*")
+_REMEDY = re.compile(r"\b(?:umount|swapoff|losetup|dmsetup|mdadm|blockdev|echo) [^)]*")
 
 
 def run(*command: str | Path, text: str = "") -> str:

@@ -15,6 +15,7 @@ class Code(StrEnum):
     MOUNTED_ON_HOST = "mounted-on-host"
     HAS_HOLDERS = "has-holders"
     IS_SWAP = "is-swap"
+    IS_EXPORTED = "is-exported"
     OPEN_EXCLUSIVELY = "open-exclusively"
     IMAGE_LOCKED = "image-locked"
     IN_USE_BY_VM = "in-use-by-vm"
@@ -127,6 +128,7 @@ USES = frozenset(
         Code.HAS_VIRTUAL_FUNCTIONS,
         Code.IMAGE_LOCKED,
         Code.IN_USE_BY_VM,
+        Code.IS_EXPORTED,
         Code.IS_SWAP,
         Code.MACHINE_PART,
         Code.MEMBER_IN_USE,

@@ -273,6 +273,16 @@ def mounted_part(world: World) -> None:
     world.tree.mount("/dev/nvme0n1", "/data", "259:0")
 
 
+def export(world: World, path: str) -> None:
+    base = "/sys/kernel/config/nvmet/subsystems/nqn.a/namespaces/1"
+    world.tree.file(f"{base}/device_path", f"{path}\n").file(f"{base}/enable", "1\n")
+
+
+def exported_drive(world: World) -> None:
+    world.tree.pci_disk(GPU, "259:0", "nvme0n1", way="nvme/nvme0")
+    export(world, "/dev/nvme0n1")
+
+
 NOUVEAU = {"driver": "nouveau"}
 LARGE_BAR = {0: (0xF0000000, 256 * GIB, FLAGS_MEM64)}
 SDB, DISK, PART = disk("8:16"), disk(), disk("8:1")
@@ -293,6 +303,9 @@ ROWS = [
     ),
     Row(Code.IS_SWAP, "disk", [DISK], lambda w: w.tree.swap("/dev/sda1")),
     Row(Code.IS_SWAP, "file", [image()], lambda w: w.tree.swap(IMAGE)),
+    Row(Code.IS_EXPORTED, "disk", [DISK], lambda w: export(w, "/dev/sda1")),
+    Row(Code.IS_EXPORTED, "file", [image()], lambda w: export(w, IMAGE)),
+    Row(Code.IS_EXPORTED, "vfio", [CARD], exported_drive, binds=True),
     Row(Code.IMAGE_LOCKED, "file", [image()], lock),
     Row(Code.IN_USE_BY_VM, "part", [DISK, PART], without=[DISK]),
     Row(Code.IN_USE_BY_VM, "vfio", [CARD, disk("259:0")], mounted_part, without=[CARD]),

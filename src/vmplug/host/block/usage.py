@@ -10,13 +10,14 @@ from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
 from vmplug.host.block.twins import LunName, read_luns
 from vmplug.host.finding import VmProcess
 from vmplug.host.root import HostRoot
+from vmplug.host.use.kernel_users import KernelUsers, read_kernel_users
 from vmplug.host.use.mounts import MountedDevice, parse_mounted_devices, read_swaps
 from vmplug.host.use.namespaces import Namespaces, read_namespaces
 from vmplug.host.use.openers import OpenFiles, read_open_files
 from vmplug.host.use.questions import Questions
 
 if TYPE_CHECKING:
-    from vmplug.host.use.interfaces import MovedInterface
+    from vmplug.host.use.interfaces import MovedInterface, OtherNetworks
 
 T = TypeVar("T")
 NO_VMS: Mapping[int, VmProcess] = MappingProxyType({})
@@ -96,18 +97,28 @@ class HostUsage:
         """The disks that have each name of a LUN."""
         return read_luns(self._root)
 
+    @cached_property
+    def kernel_users(self) -> KernelUsers:
+        """What the kernel itself uses devices and files for."""
+        return read_kernel_users(self._root)
+
     def once(self, read: Callable[[HostRoot], T]) -> T:
         """What a reader of the whole host answers, which is asked once."""
         return self.questions.once(read, lambda: read(self._root))
 
     @cached_property
-    def moved_interfaces(self) -> "Mapping[str, MovedInterface]":
-        """The network interfaces in other namespaces, by their devices; none in a copy."""
-        if not self.namespaces.networks:
-            return {}
-        from vmplug.host.use.interfaces import read_moved  # noqa: PLC0415  socket: 2.5 ms
+    def other_networks(self) -> "OtherNetworks":
+        """The network interfaces in other namespaces; none in a copy."""
+        from vmplug.host.use.interfaces import OtherNetworks, read_others  # noqa: PLC0415  socket
 
-        return read_moved(self.namespaces.networks.values())
+        if not self.namespaces.networks:
+            return OtherNetworks(moved={}, built={})
+        return read_others(self.namespaces.networks.values())
+
+    @property
+    def moved_interfaces(self) -> "Mapping[str, MovedInterface]":
+        """Those that were moved there, by their devices."""
+        return self.other_networks.moved
 
 
 def read_usage(root: HostRoot, *, vms: Mapping[int, VmProcess] = NO_VMS) -> HostUsage:

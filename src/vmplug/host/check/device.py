@@ -23,7 +23,7 @@ from vmplug.host.check.claimed import find_claimed, without_shared
 from vmplug.host.check.exclusive import exclusive_errno
 from vmplug.host.check.image_files import list_image_files
 from vmplug.host.check.open_char import check_open_char
-from vmplug.host.check.open_disk import check_open_disk, open_in_vm
+from vmplug.host.check.open_disk import check_open_disk, find_kernel_users, open_in_vm
 from vmplug.host.check.relate import relate_device
 from vmplug.host.check.shared import check_shared
 from vmplug.host.check.unknown import gather_unknown, not_looked_for
@@ -236,6 +236,7 @@ def _check_file(
     used = [
         *_looped(device, access, usage, root),
         *_swap(device.host_path, (device.host_path,), usage, root),
+        *find_kernel_users(device, access, usage, root),
     ]
     found = [*used, *find_claimed(claims, access, device.only_read)]
     if not (_is_refused(used) or in_vm):
@@ -270,6 +271,7 @@ def _users(device: BlockDevice, access: Access, usage: HostUsage, root: HostRoot
         *_held(device, access, root),
         *_looped(device, access, usage, root),
         *_swap(device.device_node, (*device.nodes, *device.below_files), usage, root),
+        *find_kernel_users(device, access, usage, root),
     ]
 
 
@@ -393,6 +395,7 @@ def _is_idle(loop: Loop, usage: HostUsage, root: HostRoot) -> bool:
         *_mounted(device, access, usage),
         *_held(device, access, root),
         *_swap(device.device_node, device.nodes, usage, root),
+        *find_kernel_users(device, access, usage, root),
     ]
     if used or any(usage.loop_index.find_on(node, root) for node in device.nodes):
         return False

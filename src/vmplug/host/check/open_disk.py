@@ -64,6 +64,33 @@ def open_in_vm(
             yield _open_by_vm(opener, vms[opener.pid])
 
 
+def find_kernel_users(
+    disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """What the kernel itself uses the disk for, what shows its bytes, or what it is built on."""
+    if usage.kernel_users:
+        wanted = _wanted(disk, root) | _wanted_below(disk, root)
+        yield from used_by_kernel(wanted, access, usage)
+
+
+def used_by_kernel(wanted: Wanted, access: Access, usage: HostUsage) -> Iterator[Finding]:
+    """One finding for each user in the kernel of these files."""
+    found = (
+        (path, user) for key, path in wanted.items() for user in usage.kernel_users.get(key, ())
+    )
+    for path, user in dict.fromkeys(found):
+        is_shared = user.is_export and access.share_rw
+        yield Finding(
+            Code.IS_EXPORTED if user.is_export else Code.OPEN_EXCLUSIVELY,
+            f"{path} is exported as {user.who}"
+            if user.is_export
+            else f"{path} is in use by the kernel for {user.who}",
+            user.remedy,
+            Severity.WARNING if is_shared else Severity.ERROR,
+            used_by=UsedBy(on=path, who=user.who, how=user.how),
+        )
+
+
 def _network_client(disk: BlockDevice | DiskFile, root: HostRoot) -> int | None:
     """The thread that makes a network disk; None for other disks.
 

@@ -7,6 +7,7 @@ Source: Documentation/driver-api/vfio.rst; drivers/vfio/group.c.
 """
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -16,10 +17,11 @@ from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.function_state import check_function
 from vmplug.host.check.isolation import check_isolation
 from vmplug.host.check.machine_part import check_machine_parts
+from vmplug.host.check.open_disk import used_by_kernel
 from vmplug.host.check.unknown import not_looked_for
 from vmplug.host.check.vfio_node import check_group_node, check_nodes
 from vmplug.host.check.visible import find_unread, why_not_all_processes
-from vmplug.host.finding import Code, Finding, Severity, UsedBy
+from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.pci.bind import PCI_DRIVERS
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.pci.group import VfioGroup
@@ -116,6 +118,9 @@ def check_openers(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterato
                 f"end that process, or the service that it belongs to: fuser --verbose {path}",
                 used_by=used_by,
             )
+    # The users of disks are found with those of other disks.
+    others = {key: p for key, p in wanted.items() if nodes[p].kind == stat.S_IFCHR}
+    yield from used_by_kernel(others, Access(read_only=False), usage)
     if wanted and group.members:
         yield from map(not_looked_for, _unseen(usage, root))
 
@@ -238,11 +243,33 @@ def _console(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
 
 def check_networks(function: PciFunction, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
     """The uses of a function's network interfaces, by the host and in other namespaces."""
-    yield from _networks(
-        function,
-        read_network_interfaces(function.bdf, root, lambda: usage.once(read_network_uses)),
-    )
+    interfaces = read_network_interfaces(function.bdf, root, lambda: usage.once(read_network_uses))
+    yield from _networks(function, interfaces)
+    if root.is_live:
+        yield from _built_elsewhere(function, interfaces, usage, root)
     yield from _moved_network(function, usage, root)
+
+
+def _built_elsewhere(
+    function: PciFunction, interfaces: Sequence[NetInterface], usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """What was built on an interface and moved into a container: sysfs does not show it here."""
+    for interface in interfaces:
+        index = root.read_int(f"/sys/class/net/{interface.name}/ifindex")
+        for built in usage.other_networks.built.get(index, ()) if index else ():
+            yield Finding(
+                Code.NETWORK_IN_USE,
+                f"{function.bdf} is the network interface {interface.name}, on which {built.name} "
+                f"in the network namespace {built.namespace} is built",
+                "end what uses it there, then remove it: "
+                f"nsenter --net={built.namespace} ip link delete {built.name}",
+                used_by=UsedBy(
+                    on=interface.name,
+                    who=f"{built.name} in another network namespace",
+                    where=built.namespace,
+                    how="the links of all network namespaces",
+                ),
+            )
 
 
 def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iterator[Finding]:
@@ -253,6 +280,7 @@ def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iter
         uses = [
             *(["the default route"] if interface.has_default_route else []),
             *(["an address"] if interface.has_address else []),
+            *(["a route"] if interface.has_only_a_route else []),
             *([f"its place in {', '.join(places)}"] if places else []),
         ]
         if uses:

@@ -44,7 +44,8 @@ def parse_mounted_devices(tables: Mapping[str, str], root: HostRoot) -> set[Moun
                 if number is None:
                     continue
                 is_btrfs = mount.fs_type == "btrfs"
-                for each in {number, *(file_systems(number) if is_btrfs else ())}:
+                more = filter(None, map(sources, mount.other_sources))
+                for each in {number, *more, *(file_systems(number) if is_btrfs else ())}:
                     found.add(
                         MountedDevice(
                             devnum=each, mount_point=mount.path, read_only=mount.read_only
@@ -64,8 +65,14 @@ def _anybody_mounts(fs_type: str) -> bool:
 
 
 def _node_number(source: str, root: HostRoot) -> DevNum | None:
-    """The block device that a path leads to; None for anything else: it is the mounter's text."""
+    """The block device that a path leads to; None for anything else: it is the mounter's text.
+
+    A copy of a host may have no nodes, only their names.
+    """
     status = root.stat_or_none(source) if source.startswith("/") else None
+    if status is None and not root.is_live and source.startswith("/dev/"):
+        name = root.real_path(source).removeprefix("/dev/").replace("/", "!")
+        return root.read_devnum(f"/sys/class/block/{name}/dev")
     return node_number(status) if status and stat.S_ISBLK(status.st_mode) else None
 
 
@@ -83,6 +90,14 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     fs_options: tuple[str, ...]
     read_only: bool
     shown_read_only: bool
+
+    @property
+    def other_sources(self) -> list[str]:
+        """The devices that xfs has besides: for its log, and for files in real time."""
+        if self.fs_type != "xfs":
+            return []
+        options = (option.partition("=") for option in self.fs_options)
+        return [unescape(path) for key, _, path in options if key in {"logdev", "rtdev"}]
 
 
 def read_mount_points(root: HostRoot) -> list[MountPoint]:

@@ -1,0 +1,140 @@
+"""Disks and files that the kernel itself uses, which no holder, mount or open file shows.
+
+It exports some to other machines: as NVMe or SCSI targets, or as a USB stick. And it keeps data of
+its own on some: the journal of a file system, the pages of a compressed disk.
+Source: Linux drivers/nvme/target/configfs.c; drivers/target/target_core_{configfs,iblock,file}.c;
+Documentation/usb/gadget_configfs.rst; Documentation/admin-guide/blockdev/zram.rst; fs/jbd2.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+
+import msgspec
+
+from vmplug.devnum import DevNum
+from vmplug.host.root import HostRoot
+from vmplug.host.use.file_key import FileKey, key_of, key_of_node
+
+_CONFIG = "/sys/kernel/config"
+_NVMET = f"{_CONFIG}/nvmet/subsystems"
+_TARGET = f"{_CONFIG}/target/core"
+_GADGETS = f"{_CONFIG}/usb_gadget"
+_JOURNALS = "/proc/fs/jbd2"
+
+_NUMBER = re.compile(r"Major: ([0-9]+) Minor: ([0-9]+)", re.ASCII)
+_FILE = re.compile(r"File: (.+?) +Size: ")
+
+
+class KernelUser(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel uses a device or file for; `remedy` ends it.
+
+    `is_export`: others get it, and the kernel claims nothing for that.
+    """
+
+    who: str
+    how: str
+    remedy: str
+    is_export: bool
+
+
+KernelUsers = Mapping[FileKey | str, list[KernelUser]]
+"""By what is used; in a copy of a host also by its path."""
+
+
+def read_kernel_users(root: HostRoot) -> KernelUsers:
+    """The uses of all devices and files by the kernel. Raises AttributeReadError."""
+    found: dict[FileKey | str, list[KernelUser]] = {}
+    for used, user in _read_all(root):
+        for key in _keys(used, root):
+            found.setdefault(key, []).append(user)
+    return found
+
+
+def _read_all(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
+    yield from _nvme_targets(root)
+    yield from _scsi_targets(root)
+    yield from _usb_sticks(root)
+    yield from _kept_data(root)
+
+
+def _keys(used: str | DevNum, root: HostRoot) -> Iterator[FileKey | str]:
+    if isinstance(used, DevNum):
+        yield key_of_node(stat.S_IFBLK, used)
+        return
+    if status := root.stat_or_none(used):
+        yield key_of(status)
+    if not root.is_live:
+        yield from dict.fromkeys((used, root.real_path(used)))
+
+
+def _nvme_targets(root: HostRoot) -> Iterator[tuple[str, KernelUser]]:
+    for subsystem in root.list_dir(_NVMET):
+        base = f"{_NVMET}/{subsystem}"
+        exports = [f"namespaces/{number}" for number in root.list_dir(f"{base}/namespaces")]
+        for export in (*exports, "passthru"):
+            path = _text(f"{base}/{export}/device_path", root)
+            if path.startswith("/") and root.read_int(f"{base}/{export}/enable"):
+                yield path, _export("NVMe", subsystem, f"echo 0 > {base}/{export}/enable")
+
+
+def _scsi_targets(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
+    """Backstores of LIO; those that a process serves (tcmu) have their files open there."""
+    for hba in root.list_dir(_TARGET):
+        for name in root.list_dir(f"{_TARGET}/{hba}"):
+            base = f"{_TARGET}/{hba}/{name}"
+            if root.read_int(f"{base}/enable"):
+                user = _export("SCSI", name, f"targetcli /backstores delete {name}")
+                info = _text(f"{base}/info", root)
+                if number := _NUMBER.search(info):
+                    yield DevNum(int(number[1]), int(number[2])), user
+                elif file := _FILE.search(info):
+                    yield file[1], user
+                elif (path := _text(f"{base}/udev_path", root)).startswith("/"):
+                    yield path, user
+
+
+def _usb_sticks(root: HostRoot) -> Iterator[tuple[str, KernelUser]]:
+    for gadget in root.list_dir(_GADGETS):
+        for function in root.list_dir(f"{_GADGETS}/{gadget}/functions"):
+            base = f"{_GADGETS}/{gadget}/functions/{function}"
+            for lun in root.list_dir(base) if function.startswith("mass_storage.") else ():
+                path = _text(f"{base}/{lun}/file", root) if lun.startswith("lun.") else ""
+                if path.startswith("/"):
+                    yield path, _export("USB", gadget, f"echo > {base}/{lun}/file")
+
+
+def _export(bus: str, name: str, remedy: str) -> KernelUser:
+    return KernelUser(
+        who=f"the {bus} target {name}",
+        how=f"the targets of the kernel, {_CONFIG}",
+        remedy=f"end the export: {remedy}",
+        is_export=True,
+    )
+
+
+def _kept_data(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
+    for name in root.list_dir(_JOURNALS):
+        # A journal inside of its file system has an inode in its name: `sda1-8`.
+        if number := root.read_devnum(f"/sys/class/block/{name}/dev"):
+            yield (
+                number,
+                _keeper(
+                    "the journal of a mounted file system",
+                    f"{_JOURNALS}/{name}",
+                    "unmount the file system that has its journal there (blkid)",
+                ),
+            )
+    for name in root.list_dir("/sys/block"):
+        backing = f"/sys/block/{name}/backing_dev"
+        if name.startswith("zram") and (path := _text(backing, root)).startswith("/"):
+            yield path, _keeper(f"/dev/{name}", backing, f"zramctl --reset /dev/{name}")
+
+
+def _keeper(who: str, how: str, remedy: str) -> KernelUser:
+    return KernelUser(who=who, how=how, remedy=remedy, is_export=False)
+
+
+def _text(path: str, root: HostRoot) -> str:
+    return os.fsdecode(root.read_attribute(path) or b"").strip("\n")
