@@ -218,6 +218,60 @@ def test_an_interface_that_a_container_has_is_named_and_taken_back_as_told(
     Binder(journal, side.host).bind(side.group(topology.NIC))
 
 
+@pytest.mark.parametrize("kind", ["macvlan", "ipvlan", "vlan id 7"])
+def test_an_interface_of_which_a_container_has_a_part_stays_with_the_host(
+    side: Side, journal: Journal, kind: str
+) -> None:
+    before = side.picture()
+    with subprocess.Popen(["unshare", "--net", "sleep", "infinity"]) as container:
+        try:
+            wait_left_network_namespace(container.pid)
+            (interface,) = os.listdir(f"/sys/bus/pci/devices/{topology.NIC}/net")
+            add = ["ip", "link", "add", "link", interface, "name", "pod0", "type", *kind.split()]
+            subprocess.run(add, check=True)
+            move = ["ip", "link", "set", "pod0", "netns", str(container.pid)]
+            subprocess.run(move, check=True)
+            with pytest.raises(InUse, match=f"{interface}, on which pod0 in the") as caught:
+                Binder(journal, side.host).bind(side.group(topology.NIC))
+            assert caught.value.codes == (Code.NETWORK_IN_USE,)
+            assert f"/proc/{container.pid}/ns/net" in caught.value.message
+            assert side.picture() == before
+            assert caught.value.hint
+            remedy = caught.value.hint.partition("nsenter ")[2].partition(";")[0]
+            subprocess.run(["nsenter", *remedy.split()], check=True)
+        finally:
+            container.kill()
+    Binder(journal, side.host).bind(side.group(topology.NIC))
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("addr add 198.51.100.7/24 dev {} noprefixroute", "an address"),
+        ("addr add 169.254.3.3/32 dev {} scope link", "an address"),
+        ("addr add 2001:db8::7/64 dev {} noprefixroute nodad", "an address"),
+        ("route add 198.51.100.0/24 dev {} scope link", "an address"),
+        ("route add 198.51.100.0/24 dev {} scope link table 77", "a route"),
+        ("-6 route add 2001:db8:7::/64 dev {}", "a route"),
+    ],
+)
+def test_an_interface_with_an_address_or_a_route_alone_stays_with_the_host(
+    side: Side, journal: Journal, words: str, what: str
+) -> None:
+    (interface,) = os.listdir(f"/sys/bus/pci/devices/{topology.NIC}/net")
+    subprocess.run(["ip", "link", "set", interface, "up"], check=True)
+    subprocess.run(["ip", *words.format(interface).split()], check=True)
+    before = side.picture()
+    with pytest.raises(InUse, match=f"{interface}, which has {what}") as caught:
+        Binder(journal, side.host).bind(side.group(topology.NIC))
+    assert caught.value.codes == (Code.NETWORK_IN_USE,)
+    assert side.picture() == before
+    assert caught.value.hint
+    remedy = caught.value.hint.partition("first: ")[2].partition("; or accept")[0]
+    subprocess.run(["sh", "-ec", remedy], check=True)
+    Binder(journal, side.host).bind(side.group(topology.NIC))
+
+
 def test_what_is_open_is_not_given_back_and_then_is(side: Side, journal: Journal) -> None:
     before = side.picture()
     binder = Binder(journal, side.host)

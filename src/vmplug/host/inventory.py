@@ -247,7 +247,9 @@ class _Reader:
 
     def _networks(self) -> dict[Bdf, list[NetInterface]]:
         by_function = group_by_function(self._attempt({}, read_net_paths, self._root))
-        unknown = NetworkUses(with_default_route=None, with_address=None, root=self._root)
+        unknown = NetworkUses(
+            with_default_route=None, with_address=None, with_route=frozenset(), root=self._root
+        )
         uses = self._attempt(unknown, read_network_uses, self._root) if by_function else unknown
         return {
             bdf: [

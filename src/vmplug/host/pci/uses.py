@@ -29,6 +29,9 @@ _NVME_DISK = re.compile(r"(nvme[0-9]+n[0-9]+)(?:p[0-9]+)?\Z", re.ASCII)
 
 _RTF_UP, _RTF_REJECT = 0x1, 0x200
 """Source: include/uapi/linux/route.h."""
+_RTF_ANYCAST, _RTF_LOCAL = 0x100000, 0x80000000
+"""Source: include/uapi/linux/ipv6_route.h."""
+_LINK_PREFIX, _MULTICAST_PREFIX = 0xFE80 >> 6, 0xFF
 _SCOPE_LINK = 0x20
 """Source: IPV6_ADDR_LINKLOCAL, include/net/ipv6.h."""
 
@@ -38,7 +41,8 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
 
     `master` is the bridge or bond that it is part of, or else the first of `uppers`, the VLANs and
     the like built on it; None for neither. The link-local address that every interface has does
-    not count. An IPv4 address is found by its route. `has_default_route` and `has_address` are
+    not count. In a copy of a host an IPv4 address is found by its route. `has_only_a_route`: one
+    that is no default route, and no address. `has_default_route` and `has_address` are
     None on a host without these tables.
     """
 
@@ -47,11 +51,14 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
     has_address: bool | None
     master: str | None
     uppers: tuple[str, ...] = ()
+    has_only_a_route: bool = False
 
     @property
     def is_used(self) -> bool:
         """Whether the host needs it."""
-        return bool(self.has_default_route or self.has_address or self.master)
+        return bool(
+            self.has_default_route or self.has_address or self.has_only_a_route or self.master
+        )
 
 
 class BlockDevices:
@@ -164,6 +171,7 @@ class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
 
     with_default_route: frozenset[str] | None
     with_address: frozenset[str] | None
+    with_route: frozenset[str]
     root: HostRoot
 
     def interface(self, name: str) -> NetInterface:
@@ -176,6 +184,7 @@ class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
             has_address=None if addressed is None else name in addressed,
             master=master or next(iter(uppers), None),
             uppers=uppers,
+            has_only_a_route=name in self.with_route - (routed or set()) - (addressed or set()),
         )
 
 
@@ -189,11 +198,39 @@ def read_network_uses(root: HostRoot) -> NetworkUses:
     defaults = {name for name, width in (*routed4, *_routed(routes6 or ())) if not width}
     addressed = {name for name, _ in routed4}
     addressed |= {name for name, (scope,) in addresses6 or () if scope != _SCOPE_LINK}
+    others = {name for name, _ in _routed(row for row in routes6 or () if not _is_kernels(row))}
+    if root.is_live:
+        more_addressed, more_routed = _read_by_number(root)
+        addressed |= more_addressed
+        others |= more_routed
     return NetworkUses(
+        with_route=frozenset(others),
         with_default_route=None if routes4 is None and routes6 is None else frozenset(defaults),
         with_address=None if routes4 is None and addresses6 is None else frozenset(addressed),
         root=root,
     )
+
+
+def _is_kernels(route: tuple[str, list[int]]) -> bool:
+    """Whether it is a route of IPv6 that the kernel made by itself, for addresses of the link."""
+    _, (target, _, flags) = route
+    is_of_link = target >> 118 == _LINK_PREFIX or target >> 120 == _MULTICAST_PREFIX
+    return is_of_link or bool(flags & (_RTF_LOCAL | _RTF_ANYCAST))
+
+
+def _read_by_number(root: HostRoot) -> tuple[set[str], set[str]]:
+    """The interfaces with addresses and with routes of which /proc/net does not tell.
+
+    It has the routes of one table alone, and no IPv4 addresses.
+    """
+    from vmplug.host.use.interfaces import read_own  # noqa: PLC0415  socket: 2.5 ms
+
+    own, numbers = read_own(), dict[int, str]()
+    for name in root.list_dir(_NET):
+        if number := root.read_int(f"{_NET}/{name}/ifindex"):
+            numbers[number] = name
+    addressed = {numbers[number] for number in own.addressed if number in numbers}
+    return addressed, {numbers[number] for number in own.routed if number in numbers}
 
 
 def _routed(routes: Iterable[tuple[str, list[int]]]) -> list[tuple[str, int]]:

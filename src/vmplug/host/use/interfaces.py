@@ -1,25 +1,38 @@
-"""Find the network namespace that an interface was moved to.
+"""The network interfaces of the host, as the kernel's netlink tells of them.
 
 The kernel names the device behind an interface in every namespace; sysfs shows only the interfaces
-of the namespace that it was mounted in.
-Source: rtnetlink(7), RTM_GETLINK; IFLA_PARENT_DEV_NAME since Linux 5.14.
+of the namespace that it was mounted in, and /proc/net only some of their routes and addresses.
+Source: rtnetlink(7); include/uapi/linux/{if_link,if_addr,rtnetlink,net_namespace}.h;
+IFLA_PARENT_DEV_NAME since Linux 5.14.
 """
 
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from vmplug.host.use.enter import CLONE_NEWNET, ask_inside
 
-_RTM_GETLINK, _NLMSG_DONE, _NLMSG_ERROR = 18, 3, 2
+_RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNSID = 18, 22, 26, 90
+_NLMSG_DONE, _NLMSG_ERROR = 3, 2
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
-_IFLA_IFNAME, _IFLA_PARENT_DEV_NAME = 3, 56
+_IFLA_IFNAME, _IFLA_LINK, _IFLA_LINK_NETNSID, _IFLA_PARENT_DEV_NAME = 3, 5, 37, 56
+_NETNSA_NSID, _NETNSA_PID = 1, 2
+_RTA_OIF = 4
+_RTN_UNICAST, _RTPROT_KERNEL, _SCOPE_LINK = 1, 2, 253
 _HEADER = struct.Struct("=IHHII")
-_LINK_BYTES = 16
 _ATTRIBUTE = struct.Struct("=HH")
+_LINK = struct.Struct("=BxHiII")
+"""struct ifinfomsg: family, type, index, flags, change."""
+_ADDRESS = struct.Struct("=BBBBi")
+"""struct ifaddrmsg: family, length, flags, scope, index."""
+_ROUTE = struct.Struct("=BBBBBBBBI")
+"""struct rtmsg: family, two lengths, tos, table, protocol, scope, type, flags."""
+_NAMESPACE = struct.Struct("=Bxxx")
+"""struct rtgenmsg."""
+_NUMBER = struct.Struct("=i")
 _BUFFER_BYTES = 1 << 18
 
 
@@ -30,37 +43,111 @@ class MovedInterface(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
 
 
-def read_moved(namespaces: Iterable[str]) -> dict[str, MovedInterface]:
-    """The interfaces of other network namespaces, by their devices: a BDF, or `virtio4`.
+class OtherNetworks(msgspec.Struct, frozen=True, kw_only=True):
+    """The interfaces of other network namespaces that concern devices of the host.
+
+    `moved` are by their devices: a BDF, or `virtio4`. `built` are those that were built on an
+    interface of this namespace (VLAN, macvlan, ipvlan), by the number of that.
+    """
+
+    moved: Mapping[str, MovedInterface]
+    built: Mapping[int, Sequence[MovedInterface]]
+
+
+class OwnNetwork(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers of this namespace's interfaces that have addresses, and those with routes.
+
+    Those that every interface has do not count: its link-local address of IPv6 and the routes that
+    the kernel makes for addresses.
+    """
+
+    addressed: frozenset[int]
+    routed: frozenset[int]
+
+
+def read_others(namespaces: Iterable[str]) -> OtherNetworks:
+    """The interfaces of other network namespaces.
 
     `namespaces` are files that lead to them. A namespace that may not be entered has none.
     """
     links = ask_inside(namespaces, CLONE_NEWNET, lambda _: list(_dump_links()))
-    return {
-        parent: MovedInterface(name=name, namespace=namespace)
-        for namespace, found in links.items()
-        for name, parent in found
-    }
+    moved, built = dict[str, MovedInterface](), dict[int, list[MovedInterface]]()
+    for namespace, found in links.items():
+        for link in found:
+            interface = MovedInterface(name=link.name, namespace=namespace)
+            if link.device:
+                moved[link.device] = interface
+            if link.ours is not None:
+                built.setdefault(link.ours, []).append(interface)
+    return OtherNetworks(moved=moved, built=built)
 
 
-def _dump_links() -> Iterator[tuple[str, str]]:
-    for body in _dump_bodies():
-        texts = dict(_attributes(body[_LINK_BYTES:]))
-        if parent := texts.get(_IFLA_PARENT_DEV_NAME):
-            yield texts.get(_IFLA_IFNAME, ""), parent
+def read_own() -> OwnNetwork:
+    """The interfaces of this namespace that the host uses, in any table of routes."""
+    addresses = (_ADDRESS.unpack_from(body) for body in _dump(_RTM_GETADDR, _ADDRESS.size))
+    routes = (
+        (_ROUTE.unpack_from(body), dict(_attributes(body[_ROUTE.size :])))
+        for body in _dump(_RTM_GETROUTE, _ROUTE.size)
+    )
+    return OwnNetwork(
+        addressed=frozenset(
+            index
+            for family, *_, scope, index in addresses
+            if not (family == socket.AF_INET6 and scope == _SCOPE_LINK)
+        ),
+        routed=frozenset(
+            _NUMBER.unpack(more[_RTA_OIF])[0]
+            for (*_, protocol, _, kind, _), more in routes
+            if kind == _RTN_UNICAST and protocol != _RTPROT_KERNEL and _RTA_OIF in more
+        ),
+    )
 
 
-def _dump_bodies() -> Iterator[bytes]:
-    """What the kernel says of every link of this thread's namespace."""
+class _Link(msgspec.Struct, frozen=True):
+    """An interface; `ours` is the number of one of this process's namespace that it is on."""
+
+    name: str
+    device: str | None
+    ours: int | None
+
+
+def _dump_links() -> Iterator[_Link]:
+    here = _own_id()
+    for body in _dump(_RTM_GETLINK, _LINK.size):
+        more = dict(_attributes(body[_LINK.size :]))
+        is_ours = _IFLA_LINK in more and more.get(_IFLA_LINK_NETNSID, b"") == here
+        yield _Link(
+            _text(more.get(_IFLA_IFNAME, b"")),
+            _text(more.get(_IFLA_PARENT_DEV_NAME, b"")) or None,
+            _NUMBER.unpack(more[_IFLA_LINK])[0] if is_ours else None,
+        )
+
+
+def _own_id() -> bytes | None:
+    """What this thread's namespace calls that of the process; None when it has no word for it."""
+    who = _ATTRIBUTE.pack(_ATTRIBUTE.size + _NUMBER.size, _NETNSA_PID) + _NUMBER.pack(os.getpid())
+    asked = _ask(_RTM_GETNSID, _NAMESPACE.pack(0) + who, 0)
+    answers = (dict(_attributes(body[_NAMESPACE.size :])) for body in asked)
+    number = next(answers, {}).get(_NETNSA_NSID)
+    return None if number == _NUMBER.pack(-1) else number
+
+
+def _dump(kind: int, length: int) -> Iterator[bytes]:
+    """What the kernel says of every entry of this thread's namespace."""
+    return _ask(kind, bytes(length), _NLM_F_DUMP)
+
+
+def _ask(kind: int, body: bytes, flags: int) -> Iterator[bytes]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
-        flags = _NLM_F_REQUEST | _NLM_F_DUMP
-        length = _HEADER.size + _LINK_BYTES
-        netlink.send(_HEADER.pack(length, _RTM_GETLINK, flags, 1, 0) + bytes(_LINK_BYTES))
+        head = _HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST | flags, 1, 0)
+        netlink.send(head + body)
         while True:
-            for kind, body in _messages(netlink.recv(_BUFFER_BYTES)):
-                if kind in {_NLMSG_DONE, _NLMSG_ERROR}:
+            for answer, content in _messages(netlink.recv(_BUFFER_BYTES)):
+                if answer in {_NLMSG_DONE, _NLMSG_ERROR}:
                     return
-                yield body
+                yield content
+            if not flags:
+                return
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -71,13 +158,16 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
         data = data[max(_aligned(length), _HEADER.size) :]
 
 
-def _attributes(data: bytes) -> Iterator[tuple[int, str]]:
-    """The attributes of a message that are texts."""
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The attributes of a message."""
     while len(data) >= _ATTRIBUTE.size:
         length, kind = _ATTRIBUTE.unpack_from(data)
-        if kind in {_IFLA_IFNAME, _IFLA_PARENT_DEV_NAME}:
-            yield kind, os.fsdecode(data[_ATTRIBUTE.size : length].rstrip(b"\0"))
+        yield kind, data[_ATTRIBUTE.size : length]
         data = data[max(_aligned(length), _ATTRIBUTE.size) :]
+
+
+def _text(data: bytes) -> str:
+    return os.fsdecode(data.rstrip(b"\0"))
 
 
 def _aligned(length: int) -> int:

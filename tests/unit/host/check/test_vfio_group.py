@@ -261,6 +261,20 @@ def test_a_request_reads_a_table_once_for_all_groups_and_each_function_once(tree
     assert root.reads["/proc/interrupts"] == 1
 
 
+@pytest.mark.parametrize(
+    ("target", "is_used"),
+    [("20010db8" + "0" * 24, True), ("fe80" + "0" * 28, False), ("ff02" + "0" * 28, False)],
+)
+def test_a_route_of_ipv6_alone_keeps_a_nic_unless_the_kernel_made_it(
+    tree: PciTree, target: str, *, is_used: bool
+) -> None:
+    tree.pci_function(GPU, class_code=ETHERNET, driver="igb", group=26).network(GPU, "eth0")
+    tree.route6("eth0", target=target, length=64)
+    found = findings(tree).get(Code.NETWORK_IN_USE)
+    assert (found is not None) is is_used
+    assert found is None or found.message.endswith("eth0, which has a route")
+
+
 @pytest.mark.parametrize("bus_device", ["", "virtio4"])
 def test_an_interface_in_another_network_namespace_is_in_use(
     tree: PciTree, bus_device: str

@@ -193,3 +193,39 @@ def test_on_a_copy_of_a_host_a_decoy_is_none_either(tree: HostTree) -> None:
     tree.node("/dev/sda", "b", "8:0").mount("/dev/sda", "/mnt", "0:50", fs_type="tmpfs")
     tree.mount("/dev/sda", "/mnt", "0:51", fs_type="fuse.sshfs")
     assert read_usage(tree.root).mounts == ()
+
+
+BUILT = """
+import os, subprocess, sys
+from vmplug.host.use.interfaces import read_others, read_own
+ip = lambda words: subprocess.run(["ip", *words.split()], check=True)
+ip("link add name up0 type veth peer name up1")
+for line in subprocess.run(
+    ["ip", "-o", "link"], check=True, capture_output=True, text=True
+).stdout.splitlines():
+    if ": up0@" in line:
+        number = int(line.split(":")[0])
+pod = subprocess.Popen(["unshare", "--net", "sh", "-c", "echo; read line"],
+                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+pod.stdout.readline()
+namespace = f"/proc/{pod.pid}/ns/net"
+found = lambda: [(key, [one.name for one in built]) for key, built in
+                 read_others([namespace]).built.items()]
+print(found() == [])
+ip("link add link up0 name here0 type macvlan")
+ip("link add link up0 name pod0 type macvlan")
+print(found() == [])
+ip(f"link set pod0 netns {pod.pid}")
+print(found() == [(number, ["pod0"])])
+ip("addr add 198.51.100.7/32 dev up0 noprefixroute")
+print(read_own().addressed == {number})
+print(read_own().routed == set())
+pod.stdin.close()
+"""
+
+
+def test_what_was_built_on_an_interface_is_found_in_other_namespaces() -> None:
+    """In a network namespace of its own, where the machine's are not touched."""
+    command = ["unshare", "--net", sys.executable, "-c", BUILT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["True"] * 5, done
