@@ -18,6 +18,7 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block.inventory import Disk, DiskUses, Pmem, Use, read_disks, read_pmem
 from vmplug.host.block.usage import read_usage
 from vmplug.host.kind import DeviceType, Identity
+from vmplug.host.pci.consoles import Consoles
 from vmplug.host.pci.function import PciFunction, read_functions, read_reset_methods
 from vmplug.host.pci.iommu import NOIOMMU, find_group
 from vmplug.host.pci.mdev import (
@@ -40,7 +41,8 @@ from vmplug.host.root import HostRoot, node_number
 if TYPE_CHECKING:
     from vmplug.host.vhost_user.store import VhostUserStore
 
-_DISPLAY = 0x03
+_MAY_BE_CONSOLE = {0x03, 0x07}
+"""Displays, and serial ports."""
 _CDEVS = "/sys/class/vfio-dev"
 
 T = TypeVar("T")
@@ -149,6 +151,7 @@ class _Reader:
         self._root = root
         self._vms = vms
         self.unreadable: list[str] = []
+        self._consoles = Consoles(root)
         self._block_paths = self._attempt({}, read_block_paths, root)
         self._group_nodes = self._read_group_nodes()
         self._cdev_nodes = self._read_cdev_nodes()
@@ -226,7 +229,7 @@ class _Reader:
                 if not function.is_bridge:
                     own = [disks[name] for name in disks_of.get(bdf, ()) if name in disks]
                     entry = _with_holdings(entry, own, networks_of.get(bdf, ()))
-            if class_code is not None and class_code >> 16 == _DISPLAY:
+            if class_code is not None and class_code >> 16 in _MAY_BE_CONSOLE:
                 entry = self._with_console(entry)
             if vms:
                 by_vms = self._vm_uses(Identity.of_vfio(bdf), str(bdf))
@@ -238,10 +241,8 @@ class _Reader:
             yield Use("vm", device, vm)
 
     def _with_console(self, entry: HostFunction) -> HostFunction:
-        """The graphics card that the host booted with. Source: boot_vga, sysfs-bus-pci."""
-        path = f"{entry.function.sysfs_path}/boot_vga"
-        flag = self._attempt(None, self._root.read_attribute, path)
-        if (flag or b"").strip() != b"1":
+        """What the host's screen or console is on."""
+        if not self._attempt([], lambda: list(self._consoles.of(entry.function))):
             return entry
         return structs.replace(entry, uses=(*entry.uses, Use("console", str(entry.function.bdf))))
 

@@ -23,6 +23,7 @@ from vmplug.host.check.vfio_node import check_group_node, check_nodes
 from vmplug.host.check.visible import find_unread, why_not_all_processes
 from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.pci.bind import PCI_DRIVERS
+from vmplug.host.pci.consoles import Consoles
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.nodes import read_node_paths, read_nodes
@@ -36,8 +37,6 @@ from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver
 from vmplug.host.process import read_memlock_limit
 from vmplug.host.root import HostRoot
 from vmplug.host.use.openers import DeviceNode, wanted_node
-
-_DISPLAY = 0x03
 
 _OVS_MASTER = "ovs-system"
 """The master of every port of Open vSwitch, which takes a port back that only the kernel released.
@@ -76,7 +75,7 @@ def check_group(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[
         has_vfio = is_vfio_driver(function, root)
         yield from check_function(function, root, has_vfio=has_vfio)
         if not has_vfio:
-            yield from _console(function, root)
+            yield from _console(function, usage)
             yield from check_networks(function, usage, root)
         yield from _virtual_functions(function, group, root)
         yield from _reset(function, root)
@@ -225,19 +224,15 @@ def _others(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
         )
 
 
-def _console(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
-    """The graphics card that the firmware chose shows the host's console."""
-    if function.class_code is None or function.class_code >> 16 != _DISPLAY:
-        return
-    if (root.read_attribute(f"{function.sysfs_path}/boot_vga") or b"").strip() == b"1":
+def _console(function: PciFunction, usage: HostUsage) -> Iterator[Finding]:
+    """The screen that the firmware chose, or a serial port, shows the host's console."""
+    for what, how in usage.once(Consoles).of(function):
         yield Finding(
             Code.BOOT_CONSOLE,
-            f"{function.bdf} is the graphics card that the host booted with",
-            "choose another graphics card in the firmware, or allow this finding if the host "
-            "needs no console",
-            used_by=UsedBy(
-                on=str(function.bdf), who="the host's console", how="boot_vga in sysfs"
-            ),
+            f"{function.bdf} {what}",
+            "choose another graphics card in the firmware, or another console= on the kernel's "
+            "command line; or allow this finding if the host needs no console",
+            used_by=UsedBy(on=str(function.bdf), who="the host's console", how=how),
         )
 
 

@@ -43,7 +43,7 @@ from vmplug.host.root import PAGE_SIZE, AttributeBatch, HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
 
 _PROC = re.compile(
-    r"/proc/(swaps|interrupts|sys/kernel/osrelease|net/(route|ipv6_route|if_inet6)"
+    r"/proc/(swaps|interrupts|iomem|sys/kernel/osrelease|net/(route|ipv6_route|if_inet6)"
     r"|[0-9]+/(mountinfo|ns/mnt))\Z",
     re.ASCII,
 )
@@ -62,7 +62,14 @@ _LINKS_MAX = 40
 
 _FUNCTION_FILES = (
     *("class", "vendor", "device", "subsystem_vendor", "subsystem_device", "revision", "driver"),
-    *("driver_override", "boot_vga", "max_link_speed", "sriov_totalvfs", "sriov_numvfs"),
+    *(
+        "driver_override",
+        "boot_vga",
+        "boot_display",
+        "max_link_speed",
+        "sriov_totalvfs",
+        "sriov_numvfs",
+    ),
 )
 """Read only where a uevent is missing, or by verbs that change a function."""
 
