@@ -10,6 +10,7 @@ import pytest
 
 import vmplug
 from tests.support.disks import disk_image
+from tests.support.tree import HostTree
 
 VMPLUG = Path(sys.executable).with_name("vmplug")
 PUBLIC: tuple[str, ...] = getattr(vmplug, "__all__")  # noqa: B009  made when asked for
@@ -101,8 +102,11 @@ def test_a_verb_imports_nothing_that_only_few_requests_need(
 
 
 def test_a_check_imports_what_talks_only_for_what_can_answer(tmp_path: Path) -> None:
-    device = ("--device", f"file:{disk_image(tmp_path / 'a.img', 1, 'a')}")
-    loaded = modules_of_process("check", *device, "--state-dir", str(tmp_path))
+    """On another host: this one may have storage that is asked first whether it answers."""
+    host, state = HostTree(tmp_path / "host").hole("/a.img", 1 << 20), tmp_path / "state"
+    state.mkdir(mode=0o700)
+    words = ("--device", "file:/a.img", "--root", str(host.path), "--state-dir", str(state))
+    loaded = modules_of_process("check", *words)
     assert "vmplug.manager.examine" in loaded
     assert not loaded & {"socket", "subprocess"}
 

@@ -242,7 +242,7 @@ class _Reader:
 
     def _with_console(self, entry: HostFunction) -> HostFunction:
         """What the host's screen or console is on."""
-        if not self._attempt([], lambda: list(self._consoles.of(entry.function))):
+        if not self._attempt([], self._consoles.list_of, entry.function):
             return entry
         return structs.replace(entry, uses=(*entry.uses, Use("console", str(entry.function.bdf))))
 

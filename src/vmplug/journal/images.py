@@ -22,7 +22,7 @@ class ImageClaims:
         self._known: dict[str, tuple[Claim, ...]] = {}
 
     def of(self, record: DeviceRecord) -> tuple[Claim, ...]:
-        """Those of one device; none for what is no image, or cannot be read any more."""
+        """Those of one device; none for other disks, and images that cannot be read."""
         if record.options.get("format") != ImageFormat.QCOW2:
             return ()
         if record.id not in self._known:

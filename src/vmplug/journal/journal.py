@@ -40,6 +40,7 @@ from vmplug.journal.records import (
     Attachment,
     DeviceRecord,
     VmRecord,
+    add_holds,
     has_ended,
     has_more,
     insert_device,
@@ -296,7 +297,7 @@ class Journal:
                 check_step(device.host_path, None, device.state)
                 worker = self.worker if device.state in ON_ITS_WAY else None
                 insert_device(db, replace(device, in_progress_by=worker))
-            return _add_holds(db, holds)
+            return add_holds(db, holds)
 
     def set_state(
         self, device_ids: Sequence[str], state: State, holds: Sequence[Attachment] = ()
@@ -318,7 +319,7 @@ class Journal:
                     raise not_in_journal(device_id)
             for hold in holds:
                 _check_still(db, hold, state)
-            return _add_holds(db, holds)
+            return add_holds(db, holds)
 
     def _worker_in(self, state: State) -> str | None:
         return self._worker_text if state in ON_ITS_WAY else None
@@ -429,13 +430,9 @@ class Journal:
             vm,
             self._boot_id,
         )
-        claims += [
-            claim
-            for record in self._images()
-            if (record.vm, record.identity) != (vm, own)
-            for claim in self._image_claims.of(record)
-            if str(claim.identity) in wanted
-        ]
+        others = [one for one in self._images() if (one.vm, one.identity) != (vm, own)]
+        more = (claim for record in others for claim in self._image_claims.of(record))
+        claims += [claim for claim in more if str(claim.identity) in wanted]
         return [self._with_process(claim) if is_lease(claim.vm) else claim for claim in claims]
 
     def _images(self) -> list[DeviceRecord]:
@@ -500,19 +497,3 @@ def _check_still(db: sqlite3.Connection, hold: Attachment, state: State) -> None
         raise not_in_journal(hold.device_id)
     if now is not state:
         raise on_its_way(hold.vm, hold.host_path, now)
-
-
-def _add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> list[Attachment]:
-    """The current holds: an owner that already holds a device keeps the older id."""
-    added = []
-    for hold in holds:
-        row = db.execute(
-            "INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (device, owner, name) DO UPDATE"
-            " SET count = count + 1, read_only = read_only AND excluded.read_only"
-            " RETURNING id, count, read_only",
-            (hold.id, hold.device_id, hold.owner, hold.name, hold.read_only, hold.count),
-        ).fetchone()
-        read_only = bool(row["read_only"])
-        added.append(replace(hold, id=row["id"], count=row["count"], read_only=read_only))
-    return added

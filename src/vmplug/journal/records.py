@@ -335,3 +335,19 @@ def record_vm(name: str, endpoint: Endpoint) -> VmRecord:
         started_at=endpoint.started_at,
         is_ours=False,
     )
+
+
+def add_holds(db: sqlite3.Connection, holds: Iterable[Attachment]) -> list[Attachment]:
+    """Add and return holds; an owner that already holds a device keeps the older id."""
+    added = []
+    for hold in holds:
+        row = db.execute(
+            "INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (device, owner, name) DO UPDATE"
+            " SET count = count + 1, read_only = read_only AND excluded.read_only"
+            " RETURNING id, count, read_only",
+            (hold.id, hold.device_id, hold.owner, hold.name, hold.read_only, hold.count),
+        ).fetchone()
+        read_only = bool(row["read_only"])
+        added.append(structs.replace(hold, id=row["id"], count=row["count"], read_only=read_only))
+    return added

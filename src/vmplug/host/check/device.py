@@ -20,11 +20,15 @@ from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed, without_shared
-from vmplug.host.check.exclusive import exclusive_errno
-from vmplug.host.check.image_files import list_image_files
+from vmplug.host.check.exclusive import exclusive_errno, find_claims_elsewhere, held_exclusively
 from vmplug.host.check.open_char import check_open_char
-from vmplug.host.check.open_disk import check_open_disk, find_kernel_users, open_in_vm
-from vmplug.host.check.relate import relate_device
+from vmplug.host.check.open_disk import (
+    check_open_disk,
+    find_kernel_users,
+    find_openers_elsewhere,
+    open_in_vm,
+)
+from vmplug.host.check.relate import list_image_files, relate_device
 from vmplug.host.check.shared import check_shared
 from vmplug.host.check.unknown import gather_unknown, not_looked_for
 from vmplug.host.check.vfio_group import check_group, check_openers
@@ -131,17 +135,9 @@ def _check_vfio(
         disk = relate_block(found, usage, root)
         used = list(_all_users(disk, usage, root, in_vm=in_vm))
         if not (in_vm or _is_refused(used)):
-            used += _open_elsewhere(disk, usage, root)
+            used += find_openers_elsewhere(disk, usage, root)
         for finding in used:
             yield replace(finding, message=f"{group.host_path} has a disk: {finding.message}")
-
-
-def _open_elsewhere(disk: BlockDevice, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
-    """Openers of loop devices on it and of its other names: `check_openers` has its own nodes."""
-    own = {disk.device_node, *(part.device_node for part in disk.relatives)}
-    for finding in check_open_disk(disk, Access(read_only=False), usage, root):
-        if finding.used_by and finding.used_by.on not in own:
-            yield finding
 
 
 def _all_users(
@@ -152,8 +148,8 @@ def _all_users(
     yield from used
     if root.is_live and not _is_refused(used):
         number = exclusive_errno(disk.device_node, usage, root)
-        held = [_exclusively(disk.device_node)] if number == errno.EBUSY else []
-        held += _claimed_elsewhere(disk, usage, root, explained=False)
+        held = [held_exclusively(disk.device_node)] if number == errno.EBUSY else []
+        held += find_claims_elsewhere(disk, usage, root, explained=False)
         yield from held
         if number in _NOT_ASKED:
             why = os.strerror(number).lower()
@@ -194,7 +190,7 @@ def _check_block(
         # A user that could share it with a reader still holds the device exclusively.
         explained = used + _users(device, replace(access, read_only=False), usage, root)
         closed = list(_opened(device, usage, root, explained=_is_refused(explained)))
-        closed += _claimed_elsewhere(device, usage, root, explained=_is_refused(explained))
+        closed += find_claims_elsewhere(device, usage, root, explained=_is_refused(explained))
         found += closed
         if not (_is_refused(used) or in_vm or closed):
             for path in (*device.nodes, *device.below_files):
@@ -432,7 +428,7 @@ def _opened(
                 yield _empty(device)
         case errno.EBUSY:
             if not explained:
-                yield _exclusively(device.device_node)
+                yield held_exclusively(device.device_node)
         case errno.ENOMEDIUM:
             if device.size_bytes != 0:
                 yield _empty(device)
@@ -444,30 +440,6 @@ def _opened(
                 if number in _NOT_ASKED
                 else "the kernel log may have the reason: dmesg",
             )
-
-
-def _claimed_elsewhere(
-    device: BlockDevice, usage: HostUsage, root: HostRoot, *, explained: bool
-) -> Iterator[Finding]:
-    """The kernel keeps claims for each name of a LUN, and none for what a loop device is on."""
-    for part in (*(device.twins or ()), *(device.behind or ())):
-        if part.is_whole and not explained:
-            number = exclusive_errno(part.device_node, usage, root)
-            if number == errno.EBUSY:
-                yield _exclusively(part.device_node)
-
-
-def _exclusively(node: str) -> Finding:
-    return Finding(
-        Code.OPEN_EXCLUSIVELY,
-        f"{node} is open exclusively (O_EXCL) on the host",
-        f"fuser --verbose {node} may name the process; stop it first",
-        used_by=UsedBy(
-            on=node,
-            who="a program or a part of the kernel",
-            how="an exclusive open (O_EXCL), which the kernel refused",
-        ),
-    )
 
 
 def _locked(path: str, access: Access, root: HostRoot) -> Iterator[Finding]:
@@ -525,5 +497,4 @@ def _empty(device: BlockDevice) -> Finding:
 
 
 def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -3,8 +3,11 @@
 import errno
 import os
 import time
+from collections.abc import Iterator
 
+from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.usage import HostUsage
+from vmplug.host.finding import Code, Finding, UsedBy
 from vmplug.host.root import HostRoot
 
 _PROBE_S = 0.25
@@ -35,3 +38,28 @@ def _try_exclusively(path: str, root: HostRoot, patience_s: float) -> int | None
             break
         os.sched_yield()
     return number
+
+
+def find_claims_elsewhere(
+    device: BlockDevice, usage: HostUsage, root: HostRoot, *, explained: bool
+) -> Iterator[Finding]:
+    """The kernel keeps claims for each name of a LUN, and none for what a loop device is on."""
+    for part in (*(device.twins or ()), *(device.behind or ())):
+        if part.is_whole and not explained:
+            number = exclusive_errno(part.device_node, usage, root)
+            if number == errno.EBUSY:
+                yield held_exclusively(part.device_node)
+
+
+def held_exclusively(node: str) -> Finding:
+    """The finding for a device of which the kernel does not say who holds it."""
+    return Finding(
+        Code.OPEN_EXCLUSIVELY,
+        f"{node} is open exclusively (O_EXCL) on the host",
+        f"fuser --verbose {node} may name the process; stop it first",
+        used_by=UsedBy(
+            on=node,
+            who="a program or a part of the kernel",
+            how="an exclusive open (O_EXCL), which the kernel refused",
+        ),
+    )

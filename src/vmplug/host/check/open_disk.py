@@ -45,6 +45,16 @@ def check_open_disk(
     yield from map(not_looked_for, find_unread(usage.open_files, usage.open_files.unlisted))
 
 
+def find_openers_elsewhere(
+    disk: BlockDevice, usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """Openers of loop devices on it and of its other names: `check_openers` has its own nodes."""
+    own = {disk.device_node, *(part.device_node for part in disk.relatives)}
+    for finding in check_open_disk(disk, Access(read_only=False), usage, root):
+        if finding.used_by and finding.used_by.on not in own:
+            yield finding
+
+
 def open_in_vm(
     disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:

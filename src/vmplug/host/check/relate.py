@@ -1,15 +1,22 @@
-"""A device with everything that shows its bytes, or leaves the host with it."""
+"""A device with everything that shows its bytes, or leaves the host with it.
+
+Of an image these are also the files that QEMU opens for it: data goes there, or comes from there.
+"""
+
+from collections.abc import Iterator
+
+from msgspec.structs import replace
 
 from vmplug.host.block.device import BlockDevice, DiskFile
+from vmplug.host.block.qcow2 import ImageFile
 from vmplug.host.block.relations import relate_block, relate_file
-from vmplug.host.block.sysfs import read_block_device
+from vmplug.host.block.sysfs import read_block_device, read_disk_file
 from vmplug.host.block.usage import HostUsage
-from vmplug.host.check.image_files import list_image_files
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Access
 from vmplug.host.kind import FoundBy, Identity
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.root import HostRoot
+from vmplug.host.root import HostRoot, node_number
 
 
 def relate_device(device: HostDevice, usage: HostUsage, root: HostRoot) -> HostDevice:
@@ -47,3 +54,26 @@ def relate_group(group: VfioGroup, usage: HostUsage, root: HostRoot) -> VfioGrou
         numbers |= dict.fromkeys(part.devnum for part in disk.same_bytes)
         numbers |= dict.fromkeys(disk.loops or ())
     return group._replace(partitions=tuple(numbers))
+
+
+def list_image_files(
+    image: ImageFile | None, access: Access, root: HostRoot
+) -> Iterator[tuple[BlockDevice | DiskFile, Access]]:
+    """The other files of an image, with what the VM may do to each: backing files are only read.
+
+    None is an image whose header names no file, or one that vmplug does not follow.
+    """
+    if image is None:
+        return
+    reading = replace(access, read_only=True)
+    for file, how in ((image.data_file, access), (image.backing, reading)):
+        if file:
+            yield _read(file, root), how
+            yield from list_image_files(file, how, root)
+
+
+def _read(file: ImageFile, root: HostRoot) -> BlockDevice | DiskFile:
+    status = root.stat(file.path)
+    if file.is_device and status:
+        return read_block_device(node_number(status), file.path, FoundBy.FILE, root)
+    return read_disk_file(file.path, root)

@@ -45,6 +45,10 @@ class Consoles:
             if tty.startswith(f"{path}/") or (name.startswith("hvc") and self._is_virtio(path)):
                 yield f"has the host's console {name}", f"{_TTYS}/console/active"
 
+    def list_of(self, function: PciFunction) -> list[tuple[str, str]]:
+        """The same as a list."""
+        return list(self.of(function))
+
     def _boot_flag(self, function: PciFunction) -> str | None:
         flags = ("boot_vga", "boot_display")
         paths = {flag: f"{function.sysfs_path}/{flag}" for flag in flags}

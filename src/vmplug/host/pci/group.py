@@ -21,7 +21,7 @@ class VfioGroup(NamedTuple):
     other. `number` is None for a device in no group: its host has no IOMMU. `cdev_nodes` are nodes
     of the members themselves, by name, when the request named one and iommufd can use them.
     `disks` are the host's disks behind the functions, `partitions` the numbers of theirs; after a
-    check has looked for them, also of all else that shows bytes of these disks.
+    check has looked for them, also of everything else that shows bytes of these disks.
     `children` are the mediated devices that are parts of the functions. `is_noiommu`: VFIO made
     the group for a function without an IOMMU.
     """

@@ -41,9 +41,9 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
 
     `master` is the bridge or bond that it is part of, or else the first of `uppers`, the VLANs and
     the like built on it; None for neither. The link-local address that every interface has does
-    not count. In a copy of a host an IPv4 address is found by its route. `has_only_a_route`: one
-    that is no default route, and no address. `has_default_route` and `has_address` are
-    None on a host without these tables.
+    not count. In a copy of a host an IPv4 address is found by its route. `has_only_a_route`: it
+    has a route, and neither a default route nor an address. `has_default_route` and `has_address`
+    are None on a host without these tables.
     """
 
     name: str
@@ -219,7 +219,7 @@ def _is_kernels(route: tuple[str, list[int]]) -> bool:
 
 
 def _read_by_number(root: HostRoot) -> tuple[set[str], set[str]]:
-    """The interfaces with addresses and with routes of which /proc/net does not tell.
+    """The interfaces with addresses and with routes that /proc/net does not show.
 
     It has the routes of one table alone, and no IPv4 addresses.
     """

@@ -1,4 +1,4 @@
-"""The network interfaces of the host, as the kernel's netlink tells of them.
+"""The network interfaces of the host, as the kernel says by netlink.
 
 The kernel names the device behind an interface in every namespace; sysfs shows only the interfaces
 of the namespace that it was mounted in, and /proc/net only some of their routes and addresses.
