@@ -1,5 +1,6 @@
-"""Whole checks of one disk image, with more and more processes on the host to ask."""
+"""Whole checks of one disk, with more and more processes on the host to ask."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,25 @@ def rows() -> Iterator[Ratio]:
         image = Path(directory, "a.img")
         with image.open("wb") as file:
             file.truncate(1 << 20)
-        vmplug = str(Path(sys.executable).with_name("vmplug"))
-        command = [vmplug, "check", "--device", f"file:{image}"]
-        for count, target in _TARGETS.items():
-            pairs = [_pair(command, count) for _ in rounds(_ROUNDS)]
-            name = f"vmplug check of one image, {count} idle processes / {_FEW}"
-            yield of_pairs(name, pairs, target=target)
+        yield from _growth("one image", f"file:{image}")
+        if os.geteuid() == 0:
+            losetup = ["losetup", "--find", "--show", str(image)]
+            node = subprocess.run(
+                losetup, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            try:
+                yield from _growth("one block device", node)
+            finally:
+                subprocess.run(["losetup", "--detach", node], check=True)
+
+
+def _growth(what: str, device: str) -> Iterator[Ratio]:
+    vmplug = str(Path(sys.executable).with_name("vmplug"))
+    command = [vmplug, "check", "--device", device]
+    for count, target in _TARGETS.items():
+        pairs = [_pair(command, count) for _ in rounds(_ROUNDS)]
+        name = f"vmplug check of {what}, {count} idle processes / {_FEW}"
+        yield of_pairs(name, pairs, target=target)
 
 
 def _pair(command: Sequence[str], count: int) -> tuple[float, float]:
