@@ -161,6 +161,17 @@ def add_partition(disk: str, *, start_bytes: int, length_bytes: int) -> None:
         fcntl.ioctl(file, _BLKPG, request)
 
 
+@contextmanager
+def loop_with_partition(image: Path) -> Iterator[tuple[Path, Path]]:
+    """A loop device and its partition, added by hand: not every kernel reads the tables."""
+    disk = _run("losetup", "--find", "--show", "--partscan", str(image)).strip()
+    try:
+        add_partition(disk, start_bytes=1 << 20, length_bytes=4 << 20)
+        yield Path(disk), Path(f"{disk}p1")
+    finally:
+        detach_loop(Path(disk))
+
+
 def _run(*command: str) -> str:
     """What a command prints; RuntimeError with what it complained about when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checking import READING, WRITING, claim, codes, findings, want
-from tests.support.disks import add_partition, detach_loop, disk_image, loop_device
+from tests.support.disks import disk_image, loop_device, loop_with_partition
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskPart
@@ -332,19 +332,6 @@ def test_the_lock_of_kubelet_on_a_volume_is_mentioned_and_no_more(
                 assert codes(findings(live, number(node))) == ["has-holders"]
     finally:
         subprocess.run(["umount", published], check=True)
-
-
-@contextmanager
-def loop_with_partition(image: Path) -> Iterator[tuple[Path, Path]]:
-    """A loop device and its partition, added by hand: not every kernel reads the tables."""
-    losetup = ["losetup", "--find", "--show", "--partscan", str(image)]
-    done = subprocess.run(losetup, capture_output=True, check=True, text=True)
-    disk = done.stdout.strip()
-    try:
-        add_partition(disk, start_bytes=1 << 20, length_bytes=4 << 20)
-        yield Path(disk), Path(f"{disk}p1")
-    finally:
-        detach_loop(Path(disk))
 
 
 @pytest.mark.root
