@@ -515,7 +515,18 @@ def console(host: PciTree) -> None:
     host.file(f"{host.real(CARD)}/boot_vga", "1\n").take(BRIDGE, "shpchp")
 
 
+def exports(host: PciTree) -> None:
+    for number, path in enumerate(("/dev/sda2", "/dev/nvme0", IMAGE)):
+        base = f"/sys/kernel/config/nvmet/subsystems/nqn.a/namespaces/{number}"
+        host.file(f"{base}/device_path", f"{path}\n").file(f"{base}/enable", "1\n")
+
+
+def behind(host: PciTree) -> None:
+    host.block_device("7:9", "loop9", loop={"backing_file": "/dev/sda1\n"})
+
+
 WORLDS = [mount, volume, mirror, swap, twins, second_loop, network, openers, console]
+WORLDS += [exports, behind]
 THINGS = (
     *("sda", "sda1", "sda2", "sdb", "sdb2", "loop0", "loop0p1", "nvme0n1", "nvme0n1p2"),
     *(IMAGE, NVME, "26", PORTS, VF, CARD, SOUND, "29", UUID),
