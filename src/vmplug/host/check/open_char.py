@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from shlex import quote
 
 from vmplug.host.block.usage import HostUsage
+from vmplug.host.check.unknown import not_looked_for
+from vmplug.host.check.visible import find_unread
 from vmplug.host.device import CharDevice
 from vmplug.host.finding import Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
@@ -30,10 +32,20 @@ def check_open_char(device: CharDevice, usage: HostUsage, root: HostRoot) -> Ite
     if not may_have_users(device):
         return
     node = DeviceNode.of_char(device.device_node, root)
+    if node.number is None:  # a copy of a host may have no nodes, only their names
+        node = DeviceNode(path=node.path, kind=node.kind, number=device.devnum)
     wanted = wanted_node(node, root)
     status = None if node.key else root.stat_or_none(device.device_node)  # a FIFO
     wanted |= {key_of(status): device.device_node} if status else {}
     yield from mention_openers(wanted, usage)
+    yield from unknown_in_copy(usage, root)
+
+
+def unknown_in_copy(usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
+    """The open files that a copy of a host lacks; those of the running host may only go on."""
+    if not root.is_live:
+        opened = usage.open_files
+        yield from map(not_looked_for, find_unread(opened, opened.unlisted))
 
 
 def mention_openers(wanted: Wanted, usage: HostUsage) -> Iterator[Finding]:

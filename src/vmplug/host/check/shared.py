@@ -11,7 +11,7 @@ from contextlib import suppress
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.usage import HostUsage
-from vmplug.host.check.open_char import mention, mention_openers
+from vmplug.host.check.open_char import mention, mention_openers, unknown_in_copy
 from vmplug.host.device import SharedDirectory
 from vmplug.host.finding import Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
@@ -33,6 +33,7 @@ def check_shared(
         roots = usage.once(_read_roots).get(key, ())
         openers = [*(mention(path, who) for who in roots), *mention_openers({key: path}, usage)]
         yield from dict.fromkeys(openers)
+        yield from unknown_in_copy(usage, root)
     for exported, clients in usage.once(_read_exports).items():
         if _overlap(path, exported):
             yield _is_exported(path, exported, clients)

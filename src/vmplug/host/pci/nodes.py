@@ -46,7 +46,7 @@ def read_nodes(bdf: object, paths: NodePaths, root: HostRoot) -> list[DeviceNode
     for subsystem in _subsystems(controllers, root):
         nodes += _below(subsystem, paths)
     found = [
-        DeviceNode(path=_node_path(path, root), kind=kind, number=number)
+        DeviceNode(path=node_path(path, root), kind=kind, number=number)
         for path, kind, number in nodes
     ]
     return [*found, *_nvidia_nodes(bdf, root)]
@@ -72,7 +72,7 @@ def _subsystems(controllers: set[str], root: HostRoot) -> Iterator[str]:
             yield root.real_path(f"{_SUBSYSTEMS}/{name}")
 
 
-def _node_path(directory: str, root: HostRoot) -> str:
+def node_path(directory: str, root: HostRoot) -> str:
     """Where devtmpfs has the node. Source: Documentation/admin-guide/sysfs-rules.rst, uevent."""
     uevent = os.fsdecode(root.read_attribute(f"{directory}/uevent") or b"")
     match = _DEVNAME.search(uevent)

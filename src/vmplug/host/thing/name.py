@@ -12,6 +12,7 @@ from vmplug.host.device import HostDevice
 from vmplug.host.inventory import Kind, read_inventory
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.mdev import UUID
+from vmplug.host.pci.nodes import node_path, read_node_paths
 from vmplug.host.pci.vfio import (
     CDEV_NODE,
     GROUP_NODE,
@@ -110,7 +111,7 @@ def _at_path(name: str, root: HostRoot, store: "VhostUserStore | None") -> HostD
 
 
 def _of_kernel(name: str, root: HostRoot, store: "VhostUserStore | None") -> HostDevice:
-    """A block device by the kernel's name, or the device of a namespace of persistent memory."""
+    """A device by its node, a disk by the kernel's name or that of persistent memory."""
     directory = list_block_directories(root).get(name)
     number = root.read_devnum(f"{directory}/dev") if directory else None
     if number:
@@ -123,4 +124,8 @@ def _of_kernel(name: str, root: HostRoot, store: "VhostUserStore | None") -> Hos
             number = root.read_devnum(f"/sys/bus/dax/devices/{name}/dev")
             if number:
                 return _numbered(DevType.CHAR, number, root, store)
+    node = f"/dev/{name.replace('!', '/')}"
+    for path, kind, number in read_node_paths(root):
+        if kind == stat.S_IFCHR and node_path(path, root) == node:
+            return _numbered(DevType.CHAR, number, root, store)
     raise no_such(name)

@@ -47,6 +47,15 @@ def test_who_has_a_character_device_open_is_mentioned(tree: HostTree) -> None:
     assert of_char("/dev/null", "1:3", tree.root) == []
 
 
+def test_what_a_copy_does_not_show_of_a_character_device_is_unknown(tree: HostTree) -> None:
+    tree.char_device("10:232", "kvm").char_device("1:3", "null")
+    (tree.path / "proc/1/fd").rmdir()
+    (finding,) = of_char("/dev/kvm", "10:232", tree.root)
+    assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, WARNING)
+    assert "open files of processes (no /proc/PID/fd)" in finding.message
+    assert of_char("/dev/null", "1:3", tree.root) == []
+
+
 def test_a_character_device_is_known_by_its_number() -> None:
     """A terminal, as it needs no privilege; the other end has no name."""
     ours, theirs = os.openpty()

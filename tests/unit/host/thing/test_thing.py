@@ -610,3 +610,19 @@ def test_a_recorded_host_shows_the_same_tree(host: PciTree, tmp_path: Path) -> N
     assert "unknown-use" in found[UUID]
     for name in names:
         assert_agrees(root, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "node"),
+    [("/dev/kvm", "/dev/kvm"), ("kvm", "/dev/kvm"), ("/dev/snd/seq", "/dev/snd/seq")],
+)
+def test_a_character_device_of_a_copy_is_known_by_the_node_that_it_had(
+    tmp_path: Path, name: str, node: str
+) -> None:
+    tree = PciTree(tmp_path).char_device("10:232", "kvm").char_device("116:1", "snd/seq")
+    tree.process(9, "qemu", node)
+    thing, shown = uses_in(tree.root, name)
+    assert (thing.name, thing.kind) == (node, ThingKind.CHARACTER_DEVICE)
+    assert [code for code, _ in shown] == [Code.OPEN_BY_PROCESS]
+    with pytest.raises(NoSuchDevice):
+        uses_in(tree.root, f"{name}0")
