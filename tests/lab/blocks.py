@@ -30,7 +30,9 @@ NULL_DISKS = Path("/sys/kernel/config/nullb")
 ZRAM = Path("/sys/class/zram-control")
 UDEV_SOCKET = Path("/run/udev/control")
 
-_REMEDY = re.compile(r"\b(?:umount|swapoff|losetup|dmsetup|mdadm|blockdev|echo) [^)]*")
+_REMEDY = re.compile(
+    r"\b(?:umount|swapoff|losetup|dmsetup|mdadm|blockdev|echo|rmdir|zramctl) [^)]*"
+)
 
 
 def run(*command: str | Path, text: str = "") -> str:

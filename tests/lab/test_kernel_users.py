@@ -4,12 +4,22 @@ What a target has open claims nothing, or claims it under no name.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.lab.blocks import is_free, load, load_with, looped, null_disk, obey, refusal, run
+from tests.lab.blocks import (
+    is_free,
+    load,
+    load_with,
+    looped,
+    mounted,
+    null_disk,
+    obey,
+    refusal,
+    run,
+)
 from tests.support.disks import disk_image
 from vmplug import Code
 
@@ -22,6 +32,7 @@ Export = Callable[[Path], AbstractContextManager[str]]
 @pytest.fixture(scope="module", autouse=True)
 def modules() -> None:
     load_with("null_blk", nr_devices=0)
+    load_with("zram", num_devices=1)
     load("loop", "configfs", "nvmet", "target_core_mod", "target_core_iblock", "target_core_file")
     if not CONFIG.is_mount():
         run("mount", "-t", "configfs", "none", CONFIG)
@@ -52,7 +63,8 @@ def backstore(hba: str, control: str) -> Iterator[str]:
         (base / "enable").write_text("1")
         yield "the SCSI target lab"
     finally:
-        base.rmdir()
+        with suppress(FileNotFoundError):
+            base.rmdir()
         base.parent.rmdir()
 
 
@@ -89,7 +101,30 @@ def test_a_file_that_the_kernel_exports_is_in_use(tmp_path: Path, export: Export
     assert is_free(image)
 
 
-def test_the_remedy_ends_the_export_of_an_nvme_target() -> None:
-    with null_disk("laba") as disk, nvmet(disk):
+@pytest.mark.parametrize("export", [nvmet, iblock, fileio])
+def test_the_remedy_ends_the_export(export: Export) -> None:
+    with null_disk("laba") as disk, export(disk):
         obey(refusal(disk))
         assert is_free(disk)
+
+
+def test_what_zram_writes_to_is_in_use_until_zram_is_reset() -> None:
+    with null_disk("laba") as disk:
+        backing = Path("/sys/block/zram0/backing_dev")
+        backing.write_text(str(disk))
+        finding = refusal(disk)
+        assert finding.code is Code.OPEN_EXCLUSIVELY
+        assert finding.message == f"{disk} is in use by the kernel for /dev/zram0"
+        obey(finding)
+        assert is_free(disk)
+
+
+def test_the_journal_of_another_file_system_is_in_use(tmp_path: Path) -> None:
+    with null_disk("laba") as disk, null_disk("labb") as journal:
+        run("mke2fs", "-q", "-F", "-O", "journal_dev", "-b", "4096", journal)
+        run("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-J", f"device={journal}", disk)
+        with mounted(disk, tmp_path):
+            finding = refusal(journal)
+            assert finding.code is Code.OPEN_EXCLUSIVELY
+            assert finding.message.endswith("for the journal of a mounted file system")
+        assert is_free(journal)

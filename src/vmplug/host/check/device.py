@@ -148,12 +148,13 @@ def _all_users(
     yield from used
     if root.is_live and not _is_refused(used):
         number = exclusive_errno(disk.device_node, usage, root)
-        held = [held_exclusively(disk.device_node)] if number == errno.EBUSY else []
+        held = (
+            [held_exclusively(disk.device_node, disk.relatives)] if number == errno.EBUSY else []
+        )
         held += find_claims_elsewhere(disk, usage, root, explained=False)
         yield from held
         if number in _NOT_ASKED:
-            why = os.strerror(number).lower()
-            yield not_looked_for(f"users of {disk.device_node} ({why})")
+            yield not_looked_for(f"users of {disk.device_node} ({os.strerror(number).lower()})")
         if not (held or in_vm):
             for node in disk.nodes:
                 yield from _locked(node, Access(read_only=False), root)
@@ -353,8 +354,7 @@ def _looped(
     disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
 ) -> Iterator[Finding]:
     """Loop devices on the disk. One that nothing uses, such as kubelet's, may stay."""
-    loops = map(usage.loop_index.by_number.get, disk.loops or ())
-    for loop in filter(None, loops):
+    for loop in filter(None, map(usage.loop_index.by_number.get, disk.loops or ())):
         if access.read_only and root.read_int(f"/sys/dev/block/{loop.devnum}/ro"):
             continue
         shown = next((n for n in disk.nodes if loop.shows(n, root)), loop.backing.backing_file)
@@ -428,7 +428,7 @@ def _opened(
                 yield _empty(device)
         case errno.EBUSY:
             if not explained:
-                yield held_exclusively(device.device_node)
+                yield held_exclusively(device.device_node, device.relatives)
         case errno.ENOMEDIUM:
             if device.size_bytes != 0:
                 yield _empty(device)

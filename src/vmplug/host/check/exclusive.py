@@ -3,9 +3,10 @@
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from shlex import quote
 
-from vmplug.host.block.device import BlockDevice
+from vmplug.host.block.device import BlockDevice, DiskPart
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.finding import Code, Finding, UsedBy
 from vmplug.host.root import HostRoot
@@ -44,19 +45,24 @@ def find_claims_elsewhere(
     device: BlockDevice, usage: HostUsage, root: HostRoot, *, explained: bool
 ) -> Iterator[Finding]:
     """The kernel keeps claims for each name of a LUN, and none for what a loop device is on."""
-    for part in (*(device.twins or ()), *(device.behind or ())):
-        if part.is_whole and not explained:
-            number = exclusive_errno(part.device_node, usage, root)
-            if number == errno.EBUSY:
-                yield held_exclusively(part.device_node)
+    for parts in (device.twins or (), device.behind or ()):
+        for part in parts:
+            if part.is_whole and not explained:
+                number = exclusive_errno(part.device_node, usage, root)
+                if number == errno.EBUSY:
+                    yield held_exclusively(part.device_node, parts)
 
 
-def held_exclusively(node: str) -> Finding:
-    """The finding for a device of which the kernel does not say who holds it."""
+def held_exclusively(node: str, relatives: Iterable[DiskPart]) -> Finding:
+    """The finding for a device of which the kernel does not say who holds it.
+
+    That may be whoever holds the whole disk, or a partition of it.
+    """
+    nodes = dict.fromkeys((node, *(part.device_node for part in relatives)))
     return Finding(
         Code.OPEN_EXCLUSIVELY,
         f"{node} is open exclusively (O_EXCL) on the host",
-        f"fuser --verbose {node} may name the process; stop it first",
+        f"fuser --verbose {' '.join(map(quote, nodes))} may name the process; stop it first",
         used_by=UsedBy(
             on=node,
             who="a program or a part of the kernel",

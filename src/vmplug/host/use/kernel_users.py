@@ -85,7 +85,7 @@ def _scsi_targets(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
         for name in root.list_dir(f"{_TARGET}/{hba}"):
             base = f"{_TARGET}/{hba}/{name}"
             if root.read_int(f"{base}/enable"):
-                user = _export("SCSI", name, f"targetcli /backstores delete {name}")
+                user = _export("SCSI", name, f"rmdir {base}", ", after its LUNs (targetcli ls)")
                 info = _text(f"{base}/info", root)
                 if number := _NUMBER.search(info):
                     yield DevNum(int(number[1]), int(number[2])), user
@@ -105,11 +105,11 @@ def _usb_sticks(root: HostRoot) -> Iterator[tuple[str, KernelUser]]:
                     yield path, _export("USB", gadget, f"echo > {base}/{lun}/file")
 
 
-def _export(bus: str, name: str, remedy: str) -> KernelUser:
+def _export(bus: str, name: str, remedy: str, more: str = "") -> KernelUser:
     return KernelUser(
         who=f"the {bus} target {name}",
         how=f"the targets of the kernel, {_CONFIG}",
-        remedy=f"end the export: {remedy}",
+        remedy=f"end the export ({remedy}){more}",
         is_export=True,
     )
 

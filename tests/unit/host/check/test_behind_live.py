@@ -80,7 +80,11 @@ def test_whoever_has_what_is_behind_a_loop_device_has_it(
         assert finding.code == code
         assert finding.used_by
         assert finding.used_by.on in {str(held), str(part)}
-        holder.communicate()  # the remedy: it has ended
+        if how == "exclusive":  # the remedy names the process
+            command = ["sh", "-c", finding.hint.partition(" may name")[0]]
+            named = subprocess.run(command, capture_output=True, text=True, check=True)
+            assert str(holder.pid) in named.stdout.split()
+        holder.communicate()
     assert found(upper) == []
 
 

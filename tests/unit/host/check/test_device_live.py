@@ -343,8 +343,11 @@ def test_a_partition_in_use_keeps_its_disk(live: HostTree, tmp_path: Path) -> No
             (finding,) = findings(live, number(disk))
             assert finding.message.startswith(f"{part} is behind the loop device")
         with waiting([sys.executable, "-c", HOLD_EXCLUSIVELY, str(part)], ready=b"ready"):
-            assert codes(findings(live, number(disk))) == ["open-exclusively"]
-            assert codes(findings(live, number(part))) == ["open-exclusively"]
+            (of_disk,) = findings(live, number(disk))
+            (of_part,) = findings(live, number(part))
+            assert codes([of_disk, of_part]) == ["open-exclusively"] * 2
+            assert of_disk.hint.startswith(f"fuser --verbose {disk} {part} may name")
+            assert of_part.hint.startswith(f"fuser --verbose {part} {disk} may name")
         assert findings(live, number(disk)) == []
 
 
