@@ -56,7 +56,7 @@ def find_claims_elsewhere(
 def held_exclusively(node: str, relatives: Iterable[DiskPart]) -> Finding:
     """The finding for a device of which the kernel does not say who holds it.
 
-    That may be whoever holds the whole disk, or a partition of it.
+    The holder may have the whole disk, or a partition of it.
     """
     nodes = dict.fromkeys((node, *(part.device_node for part in relatives)))
     return Finding(

@@ -18,6 +18,7 @@ from vmplug.host.check.visible import find_unread
 from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_key import key_of
+from vmplug.host.use.kernel_users import find_unknown_exports
 from vmplug.host.use.openers import DeviceNode, Opener, Wanted, wanted_node
 
 
@@ -43,6 +44,7 @@ def check_open_disk(
     yield from open_in_vm(disk, usage, root)
     # Those that even root may not look into are not counted here: docs/safety.md.
     yield from map(not_looked_for, find_unread(usage.open_files, usage.open_files.unlisted))
+    yield from map(not_looked_for, find_unknown_exports(root))
 
 
 def find_openers_elsewhere(

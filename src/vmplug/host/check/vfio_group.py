@@ -36,6 +36,7 @@ from vmplug.host.pci.uses import (
 from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver, list_vfio_nodes
 from vmplug.host.process import read_memlock_limit
 from vmplug.host.root import HostRoot
+from vmplug.host.use.kernel_users import find_unknown_exports
 from vmplug.host.use.openers import DeviceNode, wanted_node
 
 _OVS_MASTER = "ovs-system"
@@ -122,6 +123,7 @@ def check_openers(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterato
     yield from used_by_kernel(others, Access(read_only=False), usage)
     if wanted and group.members:
         yield from map(not_looked_for, _unseen(usage, root))
+        yield from map(not_looked_for, find_unknown_exports(root))
 
 
 def _unseen(usage: HostUsage, root: HostRoot) -> Iterator[str]:

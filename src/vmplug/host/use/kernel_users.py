@@ -52,6 +52,13 @@ def read_kernel_users(root: HostRoot) -> KernelUsers:
     return found
 
 
+def find_unknown_exports(root: HostRoot) -> Iterator[str]:
+    """The exports that cannot be looked for, because their part of configfs is not mounted."""
+    for module, directory in (("nvmet", f"{_CONFIG}/nvmet"), ("target_core_mod", _TARGET)):
+        if root.stat_or_none(f"/sys/module/{module}") and not root.stat_or_none(directory):
+            yield f"exports by {module} (no {directory}: mount -t configfs none {_CONFIG})"
+
+
 def _read_all(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
     yield from _nvme_targets(root)
     yield from _scsi_targets(root)

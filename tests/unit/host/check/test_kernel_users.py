@@ -105,6 +105,21 @@ def test_other_exports_do_not_matter(disk: HostTree, export: Callable[[HostTree]
     assert findings(disk, "8:1") == findings(disk, "/a.img") == []
 
 
+@pytest.mark.parametrize(
+    ("module", "directory"), [("nvmet", "nvmet"), ("target_core_mod", "target/core")]
+)
+def test_exports_are_unknown_while_configfs_is_not_mounted(
+    disk: HostTree, module: str, directory: str
+) -> None:
+    disk.file(f"/sys/module/{module}/refcnt", "1\n")
+    for wanted in ("8:0", "/a.img"):
+        (finding,) = findings(disk, wanted)
+        assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, Severity.WARNING)
+        assert f"exports by {module} (no {CONFIG}/{directory}: " in finding.message
+    disk.file(f"{CONFIG}/{directory}/hba_info")  # the remedy: it is mounted
+    assert findings(disk, "8:0") == findings(disk, "/a.img") == []
+
+
 def test_a_loop_device_that_is_exported_is_not_idle(disk: HostTree) -> None:
     disk.block_device("7:0", "loop0", loop={"backing_file": "/a.img\n"})
     nvmet(disk, "/dev/loop0")
