@@ -17,7 +17,7 @@ from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.block.usage import read_usage
 from vmplug.host.block.volumes import find_volumes
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Access
+from vmplug.host.finding import Access, Code
 from vmplug.host.host_path import get_host_path
 from vmplug.host.pci.sriov import read_sriov
 from vmplug.host.process import read_start_time
@@ -118,6 +118,17 @@ def test_a_backing_file_with_a_nul_in_its_name_is_nowhere(tree: HostTree) -> Non
     usage = read_usage(tree.root)
     assert usage.loops[0].backing.deleted
     check_device(device, Access(read_only=False), usage=usage, root=tree.root)
+
+
+@pytest.mark.parametrize("name", ["/dev/a\0b", "/dev/../dev/a\0b"])
+def test_a_loop_device_on_a_name_with_a_nul_is_on_nothing(tree: HostTree, name: str) -> None:
+    tree.block_device("7:0", "loop0", loop={"backing_file": f"{name}\n"})
+    tree.file("/sys/kernel/config/nvmet/subsystems/a/namespaces/1/device_path", f"{name}\n")
+    tree.file("/sys/kernel/config/nvmet/subsystems/a/namespaces/1/enable", "1\n")
+    info = DeviceInfo(container_path="/dev/x", dev_type=DevType.BLOCK, devnum=DevNum.parse("7:0"))
+    device, usage = resolve(info, tree.root), read_usage(tree.root)
+    found = check_device(device, Access(read_only=False), usage=usage, root=tree.root)
+    assert [finding.code for finding in found] == [Code.IS_EXPORTED]
 
 
 @pytest.mark.parametrize("name", ["/dev/a\0b", r"/dev/a\000b"])

@@ -178,7 +178,7 @@ def find_named_block(path: str, root: HostRoot) -> DevNum | None:
     status = root.stat_or_none(path)
     if status and stat.S_ISBLK(status.st_mode):
         return node_number(status)
-    if root.is_live or not path.startswith("/dev/"):
+    if root.is_live or not path.startswith("/dev/") or "\0" in path:
         return None
     name = root.real_path(path).removeprefix("/dev/").replace("/", "!")
     return root.read_devnum(f"{list_block_directories(root).get(name, '/nowhere')}/dev")

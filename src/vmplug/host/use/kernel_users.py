@@ -22,6 +22,7 @@ _NVMET = f"{_CONFIG}/nvmet/subsystems"
 _TARGET = f"{_CONFIG}/target/core"
 _GADGETS = f"{_CONFIG}/usb_gadget"
 _JOURNALS = "/proc/fs/jbd2"
+_VIRTUAL = "/sys/devices/virtual/block"
 
 _NUMBER = re.compile(r"Major: ([0-9]+) Minor: ([0-9]+)", re.ASCII)
 _FILE = re.compile(r"File: (.+?) +Size: ")
@@ -133,8 +134,8 @@ def _kept_data(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
                     "unmount the file system that has its journal there (blkid)",
                 ),
             )
-    for name in root.list_dir("/sys/block"):
-        backing = f"/sys/block/{name}/backing_dev"
+    for name in root.list_dir(_VIRTUAL):
+        backing = f"{_VIRTUAL}/{name}/backing_dev"
         if name.startswith("zram") and (path := _text(backing, root)).startswith("/"):
             yield path, _keeper(f"/dev/{name}", backing, f"zramctl --reset /dev/{name}")
 

@@ -70,7 +70,7 @@ def _node_number(source: str, root: HostRoot) -> DevNum | None:
     A copy of a host may have no nodes, only their names.
     """
     status = root.stat_or_none(source) if source.startswith("/") else None
-    if status is None and not root.is_live and source.startswith("/dev/"):
+    if status is None and not root.is_live and source.startswith("/dev/") and "\0" not in source:
         name = root.real_path(source).removeprefix("/dev/").replace("/", "!")
         return root.read_devnum(f"/sys/class/block/{name}/dev")
     return node_number(status) if status and stat.S_ISBLK(status.st_mode) else None
