@@ -20,7 +20,8 @@ class Nonsense:
 def methods_of(kind: type) -> Iterator[tuple[str, Callable[..., object]]]:
     for name, member in vars(kind).items():
         function = getattr(member, "__func__", member)
-        is_public = not name.startswith("_") and kind.__name__ not in INSIDE
+        is_called = kind.__name__ not in INSIDE and not vars(kind).get("_is_protocol")
+        is_public = not name.startswith("_") and is_called
         if inspect.isfunction(function) and (is_public or name == "__init__"):
             yield f"{kind.__name__}.{name}", function
 

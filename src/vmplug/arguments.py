@@ -50,8 +50,10 @@ def check_fields(value: Any) -> None:
 def _check_methods(kind: type) -> None:
     """Check the methods that the class itself has, and how it is made.
 
-    Those of values change nothing.
+    Those of values change nothing. Nobody calls those of a protocol.
     """
+    if _is_protocol(kind):
+        return
     is_value = hasattr(kind, "__struct_fields__") or hasattr(kind, "__dataclass_fields__")
     for name, member in list(vars(kind).items()):
         if name != "__init__" and (name.startswith("_") or kind.__name__ in INSIDE):
@@ -161,9 +163,7 @@ def _test_of(annotation: Any) -> _Test:
             return lambda value: any(test(value) for test in tests)
         case kind if kind in _NUMBERS:
             return lambda value: isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool)
-        case type() as kind if getattr(kind, "_is_protocol", False) and vars(kind).get(
-            "_is_protocol"
-        ):
+        case type() as kind if _is_protocol(kind):
             names = [name for name in vars(kind) if not name.startswith("_")]
             # Its class's: a property of a hypervisor asks QEMU.
             return lambda value: all(hasattr(type(value), name) for name in names)
@@ -173,6 +173,11 @@ def _test_of(annotation: Any) -> _Test:
             return lambda value: isinstance(value, kind)
         case _:  # Any, which is a class since Python 3.11, and Self
             return lambda _: True
+
+
+def _is_protocol(kind: type) -> bool:
+    """Whether it is one itself: a class that has one as its base inherits the mark."""
+    return bool(vars(kind).get("_is_protocol"))
 
 
 def _test_of_many(kind: type, tests: Sequence[_Test]) -> _Test:
