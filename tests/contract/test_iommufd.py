@@ -20,8 +20,8 @@ from vmplug.drivers.place import GroupPlace, PciPlace
 from vmplug.drivers.plug import VFIODevice, VFIODevices
 from vmplug.drivers.ports import Command
 from vmplug.errors import AttributeReadError, CommandError, NoFreePort
+from vmplug.host.pci.iommu import IOMMU_NODE
 from vmplug.host.pci.mdev import VFIODeviceType
-from vmplug.host.pci.vfio import IOMMU_NODE
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, make_iommufd
 from vmplug.hypervisor.qemu.running import Qemu

@@ -42,7 +42,8 @@ from vmplug import (
     resolve,
 )
 from vmplug.drivers.ports import Command
-from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
+from vmplug.host.pci.iommu import IOMMU_NODE
+from vmplug.host.pci.vfio import open_nodes
 from vmplug.hypervisor.qemu.abilities import of_program
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.qmp.monitor import Monitor

@@ -2,14 +2,15 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from vmplug.drivers.place import GuestAddress, Place, Places
-from vmplug.drivers.plug import Plug
-from vmplug.host.device import HostDevice
-from vmplug.host.finding import Finding
+if TYPE_CHECKING:  # a journal, and a VM, is known without them
+    from vmplug.drivers.place import GuestAddress, Place, Places
+    from vmplug.drivers.plug import Plug
+    from vmplug.host.device import HostDevice
+    from vmplug.host.finding import Finding
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -48,7 +49,7 @@ class Step(msgspec.Struct, frozen=True):
     do: Command
     undo: Command | None
     host_path: str | None = None
-    guest: GuestAddress | None = None
+    guest: "GuestAddress | None" = None
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -73,16 +74,18 @@ class PlugDriver(Protocol):
     def share_rw(self) -> bool:
         """Whether others may write to it too."""
 
-    def check(self, device: HostDevice, *, read_only: bool) -> Iterator[Finding]:
+    def check(self, device: "HostDevice", *, read_only: bool) -> "Iterator[Finding]":
         """Reasons not to plug this device with these options."""
 
-    def choose_place(self, device: HostDevice, offer: Places, taken: Collection[str]) -> Place:
+    def choose_place(
+        self, device: "HostDevice", offer: "Places", taken: Collection[str]
+    ) -> "Place":
         """A free place that is not among the taken ones, which are places as text.
 
         Raises NoFreePort, and CannotPlug when the VM never has one.
         """
 
-    def plan(self, new: "NewPlug", place: Place, offer: Places) -> Plug:
+    def plan(self, new: "NewPlug", place: "Place", offer: "Places") -> "Plug":
         """The plug for that place. Raises SpecError when the options do not fit the place."""
 
 
@@ -90,7 +93,7 @@ class NewPlug(msgspec.Struct, frozen=True, kw_only=True):
     """A device to plug, with its new id."""
 
     id: str
-    device: HostDevice
+    device: "HostDevice"
     read_only: bool
 
 
@@ -144,7 +147,7 @@ class Hypervisor(Protocol):
     def takes_vf_token(self) -> bool:
         """Whether a function of the host can be plugged with a VF token."""
 
-    def places(self, known: Mapping[str, str]) -> Places:
+    def places(self, known: Mapping[str, str]) -> "Places":
         """The places of the VM; `known` are those of the caller's devices, by their ids.
 
         Addresses of `known` SCSI disks need not be among those in use.
@@ -156,10 +159,10 @@ class Hypervisor(Protocol):
         From then on they count as parts of that device.
         """
 
-    def steps(self, plug: Plug, place: Place) -> tuple[Step, ...]:
+    def steps(self, plug: "Plug", place: "Place") -> tuple[Step, ...]:
         """The exact steps of `plug`; changes nothing, but may query the VM."""
 
-    def plug(self, plug: Plug, place: Place) -> None:
+    def plug(self, plug: "Plug", place: "Place") -> None:
         """Plug all of it or none: a failure undoes the steps before it.
 
         Only after a ProtocolError or ConnectError is it unknown what was done. Raises NoSuchDevice

@@ -1,14 +1,14 @@
-"""Choose the driver of a device: one table from its kind to the driver."""
+"""Choose the driver of a device: one table from its kind to the driver.
 
+Each driver but that of disks is imported when a request needs it: they cost 5 ms together.
+"""
+
+from collections.abc import Mapping
 from typing import assert_never
 
 from vmplug.drivers.block import BlockDiskDriver
 from vmplug.drivers.generic import check_options
 from vmplug.drivers.ports import PlugDriver
-from vmplug.drivers.rng import RngDriver
-from vmplug.drivers.share import ShareDriver
-from vmplug.drivers.vfio import VfioDriver
-from vmplug.drivers.vhost_user import VhostUserDriver
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import (
     CharDevice,
@@ -31,13 +31,17 @@ def select_driver(request: Request, device: HostDevice) -> PlugDriver | None:
     """
     match request:
         case ShareInfo():
+            from vmplug.drivers.share import ShareDriver  # noqa: PLC0415  see the top
+
             return ShareDriver.parse(request.tag, device, request.driver_options)
         case RngInfo():
+            from vmplug.drivers.rng import RngDriver  # noqa: PLC0415
+
             return RngDriver.parse(request.driver_options)
         case NetInfo():
-            return VhostUserDriver.parse(DeviceType.VHOST_USER_NET, request.driver_options)
+            return _vhost_user(DeviceType.VHOST_USER_NET, request.driver_options)
         case VfioInfo():
-            return VfioDriver.parse(request.driver_options)
+            return _vfio(request.driver_options)
         case DeviceInfo():
             return _select_by_device(request, device)
         case _:
@@ -49,9 +53,9 @@ def _select_by_device(request: DeviceInfo, device: HostDevice) -> PlugDriver | N
         case BlockDevice() | DiskFile():
             return BlockDiskDriver.parse(request.driver_options)
         case VhostUserSocket():
-            return VhostUserDriver.parse(device.kind, request.driver_options)
+            return _vhost_user(device.kind, request.driver_options)
         case VfioGroup():
-            return VfioDriver.parse(request.driver_options)
+            return _vfio(request.driver_options)
         case CharDevice():
             check_options(request.driver_options)
             return None
@@ -59,3 +63,15 @@ def _select_by_device(request: DeviceInfo, device: HostDevice) -> PlugDriver | N
             raise AssertionError(f"{request.name} is not a {device.kind}")
         case _:
             assert_never(device)
+
+
+def _vhost_user(kind: DeviceType, options: Mapping[str, str]) -> PlugDriver:
+    from vmplug.drivers.vhost_user import VhostUserDriver  # noqa: PLC0415
+
+    return VhostUserDriver.parse(kind, options)
+
+
+def _vfio(options: Mapping[str, str]) -> PlugDriver:
+    from vmplug.drivers.vfio import VfioDriver  # noqa: PLC0415
+
+    return VfioDriver.parse(options)

@@ -16,12 +16,10 @@ import msgspec
 from vmplug.address import find_bdf, new_id
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError, DeviceError, NotAttached, StateError
-from vmplug.host.check.thing import find_place
 from vmplug.host.finding import LEASE_PREFIX
 from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.pci.iommu import find_group, group_node, is_noiommu
 from vmplug.host.pci.mdev import MDEV_DEVICES
-from vmplug.host.pci.vfio import read_cdev
 from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_key import FileKey, key_of, key_of_node
@@ -38,7 +36,6 @@ from vmplug.journal.records import (
     spoken_process,
 )
 from vmplug.leases.state import LeaseState, find_state
-from vmplug.manager.binding.binder import Binder
 from vmplug.manager.reconcile import Repair, RepairOutcome
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 
@@ -156,6 +153,8 @@ def give_back(record: VmRecord, journal: Journal, host: HostRoot) -> None:
 
     Raises BindError for the first that fails, after the others; `reconcile` tries again.
     """
+    from vmplug.manager.binding.binder import Binder  # noqa: PLC0415  6 ms, and most VMs save it
+
     forget(record, journal)
     failures = [done.error for done in Binder(journal, host).recover() if done.error]
     if failures:
@@ -215,6 +214,8 @@ def end_ended(journal: Journal, host: HostRoot) -> None:
     ended = [r for r in leases_of(journal) if find_state(r, journal.host) is LeaseState.ENDED]
     if not ended:
         return
+    from vmplug.manager.binding.binder import Binder  # noqa: PLC0415  6 ms
+
     for record in ended:
         with suppress(DeviceError):
             repair_lease(record, journal, host)
@@ -285,6 +286,8 @@ def _find_sharers(
 
 
 def _wanted_nodes(device: DeviceRecord, host: HostRoot) -> Wanted:
+    from vmplug.host.pci.vfio import read_cdev  # noqa: PLC0415  3 ms, as for all of VFIO
+
     functions = device.guest_address.functions if device.guest_address else ()
     wanted = Wanted()
     for function in functions:
@@ -300,6 +303,8 @@ def _wanted_nodes(device: DeviceRecord, host: HostRoot) -> Wanted:
 
 
 def _wanted_disk(device: DeviceRecord, host: HostRoot) -> Wanted:
+    from vmplug.host.check.thing import find_place  # noqa: PLC0415  2 ms
+
     if number := device.identity.devnum:
         return {key_of_node(stat.S_IFBLK, number): device.host_path}
     if device.thing and (place := find_place(device.thing)):  # its name may lead elsewhere now

@@ -15,7 +15,6 @@ from vmplug.drivers.generic import check_generic
 from vmplug.drivers.place import Places, PlugMode
 from vmplug.drivers.ports import Hypervisor, PlugDriver
 from vmplug.drivers.select import select_driver
-from vmplug.drivers.vfio import check_address_space
 from vmplug.errors import AttributeReadError, HostError, InUse, NoSuchDevice, PolicyError
 from vmplug.host.block.content import look_into
 from vmplug.host.block.device import BlockDevice, DiskFile
@@ -23,7 +22,6 @@ from vmplug.host.block.usage import NO_VMS, HostUsage, read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.check.relate import relate_device, relate_image
 from vmplug.host.check.thing import has_changed, identify
-from vmplug.host.check.vfio_group import GuestMemory, check_vm
 from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.file_id import file_replaced
 from vmplug.host.finding import (
@@ -243,6 +241,9 @@ def check_vfio(
     group: VfioGroup, hypervisor: Hypervisor, offer: Places, host: HostRoot
 ) -> Iterator[Finding]:
     """Findings about a group for the VM's QEMU, or the one that this process will start."""
+    from vmplug.drivers.vfio import check_address_space  # noqa: PLC0415  6 ms, with the checks
+    from vmplug.host.check.vfio_group import GuestMemory, check_vm  # noqa: PLC0415
+
     endpoint = hypervisor.endpoint
     pid = endpoint.pid if endpoint else None
     if offer.mode is PlugMode.COLD:

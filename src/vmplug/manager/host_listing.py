@@ -1,6 +1,7 @@
 """What could a host hand over, what is one thing of it, and which VM has it?"""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from msgspec import structs
 
@@ -8,13 +9,12 @@ from vmplug.errors import NoSuchDevice
 from vmplug.host.block.usage import NO_VMS, read_usage
 from vmplug.host.finding import Claim, VmProcess
 from vmplug.host.inventory import Inventory, Kind, read_inventory, with_reset_methods
-from vmplug.host.inventory_names import find_named
 from vmplug.host.kind import Identity
-from vmplug.host.thing.describe import describe_other, describe_thing, relate
-from vmplug.host.thing.name import find_named_device, no_such
-from vmplug.host.thing.thing import Thing
 from vmplug.journal import has_journal
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
+
+if TYPE_CHECKING:
+    from vmplug.host.thing.thing import Thing
 
 
 def list_host(
@@ -41,12 +41,14 @@ def list_host(
         setup.host, vhost_user_store=setup.vhost_user_store, kinds=kinds, vms=vms
     )
     if names:
+        from vmplug.host.inventory_names import find_named  # noqa: PLC0415
+
         inventory = find_named(inventory, names, setup.host, require_all=require_all)
     functions = tuple(with_reset_methods(entry, setup.host) for entry in inventory.pci)
     return structs.replace(inventory, pci=functions)
 
 
-def show_thing(name: str, *, with_vms: bool = True, setup: Setup = DEFAULT_SETUP) -> Thing:
+def show_thing(name: str, *, with_vms: bool = True, setup: Setup = DEFAULT_SETUP) -> "Thing":
     """Return what one thing of the host is, what it is made of, and who uses it.
 
     A name is the address of a function, the number of an IOMMU group, `b:MAJOR:MINOR`, a UUID, the
@@ -55,6 +57,13 @@ def show_thing(name: str, *, with_vms: bool = True, setup: Setup = DEFAULT_SETUP
     `unknown`. Raises NoSuchDevice for a name that nothing has, SpecError for a number that no
     device can have, AttributeReadError, and StoreError.
     """
+    from vmplug.host.thing.describe import (  # noqa: PLC0415  9 ms, with every check
+        describe_other,
+        describe_thing,
+        relate,
+    )
+    from vmplug.host.thing.name import find_named_device, no_such  # noqa: PLC0415
+
     host = setup.host
     try:
         device = find_named_device(name, host, setup.vhost_user_store)

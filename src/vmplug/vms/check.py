@@ -3,17 +3,20 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Claim, Code, Finding
 from vmplug.host.pci.group import VfioGroup
 from vmplug.journal import has_journal
 from vmplug.journal.journal import Journal
-from vmplug.manager.binding.vf_tokens import Tokens, check_tokens
 from vmplug.manager.examine import CheckContext, CheckedRequest, examine
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
-from vmplug.policy.gate import PolicyCheck
+
+if TYPE_CHECKING:
+    from vmplug.manager.binding.vf_tokens import Tokens
+    from vmplug.policy.gate import PolicyCheck
 
 
 def check_requests(
@@ -36,7 +39,7 @@ def check_requests(
 
         with connect_vm(vm, setup=setup) as devices:
             return devices.check_places(requests, owner=owner, allow=allow, managed=managed)
-    gate = PolicyCheck(policy=setup.policy, owner=owner) if setup.policy else None
+    gate = _gate(setup, owner)
     with _known(setup, gate) as known:
         return examine(
             requests,
@@ -48,8 +51,16 @@ def check_requests(
         )
 
 
+def _gate(setup: Setup, owner: str | None) -> "PolicyCheck | None":
+    if setup.policy is None:
+        return None
+    from vmplug.policy.gate import PolicyCheck  # noqa: PLC0415  2 ms, as there is one
+
+    return PolicyCheck(policy=setup.policy, owner=owner)
+
+
 @contextmanager
-def _known(setup: Setup, gate: PolicyCheck | None) -> Iterator[CheckContext]:
+def _known(setup: Setup, gate: "PolicyCheck | None") -> Iterator[CheckContext]:
     """What VMs hold, and their processes, inside the `with`, and the policy."""
     if not has_journal(setup.state_dir):
         yield CheckContext(gate=gate, find_more=partial(_check_tokens, setup, None))
@@ -67,5 +78,9 @@ def _known(setup: Setup, gate: PolicyCheck | None) -> Iterator[CheckContext]:
         )
 
 
-def _check_tokens(setup: Setup, tokens: Tokens | None, device: HostDevice) -> Iterable[Finding]:
-    return check_tokens(device, tokens, None, setup.host) if isinstance(device, VfioGroup) else ()
+def _check_tokens(setup: Setup, tokens: "Tokens | None", device: HostDevice) -> Iterable[Finding]:
+    if not isinstance(device, VfioGroup):
+        return ()
+    from vmplug.manager.binding.vf_tokens import check_tokens  # noqa: PLC0415  3 ms
+
+    return check_tokens(device, tokens, None, setup.host)

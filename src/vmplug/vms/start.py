@@ -10,11 +10,9 @@ from msgspec.structs import replace
 
 from vmplug.address import Bdf
 from vmplug.drivers.place import lacks_addresses
-from vmplug.drivers.vfio import window_for
 from vmplug.errors import BindError, SpecError, StateError
 from vmplug.host.finding import Code
 from vmplug.host.pci.address_bits import read_address_bits
-from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.start.accel import ACCELS, AUTO, Accel, choose_accel
@@ -31,13 +29,10 @@ from vmplug.hypervisor.qemu.start.machine import (
 )
 from vmplug.journal.journal import Journal
 from vmplug.journal.names import check_vm_name
-from vmplug.journal.records import Attachment, VmRecord
+from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.leases.life import end_ended
-from vmplug.manager.binding.binder import give_back_unused
-from vmplug.manager.examine import require_same
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
-from vmplug.vms.connect import open_manager
 from vmplug.vms.release import abandon_start, forget_ended
 
 __all__ = ("ACCELS", "MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "start_vm")
@@ -94,6 +89,8 @@ def start_vm(
             _make_directory(directory)
             attachments = list[Attachment]()
             if requests:
+                from vmplug.vms.connect import open_manager  # noqa: PLC0415  10 ms, with drivers
+
                 with open_manager(spec.name, cold, setup) as devices:
                     attachments = devices.attach_all(
                         requests, owner=owner, allow=allow, managed=managed
@@ -104,10 +101,12 @@ def start_vm(
 
             pid = launch(cold, record_process, timeout_s=_ANSWER_TIMEOUT_S)
             cold.started()
-            require_same(journal.devices(spec.name), setup.host)
+            _require_same(journal.devices(spec.name), setup.host)
             journal.finish_start(spec.name)
         except BaseException:
             abandon_start(journal, journal.require_vm(spec.name))
+            from vmplug.manager.binding.binder import give_back_unused  # noqa: PLC0415  3 ms
+
             with suppress(BindError):  # why it failed matters more, and reconcile tries again
                 give_back_unused(journal)
             raise
@@ -120,6 +119,13 @@ def start_vm(
         why_not_kvm=accel.why_not_kvm,
         attachments=tuple(attachments),
     )
+
+
+def _require_same(records: Sequence[DeviceRecord], host: HostRoot) -> None:
+    if records:
+        from vmplug.manager.examine import require_same  # noqa: PLC0415  10 ms, with all checks
+
+        require_same(records, host)
 
 
 def _accel(spec: VmSpec, setup: Setup) -> Accel:
@@ -161,6 +167,9 @@ def _check_addresses(spec: VmSpec, host: HostRoot) -> None:
 
 def _window_of(bdf: Bdf, host: HostRoot) -> int:
     """Bytes that one port needs for the BARs of a function and its neighbours in the slot."""
+    from vmplug.drivers.vfio import window_for  # noqa: PLC0415  2 ms, with all of VFIO
+    from vmplug.host.pci.vfio import find_vfio_device  # noqa: PLC0415
+
     functions = find_vfio_device(str(bdf), host).functions
     return window_for([function for function in functions if function.bdf.device == bdf.device])
 

@@ -17,7 +17,7 @@ from tests.support.fake_kernel import FakeKernel
 from tests.support.pci_tree import PciTree
 from tests.system.faults.steps import Op
 from vmplug.devnum import DevNum
-from vmplug.host.pci.vfio import IOMMU_NODE
+from vmplug.host.pci.iommu import IOMMU_NODE
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.oci.info import DeviceInfo, DevType

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from vmplug.cli.render.output import container_path
+from vmplug.cli.device_json import container_path
 from vmplug.cli.render.terminal import Style, paint, say, width_of, wrapped
 from vmplug.cli.render.text import one_line
 from vmplug.host.finding import Code, Severity

@@ -1,5 +1,8 @@
 """`vmplug host`."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from vmplug.cli.options import (
@@ -11,15 +14,16 @@ from vmplug.cli.options import (
     state_dir_option,
     store_option,
 )
-from vmplug.cli.render.inventory_json import inventory_json
 from vmplug.cli.render.inventory_text import inventory_lines
 from vmplug.cli.render.output import print_json
-from vmplug.cli.render.thing import thing_json, thing_lines
 from vmplug.cli.render.tree import print_sections
 from vmplug.host.inventory import Inventory, Kind
 from vmplug.host.pci.pci_ids import PciNames
 from vmplug.manager.host_listing import list_host, show_thing
 from vmplug.manager.setup import Setup
+
+if TYPE_CHECKING:
+    from vmplug.host.thing.thing import Thing
 
 
 @click.command("host")
@@ -74,6 +78,8 @@ def command(
     wanted = () if kinds else names
     things = [show_thing(name, with_vms=with_vms, setup=setup) for name in wanted]
     if things and not as_json:
+        from vmplug.cli.render.thing import thing_lines  # noqa: PLC0415  with a THING
+
         for number, thing in enumerate(things):
             click.echo("\n" * bool(number), nl=False)
             print_sections([thing_lines(thing)])
@@ -86,11 +92,21 @@ def command(
         setup=setup,
     )
     if as_json:
-        one = {"thing": thing_json(things[0])} if len(things) == 1 else {}
-        several = {"things": [thing_json(thing) for thing in things]} if len(things) > 1 else {}
-        print_json({**one, **several, **inventory_json(inventory, PciNames(host))})
+        from vmplug.cli.render.inventory_json import inventory_json  # noqa: PLC0415  2 ms in all
+
+        print_json({**_things_json(things), **inventory_json(inventory, PciNames(host))})
     else:
         _print_inventory(inventory, PciNames(host), "of that kind" if kinds else "to hand over")
+
+
+def _things_json(things: "Sequence[Thing]") -> dict[str, Any]:
+    """One has a key of its own; none has no key."""
+    if not things:
+        return {}
+    from vmplug.cli.render.thing import thing_json  # noqa: PLC0415  with a THING
+
+    documents = [thing_json(thing) for thing in things]
+    return {"things": documents} if len(documents) > 1 else {"thing": documents[0]}
 
 
 def _print_inventory(inventory: Inventory, names: PciNames, what: str) -> None:

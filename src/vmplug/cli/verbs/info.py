@@ -2,8 +2,9 @@
 
 import click
 
+from vmplug.cli.device_json import info_json
 from vmplug.cli.options import json_option, read_request, request_options
-from vmplug.cli.render.output import access, info_json, print_json, resolved_json
+from vmplug.cli.render.output import access, print_json, resolved_json
 from vmplug.cli.render.table import path_column, print_table
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Named, NetInfo, Request, VfioInfo

@@ -40,12 +40,7 @@ from vmplug.cli.render.vms import (
 from vmplug.host.root import THIS_HOST
 from vmplug.manager.setup import Setup
 from vmplug.policy.find import find_policy
-from vmplug.vms.adopt import adopt_vm
-from vmplug.vms.io_errors import resume_vm
-from vmplug.vms.release import list_ended_logs
 from vmplug.vms.start import ACCELS, MAX_MEMORY_SLOTS, MAX_PORTS, Machine, VmSpec, start_vm
-from vmplug.vms.status import list_vms
-from vmplug.vms.stop import stop_vm
 
 _MEMORY = re.compile(r"([0-9]{1,9})([MGT]?)", re.ASCII)
 _MIB = {"": 1, "M": 1, "G": 1 << 10, "T": 1 << 20}
@@ -224,6 +219,8 @@ def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
     \b
     vmplug vm adopt sb3 --qmp /run/sb3/qmp.sock
     """
+    from vmplug.vms.adopt import adopt_vm  # noqa: PLC0415  each verb has its own
+
     adopted = adopt_vm(name, socket, setup=Setup(state_dir=state_dir))
     if as_json:
         print_json(adopted_json(adopted))
@@ -253,6 +250,8 @@ def stop(as_json: bool, state_dir: str, timeout_s: float, name: str) -> None:
     \b
     vmplug vm stop sb1
     """
+    from vmplug.vms.stop import stop_vm  # noqa: PLC0415  each verb has its own
+
     setup = Setup(state_dir=state_dir)
     left = f"VM {name} may be powering down, and is still known", f"vmplug vm stop {name} ends it"
     with at_work(f"stopping VM {name}", setup, otherwise=left):
@@ -278,6 +277,8 @@ def resume(as_json: bool, state_dir: str, name: str) -> None:
     vmplug vm resume sb1
     vmplug vm resume sb1 --json
     """
+    from vmplug.vms.io_errors import resume_vm  # noqa: PLC0415  each verb has its own
+
     setup = Setup(state_dir=state_dir)
     with at_work(f"resuming VM {name}", setup):
         resumed = resume_vm(name, setup=setup)
@@ -299,6 +300,9 @@ def list_known(as_json: bool, state_dir: str) -> None:
     \b
     vmplug vm list
     """
+    from vmplug.vms.release import list_ended_logs  # noqa: PLC0415  each verb has its own
+    from vmplug.vms.status import list_vms  # noqa: PLC0415
+
     setup = Setup(state_dir=state_dir)
     vms, ended = list_vms(setup=setup), list_ended_logs(setup=setup)
     if as_json:

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
-from vmplug.host.block.twins import LunName, read_luns
 from vmplug.host.finding import VmProcess
 from vmplug.host.root import HostRoot
 from vmplug.host.use.kernel_users import KernelUsers, read_kernel_users
 from vmplug.host.use.mounts import MountedDevice, parse_mounted_devices, read_swaps
-from vmplug.host.use.namespaces import Namespaces, read_namespaces
-from vmplug.host.use.openers import OpenFiles, read_open_files
 from vmplug.host.use.questions import Questions
 
 if TYPE_CHECKING:
+    from vmplug.host.block.twins import LunName
     from vmplug.host.use.interfaces import MovedInterface, OtherNetworks
+    from vmplug.host.use.namespaces import Namespaces
+    from vmplug.host.use.openers import OpenFiles
 
 T = TypeVar("T")
 NO_VMS: Mapping[int, VmProcess] = MappingProxyType({})
@@ -38,13 +38,17 @@ class HostUsage:
         self.vms = vms
 
     @cached_property
-    def open_files(self) -> OpenFiles:
+    def open_files(self) -> "OpenFiles":
         """What processes have open."""
+        from vmplug.host.use.openers import read_open_files  # noqa: PLC0415  ctypes: 2 ms
+
         return read_open_files(self._root)
 
     @cached_property
-    def namespaces(self) -> Namespaces:
+    def namespaces(self) -> "Namespaces":
         """The namespaces for mounts and networks."""
+        from vmplug.host.use.namespaces import read_namespaces  # noqa: PLC0415  2 ms
+
         return read_namespaces(self.open_files, self._root)
 
     @cached_property
@@ -93,8 +97,10 @@ class HostUsage:
         return LoopIndex(self.loops)
 
     @cached_property
-    def luns(self) -> Mapping[LunName, Sequence[str]]:
+    def luns(self) -> "Mapping[LunName, Sequence[str]]":
         """The disks that have each name of a LUN."""
+        from vmplug.host.block.twins import read_luns  # noqa: PLC0415
+
         return read_luns(self._root)
 
     @cached_property

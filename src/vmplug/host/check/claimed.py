@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Sequence
 from vmplug.host.finding import Access, Claim, Code, Finding, UsedBy, is_lease
 from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.vfio import find_vfio_owner
 from vmplug.host.root import HostRoot
 
 
@@ -13,6 +12,8 @@ def without_shared(claims: Sequence[Claim], group: VfioGroup, root: HostRoot) ->
     """A VM that has the physical function of a virtual one may share it: manager's vf_tokens."""
     if not claims:
         return claims
+    from vmplug.host.pci.vfio import find_vfio_owner  # noqa: PLC0415  3 ms, as for all of VFIO
+
     owners = {str(o.bdf) for f in group.functions if (o := find_vfio_owner(f, root))}
     shared = {Identity.of_vfio(bdf) for bdf in owners - set(group.members)}
     return [claim for claim in claims if claim.identity not in shared]

@@ -21,7 +21,6 @@ from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed, without_shared
 from vmplug.host.check.exclusive import exclusive_errno, find_claims_elsewhere, held_exclusively
-from vmplug.host.check.open_char import check_open_char
 from vmplug.host.check.open_disk import (
     check_open_disk,
     find_kernel_users,
@@ -29,9 +28,7 @@ from vmplug.host.check.open_disk import (
     open_in_vm,
 )
 from vmplug.host.check.relate import list_image_files, relate_device
-from vmplug.host.check.shared import check_shared
 from vmplug.host.check.unknown import gather_unknown, not_looked_for
-from vmplug.host.check.vfio_group import check_group, check_openers
 from vmplug.host.device import (
     CharDevice,
     EntropySource,
@@ -101,6 +98,8 @@ def _check(
         case VhostUserSocket() | OpenConnection() | SharedDirectory():
             found = list(find_claimed(claims, access))
             if isinstance(device, SharedDirectory) and not in_vm:
+                from vmplug.host.check.shared import check_shared  # noqa: PLC0415  1 ms
+
                 found += check_shared(device, usage, root)
             return found
         case VfioGroup():
@@ -108,6 +107,8 @@ def _check(
             members = _check_vfio(device, access, usage, claims, root, in_vm=in_vm)
             return list(dict.fromkeys(members))
         case CharDevice():
+            from vmplug.host.check.open_char import check_open_char  # noqa: PLC0415  1 ms
+
             return list(check_open_char(device, usage, root))
         case EntropySource():
             return []
@@ -124,6 +125,8 @@ def _check_vfio(
     *,
     in_vm: bool,
 ) -> Iterator[Finding]:
+    from vmplug.host.check.vfio_group import check_group, check_openers  # noqa: PLC0415  6 ms
+
     yield from find_claimed(claims, access)
     yield from check_group(group, usage, root)
     if not in_vm:

@@ -6,17 +6,16 @@ then. Only equal or not matters: see `vmplug.host.kind.is_other_thing`.
 """
 
 import re
+from typing import TYPE_CHECKING
 
 from vmplug.devnum import DevNum
-from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.sysfs import find_block_directory, find_disk_path
-from vmplug.host.device import HostDevice, SharedDirectory
 from vmplug.host.kind import is_other_thing
-from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_handle import read_file_mark
-from vmplug.host.vhost_user.device import VhostUserSocket
+
+if TYPE_CHECKING:
+    from vmplug.host.device import HostDevice
 
 _PCI_ID = re.compile(rb"^PCI_ID=([0-9A-F]+):([0-9A-F]+)$", re.MULTILINE)
 _FILE = re.compile(r"file ([0-9]+):([0-9]+) ")
@@ -24,7 +23,7 @@ _ADDRESS_WORDS = 3
 """A function's address has two colons, the UUID of a mediated device none."""
 
 
-def identify(device: HostDevice, root: HostRoot) -> str | None:
+def identify(device: "HostDevice", root: HostRoot) -> str | None:
     """The thing that a device is now; None for a kind without one, or where it is unknown.
 
     A file, directory or named socket is its device and inode with its handle, else its
@@ -34,6 +33,11 @@ def identify(device: HostDevice, root: HostRoot) -> str | None:
     not have.
     Source: Documentation/ABI/testing/sysfs-block, diskseq. Raises AttributeReadError.
     """
+    from vmplug.host.block.device import BlockDevice, DiskFile  # noqa: PLC0415  `list` has none
+    from vmplug.host.device import SharedDirectory  # noqa: PLC0415
+    from vmplug.host.pci.group import VfioGroup  # noqa: PLC0415
+    from vmplug.host.vhost_user.device import VhostUserSocket  # noqa: PLC0415
+
     match device:
         case DiskFile() | SharedDirectory() | VhostUserSocket():
             return identify_file(device.host_path, root)
@@ -65,6 +69,8 @@ def find_place(thing: str) -> tuple[int, int] | None:
 
 def identify_block(number: DevNum, sysfs_path: str, root: HostRoot) -> str:
     """The block device that has a number now; the path has no links. Raises AttributeReadError."""
+    from vmplug.host.block.sysfs import find_disk_path  # noqa: PLC0415
+
     disk = find_disk_path(sysfs_path, root)
     names = [f"{disk}/diskseq", *([f"{sysfs_path}/start"] if disk != sysfs_path else [])]
     words = [root.read_int(name) for name in names]
@@ -106,6 +112,8 @@ def has_changed(thing: str | None, root: HostRoot) -> bool:
     kind, *words = (thing or "").split(" ")
     now = ""
     if kind == "block":
+        from vmplug.host.block.sysfs import find_block_directory  # noqa: PLC0415
+
         number = DevNum.parse(words[0])
         path = root.real_path(find_block_directory(number, root))
         now = identify_block(number, path, root) if root.stat_or_none(path) else ""

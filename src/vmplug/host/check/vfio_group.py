@@ -26,6 +26,7 @@ from vmplug.host.pci.bind import PCI_DRIVERS
 from vmplug.host.pci.consoles import Consoles
 from vmplug.host.pci.function import PciFunction, read_reset_methods, read_virtfns
 from vmplug.host.pci.group import VfioGroup
+from vmplug.host.pci.iommu import IOMMU_NODE
 from vmplug.host.pci.nodes import read_node_paths, read_nodes
 from vmplug.host.pci.uses import (
     NetInterface,
@@ -33,7 +34,7 @@ from vmplug.host.pci.uses import (
     read_network_interfaces,
     read_network_uses,
 )
-from vmplug.host.pci.vfio import CDEV_NODE, IOMMU_NODE, has_node, is_vfio_driver, list_vfio_nodes
+from vmplug.host.pci.vfio import CDEV_NODE, has_node, is_vfio_driver, list_vfio_nodes
 from vmplug.host.process import read_memlock_limit
 from vmplug.host.root import HostRoot
 from vmplug.host.use.kernel_users import find_unknown_exports

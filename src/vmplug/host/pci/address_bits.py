@@ -7,10 +7,10 @@ import re
 
 from vmplug.host.root import HostRoot
 
-_SIZES = re.compile(r"^address sizes\s*: ([0-9]{1,2}) bits physical", re.MULTILINE | re.ASCII)
+_SIZES = r"(?ma)^address sizes\s*: ([0-9]{1,2}) bits physical"
 
 
 def read_address_bits(root: HostRoot) -> int | None:
     """The bits of physical addresses, which a guest has too with KVM; None where not shown."""
-    found = _SIZES.search(root.read_text("/proc/cpuinfo") or "")
+    found = re.search(_SIZES, root.read_text("/proc/cpuinfo") or "")
     return int(found[1]) if found else None

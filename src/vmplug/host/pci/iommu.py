@@ -11,6 +11,9 @@ from vmplug.host.root import HostRoot
 
 _UNSAFE_INTERRUPTS = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
 
+IOMMU_NODE = "/dev/iommu"
+"""iommufd: without it, a device's own node is useless. Source: Documentation/userspace-api."""
+
 NOIOMMU = "noiommu-"
 """Before the number in the name of a node without an IOMMU. Source: vfio_group_alloc."""
 

@@ -16,15 +16,13 @@ from vmplug.host.file_id import file_replaced
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.function import PciFunction, find_function, read_virtfns
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.iommu import find_group, group_node, is_noiommu, read_group
+from vmplug.host.pci.iommu import IOMMU_NODE, find_group, group_node, is_noiommu, read_group
 from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, read_children, read_mediated
 from vmplug.host.pci.uses import BlockDevices
 from vmplug.host.root import HostRoot, node_number
 
 GROUP_NODE = re.compile(r"/dev/vfio/([0-9]{1,9})\Z", re.ASCII)
 CDEV_NODE = re.compile(r"/dev/vfio/devices/vfio([0-9]{1,9})\Z", re.ASCII)
-IOMMU_NODE = "/dev/iommu"
-"""iommufd: without it, a device's own node is useless. Source: Documentation/userspace-api."""
 
 _VFIO_DRIVERS = frozenset({"vfio-pci", "vfio_mdev", "vfio_ap_mdev", "vfio_ccw_mdev"})
 _SEE = "vmplug host lists the devices"

@@ -21,7 +21,6 @@ from vmplug.host.file_id import check_path, file_replaced, pinned
 from vmplug.host.kind import DeviceType
 from vmplug.host.root import THIS_HOST
 from vmplug.host.vhost_user.peer import BoundFile, find_bound_file, find_connections
-from vmplug.host.vhost_user.probe import connect_to
 from vmplug.hypervisor.qmp.monitor import Talk
 
 _TIMEOUT_S = 5.0
@@ -36,6 +35,8 @@ def takes_connection(plug: VhostUserDevice) -> bool:
 @contextmanager
 def connected(path: str, pin: int) -> Iterator[int]:
     """A connection to the pinned socket at `path`, for QEMU. Raises BackendError."""
+    from vmplug.host.vhost_user.probe import connect_to  # noqa: PLC0415  3 ms, with its peers
+
     connection = connect_to(pin)
     if isinstance(connection, OSError):
         raise BackendError(

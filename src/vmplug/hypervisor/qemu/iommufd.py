@@ -14,7 +14,7 @@ from typing import Any
 from vmplug.drivers.plug import Plug, VFIODevices
 from vmplug.drivers.ports import Command, Step
 from vmplug.errors import CommandError
-from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
+from vmplug.host.pci.iommu import IOMMU_NODE
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.abilities import IOMMUFD as TYPE
 from vmplug.hypervisor.qemu.qom import qom_list
@@ -56,6 +56,8 @@ def make_iommufd(monitor: Monitor, host: HostRoot) -> None:
     """Make the object unless the VM has it; raises AttributeReadError and CommandError."""
     if has_iommufd(monitor):
         return
+    from vmplug.host.pci.vfio import open_nodes  # noqa: PLC0415  3 ms
+
     with open_nodes({TYPE: IOMMU_NODE}, host) as files:
         try:
             monitor.converse(_make(files[TYPE]))

@@ -31,7 +31,6 @@ from vmplug.errors import (
     UnplugTimeout,
 )
 from vmplug.host.file_id import CheckedFile, pinned, shows_open
-from vmplug.host.pci.vfio import open_nodes
 from vmplug.host.process import find_guest_process, is_running, read_start_time
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import Abilities, QueriedAbilities
@@ -300,7 +299,7 @@ class Qemu:
 
         UnplugTimeout when it does not: half of the group stays in the VM.
         """
-        with open_nodes(vfio.nodes(plug), self._host) as files:
+        with vfio.open_nodes(plug, self._host) as files:
             if files:
                 vfio.check_free(place, self.places())
                 make_iommufd(self._monitor, self._host)

@@ -12,17 +12,11 @@ import msgspec
 
 from vmplug.address import find_bdf
 from vmplug.devnum import DevNum
-from vmplug.drivers.plug import DAEMON_MARK
 from vmplug.errors import AttributeReadError
-from vmplug.host.block.formats import ImageFormat
 from vmplug.host.block.loop import read_backing_file
-from vmplug.host.block.qcow2 import read_qcow2_header
-from vmplug.host.block.sysfs import SIZE_UNIT_BYTES
 from vmplug.host.check.thing import has_changed, identify_block, identify_file
 from vmplug.host.kind import SERVED, DeviceType, IdentityKind
-from vmplug.host.pci.function import find_function
 from vmplug.host.pci.mdev import MDEV_DEVICES
-from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.process import find_marked, is_running
 from vmplug.host.program import Looks
 from vmplug.host.root import HostRoot, node_number
@@ -176,6 +170,8 @@ class HostSnapshot:
             return DeviceHealth(
                 HostState.REPLACED, f"{record.host_path} ({number}) is now another device"
             )
+        from vmplug.host.block.sysfs import SIZE_UNIT_BYTES  # noqa: PLC0415
+
         size_bytes = sectors * SIZE_UNIT_BYTES
         if backing and backing.deleted:
             told = f"{backing.backing_file}, the file behind {record.host_path}, has been deleted"
@@ -199,8 +195,10 @@ class HostSnapshot:
         """The size that a guest sees: a qcow2 file grows with writes; an NVDIMM is fixed."""
         if not record.can_be_unplugged:
             return None
-        if record.options.get("format") != ImageFormat.QCOW2:
+        if record.options.get("format") != "qcow2":
             return length
+        from vmplug.host.block.qcow2 import read_qcow2_header  # noqa: PLC0415  2 ms
+
         header = read_qcow2_header(record.host_path, self._host)
         return header.virtual_size_bytes if header else None
 
@@ -243,6 +241,9 @@ class HostSnapshot:
         if bdf is None:
             is_there = self._host.stat(f"{MDEV_DEVICES}/{name}") is not None
             return None if is_there else DeviceHealth(HostState.GONE, f"{name} no longer exists")
+        from vmplug.host.pci.function import find_function  # noqa: PLC0415  2 ms, with VFIO
+        from vmplug.host.pci.vfio import is_vfio_driver  # noqa: PLC0415
+
         function = find_function(bdf, self._host)
         if function is None:
             return DeviceHealth(HostState.GONE, f"{name} no longer exists")
@@ -275,6 +276,8 @@ class HostSnapshot:
             return None
         if not is_running(self._daemons.get(record.id, 0), None, self._host):
             if self._marked is None:
+                from vmplug.drivers.plug import DAEMON_MARK  # noqa: PLC0415  2 ms, with places
+
                 self._marked = find_marked(DAEMON_MARK)
             marks = {mark.partition(" ")[0]: pid for pid, mark in self._marked.items()}
             if record.id not in marks:

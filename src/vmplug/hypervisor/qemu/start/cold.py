@@ -27,7 +27,7 @@ from vmplug.drivers.plug import (
 from vmplug.drivers.ports import START_DAEMON, Command, Step, UnplugFailure
 from vmplug.errors import StateError
 from vmplug.host.file_id import CheckedFile, check_path, file_replaced, find_missing, pinned
-from vmplug.host.pci.vfio import IOMMU_NODE, open_nodes
+from vmplug.host.pci.iommu import IOMMU_NODE
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.hypervisor.qemu.abilities import RECONNECT, RECONNECT_MS, Abilities, of_program
 from vmplug.hypervisor.qemu.connection import check_connected, connected, takes_connection
@@ -178,6 +178,8 @@ class ColdQemu:
 
     def _open_nodes(self, plug: VFIODevices) -> VFIODevices:
         """The group with its nodes open, until QEMU has them or it is left out."""
+        from vmplug.host.pci.vfio import open_nodes  # noqa: PLC0415  3 ms
+
         with ExitStack() as stack:
             files = stack.enter_context(open_nodes(vfio.nodes(plug), self._host))
             if not self._shares_iommufd:

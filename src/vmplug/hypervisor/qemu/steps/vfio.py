@@ -5,6 +5,7 @@ Source: QEMU hw/acpi/pcihp.c, hw/vfio/pci.c, hw/vfio/iommufd.c.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from msgspec.structs import replace
@@ -15,6 +16,7 @@ from vmplug.drivers.plug import VFIODevice, VFIODevices
 from vmplug.drivers.ports import VF_UUID, Command, Step
 from vmplug.errors import NoFreePort
 from vmplug.host.pci.mdev import VFIODeviceType
+from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD
 
 _DOMAIN_MAX = 0xFFFF
@@ -120,6 +122,13 @@ def check_free(place: Place, offer: Places) -> None:
 def nodes(plug: VFIODevices) -> dict[str, str]:
     """The nodes that QEMU gets open, by device."""
     return {device.name: device.cdev_node for device in plug.devices if device.cdev_node}
+
+
+def open_nodes(plug: VFIODevices, host: HostRoot) -> AbstractContextManager[dict[str, int]]:
+    """Descriptors on these nodes. Raises AttributeReadError and NoSuchDevice."""
+    from vmplug.host.pci.vfio import open_nodes as open_named  # noqa: PLC0415  3 ms
+
+    return open_named(nodes(plug), host)
 
 
 def opened(plug: VFIODevices, files: Mapping[str, int]) -> VFIODevices:
