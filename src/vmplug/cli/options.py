@@ -6,25 +6,15 @@ of `resolve`, which does without.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from vmplug.cli.device import (
-    names_cdi_device,
-    names_device,
-    parse_cdi_names,
-    parse_device,
-    request_read_only,
-)
 from vmplug.errors import SpecError
 from vmplug.host.root import THIS_HOST, HostRoot
-from vmplug.host.use.silent import require_answer
 from vmplug.journal import DEFAULT_STATE_DIR, STATE_DIR_VARIABLE
 from vmplug.manager import UNPLUG_TIMEOUT_S
-from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.policy import DEFAULT_POLICY
 from vmplug.policy.find import find_policy
 
@@ -44,6 +34,8 @@ class AnsweringPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See click."""
+        from vmplug.host.use.silent import require_answer  # noqa: PLC0415
+
         require_answer(os.fspath(value), THIS_HOST)
         return super().convert(value, param, ctx)
 
@@ -229,6 +221,8 @@ def read_request(
     policy: str | None,
 ) -> RequestArguments:
     """The request that `request_options` describe. Raises UsageError, SpecError or HostError."""
+    from vmplug.cli.device import names_cdi_device, names_device  # noqa: PLC0415  5 ms, with requests
+
     host, load_policy = open_root(root), cache(partial(find_policy, policy))
     if bundle is not None and names_device(bundle, host):
         devices = (bundle if names_cdi_device(bundle) else os.path.abspath(bundle), *devices)
@@ -240,6 +234,7 @@ def read_request(
     resolved: tuple[str, ...] = ()
     if bundle is not None:
         from vmplug.host.block.volumes import find_requests  # noqa: PLC0415  msgspec: 9 ms
+        from vmplug.host.use.silent import require_answer  # noqa: PLC0415
         from vmplug.oci.spec import read_bundle  # noqa: PLC0415  msgspec: 9 ms
 
         require_answer(os.path.join(bundle, "config.json"), THIS_HOST)
@@ -270,6 +265,13 @@ def _parse_devices(
     texts: Sequence[str], host: HostRoot, load_policy: "Callable[[], Policy | None]"
 ) -> "list[Request]":
     """What `--device` asks for, and then what its CDI names bring."""
+    from vmplug.cli.device import (  # noqa: PLC0415  as above
+        names_cdi_device,
+        parse_cdi_names,
+        parse_device,
+        request_read_only,
+    )
+
     named = parse_cdi_names(filter(names_cdi_device, texts))
     requests: list[Request] = [
         parse_device(text, host) for text in texts if not names_cdi_device(text)
@@ -290,6 +292,11 @@ def _cdi_directories(load_policy: "Callable[[], Policy | None]") -> Sequence[str
 
 def _wanted(info: "Request", options: Mapping[str, str], *, read_only: bool) -> "Request":
     """The request with what was passed for all of them; what is only counted has no options."""
+    from dataclasses import replace  # noqa: PLC0415  as above
+
+    from vmplug.cli.device import request_read_only  # noqa: PLC0415
+    from vmplug.oci.info import DeviceInfo, DevType  # noqa: PLC0415
+
     info = request_read_only(info) if read_only else info
     wanted = {**info.driver_options, **options}
     if isinstance(info, DeviceInfo):

@@ -11,7 +11,6 @@ from vmplug.devnum import DevNum
 from vmplug.errors import HostError
 from vmplug.host.block.sysfs import find_block_directory, read_block_device, read_disk_file
 from vmplug.host.device import CharDevice, HostDevice
-from vmplug.host.file_id import file_id
 from vmplug.host.host_path import SYSFS_DIRECTORY, get_host_path, is_in_store
 from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.root import HostRoot
@@ -120,6 +119,8 @@ def _socket(
     is_blk = devnum.major == vhost_user_store.blk_major
     kind = DeviceType.VHOST_USER_BLK if is_blk else DeviceType.VHOST_USER_SCSI
     status = root.stat_or_none(path)
+    from vmplug.host.file_id import file_id  # noqa: PLC0415
+
     checked = file_id(status) if status else None
     return VhostUserSocket(kind=kind, devnum=devnum, socket_path=path, file_id=checked)
 

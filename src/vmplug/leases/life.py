@@ -24,7 +24,6 @@ from vmplug.host.process import is_running, read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_key import FileKey, key_of, key_of_node
 from vmplug.host.use.openers import DeviceNode, Opener, Wanted, read_open_files, wanted_node
-from vmplug.host.use.statx import read_places
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.journal.journal import Journal
 from vmplug.journal.process import read_pid_namespace
@@ -318,6 +317,8 @@ def _find_mapped(wanted: dict[FileKey, str], host: HostRoot) -> Iterator[Opener]
     regular = {key: path for key, path in wanted.items() if key[0] == stat.S_IFREG}
     if not regular or not host.is_live:
         return
+    from vmplug.host.use.statx import read_places  # noqa: PLC0415  ctypes costs 2 ms
+
     for pid in filter(is_decimal, host.list_dir("/proc")):
         if int(pid) == os.getpid():
             continue

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -32,8 +33,10 @@ from vmplug.journal.names import check_vm_name
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.leases.life import end_ended
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-from vmplug.oci.requests import Request
 from vmplug.vms.release import abandon_start, forget_ended
+
+if TYPE_CHECKING:
+    from vmplug.oci.requests import Request
 
 __all__ = ("ACCELS", "MAX_MEMORY_SLOTS", "MAX_PORTS", "Machine", "StartedVm", "VmSpec", "start_vm")
 
@@ -59,7 +62,7 @@ class StartedVm(msgspec.Struct, frozen=True, kw_only=True):
 
 def start_vm(
     spec: VmSpec,
-    requests: Sequence[Request] = (),
+    requests: "Sequence[Request]" = (),
     *,
     owner: str | None = None,
     allow: Iterable[Code] = (),

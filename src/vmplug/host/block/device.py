@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop import LoopBacking
-from vmplug.host.block.qcow2 import ImageFile, Qcow2Header
 from vmplug.host.kind import DeviceType, FoundBy, Identity, IdentityKind
 
 if TYPE_CHECKING:
     from vmplug.host.block.image_faults import ImageFault
     from vmplug.host.block.pmem import PfnInfo
+    from vmplug.host.block.qcow2 import ImageFile, Qcow2Header
     from vmplug.host.block.queue import QueueFacts
 
 
@@ -136,8 +136,8 @@ class DiskFile(NamedTuple):
     found_by: FoundBy = FoundBy.FILE
     file_id: str | None = None
     read_only: bool = False
-    qcow2: Qcow2Header | None = None
-    image: ImageFile | None = None
+    qcow2: "Qcow2Header | None" = None
+    image: "ImageFile | None" = None
     pfn: "PfnInfo | None" = None
     direct_io: bool = False
     loops: tuple[DevNum, ...] | None = None

@@ -9,9 +9,6 @@ import stat
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
 from vmplug.host.block.loop import LoopBacking, read_backing_file
-from vmplug.host.block.pmem import read_pfn_info
-from vmplug.host.block.qcow2 import read_qcow2_header
-from vmplug.host.file_id import file_id
 from vmplug.host.kind import FoundBy
 from vmplug.host.root import HostRoot, node_number
 
@@ -99,6 +96,10 @@ def read_block_device(
 
 def read_disk_file(path: str, root: HostRoot, found_by: FoundBy = FoundBy.FILE) -> DiskFile:
     """The facts of a regular file that becomes a disk or an NVDIMM, by its canonical path."""
+    from vmplug.host.block.pmem import read_pfn_info  # noqa: PLC0415  1 ms, with struct and formats
+    from vmplug.host.block.qcow2 import read_qcow2_header  # noqa: PLC0415
+    from vmplug.host.file_id import file_id  # noqa: PLC0415
+
     canonical = root.real_path(path)
     status = root.stat(canonical)
     return DiskFile(

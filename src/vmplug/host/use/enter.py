@@ -3,14 +3,16 @@
 Source: setns(2): a thread enters a mount namespace only with a root and a directory of its own.
 """
 
-import ctypes
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from threading import Thread
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vmplug.errors import AttributeReadError
+
+if TYPE_CHECKING:
+    import ctypes
 
 CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
 _CLONE_FS = 0x200
@@ -26,6 +28,8 @@ def ask_inside(namespaces: Iterable[str], kind: int, ask: Callable[[int], T]) ->
     `kind` is CLONE_NEWNS or CLONE_NEWNET. `ask` gets a descriptor of this process's /proc: a
     container may have another one, or none. A namespace that may not be entered has no answer.
     """
+    import ctypes  # noqa: PLC0415  2 ms, and inside of a namespace it may not be there
+
     answers = dict[str, T]()
 
     def run(proc: int) -> None:
@@ -54,7 +58,9 @@ def read_mount_table(proc: int) -> str:
         return table.read()
 
 
-def _enter(namespace: int, kind: int, libc: ctypes.CDLL) -> None:
+def _enter(namespace: int, kind: int, libc: "ctypes.CDLL") -> None:
+    import ctypes  # noqa: PLC0415  imported already
+
     try:
         if libc.setns(namespace, kind):
             raise OSError(ctypes.get_errno(), "setns")

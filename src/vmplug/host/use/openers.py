@@ -18,7 +18,6 @@ from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.use.file_key import FileKey, key_of, key_of_node
-from vmplug.host.use.statx import read_places
 
 _PROBE_S, _PROBE_STEP_S = 0.5, 0.05
 """How long an open file may be just a probe: udev reads each new disk for a moment."""
@@ -157,6 +156,8 @@ def _read_again(pids: Sequence[int], root: HostRoot) -> OpenFiles:
 
 def _choose_reader(root: HostRoot) -> _ReadKeys:
     if root.is_live:
+        from vmplug.host.use.statx import read_places  # noqa: PLC0415  ctypes costs 2 ms
+
         base = root.path.removesuffix("/")
 
         def read(directory: str, numbers: Iterable[str]) -> Iterator[tuple[str, FileKey]]:

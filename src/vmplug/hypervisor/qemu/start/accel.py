@@ -8,7 +8,6 @@ guest proves it: one that counts, and ends QEMU by itself within a deadline.
 import os
 import shutil
 import signal
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -120,8 +119,10 @@ def choose_accel(program: str, state_dir: Path, host: HostRoot) -> Accel:
 
 def why_not(program: str, accel: str, *, timeout_s: float) -> str | None:
     """Why this QEMU runs no guest with that accelerator; None if it does."""
+    from tempfile import NamedTemporaryFile  # noqa: PLC0415  4 ms
+
     guest = _GUESTS[program]()
-    with tempfile.NamedTemporaryFile(prefix="vmplug-") as image:
+    with NamedTemporaryFile(prefix="vmplug-") as image:
         image.write(guest.image)
         image.flush()
         words = ["-accel", accel, "-cpu", "host" if accel == KVM else "max", "-m", "32M"]

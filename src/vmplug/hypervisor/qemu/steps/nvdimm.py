@@ -6,7 +6,6 @@ Source: QEMU docs/nvdimm.txt, qapi/qom.json; sequences and traps measured on QEM
 from vmplug.address import qemu_id
 from vmplug.drivers.place import MemorySlot
 from vmplug.drivers.plug import BlockDrive
-from vmplug.drivers.pmem import PAGE_BYTES
 from vmplug.drivers.ports import Command, Step
 from vmplug.hypervisor.qemu.steps.frontend import device_step, object_step
 
@@ -25,6 +24,8 @@ def plug_steps(drive: BlockDrive, slot: MemorySlot) -> tuple[Step, ...]:
     QEMU takes no lock on the file of a memory. So it keeps one of vmplug's, on an open file of
     its own, under a name until `closefd` or its end: see `vmplug.hypervisor.qemu.nvdimm_lock`.
     """
+    from vmplug.drivers.pmem import PAGE_BYTES  # noqa: PLC0415  4 ms, with the checks of disks
+
     memory = qemu_id(drive.id, MEMORY)
     name = {"fdname": lock_name(drive.id)}
     keep = Step(do=Command("getfd", name, descriptor=drive.lock), undo=Command("closefd", name))
