@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import pytest
 from tests.contract.sandbox import Hooked, Picture
 from tests.contract.world import journal_rows, memory_side_vm, qemu_parts
 from tests.support.disks import disk_image, qcow2_image
-from tests.support.vm import GuestVm
+from tests.support.vm import QEMU, GuestVm, root_ports, scsi_controller, start_vm
 from vmplug.address import PciPath, PciSlot
 from vmplug.drivers.place import PciPlace, Place
 from vmplug.drivers.plug import Plug, SharedFS, VirtiofsdSpec
@@ -38,8 +38,13 @@ from vmplug.hypervisor.qemu.start.machine import VmSpec
 from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
 from vmplug.manager.manager import DeviceManager
+from vmplug.manager.setup import Setup
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import Request, RngInfo, ShareInfo
+from vmplug.vms.connect import connect_vm
+from vmplug.vms.listing import list_attachments
+from vmplug.vms.reconcile import reconcile_host
+from vmplug.vms.status import list_vms
 
 pytestmark = [pytest.mark.qemu, pytest.mark.root]
 
@@ -173,7 +178,7 @@ def files_of(vm: GuestVm) -> Counter[str]:
     return Counter(file_id(link.stat()) for link in links if os.path.exists(link))
 
 
-def left_in_sets(vm: GuestVm) -> list[object]:
+def left_in_sets(vm: GuestVm) -> list[Mapping[str, Any]]:
     """QEMU 7.2 lists a set that a node uses, without the descriptor that it was made with."""
     return [fd for found in vm.oracle.execute("query-fdsets") for fd in found["fds"]]
 
@@ -648,3 +653,76 @@ def sandboxes(vm: str, directory: str) -> list[str]:
             root = os.stat(f"/proc/{pid}/root")
             found += [str(pid)] if mark.endswith(f" {vm}") and file_id(root) == directory else []
     return found
+
+
+@pytest.fixture
+def unprivileged_vm(tmp_path: Path) -> Iterator[GuestVm]:
+    """Paused; its user may not open files of mode 0600."""
+    ports = [*root_ports(3), *scsi_controller()]
+    known = subprocess.run([QEMU, "-help"], check=True, capture_output=True, text=True).stdout
+    # QEMU 10: -run-with
+    user = ["-runas", "nobody"] if "-runas" in known else ["-run-with", "user=nobody"]
+    with start_vm(
+        folder(tmp_path / "vm"), guest=False, paused=True, extra=user, devices=ports
+    ) as vm:
+        assert "\nUid:\t0" not in Path(f"/proc/{vm.pid}/status").read_text()
+        yield vm
+
+
+def private(kind: str, directory: Path) -> tuple[Request, Path, Path]:
+    request, path, other = KINDS[kind](directory)
+    path.chmod(0o600)
+    return request, path, other
+
+
+@pytest.mark.parametrize("kind", ["scsi", "rng"])
+def test_a_paused_vm_of_another_user_uses_the_checked_file_that_its_user_may_not_open(
+    unprivileged_vm: GuestVm, kind: str, tmp_path: Path, *, puts_back: bool
+) -> None:
+    request, path, other = private(kind, tmp_path)
+    swap = Swap(path, other, puts_back)
+    checked, wrong = file_id(path.stat()), file_id(other.stat())
+    before = files_of(unprivileged_vm)
+    swapped = list[str]()
+
+    def meddle(command: Command) -> None:
+        if command.execute in OPENING and not swap.kept.exists():
+            swap.away()
+            swapped.append(command.execute)
+
+    with meddled(unprivileged_vm, tmp_path, meddle, swap.back) as devices:
+        devices.attach(request)
+        opened = files_of(unprivileged_vm) - before
+    assert opened[checked] >= 1
+    assert wrong not in opened
+    assert swapped
+
+
+VERBS: dict[str, Callable[[Setup], object]] = {
+    "list": lambda setup: list_attachments(setup=setup),
+    "vm list": lambda setup: list_vms(setup=setup),
+    "reconcile": lambda setup: reconcile_host(setup=setup),
+    "attach": lambda setup: connect_vm("sandbox-1", setup=setup).close(),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_next_verb_after_a_paused_vm_runs_closes_what_it_has_kept(
+    unprivileged_vm: GuestVm, verb: str, tmp_path: Path
+) -> None:
+    request, path, _ = private("scsi", tmp_path)
+    checked, setup = file_id(path.stat()), Setup(state_dir=tmp_path / "state")
+    socket, other = str(unprivileged_vm.qmp_path), {"opaque": "another program's"}
+    with meddled(unprivileged_vm, tmp_path) as devices:
+        for _ in range(3):
+            devices.detach(devices.attach(request).id)
+    with path.open("rb") as file, closing(QmpMonitor.connect(socket)) as monitor:
+        monitor.execute(Command("add-fd", other, descriptor=file.fileno()))
+    kept = files_of(unprivileged_vm)[checked]
+
+    VERBS[verb](setup)  # nothing can be done yet, and nothing is lost
+    assert files_of(unprivileged_vm)[checked] == kept
+    unprivileged_vm.oracle.execute("cont")
+    VERBS[verb](setup)
+    assert files_of(unprivileged_vm)[checked] == 1
+    assert [fd.get("opaque") for fd in left_in_sets(unprivileged_vm)] == [other["opaque"]]

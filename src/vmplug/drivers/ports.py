@@ -1,6 +1,6 @@
 """The ports: the interfaces of a driver and of a VM for the manager."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,6 +62,10 @@ class Endpoint(msgspec.Struct, frozen=True):
     qmp_socket: str
     pid: int | None
     started_at: int | None = None
+
+
+Choose = Callable[[Collection[str]], Collection[str]]
+"""Chooses among ids of devices."""
 
 
 class PlugDriver(Protocol):
@@ -182,6 +186,12 @@ class Hypervisor(Protocol):
 
     def close_files(self, device_ids: Collection[str]) -> None:
         """Close files that an interrupted attach passed to the VM and that it does not use yet."""
+
+    def close_left_files(self, choose: Choose) -> None:
+        """Close files that were passed to the VM for devices, and that it does not use.
+
+        `choose` takes from the ids of all devices that have one those that no process plugs now.
+        """
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Report a disk's new size to the guest."""

@@ -17,7 +17,7 @@ from vmplug.arguments import check_fields
 from vmplug.devnum import DevNum
 from vmplug.drivers.place import Offer, Place, Places, PlugMode
 from vmplug.drivers.plug import BlockDrive, Plug, RNGDevice, VFIODevices, VhostUserDevice
-from vmplug.drivers.ports import START_DAEMON, Command, Endpoint, Hypervisor, Step
+from vmplug.drivers.ports import START_DAEMON, Choose, Command, Endpoint, Hypervisor, Step
 from vmplug.drivers.ports import UnplugFailure as Failure
 from vmplug.errors import AttributeReadError, InUse, NoSuchDevice
 from vmplug.host.file_id import pinned
@@ -213,6 +213,9 @@ class LeaseHolder(Hypervisor):
             self.request_unplug(device_id)
 
     def close_files(self, device_ids: Collection[str]) -> None:
+        """See Hypervisor: nothing is passed that is not used."""
+
+    def close_left_files(self, choose: Choose) -> None:
         """See Hypervisor: nothing is passed that is not used."""
 
     def resize(self, device_id: str, size_bytes: int) -> None:

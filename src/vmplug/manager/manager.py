@@ -40,6 +40,7 @@ from vmplug.manager.binding.binder import Binder
 from vmplug.manager.binding.vf_tokens import HiddenTokens, check_tokens, with_tokens
 from vmplug.manager.commit import mark_attached, plan_and_journal
 from vmplug.manager.examine import CheckContext, CheckedRequest, check_vfio, examine, require_same
+from vmplug.manager.left_files import close_left_files
 from vmplug.manager.logged import log_holds
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, choose_place, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
@@ -331,13 +332,8 @@ class DeviceManager:
         """
         self._offer = None
         self._meet()
-        repairs = reconcile(
-            self._vm,
-            self._journal,
-            self._hypervisor,
-            timeout_s=timeout_s,
-            take_over=take_over,
-        )
+        vm, journal, hypervisor = self._vm, self._journal, self._hypervisor
+        repairs = reconcile(vm, journal, hypervisor, timeout_s=timeout_s, take_over=take_over)
         self._unplugger.give_back(repair.device_id for repair in repairs if repair.is_gone)
         former, self._former = self._former, []
         return former + repairs
@@ -431,6 +427,8 @@ class DeviceManager:
         """Plug in turn, up to the first that fails: returns what was done, and the failure."""
         done, tokens = list[DeviceRecord](), self._journal.vf_tokens
         try:
+            if any(device.plug for device in devices):
+                close_left_files(self._vm, self._journal, self._hypervisor)
             for device in devices:
                 budget.check()
                 require_same([device.record], self._host)

@@ -28,6 +28,7 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State
 from vmplug.log import Log
+from vmplug.manager.left_files import close_left_files
 from vmplug.waiting import waiting
 
 log = Log(__name__)
@@ -96,6 +97,7 @@ def reconcile(
 def _reconcile(
     vm: str, journal: Journal, hypervisor: Hypervisor, timeout_s: float, *, take_over: bool
 ) -> list[Repair]:
+    close_left_files(vm, journal, hypervisor)
     # In this order: a device that a process plugs or unplugs meanwhile is in one of the two.
     records = {record.id: record for record in journal.devices(vm)}
     hypervisor.claim_foreign_names(foreign_names(records.values()))

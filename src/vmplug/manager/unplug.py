@@ -11,6 +11,7 @@ from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State, unplug_error
 from vmplug.log import Log
 from vmplug.manager.binding.binder import Binder
+from vmplug.manager.left_files import close_left_files
 from vmplug.waiting import waiting
 
 log = Log(__name__)
@@ -31,6 +32,8 @@ class Unplugger(msgspec.Struct, frozen=True, kw_only=True):
         for a function that its former driver does not take.
         """
         with self.journal.in_progress([record.id for record in records]):
+            if any(record.place for record in records):
+                close_left_files(self.vm, self.journal, self.hypervisor)
             self._unplug(records, timeout_s)
         for record in records:
             facts = {"vm": self.vm, "device_id": record.id}

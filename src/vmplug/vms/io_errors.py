@@ -10,6 +10,7 @@ from vmplug.hypervisor.qemu.failed_disks import IO_ERROR
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import foreign_names
+from vmplug.manager.left_files import close_left_files
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.known import is_gone, require_started
 from vmplug.vms.listing import of_requests
@@ -42,19 +43,20 @@ def resume_vm(name: str, *, setup: Setup = DEFAULT_SETUP) -> ResumedVm:
                 hint="vmplug reconcile frees what it held",
             )
         devices = journal.devices(name)
-    with closing(Qemu.connect(record.qmp_socket)) as qemu:
-        qemu.claim_foreign_names(foreign_names(devices))
-        _require_stopped(name, qemu.status())
-        disks = of_requests(qemu.find_failed_disks(), devices)
-        qemu.resume()
-        if not qemu.keeps_running(_WATCHED_S):
-            told = "; ".join(map(str, of_requests(qemu.find_failed_disks(), devices)))
-            raise StateError(
-                f"VM {name} ran, and an error stopped it again: {told}",
-                state=IO_ERROR,
-                required="room on its disks",
-                hint="make room where the disk is, or mend it, and try again",
-            )
+        with closing(Qemu.connect(record.qmp_socket)) as qemu:
+            qemu.claim_foreign_names(foreign_names(devices))
+            _require_stopped(name, qemu.status())
+            disks = of_requests(qemu.find_failed_disks(), devices)
+            qemu.resume()
+            close_left_files(name, journal, qemu)
+            if not qemu.keeps_running(_WATCHED_S):
+                told = "; ".join(map(str, of_requests(qemu.find_failed_disks(), devices)))
+                raise StateError(
+                    f"VM {name} ran, and an error stopped it again: {told}",
+                    state=IO_ERROR,
+                    required="room on its disks",
+                    hint="make room where the disk is, or mend it, and try again",
+                )
     return ResumedVm(name=name, failed_disks=disks)
 
 

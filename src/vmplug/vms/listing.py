@@ -6,16 +6,14 @@ from contextlib import closing
 import msgspec
 from msgspec.structs import replace
 
-from vmplug.address import device_id_of
 from vmplug.drivers.ports import FailedDisk
 from vmplug.errors import HypervisorError
 from vmplug.host.program import Looks
-from vmplug.host.root import HostRoot
 from vmplug.hypervisor.listening import is_listening
-from vmplug.hypervisor.qemu import failed_disks
-from vmplug.hypervisor.qmp.client import QmpMonitor
+from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, foreign_names
+from vmplug.manager.left_files import close_left_files
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, find_silent
 from vmplug.vms.known import find_ended, is_gone
@@ -63,7 +61,7 @@ def list_attachments(
             ended_vms=tuple(find_ended(journal, {hold.vm for hold in held})),
             stopped_vms={
                 name: disks
-                for name, disks in find_failed_disks(vms, devices, journal.host).items()
+                for name, disks in find_failed_disks(vms, devices, journal).items()
                 if disks
             },
         )
@@ -86,23 +84,23 @@ def of_requests(
 
 
 def find_failed_disks(
-    vms: Sequence[VmRecord], devices: Sequence[DeviceRecord], host: HostRoot
+    vms: Sequence[VmRecord], devices: Sequence[DeviceRecord], journal: Journal
 ) -> dict[str, tuple[FailedDisk, ...]]:
     """By VM, the disks that have stopped it, none for one that runs.
 
     All are asked at once, and a VM that does not answer in time is left out.
     """
-    asked = [vm for vm in vms if not (vm.is_lease or vm.starting_by or is_gone(vm, host))]
+    asked = [vm for vm in vms if not (vm.is_lease or vm.starting_by or is_gone(vm, journal.host))]
     held = {vm.name: [device for device in devices if device.vm == vm.name] for vm in asked}
     if not asked:
         return {}
-    answers = _ask_all([(vm, held[vm.name]) for vm in asked])
+    answers = _ask_all([(vm, held[vm.name], journal) for vm in asked])
     answered = zip((vm.name for vm in asked), answers, strict=True)
     return {name: disks for name, disks in answered if disks is not None}
 
 
 def _ask_all(
-    asked: Sequence[tuple[VmRecord, Sequence[DeviceRecord]]],
+    asked: Sequence[tuple[VmRecord, Sequence[DeviceRecord], Journal]],
 ) -> "list[tuple[FailedDisk, ...] | None]":
     if len(asked) == 1:
         return [_ask(*asked[0])]
@@ -112,21 +110,22 @@ def _ask_all(
         return [*pool.map(lambda one: _ask(*one), asked)]
 
 
-def _ask(record: VmRecord, devices: Sequence[DeviceRecord]) -> tuple[FailedDisk, ...] | None:
+def _ask(
+    record: VmRecord, devices: Sequence[DeviceRecord], journal: Journal
+) -> tuple[FailedDisk, ...] | None:
     if not is_listening(record.qmp_socket):
         return None
-    foreign = foreign_names(devices)
     try:
         with closing(
-            QmpMonitor.connect(
+            Qemu.connect(
                 record.qmp_socket,
                 timeout_s=ANSWER_TIMEOUT_S,
                 command_timeout_s=ANSWER_TIMEOUT_S,
             )
-        ) as monitor:
-            disks = failed_disks.find_failed_disks(
-                monitor, lambda name: foreign.get(name) or device_id_of(name)
-            )
+        ) as qemu:
+            qemu.claim_foreign_names(foreign_names(devices))
+            disks = tuple(qemu.find_failed_disks())
+            close_left_files(record.name, journal, qemu)
     except HypervisorError:  # busy, hung or ending: `vm list` says which
         return None
     return of_requests(disks, devices)

@@ -11,6 +11,7 @@ from vmplug.hypervisor.listening import is_listening
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord, foreign_names
+from vmplug.manager.left_files import close_left_files
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.known import is_gone, is_starting
 from vmplug.vms.listing import of_requests
@@ -70,6 +71,7 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
             devices = journal.devices(record.name)
             qemu.claim_foreign_names(foreign_names(devices))
             failed = of_requests(qemu.find_failed_disks(), devices)
+            close_left_files(record.name, journal, qemu)
     return VmStatus(
         name=record.name,
         state=state,

@@ -3,22 +3,25 @@
 A QEMU that runs gets them in fd sets (`add-fd`), and uses our open file itself. QEMU 7.2 does not
 close the files of a set while it is paused, and no QEMU takes a set for memory: there it gets a
 file by `getfd`, and opens it again through its own /proc/self/fd, which no name leads away from.
-That takes the number of the file in QEMU, so its /proc/PID must be readable. Elsewhere it opens
-the path, and vmplug verifies the file as far as it can.
+That takes the number of the file in QEMU, so its /proc/PID must be readable, and QEMU's user must
+have rights on the file. A paused QEMU without them gets a set all the same, and closes its files
+when it is asked again after it has been resumed. For memory it then opens the path, and vmplug
+verifies the file as far as it can, as it does behind a proxy that passes no descriptors on.
 Source: QEMU monitor/fds.c; measured on QEMU 7.2, 10.0 and 11.1.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from itertools import count
 from typing import Any
 
 import msgspec
 
-from vmplug.address import qemu_id
+from vmplug.address import device_id_of, qemu_id
 from vmplug.drivers.place import Place
 from vmplug.drivers.plug import Plug
-from vmplug.drivers.ports import Command
+from vmplug.drivers.ports import Choose, Command
 from vmplug.errors import CommandError
 from vmplug.host.file_id import (
     CheckedFile,
@@ -42,6 +45,9 @@ log = Log(__name__)
 
 NO_DESCRIPTOR = "No file descriptor supplied via SCM_RIGHTS"
 """Source: QEMU monitor/fds.c."""
+
+NOT_ALLOWED = "Permission denied"
+"""EACCES, of a file that QEMU's user may not open again."""
 
 Verify = Callable[[], None]
 """NoSuchDevice unless QEMU opened the file that was checked."""
@@ -96,12 +102,19 @@ class RunState:
         return self._is_running
 
 
+class Way(Enum):
+    """How files go. `SET_OR_NUMBER`: in a set while the VM runs, by number while it is paused."""
+
+    SET_OR_NUMBER = 1
+    SET = 2
+    PATH = 3
+
+
 class Handover:
     """The files of one device on their way to a QEMU, as parts of one talk with it.
 
-    `pid` is QEMU's process, None where its files cannot be read. QEMU can use fd sets while it
-    runs, and never for memory: then `running` is None. Without `descriptors` it opens each file by
-    its path.
+    `pid` is QEMU's process, None where its files cannot be read: then no number is known. No QEMU
+    uses a set for memory: then `running` is None.
     """
 
     def __init__(
@@ -109,33 +122,40 @@ class Handover:
         device_id: str,
         pid: int | None,
         running: RunState | None,
-        *,
-        descriptors: bool = True,
+        way: Way = Way.SET_OR_NUMBER,
     ) -> None:
         self._device_id = device_id
         self._pid = pid
-        self._descriptors = descriptors
-        self._running = running if descriptors else None
+        self._way = way
+        self._running = running
         self._checks: list[Verify] = []
         self._given: list[Command] = []
         self._numbers = count()
 
     def give(self, files: Sequence[OpenedFile]) -> Generator[Command, Any, Mapping[str, str]]:
         """By their paths, the names at which QEMU opens the files. Raises as `finish`."""
+        passes = self._way is not Way.PATH
         sets = False
-        if self._running and any(file.descriptor is not None for file in files):
-            sets = yield from self._running.ask()
+        if passes and any(file.descriptor is not None for file in files):
+            sets = yield from self._uses_sets()
         names = {}
         for opened_file in files:
             file, descriptor = opened_file.file, opened_file.descriptor
             if descriptor is not None and sets:
                 names[file.path] = yield from self._give_set(descriptor)
-            elif descriptor is not None and self._descriptors and self._pid is not None:
+            elif descriptor is not None and passes and self._pid is not None:
                 names[file.path] = yield from self._give_number(self._pid, descriptor, file)
             else:
                 names[file.path] = file.path
                 self._check_path_of(file)
         return names
+
+    def _uses_sets(self) -> Generator[Command, Any, bool]:
+        if self._running is None:
+            return False
+        if self._way is Way.SET or self._pid is None:
+            return True
+        return (yield from self._running.ask())
 
     def finish(self) -> Talk:
         """NoSuchDevice unless QEMU opened the files that were checked; then close them in QEMU.
@@ -218,13 +238,41 @@ def plug_opened(
         raise
 
 
+def find_way(hand_over: Callable[[Way], None], *, takes_sets: bool) -> None:
+    """Hand over; in another way where a proxy passes no descriptors on, or rights are missing."""
+    try:
+        hand_over(Way.SET_OR_NUMBER)
+    except CommandError as error:
+        if NO_DESCRIPTOR in error.desc:
+            hand_over(Way.PATH)
+        elif NOT_ALLOWED in error.desc and takes_sets:
+            hand_over(Way.SET)
+        else:
+            raise
+
+
 def take_back_all(monitor: Monitor, device_id: str) -> None:
     """Close what an interrupted attach handed over for a device."""
-    for found in monitor.execute(Command("query-fdsets", {})):
-        if any(fd.get("opaque") == qemu_id(device_id) for fd in found["fds"]):
-            monitor.execute(Command("remove-fd", {"fdset-id": found["fdset-id"]}))
+    close_sets(monitor, {device_id}.intersection)
     for index in count():
         named = {"fdname": _file_name(device_id, index)}
         _, refusal = monitor.attempt([Command("closefd", named)])
         if refusal:  # they were given in this order, and closed in the reverse one
             return
+
+
+def close_sets(monitor: Monitor, choose: Choose) -> None:
+    """Close the files in sets of those devices that `choose` takes from all that have some.
+
+    The devices have descriptors of their own. QEMU 7.2 closes nothing while it is paused.
+    """
+    sets = {
+        found["fdset-id"]: device_id
+        for found in monitor.execute(Command("query-fdsets", {}))
+        for fd in found["fds"]
+        if (device_id := device_id_of(fd.get("opaque", "")))
+    }
+    chosen = choose(set(sets.values())) if sets else ()
+    for number, device_id in sets.items():
+        if device_id in chosen:  # another process may close it at the same time
+            monitor.attempt([Command("remove-fd", {"fdset-id": number})])

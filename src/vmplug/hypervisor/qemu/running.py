@@ -19,17 +19,14 @@ from vmplug.drivers.plug import (
     VhostUserDevice,
 )
 from vmplug.drivers.ports import (
+    Choose,
     Command,
     Endpoint,
     FailedDisk,
     Step,
     UnplugFailure,
 )
-from vmplug.errors import (
-    BackendTimeout,
-    CommandError,
-    UnplugTimeout,
-)
+from vmplug.errors import BackendTimeout, CommandError, UnplugTimeout
 from vmplug.host.file_id import CheckedFile, pinned, shows_open
 from vmplug.host.process import find_guest_process, is_running, read_start_time
 from vmplug.host.root import THIS_HOST, HostRoot
@@ -46,6 +43,9 @@ from vmplug.hypervisor.qemu.handover import (
     NO_DESCRIPTOR,
     Handover,
     RunState,
+    Way,
+    close_sets,
+    find_way,
     held_open,
     plug_opened,
     take_back_all,
@@ -274,16 +274,11 @@ class Qemu:
             pid = self._guest_pid()
             running = None if isinstance(place, MemorySlot) else self._run_state
 
-            def hand_over(*, descriptors: bool) -> None:
-                given = Handover(plug.id, pid, running, descriptors=descriptors)
+            def hand_over(way: Way) -> None:
+                given = Handover(plug.id, pid, running, way)
                 self._monitor.converse(plug_opened(plug, place, opened, given, self.abilities))
 
-            try:
-                hand_over(descriptors=True)
-            except CommandError as error:
-                if NO_DESCRIPTOR not in error.desc:
-                    raise
-                hand_over(descriptors=False)
+            find_way(hand_over, takes_sets=running is not None)
 
     def check_graph(self, plug: Plug) -> None:
         """NoSuchDevice unless its node opened exactly the files that were checked."""
@@ -360,6 +355,10 @@ class Qemu:
             for name in (link, node, nvdimm.lock_name(device_id)):
                 self._remove(Command("closefd", {"fdname": name}))
             take_back_all(self._monitor, device_id)
+
+    def close_left_files(self, choose: Choose) -> None:
+        """Close files that QEMU was given for devices, and that a paused QEMU 7.2 has kept."""
+        close_sets(self._monitor, choose)
 
     def resize(self, device_id: str, size_bytes: int) -> None:
         """Report a disk's new size to the guest; a regular file is resized."""

@@ -45,7 +45,7 @@ ASK_INTERVAL_S = 5.0
 
 
 FindFailedDisks = Callable[
-    [Sequence[VmRecord], Sequence[DeviceRecord], HostRoot], Mapping[str, tuple[FailedDisk, ...]]
+    [Sequence[VmRecord], Sequence[DeviceRecord], Journal], Mapping[str, tuple[FailedDisk, ...]]
 ]
 """By VM, the disks that have stopped it; a VM that does not answer is left out."""
 
@@ -199,7 +199,7 @@ class Watch(Iterator[DeviceEvent]):
             return
         self._asked_at = time.monotonic()
         vms = [vm for vm in rows.vms if vm not in self._ended and not vm.is_lease]
-        answers = self._find_failed_disks(vms, rows.devices, self._host)
+        answers = self._find_failed_disks(vms, rows.devices, self._journal)
         self._silent_vms = tuple(vm.name for vm in vms if vm.name not in answers)
         for name, disks in answers.items():
             before = self._stopped.pop(name, ())

@@ -24,7 +24,7 @@ from vmplug.drivers.plug import (
     VFIODevices,
     VhostUserDevice,
 )
-from vmplug.drivers.ports import START_DAEMON, Command, Step, UnplugFailure
+from vmplug.drivers.ports import START_DAEMON, Choose, Command, Step, UnplugFailure
 from vmplug.errors import StateError
 from vmplug.host.file_id import CheckedFile, check_path, file_replaced, find_missing, pinned
 from vmplug.host.pci.iommu import IOMMU_NODE
@@ -282,6 +282,9 @@ class ColdQemu:
 
     def close_files(self, device_ids: Collection[str]) -> None:
         """Do nothing: no file of a removed device is open."""
+
+    def close_left_files(self, choose: Choose) -> None:
+        """Do nothing, as `close_files`."""
 
     def resize(self, device_id: str, size_bytes: int) -> None:  # noqa: ARG002
         """StateError: there is no guest yet."""
