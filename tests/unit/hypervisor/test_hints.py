@@ -9,6 +9,7 @@ REFUSALS = [
     ("vmplug bind", "group 26 is not viable"),
     ("vmplug bind", "VFIO group is not viable"),
     ("does not remap interrupts", "Failed to set iommu for container: Operation not permitted"),
+    ("detach that one", "lun already used by 'vmplug-0123456789abcdef'"),
     ("vfio_iommu_type1", "No available IOMMU models"),
     ("another process has the group open", "failed to open /dev/vfio/26: Device or resource busy"),
     (

@@ -1,11 +1,12 @@
 """The life of a device, on a VM in memory: each test on a live manager and on a restored one."""
 
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
 from vmplug.hypervisor.qemu.running import NO_PLACES, Qemu
 from vmplug.hypervisor.qmp.monitor import Monitor
+from vmplug.journal import journal_path
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
 from vmplug.manager.manager import DeviceManager
@@ -474,6 +476,47 @@ def test_a_controller_in_place_of_another_is_found(sandbox: Sandbox) -> None:
     )
     assert attached.guest_address
     assert str(attached.guest_address.scsi_address) == "0:0"
+
+
+SCSI = {"block-driver": "virtio-scsi"}
+
+
+def with_edited_place(sandbox: Sandbox, place: str) -> None:
+    """Two SCSI disks, and somebody gives the second one another place in the journal."""
+    sandbox.devices.attach(sandbox.disk("a.img", options=SCSI))
+    second = sandbox.devices.attach(sandbox.disk("b.img", options=SCSI))
+    sandbox.close()
+    with closing(sqlite3.connect(journal_path(sandbox.state_dir))) as db, db:
+        db.execute("UPDATE device SET place = ? WHERE id = ?", (place, second.device_id))
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["scsi0.0/00:0", "scsi0.0/0:01", "scsi0.0/256:0", "scsi0.0/", "scsi0.0/1"],
+)
+def test_a_place_in_the_journal_that_no_disk_can_have_takes_none(
+    sandbox: Sandbox, place: str
+) -> None:
+    """The first is that of the other disk, which SQLite does not see."""
+    with_edited_place(sandbox, place)
+    third = sandbox.devices.attach(sandbox.disk("c.img", options=SCSI))
+    assert third.guest_address
+    assert str(third.guest_address.scsi_address) == "0:2"
+
+
+def test_a_wrong_place_in_the_journal_is_said_and_nothing_is_lost(sandbox: Sandbox) -> None:
+    with_edited_place(sandbox, "scsi0.0/0:7")
+    before = sandbox.picture()
+    with pytest.raises(CommandError, match="lun already used by") as refused:
+        sandbox.devices.attach(sandbox.disk("c.img", options=SCSI))
+    assert refused.value.hint
+    assert "detach that one" in refused.value.hint
+    assert sandbox.picture() == before
+    wrong = sandbox.devices.attachments()[1]
+    sandbox.devices.detach(wrong.id)
+    third = sandbox.devices.attach(sandbox.disk("c.img", options=SCSI))
+    assert third.guest_address
+    assert str(third.guest_address.scsi_address) == "0:1"
 
 
 def test_when_the_ports_are_full_a_disk_goes_to_scsi(sandbox: Sandbox) -> None:

@@ -103,9 +103,14 @@ class Topology:
         ]
         return sorted(found, key=lambda controller: controller.bus)
 
-    def count_known(self, prefix: str) -> int:
-        """How many devices of the VM have a known place with that prefix."""
-        return sum((self._find_known(name) or "").startswith(prefix) for name in self._types)
+    def count_known(self, bus: str) -> int:
+        """How many addresses on that SCSI bus the caller knows devices of the VM at.
+
+        One that QEMU cannot have given out does not count: somebody has edited the journal.
+        """
+        known, prefix = (self._find_known(name) or "" for name in self._types), f"{bus}/"
+        texts = {text.removeprefix(prefix) for text in known if text.startswith(prefix)}
+        return sum(map(_is_scsi_address, texts))
 
     def strange_disks(self) -> list[str]:
         """The paths of SCSI disks without a known place."""
@@ -326,6 +331,13 @@ def _read_ccw(monitor: Monitor) -> frozenset[CcwDevNo]:
     return frozenset(CcwDevNo.parse(number) for number in numbers)
 
 
+def _is_scsi_address(text: str) -> bool:
+    try:
+        return str(ScsiAddress.parse(text)) == text
+    except ValueError:
+        return False
+
+
 class _Controller:
     """A virtio-scsi controller; `topology` has the disks that may be on it."""
 
@@ -354,7 +366,7 @@ class _Controller:
         bus_path = f"{self._qom_path}/virtio-backend/{self.bus}"
         listed = self._monitor.execute(qom_list(bus_path))
         links = [entry["name"] for entry in listed if is_occupant(entry)]
-        known = self._topology.count_known(f"{self.bus}/")
+        known = self._topology.count_known(self.bus)
         if len(links) == known:
             return frozenset()
         disks = [path for path in self._topology.strange_disks() if self._has(path)]

@@ -114,6 +114,10 @@ _HINTS = (
     ),
     ("caching-mode", "set caching-mode=on for the vIOMMU: host devices need it"),
     (
+        "lun already used by",
+        "the journal has another address for the disk that is named: detach that one",
+    ),
+    (
         '" lock',
         "another process has the disk open: stop it, or share it (read-only or share-rw=on)",
     ),
