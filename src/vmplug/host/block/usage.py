@@ -1,10 +1,10 @@
 """What uses the devices of the host: one value for each request, which reads each table once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
+from vmplug.cached import cached_property
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
 from vmplug.host.finding import VmProcess

@@ -8,11 +8,12 @@ Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrcon
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache
 
 import msgspec
 
 from vmplug.address import Bdf, find_bdf
+from vmplug.cached import cached_property
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.sysfs import list_block_directories

@@ -6,9 +6,10 @@ vmplug asks only when a step depends on the answer.
 import json
 import os
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Protocol
 
+from vmplug.cached import cached_property
 from vmplug.drivers.ports import VF_UUID, Command
 from vmplug.errors import CommandError, HypervisorError
 from vmplug.host.pci.mdev import VFIODeviceType

@@ -5,11 +5,11 @@ Source: `qom-list` and `qom-get` on QEMU 7.2; a bus lists its devices as `child[
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
 
 import msgspec
 
 from vmplug.address import PERIPHERAL, PciPath, PciSlot
+from vmplug.cached import cached_property
 from vmplug.drivers.place import (
     FIRMWARE_WINDOWS,
     PortKind,

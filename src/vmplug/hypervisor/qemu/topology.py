@@ -7,10 +7,10 @@ Source: `qom-list` and `qom-get` on QEMU 7.2; a bus lists its devices as `child[
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 from vmplug.address import PERIPHERAL, CcwDevNo, PciPath, PciSlot, ScsiAddress
+from vmplug.cached import cached_property
 from vmplug.drivers.place import (
     CcwPlace,
     MemorySlot,
