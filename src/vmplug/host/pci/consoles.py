@@ -8,8 +8,8 @@ kernel shows the firmware's picture inside the window of the card, whatever driv
 import os
 import re
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 
+from vmplug.cached import cached_property
 from vmplug.host.pci.function import PciFunction
 from vmplug.host.root import HostRoot
 
