@@ -2,7 +2,7 @@
 
 A verb runs in the process of the tests, as starting one costs ten times what most verbs do. The
 installed program runs where the process itself is the matter: `as_process` to the end of it,
-`begin` beside the test, `at_terminal`. tests/cli/test_runners.py holds both to the same answers.
+`begin` beside the test. tests/cli/test_runners.py holds both to the same answers.
 """
 
 import fcntl
@@ -15,8 +15,11 @@ import sys
 import tempfile
 import termios
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
+from typing import Self
 
 from tests.cli.here import answered_here
 from tests.cli.result import Result
@@ -110,22 +113,64 @@ class Vmplug:
     def at_terminal(
         self, *arguments: str | Path, columns: int = 100, env: Mapping[str, str] | None = None
     ) -> Result:
-        """Run with stdout at a terminal of that width; its line ends are given back as "\\n"."""
-        main, terminal = pty.openpty()
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
-        with open(main, "rb", buffering=0) as reader:
-            process = subprocess.Popen(
+        """Run here with stdout at a terminal of that width, whose line ends come back as "\\n"."""
+        with _Terminal(columns) as terminal:
+            environment = self._at_terminal(env)
+            done = answered_here(arguments, "", environment, terminal=terminal.descriptor)
+        return replace(done, stdout=terminal.shown)
+
+    def at_terminal_as_process(
+        self, *arguments: str | Path, columns: int = 100, env: Mapping[str, str] | None = None
+    ) -> Result:
+        """The same of the installed program."""
+        with _Terminal(columns) as terminal:
+            done = subprocess.run(
                 [VMPLUG, *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=terminal,
+                stdout=terminal.descriptor,
                 stderr=subprocess.PIPE,
-                env={**self.environment, "TERM": "xterm-256color", **(env or {})},
+                env=self._at_terminal(env),
+                timeout=TIMEOUT_S,
+                check=False,
             )
-            os.close(terminal)
-            shown = _read_terminal(reader.fileno())
-            _, stderr = process.communicate(timeout=TIMEOUT_S)
-        text = shown.decode().replace("\r\n", "\n")
-        return Result(text, stderr.decode(), process.returncode)
+        return Result(terminal.shown, done.stderr.decode(), done.returncode)
+
+    def _at_terminal(self, env: Mapping[str, str] | None) -> dict[str, str]:
+        return {**self.environment, "TERM": "xterm-256color", **(env or {})}
+
+
+class _Terminal:
+    """A terminal of that width; `shown` is all that came, once it is closed.
+
+    A thread reads it meanwhile, as it holds a few kilobytes only.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._main, self.descriptor = pty.openpty()
+        fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        self._reader = Thread(target=self._read, daemon=True)
+        self._pieces = list[bytes]()
+
+    @property
+    def shown(self) -> str:
+        """With "\\n" for its line ends."""
+        return b"".join(self._pieces).decode().replace("\r\n", "\n")
+
+    def __enter__(self) -> Self:
+        self._reader.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self.descriptor)
+        self._reader.join(TIMEOUT_S)
+        assert not self._reader.is_alive(), "something still has the terminal open"
+        os.close(self._main)
+
+    def _read(self) -> None:
+        """Everything until the last writer has gone, which Linux tells as EIO. Source: pty(7)."""
+        with suppress(OSError):
+            while piece := os.read(self._main, 1 << 16):
+                self._pieces.append(piece)
 
 
 def first_in_path(directory: Path) -> dict[str, str]:
@@ -137,19 +182,6 @@ def _program(env: Mapping[str, str] | None) -> list[str]:
     """The installed program, or the same with other directories for programs."""
     path = (env or {}).get(PROGRAMS)
     return [sys.executable, "-c", _WITH_PROGRAMS, path] if path else [str(VMPLUG)]
-
-
-def _read_terminal(descriptor: int) -> bytes:
-    """Everything until the last writer has gone, which Linux tells as EIO. Source: pty(7)."""
-    shown = b""
-    while True:
-        try:
-            piece = os.read(descriptor, 1 << 16)
-        except OSError:
-            return shown
-        if not piece:
-            return shown
-        shown += piece
 
 
 def ended(process: subprocess.Popen[bytes]) -> Result:

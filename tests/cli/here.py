@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO, TextIOWrapper
+from io import BufferedWriter, BytesIO, FileIO, TextIOWrapper
 from pathlib import Path
 
 from tests.cli.result import Result
@@ -18,12 +18,23 @@ _ALONE = threading.Lock()
 
 
 def answered_here(
-    words: Sequence[str | Path], stdin: str, environment: Mapping[str, str]
+    words: Sequence[str | Path],
+    stdin: str,
+    environment: Mapping[str, str],
+    *,
+    terminal: int | None = None,
 ) -> Result:
-    """Run it to its end; nothing of the tests' process is changed afterwards."""
+    """Run it to its end; nothing of the tests' process is changed afterwards.
+
+    `terminal` is the descriptor of one that stdout goes to.
+    """
     assert _ALONE.acquire(blocking=False), "one verb at a time: others are run by `begin`"
     try:
-        with _environment(environment), _streams(stdin) as (stdout, stderr), _own_logging():
+        with (
+            _environment(environment),
+            _streams(stdin, terminal) as (stdout, stderr),
+            _own_logging(),
+        ):
             threads = set(threading.enumerate())
             status = answer([os.fspath(word) for word in words])
             left = set(threading.enumerate()) - threads
@@ -54,12 +65,16 @@ def _replace_environment(environment: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def _streams(stdin: str) -> Iterator[tuple[BytesIO, BytesIO]]:
-    """What the verb reads, and where it writes: pipes with UTF-8, as Python opens them."""
+def _streams(stdin: str, terminal: int | None) -> Iterator[tuple[BytesIO, BytesIO]]:
+    """What the verb reads, and where it writes: with UTF-8, as Python opens them."""
     before = sys.stdin, sys.stdout, sys.stderr
     stdout, stderr = BytesIO(), BytesIO()
     sys.stdin = TextIOWrapper(BytesIO(stdin.encode()), "utf-8", "surrogateescape")
-    sys.stdout = TextIOWrapper(stdout, "utf-8", "surrogateescape")
+    if terminal is None:
+        sys.stdout = TextIOWrapper(stdout, "utf-8", "surrogateescape")
+    else:
+        screen = BufferedWriter(FileIO(terminal, "w", closefd=False))
+        sys.stdout = TextIOWrapper(screen, "utf-8", "surrogateescape", line_buffering=True)
     sys.stderr = TextIOWrapper(stderr, "utf-8", "backslashreplace", line_buffering=True)
     opened = sys.stdin, sys.stdout, sys.stderr
     try:

@@ -19,7 +19,6 @@ import pyte
 from tests.cli.command import TIMEOUT_S, VMPLUG, Vmplug
 
 WIDTHS = (60, 80, 100, 200)
-_ROWS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,9 @@ class Screen:
 
 
 def emulate(output: str, columns: int) -> Screen:
-    """The screen of that width after this output."""
-    screen = pyte.Screen(columns, _ROWS)
+    """The screen of that width after this output, and high enough: a letter takes two columns."""
+    rows_max = output.count("\n") + 2 * len(output) // columns + 1
+    screen = pyte.Screen(columns, rows_max)
     pyte.Stream(screen).feed(output.replace("\n", "\r\n"))
     rows = [row.rstrip() for row in screen.display]
     while rows and not rows[-1]:

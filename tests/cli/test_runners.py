@@ -114,6 +114,18 @@ def test_both_runners_follow_the_environment_that_they_are_given(
     assert "policy.toml" in here.stderr
 
 
+def test_both_runners_show_the_same_at_a_terminal(
+    vmplug: Vmplug, places: dict[str, object]
+) -> None:
+    for line in ("list", "host --root {root}", "frobnicate"):
+        words = line.format(**places).split()
+        here = vmplug.at_terminal(*words, columns=60)
+        as_process = vmplug.at_terminal_as_process(*words, columns=60)
+        assert OF_THIS_RUN.sub("*", here.stdout) == OF_THIS_RUN.sub("*", as_process.stdout)
+        assert (here.stderr, here.status) == (as_process.stderr, as_process.status)
+    assert "\x1b[31m" in vmplug.at_terminal("list").stdout
+
+
 def open_descriptors() -> dict[str, str]:
     """What each is open on; that of the directory itself is gone by then."""
     found = {}
@@ -165,6 +177,7 @@ def test_a_run_here_leaves_this_process_as_it_was(
     before = state_of_this_process()
     for words in runs:
         vmplug.here(*words, env={"TMPDIR": "/", "VMPLUG_OF_A_TEST": "1"})
+    vmplug.at_terminal("list")
     vm.wait_idle()
     assert state_of_this_process() == before
 
