@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import vmplug
-
-PACKAGE = Path(vmplug.__file__).parent
-MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+from tests.support.source import MODULES, PACKAGE, nodes_of, parse
 
 _FIRST = {"errors", "arguments", "devnum", "address"}
 _LOG = {"log", "waiting"}
@@ -120,16 +117,6 @@ MADE_WITHOUT_MSGSPEC = {
 
 SAYS_NOTHING = {"utils", "util", "common", "helpers", "helper", "types", "misc"}
 LINES_MAX = 500
-
-
-@cache
-def parse(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / module).read_bytes(), module)
-
-
-@cache
-def nodes_of(module: str) -> tuple[ast.AST, ...]:
-    return tuple(ast.walk(parse(module)))
 
 
 def part_of(module: str) -> str:

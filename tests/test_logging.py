@@ -15,10 +15,10 @@ import vmplug
 from tests.contract.sandbox import CHANGING, Hooked
 from tests.support.disks import disk_image
 from tests.support.lonely_host import LonelyHost
+from tests.support.source import MODULES, nodes_of
 from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 
-PACKAGE = Path(vmplug.__file__).parent
 PAGE = (Path(__file__).parents[1] / "docs/library.md").read_text()
 EXTRAS = {"vm", "owner", "device_id"}
 PLUG_STEPS = 6
@@ -49,8 +49,8 @@ HARMLESS = {
 
 def logs() -> Iterator[tuple[str, ast.Call]]:
     """Each call that logs above debug."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for module in MODULES:
+        for node in nodes_of(module):
             match node:
                 case ast.Call(func=ast.Attribute(value=owner, attr=level)) if level in {
                     "info",
@@ -59,7 +59,7 @@ def logs() -> Iterator[tuple[str, ast.Call]]:
                     "exception",
                     "critical",
                 } and re.search(r"\blog$|getLogger", ast.unparse(owner)):
-                    yield f"{path.relative_to(PACKAGE)}:{node.lineno}", node
+                    yield f"{module}:{node.lineno}", node
                 case _:
                     pass
 
