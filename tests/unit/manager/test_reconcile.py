@@ -423,6 +423,10 @@ LIVES: dict[str, tuple[Verb, Verb]] = {
 """What is done first, and the verb in which the process is killed."""
 
 
+DEATHS = [pytest.param(False, id="before", marks=pytest.mark.slow), pytest.param(True, id="after")]
+"""When a process is killed: most deaths before a command leave what one after the last did."""
+
+
 def deaths(
     directory: Path, life: str, guest: Guest, served: tuple[Request, ...], *, is_sent: bool
 ) -> Iterator[tuple[Sandbox, Picture]]:
@@ -454,7 +458,7 @@ def was_killed(sandbox: Sandbox, verb: Verb) -> bool:
     return False
 
 
-@pytest.mark.parametrize("is_sent", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("is_sent", DEATHS)
 @pytest.mark.parametrize("life", LIVES)
 def test_reconcile_leaves_nothing_after_a_death_at_any_command(
     tmp_path: Path, life: str, served: tuple[Request, ...], *, is_sent: bool
@@ -472,7 +476,7 @@ def on_ports(sandbox: Sandbox) -> set[str]:
     return names & sandbox.vmplugs()
 
 
-@pytest.mark.parametrize("is_sent", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("is_sent", DEATHS)
 @pytest.mark.parametrize("life", LIVES)
 def test_reconcile_finishes_a_killed_verb_when_the_guest_wakes(
     tmp_path: Path, life: str, served: tuple[Request, ...], *, is_sent: bool
