@@ -17,11 +17,13 @@ from pathlib import Path
 
 import pytest
 
-_CHUNK, _CHUNK_S = 40, 0.5
+_CHUNK, _CHUNK_S = 40, 1.5
 """How many tests of a file a process takes at a time, and for how long they may take it.
 
 More, and the processes do not end together; fewer, and each makes what the tests of a file share.
 """
+_MORE_THAN_CPUS = 1
+"""Processes: a test may wait for a deadline or for a process, and uses no CPU meanwhile."""
 _TIMES = Path("build", "test-times.json")
 """What a test of each file took on average when they were last run: the slowest begin."""
 _NUMBER = struct.Struct("=I")
@@ -40,7 +42,7 @@ class _Process:
 
 
 class Spread:
-    """The plugin: pytest's own loop, in a process for each CPU."""
+    """The plugin: pytest's own loop, in a process for each CPU and one more."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
@@ -53,7 +55,7 @@ class Spread:
         os.write(give, b"".join(map(_NUMBER.pack, range(len(chunks)))))
         os.close(give)
         processes = list[_Process]()
-        for _ in os.sched_getaffinity(0):
+        for _ in range(len(os.sched_getaffinity(0)) + _MORE_THAN_CPUS):
             sys.stdout.flush()
             told, tell = Pipe(duplex=False)
             if (pid := os.fork()) == 0:
