@@ -588,10 +588,18 @@ def test_a_file_that_is_no_record_is_told(
 
 
 def test_this_hosts_record_is_this_host(vmplug: Vmplug, tmp_path: Path) -> None:
-    vmplug("record", tmp_path / "r.tar")
-    for kind in ("pci", "mdev"):
-        live = shown(vmplug, "host", "--kind", kind)
-        assert shown(vmplug, "host", "--kind", kind, "--root", tmp_path / "r.tar") == live
+    """It is made again when they differ: somebody else may have mounted a disk in between."""
+
+    def shows(*words: str | Path) -> list[Result]:
+        return [shown(vmplug, "host", "--kind", kind, *words) for kind in ("pci", "mdev")]
+
+    for number in range(20):
+        file = tmp_path / f"{number}.tar"
+        vmplug("record", file).answer()
+        recorded, live = shows("--root", file), shows()
+        if recorded == live:
+            break
+    assert recorded == live
 
 
 def test_progress_is_shown_at_a_terminal_on_stderr_only(
