@@ -5,11 +5,13 @@
     org.vmplug.vfio.NAME      {"device": "0000:3b:00.0", "mode": "guest-kernel"}
     org.vmplug.rng.NAME       {"source": "/dev/hwrng", "max-bytes": 1024, "period": 1000}
     org.vmplug.options.PATH   {"block-driver": "virtio-scsi", "cache": "none"}
+    org.vmplug.vm             sb1
     cdi.k8s.io/NAME           vendor.com/class=name,vendor.com/class=other
 
 Annotations, not a file of our own: they travel with config.json through every container engine,
-and through standard input. The value of ours is one JSON object; an unknown member is an error.
-Kata's sandbox annotations are read where they mean the same, as defaults.
+and through standard input. The value of ours is one JSON object, in which an unknown member is an
+error, or the name of a VM. Kata's sandbox annotations are read where they mean the same, as
+defaults.
 Source: opencontainers/runtime-spec config.md, Annotations; Kata Containers
 docs/how-to/how-to-set-sandbox-config-kata.md.
 """
@@ -25,6 +27,7 @@ from vmplug.oci.info import normal_container_path
 from vmplug.oci.limits import (
     ANNOTATION_BYTES_MAX,
     ANNOTATION_KEY_BYTES_MAX,
+    NAME_BYTES_MAX,
     OPTION_BYTES_MAX,
     OPTIONS_MAX,
     REQUESTS_MAX,
@@ -34,6 +37,7 @@ from vmplug.oci.limits import (
 from vmplug.oci.requests import DEFAULT_SOURCE, Named, NetInfo, RngInfo, ShareInfo, VfioInfo
 
 PREFIX = "org.vmplug."
+VM = f"{PREFIX}vm"
 _CDI_PREFIX = "cdi.k8s.io/"
 _KATA = "io.katacontainers.config.hypervisor."
 
@@ -52,11 +56,13 @@ Option = str | int | bool
 class Annotated(msgspec.Struct, frozen=True, kw_only=True):
     """The contents of one bundle's annotations.
 
-    `options` are those of single devices and mounts, by path in the container.
+    `options` are those of single devices and mounts, by path in the container. `vm` is the VM that
+    they name, None when they name none.
     """
 
     requests: tuple[Named, ...]
     options: Mapping[str, Mapping[str, str]]
+    vm: str | None = None
 
 
 def read_annotations(annotations: Mapping[str, str]) -> Annotated:
@@ -65,7 +71,7 @@ def read_annotations(annotations: Mapping[str, str]) -> Annotated:
     options: dict[str, Mapping[str, str]] = {}
     katas = _katas(annotations)
     for key, value in annotations.items():
-        if not key.startswith(PREFIX):
+        if not key.startswith(PREFIX) or key == VM:
             continue
         check_text("$.annotations", key, ANNOTATION_KEY_BYTES_MAX)
         kind, _, name = key.removeprefix(PREFIX).partition(".")
@@ -86,10 +92,12 @@ def read_annotations(annotations: Mapping[str, str]) -> Annotated:
                     annotation_path(key),
                     f"{kind!r} is not a kind of annotation",
                     hint=f"{PREFIX} must be followed by net, share, rng, vfio or options, and a "
-                    "name",
+                    "name, or by vm alone",
                 )
     check_count("$.annotations", "requests", len(requests), REQUESTS_MAX)
-    return Annotated(requests=tuple(requests), options=options)
+    vm = annotations.get(VM)
+    check_text(annotation_path(VM), vm or "", NAME_BYTES_MAX)
+    return Annotated(requests=tuple(requests), options=options, vm=vm)
 
 
 def read_cdi_annotations(annotations: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -93,13 +93,15 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 
     `annotated` are the requests in annotations, which OCI cannot express. `cdi_annotations` are
     the names of CDI devices by their annotations, and `cdi_options` the options, by path, for what
-    these names bring: `find_requests` looks for them on the host.
+    these names bring: `find_requests` looks for them on the host. `vm` is the
+    VM that an annotation names, for callers that let a bundle choose; None when no annotation does.
     """
 
     name: str | None
     devices: tuple[DeviceInfo, ...]
     mounts: tuple[Mount, ...] = ()
     annotated: tuple[Named, ...] = ()
+    vm: str | None = None
     cdi_annotations: Mapping[str, tuple[str, ...]] = {}
     cdi_options: Mapping[str, Mapping[str, str]] = {}
 
@@ -148,6 +150,7 @@ def parse_config(data: bytes, *, name: str | None) -> Bundle:
             if mount.source
         ),
         annotated=annotated.requests,
+        vm=annotated.vm,
         cdi_annotations=cdi_annotations,
     )
     unknown = _find_unknown(annotated.options, bundle)

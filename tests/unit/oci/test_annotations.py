@@ -46,6 +46,19 @@ def test_a_bundle_without_annotations_of_ours_asks_for_nothing() -> None:
     assert read_annotations({}) == read_annotations(theirs) == Annotated(requests=(), options={})
 
 
+def test_the_name_of_a_vm_is_text_as_it_stands() -> None:
+    annotations = {f"{PREFIX}vm": "sb1", NET: annotate(socket="/a")}
+    assert read_annotations(annotations).vm == "sb1"
+    config = {"ociVersion": "1.0.2", "annotations": annotations}
+    assert parse_config(json.dumps(config).encode(), name=None).vm == "sb1"
+    assert parse_config(b'{"ociVersion": "1.0.2"}', name=None).vm is None
+
+
+def test_the_name_of_a_vm_has_no_name_of_its_own_and_is_short() -> None:
+    assert "'vm' is not a kind" in refusal(f"{PREFIX}vm.sb1", "{}").message
+    assert refusal(f"{PREFIX}vm", "x" * 5000).where == f"$.annotations['{PREFIX}vm']"
+
+
 def test_a_network_is_a_socket_and_its_options() -> None:
     value = annotate(socket="/run/vpp/eth0.sock", mac="52:54:00:aa:bb:cc", queues=2)
     assert one(NET, value) == NetInfo(
