@@ -93,8 +93,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 
     `annotated` are the requests in annotations, which OCI cannot express. `cdi_annotations` are
     the names of CDI devices by their annotations, and `cdi_options` the options, by path, for what
-    these names bring: `find_requests` looks for them on the host. `vm` is the
-    VM that an annotation names, for callers that let a bundle choose; None when no annotation does.
+    these names bring: `find_requests` looks for them on the host. `vm` is the VM that an
+    annotation names, for callers that let a bundle choose; None when no annotation does.
     """
 
     name: str | None
