@@ -7,7 +7,6 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from shlex import quote
 from typing import assert_never
 
@@ -23,9 +22,10 @@ from vmplug.host.check.claimed import find_claimed, without_shared
 from vmplug.host.check.exclusive import exclusive_errno, find_claims_elsewhere, held_exclusively
 from vmplug.host.check.open_disk import (
     check_open_disk,
+    check_qemu_locks,
     find_kernel_users,
     find_openers_elsewhere,
-    open_in_vm,
+    find_qemu_locks,
 )
 from vmplug.host.check.relate import list_image_files, relate_device
 from vmplug.host.check.unknown import gather_unknown, not_looked_for
@@ -40,7 +40,6 @@ from vmplug.host.finding import Access, Claim, Code, Finding, Severity, UsedBy
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot, describe, node_number
-from vmplug.host.use.qemu_lock import is_locked
 from vmplug.host.vhost_user.device import VhostUserSocket
 
 _NOT_ASKED = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT})
@@ -160,7 +159,7 @@ def _all_users(
             yield not_looked_for(f"users of {disk.device_node} ({os.strerror(number).lower()})")
         if not (held or in_vm):
             for node in disk.nodes:
-                yield from _locked(node, Access(read_only=False), root)
+                yield from find_qemu_locks(node, Access(read_only=False), root)
 
 
 def find_disk_users(disk: BlockDevice, usage: HostUsage, root: HostRoot) -> list[Finding]:
@@ -198,7 +197,7 @@ def _check_block(
         found += closed
         if not (_is_refused(used) or in_vm or closed):
             for path in (*device.nodes, *device.below_files):
-                found += _in_a_qemu(path, device, access, usage, root)
+                found += check_qemu_locks(path, device, access, usage, root)
     yield from found
     if not _is_refused(found):
         yield from check_open_disk(device, access, usage, root)
@@ -240,7 +239,7 @@ def _check_file(
     ]
     found = [*used, *find_claimed(claims, access, device.only_read)]
     if not (_is_refused(used) or in_vm):
-        found += _in_a_qemu(device.host_path, device, access, usage, root)
+        found += check_qemu_locks(device.host_path, device, access, usage, root)
     yield from found
     if not _is_refused(found):
         yield from check_open_disk(device, access, usage, root)
@@ -400,7 +399,7 @@ def _is_idle(loop: Loop, usage: HostUsage, root: HostRoot) -> bool:
         return False
     if not root.is_live:
         return True
-    is_locked = any(list(_locked(node, access, root)) for node in device.nodes)
+    is_locked = any(list(find_qemu_locks(node, access, root)) for node in device.nodes)
     refusal = exclusive_errno(device.device_node, usage, root)
     return refusal is None and not is_locked
 
@@ -443,27 +442,6 @@ def _opened(
                 if number in _NOT_ASKED
                 else "the kernel log may have the reason: dmesg",
             )
-
-
-def _locked(path: str, access: Access, root: HostRoot) -> Iterator[Finding]:
-    if root.ask_open(path, partial(is_locked, read_only=access.read_only)):
-        yield Finding(
-            Code.IMAGE_LOCKED,
-            f"{path} is open in another QEMU or in qemu-storage-daemon",
-            f"fuser --verbose {quote(path)} names the process; stop it first",
-            used_by=UsedBy(
-                on=path, who="a QEMU or qemu-storage-daemon", how="the lock bytes of QEMU"
-            ),
-        )
-
-
-def _in_a_qemu(
-    path: str, disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
-) -> Iterator[Finding]:
-    """`_locked`, with the name of the VM if it is one of the journal."""
-    for locked in _locked(path, access, root):
-        vm = next(open_in_vm(disk, usage, root), None)
-        yield replace(vm, code=locked.code, severity=locked.severity) if vm else locked
 
 
 def _read_only(device: BlockDevice | DiskFile, access: Access, remedy: str) -> Iterator[Finding]:

@@ -7,7 +7,10 @@ backup.
 
 import stat
 from collections.abc import Iterator
+from functools import partial
 from shlex import quote
+
+from msgspec.structs import replace
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
@@ -20,6 +23,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.use.file_key import key_of
 from vmplug.host.use.kernel_users import find_unknown_exports
 from vmplug.host.use.openers import DeviceNode, Opener, Wanted, wanted_node
+from vmplug.host.use.qemu_lock import is_locked
 
 
 def check_open_disk(
@@ -74,6 +78,28 @@ def open_in_vm(
         wanted = _wanted(disk, root) | _wanted_below(disk, root)
         for opener in usage.open_files.find_lasting(wanted, matters):
             yield _open_by_vm(opener, vms[opener.pid])
+
+
+def find_qemu_locks(path: str, access: Access, root: HostRoot) -> Iterator[Finding]:
+    """The lock bytes that QEMU sets in each file it opens."""
+    if root.ask_open(path, partial(is_locked, read_only=access.read_only)):
+        yield Finding(
+            Code.IMAGE_LOCKED,
+            f"{path} is open in another QEMU or in qemu-storage-daemon",
+            f"fuser --verbose {quote(path)} names the process; stop it first",
+            used_by=UsedBy(
+                on=path, who="a QEMU or qemu-storage-daemon", how="the lock bytes of QEMU"
+            ),
+        )
+
+
+def check_qemu_locks(
+    path: str, disk: BlockDevice | DiskFile, access: Access, usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """`find_qemu_locks`, with the name of the VM if it is one of the journal."""
+    for locked in find_qemu_locks(path, access, root):
+        vm = next(open_in_vm(disk, usage, root), None)
+        yield replace(vm, code=locked.code, severity=locked.severity) if vm else locked
 
 
 def find_kernel_users(
