@@ -35,7 +35,8 @@ from vmplug.drivers.plug import (
 from vmplug.errors import BackendError, CannotPlug, StateError
 from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.qemu.abilities import Abilities
-from vmplug.hypervisor.qemu.start.cold import ColdQemu, arguments
+from vmplug.hypervisor.qemu.start.cold import ColdQemu
+from vmplug.hypervisor.qemu.start.cold_devices import arguments
 from vmplug.hypervisor.qemu.start.machine import (
     MAX_MEMORY_SLOTS,
     MAX_PORTS,

@@ -17,7 +17,8 @@ from vmplug.host.pci.mdev import VFIODeviceType
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.fake.monitor import FakeHypervisor, Guest
 from vmplug.hypervisor.qemu.iommufd import IOMMUFD, iommufd_steps
-from vmplug.hypervisor.qemu.start.cold import ColdQemu, arguments
+from vmplug.hypervisor.qemu.start.cold import ColdQemu
+from vmplug.hypervisor.qemu.start.cold_devices import arguments
 from vmplug.hypervisor.qemu.start.machine import VmSpec
 from vmplug.hypervisor.qemu.steps.plug import plug_steps
 from vmplug.hypervisor.qemu.steps.vfio import nodes, opened
