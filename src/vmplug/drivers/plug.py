@@ -1,9 +1,11 @@
 """Plugs: the devices that can be plugged into a VM, as values, and their guest addresses."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import assert_never
 
 import msgspec
+from msgspec.structs import replace
 
 from vmplug.address import Bdf, virtio_disk_path
 from vmplug.drivers.place import (
@@ -262,6 +264,29 @@ def guest_address(plug: Plug, place: Place) -> GuestAddress:
             return GuestAddress(nvdimm_id=place.index, nvdimm_handle=place.slot + 1)
         case _:
             assert_never(place)
+
+
+def found_address(
+    places: Sequence[Place], functions: Sequence[str], known: GuestAddress
+) -> GuestAddress:
+    """What is `known` of an address, with where the VM has the device.
+
+    `functions` are those of a group by their names on the host, each at one of the places.
+    """
+    match places[0]:
+        case PciPlace(path=path):
+            pairs = zip(functions, places, strict=False)
+            found = ((name, at.path if isinstance(at, PciPlace) else None) for name, at in pairs)
+            guests = tuple(GuestFunction(name, where) for name, where in found)
+            return replace(known, pci_path=path, functions=guests)
+        case ScsiPlace(path=path, address=address):
+            return replace(known, pci_path=path, scsi_address=address)
+        case CcwPlace(devno=devno):
+            return replace(known, ccw_devno=devno)
+        case MemorySlot(slot=slot):
+            return replace(known, nvdimm_handle=slot + 1)
+        case _:
+            return known
 
 
 def _group_address(plug: VFIODevices, place: Place) -> GuestAddress:

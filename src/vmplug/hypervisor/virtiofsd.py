@@ -26,6 +26,7 @@ from msgspec.structs import replace
 from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
 from vmplug.errors import BackendError, CommandError, DeviceError, HypervisorError
 from vmplug.host.file_id import file_id, file_replaced, pinned
+from vmplug.host.finding import LEASE_PREFIX
 from vmplug.host.process import end_processes, find_marked
 from vmplug.host.program import program_environment
 from vmplug.host.root import THIS_HOST
@@ -293,7 +294,10 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
         found: dict[str, list[int]] = {}
         for pid, mark in sorted(find_marked(DAEMON_MARK).items()):
             device_id, _, vm = mark.partition(" ")
-            if vm == self._vm and (wanted is None or device_id in wanted):
+            is_ours = vm == self._vm
+            if wanted is not None:  # what a VM has taken over is still marked with its lease
+                is_ours = device_id in wanted and (is_ours or vm.startswith(LEASE_PREFIX))
+            if is_ours:
                 found.setdefault(device_id, []).append(pid)
         return found
 

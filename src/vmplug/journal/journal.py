@@ -33,7 +33,7 @@ from vmplug.journal.database import (
     store_error,
 )
 from vmplug.journal.images import ImageClaims
-from vmplug.journal.lease_rows import LeaseRows
+from vmplug.journal.lease_rows import NOTHING, LeaseRows, Taken, take_over
 from vmplug.journal.lock import JournalLock
 from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.records import (
@@ -181,8 +181,8 @@ class Journal:
 
     # VMs
 
-    def add_vm(self, vm: VmRecord) -> None:
-        """Add a VM of this boot. StateError when its name or QMP socket is already known."""
+    def add_vm(self, vm: VmRecord, taken: Taken = NOTHING) -> None:
+        """Add a VM, with what it takes from leases. StateError when name or socket is known."""
         with Transaction(self._db, self._lock, self.path) as db:
             known = db.execute(
                 "SELECT name FROM vm WHERE name = ? OR qmp_socket = ?", (vm.name, vm.qmp_socket)
@@ -192,6 +192,7 @@ class Journal:
                     known["name"], vm.qmp_socket if known["name"] != vm.name else None
                 )
             self._insert_vm(db, vm)
+            take_over(db, vm.name, taken)
 
     def replace_vm(self, vm: VmRecord) -> None:
         """Add a VM in place of the former one of its name, whose devices are forgotten."""

@@ -4,14 +4,24 @@ Another process may have ended a lease meanwhile, and its owner have made anothe
 """
 
 import sqlite3
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from vmplug.host.process import ProcessLock
 from vmplug.journal.database import Transaction
-from vmplug.journal.records import DeviceRecord, VmRecord, read_device
+from vmplug.journal.records import DeviceRecord, VmRecord, guest_text, read_device
+
+Taken = Mapping[str, Sequence[DeviceRecord]]
+"""Devices of leases, by the names of those."""
+NOTHING: Taken = MappingProxyType({})
 
 _HAND_OVER = """
 UPDATE vm SET pid = ?, started_at = ?, worker = NULL
 WHERE name = ? AND qmp_socket = ? AND pid IS ? AND worker IS ?
+"""
+_TAKE_OVER = "UPDATE device SET vm = ?, place = ?, guest = ? WHERE id = ? AND vm = ?"
+_DROP_EMPTY = """
+DELETE FROM vm WHERE name = ? AND NOT EXISTS (SELECT * FROM device WHERE vm = vm.name)
 """
 _FORGET = "DELETE FROM vm WHERE name = ? AND qmp_socket = ? AND pid IS ? AND worker IS ?"
 _HELD = "SELECT * FROM device WHERE vm = ? ORDER BY rowid"
@@ -38,6 +48,18 @@ class LeaseRows:
             held = db.execute(_HELD, (lease.name,)).fetchall()
             db.execute("DELETE FROM device WHERE vm = ?", (lease.name,))
         return [read_device(row) for row in held]
+
+
+def take_over(db: sqlite3.Connection, vm: str, devices: Taken) -> None:
+    """Make devices of leases those of a VM, at their places in it.
+
+    One that a lease no longer has is left out. A lease without devices has ended.
+    """
+    for lease, taken in devices.items():
+        for one in taken:
+            where = one.place, guest_text(one.guest_address)
+            db.execute(_TAKE_OVER, (vm, *where, one.id, lease))
+        db.execute(_DROP_EMPTY, (lease,))
 
 
 def _same(lease: VmRecord) -> tuple[object, ...]:

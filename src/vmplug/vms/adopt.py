@@ -8,7 +8,8 @@ from vmplug.host.permissions import can_all_connect
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
 from vmplug.journal.names import check_vm_name
-from vmplug.journal.records import record_vm
+from vmplug.journal.records import Attachment, record_vm
+from vmplug.leases.take_over import find_leased
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.release import forget_ended
 
@@ -19,6 +20,7 @@ class AdoptedVm(msgspec.Struct, frozen=True, kw_only=True):
     `pid` is None when the process cannot be seen from here. `is_open_to_all` is whether every
     user of the host may connect to the socket, and so control the VM. `foreign_devices` are those
     that another journal's vmplug plugged: `reconcile_host` lists them and leaves them alone.
+    `attachments` are what it had by leases, which are its own now.
     """
 
     name: str
@@ -29,6 +31,7 @@ class AdoptedVm(msgspec.Struct, frozen=True, kw_only=True):
     scsi_controllers: int
     is_open_to_all: bool
     foreign_devices: int
+    attachments: tuple[Attachment, ...] = ()
 
 
 def adopt_vm(
@@ -39,17 +42,21 @@ def adopt_vm(
 ) -> AdoptedVm:
     """Write a running QEMU into the journal under that name, and return what it offers.
 
-    Give QEMU a QMP socket for vmplug alone. Raises SpecError, ConnectError, and StateError when
-    another VM has the name.
+    Give QEMU a QMP socket for vmplug alone. Devices that it got by `Lease.qemu_args` become its
+    attachments, and their lease has ended, if it has no others. Nothing is released in between.
+    Raises SpecError, ConnectError, and StateError when another VM has the name, or such a lease
+    was not given to a process yet.
     """
     check_vm_name(name)
     with Journal.open(setup.state_dir) as journal:
         forget_ended(journal, name)
         with closing(Qemu.connect(qmp_socket)) as qemu:
             endpoint, offer, drivers = qemu.endpoint, qemu.offer(), qemu.find_drivers()
+            taken = find_leased(qemu, journal)
         assert endpoint
-        journal.add_vm(record_vm(name, endpoint))
+        journal.add_vm(record_vm(name, endpoint), taken)
         foreign = journal.find_foreign(drivers)
+        held = journal.attachments(name)
     return AdoptedVm(
         name=name,
         qmp_socket=endpoint.qmp_socket,
@@ -59,4 +66,5 @@ def adopt_vm(
         scsi_controllers=len(offer.controllers),
         is_open_to_all=can_all_connect(endpoint.qmp_socket),
         foreign_devices=len(foreign),
+        attachments=tuple(held),
     )

@@ -58,7 +58,8 @@ def adopted_json(vm: "AdoptedVm") -> dict[str, Any]:
             "qmp_open_to_all": vm.is_open_to_all,
             "machine": vm.machine,
             "foreign_devices": vm.foreign_devices,
-        }
+        },
+        "attachments": attachments_json(vm.attachments, vm.attachments),
     }
 
 
@@ -67,6 +68,9 @@ def print_adopted(vm: "AdoptedVm") -> None:
     places = counted(vm.free_pci_places, "free PCI place")
     controllers = counted(vm.scsi_controllers, "SCSI controller")
     click.echo(f"VM {vm.name} is adopted: {vm.machine} with {places} and {controllers}")
+    if vm.attachments:
+        click.echo(f"it has {counted(len(vm.attachments), 'attachment')}, which it got by leases:")
+        print_attachments(vm.attachments, with_vm=False)
     _print_foreign(vm.name, vm.foreign_devices)
     if vm.is_open_to_all:
         socket = one_line(vm.qmp_socket)

@@ -40,6 +40,9 @@ _SCSI_CONTROLLERS = frozenset({"virtio-scsi-pci", "virtio-scsi-ccw"})
 _SCSI_DISK = "scsi-"
 
 
+_MMIO_BUS = "virtio-mmio-bus."
+
+
 ANONYMOUS = "/machine/peripheral-anon"
 """Where devices without an id are."""
 
@@ -297,10 +300,10 @@ def read_place(monitor: Monitor, name: str) -> Place | None:
         return MemorySlot(slot=monitor.execute(qom_get(path, "slot")), index=0)
     if "dev_id" in names:
         return CcwPlace(devno=CcwDevNo.parse(monitor.execute(qom_get(path, "dev_id"))))
-    if not {"addr", "scsi-id"} & names:
-        return None
     bus_path = str(monitor.execute(qom_get(path, "parent_bus")))
     bus, buses = bus_path.rpartition("/")[2], Buses(monitor, peripherals)
+    if not {"addr", "scsi-id"} & names:
+        return _transport(bus)
     if "scsi-id" in names:
         numbers = monitor.execute_all([qom_get(path, "scsi-id"), qom_get(path, "lun")])
         controller = f"{PERIPHERAL}/{bus.removesuffix('.0')}"
@@ -312,6 +315,11 @@ def read_place(monitor: Monitor, name: str) -> Place | None:
     where = read_pci_path(monitor, path, buses)
     slot = PciSlot.from_devfn(monitor.execute(qom_get(path, "addr")))
     return PciPlace(bus=bus, slot=slot, path=where.path) if where else None
+
+
+def _transport(bus: str) -> MmioPlace | None:
+    number = bus.removeprefix(_MMIO_BUS)
+    return MmioPlace(bus=bus, index=int(number)) if number != bus else None
 
 
 def _is_shared(

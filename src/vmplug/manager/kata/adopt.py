@@ -10,15 +10,8 @@ from typing import Protocol
 import msgspec
 
 from vmplug.address import new_id
-from vmplug.drivers.place import (
-    CcwPlace,
-    GuestAddress,
-    GuestFunction,
-    MemorySlot,
-    PciPlace,
-    Place,
-    ScsiPlace,
-)
+from vmplug.drivers.place import GuestAddress, Place
+from vmplug.drivers.plug import found_address
 from vmplug.drivers.ports import Endpoint
 from vmplug.host.kind import DeviceType, Identity, IdentityKind
 from vmplug.host.root import HostRoot
@@ -139,21 +132,8 @@ def _canonical(identity: Identity, host: HostRoot) -> Identity:
 def _guest_address(device: KataDevice, places: list[Place]) -> GuestAddress | None:
     if not places:
         return None
-    match places[0]:
-        case PciPlace(path=path):
-            functions = tuple(
-                GuestFunction(name, place.path if isinstance(place, PciPlace) else None)
-                for name, place in zip(device.functions, places, strict=False)
-            )
-            return GuestAddress(pci_path=path, functions=functions)
-        case ScsiPlace(path=path, address=address):
-            return GuestAddress(pci_path=path, scsi_address=address)
-        case CcwPlace(devno=devno):
-            return GuestAddress(ccw_devno=devno)
-        case MemorySlot(slot=slot):
-            return GuestAddress(nvdimm_id=device.nvdimm_id, nvdimm_handle=slot + 1)
-        case _ as place:
-            raise AssertionError(f"{device.id} at {place}")
+    known = GuestAddress(nvdimm_id=device.nvdimm_id)
+    return found_address(places, device.functions, known)
 
 
 def _holds(device: KataDevice, record: DeviceRecord, state: KataState) -> list[Attachment]:
