@@ -10,6 +10,7 @@ from typing import Self, TypeVar
 from vmplug.aio.threads import Threads
 from vmplug.arguments import checked
 from vmplug.host.root import HostRoot
+from vmplug.hypervisor.qemu.start.foreign import DEFAULT_MEMORY, DEFAULT_PROGRAM
 from vmplug.leases import lease as leases
 from vmplug.leases.device import LeasedDevice
 from vmplug.leases.holder import DEFAULT_TERMS, LeaseTerms
@@ -52,6 +53,26 @@ class AsyncLease:
     ) -> list[str]:
         """See Lease.render; it only computes."""
         return self._lease.render(template, kind=kind, name=name)
+
+    async def qemu_args(
+        self,
+        machine: str,
+        *,
+        memory: str = DEFAULT_MEMORY,
+        shared_memory: bool = False,
+        kvm: bool = False,
+        program: str = DEFAULT_PROGRAM,
+    ) -> list[str]:
+        """See Lease.qemu_args."""
+
+        def make(lease: Lease) -> list[str]:
+            return lease.qemu_args(
+                machine, memory=memory, shared_memory=shared_memory, kvm=kvm, program=program
+            )
+
+        words = await self._call(make)
+        self.devices = self._lease.devices
+        return words
 
     async def give_to(self, pid: int) -> None:
         """See Lease.give_to."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 from msgspec import structs
+from msgspec.structs import replace
 
 from vmplug.drivers.plug import (
     BlockDrive,
@@ -91,16 +92,16 @@ def describe(hold: Attachment, plug: Plug | None, opened: Opened) -> LeasedDevic
     )
     match plug:
         case BlockDrive():
-            return structs.replace(device, size_bytes=plug.size_bytes, format=str(plug.format))
+            return replace(device, size_bytes=plug.size_bytes, format=str(plug.format))
         case VhostUserDevice():
-            return structs.replace(
+            return replace(
                 device, socket=plug.socket_path, mac_address=plug.mac_address, tag=plug.tag
             )
         case SharedFS():
-            return structs.replace(device, tag=plug.tag)
+            return replace(device, tag=plug.tag)
         case VFIODevices():
             is_group = not plug.node.startswith("/dev/vfio/devices/")
-            return structs.replace(
+            return replace(
                 device,
                 group_node=plug.node if is_group else None,
                 group_descriptor=opened.group_descriptor,
@@ -108,6 +109,12 @@ def describe(hold: Attachment, plug: Plug | None, opened: Opened) -> LeasedDevic
             )
         case RNGDevice() | None:
             return device
+
+
+def without_descriptors(device: LeasedDevice) -> LeasedDevice:
+    """The device without what is open of it."""
+    functions = tuple(replace(function, descriptor=None) for function in device.functions)
+    return replace(device, descriptor=None, group_descriptor=None, functions=functions)
 
 
 def _function(device: VFIODevice, opened: Opened) -> LeasedFunction:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from vmplug.arguments import check_fields
 from vmplug.devnum import DevNum
-from vmplug.drivers.place import Offer, Place, Places, PlugMode
+from vmplug.drivers.place import Chosen, LeaseOffer, LeasePlace, Place, Places, PlugMode
 from vmplug.drivers.plug import BlockDrive, Plug, RNGDevice, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import START_DAEMON, Choose, Command, Endpoint, Hypervisor, Step
 from vmplug.drivers.ports import UnplugFailure as Failure
@@ -81,14 +81,8 @@ class LeaseHolder(Hypervisor):
         self._daemons = daemons
         self._host = host
         self._passing = terms.passing
-        self._lock = terms.lock
-        self._connections: dict[str, VirtiofsdProcess] = {}
-        self.plugs: dict[str, Plug] = {}
-        self.opened: dict[str, Opened] = {}
-
-    def places(self, known: Mapping[str, str]) -> Places:  # noqa: ARG002
-        """See Hypervisor: any number of devices, and all that a VMM may be able to do."""
-        return Offer(
+        self.lock = terms.lock
+        self._offer = LeaseOffer(
             machine="lease",
             ports=(),
             controllers=(),
@@ -97,6 +91,14 @@ class LeaseHolder(Hypervisor):
             kvm=True,
             iommufd=True,
         )
+        self._connections: dict[str, VirtiofsdProcess] = {}
+        self.plugs: dict[str, Plug] = {}
+        self.chosen: dict[str, Chosen] = {}
+        self.opened: dict[str, Opened] = {}
+
+    def places(self, known: Mapping[str, str]) -> Places:  # noqa: ARG002
+        """See Hypervisor: any number of devices, and all that a VMM may be able to do."""
+        return self._offer
 
     def claim_foreign_names(self, names: Mapping[str, str]) -> None:
         """See Hypervisor: there are none."""
@@ -108,8 +110,9 @@ class LeaseHolder(Hypervisor):
             return ()
         return (Step(do=Command(START_DAEMON, {"directory": daemon.directory}), undo=None),)
 
-    def plug(self, plug: Plug, place: Place) -> None:  # noqa: ARG002
+    def plug(self, plug: Plug, place: Place) -> None:
         """See Hypervisor."""
+        assert isinstance(place, LeasePlace)
         opened = Opened()
         with ExitStack() as undo:
             undo.callback(_close, opened)
@@ -120,7 +123,7 @@ class LeaseHolder(Hypervisor):
                     self._open_file(path, checked, os.O_RDONLY, opened)
                 case VFIODevices():
                     self._check_bound(plug)
-                    plug = self._with_cdevs(plug)
+                    plug = self.with_cdevs(plug)
                     self._open_vfio(plug, opened)
                 case VhostUserDevice(daemon=daemon) if daemon:
                     started = self._daemons.start(daemon, plug.id)
@@ -132,6 +135,7 @@ class LeaseHolder(Hypervisor):
                     pass
             undo.pop_all()
         self.plugs[plug.id], self.opened[plug.id] = plug, opened
+        self.chosen[plug.id] = self._offer.chosen[place.number]
 
     def open_char(self, device_id: str, path: str, number: DevNum, *, read_only: bool) -> None:
         """Open a character device, which the manager only counts. Raises as `plug`."""
@@ -147,9 +151,9 @@ class LeaseHolder(Hypervisor):
         assert drive.file_id
         flags = os.O_RDONLY if drive.read_only else os.O_RDWR
         self._open_file(drive.file, drive.file_id, flags, opened)
-        if self._lock is not LeaseLock.NONE:
+        if self.lock is not LeaseLock.NONE:
             with pinned(drive.file, drive.file_id) as pin:
-                opened.locks.append(_open_locked(pin, drive, is_full=self._lock is LeaseLock.FULL))
+                opened.locks.append(_open_locked(pin, drive, is_full=self.lock is LeaseLock.FULL))
 
     def _open_file(self, path: str, checked: str, flags: int, opened: Opened) -> None:
         if self._passing is Passing.PATHS:
@@ -173,7 +177,7 @@ class LeaseHolder(Hypervisor):
                     hint="nothing is leased; check that nothing else binds it, and try again",
                 )
 
-    def _with_cdevs(self, plug: VFIODevices) -> VFIODevices:
+    def with_cdevs(self, plug: VFIODevices) -> VFIODevices:
         """The devices with their own nodes, which they have since they were bound."""
         found = (
             (d, read_cdev(d.sysfs_path, self._host) if d.sysfs_path else None)
@@ -206,6 +210,12 @@ class LeaseHolder(Hypervisor):
         """See Hypervisor."""
         self._daemons.end(device_ids)
         return {}
+
+    def close_files_of(self, device_id: str) -> None:
+        """Close what it has open of a device, except the connection to a server of it."""
+        if not isinstance(self.plugs[device_id], VhostUserDevice):
+            _close(self.opened[device_id])
+            self.opened[device_id] = Opened()
 
     def close_all(self) -> None:
         """Close everything: the process that has inherited it is its holder, if there is one."""

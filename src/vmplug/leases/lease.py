@@ -10,11 +10,17 @@ from msgspec.structs import replace
 from vmplug.errors import DeviceError, SpecError, StateError
 from vmplug.host.process import ProcessLock, read_start_time, wait_for_end
 from vmplug.host.root import HostRoot
+from vmplug.hypervisor.qemu.start.foreign import (
+    DEFAULT_MEMORY,
+    DEFAULT_PROGRAM,
+    ForeignQemu,
+    QemuCommand,
+)
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.journal.journal import Journal
 from vmplug.journal.names import check_owner
 from vmplug.journal.records import Attachment, VmRecord
-from vmplug.leases.device import LeasedDevice, Opened, describe
+from vmplug.leases.device import LeasedDevice, Opened, describe, without_descriptors
 from vmplug.leases.holder import DEFAULT_TERMS, LeaseHolder, LeaseTerms
 from vmplug.leases.life import (
     end_ended,
@@ -24,6 +30,7 @@ from vmplug.leases.life import (
     record_lease,
     release,
 )
+from vmplug.leases.qemu_words import make_words
 from vmplug.leases.state import LeaseState, find_state
 from vmplug.leases.template import find_named, render
 from vmplug.manager.binding.binder import Binder
@@ -62,6 +69,8 @@ class Lease:
         self._holder = holder
         self._setup = setup
         self._process: int | None = None
+        self._started_at: int | None = None
+        self._words: ForeignQemu | None = None
         self._maker = ProcessLock()
         self._is_over = False
         self.id = lease_id_of(record)
@@ -76,8 +85,9 @@ class Lease:
     @property
     def descriptors(self) -> tuple[int, ...]:
         """The open files for the process to inherit, as `pass_fds`; none once it was given."""
+        given = self._words.descriptors() if self._words else ()
         opened = self._holder.opened.values()
-        return tuple(sorted(number for one in opened for number in one.all()))
+        return tuple(sorted({*given, *(number for one in opened for number in one.all())}))
 
     def render(
         self, template: str | Sequence[str], *, kind: str | None = None, name: str | None = None
@@ -91,6 +101,40 @@ class Lease:
         for wanted in filter(None, (kind, name)):
             devices = find_named(devices, wanted)
         return render(devices, template)
+
+    def qemu_args(
+        self,
+        machine: str,
+        *,
+        memory: str = DEFAULT_MEMORY,
+        shared_memory: bool = False,
+        kvm: bool = False,
+        program: str = DEFAULT_PROGRAM,
+    ) -> list[str]:
+        """Return the words that put the devices on the command line of a QEMU.
+
+        `machine` and `memory` are what its -machine and -m say, `kvm` whether its -accel is. Where
+        a device needs shared memory, the words bring some, unless the command has its own: then
+        `shared_memory` says that it is shared. QEMU inherits `descriptors`, and a field
+        `descriptor` has no value any more. `adopt_vm` takes the devices over later.
+
+        Raises SpecError for another machine than q35, pc and microvm, and for a lease with locks;
+        CannotPlug and NoFreePort for what the machine cannot have, StateError after `give_to`.
+        """
+        command = QemuCommand(
+            machine=machine, memory=memory, shared_memory=shared_memory, kvm=kvm, program=program
+        )
+        self._maker.check()
+        with Journal.open_existing(self._setup.state_dir) as journal:
+            record = self._require_held(journal)
+            if self._process is not None:
+                raise self._ended()
+            devices = journal.devices(record.name)
+        if self._words:
+            self._words.started()
+        self._words = make_words(command, devices, self._holder, self._setup.host)
+        self.devices = tuple(without_descriptors(device) for device in self.devices)
+        return self._words.arguments()
 
     def give_to(self, pid: int) -> None:
         """Give the lease to a process, and close what this process has open of it.
@@ -111,8 +155,8 @@ class Lease:
                 )
             if not journal.leases.hand_over(record, pid, started_at):
                 raise self._ended()
-        self._process = pid
-        self._holder.close_all()
+        self._process, self._started_at = pid, started_at
+        self._close_all()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the process that it was given to, and give the devices back; False if it runs.
@@ -128,14 +172,13 @@ class Lease:
             )
         with Journal.open_existing(self._setup.state_dir) as journal:
             record = self._find(journal)
-        if record and record.pid:
-            forever_s = 1e6  # poll(2) takes no more
-            if not wait_for_end(
-                record.pid,
-                forever_s if timeout_s is None else timeout_s,
-                started_at=record.started_at,
-            ):
-                return False
+        pid, started_at = self._process, self._started_at
+        if record and record.pid:  # a process that uses the devices may have it since
+            pid, started_at = record.pid, record.started_at
+        forever_s = 1e6  # poll(2) takes no more
+        left_s = forever_s if timeout_s is None else timeout_s
+        if not wait_for_end(pid, left_s, started_at=started_at):
+            return False
         self.settle()
         return True
 
@@ -147,7 +190,7 @@ class Lease:
         """
         self._maker.check()
         if self._process is None:
-            self._holder.close_all()
+            self._close_all()
         with Journal.open_existing(self._setup.state_dir) as journal:
             record = self._find(journal)
             if record is None or self._is_over:
@@ -173,10 +216,16 @@ class Lease:
         with Journal.open_existing(self._setup.state_dir) as journal:
             record = self._find(journal)
             if record is None or self._is_over:
-                self._holder.close_all()
+                self._close_all()
                 return
             release(record, journal, self._setup.host)
         self._is_over = True
+        self._close_all()
+
+    def _close_all(self) -> None:
+        if self._words:
+            self._words.started()
+            self._words = None
         self._holder.close_all()
 
     def _find(self, journal: Journal) -> VmRecord | None:

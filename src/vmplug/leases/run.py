@@ -9,10 +9,13 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from vmplug.errors import DeviceError, SpecError
+from vmplug.hypervisor.qemu.start.foreign import QemuCommand
 from vmplug.leases.holder import Passing
 from vmplug.leases.lease import Lease
-from vmplug.leases.template import fields_in
+from vmplug.leases.template import fields_in, render_command
 
+QEMU_ARGS = "{qemu-args}"
+"""A word of a command that stands for the words of `Lease.qemu_args`."""
 _PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 _FROM_TERMINAL = {signal.SIGINT, signal.SIGQUIT}
 """A terminal sends these to every process in its foreground. Source: termios(3), ISIG."""
@@ -22,10 +25,35 @@ def check_command(words: Sequence[str]) -> None:
     """Raise SpecError for a command that does not exist, before anything is leased for it."""
     if not words:
         raise SpecError("lease", "no command is given", hint="write it after --")
+    if sum(word.count(QEMU_ARGS) for word in words) > words.count(QEMU_ARGS):
+        raise SpecError(QEMU_ARGS, "it stands for many words, and must be a word of its own")
+    if words.count(QEMU_ARGS) > 1:
+        raise SpecError(QEMU_ARGS, "it is there twice, and a QEMU has each device once")
+    if QEMU_ARGS in words:
+        QemuCommand.read(words)
     if shutil.which(words[0]) is None:
         raise SpecError(
             words[0], "there is no such program", hint="nothing was leased; write it after --"
         )
+
+
+def complete_command(lease: Lease, words: Sequence[str]) -> list[str]:
+    """The command with the values of its fields, and the words for QEMU.
+
+    Raises as `Lease.qemu_args` and `render_command`.
+    """
+    added = list[str]()
+    if QEMU_ARGS in words:
+        said = QemuCommand.read(words)
+        added = lease.qemu_args(
+            said.machine,
+            memory=said.memory,
+            shared_memory=said.shared_memory,
+            kvm=said.kvm,
+            program=said.program,
+        )
+    rendered = render_command(lease.devices, words)
+    return [one for word in rendered for one in (added if word == QEMU_ARGS else [word])]
 
 
 def passing_for(words: Sequence[str]) -> Passing:

@@ -1,13 +1,12 @@
 """Plan an attach completely before its first step."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import count
 
 import msgspec
 from msgspec.structs import replace
 
 from vmplug.address import new_id
-from vmplug.drivers.place import LeasePlace, MemorySlot, Place, Places, PlugMode
+from vmplug.drivers.place import LeaseOffer, MemorySlot, Place, Places
 from vmplug.drivers.plug import Plug, guest_address
 from vmplug.drivers.ports import BIND, UNBIND, Command, NewPlug, PlugDriver, Step
 from vmplug.errors import CannotPlug, NoFreePort, StateError
@@ -36,11 +35,9 @@ def choose_place(
     driver: PlugDriver, device: HostDevice, offer: Places, taken: Collection[str]
 ) -> Place:
     """A free place; of a lease any number will do. Raises as `PlugDriver.choose_place`."""
-    if offer.mode is not PlugMode.LEASE:
-        return driver.choose_place(device, offer, taken)
-    return next(
-        place for number in count() if str(place := LeasePlace(number=number)) not in taken
-    )
+    if isinstance(offer, LeaseOffer):
+        return offer.choose(driver, device, taken)
+    return driver.choose_place(device, offer, taken)
 
 
 class NewDevice(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,8 +20,13 @@ from vmplug.cli.render.output import print_json
 from vmplug.leases.holder import LeaseLock, LeaseTerms
 from vmplug.leases.lease import lease
 from vmplug.leases.life import end_lease, list_leases
-from vmplug.leases.run import check_command, passing_for, run_command, write_description
-from vmplug.leases.template import render_command
+from vmplug.leases.run import (
+    check_command,
+    complete_command,
+    passing_for,
+    run_command,
+    write_description,
+)
 from vmplug.manager.setup import Setup
 
 
@@ -112,7 +117,7 @@ def run(
             setup=setup,
         )
     with leased:
-        rendered = render_command(leased.devices, words)
+        rendered = complete_command(leased, words)
         if describe:
             write_description(describe, lease_text(leased))
         status = run_command(leased, rendered)
