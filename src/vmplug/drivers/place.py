@@ -93,13 +93,17 @@ class MemorySlot(msgspec.Struct, frozen=True, kw_only=True):
         return f"memory/{self.slot}"
 
 
+LEASED = "lease/"
+"""The prefix of places of leased devices."""
+
+
 class LeasePlace(msgspec.Struct, frozen=True, kw_only=True):
     """A device of a lease: another program decides where its guest sees it."""
 
     number: int
 
     def __str__(self) -> str:
-        return f"lease/{self.number}"
+        return f"{LEASED}{self.number}"
 
 
 Place = (

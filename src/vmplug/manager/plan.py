@@ -6,7 +6,7 @@ import msgspec
 from msgspec.structs import replace
 
 from vmplug.address import new_id
-from vmplug.drivers.place import LeaseOffer, MemorySlot, Place, Places
+from vmplug.drivers.place import LEASED, LeaseOffer, MemorySlot, Place, Places
 from vmplug.drivers.plug import Plug, guest_address
 from vmplug.drivers.ports import BIND, UNBIND, Command, NewPlug, PlugDriver, Step
 from vmplug.errors import CannotPlug, NoFreePort, StateError
@@ -340,7 +340,12 @@ def _words(options: Mapping[str, str]) -> str:
 
 
 def _is_other_pmem(record: DeviceRecord, request: CheckedRequest) -> bool:
-    """Whether a file that is plugged as a disk is now requested as persistent memory."""
+    """Whether a file that is plugged as a disk is now requested as persistent memory.
+
+    What becomes of one that is leased, its VMM decides.
+    """
+    if record.place and record.place.startswith(LEASED):
+        return False
     wants_pmem = isinstance(request.info, DeviceInfo) and request.info.pmem
     is_pmem = record.guest_address is not None and record.guest_address.nvdimm_handle is not None
     return wants_pmem and not is_pmem

@@ -352,3 +352,14 @@ def test_a_vm_verb_names_the_lease(setup: Setup, image: Path) -> None:
             vmplug.stop_vm("lease:job", setup=setup)
         with pytest.raises(StateError):
             vmplug.detach_owner("job", setup=setup)
+
+
+def test_a_file_is_leased_as_persistent_memory(setup: Setup, tmp_path: Path) -> None:
+    """The VMM decides whether it becomes some."""
+    image = disk_image(tmp_path / "n.img", 2, "n")
+    asked = DeviceInfo(
+        container_path="/dev/pmem0", dev_type=DevType.BLOCK, host_path=str(image), pmem=True
+    )
+    with vmplug.lease([asked], setup=setup) as lease:
+        (device,) = lease.devices
+        assert (device.name, device.size_bytes) == ("/dev/pmem0", 2 << 20)
