@@ -17,6 +17,8 @@ from tests.support.disks import disk_image
 from vmplug.host.process import wait_for_end
 
 WAIT_S = 60.0
+Q35, WORDS = ("-machine", "q35"), ("{{qemu-args}}",)
+BYTES = ("--allow", "nvdimm-size")
 
 
 @pytest.fixture
@@ -94,6 +96,13 @@ def test_nothing_of_qemu_is_needed(vmplug: Vmplug, image: Path) -> None:
         (("--device", "file:{image}", "--", "touch", "{ran}", "{{eth0.socket}}"), 3),
         (("--device", "file:{image}", "--", "touch", "{ran}", "{{block.bdf}}"), 3),
         (("--device", "file:{image}", "--describe", "/no/such", "--", "touch", "{ran}"), 3),
+        (("--device", "file:{image}", "--", "touch", "{ran}", "{{qemu-args}}"), 3),
+        (("--device", "file:{image}", "--", "touch", "{ran}", *Q35, "a{{qemu-args}}"), 3),
+        (("--device", "file:{image}", "--", "touch", "{ran}", *Q35, *WORDS, *WORDS), 3),
+        (("--device", "file:{image}", "--", "touch", "{ran}", "-M", "virt", *WORDS), 3),
+        (("--device", "file:{image}", "--", "touch", "{ran}", *Q35, "-m", "much", *WORDS), 3),
+        (("--device", "c:1:3:/dev/null", "--", "touch", "{ran}", *Q35, *WORDS), 5),
+        (("-d", "nvdimm:{image}", *BYTES, "--", "touch", "{ran}", "-M", "microvm", *WORDS), 5),
         (("--device", "file:{image}.absent", "--", "touch", "{ran}"), 4),
         (("--device", "file:{image}", "--device", "net:/no.sock", "--", "touch", "{ran}"), 4),
         (("--", "touch", "{ran}"), 2),

@@ -1,5 +1,6 @@
 """A QEMU that vmplug did not start, with devices that vmplug leased to it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,6 +49,26 @@ def test_qemu_locks_the_disk_itself_where_the_lease_does_not(tmp_path: Path) -> 
     )
     assert (done.stderr, done.status) == ("", 0)
     assert '"QMP"' in done.stdout
+    assert vmplug("lease", "list").answer() == "nothing is leased\n"
+
+
+def test_the_command_has_its_devices_by_words_that_vmplug_writes(tmp_path: Path) -> None:
+    """Behind and before other words; QEMU says which disks it has."""
+    image = disk_image(tmp_path / "a, b.img", 2, "leased")
+    vmplug = Vmplug(tmp_path / "state")
+    asked = '{"execute":"qmp_capabilities"}{"execute":"query-block"}{"execute":"quit"}'
+    done = vmplug.as_process(
+        *("lease", "--device", f"file:{image}", "--device", "rng", "--"),
+        *("qemu-system-x86_64", "-nodefaults", "-display", "none", "{qemu-args}"),
+        *(*PLAIN, "-qmp", "stdio"),
+        stdin=asked,
+    )
+    assert (done.stderr, done.status) == ("", 0)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    (blocks,) = [answer["return"] for answer in answers if answer.get("return")]
+    (node,) = [block["inserted"] for block in blocks if "inserted" in block]
+    assert node["image"]["virtual-size"] == 2 << 20
+    assert node["file"].startswith("/dev/fdset/")
     assert vmplug("lease", "list").answer() == "nothing is leased\n"
 
 

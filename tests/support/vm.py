@@ -128,14 +128,15 @@ def start_vm(
     memory: str = "256M",
     smp: int = 1,
     qemu: str = QEMU,
+    pass_fds: Sequence[int] = (),
 ) -> Iterator[GuestVm]:
     """Starts QEMU without KVM, and ends and reaps it whatever happens; logs go to `directory`.
 
     The sockets have a short directory of their own, as their paths may have 107 bytes only. They
     listen before QEMU starts: connecting needs no second try. `memory` is QEMU's -m, and may go on
-    as in `256M,slots=2,maxmem=1G`. A microvm has one serial port only: its guest's kernel is not
-    heard. Raises RuntimeError with QEMU's words when it does not start, FileNotFoundError when the
-    guest has not been built.
+    as in `256M,slots=2,maxmem=1G`. QEMU inherits `pass_fds`. A microvm has one serial port only:
+    its guest's kernel is not heard. Raises RuntimeError with QEMU's words when it does not start,
+    FileNotFoundError when the guest has not been built.
     """
     arguments = [qemu, "-accel", "tcg", "-machine", machine, "-cpu", "max"]
     arguments += ["-m", memory, "-smp", str(smp), "-nodefaults", "-no-user-config"]
@@ -148,7 +149,7 @@ def start_vm(
         arguments += ["-device", json.dumps(device)]
     with ExitStack() as stack:
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory("", "vmplug-", "/tmp")))
-        process = stack.enter_context(_running([*arguments, *extra], directory, sockets))
+        process = stack.enter_context(_running([*arguments, *extra], directory, sockets, pass_fds))
         vm = GuestVm(process, directory, sockets, guest=guest)
         stack.callback(vm.disconnect)
         yield vm
@@ -182,7 +183,9 @@ def _guest_arguments(machine: str, flavour: Flavour) -> list[str]:
 
 
 @contextmanager
-def _running(arguments: list[str], logs: Path, sockets: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _running(
+    arguments: list[str], logs: Path, sockets: Path, pass_fds: Sequence[int]
+) -> Iterator[subprocess.Popen[bytes]]:
     """QEMU with two monitors, and a chardev for each serial port; ended and reaped at the end."""
     with ExitStack() as started:
         fds = {
@@ -195,7 +198,7 @@ def _running(arguments: list[str], logs: Path, sockets: Path) -> Iterator[subpro
             stdin=subprocess.DEVNULL,
             stdout=stderr,
             stderr=stderr,
-            pass_fds=tuple(fds.values()),
+            pass_fds=(*fds.values(), *pass_fds),
         )
     try:
         yield process

@@ -40,7 +40,7 @@ from tests.system.faults.world import (
 from vmplug.host.vhost_user.store import VHOST_USER_BLK_MAJOR, VHOST_USER_SCSI_MAJOR
 
 THROTTLED = {"iothread": "on", "iops-total": "900"}
-_SHARED = (Op.RECONCILE, Op.LEASE, Op.END)
+_SHARED = (Op.RECONCILE, Op.LEASE, Op.END, Op.TAKE_OVER)
 KINDS = (
     Kind(
         name="virtio-blk image",
@@ -53,6 +53,7 @@ KINDS = (
     Kind(
         name="two disks at once",
         make=partial(images, options=[{}, {"block-driver": "virtio-scsi"}]),
+        more=(Op.TAKE_OVER,),
     ),
     Kind(name="nvdimm", make=partial(images, pmem=True), is_retained=True),
     Kind(
@@ -190,11 +191,8 @@ class Column:
             self._run("stop")
         elif self.op is Op.STOP:
             begun, done = self._pictured("start"), self._pictured("stop")
-        elif self.op is Op.LEASE:
-            begun, done = end, self._pictured("lease")
-            self._run("end")
-        elif self.op is Op.END:
-            begun, done = self._pictured("lease"), self._pictured("end")
+        elif self.op in _LEASING:
+            begun, done = self._learn_lease(attached, end)
         elif self.op in {Op.CREATE, Op.REMOVE}:
             gone = self._pictured("remove")
             begun, done = (gone, end) if self.op is Op.CREATE else (end, gone)
@@ -202,6 +200,16 @@ class Column:
         assert attached != before
         assert (end == before) is not kind.is_retained
         return Pictures(before, attached, end, begun, done)
+
+    def _learn_lease(self, attached: Picture, end: Picture) -> tuple[Picture, Picture]:
+        if self.op is Op.TAKE_OVER:
+            self._run("attach")
+            begun, done = self._pictured("lend"), self._pictured("take over")
+            assert done == attached
+            self._run("detach")
+            return begun, done
+        leased, ended = self._pictured("lease"), self._pictured("end")
+        return (end, leased) if self.op is Op.LEASE else (leased, ended)
 
     def _pictured(self, word: str) -> Picture:
         self._run(word)
@@ -430,7 +438,7 @@ class Trial:
         assert (more, less) == ([], []), f"{when}: more {more}, less {less}"
 
 
-_LEASING = {Op.LEASE, Op.END}
+_LEASING = {Op.LEASE, Op.END, Op.TAKE_OVER}
 
 Table = Mapping[StepKind, tuple[Fault, ...]]
 
@@ -441,13 +449,13 @@ def faults_at(kind: Kind, op: Op, step: Step, table: Table) -> list[Fault]:
     VFIO lets no function go that a VM has.
     """
     lacking = set(() if _asks_guest(op, step) else GUEST)
-    if op in {Op.ADOPT, Op.FORGET, Op.START, Op.STOP}:
+    if op in {Op.ADOPT, Op.TAKE_OVER, Op.FORGET, Op.START, Op.STOP}:
         lacking.add(Fault.SILENT)  # they wait for longer than the matrix does
     if op in {Op.START, Op.STOP}:
         of_other = {Fault.QEMU_DIES, Fault.DEVICE_GONE, Fault.REFUSED}
         lacking |= of_other | {Fault.LOST_BEFORE, Fault.LOST_AFTER}
     if op in _LEASING:
-        lacking |= {Fault.QEMU_DIES, Fault.BACKEND_DIES}  # no VM and no client has it
+        lacking |= {Fault.QEMU_DIES, Fault.BACKEND_DIES}  # the journal knows no VM that has it
     if op is Op.CREATE:
         lacking.add(Fault.DEVICE_GONE)  # there is none
     is_held = kind.is_vfio and op is Op.DETACH and step.kind is not StepKind.KERNEL

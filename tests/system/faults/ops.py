@@ -14,13 +14,14 @@ from tests.system.faults.world import OWN_VM, OWNER, UNPLUG_S, VM, World
 from vmplug.cli.answer import main
 from vmplug.drivers.plug import VirtiofsdSpec
 from vmplug.errors import HypervisorError
+from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
 from vmplug.journal.database import Opened
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.leases.lease import make_lease
-from vmplug.leases.life import end_lease, leases_of, repair_lease
+from vmplug.leases.life import end_lease, leases_of, record_lease, repair_lease
 from vmplug.manager.binding.binder import Binder
 from vmplug.manager.binding.mediated import create_mediated_device, remove_mediated_device
 from vmplug.manager.reconcile import RepairOutcome
@@ -110,6 +111,26 @@ def end(world: World, hooks: Hooks, _: Waits) -> None:
     """`vmplug lease end`."""
     _trace_all(hooks)
     end_lease(OWNER, setup=Setup(state_dir=world.state_dir, host=world.host(hooks)))
+
+
+def lend(world: World, _: Hooks, __: Waits) -> None:
+    """The VM is unknown, and a lease has its devices, as one has whose QEMU got its words."""
+    with Journal.open(world.state_dir) as journal:
+        leased = record_lease(OWNER, journal)
+        journal.add_vm(leased)
+        with journal._db as db:
+            db.execute(_LEND, (leased.name, VM))
+            db.execute("DELETE FROM vm WHERE name = ?", (VM,))
+        started_at = read_start_time(world.holder.pid, journal.host)
+        assert started_at
+        assert journal.leases.hand_over(leased, world.holder.pid, started_at)
+
+
+_LEND = """
+UPDATE device SET vm = ?, place = 'lease/' || rowid,
+    guest = json_remove(guest, '$.pci_path', '$.scsi_address', '$.nvdimm_handle') WHERE vm = ?
+"""
+"""Where its guest sees a device, a lease does not know."""
 
 
 def reconcile(world: World, hooks: Hooks, waits: Waits) -> None:
@@ -207,6 +228,8 @@ OPERATIONS = {
     Op.REMOVE: Operation(remove, back=(Op.CREATE,)),
     Op.LEASE: Operation(lease, back=(Op.END,)),
     Op.END: Operation(end, first=(Op.LEASE,)),
+    Op.LEND: Operation(lend),
+    Op.TAKE_OVER: Operation(adopt, first=(Op.ATTACH, Op.LEND), back=(Op.DETACH,)),
 }
 
 

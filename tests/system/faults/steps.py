@@ -20,6 +20,8 @@ class Op(StrEnum):
     REMOVE = "remove"
     LEASE = "lease"
     END = "end"
+    LEND = "lend"
+    TAKE_OVER = "take over"
 
 
 class StepKind(StrEnum):
