@@ -225,6 +225,20 @@ def adopt_and_detach(host: Host, machine: str, vm: GuestVm, seen: dict[str, str]
     assert daemons_below(host.directory) == []
 
 
+def test_a_disk_that_a_paused_vm_had_when_it_was_adopted_is_closed_with_its_device(
+    host: Host,
+) -> None:
+    """QEMU 7.2 closes no file of a set while it is paused."""
+    with vmplug.lease([host.disk("plain")], owner="job", setup=host.setup) as lease:
+        words = lease.qemu_args("q35", memory=MEMORY)
+        with running(host, "q35", words, lease, paused=True) as vm:
+            (hold,) = vmplug.adopt_vm("sb", str(vm.qmp_path), setup=host.setup).attachments
+            vm.oracle.execute("cont")
+            vm.console.wait_for_disks(1)
+            vmplug.detach_attachments([hold.id], timeout_s=HOT_TIMEOUT_S, setup=host.setup)
+            assert not is_open(vm, host.image("plain"))
+
+
 def test_words_fit_behind_a_command_that_has_ports_slots_and_shared_memory(host: Host) -> None:
     """Its legacy devices come first, and its objects stay as they are."""
     backend = "memory-backend-memfd,id=mem,size=256M,share=on"

@@ -342,7 +342,7 @@ def _words(options: Mapping[str, str]) -> str:
 def _is_other_pmem(record: DeviceRecord, request: CheckedRequest) -> bool:
     """Whether a file that is plugged as a disk is now requested as persistent memory.
 
-    What becomes of one that is leased, its VMM decides.
+    A file that is leased may be either: its VMM decides.
     """
     if record.place and record.place.startswith(LEASED):
         return False
