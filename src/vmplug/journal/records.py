@@ -320,8 +320,10 @@ def namespace_of(lease: VmRecord) -> str:
 
 
 def spoken_process(vm: VmRecord, host: HostRoot) -> str:
-    """The process that has it, in words: `process 4711 (cloud-hypervisor)`."""
+    """The process that has it, in words: `process 4711 (cloud-hypervisor)`, where it is known."""
     pid = vm.pid or (vm.starting_by.pid if vm.starting_by else None)
+    if pid is None:
+        return "its process"
     name = (host.read_text(f"/proc/{pid}/comm") or "").strip()
     return f"process {pid} ({name or 'ended'})"
 

@@ -66,3 +66,14 @@ def test_a_lease_that_cannot_be_repaired_stops_nothing_else(
         assert made.id == "next"
     done = reconcile.reconcile_host(setup=setup)
     assert [failure.vm for failure in done.failures] == ["lease:bad"]
+
+
+def test_a_process_that_was_never_noted_has_no_number_in_any_sentence(tmp_path: Path) -> None:
+    setup = Setup(state_dir=tmp_path / "state")
+    with Journal.open(setup.state_dir) as journal:
+        ended = replace(record_lease("job", journal), starting_by=None)
+        journal.add_vm(ended)
+        path = disk_image(tmp_path / "a.img", 1, "a")
+        attach_row(journal, device_record(f"file:{path}", str(path), vm=ended.name))
+    (repair,) = reconcile.reconcile_host(setup=setup).require().repairs
+    assert repair.repair.reason == "its process has ended"
