@@ -81,6 +81,24 @@ def test_a_command_has_the_fields_and_its_own_status(
     nothing_is_leased(vmplug)
 
 
+def test_a_launcher_reads_the_description_from_a_pipe(vmplug: Vmplug, image: Path) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as pipe:
+        done = subprocess.run(
+            [
+                *("vmplug", "lease", "--device", f"file:{image}"),
+                *("--describe", f"/dev/fd/{writing}", "--", "true"),
+            ],
+            env=vmplug.environment,
+            pass_fds=[writing],
+            check=True,
+        )
+        os.close(writing)
+        (device,) = json.loads(pipe.read())["lease"]["devices"]
+    assert (done.returncode, device["host_path"]) == (0, str(image))
+    nothing_is_leased(vmplug)
+
+
 def test_nothing_of_qemu_is_needed(vmplug: Vmplug, image: Path) -> None:
     assert vmplug("lease", "--device", f"file:{image}", "--", "sleep", "0").answer() == ""
     nothing_is_leased(vmplug)

@@ -21,6 +21,7 @@ QEMU = (
     *("qemu-system-x86_64", "-S", "-nodefaults", "-display", "none"),
     *("-machine", "q35", "-accel", "tcg", "-m", "64"),
 )
+WORDS = ["{qemu-args}"]
 BY_GROUP = ["{vfio -device vfio-pci,host={bdf}}"]
 BY_NODE = ["-object", "iommufd,id=i0", "{vfio -device vfio-pci,iommufd=i0,fd={descriptor}}"]
 
@@ -60,7 +61,7 @@ def leased(vmplug: Vmplug, words: list[str]) -> Iterator[tuple[subprocess.Popen[
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("words", [BY_GROUP, *([BY_NODE] if HAS_IOMMUFD else [])])
+@pytest.mark.parametrize("words", [BY_GROUP, WORDS, *([BY_NODE] if HAS_IOMMUFD else [])])
 def test_it_outlives_vmplug_and_ends_with_qemu(vmplug: Vmplug, words: list[str]) -> None:
     namespace_of(topology.NVME)
     assert driver() == "nvme"
@@ -78,6 +79,29 @@ def test_it_outlives_vmplug_and_ends_with_qemu(vmplug: Vmplug, words: list[str])
         assert (returned["address"], returned["outcome"]) == (topology.NVME, "given back")
     assert driver() == "nvme"
     assert namespace_of(topology.NVME).is_block_device()
+    assert vmplug("reconcile").answer() == "the journal and the VMs agree\n"
+
+
+def test_a_vm_that_is_adopted_has_it_until_its_process_ends(
+    vmplug: Vmplug, tmp_path: Path
+) -> None:
+    namespace_of(topology.NVME)
+    path = tmp_path / "qmp.sock"
+    with leased(vmplug, ["-qmp", f"unix:{path},server=on,wait=off", *WORDS]) as (process, pid):
+        adopted = vmplug("vm", "adopt", "sb", "--qmp", path, "--json").json()
+        (held,) = adopted["attachments"]
+        (function,) = held["guest"]["functions"]
+        assert (function["host"], held["owner"]) == (topology.NVME, "job")
+        assert function["pci_path"] == held["guest"]["pci_path"]
+        assert vmplug("lease", "list").answer() == "nothing is leased\n"
+        assert vmplug("reconcile").answer() == "the journal and the VMs agree\n"
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(WAIT_S) == 128 + signal.SIGKILL
+        done = vmplug("reconcile", "--json").json()
+        assert [repair["outcome"] for repair in done["repairs"]] == ["forgotten"]
+        (returned,) = done["bindings"]
+        assert (returned["address"], returned["outcome"]) == (topology.NVME, "given back")
+    assert driver() == "nvme"
     assert vmplug("reconcile").answer() == "the journal and the VMs agree\n"
 
 

@@ -190,6 +190,13 @@ def test_facts_that_are_not_known_yet_match_any_rule(
     assert allows(policy, structs.replace(cold, **{unsaid: None}))
 
 
+@pytest.mark.parametrize("mode", list(PlugMode))
+def test_cold_only_is_all_but_hot(rules: Callable[..., Policy], mode: PlugMode) -> None:
+    """A lease is made before its VMM starts."""
+    policy = rules(f"{ANY}cold-only = true")
+    assert allows(policy, structs.replace(DISK, mode=mode)) is (mode is not PlugMode.HOT)
+
+
 # several rules, several parts
 
 
