@@ -11,6 +11,8 @@ MAY_CALL = {
     *("ProcessLock.__init__", "ProcessLock.check", "ProcessLock.is_ours"),
     *("Lease.process", "Lease.descriptors", "Lease.descriptors.<locals>.<genexpr>"),
     *("Opened.all", "Opened.all.<locals>.<listcomp>"),
+    *("ColdDevices.descriptors", "ColdDevices.descriptors.<locals>.<listcomp>"),
+    *("ForeignQemu.descriptors", "ForeignQemu.descriptors.<locals>.<genexpr>"),
 }
 """Of others: they compare or list numbers."""
 LOOPS_OWN = ("asyncio", "selectors", "concurrent.futures", "threading", "weakref")

@@ -41,6 +41,22 @@ async def test_a_lease_ends_with_the_process_that_it_is_given_to(
 
 
 @in_loop
+async def test_words_for_a_qemu_are_made_in_a_thread(setup: Setup, image: Path) -> None:
+    """Words that are made again stand for the first ones."""
+    async with await aio.lease([disk(image)], owner="job", setup=setup) as lease:
+        assert lease.devices[0].descriptor in lease.descriptors
+        first = await lease.qemu_args("q35", memory="64")
+        with watched() as found:
+            words = await lease.qemu_args("q35", memory="64")
+            (number,) = lease.descriptors
+        assert lease.devices[0].descriptor is None
+        assert (words[0], len(words)) == ("-add-fd", len(first))
+        assert words[1].startswith(f"fd={number},set=")
+        assert found == []
+    assert rows(setup) == 0
+
+
+@in_loop
 async def test_what_was_given_to_nobody_is_given_back(setup: Setup, image: Path) -> None:
     async with await aio.lease([disk(image)], owner="job", setup=setup) as lease:
         with pytest.raises(StateError, match="was not given to a process"):
