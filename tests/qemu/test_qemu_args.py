@@ -13,7 +13,7 @@ import pytest
 
 import vmplug
 from tests.qemu.conftest import daemons_below
-from tests.support.daemons import storage_daemon
+from tests.support.daemons import storage_daemon, vhost_user_backend, virtiofsd
 from tests.support.disks import disk_image, qcow2_image
 from tests.support.vm import GuestVm, scsi_controller, start_vm
 from vmplug import (
@@ -24,6 +24,7 @@ from vmplug import (
     Lease,
     LeaseLock,
     LeaseTerms,
+    NetInfo,
     Request,
     RngInfo,
     Setup,
@@ -223,6 +224,43 @@ def adopt_and_detach(host: Host, machine: str, vm: GuestVm, seen: dict[str, str]
     vm.console.unmount("/mnt/work")
     vmplug.detach_attachments([shared.id], timeout_s=HOT_TIMEOUT_S, setup=host.setup)
     assert daemons_below(host.directory) == []
+
+
+def test_kinds_that_other_processes_serve_and_a_9p_share(host: Host) -> None:
+    """With a connection of vmplug's, by name where QEMU connects again, and without any."""
+    plain, theirs = host.directory / "work", host.directory / "theirs"
+    theirs.mkdir()
+    (theirs / "file").write_text("theirs")
+    with vhost_user_backend("net") as net, virtiofsd(theirs) as daemon:
+        requests = [
+            DeviceInfo(
+                container_path="/dev/served",
+                dev_type=DevType.BLOCK,
+                devnum=DevNum(VHOST_USER_BLK_MAJOR, 1),
+                driver_options={"reconnect": "0"},
+            ),
+            ShareInfo(tag="old", source=str(plain), driver_options={"filesystem": "virtio-9p"}),
+            ShareInfo(tag="theirs", source=str(daemon.socket_path)),
+            NetInfo(label="eth0", socket_path=str(net.socket_path)),
+        ]
+        with vmplug.lease(requests, owner="job", setup=host.setup) as lease:
+            words = lease.qemu_args("q35", memory=MEMORY)
+            with running(host, "q35", words, lease, flavour="full") as vm:
+                vm.console.load_modules("virtio_net", "virtiofs", "9pnet_virtio", "9p")
+                assert [disk.marker for disk in vm.console.wait_for_disks(1)] == ["served"]
+                (nic,) = vm.console.wait_for_nics(1)
+                assert nic.mac == lease.devices[3].mac_address
+                for filesystem, tag, name in (
+                    ("virtiofs", "theirs", "file"),
+                    ("9p", "old", "ours"),
+                ):
+                    options = "trans=virtio,version=9p2000.L" if filesystem == "9p" else ""
+                    mounted = vm.console.mount(filesystem, tag, options)
+                    assert vm.console.read_file(f"{mounted}/{name}")
+                    vm.console.unmount(mounted)
+                vmplug.adopt_vm("sb", str(vm.qmp_path), setup=host.setup)
+                released = vmplug.detach_owner("job", timeout_s=HOT_TIMEOUT_S, setup=host.setup)
+                assert [one.outcome for one in released] == ["detached"] * 4
 
 
 def test_a_disk_that_a_paused_vm_had_when_it_was_adopted_is_closed_with_its_device(
