@@ -232,7 +232,7 @@ def test_kinds_that_other_processes_serve_and_a_9p_share(host: Host) -> None:
     theirs.mkdir()
     (theirs / "file").write_text("theirs")
     with vhost_user_backend("net") as net, virtiofsd(theirs) as daemon:
-        requests = [
+        requests: list[Request] = [
             DeviceInfo(
                 container_path="/dev/served",
                 dev_type=DevType.BLOCK,

@@ -1,8 +1,11 @@
 """What the command line of a QEMU says that another program starts."""
 
+from pathlib import Path
+
 import pytest
 
-from vmplug.errors import SpecError
+from vmplug.errors import HypervisorError, SpecError
+from vmplug.hypervisor.qemu.abilities import of_program
 from vmplug.hypervisor.qemu.start.foreign import ForeignMachine, QemuCommand
 
 MEMFD = "memory-backend-memfd,id=mem,size=1G"
@@ -18,13 +21,14 @@ BACKED = ("-machine", "q35,memory-backend=mem", "-object")
         ("pc-q35-7.2,accel=kvm", ForeignMachine.Q35),
         ("type=q35", ForeignMachine.Q35),
         ("accel=kvm,type=q35", ForeignMachine.Q35),
+        ("accel=kvm -M q35", ForeignMachine.Q35),
         ("pc", ForeignMachine.PC),
         ("pc-i440fx-10.0", ForeignMachine.PC),
         ("microvm,acpi=on", ForeignMachine.MICROVM),
     ],
 )
 def test_a_machine_is_known_by_every_name_of_it(said: str, machine: ForeignMachine) -> None:
-    command = QemuCommand.read(["qemu-system-x86_64", "-M", said])
+    command = QemuCommand.read(["qemu-system-x86_64", "-M", *said.split()])
     assert command.kind is machine
     assert command.has_kvm is ("accel=kvm" in said)
 
@@ -95,3 +99,11 @@ def test_memory_is_shared_where_all_of_it_is(
 )
 def test_the_program_is_the_first_that_is_called_so(words: tuple[str, ...], program: str) -> None:
     assert QemuCommand.read([*words, "--machine", "q35"]).program == program
+
+
+def test_a_program_that_reports_nothing_is_an_error_whatever_it_is_called(tmp_path: Path) -> None:
+    program = tmp_path / "qemu-system-x86_64"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    with pytest.raises(HypervisorError, match="does not report its abilities"):
+        _ = of_program(str(program)).iommufd

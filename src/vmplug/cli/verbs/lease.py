@@ -94,7 +94,8 @@ def run(
 
     In a word of the command {NAME.FIELD} is a field of a device: by its name, as net:eth0 or eth0,
     or by its kind where there is one of it. A word {NAME WORDS} is these words for each device and
-    each function, with {FIELD} in them. The fields: docs/leases.md.
+    each function, with {FIELD} in them. The word {qemu-args} is all that a QEMU of q35, pc or
+    microvm needs to have the devices. The fields: docs/leases.md.
 
     The exit status is that of the command, 128 + n for a signal n. vmplug passes signals on.
 
@@ -102,6 +103,7 @@ def run(
     vmplug lease --device vfio:0000:3b:00.0 --managed -- \\
         cloud-hypervisor '{vfio --device path={sysfs_path}}' ...
     vmplug lease --device file:/images/a.img --lock full --describe lease.json -- sleep 1
+    vmplug lease --bundle bundle/ -- qemu-system-x86_64 -machine q35 ... '{qemu-args}'
     """
     check_command(words)
     asked = read_request(**request)  # type: ignore[arg-type]

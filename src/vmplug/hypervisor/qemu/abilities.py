@@ -99,6 +99,6 @@ def _ask_program(program: str, command: Command) -> Any:
     except ValueError:  # not these three answers, or no JSON
         raise HypervisorError(
             f"{program} does not report its abilities: {finished.complaint}",
-            hint=f"on Debian: apt install {PACKAGE[program]}",
+            hint=f"on Debian: apt install {PACKAGE.get(program, 'qemu-system')}",
         ) from None
     return validate_reply(command, answer)

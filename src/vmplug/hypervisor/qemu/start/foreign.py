@@ -18,7 +18,7 @@ from typing import Any, Self
 import msgspec
 
 from vmplug.address import PciPath, PciSlot, qemu_id
-from vmplug.drivers.free_places import pci_places
+from vmplug.drivers.free_places import virtio_place
 from vmplug.drivers.place import (
     GroupPlace,
     MemorySlot,
@@ -94,20 +94,21 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def read(cls, words: Sequence[str]) -> Self:
         """From a whole command. Raises SpecError, also when no word of it says the machine."""
-        machine = _values(words, "machine", "M")
+        machine = dict[str, str]()
+        for value in _values(words, "machine", "M"):
+            machine |= _options(value, "type")
         if not machine:
             raise SpecError(
                 "{qemu-args}",
                 "the command does not say -machine, and the words depend on it",
                 hint="write -machine q35, pc or microvm into the command",
             )
-        numa = (_options(value, "type").get("memdev") for value in _values(words, "numa"))
-        machine += [f"{_BACKEND}={memory}" for memory in numa if memory]
-        said = ",".join(machine).split(",")
-        named = [word.partition("=")[2] for word in said if word.startswith(f"{_BACKEND}=")]
+        nodes = (_options(value, "type").get("memdev") for value in _values(words, "numa"))
+        named = [name for name in (machine.get(_BACKEND), *nodes) if name]
+        machine |= {_BACKEND: named[0]} if named else {}
         objects = {o.get("id"): o for o in map(_object, _values(words, "object"))}
         return cls(
-            machine=",".join(machine),
+            machine=",".join(f"{key}={value}" for key, value in machine.items()),
             memory=",".join(_values(words, "m")) or DEFAULT_MEMORY,
             shared_memory=bool(named) and all(_is_shared(objects.get(name)) for name in named),
             kvm=any(value.startswith("kvm") for value in _values(words, "accel"))
@@ -307,10 +308,12 @@ class ForeignQemu(ColdDevices):
     def _ports(self) -> Iterator[str]:
         """The ports that have a device, and the controller if one has a disk."""
         used = [place for _, place in self._plugs.values()]
-        scsi = None
+        scsi: PciPlace | None = None
         if any(isinstance(place, ScsiPlace) for place in used):
             taken = {word for place in used for word in str(place).split()}
-            scsi = next(p for p in pci_places(self.offer(), taken) if str(p) not in taken)
+            place = virtio_place(self.offer(), taken, "a SCSI controller")
+            assert isinstance(place, PciPlace)
+            scsi = place
             used.append(scsi)
         buses = {at.bus for place in used for at in _on_pci(place)}
         for index, port in enumerate(self.offer().ports):
