@@ -88,6 +88,10 @@ def test_a_vm_that_is_adopted_has_it_until_its_process_ends(
     namespace_of(topology.NVME)
     path = tmp_path / "qmp.sock"
     with leased(vmplug, ["-qmp", f"unix:{path},server=on,wait=off", *WORDS]) as (process, pid):
+        deadline = time.monotonic() + WAIT_S
+        while not path.exists():  # a node that it inherits it has before it opens this
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         adopted = vmplug("vm", "adopt", "sb", "--qmp", path, "--json").json()
         (held,) = adopted["attachments"]
         (function,) = held["guest"]["functions"]
