@@ -34,7 +34,7 @@ from vmplug.drivers.place import (
 )
 from vmplug.drivers.plug import BlockDrive, Plug, VhostUserDevice
 from vmplug.errors import CannotPlug, SpecError
-from vmplug.host.pci.vfio import IOMMU_NODE
+from vmplug.host.pci.iommu import IOMMU_NODE
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.abilities import Abilities
 from vmplug.hypervisor.qemu.handover import held_open
