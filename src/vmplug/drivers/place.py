@@ -1,18 +1,13 @@
 """Places: the offer of a VM, one place in it, and the guest's address of a device there."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from enum import StrEnum
-from itertools import count
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
-
-if TYPE_CHECKING:
-    from vmplug.drivers.ports import PlugDriver
-    from vmplug.host.device import HostDevice
 
 
 class PlugMode(StrEnum):
@@ -316,31 +311,6 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     def is_microvm(self) -> bool:
         """Whether the machine has only virtio-mmio transports, and those only for cold plug."""
         return self.machine == "microvm"
-
-
-class Chosen(msgspec.Struct, frozen=True, kw_only=True):
-    """A device with a number, and its driver, which also knows what a QEMU makes of it."""
-
-    driver: "PlugDriver"
-    device: "HostDevice"
-
-
-class LeaseOffer(Offer, frozen=True, kw_only=True):
-    """All that a VMM may be able to do; `chosen` are the devices by the numbers of their places.
-
-    A plan that is made again gives the same numbers once more, and its devices count.
-    """
-
-    chosen: dict[int, Chosen] = msgspec.field(default_factory=dict)
-
-    def choose(
-        self, driver: "PlugDriver", device: "HostDevice", taken: Collection[str]
-    ) -> LeasePlace:
-        """The lowest number that is not among the taken places, which are text."""
-        places = (LeasePlace(number=number) for number in count())
-        place = next(place for place in places if str(place) not in taken)
-        self.chosen[place.number] = Chosen(driver=driver, device=device)
-        return place
 
 
 def lacks_addresses(windows: Iterable[int], address_bits: int, memory_bytes: int) -> int | None:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from vmplug.arguments import check_fields
 from vmplug.devnum import DevNum
-from vmplug.drivers.place import Chosen, LeaseOffer, LeasePlace, Place, Places, PlugMode
+from vmplug.drivers.place import LeasePlace, Place, Places, PlugMode
 from vmplug.drivers.plug import BlockDrive, Plug, RNGDevice, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import START_DAEMON, Choose, Command, Endpoint, Hypervisor, Step
 from vmplug.drivers.ports import UnplugFailure as Failure
@@ -28,6 +28,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.use.qemu_lock import take_lock
 from vmplug.hypervisor.virtiofsd import VirtiofsdProcess, VirtiofsdRunner
 from vmplug.leases.device import Opened
+from vmplug.manager.plan import Chosen, LeaseOffer
 
 
 class Passing(StrEnum):

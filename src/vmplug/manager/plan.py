@@ -1,12 +1,13 @@
 """Plan an attach completely before its first step."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import count
 
 import msgspec
 from msgspec.structs import replace
 
 from vmplug.address import new_id
-from vmplug.drivers.place import LEASED, LeaseOffer, MemorySlot, Place, Places
+from vmplug.drivers.place import LEASED, LeasePlace, MemorySlot, Offer, Place, Places
 from vmplug.drivers.plug import Plug, guest_address
 from vmplug.drivers.ports import BIND, UNBIND, Command, NewPlug, PlugDriver, Step
 from vmplug.errors import CannotPlug, NoFreePort, StateError
@@ -29,6 +30,29 @@ from vmplug.oci.requests import Request, ShareInfo
 
 Choose = Callable[[PlugDriver, HostDevice, set[str]], tuple[Place, Places]]
 """Returns a place for a device that is not taken, and the offer that has it."""
+
+
+class Chosen(msgspec.Struct, frozen=True, kw_only=True):
+    """A device with a number, and its driver, which also knows what a QEMU makes of it."""
+
+    driver: PlugDriver
+    device: HostDevice
+
+
+class LeaseOffer(Offer, frozen=True, kw_only=True):
+    """All that a VMM may be able to do; `chosen` are the devices by the numbers of their places.
+
+    A plan that is made again gives the same numbers once more, and its devices count.
+    """
+
+    chosen: dict[int, Chosen] = msgspec.field(default_factory=dict)
+
+    def choose(self, driver: PlugDriver, device: HostDevice, taken: Collection[str]) -> LeasePlace:
+        """The lowest number that is not among the taken places, which are text."""
+        places = (LeasePlace(number=number) for number in count())
+        place = next(place for place in places if str(place) not in taken)
+        self.chosen[place.number] = Chosen(driver=driver, device=device)
+        return place
 
 
 def choose_place(
