@@ -7,6 +7,7 @@ tried may have done so before.
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ HOST = HostRoot()
 NULL_DISKS = Path("/sys/kernel/config/nullb")
 ZRAM = Path("/sys/class/zram-control")
 UDEV_SOCKET = Path("/run/udev/control")
+UDEV_DIRECTORIES = ("/run/udev", "/dev/disk")
 
 _REMEDY = re.compile(
     r"\b(?:umount|swapoff|losetup|dmsetup|mdadm|blockdev|echo|rmdir|zramctl) [^)]*"
@@ -315,7 +317,10 @@ def held(node: Path) -> Iterator[None]:
 
 @contextmanager
 def udev() -> Iterator[None]:
-    """The daemon that gives names to the devices, which it has done for all there are."""
+    """The daemon that gives names to the devices, which it has done for all there are.
+
+    Afterwards nothing has a name: nobody would take those away of what is gone.
+    """
     run("/lib/systemd/systemd-udevd", "--daemon")
     try:
         run("udevadm", "trigger", "--action=add", "--subsystem-match=block")
@@ -324,7 +329,8 @@ def udev() -> Iterator[None]:
     finally:
         settle()
         run("udevadm", "control", "--exit")
-        UDEV_SOCKET.unlink(missing_ok=True)
+        for directory in UDEV_DIRECTORIES:
+            shutil.rmtree(directory)
 
 
 def settle() -> None:

@@ -212,7 +212,8 @@ def test_a_character_device_is_counted_and_never_sent(life: OpenLab) -> None:
     life.devices.detach(again.id)
     life.talk_plainly()
     sent = {command.execute for recorder in recorders for command in recorder.sent}
-    assert sent <= {"qom-list", "query-blockstats", "query-chardev"}  # reconcile asks
+    asked = {"qom-list", "query-blockstats", "query-chardev", "query-fdsets"}  # by reconcile
+    assert sent <= asked
     assert life.picture() == before
 
 
