@@ -11,6 +11,8 @@ from vmplug.hypervisor.qemu.start.foreign import ForeignMachine, QemuCommand
 MEMFD = "memory-backend-memfd,id=mem,size=1G"
 FILE = "memory-backend-file,id=mem,size=1G,mem-path=/dev/shm/a"
 JSON = '{"qom-type":"memory-backend-file","id":"mem","share":true}'
+RAM = "memory-backend-ram,id=mem,size=1G,share=on"
+SHM = "memory-backend-shm,id=mem,size=1G"
 BACKED = ("-machine", "q35,memory-backend=mem", "-object")
 
 
@@ -22,6 +24,8 @@ BACKED = ("-machine", "q35,memory-backend=mem", "-object")
         ("type=q35", ForeignMachine.Q35),
         ("accel=kvm,type=q35", ForeignMachine.Q35),
         ("accel=kvm -M q35", ForeignMachine.Q35),
+        ("q35 --enable-kvm", ForeignMachine.Q35),
+        ("dumpdtb=/a,,b=c,accel=kvm,type=q35", ForeignMachine.Q35),
         ("pc", ForeignMachine.PC),
         ("pc-i440fx-10.0", ForeignMachine.PC),
         ("microvm,acpi=on", ForeignMachine.MICROVM),
@@ -30,7 +34,7 @@ BACKED = ("-machine", "q35,memory-backend=mem", "-object")
 def test_a_machine_is_known_by_every_name_of_it(said: str, machine: ForeignMachine) -> None:
     command = QemuCommand.read(["qemu-system-x86_64", "-M", *said.split()])
     assert command.kind is machine
-    assert command.has_kvm is ("accel=kvm" in said)
+    assert command.has_kvm is ("kvm" in said)
 
 
 @pytest.mark.parametrize("said", ["virt", "none", "isapc", "q350", "", "s390-ccw-virtio"])
@@ -52,10 +56,16 @@ def test_a_command_must_say_its_machine() -> None:
         ("size=64m", 64 << 20, 0, 0),
         ("256M,slots=2,maxmem=1G", 256 << 20, 2, 1 << 30),
         ("slots=2,maxmem=1G", 128 << 20, 2, 1 << 30),
+        ("slots=2,maxmem=1G -m 256M", 256 << 20, 2, 1 << 30),
+        ("256M -m slots=2,maxmem=1G", 256 << 20, 2, 1 << 30),
+        ("128M,slots=2,maxmem=1G -m 256", 256 << 20, 2, 1 << 30),
+        ("1.5G", 1536 << 20, 0, 0),
+        ("100001k", 102408192, 0, 0),
+        ("0.1G", 107380736, 0, 0),
     ],
 )
 def test_memory_is_what_m_says(said: str, size_bytes: int, slots: int, most_bytes: int) -> None:
-    command = QemuCommand.read(["-machine", "q35", "-m", said])
+    command = QemuCommand.read(["-machine", "q35", "-m", *said.split()])
     known = command.memory_bytes, command.memory_slots, command.most_bytes
     assert known == (size_bytes, slots, most_bytes)
 
@@ -76,6 +86,13 @@ def test_memory_that_is_not_a_size_is_refused(said: str) -> None:
         ((*BACKED, f"{FILE},share=on"), True, True),
         ((*BACKED, JSON), True, True),
         ((*BACKED, "{"), False, False),
+        ((*BACKED, '{"qom-type":"memory-backend-memfd","id":"mem","share":[]}'), False, False),
+        ((*BACKED, '{"qom-type":"memory-backend-memfd","id":["mem"]}'), False, False),
+        ((*BACKED, "[]"), False, False),
+        ((*BACKED, f"{FILE},,share=on"), False, False),
+        ((*BACKED, RAM), False, False),
+        ((*BACKED, SHM), True, True),
+        (("-machine", "q35", "-mem-path", "/dev/hugepages"), False, False),
         (("-machine", "q35,memory-backend=mem"), False, False),
         (("-M", "q35", "-numa", "node,memdev=mem", "-object", MEMFD), True, True),
         (("-M", "q35", "-numa", "node,memdev=mem", "-object", FILE), False, False),

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from enum import StrEnum
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Self
 
@@ -54,10 +55,19 @@ _FIRST_SET = 1 << 20
 """QEMU itself takes the lowest number that is free, and people small ones."""
 _MMIO_TRANSPORTS = 12
 """Half of them: QEMU gives the caller's devices the others, from the highest down."""
-_SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.ASCII | re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)", re.ASCII | re.IGNORECASE)
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _MIB = 1 << 20
+_MEMORY_STEP = 8192
+"""QEMU rounds -m up to a multiple of it. Source: QEMU softmmu/vl.c, hw/core/machine.c."""
 _BACKEND = "memory-backend"
+_SHARED = {
+    "memory-backend-file": False,
+    "memory-backend-memfd": True,
+    "memory-backend-shm": True,
+}
+"""Backends with a file, which another process can map, and their default for `share`. The memory
+of memory-backend-ram has none before QEMU 10.0, whatever it says. Source: QEMU qapi/qom.json."""
 
 
 class ForeignMachine(StrEnum):
@@ -94,9 +104,7 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def read(cls, words: Sequence[str]) -> Self:
         """From a whole command. Raises SpecError, also when no word of it says the machine."""
-        machine = dict[str, str]()
-        for value in _values(words, "machine", "M"):
-            machine |= _options(value, "type")
+        machine = _said(words, "type", "machine", "M")
         if not machine:
             raise SpecError(
                 "{qemu-args}",
@@ -104,15 +112,16 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
                 hint="write -machine q35, pc or microvm into the command",
             )
         nodes = (_options(value, "type").get("memdev") for value in _values(words, "numa"))
-        named = [name for name in (machine.get(_BACKEND), *nodes) if name]
+        files = _values(words, "mem-path")
+        named = [name for name in (machine.get(_BACKEND), *nodes, *files) if name]
         machine |= {_BACKEND: named[0]} if named else {}
-        objects = {o.get("id"): o for o in map(_object, _values(words, "object"))}
+        shared = set(map(_shared_backend, _values(words, "object")))
         return cls(
-            machine=",".join(f"{key}={value}" for key, value in machine.items()),
-            memory=",".join(_values(words, "m")) or DEFAULT_MEMORY,
-            shared_memory=bool(named) and all(_is_shared(objects.get(name)) for name in named),
+            machine=_text(machine),
+            memory=_text(_said(words, "size", "m")) or DEFAULT_MEMORY,
+            shared_memory=bool(named) and shared.issuperset(named),
             kvm=any(value.startswith("kvm") for value in _values(words, "accel"))
-            or "-enable-kvm" in words,
+            or not {"-enable-kvm", "--enable-kvm"}.isdisjoint(words),
             program=next(filter(_is_qemu, words), DEFAULT_PROGRAM),
         )
 
@@ -129,7 +138,8 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def memory_bytes(self) -> int:
         """That the guest has at its start."""
-        return _size(_options(self.memory, "size").get("size", DEFAULT_MEMORY), _MIB)
+        size = _size(_options(self.memory, "size").get("size", DEFAULT_MEMORY), _MIB)
+        return -(-size // _MEMORY_STEP) * _MEMORY_STEP
 
     @property
     def memory_slots(self) -> int:
@@ -157,32 +167,50 @@ def _values(words: Sequence[str], *options: str) -> list[str]:
     return [value for name, value in pairwise(words) if name in names]
 
 
+def _said(words: Sequence[str], first: str, *options: str) -> dict[str, str]:
+    """All that a command says for an option, which QEMU merges."""
+    merged = dict[str, str]()
+    for value in _values(words, *options):
+        merged |= _options(value, first)
+    return merged
+
+
 def _options(text: str, first: str) -> dict[str, str]:
     """`q35,accel=kvm` by its keys; the first word has no key of its own, or has it."""
     found = dict[str, str]()
-    for index, word in enumerate(text.split(",")):
-        key, equals, value = word.partition("=")
-        found |= {key: value} if equals else ({first: word} if index == 0 else {word: "on"})
+    for index, word in enumerate(text.replace(",,", "\0").split(",")):
+        key, equals, value = word.replace("\0", ",").partition("=")
+        found |= {key: value} if equals else {first: key} if index == 0 else {key: "on"}
     return found
 
 
-def _object(text: str) -> Mapping[str, Any]:
-    """An -object, also as JSON; without keys when QEMU itself will refuse it."""
-    if not text.startswith("{"):
-        return _options(text, "qom-type")
+def _text(options: Mapping[str, str]) -> str:
+    """What `_options` reads."""
+    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
+
+
+class _Backend(msgspec.Struct, frozen=True, rename="kebab"):
+    """What of an -object matters here."""
+
+    qom_type: str = ""
+    id: str | None = None
+    share: bool | str | None = None
+
+
+def _shared_backend(text: str) -> str | None:
+    """The id of an -object, also as JSON, if it is memory that another process can map."""
     try:
-        said = json.loads(text)
-    except ValueError:
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _is_shared(backend: Mapping[str, Any] | None) -> bool:
-    """Memory of a memfd is shared by default. Source: QEMU qapi/qom.json."""
-    if backend is None:
-        return False
-    default = backend.get("qom-type") == "memory-backend-memfd"
-    return backend.get("share", default) in {True, "on", "yes", "true", "y"}
+        if text.startswith("{"):
+            said = msgspec.json.decode(text, type=_Backend)
+        else:
+            said = msgspec.convert(_options(text, "qom-type"), _Backend)
+    except msgspec.DecodeError:  # QEMU itself will refuse it
+        return None
+    default = _SHARED.get(said.qom_type)
+    if default is None:
+        return None
+    is_shared = default if said.share is None else said.share in {True, "on", "yes", "true", "y"}
+    return said.id if is_shared else None
 
 
 def _machine(name: str) -> ForeignMachine:
@@ -200,7 +228,7 @@ def _size(text: str, unit: int) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise SpecError(f"-m {text}", "this is not a size", hint="write 512M or 4G")
-    return int(match[1]) * (_UNITS[match[2].upper()] if match[2] else unit)
+    return int(Fraction(match[1]) * (_UNITS[match[2].upper()] if match[2] else unit))
 
 
 class ForeignQemu(ColdDevices):
