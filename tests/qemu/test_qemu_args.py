@@ -25,6 +25,7 @@ from vmplug import (
     LeaseLock,
     LeaseTerms,
     NetInfo,
+    NoSuchDevice,
     Request,
     RngInfo,
     Setup,
@@ -331,6 +332,29 @@ def test_what_the_machine_cannot_have_is_refused(
         assert (lease.devices, lease.descriptors) == before
     assert host.rows() == 0
     assert daemons_below(host.directory) == []
+
+
+def test_words_that_cannot_be_made_leave_no_closed_files_to_pass(host: Host) -> None:
+    """Another file may get the number of a closed one, and QEMU would inherit that."""
+    requests = [host.disk("plain"), host.disk("memory", block_driver="nvdimm")]
+    with vmplug.lease(requests, owner="job", setup=host.setup) as lease:
+        before, kept = (lease.devices, lease.descriptors), host.image("kept")
+        host.image("memory").rename(kept)
+        disk_image(host.image("memory"), 2, "another")
+        with pytest.raises(NoSuchDevice):
+            lease.qemu_args("q35")
+        assert (lease.devices, lease.descriptors) == before
+        for descriptor in lease.descriptors:
+            os.fstat(descriptor)
+        kept.rename(host.image("memory"))
+        lease.qemu_args("q35")
+        assert len(lease.descriptors) == len(requests)
+        with pytest.raises(CannotPlug):
+            lease.qemu_args("microvm")
+        assert lease.descriptors == ()
+        lease.qemu_args("q35")
+        assert len(lease.descriptors) == len(requests)
+    assert host.rows() == 0
 
 
 def test_a_lease_with_locks_has_no_words(host: Host) -> None:

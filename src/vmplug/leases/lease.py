@@ -130,8 +130,7 @@ class Lease:
             if self._process is not None:
                 raise self._ended()
             devices = journal.devices(record.name)
-        if self._words:
-            self._words.started()
+        self._close_words()
         self._words = make_words(command, devices, self._holder, self._setup.host)
         self.devices = tuple(without_descriptors(device) for device in self.devices)
         return self._words.arguments()
@@ -222,10 +221,13 @@ class Lease:
         self._is_over = True
         self._close_all()
 
-    def _close_all(self) -> None:
+    def _close_words(self) -> None:
         if self._words:
             self._words.started()
             self._words = None
+
+    def _close_all(self) -> None:
+        self._close_words()
         self._holder.close_all()
 
     def _find(self, journal: Journal) -> VmRecord | None:

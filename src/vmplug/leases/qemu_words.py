@@ -23,7 +23,8 @@ def make_words(
     """All devices of a lease, in the order of a cold plug, with what QEMU inherits of them open.
 
     From then on the lease has nothing else open of them but the connections to its daemons. Raises
-    SpecError, CannotPlug, NoFreePort before that for what the machine cannot have.
+    SpecError, CannotPlug, NoFreePort before that for what the machine cannot have, and HostError
+    for what is not there any more.
     """
     if holder.lock is not LeaseLock.NONE:
         raise SpecError(
@@ -54,9 +55,10 @@ def make_words(
     with ExitStack() as undo:
         undo.enter_context(words)
         for plug, place in planned:
-            holder.close_files_of(plug.id)
             words.plug(plug, place)
         undo.pop_all()
+    for plug, _ in planned:
+        holder.close_files_of(plug.id)
     return words
 
 
