@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from vmplug.address import journal_id_of
 from vmplug.errors import StateError, StoreError
-from vmplug.host.finding import Claim, VmProcess, is_lease
+from vmplug.host.finding import Claim, VmProcess, is_lease, spoken_holder
 from vmplug.host.kind import Identity
 from vmplug.host.permissions import is_absent
 from vmplug.host.root import THIS_HOST, HostRoot
@@ -250,9 +250,16 @@ class Journal:
     # devices
 
     def require_vm(self, name: str) -> VmRecord:
-        """Return the VM of that name. Raises StateError when the journal does not know it."""
+        """Return the VM of that name. Raises StateError for another one, and for a lease."""
         record = self.find_vm(name)
-        if record is None or record.is_lease:
+        if record and record.is_lease:
+            raise StateError(
+                f"{spoken_holder(name)} is not a VM",
+                state="leased",
+                required="started or adopted",
+                hint="it ends with its process; vmplug lease end ends it earlier",
+            )
+        if record is None:
             raise StateError(
                 f"no VM {name!r} is known",
                 state="unknown",

@@ -6,6 +6,7 @@ from enum import StrEnum
 import msgspec
 
 from vmplug.errors import DeviceError, NotAttached
+from vmplug.host.finding import spoken_holder
 from vmplug.journal.journal import Journal
 from vmplug.journal.naming import choose_device, choose_hold
 from vmplug.journal.records import Attachment
@@ -52,7 +53,7 @@ class DetachReport(msgspec.Struct, frozen=True, kw_only=True):
         if self.failures:
             first, *others = self.failures
             for vm in others:
-                self.failures[first].add_note(f"VM {vm}: {self.failures[vm].message}")
+                self.failures[first].add_note(f"{spoken_holder(vm)}: {self.failures[vm].message}")
             raise self.failures[first]
         return list(self.detached)
 
