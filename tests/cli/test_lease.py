@@ -116,6 +116,7 @@ def test_nothing_of_qemu_is_needed(vmplug: Vmplug, image: Path) -> None:
         (("--device", "file:{image}", "--describe", "/no/such", "--", "touch", "{ran}"), 3),
         (("--device", "file:{image}", "--", "touch", "{ran}", "{{qemu-args}}"), 3),
         (("--device", "file:{image}", "--", "touch", "{ran}", *Q35, "a{{qemu-args}}"), 3),
+        (("--device", "file:{image}", "--", "touch", "{ran}", *Q35, "-daemonize", *WORDS), 3),
         (("--device", "file:{image}", "--", "touch", "{ran}", *Q35, *WORDS, *WORDS), 3),
         (("--device", "file:{image}", "--", "touch", "{ran}", "-M", "virt", *WORDS), 3),
         (("--device", "file:{image}", "--", "touch", "{ran}", *Q35, "-m", "much", *WORDS), 3),
@@ -275,6 +276,20 @@ def test_a_lease_holds_locks_for_a_vmm_without_any(vmplug: Vmplug, image: Path) 
     assert vmplug("lease", "--device", f"file:{image}", "--", *flock).status == 0
     locked = ("lease", "--device", f"file:{image}", "--lock", "full", "--", *flock)
     assert vmplug(*locked).status == 1
+
+
+def test_a_lease_is_not_detached(vmplug: Vmplug, image: Path) -> None:
+    """It ends; and whoever tries is told so."""
+    with leased(vmplug, image, "sleep", "infinity") as process:
+        before = leases(vmplug)
+        done = vmplug("detach", "--owner", "job")
+        assert done.status == 6
+        assert done.stderr == (
+            "vmplug: lease job is not a VM\n"
+            "hint: it ends with its process; vmplug lease end ends it earlier\n"
+        )
+        assert leases(vmplug) == before
+        process.terminate()
 
 
 def test_the_policy_decides_about_leases(vmplug: Vmplug, image: Path, tmp_path: Path) -> None:

@@ -103,13 +103,22 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Self:
-        """From a whole command. Raises SpecError, also when no word of it says the machine."""
+        """From a whole command.
+
+        Raises SpecError, also when no word of it says the machine, and for -daemonize.
+        """
         machine = _said(words, "type", "machine", "M")
         if not machine:
             raise SpecError(
                 "{qemu-args}",
                 "the command does not say -machine, and the words depend on it",
                 hint="write -machine q35, pc or microvm into the command",
+            )
+        if _has(words, "daemonize"):
+            raise SpecError(
+                "-daemonize",
+                "the lease would end with the process that is started, and QEMU would run on",
+                hint="leave it out, and let the launcher run in the background",
             )
         nodes = (_options(value, "type").get("memdev") for value in _values(words, "numa"))
         files = _values(words, "mem-path")
@@ -121,7 +130,7 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
             memory=_text(_said(words, "size", "m")) or DEFAULT_MEMORY,
             shared_memory=bool(named) and shared.issuperset(named),
             kvm=any(value.startswith("kvm") for value in _values(words, "accel"))
-            or not {"-enable-kvm", "--enable-kvm"}.isdisjoint(words),
+            or _has(words, "enable-kvm"),
             program=next(filter(_is_qemu, words), DEFAULT_PROGRAM),
         )
 
@@ -159,6 +168,10 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
 
 def _is_qemu(word: str) -> bool:
     return word.rpartition("/")[2].startswith("qemu-system-")
+
+
+def _has(words: Sequence[str], option: str) -> bool:
+    return not {f"-{option}", f"--{option}"}.isdisjoint(words)
 
 
 def _values(words: Sequence[str], *options: str) -> list[str]:
