@@ -25,6 +25,7 @@ from vmplug import (
     LeaseLock,
     LeaseTerms,
     NetInfo,
+    NoFreePort,
     NoSuchDevice,
     Request,
     RngInfo,
@@ -332,6 +333,25 @@ def test_what_the_machine_cannot_have_is_refused(
         assert (lease.devices, lease.descriptors) == before
     assert host.rows() == 0
     assert daemons_below(host.directory) == []
+
+
+@pytest.mark.parametrize("option", ["acpi", "ioapic2"])
+def test_a_microvm_with_one_interrupt_controller_has_fewer_places(host: Host, option: str) -> None:
+    """A device more than fit is refused before QEMU is started."""
+    names = [f"disk{number}" for number in range(5)]
+    for name in names:
+        disk_image(host.image(name), 2, name)
+    machine, disks = f"microvm,{option}=off", [host.disk(name) for name in names]
+    with (
+        vmplug.lease(disks, owner="job", setup=host.setup) as lease,
+        pytest.raises(NoFreePort),
+    ):
+        lease.qemu_args(machine, memory=MEMORY)
+    with vmplug.lease(disks[1:], owner="job", setup=host.setup) as lease:
+        words = lease.qemu_args(machine, memory=MEMORY)
+        with running(host, machine, words, lease, guest=False) as vm:
+            adopted = vmplug.adopt_vm("sb", str(vm.qmp_path), setup=host.setup)
+            assert len(adopted.attachments) == len(disks[1:])
 
 
 def test_words_that_cannot_be_made_leave_no_closed_files_to_pass(host: Host) -> None:

@@ -53,8 +53,6 @@ _LAST_CHASSIS = 0xFF
 """Numbers of chassis are taken from here down, as other programs take them from 0 up."""
 _FIRST_SET = 1 << 20
 """QEMU itself takes the lowest number that is free, and people small ones."""
-_MMIO_TRANSPORTS = 12
-"""Half of them: QEMU gives the caller's devices the others, from the highest down."""
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)", re.ASCII | re.IGNORECASE)
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _MIB = 1 << 20
@@ -159,6 +157,12 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
     def most_bytes(self) -> int:
         """The memory with all devices, as the command says; 0 where it does not."""
         return _size(_options(self.memory, "size").get("maxmem", "0"), 1)
+
+    @property
+    def mmio_transports(self) -> int:
+        """That a microvm has. Source: QEMU hw/i386/microvm.c; measured on QEMU 7.2."""
+        said = _options(self.machine, "type")
+        return 8 if "off" in {said.get("acpi"), said.get("ioapic2")} else 24
 
     @property
     def can_share(self) -> bool:
@@ -270,7 +274,7 @@ class ForeignQemu(ColdDevices):
             shared_memory=said.can_share,
             mode=PlugMode.COLD,
             kvm=said.has_kvm,
-            mmio=tuple(_transports()) if not has_pci else (),
+            mmio=tuple(_transports(said.mmio_transports)) if not has_pci else (),
             nvdimm=has_pci,
             memory_slots=MAX_MEMORY_SLOTS if has_pci else 0,
             memory_slots_used=frozenset(range(said.memory_slots)),
@@ -389,9 +393,12 @@ def _bridge() -> PciPort:
     return PciPort(bus=_BRIDGE, path=_SOMEWHERE, free=free, kind=PortKind.BRIDGE_PORT)
 
 
-def _transports() -> Iterator[MmioPlace]:
-    """Number 0 is left out: it silences the serial port."""
-    for number in range(1, _MMIO_TRANSPORTS + 1):
+def _transports(count: int) -> Iterator[MmioPlace]:
+    """Half of them: QEMU gives the caller's devices the others, from the highest down.
+
+    Number 0 is left out: it silences the serial port.
+    """
+    for number in range(1, count // 2 + 1):
         yield MmioPlace(bus=f"virtio-mmio-bus.{number}", index=number)
 
 
