@@ -249,6 +249,8 @@ cdi_plug() {
 help_about_leases() {
     image /images/a.img
     another_lease
+    loop_device
+    instead 'q35 ...' 'q35 -version'
 }
 
 help_about_starting() {
