@@ -116,6 +116,11 @@ def test_another_verb_becomes_the_runtime(wrapper: Wrapper, words: Sequence[str]
     assert wrapper.picture() == before
 
 
+def test_another_verb_ends_at_a_pipe_that_is_shut_as_the_runtime_does(wrapper: Wrapper) -> None:
+    wrapper.becomes("kill -PIPE $$", "echo ignored")
+    assert wrapper("state", "c1") == Result("", "", -signal.SIGPIPE)
+
+
 # create and delete
 
 
@@ -125,8 +130,9 @@ def test_another_verb_becomes_the_runtime(wrapper: Wrapper, words: Sequence[str]
         ([], "c1"),
         (["--root", "/run/ns1", "--log", "log", "--log-format", "json"], "/run/ns1/c1"),
         (["--debug", "--root=/run/ns1", "--systemd-cgroup", "--log=create"], "/run/ns1/c1"),
+        (["--criu", "/usr/sbin/criu", "--rootless", "auto"], "c1"),
     ],
-    ids=["podman", "containerd", "joined"],
+    ids=["podman", "containerd", "joined", "criu"],
 )
 def test_devices_are_in_the_vm_from_create_to_delete(
     wrapper: Wrapper, before: Sequence[str], owner: str
@@ -305,6 +311,15 @@ def test_a_refusal_is_on_stderr_and_in_the_log_of_the_engine(
     assert json.loads(line) == {"level": "error", "msg": refused.stderr.removesuffix("\n")}
     assert wrapper.calls() == []
     assert wrapper.picture() == before
+
+
+@pytest.mark.parametrize("log", ["/nowhere/log", "bundle", "/dev/full", ""])
+def test_a_refusal_is_on_stderr_when_the_log_cannot_be_written(wrapper: Wrapper, log: str) -> None:
+    wrapper.bundle(RANDOM)
+    refused = wrapper(f"--log={log}", "create", "--bundle", "bundle", "c1")
+    message = "vmplug: $.annotations: no org.vmplug.vm names a VM for the devices\n"
+    assert refused == Result("", message, 1)
+    assert wrapper.calls() == []
 
 
 @pytest.mark.parametrize("verb", ["create", "delete", "state"])
