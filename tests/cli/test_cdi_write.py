@@ -46,8 +46,9 @@ class World:
         lines = [*(f"S:{link}" for link in links), f"L:{priority}", "E:ID_BUS=ata"]
         self.tree.file(f"/run/udev/data/b{number}", "".join(f"{line}\n" for line in lines))
 
-    def run(self, *words: str | Path, directory: Path | None = None) -> Result:
-        where = ("--directory", directory or self.directory, "--policy", self.policy)
+    def run(self, *words: str | Path, directory: Path | str | None = None) -> Result:
+        chosen = self.directory if directory is None else directory
+        where = ("--directory", chosen, "--policy", self.policy)
         return self._vmplug("cdi", "write", "--root", self.tree.path, *where, *words)
 
     def write(self, *words: str | Path, status: int = 0) -> Any:
@@ -212,6 +213,15 @@ paths = ["/dev/sdc"]
     }
 
 
+def test_a_rule_for_cdi_kinds_gives_the_names_that_it_allows(world: World) -> None:
+    world.disk("8:0", "sda", "wwn-0x5000")
+    world.tree.pci_function(NVME, driver="vfio-pci", group=26).vfio_group(26)
+    for kind in ("vmplug.org/disk", "vmplug.org/vfio-8086-0108"):
+        world.allow(f'[[rule]]\nname = "a"\ncdi-kinds = ["{kind}"]\n')
+        world.write()
+        assert [name.partition("=")[0] for name in world.named()] == [kind]
+
+
 def test_a_read_only_disk_is_written_so(world: World) -> None:
     world.disk("8:0", "sda", "wwn-0x5000", ro=True)
     world.write()
@@ -265,6 +275,17 @@ def test_a_name_that_cdi_forbids(world: World) -> None:
     assert said.startswith(r"vmplug: no name for usb-A\x20B=1: 'usb-A")
     assert said.endswith("at both ends, and only letters, digits, _ - . : between")
     assert world.named() == by_id("wwn-0x5000", "/dev/sda", "rw")
+
+
+def test_a_name_too_long_for_a_path_disturbs_no_other(world: World) -> None:
+    """As a USB stick with a long serial number has it in udev's database."""
+    world.disk("8:0", "sda", "usb-" + "x" * 300, "wwn-0x5000")
+    (left_out,) = world.write(status=HOST)["left_out"]
+    assert left_out["code"] == "bad-cdi-name"
+    assert left_out["message"].endswith("has 304 bytes; at most 255 are allowed")
+    assert world.named() == by_id("wwn-0x5000", "/dev/sda", "rw")
+    world.allow('[[rule]]\nname = "none"\nnumbers = ["b:9:9"]\n')
+    assert world.run().stderr.startswith("vmplug: nothing on this host")
 
 
 # The vhost-user store
@@ -376,7 +397,11 @@ def cut(path: Path) -> None:
     path.write_text(path.read_text()[:-20])
 
 
-@pytest.mark.parametrize("change", [edit, rename, cut])
+def widen(path: Path) -> None:
+    path.chmod(0o666)
+
+
+@pytest.mark.parametrize("change", [edit, rename, cut, widen])
 def test_what_somebody_changed_is_theirs(world: World, change: Any) -> None:
     world.disk("8:0", "sda", "wwn-0x5000")
     world.tree.pci_function(NVME, driver="vfio-pci", group=26).vfio_group(26)
@@ -467,6 +492,26 @@ def test_directories_that_cannot_be_written(world: World, tmp_path: Path) -> Non
         assert not more
     assert sorted(tmp_path.iterdir()) == before
     assert not [*(tmp_path / "real").iterdir()]
+
+
+def test_an_empty_directory_is_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.disk("8:0", "sda", "wwn-0x5000")
+    world.directory.mkdir()
+    monkeypatch.chdir(world.directory)
+    done = world.run("--dry-run", directory="")
+    assert (done.status, done.stdout) == (2, "")
+    assert "'--directory': the path is empty" in done.stderr
+
+
+def test_every_user_may_read_what_is_written(world: World) -> None:
+    world.disk("8:0", "sda", "wwn-0x5000")
+    former = os.umask(0o077)
+    try:
+        world.write()
+    finally:
+        os.umask(former)
+    (file,) = world.directory.iterdir()
+    assert (world.directory.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o755, 0o644)
 
 
 @pytest.mark.root

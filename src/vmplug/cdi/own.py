@@ -1,9 +1,9 @@
 """The spec files that vmplug writes by itself, in a directory that others use too.
 
-A file is vmplug's own if its second line is the digest of its name and of the text below. So
-nothing else has to remember it, and a file that somebody has edited, renamed or made belongs to
-them: it is never replaced and never removed. A new file is linked into its place, which fails if
-another has the name in that moment.
+A file is vmplug's own if its second line is the digest of its name and of the text below, and its
+owner and mode are as vmplug writes it. So nothing else has to remember it, and a file that
+somebody has edited, renamed or made belongs to them: it is never replaced and never removed. A new
+file is linked into its place, which fails if another has the name in that moment.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from typing import Self
 
 import msgspec
 
-from vmplug.cdi.write import DRAFT_SUFFIX, draft_of
+from vmplug.cdi.write import DRAFT_SUFFIX, SPEC_MODE, draft_of
 from vmplug.errors import HostError, StateError
 
 _HEAD = (
@@ -125,6 +125,7 @@ class OwnFiles:
             self._close()
         with suppress(FileExistsError):
             os.mkdir(self.directory, _DIRECTORY_MODE)
+            os.chmod(self.directory, _DIRECTORY_MODE)  # whatever the umask is
         # Engines do not follow a link: what is behind it would be there for vmplug alone.
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         self._descriptor = os.open(self.directory, flags)
@@ -182,6 +183,10 @@ def _put(draft: str, path: str) -> None:
         os.replace(draft, path)
 
 
+def _is_as_written(status: os.stat_result) -> bool:
+    return status.st_mode == stat.S_IFREG | SPEC_MODE and status.st_uid == os.geteuid()
+
+
 def _mark(name: str, text: str) -> str:
     return f"{_HEAD}{_DIGEST}{_digest(name, text)}\n{text}"
 
@@ -195,8 +200,8 @@ def _read_own(path: str) -> str | None:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(os.open(path, flags), "rb") as file:
-            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            text = file.read(_BYTES_MAX).decode() if is_file else ""
+            status = os.fstat(file.fileno())
+            text = file.read(_BYTES_MAX).decode() if _is_as_written(status) else ""
     except (OSError, UnicodeDecodeError):  # what cannot be read is not vmplug's
         return None
     _, _, rest = text.partition("\n")

@@ -2,7 +2,6 @@
 
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from vmplug.cdi.validate import find_problems
 from vmplug.cdi.version import VERSIONS, minimum_version
 from vmplug.errors import SpecError
 
-_MODE = 0o644
+SPEC_MODE = 0o644
 """Engines that do not run as root read it too."""
 _SUFFIXES = (".json", ".yaml")
 DRAFT_SUFFIX = ".tmp"
@@ -72,7 +71,7 @@ def draft_of(text: str, directory: str, prefix: str = "spec.") -> Iterator[str]:
         with open(descriptor, "w", encoding="utf-8") as writer:
             writer.write(text)
             writer.flush()
-            os.fchmod(descriptor, stat.S_IFREG | _MODE)
+            os.fchmod(descriptor, SPEC_MODE)
             os.fsync(descriptor)
         yield draft
     finally:

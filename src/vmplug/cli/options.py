@@ -30,10 +30,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class AnsweringPath(click.Path):
-    """A path of the caller. Raises AttributeReadError when its storage does not answer."""
+    """A path of the caller, and never an empty one, which would be taken for another.
+
+    Raises AttributeReadError when its storage does not answer.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See click."""
+        if not os.fspath(value):
+            self.fail("the path is empty", param, ctx)
         from vmplug.host.use.silent import require_answer  # noqa: PLC0415
 
         require_answer(os.fspath(value), THIS_HOST)

@@ -211,7 +211,7 @@ def write(
         raise click.UsageError("with --root, pass --directory, and no --watch: it is another host")
     from vmplug.cli.cdi import write as writing  # noqa: PLC0415  300 ms that the others do without
 
-    where = directory or DEFAULT_DIRECTORIES[-1]
+    where = DEFAULT_DIRECTORIES[-1] if directory is None else directory
     read_setup = writing.setup_reader(host, policy=policy, vhost_user_store=vhost_user_store)
     if watch:
         writing.keep_printing(where, read_setup, as_json=as_json)

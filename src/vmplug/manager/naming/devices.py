@@ -13,7 +13,7 @@ import msgspec
 
 from vmplug.cdi.names import find_name_problem
 from vmplug.devnum import DevNum, is_decimal
-from vmplug.errors import AttributeReadError, HostError
+from vmplug.errors import AttributeReadError, HostError, SpecError
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.device import HostDevice
 from vmplug.host.inventory import read_sockets
@@ -26,7 +26,7 @@ from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.manager.setup import Setup
-from vmplug.oci.info import DeviceInfo, DevType
+from vmplug.oci.info import DeviceInfo, DevType, normal_container_path
 from vmplug.policy.gate import PolicyCheck
 from vmplug.policy.rules import Policy
 
@@ -60,12 +60,24 @@ class LeftOut(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A name, and what a container asks for; `owners` are all that have it, if several have."""
+    """A name, and the path in a container of what has it.
+
+    `owners` are all that have the name, if several have.
+    """
 
     name: str
+    path: str
     node: str | None
-    info: DeviceInfo
+    dev_type: DevType
+    devnum: DevNum
     owners: tuple[DevNum, ...] = ()
+
+    @property
+    def request(self) -> DeviceInfo:
+        """What a container asks for, by its number: the path may be none that it can have."""
+        return DeviceInfo(
+            container_path=f"/dev/{self.devnum}", dev_type=self.dev_type, devnum=self.devnum
+        )
 
 
 def find_cdi_devices(setup: Setup, policy: Policy) -> tuple[list[CdiDevice], list[LeftOut]]:
@@ -76,7 +88,7 @@ def find_cdi_devices(setup: Setup, policy: Policy) -> tuple[list[CdiDevice], lis
     """
     host, store = setup.host, setup.vhost_user_store
     candidates = [*_list_vfio(host), *_list_disks(host), *_list_stored(store, host)]
-    answers = resolve_all([each.info for each in candidates], host, store)
+    answers = resolve_all([each.request for each in candidates], host, store)
     found, left_out = list[CdiDevice](), dict[str, LeftOut]()
     for candidate, answer in zip(candidates, answers, strict=True):
         try:
@@ -100,8 +112,9 @@ def _list_vfio(root: HostRoot) -> Iterator[_Candidate]:
     for path, directory, name in [*known, *cdevs]:
         number, node = root.read_devnum(f"{path}/dev"), f"{directory}/{name}"
         if number and has_node(node, root):
-            info = DeviceInfo(container_path=node, dev_type=DevType.CHAR, devnum=number)
-            yield _Candidate(name=name, node=node, info=info)
+            yield _Candidate(
+                name=name, path=node, node=node, dev_type=DevType.CHAR, devnum=number
+            )
 
 
 def _list_disks(root: HostRoot) -> Iterator[_Candidate]:
@@ -111,18 +124,27 @@ def _list_disks(root: HostRoot) -> Iterator[_Candidate]:
     names, alike = find_stable_names(numbers, root)
     shared = [(name, number) for name, numbers in alike.items() for number in numbers]
     for name, number in [*names.items(), *shared]:
-        path = f"/dev/disk/by-id/{name}"
-        info = DeviceInfo(container_path=path, dev_type=DevType.BLOCK, devnum=number)
-        yield _Candidate(name=name, node=None, info=info, owners=alike.get(name, ()))
+        yield _Candidate(
+            name=name,
+            path=f"/dev/disk/by-id/{name}",
+            node=None,
+            dev_type=DevType.BLOCK,
+            devnum=number,
+            owners=alike.get(name, ()),
+        )
 
 
 def _list_stored(store: VhostUserStore | None, root: HostRoot) -> Iterator[_Candidate]:
     """The nodes of a vhost-user store."""
     for stored in read_sockets(store, root) if store else ():
         name = stored.device_node.rpartition("/")[2]
-        path = f"/dev/vhost-user/{name}"
-        info = DeviceInfo(container_path=path, dev_type=DevType.BLOCK, devnum=stored.devnum)
-        yield _Candidate(name=name, node=stored.device_node, info=info)
+        yield _Candidate(
+            name=name,
+            path=f"/dev/vhost-user/{name}",
+            node=stored.device_node,
+            dev_type=DevType.BLOCK,
+            devnum=stored.devnum,
+        )
 
 
 def _name(
@@ -131,22 +153,35 @@ def _name(
     """The device by its name; None if it has another, or the policy does not allow it."""
     if isinstance(device, VfioGroup) and not _is_named_by(candidate.node, device, root):
         return None
-    info = _find_allowed(candidate.info, device, policy, root)
+    device_class = _find_class(candidate.node, device, root)
+    kind = f"{VENDOR}/{device_class or 'unknown'}"
+    named = replace(candidate.request, cdi_names=(f"{kind}={candidate.name}",))
+    info = _find_allowed(named, device, policy, root)
     if info is None:
         return None
     if candidate.owners:
         owners = " and ".join(f"b:{number}" for number in candidate.owners)
-        why = f"{info.container_path} is the name of {owners}: neither gets it"
+        why = f"{candidate.path} is the name of {owners}: neither gets it"
         return LeftOut(code="ambiguous-name", what=candidate.name, message=why)
-    if problem := find_name_problem(candidate.name):
+    if problem := find_name_problem(candidate.name) or _find_path_problem(candidate.path):
         return LeftOut(code="bad-cdi-name", what=candidate.name, message=problem)
+    if device_class is None:
+        raise AttributeReadError(device.host_path, why="no vendor or class")
     return CdiDevice(
-        kind=f"{VENDOR}/{_find_class(candidate.node, device, root)}",
+        kind=kind,
         name=candidate.name,
         host_path=candidate.node or device.host_path,
-        container_path=info.container_path,
+        container_path=candidate.path,
         read_only=info.read_only,
     )
+
+
+def _find_path_problem(path: str) -> str | None:
+    try:
+        normal_container_path(path)
+    except SpecError as error:
+        return error.message
+    return None
 
 
 def _is_named_by(node: str | None, group: VfioGroup, root: HostRoot) -> bool:
@@ -178,8 +213,8 @@ def _accesses(device: HostDevice) -> Iterable[bool]:
     return (False, True) if can_be else (False,)
 
 
-def _find_class(node: str | None, device: HostDevice, root: HostRoot) -> str:
-    """The class of its kind. Raises AttributeReadError."""
+def _find_class(node: str | None, device: HostDevice, root: HostRoot) -> str | None:
+    """The class of its kind; None if the kernel does not tell what it is."""
     if not isinstance(device, VfioGroup):
         is_disk = device.kind is DeviceType.BLOCK
         return "disk" if is_disk else device.kind.removesuffix("-pci")
@@ -190,5 +225,5 @@ def _find_class(node: str | None, device: HostDevice, root: HostRoot) -> str:
     member = next((name for name, cdev in device.cdev_nodes if cdev == node), None)
     function = next((f for f in device.functions if str(f.bdf) == member), device.functions[0])
     if function.vendor_id is None or function.class_code is None:
-        raise AttributeReadError(f"{function.sysfs_path}/class", why="no vendor or class")
+        return None
     return f"vfio-{function.vendor_id:04x}-{function.class_code >> 8:04x}"
