@@ -385,6 +385,30 @@ def test_files_of_others_are_left_alone(world: World) -> None:
     assert after == before
 
 
+def test_a_name_that_a_file_of_others_defines_stays_theirs(world: World) -> None:
+    """It would be of no use to anybody: two files of one directory would define it."""
+    world.disk("8:0", "sda", "wwn-0x5000")
+    world.write()
+    path = world.directory / "mine.yaml"
+    (world.directory / "vmplug.org-disk.yaml").rename(path)
+    world.disk("8:16", "sdb", "wwn-0x6000")
+    for words, ready in ((["--dry-run"], {}), ([], by_id("wwn-0x6000", "/dev/sdb", "rw"))):
+        answer = world.write(*words, status=HOST)
+        assert answer["left_out"] == [
+            {
+                "code": "foreign-spec",
+                "what": "vmplug.org/disk=wwn-0x5000",
+                "message": f"{path} defines it, and two files of a directory would make it "
+                "unusable",
+            }
+        ]
+        assert [each["name"] for each in answer["devices"]] == ["vmplug.org/disk=wwn-0x6000"]
+        assert world.named() == {**by_id("wwn-0x5000", "/dev/sda", "rw"), **ready}
+    path.unlink()
+    world.write()
+    assert [*world.named()] == [f"vmplug.org/disk=wwn-0x{number}000" for number in (5, 6)]
+
+
 def edit(path: Path) -> None:
     path.write_text(path.read_text().replace('"rw"', '"r"'))
 

@@ -16,6 +16,7 @@ from typing import Self
 
 import msgspec
 
+from vmplug.cdi.registry import read_directories
 from vmplug.cdi.write import DRAFT_SUFFIX, SPEC_MODE, draft_of
 from vmplug.errors import HostError, StateError
 
@@ -84,6 +85,20 @@ class OwnFiles:
         """What `update` would change. Raises HostError."""
         with _saying(self.directory):
             return self._compare({name: _mark(name, text) for name, text in texts.items()})
+
+    def names_of_others(self) -> dict[str, str]:
+        """The devices that other files of the directory define, each with its file.
+
+        Raises HostError.
+        """
+        with _saying(self.directory):
+            own = self._read_own()
+        return {
+            f"{file.spec.kind}={device.name}": file.file
+            for file in read_directories([self.directory]).files
+            if os.path.basename(file.file) not in own
+            for device in file.spec.devices
+        }
 
     def _compare(self, wanted: Mapping[str, str]) -> OwnChanges:
         own = self._read_own()

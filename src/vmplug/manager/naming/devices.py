@@ -112,9 +112,7 @@ def _list_vfio(root: HostRoot) -> Iterator[_Candidate]:
     for path, directory, name in [*known, *cdevs]:
         number, node = root.read_devnum(f"{path}/dev"), f"{directory}/{name}"
         if number and has_node(node, root):
-            yield _Candidate(
-                name=name, path=node, node=node, dev_type=DevType.CHAR, devnum=number
-            )
+            yield _Candidate(name=name, path=node, node=node, dev_type=DevType.CHAR, devnum=number)
 
 
 def _list_disks(root: HostRoot) -> Iterator[_Candidate]:

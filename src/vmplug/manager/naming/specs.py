@@ -72,9 +72,15 @@ def update_specs(own: OwnFiles, *, dry_run: bool = False, setup: Setup) -> Writt
             hint=f"write {DEFAULT_POLICY}, or pass --policy; docs/security.md has its rules",
         )
     devices, left_out = find_cdi_devices(setup, setup.policy)
+    theirs = own.names_of_others()
     by_file = dict[str, list[CdiDevice]]()
     for device in devices:
-        by_file.setdefault(f"{device.kind.replace('/', '-')}.yaml", []).append(device)
+        file = f"{device.kind.replace('/', '-')}.yaml"
+        other = theirs.get(str(device))
+        if other is None or os.path.basename(other) == file:
+            by_file.setdefault(file, []).append(device)
+        else:
+            left_out.append(_defined_there(other, device))
     texts = {file: _format(named) for file, named in by_file.items()}
     changes = own.compare(texts) if dry_run else own.update(texts)
     taken = {os.path.basename(path): path for path in changes.taken}
@@ -86,6 +92,11 @@ def update_specs(own: OwnFiles, *, dry_run: bool = False, setup: Setup) -> Writt
         unchanged=changes.unchanged,
         left_out=tuple(left_out),
     )
+
+
+def _defined_there(path: str, device: CdiDevice) -> LeftOut:
+    why = f"{path} defines it, and two files of a directory would make it unusable"
+    return LeftOut(code="foreign-spec", what=str(device), message=why)
 
 
 def _taken(path: str, devices: Sequence[CdiDevice]) -> LeftOut:
