@@ -16,6 +16,7 @@ from typing import Self
 
 import msgspec
 
+from vmplug.cdi.read import BYTES_MAX
 from vmplug.cdi.registry import read_directories
 from vmplug.cdi.write import DRAFT_SUFFIX, SPEC_MODE, draft_of
 from vmplug.errors import HostError, StateError
@@ -26,7 +27,6 @@ _HEAD = (
 _DIGEST = "# sha256: "
 _SUFFIX = ".yaml"
 _DRAFT = ".vmplug-spec-"
-_BYTES_MAX = 64 << 20
 _DIRECTORY_MODE = 0o755
 
 
@@ -216,7 +216,7 @@ def _read_own(path: str) -> str | None:
     try:
         with open(os.open(path, flags), "rb") as file:
             status = os.fstat(file.fileno())
-            text = file.read(_BYTES_MAX).decode() if _is_as_written(status) else ""
+            text = file.read(BYTES_MAX).decode() if _is_as_written(status) else ""
     except (OSError, UnicodeDecodeError):  # what cannot be read is not vmplug's
         return None
     _, _, rest = text.partition("\n")

@@ -55,26 +55,26 @@ class UnresolvableDevices(NoSuchDevice):
         self.directories = tuple(directories)
         self.conflicts = {name: conflicts[name] for name in self.names if name in conflicts}
         self.problems = tuple(problems)
-        self._known = tuple(known)
         wanted = ", ".join(self.names)
         super().__init__(
             wanted,
             f"unresolvable CDI devices: {wanted}; searched {', '.join(self.directories)}",
-            hint=self._find_hint(),
+            hint=self._find_hint(tuple(known)),
         )
         for problem in self.problems:
             self.add_note(f"unusable: {problem}")
 
-    def _find_hint(self) -> str | None:
+    def _find_hint(self, known: Sequence[str]) -> str | None:
         for name, files in self.conflicts.items():
             return f"remove {name} from all but one of {', '.join(files)}"
         if self.problems:
             return f"mend {self.problems[0].file}, which could not be used"
         kind, _, name = self.names[0].partition("=")
-        named = [other.removeprefix(f"{kind}=") for other in self._known if f"{kind}=" in other]
+        start = f"{kind}="
+        named = [other.removeprefix(start) for other in known if other.startswith(start)]
         if named:
             return f"{kind} has {_few(named)}"
-        kinds = sorted({other.partition("=")[0] for other in self._known})
+        kinds = sorted({other.partition("=")[0] for other in known})
         if kinds:
             return f"no file defines the kind {kind}; there are {_few(kinds)}"
         return (

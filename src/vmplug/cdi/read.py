@@ -14,6 +14,8 @@ from vmplug.cdi.validate import find_problems
 from vmplug.cdi.version import VERSIONED
 
 _VERSIONED_KEYS = tuple(f'"{name}"'.encode() for name in VERSIONED)
+BYTES_MAX = 64 << 20
+"""Of a spec: a device has some 200 bytes."""
 _BLANK = b" \r\n"
 _COMMENTS = re.compile(rb"(?:#[ -~]*\n)*")
 _ODD_ESCAPES = re.compile(rb"\\/|\\u[dD]|\\u003[aA]")
@@ -55,7 +57,10 @@ def _read_file(file: str) -> bytes:
     with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as reader:
         if not stat.S_ISREG(os.fstat(reader.fileno()).st_mode):
             raise OSError(0, "not a regular file")
-        return reader.read()
+        data = reader.read(BYTES_MAX + 1)
+    if len(data) > BYTES_MAX:
+        raise OSError(0, f"longer than {BYTES_MAX >> 20} MiB")
+    return data
 
 
 def _read_plain_json(data: bytes) -> Spec | None:

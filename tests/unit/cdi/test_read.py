@@ -210,6 +210,13 @@ def test_every_mistake_of_a_file_is_told_at_once() -> None:
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo.json"
     os.mkfifo(fifo)
-    for path, why in ((tmp_path / "no.json", "No such file"), (fifo, "not a regular file")):
+    huge = tmp_path / "huge.json"
+    huge.touch()
+    os.truncate(huge, 1 << 42)
+    for path, why in (
+        (tmp_path / "no.json", "No such file"),
+        (fifo, "not a regular file"),
+        (huge, "longer than 64 MiB"),
+    ):
         with pytest.raises(cdi.CdiError, match=f"{path}: \\$: cannot be read: {why}"):
             cdi.read_spec(path)

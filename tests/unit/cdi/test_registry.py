@@ -62,6 +62,24 @@ def test_what_is_not_there_is_told_with_directories_and_unusable_files(tmp_path:
     assert raised.value.notes[0].startswith(f"unusable: {directory}/a.yaml: $.cdiVersion: is miss")
 
 
+def test_what_is_known_is_in_the_hint_alone(tmp_path: Path) -> None:
+    directory = write_specs(
+        tmp_path / "cdi",
+        a=spec_text("{env: [A=1]}", name="a"),
+        b=spec_text("{env: [A=1]}", name="b").replace("vendor.com", "other.vendor.com"),
+    )
+    with pytest.raises(cdi.UnresolvableDevices) as raised:
+        cdi.read_directories([directory]).resolve(["vendor.com/class=c"])
+    assert raised.value.hint == "vendor.com/class has a"
+    assert not [fact for fact in raised.value.facts if fact.startswith("_")]
+    with pytest.raises(cdi.UnresolvableDevices) as raised:
+        cdi.read_directories([directory]).resolve(["r.vendor.com/class=c"])
+    assert raised.value.hint == (
+        "no file defines the kind r.vendor.com/class; there are other.vendor.com/class, "
+        "vendor.com/class"
+    )
+
+
 def test_a_directory_that_is_a_link_or_a_file_is_told(tmp_path: Path) -> None:
     directory = write_specs(tmp_path / "cdi", a=spec_text("{env: [A=1]}"))
     (tmp_path / "link").symlink_to(directory)
