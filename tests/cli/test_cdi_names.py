@@ -105,6 +105,14 @@ def test_ro_after_a_name_is_for_all_its_nodes_and_no_other(world: World) -> None
     }
 
 
+def test_people_see_the_names_where_there_are_some(world: World) -> None:
+    world.write_spec(data=node("/dev/a", "/dev/null"))
+    shown = world.run("info", "--device", DATA, "--device", "c:1:7:/dev/c").stdout.splitlines()
+    assert [line.split()[0::7] for line in shown[1:]] == [["/dev/c", "-"], ["/dev/a", DATA]]
+    assert shown[0].endswith("  CDI NAME")
+    assert "CDI" not in world.run("info", "--device", "c:1:7:/dev/c").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "status", "told"),
     [

@@ -5,7 +5,7 @@ import click
 from vmplug.cli.device_json import info_json
 from vmplug.cli.options import json_option, read_request, request_options
 from vmplug.cli.render.output import access, print_json, resolved_json
-from vmplug.cli.render.table import path_column, print_table
+from vmplug.cli.render.table import Column, name_column, path_column, print_table
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Named, NetInfo, Request, VfioInfo
 
@@ -31,18 +31,29 @@ def command(as_json: bool, **request: object) -> None:
         return
     if not asked.requests:
         click.echo("no devices are asked for")
+    columns: list[Column | str] = [
+        path_column("CONTAINER PATH"),
+        "TYPE",
+        path_column("NUMBER"),
+        "RO/RW",
+        "MODE",
+        "UID",
+        "GID",
+    ]
+    names = [", ".join(_cdi_names(info)) for info in asked.requests]
+    if any(names):
+        columns.append(name_column("CDI NAME"))
     print_table(
-        (
-            path_column("CONTAINER PATH"),
-            "TYPE",
-            path_column("NUMBER"),
-            "RO/RW",
-            "MODE",
-            "UID",
-            "GID",
-        ),
-        [_row(info) for info in asked.requests],
+        columns,
+        [
+            (*_row(info), name or "-")[: len(columns)]
+            for info, name in zip(asked.requests, names, strict=True)
+        ],
     )
+
+
+def _cdi_names(info: Request) -> tuple[str, ...]:
+    return info.cdi_names if isinstance(info, DeviceInfo) else ()
 
 
 def _json(info: Request) -> dict[str, object]:
