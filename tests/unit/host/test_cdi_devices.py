@@ -197,6 +197,16 @@ def test_a_spec_that_others_can_write_is_not_trusted(writable: str, tmp_path: Pa
     assert caught.value.hint == f"chown root {changed}; chmod go-w {changed}"
 
 
+def test_a_spec_behind_a_link_is_not_trusted_where_others_can_exchange_it(tmp_path: Path) -> None:
+    file = write_spec(tmp_path / "real", {"a": nodes({"path": "/dev/null"})})
+    (tmp_path / "cdi").mkdir()
+    (tmp_path / "cdi/a.json").symlink_to(file)
+    assert len(find(tmp_path / "cdi", "a")) == 1
+    file.parent.chmod(0o777)
+    with pytest.raises(PolicyError, match=f"{file.parent} is writable by others"):
+        find(tmp_path / "cdi", "a")
+
+
 @needs_root
 def test_below_a_root_specs_and_nodes_are_those_of_that_host(tmp_path: Path) -> None:
     tree = HostTree(tmp_path / "host").node("/dev/null", "b", "7:9").link("/var/run", "/run")

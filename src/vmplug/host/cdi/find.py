@@ -87,8 +87,8 @@ def _place(path: str, root: HostRoot) -> str:
 
 def _check_writers(file: str) -> None:
     """PolicyError for a spec of which others decide what it says: names in it are root's word."""
-    directory = os.path.dirname(file)
-    for path in (directory, file):
+    real = os.path.realpath(file)
+    for path in (os.path.dirname(file), file, os.path.dirname(real)):
         if why := why_not_trusted(path):
             raise PolicyError(
                 f"the CDI spec {file} cannot be trusted: {path} {why}",
