@@ -55,7 +55,7 @@ class QualifiedName(msgspec.Struct, frozen=True):
         """SpecError if it is not a qualified name, with the part that is wrong."""
         kind, equals, name = text.partition("=")
         if not equals:
-            raise SpecError(text, "not a CDI device, expected VENDOR/CLASS=NAME")
+            raise SpecError(text or "''", "not a CDI device, expected VENDOR/CLASS=NAME")
         problem = find_kind_problem(kind) or find_name_problem(name)
         if problem is not None:
             raise SpecError(text, problem)

@@ -17,6 +17,7 @@ def test_a_qualified_name_is_parsed_and_written_the_same(text: str) -> None:
     ("text", "told"),
     [
         ("/dev/null", "/dev/null: not a CDI device, expected VENDOR/CLASS=NAME"),
+        ("", "'': not a CDI device, expected VENDOR/CLASS=NAME"),
         ("class=dev", "class=dev: 'class' is not a kind, expected VENDOR/CLASS"),
         ("/c=d", "/c=d: '/c' is not a kind, expected VENDOR/CLASS"),
         (
