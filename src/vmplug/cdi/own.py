@@ -198,6 +198,11 @@ def _put(draft: str, path: str) -> None:
         os.replace(draft, path)
 
 
+def _open_itself(path: str, flags: int) -> int:
+    """An opener: what `open` makes no file of, such as a directory, is closed again."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
 def _is_as_written(status: os.stat_result) -> bool:
     return status.st_mode == stat.S_IFREG | SPEC_MODE and status.st_uid == os.geteuid()
 
@@ -212,9 +217,8 @@ def _digest(name: str, text: str) -> str:
 
 def _read_own(path: str) -> str | None:
     """The text of a file that vmplug wrote; None for anything else."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with open(os.open(path, flags), "rb") as file:
+        with open(path, "rb", opener=_open_itself) as file:
             status = os.fstat(file.fileno())
             text = file.read(BYTES_MAX).decode() if _is_as_written(status) else ""
     except (OSError, UnicodeDecodeError):  # what cannot be read is not vmplug's

@@ -53,14 +53,19 @@ def parse_spec(text: str | bytes, *, file: str = "-") -> Spec:
 
 
 def _read_file(file: str) -> bytes:
-    # A FIFO or a device by that name must not keep the reader waiting.
-    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as reader:
+    with open(file, "rb", opener=_open_at_once) as reader:
         if not stat.S_ISREG(os.fstat(reader.fileno()).st_mode):
             raise OSError(0, "not a regular file")
         data = reader.read(BYTES_MAX + 1)
     if len(data) > BYTES_MAX:
         raise OSError(0, f"longer than {BYTES_MAX >> 20} MiB")
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """An opener: what `open` makes no file of, such as a directory, is closed again."""
+    # A FIFO or a device by that name must not keep the reader waiting.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _read_plain_json(data: bytes) -> Spec | None:

@@ -18,8 +18,6 @@ from vmplug.oci.limits import CONFIG_BYTES_MAX
 PIPE_TIMEOUT_S = 10.0
 """How long the writer of a FIFO may take; a shell's `<(command)` is one too."""
 
-_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
     """The bytes that were read, the bundle directory's name, and the file that they are from.
@@ -45,7 +43,7 @@ def read_source(source: str | os.PathLike[str]) -> Source:
     if os.path.isdir(path):  # Path.is_dir raises for a name too long to be one
         path /= "config.json"
     try:
-        with open(os.open(path, _OPEN), "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
             data, name = _read(str(path), file), _container_name(path.parent.resolve())
             return Source(data=data, name=name, file=str(path))
     except (OSError, ValueError) as error:
@@ -55,6 +53,11 @@ def read_source(source: str | os.PathLike[str]) -> Source:
             f"cannot be read: {reason}",
             hint="pass a directory with a config.json, that file itself, or - for standard input",
         ) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """An opener: what `open` makes no file of, such as a directory, is closed again."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _read(where: str, file: IO[bytes]) -> bytes:

@@ -106,7 +106,7 @@ def _parse(name: str, data: bytes) -> _File:
 def _read(path: str) -> bytes:
     """The bytes of a file that only root and this user can write to."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 _wrong(path, "is not a regular file")
@@ -119,6 +119,11 @@ def _read(path: str) -> bytes:
     if len(data) > _BYTES_MAX:
         _wrong(path, f"is longer than {_BYTES_MAX >> 20} MiB")
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """An opener: what `open` makes no file of, such as a directory, is closed again."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _cannot_read(path: str, error: OSError | ValueError) -> NoReturn:
