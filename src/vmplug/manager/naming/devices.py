@@ -212,7 +212,7 @@ def _accesses(device: HostDevice) -> Iterable[bool]:
 
 
 def _find_class(node: str | None, device: HostDevice, root: HostRoot) -> str | None:
-    """The class of its kind; None if the kernel does not tell what it is."""
+    """The class of its kind; None if the kernel does not say what it is."""
     if not isinstance(device, VfioGroup):
         is_disk = device.kind is DeviceType.BLOCK
         return "disk" if is_disk else device.kind.removesuffix("-pci")
