@@ -518,6 +518,16 @@ def test_directories_that_cannot_be_written(world: World, tmp_path: Path) -> Non
     assert not [*(tmp_path / "real").iterdir()]
 
 
+def test_a_directory_in_which_others_can_write_gets_no_names(world: World) -> None:
+    """vmplug would refuse them there."""
+    world.disk("8:0", "sda", "wwn-0x5000")
+    world.directory.mkdir()
+    world.directory.chmod(0o777)
+    done = world.run()
+    assert (done.status, world.files()) == (HOST, {})
+    assert f"{world.directory}: it is writable by others (mode 0777)\nhint: " in done.stderr
+
+
 def test_an_empty_directory_is_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.disk("8:0", "sda", "wwn-0x5000")
     world.directory.mkdir()
@@ -542,7 +552,7 @@ def test_every_user_may_read_what_is_written(world: World) -> None:
 def test_a_read_only_file_system(world: World, tmp_path: Path) -> None:
     world.disk("8:0", "sda", "wwn-0x5000")
     world.directory.mkdir()
-    script = 'mount -t tmpfs -o ro tmpfs "$1"; shift; exec "$@"'
+    script = 'mount -t tmpfs -o ro,mode=755 tmpfs "$1"; shift; exec "$@"'
     words = ("--root", world.tree.path, "--directory", world.directory, "--policy", world.policy)
     alone = ("unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh")
     done = subprocess.run(

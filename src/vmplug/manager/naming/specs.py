@@ -9,7 +9,8 @@ from vmplug.cdi.own import OwnFiles
 from vmplug.cdi.registry import DEFAULT_DIRECTORIES
 from vmplug.cdi.spec import ContainerEdits, Device, DeviceNode, Spec
 from vmplug.cdi.write import format_spec
-from vmplug.errors import NoSuchDevice, PolicyError
+from vmplug.errors import HostError, NoSuchDevice, PolicyError
+from vmplug.host.permissions import why_not_trusted
 from vmplug.manager.naming.devices import VENDOR, CdiDevice, LeftOut, find_cdi_devices
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.policy import DEFAULT_POLICY
@@ -71,6 +72,7 @@ def update_specs(own: OwnFiles, *, dry_run: bool = False, setup: Setup) -> Writt
             "no policy says which devices of this host may have names",
             hint=f"write {DEFAULT_POLICY}, or pass --policy; docs/security.md has its rules",
         )
+    _check_writers(own.directory)
     devices, left_out = find_cdi_devices(setup, setup.policy)
     theirs = own.names_of_others()
     by_file = dict[str, list[CdiDevice]]()
@@ -92,6 +94,15 @@ def update_specs(own: OwnFiles, *, dry_run: bool = False, setup: Setup) -> Writt
         unchanged=changes.unchanged,
         left_out=tuple(left_out),
     )
+
+
+def _check_writers(directory: str) -> None:
+    """HostError where others decide what a name stands for: vmplug would refuse each of them."""
+    if os.path.isdir(directory) and (why := why_not_trusted(directory)):
+        raise HostError(
+            f"cannot write specs in {directory}: it {why}",
+            hint=f"chown root {directory}; chmod go-w {directory}",
+        )
 
 
 def _defined_there(path: str, device: CdiDevice) -> LeftOut:
