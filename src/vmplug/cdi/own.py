@@ -74,11 +74,11 @@ class OwnFiles:
             self._remove_drafts()
             wanted = {name: _mark(name, text) for name, text in texts.items()}
             changes = self._compare(wanted)
+            for path in changes.removed:  # first, as it needs no room on the disk
+                os.unlink(path)
             for path in changes.written:
                 with draft_of(wanted[os.path.basename(path)], self.directory, _DRAFT) as draft:
                     _put(draft, path)
-            for path in changes.removed:
-                os.unlink(path)
         return changes
 
     def compare(self, texts: Mapping[str, str]) -> OwnChanges:

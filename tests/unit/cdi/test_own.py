@@ -1,6 +1,7 @@
 """vmplug's own files in a directory of specs: a process that writes them may be killed."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -61,6 +62,21 @@ def test_a_killed_writer_leaves_whole_files(tmp_path: Path) -> None:
             own.update(TEXTS)
         assert sorted(os.listdir(directory)) == sorted(TEXTS)
     assert drafts, "no writer was killed while it wrote"
+
+
+def test_what_goes_is_removed_though_nothing_can_be_written(tmp_path: Path) -> None:
+    gone, kept, *_ = TEXTS
+    with OwnFiles(str(tmp_path), PREFIX) as own:
+        own.update(dict.fromkeys((gone, kept), "a"))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            with pytest.raises(HostError, match="File too large"):
+                own.update({kept: TEXTS[kept]})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == [kept]
+    assert (tmp_path / kept).read_text().endswith("a")
 
 
 def test_a_file_that_others_make_in_that_moment_stays(tmp_path: Path) -> None:
