@@ -54,12 +54,12 @@ def parse_spec(text: str | bytes, *, file: str = "-") -> Spec:
 
 def _read_file(file: str) -> bytes:
     with open(file, "rb", opener=_open_at_once) as reader:
-        if not stat.S_ISREG(os.fstat(reader.fileno()).st_mode):
+        status = os.fstat(reader.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(0, "not a regular file")
-        data = reader.read(BYTES_MAX + 1)
-    if len(data) > BYTES_MAX:
-        raise OSError(0, f"longer than {BYTES_MAX >> 20} MiB")
-    return data
+        if status.st_size > BYTES_MAX:
+            raise OSError(0, f"longer than {BYTES_MAX >> 20} MiB")
+        return reader.read()
 
 
 def _open_at_once(path: str, flags: int) -> int:
