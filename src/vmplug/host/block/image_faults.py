@@ -11,9 +11,16 @@ import msgspec
 from vmplug.host.block.qcow2 import HEADER, HEADER_3, MAGIC, VERSIONS
 from vmplug.host.root import HostRoot
 
-_DIRTY, _CORRUPT, _EXTENDED_L2 = 1 << 0, 1 << 1, 1 << 4
+_DIRTY, _CORRUPT, _EXTERNAL_DATA, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
 _KNOWN_FEATURES = 0b11111
-_TABLE_MAX_BYTES = 32 << 20
+_RAW_EXTERNAL_DATA = 1 << 1
+"""Of the features that a program may clear."""
+_EXTENDED_L2_BITS = 14
+_ZLIB, _ZSTD = 0, 1
+_TABLE_MAX_BYTES, _REFCOUNTS_MAX_BYTES = 32 << 20, 8 << 20
+_SNAPSHOT_BYTES, _SNAPSHOTS_MAX = 40, 65536
+_NAME_MAX = 1023
+_EXTENSIONS_BYTES = 1 << 16
 
 
 class ImageFault(msgspec.Struct, frozen=True):
@@ -39,7 +46,7 @@ def find_faults(path: str, size_bytes: int, root: HostRoot) -> list[ImageFault]:
     needed = HEADER.size + (HEADER_3.size if version == 3 else 0)
     if len(head) < needed:
         return [_cut_short("its header is truncated")]
-    layout = _Layout.of(head, version)
+    layout = _Layout.of(root.read_at(path, 0, _EXTENSIONS_BYTES), version)
     return list(_wrong_header(layout)) or list(_missing_parts(layout, path, size_bytes, root))
 
 
@@ -51,8 +58,12 @@ def _cut_short(what: str) -> ImageFault:
     return ImageFault(what, "copy the image again, or restore it: the copy is not complete")
 
 
-class _Layout(msgspec.Struct, frozen=True):
-    """The fields of a header that say where the parts of the image are."""
+class _Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of a header that say where the parts of the image are.
+
+    `is_cut`: an extension of the header ends after the space for it. `compression` is a number,
+    `may_clear` the features that a program may clear.
+    """
 
     cluster_bits: int
     virtual_size: int
@@ -61,16 +72,64 @@ class _Layout(msgspec.Struct, frozen=True):
     l1_offset: int
     refcounts_offset: int
     refcounts_clusters: int
-    features: int
-    refcount_order: int
+    snapshots: int
+    snapshots_offset: int
+    name_offset: int
+    name_bytes: int
+    is_cut: bool
+    features: int = 0
+    may_clear: int = 0
+    refcount_order: int = 4
+    header_bytes: int = HEADER.size
+    header_least: int = HEADER.size
+    compression: int = _ZLIB
 
     @classmethod
     def of(cls, head: bytes, version: int) -> "_Layout":
-        _, _, _, _, bits, size, crypt, entries, l1, ref, ref_size, _, _ = HEADER.unpack_from(head)
-        features, order = 0, 4
+        _, _, name, length, bits, size, crypt, entries, l1, ref, ref_size, snapshots, snap = (
+            HEADER.unpack_from(head)
+        )
+        more, header_bytes = {}, HEADER.size
         if version >= 3:
-            features, _, _, order, _ = HEADER_3.unpack_from(head, HEADER.size)
-        return cls(bits, size, crypt, entries, l1, ref, ref_size, features, order)
+            features, _, may_clear, order, header_bytes = HEADER_3.unpack_from(head, HEADER.size)
+            compression_at = HEADER.size + HEADER_3.size
+            has_compression = compression_at < min(header_bytes, len(head))
+            more = {
+                "features": features,
+                "may_clear": may_clear,
+                "refcount_order": order,
+                "header_bytes": header_bytes,
+                "header_least": compression_at,
+                "compression": head[compression_at] if has_compression else _ZLIB,
+            }
+        return cls(
+            cluster_bits=bits,
+            virtual_size=size,
+            encryption=crypt,
+            l1_entries=entries,
+            l1_offset=l1,
+            refcounts_offset=ref,
+            refcounts_clusters=ref_size,
+            snapshots=snapshots,
+            snapshots_offset=snap,
+            name_offset=name,
+            name_bytes=length,
+            is_cut=_has_cut_extension(head, header_bytes, name or 1 << min(bits, 21)),
+            **more,
+        )
+
+
+def _has_cut_extension(head: bytes, at: int, end: int) -> bool:
+    """Whether an extension of the header is longer than the space up to `end`."""
+    while at < end and at + 8 <= len(head):
+        kind, length = struct.unpack_from(">II", head, at)
+        at += 8
+        if length > end - at:
+            return True
+        if kind == 0:
+            return False
+        at += -(-length // 8) * 8
+    return False
 
 
 def _wrong_header(layout: _Layout) -> Iterator[ImageFault]:
@@ -86,8 +145,31 @@ def _wrong_header(layout: _Layout) -> Iterator[ImageFault]:
             "is encrypted, and vmplug has no keys for QEMU",
             "decrypt it (qemu-img convert --image-opts), and let the guest encrypt its disk",
         )
-    if not (9 <= layout.cluster_bits <= 21 and layout.refcount_order <= 6):
+    if not 9 <= layout.cluster_bits <= 21 or any(_impossible(layout)):
         yield ImageFault("has a header that no qcow2 image can have", _REPAIR)
+
+
+def _impossible(layout: _Layout) -> Iterator[bool]:
+    """What QEMU does not accept in a header, each of its conditions in turn."""
+    cluster, features = 1 << layout.cluster_bits, layout.features
+    tables = (
+        (layout.l1_offset, layout.l1_entries * 8),
+        (layout.refcounts_offset, layout.refcounts_clusters * cluster),
+        (layout.snapshots_offset, layout.snapshots * _SNAPSHOT_BYTES),
+    )
+    yield from (at % cluster != 0 or at + length >= 1 << 63 for at, length in tables)
+    yield layout.refcount_order > 6
+    yield not 0 < layout.refcounts_clusters * cluster <= _REFCOUNTS_MAX_BYTES
+    yield layout.snapshots > _SNAPSHOTS_MAX
+    yield layout.header_bytes > cluster or layout.is_cut
+    yield layout.header_bytes < layout.header_least
+    yield layout.name_offset > cluster
+    if layout.name_offset:
+        yield layout.name_bytes > min(_NAME_MAX, cluster - layout.name_offset)
+    yield layout.compression > _ZSTD
+    yield bool(features & _COMPRESSION) is (layout.compression == _ZLIB)
+    yield bool(layout.may_clear & _RAW_EXTERNAL_DATA and not features & _EXTERNAL_DATA)
+    yield bool(features & _EXTENDED_L2) and layout.cluster_bits < _EXTENDED_L2_BITS
 
 
 def _missing_parts(
@@ -104,6 +186,11 @@ def _missing_parts(
         yield _cut_short(f"has {size_bytes} bytes, and its L1 table ends after them")
     elif layout.refcounts_offset + layout.refcounts_clusters * cluster > size_bytes:
         yield _cut_short(f"has {size_bytes} bytes, and its refcount table ends after them")
+    elif (
+        layout.snapshots
+        and layout.snapshots_offset + layout.snapshots * _SNAPSHOT_BYTES > size_bytes
+    ):
+        yield _cut_short(f"has {size_bytes} bytes, and its table of snapshots ends after them")
     elif not layout.features & _DIRTY:  # else its refcounts say nothing
         last = _last_cluster(layout, path, size_bytes, root)
         if last * cluster >= size_bytes:

@@ -209,6 +209,8 @@ def write_at(path: Path, offset: int, content: bytes) -> None:
         file.write(content)
 
 
+IMPOSSIBLE = "has a header that no qcow2 image can have"
+
 needs_qemu_img = pytest.mark.skipif(
     not shutil.which("qemu-img"), reason="needs qemu-img (qemu-utils)"
 )
@@ -280,9 +282,27 @@ def test_a_table_that_points_behind_the_end_is_found(image: Path, block_at: int)
         (72, struct.pack(">Q", 2), "is marked as corrupt"),
         (32, struct.pack(">I", 1), "is encrypted"),
         (32, struct.pack(">I", 2), "is encrypted"),
-        (20, struct.pack(">I", 8), "has a header that no qcow2 image can have"),
-        (20, struct.pack(">I", 22), "has a header that no qcow2 image can have"),
-        (96, struct.pack(">I", 7), "has a header that no qcow2 image can have"),
+        (20, struct.pack(">I", 8), IMPOSSIBLE),
+        (20, struct.pack(">I", 22), IMPOSSIBLE),
+        (96, struct.pack(">I", 7), IMPOSSIBLE),
+        (8, struct.pack(">Q", 65537), IMPOSSIBLE),  # the name of the backing file
+        (8, struct.pack(">QI", 600, 1024), IMPOSSIBLE),
+        (8, struct.pack(">QI", 65530, 7), IMPOSSIBLE),
+        (8, struct.pack(">Q", 200), IMPOSSIBLE),  # inside of an extension
+        (40, struct.pack(">Q", 8), IMPOSSIBLE),  # the L1 table
+        (48, struct.pack(">Q", 8), IMPOSSIBLE),  # the refcount table
+        (56, struct.pack(">I", 0), IMPOSSIBLE),
+        (56, struct.pack(">I", 129), IMPOSSIBLE),
+        (60, struct.pack(">I", 65537), IMPOSSIBLE),  # snapshots
+        (64, struct.pack(">Q", 512), IMPOSSIBLE),
+        (60, struct.pack(">IQ", 1, 1 << 40), "its table of snapshots ends after them"),
+        (72, struct.pack(">Q", 1 << 3), IMPOSSIBLE),  # compression
+        (104, b"\1", IMPOSSIBLE),
+        (104, b"\2", IMPOSSIBLE),
+        (88, struct.pack(">Q", 2), IMPOSSIBLE),  # raw data in another file
+        (100, struct.pack(">I", 72), IMPOSSIBLE),  # the length of the header
+        (100, struct.pack(">I", 1 << 17), IMPOSSIBLE),
+        (116, struct.pack(">I", 1 << 16), IMPOSSIBLE),  # an extension
         (24, struct.pack(">Q", 1 << 50), "has an L1 table that does not fit its size"),
         (36, struct.pack(">I", 0), "has an L1 table that does not fit its size"),
         (36, struct.pack(">I", 0xFFFFFFFF), "has an L1 table that does not fit its size"),
