@@ -12,14 +12,14 @@ from typing import assert_never
 
 from msgspec.structs import replace
 
-from vmplug.devnum import DevNum
-from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
+from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.loop_files import Loop, same_file
 from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.claimed import find_claimed, without_shared
 from vmplug.host.check.exclusive import exclusive_errno, find_claims_elsewhere, held_exclusively
+from vmplug.host.check.mounted import few, find_mounts, name_part
 from vmplug.host.check.open_disk import (
     check_open_disk,
     check_qemu_locks,
@@ -266,7 +266,7 @@ def _is_refused(findings: Iterable[Finding]) -> bool:
 def _users(device: BlockDevice, access: Access, usage: HostUsage, root: HostRoot) -> list[Finding]:
     """Every known user on the host that cannot share the device in this way."""
     return [
-        *_mounted(device, access, usage),
+        *find_mounts(device, access, usage),
         *_held(device, access, root),
         *_looped(device, access, usage, root),
         *_swap(device.device_node, (*device.nodes, *device.below_files), usage, root),
@@ -274,45 +274,10 @@ def _users(device: BlockDevice, access: Access, usage: HostUsage, root: HostRoot
     ]
 
 
-def _mounted(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[Finding]:
-    """Mounts of all that shows its bytes; a read-only file system may be shared."""
-    names = {part.devnum: _named(part, device) for part in device.same_bytes}
-    names[device.devnum] = device.device_node
-    nodes = {part.devnum: part.device_node for part in device.same_bytes}
-    places: dict[DevNum, list[str]] = {}
-    for devnum in names:
-        for mount in usage.mounts_of.get(devnum, ()):
-            if not (mount.read_only and access.read_only):
-                places.setdefault(devnum, []).append(mount.mount_point)
-    for devnum, points in places.items():
-        yield Finding(
-            Code.MOUNTED_ON_HOST,
-            f"{names[devnum]} is mounted on the host at {_few(sorted(set(points)))}",
-            "the host's root file system is on it: hand over another disk"
-            if "/" in points
-            else f"umount {quote(min(points))}",
-            used_by=UsedBy(
-                on=nodes.get(devnum, device.device_node),
-                who="a mounted file system",
-                where=", ".join(sorted(set(points))),
-                how="the mount tables of all mount namespaces",
-            ),
-        )
-
-
-def _named(part: DiskPart, device: BlockDevice) -> str:
-    """`/dev/sdb`; for another name of the disk, with the name that was asked for."""
-    if part in (device.twins or ()):
-        return f"{part.device_node}, on the same disk as {device.device_node},"
-    if part in (device.behind or ()):
-        return f"{part.device_node}, which is below {device.device_node},"
-    return part.device_node
-
-
 def _held(device: BlockDevice, access: Access, root: HostRoot) -> Iterator[Finding]:
     """Devices that the kernel built on it: device-mapper, md, bcache."""
     held = [(device.device_node, device.device_node, device.holders or ())]
-    held += [(p.device_node, _named(p, device), p.holders) for p in device.same_bytes]
+    held += [(p.device_node, name_part(p, device), p.holders) for p in device.same_bytes]
     for node, named, holders in held:
         writers = [
             name
@@ -322,8 +287,8 @@ def _held(device: BlockDevice, access: Access, root: HostRoot) -> Iterator[Findi
         if writers:
             yield Finding(
                 Code.HAS_HOLDERS,
-                f"{named} is part of {_few(writers)}",
-                f"hand over {_few([f'/dev/{name}' for name in writers])} itself, or dismantle it "
+                f"{named} is part of {few(writers)}",
+                f"hand over {few([f'/dev/{name}' for name in writers])} itself, or dismantle it "
                 f"first ({_take_apart(writers, root)})",
                 used_by=UsedBy(
                     on=node,
@@ -390,7 +355,7 @@ def _is_idle(loop: Loop, usage: HostUsage, root: HostRoot) -> bool:
     device = read_block_device(loop.devnum, loop.device_node, FoundBy.SYSFS, root)
     access = Access(read_only=False)
     used = [
-        *_mounted(device, access, usage),
+        *find_mounts(device, access, usage),
         *_held(device, access, root),
         *_swap(device.device_node, device.nodes, usage, root),
         *find_kernel_users(device, access, usage, root),
@@ -475,7 +440,3 @@ def _empty(device: BlockDevice) -> Finding:
         f"{device.device_node} has size zero",
         "set it up first (a loop device needs a file: losetup)",
     )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -5,7 +5,7 @@ Source: proc(5), proc_pid_mountinfo(5).
 
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import msgspec
@@ -31,21 +31,22 @@ def parse_mounted_devices(tables: Mapping[str, str], root: HostRoot) -> set[Moun
     """The mounted devices of several mount tables, by the files of which they are the text."""
     found: set[MountedDevice] = set()
     sources = cache(lambda source: _node_number(source, root))
-    file_systems = cache(lambda devnum: _btrfs_devices(devnum, root))
+    file_systems = cache(lambda devnum: _all_members(devnum, root))
     known: set[str] = set()
     for path, table in tables.items():
         try:
             lines = set(_lines(table)) - known  # a namespace begins as a copy of another
             known |= lines
             for mount in map(_parse_line, lines):
-                number: DevNum | None = mount.devnum
+                named = mount.other_sources
+                numbers = {mount.devnum}
                 if mount.devnum.major == 0:  # btrfs and others show a number of their own
-                    number = None if _anybody_mounts(mount.fs_type) else sources(mount.source)
-                if number is None:
-                    continue
-                is_btrfs = mount.fs_type == "btrfs"
-                more = filter(None, map(sources, mount.other_sources))
-                for each in {number, *more, *(file_systems(number) if is_btrfs else ())}:
+                    named += [] if _anybody_mounts(mount.fs_type) else [mount.source]
+                    numbers.clear()
+                numbers.update(filter(None, map(sources, named)))
+                if mount.fs_type in _MEMBERS:
+                    numbers.update(*map(file_systems, tuple(numbers)))
+                for each in numbers:
                     found.add(
                         MountedDevice(
                             devnum=each, mount_point=mount.path, read_only=mount.read_only
@@ -93,11 +94,16 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def other_sources(self) -> list[str]:
-        """The devices that xfs has besides: for its log, and for files in real time."""
-        if self.fs_type != "xfs":
+        """The devices that it has besides, as its options and the source of a bcachefs say.
+
+        xfs has them for its log and for files in real time, reiserfs for its journal, erofs for
+        layers.
+        """
+        if _anybody_mounts(self.fs_type):
             return []
-        options = (option.partition("=") for option in self.fs_options)
-        return [unescape(path) for key, _, path in options if key in {"logdev", "rtdev"}]
+        options = (option.partition("=")[2] for option in self.fs_options)
+        named = [unescape(path) for path in options if path.startswith("/dev/")]
+        return named + (self.source.split(":") if self.fs_type == "bcachefs" else [])
 
 
 def read_mount_points(root: HostRoot) -> list[MountPoint]:
@@ -131,17 +137,36 @@ def _parse_line(line: str) -> MountPoint:
     )
 
 
-def _btrfs_devices(devnum: DevNum, root: HostRoot) -> set[DevNum]:
-    """All devices of the file system that this one is part of: mountinfo names only one.
+_MEMBERS = {"btrfs": ("/devices", ""), "bcachefs": ("", "/block")}
+"""File systems of several devices: where below /sys/fs/TYPE/UUID the members are, and what follows
+the name of each. Source: Linux fs/btrfs/sysfs.c; fs/bcachefs/super.c."""
+_BY_DISK = ("ext4", "f2fs", "xfs")
+"""File systems with a directory /sys/fs/TYPE/DISK.
 
-    Source: Linux fs/btrfs/sysfs.c, /sys/fs/btrfs/UUID/devices.
-    """
-    for uuid in root.list_dir("/sys/fs/btrfs"):
-        devices = f"/sys/fs/btrfs/{uuid}/devices"
-        numbers = (root.read_devnum(f"{devices}/{name}/dev") for name in root.list_dir(devices))
+Source: Documentation/ABI/testing/sysfs-fs-ext4, -f2fs, -xfs."""
+
+
+def _all_members(devnum: DevNum, root: HostRoot) -> set[DevNum]:
+    """All devices of the file system that this one is part of: mountinfo may name only one."""
+    for paths in _members(root):
+        numbers = (root.read_devnum(f"{path}/dev") for path in paths)
         if devnum in (found := {number for number in numbers if number}):
             return found
     return set()
+
+
+def _members(root: HostRoot) -> Iterator[list[str]]:
+    for fs_type, (directory, rest) in _MEMBERS.items():
+        for uuid in root.list_dir(f"/sys/fs/{fs_type}"):
+            members = f"/sys/fs/{fs_type}/{uuid}{directory}"
+            yield [f"{members}/{name}{rest}" for name in root.list_dir(members)]
+
+
+def read_kept(root: HostRoot) -> frozenset[str]:
+    """The names of the disks on which the kernel has a file system, mounted wherever it may be."""
+    names = {name for fs_type in _BY_DISK for name in root.list_dir(f"/sys/fs/{fs_type}")}
+    paths = (path for members in _members(root) for path in members)
+    return frozenset(names.union(root.real_path(path).rpartition("/")[2] for path in paths))
 
 
 def read_swaps(root: HostRoot) -> list[str] | None:

@@ -204,6 +204,19 @@ def test_a_file_system_mounted_for_reading_is_shared_with_readers(
 
 
 @pytest.mark.root
+def test_a_file_system_that_was_unmounted_lazily_is_in_use_until_its_last_user_ends(
+    live: HostTree, node: Path, tmp_path: Path
+) -> None:
+    script = 'mount "$1" "$2" && cd "$2" && umount --lazy "$2" && echo ready && exec cat'
+    user = ["unshare", "--mount", "sh", "-c", script, "sh", str(node), str(tmp_path)]
+    with waiting(user, ready=b"ready"):
+        (finding,) = findings(live, number(node))
+        assert finding.code is Code.MOUNTED_ON_HOST
+        assert finding.message.startswith(f"{node} has a file system in use, and no mount table")
+    assert findings(live, number(node)) == []
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("point", ["a b", "a\tb", "a\nb", "a\\b", "a#b", "a\rb", "a\u2028b"])
 def test_the_kernel_escapes_mount_points_so(
     live: HostTree, node: Path, tmp_path: Path, point: str

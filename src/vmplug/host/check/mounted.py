@@ -1,0 +1,70 @@
+"""File systems on a disk: where they are mounted, and those that no mount table shows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from shlex import quote
+
+from vmplug.devnum import DevNum
+from vmplug.host.block.device import BlockDevice, DiskPart
+from vmplug.host.block.usage import HostUsage
+from vmplug.host.finding import Access, Code, Finding, UsedBy
+from vmplug.host.use.mounts import read_kept
+
+
+def find_mounts(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[Finding]:
+    """Mounts of all that shows its bytes; a read-only file system may be shared."""
+    names = {part.devnum: name_part(part, device) for part in device.same_bytes}
+    names[device.devnum] = device.device_node
+    nodes = {part.devnum: part.device_node for part in device.same_bytes}
+    places: dict[DevNum, list[str]] = {}
+    for devnum in names:
+        for mount in usage.mounts_of.get(devnum, ()):
+            if not (mount.read_only and access.read_only):
+                places.setdefault(devnum, []).append(mount.mount_point)
+    for devnum, points in places.items():
+        yield Finding(
+            Code.MOUNTED_ON_HOST,
+            f"{names[devnum]} is mounted on the host at {few(sorted(set(points)))}",
+            "the host's root file system is on it: hand over another disk"
+            if "/" in points
+            else f"umount {quote(min(points))}",
+            used_by=UsedBy(
+                on=nodes.get(devnum, device.device_node),
+                who="a mounted file system",
+                where=", ".join(sorted(set(points))),
+                how="the mount tables of all mount namespaces",
+            ),
+        )
+    yield from _kept(device, names, usage)
+
+
+def _kept(device: BlockDevice, names: Mapping[DevNum, str], usage: HostUsage) -> Iterator[Finding]:
+    """File systems in no mount table: unmounted lazily, or mounted where vmplug cannot look."""
+    nodes = {part.devnum: part.device_node for part in device.same_bytes}
+    nodes[device.devnum] = f"/dev/{(device.sysfs_path or '').rpartition('/')[2]}"
+    kept = usage.once(read_kept)
+    for devnum, node in nodes.items():
+        name = node.removeprefix("/dev/").replace("/", "!")
+        if name in kept and devnum not in usage.mounts_of:
+            yield Finding(
+                Code.MOUNTED_ON_HOST,
+                f"{names[devnum]} has a file system in use, and no mount table shows where",
+                "it was unmounted lazily (umount --lazy), or a container of another PID namespace "
+                f"has it: end the processes that fuser --verbose --mount {quote(node)} shows",
+                used_by=UsedBy(
+                    on=node, who="a mounted file system", how="the file systems in /sys/fs"
+                ),
+            )
+
+
+def name_part(part: DiskPart, device: BlockDevice) -> str:
+    """`/dev/sdb`; for another name of the disk, with the name that was asked for."""
+    if part in (device.twins or ()):
+        return f"{part.device_node}, on the same disk as {device.device_node},"
+    if part in (device.behind or ()):
+        return f"{part.device_node}, which is below {device.device_node},"
+    return part.device_node
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
