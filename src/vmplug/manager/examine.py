@@ -129,7 +129,7 @@ def examine(
         usage=read_usage(host, vms=known.vms),
         allowed=frozenset(allowed),
         managed=managed,
-        overlaps=Overlaps(),
+        overlaps=Overlaps(host),
         budget=budget,
     )
     return [

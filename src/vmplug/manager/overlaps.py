@@ -11,9 +11,11 @@ import msgspec
 
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import HostDevice
+from vmplug.host.file_id import file_id
 from vmplug.host.finding import Access, Code, Finding, UsedBy
-from vmplug.host.kind import Identity
+from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.pci.group import VfioGroup
+from vmplug.host.root import HostRoot
 from vmplug.oci.requests import Request
 
 
@@ -28,7 +30,9 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 class Overlaps:
     """What a request has asked for so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: HostRoot) -> None:
+        self._root = root
+        self._keys: dict[Identity, Identity] = {}
         self._by_identity = defaultdict[Identity, list[Asked]](list)
         self._by_relative = defaultdict[Identity, list[Asked]](list)
         self._disks_of_groups = defaultdict[Identity, list[Asked]](list)
@@ -37,19 +41,20 @@ class Overlaps:
     def find(self, asked: Asked) -> list[Finding]:
         """One finding for each earlier device that is a part of this one, or it of that."""
         device = asked.device
-        own, related = device.identity, device.related_identities
+        own, related = self._identify(device)
         found = [
+            *self._by_identity.get(own, ()),
             *self._by_relative.get(own, ()),
             *_at(self._by_identity, related),
             *_at(*self._between_groups_and_disks(device, own, related)),
         ]
-        others = {id(other): other for other in found if other.device.identity != own}
-        return [_finding(asked, other) for other in others.values() if not _share(asked, other)]
+        others = {id(other): other for other in found if other.device.identity != device.identity}
+        return [_finding(asked, one) for one in others.values() if not self._share(asked, one)]
 
     def add(self, asked: Asked) -> None:
         """From now on the device counts for those that follow."""
         device = asked.device
-        own, related = device.identity, device.related_identities
+        own, related = self._identify(device)
         self._by_identity[own].append(asked)
         for identity in related:
             self._by_relative[identity].append(asked)
@@ -60,8 +65,34 @@ class Overlaps:
             for identity in {own, *related}:
                 self._disks[identity].append(asked)
 
+    def _identify(self, device: HostDevice) -> tuple[Identity, list[Identity]]:
+        """What the device is, and what it is related to, whatever the names of files are."""
+        return self._key(device.identity), [self._key(one) for one in device.related_identities]
+
+    def _key(self, identity: Identity) -> Identity:
+        """A file by its inode: another name, such as a hard link, is no other file."""
+        if identity not in self._keys:
+            is_file = identity.kind is IdentityKind.FILE
+            status = self._root.stat_or_none(identity.key) if is_file else None
+            known = Identity(identity.kind, file_id(status)) if status else identity
+            self._keys[identity] = known
+        return self._keys[identity]
+
+    def _share(self, one: Asked, other: Asked) -> bool:
+        """Readers may share, and so may writers if all have share-rw; never a function."""
+        if isinstance(one.device, VfioGroup) or isinstance(other.device, VfioGroup):
+            return False
+        readers = self._only_reads(one, other) and self._only_reads(other, one)
+        return readers or (one.access.share_rw and other.access.share_rw)
+
+    def _only_reads(self, one: Asked, other: Asked) -> bool:
+        """Whether the one only reads what it has of the other: backing files it never writes."""
+        device = one.device
+        only_read = map(self._key, device.only_read) if isinstance(device, DiskFile) else ()
+        return one.access.read_only or self._key(other.device.identity) in only_read
+
     def _between_groups_and_disks(
-        self, device: HostDevice, own: Identity, related: tuple[Identity, ...]
+        self, device: HostDevice, own: Identity, related: Iterable[Identity]
     ) -> tuple[dict[Identity, list[Asked]], Iterable[Identity]]:
         """A function takes along whatever is on its disks: partitions, volumes, mirrors."""
         match device:
@@ -80,21 +111,6 @@ def _at(index: dict[Identity, list[Asked]], keys: Iterable[Identity]) -> Iterato
 
 def _disks_of(group: VfioGroup) -> list[Identity]:
     return [Identity.of_block(disk.devnum) for disk in group.disks]
-
-
-def _share(one: Asked, other: Asked) -> bool:
-    """Readers may share, and so may writers if all have share-rw; a function is never shared."""
-    if isinstance(one.device, VfioGroup) or isinstance(other.device, VfioGroup):
-        return False
-    readers = _only_reads(one, other) and _only_reads(other, one)
-    return readers or (one.access.share_rw and other.access.share_rw)
-
-
-def _only_reads(one: Asked, other: Asked) -> bool:
-    """Whether the one only reads what it has of the other: backing files it never writes."""
-    device = one.device
-    is_backing = isinstance(device, DiskFile) and other.device.identity in device.only_read
-    return one.access.read_only or is_backing
 
 
 def _finding(asked: Asked, other: Asked) -> Finding:
@@ -150,7 +166,11 @@ def _relation(device: HostDevice, other: HostDevice) -> str:
         return f"{words[0]} {other.host_path}"
     if words := _words(other, device):
         return f"{words[1]} {other.host_path}"
-    return f"has the same data as {other.host_path}"
+    match device, other:
+        case DiskFile(file_id=one), DiskFile(file_id=same) if one == same:
+            return f"is another name of {other.host_path}"
+        case _:
+            return f"has the same data as {other.host_path}"
 
 
 def _words(upper: HostDevice, lower: HostDevice) -> tuple[str, str] | None:

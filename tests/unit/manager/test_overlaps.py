@@ -37,8 +37,8 @@ def disk(number: str, at: str, *, ro: bool = False, share: bool = False) -> Devi
     )
 
 
-def image(at: str = "/dev/i") -> DeviceInfo:
-    return DeviceInfo(container_path=at, dev_type=DevType.BLOCK, host_path="/srv/a.img")
+def image(at: str = "/dev/i", path: str = "/srv/a.img", *, ro: bool = False) -> DeviceInfo:
+    return DeviceInfo(container_path=at, dev_type=DevType.BLOCK, host_path=path, read_only=ro)
 
 
 def overlaps(tree: HostTree, *requests: Request, managed: bool = False) -> list[Finding]:
@@ -91,6 +91,25 @@ def test_what_is_built_on_one_partition_leaves_the_others(
 
 def test_one_device_under_two_paths_is_one_device(tree: HostTree) -> None:
     assert not overlaps(tree, WHOLE, disk("8:0", "/dev/again"))
+
+
+def test_another_name_of_a_file_is_no_other_file(tree: HostTree) -> None:
+    (tree.path / "srv/b.img").hardlink_to(tree.path / "srv/a.img")
+    tree.file("/srv/c.img", bytes(4096))
+    names = ("/srv/a.img", "/srv/b.img")
+    for one, other in permutations(names):
+        (found,) = overlaps(tree, image("/dev/x", one), image("/dev/y", other))
+        assert found.message.startswith(f"{other} is another name of {one}, which this request")
+        readers = (image("/dev/x", one, ro=True), image("/dev/y", other, ro=True))
+        assert overlaps(tree, *readers) == []
+        assert overlaps(tree, image("/dev/x", one), image("/dev/y", "/srv/c.img")) == []
+
+
+def test_a_loop_device_is_over_every_name_of_its_file(tree: HostTree) -> None:
+    (tree.path / "srv/b.img").hardlink_to(tree.path / "srv/a.img")
+    tree.block_device("7:1", "loop1", loop={"backing_file": "/dev/loop0\n"})
+    for pair in permutations((image("/dev/x", "/srv/b.img"), disk("7:1", "/dev/y"))):
+        assert len(overlaps(tree, *pair)) == 1
 
 
 def test_readers_share_a_disk_and_so_do_writers_who_say_so(tree: HostTree) -> None:
