@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from shlex import quote
 
 from vmplug.host.block.usage import HostUsage
-from vmplug.host.check.unknown import not_looked_for
-from vmplug.host.check.visible import find_unread
+from vmplug.host.check.unknown import find_unread, not_looked_for
 from vmplug.host.device import CharDevice
 from vmplug.host.finding import Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot

@@ -16,8 +16,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.sysfs import find_block_node, find_disk_path
 from vmplug.host.block.usage import HostUsage
-from vmplug.host.check.unknown import not_looked_for
-from vmplug.host.check.visible import find_unread
+from vmplug.host.check.unknown import find_unread, not_looked_for
 from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_key import key_of

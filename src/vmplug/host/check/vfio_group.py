@@ -18,9 +18,8 @@ from vmplug.host.check.function_state import check_function
 from vmplug.host.check.isolation import check_isolation
 from vmplug.host.check.machine_part import check_machine_parts
 from vmplug.host.check.open_disk import used_by_kernel
-from vmplug.host.check.unknown import not_looked_for
+from vmplug.host.check.unknown import find_unread, not_looked_for, why_not_all_processes
 from vmplug.host.check.vfio_node import check_group_node, check_nodes
-from vmplug.host.check.visible import find_unread, why_not_all_processes
 from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.pci.bind import PCI_DRIVERS
 from vmplug.host.pci.consoles import Consoles
@@ -30,7 +29,7 @@ from vmplug.host.pci.iommu import IOMMU_NODE
 from vmplug.host.pci.nodes import read_node_paths, read_nodes
 from vmplug.host.pci.uses import (
     NetInterface,
-    find_parents_of_moved,
+    read_net_parents,
     read_network_interfaces,
     read_network_uses,
 )
@@ -298,7 +297,7 @@ def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iter
 
 def _moved_network(function: PciFunction, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
     """An interface in another network namespace, where a container has it."""
-    parents = find_parents_of_moved(function.bdf, root)
+    parents = read_net_parents(function.bdf, root)
     if not parents:
         return
     found = (usage.moved_interfaces.get(parent) for parent in sorted(parents))
@@ -312,7 +311,7 @@ def _moved_network(function: PciFunction, usage: HostUsage, root: HostRoot) -> I
             f"nsenter --net={moved.namespace} ip link set {moved.name} netns 1",
             used_by=_elsewhere(function, moved.namespace),
         )
-    else:
+    elif any(parents.values()):
         yield Finding(
             Code.NETWORK_IN_USE,
             f"the network interface of {function.bdf} is in another network namespace",
@@ -326,7 +325,7 @@ def _elsewhere(function: PciFunction, namespace: str | None) -> UsedBy:
         on=str(function.bdf),
         who="another network namespace",
         where=namespace,
-        how="its empty directory net in sysfs, and the links of all network namespaces",
+        how="its directory net in sysfs, and the links of all network namespaces",
     )
 
 

@@ -7,6 +7,7 @@ Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrcon
 """
 
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
@@ -131,21 +132,38 @@ def read_network_interfaces(
     return [uses.interface(name) for name in names]
 
 
-def find_parents_of_moved(bdf: Bdf | str, root: HostRoot) -> frozenset[str]:
-    """The names of the devices of a function whose network interface is in another namespace.
+def read_net_parents(bdf: Bdf | str, root: HostRoot) -> dict[str, bool]:
+    """The names of a function's devices that have network interfaces; True: none is here.
 
-    They are the function or its virtio device; empty when none was moved. A device whose driver
-    made an interface has a directory `net`, in which sysfs shows only those of its own namespace.
+    They are the function itself, or a device below it: of virtio, of USB, a subfunction. A device
+    whose driver made an interface has a directory `net`, in which sysfs shows only those of its
+    own namespace.
     Source: net_namespace operations of struct class; measured with Linux 6.1 and 6.12.
     """
-    directory = f"{root.pci_devices}/{bdf}"
-    names = [name for name in root.list_dir(directory) if name.startswith("virtio")]
-    devices = {str(bdf): directory, **{name: f"{directory}/{name}" for name in names}}
-    return frozenset(
-        name
-        for name, path in devices.items()
-        if root.stat_or_none(f"{path}/net") and not root.list_dir(f"{path}/net")
-    )
+    paths = _devices_below(root.real_path(f"{root.pci_devices}/{bdf}"), root)
+    return {
+        path.rpartition("/")[2]: not root.list_dir(f"{path}/net")
+        for path in paths
+        if root.stat_or_none(f"{path}/net")
+    }
+
+
+_DEVICES_DEEP = 6
+"""As deep as the kernel lets one USB hub be behind another."""
+
+
+def _devices_below(path: str, root: HostRoot, depth: int = 0) -> Iterator[str]:
+    """The directory of a device, and of all that are in it; other functions are not.
+
+    Each has a file uevent, which a copy of a host may lack.
+    """
+    yield path
+    for name in root.list_dir(path) if depth < _DEVICES_DEEP else ():
+        below = f"{path}/{name}"
+        status = root.stat_or_none(below if not root.is_live else f"{below}/uevent")
+        is_device = status and (root.is_live or stat.S_ISDIR(status.st_mode))
+        if is_device and find_bdf(name) is None and root.real_path(below) == below:
+            yield from _devices_below(below, root, depth + 1)
 
 
 def read_net_paths(root: HostRoot) -> dict[str, str]:

@@ -17,7 +17,7 @@ from vmplug.host.check.open_char import may_have_users
 from vmplug.host.check.relate import relate_device
 from vmplug.host.check.shared import check_shared
 from vmplug.host.check.thing import identify
-from vmplug.host.check.visible import find_unread
+from vmplug.host.check.unknown import find_unread
 from vmplug.host.device import (
     CharDevice,
     EntropySource,

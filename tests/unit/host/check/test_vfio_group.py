@@ -11,14 +11,21 @@ from msgspec.structs import replace
 from tests.support.checking import WRITING, Counting, claim
 from tests.support.pci_tree import PciTree
 from vmplug.errors import AttributeReadError
-from vmplug.host.block.usage import read_usage
+from vmplug.host.block.usage import HostUsage, read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.check.unknown import gather_unknown
-from vmplug.host.check.vfio_group import GuestMemory, check_memlock, check_openers, check_vm
+from vmplug.host.check.vfio_group import (
+    GuestMemory,
+    check_memlock,
+    check_networks,
+    check_openers,
+    check_vm,
+)
 from vmplug.host.finding import Claim, Code, Finding, Severity
 from vmplug.host.kind import Identity
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
+from vmplug.host.use.interfaces import MovedInterface
 
 GPU, AUDIO, OTHER = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"
 VGA, SOUND, ETHERNET, BRIDGE, NVSWITCH = 0x030000, 0x040300, 0x020000, 0x060400, 0x068000
@@ -275,7 +282,9 @@ def test_a_route_of_ipv6_alone_keeps_a_nic_unless_the_kernel_made_it(
     assert found is None or found.message.endswith("eth0, which has a route")
 
 
-@pytest.mark.parametrize("bus_device", ["", "virtio4"])
+@pytest.mark.parametrize(
+    "bus_device", ["", "virtio4", "mlx5_core.sf.2", "usb1/1-1/1-1.4/1-1.4:1.0"]
+)
 def test_an_interface_in_another_network_namespace_is_in_use(
     tree: PciTree, bus_device: str
 ) -> None:
@@ -286,6 +295,23 @@ def test_an_interface_in_another_network_namespace_is_in_use(
     assert finding.message == f"the network interface of {GPU} is in another network namespace"
     tree.network(GPU, "eth1", bus_device=bus_device)  # the remedy: it has been taken back
     assert findings(tree).keys() == free.keys()
+
+
+class OneMoved(HostUsage):
+    """What a running host knows of an interface in another namespace."""
+
+    @property
+    def moved_interfaces(self) -> dict[str, MovedInterface]:
+        return {GPU: MovedInterface(name="eth1", namespace="/run/netns/pod")}
+
+
+def test_one_of_two_interfaces_in_another_network_namespace_is_in_use(tree: PciTree) -> None:
+    tree.pci_function(GPU, class_code=ETHERNET, driver="mlx4_core", group=26).network(GPU, "eth0")
+    (function,) = find_vfio_device(GPU, tree.root).functions
+    assert list(check_networks(function, HostUsage(tree.root), tree.root)) == []
+    (finding,) = check_networks(function, OneMoved(tree.root), tree.root)
+    where = "in the network namespace /run/netns/pod"
+    assert finding.message == f"{GPU} is the network interface eth1 {where}"
 
 
 def test_no_way_to_reset_is_a_warning(tree: PciTree) -> None:
