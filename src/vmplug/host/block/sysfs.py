@@ -21,9 +21,12 @@ _CLASSES = ("/sys/class/block", "/sys/block")
 
 
 def find_block_directory(devnum: DevNum, root: HostRoot) -> str:
-    """The way to a block device in sysfs: by its number, or where a copy of a host has it."""
+    """The way to a block device in sysfs: by its number, or where a copy of a host has it.
+
+    A copy may have directories in the place of links.
+    """
     link = f"{root.sys_dev}/block/{devnum}"
-    if root.is_live or root.stat_or_none(link):
+    if root.is_live or (root.stat_or_none(link) and root.real_path(link) != link):
         return link
     return _find_listed(devnum, root) or link
 
@@ -36,7 +39,7 @@ def _find_listed(devnum: DevNum, root: HostRoot) -> str | None:
 def list_block_directories(root: HostRoot) -> dict[str, str]:
     """A directory of every block device by its kernel name, which may be a link.
 
-    A copy of a host may have only one of the kernel's lists.
+    A copy of a host may have only one of the kernel's lists. A partition is where its disk is.
     """
     found: dict[str, str] = {}
     for directory in _CLASSES:
@@ -47,7 +50,7 @@ def list_block_directories(root: HostRoot) -> dict[str, str]:
     for disk, path in list(found.items()):
         for name in root.list_dir(path):
             if name.startswith(disk) and root.stat_or_none(f"{path}/{name}/partition"):
-                found.setdefault(name, f"{path}/{name}")
+                found[name] = f"{path}/{name}"
     return found
 
 

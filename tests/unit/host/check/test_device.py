@@ -201,6 +201,24 @@ def test_every_device_of_a_btrfs_is_mounted_though_the_kernel_names_one(tree: Ho
     assert findings(tree, "8:32") == []
 
 
+@pytest.mark.parametrize("with_numbers", [False, True])
+def test_a_copy_that_followed_the_links_has_partitions_of_the_same_disk(
+    tree: HostTree, *, with_numbers: bool
+) -> None:
+    for directory, number in (
+        ("/sys/class/block/sda", "8:0"),
+        ("/sys/class/block/sda/sda1", "8:1"),
+        ("/sys/class/block/sda1", "8:1"),
+        *((("/sys/dev/block/8:0", "8:0"), ("/sys/dev/block/8:1", "8:1")) if with_numbers else ()),
+    ):
+        tree.file(f"{directory}/dev", f"{number}\n").file(f"{directory}/size", "2048\n")
+        if number == "8:1":
+            tree.file(f"{directory}/partition", "1\n")
+    assert findings(tree, "8:1") == []
+    tree.mount("/dev/sda", "/mnt", "8:0")
+    assert codes(findings(tree, "8:1")) == codes(findings(tree, "8:0")) == ["mounted-on-host"]
+
+
 def test_a_remedy_is_quoted_for_the_shell(disk: HostTree) -> None:
     (finding,) = findings(disk.mount("/dev/sda", "/a\\040b", "8:0"))
     assert finding.hint == "umount '/a b'"
