@@ -23,6 +23,8 @@ class ImageFormat(StrEnum):
 
 
 _VMDK_TEXT = re.compile(rb"(#[^\n]*\n| *\r?\n)*version=[123]\r?\n")
+_VMDK_TITLE = re.compile(rb"(\xef\xbb\xbf)?\s*# Disk DescriptorFile\s", re.IGNORECASE)
+"""How VMware begins every descriptor; QEMU does not probe all of them."""
 _CLOOP = b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n"
 _BOCHS = b"Bochs Virtual HD Image\0"
 _MAGICS = (
@@ -30,6 +32,7 @@ _MAGICS = (
     (0, b"conectix", "vpc"),
     (0, b"KDMV", "vmdk"),
     (0, b"COWD", "vmdk"),
+    (0, struct.pack("<Q", 0xCAFEBABE), "vmdk"),  # SESparse, behind a descriptor
     (0, b"QED\0", "qed"),
     (0, b"WithoutFreeSpace", "parallels"),
     (0, b"WithouFreSpacExt", "parallels"),
@@ -50,7 +53,7 @@ def find_format(head: bytes, tail: bytes = b"", name: str = "") -> str | None:
     for offset, magic, format_ in _MAGICS:
         if head.startswith(magic, offset):
             return format_
-    if _VMDK_TEXT.match(head):
+    if _VMDK_TEXT.match(head) or _VMDK_TITLE.match(head):
         return "vmdk"
     if b"conectix" in {tail[:8], tail[1:9]}:  # Virtual PC before 2004 had a footer of 511 bytes
         return "vpc"
