@@ -5,10 +5,11 @@ import os
 import re
 import select
 import signal
+import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from tests.contract.world import journal_rows
 from tests.support.disks import disk_image, loop_device
 from tests.support.raw_qmp import RawQmp
 from tests.support.vm import BUILT_GUEST, BUSY_HOST, GuestVm, root_ports, scsi_controller, start_vm
+from vmplug.host.process import read_start_time
+from vmplug.host.root import HostRoot
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu]
 
@@ -389,6 +392,47 @@ def test_a_qemu_that_hangs_is_ended_in_time(vmplug: Vmplug) -> None:
         with ending({pid}):
             assert vmplug("vm", "stop", "sb2", "--timeout", "1").status == 0
     assert not any(journal_rows(vmplug.state_dir).values())
+
+
+def set_process(vmplug: Vmplug, name: str, pid: int, started_at: int | None) -> None:
+    """Give a VM another process in the journal."""
+    with closing(sqlite3.connect(vmplug.state_dir / "journal.db")) as db, db:
+        db.execute("UPDATE vm SET pid = ?, started_at = ? WHERE name = ?", (pid, started_at, name))
+
+
+@pytest.mark.parametrize("row", ["is of another time", "is of a process that runs"])
+def test_a_vm_is_not_forgotten_while_its_qemu_answers(
+    vmplug: Vmplug, make_loop: Callable[[str], Path], row: str
+) -> None:
+    """Its row names another process, which nobody harms."""
+    asked = f"b:{number_of(make_loop('a'))}:/dev/xvda"
+    words = ("--device", asked, "--vm", "sb2", "--owner", "ctr1")
+    idle = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
+    with no_qemu_left(vmplug.state_dir.parent), idle as other:
+        told = vmplug(*start_words("sb2", vmplug.state_dir.parent, guest=False)).json()["vm"]
+        vmplug("attach", *words).answer()
+        began = read_start_time(other.pid, HostRoot()) if "runs" in row else 1
+        for verb in ("vm list", "list", "reconcile", "vm stop sb2"):
+            set_process(vmplug, "sb2", other.pid, began)
+            with ending({told["pid"]} if verb == "vm stop sb2" else set()):
+                assert vmplug(*verb.split()).status == 0
+            assert len(journal_rows(vmplug.state_dir)["vm"]) == (verb != "vm stop sb2"), verb
+            assert other.poll() is None
+
+
+def test_a_vm_that_hangs_is_not_forgotten_where_its_process_is_unknown(vmplug: Vmplug) -> None:
+    directory = vmplug.state_dir.parent
+    with no_qemu_left(directory):
+        told = vmplug(*start_words("sb2", directory, guest=False)).json()["vm"]
+        set_process(vmplug, "sb2", told["pid"], 1)
+        os.kill(told["pid"], signal.SIGSTOP)
+        refused = vmplug("vm", "stop", "sb2", "--timeout", "1")
+        assert (refused.status, "VM sb2 still runs" in refused.stderr) == (5, True)
+        assert vmplug("reconcile").status == 5
+        assert len(journal_rows(vmplug.state_dir)["vm"]) == 1
+        os.kill(told["pid"], signal.SIGCONT)
+        with ending({told["pid"]}):
+            assert vmplug("vm", "stop", "sb2", "--timeout", "1").status == 0
 
 
 @contextmanager

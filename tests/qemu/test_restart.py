@@ -10,7 +10,7 @@ from tests.cli.monitors import Gate
 from tests.qemu.conftest import request
 from tests.support.disks import disk_image
 from tests.support.vm import GuestVm, root_ports, start_vm
-from vmplug.errors import ConnectError, InUse, NotAttached, ProtocolError
+from vmplug.errors import ConnectError, InUse, NotAttached, ProtocolError, StillAttached
 from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.running import Qemu
@@ -24,6 +24,7 @@ from vmplug.vms.check import check_requests
 from vmplug.vms.connect import connect_vm
 from vmplug.vms.reconcile import reconcile_host
 from vmplug.vms.status import list_vms
+from vmplug.vms.stop import stop_vm
 
 pytestmark = pytest.mark.qemu
 
@@ -195,3 +196,22 @@ def test_a_detach_that_a_booting_guest_loses_is_asked_for_again(tmp_path: Path) 
         held = devices.attach(request(image))
         devices.detach(held.id, timeout_s=BOOT_S)
         assert devices.attachments() == []
+
+
+def test_an_adopted_vm_is_not_forgotten_while_its_qemu_answers(vms: Vms, tmp_path: Path) -> None:
+    """The journal has the process of a launcher that has ended, as older ones do."""
+    setup = Setup(state_dir=tmp_path / "state")
+    with vms.manager() as devices:
+        held = devices.attach(request(disk_image(tmp_path / "a.img", 1, "a")))
+    with Journal.open(tmp_path / "state") as journal:
+        journal.set_process("sb1", os.getpid(), 1)
+        assert (reconcile_host(setup=setup).repairs, journal.attachments()) == ((), [held])
+        assert [vm.pid for vm in journal.vms()] == [vms.first.pid]
+        journal.set_process("sb1", os.getpid(), 1)
+        with pytest.raises(StillAttached):
+            stop_vm("sb1", setup=setup)
+        assert journal.attachments() == [held]
+        vms.take_turns()
+        (released,) = reconcile_host(setup=setup).repairs
+        assert released.repair.outcome is RepairOutcome.FORGOTTEN
+        assert journal.vms() == []

@@ -14,7 +14,8 @@ def is_gone(record: VmRecord, host: HostRoot) -> bool:
     """Whether the VM has surely ended: its process has, or the host has booted since.
 
     A socket that refuses proves nothing while the process runs: it may be that of a proxy. Only
-    where the process was never known does the socket decide; a missing file proves nothing.
+    where the process was never known does the socket decide; a missing file proves nothing. But
+    a QEMU that vmplug started has its socket alone, and while that listens it runs.
     """
     if record.is_of_earlier_boot:
         return True
@@ -22,6 +23,8 @@ def is_gone(record: VmRecord, host: HostRoot) -> bool:
         return not is_starting(record, host)
     if record.pid is None:
         return is_listening(record.qmp_socket) is False
+    if record.is_ours and is_listening(record.qmp_socket):
+        return False
     return has_ended(record, host)
 
 

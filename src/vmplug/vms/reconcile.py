@@ -14,8 +14,15 @@ from vmplug.manager.binding.binder import Binder, Returned
 from vmplug.manager.reconcile import Repair, RepairOutcome
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.vms.connect import connect_vm
-from vmplug.vms.known import is_gone, is_starting
-from vmplug.vms.release import EndedLogs, end_vm, keep_ended_logs, list_ended_logs, release_vm
+from vmplug.vms.known import is_starting
+from vmplug.vms.release import (
+    EndedLogs,
+    end_vm,
+    keep_ended_logs,
+    list_ended_logs,
+    release_vm,
+    still_runs,
+)
 
 _LOCK_TIMEOUT_S = 10.0
 """A function that is slow to let go is reported as in progress."""
@@ -132,7 +139,7 @@ def _repair(
 ) -> list[Repair]:
     if is_starting(record, journal.host):
         return [_starting(record, device) for device in journal.devices(record.name)]
-    if record.starting_by or is_gone(record, journal.host):
+    if record.starting_by or not still_runs(record, journal):
         return release_ended(record, journal)
     with connect_vm(record.name, setup=setup) as devices:
         return devices.reconcile(timeout_s=timeout_s, take_over=take_over)

@@ -10,9 +10,10 @@ from vmplug.errors import HypervisorError
 from vmplug.hypervisor.listening import is_listening
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.journal import Journal
-from vmplug.journal.records import VmRecord, foreign_names
+from vmplug.journal.records import VmRecord, foreign_names, has_ended
 from vmplug.manager.left_files import close_left_files
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
+from vmplug.manager.vm_identity import find_process
 from vmplug.vms.known import is_gone, is_starting
 from vmplug.vms.listing import of_requests
 
@@ -66,6 +67,8 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
             suppress(HypervisorError),
             closing(Qemu.connect(record.qmp_socket, timeout_s=timeout_s)) as qemu,
         ):
+            if has_ended(record, journal.host):
+                record = find_process(record, journal, qemu)
             state, offer = qemu.status(), qemu.offer()
             foreign = len(journal.find_foreign(qemu.find_drivers()))
             devices = journal.devices(record.name)

@@ -12,8 +12,9 @@ from vmplug.journal.records import Attachment, VmRecord
 from vmplug.log import Log
 from vmplug.manager.binding.binder import give_back_unused
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
-from vmplug.vms.known import is_gone, is_starting, require_started
-from vmplug.vms.release import end_vm, keep_ended_logs, release_vm
+from vmplug.manager.vm_identity import find_process
+from vmplug.vms.known import is_starting, require_started
+from vmplug.vms.release import end_vm, keep_ended_logs, release_vm, still_runs
 from vmplug.waiting import waiting
 
 log = Log(__name__)
@@ -53,7 +54,7 @@ def stop_vm(
         held = journal.attachments(name)
         if is_starting(record, journal.host):
             require_started(record, journal.host)
-        is_alive = not is_gone(record, journal.host)
+        is_alive = still_runs(record, journal)
         if is_alive and not record.is_ours and held:
             raise StillAttached(
                 f"the adopted VM {name} still has {counted(len(held), 'attachment')}",
@@ -61,7 +62,7 @@ def stop_vm(
             )
         if is_alive and record.is_ours:
             if record.starting_by is None:
-                _power_down(record, timeout_s)
+                record = _power_down(record, timeout_s, journal)
             end_vm(record)
         if not is_alive:
             keep_ended_logs(record)
@@ -70,26 +71,31 @@ def stop_vm(
     return StoppedVm(name=name, was_adopted=not record.is_ours, released=tuple(held))
 
 
-def _power_down(record: VmRecord, timeout_s: float) -> None:
-    """Let the guest power down, and then QEMU quit; one that does not answer is ended anyway."""
+def _power_down(record: VmRecord, timeout_s: float, journal: Journal) -> VmRecord:
+    """Let the guest power down, and then QEMU quit; returns the VM with the process to end.
+
+    One that does not answer is ended anyway.
+    """
     patience_s = max(timeout_s, _ANSWER_TIMEOUT_S)
     try:
         with closing(
             Qemu.connect(record.qmp_socket, timeout_s=patience_s, command_timeout_s=patience_s)
         ) as qemu:
+            record = find_process(record, journal, qemu)
             if qemu.status() == "running" and timeout_s and record.pid:
                 qemu.power_down()
                 with waiting(f"VM {record.name} to power down", timeout_s):
                     has_ended = wait_for_end(record.pid, timeout_s, started_at=record.started_at)
                 if has_ended:
-                    return
+                    return record
             qemu.quit()
     except HypervisorError as error:  # it hangs, or has ended just now
         if not record.pid:
             raise
         facts = {"vm": record.name}
         log.info("VM %s is ended, as it does not answer: %s", record.name, error.code, extra=facts)
-        return
+        return record
     if record.pid:
         with waiting(f"the QEMU of VM {record.name} to end", _QUIT_TIMEOUT_S):
             wait_for_end(record.pid, _QUIT_TIMEOUT_S, started_at=record.started_at)
+    return record
