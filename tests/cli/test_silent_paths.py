@@ -53,6 +53,15 @@ ASKED = {
     "spec": ("cdi", "validate", "PATH/a.json"),
     "config": ("cdi", "inject", "PATH", "a/b=c"),
     "directory of specs": ("cdi", "write", "--directory", "PATH/dir"),
+    "socket": ("vm", "adopt", "sb1", "--qmp", "PATH/qmp.sock"),
+    "sandbox": ("import-kata", "PATH/dir", "--vm", "sb1", "--qmp", "/run/qmp.sock"),
+    "socket of a sandbox": ("import-kata", "/run/vc", "--vm", "sb1", "--qmp", "PATH/qmp.sock"),
+    "new record": ("record", "PATH/host.tar"),
+    "record": ("host", "--root", "PATH/a.img"),
+    "state directory": ("list", "--state-dir", "PATH/dir"),
+    "store": ("resolve", "--vhost-user-store", "PATH/dir", "--device", "/dev/null"),
+    "policy": ("check", "--policy", "PATH/policy.toml", "--device", "/dev/null"),
+    "lease": ("lease", "--describe", "PATH/lease", "--device", "/dev/null", "--", "true"),
 }
 
 

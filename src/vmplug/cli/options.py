@@ -36,12 +36,13 @@ class AnsweringPath(click.Path):
     """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """See click."""
+        """See click. A default is a place of this host, which no verb can do without."""
         if not os.fspath(value):
             self.fail("the path is empty", param, ctx)
-        from vmplug.host.use.silent import require_answer  # noqa: PLC0415
+        if param is None or value != param.default:
+            from vmplug.host.use.silent import require_answer  # noqa: PLC0415
 
-        require_answer(os.fspath(value), THIS_HOST)
+            require_answer(os.fspath(value), THIS_HOST)
         return super().convert(value, param, ctx)
 
 
@@ -50,20 +51,20 @@ json_option = click.option(
 )
 root_option = click.option(
     "--root",
-    type=click.Path(exists=True, file_okay=False),
+    type=AnsweringPath(exists=True, file_okay=False),
     default="/",
     help="Read /sys, /proc and /dev below this directory instead of this host's.",
 )
 host_option = click.option(
     "--root",
-    type=click.Path(exists=True),
+    type=AnsweringPath(exists=True),
     default="/",
     help="Read /sys, /proc and /dev below this directory, or out of this file of `vmplug record`, "
     "instead of this host's.",
 )
 state_dir_option = click.option(
     "--state-dir",
-    type=click.Path(file_okay=False),
+    type=AnsweringPath(file_okay=False),
     default=DEFAULT_STATE_DIR,
     envvar=STATE_DIR_VARIABLE,
     show_default=True,
@@ -81,7 +82,7 @@ timeout_option = click.option(
 )
 store_option = click.option(
     "--vhost-user-store",
-    type=click.Path(),
+    type=AnsweringPath(),
     metavar="DIR",
     help="The host's vhost-user store; vmplug looks up block majors 241 and 242 there.",
 )
@@ -111,7 +112,7 @@ vm_option = click.option(
 policy_option = click.option(
     "--policy",
     "policy",
-    type=click.Path(),
+    type=AnsweringPath(),
     metavar="FILE",
     envvar="VMPLUG_POLICY",
     show_envvar=True,

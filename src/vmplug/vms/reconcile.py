@@ -62,13 +62,13 @@ class HostRepairs(msgspec.Struct, frozen=True, kw_only=True):
 
         UnplugTimeout stands for devices that guests did not release: they are still detaching.
         """
-        told = [(failure.vm or "-", failure.error) for failure in self.failures]
-        told += [("-", error) for error in [self._still_detaching()] if error]
+        told = [(f"VM {f.vm}: " if f.vm else "", f.error) for f in self.failures]
+        told += [("", error) for error in [self._still_detaching()] if error]
         if not told:
             return self
         (_, first), *others = told
-        for vm, error in others:
-            first.add_note(f"VM {vm}: {error.message}")
+        for of_vm, error in others:
+            first.add_note(of_vm + error.message)
         raise first
 
     def _still_detaching(self) -> UnplugTimeout | None:

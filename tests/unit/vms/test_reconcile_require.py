@@ -35,4 +35,4 @@ def test_a_vm_that_could_not_be_asked_comes_first() -> None:
     failure = RepairFailure(vm="sb2", error=ConnectError("/s", "no answer"))
     with pytest.raises(ConnectError) as caught:
         repairs(RepairOutcome.STILL_DETACHING, failures=(failure,)).require()
-    assert "VM -: still detaching: /0.img in VM sb1" in caught.value.__notes__
+    assert "still detaching: /0.img in VM sb1" in caught.value.__notes__

@@ -2,7 +2,7 @@
 
 import click
 
-from vmplug.cli.options import json_option, state_dir_option, vm_option
+from vmplug.cli.options import AnsweringPath, json_option, state_dir_option, vm_option
 from vmplug.cli.progress import at_work
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.table import path_column, print_table, reason_column
@@ -12,10 +12,14 @@ from vmplug.vms.import_kata import import_kata
 
 
 @click.command("import-kata")
-@click.argument("state", metavar="STATE")
+@click.argument("state", type=AnsweringPath(), metavar="STATE")
 @vm_option
 @click.option(
-    "--qmp", "socket", metavar="SOCKET", help="Its QMP socket, if it is not adopted yet."
+    "--qmp",
+    "socket",
+    type=AnsweringPath(),
+    metavar="SOCKET",
+    help="Its QMP socket, if it is not adopted yet.",
 )
 @state_dir_option
 @json_option

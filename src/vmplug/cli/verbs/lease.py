@@ -4,6 +4,7 @@ import click
 
 from vmplug.cli.group import VerbGroup
 from vmplug.cli.options import (
+    AnsweringPath,
     allow_option,
     completes,
     device_options,
@@ -70,7 +71,7 @@ def command() -> None:
 )
 @click.option(
     "--describe",
-    type=click.Path(dir_okay=False),
+    type=AnsweringPath(dir_okay=False),
     metavar="FILE",
     help="Write the lease as JSON into this file before the command starts.",
 )

@@ -2,7 +2,7 @@
 
 import click
 
-from vmplug.cli.options import json_option, root_option
+from vmplug.cli.options import AnsweringPath, json_option, root_option
 from vmplug.cli.progress import progress
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.text import one_line
@@ -11,7 +11,7 @@ from vmplug.host.root import HostRoot
 
 
 @click.command("record")
-@click.argument("file", type=click.Path(dir_okay=False), metavar="FILE.tar")
+@click.argument("file", type=AnsweringPath(dir_okay=False), metavar="FILE.tar")
 @click.option("--force", is_flag=True, help="Replace the file if it is there already.")
 @root_option
 @json_option

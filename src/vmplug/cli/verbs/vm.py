@@ -208,7 +208,14 @@ def _read_devices(options: dict[str, Any]) -> RequestArguments:
 
 @command.command("adopt")
 @click.argument("name")
-@click.option("--qmp", "socket", required=True, metavar="SOCKET", help="Its QMP socket.")
+@click.option(
+    "--qmp",
+    "socket",
+    type=AnsweringPath(),
+    required=True,
+    metavar="SOCKET",
+    help="Its QMP socket.",
+)
 @state_dir_option
 @json_option
 def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
