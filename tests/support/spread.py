@@ -4,16 +4,19 @@ With pytest-xdist each process collects thousands of tests again, and the one in
 five messages for each test: a third of all the CPU time of the fast tests. Measured with 3.8.
 """
 
+import faulthandler
 import json
 import os
+import pickle
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, groupby, pairwise
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
 
 import pytest
 
@@ -29,11 +32,12 @@ _TIMES = Path("build", "test-times.json")
 _NUMBER = struct.Struct("=I")
 _Numbered = tuple[int, pytest.Item]
 """A test and its number in the session."""
+_Report = dict[str, object]
 
 
 @dataclass
 class _Process:
-    """Tells a number when it begins a test, and then the reports of that test; at its end None."""
+    """Tells what it has begun, and with it the reports of the test before."""
 
     pid: int
     told: Connection
@@ -59,7 +63,7 @@ class Spread:
             sys.stdout.flush()
             told, tell = Pipe(duplex=False)
             if (pid := os.fork()) == 0:
-                _run(session, _take(chunks, todo), tell)
+                _run(session, _take(chunks, todo, session.config), tell)
                 return True
             tell.close()
             processes.append(_Process(pid, told))
@@ -81,7 +85,7 @@ class _Times:
     """How long the tests of each file take; a file that is new is taken to be slow."""
 
     root: Path
-    taken: dict[str, list[float]] = field(default_factory=dict)
+    taken: dict[Path, list[float]] = field(default_factory=dict)
 
     def sort(self, items: Sequence[pytest.Item]) -> list[list[_Numbered]]:
         """Chunks of tests, those that will take longest first."""
@@ -95,11 +99,11 @@ class _Times:
 
     def add(self, path: Path, seconds: float) -> None:
         """Count one test."""
-        self.taken.setdefault(self._name(path), []).append(seconds)
+        self.taken.setdefault(path, []).append(seconds)
 
     def note(self) -> None:
         """Keep it for the next time; other files' times stay."""
-        mean = {name: sum(times) / len(times) for name, times in self.taken.items()}
+        mean = {self._name(path): sum(times) / len(times) for path, times in self.taken.items()}
         file = self.root / _TIMES
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps({**self._read(), **mean}))
@@ -113,8 +117,16 @@ class _Times:
         return os.path.relpath(path, self.root)
 
 
-def _take(chunks: Sequence[Sequence[_Numbered]], todo: int) -> Iterator[_Numbered]:
+def _take(
+    chunks: Sequence[Sequence[_Numbered]], todo: int, config: pytest.Config
+) -> Iterator[_Numbered]:
+    """A chunk may take as long as a test: pytest starts and joins a thread to watch each test."""
+    stderr = os.dup(2)  # which a test may capture
+    timeout_s = float(config.getini("faulthandler_timeout") or 0)
+    exits = bool(config.getini("faulthandler_exit_on_timeout"))
     while number := os.read(todo, _NUMBER.size):
+        if timeout_s:
+            faulthandler.dump_traceback_later(timeout_s, file=stderr, exit=exits)
         yield from chunks[_NUMBER.unpack(number)[0]]
 
 
@@ -126,53 +138,64 @@ def _begin_no_other(todo: int) -> None:
 def _run(session: pytest.Session, items: Iterator[_Numbered], tell: Connection) -> None:
     plugins = session.config.pluginmanager
     plugins.unregister(name="terminalreporter")
-    plugins.register(_Teller(session.config, tell))
+    plugins.unregister(name="faulthandler")
+    plugins.register(teller := _Teller(session.config, tell))
     for (number, item), (_, following) in pairwise(chain(items, [(0, None)])):
         assert item
-        tell.send(number)
+        teller.begin(number)
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.shouldfail:
             break
-    tell.send(None)
+    faulthandler.cancel_dump_traceback_later()
+    teller.begin(None)
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
 
 
 class _Teller:
-    """The plugin that sends what a process reports."""
+    """The plugin that sends what a process reports: one message for each test."""
 
     def __init__(self, config: pytest.Config, tell: Connection) -> None:
         self._config, self._tell = config, tell
+        self._reports = list[_Report]()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
             hook = self._config.hook
-            self._tell.send(hook.pytest_report_to_serializable(config=self._config, report=report))
+            data = hook.pytest_report_to_serializable(config=self._config, report=report)
+            self._reports.append(data)
+
+    def begin(self, number: int | None) -> None:
+        """A test, or None for the end."""
+        self._tell.send_bytes(pickle.dumps((number, self._reports)))
+        self._reports.clear()
 
 
 def _repeat(
     session: pytest.Session, processes: Sequence[_Process], todo: int, times: _Times
 ) -> None:
-    hook, by_pipe = session.config.hook, {process.told: process for process in processes}
-    while by_pipe:
-        if session.shouldfail:
-            _begin_no_other(todo)
-        for pipe in wait(list(by_pipe)):
-            assert isinstance(pipe, Connection)
-            try:
-                message = pipe.recv()
-            except EOFError:
-                del by_pipe[pipe]
-                continue
-            if message is None:
-                by_pipe[pipe].has_ended = True
-            elif isinstance(message, int):
-                by_pipe[pipe].last = message
-            else:
-                report = hook.pytest_report_from_serializable(config=session.config, data=message)
-                hook.pytest_runtest_logreport(report=report)
-                if (last := by_pipe[pipe].last) is not None:
-                    times.add(session.items[last].path, report.duration)
+    hook = session.config.hook
+    with DefaultSelector() as pipes:
+        for process in processes:
+            pipes.register(process.told, EVENT_READ, process)
+        while pipes.get_map():
+            if session.shouldfail:
+                _begin_no_other(todo)
+            for key, _ in pipes.select():
+                process = key.data
+                try:
+                    number, reports = pickle.loads(process.told.recv_bytes())
+                except EOFError:
+                    pipes.unregister(process.told)
+                    continue
+                for data in reports:
+                    report = hook.pytest_report_from_serializable(config=session.config, data=data)
+                    hook.pytest_runtest_logreport(report=report)
+                    times.add(session.items[process.last].path, report.duration)
+                if number is None:
+                    process.has_ended = True
+                else:
+                    process.last = number
 
 
 def _wait_for(process: _Process, session: pytest.Session) -> None:

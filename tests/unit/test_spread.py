@@ -45,6 +45,14 @@ def test_that_dies():
     os._exit({status})
 """
 
+HANGING = """
+import time
+
+def test_that_hangs():
+    while True:
+        time.sleep(1)
+"""
+
 
 def run(directory: Path, tests: str, *arguments: str) -> str:
     directory.joinpath("conftest.py").write_text(CONFTEST)
@@ -60,7 +68,7 @@ def run(directory: Path, tests: str, *arguments: str) -> str:
         check=False,
     )
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -77,6 +85,15 @@ def test_everything_is_reported_once(tmp_path: Path) -> None:
 def test_a_process_that_dies_fails_the_test_that_it_ran(tmp_path: Path, status: int) -> None:
     told = run(tmp_path, DYING.format(status=status))
     assert f"::test_that_dies - the process that ran it last ended with status {status}" in told
+
+
+@pytest.mark.slow
+def test_a_test_that_hangs_is_shown_and_fails(tmp_path: Path) -> None:
+    limit = ("faulthandler_timeout=0.5", "faulthandler_exit_on_timeout=true")
+    told = run(tmp_path, HANGING, *(word for option in limit for word in ("-o", option)))
+    assert "Timeout" in told
+    assert "in test_that_hangs" in told
+    assert "::test_that_hangs - the process that ran it last ended with status 1" in told
 
 
 @pytest.mark.slow
