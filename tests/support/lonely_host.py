@@ -1,10 +1,11 @@
-"""The running host as if no other process were on it.
+"""The running host as if no other process were on it, or only those that the test starts.
 
 What has a file open is looked for in every process, which takes ten milliseconds for two hundred
 of them. The files of most tests are open nowhere else.
 """
 
 import os
+from pathlib import Path
 
 from vmplug.host.root import HostRoot
 
@@ -15,3 +16,15 @@ class LonelyHost(HostRoot):
     def list_dir(self, path: str) -> list[str]:
         """See HostRoot."""
         return [str(os.getpid())] if path == "/proc" else super().list_dir(path)
+
+
+class FamilyHost(HostRoot):
+    """As the live root, but its list of processes has only this one and its children."""
+
+    def list_dir(self, path: str) -> list[str]:
+        """See HostRoot."""
+        if path != "/proc":
+            return super().list_dir(path)
+        threads = Path("/proc/self/task").iterdir()
+        children = (pid for one in threads for pid in (one / "children").read_text().split())
+        return sorted([str(os.getpid()), *children])

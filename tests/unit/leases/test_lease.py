@@ -12,6 +12,7 @@ import pytest
 
 import vmplug
 from tests.support.disks import disk_image
+from tests.support.lonely_host import FamilyHost
 from vmplug import DeviceInfo, DevNum, DevType, InUse, LeaseLock, LeaseTerms, RngInfo, Setup
 from vmplug.errors import DeviceError, StateError
 from vmplug.host.use.qemu_lock import is_locked
@@ -23,7 +24,7 @@ SLEEP = ["sleep", "infinity"]
 
 @pytest.fixture
 def setup(tmp_path: Path) -> Setup:
-    return Setup(state_dir=tmp_path / "state")
+    return Setup(host=FamilyHost(), state_dir=tmp_path / "state")
 
 
 @pytest.fixture

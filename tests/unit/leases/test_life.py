@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from tests.support.disks import disk_image
 from tests.support.journal import attach_row, device_record
+from tests.support.lonely_host import LonelyHost
 from tests.support.pci_tree import PciTree
 from vmplug import DeviceInfo, DevType, Setup
 from vmplug.errors import AttributeReadError
@@ -43,7 +44,7 @@ def test_who_has_a_function_or_a_mediated_device_open_uses_it(tmp_path: Path, na
 def test_a_lease_that_cannot_be_repaired_stops_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = Setup(state_dir=tmp_path / "state")
+    setup = Setup(host=LonelyHost(), state_dir=tmp_path / "state")
     with Journal.open(setup.state_dir) as journal:
         for number, name in enumerate(("bad", "good")):
             ended = replace(record_lease(name, journal), starting_by=None, pid=1, started_at=1)
@@ -69,7 +70,7 @@ def test_a_lease_that_cannot_be_repaired_stops_nothing_else(
 
 
 def test_a_process_that_was_never_noted_has_no_number_in_any_sentence(tmp_path: Path) -> None:
-    setup = Setup(state_dir=tmp_path / "state")
+    setup = Setup(host=LonelyHost(), state_dir=tmp_path / "state")
     with Journal.open(setup.state_dir) as journal:
         ended = replace(record_lease("job", journal), starting_by=None)
         journal.add_vm(ended)
