@@ -3,8 +3,6 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -21,37 +19,39 @@ TEXTS = {
     f"{PREFIX}{name}.yaml": f"kind: vmplug.org/{name}\n" + "devices: []\n" * 2000
     for name in ("disk", "vfio-8086-0108", "vhost-user-blk")
 }
-WRITER = """
-import sys
-from vmplug.cdi.own import OwnFiles
-from tests.unit.cdi.test_own import PREFIX, TEXTS, other
-
-names = [*TEXTS]
-with OwnFiles(sys.argv[1], PREFIX) as own:
-    own.update(TEXTS)
-    print("begun", flush=True)
-    while True:
-        own.update(TEXTS)
-        own.update({name: other(TEXTS[name]) for name in names[1:]})
-"""
 
 
 def other(text: str) -> str:
     return text.replace("[]", "[{}]")
 
 
+def begin_to_write(directory: Path) -> int:
+    """A process that writes again and again; it has begun."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        with suppress(BaseException), OwnFiles(str(directory), PREFIX) as own:
+            own.update(TEXTS)
+            os.write(writing, b"begun")
+            while True:
+                own.update(TEXTS)
+                own.update({name: other(TEXTS[name]) for name in [*TEXTS][1:]})
+        os._exit(1)  # it must never go on with the tests
+    os.close(writing)
+    begun = os.read(reading, 16)
+    os.close(reading)
+    assert begun == b"begun"
+    return child
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_writer_leaves_whole_files(tmp_path: Path) -> None:
     directory = tmp_path / "cdi"
     drafts = 0
     for number in range(ROUNDS):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, directory], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout
-        process.stdout.readline()
+        writer = begin_to_write(directory)
         time.sleep(number / 1000)  # each at another moment of its work
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        os.kill(writer, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == -signal.SIGKILL
         for path in directory.iterdir():
             if path.suffix == ".tmp":
                 drafts += 1
