@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.command import Vmplug
 from tests.support.disks import disk_image
 
+pytestmark = pytest.mark.qemu
 EXAMPLE = Path(__file__).parents[2] / "examples/lease.py"
 PLAIN = ("-machine", "q35,accel=tcg", "-m", "64", "-S")
 
