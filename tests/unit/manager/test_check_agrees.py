@@ -481,12 +481,6 @@ def world(tmp_path: Path) -> Iterator[World]:
         os.close(descriptor)
 
 
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with Journal.open(tmp_path / "state") as store:
-        yield store
-
-
 def refusals(checked: Sequence[CheckedRequest]) -> dict[Code, str]:
     return {
         finding.code: finding.message
@@ -543,6 +537,7 @@ def test_what_check_refuses_plan_and_attach_refuse(
     assert manager.attachments() == held
 
 
+@pytest.mark.slow  # the table's own check: others attach what has no fault
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_without_the_fault_nothing_is_refused(row: Row, world: World, journal: Journal) -> None:
     manager = prepared(row, world, journal, with_fault=False)

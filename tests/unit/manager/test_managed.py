@@ -5,7 +5,7 @@ that), the VM is in memory; `tests/lab` has the same with a real kernel and a re
 """
 
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
@@ -54,12 +54,6 @@ def kernel(tmp_path: Path) -> FakeKernel:
 @pytest.fixture
 def vm() -> FakeHypervisor:
     return FakeHypervisor(root_ports=2)
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with Journal.open(tmp_path / "state") as store:
-        yield store
 
 
 @pytest.fixture(params=["live", "restored"])

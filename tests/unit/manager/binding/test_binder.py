@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -58,12 +58,6 @@ def boot(tree: PciTree) -> FakeKernel:
     """A kernel without faults."""
     takes = {"nvme": [DISK], "e1000e": [NET], "snd_hda_intel": [SOUND], "igb": [PHYSFN]}
     return FakeKernel(tree, takes={**takes, "igbvf": [VIRTFN]})
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with Journal.open(tmp_path / "state") as store:
-        yield store
 
 
 @pytest.fixture
@@ -746,7 +740,8 @@ def unbind_in(state_dir: Path, kernel: FakeKernel) -> None:
 
 
 WRITES_TO_BIND, WRITES_TO_UNBIND = 6, 8
-DEATHS = (Fault.DIE_BEFORE, Fault.DIE_AFTER)
+DEATHS = (pytest.param(Fault.DIE_BEFORE, marks=pytest.mark.slow), Fault.DIE_AFTER)
+"""Most deaths before a write leave what one after the last did."""
 
 
 @pytest.mark.parametrize("device_id", [None, "d1"])

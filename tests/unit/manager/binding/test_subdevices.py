@@ -1,7 +1,6 @@
 """Virtual functions and mediated devices, made and taken away on a kernel that is a tree."""
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,12 +48,6 @@ def tree(tmp_path: Path) -> PciTree:
 @pytest.fixture
 def kernel(tree: PciTree) -> FakeKernel:
     return FakeKernel(tree, takes={"igb": [PHYSFN]}, of_virtual="igbvf")
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with Journal.open(tmp_path / "state") as store:
-        yield store
 
 
 def count_to(

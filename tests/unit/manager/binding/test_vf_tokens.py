@@ -5,7 +5,6 @@ The kernel is a tree, the VMs are in memory; `tests/lab/test_vf_tokens.py` has t
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,12 +40,6 @@ def kernel(tmp_path: Path) -> FakeKernel:
     tree.pci_function(NIC, class_code=0x020000, driver="vfio-pci", group=5)
     tree.sriov(PHYSFN).file(PARAMETER, "Y\n")
     return FakeKernel(tree, takes={"igb": [PHYSFN]}, of_virtual="vfio-pci")
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with Journal.open(tmp_path / "state") as store:
-        yield store
 
 
 class Vm:
