@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = """
 import itertools
 import pytest
@@ -28,6 +30,7 @@ def test_it(vm, clean, request, number):
 """The second test fails in itself, the third in its end; each gets the VM of its number."""
 
 
+@pytest.mark.slow
 def test_the_next_test_gets_another_vm(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
     (tmp_path / "test_it.py").write_text(TESTS)

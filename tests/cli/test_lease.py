@@ -158,7 +158,14 @@ def test_the_status_of_a_signal_is_128_and_its_number(vmplug: Vmplug, image: Pat
     nothing_is_leased(vmplug)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_signals_are_passed_on(
     vmplug: Vmplug, image: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

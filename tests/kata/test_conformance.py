@@ -4,7 +4,8 @@ For every vector vmplug gives Kata's answer, in vmplug's words, or deviations.tx
 it: the vector, the number of Kata's defect (`-` for none: by design), why, and the test that holds
 what vmplug does instead. MENDED are deviations because Kata took for granted what a host does not
 have: on a host that has it, vmplug gives Kata's answer. Every life of a device is lived twice, the
-second time with a new manager for each step, which knows only what was saved.
+second time with a new manager for each step, which knows only what was saved: slow, as
+tests/unit/manager/test_manager.py and test_managed.py do the same.
 
 Functions whose vectors are left out, as no part of this stage:
 
@@ -125,7 +126,8 @@ def _runs(names: Iterable[str], *, mended: bool = False) -> Iterator[object]:
         lives = (False, True) if vector.function in LIVES else (False,)
         for restored in lives:
             label = name + (" [restored]" if restored else "")
-            yield pytest.param(Run(vector, restored, mended), id=label, marks=marks)
+            life = [*marks, pytest.mark.slow] if restored else marks
+            yield pytest.param(Run(vector, restored, mended), id=label, marks=life)
 
 
 def _check(run: Run, path: Path, *, deviates: bool) -> None:

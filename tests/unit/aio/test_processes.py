@@ -94,7 +94,7 @@ asyncio.run(main())
 )
 
 
-@pytest.mark.parametrize("how", ["cancel", "return"])
+@pytest.mark.parametrize("how", ["cancel", pytest.param("return", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("what", "state"), [("attach", "attached"), ("detach", "detaching")])
 def test_an_interpreter_that_ends_leaves_nothing_half(
     tmp_path: Path, what: str, state: str, how: str
