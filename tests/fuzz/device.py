@@ -11,7 +11,10 @@ from vmplug.cli.device import names_cdi_device, parse_cdi_names, parse_device
 from vmplug.cli.options import parse_function
 from vmplug.errors import HostError, SpecError
 from vmplug.host.cdi.find import find_cdi_devices
-from vmplug.host.root import THIS_HOST
+from vmplug.host.root import HostRoot
+
+NOWHERE = HostRoot("/dev/null/host")
+"""A host without mounts: `find` asks each file system that may not answer, such as FUSE."""
 
 
 def check(data: bytes) -> None:
@@ -24,7 +27,7 @@ def check(data: bytes) -> None:
         check_request(with_options(request, said))
     if names_cdi_device(text):
         with changes_only(), suppress(SpecError, UnresolvableDevices):
-            find_cdi_devices(parse_cdi_names([text]), THIS_HOST, ["/dev/null/cdi"])
+            find_cdi_devices(parse_cdi_names([text]), NOWHERE, ["/dev/null/cdi"])
             raise AssertionError(f"{text!r} is a device of no spec")
     with suppress(SpecError):
         assert str(parse_function(text)).endswith(text.lower())
