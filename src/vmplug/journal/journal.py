@@ -14,8 +14,8 @@ from typing import Self, TypeVar
 from msgspec.structs import replace
 
 from vmplug.address import journal_id_of
-from vmplug.errors import StateError, StoreError
-from vmplug.host.finding import Claim, VmProcess, is_lease, spoken_holder
+from vmplug.errors import StoreError
+from vmplug.host.finding import Claim, VmProcess, is_lease
 from vmplug.host.kind import Identity
 from vmplug.host.permissions import is_absent
 from vmplug.host.root import THIS_HOST, HostRoot
@@ -59,6 +59,8 @@ from vmplug.journal.state import (
     known_already,
     not_in_journal,
     on_its_way,
+    only_leased,
+    unknown_vm,
 )
 from vmplug.journal.vf_tokens import VfTokens
 
@@ -252,20 +254,10 @@ class Journal:
     def require_vm(self, name: str) -> VmRecord:
         """Return the VM of that name. Raises StateError for another one, and for a lease."""
         record = self.find_vm(name)
-        if record and record.is_lease:
-            raise StateError(
-                f"{spoken_holder(name)} is not a VM",
-                state="leased",
-                required="started or adopted",
-                hint="it ends with its process; vmplug lease end ends it earlier",
-            )
         if record is None:
-            raise StateError(
-                f"no VM {name!r} is known",
-                state="unknown",
-                required="started or adopted",
-                hint=f"vmplug vm list shows the known ones; vmplug vm adopt {name} --qmp SOCKET",
-            )
+            raise unknown_vm(name)
+        if record.is_lease:
+            raise only_leased(name)
         return record
 
     def holders(self) -> dict[Identity, str]:

@@ -7,6 +7,7 @@ from typing import assert_never
 from vmplug.address import qom_path
 from vmplug.drivers.ports import UnplugFailure
 from vmplug.errors import HypervisorError, NotAttached, StateError, UnplugRefused, UnplugTimeout
+from vmplug.host.finding import spoken_holder
 
 
 class State(StrEnum):
@@ -156,3 +157,23 @@ def _hint_to_wait(status: str) -> str:
     if status == "running":
         return "it stays detaching; detach again when the guest has booted and unmounted it"
     return f"the VM is {status}: the guest can answer only while the VM runs; detach again then"
+
+
+def unknown_vm(name: str) -> StateError:
+    """The error for a VM that is not in the journal."""
+    return StateError(
+        f"no VM {name!r} is known",
+        state="unknown",
+        required="started or adopted",
+        hint=f"vmplug vm list shows the known ones; vmplug vm adopt {name} --qmp SOCKET",
+    )
+
+
+def only_leased(name: str) -> StateError:
+    """The error for the name of a lease where a VM is wanted."""
+    return StateError(
+        f"{spoken_holder(name)} is not a VM",
+        state="leased",
+        required="started or adopted",
+        hint="it ends with its process; vmplug lease end ends it earlier",
+    )

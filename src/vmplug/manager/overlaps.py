@@ -70,7 +70,7 @@ class Overlaps:
         return self._key(device.identity), [self._key(one) for one in device.related_identities]
 
     def _key(self, identity: Identity) -> Identity:
-        """A file by its inode: another name, such as a hard link, is no other file."""
+        """A file by its inode, which all of its hard links share."""
         if identity not in self._keys:
             is_file = identity.kind is IdentityKind.FILE
             status = self._root.stat_or_none(identity.key) if is_file else None
