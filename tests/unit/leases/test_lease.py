@@ -4,7 +4,7 @@ import fcntl
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,8 +43,8 @@ def disk(path: Path, *, read_only: bool = False, share_rw: bool = False) -> Devi
 
 
 @contextmanager
-def process(*pass_fds: int) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(SLEEP, pass_fds=pass_fds) as started:
+def process(*pass_fds: int, command: Sequence[str] = SLEEP) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(command, pass_fds=pass_fds) as started:
         try:
             yield started
         finally:
@@ -296,21 +296,18 @@ def test_a_lease_ends_with_the_pid_namespace_of_its_process(
     with vmplug.lease([disk(image)], owner="job", setup=setup) as lease, process() as outside:
         lease.give_to(outside.pid)
         words = ["unshare", "--pid", "--fork", "--kill-child", *SLEEP]
-        with subprocess.Popen(words) as inside, Journal.open(setup.state_dir) as journal:
-            link = Path(f"/proc/{inside.pid}/ns/pid_for_children")
-            while (number := link.stat().st_ino) == own:
-                time.sleep(0.01)
+        with process(command=words) as inside, Journal.open(setup.state_dir) as journal:
             children = Path(f"/proc/{inside.pid}/task/{inside.pid}/children")
             while not (child := children.read_text().strip()):
                 time.sleep(0.01)
             # Before that it would outlive unshare: it asks for its end only after the fork.
             while Path(f"/proc/{child}/comm").read_text() != "sleep\n":
                 time.sleep(0.01)
+            number = Path(f"/proc/{child}/ns/pid").stat().st_ino
             (record,) = journal.all_holders()
             away = record.qmp_socket.replace(f":{own}:", f":{number}:")
             journal._db.execute("UPDATE vm SET qmp_socket = ?, pid = 1", [away])
             assert [one.state for one in vmplug.list_leases(setup=setup)] == ["unknown"]
-            inside.kill()
         deadline = time.monotonic() + 60
         while vmplug.list_leases(setup=setup)[0].state == "unknown":
             assert time.monotonic() < deadline
