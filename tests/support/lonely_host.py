@@ -5,6 +5,8 @@ of them. The files of most tests are open nowhere else.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from vmplug.host.root import HostRoot
@@ -25,6 +27,10 @@ class FamilyHost(HostRoot):
         """See HostRoot."""
         if path != "/proc":
             return super().list_dir(path)
-        threads = Path("/proc/self/task").iterdir()
-        children = (pid for one in threads for pid in (one / "children").read_text().split())
-        return sorted([str(os.getpid()), *children])
+        return sorted([str(os.getpid()), *_children()])
+
+
+def _children() -> Iterator[str]:
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            yield from (thread / "children").read_text().split()
