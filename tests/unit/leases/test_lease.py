@@ -346,7 +346,7 @@ def test_a_vm_verb_names_the_lease(setup: Setup, image: Path) -> None:
         assert finding.used_by
         assert finding.used_by.who.startswith(f"lease job, process {os.getpid()} (")
         assert vmplug.list_vms(setup=setup) == []
-        with pytest.raises(StateError, match="lease:job"):
+        with pytest.raises(StateError, match="lease job is not a VM"):
             vmplug.stop_vm("lease:job", setup=setup)
         with pytest.raises(StateError):
             vmplug.detach_owner("job", setup=setup)
