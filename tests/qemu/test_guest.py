@@ -306,18 +306,30 @@ def test_waiting_for_disks_that_do_not_come(q35: GuestVm) -> None:
     assert 0.3 <= time.monotonic() - start < console_module.ANSWER_TIMEOUT_S
 
 
+def begin(console: GuestConsole, line: str) -> None:
+    """Run a line beside others, until `END`.
+
+    Not shorter: busybox's `read` begins again when a child ends, and loses what it has of a line.
+    """
+    stay = "until [ -e /tmp/end ]; do usleep 10000; done"
+    console.run(f"rm -f /tmp/end /tmp/seen /tmp/flag; ({line}; {stay}) >/dev/null 2>&1 &")
+
+
+END = ": >/tmp/end; wait"
+
+
 def test_waiting_sees_a_disk_that_comes_later(q35: GuestVm, tmp_path: Path) -> None:
     image = disk_image(tmp_path / "a.img", 1, "later")
-    q35.console.run("(wait_for_disks 1 6000 >/tmp/new; mv /tmp/new /tmp/seen) >/dev/null 2>&1 &")
+    begin(q35.console, "wait_for_disks 1 6000 >/tmp/new; mv /tmp/new /tmp/seen")
     with plugged(q35, raw_file(image), on_root_port()):
         assert "name=vda" in q35.console.run(
-            "until cat /tmp/seen 2>/dev/null; do usleep 10000; done"
+            f"until cat /tmp/seen 2>/dev/null; do usleep 10000; done; {END}"
         )
 
 
 def test_waiting_for_a_condition(q35: GuestVm) -> None:
-    q35.console.run("(usleep 300000; echo >/tmp/flag) >/dev/null 2>&1 &")
-    q35.console.wait_until("[ -e /tmp/flag ]")
+    begin(q35.console, "usleep 300000; echo >/tmp/flag")
+    q35.console.wait_until(f"[ -e /tmp/flag ] && {{ {END}; }}")
     with pytest.raises(GuestTimeoutError, match=r"no success of 'echo \$x; false'.* 0\.1 s: none"):
         q35.console.wait_until("echo $x; false", timeout_s=0.1)
 
