@@ -166,20 +166,26 @@ def test_a_backing_file_of_a_foreign_format_is_not_followed(
 # who has them
 
 
+def chain(directory: Path, kind: str, depth: int) -> tuple[Path, Path]:
+    """A file, and the image that makes QEMU open it, at once or by another image."""
+    base = directory / "base.img"
+    base.write_bytes(b"x".ljust(MIB, b"\0"))
+    if kind == "backing":
+        base = image(directory / "base.qcow2")
+        top = image(directory / "top.qcow2", backing=base)
+    else:
+        top = image(directory / "top.qcow2", data=base)
+    if depth == 2:
+        top = image(directory / "over.qcow2", backing=top)
+    return base, top
+
+
 @pytest.mark.parametrize("kind", ["backing", "data"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_what_another_vm_writes_is_no_file_of_an_image(
     make: Callable[[str], Sandbox], tmp_path: Path, kind: str, depth: int
 ) -> None:
-    base = tmp_path / "base.img"
-    base.write_bytes(b"x".ljust(MIB, b"\0"))
-    if kind == "backing":
-        base = image(tmp_path / "base.qcow2")
-        top = image(tmp_path / "top.qcow2", backing=base)
-    else:
-        top = image(tmp_path / "top.qcow2", data=base)
-    if depth == 2:
-        top = image(tmp_path / "over.qcow2", backing=top)
+    base, top = chain(tmp_path, kind, depth)
     one, two = make("vm-1"), make("vm-2")
     assert found(two, asked(top)) == []
     give(one, asked(base))
@@ -194,15 +200,7 @@ def test_what_another_vm_writes_is_no_file_of_an_image(
 def test_what_another_vm_has_as_a_file_of_an_image_is_not_written(
     make: Callable[[str], Sandbox], tmp_path: Path, kind: str, depth: int
 ) -> None:
-    base = tmp_path / "base.img"
-    base.write_bytes(b"x".ljust(MIB, b"\0"))
-    if kind == "backing":
-        base = image(tmp_path / "base.qcow2")
-        top = image(tmp_path / "top.qcow2", backing=base)
-    else:
-        top = image(tmp_path / "top.qcow2", data=base)
-    if depth == 2:
-        top = image(tmp_path / "over.qcow2", backing=top)
+    base, top = chain(tmp_path, kind, depth)
     one, two = make("vm-1"), make("vm-2")
     give(one, asked(top))
     assert str(base) in refused(two, asked(base))

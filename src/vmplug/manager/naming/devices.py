@@ -80,7 +80,7 @@ class _Candidate(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def find_cdi_devices(setup: Setup, policy: Policy) -> tuple[list[CdiDevice], list[LeftOut]]:
+def find_named_devices(setup: Setup, policy: Policy) -> tuple[list[CdiDevice], list[LeftOut]]:
     """The devices in the order of their names, and what has to do without one.
 
     Raises AttributeReadError, and NoSuchDevice when there is no vhost-user store where one is

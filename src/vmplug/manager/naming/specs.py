@@ -11,7 +11,7 @@ from vmplug.cdi.spec import ContainerEdits, Device, DeviceNode, Spec
 from vmplug.cdi.write import format_spec
 from vmplug.errors import HostError, NoSuchDevice, PolicyError
 from vmplug.host.permissions import why_not_trusted
-from vmplug.manager.naming.devices import VENDOR, CdiDevice, LeftOut, find_cdi_devices
+from vmplug.manager.naming.devices import VENDOR, CdiDevice, LeftOut, find_named_devices
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.policy import DEFAULT_POLICY
 
@@ -73,7 +73,7 @@ def update_specs(own: OwnFiles, *, dry_run: bool = False, setup: Setup) -> Writt
             hint=f"write {DEFAULT_POLICY}, or pass --policy; docs/security.md has its rules",
         )
     _check_writers(own.directory)
-    devices, left_out = find_cdi_devices(setup, setup.policy)
+    devices, left_out = find_named_devices(setup, setup.policy)
     theirs = own.names_of_others()
     by_file = dict[str, list[CdiDevice]]()
     for device in devices:
