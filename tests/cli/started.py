@@ -140,9 +140,11 @@ def no_qemu_left(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for pid in processes_below(directory):
-            with suppress(ProcessLookupError):  # one may take another along
-                os.kill(pid, signal.SIGKILL)
+        pids = set(processes_below(directory))
+        with ending(pids):
+            for pid in pids:
+                with suppress(ProcessLookupError):  # one may take another along
+                    os.kill(pid, signal.SIGKILL)
 
 
 def sharers_of(directory: Path) -> set[int]:

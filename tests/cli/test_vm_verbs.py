@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tests.cli.command import (
     write_bundle,
 )
 from tests.cli.monitors import Gate, MemoryVm, Talker
-from tests.cli.started import ending
+from tests.cli.started import ending, no_qemu_left
 from tests.cli.world import (
     loops_below,
     names_in_qemu,
@@ -125,17 +125,6 @@ def start_words(name: str, directory: Path, *, guest: bool = True, ports: int = 
         path = directory / f"{name}-{channel}.sock"
         words += ["-chardev", f"socket,id={channel},path={path},server=on,wait=off"]
     return [*words, "-qmp", "chardev:oracle", "-serial", "chardev:guest"]
-
-
-@contextmanager
-def no_qemu_left(directory: Path) -> Iterator[None]:
-    """Ends the QEMUs that a failed test left to work below `directory`."""
-    try:
-        yield
-    finally:
-        for pid in processes_below(directory):
-            with suppress(ProcessLookupError):  # one may take another along
-                os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ from vmplug.drivers.plug import (
 from vmplug.errors import HypervisorError
 from vmplug.host.kind import DeviceType
 from vmplug.host.vhost_user.virtiofsd import ask_options
+from vmplug.hypervisor.keeper import end_keepers
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.launch import launch
@@ -89,6 +90,7 @@ def paused(
         for plug, place in plugs:
             cold.plug(plug, place)
         pid = launch(cold, lambda _: None, timeout_s=timeout_s)
+        stack.callback(end_keepers, str(cold.qmp_socket))  # they write into the directory
         stack.callback(os.waitpid, pid, 0)
         stack.callback(os.kill, pid, signal.SIGKILL)
         cold.started()

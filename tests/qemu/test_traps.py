@@ -777,8 +777,10 @@ class Proxy:
     ) -> None:
         with suppress(OSError):
             while data := qemu.recv(1 << 16):
+                # Before the client has it: it may send the last command at once.
+                is_last = was_sent.is_set() and b'"return"' in data
                 client.sendall(data)
-                if was_sent.is_set() and b'"return"' in data:
+                if is_last:
                     self._refuses.set()
                     break
         shut(client, qemu)
