@@ -24,8 +24,11 @@ QUICK ?=
 # Many failures have one cause: what they print is worth more than the rest of the run.
 PYTEST := $(BIN)/pytest --maxfail=10
 SPREAD := $(PYTEST) --in-memory --spread --capture=sys -p no:logging
+# Of some 11 000 tests beside a busy lab one may lose a race. Two may, and each is shown: a test that
+# passes only the second time is a fault to mend.
+AGAIN := --reruns 1 --max-suite-reruns 2 --rerun-show-tracebacks
 LAB := $(BIN)/python -m lab --timeout 2400
-LAB_TESTS := $(PYTEST) tests/lab --durations=15 --junitxml
+LAB_TESTS := $(PYTEST) $(AGAIN) tests/lab --durations=15 --junitxml
 RESULTS := $(CURDIR)/build/lab/results
 # They take a quarter of the time that the tests here do.
 FAULTS := tests/system/faults/test_in_qemu.py
@@ -62,13 +65,13 @@ test-lab-then-faults: test-lab
 # Those that need the host's loop devices, mounts and processes cannot be spread as the others are.
 # 5 says that none was chosen.
 test-here:
-	$(SPREAD) $(if $(QUICK),--quick) -m "not qemu and not root$(if $(QUICK), and not slow)" $(TESTS) || \
+	$(SPREAD) $(AGAIN) $(if $(QUICK),--quick) -m "not qemu and not root$(if $(QUICK), and not slow)" $(TESTS) || \
 		[ $$? = 5 ]
-	$(if $(OTHERS),$(PYTEST) --durations=15 -m "qemu or root" $(OTHERS) || [ $$? = 5 ])
+	$(if $(OTHERS),$(PYTEST) $(AGAIN) --durations=15 -m "qemu or root" $(OTHERS) || [ $$? = 5 ])
 
 # Beside the others, which may look for a loop device while they take one again.
 test-faults:
-	$(if $(CHOSEN_FAULTS),$(PYTEST) --durations=15 $(CHOSEN_FAULTS))
+	$(if $(CHOSEN_FAULTS),$(PYTEST) $(AGAIN) --durations=15 $(CHOSEN_FAULTS))
 
 OTHERS = $(if $(TESTS),$(filter-out $(FAULTS),$(TESTS)),--ignore=$(FAULTS))
 CHOSEN_FAULTS = $(if $(TESTS),$(filter $(FAULTS),$(TESTS)),$(FAULTS))
@@ -82,7 +85,7 @@ test-fresh:
 		$(if $(QUICK),QUICK="$(QUICK)")
 
 test-fast: $(BIN)/vmplug
-	$(SPREAD) --quick -m "not qemu and not root and not slow"
+	$(SPREAD) -p no:rerunfailures --quick -m "not qemu and not root and not slow"
 
 fuzz: $(BIN)/vmplug
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
