@@ -253,6 +253,29 @@ def test_a_wrapper_that_is_killed_as_it_plugs_leaves_what_delete_takes_back(
         assert (journal_rows(wrapper.vmplug.state_dir), vm.names()) == before
 
 
+def test_who_interrupts_it_as_it_plugs_sees_no_traceback(wrapper: Wrapper) -> None:
+    """The undo finds that QEMU does not answer, and the journal keeps what is not known."""
+    sockets = wrapper.vmplug.state_dir.parent
+    with (
+        MemoryVm(sockets / "memory.sock") as vm,
+        Gate(sockets / "gate.sock", vm.socket_path) as gate,
+    ):
+        wrapper.vmplug("vm", "adopt", "sb2", "--qmp", gate.socket_path).answer()
+        wrapper.bundle({VM: "sb2", **RANDOM})
+        before = (journal_rows(wrapper.vmplug.state_dir), vm.names())
+        gate.shut_at(1, is_sent=True)
+        process = wrapper.begin("create", "--bundle", "bundle", "c1")
+        gate.wait_shut()
+        process.send_signal(signal.SIGINT)
+        result = ended(process)
+        assert result.status == 128 + signal.SIGINT, result
+        assert "Traceback" not in result.stderr
+        assert wrapper.calls() == []
+        gate.wait_idle()
+        assert wrapper("delete", "--force", "c1") == Result("", "", 0)
+        assert (journal_rows(wrapper.vmplug.state_dir), vm.names()) == before
+
+
 def test_signals_are_those_of_the_runtime(wrapper: Wrapper) -> None:
     before = wrapper.picture()
     catches = "grep -q 'SigCgt:.*[4-7c-f]...$' /proc/$PPID/status"  # SIGTERM, signal 15
