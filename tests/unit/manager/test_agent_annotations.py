@@ -36,16 +36,18 @@ def hold(
     hold_id: str,
     *functions: tuple[str, str],
     vm: str = "sb1",
-    node: str = "/dev/vfio/26",
+    owner: str = "c1",
+    node: str | None = None,
     name: str | None = None,
     options: Mapping[str, str] = GUEST_ONLY,
     device: str | None = None,
 ) -> Attachment:
+    node = node or f"/dev/vfio/{device or hold_id}"
     placed = [GuestFunction(bdf, PciPath.parse(path)) for bdf, path in functions]
     return Attachment(
         id=hold_id,
         vm=vm,
-        owner="c1",
+        owner=owner,
         name=name or node,
         host_path=node,
         kind=DeviceType.VFIO,
@@ -84,7 +86,7 @@ def test_a_bus_has_its_number_on_the_way_down(tree: HostTree) -> None:
 def test_the_key_has_the_number_of_the_group_or_cdev(tree: HostTree) -> None:
     function = ("0000:3b:00.0", "02/00")
     holds = [
-        hold("group", function, name="vfio:gpu0"),
+        hold("group", function, node="/dev/vfio/26", name="vfio:gpu0"),
         hold("cdev", function, node="/dev/vfio/devices/vfio3"),
         hold("named", function, name="/dev/vfio/41"),
     ]
@@ -103,6 +105,20 @@ def test_each_function_of_a_group_has_a_name(tree: HostTree) -> None:
         ("0000:3b:00.2", "02/00.2"),
     )
     assert values(tree, group) == {"group": "nvidia.com/gpu=0,nvidia.com/gpu=1"}
+
+
+def test_a_group_and_a_cdev_of_one_number_share_an_annotation(tree: HostTree) -> None:
+    """Whoever puts both into a container's annotations loses none."""
+    group = hold("group", ("0000:3b:00.0", "02/00"), node="/dev/vfio/3")
+    cdev = hold("cdev", ("0000:3b:00.1", "03/00"), node="/dev/vfio/devices/vfio3")
+    other = hold("other", ("0000:3b:00.2", "04/00"), node="/dev/vfio/devices/vfio3", owner="c2")
+    found = find_agent_annotations([cdev, other, group], tree.root)
+    assert found["group"] == found["cdev"]
+    assert set(found["group"]["cdi.k8s.io/vfio3"].split(",")) == {
+        "nvidia.com/gpu=0",
+        "nvidia.com/gpu=1",
+    }
+    assert found["other"] == {"cdi.k8s.io/vfio3": "nvidia.com/gpu=2"}
 
 
 def test_two_holds_of_one_gpu_have_its_one_number(tree: HostTree) -> None:
@@ -136,7 +152,7 @@ def test_what_the_agent_does_not_wait_for_has_none_and_counts_not(tree: HostTree
 
 
 def test_the_agent_is_told_beside_the_device(tree: HostTree) -> None:
-    gpu = hold("gpu", ("0000:3b:00.0", "02/00"))
+    gpu = hold("gpu", ("0000:3b:00.0", "02/00"), node="/dev/vfio/26")
     told = agent_json(gpu, find_agent_annotations([gpu], tree.root))
     assert told is not None
     assert told["annotations"] == {"cdi.k8s.io/vfio26": "nvidia.com/gpu=0"}

@@ -37,7 +37,8 @@ def find_agent_annotations(
     """By the id of the attachment: `cdi.k8s.io/vfio26` -> `nvidia.com/gpu=0`.
 
     `held` is everything that the VMs have: GPUs are numbered over the whole VM, and only those
-    that the guest's own driver has (`mode=guest-kernel`). Those of one group share an annotation.
+    that the guest's own driver has (`mode=guest-kernel`). Those of one container whose groups or
+    cdevs have the same number share an annotation.
     """
     holds = [hold for hold in held if hold.options.get("mode") == _GUEST_DRIVES]
     gpus = dict[str, set[_Gpu]]()
@@ -45,16 +46,20 @@ def find_agent_annotations(
         for gpu in _gpus_of(hold, host):
             gpus.setdefault(hold.vm, set()).add(gpu)
     numbered = {gpu: number for found in gpus.values() for number, gpu in enumerate(sorted(found))}
-    annotations = dict[str, dict[str, str]]()
+    names = dict[tuple[str, str, str], list[str]]()
     for hold in holds:
-        own = [
-            f"{_KIND}={number}"
-            for gpu, number in numbered.items()
-            if (gpu.vm, gpu.device_id) == (hold.vm, hold.device_id)
-        ]
-        if own:
-            annotations[hold.id] = {f"cdi.k8s.io/vfio{_node_number(hold)}": ",".join(own)}
-    return annotations
+        own = {gpu for gpu in numbered if (gpu.vm, gpu.device_id) == (hold.vm, hold.device_id)}
+        names.setdefault(_key(hold), []).extend(f"{_KIND}={numbered[gpu]}" for gpu in sorted(own))
+    return {
+        hold.id: {f"cdi.k8s.io/vfio{_node_number(hold)}": ",".join(dict.fromkeys(shared))}
+        for hold in holds
+        if (shared := names[_key(hold)])
+    }
+
+
+def _key(hold: Attachment) -> tuple[str, str, str]:
+    """What one annotation is for: a group and a cdev of a container may have the same number."""
+    return hold.vm, hold.owner, _node_number(hold)
 
 
 def _gpus_of(hold: Attachment, host: HostRoot) -> Iterable[_Gpu]:
