@@ -549,10 +549,17 @@ def test_every_user_may_read_what_is_written(world: World) -> None:
 
 
 @pytest.mark.root
-def test_a_read_only_file_system(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "why", "hint"),
+    [
+        ("ro", "Read-only file system", "pass a directory that engines read, with --directory"),
+        ("nr_inodes=1", "No space left on device", "make room for them: df {}"),
+    ],
+)
+def test_a_file_system_that_takes_no_file(world: World, options: str, why: str, hint: str) -> None:
     world.disk("8:0", "sda", "wwn-0x5000")
     world.directory.mkdir()
-    script = 'mount -t tmpfs -o ro,mode=755 tmpfs "$1"; shift; exec "$@"'
+    script = f'mount -t tmpfs -o {options},mode=755 tmpfs "$1"; shift; exec "$@"'
     words = ("--root", world.tree.path, "--directory", world.directory, "--policy", world.policy)
     alone = ("unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh")
     done = subprocess.run(
@@ -561,8 +568,9 @@ def test_a_read_only_file_system(world: World, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    said = f"vmplug: cannot write specs in {world.directory}: Read-only file system"
-    assert (done.returncode, done.stderr.splitlines()[0]) == (HOST, said)
+    said = f"vmplug: cannot write specs in {world.directory}: {why}"
+    told = f"hint: {hint.format(world.directory)}"
+    assert (done.returncode, done.stderr.splitlines()) == (HOST, [said, told])
 
 
 def test_one_process_writes_at_a_time(world: World) -> None:

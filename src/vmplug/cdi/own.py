@@ -6,8 +6,10 @@ somebody has edited, renamed or made belongs to them: it is never replaced and n
 file is linked into its place, which fails if another has the name in that moment.
 """
 
+import errno
 import fcntl
 import os
+import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -174,14 +176,14 @@ def _saying(directory: str) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or str(error)
+        hint = "pass a directory that engines read, with --directory"
         if os.path.islink(directory):
             why = "it is a symbolic link, which engines do not follow"
-        raise HostError(
-            f"cannot write specs in {directory}: {why}",
-            hint="pass a directory that engines read, with --directory"
-            if os.path.isdir(os.path.dirname(directory) or ".")
-            else f"mkdir -p {directory}",
-        ) from error
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = f"make room for them: df {shlex.quote(directory)}"
+        elif not os.path.isdir(os.path.dirname(directory) or "."):
+            hint = f"mkdir -p {shlex.quote(directory)}"
+        raise HostError(f"cannot write specs in {directory}: {why}", hint=hint) from error
 
 
 def _is_at(descriptor: int, path: str) -> bool:
