@@ -136,12 +136,16 @@ def without_uses(inventory: Inventory) -> list[HostFunction]:
 
 
 def test_this_hosts_record_is_this_host(tmp_path: Path) -> None:
+    """It is made again when disks have come or gone in between, as somebody's loop device."""
     live = HostRoot()
-    write_record(str(tmp_path / "r.tar"), live)
-    root = read_record(str(tmp_path / "r.tar"))
-    found, expected = look(root), look(live)
+    for _ in range(20):
+        write_record(str(tmp_path / "r.tar"), live)
+        found, expected = (look(root) for root in (read_record(str(tmp_path / "r.tar")), live))
+        disks, their_disks = ([disk.name for disk in one.block] for one in (found, expected))
+        if disks == their_disks:
+            break
+    assert disks == their_disks
     assert without_uses(found) == without_uses(expected)
-    assert [disk.name for disk in found.block] == [disk.name for disk in expected.block]
     listed = subprocess.run(
         ["tar", "--list", "--file", tmp_path / "r.tar"], capture_output=True, check=True
     )
