@@ -306,30 +306,28 @@ def test_waiting_for_disks_that_do_not_come(q35: GuestVm) -> None:
     assert 0.3 <= time.monotonic() - start < console_module.ANSWER_TIMEOUT_S
 
 
-def begin(console: GuestConsole, line: str) -> None:
-    """Run a line beside others, until `END`.
-
-    Not shorter: busybox's `read` begins again when a child ends, and loses what it has of a line.
-    """
-    stay = "until [ -e /tmp/end ]; do usleep 10000; done"
-    console.run(f"rm -f /tmp/end /tmp/seen /tmp/flag; ({line}; {stay}) >/dev/null 2>&1 &")
-
-
-END = ": >/tmp/end; wait"
+def test_what_ends_in_the_background_takes_nothing_of_a_line(q35: GuestVm) -> None:
+    text = "0123456789abcdef" * 128
+    jobs = "until [ -e /tmp/end ]; do (usleep 1000 &); usleep 1000; done"
+    q35.console.run(f"rm -f /tmp/end; ({jobs}) >/dev/null 2>&1 &")
+    for _ in range(5):
+        assert q35.console.run(f"echo {text}") == text
+    q35.console.run(": >/tmp/end")
 
 
 def test_waiting_sees_a_disk_that_comes_later(q35: GuestVm, tmp_path: Path) -> None:
     image = disk_image(tmp_path / "a.img", 1, "later")
-    begin(q35.console, "wait_for_disks 1 6000 >/tmp/new; mv /tmp/new /tmp/seen")
+    job = "wait_for_disks 1 6000 >/tmp/new; mv /tmp/new /tmp/seen"
+    q35.console.run(f"rm -f /tmp/seen; ({job}) >/dev/null 2>&1 &")
     with plugged(q35, raw_file(image), on_root_port()):
         assert "name=vda" in q35.console.run(
-            f"until cat /tmp/seen 2>/dev/null; do usleep 10000; done; {END}"
+            "until cat /tmp/seen 2>/dev/null; do usleep 10000; done"
         )
 
 
 def test_waiting_for_a_condition(q35: GuestVm) -> None:
-    begin(q35.console, "usleep 300000; echo >/tmp/flag")
-    q35.console.wait_until(f"[ -e /tmp/flag ] && {{ {END}; }}")
+    q35.console.run("rm -f /tmp/flag; (usleep 300000; echo >/tmp/flag) >/dev/null 2>&1 &")
+    q35.console.wait_until("[ -e /tmp/flag ]")
     with pytest.raises(GuestTimeoutError, match=r"no success of 'echo \$x; false'.* 0\.1 s: none"):
         q35.console.wait_until("echo $x; false", timeout_s=0.1)
 
