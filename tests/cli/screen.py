@@ -1,5 +1,6 @@
 """What a person sees: the screen of a terminal during and after a run, by an emulator of one."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -79,6 +80,7 @@ class Session:
         self._terminal = terminal
         self._columns = columns
         self._output = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     @property
     def screen(self) -> Screen:
@@ -113,7 +115,7 @@ class Session:
             piece = os.read(self._terminal, 1 << 16)
         except OSError:
             return False
-        self._output += piece.decode()
+        self._output += self._decoder.decode(piece)
         return bool(piece)
 
 

@@ -148,7 +148,7 @@ def test_names_come_and_go(world: World, disk: Path, tmp_path: Path) -> None:
 def test_a_directory_that_goes_is_made_again(world: World, disk: Path) -> None:
     with world.watching() as watch:
         watch.next()
-        shutil.rmtree(world.directory)
+        shutil.rmtree(world.directory.rename(world.directory.with_name("gone")))
         assert changes(watch.next()) == ([FILE], [])
         assert world.named() == {"first": str(disk)}
         assert world.run().status == STATE  # the lock is on the new one too

@@ -1,9 +1,8 @@
 """A second reader of everything that a refused command must leave as it was."""
 
-import json
 import os
-import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +38,16 @@ def names_in_qemu(oracle: RawQmp) -> frozenset[str]:
 
 
 def loops_below(directory: Path) -> frozenset[tuple[str, ...]]:
-    """Each loop device on a file below `directory`: its node, file, offset, whether read-only."""
-    columns = "NAME,BACK-FILE,OFFSET,RO"
-    command = ["losetup", "--list", "--json", "--output", columns]
-    listed = subprocess.run(command, capture_output=True, check=True).stdout
-    loops = json.loads(listed)["loopdevices"] if listed else []
-    found = [tuple(str(value) for value in loop.values()) for loop in loops]
-    return frozenset(loop for loop in found if loop[1].startswith(f"{directory}/"))
+    """Each loop device on a file below `directory`: its node, file, offset, whether read-only.
+
+    None is opened: one that somebody has open is not free when another test detaches it.
+    """
+    found = set()
+    for loop in Path("/sys/block").glob("loop*/loop"):
+        with suppress(OSError):  # it was just detached
+            paths = (loop / "backing_file", loop / "offset", loop.with_name("ro"))
+            found.add((loop.parent.name, *(path.read_text().rstrip("\n") for path in paths)))
+    return frozenset(each for each in found if each[1].startswith(f"{directory}/"))
 
 
 def processes_below(directory: Path) -> list[int]:
@@ -63,5 +65,7 @@ def processes_below(directory: Path) -> list[int]:
 
 def qemus_below(directory: Path) -> list[int]:
     """Those of them that are not the keeper of a VM's console."""
-    keepers = find_marked(KEEPER_MARK)
-    return [pid for pid in processes_below(directory) if pid not in keepers]
+    there = processes_below(directory)
+    keepers = find_marked(KEEPER_MARK)  # looked for later: its dd is a new one now and then
+    still_there = processes_below(directory)
+    return [pid for pid in there if pid not in keepers and pid in still_there]

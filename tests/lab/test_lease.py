@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -37,8 +37,11 @@ def driver() -> str:
 
 def has_open(pid: int) -> bool:
     """Whether a process has a node of VFIO open besides the container."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
-    return any(link.startswith("/dev/vfio/") and link != "/dev/vfio/vfio" for link in links)
+    links = set[str]()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was just closed
+            links.add(os.readlink(link))
+    return any(link.startswith("/dev/vfio/") for link in links - {"/dev/vfio/vfio"})
 
 
 @contextmanager
@@ -57,8 +60,9 @@ def leased(vmplug: Vmplug, words: list[str]) -> Iterator[tuple[subprocess.Popen[
             yield process, pid
         finally:
             process.kill()
-            if pid and Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
+            if pid:
+                with suppress(ProcessLookupError):  # it has ended
+                    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("words", [BY_GROUP, WORDS, *([BY_NODE] if HAS_IOMMUFD else [])])

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.qemu
 
 MIB = 1 << 20
 TAG = "shared"
+ANSWER_S = 60.0
 FREEZE_S = 1.0
 """How long a QEMU must have said nothing to count as frozen."""
 
@@ -160,14 +161,14 @@ def read_at(path: Path, offset: int, length: int) -> bytes:
 def assert_ping(vm: GuestVm) -> None:
     """Three packets, three answers."""
     address = "ip link set eth0 up && ip addr add 192.0.2.2/24 dev eth0"
-    answer = vm.console.run(f"{address} && ping -c 3 -i 0.2 -W 5 192.0.2.77")
+    answer = vm.console.run(f"{address} && ping -c 3 -i 0.2 -W 60 192.0.2.77")
     assert "3 packets transmitted, 3 packets received" in answer
 
 
 def ask(path: Path, *requests: Request) -> list[int]:
     """What a backend says of itself to somebody who then goes away."""
     with socket.socket(socket.AF_UNIX) as connected:
-        connected.settimeout(5.0)
+        connected.settimeout(ANSWER_S)
         connected.connect(str(path))
         connection = Connection(connected)
         return [_answer(connection, request) for request in requests]

@@ -174,8 +174,15 @@ def meddled(
 
 def files_of(vm: GuestVm) -> Counter[str]:
     """What QEMU has open, each by its device and inode."""
-    links = list(Path(f"/proc/{vm.pid}/fd").iterdir())
-    return Counter(file_id(link.stat()) for link in links if os.path.exists(link))
+    return files_of_process(vm.pid)
+
+
+def files_of_process(pid: int) -> Counter[str]:
+    found = Counter[str]()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was just closed
+            found[file_id(link.stat())] += 1
+    return found
 
 
 def left_in_sets(vm: GuestVm) -> list[Mapping[str, Any]]:
@@ -329,11 +336,11 @@ def test_a_vm_that_opened_the_right_files_runs(kind: str, tmp_path: Path) -> Non
 
 def processes_of(directory: Path) -> list[str]:
     """The commands that run in a directory."""
-    return [
-        link.parent.name
-        for link in Path("/proc").glob("[0-9]*/cwd")
-        if os.path.exists(link) and os.path.samefile(link, directory)
-    ]
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):  # it has just ended
+            found += [link.parent.name] if link.samefile(directory) else []
+    return found
 
 
 def test_qemu_shares_the_directory_that_was_checked_whatever_its_name_is_now(
@@ -344,8 +351,7 @@ def test_qemu_shares_the_directory_that_was_checked_whatever_its_name_is_now(
     with cold(tmp_path, request) as started:
         Swap(path, other).away()
         pid = launch(started, lambda _: None, timeout_s=20)
-        links = list(Path(f"/proc/{pid}/fd").iterdir())
-        opened = [file_id(link.stat()) for link in links if os.path.exists(link)]
+        opened = files_of_process(pid)
         with closing(Qemu.connect(str(started.qmp_socket))) as qemu:
             qemu.quit()
     assert checked in opened

@@ -597,7 +597,7 @@ def assert_ping(lab: OpenLab) -> GuestNic:
     nic = only_nic(lab)
     lab.guest(f"ip link set {nic.name} up && ip addr add 192.0.2.2/24 dev {nic.name}")
     lab.guest_vm.console.wait_until(f"ping -c 1 -W 1 {PEER}")
-    answer = lab.guest(f"ping -c 3 -i 0.05 -W 5 {PEER}")
+    answer = lab.guest(f"ping -c 3 -i 0.05 -W 60 {PEER}")
     assert "3 packets transmitted, 3 packets received" in answer
     return only_nic(lab)
 
