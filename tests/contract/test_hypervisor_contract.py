@@ -31,7 +31,7 @@ from vmplug.hypervisor.qemu.graph import QUERY
 from vmplug.hypervisor.qemu.running import Qemu
 
 MIB = 1 << 20
-UNPLUG_S = 20.0
+UNPLUG_S = 60.0
 AT_ONCE_S = 0.05
 """For a guest that will not answer anyway."""
 

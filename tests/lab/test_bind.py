@@ -33,7 +33,7 @@ from vmplug.manager.binding.subdevices import divide, find_sriov, remove_unused
 
 MULTI = (topology.MULTI_NVME, topology.MULTI_EDU, topology.MULTI_NIC)
 DIED = 77
-SETTLE_S = 10.0
+SETTLE_S = 60.0
 SHORT_S = 1.0
 """For a kernel that will not answer while a device is open."""
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"

@@ -22,6 +22,7 @@ from tests.support.daemons import VIRTIOFSD, storage_daemon, vhost_user_backend,
 from tests.support.disks import disk_image
 from tests.support.no_aio import without_aio
 from tests.support.raw_qmp import QmpError, RawQmp
+from tests.support.vm import START_TIMEOUT_S
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.place import (
     CcwPlace,
@@ -64,7 +65,6 @@ MEMORY = MemorySlot(slot=1, index=0)
 CCW = CcwPlace(devno=CcwDevNo(0, 5))
 MMIO = MmioPlace(bus="virtio-mmio-bus.23", index=0)
 ODD_SOCKET = 'a, server=on "b".sock'
-START_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Paused:
 
 @contextmanager
 def paused(
-    spec: VmSpec, plugs: Iterable[tuple[Plug, Place]] = (), *, timeout_s: float = START_S
+    spec: VmSpec, plugs: Iterable[tuple[Plug, Place]] = (), *, timeout_s: float = START_TIMEOUT_S
 ) -> Iterator[Paused]:
     """The machine with what is plugged from the start."""
     with ExitStack() as stack:

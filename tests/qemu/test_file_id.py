@@ -20,7 +20,7 @@ import pytest
 from tests.contract.sandbox import Hooked, Picture
 from tests.contract.world import journal_rows, memory_side_vm, qemu_parts
 from tests.support.disks import disk_image, qcow2_image
-from tests.support.vm import QEMU, GuestVm, root_ports, scsi_controller, start_vm
+from tests.support.vm import QEMU, START_TIMEOUT_S, GuestVm, root_ports, scsi_controller, start_vm
 from vmplug.address import PciPath, PciSlot
 from vmplug.drivers.place import PciPlace, Place
 from vmplug.drivers.plug import Plug, SharedFS, VirtiofsdSpec
@@ -320,7 +320,7 @@ def test_a_vm_that_opened_another_file_at_its_start_never_runs(kind: str, tmp_pa
     with cold(tmp_path, request) as qemu:
         Swap(path, other).away()
         with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"):
-            launch(qemu, lambda _: None, timeout_s=20)
+            launch(qemu, lambda _: None, timeout_s=START_TIMEOUT_S)
         assert not processes_of(qemu.directory)
 
 
@@ -328,7 +328,7 @@ def test_a_vm_that_opened_another_file_at_its_start_never_runs(kind: str, tmp_pa
 def test_a_vm_that_opened_the_right_files_runs(kind: str, tmp_path: Path) -> None:
     request, *_ = (KINDS | COLD_KINDS)[kind](tmp_path)
     with cold(tmp_path, request) as started:
-        launch(started, lambda _: None, timeout_s=20)
+        launch(started, lambda _: None, timeout_s=START_TIMEOUT_S)
         with closing(Qemu.connect(str(started.qmp_socket))) as qemu:
             assert qemu.status() == "running"
             qemu.quit()
@@ -350,7 +350,7 @@ def test_qemu_shares_the_directory_that_was_checked_whatever_its_name_is_now(
     checked, wrong = file_id(path.stat()), file_id(other.stat())
     with cold(tmp_path, request) as started:
         Swap(path, other).away()
-        pid = launch(started, lambda _: None, timeout_s=20)
+        pid = launch(started, lambda _: None, timeout_s=START_TIMEOUT_S)
         opened = files_of_process(pid)
         with closing(Qemu.connect(str(started.qmp_socket))) as qemu:
             qemu.quit()
@@ -535,7 +535,7 @@ def test_a_vm_whose_image_got_a_data_file_at_its_start_never_runs(tmp_path: Path
     with cold(tmp_path, qcow2_disk(header.image)) as qemu:
         header.write(header.headers[1])
         with pytest.raises(NoSuchDevice, match="QEMU opened other files for it"):
-            launch(qemu, lambda _: None, timeout_s=20)
+            launch(qemu, lambda _: None, timeout_s=START_TIMEOUT_S)
         assert not processes_of(qemu.directory)
 
 

@@ -487,7 +487,7 @@ def test_machine_of_another_architecture(tmp_path: Path) -> None:
 def test_who_connects_later_is_answered(pc: GuestVm) -> None:
     pc.console.run("true")
     pc.release_console()
-    with GuestConsole.connect(pc.console_path, 10) as second:
+    with GuestConsole.connect(pc.console_path) as second:
         assert second.run("echo second") == "second"
     assert pc.console.run("echo third") == "third"
 
@@ -533,4 +533,4 @@ def test_connections_end_with_qemu(tmp_path: Path) -> None:
         with pytest.raises(ConnectionError):
             vm.oracle.execute("query-status")
         with pytest.raises(ConnectionError):
-            GuestConsole.connect(vm.console_path, 5)
+            GuestConsole.connect(vm.console_path)

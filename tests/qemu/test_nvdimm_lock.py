@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -14,7 +15,7 @@ from tests.contract.sandbox import Hooked
 from tests.contract.world import memory_side_vm
 from tests.qemu.conftest import opened_by_another_qemu
 from tests.support.disks import disk_image
-from tests.support.vm import QEMU, GuestVm
+from tests.support.vm import QEMU, START_TIMEOUT_S, GuestVm
 from vmplug.drivers.ports import Command, Endpoint
 from vmplug.errors import CommandError, InUse
 from vmplug.host.finding import Code
@@ -211,10 +212,11 @@ def test_a_vm_that_starts_with_it_has_the_lock_until_its_end(
         ) as devices:
             devices.attach(replace(nvdimm(image), read_only=read_only))
         assert 'Failed to get "write" lock' in refusal(image, writes=True)
-        launch(started, lambda _: None, timeout_s=20)
+        pid = launch(started, lambda _: None, timeout_s=START_TIMEOUT_S)
         started.started()
         assert 'Failed to get "write" lock' in refusal(image, writes=True)
         assert bool(refusal(image, writes=False)) is not read_only
         with closing(Qemu.connect(str(started.qmp_socket))) as qemu:
             qemu.quit()
+    os.waitpid(pid, 0)  # it has the lock until it has ended
     assert not refusal(image, writes=True)

@@ -17,7 +17,7 @@ from tests.contract.world import journal_rows, memory_side_vm, qemu_parts
 from tests.qemu.test_file_id import RENAMING, Meddled, Swap, cold, processes_of
 from tests.support.daemons import VIRTIOFSD, storage_daemon, vhost_user_backend, virtiofsd
 from tests.support.disks import disk_image
-from tests.support.vm import GuestVm
+from tests.support.vm import START_TIMEOUT_S, GuestVm
 from vmplug.drivers.place import Place
 from vmplug.drivers.plug import VhostUserDevice
 from vmplug.drivers.ports import Command, Endpoint
@@ -47,7 +47,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.root]
 
 BLK, NET = DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_NET
 ID = "0123456789abcdef"
-RACE_S, MANY, TIMEOUT_S = 30.0, 40, 10.0
+RACE_S, MANY, TIMEOUT_S = 30.0, 40, 60.0
 
 
 def nothing(*_: Command) -> None:
@@ -311,7 +311,7 @@ def test_a_vm_starts_with_the_checked_socket_whatever_has_its_name(
         started.directory.mkdir()
         started.plug(*plug_of(started, BLK, good, 0))
         Swap(good, evil).away()
-        pid = launch(started, lambda _: None, timeout_s=20)
+        pid = launch(started, lambda _: None, timeout_s=START_TIMEOUT_S)
         found = peers_of(pid)
         with closing(Qemu.connect(str(started.qmp_socket))) as qemu:
             qemu.quit()
@@ -325,7 +325,7 @@ def test_a_vm_that_connects_to_another_socket_never_runs(
     with cold(tmp_path, network(good, "1")) as started:
         Swap(good, evil).away()
         with pytest.raises(NoSuchDevice, match="was replaced after vmplug checked it"):
-            launch(started, lambda _: None, timeout_s=20)
+            launch(started, lambda _: None, timeout_s=START_TIMEOUT_S)
         assert not processes_of(started.directory)
 
 
@@ -347,7 +347,7 @@ def test_a_vm_that_connects_to_the_checked_socket_by_its_name_runs(
     tmp_path: Path, backends: tuple[Path, Path]
 ) -> None:
     with cold(tmp_path, network(backends[0], "1")) as started:
-        launch(started, lambda _: None, timeout_s=20)
+        launch(started, lambda _: None, timeout_s=START_TIMEOUT_S)
         with closing(Qemu.connect(str(started.qmp_socket))) as qemu:
             assert qemu.status() == "running"
             qemu.quit()

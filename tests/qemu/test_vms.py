@@ -26,6 +26,7 @@ from vmplug.hypervisor.qmp.monitor import MISSED, Talk
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu]
 
+SOON_S = 60.0
 EXAMPLE = Path(__file__).parents[2] / "examples/two_vms.py"
 
 
@@ -133,12 +134,12 @@ def test_a_file_that_was_handed_over_stays_however_long_its_plugging_takes(
         yield Command("blockdev-add", {"node-name": "n", "driver": "raw", "file": file})
         yield from handover.finish()
 
-    with closing(QmpMonitor.connect(socket, timeout_s=10)) as monitor:
+    with closing(QmpMonitor.connect(socket, timeout_s=SOON_S)) as monitor:
         monitor.listen(lambda event, _: has_left.set() if event == MISSED else None)
         with held_open([CheckedFile(path, file_id(os.stat(path)))]) as files:
             handover = Handover("0123456789abcdef", None, RunState(monitor))
             monitor.converse(plug(handover, files))
-        assert has_left.wait(10), "then others have their turn"
+        assert has_left.wait(SOON_S), "then others have their turn"
         monitor.execute(Command("blockdev-del", {"node-name": "n"}))
         assert monitor.execute(Command("query-fdsets", {})) == []
 

@@ -26,7 +26,7 @@ CHANGING = frozenset(
         *("add-fd", "remove-fd", "block_resize"),
     }
 )
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 """For one process; the product's own deadlines are well below it."""
 
 

@@ -21,7 +21,7 @@ from vmplug.oci.requests import NetInfo, RngInfo, ShareInfo
 
 FS, P9 = DeviceType.VHOST_USER_FS, DeviceType.VIRTIO_9P
 DIRECTORY, SOCKET = "/srv/work", "/run/vu.sock"
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 def share(source: str = DIRECTORY, **options: str) -> ShareInfo:

@@ -378,12 +378,12 @@ def test_a_client_that_has_hung_up_is_served_no_more_though_the_backend_sleeps(
 
     def talk(connection: socket.socket) -> None:
         talking.set()
-        assert may_go_on.wait(10)
+        assert may_go_on.wait(TIMEOUT_S)
 
     with backend(directory / "s", talk) as path:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
-            assert talking.wait(10)
+            assert talking.wait(TIMEOUT_S)
             assert UnixSockets(HostRoot()).is_connected(path)
         assert not UnixSockets(HostRoot()).is_connected(path)
         may_go_on.set()

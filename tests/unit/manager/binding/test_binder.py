@@ -695,7 +695,7 @@ def test_the_kernel_that_does_not_answer_has_a_deadline(
     assert [str(row.bdf) for row in journal.bindings.all()] == [SOUND]
     assert kernel.driver_of(NET) == "e1000e"
     kernel.release.set()
-    assert kernel.answered.wait(10)
+    assert kernel.answered.wait(IN_TIME_S)
     binder.recover()
     assert kernel.picture() == before
 
