@@ -243,7 +243,8 @@ class World:
         ]
         found += ["a virtiofsd"] * len(set(mine))
         found += [f"directory {path.name}" for path in (self.state_dir / "vm").glob("*")]
-        found += [f"a QEMU in {where}" for _, where in _working_below(self.state_dir)]
+        # With the keepers of its logs, whose shells begin a process each, a moment after they do.
+        found += {f"a QEMU in {where}" for _, where in _working_below(self.state_dir)}
         if self.tree:
             kernel = FakeKernel(self.tree)
             found += [f"{bdf}: {is_now}" for bdf, is_now in kernel.picture().items()]

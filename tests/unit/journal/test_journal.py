@@ -29,7 +29,7 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.journal.state import FOLLOWS, State, check_step
 
-PROCESSES = 4
+PROCESSES, SOON_S = 4, 120
 EACH = 25
 
 DISK = DeviceRecord(
@@ -503,7 +503,7 @@ def test_a_directory_of_another_user_is_an_error(tmp_path: Path) -> None:
         store.add_devices([DISK], [])
     before = journal_rows(tmp_path)
     process = spawn(open_as_nobody, str(tmp_path))
-    process.join(30)
+    process.join(SOON_S)
     assert process.exitcode == 0
     assert journal_rows(tmp_path) == before
 
@@ -534,9 +534,9 @@ def spawn(function: Callable[..., None], *arguments: object) -> BaseProcess:
 
 def add_many(state_dir: str, index: int, start: Barrier) -> None:
     """What each of several processes does: devices of its own, and a hold on the common one."""
-    start.wait(30)
+    start.wait(SOON_S)
     with Journal.open(state_dir) as store:
-        start.wait(30)
+        start.wait(SOON_S)
         for number in range(EACH):
             name = f"{index}-{number}"
             device = replace(DISK, id=name, identity=Identity.parse(f"file:{name}"), place=name)
@@ -553,13 +553,13 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path, *, is_new: bo
         Journal.open(tmp_path).close()
     start = APART.Barrier(PROCESSES + 1)
     processes = [spawn(add_many, str(tmp_path), index, start) for index in range(PROCESSES)]
-    start.wait(30)  # from here on all open it
+    start.wait(SOON_S)  # from here on all open it
     with Journal.open(tmp_path) as store:
         store.add_devices([COUNTED], [])
         store.set_state([COUNTED.id], State.ATTACHED)
-    start.wait(30)  # from here on all write
+    start.wait(SOON_S)  # from here on all write
     for process in processes:
-        process.join(60)
+        process.join(SOON_S)
     assert [process.exitcode for process in processes] == [0] * PROCESSES
 
     with Journal.open(tmp_path) as store:

@@ -28,7 +28,7 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.journal.state import State
 
-PROCESSES = 4
+PROCESSES, SOON_S = 4, 120
 
 VERSION_1 = """
 CREATE TABLE vm (
@@ -317,7 +317,7 @@ def test_a_journal_that_is_being_written_to_is_migrated_when_it_is_free(tmp_path
         assert process.is_alive()
         assert version_of(path) == 1
         writer.execute("COMMIT")
-        process.join(30)
+        process.join(SOON_S)
     assert process.exitcode == 0
     with Journal.open(tmp_path) as store:
         assert store.vms() == [VM]
@@ -333,13 +333,13 @@ def test_processes_that_migrate_at_once_do_it_once(tmp_path: Path) -> None:
     start = APART.Barrier(PROCESSES)
     processes = [spawn(open_together, str(tmp_path), start) for _ in range(PROCESSES)]
     for process in processes:
-        process.join(60)
+        process.join(SOON_S)
     assert [process.exitcode for process in processes] == [0] * PROCESSES
     with Journal.open(tmp_path) as store:
         assert store.attachments() == HOLDS
 
 
 def open_together(state_dir: str, start: Barrier) -> None:
-    start.wait(30)
+    start.wait(SOON_S)
     with Journal.open(state_dir) as store:
         assert store.attachments() == HOLDS
