@@ -14,7 +14,15 @@ import pytest
 from guest.console import GuestError
 
 from tests.contract.sandbox import Hooked, Killed, Sandbox, Through
-from tests.qemu.conftest import OpenLab, OpenSide, daemons_below, kill_daemons, leave_missing
+from tests.qemu.conftest import (
+    PORTS,
+    OpenLab,
+    OpenSide,
+    daemons_below,
+    kill_daemons,
+    leave_missing,
+    opened,
+)
 from tests.support.daemons import VIRTIOFSD, Daemon, virtiofsd, virtiofsd_on
 from tests.support.vm import root_ports, start_vm
 from vmplug.drivers.ports import Command
@@ -603,6 +611,29 @@ def test_a_vm_whose_memory_is_not_shared_is_told(tmp_path: Path, directory: Path
             assert error.reason == "memory-not-shared"
         finally:
             lab.close()
+
+
+def test_memory_without_a_file_is_shared_with_nobody(tmp_path: Path, directory: Path) -> None:
+    """QEMU 7.2 calls it shared; in 10.0 it has a file, and the guest reads the share."""
+    memory = ("-object", "memory-backend-ram,id=mem,size=256M,share=on")
+    words = (*memory, "-machine", "memory-backend=mem")
+    logs = tmp_path / "vm"
+    logs.mkdir()
+    with (
+        start_vm(logs, devices=root_ports(PORTS), extra=words) as vm,
+        opened(vm, tmp_path, tmp_path / "state", restored=False) as lab,
+    ):
+        has_file = "aux-ram-share" in {
+            entry["name"] for entry in vm.oracle.execute("qom-list", path="/machine")
+        }
+        info = ShareInfo(tag=TAG, source=str(directory))
+        if has_file:
+            vm.console.run("true")  # has booted
+            attachment = lab.devices.attach(info)
+            assert_shared(lab, directory)
+            lab.devices.detach(attachment.id)
+        else:
+            expect(lab, info, CannotPlug, "not shared with other processes")
 
 
 # daemons that die

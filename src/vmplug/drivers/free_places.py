@@ -142,9 +142,10 @@ def check_shared_memory(offer: Places, what: str) -> None:
     if not offer.shared_memory:
         raise CannotPlug(
             "memory-not-shared",
-            f"the VM's memory is not shared; {what} needs shared memory",
+            f"the VM's memory is not shared with other processes, and {what} needs that",
             hint="start QEMU with -object memory-backend-memfd,id=mem,share=on,size=SIZE and "
-            "-machine memory-backend=mem, as vmplug vm start does",
+            "-machine memory-backend=mem, as vmplug vm start does; memory-backend-ram is shared "
+            "with none before QEMU 10.0",
         )
 
 

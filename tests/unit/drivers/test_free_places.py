@@ -296,7 +296,7 @@ def test_memory_that_is_not_shared_is_refused_with_the_way_to_share_it() -> None
     assert caught.value.reason == "memory-not-shared"
     assert (
         caught.value.message
-        == "the VM's memory is not shared; a virtio-fs share needs shared memory"
+        == "the VM's memory is not shared with other processes, and a virtio-fs share needs that"
     )
     assert "share=on" in (caught.value.hint or "")
 

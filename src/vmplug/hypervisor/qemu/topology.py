@@ -6,7 +6,8 @@ Source: `qom-list` and `qom-get` on QEMU 7.2; a bus lists its devices as `child[
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from vmplug.address import PERIPHERAL, CcwDevNo, PciPath, PciSlot, ScsiAddress
@@ -150,8 +151,25 @@ class Topology:
 
     @cached_property
     def shared_memory(self) -> bool:
-        """See Places."""
-        return _is_shared(self._ask(Command("query-memdev", {})), self._nvdimms)
+        """See Places. The memory of NVDIMMs does not count."""
+        nvdimms = {device["data"].get("memdev", "").rpartition("/")[2] for device in self._nvdimms}
+        backends = self._ask(Command("query-memdev", {}))
+        own = [backend for backend in backends if backend.get("id") not in nvdimms]
+        if not own or not all(backend["share"] for backend in own):
+            return False
+        return not self._nameless_memory & {backend.get("id") for backend in own}
+
+    @property
+    def _nameless_memory(self) -> AbstractSet[str]:
+        """Backends that no other process can map, whatever their `share` says.
+
+        The memory of memory-backend-ram has a file since QEMU 10.0, where it is shared; the
+        machine got a property with that. Source: QEMU system/physmem.c, hw/core/machine.c.
+        """
+        if _RAM_HAS_FILE in self._parts:
+            return frozenset()
+        kinds = children(self._ask(qom_list("/objects")))
+        return {name for name, kind in kinds if kind == "memory-backend-ram"}
 
     @cached_property
     def kvm(self) -> bool:
@@ -229,6 +247,7 @@ class Topology:
         return _read_ccw(self.monitor)
 
 
+_RAM_HAS_FILE = "aux-ram-share"
 _LARGE_WINDOW = 1 << 30
 """Fewer than dozens of smaller ones fit into the addresses of every processor."""
 
@@ -320,15 +339,6 @@ def read_place(monitor: Monitor, name: str) -> Place | None:
 def _transport(bus: str) -> MmioPlace | None:
     number = bus.removeprefix(_MMIO_BUS)
     return MmioPlace(bus=bus, index=int(number)) if number != bus else None
-
-
-def _is_shared(
-    backends: Iterable[Mapping[str, Any]], nvdimms: Iterable[Mapping[str, Any]]
-) -> bool:
-    """Whether all of the guest's own memory is shared; the memory of NVDIMMs does not count."""
-    others = {device["data"].get("memdev", "").rpartition("/")[2] for device in nvdimms}
-    own = [backend["share"] for backend in backends if backend.get("id") not in others]
-    return bool(own) and all(own)
 
 
 def _read_ccw(monitor: Monitor) -> frozenset[CcwDevNo]:
