@@ -253,6 +253,7 @@ def test_an_interface_of_which_a_container_has_a_part_stays_with_the_host(
         ("route add 198.51.100.0/24 dev {} scope link", "an address"),
         ("route add 198.51.100.0/24 dev {} scope link table 77", "a route"),
         ("-6 route add 2001:db8:7::/64 dev {}", "a route"),
+        ("link add tun0 type gre local 192.0.2.1 remote 192.0.2.2 dev {}", "a place in tun0"),
     ],
 )
 def test_an_interface_with_an_address_or_a_route_alone_stays_with_the_host(
@@ -263,6 +264,22 @@ def test_an_interface_with_an_address_or_a_route_alone_stays_with_the_host(
     subprocess.run(["ip", *words.format(interface).split()], check=True)
     before = side.picture()
     with pytest.raises(InUse, match=f"{interface}, which has {what}") as caught:
+        Binder(journal, side.host).bind(side.group(topology.NIC))
+    assert caught.value.codes == (Code.NETWORK_IN_USE,)
+    assert side.picture() == before
+    assert caught.value.hint
+    remedy = caught.value.hint.partition("first: ")[2].partition("; or accept")[0]
+    subprocess.run(["sh", "-ec", remedy], check=True)
+    Binder(journal, side.host).bind(side.group(topology.NIC))
+
+
+def test_an_interface_with_soft_rdma_stays_with_the_host(side: Side, journal: Journal) -> None:
+    subprocess.run(["modprobe", "rdma_rxe"], check=True)
+    (interface,) = os.listdir(f"/sys/bus/pci/devices/{topology.NIC}/net")
+    add = ["rdma", "link", "add", "rxe7", "type", "rxe", "netdev", interface]
+    subprocess.run(add, check=True)
+    before = side.picture()
+    with pytest.raises(InUse, match=f"{interface}, which has a place in rxe7$") as caught:
         Binder(journal, side.host).bind(side.group(topology.NIC))
     assert caught.value.codes == (Code.NETWORK_IN_USE,)
     assert side.picture() == before

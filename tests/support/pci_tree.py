@@ -189,7 +189,8 @@ class PciTree(HostTree):
         head = (
             "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT"
         )
-        line = f"{name}\t{target}\t0102A8C0\t0003\t0\t0\t100\t{mask}\t0\t0\t0"
+        by = "0102A8C0\t0003" if target == "00000000" else "00000000\t0001"
+        line = f"{name}\t{target}\t{by}\t0\t0\t100\t{mask}\t0\t0\t0"
         return self._append("/proc/net/route", head, line)
 
     def route6(self, name: str, *, target: str = "0" * 32, length: int = 0) -> Self:

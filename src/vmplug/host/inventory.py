@@ -325,12 +325,7 @@ def _with_holdings(
 
 
 def _network_use(network: NetInterface) -> Use:
-    words = (
-        "the default route" if network.has_default_route else None,
-        "an address" if network.has_address else None,
-        f"a place in {network.master}" if network.master else None,
-    )
-    return Use("network", network.name, ", ".join(filter(None, words)))
+    return Use("network", network.name, ", ".join(network.uses))
 
 
 def read_sockets(vhost_user_store: "VhostUserStore", root: HostRoot) -> list[StoredSocket]:

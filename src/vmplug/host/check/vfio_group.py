@@ -9,6 +9,7 @@ Source: Documentation/driver-api/vfio.rst; drivers/vfio/group.c.
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from shlex import quote
 
 import msgspec
 
@@ -115,7 +116,8 @@ def check_openers(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterato
             yield Finding(
                 Code.OPEN_BY_PROCESS,
                 f"{path}, a node of {owners[path]}, is open in {process}",
-                f"end that process, or the service that it belongs to: fuser --verbose {path}",
+                "end that process, or the service that it belongs to: "
+                f"fuser --verbose {quote(path)}",
                 used_by=used_by,
             )
     # The users of disks are found with those of other disks.
@@ -259,7 +261,7 @@ def _built_elsewhere(
                 f"{function.bdf} is the network interface {interface.name}, on which {built.name} "
                 f"in the network namespace {built.namespace} is built",
                 "end what uses it there, then remove it: "
-                f"nsenter --net={built.namespace} ip link delete {built.name}",
+                f"nsenter --net={quote(built.namespace)} ip link delete {quote(built.name)}",
                 used_by=UsedBy(
                     on=interface.name,
                     who=f"{built.name} in another network namespace",
@@ -271,25 +273,20 @@ def _built_elsewhere(
 
 def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iterator[Finding]:
     for interface in interfaces:
-        if interface.has_default_route is None or interface.has_address is None:
+        if interface.has_default_route is None:
             yield not_looked_for(f"routes and addresses of {interface.name} (no /proc/net)")
-        places = dict.fromkeys(filter(None, (interface.master, *interface.uppers)))
-        uses = [
-            *(["the default route"] if interface.has_default_route else []),
-            *(["an address"] if interface.has_address else []),
-            *(["a route"] if interface.has_only_a_route else []),
-            *([f"its place in {', '.join(places)}"] if places else []),
-        ]
-        if uses:
+        elif interface.has_address is None:
+            why = "of some, no route says of which interface"
+            yield not_looked_for(f"addresses of {interface.name} ({why})")
+        if uses := " and ".join(interface.uses):
             yield Finding(
                 Code.NETWORK_IN_USE,
-                f"{function.bdf} is the network interface {interface.name}, which has "
-                + " and ".join(uses),
+                f"{function.bdf} is the network interface {interface.name}, which has " + uses,
                 "remove it from the host's network first: " + "; ".join(_retire(interface)),
                 used_by=UsedBy(
                     on=interface.name,
                     who="the host's network",
-                    where=" and ".join(uses),
+                    where=uses,
                     how="routes, addresses and links of the interface",
                 ),
             )
@@ -308,7 +305,7 @@ def _moved_network(function: PciFunction, usage: HostUsage, root: HostRoot) -> I
             f"{function.bdf} is the network interface {moved.name} in the network namespace "
             f"{moved.namespace}",
             "end what uses it there, then take it back: "
-            f"nsenter --net={moved.namespace} ip link set {moved.name} netns 1",
+            f"nsenter --net={quote(moved.namespace)} ip link set {quote(moved.name)} netns 1",
             used_by=_elsewhere(function, moved.namespace),
         )
     elif any(parents.values()):
@@ -331,11 +328,12 @@ def _elsewhere(function: PciFunction, namespace: str | None) -> UsedBy:
 
 def _retire(interface: NetInterface) -> Iterator[str]:
     """The commands after which the host does not use an interface."""
-    name = interface.name
-    yield from (f"ip link delete {upper}" for upper in interface.uppers)
-    if interface.master == _OVS_MASTER:
-        yield f"ovs-vsctl del-port {name}"
-    elif interface.master and interface.master not in interface.uppers:
+    name, master = quote(interface.name), interface.master
+    yield from (f"rdma link delete {quote(device)}" for device in interface.rdma)
+    yield from (f"ip link delete {quote(upper)}" for upper in interface.uppers)
+    if master == _OVS_MASTER:
+        yield f"ovs-vsctl --with-iface del-port {name}"  # also one of a bond's
+    elif master and master not in interface.uppers:
         yield f"ip link set {name} nomaster"
     yield f"ip addr flush dev {name}"
     yield f"ip link set {name} down"

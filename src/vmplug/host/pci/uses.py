@@ -6,10 +6,13 @@ that it comes from. So is everything behind a bridge or a volume management devi
 Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrconf.c, route.c.
 """
 
+import json
+import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,7 +23,11 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block.sysfs import list_block_directories
 from vmplug.host.root import HostRoot
 
+if TYPE_CHECKING:
+    from vmplug.host.use.interfaces import OwnNetwork
+
 _BLOCK, _NET = "/sys/class/block", "/sys/class/net"
+_RDMA, _VIRTUAL_RDMA = "/sys/class/infiniband", "/sys/devices/virtual/"
 _USUAL_TARGET = "../../devices/"
 
 _NVME_PATH = re.compile(r"nvme([0-9]+)c[0-9]+(n[0-9]+)\Z", re.ASCII)
@@ -29,7 +36,14 @@ below a PCI function. Source: nvme_mpath_set_disk_name, Linux drivers/nvme/host/
 
 _NVME_DISK = re.compile(r"(nvme[0-9]+n[0-9]+)(?:p[0-9]+)?\Z", re.ASCII)
 
-_RTF_UP, _RTF_REJECT = 0x1, 0x200
+RECORDED_NETWORK = "/vmplug-network"
+"""Where a record has what only netlink says."""
+_OWN_ADDRESS = re.compile(
+    r"\|-- ((?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d))\n +/32 host LOCAL",
+    re.ASCII,
+)
+
+_RTF_UP, _RTF_GATEWAY, _RTF_REJECT = 0x1, 0x2, 0x200
 """Source: include/uapi/linux/route.h."""
 _RTF_ANYCAST, _RTF_LOCAL = 0x100000, 0x80000000
 """Source: include/uapi/linux/ipv6_route.h."""
@@ -42,10 +56,11 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
     """A network interface and its uses by the host.
 
     `master` is the bridge or bond that it is part of, or else the first of `uppers`, the VLANs and
-    the like built on it; None for neither. The link-local address that every interface has does
-    not count. In a copy of a host an IPv4 address is found by its route. `has_only_a_route`: it
-    has a route, and neither a default route nor an address. `has_default_route` and `has_address`
-    are None on a host without these tables.
+    the like built on it; None for neither. `rdma` are the devices of rdma_rxe and siw that send
+    through it. The link-local address that every interface has does not count. In a copy of a
+    host an IPv4 address is found by its route; `has_address` is None where another one has none.
+    `has_only_a_route`: it has a route, and neither a default route nor an address.
+    `has_default_route` and `has_address` are None on a host without these tables.
     """
 
     name: str
@@ -53,14 +68,25 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
     has_address: bool | None
     master: str | None
     uppers: tuple[str, ...] = ()
+    rdma: tuple[str, ...] = ()
     has_only_a_route: bool = False
 
     @property
     def is_used(self) -> bool:
         """Whether the host needs it."""
-        return bool(
-            self.has_default_route or self.has_address or self.has_only_a_route or self.master
+        return bool(self.uses)
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """What the host has given it, in words."""
+        places = dict.fromkeys(filter(None, (self.master, *self.uppers, *self.rdma)))
+        words = (
+            "the default route" if self.has_default_route else None,
+            "an address" if self.has_address else None,
+            "a route" if self.has_only_a_route else None,
+            f"a place in {', '.join(places)}" if places else None,
         )
+        return tuple(filter(None, words))
 
 
 class BlockDevices:
@@ -186,23 +212,36 @@ def class_paths(directory: str, root: HostRoot) -> Iterator[tuple[str, str]]:
 
 
 class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
-    """The interfaces that have routes and addresses; None where there are no such tables."""
+    """The interfaces that have routes and addresses; None where there are no such tables.
+
+    `has_other_addresses`: the host has an address, and no table says of which interface.
+    `tunnels` are those that send through an interface and are not among its uppers in sysfs, which
+    only the running host says; `rdma` the soft RDMA devices, each by the interface.
+    """
 
     with_default_route: frozenset[str] | None
     with_address: frozenset[str] | None
     with_route: frozenset[str]
+    has_other_addresses: bool = False
+    tunnels: Mapping[str, Sequence[str]] = msgspec.field(default_factory=dict)
+    rdma: Mapping[str, Sequence[str]] = msgspec.field(default_factory=dict)
     root: HostRoot
 
     def interface(self, name: str) -> NetInterface:
         """The uses of one interface by the host. Raises AttributeReadError."""
         routed, addressed = self.with_default_route, self.with_address
+        has_address = None if addressed is None else name in addressed
+        if self.has_other_addresses and not has_address:
+            has_address = None
         master, uppers = _read_above(name, self.root)
+        uppers = tuple(dict.fromkeys((*uppers, *self.tunnels.get(name, ()))))
         return NetInterface(
             name=name,
             has_default_route=None if routed is None else name in routed,
-            has_address=None if addressed is None else name in addressed,
+            has_address=has_address,
             master=master or next(iter(uppers), None),
             uppers=uppers,
+            rdma=tuple(self.rdma.get(name, ())),
             has_only_a_route=name in self.with_route - (routed or set()) - (addressed or set()),
         )
 
@@ -218,11 +257,14 @@ def read_network_uses(root: HostRoot) -> NetworkUses:
     addressed = {name for name, _ in routed4}
     addressed |= {name for name, (scope,) in addresses6 or () if scope != _SCOPE_LINK}
     others = {name for name, _ in _routed(row for row in routes6 or () if not _is_kernels(row))}
-    if root.is_live:
-        more_addressed, more_routed = _read_by_number(root)
-        addressed |= more_addressed
-        others |= more_routed
+    own = _read_own(root)
+    if own:
+        addressed |= own.addressed
+        others |= own.routed
     return NetworkUses(
+        has_other_addresses=own is None and _has_unrouted(routes4 or (), root),
+        tunnels=own.built if own else {},
+        rdma=_read_soft_rdma(root),
         with_route=frozenset(others),
         with_default_route=None if routes4 is None and routes6 is None else frozenset(defaults),
         with_address=None if routes4 is None and addresses6 is None else frozenset(addressed),
@@ -237,19 +279,51 @@ def _is_kernels(route: tuple[str, list[int]]) -> bool:
     return is_of_link or bool(flags & (_RTF_LOCAL | _RTF_ANYCAST))
 
 
-def _read_by_number(root: HostRoot) -> tuple[set[str], set[str]]:
-    """The interfaces with addresses and with routes that /proc/net does not show.
+def _read_own(root: HostRoot) -> "OwnNetwork | None":
+    """What the kernel says by netlink, now or when a record was made; None for another copy."""
+    text = None if root.is_live else root.read_text(RECORDED_NETWORK)
+    if not root.is_live and text is None:
+        return None
+    from vmplug.host.use.interfaces import OwnNetwork, read_own  # noqa: PLC0415  socket: 2.5 ms
 
-    It has the routes of one table alone, and no IPv4 addresses.
+    if text is None:
+        return read_own()
+    try:
+        return msgspec.convert(json.loads(text), OwnNetwork)
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
+        raise AttributeReadError(RECORDED_NETWORK, why=str(error)) from error
+
+
+def _has_unrouted(routes: Iterable[tuple[str, list[int]]], root: HostRoot) -> bool:
+    """Whether the host has an IPv4 address that is in no network of its routes.
+
+    Source: fib_trie_seq_show, Linux net/ipv4/fib_trie.c.
     """
-    from vmplug.host.use.interfaces import read_own  # noqa: PLC0415  socket: 2.5 ms
+    near = [
+        (target, mask) for _, (target, mask, flags) in routes if mask and not flags & _RTF_GATEWAY
+    ]
+    for text in dict.fromkeys(_OWN_ADDRESS.findall(root.read_text("/proc/net/fib_trie") or "")):
+        number = int.from_bytes(bytes(map(int, text.split("."))), "little")  # as in the routes
+        is_loopback = text.startswith("127.")
+        if not is_loopback and not any(number & mask == target for target, mask in near):
+            return True
+    return False
 
-    own, numbers = read_own(), dict[int, str]()
-    for name in root.list_dir(_NET):
-        if number := root.read_int(f"{_NET}/{name}/ifindex"):
-            numbers[number] = name
-    addressed = {numbers[number] for number in own.addressed if number in numbers}
-    return addressed, {numbers[number] for number in own.routed if number in numbers}
+
+def _read_soft_rdma(root: HostRoot) -> dict[str, list[str]]:
+    """The RDMA devices that are only software, by the interface that each sends through.
+
+    Source: parent_show, Linux drivers/infiniband/sw/rxe/rxe_verbs.c. siw has no such file; the
+    interface of its address is known since Linux 6.5.
+    """
+    found: dict[str, list[str]] = {}
+    for name, path in class_paths(_RDMA, root) if root.list_dir(_RDMA) else ():
+        if path.startswith(_VIRTUAL_RDMA):
+            files = (f"{path}/parent", f"{path}/ports/1/gid_attrs/ndevs/0")
+            texts = ((root.read_attribute(file) or b"").strip() for file in files)
+            if interface := next(filter(None, texts), None):
+                found.setdefault(os.fsdecode(interface), []).append(name)
+    return found
 
 
 def _routed(routes: Iterable[tuple[str, list[int]]]) -> list[tuple[str, int]]:

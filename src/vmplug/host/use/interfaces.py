@@ -55,14 +55,16 @@ class OtherNetworks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OwnNetwork(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of this namespace's interfaces that have addresses, and those with routes.
+    """The interfaces of this namespace that have addresses, and those with routes, by their names.
 
     Those that every interface has do not count: its link-local address of IPv6 and the routes that
-    the kernel makes for addresses.
+    the kernel makes for addresses. `built` are the interfaces that send through each: a tunnel
+    with a device is not one of its uppers in sysfs.
     """
 
-    addressed: frozenset[int]
-    routed: frozenset[int]
+    addressed: frozenset[str]
+    routed: frozenset[str]
+    built: Mapping[str, Sequence[str]]
 
 
 def read_others(namespaces: Iterable[str]) -> OtherNetworks:
@@ -89,25 +91,40 @@ def read_own() -> OwnNetwork:
         (_ROUTE.unpack_from(body), dict(_attributes(body[_ROUTE.size :])))
         for body in _dump(_RTM_GETROUTE, _ROUTE.size)
     )
+    links = {link.index: link for link in _dump_links()}
+    names = {index: link.name for index, link in links.items()}
+    built = dict[str, list[str]]()
+    for index, link in links.items():
+        below = links.get(link.below) if link.below else None
+        if below and below.below != index:  # of a veth pair each names the other
+            built.setdefault(below.name, []).append(link.name)
+    addressed = {
+        index
+        for family, *_, scope, index in addresses
+        if not (family == socket.AF_INET6 and scope == _SCOPE_LINK)
+    }
+    routed = {
+        _NUMBER.unpack(more[_RTA_OIF])[0]
+        for (*_, protocol, _, kind, _), more in routes
+        if kind == _RTN_UNICAST and protocol != _RTPROT_KERNEL and _RTA_OIF in more
+    }
     return OwnNetwork(
-        addressed=frozenset(
-            index
-            for family, *_, scope, index in addresses
-            if not (family == socket.AF_INET6 and scope == _SCOPE_LINK)
-        ),
-        routed=frozenset(
-            _NUMBER.unpack(more[_RTA_OIF])[0]
-            for (*_, protocol, _, kind, _), more in routes
-            if kind == _RTN_UNICAST and protocol != _RTPROT_KERNEL and _RTA_OIF in more
-        ),
+        addressed=frozenset(names[index] for index in addressed if index in names),
+        routed=frozenset(names[index] for index in routed if index in names),
+        built=built,
     )
 
 
-class _Link(msgspec.Struct, frozen=True):
-    """An interface; `ours` is the number of one of this process's namespace that it is on."""
+class _Link(msgspec.Struct, frozen=True, kw_only=True):
+    """An interface; `below` is the number of the one that it sends through, in its namespace.
 
+    `ours` is that number where it is one of this process's namespace.
+    """
+
+    index: int
     name: str
     device: str | None
+    below: int | None
     ours: int | None
 
 
@@ -115,11 +132,15 @@ def _dump_links() -> Iterator[_Link]:
     here = _own_id()
     for body in _dump(_RTM_GETLINK, _LINK.size):
         more = dict(_attributes(body[_LINK.size :]))
-        is_ours = _IFLA_LINK in more and more.get(_IFLA_LINK_NETNSID, b"") == here
+        _, _, index, _, _ = _LINK.unpack_from(body)
+        number = _NUMBER.unpack(more[_IFLA_LINK])[0] if _IFLA_LINK in more else None
+        namespace = more.get(_IFLA_LINK_NETNSID)
         yield _Link(
-            _text(more.get(_IFLA_IFNAME, b"")),
-            _text(more.get(_IFLA_PARENT_DEV_NAME, b"")) or None,
-            _NUMBER.unpack(more[_IFLA_LINK])[0] if is_ours else None,
+            index=index,
+            name=_text(more.get(_IFLA_IFNAME, b"")),
+            device=_text(more.get(_IFLA_PARENT_DEV_NAME, b"")) or None,
+            below=number if namespace is None else None,
+            ours=number if namespace is not None and namespace == here else None,
         )
 
 

@@ -1,5 +1,6 @@
 """Remedies that can be run on a tree: after the commands of the hint nothing is found any more."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,20 @@ def tree(tmp_path: Path) -> PciTree:
 
 
 def run_network(tree: PciTree, commands: str) -> None:
-    """ip(8) and ovs-vsctl(8) on a tree; an unknown command is an error."""
+    """ip(8), rdma(8) and ovs-vsctl(8) on a tree; an unknown command is an error."""
     nic = tree.path / "sys/class/net/eth0"
     for command in commands.split("; "):
-        match command.split():
+        match shlex.split(command):
+            case ["rdma", "link", "delete", device]:
+                (tree.path / "sys/class/infiniband" / device).unlink()
             case ["ip", "link", "delete", upper]:
                 (nic / f"upper_{upper}").unlink()
-            case ["ip", "link", "set", "eth0", "nomaster"] | ["ovs-vsctl", "del-port", "eth0"]:
+            case ["ip", "link", "set", "eth0", "nomaster"] | [
+                "ovs-vsctl",
+                "--with-iface",
+                "del-port",
+                "eth0",
+            ]:
                 master = (nic / "master").readlink().name
                 assert master.startswith("ovs-") is command.startswith("ovs-")
                 (nic / "master").unlink()
@@ -58,9 +66,35 @@ def test_an_interface_leaves_what_is_built_on_it_by_the_commands_for_that(
     tree.pci_function(NIC, class_code=0x020000, driver="ice", group=40)
     tree.network(NIC, "eth0", master=master, uppers=uppers).route("eth0").route("eth1")
     finding = findings(tree, NIC)[Code.NETWORK_IN_USE]
-    assert finding.message.endswith(f"its place in {names}")
+    assert finding.message.endswith(f"a place in {names}")
     run_network(tree, finding.hint.removeprefix("remove it from the host's network first: "))
     assert set(findings(tree, NIC)) == {Code.NOT_BOUND}
+
+
+@pytest.mark.parametrize("file", ["parent", "ports/1/gid_attrs/ndevs/0"])
+def test_soft_rdma_over_an_interface_is_its_use(tree: PciTree, file: str) -> None:
+    tree.pci_function(NIC, class_code=0x020000, driver="ice", group=40)
+    tree.network(NIC, "eth0").route("eth1")
+    for name, interface in (("rxe$0", "eth0"), ("rxe1", "eth1")):
+        tree.file(f"/sys/devices/virtual/infiniband/{name}/{file}", f"{interface}\n")
+        link = f"/sys/class/infiniband/{name}"
+        tree.link(link, f"../../devices/virtual/infiniband/{name}")
+    # That of the card itself goes where the card goes.
+    card = f"{tree.real(NIC)}/infiniband/mlx5_0"
+    tree.file(f"{card}/ports/1/gid_attrs/ndevs/0", "eth0\n")
+    tree.link("/sys/class/infiniband/mlx5_0", f"../../{card.removeprefix('/sys/')}")
+    finding = findings(tree, NIC)[Code.NETWORK_IN_USE]
+    assert finding.message.endswith("which has a place in rxe$0")
+    run_network(tree, finding.hint.removeprefix("remove it from the host's network first: "))
+    assert set(findings(tree, NIC)) == {Code.NOT_BOUND}
+
+
+def test_the_name_of_an_interface_is_no_part_of_a_command(tree: PciTree) -> None:
+    """A container may choose it."""
+    tree.pci_function(NIC, class_code=0x020000, driver="ice", group=40)
+    tree.network(NIC, "eth0", uppers=("a;reboot",)).route("eth1")
+    hint = findings(tree, NIC)[Code.NETWORK_IN_USE].hint
+    assert "ip link delete 'a;reboot'; ip addr flush dev eth0" in hint
 
 
 def test_a_disk_with_two_controllers_in_the_group_is_named_once(tree: PciTree) -> None:

@@ -189,7 +189,7 @@ def test_an_address_of_ipv6_keeps_a_nic_and_the_one_of_the_link_does_not(tree: P
 def test_a_bond_keeps_a_nic(tree: PciTree) -> None:
     tree.pci_function(GPU, class_code=ETHERNET, driver="igb", group=26)
     tree.network(GPU, "eth0", master="bond0")
-    assert "its place in bond0" in findings(tree)[Code.NETWORK_IN_USE].message
+    assert "a place in bond0" in findings(tree)[Code.NETWORK_IN_USE].message
 
 
 def test_the_boot_console_keeps_a_gpu_as_long_as_the_host_has_it(tree: PciTree) -> None:
@@ -501,3 +501,11 @@ def test_the_limit_of_a_vm_that_is_to_be_started_is_this_processs(tree: PciTree)
     assert finding.code is Code.MEMLOCK_LIMIT
     assert finding.message.startswith("QEMU, with the limit of this process, may lock 8192 KiB")
     assert finding.hint.startswith("ulimit -l")
+
+
+def test_an_address_that_no_route_places_is_one_warning(tree: PciTree) -> None:
+    tree.pci_function(GPU, driver="ice", group=26).network(GPU, "eth0").route("eth1")
+    tree.file("/proc/net/fib_trie", "|-- 10.0.0.1\n   /32 host LOCAL\n")
+    finding = findings(tree)[Code.UNKNOWN_USE]
+    assert finding.severity is Severity.WARNING
+    assert "addresses of eth0 (of some, no route says of which interface)" in finding.message

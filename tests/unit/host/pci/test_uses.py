@@ -1,5 +1,6 @@
 """What a function is used for: its block devices and network interfaces, below any root."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,12 @@ from tests.support.pci_tree import PciTree
 from vmplug.address import Bdf
 from vmplug.errors import AttributeReadError
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.uses import BlockDevices, NetInterface, read_network_interfaces
+from vmplug.host.pci.uses import (
+    RECORDED_NETWORK,
+    BlockDevices,
+    NetInterface,
+    read_network_interfaces,
+)
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
 from vmplug.oci.requests import VfioInfo
@@ -141,6 +147,44 @@ def test_the_default_route(wired: PciTree) -> None:
 def test_a_route_to_a_network_comes_with_an_address(wired: PciTree) -> None:
     wired.route("eth0", target="0002A8C0", mask="00FFFFFF")
     assert networks(wired) == [structs.replace(UNUSED, has_address=True)]
+
+
+FIB_TRIE = """\
+Main:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 127.0.0.1
+        /32 host LOCAL
+     |-- {address}
+        /32 host LOCAL
+     |-- 192.168.2.255
+        /32 link BROADCAST
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "has_address"),
+    [("192.168.2.7", False), ("127.0.0.9", False), ("192.168.3.7", None), ("10.0.0.1", None)],
+)
+def test_an_address_without_a_route_may_be_that_of_any_interface(
+    wired: PciTree, address: str, *, has_address: bool | None
+) -> None:
+    wired.route("eth1", target="0002A8C0").route("eth1")
+    wired.file("/proc/net/fib_trie", FIB_TRIE.format(address=address))
+    assert networks(wired) == [structs.replace(UNUSED, has_address=has_address)]
+
+
+def test_a_record_says_which_interface_has_an_address(wired: PciTree) -> None:
+    wired.file("/proc/net/fib_trie", FIB_TRIE.format(address="10.0.0.1"))
+    own = {"addressed": ["eth0"], "routed": [], "built": {"eth0": ["tun0"]}}
+    wired.file(RECORDED_NETWORK, json.dumps(own))
+    (found,) = networks(wired)
+    assert found.uses == ("an address", "a place in tun0")
+    own["addressed"] = []
+    wired.file(RECORDED_NETWORK, json.dumps(own))
+    assert networks(wired)[0].uses == ("a place in tun0",)
+    wired.file(RECORDED_NETWORK, "[" * 5000)
+    with pytest.raises(AttributeReadError, match=RECORDED_NETWORK):
+        networks(wired)
 
 
 def test_the_default_route_of_ipv6(wired: PciTree) -> None:
