@@ -7,7 +7,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskPart
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.finding import Access, Code, Finding, UsedBy
-from vmplug.host.use.mounts import read_kept
+from vmplug.host.use.mounts import MountedDevice, read_kept
 
 
 def find_mounts(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[Finding]:
@@ -15,26 +15,42 @@ def find_mounts(device: BlockDevice, access: Access, usage: HostUsage) -> Iterat
     names = {part.devnum: name_part(part, device) for part in device.same_bytes}
     names[device.devnum] = device.device_node
     nodes = {part.devnum: part.device_node for part in device.same_bytes}
-    places: dict[DevNum, list[str]] = {}
-    for devnum in names:
-        for mount in usage.mounts_of.get(devnum, ()):
-            if not (mount.read_only and access.read_only):
-                places.setdefault(devnum, []).append(mount.mount_point)
-    for devnum, points in places.items():
-        yield Finding(
-            Code.MOUNTED_ON_HOST,
-            f"{names[devnum]} is mounted on the host at {few(sorted(set(points)))}",
-            "the host's root file system is on it: hand over another disk"
-            if "/" in points
-            else f"umount {quote(min(points))}",
-            used_by=UsedBy(
-                on=nodes.get(devnum, device.device_node),
-                who="a mounted file system",
-                where=", ".join(sorted(set(points))),
-                how="the mount tables of all mount namespaces",
-            ),
-        )
+    for devnum, name in names.items():
+        mounts = [
+            mount
+            for mount in usage.mounts_of.get(devnum, ())
+            if not (mount.read_only and access.read_only)
+        ]
+        if mounts:
+            points = sorted({mount.mount_point for mount in mounts})
+            yield Finding(
+                Code.MOUNTED_ON_HOST,
+                f"{name} is mounted on the host at {few(points)}",
+                _unmount(mounts),
+                used_by=UsedBy(
+                    on=nodes.get(devnum, device.device_node),
+                    who="a mounted file system",
+                    where=", ".join(points),
+                    how="the mount tables of all mount namespaces",
+                ),
+            )
     yield from _kept(device, names, usage)
+
+
+def _unmount(mounts: Sequence[MountedDevice]) -> str:
+    """What unmounts it here, or else in the first namespace that has it."""
+    here = sorted(mount.mount_point for mount in mounts if mount.namespace is None)
+    if "/" in here:
+        return "the host's root file system is on it: hand over another disk"
+    if here:
+        every = "--all-targets " if len(here) > 1 else ""
+        return f"umount {every}{quote(here[0])}"
+    other = mounts[0]
+    return (
+        "it is mounted in another mount namespace: end the container or the service there "
+        f"(lsns --type mnt), or run umount --namespace {quote(other.namespace or '')} "
+        + quote(other.mount_point)
+    )
 
 
 def _kept(device: BlockDevice, names: Mapping[DevNum, str], usage: HostUsage) -> Iterator[Finding]:

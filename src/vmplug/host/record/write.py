@@ -10,6 +10,7 @@ keyword of its pax header. Source: pax(1), POSIX.1-2001; tar(5).
 
 import errno
 import gzip
+import json
 import os
 import re
 import stat
@@ -27,6 +28,7 @@ from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Access
 from vmplug.host.inventory import read_inventory, with_reset_methods
+from vmplug.host.pci.uses import RECORDED_NETWORK
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.record.read import ERRNO_KEYWORD, FORMAT, NOTE
 from vmplug.host.record.tar import (
@@ -40,10 +42,13 @@ from vmplug.host.record.tar import (
 )
 from vmplug.host.resolve import resolve
 from vmplug.host.root import PAGE_SIZE, AttributeBatch, HostRoot
+from vmplug.host.use.interfaces import read_own
+from vmplug.host.use.mounts import mounts_in
+from vmplug.host.use.namespaces import RECORDED
 from vmplug.oci.info import DeviceInfo, DevType
 
 _PROC = re.compile(
-    r"/proc/(swaps|interrupts|iomem|sys/kernel/osrelease|net/(route|ipv6_route|if_inet6)"
+    r"/proc/(swaps|interrupts|iomem|sys/kernel/osrelease|net/(route|ipv6_route|if_inet6|fib_trie)"
     r"|[0-9]+/(mountinfo|ns/mnt))\Z",
     re.ASCII,
 )
@@ -94,6 +99,9 @@ def write_record(path: str, root: HostRoot, *, replace: bool = False) -> Recorde
     noting, members = _RecordingRoot(root), _Members(root)
     for _ in _read_everything(noting):
         members.add_asked(noting)
+    if root.is_live:
+        members.add_mount_tables(read_usage(root).namespaces.tables)
+        members.add_file(RECORDED_NETWORK, _read_network())
     try:
         _write_file(path, members, replace=replace)
     except FileExistsError:
@@ -101,6 +109,11 @@ def write_record(path: str, root: HostRoot, *, replace: bool = False) -> Recorde
     except OSError as error:
         raise SpecError(path, f"the record cannot be written: {error.strerror}") from error
     return members.summary()
+
+
+def _read_network() -> bytes:
+    """What only netlink says; names of interfaces may be no UTF-8."""
+    return json.dumps(msgspec.to_builtins(read_own(), order="sorted")).encode()
 
 
 def _exists(path: str) -> SpecError:
@@ -261,6 +274,24 @@ class _Members:
             self._add_names(path)
         root.noted.clear()
         root.listed.clear()
+
+    def add_file(self, path: str, data: bytes) -> None:
+        """Add what no file of the host has."""
+        self._files[path] = data
+
+    def add_mount_tables(self, tables: Mapping[str, str]) -> None:
+        """Add those with mounts that no process has which is recorded.
+
+        They are those of threads, of a chroot's surroundings, and of namespaces without processes.
+        """
+        own = (data for path, data in self._files.items() if path.endswith("/mountinfo"))
+        known = {mount for data in own for mount in mounts_in(os.fsdecode(data))}
+        for path, table in tables.items():
+            mounts = set(mounts_in(table))
+            if not mounts <= known:
+                name = path.replace("/", "!")
+                self.add_file(f"{RECORDED}/{name}", os.fsencode(table)[:_TABLE_MAX_BYTES])
+            known |= mounts
 
     def _add(self, path: str) -> None:
         """Add what is at `path`, with the links and directories on the way to it."""

@@ -20,23 +20,35 @@ _ANYBODY_MOUNTS = frozenset({"binder", "bpf", "cgroup", "cgroup2", "devpts", "fu
 
 
 class MountedDevice(msgspec.Struct, frozen=True, kw_only=True):
-    """One mounted device; `read_only` is the state of the file system, not of one mount."""
+    """One mounted device; `read_only` is the state of the file system, not of one mount.
+
+    `namespace` leads to the mount namespace; None for that of this process, or of the first one of
+    another root.
+    """
 
     devnum: DevNum
     mount_point: str
     read_only: bool
+    namespace: str | None = None
 
 
-def parse_mounted_devices(tables: Mapping[str, str], root: HostRoot) -> set[MountedDevice]:
-    """The mounted devices of several mount tables, by the files of which they are the text."""
-    found: set[MountedDevice] = set()
+def parse_mounted_devices(tables: Mapping[str, str], root: HostRoot) -> list[MountedDevice]:
+    """The mounted devices of several mount tables, by the files of which they are the text.
+
+    A mount that several namespaces have is that of the first table.
+    """
+    found: dict[MountedDevice, None] = {}
     sources = cache(lambda source: _node_number(source, root))
     file_systems = cache(lambda devnum: _all_members(devnum, root))
     known: set[str] = set()
     for path, table in tables.items():
+        namespace = None
+        if path != own_mount_table(root):
+            namespace = path.replace("/mountinfo", "/ns/mnt")
         try:
-            lines = set(_lines(table)) - known  # a namespace begins as a copy of another
-            known |= lines
+            # A namespace begins as a copy of another.
+            lines = [line for line in dict.fromkeys(mounts_in(table)) if line not in known]
+            known.update(lines)
             for mount in map(_parse_line, lines):
                 named = mount.other_sources
                 numbers = {mount.devnum}
@@ -47,14 +59,21 @@ def parse_mounted_devices(tables: Mapping[str, str], root: HostRoot) -> set[Moun
                 if mount.fs_type in _MEMBERS:
                     numbers.update(*map(file_systems, tuple(numbers)))
                 for each in numbers:
-                    found.add(
-                        MountedDevice(
-                            devnum=each, mount_point=mount.path, read_only=mount.read_only
-                        )
+                    device = MountedDevice(
+                        devnum=each,
+                        mount_point=mount.path,
+                        read_only=mount.read_only,
+                        namespace=namespace,
                     )
+                    found[device] = None
         except (ValueError, IndexError) as error:
             raise AttributeReadError(path, why=str(error)) from error
-    return found
+    return list(found)
+
+
+def own_mount_table(root: HostRoot) -> str:
+    """The mount table that this process sees; in another root, that its first process saw."""
+    return "/proc/self/mountinfo" if root.is_live else "/proc/1/mountinfo"
 
 
 def _anybody_mounts(fs_type: str) -> bool:
@@ -107,16 +126,16 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_mount_points(root: HostRoot) -> list[MountPoint]:
-    """The mounts that this process sees; in another root, that its first process saw."""
-    path = "/proc/self/mountinfo" if root.is_live else "/proc/1/mountinfo"
+    """The mounts of `own_mount_table`."""
+    path = own_mount_table(root)
     try:
-        return [_parse_line(line) for line in _lines(root.read_text(path) or "")]
+        return [_parse_line(line) for line in mounts_in(root.read_text(path) or "")]
     except (ValueError, IndexError) as error:
         raise AttributeReadError(path, why=str(error)) from error
 
 
-def _lines(table: str) -> list[str]:
-    """The lines, without the two ids that begin each and that no other table has."""
+def mounts_in(table: str) -> list[str]:
+    """The lines of a table, without the two ids that begin each and that no other table has."""
     # Only "\n" ends a line: the kernel leaves "\r" and U+2028 in names as they are.
     lines = table.removesuffix("\n").split("\n") if table else ()
     return [line.split(" ", 2)[2] for line in lines]

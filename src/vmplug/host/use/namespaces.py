@@ -17,12 +17,16 @@ from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
 from vmplug.host.use.enter import CLONE_NEWNS, ask_inside, read_mount_table
-from vmplug.host.use.mounts import unescape
+from vmplug.host.use.mounts import own_mount_table, unescape
 from vmplug.host.use.openers import OpenFiles
 from vmplug.host.use.statx import read_place
 
 _NAMED = "/run/netns"
 """Where ip-netns(8) and container engines keep the network namespaces that have a name."""
+
+RECORDED = "/vmplug-mounts"
+"""Where a record has the mount tables that no process of it shows: by what led to each namespace,
+with `!` for `/`."""
 
 _NSFS = " - nsfs "
 _MOUNTED = re.compile(rf" (mnt|net):\[([0-9]+)\] (\S+) [^\n]*{_NSFS}", re.ASCII)
@@ -37,8 +41,9 @@ _UNSEEN = _FORBIDDEN | {errno.EINVAL}
 class Namespaces(msgspec.Struct, frozen=True, kw_only=True):
     """What leads to the namespaces, other than this process's: a file for each number.
 
-    `tables` are mount tables, by the file that each was read from; `unread` says why not all of
-    them are there, None when they are.
+    `tables` are mount tables, by the file that each was read from, or the namespace: that of this
+    process is the first, and those of whole namespaces come before what one process sees. `unread`
+    says why not all of them are there, None when they are.
     """
 
     networks: Mapping[int, str]
@@ -79,6 +84,8 @@ def _read_copied(root: HostRoot) -> Namespaces:
         if table:
             seen.add(namespace)
             found[path] = table
+    for name in root.list_dir(RECORDED):
+        found[name.replace("!", "/")] = root.read_text(f"{RECORDED}/{name}") or ""
     unread = _why_unread(hidden) if hidden or not has_table else None
     return Namespaces(networks={}, tables=found, unread=unread)
 
@@ -187,7 +194,8 @@ class _Found:
         """
         self.networks.pop(os.stat("/proc/self/ns/net").st_ino, None)
         self._mounts.pop(os.stat("/proc/self/ns/mnt").st_ino, None)
-        if not self._mounts:
-            return
-        others = self._mounts.values()
-        self.tables.update(ask_inside(others, CLONE_NEWNS, read_mount_table))
+        own = own_mount_table(self._root)
+        whole = {own: self._root.read_text(own) or ""}
+        if self._mounts:
+            whole |= ask_inside(self._mounts.values(), CLONE_NEWNS, read_mount_table)
+        self.tables = whole | self.tables

@@ -1,6 +1,8 @@
 """Namespaces without a process, and mounts that a chroot hides, on the running host."""
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,10 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.checking import WRITING, want
 from tests.support.disks import loop_device
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.host.block.usage import read_usage
+from vmplug.host.check.device import check_device
+from vmplug.host.finding import Code, Finding
+from vmplug.host.pci.uses import RECORDED_NETWORK
+from vmplug.host.record.read import read_record
+from vmplug.host.record.write import write_record
+from vmplug.host.resolve import resolve
 from vmplug.host.root import THIS_HOST
 
 pytestmark = pytest.mark.root
@@ -59,6 +68,52 @@ def test_a_process_in_a_chroot_does_not_hide_the_mounts_of_its_namespace(
     with inside(script, "--mount"):
         assert points(node) == [f"{tmp_path}/mnt"]
     assert points(node) == []
+
+
+def test_the_remedy_unmounts_it_in_its_namespace(node: Path, tmp_path: Path) -> None:
+    place = tmp_path / "a b"
+    place.mkdir()
+    with inside(f"mount {node} '{place}'; {WAIT}", "--mount"):
+        (finding,) = found_on(node)
+        assert finding.code is Code.MOUNTED_ON_HOST
+        assert finding.used_by
+        assert finding.used_by.where == str(place)
+        command = shlex.split(finding.hint.partition("or run ")[2])
+        subprocess.run(command, check=True)
+        assert found_on(node) == []
+
+
+def test_the_remedy_unmounts_every_mount_of_it(node: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        subprocess.run(["mount", node, tmp_path / name], check=True)
+    (finding,) = found_on(node)
+    assert finding.code is Code.MOUNTED_ON_HOST
+    subprocess.run(shlex.split(finding.hint), check=True)
+    assert found_on(node) == []
+
+
+def found_on(node: Path) -> list[Finding]:
+    status = node.stat()
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    device = resolve(want(number), THIS_HOST)
+    return check_device(device, WRITING, usage=read_usage(THIS_HOST), root=THIS_HOST)
+
+
+def test_a_record_has_the_mounts_of_threads(node: Path, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "thread.py").write_text(THREAD)
+    record = tmp_path / "host.tar"
+    with inside(f"exec {sys.executable} {tmp_path}/thread.py {node} {tmp_path}/mnt"):
+        write_record(str(record), THIS_HOST)
+    number = node.stat().st_rdev
+    recorded = read_record(str(record))
+    assert set(json.loads(recorded.read_text(RECORDED_NETWORK) or "")["addressed"]) >= {"lo"}
+    usage = read_usage(recorded)
+    found = usage.mounts_of[DevNum(os.major(number), os.minor(number))]
+    assert [mount.mount_point for mount in found] == [f"{tmp_path}/mnt"]
+    assert found[0].namespace
+    assert "/task/" in found[0].namespace
 
 
 CHROOT = (
@@ -215,7 +270,8 @@ print(found() == [])
 ip(f"link set pod0 netns {pod.pid}")
 print(found() == [(number, ["pod0"])])
 ip("addr add 198.51.100.7/32 dev up0 noprefixroute")
-print(read_own().addressed == {number})
+print(read_own().addressed == {"up0"})
+print(read_own().built == {"up0": ["here0"]})
 print(read_own().routed == set())
 pod.stdin.close()
 """
@@ -225,4 +281,4 @@ def test_what_was_built_on_an_interface_is_found_in_other_namespaces() -> None:
     """In a network namespace of its own, where the machine's are not touched."""
     command = ["unshare", "--net", sys.executable, "-c", BUILT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["True"] * 5, done
+    assert done.stdout.splitlines() == ["True"] * 6, done
