@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from tests.support.checking import want
 from tests.support.scsi import first_addresses
-from tests.support.tree import HostTree
+from tests.support.tree import GIB, HostTree
 from vmplug.address import CcwDevNo, PciPath, PciSlot, ScsiAddress
 from vmplug.devnum import DevNum
 from vmplug.drivers.block import OPTIONS, BlockDiskDriver, check_disk, choose_place, plan_drive
@@ -479,6 +479,29 @@ def test_a_volume_and_a_file_behind_a_loop_device_keep_their_name_on_another_nod
     assert first != second
     tree.file("/sys/devices/virtual/block/dm-2/dm/uuid", "LVM-a\n")
     assert scsi_name(tree, "253:2") == first
+
+
+@pytest.mark.parametrize("wwid", ["t10.Generic USB Flash", "nvme.1b36-31-51-00000001"])
+def test_disks_of_other_sizes_with_one_serial_number_have_other_names(
+    tree: HostTree, wwid: str
+) -> None:
+    """The slots of a card reader, or clones of a virtual disk."""
+    for number, name, size in (("8:0", "sda", GIB), ("8:16", "sdb", 2 * GIB)):
+        tree.block_device(number, name, size_bytes=size)
+        tree.file(f"/sys/devices/virtual/block/{name}/device/wwid", f"{wwid}\n")
+    assert scsi_name(tree, "8:0") != scsi_name(tree, "8:16")
+
+
+@pytest.mark.parametrize(
+    ("names", "file"), [(("dm-1", "dm-4"), "dm/name"), (("md1", "md127"), "md/uuid")]
+)
+def test_a_volume_without_a_uuid_and_an_array_keep_their_name_under_another_number(
+    tree: HostTree, names: tuple[str, str], file: str
+) -> None:
+    for number, name in zip(("253:1", "253:4"), names, strict=True):
+        tree.block_device(number, name)
+        tree.file(f"/sys/devices/virtual/block/{name}/{file}", "data\n")
+    assert scsi_name(tree, "253:1") == scsi_name(tree, "253:4")
 
 
 def test_a_serial_is_told_whole_beside_the_name() -> None:

@@ -109,9 +109,12 @@ def _with_room(device: DiskFile, root: HostRoot) -> DiskFile:
 
 
 def _free_bytes(path: str, root: HostRoot) -> int | None:
-    """What a program that is not root may still write there; None for a file that has gone."""
+    """What a program that is not root may still write there.
+
+    None for a file that has gone, and without a limit: a tmpfs with size=0, a ramfs.
+    """
     facts = root.read_file_system(path)
-    return facts.f_bavail * facts.f_frsize if facts else None
+    return facts.f_bavail * facts.f_frsize if facts and facts.f_blocks else None
 
 
 def _read_block(device: BlockDevice, asked: Questions, root: HostRoot) -> BlockDevice:

@@ -56,15 +56,17 @@ def _disk_of(sysfs_path: str, root: HostRoot) -> str:
 def read_own_name(sysfs_path: str, disk_path: str, root: HostRoot) -> str | None:
     """The name of a disk or partition that does not depend on the way to it; None without one.
 
-    That is the LUN's, also for multipath over it; a volume's uuid; the file behind a loop device.
-    Clones of a virtual disk may have one serial number, so that is not a name.
+    That is the LUN's, also for multipath over it; the uuid of a volume or an array, else the name
+    that its administrator chose; the file behind a loop device. Clones of a virtual disk may have
+    one serial number, so that is not a name.
     """
     uuid = root.read_attribute(f"{disk_path}/dm/uuid") or b""
     luns = [disk_path]
     if uuid.startswith(b"mpath-"):
         luns = [f"{disk_path}/slaves/{name}" for name in root.list_dir(f"{disk_path}/slaves")]
-    names = (wwid for lun in luns if (wwid := _wwid(lun, root)))
-    name = next(names, None) or uuid.strip() or None
+    given = (root.read_attribute(f"{disk_path}/{file}") or b"" for file in ("md/uuid", "dm/name"))
+    names = [*(_wwid(lun, root) for lun in luns), uuid.strip(), *(text.strip() for text in given)]
+    name = next(filter(None, names), None)
     if name is None:
         backing = read_backing_file(disk_path, root)
         if backing is None:
@@ -75,8 +77,13 @@ def read_own_name(sysfs_path: str, disk_path: str, root: HostRoot) -> str | None
 
 
 def _wwid(disk: str, root: HostRoot) -> bytes | None:
+    """A name that is made of a serial number counts with the size, as in `LunName`."""
     found = (root.read_attribute(f"{disk}/{name}") for name in ("wwid", "device/wwid", "nguid"))
-    return next((name for text in found if (name := (text or b"").strip())), None)
+    name = next((name for text in found if (name := (text or b"").strip())), None)
+    if name and name.startswith((b"t10.", b"nvme.")):
+        size = root.read_attribute(f"{disk}/size") or b""
+        return b" ".join((name, size.strip()))
+    return name
 
 
 def _read_names(disk: str, root: HostRoot) -> list[LunName]:

@@ -6,6 +6,7 @@ from functools import cache
 
 from vmplug.errors import SpecError
 from vmplug.host.block.loop import read_backing_file
+from vmplug.host.block.loop_files import LoopIndex, read_loops
 from vmplug.host.block.pmem import read_pfn_info
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.use.mounts import MountPoint, read_mount_points
@@ -89,6 +90,13 @@ def _find_pmem(
     backing = read_backing_file(sysfs_path, root)
     if backing is None or backing.deleted:
         raise _not_pmem(mount, "is not mounted from a loop device on a file that still exists")
+    loop = LoopIndex(read_loops(root)).by_number.get(shown.devnum) if root.is_live else None
+    if loop and not loop.shows(backing.backing_file, root):
+        raise _not_pmem(
+            mount,
+            f"is on a file that was {backing.backing_file} when its loop device was made, and "
+            "that is another file now",
+        )
     pfn = read_pfn_info(backing.backing_file, root)
     if pfn is None:
         raise _not_pmem(mount, f"is on {backing.backing_file}, which has no NVDIMM_PFN_INFO block")

@@ -198,6 +198,22 @@ def test_a_sparse_file_lacks_room_and_says_how_much_is_left(tmp_path: Path) -> N
     assert (whole.unallocated_bytes, whole.free_bytes) == (0, None)
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("kind", [["tmpfs", "-o", "size=0"], ["ramfs"]])
+def test_a_file_system_without_a_limit_is_not_full(tmp_path: Path, kind: list[str]) -> None:
+    subprocess.run(["mount", "-t", *kind, "none", tmp_path], check=True)
+    try:
+        image = tmp_path / "a.img"
+        image.touch()
+        os.truncate(image, 8 * MIB)
+        sparse = look_into(read_disk_file(str(image), HostRoot()), ImageFormat.RAW, HostRoot())
+        assert isinstance(sparse, DiskFile)
+        assert sparse.unallocated_bytes
+        assert sparse.free_bytes is None
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
 def test_a_file_that_goes_while_vmplug_looks_into_it_is_no_crash(tmp_path: Path) -> None:
     image = tmp_path / "a.img"
     image.touch()

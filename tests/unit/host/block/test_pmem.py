@@ -2,6 +2,7 @@
 
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -341,3 +342,26 @@ def test_a_real_loop_device_tells_the_same(tmp_path: Path) -> None:
         tree.file(f"{MOUNTED}/x").mount(str(node), MOUNTED, str(devnum))
         (found,) = find_volumes([bind()], tree.root)
         assert found.host_path == str(image)
+
+
+@pytest.mark.root
+def test_a_file_that_has_the_name_of_another_is_not_what_is_mounted(tmp_path: Path) -> None:
+    image, other, place = tmp_path / "a.img", tmp_path / "other.img", tmp_path / "mnt"
+    place.mkdir()
+    mount = Mount(
+        destination="/data", type="bind", source=str(place), read_only=False, driver_options=NVDIMM
+    )
+    dax_image(image, 16)
+    dax_image(other, 16)
+    with loop_device(image, offset=PFN_DATA_OFFSET) as node:
+        subprocess.run(["mount", node, place], check=True)
+        try:
+            (found,) = find_volumes([mount], HostRoot())
+            assert found.host_path == str(image)
+            subprocess.run(["mount", "--bind", other, image], check=True)
+            with pytest.raises(SpecError, match="is another file now"):
+                find_volumes([mount], HostRoot())
+            subprocess.run(["umount", image], check=True)
+            assert find_volumes([mount], HostRoot()) == [found]
+        finally:
+            subprocess.run(["umount", place], check=True)
