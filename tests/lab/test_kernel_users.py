@@ -129,4 +129,6 @@ def test_the_journal_of_another_file_system_is_in_use(tmp_path: Path) -> None:
             finding = refusal(journal)
             assert finding.code is Code.OPEN_EXCLUSIVELY
             assert finding.message.endswith("for the journal of a mounted file system")
-        assert is_free(journal)
+            obey(finding)
+            assert is_free(journal)
+            assert not tmp_path.is_mount()

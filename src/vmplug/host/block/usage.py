@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmplug.host.use.openers import OpenFiles
 
 T = TypeVar("T")
+_ZFS = " - zfs "
 NO_VMS: Mapping[int, VmProcess] = MappingProxyType({})
 
 
@@ -61,6 +62,13 @@ class HostUsage:
         """Why not all mounts are known; None when they are."""
         why = self.namespaces.unread
         return f"mounts ({why})" if why else None
+
+    @cached_property
+    def unknown_members(self) -> str | None:
+        """The disks of file systems that no file lists; an exclusive open finds them."""
+        has_zfs = self._root.stat_or_none("/sys/module/zfs")
+        mounts = (_ZFS in table for table in self.namespaces.tables.values())
+        return "disks of ZFS pools (no file lists them)" if has_zfs or any(mounts) else None
 
     @cached_property
     def mounts_of(self) -> Mapping[DevNum, Sequence[MountedDevice]]:

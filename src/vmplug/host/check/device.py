@@ -255,7 +255,8 @@ def _check_file(
 def _unknown(usage: HostUsage, root: HostRoot, *, mounts: bool = True) -> Iterator[Finding]:
     """On the running host an exclusive open finds what no mount table shows."""
     if not root.is_live:
-        unknown = (usage.unknown_mounts if mounts else None, usage.unknown_swap)
+        of_disks = (usage.unknown_mounts, usage.unknown_members) if mounts else ()
+        unknown = (*of_disks, usage.unknown_swap)
         yield from map(not_looked_for, filter(None, unknown))
 
 

@@ -21,7 +21,7 @@ _CONFIG = "/sys/kernel/config"
 _NVMET = f"{_CONFIG}/nvmet/subsystems"
 _TARGET = f"{_CONFIG}/target/core"
 _GADGETS = f"{_CONFIG}/usb_gadget"
-_JOURNALS = "/proc/fs/jbd2"
+_JOURNALS, _FILE_SYSTEMS = "/proc/fs/jbd2", "/sys/fs/ext4"
 _VIRTUAL = "/sys/devices/virtual/block"
 
 _NUMBER = re.compile(r"Major: ([0-9]+) Minor: ([0-9]+)", re.ASCII)
@@ -131,13 +131,25 @@ def _kept_data(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
                 _keeper(
                     "the journal of a mounted file system",
                     f"{_JOURNALS}/{name}",
-                    "unmount the file system that has its journal there (blkid)",
+                    _unmount(name, root),
                 ),
             )
     for name in root.list_dir(_VIRTUAL):
         backing = f"{_VIRTUAL}/{name}/backing_dev"
         if name.startswith("zram") and (path := _text(backing, root)).startswith("/"):
             yield path, _keeper(f"/dev/{name}", backing, f"zramctl --reset /dev/{name}")
+
+
+def _unmount(journal: str, root: HostRoot) -> str:
+    """For the file system with that journal; which one it is says the thread that writes it.
+
+    Source: Linux fs/ext4/sysfs.c, journal_task; fs/jbd2/journal.c.
+    """
+    for disk in root.list_dir(_FILE_SYSTEMS):
+        pid = root.read_int(f"{_FILE_SYSTEMS}/{disk}/journal_task")
+        if pid and (root.read_text(f"/proc/{pid}/comm") or "").strip() == f"jbd2/{journal}"[:15]:
+            return f"umount --all-targets /dev/{disk.replace('!', '/')}"
+    return "unmount the file system that has its journal there (blkid)"
 
 
 def _keeper(who: str, how: str, remedy: str) -> KernelUser:

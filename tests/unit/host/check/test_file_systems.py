@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.checking import READING, codes, findings
 from tests.support.tree import HostTree
+from vmplug.host.finding import Code, Severity
 
 UNSEEN = "has a file system in use, and no mount table shows where"
 
@@ -53,6 +54,22 @@ def test_every_disk_of_a_file_system_is_mounted(
         (finding,) = findings(disks, number)
         assert finding.message == f"/dev/{name} is mounted on the host at /mnt"
     assert findings(disks, "8:32") == []
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda tree: tree.file("/sys/module/zfs/refcnt", "1\n"),
+        lambda tree: tree.mount("tank/a", "/a", "0:44", fs_type="zfs"),
+    ],
+)
+def test_a_copy_does_not_show_the_disks_of_a_zfs_pool(
+    disks: HostTree, build: Callable[[HostTree], object]
+) -> None:
+    build(disks)
+    (finding,) = findings(disks, "8:32")
+    assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, Severity.WARNING)
+    assert "could not look for disks of ZFS pools (no file lists them)" in finding.message
 
 
 def test_the_options_of_what_anybody_mounts_name_no_disk(disks: HostTree) -> None:

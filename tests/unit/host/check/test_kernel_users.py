@@ -162,6 +162,14 @@ def test_what_the_kernel_keeps_its_data_on_is_in_use(
     assert findings(disk, "8:2") == []
 
 
+def test_the_file_system_of_a_journal_is_named_where_its_thread_is(disk: HostTree) -> None:
+    disk.file("/proc/fs/jbd2/sda1/info").file("/sys/fs/ext4/cciss!c0d0/journal_task", "9\n")
+    disk.file("/sys/fs/ext4/sdz/journal_task", "8\n").file("/proc/8/comm", "jbd2/sdz-8\n")
+    assert findings(disk, "8:0")[0].hint.endswith("file system that has its journal there (blkid)")
+    disk.file("/proc/9/comm", "jbd2/sda1\n")
+    assert findings(disk, "8:0")[0].hint == "umount --all-targets /dev/cciss/c0d0"
+
+
 @pytest.mark.parametrize("option", ["logdev", "rtdev"])
 def test_every_device_of_an_xfs_is_mounted(disk: HostTree, option: str) -> None:
     disk.block_device("8:16", "sdb")
