@@ -52,7 +52,11 @@ def writing(vm: StartedVm) -> Iterator[dict[str, str]]:
         console.wait_for_disks(1)
         name = console.disks()[0].name
         line = f"dd if=/dev/zero of=/dev/{name} bs=1M count=8 oflag=direct 2>/dev/null; echo $?"
-        thread = threading.Thread(target=lambda: said.update(rc=console.run(line).strip()))
+
+        def write() -> None:
+            said["rc"] = console.run(line, PATIENCE_S).strip()  # the VM stands still meanwhile
+
+        thread = threading.Thread(target=write)
         thread.start()
         yield said
         thread.join()
