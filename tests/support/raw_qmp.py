@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 class QmpError(Exception):
