@@ -89,7 +89,7 @@ def test_a_process_that_dies_fails_the_test_that_it_ran(tmp_path: Path, status: 
 
 @pytest.mark.slow
 def test_a_test_that_hangs_is_shown_and_fails(tmp_path: Path) -> None:
-    limit = ("faulthandler_timeout=0.5", "faulthandler_exit_on_timeout=true")
+    limit = ("faulthandler_timeout=2", "faulthandler_exit_on_timeout=true")
     told = run(tmp_path, HANGING, *(word for option in limit for word in ("-o", option)))
     assert "Timeout" in told
     assert "in test_that_hangs" in told
