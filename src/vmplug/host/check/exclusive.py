@@ -11,9 +11,9 @@ from vmplug.host.block.usage import HostUsage
 from vmplug.host.finding import Code, Finding, UsedBy
 from vmplug.host.root import HostRoot
 
-_PROBE_S = 0.25
+_PROBE_S, _PROBE_STEP_S = 1.0, 0.001
 """How long an exclusive open may be just a probe, for example of another vmplug, which a busy host
-may suspend for a while."""
+may suspend for a while. It gets the CPU that this one does not use to ask again at once."""
 
 
 def exclusive_errno(
@@ -34,11 +34,12 @@ def exclusive_errno(
 
 def _try_exclusively(path: str, root: HostRoot, patience_s: float) -> int | None:
     deadline = time.monotonic() + patience_s
-    while (number := root.open_errno(path, os.O_EXCL)) == errno.EBUSY:
-        if time.monotonic() >= deadline:
-            break
-        os.sched_yield()
-    return number
+    while True:
+        is_over = time.monotonic() >= deadline  # this process may have been suspended too
+        number = root.open_errno(path, os.O_EXCL)
+        if number != errno.EBUSY or is_over:
+            return number
+        time.sleep(_PROBE_STEP_S)
 
 
 def find_claims_elsewhere(

@@ -1,11 +1,13 @@
 """Whether a device is in use, as the running kernel and a real QEMU see it."""
 
+import errno
 import fcntl
 import json
 import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskPart
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
+from vmplug.host.check.exclusive import exclusive_errno
 from vmplug.host.finding import Access, Code, Severity
 from vmplug.host.kind import FoundBy
 from vmplug.host.resolve import resolve
@@ -257,6 +260,22 @@ def test_others_who_only_probe_the_device_are_not_taken_for_users(
     with waiting([sys.executable, "-c", PROBE_WITHOUT_END, str(node)], ready=b"ready"):
         for _ in range(50):
             assert findings(live, number(node)) == []
+
+
+class Suspended(HostRoot):
+    """Whoever probes a device is suspended as it does, for 0.4 s from the first look."""
+
+    first_at: float | None = None
+
+    def open_errno(self, path: str, flags: int) -> int | None:  # noqa: ARG002  as in HostRoot
+        now = time.monotonic()
+        self.first_at = now if self.first_at is None else self.first_at
+        return errno.EBUSY if now - self.first_at < 0.4 else None
+
+
+def test_one_that_is_suspended_as_it_probes_is_not_taken_for_a_user() -> None:
+    """As of two vmplugs that attach one disk at the same time on a busy host."""
+    assert exclusive_errno("/dev/sda", read_usage(HostRoot()), Suspended()) is None
 
 
 @pytest.mark.root
