@@ -182,6 +182,20 @@ def test_only_what_does_not_answer_is_silent_and_is_waited_for_once(
     assert [read for read in Path("/proc").glob("[0-9]*/cmdline") if names(read, silent)] == []
 
 
+@pytest.mark.parametrize(
+    ("script", "is_silent"),
+    [("n=0; until [ $((n += 1)) = 100000 ]; do :; done", False), ("sleep 60", True)],
+)
+def test_a_look_that_gets_no_cpu_in_time_says_nothing_of_the_storage(
+    script: str, *, is_silent: bool
+) -> None:
+    def ask(_: Sequence[str]) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(["sh", "-c", script], start_new_session=True)
+
+    with Looks(timeout_s=0.02, ask=ask) as looks:
+        assert looks.find_silent(["/a"]) == ({"/a"} if is_silent else set())
+
+
 def test_more_paths_are_looked_at_than_a_program_may_have_words() -> None:
     """As many as one request may have. Before, OSError: Argument list too long."""
     paths = [f"/{'n' * 250}/{number}" for number in range(16384)]
