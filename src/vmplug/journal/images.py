@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from vmplug.errors import HostError
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.block.qcow2 import ImageFile, read_image
+from vmplug.host.check.thing import identify_file
 from vmplug.host.finding import Claim
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import DeviceRecord
 
 
 class ImageClaims:
-    """The claims of VMs on those files; each image is read once, as QEMU opens it once."""
+    """The claims of VMs on those files; each image is read once, as QEMU opens it once.
+
+    Not those of an image that has been replaced under its name: the VM does not have it. What it
+    has instead is known by QEMU's locks alone.
+    """
 
     def __init__(self, host: HostRoot) -> None:
         self._host = host
@@ -27,6 +32,8 @@ class ImageClaims:
             return ()
         if record.id not in self._known:
             try:
+                if record.is_other(identify_file(record.host_path, self._host)):
+                    return ()
                 image = read_image(record.host_path, self._host)
             except (HostError, ValueError):
                 return ()

@@ -12,7 +12,9 @@ from tests.contract.sandbox import Sandbox
 from tests.support.disks import qcow2_header
 from tests.support.journal import attach_row, device_record
 from vmplug.errors import InUse
+from vmplug.host.check.thing import identify_file
 from vmplug.host.finding import Code, Finding, Severity
+from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
 from vmplug.oci.info import DeviceInfo, DevType
 
@@ -66,7 +68,7 @@ def found(vm: Sandbox, *requests: DeviceInfo) -> list[Finding]:
     return [finding for finding in findings if finding.code not in ALLOWED]
 
 
-def give(vm: Sandbox, request: DeviceInfo) -> None:
+def give(vm: Sandbox, request: DeviceInfo, thing: str | None = None) -> None:
     """The VM has it: a row of the journal, as the VM in memory opens no files of an image."""
     record = device_record(
         f"file:{request.host_path}",
@@ -75,7 +77,20 @@ def give(vm: Sandbox, request: DeviceInfo) -> None:
         options=request.driver_options,
     )
     with Journal.open(vm.state_dir) as journal:
-        attach_row(journal, replace(record, read_only=request.read_only))
+        attach_row(journal, replace(record, read_only=request.read_only, thing=thing))
+
+
+def test_an_image_that_has_taken_the_name_of_a_vms_image_is_not_the_vms(
+    make: Callable[[str], Sandbox], tmp_path: Path
+) -> None:
+    one = make("one")
+    base, other_base = (image(tmp_path / f"{name}.qcow2") for name in ("base", "other"))
+    mine = image(tmp_path / "a.qcow2", backing=base)
+    request = asked(mine)
+    give(one, request, thing=identify_file(str(mine), HostRoot()))
+    assert [finding.code for finding in found(make("two"), asked(base))] == [Code.IN_USE_BY_VM]
+    image(tmp_path / "new", backing=other_base).rename(mine)
+    assert found(make("three"), asked(other_base)) == []
 
 
 def take_all(vm: Sandbox) -> None:
