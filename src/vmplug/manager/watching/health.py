@@ -91,7 +91,8 @@ def _unless_unidentified(record: DeviceRecord, health: DeviceHealth) -> DeviceHe
 
 def _file_of(record: DeviceRecord) -> str | None:
     """The path of a file or directory whose storage may not answer; None for anything else."""
-    is_file = not (is_served(record) or record.kind is DeviceType.VFIO or record.identity.devnum)
+    is_other = is_served(record) or record.kind is DeviceType.VFIO or record.identity.devnum
+    is_file = record.identity.kind is IdentityKind.SHARE or not is_other
     return record.host_path if is_file and record.host_path.startswith("/") else None
 
 
@@ -285,12 +286,23 @@ class HostSnapshot:
                 told = f"the virtiofsd that shares {record.host_path} has ended"
                 return DeviceHealth(HostState.GONE, told)
             self._daemons[record.id] = marks[record.id]
-        return DeviceHealth(HostState.PRESENT)
+        return self._directory(record)
 
     # nodes and directories
 
+    def _directory(self, record: DeviceRecord) -> DeviceHealth:
+        """A share is of the directory that was opened, wherever that is now."""
+        path = record.host_path
+        if self._host.stat(path) is None:
+            return DeviceHealth(HostState.DELETED, f"{path} has been deleted or moved")
+        if record.is_other(identify_file(path, self._host)):
+            return DeviceHealth(HostState.REPLACED, f"{path} is now another directory")
+        return DeviceHealth(HostState.PRESENT)
+
     def _node(self, record: DeviceRecord) -> DeviceHealth | None:
         path, number = record.host_path, record.identity.devnum
+        if record.identity.kind is IdentityKind.SHARE:
+            return self._directory(record)
         status = self._host.stat(path)
         if number is None:
             if status:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,11 @@ from vmplug.host.check.thing import (
 )
 from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.process import read_start_time
+from vmplug.host.program import Looks
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import DeviceRecord
 from vmplug.journal.state import State
-from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, HostState
+from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, HostState, find_silent
 from vmplug.manager.watching.notice import EventKind, compare, device_notices
 
 BDFS = ("0000:3b:00.0", "0000:3b:00.1")
@@ -278,16 +280,59 @@ def test_a_character_device_is_there_or_gone(tree: PciTree) -> None:
 
 
 @pytest.mark.parametrize(
-    ("identity", "kind"),
-    [("share:work:/srv/work", DeviceType.VIRTIO_9P), ("rng:/srv/work", DeviceType.VIRTIO_RNG)],
+    ("identity", "kind", "without"),
+    [
+        ("share:work:/srv/work", DeviceType.VIRTIO_9P, HostState.DELETED),
+        ("rng:/srv/work", DeviceType.VIRTIO_RNG, HostState.GONE),
+    ],
 )
 def test_a_directory_or_node_is_there_or_gone(
-    tree: PciTree, identity: str, kind: DeviceType
+    tree: PciTree, identity: str, kind: DeviceType, without: HostState
 ) -> None:
     record = device_record(identity, "/srv/work", kind)
-    assert state(tree, record) is HostState.GONE
+    assert state(tree, record) is without
     tree.file("/srv/work/file")
     assert state(tree, record) is HostState.PRESENT
+
+
+@pytest.mark.parametrize("kind", [DeviceType.VIRTIO_9P, DeviceType.VHOST_USER_FS])
+def test_a_share_is_of_its_directory_whatever_has_the_name(
+    tmp_path: Path, kind: DeviceType
+) -> None:
+    shared, other = tmp_path / "work", tmp_path / "other"
+    shared.mkdir()
+    other.mkdir()
+    record = plugged(device_record(f"share:work:{shared}", str(shared), kind), HostRoot())
+
+    def look_again() -> HostState | None:
+        found = HostSnapshot(HostRoot(), [], {record.id: os.getpid()}).of(record)
+        return found.state if found else None
+
+    assert look_again() is HostState.PRESENT
+    (shared / "file").touch()
+    assert look_again() is HostState.PRESENT
+    shared.rename(tmp_path / "moved")
+    assert look_again() is HostState.DELETED
+    other.rename(shared)
+    assert look_again() is HostState.REPLACED
+    shared.rename(other)
+    (tmp_path / "moved").rename(shared)
+    assert look_again() is HostState.PRESENT
+
+
+def test_the_storage_of_a_share_is_asked_first(tmp_path: Path) -> None:
+    record = device_record(f"share:a:{tmp_path}", str(tmp_path), DeviceType.VHOST_USER_FS)
+    looks = Told()
+    assert find_silent([record], looks, HostRoot()) == set()
+    assert looks.asked == [str(tmp_path)]
+
+
+class Told(Looks):
+    """Notes what is asked."""
+
+    def find_silent(self, paths: Collection[str]) -> set[str]:
+        self.asked = list(paths)
+        return set()
 
 
 @pytest.mark.parametrize("on_its_way", [State.PLUGGING, State.DETACHING])
