@@ -4,15 +4,22 @@ The journal has only the image itself. Its header names the others: the guest's 
 of them, and backing files are only read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from vmplug.errors import HostError
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.block.qcow2 import ImageFile, read_image
 from vmplug.host.check.thing import identify_file
 from vmplug.host.finding import Claim
+from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.root import HostRoot
 from vmplug.journal.records import DeviceRecord
+
+
+def find_files(identities: Iterable[Identity], host: HostRoot) -> list[str]:
+    """The files among the identities, by what each is whatever its names are."""
+    paths = (one.key for one in identities if one.kind is IdentityKind.FILE)
+    return list(filter(None, (identify_file(path, host) for path in paths)))
 
 
 class ImageClaims:

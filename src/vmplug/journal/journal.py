@@ -32,7 +32,7 @@ from vmplug.journal.database import (
     read_journal_id,
     store_error,
 )
-from vmplug.journal.images import ImageClaims
+from vmplug.journal.images import ImageClaims, find_files
 from vmplug.journal.lease_rows import NOTHING, LeaseRows, Taken, take_over
 from vmplug.journal.lock import JournalLock
 from vmplug.journal.process import ProcessIdentity
@@ -416,19 +416,18 @@ class Journal:
     ) -> list[Claim]:
         """The claims of VMs of this boot on `identities`, and of VMs other than `vm` on `own`.
 
-        A VM that has an image has the other files that its header names too.
+        A file is known under each of its names. A VM that has an image has the other files that
+        its header names too.
         """
-        wanted = [str(identity) for identity in (own, *identities)]
-        marks = ", ".join("?" * len(wanted))
+        asked = (own, *identities)
+        wanted, things = [str(identity) for identity in asked], find_files(asked, self.host)
+        marks, of_things = (", ".join("?" * len(found)) for found in (wanted, things))
         claims = self._read(
             read_claim,
-            f"SELECT * FROM device WHERE identity IN ({marks})"  # noqa: S608  only marks
+            f"SELECT * FROM device WHERE (identity IN ({marks}) OR thing IN ({of_things}))"  # noqa: S608
             " AND NOT (identity = ? AND vm IS ?)"
             " AND vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?) ORDER BY rowid",
-            *wanted,
-            str(own),
-            vm,
-            self._boot_id,
+            *(*wanted, *things, str(own), vm, self._boot_id),
         )
         others = [one for one in self._images() if (one.vm, one.identity) != (vm, own)]
         more = (claim for record in others for claim in self._image_claims.of(record))

@@ -93,6 +93,25 @@ def test_an_image_that_has_taken_the_name_of_a_vms_image_is_not_the_vms(
     assert found(make("three"), asked(other_base)) == []
 
 
+def test_a_file_of_a_vm_is_the_vms_under_each_of_its_names(
+    make: Callable[[str], Sandbox], tmp_path: Path
+) -> None:
+    one, mine, link = make("one"), tmp_path / "a.img", tmp_path / "b.img"
+    mine.write_bytes(bytes(MIB))
+    link.hardlink_to(mine)
+    two = make("two")
+    assert found(two, asked(link)) == []
+    give(one, asked(mine), thing=identify_file(str(mine), HostRoot()))
+    assert refused(two, asked(link)).startswith(
+        f"/dev/b.img: {mine} is already handed to VM 'one'"
+    )
+    moved = mine.rename(tmp_path / "c.img")
+    refused(two, asked(moved))
+    take_all(one)
+    give(one, asked(moved, ro=True), thing=identify_file(str(moved), HostRoot()))
+    assert found(two, asked(link, ro=True)) == []
+
+
 def take_all(vm: Sandbox) -> None:
     """The VM has nothing any more."""
     with Journal.open(vm.state_dir) as journal:
