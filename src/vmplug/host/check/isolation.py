@@ -11,9 +11,10 @@ from vmplug.host.pci.iommu import allows_unsafe_interrupts, has_iommu, remaps_in
 from vmplug.host.root import HostRoot
 
 _ENABLE = (
-    "enable it: VT-d or AMD-Vi in the firmware, and intel_iommu=on or amd_iommu=on on the "
-    "kernel's command line"
+    "enable it: VT-d, AMD-Vi or SMMU in the firmware, and on x86 intel_iommu=on or amd_iommu=on "
+    "on the kernel's command line"
 )
+_IF_VM = ", or give this host one if it is a VM itself"
 
 
 def check_isolation(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
@@ -25,7 +26,7 @@ def check_isolation(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Itera
             Code.NO_IOMMU,
             f"{group.members[0]} is with VFIO in no-IOMMU mode ({group.host_path}): the VM could "
             "write to all of the host's memory, and QEMU does not take such a group",
-            f"vmplug needs an IOMMU: {_ENABLE}, or give this host one if it is a VM itself",
+            f"vmplug needs an IOMMU: {_ENABLE}{_IF_VM}",
         )
     elif not group.mediated:
         if usage.once(remaps_interrupts) is False:
@@ -44,8 +45,15 @@ def _no_group(group: VfioGroup, root: HostRoot) -> Finding:
             "turn VMD off for its slot in the firmware, or hand over the controller with every "
             f"drive behind it: vfio:{controller}",
         )
-    why = "" if has_iommu(root) else ": the host has no IOMMU, or does not use it"
-    return Finding(Code.NO_IOMMU, f"{name} is in no IOMMU group{why}", _ENABLE)
+    if has_iommu(root):
+        return Finding(
+            Code.NO_IOMMU,
+            f"{name} is in no IOMMU group, although the host uses its IOMMU",
+            "the firmware or an option of the kernel leaves it out, as intel_iommu=igfx_off does "
+            "(dmesg: DMAR, AMD-Vi); hand over another device",
+        )
+    why = "the host has no IOMMU, or does not use it"
+    return Finding(Code.NO_IOMMU, f"{name} is in no IOMMU group: {why}", _ENABLE + _IF_VM)
 
 
 def _vmd_controller(function: PciFunction, root: HostRoot) -> Bdf | None:
