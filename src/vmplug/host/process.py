@@ -15,17 +15,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError, StateError
 from vmplug.host.root import THIS_HOST, HostRoot
+from vmplug.host.use.threads import ENDED, list_other_threads, read_fields
 
 
 def read_start_time(pid: int, root: HostRoot) -> int | None:
     """When the process began; None when it does not exist, or is a zombie."""
-    text = root.read_text(f"/proc/{pid}/stat")
-    if text is None:
+    fields = read_fields(f"/proc/{pid}/stat", root)
+    if not fields:
         return None
-    fields = text.rpartition(")")[2].split()  # the name before may contain blanks and brackets
     if len(fields) < 20 or not is_decimal(fields[19]):
         raise AttributeReadError(f"/proc/{pid}/stat", why="it has no start time")
-    return None if fields[0] in {"Z", "X"} else int(fields[19])
+    has_ended = fields[0] in ENDED and not list_other_threads(pid, root)
+    return None if has_ended else int(fields[19])
 
 
 def is_running(pid: int, started_at: int | None, root: HostRoot) -> bool:

@@ -18,6 +18,7 @@ from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.use.file_key import FileKey, key_of, key_of_node
+from vmplug.host.use.threads import list_other_threads
 
 _PROBE_S, _PROBE_STEP_S = 0.5, 0.05
 """How long an open file may be just a probe: udev reads each new disk for a moment."""
@@ -140,6 +141,9 @@ def _read_again(pids: Sequence[int], root: HostRoot) -> OpenFiles:
         directory, failed = f"/proc/{pid}/fd", unlisted
         try:
             numbers = root.list_dir(directory)
+            if not numbers and (threads := list_other_threads(pid, root)):
+                directory = f"/proc/{pid}/task/{threads[0]}/fd"
+                numbers = root.list_dir(directory)
             failed = guarded
             for number, key in read_keys(directory, numbers):
                 links.setdefault(key, []).append(f"{directory}/{number}")
@@ -177,9 +181,10 @@ def _choose_reader(root: HostRoot) -> _ReadKeys:
 
 def _opener(link: str, path: str, root: HostRoot) -> Opener | None:
     """None for a descriptor that only names its file (O_PATH), or that is closed now."""
-    _, _, pid, _, number = link.split("/")
+    pid = link.split("/", 3)[2]
+    directory, _, number = link.rpartition("/")
     writes = True
-    for flags in _read_flags(f"/proc/{pid}/fdinfo/{number}", root):
+    for flags in _read_flags(f"{directory}info/{number}", root):
         if flags & os.O_PATH:
             return None
         writes = flags & os.O_ACCMODE in {os.O_WRONLY, os.O_RDWR}

@@ -1,0 +1,23 @@
+"""The threads of a process, whose first one may end before the others.
+
+Then it is a zombie without files and memory, and only the others show them.
+Source: proc_pid_stat(5); pthread_exit(3), "Notes".
+"""
+
+from vmplug.host.root import HostRoot
+
+ENDED = frozenset("ZX")
+"""The states of a thread that has ended."""
+
+
+def list_other_threads(pid: int | str, root: HostRoot) -> list[str]:
+    """The threads of a process that run, without its first one."""
+    directory = f"/proc/{pid}/task"
+    others = (name for name in root.list_dir(directory) if name != str(pid))
+    fields = ((name, read_fields(f"{directory}/{name}/stat", root)) for name in others)
+    return [name for name, found in fields if found and found[0] not in ENDED]
+
+
+def read_fields(path: str, root: HostRoot) -> list[str]:
+    """The fields behind the name, which may contain blanks and brackets; none when absent."""
+    return (root.read_text(path) or "").rpartition(")")[2].split()
