@@ -1,5 +1,6 @@
 """A QEMU that vmplug does not start has leased devices by `Lease.qemu_args`, and is adopted."""
 
+import json
 import os
 import subprocess
 import sys
@@ -352,6 +353,20 @@ def test_a_microvm_with_one_interrupt_controller_has_fewer_places(host: Host, op
         with running(host, machine, words, lease, guest=False) as vm:
             adopted = vmplug.adopt_vm("sb", str(vm.qmp_path), setup=host.setup)
             assert len(adopted.attachments) == len(disks[1:])
+
+
+def test_a_microvm_without_acpi_names_its_devices_to_the_kernel(host: Host) -> None:
+    """Whether the kernel reads that is its own matter: Debian's does not."""
+    with vmplug.lease([host.disk("plain")], owner="job", setup=host.setup) as lease:
+        with pytest.raises(SpecError, match="its guest finds no device"):
+            lease.qemu_args("microvm,acpi=off,auto-kernel-cmdline=off", memory=MEMORY)
+        words = lease.qemu_args("microvm,acpi=off", memory=MEMORY)
+        (transport,) = [json.loads(w)["bus"] for w in words if "virtio-blk-device" in w]
+        base = 0xFEB00000 + 512 * int(transport.rpartition(".")[2])
+        with running(host, "microvm,acpi=off", words, lease) as vm:
+            told = vm.console.run("cat /proc/cmdline")
+            assert f" virtio_mmio.device=512@{base:#x}:" in told
+    assert host.rows() == 0
 
 
 def test_words_that_cannot_be_made_leave_no_closed_files_to_pass(host: Host) -> None:

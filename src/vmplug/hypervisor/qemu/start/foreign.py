@@ -68,6 +68,13 @@ _SHARED = {
 of memory-backend-ram has none before QEMU 10.0, whatever it says. Source: QEMU qapi/qom.json."""
 
 
+_NAMES_DEVICES = "auto-kernel-cmdline"
+"""A microvm without ACPI names its devices on the command line of the guest's kernel, which reads
+them where it has CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES; Debian's has not.
+Source: QEMU hw/i386/microvm.c; Linux drivers/virtio/virtio_mmio.c."""
+_OFF = {"off", "no", "false", "n"}
+
+
 class ForeignMachine(StrEnum):
     """The machines that there are words for, by QEMU's names."""
 
@@ -87,7 +94,7 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
     """What the command line of a QEMU says: its -machine and -m, and whether KVM runs it.
 
     `shared_memory`: it has memory of its own, which is shared. Raises SpecError for a machine that
-    vmplug has no words for, and for a text that is not a size.
+    vmplug has no words for or whose guest finds no device, and for a text that is not a size.
     """
 
     machine: str
@@ -98,6 +105,13 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _ = self.kind, self.memory_bytes, self.memory_slots, self.most_bytes
+        said = _options(self.machine, "type")
+        if said.get("acpi") == "off" and said.get(_NAMES_DEVICES) in _OFF:
+            raise SpecError(
+                f"-machine {self.machine}",
+                "its guest finds no device, by ACPI or on the command line of its kernel",
+                hint=f"leave {_NAMES_DEVICES} or acpi=off out",
+            )
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Self:
