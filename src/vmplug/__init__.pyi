@@ -137,6 +137,7 @@ from vmplug.leases.device import LeasedFunction as LeasedFunction
 from vmplug.leases.holder import LeaseLock as LeaseLock
 from vmplug.leases.holder import LeaseTerms as LeaseTerms
 from vmplug.leases.holder import Passing as Passing
+from vmplug.leases.holder import ShareEnd as ShareEnd
 from vmplug.leases.lease import Lease as Lease
 from vmplug.leases.lease import lease as lease
 from vmplug.leases.life import LeaseStatus as LeaseStatus

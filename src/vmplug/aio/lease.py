@@ -15,6 +15,7 @@ from vmplug.leases import lease as leases
 from vmplug.leases.device import LeasedDevice
 from vmplug.leases.holder import DEFAULT_TERMS, LeaseTerms
 from vmplug.leases.lease import Lease
+from vmplug.leases.life import STEP_S
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
 
@@ -40,7 +41,7 @@ class AsyncLease:
 
     @property
     def process(self) -> int | None:
-        """The process that it was given to; None before that."""
+        """See Lease.process."""
         return self._lease.process
 
     @property
@@ -80,14 +81,20 @@ class AsyncLease:
 
     async def wait(self, timeout_s: float | None = None) -> bool:
         """See Lease.wait; no thread waits, and a wait that is cancelled leaves nothing behind."""
-        async with _end_of(self._lease.process) as end:
-            # Asked after it was opened: so it is not of a later process with that number.
-            if await self._call(lambda lease: lease.wait(0)):
-                return True
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await end.wait()
-        return await self._call(lambda lease: lease.wait(0))
+        self._threads.check()
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        while True:
+            async with _end_of(self._lease.process) as end:
+                # Asked after it was opened: so it is not of a later process with that number.
+                if await self._call(lambda lease: lease.wait(0)):
+                    return True
+                if deadline is not None and loop.time() >= deadline:
+                    return False
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(deadline):
+                        await end.wait()
+                        await asyncio.sleep(STEP_S)  # another process may use the devices still
 
     async def settle(self) -> str | None:
         """See Lease.settle."""

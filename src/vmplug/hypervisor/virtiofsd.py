@@ -1,7 +1,8 @@
 """The virtiofsd processes that vmplug runs: one for each shared directory of a VM.
 
 A daemon inherits a listening socket whose name was removed, and serves the one connection that was
-made before it started. No other process can connect, and it ends when QEMU closes the connection.
+made before it started, or the first of a process that has the socket's file open. No other process
+can connect, and it ends when QEMU closes the connection.
 Its environment has its device's id and its VM, so that every vmplug can find it again. What it
 prints is in TMPDIR/vmplug-ID-*/virtiofsd.log until the share is gone.
 Source: virtiofsd(1); measured on that of QEMU 7.2, in C, and on 1.13, in Rust.
@@ -16,8 +17,8 @@ import select
 import socket
 import subprocess
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Protocol, Self
 
 import msgspec
@@ -119,10 +120,14 @@ class _Output(msgspec.Struct):
             self.said += os.read(self.reading, _PIPE_BYTES)
         return "; ".join(self.said.decode(errors="replace").splitlines()[-3:])
 
+    def has_ended(self) -> bool:
+        """Whether no process can print to it any more."""
+        return bool(_events(self.reading) & select.POLLHUP)
+
     def leave(self) -> None:
         """Leave the pipe to a keeper. Without one, output is lost, and the share works as well."""
         try:
-            if not _events(self.reading) & select.POLLHUP:  # while it runs
+            if not self.has_ended():
                 self._keep()
         except (OSError, subprocess.CalledProcessError) as error:
             facts = {"device_id": self.device_id}
@@ -199,26 +204,45 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
 
     def start(self, daemon: VirtiofsdSpec, device_id: str) -> VirtiofsdProcess:
         """See VirtiofsdRunner. It outlives this process, and is not its child."""
-        with _entered(daemon) as directory, _nameless_listener(daemon) as (listener, connection):
-            reading, writing = os.pipe()
-            started = VirtiofsdProcess(connection, _Output(reading, device_id, self._vm))
-            try:
-                self._run(daemon, listener, device_id, directory, writing)
-            except (OSError, subprocess.CalledProcessError) as error:
-                with started:
-                    why = started.stderr_tail() or error
-                raise BackendError(
-                    daemon.program,
-                    f"{daemon.program} cannot be started on {daemon.directory}: {why}",
-                    hint="check that the directory exists and that this user may enter it",
-                ) from error
-        try:
-            self._check_directory(daemon, device_id, connection)
-        except DeviceError:
-            self.end([device_id])
-            started.close()
-            raise
+        with _entered(daemon) as directory, _nameless_listener(daemon) as (listener, name):
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(f"/proc/self/fd/{name}")
+            with _closed_on_error(connection):
+                output = self._begin(daemon, listener, device_id, directory)
+        started = VirtiofsdProcess(connection, output)
+        with _closed_on_error(started):
+            self._check_directory(daemon, device_id, lambda: _has_hung_up(connection))
         return started
+
+    def listen(self, daemon: VirtiofsdSpec, device_id: str) -> int:
+        """Start one for the first process that connects; a descriptor of its socket (O_PATH).
+
+        A process that has that open connects to /proc/self/fd/N. Raises as `start`. The daemon in
+        C enters its directory only then, so what it says of that comes later.
+        """
+        with _entered(daemon) as directory, _nameless_listener(daemon) as (listener, name):
+            output = self._begin(daemon, listener, device_id, directory)
+            try:
+                if "--shared-dir" in daemon.options:
+                    self._check_directory(daemon, device_id, output.has_ended)
+                if output.has_ended():
+                    raise _cannot_start(daemon, output.tail())
+                return os.dup(name)
+            finally:
+                output.leave()
+
+    def _begin(
+        self, daemon: VirtiofsdSpec, listener: socket.socket, device_id: str, directory: str
+    ) -> _Output:
+        reading, writing = os.pipe()
+        output = _Output(reading, device_id, self._vm)
+        try:
+            self._run(daemon, listener, device_id, directory, writing)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = output.tail() or error
+            output.leave()
+            raise _cannot_start(daemon, why) from error
+        return output
 
     def _run(
         self,
@@ -246,17 +270,26 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
             os.close(output)
 
     def _check_directory(
-        self, daemon: VirtiofsdSpec, device_id: str, connection: socket.socket
+        self, daemon: VirtiofsdSpec, device_id: str, has_ended: Callable[[], bool]
     ) -> None:
-        """Wait until it has confined itself to the directory that was checked.
+        """Wait until it has confined itself to the directory that was checked; else end it.
 
         One that has died reports the reason itself.
         """
+        try:
+            self._wait_confined(daemon, device_id, has_ended)
+        except DeviceError:
+            self.end([device_id])
+            raise
+
+    def _wait_confined(
+        self, daemon: VirtiofsdSpec, device_id: str, has_ended: Callable[[], bool]
+    ) -> None:
         checked, root = daemon.file_id, THIS_HOST
         outside = root.stat_or_none("/")
         deadline = time.monotonic() + _SANDBOX_TIMEOUT_S
-        while checked and not _has_hung_up(connection):
-            pids = self._processes([device_id]).get(device_id, [])
+        while checked and not has_ended():
+            pids = self.processes([device_id]).get(device_id, [])
             statuses = [outside, *(root.stat_or_none(f"/proc/{pid}/root") for pid in pids)]
             roots = [file_id(status) for status in statuses if status]
             if checked in roots[1:]:
@@ -274,18 +307,18 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
 
     def find(self, device_ids: Iterable[str] | None = None) -> Mapping[str, int]:
         """See VirtiofsdRunner."""
-        found = self._processes(device_ids)
+        found = self.processes(device_ids)
         return {i: pids[0] for i, pids in found.items() if not i.endswith(_KEEPER)}
 
     def end(self, device_ids: Iterable[str]) -> None:
         """See VirtiofsdRunner: QEMU has disconnected, and most have ended by themselves."""
         wanted = list(device_ids)
-        found = self._processes([*wanted, *map(_keeper_id, wanted)]).values()
+        found = self.processes([*wanted, *map(_keeper_id, wanted)]).values()
         end_processes([pid for pids in found for pid in pids], self._grace_s)
         _remove_logs(wanted)
 
-    def _processes(self, device_ids: Iterable[str] | None) -> dict[str, list[int]]:
-        """A daemon's processes: its sandbox is a child of the first.
+    def processes(self, device_ids: Iterable[str] | None) -> dict[str, list[int]]:
+        """By device id, the processes of a daemon: its sandbox is a child of the first.
 
         One that is just being executed has no environment for a moment, and is not found. It ends
         when its connection does.
@@ -300,6 +333,23 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
             if is_ours:
                 found.setdefault(device_id, []).append(pid)
         return found
+
+
+def _cannot_start(daemon: VirtiofsdSpec, why: object) -> BackendError:
+    return BackendError(
+        daemon.program,
+        f"{daemon.program} cannot be started on {daemon.directory}: {why}",
+        hint="check that the directory exists and that this user may enter it",
+    )
+
+
+@contextmanager
+def _closed_on_error(opened: "socket.socket | VirtiofsdProcess") -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        opened.close()
+        raise
 
 
 def daemon_failed(daemon: VirtiofsdSpec, error: HypervisorError, said: str) -> BackendError:
@@ -381,8 +431,11 @@ def _entered(daemon: VirtiofsdSpec) -> Iterator[str]:
 
 
 @contextmanager
-def _nameless_listener(daemon: VirtiofsdSpec) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A listening socket, and a connection to it; its name was never visible to others."""
+def _nameless_listener(daemon: VirtiofsdSpec) -> Iterator[tuple[socket.socket, int]]:
+    """A listening socket, and a descriptor of its file, whose name was never visible to others.
+
+    A process of any user that has the descriptor may connect.
+    """
     from tempfile import TemporaryDirectory  # noqa: PLC0415  2 ms
 
     try:
@@ -393,11 +446,13 @@ def _nameless_listener(daemon: VirtiofsdSpec) -> Iterator[tuple[socket.socket, s
             f"{daemon.program} cannot be started on {daemon.directory}: {error.strerror}",
             hint="virtiofsd needs a temporary directory: set TMPDIR to one",
         ) from error
-    with socket.socket(socket.AF_UNIX) as listener:
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
         with private as directory:
             path = f"{directory}/s"
             listener.bind(path)
+            os.chmod(path, 0o666)  # noqa: S103  it has no name soon
             listener.listen(1)
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(path)
-        yield listener, connection
+            name = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            stack.callback(os.close, name)
+        yield listener, name

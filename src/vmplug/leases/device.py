@@ -38,7 +38,8 @@ class LeasedDevice(msgspec.Struct, frozen=True, kw_only=True):
 
     `name` is that of the request, `kind` the word of its kind. `descriptor` is the open file of a
     disk, an image or a character device, or the connection to a virtiofsd. `socket` is that of a
-    vhost-user backend. `group_node` is that of an IOMMU group with its `functions`, and
+    vhost-user backend; where it is that of a virtiofsd of vmplug's, its path leads there only in
+    the process that inherits it. `group_node` is that of an IOMMU group with its `functions`, and
     `group_descriptor` the same, open.
     """
 
@@ -67,17 +68,19 @@ class LeasedDevice(msgspec.Struct, frozen=True, kw_only=True):
 class Opened(msgspec.Struct, kw_only=True):
     """What this process holds open for one device: to be passed on, and to lock it.
 
-    `nodes` are those of functions, by BDF or UUID.
+    `nodes` are those of functions, by BDF or UUID. `socket` is the file of a virtiofsd's socket.
     """
 
     descriptor: int | None = None
+    socket: int | None = None
     group_descriptor: int | None = None
     nodes: dict[str, int] = msgspec.field(default_factory=dict)
     locks: list[int] = msgspec.field(default_factory=list)
 
     def all(self) -> list[int]:
         """Every descriptor."""
-        some = [d for d in (self.descriptor, self.group_descriptor) if d is not None]
+        known = (self.descriptor, self.socket, self.group_descriptor)
+        some = [descriptor for descriptor in known if descriptor is not None]
         return [*some, *self.nodes.values(), *self.locks]
 
 
@@ -95,7 +98,10 @@ def describe(hold: Attachment, plug: Plug | None, opened: Opened) -> LeasedDevic
             return replace(device, size_bytes=plug.size_bytes, format=str(plug.format))
         case VhostUserDevice():
             return replace(
-                device, socket=plug.socket_path, mac_address=plug.mac_address, tag=plug.tag
+                device,
+                socket=plug.socket_path or _path_of(opened.socket),
+                mac_address=plug.mac_address,
+                tag=plug.tag,
             )
         case SharedFS():
             return replace(device, tag=plug.tag)
@@ -115,6 +121,10 @@ def without_descriptors(device: LeasedDevice) -> LeasedDevice:
     """The device without what is open of it."""
     functions = tuple(replace(function, descriptor=None) for function in device.functions)
     return replace(device, descriptor=None, group_descriptor=None, functions=functions)
+
+
+def _path_of(descriptor: int | None) -> str | None:
+    return None if descriptor is None else f"/proc/self/fd/{descriptor}"
 
 
 def _function(device: VFIODevice, opened: Opened) -> LeasedFunction:

@@ -26,13 +26,13 @@ from vmplug.host.pci.function import find_function
 from vmplug.host.pci.vfio import is_vfio_driver, open_nodes, read_cdev
 from vmplug.host.root import HostRoot
 from vmplug.host.use.qemu_lock import take_lock
-from vmplug.hypervisor.virtiofsd import VirtiofsdProcess, VirtiofsdRunner
+from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess
 from vmplug.leases.device import Opened
 from vmplug.manager.plan import Chosen, LeaseOffer
 
 
 class Passing(StrEnum):
-    """Which open files a lease has to pass on; connections to a virtiofsd always are.
+    """Which open files a lease has to pass on; what it has of a virtiofsd always is.
 
     `paths`: none. `files`: disks, images and character devices. `cdevs`: also the own nodes of
     VFIO devices, `groups`: also the nodes of their groups. A group that is open here cannot be
@@ -58,12 +58,24 @@ class LeaseLock(StrEnum):
     FULL = "full"
 
 
+class ShareEnd(StrEnum):
+    """What a lease has of a virtiofsd that vmplug runs for it.
+
+    `connection`: an open connection. `socket`: the path of its socket, for a VMM that takes
+    nothing else. The process that inherits the lease's open files may connect to that, once.
+    """
+
+    CONNECTION = "connection"
+    SOCKET = "socket"
+
+
 class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
     """How devices are leased; `allow` are the findings of `check` that do not matter."""
 
     allow: frozenset[Code] = frozenset()
     passing: Passing = Passing.FILES
     lock: LeaseLock = LeaseLock.NONE
+    shares: ShareEnd = ShareEnd.CONNECTION
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -78,10 +90,11 @@ class LeaseHolder(Hypervisor):
     endpoint: Endpoint | None = None
     takes_vf_token = False
 
-    def __init__(self, daemons: VirtiofsdRunner, host: HostRoot, terms: LeaseTerms) -> None:
+    def __init__(self, daemons: HostVirtiofsdRunner, host: HostRoot, terms: LeaseTerms) -> None:
         self._daemons = daemons
         self._host = host
         self._passing = terms.passing
+        self._shares = terms.shares
         self.lock = terms.lock
         self._offer = LeaseOffer(
             machine="lease",
@@ -126,6 +139,8 @@ class LeaseHolder(Hypervisor):
                     self._check_bound(plug)
                     plug = self.with_cdevs(plug)
                     self._open_vfio(plug, opened)
+                case VhostUserDevice(daemon=daemon) if daemon and self._shares is ShareEnd.SOCKET:
+                    opened.socket = self._daemons.listen(daemon, plug.id)
                 case VhostUserDevice(daemon=daemon) if daemon:
                     started = self._daemons.start(daemon, plug.id)
                     self._connections[plug.id] = started

@@ -1,6 +1,7 @@
 """Lease devices of this host to a process, whatever it is."""
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Self
@@ -23,6 +24,7 @@ from vmplug.journal.records import Attachment, VmRecord
 from vmplug.leases.device import LeasedDevice, Opened, describe, without_descriptors
 from vmplug.leases.holder import DEFAULT_TERMS, LeaseHolder, LeaseTerms
 from vmplug.leases.life import (
+    STEP_S,
     end_ended,
     end_or_pass_on,
     give_back,
@@ -79,7 +81,7 @@ class Lease:
 
     @property
     def process(self) -> int | None:
-        """The process that it was given to; None before that."""
+        """The process that has it: it was given to it, or uses the devices since; None before."""
         return self._process
 
     @property
@@ -158,9 +160,10 @@ class Lease:
         self._close_all()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the process that it was given to, and give the devices back; False if it runs.
+        """Wait for the process that has it, and give the devices back; False if it runs.
 
-        Raises StateError when it was not given, BindError.
+        A process that uses the devices when that one ends has the lease then, and is waited for
+        too. Raises StateError when it was not given, BindError.
         """
         self._maker.check()
         if self._process is None:
@@ -169,17 +172,28 @@ class Lease:
                 state=LeaseState.MADE,
                 required=LeaseState.HELD,
             )
+        forever_s = 1e6  # poll(2) takes no more
+        deadline = time.monotonic() + (forever_s if timeout_s is None else timeout_s)
+        while True:
+            is_leased = self._find_process()
+            left_s = max(0, deadline - time.monotonic())
+            if not wait_for_end(self._process, left_s, started_at=self._started_at):
+                return False
+            if is_leased:
+                self.settle()
+            if not is_leased or self._is_over:
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(STEP_S)  # there is no event for the end of a user without a name
+
+    def _find_process(self) -> bool:
+        """Find which process has it by now; False when none has, or a VM has the devices."""
         with Journal.open_existing(self._setup.state_dir) as journal:
             record = self._find(journal)
-        pid, started_at = self._process, self._started_at
-        if record and record.pid:  # a process that uses the devices may have it since
-            pid, started_at = record.pid, record.started_at
-        forever_s = 1e6  # poll(2) takes no more
-        left_s = forever_s if timeout_s is None else timeout_s
-        if not wait_for_end(pid, left_s, started_at=started_at):
-            return False
-        self.settle()
-        return True
+        if record and record.pid:
+            self._process, self._started_at = record.pid, record.started_at
+        return record is not None
 
     def settle(self) -> str | None:
         """Give back what the process had, if it has ended; in words, who uses it instead.
@@ -197,8 +211,11 @@ class Lease:
             if self._process and find_state(record, journal.host) is not LeaseState.ENDED:
                 return None
             repairs = end_or_pass_on(record, journal, self._setup.host)
-            if self._find(journal):
-                return repairs[0].reason if repairs else None
+            if (now := self._find(journal)) and repairs:
+                self._process, self._started_at = now.pid, now.started_at
+                return repairs[0].reason
+            if now:
+                return None
             self._is_over = True
             failures = [r.error for r in Binder(journal, self._setup.host).recover() if r.error]
             if failures:

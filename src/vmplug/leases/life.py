@@ -5,25 +5,18 @@ devices too: while a process has a function open, or a disk for writing, the lea
 """
 
 import os
-import stat
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
 
 import msgspec
 
-from vmplug.address import find_bdf, new_id
-from vmplug.devnum import is_decimal
-from vmplug.errors import AttributeReadError, DeviceError, NotAttached, StateError
+from vmplug.address import new_id
+from vmplug.errors import DeviceError, NotAttached, StateError
 from vmplug.host.finding import LEASE_PREFIX
-from vmplug.host.kind import DeviceType, IdentityKind
-from vmplug.host.pci.iommu import find_group, group_node, is_noiommu
-from vmplug.host.pci.mdev import MDEV_DEVICES
-from vmplug.host.process import is_running, read_start_time
+from vmplug.host.kind import DeviceType
+from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
-from vmplug.host.use.file_key import FileKey, key_of, key_of_node
-from vmplug.host.use.openers import DeviceNode, Opener, Wanted, read_open_files, wanted_node
+from vmplug.host.use.openers import Opener
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.journal.journal import Journal
 from vmplug.journal.process import read_pid_namespace
@@ -31,17 +24,17 @@ from vmplug.journal.records import (
     Attachment,
     DeviceRecord,
     VmRecord,
-    is_elsewhere,
     spoken_process,
 )
 from vmplug.leases.state import LeaseState, find_state
+from vmplug.leases.users import LeaseUser, find_users
 from vmplug.manager.reconcile import Repair, RepairOutcome
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 
 GRACE_S = 2.0
 """How long a process that has inherited nothing may take to open what it was started for, when
 its launcher died before it said that the lease is this process's."""
-_STEP_S = 0.05
+STEP_S = 0.05
 
 
 class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,7 +127,7 @@ def release(record: VmRecord, journal: Journal, host: HostRoot) -> None:
     if state is LeaseState.UNKNOWN:
         raise _in_use(record, "its process is in another PID namespace")
     for user in find_users(record, journal, host):
-        raise _in_use(record, f"process {user.pid} ({user.name}) has {user.path} open")
+        raise _in_use(record, f"{user} has {user.path} {user.how}")
     give_back(record, journal, host)
 
 
@@ -198,8 +191,10 @@ def end_or_pass_on(
     """
     devices = journal.devices(record.name)
     if not record.is_of_earlier_boot and (heir := _find_heir(record, journal, host, grace_s)):
-        _pass_on(record, heir, journal)
-        why = f"process {heir.pid} ({heir.name}) has it open: the lease is its now"
+        why = f"{heir} has it {heir.how}"
+        if heir.process:
+            _pass_on(record, heir.process, journal)
+            why += ": the lease is its now"
         return [Repair(d.id, d.host_path, RepairOutcome.IN_PROGRESS, why) for d in devices]
     reason = f"{spoken_process(record, journal.host)} has ended"
     if record.is_of_earlier_boot:
@@ -224,110 +219,24 @@ def end_ended(journal: Journal, host: HostRoot) -> None:
 
 def _find_heir(
     record: VmRecord, journal: Journal, host: HostRoot, grace_s: float
-) -> Opener | None:
-    """A process that uses a device of a lease that has ended.
+) -> LeaseUser | None:
+    """What uses a device of a lease that has ended, for now or for longer.
 
-    Of one that was never given to a process, the process may be about to open them.
+    Of one that was never given to a process, the process may be about to open them. What no
+    process shows may be what the kernel has not closed yet for the one that has ended.
     """
     may_come = record.starting_by and journal.devices(record.name)
-    deadline = time.monotonic() + (grace_s if may_come else 0)
+    begun = time.monotonic()
     while True:
-        if heir := next(find_users(record, journal, host), None):
+        heir = next(find_users(record, journal, host), None)
+        if heir and heir.process:
             return heir
-        if time.monotonic() >= deadline:
-            return None
-        time.sleep(_STEP_S)  # /proc gives no event for an opened file
+        if time.monotonic() - begun >= (GRACE_S if heir else grace_s if may_come else 0):
+            return heir
+        time.sleep(STEP_S)  # /proc gives no event for an opened file
 
 
 def _pass_on(record: VmRecord, heir: Opener, journal: Journal) -> None:
     started_at = read_start_time(heir.pid, journal.host)
     if started_at is not None:
         journal.leases.hand_over(record, heir.pid, started_at)
-
-
-def find_users(record: VmRecord, journal: Journal, host: HostRoot) -> Iterator[Opener]:
-    """The processes besides this one that have a function open, or a disk open for writing.
-
-    A file that is mapped counts, although its descriptor is closed. A process that has the same
-    disk (share-rw) by a VM or a lease of its own does not.
-    """
-    nodes, disks = Wanted(), Wanted()
-    devices = journal.devices(record.name)
-    for device in devices:
-        match device.identity.kind:
-            case IdentityKind.VFIO:
-                nodes |= _wanted_nodes(device, host)
-            case IdentityKind.BLOCK | IdentityKind.FILE if not device.read_only:
-                disks |= _wanted_disk(device, host)
-    if not (nodes or disks):
-        return
-    found, sharers = read_open_files(host), _find_sharers(record, devices, journal)
-    yield from found.find(nodes)
-    writers = (one for key, path in disks.items() for one in found.find({key: path}) if one.writes)
-    mapped = _find_mapped({k: v for k, v in disks.items() if not isinstance(k, str)}, host)
-    for user in chain(writers, mapped):
-        if user.pid not in sharers.get(user.path, ()):
-            yield user
-
-
-def _find_sharers(
-    record: VmRecord, devices: Sequence[DeviceRecord], journal: Journal
-) -> dict[str, set[int]]:
-    """By the paths of devices, the processes that have them by another VM or lease."""
-    paths, sharers = {one.identity: one.host_path for one in devices}, dict[str, set[int]]()
-    for other in journal.all_holders():
-        is_one = other.name != record.name and not is_elsewhere(other, journal.host)
-        if is_one and other.pid and is_running(other.pid, other.started_at, journal.host):
-            for device in journal.devices(other.name):
-                if path := paths.get(device.identity):
-                    sharers.setdefault(path, set()).add(other.pid)
-    return sharers
-
-
-def _wanted_nodes(device: DeviceRecord, host: HostRoot) -> Wanted:
-    from vmplug.host.pci.vfio import read_cdev  # noqa: PLC0415  3 ms, as for all of VFIO
-
-    functions = device.guest_address.functions if device.guest_address else ()
-    wanted = Wanted()
-    for function in functions:
-        is_pci = find_bdf(function.host) is not None
-        directory = f"{host.pci_devices if is_pci else MDEV_DEVICES}/{function.host}"
-        number = find_group(directory, host)
-        names = [read_cdev(directory, host)]
-        if number is not None:
-            names.append(group_node(number, is_noiommu=is_pci and is_noiommu(number, host)))
-        for name in filter(None, names):
-            wanted |= wanted_node(DeviceNode.of_char(name, host), host)
-    return wanted
-
-
-def _wanted_disk(device: DeviceRecord, host: HostRoot) -> Wanted:
-    from vmplug.host.check.thing import find_place  # noqa: PLC0415  2 ms
-
-    if number := device.identity.devnum:
-        return {key_of_node(stat.S_IFBLK, number): device.host_path}
-    if device.thing and (place := find_place(device.thing)):  # its name may lead elsewhere now
-        return {(stat.S_IFREG, *place): device.host_path}
-    status = host.stat_or_none(device.host_path)
-    return {key_of(status): device.host_path} if status else {}
-
-
-def _find_mapped(wanted: dict[FileKey, str], host: HostRoot) -> Iterator[Opener]:
-    """Processes that have a file mapped for writing, whatever they have closed."""
-    regular = {key: path for key, path in wanted.items() if key[0] == stat.S_IFREG}
-    if not regular or not host.is_live:
-        return
-    from vmplug.host.use.statx import read_places  # noqa: PLC0415  ctypes costs 2 ms
-
-    for pid in filter(is_decimal, host.list_dir("/proc")):
-        if int(pid) == os.getpid():
-            continue
-        directory = f"/proc/{pid}/map_files"
-        try:
-            names = host.list_dir(directory)
-            keys = {place[0] for _, place in read_places(directory, names)}
-        except AttributeReadError:  # another user's, or it has ended
-            continue
-        for key in regular.keys() & keys:
-            name = (host.read_text(f"/proc/{pid}/comm") or "").strip()
-            yield Opener(pid=int(pid), name=name, path=regular[key])

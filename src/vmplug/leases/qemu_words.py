@@ -32,6 +32,12 @@ def make_words(
             f"the lease has locks ({holder.lock}), which would last until QEMU ends",
             hint="leave --lock out: QEMU locks its disks itself",
         )
+    if any(opened.socket is not None for opened in holder.opened.values()):
+        raise SpecError(
+            "{qemu-args}",
+            "the lease has the socket of a virtiofsd, and QEMU gets a connection",
+            hint="leave the field socket of a share out, or ShareEnd.SOCKET in the library",
+        )
     records = {record.id: record for record in devices}
     if counted := [record for record in records.values() if record.id not in holder.plugs]:
         raise CannotPlug(

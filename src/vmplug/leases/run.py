@@ -4,15 +4,17 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 from vmplug.errors import DeviceError, SpecError
+from vmplug.host.kind import DeviceType
 from vmplug.hypervisor.qemu.start.foreign import QemuCommand
-from vmplug.leases.holder import Passing
+from vmplug.leases.holder import Passing, ShareEnd
 from vmplug.leases.lease import Lease
-from vmplug.leases.template import fields_in, render_command
+from vmplug.leases.template import fields_in, named_in, render_command
+from vmplug.oci.requests import Request, ShareInfo
 
 QEMU_ARGS = "{qemu-args}"
 """A word of a command that stands for the words of `Lease.qemu_args`."""
@@ -62,6 +64,15 @@ def passing_for(words: Sequence[str]) -> Passing:
     if "group_descriptor" in fields:
         return Passing.GROUPS
     return Passing.CDEVS if "descriptor" in fields else Passing.PATHS
+
+
+def share_end_for(words: Sequence[str], requests: Iterable[Request]) -> ShareEnd:
+    """What a command needs of a virtiofsd: its socket where a word names that of a share."""
+    of_shares = {name for name, field in named_in(words) if field == "socket"}
+    names = {name for r in requests if isinstance(r, ShareInfo) for name in (r.name, r.tag)}
+    kinds = {"share", DeviceType.VHOST_USER_FS.word}
+    is_named = bool(names) and not of_shares.isdisjoint(names | kinds)
+    return ShareEnd.SOCKET if is_named else ShareEnd.CONNECTION
 
 
 def write_description(path: str, text: str) -> None:

@@ -50,11 +50,20 @@ def render_command(devices: Sequence[LeasedDevice], command: Iterable[str]) -> l
 
 def fields_in(command: Iterable[str]) -> set[str]:
     """The fields that a command names. Raises SpecError for one that there is not."""
-    found = set[str]()
+    return {field for _, field in named_in(command)}
+
+
+def named_in(command: Iterable[str]) -> set[tuple[str, str]]:
+    """The names in a command, each with a field. Raises SpecError for one that there is not."""
+    found = set[tuple[str, str]]()
     for word in command:
         each = _EACH.fullmatch(word)
-        found |= set(_FIELD.findall(each[2]) if each else (f for _, f in _NAMED.findall(word)))
-    for field in sorted(found):
+        found.update(
+            ((each[1], field) for field in _FIELD.findall(each[2]))
+            if each
+            else _NAMED.findall(word)
+        )
+    for _, field in sorted(found):
         _check_field(field)
     return found
 

@@ -1,6 +1,7 @@
 """Leases in an event loop."""
 
 import asyncio
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from tests.support.loop_thread import watched
 from tests.unit.aio.test_cancel import NEVER_S, in_loop, soon
 from tests.unit.leases.test_lease import disk, image, process, rows, setup
+from tests.unit.manager.test_other_threads import in_child
 from vmplug import Setup, StateError, aio
 
 __all__ = ("image", "setup")
@@ -37,6 +39,46 @@ async def test_a_lease_ends_with_the_process_that_it_is_given_to(
             assert await waiting
             await aio.in_thread(sleep.wait)
     assert found == []
+    assert rows(setup) == 0
+
+
+@in_loop
+async def test_a_wait_is_for_whoever_has_the_devices(setup: Setup, image: Path) -> None:
+    async with await aio.lease([disk(image)], owner="job", setup=setup) as lease:
+        with process() as vmm, process(*lease.descriptors) as child:
+            await lease.give_to(vmm.pid)
+            await aio.in_thread(vmm.kill)
+            assert not await lease.wait(0.2)
+            assert lease.process == child.pid
+            waiting = asyncio.create_task(lease.wait())
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            await aio.in_thread(child.kill)
+            assert await waiting
+    assert rows(setup) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@in_loop
+async def test_a_child_of_fork_is_told_that_the_lease_is_its_parents(
+    setup: Setup, image: Path
+) -> None:
+    async with await aio.lease([disk(image)], owner="job", setup=setup) as lease:
+        with process() as vmm:
+            await lease.give_to(vmm.pid)
+            for call in (
+                lambda: lease.give_to(vmm.pid),
+                lease.wait,
+                lease.settle,
+                lease.release,
+                lambda: lease.qemu_args("q35"),
+            ):
+                told = in_child(lambda call=call: call().send(None))  # type: ignore[misc]
+                assert told.startswith(f"StateError: process {os.getpid()} opened this"), told
+                told = in_child(lambda call=call: asyncio.run(call()))  # type: ignore[misc]
+                assert told.startswith(f"StateError: process {os.getpid()} opened this"), told
+            (status,) = await aio.list_leases(setup=setup)
+            assert (status.state, status.process) == ("held", vmm.pid)
     assert rows(setup) == 0
 
 

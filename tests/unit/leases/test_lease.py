@@ -3,6 +3,7 @@
 import fcntl
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -115,6 +116,37 @@ def test_all_devices_are_leased_or_none(setup: Setup, image: Path, tmp_path: Pat
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+WITHOUT_ITS_FIRST_THREAD = """
+import ctypes, os, sys, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+os.write(1, b"\\n")
+ctypes.CDLL(None).syscall(60, 0)  # exit(2), of this thread alone
+"""
+
+
+def test_a_process_lives_as_long_as_one_of_its_threads(setup: Setup, image: Path) -> None:
+    """Without its first thread it is a zombie, whose files only the others show."""
+    words = [sys.executable, "-c", WITHOUT_ITS_FIRST_THREAD]
+    with vmplug.lease([disk(image)], owner="job", setup=setup) as lease, process() as vmm:
+        passed = lease.descriptors
+        with subprocess.Popen(words, pass_fds=passed, stdout=subprocess.PIPE) as child:
+            stat = Path(f"/proc/{child.pid}/stat")
+            try:
+                while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+                    time.sleep(0.01)
+                lease.give_to(vmm.pid)
+                vmm.kill()
+                vmm.wait()
+                assert f"process {child.pid} (" in str(lease.settle())
+                assert not lease.wait(0.1)
+                (status,) = vmplug.list_leases(setup=setup)
+                assert (status.process, status.state) == (child.pid, "held")
+            finally:
+                child.kill()
+        assert lease.wait()
+    assert rows(setup) == 0
+
+
 def test_an_ended_process_is_given_nothing(setup: Setup, image: Path) -> None:
     with (
         vmplug.lease([disk(image)], setup=setup) as lease,
@@ -140,6 +172,19 @@ def test_a_process_that_has_a_disk_open_inherits_the_lease(setup: Setup, image: 
                 lease.release()
         assert lease.settle() is None
     assert rows(setup) == 0
+
+
+def test_a_wait_is_for_whoever_has_the_devices(setup: Setup, image: Path) -> None:
+    with vmplug.lease([disk(image)], owner="job", setup=setup) as lease, process() as vmm:
+        with process(*lease.descriptors) as child:
+            lease.give_to(vmm.pid)
+            vmm.kill()
+            assert lease.wait(0.1) is False
+            assert lease.process == child.pid
+            assert rows(setup) != 0
+        assert lease.wait() is True
+        assert rows(setup) == 0
+        assert lease.wait() is True
 
 
 def test_a_disk_is_in_use_whatever_has_its_name_by_now(setup: Setup, image: Path) -> None:

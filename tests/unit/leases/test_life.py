@@ -16,7 +16,8 @@ from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.leases import life
 from vmplug.leases.lease import lease
-from vmplug.leases.life import find_users, leases_of, record_lease
+from vmplug.leases.life import leases_of, record_lease
+from vmplug.leases.users import find_users
 from vmplug.vms import reconcile
 
 FUNCTION = "0000:3b:00.0"
@@ -38,7 +39,8 @@ def test_who_has_a_function_or_a_mediated_device_open_uses_it(tmp_path: Path, na
         )
         assert list(find_users(record, journal, tree.root)) == []
         tree.process(77, "qemu", node)
-        assert [user.pid for user in find_users(record, journal, tree.root)] == [77]
+        (user,) = find_users(record, journal, tree.root)
+        assert str(user) == "process 77 (qemu)"
 
 
 def test_a_lease_that_cannot_be_repaired_stops_nothing_else(

@@ -26,6 +26,7 @@ from vmplug.leases.run import (
     complete_command,
     passing_for,
     run_command,
+    share_end_for,
     write_description,
 )
 from vmplug.manager.setup import Setup
@@ -115,7 +116,10 @@ def run(
             owner=owner or asked.name,
             managed=managed,
             terms=LeaseTerms(
-                allow=parse_allow(allow), passing=passing_for(words), lock=LeaseLock(lock)
+                allow=parse_allow(allow),
+                passing=passing_for(words),
+                lock=LeaseLock(lock),
+                shares=share_end_for(words, asked.requests),
             ),
             setup=setup,
         )

@@ -20,6 +20,8 @@ _SHOW_FILE, _SHOW_PEER = 0x2, 0x4
 _DIAG_FILE, _DIAG_PEER, _DIAG_SHUTDOWN = 1, 2, 6
 _RECEIVES_NO_MORE = 1
 _ANY = 0xFFFFFFFF
+_CLOSED = 0
+"""The inode of a socket that no process has open any more. Source: sock_i_ino."""
 
 _HEADER, _REQUEST, _ANSWER = struct.Struct("=IHHII"), struct.Struct("=BBHIIIII"), 16
 _ATTRIBUTE, _NUMBER, _FILE = struct.Struct("=HH"), struct.Struct("=I"), struct.Struct("=II")
@@ -97,15 +99,38 @@ def find_connections(pid: int) -> Mapping[int, BoundFile] | None:
     """
     root, inside = THIS_HOST, f"/proc/{pid}/ns/net"
     try:
-        links = [root.read_link(f"/proc/{pid}/fd/{n}") for n in root.list_dir(f"/proc/{pid}/fd")]
+        inodes = _sockets_of(pid)
         is_here = root.read_link(inside) == root.read_link("/proc/self/ns/net")
     except AttributeReadError:
         return None
-    sockets = (re.fullmatch(r"socket:\[(\d+)\]", link or "") for link in links)
-    inodes = [int(found[1]) for found in sockets if found]
     if is_here:
         return _find_files(inodes)
     return ask_inside([inside], CLONE_NEWNET, lambda _: _find_files(inodes)).get(inside)
+
+
+def find_peers_of(pid: int) -> set[int]:
+    """By inode, the sockets that those of a process are connected to, as `find_peers`."""
+    try:
+        return find_peers(_sockets_of(pid))
+    except AttributeReadError:  # another user's, or it has ended
+        return set()
+
+
+def find_peers(inodes: Iterable[int]) -> set[int]:
+    """The sockets at the other ends of these; those of this network namespace, still open."""
+    try:
+        with _kernel() as kernel:
+            told = [_ask(kernel, inode, _SHOW_PEER).get(_DIAG_PEER) for inode in inodes]
+    except OSError:
+        return set()
+    return {_NUMBER.unpack(peer)[0] for peer in told if peer} - {_CLOSED}
+
+
+def _sockets_of(pid: int) -> list[int]:
+    root, directory = THIS_HOST, f"/proc/{pid}/fd"
+    links = (root.read_link(f"{directory}/{number}") for number in root.list_dir(directory))
+    sockets = (re.fullmatch(r"socket:\[(\d+)\]", link or "") for link in links)
+    return [int(found[1]) for found in sockets if found]
 
 
 def _find_files(inodes: Iterable[int]) -> Mapping[int, BoundFile] | None:

@@ -70,10 +70,12 @@ class UnixSockets:
 
         On a busy host a backend notices late that its client has gone.
         """
-        served = [socket for socket in self._at(path) if socket.state == _CONNECTED]
-        return any(
-            not (self._root.is_live and has_hung_up(int(socket.inode))) for socket in served
-        )
+        served = self.served_at(path)
+        return any(not (self._root.is_live and has_hung_up(inode)) for inode in served)
+
+    def served_at(self, path: str) -> list[int]:
+        """By inode, the server's ends of the connections to the socket at `path`."""
+        return [int(socket.inode) for socket in self._at(path) if socket.state == _CONNECTED]
 
     def find_listener(self, path: str, *, name: str | None = None) -> Listener | None:
         """The process that holds the listening socket, if visible; only one called `name`."""

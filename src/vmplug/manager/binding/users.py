@@ -15,7 +15,9 @@ from vmplug.host.pci.iommu import find_group, read_group
 from vmplug.host.pci.mdev import MDEV_DEVICES, UUID, list_children
 from vmplug.host.pci.uses import BlockDevices
 from vmplug.host.pci.vfio import list_vfio_nodes, read_cdev, with_parts
+from vmplug.host.pci.vfio_use import is_open
 from vmplug.host.root import HostRoot
+from vmplug.host.use.mapped import find_vfio_users
 from vmplug.host.use.openers import DeviceNode, read_open_files, wanted_node
 from vmplug.journal.journal import Journal
 
@@ -89,6 +91,10 @@ def _find_user(name: str, journal: Journal | None, host: HostRoot) -> str | None
     }
     for opener in read_open_files(host).find(wanted) if wanted else ():
         return f"{name} is open in process {opener.pid} ({opener.name})"
+    if is_open(name, host):
+        among = [f"process {one.pid} ({one.name})" for one in find_vfio_users(host)]
+        which = f", maybe {' or '.join(among)}" if among else ", and no process shows it"
+        return f"{name} is still open or mapped{which}"
     if journal:
         members = [Identity.of_vfio(member) for member in read_group(number, host)]
         for claim in journal.find_claims(None, Identity.of_vfio(name), members):

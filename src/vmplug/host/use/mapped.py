@@ -1,0 +1,87 @@
+"""Find the processes that have a file or a device mapped, whatever descriptors they have closed.
+
+Source: proc_pid_maps(5); proc_pid_map_files(5).
+"""
+
+import os
+import re
+from collections.abc import Iterator
+
+from vmplug.devnum import is_decimal
+from vmplug.errors import AttributeReadError
+from vmplug.host.root import HostRoot
+from vmplug.host.use.openers import Opener, Wanted
+from vmplug.host.use.threads import list_other_threads
+
+_VFIO_FILE = "anon_inode:[vfio-device]"
+"""What VFIO gives for a device of a group. Source: Linux drivers/vfio/group.c."""
+_WRITES = 0o200
+_SHARED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ...s ", re.MULTILINE)
+
+
+def find_mapped(wanted: Wanted, root: HostRoot) -> Iterator[Opener]:
+    """The processes that share one of these files by a mapping, except this one.
+
+    A private mapping writes nothing to its file, and VFIO gives none. A process whose mappings
+    this user may not read is skipped, and so is a copy of a host.
+    """
+    if not (wanted and root.is_live):
+        return
+    from vmplug.host.use.statx import read_places  # noqa: PLC0415  ctypes costs 2 ms
+
+    base = root.path.removesuffix("/")
+    for pid in _others(root):
+        directory = f"/proc/{pid}/map_files"
+        try:
+            names = list(_shared(root.read_text(f"/proc/{pid}/maps") or ""))
+            for name, (key, _) in read_places(base + directory, names):
+                if key in wanted:
+                    yield _opener(pid, wanted[key], root, f"{directory}/{name}")
+        except AttributeReadError:  # another user's, or it has ended
+            continue
+
+
+def _shared(maps: str) -> Iterator[str]:
+    """The names in map_files of a process's shared mappings; most processes have few."""
+    for start, end in _SHARED.findall(maps):
+        yield f"{int(start, 16):x}-{int(end, 16):x}"
+
+
+def find_vfio_users(root: HostRoot) -> list[Opener]:
+    """The processes, except this one, that have a device of VFIO open or mapped, whichever it is.
+
+    The file that a group gives for a device does not say which one.
+    """
+    return [
+        Opener(pid=int(pid), name=_name(pid, root), path=_VFIO_FILE)
+        for pid in _others(root)
+        if _has_vfio_file(pid, root)
+    ]
+
+
+def _has_vfio_file(pid: str, root: HostRoot) -> bool:
+    base = f"/proc/{pid}"
+    try:
+        if not (numbers := root.list_dir(f"{base}/fd")):
+            threads = list_other_threads(pid, root)
+            base = f"{base}/task/{threads[0]}" if threads else base
+            numbers = root.list_dir(f"{base}/fd")
+        links = (root.read_link(f"{base}/fd/{number}") for number in numbers)
+        return _VFIO_FILE in links or _VFIO_FILE in (root.read_text(f"{base}/maps") or "")
+    except AttributeReadError:  # another user's, or it has ended
+        return False
+
+
+def _others(root: HostRoot) -> Iterator[str]:
+    own = str(os.getpid()) if root.is_live else ""
+    return (pid for pid in root.list_dir("/proc") if is_decimal(pid) and pid != own)
+
+
+def _opener(pid: str, path: str, root: HostRoot, link: str) -> Opener:
+    status = root.stat_or_none(link, follow_symlinks=False)
+    writes = status is None or bool(status.st_mode & _WRITES)
+    return Opener(pid=int(pid), name=_name(pid, root), path=path, writes=writes)
+
+
+def _name(pid: str, root: HostRoot) -> str:
+    return (root.read_text(f"/proc/{pid}/comm") or "").strip()
