@@ -10,14 +10,17 @@ from tests.support.journal import attach_row, device_record
 from tests.support.lonely_host import LonelyHost
 from tests.support.pci_tree import PciTree
 from vmplug import DeviceInfo, DevType, Setup
+from vmplug.address import Bdf
 from vmplug.errors import AttributeReadError
 from vmplug.host.kind import DeviceType
+from vmplug.host.pci.vfio_use import is_open
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.leases import life
 from vmplug.leases.lease import lease
 from vmplug.leases.life import leases_of, record_lease
 from vmplug.leases.users import find_users
+from vmplug.manager.binding.users import find_users as find_users_of_function
 from vmplug.vms import reconcile
 
 FUNCTION = "0000:3b:00.0"
@@ -41,6 +44,39 @@ def test_who_has_a_function_or_a_mediated_device_open_uses_it(tmp_path: Path, na
         tree.process(77, "qemu", node)
         (user,) = find_users(record, journal, tree.root)
         assert str(user) == "process 77 (qemu)"
+
+
+@pytest.mark.parametrize(
+    ("driver", "enable", "references", "is_used"),
+    [
+        ("vfio-pci", 1, 1, True),
+        ("vfio-pci", 1, None, True),  # a driver that is no module
+        ("vfio-pci", 0, 1, False),
+        ("vfio-pci", 1, 0, False),  # left so by a driver before
+        ("nvme", 1, 1, False),
+    ],
+)
+def test_a_function_that_the_kernel_has_open_is_used(
+    tmp_path: Path, driver: str, enable: int, references: int | None, *, is_used: bool
+) -> None:
+    """No process shows it: it may be mapped, or sent and not received."""
+    tree = PciTree(tmp_path / "host").pci_function(FUNCTION, driver=driver, group=2)
+    function = tree.path / "sys/bus/pci/devices" / FUNCTION
+    (function / "enable").write_text(f"{enable}\n")
+    if references is not None:
+        module = (function / "driver").resolve() / "module"
+        module.mkdir()
+        (module / "refcnt").write_text(f"{references}\n")
+    assert is_open(FUNCTION, tree.root) is is_used
+    with Journal.open(tmp_path / "state") as journal:
+        journal.add_vm(record := record_lease("job", journal))
+        lent = ("/dev/vfio/2", DeviceType.VFIO)
+        row = device_record(f"vfio:{FUNCTION}", *lent, vm="lease:job", functions=(FUNCTION,))
+        attach_row(journal, row)
+        users = [str(user) for user in find_users(record, journal, tree.root)]
+        assert users == (["a process that vmplug cannot name"] if is_used else [])
+    told = find_users_of_function(Bdf.parse(FUNCTION), None, tree.root)
+    assert (told is not None) is is_used
 
 
 def test_a_lease_that_cannot_be_repaired_stops_nothing_else(
