@@ -120,3 +120,72 @@ def test_it_comes_back_when_its_command_ends(vmplug: Vmplug) -> None:
     assert (done.stderr, done.status) == ("", 0)
     assert driver() == "nvme"
     assert namespace_of(topology.NVME).is_block_device()
+
+
+USER = ("python3", str(Path(__file__).with_name("vfio_user.py")))
+GROUP, OWN_NODE = "{vfio.group_node}", "{vfio.cdev_node}"
+
+
+@contextmanager
+def left_to_a_child(vmplug: Vmplug, how: str, node: str) -> Iterator[tuple[int, str]]:
+    """A child that uses the function without a descriptor, and what `vmplug lease` said of it."""
+    asked = ("--owner", "job", "--device", f"vfio:{topology.NVME}", "--managed")
+    done = vmplug.as_process("lease", *asked, "--", *USER, how, node, topology.NVME)
+    assert done.status == 0, done
+    child = int(done.stdout)
+    try:
+        yield child, done.stderr
+    finally:
+        os.kill(child, signal.SIGKILL)
+        assert wait_for_end(child, WAIT_S)
+
+
+@pytest.mark.parametrize("node", [GROUP, *([OWN_NODE] if HAS_IOMMUFD else [])])
+def test_whoever_has_it_mapped_has_the_lease(vmplug: Vmplug, node: str) -> None:
+    """Its descriptors are closed, and the maker and the command have ended."""
+    namespace_of(topology.NVME)
+    with left_to_a_child(vmplug, "mapped", node) as (child, said):
+        assert f"process {child} (python3) has it " in said
+        assert "mapped: the lease is its now" in said
+        (lease,) = vmplug("lease", "list", "--json").json()["leases"]
+        assert (lease["state"], lease["process"]) == ("held", child)
+        assert vmplug("reconcile").answer() == "the journal and the VMs agree\n"
+        refused = vmplug("lease", "end", "job")
+        assert (refused.status, f"process {child}" in refused.stderr) == (6, True)
+        assert driver() == "vfio-pci"
+    done = vmplug("reconcile", "--json").json()
+    assert [one["outcome"] for one in done["bindings"]] == ["given back"]
+    assert driver() == "nvme"
+    assert namespace_of(topology.NVME).is_block_device()
+
+
+def test_while_it_is_sent_to_nobody_it_is_not_unbound(vmplug: Vmplug) -> None:
+    """No process shows it: the kernel alone knows that somebody has it."""
+    namespace_of(topology.NVME)
+    with left_to_a_child(vmplug, "sent", GROUP) as (_, said):
+        assert said == "vmplug: a process that vmplug cannot name has it open or mapped\n"
+        (repair,) = vmplug("reconcile", "--json").json()["repairs"]
+        assert repair["outcome"] == "in progress"
+        assert vmplug("lease", "end", "job").status == 6
+        assert driver() == "vfio-pci"
+    assert [one["outcome"] for one in vmplug("reconcile", "--json").json()["bindings"]] == [
+        "given back"
+    ]
+    assert driver() == "nvme"
+
+
+def test_what_was_bound_by_hand_is_not_unbound_while_it_is_mapped(vmplug: Vmplug) -> None:
+    namespace_of(topology.NVME)
+    assert vmplug("bind", topology.NVME).status == 0
+    node = f"/dev/vfio/{Path(f'/sys/bus/pci/devices/{topology.NVME}/iommu_group').resolve().name}"
+    words = [*USER, "mapped", node, topology.NVME]
+    child = int(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
+    try:
+        refused = vmplug("unbind", topology.NVME)
+        assert (refused.status, f"process {child} (python3)" in refused.stderr) == (4, True)
+        assert driver() == "vfio-pci"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        assert wait_for_end(child, WAIT_S)
+    assert vmplug("unbind", topology.NVME).status == 0
+    assert driver() == "nvme"
