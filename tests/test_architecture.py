@@ -209,7 +209,8 @@ MODULES_MAX = 15
 IN_HOST = [
     {"kind"},
     {"root", "finding", "program", "permissions", "events"},
-    {"process", "use"},
+    {"use"},
+    {"process"},
     {"file_id", "cdi"},
     {"block"},
     {"pci", "vhost_user"},
