@@ -1,0 +1,1 @@
+"""Which devices may Kubernetes give to its pods, and who has them?"""
