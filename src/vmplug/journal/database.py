@@ -17,7 +17,7 @@ from vmplug.host.process import ProcessLock
 from vmplug.journal import StateDir, has_journal, journal_path
 from vmplug.journal.lock import JournalLock, in_place_of
 
-VERSION = 8
+VERSION = 9
 """The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -95,7 +95,19 @@ CREATE TABLE journal (id TEXT NOT NULL) STRICT;
 INSERT INTO journal VALUES (lower(hex(randomblob(3))));
 """
 """One row: the digits with which the id of each new device begins."""
-_SCHEMA += _BINDING + _FUNCTION + _VF_UUIDS + _OWNER
+_POD_DEVICE = """
+CREATE TABLE pod_device (
+    resource TEXT NOT NULL,
+    id TEXT NOT NULL,
+    state TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    thing TEXT NOT NULL,
+    named TEXT NOT NULL,
+    serial TEXT,
+    PRIMARY KEY (resource, id)
+) STRICT;
+"""
+_SCHEMA += _BINDING + _FUNCTION + _VF_UUIDS + _OWNER + _POD_DEVICE
 
 
 _MIGRATIONS = {
@@ -122,6 +134,7 @@ ALTER TABLE vm ADD COLUMN worker TEXT;
 """,
     6: _OWNER,
     7: _FUNCTION,
+    8: _POD_DEVICE,
 }
 """The statements that turn a journal of that version into one of the next."""
 

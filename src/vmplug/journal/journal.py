@@ -35,6 +35,7 @@ from vmplug.journal.database import (
 from vmplug.journal.images import ImageClaims, find_files
 from vmplug.journal.lease_rows import NOTHING, LeaseRows, Taken, take_over
 from vmplug.journal.lock import JournalLock
+from vmplug.journal.pod_devices import PodDevices
 from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.records import (
     Attachment,
@@ -104,6 +105,7 @@ class Journal:
         self.bindings = Bindings(connection, self._lock, path)
         self.leases = LeaseRows(connection, self._lock, path)
         self.vf_tokens = VfTokens(connection, self._lock, path, self.worker.boot_id)
+        self.pod_devices = PodDevices(connection, self._lock, path)
         self._image_claims = ImageClaims(host)
         self._works = 0
         self._work_ended = threading.Condition()
@@ -402,6 +404,10 @@ class Journal:
     def device_ids(self) -> set[str]:
         """The ids of the devices of all VMs."""
         return set(self._read(lambda row: str(row["id"]), "SELECT id FROM device"))
+
+    def binding_ids(self) -> set[str]:
+        """The ids for which functions may be bound: of devices of all VMs, and of Kubernetes."""
+        return self.device_ids() | {device.device_id for device in self.pod_devices.all()}
 
     def find_foreign(self, device_ids: Iterable[str]) -> set[str]:
         """The ids that are not this journal's: it has no row of them, and did not draw them.

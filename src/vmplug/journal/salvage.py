@@ -38,6 +38,7 @@ from vmplug.journal.database import (
     store_error,
 )
 from vmplug.journal.lock import in_place_of
+from vmplug.journal.pod_devices import read_pod_device
 from vmplug.journal.process import read_pid_namespace
 from vmplug.journal.records import read_device, read_vm
 from vmplug.journal.vf_tokens import read_vf_token
@@ -64,6 +65,7 @@ _TABLES: Mapping[str, Callable[[sqlite3.Row], object]] = {
     "attachment": _read_attachment,
     "binding": read_binding,
     "vf_token": read_vf_token,
+    "pod_device": read_pod_device,
 }
 """The tables in the order of their references, each with the parser that validates a row."""
 
