@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "leases": {*_BELOW_VMS, "hypervisor", "manager"},
     "vms": {*_BELOW_VMS, "hypervisor", "manager", "leases"},
     "aio": {*_BELOW_VMS, "hypervisor", "manager", "leases", "vms"},
-    "cli": {*_BELOW_VMS, "cdi", "manager", "leases", "vms"},
+    "kubernetes": {*_BELOW_VMS, "cdi", "manager", "aio"},
+    "cli": {*_BELOW_VMS, "cdi", "manager", "leases", "vms", "kubernetes"},
 }
 """Each part with the parts to its left.
 
@@ -76,7 +77,7 @@ CATCHES_OSERROR = {
     "journal/lock.py",
     "host/use/qemu_lock.py",  # the lock of another
     "manager/kata/saved_state.py",
-    "policy/file.py",
+    "policy/toml.py",
     "host/permissions.py",
     "journal/salvage.py",
     "oci/source.py",

@@ -61,7 +61,9 @@ class PodDevices:
         """Every row, by resource and ID."""
         try:
             with self._lock:
-                rows = self._db.execute("SELECT * FROM pod_device ORDER BY resource, id").fetchall()
+                rows = self._db.execute(
+                    "SELECT * FROM pod_device ORDER BY resource, id"
+                ).fetchall()
             return [read_pod_device(row) for row in rows]
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise store_error(self._path, error) from error

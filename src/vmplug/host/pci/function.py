@@ -369,6 +369,29 @@ def read_reset_methods(bdf: Bdf, root: HostRoot) -> tuple[str, ...] | None:
     return () if root.stat(f"{base}/uevent") else None
 
 
+_EXTENDED, _SERIAL = 0x100, 0x0003
+_CAPABILITIES_MAX = 48
+
+
+def read_serial(bdf: Bdf, root: HostRoot) -> str | None:
+    """The serial number of a function's card; None where it has none, or it cannot be read.
+
+    Source: PCI Express Base Specification, Device Serial Number Extended Capability.
+    """
+    config = root.read_attribute(f"{root.pci_devices}/{bdf}/config") or b""
+    at = _EXTENDED
+    for _ in range(_CAPABILITIES_MAX):
+        if len(config) < at + 12:
+            return None
+        head = int.from_bytes(config[at : at + 4], "little")
+        if head & 0xFFFF == _SERIAL:
+            return config[at + 4 : at + 12][::-1].hex("-")
+        at = head >> 20
+        if at < _EXTENDED:
+            return None
+    return None
+
+
 def read_virtfns(bdf: Bdf, root: HostRoot) -> tuple[Bdf, ...]:
     """The virtual functions of a physical one, in the order of their numbers.
 
