@@ -72,6 +72,10 @@ class HostEvents:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def fileno(self) -> int:
+        """A descriptor that is readable while there are events."""
+        return self._selector.fileno()
+
     def follow(self, pids: Collection[int]) -> None:
         """Report the end of these processes from now on, and of no others.
 

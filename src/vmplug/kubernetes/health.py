@@ -40,8 +40,8 @@ class UnitState(StrEnum):
 class Look(msgspec.Struct, frozen=True, kw_only=True):
     """What all units are judged by.
 
-    `find_claims` gives what VMs and leases of the journal have of a device. `foreign` are the files
-    of others that define a device of CDI, by its qualified name.
+    `find_claims` gives what VMs and leases of the journal have of a device. `foreign` are files of
+    others by the devices of CDI that they define.
     """
 
     host: HostRoot

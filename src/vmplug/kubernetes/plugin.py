@@ -1,0 +1,216 @@
+"""Plugin: the process of a node that offers its resources to kubelet."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+
+from vmplug.aio.threads import Threads
+from vmplug.errors import DeviceError, HostError, StateError, StoreError
+from vmplug.host.events import HostEvents
+from vmplug.journal.database import alone, is_locked
+from vmplug.journal.journal import Journal
+from vmplug.kubernetes.config import Config, Managed
+from vmplug.kubernetes.health import UnitState
+from vmplug.kubernetes.keeper import Keeper, Picture
+from vmplug.kubernetes.kubelet import list_pods
+from vmplug.kubernetes.service import ResourceService
+from vmplug.log import Log
+from vmplug.manager.setup import Setup
+
+log = Log(__name__)
+
+_LOOK_S = 5.0
+"""For what the kernel has no event of: a process that opens or closes a device, a CDI file."""
+_EVENTS_S = 0.05
+"""Events come in bursts: a card has several functions."""
+_LOCK = "device-plugin.lock"
+
+
+class Plugin:
+    """Offers the resources of a configuration; see `serve`."""
+
+    def __init__(self, config: Config, journal: Journal, setup: Setup) -> None:
+        self.config = config
+        self.keeper = Keeper(config, journal, setup.host)
+        self.threads = Threads.of_loop()
+        self.picture = Picture()
+        self.changed = asyncio.Event()
+        self.is_stopping = False
+        self._look_soon = asyncio.Event()
+        self._services = [ResourceService(self, resource) for resource in config.resources]
+        self._said = dict[object, str]()
+
+    async def start(self) -> None:
+        """Finish what a crash left, and look at everything once. Raises DeviceError."""
+        await self.threads.call(self.keeper.check)
+        await self.threads.call(self.keeper.recover)
+        await self._look()
+        await self._ask_kubelet()
+        await self._look()
+
+    async def run(self) -> None:
+        """Offer the resources, until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for service in self._services:
+                tasks.create_task(service.run())
+            tasks.create_task(self._keep_looking())
+            tasks.create_task(self._keep_asking())
+
+    def stop(self) -> None:
+        """Close the streams. No list is sent."""
+        self.is_stopping = True
+        self.changed.set()
+
+    def look_soon(self) -> None:
+        """Look at the devices before the time for it."""
+        self._look_soon.set()
+
+    async def _keep_looking(self) -> None:
+        with _events(self.look_soon) as drain:
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S):
+                        await self._look_soon.wait()
+                await asyncio.sleep(_EVENTS_S)
+                drain()
+                self._look_soon.clear()
+                await self._look_again()
+
+    async def _look_again(self) -> None:
+        try:
+            await self._look()
+        except DeviceError as error:
+            self._say("look", f"cannot look at the devices: {error.message}")
+
+    async def _keep_asking(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.reconcile_s)
+            try:
+                await self._ask_kubelet()
+                if await self.threads.call(self.keeper.bind_offered):
+                    self.look_soon()
+            except DeviceError as error:
+                self._say("reconcile", f"cannot reconcile: {error.message}")
+
+    async def _ask_kubelet(self) -> None:
+        """Ask which pods have what, and give back what none has."""
+        is_settled = self._is_settled()
+        try:
+            answer = await list_pods(self.config.pod_resources_socket)
+        except HostError as error:
+            self._say("pods", error.message)
+            return
+        self._say("pods", "")
+        await self.threads.call(
+            partial(
+                self.keeper.note_pods, answer.pods, has_any=answer.has_any, is_settled=is_settled
+            )
+        )
+        await self.threads.call(self.keeper.adopt)
+        await self.threads.call(self.keeper.give_back_unused)
+        self.look_soon()
+
+    def _is_settled(self) -> bool:
+        """Whether kubelet has had every resource for a whole period."""
+        now = asyncio.get_running_loop().time()
+        since = [s.open_since for s in self._services if self.picture.of(s.resource.name)]
+        return bool(since) and all(
+            begun is not None and now - begun >= self.config.reconcile_s for begun in since
+        )
+
+    async def _look(self) -> None:
+        """Renew the picture, and tell kubelet if it has changed."""
+        picture = await self.threads.call(self.keeper.look)
+        if any(
+            offer.unit
+            and offer.unit.resource.managed is Managed.START
+            and offer.health.state is UnitState.BINDABLE
+            for offer in picture.offers
+        ) and await self.threads.call(self.keeper.bind_offered):
+            picture = await self.threads.call(self.keeper.look)
+        try:
+            await self.threads.call(self.keeper.write_specs)
+            self._say("specs", "")
+        except DeviceError as error:
+            self._say("specs", error.message)
+        self._log_changes(picture)
+        if picture != self.picture:
+            self.picture = picture
+            former, self.changed = self.changed, asyncio.Event()
+            former.set()
+
+    def _log_changes(self, picture: Picture) -> None:
+        former = {offer.key: offer.health for offer in self.picture.offers}
+        for offer in picture.offers:
+            if former.get(offer.key) != offer.health:
+                name = f"{offer.resource}={offer.id}"
+                why = f": {offer.health.reason}" if offer.health.reason else ""
+                level = log.info if offer.health.state.is_healthy else log.warning
+                level("%s is %s%s", name, offer.health.state, why)
+
+    def _say(self, about: str, what: str) -> None:
+        """Warn of what was not said last."""
+        if what and self._said.get(about) != what:
+            log.warning("%s", what)
+        self._said[about] = what
+
+
+@contextmanager
+def _events(tell: Callable[[], None]) -> Iterator[Callable[[], object]]:
+    """Call `tell` for each event of the kernel, until they are taken with what this gives."""
+    try:
+        events = HostEvents()
+    except HostError as error:
+        log.warning("%s", error.message)
+        yield lambda: None
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_reader(events.fileno(), tell)
+    try:
+        yield partial(events.wait, 0)
+    finally:
+        loop.remove_reader(events.fileno())
+        events.close()
+
+
+async def serve(config: Config, setup: Setup) -> None:
+    """Offer the resources until SIGTERM or SIGINT.
+
+    Raises DeviceError for what cannot begin, StateError while another process does it.
+    """
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    with Journal.open(setup.state_dir, host=setup.host) as journal, only_one(journal):
+        plugin = Plugin(config, journal, setup)
+        await plugin.start()
+        running = asyncio.create_task(plugin.run())
+        stopping = asyncio.create_task(stopped.wait())
+        await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
+        plugin.stop()
+        await asyncio.sleep(0)  # the streams end
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+
+@contextmanager
+def only_one(journal: Journal) -> Iterator[None]:
+    """Keep every other process from offering or giving back. Raises StateError."""
+    path = os.path.join(os.path.dirname(journal.path), _LOCK)
+    with ExitStack() as locked:
+        try:
+            locked.enter_context(alone(path, 0))
+        except StoreError as error:
+            if not is_locked(error):
+                raise
+            raise StateError(
+                "a vmplug device-plugin runs on this node already",
+                state="running",
+                required="stopped",
+                hint="end it first: vmplug device-plugin status shows what it offers",
+            ) from error
+        yield

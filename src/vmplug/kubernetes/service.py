@@ -1,0 +1,205 @@
+"""One resource on its socket: registered with kubelet for as long as kubelet lives."""
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError
+from grpclib.server import Server, Stream
+
+from vmplug.errors import DeviceError, NoSuchDevice
+from vmplug.kubernetes import device_plugin_pb2 as api
+from vmplug.kubernetes.answer import describe_allocated, list_devices, prefer
+from vmplug.kubernetes.config import Resource
+from vmplug.kubernetes.device_plugin_grpc import DevicePluginBase
+from vmplug.kubernetes.kubelet import OPTIONS, SocketIdentity, identify_socket, register
+from vmplug.log import Log
+
+if TYPE_CHECKING:
+    from vmplug.kubernetes.plugin import Plugin
+
+log = Log(__name__)
+
+_POLL_S = 0.1
+"""How often kubelet's socket is looked at."""
+_OPEN_TIMEOUT_S = 10.0
+_BACKOFF_S, _BACKOFF_MAX_S = 1.0, 30.0
+
+T = TypeVar("T")
+
+
+class ResourceService(DevicePluginBase):
+    """Answers kubelet for one resource of a plugin."""
+
+    def __init__(self, plugin: "Plugin", resource: Resource) -> None:
+        self._plugin = plugin
+        self.resource = resource
+        self.open_since: float | None = None
+        self._streams = 0
+        self._opened = asyncio.Event()
+        self._said = ""
+        digest = sha256(resource.name.encode()).hexdigest()[:12]
+        self.endpoint = f"vmplug-{digest}.sock"
+        self._directory = plugin.config.plugin_directory
+        self._socket = os.path.join(self._directory, self.endpoint)
+        self._kubelet = os.path.join(self._directory, "kubelet.sock")
+
+    # what kubelet asks
+
+    async def GetDevicePluginOptions(
+        self, stream: Stream[api.Empty, api.DevicePluginOptions]
+    ) -> None:
+        """See the protocol."""
+        await stream.recv_message()
+        await stream.send_message(OPTIONS)
+
+    async def ListAndWatch(self, stream: Stream[api.Empty, api.ListAndWatchResponse]) -> None:
+        """Send the whole list, and again at each change; no list at the end."""
+        await stream.recv_message()
+        self._streams += 1
+        self.open_since = self.open_since or asyncio.get_running_loop().time()
+        self._opened.set()
+        sent: list[api.Device] | None = None
+        try:
+            while not self._plugin.is_stopping:
+                changed = self._plugin.changed
+                devices = list_devices(self._plugin.picture.of(self.resource.name))
+                if devices != sent:
+                    await stream.send_message(api.ListAndWatchResponse(devices=devices))
+                    sent = devices
+                await changed.wait()
+        finally:
+            self._streams -= 1
+            if not self._streams:
+                self.open_since = None
+
+    async def GetPreferredAllocation(
+        self, stream: Stream[api.PreferredAllocationRequest, api.PreferredAllocationResponse]
+    ) -> None:
+        """Choose among what is free."""
+        request = await _receive(stream)
+        offers = self._plugin.picture.of(self.resource.name)
+        answers = [
+            api.ContainerPreferredAllocationResponse(
+                deviceIDs=prefer(
+                    offers,
+                    set(each.available_deviceIDs),
+                    each.must_include_deviceIDs,
+                    each.allocation_size,
+                )
+            )
+            for each in request.container_requests
+        ]
+        await stream.send_message(api.PreferredAllocationResponse(container_responses=answers))
+
+    async def Allocate(self, stream: Stream[api.AllocateRequest, api.AllocateResponse]) -> None:
+        """Give devices to containers, all or none."""
+        request = await _receive(stream)
+        wanted = [list(each.devicesIDs) for each in request.container_requests]
+        all_ids = [id_ for ids in wanted for id_ in ids]
+        allocate = self._plugin.keeper.allocate
+        units = await self._do(partial(allocate, self.resource.name, all_ids), all_ids)
+        by_id = {unit.id: unit for unit in units}
+        answers = [
+            describe_allocated(self.resource, [by_id[id_] for id_ in ids]) for ids in wanted
+        ]
+        await stream.send_message(api.AllocateResponse(container_responses=answers))
+
+    async def PreStartContainer(
+        self, stream: Stream[api.PreStartContainerRequest, api.PreStartContainerResponse]
+    ) -> None:
+        """Make the devices of a container ready."""
+        ids = list((await _receive(stream)).devicesIDs)
+        await self._do(partial(self._plugin.keeper.prepare, self.resource.name, ids), ids)
+        await stream.send_message(api.PreStartContainerResponse())
+
+    async def _do(self, work: Callable[[], T], ids: Sequence[str]) -> T:
+        """Do it in a thread. GRPCError with the sentence that the Pod's event shows."""
+        try:
+            done = await self._plugin.threads.call(work)
+        except DeviceError as error:
+            names = ", ".join(ids)
+            log.warning("refused %s of %s: %s", names, self.resource.name, error.message)
+            unknown = isinstance(error, NoSuchDevice)
+            status = Status.INVALID_ARGUMENT if unknown else Status.FAILED_PRECONDITION
+            raise GRPCError(status, " ".join(error.message.split())) from None
+        self._plugin.look_soon()
+        return done
+
+    # being there for kubelet
+
+    async def run(self) -> None:
+        """Be registered, again whenever kubelet has started or the stream has ended."""
+        backoff_s = _BACKOFF_S
+        while True:
+            await self._until_offered()
+            kubelet = await self._until_kubelet()
+            server = Server([self])
+            try:
+                await self._start(server)
+                await register(self._kubelet, endpoint=self.endpoint, resource=self.resource.name)
+                async with asyncio.timeout(_OPEN_TIMEOUT_S):
+                    await self._opened.wait()
+                self._say(f"registered {self.resource.name}")
+                backoff_s = _BACKOFF_S
+                await self._until_lost(kubelet)
+                self._say(f"kubelet has left {self.resource.name}")
+            except (DeviceError, OSError, TimeoutError) as error:
+                said = error.message if isinstance(error, DeviceError) else str(error)
+                self._say(said or f"kubelet took {self.resource.name}, and does not ask for it")
+            finally:
+                self._stop(server)
+            if identify_socket(self._kubelet) == kubelet:
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, _BACKOFF_MAX_S)
+
+    async def _start(self, server: Server) -> None:
+        """Listen, in place of what a killed plugin left."""
+        self._opened.clear()
+        with suppress(FileNotFoundError):
+            os.unlink(self._socket)
+        await server.start(path=self._socket)
+        os.chmod(self._socket, 0o600)
+
+    def _stop(self, server: Server) -> None:
+        server.close()
+        with suppress(OSError):
+            os.unlink(self._socket)
+
+    async def _until_offered(self) -> None:
+        """Wait for the first device: an empty list would end pods that run."""
+        while not self._plugin.picture.of(self.resource.name):
+            self._say(f"{self.resource.name} has no device on this node, and is not registered")
+            await self._plugin.changed.wait()
+
+    async def _until_kubelet(self) -> SocketIdentity:
+        """Wait for kubelet: its directory may be mounted later."""
+        while (kubelet := identify_socket(self._kubelet)) is None:
+            self._say(f"waiting for kubelet: there is no {self._kubelet}")
+            await asyncio.sleep(_POLL_S)
+        return kubelet
+
+    async def _until_lost(self, kubelet: SocketIdentity) -> None:
+        own = identify_socket(self._socket)
+        while self._streams and identify_socket(self._kubelet) == kubelet:
+            if identify_socket(self._socket) != own:
+                return
+            await asyncio.sleep(_POLL_S)
+
+    def _say(self, what: str) -> None:
+        """Log what has not been said last."""
+        if what != self._said:
+            self._said = what
+            log.info("%s", what)
+
+
+async def _receive(stream: Stream[T, Any]) -> T:
+    message = await stream.recv_message()
+    if message is None:
+        raise GRPCError(Status.INVALID_ARGUMENT, "the request is empty")
+    return message
