@@ -42,6 +42,7 @@ _VERBS = {
     "vm": "start, adopt, stop and list VMs",
     "lease": "hand devices to any process for as long as it runs",
     "cdi": "devices by name: list, show, validate, inject into a config.json, write",
+    "device-plugin": "offer devices to Kubernetes; show them, give them back",
     "record": "write what vmplug reads of this host into a file, for a bug report",
     "completion": "shell completion for bash, zsh or fish",
     "help": "how is a verb used?",

@@ -1,7 +1,7 @@
 """The devices that the device plugin has given to pods, or has bound to offer them.
 
-A row is written before anything is done for it. It says which device was meant: an ID of Kubernetes
-may stand for another one after a boot, or when a card is swapped.
+A row is written before anything is done for it. It says which device was meant: an ID of
+Kubernetes may stand for another one after a boot, or when a card is swapped.
 """
 
 import sqlite3
@@ -27,7 +27,8 @@ class PodDevice(msgspec.Struct, frozen=True, kw_only=True):
     """One device of a resource, by its ID in Kubernetes.
 
     `thing` is that device in the boot `boot_id` (see `vmplug.host.check.thing`), `named` the same
-    without what only holds in one boot. `serial` is None where it has none that is known.
+    without what only holds in one boot; both are empty where kubelet knows of it and the journal
+    did not. `serial` is None where it has none that is known.
     """
 
     resource: str

@@ -15,7 +15,6 @@ from vmplug.policy.pattern import ClassPattern, PathPattern, PciPattern
 from vmplug.policy.rules import Rule
 from vmplug.policy.toml import OperatorsFile
 
-DEFAULT_CONFIG = "/etc/vmplug/device-plugin.toml"
 KUBELET_DIRECTORY = "/var/lib/kubelet"
 RECONCILE_S = 60.0
 

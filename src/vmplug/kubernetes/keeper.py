@@ -11,7 +11,7 @@ Everything here may wait for the kernel: no event loop calls it.
 """
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 from msgspec.structs import replace
@@ -283,8 +283,10 @@ class Keeper:
     def _why_other(self, unit: Unit, row: PodDevice) -> str | None:
         """Why it is not the device that a row means; None if it is."""
         serial = unit.read_serial(self._host)
+        if not row.thing:
+            return "the journal was lost, so nobody knows which device it was"
         if row.boot_id == read_boot_id(self._host):
-            is_same = row.thing and row.thing == unit.identify(self._host)
+            is_same = row.thing == unit.identify(self._host)
             if is_same and (None in {serial, row.serial} or serial == row.serial):
                 return None
             return f"another device has its place now, {unit.describe(self._host)}"
@@ -360,7 +362,8 @@ class Keeper:
     def note_pods(self, pods: PodNames, *, has_any: bool, is_settled: bool) -> None:
         """Take one answer of kubelet: the pods of each device; `has_any`: it names a pod at all.
 
-        Nothing is written. It counts towards freeing a device if kubelet `is_settled`, and it is not suddenly empty.
+        Nothing is written. It counts towards freeing a device if kubelet `is_settled`, and it is
+        not suddenly empty.
         """
         is_sudden = self._had_pods and not has_any
         self._had_pods = has_any
@@ -380,7 +383,15 @@ class Keeper:
         with self._changing:
             unknown = self._pods.keys() & self._known.keys() - self._rows().keys()
             adopted = [
-                self._row(self._known[key], PodDeviceState.STARTED) for key in sorted(unknown)
+                PodDevice(
+                    resource=resource,
+                    id=id_,
+                    state=PodDeviceState.STARTED,
+                    boot_id=read_boot_id(self._host),
+                    thing="",
+                    named="",
+                )
+                for resource, id_ in sorted(unknown)
             ]
             if adopted:
                 self._journal.pod_devices.put(adopted)

@@ -40,6 +40,12 @@ def identify_socket(path: str) -> SocketIdentity | None:
     return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
+def socket_made_at(path: str) -> float | None:
+    """When the socket was made, in seconds since the epoch; None where there is none."""
+    identity = identify_socket(path)
+    return identity[2] / 1e9 if identity else None
+
+
 async def register(kubelet_socket: str, *, endpoint: str, resource: str) -> None:
     """Tell kubelet of a resource, which it then asks for at `endpoint`. Raises HostError."""
     channel = Channel(path=kubelet_socket)

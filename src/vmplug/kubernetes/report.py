@@ -1,6 +1,7 @@
 """What the plugin would offer, or offers, and how all of it is taken back."""
 
 import asyncio
+import time
 
 import msgspec
 
@@ -8,10 +9,12 @@ from vmplug.errors import HostError
 from vmplug.journal.journal import Journal
 from vmplug.journal.pod_devices import PodDevice
 from vmplug.kubernetes.config import Config
-from vmplug.kubernetes.keeper import Keeper, Offer
-from vmplug.kubernetes.kubelet import list_pods
+from vmplug.kubernetes.keeper import LISTS_TO_FREE, Keeper, Offer
+from vmplug.kubernetes.kubelet import list_pods, socket_made_at
 from vmplug.kubernetes.plugin import only_one
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
+
+_BETWEEN_LISTS_S = 1.0
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,15 +52,23 @@ def report(config: Config, *, setup: Setup = DEFAULT_SETUP) -> Report:
 def give_back(config: Config, *, setup: Setup = DEFAULT_SETUP) -> GivenBack:
     """Give back every device that the plugin holds and no pod has, and return all of them.
 
-    What pods have stays, and so does what a process has open. Raises StateError while the plugin
-    runs, HostError when kubelet does not say which pods have what, and StoreError.
+    What pods have stays, and so does what a process has open; without an answer of kubelet also
+    all that pods were given. Raises StateError while the plugin runs, and StoreError.
     """
     with Journal.open(setup.state_dir, host=setup.host) as journal, only_one(journal):
         keeper = Keeper(config, journal, setup.host)
-        _note_pods(keeper, is_settled=False)
+        for number in range(LISTS_TO_FREE):
+            time.sleep(_BETWEEN_LISTS_S if number else 0)
+            _note_pods(keeper, is_settled=_is_settled(config))
         keeper.look()
         returned, kept = keeper.give_back_all()
         return GivenBack(returned=tuple(returned), kept=tuple(kept))
+
+
+def _is_settled(config: Config) -> bool:
+    """Whether kubelet has run for a whole period: without a plugin, its socket says since when."""
+    made_at_s = socket_made_at(config.pod_resources_socket)
+    return made_at_s is not None and time.time() - made_at_s >= config.reconcile_s
 
 
 def _note_pods(keeper: Keeper, *, is_settled: bool) -> str | None:
