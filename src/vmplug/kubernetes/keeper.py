@@ -16,10 +16,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from vmplug.errors import BindError, DeviceError, InUse, NoSuchDevice, PolicyError, StateError
+from vmplug.errors import DeviceError, InUse, NoSuchDevice, PolicyError, StateError
 from vmplug.host.block.usage import read_usage
 from vmplug.host.finding import Claim
 from vmplug.host.kind import Identity
+from vmplug.host.pci.bind import reset_function
 from vmplug.host.pci.function import read_reset_methods
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
@@ -35,6 +36,8 @@ from vmplug.manager.binding.binder import Binder
 
 log = Log(__name__)
 
+_RESET_TIMEOUT_S = 20.0
+"""Kubelet waits for 30 seconds."""
 LISTS_TO_FREE = 2
 """So many answers of kubelet in a row that do not name a device."""
 
@@ -309,13 +312,8 @@ class Keeper:
         if not isinstance(unit.device, VfioGroup) or judge(unit, look, is_assigned=True).is_open:
             return
         for function in unit.device.functions:
-            if not read_reset_methods(function.bdf, self._host):
-                continue  # a finding of `check`, and a warning
-            path = f"{self._host.pci_devices}/{function.bdf}/reset"
-            if number := self._host.write_attribute(path, "1"):
-                raise BindError(
-                    str(function.bdf), "reset", f"{function.bdf} cannot be reset", errno=number
-                )
+            if read_reset_methods(function.bdf, self._host):  # else `check` warns of it
+                reset_function(function.bdf, self._host, timeout_s=_RESET_TIMEOUT_S)
 
     # devices that are bound before a pod wants them
 
