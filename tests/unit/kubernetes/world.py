@@ -180,3 +180,16 @@ class Node:
 
 
 Scenario = Callable[[StandInKubelet, Plugin], "asyncio.Future[None]"]
+
+
+async def until(is_so: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(timeout_s):
+        while not is_so():
+            await asyncio.sleep(0.02)
+
+
+async def lists(kubelet: StandInKubelet, number: int) -> None:
+    """Wait until the plugin has asked for the pods so many times more."""
+    count = kubelet.calls.count("List") + number
+    await until(lambda: kubelet.calls.count("List") >= count)
