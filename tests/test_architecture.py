@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "errors": set[str](),
     "arguments": set[str](),
     "log": set[str](),
+    "text": set[str](),
     "waiting": {"log"},
     "cached": set[str](),
     "devnum": set[str](),
@@ -34,8 +35,8 @@ MAY_IMPORT = {
     "leases": {*_BELOW_VMS, "hypervisor", "manager"},
     "vms": {*_BELOW_VMS, "hypervisor", "manager", "leases"},
     "aio": {*_BELOW_VMS, "hypervisor", "manager", "leases", "vms"},
-    "kubernetes": {*_BELOW_VMS, "cdi", "manager", "aio"},
-    "cli": {*_BELOW_VMS, "cdi", "manager", "leases", "vms", "kubernetes"},
+    "kubernetes": {*_BELOW_VMS, "text", "cdi", "manager", "aio"},
+    "cli": {*_BELOW_VMS, "text", "cdi", "manager", "leases", "vms", "kubernetes"},
 }
 """Each part with the parts to its left.
 
@@ -74,6 +75,9 @@ CATCHES_OSERROR = {
     "leases/holder.py",  # the lock of another
     "leases/run.py",  # a command that cannot be started
     "journal/database.py",
+    "kubernetes/kubelet.py",  # the sockets of kubelet
+    "kubernetes/plugin.py",
+    "kubernetes/service.py",
     "journal/lock.py",
     "host/use/qemu_lock.py",  # the lock of another
     "manager/kata/saved_state.py",

@@ -58,6 +58,7 @@ CANNOT = {
     r"mdev (create|remove)": "needs a device that offers some: tests/lab",
     r"/dev/disk/by-id": "needs a disk of that name",
     r"crictl": "needs a CRI engine",
+    r"device-plugin": "needs a kubelet: tests/unit/kubernetes",
     r"lvextend": "needs a volume group",
     r"vmplug watch( --vm sb1 --json \|.*)?$": "runs until it is stopped: tests/cli/test_watch.py",
     r"cdi write --watch": "runs until it is stopped: tests/cli/test_cdi_watch.py",

@@ -11,7 +11,6 @@ import click
 from vmplug.cli.group import VerbGroup
 from vmplug.cli.progress import Interrupted, with_verbose
 from vmplug.cli.render.terminal import Style, say
-from vmplug.cli.render.text import one_line
 from vmplug.errors import (
     DeviceError,
     HostError,
@@ -21,6 +20,7 @@ from vmplug.errors import (
     StateError,
     StoreError,
 )
+from vmplug.text import one_line
 
 _VERBS = {
     "host": "what could this host hand over, and what holds it?",

@@ -8,11 +8,11 @@ import click
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.table import Column, path_column, print_table, reason_column, state_column
 from vmplug.cli.render.terminal import Style, say
-from vmplug.cli.render.text import one_line
 from vmplug.errors import HostError
 from vmplug.kubernetes.config import read_config
 from vmplug.kubernetes.keeper import Offer
 from vmplug.manager.setup import Setup
+from vmplug.text import one_line
 
 try:
     from vmplug.kubernetes.plugin import serve
@@ -57,7 +57,7 @@ def print_report(path: str, setup: Setup, *, as_json: bool) -> None:
         ],
     )
     for resource in found.empty:
-        text = f"vmplug: {resource} selects nothing on this host, so kubelet is not told of it"
+        text = f"vmplug: {resource} selects nothing on this host, so kubelet does not get it"
         say(text, Style.WARNING, err=True)
     if found.unknown_pods:
         say(f"vmplug: {one_line(found.unknown_pods)}", Style.WARNING, err=True)

@@ -20,8 +20,8 @@ from vmplug.cli.render.terminal import (
     shorten,
     width_of,
 )
-from vmplug.cli.render.text import one_line
 from vmplug.errors import DeviceError
+from vmplug.text import one_line
 
 if TYPE_CHECKING:
     from logging import LogRecord

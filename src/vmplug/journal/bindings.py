@@ -70,6 +70,15 @@ class Bindings:
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise store_error(self._path, error) from error
 
+    def ids(self) -> set[str]:
+        """What functions may be bound for: devices of all VMs, and of Kubernetes, by their ids."""
+        query = "SELECT id FROM device UNION SELECT resource || '=' || id FROM pod_device"
+        try:
+            with self._lock:
+                return {str(row[0]) for row in self._db.execute(query)}
+        except sqlite3.Error as error:
+            raise store_error(self._path, error) from error
+
     def put(self, bindings: Iterable[Binding]) -> None:
         """Write rows, each replacing an older one of its function."""
         with Transaction(self._db, self._lock, self._path) as db:

@@ -97,9 +97,8 @@ class Journal:
     ) -> None:
         self._db = connection
         self._lock = lock
-        self.path = path
+        self.path, self.host = path, host
         self.id = ""
-        self.host = host
         self.worker = ProcessIdentity.own(host)
         self._worker_text = str(self.worker)
         self.bindings = Bindings(connection, self._lock, path)
@@ -404,10 +403,6 @@ class Journal:
     def device_ids(self) -> set[str]:
         """The ids of the devices of all VMs."""
         return set(self._read(lambda row: str(row["id"]), "SELECT id FROM device"))
-
-    def binding_ids(self) -> set[str]:
-        """The ids for which functions may be bound: of devices of all VMs, and of Kubernetes."""
-        return self.device_ids() | {device.device_id for device in self.pod_devices.all()}
 
     def find_foreign(self, device_ids: Iterable[str]) -> set[str]:
         """The ids that are not this journal's: it has no row of them, and did not draw them.

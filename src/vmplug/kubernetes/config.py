@@ -91,7 +91,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def pod_resources_socket(self) -> str:
-        """Where kubelet tells which pod has what."""
+        """Where kubelet answers which pod has what."""
         return os.path.join(self.kubelet_directory, "pod-resources", "kubelet.sock")
 
 

@@ -33,6 +33,7 @@ from vmplug.kubernetes.specs import find_foreign, write_specs
 from vmplug.kubernetes.units import FormerDrivers, Unit, find_clashes, find_units, renew
 from vmplug.log import Log
 from vmplug.manager.binding.binder import Binder
+from vmplug.text import one_line
 
 log = Log(__name__)
 
@@ -49,7 +50,7 @@ _OF_PODS = frozenset({PodDeviceState.ALLOCATED, PodDeviceState.STARTED})
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
-    """One device as kubelet is told of it; `unit` is None for one that has gone."""
+    """One device as kubelet is to know it; `unit` is None for one that has gone."""
 
     resource: str
     id: str
@@ -89,7 +90,7 @@ class Keeper:
         self._named = dict[Key, Unit]()
         self._pods: PodNames = {}
         self._missing = dict[Key, int]()
-        self._had_pods = self._is_told = False
+        self._had_pods = self._is_asked = False
         self._failures = dict[Key, str]()
         self._resources = {resource.name: resource for resource in config.resources}
 
@@ -141,7 +142,7 @@ class Keeper:
 
     def _judge(self, unit: Unit, row: PodDevice | None, look: Look) -> Health:
         health = judge(unit, look, is_assigned=self._is_assigned(unit.key, row))
-        if row is None or not self._is_told or unit.key in self._pods:
+        if row is None or not self._is_asked or unit.key in self._pods:
             return health
         if health.is_open and health.state is UnitState.USED:
             return replace(health, reason=f"{health.reason}; the pod that had it has gone")
@@ -369,7 +370,7 @@ class Keeper:
             return
         with self._changing:
             self._pods = pods
-            self._is_told = True
+            self._is_asked = True
             for key, row in self._rows().items():
                 if key in pods:
                     self._missing.pop(key, None)
@@ -458,7 +459,8 @@ class Keeper:
                 self._give_back_binding(row)
         except DeviceError as error:
             self._failures[key] = f"vmplug cannot give it back: {error.message}"
-            log.warning("cannot give %s=%s back: %s", row.resource, row.id, error.message)
+            why = one_line(error.message)
+            log.warning("cannot give %s=%s back: %s", row.resource, row.id, why)
             return False
         self._failures.pop(key, None)
         self._missing.pop(key, None)

@@ -47,7 +47,7 @@ def socket_made_at(path: str) -> float | None:
 
 
 async def register(kubelet_socket: str, *, endpoint: str, resource: str) -> None:
-    """Tell kubelet of a resource, which it then asks for at `endpoint`. Raises HostError."""
+    """Register a resource, which kubelet then asks for at `endpoint`. Raises HostError."""
     channel = Channel(path=kubelet_socket)
     request = RegisterRequest(
         version=VERSION, endpoint=endpoint, resource_name=resource, options=OPTIONS

@@ -12,6 +12,7 @@ from vmplug.errors import DeviceError, HostError, StateError, StoreError
 from vmplug.host.events import HostEvents
 from vmplug.journal.database import alone, is_locked
 from vmplug.journal.journal import Journal
+from vmplug.kubernetes.board import Board
 from vmplug.kubernetes.config import Config, Managed
 from vmplug.kubernetes.health import UnitState
 from vmplug.kubernetes.keeper import Keeper, Picture
@@ -19,6 +20,7 @@ from vmplug.kubernetes.kubelet import list_pods
 from vmplug.kubernetes.service import ResourceService
 from vmplug.log import Log
 from vmplug.manager.setup import Setup
+from vmplug.text import one_line
 
 log = Log(__name__)
 
@@ -36,12 +38,12 @@ class Plugin:
         self.config = config
         self.keeper = Keeper(config, journal, setup.host)
         self.threads = Threads.of_loop()
-        self.picture = Picture()
-        self.changed = asyncio.Event()
-        self.is_stopping = False
-        self._look_soon = asyncio.Event()
-        self._services = [ResourceService(self, resource) for resource in config.resources]
-        self._said = dict[object, str]()
+        self.board = Board()
+        self._services = [
+            ResourceService(resource, board=self.board, keeper=self.keeper, threads=self.threads)
+            for resource in config.resources
+        ]
+        self._logged = dict[str, str]()
 
     async def start(self) -> None:
         """Finish what a crash left, and look at everything once. Raises DeviceError."""
@@ -61,29 +63,28 @@ class Plugin:
 
     def stop(self) -> None:
         """Close the streams. No list is sent."""
-        self.is_stopping = True
-        self.changed.set()
+        self.board.close()
 
     def look_soon(self) -> None:
         """Look at the devices before the time for it."""
-        self._look_soon.set()
+        self.board.wanted.set()
 
     async def _keep_looking(self) -> None:
         with _events(self.look_soon) as drain:
             while True:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
-                        await self._look_soon.wait()
+                        await self.board.wanted.wait()
                 await asyncio.sleep(_EVENTS_S)
                 drain()
-                self._look_soon.clear()
+                self.board.wanted.clear()
                 await self._look_again()
 
     async def _look_again(self) -> None:
         try:
             await self._look()
         except DeviceError as error:
-            self._say("look", f"cannot look at the devices: {error.message}")
+            self._warn_once("look", f"cannot look at the devices: {error.message}")
 
     async def _keep_asking(self) -> None:
         while True:
@@ -93,7 +94,7 @@ class Plugin:
                 if await self.threads.call(self.keeper.bind_offered):
                     self.look_soon()
             except DeviceError as error:
-                self._say("reconcile", f"cannot reconcile: {error.message}")
+                self._warn_once("reconcile", f"cannot reconcile: {error.message}")
 
     async def _ask_kubelet(self) -> None:
         """Ask which pods have what, and give back what none has."""
@@ -101,9 +102,9 @@ class Plugin:
         try:
             answer = await list_pods(self.config.pod_resources_socket)
         except HostError as error:
-            self._say("pods", error.message)
+            self._warn_once("pods", error.message)
             return
-        self._say("pods", "")
+        self._warn_once("pods", "")
         await self.threads.call(
             partial(
                 self.keeper.note_pods, answer.pods, has_any=answer.has_any, is_settled=is_settled
@@ -116,13 +117,13 @@ class Plugin:
     def _is_settled(self) -> bool:
         """Whether kubelet has had every resource for a whole period."""
         now = asyncio.get_running_loop().time()
-        since = [s.open_since for s in self._services if self.picture.of(s.resource.name)]
+        since = [s.open_since for s in self._services if self.board.of(s.resource.name)]
         return bool(since) and all(
             begun is not None and now - begun >= self.config.reconcile_s for begun in since
         )
 
     async def _look(self) -> None:
-        """Renew the picture, and tell kubelet if it has changed."""
+        """Renew the picture, which kubelet gets if it has changed."""
         picture = await self.threads.call(self.keeper.look)
         if any(
             offer.unit
@@ -133,34 +134,31 @@ class Plugin:
             picture = await self.threads.call(self.keeper.look)
         try:
             await self.threads.call(self.keeper.write_specs)
-            self._say("specs", "")
+            self._warn_once("specs", "")
         except DeviceError as error:
-            self._say("specs", error.message)
+            self._warn_once("specs", error.message)
         self._log_changes(picture)
-        if picture != self.picture:
-            self.picture = picture
-            former, self.changed = self.changed, asyncio.Event()
-            former.set()
+        self.board.publish(picture)
 
     def _log_changes(self, picture: Picture) -> None:
-        former = {offer.key: offer.health for offer in self.picture.offers}
+        former = {offer.key: offer.health for offer in self.board.picture.offers}
         for offer in picture.offers:
             if former.get(offer.key) != offer.health:
                 name = f"{offer.resource}={offer.id}"
                 why = f": {offer.health.reason}" if offer.health.reason else ""
                 level = log.info if offer.health.state.is_healthy else log.warning
-                level("%s is %s%s", name, offer.health.state, why)
+                level("%s is %s%s", name, offer.health.state, one_line(why))
 
-    def _say(self, about: str, what: str) -> None:
-        """Warn of what was not said last."""
-        if what and self._said.get(about) != what:
-            log.warning("%s", what)
-        self._said[about] = what
+    def _warn_once(self, about: str, what: str) -> None:
+        """Log it, unless it is what was logged last of the same."""
+        if what and self._logged.get(about) != what:
+            log.warning("%s", one_line(what))
+        self._logged[about] = what
 
 
 @contextmanager
-def _events(tell: Callable[[], None]) -> Iterator[Callable[[], object]]:
-    """Call `tell` for each event of the kernel, until they are taken with what this gives."""
+def _events(report: Callable[[], None]) -> Iterator[Callable[[], object]]:
+    """Call `report` for each event of the kernel, until they are taken with what this gives."""
     try:
         events = HostEvents()
     except HostError as error:
@@ -168,7 +166,7 @@ def _events(tell: Callable[[], None]) -> Iterator[Callable[[], object]]:
         yield lambda: None
         return
     loop = asyncio.get_running_loop()
-    loop.add_reader(events.fileno(), tell)
+    loop.add_reader(events.fileno(), report)
     try:
         yield partial(events.wait, 0)
     finally:

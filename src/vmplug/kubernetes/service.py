@@ -1,4 +1,4 @@
-"""One resource on its socket: registered with kubelet for as long as kubelet lives."""
+"""One resource on its socket, registered with whatever kubelet runs."""
 
 import asyncio
 import os
@@ -6,27 +6,28 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 from grpclib.server import Server, Stream
 
+from vmplug.aio.threads import Threads
 from vmplug.errors import DeviceError, NoSuchDevice
 from vmplug.kubernetes import device_plugin_pb2 as api
 from vmplug.kubernetes.answer import describe_allocated, list_devices, prefer
+from vmplug.kubernetes.board import Board
 from vmplug.kubernetes.config import Resource
 from vmplug.kubernetes.device_plugin_grpc import DevicePluginBase
+from vmplug.kubernetes.keeper import Keeper
 from vmplug.kubernetes.kubelet import OPTIONS, SocketIdentity, identify_socket, register
 from vmplug.log import Log
-
-if TYPE_CHECKING:
-    from vmplug.kubernetes.plugin import Plugin
+from vmplug.text import one_line
 
 log = Log(__name__)
 
 _POLL_S = 0.1
-"""How often kubelet's socket is looked at."""
+"""How often vmplug checks whether kubelet has a new socket."""
 _OPEN_TIMEOUT_S = 10.0
 _BACKOFF_S, _BACKOFF_MAX_S = 1.0, 30.0
 
@@ -34,20 +35,24 @@ T = TypeVar("T")
 
 
 class ResourceService(DevicePluginBase):
-    """Answers kubelet for one resource of a plugin."""
+    """Answers kubelet for one resource; `open_since` is when a stream began, None without one."""
 
-    def __init__(self, plugin: "Plugin", resource: Resource) -> None:
-        self._plugin = plugin
+    def __init__(
+        self, resource: Resource, *, board: Board, keeper: Keeper, threads: Threads
+    ) -> None:
         self.resource = resource
+        self._board = board
+        self._keeper = keeper
+        self._threads = threads
         self.open_since: float | None = None
         self._streams = 0
         self._opened = asyncio.Event()
-        self._said = ""
+        self._logged = ""
         digest = sha256(resource.name.encode()).hexdigest()[:12]
         self.endpoint = f"vmplug-{digest}.sock"
-        self._directory = plugin.config.plugin_directory
-        self._socket = os.path.join(self._directory, self.endpoint)
-        self._kubelet = os.path.join(self._directory, "kubelet.sock")
+        directory = keeper.config.plugin_directory
+        self._socket = os.path.join(directory, self.endpoint)
+        self._kubelet = os.path.join(directory, "kubelet.sock")
 
     # what kubelet asks
 
@@ -66,9 +71,9 @@ class ResourceService(DevicePluginBase):
         self._opened.set()
         sent: list[api.Device] | None = None
         try:
-            while not self._plugin.is_stopping:
-                changed = self._plugin.changed
-                devices = list_devices(self._plugin.picture.of(self.resource.name))
+            while not self._board.is_closed:
+                changed = self._board.changed
+                devices = list_devices(self._board.of(self.resource.name))
                 if devices != sent:
                     await stream.send_message(api.ListAndWatchResponse(devices=devices))
                     sent = devices
@@ -83,7 +88,7 @@ class ResourceService(DevicePluginBase):
     ) -> None:
         """Choose among what is free."""
         request = await _receive(stream)
-        offers = self._plugin.picture.of(self.resource.name)
+        offers = self._board.of(self.resource.name)
         answers = [
             api.ContainerPreferredAllocationResponse(
                 deviceIDs=prefer(
@@ -102,7 +107,7 @@ class ResourceService(DevicePluginBase):
         request = await _receive(stream)
         wanted = [list(each.devicesIDs) for each in request.container_requests]
         all_ids = [id_ for ids in wanted for id_ in ids]
-        allocate = self._plugin.keeper.allocate
+        allocate = self._keeper.allocate
         units = await self._do(partial(allocate, self.resource.name, all_ids), all_ids)
         by_id = {unit.id: unit for unit in units}
         answers = [
@@ -115,20 +120,21 @@ class ResourceService(DevicePluginBase):
     ) -> None:
         """Make the devices of a container ready."""
         ids = list((await _receive(stream)).devicesIDs)
-        await self._do(partial(self._plugin.keeper.prepare, self.resource.name, ids), ids)
+        await self._do(partial(self._keeper.prepare, self.resource.name, ids), ids)
         await stream.send_message(api.PreStartContainerResponse())
 
     async def _do(self, work: Callable[[], T], ids: Sequence[str]) -> T:
         """Do it in a thread. GRPCError with the sentence that the Pod's event shows."""
         try:
-            done = await self._plugin.threads.call(work)
+            done = await self._threads.call(work)
         except DeviceError as error:
             names = ", ".join(ids)
-            log.warning("refused %s of %s: %s", names, self.resource.name, error.message)
+            why = one_line(error.message)
+            log.warning("refused %s of %s: %s", names, self.resource.name, why)
             unknown = isinstance(error, NoSuchDevice)
             status = Status.INVALID_ARGUMENT if unknown else Status.FAILED_PRECONDITION
-            raise GRPCError(status, " ".join(error.message.split())) from None
-        self._plugin.look_soon()
+            raise GRPCError(status, why) from None
+        self._board.wanted.set()
         return done
 
     # being there for kubelet
@@ -145,13 +151,13 @@ class ResourceService(DevicePluginBase):
                 await register(self._kubelet, endpoint=self.endpoint, resource=self.resource.name)
                 async with asyncio.timeout(_OPEN_TIMEOUT_S):
                     await self._opened.wait()
-                self._say(f"registered {self.resource.name}")
+                self._log_once(f"kubelet has the resource {self.resource.name}")
                 backoff_s = _BACKOFF_S
                 await self._until_lost(kubelet)
-                self._say(f"kubelet has left {self.resource.name}")
+                self._log_once(f"kubelet has left {self.resource.name}")
             except (DeviceError, OSError, TimeoutError) as error:
-                said = error.message if isinstance(error, DeviceError) else str(error)
-                self._say(said or f"kubelet took {self.resource.name}, and does not ask for it")
+                why = error.message if isinstance(error, DeviceError) else str(error)
+                self._log_once(why or f"kubelet does not ask for {self.resource.name}")
             finally:
                 self._stop(server)
             if identify_socket(self._kubelet) == kubelet:
@@ -173,14 +179,14 @@ class ResourceService(DevicePluginBase):
 
     async def _until_offered(self) -> None:
         """Wait for the first device: an empty list would end pods that run."""
-        while not self._plugin.picture.of(self.resource.name):
-            self._say(f"{self.resource.name} has no device on this node, and is not registered")
-            await self._plugin.changed.wait()
+        while not self._board.of(self.resource.name):
+            self._log_once(f"{self.resource.name} has no device on this node: not registered")
+            await self._board.changed.wait()
 
     async def _until_kubelet(self) -> SocketIdentity:
         """Wait for kubelet: its directory may be mounted later."""
         while (kubelet := identify_socket(self._kubelet)) is None:
-            self._say(f"waiting for kubelet: there is no {self._kubelet}")
+            self._log_once(f"waiting for kubelet: there is no {self._kubelet}")
             await asyncio.sleep(_POLL_S)
         return kubelet
 
@@ -191,11 +197,11 @@ class ResourceService(DevicePluginBase):
                 return
             await asyncio.sleep(_POLL_S)
 
-    def _say(self, what: str) -> None:
-        """Log what has not been said last."""
-        if what != self._said:
-            self._said = what
-            log.info("%s", what)
+    def _log_once(self, what: str) -> None:
+        """Log it, unless it is what was logged last."""
+        if what != self._logged:
+            self._logged = what
+            log.info("%s", one_line(what))
 
 
 async def _receive(stream: Stream[T, Any]) -> T:

@@ -12,9 +12,9 @@ from vmplug.cdi.version import minimum_version
 from vmplug.cli.render.output import access
 from vmplug.cli.render.table import Column, path_column, print_table
 from vmplug.cli.render.terminal import Style, say, wrapped
-from vmplug.cli.render.text import one_line
 from vmplug.cli.render.tree import Line
 from vmplug.errors import NoSuchDevice
+from vmplug.text import one_line
 
 if TYPE_CHECKING:
     from vmplug.cdi.registry import FoundDevice, Registry

@@ -13,13 +13,13 @@ from vmplug.cli.options import open_store
 from vmplug.cli.render.output import access, print_json
 from vmplug.cli.render.table import path_column, print_table
 from vmplug.cli.render.terminal import Style, say
-from vmplug.cli.render.text import one_line
 from vmplug.errors import DeviceError
 from vmplug.host.root import HostRoot
 from vmplug.manager.naming.keep import keep_cdi_specs
 from vmplug.manager.naming.specs import WrittenSpecs, write_cdi_specs
 from vmplug.manager.setup import Setup
 from vmplug.policy.find import find_policy
+from vmplug.text import one_line
 
 
 def setup_reader(

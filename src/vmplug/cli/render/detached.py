@@ -6,8 +6,8 @@ from typing import Any, assert_never
 import click
 
 from vmplug.cli.render.attachments import attachment_json
-from vmplug.cli.render.text import one_line
 from vmplug.errors import counted
+from vmplug.text import one_line
 from vmplug.vms.attachments import Detached, DetachOutcome
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from vmplug.cli.device_json import container_path
 from vmplug.cli.render.terminal import Style, paint, say, width_of, wrapped
-from vmplug.cli.render.text import one_line
 from vmplug.host.finding import Code, Severity
 from vmplug.manager.examine import CheckedRequest
+from vmplug.text import one_line
 
 _NOT_ALLOWED, _HOST_ERROR = 3, 4
 

@@ -10,7 +10,7 @@ from msgspec import structs
 from vmplug.cli.render.output import access
 from vmplug.cli.render.table import name_column, path_column, print_table, state_column
 from vmplug.cli.render.terminal import Style, say
-from vmplug.cli.render.text import one_line
+from vmplug.text import one_line
 
 if TYPE_CHECKING:
     from vmplug.leases.lease import Lease

@@ -5,10 +5,10 @@ from typing import Any
 import click
 
 from vmplug.cli.render.table import name_column, path_column, print_table, reason_column
-from vmplug.cli.render.text import one_line
 from vmplug.cli.render.vms import logs_json, print_logs
 from vmplug.journal.salvage import Salvage
 from vmplug.manager.binding.binder import Returned
+from vmplug.text import one_line
 from vmplug.vms.reconcile import HostRepairs, RepairFailure, VmRepair
 
 

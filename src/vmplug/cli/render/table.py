@@ -15,7 +15,7 @@ from vmplug.cli.render.terminal import (
     width_of,
     wrapped,
 )
-from vmplug.cli.render.text import one_line
+from vmplug.text import one_line
 
 _GAP = "  "
 

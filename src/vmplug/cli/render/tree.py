@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from vmplug.cli.render.terminal import Style, columns_of, padded, say, width_of, wrapped
-from vmplug.cli.render.text import one_line
+from vmplug.text import one_line
 
 _INDENT = "  "
 

@@ -9,8 +9,8 @@ from vmplug.cli.render.attachments import attachments_json, print_attachments
 from vmplug.cli.render.output import resolved_json
 from vmplug.cli.render.table import Column, name_column, path_column, print_table, state_column
 from vmplug.cli.render.terminal import Style, say, wrapped
-from vmplug.cli.render.text import one_line
 from vmplug.errors import counted
+from vmplug.text import one_line
 
 if TYPE_CHECKING:  # each is of one verb
     from vmplug.drivers.ports import FailedDisk

@@ -16,9 +16,9 @@ from vmplug.cli.options import (
 from vmplug.cli.progress import is_verbose
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.terminal import Style, say, wrapped
-from vmplug.cli.render.text import one_line
 from vmplug.cli.steps import raw, sentences
 from vmplug.drivers.ports import Command, Step
+from vmplug.text import one_line
 from vmplug.vms.connect import connect_vm
 
 

@@ -5,9 +5,9 @@ import click
 from vmplug.cli.options import AnsweringPath, json_option, root_option
 from vmplug.cli.progress import progress
 from vmplug.cli.render.output import print_json
-from vmplug.cli.render.text import one_line
 from vmplug.host.record.write import write_record
 from vmplug.host.root import HostRoot
+from vmplug.text import one_line
 
 
 @click.command("record")

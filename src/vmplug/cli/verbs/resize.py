@@ -5,9 +5,9 @@ import click
 from vmplug.cli.options import completes, json_option, state_dir_option
 from vmplug.cli.progress import at_work
 from vmplug.cli.render.output import print_json, size
-from vmplug.cli.render.text import one_line
 from vmplug.drivers.options import number
 from vmplug.manager.setup import Setup
+from vmplug.text import one_line
 from vmplug.vms.attachments import resize_attachment
 
 _parse = number(1, (1 << 63) - 1)

@@ -9,12 +9,12 @@ from vmplug.cli.options import json_option, read_request, request_options
 from vmplug.cli.render.output import print_json, size
 from vmplug.cli.render.table import path_column, print_table
 from vmplug.cli.render.terminal import Style, say
-from vmplug.cli.render.text import one_line
 from vmplug.errors import HostError
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import HostDevice
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve_all
+from vmplug.text import one_line
 
 if TYPE_CHECKING:
     from vmplug.oci.requests import Request

@@ -7,11 +7,11 @@ import click
 
 from vmplug.cli.options import completes, state_dir_option
 from vmplug.cli.render.terminal import paint, say, style_of, wrapped
-from vmplug.cli.render.text import one_line
 from vmplug.errors import counted
 from vmplug.manager.setup import Setup
 from vmplug.manager.watching.notice import DeviceEvent
 from vmplug.manager.watching.watch import Looked
+from vmplug.text import one_line
 from vmplug.vms.watch import watch
 
 

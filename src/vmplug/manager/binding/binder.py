@@ -203,7 +203,7 @@ class Binder:
         return [Returned(row.former, BindOutcome.IN_PROGRESS, reason) for row in begun]
 
     def _recover_all(self, rows: Mapping[Bdf, Binding]) -> list[Returned]:
-        known, told = self._journal.binding_ids(), list[Returned]()
+        known, told = self._journal.bindings.ids(), list[Returned]()
         for row in rows.values():
             try:
                 done = self._recover_one(row, known)
@@ -287,7 +287,7 @@ class Binder:
 
     def _adopt(self, rows: Iterable[Binding], device_id: str | None) -> None:
         """Assign functions that a crash, or a former device, left with VFIO to this device."""
-        known = self._journal.binding_ids() | {device_id, None}
+        known = self._journal.bindings.ids() | {device_id, None}
         self._journal.bindings.put(
             replace(row, state=BindingState.BOUND, device_id=device_id)
             for row in rows
