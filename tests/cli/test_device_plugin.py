@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -92,6 +94,23 @@ def test_without_a_configuration_it_says_where_to_write_one(node: Node, vmplug: 
     refused = vmplug("device-plugin", "--config", str(node.path / "none.toml"), "--dry-run")
     assert refused.status == 3
     assert "none.toml cannot be read: No such file" in refused.stderr
+
+
+def test_without_the_libraries_it_says_what_to_install(node: Node) -> None:
+    program = (
+        "import sys; sys.modules['grpclib'] = None; sys.argv[0] = 'vmplug'; "
+        "from vmplug.cli.main import run; run()"
+    )
+    where = options(node, NIC_LINES)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "device-plugin", "status", *where],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert "Kubernetes needs libraries that are not there" in done.stderr
+    assert "hint: pip install 'vmplug[kubernetes]'" in done.stderr
 
 
 def test_give_back_prints_what_stays(node: Node, vmplug: Vmplug) -> None:

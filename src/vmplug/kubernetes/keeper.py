@@ -65,9 +65,10 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
-    """All devices of all resources at one time."""
+    """All devices of all resources at one time; `clash` is one that is selected twice, if any."""
 
     offers: tuple[Offer, ...] = ()
+    clash: str | None = None
 
     def of(self, resource: str) -> tuple[Offer, ...]:
         """Those of one resource."""
@@ -75,10 +76,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Keeper:
-    """The devices of one node. Thread-safe; one change is made at a time.
-
-    Raises PolicyError for a configuration that selects a device twice.
-    """
+    """The devices of one node. Thread-safe; one change is made at a time."""
 
     def __init__(self, config: Config, journal: Journal, host: HostRoot) -> None:
         self.config = config
@@ -96,20 +94,15 @@ class Keeper:
 
     # what there is
 
-    def check(self) -> None:
-        """Raise PolicyError for a device that is selected twice."""
-        clashes = find_clashes(self._find_units())
-        if clashes:
+    def check(self) -> Picture:
+        """Look, and raise PolicyError for a device that is selected twice."""
+        picture = self.look()
+        if picture.clash:
             raise PolicyError(
-                f"the configuration {self.config.name} selects a device twice: "
-                f"{next(iter(clashes.values()))}",
+                f"the configuration {self.config.name} selects a device twice: {picture.clash}",
                 hint="a device, with its whole IOMMU group, belongs to one resource",
             )
-
-    def find_empty(self) -> list[str]:
-        """The resources that select nothing on this host."""
-        found = {unit.resource.name for unit in self._find_units()}
-        return [resource.name for resource in self.config.resources if resource.name not in found]
+        return picture
 
     def look(self) -> Picture:
         """All devices as they are now. Nothing is changed.
@@ -133,7 +126,7 @@ class Keeper:
             health = Health(state=UnitState.BROKEN, reason="the device has gone")
             offers.append(self._offer(key, health))
         self._known = known
-        return Picture(offers=tuple(offers))
+        return Picture(offers=tuple(offers), clash=next(iter(clashes.values()), None))
 
     def _offer(self, key: Key, health: Health, unit: Unit | None = None) -> Offer:
         resource, id_ = key
@@ -377,8 +370,11 @@ class Keeper:
                 elif row.state in _OF_PODS and is_settled:
                     self._missing[key] = self._missing.get(key, 0) + 1
 
-    def adopt(self) -> None:
-        """Make rows for what pods have and the journal does not know: it was lost."""
+    def adopt(self) -> bool:
+        """Make rows for what pods have and the journal does not know: it was lost.
+
+        True if there was any.
+        """
         with self._changing:
             unknown = self._pods.keys() & self._known.keys() - self._rows().keys()
             adopted = [
@@ -396,6 +392,7 @@ class Keeper:
                 self._journal.pod_devices.put(adopted)
                 names = ", ".join(f"{row.resource}={row.id}" for row in adopted)
                 log.warning("pods have %s, which the journal did not know", names)
+            return bool(adopted)
 
     def give_back_unused(self) -> bool:
         """Give back what no pod has any more and nobody has open; True if anything was."""

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -28,6 +29,8 @@ _LOOK_S = 5.0
 """For what the kernel has no event of: a process that opens or closes a device, a CDI file."""
 _EVENTS_S = 0.05
 """Events come in bursts: a card has several functions."""
+_REST = 3
+"""So many times as long as a look took, nothing is looked at, whatever events there are."""
 _LOCK = "device-plugin.lock"
 
 
@@ -47,11 +50,11 @@ class Plugin:
 
     async def start(self) -> None:
         """Finish what a crash left, and look at everything once. Raises DeviceError."""
-        await self.threads.call(self.keeper.check)
         await self.threads.call(self.keeper.recover)
-        await self._look()
-        await self._ask_kubelet()
-        await self._look()
+        await self._note_pods()
+        await self._show(await self.threads.call(self.keeper.check))
+        if await self._take_in():
+            await self._look()
 
     async def run(self) -> None:
         """Offer the resources, until it is cancelled."""
@@ -70,15 +73,18 @@ class Plugin:
         self.board.wanted.set()
 
     async def _keep_looking(self) -> None:
+        took_s = 0.0
         with _events(self.look_soon) as drain:
             while True:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_S):
                         await self.board.wanted.wait()
-                await asyncio.sleep(_EVENTS_S)
+                await asyncio.sleep(max(_EVENTS_S, _REST * took_s))
                 drain()
                 self.board.wanted.clear()
+                begun_s = time.monotonic()
                 await self._look_again()
+                took_s = time.monotonic() - begun_s
 
     async def _look_again(self) -> None:
         try:
@@ -90,14 +96,15 @@ class Plugin:
         while True:
             await asyncio.sleep(self.config.reconcile_s)
             try:
-                await self._ask_kubelet()
-                if await self.threads.call(self.keeper.bind_offered):
-                    self.look_soon()
+                await self._note_pods()
+                await self._take_in()
+                await self.threads.call(self.keeper.bind_offered)
+                self.look_soon()
             except DeviceError as error:
                 self._warn_once("reconcile", f"cannot reconcile: {error.message}")
 
-    async def _ask_kubelet(self) -> None:
-        """Ask which pods have what, and give back what none has."""
+    async def _note_pods(self) -> None:
+        """Ask kubelet which pods have what."""
         is_settled = self._is_settled()
         try:
             answer = await list_pods(self.config.pod_resources_socket)
@@ -110,9 +117,11 @@ class Plugin:
                 self.keeper.note_pods, answer.pods, has_any=answer.has_any, is_settled=is_settled
             )
         )
-        await self.threads.call(self.keeper.adopt)
-        await self.threads.call(self.keeper.give_back_unused)
-        self.look_soon()
+
+    async def _take_in(self) -> bool:
+        """Take in what pods have, and give back what none has; True if anything was done."""
+        has_adopted = await self.threads.call(self.keeper.adopt)
+        return await self.threads.call(self.keeper.give_back_unused) or has_adopted
 
     def _is_settled(self) -> bool:
         """Whether kubelet has had every resource for a whole period."""
@@ -123,8 +132,11 @@ class Plugin:
         )
 
     async def _look(self) -> None:
-        """Renew the picture, which kubelet gets if it has changed."""
-        picture = await self.threads.call(self.keeper.look)
+        """Look at everything again."""
+        await self._show(await self.threads.call(self.keeper.look))
+
+    async def _show(self, picture: Picture) -> None:
+        """Bind what is to be bound, write the CDI files, and then let kubelet have the picture."""
         if any(
             offer.unit
             and offer.unit.resource.managed is Managed.START

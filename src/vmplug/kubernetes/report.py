@@ -42,11 +42,11 @@ def report(config: Config, *, setup: Setup = DEFAULT_SETUP) -> Report:
     """
     with Journal.open_existing(setup.state_dir, host=setup.host) as journal:
         keeper = Keeper(config, journal, setup.host)
-        keeper.check()
         why = _note_pods(keeper, is_settled=False)
-        return Report(
-            offers=keeper.look().offers, empty=tuple(keeper.find_empty()), unknown_pods=why
-        )
+        offers = keeper.check().offers
+    found = {offer.resource for offer in offers}
+    empty = tuple(each.name for each in config.resources if each.name not in found)
+    return Report(offers=offers, empty=empty, unknown_pods=why)
 
 
 def give_back(config: Config, *, setup: Setup = DEFAULT_SETUP) -> GivenBack:

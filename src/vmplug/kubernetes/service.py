@@ -67,7 +67,7 @@ class ResourceService(DevicePluginBase):
         """Send the whole list, and again at each change; no list at the end."""
         await stream.recv_message()
         self._streams += 1
-        self.open_since = self.open_since or asyncio.get_running_loop().time()
+        self.open_since = asyncio.get_running_loop().time()
         self._opened.set()
         sent: list[api.Device] | None = None
         try:
@@ -182,6 +182,7 @@ class ResourceService(DevicePluginBase):
         while not self._board.of(self.resource.name):
             self._log_once(f"{self.resource.name} has no device on this node: not registered")
             await self._board.changed.wait()
+            await asyncio.sleep(0)  # once it is closed, too
 
     async def _until_kubelet(self) -> SocketIdentity:
         """Wait for kubelet: its directory may be mounted later."""

@@ -38,7 +38,8 @@ pci-resource-env = true
     )
     (resource,) = config.resources
     assert (resource.given, resource.managed) == (Given.CDI_CRI, Managed.START)
-    assert (resource.drivers, resource.numa) == ({"vfio-pci"}, {0, 1})
+    assert resource.drivers == frozenset({"vfio-pci"})
+    assert resource.numa == frozenset({0, 1})
     assert config.plugin_directory == "/k/device-plugins"
     assert config.pod_resources_socket == "/k/pod-resources/kubelet.sock"
     assert (config.cdi_directory, config.reconcile_s) == ("/c", 5)

@@ -205,14 +205,13 @@ def test_one_pods_devices_are_given_all_or_none(node: Node) -> None:
 # one device, one resource
 
 
+VIDEO = '[[resource]]\nname = "a.com/video"\nclasses = ["0x03"]\n'
+SOUNDS = '[[resource]]\nname = "a.com/sound"\nclasses = ["0x04"]\n'
+ALL_OF_INTEL = '[[resource]]\nname = "example.com/net"\npci = ["8086:*"]\n'
+
+
 @pytest.mark.parametrize(
-    "lines",
-    [
-        NIC_LINES + '[[resource]]\nname = "example.com/net"\npci = ["8086:*"]\n',
-        '[[resource]]\nname = "a.com/video"\nclasses = ["0x03"]\n[[resource]]\n'
-        'name = "a.com/sound"\nclasses = ["0x04"]\n',
-    ],
-    ids=["one device", "one group"],
+    "lines", [NIC_LINES + ALL_OF_INTEL, VIDEO + SOUNDS], ids=["one device", "one group"]
 )
 def test_what_two_resources_select_is_refused(node: Node, lines: str) -> None:
     with node.journal() as journal:
