@@ -21,7 +21,7 @@ from vmplug.kubernetes.device_plugin_grpc import DevicePluginStub, RegistrationB
 from vmplug.kubernetes.pod_resources_grpc import PodResourcesListerBase
 
 VERSION = "v1beta1"
-_WAIT_S = 10.0
+_WAIT_S = 60.0
 _DIAL_S = 10.0
 _PRE_START_S = 30.0
 

@@ -344,3 +344,45 @@ def test_killed_at_each_write_the_device_ends_up_where_it_belongs(
             break
         number += 1
     assert number > 4
+
+
+@pytest.mark.parametrize("fault", [Fault.DIE_BEFORE, Fault.DIE_AFTER])
+def test_killed_at_each_write_a_device_that_is_bound_from_the_start_comes_back(
+    node: Node, fault: Fault
+) -> None:
+    """From the binding at the start to `give-back`: then another plugin, and its `give-back`."""
+    before, lines = node.kernel.picture(), MANAGED_LINES.replace("pre-start", "start")
+
+    def life() -> None:
+        with node.journal() as journal:
+            keeper = node.keeper(lines, journal=journal)
+            keeper.bind_offered()
+            keeper.allocate(GPUS, ["26"])
+            keeper.prepare(GPUS, ["26"])
+            forget_pods(keeper)
+            keeper.give_back_unused()
+            keeper.give_back_all()
+
+    number = 0
+    while True:
+        node.kernel.writes.clear()
+        node.kernel._at_number = {number: fault}
+        status = in_child(life)
+        node.kernel._at_number = {}
+        with node.journal() as journal:
+            keeper = node.keeper(lines, journal=journal)
+            keeper.recover()
+            keeper.look()
+            keeper.bind_offered()
+            forget_pods(keeper)
+            keeper.give_back_unused()
+            assert node.states() == {"26": "offered"}
+            assert states(keeper) == {"26": "free"}
+            assert node.drivers()[GPU] == node.drivers()[SOUND] == "vfio-pci"
+            keeper.give_back_all()
+        assert node.kernel.picture() == before
+        assert node.states() == {}
+        if status != DIED:
+            break
+        number += 1
+    assert number > 8

@@ -180,7 +180,7 @@ class Node:
 Scenario = Callable[[StandInKubelet, Plugin], Coroutine[None, None, None]]
 
 
-async def until(is_so: Callable[[], bool], timeout_s: float = 20.0) -> None:
+async def until(is_so: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Wait until something is so."""
     async with asyncio.timeout(timeout_s):
         while not is_so():  # noqa: ASYNC110  files and lists, which no event is for
