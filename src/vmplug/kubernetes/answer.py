@@ -86,8 +86,9 @@ def describe_allocated(resource: Resource, units: Sequence[Unit]) -> ContainerAl
                 for node in nodes
             )
         case Given.CDI_ANNOTATIONS:
-            key, value = make_annotation(_PLUGIN, units[0].id, names)
-            answer.annotations[key] = value
+            for first in units[:1]:
+                key, value = make_annotation(_PLUGIN, first.id, names)
+                answer.annotations[key] = value
         case Given.CDI_CRI:
             answer.cdi_devices.extend(CDIDevice(name=name) for name in names)
     return answer

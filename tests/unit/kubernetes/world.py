@@ -4,13 +4,14 @@ import asyncio
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
 from tests.support.fake_kernel import FakeKernel
 from tests.support.journal import lay_journal
 from tests.support.kubelet import StandInKubelet
 from tests.support.pci_tree import PciTree
+from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
 from vmplug.journal.pod_devices import PodDevice
 from vmplug.kubernetes.config import Config, read_config
@@ -154,27 +155,32 @@ class Node:
 
         asyncio.run(play())
 
-    @asynccontextmanager
-    async def plugin(self, config: Config) -> AsyncIterator[Plugin]:
+    def plugin(self, config: Config) -> AbstractAsyncContextManager[Plugin]:
         """A plugin that runs until the end of the `with`, and then ends as SIGTERM ends it."""
-        with self.journal() as journal:
-            plugin = Plugin(config, journal, Setup(host=self.kernel, state_dir=self.state))
-            await plugin.start()
-            task = asyncio.create_task(plugin.run())
-            try:
-                yield plugin
-            finally:
-                plugin.stop()
-                await asyncio.sleep(0.05)
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+        return running(config, self.kernel, self.state)
 
     def keeper(self, lines: str = NIC_LINES, *, journal: Journal) -> Keeper:
         """The keeper of a plugin, which has looked at everything."""
         keeper = Keeper(self.config(lines), journal, self.kernel)
         keeper.look()
         return keeper
+
+
+@asynccontextmanager
+async def running(config: Config, host: HostRoot, state_dir: Path) -> AsyncIterator[Plugin]:
+    """A plugin on a host, until the end of the `with`."""
+    with Journal.open(state_dir, host=host) as journal:
+        plugin = Plugin(config, journal, Setup(host=host, state_dir=state_dir))
+        await plugin.start()
+        task = asyncio.create_task(plugin.run())
+        try:
+            yield plugin
+        finally:
+            plugin.stop()
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
 
 
 Scenario = Callable[[StandInKubelet, Plugin], Coroutine[None, None, None]]
