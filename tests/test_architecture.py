@@ -288,7 +288,8 @@ def test_within_the_host_imports_go_upwards_only() -> None:
 
 
 def test_no_folder_has_more_modules_than_one_can_overlook() -> None:
-    paths = [Path(module) for module in MODULES if not module.endswith("__init__.py")]
+    unread = ("__init__.py", "_pb2.py", "_grpc.py")  # tools/make-stubs writes the last two
+    paths = [Path(module) for module in MODULES if not module.endswith(unread)]
     folders = Counter(path.parent.as_posix() for path in paths)
     del folders["cli/verbs"]
     assert {folder: count for folder, count in folders.items() if count > MODULES_MAX} == {}

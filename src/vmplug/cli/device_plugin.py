@@ -10,7 +10,7 @@ from vmplug.cli.render.table import Column, path_column, print_table, reason_col
 from vmplug.cli.render.terminal import Style, say
 from vmplug.errors import HostError
 from vmplug.kubernetes.config import read_config
-from vmplug.kubernetes.keeper import Offer
+from vmplug.kubernetes.picture import Offer
 from vmplug.manager.setup import Setup
 from vmplug.text import one_line
 

@@ -12,7 +12,7 @@ from vmplug.kubernetes.device_plugin_pb2 import (
     NUMANode,
     TopologyInfo,
 )
-from vmplug.kubernetes.keeper import Offer
+from vmplug.kubernetes.picture import Offer
 from vmplug.kubernetes.units import Unit
 
 _HEALTHY, _UNHEALTHY = "Healthy", "Unhealthy"

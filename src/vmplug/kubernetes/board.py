@@ -2,7 +2,7 @@
 
 import asyncio
 
-from vmplug.kubernetes.keeper import Offer, Picture
+from vmplug.kubernetes.picture import Offer, Picture
 
 
 class Board:

@@ -11,9 +11,8 @@ Everything here may wait for the kernel: no event loop calls it.
 """
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-import msgspec
 from msgspec.structs import replace
 
 from vmplug.errors import DeviceError, InUse, NoSuchDevice, PolicyError, StateError
@@ -26,9 +25,10 @@ from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
 from vmplug.journal.pod_devices import PodDevice, PodDeviceState
-from vmplug.journal.process import read_boot_id
 from vmplug.kubernetes.config import Config, Managed
 from vmplug.kubernetes.health import Health, Look, UnitState, judge
+from vmplug.kubernetes.meant import is_meant, row_of, unknown_row, why_other
+from vmplug.kubernetes.picture import Key, Offer, Picture, PodNames
 from vmplug.kubernetes.specs import find_foreign, write_specs
 from vmplug.kubernetes.units import FormerDrivers, Unit, find_clashes, find_units, renew
 from vmplug.log import Log
@@ -42,37 +42,7 @@ _RESET_TIMEOUT_S = 20.0
 LISTS_TO_FREE = 2
 """So many answers of kubelet in a row that do not name a device."""
 
-Key = tuple[str, str]
-"""A resource, and the ID of a device."""
-PodNames = Mapping[Key, Collection[str]]
-"""The pods that kubelet says have a device."""
 _OF_PODS = frozenset({PodDeviceState.ALLOCATED, PodDeviceState.STARTED})
-
-
-class Offer(msgspec.Struct, frozen=True, kw_only=True):
-    """One device as kubelet is to know it; `unit` is None for one that has gone."""
-
-    resource: str
-    id: str
-    health: Health
-    unit: Unit | None = None
-    pods: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> Key:
-        """Its resource and its ID."""
-        return self.resource, self.id
-
-
-class Picture(msgspec.Struct, frozen=True, kw_only=True):
-    """All devices of all resources at one time; `clash` is one that is selected twice, if any."""
-
-    offers: tuple[Offer, ...] = ()
-    clash: str | None = None
-
-    def of(self, resource: str) -> tuple[Offer, ...]:
-        """Those of one resource."""
-        return tuple(offer for offer in self.offers if offer.resource == resource)
 
 
 class Keeper:
@@ -86,6 +56,7 @@ class Keeper:
         self._changing = threading.RLock()
         self._known = dict[Key, Unit]()
         self._named = dict[Key, Unit]()
+        self._clashes = dict[Key, str]()
         self._pods: PodNames = {}
         self._missing = dict[Key, int]()
         self._had_pods = self._is_asked = False
@@ -125,7 +96,7 @@ class Keeper:
         for key in sorted(gone):
             health = Health(state=UnitState.BROKEN, reason="the device has gone")
             offers.append(self._offer(key, health))
-        self._known = known
+        self._known, self._clashes = known, clashes
         return Picture(offers=tuple(offers), clash=next(iter(clashes.values()), None))
 
     def _offer(self, key: Key, health: Health, unit: Unit | None = None) -> Offer:
@@ -199,6 +170,8 @@ class Keeper:
                 row = rows.get(unit.key)
                 if row and row.state is PodDeviceState.RETURNING:
                     raise _refused(unit, "vmplug is giving it back")
+                if why := self._clashes.get(unit.key):
+                    raise _refused(unit, why)
                 health = judge(unit, look, is_assigned=False)
                 if not health.state.is_healthy:
                     raise _refused(unit, health.reason)
@@ -224,15 +197,7 @@ class Keeper:
         return now
 
     def _row(self, unit: Unit, state: PodDeviceState) -> PodDevice:
-        return PodDevice(
-            resource=unit.resource.name,
-            id=unit.id,
-            state=state,
-            boot_id=read_boot_id(self._host),
-            thing=unit.identify(self._host),
-            named=unit.describe(self._host),
-            serial=unit.read_serial(self._host),
-        )
+        return row_of(unit, state, self._host)
 
     def prepare(self, resource: str, ids: Sequence[str]) -> None:
         """Make devices ready for the container that is about to start; it may be repeated.
@@ -256,7 +221,7 @@ class Keeper:
                     self._reset(unit, look)
             except BaseException:
                 for row in bound:
-                    self._give_back_binding(row)
+                    self._undo_binding(row)
                 raise
             self._journal.pod_devices.put(
                 self._row(unit, PodDeviceState.STARTED) for unit, _ in pairs
@@ -273,25 +238,9 @@ class Keeper:
             unit = self._find(resource, id_)
         except NoSuchDevice as error:
             raise _not_same(resource, id_, "it has gone") from error
-        if why := self._why_other(unit, row):
+        if why := why_other(unit, row, self._host):
             raise _not_same(resource, id_, why)
         return unit, row
-
-    def _why_other(self, unit: Unit, row: PodDevice) -> str | None:
-        """Why it is not the device that a row means; None if it is."""
-        serial = unit.read_serial(self._host)
-        if not row.thing:
-            return "the journal was lost, so nobody knows which device it was"
-        if row.boot_id == read_boot_id(self._host):
-            is_same = row.thing == unit.identify(self._host)
-            if is_same and (None in {serial, row.serial} or serial == row.serial):
-                return None
-            return f"another device has its place now, {unit.describe(self._host)}"
-        if row.named != unit.describe(self._host):
-            return f"after the boot it is another device, {unit.describe(self._host)}"
-        if serial is None or serial != row.serial:
-            return "the node has booted since, and no serial number proves that it is the same"
-        return None
 
     def _bind(self, unit: Unit, row: PodDevice) -> bool:
         """Bind a managed device; False where nothing had to be done."""
@@ -300,6 +249,14 @@ class Keeper:
         assert isinstance(unit.device, VfioGroup)
         self._binder.bind(unit.device, device_id=row.device_id)
         return True
+
+    def _undo_binding(self, row: PodDevice) -> None:
+        """Give a device back after a failure; where that fails, the row is left for `recover`."""
+        try:
+            self._give_back_binding(row)
+        except DeviceError as error:
+            why = one_line(error.message)
+            log.warning("cannot give %s=%s back: %s", row.resource, row.id, why)
 
     def _reset(self, unit: Unit, look: Look) -> None:
         """Reset every function, unless somebody has the device open. Raises BindError."""
@@ -377,17 +334,7 @@ class Keeper:
         """
         with self._changing:
             unknown = self._pods.keys() & self._known.keys() - self._rows().keys()
-            adopted = [
-                PodDevice(
-                    resource=resource,
-                    id=id_,
-                    state=PodDeviceState.STARTED,
-                    boot_id=read_boot_id(self._host),
-                    thing="",
-                    named="",
-                )
-                for resource, id_ in sorted(unknown)
-            ]
+            adopted = [unknown_row(*key, self._host) for key in sorted(unknown)]
             if adopted:
                 self._journal.pod_devices.put(adopted)
                 names = ", ".join(f"{row.resource}={row.id}" for row in adopted)
@@ -428,14 +375,11 @@ class Keeper:
         look = self._start_look() if rows else None
         for row in rows:
             unit = self._known.get((row.resource, row.id))
-            if look and unit and self._is_meant(unit, row):
+            if look and unit and is_meant(unit, row, self._host):
                 health = judge(unit, look, is_assigned=False)
                 if health.is_open or health.state is UnitState.USED:
                     continue
             yield row
-
-    def _is_meant(self, unit: Unit, row: PodDevice) -> bool:
-        return bool(row.thing) and row.thing == unit.identify(self._host)
 
     def _return(self, row: PodDevice, *, forget: bool = False) -> bool:
         """Give one device back: 1. journal, 2. reset, 3. its former driver, 4. journal."""
@@ -447,10 +391,10 @@ class Keeper:
             not forget
             and unit is not None
             and unit.resource.managed is Managed.START
-            and self._is_meant(unit, row)
+            and is_meant(unit, row, self._host)
         )
         try:
-            if unit and self._is_meant(unit, row) and unit.is_bound(self._host):
+            if unit and is_meant(unit, row, self._host) and unit.is_bound(self._host):
                 self._reset(unit, self._start_look())
             if not is_kept:
                 self._give_back_binding(row)

@@ -10,7 +10,7 @@ from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
 from vmplug.errors import HostError
 from vmplug.kubernetes.device_plugin_grpc import RegistrationStub
 from vmplug.kubernetes.device_plugin_pb2 import DevicePluginOptions, RegisterRequest
-from vmplug.kubernetes.keeper import Key
+from vmplug.kubernetes.picture import Key
 from vmplug.kubernetes.pod_resources_grpc import PodResourcesListerStub
 from vmplug.kubernetes.pod_resources_pb2 import ListPodResourcesRequest
 

@@ -16,8 +16,9 @@ from vmplug.journal.journal import Journal
 from vmplug.kubernetes.board import Board
 from vmplug.kubernetes.config import Config, Managed
 from vmplug.kubernetes.health import UnitState
-from vmplug.kubernetes.keeper import Keeper, Picture
+from vmplug.kubernetes.keeper import Keeper
 from vmplug.kubernetes.kubelet import list_pods
+from vmplug.kubernetes.picture import Picture
 from vmplug.kubernetes.service import ResourceService
 from vmplug.log import Log
 from vmplug.manager.setup import Setup

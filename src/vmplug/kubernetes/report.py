@@ -9,8 +9,9 @@ from vmplug.errors import HostError
 from vmplug.journal.journal import Journal
 from vmplug.journal.pod_devices import PodDevice
 from vmplug.kubernetes.config import Config
-from vmplug.kubernetes.keeper import LISTS_TO_FREE, Keeper, Offer
+from vmplug.kubernetes.keeper import LISTS_TO_FREE, Keeper
 from vmplug.kubernetes.kubelet import list_pods, socket_made_at
+from vmplug.kubernetes.picture import Offer
 from vmplug.kubernetes.plugin import only_one
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 

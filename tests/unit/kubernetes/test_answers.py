@@ -12,7 +12,7 @@ from tests.unit.kubernetes.world import DISK_LINES, DISKS, NET, NIC_LINES, NICS,
 from vmplug.cdi import read_directories
 from vmplug.errors import StateError
 from vmplug.kubernetes.answer import list_devices, prefer
-from vmplug.kubernetes.keeper import Offer
+from vmplug.kubernetes.picture import Offer
 from vmplug.kubernetes.plugin import Plugin
 from vmplug.kubernetes.units import make_id
 

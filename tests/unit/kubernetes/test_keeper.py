@@ -219,7 +219,11 @@ def test_what_two_resources_select_is_refused(node: Node, lines: str) -> None:
         with pytest.raises(PolicyError, match="selects a device twice") as caught:
             keeper.check()
         assert "belongs to one resource" in str(caught.value.hint)
-        assert UnitState.BROKEN in {offer.health.state for offer in keeper.look().offers}
+        broken = [o for o in keeper.look().offers if o.health.state is UnitState.BROKEN]
+        assert len(broken) in {2, 4}
+        with pytest.raises(InUse, match="twice"):
+            keeper.allocate(broken[0].resource, [broken[0].id])
+    assert node.states() == {}
 
 
 def test_a_disk_and_its_controller_are_one_device(node: Node) -> None:
