@@ -31,7 +31,7 @@ _LOOK_S = 5.0
 _EVENTS_S = 0.05
 """Events come in bursts: a card has several functions."""
 _REST = 3
-"""So many times as long as a look took, nothing is looked at, whatever events there are."""
+"""So many times as long as a check of all devices took, the next one waits, whatever happens."""
 _LOCK = "device-plugin.lock"
 
 
@@ -137,7 +137,7 @@ class Plugin:
         await self._show(await self.threads.call(self.keeper.look))
 
     async def _show(self, picture: Picture) -> None:
-        """Bind what is to be bound, write the CDI files, and then let kubelet have the picture."""
+        """Bind what must be bound, write the CDI files, and then let kubelet have the picture."""
         if any(
             offer.unit
             and offer.unit.resource.managed is Managed.START
