@@ -145,6 +145,9 @@ def test_the_process_serves_until_a_signal_and_another_goes_on(
                 os.kill(process.pid, number)
             done = await asyncio.to_thread(ended, process)
             assert done.status == (-9 if number is signal.SIGKILL else 0)
+            lines = done.stderr.splitlines()
+            assert f"vmplug: kubelet has the resource {NICS}" in lines
+            assert f"vmplug: allocated 27 of {NICS}" in lines
             await kubelet.wait_gone(NICS)
             assert len(kubelet.endpoints[NICS].lists) == sent
             assert kubelet.allocatable(NICS) == 0

@@ -1,10 +1,12 @@
 """What `vmplug device-plugin` offers, prints and gives back."""
 
 import asyncio
+import logging
 from typing import Any
 
 import click
 
+from vmplug.cli.progress import hearing
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.table import Column, path_column, print_table, reason_column, state_column
 from vmplug.cli.render.terminal import Style, say
@@ -25,8 +27,16 @@ except ImportError as error:
 
 
 def run(path: str, setup: Setup) -> None:
-    """Offer devices until SIGTERM."""
-    asyncio.run(serve(read_config(path), setup))
+    """Offer devices until SIGTERM; print on stderr what happens."""
+    config = read_config(path)
+    with hearing(_print_line):
+        asyncio.run(serve(config, setup))
+
+
+def _print_line(record: logging.LogRecord) -> None:
+    if record.levelno >= logging.INFO:
+        style = Style.WARNING if record.levelno >= logging.WARNING else Style.PLAIN
+        say(f"vmplug: {one_line(record.getMessage())}", style, err=True)
 
 
 def print_report(path: str, setup: Setup, *, as_json: bool) -> None:
