@@ -23,9 +23,7 @@ from vmplug.cdi.registry import read_directories
 from vmplug.cdi.write import DRAFT_SUFFIX, SPEC_MODE, draft_of
 from vmplug.errors import HostError, StateError
 
-_HEAD = (
-    "# Written by `vmplug cdi write`, which replaces and removes it. Once edited, it is yours.\n"
-)
+_HEAD = "# Written by vmplug, which replaces and removes it. Once edited, it is yours.\n"
 _DIGEST = "# sha256: "
 _SUFFIX = ".yaml"
 _DRAFT = ".vmplug-spec-"

@@ -22,7 +22,7 @@ from vmplug.kubernetes.picture import Picture
 from vmplug.kubernetes.service import ResourceService
 from vmplug.log import Log
 from vmplug.manager.setup import Setup
-from vmplug.text import one_line
+from vmplug.text import join_hint, one_line
 
 log = Log(__name__)
 
@@ -110,7 +110,7 @@ class Plugin:
         try:
             answer = await list_pods(self.config.pod_resources_socket)
         except HostError as error:
-            self._warn_once("pods", error.message)
+            self._warn_once("pods", join_hint(error.message, error.hint))
             return
         self._warn_once("pods", "")
         await self.threads.call(
@@ -149,7 +149,7 @@ class Plugin:
             await self.threads.call(self.keeper.write_specs)
             self._warn_once("specs", "")
         except DeviceError as error:
-            self._warn_once("specs", error.message)
+            self._warn_once("specs", join_hint(error.message, error.hint))
         self._log_changes(picture)
         self.board.publish(picture)
 

@@ -22,7 +22,7 @@ from vmplug.kubernetes.device_plugin_grpc import DevicePluginBase
 from vmplug.kubernetes.keeper import Keeper
 from vmplug.kubernetes.kubelet import OPTIONS, SocketIdentity, identify_socket, register
 from vmplug.log import Log
-from vmplug.text import one_line
+from vmplug.text import join_hint, one_line
 
 log = Log(__name__)
 
@@ -156,8 +156,7 @@ class ResourceService(DevicePluginBase):
                 await self._until_lost(kubelet)
                 self._log_once(f"kubelet has left {self.resource.name}")
             except (DeviceError, OSError, TimeoutError) as error:
-                why = error.message if isinstance(error, DeviceError) else str(error)
-                self._log_once(why or f"kubelet does not ask for {self.resource.name}")
+                self._log_once(_why(error) or f"kubelet does not ask for {self.resource.name}")
             finally:
                 self._stop(server)
             if identify_socket(self._kubelet) == kubelet:
@@ -180,14 +179,16 @@ class ResourceService(DevicePluginBase):
     async def _until_offered(self) -> None:
         """Wait for the first device: an empty list would end pods that run."""
         while not self._board.of(self.resource.name):
-            self._log_once(f"{self.resource.name} has no device on this node: not registered")
+            empty = f"{self.resource.name} selects nothing on this node, so it is not registered"
+            self._log_once(f"{empty}; vmplug device-plugin --dry-run shows what is selected")
             await self._board.changed.wait()
             await asyncio.sleep(0)  # once it is closed, too
 
     async def _until_kubelet(self) -> SocketIdentity:
         """Wait for kubelet: its directory may be mounted later."""
         while (kubelet := identify_socket(self._kubelet)) is None:
-            self._log_once(f"waiting for kubelet: there is no {self._kubelet}")
+            missing = f"waiting for kubelet: there is no {self._kubelet}"
+            self._log_once(f"{missing}; start kubelet, or mount its directory here")
             await asyncio.sleep(_POLL_S)
         return kubelet
 
@@ -203,6 +204,12 @@ class ResourceService(DevicePluginBase):
         if what != self._logged:
             self._logged = what
             log.info("%s", one_line(what))
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, DeviceError):
+        return join_hint(error.message, error.hint)
+    return str(error)
 
 
 async def _receive(stream: Stream[T, Any]) -> T:

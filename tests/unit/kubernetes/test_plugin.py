@@ -199,6 +199,7 @@ def test_the_directory_of_kubelet_may_come_later(
     async def play() -> None:
         async with node.plugin(node.config()):
             await until(lambda: "waiting for kubelet: there is no" in caplog.text)
+            assert "kubelet.sock; start kubelet, or mount its directory here" in caplog.text
             async with StandInKubelet(node.kubelet_directory) as kubelet:
                 await kubelet.wait_for(NICS, allocatable=2)
 
@@ -242,16 +243,22 @@ def test_a_kubelet_of_another_version_is_named_and_asked_again(
         ):
             refusal = 'API version "v1beta1" is not supported by kubelet'
             await until(lambda: refusal in caplog.text)
+            assert "; vmplug speaks version v1beta1 of the interface" in caplog.text
             kubelet.supported = "v1beta1"  # it was upgraded
             await kubelet.wait_for(NICS, allocatable=2)
 
     asyncio.run(play())
 
 
-def test_a_resource_without_devices_is_not_registered_until_it_has_one(node: Node) -> None:
+def test_a_resource_without_devices_is_not_registered_until_it_has_one(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
     async def scenario(kubelet: StandInKubelet, plugin: Plugin) -> None:
         await kubelet.wait_for(NICS)
         assert set(kubelet.endpoints) == {NICS}  # an empty list would end pods
+        assert "example.com/accelerator selects nothing on this node" in caplog.text
         node.function("0000:3e:00.0", 29, class_code=0x120000)
         plugin.look_soon()
         await kubelet.wait_for("example.com/accelerator", allocatable=1)
