@@ -1,8 +1,7 @@
 """The plugin and a kubelet that stands in, over their real sockets."""
 
 import asyncio
-import logging
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from grpclib.const import Status
@@ -191,15 +190,11 @@ def test_the_end_closes_the_stream_and_sends_no_list(node: Node) -> None:
     asyncio.run(play())
 
 
-def test_the_directory_of_kubelet_may_come_later(
-    node: Node, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-
+def test_the_directory_of_kubelet_may_come_later(node: Node, log_text: Callable[[], str]) -> None:
     async def play() -> None:
         async with node.plugin(node.config()):
-            await until(lambda: "waiting for kubelet: there is no" in caplog.text)
-            assert "kubelet.sock; start kubelet, or mount its directory here" in caplog.text
+            await until(lambda: "waiting for kubelet: there is no" in log_text())
+            assert "kubelet.sock; start kubelet, or mount its directory here" in log_text()
             async with StandInKubelet(node.kubelet_directory) as kubelet:
                 await kubelet.wait_for(NICS, allocatable=2)
 
@@ -232,18 +227,16 @@ def test_a_plugin_whose_socket_is_removed_registers_again(node: Node) -> None:
 
 
 def test_a_kubelet_of_another_version_is_named_and_asked_again(
-    node: Node, caplog: pytest.LogCaptureFixture
+    node: Node, log_text: Callable[[], str]
 ) -> None:
-    caplog.set_level(logging.INFO)
-
     async def play() -> None:
         async with (
             StandInKubelet(node.kubelet_directory, supported="v2") as kubelet,
             node.plugin(node.config()),
         ):
             refusal = 'API version "v1beta1" is not supported by kubelet'
-            await until(lambda: refusal in caplog.text)
-            assert "; vmplug speaks version v1beta1 of the interface" in caplog.text
+            await until(lambda: refusal in log_text())
+            assert "; vmplug speaks version v1beta1 of the interface" in log_text()
             kubelet.supported = "v1beta1"  # it was upgraded
             await kubelet.wait_for(NICS, allocatable=2)
 
@@ -251,14 +244,12 @@ def test_a_kubelet_of_another_version_is_named_and_asked_again(
 
 
 def test_a_resource_without_devices_is_not_registered_until_it_has_one(
-    node: Node, caplog: pytest.LogCaptureFixture
+    node: Node, log_text: Callable[[], str]
 ) -> None:
-    caplog.set_level(logging.INFO)
-
     async def scenario(kubelet: StandInKubelet, plugin: Plugin) -> None:
         await kubelet.wait_for(NICS)
         assert set(kubelet.endpoints) == {NICS}  # an empty list would end pods
-        assert "example.com/accelerator selects nothing on this node" in caplog.text
+        assert "example.com/accelerator selects nothing on this node" in log_text()
         node.function("0000:3e:00.0", 29, class_code=0x120000)
         plugin.look_soon()
         await kubelet.wait_for("example.com/accelerator", allocatable=1)
@@ -385,9 +376,7 @@ def test_the_device_is_reset_before_its_pod_and_after_it(node: Node) -> None:
     node.run(scenario)
 
 
-def test_pods_that_the_journal_does_not_know_are_taken_in(
-    node: Node, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pods_that_the_journal_does_not_know_are_taken_in(node: Node) -> None:
     async def scenario(kubelet: StandInKubelet, plugin: Plugin) -> None:
         await kubelet.wait_for(NICS)
         await kubelet.admit("pod1", NICS, 1)
@@ -403,10 +392,10 @@ def test_pods_that_the_journal_does_not_know_are_taken_in(
 
 
 def test_a_directory_without_pods_socket_is_a_sentence(
-    node: Node, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    node: Node, log_text: Callable[[], str]
 ) -> None:
     async def play() -> None:
         async with node.plugin(node.config()):
-            await until(lambda: "kubelet does not say which pods have devices" in caplog.text)
+            await until(lambda: "kubelet does not say which pods have devices" in log_text())
 
     asyncio.run(play())
