@@ -390,3 +390,22 @@ def test_killed_at_each_write_a_device_that_is_bound_from_the_start_comes_back(
             break
         number += 1
     assert number > 8
+
+
+def test_after_a_boot_what_no_pod_has_any_more_is_forgotten_and_not_touched(node: Node) -> None:
+    with node.journal() as journal:
+        keeper = node.keeper(MANAGED_LINES, journal=journal)
+        keeper.allocate(GPUS, ["26"])
+        keeper.prepare(GPUS, ["26"])
+    node.boot({GPU: "nouveau", SOUND: "snd_hda_intel"})
+    node.kernel.writes.clear()
+    with node.journal() as journal:
+        keeper = node.keeper(MANAGED_LINES, journal=journal)
+        keeper.recover()
+        assert states(keeper) == {"26": "assigned"}  # kubelet has not answered yet
+        forget_pods(keeper)
+        keeper.give_back_unused()
+        assert states(keeper) == {"26": "bindable"}
+        assert journal.bindings.all() == []
+    assert node.states() == {}
+    assert not node.kernel.writes

@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -126,9 +126,12 @@ class Node:
         """A process ends."""
         shutil.rmtree(self.tree.path / f"proc/{pid}")
 
-    def boot(self) -> None:
-        """The host boots: another boot id."""
-        self.tree.file("/proc/sys/kernel/random/boot_id", "99999999-2222-3333-4444-555555555555\n")
+    def boot(self, drivers: Mapping[str, str] | None = None) -> None:
+        """The host boots: another boot id, and these drivers have taken their functions again."""
+        self.tree.file("/proc/sys/kernel/random/boot_id", f"{BOOT_ID[::-1]}\n")
+        for bdf, driver in (drivers or {}).items():
+            shutil.rmtree(f"{self.tree.path}{self.tree.real(bdf)}/vfio-dev", ignore_errors=True)
+            self.tree.take(bdf, driver)
 
     def journal(self) -> Journal:
         return Journal.open(self.state, host=self.kernel)
