@@ -62,6 +62,19 @@ def test_what_another_process_has_is_unhealthy_and_refused_in_its_name(node: Nod
     node.run(registered)
 
 
+def test_the_name_of_a_process_is_escaped(node: Node, log_text: Callable[[], str]) -> None:
+    async def scenario(kubelet: StandInKubelet, plugin: Plugin) -> None:
+        await kubelet.wait_for(NICS, allocatable=2)
+        node.open("/dev/vfio/27", name="a\x1b[31mb")
+        with pytest.raises(AdmissionError) as caught:
+            await kubelet.allocate(NICS, ["27"])
+        for text in (str(caught.value), *log_text().split("\n")):
+            assert text.isprintable()
+        assert "[31mb" in str(caught.value)
+
+    node.run(scenario)
+
+
 def test_the_pods_own_vm_keeps_its_device_healthy(node: Node) -> None:
     async def scenario(kubelet: StandInKubelet, plugin: Plugin) -> None:
         await kubelet.wait_for(NICS, allocatable=2)
