@@ -128,7 +128,7 @@ class ResourceService(DevicePluginBase):
         try:
             done = await self._threads.call(work)
         except DeviceError as error:
-            names = ", ".join(ids)
+            names = one_line(", ".join(ids))
             why = one_line(error.message)
             log.warning("refused %s of %s: %s", names, self.resource.name, why)
             unknown = isinstance(error, NoSuchDevice)
