@@ -94,7 +94,8 @@ class Keeper:
         known = {unit.key: unit for unit in units}
         gone = [key for key in rows if key not in known and key[0] in self._resources]
         for key in sorted(gone):
-            health = Health(state=UnitState.BROKEN, reason="it has gone, or is not selected any more")
+            why = "it has gone, or is not selected any more"
+            health = Health(state=UnitState.BROKEN, reason=why)
             offers.append(self._offer(key, health))
         self._known, self._clashes = known, clashes
         return Picture(offers=tuple(offers), clash=next(iter(clashes.values()), None))

@@ -6,6 +6,7 @@ import os
 import msgspec
 from grpclib.client import Channel
 from grpclib.exceptions import GRPCError, ProtocolError, StreamTerminatedError
+from h2.exceptions import H2Error
 
 from vmplug.errors import HostError
 from vmplug.kubernetes.device_plugin_grpc import RegistrationStub
@@ -19,7 +20,15 @@ OPTIONS = DevicePluginOptions(pre_start_required=True, get_preferred_allocation_
 
 _TIMEOUT_S = 10.0
 """How long kubelet itself waits for a plugin."""
-_FAILURES = (GRPCError, StreamTerminatedError, ProtocolError, OSError, asyncio.TimeoutError)
+_FAILURES = (
+    GRPCError,
+    StreamTerminatedError,
+    ProtocolError,
+    H2Error,
+    OSError,
+    asyncio.TimeoutError,
+    AttributeError,  # grpclib 0.4.9: the connection was lost before its first use
+)
 
 SocketIdentity = tuple[int, int, int]
 
@@ -96,5 +105,7 @@ def _in_words(error: BaseException) -> str:
             return why.lower()
         case asyncio.TimeoutError():
             return f"no answer within {_TIMEOUT_S:g} seconds"
+        case AttributeError():
+            return "it has closed the connection"
         case _:
             return str(error) or type(error).__name__

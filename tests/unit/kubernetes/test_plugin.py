@@ -20,6 +20,8 @@ from tests.unit.kubernetes.world import (
     lists,
     until,
 )
+from vmplug.errors import HostError
+from vmplug.kubernetes.kubelet import list_pods, register
 from vmplug.kubernetes.plugin import Plugin
 
 HEALTHY = {"27": "Healthy", "28": "Healthy"}
@@ -410,5 +412,24 @@ def test_a_directory_without_pods_socket_is_a_sentence(
     async def play() -> None:
         async with node.plugin(node.config()):
             await until(lambda: "kubelet does not say which pods have devices" in log_text())
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("after_s", [0, 0.01])
+def test_a_kubelet_that_hangs_up_is_an_error_of_the_host(node: Node, after_s: float) -> None:
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(after_s)
+        writer.close()
+
+    async def play() -> None:
+        path = str(node.kubelet_directory / "s")
+        server = await asyncio.start_unix_server(hang_up, path)
+        for _ in range(20):
+            with pytest.raises(HostError, match="does not say which pods"):
+                await list_pods(path)
+            with pytest.raises(HostError, match="does not take the resource"):
+                await register(path, endpoint="e.sock", resource=NICS)
+        server.close()
 
     asyncio.run(play())
