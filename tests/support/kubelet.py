@@ -23,6 +23,8 @@ from vmplug.kubernetes.pod_resources_grpc import PodResourcesListerBase
 VERSION = "v1beta1"
 _WAIT_S = 60.0
 _DIAL_S = 10.0
+SETTLE_S = 0.1
+"""After it both ends of a connection, which are in one loop, have closed it."""
 _PRE_START_S = 30.0
 
 
@@ -129,6 +131,7 @@ class StandInKubelet:
         self.endpoints.clear()
         for socket in (self.socket, self.pod_resources):
             socket.unlink(missing_ok=True)
+        await asyncio.sleep(SETTLE_S)
 
     async def restart(self) -> None:
         """Stop and start: the first list of a resource must have what its running pods have."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.support.fake_kernel import FakeKernel
 from tests.support.journal import lay_journal
-from tests.support.kubelet import StandInKubelet
+from tests.support.kubelet import SETTLE_S, StandInKubelet
 from tests.support.pci_tree import PciTree
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
@@ -184,6 +184,7 @@ async def running(config: Config, host: HostRoot, state_dir: Path) -> AsyncItera
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+            await asyncio.sleep(SETTLE_S)
 
 
 Scenario = Callable[[StandInKubelet, Plugin], Coroutine[None, None, None]]
