@@ -6,19 +6,18 @@ CRI, which is gRPC: one message to and one back, over HTTP/2 without compression
 Source: cri-api pkg/apis/runtime/v1/api.proto; RFC 9113, RFC 7541; gRPC over HTTP2.
 """
 
-import hashlib
-import io
 import json
 import re
 import shutil
 import socket
 import subprocess
-import tarfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.support.images import write_image
 
 Fields = Mapping[int, Any]
 """A message by the numbers of its fields: texts, messages, numbers, or lists of these."""
@@ -101,7 +100,8 @@ class Containerd:
         while not self._socket.exists():
             assert time.monotonic() < deadline, self._log()
             time.sleep(0.05)
-        self._ctr("images", "import", "--snapshotter", "native", str(_make_image(self._folder)))
+        image = write_image(self._folder / "image.tar", IMAGE, {"true": b""}, ["/true"])
+        self._ctr("images", "import", "--snapshotter", "native", str(image))
         while not self._ask("ImageService/ImageStatus", {1: {1: IMAGE}}):
             assert time.monotonic() < deadline, self._log()
             time.sleep(0.05)
@@ -148,29 +148,6 @@ def containerd(folder: Path, specs: Path) -> Iterator[Containerd]:
         finally:
             process.kill()
             process.wait()
-
-
-def _make_image(folder: Path) -> Path:
-    """An image with nothing but a name for its program, as `docker save` writes it."""
-    layer = io.BytesIO()
-    with tarfile.open(fileobj=layer, mode="w") as tar:
-        tar.addfile(tarfile.TarInfo("true"))
-    digest = hashlib.sha256(layer.getvalue()).hexdigest()
-    rootfs = {"type": "layers", "diff_ids": [f"sha256:{digest}"]}
-    made = {"architecture": "amd64", "os": "linux", "config": {"Cmd": ["/true"]}, "rootfs": rootfs}
-    manifest = [{"Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"]}]
-    files = {
-        "config.json": json.dumps(made).encode(),
-        "layer.tar": layer.getvalue(),
-        "manifest.json": json.dumps(manifest).encode(),
-    }
-    path = folder / "image.tar"
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    return path
 
 
 def _encode(message: Fields) -> bytes:

@@ -175,11 +175,16 @@ ENGINES: Mapping[str, type[Engine]] = {"podman": Podman, "containerd": Container
 def _make_rootfs(directory: Path) -> Path:
     (directory / "bin").mkdir(parents=True)
     busybox = directory / "bin/busybox"
-    with (BUILT_GUEST / "initrd.img").open("rb") as initrd, busybox.open("wb") as file:
-        words = ["cpio", "--quiet", "--extract", "--to-stdout", "bin/busybox"]
-        subprocess.run(words, stdin=initrd, stdout=file, check=True)
+    busybox.write_bytes(read_busybox())
     busybox.chmod(0o755)
     return directory
+
+
+def read_busybox() -> bytes:
+    """The program that has them all, and needs no library: the guest's."""
+    with (BUILT_GUEST / "initrd.img").open("rb") as initrd:
+        words = ["cpio", "--quiet", "--extract", "--to-stdout", "bin/busybox"]
+        return subprocess.run(words, stdin=initrd, stdout=subprocess.PIPE, check=True).stdout
 
 
 def _kill_all(namespace: str) -> None:
