@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo can-demo test test-here test-faults test-lab-then-faults test-fast faults fuzz soak lab test-lab lint format bench packages \
-	test-packages test-install test-fresh clean
+	test-packages test-install test-fresh test-kubernetes clean
 
 # Each of thousands of processes would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
@@ -42,6 +42,7 @@ help:
 	@echo "make faults     the whole fault matrix as a table: some minutes, as root"
 	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to pass through"
 	@echo "make test-lab   the tests that run in it"
+	@echo "make test-kubernetes  build a kubelet, once, and run the tests with a real kubelet"
 	@echo "make soak       attach and detach 10000 times (CYCLES=N), and print what has grown"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      measure the speed that docs/performance.md explains; QUICK=1 runs each row once"
@@ -105,6 +106,11 @@ test-lab: lab
 		$(LAB) --kernel $$kernel -- $(LAB_TESTS) $(RESULTS)/lab-$$kernel.xml || exit; \
 	done
 	$(LAB) --no-remapping -- $(LAB_TESTS) $(RESULTS)/lab-no-remapping.xml
+
+# `make test` runs these tests too when it is built.
+test-kubernetes: test-packages $(BIN)/vmplug $(GUEST)
+	tools/build-kubernetes
+	$(PYTEST) --durations=15 tests/contract/test_kubelet.py tests/kubernetes
 
 soak: test-packages $(BIN)/vmplug $(GUEST)
 	$(BIN)/python -m tests.system.soak --cycles $(CYCLES)
