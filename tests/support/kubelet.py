@@ -77,7 +77,8 @@ class StandInKubelet:
     """`directory` is its /var/lib/kubelet.
 
     `supported` is the version that it knows. `list_error` makes List fail, `forgets` makes it
-    empty, as that of a kubelet which has just started. `calls` are what it was asked and what it
+    empty, as that of a kubelet which has just started; `names_ended` leaves their devices to
+    pods that have ended, which 1.20 does not. `calls` are what it was asked and what it
     asked, in order.
     """
 
@@ -88,12 +89,15 @@ class StandInKubelet:
         self.pod_resources = directory / "pod-resources" / "kubelet.sock"
         self.supported = supported
         self.endpoints: dict[str, PluginEndpoint] = {}
+        self.known: set[str] = set()
         self.assignments: list[Assignment] = []
         self.killed: dict[str, str] = {}
         self.calls: list[str] = []
         self.list_error: Status | None = None
         self.forgets = False
+        self.names_ended = False
         self.other_pods = ["kube-proxy"]
+        self.ended_pods: list[tuple[str, str]] = []
         self._to_admit_again: set[str] = set()
         self._servers: list[Server] = []
         self._changed = asyncio.Condition()
@@ -147,9 +151,14 @@ class StandInKubelet:
             raise GRPCError(
                 Status.UNKNOWN,
                 f'requested API version "{request.version}" is not supported by kubelet. '
-                f'Supported version is "{self.supported}"',
+                f'Supported version is ["{self.supported}"]',
+            )
+        if "/" not in request.resource_name:
+            raise GRPCError(
+                Status.UNKNOWN, f'the ResourceName "{request.resource_name}" is invalid'
             )
         self.calls.append(f"Register {request.resource_name}")
+        self.known.add(request.resource_name)
         if older := self.endpoints.pop(request.resource_name, None):
             older.stop()
         endpoint = PluginEndpoint(request, self.plugins / request.endpoint)
@@ -166,13 +175,18 @@ class StandInKubelet:
     def _pod_resources(self) -> pods_api.ListPodResourcesResponse:
         if self.forgets:
             return pods_api.ListPodResourcesResponse()
+        if not self.names_ended:
+            self._forget_ended()
         pods = [
             pods_api.PodResources(
                 name=name,
-                namespace="kube-system",
+                namespace=namespace,
                 containers=[pods_api.ContainerResources(name="main")],
             )
-            for name in self.other_pods
+            for name, namespace in (
+                *((name, "kube-system") for name in self.other_pods),
+                *self.ended_pods,
+            )
         ]
         for one in self.assignments:
             devices = pods_api.ContainerDevices(resource_name=one.resource, device_ids=one.ids)
@@ -210,7 +224,7 @@ class StandInKubelet:
             lost = set(one.ids) - endpoint.healthy
             if one.resource == endpoint.resource and lost and not one.has_ended:
                 self.killed[one.pod] = (
-                    f"Allocate failed due to no healthy devices present; cannot allocate "
+                    f"Pod Allocate failed due to no healthy devices present; cannot allocate "
                     f"unhealthy devices {one.resource}, which is unexpected"
                 )
                 self.assignments.remove(one)
@@ -232,16 +246,15 @@ class StandInKubelet:
 
         GetPreferredAllocation, Allocate, and after it PreStartContainer, as the resource asks for.
         """
+        self._forget_ended()
         endpoint = self.endpoints.get(resource)
-        if endpoint is None:
+        healthy = endpoint.healthy if endpoint else set()
+        free = sorted(healthy - self.in_use(resource))
+        if endpoint is None or len(free) < count:
+            assert resource in self.known, f"{resource} was never registered"
             raise AdmissionError(
-                f"Allocate failed due to can't allocate unregistered device {resource}"
-            )
-        free = sorted(endpoint.healthy - self.in_use(resource))
-        if len(free) < count:
-            raise AdmissionError(
-                f"Allocate failed due to requested number of devices unavailable for {resource}. "
-                f"Requested: {count}, Available: {len(free)}, which is unexpected"
+                f"Pod Allocate failed due to requested number of devices unavailable for "
+                f"{resource}. Requested: {count}, Available: {len(free)}, which is unexpected"
             )
         ids = await self._choose(endpoint, free, list(must_include), count)
         response = await self.allocate(resource, ids)
@@ -295,7 +308,7 @@ class StandInKubelet:
             )
         except (GRPCError, StreamTerminatedError, OSError) as error:
             raise AdmissionError(
-                f"Allocate failed due to {_in_words(error)}, which is unexpected"
+                f"Pod Allocate failed due to {_in_words(error)}, which is unexpected"
             ) from error
         return answer.container_responses[0]
 
@@ -316,12 +329,22 @@ class StandInKubelet:
 
     def delete(self, pod: str) -> None:
         """Delete a pod: nothing tells the plugin."""
+        self.ended_pods = [(name, space) for name, space in self.ended_pods if name != pod]
         self.assignments = [one for one in self.assignments if one.pod != pod]
 
     def end(self, pod: str) -> None:
-        """Let a pod end: its devices are free for others, and List still names it."""
+        """Let a pod end: its devices are free for others.
+
+        List names the pod until it is deleted, without devices.
+        """
         for one in self.assignments:
             one.has_ended |= one.pod == pod
+
+    def _forget_ended(self) -> None:
+        """Take the devices of pods that have ended."""
+        ended = [one for one in self.assignments if one.has_ended]
+        self.ended_pods += dict.fromkeys((one.pod, one.namespace) for one in ended)
+        self.assignments = [one for one in self.assignments if not one.has_ended]
 
     def in_use(self, resource: str) -> set[str]:
         """The devices that it has assigned to pods that have not ended."""

@@ -149,6 +149,7 @@ def test_a_pod_that_has_ended_is_named_and_keeps_its_device_until_it_is_not(node
     async def scenario(kubelet: StandInKubelet, plugin: Plugin) -> None:
         await kubelet.wait_for(NICS, allocatable=2)
         await kubelet.admit("pod1", NICS, 1)
+        kubelet.names_ended = True
         kubelet.end("pod1")
         await lists(kubelet, 4)
         assert node.states() == {"27": "started"}
