@@ -1,6 +1,7 @@
 """A path whose storage does not answer: each verb says so, and does not wait for it."""
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Vmplug
+from tests.cli.command import VMPLUG, Vmplug
+from tests.cli.monitors import MemoryVm
 from tests.support.disks import disk_image, loop_device, qcow2_header
 from tests.support.silent_files import SilentFiles, silent_files
 
@@ -74,6 +76,68 @@ def test_a_verb_says_that_the_storage_does_not_answer(
     out, err, status = run(vmplug, files, *said)
     assert "its storage does not answer" in out + err
     assert status == 4
+
+
+DEFAULTS = {
+    "state directory": ("/run/vmplug", ("list",)),
+    "policy": ("/etc/vmplug", ("check", "--device", "/dev/null")),
+}
+
+
+@pytest.mark.parametrize(("place", "words"), DEFAULTS.values(), ids=DEFAULTS)
+def test_a_verb_says_that_its_usual_directory_does_not_answer(
+    files: SilentFiles, place: str, words: tuple[str, ...]
+) -> None:
+    script = (
+        'mount -t tmpfs none "${1%/*}"; mkdir "$1"; mount --bind "$2" "$1"; echo; read line;'
+        'shift 2; exec "$@"'
+    )
+    command = ["unshare", "--mount", "sh", "-ec", script, "sh", place, str(files.mounted)]
+    process = subprocess.Popen(
+        [*command, str(VMPLUG), *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={key: value for key, value in os.environ.items() if not key.startswith("VMPLUG")},
+    )
+    assert process.stdout
+    assert process.stdout.readline()
+    files.stop()
+    try:
+        said, _ = process.communicate(b"go\n", timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    assert f"cannot read {place}" in said.decode()
+    assert "its storage does not answer" in said.decode()
+    assert process.returncode == 4
+
+
+def test_a_vm_is_named_whose_socket_does_not_answer(
+    vmplug: Vmplug, files: SilentFiles, tmp_path: Path
+) -> None:
+    real, below = tmp_path / "real", files.mounted / "dir"
+    real.mkdir()
+    subprocess.run(["mount", "--bind", real, below], check=True)
+    try:
+        image = disk_image(tmp_path / "b.img", 1, "here")
+        with MemoryVm(real / "qmp.sock"):
+            vmplug("vm", "adopt", "sb1", "--qmp", below / "qmp.sock").answer()
+            device = ("--owner", "c", "--device", f"file:{image}")
+            vmplug("attach", "--vm", "sb1", *device).answer()
+            files.stop()
+            out, err, status = run(vmplug, files, "vm", "list", "--json")
+            (vm,) = json.loads(out)["vms"]
+            assert (vm["state"], vm["attachments"], err, status) == ("unreachable", 1, "", 0)
+            out, err, status = run(vmplug, files, "list", "--json")
+            assert (len(json.loads(out)["attachments"]), err, status) == (1, "", 0)
+            out, err, status = run(vmplug, files, "reconcile")
+            assert (out, status) == ("", 5)
+            assert "its storage does not answer" in err
+            files.go_on()
+            vmplug("detach", "--owner", "c").answer()
+    finally:
+        files.go_on()
+        subprocess.run(["umount", "--lazy", below], check=True)
 
 
 @pytest.mark.parametrize("at", ["directory", "node"])

@@ -36,13 +36,12 @@ class AnsweringPath(click.Path):
     """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """See click. A default is a place of this host, which no verb can do without."""
+        """See click."""
         if not os.fspath(value):
             self.fail("the path is empty", param, ctx)
-        if param is None or value != param.default:
-            from vmplug.host.use.silent import require_answer  # noqa: PLC0415
+        from vmplug.host.use.silent import require_answer  # noqa: PLC0415
 
-            require_answer(os.fspath(value), THIS_HOST)
+        require_answer(os.fspath(value), THIS_HOST)
         return super().convert(value, param, ctx)
 
 

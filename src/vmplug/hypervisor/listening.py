@@ -6,13 +6,21 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vmplug.host.root import THIS_HOST
+from vmplug.host.use.silent import find_silent
+
 _ADDRESS_BYTES_MAX = 107
 """Source: unix(7), sun_path."""
 
 
 @contextmanager
 def socket_address(path: str) -> Iterator[str]:
-    """The address of the socket at `path` for connect(2) inside the `with`. Raises OSError."""
+    """The address of the socket at `path` for connect(2) inside the `with`.
+
+    Raises OSError, also for a path whose storage does not answer: connect(2) would wait for it.
+    """
+    if find_silent([path], THIS_HOST):
+        raise OSError(errno.EIO, "its storage does not answer", path)
     if len(os.fsencode(path)) <= _ADDRESS_BYTES_MAX:
         yield path
         return
@@ -24,7 +32,7 @@ def socket_address(path: str) -> Iterator[str]:
 
 
 def is_listening(path: str) -> bool | None:
-    """Whether a process listens on a unix socket; None when there is no such file.
+    """Whether a process listens on a unix socket; None when no such file can be reached.
 
     A QEMU listens for as long as it runs, also while it serves a client. A full queue of waiting
     clients means a listener too. Source: unix(7), connect(2).
@@ -34,6 +42,6 @@ def is_listening(path: str) -> bool | None:
         try:
             with socket_address(path) as address:
                 number = client.connect_ex(address)
-        except FileNotFoundError:
+        except OSError:
             return None
     return None if number == errno.ENOENT else number != errno.ECONNREFUSED

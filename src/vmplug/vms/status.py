@@ -57,12 +57,16 @@ def list_vms(
 
 
 def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStatus:
-    state, offer, foreign = "gone", None, None
+    offer = foreign = None
     failed = tuple[FailedDisk, ...]()
     if record.starting_by:
         state = "starting" if is_starting(record, journal.host) else "interrupted"
-    elif not is_gone(record, journal.host):
-        state = "busy" if is_listening(record.qmp_socket) else "unreachable"
+    elif is_gone(record, journal.host):
+        state = "gone"
+    elif not is_listening(record.qmp_socket):
+        state = "unreachable"
+    else:
+        state = "busy"
         with (
             suppress(HypervisorError),
             closing(Qemu.connect(record.qmp_socket, timeout_s=timeout_s)) as qemu,

@@ -211,7 +211,7 @@ def test_the_mounts_of_a_bundle_are_looked_at_together(monkeypatch: pytest.Monke
         asked.append(paths)
         return ask_content(paths)
 
-    monkeypatch.setattr(silent, "_may_be_silent", lambda _: True)
+    monkeypatch.setattr(silent, "_choose_at_risk", lambda paths, _: paths)
     monkeypatch.setattr(program, "ask_content", ask)
     mounts = [
         Mount(destination=f"/{number}", source=f"/absent/{number}", type="bind", read_only=False)
@@ -273,3 +273,37 @@ def names(cmdline: Path, path: Path | str) -> bool:
 def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AttributeReadError, match="Is a directory"):
         read_start(str(tmp_path), 10, timeout_s=SOON_S)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_asked"),
+    [
+        ("remote", True),
+        ("remote/file", True),
+        ("link/file", True),
+        ("relative/file", True),
+        ("local/../remote/file", True),
+        ("local/up/remote", True),
+        ("loop", True),
+        ("remote2", False),
+        ("local/file", False),
+        ("local/up/local", False),
+        ("absent/file", False),
+    ],
+)
+def test_only_a_path_through_the_files_of_a_server_is_asked_for(
+    tmp_path: Path, path: str, *, is_asked: bool
+) -> None:
+    for name in ("remote", "remote2", "local"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "remote")
+    (tmp_path / "relative").symlink_to("local/../remote")
+    (tmp_path / "local/up").symlink_to("..")
+    (tmp_path / "loop").symlink_to("loop")
+    assert (
+        silent._leads_through(f"{tmp_path}/{path}", {f"{tmp_path}/remote"}, HostRoot()) is is_asked
+    )
+
+
+def test_a_link_of_a_process_does_not_say_where_it_leads() -> None:
+    assert silent._leads_through("/proc/self/root/tmp", {"/no-such-directory"}, HostRoot())
