@@ -130,12 +130,12 @@ def list_open(pid: int) -> frozenset[int]:
 
 def shows_open(pid: int) -> bool:
     """Whether this process may see which files that one has open."""
-    return any(_read_id(f"/proc/{pid}/fd/{number}") for number in sorted(list_open(pid)))
+    return any(read_open_id(f"/proc/{pid}/fd/{number}") for number in sorted(list_open(pid)))
 
 
 def number_leads_to(pid: int, number: int, checked: str) -> bool:
     """Whether that descriptor of the process is open on the file of that id."""
-    return _read_id(f"/proc/{pid}/fd/{number}") == checked
+    return read_open_id(f"/proc/{pid}/fd/{number}") == checked
 
 
 def _read_open(pid: int) -> dict[int, str] | None:
@@ -145,12 +145,12 @@ def _read_open(pid: int) -> dict[int, str] | None:
         names = THIS_HOST.list_dir(directory)
     except AttributeReadError:
         return None
-    ids = {int(name): _read_id(f"{directory}/{name}") for name in names}
+    ids = {int(name): read_open_id(f"{directory}/{name}") for name in names}
     return {number: opened for number, opened in ids.items() if opened}
 
 
-def _read_id(link: str) -> str | None:
-    """The id of the file that a descriptor is open on; None where it cannot be read.
+def read_open_id(link: str) -> str | None:
+    """The id of the file that a link of /proc leads to; None where it cannot be read.
 
     No storage is asked: one that does not answer must not matter to the files of others.
     """

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
 from vmplug.errors import BackendError, CommandError, DeviceError, HypervisorError
-from vmplug.host.file_id import file_id, file_replaced, pinned
+from vmplug.host.file_id import file_replaced, pinned, read_open_id
 from vmplug.host.finding import LEASE_PREFIX
 from vmplug.host.process import end_processes, find_marked
 from vmplug.host.program import program_environment
@@ -285,17 +285,15 @@ class HostVirtiofsdRunner(VirtiofsdRunner):
     def _wait_confined(
         self, daemon: VirtiofsdSpec, device_id: str, has_ended: Callable[[], bool]
     ) -> None:
-        checked, root = daemon.file_id, THIS_HOST
-        outside = root.stat_or_none("/")
+        checked, outside = daemon.file_id, read_open_id("/")
         deadline = time.monotonic() + _SANDBOX_TIMEOUT_S
         while checked and not has_ended():
             pids = self.processes([device_id]).get(device_id, [])
-            statuses = [outside, *(root.stat_or_none(f"/proc/{pid}/root") for pid in pids)]
-            roots = [file_id(status) for status in statuses if status]
-            if checked in roots[1:]:
+            roots = {read_open_id(f"/proc/{pid}/root") for pid in pids}
+            if checked in roots:
                 return
-            if set(roots[1:]) - {roots[0]}:
-                raise file_replaced(daemon.directory, root)
+            if roots - {outside, None}:
+                raise file_replaced(daemon.directory, THIS_HOST)
             if time.monotonic() > deadline:
                 raise BackendError(
                     daemon.program,

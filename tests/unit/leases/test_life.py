@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from tests.support.disks import disk_image
 from tests.support.journal import attach_row, device_record
+from tests.support.locked_memory import locked_memory
 from tests.support.lonely_host import LonelyHost
 from tests.support.pci_tree import PciTree
 from vmplug import DeviceInfo, DevType, Setup
@@ -14,6 +15,7 @@ from vmplug.address import Bdf
 from vmplug.errors import AttributeReadError
 from vmplug.host.kind import DeviceType
 from vmplug.host.pci.vfio_use import is_open
+from vmplug.host.use.silent import answer_within
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.leases import life
@@ -21,6 +23,7 @@ from vmplug.leases.lease import lease
 from vmplug.leases.life import leases_of, record_lease
 from vmplug.leases.users import find_users
 from vmplug.manager.binding.users import find_users as find_users_of_function
+from vmplug.manager.reconcile import RepairOutcome
 from vmplug.vms import reconcile
 
 FUNCTION = "0000:3b:00.0"
@@ -116,3 +119,22 @@ def test_a_process_that_was_never_noted_has_no_number_in_any_sentence(tmp_path: 
         attach_row(journal, device_record(f"file:{path}", str(path), vm=ended.name))
     (repair,) = reconcile.reconcile_host(setup=setup).require().repairs
     assert repair.repair.reason == "its process has ended"
+
+
+@pytest.mark.root
+def test_a_lease_is_kept_while_a_process_cannot_be_asked_for_its_file(tmp_path: Path) -> None:
+    setup = Setup(host=LonelyHost(), state_dir=tmp_path / "state")
+    with Journal.open(setup.state_dir) as journal:
+        ended = replace(record_lease("job", journal), starting_by=None, pid=1, started_at=1)
+        journal.add_vm(ended)
+        path = disk_image(tmp_path / "a.img", 1, "a")
+        attach_row(journal, device_record(f"file:{path}", str(path), vm=ended.name))
+    with locked_memory(tmp_path) as pid:
+        done = answer_within(60, lambda: reconcile.reconcile_host(setup=setup))
+        assert done, "it waits"
+        (failure,) = done.failures
+        assert f"/proc/{pid}/map_files" in failure.error.message
+        assert "the process does not answer" in failure.error.message
+        assert not done.repairs
+    (repair,) = reconcile.reconcile_host(setup=setup).require().repairs
+    assert repair.repair.outcome is RepairOutcome.FORGOTTEN

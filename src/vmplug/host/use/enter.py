@@ -6,10 +6,11 @@ Source: setns(2): a thread enters a mount namespace only with a root and a direc
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from threading import Thread
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from vmplug.errors import AttributeReadError
+from vmplug.host.use.silent import answer_within
 
 if TYPE_CHECKING:
     import ctypes
@@ -19,6 +20,9 @@ _CLONE_FS = 0x200
 _PROC = "/proc/"
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
+_TIMEOUT_S = 4.0
+"""All of them answer within milliseconds."""
+
 T = TypeVar("T")
 
 
@@ -27,28 +31,37 @@ def ask_inside(namespaces: Iterable[str], kind: int, ask: Callable[[int], T]) ->
 
     `kind` is CLONE_NEWNS or CLONE_NEWNET. `ask` gets a descriptor of this process's /proc: a
     container may have another one, or none. A namespace that may not be entered has no answer.
+    Nor have those with a mount that does not answer in time: it may be below a FUSE server that
+    its owner has stopped. Then a thread is left there, until the server or this process ends.
     """
     import ctypes  # noqa: PLC0415  2 ms, and inside of a namespace it may not be there
 
-    answers = dict[str, T]()
+    answers, mounted, own = dict[str, T](), list[str](), list[str]()
+    for path in namespaces:
+        (mounted if is_mounted(path) else own).append(path)
 
-    def run(proc: int) -> None:
+    def run(paths: Iterable[str]) -> None:
+        proc = os.open(_PROC, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         libc = ctypes.CDLL(None, use_errno=True)
-        if kind == CLONE_NEWNS and libc.unshare(_CLONE_FS):
-            return
-        for path in namespaces:
-            with suppress(OSError, AttributeReadError):
-                _enter(os.open(path.removeprefix(_PROC), _READ, dir_fd=proc), kind, libc)
-                answers[path] = ask(proc)
+        try:
+            if kind == CLONE_NEWNS and libc.unshare(_CLONE_FS):
+                return
+            for path in paths:
+                with suppress(OSError, AttributeReadError):
+                    _enter(os.open(path.removeprefix(_PROC), _READ, dir_fd=proc), kind, libc)
+                    answers[path] = ask(proc)
+        finally:
+            os.close(proc)
 
-    proc = os.open(_PROC, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        thread = Thread(target=run, args=(proc,))
-        thread.start()
-        thread.join()
-    finally:
-        os.close(proc)
-    return answers
+    for paths, timeout_s in ((own, None), (mounted, _TIMEOUT_S)):
+        if paths:
+            answer_within(timeout_s, partial(run, paths))
+    return dict(answers)
+
+
+def is_mounted(namespace: str) -> bool:
+    """Whether its file is where a process has mounted it, not one of the kernel's own."""
+    return "/root/" in namespace
 
 
 def read_mount_table(proc: int) -> str:

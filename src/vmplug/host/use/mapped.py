@@ -6,16 +6,24 @@ Source: proc_pid_maps(5); proc_pid_map_files(5).
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
 from vmplug.host.use.openers import Opener, Wanted
+from vmplug.host.use.silent import answer_within
 from vmplug.host.use.threads import list_other_threads
+
+if TYPE_CHECKING:
+    from vmplug.host.use.statx import Place
 
 _VFIO_FILE = "anon_inode:[vfio-device]"
 """What VFIO gives for a device of a group. Source: Linux drivers/vfio/group.c."""
 _WRITES = 0o200
+_TIMEOUT_S = 2.0
+"""A process answers within microseconds."""
 _SHARED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ...s ", re.MULTILINE)
 
 
@@ -23,22 +31,31 @@ def find_mapped(wanted: Wanted, root: HostRoot) -> Iterator[Opener]:
     """The processes that share one of these files by a mapping, except this one.
 
     A private mapping writes nothing to its file, and VFIO gives none. A process whose mappings
-    this user may not read is skipped, and so is a copy of a host.
+    this user may not read is skipped, and so is a copy of a host. Raises AttributeReadError for a
+    process that does not answer: its memory may be locked for as long as it waits for a FUSE
+    server, which may be its own.
     """
     if not (wanted and root.is_live):
         return
-    from vmplug.host.use.statx import read_places  # noqa: PLC0415  ctypes costs 2 ms
-
-    base = root.path.removesuffix("/")
     for pid in _others(root):
         directory = f"/proc/{pid}/map_files"
-        try:
-            names = list(_shared(root.read_text(f"/proc/{pid}/maps") or ""))
-            for name, (key, _) in read_places(base + directory, names):
-                if key in wanted:
-                    yield _opener(pid, wanted[key], root, f"{directory}/{name}")
-        except AttributeReadError:  # another user's, or it has ended
-            continue
+        found = answer_within(_TIMEOUT_S, partial(_read_shared, pid, root))
+        if found is None:
+            raise AttributeReadError(directory, why="the process does not answer")
+        for name, (key, _) in found:
+            if key in wanted:
+                yield _opener(pid, wanted[key], root, f"{directory}/{name}")
+
+
+def _read_shared(pid: str, root: HostRoot) -> "list[tuple[str, Place]]":
+    from vmplug.host.use.statx import read_places  # noqa: PLC0415  ctypes costs 2 ms
+
+    directory = f"{root.path.removesuffix('/')}/proc/{pid}/map_files"
+    try:
+        names = list(_shared(root.read_text(f"/proc/{pid}/maps") or ""))
+        return list(read_places(directory, names))
+    except AttributeReadError:  # another user's, or it has ended
+        return []
 
 
 def _shared(maps: str) -> Iterator[str]:

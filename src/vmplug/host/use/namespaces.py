@@ -16,7 +16,7 @@ import msgspec
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
-from vmplug.host.use.enter import CLONE_NEWNS, ask_inside, read_mount_table
+from vmplug.host.use.enter import CLONE_NEWNS, ask_inside, is_mounted, read_mount_table
 from vmplug.host.use.mounts import own_mount_table, unescape
 from vmplug.host.use.openers import OpenFiles
 from vmplug.host.use.statx import read_place
@@ -196,6 +196,7 @@ class _Found:
         self._mounts.pop(os.stat("/proc/self/ns/mnt").st_ino, None)
         own = own_mount_table(self._root)
         whole = {own: self._root.read_text(own) or ""}
-        if self._mounts:
-            whole |= ask_inside(self._mounts.values(), CLONE_NEWNS, read_mount_table)
+        if others := self._mounts.values():
+            whole |= ask_inside(others, CLONE_NEWNS, read_mount_table)
+            self.hidden += [path for path in others if is_mounted(path) and path not in whole]
         self.tables = whole | self.tables

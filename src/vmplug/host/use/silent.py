@@ -64,7 +64,7 @@ def no_answer(path: str) -> AttributeReadError:
     return error
 
 
-def answer_within(timeout_s: float, ask: Callable[[], T]) -> T | None:
+def answer_within(timeout_s: float | None, ask: Callable[[], T]) -> T | None:
     """What `ask` returns; None when that takes longer, as for what a tenant can keep waiting.
 
     For what only this process can ask: a thread is left in it then, which ends with the process.

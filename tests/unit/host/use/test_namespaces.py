@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.checking import WRITING, want
 from tests.support.disks import loop_device
+from tests.support.silent_files import silent_files
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.host.block.usage import read_usage
@@ -23,8 +24,13 @@ from vmplug.host.record.read import read_record
 from vmplug.host.record.write import write_record
 from vmplug.host.resolve import resolve
 from vmplug.host.root import THIS_HOST
+from vmplug.host.use.namespaces import Namespaces
+from vmplug.host.use.silent import answer_within
 
 pytestmark = pytest.mark.root
+
+PATIENCE_S = 60.0
+"""Well above the deadline of a look, also on a busy host."""
 
 
 @pytest.fixture
@@ -216,6 +222,33 @@ def test_a_network_that_only_a_file_keeps_is_known(tmp_path: Path) -> None:
         kept = (tmp_path / "ns/file").stat().st_ino
         networks = read_usage(THIS_HOST).namespaces.networks
         assert os.stat(networks[kept]).st_ino == kept
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_namespace_is_not_waited_for_whose_file_is_below_a_silent_server(
+    tmp_path: Path, kind: str
+) -> None:
+    below, mounted = tmp_path / "below", tmp_path / "mounted"
+    below.mkdir()
+    mounted.mkdir()
+    (below / "file").touch()
+    with silent_files(below, mounted) as files:
+        subprocess.run(["mount", "--make-private", mounted], check=True)
+        tries = [_keep(WAIT, kind, mounted / "file", cpu) for cpu in os.sched_getaffinity(0)]
+        assert "" in tries, tries
+        files.stop()
+        found = answer_within(PATIENCE_S, _read_namespaces)
+        files.go_on()
+    assert found, "it waits"
+    if kind == "mount":  # the mounts in it are unknown, and that is said
+        assert f"{mounted}/file cannot be read" in (found.unread or "")
+    assert read_usage(THIS_HOST).namespaces.unread is None
+
+
+def _read_namespaces() -> Namespaces:
+    usage = read_usage(THIS_HOST)
+    assert "no-such-device" not in usage.moved_interfaces
+    return usage.namespaces
 
 
 def test_this_threads_namespaces_stay_as_they_are() -> None:
