@@ -69,18 +69,29 @@ def _threads_of(pid: int, root: HostRoot) -> dict[int, int]:
 
 
 def find_marked(variable: str) -> dict[int, str]:
-    """The value of an environment variable in every process of this host that has it.
+    """The value of an environment variable in every process of this user that has it.
 
-    Processes of other users are skipped. Source: proc_pid_environ(5).
+    Processes of other users are skipped, also by root: the environment is in a process's memory,
+    and one that waits for its own FUSE server with that locked would keep us waiting forever.
+    Source: proc_pid_environ(5); Linux mm/memory.c, access_remote_vm.
     """
     root, found = THIS_HOST, dict[int, str]()
-    for pid in root.list_dir("/proc"):
+    for pid in filter(is_decimal, root.list_dir("/proc")):
         with suppress(AttributeReadError):
-            text = (root.read_text(f"/proc/{pid}/environ") or "") if is_decimal(pid) else ""
+            text = (root.read_text(f"/proc/{pid}/environ") or "") if _is_own(pid, root) else ""
             _, is_marked, value = ("\0" + text).partition(f"\0{variable}=")
             if is_marked:
                 found[int(pid)] = value.partition("\0")[0]
     return found
+
+
+def _is_own(pid: str, root: HostRoot) -> bool:
+    """Whether a process is this user's. The owner of /proc/PID is root for any that is hidden.
+
+    Source: proc_pid(5), PR_SET_DUMPABLE; proc_pid_status(5), Uid.
+    """
+    status = root.read_text(f"/proc/{pid}/status") or ""
+    return f"\nUid:\t{os.getuid()}\t{os.geteuid()}\t" in status
 
 
 _CAP_IPC_LOCK = 14

@@ -5,12 +5,21 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.support.locked_memory import locked_memory
 from tests.support.tree import HostTree
-from vmplug.host.process import end_processes, is_running, read_start_time, wait_for_end
+from vmplug.host.process import (
+    end_processes,
+    find_marked,
+    is_running,
+    read_start_time,
+    wait_for_end,
+)
 from vmplug.host.root import HostRoot
+from vmplug.host.use.silent import answer_within
 
 
 def stat_line(name: str, state: str, started: int) -> str:
@@ -94,3 +103,15 @@ def test_who_does_not_end_in_time_is_killed_alone() -> None:
 
 def test_we_are_running() -> None:
     assert is_running(os.getpid(), read_start_time(os.getpid(), HostRoot()), HostRoot())
+
+
+@pytest.mark.root
+def test_no_process_of_another_user_keeps_the_search_for_marks_waiting(tmp_path: Path) -> None:
+    child = subprocess.Popen(["sleep", "60"], env={"VMPLUG_TEST": "here"})
+    try:
+        with locked_memory(tmp_path):
+            found = answer_within(30, lambda: find_marked("VMPLUG_TEST"))
+            assert found == {child.pid: "here"}
+    finally:
+        child.kill()
+        child.wait()
