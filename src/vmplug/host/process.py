@@ -39,23 +39,31 @@ def find_guest_process(threads: Collection[int], peer: int | None, root: HostRoo
     """The process that runs a guest's CPUs in `threads`, numbered as QEMU itself sees them.
 
     It is the `peer` that answers on the socket, or a QEMU of our PID namespace that a proxy at the
-    socket speaks for. None when neither has all of them. Source: proc_pid_status(5), NSpid.
+    socket speaks for. None when neither has all of them. A QEMU speaks for no other: one that its
+    guest has compromised could name the threads of another VM, and vmplug would end that.
+    Source: proc_pid_status(5), NSpid.
     """
     if not threads:
         return None
     if peer and set(threads) <= _threads_of(peer, root).keys():
         return peer
+    if peer and _is_qemu(peer, root):
+        return None
     status = root.read_text(f"/proc/{next(iter(threads))}/status") or ""
     group = re.search(r"^Tgid:\s*([0-9]+)$", status, re.MULTILINE)
     pid = int(group[1]) if group else 0
     # A process of another namespace may have given its threads the same numbers.
     if not {number: number for number in threads}.items() <= _threads_of(pid, root).items():
         return None
+    return pid if _is_qemu(pid, root) else None
+
+
+def _is_qemu(pid: int, root: HostRoot) -> bool:
     try:
         program = root.read_link(f"/proc/{pid}/exe") or ""
     except AttributeReadError:  # another user's
-        return None
-    return pid if os.path.basename(program).startswith("qemu") else None
+        return False
+    return os.path.basename(program).startswith("qemu")
 
 
 def _threads_of(pid: int, root: HostRoot) -> dict[int, int]:

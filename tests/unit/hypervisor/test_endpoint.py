@@ -57,3 +57,8 @@ def test_numbers_that_no_qemu_here_has_name_nobody(tmp_path: Path, threads: list
 def test_a_thread_of_another_program_names_nobody(tmp_path: Path) -> None:
     tree = host(tmp_path, program="/usr/bin/python3")
     assert find_guest_process([201], PROXY, tree.root) is None
+
+
+def test_a_qemu_names_no_other_vms_process(tmp_path: Path) -> None:
+    tree = host(tmp_path).link(f"/proc/{PROXY}/exe", "/usr/bin/qemu-system-x86_64")
+    assert find_guest_process([201, 202], PROXY, tree.root) is None
