@@ -16,6 +16,7 @@ from vmplug.host.finding import Claim, is_lease
 from vmplug.host.kind import DeviceType, Identity, is_other_thing
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
+from vmplug.journal.names import is_vm_name
 from vmplug.journal.process import ProcessIdentity, read_pid_namespace
 from vmplug.journal.state import State, replaced, unidentified
 
@@ -138,6 +139,10 @@ def read_vm(row: sqlite3.Row, boot_id: str) -> VmRecord:
     """A row of the table `vm`, as of that boot; an older vmplug did not record the boot."""
     if is_lease(row["name"]) and row["qmp_socket"].count(":") != _LEASE_COLONS:
         raise ValueError(f"{row['qmp_socket']!r} is not lease:NAMESPACE:KEY")
+    # Its directory is removed with the VM, so a damaged path must not name another one.
+    is_own = is_vm_name(row["name"]) and row["qmp_socket"].endswith(f"/vm/{row['name']}/qmp.sock")
+    if row["is_ours"] and not is_own:
+        raise ValueError(f"{row['qmp_socket']!r} is not the socket of a VM that vmplug started")
     return VmRecord(
         name=row["name"],
         qmp_socket=row["qmp_socket"],

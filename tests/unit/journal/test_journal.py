@@ -137,7 +137,9 @@ def test_vms_are_apart(store: Journal) -> None:
 
 def test_vms_come_back_by_name(tmp_path: Path) -> None:
     one = VmRecord(name="b", qmp_socket="/b", pid=None, started_at=None, is_ours=False)
-    other = VmRecord(name="a", qmp_socket="/ä b", pid=2**22, started_at=2**40, is_ours=True)
+    other = VmRecord(
+        name="a", qmp_socket="/ä b/vm/a/qmp.sock", pid=2**22, started_at=2**40, is_ours=True
+    )
     with Journal.open(tmp_path) as store:
         for vm in (one, other):
             store.add_vm(vm)
@@ -148,11 +150,13 @@ def test_vms_come_back_by_name(tmp_path: Path) -> None:
         assert store.find_vm("c") is None
 
 
-@pytest.mark.parametrize(("name", "qmp_socket"), [("b", "/new"), ("c", "/b"), ("b", "/b")])
+@pytest.mark.parametrize(
+    ("name", "qmp_socket"), [("b", "/new"), ("c", "/vm/b/qmp.sock"), ("b", "/b")]
+)
 def test_a_vm_is_known_once_by_its_name_and_by_its_socket(
     store: Journal, name: str, qmp_socket: str
 ) -> None:
-    known = VmRecord(name="b", qmp_socket="/b", pid=1, started_at=2, is_ours=True)
+    known = VmRecord(name="b", qmp_socket="/vm/b/qmp.sock", pid=1, started_at=2, is_ours=True)
     store.add_vm(known)
     with pytest.raises(StateError, match="already in the journal"):
         store.add_vm(replace(known, name=name, qmp_socket=qmp_socket))
@@ -163,7 +167,9 @@ def test_a_forgotten_vm_takes_its_devices_and_holds_with_it(
     store: Journal, tmp_path: Path
 ) -> None:
     theirs = replace(DISK, id="d4", vm="vm-2")
-    store.add_vm(VmRecord(name="vm-1", qmp_socket="/s", pid=1, started_at=2, is_ours=True))
+    store.add_vm(
+        VmRecord(name="vm-1", qmp_socket="/vm/vm-1/qmp.sock", pid=1, started_at=2, is_ours=True)
+    )
     store.add_devices([DISK, theirs], [hold(DISK), hold(theirs)])
     store.forget_vm("vm-1")
     assert store.vms() == []

@@ -66,7 +66,9 @@ CREATE TABLE attachment (
 """
 """The tables as the first vmplug with a journal made them."""
 
-VM = VmRecord(name="vm-1", qmp_socket="/ä b", pid=2**22, started_at=2**40, is_ours=True)
+VM = VmRecord(
+    name="vm-1", qmp_socket="/ä/vm/vm-1/qmp.sock", pid=2**22, started_at=2**40, is_ours=True
+)
 ADOPTED = VmRecord(name="vm-2", qmp_socket="/s", pid=None, started_at=None, is_ours=False)
 DEVICES = [
     replace(DISK, state=State.ATTACHED),

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from tests.support.pci_tree import FLAGS_MEM64, PciTree
 from tests.support.tree import GIB
 from vmplug.address import Bdf
-from vmplug.errors import SpecError, StateError
+from vmplug.errors import SpecError, StateError, StoreError
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
 from vmplug.manager.setup import Setup
@@ -105,3 +105,21 @@ def test_a_start_in_progress_is_left_to_its_process(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="is starting it"):
         stop_vm("sb1", setup=setup)
     assert [vm.state for vm in list_vms(setup=setup)] == ["starting"]
+
+
+@pytest.mark.parametrize("name", ["sb1", ".."])
+def test_a_damaged_path_of_a_vm_removes_no_other_directory(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "theirs/vm" / "sb1" if name == ".." else tmp_path / "theirs"
+    directory.mkdir(parents=True)
+    (directory / "file").touch()
+    setup = Setup(state_dir=tmp_path / "state")
+    with Journal.open(setup.state_dir) as journal:
+        socket = str(tmp_path / "state/vm/sb1/qmp.sock")
+        record = VmRecord(name="sb1", qmp_socket=socket, pid=1, started_at=1, is_ours=True)
+        journal.add_vm(record)
+        with journal._db as db:
+            path = directory / (".." if name == ".." else "") / "qmp.sock"
+            db.execute("UPDATE vm SET name = ?, qmp_socket = ?", (name, str(path)))
+    with pytest.raises(StoreError, match="damaged"):
+        reconcile_host(setup=setup)
+    assert (directory / "file").exists()
