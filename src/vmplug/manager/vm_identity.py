@@ -54,7 +54,7 @@ def is_same_vm(record: VmRecord, journal: Journal, hypervisor: Hypervisor) -> bo
 def _holds_any(devices: Sequence[DeviceRecord], hypervisor: Hypervisor) -> bool:
     hypervisor.claim_foreign_names(foreign_names(devices))
     held = hypervisor.find_devices()
-    return any(held.get(device.id) for device in devices)
+    return any(device.id in held for device in devices)
 
 
 def find_process(record: VmRecord, journal: Journal, hypervisor: Hypervisor) -> VmRecord:

@@ -41,7 +41,7 @@ class Host(Protocol):
     """What a fault can do to the host."""
 
     def spoil(self, fault: Fault) -> None:
-        """Let the backend die, the device go, the disk be full."""
+        """Let the backend die, the device go, the disk be full, the journal be wrong."""
 
 
 class Conductor:
@@ -183,7 +183,9 @@ class Conductor:
             self._machine.die()
             self.close()
         elif fault in GUEST:
-            self._machine.guest(Guest.SILENT if fault is Fault.GUEST_SILENT else Guest.REFUSES)
+            self._machine.guest(Guest.REFUSES if fault is Fault.GUEST_REFUSES else Guest.SILENT)
+            if fault is Fault.NOTED_WRONG:
+                self._host.spoil(fault)
         elif fault in {Fault.BACKEND_DIES, Fault.DEVICE_GONE, Fault.DISK_FULL, *OWN}:
             self._host.spoil(fault)
         return fault

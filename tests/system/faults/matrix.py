@@ -338,6 +338,8 @@ class Trial:
         if column.op is Op.RECONCILE and self.told == {} and is_there:
             assert at_once == column.right.before or at_once is None, "it says done and is not"
         yield "reconcile"
+        if self.plan.fault is Fault.NOTED_WRONG:
+            world.know_vm()  # it may have nothing any more that shows that it runs
         if at_once is None:
             self._judge_dead()
             world.start_again()

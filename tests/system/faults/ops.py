@@ -27,8 +27,8 @@ from vmplug.manager.binding.mediated import create_mediated_device, remove_media
 from vmplug.manager.reconcile import RepairOutcome
 from vmplug.manager.setup import Setup
 from vmplug.vms.adopt import adopt_vm
-from vmplug.vms.known import is_gone
 from vmplug.vms.reconcile import reconcile_host, release_ended
+from vmplug.vms.release import still_runs
 from vmplug.vms.start import VmSpec, start_vm
 from vmplug.vms.stop import stop_vm
 
@@ -179,7 +179,7 @@ def _trace_daemons(hooks: Hooks) -> None:
 
 def _reconcile_by_hand(record: VmRecord, world: World, hooks: Hooks, waits: Waits) -> list[str]:
     with Journal.open(world.state_dir) as journal:
-        if is_gone(record, journal.host):
+        if not still_runs(record, journal):
             repairs = release_ended(record, journal)
         else:
             with world.manager(hooks, patience_s=waits.answer_s) as devices:

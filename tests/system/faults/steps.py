@@ -60,6 +60,7 @@ class Fault(StrEnum):
     SILENT = "QEMU silent"
     GUEST_SILENT = "guest silent"
     GUEST_REFUSES = "guest refuses"
+    NOTED_WRONG = "row names another process"
     QEMU_DIES = "QEMU dies"
     BACKEND_DIES = "backend dies"
     DEVICE_GONE = "device gone"
@@ -72,8 +73,9 @@ KILLED = frozenset({Fault.KILLED_BEFORE, Fault.KILLED_AFTER})
 _KILLED = (Fault.KILLED_BEFORE, Fault.KILLED_AFTER)
 _LOST = (Fault.LOST_BEFORE, Fault.LOST_AFTER)
 OWN = (Fault.OWN_DIES, Fault.OWN_HANGS)
-GUEST = (Fault.GUEST_SILENT, Fault.GUEST_REFUSES)
-"""Of the guest, when it is asked to let a device go."""
+GUEST = (Fault.GUEST_SILENT, Fault.GUEST_REFUSES, Fault.NOTED_WRONG)
+"""Of the guest, when it is asked to let a device go. In the last it is silent, and the journal has
+an ended process for its VM: only its devices show that it runs."""
 _ANYWHERE = (Fault.BACKEND_DIES, Fault.DEVICE_GONE)
 
 FAULTS: Mapping[StepKind, tuple[Fault, ...]] = {

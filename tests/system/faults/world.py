@@ -122,6 +122,9 @@ class World:
                     assert wait_for_end(pid, 60)  # it still listens while it dies
             case Fault.OWN_HANGS:
                 self._signal_own(signal.SIGSTOP)
+            case Fault.NOTED_WRONG:
+                with Journal.open(self.state_dir) as journal:
+                    journal.set_process(VM, self.holder.pid, 1)  # which did not begin then
             case _:
                 self.behind.take()
 
@@ -146,6 +149,12 @@ class World:
         self.machine.guest(Guest.ANSWERS)
         self._signal_own(signal.SIGCONT)
         (self.state_dir / "ballast").unlink(missing_ok=True)
+
+    def know_vm(self) -> None:
+        """The journal has the VM, as after `vm adopt`."""
+        with Journal.open(self.state_dir) as journal:
+            if not journal.find_vm(VM):
+                journal.add_vm(record_vm(VM, Endpoint(str(self.conductor.path), None)))
 
     def start_again(self) -> None:
         """A new VM in the place of one that died."""
@@ -183,9 +192,8 @@ class World:
 
     def _add_strangers(self) -> None:
         self._add_to_vm()
+        self.know_vm()
         with Journal.open(self.state_dir) as journal:
-            here = Endpoint(str(self.conductor.path), None)
-            journal.add_vm(record_vm(VM, here))
             journal.add_vm(
                 VmRecord(name=OTHER_VM, qmp_socket="/x", pid=None, started_at=None, is_ours=False)
             )
@@ -263,7 +271,7 @@ def _working_below(directory: Path) -> Iterator[tuple[int, str]]:
                 yield int(link.parent.name), where
 
 
-_PROCESS = re.compile(r"(qmp\.sock', |'lease:[^']+', )[0-9]+, [0-9]+")
+_PROCESS = re.compile(r"(qmp\.sock', |'lease:[^']+', )(?:[0-9]+, [0-9]+|None, None)")
 _ID, _NODE = re.compile(r"\b[0-9a-f]{16}\b"), re.compile(r"#block[0-9]+")
 _THING = re.compile(r"'(file|block|vfio) [^']+'")
 """What the journal says was plugged, which is another file or device in each world."""
