@@ -15,7 +15,7 @@ import msgspec
 from vmplug.address import Bdf
 from vmplug.host.pci.bind import FormerBinding
 from vmplug.host.process import ProcessLock
-from vmplug.journal.database import Transaction, alone, store_error
+from vmplug.journal.database import JOURNAL_ERRORS, Transaction, alone, store_error
 
 LOCK_TIMEOUT_S = 120.0
 """The others wait for a function that is slow to unbind."""
@@ -67,7 +67,7 @@ class Bindings:
             with self._lock:
                 rows = self._db.execute("SELECT * FROM binding").fetchall()
             return sorted(map(read_binding, rows), key=lambda binding: binding.bdf)
-        except (sqlite3.Error, ValueError, TypeError) as error:
+        except JOURNAL_ERRORS as error:
             raise store_error(self._path, error) from error
 
     def ids(self) -> set[str]:

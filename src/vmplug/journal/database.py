@@ -189,7 +189,7 @@ def open_database(state_dir: StateDir) -> Opened:
                 _create(path)
         opened = os.stat(path)
         return connect(path), JournalLock(path, opened), path
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
         raise store_error(path, error) from error
 
 
@@ -283,7 +283,7 @@ class Transaction:
             self._db.execute("BEGIN IMMEDIATE")
         except BaseException as error:
             self._lock.release()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, sqlite3.Error | UnicodeDecodeError):
                 raise store_error(self._path, error) from error
             raise
         return self._db
@@ -303,7 +303,7 @@ class Transaction:
             self._lock.release()
         if isinstance(error, UnicodeEncodeError):
             raise not_text(error) from error
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, sqlite3.Error | UnicodeDecodeError):
             raise store_error(self._path, error) from error
 
 
@@ -326,12 +326,18 @@ _DAMAGE = {
 }
 
 
+_SENSELESS = (ValueError, TypeError, IndexError, AttributeError)
+JOURNAL_ERRORS = (sqlite3.Error, *_SENSELESS)
+"""What reading a damaged journal raises: a table may lack a column, or have NULL where none can
+be. SQLite's messages quote the tables: UnicodeDecodeError where that is not UTF-8."""
+
+
 def means_damage(error: Exception) -> bool:
     """Whether an error means that the contents make no sense, not that a read failed.
 
     For a text that is not UTF-8 Python's module raises an error without a code of SQLite.
     """
-    is_senseless_row = isinstance(error, ValueError | TypeError)
+    is_senseless_row = isinstance(error, _SENSELESS)
     return is_senseless_row or _code(error) in _DAMAGE or "decode" in str(error)
 
 

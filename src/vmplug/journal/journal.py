@@ -22,6 +22,7 @@ from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.bindings import Bindings
 from vmplug.journal.database import (
+    JOURNAL_ERRORS,
     Opened,
     Transaction,
     check_version,
@@ -170,7 +171,7 @@ class Journal:
             yield
         except UnicodeEncodeError as error:
             raise not_text(error) from error
-        except (sqlite3.Error, ValueError, TypeError) as error:
+        except JOURNAL_ERRORS as error:
             raise store_error(self.path, error) from error
 
     def _read(self, parse: Callable[[sqlite3.Row], T], query: str, *values: object) -> list[T]:

@@ -25,6 +25,7 @@ from vmplug.host.root import THIS_HOST
 from vmplug.journal import StateDir, journal_path
 from vmplug.journal.bindings import read_binding
 from vmplug.journal.database import (
+    JOURNAL_ERRORS,
     SALVAGE_PREFIX,
     VERSION,
     check_version,
@@ -93,7 +94,7 @@ def find_damage(path: str, *, copy: str | None = None) -> str | None:
     try:
         with closing(connect(copy or path)) as db:
             return _find_damage(db, path)
-    except (sqlite3.Error, ValueError, TypeError) as error:
+    except JOURNAL_ERRORS as error:
         if means_damage(error):
             return str(error)
         raise store_error(path, error) from error
@@ -131,7 +132,7 @@ def set_aside(state_dir: StateDir) -> Salvage | None:
             remove_remains(path)
             with tempfile.TemporaryDirectory(dir=state_dir, prefix=SALVAGE_PREFIX) as directory:
                 return _replace(path, directory)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, *JOURNAL_ERRORS) as error:
         raise store_error(path, error) from error
 
 
@@ -192,7 +193,7 @@ def _carry_over(copy: str, new: sqlite3.Connection, salvage: Salvage) -> None:
     with closing(sqlite3.connect(copy, isolation_level=None)) as old:
         old.row_factory = sqlite3.Row
         old.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
-        with suppress(sqlite3.Error, StoreError):
+        with suppress(StoreError, *JOURNAL_ERRORS):
             old.execute("PRAGMA writable_schema = ON")
             migrate(old, copy)
         new.execute("BEGIN IMMEDIATE")
@@ -216,8 +217,8 @@ def _carry_table(
             parse(row)
             values = [row[column] for column in columns]
             new.execute(f"INSERT INTO {table} VALUES ({marks})", values)  # noqa: S608  ours
-        except (sqlite3.Error, ValueError, TypeError, IndexError) as error:
-            words = " ".join(str(row[column]) for column in columns[:3])
+        except JOURNAL_ERRORS as error:
+            words = " ".join(str(row[name]) for name in row.keys()[1:4])
             salvage.lost.append(f"{table} {words}: {error}")
         else:
             salvage.carried[table] += 1
@@ -232,7 +233,7 @@ def _rows(table: str, old: sqlite3.Connection, salvage: Salvage) -> Iterator[sql
             for row in old.execute(query, (last,)):
                 last, skipped = row["number"], 0
                 yield row
-        except sqlite3.Error as error:
+        except JOURNAL_ERRORS as error:
             last, skipped, failure = last + 1, skipped + 1, error
         else:
             break

@@ -12,7 +12,7 @@ import msgspec
 from vmplug.address import Bdf, new_uuid
 from vmplug.host.pci.mdev import UUID
 from vmplug.host.process import ProcessLock
-from vmplug.journal.database import Transaction, store_error
+from vmplug.journal.database import JOURNAL_ERRORS, Transaction, store_error
 
 _FIND_KEPT = "SELECT token FROM vf_token WHERE bdf = ? AND boot_id = ?"
 _FIND_ATTACHED = """
@@ -57,7 +57,7 @@ class VfTokens:
         try:
             with self._lock:
                 row = self._db.execute(_FIND_ATTACHED, (str(bdf), self._boot_id)).fetchone()
-        except sqlite3.Error as error:
+        except JOURNAL_ERRORS as error:
             raise store_error(self._path, error) from error
         return str(row["token"]) if row else None
 

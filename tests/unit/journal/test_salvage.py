@@ -171,6 +171,34 @@ def is_whole(carried: Rows, rows: Rows) -> bool:
     return all(sorted(map(repr, carried[t])) == sorted(map(repr, rows[t])) for t in rows)
 
 
+@pytest.mark.parametrize(
+    ("was", "is_now"),
+    [
+        (b"qmp_socket TEXT NOT", b"qmp_socket TEXT N\x9cT"),
+        (b"CREATE TABLE vm", b"CREATE TA\x9cLE vm"),
+        (b"CREATE TABLE device", b"CREATE TABLE d\x9cvice"),
+        (b"host_path TEXT NOT NULL", b"host_path TEXT N\x8aT NULL"),
+        (b"host_path TEXT NOT NULL", b"host_pate TEXT NOT NULL"),
+        (b"name TEXT PRIMARY KEY", b"nome TEXT PRIMARY KEY"),
+        (b"is_ours INTEGER", b"is_ouxs INTEGER"),
+        (b"owner TEXT NOT", b"owxer TEXT NOT"),
+    ],
+)
+def test_tables_whose_own_text_is_damaged_are_set_aside(
+    path: Path, was: bytes, is_now: bytes
+) -> None:
+    data = path.read_bytes()
+    assert was in data
+    path.write_bytes(data.replace(was, is_now))
+    with pytest.raises(StoreError, match="damaged"):
+        reconcile_host(setup=Setup(state_dir=path.parent))
+    salvage = set_aside(path.parent)
+    assert salvage
+    assert salvage.damage
+    check_journal(str(path))
+    read_all(path.parent)
+
+
 def test_an_index_that_lies_loses_no_row(path: Path) -> None:
     rows = journal_rows(path.parent)
     without_index(path)
