@@ -132,7 +132,7 @@ def test_a_vm_is_named_whose_socket_does_not_answer(
             assert (len(json.loads(out)["attachments"]), err, status) == (1, "", 0)
             out, err, status = run(vmplug, files, "reconcile")
             assert (out, status) == ("", 5)
-            assert "its storage does not answer" in err
+            assert "its storage does not answer\nhint: bring its server" in err
             files.go_on()
             vmplug("detach", "--owner", "c").answer()
     finally:

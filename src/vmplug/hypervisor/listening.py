@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vmplug.host.root import THIS_HOST
-from vmplug.host.use.silent import find_silent
+from vmplug.host.use.silent import NO_ANSWER, find_silent
 
 _ADDRESS_BYTES_MAX = 107
 """Source: unix(7), sun_path."""
@@ -20,7 +20,7 @@ def socket_address(path: str) -> Iterator[str]:
     Raises OSError, also for a path whose storage does not answer: connect(2) would wait for it.
     """
     if find_silent([path], THIS_HOST):
-        raise OSError(errno.EIO, "its storage does not answer", path)
+        raise OSError(errno.EIO, NO_ANSWER, path)
     if len(os.fsencode(path)) <= _ADDRESS_BYTES_MAX:
         yield path
         return

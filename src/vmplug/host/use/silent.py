@@ -24,6 +24,8 @@ _MAY_BE_SILENT = re.compile(
 where they are. Source: proc_pid_mountinfo(5)."""
 _ESCAPED = str.maketrans({char: f"\\{ord(char):03o}" for char in " \t\n\\"})
 """As the table writes paths. Source: fs/proc_namespace.c, show_mountinfo."""
+NO_ANSWER = "its storage does not answer"
+REMEDY = "bring its server or its disk back (see dmesg), or unmount it: umount --lazy"
 _LINKS_MAX = 40
 """Source: path_resolution(7)."""
 
@@ -59,8 +61,8 @@ def require_answer(path: str, root: HostRoot) -> None:
 
 def no_answer(path: str) -> AttributeReadError:
     """The error for such a path."""
-    error = AttributeReadError(path, why="its storage does not answer")
-    error.hint = "bring its server or its disk back (see dmesg), or unmount it: umount --lazy"
+    error = AttributeReadError(path, why=NO_ANSWER)
+    error.hint = REMEDY
     return error
 
 

@@ -18,6 +18,7 @@ from vmplug.errors import (
     StateError,
 )
 from vmplug.host.process import ProcessLock
+from vmplug.host.use.silent import NO_ANSWER, REMEDY
 from vmplug.hypervisor.qmp.defaults import sent_arguments
 from vmplug.hypervisor.qmp.monitor import (
     COMMAND_TIMEOUT_S,
@@ -325,10 +326,13 @@ class QmpMonitor(Monitor):
                 hint="a QMP socket serves one client; give QEMU a -qmp socket for vmplug alone; "
                 + _STOPPED,
             )
+        reason = _reason(error)
         return ConnectError(
             self._socket,
-            f"cannot open a QMP connection on {self._socket}: {_reason(error)}",
-            hint="start QEMU with a QMP socket for vmplug, -qmp unix:PATH,server=on,wait=off; if "
+            f"cannot open a QMP connection on {self._socket}: {reason}",
+            hint=REMEDY
+            if reason == NO_ANSWER
+            else "start QEMU with a QMP socket for vmplug, -qmp unix:PATH,server=on,wait=off; if "
             "the VM is gone, vmplug reconcile frees what it held",
         )
 
