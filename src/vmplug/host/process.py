@@ -21,7 +21,7 @@ from vmplug.host.use.threads import ENDED, list_other_threads, read_fields
 def read_start_time(pid: int, root: HostRoot) -> int | None:
     """When the process began; None when it does not exist, or is a zombie."""
     fields = read_fields(f"/proc/{pid}/stat", root)
-    if not fields:
+    if fields is None:
         return None
     if len(fields) < 20 or not is_decimal(fields[19]):
         raise AttributeReadError(f"/proc/{pid}/stat", why="it has no start time")

@@ -18,6 +18,7 @@ def list_other_threads(pid: int | str, root: HostRoot) -> list[str]:
     return [name for name, found in fields if found and found[0] not in ENDED]
 
 
-def read_fields(path: str, root: HostRoot) -> list[str]:
-    """The fields behind the name, which may contain blanks and brackets; none when absent."""
-    return (root.read_text(path) or "").rpartition(")")[2].split()
+def read_fields(path: str, root: HostRoot) -> list[str] | None:
+    """The fields behind the name, which may contain blanks and brackets; None when absent."""
+    text = root.read_text(path)
+    return None if text is None else text.rpartition(")")[2].split()
