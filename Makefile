@@ -16,6 +16,8 @@ SECONDS ?= 60
 SEED ?= 0
 CYCLES ?= 10000
 KERNELS ?=
+# If set, `make test` runs these, and the lab only on the KERNELS that are named: a Debian that is newer
+# than those of the lab has none of them.
 TESTS ?=
 RELEASE ?= trixie
 # If set, of the tests that need neither root nor QEMU `make test` runs what `make test-fast` does.
@@ -30,6 +32,7 @@ AGAIN := --reruns 1 --max-suite-reruns 2 --rerun-show-tracebacks
 LAB := $(BIN)/python -m lab --timeout 2400
 LAB_TESTS := $(PYTEST) $(AGAIN) tests/lab --durations=15 --junitxml
 RESULTS := $(CURDIR)/build/lab/results
+WANTS_LAB := $(if $(TESTS),$(KERNELS),yes)
 # They take a quarter of the time that the tests here do.
 FAULTS := tests/system/faults/test_in_qemu.py
 
@@ -57,10 +60,10 @@ can-demo:
 
 # The lab VM and the tests here hardly slow each other down: each keeps one CPU busy, and they end
 # together. The third job is fuzz, which would delay the lab for a minute.
-test: lab $(FULL_GUEST)
+test: test-packages $(BIN)/vmplug $(GUEST) $(FULL_GUEST) $(if $(WANTS_LAB),lab)
 	$(MAKE) --no-print-directory --jobs=3 SEED=1 test-lab-then-faults test-here fuzz test-install
 
-test-lab-then-faults: test-lab
+test-lab-then-faults: $(if $(WANTS_LAB),test-lab)
 	$(MAKE) --no-print-directory test-faults
 
 # Those that need the host's loop devices, mounts and processes cannot be spread as the others are.
