@@ -63,6 +63,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What is collected stays, and the collector of garbage would go through it again and again.
+    gc.set_threshold(100_000)
     # nohup(1) ignores SIGHUP, and sh the others in what it starts with `&`; so would every child.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
@@ -76,10 +78,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """The collector of garbage would go through thousands of tests again and again."""
+    """Nor does it go through thousands of tests later."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000)
 
 
 @pytest.hookimpl(wrapper=True)
