@@ -20,11 +20,13 @@ from selectors import EVENT_READ, DefaultSelector
 
 import pytest
 
-_CHUNK, _CHUNK_S = 40, 1.5
-"""How many tests of a file a process takes at a time, and for how long they may take it.
+_CHUNK_S = 5.0
+"""For how long the tests of a file that a process takes at a time may take it.
 
-More, and the processes do not end together; fewer, and each makes what the tests of a file share.
+For longer, and the processes do not end together; for less, and each makes what they share.
 """
+_CHUNK = 40
+"""How many it takes as long as nothing is known of their times."""
 _MORE_THAN_CPUS = 1
 """Processes: a test may wait for a deadline or for a process, and uses no CPU meanwhile."""
 _TIMES = Path("build", "test-times.json")
@@ -92,7 +94,7 @@ class _Times:
         known, found = self._read(), list[tuple[float, list[_Numbered]]]()
         for path, group in groupby(enumerate(items), lambda numbered: numbered[1].path):
             tests, each_s = list(group), known.get(self._name(path), _CHUNK_S)
-            size = max(1, min(_CHUNK, int(_CHUNK_S / max(each_s, 1e-6)))) if known else _CHUNK
+            size = max(1, int(_CHUNK_S / max(each_s, 1e-6))) if known else _CHUNK
             chunks = (tests[start : start + size] for start in range(0, len(tests), size))
             found += [(each_s * len(chunk), chunk) for chunk in chunks]
         return [chunk for _, chunk in sorted(found, key=lambda timed: -timed[0])]
