@@ -47,21 +47,21 @@ def answered_here(
 @contextmanager
 def _environment(environment: Mapping[str, str]) -> Iterator[None]:
     before, directory = dict(os.environ), tempfile.tempdir
-    _replace_environment(environment)
+    _replace_environment(before, environment)
     tempfile.tempdir = None  # what TMPDIR was, when it was first asked for
     try:
         yield
     finally:
-        _replace_environment(before)
+        _replace_environment(dict(os.environ), before)
         tempfile.tempdir = directory
 
 
-def _replace_environment(environment: Mapping[str, str]) -> None:
-    for name in os.environ.keys() - environment.keys():
+def _replace_environment(before: Mapping[str, str], environment: Mapping[str, str]) -> None:
+    """Change only what differs from `before`: each look into `os.environ` encodes and decodes."""
+    for name in before.keys() - environment.keys():
         del os.environ[name]
-    for name, value in environment.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
+    for name, _ in environment.items() - before.items():
+        os.environ[name] = environment[name]
 
 
 @contextmanager
