@@ -21,7 +21,7 @@ MODULES = ["src", "lab", "guest", "bench"]
 PAGES = ["*.md", "docs/*.md", "Makefile"]
 SCRIPTS = ["examples", "tools", "lab", "guest"]
 CODE = "\0"
-"""Stands for every word that is not prose, so that no pattern matches across it."""
+"""Stands for what is not prose, so that no pattern matches across it."""
 
 
 class Odd(NamedTuple):
@@ -124,13 +124,13 @@ ODD = [
 
 
 def prose_of_python(source: str) -> str:
-    """The comments and strings of a module on their lines, and `CODE` for each other word."""
+    """The comments and strings of a module on their lines, and `CODE` for what is between them."""
     lines = [0, *accumulate(map(len, io.StringIO(source)))]
     prose, done = list[str](), 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if tokenize.tok_name[token.type] in TEXT_TOKENS:
             start, end = (lines[row - 1] + column for row, column in (token.start, token.end))
-            prose += [re.sub(r"\S+", CODE, source[done:start]), source[start:end]]
+            prose += [re.sub(r".*\S.*", CODE, source[done:start]), source[start:end]]
             if token.type == tokenize.COMMENT:
                 prose[-1] = f" {prose[-1][1:]}"
             done = end
