@@ -189,13 +189,24 @@ def test_an_image_with_its_data_elsewhere_is_known(tmp_path: Path) -> None:
 # What is wrong with an image
 
 
+RAW = b"x" * 65536 + bytes(7 * MIB) + b"y" * 65536
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What qemu-img makes of data at the begin and the end of a disk."""
+    directory = tmp_path_factory.mktemp("converted")
+    (directory / "raw").write_bytes(RAW)
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "raw", "a.qcow2"]
+    subprocess.run(command, cwd=directory, check=True)
+    return (directory / "a.qcow2").read_bytes()
+
+
 @pytest.fixture
-def image(tmp_path: Path) -> Path:
+def image(tmp_path: Path, converted: bytes) -> Path:
     """An image with data at its begin and its end."""
-    raw, path = tmp_path / "raw", tmp_path / "a.qcow2"
-    raw.write_bytes(b"x" * 65536 + bytes(7 * MIB) + b"y" * 65536)
-    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path)]
-    subprocess.run(command, check=True)
+    path = tmp_path / "a.qcow2"
+    path.write_bytes(converted)
     return path
 
 
@@ -240,7 +251,9 @@ def test_an_image_that_qemu_made_has_no_fault(tmp_path: Path, options: str, size
 @needs_qemu_img
 def test_a_whole_image_has_no_fault_and_a_raw_disk_none_either(image: Path) -> None:
     assert faults_of(image) == []
-    assert faults_of(image.with_name("raw")) == []
+    raw = image.with_name("raw")
+    raw.write_bytes(RAW)
+    assert faults_of(raw) == []
 
 
 @needs_qemu_img
