@@ -157,3 +157,35 @@ def test_whoever_has_it_mapped_has_the_lease(vmplug: Vmplug, node: str) -> None:
     assert [one["outcome"] for one in done["bindings"]] == ["given back"]
     assert driver() == "nvme"
     assert namespace_of(topology.NVME).is_block_device()
+
+
+def test_while_it_is_sent_to_nobody_it_is_not_unbound(vmplug: Vmplug) -> None:
+    """No process shows it: the kernel alone knows that somebody has it."""
+    namespace_of(topology.NVME)
+    with left_to_a_child(vmplug, "sent", GROUP) as (_, said):
+        assert said == "vmplug: a process that vmplug cannot name has it open or mapped\n"
+        (repair,) = vmplug("reconcile", "--json").json()["repairs"]
+        assert repair["outcome"] == "in progress"
+        assert vmplug("lease", "end", "job").status == 6
+        assert driver() == "vfio-pci"
+    assert [one["outcome"] for one in vmplug("reconcile", "--json").json()["bindings"]] == [
+        "given back"
+    ]
+    assert driver() == "nvme"
+
+
+def test_what_was_bound_by_hand_is_not_unbound_while_it_is_mapped(vmplug: Vmplug) -> None:
+    namespace_of(topology.NVME)
+    assert vmplug("bind", topology.NVME).status == 0
+    node = f"/dev/vfio/{Path(f'/sys/bus/pci/devices/{topology.NVME}/iommu_group').resolve().name}"
+    words = [*USER, "mapped", node, topology.NVME]
+    child = int(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
+    try:
+        refused = vmplug("unbind", topology.NVME)
+        assert (refused.status, f"process {child} (python3)" in refused.stderr) == (4, True)
+        assert driver() == "vfio-pci"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        assert wait_for_end(child, WAIT_S)
+    assert vmplug("unbind", topology.NVME).status == 0
+    assert driver() == "nvme"
