@@ -102,7 +102,7 @@ sql() {
 
 newer_journal() {
     paused_vm sb1
-    sql 'PRAGMA user_version = 9'
+    sql 'PRAGMA user_version = 10'
 }
 
 damaged_journal() {

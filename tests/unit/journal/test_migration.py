@@ -212,6 +212,14 @@ def tables_of(path: Path) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
+def test_the_page_and_its_example_have_the_version() -> None:
+    page = Path("docs/restart.md").read_text()
+    assert f"`user_version`, now {VERSION})" in page
+    assert f"version 1 to {VERSION - 1} is" in page
+    assert f"has version {VERSION + 1}; this vmplug supports version {VERSION}" in page
+    assert f"user_version = {VERSION + 1}'" in Path("tests/docs/scenes.sh").read_text()
+
+
 @pytest.mark.parametrize("version", range(1, VERSION))
 def test_migration_keeps_every_row_of_an_older_journal(tmp_path: Path, version: int) -> None:
     path = write_version(version, tmp_path)
