@@ -27,8 +27,11 @@ For longer, and the processes do not end together; for less, and each makes what
 """
 _CHUNK = 40
 """How many it takes as long as nothing is known of their times."""
-_MORE_THAN_CPUS = 1
-"""Processes: a test may wait for a deadline or for a process, and uses no CPU meanwhile."""
+_MORE_THAN_CPUS = 4
+"""Processes: a test may wait for a deadline or for a process, and uses no CPU meanwhile.
+
+Measured on two CPUs with 8 200 tests: 1 more takes 54 s, 3 more 46 s, 4 more 44 s, 6 more 47 s.
+"""
 _TIMES = Path("build", "test-times.json")
 """What a test of each file took on average when they were last run: the slowest begin."""
 _NUMBER = struct.Struct("=I")
@@ -48,7 +51,7 @@ class _Process:
 
 
 class Spread:
-    """The plugin: pytest's own loop, in a process for each CPU and one more."""
+    """The plugin: pytest's own loop, in a process for each CPU and some more."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:

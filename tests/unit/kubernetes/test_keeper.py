@@ -308,6 +308,7 @@ def in_child(work: Callable[[], None]) -> int:
         os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [Fault.DIE_BEFORE, Fault.DIE_AFTER])
 @pytest.mark.parametrize("pod_lives", [True, False], ids=["pod lives", "pod has gone"])
 def test_killed_at_each_write_the_device_ends_up_where_it_belongs(
@@ -350,6 +351,7 @@ def test_killed_at_each_write_the_device_ends_up_where_it_belongs(
     assert number > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [Fault.DIE_BEFORE, Fault.DIE_AFTER])
 def test_killed_at_each_write_a_device_that_is_bound_from_the_start_comes_back(
     node: Node, fault: Fault
