@@ -13,7 +13,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.manager.naming.specs import DEFAULT_DIRECTORY
 from vmplug.policy.pattern import ClassPattern, PathPattern, PciPattern
 from vmplug.policy.rules import Rule
-from vmplug.policy.toml import OperatorsFile
+from vmplug.policy.toml import OperatorsFile, Words
 
 KUBELET_DIRECTORY = "/var/lib/kubelet"
 RECONCILE_S = 60.0
@@ -27,7 +27,6 @@ _RESERVED = ("kubernetes.io", "k8s.io")
 _NOT_IN_ENV = re.compile(r"[^A-Z0-9]")
 
 T = TypeVar("T")
-Words = Annotated[list[str], msgspec.Meta(min_length=1)]
 
 
 class Given(StrEnum):
@@ -134,12 +133,8 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     said = file.convert(file.read_tables(), _File, {"given": [*Given], "managed": [*Managed]})
     if not said.resource:
         file.refuse("has no [[resource]], so there is nothing to offer")
-    for key, directory in (
-        ("kubelet-directory", said.kubelet_directory),
-        ("cdi-directory", said.cdi_directory),
-    ):
-        if not directory.startswith("/") or "\0" in directory:
-            file.refuse(f"is wrong at {key}: {directory!r} is not an absolute path")
+    file.require_absolute("kubelet-directory", said.kubelet_directory)
+    file.require_absolute("cdi-directory", said.cdi_directory)
     resources = tuple(_parse(resource, file) for resource in said.resource)
     _check_names(resources, file)
     return Config(
@@ -155,10 +150,7 @@ def _parse(said: _Resource, file: OperatorsFile) -> Resource:
     def parse(
         key: str, texts: Iterable[str] | None, one: Callable[[str], T]
     ) -> tuple[T, ...] | None:
-        try:
-            return None if texts is None else tuple(map(one, texts))
-        except ValueError as error:
-            file.refuse(f"is wrong at {key} of resource {said.name!r}: {error}")
+        return file.parse(f"{key} of resource {said.name!r}", texts, one)
 
     vendor = said.name.partition("/")[0]
     if not _NAME.fullmatch(said.name) or find_kind_problem(said.name):

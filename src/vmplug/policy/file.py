@@ -17,14 +17,13 @@ from vmplug.policy.pattern import (
     PciPattern,
 )
 from vmplug.policy.rules import Policy, Rule
-from vmplug.policy.toml import OperatorsFile
+from vmplug.policy.toml import OperatorsFile, Words
 
 _REQUEST_S_MAX = 86400
 
 _KINDS = [kind.word for kind in DeviceType]
 _DEVICE_KEYS = ("kinds", "numbers", "paths", "pci", "classes", "cdi_kinds")
 _OVERRULED = sorted(str(code) for code in set(Code) - NEVER_ALLOWED)
-Words = Annotated[list[str], msgspec.Meta(min_length=1)]
 T = TypeVar("T")
 
 
@@ -90,8 +89,7 @@ def _parse(file: OperatorsFile) -> _File:
     for twice in (rule for rule in names if names.count(rule) > 1):
         file.refuse(f"has two rules named {twice!r}")
     for directory in said.cdi.directories if said.cdi else ():
-        if not directory.startswith("/") or "\0" in directory:
-            file.refuse(f"is wrong at cdi.directories: {directory!r} is not an absolute path")
+        file.require_absolute("cdi.directories", directory)
     return said
 
 
@@ -99,10 +97,7 @@ def _parse_rule(said: _Rule, file: OperatorsFile) -> Rule:
     def parse(
         key: str, texts: Iterable[str] | None, one: Callable[[str], T]
     ) -> tuple[T, ...] | None:
-        try:
-            return None if texts is None else tuple(map(one, texts))
-        except ValueError as error:
-            file.refuse(f"is wrong at {key} of rule {said.name!r}: {error}")
+        return file.parse(f"{key} of rule {said.name!r}", texts, one)
 
     for code in NEVER_ALLOWED & set(said.allow):
         file.refuse(f"is wrong at allow of rule {said.name!r}: {code} cannot be overruled")

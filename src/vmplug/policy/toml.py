@@ -7,7 +7,8 @@ cannot be read does not count as absent.
 import os
 import stat
 import tomllib
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Annotated, NoReturn, TypeVar
 
 import msgspec
 
@@ -17,6 +18,8 @@ from vmplug.host.permissions import who_writes, whose_link
 _BYTES_MAX = 1 << 20
 
 T = TypeVar("T")
+Words = Annotated[list[str], msgspec.Meta(min_length=1)]
+"""The texts of a key, which must not be an empty list."""
 
 
 class OperatorsFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +58,23 @@ class OperatorsFile(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.convert(tables, type=kind)
         except msgspec.ValidationError as error:
             self.refuse(self._in_words(error, tables, words or {}))
+
+    def parse(
+        self, where: str, texts: Iterable[str] | None, one: Callable[[str], T]
+    ) -> tuple[T, ...] | None:
+        """The patterns of a key, each read by `one`; None where it is not there.
+
+        Raises PolicyError that names `where` when `one` raises ValueError.
+        """
+        try:
+            return None if texts is None else tuple(map(one, texts))
+        except ValueError as error:
+            self.refuse(f"is wrong at {where}: {error}")
+
+    def require_absolute(self, where: str, directory: str) -> None:
+        """Raise PolicyError that names `where` for a directory without an absolute path."""
+        if not directory.startswith("/") or "\0" in directory:
+            self.refuse(f"is wrong at {where}: {directory!r} is not an absolute path")
 
     def refuse(self, why: str) -> NoReturn:
         """Raise PolicyError with what is wrong in the file."""
