@@ -256,8 +256,7 @@ class Keeper:
         try:
             self._give_back_binding(row)
         except DeviceError as error:
-            why = one_line(error.message)
-            log.warning("cannot give %s=%s back: %s", row.resource, row.id, why)
+            _warn_of_return(row, error)
 
     def _reset(self, unit: Unit, look: Look) -> None:
         """Reset every function, unless somebody has the device open. Raises BindError."""
@@ -388,21 +387,17 @@ class Keeper:
         unit = self._known.get(key)
         row = replace(row, state=PodDeviceState.RETURNING)
         self._journal.pod_devices.put([row])
-        is_kept = (
-            not forget
-            and unit is not None
-            and unit.resource.managed is Managed.START
-            and is_meant(unit, row, self._host)
-        )
         try:
-            if unit and is_meant(unit, row, self._host) and unit.is_bound(self._host):
+            if unit and not is_meant(unit, row, self._host):
+                unit = None
+            if unit and unit.is_bound(self._host):
                 self._reset(unit, self._start_look())
+            is_kept = not forget and unit is not None and unit.resource.managed is Managed.START
             if not is_kept:
                 self._give_back_binding(row)
         except DeviceError as error:
             self._failures[key] = f"vmplug cannot give it back: {error.message}"
-            why = one_line(error.message)
-            log.warning("cannot give %s=%s back: %s", row.resource, row.id, why)
+            _warn_of_return(row, error)
             return False
         self._failures.pop(key, None)
         self._missing.pop(key, None)
@@ -418,6 +413,11 @@ class Keeper:
         for returned in self._binder.give_back(row.device_id):
             if returned.error:
                 raise returned.error
+
+
+def _warn_of_return(row: PodDevice, error: DeviceError) -> None:
+    why = one_line(error.message)
+    log.warning("cannot give %s=%s back: %s", row.resource, row.id, why)
 
 
 def _refused(unit: Unit, why: str) -> InUse:
