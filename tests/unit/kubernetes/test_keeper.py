@@ -1,7 +1,7 @@
 """Which device an ID means, who uses it, and what a crash leaves."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from msgspec.structs import replace
@@ -308,6 +308,21 @@ def in_child(work: Callable[[], None]) -> int:
         os._exit(0)
 
 
+def killed_at_each_write(
+    node: Node, fault: Fault, life: Callable[[], None], *, more_than: int
+) -> Iterator[None]:
+    """After each write at which `life` was killed, of which there are so many; and once whole."""
+    number, status = -1, DIED
+    while status == DIED:
+        number += 1
+        node.kernel.writes.clear()
+        node.kernel._at_number = {number: fault}
+        status = in_child(life)
+        node.kernel._at_number = {}
+        yield
+    assert number > more_than
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [Fault.DIE_BEFORE, Fault.DIE_AFTER])
 @pytest.mark.parametrize("pod_lives", [True, False], ids=["pod lives", "pod has gone"])
@@ -326,12 +341,7 @@ def test_killed_at_each_write_the_device_ends_up_where_it_belongs(
                 forget_pods(keeper)
                 keeper.give_back_unused()
 
-    number = 0
-    while True:
-        node.kernel.writes.clear()
-        node.kernel._at_number = {number: fault}
-        status = in_child(life)
-        node.kernel._at_number = {}
+    for _ in killed_at_each_write(node, fault, life, more_than=4):
         with node.journal() as journal:
             keeper = node.keeper(MANAGED_LINES, journal=journal)
             keeper.recover()
@@ -345,10 +355,6 @@ def test_killed_at_each_write_the_device_ends_up_where_it_belongs(
             assert states(keeper) == {"26": "bindable"}
         assert node.kernel.picture() == before
         assert node.states() == {}
-        if status != DIED:
-            break
-        number += 1
-    assert number > 4
 
 
 @pytest.mark.slow
@@ -369,12 +375,7 @@ def test_killed_at_each_write_a_device_that_is_bound_from_the_start_comes_back(
             keeper.give_back_unused()
             keeper.give_back_all()
 
-    number = 0
-    while True:
-        node.kernel.writes.clear()
-        node.kernel._at_number = {number: fault}
-        status = in_child(life)
-        node.kernel._at_number = {}
+    for _ in killed_at_each_write(node, fault, life, more_than=8):
         with node.journal() as journal:
             keeper = node.keeper(lines, journal=journal)
             keeper.recover()
@@ -388,10 +389,6 @@ def test_killed_at_each_write_a_device_that_is_bound_from_the_start_comes_back(
             keeper.give_back_all()
         assert node.kernel.picture() == before
         assert node.states() == {}
-        if status != DIED:
-            break
-        number += 1
-    assert number > 8
 
 
 def test_after_a_boot_what_no_pod_has_any_more_is_forgotten_and_not_touched(node: Node) -> None:
