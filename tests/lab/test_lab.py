@@ -122,6 +122,11 @@ def test_the_kernel_is_the_labs_and_its_modules_are_too() -> None:
     assert found.stdout.strip() == f"/lib/modules/{release}/extra/mtty.ko"
 
 
+def test_the_clock_is_one_that_a_busy_host_does_not_make_fast() -> None:
+    source = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+    assert source.read_text().strip() == "hpet"
+
+
 def test_the_iommu_remaps_interrupts() -> None:
     log = subprocess.run(["dmesg"], check=True, capture_output=True, text=True).stdout
     assert "DMAR-IR: Enabled IRQ remapping" in log
