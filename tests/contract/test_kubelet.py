@@ -101,6 +101,7 @@ async def test_a_plugin_that_asks_for_nothing_is_only_asked_to_allocate(
     kubelet: Kubelet, plugin: SmallPlugin
 ) -> None:
     plugin.options.pre_start_required = False
+    await ended(kubelet, plugin)
     await registered_again(kubelet, plugin)
     await kubelet.admit("p1", plugin.resource, 1)
     assert [name for name, _ in plugin.calls] == ["ListAndWatch", "Allocate"]
@@ -110,6 +111,7 @@ async def test_a_plugin_that_asks_for_nothing_is_only_asked_to_allocate(
 async def test_what_the_plugin_prefers_is_chosen(kubelet: Kubelet, plugin: SmallPlugin) -> None:
     plugin.options.get_preferred_allocation_available = True
     plugin.preferred = ["c", "a"]
+    await ended(kubelet, plugin)
     await registered_again(kubelet, plugin)
     await kubelet.admit("p1", plugin.resource, 2)
     assert plugin.calls[1:] == [
@@ -180,8 +182,7 @@ async def test_a_plugin_that_is_killed_takes_its_devices_along(
 ) -> None:
     await kubelet.admit("p1", plugin.resource, 1)
     before = await assigned(kubelet, plugin)
-    await plugin.stop()
-    await kubelet.wait_gone(plugin.resource)
+    await ended(kubelet, plugin)
     with pytest.raises(AdmissionError) as caught:
         await kubelet.admit("p2", plugin.resource, 1)
     assert str(caught.value) == too_few(plugin, requested=1, available=0)
@@ -264,10 +265,14 @@ def too_few(plugin: SmallPlugin, *, requested: int, available: int) -> str:
     )
 
 
-async def registered_again(kubelet: Kubelet, plugin: SmallPlugin) -> None:
-    """Start the plugin anew; only what it is asked from then on is in `calls`."""
+async def ended(kubelet: Kubelet, plugin: SmallPlugin) -> None:
+    """End the plugin, and wait until kubelet knows it: it may hear of the next one before."""
     await plugin.stop()
-    await asyncio.sleep(0)
+    await kubelet.wait_gone(plugin.resource)
+
+
+async def registered_again(kubelet: Kubelet, plugin: SmallPlugin) -> None:
+    """Start a plugin that has ended; only what it is asked from then on is in `calls`."""
     plugin.calls.clear()
     await plugin.start()
     await kubelet.wait_for(plugin.resource, allocatable=len(plugin.health))
