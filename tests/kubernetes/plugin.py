@@ -1,68 +1,73 @@
-"""`vmplug device-plugin` as a process, which offers loop devices that udev gives stable names."""
+"""`vmplug device-plugin` as a program of a node, which offers loop devices of stable names."""
 
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.cli.command import VMPLUG
-from tests.support.kubernetes.node import POLL_S, TIMEOUT_S
+from tests.support.kubernetes.node import POLL_S, TIMEOUT_S, Node, Program
 
 RESOURCE = "vmplug.test/disk"
 _CONFIG = """
-kubelet-directory = "{kubelet}"
 cdi-directory = "{directory}/cdi"
 reconcile-seconds = 1
 [[resource]]
 name = "{resource}"
 paths = ["/dev/disk/by-id/vmplug-*"]
 """
-_WITH_NAMES = 'mount -t tmpfs tmpfs /run; mkdir /run/udev; ln -s "$0" /run/udev/data; exec "$@"'
+_LOG = "device-plugin"
 
 
 class DevicePlugin:
-    """One of a kubelet's directory. `disks` are the nodes of what it offers, by their names."""
+    """That of a node; what it writes is below `directory`.
 
-    def __init__(self, directory: Path, kubelet: Path, disks: Mapping[str, Path]) -> None:
+    `disks` are the device nodes of what it offers, by the names that udev would give them.
+    """
+
+    def __init__(self, node: Node, directory: Path, disks: Mapping[str, Path]) -> None:
+        self.disks = disks
         self.directory = directory
-        self._names = directory / "udev"
-        self._names.mkdir(parents=True)
-        for name, node in disks.items():
-            number = node.stat().st_rdev
+        self._node = node
+        names = directory / "udev"
+        names.mkdir(parents=True)
+        for name, disk in disks.items():
+            number = disk.stat().st_rdev
             text = f"S:disk/by-id/{name}\n"
-            (self._names / f"b{os.major(number)}:{os.minor(number)}").write_text(text)
+            (names / f"b{os.major(number)}:{os.minor(number)}").write_text(text)
+        node.run("mkdir", "-p", "/run/udev")
+        node.run("ln", "-sfn", names, "/run/udev/data")
         config = directory / "device-plugin.toml"
-        words = {"directory": directory, "kubelet": kubelet, "resource": RESOURCE}
-        config.write_text(_CONFIG.format(**words))
+        config.write_text(_CONFIG.format(directory=directory, resource=RESOURCE))
         self._options = ["--config", str(config), "--state-dir", f"{directory}/state"]
-        self._process: subprocess.Popen[bytes] | None = None
+        self._program: Program | None = None
 
     def start(self) -> None:
-        """Start it; what it says is below `directory`."""
-        with (self.directory / "log").open("ab") as log:
-            self._process = subprocess.Popen(self._words(), stdout=log, stderr=log)
+        """Start it."""
+        self._program = self._node.start(_LOG, VMPLUG, "device-plugin", *self._options)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._program
+        self._program.send(number)
 
     def end(self, number: signal.Signals) -> None:
         """Send it a signal, and wait for its end."""
-        if self._process:
-            self._process.send_signal(number)
-            self._process.wait(TIMEOUT_S)
-            self._process = None
+        if self._program:
+            self._program.end(number)
+            self._program = None
 
     def status(self) -> dict[str, Any]:
         """What `vmplug device-plugin status` says of each device, by its ID."""
-        done = subprocess.run(
-            [*self._words("status"), "--json"], check=True, capture_output=True, timeout=TIMEOUT_S
-        )
-        return {device["id"]: device for device in json.loads(done.stdout)["devices"]}
+        said = self._node.run(VMPLUG, "device-plugin", "status", *self._options, "--json")
+        return {device["id"]: device for device in json.loads(said)["devices"]}
 
     def log(self) -> str:
-        """All that it has said."""
-        return (self.directory / "log").read_text()
+        """All that the plugins of the node have said."""
+        return self._node.log(_LOG)
 
     def wait_for(self, device: str, **wanted: object) -> None:
         """Wait until a device has this status."""
@@ -73,8 +78,3 @@ class DevicePlugin:
                 return
             assert time.monotonic() < deadline, (found, self.log())
             time.sleep(POLL_S)
-
-    def _words(self, *verb: str) -> list[str | Path]:
-        alone: list[str | Path] = ["unshare", "--mount", "--propagation", "private"]
-        alone += ["sh", "-c", _WITH_NAMES, self._names]
-        return [*alone, VMPLUG, "device-plugin", *verb, *self._options]

@@ -30,7 +30,6 @@ class World:
 
     kubelet: RealKubelet
     plugin: DevicePlugin
-    disks: dict[str, Path]
 
     def admit(self, pod: str, count: int = 1) -> api.ContainerAllocateResponse:
         return asyncio.run(self.kubelet.admit(pod, RESOURCE, count))
@@ -69,12 +68,12 @@ def world(kubelet: RealKubelet, tmp_path: Path) -> Iterator[World]:
             name: made.enter_context(loop_device(disk_image(tmp_path / name, 8, name)))
             for name in NAMES
         }
-        plugin = DevicePlugin(tmp_path / "plugin", kubelet.directory, disks)
+        plugin = DevicePlugin(kubelet.node, tmp_path / "plugin", disks)
         made.callback(lambda: asyncio.run(kubelet.__aexit__()))
         plugin.start()
         made.callback(lambda: asyncio.run(kubelet.wait_gone(RESOURCE)))
         made.callback(plugin.end, signal.SIGTERM)
-        found = World(kubelet, plugin, disks)
+        found = World(kubelet, plugin)
         found.wait_for(2)
         yield found
 
@@ -82,18 +81,18 @@ def world(kubelet: RealKubelet, tmp_path: Path) -> Iterator[World]:
 def test_a_pod_reads_the_disks_that_it_was_given(world: World) -> None:
     given = world.admit("p1", 2)
     assert sorted(node.host_path for node in given.devices) == sorted(
-        map(str, world.disks.values())
+        map(str, world.plugin.disks.values())
     )
     assert [world.read("p1", name) for name in NAMES] == [*NAMES]
     world.plugin.wait_for("vmplug-a", state="assigned", pods=["default/p1-node1"])
 
 
 def test_one_that_is_used_is_refused_with_its_user(world: World) -> None:
-    node = world.disks["vmplug-a"]
+    node = world.plugin.disks["vmplug-a"]
     subprocess.run(["mkfs.ext4", "-q", node], check=True)
     mounted = world.plugin.directory / "mounted"
     mounted.mkdir()
-    subprocess.run(["mount", node, mounted], check=True)
+    world.kubelet.node.run("mount", node, mounted)
     try:
         with pytest.raises(AdmissionError) as caught:
             world.admit("p1", 2)
@@ -104,7 +103,7 @@ def test_one_that_is_used_is_refused_with_its_user(world: World) -> None:
         world.admit("p2")
         assert world.device_of("p2") == "vmplug-b"
     finally:
-        subprocess.run(["umount", mounted], check=True)
+        world.kubelet.node.run("umount", mounted)
     world.wait_for(2)
     world.admit("p3")
     assert world.device_of("p3") == "vmplug-a"
@@ -136,7 +135,7 @@ def test_a_plugin_that_is_killed_knows_the_pods_when_it_starts_again(world: Worl
 
 def test_a_pod_that_is_deleted_gives_its_disk_back(world: World) -> None:
     world.admit("p1", 2)
-    keep_open = f"{BUSYBOX} sleep 1000 </dev/disk/by-id/vmplug-a >/dev/null 2>&1 &"
+    keep_open = f"{BUSYBOX} sleep 1000 <>/dev/disk/by-id/vmplug-a >/dev/null 2>&1 &"
     world.kubelet.run_in("p1", BUSYBOX, "sh", "-c", keep_open)
     world.plugin.wait_for("vmplug-a", state="assigned", healthy=True)
     world.kubelet.delete("p1")

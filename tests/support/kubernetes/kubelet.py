@@ -18,7 +18,6 @@ from typing import Any, Self
 
 from tests.support.kubelet import AdmissionError, StartError
 from tests.support.kubernetes.node import (
-    ADDRESS,
     IMAGE,
     POLL_S,
     PROGRAMS,
@@ -30,6 +29,7 @@ from tests.support.kubernetes.node import (
 )
 from vmplug.kubernetes import device_plugin_pb2 as plugin_api
 
+_READ_PORT = 10255
 _CLOCK_S = 0.01
 """So much may the time that a file was written lie before the kernel's clock."""
 _SLEEP = ("/bin/busybox", "sh", "-c", "trap exit TERM; while :; do sleep 1; done")
@@ -56,14 +56,10 @@ def make_pod(
 
 
 class RealKubelet:
-    """That of a node. `directory` is its /var/lib/kubelet, and has its sockets.
+    """That of a node. `directory` is its /var/lib/kubelet, and has its sockets."""
 
-    `port` is the first of three in its node's network.
-    """
-
-    def __init__(self, node: Node, *options: str | Path, port: int = 10250) -> None:
+    def __init__(self, node: Node, *options: str | Path) -> None:
         self.node = node
-        self.port = port
         self.directory = node.directory / "kubelet"
         self.plugins = self.directory / "device-plugins"
         self.socket = self.plugins / "kubelet.sock"
@@ -97,7 +93,7 @@ class RealKubelet:
             "kubelet",
             PROGRAMS / "kubelet",
             *("--config", self._config, "--hostname-override", self.node.name, "--v=3"),
-            *("--node-ip", ADDRESS),
+            *("--node-ip", self.node.address),
             *("--container-runtime", "remote", "--pod-infra-container-image", IMAGE),
             *("--container-runtime-endpoint", "unix:///run/containerd/containerd.sock"),
             *self._options,
@@ -218,7 +214,7 @@ class RealKubelet:
         return self._statuses().get(pod, {})
 
     def _statuses(self) -> dict[str, Any]:
-        pods = ask(self.node.connect(self.port + 1), "GET", "/pods")["items"] or ()
+        pods = ask(self.node.connect(_READ_PORT), "GET", "/pods")["items"] or ()
         suffix = f"-{self.node.name}"  # of all that have no API server
         return {pod["metadata"]["name"].removesuffix(suffix): pod["status"] for pod in pods}
 
@@ -262,9 +258,7 @@ class RealKubelet:
             "kind": "KubeletConfiguration",
             "staticPodPath": str(self._manifests),
             "address": "127.0.0.1",
-            "port": self.port,
-            "readOnlyPort": self.port + 1,
-            "healthzPort": self.port + 2,
+            "readOnlyPort": _READ_PORT,
             "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
             "authorization": {"mode": "AlwaysAllow"},
             "cgroupRoot": f"/{self.node.cgroup}",

@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,8 +29,6 @@ PROGRAMS = Path("/var/cache/vmplug/kubernetes")
 IMAGE = "docker.io/vmplug/busybox:latest"
 TIMEOUT_S = 120.0
 POLL_S = 0.1
-ADDRESS = "10.1.1.1"
-"""Of each node: one of the loop's own is refused."""
 _CLONE_NEWNET = 0x40000000
 _WRITTEN = (
     "vm/overcommit_memory",
@@ -80,13 +78,14 @@ snapshotter = "native"
 class Node:
     """One that is named; what it has is below `directory`, whose path must be short.
 
-    It may be in the network of another node.
+    Each of several that are to meet has a `number` of its own, the last of its `address`: kubelet
+    refuses one of the loop's own.
     """
 
-    def __init__(self, directory: Path, name: str, network_of: "Node | None" = None) -> None:
+    def __init__(self, directory: Path, name: str, number: int = 1) -> None:
         self.directory = directory
         self.name = name
-        self._network_of = network_of
+        self.address = f"10.1.1.{number}"
         self.cgroup = f"vmplug-{name}-{os.getpid()}"
         self._holder = 0
         self._programs: list[Program] = []
@@ -95,13 +94,10 @@ class Node:
     def running(self) -> Iterator["Node"]:
         """Make the node with its containerd, and end all that is in it."""
         (self.directory / "kubelet").mkdir(parents=True)
-        network = ["unshare", "--net"]
-        if self._network_of:
-            network = ["nsenter", f"--net=/proc/{self._network_of._holder}/ns/net"]
-        words = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
+        words = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child"]
         words += ["--propagation", "private", "sh", "-c", _SETUP, "sh"]
         holder = subprocess.Popen(
-            [*network, *words, self.directory, ADDRESS, *_WRITTEN],
+            [*words, self.directory, self.address, *_WRITTEN],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -120,6 +116,16 @@ class Node:
             for program in self._programs:
                 program.wait()
             self._remove_cgroups()
+
+    def join(self, other: "Node") -> None:
+        """Lay a cable to another node, by which each reaches the address of the other."""
+        ends = f"to-{other.name}", f"to-{self.name}"
+        cable = ["ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1]]
+        network = f"--net=/proc/{self._holder}/ns/net"
+        subprocess.run(["nsenter", network, *cable, "netns", str(other._holder)], check=True)
+        for node, end, address in ((self, ends[0], other.address), (other, ends[1], self.address)):
+            node.run("ip", "link", "set", end, "up")
+            node.run("ip", "route", "add", address, "dev", end, "src", node.address)
 
     def start(self, name: str, *words: str | Path) -> "Program":
         """Start a program, whose log is `name`.log."""
@@ -205,11 +211,17 @@ class Program:
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send it a signal, and wait until it has ended. nsenter(1) waits for it."""
+        self.send(number)
+        self.wait()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal. nsenter(1) stops as it stops, and must be told to go on."""
+        if number == signal.SIGCONT:
+            self._entering.send_signal(number)
         children = Path(f"/proc/{self._entering.pid}/task/{self._entering.pid}/children")
         for pid in children.read_text().split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), number)
-        self.wait()
 
     def wait(self) -> None:
         """Wait until it has ended."""
@@ -239,13 +251,18 @@ def ask(
     return json.loads(said)
 
 
-def find_missing(*programs: str) -> str | None:
-    """What a test that runs these needs and this machine has not, in one line; None if nothing."""
+def find_missing(*programs: str, tools: Sequence[str] = ()) -> str | None:
+    """What a test that runs these needs and this machine has not, in one line; None if nothing.
+
+    `tools` are those of Debian, besides what each node needs.
+    """
     if os.geteuid() != 0:
         return "needs root: namespaces, mounts, containers"
     if not all((PROGRAMS / name).exists() for name in programs):
         return f"no Kubernetes in {PROGRAMS}: make test-kubernetes builds it"
-    if missing := [name for name in ("containerd", "runc", "ip") if not shutil.which(name)]:
+    if missing := [
+        name for name in ("containerd", "runc", "ip", *tools) if not shutil.which(name)
+    ]:
         return f"needs {' '.join(missing)}: tools/install-packages test"
     return None
 
