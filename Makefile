@@ -45,7 +45,7 @@ help:
 	@echo "make faults     the whole fault matrix as a table: some minutes, as root"
 	@echo "make lab        build the lab VM: real kernels, an IOMMU, devices to pass through"
 	@echo "make test-lab   the tests that run in it"
-	@echo "make test-kubernetes  build a kubelet, once, and run the tests with a real kubelet"
+	@echo "make test-kubernetes  build Kubernetes, once, and run the tests with it"
 	@echo "make soak       attach and detach 10000 times (CYCLES=N), and print what has grown"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      measure the speed that docs/performance.md explains; QUICK=1 runs each row once"
