@@ -318,6 +318,23 @@ def test_a_backing_file_is_opened_only_when_it_is_allowed(lab: Lab, tmp_path: Pa
     lab.devices.detach(attachment.id)
 
 
+def test_a_backing_file_is_the_vms_also_when_its_image_has_another_name(
+    lab: Lab, tmp_path: Path
+) -> None:
+    base = disk_image(tmp_path / "base.img", 4, "base")
+    image = qcow2_over(tmp_path, base)
+    attachment = lab.attach(image, {"format": "qcow2"}, allow=(Code.HAS_BACKING_FILE,))
+    moved = image.rename(tmp_path / "moved.qcow2")
+    before = lab.picture()
+    with pytest.raises(InUse) as caught:
+        lab.attach(base)
+    assert Code.IN_USE_BY_VM in caught.value.codes
+    assert lab.picture() == before
+    moved.rename(image)
+    lab.devices.detach(attachment.id)
+    assert lab.seen(lab.attach(base)).marker == "base"
+
+
 # caches, discards, limits, threads, sectors
 
 

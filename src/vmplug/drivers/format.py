@@ -82,6 +82,6 @@ def _check_qcow2(device: DiskFile, *, read_only: bool) -> Iterator[Finding]:
             Code.HAS_BACKING_FILE,
             f"{device.host_path} makes QEMU open another file: "
             + (header.backing_file or "its external data file"),
-            "flatten it (qemu-img rebase -b ''), or allow this finding if you made the image "
-            "yourself",
+            "flatten it (qemu-img convert -O qcow2 OLD NEW), or allow this finding if you made "
+            "the image yourself",
         )

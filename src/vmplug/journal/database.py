@@ -17,7 +17,7 @@ from vmplug.host.process import ProcessLock
 from vmplug.journal import StateDir, has_journal, journal_path
 from vmplug.journal.lock import JournalLock, in_place_of
 
-VERSION = 9
+VERSION = 10
 """The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -107,7 +107,9 @@ CREATE TABLE pod_device (
     PRIMARY KEY (resource, id)
 ) STRICT;
 """
-_SCHEMA += _BINDING + _FUNCTION + _VF_UUIDS + _OWNER + _POD_DEVICE
+_FILES = "ALTER TABLE device ADD COLUMN files TEXT;"
+"""The other files of an image, which QEMU has open too."""
+_SCHEMA += _BINDING + _FUNCTION + _VF_UUIDS + _OWNER + _POD_DEVICE + _FILES
 
 
 _MIGRATIONS = {
@@ -135,6 +137,7 @@ ALTER TABLE vm ADD COLUMN worker TEXT;
     6: _OWNER,
     7: _FUNCTION,
     8: _POD_DEVICE,
+    9: _FILES,
 }
 """The statements that turn a journal of that version into one of the next."""
 

@@ -1,40 +1,66 @@
 """The files that an image of a VM makes its QEMU open: the VM has them too.
 
-The journal has only the image itself. Its header names the others: the guest's data may be in one
-of them, and backing files are only read.
+Its header names them: the guest's data may be in one of them, and backing files are only read. The
+journal has them from the time of the plug: the header may be out of reach later.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from vmplug.errors import HostError
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.block.qcow2 import ImageFile, read_image
-from vmplug.host.check.thing import identify_file
 from vmplug.host.finding import Claim
 from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.root import HostRoot
-from vmplug.journal.records import DeviceRecord
+from vmplug.host.use.file_handle import identify_file
+from vmplug.journal.records import DeviceRecord, HeldFile
 
 
-def find_files(identities: Iterable[Identity], host: HostRoot) -> list[str]:
-    """The files among the identities, by what each is whatever its names are."""
+def find_things(identities: Iterable[Identity], host: HostRoot) -> list[str]:
+    """What each file among the identities is, whatever its names are."""
     paths = (one.key for one in identities if one.kind is IdentityKind.FILE)
     return list(filter(None, (identify_file(path, host) for path in paths)))
 
 
-class ImageClaims:
-    """The claims of VMs on those files; each image is read once, as QEMU opens it once.
+def list_files(image: ImageFile | None, *, reads: bool = False) -> Iterator[HeldFile]:
+    """The files that QEMU opens besides the image; `reads`: it writes to none of them."""
+    if image is None:
+        return
+    for file, only_read in ((image.data_file, reads), (image.backing, True)):
+        if file:
+            yield HeldFile(file.identity, file.thing, only_read)
+            yield from list_files(file, reads=only_read)
 
-    Not those of an image that has been replaced under its name: the VM does not have it. What it
+
+class ImageClaims:
+    """The claims of VMs on those files.
+
+    Where the journal does not have them, the header is read, once, as QEMU opens it once. That of
+    an image that has been replaced under its name says nothing: the VM does not have it. What it
     has instead is known by QEMU's locks alone.
     """
 
     def __init__(self, host: HostRoot) -> None:
         self._host = host
-        self._known: dict[str, tuple[Claim, ...]] = {}
+        self._known: dict[str, tuple[HeldFile, ...]] = {}
 
-    def of(self, record: DeviceRecord) -> tuple[Claim, ...]:
+    def of(self, record: DeviceRecord) -> list[Claim]:
         """Those of one device; none for other disks, and images that cannot be read."""
+        return [_claim(record, file) for file in self._files(record)]
+
+    def on(
+        self, record: DeviceRecord, names: Collection[str], things: Collection[str]
+    ) -> list[Claim]:
+        """Those on what has one of these names, or is one of these things."""
+        return [
+            _claim(record, file)
+            for file in self._files(record)
+            if str(file.identity) in names or file.thing in things
+        ]
+
+    def _files(self, record: DeviceRecord) -> tuple[HeldFile, ...]:
+        if record.files is not None:
+            return record.files
         if record.options.get("format") != ImageFormat.QCOW2:
             return ()
         if record.id not in self._known:
@@ -44,17 +70,14 @@ class ImageClaims:
                 image = read_image(record.host_path, self._host)
             except (HostError, ValueError):
                 return ()
-            self._known[record.id] = tuple(_claims(image, record))
+            self._known[record.id] = tuple(list_files(image))
         return self._known[record.id]
 
 
-def _claims(image: ImageFile, record: DeviceRecord, *, reads: bool = False) -> Iterator[Claim]:
-    for file, only_read in ((image.data_file, reads), (image.backing, True)):
-        if file:
-            yield Claim(
-                vm=record.vm,
-                identity=file.identity,
-                read_only=record.read_only or only_read,
-                share_rw=record.share_rw,
-            )
-            yield from _claims(file, record, reads=only_read)
+def _claim(record: DeviceRecord, file: HeldFile) -> Claim:
+    return Claim(
+        vm=record.vm,
+        identity=file.identity,
+        read_only=record.read_only or file.only_read,
+        share_rw=record.share_rw,
+    )

@@ -33,7 +33,7 @@ from vmplug.journal.database import (
     read_journal_id,
     store_error,
 )
-from vmplug.journal.images import ImageClaims, find_files
+from vmplug.journal.images import ImageClaims, find_things
 from vmplug.journal.lease_rows import NOTHING, LeaseRows, Taken, take_over
 from vmplug.journal.lock import JournalLock
 from vmplug.journal.pod_devices import PodDevices
@@ -419,10 +419,10 @@ class Journal:
         """The claims of VMs of this boot on `identities`, and of VMs other than `vm` on `own`.
 
         A file is known under each of its names. A VM that has an image has the other files that
-        its header names too.
+        its header named then too.
         """
         asked = (own, *identities)
-        wanted, things = [str(identity) for identity in asked], find_files(asked, self.host)
+        wanted, things = [str(identity) for identity in asked], find_things(asked, self.host)
         marks, of_things = (", ".join("?" * len(found)) for found in (wanted, things))
         claims = self._read(
             read_claim,
@@ -432,8 +432,8 @@ class Journal:
             *(*wanted, *things, str(own), vm, self._boot_id),
         )
         others = [one for one in self._images() if (one.vm, one.identity) != (vm, own)]
-        more = (claim for record in others for claim in self._image_claims.of(record))
-        claims += [claim for claim in more if str(claim.identity) in wanted]
+        for record in others:
+            claims += self._image_claims.on(record, wanted, things)
         return [self._with_process(claim) if is_lease(claim.vm) else claim for claim in claims]
 
     def _images(self) -> list[DeviceRecord]:

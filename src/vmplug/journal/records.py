@@ -46,12 +46,25 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
         return is_lease(self.name)
 
 
+class HeldFile(msgspec.Struct, frozen=True):
+    """Another file or device that an image makes QEMU open, which so the VM has too.
+
+    `thing` is what it was then, whatever has its name now; None where that is unknown.
+    """
+
+    identity: Identity
+    thing: str | None
+    only_read: bool
+
+
 class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A device as the journal knows it; without `place` and `guest_address` it is only counted.
 
     `in_progress_by` is the process that has it in progress, None for none. `parts` are its names
     in QEMU when another program plugged it, and empty when vmplug did. `thing` is what was
     plugged, whatever has its name now (see `vmplug.host.check.thing`); None where that is unknown.
+    `files` are the other files of an image; None where nobody wrote them down, as another program
+    or an earlier vmplug plugged it.
     """
 
     id: str
@@ -68,6 +81,7 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     in_progress_by: ProcessIdentity | None = None
     parts: tuple[str, ...] = ()
     thing: str | None = None
+    files: tuple[HeldFile, ...] | None = None
 
     def is_other(self, thing: str | None) -> bool:
         """Whether what has its name now is surely not what was plugged."""
@@ -175,7 +189,23 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
         in_progress_by=_process(row["worker"]),
         parts=tuple(json.loads(row["parts"])) if row["parts"] else (),
         thing=row["thing"],
+        files=_read_files(row["files"]),
     )
+
+
+def _read_files(text: str | None) -> tuple[HeldFile, ...] | None:
+    if text is None:
+        return None
+    return tuple(
+        HeldFile(Identity.parse(identity), thing, bool(only_read))
+        for identity, thing, only_read in json.loads(text)
+    )
+
+
+def _files_text(files: Iterable[HeldFile] | None) -> str | None:
+    if files is None:
+        return None
+    return json.dumps([[str(file.identity), file.thing, file.only_read] for file in files])
 
 
 def has_more(
@@ -186,19 +216,27 @@ def has_more(
 ) -> bool:
     """Whether there is a device, besides the known ids, that a decision for these VMs must know.
 
-    One of another VM matters only if its identity is one of `about`, None for all.
+    One of another VM matters only if it, or a file of it, is one of `about`, None for all.
     """
     names = None if about is None else {str(identity) for identity in about}
     return any(
-        device_id not in known and (names is None or vm in vms or identity in names)
-        for device_id, vm, identity in db.execute("SELECT id, vm, identity FROM device")
+        device_id not in known
+        and (names is None or vm in vms or not names.isdisjoint(_names(identity, files)))
+        for device_id, vm, identity, files in db.execute(
+            "SELECT id, vm, identity, files FROM device"
+        )
     )
+
+
+def _names(identity: str, files: str | None) -> list[str]:
+    """The identities of all that a row's device is made of."""
+    return [identity, *(str(file.identity) for file in _read_files(files) or ())]
 
 
 def insert_device(db: sqlite3.Connection, device: DeviceRecord) -> None:
     """A new row of the table `device`."""
     db.execute(
-        "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             device.id,
             device.vm,
@@ -214,6 +252,7 @@ def insert_device(db: sqlite3.Connection, device: DeviceRecord) -> None:
             str(device.in_progress_by) if device.in_progress_by else None,
             json.dumps(device.parts) if device.parts else None,
             device.thing,
+            _files_text(device.files),
         ),
     )
 

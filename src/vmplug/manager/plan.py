@@ -11,12 +11,14 @@ from vmplug.drivers.place import LEASED, LeasePlace, MemorySlot, Offer, Place, P
 from vmplug.drivers.plug import Plug, guest_address
 from vmplug.drivers.ports import BIND, UNBIND, Command, NewPlug, PlugDriver, Step
 from vmplug.errors import CannotPlug, NoFreePort, StateError
+from vmplug.host.block.device import DiskFile
 from vmplug.host.device import HostDevice
 from vmplug.host.finding import Code, Finding
 from vmplug.host.kind import Identity
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.root import HostRoot
+from vmplug.journal.images import list_files
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import (
     REPLACED,
@@ -249,6 +251,7 @@ def _new_device(
         place=None,
         guest_address=None,
         thing=requests[0].thing,
+        files=tuple(list_files(device.image)) if isinstance(device, DiskFile) else (),
     )
     if driver is None:
         return NewDevice(record=record, device=device)

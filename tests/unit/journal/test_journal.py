@@ -26,7 +26,7 @@ from vmplug.host.finding import Claim
 from vmplug.host.kind import DeviceType, Identity
 from vmplug.journal.database import VERSION, Transaction
 from vmplug.journal.journal import Journal
-from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
+from vmplug.journal.records import Attachment, DeviceRecord, HeldFile, VmRecord
 from vmplug.journal.state import FOLLOWS, State, check_step
 
 PROCESSES, SOON_S = 4, 120
@@ -601,6 +601,11 @@ def test_a_device_of_another_vm_matters_only_if_the_decision_was_about_it(
     assert journal_rows(tmp_path) == before
     about = {DISK.identity}
     assert store.add_devices([DISK], [hold(DISK)], known=known, about=about) == [hold(DISK)]
+    top = Identity.parse("file:/srv/top.qcow2")
+    base = HeldFile(Identity.parse("file:/srv/base.img"), None, only_read=True)
+    known = store.device_ids()
+    store.add_devices([replace(theirs, id="f6", identity=top, place="rp9", files=(base,))], [])
+    assert store.add_devices([COUNTED], [], known=known, about={base.identity}) is None
     own = store.device_ids() - {DISK.id}  # it came to this VM, and may have taken the place
     assert store.add_devices([COUNTED], [], known=own, about={COUNTED.identity}) is None
 

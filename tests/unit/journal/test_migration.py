@@ -180,7 +180,24 @@ CREATE TABLE journal (id TEXT NOT NULL) STRICT;
 INSERT INTO journal VALUES ('0a1b2c');
 PRAGMA user_version = 7;
 """
-LATER = (VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7)
+VERSION_8 = """
+ALTER TABLE binding ADD COLUMN thing TEXT;
+PRAGMA user_version = 8;
+"""
+VERSION_9 = """
+CREATE TABLE pod_device (
+    resource TEXT NOT NULL,
+    id TEXT NOT NULL,
+    state TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    thing TEXT NOT NULL,
+    named TEXT NOT NULL,
+    serial TEXT,
+    PRIMARY KEY (resource, id)
+) STRICT;
+PRAGMA user_version = 9;
+"""
+LATER = (VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9)
 """What later vmplugs made of a journal of version 1; the third wrote down what it had bound."""
 
 
@@ -234,6 +251,7 @@ def test_migration_keeps_every_row_of_an_older_journal(tmp_path: Path, version: 
         assert bound == [("0000:3b:00.0", None)] * (version >= 3)
         for device in store.devices("vm-1"):
             assert (device.in_progress_by, device.parts, device.thing) == (None, (), None)
+            assert device.files is None
             assert not device.is_other("anything")
     assert version_of(path) == VERSION
     with closing(sqlite3.connect(path)) as db:

@@ -1,7 +1,10 @@
 """The other files of an image: their faults, and who has them, in both directions."""
 
 import os
+import re
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,10 +15,13 @@ from tests.contract.sandbox import Sandbox
 from tests.support.disks import qcow2_header
 from tests.support.journal import attach_row, device_record
 from vmplug.errors import InUse
-from vmplug.host.check.thing import identify_file
+from vmplug.host.block.device import DiskFile
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.root import HostRoot
+from vmplug.host.use.file_handle import identify_file
+from vmplug.journal.images import list_files
 from vmplug.journal.journal import Journal
+from vmplug.journal.records import HeldFile
 from vmplug.oci.info import DeviceInfo, DevType
 
 ALLOWED = (Code.HAS_BACKING_FILE,)
@@ -68,7 +74,12 @@ def found(vm: Sandbox, *requests: DeviceInfo) -> list[Finding]:
     return [finding for finding in findings if finding.code not in ALLOWED]
 
 
-def give(vm: Sandbox, request: DeviceInfo, thing: str | None = None) -> None:
+def give(
+    vm: Sandbox,
+    request: DeviceInfo,
+    thing: str | None = None,
+    files: tuple[HeldFile, ...] | None = None,
+) -> None:
     """The VM has it: a row of the journal, as the VM in memory opens no files of an image."""
     record = device_record(
         f"file:{request.host_path}",
@@ -77,7 +88,8 @@ def give(vm: Sandbox, request: DeviceInfo, thing: str | None = None) -> None:
         options=request.driver_options,
     )
     with Journal.open(vm.state_dir) as journal:
-        attach_row(journal, replace(record, read_only=request.read_only, thing=thing))
+        known = replace(record, read_only=request.read_only, thing=thing, files=files)
+        attach_row(journal, known)
 
 
 def test_an_image_that_has_taken_the_name_of_a_vms_image_is_not_the_vms(
@@ -197,6 +209,27 @@ def test_a_backing_file_of_a_foreign_format_is_not_followed(
     assert str(below) in finding.message
 
 
+@pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img (qemu-utils)")
+@pytest.mark.parametrize("options", [("-b", "base", "-F", "raw"), ("-o", "data_file={}/base")])
+def test_an_image_needs_no_other_file_when_it_is_flattened(
+    make: Callable[[str], Sandbox], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    old, new = tmp_path / "old.qcow2", tmp_path / "new.qcow2"
+    (tmp_path / "base").write_bytes(bytes(MIB))
+    words = [word.format(tmp_path) for word in options]
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", *words, str(old), "1M"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    (examined,) = make("vm-1").devices.check([asked(old)])
+    (finding,) = examined.findings
+    assert finding.code == Code.HAS_BACKING_FILE
+    remedy = re.search(r"flatten it \((.+?)\)", finding.hint)
+    assert remedy
+    done = [{"OLD": str(old), "NEW": str(new)}.get(word, word) for word in remedy[1].split()]
+    subprocess.run(done, check=True)
+    (tmp_path / "base").unlink()
+    assert make("vm-1").devices.check([asked(new)])[0].findings == ()
+
+
 # who has them
 
 
@@ -243,6 +276,33 @@ def test_what_another_vm_has_as_a_file_of_an_image_is_not_written(
     assert Code.IN_USE_BY_VM not in {one.code for one in found(one, asked(top))}  # it is its own
     take_all(one)
     assert found(two, asked(base)) == []
+
+
+@pytest.mark.parametrize("kind", ["backing", "data"])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("fate", ["moved", "replaced", "spoilt"])
+def test_a_vm_keeps_the_files_of_an_image_whose_header_is_out_of_reach(
+    make: Callable[[str], Sandbox], tmp_path: Path, kind: str, depth: int, fate: str
+) -> None:
+    base, top = chain(tmp_path, kind, depth)
+    link = tmp_path / f"link{base.suffix}"
+    link.hardlink_to(base)
+    one, two = make("vm-1"), make("vm-2")
+    (examined,) = one.devices.check([asked(top)], allow=ALLOWED)
+    assert isinstance(examined.device, DiskFile)
+    files = tuple(list_files(examined.device.image))
+    give(one, asked(top), thing=examined.thing, files=files)
+    if fate == "moved":
+        top.rename(tmp_path / "moved")
+    elif fate == "replaced":
+        image(tmp_path / "new").rename(top)
+    else:
+        spoil(top, 0, bytes(512))
+    for name in (base, link):
+        assert str(base) in refused(two, asked(name))
+    assert (found(two, asked(link, ro=True)) == []) is (kind == "backing" or depth == 2)
+    take_all(one)
+    assert found(two, asked(link)) == []
 
 
 def test_many_vms_share_a_backing_file(make: Callable[[str], Sandbox], tmp_path: Path) -> None:

@@ -67,7 +67,10 @@ def read_qcow2_header(path: str, root: HostRoot) -> Qcow2Header | None:
 
 
 class ImageFile(NamedTuple):
-    """A file of an image, with those that QEMU opens for it: what was checked of all of them."""
+    """A file of an image, with those that QEMU opens for it: what was checked of all of them.
+
+    `thing` is what a file is, whatever has its name later (see `vmplug.host.check.thing`).
+    """
 
     path: str
     format: ImageFormat
@@ -75,6 +78,7 @@ class ImageFile(NamedTuple):
     file_id: str
     backing: "ImageFile | None" = None
     data_file: "ImageFile | None" = None
+    thing: str | None = None
 
     @property
     def identity(self) -> Identity:
@@ -91,12 +95,16 @@ def read_image(
 
     ValueError says which of them vmplug cannot follow.
     """
+    from vmplug.host.use.file_handle import identify_file  # noqa: PLC0415  ctypes costs 2 ms
+
     require_answer(path, root)
     path = root.real_path(path)
     status = root.stat(path)
     if status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise ValueError(f"needs {path}, which is not there")
-    image = ImageFile(path, format_, stat.S_ISBLK(status.st_mode), file_id(status))
+    is_device = stat.S_ISBLK(status.st_mode)
+    thing = None if is_device else identify_file(path, root)
+    image = ImageFile(path, format_, is_device, file_id(status), thing=thing)
     if format_ is ImageFormat.RAW:
         return image
     if depth > _CHAIN_MAX:

@@ -12,7 +12,7 @@ from vmplug.devnum import DevNum
 from vmplug.host.kind import is_other_thing
 from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.root import HostRoot
-from vmplug.host.use.file_handle import read_file_mark
+from vmplug.host.use.file_handle import identify_file
 
 if TYPE_CHECKING:
     from vmplug.host.device import HostDevice
@@ -48,17 +48,6 @@ def identify(device: "HostDevice", root: HostRoot) -> str | None:
             return " ".join(["vfio", *parts]) if parts and all(parts) else None
         case _:
             return None
-
-
-def identify_file(path: str, root: HostRoot) -> str | None:
-    """The file or directory that has a path now; None when absent."""
-    status = root.stat_or_none(path)
-    if status is None:
-        return None
-    mark = None
-    if root.is_live:
-        mark = read_file_mark(path, root)
-    return f"file {status.st_dev}:{status.st_ino} {mark or 'without a handle'}"
 
 
 def find_place(thing: str) -> tuple[int, int] | None:

@@ -14,11 +14,12 @@ from vmplug.host.block.relations import relate_block
 from vmplug.host.block.sysfs import read_block_device
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.device import find_disk_users
-from vmplug.host.check.thing import identify_block, identify_file
+from vmplug.host.check.thing import identify_block
 from vmplug.host.kind import FoundBy
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.thing.thing import Relation, Thing, ThingKind
 from vmplug.host.thing.uses import place_uses
+from vmplug.host.use.file_handle import identify_file
 
 _NOT_FOLLOWED = "vmplug does not follow what its header names"
 _KINDS = {

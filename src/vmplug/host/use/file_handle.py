@@ -22,6 +22,17 @@ _FS_IOC_GETVERSION = 0x80087601
 _name_to_handle_at = ctypes.CDLL(None, use_errno=True).name_to_handle_at
 
 
+def identify_file(path: str, root: HostRoot) -> str | None:
+    """The file or directory that has a path now; None when absent."""
+    status = root.stat_or_none(path)
+    if status is None:
+        return None
+    mark = None
+    if root.is_live:
+        mark = read_file_mark(path, root)
+    return f"file {status.st_dev}:{status.st_ino} {mark or 'without a handle'}"
+
+
 def read_file_mark(path: str, root: HostRoot) -> str | None:
     """The handle, else the generation, of a file of the running host; None without both."""
     for flags in _FLAGS:

@@ -14,11 +14,12 @@ from msgspec.structs import replace
 from vmplug.devnum import DevNum
 from vmplug.errors import HostError
 from vmplug.host.block.sysfs import find_block_directory
-from vmplug.host.check.thing import identify, identify_block, identify_file
+from vmplug.host.check.thing import identify, identify_block
 from vmplug.host.file_id import file_id, has_open
 from vmplug.host.kind import SERVED, IdentityKind
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
+from vmplug.host.use.file_handle import identify_file
 from vmplug.host.vhost_user.peer import find_connections, find_file_at
 from vmplug.journal.records import DeviceRecord
 

@@ -14,12 +14,13 @@ from vmplug.address import find_bdf
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.loop import read_backing_file
-from vmplug.host.check.thing import has_changed, identify_block, identify_file
+from vmplug.host.check.thing import has_changed, identify_block
 from vmplug.host.kind import SERVED, DeviceType, IdentityKind
 from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.process import find_marked, is_running
 from vmplug.host.program import Looks
 from vmplug.host.root import HostRoot, node_number
+from vmplug.host.use.file_handle import identify_file
 from vmplug.host.vhost_user.sockets import UnixSockets
 from vmplug.journal.records import DeviceRecord, VmRecord, has_ended
 from vmplug.journal.state import State

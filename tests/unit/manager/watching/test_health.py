@@ -15,7 +15,6 @@ from tests.support.tree import GIB, MIB
 from vmplug.devnum import DevNum
 from vmplug.host.check.thing import (
     identify_block,
-    identify_file,
     identify_function,
     identify_member,
 )
@@ -23,6 +22,7 @@ from vmplug.host.kind import DeviceType, IdentityKind
 from vmplug.host.process import read_start_time
 from vmplug.host.program import Looks
 from vmplug.host.root import HostRoot
+from vmplug.host.use.file_handle import identify_file
 from vmplug.journal.records import DeviceRecord
 from vmplug.journal.state import State
 from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, HostState, find_silent
