@@ -24,6 +24,17 @@ class LoopBacking(NamedTuple):
     size_limit_bytes: int | None = None
     deleted: bool = False
 
+    def overlaps(self, other: "LoopBacking") -> bool:
+        """Whether the other shows bytes of the same part of the file; True where unknown."""
+        if self.offset_bytes is None or other.offset_bytes is None:
+            return True
+        first, last = sorted((self, other), key=lambda part: part.offset_bytes or 0)
+        if first.size_limit_bytes is None:
+            return True
+        assert first.offset_bytes is not None
+        assert last.offset_bytes is not None
+        return last.offset_bytes < first.offset_bytes + first.size_limit_bytes
+
 
 def read_backing_file(sysfs_path: str, root: HostRoot) -> LoopBacking | None:
     """The file behind a loop device; None when `sysfs_path` is not a configured one.

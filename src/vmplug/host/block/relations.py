@@ -1,6 +1,6 @@
 """What else shows the bytes of a disk: other names of it, loop devices, what is behind those."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
@@ -80,7 +80,8 @@ def _number_behind(loop: Loop, root: HostRoot) -> DevNum | None:
 def _loops_on(disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot) -> list[Loop]:
     """The loop devices on the disk, its partitions and its other names, except its own.
 
-    Those on the file behind a loop device show its bytes too.
+    Those on the file behind a loop device show its bytes too, unless they are on other parts of
+    that: so one has the partitions of an image where the kernel does not find them.
     """
     index, own = usage.loop_index, list[Loop]()
     if isinstance(disk, BlockDevice):
@@ -88,11 +89,17 @@ def _loops_on(disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot) ->
         own = [loop for number in numbers if (loop := index.by_number.get(number))]
     found = [loop for node in disk.nodes for loop in index.find_on(node, root)]
     found += [beside for loop in own for beside in index.find_beside(loop, root)]
-    others = {loop.devnum: loop for loop in found if loop not in own}
+    others = {loop.devnum: loop for loop in found if loop not in own and _overlaps(loop, own)}
     return [
         others[number]
         for number in sorted(others, key=lambda number: (number.major, number.minor))
     ]
+
+
+def _overlaps(loop: Loop, own: Sequence[Loop]) -> bool:
+    """Whether a loop device may show bytes of the own ones, also if it is not on their file."""
+    beside = [one for one in own if one.opened is not None and one.opened == loop.opened]
+    return not beside or any(one.backing.overlaps(loop.backing) for one in beside)
 
 
 def _numbers(loops: Iterable[Loop], root: HostRoot) -> tuple[DevNum, ...]:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checking import READING, WRITING, codes
-from tests.support.disks import disk_image, loop_device, loop_with_partition
+from tests.support.checking import READING, WRITING, codes, want_file
+from tests.support.disks import MIB, disk_image, loop_device, loop_with_partition
 from vmplug.devnum import DevNum
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Access, Finding
+from vmplug.host.finding import Access, Finding, Severity
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
@@ -42,6 +42,15 @@ def found(node: Path, wish: Access = WRITING) -> list[Finding]:
         devnum=DevNum(os.major(number), os.minor(number)),
     )
     return check_device(resolve(info, ROOT), wish, usage=read_usage(ROOT), root=ROOT)
+
+
+def found_file(path: Path) -> list[Finding]:
+    file = resolve(want_file(str(path)), ROOT)
+    return check_device(file, WRITING, usage=read_usage(ROOT), root=ROOT)
+
+
+def errors(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.severity is Severity.ERROR]
 
 
 @pytest.fixture
@@ -103,3 +112,27 @@ def test_a_mount_of_what_is_behind_a_loop_device_counts(
     finally:
         subprocess.run(finding.hint.split(), check=True)
     assert found(upper) == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "codes_"),
+    [(8 * MIB, []), (8 * MIB - 4096, ["has-holders"]), (0, ["has-holders"])],
+)
+@pytest.mark.parametrize("base", ["file", "loop"])
+def test_a_loop_device_does_not_use_other_parts_of_its_file(
+    tmp_path: Path, offset: int, codes_: list[str], base: str
+) -> None:
+    image = disk_image(tmp_path / "disk.img", 16, "parts")
+    (tmp_path / "mnt").mkdir()
+    with ExitStack() as made:
+        below = made.enter_context(loop_device(image)) if base == "loop" else image
+        first = made.enter_context(loop_device(below, size_limit=8 * MIB))
+        second = made.enter_context(loop_device(below, offset=offset))
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(first)], check=True)
+        subprocess.run(["mount", str(first), str(tmp_path / "mnt")], check=True)
+        made.callback(subprocess.run, ["umount", str(tmp_path / "mnt")], check=True)
+        against = errors(found(second))
+        assert codes(against) == codes_
+        assert all(str(first) in finding.message for finding in against)
+        whole = found(below) if base == "loop" else found_file(image)
+        assert codes(errors(whole)) == ["has-holders"]
