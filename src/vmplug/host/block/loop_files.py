@@ -38,6 +38,18 @@ class Loop(msgspec.Struct, frozen=True, kw_only=True):
         status = root.stat_or_none(path)
         return status is not None and self.opened == OpenedFile.of(status)
 
+    def own_name(self, root: HostRoot) -> str:
+        """What it shows, whenever that is set up again: its file's name, and the part of it.
+
+        Where that name leads elsewhere now, its numbers tell it from others that had the name.
+        """
+        backing, opened = self.backing, self.opened
+        words = [backing.backing_file, str(backing.offset_bytes)]
+        words += [str(backing.size_limit_bytes)] if backing.size_limit_bytes else []
+        if opened not in {None, _SILENT} and not self.shows(backing.backing_file, root):
+            words += map(str, msgspec.structs.astuple(opened))
+        return " ".join(words)
+
 
 class OpenedFile(msgspec.Struct, frozen=True):
     """A file by its device and inode, or a block device by its number alone."""
@@ -87,11 +99,20 @@ _STATUS_BEGINS = struct.Struct("=QQQ")
 
 def read_loops(root: HostRoot) -> list[Loop]:
     """Every configured loop device. Raises AttributeReadError."""
-    loops, paths = [], [f"/sys/block/{name}" for name in root.list_dir("/sys/block")]
+    return _read([f"/sys/block/{name}" for name in root.list_dir("/sys/block")], root)
+
+
+def read_loop(sysfs_path: str, root: HostRoot) -> Loop | None:
+    """The loop device of that directory; None for another disk. Raises AttributeReadError."""
+    return next(iter(_read([sysfs_path], root)), None)
+
+
+def _read(paths: Iterable[str], root: HostRoot) -> list[Loop]:
+    loops = []
     found = {path: read_backing_file(path, root) for path in paths if "/loop" in path}
     silent = find_silent({backing.backing_file for backing in found.values() if backing}, root)
     for sysfs_path, backing in found.items():
-        node = sysfs_path.replace("/sys/block", "/dev")
+        node = f"/dev/{sysfs_path.rpartition('/')[2]}"
         if backing and (devnum := root.read_devnum(f"{sysfs_path}/dev")):
             opened = None
             if backing.backing_file in silent:  # the kernel would ask the file who it is

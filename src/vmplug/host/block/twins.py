@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from vmplug.host.block.device import DiskPart
-from vmplug.host.block.loop import read_backing_file
+from vmplug.host.block.loop_files import read_loop
 from vmplug.host.root import HostRoot
 
 _BLOCK = "/sys/block"
@@ -68,10 +68,10 @@ def read_own_name(sysfs_path: str, disk_path: str, root: HostRoot) -> str | None
     names = [*(_wwid(lun, root) for lun in luns), uuid.strip(), *(text.strip() for text in given)]
     name = next(filter(None, names), None)
     if name is None:
-        backing = read_backing_file(disk_path, root)
-        if backing is None:
+        loop = read_loop(disk_path, root)
+        if loop is None:
             return None
-        name = os.fsencode(f"{backing.backing_file} {backing.offset_bytes}")
+        name = os.fsencode(loop.own_name(root))
     part = root.read_attribute(f"{sysfs_path}/partition") or b""
     return os.fsdecode(b" part ".join(filter(None, (name, part.strip()))))
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.disks import disk_image, loop_device
+from tests.support.disks import MIB, disk_image, loop_device
 from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.loop import LoopBacking, read_backing_file
 from vmplug.host.block.loop_files import Loop
+from vmplug.host.block.twins import read_own_name
 from vmplug.host.block.usage import read_usage
 from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
@@ -180,3 +181,37 @@ def test_the_kernel_marks_a_deleted_file(tmp_path: Path) -> None:
     with loop_device(image) as node:
         image.unlink()
         assert live_loop(node).backing == LoopBacking(backing_file=str(image), deleted=True)
+
+
+def own_name(node: Path) -> str:
+    root, name = HostRoot(), node.name
+    found = read_own_name(f"/sys/class/block/{name}", f"/sys/class/block/{name}", root)
+    assert found
+    return found
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("fate", ["replaced", "deleted"])
+def test_two_files_that_had_one_name_are_two_disks_for_guests(tmp_path: Path, fate: str) -> None:
+    image = disk_image(tmp_path / "a.img", 1, "first")
+    with loop_device(image) as first:
+        before = own_name(first)
+        disk_image(tmp_path / "new.img", 1, "second").rename(image)
+        with loop_device(image) as second, loop_device(image) as again:
+            assert own_name(second) == own_name(again) == before
+            if fate == "deleted":
+                image.unlink()
+            names = {own_name(first), own_name(second)}
+            assert len(names) == 2
+            assert own_name(second) == own_name(again)
+
+
+@pytest.mark.root
+def test_the_parts_of_one_file_are_disks_of_their_own_for_guests(tmp_path: Path) -> None:
+    image = disk_image(tmp_path / "a.img", 4, "parts")
+    with (
+        loop_device(image) as whole,
+        loop_device(image, size_limit=MIB) as first,
+        loop_device(image, offset=MIB) as second,
+    ):
+        assert len({own_name(whole), own_name(first), own_name(second)}) == 3
