@@ -382,7 +382,9 @@ def test_every_kind_of_asynchronous_io_reads_and_writes(
         assert file.read(8 + len(aio)) == b"through " + aio.encode()
 
 
-@pytest.mark.parametrize("options", [{}, SCSI], ids=["virtio", "scsi"])
+@pytest.mark.parametrize(
+    "options", [{}, SCSI, {"iops-total": "5000"}], ids=["virtio", "scsi", "limited"]
+)
 def test_a_discard_frees_the_blocks_of_the_file(
     lab: Lab, tmp_path: Path, options: dict[str, str]
 ) -> None:
@@ -440,6 +442,22 @@ def test_limits_are_set_in_qemu(lab: Lab, disk: Path, options: dict[str, str]) -
     lab.guest_vm.console.write(seen.name, MIB, b"within limits")
     assert lab.guest_vm.console.read(seen.name, MIB, 13) == b"within limits"
 
+    lab.devices.detach(attachment.id)
+    assert lab.vmplugs() == set()
+
+
+@pytest.mark.parametrize(("options", "cache"), [({}, "none"), (SCSI, "unsafe")])
+def test_a_disk_with_limits_is_opened_like_one_without(
+    lab: Lab, disk: Path, options: dict[str, str], cache: str
+) -> None:
+    limits = {"iops-read": "100", "discard": "unmap", "cache": cache}
+    attachment = lab.attach(disk, {**options, **limits}, ro=True)
+    seen = lab.seen(attachment)
+    assert (seen.marker, seen.read_only) == ("disk-marker", True)
+    nodes = lab.nodes_of(attachment)
+    assert [node["drv"] for node in nodes[:2]] == ["throttle", "raw"]
+    assert {node["ro"] for node in nodes} == {True}
+    assert [node["cache"] for node in nodes] == [nodes[-1]["cache"]] * len(nodes)
     lab.devices.detach(attachment.id)
     assert lab.vmplugs() == set()
 

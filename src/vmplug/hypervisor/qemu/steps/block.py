@@ -29,7 +29,8 @@ def plug_steps(drive: BlockDrive, place: Place) -> tuple[Step, ...]:
     if drive.throttle:
         top = qemu_id(drive.id, "limit")
         group = qemu_id(drive.id, "limits")
-        steps.append(_node(top, {"driver": "throttle", "throttle-group": group, "file": node}))
+        limited = {"driver": "throttle", "throttle-group": group, "file": node}
+        steps.append(_node(top, {**limited, **_how(drive)}))
         node = top
     steps.append(_front_end(drive, place, node))
     return tuple(steps)
@@ -44,16 +45,25 @@ def _node(name: str, options: dict[str, Any]) -> Step:
 
 def _disk_node(drive: BlockDrive) -> dict[str, Any]:
     """Format over protocol. `host_device` needs a block device and `file` a regular file."""
-    how = {
-        "read-only": drive.read_only,
-        "cache": {"direct": drive.cache.direct, "no-flush": drive.cache.no_flush},
-        "discard": "unmap" if drive.discard else "ignore",
-    }
+    how = _how(drive)
     file = {**_protocol(drive.file, is_device=drive.is_device), "aio": str(drive.aio), **how}
     others = _others(drive.backing, drive.data_file, how)
     return {"driver": str(drive.format), **how, "file": file} | (
         others if drive.format is ImageFormat.QCOW2 else {}
     )
+
+
+def _how(drive: BlockDrive) -> dict[str, Any]:
+    """What every node of a disk must be told: none asks those above or below it.
+
+    A node that may write is refused for a disk that may not, and one that ignores discards keeps
+    them from those below. Source: QEMU block.c, bdrv_open_common; block/io.c, bdrv_co_pdiscard.
+    """
+    return {
+        "read-only": drive.read_only,
+        "cache": {"direct": drive.cache.direct, "no-flush": drive.cache.no_flush},
+        "discard": "unmap" if drive.discard else "ignore",
+    }
 
 
 def _others(
