@@ -23,11 +23,17 @@ def new_size(
     """The new size in bytes for the guest; `size_bytes` is the requested one.
 
     Raises StateError if another disk has the name now, or may have it; PolicyError if data would
-    be lost, or only the host can resize it.
+    be lost, only the host can resize it, or the VM only reads it.
     """
     device = resolve(_request_for(record, hold), host)
     if error := record.why_not(identify(device, host)):
         raise error
+    if record.read_only:  # QEMU block/io.c, bdrv_co_truncate, whatever the size
+        raise PolicyError(
+            f"VM {record.vm} has {hold.host_path} read-only: QEMU changes no size of what it "
+            "may not write",
+            hint="detach it and attach it again: it comes with its new size",
+        )
     now = _size_bytes(device, record)
     wanted = now if size_bytes is None else size_bytes
     if wanted < now:

@@ -1107,6 +1107,20 @@ def test_a_disk_is_never_cut(sandbox: Sandbox) -> None:
     assert sandbox.machine.sizes == {}
 
 
+@pytest.mark.parametrize("size_bytes", [None, 2 * SIZE_BYTES])
+def test_what_a_vm_only_reads_keeps_its_size_until_it_comes_again(
+    sandbox: Sandbox, size_bytes: int | None
+) -> None:
+    attachment = sandbox.devices.attach(sandbox.disk(ro=True))
+    os.truncate(sandbox.file("a.img"), 2 * SIZE_BYTES)
+    before = sandbox.picture()
+    with pytest.raises(PolicyError, match="read-only") as caught:
+        sandbox.devices.resize(attachment.id, size_bytes)
+    assert caught.value.hint
+    assert sandbox.picture() == before
+    assert sandbox.machine.sizes == {}
+
+
 @pytest.mark.parametrize("size_bytes", [None, 4 * SIZE_BYTES], ids=["none", "smaller"])
 def test_a_qcow2_disk_is_never_cut_to_the_size_of_its_file(
     sandbox: Sandbox, size_bytes: int | None
