@@ -9,6 +9,9 @@ from vmplug.log import Log
 
 log = Log(__name__)
 
+LONGEST_S = 1e6
+"""Of a wait that a caller chose: poll(2) takes no more than 24 days. This is 11."""
+
 
 @contextmanager
 def waiting(what: str, timeout_s: float) -> Iterator[None]:
@@ -46,4 +49,5 @@ def caller_has_left() -> bool:
 
 def next_pause_s(left_s: float) -> float:
     """How long a wait may last before `caller_has_left` is asked again, of what is left."""
+    left_s = min(left_s, LONGEST_S)
     return left_s if CALLER.get() is None else min(left_s, _ASK_AGAIN_S)

@@ -160,6 +160,11 @@ WORDS = [
     usage("attach --device b:8:99", "--vm", "attach "),
     usage("attach --device b:8:99 --vm roomy", "--owner", "attach "),
     usage("detach", "--owner", "detach "),
+    *(
+        usage(f"{verb} --timeout {seconds}", f"--timeout.*{seconds}", f"{verb} ")
+        for verb in ("detach", "reconcile", "watch", "vm stop")
+        for seconds in ("nan", "-1", "soon")
+    ),
     usage("resize {held_id} --size 0", "--size", "resize "),
     usage("vm start", "NAME", "vm start "),
     usage("vm start new --accel xen", "xen.*kvm.*tcg", "vm start "),

@@ -52,6 +52,18 @@ def test_a_wait_says_for_what_and_how_long_still(vmplug: Vmplug, image: Path) ->
     assert len(first.rows) == len(later.rows) == 1  # one line, which is written again
 
 
+@pytest.mark.parametrize("timeout", ["1e18", "inf"])
+def test_a_wait_may_be_longer_than_anything_can_wait(
+    vmplug: Vmplug, vm: MemoryVm, image: Path, timeout: str
+) -> None:
+    words = re.compile(f"waiting for the guest of VM sb1 to release .*{image.name}")
+    with session(vmplug, "detach", "--owner", "c1", "--timeout", timeout, columns=200) as run:
+        run.wait_for(lambda screen: bool(words.search(screen.text)))
+        vm.machine.wake_guest()
+        screen, status = run.end()
+    assert status == 0, screen.text
+
+
 def test_a_wait_that_is_over_leaves_no_line(vmplug: Vmplug, vm: MemoryVm, image: Path) -> None:
     words = waits_for(image)
     with session(vmplug, "detach", "--owner", "c1", "--timeout", "60", columns=200) as run:

@@ -45,6 +45,20 @@ class AnsweringPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class Seconds(click.FloatRange):
+    """How long to wait: a number, however large; `nan` is none."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click."""
+        seconds = super().convert(value, param, ctx)
+        if seconds != seconds:  # noqa: PLR0124
+            self.fail(f"{value} is not a time", param, ctx)
+        return seconds
+
+
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Answer with one JSON document."
 )
@@ -73,7 +87,7 @@ state_dir_option = click.option(
 timeout_option = click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     default=UNPLUG_TIMEOUT_S,
     show_default=True,
     metavar="SECONDS",

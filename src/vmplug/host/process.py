@@ -16,6 +16,7 @@ from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError, StateError
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.host.use.threads import ENDED, list_other_threads, read_fields
+from vmplug.waiting import LONGEST_S
 
 
 def read_start_time(pid: int, root: HostRoot) -> int | None:
@@ -190,7 +191,7 @@ def _has_ended(descriptor: int, timeout_s: float) -> bool:
     """Whether it ends in time. Not by select(2), which knows no descriptor above 1023."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
+    return bool(poll.poll(min(timeout_s, LONGEST_S) * 1000))
 
 
 class ProcessLock:

@@ -39,6 +39,7 @@ from vmplug.manager.binding.binder import Binder
 from vmplug.manager.manager import DeviceManager
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.oci.requests import Request
+from vmplug.waiting import LONGEST_S
 
 _MOST_OF_ONE_OWNER = 1000
 
@@ -172,8 +173,7 @@ class Lease:
                 state=LeaseState.MADE,
                 required=LeaseState.HELD,
             )
-        forever_s = 1e6  # poll(2) takes no more
-        deadline = time.monotonic() + (forever_s if timeout_s is None else timeout_s)
+        deadline = time.monotonic() + (LONGEST_S if timeout_s is None else timeout_s)
         while True:
             is_leased = self._find_process()
             left_s = max(0, deadline - time.monotonic())

@@ -1,5 +1,6 @@
 """Processes: is it still the same one?"""
 
+import math
 import os
 import resource
 import signal
@@ -60,6 +61,13 @@ def test_a_child_is_running_until_it_ends_also_while_nobody_has_reaped_it() -> N
         assert wait_for_end(child.pid, 30)
         assert not is_running(child.pid, started, root)
     assert wait_for_end(child.pid, 0)
+
+
+@pytest.mark.parametrize("timeout_s", [3e6, 1e18, math.inf])
+def test_a_wait_may_be_longer_than_the_kernel_can_wait(timeout_s: float) -> None:
+    with subprocess.Popen(["sleep", "0.2"]) as child:
+        assert wait_for_end(child.pid, timeout_s)
+        assert child.wait(30) == 0
 
 
 def test_the_end_is_also_seen_where_a_thousand_files_are_open() -> None:

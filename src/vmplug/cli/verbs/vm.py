@@ -10,6 +10,7 @@ from vmplug.cli.group import VerbGroup
 from vmplug.cli.options import (
     AnsweringPath,
     RequestArguments,
+    Seconds,
     allow_option,
     completes,
     device_options,
@@ -240,7 +241,7 @@ def adopt(as_json: bool, state_dir: str, socket: str, name: str) -> None:
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     default=10.0,
     show_default=True,
     metavar="SECONDS",

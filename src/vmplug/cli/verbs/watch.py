@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from vmplug.cli.options import completes, state_dir_option
+from vmplug.cli.options import Seconds, completes, state_dir_option
 from vmplug.cli.render.terminal import paint, say, style_of, wrapped
 from vmplug.errors import counted
 from vmplug.manager.setup import Setup
@@ -20,7 +20,7 @@ from vmplug.vms.watch import watch
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     metavar="SECONDS",
     help="Stop after this time; 0 prints only what is wrong now. Default: never.",
 )

@@ -14,6 +14,7 @@ from typing import Any, Self
 import msgspec
 
 from vmplug.hypervisor.listening import socket_address
+from vmplug.waiting import LONGEST_S
 
 MESSAGE_BYTES_MAX = 10 << 20
 """The longest message, as libvirt's limit."""
@@ -125,13 +126,13 @@ class Wire:
         return message
 
     def _wait(self, deadline: float) -> None:
-        left_s = max(0.0, deadline - time.monotonic())
+        left_s = min(max(0.0, deadline - time.monotonic()), LONGEST_S)
         if not self._ready.poll(left_s * 1000):
             raise TimeoutError
 
 
 def _limit_sending(connection: socket.socket, deadline: float) -> None:
-    left_s = max(0.001, deadline - time.monotonic())
+    left_s = min(max(0.001, deadline - time.monotonic()), LONGEST_S)
     whole_s = int(left_s)
     limit = struct.pack("ll", whole_s, int((left_s - whole_s) * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
