@@ -5,6 +5,7 @@ Source: proc_pid_maps(5); proc_pid_map_files(5).
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 _VFIO_FILE = "anon_inode:[vfio-device]"
 """What VFIO gives for a device of a group. Source: Linux drivers/vfio/group.c."""
 _WRITES = 0o200
-_TIMEOUT_S = 2.0
-"""A process answers within microseconds."""
+_TIMEOUT_S, _LEAST_S = 2.0, 0.01
+"""A process answers within microseconds; one that is asked late gets some time all the same."""
 _SHARED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ...s ", re.MULTILINE)
 
 
@@ -65,27 +66,39 @@ def _shared(maps: str) -> Iterator[str]:
 
 
 def find_vfio_users(root: HostRoot) -> list[Opener]:
-    """The processes, except this one, that have a device of VFIO open or mapped, whichever it is.
+    """The processes, except this one, that may have a device of VFIO open or mapped.
 
-    The file that a group gives for a device does not say which one.
+    The file that a group gives for a device does not say which one. A process whose mappings
+    cannot be read in time may have it too: see `find_mapped`; all of them share that time.
     """
+    deadline = time.monotonic() + _TIMEOUT_S
     return [
         Opener(pid=int(pid), name=_name(pid, root), path=_VFIO_FILE)
         for pid in _others(root)
-        if _has_vfio_file(pid, root)
+        if _may_have_vfio_file(pid, root, deadline)
     ]
 
 
-def _has_vfio_file(pid: str, root: HostRoot) -> bool:
+def _may_have_vfio_file(pid: str, root: HostRoot, deadline: float) -> bool:
     base = f"/proc/{pid}"
     try:
         if not (numbers := root.list_dir(f"{base}/fd")):
             threads = list_other_threads(pid, root)
             base = f"{base}/task/{threads[0]}" if threads else base
             numbers = root.list_dir(f"{base}/fd")
-        links = (root.read_link(f"{base}/fd/{number}") for number in numbers)
-        return _VFIO_FILE in links or _VFIO_FILE in (root.read_text(f"{base}/maps") or "")
+        links = {root.read_link(f"{base}/fd/{number}") for number in numbers}
     except AttributeReadError:  # another user's, or it has ended
+        return False
+    if _VFIO_FILE in links:
+        return True
+    left_s = max(_LEAST_S, deadline - time.monotonic())
+    return answer_within(left_s, partial(_maps_vfio, base, root)) in {True, None}
+
+
+def _maps_vfio(base: str, root: HostRoot) -> bool:
+    try:
+        return _VFIO_FILE in (root.read_text(f"{base}/maps") or "")
+    except AttributeReadError:
         return False
 
 
