@@ -237,6 +237,10 @@ REQUESTS = [
     request("vm adopt ../sb1 --qmp {nowhere}", "'../sb1'.*letters, digits"),
     request("vm start new --state-dir {long}", "{long}.*107 bytes", "shorter"),
     request("vm start new --room-for 3b:00", "not the address of a PCI function", "3b:00.0"),
+    *(
+        request(f"vm start new -- {word}", "-daemonize: another process", "outlives vmplug")
+        for word in ("-daemonize", "--daemonize")
+    ),
     Bad(
         command="resize {held_id} --size 512",
         status=REQUEST,

@@ -46,7 +46,7 @@ class AnsweringPath(click.Path):
 
 
 class Seconds(click.FloatRange):
-    """How long to wait: a number, however large; `nan` is none."""
+    """How long to wait: a number, however large, but not `nan`."""
 
     def __init__(self) -> None:
         super().__init__(min=0)

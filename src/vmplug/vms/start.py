@@ -26,6 +26,7 @@ from vmplug.hypervisor.qemu.start.machine import (
     TCG_ADDRESS_BITS,
     Machine,
     VmSpec,
+    has_option,
     most_memory_mib,
 )
 from vmplug.journal.journal import Journal
@@ -144,6 +145,12 @@ def _complete(spec: VmSpec, host: HostRoot) -> VmSpec:
         raise SpecError(
             f"VM {spec.name}",
             f"{spec.ports} ports and {spec.bridges} bridges are more than {MAX_PORTS} together",
+        )
+    if has_option(spec.extra, "daemonize"):
+        raise SpecError(
+            "-daemonize",
+            "another process than the one that vmplug starts would run the VM",
+            hint="leave it out: the VM outlives vmplug all the same",
         )
     files = {name: getattr(spec, name) for name in ("kernel", "initrd", "disk")}
     absolute = {name: os.path.realpath(path) for name, path in files.items() if path}

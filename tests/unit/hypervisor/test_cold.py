@@ -475,7 +475,7 @@ def test_the_console_is_a_pipe(machine: Machine) -> None:
 
 
 def test_a_microvms_only_serial_port_may_be_wanted_for_something_else() -> None:
-    extra = ("-chardev", "null,id=mine", "-serial", "chardev:mine")
+    extra = ("-chardev", "null,id=mine", "--serial", "chardev:mine")
     spec = VmSpec(name="sb1", machine=Machine.MICROVM, extra=extra)
     assert "-serial" not in command_line(spec, *DESCRIPTORS)
     spec = VmSpec(name="sb1", machine=Machine.Q35, extra=extra)

@@ -40,7 +40,12 @@ from vmplug.host.root import HostRoot
 from vmplug.hypervisor.qemu.abilities import Abilities
 from vmplug.hypervisor.qemu.handover import held_open
 from vmplug.hypervisor.qemu.start.cold_devices import ColdDevices
-from vmplug.hypervisor.qemu.start.machine import MAX_MEMORY_SLOTS, MAX_PORTS, option_text
+from vmplug.hypervisor.qemu.start.machine import (
+    MAX_MEMORY_SLOTS,
+    MAX_PORTS,
+    has_option,
+    option_text,
+)
 from vmplug.hypervisor.qemu.steps.plug import opened_files, renamed
 from vmplug.hypervisor.virtiofsd import VirtiofsdRunner
 
@@ -126,7 +131,7 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
                 "the command does not say -machine, and the words depend on it",
                 hint="write -machine q35, pc or microvm into the command",
             )
-        if _has(words, "daemonize"):
+        if has_option(words, "daemonize"):
             raise SpecError(
                 "-daemonize",
                 "the lease would end with the process that is started, and QEMU would run on",
@@ -142,7 +147,7 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
             memory=_text(_said(words, "size", "m")) or DEFAULT_MEMORY,
             shared_memory=bool(named) and shared.issuperset(named),
             kvm=any(value.startswith("kvm") for value in _values(words, "accel"))
-            or _has(words, "enable-kvm"),
+            or has_option(words, "enable-kvm"),
             program=next(filter(_is_qemu, words), DEFAULT_PROGRAM),
         )
 
@@ -186,10 +191,6 @@ class QemuCommand(msgspec.Struct, frozen=True, kw_only=True):
 
 def _is_qemu(word: str) -> bool:
     return word.rpartition("/")[2].startswith("qemu-system-")
-
-
-def _has(words: Sequence[str], option: str) -> bool:
-    return not {f"-{option}", f"--{option}"}.isdisjoint(words)
 
 
 def _values(words: Sequence[str], *options: str) -> list[str]:

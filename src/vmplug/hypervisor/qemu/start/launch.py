@@ -15,7 +15,14 @@ from vmplug.hypervisor.qemu.abilities import has_firmware
 from vmplug.hypervisor.qemu.running import NO_AIO, Qemu
 from vmplug.hypervisor.qemu.start.cold import ColdQemu
 from vmplug.hypervisor.qemu.start.ended_logs import CONSOLE_LOG, QEMU_LOG
-from vmplug.hypervisor.qemu.start.machine import BINARY, PACKAGE, Machine, VmSpec, command_line
+from vmplug.hypervisor.qemu.start.machine import (
+    BINARY,
+    PACKAGE,
+    Machine,
+    VmSpec,
+    command_line,
+    has_option,
+)
 from vmplug.log import Log
 
 log = Log(__name__)
@@ -67,7 +74,7 @@ def _launch(cold: ColdQemu, record: Callable[[int], None], timeout_s: float) -> 
     ):
         arguments = command_line(spec, listener.fileno(), console)
         arguments += [*_firmware(spec), *cold.arguments(), *spec.extra]
-        stands_still = cold.opens_files and "-S" not in spec.extra
+        stands_still = cold.opens_files and not has_option(spec.extra, "S")
         if stands_still:
             arguments.append("-S")
         process = subprocess.Popen(

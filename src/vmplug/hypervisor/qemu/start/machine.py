@@ -4,7 +4,7 @@ User text goes to QEMU as JSON or as an argument of its own, never inside an opt
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from typing import Any, assert_never
 
@@ -207,9 +207,14 @@ def most_memory_mib(spec: VmSpec) -> int:
     return spec.memory_mib + (_MEMORY_ROOM_MIB if has_slots else 0)
 
 
+def has_option(words: Collection[str], option: str) -> bool:
+    """Whether a command has an option, which QEMU takes with one dash or two."""
+    return not {f"-{option}", f"--{option}"}.isdisjoint(words)
+
+
 def _console(spec: VmSpec, descriptor: int) -> list[str]:
     """The guest's console goes to a pipe; a microvm's only serial port may have another use."""
-    if spec.machine is Machine.MICROVM and "-serial" in spec.extra:
+    if spec.machine is Machine.MICROVM and has_option(spec.extra, "serial"):
         return []
     arguments = ["-chardev", f"file,id=console,path=/proc/self/fd/{descriptor}"]
     if spec.machine is Machine.S390:
