@@ -7,8 +7,11 @@
 | attached | remains, or none | remains removed, forgotten |
 | detaching | any part, or none | unplugged |
 | retained | the device, or none | nothing, or forgotten |
-| nothing, for no VM | a part whose name has this journal's id | unplugged |
-| nothing, for no VM | a part named by another vmplug | nothing, unless taken over: unplugged |
+| nothing, for no VM | remains whose name has this journal's id | removed |
+| nothing, for no VM | a device, or remains named by another vmplug | nothing, unless taken over |
+
+A device that the guest has was in the journal once: an older copy of that has been put in its
+place, or its VM was forgotten. A container may be using it.
 
 A device that a running process has in progress is left to it. A device that the guest does not
 release stays "detaching". Devices that QEMU cannot unplug, NVDIMMs and virtio-mmio devices, stay
@@ -108,7 +111,9 @@ def _reconcile(
         if (repair := _in_progress(record, journal) or _judge(record, held))
     }
     unknown = held.keys() - journal.device_ids() - records.keys()
-    foreign = set() if take_over else journal.find_foreign(unknown)
+    foreign = set[str]()
+    if not take_over:
+        foreign = journal.find_foreign(unknown) | {one for one in unknown if held[one]}
     repairs |= {device_id: _not_in_journal(device_id) for device_id in unknown - foreign}
     repairs |= _foreign(foreign, journal, hypervisor)
     for device_id in hypervisor.find_lost() & records.keys() - repairs.keys():
@@ -146,12 +151,13 @@ def _not_in_journal(device_id: str) -> Repair:
 def _foreign(
     device_ids: Collection[str], journal: Journal, hypervisor: Hypervisor
 ) -> dict[str, Repair]:
-    """Devices that other journals have, which know what they are and who uses them."""
+    """Devices that other journals have, or a newer copy, which know what and whose they are."""
     drivers = hypervisor.find_drivers() if device_ids else {}
     repairs = {}
     for device_id in device_ids:
         what, whose = drivers.get(device_id, "remains"), journal_id_of(device_id)
-        reason = f"{what} of journal {whose}, and this is {journal.id}: --take-over unplugs it"
+        which = "which has no row of it" if whose == journal.id else f"and this is {journal.id}"
+        reason = f"{what} of journal {whose}, {which}: --take-over unplugs it"
         outcome = RepairOutcome.ANOTHER_JOURNAL
         repairs[device_id] = Repair(device_id, None, outcome, reason)
     return repairs

@@ -19,7 +19,7 @@ class AdoptedVm(msgspec.Struct, frozen=True, kw_only=True):
 
     `pid` is None when the process cannot be seen from here. `is_open_to_all` is whether every
     user of the host may connect to the socket, and so control the VM. `foreign_devices` are those
-    that another journal's vmplug plugged: `reconcile_host` lists them and leaves them alone.
+    of vmplug that the journal has no row of: `reconcile_host` lists them and leaves them alone.
     `attachments` are what it had by leases, which are its own now.
     """
 
@@ -55,7 +55,7 @@ def adopt_vm(
             taken = find_leased(qemu, journal)
         assert endpoint
         journal.add_vm(record_vm(name, endpoint), taken)
-        foreign = journal.find_foreign(drivers)
+        foreign = drivers.keys() - journal.device_ids()
         held = journal.attachments(name)
     return AdoptedVm(
         name=name,

@@ -27,7 +27,7 @@ class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     died; `gone` when the VM has ended; `unreachable` when its QMP socket takes no client, `busy`
     when another client holds the socket or QEMU hangs. `pid` is QEMU's process, None where it has
     ended or is unknown. The offer (`machine` to `shared_memory`) is None unless the VM answered,
-    and so is the number of devices that another journal's vmplug plugged. `failed_disks` are those
+    and so is the number of devices that the journal has no row of. `failed_disks` are those
     that have stopped it, in state `io-error`. `logs` is the directory with the logs of one that
     vmplug started, None for another.
     """
@@ -74,7 +74,8 @@ def _read_status(record: VmRecord, journal: Journal, timeout_s: float) -> VmStat
             if has_ended(record, journal.host):
                 record = find_process(record, journal, qemu)
             state, offer = qemu.status(), qemu.offer()
-            foreign = len(journal.find_foreign(qemu.find_drivers()))
+            known = journal.device_ids()  # before and after: others attach and detach meanwhile
+            foreign = len(qemu.find_drivers().keys() - known - journal.device_ids())
             devices = journal.devices(record.name)
             qemu.claim_foreign_names(foreign_names(devices))
             failed = of_requests(qemu.find_failed_disks(), devices)

@@ -104,6 +104,29 @@ def test_what_another_journal_has_in_progress_is_left_to_it(
     assert not first.vmplugs()
 
 
+def test_an_older_copy_of_the_journal_leaves_the_disks_in_the_vm(first: Sandbox) -> None:
+    known = first.devices.attach(first.disk())
+    first.close()
+    older = shutil.copytree(first.state_dir, first.state_dir.with_name("older"))
+    with every_kind(first) as requests:
+        held = first.devices.attach_all(requests[1:])
+        first.close()
+        shutil.rmtree(first.state_dir)
+        older.rename(first.state_dir)
+        parts = first.side.parts()
+
+        repairs = first.devices.reconcile()
+
+        assert first.side.parts() == parts
+        assert {one.device_id for one in repairs} == {one.device_id for one in held}
+        assert {one.outcome for one in repairs} == THEIRS
+        assert all("which has no row of it: --take-over" in one.reason for one in repairs)
+        assert first.devices.attachments() == [known]
+        taken = first.devices.reconcile(take_over=True)
+        assert {one.device_id for one in taken} == {one.device_id for one in held}
+        first.devices.detach(known.id)
+
+
 def test_a_lost_journal_leaves_the_disks_in_the_vm(first: Sandbox) -> None:
     held = first.devices.attach(first.disk())
     first.close()

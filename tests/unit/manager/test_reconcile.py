@@ -195,7 +195,7 @@ def test_a_detach_that_was_interrupted_is_finished(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["a node", "a device"])
-def test_a_device_that_the_journal_does_not_know_is_removed(
+def test_a_device_that_the_journal_does_not_know_is_removed_where_no_guest_has_it(
     sandbox: Sandbox, *, whole: bool
 ) -> None:
     before = sandbox.picture()
@@ -204,8 +204,12 @@ def test_a_device_that_the_journal_does_not_know_is_removed(
     if whole:
         front_end = {"driver": "virtio-blk-pci", "bus": "rp2", "addr": "0x0"}
         sandbox.side.ask(Command("device_add", {"id": name, "drive": name, **front_end}))
+        parts = sandbox.side.parts()
+        (repair,) = sandbox.devices.reconcile()
+        assert repair.outcome is RepairOutcome.ANOTHER_JOURNAL
+        assert sandbox.side.parts() == parts
 
-    (repair,) = sandbox.devices.reconcile()
+    (repair,) = sandbox.devices.reconcile(take_over=whole)
 
     assert (repair.device_id, repair.host_path) == ("0123456789abcdef", None)
     assert repair.outcome is RepairOutcome.REMOVED

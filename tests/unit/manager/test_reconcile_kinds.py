@@ -266,7 +266,7 @@ def test_an_nvdimm_that_the_journal_does_not_know_is_told_with_qemus_words(
     ask(sandbox, "device_add", driver="nvdimm", id=NAME, memdev=f"{NAME}-memory", slot=2)
     before = sandbox.picture()
     for _ in range(2):
-        assert sandbox.devices.reconcile() == [
+        assert sandbox.devices.reconcile(take_over=True) == [
             Repair(STRANGER, None, RepairOutcome.STILL_DETACHING, NO_UNPLUG)
         ]
         assert sandbox.picture() == before
@@ -294,7 +294,9 @@ def test_an_nvdimm_of_nobody_does_not_keep_the_rest_from_being_repaired(
     before = sandbox.picture()
     add_link(sandbox, "vmplug-012345fedcba9876-link")
     break_off(sandbox, sandbox.disk(), 2, is_sent=True)
-    outcomes = {repair.device_id: repair.outcome for repair in sandbox.devices.reconcile()}
+    outcomes = {
+        repair.device_id: repair.outcome for repair in sandbox.devices.reconcile(take_over=True)
+    }
     assert outcomes.pop(STRANGER) is RepairOutcome.STILL_DETACHING
     assert outcomes.pop("012345fedcba9876") is RepairOutcome.REMOVED
     assert list(outcomes.values()) == [RepairOutcome.UNDONE]
@@ -330,7 +332,7 @@ def test_a_whole_device_of_nobody_is_unplugged_with_all_its_parts(
         ask(sandbox, "netdev_add", type="vhost-user", id=f"{NAME}-net", **other_end)
         other_end = {"netdev": f"{NAME}-net"}
     ask(sandbox, "device_add", driver=model, id=NAME, bus="rp2", addr="0x0", **other_end)
-    assert sandbox.devices.reconcile() == [removed()]
+    assert sandbox.devices.reconcile(take_over=True) == [removed()]
     assert sandbox.picture() == before
 
 

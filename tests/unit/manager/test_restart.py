@@ -306,7 +306,7 @@ def test_a_vm_of_an_earlier_boot_is_another_one_whatever_it_has(
         assert devices.attachments() == []
         assert [(r.device_id, r.outcome) for r in devices.reconcile()] == [
             (old.device_id, RepairOutcome.FORGOTTEN),
-            (old.device_id, RepairOutcome.REMOVED),
+            (old.device_id, RepairOutcome.ANOTHER_JOURNAL),
         ]
     with Journal.open(tmp_path / "state") as journal:
         assert not journal.vms()[0].is_of_earlier_boot

@@ -39,7 +39,8 @@ def command(
     long as a guest does not release a device: it is still detaching.
 
     The VMs may have devices that another state directory's journal knows, or that a lost journal
-    knew. They are listed as "another journal" and left alone; --take-over unplugs them.
+    knew, or a newer copy of this one. They are listed as "another journal" and left alone;
+    --take-over unplugs them.
 
     With --set-aside, vmplug carries over into a new journal what can still be read of a damaged
     one. What it cannot read is then another journal's.
