@@ -8,7 +8,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 from vmplug.address import JOURNAL_ID_DIGITS, new_id
 from vmplug.errors import SpecError, StoreError
@@ -190,8 +190,11 @@ def open_database(state_dir: StateDir) -> Opened:
         if not os.path.exists(path):
             with in_place_of(path):
                 _create(path)
-        opened = os.stat(path)
-        return connect(path), JournalLock(path, opened), path
+        with ExitStack() as undo:
+            connection = undo.enter_context(closing(connect(path)))
+            lock = JournalLock(path, os.stat(path))
+            undo.pop_all()
+        return connection, lock, path
     except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
         raise store_error(path, error) from error
 

@@ -135,15 +135,16 @@ class Journal:
     @classmethod
     def _complete(cls, opened: Opened, host: HostRoot) -> Self:
         connection, lock, path = opened
-        journal = cls(connection, lock, path, host)
         try:
+            journal = cls(connection, lock, path, host)
             with lock, journal._errors():
                 version = migrate(connection, path)
             check_version(version, path)
             with lock, journal._errors():
                 journal.id = read_journal_id(connection)
         except BaseException:
-            journal.close()
+            with lock.closing():
+                connection.close()
             raise
         return journal
 
