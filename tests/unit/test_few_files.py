@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from itertools import count
 from pathlib import Path
 
@@ -81,10 +81,8 @@ def test_an_open_that_fails_for_want_of_descriptors_leaks_none(
                 break
             resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + more, hard))
             try:
-                with OPENERS[name](setup, tmp_path):
+                with suppress(DeviceError), OPENERS[name](setup, tmp_path):
                     worked += 1
-            except DeviceError as error:
-                assert error.message
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             assert (opened() - before, more) == (set(), more)

@@ -15,16 +15,12 @@ from vmplug.errors import SpecError, StoreError
 from vmplug.host.permissions import check_private, make_private
 from vmplug.host.process import ProcessLock
 from vmplug.journal import StateDir, has_journal, journal_path
-from vmplug.journal.lock import JournalLock, in_place_of
+from vmplug.journal.lock import BESIDE, JournalLock, in_place_of, is_ready
 
 VERSION = 10
 """The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
-SQLITE_FILES = ("", "-wal", "-shm", "-journal")
-"""The ends of a database's name, and of the files that SQLite has beside it.
-
-Source: sqlite.org/tempfiles.html, sqlite.org/walformat.html."""
 SALVAGE_PREFIX = "set-aside-"
 """With this the name of a directory begins in which a new journal is made from a damaged one."""
 _DRAFT = re.compile(r"journal\.db\.[0-9a-f]{16}(-[a-z]+)?")
@@ -187,16 +183,16 @@ def open_database(state_dir: StateDir) -> Opened:
     try:
         os.makedirs(state_dir, mode=0o700, exist_ok=True)
         check_private(state_dir, path)
-        if not os.path.exists(path):
+        if not os.path.exists(path) or is_ready(path):
             with in_place_of(path):
                 _create(path)
         with ExitStack() as undo:
             connection = undo.enter_context(closing(connect(path)))
             lock = JournalLock(path, os.stat(path))
             undo.pop_all()
-        return connection, lock, path
     except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
         raise store_error(path, error) from error
+    return connection, lock, path
 
 
 def connect(path: str) -> sqlite3.Connection:
@@ -222,7 +218,7 @@ def make_journal(path: str) -> None:
             connection.execute("PRAGMA journal_mode = WAL")
             _make_tables(connection)
     except BaseException:
-        for more in SQLITE_FILES:
+        for more in ("", *BESIDE):
             with suppress(FileNotFoundError):
                 os.unlink(path + more)
         raise

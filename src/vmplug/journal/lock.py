@@ -10,13 +10,19 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from vmplug.errors import StoreError
 from vmplug.host.permissions import make_private
 from vmplug.host.process import ProcessLock
 from vmplug.waiting import waiting
 
+BESIDE = ("-wal", "-shm", "-journal")
+"""The ends of the names of the files that SQLite has beside a database.
+
+Source: sqlite.org/tempfiles.html, sqlite.org/walformat.html."""
+_READY = ".ready"
+"""The end of the name of a complete journal that is about to be put in place of another one."""
 _TIMEOUT_S, _AGAIN_S = 10.0, 0.01
 
 
@@ -77,7 +83,8 @@ class JournalLock(ProcessLock):
             now = os.stat(self._path)
         except FileNotFoundError:
             now = None
-        if now is None or (now.st_dev, now.st_ino) != self._opened:
+        is_same = now is not None and (now.st_dev, now.st_ino) == self._opened
+        if not is_same or is_ready(self._path):
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             raise StoreError(
                 self._path,
@@ -88,13 +95,41 @@ class JournalLock(ProcessLock):
 
 @contextmanager
 def in_place_of(path: str) -> Iterator[None]:
-    """Replace the journal inside the `with`: no process reads or writes it meanwhile."""
+    """Replace the journal inside the `with`: no process reads or writes it meanwhile.
+
+    What a killed process has left ready is in place before.
+    """
     descriptor = _open(path)
     try:
         _lock(descriptor, fcntl.LOCK_EX, path)
+        if is_ready(path):
+            _finish(path)
         yield
     finally:
         os.close(descriptor)
+
+
+def is_ready(path: str) -> bool:
+    """Whether another journal is about to be put in place of the one at `path`."""
+    return os.path.exists(path + _READY)
+
+
+def put_in_place(draft: str, path: str) -> None:
+    """Put a complete journal in place of the one at `path`; only inside `in_place_of`.
+
+    It is several steps, since SQLite would take the files beside the former one for those of the
+    new one, and read the former one without them as a sound one. Whatever process comes next does
+    those that are left.
+    """
+    os.rename(draft, path + _READY)
+    _finish(path)
+
+
+def _finish(path: str) -> None:
+    for more in BESIDE:
+        with suppress(FileNotFoundError):
+            os.unlink(path + more)
+    os.replace(path + _READY, path)
 
 
 def _open(path: str) -> int:

@@ -38,7 +38,7 @@ from vmplug.journal.database import (
     remove_remains,
     store_error,
 )
-from vmplug.journal.lock import in_place_of
+from vmplug.journal.lock import BESIDE, in_place_of, put_in_place
 from vmplug.journal.pod_devices import read_pod_device
 from vmplug.journal.process import read_pid_namespace
 from vmplug.journal.records import read_device, read_vm
@@ -47,8 +47,6 @@ from vmplug.journal.vf_tokens import read_vf_token
 _MOST_SKIPPED = 1000
 """Row numbers to try on an unreadable page: it has room for 40 rows, and deleted ones had numbers
 too."""
-_MORE = ("-wal", "-shm")
-"""The files of SQLite beside a database. Source: sqlite.org/walformat.html."""
 
 UNKNOWN_OWNER = "unknown"
 """The owner of a device whose holds were lost, so that it is listed and can be detached."""
@@ -149,10 +147,7 @@ def _replace(path: str, directory: str) -> Salvage | None:
     with closing(connect(draft)) as new:
         _carry_over(copy, new, salvage)
     _move(kept, salvage.kept_as)
-    for more in _MORE:
-        with suppress(FileNotFoundError):
-            os.unlink(path + more)
-    os.replace(draft, path)
+    put_in_place(draft, path)
     return salvage
 
 
@@ -167,14 +162,14 @@ def _dated_name(path: str) -> str:
 
 
 def _move(source: str, target: str) -> None:
-    for more in ("", *_MORE):
+    for more in ("", *BESIDE):
         if os.path.exists(source + more):
             os.rename(source + more, target + more)
 
 
 def _copy(source: str, target: str) -> None:
     """A private copy with all files that belong to it, synced to disk."""
-    for more in ("", *_MORE):
+    for more in ("", *BESIDE):
         if not os.path.exists(source + more):
             continue
         descriptor = os.open(target + more, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

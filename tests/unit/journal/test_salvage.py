@@ -1,10 +1,15 @@
 """Damaged journals: told, left as they are, and set aside with nothing lost that can be read."""
 
 import os
+import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,7 +29,7 @@ from vmplug.journal.bindings import Binding, BindingState
 from vmplug.journal.database import VERSION
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import VmRecord
-from vmplug.journal.salvage import UNKNOWN_OWNER, check_journal, set_aside
+from vmplug.journal.salvage import UNKNOWN_OWNER, check_journal, find_damage, set_aside
 from vmplug.journal.state import State
 from vmplug.leases.life import record_lease
 from vmplug.manager.reconcile import RepairOutcome
@@ -310,6 +315,75 @@ def test_commits_that_are_only_in_the_wal_are_carried_over(path: Path) -> None:
     assert Path(f"{salvage.kept_as}-wal").exists()
     with Journal.open(path.parent) as store:
         assert len(store.find_claims("vm-2", Identity.parse("file:late"), [])) == 1
+
+
+_KILLED = """
+import os, signal, sys
+from vmplug.journal.salvage import set_aside
+
+left = int(sys.argv[2])
+
+def kill(event, arguments):
+    global left
+    if event in {"os.rename", "os.remove", "os.rmdir"} and "journal.db" in str(arguments):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+set_aside(sys.argv[1])
+"""
+
+
+def test_a_process_that_is_killed_while_it_sets_a_journal_aside_loses_no_row(
+    tmp_path: Path,
+) -> None:
+    """The last commits, and the damage, are in the WAL alone: without that the rest is sound."""
+    made, state_dir = tmp_path / "made", tmp_path / "state"
+    Journal.open(made).close()
+    with Journal.open(made) as store, closing(sqlite3.connect(made / "journal.db")) as db:
+        for name in ("vm-1", "vm-2"):
+            store.add_vm(
+                VmRecord(name=name, qmp_socket=f"/{name}", pid=1, started_at=2, is_ours=False)
+            )
+        db.execute("UPDATE journal SET id = 'no id'")
+        db.commit()
+        os.sync()
+        kept = {file.name: file.read_bytes() for file in made.glob("journal.db*")}
+    for step in count():
+        shutil.rmtree(state_dir, ignore_errors=True)
+        state_dir.mkdir(mode=0o700)
+        for name, data in kept.items():
+            (state_dir / name).write_bytes(data)
+        command = [sys.executable, "-c", _KILLED, str(state_dir), str(step)]
+        status = subprocess.run(command, check=False).returncode
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        try:
+            names = read_names(state_dir)
+        except StoreError as error:
+            assert "damaged" in error.message  # noqa: PT017  either is right
+            set_aside(state_dir)
+            names = read_names(state_dir)
+        assert (names, step) == (["vm-1", "vm-2"], step)
+        assert find_damage(str(state_dir / "journal.db")) is None
+    assert step > 4
+    assert read_names(state_dir) == ["vm-1", "vm-2"]
+
+
+def test_who_has_a_journal_open_writes_no_more_to_it_when_another_is_ready(path: Path) -> None:
+    with Journal.open(path.parent) as store:
+        shutil.copy(path, f"{path}.ready")
+        with pytest.raises(StoreError, match="another journal has been put in place"):
+            store.forget_vm("vm-1")
+    assert read_names(path.parent) == ["vm-1"]
+    assert not Path(f"{path}.ready").exists()
+
+
+def read_names(state_dir: Path) -> list[str]:
+    with Journal.open(state_dir) as store:
+        return [vm.name for vm in store.vms()]
 
 
 def test_a_damaged_journal_of_an_older_version_is_carried_over_too(tmp_path: Path) -> None:
