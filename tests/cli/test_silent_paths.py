@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,13 @@ from tests.support.silent_files import SilentFiles, silent_files
 
 pytestmark = pytest.mark.root
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 """Well above the deadline of a look, also on a busy host."""
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[SilentFiles]:
-    below, mounted = tmp_path / "below", tmp_path / "mounted"
+@contextmanager
+def files_in(directory: Path) -> Iterator[SilentFiles]:
+    below, mounted = directory / "below", directory / "mounted"
     mounted.mkdir()
     (below / "dir").mkdir(parents=True)
     (below / "config.json").write_text('{"ociVersion": "1.0.2"}')
@@ -31,16 +32,25 @@ def files(tmp_path: Path) -> Iterator[SilentFiles]:
         yield files
 
 
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[SilentFiles]:
+    with files_in(tmp_path) as files:
+        yield files
+
+
 def run(vmplug: Vmplug, files: SilentFiles, *words: str) -> tuple[str, str, int]:
     """A verb as a process, which is killed if it hangs."""
-    process = vmplug.begin(*words)
+    return end(vmplug.begin(*words), files)
+
+
+def end(process: "subprocess.Popen[bytes]", files: SilentFiles) -> tuple[str, str, int]:
     try:
         out, err = process.communicate(timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
         process.kill()
         files.go_on()
         process.communicate()
-        pytest.fail(f"vmplug {' '.join(words)} hangs")
+        pytest.fail(f"{process.args} hangs")
     return out.decode(), err.decode(), process.returncode
 
 
@@ -67,13 +77,34 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("words", ASKED.values(), ids=ASKED)
+Begun = dict[str, "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SilentFiles, Begun]]:
+    """All of them at once, as each waits for seconds."""
+    directory, begun = tmp_path_factory.mktemp("asked"), Begun()
+    with files_in(directory) as files:
+        files.stop()
+        try:
+            for name, words in ASKED.items():
+                said = [word.replace("PATH", str(files.mounted)) for word in words]
+                begun[name] = Vmplug(directory / f"state of {name}").begin(*said)
+            yield files, begun
+        finally:
+            for process in begun.values():
+                process.kill()
+            files.go_on()
+            for process in begun.values():
+                process.communicate()
+
+
+@pytest.mark.parametrize("name", ASKED)
 def test_a_verb_says_that_the_storage_does_not_answer(
-    vmplug: Vmplug, files: SilentFiles, words: tuple[str, ...]
+    asked: tuple[SilentFiles, Begun], name: str
 ) -> None:
-    files.stop()
-    said = [word.replace("PATH", str(files.mounted)) for word in words]
-    out, err, status = run(vmplug, files, *said)
+    files, begun = asked
+    out, err, status = end(begun[name], files)
     assert "its storage does not answer" in out + err
     assert status == 4
 
@@ -125,12 +156,13 @@ def test_a_vm_is_named_whose_socket_does_not_answer(
             device = ("--owner", "c", "--device", f"file:{image}")
             vmplug("attach", "--vm", "sb1", *device).answer()
             files.stop()
+            listing, reconciling = vmplug.begin("list", "--json"), vmplug.begin("reconcile")
             out, err, status = run(vmplug, files, "vm", "list", "--json")
             (vm,) = json.loads(out)["vms"]
             assert (vm["state"], vm["attachments"], err, status) == ("unreachable", 1, "", 0)
-            out, err, status = run(vmplug, files, "list", "--json")
+            out, err, status = end(listing, files)
             assert (len(json.loads(out)["attachments"]), err, status) == (1, "", 0)
-            out, err, status = run(vmplug, files, "reconcile")
+            out, err, status = end(reconciling, files)
             assert (out, status) == ("", 5)
             assert "its storage does not answer\nhint: bring its server" in err
             files.go_on()
