@@ -113,6 +113,24 @@ def test_without_the_libraries_it_says_what_to_install(node: Node) -> None:
     assert "hint: pip install 'vmplug[kubernetes]'" in done.stderr
 
 
+def test_without_the_library_for_metrics_it_says_what_to_install(node: Node) -> None:
+    program = (
+        "import sys; sys.modules['prometheus_client'] = None; sys.argv[0] = 'vmplug'; "
+        "from vmplug.cli.main import run; run()"
+    )
+    where = options(node, 'metrics = "127.0.0.1:9"\n' + NIC_LINES)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "device-plugin", *where, "--state-dir", str(node.state)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert "asks for metrics, and a library for them is not there" in done.stderr
+    assert "hint: pip install 'vmplug[metrics]'" in done.stderr
+    assert [*node.kubelet_directory.iterdir()] == []
+
+
 def test_give_back_prints_what_stays(node: Node, vmplug: Vmplug) -> None:
     where = options(node, NIC_LINES)
     assert vmplug("device-plugin", "give-back", *where).stdout == "nothing to give back\n"

@@ -3,7 +3,9 @@
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import StrEnum
+from ipaddress import ip_address
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -24,6 +26,8 @@ _NAME = re.compile(
 )
 """What Kubernetes and CDI both take. Source: k8s.io/apimachinery, IsQualifiedName."""
 _RESERVED = ("kubernetes.io", "k8s.io")
+_ADDRESS = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII)
+_PORT_MAX = 65535
 _NOT_IN_ENV = re.compile(r"[^A-Z0-9]")
 
 T = TypeVar("T")
@@ -47,6 +51,26 @@ class Managed(StrEnum):
 
     START = "start"
     PRE_START = "pre-start"
+
+
+class Address(msgspec.Struct, frozen=True):
+    """An IP address and a port, as in `127.0.0.1:9808` and `[::1]:9808`."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Raises ValueError."""
+        if found := _ADDRESS.fullmatch(text):
+            with suppress(ValueError):
+                host, port = str(ip_address(found[1] or found[2])), int(found[3])
+                if 0 < port <= _PORT_MAX:
+                    return cls(host, port)
+        raise ValueError(f"{text!r} is not an IP address and a port, such as '127.0.0.1:9808'")
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class Resource(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,13 +99,17 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """All resources of a node; `name` is the path of the file, for messages."""
+    """All resources of a node; `name` is the path of the file, for messages.
+
+    `metrics` is where Prometheus may ask; None for nowhere.
+    """
 
     name: str
     resources: tuple[Resource, ...]
     kubelet_directory: str = KUBELET_DIRECTORY
     cdi_directory: str = DEFAULT_DIRECTORY
     reconcile_s: float = RECONCILE_S
+    metrics: Address | None = None
 
     @property
     def plugin_directory(self) -> str:
@@ -115,6 +143,7 @@ class _File(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen=T
     kubelet_directory: str = KUBELET_DIRECTORY
     cdi_directory: str = DEFAULT_DIRECTORY
     reconcile_seconds: Annotated[float, msgspec.Meta(gt=0, le=3600)] = RECONCILE_S
+    metrics: str | None = None
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
@@ -135,6 +164,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         file.refuse("has no [[resource]], so there is nothing to offer")
     file.require_absolute("kubelet-directory", said.kubelet_directory)
     file.require_absolute("cdi-directory", said.cdi_directory)
+    metrics = file.parse("metrics", said.metrics and [said.metrics], Address.parse)
     resources = tuple(_parse(resource, file) for resource in said.resource)
     _check_names(resources, file)
     return Config(
@@ -143,6 +173,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         kubelet_directory=said.kubelet_directory,
         cdi_directory=said.cdi_directory,
         reconcile_s=said.reconcile_seconds,
+        metrics=metrics[0] if metrics else None,
     )
 
 

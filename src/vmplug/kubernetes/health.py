@@ -51,10 +51,14 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """A state, with its reason in one sentence; `is_open`: a process has it open."""
+    """A state, with its reason in one sentence; `is_open`: a process has it open.
+
+    `code` is that of the finding which is the reason; None where there is none.
+    """
 
     state: UnitState
     reason: str = ""
+    code: Code | None = None
     is_open: bool = False
 
 
@@ -84,7 +88,7 @@ def judge(unit: Unit, look: Look, *, is_assigned: bool) -> Health:
     if findings:
         worst = next((finding for finding in findings if finding.code in USES), findings[0])
         state = UnitState.USED if worst.code in USES else UnitState.BROKEN
-        return Health(state=state, reason=worst.message, is_open=is_open)
+        return Health(state=state, reason=worst.message, code=worst.code, is_open=is_open)
     if is_assigned:
         return Health(state=UnitState.ASSIGNED, is_open=is_open)
     return Health(state=UnitState.FREE if is_bound else UnitState.BINDABLE)

@@ -11,13 +11,14 @@ Everything here may wait for the kernel: no event loop calls it.
 """
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec.structs import replace
 
 from vmplug.errors import DeviceError, InUse, NoSuchDevice, PolicyError, StateError
 from vmplug.host.block.usage import read_usage
-from vmplug.host.finding import Claim
+from vmplug.host.finding import Claim, Code
 from vmplug.host.kind import Identity
 from vmplug.host.pci.bind import reset_function
 from vmplug.host.pci.function import read_reset_methods
@@ -30,6 +31,7 @@ from vmplug.kubernetes.health import Health, Look, UnitState, judge
 from vmplug.kubernetes.meant import is_meant, row_of, unknown_row, why_other
 from vmplug.kubernetes.picture import Key, Offer, Picture, PodNames
 from vmplug.kubernetes.specs import find_foreign, write_specs
+from vmplug.kubernetes.tally import Tally
 from vmplug.kubernetes.units import FormerDrivers, Unit, find_clashes, find_units, renew
 from vmplug.log import Log
 from vmplug.manager.binding.binder import Binder
@@ -53,6 +55,7 @@ class Keeper:
         self._journal = journal
         self._host = host
         self._binder = Binder(journal, host)
+        self.tally = Tally()
         self._changing = threading.RLock()
         self._known = dict[Key, Unit]()
         self._named = dict[Key, Unit]()
@@ -175,7 +178,7 @@ class Keeper:
                     raise _refused(unit, why)
                 health = judge(unit, look, is_assigned=False)
                 if not health.state.is_healthy:
-                    raise _refused(unit, health.reason)
+                    raise _refused(unit, health.reason, health.code)
             if any(unit.resource.given.is_cdi for unit in units):
                 self.write_specs()
             self._journal.pod_devices.put(
@@ -183,6 +186,7 @@ class Keeper:
             )
             for unit in units:
                 self._missing.pop(unit.key, None)
+            self.tally.allocated(resource, len(units))
             log.info("allocated %s of %s", ", ".join(ids), resource)
             return units
 
@@ -213,7 +217,7 @@ class Keeper:
             for unit, row in pairs:
                 health = judge(unit, look, is_assigned=row.state is PodDeviceState.STARTED)
                 if not health.state.is_healthy:
-                    raise _refused(unit, health.reason)
+                    raise _refused(unit, health.reason, health.code)
             bound = list[PodDevice]()
             try:
                 for unit, row in pairs:
@@ -248,7 +252,9 @@ class Keeper:
         if not unit.resource.managed or unit.is_bound(self._host):
             return False
         assert isinstance(unit.device, VfioGroup)
+        begun_s = time.monotonic()
         self._binder.bind(unit.device, device_id=row.device_id)
+        self.tally.bound(unit.resource.name, time.monotonic() - begun_s)
         return True
 
     def _undo_binding(self, row: PodDevice) -> None:
@@ -420,10 +426,11 @@ def _warn_of_return(row: PodDevice, error: DeviceError) -> None:
     log.warning("cannot give %s=%s back: %s", row.resource, row.id, why)
 
 
-def _refused(unit: Unit, why: str) -> InUse:
+def _refused(unit: Unit, why: str, code: Code | None = None) -> InUse:
     message = f"{unit.resource.name}={unit.id} cannot be given to a pod: {why}"
+    codes = (code,) if code else ()
     return InUse(
-        unit.title, message, codes=(), hint="vmplug device-plugin status shows all devices"
+        unit.title, message, codes=codes, hint="vmplug device-plugin status shows all devices"
     )
 
 

@@ -4,8 +4,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 
 from vmplug.aio.threads import Threads
@@ -97,27 +97,30 @@ class Plugin:
         while True:
             await asyncio.sleep(self.config.reconcile_s)
             try:
-                await self._note_pods()
+                has_answer = await self._note_pods()
                 await self._take_in()
                 await self.threads.call(self.keeper.bind_offered)
                 self.look_soon()
+                self.keeper.tally.reconciled("done" if has_answer else "no-answer")
             except DeviceError as error:
                 self._warn_once("reconcile", f"cannot reconcile: {error.message}")
+                self.keeper.tally.reconciled("failed")
 
-    async def _note_pods(self) -> None:
-        """Ask kubelet which pods have what."""
+    async def _note_pods(self) -> bool:
+        """Ask kubelet which pods have what; False if it did not answer."""
         is_settled = self._is_settled()
         try:
             answer = await list_pods(self.config.pod_resources_socket)
         except HostError as error:
             self._warn_once("pods", join_hint(error.message, error.hint))
-            return
+            return False
         self._warn_once("pods", "")
         await self.threads.call(
             partial(
                 self.keeper.note_pods, answer.pods, has_any=answer.has_any, is_settled=is_settled
             )
         )
+        return True
 
     async def _take_in(self) -> bool:
         """Take in what pods have, and give back what none has; True if anything was done."""
@@ -197,15 +200,39 @@ async def serve(config: Config, setup: Setup) -> None:
         loop.add_signal_handler(number, stopped.set)
     with Journal.open(setup.state_dir, host=setup.host) as journal, only_one(journal):
         plugin = Plugin(config, journal, setup)
-        await plugin.start()
-        running = asyncio.create_task(plugin.run())
-        stopping = asyncio.create_task(stopped.wait())
-        await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
-        plugin.stop()
-        await asyncio.sleep(0)  # the streams end
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
+        async with counting(plugin):
+            await plugin.start()
+            running = asyncio.create_task(plugin.run())
+            stopping = asyncio.create_task(stopped.wait())
+            await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
+            plugin.stop()
+            await asyncio.sleep(0)  # the streams end
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+
+
+@asynccontextmanager
+async def counting(plugin: Plugin) -> AsyncIterator[None]:
+    """Let Prometheus ask what the plugin does, where the configuration says so.
+
+    Raises HostError for an address that is not to be had, or without the library.
+    """
+    address = plugin.config.metrics
+    if address is None:
+        yield
+        return
+    try:
+        from vmplug.kubernetes.metrics import Metrics, serving  # noqa: PLC0415  110 ms
+    except ImportError as error:
+        raise HostError(
+            f"{plugin.config.name} asks for metrics, and a library for them is not there: {error}",
+            hint="pip install 'vmplug[metrics]', or remove `metrics` from the configuration",
+        ) from error
+    names = [resource.name for resource in plugin.config.resources]
+    plugin.keeper.tally = metrics = Metrics(plugin.board, names)
+    async with serving(metrics, address):
+        yield
 
 
 @contextmanager

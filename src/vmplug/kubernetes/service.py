@@ -13,7 +13,7 @@ from grpclib.exceptions import GRPCError
 from grpclib.server import Server, Stream
 
 from vmplug.aio.threads import Threads
-from vmplug.errors import DeviceError, NoSuchDevice
+from vmplug.errors import DeviceError, InUse, NoSuchDevice
 from vmplug.kubernetes import device_plugin_pb2 as api
 from vmplug.kubernetes.answer import describe_allocated, list_devices, prefer
 from vmplug.kubernetes.board import Board
@@ -131,6 +131,8 @@ class ResourceService(DevicePluginBase):
             names = one_line(", ".join(ids))
             why = one_line(error.message)
             log.warning("refused %s of %s: %s", names, self.resource.name, why)
+            codes = error.codes if isinstance(error, InUse) else ()
+            self._keeper.tally.refused(self.resource.name, *(codes[:1] or (error.code,)))
             unknown = isinstance(error, NoSuchDevice)
             status = Status.INVALID_ARGUMENT if unknown else Status.FAILED_PRECONDITION
             raise GRPCError(status, why) from None

@@ -25,6 +25,7 @@ def test_every_key(tmp_path: Path) -> None:
 kubelet-directory = "/k"
 cdi-directory = "/c"
 reconcile-seconds = 5
+metrics = "[::1]:9808"
 [[resource]]
 {NAME}
 {PCI}
@@ -43,6 +44,7 @@ pci-resource-env = true
     assert config.plugin_directory == "/k/device-plugins"
     assert config.pod_resources_socket == "/k/pod-resources/kubelet.sock"
     assert (config.cdi_directory, config.reconcile_s) == ("/c", 5)
+    assert str(config.metrics) == "[::1]:9808"
 
 
 def test_the_page_has_a_configuration_that_is_right(tmp_path: Path) -> None:
@@ -76,6 +78,13 @@ def test_the_page_has_a_configuration_that_is_right(tmp_path: Path) -> None:
             "a container sees both as PCIDEVICE_A_COM_B_C",
         ),
         (f"reconcile-seconds = 0\n[[resource]]\n{NAME}\n{PCI}", "reconcile-seconds"),
+        (
+            f"metrics = 'localhost:9808'\n[[resource]]\n{NAME}\n{PCI}",
+            "wrong at metrics: 'local",
+        ),
+        (f"metrics = '[::1]'\n[[resource]]\n{NAME}\n{PCI}", "such as '127.0.0.1:9808'"),
+        (f"metrics = '127.1:80'\n[[resource]]\n{NAME}\n{PCI}", "such as '127.0.0.1:9808'"),
+        (f"metrics = '[::1]:65536'\n[[resource]]\n{NAME}\n{PCI}", "such as '127.0.0.1:9808'"),
         (f"kubelet-directory = 'k'\n[[resource]]\n{NAME}\n{PCI}", "is not an absolute path"),
         ("[[resource", "is not TOML"),
     ],
