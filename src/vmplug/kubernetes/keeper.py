@@ -64,13 +64,14 @@ class Keeper:
         self._missing = dict[Key, int]()
         self._had_pods = self._is_asked = False
         self._failures = dict[Key, str]()
+        self._claimed = set[Key]()
         self._resources = {resource.name: resource for resource in config.resources}
 
     # what there is
 
-    def check(self) -> Picture:
+    def check(self, *, may_claim: bool = False) -> Picture:
         """Look, and raise PolicyError for a device that is selected twice."""
-        picture = self.look()
+        picture = self.look(may_claim=may_claim)
         if picture.clash:
             raise PolicyError(
                 f"the configuration {self.config.name} selects a device twice: {picture.clash}",
@@ -78,21 +79,26 @@ class Keeper:
             )
         return picture
 
-    def look(self) -> Picture:
+    def look(self, *, may_claim: bool = False) -> Picture:
         """All devices as they are now. Nothing is changed.
 
-        Raises AttributeReadError, and StoreError.
+        Disks are opened exclusively if it `may_claim` them, and those that were found to be held
+        when a pod should have got them. Raises AttributeReadError, and StoreError.
         """
         units = self._find_units()
         clashes = find_clashes(units)
         rows = self._rows()
-        look = self._start_look()
+        look = self._start_look(may_claim=may_claim)
+        claiming = self._start_look(may_claim=True) if self._claimed else look
         offers = list[Offer]()
         for unit in units:
             if why := clashes.get(unit.key) or self._failures.get(unit.key):
                 health = Health(state=UnitState.BROKEN, reason=why)
             else:
-                health = self._judge(unit, rows.get(unit.key), look)
+                is_claimed = unit.key in self._claimed
+                health = self._judge(unit, rows.get(unit.key), claiming if is_claimed else look)
+                if health.code is not Code.OPEN_EXCLUSIVELY:
+                    self._claimed.discard(unit.key)
             offers.append(self._offer(unit.key, health, unit))
         known = {unit.key: unit for unit in units}
         gone = [key for key in rows if key not in known and key[0] in self._resources]
@@ -132,14 +138,23 @@ class Keeper:
     def _rows(self) -> dict[Key, PodDevice]:
         return {(row.resource, row.id): row for row in self._journal.pod_devices.all()}
 
-    def _start_look(self) -> Look:
+    def _judge_before(self, unit: Unit, look: Look, *, is_assigned: bool) -> Health:
+        """How it is before it is given or bound: if somebody has claimed it, until it is free."""
+        health = judge(unit, look, is_assigned=is_assigned)
+        if health.code is Code.OPEN_EXCLUSIVELY:
+            self._claimed.add(unit.key)
+        return health
+
+    def _start_look(self, *, may_claim: bool = False) -> Look:
         by_identity = dict[Identity, list[Claim]]()
         for claim in self._journal.claims():
             by_identity.setdefault(claim.identity, []).append(claim)
         has_cdi = any(resource.given.is_cdi for resource in self.config.resources)
         return Look(
             host=self._host,
-            usage=read_usage(self._host, vms=self._journal.vm_processes(self._host)),
+            usage=read_usage(
+                self._host, vms=self._journal.vm_processes(self._host), may_claim=may_claim
+            ),
             find_claims=lambda device: [
                 claim
                 for identity in dict.fromkeys((device.identity, *device.related_identities))
@@ -169,14 +184,14 @@ class Keeper:
         """
         with self._changing:
             units = [self._find(resource, id_) for id_ in ids]
-            rows, look = self._rows(), self._start_look()
+            rows, look = self._rows(), self._start_look(may_claim=True)
             for unit in units:
                 row = rows.get(unit.key)
                 if row and row.state is PodDeviceState.RETURNING:
                     raise _refused(unit, "vmplug is giving it back")
                 if why := self._clashes.get(unit.key):
                     raise _refused(unit, why)
-                health = judge(unit, look, is_assigned=False)
+                health = self._judge_before(unit, look, is_assigned=False)
                 if not health.state.is_healthy:
                     raise _refused(unit, health.reason, health.code)
             if any(unit.resource.given.is_cdi for unit in units):
@@ -213,9 +228,10 @@ class Keeper:
         with self._changing:
             rows = self._rows()
             pairs = [self._check_same(resource, id_, rows) for id_ in ids]
-            look = self._start_look()
+            look = self._start_look(may_claim=True)
             for unit, row in pairs:
-                health = judge(unit, look, is_assigned=row.state is PodDeviceState.STARTED)
+                is_started = row.state is PodDeviceState.STARTED
+                health = self._judge_before(unit, look, is_assigned=is_started)
                 if not health.state.is_healthy:
                     raise _refused(unit, health.reason, health.code)
             bound = list[PodDevice]()
@@ -281,13 +297,13 @@ class Keeper:
         """
         changed = False
         with self._changing:
-            rows, look = self._rows(), self._start_look()
+            rows, look = self._rows(), self._start_look(may_claim=True)
             for unit in self._known.values():
                 if unit.resource.managed is not Managed.START or unit.is_bound(self._host):
                     continue
                 row = rows.get(unit.key)
                 if (row is None or row.state is PodDeviceState.OFFERED) and (
-                    judge(unit, look, is_assigned=False).state is UnitState.BINDABLE
+                    self._judge_before(unit, look, is_assigned=False).state is UnitState.BINDABLE
                 ):
                     changed |= self._bind_offered(unit)
         return changed

@@ -44,7 +44,7 @@ def report(config: Config, *, setup: Setup = DEFAULT_SETUP) -> Report:
     with Journal.open_existing(setup.state_dir, host=setup.host) as journal:
         keeper = Keeper(config, journal, setup.host)
         why = _note_pods(keeper, is_settled=False)
-        offers = keeper.check().offers
+        offers = keeper.check(may_claim=True).offers
     found = {offer.resource for offer in offers}
     empty = tuple(each.name for each in config.resources if each.name not in found)
     return Report(offers=offers, empty=empty, unknown_pods=why)

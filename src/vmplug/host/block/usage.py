@@ -30,13 +30,17 @@ class HostUsage:
     One request has one, so that what is asked of all processes is asked once, and the answers of
     one request agree. `vms` are the processes of vmplug's own VMs, with what the journal says that
     each has: it explains the files of these that are open. `questions` are those to things that
-    may not answer.
+    may not answer. `may_claim`: disks may be opened exclusively, which for that moment keeps
+    everybody else from it: a mount, mkfs.
     """
 
-    def __init__(self, root: HostRoot, *, vms: Mapping[int, VmProcess] = NO_VMS) -> None:
+    def __init__(
+        self, root: HostRoot, *, vms: Mapping[int, VmProcess] = NO_VMS, may_claim: bool = True
+    ) -> None:
         self._root = root
         self.questions = Questions()
         self.vms = vms
+        self.may_claim = may_claim
 
     @cached_property
     def open_files(self) -> "OpenFiles":
@@ -135,6 +139,8 @@ class HostUsage:
         return self.other_networks.moved
 
 
-def read_usage(root: HostRoot, *, vms: Mapping[int, VmProcess] = NO_VMS) -> HostUsage:
+def read_usage(
+    root: HostRoot, *, vms: Mapping[int, VmProcess] = NO_VMS, may_claim: bool = True
+) -> HostUsage:
     """What uses the devices of the host now, for one request."""
-    return HostUsage(root, vms=vms)
+    return HostUsage(root, vms=vms, may_claim=may_claim)

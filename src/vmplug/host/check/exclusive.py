@@ -19,12 +19,16 @@ may suspend for a while. It gets the CPU that this one does not use to ask again
 def exclusive_errno(
     path: str, usage: HostUsage, root: HostRoot, *, explained: bool = False
 ) -> int | None:
-    """Why it cannot be opened exclusively; a holder that is `explained` is not waited for."""
+    """Why it cannot be opened exclusively; a holder that is `explained` is not waited for.
+
+    Where `usage` may not claim it, why it cannot be opened at all.
+    """
     asked, most_s = usage.questions, 0 if explained else _PROBE_S
+    flags = os.O_EXCL if usage.may_claim else 0
 
     def ask() -> int | None:
         return asked.within(
-            lambda patience_s: _try_exclusively(path, root, patience_s),
+            lambda patience_s: _try_exclusively(path, root, patience_s, flags),
             most_s,
             is_vain=lambda number: number == errno.EBUSY,
         )
@@ -32,11 +36,11 @@ def exclusive_errno(
     return asked.once(("open exclusively", path), ask)
 
 
-def _try_exclusively(path: str, root: HostRoot, patience_s: float) -> int | None:
+def _try_exclusively(path: str, root: HostRoot, patience_s: float, flags: int) -> int | None:
     deadline = time.monotonic() + patience_s
     while True:
         is_over = time.monotonic() >= deadline  # this process may have been suspended too
-        number = root.open_errno(path, os.O_EXCL)
+        number = root.open_errno(path, flags)
         if number != errno.EBUSY or is_over:
             return number
         time.sleep(_PROBE_STEP_S)
