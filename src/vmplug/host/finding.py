@@ -19,6 +19,7 @@ class Code(StrEnum):
     OPEN_EXCLUSIVELY = "open-exclusively"
     IMAGE_LOCKED = "image-locked"
     IN_USE_BY_VM = "in-use-by-vm"
+    GIVEN_TO_POD = "given-to-pod"
     REPLACED = "replaced"
     UNIDENTIFIED = "unidentified"
     READ_ONLY_DEVICE = "read-only-device"
@@ -124,6 +125,7 @@ USES = frozenset(
     {
         Code.BACKEND_BUSY,
         Code.BOOT_CONSOLE,
+        Code.GIVEN_TO_POD,
         Code.HAS_HOLDERS,
         Code.HAS_VIRTUAL_FUNCTIONS,
         Code.IMAGE_LOCKED,
@@ -180,10 +182,19 @@ def spoken_holder(name: str) -> str:
     return name.replace(":", " ", 1) if is_lease(name) else f"VM {name}"
 
 
-class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """A device that a VM or a lease holds, according to the journal.
+POD_PREFIX = "pod:"
+"""The same for a pod of Kubernetes, before the name of the device that it was given."""
 
-    `process` is that of a lease, in words; None for a VM.
+
+def is_pod(name: str) -> bool:
+    """Whether it is that of a pod: nothing says which VM is the pod's."""
+    return name.startswith(POD_PREFIX)
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """A device that a VM, a lease or a pod holds, according to the journal.
+
+    `process` is that of a lease, in words; None for the others.
     """
 
     vm: str
@@ -194,7 +205,9 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def holder(self) -> str:
-        """`VM 'sb1'`, or `lease job-17, process 4711 (cloud-hypervisor)`."""
+        """`VM 'sb1'`, `lease job-17, process 4711 (cloud-hypervisor)`, or the device of a pod."""
+        if is_pod(self.vm):
+            return f"a pod of Kubernetes as {self.vm.removeprefix(POD_PREFIX)}"
         if not is_lease(self.vm):
             return f"VM {self.vm!r}"
         return ", ".join(filter(None, (spoken_holder(self.vm), self.process)))

@@ -417,10 +417,9 @@ class Journal:
     def find_claims(
         self, vm: str | None, own: Identity, identities: Iterable[Identity]
     ) -> list[Claim]:
-        """The claims of VMs of this boot on `identities`, and of VMs other than `vm` on `own`.
+        """The claims of VMs of this boot and of pods on `identities`, but not of `vm` on `own`.
 
-        A file is known under each of its names. A VM that has an image has the other files that
-        its header named then too.
+        A file is known under each of its names; who has an image has all files that it named.
         """
         asked = (own, *identities)
         wanted, things = [str(identity) for identity in asked], find_things(asked, self.host)
@@ -433,6 +432,8 @@ class Journal:
             *(*wanted, *things, str(own), vm, self._boot_id),
         )
         others = [one for one in self._images() if (one.vm, one.identity) != (vm, own)]
+        of_pods = self.pod_devices.claims(self._boot_id)
+        claims += [claim for claim in of_pods if str(claim.identity) in wanted]
         for record in others:
             claims += self._image_claims.on(record, wanted, things)
         return [self._with_process(claim) if is_lease(claim.vm) else claim for claim in claims]

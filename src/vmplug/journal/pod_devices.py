@@ -10,6 +10,9 @@ from enum import StrEnum
 
 import msgspec
 
+from vmplug.devnum import DevNum
+from vmplug.host.finding import POD_PREFIX, Claim
+from vmplug.host.kind import Identity
 from vmplug.host.process import ProcessLock
 from vmplug.journal.database import Transaction, store_error
 
@@ -44,6 +47,27 @@ class PodDevice(msgspec.Struct, frozen=True, kw_only=True):
         """Its name among the devices for which functions are bound."""
         return device_id(self.resource, self.id)
 
+    def claims(self, boot_id: str | None) -> list[Claim]:
+        """What a pod has of it, or will have.
+
+        The number of a disk holds in one boot alone: PreStartContainer writes it again.
+        """
+        kind, *parts = self.thing.split() or ("",)
+        match kind:
+            case "vfio":  # an address has two colons; more words follow it
+                found = [Identity.of_vfio(":".join(part.split(":")[:3])) for part in parts]
+            case "block" if self.boot_id == boot_id:
+                found = [Identity.of_block(DevNum.parse(parts[0]))]
+            case _:
+                found = []
+        vm = POD_PREFIX + self.device_id
+        is_free = self.state is PodDeviceState.OFFERED
+        return [
+            Claim(vm=vm, identity=each, read_only=False, share_rw=False)
+            for each in found
+            if not is_free
+        ]
+
 
 def device_id(resource: str, id_: str) -> str:
     """The name of a device of Kubernetes where others have the id of a device in a VM."""
@@ -68,6 +92,10 @@ class PodDevices:
             return [read_pod_device(row) for row in rows]
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise store_error(self._path, error) from error
+
+    def claims(self, boot_id: str | None) -> list[Claim]:
+        """What pods of Kubernetes were given, whether or not they have opened it."""
+        return [claim for row in self.all() for claim in row.claims(boot_id)]
 
     def put(self, devices: Iterable[PodDevice]) -> None:
         """Write rows, each replacing an older one of its device."""

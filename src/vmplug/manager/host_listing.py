@@ -85,4 +85,5 @@ def _read_vms(setup: Setup) -> tuple[Sequence[Claim], Mapping[int, VmProcess]]:
     from vmplug.journal.journal import Journal  # noqa: PLC0415  sqlite3 and its users cost 10 ms
 
     with Journal.open(setup.state_dir) as journal:
-        return journal.claims(), journal.vm_processes(setup.host)
+        pods = journal.pod_devices.claims(journal.worker.boot_id)
+        return [*journal.claims(), *pods], journal.vm_processes(setup.host)

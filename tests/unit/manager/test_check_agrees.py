@@ -453,6 +453,7 @@ _VHOST_USER = "qemu/test_vhost_user.py::"
 ELSEWHERE = {
     Code.NOT_RANDOM: "qemu/test_rng.py::test_a_device_that_gives_no_random_numbers_is_refused",
     Code.OPEN_EXCLUSIVELY: f"{_LIVE}test_a_device_opened_exclusively_by_anybody_is_found",
+    Code.GIVEN_TO_POD: "unit/kubernetes/test_given_to_pod.py::test_check_and_host_say_it_too",
     Code.ODD_SIZE: "unit/drivers/test_block.py::test_a_disk_is_checked_against_its_options",
     Code.NO_DIRECT_IO: "unit/drivers/test_block.py::test_a_disk_is_checked_against_its_options",
     Code.BACKEND_BUSY: f"{_VHOST_USER}test_a_backend_of_another_qemu_is_told",
@@ -460,7 +461,7 @@ ELSEWHERE = {
     Code.WRONG_BACKEND: f"{_VHOST_USER}test_a_backend_of_another_kind_is_told",
     Code.TOO_MANY_QUEUES: f"{_VHOST_USER}test_more_queues_than_the_backend_serves_are_refused",
 }
-"""Codes that need a live kernel, a process at the other end, or a QEMU: where they are tested."""
+"""Codes that need a live kernel, a process at the other end, a QEMU or a kubelet: their tests."""
 
 
 def test_every_code_has_a_row_or_a_test() -> None:

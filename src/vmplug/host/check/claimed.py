@@ -1,8 +1,8 @@
-"""Which VMs of vmplug have it already?"""
+"""Which VMs of vmplug, leases and pods have it already?"""
 
 from collections.abc import Collection, Iterator, Sequence
 
-from vmplug.host.finding import Access, Claim, Code, Finding, UsedBy, is_lease
+from vmplug.host.finding import Access, Claim, Code, Finding, UsedBy, is_lease, is_pod
 from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
@@ -36,7 +36,12 @@ def find_claimed(
 def _conflict(claim: Claim) -> Finding:
     device = _spoken(claim.identity)
     sharing = "" if claim.identity.kind is IdentityKind.VFIO else _SHARING
-    if is_lease(claim.vm):
+    code = Code.IN_USE_BY_VM
+    if is_pod(claim.vm):
+        code, held, sharing = Code.GIVEN_TO_POD, "given to", ""
+        remedy = "delete that pod"
+        otherwise = f"for its own VM, pass --allow {code}"
+    elif is_lease(claim.vm):
         held = "held by"
         remedy = "end that process, or run vmplug lease end"
         otherwise = "if it has ended, run vmplug reconcile"
@@ -45,7 +50,7 @@ def _conflict(claim: Claim) -> Finding:
         remedy = f"detach it from {claim.holder} first (vmplug detach)"
         otherwise = "if that VM is gone, run vmplug reconcile"
     return Finding(
-        Code.IN_USE_BY_VM,
+        code,
         f"{device} is {held} {claim.holder}" + (" for reading" if claim.read_only else ""),
         f"{remedy}; {sharing}{otherwise}",
         used_by=UsedBy(on=str(claim.identity), who=claim.holder, how="the journal of vmplug"),

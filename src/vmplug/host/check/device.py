@@ -36,7 +36,7 @@ from vmplug.host.device import (
     OpenConnection,
     SharedDirectory,
 )
-from vmplug.host.finding import Access, Claim, Code, Finding, Severity, UsedBy
+from vmplug.host.finding import Access, Claim, Code, Finding, Severity, UsedBy, is_pod
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot, describe, node_number
@@ -63,10 +63,10 @@ def check_device(
     """
     if isinstance(device, VfioGroup):
         claims = without_shared(claims, device, root)
-    own = claims
+    own = [claim for claim in claims if not is_pod(claim.vm)]  # which may not have opened it yet
     if isinstance(device, DiskFile):
         of_others = {*device.written, *device.only_read}
-        own = [claim for claim in claims if claim.identity not in of_others]
+        own = [claim for claim in own if claim.identity not in of_others]
     in_vm = is_held or bool(own)
     found = _check(device, access, usage, claims, root, in_vm=in_vm)
     return gather_unknown(found, device.host_path, root)

@@ -21,8 +21,8 @@ from vmplug.host.use.mapped import find_vfio_users
 from vmplug.host.use.openers import DeviceNode, read_open_files, wanted_node
 from vmplug.journal.journal import Journal
 
-USED_BY_VM = frozenset({Code.IN_USE_BY_VM, Code.OPEN_BY_PROCESS})
-"""Findings that a VM, or another VFIO user, has it."""
+USED_BY_VM = frozenset({Code.GIVEN_TO_POD, Code.IN_USE_BY_VM, Code.OPEN_BY_PROCESS})
+"""Findings that a VM, a pod or another VFIO user has it."""
 
 
 def find_conflicts(

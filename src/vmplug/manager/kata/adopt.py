@@ -13,6 +13,7 @@ from vmplug.address import new_id
 from vmplug.drivers.place import GuestAddress, Place
 from vmplug.drivers.plug import found_address
 from vmplug.drivers.ports import Endpoint
+from vmplug.host.finding import is_pod
 from vmplug.host.kind import DeviceType, Identity, IdentityKind
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
@@ -164,5 +165,6 @@ def _holds(device: KataDevice, record: DeviceRecord, state: KataState) -> list[A
 
 
 def _shared_with(record: DeviceRecord, journal: Journal) -> str | None:
-    claims = journal.find_claims(record.vm, record.identity, [])
+    found = journal.find_claims(record.vm, record.identity, [])
+    claims = [claim for claim in found if not is_pod(claim.vm)]  # whose VM this may be
     return f"it is in QEMU, and VM {claims[0].vm} has it too" if claims else None
