@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from tests.fuzz.guard import changes_only
 from tests.fuzz.targets import TARGETS, load, seeds
 
-EXAMPLES = {"spec": 2, "device": 2, "host": 1, "record": 0.6, "answers": 3, "qmp": 1, "cdi": 1}
+EXAMPLES = {
+    "spec": 2,
+    "device": 2,
+    "host": 1,
+    "record": 0.6,
+    "answers": 3,
+    "qmp": 1,
+    "cdi": 1,
+    "kubernetes": 0.6,
+}
 """So many times those of another property."""
 DEADLINE_S = 20
 """For one input: far more than it takes, so that a hang has an end."""

@@ -25,6 +25,10 @@ _NAME = re.compile(
     r"/[A-Za-z]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 )
 """What Kubernetes and CDI both take. Source: k8s.io/apimachinery, IsQualifiedName."""
+_NAME_LENGTH_MAX = 200
+"""The name of its CDI file has it whole, and the kernel takes 255 characters."""
+_OF_QUOTAS = "requests."
+"""Kubernetes takes no such resource. Source: pkg/apis/core/v1/helper, IsExtendedResourceName."""
 _RESERVED = ("kubernetes.io", "k8s.io")
 _ADDRESS = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", re.ASCII)
 _PORT_MAX = 65535
@@ -188,6 +192,16 @@ def _parse(said: _Resource, file: OperatorsFile) -> Resource:
         file.refuse(
             f"is wrong at name of resource {said.name!r}: write a domain in small letters, a "
             "slash and a name of at most 63 letters, digits, '-', '_' and '.': example.com/gpu"
+        )
+    if len(said.name) > _NAME_LENGTH_MAX:
+        file.refuse(
+            f"is wrong at name of resource {said.name!r}: it is longer than {_NAME_LENGTH_MAX} "
+            "characters"
+        )
+    if vendor.startswith(_OF_QUOTAS):
+        file.refuse(
+            f"is wrong at name of resource {said.name!r}: Kubernetes takes no domain that begins "
+            f"with {_OF_QUOTAS!r}"
         )
     if vendor in _RESERVED or vendor.endswith(tuple(f".{name}" for name in _RESERVED)):
         file.refuse(

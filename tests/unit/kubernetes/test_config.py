@@ -70,6 +70,8 @@ def test_the_page_has_a_configuration_that_is_right(tmp_path: Path) -> None:
         (f"[[resource]]\nname = 'gpu'\n{PCI}", "write a domain in small letters"),
         (f"[[resource]]\nname = 'A.com/gpu'\n{PCI}", "write a domain in small letters"),
         (f"[[resource]]\nname = 'a.com/{'x' * 64}'\n{PCI}", "at most 63 letters"),
+        (f"[[resource]]\nname = 'requests.a.com/gpu'\n{PCI}", "no domain that begins with"),
+        (f"[[resource]]\nname = '{'a.' * 100}com/gpu'\n{PCI}", "longer than 200 characters"),
         (f"[[resource]]\nname = 'kubernetes.io/gpu'\n{PCI}", "Kubernetes' own"),
         (f"[[resource]]\nname = 'x.k8s.io/gpu'\n{PCI}", "Kubernetes' own"),
         (f"[[resource]]\n{NAME}\n{PCI}\n" * 2, "has two resources named 'a.com/b'"),
