@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,46 @@ def test_without_the_libraries_it_says_what_to_install(node: Node) -> None:
     assert done.returncode == 4
     assert "Kubernetes needs libraries that are not there" in done.stderr
     assert "hint: pip install 'vmplug[kubernetes]'" in done.stderr
+
+
+def test_the_log_is_lines_of_json(node: Node, vmplug: Vmplug) -> None:
+    where = options(node, NIC_LINES)
+    node.open("/dev/vfio/28", name="a\nb")
+
+    async def play() -> None:
+        async with StandInKubelet(node.kubelet_directory) as kubelet:
+            process = vmplug.begin("device-plugin", "--json", *where)
+            try:
+                await kubelet.wait_for(NICS, allocatable=1)
+                await kubelet.admit("pod1", NICS, 1, start=False)
+                with pytest.raises(AdmissionError):
+                    await kubelet.allocate(NICS, ["28"])
+            finally:
+                process.terminate()
+            done = await asyncio.to_thread(ended, process)
+            told = [json.loads(line) for line in done.stderr.splitlines()]
+            assert {line["version"] for line in told} == {1}
+            assert all(datetime.fromisoformat(line.pop("time")).tzinfo for line in told)
+            by_message = {line["message"].partition(":")[0]: line for line in told}
+            allocated = by_message[f"allocated 27 of {NICS}"]
+            assert allocated == {
+                "version": 1,
+                "level": "info",
+                "message": f"allocated 27 of {NICS}",
+                "resource": NICS,
+                "ids": ["27"],
+            }
+            used = by_message[f"{NICS}=28 is used"]
+            assert (used["level"], used["state"], used["code"]) == (
+                "warning",
+                "used",
+                "open-by-process",
+            )
+            refused = by_message[f"refused 28 of {NICS}"]
+            assert (refused["ids"], refused["code"]) == (["28"], "open-by-process")
+            assert by_message[f"kubelet has the resource {NICS}"]["resource"] == NICS
+
+    asyncio.run(play())
 
 
 def test_without_the_library_for_metrics_it_says_what_to_install(node: Node) -> None:

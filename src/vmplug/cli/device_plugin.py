@@ -1,7 +1,9 @@
 """What `vmplug device-plugin` offers, prints and gives back."""
 
 import asyncio
+import json
 import logging
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -26,11 +28,28 @@ except ImportError as error:
     ) from error
 
 
-def run(path: str, setup: Setup) -> None:
+_FACTS = ("resource", "ids", "state", "code", "device_id")
+"""Of a record of the log, as JSON has it."""
+
+
+def run(path: str, setup: Setup, *, as_json: bool) -> None:
     """Offer devices until SIGTERM; print on stderr what happens."""
     config = read_config(path)
-    with hearing(_print_line):
+    with hearing(_print_json_line if as_json else _print_line):
         asyncio.run(serve(config, setup))
+
+
+def _print_json_line(record: logging.LogRecord) -> None:
+    if record.levelno >= logging.INFO:
+        time = datetime.fromtimestamp(record.created, UTC)
+        document = {
+            "version": 1,
+            "time": time.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        facts = {name: vars(record)[name] for name in _FACTS if name in vars(record)}
+        click.echo(json.dumps(document | facts), err=True)
 
 
 def _print_line(record: logging.LogRecord) -> None:

@@ -202,7 +202,8 @@ class Keeper:
             for unit in units:
                 self._missing.pop(unit.key, None)
             self.tally.allocated(resource, len(units))
-            log.info("allocated %s of %s", ", ".join(ids), resource)
+            facts = {"resource": resource, "ids": [*ids]}
+            log.info("allocated %s of %s", ", ".join(ids), resource, extra=facts)
             return units
 
     def _find(self, resource: str, id_: str) -> Unit:
@@ -427,7 +428,8 @@ class Keeper:
             self._journal.pod_devices.put([replace(row, state=PodDeviceState.OFFERED)])
         else:
             self._journal.pod_devices.forget([row])
-        log.info("gave %s=%s back", row.resource, row.id)
+        facts = {"resource": row.resource, "ids": [row.id]}
+        log.info("gave %s=%s back", row.resource, row.id, extra=facts)
         return True
 
     def _give_back_binding(self, row: PodDevice) -> None:
@@ -439,7 +441,8 @@ class Keeper:
 
 def _warn_of_return(row: PodDevice, error: DeviceError) -> None:
     why = one_line(error.message)
-    log.warning("cannot give %s=%s back: %s", row.resource, row.id, why)
+    facts = {"resource": row.resource, "ids": [row.id], "code": error.code}
+    log.warning("cannot give %s=%s back: %s", row.resource, row.id, why, extra=facts)
 
 
 def _refused(unit: Unit, why: str, code: Code | None = None) -> InUse:

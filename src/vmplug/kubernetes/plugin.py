@@ -163,7 +163,13 @@ class Plugin:
                 name = f"{offer.resource}={offer.id}"
                 why = f": {offer.health.reason}" if offer.health.reason else ""
                 level = log.info if offer.health.state.is_healthy else log.warning
-                level("%s is %s%s", name, offer.health.state, one_line(why))
+                facts = {
+                    "resource": offer.resource,
+                    "ids": [offer.id],
+                    "state": str(offer.health.state),
+                    "code": offer.health.code and str(offer.health.code),
+                }
+                level("%s is %s%s", name, offer.health.state, one_line(why), extra=facts)
 
     def _warn_once(self, about: str, what: str) -> None:
         """Log it, unless it is what was logged last of the same."""

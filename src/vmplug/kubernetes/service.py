@@ -130,9 +130,10 @@ class ResourceService(DevicePluginBase):
         except DeviceError as error:
             names = one_line(", ".join(ids))
             why = one_line(error.message)
-            log.warning("refused %s of %s: %s", names, self.resource.name, why)
-            codes = error.codes if isinstance(error, InUse) else ()
-            self._keeper.tally.refused(self.resource.name, *(codes[:1] or (error.code,)))
+            code = (error.codes if isinstance(error, InUse) else ())[:1] or (error.code,)
+            facts = {"resource": self.resource.name, "ids": [*ids], "code": str(code[0])}
+            log.warning("refused %s of %s: %s", names, self.resource.name, why, extra=facts)
+            self._keeper.tally.refused(self.resource.name, code[0])
             unknown = isinstance(error, NoSuchDevice)
             status = Status.INVALID_ARGUMENT if unknown else Status.FAILED_PRECONDITION
             raise GRPCError(status, why) from None
@@ -205,7 +206,7 @@ class ResourceService(DevicePluginBase):
         """Log it, unless it is what was logged last."""
         if what != self._logged:
             self._logged = what
-            log.info("%s", one_line(what))
+            log.info("%s", one_line(what), extra={"resource": self.resource.name})
 
 
 def _why(error: Exception) -> str:

@@ -23,7 +23,12 @@ _config_option = click.option(
 @click.option("--dry-run", is_flag=True, help="Print what would be offered, and change nothing.")
 @root_option
 @state_dir_option
-@json_option
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON document for each line of the log, or for all of --dry-run.",
+)
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -44,6 +49,7 @@ def command(
     \b
     vmplug device-plugin --config ./device-plugin.toml --dry-run
     vmplug device-plugin --config ./device-plugin.toml
+    vmplug device-plugin --json 2>/var/log/vmplug.json
     vmplug device-plugin status
     vmplug device-plugin give-back
     """
@@ -55,7 +61,7 @@ def command(
     if dry_run:
         device_plugin.print_report(config, setup, as_json=as_json)
     else:
-        device_plugin.run(config, setup)
+        device_plugin.run(config, setup, as_json=as_json)
 
 
 @command.command("status")
