@@ -83,7 +83,7 @@ async def list_pods(socket: str) -> PodList:
     except _FAILURES as error:
         raise HostError(
             f"kubelet does not say which pods have devices ({socket}): {_in_words(error)}",
-            hint="it does since Kubernetes 1.15, in pod-resources/kubelet.sock of its directory",
+            hint="it does since Kubernetes 1.20, in pod-resources/kubelet.sock of its directory",
         ) from error
     finally:
         channel.close()
