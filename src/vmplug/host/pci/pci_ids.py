@@ -1,7 +1,8 @@
 """Names of PCI vendors, devices and classes, from the list that distributions install.
 
-The list, 1.4 MB, is read at the first request, and searched only for the requested name. Source:
-pci.ids(5), https://pci-ids.ucw.cz.
+The list, 1.4 MB, is read at the first request, and never decoded: it is searched for each
+requested vendor or class once, and a vendor's part for its devices. Source: pci.ids(5),
+https://pci-ids.ucw.cz.
 """
 
 import re
@@ -12,8 +13,9 @@ from vmplug.host.root import THIS_HOST, HostRoot
 PCI_IDS = ("/usr/share/misc/pci.ids", "/usr/share/hwdata/pci.ids")
 """Where Debian and where Fedora have it."""
 
-_SECTION = re.compile(r"\n(?=[^\t#\n])")
+_SECTION = re.compile(rb"\n(?=[^\t#\n])")
 """A line that is not indented begins the next vendor or class."""
+_LIST_BYTES_MAX = 16 << 20
 
 _BASES = {
     0x00: "Unclassified device",
@@ -54,7 +56,8 @@ class PciNames:
 
     def __init__(self, root: HostRoot) -> None:
         self._roots = (root,) if root.is_live else (root, THIS_HOST)
-        self._text: str | None = None
+        self._text: bytes | None = None
+        self._sections: dict[str, bytes] = {}
         self._known: dict[tuple[str, str], str | None] = {}
 
     def find_vendor(self, vendor_id: int | None) -> str | None:
@@ -86,27 +89,33 @@ class PciNames:
         return self._known[key]
 
     def _look_up(self, section: str, entry: str) -> str | None:
+        if section not in self._sections:
+            self._sections[section] = self._cut(section)
+        text = self._sections[section]
+        start = text.find(f"\n\t{entry}  ".encode()) if entry else 0
+        if start < 0:
+            return None
+        line, _, _ = text[start + 1 : start + 400].partition(b"\n")
+        return line.partition(b"  ")[2].strip().decode(errors="replace") or None
+
+    def _cut(self, section: str) -> bytes:
+        """The part of a vendor or class, with the line break before it; empty for none."""
         if self._text is None:
             self._text = self._read()
-        start = self._text.find(f"\n{section}  ") + 1
-        if not start:
-            return None
-        if entry:
-            end = _SECTION.search(self._text, start)
-            start = self._text.find(f"\n\t{entry}  ", start, end.start() if end else None) + 2
-            if start < 2:
-                return None
-        line, _, _ = self._text[start : start + 400].partition("\n")
-        return line.partition("  ")[2].strip() or None
+        start = self._text.find(f"\n{section}  ".encode())
+        if start < 0:
+            return b""
+        end = _SECTION.search(self._text, start + 1)
+        return self._text[start : end.start() if end else None]
 
-    def _read(self) -> str:
+    def _read(self) -> bytes:
         """The first list that can be read; a missing name is not an error."""
         for root in self._roots:
             for path in PCI_IDS:
                 try:
-                    text = root.read_text(path)
+                    text = root.read_at(path, 0, _LIST_BYTES_MAX)
                 except AttributeReadError:
                     continue
                 if text:
-                    return "\n" + text.encode(errors="surrogateescape").decode(errors="replace")
-        return ""
+                    return b"\n" + text
+        return b""
