@@ -2,18 +2,22 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 
 import msgspec
 from msgspec.structs import replace
 
+from vmplug.address import device_id_of
 from vmplug.drivers.ports import FailedDisk
 from vmplug.errors import HypervisorError
 from vmplug.host.program import Looks
 from vmplug.hypervisor.listening import is_listening
-from vmplug.hypervisor.qemu.running import Qemu
+from vmplug.hypervisor.qemu import failed_disks
+from vmplug.hypervisor.qemu.fd_sets import close_sets
+from vmplug.hypervisor.qmp.client import QmpMonitor
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord, foreign_names
-from vmplug.manager.left_files import close_left_files
+from vmplug.manager.left_files import choose_left
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 from vmplug.manager.watching.health import DeviceHealth, HostSnapshot, find_silent
 from vmplug.vms.known import find_ended, is_gone
@@ -115,17 +119,21 @@ def _ask(
 ) -> tuple[FailedDisk, ...] | None:
     if not is_listening(record.qmp_socket):
         return None
+    foreign = foreign_names(devices)
+
+    def find_owner(name: str) -> str | None:
+        return foreign.get(name) or device_id_of(name)
+
     try:
         with closing(
-            Qemu.connect(
+            QmpMonitor.connect(
                 record.qmp_socket,
                 timeout_s=ANSWER_TIMEOUT_S,
                 command_timeout_s=ANSWER_TIMEOUT_S,
             )
-        ) as qemu:
-            qemu.claim_foreign_names(foreign_names(devices))
-            disks = tuple(qemu.find_failed_disks())
-            close_left_files(record.name, journal, qemu)
+        ) as monitor:
+            disks = failed_disks.find_failed_disks(monitor, find_owner)
+            close_sets(monitor, partial(choose_left, record.name, journal))
     except HypervisorError:  # busy, hung or ending: `vm list` says which
         return None
     return of_requests(disks, devices)

@@ -18,10 +18,10 @@ from typing import Any
 
 import msgspec
 
-from vmplug.address import device_id_of, qemu_id
+from vmplug.address import qemu_id
 from vmplug.drivers.place import Place
 from vmplug.drivers.plug import Plug
-from vmplug.drivers.ports import Choose, Command
+from vmplug.drivers.ports import Command
 from vmplug.errors import CommandError
 from vmplug.host.file_id import (
     CheckedFile,
@@ -35,6 +35,7 @@ from vmplug.host.file_id import (
 )
 from vmplug.host.root import THIS_HOST
 from vmplug.hypervisor.qemu.abilities import Abilities
+from vmplug.hypervisor.qemu.fd_sets import close_sets
 from vmplug.hypervisor.qemu.graph import check_graph
 from vmplug.hypervisor.qemu.steps.plug import plug_steps, renamed
 from vmplug.hypervisor.qemu.transaction import UNDONE, transaction
@@ -259,20 +260,3 @@ def take_back_all(monitor: Monitor, device_id: str) -> None:
         _, refusal = monitor.attempt([Command("closefd", named)])
         if refusal:  # they were given in this order, and closed in the reverse one
             return
-
-
-def close_sets(monitor: Monitor, choose: Choose) -> None:
-    """Close the files in sets of those devices that `choose` takes from all that have some.
-
-    The devices have descriptors of their own. QEMU 7.2 closes nothing while it is paused.
-    """
-    sets = {
-        found["fdset-id"]: device_id
-        for found in monitor.execute(Command("query-fdsets", {}))
-        for fd in found["fds"]
-        if (device_id := device_id_of(fd.get("opaque", "")))
-    }
-    chosen = choose(set(sets.values())) if sets else ()
-    for number, device_id in sets.items():
-        if device_id in chosen:  # another process may close it at the same time
-            monitor.attempt([Command("remove-fd", {"fdset-id": number})])

@@ -38,13 +38,13 @@ from vmplug.hypervisor.qemu.connection import (
     takes_connection,
 )
 from vmplug.hypervisor.qemu.failed_disks import IO_ERROR, find_failed_disks
+from vmplug.hypervisor.qemu.fd_sets import close_sets
 from vmplug.hypervisor.qemu.graph import check_graph
 from vmplug.hypervisor.qemu.handover import (
     NO_DESCRIPTOR,
     Handover,
     RunState,
     Way,
-    close_sets,
     find_way,
     held_open,
     plug_opened,
