@@ -99,7 +99,6 @@ MADE_WITHOUT_MSGSPEC = {
     "Backend",
     "BlockDevice",
     "CharDevice",
-    "DevNum",
     "DeviceInfo",
     "DiskFile",
     "DiskPart",
@@ -118,6 +117,7 @@ MADE_WITHOUT_MSGSPEC = {
     "VfioGroup",
     "VhostUserSocket",
     "_CacheEntry",
+    "_Pair",
 }
 """Values that `resolve` reads: host/device.py says what it saves."""
 

@@ -26,6 +26,9 @@ INSIDE = frozenset({"HostRoot", "Hypervisor", "VhostUserStore"})
 _NUMBERS: Mapping[object, tuple[type, ...]] = {int: (int,), float: (int, float)}
 """What may be passed for a number. True is 1 to Python, and a mistake here."""
 
+_FIELDS = ("__struct_fields__", "__dataclass_fields__", "_fields")
+"""What the classes of values have: one of these."""
+
 _Test = Callable[[object], bool]
 
 
@@ -54,11 +57,13 @@ def _check_methods(kind: type) -> None:
     """
     if _is_protocol(kind):
         return
-    is_value = hasattr(kind, "__struct_fields__") or hasattr(kind, "__dataclass_fields__")
+    is_value = any(hasattr(kind, fields) for fields in _FIELDS)
+    # A NamedTuple has a `__new__` that nobody wrote.
+    makes = {"__init__"} if "_fields" in vars(kind) else {"__init__", "__new__"}
     for name, member in list(vars(kind).items()):
-        if name != "__init__" and (name.startswith("_") or kind.__name__ in INSIDE):
+        if name not in makes and (name.startswith("_") or kind.__name__ in INSIDE):
             continue
-        is_lookup = name != "__init__" and (is_value or kind.__name__ in LOOKUPS)
+        is_lookup = name not in makes and (is_value or kind.__name__ in LOOKUPS)
         if isinstance(member, types.FunctionType):
             setattr(kind, name, _checked_function(member, is_lookup=is_lookup))
         elif isinstance(member, classmethod | staticmethod):
@@ -112,7 +117,7 @@ def _wrong_type(annotated: Any, name: str, value: object) -> TypeError:
     wanted = _annotation(annotated, name)
     text = wanted.__name__ if isinstance(wanted, type) else str(wanted)
     text = re.sub(r"\b[a-z_][\w.]*\.(?=[A-Z])", "", text).replace(" | ", " or ")
-    where = annotated.__qualname__.removesuffix(".__init__")
+    where = annotated.__qualname__.removesuffix(".__init__").removesuffix(".__new__")
     return TypeError(f"{where}: {name} must be {text}, not {_kind_of(value)}")
 
 

@@ -3,29 +3,33 @@
 It is separate from the guest's addresses, which a lookup of a device does not need.
 """
 
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 MAJOR_MAX = (1 << 12) - 1
 MINOR_MAX = (1 << 20) - 1
 """The kernel keeps 12 bits of major and 20 of minor. Source: include/linux/kdev_t.h."""
 
 
-@dataclass(frozen=True, slots=True)
-class DevNum:
+class _Pair(NamedTuple):
+    major: int
+    minor: int
+
+
+class DevNum(_Pair):
     """A device number, `major:minor`; whether it is char or block always stands beside it.
 
     Raises ValueError when the kernel could not hold it.
     """
 
-    major: int
-    minor: int
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.major <= MAJOR_MAX:
-            raise ValueError(f"major {self.major} is not in 0..{MAJOR_MAX}")
-        if not 0 <= self.minor <= MINOR_MAX:
-            raise ValueError(f"minor {self.minor} is not in 0..{MINOR_MAX}")
+    def __new__(cls, major: int, minor: int) -> Self:
+        """Check the numbers."""
+        if not 0 <= major <= MAJOR_MAX:
+            raise ValueError(f"major {major} is not in 0..{MAJOR_MAX}")
+        if not 0 <= minor <= MINOR_MAX:
+            raise ValueError(f"minor {minor} is not in 0..{MINOR_MAX}")
+        return super().__new__(cls, major, minor)
 
     @classmethod
     def parse(cls, text: str) -> Self:
