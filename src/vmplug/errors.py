@@ -71,8 +71,9 @@ class DeviceError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self._hint: str | None = None
-        self.hint = hint
+        self._hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")
 
     @property
     def hint(self) -> str | None:

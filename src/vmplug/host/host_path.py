@@ -98,17 +98,17 @@ def _container_node(info: DeviceInfo, root: HostRoot) -> str:
     status = root.stat(path if root.is_live else root.real_path(path))
     if status and _is_node_of(info, status):
         return info.container_path
-    found = describe(status)
+    found, wanted = describe(status), info.description
     if info.devnum is None:
         raise NoSuchDevice(
-            info.description,
+            wanted,
             f"no FIFO at {info.container_path} on this host: there is {found}",
             found=found,
             hint="create it with mkfifo, or leave it to the container runtime",
         )
     raise NoSuchDevice(
-        info.description,
-        f"no {info.description} on this host: sysfs has no entry for it, and at "
+        wanted,
+        f"no {wanted} on this host: sysfs has no entry for it, and at "
         f"{info.container_path} there is {found}",
         found=found,
         hint="compare with the numbers in `ls -l /dev` on the host; check that the driver is "
