@@ -6,8 +6,7 @@ it.
 """
 
 import os
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from threading import Thread
 from typing import TypeVar
@@ -15,13 +14,15 @@ from typing import TypeVar
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
 
-_MAY_BE_SILENT = re.compile(
-    r"^(?:\S+ ){4}(\S+) [^\n]* - (?:fuse(?:\.\S*)?|fuseblk|nfs4?|cifs|smb3|ceph|9p|virtiofs|afs"
-    r"|autofs|glusterfs|lustre|ocfs2|gfs2|gpfs|beegfs|orangefs|pvfs2|coda) ",
-    re.MULTILINE,
+_MAY_BE_SILENT = frozenset(
+    {
+        *("fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "afs"),
+        *("autofs", "glusterfs", "lustre", "ocfs2", "gfs2", "gpfs", "beegfs", "orangefs"),
+        *("pvfs2", "coda"),
+    }
 )
-"""File systems whose files another machine or process has, in the kernel's table of mounts; gives
-where they are. Source: proc_pid_mountinfo(5)."""
+"""File systems whose files another machine or process has; those of FUSE also have the name of
+their program, such as `fuse.sshfs`."""
 _ESCAPED = str.maketrans({char: f"\\{ord(char):03o}" for char in " \t\n\\"})
 """As the table writes paths. Source: fs/proc_namespace.c, show_mountinfo."""
 NO_ANSWER = "its storage does not answer"
@@ -84,12 +85,24 @@ def _choose_at_risk(absolute: Mapping[str, str], root: HostRoot) -> Mapping[str,
     if any(root.read_int(f"/sys/block/{name}/dm/suspended") for name in volumes):
         return absolute  # which file systems are on it is not asked
     table = root.read_text("/proc/self/mountinfo") or ""
-    remote = {*_MAY_BE_SILENT.findall(table)} - {"/"}
+    remote = set(_remote_mounts(table)) - {"/"}
     return {
         name: path
         for name, path in absolute.items()
         if remote and _leads_through(path, remote, root)
     }
+
+
+def _remote_mounts(table: str) -> Iterator[str]:
+    """Where such file systems are, as the kernel's table of mounts writes paths.
+
+    Source: proc_pid_mountinfo(5).
+    """
+    for line in table.split("\n"):
+        mount, _, kind = line.partition(" - ")
+        name, dot, _ = kind.partition(" ")[0].partition(".")
+        if name in _MAY_BE_SILENT and (not dot or name == "fuse"):
+            yield mount.split(" ")[4]
 
 
 def _leads_through(path: str, remote: AbstractSet[str], root: HostRoot) -> bool:
