@@ -114,6 +114,28 @@ def test_a_check_imports_what_talks_only_for_what_can_answer(tmp_path: Path) -> 
     assert not loaded & ({"socket"} if asks else {"socket", "subprocess"})
 
 
+def test_a_check_imports_a_policy_only_where_there_is_one(tmp_path: Path) -> None:
+    words = ("--device", "c:1:3:/dev/null", "--state-dir", str(tmp_path))
+    loaded = modules_of_process("check", *words)
+    assert "vmplug.manager.examine" in loaded
+    assert not loaded & {"vmplug.policy.gate", "vmplug.policy.rules", "fnmatch"}
+
+
+@pytest.mark.parametrize("words", [("list",), ("host",)])
+def test_a_verb_that_lists_imports_nothing_that_plugs(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    loaded = modules_of_process(*words, "--state-dir", str(tmp_path))
+    assert "click" in loaded
+    assert not loaded & {
+        "dataclasses",
+        "vmplug.cli.render.kata_agent",
+        "vmplug.drivers.block",
+        "vmplug.hypervisor.qemu.running",
+        "vmplug.hypervisor.virtiofsd",
+    }
+
+
 def test_info_on_a_bundle_imports_no_hypervisor_and_no_journal(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"ociVersion": "1.0.2"}')
     loaded = modules_of_process("info", str(tmp_path))

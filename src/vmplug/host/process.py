@@ -5,8 +5,6 @@ Source: proc_pid_stat(5), field 22, starttime in clock ticks after boot.
 
 import os
 import re
-import select
-import signal
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -160,6 +158,8 @@ def end_processes(pids: Iterable[int], grace_s: float) -> None:
 
 def _end(running: list[int], grace_s: float) -> list[int]:
     """End the processes of these descriptors; returns those that do not end."""
+    import signal  # noqa: PLC0415  0.6 ms, and few verbs end a process
+
     for ending, timeout_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_TIMEOUT_S)):
         for descriptor in running:
             with suppress(ProcessLookupError):
@@ -189,6 +189,8 @@ def _opened(pid: int) -> Iterator[int | None]:
 
 def _has_ended(descriptor: int, timeout_s: float) -> bool:
     """Whether it ends in time. Not by select(2), which knows no descriptor above 1023."""
+    import select  # noqa: PLC0415  the same
+
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(min(timeout_s, LONGEST_S) * 1000))

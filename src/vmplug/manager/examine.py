@@ -6,6 +6,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -43,7 +44,9 @@ from vmplug.journal.records import DeviceRecord
 from vmplug.manager.overlaps import Asked, Overlaps
 from vmplug.oci.requests import Request
 from vmplug.policy.budget import Budget
-from vmplug.policy.gate import PolicyCheck, not_overruled
+
+if TYPE_CHECKING:
+    from vmplug.policy.gate import PolicyCheck
 
 FindClaims = Callable[[HostDevice], Sequence[Claim]]
 
@@ -62,7 +65,7 @@ class CheckContext(msgspec.Struct, frozen=True, kw_only=True):
     is_held: Callable[[HostDevice], bool] = lambda _: False
     find_more: Callable[[HostDevice], Iterable[Finding]] = lambda _: ()
     vms: Mapping[int, VmProcess] = NO_VMS
-    gate: PolicyCheck | None = None
+    gate: "PolicyCheck | None" = None
     budget: Budget | None = None
 
 
@@ -174,6 +177,8 @@ def _examine_one(
     if verdict and verdict.is_named:  # the operator says that it gives random numbers
         findings = [finding for finding in findings if finding.code is not Code.NOT_RANDOM]
     if gate and verdict:
+        from vmplug.policy.gate import not_overruled  # noqa: PLC0415  2 ms, as there is one
+
         findings += not_overruled(findings, terms.allowed, verdict, gate.policy.name)
     return CheckedRequest(
         info=request,

@@ -1,11 +1,14 @@
 """How long may one request keep vmplug busy?"""
 
 import time
+from typing import TYPE_CHECKING
 
 from vmplug.errors import PolicyError
 from vmplug.oci.limits import REQUEST_S
 from vmplug.policy import DEFAULT_POLICY
-from vmplug.policy.rules import Policy
+
+if TYPE_CHECKING:
+    from vmplug.policy.rules import Policy
 
 
 class Budget:
@@ -14,7 +17,7 @@ class Budget:
     It is checked between steps, so that a request ends a step later at most.
     """
 
-    def __init__(self, policy: Policy | None) -> None:
+    def __init__(self, policy: "Policy | None") -> None:
         self._seconds = policy.request_s if policy else REQUEST_S
         self._where = policy.name if policy else DEFAULT_POLICY
         self._ends_at = time.monotonic() + self._seconds

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vmplug.cli.render.kata_agent import agent_json
 from vmplug.cli.render.output import access
 from vmplug.cli.render.table import (
     Column,
@@ -12,7 +11,6 @@ from vmplug.cli.render.table import (
     print_table,
     state_column,
 )
-from vmplug.manager.kata.annotations import find_agent_annotations
 
 if TYPE_CHECKING:
     from vmplug.drivers.place import GuestAddress
@@ -25,6 +23,8 @@ def attachments_json(
     attachments: "Iterable[Attachment]", held: "Iterable[Attachment]"
 ) -> list[dict[str, Any]]:
     """Each of them; `held` is everything that their VMs have."""
+    from vmplug.manager.kata.annotations import find_agent_annotations  # noqa: PLC0415  for JSON
+
     annotations = find_agent_annotations(held)
     return [attachment_json(attachment, annotations) for attachment in attachments]
 
@@ -56,6 +56,8 @@ def guest_json(
     guest = attachment.guest_address
     if guest is None:
         return None
+    from vmplug.cli.render.kata_agent import agent_json  # noqa: PLC0415  for JSON
+
     return {
         "pci_path": str(guest.pci_path) if guest.pci_path else None,
         "scsi_address": str(guest.scsi_address) if guest.scsi_address else None,

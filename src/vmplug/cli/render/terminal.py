@@ -4,7 +4,6 @@ import os
 import sys
 from enum import StrEnum
 from typing import TextIO
-from unicodedata import combining, east_asian_width
 
 import click
 
@@ -112,6 +111,8 @@ def columns_of(text: str) -> int:
 
 
 def _columns_of_letter(letter: str) -> int:
+    from unicodedata import combining, east_asian_width  # noqa: PLC0415  for few texts
+
     if combining(letter):
         return 0
     return 2 if east_asian_width(letter) in {"F", "W"} else 1
