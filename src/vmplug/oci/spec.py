@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated
 
@@ -42,6 +42,7 @@ from vmplug.oci.requests import Named
 from vmplug.oci.source import read_source
 
 Id = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+_Number = tuple[int, int]
 Word = Annotated[str, msgspec.Meta(max_length=NAME_BYTES_MAX)]
 
 
@@ -201,16 +202,13 @@ def _devices(linux: _Linux, options: Mapping[str, Mapping[str, str]]) -> tuple[D
     read_only = _read_only((linux.resources and linux.resources.devices) or [])
     devices: dict[str, DeviceInfo] = {}
     for index, device in enumerate(linux.devices or []):
-        where = f"$.linux.devices[{index}]"
-        info = _device_info(device, where)
-        if info.dev_type is DevType.BLOCK and (info.major, info.minor) in read_only:
-            info = replace(info, read_only=True)
+        info = _device_info(device, index, read_only)
         if info.container_path in options:
             info = replace(info, driver_options=options[info.container_path])
         known = devices.setdefault(info.container_path, info)
         if known is not info and known != info:
             raise SpecError(
-                f"{where}.path",
+                f"{_place(index)}.path",
                 f"{info.container_path} is requested twice with different settings: as "
                 f"{known.description} and as {info.description}"
                 + ("" if known.description != info.description else " with another mode or owner"),
@@ -308,35 +306,46 @@ def _json_position(data: bytes) -> str | None:
 _DEV_TYPES = {dev_type.value: dev_type for dev_type in DevType}
 
 
-def _device_info(device: _Device, where: str) -> DeviceInfo:
-    path = normal_container_path(device.path, f"{where}.path")
+def _place(index: int) -> str:
+    return f"$.linux.devices[{index}]"
+
+
+def _device_info(device: _Device, index: int, read_only: Collection[_Number]) -> DeviceInfo:
     dev_type = _DEV_TYPES.get(device.type)
     if dev_type is None:
         raise SpecError(
-            f"{where}.type", f"{device.type!r} is not a device type; expected b, c, u or p"
+            f"{_place(index)}.type",
+            f"{device.type!r} is not a device type; expected b, c, u or p",
         )
-    return DeviceInfo(
-        container_path=path,
-        dev_type=dev_type,
-        devnum=_devnum(device, where) if dev_type is not DevType.FIFO else None,
-        file_mode=_file_mode(device, dev_type, where),
-        uid=device.uid,
-        gid=device.gid,
-    )
+    devnum = _devnum(device, index) if dev_type is not DevType.FIFO else None
+    file_mode = _file_mode(device, dev_type, index)
+    try:
+        return DeviceInfo(
+            container_path=device.path,
+            dev_type=dev_type,
+            devnum=devnum,
+            read_only=dev_type is DevType.BLOCK and devnum in read_only,
+            file_mode=file_mode,
+            uid=device.uid,
+            gid=device.gid,
+        )
+    except SpecError:  # only the path is left, and its place is not known there
+        normal_container_path(device.path, f"{_place(index)}.path")
+        raise
 
 
-def _devnum(device: _Device, where: str) -> DevNum:
+def _devnum(device: _Device, index: int) -> DevNum:
     if device.major is None or device.minor is None:
         missing = "major" if device.major is None else "minor"
         raise SpecError(
-            f"{where}.{missing}",
+            f"{_place(index)}.{missing}",
             f"missing; a device of type {device.type} needs major and minor",
         )
     try:
         return DevNum(device.major, device.minor)
     except ValueError as error:
         field = "major" if str(error).startswith("major") else "minor"
-        raise SpecError(f"{where}.{field}", str(error)) from error
+        raise SpecError(f"{_place(index)}.{field}", str(error)) from error
 
 
 _FILE_TYPES = {
@@ -347,16 +356,17 @@ _FILE_TYPES = {
 }
 
 
-def _file_mode(device: _Device, dev_type: DevType, where: str) -> int | None:
+def _file_mode(device: _Device, dev_type: DevType, index: int) -> int | None:
     """Permission bits; engines also write the whole st_mode, whose type must then agree."""
     mode = device.file_mode
     if mode is None:
         return None
     if not 0 <= mode <= 0o177777:
-        raise SpecError(f"{where}.fileMode", f"{mode} is not a file mode")
+        raise SpecError(f"{_place(index)}.fileMode", f"{mode} is not a file mode")
     if stat.S_IFMT(mode) not in {0, _FILE_TYPES[dev_type]}:
         raise SpecError(
-            f"{where}.fileMode", f"{mode:#o} is not the mode of a device of type {dev_type}"
+            f"{_place(index)}.fileMode",
+            f"{mode:#o} is not the mode of a device of type {dev_type}",
         )
     return stat.S_IMODE(mode)
 
@@ -364,14 +374,14 @@ def _file_mode(device: _Device, dev_type: DevType, where: str) -> int | None:
 _ACCESS = re.compile(r"[rwm]*\Z")
 
 
-def _read_only(rules: list[_Rule]) -> set[tuple[int | None, int | None]]:
+def _read_only(rules: list[_Rule]) -> set[_Number]:
     """The numbers of block devices that a rule for that device alone allows only for reading.
 
     Rules apply in order, as the kernel's device cgroup applies them. A rule with a wildcard does
     not count for one device: engines write `a *:* rwm` and `b *:* m` for every container.
     """
     check_count("$.linux.resources.devices", "rules", len(rules), RULES_MAX)
-    allowed: dict[tuple[int, int], set[str]] = {}
+    allowed: dict[_Number, set[str]] = {}
     for index, rule in enumerate(rules):
         if not _ACCESS.match(rule.access or ""):
             raise SpecError(
