@@ -439,7 +439,7 @@ def test_unplugging_leaves_nothing(awake: Side, drive: BlockDrive, place: DiskPl
     before = awake.parts()
     with Connected(awake) as vm:
         vm.plug(drive, place)
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], UNPLUG_S) == {}
         assert vm.find_devices() == {}
     assert awake.parts() == before
@@ -449,7 +449,7 @@ def test_limits_and_thread_go_with_the_device(awake: Side, laden: BlockDrive) ->
     before = awake.parts()
     with Connected(awake) as vm:
         vm.plug(laden, RP0)
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], UNPLUG_S) == {}
     assert awake.parts() == before
 
@@ -461,8 +461,8 @@ def test_several_go_together(
     with Connected(awake) as vm:
         vm.plug(laden, RP0)
         vm.plug(other_drive, LUN3)
-        vm.request_unplug(ID)
-        vm.request_unplug(OTHER_ID)
+        assert not vm.request_unplug([ID])
+        assert not vm.request_unplug([OTHER_ID])
         assert vm.wait_unplugged([ID, OTHER_ID], UNPLUG_S) == {}
     assert awake.parts() == before
 
@@ -471,7 +471,7 @@ def test_a_place_can_be_used_again_and_again(awake: Side, drive: BlockDrive) -> 
     with Connected(awake) as vm:
         for _ in range(3):
             vm.plug(drive, RP0)
-            vm.request_unplug(ID)
+            assert not vm.request_unplug([ID])
             assert vm.wait_unplugged([ID], UNPLUG_S) == {}
 
 
@@ -480,7 +480,7 @@ def test_a_scsi_disk_needs_no_guest_to_go(side: Side, drive: BlockDrive) -> None
     before = side.parts()
     with Connected(side) as vm:
         vm.plug(drive, LUN3)
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], UNPLUG_S) == {}
     assert side.parts() == before
 
@@ -491,9 +491,9 @@ def test_a_silent_guest_keeps_the_device_whole(side: Side, laden: BlockDrive) ->
         vm.plug(laden, RP0)
         before = side.parts()
 
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
 
         assert vm.find_devices() == {ID: True}
@@ -507,7 +507,7 @@ def test_a_guest_that_wakes_lets_go_of_what_it_was_asked_for(
     with Connected(awake) as vm:
         vm.plug(laden, RP0)
         awake.silence()
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
 
         awake.wake()
@@ -521,13 +521,13 @@ def test_what_went_while_nobody_listened_is_noticed(awake: Side, laden: BlockDri
     awake.silence()
     with Connected(awake) as vm:
         vm.plug(laden, RP0)
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
     awake.wake()
     awake.wait_gone(NAME)
 
     with Connected(awake) as vm:
         assert vm.find_devices() == {ID: False}
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], UNPLUG_S) == {}
     assert awake.parts() == before
 
@@ -539,8 +539,8 @@ def test_only_those_are_left_that_the_guest_keeps(
     with Connected(side) as vm:
         vm.plug(drive, RP0)
         vm.plug(other_drive, LUN3)
-        vm.request_unplug(ID)
-        vm.request_unplug(OTHER_ID)
+        assert not vm.request_unplug([ID])
+        assert not vm.request_unplug([OTHER_ID])
         assert vm.wait_unplugged([ID, OTHER_ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
         assert vm.find_devices() == {ID: True}
     assert side.parts().vmplugs() == {NAME}
@@ -549,7 +549,7 @@ def test_only_those_are_left_that_the_guest_keeps(
 def test_a_device_that_is_not_there_is_unplugged_already(side: Side) -> None:
     before = side.parts()
     with Connected(side) as vm:
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], UNPLUG_S) == {}
         assert vm.wait_unplugged([], UNPLUG_S) == {}
     assert side.parts() == before
@@ -583,7 +583,7 @@ def test_what_others_have_is_neither_found_nor_taken_away(side: Side, drive: Blo
     with Connected(side) as vm:
         vm.plug(drive, LUN3)
         assert vm.find_devices() == {ID: True}
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], UNPLUG_S) == {}
         assert vm.find_devices() == {}
     assert side.parts() == before
@@ -626,12 +626,12 @@ def test_a_guest_that_refuses_is_told_apart_from_a_silent_one(drive: BlockDrive)
     hypervisor = FakeHypervisor()
     hypervisor.plug(drive, RP0)
     hypervisor.monitor.guest = Guest.REFUSES
-    hypervisor.request_unplug(ID)
+    assert not hypervisor.request_unplug([ID])
     assert hypervisor.wait_unplugged([ID], UNPLUG_S) == {ID: UnplugFailure.REFUSED}
     assert hypervisor.find_devices() == {ID: True}
 
     hypervisor.monitor.guest = Guest.ANSWERS
-    hypervisor.request_unplug(ID)
+    assert not hypervisor.request_unplug([ID])
     assert hypervisor.wait_unplugged([ID], UNPLUG_S) == {}
 
 
@@ -639,9 +639,9 @@ def test_a_refusal_of_the_past_does_not_count(drive: BlockDrive) -> None:
     hypervisor = FakeHypervisor()
     hypervisor.plug(drive, RP0)
     hypervisor.monitor.guest = Guest.REFUSES
-    hypervisor.request_unplug(ID)
+    assert not hypervisor.request_unplug([ID])
     hypervisor.monitor.guest = Guest.SILENT
-    hypervisor.request_unplug(ID)
+    assert not hypervisor.request_unplug([ID])
     assert hypervisor.wait_unplugged([ID], AT_ONCE_S) == {ID: UnplugFailure.TIMEOUT}
 
 

@@ -107,7 +107,7 @@ def try_plug(side: Side, host: HostRoot, monitor: Monitor | None = None) -> Comm
             vm.plug(group(), at("rp0"))
         except CommandError as error:
             return error
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], 1.0) == {}
         return None
 

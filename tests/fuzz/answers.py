@@ -100,7 +100,7 @@ def check(data: bytes) -> None:
             qemu.status,
             lambda: qemu.plug(drive, place),
             lambda: qemu.resize(DEVICE, 1 << 20),
-            lambda: qemu.request_unplug(DEVICE),
+            lambda: qemu.request_unplug([DEVICE]),
             lambda: qemu.wait_unplugged([DEVICE], 0.0),
             qemu.offer,
         ):

@@ -750,7 +750,7 @@ def test_the_guest_sees_the_physical_sectors_of_a_disk(
             f"cat {queue}/logical_block_size {queue}/physical_block_size"
         )
         assert said.split() == ["512", str(physical)]
-        vm.request_unplug(drive.id)
+        assert not vm.request_unplug([drive.id])
         assert vm.wait_unplugged([drive.id], 20) == {}
 
 

@@ -1,6 +1,7 @@
 """The free places of a VM for a device, lowest first, or the reason why there are none."""
 
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 
 from vmplug.address import CcwDevNo, PciSlot, ScsiAddress
@@ -45,14 +46,29 @@ def _slots(port: Port) -> Iterator[PciPlace]:
         yield PciPlace(bus=port.bus, slot=slot, path=port.path.child(slot))
 
 
+class Taken(set[str]):
+    """The places, as text, that one plan may not give to a device. They only become more.
+
+    `full_to` says for each SCSI bus, and for leases, how many of the first places are not free:
+    the search for the next one goes on there.
+    """
+
+    def __init__(self, places: Iterable[str] = ()) -> None:
+        super().__init__(places)
+        self.full_to = Counter[str]()
+
+
 def scsi_places(offer: Places, taken: Collection[str] = ()) -> Iterator[ScsiPlace]:
     """Free addresses of virtio-scsi controllers. Many may be `taken`: they cost no object."""
+    full_to = taken.full_to if isinstance(taken, Taken) else Counter[str]()
     for controller in offer.controllers:
-        used = {address.index for address in controller.used}
-        for index in range(1 << 16):
-            if index not in used and _scsi_text(controller.bus, index) not in taken:
-                address = ScsiAddress.from_index(index)
-                yield ScsiPlace(bus=controller.bus, address=address, path=controller.path)
+        bus = controller.bus
+        for index in range(full_to[bus], 1 << 16):
+            is_taken = _scsi_text(bus, index) in taken
+            if not is_taken and (a := ScsiAddress.from_index(index)) not in controller.used:
+                yield ScsiPlace(bus=bus, address=a, path=controller.path)
+            elif index == full_to[bus]:
+                full_to[bus] += 1
 
 
 def _scsi_text(bus: str, index: int) -> str:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from vmplug.errors import CommandError
+
 if TYPE_CHECKING:  # a journal, and a VM, is known without them
     from vmplug.drivers.place import GuestAddress, Place, Places
     from vmplug.drivers.plug import Plug
@@ -173,8 +175,11 @@ class Hypervisor(Protocol):
         when the opened file is not the one that was checked.
         """
 
-    def request_unplug(self, device_id: str) -> None:
-        """Ask the guest to release it; returns at once, also when it was asked before."""
+    def request_unplug(self, device_ids: Sequence[str]) -> dict[str, CommandError]:
+        """Ask the guest to release them in turn; returns at once, also when it was asked before.
+
+        Returns the refusal of each device that the guest could not be asked for.
+        """
 
     def wait_unplugged(
         self, device_ids: Sequence[str], timeout_s: float

@@ -278,7 +278,8 @@ class _Chooser:
     def __init__(self, group: VfioGroup, offer: Places, taken: Collection[str]) -> None:
         self._what = f"{group.host_path} ({', '.join(group.members)})"
         self._offer = offer
-        self._taken = set(taken)
+        places = (place.rpartition("/") for place in taken)
+        self._used = {f"{bus}/{slot.partition('.')[0]}" for bus, _, slot in places}
 
     def each(self, clusters: Sequence[_Cluster], port: PortKind | None) -> GroupPlace:
         """A place for each slot by itself."""
@@ -341,16 +342,15 @@ class _Chooser:
             if self._offer.mode is PlugMode.HOT and not port.windows.hold(cluster.needed):
                 too_small = port
                 continue
-            self._taken.add(f"{port.bus}/{free}")
+            self._used.add(f"{port.bus}/{free}")
             slots = [PciSlot(free.slot, number) for number in cluster.functions]
             return [PciPlace(bus=port.bus, slot=s, path=port.path.child(s)) for s in slots]
         raise self._too_small(cluster) if too_small else self._none_free(cluster, kind)
 
     def _free_slot(self, port: Port) -> PciSlot | None:
         """A slot with no function taken."""
-        places = (place.rpartition("/") for place in self._taken)
-        used = {f"{bus}/{slot.partition('.')[0]}" for bus, _, slot in places}
-        return next((slot for slot in port.free if f"{port.bus}/{slot}" not in used), None)
+        slots = (slot for slot in port.free if f"{port.bus}/{slot}" not in self._used)
+        return next(slots, None)
 
     def _too_small(self, cluster: _Cluster) -> NoFreePort:
         need = max(cluster.needed.prefetchable, cluster.needed.other)

@@ -1,6 +1,7 @@
 """Which attachment do people mean? By its id or that of its device, whole or as it begins."""
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 from vmplug.errors import AmbiguousId, NotAttached
 from vmplug.journal.records import Attachment
@@ -9,23 +10,38 @@ from vmplug.journal.state import State
 _MOST_LISTED = 8
 
 
-def find_holds(name: str, holds: Iterable[Attachment]) -> list[Attachment]:
-    """Everything that `name` may mean; a whole id means nothing else that begins so."""
-    known = list(holds)
-    exact = [hold for hold in known if name in {hold.id, hold.device_id}]
-    if exact or not name:
-        return exact
-    return [hold for hold in known if hold.id.startswith(name) or hold.device_id.startswith(name)]
+class _Holds:
+    """Holds by their ids and those of their devices."""
+
+    def __init__(self, holds: Iterable[Attachment]) -> None:
+        self._by_id = defaultdict[str, list[Attachment]](list)
+        for hold in holds:
+            for known in {hold.id, hold.device_id}:
+                self._by_id[known].append(hold)
+
+    def find(self, name: str) -> list[Attachment]:
+        """Everything that `name` may mean; a whole id means nothing else that begins so."""
+        if name in self._by_id or not name:
+            return self._by_id.get(name, [])
+        begun = [holds for known, holds in self._by_id.items() if known.startswith(name)]
+        return list({hold.id: hold for holds in begun for hold in holds}.values())
 
 
-def choose_hold(name: str, holds: Iterable[Attachment], absent: NotAttached) -> Attachment:
-    """The one hold that `name` means.
+def choose_holds(
+    names: Iterable[str], holds: Iterable[Attachment], absent: Callable[[str], NotAttached]
+) -> list[Attachment]:
+    """The one hold that each of the names means.
 
-    Raises `absent`, AmbiguousId, and NotAttached for one that its owner has released.
+    Raises `absent` of a name, AmbiguousId, and NotAttached for one that its owner has released.
     """
-    found = find_holds(name, holds)
+    known = _Holds(holds)
+    return [_choose_hold(name, known, absent) for name in names]
+
+
+def _choose_hold(name: str, holds: _Holds, absent: Callable[[str], NotAttached]) -> Attachment:
+    found = holds.find(name)
     if not found:
-        raise absent
+        raise absent(name)
     if len(found) > 1:
         raise _ambiguous(name, found)
     (hold,) = found
@@ -40,7 +56,7 @@ def choose_hold(name: str, holds: Iterable[Attachment], absent: NotAttached) -> 
 
 def choose_device(name: str, holds: Iterable[Attachment], absent: NotAttached) -> Attachment:
     """A hold on the one device that `name` means. Raises `absent` and AmbiguousId."""
-    found = find_holds(name, holds)
+    found = _Holds(holds).find(name)
     if not found:
         raise absent
     if len({hold.device_id for hold in found}) > 1:

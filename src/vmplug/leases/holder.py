@@ -19,7 +19,7 @@ from vmplug.drivers.place import LeasePlace, Place, Places, PlugMode
 from vmplug.drivers.plug import BlockDrive, Plug, RNGDevice, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import START_DAEMON, Choose, Command, Endpoint, Hypervisor, Step
 from vmplug.drivers.ports import UnplugFailure as Failure
-from vmplug.errors import AttributeReadError, InUse, NoSuchDevice
+from vmplug.errors import AttributeReadError, CommandError, InUse, NoSuchDevice
 from vmplug.host.file_id import pinned
 from vmplug.host.finding import Code
 from vmplug.host.pci.function import find_function
@@ -212,11 +212,13 @@ class LeaseHolder(Hypervisor):
         opened.group_descriptor = kept.pop(plug.node, None)
         opened.nodes = kept
 
-    def request_unplug(self, device_id: str) -> None:
-        """See Hypervisor: close what this process has of it."""
-        if connection := self._connections.pop(device_id, None):
-            connection.close()
-        _close(self.opened.pop(device_id, Opened()))
+    def request_unplug(self, device_ids: Sequence[str]) -> dict[str, CommandError]:
+        """See Hypervisor: close what this process has of them."""
+        for device_id in device_ids:
+            if connection := self._connections.pop(device_id, None):
+                connection.close()
+            _close(self.opened.pop(device_id, Opened()))
+        return {}
 
     def wait_unplugged(
         self,
@@ -235,8 +237,7 @@ class LeaseHolder(Hypervisor):
 
     def close_all(self) -> None:
         """Close everything: the process that has inherited it is its holder, if there is one."""
-        for device_id in [*self.opened, *self._connections]:
-            self.request_unplug(device_id)
+        self.request_unplug([*self.opened, *self._connections])
 
     def close_files(self, device_ids: Collection[str]) -> None:
         """See Hypervisor: nothing is passed that is not used."""

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 from msgspec.structs import replace
 
+from vmplug.drivers.free_places import Taken
 from vmplug.drivers.place import Place
 from vmplug.drivers.plug import Plug, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import NewPlug
@@ -47,11 +48,11 @@ def make_words(
         )
     daemons = HostVirtiofsdRunner("")  # those of a lease run already
     words = ForeignQemu(command, of_program(command.program), daemons, host)
-    offer, taken = words.offer(), set[str]()
+    offer, taken = words.offer(), Taken()
     planned = list[tuple[Plug, Place]]()
     for device_id, chosen in holder.chosen.items():
         place = chosen.driver.choose_place(chosen.device, offer, taken)
-        taken |= set(str(place).split())
+        taken.update(str(place).split())
         read_only = records[device_id].read_only
         new = NewPlug(id=device_id, device=chosen.device, read_only=read_only)
         plug = _as_leased(chosen.driver.plan(new, place, offer), holder)

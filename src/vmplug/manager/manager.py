@@ -7,6 +7,7 @@ from typing import Self
 
 from msgspec.structs import replace
 
+from vmplug.drivers.free_places import Taken
 from vmplug.drivers.place import Place, Places
 from vmplug.drivers.ports import Endpoint, Hypervisor, PlugDriver, Step
 from vmplug.errors import (
@@ -31,7 +32,7 @@ from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.journal import Journal
 from vmplug.journal.names import check_owner, check_vm_name
-from vmplug.journal.naming import choose_device, choose_hold
+from vmplug.journal.naming import choose_device, choose_holds
 from vmplug.journal.records import Attachment, DeviceRecord, foreign_names
 from vmplug.journal.state import State, holds_nothing, not_attached
 from vmplug.log import Log
@@ -287,7 +288,7 @@ class DeviceManager:
         self._meet()
         held = self.attachments()
         absent = partial(not_attached, vm=self._vm, has_ended=bool(self._former))
-        chosen = [choose_hold(name, held, absent(name)) for name in attachment_ids]
+        chosen = choose_holds(attachment_ids, held, absent)
         self._release([hold.id for hold in chosen], timeout_s, whole=whole)
         log_holds("released", chosen)
 
@@ -413,7 +414,7 @@ class DeviceManager:
         )
 
     def _choose(
-        self, driver: PlugDriver, device: HostDevice, taken: set[str]
+        self, driver: PlugDriver, device: HostDevice, taken: Taken
     ) -> tuple[Place, Places]:
         """A place in the last known offer; in a new one if that is full, or has lost a part."""
         with suppress(NoFreePort, CommandError):

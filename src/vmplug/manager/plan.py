@@ -1,12 +1,12 @@
 """Plan an attach completely before its first step."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 from msgspec.structs import replace
 
 from vmplug.address import new_id
+from vmplug.drivers.free_places import Taken
 from vmplug.drivers.place import LEASED, LeasePlace, MemorySlot, Offer, Place, Places
 from vmplug.drivers.plug import Plug, guest_address
 from vmplug.drivers.ports import BIND, UNBIND, Command, NewPlug, PlugDriver, Step
@@ -30,7 +30,7 @@ from vmplug.manager.examine import CheckedRequest, refuse, refuse_not_allowed
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request, ShareInfo
 
-Choose = Callable[[PlugDriver, HostDevice, set[str]], tuple[Place, Places]]
+Choose = Callable[[PlugDriver, HostDevice, Taken], tuple[Place, Places]]
 """Returns a place for a device that is not taken, and the offer that has it."""
 
 
@@ -49,17 +49,15 @@ class LeaseOffer(Offer, frozen=True, kw_only=True):
 
     chosen: dict[int, Chosen] = msgspec.field(default_factory=dict)
 
-    def choose(self, driver: PlugDriver, device: HostDevice, taken: Collection[str]) -> LeasePlace:
-        """The lowest number that is not among the taken places, which are text."""
-        places = (LeasePlace(number=number) for number in count())
-        place = next(place for place in places if str(place) not in taken)
+    def choose(self, driver: PlugDriver, device: HostDevice, taken: Taken) -> LeasePlace:
+        """The lowest number that is not among the taken places."""
+        while str(place := LeasePlace(number=taken.full_to[LEASED])) in taken:
+            taken.full_to[LEASED] += 1
         self.chosen[place.number] = Chosen(driver=driver, device=device)
         return place
 
 
-def choose_place(
-    driver: PlugDriver, device: HostDevice, offer: Places, taken: Collection[str]
-) -> Place:
+def choose_place(driver: PlugDriver, device: HostDevice, offer: Places, taken: Taken) -> Place:
     """A free place; of a lease any number will do. Raises as `PlugDriver.choose_place`."""
     if isinstance(offer, LeaseOffer):
         return offer.choose(driver, device, taken)
@@ -118,13 +116,13 @@ def make_plan(
             record = records[identity]
             raise on_its_way(record.vm, record.host_path, record.state)
     new: dict[Identity, NewDevice] = {}
-    taken = _taken(records.values())
+    taken = Taken(_places_of(records.values()))
     for identity, requests in wanted.items():
         if identity not in records:
             new[identity] = _new_device(requests, vm, taken, choose, new_id(journal_id))
             _check_tag(new[identity].record, records.values())
             records[identity] = new[identity].record
-            taken |= _taken([records[identity]])
+            taken.update(_places_of([records[identity]]))
         for request in requests:
             if error := _misfit(records[identity], request, requests):
                 raise error
@@ -137,9 +135,9 @@ def make_plan(
     return Plan(new=tuple(ordered), holds=tuple(holds), revived=tuple(retained))
 
 
-def _taken(records: Iterable[DeviceRecord]) -> set[str]:
+def _places_of(records: Iterable[DeviceRecord]) -> Iterator[str]:
     """Every place that a device has; a group has several."""
-    return {word for record in records for word in (record.place or "").split()}
+    return (word for record in records for word in (record.place or "").split())
 
 
 def bind_steps(new: NewDevice, host: HostRoot, *, managed: bool) -> list[Step]:
@@ -166,7 +164,7 @@ def find_places(
     answers = [
         request.as_counted() if _is_known(request, records) else request for request in examined
     ]
-    taken = _taken(records.values())
+    taken = Taken(_places_of(records.values()))
     indices: dict[Identity, list[int]] = {}
     for index, request in enumerate(answers):
         if request.device and not request.is_refused:
@@ -176,7 +174,7 @@ def find_places(
         try:
             if is_new := identity not in records:
                 records[identity] = _new_record(requests, vm, records, taken, choose)
-                taken |= _taken([records[identity]])
+                taken.update(_places_of([records[identity]]))
             record = records[identity]
             if record.state not in {State.ATTACHED, State.RETAINED} and not is_new:
                 raise on_its_way(record.vm, record.host_path, record.state)
@@ -193,7 +191,7 @@ def _new_record(
     requests: Sequence[CheckedRequest],
     vm: str,
     records: Mapping[Identity, DeviceRecord],
-    taken: set[str],
+    taken: Taken,
     choose: Choose,
 ) -> DeviceRecord:
     """The record that an attach would write. Raises as `make_plan`."""
@@ -231,7 +229,7 @@ def _identity(request: CheckedRequest) -> Identity:
 def _new_device(
     requests: Sequence[CheckedRequest],
     vm: str,
-    taken: set[str],
+    taken: Taken,
     choose: Choose,
     device_id: str,
 ) -> NewDevice:
@@ -289,7 +287,9 @@ def _without_numbers(new: Iterable[NewDevice]) -> list[NewDevice]:
     if len(nvdimms) <= 1:
         return devices
     return [
-        replace(device, record=_without_number(device.record)) if device in nvdimms else device
+        replace(device, record=_without_number(device.record))
+        if isinstance(device.place, MemorySlot)
+        else device
         for device in devices
     ]
 

@@ -26,7 +26,7 @@ import msgspec
 
 from vmplug.address import journal_id_of
 from vmplug.drivers.ports import Hypervisor, UnplugFailure
-from vmplug.errors import CommandError, StateError
+from vmplug.errors import StateError
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State
@@ -197,13 +197,9 @@ def _unplug(
     hypervisor: Hypervisor, device_ids: Sequence[str], held: Mapping[str, bool], timeout_s: float
 ) -> dict[str, str]:
     """The reason for each device that is still there."""
-    refused = {}
-    for device_id in device_ids:
-        if held.get(device_id):
-            try:
-                hypervisor.request_unplug(device_id)
-            except CommandError as error:
-                refused[device_id] = error.message
+    asked = [device_id for device_id in device_ids if held.get(device_id)]
+    answers = hypervisor.request_unplug(asked) if asked else {}
+    refused = {device_id: error.message for device_id, error in answers.items()}
     parts = [i for i in device_ids if i in held and i not in refused]
     left = dict[str, UnplugFailure]()
     if parts:

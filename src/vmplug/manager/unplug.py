@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from vmplug.drivers.ports import Hypervisor, UnplugFailure
-from vmplug.errors import BindError, CommandError
+from vmplug.errors import BindError
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import DeviceRecord, foreign_names
 from vmplug.journal.state import State, unplug_error
@@ -42,35 +42,28 @@ class Unplugger(msgspec.Struct, frozen=True, kw_only=True):
     def _unplug(self, records: Sequence[DeviceRecord], timeout_s: float) -> None:
         self.hypervisor.claim_foreign_names(foreign_names(records))
         plugged = [record.id for record in records if record.place]
-        asked: list[str] = []
-        failed: CommandError | None = None
-        for device_id in plugged:
-            try:
-                self.hypervisor.request_unplug(device_id)
-                asked.append(device_id)
-            except CommandError as error:
-                self.journal.set_state([device_id], State.ATTACHED)
-                failed = error
-        left = self._wait(asked, records, timeout_s) if asked else {}
-        stay = {*left, *(set(plugged) - set(asked))}
+        refused = self.hypervisor.request_unplug(plugged) if plugged else {}
+        if refused:
+            self.journal.set_state(list(refused), State.ATTACHED)
+        asked = [record for record in records if record.place and record.id not in refused]
+        left = self._wait(asked, timeout_s) if asked else {}
+        stay = left.keys() | refused.keys()
         gone = [record.id for record in records if record.id not in stay]
         unreturned = self.give_back(gone)
         self.journal.forget_devices(gone)
-        if failed:
-            raise failed
+        if refused:
+            raise refused.popitem()[1]
         if left:
             paths = {r.id: r.host_path for r in self.journal.devices(self.vm)}
             raise unplug_error(left, paths, timeout_s=timeout_s, status=self.hypervisor.status)
         if unreturned:
             raise unreturned
 
-    def _wait(
-        self, asked: Sequence[str], records: Sequence[DeviceRecord], timeout_s: float
-    ) -> dict[str, UnplugFailure]:
-        paths = [record.host_path for record in records if record.id in asked]
+    def _wait(self, asked: Sequence[DeviceRecord], timeout_s: float) -> dict[str, UnplugFailure]:
+        paths = [record.host_path for record in asked]
         what = f"the guest of VM {self.vm} to release {_few(paths)}"
         with waiting(what, timeout_s):
-            return self.hypervisor.wait_unplugged(asked, timeout_s)
+            return self.hypervisor.wait_unplugged([record.id for record in asked], timeout_s)
 
     def give_back(self, device_ids: Iterable[str]) -> BindError | None:
         """Give functions that `managed` bound back to their drivers; returns the failure, if any.

@@ -1,6 +1,7 @@
 """Attachments of all VMs: detached by id or by owner, resized."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -8,7 +9,7 @@ import msgspec
 from vmplug.errors import DeviceError, NotAttached
 from vmplug.host.finding import spoken_holder
 from vmplug.journal.journal import Journal
-from vmplug.journal.naming import choose_device, choose_hold
+from vmplug.journal.naming import choose_device, choose_holds
 from vmplug.journal.records import Attachment
 from vmplug.journal.state import State
 from vmplug.manager import UNPLUG_TIMEOUT_S
@@ -79,7 +80,7 @@ def report_detach(
     """`detach_attachments`, which reports what was detached also when a VM fails."""
     with Journal.open_existing(setup.state_dir) as journal:
         known = journal.attachments()
-    chosen = [choose_hold(name, known, _not_attached(name)) for name in attachment_ids]
+    chosen = choose_holds(attachment_ids, known, _not_attached)
     return _detach(chosen, timeout_s, whole=False, setup=setup)
 
 
@@ -149,22 +150,28 @@ def _detach(
 ) -> DetachReport:
     """Detach in one VM after the other; one that is gone keeps no other from its turn."""
     failures = dict[str, DeviceError]()
-    for name in dict.fromkeys(hold.vm for hold in chosen):
-        ids = [hold.id for hold in chosen if hold.vm == name]
+    by_vm = defaultdict[str, list[str]](list)
+    for hold in chosen:
+        by_vm[hold.vm].append(hold.id)
+    for name, ids in by_vm.items():
         try:
             with connect_vm(name, setup=setup) as devices:
                 devices.detach_all(ids, timeout_s=timeout_s, whole=whole)
         except DeviceError as error:  # by whosever fault: the other VMs have their turn
             failures[name] = error
     with Journal.open_existing(setup.state_dir) as journal:
-        left = journal.attachments()
-    told = (_detached(hold, left, failed=hold.vm in failures) for hold in chosen)
+        left = defaultdict[str, list[Attachment]](list)
+        for hold in journal.attachments():
+            left[hold.device_id].append(hold)
+    told = (_detached(h, left[h.device_id], failed=h.vm in failures) for h in chosen)
     return DetachReport(detached=tuple(filter(None, told)), failures=failures)
 
 
-def _detached(hold: Attachment, left: Iterable[Attachment], *, failed: bool) -> Detached | None:
-    """None when the detach failed before it changed anything for good."""
-    holds = [other for other in left if other.device_id == hold.device_id]
+def _detached(hold: Attachment, holds: Sequence[Attachment], *, failed: bool) -> Detached | None:
+    """None when the detach failed before it changed anything for good.
+
+    `holds` are those on the device now.
+    """
     own = next((other for other in holds if other.id == hold.id), None)
     if own is None:
         is_gone = hold.guest_address is not None and not holds

@@ -1,5 +1,6 @@
 """What is plugged where, is it still on the host, and has an error on it stopped its VM?"""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -95,7 +96,9 @@ def find_failed_disks(
     All are asked at once, and a VM that does not answer in time is left out.
     """
     asked = [vm for vm in vms if not (vm.is_lease or vm.starting_by or is_gone(vm, journal.host))]
-    held = {vm.name: [device for device in devices if device.vm == vm.name] for vm in asked}
+    held = defaultdict[str, list[DeviceRecord]](list)
+    for device in devices:
+        held[device.vm].append(device)
     if not asked:
         return {}
     answers = _ask_all([(vm, held[vm.name], journal) for vm in asked])

@@ -536,12 +536,12 @@ def test_what_is_plugged_is_on_the_command_line_in_its_order() -> None:
     assert qemu.arguments() == arguments(steps, {})
     assert qemu.find_devices() == {ID: True, OTHER_ID: True}
     assert qemu.steps(first, PCI) == plug_steps(first, PCI, NEW)
-    qemu.request_unplug(ID)
+    assert not qemu.request_unplug([ID])
     assert qemu.wait_unplugged([ID], 0) == {}
     assert qemu.arguments() == arguments(plug_steps(second, CCW, NEW), {})
     assert qemu.find_devices() == {OTHER_ID: True}
-    qemu.request_unplug(ID)  # once more is as good as once
-    qemu.request_unplug("0000000000000000")
+    assert not qemu.request_unplug([ID])  # once more is as good as once
+    assert not qemu.request_unplug(["0000000000000000"])
     assert qemu.find_devices() == {OTHER_ID: True}
     qemu.close()
 
@@ -588,7 +588,7 @@ def test_a_daemon_ends_with_the_device_that_is_left_out() -> None:
     daemons = FakeDaemons()
     with cold(daemons) as qemu:
         qemu.plug(virtio_fs(None, daemon=DAEMON), PCI)
-        qemu.request_unplug(ID)
+        assert not qemu.request_unplug([ID])
         assert daemons.running == {}
         assert daemons.open_connections() == 0
         assert (qemu.descriptors(), qemu.arguments(), qemu.find_devices()) == ([], [], {})

@@ -60,7 +60,7 @@ def test_a_device_whose_event_was_lost_is_not_waited_for() -> None:
     vm = Qemu(monitor)
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
     machine.guest = Guest.SILENT
-    vm.request_unplug(ID)
+    assert not vm.request_unplug([ID])
     with ThreadPoolExecutor(1) as waiting:
         left = waiting.submit(vm.wait_unplugged, [ID], NEVER_S)
         machine.wake_guest()
@@ -75,7 +75,7 @@ def test_a_device_that_remains_after_a_lost_connection_is_waited_for() -> None:
     monitor = Deaf(machine)
     vm = Qemu(monitor)
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
-    vm.request_unplug(ID)
+    assert not vm.request_unplug([ID])
     with ThreadPoolExecutor(1) as waiting:
         left = waiting.submit(vm.wait_unplugged, [ID], 0.5)
         while not wait([left], timeout=0.01).done:
@@ -91,9 +91,9 @@ def test_a_refusal_does_not_end_the_wait_for_another_device() -> None:
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
     vm.plug(RNGDevice(id=OTHER_ID, filename="/dev/urandom"), OTHER_PLACE)
     machine.guest = Guest.REFUSES
-    vm.request_unplug(ID)
+    assert not vm.request_unplug([ID])
     machine.guest = Guest.SILENT
-    vm.request_unplug(OTHER_ID)
+    assert not vm.request_unplug([OTHER_ID])
     monitor.tell("DEVICE_UNPLUG_GUEST_ERROR", device=f"vmplug-{ID}")
     with ThreadPoolExecutor(1) as waiting:
         left = waiting.submit(vm.wait_unplugged, [ID, OTHER_ID], NEVER_S)
@@ -134,7 +134,7 @@ def test_an_object_that_qemu_still_uses_is_removed_on_another_try(words: str) ->
     monitor = Holding(FakeMonitor(), words, times=3)
     vm = Qemu(monitor)
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
-    vm.request_unplug(ID)
+    assert not vm.request_unplug([ID])
     assert vm.wait_unplugged([ID], NEVER_S) == {}
     assert (monitor.times, vm.find_devices()) == (0, {})
 
@@ -144,7 +144,7 @@ def test_an_object_that_qemu_never_releases_is_an_error() -> None:
     vm = Qemu(monitor)
     vm.release_timeout_s = 0.2
     vm.plug(RNGDevice(id=ID, filename="/dev/urandom"), PLACE)
-    vm.request_unplug(ID)
+    assert not vm.request_unplug([ID])
     with pytest.raises(CommandError, match="is in use"):
         vm.wait_unplugged([ID], NEVER_S)
     assert vm.find_devices() == {ID: False}

@@ -215,7 +215,7 @@ def test_a_vm_that_is_to_be_started_inherits_one_iommufd_for_all(tmp_path: Path)
             "vfio0",
             "vfio1",
         }
-        cold.request_unplug(ID)
+        assert not cold.request_unplug([ID])
         assert len(cold.descriptors()) == 2
         cold.started()
         assert not any(os.path.exists(f"/proc/self/fd/{n}") for n in files)
@@ -260,7 +260,7 @@ def test_all_functions_come_and_all_go(vm: FakeHypervisor) -> None:
     vm.plug(plug, at(place("rp0"), place("rp0", 1)))
     assert names(vm) == {NAME, f"{NAME}-f1"}
     assert vm.find_devices() == {ID: True}
-    vm.request_unplug(ID)
+    assert not vm.request_unplug([ID])
     assert vm.wait_unplugged([ID], 1.0) == {}
     assert names(vm) == set()
 
@@ -293,7 +293,7 @@ def test_a_silent_guest_keeps_the_group_and_a_second_request_is_harmless(
     vm.plug(group(function(0), function(1)), at(place("rp0"), place("rp0", 1)))
     vm.monitor.guest = Guest.SILENT
     for _ in range(2):
-        vm.request_unplug(ID)
+        assert not vm.request_unplug([ID])
         assert vm.wait_unplugged([ID], 0.01) == {ID: UnplugFailure.TIMEOUT}
     vm.monitor.wake_guest()
     assert vm.wait_unplugged([ID], 1.0) == {}
@@ -302,7 +302,7 @@ def test_a_silent_guest_keeps_the_group_and_a_second_request_is_harmless(
 def test_a_guest_that_refuses_is_told(vm: FakeHypervisor) -> None:
     vm.plug(group(function(0)), at(place("rp0")))
     vm.monitor.guest = Guest.REFUSES
-    vm.request_unplug(ID)
+    assert not vm.request_unplug([ID])
     assert vm.wait_unplugged([ID], 0.01) == {ID: UnplugFailure.REFUSED}
 
 

@@ -104,6 +104,7 @@ class FakeMonitor(FakeBackends, Monitor):
     fail_at: str | None = None
     sent: list[Command] = field(default_factory=list)
     devices: dict[str, _Device] = field(default_factory=dict)
+    _disks: dict[tuple[str, int, int], str] = field(default_factory=dict)
     _receivers: list[EventReceiver] = field(default_factory=list)
     _alone: threading.RLock = field(default_factory=threading.RLock)
 
@@ -259,7 +260,7 @@ class FakeMonitor(FakeBackends, Monitor):
         if driver == "nvdimm" and rest["slot"] >= self.memory_slots:
             valid = f"[0-{self.memory_slots - 1}]"
             raise Refused(f"invalid slot number {rest['slot']}, valid range is {valid}")
-        for _, other in self._occupants(bus_path):
+        for other in self._rivals(driver, bus_path, rest):
             self._check_place(driver, other, rest)
         if driver == "nvdimm" and rest["memdev"] in self._used("memdev"):
             raise Refused(f"can't use already busy memdev: {rest['memdev']}")
@@ -269,7 +270,16 @@ class FakeMonitor(FakeBackends, Monitor):
         self._check_vfio(rest)
         devfn = _devfn(rest.get("addr", "0x0"))
         self.devices[id] = _Device(driver, bus_path, {**properties, "addr": devfn})
+        if driver == "scsi-hd":
+            self._disks[_scsi_place(bus_path, rest)] = id
         return {}
+
+    def _rivals(self, driver: str, bus_path: str, properties: Mapping[str, Any]) -> list[str]:
+        """Devices that may be where that one shall be; a SCSI bus may have thousands."""
+        if driver != "scsi-hd":
+            return [name for _, name in self._occupants(bus_path)]
+        name = self._disks.get(_scsi_place(bus_path, properties))
+        return [name] if name and name in self.devices else []
 
     def _used(self, key: str) -> set[Any]:
         """What devices, and for a chardev networks, have as that property."""
@@ -314,9 +324,7 @@ class FakeMonitor(FakeBackends, Monitor):
             if found.driver == driver and found.properties["slot"] == properties["slot"]:
                 raise Refused(f"slot {properties['slot']} is busy")
         elif driver == "scsi-hd":
-            where = (properties["scsi_id"], properties["lun"])
-            if (found.properties["scsi-id"], found.properties["lun"]) == where:
-                raise Refused(f"lun already used by '{other}'")
+            raise Refused(f"lun already used by '{other}'")
         else:
             self._check_function(driver, other, properties)
 
@@ -376,6 +384,10 @@ class FakeMonitor(FakeBackends, Monitor):
 
 def _entry(name: str, kind: str) -> dict[str, str]:
     return {"name": name, "type": kind}
+
+
+def _scsi_place(bus_path: str, properties: Mapping[str, Any]) -> tuple[str, int, int]:
+    return bus_path, properties["scsi_id"], properties["lun"]
 
 
 def _devfn(addr: str) -> int:

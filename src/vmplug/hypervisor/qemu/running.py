@@ -311,9 +311,14 @@ class Qemu:
                     ) from error
                 raise
 
-    def request_unplug(self, device_id: str) -> None:
-        """Ask the guest to release it; returns at once, also when it was asked before."""
-        for name in sorted(self._present({device_id})):
+    def request_unplug(self, device_ids: Sequence[str]) -> dict[str, CommandError]:
+        """See Hypervisor. After a refusal a group is not asked for its other functions."""
+        refused = dict[str, CommandError]()
+        turns = {device_id: turn for turn, device_id in enumerate(device_ids)}
+        found = ((self._owner(name) or "", name) for name in self._present(turns.keys()))
+        for device_id, name in sorted(found, key=lambda one: (turns[one[0]], one[1])):
+            if device_id in refused:
+                continue
             self._unplug_waiter.expect(name)
             try:
                 self._monitor.execute(Command("device_del", {"id": name}))
@@ -322,7 +327,8 @@ class Qemu:
                     continue
                 self._unplug_waiter.forget(name)
                 if error.error_class != "DeviceNotFound":
-                    raise
+                    refused[device_id] = error
+        return refused
 
     def wait_unplugged(
         self, device_ids: Sequence[str], timeout_s: float

@@ -125,7 +125,7 @@ class HostSnapshot:
         self._open: dict[str, frozenset[str]] = {}
         self._daemons = {} if daemons is None else daemons
         self._silent = silent
-        self._marked: Mapping[int, str] | None = None
+        self._marked: Mapping[str, int] | None = None
         self._sockets = UnixSockets(host)
 
     def of(self, record: DeviceRecord) -> DeviceHealth | None:
@@ -280,13 +280,13 @@ class HostSnapshot:
             if self._marked is None:
                 from vmplug.drivers.plug import DAEMON_MARK  # noqa: PLC0415  2 ms, with places
 
-                self._marked = find_marked(DAEMON_MARK)
-            marks = {mark.partition(" ")[0]: pid for pid, mark in self._marked.items()}
-            if record.id not in marks:
+                marks = find_marked(DAEMON_MARK).items()
+                self._marked = {mark.partition(" ")[0]: pid for pid, mark in marks}
+            if record.id not in self._marked:
                 self._daemons.pop(record.id, None)
                 told = f"the virtiofsd that shares {record.host_path} has ended"
                 return DeviceHealth(HostState.GONE, told)
-            self._daemons[record.id] = marks[record.id]
+            self._daemons[record.id] = self._marked[record.id]
         return self._directory(record)
 
     # nodes and directories

@@ -6,7 +6,7 @@ Source: QEMU softmmu/vl.c, qemu_set_option; measured on QEMU 7.2.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Self
 
@@ -16,6 +16,7 @@ from vmplug.address import qemu_id
 from vmplug.drivers.place import MemorySlot, Place
 from vmplug.drivers.plug import BlockDrive, Plug, SharedFS, VFIODevices, VhostUserDevice
 from vmplug.drivers.ports import START_DAEMON, Command, Step
+from vmplug.errors import CommandError
 from vmplug.host.file_id import pinned
 from vmplug.host.pci.iommu import IOMMU_NODE
 from vmplug.host.root import HostRoot
@@ -172,8 +173,13 @@ class ColdDevices:
         given = [c.descriptor for c in commands if c.descriptor is not None]
         return list({*self._connections.values(), *given})
 
-    def request_unplug(self, device_id: str) -> None:
-        """Remove it from the command line."""
+    def request_unplug(self, device_ids: Sequence[str]) -> dict[str, CommandError]:
+        """Remove them from the command line."""
+        for device_id in device_ids:
+            self._remove(device_id)
+        return {}
+
+    def _remove(self, device_id: str) -> None:
         self._steps.pop(device_id, None)
         self._plugs.pop(device_id, None)
         self._connections.pop(qemu_id(device_id, LINK), None)
