@@ -1,6 +1,7 @@
 """Directories shared with the guest as virtio-fs, by a virtiofsd of vmplug's own or another's."""
 
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -48,6 +49,8 @@ from vmplug.oci.spec import parse_config
 pytestmark = [pytest.mark.qemu, pytest.mark.root]
 
 TAG = "work"
+CAP_DAC_READ_SEARCH = 2
+"""Source: include/uapi/linux/capability.h."""
 
 
 @pytest.fixture
@@ -238,6 +241,20 @@ def test_every_cache_mode_serves(
     attachment = open_lab.devices.attach(info)
     assert has_cache(directory, mode)
     assert_shared(open_lab, directory)
+    open_lab.devices.detach(attachment.id)
+
+
+def test_no_file_outside_of_the_directory_can_be_opened_by_its_handle(
+    open_lab: OpenLab, directory: Path
+) -> None:
+    """A handle is a number that a guest may guess; the capability opens it wherever it is."""
+    attachment = open_lab.devices.attach(ShareInfo(tag=TAG, source=str(directory)))
+    serving = daemons_below(directory)
+    assert serving
+    for pid in serving:
+        status = Path(f"/proc/{pid}/status").read_text()
+        (capabilities,) = re.findall(r"^CapEff:\s(\w+)$", status, re.MULTILINE)
+        assert not int(capabilities, 16) & 1 << CAP_DAC_READ_SEARCH
     open_lab.devices.detach(attachment.id)
 
 

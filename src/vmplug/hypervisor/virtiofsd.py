@@ -5,7 +5,7 @@ made before it started, or the first of a process that has the socket's file ope
 can connect, and it ends when QEMU closes the connection.
 Its environment has its device's id and its VM, so that every vmplug can find it again. What it
 prints is in TMPDIR/vmplug-ID-*/virtiofsd.log until the share is gone.
-Source: virtiofsd(1); measured on that of QEMU 7.2, in C, and on 1.13, in Rust.
+Source: virtiofsd(1); measured on that of QEMU 7.2, in C, and on 1.13 and 1.14, in Rust.
 
 pathlib, shutil and tempfile are imported where they are used: every attach imports this module,
 and few VMs have a share.
@@ -42,6 +42,10 @@ _SANDBOX_TIMEOUT_S, _SANDBOX_STEP_S = 10.0, 0.005
 _SUBMOUNTS, _FUSE_SUBMOUNTS = "--announce-submounts", "-o announce_submounts"
 """The guest sees mounts below as such: else two of its files could have one inode number."""
 _READ_ONLY = "--readonly"
+_NO_FILE_HANDLES = "--inode-file-handles=never"
+"""By their handles a daemon may open all files of the file system, outside of its directory too.
+1.14 does so by default, and fails where a directory's name has a space beyond ASCII.
+"""
 _DIRECTORY = "VMPLUG_DIRECTORY"
 """For people who look at the processes: a mount hides it from the arguments."""
 _NO_SANDBOX = ("mount(/, MS_REC|MS_SLAVE)", "CleanMount")
@@ -85,12 +89,12 @@ def _is_mounted_read_only(daemon: VirtiofsdSpec) -> bool:
 
 def _long_options(daemon: VirtiofsdSpec) -> list[str]:
     """For the one in Rust. Its `-o`, for compatibility with the other, has no escape."""
-    wanted = [_SUBMOUNTS, *([_READ_ONLY] if daemon.read_only else [])]
+    wanted = [_SUBMOUNTS, _NO_FILE_HANDLES, *([_READ_ONLY] if daemon.read_only else [])]
     return [
         f"--shared-dir={daemon.directory}",
         f"--cache={daemon.cache}",
         "--sandbox=namespace",
-        *(option for option in wanted if option in daemon.options),
+        *(option for option in wanted if option.partition("=")[0] in daemon.options),
     ]
 
 

@@ -29,7 +29,7 @@ from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner, VirtiofsdProcess, c
 ID, OTHER_ID = "0123456789abcdef", "fedcba9876543210"
 TIMEOUT_S = 60.0
 OF_C = frozenset({"-o source", "-o announce_submounts"})
-OF_RUST = frozenset({"--shared-dir", "--readonly", "--announce-submounts"})
+OF_RUST = frozenset({"--shared-dir", "--readonly", "--announce-submounts", "--inode-file-handles"})
 
 
 def daemon(
@@ -74,13 +74,15 @@ def test_a_daemon_is_given_its_listener_and_its_directory() -> None:
         "--cache=auto",
         "--sandbox=namespace",
         "--announce-submounts",
+        "--inode-file-handles=never",
     ]
 
 
 @pytest.mark.parametrize("options", [frozenset[str](), frozenset({"--shared-dir"})])
 def test_only_what_a_daemon_has_is_asked_of_it(options: frozenset[str]) -> None:
     words = command_line(daemon(options=options, read_only=True), 7)
-    assert not any("submounts" in word or "readonly" in word for word in words)
+    optional = {"submounts", "readonly", "handles"}
+    assert not any(part in word for word in words for part in optional)
     assert words[0] == "unshare"
 
 
