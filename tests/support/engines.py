@@ -7,6 +7,7 @@ starts ends with it. A container has no image and no network, and its root has t
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -131,27 +132,34 @@ class Podman(Engine):
 
 
 class Containerd(Engine):
-    """`ctr run --rootfs`, and its daemon. `ctr` knows CDI from version 2.0 on, Debian has 1.7."""
+    """`ctr run --rootfs`, and its daemon. `ctr` knows CDI from 2.0 on; Debian 13 has 1.7."""
 
     program = "containerd"
     knows_cdi = False
 
     @contextmanager
     def running(self) -> Iterator["Engine"]:
-        """See Engine; the daemon's log is below `directory`."""
-        config = self.directory / "containerd.toml"
+        """See Engine; the daemon's log is below `directory`.
+
+        The daemon says when it serves, as to systemd: `ctr` 2 does not wait for its socket.
+        """
+        config, ready = self.directory / "containerd.toml", self.directory / "ready"
         config.write_text(_CONTAINERD)
         with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told,
             (self.directory / "containerd.log").open("wb") as log,
             super().running(),
-            subprocess.Popen(
-                self._inside(("containerd", "--config", config)), stdout=log, stderr=log
-            ) as daemon,
         ):
+            told.bind(str(ready))
+            told.settimeout(TIMEOUT_S)
+            words = self._inside(("env", f"NOTIFY_SOCKET={ready}", "containerd"))
+            daemon = subprocess.Popen([*words, "--config", config], stdout=log, stderr=log)
             try:
+                assert told.recv(64) == b"READY=1"
                 yield self
             finally:
                 daemon.terminate()
+                daemon.wait()
 
     def start(self, name: str, device: str, command: str, *, vm: str) -> Result:
         """See Engine."""
@@ -166,7 +174,7 @@ class Containerd(Engine):
         return removed
 
     def _ctr(self, *words: str) -> Result:
-        return self.run("ctr", "--connect-timeout", f"{TIMEOUT_S}s", *words)
+        return self.run("ctr", *words)
 
 
 ENGINES: Mapping[str, type[Engine]] = {"podman": Podman, "containerd": Containerd}
