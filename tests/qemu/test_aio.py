@@ -1,12 +1,14 @@
 """Eight real VMs in one event loop."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 import vmplug
 from tests.support.disks import disk_image
@@ -66,17 +68,24 @@ def test_eight_vms_live_in_one_loop(setup: Setup, tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_cancelled_start_is_done_before_the_vm_is_stopped(setup: Setup) -> None:
+def test_a_cancelled_start_is_done_before_the_vm_is_stopped(setup: Setup, tmp_path: Path) -> None:
+    """QEMU starts no further than to a pipe that nobody reads until the call is cancelled."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    held = replace(spec("sb1"), extra=("-S", "-chardev", f"file,id=held,path={pipe}"))
+
     async def main() -> None:
         async with asyncio.timeout(SOON_S):
-            task = asyncio.create_task(aio.start_vm(spec("sb1"), setup=setup))
+            task = asyncio.create_task(aio.start_vm(held, setup=setup))
             while not await aio.list_vms(setup=setup):
                 pass
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
             stopped = await aio.stop_vm("sb1", timeout_s=0, setup=setup)
             assert (stopped.name, stopped.was_adopted) == ("sb1", False)
+            os.close(reading)
 
     asyncio.run(main())
 
