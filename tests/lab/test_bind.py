@@ -17,7 +17,9 @@ from tests.contract.binding import BindingContract, Side, held_by_vm
 from tests.support.lab import PCI_DEVICES, namespace_of
 from vmplug.address import Bdf
 from vmplug.errors import BindError, InUse, StateError
-from vmplug.host.finding import Code
+from vmplug.host.block.usage import read_usage
+from vmplug.host.check.device import check_device
+from vmplug.host.finding import Access, Code, Finding
 from vmplug.host.pci.bind import Writer, reset_function
 from vmplug.host.pci.function import read_function
 from vmplug.host.pci.iommu import find_group
@@ -132,7 +134,11 @@ def test_functions_without_a_driver_have_none_again(
     assert side.picture() == before
 
 
-@pytest.mark.parametrize("bdf", [topology.NETWORK, topology.VGA, topology.BRIDGE])
+ROOT_SHARE = "0000:00:1d.0"
+"""The lab's root file system comes from there."""
+
+
+@pytest.mark.parametrize("bdf", [topology.NETWORK, topology.VGA, topology.BRIDGE, ROOT_SHARE])
 def test_what_the_host_needs_stays_with_it(side: Side, journal: Journal, bdf: str) -> None:
     before = side.picture()
     with pytest.raises((InUse, BindError)) as caught:
@@ -140,6 +146,29 @@ def test_what_the_host_needs_stays_with_it(side: Side, journal: Journal, bdf: st
     assert caught.value.hint
     assert side.picture() == before
     assert journal.bindings.all() == []
+
+
+def test_the_function_of_a_share_is_free_when_that_is_unmounted(side: Side) -> None:
+    bdf = "0000:00:1c.0"
+    (mounted,) = (
+        line
+        for line in Path("/proc/mounts").read_text().splitlines()
+        if line.startswith("share0 ")
+    )
+    source, point, fs_type, options, *_ = mounted.split()
+    found = {finding.code: finding for finding in codes_of(bdf, side)}
+    assert point in found[Code.MOUNTED_ON_HOST].message
+    subprocess.run(["sh", "-ec", found[Code.MOUNTED_ON_HOST].hint], check=True)
+    try:
+        assert Code.MOUNTED_ON_HOST not in {finding.code for finding in codes_of(bdf, side)}
+    finally:
+        subprocess.run(["mount", "-t", fs_type, "-o", options, source, point], check=True)
+
+
+def codes_of(bdf: str, side: Side) -> list[Finding]:
+    usage = read_usage(side.host)
+    access = Access(read_only=False)
+    return check_device(side.group(bdf), access, usage=usage, root=side.host)
 
 
 def test_a_driver_that_was_not_made_for_it_is_not_tried(side: Side, journal: Journal) -> None:

@@ -1,4 +1,4 @@
-"""File systems on a disk: where they are mounted, and those that no mount table shows."""
+"""File systems on a disk, or of a virtio device: their mounts, and those that no table shows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from shlex import quote
@@ -7,7 +7,10 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskPart
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.finding import Access, Code, Finding, UsedBy
+from vmplug.host.pci.function import PciFunction
+from vmplug.host.root import HostRoot
 from vmplug.host.use.mounts import MountedDevice, read_kept
+from vmplug.host.use.served import find_mounts_of, read_served
 
 
 def find_mounts(device: BlockDevice, access: Access, usage: HostUsage) -> Iterator[Finding]:
@@ -37,11 +40,33 @@ def find_mounts(device: BlockDevice, access: Access, usage: HostUsage) -> Iterat
     yield from _kept(device, names, usage)
 
 
+def find_served(function: PciFunction, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
+    """Mounts of what another machine gives this one through the function: 9p and virtiofs."""
+    for served in read_served(function.sysfs_path, root):
+        mounts = find_mounts_of(served, usage.namespaces.tables, root)
+        if mounts:
+            points = sorted({mount.mount_point for mount in mounts})
+            what = "a file system" if served.tag is None else f"the file system {served.tag!r}"
+            may_be = ", perhaps one that" if served.tag is None else ", which"
+            yield Finding(
+                Code.MOUNTED_ON_HOST,
+                f"{function.bdf} has {what} of {served.fs_type}{may_be} is mounted on the host at "
+                + few(points),
+                _unmount(mounts),
+                used_by=UsedBy(
+                    on=str(function.bdf),
+                    who="a mounted file system",
+                    where=", ".join(points),
+                    how="the mount tables of all mount namespaces",
+                ),
+            )
+
+
 def _unmount(mounts: Sequence[MountedDevice]) -> str:
     """What unmounts it here, or else in the first namespace that has it."""
     here = sorted(mount.mount_point for mount in mounts if mount.namespace is None)
     if "/" in here:
-        return "the host's root file system is on it: hand over another disk"
+        return "the host's root file system is on it: hand over another device"
     if here:
         every = "--all-targets " if len(here) > 1 else ""
         return f"umount {every}{quote(here[0])}"

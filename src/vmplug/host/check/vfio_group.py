@@ -18,6 +18,7 @@ from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.function_state import check_function
 from vmplug.host.check.isolation import check_isolation
 from vmplug.host.check.machine_part import check_machine_parts
+from vmplug.host.check.mounted import find_served
 from vmplug.host.check.open_disk import used_by_kernel
 from vmplug.host.check.unknown import find_unread, not_looked_for, why_not_all_processes
 from vmplug.host.check.vfio_node import check_group_node, check_nodes
@@ -79,6 +80,7 @@ def check_group(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[
         if not has_vfio:
             yield from _console(function, usage)
             yield from check_networks(function, usage, root)
+            yield from find_served(function, usage, root)
         yield from _virtual_functions(function, group, root)
         yield from _reset(function, root)
 

@@ -40,6 +40,30 @@ def parse_mounted_devices(tables: Mapping[str, str], root: HostRoot) -> list[Mou
     found: dict[MountedDevice, None] = {}
     sources = cache(lambda source: _node_number(source, root))
     file_systems = cache(lambda devnum: _all_members(devnum, root))
+    for mount, namespace in parse_mounts(tables, root):
+        named = mount.other_sources
+        numbers = {mount.devnum}
+        if mount.devnum.major == 0:  # btrfs and others show a number of their own
+            named += [] if _anybody_mounts(mount.fs_type) else [mount.source]
+            numbers.clear()
+        numbers.update(filter(None, map(sources, named)))
+        if mount.fs_type in _MEMBERS:
+            numbers.update(*map(file_systems, tuple(numbers)))
+        for each in numbers:
+            device = MountedDevice(
+                devnum=each,
+                mount_point=mount.path,
+                read_only=mount.read_only,
+                namespace=namespace,
+            )
+            found[device] = None
+    return list(found)
+
+
+def parse_mounts(
+    tables: Mapping[str, str], root: HostRoot
+) -> "Iterator[tuple[MountPoint, str | None]]":
+    """Every mount of several tables with its namespace, as `MountedDevice` has that."""
     known: set[str] = set()
     for path, table in tables.items():
         namespace = None
@@ -49,26 +73,10 @@ def parse_mounted_devices(tables: Mapping[str, str], root: HostRoot) -> list[Mou
             # A namespace begins as a copy of another.
             lines = [line for line in dict.fromkeys(mounts_in(table)) if line not in known]
             known.update(lines)
-            for mount in map(_parse_line, lines):
-                named = mount.other_sources
-                numbers = {mount.devnum}
-                if mount.devnum.major == 0:  # btrfs and others show a number of their own
-                    named += [] if _anybody_mounts(mount.fs_type) else [mount.source]
-                    numbers.clear()
-                numbers.update(filter(None, map(sources, named)))
-                if mount.fs_type in _MEMBERS:
-                    numbers.update(*map(file_systems, tuple(numbers)))
-                for each in numbers:
-                    device = MountedDevice(
-                        devnum=each,
-                        mount_point=mount.path,
-                        read_only=mount.read_only,
-                        namespace=namespace,
-                    )
-                    found[device] = None
+            mounts = [_parse_line(line) for line in lines]
         except (ValueError, IndexError) as error:
             raise AttributeReadError(path, why=str(error)) from error
-    return list(found)
+        yield from ((mount, namespace) for mount in mounts)
 
 
 def own_mount_table(root: HostRoot) -> str:
