@@ -284,7 +284,7 @@ def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iter
             yield Finding(
                 Code.NETWORK_IN_USE,
                 f"{function.bdf} is the network interface {interface.name}, which has " + uses,
-                "remove it from the host's network first: " + "; ".join(_retire(interface)),
+                _how_to_free(interface),
                 used_by=UsedBy(
                     on=interface.name,
                     who="the host's network",
@@ -328,6 +328,27 @@ def _elsewhere(function: PciFunction, namespace: str | None) -> UsedBy:
     )
 
 
+def _how_to_free(interface: NetInterface) -> str:
+    if interface.is_kept:
+        return (
+            f"{interface.master} keeps it as its fast path and does not let it go: turn that off "
+            "where this machine is configured (accelerated networking, a failover pair), or hand "
+            "over another device"
+        )
+    ends = [f"end {name}; " for name in _keepers(interface)]
+    return "".join([*ends, "remove it from the host's network first: "]) + "; ".join(
+        _retire(interface)
+    )
+
+
+def _keepers(interface: NetInterface) -> Iterator[str]:
+    """The processes that no command for the interface ends."""
+    if interface.has_pppoe:
+        yield "its pppd"
+    if interface.has_program:
+        yield "the process that keeps the program, if one does (bpftool link)"
+
+
 def _retire(interface: NetInterface) -> Iterator[str]:
     """The commands after which the host does not use an interface."""
     name, master = quote(interface.name), interface.master
@@ -337,6 +358,8 @@ def _retire(interface: NetInterface) -> Iterator[str]:
         yield f"ovs-vsctl --with-iface del-port {name}"  # also one of a bond's
     elif master and master not in interface.uppers:
         yield f"ip link set {name} nomaster"
+    if interface.has_program:
+        yield f"ip link set {name} xdp off"
     yield f"ip addr flush dev {name}"
     yield f"ip link set {name} down"
 

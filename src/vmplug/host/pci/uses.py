@@ -60,7 +60,10 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
     through it. The link-local address that every interface has does not count. In a copy of a
     host an IPv4 address is found by its route; `has_address` is None where another one has none.
     `has_only_a_route`: it has a route, and neither a default route nor an address.
-    `has_default_route` and `has_address` are None on a host without these tables.
+    `has_default_route` and `has_address` are None on a host without these tables. `has_pppoe`: a
+    PPP connection goes through it, which needs no address; `has_program`: it has a program of XDP,
+    which takes its packets. `is_kept`: the master is a network card too, such as that of a VM
+    whose fast path this is, and does not let it go.
     """
 
     name: str
@@ -70,6 +73,9 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
     uppers: tuple[str, ...] = ()
     rdma: tuple[str, ...] = ()
     has_only_a_route: bool = False
+    has_pppoe: bool = False
+    has_program: bool = False
+    is_kept: bool = False
 
     @property
     def is_used(self) -> bool:
@@ -85,6 +91,8 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
             "an address" if self.has_address else None,
             "a route" if self.has_only_a_route else None,
             f"a place in {', '.join(places)}" if places else None,
+            "a PPPoE connection" if self.has_pppoe else None,
+            "an XDP program" if self.has_program else None,
         )
         return tuple(filter(None, words))
 
@@ -217,6 +225,7 @@ class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
     `has_other_addresses`: the host has an address, and no table says of which interface.
     `tunnels` are those that send through an interface and are not among its uppers in sysfs, which
     only the running host says; `rdma` the soft RDMA devices, each by the interface.
+    `with_pppoe` have a PPPoE connection, `with_program` one of XDP.
     """
 
     with_default_route: frozenset[str] | None
@@ -225,6 +234,8 @@ class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
     has_other_addresses: bool = False
     tunnels: Mapping[str, Sequence[str]] = msgspec.field(default_factory=dict)
     rdma: Mapping[str, Sequence[str]] = msgspec.field(default_factory=dict)
+    with_pppoe: frozenset[str] = frozenset()
+    with_program: frozenset[str] = frozenset()
     root: HostRoot
 
     def interface(self, name: str) -> NetInterface:
@@ -243,6 +254,9 @@ class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
             uppers=uppers,
             rdma=tuple(self.rdma.get(name, ())),
             has_only_a_route=name in self.with_route - (routed or set()) - (addressed or set()),
+            has_pppoe=name in self.with_pppoe,
+            has_program=name in self.with_program,
+            is_kept=master is not None and _has_device(master, self.root),
         )
 
 
@@ -265,6 +279,8 @@ def read_network_uses(root: HostRoot) -> NetworkUses:
         has_other_addresses=own is None and _has_unrouted(routes4 or (), root),
         tunnels=own.built if own else {},
         rdma=_read_soft_rdma(root),
+        with_pppoe=frozenset(_read_pppoe(root)),
+        with_program=own.programmed if own else frozenset(),
         with_route=frozenset(others),
         with_default_route=None if routes4 is None and routes6 is None else frozenset(defaults),
         with_address=None if routes4 is None and addresses6 is None else frozenset(addressed),
@@ -326,6 +342,15 @@ def _read_soft_rdma(root: HostRoot) -> dict[str, list[str]]:
     return found
 
 
+def _read_pppoe(root: HostRoot) -> Iterator[str]:
+    """The interfaces of PPPoE connections, each as long as its process.
+
+    Source: pppoe_seq_show, Linux drivers/net/ppp/pppoe.c; measured with Linux 6.12.
+    """
+    for line in (root.read_text("/proc/net/pppoe") or "").splitlines()[1:]:
+        yield line.rpartition(" ")[2]
+
+
 def _routed(routes: Iterable[tuple[str, list[int]]]) -> list[tuple[str, int]]:
     """The interfaces of routes that lead somewhere; with 0 for a default route."""
     return [
@@ -333,6 +358,11 @@ def _routed(routes: Iterable[tuple[str, list[int]]]) -> list[tuple[str, int]]:
         for name, (target, length_or_mask, flags) in routes
         if flags & _RTF_UP and not flags & _RTF_REJECT
     ]
+
+
+def _has_device(name: str, root: HostRoot) -> bool:
+    """Whether an interface is that of a device: bridges, bonds and the like are virtual."""
+    return root.stat_or_none(f"{_NET}/{name}/device") is not None
 
 
 def _read_above(name: str, root: HostRoot) -> tuple[str | None, tuple[str, ...]]:

@@ -18,7 +18,8 @@ from vmplug.host.use.enter import CLONE_NEWNET, ask_inside
 _RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNSID = 18, 22, 26, 90
 _NLMSG_DONE, _NLMSG_ERROR = 3, 2
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
-_IFLA_IFNAME, _IFLA_LINK, _IFLA_LINK_NETNSID, _IFLA_PARENT_DEV_NAME = 3, 5, 37, 56
+_IFLA_IFNAME, _IFLA_LINK, _IFLA_LINK_NETNSID, _IFLA_XDP, _IFLA_PARENT_DEV_NAME = 3, 5, 37, 43, 56
+_IFLA_XDP_ATTACHED = 2
 _NETNSA_NSID, _NETNSA_PID = 1, 2
 _RTA_OIF = 4
 _RTN_UNICAST, _RTPROT_KERNEL, _SCOPE_LINK = 1, 2, 253
@@ -59,12 +60,14 @@ class OwnNetwork(msgspec.Struct, frozen=True, kw_only=True):
 
     Those that every interface has do not count: its link-local address of IPv6 and the routes that
     the kernel makes for addresses. `built` are the interfaces that send through each: a tunnel
-    with a device is not one of its uppers in sysfs.
+    with a device is not one of its uppers in sysfs. `programmed` have an XDP program, which takes
+    packets off them, often for the AF_XDP sockets of a process.
     """
 
     addressed: frozenset[str]
     routed: frozenset[str]
     built: Mapping[str, Sequence[str]]
+    programmed: frozenset[str] = frozenset()
 
 
 def read_others(namespaces: Iterable[str]) -> OtherNetworks:
@@ -112,6 +115,7 @@ def read_own() -> OwnNetwork:
         addressed=frozenset(names[index] for index in addressed if index in names),
         routed=frozenset(names[index] for index in routed if index in names),
         built=built,
+        programmed=frozenset(link.name for link in links.values() if link.has_program),
     )
 
 
@@ -126,6 +130,7 @@ class _Link(msgspec.Struct, frozen=True, kw_only=True):
     device: str | None
     below: int | None
     ours: int | None
+    has_program: bool
 
 
 def _dump_links() -> Iterator[_Link]:
@@ -141,7 +146,13 @@ def _dump_links() -> Iterator[_Link]:
             device=_text(more.get(_IFLA_PARENT_DEV_NAME, b"")) or None,
             below=number if namespace is None else None,
             ours=number if namespace is not None and namespace == here else None,
+            has_program=_has_program(more.get(_IFLA_XDP, b"")),
         )
+
+
+def _has_program(nested: bytes) -> bool:
+    """Whether a program of XDP is attached, in whatever mode."""
+    return any(dict(_attributes(nested)).get(_IFLA_XDP_ATTACHED, b""))
 
 
 def _own_id() -> bytes | None:

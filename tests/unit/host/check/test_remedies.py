@@ -71,6 +71,21 @@ def test_an_interface_leaves_what_is_built_on_it_by_the_commands_for_that(
     assert set(findings(tree, NIC)) == {Code.NOT_BOUND}
 
 
+def test_the_fast_path_of_another_card_is_not_released_by_a_command(tree: PciTree) -> None:
+    """A VM on Hyper-V, or with a failover pair: ip(8) says that this is not supported."""
+    tree.pci_function(NIC, class_code=0x020000, driver="mlx5_core", group=40)
+    tree.network(NIC, "eth1", master="eth0").route("lo")
+    tree.file("/sys/devices/virtual/net/eth0/address")
+    tree.link("/sys/class/net/eth0", "../../devices/virtual/net/eth0")
+    assert "ip link set eth1 nomaster" in findings(tree, NIC)[Code.NETWORK_IN_USE].hint
+    tree.link("/sys/devices/virtual/net/eth0/device", "../../../vmbus/0")
+    tree.file("/sys/devices/vmbus/0/uevent")
+    finding = findings(tree, NIC)[Code.NETWORK_IN_USE]
+    assert finding.message.endswith("which has a place in eth0")
+    assert "nomaster" not in finding.hint
+    assert "eth0 keeps it as its fast path" in finding.hint
+
+
 @pytest.mark.parametrize("file", ["parent", "ports/1/gid_attrs/ndevs/0"])
 def test_soft_rdma_over_an_interface_is_its_use(tree: PciTree, file: str) -> None:
     tree.pci_function(NIC, class_code=0x020000, driver="ice", group=40)

@@ -124,6 +124,26 @@ def test_an_interface_is_found_wherever_it_lies_below_its_function(
     assert networks(tree, OTHER) == []
 
 
+def test_a_pppoe_connection_needs_no_address(wired: PciTree) -> None:
+    head = "Id       Address              Device\n"
+    wired.file("/proc/net/pppoe", f"{head}00000001 02:00:00:00:00:01     eth1\n")
+    assert networks(wired) == [UNUSED]
+    wired.file("/proc/net/pppoe", f"{head}00000001 02:00:00:00:00:01     eth0\n")
+    (interface,) = networks(wired)
+    assert interface.uses == ("a PPPoE connection",)
+
+
+def test_a_program_that_takes_its_packets(wired: PciTree) -> None:
+    said = {"addressed": [], "routed": [], "built": {}}
+    for programmed in ([], ["eth1"]):
+        wired.file(RECORDED_NETWORK, json.dumps({**said, "programmed": programmed}))
+        assert networks(wired) == [UNUSED]
+    wired.file(RECORDED_NETWORK, json.dumps({**said, "programmed": ["eth0"]}))
+    assert networks(wired)[0].uses == ("an XDP program",)
+    wired.file(RECORDED_NETWORK, json.dumps(said))  # that of an earlier record
+    assert networks(wired) == [UNUSED]
+
+
 def test_an_interface_that_the_host_does_not_use(wired: PciTree) -> None:
     assert networks(wired) == [UNUSED]
     assert not UNUSED.is_used
