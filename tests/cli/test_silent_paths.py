@@ -50,7 +50,7 @@ def end(process: "subprocess.Popen[bytes]", files: SilentFiles) -> tuple[str, st
         process.kill()
         files.go_on()
         process.communicate()
-        pytest.fail(f"{process.args} hangs")
+        pytest.fail(f"{process.args!r} hangs")
     return out.decode(), err.decode(), process.returncode
 
 

@@ -68,6 +68,7 @@ from vmplug.journal.vf_tokens import VfTokens
 
 T = TypeVar("T")
 
+_OF_THIS_BOOT = "SELECT * FROM device WHERE vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?)"
 _HOLD = """
 SELECT a.device, a.count, d.vm, d.host_path, d.state, d.place,
        (SELECT count(*) FROM attachment b WHERE b.device = a.device) AS holds
@@ -426,10 +427,9 @@ class Journal:
         marks, of_things = (", ".join("?" * len(found)) for found in (wanted, things))
         claims = self._read(
             read_claim,
-            f"SELECT * FROM device WHERE (identity IN ({marks}) OR thing IN ({of_things}))"  # noqa: S608
-            " AND NOT (identity = ? AND vm IS ?)"
-            " AND vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?) ORDER BY rowid",
-            *(*wanted, *things, str(own), vm, self._boot_id),
+            f"{_OF_THIS_BOOT} AND (identity IN ({marks}) OR thing IN ({of_things}))"
+            " AND NOT (identity = ? AND vm IS ?) ORDER BY rowid",
+            *(self._boot_id, *wanted, *things, str(own), vm),
         )
         others = [one for one in self._images() if (one.vm, one.identity) != (vm, own)]
         of_pods = self.pod_devices.claims(self._boot_id)
@@ -440,12 +440,8 @@ class Journal:
 
     def _images(self) -> list[DeviceRecord]:
         """The devices of this boot that are images, of which the header may name other files."""
-        return self._read(
-            read_device,
-            "SELECT * FROM device WHERE options LIKE '%qcow2%'"
-            " AND vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?) ORDER BY rowid",
-            self._boot_id,
-        )
+        query = f"{_OF_THIS_BOOT} AND options LIKE '%qcow2%' ORDER BY rowid"
+        return self._read(read_device, query, self._boot_id)
 
     def _with_process(self, claim: Claim) -> Claim:
         record = self.find_vm(claim.vm)
@@ -453,12 +449,7 @@ class Journal:
 
     def claims(self) -> list[Claim]:
         """The claims of all VMs of this boot, on whatever they have."""
-        claims = self._read(
-            read_claim,
-            "SELECT * FROM device"
-            " WHERE vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?) ORDER BY rowid",
-            self._boot_id,
-        )
+        claims = self._read(read_claim, f"{_OF_THIS_BOOT} ORDER BY rowid", self._boot_id)
         return [*claims, *(c for record in self._images() for c in self._image_claims.of(record))]
 
     def attachments(self, vm: str | None = None) -> list[Attachment]:

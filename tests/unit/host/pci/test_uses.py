@@ -134,7 +134,7 @@ def test_a_pppoe_connection_needs_no_address(wired: PciTree) -> None:
 
 
 def test_a_program_that_takes_its_packets(wired: PciTree) -> None:
-    said = {"addressed": [], "routed": [], "built": {}}
+    said: dict[str, object] = {"addressed": [], "routed": [], "built": {}}
     for programmed in ([], ["eth1"]):
         wired.file(RECORDED_NETWORK, json.dumps({**said, "programmed": programmed}))
         assert networks(wired) == [UNUSED]

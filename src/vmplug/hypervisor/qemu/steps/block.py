@@ -54,7 +54,7 @@ def _disk_node(drive: BlockDrive) -> dict[str, Any]:
 
 
 def _how(drive: BlockDrive) -> dict[str, Any]:
-    """What every node of a disk must be told: none asks those above or below it.
+    """What every node of a disk gets: none asks those above or below it.
 
     A node that may write is refused for a disk that may not, and one that ignores discards keeps
     them from those below. Source: QEMU block.c, bdrv_open_common; block/io.c, bdrv_co_pdiscard.
