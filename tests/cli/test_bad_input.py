@@ -505,7 +505,7 @@ def make_journals(vmplug: Vmplug, directory: Path) -> dict[str, str]:
     statements = {
         "newer": "PRAGMA user_version = 99",
         "senseless": "INSERT INTO device VALUES ('d', 'full', 'block:8:0', 'nonsense', '/dev/sda',"
-        " 'flying', 0, 0, '{', '-', NULL, NULL, NULL, NULL)",
+        " 'flying', 0, 0, '{', '-', NULL, NULL, NULL, NULL, NULL)",
     }
     for name, statement in statements.items():
         with sqlite3.connect(names[name] / "journal.db") as db:

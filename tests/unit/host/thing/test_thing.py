@@ -18,7 +18,7 @@ from tests.support.tree import GIB, MIB
 from vmplug.errors import NoSuchDevice, SpecError
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import USES, Access, Claim, Code, Finding, Severity
+from vmplug.host.finding import POD_PREFIX, USES, Access, Claim, Code, Finding, Severity
 from vmplug.host.kind import Identity
 from vmplug.host.record.read import read_record
 from vmplug.host.record.write import write_record
@@ -535,6 +535,7 @@ CLAIMS = [
     Claim(vm="sb1", identity=Identity.parse(text), read_only=False, share_rw=False)
     for text in ("block:8:1", f"vfio:{SOUND}", f"vfio:{VF}", f"vfio:{UUID}", "block:253:0")
 ]
+CLAIMS.append(replace(CLAIMS[0], vm=f"{POD_PREFIX}vmplug.dev/disks=data"))
 
 
 def check(root: HostRoot, name: str) -> list[Finding]:
