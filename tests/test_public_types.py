@@ -154,9 +154,9 @@ def test_a_call_is_checked_though_one_like_it_has_passed() -> None:
         )
 
 
-def test_an_iterator_is_not_read_before_its_time() -> None:
+def test_an_iterator_is_not_read_before_its_time(tmp_path: Path) -> None:
     codes = iter([vmplug.Code.IS_SWAP])
-    vmplug.check_requests([DISK], allow=codes)
+    vmplug.check_requests([DISK], allow=codes, setup=vmplug.Setup(state_dir=tmp_path))
     assert list(codes) == []
 
 

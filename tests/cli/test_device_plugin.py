@@ -81,9 +81,9 @@ def test_a_wrong_configuration_is_one_sentence(
 ) -> None:
     file = node.path / "wrong.toml"
     file.write_text(lines)
-    for verb in ((), ("--dry-run",)):
-        where = ("--config", str(file), "--root", str(node.tree.path))
-        refused = vmplug.as_process("device-plugin", *where, *verb)
+    where = ("--config", str(file), "--root", str(node.tree.path))
+    for run, verb in ((vmplug.as_process, ()), (vmplug, ("--dry-run",))):
+        refused = run("device-plugin", *where, *verb)
         assert refused.status == 3
         assert says in refused.stderr
         assert hint in refused.stderr
@@ -184,7 +184,10 @@ def test_give_back_prints_what_stays(node: Node, vmplug: Vmplug) -> None:
     assert document["kept"] == [{"resource": NICS, "id": "27"}]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL],
+)
 def test_the_process_serves_until_a_signal_and_another_goes_on(
     node: Node, vmplug: Vmplug, number: signal.Signals
 ) -> None:
