@@ -5,6 +5,7 @@ some of them.
 """
 
 import json
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -253,6 +254,38 @@ def test_a_device_that_has_not_been_set_up_has_no_size() -> None:
         Path(f"/sys/block/{disk.name}/disksize").write_text("4M")
         assert is_free(disk)
     assert code(Path("/dev/nbd0")) is Code.SIZE_ZERO
+
+
+@pytest.mark.parametrize("kind", ["scsi_generic", "bsg", "nvme-generic"])
+def test_who_sends_commands_to_a_disk_past_the_block_layer_is_found(
+    luns: list[Path], kind: str
+) -> None:
+    load("sg")
+    disk = namespace(topology.NVME_SERIAL) if kind == "nvme-generic" else luns[0]
+    if kind == "nvme-generic":
+        node = Path(f"/dev/ng{disk.name.removeprefix('nvme')}")
+    else:
+        (listed,) = Path(f"/sys/block/{disk.name}/device/{kind}").iterdir()
+        node = Path("/dev", *(["bsg"] if kind == "bsg" else []), listed.name)
+    assert is_free(disk)
+    with node.open("r+b", buffering=0) as opened, sleeping(opened.fileno()) as pid:
+        finding = refusal(disk)
+        assert finding.code is Code.OPEN_BY_PROCESS
+        assert finding.message == (
+            f"{node}, which sends commands to {disk}, is open for writing in process {pid} (sleep)"
+        )
+        assert is_free(luns[1])
+    assert is_free(disk)
+
+
+@contextmanager
+def sleeping(descriptor: int) -> Iterator[int]:
+    """A process that has the file open."""
+    with subprocess.Popen(["sleep", "600"], stdin=descriptor) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Source: Documentation/ABI/stable/sysfs-block, Documentation/ABI/testing/sysfs-bl
 
 import os
 import stat
+from collections.abc import Iterator
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile, DiskPart
@@ -132,6 +133,25 @@ def find_disk_path(sysfs_path: str, root: HostRoot) -> str:
     if root.stat(f"{sysfs_path}/partition"):
         return sysfs_path.rpartition("/")[0]
     return sysfs_path
+
+
+def read_command_nodes(disk_path: str, root: HostRoot) -> Iterator[tuple[str, DevNum]]:
+    """The character devices that send commands to a disk past the block layer.
+
+    Source: Linux drivers/scsi/sg.c; block/bsg.c; drivers/nvme/host/core.c, nvme_add_ns_cdev.
+    """
+    name = disk_path.rpartition("/")[2]
+    found = [
+        (f"/dev/{where}{node}", f"{disk_path}/device/{kind}/{node}")
+        for kind, where in (("scsi_generic", ""), ("bsg", "bsg/"))
+        for node in root.list_dir(f"{disk_path}/device/{kind}")
+    ]
+    if name.startswith("nvme"):
+        generic = f"ng{name.removeprefix('nvme')}"
+        found.append((f"/dev/{generic}", f"/sys/class/nvme-generic/{generic}"))
+    for node, path in found:
+        if number := root.read_devnum(f"{path}/dev"):
+            yield node, number
 
 
 def _relatives(sysfs_path: str, disk_path: str, root: HostRoot) -> tuple[DiskPart, ...]:

@@ -14,7 +14,12 @@ from msgspec.structs import replace
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
-from vmplug.host.block.sysfs import find_block_node, find_disk_path
+from vmplug.host.block.sysfs import (
+    find_block_directory,
+    find_block_node,
+    find_disk_path,
+    read_command_nodes,
+)
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.unknown import find_unread, not_looked_for
 from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
@@ -32,18 +37,23 @@ def check_open_disk(
 
     The one that makes a network disk out of what a server sends may.
     """
-    own, below = _wanted(disk, root), _wanted_below(disk, root)
+    commands = _wanted_commands(disk, root)
+    own, below = _wanted(disk, root) | commands, _wanted_below(disk, root)
     client = _network_client(disk, root)
 
     def matters(opener: Opener) -> bool:
         # multipathd reads the paths that a disk is built on, and may.
         sees_guest = opener.path in own.values() and not access.read_only
-        if opener.pid in usage.vms or not (opener.writes or sees_guest):
+        # QEMU takes no lock on what it sends commands to.
+        is_vm = opener.pid in usage.vms and opener.path not in commands.values()
+        if is_vm or not (opener.writes or sees_guest):
             return False
         return not (client and root.stat_or_none(f"/proc/{opener.pid}/task/{client}"))
 
     for opener in usage.open_files.find_lasting(below | own, matters):
-        yield _open_by(opener, access)
+        is_command = opener.path in commands.values()
+        named = f"{opener.path}, which sends commands to {disk.host_path}," if is_command else None
+        yield _open_by(opener, named or opener.path, access)
     yield from open_in_vm(disk, usage, root)
     # Those that even root may not look into are not counted here: docs/safety.md.
     yield from map(not_looked_for, find_unread(usage.open_files, usage.open_files.unlisted))
@@ -55,6 +65,7 @@ def find_openers_elsewhere(
 ) -> Iterator[Finding]:
     """Openers of loop devices on it and of its other names: `check_openers` has its own nodes."""
     own = {disk.device_node, *(part.device_node for part in disk.relatives)}
+    own |= set(_wanted_commands(disk, root).values())
     for finding in check_open_disk(disk, Access(read_only=False), usage, root):
         if finding.used_by and finding.used_by.on not in own:
             yield finding
@@ -153,21 +164,21 @@ def _open_by_vm(opener: Opener, vm: str) -> Finding:
     )
 
 
-def _open_by(opener: Opener, access: Access) -> Finding:
+def _open_by(opener: Opener, named: str, access: Access) -> Finding:
     process, path = f"process {opener.pid} ({opener.name})", opener.path
     end = f"end that process, or the service that it belongs to: fuser --verbose {quote(path)}"
     used_by = UsedBy(on=path, who=process, how="the open files of all processes")
     if not opener.writes:
         return Finding(
             Code.OPEN_BY_PROCESS,
-            f"{path} is open for reading in {process}, which can see what the guest writes",
+            f"{named} is open for reading in {process}, which can see what the guest writes",
             f"leave it if it may see that; else {end}",
             Severity.WARNING,
             used_by=used_by,
         )
     return Finding(
         Code.OPEN_BY_PROCESS,
-        f"{path} is open for writing in {process}",
+        f"{named} is open for writing in {process}",
         f"{end}; or set share-rw=on if its file system supports several writers",
         Severity.WARNING if access.share_rw else Severity.ERROR,
         used_by=used_by,
@@ -184,6 +195,20 @@ def _wanted(disk: BlockDevice | DiskFile, root: HostRoot) -> Wanted:
     for part in disk.same_bytes:
         wanted |= _wanted_block(part.devnum, part.device_node, root)
     return wanted | _wanted_block(disk.devnum, disk.device_node, root)
+
+
+def _wanted_commands(disk: BlockDevice | DiskFile, root: HostRoot) -> Wanted:
+    """What sends commands to the disk, or to another that shows its bytes."""
+    wanted: Wanted = {}
+    if isinstance(disk, BlockDevice):
+        numbers = (disk.devnum, *(part.devnum for part in disk.same_bytes), *disk.below)
+        paths = (root.real_path(find_block_directory(number, root)) for number in numbers)
+        for path in dict.fromkeys(find_disk_path(path, root) for path in paths):
+            for node, number in read_command_nodes(path, root):
+                wanted |= wanted_node(
+                    DeviceNode(path=node, kind=stat.S_IFCHR, number=number), root
+                )
+    return wanted
 
 
 def _wanted_below(disk: BlockDevice | DiskFile, root: HostRoot) -> Wanted:

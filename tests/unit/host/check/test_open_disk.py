@@ -161,6 +161,40 @@ def test_who_reads_a_part_of_what_a_disk_is_built_on_is_multipathd(disk: HostTre
     assert [finding.code for finding in written] == [Code.OPEN_BY_PROCESS]
 
 
+def sends_commands(tree: HostTree, disk: str, node: str) -> HostTree:
+    """The character device that a SCSI disk or a namespace of NVMe has besides."""
+    name = node.rpartition("/")[2]
+    place = {"sg": "scsi_generic", "bs": "bsg"}.get(node[:2])
+    directory = f"/sys/devices/virtual/block/{disk}/device/{place}/{name}"
+    directory = directory if place else f"/sys/class/nvme-generic/{name}"
+    return tree.file(f"{directory}/dev", "21:7\n").char_device("21:7", node)
+
+
+@pytest.mark.parametrize(
+    ("name", "node"),
+    [("sda", "sg7"), ("sda", "bsg/0:0:0:0"), ("nvme1n2", "ng1n2")],
+)
+def test_who_sends_commands_to_a_disk_past_the_block_layer_uses_it(
+    tree: HostTree, name: str, node: str
+) -> None:
+    part = f"{name}p1" if name.startswith("nvme") else f"{name}1"
+    tree.block_device("8:0", name, partitions={"8:1": part}).block_device("8:16", "sdb")
+    sends_commands(tree, name, node)
+    assert findings(tree) == findings(tree, "8:1") == []
+    tree.process(77, "qemu-system-x86", f"/dev/{node}")
+    for wanted, asked in (("8:0", name), ("8:1", part)):
+        (finding,) = findings(tree, wanted)
+        assert (finding.code, finding.severity) == (Code.OPEN_BY_PROCESS, ERROR)
+        assert finding.message == (
+            f"/dev/{node}, which sends commands to /dev/{asked}, is open for writing in process "
+            "77 (qemu-system-x86)"
+        )
+    usage = read_usage(tree.root, vms={77: vm_with("block:8:0")})
+    found = check_device(resolve(want("8:0"), tree.root), WRITING, usage=usage, root=tree.root)
+    assert [finding.severity for finding in found] == [ERROR]
+    assert findings(tree, "8:16") == []
+
+
 def test_a_process_that_has_an_image_open_is_named(tree: HostTree) -> None:
     tree.file("/srv/a.img", bytes(MIB)).process(77, "cloud-hypervisor", "/srv/a.img")
     (finding,) = findings(tree, "/srv/a.img")
