@@ -44,6 +44,8 @@ _BY_MAKER = {
     (0x1D94, 0x1080): "Hygon's security processor",
     (0x103C, 0x0880): "HP's management controller (iLO)",
 }
+_CXL_MEMORY, _CXL_DEVICES = 0x0502, "/sys/bus/cxl/devices"
+
 _FOR_GUESTS = {"ioatdma", "idxd"}
 """Drivers of Intel's copy engines, which are system peripherals, and are of use to a guest."""
 
@@ -77,12 +79,32 @@ def _machine_part(function: PciFunction, root: HostRoot) -> str | None:
     if function.class_code is None or function.vendor_id is None:
         return None
     kind = function.class_code >> 8
+    if kind == _CXL_MEMORY and (region := _find_region(function, root)):
+        return f"memory of the host, CXL {region}"
     if what := _ANYWHERE.get(kind) or _BY_MAKER.get((function.vendor_id, kind)):
         return what
     is_chipset = function.vendor_id in _CHIPSET_MAKERS and _is_on_root_bus(function, root)
     if not is_chipset or function.driver in _FOR_GUESTS:
         return None
     return _OF_CHIPSET.get(kind)
+
+
+def _find_region(function: PciFunction, root: HostRoot) -> str | None:
+    """The region that the host has made of a card's memory: RAM, /dev/dax0.0 or /dev/pmem0.
+
+    Nothing of it is below the function. The card's memX has an endpoint, whose decoders say it.
+    Source: Documentation/ABI/testing/sysfs-bus-cxl, `uport` and `region`.
+    """
+    own = {name for name in root.list_dir(function.sysfs_path) if name.startswith("mem")}
+    for endpoint in root.list_dir(_CXL_DEVICES) if own else ():
+        base = f"{_CXL_DEVICES}/{endpoint}"
+        if (root.read_link(f"{base}/uport") or "").rpartition("/")[2] not in own:
+            continue
+        for decoder in root.list_dir(base):
+            data = root.read_attribute(f"{base}/{decoder}/region") or b""
+            if region := data.decode(errors="replace").strip():
+                return region
+    return None
 
 
 def _is_on_root_bus(function: PciFunction, root: HostRoot) -> bool:

@@ -106,6 +106,35 @@ def test_the_chipsets_slot_is_named_whole_and_stays_unless_it_is_allowed(
         assert len(Binder(journal, kernel).bind(group, allow=[Code.MACHINE_PART])) == 4
 
 
+CXL, OTHER_CXL = "0000:36:00.0", "0000:37:00.0"
+
+
+def with_memory(tree: PciTree, bdf: str, number: int, region: str) -> PciTree:
+    """A CXL card with its endpoint; what the host makes of its memory is elsewhere."""
+    tree.pci_function(bdf, class_code=0x050210, driver="cxl_pci", group=number)
+    card, endpoint = tree.real(bdf), f"/sys/devices/platform/ACPI0017:00/root0/endpoint{number}"
+    memory = f"{card}/mem{number}"
+    tree.class_device(f"{bdf}/mem{number}", "char", f"250:{number}", f"cxl/mem{number}")
+    tree.link(f"/sys/bus/cxl/devices/mem{number}", f"../../..{memory[4:]}")
+    tree.link(f"/sys/bus/cxl/devices/endpoint{number}", f"../../..{endpoint[4:]}")
+    tree.link(f"{endpoint}/uport", f"../../../..{memory[4:]}")
+    return tree.file(f"{endpoint}/decoder{number}.0/region", f"{region}\n")
+
+
+def test_memory_of_the_host_on_a_card_stays_with_it(tree: PciTree, tmp_path: Path) -> None:
+    with_memory(with_memory(tree, CXL, 3, ""), OTHER_CXL, 4, "region0")
+    assert set(findings(tree, CXL)) == {Code.NOT_BOUND}
+    found = findings(tree, OTHER_CXL)
+    assert set(found) == {Code.NOT_BOUND, Code.MACHINE_PART}
+    assert f"{OTHER_CXL} (memory of the host, CXL region0)" in found[Code.MACHINE_PART].message
+    kernel = FakeKernel(tree)
+    with Journal.open(tmp_path / "state") as journal:
+        with pytest.raises(InUse, match="memory of the host"):
+            Binder(journal, kernel).bind(find_vfio_device(OTHER_CXL, kernel))
+        assert kernel.writes == []
+        Binder(journal, kernel).bind(find_vfio_device(CXL, kernel))
+
+
 # a physical function and its virtual ones
 
 
