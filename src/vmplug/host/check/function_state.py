@@ -32,6 +32,7 @@ def check_function(function: PciFunction, root: HostRoot, *, has_vfio: bool) -> 
         )
         return
     yield from _bars_without_address(function)
+    yield from _without_type(function, root)
     if not has_vfio:
         yield from _refused_by_vfio(function, root)
 
@@ -81,6 +82,21 @@ def _size(size_bytes: int) -> str:
         if size_bytes >> shift:
             return f"{size_bytes >> shift} {unit}"
     return f"{size_bytes} bytes"
+
+
+def _without_type(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
+    """A virtual function that NVIDIA's driver itself gives to VFIO, as what its type says.
+
+    Source: NVIDIA's "Virtual GPU Software User Guide", the vendor-specific VFIO framework.
+    """
+    base = f"{function.sysfs_path}/nvidia"
+    if function.physfn and root.read_int(f"{base}/current_vgpu_type") == 0:
+        yield Finding(
+            Code.VFIO_REFUSES,
+            f"{function.bdf} is no virtual GPU yet: it has no type, and without one it is of no "
+            "use to a VM",
+            f"cat {base}/creatable_vgpu_types; echo TYPE > {base}/current_vgpu_type",
+        )
 
 
 def _refused_by_vfio(function: PciFunction, root: HostRoot) -> Iterator[Finding]:

@@ -197,3 +197,34 @@ def test_memory_that_the_firmware_keeps_holds_the_group(
     assert set(found) == ({Code.RESERVED_MEMORY} if is_refused else set())
     if is_refused:
         assert "0xad000000-0xae7fffff" in found[Code.RESERVED_MEMORY].message
+
+
+# does it have a type?
+
+
+def test_a_virtual_gpu_has_a_type_before_it_goes(tree: PciTree, tmp_path: Path) -> None:
+    tree.pci_function(PHYSFN, class_code=0x030200, vendor=0x10DE, driver="nvidia", group=50)
+    tree.sriov(PHYSFN, VIRTFN, driver="nvidia", group=51, cdev=0, class_code=0x030200)
+    assert findings(tree, VIRTFN) == {}
+    write(tree, VIRTFN, "nvidia/current_vgpu_type", "0\n")
+    (code,) = found = findings(tree, VIRTFN)
+    assert (code, found[code].severity) == (Code.VFIO_REFUSES, Severity.ERROR)
+    command = found[code].hint.partition("; ")[2]
+    file = f"/sys/bus/pci/devices/{VIRTFN}/nvidia/current_vgpu_type"
+    assert command == f"echo TYPE > {file}"
+    tree.file(file, "558\n")
+    assert findings(tree, VIRTFN) == {}
+
+
+def test_a_virtual_gpu_without_a_type_is_not_taken_from_nvidias_driver(
+    tree: PciTree, tmp_path: Path
+) -> None:
+    tree.pci_function(PHYSFN, class_code=0x030200, vendor=0x10DE, driver="nvidia", group=50)
+    tree.sriov(PHYSFN, VIRTFN, driver="nvidia", group=51, class_code=0x030200)
+    write(tree, VIRTFN, "nvidia/current_vgpu_type", "0\n")
+    kernel = FakeKernel(tree.pci_driver("vfio-pci"))
+    with Journal.open(tmp_path / "state") as journal:
+        with pytest.raises(InUse, match="no virtual GPU yet"):
+            Binder(journal, kernel).bind(find_vfio_device(VIRTFN, kernel))
+        assert kernel.writes == []
+        assert journal.bindings.all() == []
