@@ -50,6 +50,7 @@ class Code(StrEnum):
     NOT_RANDOM = "not-random"
     NO_IOMMU = "no-iommu"
     NO_INTERRUPT_REMAPPING = "no-interrupt-remapping"
+    ACS_OVERRIDE = "acs-override"
     NO_IOMMUFD = "no-iommufd"
     NO_NODE = "no-node"
     GROUP_NOT_VIABLE = "group-not-viable"

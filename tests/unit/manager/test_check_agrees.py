@@ -342,6 +342,13 @@ ROWS = [
         lambda w: w.tree.file("/proc/interrupts", REMAPPING.replace("IR-", "")),
     ),
     Row(
+        Code.ACS_OVERRIDE,
+        "vfio",
+        [CARD],
+        lambda w: w.tree.file("/proc/cmdline", "quiet pcie_acs_override=downstream\n"),
+        warns=True,
+    ),
+    Row(
         Code.GROUP_NOT_VIABLE,
         "vfio",
         [CARD],

@@ -7,7 +7,12 @@ from vmplug.host.block.usage import HostUsage
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.function import PciFunction
 from vmplug.host.pci.group import VfioGroup
-from vmplug.host.pci.iommu import allows_unsafe_interrupts, has_iommu, remaps_interrupts
+from vmplug.host.pci.iommu import (
+    allows_unsafe_interrupts,
+    has_iommu,
+    overrides_acs,
+    remaps_interrupts,
+)
 from vmplug.host.root import HostRoot
 
 _ENABLE = (
@@ -31,6 +36,8 @@ def check_isolation(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Itera
     elif not group.mediated:
         if usage.once(remaps_interrupts) is False:
             yield _no_remapping(group, root)
+        if usage.once(overrides_acs):
+            yield _split_by_hand(group)
         yield from _reserved_memory(group, root)
 
 
@@ -84,6 +91,18 @@ def _no_remapping(group: VfioGroup, root: HostRoot) -> Finding:
             else "echo Y > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
         ),
         Severity.WARNING if is_allowed else Severity.ERROR,
+    )
+
+
+def _split_by_hand(group: VfioGroup) -> Finding:
+    return Finding(
+        Code.ACS_OVERRIDE,
+        f"the kernel was told to believe that devices are apart (pcie_acs_override): group "
+        f"{group.number} may be a part of a larger one, so the VM could reach other devices, and "
+        "they its memory",
+        "boot without pcie_acs_override, and hand over whole groups; or give the devices of one "
+        "slot or switch to VMs that trust each other",
+        Severity.WARNING,
     )
 
 

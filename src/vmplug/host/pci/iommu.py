@@ -83,6 +83,15 @@ def remaps_interrupts(root: HostRoot) -> bool | None:
     return "IR-" in text
 
 
+def overrides_acs(root: HostRoot) -> bool:
+    """Whether groups are smaller than the hardware makes them, as some distributions' kernels can.
+
+    Source: the patch "pci: Enable overrides for missing ACS capabilities", which Linux never took.
+    """
+    words = (root.read_text("/proc/cmdline") or "").split()
+    return any(word.startswith("pcie_acs_override=") for word in words)
+
+
 def allows_unsafe_interrupts(root: HostRoot) -> bool:
     """Whether the operator lets VFIO work without it. Source: vfio_iommu_type1.c."""
     return (root.read_attribute(_UNSAFE_INTERRUPTS) or b"").strip() == b"Y"

@@ -55,6 +55,17 @@ def test_the_node_of_no_iommu_mode_is_the_kernels(tree: PciTree) -> None:
     assert "process 77 (dpdk-testpmd)" in findings(tree, NIC)[Code.OPEN_BY_PROCESS].message
 
 
+def test_groups_that_only_an_option_made_are_a_warning(tree: PciTree) -> None:
+    tree.file("/proc/cmdline", "BOOT_IMAGE=/vmlinuz intel_iommu=on pci=noacs_override\n")
+    assert findings(tree, NIC) == {}
+    tree.file("/proc/cmdline", "BOOT_IMAGE=/vmlinuz pcie_acs_override=downstream,multifunction\n")
+    (code,) = found = findings(tree, NIC)
+    assert (code, found[code].severity) == (Code.ACS_OVERRIDE, Severity.WARNING)
+    assert "group 0 may be a part of a larger one" in found[code].message
+    tree.mdev_type(NIC, "mtty-1").mdev(UUID, NIC, "mtty-1", group=27)
+    assert findings(tree, UUID) == {}
+
+
 @pytest.mark.parametrize("name", [UUID, "/dev/vfio/27"])
 def test_a_mediated_device_is_in_a_group_of_that_name_and_may_go(tree: PciTree, name: str) -> None:
     tree.mdev_type(NIC, "mtty-1").mdev(UUID, NIC, "mtty-1", group=27)
