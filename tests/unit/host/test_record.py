@@ -4,8 +4,10 @@ import gzip
 import io
 import os
 import subprocess
+import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -545,3 +547,21 @@ def test_names_that_are_not_utf8_are_kept(made: Callable[..., str]) -> None:
 
 def test_a_file_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
     assert "No such file" in refused(str(tmp_path / "none.tar"))
+
+
+def test_a_function_costs_few_looks_at_links(tmp_path: Path) -> None:
+    """Paths to it lead through the same directories again and again."""
+
+    def links_read(count: int) -> int:
+        tree = PciTree(tmp_path / str(count))
+        for number in range(count):
+            tree.pci_function(f"0000:3b:{number:02x}.0", driver="nvme", group=number)
+        calls = Counter[str]()
+        sys.setprofile(lambda _frame, event, what: calls.update([f"{event} {what}"]))
+        try:
+            record(tree, f"{count}.tar")
+        finally:
+            sys.setprofile(None)
+        return calls[f"c_call {os.readlink!r}"]
+
+    assert (links_read(12) - links_read(2)) / 10 < 40

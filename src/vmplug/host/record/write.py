@@ -187,6 +187,13 @@ class _RecordingRoot(HostRoot):
         super().__init__(root.path)
         self.noted: set[str] = set()
         self.listed: set[str] = set()
+        self._targets: dict[str, str | None] = {}
+
+    def forget(self) -> None:
+        """Forget what was asked for, and where links led: the next device is asked for anew."""
+        self.noted.clear()
+        self.listed.clear()
+        self._targets.clear()
 
     @property
     def is_live(self) -> bool:
@@ -239,6 +246,12 @@ class _RecordingRoot(HostRoot):
         self._note(path)
         return super().real_path(path)
 
+    def _link_target(self, path: str) -> str | None:
+        """Read once for a device: most of its paths lead through the same directories."""
+        if path not in self._targets:
+            self._targets[path] = super()._link_target(path)
+        return self._targets[path]
+
     def list_dir(self, path: str) -> list[str]:
         if path == "/proc":
             return super().list_dir(path)
@@ -272,8 +285,7 @@ class _Members:
                 self._add(path)
         for path in root.listed:
             self._add_names(path)
-        root.noted.clear()
-        root.listed.clear()
+        root.forget()
 
     def add_file(self, path: str, data: bytes) -> None:
         """Add what no file of the host has."""
