@@ -4,6 +4,7 @@ Arithmetic only: this reads and changes nothing.
 """
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -59,22 +60,26 @@ class DeviceEvent(msgspec.Struct, frozen=True, kw_only=True):
 _TAKES_AWAY = {"remove", "unbind"}
 
 
-def was_taken_away(record: DeviceRecord, events: Iterable[Event]) -> bool:
-    """Whether the kernel removed the device, even for a moment."""
-    return any(
-        isinstance(event, HostEvent) and event.action in _TAKES_AWAY and _is_of(event, record)
-        for event in events
+def find_removed(events: Iterable[Event]) -> set[Identity | str]:
+    """What the kernel removed, even for a moment: disks, and the names of all other devices."""
+    removals = (
+        event for event in events if isinstance(event, HostEvent) and event.action in _TAKES_AWAY
     )
+    return {
+        event.name if event.subsystem != "block" else Identity.of_block(event.devnum)
+        for event in removals
+        if event.subsystem != "block" or event.devnum
+    }
 
 
-def _is_of(event: HostEvent, record: DeviceRecord) -> bool:
-    if event.subsystem == "block":
-        number = event.devnum
-        is_of = number is not None and record.identity == Identity.of_block(number)
-        return record.kind is DeviceType.BLOCK and is_of
+def was_taken_away(record: DeviceRecord, removed: AbstractSet[Identity | str]) -> bool:
+    """Whether the device, or one of the functions of a group, is among what was removed."""
+    if record.kind is DeviceType.BLOCK:
+        return record.identity in removed
     address = record.guest_address
     members = [function.host for function in address.functions] if address else []
-    return record.kind is DeviceType.VFIO and event.name in {record.identity.key, *members}
+    is_function = record.kind is DeviceType.VFIO
+    return is_function and not removed.isdisjoint({record.identity.key, *members})
 
 
 def compare(

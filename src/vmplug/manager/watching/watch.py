@@ -6,14 +6,16 @@ LOOK_INTERVAL_S, and asks the VMs every ASK_INTERVAL_S whether an error has stop
 """
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Self
 
 import msgspec
 
 from vmplug.drivers.ports import FailedDisk
 from vmplug.host.events import Event, EventsLost, HostEvents, ProcessEnded
+from vmplug.host.kind import Identity
 from vmplug.host.process import ProcessLock
 from vmplug.host.program import Looks
 from vmplug.host.root import HostRoot
@@ -33,6 +35,7 @@ from vmplug.manager.watching.notice import (
     compare,
     device_notices,
     ended_notice,
+    find_removed,
     lost_notice,
     resumed_notice,
     stopped_notice,
@@ -217,24 +220,30 @@ class Watch(Iterator[DeviceEvent]):
         happened: Sequence[Event],
     ) -> None:
         """Queue the notices of devices whose records are the same after the check."""
-        same = set(map(_key, after.devices))
+        same, removed = set(map(_key, after.devices)), find_removed(happened)
+        holds = defaultdict[str, list[Attachment]](list)
+        for hold in after.holds:
+            holds[hold.device_id].append(hold)
+        ended = {vm.name for vm in self._ended}
         for record, now in checked:
-            if now and _key(record) in same and not self._has_ended(record):
-                self._judge(record, now, happened)
+            if now and _key(record) in same and record.vm not in ended:
+                self._judge(record, now, removed, holds[record.id])
         present = {record.id for record in after.devices}
         self._seen = {name: health for name, health in self._seen.items() if name in present}
 
-    def _judge(self, record: DeviceRecord, now: DeviceHealth, happened: Sequence[Event]) -> None:
-        assert self._rows
+    def _judge(
+        self,
+        record: DeviceRecord,
+        now: DeviceHealth,
+        removed: AbstractSet[Identity | str],
+        holds: Sequence[Attachment],
+    ) -> None:
         before = self._seen.get(record.id)
-        taken_away = before is not None and was_taken_away(record, happened)
+        taken_away = before is not None and was_taken_away(record, removed)
         what = compare(before, now, taken_away=taken_away)
         if what:
-            self._waiting += device_notices(what, record, self._rows.holds, before=before, now=now)
+            self._waiting += device_notices(what, record, holds, before=before, now=now)
         self._seen[record.id] = now
-
-    def _has_ended(self, record: DeviceRecord) -> bool:
-        return any(vm.name == record.vm for vm in self._ended)
 
     def _read(self) -> _Rows:
         """The contents of the journal; read again only after a change."""

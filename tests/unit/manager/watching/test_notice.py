@@ -16,6 +16,7 @@ from vmplug.manager.watching.notice import (
     compare,
     device_notices,
     ended_notice,
+    find_removed,
     lost_notice,
     resumed_notice,
     stopped_notice,
@@ -97,7 +98,7 @@ def test_a_device_that_was_away_for_a_moment_is_another_one() -> None:
     ],
 )
 def test_events_that_take_a_device_away(record: DeviceRecord, happened: Event) -> None:
-    assert was_taken_away(record, [event("add", "pci", "0000:00:01.0"), happened])
+    assert was_taken_away(record, find_removed([event("add", "pci", "0000:00:01.0"), happened]))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_events_that_take_a_device_away(record: DeviceRecord, happened: Event) -
     ],
 )
 def test_events_of_other_devices_are_no_notices(record: DeviceRecord, happened: Event) -> None:
-    assert not was_taken_away(record, [happened])
+    assert not was_taken_away(record, find_removed([happened]))
 
 
 def notice(
