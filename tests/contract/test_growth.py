@@ -138,3 +138,30 @@ def test_it_does_not_grow_with_the_disks_of_a_controller(vms: Any, tmp_path: Pat
     infos = disks(tmp_path / "disks", 200, SCSI)
     few, many = (sent_for_the_last(vms, tmp_path / str(n), 1, infos[-n:]) for n in (10, 200))
     assert_alike(few, many)
+
+
+def sent_to_detach(vms: Any, directory: Path, count: int) -> list[str]:
+    """What is sent to detach so many disks of one controller."""
+    directory.mkdir()
+    infos = disks(directory / "disks", count, SCSI)
+    with vms(directory, 1) as (monitor, endpoint):
+        counted = Counted(monitor)
+        with DeviceManager.open(
+            vm="vm1",
+            host=HostRoot("/"),
+            hypervisor=Qemu(counted, endpoint),
+            state_dir=directory / "state",
+        ) as manager:
+            held = manager.attach_all(infos)
+            counted.sent.clear()
+            manager.detach_all([hold.id for hold in held])
+            assert manager.attachments() == []
+            return list(counted.sent)
+
+
+def test_a_detach_asks_once_for_all_what_the_vm_has(vms: Any, tmp_path: Path) -> None:
+    """A list is as long as what the VM has: one for each device would be a square."""
+    few, many = (sent_to_detach(vms, tmp_path / str(n), n) for n in (5, 50))
+    lists = [sum("qom-list" in text for text in sent) for sent in (few, many)]
+    assert lists[1] <= lists[0] + 5  # a wait may look again
+    assert len(many) / 50 <= len(few) / 5
