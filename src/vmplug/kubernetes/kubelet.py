@@ -55,6 +55,16 @@ def socket_made_at(path: str) -> float | None:
     return identity[2] / 1e9 if identity else None
 
 
+async def is_served(socket: str) -> bool:
+    """Whether a process answers at a socket; a killed one leaves it without."""
+    try:
+        _, writer = await asyncio.open_unix_connection(socket)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
 async def register(kubelet_socket: str, *, endpoint: str, resource: str) -> None:
     """Register a resource, which kubelet then asks for at `endpoint`. Raises HostError."""
     channel = Channel(path=kubelet_socket)

@@ -90,6 +90,7 @@ class Plugin:
     async def _look_again(self) -> None:
         try:
             await self._look()
+            self._warn_once("look", "")
         except DeviceError as error:
             self._warn_once("look", f"cannot look at the devices: {error.message}")
 
@@ -101,6 +102,7 @@ class Plugin:
                 await self._take_in()
                 await self.threads.call(self.keeper.bind_offered)
                 self.look_soon()
+                self._warn_once("reconcile", "")
                 self.keeper.tally.reconciled("done" if has_answer else "no-answer")
             except DeviceError as error:
                 self._warn_once("reconcile", f"cannot reconcile: {error.message}")

@@ -13,14 +13,20 @@ from grpclib.exceptions import GRPCError
 from grpclib.server import Server, Stream
 
 from vmplug.aio.threads import Threads
-from vmplug.errors import DeviceError, InUse, NoSuchDevice
+from vmplug.errors import DeviceError, HostError, InUse, NoSuchDevice
 from vmplug.kubernetes import device_plugin_pb2 as api
 from vmplug.kubernetes.answer import describe_allocated, list_devices, prefer
 from vmplug.kubernetes.board import Board
 from vmplug.kubernetes.config import Resource
 from vmplug.kubernetes.device_plugin_grpc import DevicePluginBase
 from vmplug.kubernetes.keeper import Keeper
-from vmplug.kubernetes.kubelet import OPTIONS, SocketIdentity, identify_socket, register
+from vmplug.kubernetes.kubelet import (
+    OPTIONS,
+    SocketIdentity,
+    identify_socket,
+    is_served,
+    register,
+)
 from vmplug.log import Log
 from vmplug.text import join_hint, one_line
 
@@ -48,6 +54,7 @@ class ResourceService(DevicePluginBase):
         self._streams = 0
         self._opened = asyncio.Event()
         self._logged = ""
+        self._own: SocketIdentity | None = None
         digest = sha256(resource.name.encode()).hexdigest()[:12]
         self.endpoint = f"vmplug-{digest}.sock"
         directory = keeper.config.plugin_directory
@@ -167,17 +174,27 @@ class ResourceService(DevicePluginBase):
                 backoff_s = min(2 * backoff_s, _BACKOFF_MAX_S)
 
     async def _start(self, server: Server) -> None:
-        """Listen, in place of what a killed plugin left."""
+        """Listen, in place of what a killed plugin left. Raises HostError for one that runs."""
         self._opened.clear()
+        if await is_served(self._socket):
+            raise HostError(
+                f"another process offers {self.resource.name} at {self._socket}",
+                hint="end it: it has another state directory, so neither knows what the other "
+                "gave to pods",
+            )
         with suppress(FileNotFoundError):
             os.unlink(self._socket)
         await server.start(path=self._socket)
         os.chmod(self._socket, 0o600)
+        self._own = identify_socket(self._socket)
 
     def _stop(self, server: Server) -> None:
-        server.close()
-        with suppress(OSError):
-            os.unlink(self._socket)
+        with suppress(RuntimeError):  # it never listened
+            server.close()
+        own, self._own = self._own, None
+        if own and identify_socket(self._socket) == own:
+            with suppress(OSError):
+                os.unlink(self._socket)
 
     async def _until_offered(self) -> None:
         """Wait for the first device: an empty list would end pods that run."""
@@ -196,9 +213,8 @@ class ResourceService(DevicePluginBase):
         return kubelet
 
     async def _until_lost(self, kubelet: SocketIdentity) -> None:
-        own = identify_socket(self._socket)
         while self._streams and identify_socket(self._kubelet) == kubelet:
-            if identify_socket(self._socket) != own:
+            if identify_socket(self._socket) != self._own:
                 return
             await asyncio.sleep(_POLL_S)
 

@@ -2,12 +2,17 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 from grpclib.const import Status
 
+from tests.support.journal import lay_journal
 from tests.support.kubelet import AdmissionError, StandInKubelet, StartError
 from tests.unit.kubernetes.world import (
+    DISK_LINES,
+    DISKS,
     GPU,
     GPUS,
     MANAGED_LINES,
@@ -18,6 +23,7 @@ from tests.unit.kubernetes.world import (
     SOUND,
     Node,
     lists,
+    running,
     until,
 )
 from vmplug.errors import HostError
@@ -228,6 +234,88 @@ def test_a_socket_that_a_killed_plugin_left_is_replaced(node: Node) -> None:
                 await kubelet.wait_for(NICS, allocatable=2)
 
     asyncio.run(play())
+
+
+def test_of_two_plugins_with_other_state_directories_the_second_waits(
+    node: Node, log_text: Callable[[], str]
+) -> None:
+    other = node.path / "other-state"
+    lay_journal(other)
+
+    async def scenario(kubelet: StandInKubelet, plugin: Plugin) -> None:
+        await kubelet.wait_for(NICS, allocatable=2)
+        (own,) = set(kubelet.plugins.iterdir()) - {kubelet.socket}
+        inode = own.stat().st_ino
+        async with running(node.config(), node.kernel, other):
+            await until(lambda: f"another process offers {NICS} at {own}" in log_text())
+            await lists(kubelet, 4)
+            assert kubelet.calls.count(f"Register {NICS}") == 1
+        assert own.stat().st_ino == inode
+        assert kubelet.allocatable(NICS) == 2
+
+    node.run(scenario)
+
+
+def test_a_socket_that_cannot_be_made_stops_no_other_resource(
+    node: Node, log_text: Callable[[], str]
+) -> None:
+    async def play() -> None:
+        async with StandInKubelet(node.kubelet_directory) as kubelet:
+            async with node.plugin(node.config()):
+                await kubelet.wait_for(NICS)
+                (own,) = set(kubelet.plugins.iterdir()) - {kubelet.socket}
+            own.mkdir()
+            async with node.plugin(node.config(NIC_LINES + DISK_LINES)):
+                await kubelet.wait_for(DISKS, allocatable=2)
+                await until(lambda: "Is a directory" in log_text())
+                own.rmdir()
+                await kubelet.wait_for(NICS, allocatable=2)
+
+    asyncio.run(play())
+
+
+def test_the_second_plugin_goes_on_when_the_first_has_ended(
+    node: Node, log_text: Callable[[], str]
+) -> None:
+    other = node.path / "other-state"
+    lay_journal(other)
+
+    async def play() -> None:
+        async with StandInKubelet(node.kubelet_directory) as kubelet, AsyncExitStack() as second:
+            async with node.plugin(node.config()):
+                await kubelet.wait_for(NICS, allocatable=2)
+                await second.enter_async_context(running(node.config(), node.kernel, other))
+                await until(lambda: "another process offers" in log_text())
+            await until(lambda: kubelet.calls.count(f"Register {NICS}") == 2)
+            await kubelet.wait_for(NICS, allocatable=2)
+
+    asyncio.run(play())
+
+
+def test_a_failure_is_logged_again_after_it_was_over(
+    node: Node, log_text: Callable[[], str]
+) -> None:
+    udev = node.tree.path / "run/udev/data/b259:0"
+    text = udev.read_text()
+
+    def has_failed(times: int) -> bool:
+        return log_text().count("cannot look at the devices") == times
+
+    async def scenario(kubelet: StandInKubelet, plugin: Plugin) -> None:
+        await kubelet.wait_for(DISKS)
+        for times in (1, 2):
+            udev.unlink()
+            udev.mkdir()
+            plugin.look_soon()
+            await until(partial(has_failed, times), 20)
+            udev.rmdir()
+            udev.write_text(text)
+            plugin.look_soon()
+            await until(plugin.board.wanted.is_set, 20)
+            await until(lambda: not plugin.board.wanted.is_set(), 20)
+            await lists(kubelet, 3)
+
+    node.run(scenario, DISK_LINES)
 
 
 def test_a_plugin_whose_socket_is_removed_registers_again(node: Node) -> None:
