@@ -146,7 +146,7 @@ class _File(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen=T
     resource: list[_Resource] = msgspec.field(default_factory=list)
     kubelet_directory: str = KUBELET_DIRECTORY
     cdi_directory: str = DEFAULT_DIRECTORY
-    reconcile_seconds: Annotated[float, msgspec.Meta(gt=0, le=3600)] = RECONCILE_S
+    reconcile_seconds: Annotated[float, msgspec.Meta(ge=1, le=3600)] = RECONCILE_S
     metrics: str | None = None
 
 

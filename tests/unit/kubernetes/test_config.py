@@ -79,7 +79,7 @@ def test_the_page_has_a_configuration_that_is_right(tmp_path: Path) -> None:
             f"[[resource]]\nname='a.com/b-c'\n{PCI}\n[[resource]]\nname='a.com/b_c'\n{PCI}",
             "a container sees both as PCIDEVICE_A_COM_B_C",
         ),
-        (f"reconcile-seconds = 0\n[[resource]]\n{NAME}\n{PCI}", "reconcile-seconds"),
+        (f"reconcile-seconds = 0.5\n[[resource]]\n{NAME}\n{PCI}", "reconcile-seconds"),
         (
             f"metrics = 'localhost:9808'\n[[resource]]\n{NAME}\n{PCI}",
             "wrong at metrics: 'local",

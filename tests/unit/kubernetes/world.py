@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from tests.support.fake_kernel import FakeKernel
 from tests.support.journal import lay_journal
 from tests.support.kubelet import SETTLE_S, StandInKubelet
@@ -114,9 +116,9 @@ class Node:
         file.write_text(
             f'kubelet-directory = "{self.kubelet_directory}"\n'
             f'cdi-directory = "{self.path}/cdi"\n'
-            f"reconcile-seconds = {reconcile_s}\n{lines}"
+            f"reconcile-seconds = {max(1, reconcile_s)}\n{lines}"
         )
-        return read_config(file)
+        return replace(read_config(file), reconcile_s=reconcile_s)
 
     def open(self, bdf_or_path: str, *, pid: int = 4711, name: str = "qemu") -> None:
         """A process opens a node."""
