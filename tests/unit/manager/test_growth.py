@@ -87,6 +87,7 @@ class World:
             watch._look([])
             assert watch.looked.devices == len(self.infos)
             for info in self.infos:
+                assert info.host_path
                 os.unlink(info.host_path)
             watch._look([])
             assert len(watch._waiting) == len(self.infos)

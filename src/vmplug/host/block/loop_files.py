@@ -41,7 +41,7 @@ class Loop(msgspec.Struct, frozen=True, kw_only=True):
     def own_name(self, root: HostRoot) -> str:
         """What it shows, whenever that is set up again: its file's name, and the part of it.
 
-        Where that name leads elsewhere now, its numbers keep it apart from others that had the name.
+        Where that name leads elsewhere now, its numbers keep it apart from others that had it.
         """
         backing, opened = self.backing, self.opened
         words = [backing.backing_file, str(backing.offset_bytes)]

@@ -93,8 +93,7 @@ def _without_type(function: PciFunction, root: HostRoot) -> Iterator[Finding]:
     if function.physfn and root.read_int(f"{base}/current_vgpu_type") == 0:
         yield Finding(
             Code.VFIO_REFUSES,
-            f"{function.bdf} is no virtual GPU yet: it has no type, and without one it is of no "
-            "use to a VM",
+            f"{function.bdf} has no type of virtual GPU yet, and without one a VM cannot use it",
             f"cat {base}/creatable_vgpu_types; echo TYPE > {base}/current_vgpu_type",
         )
 

@@ -97,7 +97,7 @@ def _no_remapping(group: VfioGroup, root: HostRoot) -> Finding:
 def _split_by_hand(group: VfioGroup) -> Finding:
     return Finding(
         Code.ACS_OVERRIDE,
-        f"the kernel was told to believe that devices are apart (pcie_acs_override): group "
+        f"the kernel only believes that devices are apart (pcie_acs_override): group "
         f"{group.number} may be a part of a larger one, so the VM could reach other devices, and "
         "they its memory",
         "boot without pcie_acs_override, and hand over whole groups; or give the devices of one "

@@ -190,7 +190,7 @@ class _RecordingRoot(HostRoot):
         self._targets: dict[str, str | None] = {}
 
     def forget(self) -> None:
-        """Forget what was asked for, and where links led: the next device is asked for anew."""
+        """Forget what was asked for, and where links led, before the next device."""
         self.noted.clear()
         self.listed.clear()
         self._targets.clear()

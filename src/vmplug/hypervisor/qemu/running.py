@@ -11,21 +11,8 @@ from msgspec.structs import replace
 
 from vmplug.address import PERIPHERAL, device_id_of, qemu_id
 from vmplug.drivers.place import MemorySlot, Offer, Place, Places
-from vmplug.drivers.plug import (
-    Aio,
-    BlockDrive,
-    Plug,
-    VFIODevices,
-    VhostUserDevice,
-)
-from vmplug.drivers.ports import (
-    Choose,
-    Command,
-    Endpoint,
-    FailedDisk,
-    Step,
-    UnplugFailure,
-)
+from vmplug.drivers.plug import Aio, BlockDrive, Plug, VFIODevices, VhostUserDevice
+from vmplug.drivers.ports import Choose, Command, Endpoint, FailedDisk, Step, UnplugFailure
 from vmplug.errors import BackendTimeout, CommandError, UnplugTimeout
 from vmplug.host.file_id import CheckedFile, pinned, shows_open
 from vmplug.host.process import find_guest_process, is_running, read_start_time

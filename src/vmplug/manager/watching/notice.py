@@ -66,7 +66,9 @@ def find_removed(events: Iterable[Event]) -> set[Identity | str]:
         event for event in events if isinstance(event, HostEvent) and event.action in _TAKES_AWAY
     )
     return {
-        event.name if event.subsystem != "block" else Identity.of_block(event.devnum)
+        Identity.of_block(event.devnum)
+        if event.subsystem == "block" and event.devnum
+        else event.name
         for event in removals
         if event.subsystem != "block" or event.devnum
     }

@@ -224,7 +224,7 @@ def test_a_virtual_gpu_without_a_type_is_not_taken_from_nvidias_driver(
     write(tree, VIRTFN, "nvidia/current_vgpu_type", "0\n")
     kernel = FakeKernel(tree.pci_driver("vfio-pci"))
     with Journal.open(tmp_path / "state") as journal:
-        with pytest.raises(InUse, match="no virtual GPU yet"):
+        with pytest.raises(InUse, match="no type of virtual GPU yet"):
             Binder(journal, kernel).bind(find_vfio_device(VIRTFN, kernel))
         assert kernel.writes == []
         assert journal.bindings.all() == []
