@@ -141,7 +141,7 @@ def test_this_hosts_record_is_this_host(tmp_path: Path) -> None:
     """It is made again when disks have come or gone in between, as somebody's loop device."""
     live = HostRoot()
     for _ in range(20):
-        write_record(str(tmp_path / "r.tar"), live)
+        write_record(str(tmp_path / "r.tar"), live, replace=True)
         found, expected = (look(root) for root in (read_record(str(tmp_path / "r.tar")), live))
         disks, their_disks = ([disk.name for disk in one.block] for one in (found, expected))
         if disks == their_disks:
