@@ -190,9 +190,9 @@ def check_memlock(
 
 
 def _bindings(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
-    """Functions that are not bound to VFIO."""
+    """Functions that are not bound to VFIO; none where binding helps nothing, without a group."""
     outside = [f for f in group.functions if not is_vfio_driver(f, root)]
-    if not outside:
+    if not outside or group.number is None:
         return
     words = ", ".join(
         f"{f.bdf} is bound to {f.driver}" if f.driver else f"{f.bdf} has no driver"

@@ -78,6 +78,11 @@ def test_a_function_in_no_group_has_no_iommu(tree: PciTree) -> None:
     assert "enable" not in finding.hint
 
 
+def test_a_function_in_no_group_is_not_sent_to_bind_which_refuses_it(tree: PciTree) -> None:
+    bound(tree, group=None, driver="nvidia")
+    assert not findings(tree).keys() & {Code.NOT_BOUND, Code.GROUP_NOT_VIABLE}
+
+
 def test_interrupts_that_are_not_remapped_are_a_danger(tree: PciTree) -> None:
     bound(tree).file("/proc/interrupts", NO_REMAPPING)
     finding = findings(tree)[Code.NO_INTERRUPT_REMAPPING]
