@@ -4,6 +4,7 @@ WAL with synchronous=FULL: a committed transaction survives a crash of the proce
 machine, and readers never wait. Source: sqlite.org/wal.html, sqlite.org/pragma.html.
 """
 
+import errno
 import os
 import re
 import sqlite3
@@ -319,6 +320,11 @@ _REMEDIES = {
     sqlite3.SQLITE_BUSY: "try again when that process has finished",
 }
 """By SQLite's code. Source: sqlite.org/rescode.html."""
+_OF_ERRNO = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _REMEDIES[sqlite3.SQLITE_FULL]),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), None),
+}
+"""For other reasons than that the directory may not be written to."""
 _DAMAGE = {
     sqlite3.SQLITE_ERROR,  # a table or column is missing
     sqlite3.SQLITE_CORRUPT,
@@ -344,8 +350,13 @@ def means_damage(error: Exception) -> bool:
 
 
 def _code(error: Exception) -> int:
-    """SQLite's primary code: the lowest byte of the extended one."""
-    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    """SQLite's primary code: the lowest byte of the extended one.
+
+    A reader too needs 32 KiB for the index of the WAL, and gets an I/O error on a full disk.
+    Source: sqlite.org/walformat.html, chapter 2; SQLite src/os_unix.c, unixShmMap.
+    """
+    extended: int = getattr(error, "sqlite_errorcode", None) or 0
+    return sqlite3.SQLITE_FULL if extended == sqlite3.SQLITE_IOERR_SHMSIZE else extended & 0xFF
 
 
 def is_locked(error: StoreError) -> bool:
@@ -359,7 +370,10 @@ def store_error(path: str, error: Exception) -> StoreError:
     """The error to report for an error of the file or of a row."""
     why, hint = str(error), _REMEDIES.get(_code(error))
     if isinstance(error, OSError):
-        why, hint = os.strerror(error.errno or 0), _WRITABLE
+        why = os.strerror(error.errno or 0)
+        hint = _OF_ERRNO.get(error.errno or 0, _WRITABLE)
+    elif _code(error) == sqlite3.SQLITE_FULL:
+        why = "the disk is full"
     elif _code(error) == sqlite3.SQLITE_BUSY:
         why = "another process has locked it"
     elif means_damage(error):

@@ -724,7 +724,7 @@ def test_a_full_disk_is_an_error_and_the_journal_works_again_when_there_is_room(
     big = VmRecord(name="v" * 9000, qmp_socket="/v", pid=None, started_at=None, is_ours=False)
     before = journal_rows(tmp_path)
     for _ in range(2):
-        with pytest.raises(StoreError, match="database or disk is full") as caught:
+        with pytest.raises(StoreError, match="the disk is full") as caught:
             store.add_vm(big)
         assert "free space" in (caught.value.hint or "")
         assert journal_rows(tmp_path) == before
