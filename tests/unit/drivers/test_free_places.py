@@ -1,5 +1,6 @@
 """Places for devices that are no plain disks: the lowest that is free, or why there is none."""
 
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from tests.support.scsi import first_addresses
+from tests.support.work import count_lines
 from vmplug.address import CcwDevNo, PciPath, PciSlot
 from vmplug.drivers.free_places import (
+    Taken,
     ccw_places,
     check_shared_memory,
     cold_plug_only,
@@ -114,6 +117,29 @@ def test_scsi_places_leave_out_what_is_taken() -> None:
     taken = {str(place) for place in islice(scsi_places(offer), 300)} - {"a.0/1:3"}
     free = [str(place) for place in islice(scsi_places(offer, taken), 2)]
     assert free == ["a.0/1:3", "a.0/1:44"]
+
+
+def in_turn(taken: Taken, count: int) -> list[str]:
+    """The places that one plan gives to so many disks."""
+    controllers = (ScsiController(bus=f"{name}.0", path=None, used=frozenset()) for name in "ab")
+    offer = replace(Q35, controllers=tuple(controllers))
+    chosen = list[str]()
+    for _ in range(count):
+        chosen.append(str(next(scsi_places(offer, taken))))
+        taken.add(chosen[-1])
+    return chosen
+
+
+def test_a_plan_gives_each_free_scsi_address_once_lowest_first() -> None:
+    known = ["a.0/0:0", "a.0/0:2", "a.0/0:3"]
+    assert in_turn(Taken(known), 4) == ["a.0/0:1", "a.0/0:4", "a.0/0:5", "a.0/0:6"]
+    full = [f"a.0/{index >> 8}:{index & 0xFF}" for index in range(1 << 16)]
+    assert in_turn(Taken(full), 2) == ["b.0/0:0", "b.0/0:1"]
+
+
+def test_the_next_scsi_address_costs_as_much_after_many() -> None:
+    few, many = (count_lines(partial(in_turn, Taken(), n)) / n for n in (10, 1000))
+    assert many <= few
 
 
 @pytest.mark.parametrize("offer", [NOTHING, MICROVM])
