@@ -363,7 +363,7 @@ MISTAKES = [
     ),
     (
         f'[[rule]]\n{ANY}allow = ["all"]',
-        "rule[0].allow[0] ('any'): 'all' is not one of backend-busy",
+        "rule[0].allow[0] ('any'): 'all' is not one of acs-override",
     ),
     (f'[[rule]]\n{ANY}allow = ["no-iommu"]', "rule 'any': no-iommu cannot be overruled"),
     (f"[[rule]]\n{ANY}paths = []", "rule[0].paths ('any'): expected array of length >= 1"),
