@@ -113,6 +113,7 @@ def cost_of_each(
     return costs[1], costs[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", [World.check, World.plan, World.attach])
 def test_a_request_costs_as_much_for_each_of_many_devices(
     tmp_path: Path, act: Callable[[World], None]
@@ -121,6 +122,7 @@ def test_a_request_costs_as_much_for_each_of_many_devices(
     assert many < few * MORE_MAX
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", [World.list, World.reconcile, World.choose, World.watch])
 def test_what_a_vm_has_costs_as_much_for_each_of_many_devices(
     tmp_path: Path, act: Callable[[World], None]
