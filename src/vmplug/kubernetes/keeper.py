@@ -120,7 +120,7 @@ class Keeper:
             return health
         if health.is_open and health.state is UnitState.USED:
             return replace(health, reason=f"{health.reason}; the pod that had it has gone")
-        if health.state is UnitState.ASSIGNED:
+        if health.state is UnitState.ASSIGNED and self._missing.get(unit.key):
             return replace(health, reason="kubelet names no pod that has it")
         return health
 

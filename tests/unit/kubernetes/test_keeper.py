@@ -44,6 +44,18 @@ def forget_pods(keeper: Keeper) -> None:
         keeper.note_pods({}, has_any=True, is_settled=True)
 
 
+def test_a_pod_that_is_being_made_is_not_yet_missed(node: Node) -> None:
+    """Kubelet names its device a moment after Allocate."""
+    with node.journal() as journal:
+        keeper = node.keeper(journal=journal)
+        keeper.note_pods({}, has_any=True, is_settled=True)
+        keeper.allocate(NICS, ["27"])
+        for missed in ("", "kubelet names no pod that has it"):
+            health = {offer.id: offer.health for offer in keeper.look().offers}["27"]
+            assert (health.state, health.reason) == (UnitState.ASSIGNED, missed)
+            keeper.note_pods({}, has_any=True, is_settled=True)
+
+
 # the same ID is the same device
 
 
