@@ -186,7 +186,10 @@ def test_give_back_prints_what_stays(node: Node, vmplug: Vmplug) -> None:
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL],
+    [
+        signal.SIGTERM,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGKILL)),
+    ],
 )
 def test_the_process_serves_until_a_signal_and_another_goes_on(
     node: Node, vmplug: Vmplug, number: signal.Signals

@@ -69,6 +69,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPENERS)
 def test_an_open_that_fails_for_want_of_descriptors_leaks_none(
     setup: Setup, tmp_path: Path, name: str

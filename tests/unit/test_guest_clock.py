@@ -36,6 +36,7 @@ def test_the_clock_runs_at_a_quarter_when_the_process_is_idle_or_has_ended() -> 
 BUSY = ["sh", "-c", "while :; do :; done"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/schedstat").exists(), reason="this kernel counts no waits for a CPU"
 )

@@ -43,6 +43,7 @@ def begin_to_write(directory: Path) -> int:
     return child
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_writer_leaves_whole_files(tmp_path: Path) -> None:
     directory = tmp_path / "cdi"

@@ -137,6 +137,7 @@ def test_a_verb_reports_a_damaged_journal_with_a_remedy_and_changes_nothing(
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [*SEEN_WHEN_READ, without_index])
 def test_a_damaged_journal_is_kept_and_what_can_be_read_is_carried_over(
     path: Path, damage: Damage
@@ -335,6 +336,7 @@ set_aside(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_sets_a_journal_aside_loses_no_row(
     tmp_path: Path,
 ) -> None:

@@ -809,6 +809,7 @@ def test_devices_of_a_failed_batch_that_the_guest_keeps_stay_detaching(sandbox: 
 # conversations that break
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_sent", [False, True], ids=["lost", "done"])
 @pytest.mark.parametrize("count", range(1, BATCH_STEPS + 1))
 def test_after_a_broken_attach_reconcile_leaves_nothing(

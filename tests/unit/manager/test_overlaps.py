@@ -185,6 +185,7 @@ def test_another_drive_goes_with_the_controller(drive: PciTree) -> None:
     assert not overlaps(drive, WHOLE, CONTROLLER)
 
 
+@pytest.mark.slow
 def test_the_work_does_not_grow_with_the_square_of_the_request(tmp_path: Path) -> None:
     """Four times as many devices take four times as many calls; a square would take sixteen."""
     tree = HostTree(tmp_path)

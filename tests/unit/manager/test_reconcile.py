@@ -462,6 +462,7 @@ def was_killed(sandbox: Sandbox, verb: Verb) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_sent", DEATHS)
 @pytest.mark.parametrize("life", LIVES)
 def test_reconcile_leaves_nothing_after_a_death_at_any_command(
@@ -480,6 +481,7 @@ def on_ports(sandbox: Sandbox) -> set[str]:
     return names & sandbox.vmplugs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_sent", DEATHS)
 @pytest.mark.parametrize("life", LIVES)
 def test_reconcile_finishes_a_killed_verb_when_the_guest_wakes(

@@ -97,6 +97,7 @@ def test_a_worker_lives_as_the_process_of_that_number_start_and_boot() -> None:
     assert not replace(own, boot_id="another boot").is_alive(host)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [State.PLUGGING, State.DETACHING])
 def test_reconcile_leaves_work_in_progress_to_its_process(sandbox: Sandbox, state: State) -> None:
     node = Command("blockdev-add", {"node-name": f"vmplug-{DISK.id}", "driver": "null-co"})

@@ -227,6 +227,7 @@ needs_qemu_img = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_qemu_img
 @pytest.mark.parametrize(
     "options",

@@ -744,6 +744,7 @@ DEATHS = (pytest.param(Fault.DIE_BEFORE, marks=pytest.mark.slow), Fault.DIE_AFTE
 """Most deaths before a write leave what one after the last did."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device_id", [None, "d1"])
 @pytest.mark.parametrize("when", DEATHS)
 @pytest.mark.parametrize("number", range(WRITES_TO_BIND))
@@ -762,6 +763,7 @@ def test_death_at_any_step_of_a_bind_is_undone(
     assert kernel.picture() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", DEATHS)
 @pytest.mark.parametrize("number", range(WRITES_TO_UNBIND))
 @pytest.mark.parametrize("override", ["", "snd_hda_intel"])
