@@ -18,6 +18,8 @@ import msgspec
 from vmplug.devnum import DevNum
 from vmplug.errors import HostError
 
+_LIBRARY = "libudev.so.1"
+"""Where it is not there, pyudev looks for it with a gcc and an ld of the PATH: see ctypes.util."""
 _SUBSYSTEMS = ("block", "pci", "mdev")
 _BUFFER_BYTES = 4 << 20
 """Enough for a burst, such as many new virtual functions; without root the kernel grants less."""
@@ -128,8 +130,11 @@ class _Monitor(Protocol):
 
 def _start_monitor(buffer_bytes: int) -> _Monitor:
     try:
-        import pyudev  # noqa: PLC0415  13 ms; and only events need it
+        import ctypes  # noqa: PLC0415  15 ms; and only events need both
 
+        import pyudev  # noqa: PLC0415
+
+        ctypes.CDLL(_LIBRARY)
         monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
         with suppress(OSError):  # only root may ask for it
             monitor.set_receive_buffer_size(buffer_bytes)

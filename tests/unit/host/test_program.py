@@ -12,9 +12,10 @@ import pytest
 
 import vmplug
 from tests.support.silent_files import SilentFiles, silent_files
-from vmplug.errors import AttributeReadError
+from vmplug.errors import AttributeReadError, HostError
 from vmplug.host import program
 from vmplug.host.block.volumes import find_volumes
+from vmplug.host.events import HostEvents
 from vmplug.host.program import (
     PROGRAM_PATH,
     Finished,
@@ -48,6 +49,21 @@ def test_only_the_first_words_of_a_long_complaint_are_kept() -> None:
 def test_a_program_that_is_not_there_is_told() -> None:
     done = run_program(["no-such-program", "x"], timeout_s=SOON_S)
     assert done == Finished(None, "", "the program no-such-program is not installed")
+
+
+@pytest.mark.parametrize("name", ["gcc", "ld"])
+def test_a_missing_libudev_is_not_looked_for_with_programs_of_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    program, marker = tmp_path / name, tmp_path / "ran"
+    program.write_text(f"#!/bin/sh\n: >{marker}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("ctypes.util._findSoname_ldconfig", lambda _: None)
+    monkeypatch.setattr("vmplug.host.events._LIBRARY", "libudev-not-there.so.1")
+    with pytest.raises(HostError, match="events cannot be received"):
+        HostEvents()
+    assert not marker.exists()
 
 
 def test_a_program_that_cannot_be_run_is_told(tmp_path: Path) -> None:
