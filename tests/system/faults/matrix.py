@@ -279,8 +279,11 @@ class Column:
 
 
 def _is_again(step: Step) -> bool:
-    """vmplug connects once more where a connection has lasted too long, as on a busy machine."""
-    return step.name == "qmp_capabilities" and step.number > 1
+    """What a busy machine makes vmplug do once more, or not.
+
+    It connects where a connection has lasted too long, and removes what QEMU held for a moment.
+    """
+    return step.number > 1 and step.name.split()[0] in {"qmp_capabilities", "chardev-remove"}
 
 
 @cache
