@@ -10,9 +10,9 @@ from enum import StrEnum
 
 import msgspec
 
-from vmplug.devnum import DevNum
+from vmplug.host.check.thing import identities_in
 from vmplug.host.finding import POD_PREFIX, Claim
-from vmplug.host.kind import Identity
+from vmplug.host.kind import IdentityKind
 from vmplug.host.process import ProcessLock
 from vmplug.journal.database import Transaction, store_error
 
@@ -52,20 +52,13 @@ class PodDevice(msgspec.Struct, frozen=True, kw_only=True):
 
         The number of a disk holds in one boot alone: PreStartContainer writes it again.
         """
-        kind, *parts = self.thing.split() or ("",)
-        match kind:
-            case "vfio":  # an address has two colons; more words follow it
-                found = [Identity.of_vfio(":".join(part.split(":")[:3])) for part in parts]
-            case "block" if self.boot_id == boot_id:
-                found = [Identity.of_block(DevNum.parse(parts[0]))]
-            case _:
-                found = []
+        if self.state is PodDeviceState.OFFERED:
+            return []
         vm = POD_PREFIX + self.device_id
-        is_free = self.state is PodDeviceState.OFFERED
         return [
             Claim(vm=vm, identity=each, read_only=False, share_rw=False)
-            for each in found
-            if not is_free
+            for each in identities_in(self.thing)
+            if each.kind is not IdentityKind.BLOCK or self.boot_id == boot_id
         ]
 
 

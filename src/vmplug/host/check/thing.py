@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from vmplug.devnum import DevNum
-from vmplug.host.kind import is_other_thing
+from vmplug.host.kind import Identity, is_other_thing
 from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_handle import identify_file
@@ -54,6 +54,18 @@ def find_place(thing: str) -> tuple[int, int] | None:
     """The file system and the inode in what `identify_file` has made; None for other things."""
     match = _FILE.match(thing)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def identities_in(thing: str) -> list[Identity]:
+    """What others know it by: its functions, or its number, which holds in one boot alone."""
+    kind, *words = thing.split(" ")
+    match kind:
+        case "vfio":
+            return [Identity.of_vfio(_name_of(word)) for word in words]
+        case "block":
+            return [Identity.of_block(DevNum.parse(words[0]))]
+        case _:
+            return []
 
 
 def identify_block(number: DevNum, sysfs_path: str, root: HostRoot) -> str:
@@ -114,7 +126,11 @@ def has_changed(thing: str | None, root: HostRoot) -> bool:
 
 def _path_of(member: str) -> str:
     """The directory of a member, of which the text is that of `identify_member`."""
+    name = _name_of(member)
+    return f"/sys/bus/pci/devices/{name}" if ":" in name else f"{MDEV_DEVICES}/{name}"
+
+
+def _name_of(member: str) -> str:
+    """The address or the UUID in the text of `identify_member`."""
     words = member.split(":")
-    if len(words) > _ADDRESS_WORDS:
-        return f"/sys/bus/pci/devices/{':'.join(words[:_ADDRESS_WORDS])}"
-    return f"{MDEV_DEVICES}/{words[0]}"
+    return ":".join(words[:_ADDRESS_WORDS]) if len(words) > _ADDRESS_WORDS else words[0]
