@@ -62,16 +62,15 @@ _TAKES_AWAY = {"remove", "unbind"}
 
 def find_removed(events: Iterable[Event]) -> set[Identity | str]:
     """What the kernel removed, even for a moment: disks, and the names of all other devices."""
-    removals = (
-        event for event in events if isinstance(event, HostEvent) and event.action in _TAKES_AWAY
-    )
-    return {
-        Identity.of_block(event.devnum)
-        if event.subsystem == "block" and event.devnum
-        else event.name
-        for event in removals
-        if event.subsystem != "block" or event.devnum
-    }
+    removed = set[Identity | str]()
+    for event in events:
+        if not (isinstance(event, HostEvent) and event.action in _TAKES_AWAY):
+            continue
+        if event.subsystem != "block":
+            removed.add(event.name)
+        elif event.devnum:
+            removed.add(Identity.of_block(event.devnum))
+    return removed
 
 
 def was_taken_away(record: DeviceRecord, removed: AbstractSet[Identity | str]) -> bool:
