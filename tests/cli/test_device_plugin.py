@@ -97,18 +97,18 @@ def test_without_a_configuration_it_says_where_to_write_one(node: Node, vmplug: 
     assert "none.toml cannot be read: No such file" in refused.stderr
 
 
-def test_without_the_libraries_it_says_what_to_install(node: Node) -> None:
+def run_without(library: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    """`vmplug device-plugin` where that library is not there."""
     program = (
-        "import sys; sys.modules['grpclib'] = None; sys.argv[0] = 'vmplug'; "
+        f"import sys; sys.modules[{library!r}] = None; sys.argv[0] = 'vmplug'; "
         "from vmplug.cli.main import run; run()"
     )
-    where = options(node, NIC_LINES)
-    done = subprocess.run(
-        [sys.executable, "-c", program, "device-plugin", "status", *where],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", program, "device-plugin", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_without_the_libraries_it_says_what_to_install(node: Node) -> None:
+    done = run_without("grpclib", "status", *options(node, NIC_LINES))
     assert done.returncode == 4
     assert "Kubernetes needs libraries that are not there" in done.stderr
     assert "hint: pip install 'vmplug[kubernetes]'" in done.stderr
@@ -155,17 +155,8 @@ def test_the_log_is_lines_of_json(node: Node, vmplug: Vmplug) -> None:
 
 
 def test_without_the_library_for_metrics_it_says_what_to_install(node: Node) -> None:
-    program = (
-        "import sys; sys.modules['prometheus_client'] = None; sys.argv[0] = 'vmplug'; "
-        "from vmplug.cli.main import run; run()"
-    )
     where = options(node, 'metrics = "127.0.0.1:9"\n' + NIC_LINES)
-    done = subprocess.run(
-        [sys.executable, "-c", program, "device-plugin", *where, "--state-dir", str(node.state)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_without("prometheus_client", *where, "--state-dir", str(node.state))
     assert done.returncode == 4
     assert "asks for metrics, and a library for them is not there" in done.stderr
     assert "hint: pip install 'vmplug[metrics]'" in done.stderr

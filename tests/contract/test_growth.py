@@ -91,25 +91,24 @@ def disks(directory: Path, count: int, options: Mapping[str, str]) -> list[Devic
     return infos
 
 
+def opened(monitor: Monitor, endpoint: Endpoint | None, directory: Path) -> DeviceManager:
+    return DeviceManager.open(
+        vm="vm1",
+        host=HostRoot("/"),
+        hypervisor=Qemu(monitor, endpoint),
+        state_dir=directory / "state",
+    )
+
+
 def sent_for_the_last(vms: Any, directory: Path, ports: int, infos: list[DeviceInfo]) -> list[str]:
     """What a new process sends for the last of the disks, when the VM has the others."""
     directory.mkdir()
     with vms(directory, ports) as (monitor, endpoint):
         counted = Counted(monitor)
-        with DeviceManager.open(
-            vm="vm1",
-            host=HostRoot("/"),
-            hypervisor=Qemu(counted, endpoint),
-            state_dir=directory / "state",
-        ) as first:
+        with opened(counted, endpoint, directory) as first:
             first.attach_all(infos[:-1])
             counted.sent.clear()
-            with DeviceManager.open(
-                vm="vm1",
-                host=HostRoot("/"),
-                hypervisor=Qemu(counted, endpoint),
-                state_dir=directory / "state",
-            ) as second:
+            with opened(counted, endpoint, directory) as second:
                 second.attach(infos[-1])
                 return list(counted.sent)
 
@@ -146,12 +145,7 @@ def sent_to_detach(vms: Any, directory: Path, count: int) -> list[str]:
     infos = disks(directory / "disks", count, SCSI)
     with vms(directory, 1) as (monitor, endpoint):
         counted = Counted(monitor)
-        with DeviceManager.open(
-            vm="vm1",
-            host=HostRoot("/"),
-            hypervisor=Qemu(counted, endpoint),
-            state_dir=directory / "state",
-        ) as manager:
+        with opened(counted, endpoint, directory) as manager:
             held = manager.attach_all(infos)
             counted.sent.clear()
             manager.detach_all([hold.id for hold in held])
