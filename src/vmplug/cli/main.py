@@ -13,6 +13,10 @@ def run() -> NoReturn:
     cost 10 ms, as much as all that `vmplug resolve` does.
     """
     gc.disable()  # a verb is over before there is garbage
-    from vmplug.cli.answer import answer  # noqa: PLC0415  2 ms: nothing collects meanwhile
+    try:
+        from vmplug.cli.answer import answer  # noqa: PLC0415  2 ms: nothing collects meanwhile
 
-    os._exit(answer(sys.argv[1:]))
+        status = answer(sys.argv[1:])
+    except KeyboardInterrupt:  # nothing has begun: a verb that has says what it leaves
+        status = 130  # 128 and the number of SIGINT
+    os._exit(status)
