@@ -1,8 +1,10 @@
 """A wait shows what it waits for and how long still, Ctrl-C what is left, and -v each step."""
 
+import io
 import json
 import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tests.cli.monitors import MemoryVm
 from tests.cli.screen import Screen, session
 from tests.support.disks import disk_image
 from tests.support.journal import attach_row, device_record, vm_record
+from tests.support.lab import wait_until
 from vmplug.cli.progress import StepPrinter, hearing, progress
 from vmplug.host.root import THIS_HOST
 from vmplug.hypervisor.fake.monitor import Guest
@@ -91,6 +94,36 @@ def test_a_terminal_that_knows_no_escapes_is_told_once(vmplug: Vmplug, image: Pa
     assert status == 5
     assert len(words.findall(screen.text)) == 1
     assert "did not release" in screen.text
+
+
+class PlainTerminal(io.StringIO):
+    """A terminal that knows no escapes."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def wait_for(self, line: str) -> None:
+        """Until it has been told this."""
+        wait_until(lambda: line in self.getvalue(), f"line: {line}")
+
+
+def test_such_a_terminal_is_told_once_too_when_another_wait_comes_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = PlainTerminal()
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("vmplug.cli.progress._PATIENCE_S", 0.001)
+    monkeypatch.setattr("vmplug.cli.progress._STEP_S", 0.001)
+    with progress("counting"), waiting("a lock", 60):
+        terminal.wait_for("waiting for a lock")
+        for answer in "first", "second":
+            with waiting(f"the {answer} answer", 60):
+                terminal.wait_for(f"waiting for the {answer} answer")
+            time.sleep(0.02)
+    said = [line.partition(",")[0] for line in terminal.getvalue().splitlines()]
+    lines = ["waiting for a lock", "waiting for the first answer", "waiting for the second answer"]
+    assert [line for line in said if line != "counting"] == lines
 
 
 def test_a_pipe_is_told_of_no_wait(vmplug: Vmplug, image: Path) -> None:

@@ -95,7 +95,8 @@ class _Status:
     def __init__(self, what: str) -> None:
         self._what = what
         self._waits: list[tuple[str, float]] = []
-        self._shown = ""
+        self._is_shown = False
+        self._told = set[str | tuple[str, float]]()
         self._is_over = Event()
         self._is_verbose = is_verbose()
 
@@ -127,21 +128,23 @@ class _Status:
         self._is_over.set()
 
     def _show(self) -> None:
-        what, text = self._what, self._what
-        for wait in self._waits[-1:]:  # the last one, if it does not end meanwhile
-            left_s = max(0.0, wait[1] - time.monotonic())
-            what, text = wait[0], f"waiting for {wait[0]}, {left_s:.0f} s left"
+        told: str | tuple[str, float] = self._what
+        text = self._what
+        for told in self._waits[-1:]:  # the last one, if it does not end meanwhile
+            left_s = max(0.0, told[1] - time.monotonic())
+            text = f"waiting for {told[0]}, {left_s:.0f} s left"
         if knows_escapes(sys.stderr):
             text = shorten(one_line(text), (width_of(sys.stderr) or 0) - 1)
             sys.stderr.write(_ERASE + text)
             sys.stderr.flush()
-        elif what != self._shown:
+            self._is_shown = True
+        elif told not in self._told:  # also when another wait has come between
+            self._told.add(told)
             say(one_line(text), err=True)
-        self._shown = what
 
     def _erase(self) -> None:
-        if self._shown and knows_escapes(sys.stderr):
-            self._shown = ""
+        if self._is_shown:
+            self._is_shown = False
             sys.stderr.write(_ERASE)
             sys.stderr.flush()
 
