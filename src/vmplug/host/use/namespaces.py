@@ -20,6 +20,7 @@ from vmplug.host.use.enter import CLONE_NEWNS, ask_inside, is_mounted, read_moun
 from vmplug.host.use.mounts import own_mount_table, unescape
 from vmplug.host.use.openers import OpenFiles
 from vmplug.host.use.statx import read_place
+from vmplug.host.use.threads import NLINK_OF_ONE_TASK
 
 _NAMED = "/run/netns"
 """Where ip-netns(8) and container engines keep the network namespaces that have a name."""
@@ -31,8 +32,6 @@ with `!` for `/`."""
 _NSFS = " - nsfs "
 _MOUNTED = re.compile(rf" (mnt|net):\[([0-9]+)\] (\S+) [^\n]*{_NSFS}", re.ASCII)
 _OPENED = re.compile(r"(mnt|net):\[([0-9]+)\]\Z", re.ASCII)
-_NLINK_OF_ONE_TASK = 3
-"""Links of a directory task: `.`, `..`, and one for each thread. Source: fs/proc/base.c."""
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM})
 _UNSEEN = _FORBIDDEN | {errno.EINVAL}
 """Another user's process, or one that is ending."""
@@ -157,7 +156,7 @@ class _Found:
         """A thread of root's may leave the namespaces of its process, as network tools do."""
         tasks = f"/proc/{pid}/task"
         status = self._root.stat_or_none(tasks)
-        if status is None or status.st_uid or status.st_nlink == _NLINK_OF_ONE_TASK:
+        if status is None or status.st_uid or status.st_nlink == NLINK_OF_ONE_TASK:
             return
         try:
             for tid in self._root.list_dir(tasks):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from vmplug.host.block.usage import read_usage
-from vmplug.host.root import THIS_HOST
+from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.host.use.openers import DeviceNode, Opener, read_open_files, wanted_node
+from vmplug.host.use.threads import list_other_threads
 
 NULL, FULL = "/dev/null", "/dev/full"
 HOLD = "import sys; file = open(sys.argv[1], 'rb'); print(flush=True); sys.stdin.read()"
@@ -61,7 +62,7 @@ def test_processes_that_cannot_be_looked_into_are_unknown() -> None:
     look = f"""
 import os
 import vmplug.host.use.statx  # which that user may not read
-from vmplug.host.root import THIS_HOST
+from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.host.use.openers import read_open_files
 os.setuid(65534)
 unlisted = read_open_files(THIS_HOST).unlisted
@@ -79,3 +80,25 @@ def test_namespaces_are_left_again_and_a_stranger_is_in_none() -> None:
         assert "no-such-device" not in read_usage(THIS_HOST).moved_interfaces
         process.kill()
     assert os.stat("/proc/thread-self/ns/net").st_ino == before
+
+
+def test_the_threads_of_a_process_with_only_one_are_not_listed() -> None:
+    """Most processes without open files are the kernel's own."""
+
+    class Counting(HostRoot):
+        listed = 0
+
+        def list_dir(self, path: str) -> list[str]:
+            self.listed += 1
+            return super().list_dir(path)
+
+    root = Counting("/")
+    with holding(NULL) as pid:
+        assert (list_other_threads(pid, root), root.listed) == ([], 0)
+    script = "import threading, sys; threading.Thread(target=sys.stdin.read).start(); print(1)"
+    command = [sys.executable, "-u", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert (len(list_other_threads(process.pid, root)), root.listed) == (1, 1)
+        process.communicate()
