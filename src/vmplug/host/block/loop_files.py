@@ -8,7 +8,7 @@ Source: include/uapi/linux/loop.h; drivers/block/loop.c, loop_get_status.
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -69,24 +69,36 @@ class OpenedFile(msgspec.Struct, frozen=True):
 class LoopIndex:
     """The loop devices by what they are on, so that not each of them is asked for each disk."""
 
-    def __init__(self, loops: Iterable[Loop]) -> None:
+    def __init__(self, loops: Iterable[Loop], root: HostRoot) -> None:
         self.by_number = {loop.devnum: loop for loop in loops}
-        self._by_file: dict[OpenedFile | None, list[Loop]] = {}
+        self._root = root
+        self._by_file: dict[OpenedFile | str, list[Loop]] = {}
         for loop in self.by_number.values():
-            self._by_file.setdefault(loop.opened, []).append(loop)
+            for key in _keys(loop, root):
+                self._by_file.setdefault(key, []).append(loop)
 
-    def find_on(self, path: str, root: HostRoot) -> list[Loop]:
+    def find_on(self, path: str) -> list[Loop]:
         """Those on that file, or on the device of that node."""
-        status = root.stat_or_none(path)
-        known = self._by_file.get(OpenedFile.of(status), ()) if status else ()
-        named = self._by_file.get(None, ())  # where only the names are known
-        return [*known, *(loop for loop in named if loop.shows(path, root))]
+        status = self._root.stat_or_none(path)
+        keys = (OpenedFile.of(status), path) if status else (path,)
+        found = (loop for key in keys for loop in self._by_file.get(key, ()))
+        return list({loop.devnum: loop for loop in found}.values())
 
-    def find_beside(self, loop: Loop, root: HostRoot) -> list[Loop]:
+    def find_beside(self, loop: Loop) -> list[Loop]:
         """Those on the file or device that a loop device is on, with itself."""
         if loop.opened is not None:
             return self._by_file[loop.opened]
-        return [] if loop.backing.deleted else self.find_on(loop.backing.backing_file, root)
+        return [] if loop.backing.deleted else self.find_on(loop.backing.backing_file)
+
+
+def _keys(loop: Loop, root: HostRoot) -> Iterator[OpenedFile | str]:
+    """What it is on; where only its name is known, that and what has the name now."""
+    if loop.opened is not None:
+        yield loop.opened
+    elif not loop.backing.deleted:
+        yield (name := loop.backing.backing_file)
+        if status := root.stat_or_none(name):
+            yield OpenedFile.of(status)
 
 
 _SILENT = OpenedFile(-1, -1, None)

@@ -21,14 +21,14 @@ def relate_block(device: BlockDevice, usage: HostUsage, root: HostRoot) -> Block
         return device
     known = device._replace(twins=tuple(_twins(device, usage, root)))
     known = known._replace(behind=tuple(_behind(known, usage, root)))
-    return known._replace(loops=_numbers(_loops_on(known, usage, root), root))
+    return known._replace(loops=_numbers(_loops_on(known, usage), root))
 
 
 def relate_file(file: DiskFile, usage: HostUsage, root: HostRoot) -> DiskFile:
     """The file with its loop devices. Raises AttributeReadError."""
     if file.loops is not None:
         return file
-    return file._replace(loops=_numbers(_loops_on(file, usage, root), root))
+    return file._replace(loops=_numbers(_loops_on(file, usage), root))
 
 
 def _twins(device: BlockDevice, usage: HostUsage, root: HostRoot) -> list[DiskPart]:
@@ -77,7 +77,7 @@ def _number_behind(loop: Loop, root: HostRoot) -> DevNum | None:
     return None if loop.backing.deleted else find_named_block(loop.backing.backing_file, root)
 
 
-def _loops_on(disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot) -> list[Loop]:
+def _loops_on(disk: BlockDevice | DiskFile, usage: HostUsage) -> list[Loop]:
     """The loop devices on the disk, its partitions and its other names, except its own.
 
     Those on the file behind a loop device show its bytes too, unless they are on other parts of
@@ -87,8 +87,8 @@ def _loops_on(disk: BlockDevice | DiskFile, usage: HostUsage, root: HostRoot) ->
     if isinstance(disk, BlockDevice):
         numbers = (disk.devnum, *disk.below, *(part.devnum for part in disk.same_bytes))
         own = [loop for number in numbers if (loop := index.by_number.get(number))]
-    found = [loop for node in disk.nodes for loop in index.find_on(node, root)]
-    found += [beside for loop in own for beside in index.find_beside(loop, root)]
+    found = [loop for node in disk.nodes for loop in index.find_on(node)]
+    found += [beside for loop in own for beside in index.find_beside(loop)]
     others = {loop.devnum: loop for loop in found if loop not in own and _overlaps(loop, own)}
     return [
         others[number]

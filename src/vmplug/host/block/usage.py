@@ -106,7 +106,7 @@ class HostUsage:
     @cached_property
     def loop_index(self) -> LoopIndex:
         """The same by what they are on."""
-        return LoopIndex(self.loops)
+        return LoopIndex(self.loops, self._root)
 
     @cached_property
     def luns(self) -> "Mapping[LunName, Sequence[str]]":

@@ -90,7 +90,7 @@ def _find_pmem(
     backing = read_backing_file(sysfs_path, root)
     if backing is None or backing.deleted:
         raise _not_pmem(mount, "is not mounted from a loop device on a file that still exists")
-    loop = LoopIndex(read_loops(root)).by_number.get(shown.devnum) if root.is_live else None
+    loop = LoopIndex(read_loops(root), root).by_number.get(shown.devnum) if root.is_live else None
     if loop and not loop.shows(backing.backing_file, root):
         raise _not_pmem(
             mount,

@@ -164,7 +164,7 @@ def _all_users(
 
 def find_disk_users(disk: BlockDevice, usage: HostUsage, root: HostRoot) -> list[Finding]:
     """Every user of what was built on another device, such as a volume."""
-    loops = (loop for node in disk.nodes for loop in usage.loop_index.find_on(node, root))
+    loops = (loop for node in disk.nodes for loop in usage.loop_index.find_on(node))
     known = disk._replace(twins=(), behind=(), loops=tuple(loop.devnum for loop in loops))
     found = _all_users(known, usage, root, in_vm=False)
     return gather_unknown(found, disk.host_path, root)
@@ -361,7 +361,7 @@ def _is_idle(loop: Loop, usage: HostUsage, root: HostRoot) -> bool:
         *_swap(device.device_node, device.nodes, usage, root),
         *find_kernel_users(device, access, usage, root),
     ]
-    if used or any(usage.loop_index.find_on(node, root) for node in device.nodes):
+    if used or any(usage.loop_index.find_on(node) for node in device.nodes):
         return False
     if not root.is_live:
         return True

@@ -163,7 +163,7 @@ class DiskReader:
     def _loops(self, disk: BlockDevice | DiskFile) -> Iterator[Thing]:
         """The loop devices on it; those on its other parts are there."""
         path = disk.host_path
-        for loop in self._usage.loop_index.find_on(path, self._root):
+        for loop in self._usage.loop_index.find_on(path):
             if above := self._above(loop.devnum):
                 yield above
 
@@ -208,7 +208,7 @@ class DiskReader:
         """The file behind a loop device, with the other loop devices on it."""
         index = self._usage.loop_index
         own = index.by_number.get(device.devnum)
-        others = index.find_beside(own, self._root) if own else []
+        others = index.find_beside(own) if own else []
         above = (self._above(loop.devnum) for loop in others)
         thing = self._file(backing.backing_file, Relation.FILE, backing.backing_file)
         is_elsewhere = own and own.opened and not own.shows(backing.backing_file, self._root)

@@ -12,7 +12,7 @@ from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.device import BlockDevice
 from vmplug.host.block.loop import LoopBacking, read_backing_file
-from vmplug.host.block.loop_files import Loop
+from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
 from vmplug.host.block.twins import read_own_name
 from vmplug.host.block.usage import read_usage
 from vmplug.host.kind import Identity
@@ -215,3 +215,31 @@ def test_the_parts_of_one_file_are_disks_of_their_own_for_guests(tmp_path: Path)
         loop_device(image, offset=MIB) as second,
     ):
         assert len({own_name(whole), own_name(first), own_name(second)}) == 3
+
+
+def test_an_image_of_a_copied_host_is_looked_at_once_however_many_loops_there_are(
+    tree: HostTree,
+) -> None:
+    """Only the names are known there, and each may have another one by now."""
+
+    class Counting(HostRoot):
+        looks = 0
+
+        def stat_or_none(
+            self, path: str, *, follow_symlinks: bool = True
+        ) -> os.stat_result | None:
+            self.looks += 1
+            return super().stat_or_none(path, follow_symlinks=follow_symlinks)
+
+    tree.file("/srv/a.img").file("/srv/b.img")
+    os.link(tree.path / "srv/a.img", tree.path / "srv/same.img")
+    names = {0: "/srv/same.img", 1: "/srv/a.img (deleted)", 2: "/srv/gone.img", 3: "/srv/b.img"}
+    for number in range(20):
+        file = names.get(number, f"/snaps/{number}")
+        tree.block_device(f"7:{number}", f"loop{number}", loop={"backing_file": f"{file}\n"})
+    root = Counting(tree.path)
+    index = LoopIndex(read_loops(root), root)
+    for path, number in (("/srv/a.img", 0), ("/srv/gone.img", 2), ("/srv/b.img", 3)):
+        root.looks = 0
+        assert [loop.devnum.minor for loop in index.find_on(path)] == [number]
+        assert root.looks == 1
