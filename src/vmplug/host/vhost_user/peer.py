@@ -1,7 +1,8 @@
 """What is at the other end of a unix socket, which /proc/net/unix does not show.
 
 The kernel answers it for a single socket: whether the peer has hung up, which its process may not
-have noticed, and which file the peer was bound to, whatever has its name by now.
+have noticed, and which file the peer was bound to, whatever has its name by now. To find the one
+it looks through all that there are, so what is asked of many is asked of all at once.
 Source: sock_diag(7), Linux net/unix/diag.c and net/unix/af_unix.c, unix_release_sock.
 """
 
@@ -9,13 +10,15 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import THIS_HOST
 from vmplug.host.use.enter import CLONE_NEWNET, ask_inside
 
-_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, _NLMSG_ERROR = 4, 20, 1, 2
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLMSG_ERROR = 4, 20, 2
+_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
 _SHOW_FILE, _SHOW_PEER = 0x2, 0x4
 _DIAG_FILE, _DIAG_PEER, _DIAG_SHUTDOWN = 1, 2, 6
 _RECEIVES_NO_MORE = 1
@@ -25,65 +28,113 @@ _CLOSED = 0
 
 _HEADER, _REQUEST, _ANSWER = struct.Struct("=IHHII"), struct.Struct("=BBHIIIII"), 16
 _ATTRIBUTE, _NUMBER, _FILE = struct.Struct("=HH"), struct.Struct("=I"), struct.Struct("=II")
+_MESSAGE, _PIECE_BYTES = struct.Struct("=IH14xI"), 1 << 16
+"""The length, the kind and the inode."""
 _MINOR_BITS = 20
 """Source: Linux include/linux/kdev_t.h."""
+
+Facts = Mapping[int, bytes]
+"""What the kernel said of sockets at one time, by inode."""
+NOTHING: Facts = MappingProxyType({})
 
 BoundFile = tuple[int, int]
 """A socket's inode, of which the kernel reports 32 bits, and its file system."""
 
 
-def has_hung_up(inode: int) -> bool:
+def read_facts() -> Facts:
+    """What the kernel says of all sockets of this network namespace.
+
+    Nothing where it lacks sock_diag. One that comes or goes meanwhile may be missing.
+    """
+    try:
+        with _kernel() as kernel:
+            _send(kernel, 0, _SHOW_FILE, _NLM_F_REQUEST | _NLM_F_DUMP)
+            return dict(_read_messages(kernel))
+    except OSError:
+        return NOTHING
+
+
+def _read_messages(kernel: socket.socket) -> Iterator[tuple[int, bytes]]:
+    """One for each socket with its inode, until the end or an error."""
+    while True:
+        piece, at = kernel.recv(_PIECE_BYTES), 0
+        while at < len(piece):
+            if len(piece) - at < _MESSAGE.size:  # the end
+                return
+            length, kind, inode = _MESSAGE.unpack_from(piece, at)
+            if kind != _SOCK_DIAG_BY_FAMILY:
+                return
+            yield inode, piece[at : at + length]
+            at += -(-length // 4) * 4
+
+
+def has_hung_up(inode: int, known: Facts = NOTHING) -> bool:
     """Whether the peer of the connected socket with this inode cannot write any more.
 
     False where it is unknown: the kernel may lack sock_diag, or the socket be closed.
     """
-    try:
-        with _kernel() as kernel:
-            shut = _ask(kernel, inode, 0).get(_DIAG_SHUTDOWN, b"\0")
-    except OSError:
-        return False
+    shut = _find_facts(inode, known).get(_DIAG_SHUTDOWN, b"\0")
     return bool(shut[0] & _RECEIVES_NO_MORE)
 
 
-def find_bound_file(descriptor: int) -> BoundFile | None:
+def _find_facts(inode: int, known: Facts) -> dict[int, bytes]:
+    """The kernel is asked about one that is not known yet; empty where it does not answer."""
+    if inode in known:
+        return _attributes(known[inode])
+    try:
+        with _kernel() as kernel:
+            return _ask(kernel, inode, _SHOW_FILE)
+    except OSError:
+        return {}
+
+
+Mounts = Mapping[str, int]
+"""The file systems of mounts, by the numbers of these."""
+
+
+def read_own_mounts() -> Mounts:
+    """Those of this process's mount namespace."""
+    found = dict[str, int]()
+    for line in (THIS_HOST.read_text("/proc/self/mountinfo") or "").splitlines():
+        mount, _, number, *_ = line.split()
+        major, minor = map(int, number.split(":"))
+        found[mount] = major << _MINOR_BITS | minor
+    return found
+
+
+def find_bound_file(descriptor: int, mounts: Mounts | None = None) -> BoundFile | None:
     """The socket that a descriptor of this process names, as the kernel reports it of peers.
 
-    On btrfs and overlayfs stat(2) has other numbers. None where the mount is unknown.
+    On btrfs and overlayfs stat(2) has other numbers. None where the mount is unknown; `mounts` are
+    those that were read already.
     """
     told = THIS_HOST.read_text(f"/proc/self/fdinfo/{descriptor}") or ""
     facts = dict(re.findall(r"^(\w+):\s*(\d+)$", told, re.MULTILINE))
     inode = int(facts.get("ino", os.fstat(descriptor).st_ino))  # Linux 5.14
-    for line in (THIS_HOST.read_text("/proc/self/mountinfo") or "").splitlines():
-        mount, _, number, *_ = line.split()
-        if mount == facts.get("mnt_id"):
-            major, minor = map(int, number.split(":"))
-            return inode & _ANY, major << _MINOR_BITS | minor
-    return None
+    mount = facts.get("mnt_id", "")
+    file_system = (mounts or {}).get(mount) or read_own_mounts().get(mount)
+    return None if file_system is None else (inode & _ANY, file_system)
 
 
-def find_file_at(path: str) -> BoundFile | None:
+def find_file_at(path: str, mounts: Mounts | None = None) -> BoundFile | None:
     """The socket at a path, whatever others have given that name elsewhere."""
     try:
         pin = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        return find_bound_file(pin)
+        return find_bound_file(pin, mounts)
     finally:
         os.close(pin)
 
 
-def find_own_file(inode: int) -> BoundFile | None:
+def find_own_file(inode: int, known: Facts = NOTHING) -> BoundFile | None:
     """The file that the socket with this inode is bound to, whatever it called that.
 
     A connection that was accepted has its listener's. None where it is unknown.
     """
-    try:
-        with _kernel() as kernel:
-            told = _ask(kernel, inode, _SHOW_FILE).get(_DIAG_FILE)
-    except OSError:
-        return None
-    return _bound_file(told) if told else None
+    file = _find_facts(inode, known).get(_DIAG_FILE)
+    return _bound_file(file) if file else None
 
 
 def _bound_file(told: bytes) -> BoundFile:
@@ -157,10 +208,17 @@ def _kernel() -> socket.socket:
 
 def _ask(kernel: socket.socket, inode: int, show: int) -> dict[int, bytes]:
     """The attributes of a socket; empty when there is no such socket."""
+    _send(kernel, inode, show, _NLM_F_REQUEST)
+    return _attributes(kernel.recv(1 << 12))
+
+
+def _send(kernel: socket.socket, inode: int, show: int, flags: int) -> None:
     request = _REQUEST.pack(socket.AF_UNIX, 0, 0, _ANY, inode, show, _ANY, _ANY)
     length = _HEADER.size + len(request)
-    kernel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0) + request)
-    message = kernel.recv(1 << 12)
+    kernel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, flags, 0, 0) + request)
+
+
+def _attributes(message: bytes) -> dict[int, bytes]:
     length, kind, *_ = _HEADER.unpack_from(message)
     found, at = dict[int, bytes](), _HEADER.size + _ANSWER
     while kind != _NLMSG_ERROR and at < length:

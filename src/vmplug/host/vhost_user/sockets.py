@@ -12,7 +12,15 @@ from vmplug.cached import cached_property
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
-from vmplug.host.vhost_user.peer import find_file_at, find_own_file, has_hung_up
+from vmplug.host.vhost_user.peer import (
+    Facts,
+    Mounts,
+    find_file_at,
+    find_own_file,
+    has_hung_up,
+    read_facts,
+    read_own_mounts,
+)
 
 HANG_UP_S = 0.1
 """How long a client may be just a probe, such as vmplug's own, that will soon disconnect."""
@@ -50,6 +58,14 @@ class UnixSockets:
         self._at = cache(self._read_at)
 
     @cached_property
+    def _facts(self) -> Facts:
+        return read_facts()
+
+    @cached_property
+    def _mounts(self) -> Mounts:
+        return read_own_mounts()
+
+    @cached_property
     def _lines(self) -> Mapping[str, Sequence[str]]:
         """The lines of /proc/net/unix by the last name of their path. Source: proc_net(5)."""
         found: dict[str, list[str]] = {}
@@ -71,7 +87,9 @@ class UnixSockets:
         On a busy host a backend notices late that its client has gone.
         """
         served = self.served_at(path)
-        return any(not (self._root.is_live and has_hung_up(inode)) for inode in served)
+        return any(
+            not (self._root.is_live and has_hung_up(inode, self._facts)) for inode in served
+        )
 
     def served_at(self, path: str) -> list[int]:
         """By inode, the server's ends of the connections to the socket at `path`."""
@@ -94,7 +112,7 @@ class UnixSockets:
         """The sockets that were bound to `path`, as far as their names and the kernel say."""
         found, path = [], self._root.real_path(path)
         lines = self._lines.get(os.path.basename(path), ())
-        bound = find_file_at(path) if lines and self._root.is_live else None
+        bound = find_file_at(path, self._mounts) if lines and self._root.is_live else None
         for line in lines:
             fields = line.split(None, 7)
             if len(fields) == 8 and _same_path(fields[7], path, self._root):
@@ -104,7 +122,7 @@ class UnixSockets:
                     raise AttributeReadError(_TABLE, why=str(error)) from error
                 is_listener = bool(flags & _ACCEPTS)
                 # Any user can bind a name like it in another directory or mount namespace.
-                if bound is None or find_own_file(int(fields[6])) in {None, bound}:
+                if bound is None or find_own_file(int(fields[6]), self._facts) in {None, bound}:
                     found.append(_Socket(inode=fields[6], is_listener=is_listener, state=state))
         return found
 
@@ -149,10 +167,10 @@ def _open_files(pid: str, root: HostRoot) -> list[str]:
 
 
 def _same_path(bound: str, path: str, root: HostRoot) -> bool:
-    """Whether a socket bound as `bound` may be at the canonical `path`.
+    """Whether a socket bound as `bound` may be at the canonical `path`, which is its own real one.
 
     A relative name may be anywhere; an absolute one may lead through links, as /var/run does.
     """
     if bound.startswith("@") or os.path.basename(bound) != os.path.basename(path):
         return False
-    return not bound.startswith("/") or root.real_path(bound) == path
+    return not bound.startswith("/") or bound == path or root.real_path(bound) == path

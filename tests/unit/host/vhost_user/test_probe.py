@@ -23,6 +23,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.host.root import HostRoot
 from vmplug.host.use.questions import PATIENCE_S, Questions
 from vmplug.host.vhost_user.device import Backend, VhostUserSocket
+from vmplug.host.vhost_user.peer import find_file_at, find_own_file, has_hung_up, read_facts
 from vmplug.host.vhost_user.probe import Failure, ask_backend, probe
 from vmplug.host.vhost_user.sockets import Listener, UnixSockets
 
@@ -397,6 +398,29 @@ def test_one_that_has_not_taken_its_client_yet_serves_nobody(directory: Path) ->
         client.connect(path)
         assert UnixSockets(HostRoot()).is_listening(path)
         assert not UnixSockets(HostRoot()).is_connected(path)
+
+
+def test_the_kernel_says_of_all_sockets_at_once_what_it_says_of_each(directory: Path) -> None:
+    path = str(directory / "s")
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX) as client,
+        socket.socket(socket.AF_UNIX) as other,
+    ):
+        listener.bind(path)
+        listener.listen(4)
+        client.connect(path)
+        other.connect(path)
+        with listener.accept()[0] as served, listener.accept()[0] as left:
+            other.close()
+            known = read_facts()
+            ends = [os.fstat(one.fileno()).st_ino for one in (listener, client, served, left)]
+            assert set(ends) <= known.keys()
+            assert [find_own_file(e, known) for e in ends] == [find_own_file(e) for e in ends]
+            assert find_own_file(ends[0], known) == find_file_at(path)
+            hung_up = [has_hung_up(end, known) for end in ends]
+            assert hung_up == [has_hung_up(end) for end in ends]
+            assert hung_up[2:] == [False, True]
 
 
 def test_a_share_is_never_connected_to(directory: Path) -> None:
