@@ -133,7 +133,7 @@ def group_by_function(paths: Mapping[str, str]) -> dict[Bdf, list[str]]:
     found: dict[Bdf, set[str]] = {}
     find = cache(find_bdf)
     for name, path in paths.items():
-        for part in path.split("/"):
+        for part in path.split("/") if ":" in path else ():  # most are virtual
             if bdf := find(part):
                 found.setdefault(bdf, set()).add(name)
     heads: dict[str, set[str]] = {}
