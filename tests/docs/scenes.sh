@@ -102,7 +102,7 @@ sql() {
 
 newer_journal() {
     paused_vm sb1
-    sql 'PRAGMA user_version = 11'
+    sql 'PRAGMA user_version = 12'
 }
 
 damaged_journal() {

@@ -215,10 +215,10 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VmProcess(msgspec.Struct, frozen=True, kw_only=True):
-    """The process of a VM, and what the journal says that the VM has."""
+    """The process of a VM, and what the journal says that the VM has: texts of identities."""
 
     vm: str
-    holds: frozenset[Identity]
+    holds: frozenset[str]
 
 
 class Access(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from vmplug.host.process import ProcessLock
 from vmplug.journal import StateDir, has_journal, journal_path
 from vmplug.journal.lock import BESIDE, JournalLock, in_place_of, is_ready
 
-VERSION = 10
+VERSION = 11
 """The version of the tables, kept in `user_version`."""
 
 _BUSY_TIMEOUT_S = 10.0
@@ -106,7 +106,12 @@ CREATE TABLE pod_device (
 """
 _FILES = "ALTER TABLE device ADD COLUMN files TEXT;"
 """The other files of an image, which QEMU has open too."""
-_SCHEMA += _BINDING + _FUNCTION + _VF_UUIDS + _OWNER + _POD_DEVICE + _FILES
+_INDEX = """
+CREATE INDEX device_identity ON device (identity);
+CREATE INDEX device_thing ON device (thing);
+"""
+"""A device is looked for among those of all VMs before each attach."""
+_SCHEMA += _BINDING + _FUNCTION + _VF_UUIDS + _OWNER + _POD_DEVICE + _FILES + _INDEX
 
 
 _MIGRATIONS = {
@@ -135,6 +140,7 @@ ALTER TABLE vm ADD COLUMN worker TEXT;
     7: _FUNCTION,
     8: _POD_DEVICE,
     9: _FILES,
+    10: _INDEX,
 }
 """The statements that turn a journal of that version into one of the next."""
 

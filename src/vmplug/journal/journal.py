@@ -39,6 +39,8 @@ from vmplug.journal.lock import JournalLock
 from vmplug.journal.pod_devices import PodDevices
 from vmplug.journal.process import ProcessIdentity
 from vmplug.journal.records import (
+    LISTED,
+    SET_STATE,
     Attachment,
     DeviceRecord,
     VmRecord,
@@ -46,6 +48,7 @@ from vmplug.journal.records import (
     has_ended,
     has_more,
     insert_device,
+    list_texts,
     read_attachment,
     read_claim,
     read_device,
@@ -54,7 +57,6 @@ from vmplug.journal.records import (
     state_without_holds,
 )
 from vmplug.journal.state import (
-    FOLLOWS,
     ON_ITS_WAY,
     State,
     check_step,
@@ -68,7 +70,9 @@ from vmplug.journal.vf_tokens import VfTokens
 
 T = TypeVar("T")
 
-_OF_THIS_BOOT = "SELECT * FROM device WHERE vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?)"
+_THIS_BOOTS = "device WHERE vm NOT IN (SELECT name FROM vm WHERE boot_id <> ?)"
+_OF_THIS_BOOT = f"SELECT * FROM {_THIS_BOOTS}"  # noqa: S608
+_HELD = f"SELECT vm, identity FROM {_THIS_BOOTS}"  # noqa: S608
 _HOLD = """
 SELECT a.device, a.count, d.vm, d.host_path, d.state, d.place,
        (SELECT count(*) FROM attachment b WHERE b.device = a.device) AS holds
@@ -239,9 +243,11 @@ class Journal:
 
     def vm_processes(self, host: HostRoot) -> dict[int, VmProcess]:
         """The processes of the VMs that run now, by pid, with what they hold."""
-        held: dict[str, set[Identity]] = {}
-        for claim in self.claims():
-            held.setdefault(claim.vm, set()).add(claim.identity)
+        held: dict[str, set[str]] = {}
+        for vm, identity in self._read(tuple, _HELD, self._boot_id):
+            held.setdefault(vm, set()).add(identity)
+        for claim in self._claims_of_images():
+            held.setdefault(claim.vm, set()).add(str(claim.identity))
         running = (vm for vm in self.vms() if not (vm.is_of_earlier_boot or has_ended(vm, host)))
         return {
             vm.pid: VmProcess(vm=vm.name, holds=frozenset(held.get(vm.name, ())))
@@ -317,7 +323,7 @@ class Journal:
             if holds and state is State.ATTACHED:
                 db.executemany(_DROP_FORMER, [(hold.device_id,) for hold in holds])
             for device_id in device_ids:
-                done = db.execute(_SET_STATE[state], (worker, device_id))
+                done = db.execute(SET_STATE[state], (worker, device_id))
                 if done.rowcount == 0:
                     check_step(device_id, _state(db, device_id), state)
                     raise not_in_journal(device_id)
@@ -381,7 +387,7 @@ class Journal:
                     row["holds"] == 1 and (whole or row["count"] == 1)
                 ):
                     state = state_without_holds(row["place"])
-                    db.execute(_SET_STATE[state], (self._worker_in(state), row["device"]))
+                    db.execute(SET_STATE[state], (self._worker_in(state), row["device"]))
                     last += [row["device"]] if state is State.DETACHING else []
                 elif row["count"] > 1 and not whole:
                     db.execute(_RELEASE_ONE, (attachment_id,))
@@ -392,6 +398,12 @@ class Journal:
     def devices(self, vm: str) -> list[DeviceRecord]:
         """Every device of a VM, in the order of plugging."""
         return self._read(read_device, "SELECT * FROM device WHERE vm = ? ORDER BY rowid", vm)
+
+    def devices_for(self, vm: str, identities: Iterable[Identity]) -> list[DeviceRecord]:
+        """Those devices of a VM that matter for a plan of these: the same, and tagged shares."""
+        matters = f"(guest LIKE '%mount_tag%' OR identity IN {LISTED})"
+        query = f"SELECT * FROM device WHERE vm = ? AND {matters} ORDER BY rowid"  # noqa: S608
+        return self._read(read_device, query, vm, list_texts(map(str, identities)))
 
     def has_device(self, vm: str, identity: Identity) -> bool:
         """Whether a VM has that device, without reading all that it has."""
@@ -424,15 +436,15 @@ class Journal:
         """
         asked = (own, *identities)
         wanted, things = [str(identity) for identity in asked], find_things(asked, self.host)
-        marks, of_things = (", ".join("?" * len(found)) for found in (wanted, things))
-        claims = self._read(
-            read_claim,
-            f"{_OF_THIS_BOOT} AND (identity IN ({marks}) OR thing IN ({of_things}))"
-            " AND NOT (identity = ? AND vm IS ?) ORDER BY rowid",
-            *(self._boot_id, *wanted, *things, str(own), vm),
-        )
-        others = [one for one in self._images() if (one.vm, one.identity) != (vm, own)]
-        of_pods = self.pod_devices.claims(self._boot_id)
+        with self._lock:
+            claims = self._read(
+                read_claim,
+                f"{_OF_THIS_BOOT} AND (identity IN {LISTED} OR thing IN {LISTED})"
+                " AND NOT (identity = ? AND vm IS ?) ORDER BY rowid",
+                *(self._boot_id, list_texts(wanted), list_texts(things), str(own), vm),
+            )
+            others = [one for one in self._images() if (one.vm, one.identity) != (vm, own)]
+            of_pods = self.pod_devices.claims(self._boot_id)
         claims += [claim for claim in of_pods if str(claim.identity) in wanted]
         for record in others:
             claims += self._image_claims.on(record, wanted, things)
@@ -450,7 +462,10 @@ class Journal:
     def claims(self) -> list[Claim]:
         """The claims of all VMs of this boot, on whatever they have."""
         claims = self._read(read_claim, f"{_OF_THIS_BOOT} ORDER BY rowid", self._boot_id)
-        return [*claims, *(c for record in self._images() for c in self._image_claims.of(record))]
+        return [*claims, *self._claims_of_images()]
+
+    def _claims_of_images(self) -> Iterator[Claim]:
+        return (claim for record in self._images() for claim in self._image_claims.of(record))
 
     def attachments(self, vm: str | None = None) -> list[Attachment]:
         """Every hold on a device of `vm`, or of all VMs."""
@@ -466,17 +481,6 @@ class Journal:
 def _forget_vm(db: sqlite3.Connection, name: str) -> None:
     db.execute("DELETE FROM device WHERE vm = ?", (name,))
     db.execute("DELETE FROM vm WHERE name = ?", (name,))
-
-
-def _step_statement(state: State) -> str:
-    """SQL that moves one device to `state` if the table lets it."""
-    before = " OR ".join(f"state = '{s}'" for s, nexts in FOLLOWS.items() if s and state in nexts)
-    before = before or "FALSE"
-    change = f"state = '{state}', worker = ?"
-    return f"UPDATE device SET {change} WHERE id = ? AND ({before})"  # noqa: S608
-
-
-_SET_STATE = {state: _step_statement(state) for state in State}
 
 
 def _state(db: sqlite3.Connection, device_id: str) -> State | None:

@@ -18,7 +18,7 @@ from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
 from vmplug.journal.names import is_vm_name
 from vmplug.journal.process import ProcessIdentity, read_pid_namespace
-from vmplug.journal.state import State, replaced, unidentified
+from vmplug.journal.state import FOLLOWS, State, replaced, unidentified
 
 _LEASE_COLONS = 2
 
@@ -228,9 +228,30 @@ def has_more(
     )
 
 
+LISTED = "(SELECT value FROM json_each(?))"
+"""Behind IN for texts of `list_texts`; SQLite uses no index for an empty `IN ()`."""
+
+
+def list_texts(texts: Iterable[str]) -> str:
+    """One value of a statement for many. What is not text stays such, and SQLite refuses it."""
+    return json.dumps([*texts], ensure_ascii=False)
+
+
 def _names(identity: str, files: str | None) -> list[str]:
     """The identities of all that a row's device is made of."""
     return [identity, *(str(file.identity) for file in _read_files(files) or ())]
+
+
+def _step_statement(state: State) -> str:
+    """SQL that moves one device to `state` if the table lets it."""
+    before = " OR ".join(f"state = '{s}'" for s, nexts in FOLLOWS.items() if s and state in nexts)
+    before = before or "FALSE"
+    change = f"state = '{state}', worker = ?"
+    return f"UPDATE device SET {change} WHERE id = ? AND ({before})"  # noqa: S608
+
+
+SET_STATE = {state: _step_statement(state) for state in State}
+"""The statement for each state; its values are the worker and the device."""
 
 
 def insert_device(db: sqlite3.Connection, device: DeviceRecord) -> None:

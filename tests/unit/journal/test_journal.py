@@ -731,3 +731,30 @@ def test_a_full_disk_is_an_error_and_the_journal_works_again_when_there_is_room(
     store._db.execute(f"PRAGMA max_page_count = {pages + 100}")
     store.add_vm(big)
     assert store.vms() == [big]
+
+
+def test_a_device_is_found_among_those_of_all_vms_by_an_index(store: Journal) -> None:
+    asked = list[str]()
+    store._db.set_trace_callback(asked.append)
+    assert store.find_claims("vm-9", DISK.identity, ()) == []
+    store._db.set_trace_callback(None)
+    (query,) = [text for text in asked if "thing IN" in text]
+    plan = [row["detail"] for row in store._db.execute(f"EXPLAIN QUERY PLAN {query}")]
+    assert any("device_identity" in step for step in plan)
+    assert "SCAN device" not in plan
+
+
+def test_a_plan_gets_the_devices_it_is_about_and_the_tagged_shares(store: Journal) -> None:
+    share = replace(
+        DISK,
+        id="ccc0000000000003",
+        identity=Identity.of_share("work", "/srv/work"),
+        kind=DeviceType.VHOST_USER_FS,
+        place="rp9/00",
+        guest_address=GuestAddress(mount_tag="work"),
+    )
+    other = replace(DISK, id="ccc0000000000004", identity=Identity.parse("block:7:9"), place="x")
+    store.add_devices([DISK, share, other], [])
+    for asked, found in (([DISK.identity], [DISK, share]), ([], [share])):
+        assert store.devices_for(DISK.vm, asked) == [in_progress(one, store) for one in found]
+    assert store.devices_for("vm-9", [DISK.identity]) == []

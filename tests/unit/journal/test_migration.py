@@ -197,7 +197,14 @@ CREATE TABLE pod_device (
 ) STRICT;
 PRAGMA user_version = 9;
 """
-LATER = (VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9)
+VERSION_10 = """
+ALTER TABLE device ADD COLUMN files TEXT;
+PRAGMA user_version = 10;
+"""
+LATER = (
+    *(VERSION_2, VERSION_3, VERSION_4, VERSION_5, VERSION_6, VERSION_7, VERSION_8, VERSION_9),
+    VERSION_10,
+)
 """What later vmplugs made of a journal of version 1; the third wrote down what it had bound."""
 
 

@@ -78,7 +78,7 @@ def open_in_vm(
 
     A warning: QEMU's own lock refuses what may not be shared.
     """
-    identities = {disk.identity, *disk.related_identities}
+    identities = set(map(str, (disk.identity, *disk.related_identities)))
     vms = {pid: vm.vm for pid, vm in usage.vms.items() if not vm.holds & identities}
 
     def matters(opener: Opener) -> bool:

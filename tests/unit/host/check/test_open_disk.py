@@ -18,7 +18,6 @@ from vmplug.errors import AttributeReadError
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy, VmProcess
-from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
 from vmplug.oci.info import DeviceInfo, DevType
@@ -214,7 +213,7 @@ def test_a_vm_of_vmplug_is_no_stranger(disk: HostTree) -> None:
 
 
 def vm_with(*identities: str) -> VmProcess:
-    return VmProcess(vm="sb1", holds=frozenset(map(Identity.parse, identities)))
+    return VmProcess(vm="sb1", holds=frozenset(identities))
 
 
 @pytest.mark.parametrize("held", [(), ("block:8:32",)])
