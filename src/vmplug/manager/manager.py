@@ -41,6 +41,7 @@ from vmplug.manager.binding.binder import Binder
 from vmplug.manager.binding.vf_tokens import HiddenTokens, check_tokens, with_tokens
 from vmplug.manager.commit import mark_attached, plan_and_journal
 from vmplug.manager.examine import CheckContext, CheckedRequest, check_vfio, examine, require_same
+from vmplug.manager.known import find_known
 from vmplug.manager.left_files import close_left_files
 from vmplug.manager.logged import log_holds
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, choose_place, find_places, make_plan
@@ -182,7 +183,7 @@ class DeviceManager:
         """`check`, and whether the VM has places for the devices that pass; nothing is changed."""
         examined = self.check(requests, owner=owner, allow=allow, managed=managed)
         with self._lock:
-            known = self._journal.devices(self._vm)
+            known = find_known(self._vm, examined, self._journal)
             return find_places(examined, vm=self._vm, known=known, choose=self._choose)
 
     def plan(
@@ -408,7 +409,7 @@ class DeviceManager:
             examined,
             vm=self._vm,
             owner=owner,
-            known=self._journal.devices(self._vm),
+            known=find_known(self._vm, examined, self._journal),
             choose=self._choose,
             journal_id=self._journal.id,
         )

@@ -27,6 +27,7 @@ from vmplug.journal.state import (
     on_its_way,
 )
 from vmplug.manager.examine import CheckedRequest, refuse, refuse_not_allowed
+from vmplug.manager.known import Known
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Request, ShareInfo
 
@@ -94,7 +95,7 @@ def make_plan(
     *,
     vm: str,
     owner: str,
-    known: Iterable[DeviceRecord],
+    known: Known,
     choose: Choose,
     journal_id: str,
 ) -> Plan:
@@ -105,7 +106,7 @@ def make_plan(
     PolicyError, the errors of `refuse` and `choose`, and StateError when a known device does not
     fit a request.
     """
-    records = {record.identity: record for record in known}
+    records = {record.identity: record for record in known.devices}
     refuse_not_allowed(examined)
     refuse([request for request in examined if not _is_known(request, records)])
     wanted: dict[Identity, list[CheckedRequest]] = {}
@@ -116,13 +117,13 @@ def make_plan(
             record = records[identity]
             raise on_its_way(record.vm, record.host_path, record.state)
     new: dict[Identity, NewDevice] = {}
-    taken = Taken(_places_of(records.values()))
+    taken = Taken(_words_of(known.places))
     for identity, requests in wanted.items():
         if identity not in records:
             new[identity] = _new_device(requests, vm, taken, choose, new_id(journal_id))
             _check_tag(new[identity].record, records.values())
             records[identity] = new[identity].record
-            taken.update(_places_of([records[identity]]))
+            taken.update(_words_of([records[identity].place]))
         for request in requests:
             if error := _misfit(records[identity], request, requests):
                 raise error
@@ -135,9 +136,9 @@ def make_plan(
     return Plan(new=tuple(ordered), holds=tuple(holds), revived=tuple(retained))
 
 
-def _places_of(records: Iterable[DeviceRecord]) -> Iterator[str]:
-    """Every place that a device has; a group has several."""
-    return (word for record in records for word in (record.place or "").split())
+def _words_of(places: Iterable[str | None]) -> Iterator[str]:
+    """Every single place; a group has several."""
+    return (word for place in places for word in (place or "").split())
 
 
 def bind_steps(new: NewDevice, host: HostRoot, *, managed: bool) -> list[Step]:
@@ -156,15 +157,15 @@ def find_places(
     examined: Sequence[CheckedRequest],
     *,
     vm: str,
-    known: Iterable[DeviceRecord],
+    known: Known,
     choose: Choose,
 ) -> list[CheckedRequest]:
     """The requests, with the VM's findings: all that `make_plan` would refuse them for."""
-    records = {record.identity: record for record in known}
+    records = {record.identity: record for record in known.devices}
     answers = [
         request.as_counted() if _is_known(request, records) else request for request in examined
     ]
-    taken = Taken(_places_of(records.values()))
+    taken = Taken(_words_of(known.places))
     indices: dict[Identity, list[int]] = {}
     for index, request in enumerate(answers):
         if request.device and not request.is_refused:
@@ -174,7 +175,7 @@ def find_places(
         try:
             if is_new := identity not in records:
                 records[identity] = _new_record(requests, vm, records, taken, choose)
-                taken.update(_places_of([records[identity]]))
+                taken.update(_words_of([records[identity].place]))
             record = records[identity]
             if record.state not in {State.ATTACHED, State.RETAINED} and not is_new:
                 raise on_its_way(record.vm, record.host_path, record.state)

@@ -141,3 +141,16 @@ def test_a_request_looks_at_the_host_as_often_for_each_of_many_devices(
             looks.append(count_looks(partial(act, made)))
     for_ten, for_ninety_more = looks[1], looks[2] - looks[1]
     assert for_ninety_more.total() / 90 <= for_ten.total() / 10
+
+
+@pytest.mark.slow
+def test_one_more_device_costs_about_as_much_in_a_vm_that_has_hundreds(tmp_path: Path) -> None:
+    """The journal names them, and no row of one that is not asked for is read."""
+    lines = []
+    for count in (3, FEW, MANY):  # the first one fills what is read once for all
+        with world(tmp_path / str(count), count) as made:
+            *others, last = made.infos
+            made.manager.attach_all(others)
+            lines.append(count_lines(partial(made.manager.attach, last)))
+    for_each_that_is_there = (lines[2] - lines[1]) / (MANY - FEW)
+    assert for_each_that_is_there < 40

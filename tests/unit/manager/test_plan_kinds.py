@@ -44,6 +44,7 @@ from vmplug.host.vhost_user.virtiofsd import Virtiofsd
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import State
 from vmplug.manager.examine import CheckedRequest
+from vmplug.manager.known import Known
 from vmplug.manager.plan import Plan, find_places, make_plan
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.requests import NetInfo, RngInfo, ShareInfo
@@ -157,11 +158,13 @@ def plan(
     def choose(driver: PlugDriver, device: HostDevice, taken: set[str]) -> tuple[Place, Offer]:
         return driver.choose_place(device, offer, taken), offer
 
-    checked = find_places(examined, vm="sb1", known=known, choose=choose)
+    places = [record.place for record in known if record.place]
+    vm_has = Known(devices=known, places=places)
+    checked = find_places(examined, vm="sb1", known=vm_has, choose=choose)
     said = [finding.message for request in checked for finding in request.findings]
     try:
         made = make_plan(
-            examined, vm="sb1", owner="c1", known=known, choose=choose, journal_id="a1b2c3"
+            examined, vm="sb1", owner="c1", known=vm_has, choose=choose, journal_id="a1b2c3"
         )
     except DeviceError as error:
         if not (isinstance(error, SpecError | HostError) or error.message in said):
