@@ -6,6 +6,7 @@ from bench import (
     attach,
     cdi,
     check,
+    crowded,
     inventory,
     journal,
     kubernetes,
@@ -23,7 +24,7 @@ def main() -> int:
     print(f"{'ratio':>6} {'target':>6}  {'ours':>12} {'other':>12}  what")
     missed = 0
     pure = (lookup, many, inventory, cdi, kubernetes, start)
-    for module in (*pure, check, attach, turns, journal, loop):
+    for module in (*pure, check, crowded, attach, turns, journal, loop):
         for row in module.rows():
             mark = " " if row.is_met else "!"
             print(
