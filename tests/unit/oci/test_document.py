@@ -16,9 +16,21 @@ def spell(pairs: list[tuple[str, str]]) -> str:
     return "{" + ",".join(f"{json.dumps(key)}:{value}" for key, value in pairs) + "}"
 
 
-KEY = st.sampled_from(["a", "b", '":', '"', "\\", "é", ""])
+KEY = st.sampled_from(["a", "b", '":', ":", '"', "\\", "é", ""])
 VALUE = st.recursive(
-    st.sampled_from(["null", "1", '"x"', '"\\":"', '"\\u0022:"', '"\\\\":1'.partition(":")[0]]),
+    st.sampled_from(
+        [
+            "null",
+            "1",
+            '"x"',
+            '":"',
+            '"\\u003a"',
+            '"\\u003A"',
+            '"\\":"',
+            '"\\u0022:"',
+            '"\\\\":1'.partition(":")[0],
+        ]
+    ),
     lambda value: st.lists(st.tuples(KEY, value), max_size=4).map(spell),
     max_leaves=8,
 )
@@ -52,6 +64,8 @@ def test_a_repeat_is_refused_and_nothing_else(text: str, blank: str) -> None:
         '{"a" :1,"a":2}',
         '{"a":1,"\\u0061":2}',
         '{"a":1,"a":"\\u0022:"}',
+        '{"a":1,"a":"\\u003a"}',
+        '{"a":1,"a":"\\u003A"}',
         '{"x":[{"a":1,"a":"\\":"}],"y":{"b":{}}}',
         '{"a":"\\":","a":1}',
     ],
