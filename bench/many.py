@@ -44,8 +44,8 @@ def _reading(count: int) -> Ratio:
     ]
     data = json.dumps({"ociVersion": "1.0.2", "linux": {"devices": devices}}).encode()
 
-    def ours() -> list[str]:
-        return [info.name for info in parse_config(data, name=None).devices]
+    def ours() -> tuple[DeviceInfo, ...]:
+        return parse_config(data, name=None).devices
 
     def other() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(data)
@@ -55,7 +55,10 @@ def _reading(count: int) -> Ratio:
         f"reading a request of {count} devices / json.loads",
         ours,
         other,
-        lambda names, found: names == [one["path"] for one in found["linux"]["devices"]],
+        lambda infos, found: (
+            [(info.name, info.minor) for info in infos]
+            == [(one["path"], one["minor"]) for one in found["linux"]["devices"]]
+        ),
         target=2.5,
         size=(31, max(1, 1000 // count)),
     )

@@ -99,7 +99,6 @@ MADE_WITHOUT_MSGSPEC = {
     "Backend",
     "BlockDevice",
     "CharDevice",
-    "DeviceInfo",
     "DiskFile",
     "DiskPart",
     "CheckedFile",
@@ -117,6 +116,7 @@ MADE_WITHOUT_MSGSPEC = {
     "VfioGroup",
     "VhostUserSocket",
     "_CacheEntry",
+    "_DeviceFields",
     "_Pair",
 }
 """Values that `resolve` reads: host/device.py says what it saves."""

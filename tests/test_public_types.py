@@ -65,6 +65,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "start_vm: spec must be VmSpec, not str": lambda: api.start_vm("sb1"),
     "check_requests: requests must be Sequence[.*], not str": lambda: api.check_requests("a"),
     "check_requests: requests must be .*, not ShareInfo": lambda: api.check_requests(SHARE),
+    "check_requests: requests must be .*, not DeviceInfo": lambda: api.check_requests(DISK),
     "check_requests: requests must be .*, not list of int": lambda: api.check_requests([1]),
     "check_requests: allow must be Iterable.Code., not list of str": lambda: api.check_requests(
         [], allow=["mounted-on-host"]

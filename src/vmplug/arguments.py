@@ -108,8 +108,9 @@ def check_arguments(
 
 
 def _has_parts(value: object) -> TypeGuard[Collection[object]]:
-    """Whether more is tested of a value than its type."""
-    return isinstance(value, Collection) and not isinstance(value, str | bytes)
+    """Whether more is tested of a value than its type; a NamedTuple is one value."""
+    is_one = isinstance(value, str | bytes) or hasattr(type(value), "_fields")
+    return isinstance(value, Collection) and not is_one
 
 
 def _wrong_type(annotated: Any, name: str, value: object) -> TypeError:

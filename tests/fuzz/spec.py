@@ -1,7 +1,5 @@
 """A config.json: what is accepted is what the rest of vmplug takes for granted."""
 
-from dataclasses import replace
-
 from tests.fuzz.guard import changes_only
 from vmplug.cdi.names import QualifiedName
 from vmplug.cli.device import names_cdi_device, parse_cdi_names
@@ -16,7 +14,7 @@ from vmplug.host.kind import DeviceType
 from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.limits import NAME_BYTES_MAX, PATH_BYTES_MAX, REQUESTS_MAX
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
-from vmplug.oci.spec import Bundle, parse_config
+from vmplug.oci.spec import Bundle, _decode, _Linux, _read_at_once, _read_each, parse_config
 
 
 def check(data: bytes) -> None:
@@ -30,6 +28,7 @@ def check(data: bytes) -> None:
     for request in (*first.devices, *first.annotated):
         check_request(request)
     _check_cdi(first)
+    _check_at_once(data)
 
 
 def _parse(data: bytes) -> Bundle | str:
@@ -37,6 +36,17 @@ def _parse(data: bytes) -> Bundle | str:
         return parse_config(data, name="c1")
     except SpecError as error:
         return error.message
+
+
+def _check_at_once(data: bytes) -> None:
+    """What is read of all devices in one step is what is read of each."""
+    devices = (_decode(data).linux or _Linux()).devices or []
+    for read_only in (set[tuple[int, int]](), {(8, 0), (7, 1)}):
+        at_once = _read_at_once(devices, read_only)
+        if at_once is not None:
+            each = list(_read_each(devices, read_only))
+            assert list(map(repr, at_once)) == list(map(repr, each))
+            assert at_once == each
 
 
 def check_request(request: Request) -> None:
@@ -73,7 +83,7 @@ def _check_brought(bundle: Bundle) -> None:
     """A device that is in the bundle already, whatever it is, is one with what a name brings."""
     if not bundle.cdi_names:
         return
-    brought = [replace(device, cdi_names=bundle.cdi_names) for device in bundle.devices]
+    brought = [device._replace(cdi_names=bundle.cdi_names) for device in bundle.devices]
     joined = add_cdi_devices(bundle.devices, brought, bundle.cdi_options)
     assert tuple(joined) == bundle.devices
     assert all(device.cdi_names == bundle.cdi_names for device in joined)

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from tests.kata.vector import Case, Facts
@@ -101,4 +100,4 @@ def request(
         "linux": {"devices": [asked], "resources": {"devices": list(rules)}},
     }
     (info,) = parse_config(json.dumps(config).encode(), name=None).devices
-    return replace(info, **more)
+    return info._replace(**more)

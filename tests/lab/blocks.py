@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +73,7 @@ def number(node: Path) -> str:
 def findings(path: Path, wish: Access = WRITING) -> list[Finding]:
     """All that `vmplug check` has against a device, or a file that is to be a disk."""
     info = want(number(path)) if path.is_block_device() else want_file(str(path))
-    (examined,) = examine([replace(info, read_only=wish.read_only)], HOST)
+    (examined,) = examine([info._replace(read_only=wish.read_only)], HOST)
     return list(examined.findings)
 
 

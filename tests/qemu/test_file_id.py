@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def disk(path: Path, **options: str) -> DeviceInfo:
 
 
 def read_only(path: Path) -> DeviceInfo:
-    return replace(disk(path, block_driver="virtio-scsi"), read_only=True)
+    return disk(path, block_driver="virtio-scsi")._replace(read_only=True)
 
 
 def folder(path: Path) -> Path:

@@ -6,7 +6,6 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,7 +209,7 @@ def test_a_vm_that_starts_with_it_has_the_lock_until_its_end(
         with DeviceManager.open(
             vm="cold", host=HostRoot("/"), hypervisor=started, state_dir=tmp_path / "state"
         ) as devices:
-            devices.attach(replace(nvdimm(image), read_only=read_only))
+            devices.attach(nvdimm(image)._replace(read_only=read_only))
         assert 'Failed to get "write" lock' in refusal(image, writes=True)
         pid = launch(started, lambda _: None, timeout_s=START_TIMEOUT_S)
         started.started()

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,7 +98,7 @@ def test_what_a_dead_vm_held_is_free_after_library_calls_alone(
 
 def test_an_owner_is_detached_from_all_vms(setup: Setup, disk: DeviceInfo, tmp_path: Path) -> None:
     other = disk_image(tmp_path / "other.img", 1, "another")
-    requests = {"a": disk, "b": replace(disk, host_path=str(other))}
+    requests = {"a": disk, "b": disk._replace(host_path=str(other))}
     for name, request in requests.items():
         vmplug.start_vm(spec(name), setup=setup)
         with vmplug.connect_vm(name, setup=setup) as devices:
@@ -152,8 +151,8 @@ def test_what_was_detached_is_told_beside_the_error_of_another_vm(
     for name, path in {"dead": str(disk.host_path), "next": str(other)}.items():
         started = vmplug.start_vm(spec(name), setup=setup)
         with vmplug.connect_vm(name, setup=setup) as devices:
-            held[name] = devices.attach(replace(disk, host_path=path), owner="ctr1")
-            devices.attach(replace(disk, host_path=path), owner="ctr2")
+            held[name] = devices.attach(disk._replace(host_path=path), owner="ctr1")
+            devices.attach(disk._replace(host_path=path), owner="ctr2")
         if name == "dead":
             end(started.pid)
     told = Vmplug(tmp_path / "state")("detach", "--owner", "ctr1", "--json")

@@ -1,6 +1,5 @@
 """Requests of any kind with something changed."""
 
-import dataclasses
 from collections.abc import Mapping
 
 from msgspec import structs
@@ -12,5 +11,5 @@ from vmplug.oci.requests import Request
 def with_options(request: Request, options: Mapping[str, str]) -> Request:
     """The request with these options of its driver, and no others."""
     if isinstance(request, DeviceInfo):
-        return dataclasses.replace(request, driver_options=options)
+        return request._replace(driver_options=options)
     return structs.replace(request, driver_options=options)

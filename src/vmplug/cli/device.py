@@ -12,7 +12,6 @@ import os
 import re
 import stat
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmplug.devnum import DevNum
@@ -82,7 +81,7 @@ def parse_cdi_names(texts: Iterable[str]) -> dict[str, bool]:
 def request_read_only(request: "Request") -> "Request":
     """The same request, for reading; what cannot be read-only stays as it is."""
     if isinstance(request, DeviceInfo):
-        return replace(request, read_only=True)
+        return request._replace(read_only=True)
     if not request.name.startswith("share:"):
         return request
     from msgspec import structs  # noqa: PLC0415  9 ms, but `request` was made with it

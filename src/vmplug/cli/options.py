@@ -311,15 +311,13 @@ def _cdi_directories(load_policy: "Callable[[], Policy | None]") -> Sequence[str
 
 def _wanted(info: "Request", options: Mapping[str, str], *, read_only: bool) -> "Request":
     """The request with what was passed for all of them; what is only counted has no options."""
-    from dataclasses import replace  # noqa: PLC0415  as above
-
     from vmplug.cli.device import request_read_only  # noqa: PLC0415
     from vmplug.oci.info import DeviceInfo, DevType  # noqa: PLC0415
 
     info = request_read_only(info) if read_only else info
     wanted = {**info.driver_options, **options}
     if isinstance(info, DeviceInfo):
-        return replace(info, driver_options=wanted) if info.dev_type is DevType.BLOCK else info
+        return info._replace(driver_options=wanted) if info.dev_type is DevType.BLOCK else info
     from msgspec import structs  # noqa: PLC0415  9 ms, but `info` was made with it
 
     return structs.replace(info, driver_options=wanted)

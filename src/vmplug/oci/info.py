@@ -1,11 +1,10 @@
 """DeviceInfo and Mount: what a container asks for in OCI's own words."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from vmplug.devnum import DevNum
 from vmplug.errors import SpecError
@@ -21,8 +20,21 @@ class DevType(StrEnum):
     FIFO = "p"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceInfo:
+class _DeviceFields(NamedTuple):
+    container_path: str
+    dev_type: DevType
+    devnum: DevNum | None
+    host_path: str | None
+    pmem: bool
+    read_only: bool
+    file_mode: int | None
+    uid: int | None
+    gid: int | None
+    driver_options: Mapping[str, str]
+    cdi_names: tuple[str, ...]
+
+
+class DeviceInfo(_DeviceFields):
     """One device as a container asks for it.
 
     `devnum` is None for a FIFO, which has no number, and for a regular file that becomes a disk.
@@ -34,22 +46,42 @@ class DeviceInfo:
     Raises SpecError when the parts do not fit each other.
     """
 
-    container_path: str
-    dev_type: DevType
-    devnum: DevNum | None = None
-    host_path: str | None = None
-    pmem: bool = False
-    read_only: bool = False
-    file_mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    driver_options: Mapping[str, str] = field(default_factory=dict, hash=False)
-    cdi_names: tuple[str, ...] = field(default=(), compare=False)
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        path = normal_container_path(self.container_path)
-        if path is not self.container_path:
-            object.__setattr__(self, "container_path", path)
+    def __new__(  # noqa: PLR0913  one for each field
+        cls,
+        *,
+        container_path: str,
+        dev_type: DevType,
+        devnum: DevNum | None = None,
+        host_path: str | None = None,
+        pmem: bool = False,
+        read_only: bool = False,
+        file_mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        driver_options: Mapping[str, str] = MappingProxyType({}),
+        cdi_names: tuple[str, ...] = (),
+    ) -> Self:
+        """Check the parts."""
+        info = super().__new__(
+            cls,
+            normal_container_path(container_path),
+            dev_type,
+            devnum,
+            host_path,
+            pmem,
+            read_only,
+            file_mode,
+            uid,
+            gid,
+            dict(driver_options),
+            cdi_names,
+        )
+        info._check()
+        return info
+
+    def _check(self) -> None:
         if self.host_path is not None:
             self._check_file(self.host_path)
         elif self.pmem:
@@ -61,7 +93,6 @@ class DeviceInfo:
             raise SpecError(
                 self.container_path, f"a device of type {self.dev_type} needs major and minor"
             )
-        object.__setattr__(self, "driver_options", dict(self.driver_options))
 
     def _check_file(self, path: str) -> None:
         if not path:
@@ -71,6 +102,24 @@ class DeviceInfo:
         check_path(self.container_path, path)
         if "\0" in path:
             raise SpecError(self.container_path, f"{path!r} contains a NUL character")
+
+    def _replace(self, **changes: Any) -> Self:
+        """Another request with these fields, checked as a new one is."""
+        return type(self)(**(self._asdict() | changes))
+
+    __replace__ = _replace
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
+        return (), self._asdict()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DeviceInfo) and self[:-1] == other[:-1]  # without cdi_names
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:-2])  # and without driver_options, which have no hash
 
     @property
     def name(self) -> str:
@@ -119,6 +168,13 @@ class Mount(NamedTuple):
 _PLAIN = re.compile(r"(?:/(?!\.\.?(?:/|\Z))[^/\0]{1,63})+\Z")
 """Most paths: in their one spelling, with names that are short in any encoding."""
 _PLAIN_LENGTH_MAX = 1023
+_ALL_PLAIN = re.compile(r"(?:(?:/[^/\0\n.][^/\0\n]{0,62}+){1,15}+\n)*+\Z")
+"""Most of many paths: the same, with fewer names and without a dot in front of one."""
+
+
+def are_plain(paths: Iterable[str]) -> bool:
+    """Whether `normal_container_path` surely gives each as it is; False says nothing."""
+    return bool(_ALL_PLAIN.match("\n".join([*paths, ""])))
 
 
 def normal_container_path(path: str, where: str = "container path") -> str:

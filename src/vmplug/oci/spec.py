@@ -9,14 +9,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
-from typing import Annotated
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, cast
 
 import msgspec
-from msgspec.structs import replace as replace_fields
+from msgspec.structs import replace
 
-from vmplug.devnum import DevNum
+from vmplug.devnum import MAJOR_MAX, MINOR_MAX, DevNum
 from vmplug.errors import SpecError
 from vmplug.oci.annotations import (
     PREFIX,
@@ -25,7 +24,7 @@ from vmplug.oci.annotations import (
     read_cdi_annotations,
 )
 from vmplug.oci.document import check_nesting, check_repeats
-from vmplug.oci.info import DeviceInfo, DevType, Mount, normal_container_path
+from vmplug.oci.info import DeviceInfo, DevType, Mount, are_plain, normal_container_path
 from vmplug.oci.limits import (
     CONFIG_BYTES_MAX,
     DEVICES_MAX,
@@ -46,7 +45,7 @@ _Number = tuple[int, int]
 Word = Annotated[str, msgspec.Meta(max_length=NAME_BYTES_MAX)]
 
 
-class _Device(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
+class _Device(msgspec.Struct, rename="camel", frozen=True, kw_only=True, gc=False):
     path: str
     type: Word
     major: int | None = None
@@ -56,7 +55,7 @@ class _Device(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
     gid: Id | None = None
 
 
-class _Rule(msgspec.Struct, frozen=True, kw_only=True):
+class _Rule(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     allow: bool = False
     type: Word | None = None
     major: int | None = None
@@ -156,7 +155,7 @@ def parse_config(data: bytes, *, name: str | None) -> Bundle:
     )
     unknown = _find_unknown(annotated.options, bundle)
     if cdi_annotations:
-        bundle = replace_fields(bundle, cdi_options=unknown)
+        bundle = replace(bundle, cdi_options=unknown)
     else:
         check_paths(unknown)
     _check_is_config(config, data)
@@ -167,6 +166,8 @@ def _find_unknown(
     options: Mapping[str, Mapping[str, str]], bundle: Bundle
 ) -> dict[str, Mapping[str, str]]:
     """The options of what is neither a device nor a mount of the bundle."""
+    if not options:
+        return {}
     known = {device.container_path for device in bundle.devices}
     known |= {mount.destination.rstrip("/") for mount in bundle.mounts}
     return {path: options[path] for path in options if path not in known}
@@ -198,13 +199,16 @@ def _mount(mount: _Mount, at: str, options: Mapping[str, Mapping[str, str]]) -> 
 
 
 def _devices(linux: _Linux, options: Mapping[str, Mapping[str, str]]) -> tuple[DeviceInfo, ...]:
-    check_count("$.linux.devices", "devices", len(linux.devices or []), DEVICES_MAX)
+    asked = linux.devices or []
+    check_count("$.linux.devices", "devices", len(asked), DEVICES_MAX)
     read_only = _read_only((linux.resources and linux.resources.devices) or [])
+    at_once = _read_at_once(asked, read_only)
+    if at_once is not None and not options:
+        return tuple(at_once)
     devices: dict[str, DeviceInfo] = {}
-    for index, device in enumerate(linux.devices or []):
-        info = _device_info(device, index, read_only)
+    for index, info in enumerate(at_once or _read_each(asked, read_only)):
         if info.container_path in options:
-            info = replace(info, driver_options=options[info.container_path])
+            info = info._replace(driver_options=options[info.container_path])  # noqa: PLW2901
         known = devices.setdefault(info.container_path, info)
         if known is not info and known != info:
             raise SpecError(
@@ -304,10 +308,63 @@ def _json_position(data: bytes) -> str | None:
 
 
 _DEV_TYPES = {dev_type.value: dev_type for dev_type in DevType}
+_NUMBERED = {"b", "c", "u"}
+_PERMISSIONS = 0o7777
 
 
 def _place(index: int) -> str:
     return f"$.linux.devices[{index}]"
+
+
+def _read_each(devices: Iterable[_Device], read_only: Collection[_Number]) -> Iterator[DeviceInfo]:
+    for index, device in enumerate(devices):
+        yield _device_info(device, index, read_only)
+
+
+def _read_at_once(
+    devices: Sequence[_Device], read_only: Collection[_Number]
+) -> list[DeviceInfo] | None:
+    """What `_read_each` gives, eight times as fast: rules are for all values, not for each device.
+
+    None where a device may break one, has no number or the whole st_mode, or is there twice.
+    """
+    paths = [device.path for device in devices]
+    if not (
+        _NUMBERED.issuperset({device.type for device in devices})
+        and _are_within({device.major for device in devices}, MAJOR_MAX)
+        and _are_within({device.minor for device in devices}, MINOR_MAX)
+        and _are_within({device.file_mode for device in devices} - {None}, _PERMISSIONS)
+        and len({*paths}) == len(paths)
+        and are_plain(paths)
+    ):
+        return None
+    make = tuple.__new__  # without the checks of their classes
+    return [
+        make(
+            DeviceInfo,
+            (
+                device.path,
+                _DEV_TYPES[device.type],
+                make(DevNum, (device.major, device.minor)),
+                None,  # host_path
+                False,  # pmem
+                bool(read_only)
+                and device.type == "b"
+                and (device.major, device.minor) in read_only,
+                device.file_mode,
+                device.uid,
+                device.gid,
+                {},
+                (),
+            ),
+        )
+        for device in devices
+    ]
+
+
+def _are_within(values: set[int | None], most: int) -> bool:
+    numbers = cast("set[int]", values)
+    return None not in values and min(numbers, default=0) >= 0 and max(numbers, default=0) <= most
 
 
 def _device_info(device: _Device, index: int, read_only: Collection[_Number]) -> DeviceInfo:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,7 +191,7 @@ def test_one_file_is_one_device_under_all_its_names(sandbox: Sandbox) -> None:
     link.symlink_to(file)
     doubled = f"{file.parent}//./{file.name}"
     requests = [
-        replace(sandbox.disk(at=f"/dev/{index}"), host_path=str(name))
+        sandbox.disk(at=f"/dev/{index}")._replace(host_path=str(name))
         for index, name in enumerate((file, link, doubled))
     ]
     attachments = [sandbox.devices.attach(request) for request in requests]
@@ -772,7 +771,7 @@ def test_a_batch_without_room_for_all_sends_nothing(sandbox: Sandbox) -> None:
 
 def test_one_missing_device_stops_the_batch_and_sends_nothing(sandbox: Sandbox) -> None:
     before = sandbox.devices.attachments()
-    missing = replace(sandbox.disk("b.img"), host_path="/nonexistent/b.img")
+    missing = sandbox.disk("b.img")._replace(host_path="/nonexistent/b.img")
     with pytest.raises(NoSuchDevice, match=r"/nonexistent/b\.img"):
         sandbox.devices.attach_all([sandbox.disk("a.img"), missing])
     assert sandbox.devices.attachments() == before
@@ -782,7 +781,7 @@ def test_one_missing_device_stops_the_batch_and_sends_nothing(sandbox: Sandbox) 
 def test_every_problem_of_a_batch_is_told_at_once(sandbox: Sandbox) -> None:
     before = sandbox.picture()
     sandbox.file("empty.img", size_bytes=0)
-    missing = replace(sandbox.disk("b.img"), host_path="/nonexistent/b.img")
+    missing = sandbox.disk("b.img")._replace(host_path="/nonexistent/b.img")
     with pytest.raises(InUse) as caught:
         sandbox.devices.attach_all([missing, sandbox.disk("a.img"), sandbox.disk("empty.img")])
     assert caught.value.codes == (Code.NO_SUCH_DEVICE, Code.SIZE_ZERO)

@@ -1,7 +1,9 @@
 """config.json -> DeviceInfo: what engines really write, and what is wrong with the rest."""
 
+import copy
 import io
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -373,6 +375,77 @@ def test_a_malformed_rule_is_answered_with_its_key(
 def test_a_request_made_by_hand_must_fit_together(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         DeviceInfo(**{"container_path": "/dev/x", "dev_type": DevType.BLOCK, **fields})
+
+
+FIFO = {"path": "/run/fifo", "type": "p"}
+"""Beside it each device is looked at on its own, as it has no number."""
+PATH = st.sampled_from(
+    ["/dev/a", "/dev/b", "/a/../b", "/.a", "/dev//a", "/dev/a/.", "/a\nb", "/é\0", "a", "/", ""]
+) | st.sampled_from(["/a" * 20, "/a" * 2048, "/" + "é" * 63, "/" + "é" * 64, "/" + "é" * 128])
+ANY_DEVICE: st.SearchStrategy[dict[str, object]] = st.fixed_dictionaries(
+    {"path": PATH | st.integers(0, 9).map("/dev/d{}".format), "type": st.sampled_from("bcupx")},
+    optional={
+        "major": st.sampled_from([0, 8, 4095, 4096, -1]),
+        "minor": st.sampled_from([0, 1, 1048575, 1048576, -1]),
+        "fileMode": st.sampled_from([0, 0o660, 0o7777, 0o060660, 0o020660, 0o200000, -1]),
+        "uid": st.integers(0, 1),
+        "gid": st.integers(0, 1),
+    },
+)
+PLAIN_DEVICE: st.SearchStrategy[dict[str, object]] = st.builds(
+    dict,
+    path=st.integers(0, 99).map("/dev/d{}".format),
+    type=st.sampled_from("bcu"),
+    major=st.integers(7, 8),
+    minor=st.integers(0, 1),
+    fileMode=st.sampled_from([0, 0o660]),
+)
+RULE: st.SearchStrategy[dict[str, object]] = st.builds(
+    dict,
+    allow=st.booleans(),
+    type=st.sampled_from("abc"),
+    major=st.integers(7, 8),
+    minor=st.integers(0, 1),
+    access=st.sampled_from(["r", "rw", "rwm", "w"]),
+)
+
+
+@given(
+    st.lists(PLAIN_DEVICE, max_size=4, unique_by=lambda device: device["path"]),
+    st.lists(ANY_DEVICE, max_size=2),
+    st.lists(RULE, max_size=3),
+)
+def test_devices_are_read_alike_all_at_once_and_one_by_one(
+    good: list[object], odd: list[object], rules: list[object]
+) -> None:
+    def read(*devices: object) -> list[str]:
+        try:
+            found = parse(config(*devices, rules=rules)).devices
+        except SpecError as error:
+            return [str(error)]
+        return [repr(info) for info in found if info.container_path != FIFO["path"]]
+
+    assert read(*good, *odd) == read(*good, *odd, FIFO)
+
+
+def test_a_request_is_a_value() -> None:
+    info = one(uid=0)
+    brought = info._replace(cdi_names=("vendor.com/class=a",))
+    assert info == brought
+    assert not info != brought  # noqa: SIM202  the other operator
+    assert hash(info) == hash(brought)
+    assert info != info._replace(uid=1)
+    assert info != tuple(info)
+    assert repr(info).startswith("DeviceInfo(container_path='/dev/sda', dev_type=<DevType.BLOCK")
+    assert info._replace(driver_options={"a": "b"}).driver_options == {"a": "b"}
+    with pytest.raises(AttributeError):
+        info.uid = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        DeviceInfo("/dev/a", DevType.FIFO)  # type: ignore[call-arg]
+    with pytest.raises(SpecError, match="not an absolute path"):
+        info._replace(container_path="dev")
+    for copied in (copy.deepcopy(brought), pickle.loads(pickle.dumps(brought))):
+        assert repr(copied) == repr(brought)
 
 
 def test_a_request_says_what_it_wants_in_a_few_words() -> None:

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -516,7 +515,7 @@ def test_a_manager_refuses_what_no_rule_allows_and_nothing_has_changed(
     devices = open_manager(rules(f'name = "good"\npaths = ["{good}"]'))
     for act in (devices.attach_all, devices.plan):
         with pytest.raises(PolicyError) as caught:
-            act([disk(good), replace(disk(bad), container_path="/dev/xvdb")])
+            act([disk(good), disk(bad)._replace(container_path="/dev/xvdb")])
         assert caught.value.message.startswith(f"/dev/xvdb: {bad} (block): no rule of ")
     assert devices.attachments() == []
     assert devices.attach(disk(good)).host_path == str(good)

@@ -1,7 +1,6 @@
 """One request for a device that several names bring, or that a bundle has already."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from vmplug.errors import SpecError
 from vmplug.oci.info import DeviceInfo
@@ -20,13 +19,13 @@ def add_cdi_devices(
     for each in named:
         path = each.container_path
         if path in options:
-            each = replace(each, driver_options=options[path])  # noqa: PLW2901
+            each = each._replace(driver_options=options[path])  # noqa: PLW2901
         there = known.get(path)
         if there is None:
             known[path] = each
         elif (there.dev_type, there.devnum) == (each.dev_type, each.devnum):
             read_only = there.read_only or each.read_only
-            known[path] = replace(there, read_only=read_only, cdi_names=each.cdi_names)
+            known[path] = there._replace(read_only=read_only, cdi_names=each.cdi_names)
         else:
             raise _twice(there, each)
     return list(known.values())
@@ -36,7 +35,7 @@ def join(one: DeviceInfo, other: DeviceInfo) -> DeviceInfo:
     """One request for a node that several names bring. Raises SpecError when they differ."""
     if one != other:
         raise _twice(one, other)
-    return replace(one, cdi_names=tuple(dict.fromkeys((*one.cdi_names, *other.cdi_names))))
+    return one._replace(cdi_names=tuple(dict.fromkeys((*one.cdi_names, *other.cdi_names))))
 
 
 def _twice(one: DeviceInfo, other: DeviceInfo) -> SpecError:

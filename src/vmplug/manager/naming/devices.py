@@ -7,7 +7,6 @@ container wants it.
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import msgspec
 
@@ -153,7 +152,7 @@ def _name(
         return None
     device_class = _find_class(candidate.node, device, root)
     kind = f"{VENDOR}/{device_class or 'unknown'}"
-    named = replace(candidate.request, cdi_names=(f"{kind}={candidate.name}",))
+    named = candidate.request._replace(cdi_names=(f"{kind}={candidate.name}",))
     info = _find_allowed(named, device, policy, root)
     if info is None:
         return None
@@ -197,7 +196,7 @@ def _find_allowed(
 ) -> DeviceInfo | None:
     """The request that the policy allows: for reading and writing, or else for reading alone."""
     check = PolicyCheck(policy=policy)
-    for asked in (replace(info, read_only=read_only) for read_only in _accesses(device)):
+    for asked in (info._replace(read_only=read_only) for read_only in _accesses(device)):
         if not check.judge(asked, device, None, root).refusals:
             return asked
     return None
