@@ -14,7 +14,7 @@ from msgspec import structs
 
 from vmplug.address import Bdf, find_bdf
 from vmplug.devnum import DevNum, is_decimal
-from vmplug.errors import AttributeReadError
+from vmplug.errors import AttributeReadError, HostError
 from vmplug.host.block.inventory import Disk, DiskUses, Pmem, Use, read_disks, read_pmem
 from vmplug.host.block.usage import read_usage
 from vmplug.host.kind import DeviceType, Identity
@@ -344,12 +344,10 @@ def read_sockets(vhost_user_store: "VhostUserStore", root: HostRoot) -> list[Sto
     return [
         StoredSocket(
             devnum=devnum,
-            kind=DeviceType.VHOST_USER_BLK
-            if devnum.major == vhost_user_store.blk_major
-            else DeviceType.VHOST_USER_SCSI,
+            kind=vhost_user_store.kind_of(devnum),
             device_node=nodes[devnum],
-            socket_path=answer if isinstance(answer, str) else None,
-            problem=None if isinstance(answer, str) else answer.message,
+            socket_path=None if isinstance(answer, HostError) else answer.socket_path,
+            problem=answer.message if isinstance(answer, HostError) else None,
         )
         for devnum, answer in vhost_user_store.find_sockets(nodes).items()
     ]

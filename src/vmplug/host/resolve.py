@@ -15,13 +15,12 @@ from vmplug.host.host_path import SYSFS_DIRECTORY, get_host_path, is_in_store
 from vmplug.host.kind import DeviceType, FoundBy
 from vmplug.host.root import HostRoot
 from vmplug.host.use.silent import find_silent, no_answer
-from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.oci.info import DeviceInfo, DevType
 
 if TYPE_CHECKING:
     from vmplug.host.pci.uses import BlockDevices
     from vmplug.host.vhost_user.store import VhostUserStore
-    from vmplug.oci.requests import Request
+    from vmplug.oci.requests import Named, Request
 
 _VFIO_NODE = re.compile(r"/dev/vfio/([0-9]+|devices/vfio[0-9]+)\Z")
 """A VFIO group or device. `/dev/vfio/vfio` is the container; `noiommu-N` has no isolation."""
@@ -49,13 +48,13 @@ def resolve_all(
     requests: Sequence[Request], root: HostRoot, vhost_user_store: VhostUserStore | None = None
 ) -> list[HostDevice | HostError]:
     """`resolve` for many: the device or the error of each, in the same order."""
-    sockets = _find_sockets(requests, vhost_user_store, root)
+    sockets = _find_sockets(requests, vhost_user_store)
     answers: list[HostDevice | HostError] = []
     get_blocks = cache(partial(_block_devices, root))
     silent = find_silent(_paths_of(requests), root)
     for info in requests:
         try:
-            if silent.intersection(paths := _paths_of([info])):
+            if silent and silent.intersection(paths := _paths_of([info])):
                 raise no_answer(paths[0])
             if isinstance(info, DeviceInfo) and is_in_store(info, vhost_user_store):
                 answers.append(sockets[info.devnum])
@@ -69,11 +68,15 @@ def resolve_all(
 def _paths_of(requests: Iterable[Request]) -> list[str]:
     """The paths at which vmplug will look: of an image, a socket, a directory, a node."""
     named = (
-        getattr(info, name, None)
-        for info in requests
-        for name in ("host_path", "source", "socket_path", "device")
+        info.host_path if isinstance(info, DeviceInfo) else _path_of(info) for info in requests
     )
     return [path for path in named if path and path.startswith("/")]
+
+
+def _path_of(info: Named) -> str | None:
+    """Each kind of request has one of them."""
+    names = ("source", "socket_path", "device")
+    return next((getattr(info, name) for name in names if hasattr(info, name)), None)
 
 
 def _resolve(
@@ -86,12 +89,13 @@ def _resolve(
         from vmplug.host.resolve_named import resolve_named  # noqa: PLC0415  msgspec: 20 ms
 
         return resolve_named(info, root, get_blocks())
-    host_path = get_host_path(info, root, vhost_user_store)
-    return _describe_device(info, host_path, root, vhost_user_store, get_blocks)
+    if vhost_user_store and info.devnum and is_in_store(info, vhost_user_store):
+        return vhost_user_store.find(info.devnum)
+    return _describe_device(info, get_host_path(info, root), root, get_blocks)
 
 
 def _find_sockets(
-    requests: Iterable[Request], vhost_user_store: VhostUserStore | None, root: HostRoot
+    requests: Iterable[Request], vhost_user_store: VhostUserStore | None
 ) -> Mapping[DevNum | None, HostDevice | HostError]:
     """The sockets behind the numbers of the store, from one scan of it."""
     stored = (
@@ -103,45 +107,21 @@ def _find_sockets(
     if vhost_user_store is None or not owned:
         return {}
     try:
-        return {
-            devnum: _socket(devnum, path, vhost_user_store, root)
-            if isinstance(path, str)
-            else path
-            for devnum, path in vhost_user_store.find_sockets(owned).items()
-        }
+        return dict(vhost_user_store.find_sockets(owned).items())
     except HostError as error:
         return dict.fromkeys(owned, error)
-
-
-def _socket(
-    devnum: DevNum, path: str, vhost_user_store: VhostUserStore, root: HostRoot
-) -> VhostUserSocket:
-    is_blk = devnum.major == vhost_user_store.blk_major
-    kind = DeviceType.VHOST_USER_BLK if is_blk else DeviceType.VHOST_USER_SCSI
-    status = root.stat_or_none(path)
-    from vmplug.host.file_id import file_id  # noqa: PLC0415
-
-    checked = file_id(status) if status else None
-    return VhostUserSocket(kind=kind, devnum=devnum, socket_path=path, file_id=checked)
 
 
 def _describe_device(
     info: DeviceInfo,
     host_path: str,
     root: HostRoot,
-    vhost_user_store: VhostUserStore | None,
     get_blocks: Callable[[], BlockDevices],
 ) -> HostDevice:
     if info.host_path is not None:
         found_by = FoundBy.BACKING_FILE if info.pmem else FoundBy.FILE
         return read_disk_file(host_path, root, found_by)
-    kind = classify(info, host_path, vhost_user_store)
-    if (
-        vhost_user_store
-        and info.devnum
-        and kind in {DeviceType.VHOST_USER_BLK, DeviceType.VHOST_USER_SCSI}
-    ):
-        return _socket(info.devnum, host_path, vhost_user_store, root)
+    kind = classify(info, host_path)
     in_sysfs = info.devnum and (
         root.stat(find_block_directory(info.devnum, root))
         if info.dev_type is DevType.BLOCK

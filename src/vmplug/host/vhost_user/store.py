@@ -20,7 +20,10 @@ import msgspec
 
 from vmplug.devnum import DevNum
 from vmplug.errors import HostError, NoSuchDevice
+from vmplug.host.file_id import file_id
+from vmplug.host.kind import DeviceType
 from vmplug.host.root import THIS_HOST, HostRoot, describe
+from vmplug.host.vhost_user.device import VhostUserSocket
 
 VHOST_USER_BLK_MAJOR = 241
 VHOST_USER_SCSI_MAJOR = 242
@@ -76,26 +79,31 @@ class VhostUserStore:
         """Whether block devices of this number belong to the store."""
         return devnum.major in (self.blk_major, self.scsi_major)
 
+    def kind_of(self, devnum: DevNum) -> DeviceType:
+        """What a number of the store stands for."""
+        is_blk = devnum.major == self.blk_major
+        return DeviceType.VHOST_USER_BLK if is_blk else DeviceType.VHOST_USER_SCSI
+
     def find_socket(self, devnum: DevNum) -> str:
-        """The socket of a device number.
+        """The path of the socket of a device number.
 
         Raises NoSuchDevice when the store, the node or the socket is absent or of another type,
         AttributeReadError when it cannot be read.
         """
-        rdev = os.makedev(devnum.major, devnum.minor)
-        name = self._indexed_name(rdev)
-        if name is None:
-            raise self._missing(devnum)
-        return self._socket(devnum, name)
+        return self.find(devnum).socket_path
 
-    def find_sockets(self, devnums: Iterable[DevNum]) -> dict[DevNum, str | HostError]:
+    def find(self, devnum: DevNum) -> VhostUserSocket:
+        """The socket of a device number, as it is now. Raises as `find_socket` does."""
+        return self._socket(devnum, self._indexed_name(os.makedev(devnum.major, devnum.minor)))
+
+    def find_sockets(self, devnums: Iterable[DevNum]) -> dict[DevNum, VhostUserSocket | HostError]:
         """The sockets of many device numbers, from one new scan."""
         index = self._index = self._scan()
-        found: dict[DevNum, str | HostError] = {}
+        found: dict[DevNum, VhostUserSocket | HostError] = {}
         for devnum in devnums:
-            name = index.names.get(os.makedev(devnum.major, devnum.minor))
             try:
-                found[devnum] = self._socket(devnum, name) if name else self._missing(devnum)
+                name = index.names.get(os.makedev(devnum.major, devnum.minor))
+                found[devnum] = self._socket(devnum, name)
             except HostError as error:
                 found[devnum] = error
         return found
@@ -144,7 +152,9 @@ class VhostUserStore:
         status = self._root.stat_or_none(f"{self._devices}/{name}")
         return status is not None and status.st_rdev == rdev and stat.S_ISBLK(status.st_mode)
 
-    def _socket(self, devnum: DevNum, name: str) -> str:
+    def _socket(self, devnum: DevNum, name: str | None) -> VhostUserSocket:
+        if name is None:
+            raise self._missing(devnum)
         path = f"{self._sockets}/{name}"
         status = self._root.stat(path)
         if status is None or not stat.S_ISSOCK(status.st_mode):
@@ -155,7 +165,9 @@ class VhostUserStore:
                 found=found,
                 hint="start the storage daemon that serves it",
             )
-        return path
+        return VhostUserSocket(
+            kind=self.kind_of(devnum), socket_path=path, devnum=devnum, file_id=file_id(status)
+        )
 
     def _missing(self, devnum: DevNum) -> NoSuchDevice:
         return NoSuchDevice(

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 
 from vmplug.devnum import DevNum
-from vmplug.errors import AttributeReadError, HostError, NoSuchDevice
+from vmplug.errors import AttributeReadError, NoSuchDevice
+from vmplug.host.kind import DeviceType
+from vmplug.host.resolve import resolve_all
 from vmplug.host.root import THIS_HOST, HostRoot
+from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.store import VhostUserStore
+from vmplug.oci.info import DeviceInfo, DevType
 
 TICK_NS = 30_000_000
 """Longer than the clock that stamps directories takes to move on."""
@@ -56,6 +60,16 @@ class StoreDirectory:
 
     def socket(self, name: str) -> str:
         return str(self.sockets / name)
+
+    def found(self, name: str, number: DevNum) -> VhostUserSocket:
+        """The socket of a disk as the store gives it."""
+        status = (self.sockets / name).stat()
+        return VhostUserSocket(
+            kind=DeviceType.VHOST_USER_BLK,
+            socket_path=self.socket(name),
+            devnum=number,
+            file_id=f"inode {status.st_dev}:{status.st_ino}",
+        )
 
 
 @pytest.fixture(params=["disk", "tmpfs"])
@@ -151,7 +165,9 @@ def test_broken_neighbours_do_not_matter(store: StoreDirectory) -> None:
     opened = store.open()
     assert ask(opened, "241:0") == "6-disk"
     assert ask(opened, "241:1") is None
-    assert opened.find_sockets([DevNum(241, 0)]) == {DevNum(241, 0): store.socket("6-disk")}
+    assert opened.find_sockets([DevNum(241, 0)]) == {
+        DevNum(241, 0): store.found("6-disk", DevNum(241, 0))
+    }
 
 
 @pytest.mark.root
@@ -238,7 +254,7 @@ def test_in_a_batch_each_device_has_its_own_error(store: StoreDirectory) -> None
     numbers = [DevNum(241, 0), DevNum(242, 0), DevNum(242, 1), DevNum(241, 9)]
     answers = store.open().find_sockets(numbers)
     assert list(answers) == numbers
-    assert answers[numbers[0]] == store.socket("good")
+    assert answers[numbers[0]] == store.found("good", numbers[0])
     errors = [type(answers[number]) for number in numbers[1:]]
     assert errors == [NoSuchDevice, AttributeReadError, NoSuchDevice]
 
@@ -435,7 +451,12 @@ def test_a_batch_costs_one_scan(store: StoreDirectory) -> None:
     for minor in range(50):
         store.add(f"disk{minor}", f"241:{minor}")
     root = CountingRoot()
-    answers = store.open(root).find_sockets([DevNum(241, minor) for minor in range(50)])
+    numbers = [DevNum(241, minor) for minor in range(50)]
+    requests = [
+        DeviceInfo(container_path=f"/dev/vd{number.minor}", dev_type=DevType.BLOCK, devnum=number)
+        for number in numbers
+    ]
+    answers = resolve_all(requests, root, store.open(root))
     assert root.scans == 1
-    assert len(answers) == 50
-    assert not any(isinstance(answer, HostError) for answer in answers.values())
+    assert root.stats == 101  # the directory, each node and each socket
+    assert answers == [store.found(f"disk{number.minor}", number) for number in numbers]
