@@ -105,6 +105,7 @@ def _vhost_user() -> Iterator[Ratio]:
             ),
             target=1.1,
         )
+    yield from map(_cold, (10, 100, 1000))
     with _store(scaled(1000)) as store:
         infos = [
             DeviceInfo(
@@ -132,6 +133,33 @@ def _vhost_user() -> Iterator[Ratio]:
                 target=target,
                 size=(15, 3),
             )
+
+
+def _cold(count: int) -> Ratio:
+    """The first lookup in a store of so many nodes."""
+    with _store(count) as store:
+        last = DevNum(BLK_MAJOR, count - 1)
+
+        def bare() -> dict[int, str]:
+            nodes = os.open(f"{store.path}/block/devices", os.O_DIRECTORY)
+            try:
+                return {
+                    os.stat(name, dir_fd=nodes, follow_symlinks=False).st_rdev: name
+                    for name in os.listdir(nodes)
+                }
+            finally:
+                os.close(nodes)
+
+        return compare(
+            f"cold scan of {count} vhost-user nodes / bare listdir+stat of each",
+            lambda: VhostUserStore(store.path).find_socket(last),
+            bare,
+            lambda path, names: (
+                len(names) == count and os.path.basename(path) == names[os.makedev(*last)]
+            ),
+            target=1.6,
+            size=(31, max(1, 200 // count)),
+        )
 
 
 @contextmanager
