@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.source import MODULES, PACKAGE, nodes_of, parse
 
+pytestmark = pytest.mark.together("source")
+
 _FIRST = {"errors", "arguments", "devnum", "address"}
 _LOG = {"log", "waiting"}
 _BELOW_VMS = {*_FIRST, *_LOG, "oci", "host", "drivers", "journal", "policy"}

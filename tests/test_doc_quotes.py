@@ -7,6 +7,8 @@ import pytest
 
 from tests.test_plain_english import CODE, pages, texts
 
+pytestmark = pytest.mark.together("source")
+
 VALUE = re.compile(r": '.*|[^ ]*[/\d][^ ]*|'[^']*'|\.\.\.")
 """What a message names: a path, a number, an id, a quoted word, the reason that another gave."""
 

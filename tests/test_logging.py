@@ -64,6 +64,7 @@ def logs() -> Iterator[tuple[str, ast.Call]]:
                     pass
 
 
+@pytest.mark.together("source")
 def test_a_message_names_nothing_that_a_tenant_wrote() -> None:
     found = dict(logs())
     assert len(found) > 8
@@ -151,6 +152,7 @@ def formatted(record: logging.LogRecord) -> str:
     return f"{record.getMessage()} {vars(record)}"
 
 
+@pytest.mark.together("source")
 def test_the_page_names_every_extra_and_parts_that_log() -> None:
     assert {name for name in EXTRAS if f"`{name}`" in PAGE} == EXTRAS
     parts = {where.partition("/")[0] for where, _ in logs()}

@@ -6,12 +6,15 @@ To add a pattern: a row in `ODD` with what to write instead and a sentence that 
 import io
 import re
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+pytestmark = pytest.mark.together("source")
 
 PROJECT = Path(__file__).parents[1]
 SENTENCE_WORDS_MAX = 30
@@ -147,7 +150,8 @@ def pages() -> dict[str, str]:
     return read_all(path for words in PAGES for path in PROJECT.glob(words))
 
 
-def texts() -> dict[str, str]:
+@cache
+def texts() -> Mapping[str, str]:
     """What people read of the project, by the name of its file."""
     modules = (path for folder in MODULES for path in (PROJECT / folder).rglob("*.py"))
     files = [path for folder in SCRIPTS for path in (PROJECT / folder).iterdir()]

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain, groupby, pairwise
+from itertools import chain, pairwise
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
@@ -95,11 +95,15 @@ class _Times:
     def sort(self, items: Sequence[pytest.Item]) -> list[list[_Numbered]]:
         """Chunks of tests, those that will take longest first."""
         known, found = self._read(), list[tuple[float, list[_Numbered]]]()
-        for path, group in groupby(enumerate(items), lambda numbered: numbered[1].path):
-            tests, each_s = list(group), known.get(self._name(path), _CHUNK_S)
+        whole, files = _grouped(items)
+        for path, tests in files.items():
+            each_s = known.get(self._name(path), _CHUNK_S)
             size = max(1, int(_CHUNK_S / max(each_s, 1e-6))) if known else _CHUNK
             chunks = (tests[start : start + size] for start in range(0, len(tests), size))
             found += [(each_s * len(chunk), chunk) for chunk in chunks]
+        for tests in whole.values():
+            times = (known.get(self._name(item.path), _CHUNK_S) for _, item in tests)
+            found.append((sum(times), tests))
         return [chunk for _, chunk in sorted(found, key=lambda timed: -timed[0])]
 
     def add(self, path: Path, seconds: float) -> None:
@@ -120,6 +124,19 @@ class _Times:
 
     def _name(self, path: Path) -> str:
         return os.path.relpath(path, self.root)
+
+
+def _grouped(
+    items: Sequence[pytest.Item],
+) -> tuple[dict[str, list[_Numbered]], dict[Path, list[_Numbered]]]:
+    """Those that stay together, by the name of their mark; the others, by their file."""
+    whole, files = dict[str, list[_Numbered]](), dict[Path, list[_Numbered]]()
+    for numbered in enumerate(items):
+        if mark := numbered[1].get_closest_marker("together"):
+            whole.setdefault(mark.args[0], []).append(numbered)
+        else:
+            files.setdefault(numbered[1].path, []).append(numbered)
+    return whole, files
 
 
 def _take(

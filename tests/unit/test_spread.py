@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.spread import _Times
+
 PROJECT = Path(__file__).parents[2]
 CONFTEST = """
 from tests.support.spread import Spread
@@ -103,3 +105,19 @@ def test_the_run_can_end_with_the_first_failure(tmp_path: Path) -> None:
     passed = re.search(r"(\d+) passed", told)
     assert passed
     assert int(passed[1]) < 9990
+
+
+@pytest.mark.together("pair")
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_stays_together_is_run_by_one_process(
+    request: pytest.FixtureRequest, tmp_path: Path, number: int
+) -> None:
+    """Also if it takes so long that other tests would be run one by one."""
+    times, own = _Times(tmp_path), request.node
+    tests = [item for item in request.session.items if item.path == own.path]
+    times.add(own.path, 100)
+    times.note()
+    chunks = [[item.name for _, item in chunk] for chunk in times.sort(tests)]
+    (pair,) = (names for names in chunks if own.name in names)
+    assert pair == [f"{own.originalname}[1]", f"{own.originalname}[2]"]
+    assert all(len(names) == 1 for names in chunks if names != pair)
