@@ -305,6 +305,8 @@ NESTING_MAX = 4
 
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.TryStar, ast.Match)
 BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.match_case)
+STATEMENTS = ("body", "orelse", "finalbody", "handlers", "cases")
+"""The fields of a statement that hold others."""
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -316,13 +318,19 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def complexity(function: ast.AST) -> int:
-    return 1 + sum(isinstance(node, BRANCHES) for node in ast.walk(function))
+    return 1 + branches(function)
+
+
+def branches(node: ast.AST) -> int:
+    """Those in a statement; there is none in an expression."""
+    inner = [each for field in STATEMENTS for each in getattr(node, field, [])]
+    return sum(isinstance(each, BRANCHES) + branches(each) for each in inner)
 
 
 def nesting(node: ast.AST) -> int:
     """The deepest block in a statement; an `elif` is as deep as its `if`."""
     deepest = 0
-    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+    for field in STATEMENTS:
         inner: list[ast.AST] = getattr(node, field, [])
         is_elif = field == "orelse" and isinstance(node, ast.If) and len(inner) == 1
         for each in inner:
