@@ -176,7 +176,7 @@ class PciTree(HostTree):
         self.link(f"{path}/device", f"../../../{path.split('/')[-3]}")
         self.link(f"/sys/class/net/{name}", f"../..{path.removeprefix('/sys')}")
         for table in ("route", "if_inet6"):
-            self._below(f"/proc/net/{table}").touch()
+            open(self._below(f"/proc/net/{table}"), "a").close()
         if master:
             self.link(f"{path}/master", f"{up(path)}devices/virtual/net/{master}")
         for upper in uppers:
@@ -237,9 +237,7 @@ class PciTree(HostTree):
 
     def moved_network(self, bdf: str, *, bus_device: str = "") -> Self:
         """A network interface of a function, as seen from outside of its network namespace."""
-        self._below("/".join(filter(None, (self.real(bdf), bus_device, "net")))).mkdir(
-            parents=True
-        )
+        os.makedirs(self._base + "/".join(filter(None, (self.real(bdf), bus_device, "net"))))
         return self
 
     def mdev_type(
@@ -322,7 +320,7 @@ class PciTree(HostTree):
         return f"/sys/devices/pci{domain}:{bus}/{bdf}"
 
     def _append(self, path: str, head: str | None, line: str) -> Self:
-        with self._below(path).open("a") as file:
+        with open(self._below(path), "a") as file:
             if head and not file.tell():
                 file.write(f"{head}\n")
             file.write(f"{line}\n")

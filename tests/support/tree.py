@@ -125,12 +125,11 @@ class HostTree:
         """
         mount = f"36 1 {number} {shown} {mount_point} {mount_options} shared:1"
         line = f"{mount} - {fs_type} {source} {fs_options}\n"
-        table = self._below(f"/proc/{pid}/mountinfo")
-        with table.open("ab") as file:
+        with open(self._below(f"/proc/{pid}/mountinfo"), "ab") as file:
             file.write(os.fsencode(line))
         link = self._below(f"/proc/{pid}/ns/mnt")
-        if not link.is_symlink():
-            link.symlink_to(namespace)
+        if not os.path.islink(link):
+            os.symlink(namespace, link)
         return self
 
     def pmem_file(
@@ -141,8 +140,7 @@ class HostTree:
         Source: Linux drivers/nvdimm/pfn.h, struct nd_pfn_sb.
         """
         block = b"NVDIMM_PFN_INFO\0" + bytes(32 + 4) + struct.pack("<HHQ", 1, 4, data_offset)
-        target = self._below(path)
-        with target.open("wb") as file:
+        with open(self._below(path), "wb") as file:
             file.seek(4096)
             file.write(block)
             file.truncate(size_bytes)
@@ -150,9 +148,8 @@ class HostTree:
 
     def unix_socket(self, path: str, inode: int, *, listens: bool = True) -> Self:
         """One more line of /proc/net/unix: a listener, or a connection that one has accepted."""
-        table = self._below("/proc/net/unix")
         flags, state = ("00010000", "01") if listens else ("00000000", "03")
-        with table.open("ab") as file:
+        with open(self._below("/proc/net/unix"), "ab") as file:
             if not file.tell():
                 file.write(b"Num       RefCount Protocol Flags    Type St Inode Path\n")
             line = f"00000000deadbeef: 00000002 00000000 {flags} 0001 {state} {inode:5} {path}\n"
@@ -190,9 +187,9 @@ class HostTree:
         uevent = f"MAJOR={major}\nMINOR={minor}\nDEVNAME={devname}\n"
         return self.file(f"{directory}/uevent", uevent)
 
-    def _below(self, path: str) -> Path:
-        target = os.path.join(self.path, path.lstrip("/"))
+    def _below(self, path: str) -> str:
+        target = f"{self._base}/{path.lstrip('/')}"
         above = os.path.dirname(target)
         if not os.path.isdir(above):
             os.makedirs(above, exist_ok=True)
-        return Path(target)
+        return target
