@@ -17,6 +17,7 @@ import termios
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import Self
@@ -60,10 +61,7 @@ class Vmplug:
     @property
     def environment(self) -> dict[str, str]:
         """The caller's, without anything that changes how output looks."""
-        unwanted = {"NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM", "VMPLUG_DEBUG"}
-        kept = {key: value for key, value in os.environ.items() if key not in unwanted}
-        path = f"{VMPLUG.parent}:{os.environ['PATH']}"
-        return {**kept, "PATH": path, "VMPLUG_STATE_DIR": str(self.state_dir)}
+        return {**_kept(), "VMPLUG_STATE_DIR": str(self.state_dir)}
 
     def __call__(
         self, *arguments: str | Path, stdin: str = "", env: Mapping[str, str] | None = None
@@ -137,6 +135,14 @@ class Vmplug:
 
     def _at_terminal(self, env: Mapping[str, str] | None) -> dict[str, str]:
         return {**self.environment, "TERM": "xterm-256color", **(env or {})}
+
+
+@cache
+def _kept() -> dict[str, str]:
+    looks = {"NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM", "VMPLUG_DEBUG"}
+    kept = {key: value for key, value in os.environ.items() if key not in looks}
+    kept.pop("PYTEST_CURRENT_TEST", None)  # is another for the next test
+    return {**kept, "PATH": f"{VMPLUG.parent}:{os.environ['PATH']}"}
 
 
 class _Terminal:
