@@ -31,7 +31,8 @@ def tmp_path(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     """As pytest's own, which leaves a link for each test and reads them all for the next one."""
-    path = tmp_path_factory.mktemp(str(next(_NUMBERS)), numbered=False)
+    path = tmp_path_factory.getbasetemp() / str(next(_NUMBERS))
+    path.mkdir(mode=0o700)
     failures = request.session.testsfailed
     yield path
     if request.session.testsfailed == failures:
