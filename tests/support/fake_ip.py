@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = """\
-#!{python}
+#!{python} -IS
 import json, sys
 state = json.load(open({state!r}))
 words = sys.argv[1:]
