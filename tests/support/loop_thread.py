@@ -1,5 +1,6 @@
 """What the thread of an event loop does itself, and must leave to others."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,10 @@ HARMLESS = {"getpid", "fspath", "pidfd_open", "close"}
 
 @contextmanager
 def watched() -> Iterator[list[str]]:
-    """What this thread does inside of the `with` that may block, by function and caller."""
+    """What this thread does inside of the `with` that may block, by function and caller.
+
+    Garbage of other tests is not collected meanwhile, as it may have generators to end.
+    """
     found: list[str] = []
 
     def see(frame: FrameType, event: str, argument: object) -> None:
@@ -50,11 +54,13 @@ def watched() -> Iterator[list[str]]:
             found.append(f"{argument} in {module}")
 
     former = sys.getprofile()
+    gc.disable()
     sys.setprofile(see)
     try:
         yield found
     finally:
         sys.setprofile(former)
+        gc.enable()
 
 
 def may_block(function: object) -> bool:

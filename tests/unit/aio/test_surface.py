@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import gc
 import inspect
 import os
 import sqlite3
@@ -18,6 +19,8 @@ from tests.support.loop_thread import watched
 from tests.test_asyncio_names import COROUTINES, METHODS
 from vmplug import FakeHypervisor, HostRoot, RngInfo, Setup, aio
 from vmplug.aio import AsyncDeviceManager
+from vmplug.drivers.ports import Command, Step
+from vmplug.hypervisor.qemu.transaction import transaction
 
 
 def test_what_would_block_is_seen(tmp_path: Path) -> None:
@@ -35,6 +38,18 @@ def test_what_would_block_is_seen(tmp_path: Path) -> None:
         with watched() as found:
             act()
         assert found
+
+
+def test_what_an_earlier_test_left_is_not_seen() -> None:
+    """A talk that nobody ends is ended by the collector of garbage, in whatever thread runs."""
+    talk = transaction([Step(Command("device_add", {}), undo=None)])
+    next(talk)
+    left: list[object] = [talk]
+    left.append(left)
+    del talk, left
+    with watched() as found:
+        assert [[] for _ in range(3 * gc.get_threshold()[0])]
+    assert found == []
 
 
 def run_watched(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
