@@ -14,7 +14,7 @@ from tests.support.disks import detach_loop, disk_image, loop_device, qcow2_imag
 from vmplug.address import PciPath, PciSlot, ScsiAddress
 from vmplug.drivers.place import PciPlace, ScsiPlace
 from vmplug.drivers.plug import BlockDrive, DiskFrontend
-from vmplug.errors import CommandError, InUse, StateError
+from vmplug.errors import CommandError, InUse, PolicyError, StateError
 from vmplug.host.finding import Code
 from vmplug.hypervisor.qemu.running import Qemu
 from vmplug.journal.state import State
@@ -579,6 +579,46 @@ def test_a_qcow2_image_keeps_its_size_when_nothing_grew(
     lab.guest_vm.console.write(seen.name, 8 * MIB - 7, b"the end")
     assert lab.devices.resize(attachment.id, size_bytes) == 8 * MIB
     assert lab.guest_vm.console.read(seen.name, 8 * MIB - 7, 7) == b"the end"
+    lab.devices.detach(attachment.id)
+
+
+@pytest.mark.parametrize("size_bytes", [None, 8 * MIB, 16 * MIB], ids=["unsaid", "same", "more"])
+def test_a_qcow2_image_of_version_2_with_snapshots_keeps_its_size(
+    lab: Lab, tmp_path: Path, size_bytes: int | None
+) -> None:
+    image = qcow2_image(tmp_path / "a.qcow2", 8, "kept")
+    subprocess.run(["qemu-img", "amend", "-o", "compat=0.10", image], check=True)
+    subprocess.run(["qemu-img", "snapshot", "-c", "first", image], check=True)
+    attachment = lab.attach(image, {"format": "qcow2"})
+    before = image.read_bytes()
+    with pytest.raises(PolicyError, match="of version 2 with snapshots inside") as caught:
+        lab.devices.resize(attachment.id, size_bytes)
+    assert image.read_bytes() == before
+    lab.devices.detach(attachment.id)
+
+    remedy = (caught.value.hint or "").partition("then ")[2].partition(" makes")[0]
+    subprocess.run([*remedy.split(), str(image)], check=True)
+    attachment = lab.attach(image, {"format": "qcow2"})
+    assert lab.devices.resize(attachment.id, 16 * MIB) == 16 * MIB
+    lab.devices.detach(attachment.id)
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "qcow2"}], ids=["raw", "qcow2"])
+@pytest.mark.parametrize("more", [1, 511, MIB + 1])
+def test_no_disk_gets_a_size_that_it_could_not_come_back_with(
+    lab: Lab, tmp_path: Path, options: dict[str, str], more: int
+) -> None:
+    make = qcow2_image if options else disk_image
+    image = make(tmp_path / "a.img", 8, "odd")
+    attachment = lab.attach(image, options)
+    before = image.read_bytes()
+    with pytest.raises(PolicyError, match="is not a multiple of") as caught:
+        lab.devices.resize(attachment.id, 8 * MIB + more)
+    assert image.read_bytes() == before
+    remedy = (caught.value.hint or "").rpartition("--size ")[2]
+    assert lab.devices.resize(attachment.id, int(remedy)) == int(remedy) > 8 * MIB + more
+    lab.devices.detach(attachment.id)
+    attachment = lab.attach(image, options | {"cache": "none"})
     lab.devices.detach(attachment.id)
 
 

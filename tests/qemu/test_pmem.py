@@ -387,7 +387,7 @@ def test_a_detached_one_stays_and_counts_again(life: OpenLab, tmp_path: Path) ->
     assert third.guest_address == second.guest_address
     assert state_of(life, third) is State.ATTACHED
     assert life.parts() == parts
-    with pytest.raises(NotAttached):
+    with pytest.raises(NotAttached, match="not a disk whose size can change"):
         life.devices.resize(third.id, 8 * MIB)
     life.devices.detach_owner("c3")
 

@@ -46,7 +46,7 @@ from vmplug.manager.left_files import close_left_files
 from vmplug.manager.logged import log_holds
 from vmplug.manager.plan import NewDevice, Plan, bind_steps, choose_place, find_places, make_plan
 from vmplug.manager.reconcile import Repair, reconcile
-from vmplug.manager.resize import is_disk, new_size
+from vmplug.manager.resize import new_size
 from vmplug.manager.unplug import Unplugger
 from vmplug.manager.vm_identity import release_if_restarted
 from vmplug.oci.requests import Request
@@ -318,7 +318,7 @@ class DeviceManager:
         hold = choose_device(attachment_id, self.attachments(), absent)
         devices = {record.id: record for record in self._journal.devices(self._vm)}
         record = devices.get(hold.device_id)
-        if record is None or not is_disk(record):
+        if record is None:
             raise absent
         wanted = new_size(record, hold, self._host, size_bytes)
         self._hypervisor.claim_foreign_names(foreign_names([record]))

@@ -925,7 +925,7 @@ def test_char_devices_with_numbers_of_floppies_and_cdroms_are_not_dropped(
 def test_a_counted_device_cannot_be_resized(sandbox: Sandbox) -> None:
     attachment = sandbox.devices.attach(null_device())
     before = sandbox.picture()
-    with pytest.raises(NotAttached):
+    with pytest.raises(NotAttached, match="not a disk whose size can change"):
         sandbox.devices.resize(attachment.id, 1 << 30)
     assert sandbox.picture() == before
 

@@ -33,12 +33,13 @@ class Qcow2Header(NamedTuple):
     """The facts of a qcow2 header.
 
     `backing_file` is the text in the header, None when the image stands alone; `external_data`:
-    the guest's data is in another file.
+    the guest's data is in another file; `keeps_size`: QEMU does not change its size.
     """
 
     virtual_size_bytes: int
     backing_file: str | None
     external_data: bool
+    keeps_size: bool = False
 
 
 def read_qcow2_header(path: str, root: HostRoot) -> Qcow2Header | None:
@@ -54,6 +55,7 @@ def read_qcow2_header(path: str, root: HostRoot) -> Qcow2Header | None:
     features = 0
     if version >= 3 and len(head) >= HEADER.size + 8:
         (features,) = struct.unpack_from(">Q", head, HEADER.size)
+    snapshots = HEADER.unpack_from(head)[11] if len(head) >= HEADER.size else 0
     backing = b""
     if name_offset > _CLUSTER_MAX:
         backing = b"(a name outside the header)"
@@ -63,6 +65,7 @@ def read_qcow2_header(path: str, root: HostRoot) -> Qcow2Header | None:
         virtual_size_bytes=size,
         backing_file=backing.decode(errors="replace") or None,
         external_data=bool(features & _EXTERNAL_DATA),
+        keeps_size=version < 3 and snapshots > 0,  # QEMU block/qcow2.c, qcow2_co_truncate
     )
 
 

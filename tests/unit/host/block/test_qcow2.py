@@ -91,6 +91,17 @@ def test_a_header_of_version_2_may_end_the_file(tree: HostTree) -> None:
     assert read(tree, header(version=2)[:72]) == Qcow2Header(GIB, None, external_data=False)
 
 
+@pytest.mark.parametrize(("version", "keeps"), [(2, True), (3, False)])
+def test_snapshots_keep_the_size_of_an_image_of_version_2(
+    tree: HostTree, version: int, *, keeps: bool
+) -> None:
+    with_one = header(version=version)
+    with_one = with_one[:60] + (1).to_bytes(4, "big") + with_one[64:]
+    found = read(tree, with_one)
+    assert found
+    assert found.keeps_size is keeps
+
+
 @pytest.mark.parametrize("offset", [(2 << 20) + 1, 1 << 62, 1 << 63, (1 << 64) - 1])
 def test_a_name_outside_the_header_is_a_name_that_cannot_be_read(
     tree: HostTree, offset: int
