@@ -298,6 +298,30 @@ def test_an_image_that_qemu_cannot_use_is_refused_by_what_is_wrong(
         assert lab.seen(lab.attach(image, {"format": "qcow2"})).marker == "inside"
 
 
+@pytest.mark.parametrize("raw", ["on", "off"])
+def test_an_image_with_a_data_file_that_was_cut_short_is_refused(
+    lab: Lab, tmp_path: Path, raw: str
+) -> None:
+    image, data = tmp_path / "a.qcow2", tmp_path / "data.raw"
+    options = f"data_file={data},data_file_raw={raw}"
+    source = disk_image(tmp_path / "source.img", 4, "inside")
+    damage(source, 3 * MIB, b"later" * 1000)
+    convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", options]
+    subprocess.run([*convert, str(source), str(image)], check=True)
+    whole, allow = data.read_bytes(), (Code.HAS_BACKING_FILE,)
+    os.truncate(data, 3 * MIB)
+    before = lab.picture()
+    with pytest.raises(InUse, match=f"needs {data}, which has {3 * MIB} bytes") as caught:
+        lab.attach(image, {"format": "qcow2"}, allow=allow)
+    assert caught.value.codes == (Code.UNUSABLE_IMAGE,)
+    assert lab.picture() == before
+
+    data.write_bytes(whole)
+    attachment = lab.attach(image, {"format": "qcow2"}, allow=allow)
+    assert lab.guest_vm.console.read(lab.seen(attachment).name, 3 * MIB, 5) == b"later"
+    lab.devices.detach(attachment.id)
+
+
 def qcow2_over(tmp_path: Path, backing: Path) -> Path:
     image = tmp_path / "overlay.qcow2"
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(backing)]

@@ -10,13 +10,13 @@ from vmplug.host.finding import Code, Finding, Severity
 def check_format(
     device: BlockDevice | DiskFile, stated: ImageFormat | None, *, read_only: bool
 ) -> Iterator[Finding]:
-    """Reasons not to plug this in the stated format, or as raw where none is stated.
+    """Reasons not to plug this disk in the stated format, or as raw where none is stated.
 
     Only a request without a format depends on the content: a guest may have written it. A format
     is refused, never chosen.
     """
     if stated is None:
-        yield from _unstated(device)
+        yield from check_unstated(device, may_be_qcow2=isinstance(device, DiskFile))
     elif isinstance(device, BlockDevice):
         if stated is ImageFormat.QCOW2:
             yield Finding(
@@ -35,12 +35,15 @@ def opens_others(device: DiskFile) -> bool:
     )
 
 
-def _unstated(device: BlockDevice | DiskFile) -> Iterator[Finding]:
+def check_unstated(
+    device: BlockDevice | DiskFile, *, may_be_qcow2: bool = False
+) -> Iterator[Finding]:
+    """Reasons not to plug this as raw; `may_be_qcow2`: the request could state that format."""
     if found := device.looks_like:
         yield Finding(
             Code.FORMAT_NOT_STATED,
             f"{device.host_path} looks like a {found} image, but no format is set",
-            _remedy(found, is_file=isinstance(device, DiskFile))
+            _remedy(found, may_be_qcow2=may_be_qcow2)
             + "set format=raw if the guest should see the bytes as they are",
         )
     if isinstance(device, BlockDevice) and device.is_silent:
@@ -52,8 +55,8 @@ def _unstated(device: BlockDevice | DiskFile) -> Iterator[Finding]:
         )
 
 
-def _remedy(found: str, *, is_file: bool) -> str:
-    if found == ImageFormat.QCOW2 and is_file:
+def _remedy(found: str, *, may_be_qcow2: bool) -> str:
+    if found == ImageFormat.QCOW2 and may_be_qcow2:
         return "set format=qcow2, or "
     if found == LUKS:
         return "open it on the host (cryptsetup open), or, for a guest that unlocks it, "
@@ -78,10 +81,11 @@ def _check_qcow2(device: DiskFile, *, read_only: bool) -> Iterator[Finding]:
             "set format=raw, or name the right file (qemu-img info shows the format)",
         )
     if header and opens_others(device):
+        others = [header.backing_file] if header.backing_file else []
+        others += ["its external data file"] * header.external_data
         yield Finding(
             Code.HAS_BACKING_FILE,
-            f"{device.host_path} makes QEMU open another file: "
-            + (header.backing_file or "its external data file"),
+            f"{device.host_path} makes QEMU open another file: {' and '.join(others)}",
             "flatten it (qemu-img convert -O qcow2 OLD NEW), or allow this finding if you made "
             "the image yourself",
         )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from shlex import quote
 
 from vmplug.drivers.disk_limits import check_limits
-from vmplug.drivers.format import check_format
+from vmplug.drivers.format import check_unstated
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.kind import FoundBy
@@ -38,13 +38,14 @@ def check_nvdimm(
     if isinstance(device, BlockDevice):
         yield from check_limits(device, read_only=read_only)
     if format_ is None:
-        yield from check_format(device, None, read_only=False)
+        yield from check_unstated(device)
     if format_ not in {None, "raw"}:
         yield Finding(
             Code.NOT_THAT_FORMAT,
             f"an NVDIMM shows the bytes of {device.host_path} as they are; format={format_} is "
             "not possible",
-            "leave format out, or set block-driver=virtio-blk",
+            f"set block-driver=virtio-blk; or convert it (qemu-img convert -f {format_} -O raw "
+            "OLD NEW), and leave format out",
         )
     if device.size_bytes and device.size_bytes < PAGE_BYTES:
         yield Finding(

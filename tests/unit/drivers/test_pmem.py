@@ -120,6 +120,16 @@ def test_a_file_without_the_block_is_only_warned_of() -> None:
     assert "NVDIMM_PFN_INFO" in finding.message
 
 
+def test_an_image_that_cannot_be_an_nvdimm_is_converted_whatever_was_asked_for() -> None:
+    image = DAX._replace(looks_like="qcow2")
+    (unstated,) = check_nvdimm(image, None)
+    (stated,) = check_nvdimm(image, "qcow2")
+    assert (unstated.code, stated.code) == (Code.FORMAT_NOT_STATED, Code.NOT_THAT_FORMAT)
+    for finding in (unstated, stated):
+        assert "convert it (qemu-img convert -f qcow2 -O raw OLD NEW)" in finding.hint
+        assert "format=qcow2" not in finding.hint
+
+
 def test_a_wrong_size_can_be_allowed_and_a_wrong_format_cannot() -> None:
     findings = list(check_nvdimm(DAX._replace(size_bytes=MIB), "qcow2"))
     allowed = allow(findings, frozenset(Code))

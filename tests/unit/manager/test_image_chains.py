@@ -209,6 +209,38 @@ def test_a_backing_file_of_a_foreign_format_is_not_followed(
     assert str(below) in finding.message
 
 
+@pytest.mark.parametrize(
+    ("make_it", "what"),
+    [
+        (os.fspath, "which is not there"),
+        (os.mkfifo, "which is a FIFO, and no file or disk"),
+        (os.mkdir, "which is a directory, and no file or disk"),
+    ],
+)
+def test_what_is_no_file_is_no_backing_file_and_is_said_as_what_it_is(
+    make: Callable[[str], Sandbox],
+    tmp_path: Path,
+    make_it: Callable[[Path], object],
+    what: str,
+) -> None:
+    below = tmp_path / "below.qcow2"
+    make_it(below)
+    (finding,) = found(make("vm-1"), asked(image(tmp_path / "top.qcow2", backing=below)))
+    assert finding.code is Code.UNUSABLE_IMAGE
+    assert f"needs {below}, {what}" in finding.message
+
+
+def test_both_other_files_of_an_image_are_named(
+    make: Callable[[str], Sandbox], tmp_path: Path
+) -> None:
+    base, data = image(tmp_path / "base.qcow2"), tmp_path / "data.img"
+    data.write_bytes(bytes(MIB))
+    top = image(tmp_path / "top.qcow2", backing=base, data=data)
+    (examined,) = make("vm-1").devices.check([asked(top)])
+    (said,) = (f for f in examined.findings if f.code is Code.HAS_BACKING_FILE)
+    assert said.message.endswith(f": {base} and its external data file")
+
+
 @pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img (qemu-utils)")
 @pytest.mark.parametrize("options", [("-b", "base", "-F", "raw"), ("-o", "data_file={}/base")])
 def test_an_image_needs_no_other_file_when_it_is_flattened(

@@ -4,14 +4,15 @@ The content of a disk whose format is stated as raw belongs to its guest: vmplug
 """
 
 import os
+from collections.abc import Iterator
 
 from msgspec.structs import replace
 
 from vmplug.devnum import DevNum
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.formats import HEAD_BYTES, LUKS, TAIL_BYTES, ImageFormat, find_format
-from vmplug.host.block.image_faults import ImageFault, find_faults
-from vmplug.host.block.qcow2 import read_image
+from vmplug.host.block.image_faults import ImageFault, find_faults, find_short_data
+from vmplug.host.block.qcow2 import ImageFile, read_image
 from vmplug.host.block.queue import read_queue
 from vmplug.host.block.sysfs import SIZE_UNIT_BYTES, find_disk_path, read_block_device
 from vmplug.host.block.twins import read_own_name
@@ -76,16 +77,28 @@ def _look_into_image(device: DiskFile, root: HostRoot) -> DiskFile:
             image = read_image(device.host_path, root)
         except ValueError as error:
             faults.append(ImageFault(str(error), _FLATTEN))
+    if image and not faults:
+        faults += _short_data(image, root)
     below = image.backing if image else None
     while below and below.format is ImageFormat.QCOW2:
-        size = root.size(below.path)
-        if below.is_device:
-            number = DevNum.parse(below.identity.key)
-            size = read_block_device(number, below.path, FoundBy.FILE, root).size_bytes
-        found = find_faults(below.path, size or 0, root)
+        found = find_faults(below.path, _size_of(below, root), root)
+        found = found or list(_short_data(below, root))
         faults += [replace(fault, file=below.path) for fault in found]
         below = below.backing
     return device._replace(faults=tuple(faults), image=image)
+
+
+def _short_data(image: ImageFile, root: HostRoot) -> Iterator[ImageFault]:
+    if data_file := image.data_file:
+        size_bytes = _size_of(data_file, root)
+        yield from find_short_data(image.path, data_file.path, size_bytes, root)
+
+
+def _size_of(file: ImageFile, root: HostRoot) -> int:
+    if not file.is_device:
+        return root.size(file.path) or 0
+    number = DevNum.parse(file.identity.key)
+    return read_block_device(number, file.path, FoundBy.FILE, root).size_bytes or 0
 
 
 def has_aio_context(root: HostRoot) -> bool:

@@ -19,6 +19,8 @@ _EXTENDED_L2_BITS = 14
 _ZLIB, _ZSTD = 0, 1
 _TABLE_MAX_BYTES, _REFCOUNTS_MAX_BYTES = 32 << 20, 8 << 20
 _SNAPSHOT_BYTES, _SNAPSHOTS_MAX = 40, 65536
+_OFFSET, _IN_USE = ((1 << 56) - 1) & ~511, 1 << 63
+"""Of the entries of the tables L1 and L2."""
 _NAME_MAX = 1023
 _EXTENSIONS_BYTES = 1 << 16
 
@@ -195,6 +197,43 @@ def _missing_parts(
         last = _last_cluster(layout, path, size_bytes, root)
         if last * cluster >= size_bytes:
             yield _cut_short(f"has {size_bytes} bytes, and uses a cluster at {last * cluster}")
+
+
+def find_short_data(
+    path: str, data_file: str, data_bytes: int, root: HostRoot
+) -> Iterator[ImageFault]:
+    """An external data file that ends before the image's last data, which has its guest's offset.
+
+    QEMU reads zeros there too. Only for an image without other faults.
+    """
+    head = root.read_at(path, 0, _EXTENSIONS_BYTES)
+    layout = _Layout.of(head, int.from_bytes(head[4:8], "big"))
+    last = _last_data(layout, path, root)
+    if last is not None and last >= data_bytes:
+        yield _cut_short(
+            f"needs {data_file}, which has {data_bytes} bytes, and has data at {last}"
+        )
+
+
+def _last_data(layout: _Layout, path: str, root: HostRoot) -> int | None:
+    """Where the last data of the guest begins, in bytes; None without any."""
+    cluster = 1 << layout.cluster_bits
+    entry = 16 if layout.features & _EXTENDED_L2 else 8
+    tables = root.read_at(path, layout.l1_offset, min(layout.l1_entries * 8, _TABLE_MAX_BYTES))
+    for index in reversed(range(len(tables) // 8)):
+        (table_at,) = struct.unpack_from(">Q", tables, index * 8)
+        if table_at & _OFFSET:
+            table = root.read_at(path, table_at & _OFFSET, cluster)
+            used = (at for at in reversed(range(0, len(table), entry)) if _has_data(table, at))
+            if (at := next(used, None)) is not None:
+                return (index * (cluster // entry) + at // entry) * cluster
+    return None
+
+
+def _has_data(table: bytes, at: int) -> bool:
+    """Whether the entry of a cluster says that it is in the data file; at 0 only a bit says so."""
+    (found,) = struct.unpack_from(">Q", table.ljust(at + 8, b"\0"), at)
+    return bool(found & (_OFFSET | _IN_USE))
 
 
 def _last_cluster(layout: _Layout, path: str, size_bytes: int, root: HostRoot) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.file_id import file_id
 from vmplug.host.kind import Identity, IdentityKind
-from vmplug.host.root import HostRoot
+from vmplug.host.root import HostRoot, describe
 from vmplug.host.use.silent import require_answer
 
 MAGIC = b"QFI\xfb"
@@ -103,8 +103,10 @@ def read_image(
     require_answer(path, root)
     path = root.real_path(path)
     status = root.stat(path)
-    if status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+    if status is None:
         raise ValueError(f"needs {path}, which is not there")
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        raise ValueError(f"needs {path}, which is {describe(status)}, and no file or disk")
     is_device = stat.S_ISBLK(status.st_mode)
     thing = None if is_device else identify_file(path, root)
     image = ImageFile(path, format_, is_device, file_id(status), thing=thing)
