@@ -32,7 +32,7 @@ from vmplug.manager.binding.binder import Binder
 from vmplug.manager.examine import CheckedRequest
 from vmplug.manager.manager import DeviceManager
 from vmplug.oci.info import DeviceInfo, DevType
-from vmplug.oci.requests import Request, ShareInfo, VfioInfo
+from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.policy.rules import Policy
 
 GPU, SOUND, PF, VF = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0", "0000:3c:10.0"
@@ -52,6 +52,7 @@ class World:
         self.offer: Mapping[str, object] = {}
         self.policy: Policy | None = None
         self.before: list[Request] = []
+        self.others: list[Request] = []
         self.afterwards: Callable[[], object] = lambda: None
         self.files: list[int] = []
         self.tree.file("/proc/interrupts", REMAPPING)
@@ -68,10 +69,11 @@ class World:
         self.tree.pci_function(GPU, **card)  # type: ignore[arg-type]
         sda = {"partitions": {"8:1": "sda1"}, **disk}
         self.tree.block_device("8:0", "sda", **sda)  # type: ignore[arg-type]
+        self.tree.char_device("10:229", "fuse")
 
-    def manager(self, journal: Journal) -> DeviceManager:
+    def manager(self, journal: Journal, vm: str = "sb1") -> DeviceManager:
         return DeviceManager(
-            vm="sb1",
+            vm=vm,
             host=self.tree.root,
             hypervisor=_Offering(self.offer, root_ports=self.ports),
             journal=journal,
@@ -123,7 +125,34 @@ def share(tag: str = "work", source: str = "/srv/work", *, ro: bool = False) -> 
     return ShareInfo(tag=tag, source=source, read_only=ro)
 
 
-CARD = VfioInfo(label="card", device=GPU)
+def nvdimm(path: str = IMAGE, **options: str) -> DeviceInfo:
+    return image(path, **{"block_driver": "nvdimm", **options})  # type: ignore[arg-type]
+
+
+CARD, RNG = VfioInfo(label="card", device=GPU), RngInfo()
+NET = NetInfo(label="eth0", socket_path="/run/net.sock")
+PLAN9 = ShareInfo(tag="work", source="/srv/work", driver_options={"filesystem": "virtio-9p"})
+CHAR = DeviceInfo(container_path="/dev/fuse", dev_type=DevType.CHAR, devnum=DevNum.parse("10:229"))
+
+
+EACH = (
+    disk(),
+    disk(ro=True),
+    disk("8:1"),
+    image(),
+    image(COW),
+    image(COW, format="qcow2"),
+    image(ODD, cache="none"),
+    nvdimm(),
+    share(),
+    share(ro=True),
+    PLAN9,
+    CHAR,
+    NET,
+    RNG,
+    CARD,
+)
+"""A request of each kind, for what a fault of one may be to another."""
 
 
 def nothing(world: World) -> None:
@@ -163,6 +192,11 @@ def has(*requests: Request) -> Callable[[World], object]:
     return lambda world: world.before.extend(requests)
 
 
+def other_has(*requests: Request) -> Callable[[World], object]:
+    """What another VM has already."""
+    return lambda world: world.others.extend(requests)
+
+
 def take(path: str) -> Callable[[World], object]:
     return lambda world: (world.tree.path / path.lstrip("/")).unlink()
 
@@ -175,16 +209,39 @@ def replaced_image(world: World) -> None:
     world.afterwards = lambda: os.replace(path.parent / "new", path)
 
 
-def brought_over(world: World) -> None:
-    """The VM has a file that a vmplug attached before journals recorded which one it was."""
-    world.before.append(image())
+def replaced_disk(world: World) -> None:
+    """The VM has a disk, and another one has its number now."""
+    queue(diskseq="1")(world)
+    world.before.append(DISK)
+    world.afterwards = lambda: queue(diskseq="2")(world)
 
-    def forget() -> None:
-        with sqlite3.connect(world.directory / "state/journal.db") as db:
-            db.execute("UPDATE device SET thing = NULL")
-        db.close()
 
-    world.afterwards = forget
+def replaced_share(world: World) -> None:
+    """The VM has a directory, and another one has its name now."""
+    world.before.append(share())
+    path = world.tree.path / "srv/work"
+
+    def replace_it() -> None:
+        path.rename(path.with_name("old"))
+        path.mkdir()
+
+    world.afterwards = replace_it
+
+
+def brought_over(request: Request) -> Callable[[World], None]:
+    """The VM has what a vmplug attached before journals recorded which one it was."""
+
+    def fault(world: World) -> None:
+        world.before.append(request)
+
+        def forget() -> None:
+            with sqlite3.connect(world.directory / "state/journal.db") as db:
+                db.execute("UPDATE device SET thing = NULL")
+            db.close()
+
+        world.afterwards = forget
+
+    return fault
 
 
 def odd_size(world: World) -> None:
@@ -195,6 +252,19 @@ def odd_size(world: World) -> None:
 def no_size(world: World) -> None:
     world.tree.block_device("8:16", "sdb")
     (world.tree.path / "sys/block/sdb/size").unlink()
+
+
+def odd_partition(world: World) -> None:
+    (world.tree.path / "sys/dev/block/8:1/size").write_text("x\n")
+
+
+def no_ports(world: World) -> None:
+    world.ports = 0
+
+
+def offers(**values: object) -> Callable[[World], object]:
+    """What the VM offers otherwise."""
+    return lambda world: setattr(world, "offer", values)
 
 
 def no_policy(world: World) -> None:
@@ -281,6 +351,22 @@ def export(world: World, path: str) -> None:
 def exported_drive(world: World) -> None:
     world.tree.pci_disk(GPU, "259:0", "nvme0n1", way="nvme/nvme0")
     export(world, "/dev/nvme0n1")
+
+
+def drive(use: Callable[[World], object]) -> Callable[[World], object]:
+    """The function has a disk, and that is in use."""
+
+    def fault(world: World) -> None:
+        world.tree.pci_disk(GPU, "259:0", "nvme0n1", way="nvme/nvme0")
+        use(world)
+
+    return fault
+
+
+def socket_without_a_rule(world: World) -> None:
+    """The socket that is asked for is there."""
+    world.tree.node("/run/net.sock", "s")
+    no_policy(world)
 
 
 NOUVEAU = {"driver": "nouveau"}
@@ -445,7 +531,7 @@ ROWS = [
     Row(Code.PLUGGED_OTHERWISE, "options", [disk(discard="unmap")], has(DISK), [DISK]),
     Row(Code.PLUGGED_OTHERWISE, "share", [share(ro=True)], has(share()), [share()]),
     Row(Code.REPLACED, "file", [image()], replaced_image),
-    Row(Code.UNIDENTIFIED, "file", [image()], brought_over),
+    Row(Code.UNIDENTIFIED, "file", [image()], brought_over(image())),
     Row(Code.TAG_TAKEN, "share", [share("work", "/srv")], has(share()), [share()]),
     Row(Code.NO_SUCH_DEVICE, "disk", [disk("8:99")], without=[DISK]),
     Row(Code.NO_SUCH_DEVICE, "file", [image("/srv/none")], without=[image()]),
@@ -453,6 +539,91 @@ ROWS = [
     Row(Code.NO_SUCH_DEVICE, "share", [share("x", "/srv/none")], without=[share()]),
     Row(Code.UNREADABLE, "disk", [SDB], odd_size, without=[DISK]),
     Row(Code.NOT_ALLOWED, "disk", [DISK], no_policy),
+    Row(
+        Code.HAS_HOLDERS,
+        "vfio",
+        [CARD],
+        drive(lambda w: w.tree.hold("nvme0n1", "dm-0")),
+        binds=True,
+    ),
+    Row(Code.IS_SWAP, "vfio", [CARD], drive(lambda w: w.tree.swap("/dev/nvme0n1")), binds=True),
+    Row(
+        Code.OPEN_BY_PROCESS,
+        "its disk",
+        [CARD],
+        drive(lambda w: w.tree.process(42, "dd", "/dev/nvme0n1")),
+        binds=True,
+    ),
+    Row(
+        Code.WRONG_NODE,
+        "vfio",
+        [CARD],
+        lambda w: w.tree.vfio_group(26).file("/dev/vfio/vfio").file("/dev/vfio/26"),
+    ),
+    Row(Code.IN_USE_BY_VM, "disk of another", [DISK], other_has(DISK)),
+    Row(Code.IN_USE_BY_VM, "part of another", [DISK], other_has(PART)),
+    Row(Code.IN_USE_BY_VM, "file of another", [image()], other_has(image())),
+    Row(Code.IN_USE_BY_VM, "nvdimm of another", [nvdimm()], other_has(image())),
+    Row(Code.REPLACED, "disk", [DISK], replaced_disk),
+    Row(Code.REPLACED, "share", [share()], replaced_share),
+    Row(Code.UNIDENTIFIED, "disk", [DISK], brought_over(DISK)),
+    Row(Code.UNIDENTIFIED, "share", [share()], brought_over(share())),
+    Row(Code.PLUGGED_OTHERWISE, "file", [image(discard="unmap")], has(image()), [image()]),
+    Row(Code.SIZE_ZERO, "nvdimm", [nvdimm("/srv/0")], lambda w: w.tree.file("/srv/0"), [nvdimm()]),
+    Row(Code.FORMAT_NOT_STATED, "nvdimm", [nvdimm(COW)], without=[image(COW, format="raw")]),
+    Row(Code.NOT_THAT_FORMAT, "nvdimm", [nvdimm(format="qcow2")], without=[nvdimm()]),
+    Row(
+        Code.HAS_HOLDERS,
+        "nvdimm",
+        [nvdimm()],
+        lambda w: w.tree.block_device(
+            "7:0", "loop0", holders=("dm-0",), loop={"backing_file": f"{IMAGE}\n"}
+        ),
+    ),
+    Row(Code.IMAGE_LOCKED, "nvdimm", [nvdimm()], lock),
+    Row(Code.IS_SWAP, "nvdimm", [nvdimm()], lambda w: w.tree.swap(IMAGE)),
+    Row(Code.IS_EXPORTED, "nvdimm", [nvdimm()], lambda w: export(w, IMAGE)),
+    Row(Code.OPEN_BY_PROCESS, "nvdimm", [nvdimm()], lambda w: w.tree.process(42, "dd", IMAGE)),
+    Row(Code.UNKNOWN_USE, "nvdimm", [nvdimm()], lambda w: (w.proc / "swaps").unlink(), warns=True),
+    Row(Code.UNKNOWN_USE, "char", [CHAR], lambda w: (w.proc / "1/fd").rmdir(), warns=True),
+    Row(
+        Code.OPEN_BY_PROCESS,
+        "char",
+        [CHAR],
+        lambda w: w.tree.process(42, "sshfs", "/dev/fuse"),
+        warns=True,
+    ),
+    Row(
+        Code.OPEN_BY_PROCESS,
+        "share",
+        [share()],
+        lambda w: w.tree.process(42, "virtiofsd", "/srv/work"),
+        warns=True,
+    ),
+    Row(Code.NO_SUCH_DEVICE, "nvdimm", [nvdimm("/srv/none")], without=[nvdimm()]),
+    Row(Code.NO_SUCH_DEVICE, "net", [NET], without=[DISK]),
+    Row(Code.NO_SUCH_DEVICE, "rng", [RngInfo(source="/dev/none")], without=[DISK]),
+    Row(
+        Code.NO_SUCH_DEVICE,
+        "char",
+        [CHAR],
+        lambda w: (w.tree.path / "sys/dev/char/10:229").unlink(),
+    ),
+    Row(Code.UNREADABLE, "part", [PART], odd_partition),
+    Row(Code.NO_PORT, "file", [image(block_driver="virtio-blk")], no_ports),
+    Row(Code.NO_PORT, "share", [share()], no_ports),
+    Row(Code.NO_PORT, "vfio", [CARD], no_ports),
+    Row(Code.NO_PORT, "nvdimm", [nvdimm()], offers(memory_slots_used=frozenset(range(256)))),
+    Row(Code.CANNOT_PLUG, "9p", [PLAN9], without=[share()]),
+    Row(Code.CANNOT_PLUG, "file", [image(block_driver="virtio-mmio")], without=[image()]),
+    Row(Code.CANNOT_PLUG, "nvdimm", [nvdimm()], offers(nvdimm=False)),
+    Row(Code.CANNOT_PLUG, "share", [share()], offers(shared_memory=False)),
+    Row(Code.NOT_ALLOWED, "file", [image()], no_policy),
+    Row(Code.NOT_ALLOWED, "nvdimm", [nvdimm()], no_policy),
+    Row(Code.NOT_ALLOWED, "share", [share()], no_policy),
+    Row(Code.NOT_ALLOWED, "vfio", [CARD], no_policy),
+    Row(Code.NOT_ALLOWED, "char", [CHAR], no_policy),
+    Row(Code.NOT_ALLOWED, "net", [NET], socket_without_a_rule, [DISK]),
 ]
 
 _LIVE = "unit/host/check/test_device_live.py::"
@@ -514,6 +685,8 @@ def prepared(row: Row, world: World, journal: Journal, *, with_fault: bool) -> D
     world.build({**own, **row.gpu} if with_fault else own, row.disk if with_fault else {})
     if with_fault:
         row.fault(world)
+    if world.others:
+        world.manager(journal, "sb2").attach_all(world.others, owner="c0")
     manager = world.manager(journal)
     if world.before:
         manager.attach_all(world.before, owner="c0")
@@ -542,6 +715,23 @@ def test_what_check_refuses_plan_and_attach_refuse(
         assert found[row.code] in error.message or isinstance(error, PolicyError)
         if isinstance(error, InUse):
             assert set(error.codes) == found.keys()
+    assert manager.attachments() == held
+
+
+@pytest.mark.slow  # fifteen requests for each fault
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_what_a_fault_is_to_any_other_kind_check_and_plan_agree_on(
+    row: Row, world: World, journal: Journal
+) -> None:
+    manager = prepared(row, world, journal, with_fault=True)
+    held = manager.attachments()
+    for request in EACH:
+        found = refusals(manager.check_places([request], owner="c1", managed=row.binds))
+        acts = (manager.plan, manager.attach_all) if found else (manager.plan,)
+        errors = [attempt(act, [request], managed=row.binds) for act in acts]
+        assert [error is not None for error in errors] == [bool(found)] * len(errors), request
+        refused = [set(error.codes) for error in errors if isinstance(error, InUse)]
+        assert all(codes == found.keys() for codes in refused), request
     assert manager.attachments() == held
 
 
