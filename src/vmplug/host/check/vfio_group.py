@@ -232,13 +232,12 @@ def _others(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
 
 def _console(function: PciFunction, usage: HostUsage) -> Iterator[Finding]:
     """The screen that the firmware chose, or a serial port, shows the host's console."""
-    for what, how in usage.once(Consoles).of(function):
+    for use in usage.once(Consoles).of(function):
         yield Finding(
             Code.BOOT_CONSOLE,
-            f"{function.bdf} {what}",
-            "choose another graphics card in the firmware, or another console= on the kernel's "
-            "command line; or allow this finding if the host needs no console",
-            used_by=UsedBy(on=str(function.bdf), who="the host's console", how=how),
+            f"{function.bdf} {use.what}",
+            f"{use.remedy}; or allow this finding if the host needs no console",
+            used_by=UsedBy(on=str(function.bdf), who="the host's console", how=use.how),
         )
 
 

@@ -9,6 +9,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from vmplug.cached import cached_property
 from vmplug.host.pci.function import PciFunction
 from vmplug.host.root import HostRoot
@@ -23,29 +25,43 @@ _FRAMEBUFFER = re.compile(r"fb[0-9]+\Z", re.ASCII)
 _CONSOLE = re.compile(r"\bconsole=([A-Za-z]+[0-9]*)", re.ASCII)
 
 
+_OTHER_CARD = "choose another graphics card in the firmware"
+
+
+class ConsoleUse(msgspec.Struct, frozen=True):
+    """What a function has of the host's screens and consoles, what shows it, and what ends it."""
+
+    what: str
+    how: str
+    remedy: str
+
+
 class Consoles:
     """The host's screens and consoles, read when first needed."""
 
     def __init__(self, root: HostRoot) -> None:
         self._root = root
 
-    def of(self, function: PciFunction) -> Iterator[tuple[str, str]]:
-        """What a function has of them, and what shows that. Raises AttributeReadError."""
+    def of(self, function: PciFunction) -> Iterator[ConsoleUse]:
+        """What a function has of them. Raises AttributeReadError."""
         path = self._root.real_path(function.sysfs_path)
         is_display = function.class_code is not None and function.class_code >> 16 == _DISPLAY
         if is_display and (flag := self._boot_flag(function)):
-            yield "is the graphics card that the host booted with", f"{flag} in sysfs"
+            what = "is the graphics card that the host booted with"
+            yield ConsoleUse(what, f"{flag} in sysfs", _OTHER_CARD)
         elif str(function.bdf) in self._with_picture:
-            yield "has the memory of the firmware's screen, which the host uses", "/proc/iomem"
+            what = "has the memory of the firmware's screen, which the host uses"
+            yield ConsoleUse(what, "/proc/iomem", _OTHER_CARD)
         elif self._framebuffer.startswith(f"{path}/"):
-            node = self._framebuffer.rpartition("/")[2]
-            yield f"has the host's screen, /dev/{node}", "the framebuffer of the text console"
+            what = f"has the host's screen, /dev/{self._framebuffer.rpartition('/')[2]}"
+            yield ConsoleUse(what, "the framebuffer of the text console", self._unbind())
         for name in self._active:
             tty = self._root.real_path(f"{_TTYS}/{name}")
             if tty.startswith(f"{path}/") or (name.startswith("hvc") and self._is_virtio(path)):
-                yield f"has the host's console {name}", f"{_TTYS}/console/active"
+                what = f"has the host's console {name}"
+                yield ConsoleUse(what, f"{_TTYS}/console/active", self._detach(name))
 
-    def list_of(self, function: PciFunction) -> list[tuple[str, str]]:
+    def list_of(self, function: PciFunction) -> list[ConsoleUse]:
         """The same as a list."""
         return list(self.of(function))
 
@@ -94,14 +110,32 @@ class Consoles:
     @cached_property
     def _is_bound(self) -> bool:
         """Whether the text console is on a framebuffer; a copy of a host may not say it."""
-        names = self._root.list_dir(_VTS)
-        if not names:
-            return not self._root.is_live
-        return any(
-            _word(f"{_VTS}/{name}/bind", self._root) == "1"
+        return bool(self._bound or not (self._root.list_dir(_VTS) or self._root.is_live))
+
+    @cached_property
+    def _bound(self) -> Sequence[str]:
+        """The console drivers that show text on framebuffers, such as vtcon1."""
+        return [
+            name
+            for name in self._root.list_dir(_VTS)
+            if _word(f"{_VTS}/{name}/bind", self._root) == "1"
             and "frame buffer" in (_word(f"{_VTS}/{name}/name", self._root) or "")
-            for name in names
-        )
+        ]
+
+    def _unbind(self) -> str:
+        """Source: Documentation/driver-api/console.rst."""
+        commands = [f"echo 0 > {_VTS}/{name}/bind" for name in self._bound]
+        return f"take the text console off it ({'; '.join(commands)})" if commands else _OTHER_CARD
+
+    def _detach(self, name: str) -> str:
+        """A serial port alone can be taken from the kernel while it runs.
+
+        Source: Documentation/ABI/testing/sysfs-tty, console.
+        """
+        otherwise = "choose another console= on the kernel's command line"
+        if self._root.stat_or_none(f"{_TTYS}/{name}/console") is None:
+            return otherwise
+        return f"take the console off it (echo N > {_TTYS}/{name}/console), or {otherwise}"
 
     @cached_property
     def _active(self) -> Sequence[str]:

@@ -1,17 +1,23 @@
 """Remedies that can be run on a tree: after the commands of the hint nothing is found any more."""
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.support.checking import WRITING
 from tests.support.pci_tree import PciTree
 from tests.support.vfio import findings
+from vmplug.devnum import DevNum
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Access, Code
+from vmplug.host.finding import Access, Code, Finding
 from vmplug.host.pci.vfio import find_vfio_device
+from vmplug.host.resolve import resolve
+from vmplug.oci.info import DeviceInfo, DevType
 
+DISK = DeviceInfo(container_path="/dev/sda", dev_type=DevType.BLOCK, devnum=DevNum.parse("8:0"))
 NIC, DRIVES = "0000:3b:00.0", ("0000:04:00.0", "0000:04:00.1")
 
 
@@ -124,3 +130,60 @@ def test_a_disk_with_two_controllers_in_the_group_is_named_once(tree: PciTree) -
     usage = read_usage(tree.root)
     found = check_device(group, Access(read_only=False), usage=usage, root=tree.root)
     assert [finding.code for finding in found] == [Code.NOT_BOUND, Code.MOUNTED_ON_HOST]
+
+
+def run_on(tree: PciTree, finding: Finding) -> None:
+    """The command between the brackets of a hint, on the tree's files: an `echo` into one."""
+    command = finding.hint.partition("(")[2].partition(")")[0].replace("> /", f"> {tree.path}/")
+    assert command.startswith("echo ")
+    subprocess.run(["sh", "-euc", command], check=True)
+
+
+def test_a_screen_is_free_without_the_text_console(tree: PciTree) -> None:
+    tree.pci_function(NIC, class_code=0x038000, driver="nouveau", group=40)
+    tree.file(f"{tree.real(NIC)}/graphics/fb0/name", "nouveaudrmfb\n")
+    tree.link(
+        "/sys/class/graphics/fb0", f"../..{tree.real(NIC).removeprefix('/sys')}/graphics/fb0"
+    )
+    for number, name in enumerate(("(S) dummy device", "(M) frame buffer device")):
+        tree.file(f"/sys/class/vtconsole/vtcon{number}/name", f"{name}\n")
+        tree.file(f"/sys/class/vtconsole/vtcon{number}/bind", f"{number}\n")
+    run_on(tree, findings(tree, NIC)[Code.BOOT_CONSOLE])
+    assert (tree.path / "sys/class/vtconsole/vtcon1/bind").read_text() == "0\n"
+    assert set(findings(tree, NIC)) == {Code.NOT_BOUND}
+
+
+@pytest.mark.parametrize("has_switch", [True, False], ids=["a serial port", "another"])
+def test_a_serial_port_is_taken_from_the_kernel_while_it_runs(
+    tree: PciTree, *, has_switch: bool
+) -> None:
+    """tests/lab/test_consoles.py shows that the kernel does what the file is told."""
+    tree.pci_function(NIC, class_code=0x070002, driver="serial", group=40)
+    place = f"{tree.real(NIC)}/tty/ttyS4"
+    tree.file(f"{place}/dev", "4:68\n")
+    tree.link("/sys/class/tty/ttyS4", f"../..{place.removeprefix('/sys')}")
+    tree.file("/sys/class/tty/console/active", "tty0 ttyS4\n")
+    if has_switch:
+        tree.file(f"{place}/console", "Y\n")
+    finding = findings(tree, NIC)[Code.BOOT_CONSOLE]
+    assert "choose another console= on the kernel's command line" in finding.hint
+    assert ("echo N" in finding.hint) is has_switch
+    if has_switch:
+        run_on(tree, finding)
+        assert (tree.path / place[1:] / "console").read_text() == "N\n"
+
+
+def test_a_usb_stick_gives_its_file_back(tree: PciTree) -> None:
+    """No kernel of the lab can be a USB device; the file has the text that it was told."""
+    base = "/sys/kernel/config/usb_gadget/g1/functions/mass_storage.0"
+    tree.file(f"{base}/lun.0/file", "/dev/sda\n").block_device("8:0", "sda")
+
+    def found() -> dict[Code, Finding]:
+        disk = resolve(DISK, tree.root)
+        checked = check_device(disk, WRITING, usage=read_usage(tree.root), root=tree.root)
+        return {finding.code: finding for finding in checked}
+
+    finding = found()[Code.IS_EXPORTED]
+    assert finding.message == "/dev/sda is exported as the USB target g1"
+    run_on(tree, finding)
+    assert Code.IS_EXPORTED not in found()
