@@ -179,7 +179,7 @@ REQUESTS = [
     request("info {nowhere}", "{nowhere}: .*No such file", "pass a directory"),
     request("info {odd}", "{odd}/config.json: .*[Ii]s a directory", "pass a directory"),
     bundle("", "the configuration is empty.*config.json"),
-    bundle("{", "not JSON: .*line 1"),
+    bundle("{", "not JSON: .*line 1", "pass the config.json"),
     bundle(one(), r"\$\.linux\.devices\[0\]\.major: missing.*needs major and minor"),
     bundle(one(**NUMBERED, type="x"), r"devices\[0\]\.type: 'x' .*expected b, c, u or p"),
     bundle(one(major=-1, minor=0), r"devices\[0\]\.major: .*-1 .*0\.\.4095"),

@@ -461,6 +461,16 @@ LONG_TAG = "ä" * 18 + "b"
         ("--device rng --device rng:/dev/random", "rng:rng0: is asked for twice: .*random", None),
         ("--device net:/a/x.sock --device net:/b/x.sock", "net:x: is asked for twice", None),
         ("--device share:/a:t --device share:/b:t", "share:t: is asked for twice", None),
+        (
+            "--device b:8:0:/x:ro --device b:8:0:/x",
+            "/x: is asked for twice: block device 8:0, read-only and block device 8:0$",
+            None,
+        ),
+        (
+            "--device nvdimm:/a:/x --device file:/a:/x",
+            "/x: is asked for twice: NVDIMM /a and file /a$",
+            None,
+        ),
         ("--device rng -o period", "--option period: write it as KEY=VALUE", None),
     ],
 )

@@ -327,11 +327,21 @@ def _check_names(requests: "Iterable[Request]") -> None:
     """SpecError when one name is asked for as two things."""
     known: dict[str, Request] = {}
     for info in requests:
-        if known.setdefault(info.name, info) != info:
+        if (one := known.setdefault(info.name, info)) != info:
             raise SpecError(
-                info.name,
-                f"is asked for twice: {known[info.name].description} and {info.description}",
+                info.name, f"is asked for twice: {_told(one, info)} and {_told(info, one)}"
             )
+
+
+def _told(info: "Request", other: "Request") -> str:
+    """A request, with how it differs from another one for what may be the same thing."""
+    mode = ", read-only" if info.read_only and not other.read_only else ""
+    options = (
+        f", {key}={value}"
+        for key, value in info.driver_options.items()
+        if other.driver_options.get(key) != value
+    )
+    return f"{info.description}{mode}{''.join(options)}"
 
 
 def open_root(path: str) -> HostRoot:

@@ -145,7 +145,7 @@ class DeviceInfo(_DeviceFields):
     def description(self) -> str:
         """The device in a few words, for messages: `block device 7:0`."""
         if self.host_path is not None:
-            return f"file {self.host_path}"
+            return f"{'NVDIMM' if self.pmem else 'file'} {self.host_path}"
         if self.devnum is None:
             return f"FIFO {self.container_path}"
         kind = "block" if self.dev_type is DevType.BLOCK else "char"

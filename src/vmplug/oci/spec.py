@@ -238,7 +238,8 @@ def _decode(data: bytes) -> _Config:
             ) from error
         raise _spec_error(error) from error
     except (msgspec.DecodeError, ValueError) as error:
-        raise SpecError("$", f"not JSON: {_json_position(data) or error}") from error
+        what = f"not JSON: {_json_position(data) or error}"
+        raise SpecError("$", what, hint=_REMEDY) from error
     return config
 
 
@@ -275,6 +276,16 @@ _OTHERS = (
         "info",
         "this is what crictl inspect prints, and the config.json is inside",
         "crictl inspect ID | jq .info.runtimeSpec",
+    ),
+    (
+        "Spec",
+        "this is what ctr or nerdctl prints of a container, and the config.json is inside",
+        "ctr containers info ID | jq .Spec",
+    ),
+    (
+        "ociVersionMin",
+        "this is what runc features prints, and an OCI config.json is needed",
+        _REMEDY,
     ),
     (
         "Config",

@@ -240,6 +240,8 @@ def test_a_malformed_configuration_is_answered_with_the_place(
 
 CRICTL_INSPECT = {"status": {"id": "c1", "mounts": []}, "info": {"runtimeSpec": {}}}
 CDI = {"cdiVersion": "0.6.0", "kind": "vendor.com/gpu", "devices": [], "containerEdits": {}}
+CTR_INFO = {"ID": "c1", "Image": "", "Spec": {"ociVersion": "1.1.0"}}
+RUNC_FEATURES = {"ociVersionMin": "1.0.0", "ociVersionMax": "1.2.0", "hooks": [], "linux": {}}
 DOCKER_INSPECT = [{"Id": "c1", "Config": {}, "HostConfig": {}, "Mounts": []}]
 
 
@@ -252,6 +254,9 @@ DOCKER_INSPECT = [{"Id": "c1", "Config": {}, "HostConfig": {}, "Mounts": []}]
         (CRICTL_INSPECT, "$.ociVersion: missing; this is what crictl", "jq .info.runtimeSpec"),
         (CDI, "$.ociVersion: missing; this is a CDI specification", "config.json"),
         (DOCKER_INSPECT, "got array; this is what docker or podman", ".[0].OCIConfigPath"),
+        (CTR_INFO, "$.ociVersion: missing; this is what ctr or nerdctl", "jq .Spec"),
+        ([CTR_INFO], "got array; this is what ctr or nerdctl", "jq .Spec"),
+        (RUNC_FEATURES, "$.ociVersion: missing; this is what runc features", "config.json"),
         ([], "got array; an OCI config.json is an object with ociVersion", "pass the"),
         (7, "got int; an OCI config.json is an object with ociVersion", "pass the"),
         ("text", "got str; an OCI config.json is an object with ociVersion", "pass the"),
@@ -269,6 +274,14 @@ def test_another_document_is_refused_with_what_is_missing(
     assert says in error.message
     assert error.hint
     assert hint in error.hint
+
+
+@pytest.mark.parametrize("content", [b"ociVersion: 1.0.2\n", b"\x1f\x8b\x08\0", b"\xff\xfe{\0"])
+def test_what_is_no_json_is_no_config(content: bytes) -> None:
+    error = refusal(content)
+    assert "not JSON" in error.message
+    assert error.hint
+    assert error.hint.startswith("pass the config.json")
 
 
 def test_a_list_that_is_cut_off_is_refused_too() -> None:
