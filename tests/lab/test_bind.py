@@ -283,6 +283,8 @@ def test_an_interface_of_which_a_container_has_a_part_stays_with_the_host(
         ("route add 198.51.100.0/24 dev {} scope link", "an address"),
         ("route add 198.51.100.0/24 dev {} scope link table 77", "a route"),
         ("-6 route add 2001:db8:7::/64 dev {}", "a route"),
+        ("route add 198.51.100.0/24 nexthop dev {} nexthop dev lo", "an address"),
+        ("route add 198.51.100.0/24 nexthop dev lo nexthop dev {}", "a route"),
         ("link add tun0 type gre local 192.0.2.1 remote 192.0.2.2 dev {}", "a place in tun0"),
     ],
 )

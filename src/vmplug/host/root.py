@@ -190,9 +190,9 @@ class HostRoot:
             raise AttributeReadError(path, why=f"it is longer than {_TEXT_MAX_BYTES} bytes")
         return os.fsdecode(bytes(data))
 
-    def read_int(self, path: str) -> int | None:
-        """A decimal attribute; None when absent, AttributeReadError when malformed."""
-        return self._read_as(path, int, "a number")
+    def read_int(self, path: str, *, base: int = 10) -> int | None:
+        """A number in an attribute; None when absent, AttributeReadError when malformed."""
+        return self._read_as(path, lambda data: int(data, base), "a number")
 
     def read_devnum(self, path: str) -> DevNum | None:
         """A `dev` attribute; None when absent, AttributeReadError when malformed."""

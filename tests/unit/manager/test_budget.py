@@ -94,9 +94,9 @@ class Counting(HostRoot):
             self._is_asking = answer == errno.EBUSY
         return answer
 
-    def read_int(self, path: str) -> int | None:
+    def read_int(self, path: str, *, base: int = 10) -> int | None:
         self._is_asking = False
-        return super().read_int(path)
+        return super().read_int(path, base=base)
 
 
 @pytest.mark.root

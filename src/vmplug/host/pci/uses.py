@@ -48,6 +48,7 @@ _RTF_UP, _RTF_GATEWAY, _RTF_REJECT = 0x1, 0x2, 0x200
 _RTF_ANYCAST, _RTF_LOCAL = 0x100000, 0x80000000
 """Source: include/uapi/linux/ipv6_route.h."""
 _LINK_PREFIX, _MULTICAST_PREFIX = 0xFE80 >> 6, 0xFF
+_IFF_UP = 0x1
 _SCOPE_LINK = 0x20
 """Source: IPV6_ADDR_LINKLOCAL, include/net/ipv6.h."""
 
@@ -265,7 +266,7 @@ def read_network_uses(root: HostRoot) -> NetworkUses:
     routes4 = _read_table("/proc/net/route", root, name=0, numbers=(1, 7, 3))
     routes6 = _read_table("/proc/net/ipv6_route", root, name=9, numbers=(0, 1, 8))
     addresses6 = _read_table("/proc/net/if_inet6", root, name=5, numbers=(3,))
-    routed4 = _routed(routes4 or ())
+    routed4 = [row for row in _routed(routes4 or ()) if not _is_down(row[0], root)]
     # The kernel's own default routes of IPv6, on `lo`, reject everything.
     defaults = {name for name, width in (*routed4, *_routed(routes6 or ())) if not width}
     addressed = {name for name, _ in routed4}
@@ -358,6 +359,12 @@ def _routed(routes: Iterable[tuple[str, list[int]]]) -> list[tuple[str, int]]:
         for name, (target, length_or_mask, flags) in routes
         if flags & _RTF_UP and not flags & _RTF_REJECT
     ]
+
+
+def _is_down(name: str, root: HostRoot) -> bool:
+    """Whether an interface is down: then only a route that has others too still names it."""
+    flags = root.read_int(f"{_NET}/{name}/flags", base=16)
+    return flags is not None and not flags & _IFF_UP
 
 
 def _has_device(name: str, root: HostRoot) -> bool:

@@ -15,13 +15,14 @@ import msgspec
 
 from vmplug.host.use.enter import CLONE_NEWNET, ask_inside
 
-_RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNSID = 18, 22, 26, 90
+_RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNSID, _RTM_GETNEXTHOP = 18, 22, 26, 90, 106
 _NLMSG_DONE, _NLMSG_ERROR = 3, 2
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
 _IFLA_IFNAME, _IFLA_LINK, _IFLA_LINK_NETNSID, _IFLA_XDP, _IFLA_PARENT_DEV_NAME = 3, 5, 37, 43, 56
 _IFLA_XDP_ATTACHED = 2
 _NETNSA_NSID, _NETNSA_PID = 1, 2
-_RTA_OIF = 4
+_RTA_OIF, _RTA_MULTIPATH, _NHA_OIF = 4, 9, 5
+_RTNH_F_DEAD = 1
 _RTN_UNICAST, _RTPROT_KERNEL, _SCOPE_LINK = 1, 2, 253
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
@@ -31,6 +32,10 @@ _ADDRESS = struct.Struct("=BBBBi")
 """struct ifaddrmsg: family, length, flags, scope, index."""
 _ROUTE = struct.Struct("=BBBBBBBBI")
 """struct rtmsg: family, two lengths, tos, table, protocol, scope, type, flags."""
+_HOP = struct.Struct("=HBBi")
+"""struct rtnexthop: length, flags, hops, index."""
+_NEXTHOP = struct.Struct("=BBBxI")
+"""struct nhmsg: family, scope, protocol, flags."""
 _NAMESPACE = struct.Struct("=Bxxx")
 """struct rtgenmsg."""
 _NUMBER = struct.Struct("=i")
@@ -90,10 +95,6 @@ def read_others(namespaces: Iterable[str]) -> OtherNetworks:
 def read_own() -> OwnNetwork:
     """The interfaces of this namespace that the host uses, in any table of routes."""
     addresses = (_ADDRESS.unpack_from(body) for body in _dump(_RTM_GETADDR, _ADDRESS.size))
-    routes = (
-        (_ROUTE.unpack_from(body), dict(_attributes(body[_ROUTE.size :])))
-        for body in _dump(_RTM_GETROUTE, _ROUTE.size)
-    )
     links = {link.index: link for link in _dump_links()}
     names = {index: link.name for index, link in links.items()}
     built = dict[str, list[str]]()
@@ -106,17 +107,42 @@ def read_own() -> OwnNetwork:
         for family, *_, scope, index in addresses
         if not (family == socket.AF_INET6 and scope == _SCOPE_LINK)
     }
-    routed = {
-        _NUMBER.unpack(more[_RTA_OIF])[0]
-        for (*_, protocol, _, kind, _), more in routes
-        if kind == _RTN_UNICAST and protocol != _RTPROT_KERNEL and _RTA_OIF in more
-    }
     return OwnNetwork(
         addressed=frozenset(names[index] for index in addressed if index in names),
-        routed=frozenset(names[index] for index in routed if index in names),
+        routed=frozenset(names[index] for index in _dump_routed() if index in names),
         built=built,
         programmed=frozenset(link.name for link in links.values() if link.has_program),
     )
+
+
+def _dump_routed() -> Iterator[int]:
+    """The numbers of the interfaces that routes lead to, except those that the kernel made.
+
+    A route may have several, and may name an object that has them (ip-nexthop(8)), which goes with
+    its interface too.
+    """
+    for body in _dump(_RTM_GETROUTE, _ROUTE.size):
+        *_, protocol, _, kind, _ = _ROUTE.unpack_from(body)
+        if kind == _RTN_UNICAST and protocol != _RTPROT_KERNEL:
+            more = dict(_attributes(body[_ROUTE.size :]))
+            yield from _number(more, _RTA_OIF)
+            yield from _live_hops(more.get(_RTA_MULTIPATH, b""))
+    for body in _dump(_RTM_GETNEXTHOP, _NEXTHOP.size):
+        yield from _number(dict(_attributes(body[_NEXTHOP.size :])), _NHA_OIF)
+
+
+def _number(attributes: Mapping[int, bytes], kind: int) -> Iterator[int]:
+    if kind in attributes:
+        yield _NUMBER.unpack(attributes[kind])[0]
+
+
+def _live_hops(data: bytes) -> Iterator[int]:
+    """The interfaces of a route with several; one that is down keeps its place in IPv4."""
+    while len(data) >= _HOP.size:
+        length, flags, _, index = _HOP.unpack_from(data)
+        if not flags & _RTNH_F_DEAD:
+            yield index
+        data = data[max(_aligned(length), _HOP.size) :]
 
 
 class _Link(msgspec.Struct, frozen=True, kw_only=True):

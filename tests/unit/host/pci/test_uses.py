@@ -169,6 +169,15 @@ def test_a_route_to_a_network_comes_with_an_address(wired: PciTree) -> None:
     assert networks(wired) == [structs.replace(UNUSED, has_address=True)]
 
 
+@pytest.mark.parametrize(("flags", "is_used"), [("0x1003", True), ("0x1002", False)])
+def test_a_route_that_is_left_to_an_interface_that_is_down_does_not_count(
+    wired: PciTree, flags: str, *, is_used: bool
+) -> None:
+    """One of several ways of a route stays there, and only the kernel itself passes it over."""
+    wired.route("eth0", target="0002A8C0").file("/sys/class/net/eth0/flags", f"{flags}\n")
+    assert networks(wired) == [structs.replace(UNUSED, has_address=is_used)]
+
+
 FIB_TRIE = """\
 Main:
   +-- 0.0.0.0/0 3 0 5

@@ -306,6 +306,18 @@ ip("addr add 198.51.100.7/32 dev up0 noprefixroute")
 print(read_own().addressed == {"up0"})
 print(read_own().built == {"up0": ["here0"]})
 print(read_own().routed == set())
+for word in ("up0", "up1"):
+    ip(f"link set {word} up")
+ip("route add 203.0.113.0/24 nexthop dev up0 nexthop dev up1")
+print(read_own().routed == {"up0", "up1"})
+ip("link set up1 down")
+print(read_own().routed == {"up0"})
+ip("route flush 203.0.113.0/24")
+ip("link set up1 up")
+ip("nexthop add id 1 dev up1")
+print(read_own().routed == {"up1"})
+ip("link set up1 down")
+print(read_own().routed == set())
 pod.stdin.close()
 """
 
@@ -314,4 +326,4 @@ def test_what_was_built_on_an_interface_is_found_in_other_namespaces() -> None:
     """In a network namespace of its own, where the machine's are not touched."""
     command = ["unshare", "--net", sys.executable, "-c", BUILT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["True"] * 6, done
+    assert done.stdout.splitlines() == ["True"] * 10, done
