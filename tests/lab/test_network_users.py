@@ -4,6 +4,7 @@ import ctypes
 import os
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 
 from lab import topology
 from tests.lab.blocks import run
+from tests.support.checking import WRITING
 from vmplug.errors import InUse
-from vmplug.host.finding import Code
+from vmplug.host.block.usage import read_usage
+from vmplug.host.check.device import check_device
+from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
 from vmplug.journal.journal import Journal
@@ -83,6 +87,19 @@ def pppoe(interface: str) -> Iterator[str]:
         os.close(end)
 
 
+@contextmanager
+def netconsole(interface: str) -> Iterator[str]:
+    """The kernel logs through it, by addresses that no interface has."""
+    run("modprobe", "netconsole")
+    target = Path("/sys/kernel/config/netconsole/lab$1")
+    target.mkdir()
+    words = {"dev_name": interface, "local_ip": "192.0.2.1", "remote_ip": "192.0.2.2"}
+    for name, word in {**words, "enabled": "1"}.items():
+        (target / name).write_text(word)
+    yield "a console of the kernel (netconsole)"
+    target.rmdir()
+
+
 Use = Callable[[str], AbstractContextManager[str]]
 
 
@@ -117,10 +134,11 @@ def refusal(journal: Journal) -> InUse:
     return caught.value
 
 
-def test_a_card_with_a_program_is_in_use_until_the_remedy_frees_it(
-    interface: str, journal: Journal
+@pytest.mark.parametrize("use", [left_program, netconsole])
+def test_a_card_is_in_use_until_the_remedy_frees_it(
+    interface: str, journal: Journal, use: Use
 ) -> None:
-    with left_program(interface) as what:
+    with use(interface) as what:
         refused = refusal(journal)
         assert f"{interface}, which has {what}" in refused.message
         assert refused.hint
@@ -141,3 +159,35 @@ def test_a_card_is_free_when_the_process_has_ended_that_uses_it(
         assert f"{interface}, which has {what}" in refused.message
         assert (refused.hint or "").startswith(remedy)
     bound_and_returned(journal)
+
+
+TAKER = """\
+import socket, sys
+taker = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0x300)
+taker.bind((sys.argv[1], 3))
+print(flush=True)
+input()
+"""
+
+
+def test_a_process_that_takes_packets_is_mentioned_and_keeps_nothing(
+    interface: str, journal: Journal
+) -> None:
+    host = HostRoot()
+
+    def mentioned() -> list[Finding]:
+        group = find_vfio_device(topology.NIC, host)
+        found = check_device(group, WRITING, usage=read_usage(host), claims=(), root=host)
+        return [finding for finding in found if finding.code is Code.OPEN_BY_PROCESS]
+
+    assert mentioned() == []
+    command = [sys.executable, "-c", TAKER, interface]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        (finding,) = mentioned()
+        assert finding.severity is Severity.WARNING
+        assert f"{interface}, of which process {process.pid} (python" in finding.message
+        bound_and_returned(journal)
+        process.kill()
+    assert mentioned() == []

@@ -39,7 +39,7 @@ from vmplug.host.pci.vfio import CDEV_NODE, has_node, is_vfio_driver, list_vfio_
 from vmplug.host.process import read_memlock_limit
 from vmplug.host.root import HostRoot
 from vmplug.host.use.kernel_users import find_unknown_exports
-from vmplug.host.use.openers import DeviceNode, wanted_node
+from vmplug.host.use.openers import DeviceNode, wanted_node, wanted_sockets
 
 _OVS_MASTER = "ovs-system"
 """The master of every port of Open vSwitch, which takes a port back that only the kernel released.
@@ -245,6 +245,7 @@ def check_networks(function: PciFunction, usage: HostUsage, root: HostRoot) -> I
     """The uses of a function's network interfaces, by the host and in other namespaces."""
     interfaces = read_network_interfaces(function.bdf, root, lambda: usage.once(read_network_uses))
     yield from _networks(function, interfaces)
+    yield from _listeners(function, interfaces, usage, root)
     if root.is_live:
         yield from _built_elsewhere(function, interfaces, usage, root)
     yield from _moved_network(function, usage, root)
@@ -291,6 +292,27 @@ def _networks(function: PciFunction, interfaces: Sequence[NetInterface]) -> Iter
                     how="routes, addresses and links of the interface",
                 ),
             )
+
+
+def _listeners(
+    function: PciFunction, interfaces: Sequence[NetInterface], usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """A DHCP client, a sniffer or the like: it loses the interface, which may be intended."""
+    for interface in interfaces:
+        if not interface.listeners:
+            continue
+        wanted = wanted_sockets(interface.listeners, interface.name, root)
+        users = [f"process {o.pid} ({o.name})" for o in usage.open_files.find(wanted)]
+        who = " and ".join(users) or "a process that vmplug does not see"
+        yield Finding(
+            Code.OPEN_BY_PROCESS,
+            f"{function.bdf} is the network interface {interface.name}, of which {who} gets "
+            "packets by a socket of its own (AF_PACKET)",
+            "leave it if it may lose the interface; else end that process: "
+            "ss --packet --processes lists them",
+            Severity.WARNING,
+            used_by=UsedBy(on=interface.name, who=who, how="/proc/net/packet"),
+        )
 
 
 def _moved_network(function: PciFunction, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
@@ -359,6 +381,7 @@ def _retire(interface: NetInterface) -> Iterator[str]:
         yield f"ip link set {name} nomaster"
     if interface.has_program:
         yield f"ip link set {name} xdp off"
+    yield from (f"echo 0 > {quote(f'{target}/enabled')}" for target in interface.netconsoles)
     yield f"ip addr flush dev {name}"
     yield f"ip link set {name} down"
 

@@ -18,7 +18,7 @@ import msgspec
 
 from vmplug.address import Bdf, find_bdf
 from vmplug.cached import cached_property
-from vmplug.devnum import DevNum
+from vmplug.devnum import DevNum, is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.sysfs import list_block_directories
 from vmplug.host.root import HostRoot
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _BLOCK, _NET = "/sys/class/block", "/sys/class/net"
 _RDMA, _VIRTUAL_RDMA = "/sys/class/infiniband", "/sys/devices/virtual/"
+_NETCONSOLE = "/sys/kernel/config/netconsole"
 _USUAL_TARGET = "../../devices/"
 
 _NVME_PATH = re.compile(r"nvme([0-9]+)c[0-9]+(n[0-9]+)\Z", re.ASCII)
@@ -35,6 +36,12 @@ _NVME_PATH = re.compile(r"nvme([0-9]+)c[0-9]+(n[0-9]+)\Z", re.ASCII)
 below a PCI function. Source: nvme_mpath_set_disk_name, Linux drivers/nvme/host/multipath.c."""
 
 _NVME_DISK = re.compile(r"(nvme[0-9]+n[0-9]+)(?:p[0-9]+)?\Z", re.ASCII)
+
+_GUID_BYTES, _IS_LOCAL = 8, 0x02
+"""An EUI-64 of an Ethernet address has FF FE in its middle, and this bit the other way round."""
+
+_PACKET_FIELDS = 9
+"""sk, RefCnt, Type, Proto, Iface, R, Rmem, User, Inode: the sockets of /proc/net/packet."""
 
 RECORDED_NETWORK = "/vmplug-network"
 """Where a record has what only netlink says."""
@@ -64,7 +71,9 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
     `has_default_route` and `has_address` are None on a host without these tables. `has_pppoe`: a
     PPP connection goes through it, which needs no address; `has_program`: it has a program of XDP,
     which takes its packets. `is_kept`: the master is a network card too, such as that of a VM
-    whose fast path this is, and does not let it go.
+    whose fast path this is, and does not let it go. `listeners` are the inodes of the sockets that
+    take its packets past the network stack (AF_PACKET), as those of a DHCP client or a sniffer do.
+    `netconsoles` are the directories of the targets to which the kernel logs through it.
     """
 
     name: str
@@ -77,6 +86,8 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
     has_pppoe: bool = False
     has_program: bool = False
     is_kept: bool = False
+    listeners: tuple[int, ...] = ()
+    netconsoles: tuple[str, ...] = ()
 
     @property
     def is_used(self) -> bool:
@@ -94,6 +105,7 @@ class NetInterface(msgspec.Struct, frozen=True, kw_only=True):
             f"a place in {', '.join(places)}" if places else None,
             "a PPPoE connection" if self.has_pppoe else None,
             "an XDP program" if self.has_program else None,
+            "a console of the kernel (netconsole)" if self.netconsoles else None,
         )
         return tuple(filter(None, words))
 
@@ -226,7 +238,8 @@ class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
     `has_other_addresses`: the host has an address, and no table says of which interface.
     `tunnels` are those that send through an interface and are not among its uppers in sysfs, which
     only the running host says; `rdma` the soft RDMA devices, each by the interface.
-    `with_pppoe` have a PPPoE connection, `with_program` one of XDP.
+    `with_pppoe` have a PPPoE connection, `with_program` one of XDP. `listeners` are the inodes of
+    packet sockets by the number of their interface, `netconsoles` targets by its name.
     """
 
     with_default_route: frozenset[str] | None
@@ -237,6 +250,8 @@ class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
     rdma: Mapping[str, Sequence[str]] = msgspec.field(default_factory=dict)
     with_pppoe: frozenset[str] = frozenset()
     with_program: frozenset[str] = frozenset()
+    listeners: Mapping[int, Sequence[int]] = msgspec.field(default_factory=dict)
+    netconsoles: Mapping[str, Sequence[str]] = msgspec.field(default_factory=dict)
     root: HostRoot
 
     def interface(self, name: str) -> NetInterface:
@@ -258,7 +273,15 @@ class NetworkUses(msgspec.Struct, frozen=True, kw_only=True):
             has_pppoe=name in self.with_pppoe,
             has_program=name in self.with_program,
             is_kept=master is not None and _has_device(master, self.root),
+            listeners=self._listeners_of(name),
+            netconsoles=tuple(self.netconsoles.get(name, ())),
         )
+
+    def _listeners_of(self, name: str) -> tuple[int, ...]:
+        if not self.listeners:
+            return ()
+        index = self.root.read_int(f"{_NET}/{name}/ifindex")
+        return tuple(self.listeners.get(index, ())) if index else ()
 
 
 def read_network_uses(root: HostRoot) -> NetworkUses:
@@ -282,6 +305,8 @@ def read_network_uses(root: HostRoot) -> NetworkUses:
         rdma=_read_soft_rdma(root),
         with_pppoe=frozenset(_read_pppoe(root)),
         with_program=own.programmed if own else frozenset(),
+        listeners=_read_listeners(root),
+        netconsoles=_read_netconsoles(root),
         with_route=frozenset(others),
         with_default_route=None if routes4 is None and routes6 is None else frozenset(defaults),
         with_address=None if routes4 is None and addresses6 is None else frozenset(addressed),
@@ -331,16 +356,37 @@ def _read_soft_rdma(root: HostRoot) -> dict[str, list[str]]:
     """The RDMA devices that are only software, by the interface that each sends through.
 
     Source: parent_show, Linux drivers/infiniband/sw/rxe/rxe_verbs.c. siw has no such file; the
-    interface of its address is known since Linux 6.5.
+    interface of its address is known since Linux 6.5. Before, its GUID is made of that address.
+    Source: siw_device_create, drivers/infiniband/sw/siw/siw_main.c; include/net/addrconf.h.
     """
     found: dict[str, list[str]] = {}
     for name, path in class_paths(_RDMA, root) if root.list_dir(_RDMA) else ():
         if path.startswith(_VIRTUAL_RDMA):
             files = (f"{path}/parent", f"{path}/ports/1/gid_attrs/ndevs/0")
             texts = ((root.read_attribute(file) or b"").strip() for file in files)
-            if interface := next(filter(None, texts), None):
-                found.setdefault(os.fsdecode(interface), []).append(name)
+            interface = next(filter(None, texts), None)
+            for owner in [os.fsdecode(interface)] if interface else _find_by_guid(path, root):
+                found.setdefault(owner, []).append(name)
     return found
+
+
+def _find_by_guid(path: str, root: HostRoot) -> Iterator[str]:
+    """The interfaces whose address the GUID of an RDMA device was made of."""
+    guid = _octets(f"{path}/node_guid", root)
+    if len(guid) == _GUID_BYTES and guid[3:5] == b"\xff\xfe":
+        address = bytes([guid[0] ^ _IS_LOCAL]) + guid[1:3] + guid[5:]
+        for name in root.list_dir(_NET):
+            if _octets(f"{_NET}/{name}/address", root) == address:
+                yield name
+
+
+def _octets(path: str, root: HostRoot) -> bytes:
+    """What a file has in hexadecimal digits and colons; empty for anything else."""
+    text = (root.read_attribute(path) or b"").decode(errors="replace").strip()
+    try:
+        return bytes.fromhex(text.replace(":", ""))
+    except ValueError:
+        return b""
 
 
 def _read_pppoe(root: HostRoot) -> Iterator[str]:
@@ -350,6 +396,31 @@ def _read_pppoe(root: HostRoot) -> Iterator[str]:
     """
     for line in (root.read_text("/proc/net/pppoe") or "").splitlines()[1:]:
         yield line.rpartition(" ")[2]
+
+
+def _read_listeners(root: HostRoot) -> dict[int, list[int]]:
+    """The packet sockets that are bound to one interface. Source: Linux net/packet/af_packet.c."""
+    found: dict[int, list[int]] = {}
+    for line in (root.read_text("/proc/net/packet") or "").splitlines()[1:]:
+        fields = line.split()
+        if len(fields) >= _PACKET_FIELDS and is_decimal(fields[4]) and is_decimal(fields[8]):
+            found.setdefault(int(fields[4]), []).append(int(fields[8]))
+    return found
+
+
+def _read_netconsoles(root: HostRoot) -> dict[str, list[str]]:
+    """The targets that the kernel logs to, each by its interface, which needs no address.
+
+    Source: Documentation/networking/netconsole.rst. Linux before 6.6 does not list those of its
+    command line.
+    """
+    found: dict[str, list[str]] = {}
+    for target in root.list_dir(_NETCONSOLE):
+        base = f"{_NETCONSOLE}/{target}"
+        if root.read_int(f"{base}/enabled"):
+            name = os.fsdecode(root.read_attribute(f"{base}/dev_name") or b"").strip()
+            found.setdefault(name, []).append(base)
+    return found
 
 
 def _routed(routes: Iterable[tuple[str, list[int]]]) -> list[tuple[str, int]]:

@@ -48,7 +48,8 @@ from vmplug.host.use.namespaces import RECORDED
 from vmplug.oci.info import DeviceInfo, DevType
 
 _PROC = re.compile(
-    r"/proc/(swaps|interrupts|iomem|sys/kernel/osrelease|net/(route|ipv6_route|if_inet6|fib_trie|pppoe)"
+    r"/proc/(swaps|interrupts|iomem|sys/kernel/osrelease"
+    r"|net/(route|ipv6_route|if_inet6|fib_trie|pppoe|packet)"
     r"|[0-9]+/(mountinfo|ns/mnt))\Z",
     re.ASCII,
 )

@@ -127,6 +127,20 @@ def read_open_files(root: HostRoot) -> OpenFiles:
     return msgspec.structs.replace(files, unlisted=tuple(unlisted), is_known=is_known)
 
 
+def wanted_sockets(inodes: Iterable[int], path: str, root: HostRoot) -> Wanted:
+    """Sockets to look for by their inodes; `path` says what they are on.
+
+    Source: all sockets are files of one file system, sockfs, net/socket.c.
+    """
+    if not root.is_live:
+        return {f"socket:[{inode}]": path for inode in inodes}
+    import socket  # noqa: PLC0415  2.5 ms
+
+    with socket.socket(socket.AF_UNIX) as own:
+        device = os.fstat(own.fileno()).st_dev
+    return {(stat.S_IFSOCK, device, inode): path for inode in inodes}
+
+
 def wanted_node(node: DeviceNode, root: HostRoot) -> Wanted:
     """A node to look for: a copy of a host may have no nodes, only their names."""
     wanted: Wanted = {} if root.is_live else {node.path: node.path}

@@ -110,6 +110,18 @@ def test_soft_rdma_over_an_interface_is_its_use(tree: PciTree, file: str) -> Non
     assert set(findings(tree, NIC)) == {Code.NOT_BOUND}
 
 
+def test_soft_rdma_without_a_file_for_its_interface_is_known_by_its_guid(tree: PciTree) -> None:
+    """siw before Linux 6.5. The GUID of its interface 52:54:00:12:34:56."""
+    tree.pci_function(NIC, class_code=0x020000, driver="ice", group=40).network(NIC, "eth0")
+    for name, guid in (("siw0", "5054:00ff:fe12:3456"), ("siw1", "5054:00ff:fe12:3457")):
+        tree.file(f"/sys/devices/virtual/infiniband/{name}/node_guid", f"{guid}\n")
+        tree.link(f"/sys/class/infiniband/{name}", f"../../devices/virtual/infiniband/{name}")
+    finding = findings(tree, NIC)[Code.NETWORK_IN_USE]
+    assert finding.message.endswith("which has a place in siw0")
+    run_network(tree, finding.hint.removeprefix("remove it from the host's network first: "))
+    assert set(findings(tree, NIC)) == {Code.NOT_BOUND}
+
+
 def test_the_name_of_an_interface_is_no_part_of_a_command(tree: PciTree) -> None:
     """A container may choose it."""
     tree.pci_function(NIC, class_code=0x020000, driver="ice", group=40)

@@ -289,6 +289,33 @@ def test_a_route_of_ipv6_alone_keeps_a_nic_unless_the_kernel_made_it(
     assert found is None or found.message.endswith("eth0, which has a route")
 
 
+PACKET_SOCKETS = """\
+sk               RefCnt Type Proto  Iface R Rmem   User   Inode
+00000000666588e1 3      3    0003   {0}     1 0      0      663
+000000007065588e 3      2    0800   {0}     1 0      0      664
+00000000c340558d 3      3    0003   0     1 0      0      665
+"""
+
+
+def test_a_process_that_takes_the_packets_of_an_interface_is_mentioned_once(
+    tree: PciTree,
+) -> None:
+    tree.pci_function(GPU, class_code=ETHERNET, driver="ice", group=26).network(GPU, "eth0")
+    tree.file("/sys/class/net/eth0/ifindex", "7\n").process(301, "x", "socket:[665]")
+    tree.process(300, "dhclient", "socket:[664]", "socket:[663]")
+    tree.file("/proc/net/packet", PACKET_SOCKETS.format(8))
+    assert Code.OPEN_BY_PROCESS not in findings(tree)
+    tree.file("/proc/net/packet", PACKET_SOCKETS.format(7))
+    group = find_vfio_device(GPU, tree.root)
+    found = check_device(group, WRITING, usage=read_usage(tree.root), claims=(), root=tree.root)
+    (finding,) = (one for one in found if one.code is Code.OPEN_BY_PROCESS)
+    assert finding.severity is Severity.WARNING
+    assert "eth0, of which process 300 (dhclient) gets packets" in finding.message
+    shutil.rmtree(tree.path / "proc/300")
+    finding = findings(tree)[Code.OPEN_BY_PROCESS]
+    assert "of which a process that vmplug does not see gets packets" in finding.message
+
+
 @pytest.mark.parametrize(
     "bus_device", ["", "virtio4", "mlx5_core.sf.2", "usb1/1-1/1-1.4/1-1.4:1.0"]
 )
