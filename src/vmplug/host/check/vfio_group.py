@@ -45,6 +45,13 @@ _OVS_MASTER = "ovs-system"
 """The master of every port of Open vSwitch, which takes a port back that only the kernel released.
 Source: Linux net/openvswitch/vport-netdev.c."""
 
+_MOVED = {
+    "net": ("network interface", "ip link set NAME netns 1"),
+    "infiniband": ("RDMA device", "rdma dev set NAME netns 1"),
+    "ieee80211": ("radio", "iw phy NAME set netns 1"),
+}
+"""What is moved to another network namespace, by its class, and the command that takes it back."""
+
 _LEAVES_DMA_ALONE = frozenset({"pcieport", "pci-stub"})
 """Drivers that the kernel accepts in a group of VFIO: those that set driver_managed_dma. Linux
 before 5.19 accepted any driver of a PCI-to-PCI bridge. A member without a driver is accepted too.
@@ -331,11 +338,13 @@ def _moved_network(function: PciFunction, usage: HostUsage, root: HostRoot) -> I
             f"nsenter --net={quote(moved.namespace)} ip link set {quote(moved.name)} netns 1",
             used_by=_elsewhere(function, moved.namespace),
         )
-    elif any(parents.values()):
+    kinds = [kind for kinds in parents.values() for kind in kinds if not (moved and kind == "net")]
+    for kind in dict.fromkeys(kinds):
+        what, how = _MOVED[kind]
         yield Finding(
             Code.NETWORK_IN_USE,
-            f"the network interface of {function.bdf} is in another network namespace",
-            "lsns --type net lists them; ip link set NAME netns 1, run there, takes it back",
+            f"the {what} of {function.bdf} is in another network namespace",
+            f"lsns --type net lists them; {how}, run there, takes it back",
             used_by=_elsewhere(function, None),
         )
 
@@ -345,7 +354,7 @@ def _elsewhere(function: PciFunction, namespace: str | None) -> UsedBy:
         on=str(function.bdf),
         who="another network namespace",
         where=namespace,
-        how="its directory net in sysfs, and the links of all network namespaces",
+        how="its directories in sysfs, and the links of all network namespaces",
     )
 
 

@@ -179,19 +179,27 @@ def read_network_interfaces(
     return [uses.interface(name) for name in names]
 
 
-def read_net_parents(bdf: Bdf | str, root: HostRoot) -> dict[str, bool]:
-    """The names of a function's devices that have network interfaces; True: none is here.
+_OF_NAMESPACES = ("net", "infiniband", "ieee80211")
+"""The classes of which a device is in one network namespace: interfaces, RDMA devices, radios."""
 
-    They are the function itself, or a device below it: of virtio, of USB, a subfunction. A device
-    whose driver made an interface has a directory `net`, in which sysfs shows only those of its
-    own namespace.
-    Source: net_namespace operations of struct class; measured with Linux 6.1 and 6.12.
+
+def read_net_parents(bdf: Bdf | str, root: HostRoot) -> dict[str, tuple[str, ...]]:
+    """The names of a function's devices that have parts in a network namespace.
+
+    With the classes of which none is here. They are the function itself, or a device below it: of
+    virtio, of USB, a subfunction. A device whose driver made an interface has a directory `net`,
+    in which sysfs shows only those of its own namespace.
+    Source: net_namespace operations of struct class, net/core/net-sysfs.c,
+    drivers/infiniband/core/device.c, net/wireless/sysfs.c; `net` measured with Linux 6.1 and 6.12.
     """
     paths = _devices_below(root.real_path(f"{root.pci_devices}/{bdf}"), root)
+    found = {
+        path: [k for k in _OF_NAMESPACES if root.stat_or_none(f"{path}/{k}")] for path in paths
+    }
     return {
-        path.rpartition("/")[2]: not root.list_dir(f"{path}/net")
-        for path in paths
-        if root.stat_or_none(f"{path}/net")
+        path.rpartition("/")[2]: tuple(k for k in kinds if not root.list_dir(f"{path}/{k}"))
+        for path, kinds in found.items()
+        if kinds
     }
 
 

@@ -331,6 +331,22 @@ def test_an_interface_in_another_network_namespace_is_in_use(
     assert findings(tree).keys() == free.keys()
 
 
+@pytest.mark.parametrize(
+    ("kind", "what", "name"),
+    [("infiniband", "RDMA device", "mlx5_0"), ("ieee80211", "radio", "phy0")],
+)
+def test_whatever_has_a_network_namespace_may_be_in_another_one(
+    tree: PciTree, kind: str, what: str, name: str
+) -> None:
+    tree.pci_function(GPU, class_code=ETHERNET, driver="x", group=26).network(GPU, "eth0")
+    free, directory = findings(tree), tree.path / f"{tree.real(GPU)}/{kind}".lstrip("/")
+    directory.mkdir()
+    finding = findings(tree)[Code.NETWORK_IN_USE]
+    assert finding.message == f"the {what} of {GPU} is in another network namespace"
+    (directory / name).mkdir()  # the remedy: it has been taken back
+    assert findings(tree) == free
+
+
 class OneMoved(HostUsage):
     """What a running host knows of an interface in another namespace."""
 
