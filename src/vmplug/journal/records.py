@@ -1,6 +1,5 @@
 """The contents of the journal as values: VMs, devices, and owners' holds on devices."""
 
-import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -112,6 +111,22 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
         return state_without_holds(self.place) is State.DETACHING
 
 
+def _parse(text: str) -> Any:
+    """JSON of the journal; ValueError for anything else."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:  # or a name that is not UTF-8, which only the module json reads
+        import json  # noqa: PLC0415  1.4 ms
+
+        return json.loads(text)
+
+
+def _write(value: object) -> str:
+    import json  # noqa: PLC0415  1.4 ms, and what only reads writes nothing
+
+    return json.dumps(value)
+
+
 def foreign_names(devices: Iterable[DeviceRecord]) -> dict[str, str]:
     """The names in QEMU assigned by others, mapped to the owning device ids."""
     return {name: device.id for device in devices for name in device.parts}
@@ -187,7 +202,7 @@ def read_device(row: sqlite3.Row) -> DeviceRecord:
         place=row["place"],
         guest_address=_guest_address(row),
         in_progress_by=_process(row["worker"]),
-        parts=tuple(json.loads(row["parts"])) if row["parts"] else (),
+        parts=tuple(_parse(row["parts"])) if row["parts"] else (),
         thing=row["thing"],
         files=_read_files(row["files"]),
     )
@@ -198,14 +213,14 @@ def _read_files(text: str | None) -> tuple[HeldFile, ...] | None:
         return None
     return tuple(
         HeldFile(Identity.parse(identity), thing, bool(only_read))
-        for identity, thing, only_read in json.loads(text)
+        for identity, thing, only_read in _parse(text)
     )
 
 
 def _files_text(files: Iterable[HeldFile] | None) -> str | None:
     if files is None:
         return None
-    return json.dumps([[str(file.identity), file.thing, file.only_read] for file in files])
+    return _write([[str(file.identity), file.thing, file.only_read] for file in files])
 
 
 def has_more(
@@ -267,11 +282,11 @@ def insert_device(db: sqlite3.Connection, device: DeviceRecord) -> None:
             device.state,
             device.read_only,
             device.share_rw,
-            json.dumps(dict(device.options)),
+            _write(dict(device.options)),
             device.place,
             guest_text(device.guest_address),
             str(device.in_progress_by) if device.in_progress_by else None,
-            json.dumps(device.parts) if device.parts else None,
+            _write(device.parts) if device.parts else None,
             device.thing,
             _files_text(device.files),
         ),
@@ -284,7 +299,7 @@ def guest_text(address: GuestAddress | None) -> str | None:
         return None
     known = structs.asdict(address)
     saved = {name: _saved(value) for name, value in known.items() if value not in {None, ()}}
-    return json.dumps(saved)
+    return _write(saved)
 
 
 def _saved(value: object) -> object:
@@ -321,7 +336,7 @@ _PARSE: Mapping[str, Callable[[Any], Any]] = {
 def _guest_address(row: sqlite3.Row) -> GuestAddress | None:
     if row["guest"] is None:
         return None
-    saved = json.loads(row["guest"])
+    saved = _parse(row["guest"])
     try:
         parsed = {name: _PARSE.get(name, str)(value) for name, value in saved.items()}
         return GuestAddress(**parsed)
@@ -330,7 +345,7 @@ def _guest_address(row: sqlite3.Row) -> GuestAddress | None:
 
 
 def _options(text: str) -> Mapping[str, str]:
-    options = json.loads(text)
+    options = _parse(text)
     if not isinstance(options, dict) or not all(isinstance(v, str) for v in options.values()):
         raise ValueError(f"{text!r} is not a set of options")
     return options

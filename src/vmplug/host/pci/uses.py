@@ -6,7 +6,6 @@ that it comes from. So is everything behind a bridge or a volume management devi
 Source: Documentation/admin-guide/sysfs-rules.rst; proc_net(5); net/ipv6/addrconf.c, route.c.
 """
 
-import json
 import os
 import re
 import stat
@@ -338,6 +337,8 @@ def _read_own(root: HostRoot) -> "OwnNetwork | None":
 
     if text is None:
         return read_own()
+    import json  # noqa: PLC0415  for records: msgspec reads no name that is not UTF-8
+
     try:
         return msgspec.convert(json.loads(text), OwnNetwork)
     except (ValueError, RecursionError, msgspec.ValidationError) as error:

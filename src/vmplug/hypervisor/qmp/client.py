@@ -1,6 +1,5 @@
 """QmpMonitor: turns on a QMP socket, with deadlines."""
 
-import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -279,6 +278,8 @@ class QmpMonitor(Monitor):
 
     def _execute(self, wire: Wire, command: Command) -> Any:
         if log.is_debug:
+            import json  # noqa: PLC0415  1.4 ms
+
             log.debug("QMP %s %s", command.execute, json.dumps(dict(command.shown)))
         timeout_s = self._command_timeout_s
         if command.backend:
