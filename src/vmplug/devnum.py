@@ -1,8 +1,10 @@
-"""DevNum: what names a device on the host.
+"""DevNum: what names a device on the host. FileKey: what a file is, whatever its names are.
 
-It is separate from the guest's addresses, which a lookup of a device does not need.
+They are separate from the guest's addresses, which a lookup of a device does not need.
 """
 
+import os
+import stat
 from typing import NamedTuple, Self
 
 MAJOR_MAX = (1 << 12) - 1
@@ -46,3 +48,24 @@ class DevNum(_Pair):
 def is_decimal(text: str) -> bool:
     """Whether `text` is a number as the kernel writes it: ASCII digits, no sign."""
     return text.isascii() and text.isdigit()
+
+
+FileKey = tuple[int, int, int]
+"""A device by its kind and number, with 0; anything else by kind, file system and inode.
+
+The kind is S_IFBLK, S_IFREG and so on. It is enough to compare it with what processes have
+open: one is made for every open file of the host.
+"""
+
+
+def key_of(status: os.stat_result) -> FileKey:
+    """The file with that status."""
+    kind = stat.S_IFMT(status.st_mode)
+    if kind in {stat.S_IFBLK, stat.S_IFCHR}:
+        return kind, status.st_rdev, 0
+    return kind, status.st_dev, status.st_ino
+
+
+def key_of_node(kind: int, number: DevNum) -> FileKey:
+    """The device with that number; the kind is S_IFBLK or S_IFCHR."""
+    return kind, os.makedev(number.major, number.minor), 0

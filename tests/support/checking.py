@@ -6,10 +6,11 @@ from tests.support.tree import HostTree
 from vmplug.devnum import DevNum
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Access, Claim, Finding, Severity
+from vmplug.host.finding import Access, Finding, Severity
 from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
 from vmplug.host.root import AttributeBatch, HostRoot
+from vmplug.host.use.claim import Claim
 from vmplug.oci.info import DeviceInfo, DevType
 
 READING, WRITING = Access(read_only=True), Access(read_only=False)

@@ -4,8 +4,9 @@ from tests.support.checking import WRITING
 from tests.support.pci_tree import PciTree
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Claim, Code, Finding
+from vmplug.host.finding import Code, Finding
 from vmplug.host.pci.vfio import find_named_group
+from vmplug.host.use.claim import Claim
 
 
 def findings(tree: PciTree, name: str, claims: tuple[Claim, ...] = ()) -> dict[Code, Finding]:

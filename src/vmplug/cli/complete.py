@@ -19,8 +19,9 @@ from vmplug.cdi.registry import DEFAULT_DIRECTORIES, read_directories
 from vmplug.drivers import block, rng, share, vfio, vhost_user
 from vmplug.drivers.options import Option
 from vmplug.errors import HostError, PolicyError, StoreError
-from vmplug.host.finding import LEASE_PREFIX, NEVER_ALLOWED, Code
+from vmplug.host.finding import NEVER_ALLOWED, Code
 from vmplug.host.root import THIS_HOST
+from vmplug.host.use.claim import LEASE_PREFIX
 from vmplug.journal import DEFAULT_STATE_DIR
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+from vmplug.devnum import FileKey, key_of
 from vmplug.errors import AttributeReadError, NoSuchDevice
 from vmplug.host.root import THIS_HOST, HostRoot, describe
-from vmplug.host.use.file_key import FileKey, key_of
 
 
 def file_id(status: os.stat_result) -> str:

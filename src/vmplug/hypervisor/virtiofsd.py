@@ -27,10 +27,10 @@ from msgspec.structs import replace
 from vmplug.drivers.plug import DAEMON_MARK, VirtiofsdSpec
 from vmplug.errors import BackendError, CommandError, DeviceError, HypervisorError
 from vmplug.host.file_id import file_replaced, pinned, read_open_id
-from vmplug.host.finding import LEASE_PREFIX
 from vmplug.host.process import end_processes, find_marked
 from vmplug.host.program import program_environment
 from vmplug.host.root import THIS_HOST
+from vmplug.host.use.claim import LEASE_PREFIX
 from vmplug.log import Log
 
 log = Log(__name__)

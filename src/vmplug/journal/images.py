@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Iterator
 from vmplug.errors import HostError
 from vmplug.host.block.formats import ImageFormat
 from vmplug.host.block.qcow2 import ImageFile, read_image
-from vmplug.host.finding import Claim
 from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import Claim
 from vmplug.host.use.file_handle import identify_file
 from vmplug.journal.records import DeviceRecord, HeldFile
 

@@ -15,10 +15,10 @@ from msgspec.structs import replace
 
 from vmplug.address import journal_id_of
 from vmplug.errors import StoreError
-from vmplug.host.finding import Claim, VmProcess, is_lease
 from vmplug.host.kind import Identity
 from vmplug.host.permissions import is_absent
 from vmplug.host.root import THIS_HOST, HostRoot
+from vmplug.host.use.claim import Claim, VmProcess, is_lease
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.bindings import Bindings
 from vmplug.journal.database import (

@@ -11,9 +11,9 @@ from enum import StrEnum
 import msgspec
 
 from vmplug.host.check.thing import identities_in
-from vmplug.host.finding import POD_PREFIX, Claim
 from vmplug.host.kind import IdentityKind
 from vmplug.host.process import ProcessLock
+from vmplug.host.use.claim import POD_PREFIX, Claim
 from vmplug.journal.database import Transaction, store_error
 
 

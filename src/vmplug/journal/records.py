@@ -11,10 +11,10 @@ from vmplug.address import CcwDevNo, PciPath, ScsiAddress
 from vmplug.drivers.place import UNPLUGGED_NEVER, GuestAddress, GuestFunction
 from vmplug.drivers.ports import Endpoint
 from vmplug.errors import StateError
-from vmplug.host.finding import Claim, is_lease
 from vmplug.host.kind import DeviceType, Identity, is_other_thing
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import Claim, is_lease
 from vmplug.journal.names import is_vm_name
 from vmplug.journal.process import ProcessIdentity, read_pid_namespace
 from vmplug.journal.state import FOLLOWS, State, replaced, unidentified

@@ -20,8 +20,8 @@ import msgspec
 
 from vmplug.address import new_id
 from vmplug.errors import StoreError
-from vmplug.host.finding import LEASE_PREFIX, is_lease, spoken_holder
 from vmplug.host.root import THIS_HOST
+from vmplug.host.use.claim import LEASE_PREFIX, is_lease, spoken_holder
 from vmplug.journal import StateDir, journal_path
 from vmplug.journal.bindings import read_binding
 from vmplug.journal.database import (

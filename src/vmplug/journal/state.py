@@ -7,7 +7,7 @@ from typing import assert_never
 from vmplug.address import qom_path
 from vmplug.drivers.ports import UnplugFailure
 from vmplug.errors import HypervisorError, NotAttached, StateError, UnplugRefused, UnplugTimeout
-from vmplug.host.finding import spoken_holder
+from vmplug.host.use.claim import spoken_holder
 
 
 class State(StrEnum):

@@ -10,8 +10,9 @@ from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.device import check_device
 from vmplug.host.check.relate import relate_device
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import USES, Access, Claim, Code, Finding, Severity
+from vmplug.host.finding import USES, Access, Code, Finding, Severity
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import Claim
 from vmplug.kubernetes.units import Unit
 
 _BINDABLE = frozenset({Code.NOT_BOUND, Code.GROUP_NOT_VIABLE})

@@ -18,12 +18,13 @@ from msgspec.structs import replace
 
 from vmplug.errors import DeviceError, InUse, NoSuchDevice, PolicyError, StateError
 from vmplug.host.block.usage import read_usage
-from vmplug.host.finding import Claim, Code
+from vmplug.host.finding import Code
 from vmplug.host.kind import Identity
 from vmplug.host.pci.bind import reset_function
 from vmplug.host.pci.function import read_reset_methods
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import Claim
 from vmplug.journal.journal import Journal
 from vmplug.journal.pod_devices import PodDevice, PodDeviceState
 from vmplug.kubernetes.config import Config, Managed

@@ -12,10 +12,10 @@ import msgspec
 
 from vmplug.address import new_id
 from vmplug.errors import DeviceError, NotAttached, StateError
-from vmplug.host.finding import LEASE_PREFIX
 from vmplug.host.kind import DeviceType
 from vmplug.host.process import read_start_time
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import LEASE_PREFIX
 from vmplug.host.use.openers import Opener
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner
 from vmplug.journal.journal import Journal

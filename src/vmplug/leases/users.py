@@ -13,12 +13,12 @@ from itertools import chain
 import msgspec
 
 from vmplug.address import find_bdf
+from vmplug.devnum import key_of, key_of_node
 from vmplug.host.kind import SERVED, DeviceType, IdentityKind
 from vmplug.host.pci.iommu import find_group, group_node, is_noiommu
 from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.process import is_running
 from vmplug.host.root import HostRoot
-from vmplug.host.use.file_key import key_of, key_of_node
 from vmplug.host.use.mapped import find_mapped, find_vfio_users
 from vmplug.host.use.openers import DeviceNode, Opener, Wanted, read_open_files, wanted_node
 from vmplug.hypervisor.virtiofsd import HostVirtiofsdRunner

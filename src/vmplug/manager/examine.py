@@ -25,19 +25,11 @@ from vmplug.host.check.relate import relate_device, relate_image
 from vmplug.host.check.thing import has_changed, identify
 from vmplug.host.device import CharDevice, HostDevice
 from vmplug.host.file_id import file_replaced
-from vmplug.host.finding import (
-    NEVER_ALLOWED,
-    Access,
-    Claim,
-    Code,
-    Finding,
-    Severity,
-    VmProcess,
-    allow,
-)
+from vmplug.host.finding import NEVER_ALLOWED, Access, Code, Finding, Severity, allow
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.resolve import resolve_all
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import Claim, VmProcess
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.journal.records import DeviceRecord

@@ -7,9 +7,9 @@ from msgspec import structs
 
 from vmplug.errors import NoSuchDevice
 from vmplug.host.block.usage import NO_VMS, read_usage
-from vmplug.host.finding import Claim, VmProcess
 from vmplug.host.inventory import Inventory, Kind, read_inventory, with_reset_methods
 from vmplug.host.kind import Identity
+from vmplug.host.use.claim import Claim, VmProcess
 from vmplug.journal import has_journal
 from vmplug.manager.setup import DEFAULT_SETUP, Setup
 

@@ -24,10 +24,11 @@ from vmplug.errors import (
     is_closed,
 )
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import Claim, Code, Finding
+from vmplug.host.finding import Code, Finding
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.process import ProcessLock
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import Claim
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.journal import DEFAULT_STATE_DIR, StateDir
 from vmplug.journal.journal import Journal

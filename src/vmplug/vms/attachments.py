@@ -7,7 +7,7 @@ from enum import StrEnum
 import msgspec
 
 from vmplug.errors import DeviceError, NotAttached
-from vmplug.host.finding import spoken_holder
+from vmplug.host.use.claim import spoken_holder
 from vmplug.journal.journal import Journal
 from vmplug.journal.naming import choose_device, choose_holds
 from vmplug.journal.records import Attachment

@@ -6,8 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import Claim, Code, Finding
+from vmplug.host.finding import Code, Finding
 from vmplug.host.pci.group import VfioGroup
+from vmplug.host.use.claim import Claim
 from vmplug.journal import has_journal
 from vmplug.journal.journal import Journal
 from vmplug.manager.examine import CheckContext, CheckedRequest, examine

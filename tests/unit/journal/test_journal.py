@@ -22,8 +22,8 @@ from tests.support.journal import in_progress
 from vmplug.address import PciPath, ScsiAddress
 from vmplug.drivers.place import GuestAddress
 from vmplug.errors import StateError, StoreError
-from vmplug.host.finding import Claim
 from vmplug.host.kind import DeviceType, Identity
+from vmplug.host.use.claim import Claim
 from vmplug.journal.database import VERSION, Transaction
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord, HeldFile, VmRecord

@@ -7,7 +7,7 @@ from vmplug.cli.render.attachments import attachments_json, host_json, print_att
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.terminal import Style, say
 from vmplug.cli.render.vms import failed_disk_json, print_stopped_vms
-from vmplug.host.finding import spoken_holder
+from vmplug.host.use.claim import spoken_holder
 from vmplug.manager.setup import Setup
 from vmplug.vms.listing import list_attachments
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, TypeVar
 from vmplug.cached import cached_property
 from vmplug.devnum import DevNum
 from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
-from vmplug.host.finding import VmProcess
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import VmProcess
 from vmplug.host.use.kernel_users import KernelUsers, read_kernel_users
 from vmplug.host.use.mounts import MountedDevice, parse_mounted_devices, read_swaps
 from vmplug.host.use.questions import Questions

@@ -2,10 +2,11 @@
 
 from collections.abc import Collection, Iterator, Sequence
 
-from vmplug.host.finding import Access, Claim, Code, Finding, UsedBy, is_lease, is_pod
+from vmplug.host.finding import Access, Code, Finding, UsedBy
 from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import Claim, is_lease, is_pod
 
 
 def without_shared(claims: Sequence[Claim], group: VfioGroup, root: HostRoot) -> Sequence[Claim]:

@@ -36,10 +36,11 @@ from vmplug.host.device import (
     OpenConnection,
     SharedDirectory,
 )
-from vmplug.host.finding import Access, Claim, Code, Finding, Severity, UsedBy, is_pod
+from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.kind import FoundBy
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot, describe, node_number
+from vmplug.host.use.claim import Claim, is_pod
 from vmplug.host.vhost_user.device import VhostUserSocket
 
 _NOT_ASKED = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT})

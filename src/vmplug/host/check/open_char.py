@@ -6,12 +6,12 @@ No VM gets a character device: it is counted for its container, which shares it 
 from collections.abc import Iterator
 from shlex import quote
 
+from vmplug.devnum import key_of
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.unknown import find_unread, not_looked_for
 from vmplug.host.device import CharDevice
 from vmplug.host.finding import Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
-from vmplug.host.use.file_key import key_of
 from vmplug.host.use.openers import DeviceNode, Wanted, wanted_node
 
 _EVERYBODYS = frozenset({1, 5})

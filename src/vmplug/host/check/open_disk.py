@@ -12,7 +12,7 @@ from shlex import quote
 
 from msgspec.structs import replace
 
-from vmplug.devnum import DevNum
+from vmplug.devnum import DevNum, key_of
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.block.sysfs import (
     find_block_directory,
@@ -24,7 +24,6 @@ from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.unknown import find_unread, not_looked_for
 from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
-from vmplug.host.use.file_key import key_of
 from vmplug.host.use.kernel_users import find_unknown_exports
 from vmplug.host.use.openers import DeviceNode, Opener, Wanted, wanted_node
 from vmplug.host.use.qemu_lock import is_locked

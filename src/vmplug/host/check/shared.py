@@ -8,14 +8,13 @@ Source: exports(5); exportfs(8), /var/lib/nfs/etab; nfsd(7), /proc/fs/nfsd/expor
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
-from vmplug.devnum import is_decimal
+from vmplug.devnum import FileKey, is_decimal, key_of
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.usage import HostUsage
 from vmplug.host.check.open_char import mention, mention_openers, unknown_in_copy
 from vmplug.host.device import SharedDirectory
 from vmplug.host.finding import Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
-from vmplug.host.use.file_key import FileKey, key_of
 from vmplug.host.use.mounts import unescape
 from vmplug.host.use.statx import read_place
 

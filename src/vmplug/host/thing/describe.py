@@ -25,7 +25,7 @@ from vmplug.host.device import (
     OpenConnection,
     SharedDirectory,
 )
-from vmplug.host.finding import Access, Claim, Code, Finding, Severity
+from vmplug.host.finding import Access, Code, Finding, Severity
 from vmplug.host.kind import IdentityKind
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.root import HostRoot
@@ -34,6 +34,7 @@ from vmplug.host.thing.function import FunctionReader
 from vmplug.host.thing.name import no_such
 from vmplug.host.thing.thing import Thing, ThingKind
 from vmplug.host.thing.uses import names_in, place_uses
+from vmplug.host.use.claim import Claim
 from vmplug.host.vhost_user.device import VhostUserSocket
 from vmplug.host.vhost_user.probe import find_client
 from vmplug.host.vhost_user.sockets import UnixSockets

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from vmplug.devnum import DevNum
+from vmplug.devnum import DevNum, FileKey, key_of, key_of_node
 from vmplug.host.root import HostRoot
-from vmplug.host.use.file_key import FileKey, key_of, key_of_node
 
 _CONFIG = "/sys/kernel/config"
 _NVMET = f"{_CONFIG}/nvmet/subsystems"

@@ -14,10 +14,9 @@ from typing import Self
 
 import msgspec
 
-from vmplug.devnum import DevNum, is_decimal
+from vmplug.devnum import DevNum, FileKey, is_decimal, key_of, key_of_node
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot, node_number
-from vmplug.host.use.file_key import FileKey, key_of, key_of_node
 from vmplug.host.use.threads import list_other_threads
 
 _PROBE_S, _PROBE_STEP_S = 0.5, 0.05

@@ -12,8 +12,8 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator
 
+from vmplug.devnum import FileKey
 from vmplug.errors import AttributeReadError
-from vmplug.host.use.file_key import FileKey
 
 _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 from msgspec.structs import replace
 
+from vmplug.devnum import key_of
 from vmplug.drivers.plug import BlockDrive
 from vmplug.errors import AttributeReadError, InUse
 from vmplug.host.file_id import pinned
 from vmplug.host.finding import Code
 from vmplug.host.root import THIS_HOST
-from vmplug.host.use.file_key import key_of
 from vmplug.host.use.openers import Wanted, read_open_files
 from vmplug.host.use.qemu_lock import take_lock
 

@@ -13,9 +13,9 @@ from vmplug.address import new_id
 from vmplug.drivers.place import GuestAddress, Place
 from vmplug.drivers.plug import found_address
 from vmplug.drivers.ports import Endpoint
-from vmplug.host.finding import is_pod
 from vmplug.host.kind import DeviceType, Identity, IdentityKind
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import is_pod
 from vmplug.journal.journal import Journal
 from vmplug.journal.records import Attachment, DeviceRecord
 from vmplug.journal.state import State

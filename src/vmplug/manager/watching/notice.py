@@ -14,8 +14,8 @@ from vmplug.drivers.ports import FailedDisk
 from vmplug.drivers.vhost_user import OPTIONS, RECONNECT_S
 from vmplug.errors import counted
 from vmplug.host.events import Event, HostEvent
-from vmplug.host.finding import spoken_holder
 from vmplug.host.kind import DeviceType, Identity
+from vmplug.host.use.claim import spoken_holder
 from vmplug.journal.records import Attachment, DeviceRecord, VmRecord
 from vmplug.manager.watching.health import DeviceHealth, HostState, is_served
 

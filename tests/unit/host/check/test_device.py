@@ -25,18 +25,10 @@ from vmplug.host.block.relations import relate_block, relate_file
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.device import HostDevice
-from vmplug.host.finding import (
-    NEVER_ALLOWED,
-    Access,
-    Claim,
-    Code,
-    Finding,
-    Severity,
-    UsedBy,
-    allow,
-)
+from vmplug.host.finding import NEVER_ALLOWED, Access, Code, Finding, Severity, UsedBy, allow
 from vmplug.host.kind import Identity
 from vmplug.host.resolve import resolve
+from vmplug.host.use.claim import Claim
 from vmplug.host.use.mounts import MountedDevice
 from vmplug.host.vhost_user.store import VhostUserStore
 from vmplug.oci.info import DeviceInfo, DevType

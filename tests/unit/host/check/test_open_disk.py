@@ -17,9 +17,10 @@ from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy, VmProcess
+from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.resolve import resolve
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import VmProcess
 from vmplug.oci.info import DeviceInfo, DevType
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING

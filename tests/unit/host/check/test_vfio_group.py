@@ -21,10 +21,11 @@ from vmplug.host.check.vfio_group import (
     check_openers,
     check_vm,
 )
-from vmplug.host.finding import Claim, Code, Finding, Severity
+from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.kind import Identity
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
+from vmplug.host.use.claim import Claim
 from vmplug.host.use.interfaces import MovedInterface
 
 GPU, AUDIO, OTHER = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0"

@@ -18,7 +18,7 @@ from tests.support.tree import GIB, MIB
 from vmplug.errors import NoSuchDevice, SpecError
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import POD_PREFIX, USES, Access, Claim, Code, Finding, Severity
+from vmplug.host.finding import USES, Access, Code, Finding, Severity
 from vmplug.host.kind import Identity
 from vmplug.host.record.read import read_record
 from vmplug.host.record.write import write_record
@@ -26,6 +26,7 @@ from vmplug.host.root import HostRoot
 from vmplug.host.thing.describe import describe_other, describe_thing, relate
 from vmplug.host.thing.name import find_named_device
 from vmplug.host.thing.thing import Relation, Thing, ThingKind
+from vmplug.host.use.claim import POD_PREFIX, Claim
 
 BRIDGE, NVME, PORTS, CARD, SOUND = (
     "0000:00:1c.0",
