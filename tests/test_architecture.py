@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "hypervisor": {*_FIRST, *_LOG, "cached", "oci", "host", "drivers"},
     "journal": {*_FIRST, *_LOG, "oci", "host", "drivers"},
     "policy": {*_FIRST, "oci", "host", "drivers"},
-    "manager": {*_FIRST, *_LOG, "oci", "cdi", "host", "drivers", "journal", "policy"},
+    "manager": {*_FIRST, *_LOG, "cached", "oci", "cdi", "host", "drivers", "journal", "policy"},
     "leases": {*_BELOW_VMS, "hypervisor", "manager"},
     "vms": {*_BELOW_VMS, "hypervisor", "manager", "leases"},
     "aio": {*_BELOW_VMS, "hypervisor", "manager", "leases", "vms"},

@@ -9,13 +9,16 @@ import sqlite3
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from vmplug.address import Bdf
-from vmplug.host.pci.bind import FormerBinding
 from vmplug.host.process import ProcessLock
 from vmplug.journal.database import JOURNAL_ERRORS, Transaction, alone, store_error
+
+if TYPE_CHECKING:
+    from vmplug.host.pci.bind import FormerBinding
 
 LOCK_TIMEOUT_S = 120.0
 """The others wait for a function that is slow to unbind."""
@@ -37,7 +40,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True):
     bound it.
     """
 
-    former: FormerBinding
+    former: "FormerBinding"
     state: BindingState
     device_id: str | None
     boot_id: str
@@ -104,6 +107,8 @@ class Bindings:
 
 def read_binding(row: sqlite3.Row) -> Binding:
     """A row of the table `binding`."""
+    from vmplug.host.pci.bind import FormerBinding  # noqa: PLC0415  0.4 ms
+
     bdf = Bdf.parse(row["bdf"])
     return Binding(
         former=FormerBinding(

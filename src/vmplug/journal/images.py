@@ -5,15 +5,17 @@ journal has them from the time of the plug: the header may be out of reach later
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from vmplug.errors import HostError
-from vmplug.host.block.formats import ImageFormat
-from vmplug.host.block.qcow2 import ImageFile, read_image
 from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.root import HostRoot
 from vmplug.host.use.claim import Claim
 from vmplug.host.use.file_handle import identify_file
 from vmplug.journal.records import DeviceRecord, HeldFile
+
+if TYPE_CHECKING:
+    from vmplug.host.block.qcow2 import ImageFile
 
 
 def find_things(identities: Iterable[Identity], host: HostRoot) -> list[str]:
@@ -22,7 +24,7 @@ def find_things(identities: Iterable[Identity], host: HostRoot) -> list[str]:
     return list(filter(None, (identify_file(path, host) for path in paths)))
 
 
-def list_files(image: ImageFile | None, *, reads: bool = False) -> Iterator[HeldFile]:
+def list_files(image: "ImageFile | None", *, reads: bool = False) -> Iterator[HeldFile]:
     """The files that QEMU opens besides the image; `reads`: it writes to none of them."""
     if image is None:
         return
@@ -61,9 +63,11 @@ class ImageClaims:
     def _files(self, record: DeviceRecord) -> tuple[HeldFile, ...]:
         if record.files is not None:
             return record.files
-        if record.options.get("format") != ImageFormat.QCOW2:
+        if record.options.get("format") != "qcow2":
             return ()
         if record.id not in self._known:
+            from vmplug.host.block.qcow2 import read_image  # noqa: PLC0415  1.5 ms
+
             try:
                 if record.is_other(identify_file(record.host_path, self._host)):
                     return ()

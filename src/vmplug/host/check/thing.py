@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from vmplug.devnum import DevNum
 from vmplug.host.kind import Identity, is_other_thing
-from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.root import HostRoot
 from vmplug.host.use.file_handle import identify_file
 
@@ -127,7 +126,11 @@ def has_changed(thing: str | None, root: HostRoot) -> bool:
 def _path_of(member: str) -> str:
     """The directory of a member, of which the text is that of `identify_member`."""
     name = _name_of(member)
-    return f"/sys/bus/pci/devices/{name}" if ":" in name else f"{MDEV_DEVICES}/{name}"
+    if ":" in name:
+        return f"/sys/bus/pci/devices/{name}"
+    from vmplug.host.pci.mdev import MDEV_DEVICES  # noqa: PLC0415  0.6 ms
+
+    return f"{MDEV_DEVICES}/{name}"
 
 
 def _name_of(member: str) -> str:

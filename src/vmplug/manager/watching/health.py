@@ -7,23 +7,26 @@ that was handed over, a socket of another network namespace, a file that this us
 import stat
 from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from vmplug.address import find_bdf
+from vmplug.cached import cached_property
 from vmplug.devnum import DevNum
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.loop import read_backing_file
 from vmplug.host.check.thing import has_changed, identify_block
 from vmplug.host.kind import SERVED, DeviceType, IdentityKind
-from vmplug.host.pci.mdev import MDEV_DEVICES
 from vmplug.host.process import find_marked, is_running
 from vmplug.host.program import Looks
 from vmplug.host.root import HostRoot, node_number
 from vmplug.host.use.file_handle import identify_file
-from vmplug.host.vhost_user.sockets import UnixSockets
 from vmplug.journal.records import DeviceRecord, VmRecord, has_ended
 from vmplug.journal.state import State
+
+if TYPE_CHECKING:
+    from vmplug.host.vhost_user.sockets import UnixSockets
 
 _IDENTIFIED = {DeviceType.BLOCK, DeviceType.VFIO}
 """Kinds of which `vmplug.host.check.thing` knows every device."""
@@ -126,7 +129,12 @@ class HostSnapshot:
         self._daemons = {} if daemons is None else daemons
         self._silent = silent
         self._marked: Mapping[str, int] | None = None
-        self._sockets = UnixSockets(host)
+
+    @cached_property
+    def _sockets(self) -> "UnixSockets":
+        from vmplug.host.vhost_user.sockets import UnixSockets  # noqa: PLC0415  1.3 ms
+
+        return UnixSockets(self._host)
 
     def of(self, record: DeviceRecord) -> DeviceHealth | None:
         """The health of a device; None when it is unknown."""
@@ -241,6 +249,8 @@ class HostSnapshot:
         """The change; None when there is none."""
         bdf = find_bdf(name)
         if bdf is None:
+            from vmplug.host.pci.mdev import MDEV_DEVICES  # noqa: PLC0415  0.6 ms
+
             is_there = self._host.stat(f"{MDEV_DEVICES}/{name}") is not None
             return None if is_there else DeviceHealth(HostState.GONE, f"{name} no longer exists")
         from vmplug.host.pci.function import find_function  # noqa: PLC0415  2 ms, with VFIO
