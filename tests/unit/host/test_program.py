@@ -19,6 +19,7 @@ from vmplug.host.events import HostEvents
 from vmplug.host.program import (
     PROGRAM_PATH,
     Finished,
+    Look,
     Looks,
     ask_content,
     read_start,
@@ -205,11 +206,42 @@ def test_only_what_does_not_answer_is_silent_and_is_waited_for_once(
 def test_a_look_that_gets_no_cpu_in_time_says_nothing_of_the_storage(
     script: str, *, is_silent: bool
 ) -> None:
-    def ask(_: Sequence[str]) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(["sh", "-c", script], start_new_session=True)
+    def ask(_: Sequence[str]) -> Look:
+        return Look(["sh", "-c", script])
 
     with Looks(timeout_s=0.02, ask=ask) as looks:
         assert looks.find_silent(["/a"]) == ({"/a"} if is_silent else set())
+
+
+def test_a_look_has_nothing_of_the_caller(tmp_path: Path) -> None:
+    """One that hangs would keep it open. It says nothing, and has its own session."""
+    shown = tmp_path / "shown"
+    script = f"cd /proc/$$/fd; for each in *; do readlink $each; done >{shown}; echo a; echo b >&2"
+    held, other = os.pipe()
+    try:
+        os.set_inheritable(held, True)  # noqa: FBT003  Python's
+        look = Look(["sh", "-c", script])
+        assert look.ends_within(SOON_S)
+        assert look.ends_within(0), "also when it is asked again"
+        look.kill()
+    finally:
+        os.close(held)
+        os.close(other)
+    opened = shown.read_text().splitlines()
+    assert opened.count("/dev/null") >= 2
+    assert not [name for name in opened if name.startswith("pipe:")]
+
+
+def test_a_look_with_a_program_that_is_not_there_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one of that name in the working directory."""
+    (tmp_path / "no-such-look").write_text("#!/bin/sh\n")
+    (tmp_path / "no-such-look").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no-such-look"):
+        Look(["no-such-look"])
 
 
 def test_more_paths_are_looked_at_than_a_program_may_have_words() -> None:
@@ -223,7 +255,7 @@ def test_the_mounts_of_a_bundle_are_looked_at_together(monkeypatch: pytest.Monke
     """A tenant chooses how many there are, and how long each takes."""
     asked = list[Sequence[str]]()
 
-    def ask(paths: Sequence[str]) -> "subprocess.Popen[bytes]":
+    def ask(paths: Sequence[str]) -> Look:
         asked.append(paths)
         return ask_content(paths)
 
