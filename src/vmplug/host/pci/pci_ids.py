@@ -102,7 +102,9 @@ class PciNames:
         """The part of a vendor or class, with the line break before it; empty for none."""
         if self._text is None:
             self._text = self._read()
-        start = self._text.find(f"\n{section}  ".encode())
+        # The classes are at its end.
+        find = self._text.rfind if section.startswith("C ") else self._text.find
+        start = find(f"\n{section}  ".encode())
         if start < 0:
             return b""
         end = _SECTION.search(self._text, start + 1)
