@@ -6,10 +6,11 @@ Source: rtnetlink(7); include/uapi/linux/{if_link,if_addr,rtnetlink,net_namespac
 IFLA_PARENT_DEV_NAME since Linux 5.14.
 """
 
+import _socket as socket  # what `socket` adds takes 7 % of the time that importing click takes
 import os
-import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 
 import msgspec
 
@@ -196,7 +197,8 @@ def _dump(kind: int, length: int) -> Iterator[bytes]:
 
 
 def _ask(kind: int, body: bytes, flags: int) -> Iterator[bytes]:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
+    netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    with closing(netlink):
         head = _HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST | flags, 1, 0)
         netlink.send(head + body)
         while True:
