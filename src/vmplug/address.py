@@ -24,7 +24,7 @@ PERIPHERAL = "/machine/peripheral"
 
 
 _BDF = re.compile(r"([0-9a-f]{4,8}):([0-9a-f]{2}):([01][0-9a-f])\.([0-7])\Z", re.ASCII)
-_SHORT_BDF = re.compile(r"[0-9a-f]{2}:[01][0-9a-f]\.[0-7]\Z", re.ASCII)
+_SHORT_BDF = r"[0-9a-f]{2}:[01][0-9a-f]\.[0-7]\Z"
 
 
 class Bdf(msgspec.Struct, frozen=True, order=True):
@@ -54,7 +54,7 @@ class Bdf(msgspec.Struct, frozen=True, order=True):
         ValueError for anything else.
         """
         written = text.lower()
-        return cls.parse(f"0000:{written}" if _SHORT_BDF.match(written) else written)
+        return cls.parse(f"0000:{written}" if re.match(_SHORT_BDF, written) else written)
 
     @property
     def device(self) -> tuple[int, int, int]:

@@ -29,9 +29,7 @@ _NAMED = frozenset({"net", "share", "rng", "vfio"})
 _NEVER_READ_ONLY = frozenset({"net", "vfio"})
 _WORDS = "b, c, file, nvdimm, vfio, net, share, rng, a CDI name such as vendor.com/gpu=gpu0"
 _REMEDY = "write /dev/sdb, b:8:16, file:/images/a.img, each also with :/dev/xvda and :ro"
-_MISTAKEN_MODE = re.compile(
-    r":(?![0-9a-f]{2}:)\s*(?:[A-Za-z][A-Za-z0-9_,=-]{0,9})?\s*(?=:|\Z)", re.ASCII
-)
+_MISTAKEN_MODE = r"(?a::(?![0-9a-f]{2}:)\s*(?:[A-Za-z][A-Za-z0-9_,=-]{0,9})?\s*(?=:|\Z))"
 """Nothing or a short word after a colon of a container path, as `:rw`, `:RO` and `:read-only`.
 
 No part of a name below /dev/disk/by-path is one: `pci-0000:af:00.0-nvme-1`.
@@ -161,7 +159,7 @@ def _container_path(where: str, rest: str) -> str | None:
     """The path in the container out of what follows the device; None where there is nothing."""
     if not rest:
         return None
-    if not rest.startswith(":/") or _MISTAKEN_MODE.search(rest, 1):
+    if not rest.startswith(":/") or re.search(_MISTAKEN_MODE, rest[1:]):
         raise SpecError(
             where,
             f"{rest!r} is neither a path in the container nor :ro",

@@ -24,7 +24,7 @@ VERSION = 11
 _BUSY_TIMEOUT_S = 10.0
 SALVAGE_PREFIX = "set-aside-"
 """With this the name of a directory begins in which a new journal is made from a damaged one."""
-_DRAFT = re.compile(r"journal\.db\.[0-9a-f]{16}(-[a-z]+)?")
+_DRAFT = r"journal\.db\.[0-9a-f]{16}(-[a-z]+)?"
 _JOURNAL_ID = re.compile(f"[0-9a-f]{{{JOURNAL_ID_DIGITS}}}")
 
 _SCHEMA = """
@@ -253,7 +253,7 @@ def remove_remains(path: str) -> None:
     Only inside `in_place_of`: then no other process is making one.
     """
     for entry in list(os.scandir(os.path.dirname(path))):
-        if _DRAFT.fullmatch(entry.name):
+        if re.fullmatch(_DRAFT, entry.name):
             os.unlink(entry)
         elif entry.name.startswith(SALVAGE_PREFIX) and entry.is_dir(follow_symlinks=False):
             for file in list(os.scandir(entry)):

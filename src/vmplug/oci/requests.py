@@ -23,11 +23,10 @@ DEFAULT_SOURCE = "/dev/urandom"
 _DESCRIPTOR_DIGITS = 9
 """A descriptor is a C int; nobody has so many."""
 
-VFIO_DEVICE = re.compile(
+VFIO_DEVICE = (
     r"([0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]"
     r"|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-    r"|/dev/vfio/([0-9]{1,9}|devices/vfio[0-9]{1,9}))\Z",
-    re.ASCII,
+    r"|/dev/vfio/([0-9]{1,9}|devices/vfio[0-9]{1,9}))\Z"
 )
 
 TAG_BYTES_MAX = 36
@@ -148,7 +147,7 @@ class VfioInfo(_ByName, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         check_fields(self)
         _check_label("vfio", self.label)
-        if not VFIO_DEVICE.match(self.device):
+        if not re.match(VFIO_DEVICE, self.device):
             raise SpecError(
                 self.name,
                 f"{self.device!r} is not a PCI address, a UUID or a VFIO node",

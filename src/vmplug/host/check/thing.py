@@ -16,8 +16,8 @@ from vmplug.host.use.file_handle import identify_file
 if TYPE_CHECKING:
     from vmplug.host.device import HostDevice
 
-_PCI_ID = re.compile(rb"^PCI_ID=([0-9A-F]+):([0-9A-F]+)$", re.MULTILINE)
-_FILE = re.compile(r"file ([0-9]+):([0-9]+) ")
+_PCI_ID = rb"(?m:^PCI_ID=([0-9A-F]+):([0-9A-F]+)$)"
+_FILE = r"file ([0-9]+):([0-9]+) "
 _ADDRESS_WORDS = 3
 """A function's address has two colons, the UUID of a mediated device none."""
 
@@ -51,7 +51,7 @@ def identify(device: "HostDevice", root: HostRoot) -> str | None:
 
 def find_place(thing: str) -> tuple[int, int] | None:
     """The file system and the inode in what `identify_file` has made; None for other things."""
-    match = _FILE.match(thing)
+    match = re.match(_FILE, thing)
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -97,7 +97,7 @@ def name_member(path: str, root: HostRoot) -> str:
     name = path.rpartition("/")[2]
     ids = [root.read_attribute(f"{path}/{file}") for file in ("vendor", "device")]
     if not any(ids) and not root.is_live:  # a kernel that unbinds it lets nobody read its uevent
-        match = _PCI_ID.search(root.read_attribute(f"{path}/uevent") or b"")
+        match = re.search(_PCI_ID, root.read_attribute(f"{path}/uevent") or b"")
         ids = list(match.groups()) if match else []
     words = (text.decode().strip().lower().removeprefix("0x") for text in ids if text)
     return ":".join([name, *words])

@@ -23,8 +23,8 @@ _GADGETS = f"{_CONFIG}/usb_gadget"
 _JOURNALS, _FILE_SYSTEMS = "/proc/fs/jbd2", "/sys/fs/ext4"
 _VIRTUAL = "/sys/devices/virtual/block"
 
-_NUMBER = re.compile(r"Major: ([0-9]+) Minor: ([0-9]+)", re.ASCII)
-_FILE = re.compile(r"File: (.+?) +Size: ")
+_NUMBER = r"Major: ([0-9]+) Minor: ([0-9]+)"
+_FILE = r"File: (.+?) +Size: "
 
 
 class KernelUser(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,9 +94,9 @@ def _scsi_targets(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
             if root.read_int(f"{base}/enable"):
                 user = _export("SCSI", name, f"rmdir {base}", ", after its LUNs (targetcli ls)")
                 info = _text(f"{base}/info", root)
-                if number := _NUMBER.search(info):
+                if number := re.search(_NUMBER, info):
                     yield DevNum(int(number[1]), int(number[2])), user
-                elif file := _FILE.search(info):
+                elif file := re.search(_FILE, info):
                     yield file[1], user
                 elif (path := _text(f"{base}/udev_path", root)).startswith("/"):
                     yield path, user
