@@ -249,6 +249,8 @@ LISTED = "(SELECT value FROM json_each(?))"
 
 def list_texts(texts: Iterable[str]) -> str:
     """One value of a statement for many. What is not text stays such, and SQLite refuses it."""
+    import json  # noqa: PLC0415  as above
+
     return json.dumps([*texts], ensure_ascii=False)
 
 

@@ -8,15 +8,13 @@ from vmplug.cli.options import (
     managed_option,
     owner_option,
     parse_allow,
-    read_request,
-    request_options,
-    require_owner,
     state_dir_option,
     vm_option,
 )
 from vmplug.cli.progress import at_work
 from vmplug.cli.render.attachments import attachments_json, print_attachments
 from vmplug.cli.render.output import print_json, resolved_json
+from vmplug.cli.request import read_request, request_options, require_owner
 from vmplug.drivers import block, rng, share, vfio, vhost_user
 from vmplug.vms.connect import connect_vm
 

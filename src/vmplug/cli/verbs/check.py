@@ -9,8 +9,6 @@ from vmplug.cli.options import (
     managed_option,
     owner_option,
     parse_allow,
-    read_request,
-    request_options,
     state_dir_option,
 )
 from vmplug.cli.render.findings import (
@@ -20,6 +18,7 @@ from vmplug.cli.render.findings import (
     problems_json,
 )
 from vmplug.cli.render.output import print_json
+from vmplug.cli.request import read_request, request_options
 from vmplug.vms.check import check_requests
 
 

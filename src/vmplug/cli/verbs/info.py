@@ -3,9 +3,10 @@
 import click
 
 from vmplug.cli.device_json import info_json
-from vmplug.cli.options import json_option, read_request, request_options
+from vmplug.cli.options import json_option
 from vmplug.cli.render.output import access, print_json, resolved_json
 from vmplug.cli.render.table import Column, name_column, path_column, print_table
+from vmplug.cli.request import read_request, request_options
 from vmplug.oci.info import DeviceInfo
 from vmplug.oci.requests import Named, NetInfo, Request, VfioInfo
 

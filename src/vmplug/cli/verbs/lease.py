@@ -7,17 +7,16 @@ from vmplug.cli.options import (
     AnsweringPath,
     allow_option,
     completes,
-    device_options,
     json_option,
     managed_option,
     owner_option,
     parse_allow,
-    read_request,
     state_dir_option,
 )
 from vmplug.cli.progress import at_work, progress
 from vmplug.cli.render.leases import lease_text, print_leases, print_running, status_json
 from vmplug.cli.render.output import print_json
+from vmplug.cli.request import device_options, read_request
 from vmplug.leases.holder import LeaseLock, LeaseTerms
 from vmplug.leases.lease import lease
 from vmplug.leases.life import end_lease, list_leases

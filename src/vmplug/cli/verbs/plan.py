@@ -8,14 +8,13 @@ from vmplug.cli.options import (
     managed_option,
     owner_option,
     parse_allow,
-    read_request,
-    request_options,
     state_dir_option,
     vm_option,
 )
 from vmplug.cli.progress import is_verbose
 from vmplug.cli.render.output import print_json
 from vmplug.cli.render.terminal import Style, say, wrapped
+from vmplug.cli.request import read_request, request_options
 from vmplug.cli.steps import raw, sentences
 from vmplug.drivers.ports import Command, Step
 from vmplug.text import one_line

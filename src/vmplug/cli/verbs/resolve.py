@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 import click
 
 from vmplug.cli.device_json import device_json, info_json
-from vmplug.cli.options import json_option, read_request, request_options
+from vmplug.cli.options import json_option
 from vmplug.cli.render.output import print_json, size
 from vmplug.cli.render.table import path_column, print_table
 from vmplug.cli.render.terminal import Style, say
+from vmplug.cli.request import read_request, request_options
 from vmplug.errors import HostError
 from vmplug.host.block.device import BlockDevice, DiskFile
 from vmplug.host.device import HostDevice

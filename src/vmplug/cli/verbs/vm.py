@@ -9,18 +9,14 @@ import click
 from vmplug.cli.group import VerbGroup
 from vmplug.cli.options import (
     AnsweringPath,
-    RequestArguments,
     Seconds,
     allow_option,
     completes,
-    device_options,
     json_option,
     managed_option,
     owner_option,
     parse_allow,
     parse_function,
-    read_request,
-    require_owner,
     state_dir_option,
 )
 from vmplug.cli.progress import at_work
@@ -38,6 +34,7 @@ from vmplug.cli.render.vms import (
     status_json,
     stopped_json,
 )
+from vmplug.cli.request import RequestArguments, device_options, read_request, require_owner
 from vmplug.host.root import THIS_HOST
 from vmplug.manager.setup import Setup
 from vmplug.policy.find import find_policy
