@@ -91,11 +91,11 @@ def test_a_name_brings_only_what_it_needs() -> None:
 def test_resolving_one_device_imports_nothing_heavy(more: tuple[str, ...]) -> None:
     loaded = modules_of_process("resolve", "--device", "c:1:3:/dev/null", *more)
     assert {"click", "vmplug.host.resolve"} <= loaded
-    assert not loaded & {"asyncio", "locale", "msgspec", "rich", "sqlite3", "subprocess"}
+    assert not loaded & {"asyncio", "msgspec", "rich", "sqlite3", "subprocess"}
 
 
 SLOW = {
-    *("asyncio", "concurrent.futures", "json", "locale", "logging", "pathlib", "socket"),
+    *("asyncio", "concurrent.futures", "json", "logging", "pathlib", "socket"),
     *("subprocess", "tempfile"),
 }
 """Modules of Python that these verbs do without, each some percent of what they cost."""

@@ -16,7 +16,7 @@ def new_size(
 ) -> int:
     """The new size in bytes for the guest; `size_bytes` is the requested one.
 
-    Raises NotAttached for what is no disk to QEMU; StateError if another disk has the name now, or
+    Raises NotAttached for what QEMU has not as a disk; StateError if another disk has the name now, or
     may have it; PolicyError if data would be lost, only the host can resize it, the VM only reads
     it, or QEMU could not do it, or not open it again.
     """
