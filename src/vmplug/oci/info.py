@@ -155,6 +155,8 @@ class DeviceInfo(_DeviceFields):
 class Mount(NamedTuple):
     """One mount that has a source on the host; `type` is None where the bundle leaves it out.
 
+    It is `bind` for each bind mount, whatever the bundle says in its place.
+
     `driver_options` are for the device that the source may turn out to be.
     """
 

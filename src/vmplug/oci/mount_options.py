@@ -1,4 +1,4 @@
-"""Mount options: is the mount for reading only?
+"""Mount options: is it a bind mount, and is that for reading only?
 
 Engines write the words of the runtime specification; a guest can damage what is wrongly writable,
 so every doubt means read-only: two words that contradict each other, and a word that is unknown.
@@ -39,10 +39,22 @@ def is_read_only(options: Iterable[str]) -> bool:
     A word for writing counts only where no word says read-only. A word that nobody knows may mean
     read-only, unless another says that the mount is for writing.
     """
-    words = {word.strip() for option in options for word in option.split(",")} - {""}
+    words = _words(options)
     if any(_says_read_only(word) for word in words):
         return True
     return not words & _WRITABLE and any(not _is_harmless(word) for word in words)
+
+
+def is_bind(options: Iterable[str]) -> bool:
+    """Whether they make it a bind mount: its type says nothing then, whatever it is."""
+    return not _words(options).isdisjoint(_BIND)
+
+
+_BIND = frozenset({"bind", "rbind"})
+
+
+def _words(options: Iterable[str]) -> set[str]:
+    return {word.strip() for option in options for word in option.split(",")} - {""}
 
 
 def _says_read_only(word: str) -> bool:

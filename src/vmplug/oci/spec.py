@@ -36,7 +36,7 @@ from vmplug.oci.limits import (
     check_count,
     check_path,
 )
-from vmplug.oci.mount_options import is_read_only
+from vmplug.oci.mount_options import is_bind, is_read_only
 from vmplug.oci.requests import Named
 from vmplug.oci.source import read_source
 
@@ -192,7 +192,7 @@ def _mount(mount: _Mount, at: str, options: Mapping[str, Mapping[str, str]]) -> 
     return Mount(
         destination=mount.destination,
         source=mount.source or "",
-        type=mount.type,
+        type="bind" if is_bind(mount.options or []) else mount.type,
         read_only=is_read_only(mount.options or []),
         driver_options=options.get(mount.destination.rstrip("/"), {}),
     )

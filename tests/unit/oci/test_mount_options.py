@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmplug.oci.mount_options import is_read_only
+from vmplug.oci.mount_options import is_bind, is_read_only
 
 OF_THE_SPECIFICATION = (
     "async atime bind defaults dev diratime dirsync exec iversion lazytime loud noatime nodev "
@@ -73,3 +73,19 @@ def test_nothing_overrules_a_word_for_read_only(
 ) -> None:
     at = data.draw(st.integers(0, len(others)))
     assert is_read_only([*others[:at], word, *others[at:]])
+
+
+@pytest.mark.parametrize(
+    ("options", "is_one"),
+    [
+        (["rbind"], True),
+        (["ro", "bind"], True),
+        (["nosuid,rbind,ro"], True),
+        ([" bind "], True),
+        ([], False),
+        (["ro", "rprivate"], False),
+        (["bind-recursive=readonly"], False),
+    ],
+)
+def test_the_options_say_what_is_a_bind_mount(options: list[str], *, is_one: bool) -> None:
+    assert is_bind(options) is is_one

@@ -117,7 +117,7 @@ def test_mounts_keep_their_source_and_whether_they_are_read_only() -> None:
         {"destination": "/proc"},
     ]
     assert parse(config(mounts=mounts)).mounts == (
-        Mount(destination="/a", source="/dev/sdb", type=None, read_only=True),
+        Mount(destination="/a", source="/dev/sdb", type="bind", read_only=True),
         Mount(destination="/b", source="/srv/b", type="bind", read_only=False),
     )
 
@@ -631,3 +631,16 @@ def test_a_request_can_be_hashed_and_does_not_share_the_callers_options() -> Non
     options["cache"] = "unsafe"
     assert info.driver_options == {"cache": "none"}
     assert len({info, info}) == 1
+
+
+@pytest.mark.parametrize("type_", [None, "", "none", "bind", "BIND", "ext4", "tmpfs"])
+@pytest.mark.parametrize("options", [["rbind"], ["nosuid", "bind", "ro"]])
+def test_the_type_of_a_bind_mount_says_nothing(type_: str | None, options: list[str]) -> None:
+    """The runtime specification calls it a dummy."""
+    mount = {"destination": "/dev/x", "source": "/dev/sdb", "type": type_, "options": options}
+    document = json.dumps({"ociVersion": "1.1.0", "mounts": [mount]}).encode()
+    (read,) = parse(document).mounts
+    assert (read.type, read.read_only) == ("bind", "ro" in options)
+    mount["options"] = ["ro"]
+    document = json.dumps({"ociVersion": "1.1.0", "mounts": [mount]}).encode()
+    assert parse(document).mounts[0].type == type_
