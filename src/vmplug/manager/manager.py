@@ -317,8 +317,8 @@ class DeviceManager:
         self._require_live("resize a disk")
         absent = NotAttached(f"no disk is attached as {attachment_id} in VM {self._vm}")
         hold = choose_device(attachment_id, self.attachments(), absent)
-        record = {one.id: one for one in self._journal.devices(self._vm)}.get(hold.device_id)
-        if not record:
+        devices = {record.id: record for record in self._journal.devices(self._vm)}
+        if (record := devices.get(hold.device_id)) is None:
             raise absent
         wanted = new_size(record, hold, self._host, size_bytes)
         self._hypervisor.claim_foreign_names(foreign_names([record]))

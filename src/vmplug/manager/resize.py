@@ -16,9 +16,9 @@ def new_size(
 ) -> int:
     """The new size in bytes for the guest; `size_bytes` is the requested one.
 
-    Raises NotAttached for what QEMU has not as a disk; StateError if another disk has the name now, or
-    may have it; PolicyError if data would be lost, only the host can resize it, the VM only reads
-    it, or QEMU could not do it, or not open it again.
+    Raises NotAttached for what is not a disk of QEMU. Raises StateError if another disk has the
+    name now, or may have it. Raises PolicyError if data would be lost, if only the host can
+    resize it, if the VM only reads it, or if QEMU could not do it or not open it again.
     """
     if not _is_disk(record):
         raise NotAttached(
