@@ -122,7 +122,8 @@ class DiskFile(NamedTuple):
     without the page cache (O_DIRECT). `qcow2` is its header, None for anything but a qcow2 image;
     `image` has the files that it makes QEMU open, None where they are not known or not followed;
     `written` are these with all that shows their bytes, `only_read` those that are only read.
-    `pfn` is the information block of persistent memory, None without one. `loops` are the loop
+    `pfn` is the information block of persistent memory, None without one. `other_names` lead to it
+    through an overlay or a layer of one (see `vmplug.host.use.overlay`), and `loops` are the loop
     devices on it with their partitions, None until a check looks for them. `looks_like` is as for
     a BlockDevice; `faults` are those of an image whose format the request states as qcow2.
 
@@ -140,6 +141,7 @@ class DiskFile(NamedTuple):
     image: "ImageFile | None" = None
     pfn: "PfnInfo | None" = None
     direct_io: bool = False
+    other_names: tuple[str, ...] = ()
     loops: tuple[DevNum, ...] | None = None
     looks_like: str | None = None
     faults: "tuple[ImageFault, ...]" = ()
@@ -152,8 +154,8 @@ class DiskFile(NamedTuple):
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Its path."""
-        return (self.host_path,)
+        """Its path, and its names in overlays."""
+        return (self.host_path, *self.other_names)
 
     @property
     def kind(self) -> DeviceType:
@@ -177,6 +179,7 @@ class DiskFile(NamedTuple):
 
     @property
     def related_identities(self) -> tuple[Identity, ...]:
-        """The loop devices on it, and the other files of the image."""
+        """Its names in overlays, the loop devices on it, and the other files of the image."""
+        names = (Identity(IdentityKind.FILE, path) for path in self.other_names)
         loops = map(Identity.of_block, self.loops or ())
-        return (*loops, *self.written, *self.only_read)
+        return (*names, *loops, *self.written, *self.only_read)

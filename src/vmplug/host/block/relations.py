@@ -19,16 +19,19 @@ def relate_block(device: BlockDevice, usage: HostUsage, root: HostRoot) -> Block
     """
     if device.loops is not None:
         return device
-    known = device._replace(twins=tuple(_twins(device, usage, root)))
+    files = [name for path in device.below_files for name in (path, *usage.other_names(path))]
+    known = device._replace(below_files=tuple(dict.fromkeys(files)))
+    known = known._replace(twins=tuple(_twins(known, usage, root)))
     known = known._replace(behind=tuple(_behind(known, usage, root)))
     return known._replace(loops=_numbers(_loops_on(known, usage), root))
 
 
 def relate_file(file: DiskFile, usage: HostUsage, root: HostRoot) -> DiskFile:
-    """The file with its loop devices. Raises AttributeReadError."""
+    """The file with its names in overlays and its loop devices. Raises AttributeReadError."""
     if file.loops is not None:
         return file
-    return file._replace(loops=_numbers(_loops_on(file, usage), root))
+    known = file._replace(other_names=usage.other_names(file.host_path))
+    return known._replace(loops=_numbers(_loops_on(known, usage), root))
 
 
 def _twins(device: BlockDevice, usage: HostUsage, root: HostRoot) -> list[DiskPart]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vmplug.host.use.interfaces import MovedInterface, OtherNetworks
     from vmplug.host.use.namespaces import Namespaces
     from vmplug.host.use.openers import OpenFiles
+    from vmplug.host.use.overlay import Overlay
 
 T = TypeVar("T")
 _ZFS = " - zfs "
@@ -119,6 +120,23 @@ class HostUsage:
     def kernel_users(self) -> KernelUsers:
         """What the kernel itself uses devices and files for."""
         return read_kernel_users(self._root)
+
+    @cached_property
+    def overlays(self) -> "Sequence[Overlay]":
+        """The overlays of every mount namespace."""
+        if not self._root.is_live or not self._root.list_dir("/sys/module/overlay"):
+            return ()
+        from vmplug.host.use.overlay import read_overlays  # noqa: PLC0415  few hosts have them
+
+        return read_overlays(self.namespaces.tables, self._root)
+
+    def other_names(self, path: str) -> tuple[str, ...]:
+        """The names of a file in the layers of an overlay, and in overlays over it."""
+        if not self.overlays:
+            return ()
+        from vmplug.host.use.overlay import find_other_names  # noqa: PLC0415  as above
+
+        return tuple(find_other_names(path, self.overlays, self._root))
 
     def once(self, read: Callable[[HostRoot], T]) -> T:
         """What a reader of the whole host answers, which is asked once."""

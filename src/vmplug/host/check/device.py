@@ -235,12 +235,13 @@ def _check_file(
     yield from _unknown(usage, root, mounts=bool(device.loops))
     used = [
         *_looped(device, access, usage, root),
-        *_swap(device.host_path, (device.host_path,), usage, root),
+        *_swap(device.host_path, device.nodes, usage, root),
         *find_kernel_users(device, access, usage, root),
     ]
     found = [*used, *find_claimed(claims, access, device.only_read)]
     if not (_is_refused(used) or in_vm):
-        found += check_qemu_locks(device.host_path, device, access, usage, root)
+        for path in device.nodes:
+            found += check_qemu_locks(path, device, access, usage, root)
     yield from found
     if not _is_refused(found):
         yield from check_open_disk(device, access, usage, root)

@@ -190,7 +190,9 @@ def _wanted(disk: BlockDevice | DiskFile, root: HostRoot) -> Wanted:
     for number in disk.loops or ():
         wanted |= _wanted_block(number, None, root)
     if isinstance(disk, DiskFile):
-        return wanted | _wanted_file(disk.host_path, root)
+        for path in disk.nodes:
+            wanted |= _wanted_file(path, root)
+        return wanted
     for part in disk.same_bytes:
         wanted |= _wanted_block(part.devnum, part.device_node, root)
     return wanted | _wanted_block(disk.devnum, disk.device_node, root)

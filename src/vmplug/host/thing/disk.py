@@ -71,7 +71,9 @@ class DiskReader:
 
     def file(self, file: DiskFile) -> Thing:
         """A disk image, an NVDIMM file or any other."""
-        parts, header = [*self._loops(file), *self._files_of(file.image)], file.qcow2
+        others = (self._file(name, Relation.SAME_FILE, name) for name in file.other_names)
+        parts = [*others, *self._loops(file), *self._files_of(file.image)]
+        header = file.qcow2
         names = (header.backing_file, header.external_data) if header else ()
         is_followed = file.image or not any(names)
         if header and header.backing_file and not is_followed:
@@ -162,8 +164,8 @@ class DiskReader:
 
     def _loops(self, disk: BlockDevice | DiskFile) -> Iterator[Thing]:
         """The loop devices on it; those on its other parts are there."""
-        path = disk.host_path
-        for loop in self._usage.loop_index.find_on(path):
+        own = disk.nodes if isinstance(disk, DiskFile) else (disk.host_path,)
+        for loop in [each for n in own for each in self._usage.loop_index.find_on(n)]:
             if above := self._above(loop.devnum):
                 yield above
 

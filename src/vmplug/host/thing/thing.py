@@ -67,6 +67,7 @@ class Relation(StrEnum):
     PARTITION = "partition"
     PHYSICAL_FUNCTION = "physical-function"
     SAME_DISK = "same-disk"
+    SAME_FILE = "same-file"
     SAME_GROUP = "same-group"
     VIRTUAL_FUNCTION = "virtual-function"
 
