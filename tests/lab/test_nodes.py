@@ -23,7 +23,8 @@ def node(tmp_path: Path) -> Iterator[Path]:
     group = os.readlink(f"/sys/bus/pci/devices/{topology.EDU}/iommu_group")
     yield Path("/dev/vfio") / group.rpartition("/")[2]
     vmplug("unbind", topology.EDU).answer()
-    (Path("/dev/vfio") / group.rpartition("/")[2]).unlink()  # the kernel removes only its own
+    # The kernel removes only its own.
+    (Path("/dev/vfio") / group.rpartition("/")[2]).unlink(missing_ok=True)
 
 
 def check(state_dir: Path) -> tuple[int, str, str]:
@@ -51,3 +52,21 @@ def test_a_node_that_is_not_the_kernels_is_found_and_the_remedy_makes_the_right_
     subprocess.run(["sh", "-ec", remedy.partition("; in a container")[0]], check=True)
     assert node.stat().st_rdev == number
     assert check(tmp_path)[0] == 0
+
+
+def test_a_node_that_nothing_can_open_is_found_and_the_remedy_lets_it_be_opened(
+    node: Path, tmp_path: Path
+) -> None:
+    directory = node.parent
+    subprocess.run(["mount", "--bind", directory, directory], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,nodev", directory], check=True)
+        with pytest.raises(PermissionError):
+            node.open("rb")
+        status, code, remedy = check(tmp_path)
+        assert (status, code) == (4, "wrong-node")
+        subprocess.run(["sh", "-ec", remedy], check=True)
+        node.open("rb").close()
+        assert check(tmp_path)[0] == 0
+    finally:
+        subprocess.run(["umount", directory], check=True)

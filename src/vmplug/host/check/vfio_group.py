@@ -77,7 +77,7 @@ def check_group(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[
     yield from _bindings(group, root)
     yield from _others(group, root)
     yield from check_machine_parts(group, root)
-    yield from check_nodes(group, root)
+    yield from check_nodes(group, usage, root)
     if CDEV_NODE.match(group.host_path) and not has_node(IOMMU_NODE, root):
         why = f"the host has no {IOMMU_NODE}, which {group.host_path} needs"
         yield _by_group_alone(group, why, "modprobe iommufd", root)

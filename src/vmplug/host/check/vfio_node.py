@@ -8,22 +8,27 @@ devices.txt.
 
 import stat
 from collections.abc import Iterator
+from shlex import quote
 
 from vmplug.devnum import DevNum
+from vmplug.host.block.usage import HostUsage
 from vmplug.host.finding import Code, Finding
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import is_vfio_driver
 from vmplug.host.root import HostRoot, describe, node_number
+from vmplug.host.use.mounts import find_mount_point, read_mount_points
 
 _NODES, _CLASS = "/dev/vfio", "/sys/class/vfio"
 
 
-def check_nodes(group: VfioGroup, root: HostRoot) -> Iterator[Finding]:
+def check_nodes(group: VfioGroup, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
     """Every reason why the group cannot be opened by the nodes that QEMU will get."""
     if group.number is None or group.is_noiommu:
         return
     if not group.cdev_nodes:
         yield from check_group_node(group, root)
+    for node in [node for _, node in group.cdev_nodes] or [group.group_node]:
+        yield from _without_devices(node, usage, root)
     paths = group.member_paths
     for name, node in group.cdev_nodes:
         number = root.read_devnum(f"{paths[name]}/vfio-dev/{node.rpartition('/')[2]}/dev")
@@ -70,6 +75,20 @@ def _wrong(node: str, what: str, number: DevNum, root: HostRoot) -> Iterator[Fin
             Code.WRONG_NODE,
             f"{node} must be char device {number} for {what}, but it is {describe(status)}",
             f"rm {node}; mknod {node} c {number.major} {number.minor}",
+        )
+
+
+def _without_devices(node: str, usage: HostUsage, root: HostRoot) -> Iterator[Finding]:
+    """A node where nothing opens devices, as in the /dev of some containers.
+
+    It may not be there before VFIO has the group.
+    """
+    mount = find_mount_point(node, usage.once(read_mount_points))
+    if mount and not mount.has_devices and (root.is_live or root.stat_or_none(node)):
+        yield Finding(
+            Code.WRONG_NODE,
+            f"{node} cannot be opened: {mount.path} is mounted nodev",
+            f"mount -o remount,bind,dev {quote(mount.path)}",
         )
 
 

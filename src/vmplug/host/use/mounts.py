@@ -5,7 +5,7 @@ Source: proc(5), proc_pid_mountinfo(5).
 
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 
 import msgspec
@@ -107,7 +107,8 @@ def _node_number(source: str, root: HostRoot) -> DevNum | None:
 class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     """One line of mountinfo; `shown` is the directory of the file system that it shows.
 
-    `read_only` is the state of the file system, `shown_read_only` that of this mount.
+    `read_only` is the state of the file system, `shown_read_only` that of this mount. Where
+    `has_devices` is false, nothing opens a device by its node.
     """
 
     devnum: DevNum
@@ -118,6 +119,7 @@ class MountPoint(msgspec.Struct, frozen=True, kw_only=True):
     fs_options: tuple[str, ...]
     read_only: bool
     shown_read_only: bool
+    has_devices: bool = True
 
     @property
     def other_sources(self) -> list[str]:
@@ -142,6 +144,16 @@ def read_mount_points(root: HostRoot) -> list[MountPoint]:
         raise AttributeReadError(path, why=str(error)) from error
 
 
+def find_mount_point(path: str, mounts: Sequence[MountPoint]) -> MountPoint | None:
+    """The one of these that a path without links is in; None where none is."""
+    above = [
+        mount
+        for mount in reversed(mounts)  # a later one covers those before it
+        if path == mount.path or path.startswith(f"{mount.path.rstrip('/')}/")
+    ]
+    return max(above, key=lambda mount: len(mount.path), default=None)
+
+
 def mounts_in(table: str) -> list[str]:
     """The lines of a table, without the two ids that begin each and that no other table has."""
     # Only "\n" ends a line: the kernel leaves "\r" and U+2028 in names as they are.
@@ -161,6 +173,7 @@ def _parse_line(line: str) -> MountPoint:
         fs_options=tuple(super_options.split(",")),
         read_only="ro" in super_options.split(","),
         shown_read_only="ro" in fields[3].split(","),
+        has_devices="nodev" not in fields[3].split(","),
     )
 
 

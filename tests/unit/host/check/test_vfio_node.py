@@ -57,6 +57,34 @@ def test_a_node_of_another_number_is_found_and_the_remedy_makes_the_right_one(
     assert findings(tree, name) == {}
 
 
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("mounts", "is_found"),
+    [
+        ({"/dev": "rw,nosuid"}, False),
+        ({"/dev": "rw,nodev"}, True),
+        ({"/dev": "rw", "/dev/vfio": "rw,nodev"}, True),
+        ({"/dev": "rw,nodev", "/dev/vfio": "rw"}, False),
+        ({"/dev": "rw", "/dev/vf": "rw,nodev"}, False),
+    ],
+)
+@pytest.mark.parametrize("name", [GROUP, BDF])
+def test_a_node_that_is_mounted_so_that_nothing_opens_it_is_found(
+    tree: PciTree, name: str, mounts: dict[str, str], *, is_found: bool
+) -> None:
+    tree.node(GROUP, "c", "243:141")
+    lines = [
+        f"{number} 1 0:5 / {path} {options} - devtmpfs udev rw\n"
+        for number, (path, options) in enumerate(mounts.items(), start=20)
+    ]
+    tree.file("/proc/1/mountinfo", "".join(lines))
+    found = findings(tree, name)
+    assert list(found) == [Code.WRONG_NODE] * is_found
+    if is_found:
+        path = list(mounts)[-1]
+        assert found[Code.WRONG_NODE].hint == f"mount -o remount,bind,dev {path}"
+
+
 def test_a_file_in_its_place_is_not_the_node(tree: PciTree) -> None:
     tree.file(GROUP)
     assert "a regular file" in findings(tree, GROUP)[Code.WRONG_NODE].message
