@@ -8,11 +8,14 @@ from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.function import PciFunction
 from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.iommu import (
+    IOMMU_NODE,
     allows_unsafe_interrupts,
     has_iommu,
     overrides_acs,
     remaps_interrupts,
+    unsafe_interrupts,
 )
+from vmplug.host.pci.vfio import has_node
 from vmplug.host.root import HostRoot
 
 _ENABLE = (
@@ -79,16 +82,17 @@ def _vmd_controller(function: PciFunction, root: HostRoot) -> Bdf | None:
 
 
 def _no_remapping(group: VfioGroup, root: HostRoot) -> Finding:
-    is_allowed = allows_unsafe_interrupts(root)
+    module = "iommufd" if group.cdev_nodes and has_node(IOMMU_NODE, root) else "vfio_iommu_type1"
+    is_allowed = allows_unsafe_interrupts(module, root)
     return Finding(
         Code.NO_INTERRUPT_REMAPPING,
         f"the IOMMU does not remap interrupts: through {group.members[0]} the VM could "
         "inject interrupts into the host",
         "enable interrupt remapping in the firmware; for a VM that you trust, "
         + (
-            "allow_unsafe_interrupts=Y is set already"
+            f"allow_unsafe_interrupts=Y of {module} is set already"
             if is_allowed
-            else "echo Y > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+            else f"modprobe {module}; echo Y > {unsafe_interrupts(module)}"
         ),
         Severity.WARNING if is_allowed else Severity.ERROR,
     )

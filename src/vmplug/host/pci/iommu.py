@@ -9,8 +9,6 @@ from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
 
-_UNSAFE_INTERRUPTS = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
-
 IOMMU_NODE = "/dev/iommu"
 """iommufd: without it, a device's own node is useless. Source: Documentation/userspace-api."""
 
@@ -92,6 +90,15 @@ def overrides_acs(root: HostRoot) -> bool:
     return any(word.startswith("pcie_acs_override=") for word in words)
 
 
-def allows_unsafe_interrupts(root: HostRoot) -> bool:
-    """Whether the operator lets VFIO work without it. Source: vfio_iommu_type1.c."""
-    return (root.read_attribute(_UNSAFE_INTERRUPTS) or b"").strip() == b"Y"
+def allows_unsafe_interrupts(module: str, root: HostRoot) -> bool:
+    """Whether the operator lets a module of VFIO work without it.
+
+    Groups are those of `vfio_iommu_type1`, devices by their own nodes of `iommufd`.
+    Source: drivers/vfio/vfio_iommu_type1.c; drivers/iommu/iommufd/device.c.
+    """
+    return (root.read_attribute(unsafe_interrupts(module)) or b"").strip() == b"Y"
+
+
+def unsafe_interrupts(module: str) -> str:
+    """The file that says it, and is there while the module is loaded."""
+    return f"/sys/module/{module}/parameters/allow_unsafe_interrupts"

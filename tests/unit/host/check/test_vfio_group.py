@@ -13,6 +13,7 @@ from tests.support.pci_tree import PciTree
 from vmplug.errors import AttributeReadError
 from vmplug.host.block.usage import HostUsage, read_usage
 from vmplug.host.check.device import check_device
+from vmplug.host.check.isolation import check_isolation
 from vmplug.host.check.unknown import gather_unknown
 from vmplug.host.check.vfio_group import (
     GuestMemory,
@@ -23,6 +24,7 @@ from vmplug.host.check.vfio_group import (
 )
 from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.kind import Identity
+from vmplug.host.pci.group import VfioGroup
 from vmplug.host.pci.vfio import find_vfio_device
 from vmplug.host.root import HostRoot
 from vmplug.host.use.claim import Claim
@@ -97,6 +99,22 @@ def test_the_operator_may_have_told_vfio_to_do_without(tree: PciTree) -> None:
     assert findings(tree)[Code.NO_INTERRUPT_REMAPPING].severity is Severity.WARNING
     tree.file(switch, "N\n")
     assert findings(tree)[Code.NO_INTERRUPT_REMAPPING].severity is Severity.ERROR
+
+
+def test_a_devices_own_node_is_that_of_another_module_which_must_be_told(tree: PciTree) -> None:
+    base = "/sys/module/{}/parameters/allow_unsafe_interrupts"
+    bound(tree, cdev=0).file("/proc/interrupts", NO_REMAPPING).file("/dev/iommu")
+    tree.file(base.format("vfio_iommu_type1"), "Y\n")
+    group = find_vfio_device(GPU, tree.root)
+    named = group._replace(cdev_nodes=((GPU, "/dev/vfio/devices/vfio0"),))
+
+    def severity(group: VfioGroup) -> Severity:
+        (finding,) = check_isolation(group, read_usage(tree.root), tree.root)
+        return finding.severity
+
+    assert [severity(group), severity(named)] == [Severity.WARNING, Severity.ERROR]
+    tree.file(base.format("iommufd"), "Y\n")
+    assert severity(named) is Severity.WARNING
 
 
 def test_a_host_that_does_not_say_how_it_remaps_is_not_suspected(tree: PciTree) -> None:
