@@ -217,8 +217,8 @@ MODULES_MAX = 15
 IN_HOST = [
     {"kind"},
     {"root", "finding", "program", "permissions", "events"},
-    {"use"},
     {"process"},
+    {"use"},
     {"file_id", "cdi"},
     {"block"},
     {"pci", "vhost_user"},

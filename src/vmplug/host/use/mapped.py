@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
+from vmplug.host.process import list_other_threads
 from vmplug.host.root import HostRoot
 from vmplug.host.use.openers import Opener, Wanted
 from vmplug.host.use.silent import answer_within
-from vmplug.host.use.threads import list_other_threads
 
 if TYPE_CHECKING:
     from vmplug.host.use.statx import Place

@@ -15,12 +15,12 @@ import msgspec
 
 from vmplug.devnum import is_decimal
 from vmplug.errors import AttributeReadError
+from vmplug.host.process import NLINK_OF_ONE_TASK
 from vmplug.host.root import HostRoot
 from vmplug.host.use.enter import CLONE_NEWNS, ask_inside, is_mounted, read_mount_table
 from vmplug.host.use.mounts import own_mount_table, unescape
 from vmplug.host.use.openers import OpenFiles
 from vmplug.host.use.statx import read_place
-from vmplug.host.use.threads import NLINK_OF_ONE_TASK
 
 _NAMED = "/run/netns"
 """Where ip-netns(8) and container engines keep the network namespaces that have a name."""

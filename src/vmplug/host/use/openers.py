@@ -16,8 +16,8 @@ import msgspec
 
 from vmplug.devnum import DevNum, FileKey, is_decimal, key_of, key_of_node
 from vmplug.errors import AttributeReadError
+from vmplug.host.process import list_other_threads
 from vmplug.host.root import HostRoot, node_number
-from vmplug.host.use.threads import list_other_threads
 
 _PROBE_S, _PROBE_STEP_S = 0.5, 0.05
 """How long an open file may be just a probe: udev reads each new disk for a moment."""

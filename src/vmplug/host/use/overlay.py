@@ -2,7 +2,8 @@
 
 So neither the open files nor the locks of one name show those of the other. The options of an
 overlay name its layers as the mounter saw them: they are looked for where the overlay is seen,
-then in this process's own view.
+then in this process's own view. vmplug leaves out what users mount in user namespaces of their own:
+a server of theirs could keep vmplug waiting.
 Source: Documentation/filesystems/overlayfs.rst; fs/overlayfs, ovl_show_options.
 """
 
@@ -10,17 +11,20 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import PurePosixPath
 
 import msgspec
 
 from vmplug.devnum import DevNum, FileKey, key_of
 from vmplug.host.root import HostRoot
+from vmplug.host.use.enter import belongs_to_us
 from vmplug.host.use.mounts import MountPoint, parse_mounts, unescape
-from vmplug.host.use.silent import find_silent
+from vmplug.host.use.silent import answer_within, find_silent
 
 _OVERLAY = " - overlay "
 _COLON = re.compile(r"(?<!\\):")
+_TIMEOUT_S = 2.0
 
 
 class Directory(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,15 +50,15 @@ def read_overlays(tables: Mapping[str, str], root: HostRoot) -> list[Overlay]:
     """The overlays of several mount tables; none in the copy of a host."""
     if not root.is_live or not any(_OVERLAY in table for table in tables.values()):
         return []
-    seen = dict[DevNum, list[tuple[str, MountPoint]]]()
+    seen, is_ours = dict[DevNum, list[tuple[str, MountPoint]]](), cache(belongs_to_us)
     for mount, namespace in parse_mounts(tables, root):
-        # A namespace that only a mounted file keeps has no process whose root leads into it.
-        if mount.fs_type == "overlay" and "/root/" not in (namespace or ""):
+        if mount.fs_type == "overlay" and (namespace is None or is_ours(namespace)):
             mounts = seen.setdefault(mount.devnum, [])
             if namespace is None or mount.shown not in [known.shown for _, known in mounts]:
                 base = namespace.replace("/ns/mnt", "/root") if namespace else ""
                 mounts.append((base, mount))
-    return [_read(mounts, root) for mounts in seen.values()]
+    read = (answer_within(_TIMEOUT_S, partial(_read, mounts, root)) for mounts in seen.values())
+    return [overlay for overlay in read if overlay]
 
 
 def _read(mounts: Sequence[tuple[str, MountPoint]], root: HostRoot) -> Overlay:
@@ -129,11 +133,9 @@ def _above(overlay: Overlay, names: Mapping[FileKey, str]) -> Iterator[str]:
             continue
         name = PurePosixPath("/", names[layer.key])
         if f"{layer.path}{name}" in _shown_as(str(name), overlay):
-            for mount in overlay.mounts:
-                if name.is_relative_to(mount.shown):
-                    path = os.path.join(mount.path, name.relative_to(mount.shown))
-                    if os.path.isfile(path):
-                        yield path
+            mounts = (each for each in overlay.mounts if name.is_relative_to(each.shown))
+            paths = (os.path.join(each.path, name.relative_to(each.shown)) for each in mounts)
+            yield from filter(os.path.isfile, paths)
 
 
 def _shown_as(name: str, overlay: Overlay) -> list[str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from vmplug.host.block.usage import read_usage
+from vmplug.host.process import list_other_threads
 from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.host.use.openers import DeviceNode, Opener, read_open_files, wanted_node
-from vmplug.host.use.threads import list_other_threads
 
 NULL, FULL = "/dev/null", "/dev/full"
 HOLD = "import sys; file = open(sys.argv[1], 'rb'); print(flush=True); sys.stdin.read()"
