@@ -144,11 +144,11 @@ backend_gone() {
     instead timeout_s=60 timeout_s=1
 }
 
-# Of `vmplug` alone, and then of verbs. VM sb1 boots.
+# Of `vmplug` alone, and then of verbs. VM sb1 boots: without a port to serve it would power off.
 help_to_begin_with() {
     guest_files
     loop_device
-    instead 'vmplug vm start' 'vmplug vm start --accel tcg'
+    instead 'vmplug vm start' 'vmplug vm start --accel tcg --append ctl=ttyS0'
     instead 'vmplug detach' 'vmplug detach --timeout 300'
 }
 

@@ -2,8 +2,8 @@
 
 So neither the open files nor the locks of one name show those of the other. The options of an
 overlay name its layers as the mounter saw them: they are looked for where the overlay is seen,
-then in this process's own view. vmplug leaves out what users mount in user namespaces of their own:
-a server of theirs could keep vmplug waiting.
+then in this process's own view. vmplug leaves out what users mount in user namespaces of their
+own: a server of theirs could keep it waiting.
 Source: Documentation/filesystems/overlayfs.rst; fs/overlayfs, ovl_show_options.
 """
 
