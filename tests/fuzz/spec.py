@@ -1,5 +1,9 @@
 """A config.json: what is accepted is what the rest of vmplug takes for granted."""
 
+from itertools import product
+
+from msgspec.structs import replace
+
 from tests.fuzz.guard import changes_only
 from vmplug.cdi.names import QualifiedName
 from vmplug.cli.device import names_cdi_device, parse_cdi_names
@@ -15,6 +19,9 @@ from vmplug.oci.info import DeviceInfo, DevType
 from vmplug.oci.limits import NAME_BYTES_MAX, PATH_BYTES_MAX, REQUESTS_MAX
 from vmplug.oci.requests import NetInfo, Request, RngInfo, ShareInfo, VfioInfo
 from vmplug.oci.spec import Bundle, _decode, _Linux, _read_at_once, _read_each, parse_config
+
+_LINES = 1000
+"""Of so many a path is made that is too long: no engine makes an input of that length."""
 
 
 def check(data: bytes) -> None:
@@ -40,8 +47,9 @@ def _parse(data: bytes) -> Bundle | str:
 
 def _check_at_once(data: bytes) -> None:
     """What is read of all devices in one step is what is read of each."""
-    devices = (_decode(data).linux or _Linux()).devices or []
-    for read_only in (set[tuple[int, int]](), {(8, 0), (7, 1)}):
+    asked = (_decode(data).linux or _Linux()).devices or []
+    long = [replace(device, path="\n".join([device.path] * _LINES)) for device in asked[:1]]
+    for devices, read_only in product((asked, long), (set[tuple[int, int]](), {(8, 0), (7, 1)})):
         at_once = _read_at_once(devices, read_only)
         if at_once is not None:
             each = list(_read_each(devices, read_only))

@@ -1,7 +1,7 @@
 """DeviceInfo and Mount: what a container asks for in OCI's own words."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -174,9 +174,10 @@ _ALL_PLAIN = re.compile(r"(?:(?:/[^/\0\n.][^/\0\n]{0,62}+){1,15}+\n)*+\Z")
 """Most of many paths: the same, with fewer names and without a dot in front of one."""
 
 
-def are_plain(paths: Iterable[str]) -> bool:
+def are_plain(paths: Collection[str]) -> bool:
     """Whether `normal_container_path` surely gives each as it is; False says nothing."""
-    return bool(_ALL_PLAIN.match("\n".join([*paths, ""])))
+    lines = "\n".join([*paths, ""])
+    return lines.count("\n") == len(paths) and bool(_ALL_PLAIN.match(lines))
 
 
 def normal_container_path(path: str, where: str = "container path") -> str:

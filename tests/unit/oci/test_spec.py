@@ -441,6 +441,13 @@ def test_devices_are_read_alike_all_at_once_and_one_by_one(
     assert read(*good, *odd) == read(*good, *odd, FIFO)
 
 
+def test_the_lines_of_a_path_are_one_path() -> None:
+    path = "/dev/a\n" * 1000 + "/b"
+    short = path[-100 * len("/dev/a\n") - len("/b") :]
+    assert one(path=short).container_path == short
+    assert f"{len(path)} bytes; at most 4095" in refusal(config({**SDA, "path": path})).message
+
+
 def test_a_request_is_a_value() -> None:
     info = one(uid=0)
     brought = info._replace(cdi_names=("vendor.com/class=a",))
