@@ -342,9 +342,9 @@ def _read_at_once(
     paths = [device.path for device in devices]
     if not (
         _NUMBERED.issuperset({device.type for device in devices})
-        and _are_within({device.major for device in devices}, MAJOR_MAX)
-        and _are_within({device.minor for device in devices}, MINOR_MAX)
-        and _are_within({device.file_mode for device in devices} - {None}, _PERMISSIONS)
+        and _are_within([device.major for device in devices], MAJOR_MAX)
+        and _are_within([device.minor for device in devices], MINOR_MAX)
+        and _are_within([device.file_mode or 0 for device in devices], _PERMISSIONS)
         and len({*paths}) == len(paths)
         and are_plain(paths)
     ):
@@ -373,8 +373,9 @@ def _read_at_once(
     ]
 
 
-def _are_within(values: set[int | None], most: int) -> bool:
-    numbers = cast("set[int]", values)
+def _are_within(values: list[int | None], most: int) -> bool:
+    """No set is made of them, for the same reason as in `_read_only`."""
+    numbers = cast("list[int]", values)
     return None not in values and min(numbers, default=0) >= 0 and max(numbers, default=0) <= most
 
 
@@ -458,6 +459,8 @@ def _read_only(rules: list[_Rule]) -> set[_Number]:
             )
         if rule.type not in {None, "", "a", "b"} or rule.major is None or rule.minor is None:
             continue
+        if not (0 <= rule.major <= MAJOR_MAX and 0 <= rule.minor <= MINOR_MAX):
+            continue  # of no device, and a tenant can find thousands that have one hash
         number, letters = (rule.major, rule.minor), set(rule.access or "rwm")
         if rule.allow:
             allowed[number] = allowed.get(number, set()) | letters
