@@ -340,7 +340,14 @@ _DAMAGE = {
 }
 
 
-_SENSELESS = (ValueError, TypeError, IndexError, AttributeError)
+_SENSELESS = (
+    ValueError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    OverflowError,  # JSON may hold 1e400
+    RecursionError,
+)
 JOURNAL_ERRORS = (sqlite3.Error, *_SENSELESS)
 """What reading a damaged journal raises: a table may lack a column, or have NULL where none can
 be. SQLite's messages quote the tables: UnicodeDecodeError where that is not UTF-8."""

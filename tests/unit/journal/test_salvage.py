@@ -105,6 +105,18 @@ def undecodable(path: Path) -> None:
         db.commit()
 
 
+def bottomless(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE device SET options = ? WHERE id = '7'", ("[" * 100_000,))
+        db.commit()
+
+
+def infinite(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("""UPDATE device SET guest = '{"nvdimm_handle": 1e400}' WHERE id = '7'""")
+        db.commit()
+
+
 def without_holds(path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute("DROP TABLE attachment")
@@ -113,7 +125,8 @@ def without_holds(path: Path) -> None:
 
 Damage = Callable[[Path], None]
 ALL_LOST = (emptied, scribbled)
-SEEN_WHEN_READ = (truncated, overwritten, *ALL_LOST, senseless, undecodable, without_holds)
+SENSELESS = (senseless, undecodable, bottomless, infinite)
+SEEN_WHEN_READ = (truncated, overwritten, *ALL_LOST, *SENSELESS, without_holds)
 
 
 def read_all(state_dir: Path) -> None:
