@@ -50,9 +50,10 @@ def check_repeats(where: str, text: str) -> None:
 def _is_surely_shallow(marks: bytes) -> bool:
     """Whether taking out what is innermost, one level at a time, leaves nothing: mostly so."""
     for _ in range(NESTING_MAX // 2):
-        if not marks:
-            return True
-        marks = marks.replace(b"{}", b"").replace(b"[]", b"")
+        left = marks.replace(b"{}", b"").replace(b"[]", b"")
+        if len(left) == len(marks):
+            break
+        marks = left
     return not marks
 
 
