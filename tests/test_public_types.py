@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,7 +22,8 @@ def methods_of(kind: type) -> Iterator[tuple[str, Callable[..., object]]]:
         function = getattr(member, "__func__", member)
         is_called = kind.__name__ not in INSIDE and not vars(kind).get("_is_protocol")
         is_public = not name.startswith("_") and is_called
-        if inspect.isfunction(function) and (is_public or name == "__init__"):
+        makes = name == "__init__" or (name == "__new__" and "_fields" not in vars(kind))
+        if inspect.isfunction(function) and (is_public or makes):
             yield f"{kind.__name__}.{name}", function
 
 
@@ -153,6 +154,19 @@ def test_a_call_is_checked_though_one_like_it_has_passed() -> None:
         api.DeviceInfo(
             container_path="/dev/x", dev_type=vmplug.DevType.FIFO, driver_options={"a": 1}
         )
+
+
+class Two(NamedTuple):
+    """As a caller may have."""
+
+    one: object
+    other: object
+
+
+@pytest.mark.parametrize("other", [DISK, 7])
+def test_a_named_tuple_is_no_list_of_its_fields(other: object) -> None:
+    with pytest.raises(TypeError, match=r"requests must be .*, not Two$"):
+        api.check_requests(Two(DISK, other))
 
 
 def test_an_iterator_is_not_read_before_its_time(tmp_path: Path) -> None:

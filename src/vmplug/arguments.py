@@ -108,9 +108,13 @@ def check_arguments(
 
 
 def _has_parts(value: object) -> TypeGuard[Collection[object]]:
-    """Whether more is tested of a value than its type; a NamedTuple is one value."""
-    is_one = isinstance(value, str | bytes) or hasattr(type(value), "_fields")
-    return isinstance(value, Collection) and not is_one
+    """Whether more is tested of a value than its type."""
+    return isinstance(value, Collection) and not _is_one_value(type(value))
+
+
+def _is_one_value(kind: type) -> bool:
+    """A text, and a NamedTuple."""
+    return issubclass(kind, str | bytes) or hasattr(kind, "_fields")
 
 
 def _wrong_type(annotated: Any, name: str, value: object) -> TypeError:
@@ -187,10 +191,14 @@ def _is_protocol(kind: type) -> bool:
 
 
 def _test_of_many(kind: type, tests: Sequence[_Test]) -> _Test:
-    """A text has parts too, and nobody means them. An iterator is not read before its time."""
+    """What is one value may have parts too, and nobody means them.
+
+    An iterator is not read before its time.
+    """
+    is_one = _is_one_value(kind)
 
     def test(value: object) -> bool:
-        if not isinstance(value, kind) or isinstance(value, str | bytes):
+        if not isinstance(value, kind) or _is_one_value(type(value)) is not is_one:
             return False
         if isinstance(value, Mapping) and len(tests) == 2:
             return all(tests[0](key) and tests[1](part) for key, part in value.items())
