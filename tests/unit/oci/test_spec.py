@@ -5,8 +5,6 @@ import io
 import json
 import pickle
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -448,24 +446,6 @@ def test_the_lines_of_a_path_are_one_path() -> None:
     short = path[-100 * len("/dev/a\n") - len("/b") :]
     assert one(path=short).container_path == short
     assert f"{len(path)} bytes; at most 4095" in refusal(config({**SDA, "path": path})).message
-
-
-@pytest.mark.parametrize("field", ["major", "minor", "fileMode", "rule"])
-def test_numbers_that_have_one_hash_take_no_longer_than_others(field: str) -> None:
-    def read(step: int) -> float:
-        numbers = [5000 + step * index for index in range(8000)]
-        if field == "rule":
-            devices, rules = [SDA], [{**ALLOW_R, "major": number} for number in numbers]
-        else:
-            devices = [SDA | {"path": f"/d{n}", field: n} for n in numbers]
-            rules = []
-        data, begun_s = config(*devices, rules=rules), time.process_time()
-        with suppress(SpecError):
-            parse(data)
-        return time.process_time() - begun_s
-
-    read(1)
-    assert read(sys.hash_info.modulus) < 10 * read(1)
 
 
 def test_a_request_is_a_value() -> None:
