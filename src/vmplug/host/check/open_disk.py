@@ -126,14 +126,12 @@ def used_by_kernel(wanted: Wanted, access: Access, usage: HostUsage) -> Iterator
         (path, user) for key, path in wanted.items() for user in usage.kernel_users.get(key, ())
     )
     for path, user in dict.fromkeys(found):
-        is_shared = user.is_export and access.share_rw
+        is_harmless = not user.writes or (user.is_export and access.share_rw)
         yield Finding(
             Code.IS_EXPORTED if user.is_export else Code.OPEN_EXCLUSIVELY,
-            f"{path} is exported as {user.who}"
-            if user.is_export
-            else f"{path} is in use by the kernel for {user.who}",
+            f"{path} {user.does} {user.who}",
             user.remedy,
-            Severity.WARNING if is_shared else Severity.ERROR,
+            Severity.WARNING if is_harmless else Severity.ERROR,
             used_by=UsedBy(on=path, who=user.who, how=user.how),
         )
 

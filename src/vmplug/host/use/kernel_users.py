@@ -1,11 +1,14 @@
 """Disks and files that the kernel itself uses, which no holder, mount or open file shows.
 
-It exports some to other machines: as NVMe or SCSI targets, or as a USB stick. And it keeps data of
-its own on some: the journal of a file system, the pages of a compressed disk.
+It exports some to other machines: as NVMe or SCSI targets, as a USB stick, or file by file to the
+clients of NFS. And it keeps data of its own on some: the journal of a file system, the pages of a
+compressed disk.
 Source: Linux drivers/nvme/target/configfs.c; drivers/target/target_core_{configfs,iblock,file}.c;
-Documentation/usb/gadget_configfs.rst; Documentation/admin-guide/blockdev/zram.rst; fs/jbd2.
+Documentation/usb/gadget_configfs.rst; Documentation/admin-guide/blockdev/zram.rst; fs/jbd2;
+fs/nfsd/nfs4state.c.
 """
 
+import errno
 import os
 import re
 import stat
@@ -14,6 +17,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from vmplug.devnum import DevNum, FileKey, key_of, key_of_node
+from vmplug.errors import AttributeReadError
 from vmplug.host.root import HostRoot
 
 _CONFIG = "/sys/kernel/config"
@@ -22,21 +26,31 @@ _TARGET = f"{_CONFIG}/target/core"
 _GADGETS = f"{_CONFIG}/usb_gadget"
 _JOURNALS, _FILE_SYSTEMS = "/proc/fs/jbd2", "/sys/fs/ext4"
 _VIRTUAL = "/sys/devices/virtual/block"
+_NFS_CLIENTS = "/proc/fs/nfsd/clients"
 
 _NUMBER = r"Major: ([0-9]+) Minor: ([0-9]+)"
 _FILE = r"File: (.+?) +Size: "
+_NFS_STATE = re.compile(
+    r"^- 0x[0-9a-f]+: \{ type: (?:open|deleg), access: ([^,]+), (?:deny: [^,]+, )?"
+    r'superblock: "([0-9a-f]+):([0-9a-f]+):([0-9]+)"',
+    re.MULTILINE | re.ASCII,
+)
+_NFS_ADDRESS = re.compile(r'^address: "([^"\n]+)"$', re.MULTILINE)
 
 
 class KernelUser(msgspec.Struct, frozen=True, kw_only=True):
     """What the kernel uses a device or file for; `remedy` ends it.
 
-    `is_export`: others get it, and the kernel claims nothing for that.
+    `is_export`: others get it, and the kernel claims nothing for that. `does` is what stands
+    between its name and `who`. One that does not write harms nothing.
     """
 
     who: str
     how: str
     remedy: str
+    does: str
     is_export: bool
+    writes: bool = True
 
 
 KernelUsers = Mapping[FileKey | str, list[KernelUser]]
@@ -53,22 +67,28 @@ def read_kernel_users(root: HostRoot) -> KernelUsers:
 
 
 def find_unknown_exports(root: HostRoot) -> Iterator[str]:
-    """The exports that cannot be looked for, because their part of configfs is not mounted."""
+    """The exports that cannot be looked for: their part of configfs is not mounted, or hidden."""
     for module, directory in (("nvmet", f"{_CONFIG}/nvmet"), ("target_core_mod", _TARGET)):
         if root.stat_or_none(f"/sys/module/{module}") and not root.stat_or_none(directory):
             yield f"exports by {module} (no {directory}: mount -t configfs none {_CONFIG})"
+    if _list_nfs_clients(root) is None:
+        yield f"files that NFS clients have open (no permission for {_NFS_CLIENTS})"
 
 
-def _read_all(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
+def _read_all(root: HostRoot) -> Iterator[tuple[str | DevNum | FileKey, KernelUser]]:
+    yield from _nfs_clients(root)
     yield from _nvme_targets(root)
     yield from _scsi_targets(root)
     yield from _usb_sticks(root)
     yield from _kept_data(root)
 
 
-def _keys(used: str | DevNum, root: HostRoot) -> Iterator[FileKey | str]:
+def _keys(used: str | DevNum | FileKey, root: HostRoot) -> Iterator[FileKey | str]:
     if isinstance(used, DevNum):
         yield key_of_node(stat.S_IFBLK, used)
+        return
+    if not isinstance(used, str):
+        yield used
         return
     if status := root.stat_or_none(used):
         yield key_of(status)
@@ -117,8 +137,51 @@ def _export(bus: str, name: str, remedy: str, more: str = "") -> KernelUser:
         who=f"the {bus} target {name}",
         how=f"the targets of the kernel, {_CONFIG}",
         remedy=f"end the export ({remedy}){more}",
+        does="is exported as",
         is_export=True,
     )
+
+
+def _nfs_clients(root: HostRoot) -> Iterator[tuple[FileKey, KernelUser]]:
+    """The files that machines have open by NFS 4; NFS 3 has no open files."""
+    for client in _list_nfs_clients(root) or ():
+        base = f"{_NFS_CLIENTS}/{client}"
+        states = _proc_text(f"{base}/states", root)
+        address = _NFS_ADDRESS.search(_proc_text(f"{base}/info", root)) if states else None
+        writers = dict[FileKey, bool]()
+        for access, major, minor, inode in _NFS_STATE.findall(states):
+            key = stat.S_IFREG, os.makedev(int(major, 16), int(minor, 16)), int(inode)
+            writers[key] = writers.get(key, False) or "w" in access
+        for key, writes in writers.items():
+            yield (
+                key,
+                KernelUser(
+                    who=f"the NFS client {address[1] if address else client}",
+                    how=_NFS_CLIENTS,
+                    remedy=f"close it there, or end that client: echo expire > {base}/ctl",
+                    does=f"is open for {'writing' if writes else 'reading'} by",
+                    is_export=True,
+                    writes=writes,
+                ),
+            )
+
+
+def _list_nfs_clients(root: HostRoot) -> list[str] | None:
+    """None where this user may not list them, as all but root."""
+    try:
+        return root.list_dir(_NFS_CLIENTS)
+    except AttributeReadError:
+        return None
+
+
+def _proc_text(path: str, root: HostRoot) -> str:
+    """Nothing for a client that has just gone."""
+    try:
+        return root.read_text(path) or ""
+    except AttributeReadError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return ""
 
 
 def _kept_data(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
@@ -152,7 +215,9 @@ def _unmount(journal: str, root: HostRoot) -> str:
 
 
 def _keeper(who: str, how: str, remedy: str) -> KernelUser:
-    return KernelUser(who=who, how=how, remedy=remedy, is_export=False)
+    return KernelUser(
+        who=who, how=how, remedy=remedy, does="is in use by the kernel for", is_export=False
+    )
 
 
 def _text(path: str, root: HostRoot) -> str:

@@ -1,5 +1,6 @@
 """Disks and files that the kernel itself uses, which no holder, mount or open file shows."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,6 +169,73 @@ def test_the_file_system_of_a_journal_is_named_where_its_thread_is(disk: HostTre
     assert findings(disk, "8:0")[0].hint.endswith("file system that has its journal there (blkid)")
     disk.file("/proc/9/comm", "jbd2/sda1\n")
     assert findings(disk, "8:0")[0].hint == "umount --all-targets /dev/cciss/c0d0"
+
+
+OPEN = (
+    "- 0x00000001dc2d5c6a36c1cf3a01000000: {{ type: open, access: {access}, deny: --, superblock: "
+    '"{place}", filename: "srv/a.img", owner: "open id:\\000\\000" }}\n'
+)
+LOCK = (
+    '- 0x00000001dc2d5c6a36c1cf3a02000000: {{ type: lock, superblock: "{place}", filename: '
+    '"srv/a.img", owner: "lock id:\\000\\000" }}\n'
+)
+DELEGATION = (
+    '- 0x00000001dc2d5c6a36c1cf3a03000000: {{ type: deleg, access: {access}, superblock: "{place}"'
+    ', filename: "srv/a.img" }}\n'
+)
+
+
+def nfs(tree: HostTree, *states: str, access: str = "rw", inode: int | None = None) -> str:
+    """A client with these states on the image; returns its directory."""
+    status = tree.root.stat("/a.img")
+    assert status
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    place = f"{device}:{status.st_ino if inode is None else inode}"
+    base = "/proc/fs/nfsd/clients/3"
+    text = "".join(state.format(access=access, place=place) for state in states)
+    tree.file(f"{base}/states", text)
+    tree.file(f"{base}/info", 'clientid: 0x1\naddress: "192.0.2.7:875"\nname: "Linux"\n')
+    return base
+
+
+@pytest.mark.parametrize(
+    ("states", "access", "does", "severity"),
+    [
+        ([OPEN], "rw", "writing", Severity.ERROR),
+        ([OPEN], "-w", "writing", Severity.ERROR),
+        ([OPEN], "r-", "reading", Severity.WARNING),
+        ([DELEGATION], "w", "writing", Severity.ERROR),
+        ([DELEGATION], "r", "reading", Severity.WARNING),
+        ([OPEN, LOCK, OPEN], "rw", "writing", Severity.ERROR),
+    ],
+)
+def test_a_file_that_a_client_of_nfs_has_open_is_in_use(
+    disk: HostTree, states: list[str], access: str, does: str, severity: Severity
+) -> None:
+    assert findings(disk, "/a.img") == []
+    base = nfs(disk, *states, access=access)
+    (finding,) = findings(disk, "/a.img")
+    assert (finding.code, finding.severity) == (Code.IS_EXPORTED, severity)
+    assert finding.message == f"/a.img is open for {does} by the NFS client 192.0.2.7:875"
+    assert finding.hint.endswith(f"echo expire > {base}/ctl")
+    (shared,) = findings(disk, "/a.img", SHARING)
+    assert shared.severity is Severity.WARNING
+    disk.block_device("7:0", "loop0", loop={"backing_file": "/a.img\n"})
+    assert findings(disk, "7:0") == [finding]
+
+
+def test_files_of_clients_that_may_not_be_listed_are_unknown(disk: HostTree) -> None:
+    disk.link("/proc/fs/nfsd/clients", "clients")  # ELOOP, as EACCES does not stop root
+    (finding,) = findings(disk, "/a.img")
+    assert (finding.code, finding.severity) == (Code.UNKNOWN_USE, Severity.WARNING)
+    assert "files that NFS clients have open (no permission for " in finding.message
+
+
+def test_other_files_of_a_client_of_nfs_do_not_matter(disk: HostTree) -> None:
+    nfs(disk, OPEN, inode=1)
+    assert findings(disk, "/a.img") == []
+    nfs(disk)
+    assert findings(disk, "/a.img") == []
 
 
 @pytest.mark.parametrize("option", ["logdev", "rtdev"])
