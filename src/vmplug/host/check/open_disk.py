@@ -126,9 +126,9 @@ def used_by_kernel(wanted: Wanted, access: Access, usage: HostUsage) -> Iterator
         (path, user) for key, path in wanted.items() for user in usage.kernel_users.get(key, ())
     )
     for path, user in dict.fromkeys(found):
-        is_harmless = not user.writes or (user.is_export and access.share_rw)
+        is_harmless = not user.writes or (user.code is Code.IS_EXPORTED and access.share_rw)
         yield Finding(
-            Code.IS_EXPORTED if user.is_export else Code.OPEN_EXCLUSIVELY,
+            user.code,
             f"{path} {user.does} {user.who}",
             user.remedy,
             Severity.WARNING if is_harmless else Severity.ERROR,

@@ -2,7 +2,7 @@
 
 It exports some to other machines: as NVMe or SCSI targets, as a USB stick, or file by file to the
 clients of NFS. And it keeps data of its own on some: the journal of a file system, the pages of a
-compressed disk.
+compressed disk, the memory of a host that hibernates.
 Source: Linux drivers/nvme/target/configfs.c; drivers/target/target_core_{configfs,iblock,file}.c;
 Documentation/usb/gadget_configfs.rst; Documentation/admin-guide/blockdev/zram.rst; fs/jbd2;
 fs/nfsd/nfs4state.c.
@@ -18,6 +18,7 @@ import msgspec
 
 from vmplug.devnum import DevNum, FileKey, key_of, key_of_node
 from vmplug.errors import AttributeReadError
+from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
 
 _CONFIG = "/sys/kernel/config"
@@ -26,6 +27,7 @@ _TARGET = f"{_CONFIG}/target/core"
 _GADGETS = f"{_CONFIG}/usb_gadget"
 _JOURNALS, _FILE_SYSTEMS = "/proc/fs/jbd2", "/sys/fs/ext4"
 _VIRTUAL = "/sys/devices/virtual/block"
+_RESUME = "/sys/power/resume"
 _NFS_CLIENTS = "/proc/fs/nfsd/clients"
 
 _NUMBER = r"Major: ([0-9]+) Minor: ([0-9]+)"
@@ -41,15 +43,15 @@ _NFS_ADDRESS = re.compile(r'^address: "([^"\n]+)"$', re.MULTILINE)
 class KernelUser(msgspec.Struct, frozen=True, kw_only=True):
     """What the kernel uses a device or file for; `remedy` ends it.
 
-    `is_export`: others get it, and the kernel claims nothing for that. `does` is what stands
-    between its name and `who`. One that does not write harms nothing.
+    `code` is that of the finding: the kernel claims nothing for an export. `does` stands between
+    its name and `who`. One that does not write harms nothing.
     """
 
     who: str
     how: str
     remedy: str
     does: str
-    is_export: bool
+    code: Code
     writes: bool = True
 
 
@@ -81,6 +83,7 @@ def _read_all(root: HostRoot) -> Iterator[tuple[str | DevNum | FileKey, KernelUs
     yield from _scsi_targets(root)
     yield from _usb_sticks(root)
     yield from _kept_data(root)
+    yield from _hibernation(root)
 
 
 def _keys(used: str | DevNum | FileKey, root: HostRoot) -> Iterator[FileKey | str]:
@@ -138,7 +141,7 @@ def _export(bus: str, name: str, remedy: str, more: str = "") -> KernelUser:
         how=f"the targets of the kernel, {_CONFIG}",
         remedy=f"end the export ({remedy}){more}",
         does="is exported as",
-        is_export=True,
+        code=Code.IS_EXPORTED,
     )
 
 
@@ -160,7 +163,7 @@ def _nfs_clients(root: HostRoot) -> Iterator[tuple[FileKey, KernelUser]]:
                     how=_NFS_CLIENTS,
                     remedy=f"close it there, or end that client: echo expire > {base}/ctl",
                     does=f"is open for {'writing' if writes else 'reading'} by",
-                    is_export=True,
+                    code=Code.IS_EXPORTED,
                     writes=writes,
                 ),
             )
@@ -202,6 +205,25 @@ def _kept_data(root: HostRoot) -> Iterator[tuple[str | DevNum, KernelUser]]:
             yield path, _keeper(f"/dev/{name}", backing, f"zramctl --reset /dev/{name}")
 
 
+def _hibernation(root: HostRoot) -> Iterator[tuple[DevNum, KernelUser]]:
+    """Where the host keeps its memory, also while it does not swap there.
+
+    At its next start it runs what it finds there. Source: Documentation/power/swsusp.rst.
+    """
+    if (number := root.read_devnum(_RESUME)) and number != DevNum(0, 0):
+        yield (
+            number,
+            KernelUser(
+                who="the memory of the host after hibernation",
+                how=_RESUME,
+                remedy="a guest that writes there can take over the host when that starts: take "
+                "resume= from the kernel's command line and from the initramfs, and boot again",
+                does="is where the kernel looks for",
+                code=Code.IS_SWAP,
+            ),
+        )
+
+
 def _unmount(journal: str, root: HostRoot) -> str:
     """For the file system with that journal; which one it is says the thread that writes it.
 
@@ -216,7 +238,11 @@ def _unmount(journal: str, root: HostRoot) -> str:
 
 def _keeper(who: str, how: str, remedy: str) -> KernelUser:
     return KernelUser(
-        who=who, how=how, remedy=remedy, does="is in use by the kernel for", is_export=False
+        who=who,
+        how=how,
+        remedy=remedy,
+        does="is in use by the kernel for",
+        code=Code.OPEN_EXCLUSIVELY,
     )
 
 

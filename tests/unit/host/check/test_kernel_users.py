@@ -171,6 +171,34 @@ def test_the_file_system_of_a_journal_is_named_where_its_thread_is(disk: HostTre
     assert findings(disk, "8:0")[0].hint == "umount --all-targets /dev/cciss/c0d0"
 
 
+def test_where_the_host_hibernates_to_is_swap(disk: HostTree) -> None:
+    disk.file("/sys/power/resume", "8:1\n")
+    for wanted in ("8:0", "8:1"):
+        (finding,) = findings(disk, wanted, SHARING)
+        assert (finding.code, finding.severity) == (Code.IS_SWAP, Severity.ERROR)
+        assert finding.message == (
+            "/dev/sda1 is where the kernel looks for the memory of the host after hibernation"
+        )
+    assert findings(disk, "8:2") == []
+
+
+@pytest.mark.parametrize("number", ["0:0", "8:16"])
+def test_a_host_that_hibernates_elsewhere_or_not_does_not_matter(
+    disk: HostTree, number: str
+) -> None:
+    disk.file("/sys/power/resume", f"{number}\n")
+    assert findings(disk, "8:0") == findings(disk, "/a.img") == []
+
+
+def test_a_drive_that_the_host_hibernates_to_is_swap(tmp_path: Path) -> None:
+    tree = PciTree(tmp_path)
+    tree.pci_function(BDF, driver="nvme", group=4).pci_disk(BDF, "259:0", "nvme0n1")
+    tree.file("/sys/power/resume", "259:0\n")
+    group = find_vfio_device(str(Bdf.parse(BDF)), tree.root)
+    found = check_device(group, WRITING, usage=read_usage(tree.root), root=tree.root)
+    assert Code.IS_SWAP in {one.code for one in found}
+
+
 OPEN = (
     "- 0x00000001dc2d5c6a36c1cf3a01000000: {{ type: open, access: {access}, deny: --, superblock: "
     '"{place}", filename: "srv/a.img", owner: "open id:\\000\\000" }}\n'
