@@ -58,6 +58,9 @@ def host(tree: PciTree) -> PciTree:
     tree.vfio_group(26).vfio_cdev(NVME, 0).pmem("namespace0.0")
     tree.block_device("8:0", "sda", partitions={"8:1": "sda1"}).hold("sda1", "dm-0")
     tree.block_device("254:0", "dm-0").char_device("10:229", "fuse")
+    tree.block_device("8:16", "sdb").file("/sys/power/resume", "8:16\n")
+    tree.block_device("8:32", "sdc").file("/sys/class/block/sdc/bcache/set/stop")
+    tree.file("/sys/fs/bcache/register")
     loop = {"backing_file": "/images/a.img\n", "offset": "0\n", "sizelimit": "0\n"}
     return tree.block_device("7:0", "loop0", loop=loop)
 

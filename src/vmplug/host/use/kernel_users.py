@@ -2,7 +2,7 @@
 
 It exports some to other machines: as NVMe or SCSI targets, as a USB stick, or file by file to the
 clients of NFS. And it keeps data of its own on some: the journal of a file system, the pages of a
-compressed disk, the memory of a host that hibernates.
+compressed disk, the memory of a host that hibernates, a cache.
 Source: Linux drivers/nvme/target/configfs.c; drivers/target/target_core_{configfs,iblock,file}.c;
 Documentation/usb/gadget_configfs.rst; Documentation/admin-guide/blockdev/zram.rst; fs/jbd2;
 fs/nfsd/nfs4state.c.
@@ -27,6 +27,7 @@ _TARGET = f"{_CONFIG}/target/core"
 _GADGETS = f"{_CONFIG}/usb_gadget"
 _JOURNALS, _FILE_SYSTEMS = "/proc/fs/jbd2", "/sys/fs/ext4"
 _VIRTUAL = "/sys/devices/virtual/block"
+_BCACHE, _BLOCK = "/sys/fs/bcache", "/sys/class/block"
 _RESUME = "/sys/power/resume"
 _NFS_CLIENTS = "/proc/fs/nfsd/clients"
 
@@ -84,6 +85,7 @@ def _read_all(root: HostRoot) -> Iterator[tuple[str | DevNum | FileKey, KernelUs
     yield from _usb_sticks(root)
     yield from _kept_data(root)
     yield from _hibernation(root)
+    yield from _bcache(root)
 
 
 def _keys(used: str | DevNum | FileKey, root: HostRoot) -> Iterator[FileKey | str]:
@@ -222,6 +224,27 @@ def _hibernation(root: HostRoot) -> Iterator[tuple[DevNum, KernelUser]]:
                 code=Code.IS_SWAP,
             ),
         )
+
+
+def _bcache(root: HostRoot) -> Iterator[tuple[DevNum, KernelUser]]:
+    """Its disks that no device is built on: a cache that serves none, a disk without its cache.
+
+    Source: Documentation/admin-guide/bcache.rst; drivers/md/bcache/super.c, register_bcache.
+    """
+    if not root.stat_or_none(_BCACHE):
+        return
+    for name in root.list_dir(_BLOCK):
+        # A bcache device itself has a link to that of its disk.
+        base = f"{_BLOCK}/{name}/bcache"
+        status = root.stat_or_none(base, follow_symlinks=False)
+        if (
+            status
+            and stat.S_ISDIR(status.st_mode)
+            and not root.list_dir(f"{_BLOCK}/{name}/holders")
+        ):
+            file = "set/unregister" if root.stat_or_none(f"{base}/set") else "stop"
+            if number := root.read_devnum(f"{_BLOCK}/{name}/dev"):
+                yield number, _keeper("bcache", base, f"echo 1 > {base}/{file}")
 
 
 def _unmount(journal: str, root: HostRoot) -> str:

@@ -199,6 +199,29 @@ def test_a_drive_that_the_host_hibernates_to_is_swap(tmp_path: Path) -> None:
     assert Code.IS_SWAP in {one.code for one in found}
 
 
+@pytest.mark.parametrize(
+    ("file", "remedy"), [("set/cache_mode", "set/unregister"), ("state", "stop")]
+)
+def test_a_disk_of_bcache_that_nothing_is_built_on_is_in_use(
+    disk: HostTree, file: str, remedy: str
+) -> None:
+    disk.file("/sys/fs/bcache/register").file(f"/sys/class/block/sda1/bcache/{file}", "1\n")
+    for wanted in ("8:0", "8:1"):
+        (finding,) = findings(disk, wanted)
+        assert finding.code is Code.OPEN_EXCLUSIVELY
+        assert finding.message == "/dev/sda1 is in use by the kernel for bcache"
+        assert finding.hint == f"echo 1 > /sys/class/block/sda1/bcache/{remedy}"
+    assert findings(disk, "8:2") == []
+
+
+def test_a_bcache_device_is_no_disk_of_bcache(disk: HostTree) -> None:
+    disk.block_device("252:0", "bcache0").file("/sys/fs/bcache/register")
+    disk.file("/sys/class/block/sda1/bcache/state").hold("sda1", "bcache0")
+    disk.link("/sys/block/bcache0/bcache", "../sda/sda1/bcache")
+    assert findings(disk, "252:0") == []
+    assert codes(findings(disk, "8:1")) == ["has-holders"]
+
+
 OPEN = (
     "- 0x00000001dc2d5c6a36c1cf3a01000000: {{ type: open, access: {access}, deny: --, superblock: "
     '"{place}", filename: "srv/a.img", owner: "open id:\\000\\000" }}\n'
