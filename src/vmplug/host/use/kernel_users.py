@@ -5,7 +5,7 @@ clients of NFS. And it keeps data of its own on some: the journal of a file syst
 compressed disk, the memory of a host that hibernates, a cache.
 Source: Linux drivers/nvme/target/configfs.c; drivers/target/target_core_{configfs,iblock,file}.c;
 Documentation/usb/gadget_configfs.rst; Documentation/admin-guide/blockdev/zram.rst; fs/jbd2;
-fs/nfsd/nfs4state.c.
+fs/nfsd/nfs4state.c; drivers/usb/usbip/stub_dev.c.
 """
 
 import errno
@@ -27,6 +27,7 @@ _TARGET = f"{_CONFIG}/target/core"
 _GADGETS = f"{_CONFIG}/usb_gadget"
 _JOURNALS, _FILE_SYSTEMS = "/proc/fs/jbd2", "/sys/fs/ext4"
 _VIRTUAL = "/sys/devices/virtual/block"
+_USBIP = "/sys/bus/usb/drivers/usbip-host"
 _BCACHE, _BLOCK = "/sys/fs/bcache", "/sys/class/block"
 _RESUME = "/sys/power/resume"
 _NFS_CLIENTS = "/proc/fs/nfsd/clients"
@@ -83,6 +84,7 @@ def _read_all(root: HostRoot) -> Iterator[tuple[str | DevNum | FileKey, KernelUs
     yield from _nvme_targets(root)
     yield from _scsi_targets(root)
     yield from _usb_sticks(root)
+    yield from _usbip(root)
     yield from _kept_data(root)
     yield from _hibernation(root)
     yield from _bcache(root)
@@ -137,10 +139,18 @@ def _usb_sticks(root: HostRoot) -> Iterator[tuple[str, KernelUser]]:
                     yield path, _export("USB", gadget, f"echo > {base}/{lun}/file")
 
 
-def _export(bus: str, name: str, remedy: str, more: str = "") -> KernelUser:
+def _usbip(root: HostRoot) -> Iterator[tuple[FileKey, KernelUser]]:
+    """USB devices for other machines; they go away with the controller that they are on."""
+    for name in root.list_dir(_USBIP):
+        if number := root.read_devnum(f"{_USBIP}/{name}/dev"):
+            key = key_of_node(stat.S_IFCHR, number)
+            yield key, _export("USB/IP", name, f"usbip unbind --busid={name}", how=_USBIP)
+
+
+def _export(bus: str, name: str, remedy: str, more: str = "", how: str = _CONFIG) -> KernelUser:
     return KernelUser(
         who=f"the {bus} target {name}",
-        how=f"the targets of the kernel, {_CONFIG}",
+        how=f"the targets of the kernel, {how}",
         remedy=f"end the export ({remedy}){more}",
         does="is exported as",
         code=Code.IS_EXPORTED,

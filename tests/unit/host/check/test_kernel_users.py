@@ -12,7 +12,7 @@ from tests.support.tree import HostTree
 from vmplug.address import Bdf
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
-from vmplug.host.finding import Code, Severity
+from vmplug.host.finding import Code, Finding, Severity
 from vmplug.host.pci.vfio import find_vfio_device
 
 CONFIG, BDF = "/sys/kernel/config", "0000:3b:00.0"
@@ -311,3 +311,21 @@ def test_a_drive_that_is_exported_keeps_its_controller(
     found = check_device(group, WRITING, usage=read_usage(tree.root), root=tree.root)
     (finding,) = (one for one in found if one.code is Code.IS_EXPORTED)
     assert f"{path} is exported as the NVMe target nqn.a" in finding.message
+
+
+def test_a_usb_device_that_is_exported_keeps_its_controller(tmp_path: Path) -> None:
+    tree, driver = PciTree(tmp_path), "/sys/bus/usb/drivers/usbip-host"
+    tree.pci_function(BDF, class_code=0x0C0330, driver="xhci_hcd", group=4)
+    tree.class_device(f"{BDF}/usb1/1-2", "char", "189:1", "bus/usb/001/002")
+    tree.file(f"{driver}/match_busid").link(f"{driver}/module", "/sys/module/usbip_host")
+
+    def exports() -> list[Finding]:
+        group = find_vfio_device(BDF, tree.root)
+        found = check_device(group, WRITING, usage=read_usage(tree.root), root=tree.root)
+        return [one for one in found if one.code is Code.IS_EXPORTED]
+
+    assert exports() == []
+    tree.link(f"{driver}/1-2", f"../../../..{tree.real(BDF).removeprefix('/sys')}/usb1/1-2")
+    (finding,) = exports()
+    assert finding.message == "/dev/bus/usb/001/002 is exported as the USB/IP target 1-2"
+    assert finding.hint == "end the export (usbip unbind --busid=1-2)"
