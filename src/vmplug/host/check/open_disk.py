@@ -25,7 +25,16 @@ from vmplug.host.check.unknown import find_unread, not_looked_for
 from vmplug.host.finding import Access, Code, Finding, Severity, UsedBy
 from vmplug.host.root import HostRoot
 from vmplug.host.use.kernel_users import find_unknown_exports
-from vmplug.host.use.openers import DeviceNode, Opener, Wanted, wanted_node
+from vmplug.host.use.openers import (
+    DeviceNode,
+    FileLock,
+    Opener,
+    Wanted,
+    find_unseen_locks,
+    read_locks,
+    read_open_files,
+    wanted_node,
+)
 from vmplug.host.use.qemu_lock import is_locked
 
 
@@ -54,9 +63,42 @@ def check_open_disk(
         named = f"{opener.path}, which sends commands to {disk.host_path}," if is_command else None
         yield _open_by(opener, named or opener.path, access)
     yield from open_in_vm(disk, usage, root)
+    yield from _locked_unseen(own | below, access, usage, root)
     # Those that even root may not look into are not counted here: docs/safety.md.
     yield from map(not_looked_for, find_unread(usage.open_files, usage.open_files.unlisted))
     yield from map(not_looked_for, find_unknown_exports(root))
+
+
+def _locked_unseen(
+    wanted: Wanted, access: Access, usage: HostUsage, root: HostRoot
+) -> Iterator[Finding]:
+    """Users that only a lock shows, such as a process in a PID namespace beside this one."""
+    locks = usage.once(read_locks)
+    files = (key for key in wanted if not isinstance(key, str))
+    locked = [key for key in files if key in locks and key not in usage.kernel_users]
+    if not any(find_unseen_locks(key, locks[key], usage.open_files, root) for key in locked):
+        return
+    # Since the look at the open files one may have been opened; after this look it may be closed.
+    opened = read_open_files(root)
+    locks = read_locks(root)
+    for key in locked if opened.is_known else ():
+        for lock in find_unseen_locks(key, locks.get(key, ()), opened, root):
+            if lock.writes or not access.read_only:
+                yield _locked_by(lock, wanted[key], access, root)
+
+
+def _locked_by(lock: FileLock, path: str, access: Access, root: HostRoot) -> Finding:
+    name = (root.read_text(f"/proc/{lock.pid}/comm") or "?").strip() if lock.pid else None
+    who = f"process {lock.pid} ({name})" if lock.pid else "a process"
+    does = "writing" if lock.writes else "reading"
+    return Finding(
+        Code.OPEN_BY_PROCESS,
+        f"{path} is locked for {does} by {who}, whose open files vmplug does not see",
+        "end that use: of an NFS client, or of a process in another PID namespace; lslocks shows "
+        "the lock",
+        Severity.WARNING if access.share_rw or not lock.writes else Severity.ERROR,
+        used_by=UsedBy(on=path, who=who, how="/proc/locks"),
+    )
 
 
 def find_openers_elsewhere(

@@ -1,8 +1,9 @@
 """Find the processes that have a file or a device node open.
 
 One pass over all processes keeps what each descriptor leads to, by what it is and not by its name:
-another name, a chroot or another mount namespace hides nothing.
-Source: proc_pid_fd(5); proc_pid_fdinfo(5).
+another name, a chroot or another mount namespace hides nothing. The kernel's table of locks has
+those of everybody: it shows users whose open files nothing shows.
+Source: proc_pid_fd(5); proc_pid_fdinfo(5); proc_locks(5), fs/locks.c.
 """
 
 import os
@@ -23,6 +24,11 @@ _PROBE_S, _PROBE_STEP_S = 0.5, 0.05
 """How long an open file may be just a probe: udev reads each new disk for a moment."""
 
 _FLAGS = re.compile(r"^flags:\t([0-7]+)$", re.MULTILINE)
+_LOCK = re.compile(
+    r"^[0-9]+: [A-Z]+ +[A-Z]+ +(READ|WRITE|RW) +(-?[0-9]+) ([0-9a-f]+):([0-9a-f]+):([0-9]+) ",
+    re.MULTILINE | re.ASCII,
+)
+"""One that somebody has; one that is waited for has an arrow."""
 _PF_KTHREAD = 0x200000
 """Source: include/linux/sched.h."""
 
@@ -65,6 +71,13 @@ class Opener(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     path: str
     writes: bool = True
+
+
+class FileLock(msgspec.Struct, frozen=True, kw_only=True):
+    """A lock on a file; `pid` is None where it belongs to an open file, and not to a process."""
+
+    pid: int | None
+    writes: bool
 
 
 _ReadKeys = Callable[[str, Iterable[str]], Iterator[tuple[str, FileKey | str]]]
@@ -124,6 +137,42 @@ def read_open_files(root: HostRoot) -> OpenFiles:
     unlisted = (pid for pid in files.unlisted if not _is_kernel_thread(pid, root))
     is_known = root.is_live or any(root.stat_or_none(f"/proc/{pid}/fd") for pid in pids)
     return msgspec.structs.replace(files, unlisted=tuple(unlisted), is_known=is_known)
+
+
+def read_locks(root: HostRoot) -> Mapping[FileKey, Sequence[FileLock]]:
+    """The locks and leases on regular files, of processes and of the kernel itself.
+
+    The number is that of the super block: a file of a btrfs subvolume or an overlay has another.
+    """
+    found = dict[FileKey, list[FileLock]]()
+    table = root.read_text("/proc/locks") or ""
+    for kind, pid, major, minor, inode in _LOCK.findall(table):
+        key = stat.S_IFREG, os.makedev(int(major, 16), int(minor, 16)), int(inode)
+        owner = int(pid) if int(pid) > 0 else None
+        found.setdefault(key, []).append(FileLock(pid=owner, writes="W" in kind))
+    return found
+
+
+def find_unseen_locks(
+    key: FileKey, locks: Sequence[FileLock], opened: OpenFiles, root: HostRoot
+) -> list[FileLock]:
+    """The locks of those that no open file shows: an NFS server in the kernel, a hidden process.
+
+    A process may lock a file for others that have its descriptor, and end.
+    """
+    unseen = [one for one in locks if one.pid and _is_kernel_thread(one.pid, root)]
+    if key not in opened.links and key not in _own_files(root):
+        unseen += [one for one in locks if one not in unseen]
+    return unseen
+
+
+def _own_files(root: HostRoot) -> set[FileKey]:
+    if not root.is_live:
+        return set()
+    statuses = map(
+        root.stat_or_none, (f"/proc/self/fd/{n}" for n in root.list_dir("/proc/self/fd"))
+    )
+    return {key_of(status) for status in statuses if status}
 
 
 def wanted_sockets(inodes: Iterable[int], path: str, root: HostRoot) -> Wanted:

@@ -1,5 +1,6 @@
 """Processes that have a disk open without a claim on it, an image without a lock, or a node."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -252,6 +253,58 @@ def test_what_is_asked_of_all_processes_is_asked_once_for_a_request(tree: HostTr
     assert root.reads["/sys/block"] == 2  # for loop devices and for names of LUNs
 
 
+def lock(tree: HostTree, owner: str, *, waits: bool = False) -> HostTree:
+    """A lock on /srv/a.img, as the kernel writes it: `OFDLCK ADVISORY  WRITE -1`."""
+    status = tree.root.stat("/srv/a.img")
+    assert status
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    arrow = "-> " if waits else ""
+    return tree.file("/proc/locks", f"1: {arrow}{owner} {device}:{status.st_ino} 0 EOF\n")
+
+
+@pytest.fixture
+def image(tree: HostTree) -> HostTree:
+    tree.process(77, "cp", "/dev/null").process(12, "lockd")
+    return tree.file("/srv/a.img", bytes(MIB)).file(
+        "/proc/12/stat", "12 (lockd) S 2 0 0 0 -1 2097216"
+    )
+
+
+@pytest.mark.parametrize(
+    ("owner", "severity", "by"),
+    [
+        ("OFDLCK ADVISORY  WRITE -1", ERROR, "writing by a process"),
+        ("OFDLCK ADVISORY  READ -1", WARNING, "reading by a process"),
+        ("POSIX  ADVISORY  WRITE 12", ERROR, "writing by process 12 (lockd)"),
+        ("FLOCK  ADVISORY  WRITE 4711", ERROR, "writing by process 4711 (?)"),
+        ("LEASE  ACTIVE    READ 4711", WARNING, "reading by process 4711 (?)"),
+    ],
+)
+def test_a_lock_shows_a_user_whose_open_files_nothing_shows(
+    image: HostTree, owner: str, severity: Severity, by: str
+) -> None:
+    assert findings(image, "/srv/a.img") == []
+    (finding,) = findings(lock(image, owner), "/srv/a.img")
+    assert (finding.code, finding.severity) == (Code.OPEN_BY_PROCESS, severity)
+    assert finding.message == (
+        f"/srv/a.img is locked for {by}, whose open files vmplug does not see"
+    )
+    assert len(findings(image, "/srv/a.img", READING)) == (severity is ERROR)
+    assert [one.severity for one in findings(image, "/srv/a.img", SHARING)] == [WARNING]
+
+
+def test_a_lock_of_somebody_else_does_not_matter(image: HostTree) -> None:
+    """It is waited for, or its owner has the file open."""
+    lock(image, "POSIX  ADVISORY  WRITE 12", waits=True)
+    assert findings(image, "/srv/a.img") == []
+    image.file("/srv/b.img", bytes(MIB))
+    assert findings(lock(image, "OFDLCK ADVISORY  WRITE -1"), "/srv/b.img") == []
+    image.process(78, "tar", "/srv/a.img").file("/proc/78/fdinfo/3", "flags:\t0100000\n")
+    assert findings(image, "/srv/a.img", READING) == []
+    lock(image, "POSIX  ADVISORY  WRITE 12")  # of the kernel's own thread, which has no files
+    assert len(findings(image, "/srv/a.img", READING)) == 1
+
+
 # on the running host
 
 
@@ -296,6 +349,38 @@ def test_who_has_it_open_for_a_moment_is_not_taken_for_a_user(tmp_path: Path) ->
     image = tmp_path / "a.img"
     image.write_bytes(bytes(MIB))
     with holding(image, seconds=0.1):
+        assert look(str(image)) == []
+
+
+def test_a_lock_shows_who_has_a_file_open_only_in_a_socket(tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    image.write_bytes(bytes(MIB))
+    code = (
+        "import array, fcntl, socket, sys\n"
+        "here, there = socket.socketpair()\n"
+        "with open(sys.argv[1], 'r+b') as file:\n"
+        "    fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "    here.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, "
+        "array.array('i', [file.fileno()]))])\n"
+        "print(flush=True)\n"
+        "sys.stdin.read()"
+    )
+    command = [sys.executable, "-IS", "-c", code, str(image)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        (finding,) = findings(HostTree(Path("/")), str(image))
+        assert (finding.code, finding.severity) == (Code.OPEN_BY_PROCESS, ERROR)
+        assert f"{image} is locked for writing by process {process.pid} (" in finding.message
+        process.communicate()
+    assert look(str(image)) == []
+
+
+def test_an_own_lock_is_no_use(tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    image.write_bytes(bytes(MIB))
+    with image.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         assert look(str(image)) == []
 
 
