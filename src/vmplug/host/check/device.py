@@ -311,6 +311,14 @@ def _take_apart(holders: Sequence[str], root: HostRoot) -> str:
     names = [name for holder in holders if (name := _mapped_name(f"/sys/block/{holder}", root))]
     commands = [f"dmsetup remove {' '.join(map(quote, names[:3]))}"] if names else []
     commands += [f"mdadm --stop /dev/{name}" for name in holders if name.startswith("md")]
+    commands += [
+        f"echo 1 > /sys/block/{name}/bcache/stop" for name in holders if name.startswith("bcache")
+    ]
+    commands += [
+        f"drbdadm down, with the resource of /dev/{name}"
+        for name in holders
+        if name.startswith("drbd")
+    ]
     return "; ".join(commands) or "dmsetup, lvm, mdadm"
 
 

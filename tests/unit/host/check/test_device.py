@@ -270,7 +270,9 @@ def test_many_holders_are_counted(disk: HostTree) -> None:
         (["dm-0", "dm-1"], "dmsetup remove 'a b' c"),
         (["md127"], "mdadm --stop /dev/md127"),
         (["dm-1", "md0"], "dmsetup remove c; mdadm --stop /dev/md0"),
-        (["bcache0"], "dmsetup, lvm, mdadm"),
+        (["bcache0"], "echo 1 > /sys/block/bcache0/bcache/stop"),
+        (["drbd0"], "drbdadm down, with the resource of /dev/drbd0"),
+        (["other0"], "dmsetup, lvm, mdadm"),
     ],
 )
 def test_what_holds_a_disk_is_taken_apart_by_its_name(
