@@ -9,13 +9,13 @@ from vmplug.devnum import DevNum
 from vmplug.host.block.loop_files import Loop, LoopIndex, read_loops
 from vmplug.host.root import HostRoot
 from vmplug.host.use.claim import VmProcess
-from vmplug.host.use.kernel_users import KernelUsers, read_kernel_users
 from vmplug.host.use.mounts import MountedDevice, parse_mounted_devices, read_swaps
 from vmplug.host.use.questions import Questions
 
 if TYPE_CHECKING:
     from vmplug.host.block.twins import LunName
     from vmplug.host.use.interfaces import MovedInterface, OtherNetworks
+    from vmplug.host.use.kernel_users import KernelUsers
     from vmplug.host.use.namespaces import Namespaces
     from vmplug.host.use.openers import OpenFiles
     from vmplug.host.use.overlay import Overlay
@@ -117,8 +117,10 @@ class HostUsage:
         return read_luns(self._root)
 
     @cached_property
-    def kernel_users(self) -> KernelUsers:
+    def kernel_users(self) -> "KernelUsers":
         """What the kernel itself uses devices and files for."""
+        from vmplug.host.use.kernel_users import read_kernel_users  # noqa: PLC0415  with all findings
+
         return read_kernel_users(self._root)
 
     @cached_property
