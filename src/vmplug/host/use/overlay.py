@@ -1,18 +1,20 @@
 """The names of a file in an overlay and in its layers: one file, with an inode for each.
 
 So neither the open files nor the locks of one name show those of the other. The options of an
-overlay name its layers as the mounter saw them: they are looked for where the overlay is seen,
-then in this process's own view. vmplug leaves out what users mount in user namespaces of their
-own: a server of theirs could keep it waiting.
+overlay name its layers as the mounter saw them: they are looked for in this process's own view,
+and where the overlay is seen. vmplug leaves out what users mount in user namespaces of their own:
+a server of theirs could keep it waiting.
 Source: Documentation/filesystems/overlayfs.rst; fs/overlayfs, ovl_show_options.
 """
 
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,12 +25,14 @@ from vmplug.host.use.mounts import MountPoint, parse_mounts, unescape
 from vmplug.host.use.silent import answer_within, find_silent
 
 _OVERLAY = " - overlay "
-_COLON = re.compile(r"(?<!\\):")
-_TIMEOUT_S = 2.0
+_NAME = re.compile(r"(?:\\.|[^:\\])+", re.DOTALL)
+"""A layer of those in one option: a colon ends it, a backslash is before what is its own."""
+_TIMEOUT_S, _LEAST_S = 2.0, 0.01
+"""All overlays share the time; one that is read late gets some all the same."""
 
 
 class Directory(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer, or a mount of an overlay; `shown` is the directory of the overlay that it shows."""
+    """A layer, or a mount of an overlay; `shown` is what it shows of that: a directory or file."""
 
     path: str
     key: FileKey
@@ -46,52 +50,136 @@ class Overlay(msgspec.Struct, frozen=True, kw_only=True):
     joins: bool
 
 
+class _Mount(NamedTuple):
+    """A mount of an overlay; `base` is what comes before the paths of its namespace here."""
+
+    base: str
+    point: MountPoint
+
+    @property
+    def path(self) -> str:
+        return f"{self.base}{self.point.path}"
+
+
 def read_overlays(tables: Mapping[str, str], root: HostRoot) -> list[Overlay]:
-    """The overlays of several mount tables; none in the copy of a host."""
+    """The overlays of several mount tables; none in the copy of a host.
+
+    One counts several times where its layers may be several: other namespaces may have something
+    else by their names.
+    """
     if not root.is_live or not any(_OVERLAY in table for table in tables.values()):
         return []
-    seen, is_ours = dict[DevNum, list[tuple[str, MountPoint]]](), cache(belongs_to_us)
-    for mount, namespace in parse_mounts(tables, root):
-        if mount.fs_type == "overlay" and (namespace is None or is_ours(namespace)):
-            mounts = seen.setdefault(mount.devnum, [])
-            if namespace is None or mount.shown not in [known.shown for _, known in mounts]:
+    seen = _find_mounts(tables, root)
+    views = {number: list(_name_layers(mounts)) for number, mounts in seen.items()}
+    named = {mount.path for mounts in seen.values() for mount in mounts}
+    named.update(path for each in views.values() for view in each for path in view)
+    silent = find_silent(named, root)
+
+    def look(path: str) -> os.stat_result | None:
+        return None if path in silent else root.stat_or_none(path)
+
+    found, deadline = list[Overlay](), time.monotonic() + _TIMEOUT_S
+    for number, mounts in seen.items():
+        left_s = max(_LEAST_S, deadline - time.monotonic())
+        found += answer_within(left_s, partial(_read, mounts, views[number], look, root)) or ()
+    return found
+
+
+def _find_mounts(tables: Mapping[str, str], root: HostRoot) -> dict[DevNum, list[_Mount]]:
+    seen, is_ours = dict[DevNum, list[_Mount]](), cache(belongs_to_us)
+    for path, table in tables.items():
+        if path.endswith("/ns/mnt") and "/task/" not in path:
+            continue  # its process may see another root: each root has a table of its own
+        # One table at a time: what two of them say alike, one of them may not lead to.
+        lines = "\n".join(line for line in table.split("\n") if _OVERLAY in line)
+        for point, namespace in parse_mounts({path: lines}, root):
+            if namespace is None or is_ours(namespace):
                 base = namespace.replace("/ns/mnt", "/root") if namespace else ""
-                mounts.append((base, mount))
-    read = (answer_within(_TIMEOUT_S, partial(_read, mounts, root)) for mounts in seen.values())
-    return [overlay for overlay in read if overlay]
+                seen.setdefault(point.devnum, []).append(_Mount(base, point))
+    return seen
 
 
-def _read(mounts: Sequence[tuple[str, MountPoint]], root: HostRoot) -> Overlay:
-    bases = dict.fromkeys([*(base for base, _ in mounts), ""])
-    options = mounts[0][1].fs_options
-    named = [[f"{base}{layer}" for base in bases] for layer in _layers_in(options)]
-    shown = {f"{base}{mount.path}": mount.shown for base, mount in mounts}
-    silent = find_silent([*shown, *(path for paths in named for path in paths)], root)
+def _name_layers(mounts: Sequence[_Mount]) -> Iterator[list[str]]:
+    """The paths that the layers may have, from each view of the overlay.
 
-    def find(paths: Iterable[str], shown: str = "/") -> Iterator[Directory]:
-        for path in paths:
-            status = None if path in silent else root.stat_or_none(path)
-            if status and stat.S_ISDIR(status.st_mode):
-                yield Directory(path=path, key=key_of(status), shown=shown)
-                return
+    docker and containerd give relative ones: from a directory above the overlay or above a layer.
+    """
+    names = _layers_in(mounts[0].point.fs_options)
+    absolute = [name for name in names if name.startswith("/")]
+    for base in dict.fromkeys(["", *(mount.base for mount in mounts)]):
+        starts = ["/"]
+        if len(absolute) < len(names):
+            known = [*absolute, *(mount.point.path for mount in mounts if mount.base == base)]
+            starts = [str(parent) for path in known for parent in PurePosixPath(path).parents]
+        for start in dict.fromkeys(starts):
+            yield [f"{base}{os.path.join(start, name)}" for name in names]
 
-    return Overlay(
-        mounts=[each for path, inside in shown.items() for each in find([path], inside)],
-        layers=[each for paths in named for each in find(paths)],
-        joins="metacopy=on" in options,
-    )
+
+_Look = Callable[[str], os.stat_result | None]
+
+
+def _read(
+    mounts: Sequence[_Mount], views: Sequence[Sequence[str]], look: _Look, root: HostRoot
+) -> list[Overlay]:
+    found = dict[FileKey | None, list[Directory]]()
+    for view in views:
+        first = _directory(look, view[0])
+        key = first.key if first else None
+        known = found.get(key, [])
+        if len(known) == len(view) or (found and not first):
+            continue
+        layers = [layer for path in view if (layer := _directory(look, path))]
+        if len(layers) > len(known):
+            found[key] = layers
+    whole = [layers for layers in found.values() if len(layers) == len(views[0])]
+    shown, joins = list(_read_mounts(mounts, look)), joins_layers(mounts[0].point.fs_options, root)
+    return [
+        Overlay(mounts=shown, layers=layers, joins=joins) for layers in whole or found.values()
+    ]
+
+
+def _read_mounts(mounts: Sequence[_Mount], look: _Look) -> Iterator[Directory]:
+    """All of this process's own mounts, and of others one for each directory that they show."""
+    known = set[str]()
+    for mount in mounts:
+        shown, number = mount.point.shown, mount.point.devnum
+        status = None if mount.base and shown in known else look(mount.path)
+        if status is None:
+            continue
+        is_covered = status.st_dev != os.makedev(number.major, number.minor)
+        # Files may have the number of their layer.
+        if not stat.S_ISDIR(status.st_mode) or not is_covered:
+            known.add(shown)
+            yield Directory(path=mount.path, key=key_of(status), shown=shown)
+
+
+def _directory(look: _Look, path: str) -> Directory | None:
+    status = look(path)
+    is_directory = status and stat.S_ISDIR(status.st_mode)
+    return Directory(path=path, key=key_of(status), shown="/") if status and is_directory else None
 
 
 def _layers_in(options: Sequence[str]) -> list[str]:
     upper, lower = list[str](), list[str]()
     for name, _, text in (option.partition("=") for option in options):
         if name == "upperdir":
-            upper.append(unescape(text))
+            upper.append(_unquote(unescape(text)))
         elif name == "lowerdir":
-            lower += (re.sub(r"\\(.)", r"\1", part) for part in _COLON.split(unescape(text)))
+            lower += map(_unquote, _NAME.findall(unescape(text)))
         elif name in {"lowerdir+", "datadir+"}:
             lower.append(unescape(text))
-    return [layer for layer in (*upper, *lower) if layer.startswith("/")]
+    return [*upper, *lower]
+
+
+def _unquote(name: str) -> str:
+    return re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL)
+
+
+def joins_layers(options: Sequence[str], root: HostRoot) -> bool:
+    """The options of a mount show only what is not the module's default."""
+    if any(option.startswith("metacopy=") for option in options):
+        return "metacopy=on" in options
+    return (root.read_text("/sys/module/overlay/parameters/metacopy") or "").strip() == "Y"
 
 
 def find_other_names(path: str, overlays: Sequence[Overlay], root: HostRoot) -> list[str]:
@@ -113,9 +201,9 @@ Step = Callable[[Overlay, Mapping[FileKey, str]], Iterator[str]]
 
 
 def _ask(step: Step, path: str, overlays: Sequence[Overlay], root: HostRoot) -> Iterator[str]:
-    """What a step finds with the directories above a file, and its name in each of them."""
+    """What a step finds with a file, the directories above it, and its name in each of them."""
     name = PurePosixPath(path)
-    above = ((parent, root.stat_or_none(str(parent))) for parent in name.parents)
+    above = ((parent, root.stat_or_none(str(parent))) for parent in (name, *name.parents))
     names = {key_of(status): str(name.relative_to(parent)) for parent, status in above if status}
     for overlay in overlays:
         yield from step(overlay, names)
@@ -124,7 +212,8 @@ def _ask(step: Step, path: str, overlays: Sequence[Overlay], root: HostRoot) -> 
 def _below(overlay: Overlay, names: Mapping[FileKey, str]) -> Iterator[str]:
     for mount in overlay.mounts:
         if mount.key in names:
-            yield from _shown_as(os.path.join(mount.shown, names[mount.key]), overlay)
+            name = PurePosixPath(mount.shown, names[mount.key])
+            yield from _shown_as(str(name), overlay)
 
 
 def _above(overlay: Overlay, names: Mapping[FileKey, str]) -> Iterator[str]:
@@ -134,8 +223,8 @@ def _above(overlay: Overlay, names: Mapping[FileKey, str]) -> Iterator[str]:
         name = PurePosixPath("/", names[layer.key])
         if f"{layer.path}{name}" in _shown_as(str(name), overlay):
             mounts = (each for each in overlay.mounts if name.is_relative_to(each.shown))
-            paths = (os.path.join(each.path, name.relative_to(each.shown)) for each in mounts)
-            yield from filter(os.path.isfile, paths)
+            paths = (PurePosixPath(each.path, name.relative_to(each.shown)) for each in mounts)
+            yield from filter(os.path.isfile, map(str, paths))
 
 
 def _shown_as(name: str, overlay: Overlay) -> list[str]:

@@ -1,8 +1,11 @@
 """A file of an overlay is that of its layer, on the running host."""
 
+import os
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import permutations, product
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,12 @@ from vmplug.host.check.relate import relate_device
 from vmplug.host.finding import Access, Code, Finding
 from vmplug.host.kind import Identity, IdentityKind
 from vmplug.host.resolve import resolve
-from vmplug.host.root import THIS_HOST
+from vmplug.host.root import THIS_HOST, HostRoot
 from vmplug.host.use.claim import Claim
+from vmplug.host.use.overlay import find_other_names, joins_layers, read_overlays
 from vmplug.host.use.qemu_lock import take_lock
+from vmplug.manager.examine import examine
+from vmplug.oci.info import DeviceInfo, DevType
 
 pytestmark = pytest.mark.root
 
@@ -42,12 +48,17 @@ def base(tmp_path: Path) -> Iterator[Path]:
 def overlay(base: Path, *options: str, at: str = "merged") -> Iterator[Path]:
     layers = f"lowerdir={base}/a\\:b:{base}/lower"
     words = [*(options or (f"upperdir={base}/upper,workdir={base}/work",)), layers]
-    command = ["mount", "-t", "overlay", "-o", ",".join(words), "none", str(base / at)]
-    subprocess.run(command, check=True)
+    with mounted("-t", "overlay", "-o", ",".join(words), "none", at=base / at) as merged:
+        yield merged / DISK
+
+
+@contextmanager
+def mounted(*words: str, at: Path, cwd: Path | None = None) -> Iterator[Path]:
+    subprocess.run(["mount", *words, at], cwd=cwd, check=True)
     try:
-        yield base / at / DISK
+        yield at
     finally:
-        subprocess.run(["umount", base / at], check=True)
+        subprocess.run(["umount", at], check=True)
 
 
 @contextmanager
@@ -161,3 +172,197 @@ def test_a_file_that_the_overlay_hides_is_no_part_of_it(base: Path) -> None:
     with overlay(base) as merged:
         merged.unlink()
         assert names(file) == set()
+
+
+@pytest.mark.parametrize("upper", ["u\\,v", "u\\:v", "u:v", "u\\\\v", "u v", "u\nv"])
+def test_an_upper_layer_may_have_any_name(base: Path, upper: str) -> None:
+    plain = upper.replace("\\\\", "!").replace("\\", "").replace("!", "\\")
+    (base / plain / "images").mkdir(parents=True)
+    file = disk_image(base / plain / DISK, 1, "layer")
+    with overlay(base, f"upperdir={base}/{upper},workdir={base}/work") as merged:
+        assert names(merged) == {str(file)}
+        assert names(file) == {str(merged)}
+
+
+def test_a_lower_layer_may_have_any_name(base: Path) -> None:
+    """Also one that ends with what is written before a colon."""
+    for plain in ("l\\", "l,", "l\n l", "l:"):
+        (base / plain / "images").mkdir(parents=True)
+        file = disk_image(base / plain / DISK, 1, "layer")
+        name = plain.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+        words = f"lowerdir={base}/{name}:{base}/lower"
+        with mounted("-t", "overlay", "-o", words, "none", at=base / "merged") as at:
+            assert names(at / DISK) == {str(file)}
+            assert names(file) == {str(at / DISK)}
+
+
+@pytest.mark.parametrize("upper", ["id/diff", "{base}/id/diff"])
+def test_layers_may_have_relative_names_as_docker_and_containerd_give_them(
+    base: Path, upper: str
+) -> None:
+    for name in ("id/diff/images", "id/work", "id/merged", "l", "low/diff/images"):
+        (base / name).mkdir(parents=True)
+    (base / "l/ABC").symlink_to("../low/diff")
+    file, lower = base / "id/diff" / DISK, disk_image(base / "low/diff" / DISK, 1, "lower")
+    words = f"upperdir={upper.format(base=base)},workdir={base}/id/work,lowerdir=l/ABC:lower"
+    with mounted("-t", "overlay", "-o", words, "none", at=base / "id/merged", cwd=base) as at:
+        assert names(lower) == {str(at / DISK)}
+        assert {str(Path(name).resolve()) for name in names(at / DISK)} == {str(lower)}
+        (at / DISK).open("r+b").close()
+        assert names(file) == {str(at / DISK)}
+        assert names(at / DISK) == {str(file)}
+        assert names(lower) == set()
+
+
+def test_a_mount_of_a_part_of_an_overlay_counts(base: Path) -> None:
+    """Of a directory of it, and of one file."""
+    file, single, part = (
+        disk_image(base / "upper" / DISK, 1, "layer"),
+        base / "disk",
+        base / "part",
+    )
+    part.mkdir()
+    single.touch()
+    with (
+        overlay(base) as merged,
+        mounted("--bind", str(merged), at=single),
+        mounted("--bind", str(merged.parent), at=part),
+    ):
+        shown = {str(merged), str(single), str(part / "disk.img")}
+        assert names(file) == shown
+        for name in shown:
+            assert str(file) in names(Path(name))
+
+
+def test_what_covers_an_overlay_is_no_part_of_it(base: Path) -> None:
+    file = disk_image(base / "upper" / DISK, 1, "layer")
+    with overlay(base) as merged, mounted("-t", "tmpfs", "none", at=base / "merged"):
+        merged.parent.mkdir()
+        disk_image(merged, 1, "cover")
+        assert names(merged) == names(file) == set()
+
+
+def test_an_overlay_may_be_a_layer_of_another(base: Path) -> None:
+    file = disk_image(base / "upper" / DISK, 1, "layer")
+    with overlay(base) as merged:
+        words = f"lowerdir={base}/merged:{base}/work"
+        with mounted("-t", "overlay", "-o", words, "none", at=base / "other") as at:
+            upper = at / DISK
+            assert names(file) == {str(merged), str(upper)}
+            assert names(merged) == {str(file), str(upper)}
+            assert names(upper) == {str(merged), str(file)}
+
+
+_CONTAINER = """
+import ctypes, os, sys
+base, kept, decoys = sys.argv[1:]
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *args):
+    if getattr(libc, name)(*args):
+        raise OSError(ctypes.get_errno(), name)
+call("unshare", 0x20000)
+call("mount", None, b"/", None, 0x4C000, None)  # MS_PRIVATE | MS_REC
+options = f"upperdir={base}/upper,workdir={base}/work,lowerdir={base}/lower".encode()
+root = f"{base}/merged".encode()
+call("mount", b"none", root, b"overlay", 0, options)
+if decoys == "decoys":
+    for name in ("upper/images", "lower", "work"):
+        os.makedirs(f"{base}/merged{base}/{name}")
+os.makedirs(root + b"/empty")
+os.chdir(root)
+call("pivot_root", b".", b".")
+call("umount2", b".", 2)  # MNT_DETACH
+os.chdir("/")
+left = os.fork() if kept == "fork" else 0
+if left:  # the first process of the namespace sees another root
+    os.chroot("/empty")
+    os.waitpid(left, 0)
+else:
+    file = open("/images/disk.img", "r+b")
+    os.write(1, f"{os.getpid()}\\n".encode())
+    os.read(0, 1)
+"""
+
+
+@pytest.mark.parametrize("decoys", ["", "decoys"])
+@pytest.mark.parametrize("kept", ["", "fork"])
+def test_an_overlay_that_is_the_root_of_a_container_counts(
+    base: Path, kept: str, decoys: str
+) -> None:
+    """Also where the container has directories with the names of the layers."""
+    file = disk_image(base / "upper" / DISK, 1, "layer")
+    command = [sys.executable, "-c", _CONTAINER, str(base), kept, decoys]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        pid = int(process.stdout.readline())
+        (found,) = findings(file)
+        assert f"process {pid} " in found.message
+        process.communicate()
+    assert findings(file) == []
+
+
+class _CountingRoot(HostRoot):
+    looks = 0
+
+    def stat_or_none(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
+        self.looks += 1
+        return super().stat_or_none(path, follow_symlinks=follow_symlinks)
+
+
+def test_many_namespaces_with_many_overlays_cost_few_looks(base: Path) -> None:
+    """A namespace costs a few looks for each overlay, whatever layers that has."""
+    file, looks = disk_image(base / "upper" / DISK, 1, "layer"), list[int]()
+    layers = [base / f"layer{number}" for number in range(20)]
+    for layer in layers:
+        layer.mkdir()
+    words = f"upperdir={base}/upper,workdir={base}/work,lowerdir={':'.join(map(str, layers))}"
+    with mounted("-t", "overlay", "-o", words, "none", at=base / "merged") as merged:
+        own = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+        for count in (0, 50):
+            root, away = _CountingRoot("/"), own.replace(str(base), "/away")
+            others = {f"/proc/{'./' * n}{os.getpid()}/mountinfo": away for n in range(count)}
+            overlays = read_overlays({"/proc/self/mountinfo": own, **others}, root)
+            assert find_other_names(str(file), overlays, root) == [str(merged / DISK)]
+            looks.append(root.looks)
+    assert looks[0] < 100
+    assert looks[1] - looks[0] <= 50 * 2
+
+
+@pytest.mark.parametrize(
+    ("default", "said", "joined"),
+    [
+        ("Y", "", [True]),
+        ("N", "", [False]),
+        ("Y", "metacopy=off", [False]),
+        ("N", "metacopy=on", [True]),
+    ],
+)
+def test_a_mount_does_not_say_what_is_the_default_of_the_module(
+    tmp_path: Path, default: str, said: str, joined: list[bool]
+) -> None:
+    parameters = tmp_path / "sys/module/overlay/parameters"
+    parameters.mkdir(parents=True)
+    (parameters / "metacopy").write_text(f"{default}\n")
+    assert joins_layers(["rw", said], HostRoot(str(tmp_path))) in joined
+
+
+def test_one_request_may_not_have_both_names(base: Path) -> None:
+    """Of disks, of NVDIMMs and of one of each; readers may share them."""
+    file = disk_image(base / "upper" / DISK, 2, "layer")
+    with overlay(base) as merged:
+        for asked in permutations((file, merged)):
+            for kinds in product(("", "pmem"), repeat=2):
+                for read_only in (False, True):
+                    wanted = [
+                        DeviceInfo(
+                            container_path=f"/dev/{number}",
+                            dev_type=DevType.BLOCK,
+                            host_path=str(path),
+                            read_only=read_only,
+                            pmem=bool(kind),
+                        )
+                        for number, (path, kind) in enumerate(zip(asked, kinds, strict=True))
+                    ]
+                    *_, last = examine(wanted, THIS_HOST)
+                    said = [one for one in last.findings if "this request" in one.message]
+                    assert bool(said) is not read_only, (asked, kinds, last.findings)
