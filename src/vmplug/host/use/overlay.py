@@ -10,7 +10,6 @@ Source: Documentation/filesystems/overlayfs.rst; fs/overlayfs, ovl_show_options.
 import os
 import re
 import stat
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import PurePosixPath
@@ -27,8 +26,8 @@ from vmplug.host.use.silent import answer_within, find_silent
 _OVERLAY = " - overlay "
 _NAME = re.compile(r"(?:\\.|[^:\\])+", re.DOTALL)
 """A layer of those in one option: a colon ends it, a backslash is before what is its own."""
-_TIMEOUT_S, _LEAST_S = 2.0, 0.01
-"""All overlays share the time; one that is read late gets some all the same."""
+_TIMEOUT_S, _LEAST_S = 2.0, 0.1
+"""One answers within milliseconds; each that does not leaves half of the time to the next ones."""
 
 
 class Directory(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,10 +77,11 @@ def read_overlays(tables: Mapping[str, str], root: HostRoot) -> list[Overlay]:
     def look(path: str) -> os.stat_result | None:
         return None if path in silent else root.stat_or_none(path)
 
-    found, deadline = list[Overlay](), time.monotonic() + _TIMEOUT_S
+    found, timeout_s = list[Overlay](), _TIMEOUT_S
     for number, mounts in seen.items():
-        left_s = max(_LEAST_S, deadline - time.monotonic())
-        found += answer_within(left_s, partial(_read, mounts, views[number], look, root)) or ()
+        read = answer_within(timeout_s, partial(_read, mounts, views[number], look, root))
+        timeout_s = max(_LEAST_S, timeout_s / 2) if read is None else timeout_s
+        found += read or ()
     return found
 
 
@@ -206,7 +206,13 @@ def _ask(step: Step, path: str, overlays: Sequence[Overlay], root: HostRoot) -> 
     above = ((parent, root.stat_or_none(str(parent))) for parent in (name, *name.parents))
     names = {key_of(status): str(name.relative_to(parent)) for parent, status in above if status}
     for overlay in overlays:
-        yield from step(overlay, names)
+        known = overlay.mounts if step is _below else overlay.layers
+        if any(each.key in names for each in known):  # a look at one layer may wait for another
+            yield from answer_within(_TIMEOUT_S, partial(_list, step, overlay, names)) or ()
+
+
+def _list(step: Step, overlay: Overlay, names: Mapping[FileKey, str]) -> list[str]:
+    return list(step(overlay, names))
 
 
 def _below(overlay: Overlay, names: Mapping[FileKey, str]) -> Iterator[str]:

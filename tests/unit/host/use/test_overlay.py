@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations, product
@@ -12,6 +13,7 @@ import pytest
 
 from tests.support.checking import WRITING, want_file
 from tests.support.disks import disk_image, loop_device
+from tests.support.silent_files import silent_files
 from vmplug.host.block.usage import read_usage
 from vmplug.host.check.device import check_device
 from vmplug.host.check.relate import relate_device
@@ -58,7 +60,7 @@ def mounted(*words: str, at: Path, cwd: Path | None = None) -> Iterator[Path]:
     try:
         yield at
     finally:
-        subprocess.run(["umount", at], check=True)
+        subprocess.run(["umount", "--lazy", at], check=True)  # a look may wait in it
 
 
 @contextmanager
@@ -366,3 +368,38 @@ def test_one_request_may_not_have_both_names(base: Path) -> None:
                     *_, last = examine(wanted, THIS_HOST)
                     said = [one for one in last.findings if "this request" in one.message]
                     assert bool(said) is not read_only, (asked, kinds, last.findings)
+
+
+@contextmanager
+def namespace_with(base: Path, options: str) -> Iterator[None]:
+    """A mount namespace that has an overlay at `other`, which this process does not see."""
+    script = f'mount -t overlay -o "{options}" none {base}/other; echo ready; read line || true'
+    command = ["unshare", "--mount", "sh", "-ec", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        yield
+        process.communicate()
+
+
+def test_a_layer_whose_server_has_stopped_keeps_nobody_waiting(base: Path) -> None:
+    """Neither in an overlay of this process's own namespace nor in that of another."""
+    file = disk_image(base / "upper" / DISK, 1, "layer")
+    for name in ("served", "silent", "upper2/images", "work2", "merged2", "merged3"):
+        (base / name).mkdir(parents=True)
+    upper2 = disk_image(base / "upper2" / DISK, 1, "layer")
+    layers = f"lowerdir={base}/lower:{base}/silent"
+    own = f"upperdir={base}/upper,workdir={base}/work,{layers}"
+    other = f"upperdir={base}/upper2,workdir={base}/work2,lowerdir={base}/lower"
+    with (
+        silent_files(base / "served", base / "silent") as files,
+        mounted("-t", "overlay", "-o", own, "none", at=base / "merged"),
+        mounted("-t", "overlay", "-o", other, "none", at=base / "merged2") as well,
+        namespace_with(base, layers),
+    ):
+        files.stop()
+        begin = time.monotonic()
+        assert names(upper2) == {str(well / DISK)}
+        names(file)
+        assert time.monotonic() - begin < 30
+        files.go_on()
