@@ -13,7 +13,6 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import PurePosixPath
-from typing import NamedTuple
 
 import msgspec
 
@@ -49,7 +48,7 @@ class Overlay(msgspec.Struct, frozen=True, kw_only=True):
     joins: bool
 
 
-class _Mount(NamedTuple):
+class _Mount(msgspec.Struct, frozen=True, kw_only=True):
     """A mount of an overlay; `base` is what comes before the paths of its namespace here."""
 
     base: str
@@ -95,7 +94,7 @@ def _find_mounts(tables: Mapping[str, str], root: HostRoot) -> dict[DevNum, list
         for point, namespace in parse_mounts({path: lines}, root):
             if namespace is None or is_ours(namespace):
                 base = namespace.replace("/ns/mnt", "/root") if namespace else ""
-                seen.setdefault(point.devnum, []).append(_Mount(base, point))
+                seen.setdefault(point.devnum, []).append(_Mount(base=base, point=point))
     return seen
 
 
