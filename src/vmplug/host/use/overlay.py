@@ -10,16 +10,17 @@ Source: Documentation/filesystems/overlayfs.rst; fs/overlayfs, ovl_show_options.
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import PurePosixPath
 
 import msgspec
+from msgspec.structs import replace
 
 from vmplug.devnum import DevNum, FileKey, key_of
 from vmplug.host.root import HostRoot
 from vmplug.host.use.enter import belongs_to_us
-from vmplug.host.use.mounts import MountPoint, parse_mounts, unescape
+from vmplug.host.use.mounts import MountPoint, parse_mounts, read_mount_points, unescape
 from vmplug.host.use.silent import answer_within, find_silent
 
 _OVERLAY = " - overlay "
@@ -30,7 +31,10 @@ _TIMEOUT_S, _LEAST_S = 2.0, 0.1
 
 
 class Directory(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer, or a mount of an overlay; `shown` is what it shows of that: a directory or file."""
+    """A layer, or a mount of an overlay; `shown` is what it shows of that: a directory or file.
+
+    Of a part of a layer that is mounted elsewhere, `path` is the layer's.
+    """
 
     path: str
     key: FileKey
@@ -40,12 +44,14 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True):
 class Overlay(msgspec.Struct, frozen=True, kw_only=True):
     """One overlay: its mounts, and its layers, the upper one first.
 
+    `parts` are those of layers that this process's namespace has mounted elsewhere.
     `joins`: the data of a file may be in another layer than its name and owner (metacopy).
     """
 
     mounts: Sequence[Directory]
     layers: Sequence[Directory]
     joins: bool
+    parts: Sequence[Directory] = ()
 
 
 class _Mount(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +77,8 @@ def read_overlays(tables: Mapping[str, str], root: HostRoot) -> list[Overlay]:
     views = {number: list(_name_layers(mounts)) for number, mounts in seen.items()}
     named = {mount.path for mounts in seen.values() for mount in mounts}
     named.update(path for each in views.values() for view in each for path in view)
-    silent = find_silent(named, root)
+    parts = list(_list_parts(root))
+    silent = find_silent(named.union(*parts), root)
 
     def look(path: str) -> os.stat_result | None:
         return None if path in silent else root.stat_or_none(path)
@@ -81,7 +88,7 @@ def read_overlays(tables: Mapping[str, str], root: HostRoot) -> list[Overlay]:
         read = answer_within(timeout_s, partial(_read, mounts, views[number], look, root))
         timeout_s = max(_LEAST_S, timeout_s / 2) if read is None else timeout_s
         found += read or ()
-    return found
+    return _add_parts(found, parts, look)
 
 
 def _find_mounts(tables: Mapping[str, str], root: HostRoot) -> dict[DevNum, list[_Mount]]:
@@ -170,6 +177,35 @@ def _layers_in(options: Sequence[str]) -> list[str]:
     return [*upper, *lower]
 
 
+def _list_parts(root: HostRoot) -> Iterator[tuple[str, str]]:
+    """Where parts of file systems are mounted, and their paths where the whole of each is."""
+    mounts = read_mount_points(root)
+    wholes = {mount.devnum: mount.path for mount in mounts if mount.shown == "/"}
+    for mount in mounts:
+        if mount.shown != "/" and mount.devnum in wholes:
+            yield mount.path, f"{wholes[mount.devnum].rstrip('/')}{mount.shown}"
+
+
+def _add_parts(
+    overlays: Sequence[Overlay], parts: Iterable[tuple[str, str]], look: _Look
+) -> list[Overlay]:
+    layers, found = dict[FileKey, list[tuple[int, str]]](), dict[int, list[Directory]]()
+    for number, overlay in enumerate(overlays):
+        for layer in overlay.layers:
+            layers.setdefault(layer.key, []).append((number, layer.path))
+    for path, whole in parts:
+        status = look(path)
+        if status is None or look(whole) is None:
+            continue
+        for parent in PurePosixPath(whole).parents:
+            above = _directory(look, str(parent))
+            for number, layer_path in layers.get(above.key, ()) if above else ():
+                shown = f"/{PurePosixPath(whole).relative_to(parent)}"
+                part = Directory(path=layer_path, key=key_of(status), shown=shown)
+                found.setdefault(number, []).append(part)
+    return [replace(each, parts=found.get(number, ())) for number, each in enumerate(overlays)]
+
+
 def _unquote(name: str) -> str:
     return re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL)
 
@@ -205,7 +241,7 @@ def _ask(step: Step, path: str, overlays: Sequence[Overlay], root: HostRoot) -> 
     above = ((parent, root.stat_or_none(str(parent))) for parent in (name, *name.parents))
     names = {key_of(status): str(name.relative_to(parent)) for parent, status in above if status}
     for overlay in overlays:
-        known = overlay.mounts if step is _below else overlay.layers
+        known = overlay.mounts if step is _below else (*overlay.layers, *overlay.parts)
         if any(each.key in names for each in known):  # a look at one layer may wait for another
             yield from answer_within(_TIMEOUT_S, partial(_list, step, overlay, names)) or ()
 
@@ -222,10 +258,10 @@ def _below(overlay: Overlay, names: Mapping[FileKey, str]) -> Iterator[str]:
 
 
 def _above(overlay: Overlay, names: Mapping[FileKey, str]) -> Iterator[str]:
-    for layer in overlay.layers:
+    for layer in (*overlay.layers, *overlay.parts):
         if layer.key not in names:
             continue
-        name = PurePosixPath("/", names[layer.key])
+        name = PurePosixPath(layer.shown, names[layer.key])
         if f"{layer.path}{name}" in _shown_as(str(name), overlay):
             mounts = (each for each in overlay.mounts if name.is_relative_to(each.shown))
             paths = (PurePosixPath(each.path, name.relative_to(each.shown)) for each in mounts)

@@ -403,3 +403,23 @@ def test_a_layer_whose_server_has_stopped_keeps_nobody_waiting(base: Path) -> No
         names(file)
         assert time.monotonic() - begin < 30
         files.go_on()
+
+
+def test_a_mount_of_a_part_of_a_layer_counts(base: Path) -> None:
+    """Of a directory of it, and of one file: the overlay has what is asked for by that."""
+    file, single, part = (
+        disk_image(base / "upper" / DISK, 1, "layer"),
+        base / "disk",
+        base / "part",
+    )
+    part.mkdir()
+    single.touch()
+    with (
+        overlay(base) as merged,
+        mounted("--bind", str(file), at=single),
+        mounted("--bind", str(file.parent), at=part),
+    ):
+        assert names(single) == names(part / "disk.img") == {str(merged)}
+        with opened(merged) as pid:
+            (found,) = findings(part / "disk.img")
+            assert f"process {pid} " in found.message
