@@ -404,9 +404,15 @@ def test_a_qemu_that_may_lock_too_little_is_refused_before_anything_is_done(
         with pytest.raises(InUse, match="lock 8192 KiB") as caught:
             devices.attach(ask(topology.NVME))
         assert caught.value.hint
-        assert "prlimit" in caught.value.hint
         assert opened(vm.pid) == Counter()
         assert objects(vm) == []
+        (examined,) = devices.check([ask(topology.NVME)])
+        assert Code.MEMLOCK_LIMIT in [finding.code for finding in examined.findings]
+        remedy = caught.value.hint.partition(", or ")[0]
+        assert remedy.startswith("prlimit")
+        subprocess.run(["sh", "-ec", remedy], check=True)
+        (examined,) = devices.check([ask(topology.NVME)])
+        assert Code.MEMLOCK_LIMIT not in [finding.code for finding in examined.findings]
 
 
 @pytest.mark.parametrize("device", [topology.NVME, MULTI[0]])
