@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -328,8 +328,18 @@ def udev() -> Iterator[None]:
     finally:
         settle()
         run("udevadm", "control", "--exit")
+        wait_until(lambda: not _runs_udev(), "end of udev")
         for directory in UDEV_DIRECTORIES:
             shutil.rmtree(directory)
+
+
+def _runs_udev() -> bool:
+    """A worker may outlive the daemon for a moment, and takes names away."""
+    for file in Path("/proc").glob("[0-9]*/comm"):
+        with suppress(OSError):
+            if file.read_text().strip() in {"systemd-udevd", "(udev-worker)"}:
+                return True
+    return False
 
 
 def settle() -> None:
