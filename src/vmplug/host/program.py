@@ -158,9 +158,10 @@ class Look:
         self._has_ended = False
 
     def ends_within(self, timeout_s: float) -> bool:
-        """Whether it ends in time."""
+        """Whether it ends in time; the caller may have waited for it, or ignore SIGCHLD."""
         if not self._has_ended and _ends_within(self.pid, timeout_s):
-            os.waitpid(self.pid, 0)
+            with suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
             self._has_ended = True
         return self._has_ended
 
@@ -176,22 +177,29 @@ class Look:
 
     def _is_runnable(self) -> bool:
         """Whether it runs, or would. Source: proc_pid_stat(5), field 3."""
-        with open(f"/proc/{self.pid}/stat", "rb") as file:
-            return file.read().rpartition(b") ")[2].startswith(b"R")
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                return file.read().rpartition(b") ")[2].startswith(b"R")
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            return False
 
     def kill(self) -> None:
         """Kill it with its children; one that hangs in the kernel does not end yet."""
         import signal  # noqa: PLC0415  0.6 ms, only for one that hangs
 
         if not self._has_ended:
-            os.killpg(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
 
 
 def _ends_within(pid: int, timeout_s: float) -> bool:
-    """Whether a child, which nobody else waits for, ends in time. Source: pidfd_open(2)."""
+    """Whether a child ends in time. Source: pidfd_open(2)."""
     import select  # noqa: PLC0415  the same as in vmplug.host.process
 
-    descriptor = os.pidfd_open(pid)
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:  # others have waited for it
+        return True
     try:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -242,6 +243,15 @@ def test_a_look_with_a_program_that_is_not_there_is_an_error(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no-such-look"):
         Look(["no-such-look"])
+
+
+def test_a_caller_that_ignores_the_end_of_children_gets_an_answer() -> None:
+    former = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Looks() as looks:
+            assert looks.find_silent(["/", "/dev/null"]) == set()
+    finally:
+        signal.signal(signal.SIGCHLD, former)
 
 
 def test_more_paths_are_looked_at_than_a_program_may_have_words() -> None:
