@@ -66,6 +66,11 @@ def key_of(status: os.stat_result) -> FileKey:
     return kind, status.st_dev, status.st_ino
 
 
+def key_of_inode(major: str, minor: str, inode: str) -> FileKey:
+    """The regular file that the kernel writes as a super block in hexadecimal, and an inode."""
+    return stat.S_IFREG, os.makedev(int(major, 16), int(minor, 16)), int(inode)
+
+
 def key_of_node(kind: int, number: DevNum) -> FileKey:
     """The device with that number; the kind is S_IFBLK or S_IFCHR."""
     return kind, os.makedev(number.major, number.minor), 0

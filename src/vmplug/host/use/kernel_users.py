@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from vmplug.devnum import DevNum, FileKey, key_of, key_of_node
+from vmplug.devnum import DevNum, FileKey, key_of, key_of_inode, key_of_node
 from vmplug.errors import AttributeReadError
 from vmplug.host.finding import Code
 from vmplug.host.root import HostRoot
@@ -165,7 +165,7 @@ def _nfs_clients(root: HostRoot) -> Iterator[tuple[FileKey, KernelUser]]:
         address = _NFS_ADDRESS.search(_proc_text(f"{base}/info", root)) if states else None
         writers = dict[FileKey, bool]()
         for access, major, minor, inode in _NFS_STATE.findall(states):
-            key = stat.S_IFREG, os.makedev(int(major, 16), int(minor, 16)), int(inode)
+            key = key_of_inode(major, minor, inode)
             writers[key] = writers.get(key, False) or "w" in access
         for key, writes in writers.items():
             yield (

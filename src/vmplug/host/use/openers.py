@@ -15,7 +15,7 @@ from typing import Self
 
 import msgspec
 
-from vmplug.devnum import DevNum, FileKey, is_decimal, key_of, key_of_node
+from vmplug.devnum import DevNum, FileKey, is_decimal, key_of, key_of_inode, key_of_node
 from vmplug.errors import AttributeReadError
 from vmplug.host.process import list_other_threads
 from vmplug.host.root import HostRoot, node_number
@@ -147,7 +147,7 @@ def read_locks(root: HostRoot) -> Mapping[FileKey, Sequence[FileLock]]:
     found = dict[FileKey, list[FileLock]]()
     table = root.read_text("/proc/locks") or ""
     for kind, pid, major, minor, inode in _LOCK.findall(table):
-        key = stat.S_IFREG, os.makedev(int(major, 16), int(minor, 16)), int(inode)
+        key = key_of_inode(major, minor, inode)
         owner = int(pid) if int(pid) > 0 else None
         found.setdefault(key, []).append(FileLock(pid=owner, writes="W" in kind))
     return found
