@@ -10,7 +10,7 @@ import pytest
 from lab import topology
 from tests.lab.nested import paused_vm
 from tests.support.raw_qmp import QmpError
-from tests.support.vm import QEMU
+from tests.support.vm import QEMU, GuestVm
 from vmplug import (
     Code,
     DeviceInfo,
@@ -39,15 +39,7 @@ def test_it_is_refused_before_anything_is_touched_and_qemu_would_have_failed(
     assert refused.returncode == 4
     assert not Path(f"/sys/bus/pci/devices/{topology.EDU}/driver").exists()
     bind_by_hand()
-    with (
-        paused_vm(tmp_path) as vm,
-        DeviceManager.open(
-            vm="sb1",
-            host=HostRoot(),
-            hypervisor=Qemu.connect(str(vm.qmp_path)),
-            state_dir=tmp_path / "state",
-        ) as devices,
-    ):
+    with paused_vm(tmp_path) as vm, manager_of(vm, tmp_path) as devices:
         with pytest.raises(InUse) as refusal:
             devices.attach(EDU)
         assert refusal.value.codes == (Code.NO_INTERRUPT_REMAPPING,)
@@ -75,21 +67,22 @@ def test_the_module_that_takes_the_device_is_the_one_that_must_be_told(tmp_path:
     for name in ("iommufd", "vfio_iommu_type1"):
         if (file := Path(f"/sys/module/{name}/parameters/allow_unsafe_interrupts")).exists():
             file.write_text("N" if name == module else "Y")
-    with (
-        paused_vm(tmp_path) as vm,
-        DeviceManager.open(
-            vm="sb1",
-            host=HostRoot(),
-            hypervisor=Qemu.connect(str(vm.qmp_path)),
-            state_dir=tmp_path / "state",
-        ) as devices,
-    ):
+    with paused_vm(tmp_path) as vm, manager_of(vm, tmp_path) as devices:
         with pytest.raises(InUse) as refusal:
             devices.attach(asked)
         assert refusal.value.codes == (Code.NO_INTERRUPT_REMAPPING,)
         allow_by_remedy(refusal.value)
         devices.attach(asked)
         vm.kill()
+
+
+def manager_of(vm: GuestVm, tmp_path: Path) -> DeviceManager:
+    return DeviceManager.open(
+        vm="sb1",
+        host=HostRoot(),
+        hypervisor=Qemu.connect(str(vm.qmp_path)),
+        state_dir=tmp_path / "state",
+    )
 
 
 def own_node() -> DeviceInfo:

@@ -216,8 +216,8 @@ def test_layers_may_have_relative_names_as_docker_and_containerd_give_them(
         assert names(lower) == set()
 
 
-def test_a_mount_of_a_part_of_an_overlay_counts(base: Path) -> None:
-    """Of a directory of it, and of one file."""
+def places_to_bind(base: Path) -> tuple[Path, Path, Path]:
+    """An image in a layer; and where one file, and a directory, can be mounted."""
     file, single, part = (
         disk_image(base / "upper" / DISK, 1, "layer"),
         base / "disk",
@@ -225,6 +225,12 @@ def test_a_mount_of_a_part_of_an_overlay_counts(base: Path) -> None:
     )
     part.mkdir()
     single.touch()
+    return file, single, part
+
+
+def test_a_mount_of_a_part_of_an_overlay_counts(base: Path) -> None:
+    """Of a directory of it, and of one file."""
+    file, single, part = places_to_bind(base)
     with (
         overlay(base) as merged,
         mounted("--bind", str(merged), at=single),
@@ -410,13 +416,7 @@ def test_a_layer_whose_server_has_stopped_keeps_nobody_waiting(base: Path) -> No
 
 def test_a_mount_of_a_part_of_a_layer_counts(base: Path) -> None:
     """Of a directory of it, and of one file: the overlay has what is asked for by that."""
-    file, single, part = (
-        disk_image(base / "upper" / DISK, 1, "layer"),
-        base / "disk",
-        base / "part",
-    )
-    part.mkdir()
-    single.touch()
+    file, single, part = places_to_bind(base)
     with (
         overlay(base) as merged,
         mounted("--bind", str(file), at=single),
